@@ -1,0 +1,1 @@
+"""saemill: cache transformer activations once, train many sparse autoencoders over them."""

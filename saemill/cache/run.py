@@ -1,0 +1,259 @@
+"""`saemill cache`: one forward pass over the rows serves every requested site."""
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import zarr
+from torch import Tensor
+
+from saemill.cache.writer import DTYPES, SiteWriter
+from saemill.common import config as settings
+from saemill.common import durable
+from saemill.common.activations import FORMAT, ActivationStore
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.log import progress, say
+from saemill.common.mask import MaskConfig
+from saemill.common.model import (
+    LanguageModel,
+    attention_of,
+    check_fit,
+    choose_device,
+    choose_model_dtype,
+    fingerprint_model,
+)
+from saemill.common.sites import Architecture, Site, load_model_config
+from saemill.common.tokens import TokenStore, copy_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Settings of the stage."""
+
+    tokens: Path
+    """A token store."""
+    model: str
+    """Hub id or local folder."""
+    out: Path
+    """Folder of the activation store, new or to be added to."""
+    layers: tuple[int, ...] = ()
+    """Blocks whose outgoing residual stream is cached; -1 is the last."""
+    sites: tuple[str, ...] = ()
+    """Globs over module paths, and `residual.<layer>`."""
+    layer_stride: int | None = None
+    """Every so many blocks, from block 0: in place of `layers` and `sites`."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """How activations are stored."""
+    model_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """What the model computes in; auto: bf16 on a GPU, fp32 on a CPU."""
+    max_tokens: int | None = None
+    """Cache only the first rows, at most this many tokens."""
+    batch_size: int = 16
+    """Rows per forward pass."""
+    shard_tokens: int = 65536
+    """Tokens per shard file, rounded down to whole rows."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    revision: str | None = None
+    """The hub model's revision."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """Positions that statistics, training and assessment leave out; nothing is left out on disk."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "shard_tokens", "layer_stride"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {value}")
+        chosen = [name for name in ("layers", "sites", "layer_stride") if getattr(self, name)]
+        if not chosen:
+            raise ConfigError(
+                "name what to cache: --layers 2,4, --sites 'layers.*.mlp' or --layer-stride 2"
+            )
+        if self.layer_stride and len(chosen) > 1:
+            raise ConfigError(f"layer_stride chooses all layers itself; leave out {chosen[0]}")
+
+
+def run(config: CacheConfig) -> ActivationStore:
+    """Cache the activations of the chosen sites into `config.out`.
+
+    A store that exists is added to: sites that are missing are cached, shards that are missing or
+    damaged are written again, and nothing else is touched.
+
+    Raises:
+        ConfigError: settings that do not fit the model or the tokens, a store made with others, or
+            too little disk.
+        DataError: NaN or infinite activations.
+    """
+    tokens = TokenStore(config.tokens)
+    n_rows = _n_rows(config, tokens)
+    model_config = load_model_config(config.model, config.revision)
+    check_fit(model_config, config.model, tokens.tokenizer, tokens.ctx_len)
+    architecture = Architecture(model_config)
+    layers = config.layers
+    if config.layer_stride:
+        layers = tuple(range(0, len(architecture.blocks), config.layer_stride))
+    sites = architecture.resolve(layers, config.sites)
+    device = choose_device(config.device)
+    model_dtype = choose_model_dtype(config.model_dtype, device)
+    identity = _identity(config, tokens, n_rows, model_dtype)
+    _check_disk(config, n_rows, tokens.ctx_len, sites)
+    store = _open_or_create(config, tokens, n_rows, identity)
+    writers = [SiteWriter(store, site, DTYPES[config.dtype]) for site in sites]
+    pending = {writer.site.name: writer.pending() for writer in writers}
+    if any(pending.values()):
+        _fill(config, store, writers, pending, device, model_dtype)
+    for writer in writers:
+        if not writer.manifest_path.exists():
+            writer.finish()
+    n_written = sum(map(len, pending.values()))
+    what = f"{n_written:,} shards written" if n_written else "nothing to do, every shard was checked"
+    say(f"{config.out}: {', '.join(site.name for site in sites)} complete; {what}")
+    return store
+
+
+def _n_rows(config: CacheConfig, tokens: TokenStore) -> int:
+    if config.max_tokens is None:
+        return tokens.n_rows
+    if not tokens.ctx_len <= config.max_tokens <= tokens.n_tokens:
+        raise ConfigError(
+            f"max_tokens must be between one row ({tokens.ctx_len:,}) and the store's "
+            f"{tokens.n_tokens:,} tokens, got {config.max_tokens:,}"
+        )
+    return config.max_tokens // tokens.ctx_len
+
+
+def _identity(
+    config: CacheConfig, tokens: TokenStore, n_rows: int, model_dtype: torch.dtype
+) -> dict[str, Any]:
+    """What decides the store's content, site by site."""
+    rows_per_shard = max(1, min(n_rows, config.shard_tokens // tokens.ctx_len))
+    return {
+        "format": FORMAT,
+        "tokens_fingerprint": tokens.fingerprint,
+        "n_rows": n_rows,
+        "shard_tokens": rows_per_shard * tokens.ctx_len,
+        "dtype": config.dtype,
+        "model_dtype": str(model_dtype).removeprefix("torch."),
+        "model_fingerprint": fingerprint_model(config.model, config.revision),
+        "mask": settings.plain(config.mask),
+    }
+
+
+def _check_disk(config: CacheConfig, n_rows: int, ctx_len: int, sites: list[Site]) -> None:
+    """Print the plan and refuse what cannot fit on the disk."""
+    n_tokens, itemsize = n_rows * ctx_len, DTYPES[config.dtype].itemsize
+    needed = {site.name: n_tokens * site.width * itemsize for site in sites}
+    folder = config.out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    say(f"{n_rows:,} rows of {ctx_len}, {n_tokens:,} tokens, stored as {config.dtype}:")
+    for site in sites:
+        say(f"  {site.name:32} D {site.width:6,}  {needed[site.name] / 2**20:12,.1f} MiB")
+    say(f"  {sum(needed.values()) / 2**20:,.1f} MiB in all, {free / 2**20:,.1f} MiB free")
+    there = sum(durable.folder_bytes(config.out / site.name / "c") for site in sites)
+    missing = sum(needed.values()) - there
+    if missing > free:
+        raise ConfigError(
+            f"{missing / 2**20:,.1f} MiB are needed in {folder}, {free / 2**20:,.1f} MiB are free; "
+            "choose fewer sites or --max-tokens, or another disk"
+        )
+
+
+def _open_or_create(
+    config: CacheConfig, tokens: TokenStore, n_rows: int, identity: dict[str, Any]
+) -> ActivationStore:
+    if (config.out / "zarr.json").exists():
+        store = ActivationStore(config.out)
+        settings.check_same(store.settings, identity, config.out)
+        return store
+    if config.out.exists() and {file.name for file in config.out.iterdir()} - {
+        "tokens",
+        "tokens.partial",
+    }:
+        raise StoreError(f"{config.out} holds other files; choose a new folder")
+    shutil.rmtree(config.out / "tokens", ignore_errors=True)
+    copy_rows(tokens, n_rows, config.out / "tokens")
+    made_by = {
+        "model": config.model,
+        "revision": config.revision,
+        "versions": {name: version(name) for name in ("saemill", "torch", "transformers", "zarr")},
+    }
+    zarr.create_group(str(config.out), attributes={"saemill": identity | made_by})
+    return ActivationStore(config.out)
+
+
+def _fill(
+    config: CacheConfig,
+    store: ActivationStore,
+    writers: list[SiteWriter],
+    pending: dict[str, list[int]],
+    device: torch.device,
+    model_dtype: torch.dtype,
+) -> None:
+    """Run the model over every shard that some site lacks; writing overlaps the next forward."""
+    model = LanguageModel(config.model, revision=config.revision, dtype=model_dtype, device=device)
+    shards = sorted(set().union(*pending.values()))
+    total = sum(map(store.shard_length, range(store.n_shards)))
+    done = total - sum(map(store.shard_length, shards))
+    with progress("cache", total, "tokens", done) as advance, _background() as submit:
+        for shard in shards:
+            needing = [writer for writer in writers if shard in pending[writer.site.name]]
+            captured = _capture_shard(config, store, model, shard, needing, advance)
+            submit(_write_all, shard, needing, captured)
+
+
+def _capture_shard(
+    config: CacheConfig,
+    store: ActivationStore,
+    model: LanguageModel,
+    shard: int,
+    writers: list[SiteWriter],
+    advance: Any,
+) -> dict[str, Tensor]:
+    """Activations of one shard in address order, per site [tokens, D] on the CPU.
+
+    Batches start at the shard's first row, so that a shard's bytes do not depend on which shards
+    were computed before it.
+    """
+    n_tokens = store.shard_length(shard)
+    first_row = shard * store.shard_tokens // store.ctx_len
+    last_row = first_row + n_tokens // store.ctx_len
+    names = [writer.site.name for writer in writers]
+    out = {w.site.name: torch.empty(n_tokens, w.site.width, dtype=w.dtype) for w in writers}
+    for row in range(first_row, last_row, config.batch_size):
+        stop = min(row + config.batch_size, last_row)
+        ids_RS = torch.from_numpy(store.tokens.rows(row, stop).astype("int64"))
+        captured = model.capture(ids_RS, names, attention_of(ids_RS, store.tokens.tokenizer))
+        start = (row - first_row) * store.ctx_len
+        for name, x_RSD in captured.items():
+            out[name][start : start + ids_RS.numel()] = x_RSD.flatten(0, 1)
+        advance(ids_RS.numel())
+    return out
+
+
+def _write_all(shard: int, writers: list[SiteWriter], captured: dict[str, Tensor]) -> None:
+    for writer in writers:
+        writer.write(shard, captured[writer.site.name])
+
+
+@contextmanager
+def _background() -> Iterator[Any]:
+    """A function that runs one call at a time in a thread and raises what the last one raised."""
+    pending: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def submit(function: Any, *arguments: Any) -> None:
+            while pending:
+                pending.pop().result()
+            pending.append(pool.submit(function, *arguments))
+
+        yield submit
+        while pending:
+            pending.pop().result()

@@ -1,0 +1,293 @@
+"""ActivationStore: one Zarr array per site, and the tokens that the activations belong to.
+
+Layout of the folder (a Zarr v3 group):
+
+    zarr.json                group; its attributes hold the settings of the store
+    tokens/                  a TokenStore of the rows that were cached
+    <site>/zarr.json         array [n_tokens, D]
+    <site>/c/<shard>/0       raw rows of one shard, in the shard's permuted order
+    <site>/commits/<shard>.json   written after the shard: size, hashes, sums
+    <site>/manifest.json     written when all shards are there: the commits and statistics merged
+
+Place and address: the row stored at place `p` of a shard is the token of address
+`shard * shard_tokens + permutation(n, SHUFFLE_KEY, shard)[p]`, n being the tokens in that shard.
+All sites share the permutation.
+"""
+
+import base64
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saemill.common import durable
+from saemill.common.errors import StoreError
+from saemill.common.mask import MaskConfig
+from saemill.common.permutation import inverse, permutation
+from saemill.common.shards import ShardedArray, as_tensor
+from saemill.common.tokens import TokenStore
+
+FORMAT = "saemill activations 1"
+BLOCK_TOKENS = 256
+"""Rows per block: the unit of reading and of checksums."""
+SHUFFLE_KEY = 0x5AE
+REPAIR = "Run the `saemill cache` command that made it again: it rebuilds only what is damaged."
+
+
+def encode_array(values: NDArray[Any]) -> str:
+    """A little-endian array as base64 text for JSON."""
+    return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def decode_array(text: str, dtype: str) -> NDArray[Any]:
+    """The array that `encode_array` wrote."""
+    return np.frombuffer(base64.b64decode(text), np.dtype(dtype).newbyteorder("<"))
+
+
+def hash_blocks(rows_TD: NDArray[Any]) -> NDArray[np.uint64]:
+    """xxh3 of each block of 256 rows; the last block may be short. uint64 [n_blocks]."""
+    starts = range(0, len(rows_TD), BLOCK_TOKENS)
+    hashed = [xxhash.xxh3_64_intdigest(rows_TD[i : i + BLOCK_TOKENS]) for i in starts]
+    return np.array(hashed, np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """First and second moments of a site's activations over the training positions."""
+
+    n_tokens: int
+    """Positions counted: not masked, not held out."""
+    mean_D: Tensor
+    """float64 [D]."""
+    variance_D: Tensor
+    """float64 [D], with divisor n_tokens."""
+    mean_squared_norm: float
+    """Mean of the squared Euclidean length, mean not removed."""
+    n_nonfinite: int
+    """NaN or infinite values found while writing; a finished store has none."""
+
+    @property
+    def total_variance(self) -> float:
+        """Mean squared distance from the mean: the sum of `variance_D`."""
+        return float(self.variance_D.sum())
+
+
+class Moments:
+    """Count, mean and squared deviations of chosen rows, in float64; parts merge exactly enough
+    for any mean (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self, width: int) -> None:
+        self.n = 0
+        self.mean_D = np.zeros(width)
+        self.deviations_D = np.zeros(width)
+
+    def add(self, x_TD: Tensor) -> None:
+        """Count the rows of x_TD."""
+        for part in x_TD.split(8192):
+            rows = part.double().numpy()
+            mean = rows.mean(0)
+            self.merge(len(rows), mean, np.square(rows - mean).sum(0))
+
+    def merge(self, n: int, mean_D: NDArray[np.float64], deviations_D: NDArray[np.float64]) -> None:
+        """Add `n` rows counted elsewhere: their mean and summed squared deviations from it."""
+        if n == 0:
+            return
+        total = self.n + n
+        delta = mean_D - self.mean_D
+        self.deviations_D = self.deviations_D + deviations_D + delta**2 * (self.n * n / total)
+        self.mean_D = self.mean_D + delta * (n / total)
+        self.n = total
+
+    def statistics(self, n_nonfinite: int = 0) -> Statistics:
+        """The moments as statistics.
+
+        Raises:
+            StoreError: no row was counted.
+        """
+        if self.n == 0:
+            raise StoreError("every position is masked or held out: no statistics, nothing to train on")
+        variance = self.deviations_D / self.n
+        return Statistics(
+            n_tokens=self.n,
+            mean_D=torch.from_numpy(self.mean_D),
+            variance_D=torch.from_numpy(variance),
+            mean_squared_norm=float(np.sum(variance + self.mean_D**2)),
+            n_nonfinite=n_nonfinite,
+        )
+
+
+class ActivationStore:
+    """Read access to a folder made by `saemill cache`.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        StoreError: the folder is no activation store, or its tokens are damaged.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        try:
+            attributes = durable.read_json(self.path / "zarr.json")["attributes"]["saemill"]
+        except (FileNotFoundError, KeyError):
+            raise StoreError(
+                f"{self.path} is no activation store; make one with `saemill cache`"
+            ) from None
+        if attributes.get("format") != FORMAT:
+            raise StoreError(f"{self.path}: format {attributes.get('format')!r}, expected {FORMAT!r}")
+        self.settings: dict[str, Any] = attributes
+        mask = attributes["mask"]
+        self.mask = MaskConfig(**mask | {"token_ids": tuple(mask["token_ids"])})
+        self.shard_tokens: int = attributes["shard_tokens"]
+        self.tokens = TokenStore(self.path / "tokens")
+        self.n_tokens = self.tokens.n_tokens
+        self.ctx_len = self.tokens.ctx_len
+        self.permutation = lru_cache(16)(self._permutation)
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the finished sites."""
+        return sorted(
+            file.parent.name
+            for file in self.path.glob("*/manifest.json")
+            if file.parent.name != "tokens"
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the content: settings and tokens."""
+        return durable.hash_json([self.settings, self.tokens.fingerprint])
+
+    def site(self, name: str) -> "SiteArray":
+        """A finished site's array.
+
+        Raises:
+            StoreError: there is no such site (the message lists those there), or it is damaged.
+        """
+        if name not in self.sites:
+            state = "unfinished" if (self.path / name).is_dir() else "not in the store"
+            raise StoreError(
+                f"site {name!r} of {self.path} is {state}; finished: {', '.join(self.sites) or 'none'}. "
+                "Run `saemill cache` with the site to add or finish it."
+            )
+        return SiteArray(self, name)
+
+    def read(self, site: str, start: int, stop: int) -> Tensor:
+        """Activations of the addresses start..stop, in address order.
+
+        Returns: [stop - start, D] in the stored dtype; every block read is checked.
+        """
+        return self.site(site).read(start, stop)
+
+    def shard_length(self, shard: int) -> int:
+        """Tokens in a shard."""
+        return min(self.shard_tokens, self.n_tokens - shard * self.shard_tokens)
+
+    @property
+    def n_shards(self) -> int:
+        """Shards per site."""
+        return -(-self.n_tokens // self.shard_tokens)
+
+    def _permutation(self, shard: int) -> NDArray[np.int64]:
+        """Address within the shard of each place in it. int64 [tokens in the shard]."""
+        return permutation(self.shard_length(shard), SHUFFLE_KEY, shard)
+
+    def keep(self, shard: int, mask: MaskConfig, held_out: bool) -> NDArray[np.bool_]:
+        """Which places of a shard count: unmasked, and in held-out rows or not as asked.
+
+        Returns: bool [tokens in the shard], in stored order.
+        """
+        return self.keep_addresses(shard, mask, held_out)[self.permutation(shard)]
+
+    def keep_addresses(self, shard: int, mask: MaskConfig, held_out: bool) -> NDArray[np.bool_]:
+        """As `keep`, in address order."""
+        first = shard * self.shard_tokens // self.ctx_len
+        last = first + self.shard_length(shard) // self.ctx_len
+        keep_RS = mask.keep(self.tokens.rows(first, last), self.tokens.tokenizer.special_ids)
+        keep_RS &= (self.tokens.held_out_R[first:last] == held_out)[:, None]
+        return keep_RS.reshape(-1)
+
+
+class SiteArray:
+    """One finished site: its rows, checked block by block as they are read, and its statistics."""
+
+    def __init__(self, store: ActivationStore, name: str) -> None:
+        self.store, self.name = store, name
+        self.array = ShardedArray(store.path / name)
+        if self.array.n_rows != store.n_tokens or self.array.shard_rows != store.shard_tokens:
+            raise StoreError(f"{self.array.path}/zarr.json does not fit the store's settings. {REPAIR}")
+        self.width = self.array.width
+        self.dtype = self.array.torch_dtype
+        self.manifest: dict[str, Any] = durable.read_json(self.array.path / "manifest.json")
+        self.array.check_sizes(REPAIR)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Moments over the training positions by the store's own mask."""
+        entry = self.manifest["statistics"]
+        mean, variance = (
+            torch.from_numpy(decode_array(entry[key], "f8").copy()) for key in ("mean", "variance")
+        )
+        return Statistics(
+            entry["n_tokens"], mean, variance, entry["mean_squared_norm"], entry["n_nonfinite"]
+        )
+
+    def statistics_under(self, mask: MaskConfig) -> Statistics:
+        """Moments under another mask: read from the store's manifest, or one pass over the site."""
+        if mask == self.store.mask:
+            return self.statistics
+        moments = Moments(self.width)
+        for shard in range(self.store.n_shards):
+            keep = self.store.keep(shard, mask, held_out=False)
+            rows = np.concatenate([self.block(shard, b) for b in range(-(-len(keep) // BLOCK_TOKENS))])
+            moments.add(as_tensor(rows[keep], self.dtype))
+        return moments.statistics()
+
+    @cached_property
+    def _hashes(self) -> list[NDArray[np.uint64]]:
+        return [decode_array(entry["block_hashes"], "u8") for entry in self.manifest["shards"]]
+
+    def block(self, shard: int, block: int) -> NDArray[Any]:
+        """One block of stored rows, compared with its hash; a view of the mapped file.
+
+        Raises:
+            StoreError: the content is not what was written.
+        """
+        rows = self.array.shard(shard)[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
+        if xxhash.xxh3_64_intdigest(rows) != self._hashes[shard][block]:
+            raise StoreError(
+                f"{self.array.shard_path(shard)}: block {block} differs from its hash. "
+                f"`saemill verify {self.store.path}` names all bad shards. {REPAIR}"
+            )
+        return rows
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Activations of addresses start..stop in address order, [stop - start, D]."""
+        if not 0 <= start <= stop <= self.store.n_tokens:
+            raise IndexError(f"addresses must be within 0..{self.store.n_tokens}, got {start}..{stop}")
+        out = np.empty((stop - start, self.width), self.array.dtype)
+        size = self.store.shard_tokens
+        for shard in range(start // size, -(-stop // size)):
+            first, last = max(start - shard * size, 0), min(stop - shard * size, size)
+            places = inverse(self.store.permutation(shard))[first:last]
+            for block in np.unique(places // BLOCK_TOKENS):
+                here = places // BLOCK_TOKENS == block
+                rows = self.block(shard, int(block))[places[here] % BLOCK_TOKENS]
+                out[shard * size + first - start + np.flatnonzero(here)] = rows
+        return as_tensor(out, self.dtype)
+
+    def problem(self, shard: int) -> str | None:
+        """What is wrong with a shard by size and hash, or None."""
+        problem = self.array.problem(shard)
+        if problem is None:
+            entry = self.manifest["shards"][shard]
+            if durable.hash_file(self.array.shard_path(shard)) != entry["xxh3"]:
+                return "content differs from its hash"
+        return problem

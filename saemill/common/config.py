@@ -1,0 +1,210 @@
+"""Strict configuration: defaults < YAML section < `--set a.b=c` < flags, into frozen dataclasses.
+
+Every stage's settings are one dataclass beside the stage. A YAML file has one section per stage
+(`tokenize`, `cache`, `train`, `assess`); each command reads its own section. An unknown key is an
+error that names the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from saemill.common import durable
+from saemill.common.errors import ConfigError
+
+T = TypeVar("T")
+SECTIONS = ("tokenize", "cache", "train", "assess")
+SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The phrase that helps after a misspelt name: the near ones, or all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+def resolve(
+    cls: type[T],
+    section: str,
+    flags: Mapping[str, Any],
+    file: Path | None = None,
+    sets: Iterable[str] = (),
+) -> T:
+    """Merge file, `--set` and flags into one config.
+
+    Args:
+        cls: the stage's dataclass.
+        section: the stage's section in the YAML file.
+        flags: settings given on the command line; None means not given.
+        file: a YAML file with one section per stage.
+        sets: `key=value` strings, the value read as YAML; dots reach into nested settings.
+
+    Raises:
+        ConfigError: unknown section or key, malformed value.
+    """
+    merged: dict[str, Any] = read_section(file, section) if file else {}
+    for item in sets:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ConfigError(f"--set takes key=value, got {item!r}")
+        target = merged
+        *parents, last = key.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {item}: {parent} is not a group of settings")
+        target[last] = yaml.safe_load(value)
+    merged |= {key: value for key, value in flags.items() if value is not None}
+    return build(cls, merged, section)
+
+
+def read_section(file: Path, section: str) -> dict[str, Any]:
+    """One stage's section of a YAML file."""
+    if not file.is_file():
+        raise ConfigError(f"no config file {file}")
+    content = yaml.safe_load(file.read_text()) or {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold sections ({', '.join(SECTIONS)}), got {content!r:.80}")
+    for name in content:
+        if name not in SECTIONS:
+            raise ConfigError(f"{file}: unknown section {name!r}; {nearest(name, SECTIONS)}")
+    if section not in content:
+        raise ConfigError(f"{file} has no section {section!r}; it has {', '.join(content) or 'none'}")
+    return dict(content[section] or {})
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """A dataclass from a mapping, strictly: unknown and missing keys are errors.
+
+    Args:
+        values: field name to value; dashes in names are read as underscores.
+        where: the dotted path shown in messages.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
+    arguments = {}
+    for raw, value in values.items():
+        name = str(raw).replace("-", "_")
+        if name not in fields:
+            raise ConfigError(f"unknown setting {where}.{raw}; {nearest(name, fields)}")
+        arguments[name] = coerce(value, hints[name], f"{where}.{name}".lstrip("."))
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING
+        if required and field.default_factory is dataclasses.MISSING and name not in arguments:
+            raise ConfigError(f"{where}.{name} must be given")
+    return cls(**arguments)
+
+
+def coerce(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the annotated type; text is parsed, nothing is guessed.
+
+    Integers may be written `1e6`, `2_000_000`, `512k`, `2M`, `1B`; a tuple as `16,32,64`.
+
+    Raises:
+        ConfigError: the value does not fit.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _coerce_union(value, arguments, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+        return value
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            items = [items]
+        return tuple(coerce(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(items))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be a group of settings, got {value!r}")
+        return build(hint, value, name)
+    return _coerce_scalar(value, hint, name)
+
+
+def _coerce_union(value: Any, arguments: tuple[Any, ...], name: str) -> Any:
+    if type(None) in arguments and value in (None, "none", "null"):
+        return None
+    options = [argument for argument in arguments if argument is not type(None)]
+    for i, option in enumerate(options):
+        try:
+            return coerce(value, option, name)
+        except ConfigError:
+            if i == len(options) - 1:
+                raise
+    raise AssertionError("a union has at least one option")
+
+
+def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
+    try:
+        if hint is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "false": False}[str(value).lower()]
+        if hint is int and not isinstance(value, bool):
+            return count(value)
+        if hint is float and not isinstance(value, bool):
+            return float(value)
+        if hint is str and isinstance(value, str | int | float):
+            return str(value)
+        if hint is Path:
+            return Path(value)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{name} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def count(value: Any) -> int:
+    """A whole number from 2000000, '2_000_000', '2e6' or '2M'; ValueError otherwise."""
+    if isinstance(value, str):
+        text = value.strip()
+        scale = SUFFIXES.get(text[-1:], 1)
+        number = float(text[:-1] if scale > 1 else text) * scale
+    else:
+        number = float(value)
+    if number != int(number):
+        raise ValueError(value)
+    return int(value) if isinstance(value, int) else int(number)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config as plain YAML and JSON values."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [convert(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    converted = convert(dataclasses.asdict(config))
+    assert isinstance(converted, dict)
+    return converted
+
+
+def write_yaml(path: Path, section: str, values: Mapping[str, Any]) -> None:
+    """Write one section so that `--config` reads it back."""
+    durable.write_bytes(path, [yaml.safe_dump({section: dict(values)}, sort_keys=False).encode()])
+
+
+def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on in a place that was made with other settings, naming the keys that differ.
+
+    Raises:
+        ConfigError: some key of `wanted` has another value in `found`.
+    """
+    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        lines = "\n".join(
+            f"  {key}: there {found.get(key)!r}, now {wanted[key]!r}" for key in differing
+        )
+        raise ConfigError(
+            f"{path} was made with other settings:\n{lines}\n"
+            "Use the same settings, another output folder, or remove that one."
+        )

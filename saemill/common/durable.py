@@ -1,0 +1,85 @@
+"""Files that are whole or absent: written beside their place, flushed to disk, then renamed."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+READ_BYTES = 1 << 24
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; when the block ends well, it is flushed and renamed.
+
+    A crash at any moment leaves the old file or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, parts: Iterable[bytes | memoryview], pad_to_bytes: int = 0) -> None:
+    """Write `parts` to `path`, whole or not at all.
+
+    Args:
+        path: where the file shall appear; its folder is created.
+        parts: buffers written one after the other.
+        pad_to_bytes: extend the file with zeros (a hole on most file systems) up to this size.
+    """
+    with replacing(path) as partial, partial.open("wb") as file:
+        for part in parts:
+            file.write(part)
+        if file.tell() < pad_to_bytes:
+            file.truncate(pad_to_bytes)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names, so that a rename survives a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all; NaN and infinity are refused."""
+    write_bytes(path, [json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"])
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text())
+
+
+def hash_file(path: Path) -> str:
+    """xxh3 (64 bits, hexadecimal) of a file's bytes, read in pieces of 16 MiB."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """xxh3 of a value's JSON text with sorted keys: the fingerprint of settings."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def hash_folder(folder: Path, names: Iterable[Path]) -> str:
+    """One fingerprint of several files: their paths below `folder` and their contents."""
+    return hash_json([[str(name.relative_to(folder)), hash_file(name)] for name in sorted(names)])
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

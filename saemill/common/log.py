@@ -1,0 +1,84 @@
+"""What the user sees: sentences on stdout, progress on stderr (bars on a terminal, else lines)."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+LINE_SECONDS = 10.0
+"""Least time between two progress lines where stderr is no terminal."""
+
+
+def say(text: str) -> None:
+    """Print a sentence or table at once."""
+    print(text, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.0f} {task.fields['unit']}/s")
+
+
+@contextmanager
+def progress(
+    label: str, total: int | None, unit: str, done: int = 0
+) -> Iterator[Callable[[int], None]]:
+    """Show progress while the block runs.
+
+    Args:
+        label: what is being done.
+        total: amount of work, None if unknown.
+        unit: its name in the plural.
+        done: amount that an earlier run did; it does not count in the rate.
+
+    Yields: a function that takes the amount done since it was last called.
+    """
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}"),
+            _Rate(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(label, total=total, completed=done, unit=unit)
+            yield lambda n: bar.advance(task, n)
+        return
+    lines = _Lines(label, total, unit, done)
+    yield lines.advance
+    lines.show()
+
+
+class _Lines:
+    def __init__(self, label: str, total: int | None, unit: str, done: int) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self.done_before = done
+        self.start = self.shown = time.monotonic()
+
+    def advance(self, n: int) -> None:
+        self.done += n
+        if time.monotonic() - self.shown >= LINE_SECONDS:
+            self.show()
+
+    def show(self) -> None:
+        self.shown = time.monotonic()
+        rate = (self.done - self.done_before) / max(self.shown - self.start, 1e-9)
+        line = f"{self.label}: {self.done:,}"
+        if self.total:
+            line += f" of {self.total:,}"
+        line += f" {self.unit}, {rate:,.0f} {self.unit}/s"
+        if self.total and rate > 0 and self.done < self.total:
+            line += f", {duration((self.total - self.done) / rate)} left"
+        print(line, file=sys.stderr, flush=True)

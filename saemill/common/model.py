@@ -1,0 +1,204 @@
+"""A transformer to look into: capture activations at sites, or run on with changed ones."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor
+
+from saemill.common import durable
+from saemill.common.errors import ConfigError
+from saemill.common.sites import first_output, load_model_config
+from saemill.common.tokens import TokenizerInfo
+
+Head = Literal["causal", "masked"]
+
+
+class _Enough(Exception):  # noqa: N818  (a signal to stop the forward pass, no error)
+    """Ends a forward pass after the last site needed."""
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one; any other name is taken as it is.
+
+    Raises:
+        ConfigError: a CUDA device was asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} asked for, but torch {torch.__version__} sees no GPU")
+    return device
+
+
+def choose_model_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type the model computes in; `auto` is bf16 on a GPU and fp32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def fingerprint_model(name: str, revision: str | None) -> str:
+    """Identifies a model's weights: a hash of the files of a local folder, else the hub's commit."""
+    folder = Path(name)
+    if folder.is_dir():
+        weights = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
+        return durable.hash_folder(folder, [folder / "config.json", *weights])
+    config = load_model_config(name, revision)
+    return durable.hash_json([name, getattr(config, "_commit_hash", None) or revision])
+
+
+class LanguageModel:
+    """A HuggingFace transformer on a device, in evaluation mode.
+
+    Args:
+        name: hub id or local folder.
+        revision: the hub's revision.
+        dtype: type of weights and activations.
+        device: where it runs.
+        with_head: load the LM head too, where the checkpoint has one (`head` says which).
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        revision: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        with_head: bool = False,
+    ) -> None:
+        self.name = name
+        self.device = device
+        self.config = load_model_config(name, revision)
+        self.head: Head | None = _head_of(self.config) if with_head else None
+        loaders: dict[Head | None, Any] = {
+            None: transformers.AutoModel,
+            "causal": transformers.AutoModelForCausalLM,
+            "masked": transformers.AutoModelForMaskedLM,
+        }
+        try:
+            self.model, info = loaders[self.head].from_pretrained(
+                name, revision=revision, dtype=dtype, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot load the model {name!r}: {error}") from error
+        missing = [key for key in info["missing_keys"] if "pooler" not in key]
+        if missing:
+            raise ConfigError(
+                f"the checkpoint {name!r} lacks weights: {', '.join(sorted(missing)[:5])}"
+            )
+        self.model = self.model.to(device).eval().requires_grad_(False)
+        self.base = self.model.base_model if self.head else self.model
+        self.modules = dict(self.base.named_modules())
+
+    def check_tokens(self, tokenizer: TokenizerInfo, ctx_len: int) -> None:
+        """Refuse tokens that the model cannot take; see `check_fit`."""
+        check_fit(self.config, self.name, tokenizer, ctx_len)
+
+    def capture(
+        self, ids_RS: Tensor, sites: list[str], attention_RS: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Activations at `sites`, from a forward pass that stops after the last of them.
+
+        Args:
+            ids_RS: token ids, int64.
+            sites: module paths in the base model.
+            attention_RS: 1 where a token may be attended to; None for all.
+
+        Returns: per site [R, S, D] in the model's dtype, on its device.
+        """
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                found[name] = first_output(output)
+                if len(found) == len(sites):
+                    raise _Enough
+
+            return hook
+
+        handles = [self.modules[name].register_forward_hook(keep(name)) for name in sites]
+        try:
+            with torch.inference_mode():
+                self._forward(self.base, ids_RS, attention_RS)
+        except _Enough:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def logits(self, ids_RS: Tensor, attention_RS: Tensor | None) -> Tensor:
+        """Logits of the LM head, [R, S, vocabulary]; inside `splice` those of the changed model."""
+        with torch.inference_mode():
+            output: Tensor = self._forward(self.model, ids_RS, attention_RS).logits
+        return output
+
+    @contextmanager
+    def splice(self, site: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While the block runs, the activation x_RSD at `site` is replaced by `edit(x_RSD)`."""
+
+        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+            changed = edit(first_output(output))
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        handle = self.modules[site].register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _forward(self, model: Any, ids_RS: Tensor, attention_RS: Tensor | None) -> Any:
+        arguments: dict[str, Any] = {"input_ids": ids_RS.to(self.device)}
+        if attention_RS is not None:
+            arguments["attention_mask"] = attention_RS.to(self.device)
+        if hasattr(self.config, "use_cache"):
+            arguments["use_cache"] = False
+        return model(**arguments)
+
+
+def attention_of(ids_RS: Tensor, tokenizer: TokenizerInfo) -> Tensor | None:
+    """The attention mask of an encoder's rows (0 on padding); None for decoders, rows being full.
+
+    A decoder's padding id is often its separator, so it says nothing there.
+    """
+    if tokenizer.mask_id is None or tokenizer.pad_id is None:
+        return None
+    return (ids_RS != tokenizer.pad_id).long()
+
+
+def check_fit(config: Any, name: str, tokenizer: TokenizerInfo, ctx_len: int) -> None:
+    """Refuse tokens that a model cannot take: too large ids, or rows longer than its context.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokens were made with {tokenizer.name!r} ({tokenizer.vocab_size} ids), but {name!r} "
+            f"has {config.vocab_size}; tokenize with the model's own tokenizer"
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and ctx_len > limit:
+        raise ConfigError(
+            f"rows have {ctx_len} tokens, but {name!r} takes at most {limit}; "
+            f"tokenize with --ctx-len {limit}"
+        )
+
+
+def _head_of(config: Any) -> Head | None:
+    """Which LM head the checkpoint's architecture has."""
+    names = config.architectures or []
+    if any("MaskedLM" in name or name.endswith("ForPreTraining") for name in names):
+        return "masked"
+    if any("CausalLM" in name or name.endswith("LMHeadModel") for name in names):
+        return "causal"
+    return None

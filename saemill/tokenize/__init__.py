@@ -1,0 +1,1 @@
+"""Stage 1: documents become packed rows of token ids."""

@@ -1,0 +1,138 @@
+"""The loop: read a batch, step every bank, log now and then, save now and then."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from saemill.common.errors import Interrupted
+from saemill.common.log import say
+from saemill.train import checkpoint
+from saemill.train.bank import Bank
+from saemill.train.loader import Loader
+from saemill.train.metrics import Record, Sink
+from saemill.train.schedule import Schedule
+
+
+@dataclass(slots=True)
+class Trainer:
+    """One training run over banks that share a stream."""
+
+    loader: Loader
+    banks: list[Bank]
+    schedule: Schedule
+    batch_size: int
+    """Tokens per micro-batch."""
+    grad_acc_steps: int
+    log_every: int
+    """Steps between log lines."""
+    save_every: int
+    """Steps between checkpoints."""
+    checkpoint_path: Path
+    device: torch.device
+    sinks: list[Sink] = field(default_factory=list)
+    step: int = 0
+    """Steps done."""
+    seconds: float = 0.0
+    """Time spent in them, earlier runs included."""
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if self.checkpoint_path.exists():
+            state = checkpoint.load(self.checkpoint_path, self.banks, self.device)
+            self.step, self.seconds = state["step"], state["seconds"]
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
+        """
+        mark_step, mark_seconds = self.step, self.seconds
+        with _stop_on_signal() as stop, torch.no_grad():
+            while self.step < self.schedule.n_steps:
+                started = time.perf_counter()
+                self._one_step()
+                self.seconds += time.perf_counter() - started
+                if self.step % self.log_every == 0 or self.step == self.schedule.n_steps:
+                    n_steps = self.step - (self.step - 1) // self.log_every * self.log_every
+                    rate = (self.step - mark_step) * self._step_tokens / (self.seconds - mark_seconds)
+                    mark_step, mark_seconds = self.step, self.seconds
+                    self._log(n_steps, rate)
+                if self.step % self.save_every == 0 and self.step < self.schedule.n_steps:
+                    self._save()
+                if stop.is_set() and self.step < self.schedule.n_steps:
+                    self._save()
+                    raise Interrupted(
+                        f"stopped by a signal after step {self.step:,}; the same command continues from "
+                        f"{self.checkpoint_path}"
+                    )
+
+    @property
+    def _step_tokens(self) -> int:
+        return self.batch_size * self.grad_acc_steps
+
+    def _one_step(self) -> None:
+        first = self.step * self.grad_acc_steps
+        batches = [self.loader.batch(first + i) for i in range(self.grad_acc_steps)]
+        for bank in self.banks:
+            site = bank.variants[0].site
+            micro = [bank.frame.enter(batch[site].to(self.device)) for batch in batches]
+            bank.step(micro, self.schedule.factor(self.step), self.step)
+        self.step += 1
+
+    def _log(self, n_steps: int, tokens_per_s: float) -> None:
+        factor = self.schedule.factor(self.step - 1)
+        variants: dict[str, dict[str, float | None]] = {}
+        for bank in self.banks:
+            for variant, at in bank.freeze_diverged():
+                say(
+                    f"{variant.name} diverged at step {at:,} (its loss is not finite): frozen, the others go on"
+                )
+            for i, variant in enumerate(bank.variants):
+                totals = bank.totals_V[i].take(bank.b_VD.shape[1], n_steps)
+                if bank.frozen[i]:
+                    totals = dict.fromkeys(totals)
+                variants[variant.name] = {
+                    **totals,
+                    "dead_fraction": bank.dead_fraction(i),
+                    "lr": 0.0 if bank.frozen[i] else variant.lr * factor,
+                }
+        record: Record = {
+            "step": self.step,
+            "tokens": self.step * self._step_tokens,
+            "tokens_per_s": tokens_per_s,
+            "seconds": self.seconds,
+            "variants": variants,
+        }
+        for sink in self.sinks:
+            sink.log(record)
+
+    def _save(self) -> None:
+        checkpoint.save(self.checkpoint_path, self.step, self.banks, self.seconds)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set while the block runs; a second SIGINT interrupts."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

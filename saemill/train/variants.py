@@ -1,0 +1,138 @@
+"""Variants: the SAEs that one run trains, as a grid of lists or an explicit list."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from saemill.common.config import build
+from saemill.common.errors import ConfigError
+
+REFERENCE_LATENTS = 2**14
+REFERENCE_LR = 2e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One SAE to be trained, all settings resolved."""
+
+    name: str
+    """Unique in the run; the name of its folder."""
+    site: str
+    k: int
+    num_latents: int
+    lr: float
+    """Peak learning rate."""
+    seed: int = 0
+    """Seed of the initial decoder."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the encoder's weights; the decoder's rows have unit length."""
+    auxk_alpha: float = 1 / 32
+    """Weight of the auxiliary loss; 0 turns it off."""
+    k_aux: int
+    """Dead latents that reconstruct the residual of each token."""
+    loss: Literal["fvu", "mse"] = "fvu"
+    b_dec_init: Literal["mean", "geometric_median"] = "mean"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.num_latents:
+            raise ConfigError(f"k must be in 1..{self.num_latents} (the number of latents), got {self.k}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ConfigError(f"lr must be positive, got {self.lr}")
+        for name in ("weight_decay", "auxk_alpha"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.k_aux < 1:
+            raise ConfigError(f"k_aux must be 1 or more, got {self.k_aux}")
+
+
+def auto_lr(num_latents: int) -> float:
+    """2e-4 / √(F / 2^14), the scaling of Gao et al. 2024 (figure 3), for Adam."""
+    return REFERENCE_LR / math.sqrt(num_latents / REFERENCE_LATENTS)
+
+
+def resolve(
+    common: Mapping[str, Any],
+    axes: Mapping[str, tuple[Any, ...]],
+    explicit: tuple[Mapping[str, Any], ...],
+    widths: Mapping[str, int],
+) -> list[Variant]:
+    """All variants of a run.
+
+    Args:
+        common: settings shared by all variants.
+        axes: lists of `site`, `k`, `expansion_factor`, `num_latents`, `lr`, `seed`; empty ones are
+            left out. Every combination is a variant.
+        explicit: variants listed one by one; what one leaves out comes from `common` and from
+            axes with a single value. With it, no combinations are formed.
+        widths: D of each site.
+
+    Raises:
+        ConfigError: contradicting, unknown or missing settings; two variants alike.
+    """
+    axes = {name: values for name, values in axes.items() if values}
+    if explicit:
+        single = {name: values[0] for name, values in axes.items() if len(values) == 1}
+        entries = [_fill_in(dict(entry), single, axes) for entry in explicit]
+    else:
+        if "expansion_factor" in axes and "num_latents" in axes:
+            raise ConfigError("give expansion_factor or num_latents, not both")
+        entries = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    variants = [_variant({**common, **entry}, widths) for entry in entries]
+    names = [variant.name for variant in variants]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two variants are called {name!r}; leave one out or name them apart")
+    return variants
+
+
+def _fill_in(entry: dict[str, Any], single: dict[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
+    width_given = {"expansion_factor", "num_latents"} & set(entry)
+    for name in axes:
+        if name in entry or (width_given and name in ("expansion_factor", "num_latents")):
+            continue
+        if name not in single:
+            raise ConfigError(f"variant {entry} gives no {name}, and the run has several")
+        entry[name] = single[name]
+    return entry
+
+
+def _variant(entry: dict[str, Any], widths: Mapping[str, int]) -> Variant:
+    site = entry["site"]
+    if site not in widths:
+        raise ConfigError(f"variant of site {site!r}: name the site with --site too")
+    d = widths[site]
+    factor = entry.pop("expansion_factor", None)
+    if factor is not None:
+        if "num_latents" in entry:
+            raise ConfigError(f"a variant has expansion_factor or num_latents, not both: {entry}")
+        if int(factor) < 1:
+            raise ConfigError(f"expansion_factor must be 1 or more, got {factor}")
+        entry["num_latents"] = d * int(factor)
+    if entry.get("k_aux") is None:
+        entry["k_aux"] = max(1, d // 2)
+    n, lr = int(entry["num_latents"]), entry.get("lr", "auto")
+    name = f"{site}-k{entry['k']}-f{n}-s{entry.get('seed', 0)}"
+    if lr == "auto":
+        if entry.get("optimizer", "adam") != "adam":
+            raise ConfigError("lr auto is known for adam only; give --lr for sgd")
+        entry["lr"] = auto_lr(n)
+    else:
+        name += f"-lr{float(lr):g}"
+    return build(Variant, {"name": name, **entry}, "variants")
+
+
+def groups(variants: list[Variant]) -> dict[tuple[str, int], list[Variant]]:
+    """Variants by site and width: those that are stacked in one bank."""
+    found: dict[tuple[str, int], list[Variant]] = {}
+    for variant in variants:
+        found.setdefault((variant.site, variant.num_latents), []).append(variant)
+    return found
+
+
+def describe(variant: Variant) -> dict[str, Any]:
+    """A variant's settings as plain values."""
+    return dataclasses.asdict(variant)
