@@ -272,16 +272,28 @@ class SiteArray:
         """Activations of addresses start..stop in address order, [stop - start, D]."""
         if not 0 <= start <= stop <= self.store.n_tokens:
             raise IndexError(f"addresses must be within 0..{self.store.n_tokens}, got {start}..{stop}")
-        out = np.empty((stop - start, self.width), self.array.dtype)
         size = self.store.shard_tokens
+        parts = [np.empty((0, self.width), self.array.dtype)]
         for shard in range(start // size, -(-stop // size)):
             first, last = max(start - shard * size, 0), min(stop - shard * size, size)
-            places = inverse(self.store.permutation(shard))[first:last]
-            for block in np.unique(places // BLOCK_TOKENS):
-                here = places // BLOCK_TOKENS == block
-                rows = self.block(shard, int(block))[places[here] % BLOCK_TOKENS]
-                out[shard * size + first - start + np.flatnonzero(here)] = rows
-        return as_tensor(out, self.dtype)
+            parts.append(self.gather(shard, np.arange(first, last)))
+        return as_tensor(np.concatenate(parts), self.dtype)
+
+    def gather(self, shard: int, offsets: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows of one shard by their addresses' offsets in it, each block that is read checked.
+
+        Returns: [len(offsets), D] in the array's dtype.
+        """
+        places = inverse(self.store.permutation(shard))[offsets]
+        order = np.argsort(places)
+        edges = np.searchsorted(
+            places[order], np.arange(0, self.store.shard_tokens + BLOCK_TOKENS, BLOCK_TOKENS)
+        )
+        out = np.empty((len(offsets), self.width), self.array.dtype)
+        for block in np.flatnonzero(np.diff(edges)):
+            here = order[edges[block] : edges[block + 1]]
+            out[here] = self.block(shard, int(block))[places[here] - block * BLOCK_TOKENS]
+        return out
 
     def problem(self, shard: int) -> str | None:
         """What is wrong with a shard by size and hash, or None."""

@@ -17,7 +17,7 @@ from saemill.common.tokens import TokenizerInfo
 Head = Literal["causal", "masked"]
 
 
-class _Enough(Exception):  # noqa: N818  (a signal to stop the forward pass, no error)
+class _Enough(Exception):
     """Ends a forward pass after the last site needed."""
 
 

@@ -6,6 +6,7 @@ A token's address is `row * ctx_len + pos`. Layout of the folder:
     tokens/            Zarr array [n_rows, ctx_len], the smallest unsigned type that fits
     held_out/          Zarr array [n_rows, 1], 1 where the row holds held-out documents
     segments.parquet   start (address), document: each piece of a document within a row
+    tokenizer/         the tokenizer itself, so that tokens can be shown as text anywhere
     documents.parquet  source_index, start (address), n_tokens, held_out, text_hash
     manifest.json      written last: sizes, hashes, tokenizer, source, settings
 """
@@ -195,6 +196,7 @@ def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
     tokens = ShardedArray.create(partial / "tokens", shape, shard_rows, dtype, {})
     for shard in range(tokens.n_shards):
         tokens.write_shard(shard, source.shard(shard)[: tokens.rows_in(shard)])
+    shutil.copytree(store.path / "tokenizer", partial / "tokenizer")
     starts, numbers = store._segments
     end = n_rows * store.ctx_len
     kept = starts < end

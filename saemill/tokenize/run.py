@@ -21,8 +21,9 @@ from saemill.common.errors import ConfigError, DataError
 from saemill.common.log import progress, say
 from saemill.common.permutation import combine
 from saemill.common.shards import ShardedArray
+from saemill.common.tokenizer import check_ctx_len, load_tokenizer
 from saemill.common.tokens import TokenizerInfo, TokenStore, cut_documents, write_token_store
-from saemill.tokenize.packing import RowPacker, check_ctx_len, check_ids, load_tokenizer
+from saemill.tokenize.packing import RowPacker, check_ids
 from saemill.tokenize.source import Batch, open_source
 
 SHARD_TOKENS = 1 << 24
@@ -108,6 +109,7 @@ def run(config: TokenizeConfig) -> TokenStore:
             advance((writer.n_rows - before) * config.ctx_len)
             if done:
                 break
+    tokenizer.save_pretrained(partial / "tokenizer")
     writer.finish({"name": config.dataset, "fingerprint": source.fingerprint, "column": source.column})
     partial.replace(config.out)
     store = TokenStore(config.out)

@@ -39,7 +39,8 @@ class Bank:
         frame: the site's units; `centre_D` on the device.
         dtype: of the encoder's product, float32 or bfloat16.
         dead_after_tokens: a latent that has not fired for so many tokens is dead.
-        sample_TD: training activations for the geometric median, in training units.
+        sample_TD: training activations for the initial gain and the geometric median, in training
+            units.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Bank:
         for i, variant in enumerate(variants):
             if variant.b_dec_init == "geometric_median":
                 self.b_VD[i] = ops.geometric_median(sample_TD)
+            self.w_enc_VFD[i] *= self._initial_gain(i, sample_TD)
         self.idle_tokens_VF = torch.zeros(n, f, dtype=torch.int64, device=device)
         self.diverged_step_V = torch.full((n,), -1, dtype=torch.int64, device=device)
         self.frozen = [False] * n
@@ -71,6 +73,17 @@ class Bank:
     def stacks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The stacked parameters: w_enc_VFD, b_enc_VF, w_dec_VFD, b_VD."""
         return self.w_enc_VFD, self.b_enc_VF, self.w_dec_VFD, self.b_VD
+
+    def _initial_gain(self, i: int, sample_TD: Tensor) -> Tensor:
+        """The factor on the encoder with which the first reconstructions fit best.
+
+        Without it k unit directions, each with its full projection, overshoot the more the larger
+        k is, and the first steps only undo that.
+        """
+        w_enc, b_enc, w_dec, b = (stack[i] for stack in self.stacks)
+        codes = ops.encode(sample_TD, w_enc, b_enc, b, self.variants[i].k, torch.float32)
+        raw_TD = ops.decode(codes, w_dec, b) - b
+        return ((sample_TD - b) * raw_TD).sum() / raw_TD.square().sum().clamp(min=1e-12)
 
     def _optimizer(self, i: int) -> torch.optim.Optimizer:
         """torch's own fused optimizer over variant i's slices of the stacks."""
@@ -104,7 +117,11 @@ class Bank:
         for x_TD in micro_batches:
             codes = ops.encode(x_TD, w_enc, b_enc, b, self.variants[i].k, self.dtype)
             grads, sse = self._backward(i, x_TD, codes, dead, n_tokens)
-            total = grads if total is None else ops.Gradients(*(a + g for a, g in zip(total, grads, strict=True)))
+            total = (
+                grads
+                if total is None
+                else ops.Gradients(*(a + g for a, g in zip(total, grads, strict=True)))
+            )
             finite &= torch.isfinite(sse)
             fired[codes.idx_TK[codes.val_TK > 0]] = True
         assert total is not None
@@ -145,7 +162,9 @@ class Bank:
         """Numbers of the latents idle for too long. int64 [n_dead]."""
         return (self.idle_tokens_VF[i] > self.dead_after_tokens).nonzero()[:, 0]
 
-    def _update(self, i: int, grads: ops.Gradients, lr_factor: float, finite: Tensor, step: int) -> None:
+    def _update(
+        self, i: int, grads: ops.Gradients, lr_factor: float, finite: Tensor, step: int
+    ) -> None:
         """The optimizer's step, skipped on the device for a variant whose error is not finite."""
         optimizer: Any = self.optimizers[i]
         diverged = self.diverged_step_V[i]

@@ -12,11 +12,14 @@ the sums over pairs with idx_tk = f. Only T·K pairs are touched; nothing of siz
 nothing of size T·K·D is made.
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
 
 CHUNK_BYTES = 1 << 27
 """Most bytes of pre-activations in memory at once."""
@@ -193,7 +196,9 @@ def geometric_median(x_TD: Tensor, n_iterations: int = 100, tolerance: float = 1
     for _ in range(n_iterations):
         weight_T = 1 / torch.linalg.vector_norm(x_TD - point_D, dim=1).clamp(min=1e-8)
         new_D = weight_T @ x_TD / weight_T.sum()
-        moved = torch.linalg.vector_norm(new_D - point_D) / torch.linalg.vector_norm(new_D).clamp(min=1e-8)
+        moved = torch.linalg.vector_norm(new_D - point_D) / torch.linalg.vector_norm(new_D).clamp(
+            min=1e-8
+        )
         point_D = new_D
         if moved < tolerance:
             break

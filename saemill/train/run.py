@@ -96,8 +96,16 @@ class TrainConfig:
     """Name of the run in wandb (the variants' group); by default the output folder's."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "grad_acc_steps", "save_every", "log_every", "buffer_tokens",
-                     "max_tokens", "epochs", "dead_after_tokens"):
+        for name in (
+            "batch_size",
+            "grad_acc_steps",
+            "save_every",
+            "log_every",
+            "buffer_tokens",
+            "max_tokens",
+            "epochs",
+            "dead_after_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {value}")
@@ -110,7 +118,16 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result."""
-        skip = ("out", "acts", "device", "resume", "save_every", "log_to_wandb", "wandb_project", "run_name")
+        skip = (
+            "out",
+            "acts",
+            "device",
+            "resume",
+            "save_every",
+            "log_to_wandb",
+            "wandb_project",
+            "run_name",
+        )
         return {key: value for key, value in settings.plain(self).items() if key not in skip}
 
 

@@ -1,0 +1,1 @@
+"""Stage 4: what the trained SAEs are worth, on tokens that training did not see."""

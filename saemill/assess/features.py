@@ -1,0 +1,131 @@
+"""Where a latent fires most: from the cache by address arithmetic, shown as text."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from saemill.assess.evalset import Chunk
+from saemill.common.errors import ConfigError
+from saemill.common.sae import Sae
+from saemill.common.tokens import TokenStore
+
+CONTEXT_TOKENS = 12
+"""Tokens shown on either side."""
+SEED = 11
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One place where a latent fires."""
+
+    activation: float
+    address: int
+    document: int
+    before: str
+    token: str
+    after: str
+
+
+def choose_latents(
+    density_F: NDArray[np.float64], live: NDArray[np.bool_], asked: tuple[int, ...], n_random: int
+) -> list[int]:
+    """The latents to show: those asked for, then live ones drawn at random (never hand-picked).
+
+    Raises:
+        ConfigError: a latent that was asked for does not exist.
+    """
+    bad = [latent for latent in asked if not 0 <= latent < len(density_F)]
+    if bad:
+        raise ConfigError(f"latents are 0..{len(density_F) - 1}, got {', '.join(map(str, bad))}")
+    candidates = np.flatnonzero(live)
+    drawn = np.random.default_rng(SEED).permutation(candidates)[:n_random]
+    return list(dict.fromkeys([*asked, *drawn.tolist()]))
+
+
+def top_addresses(
+    chunks: Iterable[Chunk],
+    site: str,
+    sae: Sae,
+    latents: list[int],
+    tokens: TokenStore,
+    n_contexts: int,
+) -> dict[int, list[tuple[float, int]]]:
+    """The strongest activations of some latents, at most one per document.
+
+    Args:
+        chunks: activations to search.
+        site: where the SAE belongs.
+        tokens: says which document an address belongs to.
+        n_contexts: how many per latent.
+
+    Returns: latent → (activation, address), strongest first.
+    """
+    best: dict[int, dict[int, tuple[float, int]]] = {latent: {} for latent in latents}
+    wanted = torch.tensor(sorted(latents))
+    with torch.inference_mode():
+        for chunk in chunks:
+            codes = sae.encode(chunk.x[site].to(sae.W_enc.device, torch.float32))
+            hit = torch.isin(codes.top_indices, wanted.to(codes.top_indices.device)) & (
+                codes.top_acts > 0
+            )
+            token, slot = (part.cpu().numpy() for part in hit.nonzero(as_tuple=True))
+            acts = codes.top_acts.cpu().numpy()[token, slot]
+            index = codes.top_indices.cpu().numpy()[token, slot]
+            addresses = chunk.addresses_T[token]
+            documents = tokens.document_of(addresses)
+            for latent in np.unique(index):
+                here = np.flatnonzero(index == latent)
+                strongest = here[np.argsort(-acts[here], kind="stable")][: 4 * n_contexts]
+                _merge(best[int(latent)], acts, addresses, documents, strongest, n_contexts)
+    return {latent: sorted(found.values(), reverse=True) for latent, found in best.items()}
+
+
+def _merge(
+    found: dict[int, tuple[float, int]],
+    acts: NDArray[Any],
+    addresses: NDArray[np.int64],
+    documents: NDArray[np.int64],
+    chosen: NDArray[np.intp],
+    n_contexts: int,
+) -> None:
+    """Keep the strongest activation of each document, and the strongest documents."""
+    for i in chosen:
+        document, entry = int(documents[i]), (float(acts[i]), int(addresses[i]))
+        if document not in found or entry > found[document]:
+            found[document] = entry
+    for document in sorted(found, key=lambda d: found[d], reverse=True)[n_contexts:]:
+        del found[document]
+
+
+class Reader:
+    """Turns addresses into text with the tokenizer that the token store carries."""
+
+    def __init__(self, tokens: TokenStore) -> None:
+        self.tokens = tokens
+        folder: Path = tokens.path / "tokenizer"
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder))
+
+    def context(self, activation: float, address: int) -> Context:
+        """The token at an address with its neighbours in the same row and document."""
+        row, position = divmod(address, self.tokens.ctx_len)
+        start = max(0, position - CONTEXT_TOKENS)
+        stop = min(self.tokens.ctx_len, position + CONTEXT_TOKENS + 1)
+        base = row * self.tokens.ctx_len
+        ids = self.tokens.rows(row, row + 1)[0].astype(int)
+        documents = self.tokens.document_of(base + np.arange(start, stop))
+        document = int(documents[position - start])
+        inside = np.flatnonzero(documents == document) + start
+        special = set(self.tokens.tokenizer.special_ids)
+        shown = [int(i) for i in inside if ids[i] not in special or i == position]
+
+        def text(positions: list[int]) -> str:
+            return str(self.tokenizer.decode([int(ids[i]) for i in positions]))
+
+        before, after = [i for i in shown if i < position], [i for i in shown if i > position]
+        return Context(activation, address, document, text(before), text([position]), text(after))

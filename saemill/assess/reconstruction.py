@@ -1,0 +1,161 @@
+"""How well each SAE reconstructs held-out activations, and how its latents fire."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saemill.assess.evalset import Chunk, EvalSet
+from saemill.assess.sums import Bootstrap, DocumentSums, Figure, absent
+from saemill.common.sae import Sae
+
+PER_VARIANT = ("sse", "cosine", "norm_ratio", "l0")
+ROWS_AT_ONCE = 2048
+
+
+@dataclass(slots=True)
+class Firing:
+    """How the latents of one SAE fired."""
+
+    count_F: Tensor
+    """int64, tokens on which the latent was active."""
+    sum_F: Tensor
+    """float64, sum of its activations."""
+    max_F: Tensor
+    """float32, its largest activation."""
+
+
+class Reconstruction:
+    """One streaming pass over the evaluation tokens, all SAEs together.
+
+    Args:
+        saes: variant name → SAE, in the activations' own units.
+        sites: variant name → site.
+        evalset: where the tokens come from.
+    """
+
+    def __init__(self, saes: dict[str, Sae], sites: dict[str, str], evalset: EvalSet) -> None:
+        self.saes, self.sites, self.evalset = saes, sites, evalset
+        columns = [f"{name}/{what}" for name in saes for what in PER_VARIANT]
+        shared = [f"{site}/squares" for site in evalset.sites]
+        self.sums = DocumentSums(["n", *shared, *columns])
+        self.firing = {
+            name: Firing(
+                torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.float64), torch.zeros(n)
+            )
+            for name, n in ((name, sae.config.num_latents) for name, sae in saes.items())
+        }
+        self.centre = {site: evalset.store.site(site).statistics.mean_D for site in evalset.sites}
+        self.first: dict[str, dict[int, NDArray[np.float64]]] = {site: {} for site in evalset.sites}
+        self.n_tokens = 0
+
+    def run(self, chunks: Iterable[Chunk]) -> "Reconstruction":
+        """Count all chunks."""
+        with torch.inference_mode():
+            for chunk in chunks:
+                units = self.evalset.units(chunk.addresses_T)
+                self.n_tokens += len(units)
+                columns: dict[str, Any] = {"n": np.ones(len(units))}
+                for site, x_TD in chunk.x.items():
+                    columns[f"{site}/squares"] = self._deviations(site, x_TD, units)
+                for name, sae in self.saes.items():
+                    columns |= self._variant(name, sae, chunk.x[self.sites[name]])
+                self.sums.add(units, columns)
+        return self
+
+    def _deviations(self, site: str, x_TD: Tensor, units: NDArray[Any]) -> NDArray[np.float64]:
+        """Squared distances from the cached mean; their sums per document are moved to the
+        evaluation set's own mean at the end."""
+        centred = x_TD.double() - self.centre[site]
+        documents, group = np.unique(units, return_inverse=True)
+        first = torch.zeros(len(documents), centred.shape[1], dtype=torch.float64)
+        first.index_add_(0, torch.from_numpy(group), centred)
+        for document, row in zip(documents.tolist(), first.numpy(), strict=True):
+            known = self.first[site].get(document)
+            self.first[site][document] = row.copy() if known is None else known + row
+        return centred.square().sum(1).numpy()
+
+    def _variant(self, name: str, sae: Sae, x_TD: Tensor) -> dict[str, Any]:
+        parts: dict[str, list[Tensor]] = {what: [] for what in PER_VARIANT}
+        firing = self.firing[name]
+        device = sae.W_enc.device
+        for part in x_TD.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+            x = part.to(device, torch.float32)
+            output = sae(x)
+            error = output.reconstruction - x
+            x_norm, r_norm = (torch.linalg.vector_norm(y, dim=1) for y in (x, output.reconstruction))
+            parts["sse"].append(error.double().square().sum(1))
+            parts["cosine"].append(
+                (x * output.reconstruction).sum(1) / (x_norm * r_norm).clamp(min=1e-12)
+            )
+            parts["norm_ratio"].append(r_norm / x_norm.clamp(min=1e-12))
+            active = output.top_acts > 0
+            parts["l0"].append(active.sum(1))
+            latents, acts = output.top_indices[active].cpu(), output.top_acts[active].cpu()
+            firing.count_F += torch.bincount(latents, minlength=len(firing.count_F))
+            firing.sum_F.index_add_(0, latents, acts.double())
+            firing.max_F.scatter_reduce_(0, latents, acts, "amax")
+        return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in parts.items()}
+
+    def squares(self, site: str) -> NDArray[np.float64]:
+        """Σ ‖x − x̄‖² per document, x̄ the mean over the whole evaluation set. [n_documents]."""
+        raw, n = self.sums.column(f"{site}/squares"), self.sums.column("n")
+        first = np.stack([self.first[site][document] for document in sorted(self.first[site])])
+        shift = first.sum(0) / n.sum()
+        return np.asarray(raw - 2 * first @ shift + n * (shift @ shift))
+
+    def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
+        """fvu, explained variance, mse, cosine, norm ratio and L0 of one variant.
+
+        fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖²; mse is per dimension.
+        """
+        n = self.sums.column("n")
+        column = {what: self.sums.column(f"{name}/{what}") for what in PER_VARIANT}
+        fvu = bootstrap.ratio(column["sse"], self.squares(self.sites[name]))
+        return {
+            "fvu": fvu,
+            "explained_variance": complement(fvu),
+            "mse": bootstrap.ratio(column["sse"], n * self.saes[name].config.d_in),
+            "cosine": bootstrap.ratio(column["cosine"], n),
+            "norm_ratio": bootstrap.ratio(column["norm_ratio"], n),
+            "l0": bootstrap.ratio(column["l0"], n),
+        }
+
+    def density(self, name: str) -> NDArray[np.float64]:
+        """Share of tokens on which each latent was active. [F]."""
+        return self.firing[name].count_F.numpy() / max(1, self.n_tokens)
+
+
+def complement(figure: Figure) -> Figure:
+    """1 − figure, the interval turned over."""
+    turned = {key: 1 - value for key, value in figure.items() if key != "reason" and value is not None}
+    if "lo" in turned:
+        turned["lo"], turned["hi"] = turned["hi"], turned["lo"]
+    return figure | turned
+
+
+def absorption(rows_FD: Tensor) -> Figure:
+    """Mean over decoder rows of the largest cosine to another row; lower is better.
+
+    Args:
+        rows_FD: decoder rows of the live latents.
+    """
+    if len(rows_FD) < 2:
+        return absent(f"{len(rows_FD)} live latents: a cosine needs two")
+    unit = torch.nn.functional.normalize(rows_FD, dim=1)
+    largest = []
+    for start in range(0, len(unit), 1024):
+        cosine = unit[start : start + 1024] @ unit.T
+        cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = -1
+        largest.append(cosine.amax(1))
+    return {"value": float(torch.cat(largest).mean())}
+
+
+def random_absorption(n: int, d: int) -> Figure:
+    """What `absorption` reads on as many random directions: no dictionary can tell less."""
+    generator = torch.Generator().manual_seed(0)
+    return absorption(torch.randn(n, d, generator=generator))

@@ -1,0 +1,360 @@
+"""`saemill assess`: held-out tokens through every SAE of a run, then through the model; the verdict."""
+
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from saemill.assess import features, verdict
+from saemill.assess.evalset import EvalSet
+from saemill.assess.reconstruction import Reconstruction, absorption, random_absorption
+from saemill.assess.report import table, write_html
+from saemill.assess.splicing import Splicing, absent_metrics
+from saemill.assess.sums import Bootstrap, Figure
+from saemill.assess.verdict import Thresholds
+from saemill.common import config as settings
+from saemill.common import durable
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.log import duration, progress, say
+from saemill.common.mask import MaskConfig
+from saemill.common.model import LanguageModel, choose_device, fingerprint_model
+from saemill.common.sae import Sae
+from saemill.common.tokens import TokenStore
+
+FORMAT = "saemill assessment 1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssessConfig:
+    """Settings of the stage."""
+
+    run: Path
+    """Folder of a finished run."""
+    acts: Path | None = None
+    """The activation store, if it is no longer where training read it."""
+    model: str | None = None
+    """Hub id or local folder; by default the one that was cached."""
+    with_model: bool = True
+    """Run the model with the SAEs spliced in; false leaves out the losses."""
+    tokens: Path | None = None
+    """Assess on this token store instead of the held-out rows."""
+    out: Path | None = None
+    """Where to write; by default the run's folder, or `on-<name>` in it for other tokens."""
+    max_tokens: int = 1_000_000
+    """Most tokens for reconstruction and firing."""
+    model_tokens: int = 100_000
+    """Most tokens for the losses, in whole rows."""
+    batch_size: int = 8
+    """Rows per forward pass."""
+    device: str = "auto"
+    dead_percentage_threshold: float = 0.0005
+    """A latent that fires on a smaller share of the tokens counts as dead."""
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    latents: tuple[int, ...] = ()
+    """Latents of the shown variant whose contexts are wanted, beside random live ones."""
+    variant: str | None = None
+    """The variant whose latents are shown; by default the best."""
+    n_latents: int = 12
+    """Random live latents shown."""
+    n_contexts: int = 8
+    """Contexts per latent, at most one per document."""
+    context_tokens: int = 500_000
+    """Most tokens searched for contexts."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "model_tokens", "batch_size", "n_contexts", "context_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.dead_percentage_threshold < 1:
+            raise ConfigError(
+                f"dead_percentage_threshold must be in [0, 1), got {self.dead_percentage_threshold}"
+            )
+        if self.model is not None and not self.with_model and self.tokens is None:
+            raise ConfigError("model has no effect with --no-model; leave one out")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A finished run, opened."""
+
+    store: ActivationStore
+    saes: dict[str, Sae]
+    sites: dict[str, str]
+    mask: MaskConfig
+    finished: dict[str, Any]
+
+
+def run(config: AssessConfig) -> dict[str, Any]:
+    """Assess every variant of a run; write `final_assessment.json` and `report.html`.
+
+    Returns: the content of `final_assessment.json`.
+
+    Raises:
+        StoreError: the run is not finished, or its activations are not to be found.
+        ConfigError: settings that do not fit the run.
+    """
+    started = time.perf_counter()
+    device = choose_device(config.device)
+    opened = _open(config, device)
+    model = _load_model(config, opened.store, device)
+    other = TokenStore(config.tokens) if config.tokens else None
+    sites = list(dict.fromkeys(opened.sites.values()))
+    evalset = EvalSet(opened.store, other, model, opened.mask, sites, config.batch_size)
+    reconstruction = Reconstruction(opened.saes, opened.sites, evalset)
+    with progress("reconstruct", None, "tokens") as advance:
+        reconstruction.run(_counted(evalset.chunks(config.max_tokens), advance))
+    if reconstruction.n_tokens == 0:
+        raise ConfigError("every position of the evaluation tokens is masked or was seen in training")
+    splicing = _splice(config, opened, evalset, model)
+    entries = _entries(config, opened, reconstruction, splicing, model)
+    best = entries[0]["name"]
+    shown = config.variant or best
+    assessment = {
+        "format": FORMAT,
+        "data": _data(config, evalset, reconstruction, splicing),
+        "thresholds": settings.plain(config.thresholds),
+        "best_variant": best,
+        "variants": entries,
+        "features": _features(config, opened, evalset, reconstruction, shown),
+        "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},
+    }
+    out = config.out or (config.run if other is None else config.run / f"on-{other.path.name}")
+    assessment["seconds"] = time.perf_counter() - started
+    _write(out, assessment, reconstruction, splicing)
+    say(table(assessment))
+    say(f"{out / 'final_assessment.json'}, report.html written in {duration(assessment['seconds'])}")
+    return assessment
+
+
+def _open(config: AssessConfig, device: torch.device) -> _Run:
+    try:
+        finished = durable.read_json(config.run / "finished.json")
+    except FileNotFoundError:
+        raise StoreError(
+            f"{config.run} is no finished run (finished.json is missing); finish it with `saemill train`"
+        ) from None
+    path = config.acts or Path(finished["acts"])
+    if not path.exists():
+        raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
+    store = ActivationStore(path)
+    saes = {name: Sae.load(config.run / name, device) for name in finished["variants"]}
+    if config.variant is not None and config.variant not in saes:
+        raise ConfigError(f"no variant {config.variant!r}; {settings.nearest(config.variant, saes)}")
+    for name, sae in saes.items():
+        if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
+            raise StoreError(f"{name} was not trained on {path}; name the right store with --acts")
+    sites = {name: sae.config.provenance["site"] for name, sae in saes.items()}
+    mask = settings.build(MaskConfig, finished["mask"], "mask")
+    return _Run(store, saes, sites, mask, finished)
+
+
+def _load_model(
+    config: AssessConfig, store: ActivationStore, device: torch.device
+) -> LanguageModel | None:
+    """The model, in the type that it was cached with.
+
+    Raises:
+        ConfigError: its weights are not those that were cached.
+    """
+    if not config.with_model:
+        return None
+    name, revision = config.model or store.settings["model"], store.settings["revision"]
+    if config.model is not None and config.model != store.settings["model"]:
+        revision = None
+    if fingerprint_model(name, revision) != store.settings["model_fingerprint"]:
+        raise ConfigError(
+            f"{name} has other weights than the model that was cached; name it with --model"
+        )
+    dtype = getattr(torch, store.settings["model_dtype"])
+    return LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True)
+
+
+def _counted(chunks: Any, advance: Any) -> Any:
+    for chunk in chunks:
+        yield chunk
+        advance(len(chunk.addresses_T))
+
+
+def _splice(
+    config: AssessConfig, opened: _Run, evalset: EvalSet, model: LanguageModel | None
+) -> Splicing | None:
+    if model is None or model.head is None:
+        return None
+    n_rows = max(1, config.model_tokens // evalset.tokens.ctx_len)
+    total = min(len(evalset.rows_R), n_rows) * evalset.tokens.ctx_len
+    splicing = Splicing(opened.saes, opened.sites, evalset, model)
+    with progress("splice", total, "tokens") as advance:
+        splicing.run(config.model_tokens, advance)
+    return splicing if splicing.n_tokens else None
+
+
+def _entries(
+    config: AssessConfig,
+    opened: _Run,
+    reconstruction: Reconstruction,
+    splicing: Splicing | None,
+    model: LanguageModel | None,
+) -> list[dict[str, Any]]:
+    """One entry per variant, best first, each compared with the best on the same draws."""
+    bootstrap = Bootstrap(len(reconstruction.sums.rows))
+    model_bootstrap = Bootstrap(len(splicing.sums.rows)) if splicing else None
+    entries = []
+    for name, sae in opened.saes.items():
+        metrics = reconstruction.metrics(name, bootstrap) | _latent_metrics(
+            config, reconstruction, name
+        )
+        if splicing and model_bootstrap:
+            metrics |= splicing.metrics(name, model_bootstrap)
+        else:
+            metrics |= absent_metrics(_why_no_losses(model))
+        found = verdict.checks(metrics, config.thresholds)
+        entries.append(
+            {
+                "name": name,
+                "site": opened.sites[name],
+                "k": sae.config.k,
+                "num_latents": sae.config.num_latents,
+                "tokens_trained": sae.config.provenance["tokens_trained"],
+                "diverged_at_step": sae.config.provenance["diverged_at_step"],
+                "metrics": metrics,
+                "checks": found,
+                "verdict": verdict.summary(found),
+            }
+        )
+    entries = verdict.order(entries)
+    best = entries[0]["name"]
+    for entry in entries[1:]:
+        entry["versus_best"] = _versus(entry["name"], best, opened, reconstruction, splicing)
+    return entries
+
+
+def _why_no_losses(model: LanguageModel | None) -> str:
+    if model is None:
+        return "run with --no-model"
+    if model.head is None:
+        return f"{model.name} has no language-model head"
+    return "no position to predict in the evaluation rows"
+
+
+def _latent_metrics(
+    config: AssessConfig, reconstruction: Reconstruction, name: str
+) -> dict[str, Figure]:
+    density = reconstruction.density(name)
+    sae = reconstruction.saes[name]
+    live = (
+        density >= config.dead_percentage_threshold if config.dead_percentage_threshold else density > 0
+    )
+    rows = sae.W_dec.detach().cpu()[torch.from_numpy(live)]
+    quantiles = np.quantile(density, [0.05, 0.25, 0.5, 0.75, 0.95])
+    return {
+        "dead_fraction": {"value": float(1 - live.mean())},
+        "never_fired": {"value": float((density == 0).mean())},
+        "dense_fraction": {"value": float((density > 0.1).mean())},
+        "density_quantiles": {"value": quantiles.tolist()},
+        "absorption": absorption(rows),
+        "absorption_random": random_absorption(*rows.shape),
+    }
+
+
+def _versus(
+    name: str, best: str, opened: _Run, reconstruction: Reconstruction, splicing: Splicing | None
+) -> dict[str, Figure]:
+    """Differences to the best variant over the same documents: value minus the best's."""
+    bootstrap = Bootstrap(len(reconstruction.sums.rows))
+    found: dict[str, Figure] = {}
+    if opened.sites[name] == opened.sites[best]:
+        squares = reconstruction.squares(opened.sites[name])
+        difference = reconstruction.sums.column(f"{name}/sse") - reconstruction.sums.column(
+            f"{best}/sse"
+        )
+        found["fvu"] = bootstrap.ratio(difference, squares)
+    if splicing:
+        difference = splicing.sums.column(f"{name}/ce") - splicing.sums.column(f"{best}/ce")
+        found["delta_ce"] = Bootstrap(len(splicing.sums.rows)).ratio(
+            difference, splicing.sums.column("n")
+        )
+    for figure in found.values():
+        if figure.get("lo") is not None:
+            figure["distinguishable"] = not figure["lo"] <= 0 <= figure["hi"]
+    return found
+
+
+def _data(
+    config: AssessConfig, evalset: EvalSet, reconstruction: Reconstruction, splicing: Splicing | None
+) -> dict[str, Any]:
+    return {
+        "chosen": evalset.description,
+        "tokens_fingerprint": evalset.tokens.fingerprint,
+        "n_tokens": reconstruction.n_tokens,
+        "n_documents": len(reconstruction.sums.rows),
+        "n_documents_left_out_as_seen": evalset.n_seen_documents,
+        "n_tokens_with_losses": splicing.n_tokens if splicing else 0,
+        "mask": settings.plain(evalset.mask),
+        "dead_percentage_threshold": config.dead_percentage_threshold,
+        "identity_splice_nats": splicing.identity if splicing else None,
+    }
+
+
+def _features(
+    config: AssessConfig, opened: _Run, evalset: EvalSet, reconstruction: Reconstruction, shown: str
+) -> dict[str, Any]:
+    density = reconstruction.density(shown)
+    live = density >= max(config.dead_percentage_threshold, 1 / max(1, reconstruction.n_tokens))
+    latents = features.choose_latents(density, live, config.latents, config.n_latents)
+    site, sae = opened.sites[shown], opened.saes[shown]
+    chunks = evalset.context_chunks(config.context_tokens)
+    found = features.top_addresses(chunks, site, sae, latents, evalset.tokens, config.n_contexts)
+    reader = features.Reader(evalset.tokens)
+    firing = reconstruction.firing[shown]
+    return {
+        "variant": shown,
+        "searched": f"up to {config.context_tokens:,} tokens"
+        + (" of the cache, training rows included" if evalset.cached else " of the evaluation tokens"),
+        "latents": [
+            {
+                "latent": latent,
+                "density": float(density[latent]),
+                "mean_when_active": float(firing.sum_F[latent] / max(1, int(firing.count_F[latent]))),
+                "contexts": [settings.plain(reader.context(*entry)) for entry in found[latent]],
+            }
+            for latent in latents
+        ],
+    }
+
+
+def _write(
+    out: Path, assessment: dict[str, Any], reconstruction: Reconstruction, splicing: Splicing | None
+) -> None:
+    """The verdict, the report, and the sums and firing counts they follow from."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, sums in (
+        ("documents", reconstruction.sums),
+        ("documents_model", splicing and splicing.sums),
+    ):
+        if sums:
+            hashes = pa.array(sorted(sums.rows), pa.uint64())
+            columns = {column: sums.column(column) for column in sums.names}
+            pq.write_table(pa.table({"text_hash": hashes} | columns), out / f"{name}.parquet")
+    parts = [
+        pa.table(
+            {
+                "variant": [name] * len(firing.count_F),
+                "latent": np.arange(len(firing.count_F)),
+                "density": reconstruction.density(name),
+                "mean_when_active": (firing.sum_F / firing.count_F.clamp(min=1)).numpy(),
+                "max": firing.max_F.numpy(),
+            }
+        )
+        for name, firing in reconstruction.firing.items()
+    ]
+    pq.write_table(pa.concat_tables(parts), out / "latents.parquet")
+    densities = {name: reconstruction.density(name) for name in reconstruction.saes}
+    write_html(out / "report.html", assessment, densities)
+    durable.write_json(out / "final_assessment.json", assessment)

@@ -1,0 +1,167 @@
+"""What the model loses when a site's activations are replaced by their reconstructions.
+
+At the unmasked positions, and the same ones in every run, the activation is replaced by the SAE's
+reconstruction, by zeros, by the cached mean, or (as a check) by itself. Losses are counted at those
+positions: next-token for causal models; for masked ones a fixed 15% of the unmasked positions are
+replaced by [MASK] and predicted.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saemill.assess.evalset import EvalSet, Rows
+from saemill.assess.sums import Bootstrap, DocumentSums, Figure, absent
+from saemill.common.errors import ConfigError, DataError
+from saemill.common.model import LanguageModel, attention_of
+from saemill.common.permutation import hashes
+from saemill.common.sae import Sae
+
+MASKED_SHARE = 0.15
+MASK_KEY = 15
+IDENTITY_TOLERANCE = 1e-3
+"""Most nats per token that splicing the true activation may change."""
+
+Edit = Callable[[Tensor], Tensor]
+
+
+class Splicing:
+    """Forward passes with and without replacement over the evaluation rows.
+
+    Args:
+        saes: variant name → SAE.
+        sites: variant name → site.
+        evalset: rows to run on.
+        model: with its LM head.
+    """
+
+    def __init__(
+        self, saes: dict[str, Sae], sites: dict[str, str], evalset: EvalSet, model: LanguageModel
+    ) -> None:
+        self.saes, self.sites, self.evalset, self.model = saes, sites, evalset, model
+        baselines = [f"{site}/{what}" for site in evalset.sites for what in ("zero", "mean")]
+        variants = [f"{name}/{what}" for name in saes for what in ("ce", "kl")]
+        self.sums = DocumentSums(["n", "clean", *baselines, *variants])
+        self.means = {
+            site: evalset.store.site(site).statistics.mean_D.float().to(model.device)
+            for site in evalset.sites
+        }
+        self.identity: dict[str, float] = {}
+        self.n_tokens = 0
+
+    def run(self, max_tokens: int, advance: Callable[[int], None]) -> "Splicing":
+        """Count rows up to `max_tokens`.
+
+        Raises:
+            DataError: splicing the true activation changes the loss.
+        """
+        for rows in self.evalset.rows(max_tokens):
+            self._rows(rows)
+            advance(rows.ids_RS.numel())
+        return self
+
+    def _rows(self, rows: Rows) -> None:
+        ids_RS, target_RS, counted_RS = self._task(rows)
+        if not counted_RS.any():
+            return
+        tokenizer = self.evalset.tokens.tokenizer
+        attention = attention_of(ids_RS, tokenizer)
+        keep = torch.from_numpy(rows.keep_RS).to(self.model.device)[..., None]
+
+        def measure(site: str | None, edit: Edit | None) -> Tensor:
+            if site is None or edit is None:
+                return self.model.logits(ids_RS, attention)
+            with self.model.splice(site, lambda x: torch.where(keep, edit(x), x)):
+                return self.model.logits(ids_RS, attention)
+
+        counted = torch.from_numpy(counted_RS)
+        target_T = target_RS[counted].to(self.model.device)
+        clean = _log_probs(measure(None, None), counted)
+        columns = {"n": np.ones(len(target_T)), "clean": _ce(clean, target_T)}
+        for site in self.evalset.sites:
+            if site not in self.identity:
+                self._check_identity(site, measure(site, torch.clone), counted, target_T, clean)
+            for what, edit in (("zero", torch.zeros_like), ("mean", self._mean_edit(site))):
+                columns[f"{site}/{what}"] = _ce(_log_probs(measure(site, edit), counted), target_T)
+        for name, sae in self.saes.items():
+            spliced = _log_probs(measure(self.sites[name], _sae_edit(sae)), counted)
+            columns[f"{name}/ce"] = _ce(spliced, target_T)
+            columns[f"{name}/kl"] = (clean.exp() * (clean - spliced)).sum(-1).double().cpu().numpy()
+        units = self.evalset.units(rows.addresses_RS[counted_RS])
+        self.n_tokens += len(units)
+        self.sums.add(units, columns)
+
+    def _task(self, rows: Rows) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
+        """Input ids, targets, and the positions at which the loss is counted; each [R, S]."""
+        if self.model.head == "causal":
+            target = rows.ids_RS.roll(-1, 1)
+            counted = rows.keep_RS.copy()
+            counted[:, -1] = False
+            return rows.ids_RS, target, counted
+        mask_id = self.evalset.tokens.tokenizer.mask_id
+        if mask_id is None:
+            raise ConfigError(f"{self.model.name} is a masked LM, but its tokenizer has no mask token")
+        drawn = hashes(int(rows.addresses_RS.max()) + 1, MASK_KEY)[rows.addresses_RS]
+        counted = rows.keep_RS & (drawn < np.uint64(MASKED_SHARE * 2**64))
+        ids = torch.where(torch.from_numpy(counted), mask_id, rows.ids_RS)
+        return ids, rows.ids_RS, counted
+
+    def _mean_edit(self, site: str) -> Edit:
+        return lambda x: self.means[site].to(x.dtype).expand_as(x)
+
+    def _check_identity(
+        self, site: str, logits: Tensor, counted: Tensor, target_T: Tensor, clean: Tensor
+    ) -> None:
+        change = np.abs(_ce(_log_probs(logits, counted), target_T) - _ce(clean, target_T)).mean()
+        self.identity[site] = float(change)
+        if change > IDENTITY_TOLERANCE:
+            raise DataError(
+                f"splicing the true activation at {site} changes the loss by {change:.4f} nats per "
+                "token: the site is not where the model's forward pass reads it"
+            )
+
+    def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
+        """Losses in nats per token, ΔCE, KL and loss recovered of one variant."""
+        n, clean = self.sums.column("n"), self.sums.column("clean")
+        site = self.sites[name]
+        zero, mean = (self.sums.column(f"{site}/{what}") for what in ("zero", "mean"))
+        ce, kl = (self.sums.column(f"{name}/{what}") for what in ("ce", "kl"))
+        return {
+            "delta_ce": bootstrap.ratio(ce - clean, n),
+            "kl": bootstrap.ratio(kl, n),
+            "loss_recovered": bootstrap.ratio(zero - ce, zero - clean),
+            "loss_recovered_from_mean": bootstrap.ratio(mean - ce, mean - clean),
+            "ce_clean": bootstrap.ratio(clean, n),
+            "ce_spliced": bootstrap.ratio(ce, n),
+            "ce_zero": bootstrap.ratio(zero, n),
+            "ce_mean": bootstrap.ratio(mean, n),
+        }
+
+
+METRICS = ("delta_ce", "kl", "loss_recovered", "loss_recovered_from_mean", "ce_clean", "ce_spliced",
+           "ce_zero", "ce_mean")  # fmt: skip
+
+
+def absent_metrics(reason: str) -> dict[str, Figure]:
+    """The figures of `Splicing.metrics` where no model was run."""
+    return {name: absent(reason) for name in METRICS}
+
+
+def _sae_edit(sae: Sae) -> Edit:
+    def edit(x_RSD: Tensor) -> Any:
+        return sae(x_RSD.float()).reconstruction.to(x_RSD.dtype)
+
+    return edit
+
+
+def _log_probs(logits_RSW: Tensor, counted_RS: Tensor) -> Tensor:
+    """log softmax in float32 at the counted positions. [T, vocabulary]."""
+    return logits_RSW[counted_RS.to(logits_RSW.device)].float().log_softmax(-1)
+
+
+def _ce(log_probs: Tensor, target_T: Tensor) -> NDArray[np.float64]:
+    return -log_probs.gather(1, target_T[:, None])[:, 0].double().cpu().numpy()

@@ -1,0 +1,73 @@
+"""The health verdict: each variant against thresholds, the variants in order, the best one named."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from saemill.assess.sums import Figure
+from saemill.common.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """What a healthy SAE reaches."""
+
+    min_loss_recovered: float = 0.60
+    """Against zero-ablation."""
+    min_l0: float = 20.0
+    max_l0: float = 200.0
+    max_dead_fraction: float = 0.20
+    max_absorption: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.min_l0 > self.max_l0:
+            raise ConfigError(f"min_l0 must be at most max_l0 ({self.max_l0}), got {self.min_l0}")
+
+
+Check = dict[str, Any]
+"""`name`, `value`, `threshold`, `passed`: true, false, or null with a `reason`."""
+
+
+def checks(metrics: dict[str, Figure], thresholds: Thresholds) -> list[Check]:
+    """The four health checks of one variant."""
+    t = thresholds
+    limits: dict[str, tuple[float | None, float | None]] = {
+        "loss_recovered": (t.min_loss_recovered, None),
+        "l0": (t.min_l0, t.max_l0),
+        "dead_fraction": (None, t.max_dead_fraction),
+        "absorption": (None, t.max_absorption),
+    }
+    return [_check(name, metrics[name], *limit) for name, limit in limits.items()]
+
+
+def _check(name: str, figure: Figure, low: float | None, high: float | None) -> Check:
+    words = [f"at least {low:g}"] if low is not None else []
+    words += [f"at most {high:g}"] if high is not None else []
+    check: Check = {"name": name, "value": figure["value"], "threshold": " and ".join(words)}
+    if figure["value"] is None:
+        return check | {"passed": None, "reason": figure["reason"]}
+    value = figure["value"]
+    return check | {"passed": (low is None or value >= low) and (high is None or value <= high)}
+
+
+def summary(found: list[Check]) -> str:
+    """`passed 3/4`, with the checks that could not be run."""
+    n_run = sum(check["passed"] is not None for check in found)
+    text = f"passed {sum(check['passed'] is True for check in found)}/{n_run}"
+    return text if n_run == len(found) else f"{text}, {len(found) - n_run} not run"
+
+
+def order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Variants best first: more checks passed, then the smaller ΔCE (FVU where no model was run).
+
+    Diverged variants come last.
+    """
+
+    def key(entry: dict[str, Any]) -> tuple[bool, int, float]:
+        metrics = entry["metrics"]
+        loss = metrics["delta_ce"]["value"]
+        if loss is None:
+            loss = metrics["fvu"]["value"]
+        passed = sum(check["passed"] is True for check in entry["checks"])
+        return entry["diverged_at_step"] is not None, -passed, loss
+
+    return sorted(entries, key=key)
