@@ -1,1 +1,28 @@
-"""saemill: cache transformer activations once, train many sparse autoencoders over them."""
+"""saemill: cache transformer activations once, train many sparse autoencoders over them.
+
+The public names; each is imported when it is first used, so that `import saemill` stays quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saemill.common.activations import ActivationStore as ActivationStore
+    from saemill.common.sae import Sae as Sae
+    from saemill.common.sae import SaeConfig as SaeConfig
+    from saemill.common.tokens import TokenStore as TokenStore
+
+__all__ = ["ActivationStore", "Sae", "SaeConfig", "TokenStore"]
+
+_HOMES = {
+    "ActivationStore": "saemill.common.activations",
+    "Sae": "saemill.common.sae",
+    "SaeConfig": "saemill.common.sae",
+    "TokenStore": "saemill.common.tokens",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'saemill' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

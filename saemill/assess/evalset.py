@@ -128,9 +128,7 @@ class EvalSet:
             offsets = np.flatnonzero(keep)
             for start in range(0, len(offsets), CHUNK_TOKENS):
                 part = offsets[start : start + CHUNK_TOKENS]
-                x = {
-                    n: as_tensor(array.gather(shard, part), array.dtype) for n, array in arrays.items()
-                }
+                x = {n: as_tensor(array.gather(shard, part), array.dtype) for n, array in arrays.items()}
                 yield Chunk(part + shard * self.store.shard_tokens, x)
 
     def _computed_chunks(self) -> Iterator[Chunk]:
@@ -157,8 +155,9 @@ class EvalSet:
             yield Rows(torch.from_numpy(ids.astype(np.int64)), keep, addresses)
 
     def units(self, addresses: NDArray[np.int64]) -> NDArray[Any]:
-        """The unit of resampling of each address: its document's text hash, so that copies count once."""
-        return self.tokens.documents["text_hash"].to_numpy()[self.tokens.document_of(addresses)]
+        """The unit of resampling of each address: its document's text hash, copies count once."""
+        hashes: NDArray[Any] = self.tokens.documents["text_hash"].to_numpy()
+        return hashes[self.tokens.document_of(addresses)]
 
 
 CHUNK_TOKENS = 8192

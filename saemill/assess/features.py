@@ -71,9 +71,7 @@ def top_addresses(
     with torch.inference_mode():
         for chunk in chunks:
             codes = sae.encode(chunk.x[site].to(sae.W_enc.device, torch.float32))
-            hit = torch.isin(codes.top_indices, wanted.to(codes.top_indices.device)) & (
-                codes.top_acts > 0
-            )
+            hit = torch.isin(codes.top_indices, wanted.to(codes.top_indices.device)) & (codes.top_acts > 0)
             token, slot = (part.cpu().numpy() for part in hit.nonzero(as_tuple=True))
             acts = codes.top_acts.cpu().numpy()[token, slot]
             index = codes.top_indices.cpu().numpy()[token, slot]

@@ -83,15 +83,13 @@ class Reconstruction:
         parts: dict[str, list[Tensor]] = {what: [] for what in PER_VARIANT}
         firing = self.firing[name]
         device = sae.W_enc.device
-        for part in x_TD.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+        for part in torch.split(x_TD, ROWS_AT_ONCE):
             x = part.to(device, torch.float32)
             output = sae(x)
             error = output.reconstruction - x
             x_norm, r_norm = (torch.linalg.vector_norm(y, dim=1) for y in (x, output.reconstruction))
             parts["sse"].append(error.double().square().sum(1))
-            parts["cosine"].append(
-                (x * output.reconstruction).sum(1) / (x_norm * r_norm).clamp(min=1e-12)
-            )
+            parts["cosine"].append((x * output.reconstruction).sum(1) / (x_norm * r_norm).clamp(min=1e-12))
             parts["norm_ratio"].append(r_norm / x_norm.clamp(min=1e-12))
             active = output.top_acts > 0
             parts["l0"].append(active.sum(1))

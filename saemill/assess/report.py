@@ -1,6 +1,7 @@
 """The assessment for people: a table for the terminal, and one self-contained HTML page."""
 
 import html
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,21 +53,11 @@ def table(assessment: dict[str, Any]) -> str:
         values = [number(entry["metrics"][name]) for name in COLUMNS]
         note = " (diverged)" if entry["diverged_at_step"] is not None else ""
         shown.add_row(entry["name"], *values, entry["verdict"] + note)
-    console = Console(width=150, no_color=True, record=True, file=_Nowhere())
+    console = Console(width=150, no_color=True, record=True, file=io.StringIO())
     console.print(shown)
     lines = [console.export_text().rstrip(), f"best: {assessment['best_variant']}"]
     lines += [f"not run: {reason}" for reason in _reasons(assessment)]
     return "\n".join(lines)
-
-
-class _Nowhere:
-    """A file that swallows what a recording console also writes."""
-
-    def write(self, _text: str) -> int:
-        return 0
-
-    def flush(self) -> None:
-        return
 
 
 def _reasons(assessment: dict[str, Any]) -> list[str]:
@@ -92,9 +83,7 @@ def contexts_text(features: dict[str, Any], n_latents: int, n_contexts: int) -> 
     return "\n".join(lines)
 
 
-def write_html(
-    path: Path, assessment: dict[str, Any], densities: Mapping[str, NDArray[np.float64]]
-) -> None:
+def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, NDArray[np.float64]]) -> None:
     """One HTML page with no scripts and nothing to fetch: tables, charts, contexts."""
     sections = [
         _summary(assessment),
@@ -110,9 +99,7 @@ def write_html(
 
 def _summary(assessment: dict[str, Any]) -> str:
     data = assessment["data"]
-    losses = (
-        f"; losses on {data['n_tokens_with_losses']:,} of them" if data["n_tokens_with_losses"] else ""
-    )
+    losses = f"; losses on {data['n_tokens_with_losses']:,} of them" if data["n_tokens_with_losses"] else ""
     reasons = "".join(f"<li>Not run: {html.escape(reason)}</li>" for reason in _reasons(assessment))
     return f"""<h1>saemill assessment</h1>
 <p>Best variant: <b>{html.escape(assessment["best_variant"])}</b>. {data["n_tokens"]:,} tokens from
@@ -127,8 +114,7 @@ what as many random directions score.</li>{reasons}</ul>"""
 
 def _variants_table(assessment: dict[str, Any]) -> str:
     head = "".join(
-        f"<th>{title}</th>"
-        for title in ("variant", "k", "latents", *COLUMNS.values(), "random", "verdict")
+        f"<th>{title}</th>" for title in ("variant", "k", "latents", *COLUMNS.values(), "random", "verdict")
     )
     rows = []
     for entry in assessment["variants"]:
@@ -139,9 +125,7 @@ def _variants_table(assessment: dict[str, Any]) -> str:
         failed = {check["name"] for check in entry["checks"] if check["passed"] is False}
         for name in COLUMNS:
             style = ' class="bad"' if name in failed else ""
-            cells.append(
-                f"<td{style}>{number(metrics[name])}<small>{interval(metrics[name])}</small></td>"
-            )
+            cells.append(f"<td{style}>{number(metrics[name])}<small>{interval(metrics[name])}</small></td>")
         cells.append(f"<td>{number(metrics['absorption_random'])}</td><td>{entry['verdict']}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f"<h2>Variants</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
@@ -163,9 +147,7 @@ def _pareto(assessment: dict[str, Any], metric: str, title: str) -> str:
     for entry in assessment["variants"]:
         figure, l0 = entry["metrics"][metric], entry["metrics"]["l0"]["value"]
         if figure["value"] is not None and figure["value"] > 0 and l0 > 0:
-            series.setdefault(f"{entry['site']}, {entry['num_latents']:,} latents", []).append(
-                (l0, figure)
-            )
+            series.setdefault(f"{entry['site']}, {entry['num_latents']:,} latents", []).append((l0, figure))
     if not series:
         return ""
     points = [point for line in series.values() for point in line]
@@ -179,9 +161,11 @@ def _pareto(assessment: dict[str, Any], metric: str, title: str) -> str:
         share = math.log(min(max(y, y_low), y_high) / y_low) / math.log(y_high / y_low)
         return (HEIGHT - BOTTOM) - (HEIGHT - BOTTOM - 10) * share
 
-    marks = []
-    for x in _ticks(x_low, x_high):
-        marks.append(f'<text x="{x_of(x):.1f}" y="{HEIGHT - 22}" text-anchor="middle">{x:g}</text>')
+    marks: list[str] = []
+    marks += [
+        f'<text x="{x_of(x):.1f}" y="{HEIGHT - 22}" text-anchor="middle">{x:g}</text>'
+        for x in _ticks(x_low, x_high)
+    ]
     for y in _ticks(y_low, y_high):
         marks.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>'
@@ -199,9 +183,8 @@ def _pareto(assessment: dict[str, Any], metric: str, title: str) -> str:
             )
             if figure.get("lo") is not None:
                 ends = f'y1="{y_of(figure["lo"]):.1f}" y2="{y_of(figure["hi"]):.1f}"'
-                marks.append(
-                    f'<line x1="{x_of(x):.1f}" x2="{x_of(x):.1f}" {ends} stroke="{colour}" stroke-width="2"/>'
-                )
+                place = f'x1="{x_of(x):.1f}" x2="{x_of(x):.1f}" {ends}'
+                marks.append(f'<line {place} stroke="{colour}" stroke-width="2"/>')
         legend.append(f'<span style="color:{colour}">● {html.escape(name)}</span>')
     marks.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">L0</text>')
     return (
@@ -228,20 +211,22 @@ def _densities(assessment: dict[str, Any], densities: Mapping[str, NDArray[np.fl
             f'<rect x="{x}" width="5.5" y="{90 - 80 * n / top:.1f}" height="{80 * n / top:.1f}" fill="{c}"/>'
             for x, n, c in bars
         )
-        labels = f'<text x="8" y="104">never {never}</text><text x="60" y="104">1e{low}</text><text x="278" y="104">1</text>'
+        labels = "".join(
+            f'<text x="{x}" y="104">{text}</text>'
+            for x, text in ((8, f"never {never}"), (60, f"1e{low}"), (278, "1"))
+        )
         figures.append(
             f"<figure><figcaption>{html.escape(entry['name'])}</figcaption>"
             f'<svg viewBox="0 0 300 108" class="small">{rects}{labels}</svg></figure>'
         )
-    return (
-        f"<h2>Firing density of the latents (log scale)</h2><div class='grid'>{''.join(figures)}</div>"
-    )
+    return f"<h2>Firing density of the latents (log scale)</h2><div class='grid'>{''.join(figures)}</div>"
 
 
 def _contexts(features: dict[str, Any]) -> str:
     parts = [
         f"<h2>Where latents of {html.escape(features['variant'])} fire most</h2>",
-        f"<p>Live latents drawn at random, and those asked for; searched {html.escape(features['searched'])}; at most one context per document.</p>",
+        f"<p>Live latents drawn at random, and those asked for; searched "
+        f"{html.escape(features['searched'])}; at most one context per document.</p>",
     ]
     for latent in features["latents"]:
         rows = "".join(

@@ -155,9 +155,7 @@ def _open(config: AssessConfig, device: torch.device) -> _Run:
     return _Run(store, saes, sites, mask, finished)
 
 
-def _load_model(
-    config: AssessConfig, store: ActivationStore, device: torch.device
-) -> LanguageModel | None:
+def _load_model(config: AssessConfig, store: ActivationStore, device: torch.device) -> LanguageModel | None:
     """The model, in the type that it was cached with.
 
     Raises:
@@ -169,9 +167,7 @@ def _load_model(
     if config.model is not None and config.model != store.settings["model"]:
         revision = None
     if fingerprint_model(name, revision) != store.settings["model_fingerprint"]:
-        raise ConfigError(
-            f"{name} has other weights than the model that was cached; name it with --model"
-        )
+        raise ConfigError(f"{name} has other weights than the model that was cached; name it with --model")
     dtype = getattr(torch, store.settings["model_dtype"])
     return LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True)
 
@@ -207,9 +203,7 @@ def _entries(
     model_bootstrap = Bootstrap(len(splicing.sums.rows)) if splicing else None
     entries = []
     for name, sae in opened.saes.items():
-        metrics = reconstruction.metrics(name, bootstrap) | _latent_metrics(
-            config, reconstruction, name
-        )
+        metrics = reconstruction.metrics(name, bootstrap) | _latent_metrics(config, reconstruction, name)
         if splicing and model_bootstrap:
             metrics |= splicing.metrics(name, model_bootstrap)
         else:
@@ -243,14 +237,10 @@ def _why_no_losses(model: LanguageModel | None) -> str:
     return "no position to predict in the evaluation rows"
 
 
-def _latent_metrics(
-    config: AssessConfig, reconstruction: Reconstruction, name: str
-) -> dict[str, Figure]:
+def _latent_metrics(config: AssessConfig, reconstruction: Reconstruction, name: str) -> dict[str, Figure]:
     density = reconstruction.density(name)
     sae = reconstruction.saes[name]
-    live = (
-        density >= config.dead_percentage_threshold if config.dead_percentage_threshold else density > 0
-    )
+    live = density >= config.dead_percentage_threshold if config.dead_percentage_threshold else density > 0
     rows = sae.W_dec.detach().cpu()[torch.from_numpy(live)]
     quantiles = np.quantile(density, [0.05, 0.25, 0.5, 0.75, 0.95])
     return {
@@ -271,15 +261,11 @@ def _versus(
     found: dict[str, Figure] = {}
     if opened.sites[name] == opened.sites[best]:
         squares = reconstruction.squares(opened.sites[name])
-        difference = reconstruction.sums.column(f"{name}/sse") - reconstruction.sums.column(
-            f"{best}/sse"
-        )
+        difference = reconstruction.sums.column(f"{name}/sse") - reconstruction.sums.column(f"{best}/sse")
         found["fvu"] = bootstrap.ratio(difference, squares)
     if splicing:
         difference = splicing.sums.column(f"{name}/ce") - splicing.sums.column(f"{best}/ce")
-        found["delta_ce"] = Bootstrap(len(splicing.sums.rows)).ratio(
-            difference, splicing.sums.column("n")
-        )
+        found["delta_ce"] = Bootstrap(len(splicing.sums.rows)).ratio(difference, splicing.sums.column("n"))
     for figure in found.values():
         if figure.get("lo") is not None:
             figure["distinguishable"] = not figure["lo"] <= 0 <= figure["hi"]

@@ -65,9 +65,7 @@ class Bootstrap:
     def figure(self, value: float, draws: NDArray[np.float64]) -> Figure:
         """A value with its 95% interval, or with the reason for which there is none."""
         if not self.enough:
-            reason = (
-                f"{self.n_documents} documents are too few for an interval ({LEAST_DOCUMENTS} needed)"
-            )
+            reason = f"{self.n_documents} documents are too few for an interval ({LEAST_DOCUMENTS} needed)"
             return {"value": value, "lo": None, "hi": None, "reason": reason}
         lo, hi = np.nanpercentile(draws, [2.5, 97.5])
         return {"value": value, "lo": float(lo), "hi": float(hi)}

@@ -72,9 +72,7 @@ class CacheConfig:
                 raise ConfigError(f"{name} must be 1 or more, got {value}")
         chosen = [name for name in ("layers", "sites", "layer_stride") if getattr(self, name)]
         if not chosen:
-            raise ConfigError(
-                "name what to cache: --layers 2,4, --sites 'layers.*.mlp' or --layer-stride 2"
-            )
+            raise ConfigError("name what to cache: --layers 2,4, --sites 'layers.*.mlp' or --layer-stride 2")
         if self.layer_stride and len(chosen) > 1:
             raise ConfigError(f"layer_stride chooses all layers itself; leave out {chosen[0]}")
 

@@ -53,7 +53,7 @@ def decode_array(text: str, dtype: str) -> NDArray[Any]:
 def hash_blocks(rows_TD: NDArray[Any]) -> NDArray[np.uint64]:
     """xxh3 of each block of 256 rows; the last block may be short. uint64 [n_blocks]."""
     starts = range(0, len(rows_TD), BLOCK_TOKENS)
-    hashed = [xxhash.xxh3_64_intdigest(rows_TD[i : i + BLOCK_TOKENS]) for i in starts]
+    hashed = [xxhash.xxh3_64_intdigest(rows_TD[i : i + BLOCK_TOKENS].data) for i in starts]
     return np.array(hashed, np.uint64)
 
 
@@ -89,7 +89,7 @@ class Moments:
 
     def add(self, x_TD: Tensor) -> None:
         """Count the rows of x_TD."""
-        for part in x_TD.split(8192):
+        for part in torch.split(x_TD, 8192):
             rows = part.double().numpy()
             mean = rows.mean(0)
             self.merge(len(rows), mean, np.square(rows - mean).sum(0))
@@ -137,15 +137,13 @@ class ActivationStore:
         try:
             attributes = durable.read_json(self.path / "zarr.json")["attributes"]["saemill"]
         except (FileNotFoundError, KeyError):
-            raise StoreError(
-                f"{self.path} is no activation store; make one with `saemill cache`"
-            ) from None
+            raise StoreError(f"{self.path} is no activation store; make one with `saemill cache`") from None
         if attributes.get("format") != FORMAT:
             raise StoreError(f"{self.path}: format {attributes.get('format')!r}, expected {FORMAT!r}")
         self.settings: dict[str, Any] = attributes
         mask = attributes["mask"]
         self.mask = MaskConfig(**mask | {"token_ids": tuple(mask["token_ids"])})
-        self.shard_tokens: int = attributes["shard_tokens"]
+        self.shard_tokens = int(attributes["shard_tokens"])
         self.tokens = TokenStore(self.path / "tokens")
         self.n_tokens = self.tokens.n_tokens
         self.ctx_len = self.tokens.ctx_len
@@ -155,9 +153,7 @@ class ActivationStore:
     def sites(self) -> list[str]:
         """Names of the finished sites."""
         return sorted(
-            file.parent.name
-            for file in self.path.glob("*/manifest.json")
-            if file.parent.name != "tokens"
+            file.parent.name for file in self.path.glob("*/manifest.json") if file.parent.name != "tokens"
         )
 
     @cached_property
@@ -235,9 +231,7 @@ class SiteArray:
         mean, variance = (
             torch.from_numpy(decode_array(entry[key], "f8").copy()) for key in ("mean", "variance")
         )
-        return Statistics(
-            entry["n_tokens"], mean, variance, entry["mean_squared_norm"], entry["n_nonfinite"]
-        )
+        return Statistics(entry["n_tokens"], mean, variance, entry["mean_squared_norm"], entry["n_nonfinite"])
 
     def statistics_under(self, mask: MaskConfig) -> Statistics:
         """Moments under another mask: read from the store's manifest, or one pass over the site."""
@@ -261,7 +255,7 @@ class SiteArray:
             StoreError: the content is not what was written.
         """
         rows = self.array.shard(shard)[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
-        if xxhash.xxh3_64_intdigest(rows) != self._hashes[shard][block]:
+        if xxhash.xxh3_64_intdigest(rows.data) != self._hashes[shard][block]:
             raise StoreError(
                 f"{self.array.shard_path(shard)}: block {block} differs from its hash. "
                 f"`saemill verify {self.store.path}` names all bad shards. {REPAIR}"

@@ -41,7 +41,7 @@ def resolve(
     Args:
         cls: the stage's dataclass.
         section: the stage's section in the YAML file.
-        flags: settings given on the command line; None means not given.
+        flags: settings given on the command line, by dotted name; None means not given.
         file: a YAML file with one section per stage.
         sets: `key=value` strings, the value read as YAML; dots reach into nested settings.
 
@@ -53,15 +53,21 @@ def resolve(
         key, separator, value = item.partition("=")
         if not separator:
             raise ConfigError(f"--set takes key=value, got {item!r}")
-        target = merged
-        *parents, last = key.split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"--set {item}: {parent} is not a group of settings")
-        target[last] = yaml.safe_load(value)
-    merged |= {key: value for key, value in flags.items() if value is not None}
+        _put(merged, key, yaml.safe_load(value))
+    for key, value in flags.items():
+        if value is not None:
+            _put(merged, key, value)
     return build(cls, merged, section)
+
+
+def _put(target: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `a.b.c` in nested mappings."""
+    *parents, last = dotted.replace("-", "_").split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"{dotted}: {parent} is not a group of settings")
+    target[last] = value
 
 
 def read_section(file: Path, section: str) -> dict[str, Any]:
@@ -201,9 +207,7 @@ def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) 
     """
     differing = [key for key in wanted if found.get(key) != wanted[key]]
     if differing:
-        lines = "\n".join(
-            f"  {key}: there {found.get(key)!r}, now {wanted[key]!r}" for key in differing
-        )
+        lines = "\n".join(f"  {key}: there {found.get(key)!r}, now {wanted[key]!r}" for key in differing)
         raise ConfigError(
             f"{path} was made with other settings:\n{lines}\n"
             "Use the same settings, another output folder, or remove that one."

@@ -31,9 +31,7 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(
-    label: str, total: int | None, unit: str, done: int = 0
-) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show progress while the block runs.
 
     Args:

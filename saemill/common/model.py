@@ -92,9 +92,7 @@ class LanguageModel:
             raise ConfigError(f"cannot load the model {name!r}: {error}") from error
         missing = [key for key in info["missing_keys"] if "pooler" not in key]
         if missing:
-            raise ConfigError(
-                f"the checkpoint {name!r} lacks weights: {', '.join(sorted(missing)[:5])}"
-            )
+            raise ConfigError(f"the checkpoint {name!r} lacks weights: {', '.join(sorted(missing)[:5])}")
         self.model = self.model.to(device).eval().requires_grad_(False)
         self.base = self.model.base_model if self.head else self.model
         self.modules = dict(self.base.named_modules())
@@ -103,9 +101,7 @@ class LanguageModel:
         """Refuse tokens that the model cannot take; see `check_fit`."""
         check_fit(self.config, self.name, tokenizer, ctx_len)
 
-    def capture(
-        self, ids_RS: Tensor, sites: list[str], attention_RS: Tensor | None
-    ) -> dict[str, Tensor]:
+    def capture(self, ids_RS: Tensor, sites: list[str], attention_RS: Tensor | None) -> dict[str, Tensor]:
         """Activations at `sites`, from a forward pass that stops after the last of them.
 
         Args:
@@ -189,8 +185,7 @@ def check_fit(config: Any, name: str, tokenizer: TokenizerInfo, ctx_len: int) ->
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and ctx_len > limit:
         raise ConfigError(
-            f"rows have {ctx_len} tokens, but {name!r} takes at most {limit}; "
-            f"tokenize with --ctx-len {limit}"
+            f"rows have {ctx_len} tokens, but {name!r} takes at most {limit}; tokenize with --ctx-len {limit}"
         )
 
 

@@ -65,9 +65,7 @@ class Sae(nn.Module):
         W_enc: [F, D]; b_enc: [F]; W_dec: [F, D], rows of unit length; b_dec: [D].
     """
 
-    def __init__(
-        self, config: SaeConfig, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
-    ) -> None:
+    def __init__(self, config: SaeConfig, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         super().__init__()
         self.config = config
         self.W_enc = nn.Parameter(W_enc)

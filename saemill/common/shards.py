@@ -81,7 +81,7 @@ class ShardedArray:
 
     def rows_in(self, shard: int) -> int:
         """Rows of a shard; the last may be short, though its file is padded to full size."""
-        return min(self.shard_rows, self.n_rows - shard * self.shard_rows)
+        return int(min(self.shard_rows, self.n_rows - shard * self.shard_rows))
 
     def write_shard(self, shard: int, rows_TD: NDArray[Any]) -> None:
         """Write one whole shard durably; `rows_TD` is [rows_in(shard), width] of `self.dtype`."""
@@ -90,7 +90,7 @@ class ShardedArray:
                 f"shard {shard} must be {self.rows_in(shard)} x {self.width} {self.dtype}, "
                 f"got {rows_TD.shape} {rows_TD.dtype}"
             )
-        raw = memoryview(np.ascontiguousarray(rows_TD)).cast("B")
+        raw = np.ascontiguousarray(rows_TD).data.cast("B")
         durable.write_bytes(self.shard_path(shard), [raw], pad_to_bytes=self.shard_bytes)
 
     def problem(self, shard: int) -> str | None:

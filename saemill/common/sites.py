@@ -73,9 +73,7 @@ class Architecture:
             matched |= {aliases[alias] for alias in fnmatch.filter(aliases, pattern)}
             if not matched:
                 known = [*self.modules, *aliases]
-                raise ConfigError(
-                    f"no module of {self.name} matches {pattern!r}; {nearest(pattern, known)}"
-                )
+                raise ConfigError(f"no module of {self.name} matches {pattern!r}; {nearest(pattern, known)}")
             names |= matched
         bad = sorted(name for name in names if name not in self.widths)
         if bad:
@@ -97,9 +95,7 @@ def block_names(model: Any) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
             return [f"{name}.{i}" for i in range(n_layers)]
-    raise ConfigError(
-        f"{type(model).__name__} has no list of {n_layers} blocks; name sites by glob instead"
-    )
+    raise ConfigError(f"{type(model).__name__} has no list of {n_layers} blocks; name sites by glob instead")
 
 
 def first_output(output: Any) -> Any:

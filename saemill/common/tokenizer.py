@@ -69,9 +69,7 @@ def check_ctx_len(ctx_len: int, tokenizer: Any, info: TokenizerInfo) -> None:
     limits = {"the tokenizer's model_max_length": tokenizer.model_max_length}
     if (Path(info.name) / "config.json").is_file():
         config = transformers.AutoConfig.from_pretrained(info.name)
-        limits["the model's max_position_embeddings"] = getattr(
-            config, "max_position_embeddings", UNLIMITED
-        )
+        limits["the model's max_position_embeddings"] = getattr(config, "max_position_embeddings", UNLIMITED)
     for source, limit in limits.items():
         if limit < UNLIMITED and ctx_len > limit:
             raise ConfigError(f"ctx_len must be at most {limit} ({source}), got {ctx_len}")

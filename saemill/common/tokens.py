@@ -79,8 +79,8 @@ class TokenStore:
                 f"{self.path} is no token store of this version: format "
                 f"{self.manifest.get('format')!r}, expected {FORMAT!r}"
             )
-        self.n_rows: int = self.manifest["n_rows"]
-        self.ctx_len: int = self.manifest["ctx_len"]
+        self.n_rows = int(self.manifest["n_rows"])
+        self.ctx_len = int(self.manifest["ctx_len"])
         self.n_tokens = self.n_rows * self.ctx_len
         self.fingerprint: str = self.manifest["fingerprint"]
         lists = ("prefix_ids", "suffix_ids", "special_ids")
@@ -150,9 +150,7 @@ def write_token_store(
         extra: further entries of the manifest (source, settings, versions).
     """
     zarr.create_group(str(path))
-    held = ShardedArray.create(
-        path / "held_out", (len(held_out_R), 1), len(held_out_R), torch.uint8, {}
-    )
+    held = ShardedArray.create(path / "held_out", (len(held_out_R), 1), len(held_out_R), torch.uint8, {})
     held.write_shard(0, held_out_R.astype(np.uint8)[:, None])
     pq.write_table(segments, path / "segments.parquet", compression="zstd")
     pq.write_table(documents, path / "documents.parquet", compression="zstd")

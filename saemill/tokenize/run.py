@@ -66,9 +66,7 @@ class TokenizeConfig:
         if not 0 <= self.held_out_fraction < 1:
             raise ConfigError(f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}")
         if self.max_tokens is not None and self.max_tokens < self.ctx_len:
-            raise ConfigError(
-                f"max_tokens must be at least one row of {self.ctx_len}, got {self.max_tokens}"
-            )
+            raise ConfigError(f"max_tokens must be at least one row of {self.ctx_len}, got {self.max_tokens}")
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the store's content."""

@@ -112,9 +112,7 @@ def open_source(
     elif name.startswith((".", "/", "~")) or path.suffix in READERS:
         raise ConfigError(f"no file or folder {name}")
     else:
-        dataset = datasets.load_dataset(
-            name, subset, split=split, streaming=streaming, revision=revision
-        )
+        dataset = datasets.load_dataset(name, subset, split=split, streaming=streaming, revision=revision)
         fingerprint = durable.hash_json([name, subset, split, revision, str(dataset.info.version)])
     column = _choose_column(dataset, text_column, name)
     if not streaming and len(dataset) == 0:
@@ -164,9 +162,7 @@ def _reader_of(path: Path) -> str:
     kinds = {READERS[_suffix(file)] for file in _data_files(path)}
     if len(kinds) != 1:
         found = f"several kinds ({', '.join(sorted(kinds))})" if kinds else "none of them"
-        raise ConfigError(
-            f"{path} must hold files of one kind out of {', '.join(READERS)}; found {found}"
-        )
+        raise ConfigError(f"{path} must hold files of one kind out of {', '.join(READERS)}; found {found}")
     return kinds.pop()
 
 
@@ -188,6 +184,5 @@ def _choose_column(dataset: Any, text_column: str, name: str) -> str:
     if "input_ids" in columns:
         return "input_ids"
     raise ConfigError(
-        f"{name} has no column {text_column!r}; it has {', '.join(columns)}. "
-        "Name one with --text-column."
+        f"{name} has no column {text_column!r}; it has {', '.join(columns)}. Name one with --text-column."
     )

@@ -118,9 +118,7 @@ class Bank:
             codes = ops.encode(x_TD, w_enc, b_enc, b, self.variants[i].k, self.dtype)
             grads, sse = self._backward(i, x_TD, codes, dead, n_tokens)
             total = (
-                grads
-                if total is None
-                else ops.Gradients(*(a + g for a, g in zip(total, grads, strict=True)))
+                grads if total is None else ops.Gradients(*(a + g for a, g in zip(total, grads, strict=True)))
             )
             finite &= torch.isfinite(sse)
             fired[codes.idx_TK[codes.val_TK > 0]] = True
@@ -162,9 +160,7 @@ class Bank:
         """Numbers of the latents idle for too long. int64 [n_dead]."""
         return (self.idle_tokens_VF[i] > self.dead_after_tokens).nonzero()[:, 0]
 
-    def _update(
-        self, i: int, grads: ops.Gradients, lr_factor: float, finite: Tensor, step: int
-    ) -> None:
+    def _update(self, i: int, grads: ops.Gradients, lr_factor: float, finite: Tensor, step: int) -> None:
         """The optimizer's step, skipped on the device for a variant whose error is not finite."""
         optimizer: Any = self.optimizers[i]
         diverged = self.diverged_step_V[i]

@@ -69,10 +69,7 @@ class Loader:
         self._keep_bits = [np.packbits(keep) for keep in keeps]
         edges = [np.arange(0, len(keep), BLOCK_TOKENS) for keep in keeps]
         self.kept_per_block = np.concatenate(
-            [
-                np.add.reduceat(keep, edge, dtype=np.int64)
-                for keep, edge in zip(keeps, edges, strict=True)
-            ]
+            [np.add.reduceat(keep, edge, dtype=np.int64) for keep, edge in zip(keeps, edges, strict=True)]
         )
         self.epoch_tokens = int(self.kept_per_block.sum())
         if self.epoch_tokens == 0:

@@ -168,9 +168,7 @@ class WandbSink:
         except Exception as error:
             say(f"wandb failed ({error}); training goes on, metrics.jsonl is complete")
 
-    def _work(
-        self, project: str, group: str, configs: Mapping[str, Mapping[str, Any]], folder: Path
-    ) -> None:
+    def _work(self, project: str, group: str, configs: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         import wandb
 
         start: Callable[..., Any] = wandb.init

@@ -69,9 +69,7 @@ def topk(pre_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, (places // k) * n_groups + chosen_TK.gather(1, places % k)
 
 
-def encode(
-    x_TD: Tensor, w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor, k: int, dtype: torch.dtype
-) -> Codes:
+def encode(x_TD: Tensor, w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor, k: int, dtype: torch.dtype) -> Codes:
     """The codes of a batch, by a dense product in `dtype` and an exact top-k.
 
     The offset b is folded into the bias with the same rounded weights as the product uses; with
@@ -86,7 +84,7 @@ def encode(
     bias_F = b_enc_F - (b_D.to(dtype) @ weights_DF).float()
     rows = max(1, CHUNK_BYTES // (len(w_enc_FD) * dtype.itemsize))
     values, indices = [], []
-    for part_TD in x_TD.to(dtype).split(rows):  # type: ignore[no-untyped-call]
+    for part_TD in torch.split(x_TD.to(dtype), rows):
         value, index = topk(torch.addmm(bias_F.to(dtype), part_TD, weights_DF), k)
         values.append(value.float().relu_())
         indices.append(index)
@@ -126,9 +124,7 @@ def gradients(
 
     def per_latent(pairs_TK: Tensor, dense_TD: Tensor) -> Tensor:
         values = pairs_TK.reshape(-1)[order]
-        sparse = torch.sparse_csr_tensor(
-            rows, token, values, (n_latents, n_tokens), check_invariants=False
-        )
+        sparse = torch.sparse_csr_tensor(rows, token, values, (n_latents, n_tokens), check_invariants=False)
         product: Tensor = sparse @ dense_TD
         return product
 
@@ -196,9 +192,7 @@ def geometric_median(x_TD: Tensor, n_iterations: int = 100, tolerance: float = 1
     for _ in range(n_iterations):
         weight_T = 1 / torch.linalg.vector_norm(x_TD - point_D, dim=1).clamp(min=1e-8)
         new_D = weight_T @ x_TD / weight_T.sum()
-        moved = torch.linalg.vector_norm(new_D - point_D) / torch.linalg.vector_norm(new_D).clamp(
-            min=1e-8
-        )
+        moved = torch.linalg.vector_norm(new_D - point_D) / torch.linalg.vector_norm(new_D).clamp(min=1e-8)
         point_D = new_D
         if moved < tolerance:
             break

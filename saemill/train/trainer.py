@@ -91,9 +91,7 @@ class Trainer:
         variants: dict[str, dict[str, float | None]] = {}
         for bank in self.banks:
             for variant, at in bank.freeze_diverged():
-                say(
-                    f"{variant.name} diverged at step {at:,} (its loss is not finite): frozen, the others go on"
-                )
+                say(f"{variant.name} diverged at step {at:,}: its loss is not finite. The others go on.")
             for i, variant in enumerate(bank.variants):
                 totals = bank.totals_V[i].take(bank.b_VD.shape[1], n_steps)
                 if bank.frozen[i]:

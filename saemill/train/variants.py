@@ -39,9 +39,7 @@ class Variant:
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.num_latents:
-            raise ConfigError(
-                f"k must be in 1..{self.num_latents} (the number of latents), got {self.k}"
-            )
+            raise ConfigError(f"k must be in 1..{self.num_latents} (the number of latents), got {self.k}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr must be positive, got {self.lr}")
         for name in ("weight_decay", "auxk_alpha"):

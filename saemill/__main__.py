@@ -1,0 +1,5 @@
+"""`python -m saemill`."""
+
+from saemill.cli import main
+
+main()

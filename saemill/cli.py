@@ -1,0 +1,288 @@
+"""The command line: each command parses its flags, makes one call, and returns an exit code.
+
+Heavy imports are inside the commands, so that `--help` is quick.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saemill.common.errors import Interrupted, SaemillError
+
+app = typer.Typer(
+    name="saemill",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
+    help="""Cache a transformer's activations once, train many sparse autoencoders over them.
+
+**tokenize** a text dataset → **cache** activations → **train** a grid of TopK SAEs → **assess** them.
+
+Try it: `saemill demo`. Flags may be written with dashes or underscores; counts as `2M`, `512k`, `1e6`.""",
+)
+
+Text = Annotated[str | None, typer.Option()]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with a section per command.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, dots reach inside.")
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+
+
+def option(text: str, metavar: str = "N", *names: str) -> Any:
+    """A flag whose value the config parses."""
+    return typer.Option(*names, help=text, metavar=metavar)
+
+
+@app.command()
+def tokenize(
+    dataset: Annotated[
+        str, typer.Argument(help="Hub id, or file or folder: parquet, jsonl(.gz), csv, arrow, txt.")
+    ],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write.")] = None,
+    tokenizer: Annotated[str | None, option("Hub id or folder of the tokenizer.", "NAME")] = None,
+    subset: Annotated[str | None, option("The hub dataset's configuration.", "NAME")] = None,
+    split: Annotated[str | None, option("Split of the dataset [train].", "NAME")] = None,
+    text_column: Annotated[str | None, option("Column that holds the text [text].", "NAME")] = None,
+    ctx_len: Annotated[str | None, option("Tokens per row [512].")] = None,
+    max_tokens: Annotated[str | None, option("Stop after so many tokens.")] = None,
+    streaming: Annotated[bool | None, typer.Option(help="Read no more than max-tokens needs.")] = None,
+    shuffle_seed: Annotated[
+        str | None, option("Order of the documents; none keeps the source's [42].")
+    ] = None,
+    held_out_fraction: Annotated[
+        str | None, option("Share of documents never trained on [0.05].", "X")
+    ] = None,
+    num_proc: Annotated[str | None, option("Processes that tokenize [1].")] = None,
+    revision: Annotated[str | None, option("The hub dataset's revision.", "REV")] = None,
+    tokenizer_revision: Annotated[str | None, option("The hub tokenizer's revision.", "REV")] = None,
+    config: Config = None,
+    set_: Sets = None,
+) -> None:
+    """Turn documents into packed rows of token ids.
+
+    Documents are joined by the tokenizer's separator into full rows, framed as the model expects.
+    Where each document starts, and which are held out, is kept.
+
+    Example: `saemill tokenize corpus.jsonl.gz --tokenizer gpt2 --ctx-len 512 -o tokens`
+    """
+    from saemill.tokenize.run import TokenizeConfig, run
+
+    run(_resolve(TokenizeConfig, "tokenize", locals()))
+
+
+@app.command()
+def cache(
+    tokens: Annotated[Path, typer.Argument(help="A folder made by `saemill tokenize`.")],
+    model: Annotated[str | None, option("Hub id or folder of the model.", "NAME")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Activation store, new or to be added to.")
+    ] = None,
+    layers: Annotated[
+        str | None, option("Residual stream after these blocks: 2,4; -1 is the last.", "I,J")
+    ] = None,
+    sites: Annotated[
+        str | None, option("Globs over module paths and residual.N: 'layers.*.mlp'.", "GLOBS")
+    ] = None,
+    layer_stride: Annotated[str | None, option("Every N-th block, from block 0.")] = None,
+    dtype: Annotated[str | None, option("Stored type: bf16, fp16, fp32 [bf16].", "TYPE")] = None,
+    model_dtype: Annotated[
+        str | None, option("Type the model computes in [auto: bf16 on GPU, fp32 on CPU].", "TYPE")
+    ] = None,
+    max_tokens: Annotated[str | None, option("Cache only the first rows, at most so many tokens.")] = None,
+    batch_size: Annotated[str | None, option("Rows per forward pass [16].", "ROWS")] = None,
+    shard_tokens: Annotated[str | None, option("Tokens per shard file [65536].")] = None,
+    device: Device = None,
+    revision: Annotated[str | None, option("The hub model's revision.", "REV")] = None,
+    config: Config = None,
+    set_: Sets = None,
+) -> None:
+    """Run a transformer over the rows once and store the activations of chosen sites.
+
+    Killed at any moment, the same command continues; run again with other layers, it adds them; run
+    on a finished store, it checks every shard and writes the damaged ones again.
+
+    Example: `saemill cache tokens --model EleutherAI/pythia-160m --layers 4,8 -o acts`
+    """
+    from saemill.cache.run import CacheConfig, run
+
+    run(_resolve(CacheConfig, "cache", locals()))
+
+
+@app.command()
+def train(
+    acts: Annotated[Path, typer.Argument(help="A folder made by `saemill cache`.")],
+    site: Annotated[
+        list[str] | None, typer.Option(help="Site to train on; repeat or separate by commas.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the run.")] = None,
+    k: Annotated[str | None, option("Active latents per token [32].", "K,…")] = None,
+    expansion_factor: Annotated[str | None, option("Latents as multiples of D [8].", "N,…")] = None,
+    num_latents: Annotated[str | None, option("Latents, in place of the factor.", "N,…")] = None,
+    lr: Annotated[
+        str | None, option("Peak learning rates; auto is 2e-4 / √(latents / 2^14).", "LR,…")
+    ] = None,
+    seeds: Annotated[str | None, option("Seeds of the initial weights [0].", "N,…")] = None,
+    batch_size: Annotated[str | None, option("Tokens per batch [4096].")] = None,
+    max_tokens: Annotated[str | None, option("Tokens to train on [one epoch].")] = None,
+    epochs: Annotated[str | None, option("Passes over the store, in place of max-tokens.")] = None,
+    grad_acc_steps: Annotated[str | None, option("Batches per optimizer step [1].")] = None,
+    optimizer: Annotated[str | None, option("adam or sgd [adam].", "NAME")] = None,
+    weight_decay: Annotated[str | None, option("Decoupled decay of the encoder's weights [0].", "X")] = None,
+    warmup_steps: Annotated[str | None, option("Steps of linear warm-up [a 20th of the run].")] = None,
+    lr_decay: Annotated[
+        str | None, option("none, linear or cosine, over the last part [linear].", "KIND")
+    ] = None,
+    lr_decay_fraction: Annotated[str | None, option("That part [0.2].", "X")] = None,
+    auxk_alpha: Annotated[str | None, option("Weight of the loss on dead latents [1/32].", "X")] = None,
+    k_aux: Annotated[str | None, option("Dead latents per token in it [D/2].")] = None,
+    dead_after_tokens: Annotated[
+        str | None, option("Dead after so many idle tokens [a 10th of the run].")
+    ] = None,
+    loss: Annotated[str | None, option("fvu or mse [fvu].", "KIND")] = None,
+    b_dec_init: Annotated[str | None, option("mean or geometric_median [mean].", "KIND")] = None,
+    buffer_tokens: Annotated[str | None, option("Rows of the shuffling buffer [262144].")] = None,
+    shuffle_seed: Annotated[str | None, option("Order of the stream [0].")] = None,
+    save_every: Annotated[str | None, option("Steps between checkpoints [1000].")] = None,
+    log_every: Annotated[str | None, option("Steps between log lines [10].")] = None,
+    resume: Annotated[
+        bool | None, typer.Option(help="Go on from the run's checkpoint [on]; off starts anew.")
+    ] = None,
+    log_to_wandb: Annotated[bool | None, typer.Option(help="One wandb run per variant, in a group.")] = None,
+    wandb_project: Annotated[str | None, option("The project [saemill].", "NAME")] = None,
+    run_name: Annotated[str | None, option("The group [the folder's name].", "NAME")] = None,
+    device: Device = None,
+    dtype: Annotated[str | None, option("Type of the encoder's product: fp32, bf16 [auto].", "TYPE")] = None,
+    config: Config = None,
+    set_: Sets = None,
+) -> None:
+    """Train many TopK SAEs at once over one shuffled stream of cached activations.
+
+    Lists form a grid; a config file may list variants one by one. SIGTERM or Ctrl-C saves a
+    checkpoint and exits with code 75; the same command continues.
+
+    Example: `saemill train acts --site layers.4 --k 16,32,64 --expansion-factor 8,32 -o runs/first`
+    """
+    from saemill.train.run import TrainConfig, run
+
+    values = locals()
+    values["site"] = ",".join(site) if site else None
+    run(_resolve(TrainConfig, "train", values))
+
+
+@app.command()
+def assess(
+    run: Annotated[Path, typer.Argument(help="A folder made by `saemill train`.")],
+    model: Annotated[str | None, option("The model, if not where it was cached from.", "NAME")] = None,
+    with_model: Annotated[
+        bool | None,
+        typer.Option("--with-model/--no-model", help="Measure losses with the SAE spliced in [on]."),
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Assess on this token store, not the held-out rows.")
+    ] = None,
+    acts: Annotated[Path | None, typer.Option(help="The activation store, if it moved.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Where to write [the run's folder].")
+    ] = None,
+    max_tokens: Annotated[str | None, option("Most tokens for reconstruction [1M].")] = None,
+    model_tokens: Annotated[str | None, option("Most tokens for the losses [100k].")] = None,
+    batch_size: Annotated[str | None, option("Rows per forward pass [8].", "ROWS")] = None,
+    dead_percentage_threshold: Annotated[
+        str | None, option("A latent active on a smaller share of tokens is dead [0.0005].", "X")
+    ] = None,
+    min_loss_recovered: Annotated[str | None, option("Threshold of the verdict [0.60].", "X")] = None,
+    min_l0: Annotated[str | None, option("Threshold [20].", "X")] = None,
+    max_l0: Annotated[str | None, option("Threshold [200].", "X")] = None,
+    max_dead_fraction: Annotated[str | None, option("Threshold [0.20].", "X")] = None,
+    max_absorption: Annotated[str | None, option("Threshold [0.25].", "X")] = None,
+    variant: Annotated[str | None, option("Whose latents are shown [the best].", "NAME")] = None,
+    latents: Annotated[str | None, option("Latents to show beside random ones.", "I,J")] = None,
+    n_latents: Annotated[str | None, option("Random live latents to show [12].")] = None,
+    n_contexts: Annotated[str | None, option("Contexts per latent [8].")] = None,
+    context_tokens: Annotated[str | None, option("Most tokens searched for contexts [500k].")] = None,
+    device: Device = None,
+    config: Config = None,
+    set_: Sets = None,
+) -> None:
+    """Measure every SAE of a run on tokens that training did not see, and give a verdict.
+
+    Writes `final_assessment.json`, `report.html` and the sums they follow from.
+
+    Example: `saemill assess runs/first`
+    """
+    from saemill.assess.report import contexts_text
+    from saemill.assess.run import AssessConfig
+    from saemill.assess.run import run as run_assess
+    from saemill.common.log import say
+
+    values = locals()
+    for name in ("min_loss_recovered", "min_l0", "max_l0", "max_dead_fraction", "max_absorption"):
+        values[f"thresholds.{name}"] = values.pop(name)
+    assessment = run_assess(_resolve(AssessConfig, "assess", values))
+    say(contexts_text(assessment["features"], 4, 4))
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="A token store, an activation store or a run.")],
+) -> None:
+    """Tell what is in a folder that saemill made."""
+    from saemill.common.log import say
+    from saemill.show import describe
+
+    say(describe(path))
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="A token store or an activation store.")]) -> None:
+    """Check sizes and hashes of a store and name each bad file; exit code 1 if there are any."""
+    from saemill.common.log import say
+    from saemill.show import problems
+
+    found = problems(path)
+    say("\n".join(found) if found else f"{path}: every file has its size and hash")
+    if found:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the stores and the run.")] = Path(
+        "demo-run"
+    ),
+) -> None:
+    """The whole pipeline on a small language model and public-domain text that ship with saemill."""
+    from saemill.demo import run
+
+    run(out)
+
+
+def _resolve(cls: Any, section: str, values: dict[str, Any]) -> Any:
+    """A stage's config from a command's arguments."""
+    import dataclasses
+
+    from saemill.common.config import resolve
+
+    fields = {field.name for field in dataclasses.fields(cls)}
+    flags = {name: value for name, value in values.items() if name.split(".")[0] in fields}
+    return resolve(cls, section, flags, values["config"], values["set_"] or ())
+
+
+def main() -> None:
+    """Run the command line; errors that a user can repair are told without a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except Interrupted as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+    except SaemillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,39 @@
+"""`saemill demo`: every stage on a small language model and public-domain text that ship here."""
+
+import time
+from importlib.resources import files
+from pathlib import Path
+
+from saemill.assess.report import contexts_text
+from saemill.assess.run import AssessConfig
+from saemill.assess.run import run as assess
+from saemill.cache.run import CacheConfig
+from saemill.cache.run import run as cache
+from saemill.common.config import resolve
+from saemill.common.log import duration, say
+from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.run import run as tokenize
+from saemill.train.run import TrainConfig
+from saemill.train.run import run as train
+
+FOLDER = Path(str(files("saemill.demo")))
+MODEL = FOLDER / "model"
+TEXT = FOLDER / "gutenberg-sample.jsonl.gz"
+
+
+def run(out: Path) -> None:
+    """Tokenize, cache, train and assess below `out`, by the settings in `demo.yaml`."""
+    started = time.perf_counter()
+    config = FOLDER / "demo.yaml"
+    tokens, acts, trained = out / "tokens", out / "acts", out / "run"
+    say("1. tokenize: 7 novels into rows of 256 tokens")
+    flags = {"dataset": str(TEXT), "tokenizer": str(MODEL), "out": tokens}
+    tokenize(resolve(TokenizeConfig, "tokenize", flags, config))
+    say("\n2. cache: one forward pass of a 4-layer GPT-NeoX, the residual stream after block 2")
+    cache(resolve(CacheConfig, "cache", {"tokens": tokens, "model": str(MODEL), "out": acts}, config))
+    say("\n3. train: six SAEs at once over one stream")
+    train(resolve(TrainConfig, "train", {"acts": acts, "out": trained}, config))
+    say("\n4. assess: on documents that training never saw")
+    assessment = assess(resolve(AssessConfig, "assess", {"run": trained}, config))
+    say("\n" + contexts_text(assessment["features"], n_latents=5, n_contexts=4))
+    say(f"\nReport: {trained / 'report.html'}. All in {duration(time.perf_counter() - started)}.")

@@ -1,0 +1,76 @@
+"""Small models and texts that several tests share; nothing is fetched."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from saemill.demo import MODEL
+
+WORDS = "the cat sat on a mat while seven dogs ran over green hills and rivers of cold light".split()
+
+
+def random_texts(n: int, seed: int = 0, words: int = 60) -> list[str]:
+    """Distinct documents of some words each."""
+    generator = random.Random(seed)
+    return [f"{i}. " + " ".join(generator.choices(WORDS, k=generator.randint(5, words))) for i in range(n)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder() -> str:
+    """A byte-level BPE tokenizer with 8,192 ids and EOS 0."""
+    return str(MODEL)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 documents as jsonl."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in random_texts(400)))
+    return path
+
+
+def _config(kind: str) -> transformers.PretrainedConfig:
+    vocab, width = 8192, 32
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if kind == "neox":
+        return transformers.GPTNeoXConfig(
+            vocab_size=vocab, hidden_size=width, num_hidden_layers=3, num_attention_heads=4,
+            intermediate_size=64, max_position_embeddings=128, **special,
+        )
+    if kind == "llama":
+        return transformers.LlamaConfig(
+            vocab_size=vocab, hidden_size=width, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, intermediate_size=64, max_position_embeddings=128, **special,
+        )
+    if kind == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=vocab, n_embd=width, n_layer=3, n_head=4, n_positions=128, **special
+        )
+    return transformers.BertConfig(
+        vocab_size=vocab, hidden_size=width, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=128,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Random 3-layer models of width 32 with LM head: neox, llama, gpt2, bert; saved to folders.
+
+    Their parameters are larger than at initialisation, so that activations differ clearly.
+    """
+    folders = {}
+    for kind in ("neox", "llama", "gpt2", "bert"):
+        torch.manual_seed(1)
+        auto = transformers.AutoModelForMaskedLM if kind == "bert" else transformers.AutoModelForCausalLM
+        model = auto.from_config(_config(kind))
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name:
+                parameter.data.mul_(5)
+        folder = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folder)
+        folders[kind] = str(folder)
+    return folders
