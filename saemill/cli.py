@@ -43,7 +43,7 @@ def option(text: str, metavar: str = "N", *names: str) -> Any:
 @app.command()
 def tokenize(
     dataset: Annotated[
-        str, typer.Argument(help="Hub id, or file or folder: parquet, jsonl(.gz), csv, arrow, txt.")
+        str | None, typer.Argument(help="Hub id, or file or folder: parquet, jsonl(.gz), csv, arrow, txt.")
     ],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write.")] = None,
     tokenizer: Annotated[str | None, option("Hub id or folder of the tokenizer.", "NAME")] = None,
@@ -79,7 +79,7 @@ def tokenize(
 
 @app.command()
 def cache(
-    tokens: Annotated[Path, typer.Argument(help="A folder made by `saemill tokenize`.")],
+    tokens: Annotated[Path | None, typer.Argument(help="A folder made by `saemill tokenize`.")] = None,
     model: Annotated[str | None, option("Hub id or folder of the model.", "NAME")] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Activation store, new or to be added to.")
@@ -117,7 +117,7 @@ def cache(
 
 @app.command()
 def train(
-    acts: Annotated[Path, typer.Argument(help="A folder made by `saemill cache`.")],
+    acts: Annotated[Path | None, typer.Argument(help="A folder made by `saemill cache`.")] = None,
     site: Annotated[
         list[str] | None, typer.Option(help="Site to train on; repeat or separate by commas.")
     ] = None,
@@ -178,7 +178,7 @@ def train(
 
 @app.command()
 def assess(
-    run: Annotated[Path, typer.Argument(help="A folder made by `saemill train`.")],
+    run: Annotated[Path | None, typer.Argument(help="A folder made by `saemill train`.")] = None,
     model: Annotated[str | None, option("The model, if not where it was cached from.", "NAME")] = None,
     with_model: Annotated[
         bool | None,

@@ -10,7 +10,7 @@ import transformers
 
 from saemill.demo import MODEL
 
-WORDS = "the cat sat on a mat while seven dogs ran over green hills and rivers of cold light".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "dogs", "ran", "over", "green", "hills"]
 
 
 def random_texts(n: int, seed: int = 0, words: int = 60) -> list[str]:
@@ -38,21 +38,36 @@ def _config(kind: str) -> transformers.PretrainedConfig:
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if kind == "neox":
         return transformers.GPTNeoXConfig(
-            vocab_size=vocab, hidden_size=width, num_hidden_layers=3, num_attention_heads=4,
-            intermediate_size=64, max_position_embeddings=128, **special,
+            vocab_size=vocab,
+            hidden_size=width,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=128,
+            **special,
         )
     if kind == "llama":
         return transformers.LlamaConfig(
-            vocab_size=vocab, hidden_size=width, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, intermediate_size=64, max_position_embeddings=128, **special,
+            vocab_size=vocab,
+            hidden_size=width,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=128,
+            **special,
         )
     if kind == "gpt2":
         return transformers.GPT2Config(
             vocab_size=vocab, n_embd=width, n_layer=3, n_head=4, n_positions=128, **special
         )
     return transformers.BertConfig(
-        vocab_size=vocab, hidden_size=width, num_hidden_layers=3, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=128,
+        vocab_size=vocab,
+        hidden_size=width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
     )
 
 

@@ -21,8 +21,8 @@ COLUMNS = {
     "loss_recovered": "loss rec.",
     "l0": "L0",
     "dead_fraction": "dead",
-    "absorption": "absorption",
     "cosine": "cosine",
+    "absorption": "absorption",
 }
 
 
@@ -36,7 +36,7 @@ def number(figure: Figure, digits: int = 3) -> str:
 
 def interval(figure: Figure) -> str:
     """A figure's 95% interval, or nothing."""
-    if figure.get("lo") is None:
+    if figure.get("lo") is None or figure["lo"] == figure["hi"]:
         return ""
     digits = 1 if abs(figure["hi"]) >= 10 else 3
     return f"{figure['lo']:.{digits}f}–{figure['hi']:.{digits}f}"
@@ -114,13 +114,14 @@ what as many random directions score.</li>{reasons}</ul>"""
 
 def _variants_table(assessment: dict[str, Any]) -> str:
     head = "".join(
-        f"<th>{title}</th>" for title in ("variant", "k", "latents", *COLUMNS.values(), "random", "verdict")
+        f"<th>{title}</th>" for title in ("variant", "k", "latents", *COLUMNS.values(), "(random)", "verdict")
     )
     rows = []
     for entry in assessment["variants"]:
         metrics = entry["metrics"]
         cells = [
-            f"<td>{html.escape(entry['name'])}</td><td>{entry['k']}</td><td>{entry['num_latents']:,}</td>"
+            f"<td class='name'>{html.escape(entry['name'])}</td>",
+            f"<td>{entry['k']}</td><td>{entry['num_latents']:,}</td>",
         ]
         failed = {check["name"] for check in entry["checks"] if check["passed"] is False}
         for name in COLUMNS:
@@ -189,7 +190,8 @@ def _pareto(assessment: dict[str, Any], metric: str, title: str) -> str:
     marks.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">L0</text>')
     return (
         f"<h2>{title} against L0</h2><p>{' &nbsp; '.join(legend)}</p>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title} against L0">{"".join(marks)}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title} against L0">'
+        f"{''.join(marks)}</svg>"
     )
 
 
@@ -247,7 +249,8 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.5em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;
 text-align:right;vertical-align:top}td:first-child,th:first-child,td.text{text-align:left}
-td small{display:block;color:#666;font-size:80%}td.bad{background:#fde8e0}h3 small{font-weight:normal;color:#666}
+td small{display:block;color:#666;font-size:80%;white-space:nowrap}td.bad{background:#fde8e0}
+h3 small{font-weight:normal;color:#666}td.name{white-space:nowrap}
 mark{background:#ffd166;padding:0 1px}svg{max-width:640px;width:100%;font-size:11px}svg .grid{stroke:#eee}
 .grid{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0;width:300px}figcaption{font-size:85%}
 .notes{color:#444;font-size:92%}td.text{font-size:92%}

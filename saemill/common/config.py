@@ -9,6 +9,8 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -53,7 +55,7 @@ def resolve(
         key, separator, value = item.partition("=")
         if not separator:
             raise ConfigError(f"--set takes key=value, got {item!r}")
-        _put(merged, key, yaml.safe_load(value))
+        _put(merged, key, _parse(value, f"--set {item}"))
     for key, value in flags.items():
         if value is not None:
             _put(merged, key, value)
@@ -70,11 +72,19 @@ def _put(target: dict[str, Any], dotted: str, value: Any) -> None:
     target[last] = value
 
 
+def _parse(text: str, where: str) -> Any:
+    """Text as YAML; a mistake in it is told with its place."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
+
+
 def read_section(file: Path, section: str) -> dict[str, Any]:
     """One stage's section of a YAML file."""
     if not file.is_file():
         raise ConfigError(f"no config file {file}")
-    content = yaml.safe_load(file.read_text()) or {}
+    content = _parse(file.read_text(), str(file)) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold sections ({', '.join(SECTIONS)}), got {content!r:.80}")
     for name in content:
@@ -82,7 +92,10 @@ def read_section(file: Path, section: str) -> dict[str, Any]:
             raise ConfigError(f"{file}: unknown section {name!r}; {nearest(name, SECTIONS)}")
     if section not in content:
         raise ConfigError(f"{file} has no section {section!r}; it has {', '.join(content) or 'none'}")
-    return dict(content[section] or {})
+    values = content[section] or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: section {section!r} must be a group of settings, got {values!r:.80}")
+    return values
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -123,7 +136,7 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
         return value
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             items = [items]
         return tuple(coerce(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(items))
@@ -157,7 +170,7 @@ def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
             return count(value)
         if hint is float and not isinstance(value, bool):
             return float(value)
-        if hint is str and isinstance(value, str | int | float):
+        if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
             return str(value)
         if hint is Path:
             return Path(value)
@@ -168,15 +181,17 @@ def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
 
 def count(value: Any) -> int:
     """A whole number from 2000000, '2_000_000', '2e6' or '2M'; ValueError otherwise."""
-    if isinstance(value, str):
-        text = value.strip()
-        scale = SUFFIXES.get(text[-1:], 1)
-        number = float(text[:-1] if scale > 1 else text) * scale
-    else:
-        number = float(value)
-    if number != int(number):
+    if not isinstance(value, str | int | float):
         raise ValueError(value)
-    return int(value) if isinstance(value, int) else int(number)
+    text = str(value).strip()
+    scale = SUFFIXES.get(text[-1:], 1)
+    try:
+        number = Fraction(Decimal(text[:-1] if scale > 1 else text)) * scale
+    except ArithmeticError:
+        raise ValueError(value) from None
+    if number.denominator != 1:
+        raise ValueError(value)
+    return number.numerator
 
 
 def plain(config: Any) -> dict[str, Any]:

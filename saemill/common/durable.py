@@ -9,6 +9,8 @@ from typing import Any
 
 import xxhash
 
+from saemill.common.errors import StoreError
+
 READ_BYTES = 1 << 24
 
 
@@ -57,8 +59,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
+    """Read a JSON file.
+
+    Raises:
+        StoreError: its content is no JSON; saemill writes such files whole, so it was damaged later.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged: {error}") from error
 
 
 def hash_file(path: Path) -> str:

@@ -104,6 +104,8 @@ class LanguageModel:
     def capture(self, ids_RS: Tensor, sites: list[str], attention_RS: Tensor | None) -> dict[str, Tensor]:
         """Activations at `sites`, from a forward pass that stops after the last of them.
 
+        They are copies, as some models add to a module's output in place (Falcon: to its MLP's).
+
         Args:
             ids_RS: token ids, int64.
             sites: module paths in the base model.
@@ -115,7 +117,7 @@ class LanguageModel:
 
         def keep(name: str) -> Callable[..., None]:
             def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                found[name] = first_output(output)
+                found[name] = first_output(output).clone()
                 if len(found) == len(sites):
                     raise _Enough
 

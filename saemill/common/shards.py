@@ -40,9 +40,11 @@ class ShardedArray:
             meta = durable.read_json(path / "zarr.json")
         except FileNotFoundError:
             raise StoreError(f"no array at {path}: zarr.json is missing") from None
-        codecs = [codec["name"] for codec in meta["codecs"]]
+        codecs = [codec["name"] for codec in meta.get("codecs", ())]
         if codecs != ["bytes"]:
             raise StoreError(f"{path} is not a raw array: its codecs are {codecs}, expected ['bytes']")
+        if meta["codecs"][0].get("configuration", {}).get("endian", "little") != "little":
+            raise StoreError(f"{path} is not a raw array: its bytes are not little endian")
         self.n_rows, self.width = meta["shape"]
         self.shard_rows = meta["chunk_grid"]["configuration"]["chunk_shape"][0]
         self.dtype = np.dtype(meta["data_type"])
@@ -92,6 +94,7 @@ class ShardedArray:
             )
         raw = np.ascontiguousarray(rows_TD).data.cast("B")
         durable.write_bytes(self.shard_path(shard), [raw], pad_to_bytes=self.shard_bytes)
+        self.shard.cache_clear()
 
     def problem(self, shard: int) -> str | None:
         """What is wrong with a shard's file by its size, or None."""
@@ -127,6 +130,8 @@ class ShardedArray:
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Rows start..stop in stored order, copied. [stop - start, width] of `self.dtype`."""
+        if not 0 <= start <= stop <= self.n_rows:
+            raise IndexError(f"rows must be within 0..{self.n_rows}, got {start}..{stop}")
         out = np.empty((stop - start, self.width), self.dtype)
         row = start
         while row < stop:

@@ -5,7 +5,9 @@ after block 4 of GPT-NeoX or Llama, `h.4` of GPT-2, `encoder.layer.4` of BERT; `
 output of its MLP. `residual.4` may be written for the residual stream after block 4 in any model.
 """
 
+import copy
 import fnmatch
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +43,9 @@ def load_model_config(name: str, revision: str | None) -> Any:
 class Architecture:
     """Module names and output widths of a model, found without its weights.
 
-    The model is built on torch's meta device and run there once on two tokens.
+    The model is built on torch's meta device and run there once on a few tokens; in bf16, the type
+    that every kernel of mixture-of-experts models takes, and without a padding id, whose search
+    would need the tokens' values.
 
     Args:
         config: the model's transformers config.
@@ -49,11 +53,23 @@ class Architecture:
 
     def __init__(self, config: Any) -> None:
         with torch.device("meta"):
-            model = transformers.AutoModel.from_config(config)
+            model = transformers.AutoModel.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+        model.config.pad_token_id = None
         self.name = type(model).__name__
         self.modules = [name for name, _ in model.named_modules() if name]
-        self.blocks = block_names(model)
+        self._blocks = block_names(model)
         self.widths = _output_widths(model)
+
+    @property
+    def blocks(self) -> list[str]:
+        """Paths of the transformer blocks.
+
+        Raises:
+            ConfigError: the model has no list of them.
+        """
+        if not self._blocks:
+            raise ConfigError(f"{self.name} has no list of one block per layer; name sites by glob instead")
+        return self._blocks
 
     def resolve(self, layers: tuple[int, ...], patterns: tuple[str, ...]) -> list[Site]:
         """The sites that layers and globs name, in the model's order.
@@ -63,11 +79,11 @@ class Architecture:
             patterns: globs over module paths and `residual.<layer>`.
 
         Raises:
-            ConfigError: a layer does not exist, a glob matches nothing, or a module's output is
-                not one vector per token.
+            ConfigError: a layer does not exist, a glob matches nothing, or a module does not give
+                one vector per token.
         """
         names = {self._block(layer) for layer in layers}
-        aliases = {f"residual.{i}": block for i, block in enumerate(self.blocks)}
+        aliases = {f"residual.{i}": block for i, block in enumerate(self._blocks)}
         for pattern in patterns:
             matched = set(fnmatch.filter(self.modules, pattern))
             matched |= {aliases[alias] for alias in fnmatch.filter(aliases, pattern)}
@@ -78,7 +94,8 @@ class Architecture:
         bad = sorted(name for name in names if name not in self.widths)
         if bad:
             raise ConfigError(
-                f"the output of {', '.join(bad[:5])} is not one vector per token; name another module"
+                f"{', '.join(bad[:5])} does not give one vector per token: its output has another shape, "
+                "or it runs more than once or never; name another module"
             )
         return [Site(name, self.widths[name]) for name in self.modules if name in names]
 
@@ -90,12 +107,15 @@ class Architecture:
 
 
 def block_names(model: Any) -> list[str]:
-    """Paths of the transformer blocks: the outermost ModuleList with one member per hidden layer."""
+    """Paths of the transformer blocks: the outermost ModuleList with one member per hidden layer.
+
+    Models whose layers share one module have no such list; the answer is empty then.
+    """
     n_layers = model.config.num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
             return [f"{name}.{i}" for i in range(n_layers)]
-    raise ConfigError(f"{type(model).__name__} has no list of {n_layers} blocks; name sites by glob instead")
+    return []
 
 
 def first_output(output: Any) -> Any:
@@ -104,13 +124,15 @@ def first_output(output: Any) -> Any:
 
 
 def _output_widths(model: Any) -> dict[str, int]:
-    """Width of each module's output, for modules that give one vector per token."""
+    """Width of each module's output, for modules that run once and give one vector per token."""
     widths: dict[str, int] = {}
+    calls: Counter[str] = Counter()
     handles = []
     shape = (2, 3)
 
     def record(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            calls[name] += 1
             first = first_output(output)
             if isinstance(first, torch.Tensor) and first.is_floating_point() and first.dim() == 3:
                 if tuple(first.shape[:2]) == shape:
@@ -125,4 +147,4 @@ def _output_widths(model: Any) -> dict[str, int]:
         model(input_ids=torch.zeros(shape, dtype=torch.long, device="meta"))
     for handle in handles:
         handle.remove()
-    return widths
+    return {name: width for name, width in widths.items() if calls[name] == 1}

@@ -84,8 +84,11 @@ class Loader:
 
         Returns: per site [T, D] in the stored dtype, on the CPU.
         """
+        return self.stretch(i * self.batch_tokens, (i + 1) * self.batch_tokens)
+
+    def stretch(self, position: int, end: int) -> dict[str, Tensor]:
+        """The stream from one position to another, per site [end - position, D]."""
         parts: dict[str, list[Tensor]] = {name: [] for name in self.sites}
-        position, end = i * self.batch_tokens, (i + 1) * self.batch_tokens
         while position < end:
             epoch, offset = divmod(position, self.epoch_tokens)
             starts = self._epoch(epoch).window_starts

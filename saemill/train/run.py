@@ -25,6 +25,8 @@ from saemill.train.variants import Variant, describe, groups, resolve
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
+SAMPLE_TOKENS = 8192
+"""From which the initial gain and the geometric median are computed, whatever the batch size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +230,7 @@ def _build(
     )
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_steps * step_tokens // 10)
     dtype = choose_product_dtype(config.dtype, device)
-    sample = loader.batch(0)
+    sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
     banks = []
     for (site, _), members in groups(variants).items():
         frame = _frame(store, site, mask, device)

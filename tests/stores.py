@@ -1,0 +1,105 @@
+"""Stores with known content, written through saemill's own writers."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import transformers
+import zarr
+
+from saemill.cache.writer import SiteWriter
+from saemill.common.activations import FORMAT, ActivationStore
+from saemill.common.shards import ShardedArray
+from saemill.common.sites import Site
+from saemill.common.tokens import TokenizerInfo, TokenStore, cut_documents, write_token_store
+from saemill.demo import MODEL
+
+INFO = TokenizerInfo(
+    name=str(MODEL), hash="none", vocab_size=8192, prefix_ids=(), suffix_ids=(), separator_id=0,
+    special_ids=(0,), pad_id=None, mask_id=None,
+)  # fmt: skip
+
+
+def make_tokens(path: Path, n_rows: int, ctx_len: int, seed: int = 0) -> TokenStore:
+    """Random tokens; one document per row but for every fifth row, which continues the one before.
+
+    Every eighth row is held out.
+    """
+    generator = np.random.default_rng(seed)
+    ids = generator.integers(0, 8192, (n_rows, ctx_len)).astype(np.uint16)
+    ids[generator.random(ids.shape) < 0.05] = 0
+    tokens = ShardedArray.create(path / "tokens", ids.shape, n_rows, torch.uint16, {})
+    tokens.write_shard(0, ids)
+    rows = np.arange(n_rows)
+    number = np.cumsum(rows % 5 != 4) - 1
+    held_out = number % 8 == 1
+    transformers.AutoTokenizer.from_pretrained(str(MODEL)).save_pretrained(path / "tokenizer")
+    segments = pa.table({"start": rows * ctx_len, "document": number})
+    n_documents = int(number.max()) + 1
+    documents = pa.table(
+        {
+            "source_index": np.arange(n_documents),
+            "held_out": np.arange(n_documents) % 8 == 1,
+            "text_hash": np.arange(n_documents).astype(np.uint64) + 1000 * (seed + 1),
+        }
+    )
+    write_token_store(
+        path,
+        tokens=tokens,
+        held_out_R=held_out,
+        segments=segments,
+        documents=cut_documents(documents, segments, n_rows * ctx_len),
+        tokenizer=INFO,
+        extra={
+            "source": {"name": "test", "fingerprint": "test", "column": "text"},
+            "settings": {"held_out_fraction": 0.125},
+            "versions": {},
+        },
+    )
+    return TokenStore(path)
+
+
+def make_store(
+    path: Path,
+    n_rows: int,
+    ctx_len: int,
+    d: int,
+    shard_tokens: int,
+    values_TD: torch.Tensor | None = None,
+) -> ActivationStore:
+    """An activation store with sites `a` and `b` = a + 1, float32.
+
+    Args:
+        values_TD: values of site a by address; by default dimensions 0 and 1 tell the address
+            (a // 256, a % 256) and the others are random.
+    """
+    acts = path / "acts"
+    tokens = make_tokens(acts / "tokens", n_rows, ctx_len)
+    settings = {
+        "format": FORMAT,
+        "tokens_fingerprint": tokens.fingerprint,
+        "n_rows": n_rows,
+        "shard_tokens": shard_tokens // ctx_len * ctx_len,
+        "dtype": "fp32",
+        "model_dtype": "float32",
+        "model_fingerprint": "none",
+        "mask": {"special_tokens": True, "first_positions": 1, "token_ids": []},
+        "model": "none",
+        "revision": None,
+        "versions": {"saemill": version("saemill")},
+    }
+    zarr.create_group(str(acts), attributes={"saemill": settings})
+    store = ActivationStore(acts)
+    if values_TD is None:
+        values_TD = torch.randn(store.n_tokens, d, generator=torch.Generator().manual_seed(0))
+        address = torch.arange(store.n_tokens)
+        values_TD[:, 0], values_TD[:, 1] = (address // 256).float(), (address % 256).float()
+    for name, offset in (("a", 0.0), ("b", 1.0)):
+        writer = SiteWriter(store, Site(name, d), torch.float32)
+        for shard in range(store.n_shards):
+            start = shard * store.shard_tokens
+            writer.write(shard, values_TD[start : start + store.shard_length(shard)] + offset)
+        writer.finish()
+    return store

@@ -1,0 +1,462 @@
+"""Assessment figures against their definitions, mean and identity baselines, and whole-model runs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import make_store, make_tokens
+
+from saemill.assess.evalset import EvalSet
+from saemill.assess.features import Reader, choose_latents, top_addresses
+from saemill.assess.reconstruction import Reconstruction, absorption
+from saemill.assess.run import AssessConfig, run
+from saemill.assess.sums import Bootstrap, DocumentSums
+from saemill.assess.verdict import Thresholds, checks, order, summary
+from saemill.cache.run import CacheConfig
+from saemill.cache.run import run as cache
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.sae import Sae, SaeConfig
+from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.run import run as tokenize
+from saemill.train.run import TrainConfig
+from saemill.train.run import run as train
+
+D = 8
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    values = torch.randn(400 * 16, D, generator=torch.Generator().manual_seed(1)) * 3 + 20
+    folder = tmp_path_factory.mktemp("assess")
+    return make_store(folder, n_rows=400, ctx_len=16, d=D, shard_tokens=1000, values_TD=values)
+
+
+def held_out(store: ActivationStore) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
+    """Oracle: held-out unmasked activations and their addresses, by a loop over rows."""
+    addresses = []
+    for row in np.flatnonzero(store.tokens.held_out_R):
+        ids = store.tokens.rows(row, row + 1)[0]
+        addresses += [row * 16 + p for p in range(1, 16) if ids[p] != 0]
+    return store.read("a", 0, store.n_tokens)[torch.tensor(addresses)], np.array(addresses)
+
+
+def evalset(store: ActivationStore) -> EvalSet:
+    return EvalSet(store, None, None, store.mask, ["a"], 4)
+
+
+def constant_sae(bias: torch.Tensor) -> Sae:
+    """x̂ = bias for every x: its only latent never fires."""
+    config = SaeConfig(d_in=D, num_latents=1, k=1, provenance={})
+    return Sae(config, torch.zeros(1, D), torch.tensor([-1.0]), torch.zeros(1, D), bias)
+
+
+def signed_identity() -> Sae:
+    """x̂ = x: latents ±e_i."""
+    rows = torch.cat([torch.eye(D), -torch.eye(D)])
+    config = SaeConfig(d_in=D, num_latents=2 * D, k=D, provenance={})
+    return Sae(config, rows.clone(), torch.zeros(2 * D), rows.clone(), torch.zeros(D))
+
+
+def random_sae(seed: int, k: int = 3, f: int = 24) -> Sae:
+    generator = torch.Generator().manual_seed(seed)
+    w_dec = torch.nn.functional.normalize(torch.randn(f, D, generator=generator), dim=1)
+    config = SaeConfig(d_in=D, num_latents=f, k=k, provenance={})
+    return Sae(config, w_dec * 0.5, torch.zeros(f), w_dec, torch.full((D,), 20.0))
+
+
+def reconstruct(store: ActivationStore, saes: dict[str, Sae], max_tokens: int = 10**9) -> Reconstruction:
+    chosen = evalset(store)
+    return Reconstruction(saes, dict.fromkeys(saes, "a"), chosen).run(chosen.chunks(max_tokens))
+
+
+def test_mean_predictor_identity_and_constant_bias(store: ActivationStore) -> None:
+    """Oracles: FVU of the mean is 1, of the identity 0, and a bias c adds ‖c‖² / variance."""
+    x, _ = held_out(store)
+    mean = x.double().mean(0)
+    shifted = mean + 2.0
+    saes = {
+        "mean": constant_sae(mean.float()),
+        "id": signed_identity(),
+        "bias": constant_sae(shifted.float()),
+    }
+    found = reconstruct(store, saes)
+    bootstrap = Bootstrap(len(found.sums.rows))
+    fvu = {name: found.metrics(name, bootstrap)["fvu"]["value"] for name in saes}
+    variance = float((x.double() - mean).square().sum(1).mean())
+    assert fvu["mean"] == pytest.approx(1, abs=1e-6)
+    assert fvu["id"] == pytest.approx(0, abs=1e-6)
+    assert fvu["bias"] == pytest.approx(1 + 4 * D / variance, rel=1e-6)
+
+
+def test_figures_equal_their_definitions(store: ActivationStore) -> None:
+    """Oracle: float64 formulas over all held-out activations at once."""
+    x, _ = held_out(store)
+    sae = random_sae(0)
+    found = reconstruct(store, {"v": sae})
+    metrics = found.metrics("v", Bootstrap(len(found.sums.rows)))
+    with torch.no_grad():
+        out = sae(x)
+    xd, rd = x.double(), out.reconstruction.double()
+    sse = (xd - rd).square().sum()
+    assert found.n_tokens == len(x)
+    assert metrics["fvu"]["value"] == pytest.approx(float(sse / (xd - xd.mean(0)).square().sum()), rel=1e-6)
+    assert metrics["explained_variance"]["value"] == pytest.approx(1 - metrics["fvu"]["value"])
+    assert metrics["mse"]["value"] == pytest.approx(float(sse / xd.numel()), rel=1e-6)
+    cosine = torch.nn.functional.cosine_similarity(xd, rd).mean()
+    assert metrics["cosine"]["value"] == pytest.approx(float(cosine), rel=1e-6)
+    assert metrics["l0"]["value"] == pytest.approx(float((out.top_acts > 0).sum(1).double().mean()))
+    fired = torch.zeros(len(x), 24).scatter_(1, out.top_indices, (out.top_acts > 0).float())
+    np.testing.assert_allclose(found.density("v"), fired.mean(0).numpy(), rtol=1e-6)
+
+
+def test_scale_of_the_activations_changes_nothing(tmp_path: Path) -> None:
+    """Oracle: the same data times 64 (exact in binary), SAE scaled along."""
+    values = torch.randn(64 * 16, D, generator=torch.Generator().manual_seed(3))
+    results = []
+    for factor in (1.0, 64.0):
+        small = make_store(tmp_path / str(factor), 64, 16, D, 500, values_TD=values * factor)
+        sae = random_sae(2)
+        sae.b_dec.data.mul_(0)
+        found = reconstruct(small, {"v": sae})
+        metrics = found.metrics("v", Bootstrap(len(found.sums.rows)))
+        results.append([metrics[name]["value"] for name in ("fvu", "cosine", "l0")])
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+def test_max_tokens_takes_the_first_tokens(store: ActivationStore) -> None:
+    """Oracle: the definition over the first 100 held-out tokens."""
+    x, _ = held_out(store)
+    found = reconstruct(store, {"v": random_sae(0)}, max_tokens=100)
+    assert found.n_tokens == 100
+    with torch.no_grad():
+        sse = (random_sae(0)(x[:100]).reconstruction - x[:100]).square().sum()
+    fvu = float(sse / (x[:100] - x[:100].mean(0)).square().sum())
+    assert found.metrics("v", Bootstrap(5))["fvu"]["value"] == pytest.approx(fvu, rel=1e-4)
+
+
+def test_absorption_is_the_mean_largest_cosine() -> None:
+    """Oracle: a loop over pairs; equal rows read 1, orthogonal ones 0, one row is no figure."""
+    rows = torch.randn(1500, 6, generator=torch.Generator().manual_seed(0))
+    unit = (rows / rows.norm(dim=1, keepdim=True)).double()
+    cosine = unit @ unit.T - 2 * torch.eye(1500)
+    assert absorption(rows)["value"] == pytest.approx(float(cosine.amax(1).mean()), rel=1e-5)
+    assert absorption(torch.ones(3, 6))["value"] == pytest.approx(1)
+    assert absorption(torch.eye(6))["value"] == pytest.approx(0)
+    assert absorption(rows[:1])["value"] is None
+
+
+def test_intervals_cover_the_truth() -> None:
+    """Oracle: 400 synthetic sets of documents with a known ratio; 95% intervals cover it about as often."""
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        n = generator.integers(5, 50, 80).astype(float)
+        level = generator.gamma(4, 0.25, 80)
+        figure = Bootstrap(80).ratio(level * n, n)
+        covered += figure["lo"] <= 1.0 <= figure["hi"]
+    assert 0.90 <= covered / 400 <= 0.98
+
+
+def test_too_few_documents_have_no_interval() -> None:
+    """Oracle: null with a reason, the value itself kept."""
+    figure = Bootstrap(3).ratio(np.array([1.0, 2, 3]), np.array([2.0, 2, 2]))
+    assert figure["value"] == 1.0
+    assert figure["lo"] is None
+    assert "3 documents are too few" in figure["reason"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.floats(-10, 10)), min_size=1, max_size=40), st.integers(1, 7))
+def test_document_sums_do_not_depend_on_chunks(tokens: list[tuple[int, float]], size: int) -> None:
+    """Oracle: a dictionary of sums."""
+    sums = DocumentSums(["v"])
+    for start in range(0, len(tokens), size):
+        part = tokens[start : start + size]
+        sums.add(np.array([unit for unit, _ in part]), {"v": [value for _, value in part]})
+    expected: dict[int, float] = {}
+    for unit, value in tokens:
+        expected[unit] = expected.get(unit, 0.0) + value
+    np.testing.assert_allclose(sums.column("v"), [expected[u] for u in sorted(expected)], atol=1e-9)
+
+
+def test_copies_of_a_document_count_as_one(store: ActivationStore) -> None:
+    """Oracle: the number of distinct text hashes among held-out documents."""
+    found = reconstruct(store, {"v": random_sae(0)})
+    table = store.tokens.documents
+    kept = table["held_out"].to_numpy(zero_copy_only=False)
+    assert sorted(found.sums.rows) == sorted(set(table["text_hash"].to_numpy()[kept].tolist()))
+
+
+def test_top_contexts_are_the_strongest_one_per_document(store: ActivationStore) -> None:
+    """Oracle: a full sort of all activations of the latent."""
+    sae = random_sae(4)
+    latents = [3, 7]
+    chosen = evalset(store)
+    found = top_addresses(chosen.context_chunks(10**9), "a", sae, latents, store.tokens, 5)
+    kept = np.concatenate(
+        [
+            store.keep_addresses(i, store.mask, False) | store.keep_addresses(i, store.mask, True)
+            for i in range(store.n_shards)
+        ]
+    )
+    with torch.no_grad():
+        acts, indices = sae.encode(store.read("a", 0, store.n_tokens))
+    for latent in latents:
+        value = torch.where(indices == latent, acts, 0.0).amax(1).numpy() * kept
+        best: dict[int, tuple[float, int]] = {}
+        for address in np.argsort(-value, kind="stable"):
+            document = int(store.tokens.document_of(np.array([address]))[0])
+            if value[address] > 0 and document not in best:
+                best[document] = (float(value[address]), int(address))
+        expected = sorted(best.values(), reverse=True)[:5]
+        assert [address for _, address in found[latent]] == [address for _, address in expected]
+
+
+def test_a_context_is_the_text_around_the_address(store: ActivationStore) -> None:
+    """Oracle: the tokenizer's decoding of the row, specials left out, cut at the document's start."""
+    reader = Reader(store.tokens)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(store.tokens.tokenizer.name)
+    row, position = 6, 8
+    ids = [int(i) for i in store.tokens.rows(row, row + 1)[0]]
+    context = reader.context(1.5, row * 16 + position)
+    assert context.token == tokenizer.decode([ids[position]])
+    assert context.before == tokenizer.decode([i for i in ids[:position] if i != 0])
+    assert context.after == tokenizer.decode([i for i in ids[position + 1 :] if i != 0])
+
+
+def test_latents_shown_are_asked_or_random_live_ones() -> None:
+    """Oracle: the asked first; the rest live and without repeats."""
+    density = np.array([0, 0.1, 0.2, 0, 0.3])
+    chosen = choose_latents(density, density > 0, (3,), 10)
+    assert chosen[0] == 3
+    assert sorted(chosen) == [1, 2, 3, 4]
+    with pytest.raises(ConfigError, match="latents are 0..4"):
+        choose_latents(density, density > 0, (5,), 1)
+
+
+def test_verdict_counts_only_checks_that_ran() -> None:
+    """Oracle: counted by hand."""
+    figures = {
+        "loss_recovered": {"value": None, "reason": "no head"},
+        "l0": {"value": 32.0},
+        "dead_fraction": {"value": 0.5},
+        "absorption": {"value": 0.25},
+    }
+    found = checks(figures, Thresholds())
+    assert [check["passed"] for check in found] == [None, True, False, True]
+    assert summary(found) == "passed 2/3, 1 not run"
+    entries = [
+        {
+            "name": name,
+            "checks": found,
+            "diverged_at_step": at,
+            "metrics": {"delta_ce": {"value": None}, "fvu": {"value": v}},
+        }
+        for name, v, at in (("a", 0.3, None), ("b", 0.2, None), ("c", 0.1, 7))
+    ]  # fmt: skip
+    assert [entry["name"] for entry in order(entries)] == ["b", "a", "c"]
+
+
+class Pipeline:
+    """A tiny model's run: tokenized, cached and trained."""
+
+    def __init__(self, folder: Path, model: str, tokenizer: str, corpus: Path, site: str) -> None:
+        self.model, self.site = model, site
+        self.tokens, self.acts, self.out = folder / "tokens", folder / "acts", folder / "run"
+        tokenize(
+            TokenizeConfig(
+                dataset=str(corpus), tokenizer=tokenizer, out=self.tokens, ctx_len=32, held_out_fraction=0.3
+            )
+        )
+        cache(CacheConfig(tokens=self.tokens, model=model, out=self.acts, sites=(site,), device="cpu"))
+        train(
+            TrainConfig(
+                acts=self.acts, out=self.out, site=(site,), k=(2, 16), num_latents=(128,), batch_size=256,
+                lr=(3e-3,), epochs=3, device="cpu",
+            )
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def causal(
+    tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path
+) -> Pipeline:
+    return Pipeline(
+        tmp_path_factory.mktemp("causal"), tiny_models["neox"], tokenizer_folder, corpus, "layers.1"
+    )
+
+
+def entry(assessment: dict[str, Any], k: int) -> dict[str, Any]:
+    (found,) = [e for e in assessment["variants"] if e["k"] == k]
+    return dict(found)
+
+
+def test_losses_equal_a_model_patched_by_hand(causal: Pipeline) -> None:
+    """Oracle: transformers' own model, the block's output replaced in a hook written here."""
+    assessment = run(AssessConfig(run=causal.out, device="cpu", model_tokens=10**6))
+    store = ActivationStore(causal.acts)
+    model = transformers.AutoModelForCausalLM.from_pretrained(causal.model, dtype=torch.float32)
+    name = entry(assessment, 16)["name"]
+    sae = Sae.load(causal.out / name)
+    mean = store.site(causal.site).statistics.mean_D.float()
+    rows = np.flatnonzero(store.tokens.held_out_R)
+    ids = torch.from_numpy(np.concatenate([store.tokens.rows(r, r + 1) for r in rows]).astype(np.int64))
+    keep = (ids != 0) & (torch.arange(32) >= 1)
+    sums: dict[str, float] = {}
+    edits = {
+        "ce_clean": lambda x: x,
+        "ce_spliced": lambda x: sae(x).reconstruction,
+        "ce_zero": torch.zeros_like,
+        "ce_mean": lambda x: mean.expand_as(x),
+    }
+    counted = keep[:, :-1]
+    log_probs = {}
+    for what, edit in edits.items():
+
+        def hook(_m: Any, _i: Any, output: Any, edit: Any = edit) -> Any:
+            x = output[0] if isinstance(output, tuple) else output
+            changed = torch.where(keep[..., None], edit(x), x)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        handle = model.gpt_neox.layers[1].register_forward_hook(hook)
+        with torch.no_grad():
+            log_probs[what] = model(ids).logits[:, :-1].log_softmax(-1)[counted]
+        handle.remove()
+        sums[what] = float(-log_probs[what].gather(1, ids[:, 1:][counted][:, None]).mean())
+    metrics = entry(assessment, 16)["metrics"]
+    for what, value in sums.items():
+        assert metrics[what]["value"] == pytest.approx(value, rel=1e-4)
+    kl = (log_probs["ce_clean"].exp() * (log_probs["ce_clean"] - log_probs["ce_spliced"])).sum(-1).mean()
+    assert metrics["kl"]["value"] == pytest.approx(float(kl), rel=1e-3, abs=1e-5)
+    assert metrics["delta_ce"]["value"] == pytest.approx(sums["ce_spliced"] - sums["ce_clean"], abs=1e-4)
+    recovered = (sums["ce_zero"] - sums["ce_spliced"]) / (sums["ce_zero"] - sums["ce_clean"])
+    assert metrics["loss_recovered"]["value"] == pytest.approx(recovered, rel=1e-2)
+    assert assessment["data"]["n_tokens_with_losses"] == int(counted.sum())
+    assert assessment["data"]["identity_splice_nats"] == {causal.site: 0.0}
+
+
+def test_outputs_are_complete_and_strict_json(causal: Pipeline) -> None:
+    """Oracle: a strict parser; every null has a reason; the report fetches nothing."""
+    run(AssessConfig(run=causal.out, device="cpu", model_tokens=2000))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} in the JSON")
+
+    text = (causal.out / "final_assessment.json").read_text()
+    assessment = json.loads(text, parse_constant=refuse)
+    for found in assessment["variants"]:
+        for figure in found["metrics"].values():
+            assert figure["value"] is not None or figure["reason"]
+    assert entry(assessment, 16)["metrics"]["fvu"]["value"] < entry(assessment, 2)["metrics"]["fvu"]["value"]
+    page = (causal.out / "report.html").read_text()
+    assert "http:" not in page.replace("http-equiv", "")
+    assert "https:" not in page
+    assert "<script" not in page
+    assert (causal.out / "documents.parquet").exists()
+    assert (causal.out / "latents.parquet").exists()
+
+
+def test_without_model_losses_are_null_with_the_reason(causal: Pipeline, tmp_path: Path) -> None:
+    """Oracle: no sentinel values."""
+    assessment = run(AssessConfig(run=causal.out, with_model=False, device="cpu", out=tmp_path))
+    figure = entry(assessment, 16)["metrics"]["loss_recovered"]
+    assert figure == {"value": None, "reason": "run with --no-model"}
+    assert entry(assessment, 16)["verdict"].endswith("1 not run")
+
+
+def test_other_tokens_leave_out_what_training_saw(
+    causal: Pipeline, tmp_path: Path, tokenizer_folder: str, corpus: Path
+) -> None:
+    """Oracle: the same corpus in another packing: only its held-out documents are left."""
+    other = tokenize(
+        TokenizeConfig(dataset=str(corpus), tokenizer=tokenizer_folder, out=tmp_path / "o", ctx_len=24)
+    )
+    assessment = run(AssessConfig(run=causal.out, tokens=other.path, device="cpu"))
+    store = ActivationStore(causal.acts)
+    held = store.tokens.documents["held_out"].to_numpy(zero_copy_only=False)
+    hashes = store.tokens.documents["text_hash"].to_numpy()
+    documents = other.documents["text_hash"].to_numpy()
+    unseen = ~np.isin(documents, hashes[~held])
+    kept = 0
+    for row in range(other.n_rows):
+        ids = other.rows(row, row + 1)[0]
+        numbers = other.document_of(row * 24 + np.arange(24))
+        kept += sum(unseen[numbers[p]] and ids[p] != 0 for p in range(1, 24))
+    assert assessment["data"]["n_tokens"] == kept > 0
+    assert assessment["data"]["n_documents_left_out_as_seen"] == int((~unseen).sum())
+    assert (causal.out / "on-o" / "final_assessment.json").exists()
+
+
+def test_computed_and_cached_activations_agree(causal: Pipeline) -> None:
+    """Oracle: the cache, against the same rows run through the model again."""
+    store = ActivationStore(causal.acts)
+    from saemill.common.model import LanguageModel
+
+    model = LanguageModel(causal.model, revision=None, dtype=torch.float32, device=torch.device("cpu"))
+    chosen = EvalSet(store, None, model, store.mask, [causal.site], 4)
+    cached = list(chosen.chunks(10**9))
+    computed = list(chosen._computed_chunks())
+    np.testing.assert_array_equal(
+        np.concatenate([c.addresses_T for c in cached]), np.concatenate([c.addresses_T for c in computed])
+    )
+    a, b = (torch.cat([c.x[causal.site].float() for c in part]) for part in (cached, computed))
+    torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_refusals(causal: Pipeline, tmp_path: Path, tiny_models: dict[str, str]) -> None:
+    """Oracle: the messages."""
+    with pytest.raises(StoreError, match="no finished run"):
+        run(AssessConfig(run=tmp_path))
+    with pytest.raises(ConfigError, match="other weights"):
+        run(AssessConfig(run=causal.out, model=tiny_models["gpt2"]))
+    with pytest.raises(ConfigError, match="no variant .x.;"):
+        run(AssessConfig(run=causal.out, variant="x"))
+    with pytest.raises(StoreError, match="no longer at"):
+        run(AssessConfig(run=causal.out, acts=tmp_path / "gone"))
+    foreign = make_tokens(tmp_path / "foreign", 10, 16)
+    with pytest.raises(ConfigError, match="was made with the tokenizer"):
+        run(AssessConfig(run=causal.out, tokens=foreign.path))
+
+
+def bert_tokenizer(folder: Path) -> str:
+    letters = [
+        *"abcdefghijklmnopqrstuvwxyz0123456789.",
+        *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
+    ]
+    words = ["the", "cat", "sat", "on", "mat", "while", "seven", "dogs", "ran", "over", "green", "hills"]
+    (folder / "vocab.txt").write_text("\n".join([*special, *pieces, *words]))
+    tokenizer = transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_masked_language_model(tmp_path: Path, tiny_models: dict[str, str], corpus: Path) -> None:
+    """Oracle: identity splice changes nothing; about 15% of positions are counted; figures present."""
+    tokenizer = bert_tokenizer(tmp_path)
+    found = Pipeline(tmp_path, tiny_models["bert"], tokenizer, corpus, "encoder.layer.1")
+    assessment = run(AssessConfig(run=found.out, device="cpu"))
+    data = assessment["data"]
+    assert 0.12 < data["n_tokens_with_losses"] / data["n_tokens"] < 0.18
+    assert data["identity_splice_nats"] == {"encoder.layer.1": 0.0}
+    assert math.isfinite(entry(assessment, 16)["metrics"]["delta_ce"]["value"])
+
+
+def test_an_encoder_without_head_has_null_losses(
+    tmp_path: Path, tiny_models: dict[str, str], corpus: Path
+) -> None:
+    """Oracle: a BertModel saved without its head; the reason is given."""
+    headless = tmp_path / "headless"
+    transformers.AutoModel.from_pretrained(tiny_models["bert"]).save_pretrained(headless)
+    found = Pipeline(tmp_path, str(headless), bert_tokenizer(tmp_path), corpus, "encoder.layer.1")
+    assessment = run(AssessConfig(run=found.out, device="cpu"))
+    figure = entry(assessment, 16)["metrics"]["loss_recovered"]
+    assert figure["value"] is None
+    assert "no language-model head" in figure["reason"]

@@ -1,0 +1,116 @@
+"""The stream: complete, shuffled, masked, and a pure function of (seed, store, i)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stores import make_store
+
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import StoreError
+from saemill.common.mask import MaskConfig
+from saemill.train.loader import Loader
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """Synthetic activations of which dimension 0 and 1 tell the address."""
+    return make_store(tmp_path_factory.mktemp("loader"), n_rows=150, ctx_len=32, d=6, shard_tokens=1000)
+
+
+def loader(store: ActivationStore, **changes: int) -> Loader:
+    settings = {"batch_tokens": 100, "buffer_tokens": 1024, "seed": 5} | changes
+    return Loader(store, ["a", "b"], store.mask, **settings)
+
+
+def addresses(batch: torch.Tensor) -> list[int]:
+    return (batch[:, 0] * 256 + batch[:, 1]).int().tolist()
+
+
+def expected_addresses(store: ActivationStore, mask: MaskConfig) -> set[int]:
+    """Oracle: a loop over rows and positions."""
+    found = set()
+    for row in range(store.tokens.n_rows):
+        ids = store.tokens.rows(row, row + 1)[0]
+        for position, token in enumerate(ids):
+            masked = mask.special_tokens and token in store.tokens.tokenizer.special_ids
+            if not (store.tokens.held_out_R[row] or masked or position < mask.first_positions):
+                found.add(row * store.ctx_len + position)
+    return found
+
+
+@pytest.mark.parametrize("mask", [MaskConfig(), MaskConfig(special_tokens=False, first_positions=5)])
+def test_an_epoch_is_every_unmasked_training_token_once(store: ActivationStore, mask: MaskConfig) -> None:
+    """Oracle: a plain loop over rows; the values name their own address."""
+    stream = Loader(store, ["a"], mask, batch_tokens=64, buffer_tokens=700, seed=1)
+    wanted = expected_addresses(store, mask)
+    assert stream.epoch_tokens == len(wanted)
+    n_batches = -(-len(wanted) // 64)
+    seen = [a for i in range(n_batches) for a in addresses(stream.batch(i)["a"])]
+    assert sorted(seen[: len(wanted)]) == sorted(wanted)
+    second = [a for i in range(n_batches, 2 * n_batches) for a in addresses(stream.batch(i)["a"])]
+    assert second[: len(wanted)] != seen[: len(wanted)]
+
+
+def test_batches_are_a_pure_function_of_their_number(store: ActivationStore) -> None:
+    """Oracle: a fresh loader asked for the same batches in another order."""
+    one, other = loader(store), loader(store)
+    first = [one.batch(i) for i in range(60)]
+    for i in (59, 3, 31, 0, 58):
+        for name in ("a", "b"):
+            assert torch.equal(other.batch(i)[name], first[i][name])
+    assert addresses(first[0]["a"]) != addresses(loader(store, seed=6).batch(0)["a"])
+
+
+def test_sites_share_addresses(store: ActivationStore) -> None:
+    """Oracle: site b holds site a's values plus a constant."""
+    batch = loader(store).batch(7)
+    torch.testing.assert_close(batch["b"], batch["a"] + 1)
+
+
+def test_batches_mix_documents_from_the_whole_buffer(store: ActivationStore) -> None:
+    """Oracle: a random sample of the epoch; mean distance between neighbours is a third of the store."""
+    stream = loader(store, buffer_tokens=10_000)
+    order = np.array([a for i in range(20) for a in addresses(stream.batch(i)["a"])])
+    assert np.abs(np.diff(order)).mean() > 0.9 * store.n_tokens / 3
+
+
+def test_the_order_is_pinned(store: ActivationStore) -> None:
+    """Oracle: values written down once; a change of them breaks resuming of running jobs."""
+    assert addresses(loader(store).batch(0)["a"])[:8] == PINNED
+
+
+PINNED = [23, 513, 595, 1031, 1108, 1176, 1040, 1476]
+
+
+def test_memory_is_two_windows(store: ActivationStore) -> None:
+    """Oracle: the number of windows that the loader keeps after any access."""
+    stream = loader(store)
+    for i in (0, 5, 11, 12, 40):
+        stream.batch(i)
+        assert len(stream._windows) <= 2
+
+
+def test_a_damaged_shard_is_an_error(tmp_path: Path) -> None:
+    """Oracle: a flipped bit, a cut file and a missing file raise; nothing reads as zeros."""
+    store = make_store(tmp_path, n_rows=40, ctx_len=32, d=6, shard_tokens=1000)
+    file = store.path / "a" / "c" / "0" / "0"
+    content = bytearray(file.read_bytes())
+    content[1234] ^= 1
+    file.write_bytes(content)
+    stream = Loader(store, ["a"], store.mask, batch_tokens=100, buffer_tokens=4096, seed=0)
+    with pytest.raises(StoreError, match="differs from its hash"):
+        stream.batch(0)
+    for damage in (content[:-1], None):
+        file.unlink()
+        if damage is not None:
+            file.write_bytes(damage)
+        with pytest.raises(StoreError, match="damaged"):
+            Loader(store, ["a"], store.mask, batch_tokens=100, buffer_tokens=4096, seed=0)
+
+
+def test_nothing_left_is_an_error(store: ActivationStore) -> None:
+    """Oracle: a mask over every position."""
+    with pytest.raises(StoreError, match="nothing to train on"):
+        Loader(store, ["a"], MaskConfig(first_positions=32), batch_tokens=1, buffer_tokens=1, seed=0)

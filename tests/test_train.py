@@ -1,0 +1,283 @@
+"""Training runs: resumed equals uninterrupted, grids, outputs, wandb, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stores import make_store
+
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.sae import Sae
+from saemill.train import metrics
+from saemill.train.run import TrainConfig, run
+from saemill.train.trainer import Trainer
+from saemill.train.variants import auto_lr, resolve
+
+D = 16
+
+
+def structured(n: int) -> torch.Tensor:
+    """Sparse sums of 40 directions, far from the origin."""
+    generator = torch.Generator().manual_seed(7)
+    directions = torch.randn(40, D, generator=generator)
+    picks = torch.randint(0, 40, (n, 3), generator=generator)
+    return directions[picks].sum(1) + 0.1 * torch.randn(n, D, generator=generator) + 30
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    folder = tmp_path_factory.mktemp("train")
+    return make_store(folder, n_rows=256, ctx_len=32, d=D, shard_tokens=2048, values_TD=structured(256 * 32))
+
+
+def config(store: ActivationStore, out: Path, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "acts": store.path, "out": out, "site": ("a",), "k": (2, 8), "num_latents": (48, 64), "lr": (3e-3,),
+        "batch_size": 256, "max_tokens": 256 * 24, "save_every": 7, "log_every": 5, "dtype": "fp32",
+        "dead_after_tokens": 512, "device": "cpu",
+    }  # fmt: skip
+    return TrainConfig(**settings | changes)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """All weights of a run, and its metrics without the times."""
+    found = {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("sae.safetensors")}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines]
+    return found | {"metrics": json.dumps(timeless).encode()}
+
+
+def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the same run without a stop, bit by bit: weights and metrics."""
+    run(config(store, tmp_path / "whole"))
+    one_step = Trainer._one_step
+    for stop_at in (9, 17):
+
+        def failing(self: Trainer, at: int = stop_at) -> None:
+            if self.step == at:
+                raise KeyboardInterrupt
+            one_step(self)
+
+        monkeypatch.setattr(Trainer, "_one_step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(store, tmp_path / "cut"))
+    monkeypatch.setattr(Trainer, "_one_step", one_step)
+    run(config(store, tmp_path / "cut"))
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert not (tmp_path / "cut" / "checkpoint.pt").exists()
+
+
+def command(store: ActivationStore, out: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "saemill", "train", str(store.path), "--site", "a", "-o", str(out),
+        "--k", "2,8",
+        "--num_latents", "48", "--lr", "3e-3", "--batch-size", "64", "--max-tokens", "40k",
+        "--save-every", "10",
+        "--dtype", "fp32", "--device", "cpu",
+    ]  # fmt: skip
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("waited too long")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+def test_signals(store: ActivationStore, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """Oracle: an uninterrupted run by the same command; SIGTERM saves and exits with 75."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    subprocess.run(command(store, whole), check=True, capture_output=True)
+    process = subprocess.Popen(command(store, out), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: (out / "checkpoint.pt").exists(), process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert not (out / "finished.json").exists()
+    if number == signal.SIGTERM:
+        assert "same command continues" in stderr
+        assert "Traceback" not in stderr
+    again = subprocess.run(command(store, out), check=True, capture_output=True, text=True)
+    assert "continuing after step" in again.stdout
+    assert files(out) == files(whole)
+    third = subprocess.run(command(store, out), check=True, capture_output=True, text=True)
+    assert "finished already" in third.stdout
+
+
+def test_training_learns_and_more_latents_help(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the mean predictor has FVU 1; a larger k must reconstruct better."""
+    run(config(store, tmp_path / "r", max_tokens=256 * 120, k=(1, 4), num_latents=(64,)))
+    last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    fvu = {name: m["fvu"] for name, m in last["variants"].items()}
+    assert fvu["a-k4-f64-s0-lr0.003"] < 0.35 < fvu["a-k1-f64-s0-lr0.003"] < 0.9
+
+
+def test_metrics_agree_with_the_saved_sae(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: FVU of the saved SAE computed from its definition over the training tokens."""
+    run(config(store, tmp_path / "r", max_tokens=256 * 60, k=(4,), num_latents=(64,)))
+    last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    sae = Sae.load(tmp_path / "r" / "a-k4-f64-s0-lr0.003")
+    keep = [store.keep_addresses(i, store.mask, held_out=False) for i in range(store.n_shards)]
+    x = store.read("a", 0, store.n_tokens)[torch.from_numpy(np.concatenate(keep))]
+    with torch.no_grad():
+        error = (sae(x).reconstruction - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert float(error) == pytest.approx(last["variants"]["a-k4-f64-s0-lr0.003"]["fvu"], rel=0.1)
+    norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def test_two_sites_and_explicit_variants_equal_single_runs(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: one-variant runs with the same settings, bit by bit."""
+    listed = (
+        {"site": "a", "k": 3, "num_latents": 48},
+        {"site": "b", "k": 5, "expansion_factor": 3, "seed": 2},
+    )
+    common = {"k": (8,), "num_latents": (), "expansion_factor": (4,)}
+    folders = run(config(store, tmp_path / "both", variants=listed, site=("a", "b"), **common))
+    singles = [
+        run(config(store, tmp_path / f"one{i}", variants=(entry,), site=(), **common))[0]
+        for i, entry in enumerate(listed)
+    ]
+    for both, single in zip(folders, singles, strict=True):
+        assert (both / "sae.safetensors").read_bytes() == (single / "sae.safetensors").read_bytes()
+
+
+def test_grid_and_names() -> None:
+    """Oracle: the product of the lists, counted by hand."""
+    axes = {"site": ("a",), "k": (1, 2), "expansion_factor": (2, 4), "num_latents": (), "lr": ("auto", 1e-3)}
+    common = {"optimizer": "adam", "k_aux": None}
+    variants = resolve(common, axes | {"seed": (0, 1)}, (), {"a": 64})
+    assert len(variants) == 16
+    assert {v.num_latents for v in variants} == {128, 256}
+    assert variants[0].name == "a-k1-f128-s0"
+    assert variants[0].lr == pytest.approx(auto_lr(128)) == pytest.approx(2e-4 / (128 / 2**14) ** 0.5)
+    assert variants[0].k_aux == 32
+    with pytest.raises(ConfigError, match="not both"):
+        resolve(common, axes | {"num_latents": (5,)}, (), {"a": 64})
+    with pytest.raises(ConfigError, match="unknown setting"):
+        resolve(common, {"site": ("a",), "k": (1,), "num_latents": (8,)}, ({"kk": 3},), {"a": 64})
+    with pytest.raises(ConfigError, match="the run has several"):
+        resolve(common, axes, ({"lr": 1e-3, "num_latents": 8},), {"a": 64})
+    with pytest.raises(ConfigError, match="two variants"):
+        resolve(common, {"site": ("a",), "k": (1, 1), "num_latents": (8,)}, (), {"a": 64})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"site": ("c",)}, "not in the store; finished: a, b"),
+        ({"site": ()}, "name a site"),
+        ({"k": (100,)}, "k must be in"),
+        ({"max_tokens": 100}, "less than one step"),
+        ({"lr": (-1.0,)}, "lr must be positive"),
+        ({"optimizer": "sgd", "lr": ("auto",)}, "known for adam only"),
+        ({"epochs": 2}, "not both"),
+        ({"batch_size": 0}, "batch_size must be"),
+    ],
+)
+def test_refusals(store: ActivationStore, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """Oracle: the message; nothing was written."""
+    with pytest.raises((ConfigError, StoreError), match=message):
+        run(config(store, tmp_path / "r", **changes))
+    assert not (tmp_path / "r" / "finished.json").exists()
+
+
+def test_other_settings_in_the_same_place_are_refused(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the message names the key; --no-resume with the same settings trains anew."""
+    run(config(store, tmp_path / "r"))
+    with pytest.raises(ConfigError, match="batch_size: there 256, now 128"):
+        run(config(store, tmp_path / "r", batch_size=128))
+    before = (tmp_path / "r" / "finished.json").stat().st_mtime_ns
+    run(config(store, tmp_path / "r"))
+    assert (tmp_path / "r" / "finished.json").stat().st_mtime_ns == before
+    run(config(store, tmp_path / "r", resume=False))
+    assert (tmp_path / "r" / "finished.json").stat().st_mtime_ns > before
+
+
+def test_a_damaged_checkpoint_is_told(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the message says how to go on."""
+    run(config(store, tmp_path / "r"))
+    (tmp_path / "r" / "finished.json").unlink()
+    (tmp_path / "r" / "checkpoint.pt").write_bytes(b"nonsense")
+    with pytest.raises(StoreError, match="--no-resume"):
+        run(config(store, tmp_path / "r"))
+
+
+def test_gradient_accumulation_equals_the_large_batch(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: one batch of the same tokens, up to the order of summation."""
+    one = run(config(store, tmp_path / "one", batch_size=512, num_latents=(48,), k=(4,)))
+    two = run(config(store, tmp_path / "two", batch_size=256, grad_acc_steps=2, num_latents=(48,), k=(4,)))
+    a, b = Sae.load(one[0]), Sae.load(two[0])
+    torch.testing.assert_close(a.W_dec, b.W_dec, rtol=1e-2, atol=2e-3)
+
+
+def test_wandb_offline_has_one_run_per_variant(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: wandb's own run files, one per variant."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(config(store, tmp_path / "r", k=(2, 4), num_latents=(32,), log_to_wandb=True, wandb_project="test"))
+    assert len(list((tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb"))) == 2
+
+
+def test_a_failing_wandb_does_not_disturb_training(
+    store: ActivationStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Oracle: the run without wandb, bit by bit."""
+
+    def broken(*_arguments: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(metrics.WandbSink, "_work", broken)
+    run(config(store, tmp_path / "a", log_to_wandb=True))
+    assert "wandb failed (no network); training goes on" in capsys.readouterr().out
+    run(config(store, tmp_path / "b"))
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_a_diverged_variant_is_reported(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the healthy variant trained without it, bit by bit."""
+    wild = {"k": 4, "num_latents": 48, "optimizer": "sgd", "lr": 1e30}
+    healthy = {"k": 4, "num_latents": 48, "seed": 1}
+    folders = run(config(store, tmp_path / "r", variants=(wild, healthy)))
+    (alone,) = run(config(store, tmp_path / "alone", variants=(healthy,)))
+    finished = json.loads((tmp_path / "r" / "finished.json").read_text())
+    assert list(finished["diverged"]) == [folders[0].name]
+    assert (folders[1] / "sae.safetensors").read_bytes() == (alone / "sae.safetensors").read_bytes()
+    last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["variants"][folders[0].name]["fvu"] is None
+
+
+def test_config_yaml_reads_back(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: a second run from the first one's config.yaml, bit by bit."""
+    run(config(store, tmp_path / "r"))
+    text = (tmp_path / "r" / "config.yaml").read_text()
+    (tmp_path / "again.yaml").write_text(text)
+    arguments = [
+        "train",
+        str(store.path),
+        "--config",
+        str(tmp_path / "again.yaml"),
+        "-o",
+        str(tmp_path / "s"),
+    ]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-m", "saemill", *arguments], check=True, env=environment)
+    assert files(tmp_path / "s") == files(tmp_path / "r")
