@@ -44,7 +44,7 @@ def option(text: str, metavar: str = "N", *names: str) -> Any:
 def tokenize(
     dataset: Annotated[
         str | None, typer.Argument(help="Hub id, or file or folder: parquet, jsonl(.gz), csv, arrow, txt.")
-    ],
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder to write.")] = None,
     tokenizer: Annotated[str | None, option("Hub id or folder of the tokenizer.", "NAME")] = None,
     subset: Annotated[str | None, option("The hub dataset's configuration.", "NAME")] = None,

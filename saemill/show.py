@@ -97,9 +97,11 @@ def problems(path: Path) -> list[str]:
         return _token_problems(path)
     found = _token_problems(path / "tokens")
     if found:
-        return found
+        return [*found, REPAIR]
     store = ActivationStore(path)
     for name in store.sites:
+        if not (path / name / "zarr.json").is_file():
+            found.append(f"{name}/zarr.json: file is missing")
         commits = durable.read_json(path / name / "manifest.json")["shards"]
         for shard, commit in enumerate(commits):
             file = path / name / "c" / str(shard) / "0"

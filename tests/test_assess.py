@@ -238,7 +238,7 @@ def test_latents_shown_are_asked_or_random_live_ones() -> None:
     chosen = choose_latents(density, density > 0, (3,), 10)
     assert chosen[0] == 3
     assert sorted(chosen) == [1, 2, 3, 4]
-    with pytest.raises(ConfigError, match="latents are 0..4"):
+    with pytest.raises(ConfigError, match="latents are 0"):
         choose_latents(density, density > 0, (5,), 1)
 
 
@@ -417,7 +417,7 @@ def test_refusals(causal: Pipeline, tmp_path: Path, tiny_models: dict[str, str])
         run(AssessConfig(run=tmp_path))
     with pytest.raises(ConfigError, match="other weights"):
         run(AssessConfig(run=causal.out, model=tiny_models["gpt2"]))
-    with pytest.raises(ConfigError, match="no variant .x.;"):
+    with pytest.raises(ConfigError, match="no variant"):
         run(AssessConfig(run=causal.out, variant="x"))
     with pytest.raises(StoreError, match="no longer at"):
         run(AssessConfig(run=causal.out, acts=tmp_path / "gone"))
@@ -427,10 +427,9 @@ def test_refusals(causal: Pipeline, tmp_path: Path, tiny_models: dict[str, str])
 
 
 def bert_tokenizer(folder: Path) -> str:
-    letters = [
-        *"abcdefghijklmnopqrstuvwxyz0123456789.",
-        *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
-    ]
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    pieces = [*letters, ".", *(f"##{letter}" for letter in letters)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = ["the", "cat", "sat", "on", "mat", "while", "seven", "dogs", "ran", "over", "green", "hills"]
     (folder / "vocab.txt").write_text("\n".join([*special, *pieces, *words]))
     tokenizer = transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt"))

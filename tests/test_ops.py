@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from saemill.common.topk import topk
 from saemill.train import ops
 
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -38,7 +39,7 @@ def test_topk_holds_the_same_values_as_torch(t: int, f: int, k: int, coarse: boo
     k = min(k, f)
     pre = torch.randn(t, f, generator=torch.Generator().manual_seed(seed))
     pre = pre.round() if coarse else pre
-    values, indices = ops.topk(pre, k)
+    values, indices = topk(pre, k)
     assert torch.equal(values.sort(1).values, pre.topk(k).values.sort(1).values)
     assert torch.equal(pre.gather(1, indices), values)
     assert all(len(set(row.tolist())) == k for row in indices)
@@ -48,7 +49,7 @@ def test_topk_takes_the_two_step_path_and_stays_exact() -> None:
     """Oracle: torch.topk on a width that is cut into groups, bf16 included."""
     for dtype in (torch.float32, torch.bfloat16):
         pre = torch.randn(50, 1024).to(dtype)
-        values, indices = ops.topk(pre, 8)
+        values, indices = topk(pre, 8)
         assert torch.equal(values.sort(1).values, pre.topk(8).values.sort(1).values)
         assert torch.equal(pre.gather(1, indices), values)
 

@@ -20,6 +20,7 @@ def test_encode_and_decode_follow_the_definition() -> None:
     """Oracle: the dense formula relu(TopK(W (x − b_dec) + b)) and f·W_dec + b_dec."""
     sae = make_sae()
     x = torch.randn(3, 7, 12)
+    assert sae.encode(x[0, 0]).top_acts.shape == (5,)
     pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     dense = torch.relu(pre * torch.zeros_like(pre).scatter(-1, pre.topk(5).indices, 1.0))
     acts, indices = sae.encode(x)

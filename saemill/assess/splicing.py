@@ -7,6 +7,9 @@ replaced by [MASK] and predicted.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,20 @@ IDENTITY_TOLERANCE = 1e-3
 """Most nats per token that splicing the true activation may change."""
 
 Edit = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Some rows on their way through the model."""
+
+    ids_RS: Tensor
+    attention_RS: Tensor | None
+    counted_RS: Tensor
+    """bool: where losses are counted."""
+    keep_RS1: Tensor
+    """bool: where activations are replaced."""
+    activations: dict[str, Tensor]
+    """Per site the true ones, [R, S, D]."""
 
 
 class Splicing:
@@ -51,6 +68,7 @@ class Splicing:
             for site in evalset.sites
         }
         self.identity: dict[str, float] = {}
+        self.skippable = set(evalset.sites)
         self.n_tokens = 0
 
     def run(self, max_tokens: int, advance: Callable[[int], None]) -> "Splicing":
@@ -68,32 +86,41 @@ class Splicing:
         ids_RS, target_RS, counted_RS = self._task(rows)
         if not counted_RS.any():
             return
-        tokenizer = self.evalset.tokens.tokenizer
-        attention = attention_of(ids_RS, tokenizer)
-        keep = torch.from_numpy(rows.keep_RS).to(self.model.device)[..., None]
-
-        def measure(site: str | None, edit: Edit | None) -> Tensor:
-            if site is None or edit is None:
-                return self.model.logits(ids_RS, attention)
-            with self.model.splice(site, lambda x: torch.where(keep, edit(x), x)):
-                return self.model.logits(ids_RS, attention)
-
         counted = torch.from_numpy(counted_RS)
         target_T = target_RS[counted].to(self.model.device)
-        clean = _log_probs(measure(None, None), counted)
+        keep_RS1 = torch.from_numpy(rows.keep_RS).to(self.model.device)[..., None]
+        batch = _Batch(ids_RS, attention_of(ids_RS, self.evalset.tokens.tokenizer), counted, keep_RS1, {})
+        clean = self._clean(batch)
         columns = {"n": np.ones(len(target_T)), "clean": _ce(clean, target_T)}
         for site in self.evalset.sites:
             if site not in self.identity:
-                self._check_identity(site, measure(site, torch.clone), counted, target_T, clean)
+                self._check_identity(site, batch, target_T, columns["clean"])
             for what, edit in (("zero", torch.zeros_like), ("mean", self._mean_edit(site))):
-                columns[f"{site}/{what}"] = _ce(_log_probs(measure(site, edit), counted), target_T)
+                columns[f"{site}/{what}"] = _ce(self._edited(batch, site, edit), target_T)
         for name, sae in self.saes.items():
-            spliced = _log_probs(measure(self.sites[name], _sae_edit(sae)), counted)
+            spliced = self._edited(batch, self.sites[name], _sae_edit(sae))
             columns[f"{name}/ce"] = _ce(spliced, target_T)
             columns[f"{name}/kl"] = (clean.exp() * (clean - spliced)).sum(-1).double().cpu().numpy()
         units = self.evalset.units(rows.addresses_RS[counted_RS])
         self.n_tokens += len(units)
         self.sums.add(units, columns)
+
+    def _clean(self, batch: "_Batch") -> Tensor:
+        """Log probabilities [T, W] of the untouched model; the sites' activations are kept."""
+        with ExitStack() as stack:
+            for site in self.evalset.sites:
+                stack.enter_context(self.model.splice(site, partial(_note, batch.activations, site)))
+            clean = _log_probs(self.model.logits(batch.ids_RS, batch.attention_RS), batch.counted_RS)
+        self.skippable -= self.model.tuple_sites
+        return clean
+
+    def _edited(self, batch: "_Batch", site: str, edit: Edit) -> Tensor:
+        """Log probabilities [T, W] with the unmasked activations at the site edited."""
+        x_RSD = batch.activations[site]
+        changed_RSD = torch.where(batch.keep_RS1, edit(x_RSD), x_RSD)
+        skip = self.model.skip_blocks_before(site) if site in self.skippable else nullcontext()
+        with skip, self.model.splice(site, lambda _: changed_RSD):
+            return _log_probs(self.model.logits(batch.ids_RS, batch.attention_RS), batch.counted_RS)
 
     def _task(self, rows: Rows) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
         """Input ids, targets, and the positions at which the loss is counted; each [R, S]."""
@@ -114,14 +141,22 @@ class Splicing:
         return lambda x: self.means[site].to(x.dtype).expand_as(x)
 
     def _check_identity(
-        self, site: str, logits: Tensor, counted: Tensor, target_T: Tensor, clean: Tensor
+        self, site: str, batch: "_Batch", target_T: Tensor, clean_T: NDArray[np.float64]
     ) -> None:
-        change = np.abs(_ce(_log_probs(logits, counted), target_T) - _ce(clean, target_T)).mean()
-        self.identity[site] = float(change)
-        if change > IDENTITY_TOLERANCE:
+        """Splice the true activation; where that needs the blocks before the site, skip them no more."""
+
+        def change() -> float:
+            edited = self._edited(batch, site, torch.clone)
+            return float(np.abs(_ce(edited, target_T) - clean_T).mean())
+
+        self.identity[site] = change()
+        if self.identity[site] > IDENTITY_TOLERANCE and site in self.skippable:
+            self.skippable.remove(site)
+            self.identity[site] = change()
+        if self.identity[site] > IDENTITY_TOLERANCE:
             raise DataError(
-                f"splicing the true activation at {site} changes the loss by {change:.4f} nats per "
-                "token: the site is not where the model's forward pass reads it"
+                f"splicing the true activation at {site} changes the loss by {self.identity[site]:.4f} nats "
+                "per token: the site is not where the model's forward pass reads it"
             )
 
     def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
@@ -149,6 +184,11 @@ METRICS = ("delta_ce", "kl", "loss_recovered", "loss_recovered_from_mean", "ce_c
 def absent_metrics(reason: str) -> dict[str, Figure]:
     """The figures of `Splicing.metrics` where no model was run."""
     return {name: absent(reason) for name in METRICS}
+
+
+def _note(found: dict[str, Tensor], site: str, x_RSD: Tensor) -> Tensor:
+    found[site] = x_RSD
+    return x_RSD
 
 
 def _sae_edit(sae: Sae) -> Edit:

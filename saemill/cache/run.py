@@ -13,10 +13,10 @@ import torch
 import zarr
 from torch import Tensor
 
-from saemill.cache.writer import DTYPES, SiteWriter
+from saemill.cache.writer import DTYPES, ZARR_LITTER, SiteWriter
 from saemill.common import config as settings
 from saemill.common import durable
-from saemill.common.activations import FORMAT, ActivationStore
+from saemill.common.activations import FORMAT, ActivationStore, read_settings
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import progress, say
 from saemill.common.mask import MaskConfig
@@ -80,8 +80,8 @@ class CacheConfig:
 def run(config: CacheConfig) -> ActivationStore:
     """Cache the activations of the chosen sites into `config.out`.
 
-    A store that exists is added to: sites that are missing are cached, shards that are missing or
-    damaged are written again, and nothing else is touched.
+    A store that exists is added to: sites that are missing are cached, shards and tokens that are
+    missing or damaged are written again, and nothing else is touched.
 
     Raises:
         ConfigError: settings that do not fit the model or the tokens, a store made with others, or
@@ -168,16 +168,15 @@ def _open_or_create(
     config: CacheConfig, tokens: TokenStore, n_rows: int, identity: dict[str, Any]
 ) -> ActivationStore:
     if (config.out / "zarr.json").exists():
-        store = ActivationStore(config.out)
-        settings.check_same(store.settings, identity, config.out)
-        return store
-    if config.out.exists() and {file.name for file in config.out.iterdir()} - {
-        "tokens",
-        "tokens.partial",
-    }:
+        settings.check_same(read_settings(config.out), identity, config.out)
+        _have_tokens(tokens, n_rows, config.out / "tokens")
+        return ActivationStore(config.out)
+    litter = set(config.out.glob(ZARR_LITTER)) | {config.out / "tokens.partial"}
+    if config.out.exists() and set(config.out.iterdir()) - litter - _copies(tokens, config.out):
         raise StoreError(f"{config.out} holds other files; choose a new folder")
-    shutil.rmtree(config.out / "tokens", ignore_errors=True)
-    copy_rows(tokens, n_rows, config.out / "tokens")
+    for file in config.out.glob(ZARR_LITTER):
+        file.unlink()
+    _have_tokens(tokens, n_rows, config.out / "tokens")
     made_by = {
         "model": config.model,
         "revision": config.revision,
@@ -185,6 +184,27 @@ def _open_or_create(
     }
     zarr.create_group(str(config.out), attributes={"saemill": identity | made_by})
     return ActivationStore(config.out)
+
+
+def _copies(tokens: TokenStore, folder: Path) -> set[Path]:
+    """The copy of these tokens that an earlier run left in `folder`, and no token store of the user's."""
+    manifest = folder / "tokens" / "manifest.json"
+    if not manifest.exists():
+        return set()
+    parent = durable.read_json(manifest).get("parent_fingerprint")
+    return {folder / "tokens"} if parent == tokens.fingerprint else set()
+
+
+def _have_tokens(tokens: TokenStore, n_rows: int, path: Path) -> None:
+    """Copy the rows to `path`, unless they are there and whole."""
+    try:
+        copy = TokenStore(path)
+        if copy.n_rows == n_rows and not copy.problems(hashes=True):
+            return
+    except StoreError:
+        pass
+    shutil.rmtree(path, ignore_errors=True)
+    copy_rows(tokens, n_rows, path)
 
 
 def _fill(

@@ -21,6 +21,9 @@ from saemill.common.sites import Site
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+ZARR_LITTER = "zarr.*.partial"
+"""What zarr leaves beside a `zarr.json` when it is killed while writing it."""
+
 
 class SiteWriter:
     """Writes the shards of one site; each shard becomes part of the store by its commit record.
@@ -34,6 +37,8 @@ class SiteWriter:
     def __init__(self, store: ActivationStore, site: Site, dtype: torch.dtype) -> None:
         self.store, self.site, self.dtype = store, site, dtype
         self.path = store.path / site.name
+        for litter in self.path.glob(ZARR_LITTER):
+            litter.unlink()
         if (self.path / "zarr.json").exists():
             self.array = ShardedArray(self.path)
         else:
@@ -53,13 +58,15 @@ class SiteWriter:
     def pending(self) -> list[int]:
         """Shards still to be written, and those found damaged, whose records are withdrawn.
 
-        An unfinished site is checked by file sizes, a finished one by the hashes of its files.
+        An unfinished site is checked by file sizes, a finished one by the hashes of its files. The
+        manifest goes last, so that a crash in between leaves a site whose hashes are checked again.
         """
         finished = self.manifest_path.exists()
         shards = [i for i in range(self.store.n_shards) if not self._is_good(i, hashes=finished)]
         for shard in shards:
-            self.manifest_path.unlink(missing_ok=True)
             self.commit_path(shard).unlink(missing_ok=True)
+        if shards:
+            self.manifest_path.unlink(missing_ok=True)
         return shards
 
     def _is_good(self, shard: int, hashes: bool) -> bool:
@@ -106,7 +113,7 @@ class SiteWriter:
         n_rows = int((~finite).any(1).sum())
         advice = (
             "fp16 ends at 65,504: store with --dtype bf16"
-            if self.dtype is torch.float16
+            if self.dtype is torch.float16 and not bool(x_TD.isnan().any())
             else "the model itself computes them: try --model-dtype fp32"
         )
         raise DataError(

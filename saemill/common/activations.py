@@ -90,6 +90,8 @@ class Moments:
     def add(self, x_TD: Tensor) -> None:
         """Count the rows of x_TD."""
         for part in torch.split(x_TD, 8192):
+            if len(part) == 0:
+                continue
             rows = part.double().numpy()
             mean = rows.mean(0)
             self.merge(len(rows), mean, np.square(rows - mean).sum(0))
@@ -122,6 +124,21 @@ class Moments:
         )
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of the activation store in a folder.
+
+    Raises:
+        StoreError: there is none, or one of another format.
+    """
+    try:
+        settings: dict[str, Any] = durable.read_json(path / "zarr.json")["attributes"]["saemill"]
+    except (FileNotFoundError, KeyError):
+        raise StoreError(f"{path} is no activation store; make one with `saemill cache`") from None
+    if settings.get("format") != FORMAT:
+        raise StoreError(f"{path}: format {settings.get('format')!r}, expected {FORMAT!r}")
+    return settings
+
+
 class ActivationStore:
     """Read access to a folder made by `saemill cache`.
 
@@ -134,17 +151,14 @@ class ActivationStore:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        try:
-            attributes = durable.read_json(self.path / "zarr.json")["attributes"]["saemill"]
-        except (FileNotFoundError, KeyError):
-            raise StoreError(f"{self.path} is no activation store; make one with `saemill cache`") from None
-        if attributes.get("format") != FORMAT:
-            raise StoreError(f"{self.path}: format {attributes.get('format')!r}, expected {FORMAT!r}")
-        self.settings: dict[str, Any] = attributes
-        mask = attributes["mask"]
+        self.settings = read_settings(self.path)
+        mask = self.settings["mask"]
         self.mask = MaskConfig(**mask | {"token_ids": tuple(mask["token_ids"])})
-        self.shard_tokens = int(attributes["shard_tokens"])
-        self.tokens = TokenStore(self.path / "tokens")
+        self.shard_tokens = int(self.settings["shard_tokens"])
+        try:
+            self.tokens = TokenStore(self.path / "tokens")
+        except StoreError as error:
+            raise StoreError(f"the copy of the tokens in {self.path} is damaged. {REPAIR}") from error
         self.n_tokens = self.tokens.n_tokens
         self.ctx_len = self.tokens.ctx_len
         self.permutation = lru_cache(16)(self._permutation)

@@ -116,7 +116,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING
         if required and field.default_factory is dataclasses.MISSING and name not in arguments:
-            raise ConfigError(f"{where}.{name} must be given")
+            raise ConfigError(f"{where}.{name} must be given, as an argument or in a --config file")
     return cls(**arguments)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError
-from saemill.common.sites import first_output, load_model_config
+from saemill.common.sites import block_names, first_output, load_model_config
 from saemill.common.tokens import TokenizerInfo
 
 Head = Literal["causal", "masked"]
@@ -96,6 +96,7 @@ class LanguageModel:
         self.model = self.model.to(device).eval().requires_grad_(False)
         self.base = self.model.base_model if self.head else self.model
         self.modules = dict(self.base.named_modules())
+        self.tuple_sites: set[str] = set()
 
     def check_tokens(self, tokenizer: TokenizerInfo, ctx_len: int) -> None:
         """Refuse tokens that the model cannot take; see `check_fit`."""
@@ -146,13 +147,38 @@ class LanguageModel:
 
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             changed = edit(first_output(output))
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            if not isinstance(output, tuple):
+                return changed
+            self.tuple_sites.add(site)
+            return (changed, *output[1:])
 
         handle = self.modules[site].register_forward_hook(hook)
         try:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def skip_blocks_before(self, site: str) -> Iterator[None]:
+        """While the block runs, transformer blocks before `site` hand their input on uncomputed.
+
+        For use with a `splice` that replaces the whole residual stream after a block: in almost all
+        models nothing before it then matters. Where the site is no block nothing is skipped. Not for
+        models whose blocks return tuples; `tuple_sites` names the sites where a splice met one.
+        """
+        blocks = block_names(self.base)
+        skipped = [self.modules[name] for name in blocks[: blocks.index(site)]] if site in blocks else []
+
+        def hand_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
+            return hidden_states
+
+        for module in skipped:
+            module.forward = hand_on
+        try:
+            yield
+        finally:
+            for module in skipped:
+                del module.forward
 
     def _forward(self, model: Any, ids_RS: Tensor, attention_RS: Tensor | None) -> Any:
         arguments: dict[str, Any] = {"input_ids": ids_RS.to(self.device)}

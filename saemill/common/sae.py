@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError, StoreError
+from saemill.common.topk import topk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +80,10 @@ class Sae(nn.Module):
 
     def encode(self, x: Tensor) -> Encoded:
         """The k largest pre-activations of each token, negative ones set to 0. x: [..., D]."""
-        values, indices = self.pre_acts(x).topk(self.config.k, dim=-1, sorted=False)
-        return Encoded(values.relu(), indices)
+        pre = self.pre_acts(x)
+        values, indices = topk(pre.flatten(0, -2) if pre.dim() > 1 else pre[None], self.config.k)
+        shape = (*pre.shape[:-1], self.config.k)
+        return Encoded(values.relu().view(shape), indices.view(shape))
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         """x̂ from active latents. [..., k] and int64 [..., k] → [..., D]."""

@@ -35,7 +35,7 @@ def load_tokenizer(name: str, revision: str | None) -> tuple[Any, TokenizerInfo]
     return tokenizer, TokenizerInfo(
         name=name,
         hash=hash_tokenizer(tokenizer),
-        vocab_size=len(tokenizer),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
         prefix_ids=prefix,
         suffix_ids=suffix,
         separator_id=separator,

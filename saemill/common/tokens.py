@@ -41,7 +41,7 @@ class TokenizerInfo:
     hash: str
     """xxh3 of the tokenizer's own serialisation."""
     vocab_size: int
-    """Number of token ids, added tokens included."""
+    """One more than the largest token id, added tokens included (ids may have gaps)."""
     prefix_ids: tuple[int, ...]
     """Ids that the model expects at a row's start ([CLS], BOS)."""
     suffix_ids: tuple[int, ...]
@@ -69,7 +69,7 @@ class TokenStore:
         self.path = Path(path)
         try:
             self.manifest: dict[str, Any] = durable.read_json(self.path / "manifest.json")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise StoreError(
                 f"{self.path} is not a finished token store: manifest.json is missing. "
                 "Make one with `saemill tokenize`."

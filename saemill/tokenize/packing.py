@@ -21,15 +21,14 @@ class RowPacker:
 
         Args:
             document: its number.
-            ids: its token ids, without frame.
+            ids: its token ids, without frame and separator.
 
         Yields: the row's `ctx_len` ids, and its segments as (position, document); the first
             segment is at position 0 and includes the frame.
         """
         info = self.tokenizer
         end = self.ctx_len - len(info.suffix_ids)
-        pending = self._unframed(ids)
-        pending.append(info.separator_id)
+        pending = [*ids, info.separator_id]
         offset = 0
         while offset < len(pending):
             if not self._row:
@@ -44,15 +43,15 @@ class RowPacker:
                 yield [*self._row, *info.suffix_ids], self._segments
                 self._row, self._segments = [], []
 
-    def _unframed(self, ids: list[int]) -> list[int]:
-        """A copy without the frame and the separator that a tokenized dataset may carry."""
-        info = self.tokenizer
-        start, stop = 0, len(ids)
-        if info.prefix_ids and tuple(ids[: len(info.prefix_ids)]) == info.prefix_ids:
-            start = len(info.prefix_ids)
-        while stop > start and ids[stop - 1] == info.separator_id:
-            stop -= 1
-        return ids[start:stop]
+
+def unframed(ids: list[int], info: TokenizerInfo) -> list[int]:
+    """The ids without the frame and the separator that a tokenized dataset may carry."""
+    start, stop = 0, len(ids)
+    if info.prefix_ids and tuple(ids[: len(info.prefix_ids)]) == info.prefix_ids:
+        start = len(info.prefix_ids)
+    while stop > start and ids[stop - 1] == info.separator_id:
+        stop -= 1
+    return ids[start:stop]
 
 
 def check_ids(ids: list[int], vocab_size: int, source_index: int) -> None:

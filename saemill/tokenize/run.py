@@ -23,7 +23,7 @@ from saemill.common.permutation import combine
 from saemill.common.shards import ShardedArray
 from saemill.common.tokenizer import check_ctx_len, load_tokenizer
 from saemill.common.tokens import TokenizerInfo, TokenStore, cut_documents, write_token_store
-from saemill.tokenize.packing import RowPacker, check_ids
+from saemill.tokenize.packing import RowPacker, check_ids, unframed
 from saemill.tokenize.source import Batch, open_source
 
 SHARD_TOKENS = 1 << 24
@@ -82,6 +82,8 @@ def run(config: TokenizeConfig) -> TokenStore:
         ConfigError: settings that do not fit the data, or an output made with others.
         DataError: no text, or ids that the tokenizer does not have.
     """
+    if config.out.is_file():
+        raise ConfigError(f"out must be a folder, but {config.out} is a file")
     if config.out.exists() and any(config.out.iterdir()):
         store = TokenStore(config.out)
         settings.check_same(store.manifest["settings"], config.identity(), config.out)
@@ -197,8 +199,9 @@ class _Writer:
     def add(self, batch: Batch) -> bool:
         """Pack a tokenized batch; True when `max_tokens` is reached."""
         assert batch.input_ids is not None
-        for i, ids in enumerate(batch.input_ids):
-            check_ids(ids, self.info.vocab_size, batch.source_index[i])
+        for i, framed in enumerate(batch.input_ids):
+            check_ids(framed, self.info.vocab_size, batch.source_index[i])
+            ids = unframed(framed, self.info)
             text = batch.texts[i] if batch.texts is not None else None
             if not ids or (text is not None and not text.strip()):
                 self.n_empty += 1

@@ -1,10 +1,10 @@
 """Documents out of any dataset: a hub id, local files or folders, or already tokenized columns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -12,20 +12,21 @@ import numpy as np
 from saemill.common import durable
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, DataError
-from saemill.common.permutation import permutation
+from saemill.common.permutation import combine, permutation
 
-READERS = {
+T = TypeVar("T")
+KINDS = {
     ".parquet": "parquet",
     ".jsonl": "json",
     ".json": "json",
     ".csv": "csv",
-    ".tsv": "csv",
+    ".tsv": "tsv",
     ".arrow": "arrow",
     ".txt": "text",
 }
+OPTIONS: dict[str, dict[str, Any]] = {"text": {"sample_by": "paragraph"}, "tsv": {"sep": "\t"}}
 SHUFFLE_BUFFER_DOCUMENTS = 10_000
 BATCH_DOCUMENTS = 512
-INDEX = "__source_index__"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Batch:
 class Source:
     """An opened dataset."""
 
+    name: str
     dataset: Any
     column: str
     fingerprint: str
@@ -49,7 +51,7 @@ class Source:
     def batches(self, shuffle_seed: int | None) -> Iterator[Batch]:
         """All documents, in the order of the keyed shuffle (none: in the source's order).
 
-        A stream is shuffled within a buffer of 10,000 documents by `datasets`.
+        A stream is shuffled within a buffer of 10,000 documents.
         """
         documents = self._shuffled(shuffle_seed)
         while items := list(islice(documents, BATCH_DOCUMENTS)):
@@ -62,11 +64,8 @@ class Source:
 
     def _shuffled(self, seed: int | None) -> Iterator[tuple[int, Any]]:
         if self.streaming:
-            stream = self.dataset.map(lambda _, i: {INDEX: i}, with_indices=True)
-            if seed is not None:
-                stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_DOCUMENTS)
-            for example in stream:
-                yield example[INDEX], self._document(example)
+            stream = self._stream()
+            yield from stream if seed is None else shuffled_stream(stream, seed, SHUFFLE_BUFFER_DOCUMENTS)
             return
         n = len(self.dataset)
         order = np.arange(n) if seed is None else permutation(n, seed)
@@ -75,11 +74,34 @@ class Source:
             for number, example in zip(numbers, self.dataset.select(numbers), strict=True):
                 yield int(number), self._document(example)
 
+    def _stream(self) -> Iterator[tuple[int, Any]]:
+        try:
+            for number, example in enumerate(self.dataset):
+                yield number, self._document(example)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {self.name}: {error}") from error
+
     def _document(self, example: dict[str, Any]) -> Any:
         value = example[self.column]
         if self.column == "input_ids" and example.get("attention_mask") is not None:
             return [token for token, real in zip(value, example["attention_mask"], strict=True) if real]
         return value
+
+
+def shuffled_stream(items: Iterable[T], seed: int, buffer_items: int) -> Iterator[T]:
+    """The items in a keyed order: each new one takes the place in the buffer of one that leaves.
+
+    A stream that fits into the buffer comes in the order of `permutation`. (`datasets` shuffles the
+    files of a stream as well, after which a document's number in the source is unknown.)
+    """
+    items = iter(items)
+    buffer = list(islice(items, buffer_items))
+    for number, item in enumerate(items):
+        place = combine(seed, number) % buffer_items
+        yield buffer[place]
+        buffer[place] = item
+    for place in permutation(len(buffer), seed):
+        yield buffer[place]
 
 
 def open_source(
@@ -101,7 +123,7 @@ def open_source(
 
     Raises:
         ConfigError: no such file, kind, split or column.
-        DataError: the dataset is empty.
+        DataError: the dataset is empty or cannot be read.
     """
     path = Path(name)
     if path.exists():
@@ -109,47 +131,60 @@ def open_source(
             raise ConfigError(f"--revision has no effect on the local path {name}; leave it out")
         dataset = _open_local(path, subset, split, streaming)
         fingerprint = _fingerprint_local(path)
-    elif name.startswith((".", "/", "~")) or path.suffix in READERS:
+    elif name.startswith((".", "/", "~")) or _suffix(path) in KINDS:
         raise ConfigError(f"no file or folder {name}")
     else:
-        dataset = datasets.load_dataset(name, subset, split=split, streaming=streaming, revision=revision)
+        dataset = _load(name, name, subset, split=split, streaming=streaming, revision=revision)
         fingerprint = durable.hash_json([name, subset, split, revision, str(dataset.info.version)])
     column = _choose_column(dataset, text_column, name)
     if not streaming and len(dataset) == 0:
         raise DataError(f"{name} has no rows")
     fingerprint = durable.hash_json([fingerprint, subset, split, column])
-    return Source(dataset, column, fingerprint, streaming)
+    return Source(name, dataset, column, fingerprint, streaming)
+
+
+def _load(shown: str, *arguments: Any, **options: Any) -> Any:
+    """`datasets.load_dataset`, its failures told with the dataset's name."""
+    try:
+        return datasets.load_dataset(*arguments, **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise DataError(f"cannot read {shown}: {error.__cause__ or error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot open {shown}: {error}") from error
+    except StopIteration:
+        raise DataError(f"{shown} has no rows") from None
 
 
 def _open_local(path: Path, subset: str | None, split: str, streaming: bool) -> Any:
     if path.is_dir() and any((path / n).exists() for n in ("state.json", "dataset_dict.json")):
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.DatasetDict):
-            if split not in saved:
-                raise ConfigError(f"{path} has no split {split!r}; {nearest(split, saved)}")
-            saved = saved[split]
+        saved = _load_saved(path, subset, split)
         return saved.to_iterable_dataset() if streaming else saved
-    reader = _reader_of(path)
-    options: dict[str, Any] = {"sample_by": "paragraph"} if reader == "text" else {}
-    if any(file.suffix == ".tsv" for file in _data_files(path)):
-        options["sep"] = "\t"
-    try:
-        if path.is_dir():
-            return datasets.load_dataset(str(path), subset, split=split, streaming=streaming, **options)
-        if subset or split != "train":
-            raise ConfigError(f"the file {path} has neither subsets nor splits; leave the flags out")
-        return datasets.load_dataset(
-            reader, data_files=str(path), split="train", streaming=streaming, **options
-        )
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"cannot open {path}: {error}") from error
+    kind = _kind_of(path)
+    options = OPTIONS.get(kind, {}) | {"split": split, "streaming": streaming}
+    if path.is_dir():
+        return _load(str(path), str(path), subset, **options)
+    if subset or split != "train":
+        raise ConfigError(f"the file {path} has neither subsets nor splits; leave the flags out")
+    return _load(str(path), "csv" if kind == "tsv" else kind, data_files=str(path), **options)
+
+
+def _load_saved(path: Path, subset: str | None, split: str) -> Any:
+    """One split of a `save_to_disk` folder; a flag that chooses nothing is refused."""
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise ConfigError(f"{path} has no split {split!r}; {nearest(split, saved)}")
+        saved = saved[split]
+    elif split not in ("train", str(saved.split)):
+        raise ConfigError(f"{path} has no splits; leave out --split {split}")
+    if subset:
+        raise ConfigError(f"{path} has no subsets; leave out --subset {subset}")
+    return saved
 
 
 def _data_files(path: Path) -> list[Path]:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sorted(file for file in files if _suffix(file) in READERS)
+    return sorted(file for file in files if _suffix(file) in KINDS)
 
 
 def _suffix(file: Path) -> str:
@@ -158,11 +193,11 @@ def _suffix(file: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _reader_of(path: Path) -> str:
-    kinds = {READERS[_suffix(file)] for file in _data_files(path)}
+def _kind_of(path: Path) -> str:
+    kinds = {KINDS[_suffix(file)] for file in _data_files(path)}
     if len(kinds) != 1:
         found = f"several kinds ({', '.join(sorted(kinds))})" if kinds else "none of them"
-        raise ConfigError(f"{path} must hold files of one kind out of {', '.join(READERS)}; found {found}")
+        raise ConfigError(f"{path} must hold files of one kind out of {', '.join(KINDS)}; found {found}")
     return kinds.pop()
 
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from saemill.common.topk import topk
+
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
 
 CHUNK_BYTES = 1 << 27
 """Most bytes of pre-activations in memory at once."""
-GROUPS = 16
-"""Two-step top-k: latents per group of candidates."""
 
 
 class Codes(NamedTuple):
@@ -43,30 +43,6 @@ class Gradients(NamedTuple):
     b_enc_F: Tensor
     w_dec_FD: Tensor
     b_D: Tensor
-
-
-def topk(pre_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row, exactly, in no particular order.
-
-    The row is cut into F/16 strided groups of 16. The k largest entries lie in the k groups with
-    the largest maxima: were one's group not among them, k other groups would each hold something
-    larger. So two small selections do. Ties are broken arbitrarily.
-
-    Args:
-        pre_TF: any float dtype.
-
-    Returns: values [T, k] in the same dtype, indices int64 [T, k].
-    """
-    n_tokens, n_latents = pre_TF.shape
-    n_groups = n_latents // GROUPS
-    if n_latents % GROUPS or n_groups < 2 * k:
-        values, indices = pre_TF.topk(k, sorted=False)
-        return values, indices
-    grouped = pre_TF.view(n_tokens, GROUPS, n_groups)
-    chosen_TK = grouped.amax(1).topk(k, sorted=False).indices
-    candidates = grouped.gather(2, chosen_TK[:, None, :].expand(-1, GROUPS, -1)).flatten(1)
-    values, places = candidates.topk(k, sorted=False)
-    return values, (places // k) * n_groups + chosen_TK.gather(1, places % k)
 
 
 def encode(x_TD: Tensor, w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor, k: int, dtype: torch.dtype) -> Codes:

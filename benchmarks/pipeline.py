@@ -1,0 +1,178 @@
+"""The whole pipeline on real input, stage by stage: time, peak memory, and two ratios.
+
+    python -m benchmarks.pipeline --model MODEL --train-text FILE --valid-text FILE -o DIR
+
+Each stage is a process of its own, as a user would run it. Caching is compared with the bare forward
+pass that stops at the same block; training 8 variants together with training one alone. The result
+is `DIR/results.md`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One process: what it took."""
+
+    name: str
+    seconds: float
+    peak_mib: float
+
+
+def measure(name: str, *command: str) -> Measured:
+    """Run a command; its wall time and the largest memory it held."""
+    print(f"\n$ {' '.join(command)}", flush=True)
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", *command])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"{name} failed with status {status}")
+    return Measured(name, time.perf_counter() - start, usage.ru_maxrss / 1024)
+
+
+def last_metrics(run: Path) -> dict[str, float]:
+    """The last line of a run's metrics and its summary."""
+    finished = json.loads((run / "finished.json").read_text())
+    return {"tokens": finished["tokens"], "seconds": finished["seconds"]}
+
+
+def machine() -> str:
+    """The machine and the versions that decide the figures."""
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("saemill", "torch", "transformers", "zarr"))
+    return f"{os.cpu_count()} cores of {model}, {versions}, {date.today().isoformat()}"
+
+
+def main() -> None:
+    """Run all stages and write the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="local folder or hub id of a causal model")
+    parser.add_argument("--train-text", required=True, help="dataset to train on")
+    parser.add_argument("--valid-text", required=True, help="dataset to assess on")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--layers", default="2,4")
+    parser.add_argument("--site", default="layers.4")
+    parser.add_argument("--max-tokens", default="2M")
+    parser.add_argument("--ctx-len", default="512")
+    args = parser.parse_args()
+    out: Path = args.out
+    tokens, acts, run, single = (str(out / name) for name in ("tokens", "acts", "run", "single"))
+    shared = ("--tokenizer", args.model, "--ctx-len", args.ctx_len)
+    train = ("saemill", "train", acts, "--site", args.site)
+    grid = ("--k", "16,32,64,128", "--expansion-factor", "8,16")
+    stages = [
+        measure(
+            "tokenize",
+            "saemill",
+            "tokenize",
+            args.train_text,
+            *shared,
+            "--max-tokens",
+            args.max_tokens,
+            "-o",
+            tokens,
+        ),
+        measure(
+            "tokenize, validation",
+            "saemill",
+            "tokenize",
+            args.valid_text,
+            *shared,
+            "--held-out-fraction",
+            "0",
+            "-o",
+            str(out / "valid"),
+        ),
+        measure(
+            "cache", "saemill", "cache", tokens, "--model", args.model, "--layers", args.layers, "-o", acts
+        ),
+        measure("train, 8 variants", *train, *grid, "-o", run),
+        measure("assess", "saemill", "assess", run, "--tokens", str(out / "valid")),
+    ]
+    measure(
+        "one variant", *train, "--k", "32", "--expansion-factor", "8", "--max-tokens", "400k", "-o", single
+    )
+    forward = out / "forward.json"
+    measure(
+        "forward",
+        "benchmarks.forward",
+        "--tokens",
+        tokens,
+        "--model",
+        args.model,
+        "--site",
+        args.site,
+        "-o",
+        str(forward),
+    )
+    write(out, stages, json.loads(forward.read_text()))
+
+
+def write(out: Path, stages: list[Measured], forward: dict[str, float]) -> None:
+    """The tables as Markdown."""
+    lines = [machine(), "", "| stage | seconds | peak memory, MiB |", "|---|--:|--:|"]
+    lines += [f"| {stage.name} | {stage.seconds:,.1f} | {stage.peak_mib:,.0f} |" for stage in stages]
+    many, one = last_metrics(out / "run"), last_metrics(out / "single")
+    many_rate, one_rate = (m["tokens"] / m["seconds"] for m in (many, one))
+    lines += [
+        "",
+        "| | tokens/s |",
+        "|---|--:|",
+        f"| bare forward pass, stopped at the last site | {forward['bare']:,.0f} |",
+        f"| caching, writing included | {forward['cache']:,.0f} ({forward['cache'] / forward['bare']:.0%}) |",
+        f"| training 1 variant (k 32, expansion 8) | {one_rate:,.0f} |",
+        f"| training 8 variants together, tokens | {many_rate:,.0f} |",
+        f"| training 8 variants together, variant-tokens | {8 * many_rate:,.0f} |",
+        "",
+    ]
+    assessment = json.loads((out / "run" / "on-valid" / "final_assessment.json").read_text())
+    lines += assessment_table(assessment)
+    (out / "results.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def assessment_table(assessment: dict) -> list[str]:  # type: ignore[type-arg]
+    """The variants, best first, with 95% intervals."""
+
+    def cell(figure: dict) -> str:  # type: ignore[type-arg]
+        if figure["value"] is None:
+            return "–"
+        interval = f" ({figure['lo']:.3f}–{figure['hi']:.3f})" if figure.get("lo") is not None else ""
+        return f"{figure['value']:.3f}{interval}"
+
+    names = ("fvu", "delta_ce", "kl", "loss_recovered", "dead_fraction", "absorption")
+    data = assessment["data"]
+    lines = [
+        f"{data['n_tokens']:,} tokens of {data['n_documents']:,} documents ({data['chosen']}), losses on "
+        f"{data['n_tokens_with_losses']:,}; best: {assessment['best_variant']}",
+        "",
+        f"| variant | {' | '.join(names)} | verdict |",
+        f"|---{'|---' * len(names)}|---|",
+    ]
+    for entry in assessment["variants"]:
+        cells = " | ".join(cell(entry["metrics"][name]) for name in names)
+        lines.append(f"| {entry['name']} | {cells} | {entry['verdict']} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
