@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=262_144)
     args = parser.parse_args()
     store = TokenStore(args.tokens)
-    n_rows = args.max_tokens // store.ctx_len
+    n_rows = min(store.n_rows, args.max_tokens // store.ctx_len)
     device = torch.device("cpu")
     model = LanguageModel(args.model, revision=None, dtype=torch.float32, device=device)
     bare_seconds(model, store, args.site, BATCH_ROWS)

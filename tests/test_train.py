@@ -146,7 +146,7 @@ def test_two_sites_and_explicit_variants_equal_single_runs(store: ActivationStor
         {"site": "a", "k": 3, "num_latents": 48},
         {"site": "b", "k": 5, "expansion_factor": 3, "seed": 2},
     )
-    common = {"k": (8,), "num_latents": (), "expansion_factor": (4,)}
+    common: dict[str, Any] = {"k": (8,), "num_latents": (), "expansion_factor": (4,)}
     folders = run(config(store, tmp_path / "both", variants=listed, site=("a", "b"), **common))
     singles = [
         run(config(store, tmp_path / f"one{i}", variants=(entry,), site=(), **common))[0]
@@ -170,8 +170,10 @@ def test_grid_and_names() -> None:
         resolve(common, axes | {"num_latents": (5,)}, (), {"a": 64})
     with pytest.raises(ConfigError, match="unknown setting"):
         resolve(common, {"site": ("a",), "k": (1,), "num_latents": (8,)}, ({"kk": 3},), {"a": 64})
-    with pytest.raises(ConfigError, match="the run has several"):
+    with pytest.raises(ConfigError, match="listed one by one; give one k"):
         resolve(common, axes, ({"lr": 1e-3, "num_latents": 8},), {"a": 64})
+    with pytest.raises(ConfigError, match="the run has several"):
+        resolve(common, {"site": ("a", "b"), "num_latents": (8,)}, ({"k": 3},), {"a": 64, "b": 64})
     with pytest.raises(ConfigError, match="two variants"):
         resolve(common, {"site": ("a",), "k": (1, 1), "num_latents": (8,)}, (), {"a": 64})
 
@@ -187,13 +189,17 @@ def test_grid_and_names() -> None:
         ({"optimizer": "sgd", "lr": ("auto",)}, "known for adam only"),
         ({"epochs": 2}, "not both"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"run_name": "x"}, "no effect without log_to_wandb"),
+        ({"wandb_project": "x"}, "no effect without log_to_wandb"),
+        ({"lr_decay": "none", "lr_decay_fraction": 0.1}, "no effect with lr_decay none"),
+        ({"auxk_alpha": 0.0, "k_aux": 3}, "no effect with auxk_alpha 0"),
     ],
 )
 def test_refusals(store: ActivationStore, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     """Oracle: the message; nothing was written."""
     with pytest.raises((ConfigError, StoreError), match=message):
         run(config(store, tmp_path / "r", **changes))
-    assert not (tmp_path / "r" / "finished.json").exists()
+    assert not (tmp_path / "r").exists()
 
 
 def test_other_settings_in_the_same_place_are_refused(store: ActivationStore, tmp_path: Path) -> None:
@@ -256,8 +262,9 @@ def test_a_diverged_variant_is_reported(store: ActivationStore, tmp_path: Path) 
     """Oracle: the healthy variant trained without it, bit by bit."""
     wild = {"k": 4, "num_latents": 48, "optimizer": "sgd", "lr": 1e30}
     healthy = {"k": 4, "num_latents": 48, "seed": 1}
-    folders = run(config(store, tmp_path / "r", variants=(wild, healthy)))
-    (alone,) = run(config(store, tmp_path / "alone", variants=(healthy,)))
+    one: dict[str, Any] = {"k": (4,), "num_latents": ()}
+    folders = run(config(store, tmp_path / "r", variants=(wild, healthy), **one))
+    (alone,) = run(config(store, tmp_path / "alone", variants=(healthy,), **one))
     finished = json.loads((tmp_path / "r" / "finished.json").read_text())
     assert list(finished["diverged"]) == [folders[0].name]
     assert (folders[1] / "sae.safetensors").read_bytes() == (alone / "sae.safetensors").read_bytes()

@@ -64,7 +64,7 @@ class Source:
 
     def _shuffled(self, seed: int | None) -> Iterator[tuple[int, Any]]:
         if self.streaming:
-            stream = self._stream()
+            stream = enumerate(map(self._document, _examples(self.dataset, self.name)))
             yield from stream if seed is None else shuffled_stream(stream, seed, SHUFFLE_BUFFER_DOCUMENTS)
             return
         n = len(self.dataset)
@@ -74,18 +74,18 @@ class Source:
             for number, example in zip(numbers, self.dataset.select(numbers), strict=True):
                 yield int(number), self._document(example)
 
-    def _stream(self) -> Iterator[tuple[int, Any]]:
-        try:
-            for number, example in enumerate(self.dataset):
-                yield number, self._document(example)
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {self.name}: {error}") from error
-
     def _document(self, example: dict[str, Any]) -> Any:
         value = example[self.column]
         if self.column == "input_ids" and example.get("attention_mask") is not None:
             return [token for token, real in zip(value, example["attention_mask"], strict=True) if real]
         return value
+
+
+def _examples(stream: Iterable[Any], name: str) -> Iterator[Any]:
+    try:
+        yield from stream
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {name}: {error}") from error
 
 
 def shuffled_stream(items: Iterable[T], seed: int, buffer_items: int) -> Iterator[T]:
@@ -170,7 +170,10 @@ def _open_local(path: Path, subset: str | None, split: str, streaming: bool) -> 
 
 def _load_saved(path: Path, subset: str | None, split: str) -> Any:
     """One split of a `save_to_disk` folder; a flag that chooses nothing is refused."""
-    saved = datasets.load_from_disk(str(path))
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, LookupError) as error:
+        raise ConfigError(f"cannot open {path}: {error}") from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise ConfigError(f"{path} has no split {split!r}; {nearest(split, saved)}")
@@ -210,7 +213,7 @@ def _fingerprint_local(path: Path) -> str:
 def _choose_column(dataset: Any, text_column: str, name: str) -> str:
     columns = dataset.column_names
     if columns is None:
-        first = next(iter(dataset), None)
+        first = next(_examples(dataset, name), None)
         if first is None:
             raise DataError(f"{name} has no rows")
         columns = list(first)

@@ -65,8 +65,8 @@ class TrainConfig:
     """Optimizer steps of linear warm-up; by default a 20th of the run, at most 1,000."""
     lr_decay: Literal["none", "linear", "cosine"] = "linear"
     """How the rate falls to 0 at the end."""
-    lr_decay_fraction: float = 0.2
-    """Share of the run over which it falls."""
+    lr_decay_fraction: float | None = None
+    """Share of the run over which it falls; by default 0.2."""
     auxk_alpha: float = 1 / 32
     k_aux: int | None = None
     """Dead latents per token in the auxiliary loss; by default D / 2."""
@@ -93,7 +93,8 @@ class TrainConfig:
     resume: bool = True
     """Go on from the run's checkpoint, if there is one; false starts anew."""
     log_to_wandb: bool = False
-    wandb_project: str = "saemill"
+    wandb_project: str | None = None
+    """By default saemill."""
     run_name: str | None = None
     """Name of the run in wandb (the variants' group); by default the output folder's."""
 
@@ -111,12 +112,27 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {value}")
-        if not 0 <= self.lr_decay_fraction <= 1:
+        if not 0 <= self.decay_fraction <= 1:
             raise ConfigError(f"lr_decay_fraction must be in [0, 1], got {self.lr_decay_fraction}")
+        no_wandb = not self.log_to_wandb
+        without_effect = {
+            "lr_decay_fraction": (self.lr_decay == "none", "with lr_decay none"),
+            "k_aux": (self.auxk_alpha == 0 and not self.variants, "with auxk_alpha 0"),
+            "wandb_project": (no_wandb, "without log_to_wandb"),
+            "run_name": (no_wandb, "without log_to_wandb"),
+        }
+        for name, (idle, why) in without_effect.items():
+            if idle and getattr(self, name) is not None:
+                raise ConfigError(f"{name} has no effect {why}; leave it out")
         if self.max_tokens is not None and self.epochs is not None:
             raise ConfigError("give max_tokens or epochs, not both")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
+
+    @property
+    def decay_fraction(self) -> float:
+        """`lr_decay_fraction` with its default."""
+        return 0.2 if self.lr_decay_fraction is None else self.lr_decay_fraction
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result."""
@@ -150,6 +166,8 @@ def run(config: TrainConfig) -> list[Path]:
         return [config.out / variant.name for variant in variants]
     device = choose_device(config.device)
     trainer = _build(config, store, variants, device)
+    durable.write_json(config.out / "identity.json", identity)
+    settings.write_yaml(config.out / "config.yaml", "train", settings.plain(config))
     trainer.resume()
     _start_sinks(config, trainer, variants)
     _print_plan(config, trainer, variants, store)
@@ -187,8 +205,6 @@ def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Vari
     if not identity_path.exists():
         if config.out.exists() and any(config.out.iterdir()):
             raise StoreError(f"{config.out} holds other files; choose a new folder")
-        durable.write_json(identity_path, identity)
-        settings.write_yaml(config.out / "config.yaml", "train", settings.plain(config))
         return False
     settings.check_same(durable.read_json(identity_path), identity, config.out)
     if not config.resume:
@@ -226,7 +242,7 @@ def _build(
         n_steps=n_steps,
         warmup_steps=min(MOST_WARMUP_STEPS, n_steps // 20) if warmup is None else warmup,
         decay=config.lr_decay,
-        decay_steps=round(config.lr_decay_fraction * n_steps),
+        decay_steps=round(config.decay_fraction * n_steps),
     )
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_steps * step_tokens // 10)
     dtype = choose_product_dtype(config.dtype, device)
@@ -277,7 +293,7 @@ def _start_sinks(config: TrainConfig, trainer: Trainer, variants: list[Variant])
         shared = {key: value for key, value in config.identity().items() if key != "variants"}
         configs = {variant.name: shared | describe(variant) for variant in variants}
         group = config.run_name or config.out.name
-        sinks.append(WandbSink(config.wandb_project, group, configs, config.out))
+        sinks.append(WandbSink(config.wandb_project or "saemill", group, configs, config.out))
     trainer.sinks = sinks
 
 

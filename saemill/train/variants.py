@@ -75,6 +75,9 @@ def resolve(
     """
     axes = {name: values for name, values in axes.items() if values}
     if explicit:
+        for name, values in axes.items():
+            if len(values) > 1 and name != "site":
+                raise ConfigError(f"variants are listed one by one; give one {name} for them, got {values}")
         single = {name: values[0] for name, values in axes.items() if len(values) == 1}
         entries = [_fill_in(dict(entry), single, axes) for entry in explicit]
     else:
