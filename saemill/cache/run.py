@@ -57,7 +57,7 @@ class CacheConfig:
     batch_size: int = 16
     """Rows per forward pass."""
     shard_tokens: int = 65536
-    """Tokens per shard file, rounded down to whole rows."""
+    """Tokens per shard file, rounded down to whole rows (one at least)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
     revision: str | None = None

@@ -24,7 +24,7 @@ from saemill.common.shards import ShardedArray
 from saemill.common.tokenizer import check_ctx_len, load_tokenizer
 from saemill.common.tokens import TokenizerInfo, TokenStore, cut_documents, write_token_store
 from saemill.tokenize.packing import RowPacker, check_ids, unframed
-from saemill.tokenize.source import Batch, open_source
+from saemill.tokenize.source import Batch, fingerprint_local, open_source
 
 SHARD_TOKENS = 1 << 24
 
@@ -87,6 +87,7 @@ def run(config: TokenizeConfig) -> TokenStore:
     if config.out.exists() and any(config.out.iterdir()):
         store = TokenStore(config.out)
         settings.check_same(store.manifest["settings"], config.identity(), config.out)
+        _check_source(config, store)
         say(f"{config.out} is finished already: {store.n_tokens:,} tokens in {store.n_rows:,} rows")
         return store
     tokenizer, info = load_tokenizer(config.tokenizer, config.tokenizer_revision)
@@ -115,6 +116,16 @@ def run(config: TokenizeConfig) -> TokenStore:
     store = TokenStore(config.out)
     say(_summary(store))
     return store
+
+
+def _check_source(config: TokenizeConfig, store: TokenStore) -> None:
+    """Refuse a finished store whose local source has changed since; a hub's is fixed by its revision."""
+    source = Path(config.dataset)
+    if source.exists() and fingerprint_local(source) != store.manifest["source"]["fingerprint"]:
+        raise ConfigError(
+            f"{source} has changed since {config.out} was made of it; choose another output folder, or "
+            "remove that one"
+        )
 
 
 def _summary(store: TokenStore) -> str:

@@ -130,7 +130,7 @@ def open_source(
         if revision:
             raise ConfigError(f"--revision has no effect on the local path {name}; leave it out")
         dataset = _open_local(path, subset, split, streaming)
-        fingerprint = _fingerprint_local(path)
+        fingerprint = fingerprint_local(path)
     elif name.startswith((".", "/", "~")) or _suffix(path) in KINDS:
         raise ConfigError(f"no file or folder {name}")
     else:
@@ -139,7 +139,6 @@ def open_source(
     column = _choose_column(dataset, text_column, name)
     if not streaming and len(dataset) == 0:
         raise DataError(f"{name} has no rows")
-    fingerprint = durable.hash_json([fingerprint, subset, split, column])
     return Source(name, dataset, column, fingerprint, streaming)
 
 
@@ -204,7 +203,8 @@ def _kind_of(path: Path) -> str:
     return kinds.pop()
 
 
-def _fingerprint_local(path: Path) -> str:
+def fingerprint_local(path: Path) -> str:
+    """A hash of the names and contents of a local dataset's files."""
     folder = path if path.is_dir() else path.parent
     files = _data_files(path) or [file for file in path.rglob("*") if file.is_file()]
     return durable.hash_folder(folder, files)

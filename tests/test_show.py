@@ -1,0 +1,247 @@
+"""`saemill show` and `saemill verify` on every kind of folder, and how the command line tells errors."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from saemill import cli
+from saemill.cache.run import CacheConfig
+from saemill.cache.run import run as cache
+from saemill.common import durable
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import StoreError
+from saemill.common.tokens import TokenStore
+from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.run import run as tokenize
+
+
+@pytest.fixture(scope="module")
+def tokens(corpus: Path, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """40 rows of 32 tokens."""
+    out = tmp_path_factory.mktemp("show") / "tokens"
+    config = TokenizeConfig(
+        dataset=str(corpus), tokenizer=tokenizer_folder, out=out, ctx_len=32, max_tokens=40 * 32
+    )
+    return tokenize(config)
+
+
+@pytest.fixture(scope="module")
+def acts(tokens: TokenStore, tiny_models: dict[str, str]) -> ActivationStore:
+    """Two sites in three shards each."""
+    out = tokens.path.with_name("acts")
+    config = CacheConfig(
+        tokens=tokens.path, model=tiny_models["neox"], out=out, layers=(0, 1), shard_tokens=512
+    )
+    return cache(config)
+
+
+@pytest.fixture
+def copied(acts: ActivationStore, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(acts.path, tmp_path / "acts"))
+
+
+def saemill(*arguments: Any) -> Result:
+    return CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[50] ^= 1
+    file.write_bytes(content)
+
+
+def test_show_tells_a_token_store(tokens: TokenStore, corpus: Path, tokenizer_folder: str) -> None:
+    """Oracle: the settings it was made with, and its manifest."""
+    result = saemill("show", tokens.path)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"token store {tokens.path}"
+    held_out = int(tokens.held_out_R.sum())
+    assert lines[1] == f"  1,280 tokens: 40 rows of 32, {held_out} of them held out"
+    n_documents = len({int(n) for n in tokens.document_of(range(1280))})
+    assert lines[2] == f"  {n_documents} documents of {corpus}"
+    assert lines[3] == f"  tokenizer {tokenizer_folder} (8,192 ids)"
+    assert lines[4] == f"  fingerprint {tokens.fingerprint}"
+
+
+def test_show_tells_an_activation_store(acts: ActivationStore, tiny_models: dict[str, str]) -> None:
+    """Oracle: the settings it was made with, and the statistics read from the store."""
+    result = saemill("show", acts.path)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"activation store {acts.path}"
+    assert lines[1] == f"  model {tiny_models['neox']}, computed in float32, stored as bf16"
+    assert lines[2] == "  1,280 tokens: 40 rows of 32, 3 shards of 512 tokens per site"
+    assert lines[3] == f"  fingerprint {acts.fingerprint}"
+    assert [line.split(":")[0] for line in lines[4:]] == ["  layers.0", "  layers.1"]
+    statistics = acts.site("layers.1").statistics
+    assert lines[5].startswith("  layers.1: D 32, 0.1 MiB, ")
+    assert f"mean squared norm {statistics.mean_squared_norm:.4g}, " in lines[5]
+    assert f"variance {statistics.total_variance:.4g} over {statistics.n_tokens:,} training" in lines[5]
+
+
+def test_show_tells_what_is_unfinished(copied: Path) -> None:
+    """Oracle: the manifest and one of three commits taken away."""
+    (copied / "layers.0" / "manifest.json").unlink()
+    (copied / "layers.0" / "commits" / "1.json").unlink()
+    result = saemill("show", copied)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[4].startswith("  layers.1: D 32")
+    assert result.stdout.splitlines()[5] == "  layers.0: unfinished, 2 of 3 shards"
+
+
+def test_show_tells_a_run(tmp_path: Path) -> None:
+    """Oracle: the records that a run leaves, written by hand, as it goes on."""
+    durable.write_json(tmp_path / "identity.json", {})
+    assert saemill("show", tmp_path).stdout == f"run {tmp_path}: unfinished, no checkpoint yet\n"
+    (tmp_path / "checkpoint.pt").touch()
+    assert saemill("show", tmp_path).stdout == f"run {tmp_path}: unfinished, a checkpoint to go on from\n"
+    finished = {"variants": ["a", "b"], "tokens": 4096, "steps": 1000, "seconds": 7.4, "diverged": {"b": 12}}
+    durable.write_json(tmp_path / "finished.json", finished)
+    head = f"run {tmp_path}: 2 SAEs, 4,096 tokens in 1,000 steps, 7 s\n"
+    assert saemill("show", tmp_path).stdout == f"{head}  a  not assessed\n  b  diverged at step 12\n"
+    variants = [{"name": "a", "verdict": "good"}]
+    durable.write_json(tmp_path / "final_assessment.json", {"variants": variants})
+    assert saemill("show", tmp_path).stdout == f"{head}  a  good\n  b  diverged at step 12\n"
+
+
+@pytest.mark.parametrize("command", ["show", "verify"])
+@pytest.mark.parametrize("kind", ["empty", "missing", "file"])
+def test_a_wrong_folder_is_refused(command: str, kind: str, tmp_path: Path) -> None:
+    """Oracle: a folder, a name and a file that are no store."""
+    path = tmp_path if kind == "empty" else tmp_path / "x"
+    if kind == "file":
+        path.write_text("hello")
+    result = saemill(command, path)
+    assert isinstance(result.exception, StoreError)
+    assert str(path) in str(result.exception)
+    assert "token store" in str(result.exception)
+    assert result.stdout == ""
+
+
+def test_verify_passes_whole_stores(tokens: TokenStore, acts: ActivationStore) -> None:
+    """Oracle: stores that nobody touched."""
+    for path in (tokens.path, acts.path):
+        result = saemill("verify", path)
+        assert result.exit_code == 0
+        assert result.stdout == f"{path}: every file has its size and hash\n"
+
+
+def test_verify_names_each_bad_file_of_a_token_store(tokens: TokenStore, tmp_path: Path) -> None:
+    """Oracle: three files damaged in three ways, and no other."""
+    path = Path(shutil.copytree(tokens.path, tmp_path / "tokens"))
+    flip_bit(path / "tokens" / "c" / "0" / "0")
+    (path / "held_out" / "c" / "0" / "0").write_bytes(b"123")
+    (path / "segments.parquet").unlink()
+    result = saemill("verify", path)
+    assert result.exit_code == 1
+    named = [line.removeprefix(f"{path}/") for line in result.stdout.splitlines()]
+    assert sorted(line for line in named if ": " in line) == [
+        "held_out/c/0/0: file has 3 bytes, expected 40",
+        "segments.parquet: file is missing",
+        "tokens/c/0/0: content differs from its hash",
+    ]
+    assert isinstance(saemill("show", path).exception, StoreError)
+
+
+def test_verify_names_each_bad_shard_of_an_activation_store(copied: Path) -> None:
+    """Oracle: shards damaged in four ways at two sites, and an unfinished third site."""
+    flip_bit(copied / "layers.0" / "c" / "0" / "0")
+    (copied / "layers.0" / "c" / "2" / "0").unlink()
+    (copied / "layers.1" / "c" / "0" / "0").write_bytes(b"")
+    (copied / "layers.1" / "c" / "1" / "0").write_bytes(bytes(32 * 1024))
+    shutil.copytree(copied / "layers.0", copied / "layers.2")
+    (copied / "layers.2" / "manifest.json").unlink()
+    result = saemill("verify", copied)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[:-1] == [
+        "layers.0 shard 0: content differs from its hash",
+        "layers.0 shard 2: file is missing",
+        "layers.1 shard 0: file has 0 bytes, expected 32,768",
+        "layers.1 shard 1: content differs from its hash",
+        "layers.2: unfinished, 3 of 3 shards",
+    ]
+    assert "saemill cache" in result.stdout.splitlines()[-1]
+    assert "of 3 shards of" in str(saemill("show", copied).exception)
+
+
+def test_a_stores_damaged_tokens_are_told_with_the_command_that_helps(copied: Path) -> None:
+    """Oracle: the file; `saemill tokenize` would not help, `saemill cache` does."""
+    (copied / "tokens" / "documents.parquet").unlink()
+    result = saemill("verify", copied)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[0] == f"{copied}/tokens/documents.parquet: file is missing"
+    for text in (result.stdout, str(saemill("show", copied).exception)):
+        assert "saemill cache" in text
+        assert "saemill tokenize" not in text
+
+
+@pytest.mark.parametrize("flag", ["--max_tokens", "--max-tokens"])
+def test_flags_may_be_written_with_underscores(
+    flag: str, tokens: TokenStore, tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    """Oracle: 100 tokens are 3 rows of 32, under either spelling."""
+    model = tiny_models["neox"]
+    result = saemill(
+        "cache", tokens.path, "--model", model, "--layers", "-1", flag, "100", "-o", tmp_path / "acts"
+    )
+    assert result.exit_code == 0, result.exception
+    assert ActivationStore(tmp_path / "acts").n_tokens == 96
+    assert ActivationStore(tmp_path / "acts").sites == ["layers.2"]
+
+
+def test_an_unknown_flag_is_a_usage_error() -> None:
+    """Oracle: no such flag, whose near one is told."""
+    result = saemill("cache", "x", "--max_tokenz", "3")
+    assert result.exit_code == 2
+    assert "--max-tokens" in result.output
+
+
+def test_errors_are_told_without_a_traceback(tmp_path: Path) -> None:
+    """Oracle: the exit code and the one line on stderr of a real process."""
+    command = [sys.executable, "-m", "saemill", "show", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"error: {tmp_path} is no token store, activation store or run that saemill made\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["cache", "no-tokens", "--model", "m", "--layers", "0", "-o", "o"],
+            "make one with `saemill tokenize`",
+        ),
+        (["cache", "no-tokens", "--layers", "0", "-o", "o"], "cache.model must be given"),
+        (["cache", "no-tokens", "--model", "m", "-o", "o"], "name what to cache"),
+        (["cache", "t", "--model", "m", "-o", "o", "--layers", "a"], "cache.layers[0] must be int, got 'a'"),
+        (["verify", "no-store"], "no-store is no finished token store or activation store"),
+    ],
+)
+def test_main_exits_with_2_and_the_message(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Oracle: exit code 2, the message on stderr alone, no traceback, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["saemill", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    output = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert message.lower() in output.err.lower()
+    assert "Traceback" not in output.err
+    assert list(tmp_path.iterdir()) == []
