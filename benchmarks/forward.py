@@ -17,7 +17,7 @@ from saemill.cache.run import run as cache
 from saemill.common.model import LanguageModel
 from saemill.common.tokens import TokenStore
 
-ROUNDS = 3
+ROUNDS = 2
 BATCH_ROWS = 16
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     for name in ("--tokens", "--model", "--site"):
         parser.add_argument(name, required=True)
     parser.add_argument("-o", "--out", required=True)
-    parser.add_argument("--max-tokens", type=int, default=262_144)
+    parser.add_argument("--max-tokens", type=int, default=131_072)
     args = parser.parse_args()
     store = TokenStore(args.tokens)
     n_rows = min(store.n_rows, args.max_tokens // store.ctx_len)

@@ -11,10 +11,11 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -29,15 +30,23 @@ class Measured:
     peak_mib: float
 
 
-def measure(name: str, *command: str) -> Measured:
-    """Run a command; its wall time and the largest memory it held."""
-    print(f"\n$ {' '.join(command)}", flush=True)
+def measure(out: Path, name: str, command: str) -> Measured:
+    """Run a command; its wall time and the largest memory it held.
+
+    The measurement is kept in `out`, so that a benchmark that was cut off goes on at its next stage.
+    """
+    kept = out / f"{name}.json"
+    if kept.exists():
+        return Measured(**json.loads(kept.read_text()))
+    print(f"\n$ {command}", flush=True)
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", *command])
+    process = subprocess.Popen([sys.executable, "-m", *shlex.split(command)])
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
         raise SystemExit(f"{name} failed with status {status}")
-    return Measured(name, time.perf_counter() - start, usage.ru_maxrss / 1024)
+    measured = Measured(name, time.perf_counter() - start, usage.ru_maxrss / 1024)
+    kept.write_text(json.dumps(asdict(measured)))
+    return measured
 
 
 def last_metrics(run: Path) -> dict[str, float]:
@@ -75,56 +84,23 @@ def main() -> None:
     parser.add_argument("--ctx-len", default="512")
     args = parser.parse_args()
     out: Path = args.out
-    tokens, acts, run, single = (str(out / name) for name in ("tokens", "acts", "run", "single"))
-    shared = ("--tokenizer", args.model, "--ctx-len", args.ctx_len)
-    train = ("saemill", "train", acts, "--site", args.site)
-    grid = ("--k", "16,32,64,128", "--expansion-factor", "8,16")
+    out.mkdir(parents=True, exist_ok=True)
+    tokenize = f"saemill tokenize --tokenizer {args.model} --ctx-len {args.ctx_len}"
+    train = f"saemill train {out}/acts --site {args.site}"
     stages = [
-        measure(
-            "tokenize",
-            "saemill",
-            "tokenize",
-            args.train_text,
-            *shared,
-            "--max-tokens",
-            args.max_tokens,
-            "-o",
-            tokens,
-        ),
-        measure(
-            "tokenize, validation",
-            "saemill",
-            "tokenize",
-            args.valid_text,
-            *shared,
-            "--held-out-fraction",
-            "0",
-            "-o",
-            str(out / "valid"),
-        ),
-        measure(
-            "cache", "saemill", "cache", tokens, "--model", args.model, "--layers", args.layers, "-o", acts
-        ),
-        measure("train, 8 variants", *train, *grid, "-o", run),
-        measure("assess", "saemill", "assess", run, "--tokens", str(out / "valid")),
+        measure(out, name, command)
+        for name, command in {
+            "tokenize": f"{tokenize} --max-tokens {args.max_tokens} -o {out}/tokens {args.train_text}",
+            "tokenize, validation": f"{tokenize} --held-out-fraction 0 -o {out}/valid {args.valid_text}",
+            "cache": f"saemill cache {out}/tokens --model {args.model} --layers {args.layers} -o {out}/acts",
+            "train, 8 variants": f"{train} --k 16,32,64,128 --expansion-factor 8,16 -o {out}/run",
+            "assess": f"saemill assess {out}/run --tokens {out}/valid",
+        }.items()
     ]
-    measure(
-        "one variant", *train, "--k", "32", "--expansion-factor", "8", "--max-tokens", "400k", "-o", single
-    )
-    forward = out / "forward.json"
-    measure(
-        "forward",
-        "benchmarks.forward",
-        "--tokens",
-        tokens,
-        "--model",
-        args.model,
-        "--site",
-        args.site,
-        "-o",
-        str(forward),
-    )
-    write(out, stages, json.loads(forward.read_text()))
+    measure(out, "one variant", f"{train} --k 32 --expansion-factor 8 --max-tokens 400k -o {out}/single")
+    forward = f"--tokens {out}/tokens --model {args.model} --site {args.site} -o {out}/rates.json"
+    measure(out, "forward", f"benchmarks.forward {forward}")
+    write(out, stages, json.loads((out / "rates.json").read_text()))
 
 
 def write(out: Path, stages: list[Measured], forward: dict[str, float]) -> None:

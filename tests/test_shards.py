@@ -326,6 +326,15 @@ def test_hash_file(content: bytes, place: int, flip: int) -> None:
         assert durable.hash_file(path) != xxhash.xxh3_64_hexdigest(content)
 
 
+def test_hash_json() -> None:
+    """Oracle: xxhash of JSON text written by hand; the order of keys is no part of a fingerprint."""
+    assert durable.hash_json({"b": 1, "a": [True, None]}) == xxhash.xxh3_64_hexdigest(
+        b'{"a": [true, null], "b": 1}'
+    )
+    assert durable.hash_json({"a": [True, None], "b": 1}) == durable.hash_json({"b": 1, "a": [True, None]})
+    assert durable.hash_json({"a": [None, True], "b": 1}) != durable.hash_json({"b": 1, "a": [True, None]})
+
+
 def test_hash_folder(tmp_path: Path) -> None:
     """Oracle: the same for the same files in any order and any place; other for a renamed or changed one."""
     for place in ("one", "two"):
