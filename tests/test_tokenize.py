@@ -768,6 +768,18 @@ def test_finished_does_nothing(
     assert {path: path.stat().st_mtime_ns for path in store.path.rglob("*")} == times
 
 
+def test_changed_source_is_refused(tmp_path: Path, tokenizer_folder: str) -> None:
+    """Oracle: one letter of the text changed after the store was made; the same settings are refused."""
+    file = jsonl(tmp_path / "a.jsonl", TEXTS)
+    store = tokenize(file, tmp_path / "out", tokenizer_folder)
+    jsonl(file, [TEXTS[0].upper(), *TEXTS[1:]])
+    with pytest.raises(ConfigError, match=r"a\.jsonl has changed since .*out was made of it"):
+        tokenize(file, tmp_path / "out", tokenizer_folder)
+    assert TokenStore(tmp_path / "out").fingerprint == store.fingerprint
+    jsonl(file, TEXTS)
+    assert tokenize(file, tmp_path / "out", tokenizer_folder).fingerprint == store.fingerprint
+
+
 def test_foreign_output_is_kept(tmp_path: Path, tokenizer_folder: str) -> None:
     """Oracle: a folder with other things, or a file, at the output is refused and not touched."""
     file = jsonl(tmp_path / "a.jsonl", TEXTS)

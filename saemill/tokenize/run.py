@@ -82,12 +82,7 @@ def run(config: TokenizeConfig) -> TokenStore:
         ConfigError: settings that do not fit the data, or an output made with others.
         DataError: no text, or ids that the tokenizer does not have.
     """
-    if config.out.is_file():
-        raise ConfigError(f"out must be a folder, but {config.out} is a file")
-    if config.out.exists() and any(config.out.iterdir()):
-        store = TokenStore(config.out)
-        settings.check_same(store.manifest["settings"], config.identity(), config.out)
-        _check_source(config, store)
+    if store := _finished(config):
         say(f"{config.out} is finished already: {store.n_tokens:,} tokens in {store.n_rows:,} rows")
         return store
     tokenizer, info = load_tokenizer(config.tokenizer, config.tokenizer_revision)
@@ -115,6 +110,18 @@ def run(config: TokenizeConfig) -> TokenStore:
     partial.replace(config.out)
     store = TokenStore(config.out)
     say(_summary(store))
+    return store
+
+
+def _finished(config: TokenizeConfig) -> TokenStore | None:
+    """The store at the output, if there is one made of the same source with the same settings."""
+    if config.out.is_file():
+        raise ConfigError(f"out must be a folder, but {config.out} is a file")
+    if not config.out.exists() or not any(config.out.iterdir()):
+        return None
+    store = TokenStore(config.out)
+    settings.check_same(store.manifest["settings"], config.identity(), config.out)
+    _check_source(config, store)
     return store
 
 
