@@ -2,7 +2,6 @@
 
 import html
 import io
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from saemill.assess import charts
 from saemill.assess.sums import Figure
 from saemill.common import durable
 
@@ -88,9 +88,9 @@ def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, N
     sections = [
         _summary(assessment),
         _variants_table(assessment),
-        _pareto(assessment, "fvu", "FVU"),
-        _pareto(assessment, "delta_ce", "ΔCE, nats per token"),
-        _densities(assessment, densities),
+        charts.against_l0(assessment, "fvu", "FVU"),
+        charts.against_l0(assessment, "delta_ce", "ΔCE, nats per token"),
+        charts.densities(assessment, densities),
         _contexts(assessment["features"]),
     ]
     page = PAGE.replace("{{body}}", "\n".join(sections))
@@ -130,98 +130,6 @@ def _variants_table(assessment: dict[str, Any]) -> str:
         cells.append(f"<td>{number(metrics['absorption_random'])}</td><td>{entry['verdict']}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f"<h2>Variants</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
-
-
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-WIDTH, HEIGHT, LEFT, BOTTOM = 560, 300, 70, 40
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round values of a logarithmic axis: 1, 2 and 5 times powers of ten."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
-
-
-def _pareto(assessment: dict[str, Any], metric: str, title: str) -> str:
-    """A metric against L0, both logarithmic, one line per site and width, bars for intervals."""
-    series: dict[str, list[tuple[float, Figure]]] = {}
-    for entry in assessment["variants"]:
-        figure, l0 = entry["metrics"][metric], entry["metrics"]["l0"]["value"]
-        if figure["value"] is not None and figure["value"] > 0 and l0 > 0:
-            series.setdefault(f"{entry['site']}, {entry['num_latents']:,} latents", []).append((l0, figure))
-    if not series:
-        return ""
-    points = [point for line in series.values() for point in line]
-    xs, ys = [x for x, _ in points], [figure["value"] for _, figure in points]
-    x_low, x_high, y_low, y_high = min(xs) / 1.3, max(xs) * 1.3, min(ys) / 1.3, max(ys) * 1.3
-
-    def x_of(x: float) -> float:
-        return LEFT + (WIDTH - LEFT - 10) * math.log(x / x_low) / math.log(x_high / x_low)
-
-    def y_of(y: float) -> float:
-        share = math.log(min(max(y, y_low), y_high) / y_low) / math.log(y_high / y_low)
-        return (HEIGHT - BOTTOM) - (HEIGHT - BOTTOM - 10) * share
-
-    marks: list[str] = []
-    marks += [
-        f'<text x="{x_of(x):.1f}" y="{HEIGHT - 22}" text-anchor="middle">{x:g}</text>'
-        for x in _ticks(x_low, x_high)
-    ]
-    for y in _ticks(y_low, y_high):
-        marks.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>'
-        )
-        marks.append(f'<text x="{LEFT - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-    legend = []
-    for i, (name, line) in enumerate(sorted(series.items())):
-        colour = PALETTE[i % len(PALETTE)]
-        line.sort(key=lambda point: point[0])
-        path = " ".join(f"{x_of(x):.1f},{y_of(figure['value']):.1f}" for x, figure in line)
-        marks.append(f'<polyline points="{path}" fill="none" stroke="{colour}"/>')
-        for x, figure in line:
-            marks.append(
-                f'<circle cx="{x_of(x):.1f}" cy="{y_of(figure["value"]):.1f}" r="4" fill="{colour}"/>'
-            )
-            if figure.get("lo") is not None:
-                ends = f'y1="{y_of(figure["lo"]):.1f}" y2="{y_of(figure["hi"]):.1f}"'
-                place = f'x1="{x_of(x):.1f}" x2="{x_of(x):.1f}" {ends}'
-                marks.append(f'<line {place} stroke="{colour}" stroke-width="2"/>')
-        legend.append(f'<span style="color:{colour}">● {html.escape(name)}</span>')
-    marks.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">L0</text>')
-    return (
-        f"<h2>{title} against L0</h2><p>{' &nbsp; '.join(legend)}</p>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title} against L0">'
-        f"{''.join(marks)}</svg>"
-    )
-
-
-def _densities(assessment: dict[str, Any], densities: Mapping[str, NDArray[np.float64]]) -> str:
-    """A histogram of log10 density per variant, never-firing latents in a bar of their own."""
-    low = math.floor(math.log10(1 / max(2, assessment["data"]["n_tokens"])))
-    edges = np.linspace(low, 0, 41)
-    figures = []
-    for entry in assessment["variants"]:
-        density = densities[entry["name"]]
-        counts, _ = np.histogram(np.log10(density[density > 0]), edges)
-        never = int((density == 0).sum())
-        top = max(1, counts.max(), never)
-        bars = [
-            (10, never, "#999999"),
-            *((30 + 6.5 * i, int(c), PALETTE[0]) for i, c in enumerate(counts)),
-        ]
-        rects = "".join(
-            f'<rect x="{x}" width="5.5" y="{90 - 80 * n / top:.1f}" height="{80 * n / top:.1f}" fill="{c}"/>'
-            for x, n, c in bars
-        )
-        labels = "".join(
-            f'<text x="{x}" y="104">{text}</text>'
-            for x, text in ((8, f"never {never}"), (60, f"1e{low}"), (278, "1"))
-        )
-        figures.append(
-            f"<figure><figcaption>{html.escape(entry['name'])}</figcaption>"
-            f'<svg viewBox="0 0 300 108" class="small">{rects}{labels}</svg></figure>'
-        )
-    return f"<h2>Firing density of the latents (log scale)</h2><div class='grid'>{''.join(figures)}</div>"
 
 
 def _contexts(features: dict[str, Any]) -> str:

@@ -23,8 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     yield partial
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
+    sync_file(partial)
     partial.replace(path)
     sync_folder(path.parent)
 
@@ -42,6 +41,12 @@ def write_bytes(path: Path, parts: Iterable[bytes | memoryview], pad_to_bytes: i
             file.write(part)
         if file.tell() < pad_to_bytes:
             file.truncate(pad_to_bytes)
+
+
+def sync_file(file: Path) -> None:
+    """Flush a file that another library wrote."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
 
 
 def sync_folder(folder: Path) -> None:

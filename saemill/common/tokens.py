@@ -154,16 +154,7 @@ def write_token_store(
     held.write_shard(0, held_out_R.astype(np.uint8)[:, None])
     pq.write_table(segments, path / "segments.parquet", compression="zstd")
     pq.write_table(documents, path / "documents.parquet", compression="zstd")
-    names = sorted(file for file in path.rglob("*") if file.is_file())
-    files = [
-        {
-            "path": str(file.relative_to(path)),
-            "bytes": file.stat().st_size,
-            "xxh3": durable.hash_file(file),
-        }
-        for file in names
-    ]
-    content = {"files": files, "tokenizer": dataclasses.asdict(tokenizer)}
+    content = {"files": _sealed(path), "tokenizer": dataclasses.asdict(tokenizer)}
     durable.write_json(
         path / "manifest.json",
         {
@@ -177,6 +168,16 @@ def write_token_store(
         | {"fingerprint": durable.hash_json([FORMAT, content])}
         | content,
     )
+
+
+def _sealed(path: Path) -> list[dict[str, Any]]:
+    """Flush every file below a folder to disk; the list of them with sizes and hashes."""
+    files = []
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        durable.sync_file(file)
+        name, n_bytes = str(file.relative_to(path)), file.stat().st_size
+        files.append({"path": name, "bytes": n_bytes, "xxh3": durable.hash_file(file)})
+    return files
 
 
 def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
@@ -210,6 +211,7 @@ def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
         extra=extra | {"parent_fingerprint": store.fingerprint},
     )
     partial.replace(path)
+    durable.sync_folder(path.parent)
     return TokenStore(path)
 
 

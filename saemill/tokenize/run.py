@@ -17,6 +17,7 @@ import torch
 import xxhash
 
 from saemill.common import config as settings
+from saemill.common import durable
 from saemill.common.errors import ConfigError, DataError
 from saemill.common.log import progress, say
 from saemill.common.permutation import combine
@@ -108,6 +109,7 @@ def run(config: TokenizeConfig) -> TokenStore:
     tokenizer.save_pretrained(partial / "tokenizer")
     writer.finish({"name": config.dataset, "fingerprint": source.fingerprint, "column": source.column})
     partial.replace(config.out)
+    durable.sync_folder(config.out.parent)
     store = TokenStore(config.out)
     say(_summary(store))
     return store

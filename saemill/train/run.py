@@ -229,22 +229,9 @@ def _build(
         buffer_tokens=config.buffer_tokens,
         seed=config.shuffle_seed,
     )
-    step_tokens = config.batch_size * config.grad_acc_steps
-    n_tokens = config.max_tokens or (config.epochs or 1) * loader.epoch_tokens
-    n_steps = n_tokens // step_tokens
-    if n_steps == 0:
-        raise ConfigError(
-            f"{n_tokens:,} training tokens are less than one step of {step_tokens:,}; "
-            "lower --batch-size or raise --max-tokens"
-        )
-    warmup = config.warmup_steps
-    schedule = Schedule(
-        n_steps=n_steps,
-        warmup_steps=min(MOST_WARMUP_STEPS, n_steps // 20) if warmup is None else warmup,
-        decay=config.lr_decay,
-        decay_steps=round(config.decay_fraction * n_steps),
-    )
-    dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_steps * step_tokens // 10)
+    schedule = _schedule(config, loader.epoch_tokens)
+    n_tokens = schedule.n_steps * config.batch_size * config.grad_acc_steps
+    dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
     dtype = choose_product_dtype(config.dtype, device)
     sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
     banks = []
@@ -262,6 +249,25 @@ def _build(
         save_every=config.save_every,
         checkpoint_path=config.out / "checkpoint.pt",
         device=device,
+    )
+
+
+def _schedule(config: TrainConfig, epoch_tokens: int) -> Schedule:
+    """How many steps there are, and the learning rate over them."""
+    step_tokens = config.batch_size * config.grad_acc_steps
+    n_tokens = config.max_tokens or (config.epochs or 1) * epoch_tokens
+    n_steps = n_tokens // step_tokens
+    if n_steps == 0:
+        raise ConfigError(
+            f"{n_tokens:,} training tokens are less than one step of {step_tokens:,}; "
+            "lower --batch-size or raise --max-tokens"
+        )
+    warmup = config.warmup_steps
+    return Schedule(
+        n_steps=n_steps,
+        warmup_steps=min(MOST_WARMUP_STEPS, n_steps // 20) if warmup is None else warmup,
+        decay=config.lr_decay,
+        decay_steps=round(config.decay_fraction * n_steps),
     )
 
 
