@@ -265,6 +265,13 @@ def test_verdict_counts_only_checks_that_ran() -> None:
     assert [entry["name"] for entry in order(entries)] == ["b", "a", "c"]
 
 
+def test_a_figure_that_is_not_finite_is_null() -> None:
+    """Oracle: null with a reason, never NaN or infinity in the JSON."""
+    for bad in (np.inf, np.nan):
+        figure = Bootstrap(40).ratio(np.array([bad] * 40), np.ones(40))
+        assert figure == {"value": None, "reason": "not finite on these tokens"}
+
+
 class Pipeline:
     """A tiny model's run: tokenized, cached and trained."""
 
@@ -415,7 +422,7 @@ def test_refusals(causal: Pipeline, tmp_path: Path, tiny_models: dict[str, str])
     """Oracle: the messages."""
     with pytest.raises(StoreError, match="no finished run"):
         run(AssessConfig(run=tmp_path))
-    with pytest.raises(ConfigError, match="other weights"):
+    with pytest.raises(ConfigError, match="is another model than the one that was cached"):
         run(AssessConfig(run=causal.out, model=tiny_models["gpt2"]))
     with pytest.raises(ConfigError, match="no variant"):
         run(AssessConfig(run=causal.out, variant="x"))
@@ -424,6 +431,34 @@ def test_refusals(causal: Pipeline, tmp_path: Path, tiny_models: dict[str, str])
     foreign = make_tokens(tmp_path / "foreign", 10, 16)
     with pytest.raises(ConfigError, match="was made with the tokenizer"):
         run(AssessConfig(run=causal.out, tokens=foreign.path))
+
+
+def test_a_copy_of_the_model_elsewhere_is_accepted(causal: Pipeline, tmp_path: Path) -> None:
+    """Oracle: other files, same activations: the figures of the original."""
+    copy = tmp_path / "copy"
+    model = transformers.AutoModelForCausalLM.from_pretrained(causal.model)
+    model.config.use_cache = not model.config.use_cache
+    model.save_pretrained(copy)
+    original, other = (
+        run(AssessConfig(run=causal.out, model=str(m), device="cpu", out=tmp_path / "o", model_tokens=500))
+        for m in (causal.model, copy)
+    )
+    assert entry(original, 16)["metrics"] == entry(other, 16)["metrics"]
+
+
+def test_diverged_variants_are_listed_not_measured(causal: Pipeline, tmp_path: Path) -> None:
+    """Oracle: the healthy variant's figures without the diverged one; strict JSON; last place."""
+    wild = {"k": 4, "num_latents": 48, "optimizer": "sgd", "lr": 1e30}
+    healthy = {"k": 4, "num_latents": 48, "lr": 3e-3}
+    common: dict[str, Any] = {"acts": causal.acts, "site": (causal.site,), "batch_size": 256}
+    train(TrainConfig(out=tmp_path / "r", variants=(wild, healthy), device="cpu", **common))
+    assessment = run(AssessConfig(run=tmp_path / "r", device="cpu", model_tokens=500))
+    last = assessment["variants"][-1]
+    assert last["diverged_at_step"] is not None
+    assert last["metrics"]["fvu"]["value"] is None
+    assert "diverged" in last["metrics"]["fvu"]["reason"]
+    assert assessment["variants"][0]["metrics"]["fvu"]["value"] < 1
+    json.loads((tmp_path / "r" / "final_assessment.json").read_text())
 
 
 def bert_tokenizer(folder: Path) -> str:

@@ -15,8 +15,7 @@ Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 def make(n_tokens: int, d: int, f: int, seed: int) -> tuple[Tensor, Parameters]:
     """Inputs and parameters of an SAE whose decoder rows have unit length."""
     torch.manual_seed(seed)
-    w_dec = torch.randn(f, d)
-    ops.normalise_rows(w_dec)
+    w_dec = torch.nn.functional.normalize(torch.randn(f, d), dim=1)
     parameters = (torch.randn(f, d) / d**0.5, torch.randn(f) * 0.1, w_dec, torch.randn(d) * 0.3)
     return torch.randn(n_tokens, d), parameters
 

@@ -237,7 +237,10 @@ def test_wandb_offline_has_one_run_per_variant(
     """Oracle: wandb's own run files, one per variant."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     run(config(store, tmp_path / "r", k=(2, 4), num_latents=(32,), log_to_wandb=True, wandb_project="test"))
-    assert len(list((tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb"))) == 2
+    ids = json.loads((tmp_path / "r" / "wandb.json").read_text())
+    assert len(set(ids.values())) == 2
+    found = {file.stem for file in (tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb")}
+    assert found == {f"run-{run_id}" for run_id in ids.values()}
 
 
 def test_a_failing_wandb_does_not_disturb_training(
@@ -270,6 +273,55 @@ def test_a_diverged_variant_is_reported(store: ActivationStore, tmp_path: Path) 
     assert (folders[1] / "sae.safetensors").read_bytes() == (alone / "sae.safetensors").read_bytes()
     last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["variants"][folders[0].name]["fvu"] is None
+
+
+def test_variants_in_a_file(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the same variants given from Python, bit by bit; counts may be written as in flags."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"""
+train:
+  acts: {store.path}
+  site: [a]
+  batch_size: 256
+  max_tokens: 6k
+  dtype: fp32
+  variants:
+    - {{k: 3, num_latents: 0.048k, lr: 1.0e-3}}
+    - {{k: 4, expansion_factor: 3, seed: 1, auxk_alpha: 0, optimizer: sgd, lr: 0.1}}
+"""
+    )
+    arguments = ["train", "--config", str(file), "-o", str(tmp_path / "r")]
+    subprocess.run([sys.executable, "-m", "saemill", *arguments], check=True)
+    listed = (
+        {"k": 3, "num_latents": 48, "lr": 1e-3},
+        {"k": 4, "num_latents": 48, "seed": 1, "auxk_alpha": 0.0, "optimizer": "sgd", "lr": 0.1},
+    )
+    settings: dict[str, Any] = {"acts": store.path, "site": ("a",), "batch_size": 256, "dtype": "fp32"}
+    run(TrainConfig(out=tmp_path / "s", max_tokens=6000, variants=listed, **settings))
+    assert files(tmp_path / "r") == files(tmp_path / "s")
+    again = ["train", "--config", str(tmp_path / "r" / "config.yaml"), "-o", str(tmp_path / "t")]
+    subprocess.run([sys.executable, "-m", "saemill", *again], check=True)
+    assert files(tmp_path / "t") == files(tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{k: 3, num_latents: many}", "num_latents must be int"),
+        ("{k: 3, expansion_factor: 2.5}", "expansion_factor must be int"),
+        ("{k: 3, num_latents: 48, lr: high}", "lr must be"),
+        ("5", "must be a group of settings"),
+    ],
+)
+def test_bad_variants_in_a_file(store: ActivationStore, tmp_path: Path, entry: str, message: str) -> None:
+    """Oracle: one line that says what is wrong, no traceback."""
+    (tmp_path / "c.yaml").write_text(f"train: {{site: [a], variants: [{entry}]}}")
+    arguments = ["train", str(store.path), "--config", str(tmp_path / "c.yaml"), "-o", str(tmp_path / "r")]
+    done = subprocess.run([sys.executable, "-m", "saemill", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_config_yaml_reads_back(store: ActivationStore, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def against_l0(assessment: dict[str, Any], metric: str, title: str) -> str:
     series: dict[str, list[Point]] = {}
     for entry in assessment["variants"]:
         figure, l0 = entry["metrics"][metric], entry["metrics"]["l0"]["value"]
-        if figure["value"] is not None and figure["value"] > 0 and l0 > 0:
+        if (figure["value"] or 0) > 0 and (l0 or 0) > 0:
             series.setdefault(f"{entry['site']}, {entry['num_latents']:,} latents", []).append((l0, figure))
     if not series:
         return ""
@@ -97,6 +97,8 @@ def densities(assessment: dict[str, Any], densities: Mapping[str, NDArray[np.flo
     edges = np.linspace(low, 0, 41)
     figures = []
     for entry in assessment["variants"]:
+        if entry["name"] not in densities:
+            continue
         density = densities[entry["name"]]
         counts, _ = np.histogram(np.log10(density[density > 0]), edges)
         never = int((density == 0).sum())

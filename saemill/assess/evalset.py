@@ -101,8 +101,17 @@ class EvalSet:
                 f"{self.tokens.path} was made with the tokenizer {mine.name!r}, the activations with "
                 f"{theirs.name!r}; tokenize the text with the latter"
             )
+        mine_are_ids, theirs_are_ids = (
+            tokens.manifest["source"]["column"] == "input_ids" for tokens in (self.tokens, self.store.tokens)
+        )
+        if mine_are_ids != theirs_are_ids:
+            raise ConfigError(
+                f"{self.tokens.path} and the activations' tokens were not both made from text (or both from "
+                "ids), so documents that training saw cannot be told; tokenize the text itself"
+            )
         if model is None:
             raise ConfigError("activations of other tokens need the model; leave out --no-model")
+        model.check_tokens(mine, self.tokens.ctx_len)
 
     def _seen_documents(self) -> NDArray[np.int64]:
         trained = self.store.tokens.documents

@@ -16,7 +16,7 @@ from saemill.assess.evalset import EvalSet
 from saemill.assess.reconstruction import Reconstruction, absorption, random_absorption
 from saemill.assess.report import table, write_html
 from saemill.assess.splicing import Splicing, absent_metrics
-from saemill.assess.sums import Bootstrap, Figure
+from saemill.assess.sums import Bootstrap, Figure, absent
 from saemill.assess.verdict import Thresholds
 from saemill.common import config as settings
 from saemill.common import durable
@@ -24,11 +24,13 @@ from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import duration, progress, say
 from saemill.common.mask import MaskConfig
-from saemill.common.model import LanguageModel, choose_device, fingerprint_model
+from saemill.common.model import LanguageModel, attention_of, choose_device, fingerprint_model
 from saemill.common.sae import Sae
 from saemill.common.tokens import TokenStore
 
 FORMAT = "saemill assessment 1"
+SAME_ACTIVATIONS = 0.05
+"""Relative difference up to which two runs of one model may round apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,8 @@ class _Run:
 
     store: ActivationStore
     saes: dict[str, Sae]
+    diverged: dict[str, Sae]
+    """Variants that were frozen in training; they are listed, not measured."""
     sites: dict[str, str]
     mask: MaskConfig
     finished: dict[str, Any]
@@ -145,14 +149,17 @@ def _open(config: AssessConfig, device: torch.device) -> _Run:
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
     store = ActivationStore(path)
     saes = {name: Sae.load(config.run / name, device) for name in finished["variants"]}
-    if config.variant is not None and config.variant not in saes:
-        raise ConfigError(f"no variant {config.variant!r}; {settings.nearest(config.variant, saes)}")
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
             raise StoreError(f"{name} was not trained on {path}; name the right store with --acts")
+    diverged = {name: saes.pop(name) for name in finished["diverged"]}
+    if not saes:
+        raise StoreError(f"every variant of {config.run} diverged; train again at lower learning rates")
+    if config.variant is not None and config.variant not in saes:
+        raise ConfigError(f"no variant {config.variant!r}; {settings.nearest(config.variant, saes)}")
     sites = {name: sae.config.provenance["site"] for name, sae in saes.items()}
     mask = settings.build(MaskConfig, finished["mask"], "mask")
-    return _Run(store, saes, sites, mask, finished)
+    return _Run(store, saes, diverged, sites, mask, finished)
 
 
 def _load_model(config: AssessConfig, store: ActivationStore, device: torch.device) -> LanguageModel | None:
@@ -166,10 +173,28 @@ def _load_model(config: AssessConfig, store: ActivationStore, device: torch.devi
     name, revision = config.model or store.settings["model"], store.settings["revision"]
     if config.model is not None and config.model != store.settings["model"]:
         revision = None
-    if fingerprint_model(name, revision) != store.settings["model_fingerprint"]:
-        raise ConfigError(f"{name} has other weights than the model that was cached; name it with --model")
     dtype = getattr(torch, store.settings["model_dtype"])
-    return LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True)
+    model = LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True)
+    if fingerprint_model(name, revision) != store.settings["model_fingerprint"]:
+        _check_same_activations(model, store)
+    return model
+
+
+def _check_same_activations(model: LanguageModel, store: ActivationStore) -> None:
+    """Accept a model whose files look different (a hub id then, a folder now) if it computes the same."""
+    model.check_tokens(store.tokens.tokenizer, store.ctx_len)
+    site = store.sites[0]
+    same = site in model.modules
+    if same:
+        ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))
+        x = model.capture(ids_RS, [site], attention_of(ids_RS, store.tokens.tokenizer))[site][0].float().cpu()
+        cached = store.read(site, 0, store.ctx_len).float()
+        same = x.shape == cached.shape and float((x - cached).norm() / cached.norm()) < SAME_ACTIVATIONS
+    if not same:
+        raise ConfigError(
+            f"{model.name} is another model than the one that was cached: its activations at {site} differ; "
+            "name the right one with --model"
+        )
 
 
 def _counted(chunks: Any, advance: Any) -> Any:
@@ -208,25 +233,33 @@ def _entries(
             metrics |= splicing.metrics(name, model_bootstrap)
         else:
             metrics |= absent_metrics(_why_no_losses(model))
-        found = verdict.checks(metrics, config.thresholds)
-        entries.append(
-            {
-                "name": name,
-                "site": opened.sites[name],
-                "k": sae.config.k,
-                "num_latents": sae.config.num_latents,
-                "tokens_trained": sae.config.provenance["tokens_trained"],
-                "diverged_at_step": sae.config.provenance["diverged_at_step"],
-                "metrics": metrics,
-                "checks": found,
-                "verdict": verdict.summary(found),
-            }
-        )
+        entries.append(_entry(config, name, sae, metrics))
+    for name, sae in opened.diverged.items():
+        step = sae.config.provenance["diverged_at_step"]
+        metrics = {metric: absent(f"training diverged at step {step}") for metric in entries[0]["metrics"]}
+        entries.append(_entry(config, name, sae, metrics))
     entries = verdict.order(entries)
     best = entries[0]["name"]
     for entry in entries[1:]:
-        entry["versus_best"] = _versus(entry["name"], best, opened, reconstruction, splicing)
+        if entry["name"] in opened.saes:
+            entry["versus_best"] = _versus(entry["name"], best, opened, reconstruction, splicing)
     return entries
+
+
+def _entry(config: AssessConfig, name: str, sae: Sae, metrics: dict[str, Figure]) -> dict[str, Any]:
+    found = verdict.checks(metrics, config.thresholds)
+    provenance = sae.config.provenance
+    return {
+        "name": name,
+        "site": provenance["site"],
+        "k": sae.config.k,
+        "num_latents": sae.config.num_latents,
+        "tokens_trained": provenance["tokens_trained"],
+        "diverged_at_step": provenance["diverged_at_step"],
+        "metrics": metrics,
+        "checks": found,
+        "verdict": verdict.summary(found),
+    }
 
 
 def _why_no_losses(model: LanguageModel | None) -> str:

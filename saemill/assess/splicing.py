@@ -187,7 +187,7 @@ def absent_metrics(reason: str) -> dict[str, Figure]:
 
 
 def _note(found: dict[str, Tensor], site: str, x_RSD: Tensor) -> Tensor:
-    found[site] = x_RSD
+    found[site] = x_RSD.clone()
     return x_RSD
 
 

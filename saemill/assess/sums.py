@@ -64,6 +64,8 @@ class Bootstrap:
 
     def figure(self, value: float, draws: NDArray[np.float64]) -> Figure:
         """A value with its 95% interval, or with the reason for which there is none."""
+        if not np.isfinite(value):
+            return absent("not finite on these tokens")
         if not self.enough:
             reason = f"{self.n_documents} documents are too few for an interval ({LEAST_DOCUMENTS} needed)"
             return {"value": value, "lo": None, "hi": None, "reason": reason}

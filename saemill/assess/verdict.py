@@ -1,5 +1,6 @@
 """The health verdict: each variant against thresholds, the variants in order, the best one named."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,8 @@ def order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         loss = metrics["delta_ce"]["value"]
         if loss is None:
             loss = metrics["fvu"]["value"]
+        if loss is None:
+            loss = math.inf
         passed = sum(check["passed"] is True for check in entry["checks"])
         return entry["diverged_at_step"] is not None, -passed, loss
 

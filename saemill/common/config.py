@@ -140,6 +140,10 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(items, list | tuple):
             items = [items]
         return tuple(coerce(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(items))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be a group of settings, got {value!r}")
+        return dict(value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must be a group of settings, got {value!r}")

@@ -29,9 +29,14 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} asked for, but torch {torch.__version__} sees no GPU")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda, cuda:1, …, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {name!r} asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+        )
     return device
 
 
@@ -79,18 +84,10 @@ class LanguageModel:
         self.device = device
         self.config = load_model_config(name, revision)
         self.head: Head | None = _head_of(self.config) if with_head else None
-        loaders: dict[Head | None, Any] = {
-            None: transformers.AutoModel,
-            "causal": transformers.AutoModelForCausalLM,
-            "masked": transformers.AutoModelForMaskedLM,
-        }
-        try:
-            self.model, info = loaders[self.head].from_pretrained(
-                name, revision=revision, dtype=dtype, output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot load the model {name!r}: {error}") from error
-        missing = [key for key in info["missing_keys"] if "pooler" not in key]
+        self.model, missing = _load(name, revision, dtype, self.head)
+        if missing and self.head:
+            self.head = None  # a checkpoint without the head that its class has
+            self.model, missing = _load(name, revision, dtype, None)
         if missing:
             raise ConfigError(f"the checkpoint {name!r} lacks weights: {', '.join(sorted(missing)[:5])}")
         self.model = self.model.to(device).eval().requires_grad_(False)
@@ -205,6 +202,7 @@ def check_fit(config: Any, name: str, tokenizer: TokenizerInfo, ctx_len: int) ->
     Raises:
         ConfigError: naming both numbers.
     """
+    config = config.get_text_config()
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"the tokens were made with {tokenizer.name!r} ({tokenizer.vocab_size} ids), but {name!r} "
@@ -215,6 +213,22 @@ def check_fit(config: Any, name: str, tokenizer: TokenizerInfo, ctx_len: int) ->
         raise ConfigError(
             f"rows have {ctx_len} tokens, but {name!r} takes at most {limit}; tokenize with --ctx-len {limit}"
         )
+
+
+def _load(name: str, revision: str | None, dtype: torch.dtype, head: Head | None) -> tuple[Any, list[str]]:
+    """The model, and the names of its weights that the checkpoint lacks."""
+    loaders: dict[Head | None, Any] = {
+        None: transformers.AutoModel,
+        "causal": transformers.AutoModelForCausalLM,
+        "masked": transformers.AutoModelForMaskedLM,
+    }
+    try:
+        model, info = loaders[head].from_pretrained(
+            name, revision=revision, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the model {name!r}: {error}") from error
+    return model, [key for key in info["missing_keys"] if "pooler" not in key]
 
 
 def _head_of(config: Any) -> Head | None:

@@ -111,7 +111,7 @@ def block_names(model: Any) -> list[str]:
 
     Models whose layers share one module have no such list; the answer is empty then.
     """
-    n_layers = model.config.num_hidden_layers
+    n_layers = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
             return [f"{name}.{i}" for i in range(n_layers)]

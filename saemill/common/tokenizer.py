@@ -1,6 +1,5 @@
 """The tokenizer: loaded by name, identified by hash, its row frame found by trying it."""
 
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -67,8 +66,11 @@ def hash_tokenizer(tokenizer: Any) -> str:
 def check_ctx_len(ctx_len: int, tokenizer: Any, info: TokenizerInfo) -> None:
     """Refuse rows longer than the tokenizer, or the model in the same place, can take."""
     limits = {"the tokenizer's model_max_length": tokenizer.model_max_length}
-    if (Path(info.name) / "config.json").is_file():
+    try:
         config = transformers.AutoConfig.from_pretrained(info.name)
+    except (OSError, ValueError):
+        config = None  # a tokenizer without a model beside it
+    if config is not None:
         limits["the model's max_position_embeddings"] = getattr(config, "max_position_embeddings", UNLIMITED)
     for source, limit in limits.items():
         if limit < UNLIMITED and ctx_len > limit:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import xxhash
+from numpy.typing import NDArray
 
 from saemill.common import config as settings
 from saemill.common import durable
@@ -197,7 +198,7 @@ class _Writer:
     info: TokenizerInfo
     n_rows: int = 0
     n_empty: int = 0
-    rows: list[list[int]] = field(default_factory=list)
+    rows: list[NDArray[Any]] = field(default_factory=list)
     held_out: list[bool] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
@@ -247,7 +248,7 @@ class _Writer:
         address = self.n_rows * self.config.ctx_len
         self.starts += [address + position for position, _ in segments]
         self.numbers += [document for _, document in segments]
-        self.rows.append(row)
+        self.rows.append(np.array(row, str(self.dtype).removeprefix("torch.")))
         self.held_out.append(held_out)
         self.n_rows += 1
         if len(self.rows) == self.shard_rows:

@@ -126,7 +126,8 @@ class Bank:
         total = total._replace(w_dec_FD=ops.project(total.w_dec_FD, w_dec))
         self.idle_tokens_VF[i] = torch.where(fired, 0, self.idle_tokens_VF[i] + n_tokens)
         self._update(i, total, lr_factor, finite, step)
-        ops.normalise_rows(w_dec)
+        healthy = self.diverged_step_V[i] < 0
+        w_dec.div_(torch.where(healthy, ops.row_lengths(w_dec), 1.0))
 
     def _backward(
         self, i: int, x_TD: Tensor, codes: ops.Codes, dead: Tensor, n_tokens: int
@@ -253,5 +254,4 @@ class Totals:
 def _initial_rows(n_latents: int, d: int, seed: int) -> Tensor:
     """Random directions; the encoder starts as their transpose (Gao et al. 2024). [F, D]."""
     rows = torch.randn(n_latents, d, generator=torch.Generator().manual_seed(seed))
-    ops.normalise_rows(rows)
-    return rows
+    return rows / ops.row_lengths(rows)

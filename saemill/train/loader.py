@@ -3,7 +3,7 @@
 Blocks of 256 stored rows, each from a keyed permutation of one shard already, are visited in a keyed
 order over the whole store; every `buffer_tokens` of them form a window, whose unmasked rows are
 shuffled again. The stream is the windows of epoch 0, then of epoch 1, …; batch i is its positions
-i·T to (i+1)·T. So resuming needs one integer, and memory is two windows per site.
+i·T to (i+1)·T. So resuming needs one integer, and memory is two windows per site (three while one is filled).
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ class Loader:
         sites: names of finished sites.
         mask: positions left out; held-out rows always are.
         batch_tokens: T.
-        buffer_tokens: rows per window, masked ones included; rounded up to a block.
+        buffer_tokens: rows per window, masked ones included; rounded down to whole blocks.
         seed: of the order.
 
     Raises:

@@ -6,6 +6,7 @@ import queue
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from saemill.common import durable
 from saemill.common.log import LINE_SECONDS, duration, say
 
 Record = dict[str, Any]
@@ -130,7 +132,8 @@ class WandbSink:
         project: wandb's project.
         group: the runs' common group.
         configs: variant name → its settings.
-        folder: where wandb keeps its files.
+        folder: where wandb keeps its files, and `wandb.json` the runs' ids, so that a resumed run
+            goes on in the same ones.
     """
 
     CLOSE_SECONDS = 60.0
@@ -172,11 +175,17 @@ class WandbSink:
         import wandb
 
         start: Callable[..., Any] = wandb.init
+        ids_path = folder / "wandb.json"
+        ids = durable.read_json(ids_path) if ids_path.exists() else {}
+        ids = {name: ids.get(name) or uuid.uuid4().hex[:8] for name in configs}
+        durable.write_json(ids_path, ids)
         runs = {
             name: start(
                 project=project,
                 group=group,
                 name=name,
+                id=ids[name],
+                resume="allow",
                 config=dict(config),
                 dir=str(folder),
                 reinit="create_new",

@@ -157,9 +157,10 @@ def project(dw_dec_FD: Tensor, w_dec_FD: Tensor) -> Tensor:
     return torch.addcmul(dw_dec_FD, along_F1, w_dec_FD, value=-1)
 
 
-def normalise_rows(w_dec_FD: Tensor) -> None:
-    """Scale each decoder row to unit length, in place."""
-    w_dec_FD.div_(torch.linalg.vector_norm(w_dec_FD, dim=1, keepdim=True))
+def row_lengths(w_dec_FD: Tensor) -> Tensor:
+    """Euclidean length of each row, [F, 1]: what decoder rows are divided by after each step."""
+    lengths_F1: Tensor = torch.linalg.vector_norm(w_dec_FD, dim=1, keepdim=True)
+    return lengths_F1
 
 
 def geometric_median(x_TD: Tensor, n_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

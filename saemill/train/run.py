@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from saemill.train.bank import Bank, Frame
 from saemill.train.loader import Loader
 from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
 from saemill.train.schedule import Schedule
-from saemill.train.trainer import Trainer
+from saemill.train.trainer import Trainer, stop_on_signal
 from saemill.train.variants import Variant, describe, groups, resolve
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
@@ -82,7 +83,8 @@ class TrainConfig:
     log_every: int = 10
     """Steps between log lines."""
     buffer_tokens: int = 262_144
-    """Rows of the shuffling buffer; two of them are in memory per site."""
+    """Rows of the shuffling buffer, in whole blocks of 256; two of them are in memory per site, three
+    while one is being filled."""
     shuffle_seed: int = 0
     """Seed of the stream's order."""
     mask: MaskConfig | None = None
@@ -164,20 +166,20 @@ def run(config: TrainConfig) -> list[Path]:
     identity = config.identity() | {"acts_fingerprint": store.fingerprint}
     if _finished(config, identity, variants):
         return [config.out / variant.name for variant in variants]
-    device = choose_device(config.device)
-    trainer = _build(config, store, variants, device)
-    durable.write_json(config.out / "identity.json", identity)
-    settings.write_yaml(config.out / "config.yaml", "train", settings.plain(config))
-    trainer.resume()
-    _start_sinks(config, trainer, variants)
-    _print_plan(config, trainer, variants, store)
-    try:
-        trainer.run()
-    finally:
-        for sink in trainer.sinks:
-            sink.close()
-        trainer.loader.close()
-    return _export(config, store, trainer, identity)
+    with stop_on_signal() as stop:
+        trainer = _build(config, store, variants, stop)
+        durable.write_json(config.out / "identity.json", identity)
+        settings.write_yaml(config.out / "config.yaml", "train", settings.plain(config))
+        trainer.resume()
+        _start_sinks(config, trainer, variants)
+        _print_plan(config, trainer, variants, store)
+        try:
+            trainer.run()
+        finally:
+            for sink in trainer.sinks:
+                sink.close()
+            trainer.loader.close()
+        return _export(config, store, trainer, identity)
 
 
 def _variants(config: TrainConfig, store: ActivationStore) -> list[Variant]:
@@ -209,6 +211,7 @@ def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Vari
     settings.check_same(durable.read_json(identity_path), identity, config.out)
     if not config.resume:
         (config.out / "checkpoint.pt").unlink(missing_ok=True)
+        (config.out / "wandb.json").unlink(missing_ok=True)
         finished_path.unlink(missing_ok=True)
     if finished_path.exists():
         say(f"{config.out} is finished already: {len(variants)} variants (--no-resume trains anew)")
@@ -216,9 +219,8 @@ def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Vari
     return False
 
 
-def _build(
-    config: TrainConfig, store: ActivationStore, variants: list[Variant], device: torch.device
-) -> Trainer:
+def _build(config: TrainConfig, store: ActivationStore, variants: list[Variant], stop: Event) -> Trainer:
+    device = choose_device(config.device)
     mask = config.mask or store.mask
     sites = list(dict.fromkeys(variant.site for variant in variants))
     loader = Loader(
@@ -234,9 +236,10 @@ def _build(
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
     dtype = choose_product_dtype(config.dtype, device)
     sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
+    frames = {site: _frame(store, site, mask, device) for site in sites}
     banks = []
     for (site, _), members in groups(variants).items():
-        frame = _frame(store, site, mask, device)
+        frame = frames[site]
         sample_TD = frame.enter(sample[site].to(device))
         banks.append(Bank(members, frame, dtype, dead_after, sample_TD))
     return Trainer(
@@ -249,6 +252,7 @@ def _build(
         save_every=config.save_every,
         checkpoint_path=config.out / "checkpoint.pt",
         device=device,
+        stop=stop,
     )
 
 

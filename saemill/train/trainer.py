@@ -35,6 +35,8 @@ class Trainer:
     """Steps between checkpoints."""
     checkpoint_path: Path
     device: torch.device
+    stop: threading.Event
+    """When set, the run saves and ends after the step in hand."""
     sinks: list[Sink] = field(default_factory=list)
     step: int = 0
     """Steps done."""
@@ -51,10 +53,10 @@ class Trainer:
         """Train to the end.
 
         Raises:
-            Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
+            Interrupted: `stop` was set; a checkpoint was written.
         """
         mark_step, mark_seconds = self.step, self.seconds
-        with _stop_on_signal() as stop, torch.no_grad():
+        with torch.no_grad():
             while self.step < self.schedule.n_steps:
                 started = time.perf_counter()
                 self._one_step()
@@ -66,8 +68,9 @@ class Trainer:
                     self._log(n_steps, rate)
                 if self.step % self.save_every == 0 and self.step < self.schedule.n_steps:
                     self._save()
-                if stop.is_set() and self.step < self.schedule.n_steps:
+                if self.stop.is_set() or self.step == self.schedule.n_steps:
                     self._save()
+                if self.stop.is_set() and self.step < self.schedule.n_steps:
                     raise Interrupted(
                         f"stopped by a signal after step {self.step:,}; the same command continues from "
                         f"{self.checkpoint_path}"
@@ -116,7 +119,7 @@ class Trainer:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
+def stop_on_signal() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set while the block runs; a second SIGINT interrupts."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

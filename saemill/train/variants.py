@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from saemill.common.config import build
+from saemill.common.config import build, coerce
 from saemill.common.errors import ConfigError
 
 REFERENCE_LATENTS = 2**14
@@ -108,23 +108,26 @@ def _variant(entry: dict[str, Any], widths: Mapping[str, int]) -> Variant:
     if site not in widths:
         raise ConfigError(f"variant of site {site!r}: name the site with --site too")
     d = widths[site]
-    factor = entry.pop("expansion_factor", None)
-    if factor is not None:
-        if "num_latents" in entry:
+    if entry.get("expansion_factor") is not None:
+        if entry.get("num_latents") is not None:
             raise ConfigError(f"a variant has expansion_factor or num_latents, not both: {entry}")
-        if int(factor) < 1:
+        factor = coerce(entry["expansion_factor"], int, "expansion_factor")
+        if factor < 1:
             raise ConfigError(f"expansion_factor must be 1 or more, got {factor}")
-        entry["num_latents"] = d * int(factor)
+        entry["num_latents"] = d * factor
+    entry.pop("expansion_factor", None)
     if entry.get("k_aux") is None:
         entry["k_aux"] = max(1, d // 2)
-    n, lr = int(entry["num_latents"]), entry.get("lr", "auto")
-    name = f"{site}-k{entry['k']}-f{n}-s{entry.get('seed', 0)}"
+    n = coerce(entry["num_latents"], int, "num_latents")
+    k, seed = (coerce(entry.get(key, 0), int, key) for key in ("k", "seed"))
+    lr = coerce(entry.get("lr", "auto"), Literal["auto"] | float, "lr")
+    name = f"{site}-k{k}-f{n}-s{seed}"
     if lr == "auto":
         if entry.get("optimizer", "adam") != "adam":
             raise ConfigError("lr auto is known for adam only; give --lr for sgd")
         entry["lr"] = auto_lr(n)
     else:
-        name += f"-lr{float(lr):g}"
+        name += f"-lr{lr:g}"
     return build(Variant, {"name": name, **entry}, "variants")
 
 
