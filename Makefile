@@ -4,14 +4,12 @@ VENV ?= .venv
 # The CPU build of torch unless a GPU is present; `make TORCH=torch==2.9.0 …` chooses another.
 ifeq ($(shell command -v nvidia-smi),)
 TORCH ?= $(shell grep '^torch==' constraints.txt)
-CONSTRAINTS ?= constraints.txt
 else
 TORCH ?= torch
-CONSTRAINTS ?= $(VENV)/constraints-gpu.txt
 endif
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types coverage bench clean
+.PHONY: demo test bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/saemill demo -o demo-run
@@ -24,13 +22,14 @@ test: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints-gpu.txt
-	$(BIN)/pip install --quiet $(TORCH) -c $(CONSTRAINTS)
-	$(BIN)/pip install --quiet -e '.[dev]' -c $(CONSTRAINTS)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet '$(TORCH)' -c $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet -e '.[dev]' -c $(VENV)/constraints.txt
 	touch $@
 
+# `make bench MODEL=… TRAIN=… VALID=…`: a model and two texts of your own.
 bench: $(VENV)/ready
-	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.pipeline --model '$(MODEL)' --train-text '$(TRAIN)' --valid-text '$(VALID)' -o bench-run
 
 clean:
-	rm -rf $(VENV) demo-run
+	rm -rf $(VENV) demo-run bench-run

@@ -349,3 +349,17 @@ def test_hash_folder(tmp_path: Path) -> None:
     one[0].write_text("c")
     assert durable.hash_folder(tmp_path / "one", one) != fingerprint
     assert durable.folder_bytes(tmp_path / "one") == 2
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    """Oracle: a second entry is refused while the first lasts, and allowed after it, even after an error."""
+    with durable.exclusive(tmp_path / "x"):
+        second = durable.exclusive(tmp_path / "x")
+        with pytest.raises(StoreError, match="another process is writing"):
+            second.__enter__()
+        with durable.exclusive(tmp_path / "y"):
+            pass
+    with pytest.raises(ValueError, match="inside"), durable.exclusive(tmp_path / "x"):
+        raise ValueError("inside")
+    with durable.exclusive(tmp_path / "x"):
+        assert list((tmp_path / "x").iterdir()) == []

@@ -87,6 +87,7 @@ def run(config: CacheConfig) -> ActivationStore:
         ConfigError: settings that do not fit the model or the tokens, a store made with others, or
             too little disk.
         DataError: NaN or infinite activations.
+        StoreError: damaged tokens, a folder with other files, or another process that writes to it.
     """
     tokens = TokenStore(config.tokens)
     n_rows = _n_rows(config, tokens)
@@ -101,14 +102,15 @@ def run(config: CacheConfig) -> ActivationStore:
     model_dtype = choose_model_dtype(config.model_dtype, device)
     identity = _identity(config, tokens, n_rows, model_dtype)
     _check_disk(config, n_rows, tokens.ctx_len, sites)
-    store = _open_or_create(config, tokens, n_rows, identity)
-    writers = [SiteWriter(store, site, DTYPES[config.dtype]) for site in sites]
-    pending = {writer.site.name: writer.pending() for writer in writers}
-    if any(pending.values()):
-        _fill(config, store, writers, pending, device, model_dtype)
-    for writer in writers:
-        if not writer.manifest_path.exists():
-            writer.finish()
+    with durable.exclusive(config.out):
+        store = _open_or_create(config, tokens, n_rows, identity)
+        writers = [SiteWriter(store, site, DTYPES[config.dtype]) for site in sites]
+        pending = {writer.site.name: writer.pending() for writer in writers}
+        if any(pending.values()):
+            _fill(config, store, writers, pending, device, model_dtype)
+        for writer in writers:
+            if not writer.manifest_path.exists():
+                writer.finish()
     n_written = sum(map(len, pending.values()))
     what = f"{n_written:,} shards written" if n_written else "nothing to do, every shard was checked"
     say(f"{config.out}: {', '.join(site.name for site in sites)} complete; {what}")

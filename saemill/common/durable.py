@@ -1,5 +1,7 @@
 """Files that are whole or absent: written beside their place, flushed to disk, then renamed."""
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -41,6 +43,32 @@ def write_bytes(path: Path, parts: Iterable[bytes | memoryview], pad_to_bytes: i
             file.write(part)
         if file.tell() < pad_to_bytes:
             file.truncate(pad_to_bytes)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """While the block runs, no other process may be in such a block of the same folder.
+
+    The folder itself is locked (flock), so a killed process leaves nothing behind. File systems
+    that cannot lock a folder, NFS among them, give no such guard.
+
+    Raises:
+        StoreError: another process is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreError(f"another process is writing to {folder}; wait for it, or stop it") from None
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+            raise
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_file(file: Path) -> None:

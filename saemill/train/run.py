@@ -168,18 +168,19 @@ def run(config: TrainConfig) -> list[Path]:
         return [config.out / variant.name for variant in variants]
     with stop_on_signal() as stop:
         trainer = _build(config, store, variants, stop)
-        durable.write_json(config.out / "identity.json", identity)
-        settings.write_yaml(config.out / "config.yaml", "train", settings.plain(config))
-        trainer.resume()
-        _start_sinks(config, trainer, variants)
-        _print_plan(config, trainer, variants, store)
-        try:
-            trainer.run()
-        finally:
-            for sink in trainer.sinks:
-                sink.close()
-            trainer.loader.close()
-        return _export(config, store, trainer, identity)
+        with durable.exclusive(config.out):
+            durable.write_json(config.out / "identity.json", identity)
+            settings.write_yaml(config.out / "config.yaml", "train", settings.plain(config))
+            trainer.resume()
+            _start_sinks(config, trainer, variants)
+            _print_plan(config, trainer, variants, store)
+            try:
+                trainer.run()
+            finally:
+                for sink in trainer.sinks:
+                    sink.close()
+                trainer.loader.close()
+            return _export(config, store, trainer, identity)
 
 
 def _variants(config: TrainConfig, store: ActivationStore) -> list[Variant]:
