@@ -154,7 +154,7 @@ def _contexts(features: dict[str, Any]) -> str:
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>saemill assessment</title><style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1250px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.5em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;
 text-align:right;vertical-align:top}td:first-child,th:first-child,td.text{text-align:left}
 td small{display:block;color:#666;font-size:80%;white-space:nowrap}td.bad{background:#fde8e0}
