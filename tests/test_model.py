@@ -338,10 +338,13 @@ def test_devices_and_types_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, device in ((False, "cpu"), (True, "cuda")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert choose_device("auto") == torch.device(device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cuda:1") == torch.device("cuda:1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="got 'gpu'"):
+        choose_device("gpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"'cuda:1' asked for, but torch .* sees no GPU"):
+    with pytest.raises(ConfigError, match=r"'cuda:1' asked for, but torch .* sees 1 GPUs"):
         choose_device("cuda:1")
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert choose_model_dtype("auto", cpu) is torch.float32
