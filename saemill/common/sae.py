@@ -83,7 +83,7 @@ class Sae(nn.Module):
         pre = self.pre_acts(x)
         values, indices = topk(pre.flatten(0, -2) if pre.dim() > 1 else pre[None], self.config.k)
         shape = (*pre.shape[:-1], self.config.k)
-        return Encoded(values.relu().view(shape), indices.view(shape))
+        return Encoded(values.view(shape), indices.view(shape))
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         """x̂ from active latents. [..., k] and int64 [..., k] → [..., D]."""

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from saemill.common.sae import Sae, SaeConfig
-from saemill.train import ops
+from saemill.train import codes, initial, rows
+from saemill.train.auxk import DeadRows, auxk
+from saemill.train.optimizer import Adam, Optimizer, Sgd
 from saemill.train.variants import Variant
-
-ADAM_EPS = 1e-10
-"""The loss is a mean over tokens and dimensions, so its gradients are small: torch's default of
-1e-8 would slow rare latents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +53,14 @@ class Bank:
         self.dead_after_tokens = dead_after_tokens
         device = frame.centre_D.device
         n, f, d = len(variants), variants[0].num_latents, len(frame.centre_D)
-        self.w_dec_VFD = torch.stack([_initial_rows(f, d, v.seed) for v in variants]).to(device)
-        self.w_enc_VFD = self.w_dec_VFD.clone()
+        self.w_dec_VFD = torch.empty(n, f, d, device=device)
+        self.w_enc_VFD = torch.empty(n, f, d, device=device)
         self.b_enc_VF = torch.zeros(n, f, device=device)
         self.b_VD = torch.zeros(n, d, device=device)
-        for i, variant in enumerate(variants):
-            if variant.b_dec_init == "geometric_median":
-                self.b_VD[i] = ops.geometric_median(sample_TD)
-            self.w_enc_VFD[i] *= self._initial_gain(i, sample_TD)
+        for i in range(n):
+            self._initialise(i, sample_TD)
+        self.product_VFD = self.w_enc_VFD.to(dtype)
+        self._room_TF = codes.room(f, dtype, device)
         self.idle_tokens_VF = torch.zeros(n, f, dtype=torch.int64, device=device)
         self.diverged_step_V = torch.full((n,), -1, dtype=torch.int64, device=device)
         self.frozen = [False] * n
@@ -74,79 +72,90 @@ class Bank:
         """The stacked parameters: w_enc_VFD, b_enc_VF, w_dec_VFD, b_VD."""
         return self.w_enc_VFD, self.b_enc_VF, self.w_dec_VFD, self.b_VD
 
-    def _initial_gain(self, i: int, sample_TD: Tensor) -> Tensor:
-        """The factor on the encoder with which the first reconstructions fit best.
+    def leaves(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Variant i's part of them: w_enc_FD, b_enc_F, w_dec_FD, b_D."""
+        w_enc_FD, b_enc_F, w_dec_FD, b_D = (stack[i] for stack in self.stacks)
+        return w_enc_FD, b_enc_F, w_dec_FD, b_D
 
-        Without it k unit directions, each with its full projection, overshoot the more the larger
-        k is, and the first steps only undo that.
-        """
-        w_enc, b_enc, w_dec, b = (stack[i] for stack in self.stacks)
-        codes = ops.encode(sample_TD, w_enc, b_enc, b, self.variants[i].k, torch.float32)
-        raw_TD = ops.decode(codes, w_dec, b) - b
-        return ((sample_TD - b) * raw_TD).sum() / raw_TD.square().sum().clamp(min=1e-12)
-
-    def _optimizer(self, i: int) -> torch.optim.Optimizer:
-        """torch's own fused optimizer over variant i's slices of the stacks."""
+    def _initialise(self, i: int, sample_TD: Tensor) -> None:
+        w_enc_FD, _, w_dec_FD, b_D = self.leaves(i)
         variant = self.variants[i]
-        leaves = [torch.nn.Parameter(stack[i]) for stack in self.stacks]
-        decayed = {"params": leaves[:1], "weight_decay": variant.weight_decay}
-        groups = [decayed, {"params": leaves[1:], "weight_decay": 0.0}]
-        if variant.optimizer == "adam":
-            return torch.optim.AdamW(groups, lr=variant.lr, eps=ADAM_EPS, fused=True)
-        return torch.optim.SGD(groups, lr=variant.lr, momentum=0.9, fused=True)
+        w_dec_FD.copy_(initial.unit_rows(len(w_dec_FD), len(b_D), variant.seed))
+        if variant.b_dec_init == "geometric_median":
+            b_D.copy_(initial.geometric_median(sample_TD))
+        w_enc_FD.copy_(w_dec_FD)
+        w_enc_FD.mul_(initial.best_gain(sample_TD, w_enc_FD, w_dec_FD, b_D, variant.k))
 
-    def step(self, micro_batches: list[Tensor], lr_factor: float, step: int) -> None:
+    def _optimizer(self, i: int) -> Optimizer:
+        return (Adam if self.variants[i].optimizer == "adam" else Sgd)(list(self.leaves(i)))
+
+    def step(self, x_TD: Tensor, lr_factor: float, step: int) -> None:
         """One optimizer step of every variant that has not diverged.
 
         Args:
-            micro_batches: x_TD each, in training units; the loss is the mean over all their tokens.
+            x_TD: a batch, in training units; the loss is the mean over its tokens.
             lr_factor: the schedule's factor on each variant's peak rate.
             step: its number, kept for a variant that diverges.
         """
+        product_TD = x_TD.to(self.dtype)
         for i in range(len(self.variants)):
             if not self.frozen[i]:
-                self._step_variant(i, micro_batches, lr_factor, step)
+                self._step_variant(i, x_TD, product_TD, lr_factor, step)
 
-    def _step_variant(self, i: int, micro_batches: list[Tensor], lr_factor: float, step: int) -> None:
-        w_enc, b_enc, w_dec, b = (stack[i] for stack in self.stacks)
-        n_tokens = sum(map(len, micro_batches))
-        dead = self._dead(i)
-        total: ops.Gradients | None = None
-        finite = torch.ones((), dtype=torch.bool, device=w_enc.device)
-        fired = torch.zeros_like(self.idle_tokens_VF[i], dtype=torch.bool)
-        for x_TD in micro_batches:
-            codes = ops.encode(x_TD, w_enc, b_enc, b, self.variants[i].k, self.dtype)
-            grads, sse = self._backward(i, x_TD, codes, dead, n_tokens)
-            total = (
-                grads if total is None else ops.Gradients(*(a + g for a, g in zip(total, grads, strict=True)))
-            )
-            finite &= torch.isfinite(sse)
-            fired[codes.idx_TK[codes.val_TK > 0]] = True
-        assert total is not None
-        total = total._replace(w_dec_FD=ops.project(total.w_dec_FD, w_dec))
-        self.idle_tokens_VF[i] = torch.where(fired, 0, self.idle_tokens_VF[i] + n_tokens)
-        self._update(i, total, lr_factor, finite, step)
-        healthy = self.diverged_step_V[i] < 0
-        w_dec.div_(torch.where(healthy, ops.row_lengths(w_dec), 1.0))
+    def _step_variant(self, i: int, x_TD: Tensor, product_TD: Tensor, lr_factor: float, step: int) -> None:
+        variant, leaves, product_FD = self.variants[i], self.leaves(i), self.product_VFD[i]
+        _, b_enc_F, w_dec_FD, b_D = leaves
+        per_square = self.loss_per_square(variant) / len(x_TD)
+        bias_F = codes.fold_bias(product_FD, b_enc_F, b_D)
+        passed = codes.forward(x_TD, product_TD, product_FD, bias_F, w_dec_FD, b_D, variant.k, self._room_TF)
+        sse = passed.e_TD.square().sum()
+        dead, auxk_loss = self._auxk(i, product_TD, passed.e_TD, bias_F, per_square)
+        self.totals_V[i].add(len(x_TD), sse, sse * per_square + auxk_loss, auxk_loss, passed.codes.val_TK)
+        self._count_idle(i, passed.codes, len(x_TD))
+        diverged = self.diverged_step_V[i]
+        diverged.copy_(torch.where((diverged < 0) & ~torch.isfinite(sse), step, diverged))
+        if diverged >= 0:
+            return
+        pairs = rows.sort_pairs(passed, variant.num_latents, 2 * per_square)
+        rows.update(
+            x_TD,
+            passed.e_TD,
+            pairs,
+            dead,
+            leaves,
+            product_FD,
+            self.optimizers[i],
+            gs=2 * per_square,
+            lr=variant.lr * lr_factor,
+            weight_decay=variant.weight_decay,
+        )
 
-    def _backward(
-        self, i: int, x_TD: Tensor, codes: ops.Codes, dead: Tensor, n_tokens: int
-    ) -> tuple[ops.Gradients, Tensor]:
-        """Gradients of one micro-batch's share of the loss, and its sum of squared errors."""
+    def _auxk(
+        self, i: int, product_TD: Tensor, e_TD: Tensor, bias_F: Tensor, per_square: float
+    ) -> tuple[DeadRows | None, Tensor]:
+        """Gradients and value of variant i's auxiliary loss."""
         variant = self.variants[i]
-        w_enc, b_enc, w_dec, b = (stack[i] for stack in self.stacks)
-        per_square = self.loss_per_square(variant) / n_tokens
-        e_TD = ops.decode(codes, w_dec, b).sub_(x_TD)
-        sse = e_TD.square().sum()
-        grads = ops.gradients(x_TD, e_TD * (2 * per_square), codes, w_enc, w_dec, b)
-        auxk = torch.zeros((), device=x_TD.device)
-        if len(dead) and variant.auxk_alpha > 0:
-            scale = variant.auxk_alpha * per_square * min(1.0, len(dead) / variant.k_aux)
-            grads, auxk = ops.add_auxk(
-                grads, x_TD, e_TD, dead, w_enc, b_enc, w_dec, b, k_aux=variant.k_aux, scale=scale
-            )
-        self.totals_V[i].add(len(x_TD), sse, sse * per_square + auxk, auxk, codes.val_TK)
-        return grads, sse
+        dead_S = (self.idle_tokens_VF[i] > self.dead_after_tokens).nonzero()[:, 0]
+        if len(dead_S) == 0 or variant.auxk_alpha == 0:
+            return None, torch.zeros((), device=e_TD.device)
+        _, _, w_dec_FD, b_D = self.leaves(i)
+        scale = variant.auxk_alpha * per_square * min(1.0, len(dead_S) / variant.k_aux)
+        return auxk(
+            product_TD,
+            e_TD,
+            dead_S,
+            self.product_VFD[i],
+            bias_F,
+            w_dec_FD,
+            b_D,
+            k_aux=variant.k_aux,
+            scale=scale,
+        )
+
+    def _count_idle(self, i: int, active: codes.Codes, n_tokens: int) -> None:
+        """Tokens seen since each latent was last above 0."""
+        idle_F = self.idle_tokens_VF[i].add_(n_tokens)
+        idle_F[active.idx_TK[active.val_TK > 0]] = 0
 
     def loss_per_square(self, variant: Variant) -> float:
         """What one squared unit of x̃, as a mean over tokens, adds to the loss.
@@ -156,25 +165,6 @@ class Bank:
         """
         d = self.b_VD.shape[1]
         return 1 / d if variant.loss == "fvu" else 1 / (d * self.frame.scale**2)
-
-    def _dead(self, i: int) -> Tensor:
-        """Numbers of the latents idle for too long. int64 [n_dead]."""
-        return (self.idle_tokens_VF[i] > self.dead_after_tokens).nonzero()[:, 0]
-
-    def _update(self, i: int, grads: ops.Gradients, lr_factor: float, finite: Tensor, step: int) -> None:
-        """The optimizer's step, skipped on the device for a variant whose error is not finite."""
-        optimizer: Any = self.optimizers[i]
-        diverged = self.diverged_step_V[i]
-        self.diverged_step_V[i] = torch.where((diverged < 0) & ~finite, step, diverged)
-        leaves = [p for group in optimizer.param_groups for p in group["params"]]
-        for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad
-        for group in optimizer.param_groups:
-            group["lr"] = self.variants[i].lr * lr_factor
-        optimizer.grad_scale = None
-        optimizer.found_inf = (self.diverged_step_V[i] >= 0).float()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     def freeze_diverged(self) -> list[tuple[Variant, int]]:
         """Stop the variants that diverged since the last call; each with the step at which it did."""
@@ -201,7 +191,7 @@ class Bank:
         """All that a checkpoint needs."""
         return {
             "stacks": self.stacks,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [optimizer.state() for optimizer in self.optimizers],
             "idle_tokens_VF": self.idle_tokens_VF,
             "diverged_step_V": self.diverged_step_V,
             "frozen": self.frozen,
@@ -213,7 +203,8 @@ class Bank:
         for mine, saved in zip(self.stacks, state["stacks"], strict=True):
             mine.copy_(saved)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state(saved)
+        self.product_VFD.copy_(self.w_enc_VFD)
         self.idle_tokens_VF.copy_(state["idle_tokens_VF"])
         self.diverged_step_V.copy_(state["diverged_step_V"])
         self.frozen = list(state["frozen"])
@@ -249,9 +240,3 @@ class Totals:
             "auxk": auxk / n_steps,
             "l0": active / n_tokens,
         }
-
-
-def _initial_rows(n_latents: int, d: int, seed: int) -> Tensor:
-    """Random directions; the encoder starts as their transpose (Gao et al. 2024). [F, D]."""
-    rows = torch.randn(n_latents, d, generator=torch.Generator().manual_seed(seed))
-    return rows / ops.row_lengths(rows)

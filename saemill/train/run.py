@@ -55,7 +55,8 @@ class TrainConfig:
     batch_size: int = 4096
     """Tokens per batch."""
     grad_acc_steps: int = 1
-    """Batches per optimizer step."""
+    """Batches per optimizer step. No more memory is needed than for the activations: latents are
+    computed in chunks in any case."""
     max_tokens: int | None = None
     """Tokens to train on; more than the store has means several epochs."""
     epochs: int | None = None
@@ -135,6 +136,11 @@ class TrainConfig:
     def decay_fraction(self) -> float:
         """`lr_decay_fraction` with its default."""
         return 0.2 if self.lr_decay_fraction is None else self.lr_decay_fraction
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens per optimizer step."""
+        return self.batch_size * self.grad_acc_steps
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result."""
@@ -228,12 +234,12 @@ def _build(config: TrainConfig, store: ActivationStore, variants: list[Variant],
         store,
         sites,
         mask,
-        batch_tokens=config.batch_size,
+        batch_tokens=config.step_tokens,
         buffer_tokens=config.buffer_tokens,
         seed=config.shuffle_seed,
     )
     schedule = _schedule(config, loader.epoch_tokens)
-    n_tokens = schedule.n_steps * config.batch_size * config.grad_acc_steps
+    n_tokens = schedule.n_steps * config.step_tokens
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
     dtype = choose_product_dtype(config.dtype, device)
     sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
@@ -247,8 +253,6 @@ def _build(config: TrainConfig, store: ActivationStore, variants: list[Variant],
         loader=loader,
         banks=banks,
         schedule=schedule,
-        batch_size=config.batch_size,
-        grad_acc_steps=config.grad_acc_steps,
         log_every=config.log_every,
         save_every=config.save_every,
         checkpoint_path=config.out / "checkpoint.pt",
@@ -259,7 +263,7 @@ def _build(config: TrainConfig, store: ActivationStore, variants: list[Variant],
 
 def _schedule(config: TrainConfig, epoch_tokens: int) -> Schedule:
     """How many steps there are, and the learning rate over them."""
-    step_tokens = config.batch_size * config.grad_acc_steps
+    step_tokens = config.step_tokens
     n_tokens = config.max_tokens or (config.epochs or 1) * epoch_tokens
     n_steps = n_tokens // step_tokens
     if n_steps == 0:
@@ -294,7 +298,7 @@ def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _start_sinks(config: TrainConfig, trainer: Trainer, variants: list[Variant]) -> None:
-    step_tokens = config.batch_size * config.grad_acc_steps
+    step_tokens = config.step_tokens
     n_steps = trainer.schedule.n_steps
     sinks: list[Sink] = [
         JsonlSink(config.out / "metrics.jsonl", trainer.step),
@@ -312,7 +316,7 @@ def _print_plan(
     config: TrainConfig, trainer: Trainer, variants: list[Variant], store: ActivationStore
 ) -> None:
     n_steps = trainer.schedule.n_steps
-    n_tokens = n_steps * config.batch_size * config.grad_acc_steps
+    n_tokens = n_steps * config.step_tokens
     epochs = n_tokens / trainer.loader.epoch_tokens
     bank = trainer.banks[0]
     say(
@@ -341,7 +345,7 @@ def _export(
                 "model": store.settings["model"],
                 "model_fingerprint": store.settings["model_fingerprint"],
                 "acts_fingerprint": store.fingerprint,
-                "tokens_trained": trainer.step * config.batch_size * config.grad_acc_steps,
+                "tokens_trained": trainer.step * config.step_tokens,
                 "input_scale": bank.frame.scale,
                 "diverged_at_step": step if step >= 0 else None,
                 "versions": {name: version(name) for name in ("saemill", "torch")},
@@ -352,7 +356,7 @@ def _export(
         "variants": [folder.name for folder in folders],
         "acts": str(config.acts.absolute()),
         "steps": trainer.step,
-        "tokens": trainer.step * config.batch_size * config.grad_acc_steps,
+        "tokens": trainer.step * config.step_tokens,
         "seconds": trainer.seconds,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "diverged": diverged,

@@ -26,9 +26,6 @@ class Trainer:
     loader: Loader
     banks: list[Bank]
     schedule: Schedule
-    batch_size: int
-    """Tokens per micro-batch."""
-    grad_acc_steps: int
     log_every: int
     """Steps between log lines."""
     save_every: int
@@ -63,7 +60,7 @@ class Trainer:
                 self.seconds += time.perf_counter() - started
                 if self.step % self.log_every == 0 or self.step == self.schedule.n_steps:
                     n_steps = self.step - (self.step - 1) // self.log_every * self.log_every
-                    rate = (self.step - mark_step) * self._step_tokens / (self.seconds - mark_seconds)
+                    rate = (self.step - mark_step) * self.loader.batch_tokens / (self.seconds - mark_seconds)
                     mark_step, mark_seconds = self.step, self.seconds
                     self._log(n_steps, rate)
                 if self.step % self.save_every == 0 and self.step < self.schedule.n_steps:
@@ -76,17 +73,11 @@ class Trainer:
                         f"{self.checkpoint_path}"
                     )
 
-    @property
-    def _step_tokens(self) -> int:
-        return self.batch_size * self.grad_acc_steps
-
     def _one_step(self) -> None:
-        first = self.step * self.grad_acc_steps
-        batches = [self.loader.batch(first + i) for i in range(self.grad_acc_steps)]
+        batch = self.loader.batch(self.step)
         for bank in self.banks:
-            site = bank.variants[0].site
-            micro = [bank.frame.enter(batch[site].to(self.device)) for batch in batches]
-            bank.step(micro, self.schedule.factor(self.step), self.step)
+            x_TD = bank.frame.enter(batch[bank.variants[0].site].to(self.device))
+            bank.step(x_TD, self.schedule.factor(self.step), self.step)
         self.step += 1
 
     def _log(self, n_steps: int, tokens_per_s: float) -> None:
@@ -106,7 +97,7 @@ class Trainer:
                 }
         record: Record = {
             "step": self.step,
-            "tokens": self.step * self._step_tokens,
+            "tokens": self.step * self.loader.batch_tokens,
             "tokens_per_s": tokens_per_s,
             "seconds": self.seconds,
             "variants": variants,

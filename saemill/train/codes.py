@@ -1,0 +1,128 @@
+"""The forward pass of one variant: tokens to codes, codes to residuals.
+
+Notation, for one variant: x_TD inputs (centred and scaled), b_D = b_dec − centre,
+pre = (x − b) W_encᵀ + b_enc, the k largest kept and rectified: values val_TK of latents idx_TK,
+x̂ = val · W_dec[idx] + b, e = x̂ − x.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from saemill.common.topk import topk
+
+CHUNK_BYTES = 1 << 24
+"""Most bytes of pre-activations in memory at once: what stays in a CPU's last cache."""
+GATHER_BYTES = 1 << 23
+"""Most bytes of decoder rows gathered between their first use and their second."""
+
+
+class Codes(NamedTuple):
+    """The active latents of some tokens."""
+
+    val_TK: Tensor
+    """float32, 0 or more."""
+    idx_TK: Tensor
+    """int64, latents' numbers."""
+
+
+class Forward(NamedTuple):
+    """A batch seen by one variant: all that its gradients need."""
+
+    codes: Codes
+    e_TD: Tensor
+    """x̂ − x, float32."""
+    dot_TK: Tensor
+    """⟨e_t, W_dec[idx_tk]⟩, float32."""
+
+
+def fold_bias(w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor) -> Tensor:
+    """b_enc − W_enc b: what the product with x misses.
+
+    `w_enc_FD` holds the same rounded weights as the product uses; with others the error of each
+    latent would be systematic. float32 [F].
+    """
+    return b_enc_F - torch.mv(w_enc_FD, b_D.to(w_enc_FD.dtype)).float()
+
+
+def room(n_latents: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for the pre-activations of a chunk, [T, F], made once: fresh pages cost more than filling
+    them."""
+    n_tokens = max(1, CHUNK_BYTES // (n_latents * dtype.itemsize))
+    return torch.empty(n_tokens, n_latents, dtype=dtype, device=device)
+
+
+def encode(x_TD: Tensor, w_enc_FD: Tensor, bias_F: Tensor, k: int, room_TF: Tensor | None = None) -> Codes:
+    """The codes of some tokens, by a dense product and an exact top-k.
+
+    Args:
+        x_TD, w_enc_FD: of the same dtype, the product's.
+        bias_F: from `fold_bias`.
+        k: active latents per token.
+        room_TF: where the pre-activations go, for no fewer tokens.
+    """
+    out_TF = None if room_TF is None else room_TF[: len(x_TD)]
+    values, indices = topk(torch.addmm(bias_F.to(x_TD.dtype), x_TD, w_enc_FD.T, out=out_TF), k)
+    return Codes(values.float(), indices)
+
+
+def decode(codes: Codes, w_dec_FD: Tensor, b_D: Tensor) -> Tensor:
+    """x̂_TD = Σ_k val · W_dec[idx] + b, float32."""
+    bags = embedding_bag(codes.idx_TK, w_dec_FD, per_sample_weights=codes.val_TK, mode="sum")
+    return bags.add_(b_D)
+
+
+def forward(
+    x_TD: Tensor,
+    product_TD: Tensor,
+    w_enc_FD: Tensor,
+    bias_F: Tensor,
+    w_dec_FD: Tensor,
+    b_D: Tensor,
+    k: int,
+    room_TF: Tensor,
+) -> Forward:
+    """A whole batch, in chunks that keep [T, F] out of memory.
+
+    Args:
+        x_TD: float32.
+        product_TD: the same in the product's dtype.
+        w_enc_FD: in the product's dtype.
+        bias_F: from `fold_bias`.
+        w_dec_FD, b_D: float32.
+        k: active latents per token.
+        room_TF: from `room`; no chunk is longer.
+    """
+    n_tokens = len(x_TD)
+    val_TK = x_TD.new_empty(n_tokens, k)
+    idx_TK = torch.empty(n_tokens, k, dtype=torch.int64, device=x_TD.device)
+    e_TD, dot_TK = torch.empty_like(x_TD), torch.empty_like(val_TK)
+    for chunk in chunks(n_tokens, 1, len(room_TF)):
+        val_TK[chunk], idx_TK[chunk] = encode(product_TD[chunk], w_enc_FD, bias_F, k, room_TF)
+    for chunk in chunks(n_tokens, k * w_dec_FD[0].nbytes, GATHER_BYTES):
+        codes = Codes(val_TK[chunk], idx_TK[chunk])
+        torch.sub(decode(codes, w_dec_FD, b_D), x_TD[chunk], out=e_TD[chunk])
+        dot_TK[chunk] = row_dots(e_TD[chunk], codes.idx_TK, w_dec_FD)
+    return Forward(Codes(val_TK, idx_TK), e_TD, dot_TK)
+
+
+def row_dots(e_TD: Tensor, idx_TK: Tensor, w_dec_FD: Tensor) -> Tensor:
+    """⟨e_t, W_dec[idx_tk]⟩, float32 [T, K]."""
+    n_tokens, k = idx_TK.shape
+    device = e_TD.device
+    offsets = torch.arange(0, n_tokens * k, k, device=device)
+    token = torch.arange(n_tokens, device=device).repeat_interleave(k)
+    dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        e_TD, w_dec_FD, idx_TK.reshape(-1), offsets, token, 0, -1
+    )
+    return dots.view(n_tokens, k)
+
+
+def chunks(n_rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
+    """Slices of `n_rows` rows, of like size, each of no more than `chunk_bytes`, or of one row."""
+    n_chunks = -(-n_rows // max(1, chunk_bytes // row_bytes))
+    step = -(-n_rows // n_chunks)
+    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))

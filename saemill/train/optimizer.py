@@ -1,0 +1,83 @@
+"""Optimizers that step one block of rows at a time, right where its gradient was made."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-10
+"""The loss is a mean over tokens and dimensions, so its gradients are small: torch's default of
+1e-8 would slow rare latents."""
+SGD_MOMENTUM = 0.9
+
+
+class Adam:
+    """AdamW (Loshchilov & Hutter 2019), as torch.optim.AdamW with fused=True computes it."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        self.leaves = leaves
+        self.first = [torch.zeros_like(leaf) for leaf in leaves]
+        self.second = [torch.zeros_like(leaf) for leaf in leaves]
+        self.n_steps = torch.zeros((), device=leaves[0].device)
+
+    def begin_step(self) -> None:
+        """Count a step; every row is then updated once."""
+        self.n_steps += 1
+
+    def update(self, leaf: int, rows: slice, grad: Tensor, lr: float, weight_decay: float = 0.0) -> None:
+        """Step rows of parameter number `leaf` along their gradient."""
+        torch._fused_adamw_(
+            [self.leaves[leaf][rows]],
+            [grad],
+            [self.first[leaf][rows]],
+            [self.second[leaf][rows]],
+            [],
+            [self.n_steps],
+            lr=lr,
+            beta1=ADAM_BETAS[0],
+            beta2=ADAM_BETAS[1],
+            weight_decay=weight_decay,
+            eps=ADAM_EPS,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        return {"first": self.first, "second": self.second, "n_steps": self.n_steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self.n_steps.copy_(state["n_steps"])
+        for mine, saved in zip(self.first + self.second, state["first"] + state["second"], strict=True):
+            mine.copy_(saved)
+
+
+class Sgd:
+    """SGD with momentum, as torch.optim.SGD computes it; weight decay is decoupled."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        self.leaves = leaves
+        self.momentum = [torch.zeros_like(leaf) for leaf in leaves]
+
+    def begin_step(self) -> None:
+        """Nothing is counted."""
+
+    def update(self, leaf: int, rows: slice, grad: Tensor, lr: float, weight_decay: float = 0.0) -> None:
+        """Step rows of parameter number `leaf` along their gradient."""
+        weights = self.leaves[leaf][rows].mul_(1 - lr * weight_decay)
+        weights.add_(self.momentum[leaf][rows].mul_(SGD_MOMENTUM).add_(grad), alpha=-lr)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        return {"momentum": self.momentum}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        for mine, saved in zip(self.momentum, state["momentum"], strict=True):
+            mine.copy_(saved)
+
+
+Optimizer = Adam | Sgd
+"""One variant's optimizer."""

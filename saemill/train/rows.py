@@ -1,0 +1,136 @@
+"""The backward pass and the update of one variant, latent by latent.
+
+With g = gs · e, gs = ∂L/∂(½Σe²), and the sums over the pairs (t, k) with idx_tk = f:
+
+    dval_tk   = ⟨g_t, W_dec[f]⟩ where val > 0
+    dW_dec[f] = Σ val g_t, less its part along the unit row W_dec[f], which renorming would undo
+    dW_enc[f] = Σ dval_tk (x_t − b),   db_enc[f] = Σ dval_tk,   db = Σ_t g_t − db_enc · W_enc
+
+The pairs are sorted by latent once. Then a block of rows at a time is taken from its gradient to
+its renormalised weights while it is in the cache: only T·K pairs are touched, no gradient of size
+F·D is ever in memory, and each weight and moment is read and written once.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from saemill.train.auxk import DeadRows
+from saemill.train.codes import Forward, chunks
+from saemill.train.optimizer import Optimizer
+
+BLOCK_BYTES = 1 << 20
+"""Bytes of each tensor in a block; about a dozen of them are in use at once."""
+W_ENC, B_ENC, W_DEC, B = range(4)
+"""The places of the parameters among an optimizer's leaves."""
+
+
+class Pairs(NamedTuple):
+    """The active (token, latent) pairs of a batch, by latent, then by token; scaled by gs."""
+
+    token_P: Tensor
+    """int64."""
+    val_P: Tensor
+    dval_P: Tensor
+    offsets_F: Tensor
+    """int64 [F + 1]: latent f has the pairs offsets[f] to offsets[f + 1]."""
+    db_enc_F: Tensor
+    """Σ dval."""
+    along_F: Tensor
+    """Σ val · ⟨g, W_dec[f]⟩: the decoder gradient's part along its row."""
+
+
+def sort_pairs(passed: Forward, n_latents: int, gs: float) -> Pairs:
+    """Order a batch's pairs by latent, with one stable sort."""
+    (val_TK, idx_TK), _, dot_TK = passed
+    flat_P = idx_TK.reshape(-1)
+    dot_P = dot_TK.reshape(-1) * gs
+    val_P = val_TK.reshape(-1)
+    dval_P = torch.where(val_P > 0, dot_P, 0.0)
+    order = torch.argsort(flat_P, stable=True)
+    offsets_F = flat_P.new_zeros(n_latents + 1)
+    offsets_F[1:] = torch.bincount(flat_P, minlength=n_latents).cumsum(0)
+
+    def per_latent(of_pair_P: Tensor) -> Tensor:
+        return of_pair_P.new_zeros(n_latents).index_add_(0, flat_P, of_pair_P)
+
+    return Pairs(
+        token_P=order // idx_TK.shape[1],
+        val_P=(val_P * gs)[order],
+        dval_P=dval_P[order],
+        offsets_F=offsets_F,
+        db_enc_F=per_latent(dval_P),
+        along_F=per_latent(val_P * dot_P),
+    )
+
+
+def update(
+    x_TD: Tensor,
+    e_TD: Tensor,
+    pairs: Pairs,
+    dead: DeadRows | None,
+    leaves: tuple[Tensor, Tensor, Tensor, Tensor],
+    product_FD: Tensor,
+    optimizer: Optimizer,
+    *,
+    gs: float,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """One optimizer step of all parameters, in place.
+
+    Args:
+        x_TD, e_TD: float32.
+        pairs: from `sort_pairs`.
+        dead: AuxK's gradients, to be added.
+        leaves: w_enc_FD, b_enc_F, w_dec_FD, b_D, float32.
+        product_FD: the copy of w_enc that the encoder's product uses, renewed here; w_enc itself
+            where no other dtype is used.
+        gs: factor of e in the gradient.
+        lr, weight_decay: of this step; the decay is w_enc's alone.
+    """
+    w_enc_FD, _, w_dec_FD, b_D = leaves
+    db_enc_F = pairs.db_enc_F
+    if dead is not None:
+        db_enc_F = db_enc_F.index_add(0, dead.dead_S, dead.b_enc_S)
+    optimizer.begin_step()
+    db_D = e_TD.sum(0).mul_(gs).sub_(db_enc_F @ w_enc_FD)
+    optimizer.update(B_ENC, slice(None), db_enc_F, lr)
+    for block in chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES):
+        grad_enc, grad_dec = _gradients(x_TD, e_TD, pairs, block, w_dec_FD, b_D)
+        if dead is not None:
+            _add_dead(grad_enc, grad_dec, dead, block)
+        optimizer.update(W_ENC, block, grad_enc, lr, weight_decay)
+        optimizer.update(W_DEC, block, grad_dec, lr)
+        rows = w_dec_FD[block]
+        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+        if product_FD is not w_enc_FD:
+            product_FD[block].copy_(w_enc_FD[block])
+    optimizer.update(B, slice(None), db_D, lr)
+
+
+def _gradients(
+    x_TD: Tensor, e_TD: Tensor, pairs: Pairs, block: slice, w_dec_FD: Tensor, b_D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a block of rows of w_enc and of w_dec, the latter without its part along the rows."""
+    first, last = int(pairs.offsets_F[block.start]), int(pairs.offsets_F[block.stop])
+    token = pairs.token_P[first:last]
+    offsets = pairs.offsets_F[block] - first
+    grad_enc, grad_dec = (
+        embedding_bag(token, rows_TD, offsets, per_sample_weights=of_pair_P[first:last], mode="sum")
+        for rows_TD, of_pair_P in ((x_TD, pairs.dval_P), (e_TD, pairs.val_P))
+    )
+    grad_enc.addr_(pairs.db_enc_F[block], b_D, alpha=-1)
+    grad_dec.addcmul_(pairs.along_F[block, None], w_dec_FD[block], value=-1)
+    return grad_enc, grad_dec
+
+
+def _add_dead(grad_enc: Tensor, grad_dec: Tensor, dead: DeadRows, block: slice) -> None:
+    """Add AuxK's gradients of the dead latents in a block."""
+    edges = torch.tensor([block.start, block.stop], device=dead.dead_S.device)
+    first, last = torch.searchsorted(dead.dead_S, edges).tolist()
+    places = dead.dead_S[first:last] - block.start
+    grad_enc.index_add_(0, places, dead.w_enc_SD[first:last])
+    grad_dec.index_add_(0, places, dead.w_dec_SD[first:last])
