@@ -154,6 +154,9 @@ def train(
     resume: Annotated[
         bool | None, typer.Option(help="Go on from the run's checkpoint [on]; off starts anew.")
     ] = None,
+    profile: Annotated[
+        bool | None, typer.Option("--profile", help="Show where the time of a step goes; write a trace.")
+    ] = None,
     log_to_wandb: Annotated[bool | None, typer.Option(help="One wandb run per variant, in a group.")] = None,
     wandb_project: Annotated[str | None, option("The project [saemill].", "NAME")] = None,
     run_name: Annotated[str | None, option("The group [the folder's name].", "NAME")] = None,

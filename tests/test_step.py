@@ -99,12 +99,11 @@ def test_topk_holds_the_same_values_as_torch(
     assert all(len(set(row.tolist())) == k for row in indices)
 
 
-def test_topk_of_long_odd_rows_and_of_rows_in_several_threads() -> None:
-    """Oracle: torch.topk where places need more than 16 bits, and where threads share the rows."""
-    for shape in ((2, 2**17 + 1), (700, 512)):
-        pre = torch.randn(shape).bfloat16()
-        values, _ = topk(pre, 9)
-        assert torch.equal(values.sort(1).values, pre.topk(9).values.relu().sort(1).values)
+def test_topk_of_long_odd_rows() -> None:
+    """Oracle: torch.topk where places need more than 16 bits."""
+    pre = torch.randn(2, 2**17 + 1).bfloat16()
+    values, _ = topk(pre, 9)
+    assert torch.equal(values.sort(1).values, pre.topk(9).values.relu().sort(1).values)
 
 
 def test_topk_passes_gradients_to_the_chosen_entries() -> None:

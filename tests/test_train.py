@@ -1,5 +1,6 @@
 """Training runs: resumed equals uninterrupted, grids, outputs, wandb, refusals."""
 
+import gzip
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae import Sae
 from saemill.train import metrics
+from saemill.train.profile import PROFILED_STEPS
 from saemill.train.run import TrainConfig, run
 from saemill.train.trainer import Trainer
 from saemill.train.variants import auto_lr, resolve
@@ -341,3 +343,27 @@ def test_config_yaml_reads_back(store: ActivationStore, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     subprocess.run([sys.executable, "-m", "saemill", *arguments], check=True, env=environment)
     assert files(tmp_path / "s") == files(tmp_path / "r")
+
+
+def test_profile_writes_a_trace_and_a_table_and_changes_nothing(
+    store: ActivationStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the same run without it; the trace's own marks, and the table's sum."""
+    plain = run(config(store, tmp_path / "plain", k=(4,), num_latents=(32,)))
+    capsys.readouterr()
+    profiled = run(config(store, tmp_path / "profiled", k=(4,), num_latents=(32,), profile=True))
+    assert torch.equal(Sae.load(plain[0]).W_dec, Sae.load(profiled[0]).W_dec)
+    with gzip.open(tmp_path / "profiled" / "profile.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    for part in ("wait for data", "copy", "encode", "top-k", "decode", "sort", "backward", "optimizer"):
+        assert names.count(f"saemill: {part}") >= PROFILED_STEPS
+    lines = capsys.readouterr().out.splitlines()
+    top = next(i for i, line in enumerate(lines) if line.startswith("one step, mean of"))
+    step_ms = float(lines[top].split()[-2])
+    rows = [line for line in lines[top + 1 :] if " ms " in line]
+    assert sum(float(row[18:26]) for row in rows) == pytest.approx(step_ms, abs=0.1 * len(rows))
+
+
+def test_profile_of_too_short_a_run_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--profile needs 11 steps, 4 are left"):
+        run(config(store, tmp_path / "r", profile=True, max_tokens=256 * 4))

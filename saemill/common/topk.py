@@ -1,8 +1,5 @@
 """The k largest pre-activations of each token, exactly, in small selections."""
 
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,8 +7,6 @@ FAN_OUT = 4
 """Entries per group of candidates."""
 SMALL = 512
 """Rows no longer than this are selected from directly."""
-ENTRIES_PER_THREAD = 1 << 16
-"""Fewer are not worth a thread of their own."""
 
 
 def topk(pre_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -58,10 +53,5 @@ def _partition(bits_TN: Tensor, k: int) -> Tensor:
     dtype, shift = (torch.int32, 16) if narrow else (torch.int64, 32)
     keys_TN = bits_TN.clamp(min=0).to(dtype).bitwise_left_shift_(shift)
     keys = keys_TN.bitwise_or_(torch.arange(n, dtype=dtype)).numpy()
-    n_threads = min(torch.get_num_threads(), keys.size // ENTRIES_PER_THREAD + 1)
-    if n_threads == 1:
-        keys.partition(n - k, axis=1)
-    else:
-        with ThreadPoolExecutor(n_threads) as pool:
-            list(pool.map(lambda part: part.partition(n - k, axis=1), np.array_split(keys, n_threads)))
+    keys.partition(n - k, axis=1)
     return torch.from_numpy(keys[:, n - k :]).bitwise_and((1 << shift) - 1).long()

@@ -14,6 +14,7 @@ from saemill.common.sae import Sae, SaeConfig
 from saemill.train import codes, initial, rows
 from saemill.train.auxk import DeadRows, auxk
 from saemill.train.optimizer import Adam, Optimizer, Sgd
+from saemill.train.profile import part
 from saemill.train.variants import Variant
 
 
@@ -108,15 +109,18 @@ class Bank:
         per_square = self.loss_per_square(variant) / len(x_TD)
         bias_F = codes.fold_bias(product_FD, b_enc_F, b_D)
         passed = codes.forward(x_TD, product_TD, product_FD, bias_F, w_dec_FD, b_D, variant.k, self._room_TF)
-        sse = passed.e_TD.square().sum()
-        dead, auxk_loss = self._auxk(i, product_TD, passed.e_TD, bias_F, per_square)
-        self.totals_V[i].add(len(x_TD), sse, sse * per_square + auxk_loss, auxk_loss, passed.codes.val_TK)
-        self._count_idle(i, passed.codes, len(x_TD))
+        sse = torch.linalg.vector_norm(passed.e_TD).square()
+        with part("auxk"):
+            dead, auxk_loss = self._auxk(i, product_TD, passed.e_TD, bias_F, per_square)
+        with part("count"):
+            self.totals_V[i].add(len(x_TD), sse, sse * per_square + auxk_loss, auxk_loss, passed.codes.val_TK)
+            self._count_idle(i, passed.codes, len(x_TD))
         diverged = self.diverged_step_V[i]
         diverged.copy_(torch.where((diverged < 0) & ~torch.isfinite(sse), step, diverged))
         if diverged >= 0:
             return
-        pairs = rows.sort_pairs(passed, variant.num_latents, 2 * per_square)
+        with part("sort"):
+            pairs = rows.sort_pairs(passed, variant.num_latents, 2 * per_square)
         rows.update(
             x_TD,
             passed.e_TD,

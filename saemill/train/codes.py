@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from saemill.common.topk import topk
+from saemill.train.profile import part
 
 CHUNK_BYTES = 1 << 24
 """Most bytes of pre-activations in memory at once: what stays in a CPU's last cache."""
@@ -65,8 +66,11 @@ def encode(x_TD: Tensor, w_enc_FD: Tensor, bias_F: Tensor, k: int, room_TF: Tens
         room_TF: where the pre-activations go, for no fewer tokens.
     """
     out_TF = None if room_TF is None else room_TF[: len(x_TD)]
-    values, indices = topk(torch.addmm(bias_F.to(x_TD.dtype), x_TD, w_enc_FD.T, out=out_TF), k)
-    return Codes(values.float(), indices)
+    with part("encode"):
+        pre_TF = torch.addmm(bias_F.to(x_TD.dtype), x_TD, w_enc_FD.T, out=out_TF)
+    with part("top-k"):
+        values, indices = topk(pre_TF, k)
+        return Codes(values.float(), indices)
 
 
 def decode(codes: Codes, w_dec_FD: Tensor, b_D: Tensor) -> Tensor:
@@ -102,10 +106,11 @@ def forward(
     e_TD, dot_TK = torch.empty_like(x_TD), torch.empty_like(val_TK)
     for chunk in chunks(n_tokens, 1, len(room_TF)):
         val_TK[chunk], idx_TK[chunk] = encode(product_TD[chunk], w_enc_FD, bias_F, k, room_TF)
-    for chunk in chunks(n_tokens, k * w_dec_FD[0].nbytes, GATHER_BYTES):
-        codes = Codes(val_TK[chunk], idx_TK[chunk])
-        torch.sub(decode(codes, w_dec_FD, b_D), x_TD[chunk], out=e_TD[chunk])
-        dot_TK[chunk] = row_dots(e_TD[chunk], codes.idx_TK, w_dec_FD)
+    with part("decode"):
+        for chunk in chunks(n_tokens, k * w_dec_FD[0].nbytes, GATHER_BYTES):
+            codes = Codes(val_TK[chunk], idx_TK[chunk])
+            torch.sub(decode(codes, w_dec_FD, b_D), x_TD[chunk], out=e_TD[chunk])
+            dot_TK[chunk] = row_dots(e_TD[chunk], codes.idx_TK, w_dec_FD)
     return Forward(Codes(val_TK, idx_TK), e_TD, dot_TK)
 
 

@@ -20,6 +20,7 @@ from torch.nn.functional import embedding_bag
 from saemill.train.auxk import DeadRows
 from saemill.train.codes import Forward, chunks
 from saemill.train.optimizer import Optimizer
+from saemill.train.profile import part
 
 BLOCK_BYTES = 1 << 20
 """Bytes of each tensor in a block; about a dozen of them are in use at once."""
@@ -99,15 +100,17 @@ def update(
     db_D = e_TD.sum(0).mul_(gs).sub_(db_enc_F @ w_enc_FD)
     optimizer.update(B_ENC, slice(None), db_enc_F, lr)
     for block in chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES):
-        grad_enc, grad_dec = _gradients(x_TD, e_TD, pairs, block, w_dec_FD, b_D)
-        if dead is not None:
-            _add_dead(grad_enc, grad_dec, dead, block)
-        optimizer.update(W_ENC, block, grad_enc, lr, weight_decay)
-        optimizer.update(W_DEC, block, grad_dec, lr)
-        rows = w_dec_FD[block]
-        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-        if product_FD is not w_enc_FD:
-            product_FD[block].copy_(w_enc_FD[block])
+        with part("backward"):
+            grad_enc, grad_dec = _gradients(x_TD, e_TD, pairs, block, w_dec_FD, b_D)
+            if dead is not None:
+                _add_dead(grad_enc, grad_dec, dead, block)
+        with part("optimizer"):
+            optimizer.update(W_ENC, block, grad_enc, lr, weight_decay)
+            optimizer.update(W_DEC, block, grad_dec, lr)
+            rows = w_dec_FD[block]
+            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+            if product_FD is not w_enc_FD:
+                product_FD[block].copy_(w_enc_FD[block])
     optimizer.update(B, slice(None), db_D, lr)
 
 

@@ -20,6 +20,7 @@ from saemill.common.model import choose_device
 from saemill.train.bank import Bank, Frame
 from saemill.train.loader import Loader
 from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
+from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.schedule import Schedule
 from saemill.train.trainer import Trainer, stop_on_signal
 from saemill.train.variants import Variant, describe, groups, resolve
@@ -95,6 +96,8 @@ class TrainConfig:
     """Type of the encoder's product; auto: bf16 on a GPU and on CPUs with bf16 instructions."""
     resume: bool = True
     """Go on from the run's checkpoint, if there is one; false starts anew."""
+    profile: bool = False
+    """Write a trace of some steps and a table of where their time goes."""
     log_to_wandb: bool = False
     wandb_project: str | None = None
     """By default saemill."""
@@ -150,6 +153,7 @@ class TrainConfig:
             "device",
             "resume",
             "save_every",
+            "profile",
             "log_to_wandb",
             "wandb_project",
             "run_name",
@@ -178,6 +182,7 @@ def run(config: TrainConfig) -> list[Path]:
             durable.write_json(config.out / "identity.json", identity)
             settings.write_yaml(config.out / "config.yaml", "train", settings.plain(config))
             trainer.resume()
+            _check_profile(trainer)
             _start_sinks(config, trainer, variants)
             _print_plan(config, trainer, variants, store)
             try:
@@ -258,7 +263,17 @@ def _build(config: TrainConfig, store: ActivationStore, variants: list[Variant],
         checkpoint_path=config.out / "checkpoint.pt",
         device=device,
         stop=stop,
+        profile=config.profile,
     )
+
+
+def _check_profile(trainer: Trainer) -> None:
+    left = trainer.schedule.n_steps - trainer.step
+    if trainer.profile and left < SKIPPED_STEPS + PROFILED_STEPS:
+        raise ConfigError(
+            f"--profile needs {SKIPPED_STEPS + PROFILED_STEPS} steps, {left} are left; "
+            "raise --max-tokens or lower --batch-size"
+        )
 
 
 def _schedule(config: TrainConfig, epoch_tokens: int) -> Schedule:

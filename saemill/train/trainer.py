@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from saemill.train import checkpoint
 from saemill.train.bank import Bank
 from saemill.train.loader import Loader
 from saemill.train.metrics import Record, Sink
+from saemill.train.profile import part, profiling
 from saemill.train.schedule import Schedule
 
 
@@ -39,6 +40,10 @@ class Trainer:
     """Steps done."""
     seconds: float = 0.0
     """Time spent in them, earlier runs included."""
+    profile: bool = False
+    """Whether to write where the time goes beside the checkpoint."""
+    _mark: tuple[int, float] = (0, 0.0)
+    """`step` and `seconds` at the last log line."""
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
@@ -52,35 +57,48 @@ class Trainer:
         Raises:
             Interrupted: `stop` was set; a checkpoint was written.
         """
-        mark_step, mark_seconds = self.step, self.seconds
-        with torch.no_grad():
+        with torch.no_grad(), self._profiler() as profiler:
+            self._mark = self.step, self.seconds
             while self.step < self.schedule.n_steps:
                 started = time.perf_counter()
                 self._one_step()
                 self.seconds += time.perf_counter() - started
-                if self.step % self.log_every == 0 or self.step == self.schedule.n_steps:
-                    n_steps = self.step - (self.step - 1) // self.log_every * self.log_every
-                    rate = (self.step - mark_step) * self.loader.batch_tokens / (self.seconds - mark_seconds)
-                    mark_step, mark_seconds = self.step, self.seconds
-                    self._log(n_steps, rate)
-                if self.step % self.save_every == 0 and self.step < self.schedule.n_steps:
-                    self._save()
-                if self.stop.is_set() or self.step == self.schedule.n_steps:
-                    self._save()
-                if self.stop.is_set() and self.step < self.schedule.n_steps:
-                    raise Interrupted(
-                        f"stopped by a signal after step {self.step:,}; the same command continues from "
-                        f"{self.checkpoint_path}"
-                    )
+                with part("logging"):
+                    self._after_step()
+                if profiler is not None:
+                    profiler.step()
+
+    def _profiler(self) -> AbstractContextManager[torch.profiler.profile | None]:
+        folder = self.checkpoint_path.parent
+        return profiling(folder, self.device) if self.profile else nullcontext()
+
+    def _after_step(self) -> None:
+        """Log, save and stop, where it is time for it."""
+        finished = self.step == self.schedule.n_steps
+        if self.step % self.log_every == 0 or finished:
+            self._log()
+        if self.step % self.save_every == 0 or finished or self.stop.is_set():
+            checkpoint.save(self.checkpoint_path, self.step, self.banks, self.seconds)
+        if self.stop.is_set() and not finished:
+            raise Interrupted(
+                f"stopped by a signal after step {self.step:,}; the same command continues from "
+                f"{self.checkpoint_path}"
+            )
 
     def _one_step(self) -> None:
-        batch = self.loader.batch(self.step)
+        with part("wait for data"):
+            batch = self.loader.batch(self.step)
         for bank in self.banks:
-            x_TD = bank.frame.enter(batch[bank.variants[0].site].to(self.device))
+            with part("copy"):
+                x_TD = bank.frame.enter(batch[bank.variants[0].site].to(self.device))
             bank.step(x_TD, self.schedule.factor(self.step), self.step)
         self.step += 1
 
-    def _log(self, n_steps: int, tokens_per_s: float) -> None:
+    def _log(self) -> None:
+        n_steps = self.step - (self.step - 1) // self.log_every * self.log_every
+        step_before, seconds_before = self._mark
+        self._mark = self.step, self.seconds
+        n_tokens = (self.step - step_before) * self.loader.batch_tokens
         factor = self.schedule.factor(self.step - 1)
         variants: dict[str, dict[str, float | None]] = {}
         for bank in self.banks:
@@ -98,15 +116,12 @@ class Trainer:
         record: Record = {
             "step": self.step,
             "tokens": self.step * self.loader.batch_tokens,
-            "tokens_per_s": tokens_per_s,
+            "tokens_per_s": n_tokens / (self.seconds - seconds_before),
             "seconds": self.seconds,
             "variants": variants,
         }
         for sink in self.sinks:
             sink.log(record)
-
-    def _save(self) -> None:
-        checkpoint.save(self.checkpoint_path, self.step, self.banks, self.seconds)
 
 
 @contextmanager

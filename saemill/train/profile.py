@@ -1,0 +1,76 @@
+"""`--profile`: where the time of a step goes, as a table and as a trace."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from saemill.common.log import say
+
+PARTS = {
+    "wait for data": "until the loader had the batch",
+    "copy": "to the device, into training units",
+    "encode": "x · W_enc",
+    "top-k": "the k largest pre-activations",
+    "decode": "reconstruction, residual, gradient of the codes",
+    "auxk": "dead latents on the residual",
+    "sort": "active pairs by latent",
+    "backward": "gradients of a block of rows",
+    "optimizer": "Adam or SGD, renormalisation",
+    "count": "sums for the log, idle tokens of the latents",
+    "logging": "log lines, checkpoints",
+}
+"""The parts that `part` marks, in the order of a step."""
+PREFIX = "saemill: "
+SKIPPED_STEPS, PROFILED_STEPS = 3, 8
+"""The first steps, with their one-time costs, do not count; the profiled ones span log lines."""
+
+
+def part(name: str) -> torch.profiler.record_function:
+    """Mark a block of code as one of `PARTS`."""
+    return torch.profiler.record_function(PREFIX + name)
+
+
+@contextmanager
+def profiling(folder: Path, device: torch.device) -> Iterator[torch.profiler.profile]:
+    """A profiler of a run's steps; its `step` is to be called after each.
+
+    The first steps are left out. After `PROFILED_STEPS` more it writes `profile.json.gz`, for
+    chrome://tracing or Perfetto, into `folder` and prints the table.
+    """
+
+    def finish(profiler: torch.profiler.profile) -> None:
+        trace = folder / "profile.json.gz"
+        profiler.export_chrome_trace(str(trace))
+        say(table(profiler, device))
+        say(f"{trace}: the trace of {PROFILED_STEPS} steps, for chrome://tracing or Perfetto")
+
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    plan = schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=PROFILED_STEPS, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=finish) as profiler:
+        yield profiler
+
+
+def table(profiler: torch.profiler.profile, device: torch.device) -> str:
+    """Milliseconds per step of each part, on the CPU and on the device."""
+    events = {event.key: event for event in profiler.key_averages()}
+    step_us = sum(e.cpu_time_total for key, e in events.items() if key.startswith("ProfilerStep"))
+    step_ms = step_us / PROFILED_STEPS / 1e3
+    ms = {name: _ms(events, name, "cpu_time_total") for name in PARTS}
+    ms["everything else"] = step_ms - sum(ms.values())
+    lines = [f"one step, mean of {PROFILED_STEPS}: {step_ms:.1f} ms"]
+    for name, spent in ms.items():
+        line = f"  {name:16}{spent:8.1f} ms {spent / step_ms:5.0%}"
+        if device.type == "cuda":
+            line += f"{_ms(events, name, 'device_time_total'):8.1f} ms on the device"
+        lines.append(f"{line}  {PARTS.get(name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def _ms(events: Mapping[str, object], name: str, field: str) -> float:
+    """A part's time per step; a part that did not run took none."""
+    return float(getattr(events.get(PREFIX + name), field, 0.0)) / PROFILED_STEPS / 1e3
