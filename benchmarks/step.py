@@ -48,7 +48,7 @@ class Setting:
 
 def inputs(setting: Setting, n_batches: int = 4) -> list[Tensor]:
     """Batches x_TD in training units."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(2**31 + 7)  # no seed of a variant
     directions = torch.nn.functional.normalize(torch.randn(4096, setting.d, generator=generator), dim=1)
     x = 0.02 * torch.randn(n_batches * setting.n_tokens, setting.d, generator=generator)
     for _ in range(32):

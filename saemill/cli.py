@@ -134,6 +134,9 @@ def train(
     epochs: Annotated[str | None, option("Passes over the store, in place of max-tokens.")] = None,
     grad_acc_steps: Annotated[str | None, option("Batches per optimizer step [1].")] = None,
     optimizer: Annotated[str | None, option("adam or sgd [adam].", "NAME")] = None,
+    optimizer_state: Annotated[
+        str | None, option("How Adam's moments are kept: fp32, bf16 or 8bit [fp32].", "TYPE")
+    ] = None,
     weight_decay: Annotated[str | None, option("Decoupled decay of the encoder's weights [0].", "X")] = None,
     warmup_steps: Annotated[str | None, option("Steps of linear warm-up [a 20th of the run].")] = None,
     lr_decay: Annotated[

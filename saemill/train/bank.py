@@ -88,7 +88,8 @@ class Bank:
         w_enc_FD.mul_(initial.best_gain(sample_TD, w_enc_FD, w_dec_FD, b_D, variant.k))
 
     def _optimizer(self, i: int) -> Optimizer:
-        return (Adam if self.variants[i].optimizer == "adam" else Sgd)(list(self.leaves(i)))
+        variant, leaves = self.variants[i], list(self.leaves(i))
+        return Adam(leaves, variant.optimizer_state) if variant.optimizer == "adam" else Sgd(leaves)
 
     def step(self, x_TD: Tensor, lr_factor: float, step: int) -> None:
         """One optimizer step of every variant that has not diverged.

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saemill.train.moments import moment
+
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-10
 """The loss is a mean over tokens and dimensions, so its gradients are small: torch's default of
@@ -13,12 +15,17 @@ SGD_MOMENTUM = 0.9
 
 
 class Adam:
-    """AdamW (Loshchilov & Hutter 2019), as torch.optim.AdamW with fused=True computes it."""
+    """AdamW (Loshchilov & Hutter 2019), as torch.optim.AdamW with fused=True computes it.
 
-    def __init__(self, leaves: list[Tensor]) -> None:
+    Args:
+        leaves: the parameters, float32.
+        kept: how the moments of weights are kept: fp32, bf16 or 8bit.
+    """
+
+    def __init__(self, leaves: list[Tensor], kept: str = "fp32") -> None:
         self.leaves = leaves
-        self.first = [torch.zeros_like(leaf) for leaf in leaves]
-        self.second = [torch.zeros_like(leaf) for leaf in leaves]
+        self.first = [moment(leaf, kept, signed=True) for leaf in leaves]
+        self.second = [moment(leaf, kept, signed=False) for leaf in leaves]
         self.n_steps = torch.zeros((), device=leaves[0].device)
 
     def begin_step(self) -> None:
@@ -27,11 +34,12 @@ class Adam:
 
     def update(self, leaf: int, rows: slice, grad: Tensor, lr: float, weight_decay: float = 0.0) -> None:
         """Step rows of parameter number `leaf` along their gradient."""
+        first, second = self.first[leaf].read(rows), self.second[leaf].read(rows)
         torch._fused_adamw_(
             [self.leaves[leaf][rows]],
             [grad],
-            [self.first[leaf][rows]],
-            [self.second[leaf][rows]],
+            [first],
+            [second],
             [],
             [self.n_steps],
             lr=lr,
@@ -42,16 +50,20 @@ class Adam:
             amsgrad=False,
             maximize=False,
         )
+        step = int(self.n_steps)
+        self.first[leaf].write(rows, first, step)
+        self.second[leaf].write(rows, second, step)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs."""
-        return {"first": self.first, "second": self.second, "n_steps": self.n_steps}
+        return {"moments": [kept.tensors() for kept in self.first + self.second], "n_steps": self.n_steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
         self.n_steps.copy_(state["n_steps"])
-        for mine, saved in zip(self.first + self.second, state["first"] + state["second"], strict=True):
-            mine.copy_(saved)
+        for kept, saved in zip(self.first + self.second, state["moments"], strict=True):
+            for mine, tensor in zip(kept.tensors(), saved, strict=True):
+                mine.copy_(tensor)
 
 
 class Sgd:

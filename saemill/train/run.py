@@ -52,7 +52,7 @@ class TrainConfig:
     """Seeds of the initial weights."""
     variants: tuple[Mapping[str, Any], ...] = ()
     """Variants listed one by one, each with any of: site, k, num_latents, expansion_factor, lr,
-    seed, optimizer, weight_decay, auxk_alpha, k_aux, loss, b_dec_init, name."""
+    seed, optimizer, optimizer_state, weight_decay, auxk_alpha, k_aux, loss, b_dec_init, name."""
     batch_size: int = 4096
     """Tokens per batch."""
     grad_acc_steps: int = 1
@@ -63,6 +63,8 @@ class TrainConfig:
     epochs: int | None = None
     """Passes over the store, in place of `max_tokens`; 1 if neither is given."""
     optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer_state: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """How Adam's moments are kept: 8, 4 or 2 bytes per weight."""
     weight_decay: float = 0.0
     warmup_steps: int | None = None
     """Optimizer steps of linear warm-up; by default a 20th of the run, at most 1,000."""
@@ -200,7 +202,7 @@ def _variants(config: TrainConfig, store: ActivationStore) -> list[Variant]:
     if not sites:
         raise ConfigError(f"name a site with --site; the store has {', '.join(store.sites)}")
     widths = {site: store.site(site).width for site in sites}
-    shared = ("optimizer", "weight_decay", "auxk_alpha", "k_aux", "loss", "b_dec_init")
+    shared = ("optimizer", "optimizer_state", "weight_decay", "auxk_alpha", "k_aux", "loss", "b_dec_init")
     width_given = config.expansion_factor or config.num_latents
     axes = {
         "site": config.site,

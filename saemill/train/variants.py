@@ -28,6 +28,8 @@ class Variant:
     seed: int = 0
     """Seed of the initial decoder."""
     optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer_state: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """How Adam's moments are kept: 8, 4 or 2 bytes per weight."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the encoder's weights; the decoder's rows have unit length."""
     auxk_alpha: float = 1 / 32
@@ -42,6 +44,8 @@ class Variant:
             raise ConfigError(f"k must be in 1..{self.num_latents} (the number of latents), got {self.k}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr must be positive, got {self.lr}")
+        if self.optimizer != "adam" and self.optimizer_state != "fp32":
+            raise ConfigError(f"optimizer_state {self.optimizer_state} has an effect with adam only")
         for name in ("weight_decay", "auxk_alpha"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")

@@ -1,0 +1,111 @@
+"""How Adam's moments are kept between steps: in float32, bfloat16 or 8 bits per weight.
+
+A moment moves by a small share of itself per step (the second by a thousandth), less than the
+spacing of short formats: rounded to the nearest it would never move. So what is written is rounded
+up or down at random with the mean kept, by a table of noise read from a place that depends on the
+step and the row: the same run gives the same result, killed and resumed or not.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from saemill.common.permutation import combine
+
+NOISE_ENTRIES = 1 << 20
+
+
+@lru_cache(1)
+def _table(n_entries: int) -> Tensor:
+    return torch.rand(n_entries, generator=torch.Generator().manual_seed(0))
+
+
+def _noise(like: Tensor, step: int, first_row: int) -> Tensor:
+    """Uniform in [0, 1), of `like`'s shape; another part of the table for each step and block."""
+    table = _table(max(NOISE_ENTRIES, 2 * like.numel()))
+    start = combine(step, first_row) % (len(table) - like.numel() + 1)
+    return table[start : start + like.numel()].view_as(like).to(like.device)
+
+
+class Float32Moment:
+    """As it is. [F, D] or [F]."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        self.value = torch.zeros_like(leaf)
+
+    def read(self, rows: slice) -> Tensor:
+        """The rows themselves: what is done to them is kept."""
+        return self.value[rows]
+
+    def write(self, rows: slice, value: Tensor, step: int) -> None:
+        """Nothing is left to do."""
+
+    def tensors(self) -> list[Tensor]:
+        """What a checkpoint needs."""
+        return [self.value]
+
+
+class Bfloat16Moment:
+    """Two bytes per weight: 8 bits of precision, randomly rounded. [F, D]."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        self.value = torch.zeros_like(leaf, dtype=torch.bfloat16)
+
+    def read(self, rows: slice) -> Tensor:
+        """A float32 copy of the rows."""
+        return self.value[rows].float()
+
+    def write(self, rows: slice, value: Tensor, step: int) -> None:
+        """Round the rows and keep them."""
+        noise = _noise(value, step, rows.start).mul(1 << 16).to(torch.int32)
+        bits = value.view(torch.int32).add(noise).bitwise_and_(-(1 << 16))
+        self.value[rows] = bits.view(torch.float32).to(torch.bfloat16)
+
+    def tensors(self) -> list[Tensor]:
+        """What a checkpoint needs."""
+        return [self.value]
+
+
+class EightBitMoment:
+    """One byte per weight: a sign and a logarithm, against the largest magnitude of the row. [F, D].
+
+    Codes are spaced evenly in the logarithm. The first moment has 127 over 24 octaves, a factor of
+    1.14 apart; what is smaller counts as 0. The second, of squares, has 255 over 48, likewise 1.14;
+    what is smaller counts as the smallest, since an update divides by its root. What matters is the
+    relative error: evenly spaced magnitudes would drown the small ones.
+    """
+
+    def __init__(self, leaf: Tensor, signed: bool) -> None:
+        self.n_codes, self.octaves, self.least = (127, 24, 0) if signed else (255, 48, 1)
+        self.code = torch.zeros_like(leaf, dtype=torch.int8 if signed else torch.uint8)
+        self.log2_scale = torch.zeros(len(leaf), 1, device=leaf.device)
+
+    def read(self, rows: slice) -> Tensor:
+        """The rows in float32."""
+        code = self.code[rows].float()
+        log2 = (code.abs() - self.n_codes) * (self.octaves / self.n_codes)
+        return torch.exp2(log2.add_(self.log2_scale[rows])).mul_(code.sign())
+
+    def write(self, rows: slice, value: Tensor, step: int) -> None:
+        """Round the rows and keep them."""
+        log2 = value.abs().log2_()
+        scale = log2.amax(1, keepdim=True).clamp_(min=-126)
+        code = (log2 - scale).mul_(self.n_codes / self.octaves).add_(self.n_codes)
+        code.add_(_noise(value, step, rows.start)).floor_().clamp_(self.least, self.n_codes)
+        self.code[rows] = code.mul_(value.sign()).to(self.code.dtype)
+        self.log2_scale[rows] = scale
+
+    def tensors(self) -> list[Tensor]:
+        """What a checkpoint needs."""
+        return [self.code, self.log2_scale]
+
+
+Moment = Float32Moment | Bfloat16Moment | EightBitMoment
+
+
+def moment(leaf: Tensor, kept: str, signed: bool) -> Moment:
+    """Storage for a moment of `leaf`: fp32, bf16 or 8bit; biases are always kept in float32."""
+    if kept == "fp32" or leaf.dim() == 1:
+        return Float32Moment(leaf)
+    return Bfloat16Moment(leaf) if kept == "bf16" else EightBitMoment(leaf, signed)
