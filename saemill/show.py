@@ -50,7 +50,7 @@ def _describe_activations(store: ActivationStore) -> str:
         site = store.site(name)
         statistics = site.statistics
         lines.append(
-            f"  {name}: D {site.width}, {durable.folder_bytes(site.array.path) / 2**20:,.1f} MiB, "
+            f"  {name}: D {site.width}, {site.array.n_shards * site.array.shard_bytes / 2**20:,.1f} MiB, "
             f"mean squared norm {statistics.mean_squared_norm:.4g}, "
             f"variance {statistics.total_variance:.4g} over {statistics.n_tokens:,} training tokens"
         )

@@ -7,6 +7,7 @@ error that names the nearest known one.
 
 import dataclasses
 import difflib
+import os
 import types
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
@@ -211,6 +212,21 @@ def plain(config: Any) -> dict[str, Any]:
     converted = convert(dataclasses.asdict(config))
     assert isinstance(converted, dict)
     return converted
+
+
+def check_folder(path: Path) -> None:
+    """Refuse an output that cannot become a folder, before any work is done for it.
+
+    Raises:
+        ConfigError: a file is in the way, or nothing may be written there.
+    """
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigError(f"out must be a folder, but {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"out is {path}, but you may not write in {there}; choose another folder")
 
 
 def write_yaml(path: Path, section: str, values: Mapping[str, Any]) -> None:
