@@ -222,7 +222,10 @@ def test_errors_are_told_without_a_traceback(tmp_path: Path) -> None:
         ),
         (["cache", "no-tokens", "--layers", "0", "-o", "o"], "cache.model must be given"),
         (["cache", "no-tokens", "--model", "m", "-o", "o"], "name what to cache"),
-        (["cache", "t", "--model", "m", "-o", "o", "--layers", "a"], "cache.layers[0] must be int, got 'a'"),
+        (
+            ["cache", "t", "--model", "m", "-o", "o", "--layers", "a"],
+            "cache.layers[0] must be a whole number (4096, 512k, 2M, 1e6), got 'a'",
+        ),
         (["verify", "no-store"], "no-store is no finished token store or activation store"),
     ],
 )

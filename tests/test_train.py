@@ -308,9 +308,13 @@ train:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("{k: 3, num_latents: many}", "num_latents must be int"),
-        ("{k: 3, expansion_factor: 2.5}", "expansion_factor must be int"),
-        ("{k: 3, num_latents: 48, lr: high}", "lr must be"),
+        ("{k: 3, num_latents: many}", "variants[0].num_latents must be a whole number"),
+        ("{k: 3, expansion_factor: 2.5}", "variants[0].expansion_factor must be a whole number"),
+        ("{k: 3, num_latents: 48, lr: high}", "variants[0].lr must be auto or a number, got 'high'"),
+        (
+            "{k: 3, num_latents: 48}, {kk: 3, num_latents: 48}",
+            "unknown setting variants[1].kk; did you mean k",
+        ),
         ("5", "must be a group of settings"),
     ],
 )
