@@ -237,7 +237,8 @@ def assess(
     for name in ("min_loss_recovered", "min_l0", "max_l0", "max_dead_fraction", "max_absorption"):
         values[f"thresholds.{name}"] = values.pop(name)
     assessment = run_assess(_resolve(AssessConfig, "assess", values))
-    say(contexts_text(assessment["features"], 4, 4))
+    if contexts := contexts_text(assessment["features"], 4, 4):
+        say(contexts)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from torch import Tensor
 from saemill.common import durable
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
+from saemill.common.log import counted
 from saemill.common.sites import block_names, first_output, load_model_config
 from saemill.common.tokens import TokenizerInfo
 
@@ -37,7 +38,8 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"device must be auto, cpu, cuda, cuda:1, …, got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device {name!r} asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+            f"device {name!r} asked for, but torch {torch.__version__} sees "
+            f"{counted(torch.cuda.device_count(), 'GPU')}"
         )
     return device
 
