@@ -956,6 +956,8 @@ def test_tokens_of_another_tokenizer_are_refused(
         cache(tokens, other, tmp_path / "acts")
     with pytest.raises(ConfigError, match="allow_other_tokenizer has no effect"):
         cache(tokens, mine, tmp_path / "acts", allow_other_tokenizer=True)
+    with pytest.raises(ConfigError, match=f"has no effect: none comes with {neox}; leave it out"):
+        cache(tokens, neox, tmp_path / "acts", allow_other_tokenizer=True)
     assert not (tmp_path / "acts").exists()
     cache(tokens, mine, tmp_path / "acts", max_tokens=64)
     cache(tokens, other, tmp_path / "acts2", max_tokens=64, allow_other_tokenizer=True)

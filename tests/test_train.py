@@ -214,6 +214,14 @@ def test_other_settings_in_the_same_place_are_refused(store: ActivationStore, tm
     assert (tmp_path / "r" / "finished.json").stat().st_mtime_ns > before
 
 
+def test_an_output_below_a_file_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the file, which stays as it was."""
+    (tmp_path / "file").write_text("keep me")
+    with pytest.raises(ConfigError, match=r"out must be a folder, but .*/file is a file"):
+        run(config(store, tmp_path / "file" / "r"))
+    assert (tmp_path / "file").read_text() == "keep me"
+
+
 def test_a_damaged_checkpoint_is_told(store: ActivationStore, tmp_path: Path) -> None:
     """Oracle: the message says how to go on."""
     run(config(store, tmp_path / "r"))

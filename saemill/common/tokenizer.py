@@ -85,19 +85,18 @@ def check_tokenizer(info: TokenizerInfo, model: str, revision: str | None, allow
         allow_other: take another tokenizer's tokens.
 
     Raises:
-        ConfigError: the tokenizer is another one, or it is the same and `allow_other` has no effect.
+        ConfigError: the tokenizer is another one, or it is not and `allow_other` has no effect.
     """
     try:
-        same = hash_tokenizer(_load(model, revision)) == info.hash
+        same: bool | None = hash_tokenizer(_load(model, revision)) == info.hash
     except ConfigError:
+        same = None
+    if same is not False and allow_other:
+        why = f"the tokens were made with that of {model}" if same else f"none comes with {model}"
+        raise ConfigError(f"allow_other_tokenizer has no effect: {why}; leave it out")
+    if same is None:
         say(f"no tokenizer comes with {model}: whether the tokens were made for it was not checked")
-        return
-    if same and allow_other:
-        raise ConfigError(
-            f"allow_other_tokenizer has no effect: the tokens were made with the tokenizer of {model}; "
-            "leave it out"
-        )
-    if not same and not allow_other:
+    if same is False and not allow_other:
         raise ConfigError(
             f"the tokens were made with the tokenizer {info.name!r}, but {model!r} comes with another one, "
             f"to which their ids mean other text; tokenize with --tokenizer {model}, or say "
