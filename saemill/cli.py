@@ -91,22 +91,32 @@ def cache(
         str | None, option("Globs over module paths and residual.N: 'layers.*.mlp'.", "GLOBS")
     ] = None,
     layer_stride: Annotated[str | None, option("Every N-th block, from block 0.")] = None,
-    dtype: Annotated[str | None, option("Stored type: bf16, fp16, fp32 [bf16].", "TYPE")] = None,
-    model_dtype: Annotated[
-        str | None, option("Type the model computes in [auto: bf16 on GPU, fp32 on CPU].", "TYPE")
+    dtype: Annotated[
+        str | None, option("Stored type: bf16, fp16, fp32 [the store's, or bf16].", "TYPE")
     ] = None,
-    max_tokens: Annotated[str | None, option("Cache only the first rows, at most so many tokens.")] = None,
+    model_dtype: Annotated[
+        str | None,
+        option("Type the model computes in [auto: the store's, or bf16 on GPU, fp32 on CPU].", "TYPE"),
+    ] = None,
+    max_tokens: Annotated[
+        str | None, option("Cache only the first rows, at most so many tokens [the store's, or all].")
+    ] = None,
     batch_size: Annotated[str | None, option("Rows per forward pass [16].", "ROWS")] = None,
-    shard_tokens: Annotated[str | None, option("Tokens per shard file [65536].")] = None,
+    shard_tokens: Annotated[str | None, option("Tokens per shard file [the store's, or 65536].")] = None,
     device: Device = None,
+    allow_other_tokenizer: Annotated[
+        bool | None,
+        typer.Option("--allow-other-tokenizer", help="Take tokens of another tokenizer than the model's."),
+    ] = None,
     revision: Annotated[str | None, option("The hub model's revision.", "REV")] = None,
     config: Config = None,
     set_: Sets = None,
 ) -> None:
     """Run a transformer over the rows once and store the activations of chosen sites.
 
-    Killed at any moment, the same command continues; run again with other layers, it adds them; run
-    on a finished store, it checks every shard and writes the damaged ones again.
+    Killed at any moment, the same command continues; run again with other layers, it adds them, with
+    the store's settings where you name none; run on a finished store, it checks every shard and writes
+    the damaged ones again.
 
     Example: `saemill cache tokens --model EleutherAI/pythia-160m --layers 4,8 -o acts`
     """
@@ -119,7 +129,8 @@ def cache(
 def train(
     acts: Annotated[Path | None, typer.Argument(help="A folder made by `saemill cache`.")] = None,
     site: Annotated[
-        list[str] | None, typer.Option(help="Site to train on; repeat or separate by commas.")
+        list[str] | None,
+        typer.Option(help="Site to train on; repeat or separate by commas.", metavar="SITE,…"),
     ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the run.")] = None,
     k: Annotated[str | None, option("Active latents per token [32].", "K,…")] = None,
@@ -232,7 +243,8 @@ def assess(
     for name in ("min_loss_recovered", "min_l0", "max_l0", "max_dead_fraction", "max_absorption"):
         values[f"thresholds.{name}"] = values.pop(name)
     assessment = run_assess(_resolve(AssessConfig, "assess", values))
-    say(contexts_text(assessment["features"], 4, 4))
+    if contexts := contexts_text(assessment["features"], 4, 4):
+        say(contexts)
 
 
 @app.command()

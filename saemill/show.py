@@ -5,6 +5,7 @@ from pathlib import Path
 from saemill.common import durable
 from saemill.common.activations import REPAIR, ActivationStore
 from saemill.common.errors import StoreError
+from saemill.common.log import counted
 from saemill.common.tokens import TokenStore
 
 
@@ -14,13 +15,39 @@ def describe(path: Path) -> str:
     Raises:
         StoreError: the folder is none of them, or is damaged.
     """
-    if (path / "identity.json").exists():
+    kind = _kind(path)
+    if kind == "run":
         return _describe_run(path)
-    if (path / "tokens" / "manifest.json").exists():
+    if kind == "activation store":
         return _describe_activations(ActivationStore(path))
-    if (path / "manifest.json").exists():
+    if kind == "token store":
         return _describe_tokens(TokenStore(path))
-    raise StoreError(f"{path} is no token store, activation store or run that saemill made")
+    raise StoreError(f"{path} is no token store, activation store or run that saemill made{_hint(path)}")
+
+
+def _kind(path: Path) -> str | None:
+    """What saemill made of a folder; a part of a store or run, or anything else, is None."""
+    if (path / "identity.json").exists():
+        return "run"
+    if (path / "commits").exists():
+        return None
+    if (path / "manifest.json").exists():
+        return "token store"
+    return "activation store" if (path / "zarr.json").exists() else None
+
+
+def _hint(path: Path) -> str:
+    """What a wrong path is instead, and which one may be meant."""
+    if not path.exists():
+        return ": there is no such folder"
+    if not path.is_dir():
+        return ": it is a file; name a folder"
+    if (path / "commits").exists():
+        return f": it is one site of {path.parent}; name that"
+    if (path / "cfg.json").exists():
+        return f": it is one SAE of {path.parent}; name that"
+    inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and _kind(folder))
+    return f"; did you mean {', '.join(inside)}?" if inside else ""
 
 
 def _describe_tokens(store: TokenStore) -> str:
@@ -28,9 +55,9 @@ def _describe_tokens(store: TokenStore) -> str:
     return "\n".join(
         [
             f"token store {store.path}",
-            f"  {store.n_tokens:,} tokens: {store.n_rows:,} rows of {store.ctx_len}, "
+            f"  {store.n_tokens:,} tokens: {counted(store.n_rows, 'row')} of {store.ctx_len}, "
             f"{manifest['n_held_out_rows']:,} of them held out",
-            f"  {manifest['n_documents']:,} documents of {manifest['source']['name']}",
+            f"  {counted(manifest['n_documents'], 'document')} of {manifest['source']['name']}",
             f"  tokenizer {store.tokenizer.name} ({store.tokenizer.vocab_size:,} ids)",
             f"  fingerprint {store.fingerprint}",
         ]
@@ -42,15 +69,15 @@ def _describe_activations(store: ActivationStore) -> str:
     lines = [
         f"activation store {store.path}",
         f"  model {settings['model']}, computed in {settings['model_dtype']}, stored as {settings['dtype']}",
-        f"  {store.n_tokens:,} tokens: {store.tokens.n_rows:,} rows of {store.ctx_len}, "
-        f"{store.n_shards} shards of {store.shard_tokens:,} tokens per site",
+        f"  {store.n_tokens:,} tokens: {counted(store.tokens.n_rows, 'row')} of {store.ctx_len}, "
+        f"{counted(store.n_shards, 'shard')} of {store.shard_tokens:,} tokens per site",
         f"  fingerprint {store.fingerprint}",
     ]
     for name in store.sites:
         site = store.site(name)
         statistics = site.statistics
         lines.append(
-            f"  {name}: D {site.width}, {durable.folder_bytes(site.array.path) / 2**20:,.1f} MiB, "
+            f"  {name}: D {site.width}, {site.array.n_shards * site.array.shard_bytes / 2**20:,.1f} MiB, "
             f"mean squared norm {statistics.mean_squared_norm:.4g}, "
             f"variance {statistics.total_variance:.4g} over {statistics.n_tokens:,} training tokens"
         )
@@ -74,8 +101,8 @@ def _describe_run(path: Path) -> str:
         return f"run {path}: unfinished, {state}"
     finished = durable.read_json(path / "finished.json")
     lines = [
-        f"run {path}: {len(finished['variants'])} SAEs, {finished['tokens']:,} tokens in "
-        f"{finished['steps']:,} steps, {finished['seconds']:,.0f} s"
+        f"run {path}: {counted(len(finished['variants']), 'SAE')}, {finished['tokens']:,} tokens in "
+        f"{counted(finished['steps'], 'step')}, {finished['seconds']:,.0f} s"
     ]
     verdicts = {}
     if (path / "final_assessment.json").exists():
@@ -93,8 +120,11 @@ def problems(path: Path) -> list[str]:
     Raises:
         StoreError: the folder is neither.
     """
-    if not (path / "tokens" / "manifest.json").exists():
+    kind = _kind(path)
+    if kind == "token store":
         return _token_problems(path)
+    if kind != "activation store":
+        raise StoreError(f"{path} is no finished token store or activation store{_hint(path)}")
     found = _token_problems(path / "tokens")
     if found:
         return [*found, REPAIR]
@@ -113,7 +143,7 @@ def problems(path: Path) -> list[str]:
 
 def _token_problems(path: Path) -> list[str]:
     if not (path / "manifest.json").exists():
-        raise StoreError(f"{path} is no finished token store or activation store")
+        return [f"{path / 'manifest.json'}: file is missing"]
     entries = durable.read_json(path / "manifest.json")["files"]
     checked = ((e["path"], _file_problem(path / e["path"], e["bytes"], e["xxh3"])) for e in entries)
     return [f"{path / name}: {problem}" for name, problem in checked if problem]

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import make_store, make_tokens
 
+from saemill.assess import run as assess_run
 from saemill.assess.evalset import EvalSet
-from saemill.assess.features import Reader, choose_latents, top_addresses
+from saemill.assess.features import Reader, check_latents, choose_latents, top_addresses
 from saemill.assess.reconstruction import Reconstruction, absorption
+from saemill.assess.report import contexts_text
 from saemill.assess.run import AssessConfig, run
 from saemill.assess.sums import Bootstrap, DocumentSums
 from saemill.assess.verdict import Thresholds, checks, order, summary
@@ -170,7 +172,7 @@ def test_too_few_documents_have_no_interval() -> None:
     figure = Bootstrap(3).ratio(np.array([1.0, 2, 3]), np.array([2.0, 2, 2]))
     assert figure["value"] == 1.0
     assert figure["lo"] is None
-    assert "3 documents are too few" in figure["reason"]
+    assert figure["reason"] == "only 3 documents; an interval needs 30"
 
 
 @settings(max_examples=30, deadline=None)
@@ -238,8 +240,13 @@ def test_latents_shown_are_asked_or_random_live_ones() -> None:
     chosen = choose_latents(density, density > 0, (3,), 10)
     assert chosen[0] == 3
     assert sorted(chosen) == [1, 2, 3, 4]
-    with pytest.raises(ConfigError, match="latents are 0"):
-        choose_latents(density, density > 0, (5,), 1)
+    check_latents((0, 4), [5, 9])
+    with pytest.raises(ConfigError, match=r"latents must be in 0\.\.4, got 5, -1$"):
+        check_latents((5, 4, -1), [5])
+    with pytest.raises(
+        ConfigError, match=r"in 0\.\.4, got 5; name the variant they belong to with --variant"
+    ):
+        check_latents((5,), [9, 5])
 
 
 def test_verdict_counts_only_checks_that_ran() -> None:
@@ -249,6 +256,7 @@ def test_verdict_counts_only_checks_that_ran() -> None:
         "l0": {"value": 32.0},
         "dead_fraction": {"value": 0.5},
         "absorption": {"value": 0.25},
+        "absorption_random": {"value": None, "reason": "1 live latent"},
     }
     found = checks(figures, Thresholds())
     assert [check["passed"] for check in found] == [None, True, False, True]
@@ -263,6 +271,23 @@ def test_verdict_counts_only_checks_that_ran() -> None:
         for name, v, at in (("a", 0.3, None), ("b", 0.2, None), ("c", 0.1, 7))
     ]  # fmt: skip
     assert [entry["name"] for entry in order(entries)] == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("value", "random", "passed", "threshold"),
+    [(0.28, 0.2, False, 0.25), (0.28, 0.3, True, 0.3), (0.3, 0.3, True, 0.3), (0.31, 0.3, False, 0.3)],
+)
+def test_absorption_is_judged_against_what_random_directions_show(
+    value: float, random: float, passed: bool, threshold: float
+) -> None:
+    """Oracle: the larger of threshold and baseline, by hand; the reason where it is the baseline."""
+    figures = {name: {"value": 0.0} for name in ("loss_recovered", "l0", "dead_fraction")}
+    figures |= {"absorption": {"value": value}, "absorption_random": {"value": random}}
+    check = checks(figures, Thresholds())[3]
+    assert (check["passed"], check["threshold"]) == (passed, f"at most {threshold}")
+    assert check.get("reason") == (
+        "as many random directions show 0.300, more than the threshold of 0.25" if random > 0.25 else None
+    )
 
 
 def test_a_figure_that_is_not_finite_is_null() -> None:
@@ -428,9 +453,62 @@ def test_refusals(causal: Pipeline, tmp_path: Path, tiny_models: dict[str, str])
         run(AssessConfig(run=causal.out, variant="x"))
     with pytest.raises(StoreError, match="no longer at"):
         run(AssessConfig(run=causal.out, acts=tmp_path / "gone"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"out must be a folder, but .*/file is a file"):
+        run(AssessConfig(run=causal.out, out=tmp_path / "file" / "out"))
+    with pytest.raises(ConfigError, match=r"cannot load the model './modle': no such folder"):
+        run(AssessConfig(run=causal.out, model="./modle"))
+    with pytest.raises(ConfigError, match="n_latents must be 0 or more, got -1"):
+        AssessConfig(run=causal.out, n_latents=-1)
+    with pytest.raises(ConfigError, match="variant has no effect where no latent is shown"):
+        AssessConfig(run=causal.out, n_latents=0, variant="x")
+
+
+def test_mistakes_are_told_before_the_model_is_loaded(
+    causal: Pipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    corpus: Path,
+    tokenizer_folder: str,
+) -> None:
+    """Oracle: no model is ever loaded."""
+    monkeypatch.setattr(assess_run, "LanguageModel", lambda *_, **__: pytest.fail("loaded the model"))
+    with pytest.raises(ConfigError, match=r"latents must be in 0\.\.127, got 5000"):
+        run(AssessConfig(run=causal.out, latents=(3, 5000)))
+    with pytest.raises(StoreError, match="is not a finished token store"):
+        run(AssessConfig(run=causal.out, tokens=tmp_path / "nope"))
     foreign = make_tokens(tmp_path / "foreign", 10, 16)
     with pytest.raises(ConfigError, match="was made with the tokenizer"):
         run(AssessConfig(run=causal.out, tokens=foreign.path))
+    other = TokenizeConfig(dataset=str(corpus), tokenizer=tokenizer_folder, out=tmp_path / "o", ctx_len=200)
+    tokenize(other)
+    with pytest.raises(ConfigError, match=r"rows have 200 tokens, but .* takes at most 128"):
+        run(AssessConfig(run=causal.out, tokens=other.out))
+    with pytest.raises(ConfigError, match="need the model; leave out --no-model"):
+        run(AssessConfig(run=causal.out, tokens=other.out, with_model=False))
+
+
+def test_the_table_tells_what_is_not_in_it(
+    causal: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the assessment; 200 tokens are of few documents; the baseline stands beside absorption."""
+    config: dict[str, Any] = {"run": causal.out, "device": "cpu", "with_model": False, "n_latents": 0}
+    assessment = run(AssessConfig(out=tmp_path, max_tokens=200, **config))
+    shown = capsys.readouterr().out
+    n_documents = assessment["data"]["n_documents"]
+    assert f"no interval for FVU, L0, cosine: only {n_documents} documents; an interval needs 30" in shown
+    assert "where as many random directions show more than 0.25, it is judged against (random)" in shown
+    line = next(line for line in shown.splitlines() if f" {entry(assessment, 16)['name']} " in line)
+    metrics = entry(assessment, 16)["metrics"]
+    cells = [f"{metrics[name]['value']:.3f}" for name in ("absorption", "absorption_random")]
+    assert [cell.strip() for cell in line.split("│")][8:10] == cells
+    page = (tmp_path / "report.html").read_text()
+    assert f"only {n_documents} documents; an interval needs 30" in page
+    assert page.count("(random)") >= 2
+    assert "<h2>Where latents" not in page
+    assert contexts_text(assessment["features"], 4, 4) == ""
+    run(AssessConfig(out=tmp_path, **config | {"n_latents": 2}))
+    assert "no interval" not in capsys.readouterr().out
 
 
 def test_a_copy_of_the_model_elsewhere_is_accepted(causal: Pipeline, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from saemill.common.mask import MaskConfig
 from saemill.common.permutation import permutation
 from saemill.common.shards import ShardedArray
 from saemill.common.tokens import TokenizerInfo, TokenStore, write_token_store
-from saemill.show import problems
+from saemill.show import describe, problems
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
@@ -465,6 +465,24 @@ def test_sites_added_later_are_the_same_bytes(
     assert store.fingerprint == made.fingerprint
 
 
+def test_settings_left_open_are_those_of_the_store(tokens: TokenStore, neox: str, tmp_path: Path) -> None:
+    """Oracle: a store that one run made of both sites, with every setting given."""
+    given: dict[str, Any] = {
+        "shard_tokens": 96, "dtype": "fp16", "max_tokens": 1000, "mask": MaskConfig(first_positions=2),
+        "model_dtype": "bf16",
+    }  # fmt: skip
+    whole = cache(tokens, neox, tmp_path / "whole", layers=(0, 1), **given)
+    cache(tokens, neox, tmp_path / "acts", layers=(0,), **given)
+    store = cache_run.run(
+        CacheConfig(tokens=tokens.path, model=neox, out=tmp_path / "acts", layers=(1,), batch_size=BATCH)
+    )
+    assert file_hashes(store.path) == file_hashes(whole.path)
+    for key, value in (given | {"shard_tokens": 64, "dtype": "bf16", "max_tokens": 4800}).items():
+        if value != given[key]:
+            with pytest.raises(ConfigError, match="was made with other settings"):
+                cache(tokens, neox, tmp_path / "acts", **given | {key: value})
+
+
 def test_a_finished_store_is_left_as_it_is(
     copied: Path,
     tokens: TokenStore,
@@ -578,7 +596,11 @@ def test_a_crash_at_any_step_leaves_a_store_that_is_finished_later(
 
 
 def test_left_over_pieces_do_no_harm(
-    copied: Path, made: ActivationStore, tokens: TokenStore, neox: str
+    copied: Path,
+    made: ActivationStore,
+    tokens: TokenStore,
+    neox: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Oracle: the finished store; pieces as a kill leaves them, before, during and after a rename."""
     for site in ("layers.0", "layers.1"):
@@ -597,7 +619,9 @@ def test_left_over_pieces_do_no_harm(
     }
     with pytest.raises(StoreError, match="unfinished"):
         ActivationStore(copied).site("layers.0")
+    capsys.readouterr()
     cache(tokens, neox, copied, layers=(0, 1))
+    assert "layers.1: 7 of 10 shards are there, continuing with shard 2" in capsys.readouterr().out
     assert file_hashes(copied) == file_hashes(made.path)
     assert marks(copied).items() >= kept_marks.items()
 
@@ -906,11 +930,88 @@ def test_tokens_that_the_model_cannot_take_are_refused(
     assert not (tmp_path / "acts").exists()
 
 
-def test_a_folder_with_other_files_is_refused(tokens: TokenStore, neox: str, tmp_path: Path) -> None:
+def with_tokenizer(model: str, out: Path, tokenizer: str, change: Callable[[str], str] = str) -> str:
+    """A copy of a checkpoint with a tokenizer beside it, whose serialisation is changed."""
+    shutil.copytree(model, out)
+    shutil.copy(Path(tokenizer) / "tokenizer_config.json", out)
+    text = (Path(tokenizer) / "tokenizer.json").read_text()
+    (out / "tokenizer.json").write_text(change(text))
+    return str(out)
+
+
+def test_tokens_of_another_tokenizer_are_refused(
+    tokens: TokenStore, neox: str, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    """Oracle: the same tokenizer, and one with two ids exchanged; the flag takes just the second."""
+    mine = with_tokenizer(neox, tmp_path / "mine", tokenizer_folder)
+
+    def exchange(text: str) -> str:
+        serialised = json.loads(text)
+        ids = serialised["model"]["vocab"]
+        ids["a"], ids["b"] = ids["b"], ids["a"]
+        return json.dumps(serialised)
+
+    other = with_tokenizer(neox, tmp_path / "other", tokenizer_folder, exchange)
+    with pytest.raises(ConfigError, match=f"comes with another one, .* --tokenizer {other}, or say --allow"):
+        cache(tokens, other, tmp_path / "acts")
+    with pytest.raises(ConfigError, match="allow_other_tokenizer has no effect"):
+        cache(tokens, mine, tmp_path / "acts", allow_other_tokenizer=True)
+    with pytest.raises(ConfigError, match=f"has no effect: none comes with {neox}; leave it out"):
+        cache(tokens, neox, tmp_path / "acts", allow_other_tokenizer=True)
+    assert not (tmp_path / "acts").exists()
+    cache(tokens, mine, tmp_path / "acts", max_tokens=64)
+    cache(tokens, other, tmp_path / "acts2", max_tokens=64, allow_other_tokenizer=True)
+    assert file_hashes(tmp_path / "acts" / "layers.1") == file_hashes(tmp_path / "acts2" / "layers.1")
+
+
+@pytest.mark.parametrize("kind", ["neox", "llama", "gpt2", "bert"])
+def test_a_model_without_tokenizer_is_told_and_taken(
+    kind: str,
+    tokens: TokenStore,
+    tiny_models: dict[str, str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Oracle: folders with weights alone, of which transformers makes empty tokenizers; no bars either."""
+    model = tiny_models[kind]
+    cache(tokens, model, tmp_path / "acts", layers=(), sites=("residual.1",), max_tokens=64)
+    shown = capfd.readouterr()
+    assert f"no tokenizer comes with {model}: whether the tokens were made for it was not" in shown.out
+    assert "Loading weights" not in shown.err
+
+
+def test_the_plan_is_what_show_tells(
+    tokens: TokenStore, neox: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the sizes of the shard files, the last one padded."""
+    store = cache(tokens, neox, tmp_path / "acts", dtype="fp32", sites=("layers.1.mlp.dense_h_to_4h",))
+    plan = capsys.readouterr().out
+    n_bytes = sum(file.stat().st_size for file in tmp_path.glob("acts/*/c/*/0"))
+    size = f"{n_bytes / 2**20:,.1f} MiB"
+    assert "per site in 10 shards of 512 tokens, the last one padded:" in plan
+    assert f"D     64  {size:>16}" in plan
+    assert f"D 64, {size}," in describe(store.path)
+
+
+def test_folders_are_refused_before_the_model_is_looked_at(tokens: TokenStore, tmp_path: Path) -> None:
+    """Oracle: a model that does not exist would be the next error; and a file where the store would go."""
+    (tmp_path / "file").write_text("keep me")
+    with pytest.raises(ConfigError, match=r"out must be a folder, but .*file is a file"):
+        cache(tokens, "./no-model", tmp_path / "file" / "acts")
+    with pytest.raises(StoreError, match="holds other files"):
+        cache(tokens, "./no-model", tmp_path)
+    with pytest.raises(StoreError, match="is not a finished token store"):
+        cache(tmp_path / "no-tokens", "./no-model", tmp_path / "acts")
+
+
+def test_a_folder_with_other_files_is_refused(
+    tokens: TokenStore, neox: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Oracle: the file that was there."""
     (tmp_path / "notes.txt").write_text("keep me")
     with pytest.raises(StoreError, match="holds other files; choose a new folder"):
         cache(tokens, neox, tmp_path)
+    assert capsys.readouterr().out == "", "no plan is told for a folder that is refused"
     assert file_hashes(tmp_path).keys() == {"notes.txt"}
 
 

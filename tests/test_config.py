@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.common import config
-from saemill.common.config import build, check_same, count, plain, resolve, write_yaml
+from saemill.common.config import build, check_folder, check_same, count, plain, resolve, write_yaml
 from saemill.common.errors import ConfigError
 from saemill.tokenize.run import TokenizeConfig
 
@@ -106,7 +106,7 @@ def test_wrong_file(tmp_path: Path, text: str, message: str) -> None:
     [
         ("n", "key=value"),
         ("limits=1", "unknown setting train.limits; did you mean limit"),
-        ("n.deep=1", "train.n must be int"),
+        ("n.deep=1", "train.n must be a whole number"),
         ("inner=2", "inner must be a group"),
         ("inner.rats=2", "did you mean rate"),
         ("sizes=[1", "--set sizes=.1 is not valid YAML"),
@@ -171,7 +171,7 @@ def test_bad_count(value: Any) -> None:
     """Oracle: none of these is a whole number; `build` says so, with the setting's name and the value."""
     with pytest.raises(ConfigError) as caught:
         made(n=value)
-    assert str(caught.value) == f"train.n must be int, got {value!r}"
+    assert str(caught.value) == f"train.n must be a whole number (4096, 512k, 2M, 1e6), got {value!r}"
 
 
 @pytest.mark.parametrize(
@@ -197,14 +197,14 @@ def test_bad_tuple_names_the_item(value: str, name: str) -> None:
     """Oracle: the position of the wrong item, counted by hand."""
     with pytest.raises(ConfigError) as caught:
         made(sizes=value)
-    assert str(caught.value).startswith(f"train.{name} must be int")
+    assert str(caught.value).startswith(f"train.{name} must be a whole number")
 
 
 def test_union_in_tuple() -> None:
     """Oracle: the word stays a word, everything else is a number."""
     assert made(rates="auto,1e-3").rates == ("auto", 0.001)
     assert made(rates=2).rates == (2.0,)
-    with pytest.raises(ConfigError, match=r"rates\[0\] must be float, got 'atuo'"):
+    with pytest.raises(ConfigError, match=r"rates\[0\] must be auto or a number, got 'atuo'"):
         made(rates="atuo")
 
 
@@ -219,7 +219,7 @@ def test_literal() -> None:
 def test_none(value: Any) -> None:
     """Oracle: YAML's null and the words a flag can carry are None where None is allowed, else refused."""
     assert made(limit=value).limit is None
-    with pytest.raises(ConfigError, match="n must be int"):
+    with pytest.raises(ConfigError, match="n must be a whole number"):
         made(n=value)
 
 
@@ -323,3 +323,18 @@ def test_shipped_configs_resolve() -> None:
             given = config.read_section(file, section)
             flags = {k: v for k, v in needed.items() if k in names and k not in given}
             resolve(stages[section], section, flags, file)
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a new folder is fine, one below a file or where nothing may be written is not."""
+    check_folder(tmp_path / "new" / "deep")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(ConfigError, match=r"out must be a folder, but .*/file is a file"):
+            check_folder(path)
+    monkeypatch.setattr(config.os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match=f"you may not write in {tmp_path}; choose another"):
+        check_folder(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -124,6 +124,22 @@ def test_a_wrong_folder_is_refused(command: str, kind: str, tmp_path: Path) -> N
     assert result.stdout == ""
 
 
+def test_what_is_near_a_store_is_told_as_such(acts: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the paths that were meant: the folder above holds two stores, a site lies in one, an SAE
+    in a run."""
+    above = acts.path.parent
+    for command in ("show", "verify"):
+        message = str(saemill(command, above).exception)
+        assert message.endswith(f"; did you mean {acts.path}, {above / 'tokens'}?")
+        message = str(saemill(command, acts.path / "layers.0").exception)
+        assert message.endswith(f": it is one site of {acts.path}; name that")
+        (tmp_path / "sae").mkdir(exist_ok=True)
+        (tmp_path / "sae" / "cfg.json").touch()
+        message = str(saemill(command, tmp_path / "sae").exception)
+        assert message.endswith(f": it is one SAE of {tmp_path}; name that")
+        assert str(saemill(command, tmp_path / "x").exception).endswith(": there is no such folder")
+
+
 def test_verify_passes_whole_stores(tokens: TokenStore, acts: ActivationStore) -> None:
     """Oracle: stores that nobody touched."""
     for path in (tokens.path, acts.path):
@@ -222,7 +238,10 @@ def test_errors_are_told_without_a_traceback(tmp_path: Path) -> None:
         ),
         (["cache", "no-tokens", "--layers", "0", "-o", "o"], "cache.model must be given"),
         (["cache", "no-tokens", "--model", "m", "-o", "o"], "name what to cache"),
-        (["cache", "t", "--model", "m", "-o", "o", "--layers", "a"], "cache.layers[0] must be int, got 'a'"),
+        (
+            ["cache", "t", "--model", "m", "-o", "o", "--layers", "a"],
+            "cache.layers[0] must be a whole number (4096, 512k, 2M, 1e6), got 'a'",
+        ),
         (["verify", "no-store"], "no-store is no finished token store or activation store"),
     ],
 )

@@ -709,6 +709,16 @@ def test_unknown_file(
         run(config)
 
 
+def test_files_are_looked_for_before_anything_else(tmp_path: Path, tokenizer_folder: str) -> None:
+    """Oracle: with a dataset, an output and a row length that are wrong, the paths are told first."""
+    config: dict[str, Any] = {"tokenizer": tokenizer_folder, "ctx_len": 257, "dataset": "./absent.jsonl"}
+    with pytest.raises(ConfigError, match=r"no file or folder ./absent\.jsonl"):
+        run(TokenizeConfig(out=tmp_path / "out", **config))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"out must be a folder, but .*/file is a file"):
+        run(TokenizeConfig(out=tmp_path / "file" / "deep" / "out", **config))
+
+
 def test_unknown_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folder: str) -> None:
     """Oracle: whatever the hub's client says comes as an error that names the dataset, on both ways."""
 

@@ -216,6 +216,14 @@ def test_other_settings_in_the_same_place_are_refused(store: ActivationStore, tm
     assert (tmp_path / "r" / "finished.json").stat().st_mtime_ns > before
 
 
+def test_an_output_below_a_file_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the file, which stays as it was."""
+    (tmp_path / "file").write_text("keep me")
+    with pytest.raises(ConfigError, match=r"out must be a folder, but .*/file is a file"):
+        run(config(store, tmp_path / "file" / "r"))
+    assert (tmp_path / "file").read_text() == "keep me"
+
+
 def test_a_damaged_checkpoint_is_told(store: ActivationStore, tmp_path: Path) -> None:
     """Oracle: the message says how to go on."""
     run(config(store, tmp_path / "r"))
@@ -311,9 +319,13 @@ train:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("{k: 3, num_latents: many}", "num_latents must be int"),
-        ("{k: 3, expansion_factor: 2.5}", "expansion_factor must be int"),
-        ("{k: 3, num_latents: 48, lr: high}", "lr must be"),
+        ("{k: 3, num_latents: many}", "variants[0].num_latents must be a whole number"),
+        ("{k: 3, expansion_factor: 2.5}", "variants[0].expansion_factor must be a whole number"),
+        ("{k: 3, num_latents: 48, lr: high}", "variants[0].lr must be auto or a number, got 'high'"),
+        (
+            "{k: 3, num_latents: 48}, {kk: 3, num_latents: 48}",
+            "unknown setting variants[1].kk; did you mean k",
+        ),
         ("5", "must be a group of settings"),
     ],
 )

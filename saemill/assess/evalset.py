@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
+from saemill.common.log import counted
 from saemill.common.mask import MaskConfig
 from saemill.common.model import LanguageModel, attention_of
 from saemill.common.shards import as_tensor
@@ -36,8 +37,49 @@ class Rows:
     addresses_RS: NDArray[np.int64]
 
 
+def is_cached(store: ActivationStore, other: TokenStore | None) -> bool:
+    """Whether the activations of the evaluation tokens are in the store; `other` may be its own tokens."""
+    return other is None or other.fingerprint == store.settings["tokens_fingerprint"]
+
+
+def check_tokens(store: ActivationStore, other: TokenStore | None, with_model: bool) -> None:
+    """Refuse what cannot be assessed on, before a model is loaded.
+
+    Args:
+        store: the activations that training read.
+        other: tokens to assess on instead of the store's held-out rows.
+        with_model: whether a model will be at hand.
+
+    Raises:
+        ConfigError: no row is held out, or `other` needs a model or another tokenizer.
+    """
+    if other is None or is_cached(store, other):
+        if not store.tokens.held_out_R.any():
+            raise ConfigError(
+                f"{store.path} has no held-out rows; tokenize with --held-out-fraction above 0, or name "
+                "other text with --tokens"
+            )
+        return
+    mine, theirs = other.tokenizer, store.tokens.tokenizer
+    if mine.hash != theirs.hash:
+        raise ConfigError(
+            f"{other.path} was made with the tokenizer {mine.name!r}, the activations with "
+            f"{theirs.name!r}; tokenize the text with the latter"
+        )
+    mine_are_ids, theirs_are_ids = (
+        tokens.manifest["source"]["column"] == "input_ids" for tokens in (other, store.tokens)
+    )
+    if mine_are_ids != theirs_are_ids:
+        raise ConfigError(
+            f"{other.path} and the activations' tokens were not both made from text (or both from "
+            "ids), so documents that training saw cannot be told; tokenize the text itself"
+        )
+    if not with_model:
+        raise ConfigError("activations of other tokens need the model; leave out --no-model")
+
+
 class EvalSet:
-    """Rows of text that training did not see, as activations and as tokens.
+    """Rows of text that training did not see, as activations and as tokens; see `check_tokens`.
 
     Args:
         store: the activations that training read.
@@ -47,9 +89,6 @@ class EvalSet:
         mask: positions left out.
         sites: where activations are wanted.
         batch_rows: rows per forward pass.
-
-    Raises:
-        ConfigError: there is nothing to assess on, or `other` needs a model or another tokenizer.
     """
 
     def __init__(
@@ -63,22 +102,16 @@ class EvalSet:
     ) -> None:
         self.store, self.model, self.mask, self.sites = store, model, mask, sites
         self.batch_rows = batch_rows
-        self.cached = other is None or other.fingerprint == store.settings["tokens_fingerprint"]
+        self.cached = is_cached(store, other)
         self.tokens = store.tokens if self.cached or other is None else other
         self.n_seen_documents = 0
         if self.cached:
             self.rows_R = np.flatnonzero(store.tokens.held_out_R)
             self._seen = np.zeros(0, np.int64)
         else:
-            self._check_other(model)
             self.rows_R = np.arange(self.tokens.n_rows)
             self._seen = self._seen_documents()
             self.n_seen_documents = len(self._seen)
-        if len(self.rows_R) == 0:
-            raise ConfigError(
-                f"{store.path} has no held-out rows; tokenize with --held-out-fraction above 0, or name "
-                "other text with --tokens"
-            )
 
     @property
     def description(self) -> str:
@@ -89,29 +122,12 @@ class EvalSet:
                 f"rows of documents held out when the tokens were made ({fraction:.0%} of documents, "
                 "chosen by a hash of their text); training never saw them"
             )
+        if self.n_seen_documents == 0:
+            return f"the tokens of {self.tokens.path.name}, of whose documents training saw none"
         return (
-            f"the tokens of {self.tokens.path.name}, without {self.n_seen_documents} documents whose "
-            "text training saw"
+            f"the tokens of {self.tokens.path.name}, without {counted(self.n_seen_documents, 'document')} "
+            "whose text training saw"
         )
-
-    def _check_other(self, model: LanguageModel | None) -> None:
-        mine, theirs = self.tokens.tokenizer, self.store.tokens.tokenizer
-        if mine.hash != theirs.hash:
-            raise ConfigError(
-                f"{self.tokens.path} was made with the tokenizer {mine.name!r}, the activations with "
-                f"{theirs.name!r}; tokenize the text with the latter"
-            )
-        mine_are_ids, theirs_are_ids = (
-            tokens.manifest["source"]["column"] == "input_ids" for tokens in (self.tokens, self.store.tokens)
-        )
-        if mine_are_ids != theirs_are_ids:
-            raise ConfigError(
-                f"{self.tokens.path} and the activations' tokens were not both made from text (or both from "
-                "ids), so documents that training saw cannot be told; tokenize the text itself"
-            )
-        if model is None:
-            raise ConfigError("activations of other tokens need the model; leave out --no-model")
-        model.check_tokens(mine, self.tokens.ctx_len)
 
     def _seen_documents(self) -> NDArray[np.int64]:
         trained = self.store.tokens.documents

@@ -32,17 +32,26 @@ class Context:
     after: str
 
 
+def check_latents(asked: tuple[int, ...], widths: list[int]) -> None:
+    """Refuse latents that not every SAE that may be shown has.
+
+    Args:
+        asked: the latents' numbers.
+        widths: how many latents each of those SAEs has.
+
+    Raises:
+        ConfigError: naming the latents that do not exist.
+    """
+    bad = [latent for latent in asked if not 0 <= latent < min(widths)]
+    if bad:
+        advice = "; name the variant they belong to with --variant" if len(set(widths)) > 1 else ""
+        raise ConfigError(f"latents must be in 0..{min(widths) - 1}, got {', '.join(map(str, bad))}{advice}")
+
+
 def choose_latents(
     density_F: NDArray[np.float64], live: NDArray[np.bool_], asked: tuple[int, ...], n_random: int
 ) -> list[int]:
-    """The latents to show: those asked for, then live ones drawn at random (never hand-picked).
-
-    Raises:
-        ConfigError: a latent that was asked for does not exist.
-    """
-    bad = [latent for latent in asked if not 0 <= latent < len(density_F)]
-    if bad:
-        raise ConfigError(f"latents are 0..{len(density_F) - 1}, got {', '.join(map(str, bad))}")
+    """The latents to show: those asked for, then live ones drawn at random (never hand-picked)."""
     candidates = np.flatnonzero(live)
     drawn = np.random.default_rng(SEED).permutation(candidates)[:n_random]
     return list(dict.fromkeys([*asked, *drawn.tolist()]))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saemill.assess.evalset import Chunk, EvalSet
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, absent
+from saemill.common.log import counted
 from saemill.common.sae import Sae
 
 PER_VARIANT = ("sse", "cosine", "norm_ratio", "l0")
@@ -143,7 +144,7 @@ def absorption(rows_FD: Tensor) -> Figure:
         rows_FD: decoder rows of the live latents.
     """
     if len(rows_FD) < 2:
-        return absent(f"{len(rows_FD)} live latents: a cosine needs two")
+        return absent(f"{counted(len(rows_FD), 'live latent')}: a cosine needs two")
     unit = torch.nn.functional.normalize(rows_FD, dim=1)
     largest = []
     for start in range(0, len(unit), 1024):

@@ -14,6 +14,7 @@ from rich.table import Table
 from saemill.assess import charts
 from saemill.assess.sums import Figure
 from saemill.common import durable
+from saemill.common.log import counted
 
 COLUMNS = {
     "fvu": "FVU",
@@ -23,6 +24,7 @@ COLUMNS = {
     "dead_fraction": "dead",
     "cosine": "cosine",
     "absorption": "absorption",
+    "absorption_random": "(random)",
 }
 
 
@@ -56,22 +58,31 @@ def table(assessment: dict[str, Any]) -> str:
     console = Console(width=150, no_color=True, record=True, file=io.StringIO())
     console.print(shown)
     lines = [console.export_text().rstrip(), f"best: {assessment['best_variant']}"]
-    lines += [f"not run: {reason}" for reason in _reasons(assessment)]
-    return "\n".join(lines)
+    return "\n".join(lines + _notes(assessment))
 
 
-def _reasons(assessment: dict[str, Any]) -> list[str]:
-    found = {
-        f"{check['name']}: {check['reason']}"
-        for entry in assessment["variants"]
-        for check in entry["checks"]
-        if check["passed"] is None
-    }
-    return sorted(found)
+def _notes(assessment: dict[str, Any]) -> list[str]:
+    """What the tables do not show: checks not run or judged otherwise, figures without interval."""
+    checks = [check for entry in assessment["variants"] for check in entry["checks"]]
+    lines = sorted({f"not run: {c['name']}: {c['reason']}" for c in checks if c["passed"] is None})
+    if any(check["passed"] is not None and "reason" in check for check in checks):
+        lines.append(
+            f"absorption: where as many random directions show more than "
+            f"{assessment['thresholds']['max_absorption']:g}, it is judged against (random)"
+        )
+    titles: dict[str, dict[str, None]] = {}
+    for entry in assessment["variants"]:
+        for name, title in COLUMNS.items():
+            figure = entry["metrics"][name]
+            if figure["value"] is not None and "reason" in figure:
+                titles.setdefault(figure["reason"], {})[title] = None
+    return lines + [f"no interval for {', '.join(which)}: {reason}" for reason, which in titles.items()]
 
 
 def contexts_text(features: dict[str, Any], n_latents: int, n_contexts: int) -> str:
-    """Some latents with the snippets where they fire most."""
+    """Some latents with the snippets where they fire most; nothing where none is shown."""
+    if not features["latents"]:
+        return ""
     lines = [f"where latents of {features['variant']} fire most ({features['searched']}):"]
     for latent in features["latents"][:n_latents]:
         lines.append(f"\n  latent {latent['latent']}, active on {latent['density']:.2%} of tokens")
@@ -100,22 +111,20 @@ def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, N
 def _summary(assessment: dict[str, Any]) -> str:
     data = assessment["data"]
     losses = f"; losses on {data['n_tokens_with_losses']:,} of them" if data["n_tokens_with_losses"] else ""
-    reasons = "".join(f"<li>Not run: {html.escape(reason)}</li>" for reason in _reasons(assessment))
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(assessment))
     return f"""<h1>saemill assessment</h1>
 <p>Best variant: <b>{html.escape(assessment["best_variant"])}</b>. {data["n_tokens"]:,} tokens from
-{data["n_documents"]:,} documents{losses}: {html.escape(data["chosen"])}.</p>
+{counted(data["n_documents"], "document")}{losses}: {html.escape(data["chosen"])}.</p>
 <ul class="notes"><li>Intervals (95%) resample documents, so they show how the text varies, not how training
 does: with one seed the variance between seeds is unknown.</li>
 <li>FVU = Σ‖x−x̂‖² / Σ‖x−x̄‖² over all evaluation tokens. ΔCE is what splicing the SAE costs the model.
 Loss recovered compares with zero-ablation, a weak baseline; read ΔCE first.</li>
 <li>Absorption is the mean, over live latents, of the largest cosine to another live decoder row; “random” is
-what as many random directions score.</li>{reasons}</ul>"""
+what as many random directions score.</li>{notes}</ul>"""
 
 
 def _variants_table(assessment: dict[str, Any]) -> str:
-    head = "".join(
-        f"<th>{title}</th>" for title in ("variant", "k", "latents", *COLUMNS.values(), "(random)", "verdict")
-    )
+    head = "".join(f"<th>{title}</th>" for title in ("variant", "k", "latents", *COLUMNS.values(), "verdict"))
     rows = []
     for entry in assessment["variants"]:
         metrics = entry["metrics"]
@@ -127,12 +136,14 @@ def _variants_table(assessment: dict[str, Any]) -> str:
         for name in COLUMNS:
             style = ' class="bad"' if name in failed else ""
             cells.append(f"<td{style}>{number(metrics[name])}<small>{interval(metrics[name])}</small></td>")
-        cells.append(f"<td>{number(metrics['absorption_random'])}</td><td>{entry['verdict']}</td>")
+        cells.append(f"<td>{entry['verdict']}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f"<h2>Variants</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def _contexts(features: dict[str, Any]) -> str:
+    if not features["latents"]:
+        return ""
     parts = [
         f"<h2>Where latents of {html.escape(features['variant'])} fire most</h2>",
         f"<p>Live latents drawn at random, and those asked for; searched "

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from saemill.assess import features, verdict
-from saemill.assess.evalset import EvalSet
+from saemill.assess.evalset import EvalSet, check_tokens
 from saemill.assess.reconstruction import Reconstruction, absorption, random_absorption
 from saemill.assess.report import table, write_html
 from saemill.assess.splicing import Splicing, absent_metrics
@@ -24,8 +24,9 @@ from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import duration, progress, say
 from saemill.common.mask import MaskConfig
-from saemill.common.model import LanguageModel, attention_of, choose_device, fingerprint_model
+from saemill.common.model import LanguageModel, attention_of, check_fit, choose_device, fingerprint_model
 from saemill.common.sae import Sae
+from saemill.common.sites import load_model_config
 from saemill.common.tokens import TokenStore
 
 FORMAT = "saemill assessment 1"
@@ -78,6 +79,10 @@ class AssessConfig:
             raise ConfigError(
                 f"dead_percentage_threshold must be in [0, 1), got {self.dead_percentage_threshold}"
             )
+        if self.n_latents < 0:
+            raise ConfigError(f"n_latents must be 0 or more, got {self.n_latents}")
+        if self.variant is not None and self.n_latents == 0 and not self.latents:
+            raise ConfigError("variant has no effect where no latent is shown; leave it out")
         if self.model is not None and not self.with_model and self.tokens is None:
             raise ConfigError("model has no effect with --no-model; leave one out")
 
@@ -107,16 +112,20 @@ def run(config: AssessConfig) -> dict[str, Any]:
     started = time.perf_counter()
     device = choose_device(config.device)
     opened = _open(config, device)
-    model = _load_model(config, opened.store, device)
     other = TokenStore(config.tokens) if config.tokens else None
+    check_tokens(opened.store, other, config.with_model)
+    out = config.out or (config.run if other is None else config.run / f"on-{other.path.name}")
+    settings.check_folder(out)
+    model = _load_model(config, opened.store, other, device)
     sites = list(dict.fromkeys(opened.sites.values()))
     evalset = EvalSet(opened.store, other, model, opened.mask, sites, config.batch_size)
+    splicing = _splicing(opened, evalset, model)
     reconstruction = Reconstruction(opened.saes, opened.sites, evalset)
     with progress("reconstruct", None, "tokens") as advance:
         reconstruction.run(_counted(evalset.chunks(config.max_tokens), advance))
     if reconstruction.n_tokens == 0:
         raise ConfigError("every position of the evaluation tokens is masked or was seen in training")
-    splicing = _splice(config, opened, evalset, model)
+    splicing = _splice(config, splicing)
     entries = _entries(config, opened, reconstruction, splicing, model)
     best = entries[0]["name"]
     shown = config.variant or best
@@ -129,7 +138,6 @@ def run(config: AssessConfig) -> dict[str, Any]:
         "features": _features(config, opened, evalset, reconstruction, shown),
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},
     }
-    out = config.out or (config.run if other is None else config.run / f"on-{other.path.name}")
     assessment["seconds"] = time.perf_counter() - started
     _write(out, assessment, reconstruction, splicing)
     say(table(assessment))
@@ -157,22 +165,28 @@ def _open(config: AssessConfig, device: torch.device) -> _Run:
         raise StoreError(f"every variant of {config.run} diverged; train again at lower learning rates")
     if config.variant is not None and config.variant not in saes:
         raise ConfigError(f"no variant {config.variant!r}; {settings.nearest(config.variant, saes)}")
+    may_be_shown = saes.values() if config.variant is None else [saes[config.variant]]
+    features.check_latents(config.latents, [sae.config.num_latents for sae in may_be_shown])
     sites = {name: sae.config.provenance["site"] for name, sae in saes.items()}
     mask = settings.build(MaskConfig, finished["mask"], "mask")
     return _Run(store, saes, diverged, sites, mask, finished)
 
 
-def _load_model(config: AssessConfig, store: ActivationStore, device: torch.device) -> LanguageModel | None:
+def _load_model(
+    config: AssessConfig, store: ActivationStore, other: TokenStore | None, device: torch.device
+) -> LanguageModel | None:
     """The model, in the type that it was cached with.
 
     Raises:
-        ConfigError: its weights are not those that were cached.
+        ConfigError: its weights are not those that were cached, or it cannot take the other tokens.
     """
     if not config.with_model:
         return None
     name, revision = config.model or store.settings["model"], store.settings["revision"]
     if config.model is not None and config.model != store.settings["model"]:
         revision = None
+    if other is not None:
+        check_fit(load_model_config(name, revision), name, other.tokenizer, other.ctx_len)
     dtype = getattr(torch, store.settings["model_dtype"])
     model = LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True)
     if fingerprint_model(name, revision) != store.settings["model_fingerprint"]:
@@ -203,14 +217,17 @@ def _counted(chunks: Any, advance: Any) -> Any:
         advance(len(chunk.addresses_T))
 
 
-def _splice(
-    config: AssessConfig, opened: _Run, evalset: EvalSet, model: LanguageModel | None
-) -> Splicing | None:
+def _splicing(opened: _Run, evalset: EvalSet, model: LanguageModel | None) -> Splicing | None:
     if model is None or model.head is None:
         return None
-    n_rows = max(1, config.model_tokens // evalset.tokens.ctx_len)
-    total = min(len(evalset.rows_R), n_rows) * evalset.tokens.ctx_len
-    splicing = Splicing(opened.saes, opened.sites, evalset, model)
+    return Splicing(opened.saes, opened.sites, evalset, model)
+
+
+def _splice(config: AssessConfig, splicing: Splicing | None) -> Splicing | None:
+    if splicing is None:
+        return None
+    tokens, n_held_out = splicing.evalset.tokens, len(splicing.evalset.rows_R)
+    total = min(n_held_out, max(1, config.model_tokens // tokens.ctx_len)) * tokens.ctx_len
     with progress("splice", total, "tokens") as advance:
         splicing.run(config.model_tokens, advance)
     return splicing if splicing.n_tokens else None
@@ -328,7 +345,7 @@ def _features(
     live = density >= max(config.dead_percentage_threshold, 1 / max(1, reconstruction.n_tokens))
     latents = features.choose_latents(density, live, config.latents, config.n_latents)
     site, sae = opened.sites[shown], opened.saes[shown]
-    chunks = evalset.context_chunks(config.context_tokens)
+    chunks = evalset.context_chunks(config.context_tokens) if latents else ()
     found = features.top_addresses(chunks, site, sae, latents, evalset.tokens, config.n_contexts)
     reader = features.Reader(evalset.tokens)
     firing = reconstruction.firing[shown]

@@ -54,12 +54,17 @@ class Splicing:
         sites: variant name → site.
         evalset: rows to run on.
         model: with its LM head.
+
+    Raises:
+        ConfigError: a masked LM whose tokenizer has no mask token.
     """
 
     def __init__(
         self, saes: dict[str, Sae], sites: dict[str, str], evalset: EvalSet, model: LanguageModel
     ) -> None:
         self.saes, self.sites, self.evalset, self.model = saes, sites, evalset, model
+        if model.head == "masked" and evalset.tokens.tokenizer.mask_id is None:
+            raise ConfigError(f"{model.name} is a masked LM, but its tokenizer has no mask token")
         baselines = [f"{site}/{what}" for site in evalset.sites for what in ("zero", "mean")]
         variants = [f"{name}/{what}" for name in saes for what in ("ce", "kl")]
         self.sums = DocumentSums(["n", "clean", *baselines, *variants])
@@ -130,8 +135,7 @@ class Splicing:
             counted[:, -1] = False
             return rows.ids_RS, target, counted
         mask_id = self.evalset.tokens.tokenizer.mask_id
-        if mask_id is None:
-            raise ConfigError(f"{self.model.name} is a masked LM, but its tokenizer has no mask token")
+        assert mask_id is not None
         drawn = hashes(int(rows.addresses_RS.max()) + 1, MASK_KEY)[rows.addresses_RS]
         counted = rows.keep_RS & (drawn < np.uint64(MASKED_SHARE * 2**64))
         ids = torch.where(torch.from_numpy(counted), mask_id, rows.ids_RS)

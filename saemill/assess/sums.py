@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saemill.common.log import counted
+
 N_DRAWS = 2000
 LEAST_DOCUMENTS = 30
 SEED = 20
@@ -67,7 +69,7 @@ class Bootstrap:
         if not np.isfinite(value):
             return absent("not finite on these tokens")
         if not self.enough:
-            reason = f"{self.n_documents} documents are too few for an interval ({LEAST_DOCUMENTS} needed)"
+            reason = f"only {counted(self.n_documents, 'document')}; an interval needs {LEAST_DOCUMENTS}"
             return {"value": value, "lo": None, "hi": None, "reason": reason}
         lo, hi = np.nanpercentile(draws, [2.5, 97.5])
         return {"value": value, "lo": float(lo), "hi": float(hi)}

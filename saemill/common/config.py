@@ -7,6 +7,7 @@ error that names the nearest known one.
 
 import dataclasses
 import difflib
+import os
 import types
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
@@ -22,6 +23,13 @@ from saemill.common.errors import ConfigError
 T = TypeVar("T")
 SECTIONS = ("tokenize", "cache", "train", "assess")
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
+KINDS = {
+    int: "a whole number (4096, 512k, 2M, 1e6)",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -155,13 +163,14 @@ def _coerce_union(value: Any, arguments: tuple[Any, ...], name: str) -> Any:
     if type(None) in arguments and value in (None, "none", "null"):
         return None
     options = [argument for argument in arguments if argument is not type(None)]
-    for i, option in enumerate(options):
+    if len(options) == 1:
+        return coerce(value, options[0], name)
+    for option in options:
         try:
             return coerce(value, option, name)
         except ConfigError:
-            if i == len(options) - 1:
-                raise
-    raise AssertionError("a union has at least one option")
+            continue
+    raise ConfigError(f"{name} must be {' or '.join(map(_kind, options))}, got {value!r}")
 
 
 def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
@@ -180,7 +189,14 @@ def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
             return Path(value)
     except (ValueError, KeyError, TypeError):
         pass
-    raise ConfigError(f"{name} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    raise ConfigError(f"{name} must be {_kind(hint)}, got {value!r}")
+
+
+def _kind(hint: Any) -> str:
+    """What a setting must be, in words."""
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    return KINDS[hint]
 
 
 def count(value: Any) -> int:
@@ -211,6 +227,21 @@ def plain(config: Any) -> dict[str, Any]:
     converted = convert(dataclasses.asdict(config))
     assert isinstance(converted, dict)
     return converted
+
+
+def check_folder(path: Path) -> None:
+    """Refuse an output that cannot become a folder, before any work is done for it.
+
+    Raises:
+        ConfigError: a file is in the way, or nothing may be written there.
+    """
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigError(f"out must be a folder, but {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"out is {path}, but you may not write in {there}; choose another folder")
 
 
 def write_yaml(path: Path, section: str, values: Mapping[str, Any]) -> None:

@@ -18,6 +18,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def counted(n: int, thing: str) -> str:
+    """`1 bank`, `2,000 banks`."""
+    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
+
+
 def duration(seconds: float) -> str:
     """Seconds as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)

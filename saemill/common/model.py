@@ -5,12 +5,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import huggingface_hub.utils
 import torch
 import transformers
 from torch import Tensor
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError
+from saemill.common.hub import loading
+from saemill.common.log import counted
 from saemill.common.sites import block_names, first_output, load_model_config
 from saemill.common.tokens import TokenizerInfo
 
@@ -35,7 +38,8 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"device must be auto, cpu, cuda, cuda:1, …, got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device {name!r} asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+            f"device {name!r} asked for, but torch {torch.__version__} sees "
+            f"{counted(torch.cuda.device_count(), 'GPU')}"
         )
     return device
 
@@ -222,13 +226,25 @@ def _load(name: str, revision: str | None, dtype: torch.dtype, head: Head | None
         "causal": transformers.AutoModelForCausalLM,
         "masked": transformers.AutoModelForMaskedLM,
     }
-    try:
+    with loading("model", name), _no_bar_of_weights():
         model, info = loaders[head].from_pretrained(
             name, revision=revision, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the model {name!r}: {error}") from error
     return model, [key for key in info["missing_keys"] if "pooler" not in key]
+
+
+@contextmanager
+def _no_bar_of_weights() -> Iterator[None]:
+    """Without transformers' bar for weights read from the disk; the hub's for downloads stays."""
+    if not transformers.utils.logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.enable_progress_bar()
 
 
 def _head_of(config: Any) -> Head | None:

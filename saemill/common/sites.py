@@ -16,6 +16,7 @@ import transformers
 
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError
+from saemill.common.hub import loading
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,8 @@ def load_model_config(name: str, revision: str | None) -> Any:
     Raises:
         ConfigError: it cannot be found.
     """
-    try:
+    with loading("model", name):
         return transformers.AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the model {name!r}: {error}") from error
 
 
 class Architecture:

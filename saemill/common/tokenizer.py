@@ -6,6 +6,8 @@ import transformers
 import xxhash
 
 from saemill.common.errors import ConfigError
+from saemill.common.hub import loading
+from saemill.common.log import say
 from saemill.common.tokens import TokenizerInfo
 
 UNLIMITED = 1 << 30
@@ -18,10 +20,7 @@ def load_tokenizer(name: str, revision: str | None) -> tuple[Any, TokenizerInfo]
     Raises:
         ConfigError: it cannot be loaded, or it has no token to put between documents.
     """
-    try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the tokenizer {name!r}: {error}") from error
+    tokenizer = _load(name, revision)
     separator = tokenizer.eos_token_id
     if separator is None:
         separator = tokenizer.sep_token_id
@@ -44,6 +43,15 @@ def load_tokenizer(name: str, revision: str | None) -> tuple[Any, TokenizerInfo]
     )
 
 
+def _load(name: str, revision: str | None) -> Any:
+    with loading("tokenizer", name):
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+    # Where a model has no tokenizer's files, transformers makes an empty one of its kind.
+    if len(tokenizer.get_vocab()) <= len(tokenizer.added_tokens_decoder):
+        raise ConfigError(f"cannot load the tokenizer {name!r}: there is a model, but no tokenizer")
+    return tokenizer
+
+
 def frame_of(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that the tokenizer's own template puts before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -57,10 +65,43 @@ def frame_of(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def hash_tokenizer(tokenizer: Any) -> str:
     """xxh3 of the tokenizer's serialisation (its vocabulary for tokenizers without one)."""
     if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # these two belong to a call, not to the tokenizer
+        tokenizer.backend_tokenizer.no_padding()
         content = tokenizer.backend_tokenizer.to_str()
     else:
         content = repr(sorted(tokenizer.get_vocab().items()))
     return xxhash.xxh3_64_hexdigest(content.encode())
+
+
+def check_tokenizer(info: TokenizerInfo, model: str, revision: str | None, allow_other: bool) -> None:
+    """Refuse tokens of another tokenizer than the one that comes with a model.
+
+    Where none can be loaded with the model, that is said, and the tokens are taken as they are.
+
+    Args:
+        info: what made the tokens.
+        model: hub id or local folder.
+        revision: the hub model's revision.
+        allow_other: take another tokenizer's tokens.
+
+    Raises:
+        ConfigError: the tokenizer is another one, or it is not and `allow_other` has no effect.
+    """
+    try:
+        same: bool | None = hash_tokenizer(_load(model, revision)) == info.hash
+    except ConfigError:
+        same = None
+    if same is not False and allow_other:
+        why = f"the tokens were made with that of {model}" if same else f"none comes with {model}"
+        raise ConfigError(f"allow_other_tokenizer has no effect: {why}; leave it out")
+    if same is None:
+        say(f"no tokenizer comes with {model}: whether the tokens were made for it was not checked")
+    if same is False and not allow_other:
+        raise ConfigError(
+            f"the tokens were made with the tokenizer {info.name!r}, but {model!r} comes with another one, "
+            f"to which their ids mean other text; tokenize with --tokenizer {model}, or say "
+            "--allow-other-tokenizer if you know that the ids agree"
+        )
 
 
 def check_ctx_len(ctx_len: int, tokenizer: Any, info: TokenizerInfo) -> None:

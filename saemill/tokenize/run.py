@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.errors import ConfigError, DataError
-from saemill.common.log import progress, say
+from saemill.common.log import counted, progress, say
 from saemill.common.permutation import combine
 from saemill.common.shards import ShardedArray
 from saemill.common.tokenizer import check_ctx_len, load_tokenizer
 from saemill.common.tokens import TokenizerInfo, TokenStore, cut_documents, write_token_store
 from saemill.tokenize.packing import RowPacker, check_ids, unframed
-from saemill.tokenize.source import Batch, fingerprint_local, open_source
+from saemill.tokenize.source import Batch, check_path, fingerprint_local, open_source
 
 SHARD_TOKENS = 1 << 24
 
@@ -87,6 +87,7 @@ def run(config: TokenizeConfig) -> TokenStore:
     if store := _finished(config):
         say(f"{config.out} is finished already: {store.n_tokens:,} tokens in {store.n_rows:,} rows")
         return store
+    check_path(config.dataset)
     tokenizer, info = load_tokenizer(config.tokenizer, config.tokenizer_revision)
     check_ctx_len(config.ctx_len, tokenizer, info)
     source = open_source(
@@ -118,8 +119,7 @@ def run(config: TokenizeConfig) -> TokenStore:
 
 def _finished(config: TokenizeConfig) -> TokenStore | None:
     """The store at the output, if there is one made of the same source with the same settings."""
-    if config.out.is_file():
-        raise ConfigError(f"out must be a folder, but {config.out} is a file")
+    settings.check_folder(config.out)
     if not config.out.exists() or not any(config.out.iterdir()):
         return None
     store = TokenStore(config.out)
@@ -144,8 +144,8 @@ def _summary(store: TokenStore) -> str:
     if store.manifest["settings"]["held_out_fraction"] > 0 and n_held_out == 0:
         note = "\nNo held-out row came about: raise --held-out-fraction, or assess on other tokens."
     return (
-        f"{store.path}: {store.n_tokens:,} tokens in {store.n_rows:,} rows of {store.ctx_len} from "
-        f"{store.manifest['n_documents']:,} documents; {n_held_out:,} rows held out{note}"
+        f"{store.path}: {store.n_tokens:,} tokens in {counted(store.n_rows, 'row')} of {store.ctx_len} from "
+        f"{counted(store.manifest['n_documents'], 'document')}; {counted(n_held_out, 'row')} held out{note}"
     )
 
 
@@ -270,7 +270,7 @@ class _Writer:
             n_empty = f" ({self.n_empty} of them empty)" if self.n_empty else ""
             raise DataError(
                 f"{self.config.dataset} has too little text for one row of {self.config.ctx_len} "
-                f"tokens: {len(self.source_index) + self.n_empty} documents{n_empty}"
+                f"tokens: {counted(len(self.source_index) + self.n_empty, 'document')}{n_empty}"
             )
         if self.n_written_shards == 0:
             self.shard_rows = self.n_rows

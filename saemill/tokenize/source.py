@@ -126,13 +126,12 @@ def open_source(
         DataError: the dataset is empty or cannot be read.
     """
     path = Path(name)
+    check_path(name)
     if path.exists():
         if revision:
             raise ConfigError(f"--revision has no effect on the local path {name}; leave it out")
         dataset = _open_local(path, subset, split, streaming)
         fingerprint = fingerprint_local(path)
-    elif name.startswith((".", "/", "~")) or _suffix(path) in KINDS:
-        raise ConfigError(f"no file or folder {name}")
     else:
         dataset = _load(name, name, subset, split=split, streaming=streaming, revision=revision)
         fingerprint = durable.hash_json([name, subset, split, revision, str(dataset.info.version)])
@@ -140,6 +139,17 @@ def open_source(
     if not streaming and len(dataset) == 0:
         raise DataError(f"{name} has no rows")
     return Source(name, dataset, column, fingerprint, streaming)
+
+
+def check_path(name: str) -> None:
+    """Refuse the name of a dataset that can only be a path and leads nowhere.
+
+    Raises:
+        ConfigError: it does.
+    """
+    path = Path(name)
+    if (name.startswith((".", "/", "~")) or _suffix(path) in KINDS) and not path.exists():
+        raise ConfigError(f"no file or folder {name}")
 
 
 def _load(shown: str, *arguments: Any, **options: Any) -> Any:

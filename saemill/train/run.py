@@ -14,7 +14,7 @@ from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.log import duration, say
+from saemill.common.log import counted, duration, say
 from saemill.common.mask import MaskConfig
 from saemill.common.model import choose_device
 from saemill.train.bank import Bank, Frame
@@ -217,6 +217,7 @@ def _variants(config: TrainConfig, store: ActivationStore) -> list[Variant]:
 
 def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Variant]) -> bool:
     """Whether the run is complete already; refuses a folder made with other settings."""
+    settings.check_folder(config.out)
     identity_path, finished_path = config.out / "identity.json", config.out / "finished.json"
     if not identity_path.exists():
         if config.out.exists() and any(config.out.iterdir()):
@@ -228,7 +229,9 @@ def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Vari
         (config.out / "wandb.json").unlink(missing_ok=True)
         finished_path.unlink(missing_ok=True)
     if finished_path.exists():
-        say(f"{config.out} is finished already: {len(variants)} variants (--no-resume trains anew)")
+        say(
+            f"{config.out} is finished already: {counted(len(variants), 'variant')} (--no-resume trains anew)"
+        )
         return True
     return False
 
@@ -337,7 +340,8 @@ def _print_plan(
     epochs = n_tokens / trainer.loader.epoch_tokens
     bank = trainer.banks[0]
     say(
-        f"{len(variants)} variants in {len(trainer.banks)} banks on {trainer.device}, products in "
+        f"{counted(len(variants), 'variant')} in {counted(len(trainer.banks), 'bank')} on {trainer.device}, "
+        f"products in "
         f"{str(bank.dtype).removeprefix('torch.')}; {n_steps:,} steps, {n_tokens:,} tokens "
         f"({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
         f"{bank.dead_after_tokens:,} tokens; {store.tokens.manifest['n_held_out_rows']:,} rows held out"
@@ -381,5 +385,5 @@ def _export(
     }
     durable.write_json(config.out / "finished.json", finished)
     (config.out / "checkpoint.pt").unlink(missing_ok=True)
-    say(f"{config.out}: {len(folders)} SAEs, trained in {duration(trainer.seconds)}")
+    say(f"{config.out}: {counted(len(folders), 'SAE')}, trained in {duration(trainer.seconds)}")
     return folders

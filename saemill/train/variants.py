@@ -88,7 +88,7 @@ def resolve(
         if "expansion_factor" in axes and "num_latents" in axes:
             raise ConfigError("give expansion_factor or num_latents, not both")
         entries = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    variants = [_variant({**common, **entry}, widths) for entry in entries]
+    variants = [_variant({**common, **entry}, widths, f"variants[{i}]") for i, entry in enumerate(entries)]
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:
@@ -107,7 +107,7 @@ def _fill_in(entry: dict[str, Any], single: dict[str, Any], axes: Mapping[str, A
     return entry
 
 
-def _variant(entry: dict[str, Any], widths: Mapping[str, int]) -> Variant:
+def _variant(entry: dict[str, Any], widths: Mapping[str, int], where: str) -> Variant:
     site = entry["site"]
     if site not in widths:
         raise ConfigError(f"variant of site {site!r}: name the site with --site too")
@@ -115,16 +115,16 @@ def _variant(entry: dict[str, Any], widths: Mapping[str, int]) -> Variant:
     if entry.get("expansion_factor") is not None:
         if entry.get("num_latents") is not None:
             raise ConfigError(f"a variant has expansion_factor or num_latents, not both: {entry}")
-        factor = coerce(entry["expansion_factor"], int, "expansion_factor")
+        factor = coerce(entry["expansion_factor"], int, f"{where}.expansion_factor")
         if factor < 1:
             raise ConfigError(f"expansion_factor must be 1 or more, got {factor}")
         entry["num_latents"] = d * factor
     entry.pop("expansion_factor", None)
     if entry.get("k_aux") is None:
         entry["k_aux"] = max(1, d // 2)
-    n = coerce(entry["num_latents"], int, "num_latents")
-    k, seed = (coerce(entry.get(key, 0), int, key) for key in ("k", "seed"))
-    lr = coerce(entry.get("lr", "auto"), Literal["auto"] | float, "lr")
+    n = coerce(entry["num_latents"], int, f"{where}.num_latents")
+    k, seed = (coerce(entry.get(key, 0), int, f"{where}.{key}") for key in ("k", "seed"))
+    lr = coerce(entry.get("lr", "auto"), Literal["auto"] | float, f"{where}.lr")
     name = f"{site}-k{k}-f{n}-s{seed}"
     if lr == "auto":
         if entry.get("optimizer", "adam") != "adam":
@@ -132,7 +132,7 @@ def _variant(entry: dict[str, Any], widths: Mapping[str, int]) -> Variant:
         entry["lr"] = auto_lr(n)
     else:
         name += f"-lr{lr:g}"
-    return build(Variant, {"name": name, **entry}, "variants")
+    return build(Variant, {"name": name, **entry}, where)
 
 
 def groups(variants: list[Variant]) -> dict[tuple[str, int], list[Variant]]:
