@@ -74,7 +74,8 @@ def bank_of(setting: Setting, sample_TD: Tensor) -> Bank:
     bank = Bank(variants, frame, setting.dtype, 10**9, sample_TD)
     n_dead = round(setting.dead_share * setting.n_latents)
     bank.idle_tokens_VF[:, :n_dead] = 2 * 10**9
-    bank.b_enc_VF[:, :n_dead] = -100.0
+    bank.w_enc_VFD[:, :n_dead] *= 0.01  # they stay dead, so that every step has AuxK
+    bank.product_VFD.copy_(bank.w_enc_VFD)
     return bank
 
 

@@ -17,6 +17,9 @@ from saemill.train.optimizer import Adam, Optimizer, Sgd
 from saemill.train.profile import part
 from saemill.train.variants import Variant
 
+DEAD_EVERY_STEPS = 4
+"""Steps between two looks for dead latents: each makes the host wait for the device."""
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -63,6 +66,7 @@ class Bank:
         self.product_VFD = self.w_enc_VFD.to(dtype)
         self._room_TF = codes.room(f, dtype, device)
         self.idle_tokens_VF = torch.zeros(n, f, dtype=torch.int64, device=device)
+        self.dead_V = self._find_dead()
         self.diverged_step_V = torch.full((n,), -1, dtype=torch.int64, device=device)
         self.frozen = [False] * n
         self.optimizers = [self._optimizer(i) for i in range(n)]
@@ -100,34 +104,38 @@ class Bank:
             step: its number, kept for a variant that diverges.
         """
         product_TD = x_TD.to(self.dtype)
+        if step % DEAD_EVERY_STEPS == 0:
+            self.dead_V = self._find_dead()
         for i in range(len(self.variants)):
             if not self.frozen[i]:
                 self._step_variant(i, x_TD, product_TD, lr_factor, step)
 
     def _step_variant(self, i: int, x_TD: Tensor, product_TD: Tensor, lr_factor: float, step: int) -> None:
-        variant, leaves, product_FD = self.variants[i], self.leaves(i), self.product_VFD[i]
-        _, b_enc_F, w_dec_FD, b_D = leaves
+        variant, (_, b_enc_F, w_dec_FD, b_D) = self.variants[i], self.leaves(i)
+        product_FD = self.product_VFD[i]
         per_square = self.loss_per_square(variant) / len(x_TD)
         bias_F = codes.fold_bias(product_FD, b_enc_F, b_D)
         passed = codes.forward(x_TD, product_TD, product_FD, bias_F, w_dec_FD, b_D, variant.k, self._room_TF)
         sse = torch.linalg.vector_norm(passed.e_TD).square()
         with part("auxk"):
             dead, auxk_loss = self._auxk(i, product_TD, passed.e_TD, bias_F, per_square)
-        with part("count"):
-            self.totals_V[i].add(len(x_TD), sse, sse * per_square + auxk_loss, auxk_loss, passed.codes.val_TK)
-            self._count_idle(i, passed.codes, len(x_TD))
-        diverged = self.diverged_step_V[i]
-        diverged.copy_(torch.where((diverged < 0) & ~torch.isfinite(sse), step, diverged))
-        if diverged >= 0:
-            return
         with part("sort"):
             pairs = rows.sort_pairs(passed, variant.num_latents, 2 * per_square)
+        with part("count"):
+            loss = sse * per_square + auxk_loss
+            self.totals_V[i].add(len(x_TD), sse, loss, auxk_loss, passed.codes.val_TK)
+            idle_F = self.idle_tokens_VF[i]
+            idle_F.copy_(torch.where(pairs.fired_F, 0, idle_F + len(x_TD)))
+            diverged = self.diverged_step_V[i]
+            diverged.copy_(torch.where((diverged < 0) & ~torch.isfinite(sse), step, diverged))
+        if diverged >= 0:
+            return
         rows.update(
             x_TD,
             passed.e_TD,
             pairs,
             dead,
-            leaves,
+            self.leaves(i),
             product_FD,
             self.optimizers[i],
             gs=2 * per_square,
@@ -139,8 +147,7 @@ class Bank:
         self, i: int, product_TD: Tensor, e_TD: Tensor, bias_F: Tensor, per_square: float
     ) -> tuple[DeadRows | None, Tensor]:
         """Gradients and value of variant i's auxiliary loss."""
-        variant = self.variants[i]
-        dead_S = (self.idle_tokens_VF[i] > self.dead_after_tokens).nonzero()[:, 0]
+        variant, dead_S = self.variants[i], self.dead_V[i]
         if len(dead_S) == 0 or variant.auxk_alpha == 0:
             return None, torch.zeros((), device=e_TD.device)
         _, _, w_dec_FD, b_D = self.leaves(i)
@@ -157,10 +164,9 @@ class Bank:
             scale=scale,
         )
 
-    def _count_idle(self, i: int, active: codes.Codes, n_tokens: int) -> None:
-        """Tokens seen since each latent was last above 0."""
-        idle_F = self.idle_tokens_VF[i].add_(n_tokens)
-        idle_F[active.idx_TK[active.val_TK > 0]] = 0
+    def _find_dead(self) -> list[Tensor]:
+        """Numbers of the dead latents of each variant, ascending. int64 [n_dead]."""
+        return [(idle_F > self.dead_after_tokens).nonzero()[:, 0] for idle_F in self.idle_tokens_VF]
 
     def loss_per_square(self, variant: Variant) -> float:
         """What one squared unit of x̃, as a mean over tokens, adds to the loss.
@@ -198,6 +204,7 @@ class Bank:
             "stacks": self.stacks,
             "optimizers": [optimizer.state() for optimizer in self.optimizers],
             "idle_tokens_VF": self.idle_tokens_VF,
+            "dead_V": self.dead_V,
             "diverged_step_V": self.diverged_step_V,
             "frozen": self.frozen,
             "totals_V": [totals.values for totals in self.totals_V],
@@ -212,6 +219,7 @@ class Bank:
         self.product_VFD.copy_(self.w_enc_VFD)
         self.idle_tokens_VF.copy_(state["idle_tokens_VF"])
         self.diverged_step_V.copy_(state["diverged_step_V"])
+        self.dead_V = list(state["dead_V"])
         self.frozen = list(state["frozen"])
         for totals, saved in zip(self.totals_V, state["totals_V"], strict=True):
             totals.values.copy_(saved)

@@ -26,11 +26,13 @@ class Adam:
         self.leaves = leaves
         self.first = [moment(leaf, kept, signed=True) for leaf in leaves]
         self.second = [moment(leaf, kept, signed=False) for leaf in leaves]
-        self.n_steps = torch.zeros((), device=leaves[0].device)
+        self.n_steps = 0
+        self._count = torch.zeros((), device=leaves[0].device)
 
     def begin_step(self) -> None:
         """Count a step; every row is then updated once."""
         self.n_steps += 1
+        self._count.fill_(self.n_steps)
 
     def update(self, leaf: int, rows: slice, grad: Tensor, lr: float, weight_decay: float = 0.0) -> None:
         """Step rows of parameter number `leaf` along their gradient."""
@@ -41,7 +43,7 @@ class Adam:
             [first],
             [second],
             [],
-            [self.n_steps],
+            [self._count],
             lr=lr,
             beta1=ADAM_BETAS[0],
             beta2=ADAM_BETAS[1],
@@ -50,9 +52,8 @@ class Adam:
             amsgrad=False,
             maximize=False,
         )
-        step = int(self.n_steps)
-        self.first[leaf].write(rows, first, step)
-        self.second[leaf].write(rows, second, step)
+        self.first[leaf].write(rows, first, self.n_steps)
+        self.second[leaf].write(rows, second, self.n_steps)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs."""
@@ -60,7 +61,7 @@ class Adam:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
-        self.n_steps.copy_(state["n_steps"])
+        self.n_steps = state["n_steps"]
         for kept, saved in zip(self.first + self.second, state["moments"], strict=True):
             for mine, tensor in zip(kept.tensors(), saved, strict=True):
                 mine.copy_(tensor)

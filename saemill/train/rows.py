@@ -41,6 +41,8 @@ class Pairs(NamedTuple):
     """Σ dval."""
     along_F: Tensor
     """Σ val · ⟨g, W_dec[f]⟩: the decoder gradient's part along its row."""
+    fired_F: Tensor
+    """bool: some val > 0."""
 
 
 def sort_pairs(passed: Forward, n_latents: int, gs: float) -> Pairs:
@@ -64,6 +66,7 @@ def sort_pairs(passed: Forward, n_latents: int, gs: float) -> Pairs:
         offsets_F=offsets_F,
         db_enc_F=per_latent(dval_P),
         along_F=per_latent(val_P * dot_P),
+        fired_F=per_latent(val_P) > 0,
     )
 
 
