@@ -20,4 +20,6 @@ def expect(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tu
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; call .contiguous() first")
+        raise ValueError(
+            f"{name} must be contiguous, got strides {tensor.stride()}; call .contiguous() first"
+        )

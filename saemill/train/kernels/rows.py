@@ -78,27 +78,51 @@ def mixed(h):
 
 
 @triton.jit
-def store_rounded(ptrs, value, random, mask):
+def store_rounded(ptrs, value, row_hash, column, mask):
     """Store float32, or bfloat16 rounded up with the probability of the part cut off.
 
     A second moment in bfloat16 would otherwise stop: 0.001 of it is less than half its last place.
-    `random` holds numbers from 0 to 65535.
     """
     if ptrs.dtype.element_ty == tl.bfloat16:
+        random = mixed(row_hash + column.to(tl.uint32) * 0x9E3779B9) & 0xFFFF
         bits = value.to(tl.uint32, bitcast=True) + random
-        rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        tl.store(ptrs, rounded, mask=mask)
+        tl.store(ptrs, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
     else:
         tl.store(ptrs, value, mask=mask)
 
 
 @triton.jit
-def adam_step(w, g, m, v, lr, beta1, rest1, beta2, rest2, eps, correction1, correction2):
-    """torch.optim.AdamW's arithmetic without the decay."""
-    m = beta1 * m + rest1 * g
-    v = beta2 * v + rest2 * g * g
-    denominator = tl.sqrt_rn(v) / tl.sqrt_rn(correction2) + eps
-    return w - (lr / correction1) * (m / denominator), m, v
+def stepped(
+    w,
+    g,
+    m_ptrs,
+    v_ptrs,
+    row_hash,
+    column,
+    mask,
+    lr,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    correction1,
+    correction2,
+    ADAM: tl.constexpr,
+):
+    """The weights after torch.optim's Adam or SGD with momentum, without decay; moments in place."""
+    m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if ADAM:
+        v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
+        m = beta1 * m + rest1 * g
+        v = beta2 * v + rest2 * g * g
+        w -= (lr / correction1) * (m / (tl.sqrt_rn(v) / tl.sqrt_rn(correction2) + eps))
+        store_rounded(v_ptrs, v, row_hash, column, mask)
+    else:
+        m = beta1 * m + g
+        w -= lr * m
+    tl.store(m_ptrs, m.to(m_ptrs.dtype.element_ty), mask=mask)
+    return w
 
 
 @triton.jit
@@ -156,20 +180,26 @@ def update_kernel(
     scale = tl.load(hyper_ptr + GRADIENT_SCALE)
     decay = tl.load(hyper_ptr + WEIGHT_DECAY)
 
-    b_enc = tl.load(b_enc_ptr + latent)
-    db = tl.load(db_ptr + latent)
-    m = tl.load(m_b_ptr + latent)
-    if ADAM:
-        v = tl.load(v_b_ptr + latent)
-        b_enc, m, v = adam_step(
-            b_enc, db, m, v, lr, beta1, rest1, beta2, rest2, eps, correction1, correction2
-        )
-        tl.store(v_b_ptr + latent, v)
-    else:
-        m = beta1 * m + db
-        b_enc -= lr * m
-    tl.store(m_b_ptr + latent, m)
-    tl.store(b_enc_ptr + latent, b_enc)
+    one = tl.zeros((1,), tl.int32)
+    b_enc = stepped(
+        tl.load(b_enc_ptr + latent + one),
+        tl.load(db_ptr + latent),
+        m_b_ptr + latent + one,
+        v_b_ptr + latent + one,
+        one,
+        one,
+        one == 0,
+        lr,
+        beta1,
+        rest1,
+        beta2,
+        rest2,
+        eps,
+        correction1,
+        correction2,
+        ADAM,
+    )
+    tl.store(b_enc_ptr + latent + one, b_enc)
 
     dval = tl.load(dval_ptr + latent)
     along = tl.load(along_ptr + latent)
@@ -196,51 +226,64 @@ def update_kernel(
             for chunk in range(n_chunks):
                 g_enc += tl.load(partial + chunk * (2 * D), mask=inside, other=0.0)
                 g_dec += tl.load(partial + chunk * (2 * D) + D, mask=inside, other=0.0)
-        w_enc = tl.load(w_enc_ptr + at, mask=inside, other=0.0)
-        w_dec = tl.load(w_dec_ptr + at, mask=inside, other=0.0)
-        g_enc = scale * (g_enc - dval * tl.load(b_ptr + column, mask=inside, other=0.0))
-        g_dec = scale * (g_dec - along * w_dec)
+        aux_at = slot * tl.full((1,), D, tl.int64) + column
+        has_aux = inside & (slot >= 0)
+
+        # The encoder's row is done before the decoder's is read: fewer registers, more warps.
+        w = tl.load(w_enc_ptr + at, mask=inside, other=0.0)
+        g = scale * (g_enc - dval * tl.load(b_ptr + column, mask=inside, other=0.0))
         if slot_ptr is not None:
-            aux_at = slot.to(tl.int64) * D + column
-            g_enc += tl.load(aux_enc_ptr + aux_at, mask=inside & (slot >= 0), other=0.0)
-            g_dec += tl.load(aux_dec_ptr + aux_at, mask=inside & (slot >= 0), other=0.0)
-        m_enc = tl.load(m_enc_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        m_dec = tl.load(m_dec_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            g += tl.load(aux_enc_ptr + aux_at, mask=has_aux, other=0.0)
         if ADAM:
-            v_enc = tl.load(v_enc_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            v_dec = tl.load(v_dec_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            w_enc, m_enc, v_enc = adam_step(
-                w_enc * (1 - lr * decay),
-                g_enc,
-                m_enc,
-                v_enc,
-                lr,
-                beta1,
-                rest1,
-                beta2,
-                rest2,
-                eps,
-                correction1,
-                correction2,
-            )
-            w_dec, m_dec, v_dec = adam_step(
-                w_dec, g_dec, m_dec, v_dec, lr, beta1, rest1, beta2, rest2, eps, correction1, correction2
-            )
-            random = mixed(row_hash + column.to(tl.uint32) * 0x9E3779B9)
-            store_rounded(v_enc_ptr + at, v_enc, random & 0xFFFF, inside)
-            store_rounded(v_dec_ptr + at, v_dec, random >> 16, inside)
+            w *= 1 - lr * decay
         else:
-            m_enc = beta1 * m_enc + (g_enc + decay * w_enc)
-            m_dec = beta1 * m_dec + g_dec
-            w_enc -= lr * m_enc
-            w_dec -= lr * m_dec
-        tl.store(m_enc_ptr + at, m_enc.to(m_enc_ptr.dtype.element_ty), mask=inside)
-        tl.store(m_dec_ptr + at, m_dec.to(m_dec_ptr.dtype.element_ty), mask=inside)
-        tl.store(w_enc_ptr + at, w_enc, mask=inside)
-        tl.store(w_dec_ptr + at, w_dec, mask=inside)
+            g += decay * w
+        w = stepped(
+            w,
+            g,
+            m_enc_ptr + at,
+            v_enc_ptr + at,
+            row_hash,
+            column,
+            inside,
+            lr,
+            beta1,
+            rest1,
+            beta2,
+            rest2,
+            eps,
+            correction1,
+            correction2,
+            ADAM,
+        )
+        tl.store(w_enc_ptr + at, w, mask=inside)
         if copy_enc_ptr is not None:
-            tl.store(copy_enc_ptr + at, w_enc.to(copy_enc_ptr.dtype.element_ty), mask=inside)
-        squares += tl.where(inside, w_dec * w_dec, 0.0)
+            tl.store(copy_enc_ptr + at, w.to(copy_enc_ptr.dtype.element_ty), mask=inside)
+
+        w = tl.load(w_dec_ptr + at, mask=inside, other=0.0)
+        g = scale * (g_dec - along * w)
+        if slot_ptr is not None:
+            g += tl.load(aux_dec_ptr + aux_at, mask=has_aux, other=0.0)
+        w = stepped(
+            w,
+            g,
+            m_dec_ptr + at,
+            v_dec_ptr + at,
+            row_hash ^ 0x5BD1E995,
+            column,
+            inside,
+            lr,
+            beta1,
+            rest1,
+            beta2,
+            rest2,
+            eps,
+            correction1,
+            correction2,
+            ADAM,
+        )
+        tl.store(w_dec_ptr + at, w, mask=inside)
+        squares += tl.where(inside, w * w, 0.0)
 
     inverse = 1.0 / tl.sqrt_rn(tl.sum(squares, 0))
     tl.debug_barrier()
@@ -306,6 +349,8 @@ def update_rows(
     expect("x_TD", x_TD, INPUT_DTYPES, (len(x_TD), d))
     partial = chunk_sums(pairs, val_TK, dot_TK, x_TD, e_TD)
     constants, options = launch(d, pairs.chunk_pairs, optimizer)
+    if optimizer == "sgd":  # never reads v: any pointer will do
+        moments = moments._replace(v_enc_FD=moments.m_enc_FD, v_b_F=moments.m_b_F, v_dec_FD=moments.m_dec_FD)
     extra = (aux.slot_F, aux.enc_SD, aux.dec_SD) if aux else (None, None, None)
     with torch.cuda.device_of(x_TD):
         update_kernel[(n_latents,)](

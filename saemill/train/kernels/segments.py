@@ -94,7 +94,9 @@ def segments(idx_TK: Tensor, n_latents: int, chunk_pairs: int = CHUNK_PAIRS) -> 
     # n > L pairs make ceil(n / L) ≤ 2n / (L + 1) chunks, with equality at n = L + 1.
     capacity = max(1, 2 * n_pairs // (chunk_pairs + 1))
     numbers_C = torch.arange(capacity, dtype=torch.int32, device=device)
-    chunk_latent_C = torch.searchsorted(ends_F, numbers_C, right=True, out_int32=True).clamp_(max=n_latents - 1)
+    chunk_latent_C = torch.searchsorted(ends_F, numbers_C, right=True, out_int32=True).clamp_(
+        max=n_latents - 1
+    )
     latents_F = torch.argsort(count_F, descending=True, stable=True).int()
     first_chunk_F = (ends_F - chunks_F).int()
     k = idx_TK.shape[1]
@@ -220,7 +222,7 @@ def chunk_sums_kernel(
         tl.store(partial_ptr + at + D, sum_dec, mask=inside)
 
 
-LATENT_SUMS_LAUNCH: tuple[dict[str, int], dict[str, Any]] = ({"BLOCK": 512}, {"num_warps": 1})
+LATENT_SUMS_LAUNCH: tuple[dict[str, int], dict[str, Any]] = ({"BLOCK": 256}, {"num_warps": 1})
 
 
 def chunk_sums_launch(d: int, chunk_pairs: int) -> tuple[dict[str, int], dict[str, Any]]:

@@ -36,11 +36,12 @@ def rectified(key, WIDTH: tl.constexpr, INFINITY: tl.constexpr):
     """The value of a key as float32: 0 where it is negative, NaN where it was."""
     positive = tl.maximum(key, 0)
     if WIDTH == 32:
-        return positive.to(tl.float32, bitcast=True)
+        value = positive.to(tl.float32, bitcast=True)
     elif INFINITY == 0x7F80:
-        return (positive << 16).to(tl.float32, bitcast=True)
+        value = (positive << 16).to(tl.float32, bitcast=True)
     else:
-        return positive.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        value = positive.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -109,7 +110,7 @@ def launch(n_latents: int, k: int, dtype: torch.dtype) -> tuple[dict[str, int], 
 
     The group size balances the number of groups, F/G, against that of candidates, k·G.
     """
-    group = max(16, 2 ** round(math.log2(math.sqrt(n_latents / k))))
+    group = max(16, 2 ** math.ceil(math.log2(math.sqrt(n_latents / k))))
     n_groups = triton.cdiv(n_latents, group)
     k_groups = min(k, n_groups)
     constants = {
