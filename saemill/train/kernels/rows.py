@@ -100,17 +100,11 @@ def stepped(
     row_hash,
     column,
     mask,
-    lr,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    correction1,
-    correction2,
+    rates,
     ADAM: tl.constexpr,
 ):
     """The weights after torch.optim's Adam or SGD with momentum, without decay; moments in place."""
+    lr, beta1, rest1, beta2, rest2, eps, correction1, correction2 = rates
     m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
     if ADAM:
         v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -123,6 +117,16 @@ def stepped(
         w -= lr * m
     tl.store(m_ptrs, m.to(m_ptrs.dtype.element_ty), mask=mask)
     return w
+
+
+@triton.jit
+def load_rates(hyper_ptr):
+    """What `stepped` needs of the step's numbers."""
+    lr, eps = tl.load(hyper_ptr + LR), tl.load(hyper_ptr + EPS)
+    beta1, rest1 = tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + REST1)
+    beta2, rest2 = tl.load(hyper_ptr + BETA2), tl.load(hyper_ptr + REST2)
+    correction1, correction2 = tl.load(hyper_ptr + CORRECTION1), tl.load(hyper_ptr + CORRECTION2)
+    return lr, beta1, rest1, beta2, rest2, eps, correction1, correction2
 
 
 @triton.jit
@@ -169,14 +173,8 @@ def update_kernel(
     latent = tl.load(latents_ptr + tl.program_id(0))
     start = tl.load(starts_ptr + latent)
     end = tl.load(starts_ptr + latent + 1)
-    lr = tl.load(hyper_ptr + LR)
-    beta1 = tl.load(hyper_ptr + BETA1)
-    beta2 = tl.load(hyper_ptr + BETA2)
-    rest1 = tl.load(hyper_ptr + REST1)
-    rest2 = tl.load(hyper_ptr + REST2)
-    eps = tl.load(hyper_ptr + EPS)
-    correction1 = tl.load(hyper_ptr + CORRECTION1)
-    correction2 = tl.load(hyper_ptr + CORRECTION2)
+    rates = load_rates(hyper_ptr)
+    shrink = 1 - tl.load(hyper_ptr + LR) * tl.load(hyper_ptr + WEIGHT_DECAY)
     scale = tl.load(hyper_ptr + GRADIENT_SCALE)
     decay = tl.load(hyper_ptr + WEIGHT_DECAY)
 
@@ -189,14 +187,7 @@ def update_kernel(
         one,
         one,
         one == 0,
-        lr,
-        beta1,
-        rest1,
-        beta2,
-        rest2,
-        eps,
-        correction1,
-        correction2,
+        rates,
         ADAM,
     )
     tl.store(b_enc_ptr + latent + one, b_enc)
@@ -235,27 +226,10 @@ def update_kernel(
         if slot_ptr is not None:
             g += tl.load(aux_enc_ptr + aux_at, mask=has_aux, other=0.0)
         if ADAM:
-            w *= 1 - lr * decay
+            w *= shrink
         else:
             g += decay * w
-        w = stepped(
-            w,
-            g,
-            m_enc_ptr + at,
-            v_enc_ptr + at,
-            row_hash,
-            column,
-            inside,
-            lr,
-            beta1,
-            rest1,
-            beta2,
-            rest2,
-            eps,
-            correction1,
-            correction2,
-            ADAM,
-        )
+        w = stepped(w, g, m_enc_ptr + at, v_enc_ptr + at, row_hash, column, inside, rates, ADAM)
         tl.store(w_enc_ptr + at, w, mask=inside)
         if copy_enc_ptr is not None:
             tl.store(copy_enc_ptr + at, w.to(copy_enc_ptr.dtype.element_ty), mask=inside)
@@ -264,24 +238,7 @@ def update_kernel(
         g = scale * (g_dec - along * w)
         if slot_ptr is not None:
             g += tl.load(aux_dec_ptr + aux_at, mask=has_aux, other=0.0)
-        w = stepped(
-            w,
-            g,
-            m_dec_ptr + at,
-            v_dec_ptr + at,
-            row_hash ^ 0x5BD1E995,
-            column,
-            inside,
-            lr,
-            beta1,
-            rest1,
-            beta2,
-            rest2,
-            eps,
-            correction1,
-            correction2,
-            ADAM,
-        )
+        w = stepped(w, g, m_dec_ptr + at, v_dec_ptr + at, row_hash ^ 0x5BD1E995, column, inside, rates, ADAM)
         tl.store(w_dec_ptr + at, w, mask=inside)
         squares += tl.where(inside, w * w, 0.0)
 
