@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saemill.train.kernels.arguments import INPUT_DTYPES, expect
+from saemill.train.kernels.arguments import INPUT_DTYPES, NUMERICS, expect
 
 MAX_K = 512
 
@@ -60,7 +60,7 @@ def launch(d: int, k: int) -> tuple[dict[str, int], dict[str, Any]]:
     k_padded = triton.next_power_of_2(k)
     panel = min(128, 8192 // k_padded, triton.next_power_of_2(d))
     constants = {"D": d, "K": k, "K_PADDED": k_padded, "PANEL": panel}
-    return constants, {"num_warps": 4 if k_padded * panel >= 2048 else 1}
+    return constants, {"num_warps": 4 if k_padded * panel >= 2048 else 1, **NUMERICS}
 
 
 def residual(

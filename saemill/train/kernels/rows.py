@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saemill.train.kernels.arguments import INPUT_DTYPES, expect
+from saemill.train.kernels.arguments import INPUT_DTYPES, NUMERICS, expect
 from saemill.train.kernels.hyper import Hyper
 from saemill.train.kernels.segments import AuxGradients, LatentSums, Segments, chunk_sums, gather_rows
 
@@ -178,19 +178,19 @@ def update_kernel(
     scale = tl.load(hyper_ptr + GRADIENT_SCALE)
     decay = tl.load(hyper_ptr + WEIGHT_DECAY)
 
-    one = tl.zeros((1,), tl.int32)
+    lane = tl.zeros((1,), tl.int32)
     b_enc = stepped(
-        tl.load(b_enc_ptr + latent + one),
+        tl.load(b_enc_ptr + latent + lane),
         tl.load(db_ptr + latent),
-        m_b_ptr + latent + one,
-        v_b_ptr + latent + one,
-        one,
-        one,
-        one == 0,
+        m_b_ptr + latent + lane,
+        v_b_ptr + latent + lane,
+        lane,
+        lane,
+        lane == 0,
         rates,
         ADAM,
     )
-    tl.store(b_enc_ptr + latent + one, b_enc)
+    tl.store(b_enc_ptr + latent + lane, b_enc)
 
     dval = tl.load(dval_ptr + latent)
     along = tl.load(along_ptr + latent)
@@ -198,9 +198,9 @@ def update_kernel(
     if end - start > CHUNK:
         n_chunks = (end - start + CHUNK - 1) // CHUNK
         end = start
-    slot = -1
+    slot = lane
     if slot_ptr is not None:
-        slot = tl.load(slot_ptr + latent)
+        slot = tl.load(slot_ptr + latent + lane)
     row_hash = tl.zeros((1,), tl.uint32)
     if seed_ptr is not None:
         row_hash += mixed(mixed(tl.load(seed_ptr).to(tl.uint32)) ^ latent.to(tl.uint32))
@@ -217,7 +217,7 @@ def update_kernel(
             for chunk in range(n_chunks):
                 g_enc += tl.load(partial + chunk * (2 * D), mask=inside, other=0.0)
                 g_dec += tl.load(partial + chunk * (2 * D) + D, mask=inside, other=0.0)
-        aux_at = slot * tl.full((1,), D, tl.int64) + column
+        aux_at = slot.to(tl.int64) * D + column
         has_aux = inside & (slot >= 0)
 
         # The encoder's row is done before the decoder's is read: fewer registers, more warps.
@@ -258,7 +258,7 @@ def launch(d: int, chunk_pairs: int, optimizer: str) -> tuple[dict[str, Any], di
     """The kernel's constants and its launch options: one warp, so that sums need no barrier."""
     panel = min(256, triton.next_power_of_2(d))
     constants = {"D": d, "PANEL": panel, "UNROLL": 4, "CHUNK": chunk_pairs, "ADAM": optimizer == "adam"}
-    return constants, {"num_warps": 1}
+    return constants, {"num_warps": 1, **NUMERICS}
 
 
 def update_rows(

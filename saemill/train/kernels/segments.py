@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saemill.train.kernels.arguments import INPUT_DTYPES, expect
+from saemill.train.kernels.arguments import INPUT_DTYPES, NUMERICS, expect
 from saemill.train.kernels.hyper import Hyper
 
 GRADIENT_SCALE = tl.constexpr(int(Hyper.GRADIENT_SCALE))
@@ -222,13 +222,13 @@ def chunk_sums_kernel(
         tl.store(partial_ptr + at + D, sum_dec, mask=inside)
 
 
-LATENT_SUMS_LAUNCH: tuple[dict[str, int], dict[str, Any]] = ({"BLOCK": 256}, {"num_warps": 1})
+LATENT_SUMS_LAUNCH: tuple[dict[str, int], dict[str, Any]] = ({"BLOCK": 256}, {"num_warps": 1, **NUMERICS})
 
 
 def chunk_sums_launch(d: int, chunk_pairs: int) -> tuple[dict[str, int], dict[str, Any]]:
     """The kernel's constants and its launch options."""
     panel = min(256, triton.next_power_of_2(d))
-    return {"D": d, "PANEL": panel, "UNROLL": 8, "CHUNK": chunk_pairs}, {"num_warps": 2}
+    return {"D": d, "PANEL": panel, "UNROLL": 8, "CHUNK": chunk_pairs}, {"num_warps": 2, **NUMERICS}
 
 
 def latent_sums(

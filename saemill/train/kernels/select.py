@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saemill.train.kernels.arguments import INPUT_DTYPES, expect
+from saemill.train.kernels.arguments import INPUT_DTYPES, NUMERICS, expect
 
 INFINITY_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 MAX_CANDIDATES = 1 << 15
@@ -124,7 +124,7 @@ def launch(n_latents: int, k: int, dtype: torch.dtype) -> tuple[dict[str, int], 
     }
     n_entries = max(constants["N_GROUPS"], constants["K_PADDED"]) * group
     n_warps = 1 if n_entries <= 1024 else 4 if n_entries <= 8192 else 8 if n_entries <= 32768 else 16
-    return constants, {"num_warps": n_warps}
+    return constants, {"num_warps": n_warps, **NUMERICS}
 
 
 def select(pre_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
