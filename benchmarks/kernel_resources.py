@@ -91,7 +91,7 @@ def measure(job: Job, architecture: int) -> Resources:
     )
 
 
-def select_job(d: int, f: int, k: int, dtype: torch.dtype) -> Job:
+def select_job(f: int, k: int, dtype: torch.dtype) -> Job:
     constants, options = select.launch(f, k, dtype)
     pointers = {"bits_ptr": f"i{constants['WIDTH']}", "val_ptr": "fp32", "idx_ptr": "i32"}
     name = f"select F={f} K={k} {NAMES[dtype]}"
@@ -122,7 +122,7 @@ def chunk_sums_job(d: int) -> Job:
     return Job(f"chunk_sums D={d}", segments.chunk_sums_kernel, pointers, ("K",), constants, options)
 
 
-def update_job(d: int, optimizer: str, moment: str, aux: bool) -> Job:
+def update_job(d: int, optimizer: str, moment: str, aux: bool = False, inputs: str = "bf16") -> Job:
     constants, options = rows.launch(d, segments.CHUNK_PAIRS, optimizer)
     integers = ["latents_ptr", "starts_ptr", "first_chunk_ptr", "order_ptr"] + ["slot_ptr"] * aux
     floats = ["val_ptr", "dot_ptr", "b_ptr", "partial_ptr", "dval_ptr", "along_ptr", "db_ptr", "hyper_ptr"]
@@ -130,29 +130,31 @@ def update_job(d: int, optimizer: str, moment: str, aux: bool) -> Job:
         "aux_enc_ptr",
         "aux_dec_ptr",
     ] * aux
-    halves = ["x_ptr", "e_ptr", "copy_enc_ptr", "copy_dec_ptr"]
+    copies = ["copy_enc_ptr", "copy_dec_ptr"] if inputs == "bf16" else []
     moments = ["m_enc_ptr", "m_dec_ptr", "v_enc_ptr", "v_dec_ptr"]
     integers += ["seed_ptr"] * (moment == "bf16")
-    pointers = dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32") | dict.fromkeys(halves, "bf16")
-    pointers |= dict.fromkeys(moments, moment)
-    name = f"update D={d} {optimizer} {moment}" + " aux" * aux
+    pointers = dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32") | dict.fromkeys(copies, "bf16")
+    pointers |= dict.fromkeys(("x_ptr", "e_ptr"), inputs) | dict.fromkeys(moments, moment)
+    name = f"update D={d} {optimizer} {moment}" + " aux" * aux + " fp32 inputs" * (inputs == "fp32")
     return Job(name, rows.update_kernel, pointers, ("K",), constants, options)
 
 
 def jobs() -> Iterator[Job]:
     """Every kernel, in the forms that training uses."""
     for d, f, k in SHAPES:
-        yield select_job(d, f, k, torch.bfloat16)
+        yield select_job(f, k, torch.bfloat16)
         yield residual_job(d, k, torch.bfloat16)
-    yield select_job(768, 24576, 32, torch.float32)
-    yield select_job(4096, 131072, 64, torch.bfloat16)
+    yield select_job(24576, 32, torch.float32)
+    yield select_job(131072, 64, torch.bfloat16)
+    yield select_job(8192, 512, torch.bfloat16)
     yield residual_job(768, 32, torch.float32)
     yield latent_sums_job()
     for d in sorted({d for d, _, _ in SHAPES}):
         yield chunk_sums_job(d)
-        yield update_job(d, "adam", "fp32", aux=False)
+        yield update_job(d, "adam", "fp32")
         yield update_job(d, "adam", "bf16", aux=True)
-    yield update_job(768, "sgd", "fp32", aux=False)
+    yield update_job(768, "sgd", "fp32")
+    yield update_job(768, "adam", "fp32", inputs="fp32")
 
 
 def main() -> None:

@@ -71,6 +71,15 @@ def test_select_is_exact(f: int, k: int, dtype: torch.dtype) -> None:
     assert_selects(pre.to(dtype), k)
 
 
+@pytest.mark.parametrize(("f", "k", "dtype"), [(70_000, 3, BF16), (33_000, 40, F32)])
+def test_select_reads_long_rows_in_slabs(f: int, k: int, dtype: torch.dtype) -> None:
+    """Oracle: a stable sort; a tie for the last place spans the slabs."""
+    pre = randn(2, f)
+    pre[1] = 0
+    pre[1, [f - 1, f // 2]] = 1
+    assert_selects(pre.to(dtype), k)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_select_orders_every_bit_pattern(dtype: torch.dtype) -> None:
     """Oracle: a stable sort; subnormals, infinities, and NaN of either sign, which rank highest."""

@@ -19,6 +19,10 @@ from saemill.train.kernels.arguments import INPUT_DTYPES, NUMERICS, expect
 INFINITY_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 MAX_CANDIDATES = 1 << 15
 """Two counts share one 32-bit scan."""
+MAX_ROW_BYTES = 1 << 17
+"""Of a row that 16 warps hold without spilling."""
+SLAB_BYTES = 1 << 16
+"""Longer rows are read in slabs of so much."""
 
 
 @triton.jit
@@ -74,6 +78,7 @@ def select_kernel(
     K_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
     N_GROUPS: tl.constexpr,
+    N_SLABS: tl.constexpr,
     WIDTH: tl.constexpr,
     INFINITY: tl.constexpr,
 ):
@@ -81,15 +86,19 @@ def select_kernel(
     PADDING: tl.constexpr = -(1 << (WIDTH - 1))
     token = tl.program_id(0).to(tl.int64)
     row_ptr = bits_ptr + token * F
-    groups = tl.arange(0, N_GROUPS)
     within = tl.arange(0, GROUP)
-    latents = groups[:, None] * GROUP + within[None, :]
-    bits = tl.load(row_ptr + latents, mask=latents < F, other=0)
-    keys = tl.where(latents < F, ordered_key(bits, WIDTH, INFINITY), PADDING)
-    chosen, place = largest(tl.max(keys, 1), K_GROUPS, WIDTH)
+    slabs = tl.arange(0, N_SLABS)
+    maxima = tl.full((N_SLABS, N_GROUPS // N_SLABS), PADDING, tl.int32)
+    for slab in range(N_SLABS):  # a long row does not fit the registers at once
+        groups = slab * (N_GROUPS // N_SLABS) + tl.arange(0, N_GROUPS // N_SLABS)
+        latents = groups[:, None] * GROUP + within[None, :]
+        bits = tl.load(row_ptr + latents, mask=latents < F, other=0)
+        keys = tl.where(latents < F, ordered_key(bits, WIDTH, INFINITY), PADDING)
+        maxima = tl.where((slabs == slab)[:, None], tl.max(keys, 1)[None, :], maxima)
+    chosen, place = largest(tl.reshape(maxima, (N_GROUPS,)), K_GROUPS, WIDTH)
     # The chosen groups pass through the indices' own memory: no vector can be compacted in registers.
     scratch_ptr = idx_ptr + token * K
-    tl.store(scratch_ptr + place, groups, mask=chosen)
+    tl.store(scratch_ptr + place, tl.arange(0, N_GROUPS), mask=chosen)
     tl.debug_barrier()
     slots = tl.arange(0, K_PADDED)
     group = tl.load(scratch_ptr + slots, mask=slots < K_GROUPS, other=0)
@@ -122,8 +131,12 @@ def launch(n_latents: int, k: int, dtype: torch.dtype) -> tuple[dict[str, int], 
         "WIDTH": dtype.itemsize * 8,
         "INFINITY": INFINITY_BITS[dtype],
     }
-    n_entries = max(constants["N_GROUPS"], constants["K_PADDED"]) * group
-    n_warps = 1 if n_entries <= 1024 else 4 if n_entries <= 8192 else 8 if n_entries <= 32768 else 16
+    n_entries = constants["N_GROUPS"] * group
+    n_bytes = n_entries * dtype.itemsize
+    constants["N_SLABS"] = 1 if n_bytes <= MAX_ROW_BYTES else n_bytes // SLAB_BYTES
+    n_candidates = constants["K_PADDED"] * group
+    size = max(n_entries // constants["N_SLABS"], 4 * n_candidates)
+    n_warps = 1 if size <= 1024 else 4 if size <= 8192 else 8 if size <= 32768 and n_entries <= 32768 else 16
     return constants, {"num_warps": n_warps, **NUMERICS}
 
 
