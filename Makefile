@@ -2,10 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 # The CPU build of torch unless a GPU is present; `make TORCH=torch==2.9.0 …` chooses another.
+PINNED := $(shell grep '^torch==' constraints.txt)
 ifeq ($(shell command -v nvidia-smi),)
-TORCH ?= $(shell grep '^torch==' constraints.txt)
+TORCH ?= $(PINNED)
 else
 TORCH ?= torch
+endif
+# Another torch brings the triton that it was made with.
+ifeq ($(TORCH),$(PINNED))
+FREE := torch
+else
+FREE := torch\|triton
 endif
 BIN := $(VENV)/bin
 
@@ -22,7 +29,7 @@ test: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	grep -v '^\($(FREE)\)==' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/pip install --quiet '$(TORCH)' -c $(VENV)/constraints.txt
 	$(BIN)/pip install --quiet -e '.[dev]' -c $(VENV)/constraints.txt
 	touch $@

@@ -1,11 +1,16 @@
 """Small models and texts that several tests share; nothing is fetched."""
 
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read when triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import transformers
 
 from saemill.demo import MODEL

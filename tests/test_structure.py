@@ -33,7 +33,7 @@ def imports(file: Path) -> set[str]:
 def test_stages_import_only_themselves_and_common(room: str) -> None:
     """Oracle: the source's own import statements."""
     allowed = {"common", room}
-    files = sorted((ROOT / room).glob("*.py"))
+    files = sorted((ROOT / room).rglob("*.py"))
     assert len(files) >= 3
     for file in files:
         for name in imports(file):

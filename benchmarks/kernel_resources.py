@@ -1,0 +1,178 @@
+"""Registers, spills and shared memory of every kernel, compiled ahead of time; no GPU is needed.
+
+python -m benchmarks.kernel_resources [-o resources.json]
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from saemill.train.kernels import residual, rows, segments, select
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 90)
+SHAPES = ((768, 24576, 32), (2304, 65536, 64), (2304, 65536, 128))
+"""Width, latents, active latents."""
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel with its argument types, constants and options."""
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str]
+    """Type of each pointer that is given; the others are None."""
+    integers: tuple[str, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    def compile(self, architecture: int) -> Any:
+        """The compiled kernel, its pointers and integers multiples of 16 as in training."""
+        names = self.kernel.arg_names
+        signature = {name: f"*{kind}" for name, kind in self.pointers.items()}
+        signature |= dict.fromkeys(self.integers, "i32")
+        absent = {name: None for name in names if name not in signature and name not in self.constants}
+        constants = self.constants | absent
+        signature = {name: signature.get(name, "constexpr") for name in names}
+        divisible = [["tt.divisibility", 16]]
+        attributes = {(i,): divisible for i, name in enumerate(names) if name not in constants}
+        source = ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
+        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=self.options)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes."""
+
+    kernel: str
+    architecture: int
+    n_warps: int
+    registers: int
+    """Per thread."""
+    spill_bytes: int
+    """Stack and local memory per thread."""
+    shared_bytes: int
+    barriers: int
+
+
+def measure(job: Job, architecture: int) -> Resources:
+    """Compile and ask cuobjdump."""
+    compiled = job.compile(architecture)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(BIN / "cuobjdump"), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = {k: int(n) for k, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout + text.stderr)}
+    return Resources(
+        job.name,
+        architecture,
+        job.options["num_warps"],
+        found["REG"],
+        found["STACK"] + found["LOCAL"],
+        compiled.metadata.shared,
+        compiled.asm["ptx"].count("bar.sync"),
+    )
+
+
+def select_job(f: int, k: int, dtype: torch.dtype) -> Job:
+    constants, options = select.launch(f, k, dtype)
+    pointers = {"bits_ptr": f"i{constants['WIDTH']}", "val_ptr": "fp32", "idx_ptr": "i32"}
+    name = f"select F={f} K={k} {NAMES[dtype]}"
+    return Job(name, select.select_kernel, pointers, ("F",), constants, options)
+
+
+def residual_job(d: int, k: int, dtype: torch.dtype) -> Job:
+    constants, options = residual.launch(d, k)
+    kind = NAMES[dtype]
+    pointers = dict.fromkeys(("val_ptr", "b_ptr", "dot_ptr", "sse_ptr"), "fp32")
+    pointers |= dict.fromkeys(("w_ptr", "x_ptr", "e_ptr"), kind) | {"idx_ptr": "i32"}
+    return Job(f"residual D={d} K={k} {kind}", residual.residual_kernel, pointers, (), constants, options)
+
+
+def latent_sums_job() -> Job:
+    constants, options = segments.LATENT_SUMS_LAUNCH
+    floats = ("val_ptr", "dot_ptr", "hyper_ptr", "aux_b_ptr", "dval_ptr", "along_ptr", "db_ptr")
+    pointers = dict.fromkeys(("latents_ptr", "starts_ptr", "order_ptr", "slot_ptr"), "i32")
+    pointers |= dict.fromkeys(floats, "fp32") | {"fired_ptr": "i8"}
+    return Job("latent_sums", segments.latent_sums_kernel, pointers, (), constants, options)
+
+
+def chunk_sums_job(d: int) -> Job:
+    constants, options = segments.chunk_sums_launch(d, segments.CHUNK_PAIRS)
+    tables = ("starts_ptr", "first_chunk_ptr", "chunk_latent_ptr", "n_chunks_ptr", "order_ptr")
+    pointers = dict.fromkeys(tables, "i32") | dict.fromkeys(("x_ptr", "e_ptr"), "bf16")
+    pointers |= dict.fromkeys(("val_ptr", "dot_ptr", "partial_ptr"), "fp32")
+    return Job(f"chunk_sums D={d}", segments.chunk_sums_kernel, pointers, ("K",), constants, options)
+
+
+def update_job(d: int, optimizer: str, moment: str, aux: bool = False, inputs: str = "bf16") -> Job:
+    constants, options = rows.launch(d, segments.CHUNK_PAIRS, optimizer)
+    integers = ["latents_ptr", "starts_ptr", "first_chunk_ptr", "order_ptr"] + ["slot_ptr"] * aux
+    floats = ["val_ptr", "dot_ptr", "b_ptr", "partial_ptr", "dval_ptr", "along_ptr", "db_ptr", "hyper_ptr"]
+    floats += ["w_enc_ptr", "b_enc_ptr", "w_dec_ptr", "m_b_ptr", "v_b_ptr"] + [
+        "aux_enc_ptr",
+        "aux_dec_ptr",
+    ] * aux
+    copies = ["copy_enc_ptr", "copy_dec_ptr"] if inputs == "bf16" else []
+    moments = ["m_enc_ptr", "m_dec_ptr", "v_enc_ptr", "v_dec_ptr"]
+    integers += ["seed_ptr"] * (moment == "bf16")
+    pointers = dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32") | dict.fromkeys(copies, "bf16")
+    pointers |= dict.fromkeys(("x_ptr", "e_ptr"), inputs) | dict.fromkeys(moments, moment)
+    name = f"update D={d} {optimizer} {moment}" + " aux" * aux + " fp32 inputs" * (inputs == "fp32")
+    return Job(name, rows.update_kernel, pointers, ("K",), constants, options)
+
+
+def jobs() -> Iterator[Job]:
+    """Every kernel, in the forms that training uses."""
+    for d, f, k in SHAPES:
+        yield select_job(f, k, torch.bfloat16)
+        yield residual_job(d, k, torch.bfloat16)
+    yield select_job(24576, 32, torch.float32)
+    yield select_job(131072, 64, torch.bfloat16)
+    yield select_job(8192, 512, torch.bfloat16)
+    yield residual_job(768, 32, torch.float32)
+    yield latent_sums_job()
+    for d in sorted({d for d, _, _ in SHAPES}):
+        yield chunk_sums_job(d)
+        yield update_job(d, "adam", "fp32")
+        yield update_job(d, "adam", "bf16", aux=True)
+    yield update_job(768, "sgd", "fp32")
+    yield update_job(768, "adam", "fp32", inputs="fp32")
+
+
+def main() -> None:
+    """Print a table, and write it where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--out", type=Path)
+    args = parser.parse_args()
+    print(f"{'kernel':36} sm warps registers spills shared barriers", flush=True)
+    found = []
+    for job in jobs():
+        for architecture in ARCHITECTURES:
+            r = measure(job, architecture)
+            found.append(asdict(r))
+            numbers = f"{r.architecture} {r.n_warps:5} {r.registers:9} {r.spill_bytes:6}"
+            print(f"{r.kernel:36} {numbers} {r.shared_bytes:6} {r.barriers:8}", flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
