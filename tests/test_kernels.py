@@ -252,11 +252,10 @@ class Trained:
         self.moments = zero_moments(self.mine, optimizer, F32)
         leaves = [torch.nn.Parameter(p.clone()) for p in (w_enc, b_enc, w_dec)]
         self.leaves = leaves
-        groups = [{"params": leaves[:1], "weight_decay": 0.02}, {"params": leaves[1:], "weight_decay": 0.0}]
         if optimizer == "adam":
-            self.torch: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=0.01, eps=1e-8)
+            self.torch: torch.optim.Optimizer = torch.optim.Adam(leaves, lr=0.01, eps=1e-8)
         else:
-            self.torch = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+            self.torch = torch.optim.SGD(leaves, lr=0.01, momentum=0.9)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """The weights that the forward pass multiplies with."""
@@ -298,6 +297,7 @@ class Trained:
                 grad[place >= 0] += extra[place[place >= 0]]
         for leaf, grad in zip(self.leaves, (enc, b_enc, dec), strict=True):
             leaf.grad = grad.float()
+        self.leaves[0].data *= 1 - 0.01 * 0.02
         self.torch.step()
         self.leaves[2].data /= self.leaves[2].data.norm(dim=1, keepdim=True)
 

@@ -30,10 +30,14 @@ def dense_codes(x: Tensor, w_enc: Tensor, b_enc: Tensor, b: Tensor, k: int) -> T
     return torch.relu(pre * mask)
 
 
+def weights_of(parameters: Parameters, dtype: torch.dtype = torch.float32) -> codes.Weights:
+    w_enc, b_enc, w_dec, b = (p.clone() for p in parameters)
+    return codes.Weights(w_enc, b_enc, w_dec, b, w_enc.to(dtype), w_dec)
+
+
 def passed_forward(x: Tensor, parameters: Parameters, k: int) -> codes.Forward:
-    w_enc, b_enc, w_dec, b = parameters
-    bias, room = codes.fold_bias(w_enc, b_enc, b), codes.room(len(w_enc), x.dtype, x.device)
-    return codes.forward(x, x, w_enc, bias, w_dec, b, k, room)
+    room = codes.room(len(parameters[0]), x.dtype, x.device)
+    return codes.forward(codes.Batch(x, x), weights_of(parameters), k, room)
 
 
 class Recorder:
@@ -52,11 +56,11 @@ class Recorder:
 def found_gradients(
     x: Tensor, parameters: Parameters, passed: codes.Forward, dead: DeadRows | None, gs: float
 ) -> list[Tensor]:
-    """What `rows.update` hands to its optimizer, in blocks of 5 rows."""
+    """What `rows.backward` hands to its optimizer, in blocks of 5 rows."""
     recorder: Any = Recorder(parameters)
-    pairs = rows.sort_pairs(passed, len(parameters[0]), gs)
-    leaves = tuple(p.clone() for p in parameters)
-    rows.update(x, passed.e_TD, pairs, dead, leaves, leaves[0], recorder, gs=gs, lr=0.1, weight_decay=0.0)
+    rates = rows.Rates(gs, lr=0.1, weight_decay=0.0)
+    weights, healthy = weights_of(parameters), torch.tensor(True)
+    rows.backward(codes.Batch(x, x), passed, dead, weights, recorder, healthy, rates)
     return recorder.gradients
 
 
@@ -140,14 +144,12 @@ def test_gradients_equal_dense_autograd(
 def test_auxk_equals_dense_autograd(n_dead: int, k_aux: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: autograd of the main loss plus AuxK over the dead rows, residual detached."""
     monkeypatch.setattr(rows, "BLOCK_BYTES", 5 * 12 * 4)
-    monkeypatch.setattr(codes, "CHUNK_BYTES", 7 * n_dead * 4)
+    monkeypatch.setattr("saemill.train.auxk.CHUNK_BYTES", 7 * n_dead * 4)
     x, parameters = make(24, 12, 48, seed=n_dead)
     k, c, scale = 5, 0.2, 0.11
     dead_S = torch.randperm(48, generator=torch.Generator().manual_seed(3))[:n_dead].sort().values
     passed = passed_forward(x, parameters, k)
-    w_enc, b_enc, w_dec, b = parameters
-    bias = codes.fold_bias(w_enc, b_enc, b)
-    dead, value = auxk(x, passed.e_TD, dead_S, w_enc, bias, w_dec, b, k_aux=k_aux, scale=scale)
+    dead, value = auxk(codes.Batch(x, x), passed, dead_S, weights_of(parameters), k_aux=k_aux, scale=scale)
     found = found_gradients(x, parameters, passed, dead, 2 * c)
     w_enc, b_enc, w_dec, b = leaves = double_leaves(parameters)
     xd = x.double()
@@ -161,13 +163,13 @@ def test_auxk_equals_dense_autograd(n_dead: int, k_aux: int, monkeypatch: pytest
 
 def test_auxk_in_bf16_is_near_auxk_in_float32() -> None:
     """Oracle: the float32 call; bf16 gradients lie within 10% of it in length."""
-    x, (w_enc, b_enc, w_dec, b) = make(512, 64, 256, seed=3)
-    e, dead_S = torch.randn(512, 64), torch.arange(0, 256, 2)
+    x, parameters = make(512, 64, 256, seed=3)
+    dead_S = torch.arange(0, 256, 2)
+    passed = passed_forward(x, parameters, 8)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        w = w_enc.to(dtype)
-        bias = codes.fold_bias(w, b_enc, b)
-        found[dtype], _ = auxk(x.to(dtype), e, dead_S, w, bias, w_dec, b, k_aux=32, scale=1.0)
+        batch, weights = codes.Batch(x, x.to(dtype)), weights_of(parameters, dtype)
+        found[dtype], _ = auxk(batch, passed, dead_S, weights, k_aux=32, scale=1.0)
     for exact, rounded in zip(found[torch.float32][1:], found[torch.bfloat16][1:], strict=True):
         assert float((exact - rounded).norm() / exact.norm()) < 0.1
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from saemill.common.topk import topk
-from saemill.train import codes
+from saemill.train.codes import CHUNK_BYTES, Batch, Forward, Weights, chunks
 
 
 class DeadRows(NamedTuple):
@@ -21,16 +21,7 @@ class DeadRows(NamedTuple):
 
 
 def auxk(
-    product_TD: Tensor,
-    e_TD: Tensor,
-    dead_S: Tensor,
-    w_enc_FD: Tensor,
-    bias_F: Tensor,
-    w_dec_FD: Tensor,
-    b_D: Tensor,
-    *,
-    k_aux: int,
-    scale: float,
+    batch: Batch, passed: Forward, dead_S: Tensor, weights: Weights, *, k_aux: int, scale: float
 ) -> tuple[DeadRows, Tensor]:
     """The k_aux most active dead latents fit the residual −e.
 
@@ -39,21 +30,24 @@ def auxk(
     The gradient reaches the encoder and the decoder of the dead latents, and b through the encoder.
 
     Args:
-        product_TD, w_enc_FD: in the product's dtype.
-        e_TD, bias_F, w_dec_FD, b_D: float32; bias_F from `codes.fold_bias`.
+        batch: T tokens.
+        passed: of the same batch.
         dead_S: int64, at least one.
+        weights: of the variant.
         k_aux: latents per token; all of the dead ones if there are fewer.
         scale: weight of the squared error.
 
     Returns: the gradients and L_aux.
     """
+    product_TD = batch.product_TD
     dtype = product_TD.dtype
-    w_enc_SD, bias_S, w_dec_SD = w_enc_FD[dead_S], bias_F[dead_S].to(dtype), w_dec_FD[dead_S]
+    e_TD, bias_S = passed.e_TD, passed.bias_F[dead_S].to(dtype)
+    w_enc_SD, w_dec_SD = weights.product_FD[dead_S], weights.w_dec_FD[dead_S]
     rounded_SD = w_dec_SD.to(dtype)
     grad_enc_SD, grad_dec_SD = torch.zeros_like(w_dec_SD), torch.zeros_like(w_dec_SD)
-    grad_bias_S, squares = torch.zeros_like(bias_F[dead_S]), torch.zeros_like(e_TD[0, 0])
+    grad_bias_S, squares = torch.zeros_like(w_dec_SD[:, 0]), torch.zeros_like(passed.sse)
     row_bytes = len(dead_S) * dtype.itemsize
-    for chunk in codes.chunks(len(e_TD), row_bytes, codes.CHUNK_BYTES):
+    for chunk in chunks(len(e_TD), row_bytes, CHUNK_BYTES):
         acts_tS = _activations(torch.addmm(bias_S, product_TD[chunk], w_enc_SD.T), k_aux)
         difference_tD = torch.addmm(e_TD[chunk].to(dtype), acts_tS, rounded_SD)
         squares += difference_tD.float().square().sum()
@@ -61,7 +55,7 @@ def auxk(
         dpre_tS = (difference_tD @ rounded_SD.T).mul_(acts_tS > 0)
         grad_enc_SD += dpre_tS.T @ product_TD[chunk]
         grad_bias_S += dpre_tS.float().sum(0)
-    grad_enc_SD.addr_(grad_bias_S, b_D, alpha=-1)
+    grad_enc_SD.addr_(grad_bias_S, weights.b_D, alpha=-1)
     along_S1 = (grad_dec_SD * w_dec_SD).sum(1, keepdim=True)
     grad_dec_SD.addcmul_(along_S1, w_dec_SD, value=-1)
     twice = 2 * scale

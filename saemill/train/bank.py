@@ -13,6 +13,7 @@ from torch import Tensor
 from saemill.common.sae import Sae, SaeConfig
 from saemill.train import codes, initial, rows
 from saemill.train.auxk import DeadRows, auxk
+from saemill.train.codes import Batch, Forward, Weights
 from saemill.train.optimizer import Adam, Optimizer, Sgd
 from saemill.train.profile import part
 from saemill.train.variants import Variant
@@ -43,6 +44,7 @@ class Bank:
         dead_after_tokens: a latent that has not fired for so many tokens is dead.
         sample_TD: training activations for the initial gain and the geometric median, in training
             units.
+        fused: whether to use the Triton kernels; by default on a GPU.
     """
 
     def __init__(
@@ -52,10 +54,13 @@ class Bank:
         dtype: torch.dtype,
         dead_after_tokens: int,
         sample_TD: Tensor,
+        fused: bool | None = None,
     ) -> None:
         self.variants, self.frame, self.dtype = variants, frame, dtype
         self.dead_after_tokens = dead_after_tokens
         device = frame.centre_D.device
+        fused = device.type == "cuda" if fused is None else fused
+        self._forward, self._backward = _passes(fused)
         n, f, d = len(variants), variants[0].num_latents, len(frame.centre_D)
         self.w_dec_VFD = torch.empty(n, f, d, device=device)
         self.w_enc_VFD = torch.empty(n, f, d, device=device)
@@ -64,6 +69,7 @@ class Bank:
         for i in range(n):
             self._initialise(i, sample_TD)
         self.product_VFD = self.w_enc_VFD.to(dtype)
+        self.gathered_VFD = self.w_dec_VFD.to(dtype) if fused else self.w_dec_VFD
         self._room_TF = codes.room(f, dtype, device)
         self.idle_tokens_VF = torch.zeros(n, f, dtype=torch.int64, device=device)
         self.dead_V = self._find_dead()
@@ -81,6 +87,10 @@ class Bank:
         """Variant i's part of them: w_enc_FD, b_enc_F, w_dec_FD, b_D."""
         w_enc_FD, b_enc_F, w_dec_FD, b_D = (stack[i] for stack in self.stacks)
         return w_enc_FD, b_enc_F, w_dec_FD, b_D
+
+    def weights(self, i: int) -> Weights:
+        """The same with the copies that products use."""
+        return Weights(*self.leaves(i), self.product_VFD[i], self.gathered_VFD[i])
 
     def _initialise(self, i: int, sample_TD: Tensor) -> None:
         w_enc_FD, _, w_dec_FD, b_D = self.leaves(i)
@@ -103,66 +113,38 @@ class Bank:
             lr_factor: the schedule's factor on each variant's peak rate.
             step: its number, kept for a variant that diverges.
         """
-        product_TD = x_TD.to(self.dtype)
+        batch = Batch(x_TD, x_TD.to(self.dtype))
         if step % DEAD_EVERY_STEPS == 0:
             self.dead_V = self._find_dead()
         for i in range(len(self.variants)):
             if not self.frozen[i]:
-                self._step_variant(i, x_TD, product_TD, lr_factor, step)
+                self._step_variant(i, batch, lr_factor, step)
 
-    def _step_variant(self, i: int, x_TD: Tensor, product_TD: Tensor, lr_factor: float, step: int) -> None:
-        variant, (_, b_enc_F, w_dec_FD, b_D) = self.variants[i], self.leaves(i)
-        product_FD = self.product_VFD[i]
-        per_square = self.loss_per_square(variant) / len(x_TD)
-        bias_F = codes.fold_bias(product_FD, b_enc_F, b_D)
-        passed = codes.forward(x_TD, product_TD, product_FD, bias_F, w_dec_FD, b_D, variant.k, self._room_TF)
-        sse = torch.linalg.vector_norm(passed.e_TD).square()
+    def _step_variant(self, i: int, batch: Batch, lr_factor: float, step: int) -> None:
+        variant, weights = self.variants[i], self.weights(i)
+        per_square = self.loss_per_square(variant) / len(batch.x_TD)
+        passed = self._forward(batch, weights, variant.k, self._room_TF)
         with part("auxk"):
-            dead, auxk_loss = self._auxk(i, product_TD, passed.e_TD, bias_F, per_square)
-        with part("sort"):
-            pairs = rows.sort_pairs(passed, variant.num_latents, 2 * per_square)
+            dead, auxk_loss = self._auxk(i, batch, passed, weights, per_square)
+        diverged = self.diverged_step_V[i]
+        diverged.copy_(torch.where((diverged < 0) & ~torch.isfinite(passed.sse), step, diverged))
+        rates = rows.Rates(2 * per_square, variant.lr * lr_factor, variant.weight_decay)
+        fired_F = self._backward(batch, passed, dead, weights, self.optimizers[i], diverged < 0, rates)
         with part("count"):
-            loss = sse * per_square + auxk_loss
-            self.totals_V[i].add(len(x_TD), sse, loss, auxk_loss, passed.codes.val_TK)
+            loss = passed.sse * per_square + auxk_loss
+            self.totals_V[i].add(len(batch.x_TD), passed.sse, loss, auxk_loss, passed.codes.val_TK)
             idle_F = self.idle_tokens_VF[i]
-            idle_F.copy_(torch.where(pairs.fired_F, 0, idle_F + len(x_TD)))
-            diverged = self.diverged_step_V[i]
-            diverged.copy_(torch.where((diverged < 0) & ~torch.isfinite(sse), step, diverged))
-        if diverged >= 0:
-            return
-        rows.update(
-            x_TD,
-            passed.e_TD,
-            pairs,
-            dead,
-            self.leaves(i),
-            product_FD,
-            self.optimizers[i],
-            gs=2 * per_square,
-            lr=variant.lr * lr_factor,
-            weight_decay=variant.weight_decay,
-        )
+            idle_F.copy_(torch.where(fired_F, 0, idle_F + len(batch.x_TD)))
 
     def _auxk(
-        self, i: int, product_TD: Tensor, e_TD: Tensor, bias_F: Tensor, per_square: float
+        self, i: int, batch: Batch, passed: Forward, weights: Weights, per_square: float
     ) -> tuple[DeadRows | None, Tensor]:
         """Gradients and value of variant i's auxiliary loss."""
         variant, dead_S = self.variants[i], self.dead_V[i]
         if len(dead_S) == 0 or variant.auxk_alpha == 0:
-            return None, torch.zeros((), device=e_TD.device)
-        _, _, w_dec_FD, b_D = self.leaves(i)
+            return None, torch.zeros((), device=batch.x_TD.device)
         scale = variant.auxk_alpha * per_square * min(1.0, len(dead_S) / variant.k_aux)
-        return auxk(
-            product_TD,
-            e_TD,
-            dead_S,
-            self.product_VFD[i],
-            bias_F,
-            w_dec_FD,
-            b_D,
-            k_aux=variant.k_aux,
-            scale=scale,
-        )
+        return auxk(batch, passed, dead_S, weights, k_aux=variant.k_aux, scale=scale)
 
     def _find_dead(self) -> list[Tensor]:
         """Numbers of the dead latents of each variant, ascending. int64 [n_dead]."""
@@ -253,3 +235,12 @@ class Totals:
             "auxk": auxk / n_steps,
             "l0": active / n_tokens,
         }
+
+
+def _passes(fused: bool) -> tuple[Any, Any]:
+    """The two passes of a step: in torch, or with kernels, which need Triton."""
+    if not fused:
+        return codes.forward, rows.backward
+    from saemill.train import fused as kernels
+
+    return kernels.forward, kernels.backward

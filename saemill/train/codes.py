@@ -21,6 +21,15 @@ GATHER_BYTES = 1 << 23
 """Most bytes of decoder rows gathered between their first use and their second."""
 
 
+class Batch(NamedTuple):
+    """Activations in training units."""
+
+    x_TD: Tensor
+    """float32."""
+    product_TD: Tensor
+    """The same in the product's dtype."""
+
+
 class Codes(NamedTuple):
     """The active latents of some tokens."""
 
@@ -30,14 +39,33 @@ class Codes(NamedTuple):
     """int64, latents' numbers."""
 
 
+class Weights(NamedTuple):
+    """One variant's parameters, in training units, and the copies that products use."""
+
+    w_enc_FD: Tensor
+    b_enc_F: Tensor
+    w_dec_FD: Tensor
+    """Rows of unit length."""
+    b_D: Tensor
+    """b_dec − centre."""
+    product_FD: Tensor
+    """w_enc in the product's dtype; w_enc itself where that is float32."""
+    gathered_FD: Tensor
+    """w_dec as it is decoded with: w_dec itself on a CPU, in the product's dtype on a GPU."""
+
+
 class Forward(NamedTuple):
     """A batch seen by one variant: all that its gradients need."""
 
     codes: Codes
     e_TD: Tensor
-    """x̂ − x, float32."""
+    """x̂ − x; float32, on a GPU the product's dtype."""
     dot_TK: Tensor
     """⟨e_t, W_dec[idx_tk]⟩, float32."""
+    sse: Tensor
+    """Σ e², float32."""
+    bias_F: Tensor
+    """From `fold_bias`."""
 
 
 def fold_bias(w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor) -> Tensor:
@@ -79,39 +107,30 @@ def decode(codes: Codes, w_dec_FD: Tensor, b_D: Tensor) -> Tensor:
     return bags.add_(b_D)
 
 
-def forward(
-    x_TD: Tensor,
-    product_TD: Tensor,
-    w_enc_FD: Tensor,
-    bias_F: Tensor,
-    w_dec_FD: Tensor,
-    b_D: Tensor,
-    k: int,
-    room_TF: Tensor,
-) -> Forward:
+def forward(batch: Batch, weights: Weights, k: int, room_TF: Tensor) -> Forward:
     """A whole batch, in chunks that keep [T, F] out of memory.
 
     Args:
-        x_TD: float32.
-        product_TD: the same in the product's dtype.
-        w_enc_FD: in the product's dtype.
-        bias_F: from `fold_bias`.
-        w_dec_FD, b_D: float32.
+        batch: T tokens.
+        weights: of the variant.
         k: active latents per token.
         room_TF: from `room`; no chunk is longer.
     """
+    (x_TD, product_TD), w_dec_FD = batch, weights.w_dec_FD
     n_tokens = len(x_TD)
+    bias_F = fold_bias(weights.product_FD, weights.b_enc_F, weights.b_D)
     val_TK = x_TD.new_empty(n_tokens, k)
     idx_TK = torch.empty(n_tokens, k, dtype=torch.int64, device=x_TD.device)
     e_TD, dot_TK = torch.empty_like(x_TD), torch.empty_like(val_TK)
     for chunk in chunks(n_tokens, 1, len(room_TF)):
-        val_TK[chunk], idx_TK[chunk] = encode(product_TD[chunk], w_enc_FD, bias_F, k, room_TF)
+        val_TK[chunk], idx_TK[chunk] = encode(product_TD[chunk], weights.product_FD, bias_F, k, room_TF)
     with part("decode"):
         for chunk in chunks(n_tokens, k * w_dec_FD[0].nbytes, GATHER_BYTES):
             codes = Codes(val_TK[chunk], idx_TK[chunk])
-            torch.sub(decode(codes, w_dec_FD, b_D), x_TD[chunk], out=e_TD[chunk])
+            torch.sub(decode(codes, w_dec_FD, weights.b_D), x_TD[chunk], out=e_TD[chunk])
             dot_TK[chunk] = row_dots(e_TD[chunk], codes.idx_TK, w_dec_FD)
-    return Forward(Codes(val_TK, idx_TK), e_TD, dot_TK)
+        sse = torch.linalg.vector_norm(e_TD).square()
+    return Forward(Codes(val_TK, idx_TK), e_TD, dot_TK, sse, bias_F)
 
 
 def row_dots(e_TD: Tensor, idx_TK: Tensor, w_dec_FD: Tensor) -> Tensor:

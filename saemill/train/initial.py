@@ -18,9 +18,10 @@ def best_gain(sample_TD: Tensor, w_enc_FD: Tensor, w_dec_FD: Tensor, b_D: Tensor
     Without it k unit directions, each with its full projection, overshoot the more the larger k is,
     and the first steps only undo that.
     """
-    bias_F = codes.fold_bias(w_enc_FD, torch.zeros_like(w_enc_FD[:, 0]), b_D)
+    no_bias_F = torch.zeros_like(w_enc_FD[:, 0])
+    weights = codes.Weights(w_enc_FD, no_bias_F, w_dec_FD, b_D, product_FD=w_enc_FD, gathered_FD=w_dec_FD)
     room_TF = codes.room(len(w_enc_FD), sample_TD.dtype, sample_TD.device)
-    raw_TD = codes.forward(sample_TD, sample_TD, w_enc_FD, bias_F, w_dec_FD, b_D, k, room_TF).e_TD
+    raw_TD = codes.forward(codes.Batch(sample_TD, sample_TD), weights, k, room_TF).e_TD
     raw_TD.add_(sample_TD).sub_(b_D)
     return ((sample_TD - b_D) * raw_TD).sum() / raw_TD.square().sum().clamp(min=1e-12)
 

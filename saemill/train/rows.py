@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from saemill.train.auxk import DeadRows
-from saemill.train.codes import Forward, chunks
+from saemill.train.codes import Batch, Forward, Weights, chunks
 from saemill.train.optimizer import Optimizer
 from saemill.train.profile import part
 
@@ -26,6 +26,16 @@ BLOCK_BYTES = 1 << 20
 """Bytes of each tensor in a block; about a dozen of them are in use at once."""
 W_ENC, B_ENC, W_DEC, B = range(4)
 """The places of the parameters among an optimizer's leaves."""
+
+
+class Rates(NamedTuple):
+    """The numbers of one step of one variant."""
+
+    gs: float
+    """Factor of e in the gradient of the loss."""
+    lr: float
+    weight_decay: float
+    """Decoupled, of w_enc alone."""
 
 
 class Pairs(NamedTuple):
@@ -47,7 +57,7 @@ class Pairs(NamedTuple):
 
 def sort_pairs(passed: Forward, n_latents: int, gs: float) -> Pairs:
     """Order a batch's pairs by latent, with one stable sort."""
-    (val_TK, idx_TK), _, dot_TK = passed
+    (val_TK, idx_TK), dot_TK = passed.codes, passed.dot_TK
     flat_P = idx_TK.reshape(-1)
     dot_P = dot_TK.reshape(-1) * gs
     val_P = val_TK.reshape(-1)
@@ -70,51 +80,64 @@ def sort_pairs(passed: Forward, n_latents: int, gs: float) -> Pairs:
     )
 
 
-def update(
+def backward(
+    batch: Batch,
+    passed: Forward,
+    dead: DeadRows | None,
+    weights: Weights,
+    optimizer: Optimizer,
+    healthy: Tensor,
+    rates: Rates,
+) -> Tensor:
+    """One optimizer step of all parameters, in place.
+
+    Args:
+        batch: T tokens.
+        passed: of the same batch.
+        dead: AuxK's gradients, to be added.
+        weights: changed in place, copies included.
+        optimizer: whose leaves are the first four of the weights.
+        healthy: bool; where it is false nothing is changed.
+        rates: of this step.
+
+    Returns: bool [F], which latents fired.
+    """
+    with part("sort"):
+        pairs = sort_pairs(passed, len(weights.w_enc_FD), rates.gs)
+    if healthy:
+        _update(batch.x_TD, passed.e_TD, pairs, dead, weights, optimizer, rates)
+    return pairs.fired_F
+
+
+def _update(
     x_TD: Tensor,
     e_TD: Tensor,
     pairs: Pairs,
     dead: DeadRows | None,
-    leaves: tuple[Tensor, Tensor, Tensor, Tensor],
-    product_FD: Tensor,
+    weights: Weights,
     optimizer: Optimizer,
-    *,
-    gs: float,
-    lr: float,
-    weight_decay: float,
+    rates: Rates,
 ) -> None:
-    """One optimizer step of all parameters, in place.
-
-    Args:
-        x_TD, e_TD: float32.
-        pairs: from `sort_pairs`.
-        dead: AuxK's gradients, to be added.
-        leaves: w_enc_FD, b_enc_F, w_dec_FD, b_D, float32.
-        product_FD: the copy of w_enc that the encoder's product uses, renewed here; w_enc itself
-            where no other dtype is used.
-        gs: factor of e in the gradient.
-        lr, weight_decay: of this step; the decay is w_enc's alone.
-    """
-    w_enc_FD, _, w_dec_FD, b_D = leaves
+    w_enc_FD, _, w_dec_FD, b_D, product_FD, _ = weights
     db_enc_F = pairs.db_enc_F
     if dead is not None:
         db_enc_F = db_enc_F.index_add(0, dead.dead_S, dead.b_enc_S)
     optimizer.begin_step()
-    db_D = e_TD.sum(0).mul_(gs).sub_(db_enc_F @ w_enc_FD)
-    optimizer.update(B_ENC, slice(None), db_enc_F, lr)
+    db_D = e_TD.sum(0).mul_(rates.gs).sub_(db_enc_F @ w_enc_FD)
+    optimizer.update(B_ENC, slice(None), db_enc_F, rates.lr)
     for block in chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES):
         with part("backward"):
             grad_enc, grad_dec = _gradients(x_TD, e_TD, pairs, block, w_dec_FD, b_D)
             if dead is not None:
                 _add_dead(grad_enc, grad_dec, dead, block)
         with part("optimizer"):
-            optimizer.update(W_ENC, block, grad_enc, lr, weight_decay)
-            optimizer.update(W_DEC, block, grad_dec, lr)
+            optimizer.update(W_ENC, block, grad_enc, rates.lr, rates.weight_decay)
+            optimizer.update(W_DEC, block, grad_dec, rates.lr)
             rows = w_dec_FD[block]
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-            if product_FD is not w_enc_FD:
+            if product_FD.dtype != w_enc_FD.dtype:
                 product_FD[block].copy_(w_enc_FD[block])
-    optimizer.update(B, slice(None), db_D, lr)
+    optimizer.update(B, slice(None), db_D, rates.lr)
 
 
 def _gradients(

@@ -18,7 +18,7 @@ class Hyper(IntEnum):
     GRADIENT_SCALE = 6
     """∂L/∂x̂ = gradient scale · e."""
     WEIGHT_DECAY = 7
-    """Of w_enc: decoupled with Adam, added to the gradient with SGD."""
+    """Of w_enc, decoupled."""
     HEALTHY = 8
     """0: the variant has diverged, nothing is changed."""
     REST1 = 9

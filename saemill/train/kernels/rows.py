@@ -176,7 +176,6 @@ def update_kernel(
     rates = load_rates(hyper_ptr)
     shrink = 1 - tl.load(hyper_ptr + LR) * tl.load(hyper_ptr + WEIGHT_DECAY)
     scale = tl.load(hyper_ptr + GRADIENT_SCALE)
-    decay = tl.load(hyper_ptr + WEIGHT_DECAY)
 
     lane = tl.zeros((1,), tl.int32)
     b_enc = stepped(
@@ -225,10 +224,7 @@ def update_kernel(
         g = scale * (g_enc - dval * tl.load(b_ptr + column, mask=inside, other=0.0))
         if slot_ptr is not None:
             g += tl.load(aux_enc_ptr + aux_at, mask=has_aux, other=0.0)
-        if ADAM:
-            w *= shrink
-        else:
-            g += decay * w
+        w *= shrink
         w = stepped(w, g, m_enc_ptr + at, v_enc_ptr + at, row_hash, column, inside, rates, ADAM)
         tl.store(w_enc_ptr + at, w, mask=inside)
         if copy_enc_ptr is not None:
@@ -280,7 +276,8 @@ def update_rows(
     """One optimizer step of one variant's latents, in place; nothing where hyper's HEALTHY is 0.
 
     `adam` is torch.optim.AdamW on w_enc and torch.optim.Adam on b_enc and w_dec; `sgd` is
-    torch.optim.SGD on all three, whose first buffer is the gradient (a zero buffer gives just that).
+    torch.optim.SGD on all three, whose first buffer is the gradient (a zero buffer gives just that), with
+    AdamW's decay of w_enc.
     Micro-batches are joined before: one call per step. The gradient of b needs w_enc as it was before
     (`decoder_bias_gradient`).
 

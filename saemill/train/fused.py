@@ -1,0 +1,126 @@
+"""The two passes of a step with the Triton kernels: what codes.py and rows.py define, on a GPU.
+
+The residual is kept in the product's dtype, unscaled; sums are float32. The host never waits.
+"""
+
+import torch
+from torch import Tensor
+
+from saemill.train.auxk import DeadRows
+from saemill.train.codes import Batch, Codes, Forward, Weights, chunks, fold_bias
+from saemill.train.kernels.hyper import Hyper, hyper_values
+from saemill.train.kernels.residual import residual
+from saemill.train.kernels.rows import Moments, Parameters, decoder_bias_gradient, update_rows
+from saemill.train.kernels.segments import AuxGradients, latent_sums, segments
+from saemill.train.kernels.select import select
+from saemill.train.optimizer import ADAM_BETAS, ADAM_EPS, SGD_MOMENTUM, Adam, Optimizer
+from saemill.train.profile import part
+from saemill.train.rows import B, Rates
+
+
+def forward(batch: Batch, weights: Weights, k: int, room_TF: Tensor) -> Forward:
+    """As `codes.forward`; idx_TK is int32, ascending, ties going to the lowest latent."""
+    product_TD = batch.product_TD
+    n_tokens = len(product_TD)
+    bias_F = fold_bias(weights.product_FD, weights.b_enc_F, weights.b_D)
+    bias = bias_F.to(product_TD.dtype)
+    val_TK = torch.empty(n_tokens, k, device=product_TD.device)
+    idx_TK = torch.empty(n_tokens, k, dtype=torch.int32, device=product_TD.device)
+    for chunk in chunks(n_tokens, 1, len(room_TF)):
+        with part("encode"):
+            rows_TD = product_TD[chunk]
+            pre_TF = torch.addmm(bias, rows_TD, weights.product_FD.T, out=room_TF[: len(rows_TD)])
+        with part("top-k"):
+            val_TK[chunk], idx_TK[chunk] = select(pre_TF, k)
+    with part("decode"):
+        e_TD, dot_TK, sse_T = residual(val_TK, idx_TK, weights.gathered_FD, weights.b_D, product_TD)
+    return Forward(Codes(val_TK, idx_TK), e_TD, dot_TK, sse_T.sum(), bias_F)
+
+
+def backward(
+    batch: Batch,
+    passed: Forward,
+    dead: DeadRows | None,
+    weights: Weights,
+    optimizer: Optimizer,
+    healthy: Tensor,
+    rates: Rates,
+) -> Tensor:
+    """As `rows.backward`."""
+    n_latents = len(weights.w_enc_FD)
+    (val_TK, idx_TK), e_TD, dot_TK = passed.codes, passed.e_TD, passed.dot_TK
+    optimizer.begin_step()
+    hyper = _hyper(optimizer, rates, healthy)
+    aux = None if dead is None else _aux(dead, n_latents)
+    with part("sort"):
+        pairs = segments(idx_TK, n_latents)
+        sums = latent_sums(val_TK, dot_TK, pairs, hyper, aux)
+    with part("optimizer"):
+        db_D = decoder_bias_gradient(e_TD, sums.db_enc_F, weights.w_enc_FD, hyper)
+        copies = weights.product_FD.dtype != weights.w_enc_FD.dtype
+        parameters = Parameters(
+            weights.w_enc_FD,
+            weights.b_enc_F,
+            weights.w_dec_FD,
+            weights.product_FD if copies else None,
+            weights.gathered_FD if copies else None,
+        )
+        adam = isinstance(optimizer, Adam)
+        seed = None
+        if isinstance(optimizer, Adam) and optimizer.second[0].tensors()[0].dtype == torch.bfloat16:
+            seed = torch.full((1,), optimizer.n_steps, dtype=torch.int32, device=e_TD.device)
+        update_rows(
+            parameters,
+            _moments(optimizer),
+            batch.product_TD,
+            e_TD,
+            val_TK,
+            dot_TK,
+            weights.b_D,
+            pairs,
+            sums,
+            hyper,
+            optimizer="adam" if adam else "sgd",
+            seed=seed,
+            aux=aux,
+        )
+        before_D = weights.b_D.clone()
+        optimizer.update(B, slice(None), db_D, rates.lr)
+        weights.b_D.copy_(torch.where(healthy, weights.b_D, before_D))
+    return sums.fired_F
+
+
+def _hyper(optimizer: Optimizer, rates: Rates, healthy: Tensor) -> Tensor:
+    """The step's numbers for the kernels; one copy to the device, `healthy` already there."""
+    adam = isinstance(optimizer, Adam)
+    values = hyper_values(
+        lr=rates.lr,
+        step=optimizer.n_steps if isinstance(optimizer, Adam) else 1,
+        gradient_scale=rates.gs,
+        beta1=ADAM_BETAS[0] if adam else SGD_MOMENTUM,
+        beta2=ADAM_BETAS[1],
+        eps=ADAM_EPS,
+        weight_decay=rates.weight_decay,
+    )
+    hyper = torch.tensor(values)
+    if healthy.is_cuda:
+        hyper = hyper.pin_memory().to(healthy.device, non_blocking=True)
+    hyper[Hyper.HEALTHY] = healthy
+    return hyper
+
+
+def _moments(optimizer: Optimizer) -> Moments:
+    """The optimizer's state of the latents, as the kernels take it: w_enc, b_enc, w_dec."""
+    if isinstance(optimizer, Adam):
+        m_enc, m_b, m_dec = (kept.tensors()[0] for kept in optimizer.first[:B])
+        v_enc, v_b, v_dec = (kept.tensors()[0] for kept in optimizer.second[:B])
+        return Moments(m_enc, m_b, m_dec, v_enc, v_b, v_dec)
+    m_enc, m_b, m_dec = optimizer.momentum[:B]
+    return Moments(m_enc, m_b, m_dec, None, None, None)
+
+
+def _aux(dead: DeadRows, n_latents: int) -> AuxGradients:
+    """AuxK's gradients with the places of the dead latents' rows."""
+    slot_F = torch.full((n_latents,), -1, dtype=torch.int32, device=dead.dead_S.device)
+    slot_F[dead.dead_S] = torch.arange(len(dead.dead_S), dtype=torch.int32, device=slot_F.device)
+    return AuxGradients(slot_F, dead.w_enc_SD, dead.b_enc_S, dead.w_dec_SD)

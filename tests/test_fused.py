@@ -1,0 +1,88 @@
+"""Whole steps with the kernels against the same steps in torch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+
+from saemill.train.bank import Bank, Frame
+from saemill.train.variants import Variant
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+D, F, T = 40, 100, 48
+BASE = Variant(name="v", site="s", k=6, num_latents=F, lr=3e-3, seed=0, k_aux=D // 2)
+
+
+def batches(n: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(77)
+    directions = torch.randn(60, D, generator=generator)
+    picks = torch.randint(0, 60, (n, T, 3), generator=generator)
+    return list(
+        directions[picks].sum(2).to(DEVICE) + 0.1 * torch.randn(n, T, D, generator=generator).to(DEVICE)
+    )
+
+
+def bank(variants: list[Variant], dtype: torch.dtype, fused: bool) -> Bank:
+    frame = Frame(torch.zeros(D, device=DEVICE), 1.0)
+    made = Bank(variants, frame, dtype, 2 * T, batches(1)[0], fused=fused)
+    made.w_enc_VFD[:, : F // 4] *= 0.01  # these die, so that AuxK runs
+    made.product_VFD.copy_(made.w_enc_VFD)
+    return made
+
+
+def train(made: Bank, n_steps: int) -> Bank:
+    with torch.no_grad():
+        for step, x_TD in enumerate(batches(n_steps)):
+            made.step(x_TD, 1.0, step)
+    return made
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        BASE,
+        replace(BASE, k=1, seed=3, weight_decay=0.1, loss="mse"),
+        replace(BASE, optimizer="sgd", lr=0.3, auxk_alpha=0.0),
+    ],
+)
+def test_steps_with_kernels_equal_steps_in_torch(variant: Variant) -> None:
+    """Oracle: the passes in torch, in float32, over 9 steps with dead latents; counters and sums too."""
+    mine, theirs = (train(bank([variant], torch.float32, fused), 9) for fused in (True, False))
+    assert len(theirs.dead_V[0]) > 0
+    for a, b in zip(mine.stacks, theirs.stacks, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-4)
+    assert torch.equal(mine.idle_tokens_VF, theirs.idle_tokens_VF)
+    ours, expected = mine.totals_V[0].take(D, 9), theirs.totals_V[0].take(D, 9)
+    assert ours == pytest.approx(expected, rel=1e-4)
+
+
+def test_bf16_steps_with_kernels_lead_to_the_same_error() -> None:
+    """Oracle: the passes in torch with the same bf16 product; the mean FVU of 9 steps within 2%."""
+    found = [train(bank([BASE], torch.bfloat16, fused), 9).totals_V[0].take(D, 9) for fused in (True, False)]
+    assert found[0]["fvu"] == pytest.approx(found[1]["fvu"], rel=0.02)
+
+
+def test_short_moments_with_kernels_stay_near_float32() -> None:
+    """Oracle: float32 moments; weights move alike."""
+    start = bank([BASE], torch.float32, True)
+    exact = train(bank([BASE], torch.float32, True), 9)
+    short = train(bank([replace(BASE, optimizer_state="bf16")], torch.float32, True), 9)
+    moved = (exact.w_enc_VFD - start.w_enc_VFD).norm()
+    assert float((short.w_enc_VFD - exact.w_enc_VFD).norm() / moved) < 0.05
+
+
+def test_a_diverged_variant_changes_no_more() -> None:
+    """Oracle: its own finite weights from before; the healthy one beside it goes on."""
+    wild = replace(BASE, optimizer="sgd", lr=1e30)
+    made = train(bank([wild, BASE], torch.float32, True), 3)
+    at = int(made.diverged_step_V[0])
+    assert 0 < at <= 2
+    before = [stack[0].clone() for stack in made.stacks]
+    healthy = made.w_enc_VFD[1].clone()
+    with torch.no_grad():
+        made.step(batches(1)[0], 1.0, 3)
+    for mine, was in zip(made.stacks, before, strict=True):
+        assert torch.equal(mine[0], was)
+    assert not torch.equal(made.w_enc_VFD[1], healthy)
