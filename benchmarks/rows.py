@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from saemill.common.activations import ActivationStore, Moments
+from saemill.common.shards import as_tensor
 from saemill.train.loader import Loader
 
 DIRECTIONS, ACTIVE, NOISE, MEAN = 4096, 32, 0.02, 1.0
@@ -63,7 +64,9 @@ def write(folder: Path, chunks: Iterator[tuple[str, Tensor]], args: argparse.Nam
     assert moments is not None
     statistics = moments.statistics()
     np.savez(
-        folder / "statistics.npz", mean=statistics.mean_D.numpy(), variance=np.array(statistics.total_variance)
+        folder / "statistics.npz",
+        mean=statistics.mean_D.numpy(),
+        variance=np.array(statistics.total_variance),
     )
 
 
@@ -85,14 +88,10 @@ def planted(args: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
 def stored(args: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
     """Chunks of a store's held-out rows in their order, then of its training rows as training sees them."""
     store = ActivationStore(args.acts)
-    left = args.held_out
+    site = store.site(args.site)
     for shard in range(store.n_shards):
-        keep = store.keep_addresses(shard, store.mask, held_out=True)
-        addresses = shard * store.shard_tokens + np.flatnonzero(keep)[:left]
-        left -= len(addresses)
-        for run in np.split(addresses, np.flatnonzero(np.diff(addresses) > 1) + 1):
-            if len(run):
-                yield "held_out", store.read(args.site, int(run[0]), int(run[-1]) + 1)
+        offsets = np.flatnonzero(store.keep_addresses(shard, store.mask, held_out=True))
+        yield "held_out", as_tensor(site.gather(shard, offsets), site.dtype)
     loader = Loader(store, [args.site], store.mask, batch_tokens=CHUNK, buffer_tokens=262_144, seed=0)
     for i in range(min(args.rows, loader.epoch_tokens) // CHUNK):
         yield "train", loader.batch(i)[args.site]

@@ -57,7 +57,7 @@ class DictionaryLearning(Contestant):
             trainer.num_tokens_since_fired[self.dead] = trainer.dead_feature_threshold
 
     def auxk(self) -> list[float]:
-        return [float(trainer.pre_norm_auxk_loss) for trainer in self.trainers]
+        return [float(torch.as_tensor(trainer.pre_norm_auxk_loss).detach()) for trainer in self.trainers]
 
 
 if __name__ == "__main__":

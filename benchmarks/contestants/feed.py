@@ -88,6 +88,7 @@ class Feed:
         self.pending: deque[Tensor] = deque()
         self.in_hand = 0
         self.step_seconds: list[float] = []
+        self.cpu_seconds = self.timed_seconds = 0.0
         self.curve: list[dict[str, Any]] = []
         self.peak_rss = 0
 
@@ -109,32 +110,41 @@ class Feed:
         self.step += 1
         if len(self.pending) + 1 == self.in_hand:
             self._synchronize()
-            self.started = time.perf_counter()
+            self.started, self.cpu_started = time.perf_counter(), time.process_time()
         return x_TD
 
     def finish(self) -> None:
-        """After training: a loop that never asked for more than it needed has a step left to count.
+        """After training: count the last step of a loop that asked for no batch beyond its last.
 
-        What it does at its end (saving, summaries) is no step: the last one counts as the median.
+        What such a loop does at its end (saving, summaries) is no step: the last one counts as the
+        median.
         """
         if self.in_hand:
             seconds = statistics.median(self.step_seconds or [time.perf_counter() - self.started])
             self.step_seconds += [seconds] * self.in_hand
             self.in_hand = 0
-            self.peak_rss = self.peak_rss or max_rss()
         if self.step in self.eval_steps and (not self.curve or self.curve[-1]["step"] != self.step):
             self.evaluate()
+        self.peak_rss = self.peak_rss or max_rss()
+
+    @property
+    def cpu_share(self) -> float:
+        """CPU time of the steps over threads × their time: well below 1, others held the cores."""
+        return self.cpu_seconds / max(self.timed_seconds, 1e-9) / self.args.threads
 
     def _stop(self) -> None:
         if self.in_hand:
             self._synchronize()
             seconds = time.perf_counter() - self.started
+            self.cpu_seconds += time.process_time() - self.cpu_started
+            self.timed_seconds += seconds
             self.step_seconds += [seconds / self.in_hand] * self.in_hand
             self.in_hand = 0
 
     def _load(self) -> None:
-        stop = min(self.step + self.block, self.args.steps)
-        for i in range(self.step, stop):
+        """Read batches up to the block's size, the next evaluation or the end."""
+        ends = [self.step + self.block, self.args.steps, *self.eval_steps]
+        for i in range(self.step, min(end for end in ends if end > self.step)):
             rows = read_batch(self.args.data / "train.npy", i, self.args.batch)
             self.pending.append(rows.to(self.args.device))
         self.in_hand = len(self.pending)
@@ -223,9 +233,11 @@ def main(build: Callable[[argparse.Namespace, list[Goal]], Contestant], args: ar
         "step_seconds": feed.step_seconds,
         "median_step_seconds": statistics.median(timed),
         "tokens_per_s": args.batch / statistics.median(timed),
+        "cpu_share": feed.cpu_share,
         "peak_rss_bytes": feed.peak_rss,
         "rss_after_import_bytes": rss_imported,
         "cuda_peak_bytes": 0 if args.device == "cpu" else torch.cuda.max_memory_allocated(),
+        "gpu": None if args.device == "cpu" else torch.cuda.get_device_name(),
         "curve": feed.curve,
         "auxk": auxk,
         "versions": {name: version(name) for name in (*contestant.packages, "torch")},

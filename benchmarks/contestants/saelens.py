@@ -5,8 +5,8 @@ rows start at length 0.1). b_dec starts at 0, and no option of SAELens 6 changes
 it by hand before training, as a user can, for data with a large mean.
 
 Speed: float32 by default; --autocast is its own bf16 option; --sparse its own `use_sparse_activations`,
-which it recommends for float32 only. Several SAEs share the batches but not the work, and all of them
-have one lr.
+which needs `rescale_acts_by_decoder_norm` off (its default, on, has no backward pass for sparse
+activations on a CPU). Several SAEs share the batches but not the work, and all of them have one lr.
 """
 
 from typing import Any
@@ -52,7 +52,12 @@ class SaeLens(Contestant):
     def _sae(self, k: int) -> TopKTrainingSAE:
         args, number = self.args, len(getattr(self, "list", []))
         config = TopKTrainingSAEConfig(
-            d_in=self.d, d_sae=self.latents, k=k, device=args.device, use_sparse_activations=args.sparse
+            d_in=self.d,
+            d_sae=self.latents,
+            k=k,
+            device=args.device,
+            use_sparse_activations=args.sparse,
+            rescale_acts_by_decoder_norm=not args.sparse,
         )
         sae = TopKTrainingSAE(config)
         if args.b_dec == "mean":

@@ -29,7 +29,7 @@ class Saemill(Contestant):
         frame = Frame(self.mean_D.to(args.device), (self.d / self.variance) ** 0.5)
         sample_TD = frame.enter(read_batch(args.data / "train.npy", 0, SAMPLE_TOKENS).to(args.device))
         dtype = choose_product_dtype(args.dtype, torch.device(args.device))
-        dead_after = min(MOST_DEAD_AFTER_TOKENS, max(1, n_steps * args.batch // 10))
+        dead_after = args.dead_after or min(MOST_DEAD_AFTER_TOKENS, n_steps * args.batch // 10)
         with torch.no_grad():
             self.bank = Bank(variants, frame, dtype, dead_after, sample_TD)
             schedule = Schedule(n_steps, self.short_warmup, "linear", round(0.2 * n_steps))
@@ -52,4 +52,5 @@ class Saemill(Contestant):
 if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--dtype", default="auto", help="of the encoder's product: auto, fp32 or bf16")
+    options.add_argument("--dead-after", type=int, help="tokens; by default the recipe's 10th of the run")
     main(Saemill, options.parse_args())
