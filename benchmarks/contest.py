@@ -136,6 +136,12 @@ def median_of(results: list[dict[str, Any]], key: str) -> float:
     return statistics.median(result[key] for result in results)
 
 
+def rate_cells(results: list[dict[str, Any]], ours: list[dict[str, Any]] | None, key: str) -> tuple[str, str]:
+    """A contestant's rate, and its share of saemill's."""
+    rate = median_of(results, key)
+    return f"{rate:,.0f}", f"{rate / median_of(ours, key):.2f}" if ours else "–"
+
+
 def memory_cell(results: list[dict[str, Any]]) -> str:
     """Peak memory in MiB: of the process, that after its imports, and of the GPU if there is one."""
     mib = [max(r[key] for r in results) / 2**20 for key in ("peak_rss_bytes", "rss_after_import_bytes")]

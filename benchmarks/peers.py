@@ -7,10 +7,12 @@
 Each contestant is a process of its own that trains through its package's own training loop
 (`benchmarks/contestants/`); all read the same rows in the same batches. They take turns, round after
 round, and medians are reported. Speed: tokens over the median time of a step after warm-up, reading
-left out. --tokens N adds one run of N tokens for each, with its FVU on held-out rows on the way; the
-time of evaluation is left out. --seconds S adds a run of as many steps as fit into S seconds at the
-speed found. FVU = Σ‖x − x̂‖² / Σ‖x − mean‖². Runs that are finished in DIR are not run again. The
-result is `DIR/results.md`, raw figures in `DIR/results.json`.
+left out; and the same over the CPU time that all threads of the process took, which other programs on
+the machine disturb less (with one thread, on an idle machine, both are the same). --tokens N adds one
+run of N tokens for each, with its FVU on held-out rows on the way; the time of evaluation is left out.
+--seconds S adds a run of as many steps as fit into S seconds at the speed found.
+FVU = Σ‖x − x̂‖² / Σ‖x − mean‖². Runs that are finished in DIR are not run again. The result is
+`DIR/results.md`, raw figures in `DIR/results.json`.
 """
 
 import argparse
@@ -68,17 +70,17 @@ def equal_seconds(
 def speed_table(args: argparse.Namespace, entries: dict[str, Entry], found: Results) -> list[str]:
     head = ["contestant", "settings"]
     for threads in args.threads:
-        head += [f"tokens/s, {threads} thread{'s' * (threads > 1)} (range)", "of saemill's", "CPU share"]
+        head += [f"tokens/s, {threads} thread{'s' * (threads > 1)} (range)", "of saemill's"]
+        head += ["tokens/CPU-s", "of saemill's"]
     lines = []
     for name, entry in entries.items():
         cells = [name, entry.setting]
         for threads, results in found[name].items():
             rates = sorted(result["tokens_per_s"] for result in results)
-            rate = contest.median_of(results, "tokens_per_s")
-            cells.append(f"{rate:,.0f} ({rates[0]:,.0f}–{rates[-1]:,.0f})")
-            ours = found.get("saemill")
-            cells.append(f"{rate / contest.median_of(ours[threads], 'tokens_per_s'):.2f}" if ours else "–")
-            cells.append(f"{contest.median_of(results, 'cpu_share'):.2f}")
+            ours = found.get("saemill", {}).get(threads)
+            rate, share = contest.rate_cells(results, ours, "tokens_per_s")
+            cells += [f"{rate} ({rates[0]:,.0f}–{rates[-1]:,.0f})", share]
+            cells += contest.rate_cells(results, ours, "tokens_per_cpu_s")
         cells.append(contest.memory_cell(found[name][args.threads[0]]))
         lines.append(cells)
     return contest.table([*head, "peak MiB (after imports)"], lines)

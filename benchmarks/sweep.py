@@ -39,16 +39,12 @@ def one_round(
             "warmup": args.warmup,
         }
         results.append(contest.run(args, entry, f"{name}-p{part}", options))
-    seconds = sum(result["median_step_seconds"] for result in results)
-    return (
-        results[0]
-        | {
-            "variant_tokens_per_s": len(goals) * args.batch / seconds,
-            "runs": len(results),
-            "cpu_share": min(result["cpu_share"] for result in results),
-        }
-        | {key: max(r[key] for r in results) for key in ("peak_rss_bytes", "cuda_peak_bytes")}
-    )
+    rates = {
+        key: len(goals) / sum(1 / result[key] for result in results)
+        for key in ("tokens_per_s", "tokens_per_cpu_s")
+    }
+    peaks = {key: max(r[key] for r in results) for key in ("peak_rss_bytes", "cuda_peak_bytes")}
+    return results[0] | rates | peaks | {"runs": len(results)}
 
 
 def parse() -> argparse.Namespace:
@@ -79,14 +75,14 @@ def main() -> None:
         f"per step, {args.threads} threads, {words}; {args.rounds} rounds of {args.steps} steps.",
         "",
     ]
-    ours = contest.median_of(found["saemill"], "variant_tokens_per_s") if "saemill" in found else 0
     cells = []
     for name, results in found.items():
-        rate = contest.median_of(results, "variant_tokens_per_s")
-        cells.append([name, entries[name].setting, str(results[0]["runs"]), f"{rate:,.0f}"])
-        cells[-1] += [f"{rate / ours:.2f}" if ours else "–", f"{contest.median_of(results, 'cpu_share'):.2f}"]
+        cells.append([name, entries[name].setting, str(results[0]["runs"])])
+        for key in ("tokens_per_s", "tokens_per_cpu_s"):
+            cells[-1] += contest.rate_cells(results, found.get("saemill"), key)
         cells[-1].append(contest.memory_cell(results))
-    head = ["contestant", "settings", "trainings", "variant-tokens/s", "of saemill's", "CPU share"]
+    head = ["contestant", "settings", "trainings", "variant-tokens/s", "of saemill's"]
+    head += ["variant-tokens/CPU-s", "of saemill's"]
     lines += contest.table([*head, "peak MiB of a process (after imports)"], cells)
     (args.out / "results.md").write_text("\n".join(lines))
     (args.out / "results.json").write_text(json.dumps(found))

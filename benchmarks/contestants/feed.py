@@ -88,7 +88,7 @@ class Feed:
         self.pending: deque[Tensor] = deque()
         self.in_hand = 0
         self.step_seconds: list[float] = []
-        self.cpu_seconds = self.timed_seconds = 0.0
+        self.cpu_seconds: list[float] = []
         self.curve: list[dict[str, Any]] = []
         self.peak_rss = 0
 
@@ -127,17 +127,12 @@ class Feed:
             self.evaluate()
         self.peak_rss = self.peak_rss or max_rss()
 
-    @property
-    def cpu_share(self) -> float:
-        """CPU time of the steps over threads × their time: well below 1, others held the cores."""
-        return self.cpu_seconds / max(self.timed_seconds, 1e-9) / self.args.threads
-
     def _stop(self) -> None:
         if self.in_hand:
             self._synchronize()
             seconds = time.perf_counter() - self.started
-            self.cpu_seconds += time.process_time() - self.cpu_started
-            self.timed_seconds += seconds
+            cpu_seconds = time.process_time() - self.cpu_started
+            self.cpu_seconds += [cpu_seconds / self.in_hand] * self.in_hand
             self.step_seconds += [seconds / self.in_hand] * self.in_hand
             self.in_hand = 0
 
@@ -233,7 +228,7 @@ def main(build: Callable[[argparse.Namespace, list[Goal]], Contestant], args: ar
         "step_seconds": feed.step_seconds,
         "median_step_seconds": statistics.median(timed),
         "tokens_per_s": args.batch / statistics.median(timed),
-        "cpu_share": feed.cpu_share,
+        "tokens_per_cpu_s": args.batch / statistics.median(feed.cpu_seconds[args.warmup :] or [float("inf")]),
         "peak_rss_bytes": feed.peak_rss,
         "rss_after_import_bytes": rss_imported,
         "cuda_peak_bytes": 0 if args.device == "cpu" else torch.cuda.max_memory_allocated(),
