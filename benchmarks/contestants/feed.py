@@ -149,9 +149,10 @@ class Feed:
             torch.cuda.synchronize()
 
     def evaluate(self) -> None:
-        """FVU on the held-out rows, for each SAE."""
+        """FVU on the held-out rows, for each SAE, in float32 whatever it is trained in."""
         self.peak_rss = self.peak_rss or max_rss()
-        with torch.no_grad(), self.contestant.saes() as saes:
+        exact = torch.autocast(self.args.device, enabled=False)
+        with torch.no_grad(), exact, self.contestant.saes() as saes:
             fvu = [self._fvu(sae) for sae in saes]
         tokens, seconds = self.step * self.args.batch, sum(self.step_seconds)
         self.curve.append({"step": self.step, "tokens": tokens, "seconds": seconds, "fvu": fvu})
@@ -171,7 +172,7 @@ def read_batch(path: Path, i: int, batch: int) -> Tensor:
     """Batch i of the file, from its start again after its end. The mapping is let go at once, so that
     pages of the file do not count as memory of the process."""
     rows = np.load(path, mmap_mode="r")
-    start = i * batch % (len(rows) // batch * batch)
+    start = i * batch % max(batch, len(rows) // batch * batch)
     return torch.from_numpy(np.array(rows[start : start + batch]))
 
 

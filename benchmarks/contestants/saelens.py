@@ -29,8 +29,8 @@ class SaeLens(Contestant):
             raise SystemExit("SAELens trains SAEs together at one lr only")
         (lr,) = rates
         args, lr = self.args, lr or SAETrainerConfig.lr
-        self.list = [self._sae(goal.k) for goal in self.goals]
-        self.last_auxk = [0.0] * len(self.list)
+        self.last_auxk = [0.0] * len(self.goals)
+        self.coders = [self._sae(number, goal.k) for number, goal in enumerate(self.goals)]
         config = SAETrainerConfig(
             total_training_samples=args.steps * args.batch,
             train_batch_size_samples=args.batch,
@@ -39,18 +39,18 @@ class SaeLens(Contestant):
             lr=lr,
             lr_end=lr / 10,  # asserted though unused; only its model runner sets it, to this
         )
-        if len(self.list) == 1:
-            trainer = SAETrainer(config, self.list[0], feed)
+        if len(self.coders) == 1:
+            trainer = SAETrainer(config, self.coders[0], feed)
             self.trainers = [trainer]
         else:
-            saes = {str(i): sae for i, sae in enumerate(self.list)}
+            saes = {str(i): sae for i, sae in enumerate(self.coders)}
             batches = ({"x": x_TD} for x_TD in feed)
             trainer = MultiSAETrainer(config, saes, dict.fromkeys(saes, "x"), batches)
             self.trainers = list(trainer.trainers.values())
         trainer.fit()
 
-    def _sae(self, k: int) -> TopKTrainingSAE:
-        args, number = self.args, len(getattr(self, "list", []))
+    def _sae(self, number: int, k: int) -> TopKTrainingSAE:
+        args = self.args
         config = TopKTrainingSAEConfig(
             d_in=self.d,
             d_sae=self.latents,
@@ -74,7 +74,7 @@ class SaeLens(Contestant):
         return sae
 
     def reconstructions(self) -> list[Reconstruct]:
-        return [self._reconstruct(sae) for sae in self.list]
+        return [self._reconstruct(sae) for sae in self.coders]
 
     def _reconstruct(self, sae: TopKTrainingSAE) -> Reconstruct:
         def reconstruct(x_TD: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class SaeLens(Contestant):
         return reconstruct
 
     def keep_dead(self, first: bool) -> None:
-        for sae, trainer in zip(self.list, self.trainers, strict=True):
+        for sae, trainer in zip(self.coders, self.trainers, strict=True):
             if first:
                 sae.W_enc[:, self.dead] *= SHRINK
             trainer.n_forward_passes_since_fired[self.dead] = trainer.cfg.dead_feature_window + 1
