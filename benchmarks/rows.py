@@ -20,6 +20,9 @@ from saemill.train.loader import Loader
 
 DIRECTIONS, ACTIVE, NOISE, MEAN = 4096, 32, 0.02, 1.0
 CHUNK = 4096
+SEED = 7_919_777
+"""No seed that a contestant starts from: one with the same generator, shape and seed would start with
+the planted directions as its decoder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +75,7 @@ def write(folder: Path, chunks: Iterator[tuple[str, Tensor]], args: argparse.Nam
 
 def planted(args: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
     """Chunks of planted rows: the held-out ones, then the training ones."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEED)
     directions = torch.randn(DIRECTIONS, args.width, generator=generator)
     directions /= directions.norm(dim=1, keepdim=True)
     mean_D = MEAN * torch.randn(args.width, generator=generator)
