@@ -183,6 +183,12 @@ def load_statistics(folder: Path) -> tuple[Tensor, float]:
 
 
 def max_rss() -> int:
+    """Peak memory of this process in bytes. Linux keeps in ru_maxrss what the parent had held when it
+    started the process; VmHWM begins anew."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (peak,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
