@@ -16,7 +16,7 @@ FREE := torch\|triton
 endif
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench bench-peers clean
 
 demo: $(VENV)/ready
 	$(BIN)/saemill demo -o demo-run
@@ -38,5 +38,18 @@ $(VENV)/ready: pyproject.toml constraints.txt
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.pipeline --model '$(MODEL)' --train-text '$(TRAIN)' --valid-text '$(VALID)' -o bench-run
 
+# `make bench-peers`: saemill beside sparsify, SAELens and dictionary_learning, on planted rows.
+# `make bench-peers BENCH="--device cuda --threads 8"` passes options to both benchmarks.
+bench-peers: $(VENV)/ready $(VENV)-peers/ready
+	$(BIN)/python -m benchmarks.peers --peers-python $(VENV)-peers/bin/python --tokens 131072 --seconds 60 $(BENCH) -o bench-peers-run/single
+	$(BIN)/python -m benchmarks.peers --peers-python $(VENV)-peers/bin/python --dead-share 0.25 $(BENCH) -o bench-peers-run/dead
+	$(BIN)/python -m benchmarks.sweep --peers-python $(VENV)-peers/bin/python $(BENCH) -o bench-peers-run/sweep
+
+$(VENV)-peers/ready: benchmarks/peers-requirements.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/pip install --quiet '$(TORCH)'
+	$(VENV)-peers/bin/pip install --quiet --no-deps -r benchmarks/peers-requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-run bench-run
+	rm -rf $(VENV) $(VENV)-peers demo-run bench-run bench-peers-run

@@ -1,0 +1,155 @@
+"""What `peers` and `sweep` share: the contestants, their runs as separate processes, the tables."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+OWN_OF_PEERS = ROOT / ".venv-peers" / "bin" / "python"
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+LONG = ["--dead-after", "10000000"]
+"""For a few timed steps: latents count as dead as late as in a long run, and as with all peers."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant: a package with one choice of settings."""
+
+    module: str
+    arguments: tuple[str, ...]
+    setting: str
+    """In words."""
+    together: str
+    """Which SAEs train in one process: all, those of one lr, or one at a time."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+CONTESTANTS = {
+    "saemill": Entry("saemill", (), "defaults", "all"),
+    "sparsify-signum": Entry("sparsify", (), "defaults", "one"),
+    "sparsify-adam": Entry("sparsify", ("--optimizer", "adam"), "Adam", "one"),
+    "sparsify-autocast": Entry(
+        "sparsify",
+        ("--optimizer", "adam", "--autocast"),
+        "Adam, bf16 autocast put around its loop",
+        "one",
+        ("cpu",),
+    ),
+    "saelens": Entry("saelens", (), "defaults (fp32)", "lr"),
+    "saelens-bf16": Entry("saelens", ("--autocast", "--b-dec", "mean"), "bf16 autocast, b_dec = mean", "lr"),
+    "saelens-sparse": Entry(
+        "saelens",
+        ("--autocast", "--sparse", "--b-dec", "mean"),
+        "bf16 autocast, sparse activations, no norm rescaling, b_dec = mean",
+        "lr",
+    ),
+    "dictionary_learning": Entry("dictionary_learning", (), "defaults (fp32)", "all"),
+    "dictionary_learning-bf16": Entry(
+        "dictionary_learning", ("--dtype", "bf16"), "bf16 autocast", "all", ("cuda",)
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What both benchmarks take."""
+    parser.add_argument("--contestants", help="comma-separated; all by default: " + ", ".join(CONTESTANTS))
+    parser.add_argument("--latents", type=int, default=6144)
+    parser.add_argument("--batch", type=int, default=4096, help="tokens per step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12, help="of a speed run")
+    parser.add_argument("--warmup", type=int, default=3, help="of these, not counted")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--peers-python", type=Path, default=OWN_OF_PEERS)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Entry]:
+    """The contestants of this run, by name."""
+    names = args.contestants.split(",") if args.contestants else list(CONTESTANTS)
+    unknown = [name for name in names if name not in CONTESTANTS]
+    if unknown:
+        raise SystemExit(f"unknown contestants {unknown}; there are {list(CONTESTANTS)}")
+    return {name: CONTESTANTS[name] for name in names if args.device in CONTESTANTS[name].devices}
+
+
+def keep_settings(args: argparse.Namespace) -> None:
+    """Results of other settings must not be mixed in: finished runs in `out` are not run again."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    path, skip = args.out / "settings.json", ("out", "contestants", "rounds", "peers_python")
+    now = {key: str(value) for key, value in vars(args).items() if key not in skip}
+    if path.exists() and json.loads(path.read_text()) != now:
+        raise SystemExit(f"{args.out} holds runs of other settings; choose a new folder")
+    path.write_text(json.dumps(now))
+
+
+def run(args: argparse.Namespace, entry: Entry, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """One process of a contestant; what it reported. A finished run is not run again."""
+    path = args.out / "runs" / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        python = sys.executable if entry.module == "saemill" else str(args.peers_python)
+        shared = {"data": args.out.absolute() / "rows", "latents": args.latents, "batch": args.batch}
+        shared |= {"device": args.device, "out": path.absolute()} | options
+        extra = LONG if entry.module == "saemill" and "warmup" in options else []
+        command = [python, "-m", f"benchmarks.contestants.{entry.module}", *entry.arguments, *extra]
+        command += [part for key, value in shared.items() for part in (f"--{key}", str(value))]
+        print(name, flush=True)
+        threads = str(options["threads"])
+        offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+        environment = os.environ | offline | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+        with path.with_suffix(".log").open("w") as log:
+            status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+        if status != 0:
+            raise SystemExit(f"{name} ended with status {status}; see {path.with_suffix('.log')}")
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def machine(results: Iterable[dict[str, Any]]) -> str:
+    """The machine, the versions and the date."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    flags = [flag for flag in FLAGS if flag in facts.get("flags", "").split()]
+    versions: dict[str, str] = {}
+    gpus = set()
+    for result in results:
+        versions |= result["versions"]
+        gpus |= {result["gpu"]} if result["gpu"] else set()
+    cpu = facts.get("model name", platform.processor())
+    parts = [*sorted(gpus), f"{os.cpu_count()} cores of {cpu} ({', '.join(flags)})"]
+    parts += [f"{name} {number}" for name, number in versions.items()]
+    return f"{'; '.join(parts)}; {date.today().isoformat()}"
+
+
+def median_of(results: list[dict[str, Any]], key: str) -> float:
+    """The median over rounds."""
+    return statistics.median(result[key] for result in results)
+
+
+def rate_cells(results: list[dict[str, Any]], ours: list[dict[str, Any]] | None, key: str) -> tuple[str, str]:
+    """A contestant's rate, and its share of saemill's."""
+    rate = median_of(results, key)
+    return f"{rate:,.0f}", f"{rate / median_of(ours, key):.2f}" if ours else "–"
+
+
+def memory_cell(results: list[dict[str, Any]]) -> str:
+    """Peak memory in MiB: of the process, that after its imports, and of the GPU if there is one."""
+    mib = [max(r[key] for r in results) / 2**20 for key in ("peak_rss_bytes", "rss_after_import_bytes")]
+    gpu = max(r["cuda_peak_bytes"] for r in results) / 2**20
+    return f"{mib[0]:,.0f} ({mib[1]:,.0f})" + (f", GPU {gpu:,.0f}" if gpu else "")
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A markdown table; the first two columns are text."""
+    rule = "|---|---|" + "--:|" * (len(head) - 2)
+    return ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows), ""]

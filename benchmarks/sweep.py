@@ -1,0 +1,93 @@
+"""Eight SAEs at once: saemill in one run, each peer in whatever way is fastest for it.
+
+    python -m benchmarks.sweep --latents 6144 --k 16,32,64,128 --lr 2e-4,4e-4 -o DIR
+
+dictionary_learning steps all of them on each batch in one call, SAELens those of one learning rate,
+sparsify trains one at a time (`Entry.together` in `contest.py`). Reported: variant-tokens/s, which is
+SAEs × tokens over the summed step times of the runs that are needed; peak memory is that of the
+largest process. Runs take turns, round after round; those finished in DIR are not run again.
+"""
+
+import argparse
+import json
+from itertools import product
+from typing import Any
+
+from benchmarks import contest, rows
+from benchmarks.contest import Entry
+
+
+def runs_of(entry: Entry, goals: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """The (k, lr) pairs by process."""
+    if entry.together == "all":
+        return [goals]
+    if entry.together == "lr":
+        return [[goal for goal in goals if goal[1] == lr] for lr in dict.fromkeys(lr for _, lr in goals)]
+    return [[goal] for goal in goals]
+
+
+def one_round(
+    args: argparse.Namespace, entry: Entry, name: str, goals: list[tuple[str, str]]
+) -> dict[str, Any]:
+    """All variants of a contestant, one process after another."""
+    results = []
+    for part, group in enumerate(runs_of(entry, goals)):
+        options = {
+            "goals": ",".join(":".join(goal) for goal in group),
+            "threads": args.threads,
+            "steps": args.steps,
+            "warmup": args.warmup,
+        }
+        results.append(contest.run(args, entry, f"{name}-p{part}", options))
+    rates = {
+        key: len(goals) / sum(1 / result[key] for result in results)
+        for key in ("tokens_per_s", "tokens_per_cpu_s")
+    }
+    peaks = {key: max(r[key] for r in results) for key in ("peak_rss_bytes", "cuda_peak_bytes")}
+    return results[0] | rates | peaks | {"runs": len(results)}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    contest.add_arguments(parser)
+    rows.add_arguments(parser)
+    parser.add_argument("--k", default="16,32,64,128")
+    parser.add_argument("--lr", default="2e-4,4e-4")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    contest.keep_settings(args)
+    words = rows.make(args.out / "rows", args)
+    entries = contest.chosen(args)
+    goals = list(product(args.k.split(","), args.lr.split(",")))
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in entries}
+    for turn in range(args.rounds):
+        for name, entry in entries.items():
+            found[name].append(one_round(args, entry, f"{name}-r{turn}", goals))
+    lines = [contest.machine(r for results in found.values() for r in results), ""]
+    lines += [
+        f"{len(goals)} SAEs of {args.latents:,} latents (k {args.k} × lr {args.lr}), {args.batch:,} tokens "
+        f"per step, {args.threads} threads, {words}; {args.rounds} rounds of {args.steps} steps.",
+        "",
+    ]
+    cells = []
+    for name, results in found.items():
+        cells.append([name, entries[name].setting, str(results[0]["runs"])])
+        for key in ("tokens_per_s", "tokens_per_cpu_s"):
+            cells[-1] += contest.rate_cells(results, found.get("saemill"), key)
+        cells[-1].append(contest.memory_cell(results))
+    head = ["contestant", "settings", "trainings", "variant-tokens/s", "of saemill's"]
+    head += ["variant-tokens/CPU-s", "of saemill's"]
+    lines += contest.table([*head, "peak MiB of a process (after imports)"], cells)
+    (args.out / "results.md").write_text("\n".join(lines))
+    (args.out / "results.json").write_text(json.dumps(found))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
