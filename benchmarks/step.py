@@ -61,7 +61,7 @@ def inputs(setting: Setting, n_batches: int = 4) -> list[Tensor]:
 
 def bank_of(setting: Setting, sample_TD: Tensor) -> Bank:
     """Variants that differ in their seed; some latents dead if asked for."""
-    lr = auto_lr(setting.n_latents)
+    lr = auto_lr(setting.n_latents, setting.d, 1000)
     k_aux = setting.d // 2
     names = range(setting.n_variants)
     variants = [

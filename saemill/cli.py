@@ -137,7 +137,7 @@ def train(
     expansion_factor: Annotated[str | None, option("Latents as multiples of D [8].", "N,…")] = None,
     num_latents: Annotated[str | None, option("Latents, in place of the factor.", "N,…")] = None,
     lr: Annotated[
-        str | None, option("Peak learning rates; auto is 2e-4 / √(latents / 2^14).", "LR,…")
+        str | None, option("Peak learning rates; auto goes by width, latents and steps [auto].", "LR,…")
     ] = None,
     seeds: Annotated[str | None, option("Seeds of the initial weights [0].", "N,…")] = None,
     batch_size: Annotated[str | None, option("Tokens per batch [4096].")] = None,

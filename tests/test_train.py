@@ -162,22 +162,22 @@ def test_grid_and_names() -> None:
     """Oracle: the product of the lists, counted by hand."""
     axes = {"site": ("a",), "k": (1, 2), "expansion_factor": (2, 4), "num_latents": (), "lr": ("auto", 1e-3)}
     common = {"optimizer": "adam", "k_aux": None}
-    variants = resolve(common, axes | {"seed": (0, 1)}, (), {"a": 64})
+    variants = resolve(common, axes | {"seed": (0, 1)}, (), {"a": 64}, 100)
     assert len(variants) == 16
     assert {v.num_latents for v in variants} == {128, 256}
     assert variants[0].name == "a-k1-f128-s0"
-    assert variants[0].lr == pytest.approx(auto_lr(128)) == pytest.approx(2e-4 / (128 / 2**14) ** 0.5)
+    assert variants[0].lr == pytest.approx(auto_lr(128, 64, 100)) == pytest.approx(0.01 * 32**0.5)
     assert variants[0].k_aux == 32
     with pytest.raises(ConfigError, match="not both"):
-        resolve(common, axes | {"num_latents": (5,)}, (), {"a": 64})
+        resolve(common, axes | {"num_latents": (5,)}, (), {"a": 64}, 100)
     with pytest.raises(ConfigError, match="unknown setting"):
-        resolve(common, {"site": ("a",), "k": (1,), "num_latents": (8,)}, ({"kk": 3},), {"a": 64})
+        resolve(common, {"site": ("a",), "k": (1,), "num_latents": (8,)}, ({"kk": 3},), {"a": 64}, 100)
     with pytest.raises(ConfigError, match="listed one by one; give one k"):
-        resolve(common, axes, ({"lr": 1e-3, "num_latents": 8},), {"a": 64})
+        resolve(common, axes, ({"lr": 1e-3, "num_latents": 8},), {"a": 64}, 100)
     with pytest.raises(ConfigError, match="the run has several"):
-        resolve(common, {"site": ("a", "b"), "num_latents": (8,)}, ({"k": 3},), {"a": 64, "b": 64})
+        resolve(common, {"site": ("a", "b"), "num_latents": (8,)}, ({"k": 3},), {"a": 64, "b": 64}, 100)
     with pytest.raises(ConfigError, match="two variants"):
-        resolve(common, {"site": ("a",), "k": (1, 1), "num_latents": (8,)}, (), {"a": 64})
+        resolve(common, {"site": ("a",), "k": (1, 1), "num_latents": (8,)}, (), {"a": 64}, 100)
 
 
 @pytest.mark.parametrize(
@@ -379,3 +379,16 @@ def test_profile_writes_a_trace_and_a_table_and_changes_nothing(
 def test_profile_of_too_short_a_run_is_refused(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--profile needs 11 steps, 4 are left"):
         run(config(store, tmp_path / "r", profile=True, max_tokens=256 * 4))
+
+
+def test_auto_lr_meets_the_published_rate_at_its_scale() -> None:
+    """Oracle: Gao et al. 2024: 2e-4 at 2^14 latents on GPT-2 (D 768), 8e9 tokens in batches of 2^17."""
+    assert auto_lr(2**14, 768, 8 * 10**9 // 2**17) == pytest.approx(2e-4, rel=0.1)
+    assert auto_lr(2**16, 768, 1000) == pytest.approx(auto_lr(2**14, 768, 1000) / 2)
+
+
+def test_a_site_without_a_variant_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    listed = ({"site": "a", "k": 2, "num_latents": 32},)
+    sites = [site for site in store.sites if site != "a"]
+    with pytest.raises(ConfigError, match="no variant is of site"):
+        run(config(store, tmp_path / "r", site=("a", sites[0]), variants=listed, k=(2,), num_latents=(32,)))

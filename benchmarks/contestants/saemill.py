@@ -20,7 +20,7 @@ class Saemill(Contestant):
                 site="x",
                 k=goal.k,
                 num_latents=self.latents,
-                lr=goal.lr or auto_lr(self.latents),
+                lr=goal.lr or auto_lr(self.latents, self.d, n_steps),
                 k_aux=self.d // 2,
             )
             for i, goal in enumerate(self.goals)
@@ -34,7 +34,7 @@ class Saemill(Contestant):
             self.bank = Bank(variants, frame, dtype, dead_after, sample_TD)
             schedule = Schedule(n_steps, self.short_warmup, "linear", round(0.2 * n_steps))
             for step, x_TD in enumerate(feed):
-                self.bank.step([frame.enter(x_TD)], schedule.factor(step), step)
+                self.bank.step(frame.enter(x_TD), schedule.factor(step), step)
 
     def reconstructions(self) -> list[Reconstruct]:
         saes = [self.bank.export(i, {}) for i in range(len(self.goals))]
@@ -43,6 +43,7 @@ class Saemill(Contestant):
     def keep_dead(self, first: bool) -> None:
         if first:
             self.bank.w_enc_VFD[:, self.dead] *= SHRINK
+            self.bank.product_VFD.copy_(self.bank.w_enc_VFD)
         self.bank.idle_tokens_VF[:, self.dead] = self.bank.dead_after_tokens + 1
 
     def auxk(self) -> list[float]:

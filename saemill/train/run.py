@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +48,7 @@ class TrainConfig:
     """Number of latents as multiples of D; 8 if `num_latents` is not given either."""
     num_latents: tuple[int, ...] = ()
     lr: tuple[Literal["auto"] | float, ...] = ("auto",)
-    """Peak learning rates; auto: 2e-4 / √(F / 2^14), for adam."""
+    """Peak learning rates; auto: by width, number of latents and steps (`variants.auto_lr`), for adam."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial weights."""
     variants: tuple[Mapping[str, Any], ...] = ()
@@ -174,12 +175,13 @@ def run(config: TrainConfig) -> list[Path]:
         Interrupted: a signal came; the same call goes on.
     """
     store = ActivationStore(config.acts)
-    variants = _variants(config, store)
-    identity = config.identity() | {"acts_fingerprint": store.fingerprint}
-    if _finished(config, identity, variants):
-        return [config.out / variant.name for variant in variants]
-    with stop_on_signal() as stop:
-        trainer = _build(config, store, variants, stop)
+    with stop_on_signal() as stop, closing(_loader(config, store)) as loader:
+        schedule = _schedule(config, loader.epoch_tokens)
+        variants = _variants(config, store, list(loader.sites), schedule.n_steps)
+        identity = config.identity() | {"acts_fingerprint": store.fingerprint}
+        if _finished(config, identity, variants):
+            return [config.out / variant.name for variant in variants]
+        trainer = _build(config, loader, schedule, variants, stop)
         with durable.exclusive(config.out):
             durable.write_json(config.out / "identity.json", identity)
             settings.write_yaml(config.out / "config.yaml", "train", settings.plain(config))
@@ -192,15 +194,25 @@ def run(config: TrainConfig) -> list[Path]:
             finally:
                 for sink in trainer.sinks:
                     sink.close()
-                trainer.loader.close()
             return _export(config, store, trainer, identity)
 
 
-def _variants(config: TrainConfig, store: ActivationStore) -> list[Variant]:
+def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
     named = [str(entry["site"]) for entry in config.variants if "site" in entry]
     sites = list(dict.fromkeys([*config.site, *named]))
     if not sites:
         raise ConfigError(f"name a site with --site; the store has {', '.join(store.sites)}")
+    return Loader(
+        store,
+        sites,
+        config.mask or store.mask,
+        batch_tokens=config.step_tokens,
+        buffer_tokens=config.buffer_tokens,
+        seed=config.shuffle_seed,
+    )
+
+
+def _variants(config: TrainConfig, store: ActivationStore, sites: list[str], n_steps: int) -> list[Variant]:
     widths = {site: store.site(site).width for site in sites}
     shared = ("optimizer", "optimizer_state", "weight_decay", "auxk_alpha", "k_aux", "loss", "b_dec_init")
     width_given = config.expansion_factor or config.num_latents
@@ -212,7 +224,12 @@ def _variants(config: TrainConfig, store: ActivationStore) -> list[Variant]:
         "lr": config.lr,
         "seed": config.seeds,
     }
-    return resolve({name: getattr(config, name) for name in shared}, axes, config.variants, widths)
+    common = {name: getattr(config, name) for name in shared}
+    variants = resolve(common, axes, config.variants, widths, n_steps)
+    for site in sites:
+        if all(variant.site != site for variant in variants):
+            raise ConfigError(f"no variant is of site {site}; leave it out")
+    return variants
 
 
 def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Variant]) -> bool:
@@ -236,24 +253,17 @@ def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Vari
     return False
 
 
-def _build(config: TrainConfig, store: ActivationStore, variants: list[Variant], stop: Event) -> Trainer:
+def _build(
+    config: TrainConfig, loader: Loader, schedule: Schedule, variants: list[Variant], stop: Event
+) -> Trainer:
     device = choose_device(config.device)
-    mask = config.mask or store.mask
-    sites = list(dict.fromkeys(variant.site for variant in variants))
-    loader = Loader(
-        store,
-        sites,
-        mask,
-        batch_tokens=config.step_tokens,
-        buffer_tokens=config.buffer_tokens,
-        seed=config.shuffle_seed,
-    )
-    schedule = _schedule(config, loader.epoch_tokens)
+    _check_device(variants, device)
+    store, mask = loader.store, config.mask or loader.store.mask
     n_tokens = schedule.n_steps * config.step_tokens
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
     dtype = choose_product_dtype(config.dtype, device)
     sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
-    frames = {site: _frame(store, site, mask, device) for site in sites}
+    frames = {site: _frame(store, site, mask, device) for site in loader.sites}
     banks = []
     for (site, _), members in groups(variants).items():
         frame = frames[site]
@@ -270,6 +280,13 @@ def _build(config: TrainConfig, store: ActivationStore, variants: list[Variant],
         stop=stop,
         profile=config.profile,
     )
+
+
+def _check_device(variants: list[Variant], device: torch.device) -> None:
+    """Refuse what the kernels cannot do."""
+    for variant in variants:
+        if device.type == "cuda" and variant.optimizer_state == "8bit":
+            raise ConfigError(f"{variant.name}: optimizer_state 8bit is for CPUs so far; use bf16 on a GPU")
 
 
 def _check_profile(trainer: Trainer) -> None:
