@@ -162,12 +162,12 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=768)
     parser.add_argument("--variants", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--dtype", default="auto", help="of the encoder's product: auto, fp32, bf16")
+    parser.add_argument("--precision", default="auto", help="of the encoder's product: auto, fp32, bf16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("-o", "--out", type=Path, help="a markdown file")
     args = parser.parse_args()
     device = torch.device(args.device)
-    dtype = choose_product_dtype(args.dtype, device)
+    dtype = choose_product_dtype(args.precision, device)
     settings = [
         Setting(
             n_threads=threads, n_latents=latents, k=k, dead_share=args.dead_share, n_tokens=args.tokens,

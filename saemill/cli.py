@@ -175,7 +175,9 @@ def train(
     wandb_project: Annotated[str | None, option("The project [saemill].", "NAME")] = None,
     run_name: Annotated[str | None, option("The group [the folder's name].", "NAME")] = None,
     device: Device = None,
-    dtype: Annotated[str | None, option("Type of the encoder's product: fp32, bf16 [auto].", "TYPE")] = None,
+    precision: Annotated[
+        str | None, option("Of the encoder's product: fp32, bf16 [bf16 where it is fast].", "TYPE")
+    ] = None,
     config: Config = None,
     set_: Sets = None,
 ) -> None:

@@ -10,6 +10,7 @@ from stores import make_store
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import StoreError
 from saemill.common.mask import MaskConfig
+from saemill.train.feed import Feed
 from saemill.train.loader import Loader
 
 
@@ -114,3 +115,24 @@ def test_nothing_left_is_an_error(store: ActivationStore) -> None:
     """Oracle: a mask over every position."""
     with pytest.raises(StoreError, match="nothing to train on"):
         Loader(store, ["a"], MaskConfig(first_positions=32), batch_tokens=1, buffer_tokens=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+        ),
+    ],
+)
+def test_feed_passes_on_the_loaders_batches(store: ActivationStore, device: str) -> None:
+    """Oracle: the loader itself; batches asked for ahead, or not, or from the middle on."""
+    feed, source = Feed(loader(store), torch.device(device)), loader(store)
+    for i in (5, 6, 7, 8, 9):
+        batch = feed.batch(i)
+        if i % 2:
+            feed.prefetch(i + 1)
+        for site, rows in source.batch(i).items():
+            assert batch[site].device.type == device
+            assert torch.equal(batch[site].cpu(), rows)

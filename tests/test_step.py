@@ -144,7 +144,7 @@ def test_gradients_equal_dense_autograd(
 def test_auxk_equals_dense_autograd(n_dead: int, k_aux: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: autograd of the main loss plus AuxK over the dead rows, residual detached."""
     monkeypatch.setattr(rows, "BLOCK_BYTES", 5 * 12 * 4)
-    monkeypatch.setattr("saemill.train.auxk.CHUNK_BYTES", 7 * n_dead * 4)
+    monkeypatch.setitem(codes.CHUNK_BYTES, "cpu", 7 * n_dead * 4)
     x, parameters = make(24, 12, 48, seed=n_dead)
     k, c, scale = 5, 0.2, 0.11
     dead_S = torch.randperm(48, generator=torch.Generator().manual_seed(3))[:n_dead].sort().values
@@ -178,7 +178,7 @@ def test_forward_in_chunks_equals_forward_at_once(monkeypatch: pytest.MonkeyPatc
     """Oracle: the same call with room for everything."""
     x, parameters = make(50, 16, 256, seed=1)
     whole = passed_forward(x, parameters, 8)
-    monkeypatch.setattr(codes, "CHUNK_BYTES", 7 * 256 * 4)
+    monkeypatch.setitem(codes.CHUNK_BYTES, "cpu", 7 * 256 * 4)
     monkeypatch.setattr(codes, "GATHER_BYTES", 3 * 8 * 16 * 4)
     parts = passed_forward(x, parameters, 8)
     torch.testing.assert_close(whole.e_TD, parts.e_TD, rtol=1e-5, atol=1e-5)

@@ -44,7 +44,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 def config(store: ActivationStore, out: Path, **changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {
         "acts": store.path, "out": out, "site": ("a",), "k": (2, 8), "num_latents": (48, 64), "lr": (3e-3,),
-        "batch_size": 256, "max_tokens": 256 * 24, "save_every": 7, "log_every": 5, "dtype": "fp32",
+        "batch_size": 256, "max_tokens": 256 * 24, "save_every": 7, "log_every": 5, "precision": "fp32",
         "dead_after_tokens": 512, "device": "cpu",
     }  # fmt: skip
     return TrainConfig(**settings | changes)
@@ -86,7 +86,7 @@ def command(store: ActivationStore, out: Path) -> list[str]:
         "--k", "2,8",
         "--num_latents", "48", "--lr", "3e-3", "--batch-size", "64", "--max-tokens", "40k",
         "--save-every", "10",
-        "--dtype", "fp32", "--device", "cpu",
+        "--precision", "fp32", "--device", "cpu",
     ]  # fmt: skip
 
 
@@ -296,7 +296,7 @@ train:
   site: [a]
   batch_size: 256
   max_tokens: 6k
-  dtype: fp32
+  precision: fp32
   variants:
     - {{k: 3, num_latents: 0.048k, lr: 1.0e-3}}
     - {{k: 4, expansion_factor: 3, seed: 1, auxk_alpha: 0, optimizer: sgd, lr: 0.1}}
@@ -308,7 +308,7 @@ train:
         {"k": 3, "num_latents": 48, "lr": 1e-3},
         {"k": 4, "num_latents": 48, "seed": 1, "auxk_alpha": 0.0, "optimizer": "sgd", "lr": 0.1},
     )
-    settings: dict[str, Any] = {"acts": store.path, "site": ("a",), "batch_size": 256, "dtype": "fp32"}
+    settings: dict[str, Any] = {"acts": store.path, "site": ("a",), "batch_size": 256, "precision": "fp32"}
     run(TrainConfig(out=tmp_path / "s", max_tokens=6000, variants=listed, **settings))
     assert files(tmp_path / "r") == files(tmp_path / "s")
     again = ["train", "--config", str(tmp_path / "r" / "config.yaml"), "-o", str(tmp_path / "t")]

@@ -47,7 +47,7 @@ def auxk(
     grad_enc_SD, grad_dec_SD = torch.zeros_like(w_dec_SD), torch.zeros_like(w_dec_SD)
     grad_bias_S, squares = torch.zeros_like(w_dec_SD[:, 0]), torch.zeros_like(passed.sse)
     row_bytes = len(dead_S) * dtype.itemsize
-    for chunk in chunks(len(e_TD), row_bytes, CHUNK_BYTES):
+    for chunk in chunks(len(e_TD), row_bytes, CHUNK_BYTES[e_TD.device.type]):
         acts_tS = _activations(torch.addmm(bias_S, product_TD[chunk], w_enc_SD.T), k_aux)
         difference_tD = torch.addmm(e_TD[chunk].to(dtype), acts_tS, rounded_SD)
         squares += difference_tD.float().square().sum()

@@ -15,8 +15,8 @@ from torch.nn.functional import embedding_bag
 from saemill.common.topk import topk
 from saemill.train.profile import part
 
-CHUNK_BYTES = 1 << 24
-"""Most bytes of pre-activations in memory at once: what stays in a CPU's last cache."""
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
+"""Most bytes of pre-activations in memory at once: what stays in a CPU's last cache, what fills a GPU."""
 GATHER_BYTES = 1 << 23
 """Most bytes of decoder rows gathered between their first use and their second."""
 
@@ -80,7 +80,7 @@ def fold_bias(w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor) -> Tensor:
 def room(n_latents: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for the pre-activations of a chunk, [T, F], made once: fresh pages cost more than filling
     them."""
-    n_tokens = max(1, CHUNK_BYTES // (n_latents * dtype.itemsize))
+    n_tokens = max(1, CHUNK_BYTES[device.type] // (n_latents * dtype.itemsize))
     return torch.empty(n_tokens, n_latents, dtype=dtype, device=device)
 
 

@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from saemill.common.log import say
 
 PARTS = {
-    "wait for data": "until the loader had the batch",
-    "copy": "to the device, into training units",
+    "wait for data": "until the batch was there",
+    "copy": "into training units",
     "encode": "x · W_enc",
     "top-k": "the k largest pre-activations",
     "decode": "reconstruction, residual, gradient of the codes",

@@ -19,6 +19,7 @@ from saemill.common.log import counted, duration, say
 from saemill.common.mask import MaskConfig
 from saemill.common.model import choose_device
 from saemill.train.bank import Bank, Frame
+from saemill.train.feed import Feed
 from saemill.train.loader import Loader
 from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
@@ -95,7 +96,7 @@ class TrainConfig:
     mask: MaskConfig | None = None
     """Positions left out; by default those of the store."""
     device: str = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the encoder's product; auto: bf16 on a GPU and on CPUs with bf16 instructions."""
     resume: bool = True
     """Go on from the run's checkpoint, if there is one; false starts anew."""
@@ -258,10 +259,12 @@ def _build(
 ) -> Trainer:
     device = choose_device(config.device)
     _check_device(variants, device)
+    # Sums of bf16 products stay in float32, as on a CPU.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     store, mask = loader.store, config.mask or loader.store.mask
     n_tokens = schedule.n_steps * config.step_tokens
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
-    dtype = choose_product_dtype(config.dtype, device)
+    dtype = choose_product_dtype(config.precision, device)
     sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
     frames = {site: _frame(store, site, mask, device) for site in loader.sites}
     banks = []
@@ -271,6 +274,7 @@ def _build(
         banks.append(Bank(members, frame, dtype, dead_after, sample_TD))
     return Trainer(
         loader=loader,
+        feed=Feed(loader, device),
         banks=banks,
         schedule=schedule,
         log_every=config.log_every,

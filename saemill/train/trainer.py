@@ -14,6 +14,7 @@ from saemill.common.errors import Interrupted
 from saemill.common.log import say
 from saemill.train import checkpoint
 from saemill.train.bank import Bank
+from saemill.train.feed import Feed
 from saemill.train.loader import Loader
 from saemill.train.metrics import Record, Sink
 from saemill.train.profile import part, profiling
@@ -25,6 +26,8 @@ class Trainer:
     """One training run over banks that share a stream."""
 
     loader: Loader
+    feed: Feed
+    """Its batches on the device."""
     banks: list[Bank]
     schedule: Schedule
     log_every: int
@@ -87,12 +90,14 @@ class Trainer:
 
     def _one_step(self) -> None:
         with part("wait for data"):
-            batch = self.loader.batch(self.step)
+            batch = self.feed.batch(self.step)
         for bank in self.banks:
             with part("copy"):
-                x_TD = bank.frame.enter(batch[bank.variants[0].site].to(self.device))
+                x_TD = bank.frame.enter(batch[bank.variants[0].site])
             bank.step(x_TD, self.schedule.factor(self.step), self.step)
         self.step += 1
+        if self.step < self.schedule.n_steps:
+            self.feed.prefetch(self.step)
 
     def _log(self) -> None:
         n_steps = self.step - (self.step - 1) // self.log_every * self.log_every
