@@ -5,6 +5,7 @@ pre = (x − b) W_encᵀ + b_enc, the k largest kept and rectified: values val_T
 x̂ = val · W_dec[idx] + b, e = x̂ − x.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from torch.nn.functional import embedding_bag
 
 from saemill.common.topk import topk
 from saemill.train.profile import part
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
 
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
 """Most bytes of pre-activations in memory at once: what stays in a CPU's last cache, what fills a GPU."""
@@ -134,15 +137,17 @@ def forward(batch: Batch, weights: Weights, k: int, room_TF: Tensor) -> Forward:
 
 
 def row_dots(e_TD: Tensor, idx_TK: Tensor, w_dec_FD: Tensor) -> Tensor:
-    """⟨e_t, W_dec[idx_tk]⟩, float32 [T, K]."""
+    """⟨e_t, W_dec[idx_tk]⟩, float32 [T, K]: entries of a product of which only these are computed."""
     n_tokens, k = idx_TK.shape
-    device = e_TD.device
-    offsets = torch.arange(0, n_tokens * k, k, device=device)
-    token = torch.arange(n_tokens, device=device).repeat_interleave(k)
-    dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        e_TD, w_dec_FD, idx_TK.reshape(-1), offsets, token, 0, -1
+    starts = torch.arange(0, n_tokens * k + 1, k, device=e_TD.device)
+    wanted = torch.sparse_csr_tensor(
+        starts,
+        idx_TK.reshape(-1),
+        e_TD.new_zeros(n_tokens * k),
+        (n_tokens, len(w_dec_FD)),
+        check_invariants=False,
     )
-    return dots.view(n_tokens, k)
+    return torch.sparse.sampled_addmm(wanted, e_TD, w_dec_FD.T, beta=0.0).values().view(n_tokens, k)
 
 
 def chunks(n_rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
