@@ -147,7 +147,8 @@ def row_dots(e_TD: Tensor, idx_TK: Tensor, w_dec_FD: Tensor) -> Tensor:
         (n_tokens, len(w_dec_FD)),
         check_invariants=False,
     )
-    return torch.sparse.sampled_addmm(wanted, e_TD, w_dec_FD.T, beta=0.0).values().view(n_tokens, k)
+    dots: Tensor = torch.sparse.sampled_addmm(wanted, e_TD, w_dec_FD.T, beta=0.0)
+    return dots.values().view(n_tokens, k)
 
 
 def chunks(n_rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
