@@ -16,7 +16,7 @@ FREE := torch\|triton
 endif
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench bench-peers clean
+.PHONY: demo test bench bench-pipeline clean
 
 demo: $(VENV)/ready
 	$(BIN)/saemill demo -o demo-run
@@ -34,16 +34,19 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -e '.[dev]' -c $(VENV)/constraints.txt
 	touch $@
 
-# `make bench MODEL=… TRAIN=… VALID=…`: a model and two texts of your own.
-bench: $(VENV)/ready
-	$(BIN)/python -m benchmarks.pipeline --model '$(MODEL)' --train-text '$(TRAIN)' --valid-text '$(VALID)' -o bench-run
+# `make bench`: a step by its parts, then saemill beside sparsify, SAELens and dictionary_learning, on
+# planted rows. `make bench BENCH="--device cuda"` passes options to all.
+bench: $(VENV)/ready $(VENV)-peers/ready
+	mkdir -p bench-run
+	$(BIN)/python -m benchmarks.step $(BENCH) -o bench-run/step.md
+	$(BIN)/python -m benchmarks.peers --tokens 131072 --seconds 60 $(BENCH) -o bench-run/narrow
+	$(BIN)/python -m benchmarks.peers --latents 24576 --rounds 2 $(BENCH) -o bench-run/wide
+	$(BIN)/python -m benchmarks.peers --dead-share 0.25 $(BENCH) -o bench-run/dead
+	$(BIN)/python -m benchmarks.sweep $(BENCH) -o bench-run/sweep
 
-# `make bench-peers`: saemill beside sparsify, SAELens and dictionary_learning, on planted rows.
-# `make bench-peers BENCH="--device cuda --threads 8"` passes options to both benchmarks.
-bench-peers: $(VENV)/ready $(VENV)-peers/ready
-	$(BIN)/python -m benchmarks.peers --peers-python $(VENV)-peers/bin/python --tokens 131072 --seconds 60 $(BENCH) -o bench-peers-run/single
-	$(BIN)/python -m benchmarks.peers --peers-python $(VENV)-peers/bin/python --dead-share 0.25 $(BENCH) -o bench-peers-run/dead
-	$(BIN)/python -m benchmarks.sweep --peers-python $(VENV)-peers/bin/python $(BENCH) -o bench-peers-run/sweep
+# `make bench-pipeline MODEL=… TRAIN=… VALID=…`: a model and two texts of your own.
+bench-pipeline: $(VENV)/ready
+	$(BIN)/python -m benchmarks.pipeline --model '$(MODEL)' --train-text '$(TRAIN)' --valid-text '$(VALID)' -o bench-run/pipeline
 
 $(VENV)-peers/ready: benchmarks/peers-requirements.txt
 	$(PYTHON) -m venv $(VENV)-peers
@@ -52,4 +55,4 @@ $(VENV)-peers/ready: benchmarks/peers-requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-peers demo-run bench-run bench-peers-run
+	rm -rf $(VENV) $(VENV)-peers demo-run bench-run

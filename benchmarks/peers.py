@@ -1,6 +1,6 @@
 """saemill beside sparsify, SAELens and dictionary_learning: speed, memory, and what is learned.
 
-    make bench-peers
+    make bench
     python -m benchmarks.peers --latents 6144 --k 32 -o DIR [--tokens 131072] [--seconds 60]
     python -m benchmarks.peers --acts STORE --site layers.4 --dead-share 0.25 --device cuda -o DIR
 

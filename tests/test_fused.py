@@ -11,7 +11,7 @@ from saemill.train.bank import Bank, Frame
 from saemill.train.variants import Variant
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-D, F, T = 40, 100, 48
+D, F, T = 24, 40, 16
 BASE = Variant(name="v", site="s", k=6, num_latents=F, lr=3e-3, seed=0, k_aux=D // 2)
 
 
@@ -48,27 +48,27 @@ def train(made: Bank, n_steps: int) -> Bank:
     ],
 )
 def test_steps_with_kernels_equal_steps_in_torch(variant: Variant) -> None:
-    """Oracle: the passes in torch, in float32, over 9 steps with dead latents; counters and sums too."""
-    mine, theirs = (train(bank([variant], torch.float32, fused), 9) for fused in (True, False))
+    """Oracle: the passes in torch, in float32, over 7 steps with dead latents; counters and sums too."""
+    mine, theirs = (train(bank([variant], torch.float32, fused), 7) for fused in (True, False))
     assert len(theirs.dead_V[0]) > 0
     for a, b in zip(mine.stacks, theirs.stacks, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-4)
     assert torch.equal(mine.idle_tokens_VF, theirs.idle_tokens_VF)
-    ours, expected = mine.totals_V[0].take(D, 9), theirs.totals_V[0].take(D, 9)
+    ours, expected = mine.totals_V[0].take(D, 7), theirs.totals_V[0].take(D, 7)
     assert ours == pytest.approx(expected, rel=1e-4)
 
 
 def test_bf16_steps_with_kernels_lead_to_the_same_error() -> None:
-    """Oracle: the passes in torch with the same bf16 product; the mean FVU of 9 steps within 2%."""
-    found = [train(bank([BASE], torch.bfloat16, fused), 9).totals_V[0].take(D, 9) for fused in (True, False)]
+    """Oracle: the passes in torch with the same bf16 product; the mean FVU of 7 steps within 2%."""
+    found = [train(bank([BASE], torch.bfloat16, fused), 7).totals_V[0].take(D, 7) for fused in (True, False)]
     assert found[0]["fvu"] == pytest.approx(found[1]["fvu"], rel=0.02)
 
 
 def test_short_moments_with_kernels_stay_near_float32() -> None:
     """Oracle: float32 moments; weights move alike."""
     start = bank([BASE], torch.float32, True)
-    exact = train(bank([BASE], torch.float32, True), 9)
-    short = train(bank([replace(BASE, optimizer_state="bf16")], torch.float32, True), 9)
+    exact = train(bank([BASE], torch.float32, True), 4)
+    short = train(bank([replace(BASE, optimizer_state="bf16")], torch.float32, True), 4)
     moved = (exact.w_enc_VFD - start.w_enc_VFD).norm()
     assert float((short.w_enc_VFD - exact.w_enc_VFD).norm() / moved) < 0.05
 
