@@ -10,8 +10,9 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 from saemill.train.bank import Bank, Frame
 from saemill.train.variants import Variant
 
+pytestmark = pytest.mark.no_cover  # the interpreter is slow enough without being traced
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-D, F, T = 24, 40, 16
+D, F, T = 24, 28, 12
 BASE = Variant(name="v", site="s", k=6, num_latents=F, lr=3e-3, seed=0, k_aux=D // 2)
 
 

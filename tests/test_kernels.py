@@ -19,6 +19,7 @@ from saemill.train.kernels.rows import Moments, Parameters, decoder_bias_gradien
 from saemill.train.kernels.segments import AuxGradients, Segments, chunk_sums, latent_sums, segments
 from saemill.train.kernels.select import select
 
+pytestmark = pytest.mark.no_cover  # the interpreter is slow enough without being traced
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
