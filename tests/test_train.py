@@ -392,3 +392,30 @@ def test_a_site_without_a_variant_is_refused(store: ActivationStore, tmp_path: P
     sites = [site for site in store.sites if site != "a"]
     with pytest.raises(ConfigError, match="no variant is of site"):
         run(config(store, tmp_path / "r", site=("a", sites[0]), variants=listed, k=(2,), num_latents=(32,)))
+
+
+@pytest.mark.parametrize("state", ["bf16", "8bit"])
+def test_short_moments_survive_a_kill_bit_by_bit(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """Oracle: the same run without a stop."""
+    settings: dict[str, Any] = {"k": (2,), "num_latents": (48,), "optimizer_state": state}
+    run(config(store, tmp_path / "whole", **settings))
+    one_step = Trainer._one_step
+
+    def failing(self: Trainer) -> None:
+        if self.step == 9:
+            raise KeyboardInterrupt
+        one_step(self)
+
+    monkeypatch.setattr(Trainer, "_one_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(store, tmp_path / "cut", **settings))
+    monkeypatch.setattr(Trainer, "_one_step", one_step)
+    run(config(store, tmp_path / "cut", **settings))
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_short_moments_without_adam_are_refused(store: ActivationStore, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="optimizer_state 8bit has an effect with adam only"):
+        run(config(store, tmp_path / "r", optimizer="sgd", optimizer_state="8bit"))
