@@ -11,6 +11,7 @@ import resource
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -37,7 +38,7 @@ class Goal:
     """None: the package's own default."""
 
 
-class Contestant:
+class Contestant(ABC):
     """SAEs of one package, one per goal. Subclasses build them in `train`, or before."""
 
     packages: tuple[str, ...]
@@ -55,23 +56,25 @@ class Contestant:
         own value would never reach its peak in a run as short as these."""
         return min(1000, self.args.steps // 20)
 
+    @abstractmethod
     def train(self, feed: "Feed") -> None:
-        raise NotImplementedError
+        """Build the SAEs and train them on all batches."""
 
     def saes(self) -> AbstractContextManager[list[Reconstruct]]:
         """The SAEs as they would be saved now, each as x_TD → x̂_TD in the data's own units."""
         return nullcontext(self.reconstructions())
 
     def reconstructions(self) -> list[Reconstruct]:
-        raise NotImplementedError
+        """The same without a context; needed where `saes` is not replaced."""
+        return []
 
+    @abstractmethod
     def keep_dead(self, first: bool) -> None:
         """Before each step: set the counters of `self.dead`; the first time also shrink their rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def auxk(self) -> list[float]:
         """The last auxiliary loss of each SAE."""
-        raise NotImplementedError
 
 
 class Feed:

@@ -1,6 +1,7 @@
 """The training step's kernels for CUDA, in Triton: select → residual → segments → rows.
 
-`saemill.train.ops` defines the same arithmetic in plain torch. What is fused here, and why:
+`codes.py` and `rows.py` define the same arithmetic in plain torch; `fused.py` calls these in their place.
+What is fused here, and why:
 
 - `select`: the k largest pre-activations of each token in one read of the row.
 - `residual`: decoding, error, ⟨error, decoder row⟩ of each active latent, and the squared error, with each
