@@ -166,7 +166,7 @@ def test_grid_and_names() -> None:
     assert len(variants) == 16
     assert {v.num_latents for v in variants} == {128, 256}
     assert variants[0].name == "a-k1-f128-s0"
-    assert variants[0].lr == pytest.approx(auto_lr(128, 64, 100)) == pytest.approx(0.01 * 32**0.5)
+    assert variants[0].lr == pytest.approx(auto_lr(128, 64, 100)) == pytest.approx(0.16 / 64**0.5)
     assert variants[0].k_aux == 32
     with pytest.raises(ConfigError, match="not both"):
         resolve(common, axes | {"num_latents": (5,)}, (), {"a": 64}, 100)
@@ -384,6 +384,7 @@ def test_profile_of_too_short_a_run_is_refused(store: ActivationStore, tmp_path:
 def test_auto_lr_meets_the_published_rate_at_its_scale() -> None:
     """Oracle: Gao et al. 2024: 2e-4 at 2^14 latents on GPT-2 (D 768), 8e9 tokens in batches of 2^17."""
     assert auto_lr(2**14, 768, 8 * 10**9 // 2**17) == pytest.approx(2e-4, rel=0.1)
+    assert auto_lr(2**8, 64, 8) == auto_lr(2**8, 64, 1) == 0.02, "bounded where steps and latents are few"
     assert auto_lr(2**16, 768, 1000) == pytest.approx(auto_lr(2**14, 768, 1000) / 2)
 
 

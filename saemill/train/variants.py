@@ -51,13 +51,14 @@ class Variant:
 
 
 def auto_lr(num_latents: int, d: int, n_steps: int) -> float:
-    """Adam's peak rate: 0.08/√D · √(2^12 / F) · (100 / steps)^0.3.
+    """Adam's peak rate: 0.08/√D · √(2^12 / F) · (100 / steps)^0.3, at most 0.16/√D.
 
     Rows have unit length, so a weight is about 1/√D; with √F as in Gao et al. 2024 (figure 3). The last
-    factor was fitted on the residual streams of three models at 32 to 460 steps; at Gao's 60,000 steps
-    for GPT-2 the whole meets their 2e-4 at F = 2^14.
+    factor was fitted on the residual streams of two models at 32 to 460 steps; at Gao's 60,000 steps
+    for GPT-2 the whole meets their 2e-4 at F = 2^14. Beyond the bound no rate was found to be better.
     """
-    return 0.08 / math.sqrt(d) * math.sqrt(2**12 / num_latents) * math.pow(100 / n_steps, 0.3)
+    share = 0.08 * math.sqrt(2**12 / num_latents) * math.pow(100 / n_steps, 0.3)
+    return min(0.16, share) / math.sqrt(d)
 
 
 def resolve(
