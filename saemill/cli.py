@@ -304,5 +304,17 @@ def main() -> None:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
     except SaemillError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{_of_rank()}: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        if where := _of_rank():
+            print(f"failed{where}:", file=sys.stderr)
+        raise
+
+
+def _of_rank() -> str:
+    """Which of several processes this is."""
+    from saemill.common.world import World
+
+    world = World.here()
+    return f" ({world.name})" if world.size > 1 else ""

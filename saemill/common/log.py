@@ -11,11 +11,14 @@ from rich.text import Text
 
 LINE_SECONDS = 10.0
 """Least time between two progress lines where stderr is no terminal."""
+speaks = True
+"""Whether this process talks of progress; of several, one does."""
 
 
 def say(text: str) -> None:
     """Print a sentence or table at once."""
-    print(text, flush=True)
+    if speaks:
+        print(text, flush=True)
 
 
 def counted(n: int, thing: str) -> str:
@@ -47,6 +50,9 @@ def progress(label: str, total: int | None, unit: str, done: int = 0) -> Iterato
 
     Yields: a function that takes the amount done since it was last called.
     """
+    if not speaks:
+        yield lambda n: None
+        return
     if sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"),

@@ -1,0 +1,203 @@
+"""The processes of one run: how many there are, which one this is, and what they tell one another.
+
+`torchrun` and SLURM's `srun` say it through the environment; a process started by hand is the only
+one. A world of one takes the same path as any other: its collectives change nothing.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from saemill.common import log
+from saemill.common.errors import ConfigError
+from saemill.common.log import counted
+from saemill.common.model import choose_device
+
+PEER_TIMEOUT_SECONDS = 600
+"""A process that waits so long for another takes it for lost; SAEMILL_PEER_TIMEOUT_SECONDS overrides it."""
+
+
+class Group:
+    """Some of the processes, in a fixed order.
+
+    Args:
+        ranks: theirs in the world, ascending.
+        rank: this process's place among them.
+        handle: torch's process group; none for a group of one.
+    """
+
+    def __init__(self, ranks: list[int], rank: int, handle: Any = None) -> None:
+        self.ranks, self.rank, self.size, self.handle = ranks, rank, len(ranks), handle
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Replace x by its sum over the group; every process gets the same bits."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.handle)
+        return x
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Every process's x, of one shape, in the group's order."""
+        if self.size == 1:
+            return [x]
+        found = [torch.empty_like(x) for _ in self.ranks]
+        dist.all_gather(found, x.contiguous(), group=self.handle)
+        return found
+
+    def share(self, value: Any) -> list[Any]:
+        """Every process's value, any that can be pickled, in the group's order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.handle)
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true for some process."""
+        return bool(self.sum_(torch.tensor(int(flag))))
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """All processes of this run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Its number among those on this machine."""
+    local_size: int = 1
+    """How many are on this machine."""
+    connected_by: Mapping[str, str] | None = None
+    """MASTER_ADDR and MASTER_PORT, where all processes meet."""
+
+    @classmethod
+    def here(cls, environment: Mapping[str, str] = os.environ) -> "World":
+        """The world that torchrun or srun describe in the environment.
+
+        Raises:
+            ConfigError: SLURM's nodes cannot be named.
+        """
+        if "RANK" in environment and "WORLD_SIZE" in environment:
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+            missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+            if missing:
+                raise ConfigError(f"RANK is set but {', '.join(missing)} is not; start with torchrun")
+            meeting = {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+            rank, size, local_rank, local_size = (int(environment[name]) for name in names)
+            return cls(rank, size, local_rank, local_size, meeting)
+        # Not SLURM_NTASKS: a batch script has it too, without being one task of many.
+        if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            return cls(
+                int(environment["SLURM_PROCID"]),
+                int(environment["SLURM_STEP_NUM_TASKS"]),
+                int(environment["SLURM_LOCALID"]),
+                _tasks_here(environment),
+                _slurm_meeting(environment),
+            )
+        return cls()
+
+    @property
+    def name(self) -> str:
+        """Which process this is, for messages."""
+        return f"rank {self.rank} of {self.size} on {socket.gethostname()}"
+
+    def device(self, name: str) -> torch.device:
+        """This process's device: on a machine with several GPUs each process has its own.
+
+        Raises:
+            ConfigError: there are fewer GPUs than processes on this machine, or one was named for all.
+        """
+        device = choose_device(name)
+        if device.type != "cuda" or self.size == 1:
+            return device
+        if ":" in name:
+            raise ConfigError(f"device {name} would be shared by {self.size} processes; write cuda")
+        n_gpus = torch.cuda.device_count()
+        if n_gpus == 1 and "SLURM_STEP_GPUS" in os.environ:
+            return torch.device("cuda:0")  # SLURM shows each task its own GPU alone
+        if self.local_size > n_gpus:
+            raise ConfigError(
+                f"{self.local_size} processes on {socket.gethostname()}, but torch "
+                f"{torch.__version__} sees {counted(n_gpus, 'GPU')} there; start fewer, or give --device cpu"
+            )
+        return torch.device(f"cuda:{self.local_rank}")
+
+    @contextmanager
+    def connected(self, device: torch.device) -> Iterator[Group]:
+        """All processes as a group while the block runs; none leaves before the others are through.
+
+        A process that fails breaks its connections, so that the others fail too instead of waiting;
+        one that hangs is given up after `PEER_TIMEOUT_SECONDS`.
+        """
+        everyone = Group(list(range(self.size)), self.rank)
+        if self.size == 1:
+            yield everyone
+            return
+        seconds = float(os.environ.get("SAEMILL_PEER_TIMEOUT_SECONDS", PEER_TIMEOUT_SECONDS))
+        meeting = self.connected_by or {}
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{meeting['MASTER_ADDR']}:{meeting['MASTER_PORT']}"
+            if "TORCHELASTIC_RUN_ID" not in os.environ
+            else "env://",
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+        everyone.handle = dist.group.WORLD
+        try:
+            yield everyone
+            everyone.any(False)
+        finally:
+            dist.destroy_process_group()
+
+    def split(self, everyone: Group, groups: list[list[int]]) -> Group:
+        """The one of `groups` that holds this process; all processes call it with the same lists."""
+        mine = None
+        for ranks in groups:
+            handle = dist.new_group(ranks) if len(ranks) > 1 else None
+            if self.rank in ranks:
+                mine = Group(ranks, ranks.index(self.rank), handle)
+        assert mine is not None, (groups, everyone.ranks)
+        return mine
+
+
+def speak_for(world: World) -> None:
+    """Only the first process talks of progress."""
+    log.speaks = world.rank == 0
+
+
+def _tasks_here(environment: Mapping[str, str]) -> int:
+    """Tasks on this node, from SLURM's list of runs such as `2(x3),1`."""
+    per_node: list[int] = []
+    for run in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        n_tasks, _, n_nodes = run.rstrip(")").partition("(x")
+        per_node += [int(n_tasks)] * int(n_nodes or 1)
+    return per_node[int(environment["SLURM_NODEID"])]
+
+
+def _slurm_meeting(environment: Mapping[str, str]) -> dict[str, str]:
+    """The first node, and a port that follows from the job and step, unless the user names them."""
+    number = int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])
+    port = environment.get("MASTER_PORT", str(20000 + number % 20000))
+    if "MASTER_ADDR" in environment:
+        return {"MASTER_ADDR": environment["MASTER_ADDR"], "MASTER_PORT": port}
+    if environment.get("SLURM_STEP_NUM_NODES") == "1":
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    nodes = environment["SLURM_STEP_NODELIST"]
+    if not shutil.which("scontrol"):
+        raise ConfigError(f"scontrol is not found to name the first of {nodes}; set MASTER_ADDR to it")
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+    if listed.returncode:
+        raise ConfigError(f"scontrol cannot name the nodes {nodes}: {listed.stderr.strip()}; set MASTER_ADDR")
+    return {"MASTER_ADDR": listed.stdout.split()[0], "MASTER_PORT": port}
