@@ -33,11 +33,12 @@ class Group:
     Args:
         ranks: theirs in the world, ascending.
         rank: this process's place among them.
-        handle: torch's process group; none for a group of one.
+        handle: torch's process group; none for all processes, and for a group of one.
     """
 
     def __init__(self, ranks: list[int], rank: int, handle: Any = None) -> None:
         self.ranks, self.rank, self.size, self.handle = ranks, rank, len(ranks), handle
+        self._parts: list[Group] = []
 
     def sum_(self, x: Tensor) -> Tensor:
         """Replace x by its sum over the group; every process gets the same bits."""
@@ -64,6 +65,23 @@ class Group:
     def any(self, flag: bool) -> bool:
         """Whether it is true for some process."""
         return bool(self.sum_(torch.tensor(int(flag))))
+
+    def split(self, lists: list[list[int]]) -> "Group":
+        """The one of `lists` of ranks that holds this process; all processes call it alike."""
+        mine = None
+        for ranks in lists:
+            handle = dist.new_group(ranks) if len(ranks) > 1 else None
+            if self.ranks[self.rank] in ranks:
+                mine = Group(ranks, ranks.index(self.ranks[self.rank]), handle)
+        if mine is None:
+            raise ValueError(f"rank {self.ranks[self.rank]} is in none of {lists}")
+        self._parts.append(mine)
+        return mine
+
+    def forget(self) -> None:
+        """Let go of torch's groups; one that outlives `destroy_process_group` aborts the process."""
+        for part in [self, *self._parts]:
+            part.handle = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,22 +172,12 @@ class World:
             timeout=timedelta(seconds=seconds),
             device_id=device if device.type == "cuda" else None,
         )
-        everyone.handle = dist.group.WORLD
         try:
             yield everyone
             everyone.any(False)
         finally:
+            everyone.forget()
             dist.destroy_process_group()
-
-    def split(self, everyone: Group, groups: list[list[int]]) -> Group:
-        """The one of `groups` that holds this process; all processes call it with the same lists."""
-        mine = None
-        for ranks in groups:
-            handle = dist.new_group(ranks) if len(ranks) > 1 else None
-            if self.rank in ranks:
-                mine = Group(ranks, ranks.index(self.rank), handle)
-        assert mine is not None, (groups, everyone.ranks)
-        return mine
 
 
 def speak_for(world: World) -> None:
