@@ -136,7 +136,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 def train_command(store: ActivationStore, out: Path, *more: str) -> list[str]:
     return [
         "-m", "saemill", "train", str(store.path), "--site", "a", "-o", str(out), "--k", "2,8",
-        "--num-latents", "48,65", "--lr", "3e-3", "--batch-size", "64", "--max-tokens", "40k",
+        "--num-latents", "48,65", "--lr", "3e-3", "--batch-size", "128", "--max-tokens", "40k",
         "--save-every", "10", "--precision", "fp32", "--device", "cpu", *more,
     ]  # fmt: skip
 
