@@ -134,7 +134,8 @@ def run(args: argparse.Namespace, way: Way) -> dict[str, float]:
         ]
         subprocess.run(
             [
-                sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", str(way.n_processes), "-m", "benchmarks.scale",
+                sys.executable, "-m", "torch.distributed.run", *meeting,
+                "--nproc-per-node", str(way.n_processes), "-m", "benchmarks.scale",
                 *options, "--way", ",".join(map(str, numbers)), "--result", str(result),
             ],
             check=True,
