@@ -11,6 +11,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipeline import Pipeline
 from stores import make_store, make_tokens
 
 from saemill.assess import run as assess_run
@@ -21,17 +22,17 @@ from saemill.assess.report import contexts_text
 from saemill.assess.run import AssessConfig, run
 from saemill.assess.sums import Bootstrap, DocumentSums
 from saemill.assess.verdict import Thresholds, checks, order, summary
-from saemill.cache.run import CacheConfig
-from saemill.cache.run import run as cache
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae import Sae, SaeConfig
+from saemill.common.world import Group
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 from saemill.train.run import TrainConfig
 from saemill.train.run import run as train
 
 D = 8
+ALONE = Group([0], 0)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def held_out(store: ActivationStore) -> tuple[torch.Tensor, np.ndarray[Any, Any]
 
 
 def evalset(store: ActivationStore) -> EvalSet:
-    return EvalSet(store, None, None, store.mask, ["a"], 4)
+    return EvalSet(store, None, None, store.mask, ["a"], 4, ALONE)
 
 
 def constant_sae(bias: torch.Tensor) -> Sae:
@@ -202,7 +203,7 @@ def test_top_contexts_are_the_strongest_one_per_document(store: ActivationStore)
     sae = random_sae(4)
     latents = [3, 7]
     chosen = evalset(store)
-    found = top_addresses(chosen.context_chunks(10**9), "a", sae, latents, store.tokens, 5)
+    found = top_addresses(chosen.context_chunks(10**9), "a", sae, latents, store.tokens, 5, ALONE)
     kept = np.concatenate(
         [
             store.keep_addresses(i, store.mask, False) | store.keep_addresses(i, store.mask, True)
@@ -295,26 +296,6 @@ def test_a_figure_that_is_not_finite_is_null() -> None:
     for bad in (np.inf, np.nan):
         figure = Bootstrap(40).ratio(np.array([bad] * 40), np.ones(40))
         assert figure == {"value": None, "reason": "not finite on these tokens"}
-
-
-class Pipeline:
-    """A tiny model's run: tokenized, cached and trained."""
-
-    def __init__(self, folder: Path, model: str, tokenizer: str, corpus: Path, site: str) -> None:
-        self.model, self.site = model, site
-        self.tokens, self.acts, self.out = folder / "tokens", folder / "acts", folder / "run"
-        tokenize(
-            TokenizeConfig(
-                dataset=str(corpus), tokenizer=tokenizer, out=self.tokens, ctx_len=32, held_out_fraction=0.3
-            )
-        )
-        cache(CacheConfig(tokens=self.tokens, model=model, out=self.acts, sites=(site,), device="cpu"))
-        train(
-            TrainConfig(
-                acts=self.acts, out=self.out, site=(site,), k=(2, 16), num_latents=(128,), batch_size=256,
-                lr=(3e-3,), epochs=3, device="cpu",
-            )
-        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -433,9 +414,10 @@ def test_computed_and_cached_activations_agree(causal: Pipeline) -> None:
     from saemill.common.model import LanguageModel
 
     model = LanguageModel(causal.model, revision=None, dtype=torch.float32, device=torch.device("cpu"))
-    chosen = EvalSet(store, None, model, store.mask, [causal.site], 4)
+    chosen = EvalSet(store, None, model, store.mask, [causal.site], 4, ALONE)
     cached = list(chosen.chunks(10**9))
-    computed = list(chosen._computed_chunks())
+    chosen.cached = False
+    computed = list(chosen.chunks(10**9))
     np.testing.assert_array_equal(
         np.concatenate([c.addresses_T for c in cached]), np.concatenate([c.addresses_T for c in computed])
     )

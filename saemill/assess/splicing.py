@@ -23,6 +23,7 @@ from saemill.common.errors import ConfigError, DataError
 from saemill.common.model import LanguageModel, attention_of
 from saemill.common.permutation import hashes
 from saemill.common.sae import Sae
+from saemill.common.tokens import TokenStore
 
 MASKED_SHARE = 0.15
 MASK_KEY = 15
@@ -46,6 +47,16 @@ class _Batch:
     """Per site the true ones, [R, S, D]."""
 
 
+def check_mask_token(model: LanguageModel, tokens: TokenStore) -> None:
+    """Refuse a masked LM whose tokenizer has no mask token, before anything is measured.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    if model.head == "masked" and tokens.tokenizer.mask_id is None:
+        raise ConfigError(f"{model.name} is a masked LM, but its tokenizer has no mask token")
+
+
 class Splicing:
     """Forward passes with and without replacement over the evaluation rows.
 
@@ -53,38 +64,36 @@ class Splicing:
         saes: variant name → SAE.
         sites: variant name → site.
         evalset: rows to run on.
-        model: with its LM head.
-
-    Raises:
-        ConfigError: a masked LM whose tokenizer has no mask token.
+        model: with its LM head; see `check_mask_token`.
     """
 
     def __init__(
         self, saes: dict[str, Sae], sites: dict[str, str], evalset: EvalSet, model: LanguageModel
     ) -> None:
         self.saes, self.sites, self.evalset, self.model = saes, sites, evalset, model
-        if model.head == "masked" and evalset.tokens.tokenizer.mask_id is None:
-            raise ConfigError(f"{model.name} is a masked LM, but its tokenizer has no mask token")
         baselines = [f"{site}/{what}" for site in evalset.sites for what in ("zero", "mean")]
         variants = [f"{name}/{what}" for name in saes for what in ("ce", "kl")]
         self.sums = DocumentSums(["n", "clean", *baselines, *variants])
         self.means = {
-            site: evalset.store.site(site).statistics.mean_D.float().to(model.device)
-            for site in evalset.sites
+            site: array.statistics.mean_D.float().to(model.device) for site, array in evalset.arrays.items()
         }
         self.identity: dict[str, float] = {}
         self.skippable = set(evalset.sites)
         self.n_tokens = 0
 
-    def run(self, max_tokens: int, advance: Callable[[int], None]) -> "Splicing":
-        """Count rows up to `max_tokens`.
+    def run(self, max_tokens: int) -> "Splicing":
+        """Count this process's part of the rows up to `max_tokens`, then add up those of all processes.
 
         Raises:
             DataError: splicing the true activation changes the loss.
         """
         for rows in self.evalset.rows(max_tokens):
             self._rows(rows)
-            advance(rows.ids_RS.numel())
+        everyone = self.evalset.everyone
+        self.sums.merge(everyone)
+        self.n_tokens = sum(everyone.share(self.n_tokens))
+        found = everyone.share(self.identity)
+        self.identity = {site: nats for theirs in reversed(found) for site, nats in theirs.items()}
         return self
 
     def _rows(self, rows: Rows) -> None:

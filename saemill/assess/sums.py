@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saemill.common.log import counted
+from saemill.common.world import Group
 
 N_DRAWS = 2000
 LEAST_DOCUMENTS = 30
@@ -39,6 +40,14 @@ class DocumentSums:
                 if row is None:
                     row = self.rows[document] = np.zeros(len(self.names))
                 row[place] += value
+
+    def merge(self, everyone: Group) -> None:
+        """Add up the sums of all processes; a document that one of them has alone keeps its bits."""
+        parts, self.rows = everyone.share(self.rows), {}
+        for part in parts:
+            for document, row in part.items():
+                known = self.rows.get(document)
+                self.rows[document] = row if known is None else known + row
 
     def column(self, name: str) -> NDArray[np.float64]:
         """One sum for every document, in ascending order of document. [n_documents]."""

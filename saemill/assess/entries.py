@@ -1,0 +1,113 @@
+"""What the assessment says of each variant: its figures, its checks, how far it is from the best."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from saemill.assess import verdict
+from saemill.assess.dealing import for_each
+from saemill.assess.reconstruction import Reconstruction, absorption, random_absorption
+from saemill.assess.splicing import Splicing, absent_metrics
+from saemill.assess.sums import Bootstrap, Figure, absent
+from saemill.assess.verdict import Thresholds
+from saemill.common.sae import Sae
+
+Entry = dict[str, Any]
+"""One variant in `final_assessment.json`."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the passes over the evaluation tokens found, the same on every process."""
+
+    reconstruction: Reconstruction
+    splicing: Splicing | str
+    """The losses, or why there are none."""
+    thresholds: Thresholds
+    dead_share: float
+    """A latent that fires on a smaller share of the tokens counts as dead."""
+
+    def entries(self, diverged: dict[str, Sae]) -> list[Entry]:
+        """One entry per variant, best first, each compared with the best on the same draws.
+
+        Args:
+            diverged: variants that were not measured; they come last.
+        """
+        saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
+        metrics = for_each(list(saes), self._metrics, everyone)
+        for name, sae in diverged.items():
+            reason = f"training diverged at step {sae.config.provenance['diverged_at_step']}"
+            metrics[name] = dict.fromkeys(next(iter(metrics.values())), absent(reason))
+        entries = [self._entry(name, sae, metrics[name]) for name, sae in (saes | diverged).items()]
+        entries = verdict.order(entries)
+        best = entries[0]["name"]
+        others = [name for name in saes if name != best]
+        versus = for_each(others, lambda name: self._versus(name, best), everyone)
+        return [
+            entry | ({"versus_best": versus[entry["name"]]} if entry["name"] in versus else {})
+            for entry in entries
+        ]
+
+    def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure]) -> Entry:
+        found = verdict.checks(metrics, self.thresholds)
+        provenance = sae.config.provenance
+        return {
+            "name": name,
+            "site": provenance["site"],
+            "k": sae.config.k,
+            "num_latents": sae.config.num_latents,
+            "tokens_trained": provenance["tokens_trained"],
+            "diverged_at_step": provenance["diverged_at_step"],
+            "metrics": metrics,
+            "checks": found,
+            "verdict": verdict.summary(found),
+        }
+
+    def _metrics(self, name: str) -> dict[str, Figure]:
+        metrics = self.reconstruction.metrics(name, self._bootstrap) | self._latent_metrics(name)
+        if isinstance(self.splicing, str):
+            return metrics | absent_metrics(self.splicing)
+        return metrics | self.splicing.metrics(name, self._model_bootstrap)
+
+    @cached_property
+    def _bootstrap(self) -> Bootstrap:
+        return Bootstrap(len(self.reconstruction.sums.rows))
+
+    @cached_property
+    def _model_bootstrap(self) -> Bootstrap:
+        return Bootstrap(0 if isinstance(self.splicing, str) else len(self.splicing.sums.rows))
+
+    def _latent_metrics(self, name: str) -> dict[str, Figure]:
+        density = self.reconstruction.density(name)
+        live = self.reconstruction.live(name, self.dead_share)
+        w_dec_FD = self.reconstruction.saes[name].W_dec.detach()
+        rows_FD = w_dec_FD[torch.from_numpy(live).to(w_dec_FD.device)]
+        quantiles = np.quantile(density, [0.05, 0.25, 0.5, 0.75, 0.95])
+        return {
+            "dead_fraction": {"value": float(1 - live.mean())},
+            "never_fired": {"value": float((density == 0).mean())},
+            "dense_fraction": {"value": float((density > 0.1).mean())},
+            "density_quantiles": {"value": quantiles.tolist()},
+            "absorption": absorption(rows_FD),
+            "absorption_random": random_absorption(rows_FD),
+        }
+
+    def _versus(self, name: str, best: str) -> dict[str, Figure]:
+        """Differences to the best variant over the same documents: value minus the best's."""
+        sums, sites = self.reconstruction.sums, self.reconstruction.sites
+        found: dict[str, Figure] = {}
+        if sites[name] == sites[best]:
+            difference = sums.column(f"{name}/sse") - sums.column(f"{best}/sse")
+            squares = self.reconstruction.squares(sites[name])
+            found["fvu"] = self._bootstrap.ratio(difference, squares)
+        if isinstance(self.splicing, Splicing):
+            sums = self.splicing.sums
+            difference = sums.column(f"{name}/ce") - sums.column(f"{best}/ce")
+            found["delta_ce"] = self._model_bootstrap.ratio(difference, sums.column("n"))
+        for figure in found.values():
+            if figure.get("lo") is not None:
+                figure["distinguishable"] = not figure["lo"] <= 0 <= figure["hi"]
+        return found
