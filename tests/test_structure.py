@@ -11,7 +11,7 @@ from saemill.assess.run import AssessConfig
 from saemill.cache.run import CacheConfig
 from saemill.common.config import SECTIONS, resolve
 from saemill.tokenize.run import TokenizeConfig
-from saemill.train.run import TrainConfig
+from saemill.train.config import TrainConfig
 
 ROOT = Path(saemill.__file__).parent
 STAGES = ("tokenize", "cache", "train", "assess")
