@@ -6,7 +6,7 @@ from saemill.cache.run import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
-from saemill.train.run import TrainConfig
+from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
 
 

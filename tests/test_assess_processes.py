@@ -13,8 +13,6 @@ import pytest
 from pipeline import Pipeline
 
 import saemill
-from saemill.assess.dealing import for_each, part
-from saemill.common.world import Group
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
@@ -95,18 +93,6 @@ def same_sums(found: Path, expected: Path, n_processes: int) -> None:
         if not name.endswith("/squares"):  # their centre is the mean of all processes' tokens
             unequal |= np.array(column) != np.array(tables[1][name])
     assert unequal.sum() < n_processes
-
-
-def test_parts_are_contiguous_equal_and_all() -> None:
-    """Oracle: the list itself; parts differ by one at most, the first process never has less."""
-    for n_items in range(8):
-        for size in range(1, 6):
-            parts = [part(list(range(n_items)), Group(list(range(size)), rank)) for rank in range(size)]
-            assert [item for some in parts for item in some] == list(range(n_items))
-            lengths = [len(some) for some in parts]
-            assert lengths == sorted(lengths, reverse=True)
-            assert lengths[0] - lengths[-1] <= 1
-    assert for_each(["a", "b"], str.upper, Group([0], 0)) == {"a": "A", "b": "B"}
 
 
 def test_two_processes_find_what_one_finds(trained: Pipeline, tmp_path: Path) -> None:

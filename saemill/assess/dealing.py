@@ -16,20 +16,12 @@ from saemill.common.world import Group
 Addresses = NDArray[np.int64]
 """A batch: the addresses of the tokens in it, of any shape."""
 
-Item = TypeVar("Item")
 Found = TypeVar("Found")
-
-
-def part(items: Sequence[Item], everyone: Group) -> Sequence[Item]:
-    """This process's contiguous part of `items`; parts differ by one item at most, the first are longer."""
-    each, left = divmod(len(items), everyone.size)
-    start = each * everyone.rank + min(everyone.rank, left)
-    return items[start : start + each + (everyone.rank < left)]
 
 
 def dealt(label: str, batches: Sequence[Addresses], everyone: Group) -> Iterator[Addresses]:
     """This process's part of the batches, while progress is shown, scaled to all of them."""
-    mine = part(batches, everyone)
+    mine = batches[everyone.part(len(batches))]
     n_tokens, n_mine = (sum(batch.size for batch in some) for some in (batches, mine))
     n_done = 0
     with progress(label, n_tokens, "tokens") as advance:
@@ -41,5 +33,5 @@ def dealt(label: str, batches: Sequence[Addresses], everyone: Group) -> Iterator
 
 def for_each(names: Sequence[str], figure: Callable[[str], Found], everyone: Group) -> dict[str, Found]:
     """`figure(name)` of every name, each computed by one process and told to all."""
-    mine = {name: figure(name) for name in part(names, everyone)}
+    mine = {name: figure(name) for name in names[everyone.part(len(names))]}
     return {name: found for theirs in everyone.share(mine) for name, found in theirs.items()}

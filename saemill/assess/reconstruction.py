@@ -78,7 +78,7 @@ class Reconstruction:
         for firing in self.firing.values():
             everyone.sum_(firing.count_F)
             everyone.sum_(firing.sum_F)
-            firing.max_F = torch.stack(everyone.gather(firing.max_F)).amax(0)
+            firing.max_F = torch.stack(everyone.share(firing.max_F)).amax(0)
 
     def _centre(self, site: str, first: dict[int, NDArray[np.float64]]) -> None:
         """Move the squared distances per document from the cached mean to the evaluation set's own:
