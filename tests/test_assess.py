@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -20,7 +21,7 @@ from saemill.assess.features import Reader, check_latents, choose_latents, top_a
 from saemill.assess.reconstruction import Reconstruction, absorption
 from saemill.assess.report import contexts_text
 from saemill.assess.run import AssessConfig, run
-from saemill.assess.sums import Bootstrap, DocumentSums
+from saemill.assess.sums import Bootstrap, DocumentSums, Split
 from saemill.assess.verdict import Thresholds, checks, order, summary
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
@@ -80,6 +81,10 @@ def reconstruct(store: ActivationStore, saes: dict[str, Sae], max_tokens: int = 
     return Reconstruction(saes, dict.fromkeys(saes, "a"), chosen).run(chosen.chunks(max_tokens))
 
 
+def over(found: Reconstruction) -> Bootstrap:
+    return Split(found.sums.documents).all
+
+
 def test_mean_predictor_identity_and_constant_bias(store: ActivationStore) -> None:
     """Oracles: FVU of the mean is 1, of the identity 0, and a bias c adds ‖c‖² / variance."""
     x, _ = held_out(store)
@@ -91,7 +96,7 @@ def test_mean_predictor_identity_and_constant_bias(store: ActivationStore) -> No
         "bias": constant_sae(shifted.float()),
     }
     found = reconstruct(store, saes)
-    bootstrap = Bootstrap(len(found.sums.rows))
+    bootstrap = over(found)
     fvu = {name: found.metrics(name, bootstrap)["fvu"]["value"] for name in saes}
     variance = float((x.double() - mean).square().sum(1).mean())
     assert fvu["mean"] == pytest.approx(1, abs=1e-6)
@@ -104,7 +109,7 @@ def test_figures_equal_their_definitions(store: ActivationStore) -> None:
     x, _ = held_out(store)
     sae = random_sae(0)
     found = reconstruct(store, {"v": sae})
-    metrics = found.metrics("v", Bootstrap(len(found.sums.rows)))
+    metrics = found.metrics("v", over(found))
     with torch.no_grad():
         out = sae(x)
     xd, rd = x.double(), out.reconstruction.double()
@@ -129,7 +134,7 @@ def test_scale_of_the_activations_changes_nothing(tmp_path: Path) -> None:
         sae = random_sae(2)
         sae.b_dec.data.mul_(0)
         found = reconstruct(small, {"v": sae})
-        metrics = found.metrics("v", Bootstrap(len(found.sums.rows)))
+        metrics = found.metrics("v", over(found))
         results.append([metrics[name]["value"] for name in ("fvu", "cosine", "l0")])
     assert results[0] == pytest.approx(results[1], rel=1e-6)
 
@@ -142,7 +147,7 @@ def test_max_tokens_takes_the_first_tokens(store: ActivationStore) -> None:
     with torch.no_grad():
         sse = (random_sae(0)(x[:100]).reconstruction - x[:100]).square().sum()
     fvu = float(sse / (x[:100] - x[:100].mean(0)).square().sum())
-    assert found.metrics("v", Bootstrap(5))["fvu"]["value"] == pytest.approx(fvu, rel=1e-4)
+    assert found.metrics("v", over(found))["fvu"]["value"] == pytest.approx(fvu, rel=1e-4)
 
 
 def test_absorption_is_the_mean_largest_cosine() -> None:
@@ -163,14 +168,14 @@ def test_intervals_cover_the_truth() -> None:
     for _ in range(400):
         n = generator.integers(5, 50, 80).astype(float)
         level = generator.gamma(4, 0.25, 80)
-        figure = Bootstrap(80).ratio(level * n, n)
+        figure = Bootstrap(np.ones(80, bool)).ratio(level * n, n)
         covered += figure["lo"] <= 1.0 <= figure["hi"]
     assert 0.90 <= covered / 400 <= 0.98
 
 
 def test_too_few_documents_have_no_interval() -> None:
     """Oracle: null with a reason, the value itself kept."""
-    figure = Bootstrap(3).ratio(np.array([1.0, 2, 3]), np.array([2.0, 2, 2]))
+    figure = Bootstrap(np.ones(3, bool)).ratio(np.array([1.0, 2, 3]), np.array([2.0, 2, 2]))
     assert figure["value"] == 1.0
     assert figure["lo"] is None
     assert figure["reason"] == "only 3 documents; an interval needs 30"
@@ -263,15 +268,32 @@ def test_verdict_counts_only_checks_that_ran() -> None:
     assert [check["passed"] for check in found] == [None, True, False, True]
     assert summary(found) == "passed 2/3, 1 not run"
     entries = [
-        {
-            "name": name,
-            "checks": found,
-            "diverged_at_step": at,
-            "metrics": {"delta_ce": {"value": None}, "fvu": {"value": v}},
-        }
-        for name, v, at in (("a", 0.3, None), ("b", 0.2, None), ("c", 0.1, 7))
-    ]  # fmt: skip
-    assert [entry["name"] for entry in order(entries)] == ["b", "a", "c"]
+        {"name": name, "checks": found, "diverged_at_step": at}
+        for name, at in (("a", None), ("b", None), ("c", 7), ("d", None))
+    ]
+    losses = {"a": 0.3, "b": 0.2, "d": math.nan}
+    assert [entry["name"] for entry in order(entries, losses)] == ["b", "a", "d", "c"]
+
+
+def test_the_best_is_reported_on_documents_it_was_not_chosen_on() -> None:
+    """Oracle: 50 variants of one true loss, 200 documents; the choice leaves a bias in its own half only."""
+    generator = np.random.default_rng(0)
+    split, n = Split(list(range(200))), np.ones(200)
+    chosen, reported, same = [], [], []
+    for _ in range(100):
+        variants = generator.normal(1.0, 1.0, (50, 200))
+        best = min(variants, key=lambda sums: split.loss((sums, n)))
+        chosen.append(split.loss((best, n)))
+        reported.append(split.reported_on.ratio(best, n)["value"])
+        same.append(split.all.ratio(min(variants, key=np.mean), n)["value"])
+    assert np.mean(chosen) < 0.8
+    assert np.mean(same) < 0.87
+    assert np.mean(reported) == pytest.approx(1.0, abs=0.04)
+    assert not split.overlap
+    alone = Split([4, 8])
+    assert alone.overlap
+    assert alone.chosen_on.all()
+    assert alone.reported_on.n_documents == 2
 
 
 @pytest.mark.parametrize(
@@ -294,7 +316,7 @@ def test_absorption_is_judged_against_what_random_directions_show(
 def test_a_figure_that_is_not_finite_is_null() -> None:
     """Oracle: null with a reason, never NaN or infinity in the JSON."""
     for bad in (np.inf, np.nan):
-        figure = Bootstrap(40).ratio(np.array([bad] * 40), np.ones(40))
+        figure = Bootstrap(np.ones(40, bool)).ratio(np.array([bad] * 40), np.ones(40))
         assert figure == {"value": None, "reason": "not finite on these tokens"}
 
 
@@ -369,6 +391,16 @@ def test_outputs_are_complete_and_strict_json(causal: Pipeline) -> None:
         for figure in found["metrics"].values():
             assert figure["value"] is not None or figure["reason"]
     assert entry(assessment, 16)["metrics"]["fvu"]["value"] < entry(assessment, 2)["metrics"]["fvu"]["value"]
+    other = assessment["best_on_other_documents"]
+    table = pq.read_table(causal.out / "documents_model.parquet").to_pandas()
+    table = table[table["text_hash"] % 2 == 0]
+    name = assessment["best_variant"]
+    expected = (table[f"{name}/ce"] - table["clean"]).sum() / table["n"].sum()
+    assert other["metrics"]["delta_ce"]["value"] == pytest.approx(expected)
+    assert other["n_documents"] == len(table)
+    (versus,) = (e["versus_best"] for e in assessment["variants"] if e["name"] != name)
+    worse = (table[f"{entry(assessment, 2)['name']}/ce"] - table[f"{name}/ce"]).sum() / table["n"].sum()
+    assert versus["delta_ce"]["value"] == pytest.approx(worse)
     page = (causal.out / "report.html").read_text()
     assert "http:" not in page.replace("http-equiv", "")
     assert "https:" not in page

@@ -11,7 +11,7 @@ from saemill.assess import verdict
 from saemill.assess.dealing import for_each
 from saemill.assess.reconstruction import Reconstruction, absorption, random_absorption
 from saemill.assess.splicing import Splicing, absent_metrics
-from saemill.assess.sums import Bootstrap, Figure, absent
+from saemill.assess.sums import Figure, Split, absent
 from saemill.assess.verdict import Thresholds
 from saemill.common.sae import Sae
 
@@ -31,7 +31,7 @@ class Measured:
     """A latent that fires on a smaller share of the tokens counts as dead."""
 
     def entries(self, diverged: dict[str, Sae]) -> list[Entry]:
-        """One entry per variant, best first, each compared with the best on the same draws.
+        """One entry per variant, best first, each compared with the best.
 
         Args:
             diverged: variants that were not measured; they come last.
@@ -42,14 +42,29 @@ class Measured:
             reason = f"training diverged at step {sae.config.provenance['diverged_at_step']}"
             metrics[name] = dict.fromkeys(next(iter(metrics.values())), absent(reason))
         entries = [self._entry(name, sae, metrics[name]) for name, sae in (saes | diverged).items()]
-        entries = verdict.order(entries)
+        entries = verdict.order(entries, for_each(list(saes), self._loss, everyone))
         best = entries[0]["name"]
         others = [name for name in saes if name != best]
         versus = for_each(others, lambda name: self._versus(name, best), everyone)
-        return [
-            entry | ({"versus_best": versus[entry["name"]]} if entry["name"] in versus else {})
-            for entry in entries
-        ]
+        for entry in entries:
+            if entry["name"] in versus:
+                entry["versus_best"] = versus[entry["name"]]
+        return entries
+
+    def on_other_documents(self, best: str) -> dict[str, Any]:
+        """The best variant's figures on documents that had no part in choosing it."""
+        split, chosen_by = self._split, "fvu"
+        metrics = self.reconstruction.metrics(best, split.reported_on)
+        if isinstance(self.splicing, Splicing):
+            split, chosen_by = self._model_split, "delta_ce"
+            metrics |= split.reported_on.figures(self.splicing.ratios(best))
+        return {
+            "chosen_by": chosen_by,
+            "n_documents_chosen_on": int(split.chosen_on.sum()),
+            "n_documents": split.reported_on.n_documents,
+            "overlap": split.overlap,
+            "metrics": metrics,
+        }
 
     def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure]) -> Entry:
         found = verdict.checks(metrics, self.thresholds)
@@ -66,19 +81,25 @@ class Measured:
             "verdict": verdict.summary(found),
         }
 
+    @cached_property
+    def _split(self) -> Split:
+        return Split(self.reconstruction.sums.documents)
+
+    @cached_property
+    def _model_split(self) -> Split:
+        return Split([] if isinstance(self.splicing, str) else self.splicing.sums.documents)
+
     def _metrics(self, name: str) -> dict[str, Figure]:
-        metrics = self.reconstruction.metrics(name, self._bootstrap) | self._latent_metrics(name)
+        metrics = self.reconstruction.metrics(name, self._split.all) | self._latent_metrics(name)
         if isinstance(self.splicing, str):
             return metrics | absent_metrics(self.splicing)
-        return metrics | self.splicing.metrics(name, self._model_bootstrap)
+        return metrics | self._model_split.all.figures(self.splicing.ratios(name))
 
-    @cached_property
-    def _bootstrap(self) -> Bootstrap:
-        return Bootstrap(len(self.reconstruction.sums.rows))
-
-    @cached_property
-    def _model_bootstrap(self) -> Bootstrap:
-        return Bootstrap(0 if isinstance(self.splicing, str) else len(self.splicing.sums.rows))
+    def _loss(self, name: str) -> float:
+        """What the best variant is chosen by: ΔCE, or FVU where no model was run."""
+        if isinstance(self.splicing, str):
+            return self._split.loss(self.reconstruction.ratios(name)["fvu"])
+        return self._model_split.loss(self.splicing.ratios(name)["delta_ce"])
 
     def _latent_metrics(self, name: str) -> dict[str, Figure]:
         density = self.reconstruction.density(name)
@@ -96,17 +117,18 @@ class Measured:
         }
 
     def _versus(self, name: str, best: str) -> dict[str, Figure]:
-        """Differences to the best variant over the same documents: value minus the best's."""
+        """Differences to the best variant, value minus the best's, over the same documents: those that
+        had no part in choosing it."""
         sums, sites = self.reconstruction.sums, self.reconstruction.sites
         found: dict[str, Figure] = {}
         if sites[name] == sites[best]:
             difference = sums.column(f"{name}/sse") - sums.column(f"{best}/sse")
             squares = self.reconstruction.squares(sites[name])
-            found["fvu"] = self._bootstrap.ratio(difference, squares)
+            found["fvu"] = self._split.reported_on.ratio(difference, squares)
         if isinstance(self.splicing, Splicing):
             sums = self.splicing.sums
             difference = sums.column(f"{name}/ce") - sums.column(f"{best}/ce")
-            found["delta_ce"] = self._model_bootstrap.ratio(difference, sums.column("n"))
+            found["delta_ce"] = self._model_split.reported_on.ratio(difference, sums.column("n"))
         for figure in found.values():
             if figure.get("lo") is not None:
                 figure["distinguishable"] = not figure["lo"] <= 0 <= figure["hi"]

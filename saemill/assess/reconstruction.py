@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.assess.evalset import Chunk, EvalSet
-from saemill.assess.sums import Bootstrap, DocumentSums, Figure, absent
+from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
 from saemill.common.sae import Sae
 
@@ -124,22 +124,25 @@ class Reconstruction:
         """Σ ‖x − x̄‖² per document, x̄ the mean over the whole evaluation set. [n_documents]."""
         return self.sums.column(f"{site}/squares")
 
-    def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
-        """fvu, explained variance, mse, cosine, norm ratio and L0 of one variant.
+    def ratios(self, name: str) -> dict[str, Ratio]:
+        """fvu, mse, cosine, norm ratio and L0 of one variant.
 
         fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖²; mse is per dimension.
         """
         n = self.sums.column("n")
         column = {what: self.sums.column(f"{name}/{what}") for what in PER_VARIANT}
-        fvu = bootstrap.ratio(column["sse"], self.squares(self.sites[name]))
         return {
-            "fvu": fvu,
-            "explained_variance": complement(fvu),
-            "mse": bootstrap.ratio(column["sse"], n * self.saes[name].config.d_in),
-            "cosine": bootstrap.ratio(column["cosine"], n),
-            "norm_ratio": bootstrap.ratio(column["norm_ratio"], n),
-            "l0": bootstrap.ratio(column["l0"], n),
+            "fvu": (column["sse"], self.squares(self.sites[name])),
+            "mse": (column["sse"], n * self.saes[name].config.d_in),
+            "cosine": (column["cosine"], n),
+            "norm_ratio": (column["norm_ratio"], n),
+            "l0": (column["l0"], n),
         }
+
+    def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
+        """The `ratios` of one variant as figures, and its explained variance."""
+        figures = bootstrap.figures(self.ratios(name))
+        return figures | {"explained_variance": complement(figures["fvu"])}
 
     def density(self, name: str) -> NDArray[np.float64]:
         """Share of tokens on which each latent was active. [F]."""

@@ -57,8 +57,25 @@ def table(assessment: dict[str, Any]) -> str:
         shown.add_row(entry["name"], *values, entry["verdict"] + note)
     console = Console(width=150, no_color=True, record=True, file=io.StringIO())
     console.print(shown)
-    lines = [console.export_text().rstrip(), f"best: {assessment['best_variant']}"]
+    lines = [console.export_text().rstrip(), f"best: {_best(assessment)}"]
     return "\n".join(lines + _notes(assessment))
+
+
+def _best(assessment: dict[str, Any]) -> str:
+    """The best variant with its figures on the documents that it was not chosen on."""
+    other = assessment["best_on_other_documents"]
+    figures = [
+        f"{COLUMNS[name]} {number(figure)}" + (f" ({interval(figure)})" if interval(figure) else "")
+        for name, figure in other["metrics"].items()
+        if name in ("fvu", "delta_ce") and figure["value"] is not None
+    ]
+    where = (
+        "chosen and reported on the same documents, which are too few to halve"
+        if other["overlap"]
+        else f"chosen on {counted(other['n_documents_chosen_on'], 'document')}; "
+        f"on {other['n_documents']:,} others {', '.join(figures)}"
+    )
+    return f"{assessment['best_variant']}, {where}"
 
 
 def _notes(assessment: dict[str, Any]) -> list[str]:
@@ -113,7 +130,7 @@ def _summary(assessment: dict[str, Any]) -> str:
     losses = f"; losses on {data['n_tokens_with_losses']:,} of them" if data["n_tokens_with_losses"] else ""
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(assessment))
     return f"""<h1>saemill assessment</h1>
-<p>Best variant: <b>{html.escape(assessment["best_variant"])}</b>. {data["n_tokens"]:,} tokens from
+<p>Best: {html.escape(_best(assessment))}.</p><p>{data["n_tokens"]:,} tokens from
 {counted(data["n_documents"], "document")}{losses}: {html.escape(data["chosen"])}.</p>
 <ul class="notes"><li>Intervals (95%) resample documents, so they show how the text varies, not how training
 does: with one seed the variance between seeds is unknown.</li>

@@ -146,6 +146,7 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
         "data": _data(found),
         "thresholds": settings.plain(config.thresholds),
         "best_variant": best,
+        "best_on_other_documents": found.on_other_documents(best),
         "variants": entries,
         "features": _features(config, opened, evalset, reconstruction, shown),
         "n_processes": everyone.size,
@@ -307,5 +308,5 @@ def _write(out: Path, assessment: dict[str, Any], found: Measured) -> None:
 
 
 def _write_sums(path: Path, sums: DocumentSums) -> None:
-    hashes = pa.array(sorted(sums.rows), pa.uint64())
+    hashes = pa.array(sums.documents, pa.uint64())
     pq.write_table(pa.table({"text_hash": hashes} | {name: sums.column(name) for name in sums.names}), path)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.assess.evalset import EvalSet, Rows
-from saemill.assess.sums import Bootstrap, DocumentSums, Figure, absent
+from saemill.assess.sums import DocumentSums, Figure, Ratio, absent
 from saemill.common.errors import ConfigError, DataError
 from saemill.common.model import LanguageModel, attention_of
 from saemill.common.permutation import hashes
@@ -172,21 +172,21 @@ class Splicing:
                 "per token: the site is not where the model's forward pass reads it"
             )
 
-    def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
+    def ratios(self, name: str) -> dict[str, Ratio]:
         """Losses in nats per token, ΔCE, KL and loss recovered of one variant."""
         n, clean = self.sums.column("n"), self.sums.column("clean")
         site = self.sites[name]
         zero, mean = (self.sums.column(f"{site}/{what}") for what in ("zero", "mean"))
         ce, kl = (self.sums.column(f"{name}/{what}") for what in ("ce", "kl"))
         return {
-            "delta_ce": bootstrap.ratio(ce - clean, n),
-            "kl": bootstrap.ratio(kl, n),
-            "loss_recovered": bootstrap.ratio(zero - ce, zero - clean),
-            "loss_recovered_from_mean": bootstrap.ratio(mean - ce, mean - clean),
-            "ce_clean": bootstrap.ratio(clean, n),
-            "ce_spliced": bootstrap.ratio(ce, n),
-            "ce_zero": bootstrap.ratio(zero, n),
-            "ce_mean": bootstrap.ratio(mean, n),
+            "delta_ce": (ce - clean, n),
+            "kl": (kl, n),
+            "loss_recovered": (zero - ce, zero - clean),
+            "loss_recovered_from_mean": (mean - ce, mean - clean),
+            "ce_clean": (clean, n),
+            "ce_spliced": (ce, n),
+            "ce_zero": (zero, n),
+            "ce_mean": (mean, n),
         }
 
 
@@ -195,7 +195,7 @@ METRICS = ("delta_ce", "kl", "loss_recovered", "loss_recovered_from_mean", "ce_c
 
 
 def absent_metrics(reason: str) -> dict[str, Figure]:
-    """The figures of `Splicing.metrics` where no model was run."""
+    """The figures of `Splicing.ratios` where no model was run."""
     return {name: absent(reason) for name in METRICS}
 
 
