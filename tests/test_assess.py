@@ -16,6 +16,7 @@ from pipeline import Pipeline
 from stores import make_store, make_tokens
 
 from saemill.assess import run as assess_run
+from saemill.assess.controls import controls
 from saemill.assess.evalset import EvalSet
 from saemill.assess.features import Reader, check_latents, choose_latents, top_addresses
 from saemill.assess.reconstruction import Reconstruction, absorption
@@ -123,6 +124,34 @@ def test_figures_equal_their_definitions(store: ActivationStore) -> None:
     assert metrics["l0"]["value"] == pytest.approx(float((out.top_acts > 0).sum(1).double().mean()))
     fired = torch.zeros(len(x), 24).scatter_(1, out.top_indices, (out.top_acts > 0).float())
     np.testing.assert_allclose(found.density("v"), fired.mean(0).numpy(), rtol=1e-6)
+
+
+def test_controls_are_a_random_dictionary_and_pca(tmp_path: Path) -> None:
+    """Oracles: numpy's SVD of the training tokens; the random dictionary's gain, which no other beats."""
+    mixing = torch.randn(D, D, generator=torch.Generator().manual_seed(5)) * torch.linspace(3, 0.1, D)
+    values = torch.randn(400 * 16, D, generator=torch.Generator().manual_seed(6)) @ mixing.T + 7
+    store = make_store(tmp_path, 400, 16, D, 1000, values_TD=values)
+    found = controls(random_sae(0, k=3, f=24), "a", evalset(store))
+    assert list(found) == ["random-k3-f24", "pca-k3"]
+    addresses = [
+        row * 16 + p
+        for row in np.flatnonzero(~store.tokens.held_out_R)
+        for p in range(1, 16)
+        if store.tokens.rows(row, row + 1)[0][p] != 0
+    ]
+    x = values[torch.tensor(addresses)].double()
+    mean = x.mean(0)
+    axes = torch.from_numpy(np.linalg.svd((x - mean).numpy(), full_matrices=False)[2][:3])
+    expected = mean + (x - mean) @ axes.T @ axes
+    with torch.no_grad():
+        torch.testing.assert_close(
+            found["pca-k3"](x.float()).reconstruction, expected.float(), rtol=1e-3, atol=1e-3
+        )
+        random = found["random-k3-f24"]
+        y = random(x.float()).reconstruction.double() - mean
+        errors = [float((x - mean - gain * y).square().sum()) for gain in (0.99, 1, 1.01)]
+        assert min(errors) == errors[1] < float((x - mean).square().sum())
+    np.testing.assert_allclose(random.W_enc.detach().norm(dim=1), 1, rtol=1e-5)
 
 
 def test_scale_of_the_activations_changes_nothing(tmp_path: Path) -> None:
@@ -391,6 +420,9 @@ def test_outputs_are_complete_and_strict_json(causal: Pipeline) -> None:
         for figure in found["metrics"].values():
             assert figure["value"] is not None or figure["reason"]
     assert entry(assessment, 16)["metrics"]["fvu"]["value"] < entry(assessment, 2)["metrics"]["fvu"]["value"]
+    random, pca = (control["metrics"]["fvu"]["value"] for control in assessment["controls"])
+    assert pca < random < 1
+    assert entry(assessment, 16)["metrics"]["fvu"]["value"] < random
     other = assessment["best_on_other_documents"]
     table = pq.read_table(causal.out / "documents_model.parquet").to_pandas()
     table = table[table["text_hash"] % 2 == 0]

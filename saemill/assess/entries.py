@@ -30,18 +30,23 @@ class Measured:
     dead_share: float
     """A latent that fires on a smaller share of the tokens counts as dead."""
 
-    def entries(self, diverged: dict[str, Sae]) -> list[Entry]:
-        """One entry per variant, best first, each compared with the best.
+    def entries(self) -> list[Entry]:
+        """One entry per SAE, in the order in which they were given."""
+        saes = self.reconstruction.saes
+        metrics = for_each(list(saes), self._metrics, self.reconstruction.evalset.everyone)
+        return [self._entry(name, sae, metrics[name]) for name, sae in saes.items()]
+
+    def ranking(self, diverged: dict[str, Sae]) -> list[Entry]:
+        """The entries, best first, each compared with the best.
 
         Args:
             diverged: variants that were not measured; they come last.
         """
         saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
-        metrics = for_each(list(saes), self._metrics, everyone)
+        entries = self.entries()
         for name, sae in diverged.items():
             reason = f"training diverged at step {sae.config.provenance['diverged_at_step']}"
-            metrics[name] = dict.fromkeys(next(iter(metrics.values())), absent(reason))
-        entries = [self._entry(name, sae, metrics[name]) for name, sae in (saes | diverged).items()]
+            entries.append(self._entry(name, sae, dict.fromkeys(entries[0]["metrics"], absent(reason))))
         entries = verdict.order(entries, for_each(list(saes), self._loss, everyone))
         best = entries[0]["name"]
         others = [name for name in saes if name != best]

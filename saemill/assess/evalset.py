@@ -1,6 +1,7 @@
 """The tokens to assess on: the store's held-out rows, or all rows of another token store."""
 
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +108,7 @@ class EvalSet:
         everyone: Group,
     ) -> None:
         self.store, self.model, self.mask, self.sites = store, model, mask, sites
-        self.batch_rows, self.everyone = batch_rows, everyone
+        self.batch_rows, self.everyone, self.whose = batch_rows, everyone, ""
         self.arrays = {name: store.site(name) for name in sites}
         self.cached = is_cached(store, other)
         self.tokens = store.tokens if self.cached or other is None else other
@@ -119,6 +120,12 @@ class EvalSet:
             self.rows_R = np.arange(self.tokens.n_rows)
             self._seen = self._seen_documents()
             self.n_seen_documents = len(self._seen)
+
+    def at(self, site: str, whose: str) -> "EvalSet":
+        """The same tokens at one site alone; `whose` stands beside the progress of measuring."""
+        narrowed = copy(self)
+        narrowed.sites, narrowed.arrays, narrowed.whose = [site], {site: self.arrays[site]}, whose
+        return narrowed
 
     @property
     def description(self) -> str:
@@ -143,17 +150,21 @@ class EvalSet:
 
     def chunks(self, max_tokens: int) -> Iterator[Chunk]:
         """This process's part of the first `max_tokens` unmasked tokens, in address order."""
-        return self._chunks("reconstruct", (True,), max_tokens)
+        return self._chunks(f"reconstruct{self.whose}", (True,), max_tokens)
 
     def context_chunks(self, max_tokens: int) -> Iterator[Chunk]:
         """This process's part of the tokens to look for contexts in: of the cache all rows, trained
         ones included."""
         return self._chunks("search contexts", (False, True), max_tokens)
 
+    def training_chunks(self, max_tokens: int) -> Iterator[Chunk]:
+        """The first cached tokens that training saw, the same for every process."""
+        return map(self._read, _limited(self._cached_batches((False,)), max_tokens))
+
     def rows(self, max_tokens: int) -> Iterator[Rows]:
         """This process's part of the first rows, at most `max_tokens` tokens of them (one row at least)."""
         batches = list(self._row_batches(self.rows_R[: max(1, max_tokens // self.tokens.ctx_len)]))
-        for addresses_RS in dealt("splice", batches, self.everyone):
+        for addresses_RS in dealt(f"splice{self.whose}", batches, self.everyone):
             yield self._rows(addresses_RS)
 
     def _chunks(self, label: str, held_out: tuple[bool, ...], max_tokens: int) -> Iterator[Chunk]:

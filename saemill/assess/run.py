@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from saemill.assess import features
+from saemill.assess.controls import controls
 from saemill.assess.entries import Measured
 from saemill.assess.evalset import EvalSet, check_tokens
 from saemill.assess.reconstruction import Reconstruction
@@ -132,15 +133,11 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
     evalset = EvalSet(opened.store, other, model, opened.mask, sites, config.batch_size, everyone)
     if model is not None:
         check_mask_token(model, evalset.tokens)
-    reconstruction = Reconstruction(opened.saes, opened.sites, evalset)
-    reconstruction.run(evalset.chunks(config.max_tokens))
-    if reconstruction.n_tokens == 0:
-        raise ConfigError("every position of the evaluation tokens is masked or was seen in training")
-    splicing = _splice(config, opened, evalset, model)
-    found = Measured(reconstruction, splicing, config.thresholds, config.dead_percentage_threshold)
-    entries = found.entries(opened.diverged)
+    found = _measure(config, opened.saes, evalset, model)
+    entries = found.ranking(opened.diverged)
     best = entries[0]["name"]
-    shown = config.variant or best
+    beside = evalset.at(opened.sites[best], " controls")
+    untrained = _measure(config, controls(opened.saes[best], opened.sites[best], beside), beside, model)
     assessment = {
         "format": FORMAT,
         "data": _data(found),
@@ -148,7 +145,8 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
         "best_variant": best,
         "best_on_other_documents": found.on_other_documents(best),
         "variants": entries,
-        "features": _features(config, opened, evalset, reconstruction, shown),
+        "controls": untrained.entries(),
+        "features": _features(config, opened, evalset, found.reconstruction, config.variant or best),
         "n_processes": everyone.size,
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},
     }
@@ -226,16 +224,22 @@ def _check_same_activations(model: LanguageModel, store: ActivationStore) -> Non
         )
 
 
-def _splice(
-    config: AssessConfig, opened: _Run, evalset: EvalSet, model: LanguageModel | None
-) -> Splicing | str:
-    """The losses, or why there are none."""
-    if model is None:
-        return "run with --no-model"
-    if model.head is None:
-        return f"{model.name} has no language-model head"
-    splicing = Splicing(opened.saes, opened.sites, evalset, model).run(config.model_tokens)
-    return splicing if splicing.n_tokens else "no position to predict in the evaluation rows"
+def _measure(
+    config: AssessConfig, saes: dict[str, Sae], evalset: EvalSet, model: LanguageModel | None
+) -> Measured:
+    """Some SAEs on the evaluation tokens; the losses, or why there are none."""
+    sites = {name: sae.config.provenance["site"] for name, sae in saes.items()}
+    reconstruction = Reconstruction(saes, sites, evalset).run(evalset.chunks(config.max_tokens))
+    if reconstruction.n_tokens == 0:
+        raise ConfigError("every position of the evaluation tokens is masked or was seen in training")
+    splicing: Splicing | str = "run with --no-model"
+    if model is not None and model.head is None:
+        splicing = f"{model.name} has no language-model head"
+    elif model is not None:
+        splicing = Splicing(saes, sites, evalset, model).run(config.model_tokens)
+        if splicing.n_tokens == 0:
+            splicing = "no position to predict in the evaluation rows"
+    return Measured(reconstruction, splicing, config.thresholds, config.dead_percentage_threshold)
 
 
 def _data(found: Measured) -> dict[str, Any]:
