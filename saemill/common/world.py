@@ -8,6 +8,8 @@ import os
 import shutil
 import socket
 import subprocess
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -210,15 +212,13 @@ class World:
             yield everyone
             return
         seconds = float(os.environ.get("SAEMILL_PEER_TIMEOUT_SECONDS", PEER_TIMEOUT_SECONDS))
-        meeting = self.connected_by or {}
+        timeout = timedelta(seconds=seconds)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{meeting['MASTER_ADDR']}:{meeting['MASTER_PORT']}"
-            if "TORCHELASTIC_RUN_ID" not in os.environ
-            else "env://",
+            store=_meet(self, timeout),
             rank=self.rank,
             world_size=self.size,
-            timeout=timedelta(seconds=seconds),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
         try:
@@ -227,6 +227,35 @@ class World:
         finally:
             everyone.forget()
             dist.destroy_process_group()
+
+
+def _meet(world: World, timeout: timedelta) -> Any:
+    """A store for this start of the processes alone.
+
+    torchrun keeps its store over restarts, and in it the addresses of processes that are gone, which
+    gloo would connect to. So the first process names the start, and each of the others greets it under
+    that name with a token of its own: one that read the name of an earlier start sees no answer to its
+    token, and reads again.
+    """
+    c10d: Any = dist
+    address = world.connected_by or {}
+    hosts = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    port = int(address["MASTER_PORT"])
+    store = c10d.TCPStore(address["MASTER_ADDR"], port, is_master=hosts, timeout=timeout)
+    mine = uuid.uuid4().hex
+    if world.rank == 0:
+        store.set("saemill start", mine)
+        tokens = [store.get(f"{mine} {rank}").decode() for rank in range(1, world.size)]
+        store.set(f"{mine} answer", " ".join(tokens))
+        return c10d.PrefixStore(mine, store)
+    end = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < end:
+        start = store.get("saemill start").decode()
+        store.set(f"{start} {world.rank}", mine)
+        if store.check([f"{start} answer"]) and mine in store.get(f"{start} answer").decode():
+            return c10d.PrefixStore(start, store)
+        time.sleep(0.05)
+    raise TimeoutError(f"the first process did not answer within {timeout}")
 
 
 def speak_for(world: World) -> None:

@@ -5,6 +5,7 @@ crosses between teams. Within a team `latent_ranks` processes hold the latents o
 `data_ranks` such sets share out the tokens of each batch.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,8 +18,9 @@ from saemill.train.variants import Variant
 LATENTS_PER_ACTIVE = 90
 """A step's cost per active latent, in latents of the encoder's product: 0.196 s for 6,144 of these and
 0.09 s for the rest at k = 32 (docs/performance.md)."""
-TEAM_OVERHEAD = 1.3
-"""What a step takes in a team, against its even share of one process's step (docs/scaling.md)."""
+TEAM_OVERHEAD = 0.3
+"""What a step takes in a team of two above its even share of one process's step, and once more with each
+doubling (docs/scaling.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +143,8 @@ def _spread(
 
 def _seconds(spread: Spread) -> float:
     """Estimated time of a step, in units of the whole work on one process."""
-    overhead = TEAM_OVERHEAD if spread.team_size > 1 else 1.0
-    return max(spread.loads) / spread.team_size * overhead
+    overhead = TEAM_OVERHEAD * math.log2(spread.team_size)
+    return max(spread.loads) / spread.team_size * (1 + overhead)
 
 
 def _check_shards(variants: list[Variant], spread: Spread) -> None:
