@@ -95,17 +95,17 @@ def top_addresses(
             for latent in np.unique(index):
                 here = np.flatnonzero(index == latent)
                 for i in here[np.argsort(-acts[here], kind="stable")][: 4 * n_contexts]:
-                    _note(best[int(latent)], int(documents[i]), (float(acts[i]), int(addresses[i])))
+                    _merge(best[int(latent)], {int(documents[i]): (float(acts[i]), int(addresses[i]))})
                 _cut(best[int(latent)], n_contexts)
     for theirs in everyone.share(best):
         for latent, found in theirs.items():
-            for document, entry in found.items():
-                _note(best[latent], document, entry)
+            _merge(best[latent], found)
     return {latent: sorted(found.values(), reverse=True)[:n_contexts] for latent, found in best.items()}
 
 
-def _note(found: Strongest, document: int, entry: tuple[float, int]) -> None:
-    found[document] = max(entry, found.get(document, entry))
+def _merge(found: Strongest, other: Strongest) -> None:
+    for document, entry in other.items():
+        found[document] = max(entry, found.get(document, entry))
 
 
 def _cut(found: Strongest, n_contexts: int) -> None:
