@@ -297,7 +297,7 @@ def test_verdict_counts_only_checks_that_ran() -> None:
     assert [check["passed"] for check in found] == [None, True, False, True]
     assert summary(found) == "passed 2/3, 1 not run"
     entries = [
-        {"name": name, "checks": found, "diverged_at_step": at}
+        {"name": name, "checks": found, "not_measured": at}
         for name, at in (("a", None), ("b", None), ("c", 7), ("d", None))
     ]
     losses = {"a": 0.3, "b": 0.2, "d": math.nan}

@@ -36,17 +36,17 @@ class Measured:
         metrics = for_each(list(saes), self._metrics, self.reconstruction.evalset.everyone)
         return [self._entry(name, sae, metrics[name]) for name, sae in saes.items()]
 
-    def ranking(self, diverged: dict[str, Sae]) -> list[Entry]:
+    def ranking(self, left_out: dict[str, tuple[Sae, str]]) -> list[Entry]:
         """The entries, best first, each compared with the best.
 
         Args:
-            diverged: variants that were not measured; they come last.
+            left_out: variants that were not measured, each with the reason; they come last.
         """
         saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
         entries = self.entries()
-        for name, sae in diverged.items():
-            reason = f"training diverged at step {sae.config.provenance['diverged_at_step']}"
-            entries.append(self._entry(name, sae, dict.fromkeys(entries[0]["metrics"], absent(reason))))
+        for name, (sae, reason) in left_out.items():
+            metrics = dict.fromkeys(entries[0]["metrics"], absent(reason))
+            entries.append(self._entry(name, sae, metrics) | {"not_measured": reason})
         entries = verdict.order(entries, for_each(list(saes), self._loss, everyone))
         best = entries[0]["name"]
         others = [name for name in saes if name != best]
@@ -81,6 +81,7 @@ class Measured:
             "num_latents": sae.config.num_latents,
             "tokens_trained": provenance["tokens_trained"],
             "diverged_at_step": provenance["diverged_at_step"],
+            "not_measured": None,
             "metrics": metrics,
             "checks": found,
             "verdict": verdict.summary(found),

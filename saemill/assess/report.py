@@ -58,7 +58,7 @@ def table(assessment: dict[str, Any]) -> str:
     shown.add_column("verdict", no_wrap=True)
     for entry in assessment["variants"] + assessment["controls"]:
         values = [number(entry["metrics"][name]) for name in COLUMNS]
-        note = " (diverged)" if entry["diverged_at_step"] is not None else ""
+        note = f" ({entry['not_measured'].split()[0]})" if entry["not_measured"] else ""
         shown.add_row(entry["name"], *values, entry["verdict"] + note)
         if entry is assessment["variants"][-1]:
             shown.add_section()
@@ -87,8 +87,10 @@ def _best(assessment: dict[str, Any]) -> str:
 
 def _notes(assessment: dict[str, Any]) -> list[str]:
     """What the tables do not show: checks not run or judged otherwise, figures without interval."""
-    checks = [check for entry in assessment["variants"] for check in entry["checks"]]
-    lines = sorted({f"not run: {c['name']}: {c['reason']}" for c in checks if c["passed"] is None})
+    variants = assessment["variants"]
+    lines = [f"{entry['name']}: {entry['not_measured']}" for entry in variants if entry["not_measured"]]
+    checks = [check for entry in variants if not entry["not_measured"] for check in entry["checks"]]
+    lines += sorted({f"not run: {c['name']}: {c['reason']}" for c in checks if c["passed"] is None})
     if any(check["passed"] is not None and "reason" in check for check in checks):
         lines.append(
             f"absorption: where as many random directions show more than "

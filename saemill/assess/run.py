@@ -96,8 +96,8 @@ class _Run:
 
     store: ActivationStore
     saes: dict[str, Sae]
-    diverged: dict[str, Sae]
-    """Variants that were frozen in training; they are listed, not measured."""
+    left_out: dict[str, tuple[Sae, str]]
+    """Variants that diverged or were stopped early, and the reason: listed, not measured."""
     sites: dict[str, str]
     mask: MaskConfig
     finished: dict[str, Any]
@@ -134,7 +134,7 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
     if model is not None:
         check_mask_token(model, evalset.tokens)
     found = _measure(config, opened.saes, evalset, model)
-    entries = found.ranking(opened.diverged)
+    entries = found.ranking(opened.left_out)
     best = entries[0]["name"]
     beside = evalset.at(opened.sites[best], " controls")
     untrained = _measure(config, controls(opened.saes[best], opened.sites[best], beside), beside, model)
@@ -173,7 +173,7 @@ def _open(config: AssessConfig, device: torch.device) -> _Run:
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
             raise StoreError(f"{name} was not trained on {path}; name the right store with --acts")
-    diverged = {name: saes.pop(name) for name in finished["diverged"]}
+    left_out = {name: (saes.pop(name), reason) for name, reason in _left_out(finished).items()}
     if not saes:
         raise StoreError(f"every variant of {config.run} diverged; train again at lower learning rates")
     if config.variant is not None and config.variant not in saes:
@@ -182,7 +182,18 @@ def _open(config: AssessConfig, device: torch.device) -> _Run:
     features.check_latents(config.latents, [sae.config.num_latents for sae in may_be_shown])
     sites = {name: sae.config.provenance["site"] for name, sae in saes.items()}
     mask = settings.build(MaskConfig, finished["mask"], "mask")
-    return _Run(store, saes, diverged, sites, mask, finished)
+    return _Run(store, saes, left_out, sites, mask, finished)
+
+
+def _left_out(finished: dict[str, Any]) -> dict[str, str]:
+    """Variants that are not worth measuring, and why."""
+    reasons = {name: f"diverged at step {step:,}" for name, step in finished["diverged"].items()}
+    for name, look in finished["stopped"].items():
+        value = "diverged" if look["value"] is None else f"{look['metric']} {look['value']:.4g}"
+        reasons[name] = f"stopped by halving at step {look['step']:,}: {value}"
+        if look["best"] is not None:
+            reasons[name] += f", the best {look['best']:.4g}"
+    return reasons
 
 
 def _load_model(

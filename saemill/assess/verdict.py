@@ -74,12 +74,12 @@ def order(entries: list[dict[str, Any]], losses: Mapping[str, float]) -> list[di
 
     Args:
         entries: the variants.
-        losses: name → loss; a diverged variant has none and comes last.
+        losses: name → loss; one that was not measured has none and comes last.
     """
 
     def key(entry: dict[str, Any]) -> tuple[bool, int, float]:
         loss = losses.get(entry["name"], math.inf)
         passed = sum(check["passed"] is True for check in entry["checks"])
-        return entry["diverged_at_step"] is not None, -passed, loss if math.isfinite(loss) else math.inf
+        return entry["not_measured"] is not None, -passed, loss if math.isfinite(loss) else math.inf
 
     return sorted(entries, key=key)
