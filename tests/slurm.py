@@ -1,10 +1,15 @@
-"""A real SLURM on this machine, for as long as tests need it: munged, slurmctld and slurmd."""
+"""A real SLURM on this machine, for as long as tests need it: munged, slurmctld and slurmd.
+
+By hand, as root: `python tests/slurm.py bash` is a shell with such a SLURM around it.
+"""
 
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,3 +126,11 @@ def _stop(pid_file: Path) -> None:
     pid = int(pid_file.read_text())
     os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not Path(f"/proc/{pid}").exists(), 20, pid_file.name)
+
+
+if __name__ == "__main__":
+    if reason := why_not():
+        sys.exit(f"no SLURM can be started here: {reason}")
+    with tempfile.TemporaryDirectory() as scratch, cluster(Path(scratch)) as conf:
+        code = subprocess.run(sys.argv[1:], env=os.environ | {"SLURM_CONF": str(conf)}).returncode
+    sys.exit(code)

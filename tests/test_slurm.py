@@ -189,6 +189,16 @@ def test_states_that_slurm_has_forgotten(tmp_path: Path, monkeypatch: pytest.Mon
     }  # fmt: skip
 
 
+def test_a_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the words of a squeue that fails; jobs that nobody knows of are not taken for ended."""
+    (tmp_path / "jobs.json").write_text(json.dumps([{"stage": "train", "job": "3"}]))
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho Unable to contact >&2; exit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(StoreError, match="squeue does not tell of the jobs: Unable to contact"):
+        submitted(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A real SLURM, which the commands find through the environment; CI may not go without."""
@@ -395,3 +405,6 @@ def test_the_submitted_config_reads_back(here: Path) -> None:
     assert again.stages["train"].acts == here / "acts"
     for stage, settings in again.stages.items():
         assert resolve(CONFIGS[stage], stage, {}, written) == settings
+    part = config(here, train=None, assess=None, slurm={"setup": "true"})
+    written.write_text(yaml.safe_dump(Pipeline.read(part).plain()))
+    assert list(Pipeline.read(written).stages) == ["tokenize", "cache"]

@@ -72,14 +72,20 @@ class Pipeline:
 
     def plain(self) -> dict[str, Any]:
         """All settings, defaults included, as `--config` reads them; their folders as seen from anywhere."""
-        named: dict[str, Any] = self.stages | {"slurm": self.slurm}
-        return {name: settings.plain(_absolute(config)) for name, config in named.items()}
+        stages = {stage: settings.plain(_absolute(config)) for stage, config in self.stages.items()}
+        return stages | {"slurm": _given(settings.plain(self.slurm))}
 
 
 def _absolute(config: Any) -> Any:
     """A config whose folders do not depend on the one we are in."""
     values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
     return replace(config, **{name: v.absolute() for name, v in values.items() if isinstance(v, Path)})
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not left open, without groups that have none."""
+    inner = {name: _given(v) if isinstance(v, dict) else v for name, v in values.items()}
+    return {name: value for name, value in inner.items() if value not in (None, {})}
 
 
 def _check_stages(file: Path, present: list[str], slurm: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saemill.common import durable
+from saemill.common.errors import StoreError
 
 ENDED = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL",
@@ -82,18 +83,28 @@ def _ids(entry: dict[str, str | int]) -> list[str]:
 
 
 def _queued() -> dict[str, tuple[str, str]]:
-    """State and reason of the user's jobs that SLURM remembers, minutes after their end too."""
-    lines = _lines(["squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r"])
-    parts = [line.split("|", 2) for line in lines]
+    """State and reason of the user's jobs that SLURM remembers, for minutes after their end too.
+
+    Raises:
+        StoreError: SLURM does not answer; not to know a job is not to know that it has ended.
+    """
+    if not shutil.which("squeue"):
+        return {}
+    command = ["squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise StoreError(f"squeue does not tell of the jobs: {done.stderr.strip()}; try again later")
+    parts = [line.split("|", 2) for line in done.stdout.splitlines()]
     return {id: (state, reason if state == "PENDING" else "") for id, state, reason in parts}
 
 
 def _accounted(ids: Sequence[str]) -> dict[str, str]:
-    """States by SLURM's accounting, where it is on."""
-    if not ids:
+    """States by SLURM's accounting; none where that is off."""
+    if not ids or not shutil.which("sacct"):
         return {}
-    lines = _lines(["sacct", "-n", "-P", "-X", "-j", ",".join(ids), "-o", "JobID,State"])
-    parts = [line.split("|") for line in lines]
+    command = ["sacct", "-n", "-P", "-X", "-j", ",".join(ids), "-o", "JobID,State"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    parts = [line.split("|") for line in done.stdout.splitlines()] if done.returncode == 0 else []
     return {id: state.split()[0] for id, state in parts}  # CANCELLED by 1000
 
 
@@ -102,11 +113,3 @@ def _by_exit_code(job: Job) -> str:
     if job.exit_code is None:
         return "GONE" if job.log.exists() else "CANCELLED"
     return "FAILED" if job.exit_code else "COMPLETED"
-
-
-def _lines(command: list[str]) -> list[str]:
-    """What a command of SLURM prints; nothing where there is no such command, or it fails."""
-    if not shutil.which(command[0]):
-        return []
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.splitlines() if done.returncode == 0 else []
