@@ -171,6 +171,12 @@ def train(
     profile: Annotated[
         bool | None, typer.Option("--profile", help="Show where the time of a step goes; write a trace.")
     ] = None,
+    data_ranks: Annotated[
+        str | None, option("Of several processes, how many share each batch's tokens [1].")
+    ] = None,
+    latent_ranks: Annotated[
+        str | None, option("How many share each SAE's latents [by estimated time].")
+    ] = None,
     log_to_wandb: Annotated[bool | None, typer.Option(help="One wandb run per variant, in a group.")] = None,
     wandb_project: Annotated[str | None, option("The project [saemill].", "NAME")] = None,
     run_name: Annotated[str | None, option("The group [the folder's name].", "NAME")] = None,
@@ -188,7 +194,8 @@ def train(
 
     Example: `saemill train acts --site layers.4 --k 16,32,64 --expansion-factor 8,32 -o runs/first`
     """
-    from saemill.train.run import TrainConfig, run
+    from saemill.train.config import TrainConfig
+    from saemill.train.run import run
 
     values = locals()
     values["site"] = ",".join(site) if site else None

@@ -97,7 +97,7 @@ def _unfinished(store: ActivationStore) -> list[tuple[str, int]]:
 
 def _describe_run(path: Path) -> str:
     if not (path / "finished.json").exists():
-        state = "a checkpoint to go on from" if (path / "checkpoint.pt").exists() else "no checkpoint yet"
+        state = "a checkpoint to go on from" if (path / "checkpoint.json").exists() else "no checkpoint yet"
         return f"run {path}: unfinished, {state}"
     finished = durable.read_json(path / "finished.json")
     lines = [

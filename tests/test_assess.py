@@ -28,7 +28,7 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae import Sae, SaeConfig
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
-from saemill.train.run import TrainConfig
+from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
 
 D = 8

@@ -303,7 +303,7 @@ def test_shipped_configs_resolve() -> None:
     """Oracle: every section of every YAML file in configs/ is accepted by its stage's dataclass."""
     from saemill.assess.run import AssessConfig
     from saemill.cache.run import CacheConfig
-    from saemill.train.run import TrainConfig
+    from saemill.train.config import TrainConfig
 
     needed = {
         "dataset": "d",

@@ -99,7 +99,7 @@ def test_show_tells_a_run(tmp_path: Path) -> None:
     """Oracle: the records that a run leaves, written by hand, as it goes on."""
     durable.write_json(tmp_path / "identity.json", {})
     assert saemill("show", tmp_path).stdout == f"run {tmp_path}: unfinished, no checkpoint yet\n"
-    (tmp_path / "checkpoint.pt").touch()
+    (tmp_path / "checkpoint.json").touch()
     assert saemill("show", tmp_path).stdout == f"run {tmp_path}: unfinished, a checkpoint to go on from\n"
     finished = {"variants": ["a", "b"], "tokens": 4096, "steps": 1000, "seconds": 7.4, "diverged": {"b": 12}}
     durable.write_json(tmp_path / "finished.json", finished)

@@ -12,7 +12,7 @@ from saemill.cache.run import CacheConfig
 from saemill.common.config import STAGES, build, resolve
 from saemill.slurm.settings import SlurmConfig
 from saemill.tokenize.run import TokenizeConfig
-from saemill.train.run import TrainConfig
+from saemill.train.config import TrainConfig
 
 ROOT = Path(saemill.__file__).parent
 CONFIGS = {"tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig}

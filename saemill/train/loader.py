@@ -100,6 +100,10 @@ class Loader:
             position += stop - offset
         return {name: torch.cat(found) for name, found in parts.items()}
 
+    def restrict(self, sites: list[str]) -> None:
+        """Read these sites only from now on; the stream's order does not depend on them."""
+        self.sites = {name: self.sites[name] for name in sites}
+
     def close(self) -> None:
         """End the reading threads."""
         self._pool.shutdown(cancel_futures=True)
