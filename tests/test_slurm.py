@@ -32,7 +32,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "cache": {"model": str(MODEL), "layers": [2], "shard_tokens": 8192, "out": "acts", "device": "cpu"},
     "train": {
-        "site": ["layers.2"], "k": [8], "num_latents": [256], "batch_size": 256, "max_tokens": 256 * 1000,
+        "site": ["layers.2"], "k": [8, 16], "num_latents": [256], "batch_size": 256, "max_tokens": 256 * 1000,
         "buffer_tokens": 8192, "log_every": 1, "out": "run", "device": "cpu",
     },
     "assess": {"model_tokens": 500, "max_tokens": 1000, "n_latents": 1, "device": "cpu"},
@@ -235,7 +235,7 @@ def step_of(run: Path) -> int:
 
 def running(stage: str) -> str:
     """The id of a stage's job, once it runs."""
-    wait_for(lambda: any(j.state == "RUNNING" and j.stage == stage for j in jobs().values()), 60, stage)
+    wait_for(lambda: any(j.state == "RUNNING" and j.stage == stage for j in jobs().values()), 120, stage)
     return next(job.id for job in jobs().values() if job.stage == stage)
 
 
@@ -254,24 +254,25 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_equal(run: Path, uninterrupted: Path) -> None:
-    """The SAE, bit by bit."""
-    (found,) = run.glob("*/sae.safetensors")
-    (expected,) = (uninterrupted / "run").glob("*/sae.safetensors")
-    assert found.read_bytes() == expected.read_bytes()
+    """The SAEs, bit by bit."""
+    for name in ("layers.2-k8-f256-s0", "layers.2-k16-f256-s0"):
+        file = Path(name, "sae.safetensors")
+        assert (run / file).read_bytes() == (uninterrupted / "run" / file).read_bytes()
 
 
 def test_a_pipeline_told_to_save_in_the_middle_finishes(slurm: None, here: Path, uninterrupted: Path) -> None:
-    """Oracle: the SAE of the same stages run one by one without SLURM. SIGUSR1 is what SLURM sends before
-    the time is up."""
-    printed = call("submit", config(here))
+    """Oracle: the SAEs of the same stages run one by one without SLURM, training in one process; here in
+    two. SIGUSR1 is what SLURM sends before the time is up."""
+    printed = call("submit", config(here, slurm={"train": {"ntasks": 2}}))
     assert re.findall(r"(?m)^(\w+) +job \d+$", printed) == ["tokenize", "cache", "train", "assess"]
     assert "tokenize" in call("status", "run")
-    wait_for(lambda: step_of(here / "run") >= 50, 90, "training")
     job = running("train")
+    wait_for(lambda: step_of(here / "run") >= 50, 60, "training")
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
     assert set(ended().values()) == {"COMPLETED"}
     log = jobs()[job].log.read_text()
-    assert "stopped by a signal after step" in log
+    assert ", 2 processes: " in log
+    assert log.count("stopped by a signal after step") == 2
     assert "saved; requeued, restart 1 of at most 100" in log
     assert "continuing after step" in log
     check_equal(here / "run", uninterrupted)
@@ -286,12 +287,12 @@ def test_a_pipeline_told_to_save_in_the_middle_finishes(slurm: None, here: Path,
 
 
 def test_a_requeued_job_goes_on(slurm: None, here: Path, uninterrupted: Path) -> None:
-    """Oracle: the uninterrupted SAE; the dependent job waits for the restarted one. Requeueing is what
+    """Oracle: the uninterrupted SAEs; the dependent job waits for the restarted one. Requeueing is what
     preemption does; the pipeline begins with a store that is there."""
     acts = {"acts": str(uninterrupted / "acts")}
     call("submit", config(here, tokenize=None, cache=None, train=acts))
-    wait_for(lambda: step_of(here / "run") >= 50, 60, "training")
     job = running("train")
+    wait_for(lambda: step_of(here / "run") >= 50, 60, "training")
     subprocess.run(["scontrol", "requeue", job], check=True)
     assert ended() == {"train": "COMPLETED", "assess": "COMPLETED"}
     log = jobs()[job].log.read_text()

@@ -12,7 +12,7 @@ from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
 from saemill.slurm.settings import SlurmConfig
 from saemill.tokenize.run import TokenizeConfig
-from saemill.train.run import TrainConfig
+from saemill.train.config import TrainConfig
 
 CONFIGS: dict[str, Any] = {
     "tokenize": TokenizeConfig,

@@ -11,7 +11,7 @@ from saemill.common.errors import StoreError
 from saemill.common.log import counted
 from saemill.common.tokens import TokenStore
 from saemill.slurm.pipeline import Pipeline
-from saemill.train.run import TrainConfig
+from saemill.train.config import TrainConfig
 
 
 def by_stage(folder: Path, run: Path) -> dict[str, list[str]]:
