@@ -171,6 +171,10 @@ def train(
     profile: Annotated[
         bool | None, typer.Option("--profile", help="Show where the time of a step goes; write a trace.")
     ] = None,
+    halving: Annotated[
+        str | None, option("Times that the worse half of each site and k is stopped early [0].")
+    ] = None,
+    halving_metric: Annotated[str | None, option("By fvu, loss or dead_fraction [fvu].", "NAME")] = None,
     data_ranks: Annotated[
         str | None, option("Of several processes, how many share each batch's tokens [1].")
     ] = None,

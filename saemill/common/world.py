@@ -4,6 +4,7 @@
 one. A world of one takes the same path as any other: its collectives change nothing.
 """
 
+import importlib
 import os
 import shutil
 import socket
@@ -211,6 +212,8 @@ class World:
         if self.size == 1:
             yield everyone
             return
+        # Imported later, by transformers, its functions' defaults would keep the group alive to the end.
+        importlib.import_module("torch.distributed.nn.functional")
         seconds = float(os.environ.get("SAEMILL_PEER_TIMEOUT_SECONDS", PEER_TIMEOUT_SECONDS))
         timeout = timedelta(seconds=seconds)
         dist.init_process_group(

@@ -77,6 +77,10 @@ class TrainConfig:
     """Type of the encoder's product; auto: bf16 on a GPU and on CPUs with bf16 instructions."""
     resume: bool = True
     """Go on from the run's checkpoint, if there is one; false starts anew."""
+    halving: int = 0
+    """Times that the worse half of the variants of each site and k is stopped (`train.halving`)."""
+    halving_metric: Literal["fvu", "loss", "dead_fraction"] | None = None
+    """By which; fvu by default."""
     data_ranks: int | None = None
     """Of several processes, how many share out each batch's tokens; 1 by default."""
     latent_ranks: int | None = None
@@ -113,12 +117,15 @@ class TrainConfig:
             "k_aux": (self.auxk_alpha == 0 and not self.variants, "with auxk_alpha 0"),
             "wandb_project": (no_wandb, "without log_to_wandb"),
             "run_name": (no_wandb, "without log_to_wandb"),
+            "halving_metric": (self.halving == 0, "without halving"),
         }
         for name, (idle, why) in without_effect.items():
             if idle and getattr(self, name) is not None:
                 raise ConfigError(f"{name} has no effect {why}; leave it out")
         if self.max_tokens is not None and self.epochs is not None:
             raise ConfigError("give max_tokens or epochs, not both")
+        if self.halving < 0:
+            raise ConfigError(f"halving must be 0 or more, got {self.halving}")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
 

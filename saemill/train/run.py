@@ -17,14 +17,15 @@ from saemill.common.world import Group, World, speak_for
 from saemill.train import checkpoint
 from saemill.train.bank import Bank, Frame
 from saemill.train.config import TrainConfig
-from saemill.train.export import export
+from saemill.train.export import export, save_banks
 from saemill.train.feed import Feed
+from saemill.train.halving import RECORD as HALVING_RECORD
+from saemill.train.halving import Halving, window
 from saemill.train.loader import Loader
 from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.schedule import Schedule
 from saemill.train.spread import Spread, choose
-from saemill.train.team import Team
 from saemill.train.trainer import Trainer, stop_on_signal
 from saemill.train.variants import Variant, describe, groups, resolve
 
@@ -56,33 +57,58 @@ def run(config: TrainConfig) -> list[Path]:
     ):
         schedule = _schedule(config, loader.epoch_tokens)
         variants = _variants(config, store, list(loader.sites), schedule.n_steps)
-        spread = _spread(config, store, variants, everyone)
+        _spread(config, store, variants, everyone)
         identity = config.identity() | {"acts_fingerprint": store.fingerprint}
         if everyone.first(lambda: _finished(config, identity, variants)):
             return [config.out / variant.name for variant in variants]
         everyone.first(lambda: _take(config, identity, held))
-        team = spread.team_of(everyone)
-        trainer = _build(config, loader, schedule, spread, everyone, team, device, stop)
-        trainer.resume()
-        _check_profile(trainer)
-        _print_plan(config, trainer, spread, store)
-        if everyone.rank == 0:
-            _start_sinks(config, trainer, variants)
-        try:
-            trainer.run()
-        finally:
-            for sink in trainer.sinks:
-                sink.close()
-        return export(config.out, variants, store, trainer, identity)
+        halving = Halving(
+            config.out / HALVING_RECORD,
+            variants,
+            schedule.n_steps,
+            config.halving,
+            config.halving_metric or "fvu",
+        )
+        sinks: list[Sink] = []
+        held.callback(lambda: _close(sinks))
+        ends = halving.ends
+        for end in ends:
+            spread = _spread(config, store, halving.alive, everyone, idle_allowed=bool(halving.past))
+            trainer = _build(config, loader, schedule, spread, everyone, device, stop)
+            trainer.resume()
+            if end == ends[0]:
+                _check_profile(trainer, end)
+                _print_plan(config, trainer, spread, store)
+                sinks += _start_sinks(config, trainer, variants)
+            trainer.sinks, trainer.profile = sinks, config.profile and end == ends[0]
+            trainer.run(end)
+            if end < schedule.n_steps:
+                _halve(config, halving, trainer, store, end)
+        return export(config.out, variants, store, trainer, identity, halving.stopped)
 
 
-def _spread(config: TrainConfig, store: ActivationStore, variants: list[Variant], everyone: Group) -> Spread:
+def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, store: ActivationStore, end: int) -> None:
+    """Look at step `end`: write the SAEs of the worse halves as they are, and go on without them."""
+    losers = halving.choose(trainer.scores(halving.metric, end - window(end)))
+    save_banks(config.out, trainer, store, set(losers))
+    trainer.everyone.any(False)  # all are on disk before the record says so
+    trainer.everyone.first(lambda: halving.stop(end, losers))
+    halving.past = trainer.everyone.share(halving.past)[0]
+
+
+def _spread(
+    config: TrainConfig,
+    store: ActivationStore,
+    variants: list[Variant],
+    everyone: Group,
+    idle_allowed: bool = False,
+) -> Spread:
     widths = {variant.site: store.site(variant.site).width for variant in variants}
     if config.data_ranks and config.step_tokens < config.data_ranks:
         raise ConfigError(
             f"{config.step_tokens} tokens per step cannot be shared by data_ranks {config.data_ranks}"
         )
-    return choose(variants, widths, everyone.size, config.data_ranks, config.latent_ranks)
+    return choose(variants, widths, everyone.size, config.data_ranks, config.latent_ranks, idle_allowed)
 
 
 def _take(config: TrainConfig, identity: dict[str, Any], held: ExitStack) -> None:
@@ -138,7 +164,8 @@ def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Vari
     settings.check_same(durable.read_json(identity_path), identity, config.out)
     if not config.resume:
         checkpoint.remove(config.out)
-        (config.out / "wandb.json").unlink(missing_ok=True)
+        for name in ("wandb.json", HALVING_RECORD):
+            (config.out / name).unlink(missing_ok=True)
         finished_path.unlink(missing_ok=True)
     if finished_path.exists():
         say(
@@ -154,10 +181,10 @@ def _build(
     schedule: Schedule,
     spread: Spread,
     everyone: Group,
-    team: Team,
     device: torch.device,
     stop: Event,
 ) -> Trainer:
+    team = spread.team_of(everyone)
     variants = list(spread.teams[everyone.rank // spread.team_size])
     _check_device(variants, device)
     # Sums of bf16 products stay in float32, as on a CPU.
@@ -186,6 +213,7 @@ def _build(
         device=device,
         stop=stop,
         everyone=everyone,
+        team=team,
         profile=config.profile,
     )
 
@@ -197,8 +225,8 @@ def _check_device(variants: list[Variant], device: torch.device) -> None:
             raise ConfigError(f"{variant.name}: optimizer_state 8bit is for CPUs so far; use bf16 on a GPU")
 
 
-def _check_profile(trainer: Trainer) -> None:
-    left = trainer.schedule.n_steps - trainer.step
+def _check_profile(trainer: Trainer, end: int) -> None:
+    left = end - trainer.step
     if trainer.profile and left < SKIPPED_STEPS + PROFILED_STEPS:
         raise ConfigError(
             f"--profile needs {SKIPPED_STEPS + PROFILED_STEPS} steps, {left} are left; "
@@ -242,7 +270,10 @@ def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def _start_sinks(config: TrainConfig, trainer: Trainer, variants: list[Variant]) -> None:
+def _start_sinks(config: TrainConfig, trainer: Trainer, variants: list[Variant]) -> list[Sink]:
+    """The first process logs for all."""
+    if trainer.everyone.rank > 0:
+        return []
     step_tokens = config.step_tokens
     n_steps = trainer.schedule.n_steps
     sinks: list[Sink] = [
@@ -254,7 +285,12 @@ def _start_sinks(config: TrainConfig, trainer: Trainer, variants: list[Variant])
         configs = {variant.name: shared | describe(variant) for variant in variants}
         group = config.run_name or config.out.name
         sinks.append(WandbSink(config.wandb_project or "saemill", group, configs, config.out))
-    trainer.sinks = sinks
+    return sinks
+
+
+def _close(sinks: list[Sink]) -> None:
+    for sink in sinks:
+        sink.close()
 
 
 def _print_plan(config: TrainConfig, trainer: Trainer, spread: Spread, store: ActivationStore) -> None:

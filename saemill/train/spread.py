@@ -96,6 +96,7 @@ def choose(
     n_processes: int,
     data_ranks: int | None = None,
     latent_ranks: int | None = None,
+    idle_allowed: bool = False,
 ) -> Spread:
     """The spread with the least time per step by estimate, among those the user's numbers allow.
 
@@ -105,6 +106,7 @@ def choose(
         n_processes: of the world.
         data_ranks: processes that share a batch's tokens; None leaves it open: 1.
         latent_ranks: processes that share an SAE's latents; None leaves it open.
+        idle_allowed: whether there may be teams without a variant, as when some were stopped.
 
     Raises:
         ConfigError: the numbers do not fit the processes or the variants.
@@ -118,7 +120,7 @@ def choose(
             f"{n_processes}; give others, or start another number"
         )
     spreads = [_spread(variants, widths, n_processes, data, shards) for shards in fitting]
-    working = [spread for spread in spreads if all(spread.teams)]
+    working = [spread for spread in spreads if all(spread.teams)] or (spreads if idle_allowed else [])
     if not working:
         n_teams = n_processes // (data * fitting[-1])
         raise ConfigError(

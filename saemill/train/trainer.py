@@ -17,11 +17,12 @@ from saemill.common.world import Group
 from saemill.train import checkpoint
 from saemill.train.bank import Bank
 from saemill.train.feed import Feed
+from saemill.train.halving import window
 from saemill.train.loader import Loader
 from saemill.train.metrics import Record, Sink
 from saemill.train.profile import part, profiling
 from saemill.train.schedule import Schedule
-from saemill.train.team import ONE
+from saemill.train.team import ALONE, ONE, Team
 
 Metrics = dict[str, dict[str, float | None]]
 """Of some variants, by name."""
@@ -49,7 +50,9 @@ class Trainer:
     stop: threading.Event
     """When set, the run saves and ends after the step in hand."""
     everyone: Group = ONE
-    """The processes that train together; the first logs for all."""
+    """All processes of the run; the first logs for all."""
+    team: Team = ALONE
+    """Those that train the same variants."""
     sinks: list[Sink] = field(default_factory=list)
     step: int = 0
     """Steps done."""
@@ -65,22 +68,24 @@ class Trainer:
         if (found := checkpoint.load(self.folder, self.banks)) is not None:
             self.step, self.seconds = found
 
-    def run(self) -> None:
-        """Train to the end.
+    def run(self, end: int) -> None:
+        """Train until `end` steps are done; at `window(end)` the longer sums start anew.
 
         Raises:
             Interrupted: `stop` was set; a checkpoint was written.
         """
         with torch.no_grad(), self._profiler() as profiler:
             self._mark = self.step, self.seconds
-            while self.step < self.schedule.n_steps:
+            while self.step < end:
+                if self.step == window(end):
+                    self._open_windows()
                 started = time.perf_counter()
                 self._one_step()
                 with part("wait for processes"):
                     stopped = self.everyone.any(self.stop.is_set())
                 self.seconds += time.perf_counter() - started
                 with part("logging"):
-                    self._after_step(stopped)
+                    self._after_step(stopped, end)
                 if profiler is not None:
                     profiler.step()
 
@@ -88,9 +93,23 @@ class Trainer:
         wanted = self.profile and self.everyone.rank == 0
         return profiling(self.folder, self.device) if wanted else nullcontext()
 
-    def _after_step(self, stopped: bool) -> None:
+    def _open_windows(self) -> None:
+        for bank in self.banks:
+            for totals in bank.totals_V:
+                totals.open_window()
+
+    def scores(self, metric: str, n_steps: int) -> dict[str, float | None]:
+        """A metric of every variant of the run over the last steps, on all processes."""
+        mine = {
+            variant.name: bank.score(i, metric, n_steps)
+            for bank in self.banks
+            for i, variant in enumerate(bank.variants)
+        }
+        return {name: score for part in self.everyone.share(mine) for name, score in part.items()}
+
+    def _after_step(self, stopped: bool, end: int) -> None:
         """Log, save and stop, where it is time for it."""
-        finished = self.step == self.schedule.n_steps
+        finished = self.step == end
         if self.step % self.log_every == 0 or finished:
             self._log()
         if self.step % self.save_every == 0 or finished or stopped:
@@ -125,7 +144,7 @@ class Trainer:
                 for variant, at in bank.freeze_diverged()
             ]
             found |= self._metrics(bank, n_steps)
-        shared = self.everyone.share((found, diverged) if self.banks[0].team.is_first else ({}, []))
+        shared = self.everyone.share((found, diverged) if self.team.is_first else ({}, []))
         for message in itertools.chain(*(messages for _, messages in shared)):
             say(message)
         every = {name: metrics for part, _ in shared for name, metrics in part.items()}
