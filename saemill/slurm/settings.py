@@ -13,8 +13,8 @@ SAVES = ("cache", "train")
 """Stages that save on a signal and exit with code 75."""
 ONLY_FOR = {
     "workers": ("cache",),
-    "nodes": ("train",),
-    "ntasks": ("train",),
+    "nodes": ("train", "assess"),
+    "ntasks": ("train", "assess"),
     "gpus": ("cache", "train", "assess"),
     "signal_seconds": SAVES,
     "most_requeues": SAVES,
@@ -60,9 +60,9 @@ class JobConfig:
     workers: int | None = None
     """Tasks of cache's job array [1]; they share the shards between them."""
     nodes: int | None = None
-    """Nodes of train [1]."""
+    """Nodes of train or assess [1]."""
     ntasks: int | None = None
-    """Processes of train on all nodes together [1]."""
+    """Processes of train or assess on all nodes together [1]."""
     setup: str | None = None
     """Shell lines before the command: `module load cuda`, `source venv/bin/activate`."""
     python: str | None = None
