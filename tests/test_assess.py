@@ -585,6 +585,24 @@ def test_diverged_variants_are_listed_not_measured(causal: Pipeline, tmp_path: P
     json.loads((tmp_path / "r" / "final_assessment.json").read_text())
 
 
+def test_stopped_variants_are_listed_with_when_and_why(causal: Pipeline, tmp_path: Path) -> None:
+    """Oracle: the run's own record of what halving stopped; last place, no figures."""
+    settings: dict[str, Any] = {"k": (4,), "num_latents": (48,), "lr": (1e-6, 3e-3), "halving": 1}
+    common: dict[str, Any] = {"acts": causal.acts, "site": (causal.site,)}
+    size = {"batch_size": 64, "max_tokens": 64 * 30}
+    train(TrainConfig(out=tmp_path / "r", device="cpu", **settings, **common, **size))
+    look = json.loads((tmp_path / "r" / "finished.json").read_text())["stopped"]
+    (name,) = look
+    assert name.endswith("lr1e-06")
+    assessment = run(AssessConfig(run=tmp_path / "r", device="cpu", model_tokens=500))
+    last = assessment["variants"][-1]
+    assert last["name"] == name
+    assert last["not_measured"].startswith(f"stopped by halving at step {look[name]['step']}: fvu ")
+    assert last["tokens_trained"] == look[name]["step"] * 64
+    assert last["metrics"]["fvu"]["value"] is None
+    assert "stopped by halving at step 15" in (tmp_path / "r" / "report.html").read_text()
+
+
 def bert_tokenizer(folder: Path) -> str:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     pieces = [*letters, ".", *(f"##{letter}" for letter in letters)]
