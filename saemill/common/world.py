@@ -186,6 +186,12 @@ class World:
         Raises:
             ConfigError: there are fewer GPUs than processes on this machine, or one was named for all.
         """
+        device = self._choose_device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # kernels are launched where torch's current device is
+        return device
+
+    def _choose_device(self, name: str) -> torch.device:
         device = choose_device(name)
         if device.type != "cuda" or self.size == 1:
             return device

@@ -62,15 +62,20 @@ def load(folder: Path, banks: list[Bank]) -> tuple[int, float] | None:
     """
     if not (folder / RECORD).exists():
         return None
-    try:
-        record = durable.read_json(folder / RECORD)
-    except StoreError as error:
-        raise StoreError(f"{error}. {ANEW}") from error
+    record = _record(folder)
     for bank in banks:
         for i, variant in enumerate(bank.variants):
             _load_variant(folder / f"checkpoint-{record['step']}" / variant.name, bank, i)
         bank.refresh()
     return record["step"], record["seconds"]
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = durable.read_json(folder / RECORD)
+    except StoreError as error:
+        raise StoreError(f"{error}. {ANEW}") from error
+    return record
 
 
 def _load_variant(there: Path, bank: Bank, i: int) -> None:
@@ -104,6 +109,12 @@ def _read(file: Path) -> dict[str, Any]:
 def _copy(into: list[Tensor], saved: list[Tensor]) -> None:
     for mine, theirs in zip(into, saved, strict=True):
         mine.copy_(theirs)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a crash left of a checkpoint without a record."""
+    there = (folder / RECORD).exists()
+    _remove_others(folder, folder / f"checkpoint-{_record(folder)['step']}" if there else None)
 
 
 def remove(folder: Path) -> None:

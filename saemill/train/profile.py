@@ -14,12 +14,14 @@ PARTS = {
     "copy": "into training units",
     "encode": "x · W_enc",
     "top-k": "the k largest pre-activations",
+    "exchange": "candidates, codes and residuals of the team's other processes",
     "decode": "reconstruction, residual, gradient of the codes",
     "auxk": "dead latents on the residual",
     "sort": "active pairs by latent",
     "backward": "gradients of a block of rows",
     "optimizer": "Adam or SGD, renormalisation",
     "count": "sums for the log, idle tokens of the latents",
+    "wait for processes": "until all have done the step",
     "logging": "log lines, checkpoints",
 }
 """The parts that `part` marks, in the order of a step."""
@@ -64,7 +66,7 @@ def table(profiler: torch.profiler.profile, device: torch.device) -> str:
     ms["everything else"] = step_ms - sum(ms.values())
     lines = [f"one step, mean of {PROFILED_STEPS}: {step_ms:.1f} ms"]
     for name, spent in ms.items():
-        line = f"  {name:16}{spent:8.1f} ms {spent / step_ms:5.0%}"
+        line = f"  {name:18}{spent:8.1f} ms {spent / step_ms:5.0%}"
         if device.type == "cuda":
             line += f"{_ms(events, name, 'device_time_total'):8.1f} ms on the device"
         lines.append(f"{line}  {PARTS.get(name, '')}".rstrip())

@@ -114,6 +114,7 @@ def _spread(
 def _take(config: TrainConfig, identity: dict[str, Any], held: ExitStack) -> None:
     """Make the folder this run's own."""
     held.enter_context(durable.exclusive(config.out))
+    checkpoint.tidy(config.out)
     durable.write_json(config.out / "identity.json", identity)
     settings.write_yaml(config.out / "config.yaml", "train", settings.plain(config))
 
