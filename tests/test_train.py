@@ -374,7 +374,7 @@ def test_profile_writes_a_trace_and_a_table_and_changes_nothing(
     top = next(i for i, line in enumerate(lines) if line.startswith("one step, mean of"))
     step_ms = float(lines[top].split()[-2])
     rows = [line for line in lines[top + 1 :] if " ms " in line]
-    assert sum(float(row[18:26]) for row in rows) == pytest.approx(step_ms, abs=0.1 * len(rows))
+    assert sum(float(row[20:28]) for row in rows) == pytest.approx(step_ms, abs=0.1 * len(rows))
 
 
 def test_profile_of_too_short_a_run_is_refused(store: ActivationStore, tmp_path: Path) -> None:
