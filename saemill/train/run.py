@@ -18,13 +18,14 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, duration, say
 from saemill.common.mask import MaskConfig
 from saemill.common.model import choose_device
+from saemill.common.signals import stop_on_signal
 from saemill.train.bank import Bank, Frame
 from saemill.train.feed import Feed
 from saemill.train.loader import Loader
 from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.schedule import Schedule
-from saemill.train.trainer import Trainer, stop_on_signal
+from saemill.train.trainer import Trainer
 from saemill.train.variants import Variant, describe, groups, resolve
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
