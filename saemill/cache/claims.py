@@ -216,8 +216,9 @@ class Worker:
         self.owner = Owner.here()
         self.file = self.folder / f"worker-{self.owner.token}"
         while not self.file.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # The last to leave may remove the folder in between.
+            # Others may be making the folder, and the last to leave removes it.
+            with suppress(FileExistsError):
+                self.folder.mkdir(parents=True)
             with suppress(FileNotFoundError), self.file.open("x") as file:
                 json.dump(asdict(self.owner), file)
 

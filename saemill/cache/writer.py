@@ -108,55 +108,57 @@ class SiteWriter:
             Lost: another worker took the shard over; nothing of this one's is in the store.
         """
         self._check_finite(shard, x_TD)
-        order = self.store.permutation(shard)
-        permuted_TD = x_TD[torch.from_numpy(order)]
-        rows = as_numpy(permuted_TD)
+        permuted_TD = x_TD[torch.from_numpy(self.store.permutation(shard))]
         data, record = self.worker.partial(), self.worker.partial()
-        self.array.write_shard(shard, rows, data)
+        try:
+            self.array.write_shard(shard, as_numpy(permuted_TD), data)
+            durable.write_json(record, self._record(shard, permuted_TD, durable.hash_file(data)))
+            claim.check()
+            self._publish(shard, data, record)
+        except OSError:
+            claim.check()  # the files of a worker that was taken for dead are cleared away
+            raise
+        finally:
+            for partial in (data, record):
+                partial.unlink(missing_ok=True)
+
+    def _record(self, shard: int, permuted_TD: Tensor, xxh3: str) -> dict[str, Any]:
+        """What is to be known of a shard: its file's size and hash, and sums over its training positions."""
+        rows = as_numpy(permuted_TD)
         moments = Moments(self.site.width)
         keep = self.store.keep(shard, self.store.mask, held_out=False)
         moments.add(permuted_TD[torch.from_numpy(keep)])
-        content = {
+        return {
             "shard": shard,
             "n_tokens": len(rows),
             "bytes": self.array.shard_bytes,
-            "xxh3": durable.hash_file(data),
+            "xxh3": xxh3,
             "block_hashes": encode_array(hash_blocks(rows)),
             "n_counted": moments.n,
             "mean": encode_array(moments.mean_D),
             "deviations": encode_array(moments.deviations_D),
         }
-        durable.write_json(record, content)
-        try:
-            self._publish(shard, data, record, claim)
-        finally:
-            for partial in (data, record):
-                partial.unlink(missing_ok=True)
 
-    def _publish(self, shard: int, data: Path, record: Path, claim: Claim) -> None:
+    def _publish(self, shard: int, data: Path, record: Path) -> None:
         """Put a shard and its record in place.
 
         A worker that was stopped after its claim was checked may meet its successor's files here. It
         replaces none that has a record; where data and record are of both, the record is withdrawn.
         """
         place, commit = self.array.shard_path(shard), self.commit_path(shard)
-        claim.check()
+        inode = data.stat().st_ino
         try:
-            inode = data.stat().st_ino
-            try:
-                durable.place(data, place)
-            except FileExistsError:
-                if commit.exists():
-                    raise Lost(f"shard {shard} of {self.site.name} is there already") from None
-                data.replace(place)  # over a damaged one, or of a worker that died before its record
-                durable.sync_folder(place.parent)
-            try:
-                durable.place(record, commit)
-                mixed = place.stat().st_ino != inode
-            except FileExistsError:
-                mixed = commit.read_bytes() != record.read_bytes()
-        except FileNotFoundError:
-            raise Lost("other workers took this one for dead and cleared its files away") from None
+            durable.place(data, place)
+        except FileExistsError:
+            if commit.exists():
+                raise Lost(f"shard {shard} of {self.site.name} is there already") from None
+            data.replace(place)  # over a damaged one, or of a worker that died before its record
+            durable.sync_folder(place.parent)
+        try:
+            durable.place(record, commit)
+            mixed = place.stat().st_ino != inode
+        except FileExistsError:
+            mixed = not commit.exists() or commit.read_bytes() != record.read_bytes()
         if mixed:
             commit.unlink(missing_ok=True)
             self.manifest_path.unlink(missing_ok=True)
