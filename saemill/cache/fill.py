@@ -70,8 +70,8 @@ class Filling:
                     n_waits = 0
                     submit(int)  # returns when the last shard is written
                     continue
-                holders = self.worker.holders([f"shard-{shard}" for shard in lacking])
-                self.worker.wait(n_waits, f"waiting for the last shards, which others write: {holders}")
+                holders = self.worker.holders([f"shard-{shard}" for shard in lacking]) or "others"
+                self.worker.wait(n_waits, f"waiting for {holders} to write the last shards")
                 n_waits += 1
 
     def _done(self) -> set[int]:
