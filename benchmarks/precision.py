@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline import machine
-from saemill.train.run import TrainConfig, run
+from saemill.train.config import TrainConfig
+from saemill.train.run import run
 
 PRECISIONS, STATES = ("fp32", "bf16"), ("fp32", "bf16", "8bit")
 

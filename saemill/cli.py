@@ -172,6 +172,16 @@ def train(
     profile: Annotated[
         bool | None, typer.Option("--profile", help="Show where the time of a step goes; write a trace.")
     ] = None,
+    halving: Annotated[
+        str | None, option("Times that the worse half of each site and k is stopped early [0].")
+    ] = None,
+    halving_metric: Annotated[str | None, option("By fvu, loss or dead_fraction [fvu].", "NAME")] = None,
+    data_ranks: Annotated[
+        str | None, option("Of several processes, how many share each batch's tokens [1].")
+    ] = None,
+    latent_ranks: Annotated[
+        str | None, option("How many share each SAE's latents [by estimated time].")
+    ] = None,
     log_to_wandb: Annotated[bool | None, typer.Option(help="One wandb run per variant, in a group.")] = None,
     wandb_project: Annotated[str | None, option("The project [saemill].", "NAME")] = None,
     run_name: Annotated[str | None, option("The group [the folder's name].", "NAME")] = None,
@@ -189,7 +199,8 @@ def train(
 
     Example: `saemill train acts --site layers.4 --k 16,32,64 --expansion-factor 8,32 -o runs/first`
     """
-    from saemill.train.run import TrainConfig, run
+    from saemill.train.config import TrainConfig
+    from saemill.train.run import run
 
     values = locals()
     values["site"] = ",".join(site) if site else None
@@ -259,6 +270,31 @@ def show(
     from saemill.show import describe
 
     say(describe(path))
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="YAML file with a section per stage, and slurm.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts, submit nothing.")] = False,
+) -> None:
+    """Run the stages of a config as SLURM jobs, each after the one before it.
+
+    Scripts and logs are in `<run>.jobs`. Submit again after a failure: what is finished stays.
+
+    Example: `saemill submit configs/cluster.yaml`
+    """
+    from saemill.slurm.submit import run
+
+    run(config, dry_run)
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="The run's folder: train.out of the config.")]) -> None:
+    """Tell how far each stage of a run is, and what became of its SLURM jobs."""
+    from saemill.common.log import say
+    from saemill.slurm.status import status as state_of
+
+    say(state_of(run))
 
 
 @app.command()

@@ -97,7 +97,7 @@ def _unfinished(store: ActivationStore) -> list[tuple[str, int]]:
 
 def _describe_run(path: Path) -> str:
     if not (path / "finished.json").exists():
-        state = "a checkpoint to go on from" if (path / "checkpoint.pt").exists() else "no checkpoint yet"
+        state = "a checkpoint to go on from" if (path / "checkpoint.json").exists() else "no checkpoint yet"
         return f"run {path}: unfinished, {state}"
     finished = durable.read_json(path / "finished.json")
     lines = [
@@ -108,9 +108,9 @@ def _describe_run(path: Path) -> str:
     if (path / "final_assessment.json").exists():
         assessment = durable.read_json(path / "final_assessment.json")
         verdicts = {entry["name"]: entry["verdict"] for entry in assessment["variants"]}
-    for name in finished["variants"]:
-        note = f"diverged at step {finished['diverged'][name]}" if name in finished["diverged"] else ""
-        lines.append(f"  {name}  {note or verdicts.get(name, 'not assessed')}")
+    notes = {name: f"diverged at step {step:,}" for name, step in finished["diverged"].items()}
+    notes |= {n: f"stopped by halving at step {look['step']:,}" for n, look in finished["stopped"].items()}
+    lines += [f"  {n}  {notes.get(n) or verdicts.get(n, 'not assessed')}" for n in finished["variants"]]
     return "\n".join(lines)
 
 

@@ -6,32 +6,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipeline import Pipeline
 from stores import make_store, make_tokens
 
 from saemill.assess import run as assess_run
+from saemill.assess.controls import controls
 from saemill.assess.evalset import EvalSet
 from saemill.assess.features import Reader, check_latents, choose_latents, top_addresses
 from saemill.assess.reconstruction import Reconstruction, absorption
 from saemill.assess.report import contexts_text
 from saemill.assess.run import AssessConfig, run
-from saemill.assess.sums import Bootstrap, DocumentSums
+from saemill.assess.sums import Bootstrap, DocumentSums, Split
 from saemill.assess.verdict import Thresholds, checks, order, summary
-from saemill.cache.run import CacheConfig
-from saemill.cache.run import run as cache
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae import Sae, SaeConfig
+from saemill.common.world import Group
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
-from saemill.train.run import TrainConfig
+from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
 
 D = 8
+ALONE = Group([0], 0)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def held_out(store: ActivationStore) -> tuple[torch.Tensor, np.ndarray[Any, Any]
 
 
 def evalset(store: ActivationStore) -> EvalSet:
-    return EvalSet(store, None, None, store.mask, ["a"], 4)
+    return EvalSet(store, None, None, store.mask, ["a"], 4, ALONE)
 
 
 def constant_sae(bias: torch.Tensor) -> Sae:
@@ -79,6 +82,10 @@ def reconstruct(store: ActivationStore, saes: dict[str, Sae], max_tokens: int = 
     return Reconstruction(saes, dict.fromkeys(saes, "a"), chosen).run(chosen.chunks(max_tokens))
 
 
+def over(found: Reconstruction) -> Bootstrap:
+    return Split(found.sums.documents).all
+
+
 def test_mean_predictor_identity_and_constant_bias(store: ActivationStore) -> None:
     """Oracles: FVU of the mean is 1, of the identity 0, and a bias c adds ‖c‖² / variance."""
     x, _ = held_out(store)
@@ -90,7 +97,7 @@ def test_mean_predictor_identity_and_constant_bias(store: ActivationStore) -> No
         "bias": constant_sae(shifted.float()),
     }
     found = reconstruct(store, saes)
-    bootstrap = Bootstrap(len(found.sums.rows))
+    bootstrap = over(found)
     fvu = {name: found.metrics(name, bootstrap)["fvu"]["value"] for name in saes}
     variance = float((x.double() - mean).square().sum(1).mean())
     assert fvu["mean"] == pytest.approx(1, abs=1e-6)
@@ -103,7 +110,7 @@ def test_figures_equal_their_definitions(store: ActivationStore) -> None:
     x, _ = held_out(store)
     sae = random_sae(0)
     found = reconstruct(store, {"v": sae})
-    metrics = found.metrics("v", Bootstrap(len(found.sums.rows)))
+    metrics = found.metrics("v", over(found))
     with torch.no_grad():
         out = sae(x)
     xd, rd = x.double(), out.reconstruction.double()
@@ -119,6 +126,34 @@ def test_figures_equal_their_definitions(store: ActivationStore) -> None:
     np.testing.assert_allclose(found.density("v"), fired.mean(0).numpy(), rtol=1e-6)
 
 
+def test_controls_are_a_random_dictionary_and_pca(tmp_path: Path) -> None:
+    """Oracles: numpy's SVD of the training tokens; the random dictionary's gain, which no other beats."""
+    mixing = torch.randn(D, D, generator=torch.Generator().manual_seed(5)) * torch.linspace(3, 0.1, D)
+    values = torch.randn(400 * 16, D, generator=torch.Generator().manual_seed(6)) @ mixing.T + 7
+    store = make_store(tmp_path, 400, 16, D, 1000, values_TD=values)
+    found = controls(random_sae(0, k=3, f=24), "a", evalset(store))
+    assert list(found) == ["random-k3-f24", "pca-k3"]
+    addresses = [
+        row * 16 + p
+        for row in np.flatnonzero(~store.tokens.held_out_R)
+        for p in range(1, 16)
+        if store.tokens.rows(row, row + 1)[0][p] != 0
+    ]
+    x = values[torch.tensor(addresses)].double()
+    mean = x.mean(0)
+    axes = torch.from_numpy(np.linalg.svd((x - mean).numpy(), full_matrices=False)[2][:3])
+    expected = mean + (x - mean) @ axes.T @ axes
+    with torch.no_grad():
+        torch.testing.assert_close(
+            found["pca-k3"](x.float()).reconstruction, expected.float(), rtol=1e-3, atol=1e-3
+        )
+        random = found["random-k3-f24"]
+        y = random(x.float()).reconstruction.double() - mean
+        errors = [float((x - mean - gain * y).square().sum()) for gain in (0.99, 1, 1.01)]
+        assert min(errors) == errors[1] < float((x - mean).square().sum())
+    np.testing.assert_allclose(random.W_enc.detach().norm(dim=1), 1, rtol=1e-5)
+
+
 def test_scale_of_the_activations_changes_nothing(tmp_path: Path) -> None:
     """Oracle: the same data times 64 (exact in binary), SAE scaled along."""
     values = torch.randn(64 * 16, D, generator=torch.Generator().manual_seed(3))
@@ -128,7 +163,7 @@ def test_scale_of_the_activations_changes_nothing(tmp_path: Path) -> None:
         sae = random_sae(2)
         sae.b_dec.data.mul_(0)
         found = reconstruct(small, {"v": sae})
-        metrics = found.metrics("v", Bootstrap(len(found.sums.rows)))
+        metrics = found.metrics("v", over(found))
         results.append([metrics[name]["value"] for name in ("fvu", "cosine", "l0")])
     assert results[0] == pytest.approx(results[1], rel=1e-6)
 
@@ -141,7 +176,7 @@ def test_max_tokens_takes_the_first_tokens(store: ActivationStore) -> None:
     with torch.no_grad():
         sse = (random_sae(0)(x[:100]).reconstruction - x[:100]).square().sum()
     fvu = float(sse / (x[:100] - x[:100].mean(0)).square().sum())
-    assert found.metrics("v", Bootstrap(5))["fvu"]["value"] == pytest.approx(fvu, rel=1e-4)
+    assert found.metrics("v", over(found))["fvu"]["value"] == pytest.approx(fvu, rel=1e-4)
 
 
 def test_absorption_is_the_mean_largest_cosine() -> None:
@@ -162,14 +197,14 @@ def test_intervals_cover_the_truth() -> None:
     for _ in range(400):
         n = generator.integers(5, 50, 80).astype(float)
         level = generator.gamma(4, 0.25, 80)
-        figure = Bootstrap(80).ratio(level * n, n)
+        figure = Bootstrap(np.ones(80, bool)).ratio(level * n, n)
         covered += figure["lo"] <= 1.0 <= figure["hi"]
     assert 0.90 <= covered / 400 <= 0.98
 
 
 def test_too_few_documents_have_no_interval() -> None:
     """Oracle: null with a reason, the value itself kept."""
-    figure = Bootstrap(3).ratio(np.array([1.0, 2, 3]), np.array([2.0, 2, 2]))
+    figure = Bootstrap(np.ones(3, bool)).ratio(np.array([1.0, 2, 3]), np.array([2.0, 2, 2]))
     assert figure["value"] == 1.0
     assert figure["lo"] is None
     assert figure["reason"] == "only 3 documents; an interval needs 30"
@@ -202,7 +237,7 @@ def test_top_contexts_are_the_strongest_one_per_document(store: ActivationStore)
     sae = random_sae(4)
     latents = [3, 7]
     chosen = evalset(store)
-    found = top_addresses(chosen.context_chunks(10**9), "a", sae, latents, store.tokens, 5)
+    found = top_addresses(chosen.context_chunks(10**9), "a", sae, latents, store.tokens, 5, ALONE)
     kept = np.concatenate(
         [
             store.keep_addresses(i, store.mask, False) | store.keep_addresses(i, store.mask, True)
@@ -262,15 +297,32 @@ def test_verdict_counts_only_checks_that_ran() -> None:
     assert [check["passed"] for check in found] == [None, True, False, True]
     assert summary(found) == "passed 2/3, 1 not run"
     entries = [
-        {
-            "name": name,
-            "checks": found,
-            "diverged_at_step": at,
-            "metrics": {"delta_ce": {"value": None}, "fvu": {"value": v}},
-        }
-        for name, v, at in (("a", 0.3, None), ("b", 0.2, None), ("c", 0.1, 7))
-    ]  # fmt: skip
-    assert [entry["name"] for entry in order(entries)] == ["b", "a", "c"]
+        {"name": name, "checks": found, "not_measured": at}
+        for name, at in (("a", None), ("b", None), ("c", 7), ("d", None))
+    ]
+    losses = {"a": 0.3, "b": 0.2, "d": math.nan}
+    assert [entry["name"] for entry in order(entries, losses)] == ["b", "a", "d", "c"]
+
+
+def test_the_best_is_reported_on_documents_it_was_not_chosen_on() -> None:
+    """Oracle: 50 variants of one true loss, 200 documents; the choice leaves a bias in its own half only."""
+    generator = np.random.default_rng(0)
+    split, n = Split(list(range(200))), np.ones(200)
+    chosen, reported, same = [], [], []
+    for _ in range(100):
+        variants = generator.normal(1.0, 1.0, (50, 200))
+        best = min(variants, key=lambda sums: split.loss((sums, n)))
+        chosen.append(split.loss((best, n)))
+        reported.append(split.reported_on.ratio(best, n)["value"])
+        same.append(split.all.ratio(min(variants, key=np.mean), n)["value"])
+    assert np.mean(chosen) < 0.8
+    assert np.mean(same) < 0.87
+    assert np.mean(reported) == pytest.approx(1.0, abs=0.04)
+    assert not split.overlap
+    alone = Split([4, 8])
+    assert alone.overlap
+    assert alone.chosen_on.all()
+    assert alone.reported_on.n_documents == 2
 
 
 @pytest.mark.parametrize(
@@ -293,28 +345,8 @@ def test_absorption_is_judged_against_what_random_directions_show(
 def test_a_figure_that_is_not_finite_is_null() -> None:
     """Oracle: null with a reason, never NaN or infinity in the JSON."""
     for bad in (np.inf, np.nan):
-        figure = Bootstrap(40).ratio(np.array([bad] * 40), np.ones(40))
+        figure = Bootstrap(np.ones(40, bool)).ratio(np.array([bad] * 40), np.ones(40))
         assert figure == {"value": None, "reason": "not finite on these tokens"}
-
-
-class Pipeline:
-    """A tiny model's run: tokenized, cached and trained."""
-
-    def __init__(self, folder: Path, model: str, tokenizer: str, corpus: Path, site: str) -> None:
-        self.model, self.site = model, site
-        self.tokens, self.acts, self.out = folder / "tokens", folder / "acts", folder / "run"
-        tokenize(
-            TokenizeConfig(
-                dataset=str(corpus), tokenizer=tokenizer, out=self.tokens, ctx_len=32, held_out_fraction=0.3
-            )
-        )
-        cache(CacheConfig(tokens=self.tokens, model=model, out=self.acts, sites=(site,), device="cpu"))
-        train(
-            TrainConfig(
-                acts=self.acts, out=self.out, site=(site,), k=(2, 16), num_latents=(128,), batch_size=256,
-                lr=(3e-3,), epochs=3, device="cpu",
-            )
-        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -388,6 +420,19 @@ def test_outputs_are_complete_and_strict_json(causal: Pipeline) -> None:
         for figure in found["metrics"].values():
             assert figure["value"] is not None or figure["reason"]
     assert entry(assessment, 16)["metrics"]["fvu"]["value"] < entry(assessment, 2)["metrics"]["fvu"]["value"]
+    random, pca = (control["metrics"]["fvu"]["value"] for control in assessment["controls"])
+    assert pca < random < 1
+    assert entry(assessment, 16)["metrics"]["fvu"]["value"] < random
+    other = assessment["best_on_other_documents"]
+    table = pq.read_table(causal.out / "documents_model.parquet").to_pandas()
+    table = table[table["text_hash"] % 2 == 0]
+    name = assessment["best_variant"]
+    expected = (table[f"{name}/ce"] - table["clean"]).sum() / table["n"].sum()
+    assert other["metrics"]["delta_ce"]["value"] == pytest.approx(expected)
+    assert other["n_documents"] == len(table)
+    (versus,) = (e["versus_best"] for e in assessment["variants"] if e["name"] != name)
+    worse = (table[f"{entry(assessment, 2)['name']}/ce"] - table[f"{name}/ce"]).sum() / table["n"].sum()
+    assert versus["delta_ce"]["value"] == pytest.approx(worse)
     page = (causal.out / "report.html").read_text()
     assert "http:" not in page.replace("http-equiv", "")
     assert "https:" not in page
@@ -433,9 +478,10 @@ def test_computed_and_cached_activations_agree(causal: Pipeline) -> None:
     from saemill.common.model import LanguageModel
 
     model = LanguageModel(causal.model, revision=None, dtype=torch.float32, device=torch.device("cpu"))
-    chosen = EvalSet(store, None, model, store.mask, [causal.site], 4)
+    chosen = EvalSet(store, None, model, store.mask, [causal.site], 4, ALONE)
     cached = list(chosen.chunks(10**9))
-    computed = list(chosen._computed_chunks())
+    chosen.cached = False
+    computed = list(chosen.chunks(10**9))
     np.testing.assert_array_equal(
         np.concatenate([c.addresses_T for c in cached]), np.concatenate([c.addresses_T for c in computed])
     )
@@ -537,6 +583,24 @@ def test_diverged_variants_are_listed_not_measured(causal: Pipeline, tmp_path: P
     assert "diverged" in last["metrics"]["fvu"]["reason"]
     assert assessment["variants"][0]["metrics"]["fvu"]["value"] < 1
     json.loads((tmp_path / "r" / "final_assessment.json").read_text())
+
+
+def test_stopped_variants_are_listed_with_when_and_why(causal: Pipeline, tmp_path: Path) -> None:
+    """Oracle: the run's own record of what halving stopped; last place, no figures."""
+    settings: dict[str, Any] = {"k": (4,), "num_latents": (48,), "lr": (1e-6, 3e-3), "halving": 1}
+    common: dict[str, Any] = {"acts": causal.acts, "site": (causal.site,)}
+    size = {"batch_size": 64, "max_tokens": 64 * 30}
+    train(TrainConfig(out=tmp_path / "r", device="cpu", **settings, **common, **size))
+    look = json.loads((tmp_path / "r" / "finished.json").read_text())["stopped"]
+    (name,) = look
+    assert name.endswith("lr1e-06")
+    assessment = run(AssessConfig(run=tmp_path / "r", device="cpu", model_tokens=500))
+    last = assessment["variants"][-1]
+    assert last["name"] == name
+    assert last["not_measured"].startswith(f"stopped by halving at step {look[name]['step']}: fvu ")
+    assert last["tokens_trained"] == look[name]["step"] * 64
+    assert last["metrics"]["fvu"]["value"] is None
+    assert "stopped by halving at step 15" in (tmp_path / "r" / "report.html").read_text()
 
 
 def bert_tokenizer(folder: Path) -> str:

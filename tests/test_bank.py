@@ -136,7 +136,7 @@ def test_export_gives_the_same_sae_in_the_activations_own_units() -> None:
     inside = frame.enter(raw[0])
     w_enc, b_enc, w_dec, b = (stack[0] for stack in bank.stacks)
     active = codes.encode(inside, w_enc, codes.fold_bias(w_enc, b_enc, b), BASE.k)
-    expected = codes.decode(active, w_dec, b) / scale + centre
+    expected = (codes.decode(active, w_dec) + b) / scale + centre
     output = sae(raw[0])
     torch.testing.assert_close(output.reconstruction, expected, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(

@@ -199,6 +199,23 @@ sys.stdin.read()
         assert not folder.exists()
 
 
+def test_a_worker_that_dies_as_it_arrives_leaves_nothing(tmp_path: Path) -> None:
+    """Oracle: an empty folder's absence; a crash before its first, second, third step on the disk."""
+    folder = tmp_path / "claims"
+    for name in ("mkdir", "write_text", "replace"):
+        code = f"""
+import os, sys, threading
+from pathlib import Path
+from saemill.cache.claims import Worker
+Path.{name} = lambda *_, **__: os._exit(9)
+Worker(Path(sys.argv[1]), threading.Event()).__enter__()
+"""
+        assert subprocess.run([sys.executable, "-c", code, str(folder)], env=ENVIRONMENT).returncode == 9
+        with Worker(folder, threading.Event()) as worker:
+            assert worker.take("store")
+        assert not folder.exists()
+
+
 def test_a_worker_that_was_taken_for_dead_goes_on_as_a_new_one(workers: Callable[[], Worker]) -> None:
     """Oracle: its file was removed; its old claim is lost, and it can make new ones."""
     there, here = workers(), workers()

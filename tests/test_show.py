@@ -99,9 +99,16 @@ def test_show_tells_a_run(tmp_path: Path) -> None:
     """Oracle: the records that a run leaves, written by hand, as it goes on."""
     durable.write_json(tmp_path / "identity.json", {})
     assert saemill("show", tmp_path).stdout == f"run {tmp_path}: unfinished, no checkpoint yet\n"
-    (tmp_path / "checkpoint.pt").touch()
+    (tmp_path / "checkpoint.json").touch()
     assert saemill("show", tmp_path).stdout == f"run {tmp_path}: unfinished, a checkpoint to go on from\n"
-    finished = {"variants": ["a", "b"], "tokens": 4096, "steps": 1000, "seconds": 7.4, "diverged": {"b": 12}}
+    finished = {
+        "variants": ["a", "b"],
+        "tokens": 4096,
+        "steps": 1000,
+        "seconds": 7.4,
+        "diverged": {"b": 12},
+        "stopped": {},
+    }
     durable.write_json(tmp_path / "finished.json", finished)
     head = f"run {tmp_path}: 2 SAEs, 4,096 tokens in 1,000 steps, 7 s\n"
     assert saemill("show", tmp_path).stdout == f"{head}  a  not assessed\n  b  diverged at step 12\n"

@@ -149,7 +149,9 @@ def test_auxk_equals_dense_autograd(n_dead: int, k_aux: int, monkeypatch: pytest
     k, c, scale = 5, 0.2, 0.11
     dead_S = torch.randperm(48, generator=torch.Generator().manual_seed(3))[:n_dead].sort().values
     passed = passed_forward(x, parameters, k)
-    dead, value = auxk(codes.Batch(x, x), passed, dead_S, weights_of(parameters), k_aux=k_aux, scale=scale)
+    dead, value = auxk(
+        codes.Batch(x, x), passed, dead_S, weights_of(parameters), k_aux=k_aux, scale=scale, n_dead=n_dead
+    )
     found = found_gradients(x, parameters, passed, dead, 2 * c)
     w_enc, b_enc, w_dec, b = leaves = double_leaves(parameters)
     xd = x.double()
@@ -169,7 +171,7 @@ def test_auxk_in_bf16_is_near_auxk_in_float32() -> None:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         batch, weights = codes.Batch(x, x.to(dtype)), weights_of(parameters, dtype)
-        found[dtype], _ = auxk(batch, passed, dead_S, weights, k_aux=32, scale=1.0)
+        found[dtype], _ = auxk(batch, passed, dead_S, weights, k_aux=32, scale=1.0, n_dead=128)
     for exact, rounded in zip(found[torch.float32][1:], found[torch.bfloat16][1:], strict=True):
         assert float((exact - rounded).norm() / exact.norm()) < 0.1
 

@@ -9,12 +9,12 @@ import yaml
 import saemill
 from saemill.assess.run import AssessConfig
 from saemill.cache.run import CacheConfig
-from saemill.common.config import SECTIONS, resolve
+from saemill.common.config import STAGES, build, resolve
+from saemill.slurm.settings import SlurmConfig
 from saemill.tokenize.run import TokenizeConfig
-from saemill.train.run import TrainConfig
+from saemill.train.config import TrainConfig
 
 ROOT = Path(saemill.__file__).parent
-STAGES = ("tokenize", "cache", "train", "assess")
 CONFIGS = {"tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig}
 
 
@@ -50,7 +50,8 @@ def test_what_ships_stays_small() -> None:
 def test_configs_resolve(file: Path) -> None:
     """Oracle: the strict loader; each stage reads what the one before it writes."""
     content = yaml.safe_load(file.read_text())
-    assert set(content) == set(SECTIONS)
+    assert set(content) - {"slurm"} == set(STAGES)
+    build(SlurmConfig, content.get("slurm", {}), "slurm")
     required = {
         "tokenize": {"dataset": "d", "tokenizer": "t", "out": "o"},
         "cache": {"tokens": "o", "model": "m", "out": "o"},

@@ -19,8 +19,9 @@ from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae import Sae
 from saemill.train import metrics
+from saemill.train.config import TrainConfig
 from saemill.train.profile import PROFILED_STEPS
-from saemill.train.run import TrainConfig, run
+from saemill.train.run import run
 from saemill.train.trainer import Trainer
 from saemill.train.variants import auto_lr, resolve
 
@@ -77,7 +78,7 @@ def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(
     monkeypatch.setattr(Trainer, "_one_step", one_step)
     run(config(store, tmp_path / "cut"))
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
-    assert not (tmp_path / "cut" / "checkpoint.pt").exists()
+    assert not (tmp_path / "cut" / "checkpoint.json").exists()
 
 
 def command(store: ActivationStore, out: Path) -> list[str]:
@@ -105,7 +106,7 @@ def test_signals(store: ActivationStore, tmp_path: Path, number: signal.Signals,
     out, whole = tmp_path / "out", tmp_path / "whole"
     subprocess.run(command(store, whole), check=True, capture_output=True)
     process = subprocess.Popen(command(store, out), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(lambda: (out / "checkpoint.pt").exists(), process)
+    wait_for(lambda: (out / "checkpoint.json").exists(), process)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
@@ -228,7 +229,7 @@ def test_a_damaged_checkpoint_is_told(store: ActivationStore, tmp_path: Path) ->
     """Oracle: the message says how to go on."""
     run(config(store, tmp_path / "r"))
     (tmp_path / "r" / "finished.json").unlink()
-    (tmp_path / "r" / "checkpoint.pt").write_bytes(b"nonsense")
+    (tmp_path / "r" / "checkpoint.json").write_bytes(b"nonsense")
     with pytest.raises(StoreError, match="--no-resume"):
         run(config(store, tmp_path / "r"))
 

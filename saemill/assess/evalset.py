@@ -1,6 +1,7 @@
 """The tokens to assess on: the store's held-out rows, or all rows of another token store."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saemill.assess.dealing import Addresses, dealt
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
 from saemill.common.log import counted
@@ -16,13 +18,16 @@ from saemill.common.mask import MaskConfig
 from saemill.common.model import LanguageModel, attention_of
 from saemill.common.shards import as_tensor
 from saemill.common.tokens import TokenStore
+from saemill.common.world import Group
+
+CHUNK_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Some unmasked tokens in address order."""
 
-    addresses_T: NDArray[np.int64]
+    addresses_T: Addresses
     x: dict[str, Tensor]
     """Per site [T, D], in the stored dtype."""
 
@@ -34,7 +39,7 @@ class Rows:
     ids_RS: Tensor
     keep_RS: NDArray[np.bool_]
     """Unmasked positions of documents that training did not see."""
-    addresses_RS: NDArray[np.int64]
+    addresses_RS: Addresses
 
 
 def is_cached(store: ActivationStore, other: TokenStore | None) -> bool:
@@ -89,6 +94,7 @@ class EvalSet:
         mask: positions left out.
         sites: where activations are wanted.
         batch_rows: rows per forward pass.
+        everyone: the processes among which the tokens are dealt.
     """
 
     def __init__(
@@ -99,9 +105,11 @@ class EvalSet:
         mask: MaskConfig,
         sites: list[str],
         batch_rows: int,
+        everyone: Group,
     ) -> None:
         self.store, self.model, self.mask, self.sites = store, model, mask, sites
-        self.batch_rows = batch_rows
+        self.batch_rows, self.everyone, self.whose = batch_rows, everyone, ""
+        self.arrays = {name: store.site(name) for name in sites}
         self.cached = is_cached(store, other)
         self.tokens = store.tokens if self.cached or other is None else other
         self.n_seen_documents = 0
@@ -112,6 +120,12 @@ class EvalSet:
             self.rows_R = np.arange(self.tokens.n_rows)
             self._seen = self._seen_documents()
             self.n_seen_documents = len(self._seen)
+
+    def at(self, site: str, whose: str) -> "EvalSet":
+        """The same tokens at one site alone; `whose` stands beside the progress of measuring."""
+        narrowed = copy(self)
+        narrowed.sites, narrowed.arrays, narrowed.whose = [site], {site: self.arrays[site]}, whose
+        return narrowed
 
     @property
     def description(self) -> str:
@@ -135,49 +149,75 @@ class EvalSet:
         return np.flatnonzero(np.isin(self.tokens.documents["text_hash"].to_numpy(), hashes))
 
     def chunks(self, max_tokens: int) -> Iterator[Chunk]:
-        """Unmasked tokens in address order, at most `max_tokens` of them."""
-        source = self._cached_chunks(held_out=True) if self.cached else self._computed_chunks()
-        return _limited(source, max_tokens)
+        """This process's part of the first `max_tokens` unmasked tokens, in address order."""
+        return self._chunks(f"reconstruct{self.whose}", (True,), max_tokens)
 
     def context_chunks(self, max_tokens: int) -> Iterator[Chunk]:
-        """Tokens to look for contexts in: of the cache all rows, trained ones included."""
-        if not self.cached:
-            return self.chunks(max_tokens)
-        return _limited(self._cached_chunks(held_out=None), max_tokens)
+        """This process's part of the tokens to look for contexts in: of the cache all rows, trained
+        ones included."""
+        return self._chunks("search contexts", (False, True), max_tokens)
 
-    def _cached_chunks(self, held_out: bool | None) -> Iterator[Chunk]:
-        arrays = {name: self.store.site(name) for name in self.sites}
-        for shard in range(self.store.n_shards):
-            sides = (False, True) if held_out is None else (held_out,)
-            keep = np.logical_or.reduce([self.store.keep_addresses(shard, self.mask, s) for s in sides])
-            offsets = np.flatnonzero(keep)
-            for start in range(0, len(offsets), CHUNK_TOKENS):
-                part = offsets[start : start + CHUNK_TOKENS]
-                x = {n: as_tensor(array.gather(shard, part), array.dtype) for n, array in arrays.items()}
-                yield Chunk(part + shard * self.store.shard_tokens, x)
-
-    def _computed_chunks(self) -> Iterator[Chunk]:
-        assert self.model is not None
-        dtype = {name: self.store.site(name).dtype for name in self.sites}
-        for rows in self.rows(self.tokens.n_tokens):
-            attention = attention_of(rows.ids_RS, self.tokens.tokenizer)
-            captured = self.model.capture(rows.ids_RS, self.sites, attention)
-            keep = torch.from_numpy(rows.keep_RS)
-            x = {name: captured[name].cpu()[keep].to(dtype[name]) for name in self.sites}
-            yield Chunk(rows.addresses_RS[rows.keep_RS], x)
+    def training_chunks(self, max_tokens: int) -> Iterator[Chunk]:
+        """The first cached tokens that training saw, the same for every process."""
+        return map(self._read, _limited(self._cached_batches((False,)), max_tokens))
 
     def rows(self, max_tokens: int) -> Iterator[Rows]:
-        """Whole rows in order, at most `max_tokens` tokens of them (one row at least)."""
-        ctx_len = self.tokens.ctx_len
-        chosen = self.rows_R[: max(1, max_tokens // ctx_len)]
-        for start in range(0, len(chosen), self.batch_rows):
-            numbers = chosen[start : start + self.batch_rows]
-            ids = np.concatenate([self.tokens.rows(row, row + 1) for row in numbers])
-            addresses = numbers[:, None] * ctx_len + np.arange(ctx_len)
-            keep = self.mask.keep(ids, self.tokens.tokenizer.special_ids)
-            if len(self._seen):
-                keep &= ~np.isin(self.tokens.document_of(addresses), self._seen)
-            yield Rows(torch.from_numpy(ids.astype(np.int64)), keep, addresses)
+        """This process's part of the first rows, at most `max_tokens` tokens of them (one row at least)."""
+        batches = list(self._row_batches(self.rows_R[: max(1, max_tokens // self.tokens.ctx_len)]))
+        for addresses_RS in dealt(f"splice{self.whose}", batches, self.everyone):
+            yield self._rows(addresses_RS)
+
+    def _chunks(self, label: str, held_out: tuple[bool, ...], max_tokens: int) -> Iterator[Chunk]:
+        batches = self._cached_batches(held_out) if self.cached else self._computed_batches()
+        read = self._read if self.cached else self._compute
+        for addresses_T in dealt(label, _limited(batches, max_tokens), self.everyone):
+            yield read(addresses_T)
+
+    def _cached_batches(self, held_out: tuple[bool, ...]) -> Iterator[Addresses]:
+        """Unmasked tokens of the cache, each batch from one shard."""
+        for shard in range(self.store.n_shards):
+            keep = [self.store.keep_addresses(shard, self.mask, side) for side in held_out]
+            addresses = np.flatnonzero(np.logical_or.reduce(keep)) + shard * self.store.shard_tokens
+            for start in range(0, len(addresses), CHUNK_TOKENS):
+                yield addresses[start : start + CHUNK_TOKENS]
+
+    def _computed_batches(self) -> Iterator[Addresses]:
+        """Unmasked tokens of as many rows as one forward pass takes."""
+        for addresses_RS in self._row_batches(self.rows_R):
+            rows = self._rows(addresses_RS)
+            yield rows.addresses_RS[rows.keep_RS]
+
+    def _row_batches(self, numbers_R: NDArray[np.int64]) -> Iterator[Addresses]:
+        for start in range(0, len(numbers_R), self.batch_rows):
+            yield self._row_addresses(numbers_R[start : start + self.batch_rows])
+
+    def _row_addresses(self, numbers_R: NDArray[np.int64]) -> Addresses:
+        return numbers_R[:, None] * self.tokens.ctx_len + np.arange(self.tokens.ctx_len)
+
+    def _read(self, addresses_T: Addresses) -> Chunk:
+        """Tokens of one shard, from the cache."""
+        shard = int(addresses_T[0]) // self.store.shard_tokens
+        offsets = addresses_T - shard * self.store.shard_tokens
+        x = {n: as_tensor(array.gather(shard, offsets), array.dtype) for n, array in self.arrays.items()}
+        return Chunk(addresses_T, x)
+
+    def _compute(self, addresses_T: Addresses) -> Chunk:
+        """Tokens of some rows, from one forward pass."""
+        assert self.model is not None
+        rows = self._rows(self._row_addresses(np.unique(addresses_T // self.tokens.ctx_len)))
+        attention = attention_of(rows.ids_RS, self.tokens.tokenizer)
+        captured = self.model.capture(rows.ids_RS, self.sites, attention)
+        places = torch.from_numpy(np.searchsorted(rows.addresses_RS.reshape(-1), addresses_T))
+        x = {n: captured[n].cpu().flatten(0, 1)[places].to(array.dtype) for n, array in self.arrays.items()}
+        return Chunk(addresses_T, x)
+
+    def _rows(self, addresses_RS: Addresses) -> Rows:
+        numbers = addresses_RS[:, 0] // self.tokens.ctx_len
+        ids = np.concatenate([self.tokens.rows(row, row + 1) for row in numbers])
+        keep = self.mask.keep(ids, self.tokens.tokenizer.special_ids)
+        if len(self._seen):
+            keep &= ~np.isin(self.tokens.document_of(addresses_RS), self._seen)
+        return Rows(torch.from_numpy(ids.astype(np.int64)), keep, addresses_RS)
 
     def units(self, addresses: NDArray[np.int64]) -> NDArray[Any]:
         """The unit of resampling of each address: its document's text hash, copies count once."""
@@ -185,15 +225,13 @@ class EvalSet:
         return hashes[self.tokens.document_of(addresses)]
 
 
-CHUNK_TOKENS = 8192
-
-
-def _limited(chunks: Iterator[Chunk], max_tokens: int) -> Iterator[Chunk]:
-    left = max_tokens
-    for chunk in chunks:
-        n = min(left, len(chunk.addresses_T))
-        if n:
-            yield Chunk(chunk.addresses_T[:n], {name: x[:n] for name, x in chunk.x.items()})
-        left -= n
+def _limited(batches: Iterable[Addresses], max_tokens: int) -> list[Addresses]:
+    """The first batches, the last one cut, with `max_tokens` tokens at most; none is empty."""
+    found, left = [], max_tokens
+    for batch in batches:
+        if len(batch):
+            found.append(batch[:left])
+            left -= len(found[-1])
         if left == 0:
-            return
+            break
+    return found

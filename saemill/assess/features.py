@@ -14,10 +14,14 @@ from saemill.assess.evalset import Chunk
 from saemill.common.errors import ConfigError
 from saemill.common.sae import Sae
 from saemill.common.tokens import TokenStore
+from saemill.common.world import Group
 
 CONTEXT_TOKENS = 12
 """Tokens shown on either side."""
 SEED = 11
+
+Strongest = dict[int, tuple[float, int]]
+"""Document → activation and address of the token there on which a latent fires most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +68,20 @@ def top_addresses(
     latents: list[int],
     tokens: TokenStore,
     n_contexts: int,
+    everyone: Group,
 ) -> dict[int, list[tuple[float, int]]]:
     """The strongest activations of some latents, at most one per document.
 
     Args:
-        chunks: activations to search.
+        chunks: activations that this process searches.
         site: where the SAE belongs.
         tokens: says which document an address belongs to.
         n_contexts: how many per latent.
+        everyone: the processes that search.
 
     Returns: latent → (activation, address), strongest first.
     """
-    best: dict[int, dict[int, tuple[float, int]]] = {latent: {} for latent in latents}
+    best: dict[int, Strongest] = {latent: {} for latent in latents}
     wanted = torch.tensor(sorted(latents))
     with torch.inference_mode():
         for chunk in chunks:
@@ -88,24 +94,22 @@ def top_addresses(
             documents = tokens.document_of(addresses)
             for latent in np.unique(index):
                 here = np.flatnonzero(index == latent)
-                strongest = here[np.argsort(-acts[here], kind="stable")][: 4 * n_contexts]
-                _merge(best[int(latent)], acts, addresses, documents, strongest, n_contexts)
-    return {latent: sorted(found.values(), reverse=True) for latent, found in best.items()}
+                for i in here[np.argsort(-acts[here], kind="stable")][: 4 * n_contexts]:
+                    _merge(best[int(latent)], {int(documents[i]): (float(acts[i]), int(addresses[i]))})
+                _cut(best[int(latent)], n_contexts)
+    for theirs in everyone.share(best):
+        for latent, found in theirs.items():
+            _merge(best[latent], found)
+    return {latent: sorted(found.values(), reverse=True)[:n_contexts] for latent, found in best.items()}
 
 
-def _merge(
-    found: dict[int, tuple[float, int]],
-    acts: NDArray[Any],
-    addresses: NDArray[np.int64],
-    documents: NDArray[np.int64],
-    chosen: NDArray[np.intp],
-    n_contexts: int,
-) -> None:
-    """Keep the strongest activation of each document, and the strongest documents."""
-    for i in chosen:
-        document, entry = int(documents[i]), (float(acts[i]), int(addresses[i]))
-        if document not in found or entry > found[document]:
-            found[document] = entry
+def _merge(found: Strongest, other: Strongest) -> None:
+    for document, entry in other.items():
+        found[document] = max(entry, found.get(document, entry))
+
+
+def _cut(found: Strongest, n_contexts: int) -> None:
+    """Keep the strongest documents."""
     for document in sorted(found, key=lambda d: found[d], reverse=True)[n_contexts:]:
         del found[document]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.assess.evalset import Chunk, EvalSet
-from saemill.assess.sums import Bootstrap, DocumentSums, Figure, absent
+from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
 from saemill.common.sae import Sae
 
@@ -50,12 +50,12 @@ class Reconstruction:
             )
             for name, n in ((name, sae.config.num_latents) for name, sae in saes.items())
         }
-        self.centre = {site: evalset.store.site(site).statistics.mean_D for site in evalset.sites}
+        self.centre = {site: array.statistics.mean_D for site, array in evalset.arrays.items()}
         self.first: dict[str, dict[int, NDArray[np.float64]]] = {site: {} for site in evalset.sites}
         self.n_tokens = 0
 
     def run(self, chunks: Iterable[Chunk]) -> "Reconstruction":
-        """Count all chunks."""
+        """Count this process's chunks, then add up what all processes counted."""
         with torch.inference_mode():
             for chunk in chunks:
                 units = self.evalset.units(chunk.addresses_T)
@@ -66,11 +66,31 @@ class Reconstruction:
                 for name, sae in self.saes.items():
                     columns |= self._variant(name, sae, chunk.x[self.sites[name]])
                 self.sums.add(units, columns)
+        self._merge()
         return self
 
+    def _merge(self) -> None:
+        everyone = self.evalset.everyone
+        self.n_tokens = sum(everyone.share(self.n_tokens))
+        for site, first in self.first.items():
+            self._centre(site, first)
+        self.sums.merge(everyone)
+        for firing in self.firing.values():
+            everyone.sum_(firing.count_F)
+            everyone.sum_(firing.sum_F)
+            firing.max_F = torch.stack(everyone.share(firing.max_F)).amax(0)
+
+    def _centre(self, site: str, first: dict[int, NDArray[np.float64]]) -> None:
+        """Move the squared distances per document from the cached mean to the evaluation set's own:
+        Σ‖x − x̄‖² = Σ‖x − c‖² − 2 s·Σ(x − c) + n ‖s‖², s = x̄ − c."""
+        total_D = torch.from_numpy(sum(first.values(), np.zeros(len(self.centre[site]))))
+        shift_D = self.evalset.everyone.sum_(total_D).numpy() / max(1, self.n_tokens)
+        n = dict(zip(sorted(self.sums.rows), self.sums.column("n"), strict=True))
+        moved = [n[document] * (shift_D @ shift_D) - 2 * row @ shift_D for document, row in first.items()]
+        self.sums.add(np.array(list(first), np.uint64), {f"{site}/squares": moved})
+
     def _deviations(self, site: str, x_TD: Tensor, units: NDArray[Any]) -> NDArray[np.float64]:
-        """Squared distances from the cached mean; their sums per document are moved to the
-        evaluation set's own mean at the end."""
+        """Squared distances from the cached mean; `_centre` moves their sums at the end."""
         centred = x_TD.double() - self.centre[site]
         documents, group = np.unique(units, return_inverse=True)
         first = torch.zeros(len(documents), centred.shape[1], dtype=torch.float64)
@@ -102,31 +122,35 @@ class Reconstruction:
 
     def squares(self, site: str) -> NDArray[np.float64]:
         """Σ ‖x − x̄‖² per document, x̄ the mean over the whole evaluation set. [n_documents]."""
-        raw, n = self.sums.column(f"{site}/squares"), self.sums.column("n")
-        first = np.stack([self.first[site][document] for document in sorted(self.first[site])])
-        shift = first.sum(0) / n.sum()
-        return np.asarray(raw - 2 * first @ shift + n * (shift @ shift))
+        return self.sums.column(f"{site}/squares")
 
-    def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
-        """fvu, explained variance, mse, cosine, norm ratio and L0 of one variant.
+    def ratios(self, name: str) -> dict[str, Ratio]:
+        """fvu, mse, cosine, norm ratio and L0 of one variant.
 
         fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖²; mse is per dimension.
         """
         n = self.sums.column("n")
         column = {what: self.sums.column(f"{name}/{what}") for what in PER_VARIANT}
-        fvu = bootstrap.ratio(column["sse"], self.squares(self.sites[name]))
         return {
-            "fvu": fvu,
-            "explained_variance": complement(fvu),
-            "mse": bootstrap.ratio(column["sse"], n * self.saes[name].config.d_in),
-            "cosine": bootstrap.ratio(column["cosine"], n),
-            "norm_ratio": bootstrap.ratio(column["norm_ratio"], n),
-            "l0": bootstrap.ratio(column["l0"], n),
+            "fvu": (column["sse"], self.squares(self.sites[name])),
+            "mse": (column["sse"], n * self.saes[name].config.d_in),
+            "cosine": (column["cosine"], n),
+            "norm_ratio": (column["norm_ratio"], n),
+            "l0": (column["l0"], n),
         }
+
+    def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
+        """The `ratios` of one variant as figures, and its explained variance."""
+        figures = bootstrap.figures(self.ratios(name))
+        return figures | {"explained_variance": complement(figures["fvu"])}
 
     def density(self, name: str) -> NDArray[np.float64]:
         """Share of tokens on which each latent was active. [F]."""
         return self.firing[name].count_F.numpy() / max(1, self.n_tokens)
+
+    def live(self, name: str, least_share: float) -> NDArray[np.bool_]:
+        """Which latents fired, and on at least that share of the tokens. [F]."""
+        return self.density(name) >= max(least_share, 1 / max(1, self.n_tokens))
 
 
 def complement(figure: Figure) -> Figure:
@@ -149,12 +173,12 @@ def absorption(rows_FD: Tensor) -> Figure:
     largest = []
     for start in range(0, len(unit), 1024):
         cosine = unit[start : start + 1024] @ unit.T
-        cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = -1
+        cosine.diagonal(start).fill_(-1)
         largest.append(cosine.amax(1))
     return {"value": float(torch.cat(largest).mean())}
 
 
-def random_absorption(n: int, d: int) -> Figure:
+def random_absorption(rows_FD: Tensor) -> Figure:
     """What `absorption` reads on as many random directions: no dictionary can tell less."""
     generator = torch.Generator().manual_seed(0)
-    return absorption(torch.randn(n, d, generator=generator))
+    return absorption(torch.randn(rows_FD.shape, generator=generator).to(rows_FD.device))

@@ -28,6 +28,11 @@ COLUMNS = {
 }
 
 
+UNTRAINED = (
+    "below the line, not trained: a random dictionary of the best's size and k, and PCA with k directions"
+)
+
+
 def number(figure: Figure, digits: int = 3) -> str:
     """A figure's value, or an en dash."""
     value = figure["value"]
@@ -51,20 +56,41 @@ def table(assessment: dict[str, Any]) -> str:
     for title in COLUMNS.values():
         shown.add_column(title, justify="right", no_wrap=True)
     shown.add_column("verdict", no_wrap=True)
-    for entry in assessment["variants"]:
+    for entry in assessment["variants"] + assessment["controls"]:
         values = [number(entry["metrics"][name]) for name in COLUMNS]
-        note = " (diverged)" if entry["diverged_at_step"] is not None else ""
+        note = f" ({entry['not_measured'].split()[0]})" if entry["not_measured"] else ""
         shown.add_row(entry["name"], *values, entry["verdict"] + note)
+        if entry is assessment["variants"][-1]:
+            shown.add_section()
     console = Console(width=150, no_color=True, record=True, file=io.StringIO())
     console.print(shown)
-    lines = [console.export_text().rstrip(), f"best: {assessment['best_variant']}"]
+    lines = [console.export_text().rstrip(), UNTRAINED, f"best: {_best(assessment)}"]
     return "\n".join(lines + _notes(assessment))
+
+
+def _best(assessment: dict[str, Any]) -> str:
+    """The best variant with its figures on the documents that it was not chosen on."""
+    other = assessment["best_on_other_documents"]
+    figures = [
+        f"{COLUMNS[name]} {number(figure)}" + (f" ({interval(figure)})" if interval(figure) else "")
+        for name, figure in other["metrics"].items()
+        if name in ("fvu", "delta_ce") and figure["value"] is not None
+    ]
+    where = (
+        "chosen and reported on the same documents, which are too few to halve"
+        if other["overlap"]
+        else f"chosen on {counted(other['n_documents_chosen_on'], 'document')}; "
+        f"on {other['n_documents']:,} others {', '.join(figures)}"
+    )
+    return f"{assessment['best_variant']}, {where}"
 
 
 def _notes(assessment: dict[str, Any]) -> list[str]:
     """What the tables do not show: checks not run or judged otherwise, figures without interval."""
-    checks = [check for entry in assessment["variants"] for check in entry["checks"]]
-    lines = sorted({f"not run: {c['name']}: {c['reason']}" for c in checks if c["passed"] is None})
+    variants = assessment["variants"]
+    lines = [f"{entry['name']}: {entry['not_measured']}" for entry in variants if entry["not_measured"]]
+    checks = [check for entry in variants if not entry["not_measured"] for check in entry["checks"]]
+    lines += sorted({f"not run: {c['name']}: {c['reason']}" for c in checks if c["passed"] is None})
     if any(check["passed"] is not None and "reason" in check for check in checks):
         lines.append(
             f"absorption: where as many random directions show more than "
@@ -98,7 +124,8 @@ def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, N
     """One HTML page with no scripts and nothing to fetch: tables, charts, contexts."""
     sections = [
         _summary(assessment),
-        _variants_table(assessment),
+        _table("Variants", assessment["variants"]),
+        _table("For comparison: not trained, of the best's k", assessment["controls"]),
         charts.against_l0(assessment, "fvu", "FVU"),
         charts.against_l0(assessment, "delta_ce", "ΔCE, nats per token"),
         charts.densities(assessment, densities),
@@ -113,7 +140,7 @@ def _summary(assessment: dict[str, Any]) -> str:
     losses = f"; losses on {data['n_tokens_with_losses']:,} of them" if data["n_tokens_with_losses"] else ""
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(assessment))
     return f"""<h1>saemill assessment</h1>
-<p>Best variant: <b>{html.escape(assessment["best_variant"])}</b>. {data["n_tokens"]:,} tokens from
+<p>Best: {html.escape(_best(assessment))}.</p><p>{data["n_tokens"]:,} tokens from
 {counted(data["n_documents"], "document")}{losses}: {html.escape(data["chosen"])}.</p>
 <ul class="notes"><li>Intervals (95%) resample documents, so they show how the text varies, not how training
 does: with one seed the variance between seeds is unknown.</li>
@@ -123,10 +150,10 @@ Loss recovered compares with zero-ablation, a weak baseline; read ΔCE first.</l
 what as many random directions score.</li>{notes}</ul>"""
 
 
-def _variants_table(assessment: dict[str, Any]) -> str:
+def _table(heading: str, entries: list[dict[str, Any]]) -> str:
     head = "".join(f"<th>{title}</th>" for title in ("variant", "k", "latents", *COLUMNS.values(), "verdict"))
     rows = []
-    for entry in assessment["variants"]:
+    for entry in entries:
         metrics = entry["metrics"]
         cells = [
             f"<td class='name'>{html.escape(entry['name'])}</td>",
@@ -138,7 +165,7 @@ def _variants_table(assessment: dict[str, Any]) -> str:
             cells.append(f"<td{style}>{number(metrics[name])}<small>{interval(metrics[name])}</small></td>")
         cells.append(f"<td>{entry['verdict']}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<h2>Variants</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f"<h2>{heading}</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def _contexts(features: dict[str, Any]) -> str:

@@ -11,23 +11,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saemill.assess import features, verdict
+from saemill.assess import features
+from saemill.assess.controls import controls
+from saemill.assess.entries import Measured
 from saemill.assess.evalset import EvalSet, check_tokens
-from saemill.assess.reconstruction import Reconstruction, absorption, random_absorption
+from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.report import table, write_html
-from saemill.assess.splicing import Splicing, absent_metrics
-from saemill.assess.sums import Bootstrap, Figure, absent
+from saemill.assess.splicing import Splicing, check_mask_token
+from saemill.assess.sums import DocumentSums
 from saemill.assess.verdict import Thresholds
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.log import duration, progress, say
+from saemill.common.log import duration, say
 from saemill.common.mask import MaskConfig
-from saemill.common.model import LanguageModel, attention_of, check_fit, choose_device, fingerprint_model
+from saemill.common.model import LanguageModel, attention_of, check_fit, fingerprint_model
 from saemill.common.sae import Sae
 from saemill.common.sites import load_model_config
 from saemill.common.tokens import TokenStore
+from saemill.common.world import Group, World, speak_for
 
 FORMAT = "saemill assessment 1"
 SAME_ACTIVATIONS = 0.05
@@ -93,8 +96,8 @@ class _Run:
 
     store: ActivationStore
     saes: dict[str, Sae]
-    diverged: dict[str, Sae]
-    """Variants that were frozen in training; they are listed, not measured."""
+    left_out: dict[str, tuple[Sae, str]]
+    """Variants that diverged or were stopped early, and the reason: listed, not measured."""
     sites: dict[str, str]
     mask: MaskConfig
     finished: dict[str, Any]
@@ -103,14 +106,23 @@ class _Run:
 def run(config: AssessConfig) -> dict[str, Any]:
     """Assess every variant of a run; write `final_assessment.json` and `report.html`.
 
-    Returns: the content of `final_assessment.json`.
+    Of several processes each measures a part; the first one writes.
+
+    Returns: the content of `final_assessment.json`, on every process.
 
     Raises:
         StoreError: the run is not finished, or its activations are not to be found.
         ConfigError: settings that do not fit the run.
     """
+    world = World.here()
+    speak_for(world)
+    device = world.device(config.device)
+    with world.connected(device) as everyone:
+        return _assess(config, device, everyone)
+
+
+def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict[str, Any]:
     started = time.perf_counter()
-    device = choose_device(config.device)
     opened = _open(config, device)
     other = TokenStore(config.tokens) if config.tokens else None
     check_tokens(opened.store, other, config.with_model)
@@ -118,28 +130,29 @@ def run(config: AssessConfig) -> dict[str, Any]:
     settings.check_folder(out)
     model = _load_model(config, opened.store, other, device)
     sites = list(dict.fromkeys(opened.sites.values()))
-    evalset = EvalSet(opened.store, other, model, opened.mask, sites, config.batch_size)
-    splicing = _splicing(opened, evalset, model)
-    reconstruction = Reconstruction(opened.saes, opened.sites, evalset)
-    with progress("reconstruct", None, "tokens") as advance:
-        reconstruction.run(_counted(evalset.chunks(config.max_tokens), advance))
-    if reconstruction.n_tokens == 0:
-        raise ConfigError("every position of the evaluation tokens is masked or was seen in training")
-    splicing = _splice(config, splicing)
-    entries = _entries(config, opened, reconstruction, splicing, model)
+    evalset = EvalSet(opened.store, other, model, opened.mask, sites, config.batch_size, everyone)
+    if model is not None:
+        check_mask_token(model, evalset.tokens)
+    found = _measure(config, opened.saes, evalset, model)
+    entries = found.ranking(opened.left_out)
     best = entries[0]["name"]
-    shown = config.variant or best
+    beside = evalset.at(opened.sites[best], " controls")
+    untrained = _measure(config, controls(opened.saes[best], opened.sites[best], beside), beside, model)
     assessment = {
         "format": FORMAT,
-        "data": _data(config, evalset, reconstruction, splicing),
+        "data": _data(found),
         "thresholds": settings.plain(config.thresholds),
         "best_variant": best,
+        "best_on_other_documents": found.on_other_documents(best),
         "variants": entries,
-        "features": _features(config, opened, evalset, reconstruction, shown),
+        "controls": untrained.entries(),
+        "features": _features(config, opened, evalset, found.reconstruction, config.variant or best),
+        "n_processes": everyone.size,
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},
     }
     assessment["seconds"] = time.perf_counter() - started
-    _write(out, assessment, reconstruction, splicing)
+    if everyone.rank == 0:
+        _write(out, assessment, found)
     say(table(assessment))
     say(f"{out / 'final_assessment.json'}, report.html written in {duration(assessment['seconds'])}")
     return assessment
@@ -160,7 +173,7 @@ def _open(config: AssessConfig, device: torch.device) -> _Run:
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
             raise StoreError(f"{name} was not trained on {path}; name the right store with --acts")
-    diverged = {name: saes.pop(name) for name in finished["diverged"]}
+    left_out = {name: (saes.pop(name), reason) for name, reason in _left_out(finished).items()}
     if not saes:
         raise StoreError(f"every variant of {config.run} diverged; train again at lower learning rates")
     if config.variant is not None and config.variant not in saes:
@@ -169,7 +182,18 @@ def _open(config: AssessConfig, device: torch.device) -> _Run:
     features.check_latents(config.latents, [sae.config.num_latents for sae in may_be_shown])
     sites = {name: sae.config.provenance["site"] for name, sae in saes.items()}
     mask = settings.build(MaskConfig, finished["mask"], "mask")
-    return _Run(store, saes, diverged, sites, mask, finished)
+    return _Run(store, saes, left_out, sites, mask, finished)
+
+
+def _left_out(finished: dict[str, Any]) -> dict[str, str]:
+    """Variants that are not worth measuring, and why."""
+    reasons = {name: f"diverged at step {step:,}" for name, step in finished["diverged"].items()}
+    for name, look in finished["stopped"].items():
+        value = "diverged" if look["value"] is None else f"{look['metric']} {look['value']:.4g}"
+        reasons[name] = f"stopped by halving at step {look['step']:,}: {value}"
+        if look["best"] is not None:
+            reasons[name] += f", the best {look['best']:.4g}"
+    return reasons
 
 
 def _load_model(
@@ -211,130 +235,36 @@ def _check_same_activations(model: LanguageModel, store: ActivationStore) -> Non
         )
 
 
-def _counted(chunks: Any, advance: Any) -> Any:
-    for chunk in chunks:
-        yield chunk
-        advance(len(chunk.addresses_T))
+def _measure(
+    config: AssessConfig, saes: dict[str, Sae], evalset: EvalSet, model: LanguageModel | None
+) -> Measured:
+    """Some SAEs on the evaluation tokens; the losses, or why there are none."""
+    sites = {name: sae.config.provenance["site"] for name, sae in saes.items()}
+    reconstruction = Reconstruction(saes, sites, evalset).run(evalset.chunks(config.max_tokens))
+    if reconstruction.n_tokens == 0:
+        raise ConfigError("every position of the evaluation tokens is masked or was seen in training")
+    splicing: Splicing | str = "run with --no-model"
+    if model is not None and model.head is None:
+        splicing = f"{model.name} has no language-model head"
+    elif model is not None:
+        splicing = Splicing(saes, sites, evalset, model).run(config.model_tokens)
+        if splicing.n_tokens == 0:
+            splicing = "no position to predict in the evaluation rows"
+    return Measured(reconstruction, splicing, config.thresholds, config.dead_percentage_threshold)
 
 
-def _splicing(opened: _Run, evalset: EvalSet, model: LanguageModel | None) -> Splicing | None:
-    if model is None or model.head is None:
-        return None
-    return Splicing(opened.saes, opened.sites, evalset, model)
-
-
-def _splice(config: AssessConfig, splicing: Splicing | None) -> Splicing | None:
-    if splicing is None:
-        return None
-    tokens, n_held_out = splicing.evalset.tokens, len(splicing.evalset.rows_R)
-    total = min(n_held_out, max(1, config.model_tokens // tokens.ctx_len)) * tokens.ctx_len
-    with progress("splice", total, "tokens") as advance:
-        splicing.run(config.model_tokens, advance)
-    return splicing if splicing.n_tokens else None
-
-
-def _entries(
-    config: AssessConfig,
-    opened: _Run,
-    reconstruction: Reconstruction,
-    splicing: Splicing | None,
-    model: LanguageModel | None,
-) -> list[dict[str, Any]]:
-    """One entry per variant, best first, each compared with the best on the same draws."""
-    bootstrap = Bootstrap(len(reconstruction.sums.rows))
-    model_bootstrap = Bootstrap(len(splicing.sums.rows)) if splicing else None
-    entries = []
-    for name, sae in opened.saes.items():
-        metrics = reconstruction.metrics(name, bootstrap) | _latent_metrics(config, reconstruction, name)
-        if splicing and model_bootstrap:
-            metrics |= splicing.metrics(name, model_bootstrap)
-        else:
-            metrics |= absent_metrics(_why_no_losses(model))
-        entries.append(_entry(config, name, sae, metrics))
-    for name, sae in opened.diverged.items():
-        step = sae.config.provenance["diverged_at_step"]
-        metrics = {metric: absent(f"training diverged at step {step}") for metric in entries[0]["metrics"]}
-        entries.append(_entry(config, name, sae, metrics))
-    entries = verdict.order(entries)
-    best = entries[0]["name"]
-    for entry in entries[1:]:
-        if entry["name"] in opened.saes:
-            entry["versus_best"] = _versus(entry["name"], best, opened, reconstruction, splicing)
-    return entries
-
-
-def _entry(config: AssessConfig, name: str, sae: Sae, metrics: dict[str, Figure]) -> dict[str, Any]:
-    found = verdict.checks(metrics, config.thresholds)
-    provenance = sae.config.provenance
-    return {
-        "name": name,
-        "site": provenance["site"],
-        "k": sae.config.k,
-        "num_latents": sae.config.num_latents,
-        "tokens_trained": provenance["tokens_trained"],
-        "diverged_at_step": provenance["diverged_at_step"],
-        "metrics": metrics,
-        "checks": found,
-        "verdict": verdict.summary(found),
-    }
-
-
-def _why_no_losses(model: LanguageModel | None) -> str:
-    if model is None:
-        return "run with --no-model"
-    if model.head is None:
-        return f"{model.name} has no language-model head"
-    return "no position to predict in the evaluation rows"
-
-
-def _latent_metrics(config: AssessConfig, reconstruction: Reconstruction, name: str) -> dict[str, Figure]:
-    density = reconstruction.density(name)
-    sae = reconstruction.saes[name]
-    live = density >= config.dead_percentage_threshold if config.dead_percentage_threshold else density > 0
-    rows = sae.W_dec.detach().cpu()[torch.from_numpy(live)]
-    quantiles = np.quantile(density, [0.05, 0.25, 0.5, 0.75, 0.95])
-    return {
-        "dead_fraction": {"value": float(1 - live.mean())},
-        "never_fired": {"value": float((density == 0).mean())},
-        "dense_fraction": {"value": float((density > 0.1).mean())},
-        "density_quantiles": {"value": quantiles.tolist()},
-        "absorption": absorption(rows),
-        "absorption_random": random_absorption(*rows.shape),
-    }
-
-
-def _versus(
-    name: str, best: str, opened: _Run, reconstruction: Reconstruction, splicing: Splicing | None
-) -> dict[str, Figure]:
-    """Differences to the best variant over the same documents: value minus the best's."""
-    bootstrap = Bootstrap(len(reconstruction.sums.rows))
-    found: dict[str, Figure] = {}
-    if opened.sites[name] == opened.sites[best]:
-        squares = reconstruction.squares(opened.sites[name])
-        difference = reconstruction.sums.column(f"{name}/sse") - reconstruction.sums.column(f"{best}/sse")
-        found["fvu"] = bootstrap.ratio(difference, squares)
-    if splicing:
-        difference = splicing.sums.column(f"{name}/ce") - splicing.sums.column(f"{best}/ce")
-        found["delta_ce"] = Bootstrap(len(splicing.sums.rows)).ratio(difference, splicing.sums.column("n"))
-    for figure in found.values():
-        if figure.get("lo") is not None:
-            figure["distinguishable"] = not figure["lo"] <= 0 <= figure["hi"]
-    return found
-
-
-def _data(
-    config: AssessConfig, evalset: EvalSet, reconstruction: Reconstruction, splicing: Splicing | None
-) -> dict[str, Any]:
+def _data(found: Measured) -> dict[str, Any]:
+    reconstruction, splicing, evalset = found.reconstruction, found.splicing, found.reconstruction.evalset
     return {
         "chosen": evalset.description,
         "tokens_fingerprint": evalset.tokens.fingerprint,
         "n_tokens": reconstruction.n_tokens,
         "n_documents": len(reconstruction.sums.rows),
         "n_documents_left_out_as_seen": evalset.n_seen_documents,
-        "n_tokens_with_losses": splicing.n_tokens if splicing else 0,
+        "n_tokens_with_losses": splicing.n_tokens if isinstance(splicing, Splicing) else 0,
         "mask": settings.plain(evalset.mask),
-        "dead_percentage_threshold": config.dead_percentage_threshold,
-        "identity_splice_nats": splicing.identity if splicing else None,
+        "dead_percentage_threshold": found.dead_share,
+        "identity_splice_nats": splicing.identity if isinstance(splicing, Splicing) else None,
     }
 
 
@@ -342,11 +272,13 @@ def _features(
     config: AssessConfig, opened: _Run, evalset: EvalSet, reconstruction: Reconstruction, shown: str
 ) -> dict[str, Any]:
     density = reconstruction.density(shown)
-    live = density >= max(config.dead_percentage_threshold, 1 / max(1, reconstruction.n_tokens))
+    live = reconstruction.live(shown, config.dead_percentage_threshold)
     latents = features.choose_latents(density, live, config.latents, config.n_latents)
     site, sae = opened.sites[shown], opened.saes[shown]
     chunks = evalset.context_chunks(config.context_tokens) if latents else ()
-    found = features.top_addresses(chunks, site, sae, latents, evalset.tokens, config.n_contexts)
+    found = features.top_addresses(
+        chunks, site, sae, latents, evalset.tokens, config.n_contexts, evalset.everyone
+    )
     reader = features.Reader(evalset.tokens)
     firing = reconstruction.firing[shown]
     return {
@@ -365,19 +297,13 @@ def _features(
     }
 
 
-def _write(
-    out: Path, assessment: dict[str, Any], reconstruction: Reconstruction, splicing: Splicing | None
-) -> None:
+def _write(out: Path, assessment: dict[str, Any], found: Measured) -> None:
     """The verdict, the report, and the sums and firing counts they follow from."""
+    reconstruction = found.reconstruction
     out.mkdir(parents=True, exist_ok=True)
-    for name, sums in (
-        ("documents", reconstruction.sums),
-        ("documents_model", splicing and splicing.sums),
-    ):
-        if sums:
-            hashes = pa.array(sorted(sums.rows), pa.uint64())
-            columns = {column: sums.column(column) for column in sums.names}
-            pq.write_table(pa.table({"text_hash": hashes} | columns), out / f"{name}.parquet")
+    _write_sums(out / "documents.parquet", reconstruction.sums)
+    if isinstance(found.splicing, Splicing):
+        _write_sums(out / "documents_model.parquet", found.splicing.sums)
     parts = [
         pa.table(
             {
@@ -394,3 +320,8 @@ def _write(
     densities = {name: reconstruction.density(name) for name in reconstruction.saes}
     write_html(out / "report.html", assessment, densities)
     durable.write_json(out / "final_assessment.json", assessment)
+
+
+def _write_sums(path: Path, sums: DocumentSums) -> None:
+    hashes = pa.array(sums.documents, pa.uint64())
+    pq.write_table(pa.table({"text_hash": hashes} | {name: sums.column(name) for name in sums.names}), path)

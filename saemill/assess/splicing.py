@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.assess.evalset import EvalSet, Rows
-from saemill.assess.sums import Bootstrap, DocumentSums, Figure, absent
+from saemill.assess.sums import DocumentSums, Figure, Ratio, absent
 from saemill.common.errors import ConfigError, DataError
 from saemill.common.model import LanguageModel, attention_of
 from saemill.common.permutation import hashes
 from saemill.common.sae import Sae
+from saemill.common.tokens import TokenStore
 
 MASKED_SHARE = 0.15
 MASK_KEY = 15
@@ -46,6 +47,16 @@ class _Batch:
     """Per site the true ones, [R, S, D]."""
 
 
+def check_mask_token(model: LanguageModel, tokens: TokenStore) -> None:
+    """Refuse a masked LM whose tokenizer has no mask token, before anything is measured.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    if model.head == "masked" and tokens.tokenizer.mask_id is None:
+        raise ConfigError(f"{model.name} is a masked LM, but its tokenizer has no mask token")
+
+
 class Splicing:
     """Forward passes with and without replacement over the evaluation rows.
 
@@ -53,38 +64,36 @@ class Splicing:
         saes: variant name → SAE.
         sites: variant name → site.
         evalset: rows to run on.
-        model: with its LM head.
-
-    Raises:
-        ConfigError: a masked LM whose tokenizer has no mask token.
+        model: with its LM head; see `check_mask_token`.
     """
 
     def __init__(
         self, saes: dict[str, Sae], sites: dict[str, str], evalset: EvalSet, model: LanguageModel
     ) -> None:
         self.saes, self.sites, self.evalset, self.model = saes, sites, evalset, model
-        if model.head == "masked" and evalset.tokens.tokenizer.mask_id is None:
-            raise ConfigError(f"{model.name} is a masked LM, but its tokenizer has no mask token")
         baselines = [f"{site}/{what}" for site in evalset.sites for what in ("zero", "mean")]
         variants = [f"{name}/{what}" for name in saes for what in ("ce", "kl")]
         self.sums = DocumentSums(["n", "clean", *baselines, *variants])
         self.means = {
-            site: evalset.store.site(site).statistics.mean_D.float().to(model.device)
-            for site in evalset.sites
+            site: array.statistics.mean_D.float().to(model.device) for site, array in evalset.arrays.items()
         }
         self.identity: dict[str, float] = {}
         self.skippable = set(evalset.sites)
         self.n_tokens = 0
 
-    def run(self, max_tokens: int, advance: Callable[[int], None]) -> "Splicing":
-        """Count rows up to `max_tokens`.
+    def run(self, max_tokens: int) -> "Splicing":
+        """Count this process's part of the rows up to `max_tokens`, then add up those of all processes.
 
         Raises:
             DataError: splicing the true activation changes the loss.
         """
         for rows in self.evalset.rows(max_tokens):
             self._rows(rows)
-            advance(rows.ids_RS.numel())
+        everyone = self.evalset.everyone
+        self.sums.merge(everyone)
+        self.n_tokens = sum(everyone.share(self.n_tokens))
+        found = everyone.share(self.identity)
+        self.identity = {site: nats for theirs in reversed(found) for site, nats in theirs.items()}
         return self
 
     def _rows(self, rows: Rows) -> None:
@@ -163,21 +172,21 @@ class Splicing:
                 "per token: the site is not where the model's forward pass reads it"
             )
 
-    def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
+    def ratios(self, name: str) -> dict[str, Ratio]:
         """Losses in nats per token, ΔCE, KL and loss recovered of one variant."""
         n, clean = self.sums.column("n"), self.sums.column("clean")
         site = self.sites[name]
         zero, mean = (self.sums.column(f"{site}/{what}") for what in ("zero", "mean"))
         ce, kl = (self.sums.column(f"{name}/{what}") for what in ("ce", "kl"))
         return {
-            "delta_ce": bootstrap.ratio(ce - clean, n),
-            "kl": bootstrap.ratio(kl, n),
-            "loss_recovered": bootstrap.ratio(zero - ce, zero - clean),
-            "loss_recovered_from_mean": bootstrap.ratio(mean - ce, mean - clean),
-            "ce_clean": bootstrap.ratio(clean, n),
-            "ce_spliced": bootstrap.ratio(ce, n),
-            "ce_zero": bootstrap.ratio(zero, n),
-            "ce_mean": bootstrap.ratio(mean, n),
+            "delta_ce": (ce - clean, n),
+            "kl": (kl, n),
+            "loss_recovered": (zero - ce, zero - clean),
+            "loss_recovered_from_mean": (mean - ce, mean - clean),
+            "ce_clean": (clean, n),
+            "ce_spliced": (ce, n),
+            "ce_zero": (zero, n),
+            "ce_mean": (mean, n),
         }
 
 
@@ -186,7 +195,7 @@ METRICS = ("delta_ce", "kl", "loss_recovered", "loss_recovered_from_mean", "ce_c
 
 
 def absent_metrics(reason: str) -> dict[str, Figure]:
-    """The figures of `Splicing.metrics` where no model was run."""
+    """The figures of `Splicing.ratios` where no model was run."""
     return {name: absent(reason) for name in METRICS}
 
 

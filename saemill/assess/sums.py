@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saemill.common.log import counted
+from saemill.common.world import Group
 
 N_DRAWS = 2000
 LEAST_DOCUMENTS = 30
@@ -19,6 +20,9 @@ SEED = 20
 
 Figure = dict[str, Any]
 """`value`, `lo`, `hi` (95%), or `value: null` with a `reason`."""
+
+Ratio = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Numerator and denominator per document, [n_documents] each."""
 
 
 @dataclass(slots=True)
@@ -40,31 +44,40 @@ class DocumentSums:
                     row = self.rows[document] = np.zeros(len(self.names))
                 row[place] += value
 
+    def merge(self, everyone: Group) -> None:
+        """Add up the sums of all processes; a document that one of them has alone keeps its bits."""
+        parts, self.rows = everyone.share(self.rows), {}
+        for part in parts:
+            for document, row in part.items():
+                known = self.rows.get(document)
+                self.rows[document] = row if known is None else known + row
+
     def column(self, name: str) -> NDArray[np.float64]:
         """One sum for every document, in ascending order of document. [n_documents]."""
         place = self.names.index(name)
-        return np.array([self.rows[document][place] for document in sorted(self.rows)])
+        return np.array([self.rows[document][place] for document in self.documents])
+
+    @property
+    def documents(self) -> list[int]:
+        """All documents, ascending."""
+        return sorted(self.rows)
 
 
 class Bootstrap:
     """Draws of documents, the same for every figure of one assessment.
 
     Args:
-        n_documents: how many there are.
+        among: bool [n_documents], the documents that count.
     """
 
-    def __init__(self, n_documents: int) -> None:
-        self.n_documents = n_documents
-        self.enough = n_documents >= LEAST_DOCUMENTS
+    def __init__(self, among: NDArray[np.bool_]) -> None:
+        self.among, self.n_documents = among, int(among.sum())
+        self.enough = self.n_documents >= LEAST_DOCUMENTS
         generator = np.random.default_rng(SEED)
-        shape = (N_DRAWS, n_documents if self.enough else 0)
+        shape = (N_DRAWS, self.n_documents if self.enough else 0)
         self.weights = generator.poisson(1.0, shape).astype(np.float32)
 
-    def draws(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The resampled totals of one column. [2000]."""
-        return np.asarray(self.weights @ sums, np.float64)
-
-    def figure(self, value: float, draws: NDArray[np.float64]) -> Figure:
+    def _figure(self, value: float, draws: NDArray[np.float64]) -> Figure:
         """A value with its 95% interval, or with the reason for which there is none."""
         if not np.isfinite(value):
             return absent("not finite on these tokens")
@@ -75,12 +88,37 @@ class Bootstrap:
         return {"value": value, "lo": float(lo), "hi": float(hi)}
 
     def ratio(self, numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> Figure:
-        """Σ numerator / Σ denominator over documents."""
-        value = float(numerator.sum() / denominator.sum())
-        if not self.enough:
-            return self.figure(value, np.zeros(0))
+        """Σ numerator / Σ denominator over documents. [n_documents] each."""
+        above, below = numerator[self.among], denominator[self.among]
         with np.errstate(invalid="ignore", divide="ignore"):
-            return self.figure(value, self.draws(numerator) / self.draws(denominator))
+            draws = (self.weights @ above) / (self.weights @ below) if self.enough else np.zeros(0)
+            return self._figure(float(above.sum() / below.sum()), draws)
+
+    def figures(self, ratios: dict[str, Ratio]) -> dict[str, Figure]:
+        """Each of some named ratios."""
+        return {name: self.ratio(*ratio) for name, ratio in ratios.items()}
+
+
+class Split:
+    """Some documents, in one half of which the best variant is chosen and in the other reported.
+
+    What is chosen for its figures looks better on the same documents than it is. A bit of the text's
+    hash tells the halves; where one would be empty, both are all documents.
+
+    Args:
+        documents: their text hashes, ascending.
+    """
+
+    def __init__(self, documents: list[int]) -> None:
+        odd = np.array(documents, np.uint64) % 2 == 1
+        self.overlap = bool(odd.all() or not odd.any())
+        self.chosen_on = odd | self.overlap
+        self.all, self.reported_on = Bootstrap(odd | True), Bootstrap(~odd | self.overlap)
+
+    def loss(self, ratio: Ratio) -> float:
+        """Σ numerator / Σ denominator over the documents on which the best is chosen."""
+        above, below = (float(column[self.chosen_on].sum()) for column in ratio)
+        return above / below if below else np.inf
 
 
 def absent(reason: str) -> Figure:

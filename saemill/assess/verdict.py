@@ -1,6 +1,7 @@
 """The health verdict: each variant against thresholds, the variants in order, the best one named."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,20 +69,17 @@ def summary(found: list[Check]) -> str:
     return text if n_run == len(found) else f"{text}, {len(found) - n_run} not run"
 
 
-def order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Variants best first: more checks passed, then the smaller ΔCE (FVU where no model was run).
+def order(entries: list[dict[str, Any]], losses: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Variants best first: more checks passed, then the smaller loss.
 
-    Diverged variants come last.
+    Args:
+        entries: the variants.
+        losses: name → loss; one that was not measured has none and comes last.
     """
 
     def key(entry: dict[str, Any]) -> tuple[bool, int, float]:
-        metrics = entry["metrics"]
-        loss = metrics["delta_ce"]["value"]
-        if loss is None:
-            loss = metrics["fvu"]["value"]
-        if loss is None:
-            loss = math.inf
+        loss = losses.get(entry["name"], math.inf)
         passed = sum(check["passed"] is True for check in entry["checks"])
-        return entry["diverged_at_step"] is not None, -passed, loss
+        return entry["not_measured"] is not None, -passed, loss if math.isfinite(loss) else math.inf
 
     return sorted(entries, key=key)

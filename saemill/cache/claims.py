@@ -105,7 +105,7 @@ class Seen:
     """A worker's file or claim as it was a moment ago."""
 
     owner: Owner | None
-    """None if it is not fully written."""
+    """None if the content was lost in a crash of the machine."""
     time: float
     """When it was touched last, in seconds by the file system's clock."""
 
@@ -216,11 +216,13 @@ class Worker:
         self.owner = Owner.here()
         self.file = self.folder / f"worker-{self.owner.token}"
         while not self.file.exists():
-            # Others may be making the folder, and the last to leave removes it.
+            # Others may be making the folder, sweeping it, or be the last to leave it.
             with suppress(FileExistsError):
                 self.folder.mkdir(parents=True)
-            with suppress(FileNotFoundError), self.file.open("x") as file:
-                json.dump(asdict(self.owner), file)
+            with suppress(FileNotFoundError):
+                partial = self.partial()
+                partial.write_text(json.dumps(asdict(self.owner)))
+                partial.replace(self.file)
 
     def _beat(self) -> None:
         while not self._left.wait(self.owner.expiry_seconds / 24):

@@ -1,8 +1,8 @@
 """Strict configuration: defaults < YAML section < `--set a.b=c` < flags, into frozen dataclasses.
 
 Every stage's settings are one dataclass beside the stage. A YAML file has one section per stage
-(`tokenize`, `cache`, `train`, `assess`); each command reads its own section. An unknown key is an
-error that names the nearest known one.
+(`tokenize`, `cache`, `train`, `assess`); each command reads its own section, and `saemill submit` all of
+them and `slurm`. An unknown key is an error that names the nearest known one.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from saemill.common import durable
 from saemill.common.errors import ConfigError
 
 T = TypeVar("T")
-SECTIONS = ("tokenize", "cache", "train", "assess")
+STAGES = ("tokenize", "cache", "train", "assess")
+SECTIONS = (*STAGES, "slurm")
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
 KINDS = {
     int: "a whole number (4096, 512k, 2M, 1e6)",
@@ -88,22 +89,27 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML: {error}") from error
 
 
-def read_section(file: Path, section: str) -> dict[str, Any]:
-    """One stage's section of a YAML file."""
+def read_sections(file: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a YAML file."""
     if not file.is_file():
         raise ConfigError(f"no config file {file}")
     content = _parse(file.read_text(), str(file)) or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold sections ({', '.join(SECTIONS)}), got {content!r:.80}")
-    for name in content:
+    for name, values in content.items():
         if name not in SECTIONS:
             raise ConfigError(f"{file}: unknown section {name!r}; {nearest(name, SECTIONS)}")
+        if not isinstance(values or {}, dict):
+            raise ConfigError(f"{file}: section {name!r} must be a group of settings, got {values!r:.80}")
+    return {name: values or {} for name, values in content.items()}
+
+
+def read_section(file: Path, section: str) -> dict[str, Any]:
+    """One section of a YAML file."""
+    content = read_sections(file)
     if section not in content:
         raise ConfigError(f"{file} has no section {section!r}; it has {', '.join(content) or 'none'}")
-    values = content[section] or {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: section {section!r} must be a group of settings, got {values!r:.80}")
-    return values
+    return content[section]
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

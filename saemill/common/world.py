@@ -4,25 +4,29 @@
 one. A world of one takes the same path as any other: its collectives change nothing.
 """
 
+import importlib
 import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from saemill.common import log
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.log import counted
 from saemill.common.model import choose_device
 
+T = TypeVar("T")
 PEER_TIMEOUT_SECONDS = 600
 """A process that waits so long for another takes it for lost; SAEMILL_PEER_TIMEOUT_SECONDS overrides it."""
 
@@ -46,13 +50,47 @@ class Group:
             dist.all_reduce(x, group=self.handle)
         return x
 
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """Every process's x, of one shape, in the group's order."""
+    def part(self, n: int) -> slice:
+        """This process's share of n things: consecutive ones, as many as any other's or one less."""
+        return self.parts(n)[self.rank]
+
+    def parts(self, n: int) -> list[slice]:
+        """Every process's share of n things."""
+        return [slice(n * i // self.size, n * (i + 1) // self.size) for i in range(self.size)]
+
+    def gather(self, x: Tensor, n: int) -> Tensor:
+        """The n rows of which every process has its part, put together in the group's order."""
         if self.size == 1:
-            return [x]
-        found = [torch.empty_like(x) for _ in self.ranks]
-        dist.all_gather(found, x.contiguous(), group=self.handle)
-        return found
+            return x
+        padded, most = self._padded(x, n)
+        found = x.new_empty(self.size * most, *x.shape[1:])
+        dist.all_gather_into_tensor(found, padded, group=self.handle)
+        return self._joined(found, n, most)
+
+    def collect(self, x: Tensor, n: int) -> Tensor | None:
+        """As `gather`, to the group's first process alone."""
+        if self.size == 1:
+            return x
+        padded, most = self._padded(x, n)
+        found = x.new_empty(self.size, most, *x.shape[1:]) if self.rank == 0 else None
+        into = None if found is None else list(found)
+        dist.gather(padded, into, dst=self.ranks[0], group=self.handle)
+        return None if found is None else self._joined(found.flatten(0, 1), n, most)
+
+    def _padded(self, x: Tensor, n: int) -> tuple[Tensor, int]:
+        """x with as many rows as the largest part."""
+        most = -(-n // self.size)
+        if len(x) == most:
+            return x.contiguous(), most
+        padded = x.new_zeros(most, *x.shape[1:])
+        padded[: len(x)] = x
+        return padded, most
+
+    def _joined(self, found: Tensor, n: int, most: int) -> Tensor:
+        if n == self.size * most:
+            return found
+        pieces = [found[i * most :][: part.stop - part.start] for i, part in enumerate(self.parts(n))]
+        return torch.cat(pieces)
 
     def share(self, value: Any) -> list[Any]:
         """Every process's value, any that can be pickled, in the group's order."""
@@ -61,6 +99,20 @@ class Group:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.handle)
         return found
+
+    def first(self, function: Callable[[], T]) -> T:
+        """What `function` returns on the group's first process, which alone calls it; its errors are
+        everyone's."""
+        outcome: tuple[Any, SaemillError | None] = None, None
+        if self.rank == 0:
+            try:
+                outcome = function(), None
+            except SaemillError as error:
+                outcome = None, error
+        value, failed = self.share(outcome)[0]
+        if failed is not None:
+            raise failed
+        return cast(T, value)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true for some process."""
@@ -160,16 +212,16 @@ class World:
         if self.size == 1:
             yield everyone
             return
+        # Imported later, by transformers, its functions' defaults would keep the group alive to the end.
+        importlib.import_module("torch.distributed.nn.functional")
         seconds = float(os.environ.get("SAEMILL_PEER_TIMEOUT_SECONDS", PEER_TIMEOUT_SECONDS))
-        meeting = self.connected_by or {}
+        timeout = timedelta(seconds=seconds)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{meeting['MASTER_ADDR']}:{meeting['MASTER_PORT']}"
-            if "TORCHELASTIC_RUN_ID" not in os.environ
-            else "env://",
+            store=_meet(self, timeout),
             rank=self.rank,
             world_size=self.size,
-            timeout=timedelta(seconds=seconds),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
         try:
@@ -178,6 +230,35 @@ class World:
         finally:
             everyone.forget()
             dist.destroy_process_group()
+
+
+def _meet(world: World, timeout: timedelta) -> Any:
+    """A store for this start of the processes alone.
+
+    torchrun keeps its store over restarts, and in it the addresses of processes that are gone, which
+    gloo would connect to. So the first process names the start, and each of the others greets it under
+    that name with a token of its own: one that read the name of an earlier start sees no answer to its
+    token, and reads again.
+    """
+    c10d: Any = dist
+    address = world.connected_by or {}
+    hosts = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    port = int(address["MASTER_PORT"])
+    store = c10d.TCPStore(address["MASTER_ADDR"], port, is_master=hosts, timeout=timeout)
+    mine = uuid.uuid4().hex
+    if world.rank == 0:
+        store.set("saemill start", mine)
+        tokens = [store.get(f"{mine} {rank}").decode() for rank in range(1, world.size)]
+        store.set(f"{mine} answer", " ".join(tokens))
+        return c10d.PrefixStore(mine, store)
+    end = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < end:
+        start = store.get("saemill start").decode()
+        store.set(f"{start} {world.rank}", mine)
+        if store.check([f"{start} answer"]) and mine in store.get(f"{start} answer").decode():
+            return c10d.PrefixStore(start, store)
+        time.sleep(0.05)
+    raise TimeoutError(f"the first process did not answer within {timeout}")
 
 
 def speak_for(world: World) -> None:

@@ -13,7 +13,7 @@ from saemill.common.config import resolve
 from saemill.common.log import duration, say
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
-from saemill.train.run import TrainConfig
+from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
 
 FOLDER = Path(str(files("saemill.demo")))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from saemill.common.topk import topk
 from saemill.train.codes import CHUNK_BYTES, Batch, Forward, Weights, chunks
+from saemill.train.team import ALONE, Team
 
 
 class DeadRows(NamedTuple):
@@ -21,7 +22,15 @@ class DeadRows(NamedTuple):
 
 
 def auxk(
-    batch: Batch, passed: Forward, dead_S: Tensor, weights: Weights, *, k_aux: int, scale: float
+    batch: Batch,
+    passed: Forward,
+    dead_S: Tensor,
+    weights: Weights,
+    *,
+    k_aux: int,
+    scale: float,
+    n_dead: int,
+    team: Team = ALONE,
 ) -> tuple[DeadRows, Tensor]:
     """The k_aux most active dead latents fit the residual −e.
 
@@ -30,14 +39,16 @@ def auxk(
     The gradient reaches the encoder and the decoder of the dead latents, and b through the encoder.
 
     Args:
-        batch: T tokens.
-        passed: of the same batch.
-        dead_S: int64, at least one.
+        batch: T tokens; where the team splits them, this process's.
+        passed: of the same tokens.
+        dead_S: int64; where the team splits the latents, this process's, perhaps none.
         weights: of the variant.
         k_aux: latents per token; all of the dead ones if there are fewer.
         scale: weight of the squared error.
+        n_dead: dead latents in the whole team, at least one.
+        team: the processes to add up with.
 
-    Returns: the gradients and L_aux.
+    Returns: the gradients and L_aux, over all tokens of the team.
     """
     product_TD = batch.product_TD
     dtype = product_TD.dtype
@@ -46,15 +57,19 @@ def auxk(
     rounded_SD = w_dec_SD.to(dtype)
     grad_enc_SD, grad_dec_SD = torch.zeros_like(w_dec_SD), torch.zeros_like(w_dec_SD)
     grad_bias_S, squares = torch.zeros_like(w_dec_SD[:, 0]), torch.zeros_like(passed.sse)
-    row_bytes = len(dead_S) * dtype.itemsize
+    row_bytes = n_dead * dtype.itemsize  # the same on every process: they meet in each chunk
     for chunk in chunks(len(e_TD), row_bytes, CHUNK_BYTES[e_TD.device.type]):
-        acts_tS = _activations(torch.addmm(bias_S, product_TD[chunk], w_enc_SD.T), k_aux)
-        difference_tD = torch.addmm(e_TD[chunk].to(dtype), acts_tS, rounded_SD)
+        pre_tS = torch.addmm(bias_S, product_TD[chunk], w_enc_SD.T)
+        acts_tS = _activations(pre_tS, k_aux, n_dead, team)
+        once_tD = e_TD[chunk].to(dtype) if team.latents.rank == 0 else torch.zeros_like(product_TD[chunk])
+        difference_tD = team.latents.sum_(torch.addmm(once_tD, acts_tS, rounded_SD))
         squares += difference_tD.float().square().sum()
         grad_dec_SD += acts_tS.T @ difference_tD
         dpre_tS = (difference_tD @ rounded_SD.T).mul_(acts_tS > 0)
         grad_enc_SD += dpre_tS.T @ product_TD[chunk]
         grad_bias_S += dpre_tS.float().sum(0)
+    for over_tokens in (grad_enc_SD, grad_dec_SD, grad_bias_S, squares):
+        team.tokens.sum_(over_tokens)
     grad_enc_SD.addr_(grad_bias_S, weights.b_D, alpha=-1)
     along_S1 = (grad_dec_SD * w_dec_SD).sum(1, keepdim=True)
     grad_dec_SD.addcmul_(along_S1, w_dec_SD, value=-1)
@@ -63,9 +78,14 @@ def auxk(
     return rows, squares * scale
 
 
-def _activations(pre_TS: Tensor, k_aux: int) -> Tensor:
-    """The k_aux largest of each row, rectified, in place among zeros."""
-    if pre_TS.shape[1] <= k_aux:
-        return pre_TS.relu_()
-    values, places = topk(pre_TS, k_aux)
-    return torch.zeros_like(pre_TS).scatter_(1, places, values)
+def _activations(pre_tS: Tensor, k_aux: int, n_dead: int, team: Team) -> Tensor:
+    """Of each row the entries that are among the team's k_aux largest, rectified, in place among zeros."""
+    if n_dead <= k_aux:
+        return pre_tS.relu_()
+    n_here = pre_tS.shape[1]
+    k = min(k_aux, n_here)
+    values, places = topk(pre_tS, k) if k < n_here else (pre_tS.relu_(), None)
+    if team.latents.size > 1:
+        mine, _ = team.among_all(torch.nn.functional.pad(values, (0, k_aux - k)))
+        values = values.where(mine[:, :k], 0)
+    return values if places is None else torch.zeros_like(pre_tS).scatter_(1, places, values)

@@ -4,6 +4,7 @@ Parameters live in scaled, centred units: x̃ = (x − centre) · scale with E�
 site. `export` folds both into the biases, so that a saved SAE takes activations as they are.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from saemill.train.auxk import DeadRows, auxk
 from saemill.train.codes import Batch, Forward, Weights
 from saemill.train.optimizer import Adam, Optimizer, Sgd
 from saemill.train.profile import part
+from saemill.train.team import ALONE, Team
 from saemill.train.variants import Variant
 
 DEAD_EVERY_STEPS = 4
@@ -45,6 +47,8 @@ class Bank:
         sample_TD: training activations for the initial gain and the geometric median, in training
             units.
         fused: whether to use the Triton kernels; by default on a GPU.
+        team: the processes that train these variants together. Where it splits the latents, every
+            tensor with an F holds this process's rows, `rows` of all.
     """
 
     def __init__(
@@ -55,13 +59,15 @@ class Bank:
         dead_after_tokens: int,
         sample_TD: Tensor,
         fused: bool | None = None,
+        team: Team = ALONE,
     ) -> None:
-        self.variants, self.frame, self.dtype = variants, frame, dtype
+        self.variants, self.frame, self.dtype, self.team = variants, frame, dtype, team
         self.dead_after_tokens = dead_after_tokens
         device = frame.centre_D.device
         fused = device.type == "cuda" if fused is None else fused
         self._forward, self._backward = _passes(fused)
-        n, f, d = len(variants), variants[0].num_latents, len(frame.centre_D)
+        self.rows = team.latents.part(variants[0].num_latents)
+        n, f, d = len(variants), self.rows.stop - self.rows.start, len(frame.centre_D)
         self.w_dec_VFD = torch.empty(n, f, d, device=device)
         self.w_enc_VFD = torch.empty(n, f, d, device=device)
         self.b_enc_VF = torch.zeros(n, f, device=device)
@@ -72,7 +78,8 @@ class Bank:
         self.gathered_VFD = self.w_dec_VFD.to(dtype) if fused else self.w_dec_VFD
         self._room_TF = codes.room(f, dtype, device)
         self.idle_tokens_VF = torch.zeros(n, f, dtype=torch.int64, device=device)
-        self.dead_V = self._find_dead()
+        self.dead_VF = torch.zeros(n, f, dtype=torch.bool, device=device)
+        self._find_dead()
         self.diverged_step_V = torch.full((n,), -1, dtype=torch.int64, device=device)
         self.frozen = [False] * n
         self.optimizers = [self._optimizer(i) for i in range(n)]
@@ -95,11 +102,11 @@ class Bank:
     def _initialise(self, i: int, sample_TD: Tensor) -> None:
         w_enc_FD, _, w_dec_FD, b_D = self.leaves(i)
         variant = self.variants[i]
-        w_dec_FD.copy_(initial.unit_rows(len(w_dec_FD), len(b_D), variant.seed))
+        w_dec_FD.copy_(initial.unit_rows(variant.num_latents, len(b_D), variant.seed)[self.rows])
         if variant.b_dec_init == "geometric_median":
             b_D.copy_(initial.geometric_median(sample_TD))
         w_enc_FD.copy_(w_dec_FD)
-        w_enc_FD.mul_(initial.best_gain(sample_TD, w_enc_FD, w_dec_FD, b_D, variant.k))
+        w_enc_FD.mul_(initial.best_gain(sample_TD, w_enc_FD, w_dec_FD, b_D, variant.k, self.team))
 
     def _optimizer(self, i: int) -> Optimizer:
         variant, leaves = self.variants[i], list(self.leaves(i))
@@ -114,25 +121,30 @@ class Bank:
             step: its number, kept for a variant that diverges.
         """
         batch = Batch(x_TD, x_TD.to(self.dtype))
+        own_T = self.team.tokens.part(len(x_TD))
+        own = Batch(*(rows_TD[own_T] for rows_TD in batch))
         if step % DEAD_EVERY_STEPS == 0:
-            self.dead_V = self._find_dead()
+            self._find_dead()
         for i in range(len(self.variants)):
             if not self.frozen[i]:
-                self._step_variant(i, batch, lr_factor, step)
+                self._step_variant(i, batch, own, lr_factor, step)
 
-    def _step_variant(self, i: int, batch: Batch, lr_factor: float, step: int) -> None:
+    def _step_variant(self, i: int, batch: Batch, own: Batch, lr_factor: float, step: int) -> None:
+        """Forward over this process's own tokens, backward over the whole batch."""
         variant, weights = self.variants[i], self.weights(i)
         per_square = self.loss_per_square(variant) / len(batch.x_TD)
-        passed = self._forward(batch, weights, variant.k, self._room_TF)
+        passed = self._forward(own, weights, variant.k, self._room_TF, self.team)
         with part("auxk"):
-            dead, auxk_loss = self._auxk(i, batch, passed, weights, per_square)
+            dead, auxk_loss = self._auxk(i, own, passed, weights, per_square)
+        passed = codes.gather(passed, len(batch.x_TD), self.team)
         diverged = self.diverged_step_V[i]
         diverged.copy_(torch.where((diverged < 0) & ~torch.isfinite(passed.sse), step, diverged))
         rates = rows.Rates(2 * per_square, variant.lr * lr_factor, variant.weight_decay)
-        fired_F = self._backward(batch, passed, dead, weights, self.optimizers[i], diverged < 0, rates)
+        healthy = diverged < 0
+        fired_F = self._backward(batch, passed, dead, weights, self.optimizers[i], healthy, rates, self.team)
         with part("count"):
             loss = passed.sse * per_square + auxk_loss
-            self.totals_V[i].add(len(batch.x_TD), passed.sse, loss, auxk_loss, passed.codes.val_TK)
+            self.totals_V[i].add(len(batch.x_TD), passed.sse, loss, auxk_loss, passed.n_active)
             idle_F = self.idle_tokens_VF[i]
             idle_F.copy_(torch.where(fired_F, 0, idle_F + len(batch.x_TD)))
 
@@ -140,15 +152,24 @@ class Bank:
         self, i: int, batch: Batch, passed: Forward, weights: Weights, per_square: float
     ) -> tuple[DeadRows | None, Tensor]:
         """Gradients and value of variant i's auxiliary loss."""
-        variant, dead_S = self.variants[i], self.dead_V[i]
-        if len(dead_S) == 0 or variant.auxk_alpha == 0:
+        variant, dead_S, n_dead = self.variants[i], self.dead_V[i], self.n_dead_V[i]
+        if n_dead == 0 or variant.auxk_alpha == 0:
             return None, torch.zeros((), device=batch.x_TD.device)
-        scale = variant.auxk_alpha * per_square * min(1.0, len(dead_S) / variant.k_aux)
-        return auxk(batch, passed, dead_S, weights, k_aux=variant.k_aux, scale=scale)
+        scale = variant.auxk_alpha * per_square * min(1.0, n_dead / variant.k_aux)
+        return auxk(
+            batch, passed, dead_S, weights, k_aux=variant.k_aux, scale=scale, n_dead=n_dead, team=self.team
+        )
 
-    def _find_dead(self) -> list[Tensor]:
-        """Numbers of the dead latents of each variant, ascending. int64 [n_dead]."""
-        return [(idle_F > self.dead_after_tokens).nonzero()[:, 0] for idle_F in self.idle_tokens_VF]
+    def _find_dead(self) -> None:
+        """Look for the latents that are dead now."""
+        torch.gt(self.idle_tokens_VF, self.dead_after_tokens, out=self.dead_VF)
+        self._list_dead()
+
+    def _list_dead(self) -> None:
+        """Set the numbers of each variant's dead latents, ascending, and how many the team has."""
+        self.dead_V = [dead_F.nonzero()[:, 0] for dead_F in self.dead_VF]
+        n_dead_V = torch.tensor([len(dead_S) for dead_S in self.dead_V])
+        self.n_dead_V: list[int] = self.team.latents.sum_(n_dead_V).tolist()
 
     def loss_per_square(self, variant: Variant) -> float:
         """What one squared unit of x̃, as a mean over tokens, adds to the loss.
@@ -170,63 +191,81 @@ class Bank:
 
     def dead_fraction(self, i: int) -> float:
         """Share of variant i's latents that are dead by the trainer's counter."""
-        return float((self.idle_tokens_VF[i] > self.dead_after_tokens).float().mean())
+        n_dead = (self.idle_tokens_VF[i] > self.dead_after_tokens).sum()
+        return int(self.team.latents.sum_(n_dead)) / self.variants[i].num_latents
 
-    def export(self, i: int, provenance: dict[str, Any]) -> Sae:
-        """Variant i in the activations' own units: only the biases change."""
+    def score(self, i: int, metric: str, n_steps: int) -> float | None:
+        """A metric of variant i over the window of its last steps; None where it diverged."""
+        if self.frozen[i]:
+            return None
+        if metric == "dead_fraction":
+            return self.dead_fraction(i)
+        return self.totals_V[i].window(self.b_VD.shape[1], n_steps)[metric]
+
+    def export(self, i: int, provenance: dict[str, Any]) -> Sae | None:
+        """Variant i in the activations' own units: only the biases change.
+
+        Returns: the SAE on the team's first process, none on others; on the CPU where latents are split.
+        """
+        if self.team.tokens.rank > 0:
+            return None
+        variant, group = self.variants[i], self.team.latents
         w_enc, b_enc, w_dec, b = (stack[i].clone() for stack in self.stacks)
-        scale, centre_D = self.frame.scale, self.frame.centre_D
-        f, d = w_enc.shape
-        config = SaeConfig(d_in=d, num_latents=f, k=self.variants[i].k, provenance=provenance)
-        return Sae(config, w_enc, b_enc / scale, w_dec, b / scale + centre_D)
+        if group.size > 1:
+            w_enc, b_enc, w_dec, b = w_enc.cpu(), b_enc.cpu(), w_dec.cpu(), b.cpu()
+        whole = [
+            group.collect(rows, variant.num_latents) for rows in (w_enc, b_enc / self.frame.scale, w_dec)
+        ]
+        w_enc_FD, b_enc_F, w_dec_FD = whole
+        if w_enc_FD is None or b_enc_F is None or w_dec_FD is None:
+            return None
+        config = SaeConfig(d_in=len(b), num_latents=variant.num_latents, k=variant.k, provenance=provenance)
+        b_dec = b / self.frame.scale + self.frame.centre_D.to(b.device)
+        return Sae(config, w_enc_FD, b_enc_F, w_dec_FD, b_dec)
 
-    def state(self) -> dict[str, Any]:
-        """All that a checkpoint needs."""
-        return {
-            "stacks": self.stacks,
-            "optimizers": [optimizer.state() for optimizer in self.optimizers],
-            "idle_tokens_VF": self.idle_tokens_VF,
-            "dead_V": self.dead_V,
-            "diverged_step_V": self.diverged_step_V,
-            "frozen": self.frozen,
-            "totals_V": [totals.values for totals in self.totals_V],
-        }
+    def kept(self, i: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Variant i's state for a checkpoint: tensors with a row per latent, and whole ones."""
+        optimizer = self.optimizers[i]
+        *of_latents, of_b = optimizer.tensors()
+        rows = [*self.leaves(i)[:3], self.idle_tokens_VF[i], self.dead_VF[i], *itertools.chain(*of_latents)]
+        return rows, [self.leaves(i)[3], self.diverged_step_V[i], self.totals_V[i].values, *of_b]
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned."""
-        for mine, saved in zip(self.stacks, state["stacks"], strict=True):
-            mine.copy_(saved)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state(saved)
+    def refresh(self) -> None:
+        """To be called when the tensors of `kept` were filled from a checkpoint."""
         self.product_VFD.copy_(self.w_enc_VFD)
-        self.idle_tokens_VF.copy_(state["idle_tokens_VF"])
-        self.diverged_step_V.copy_(state["diverged_step_V"])
-        self.dead_V = list(state["dead_V"])
-        self.frozen = list(state["frozen"])
-        for totals, saved in zip(self.totals_V, state["totals_V"], strict=True):
-            totals.values.copy_(saved)
+        self.gathered_VFD.copy_(self.w_dec_VFD)
+        self._list_dead()
 
 
 class Totals:
-    """One variant's sums since the last log line, on the device."""
+    """One variant's sums on the device: since the last log line, and over a longer window."""
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(6, dtype=torch.float64, device=device)
+        self.values = torch.zeros(2, 5, dtype=torch.float64, device=device)
 
-    def add(self, n_tokens: int, sse: Tensor, loss: Tensor, auxk: Tensor, val_TK: Tensor) -> None:
-        """Count one micro-batch."""
-        active = (val_TK > 0).sum()
-        parts = [sse, loss, auxk, active]
-        self.values[:4] += torch.stack([part.double() for part in parts])
-        self.values[4] += n_tokens
+    def add(self, n_tokens: int, sse: Tensor, loss: Tensor, auxk: Tensor, n_active: Tensor) -> None:
+        """Count one batch."""
+        parts = [sse, loss, auxk, n_active]
+        self.values[:, :4] += torch.stack([part.double() for part in parts])
+        self.values[:, 4] += n_tokens
 
     def take(self, d: int, n_steps: int) -> dict[str, float | None]:
-        """The means since the last call, and start anew.
+        """The means since the last call, and start anew."""
+        found = self._means(0, d, n_steps)
+        self.values[0].zero_()
+        return found
 
-        fvu is the squared error against the site's cached variance (D in training units).
-        """
-        sse, loss, auxk, active, n_tokens, _ = self.values.tolist()
-        self.values.zero_()
+    def open_window(self) -> None:
+        """Start the longer window anew."""
+        self.values[1].zero_()
+
+    def window(self, d: int, n_steps: int) -> dict[str, float | None]:
+        """The means over the longer window."""
+        return self._means(1, d, n_steps)
+
+    def _means(self, row: int, d: int, n_steps: int) -> dict[str, float | None]:
+        """fvu is the squared error against the site's cached variance (D in training units)."""
+        sse, loss, auxk, active, n_tokens = self.values[row].tolist()
         if n_tokens == 0:
             return {"fvu": None, "loss": None, "auxk": None, "l0": None}
         return {

@@ -15,6 +15,7 @@ from torch.nn.functional import embedding_bag
 
 from saemill.common.topk import topk
 from saemill.train.profile import part
+from saemill.train.team import ALONE, Team
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
 
@@ -67,6 +68,8 @@ class Forward(NamedTuple):
     """⟨e_t, W_dec[idx_tk]⟩, float32."""
     sse: Tensor
     """Σ e², float32."""
+    n_active: Tensor
+    """Codes above 0, those on other processes included."""
     bias_F: Tensor
     """From `fold_bias`."""
 
@@ -104,36 +107,73 @@ def encode(x_TD: Tensor, w_enc_FD: Tensor, bias_F: Tensor, k: int, room_TF: Tens
         return Codes(values.float(), indices)
 
 
-def decode(codes: Codes, w_dec_FD: Tensor, b_D: Tensor) -> Tensor:
-    """x̂_TD = Σ_k val · W_dec[idx] + b, float32."""
-    bags = embedding_bag(codes.idx_TK, w_dec_FD, per_sample_weights=codes.val_TK, mode="sum")
-    return bags.add_(b_D)
+def decode(codes: Codes, w_dec_FD: Tensor) -> Tensor:
+    """Σ_k val · W_dec[idx], float32 [T, D]."""
+    return embedding_bag(codes.idx_TK, w_dec_FD, per_sample_weights=codes.val_TK, mode="sum")
 
 
-def forward(batch: Batch, weights: Weights, k: int, room_TF: Tensor) -> Forward:
+def forward(batch: Batch, weights: Weights, k: int, room_TF: Tensor, team: Team = ALONE) -> Forward:
     """A whole batch, in chunks that keep [T, F] out of memory.
 
     Args:
         batch: T tokens.
-        weights: of the variant.
-        k: active latents per token.
+        weights: of the variant; where the team splits the latents, this process's rows.
+        k: active latents per token, over all rows.
         room_TF: from `room`; no chunk is longer.
+        team: the processes that split the latents.
+
+    Returns: codes of this process's rows, 0 where another process has the latent; the residual of all.
     """
-    (x_TD, product_TD), w_dec_FD = batch, weights.w_dec_FD
+    x_TD, product_TD = batch
     n_tokens = len(x_TD)
     bias_F = fold_bias(weights.product_FD, weights.b_enc_F, weights.b_D)
     val_TK = x_TD.new_empty(n_tokens, k)
     idx_TK = torch.empty(n_tokens, k, dtype=torch.int64, device=x_TD.device)
-    e_TD, dot_TK = torch.empty_like(x_TD), torch.empty_like(val_TK)
     for chunk in chunks(n_tokens, 1, len(room_TF)):
         val_TK[chunk], idx_TK[chunk] = encode(product_TD[chunk], weights.product_FD, bias_F, k, room_TF)
+    codes, n_active = own_codes(Codes(val_TK, idx_TK), team)
     with part("decode"):
-        for chunk in chunks(n_tokens, k * w_dec_FD[0].nbytes, GATHER_BYTES):
-            codes = Codes(val_TK[chunk], idx_TK[chunk])
-            torch.sub(decode(codes, w_dec_FD, weights.b_D), x_TD[chunk], out=e_TD[chunk])
-            dot_TK[chunk] = row_dots(e_TD[chunk], codes.idx_TK, w_dec_FD)
+        e_TD, dot_TK = residual(codes, x_TD, weights.w_dec_FD, weights.b_D, team)
         sse = torch.linalg.vector_norm(e_TD).square()
-    return Forward(Codes(val_TK, idx_TK), e_TD, dot_TK, sse, bias_F)
+    return Forward(codes, e_TD, dot_TK, sse, n_active, bias_F)
+
+
+def own_codes(codes: Codes, team: Team) -> tuple[Codes, Tensor]:
+    """Of this process's best latents those that are among the team's; the others are 0 at latent 0.
+
+    Returns: the codes, and how many are above 0 in the whole team.
+    """
+    if team.latents.size == 1:
+        return codes, (codes.val_TK > 0).sum()
+    with part("exchange"):
+        mine_TK, n_active = team.among_all(codes.val_TK)
+    return Codes(codes.val_TK.where(mine_TK, 0), codes.idx_TK.where(mine_TK, 0)), n_active
+
+
+def residual(codes: Codes, x_TD: Tensor, w_dec_FD: Tensor, b_D: Tensor, team: Team) -> tuple[Tensor, Tensor]:
+    """e = x̂ − x and ⟨e_t, W_dec[idx_tk]⟩; where latents are split, x̂ is one sum over the team."""
+    e_TD, dot_TK = torch.empty_like(x_TD), torch.empty_like(codes.val_TK)
+    row_bytes = codes.val_TK.shape[1] * w_dec_FD[0].nbytes
+    n_bytes = GATHER_BYTES if team.latents.size == 1 else row_bytes * len(x_TD)
+    for chunk in chunks(len(x_TD), row_bytes, n_bytes):
+        here = Codes(codes.val_TK[chunk], codes.idx_TK[chunk])
+        decoded_TD = team.latents.sum_(decode(here, w_dec_FD))
+        torch.sub(decoded_TD.add_(b_D), x_TD[chunk], out=e_TD[chunk])
+        dot_TK[chunk] = row_dots(e_TD[chunk], here.idx_TK, w_dec_FD)
+    return e_TD, dot_TK
+
+
+def gather(passed: Forward, n_tokens: int, team: Team) -> Forward:
+    """What every replica saw of its part of a batch of T tokens, put together."""
+    if team.tokens.size == 1:
+        return passed
+    (val_TK, idx_TK), e_TD, dot_TK, sse, n_active, bias_F = passed
+    with part("exchange"):
+        val_TK, idx_TK, e_TD, dot_TK = (
+            team.tokens.gather(part_T, n_tokens) for part_T in (val_TK, idx_TK, e_TD, dot_TK)
+        )
+        sse, n_active = team.tokens.sum_(sse), team.tokens.sum_(n_active)
+    return Forward(Codes(val_TK, idx_TK), e_TD, dot_TK, sse, n_active, bias_F)
 
 
 def row_dots(e_TD: Tensor, idx_TK: Tensor, w_dec_FD: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from saemill.train.auxk import DeadRows
-from saemill.train.codes import Batch, Codes, Forward, Weights, chunks, fold_bias
+from saemill.train.codes import Batch, Codes, Forward, Weights, chunks, fold_bias, own_codes
+from saemill.train.codes import residual as residual_of_team
 from saemill.train.kernels.hyper import Hyper, hyper_values
 from saemill.train.kernels.residual import residual
 from saemill.train.kernels.rows import Moments, Parameters, decoder_bias_gradient, update_rows
@@ -16,10 +17,15 @@ from saemill.train.kernels.select import select
 from saemill.train.optimizer import ADAM_BETAS, ADAM_EPS, SGD_MOMENTUM, Adam, Optimizer
 from saemill.train.profile import part
 from saemill.train.rows import B, Rates
+from saemill.train.team import ALONE, Team
 
 
-def forward(batch: Batch, weights: Weights, k: int, room_TF: Tensor) -> Forward:
-    """As `codes.forward`; idx_TK is int32, ascending, ties going to the lowest latent."""
+def forward(batch: Batch, weights: Weights, k: int, room_TF: Tensor, team: Team = ALONE) -> Forward:
+    """As `codes.forward`; idx_TK is int32, ascending, ties going to the lowest latent.
+
+    One gather of decoder rows gives the residual and its products with the rows; where the team splits
+    the latents, the residual is known only after a sum over the team, so both are made in torch.
+    """
     product_TD = batch.product_TD
     n_tokens = len(product_TD)
     bias_F = fold_bias(weights.product_FD, weights.b_enc_F, weights.b_D)
@@ -32,9 +38,16 @@ def forward(batch: Batch, weights: Weights, k: int, room_TF: Tensor) -> Forward:
             pre_TF = torch.addmm(bias, rows_TD, weights.product_FD.T, out=room_TF[: len(rows_TD)])
         with part("top-k"):
             val_TK[chunk], idx_TK[chunk] = select(pre_TF, k)
+    codes, n_active = own_codes(Codes(val_TK, idx_TK), team)
     with part("decode"):
-        e_TD, dot_TK, sse_T = residual(val_TK, idx_TK, weights.gathered_FD, weights.b_D, product_TD)
-    return Forward(Codes(val_TK, idx_TK), e_TD, dot_TK, sse_T.sum(), bias_F)
+        if team.latents.size > 1:
+            wide = Codes(codes.val_TK, codes.idx_TK.long())
+            e_TD, dot_TK = residual_of_team(wide, batch.x_TD, weights.w_dec_FD, weights.b_D, team)
+            sse, e_TD = e_TD.square().sum(), e_TD.to(product_TD.dtype)
+        else:
+            e_TD, dot_TK, sse_T = residual(*codes, weights.gathered_FD, weights.b_D, product_TD)
+            sse = sse_T.sum()
+    return Forward(codes, e_TD, dot_TK, sse, n_active, bias_F)
 
 
 def backward(
@@ -45,6 +58,7 @@ def backward(
     optimizer: Optimizer,
     healthy: Tensor,
     rates: Rates,
+    team: Team = ALONE,
 ) -> Tensor:
     """As `rows.backward`."""
     n_latents = len(weights.w_enc_FD)
@@ -53,10 +67,11 @@ def backward(
     hyper = _hyper(optimizer, rates, healthy)
     aux = None if dead is None else _aux(dead, n_latents)
     with part("sort"):
-        pairs = segments(idx_TK, n_latents)
+        pairs = segments(torch.where(val_TK > 0, idx_TK, n_latents), n_latents)
         sums = latent_sums(val_TK, dot_TK, pairs, hyper, aux)
     with part("optimizer"):
-        db_D = decoder_bias_gradient(e_TD, sums.db_enc_F, weights.w_enc_FD, hyper)
+        db_D = decoder_bias_gradient(e_TD, sums.db_enc_F, weights.w_enc_FD, hyper, team.latents.size)
+        team.latents.sum_(db_D)
         copies = weights.product_FD.dtype != weights.w_enc_FD.dtype
         parameters = Parameters(
             weights.w_enc_FD,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from saemill.train import codes
+from saemill.train.team import ALONE, Team
 
 
 def unit_rows(n_latents: int, d: int, seed: int) -> Tensor:
@@ -12,7 +13,9 @@ def unit_rows(n_latents: int, d: int, seed: int) -> Tensor:
     return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
-def best_gain(sample_TD: Tensor, w_enc_FD: Tensor, w_dec_FD: Tensor, b_D: Tensor, k: int) -> Tensor:
+def best_gain(
+    sample_TD: Tensor, w_enc_FD: Tensor, w_dec_FD: Tensor, b_D: Tensor, k: int, team: Team = ALONE
+) -> Tensor:
     """The factor on the encoder with which the first reconstructions fit best, by least squares.
 
     Without it k unit directions, each with its full projection, overshoot the more the larger k is,
@@ -21,7 +24,7 @@ def best_gain(sample_TD: Tensor, w_enc_FD: Tensor, w_dec_FD: Tensor, b_D: Tensor
     no_bias_F = torch.zeros_like(w_enc_FD[:, 0])
     weights = codes.Weights(w_enc_FD, no_bias_F, w_dec_FD, b_D, product_FD=w_enc_FD, gathered_FD=w_dec_FD)
     room_TF = codes.room(len(w_enc_FD), sample_TD.dtype, sample_TD.device)
-    raw_TD = codes.forward(codes.Batch(sample_TD, sample_TD), weights, k, room_TF).e_TD
+    raw_TD = codes.forward(codes.Batch(sample_TD, sample_TD), weights, k, room_TF, team).e_TD
     raw_TD.add_(sample_TD).sub_(b_D)
     return ((sample_TD - b_D) * raw_TD).sum() / raw_TD.square().sum().clamp(min=1e-12)
 

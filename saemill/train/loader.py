@@ -61,7 +61,8 @@ class Loader:
         seed: int,
     ) -> None:
         self.store = store
-        self.sites = {name: store.site(name) for name in sites}
+        self.every_site = {name: store.site(name) for name in sites}
+        self.sites = self.every_site
         self.batch_tokens, self.seed = batch_tokens, seed
         self.blocks_per_window = max(1, buffer_tokens // BLOCK_TOKENS)
         self.blocks_per_shard = -(-store.shard_tokens // BLOCK_TOKENS)
@@ -99,6 +100,11 @@ class Loader:
                 parts[name].append(rows[name][offset - starts[window] : stop - starts[window]])
             position += stop - offset
         return {name: torch.cat(found) for name, found in parts.items()}
+
+    def restrict(self, sites: list[str]) -> None:
+        """Read these of the sites only from now on; the stream's order does not depend on them."""
+        self.sites = {name: self.every_site[name] for name in sites}
+        self._windows.clear()
 
     def close(self) -> None:
         """End the reading threads."""

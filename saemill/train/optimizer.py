@@ -1,7 +1,5 @@
 """Optimizers that step one block of rows at a time, right where its gradient was made."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -55,16 +53,10 @@ class Adam:
         self.first[leaf].write(rows, first, self.n_steps)
         self.second[leaf].write(rows, second, self.n_steps)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
-        return {"moments": [kept.tensors() for kept in self.first + self.second], "n_steps": self.n_steps}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned."""
-        self.n_steps = state["n_steps"]
-        for kept, saved in zip(self.first + self.second, state["moments"], strict=True):
-            for mine, tensor in zip(kept.tensors(), saved, strict=True):
-                mine.copy_(tensor)
+    def tensors(self) -> list[list[Tensor]]:
+        """What a checkpoint needs beside `n_steps`: the tensors of each parameter."""
+        pairs = zip(self.first, self.second, strict=True)
+        return [[*first.tensors(), *second.tensors()] for first, second in pairs]
 
 
 class Sgd:
@@ -73,23 +65,20 @@ class Sgd:
     def __init__(self, leaves: list[Tensor]) -> None:
         self.leaves = leaves
         self.momentum = [torch.zeros_like(leaf) for leaf in leaves]
+        self.n_steps = 0
 
     def begin_step(self) -> None:
-        """Nothing is counted."""
+        """Count a step; every row is then updated once."""
+        self.n_steps += 1
 
     def update(self, leaf: int, rows: slice, grad: Tensor, lr: float, weight_decay: float = 0.0) -> None:
         """Step rows of parameter number `leaf` along their gradient."""
         weights = self.leaves[leaf][rows].mul_(1 - lr * weight_decay)
         weights.add_(self.momentum[leaf][rows].mul_(SGD_MOMENTUM).add_(grad), alpha=-lr)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
-        return {"momentum": self.momentum}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned."""
-        for mine, saved in zip(self.momentum, state["momentum"], strict=True):
-            mine.copy_(saved)
+    def tensors(self) -> list[list[Tensor]]:
+        """What a checkpoint needs beside `n_steps`: the tensors of each parameter."""
+        return [[momentum] for momentum in self.momentum]
 
 
 Optimizer = Adam | Sgd

@@ -21,6 +21,7 @@ from saemill.train.auxk import DeadRows
 from saemill.train.codes import Batch, Forward, Weights, chunks
 from saemill.train.optimizer import Optimizer
 from saemill.train.profile import part
+from saemill.train.team import ALONE, Team
 
 BLOCK_BYTES = 1 << 20
 """Bytes of each tensor in a block; about a dozen of them are in use at once."""
@@ -56,18 +57,18 @@ class Pairs(NamedTuple):
 
 
 def sort_pairs(passed: Forward, n_latents: int, gs: float) -> Pairs:
-    """Order a batch's pairs by latent, with one stable sort."""
+    """Order a batch's pairs by latent, with one stable sort; codes of 0 go behind all latents."""
     (val_TK, idx_TK), dot_TK = passed.codes, passed.dot_TK
-    flat_P = idx_TK.reshape(-1)
-    dot_P = dot_TK.reshape(-1) * gs
     val_P = val_TK.reshape(-1)
+    flat_P = torch.where(val_P > 0, idx_TK.reshape(-1), n_latents)
+    dot_P = dot_TK.reshape(-1) * gs
     dval_P = torch.where(val_P > 0, dot_P, 0.0)
     order = torch.argsort(flat_P, stable=True)
     offsets_F = flat_P.new_zeros(n_latents + 1)
-    offsets_F[1:] = torch.bincount(flat_P, minlength=n_latents).cumsum(0)
+    offsets_F[1:] = torch.bincount(flat_P, minlength=n_latents + 1)[:n_latents].cumsum(0)
 
     def per_latent(of_pair_P: Tensor) -> Tensor:
-        return of_pair_P.new_zeros(n_latents).index_add_(0, flat_P, of_pair_P)
+        return of_pair_P.new_zeros(n_latents + 1).index_add_(0, flat_P, of_pair_P)[:n_latents]
 
     return Pairs(
         token_P=order // idx_TK.shape[1],
@@ -88,6 +89,7 @@ def backward(
     optimizer: Optimizer,
     healthy: Tensor,
     rates: Rates,
+    team: Team = ALONE,
 ) -> Tensor:
     """One optimizer step of all parameters, in place.
 
@@ -99,13 +101,14 @@ def backward(
         optimizer: whose leaves are the first four of the weights.
         healthy: bool; where it is false nothing is changed.
         rates: of this step.
+        team: where it splits the latents, weights and codes are this process's.
 
     Returns: bool [F], which latents fired.
     """
     with part("sort"):
         pairs = sort_pairs(passed, len(weights.w_enc_FD), rates.gs)
     if healthy:
-        _update(batch.x_TD, passed.e_TD, pairs, dead, weights, optimizer, rates)
+        _update(batch.x_TD, passed.e_TD, pairs, dead, weights, optimizer, rates, team)
     return pairs.fired_F
 
 
@@ -117,13 +120,15 @@ def _update(
     weights: Weights,
     optimizer: Optimizer,
     rates: Rates,
+    team: Team,
 ) -> None:
     w_enc_FD, _, w_dec_FD, b_D, product_FD, _ = weights
     db_enc_F = pairs.db_enc_F
     if dead is not None:
         db_enc_F = db_enc_F.index_add(0, dead.dead_S, dead.b_enc_S)
     optimizer.begin_step()
-    db_D = e_TD.sum(0).mul_(rates.gs).sub_(db_enc_F @ w_enc_FD)
+    db_D = e_TD.sum(0).mul_(rates.gs / team.latents.size).sub_(db_enc_F @ w_enc_FD)
+    team.latents.sum_(db_D)
     optimizer.update(B_ENC, slice(None), db_enc_F, rates.lr)
     for block in chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES):
         with part("backward"):

@@ -1,13 +1,9 @@
 """`saemill train`: from settings to banks, the loop, and the SAEs on disk."""
 
-import resource
-from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import dataclass
-from importlib.metadata import version
+from contextlib import ExitStack, closing
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -15,16 +11,22 @@ from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.log import counted, duration, say
+from saemill.common.log import counted, say
 from saemill.common.mask import MaskConfig
-from saemill.common.model import choose_device
 from saemill.common.signals import stop_on_signal
+from saemill.common.world import Group, World, speak_for
+from saemill.train import checkpoint
 from saemill.train.bank import Bank, Frame
+from saemill.train.config import TrainConfig
+from saemill.train.export import export, save_banks
 from saemill.train.feed import Feed
+from saemill.train.halving import RECORD as HALVING_RECORD
+from saemill.train.halving import Halving, window
 from saemill.train.loader import Loader
 from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.schedule import Schedule
+from saemill.train.spread import Spread, choose
 from saemill.train.trainer import Trainer
 from saemill.train.variants import Variant, describe, groups, resolve
 
@@ -34,140 +36,8 @@ SAMPLE_TOKENS = 8192
 """From which the initial gain and the geometric median are computed, whatever the batch size."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """Settings of the stage. Lists form a grid: every combination is a variant."""
-
-    acts: Path
-    """An activation store."""
-    out: Path
-    """Folder of the run."""
-    site: tuple[str, ...] = ()
-    """Sites to train on; required unless each of `variants` names its own."""
-    k: tuple[int, ...] = (32,)
-    """Active latents per token."""
-    expansion_factor: tuple[int, ...] = ()
-    """Number of latents as multiples of D; 8 if `num_latents` is not given either."""
-    num_latents: tuple[int, ...] = ()
-    lr: tuple[Literal["auto"] | float, ...] = ("auto",)
-    """Peak learning rates; auto: by width, number of latents and steps (`variants.auto_lr`), for adam."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of the initial weights."""
-    variants: tuple[Mapping[str, Any], ...] = ()
-    """Variants listed one by one, each with any of: site, k, num_latents, expansion_factor, lr,
-    seed, optimizer, optimizer_state, weight_decay, auxk_alpha, k_aux, loss, b_dec_init, name."""
-    batch_size: int = 4096
-    """Tokens per batch."""
-    grad_acc_steps: int = 1
-    """Batches per optimizer step. No more memory is needed than for the activations: latents are
-    computed in chunks in any case."""
-    max_tokens: int | None = None
-    """Tokens to train on; more than the store has means several epochs."""
-    epochs: int | None = None
-    """Passes over the store, in place of `max_tokens`; 1 if neither is given."""
-    optimizer: Literal["adam", "sgd"] = "adam"
-    optimizer_state: Literal["fp32", "bf16", "8bit"] = "fp32"
-    """How Adam's moments are kept: 8, 4 or 2 bytes per weight."""
-    weight_decay: float = 0.0
-    warmup_steps: int | None = None
-    """Optimizer steps of linear warm-up; by default a 20th of the run, at most 1,000."""
-    lr_decay: Literal["none", "linear", "cosine"] = "linear"
-    """How the rate falls to 0 at the end."""
-    lr_decay_fraction: float | None = None
-    """Share of the run over which it falls; by default 0.2."""
-    auxk_alpha: float = 1 / 32
-    k_aux: int | None = None
-    """Dead latents per token in the auxiliary loss; by default D / 2."""
-    dead_after_tokens: int | None = None
-    """A latent is dead after so many tokens without firing; by default a 10th of the run, at most
-    10,000,000."""
-    loss: Literal["fvu", "mse"] = "fvu"
-    """fvu: squared error over the site's cached variance; mse: per dimension, in the activations'
-    own units. Under Adam the two differ by no more than rounding."""
-    b_dec_init: Literal["mean", "geometric_median"] = "mean"
-    save_every: int = 1000
-    """Steps between checkpoints."""
-    log_every: int = 10
-    """Steps between log lines."""
-    buffer_tokens: int = 262_144
-    """Rows of the shuffling buffer, in whole blocks of 256; two of them are in memory per site, three
-    while one is being filled."""
-    shuffle_seed: int = 0
-    """Seed of the stream's order."""
-    mask: MaskConfig | None = None
-    """Positions left out; by default those of the store."""
-    device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the encoder's product; auto: bf16 on a GPU and on CPUs with bf16 instructions."""
-    resume: bool = True
-    """Go on from the run's checkpoint, if there is one; false starts anew."""
-    profile: bool = False
-    """Write a trace of some steps and a table of where their time goes."""
-    log_to_wandb: bool = False
-    wandb_project: str | None = None
-    """By default saemill."""
-    run_name: str | None = None
-    """Name of the run in wandb (the variants' group); by default the output folder's."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "grad_acc_steps",
-            "save_every",
-            "log_every",
-            "buffer_tokens",
-            "max_tokens",
-            "epochs",
-            "dead_after_tokens",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {value}")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ConfigError(f"lr_decay_fraction must be in [0, 1], got {self.lr_decay_fraction}")
-        no_wandb = not self.log_to_wandb
-        without_effect = {
-            "lr_decay_fraction": (self.lr_decay == "none", "with lr_decay none"),
-            "k_aux": (self.auxk_alpha == 0 and not self.variants, "with auxk_alpha 0"),
-            "wandb_project": (no_wandb, "without log_to_wandb"),
-            "run_name": (no_wandb, "without log_to_wandb"),
-        }
-        for name, (idle, why) in without_effect.items():
-            if idle and getattr(self, name) is not None:
-                raise ConfigError(f"{name} has no effect {why}; leave it out")
-        if self.max_tokens is not None and self.epochs is not None:
-            raise ConfigError("give max_tokens or epochs, not both")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ConfigError(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
-
-    @property
-    def decay_fraction(self) -> float:
-        """`lr_decay_fraction` with its default."""
-        return 0.2 if self.lr_decay_fraction is None else self.lr_decay_fraction
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens per optimizer step."""
-        return self.batch_size * self.grad_acc_steps
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that decide the result."""
-        skip = (
-            "out",
-            "acts",
-            "device",
-            "resume",
-            "save_every",
-            "profile",
-            "log_to_wandb",
-            "wandb_project",
-            "run_name",
-        )
-        return {key: value for key, value in settings.plain(self).items() if key not in skip}
-
-
 def run(config: TrainConfig) -> list[Path]:
-    """Train all variants into `config.out`.
+    """Train all variants into `config.out`, alone or as one of several processes that share them out.
 
     Returns: the folders of the SAEs.
 
@@ -176,27 +46,77 @@ def run(config: TrainConfig) -> list[Path]:
         StoreError: a site is missing or damaged.
         Interrupted: a signal came; the same call goes on.
     """
+    world = World.here()
+    speak_for(world)
+    device = world.device(config.device)
     store = ActivationStore(config.acts)
-    with stop_on_signal() as stop, closing(_loader(config, store)) as loader:
+    with (
+        stop_on_signal() as stop,
+        world.connected(device) as everyone,
+        closing(_loader(config, store)) as loader,
+        ExitStack() as held,
+    ):
         schedule = _schedule(config, loader.epoch_tokens)
         variants = _variants(config, store, list(loader.sites), schedule.n_steps)
+        _spread(config, store, variants, everyone)
         identity = config.identity() | {"acts_fingerprint": store.fingerprint}
-        if _finished(config, identity, variants):
+        if everyone.first(lambda: _finished(config, identity, variants)):
             return [config.out / variant.name for variant in variants]
-        trainer = _build(config, loader, schedule, variants, stop)
-        with durable.exclusive(config.out):
-            durable.write_json(config.out / "identity.json", identity)
-            settings.write_yaml(config.out / "config.yaml", "train", settings.plain(config))
+        everyone.first(lambda: _take(config, identity, held))
+        halving = Halving(
+            config.out / HALVING_RECORD,
+            variants,
+            schedule.n_steps,
+            config.halving,
+            config.halving_metric or "fvu",
+        )
+        sinks: list[Sink] = []
+        held.callback(lambda: _close(sinks))
+        ends = halving.ends
+        for end in ends:
+            spread = _spread(config, store, halving.alive, everyone, idle_allowed=bool(halving.past))
+            trainer = _build(config, loader, schedule, spread, everyone, device, stop)
             trainer.resume()
-            _check_profile(trainer)
-            _start_sinks(config, trainer, variants)
-            _print_plan(config, trainer, variants, store)
-            try:
-                trainer.run()
-            finally:
-                for sink in trainer.sinks:
-                    sink.close()
-            return _export(config, store, trainer, identity)
+            if end == ends[0]:
+                _check_profile(trainer, end)
+                _print_plan(config, trainer, spread, store)
+                sinks += _start_sinks(config, trainer, variants)
+            trainer.sinks, trainer.profile = sinks, config.profile and end == ends[0]
+            trainer.run(end)
+            if end < schedule.n_steps:
+                _halve(config, halving, trainer, store, end)
+        return export(config.out, variants, store, trainer, identity, halving.stopped)
+
+
+def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, store: ActivationStore, end: int) -> None:
+    """Look at step `end`: write the SAEs of the worse halves as they are, and go on without them."""
+    losers = halving.choose(trainer.scores(halving.metric, end - window(end)))
+    save_banks(config.out, trainer, store, set(losers))
+    trainer.everyone.any(False)  # all are on disk before the record says so
+    trainer.everyone.first(lambda: halving.stop(end, losers))
+    halving.past = trainer.everyone.share(halving.past)[0]
+
+
+def _spread(
+    config: TrainConfig,
+    store: ActivationStore,
+    variants: list[Variant],
+    everyone: Group,
+    idle_allowed: bool = False,
+) -> Spread:
+    widths = {variant.site: store.site(variant.site).width for variant in variants}
+    if config.data_ranks and config.step_tokens < config.data_ranks:
+        raise ConfigError(
+            f"{config.step_tokens} tokens per step cannot be shared by data_ranks {config.data_ranks}"
+        )
+    return choose(variants, widths, everyone.size, config.data_ranks, config.latent_ranks, idle_allowed)
+
+
+def _take(config: TrainConfig, identity: dict[str, Any], held: ExitStack) -> None:
+    """Make the folder this run's own."""
+    held.enter_context(durable.exclusive(config.out))
+    durable.write_json(config.out / "identity.json", identity)
+    settings.write_yaml(config.out / "config.yaml", "train", settings.plain(config))
 
 
 def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
@@ -244,8 +164,9 @@ def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Vari
         return False
     settings.check_same(durable.read_json(identity_path), identity, config.out)
     if not config.resume:
-        (config.out / "checkpoint.pt").unlink(missing_ok=True)
-        (config.out / "wandb.json").unlink(missing_ok=True)
+        checkpoint.remove(config.out)
+        for name in ("wandb.json", HALVING_RECORD):
+            (config.out / name).unlink(missing_ok=True)
         finished_path.unlink(missing_ok=True)
     if finished_path.exists():
         say(
@@ -256,9 +177,16 @@ def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Vari
 
 
 def _build(
-    config: TrainConfig, loader: Loader, schedule: Schedule, variants: list[Variant], stop: Event
+    config: TrainConfig,
+    loader: Loader,
+    schedule: Schedule,
+    spread: Spread,
+    everyone: Group,
+    device: torch.device,
+    stop: Event,
 ) -> Trainer:
-    device = choose_device(config.device)
+    team = spread.team_of(everyone)
+    variants = list(spread.teams[everyone.rank // spread.team_size])
     _check_device(variants, device)
     # Sums of bf16 products stay in float32, as on a CPU.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -266,23 +194,27 @@ def _build(
     n_tokens = schedule.n_steps * config.step_tokens
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
     dtype = choose_product_dtype(config.precision, device)
+    loader.restrict(list(dict.fromkeys(variant.site for variant in variants)))
     sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
     frames = {site: _frame(store, site, mask, device) for site in loader.sites}
     banks = []
     for (site, _), members in groups(variants).items():
         frame = frames[site]
         sample_TD = frame.enter(sample[site].to(device))
-        banks.append(Bank(members, frame, dtype, dead_after, sample_TD))
+        banks.append(Bank(members, frame, dtype, dead_after, sample_TD, team=team))
     return Trainer(
         loader=loader,
         feed=Feed(loader, device),
         banks=banks,
+        names=[variant.name for variant in spread.variants],
         schedule=schedule,
         log_every=config.log_every,
         save_every=config.save_every,
-        checkpoint_path=config.out / "checkpoint.pt",
+        folder=config.out,
         device=device,
         stop=stop,
+        everyone=everyone,
+        team=team,
         profile=config.profile,
     )
 
@@ -294,8 +226,8 @@ def _check_device(variants: list[Variant], device: torch.device) -> None:
             raise ConfigError(f"{variant.name}: optimizer_state 8bit is for CPUs so far; use bf16 on a GPU")
 
 
-def _check_profile(trainer: Trainer) -> None:
-    left = trainer.schedule.n_steps - trainer.step
+def _check_profile(trainer: Trainer, end: int) -> None:
+    left = end - trainer.step
     if trainer.profile and left < SKIPPED_STEPS + PROFILED_STEPS:
         raise ConfigError(
             f"--profile needs {SKIPPED_STEPS + PROFILED_STEPS} steps, {left} are left; "
@@ -339,7 +271,10 @@ def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def _start_sinks(config: TrainConfig, trainer: Trainer, variants: list[Variant]) -> None:
+def _start_sinks(config: TrainConfig, trainer: Trainer, variants: list[Variant]) -> list[Sink]:
+    """The first process logs for all."""
+    if trainer.everyone.rank > 0:
+        return []
     step_tokens = config.step_tokens
     n_steps = trainer.schedule.n_steps
     sinks: list[Sink] = [
@@ -351,61 +286,24 @@ def _start_sinks(config: TrainConfig, trainer: Trainer, variants: list[Variant])
         configs = {variant.name: shared | describe(variant) for variant in variants}
         group = config.run_name or config.out.name
         sinks.append(WandbSink(config.wandb_project or "saemill", group, configs, config.out))
-    trainer.sinks = sinks
+    return sinks
 
 
-def _print_plan(
-    config: TrainConfig, trainer: Trainer, variants: list[Variant], store: ActivationStore
-) -> None:
+def _close(sinks: list[Sink]) -> None:
+    for sink in sinks:
+        sink.close()
+
+
+def _print_plan(config: TrainConfig, trainer: Trainer, spread: Spread, store: ActivationStore) -> None:
     n_steps = trainer.schedule.n_steps
     n_tokens = n_steps * config.step_tokens
     epochs = n_tokens / trainer.loader.epoch_tokens
     bank = trainer.banks[0]
     say(
-        f"{counted(len(variants), 'variant')} in {counted(len(trainer.banks), 'bank')} on {trainer.device}, "
-        f"products in "
+        f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {spread.describe()}; products in "
         f"{str(bank.dtype).removeprefix('torch.')}; {n_steps:,} steps, {n_tokens:,} tokens "
         f"({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
         f"{bank.dead_after_tokens:,} tokens; {store.tokens.manifest['n_held_out_rows']:,} rows held out"
     )
     if trainer.step:
         say(f"continuing after step {trainer.step:,}")
-
-
-def _export(
-    config: TrainConfig, store: ActivationStore, trainer: Trainer, identity: dict[str, Any]
-) -> list[Path]:
-    """Write the SAEs, then the mark that the run is finished; the checkpoint is not needed then."""
-    folders, diverged = [], {}
-    for bank in trainer.banks:
-        for i, variant in enumerate(bank.variants):
-            step = int(bank.diverged_step_V[i])
-            if step >= 0:
-                diverged[variant.name] = step
-            provenance = {
-                "variant": describe(variant),
-                "site": variant.site,
-                "model": store.settings["model"],
-                "model_fingerprint": store.settings["model_fingerprint"],
-                "acts_fingerprint": store.fingerprint,
-                "tokens_trained": trainer.step * config.step_tokens,
-                "input_scale": bank.frame.scale,
-                "diverged_at_step": step if step >= 0 else None,
-                "versions": {name: version(name) for name in ("saemill", "torch")},
-            }
-            bank.export(i, provenance).save(config.out / variant.name)
-            folders.append(config.out / variant.name)
-    finished = {
-        "variants": [folder.name for folder in folders],
-        "acts": str(config.acts.absolute()),
-        "steps": trainer.step,
-        "tokens": trainer.step * config.step_tokens,
-        "seconds": trainer.seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "diverged": diverged,
-        "mask": identity["mask"] or store.settings["mask"],
-    }
-    durable.write_json(config.out / "finished.json", finished)
-    (config.out / "checkpoint.pt").unlink(missing_ok=True)
-    say(f"{config.out}: {counted(len(folders), 'SAE')}, trained in {duration(trainer.seconds)}")
-    return folders

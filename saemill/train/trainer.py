@@ -1,5 +1,6 @@
 """The loop: read a batch, step every bank, log now and then, save now and then."""
 
+import itertools
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -10,13 +11,19 @@ import torch
 
 from saemill.common.errors import Interrupted
 from saemill.common.log import say
+from saemill.common.world import Group
 from saemill.train import checkpoint
 from saemill.train.bank import Bank
 from saemill.train.feed import Feed
+from saemill.train.halving import window
 from saemill.train.loader import Loader
 from saemill.train.metrics import Record, Sink
 from saemill.train.profile import part, profiling
 from saemill.train.schedule import Schedule
+from saemill.train.team import ALONE, ONE, Team
+
+Metrics = dict[str, dict[str, float | None]]
+"""Of some variants, by name."""
 
 
 @dataclass(slots=True)
@@ -27,15 +34,23 @@ class Trainer:
     feed: Feed
     """Its batches on the device."""
     banks: list[Bank]
+    """Those of this process."""
+    names: list[str]
+    """All variants of the run, in its order."""
     schedule: Schedule
     log_every: int
     """Steps between log lines."""
     save_every: int
     """Steps between checkpoints."""
-    checkpoint_path: Path
+    folder: Path
+    """Of the run: checkpoints and profiles go there."""
     device: torch.device
     stop: threading.Event
     """When set, the run saves and ends after the step in hand."""
+    everyone: Group = ONE
+    """All processes of the run; the first logs for all."""
+    team: Team = ALONE
+    """Those that train the same variants."""
     sinks: list[Sink] = field(default_factory=list)
     step: int = 0
     """Steps done."""
@@ -48,42 +63,59 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
-        if self.checkpoint_path.exists():
-            state = checkpoint.load(self.checkpoint_path, self.banks, self.device)
-            self.step, self.seconds = state["step"], state["seconds"]
+        if (found := checkpoint.load(self.folder, self.banks)) is not None:
+            self.step, self.seconds = found
 
-    def run(self) -> None:
-        """Train to the end.
+    def run(self, end: int) -> None:
+        """Train until `end` steps are done; at `window(end)` the longer sums start anew.
 
         Raises:
             Interrupted: `stop` was set; a checkpoint was written.
         """
         with torch.no_grad(), self._profiler() as profiler:
             self._mark = self.step, self.seconds
-            while self.step < self.schedule.n_steps:
+            while self.step < end:
+                if self.step == window(end):
+                    self._open_windows()
                 started = time.perf_counter()
                 self._one_step()
+                with part("wait for processes"):
+                    stopped = self.everyone.any(self.stop.is_set())
                 self.seconds += time.perf_counter() - started
                 with part("logging"):
-                    self._after_step()
+                    self._after_step(stopped, end)
                 if profiler is not None:
                     profiler.step()
 
     def _profiler(self) -> AbstractContextManager[torch.profiler.profile | None]:
-        folder = self.checkpoint_path.parent
-        return profiling(folder, self.device) if self.profile else nullcontext()
+        wanted = self.profile and self.everyone.rank == 0
+        return profiling(self.folder, self.device) if wanted else nullcontext()
 
-    def _after_step(self) -> None:
+    def _open_windows(self) -> None:
+        for bank in self.banks:
+            for totals in bank.totals_V:
+                totals.open_window()
+
+    def scores(self, metric: str, n_steps: int) -> dict[str, float | None]:
+        """A metric of every variant of the run over the last steps, on all processes."""
+        mine = {
+            variant.name: bank.score(i, metric, n_steps)
+            for bank in self.banks
+            for i, variant in enumerate(bank.variants)
+        }
+        return {name: score for part in self.everyone.share(mine) for name, score in part.items()}
+
+    def _after_step(self, stopped: bool, end: int) -> None:
         """Log, save and stop, where it is time for it."""
-        finished = self.step == self.schedule.n_steps
+        finished = self.step == end
         if self.step % self.log_every == 0 or finished:
             self._log()
-        if self.step % self.save_every == 0 or finished or self.stop.is_set():
-            checkpoint.save(self.checkpoint_path, self.step, self.banks, self.seconds)
-        if self.stop.is_set() and not finished:
+        if self.step % self.save_every == 0 or finished or stopped:
+            checkpoint.save(self.folder, self.step, self.banks, self.seconds, self.everyone)
+        if stopped and not finished:
             raise Interrupted(
                 f"stopped by a signal after step {self.step:,}; the same command continues from "
-                f"{self.checkpoint_path}"
+                f"the checkpoint in {self.folder}"
             )
 
     def _one_step(self) -> None:
@@ -102,26 +134,39 @@ class Trainer:
         step_before, seconds_before = self._mark
         self._mark = self.step, self.seconds
         n_tokens = (self.step - step_before) * self.loader.batch_tokens
-        factor = self.schedule.factor(self.step - 1)
-        variants: dict[str, dict[str, float | None]] = {}
+        found: Metrics = {}
+        diverged: list[str] = []
         for bank in self.banks:
-            for variant, at in bank.freeze_diverged():
-                say(f"{variant.name} diverged at step {at:,}: its loss is not finite. The others go on.")
-            for i, variant in enumerate(bank.variants):
-                totals = bank.totals_V[i].take(bank.b_VD.shape[1], n_steps)
-                if bank.frozen[i]:
-                    totals = dict.fromkeys(totals)
-                variants[variant.name] = {
-                    **totals,
-                    "dead_fraction": bank.dead_fraction(i),
-                    "lr": 0.0 if bank.frozen[i] else variant.lr * factor,
-                }
+            diverged += [
+                f"{variant.name} diverged at step {at:,}: its loss is not finite. The others go on."
+                for variant, at in bank.freeze_diverged()
+            ]
+            found |= self._metrics(bank, n_steps)
+        shared = self.everyone.share((found, diverged) if self.team.is_first else ({}, []))
+        for message in itertools.chain(*(messages for _, messages in shared)):
+            say(message)
+        every = {name: metrics for part, _ in shared for name, metrics in part.items()}
         record: Record = {
             "step": self.step,
             "tokens": self.step * self.loader.batch_tokens,
             "tokens_per_s": n_tokens / (self.seconds - seconds_before),
             "seconds": self.seconds,
-            "variants": variants,
+            "variants": {name: every[name] for name in self.names},
         }
         for sink in self.sinks:
             sink.log(record)
+
+    def _metrics(self, bank: Bank, n_steps: int) -> Metrics:
+        """What a bank's variants have done since the last log line."""
+        factor = self.schedule.factor(self.step - 1)
+        found: Metrics = {}
+        for i, variant in enumerate(bank.variants):
+            totals = bank.totals_V[i].take(bank.b_VD.shape[1], n_steps)
+            if bank.frozen[i]:
+                totals = dict.fromkeys(totals)
+            found[variant.name] = {
+                **totals,
+                "dead_fraction": bank.dead_fraction(i),
+                "lr": 0.0 if bank.frozen[i] else variant.lr * factor,
+            }
+        return found

@@ -353,8 +353,10 @@ def _check(
             expect(name, tensor, single, (len(aux.b_S), rows[1]))
 
 
-def decoder_bias_gradient(e_TD: Tensor, db_enc_F: Tensor, w_enc_FD: Tensor, hyper: Tensor) -> Tensor:
-    """gs · Σ_t e − db_enc · W_enc: the gradient of b, which the encoder's input has subtracted.
+def decoder_bias_gradient(
+    e_TD: Tensor, db_enc_F: Tensor, w_enc_FD: Tensor, hyper: Tensor, n_shards: int = 1
+) -> Tensor:
+    """gs · Σ_t e / n − db_enc · W_enc: the gradient of b, which the encoder's input has subtracted.
 
     To be called before `update_rows`, which overwrites `w_enc_FD`.
 
@@ -363,7 +365,9 @@ def decoder_bias_gradient(e_TD: Tensor, db_enc_F: Tensor, w_enc_FD: Tensor, hype
         db_enc_F: of `latent_sums`, AuxK's part included.
         w_enc_FD: float32.
         hyper: float32 [len(Hyper)].
+        n_shards: n processes hold parts of the latents; their results add up to the gradient.
 
     Returns: float32 [D].
     """
-    return hyper[Hyper.GRADIENT_SCALE] * e_TD.sum(0, dtype=torch.float32) - db_enc_F @ w_enc_FD
+    per_shard = hyper[Hyper.GRADIENT_SCALE] / n_shards
+    return per_shard * e_TD.sum(0, dtype=torch.float32) - db_enc_F @ w_enc_FD

@@ -72,7 +72,7 @@ def segments(idx_TK: Tensor, n_latents: int, chunk_pairs: int = CHUNK_PAIRS) -> 
     """Sort the pairs of a batch by latent. Nothing waits for the device.
 
     Args:
-        idx_TK: int32, 0 to n_latents − 1 (not checked).
+        idx_TK: int32, 0 to n_latents − 1, or n_latents for pairs of no latent (not checked).
         n_latents: F.
         chunk_pairs: more pairs than this make a latent hot.
 

@@ -1,0 +1,218 @@
+"""What a second process brings, for each way of spreading: efficiency, waiting for data, traffic.
+
+    python -m benchmarks.scale --acts demo-run/acts --site layers.3 [-o FILE.md]
+
+Every process has one thread. Efficiency is t₁ / (n · tₙ), t being the median time of a step over the
+same variants. The settings take turns, round after round. Traffic is what one process takes in per
+step, counted at torch's collectives (an all-reduce as a ring's 2·(n − 1)/n of the tensor), beside the
+formula of docs/scaling.md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.pipeline import machine
+from saemill.common.activations import ActivationStore
+from saemill.common.world import World
+from saemill.train.bank import Bank, Frame
+from saemill.train.loader import Loader
+from saemill.train.run import choose_product_dtype
+from saemill.train.spread import choose
+from saemill.train.variants import Variant, auto_lr, groups
+
+WARMUP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to spread n processes."""
+
+    name: str
+    n_processes: int
+    n_variants: int
+    data_ranks: int
+    latent_ranks: int
+
+
+def ways(args: argparse.Namespace) -> list[tuple[Way, Way]]:
+    """Each way beside one process with the same variants."""
+    found = []
+    for n in args.processes:
+        for name, n_variants, data, latents in (
+            ("variants dealt", args.many, 1, 1),
+            ("latents split", args.few, 1, n),
+            ("tokens split", args.few, n, 1),
+        ):
+            found.append((Way(name, n, n_variants, data, latents), Way(name, 1, n_variants, 1, 1)))
+    return found
+
+
+class Traffic:
+    """Counts what this process takes in, by wrapping torch's collectives."""
+
+    def __init__(self) -> None:
+        self.n_bytes = 0.0
+        reduce, gather = dist.all_reduce, dist.all_gather_into_tensor
+
+        def counted_reduce(x: Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
+            n = dist.get_world_size(group)
+            self.n_bytes += 2 * (n - 1) / n * x.nbytes
+            return reduce(x, *args, group=group, **options)
+
+        def counted_gather(out: Tensor, x: Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
+            n = dist.get_world_size(group)
+            self.n_bytes += (n - 1) / n * out.nbytes
+            return gather(out, x, *args, group=group, **options)
+
+        dist.all_reduce, dist.all_gather_into_tensor = counted_reduce, counted_gather  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def work(args: argparse.Namespace, way: Way) -> None:
+    """One process: train and measure; the first writes what it found."""
+    torch.set_num_threads(1)
+    world, traffic = World.here(), Traffic()
+    store = ActivationStore(args.acts)
+    d = store.site(args.site).width
+    lr = auto_lr(args.latents, d, 1000)
+    variants = [
+        Variant(name=f"v{i}", site=args.site, k=args.k, num_latents=args.latents, lr=lr, seed=i, k_aux=d // 2)
+        for i in range(way.n_variants)
+    ]
+    loader = Loader(store, [args.site], store.mask, batch_tokens=args.batch, buffer_tokens=65_536, seed=0)
+    with world.connected(torch.device("cpu")) as everyone, closing(loader):
+        spread = choose(variants, {args.site: d}, everyone.size, way.data_ranks, way.latent_ranks)
+        team = spread.team_of(everyone)
+        mine = list(spread.teams[everyone.rank // spread.team_size])
+        statistics_ = store.site(args.site).statistics
+        frame = Frame(statistics_.mean_D.float(), (d / statistics_.total_variance) ** 0.5)
+        dtype = choose_product_dtype("auto", torch.device("cpu"))
+        sample = frame.enter(loader.batch(0)[args.site])
+        banks = [Bank(g, frame, dtype, 10**9, sample, team=team) for g in groups(mine).values()]
+        steps, waits, n_bytes = [], [], 0.0
+        for i in range(WARMUP_STEPS + args.steps):
+            before, start = traffic.n_bytes, time.perf_counter()
+            x_TD = frame.enter(loader.batch(i)[args.site])
+            waits.append(time.perf_counter() - start)
+            for bank in banks:
+                bank.step(x_TD, 1.0, i)
+            everyone.any(False)
+            steps.append(time.perf_counter() - start)
+            n_bytes = traffic.n_bytes - before
+        found = {
+            "step_s": statistics.median(steps[WARMUP_STEPS:]),
+            "wait_s": statistics.median(waits[WARMUP_STEPS:]),
+            "bytes": n_bytes,
+            "d": d,
+        }
+        if everyone.rank == 0:
+            Path(args.result).write_text(json.dumps(found))
+
+
+def run(args: argparse.Namespace, way: Way) -> dict[str, float]:
+    """Measure one way in processes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "found.json"
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        numbers = (way.n_processes, way.n_variants, way.data_ranks, way.latent_ranks)
+        options = [
+            f"--{name}={getattr(args, name)}" for name in ("acts", "site", "latents", "k", "batch", "steps")
+        ]
+        subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", *meeting,
+                "--nproc-per-node", str(way.n_processes), "-m", "benchmarks.scale",
+                *options, "--way", ",".join(map(str, numbers)), "--result", str(result),
+            ],
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        found: dict[str, float] = json.loads(result.read_text())
+        return found
+
+
+def formula(args: argparse.Namespace, way: Way, d: int) -> float:
+    """Bytes that one process takes in per step."""
+    n_tokens, k = args.batch, args.k
+    n, of_tokens, of_latents = way.n_variants, way.data_ranks, way.latent_ranks
+    exchanged = (of_tokens - 1) / of_tokens * n_tokens * (4 * d + 16 * k)
+    candidates = (of_latents - 1) * n_tokens * 4 * k
+    summed = 2 * (of_latents - 1) / of_latents * 4 * n_tokens * d
+    return n * (exchanged + (candidates + summed) / of_tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--acts", type=Path, required=True, help="an activation store")
+    parser.add_argument("--site", required=True, help="a site of it")
+    parser.add_argument("--latents", type=int, default=6144)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4096, help="tokens per step")
+    parser.add_argument("--many", type=int, default=8, help="variants that are dealt")
+    parser.add_argument("--few", type=int, default=1, help="variants whose latents or tokens are split")
+    parser.add_argument("--processes", type=lambda text: [int(n) for n in text.split(",")], default=[2])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("-o", "--out", type=Path)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--result", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        n_processes, n_variants, data, latents = map(int, args.way.split(","))
+        work(args, Way("", n_processes, n_variants, data, latents))
+        return
+    text = table(args)
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+
+
+def table(args: argparse.Namespace) -> str:
+    """All ways, in turns, as Markdown."""
+    pairs = ways(args)
+    found: dict[Way, list[dict[str, float]]] = {way: [] for pair in pairs for way in pair}
+    for _ in range(args.rounds):
+        for way in found:
+            found[way].append(run(args, way))
+    lines = [
+        machine(),
+        "",
+        f"{args.site}, F {args.latents}, k {args.k}, T {args.batch}, one thread per process, "
+        f"{args.rounds} rounds of {args.steps} steps",
+        "",
+        "| way | processes | variants | ms per step | of one process | efficiency | waiting for data "
+        "| MiB taken in per step | by formula |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for way, alone in pairs:
+        step_s, alone_s = (statistics.median(r["step_s"] for r in found[w]) for w in (way, alone))
+        wait_s = statistics.median(r["wait_s"] for r in found[way])
+        last = found[way][-1]
+        expected = formula(args, way, int(last["d"]))
+        lines.append(
+            f"| {way.name} | {way.n_processes} | {way.n_variants} "
+            f"| {step_s * 1e3:,.0f} | {alone_s * 1e3:,.0f} "
+            f"| {alone_s / step_s / way.n_processes:.0%} | {wait_s / step_s:.1%} "
+            f"| {last['bytes'] / 2**20:.2f} | {expected / 2**20:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

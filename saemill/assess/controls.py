@@ -1,0 +1,57 @@
+"""Two dictionaries that nobody trained, of the best variant's k: what its figures are to be held against.
+
+Both are SAEs, fitted to cached training tokens and measured like any other on the evaluation tokens:
+
+- random: as many latents, unit decoder rows drawn at random, the encoder their transpose; one gain for
+  all is fitted by least squares.
+- PCA: x̂ = x̄ + V Vᵀ (x − x̄), V the k directions of most variance. As latents ±v, of which one of
+  each pair is active.
+"""
+
+import torch
+from torch import Tensor
+
+from saemill.assess.evalset import EvalSet
+from saemill.assess.reconstruction import ROWS_AT_ONCE
+from saemill.common.sae import Sae, SaeConfig
+
+FIT_TOKENS = 1 << 16
+SEED = 12
+
+
+def controls(best: Sae, site: str, evalset: EvalSet) -> dict[str, Sae]:
+    """The random dictionary and the PCA of an SAE's k, by name; every process fits them alike.
+
+    Args:
+        best: says k, the number of latents, and the device.
+        site: whose activations they reconstruct.
+        evalset: gives cached tokens of the site that training saw.
+    """
+    config, device = best.config, best.W_enc.device
+    mean_D = evalset.arrays[site].statistics.mean_D.to(device, torch.float32)
+    generator = torch.Generator().manual_seed(SEED)
+    drawn_FD = torch.randn(config.num_latents, config.d_in, generator=generator).to(device)
+    random = _sae(torch.nn.functional.normalize(drawn_FD, dim=1), mean_D, config.k, site)
+    covariance_DD = torch.zeros(config.d_in, config.d_in, dtype=torch.float64, device=device)
+    moments = torch.zeros(2, dtype=torch.float64, device=device)
+    with torch.inference_mode():
+        for chunk in evalset.training_chunks(FIT_TOKENS):
+            for part_TD in torch.split(chunk.x[site], ROWS_AT_ONCE):
+                x_TD = part_TD.to(device, torch.float32)
+                centred_TD, y_TD = x_TD - mean_D, random(x_TD).reconstruction - mean_D
+                covariance_DD += (centred_TD.T @ centred_TD).double()
+                moments += torch.stack([(centred_TD * y_TD).sum(), y_TD.square().sum()])
+    random.W_dec.data *= float(moments[0] / moments[1])
+    v_KD = torch.linalg.eigh(covariance_DD).eigenvectors.T.flip(0)[: config.k].float()
+    return {
+        f"random-k{config.k}-f{config.num_latents}": random,
+        f"pca-k{len(v_KD)}": _sae(torch.cat([v_KD, -v_KD]), mean_D, len(v_KD), site),
+    }
+
+
+def _sae(rows_FD: Tensor, mean_D: Tensor, k: int, site: str) -> Sae:
+    """An SAE with the same rows to encode and to decode."""
+    n, d = rows_FD.shape
+    provenance = {"site": site, "tokens_trained": 0, "diverged_at_step": None}
+    config = SaeConfig(d_in=d, num_latents=n, k=k, provenance=provenance)
+    return Sae(config, rows_FD.clone(), rows_FD.new_zeros(n), rows_FD.clone(), mean_D)

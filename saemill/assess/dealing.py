@@ -1,0 +1,37 @@
+"""The work of an assessment, dealt to the processes of a run.
+
+Batches are the same for any number of processes and are dealt whole, in contiguous parts. So a batch
+gives the same figures wherever it runs, and few documents lie on two processes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saemill.common.log import progress
+from saemill.common.world import Group
+
+Addresses = NDArray[np.int64]
+"""A batch: the addresses of the tokens in it, of any shape."""
+
+Found = TypeVar("Found")
+
+
+def dealt(label: str, batches: Sequence[Addresses], everyone: Group) -> Iterator[Addresses]:
+    """This process's part of the batches, while progress is shown, scaled to all of them."""
+    mine = batches[everyone.part(len(batches))]
+    n_tokens, n_mine = (sum(batch.size for batch in some) for some in (batches, mine))
+    n_done = 0
+    with progress(label, n_tokens, "tokens") as advance:
+        for batch in mine:
+            yield batch
+            before, n_done = n_done, n_done + batch.size
+            advance(n_tokens * n_done // n_mine - n_tokens * before // n_mine)
+
+
+def for_each(names: Sequence[str], figure: Callable[[str], Found], everyone: Group) -> dict[str, Found]:
+    """`figure(name)` of every name, each computed by one process and told to all."""
+    mine = {name: figure(name) for name in names[everyone.part(len(names))]}
+    return {name: found for theirs in everyone.share(mine) for name, found in theirs.items()}

@@ -1,0 +1,141 @@
+"""What the assessment says of each variant: its figures, its checks, how far it is from the best."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from saemill.assess import verdict
+from saemill.assess.dealing import for_each
+from saemill.assess.reconstruction import Reconstruction, absorption, random_absorption
+from saemill.assess.splicing import Splicing, absent_metrics
+from saemill.assess.sums import Figure, Split, absent
+from saemill.assess.verdict import Thresholds
+from saemill.common.sae import Sae
+
+Entry = dict[str, Any]
+"""One variant in `final_assessment.json`."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the passes over the evaluation tokens found, the same on every process."""
+
+    reconstruction: Reconstruction
+    splicing: Splicing | str
+    """The losses, or why there are none."""
+    thresholds: Thresholds
+    dead_share: float
+    """A latent that fires on a smaller share of the tokens counts as dead."""
+
+    def entries(self) -> list[Entry]:
+        """One entry per SAE, in the order in which they were given."""
+        saes = self.reconstruction.saes
+        metrics = for_each(list(saes), self._metrics, self.reconstruction.evalset.everyone)
+        return [self._entry(name, sae, metrics[name]) for name, sae in saes.items()]
+
+    def ranking(self, left_out: dict[str, tuple[Sae, str]]) -> list[Entry]:
+        """The entries, best first, each compared with the best.
+
+        Args:
+            left_out: variants that were not measured, each with the reason; they come last.
+        """
+        saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
+        entries = self.entries()
+        for name, (sae, reason) in left_out.items():
+            metrics = dict.fromkeys(entries[0]["metrics"], absent(reason))
+            entries.append(self._entry(name, sae, metrics) | {"not_measured": reason})
+        entries = verdict.order(entries, for_each(list(saes), self._loss, everyone))
+        best = entries[0]["name"]
+        others = [name for name in saes if name != best]
+        versus = for_each(others, lambda name: self._versus(name, best), everyone)
+        for entry in entries:
+            if entry["name"] in versus:
+                entry["versus_best"] = versus[entry["name"]]
+        return entries
+
+    def on_other_documents(self, best: str) -> dict[str, Any]:
+        """The best variant's figures on documents that had no part in choosing it."""
+        split, chosen_by = self._split, "fvu"
+        metrics = self.reconstruction.metrics(best, split.reported_on)
+        if isinstance(self.splicing, Splicing):
+            split, chosen_by = self._model_split, "delta_ce"
+            metrics |= split.reported_on.figures(self.splicing.ratios(best))
+        return {
+            "chosen_by": chosen_by,
+            "n_documents_chosen_on": int(split.chosen_on.sum()),
+            "n_documents": split.reported_on.n_documents,
+            "overlap": split.overlap,
+            "metrics": metrics,
+        }
+
+    def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure]) -> Entry:
+        found = verdict.checks(metrics, self.thresholds)
+        provenance = sae.config.provenance
+        return {
+            "name": name,
+            "site": provenance["site"],
+            "k": sae.config.k,
+            "num_latents": sae.config.num_latents,
+            "tokens_trained": provenance["tokens_trained"],
+            "diverged_at_step": provenance["diverged_at_step"],
+            "not_measured": None,
+            "metrics": metrics,
+            "checks": found,
+            "verdict": verdict.summary(found),
+        }
+
+    @cached_property
+    def _split(self) -> Split:
+        return Split(self.reconstruction.sums.documents)
+
+    @cached_property
+    def _model_split(self) -> Split:
+        return Split([] if isinstance(self.splicing, str) else self.splicing.sums.documents)
+
+    def _metrics(self, name: str) -> dict[str, Figure]:
+        metrics = self.reconstruction.metrics(name, self._split.all) | self._latent_metrics(name)
+        if isinstance(self.splicing, str):
+            return metrics | absent_metrics(self.splicing)
+        return metrics | self._model_split.all.figures(self.splicing.ratios(name))
+
+    def _loss(self, name: str) -> float:
+        """What the best variant is chosen by: ΔCE, or FVU where no model was run."""
+        if isinstance(self.splicing, str):
+            return self._split.loss(self.reconstruction.ratios(name)["fvu"])
+        return self._model_split.loss(self.splicing.ratios(name)["delta_ce"])
+
+    def _latent_metrics(self, name: str) -> dict[str, Figure]:
+        density = self.reconstruction.density(name)
+        live = self.reconstruction.live(name, self.dead_share)
+        w_dec_FD = self.reconstruction.saes[name].W_dec.detach()
+        rows_FD = w_dec_FD[torch.from_numpy(live).to(w_dec_FD.device)]
+        quantiles = np.quantile(density, [0.05, 0.25, 0.5, 0.75, 0.95])
+        return {
+            "dead_fraction": {"value": float(1 - live.mean())},
+            "never_fired": {"value": float((density == 0).mean())},
+            "dense_fraction": {"value": float((density > 0.1).mean())},
+            "density_quantiles": {"value": quantiles.tolist()},
+            "absorption": absorption(rows_FD),
+            "absorption_random": random_absorption(rows_FD),
+        }
+
+    def _versus(self, name: str, best: str) -> dict[str, Figure]:
+        """Differences to the best variant, value minus the best's, over the same documents: those that
+        had no part in choosing it."""
+        sums, sites = self.reconstruction.sums, self.reconstruction.sites
+        found: dict[str, Figure] = {}
+        if sites[name] == sites[best]:
+            difference = sums.column(f"{name}/sse") - sums.column(f"{best}/sse")
+            squares = self.reconstruction.squares(sites[name])
+            found["fvu"] = self._split.reported_on.ratio(difference, squares)
+        if isinstance(self.splicing, Splicing):
+            sums = self.splicing.sums
+            difference = sums.column(f"{name}/ce") - sums.column(f"{best}/ce")
+            found["delta_ce"] = self._model_split.reported_on.ratio(difference, sums.column("n"))
+        for figure in found.values():
+            if figure.get("lo") is not None:
+                figure["distinguishable"] = not figure["lo"] <= 0 <= figure["hi"]
+        return found

@@ -1,0 +1,111 @@
+"""How far each stage is, told by what it has written; SLURM is not asked."""
+
+import json
+from pathlib import Path
+
+from saemill.assess.run import AssessConfig
+from saemill.common import config as settings
+from saemill.common import durable
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import StoreError
+from saemill.common.log import counted
+from saemill.common.tokens import TokenStore
+from saemill.slurm.pipeline import Pipeline
+from saemill.train.config import TrainConfig
+
+
+def by_stage(folder: Path, run: Path) -> dict[str, list[str]]:
+    """A few lines per stage, in the pipeline's order.
+
+    Args:
+        folder: of the run's jobs; its config.yaml names the stages and their outputs.
+        run: the run, which names them where there were no jobs.
+
+    Raises:
+        StoreError: nothing is known of such a run.
+    """
+    if (folder / "config.yaml").exists():
+        configs = Pipeline.read(folder / "config.yaml").stages
+        tokens, acts = (configs[s].out if s in configs else None for s in ("tokenize", "cache"))
+    elif (run / "config.yaml").exists():
+        configs = {
+            "train": settings.resolve(TrainConfig, "train", {"out": run}, run / "config.yaml"),
+            "assess": AssessConfig(run=run),
+        }
+        finished = run / "finished.json"
+        acts = Path(durable.read_json(finished)["acts"]) if finished.exists() else configs["train"].acts
+        tokens = acts / "tokens"
+    else:
+        raise StoreError(
+            f"{run} is no run of `saemill train`, and {folder} holds no jobs of `saemill submit`; name the "
+            "run's folder (`saemill show` tells of stores)"
+        )
+    told = {
+        "tokenize": [_tokenized(tokens)] if tokens else [],
+        "cache": _cached(acts) if acts else [],
+        "train": [_trained(configs["train"])] if "train" in configs else [],
+        "assess": [_assessed(configs["assess"])] if "assess" in configs else [],
+    }
+    return {stage: lines for stage, lines in told.items() if lines}
+
+
+def _tokenized(out: Path) -> str:
+    if (out / "manifest.json").exists():
+        return f"{TokenStore(out).n_rows:,} rows"
+    partial = out.with_name(out.name + ".partial")
+    n_files = len(list(partial.glob("tokens/c/*/0")))
+    return f"{counted(n_files, 'full shard')} so far" if partial.exists() else f"nothing in {out}"
+
+
+def _cached(out: Path) -> list[str]:
+    try:
+        store = ActivationStore(out)
+    except StoreError:
+        return [f"nothing in {out}"]
+    lines = []
+    for folder in sorted(file.parent for file in out.glob("*/zarr.json") if file.parent.name != "tokens"):
+        n_done = len(list(folder.glob("commits/*.json")))
+        if (folder / "manifest.json").exists():
+            n_done = store.n_shards
+        lines.append(f"{folder.name}: {n_done:,} of {store.n_shards:,} shards")
+    return lines or [f"no site in {out}"]
+
+
+def _trained(config: TrainConfig) -> str:
+    if (config.out / "finished.json").exists():
+        steps = durable.read_json(config.out / "finished.json")["steps"]
+        return f"finished, {steps:,} steps"
+    step, n_steps = _last_step(config.out / "metrics.jsonl"), _n_steps(config)
+    if step is None:
+        there = (config.out / "identity.json").exists()
+        return "no step logged yet" if there else f"nothing in {config.out}"
+    return f"step {step:,}" + (f" of {n_steps:,}" if n_steps else "")
+
+
+def _last_step(metrics: Path) -> int | None:
+    """The step of the last line; the line that is being written is no JSON yet."""
+    step = None
+    if metrics.exists():
+        with metrics.open() as lines:
+            for line in lines:
+                if line.endswith("\n"):
+                    step = line
+    return None if step is None else int(json.loads(step)["step"])
+
+
+def _n_steps(config: TrainConfig) -> int | None:
+    """Steps of the run; not told where a mask of its own makes the epoch another than the store's."""
+    n_tokens = config.max_tokens
+    if n_tokens is None and config.mask is None and (config.acts / "zarr.json").exists():
+        store = ActivationStore(config.acts)
+        n_tokens = (config.epochs or 1) * store.site(store.sites[0]).statistics.n_tokens
+    return None if n_tokens is None else n_tokens // config.step_tokens
+
+
+def _assessed(config: AssessConfig) -> str:
+    other = config.run if config.tokens is None else config.run / f"on-{config.tokens.name}"
+    file = (config.out or other) / "final_assessment.json"
+    if not file.exists():
+        return "not assessed"
+    best = durable.read_json(file)["best_variant"]
+    return f"assessed, best {best}"

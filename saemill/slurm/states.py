@@ -1,0 +1,115 @@
+"""What became of jobs: asked of squeue, then sacct, then the exit codes that the scripts leave."""
+
+import getpass
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from saemill.common import durable
+from saemill.common.errors import StoreError
+
+ENDED = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL",
+    "DEADLINE", "REVOKED", "GONE",
+)  # fmt: skip
+"""SLURM's states of a job that will not run again, and ours of one that SLURM has forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A stage's job, or one task of its array."""
+
+    stage: str
+    id: str
+    """As SLURM shows it: 12, or 12_0 of an array."""
+    folder: Path
+    """Where its log and exit code are."""
+    state: str = "GONE"
+    reason: str = ""
+    """Why it waits, where it does."""
+
+    @property
+    def log(self) -> Path:
+        """What it printed, in all its starts."""
+        return self.folder / f"{self.stage}-{self.id}.log"
+
+    @property
+    def exit_code(self) -> int | None:
+        """How its script ended last, as the script wrote it."""
+        file = self.folder / f"{self.stage}-{self.id}.exit"
+        text = file.read_text().strip() if file.exists() else ""
+        return int(text) if text else None
+
+    @property
+    def phrase(self) -> str:
+        """Its state with what belongs to it: why it waits, how its script ended."""
+        if self.reason:
+            return f"{self.state} ({self.reason})"
+        return f"{self.state} (exit code {self.exit_code})" if self.failed and self.exit_code else self.state
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ran and did not come to its end; a cancelled one that never ran has no log."""
+        return self.state in ENDED and self.state != "COMPLETED" and self.log.exists()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs, or may run yet."""
+        return self.state not in ENDED
+
+
+def submitted(folder: Path) -> list[Job]:
+    """The jobs of the last submission, each with its present state; none if there was none."""
+    if not (folder / "jobs.json").exists():
+        return []
+    entries = durable.read_json(folder / "jobs.json")
+    names = [(entry["stage"], id) for entry in entries for id in _ids(entry)]
+    queued = _queued()
+    ended = _accounted([id for _, id in names if id not in queued])
+    found = []
+    for stage, id in names:
+        job = Job(stage, id, folder)
+        state, reason = queued.get(id) or (ended.get(id) or _by_exit_code(job), "")
+        found.append(Job(stage, id, folder, state, reason))
+    return found
+
+
+def _ids(entry: dict[str, str | int]) -> list[str]:
+    if "workers" not in entry:
+        return [str(entry["job"])]
+    return [f"{entry['job']}_{task}" for task in range(int(entry["workers"]))]
+
+
+def _queued() -> dict[str, tuple[str, str]]:
+    """State and reason of the user's jobs that SLURM remembers, for minutes after their end too.
+
+    Raises:
+        StoreError: SLURM does not answer; not to know a job is not to know that it has ended.
+    """
+    if not shutil.which("squeue"):
+        return {}
+    command = ["squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise StoreError(f"squeue does not tell of the jobs: {done.stderr.strip()}; try again later")
+    parts = [line.split("|", 2) for line in done.stdout.splitlines()]
+    return {id: (state, reason if state == "PENDING" else "") for id, state, reason in parts}
+
+
+def _accounted(ids: Sequence[str]) -> dict[str, str]:
+    """States by SLURM's accounting; none where that is off."""
+    if not ids or not shutil.which("sacct"):
+        return {}
+    command = ["sacct", "-n", "-P", "-X", "-j", ",".join(ids), "-o", "JobID,State"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    parts = [line.split("|") for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    return {id: state.split()[0] for id, state in parts}  # CANCELLED by 1000
+
+
+def _by_exit_code(job: Job) -> str:
+    """The state of a job that SLURM has forgotten."""
+    if job.exit_code is None:
+        return "GONE" if job.log.exists() else "CANCELLED"
+    return "FAILED" if job.exit_code else "COMPLETED"

@@ -1,0 +1,118 @@
+"""Successive halving: the rules, and runs in which the worse half stops."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_spread import ENVIRONMENT, finish, launch
+from test_train import D, config, files, store  # noqa: F401
+
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import ConfigError
+from saemill.common.sae import Sae
+from saemill.train.halving import Halving, window
+from saemill.train.run import run
+from saemill.train.trainer import Trainer
+from saemill.train.variants import Variant
+
+
+def variants_of(ks: list[int]) -> list[Variant]:
+    return [Variant(name=f"v{i}", site="a", k=k, num_latents=64, lr=1.0, k_aux=1) for i, k in enumerate(ks)]
+
+
+def test_the_worse_half_of_each_k_is_stopped(tmp_path: Path) -> None:
+    """Oracle: by hand; of three two go on, one alone goes on, a diverged one is the worst."""
+    halving = Halving(tmp_path / "halving.json", variants_of([4, 4, 4, 8, 16, 16]), 1000, 2, "fvu")
+    assert halving.ends == [250, 500, 1000]
+    scores = {"v0": 0.3, "v1": 0.1, "v2": 0.2, "v3": 9.0, "v4": None, "v5": 0.5}
+    losers = halving.choose(scores)
+    assert losers == {"v0": {"value": 0.3, "best": 0.1}, "v4": {"value": None, "best": 0.5}}
+    halving.stop(250, losers)
+    assert [v.name for v in halving.alive] == ["v1", "v2", "v3", "v5"]
+    again = Halving(halving.path, halving.variants, 1000, 2, "fvu")
+    assert again.ends == [500, 1000]
+    assert again.stopped["v0"] == {"step": 250, "metric": "fvu", "value": 0.3, "best": 0.1}
+    assert again.choose({"v1": 0.1, "v2": 0.1, "v3": 1.0, "v5": 1.0}) == {"v2": {"value": 0.1, "best": 0.1}}
+
+
+@given(st.lists(st.integers(1, 3), min_size=2, max_size=20), st.data())
+def test_every_group_keeps_its_best_and_loses_its_worst(ks: list[int], data: st.DataObject) -> None:
+    """Oracle: numbers kept are ceil(n / 2), and none that was stopped is better than one that was kept."""
+    variants = variants_of(ks)
+    halving = Halving(Path("none"), variants, 1000, 0, "fvu")
+    scores = {v.name: data.draw(st.floats(0, 1)) for v in variants}
+    losers: dict[str, Any] = halving.choose(scores)
+    for k in set(ks):
+        group = [v.name for v in variants if v.k == k]
+        kept = [scores[name] for name in group if name not in losers]
+        assert len(kept) == -(-len(group) // 2)
+        assert all(scores[name] >= max(kept) for name in group if name in losers)
+
+
+def test_halving_without_effect_is_refused(store: ActivationStore, tmp_path: Path) -> None:  # noqa: F811
+    """Oracle: the message says what to change."""
+    with pytest.raises(ConfigError, match="no two variants share a site and k"):
+        run(config(store, tmp_path / "a", num_latents=(48,), max_tokens=256 * 40, halving=1))
+    with pytest.raises(ConfigError, match="looks first at step 3 of 24, 10 are the least"):
+        run(config(store, tmp_path / "b", halving=3))
+    with pytest.raises(ConfigError, match="halving_metric has no effect without halving"):
+        config(store, tmp_path / "c", halving_metric="fvu")
+
+
+SETTINGS = {"lr": (1e-5, 1e-4, 3e-3, 1e-3), "num_latents": (48,), "max_tokens": 256 * 50, "batch_size": 256}
+
+
+def test_survivors_equal_a_run_without_halving(
+    store: ActivationStore,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: the same run without halving, bit by bit for those that go on, killed at and after a look;
+    the best rates by its final metrics survive."""
+    run(config(store, tmp_path / "all", **SETTINGS))
+    one_step = Trainer._one_step
+    out = tmp_path / "half"
+    for stop_at in (12, 30):
+
+        def failing(self: Trainer, at: int = stop_at) -> None:
+            if self.step == at:
+                raise KeyboardInterrupt
+            one_step(self)
+
+        monkeypatch.setattr(Trainer, "_one_step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(store, out, halving=2, **SETTINGS))
+    monkeypatch.setattr(Trainer, "_one_step", one_step)
+    run(config(store, out, halving=2, **SETTINGS))
+    finished = json.loads((out / "finished.json").read_text())
+    survivors = set(finished["variants"]) - set(finished["stopped"])
+    assert survivors == {"a-k2-f48-s0-lr0.003", "a-k8-f48-s0-lr0.003"}
+    assert {look["step"] for look in finished["stopped"].values()} == {12, 25}
+    whole, half = files(tmp_path / "all"), files(out)
+    for name in survivors:
+        assert half[f"{name}/sae.safetensors"] == whole[f"{name}/sae.safetensors"]
+    for name, look in finished["stopped"].items():
+        assert Sae.load(out / name).config.provenance["tokens_trained"] == look["step"] * 256
+        lines = [json.loads(line) for line in (tmp_path / "all" / "metrics.jsonl").read_text().splitlines()]
+        before = next(x["variants"][name]["fvu"] for x in lines if window(look["step"]) - 5 < x["step"])
+        assert look["value"] == pytest.approx(before, rel=0.5)
+
+
+def test_processes_share_out_what_goes_on(store: ActivationStore, tmp_path: Path) -> None:  # noqa: F811
+    """Oracle: one process, bit by bit; three processes deal the variants anew after each look."""
+    command = [
+        "-m", "saemill", "train", str(store.path), "--site", "a", "--k", "2,8",
+        "--num-latents", "48", "--lr", "1e-5,1e-4,3e-3,1e-3", "--batch-size", "256", "--max-tokens", "12800",
+        "--save-every", "7", "--log-every", "5", "--precision", "fp32", "--dead-after-tokens", "512",
+        "--device", "cpu", "--halving", "2", "--latent-ranks", "1",
+    ]  # fmt: skip
+    subprocess.run([sys.executable, *command, "-o", str(tmp_path / "one")], check=True, env=ENVIRONMENT)
+    finish(launch(3, *command, "-o", str(tmp_path / "three")))
+    assert files(tmp_path / "three") == files(tmp_path / "one")
+    one, three = (json.loads((tmp_path / n / "halving.json").read_text()) for n in ("one", "three"))
+    assert one == three

@@ -1,0 +1,298 @@
+"""Runs over several processes: dealt variants, split latents and tokens, kills, restarts, hung peers."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import KINDS
+from stores import make_store
+from test_train import files, structured
+
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import ConfigError
+from saemill.common.sae import Sae
+from saemill.common.world import Group, World
+from saemill.train.spread import choose, cost, deal
+from saemill.train.variants import Variant
+
+HERE = Path(__file__).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def variants_of(widths: list[int]) -> list[Variant]:
+    return [
+        Variant(name=f"v{i}", site="a", k=2, num_latents=f, lr=1.0, k_aux=1) for i, f in enumerate(widths)
+    ]
+
+
+@given(st.lists(st.integers(8, 10_000), min_size=1, max_size=30), st.integers(1, 8))
+def test_every_variant_is_dealt_once_and_evenly(latents: list[int], n_teams: int) -> None:
+    """Oracle: Graham's bound for a greedy list: the mean load and what is above it of one variant."""
+    variants = variants_of(latents)
+    hands = deal(variants, {"a": 16}, n_teams)
+    assert sorted(v.name for hand in hands for v in hand) == sorted(v.name for v in variants)
+    costs = [sum(cost(v, 16) for v in hand) for hand in hands]
+    largest = max(cost(v, 16) for v in variants)
+    assert max(costs) <= sum(costs) / n_teams + largest * (1 - 1 / n_teams) + 1e-6
+
+
+@given(st.integers(0, 100), st.integers(1, 9))
+def test_parts_cover_everything_once(n: int, size: int) -> None:
+    """Oracle: the numbers 0 to n − 1 in order, and sizes that differ by one at most."""
+    parts = Group(list(range(size)), 0).parts(n)
+    assert [i for part in parts for i in range(n)[part]] == list(range(n))
+    sizes = [part.stop - part.start for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(
+    ("n_variants", "n_processes", "teams", "latent_ranks"),
+    [(8, 2, 2, 1), (8, 8, 8, 1), (1, 2, 1, 2), (2, 3, 1, 3), (9, 8, 4, 2), (4, 8, 4, 2)],
+)
+def test_the_spread_is_chosen_by_estimated_time(
+    n_variants: int, n_processes: int, teams: int, latent_ranks: int
+) -> None:
+    """Oracle: by hand; nine like variants on eight processes would leave seven of them idle half the time."""
+    spread = choose(variants_of([4096] * n_variants), {"a": 64}, n_processes)
+    assert (len(spread.teams), spread.latent_ranks, spread.data_ranks) == (teams, latent_ranks, 1)
+    assert "processes" in spread.describe()
+
+
+def test_spreads_that_cannot_be_are_refused() -> None:
+    """Oracle: the message says what to change."""
+    variants = variants_of([64, 64])
+    with pytest.raises(ConfigError, match=r"data_ranks 3 × latent_ranks 1 does not divide .* 4"):
+        choose(variants, {"a": 16}, 4, data_ranks=3, latent_ranks=1)
+    with pytest.raises(ConfigError, match="4 teams for 2 variants: some would idle"):
+        choose(variants, {"a": 16}, 4, latent_ranks=1)
+    with pytest.raises(ConfigError, match=r"64 latents in 64 parts leave fewer than k = 2"):
+        choose(variants, {"a": 16}, 64, latent_ranks=64)
+
+
+def launch(n: int, *command: str, **environment: str) -> subprocess.Popen[str]:
+    """n processes under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return subprocess.Popen(
+        [sys.executable, *torchrun, "--nproc-per-node", str(n), *command],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT | environment,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    assert "terminate called" not in stderr
+    return stdout
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("alone") / "found.pt"
+    subprocess.run([sys.executable, str(HERE / "ranks.py"), "1", "1", str(out)], check=True, env=ENVIRONMENT)
+    found: dict[str, Any] = torch.load(out)
+    return found
+
+
+@pytest.mark.parametrize(("data_ranks", "latent_ranks"), [(1, 2), (2, 1), (1, 3), (2, 2)])
+def test_a_team_trains_as_one_process_does(
+    alone: dict[str, Any], tmp_path: Path, data_ranks: int, latent_ranks: int
+) -> None:
+    """Oracle: one process on the same batches, up to the order of sums; AuxK with dead latents on all
+    processes, sizes that no number of processes divides. The processes check that they agree bitwise."""
+    out = tmp_path / "found.pt"
+    n = data_ranks * latent_ranks
+    finish(launch(n, str(HERE / "ranks.py"), str(data_ranks), str(latent_ranks), str(out)))
+    found = torch.load(out)
+    assert found["diverging"]["diverged"] == alone["diverging"]["diverged"] != []
+    assert alone["adam"]["n_dead"] > KINDS["adam"].k_aux
+    assert 0 < alone["few dead"]["n_dead"] < KINDS["few dead"].k_aux
+    for kind in set(KINDS) - {"diverging"}:
+        assert found[kind]["n_dead"] == alone[kind]["n_dead"]
+        assert found[kind]["totals"] == pytest.approx(alone[kind]["totals"], rel=1e-5)
+        for name, expected in alone[kind]["weights"].items():
+            torch.testing.assert_close(found[kind]["weights"][name], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    folder = tmp_path_factory.mktemp("spread")
+    return make_store(folder, n_rows=256, ctx_len=32, d=16, shard_tokens=2048, values_TD=structured(256 * 32))
+
+
+def train_command(store: ActivationStore, out: Path, *more: str) -> list[str]:
+    return [
+        "-m", "saemill", "train", str(store.path), "--site", "a", "-o", str(out), "--k", "2,8",
+        "--num-latents", "48,65", "--lr", "3e-3", "--batch-size", "128", "--max-tokens", "40k",
+        "--save-every", "10", "--precision", "fp32", "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run by one process."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run([sys.executable, *train_command(store, out)], check=True, env=ENVIRONMENT)
+    return out
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("waited too long")
+
+
+def test_dealt_variants_stopped_and_resumed_equal_one_process(
+    store: ActivationStore, whole: Path, tmp_path: Path
+) -> None:
+    """Oracle: one process, bit by bit; stopped with two processes by SIGTERM, resumed with three, then
+    with one."""
+    out = tmp_path / "run"
+    command = train_command(store, out, "--latent-ranks", "1")
+    process = launch(2, *command)
+    wait_for((out / "checkpoint.json").exists, process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "same command continues" in stderr
+    step = json.loads((out / "checkpoint.json").read_text())["step"]
+    process = launch(3, *command)
+    wait_for(lambda: json.loads((out / "checkpoint.json").read_text())["step"] > step, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert not (out / "finished.json").exists()
+    subprocess.run([sys.executable, *command], check=True, env=ENVIRONMENT)
+    assert files(out) == files(whole)
+    assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in whole.iterdir())
+
+
+def descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def test_a_killed_worker_is_restarted_and_the_result_is_the_same(
+    store: ActivationStore, whole: Path, tmp_path: Path
+) -> None:
+    """Oracle: one process that was never killed, bit by bit; torchrun restarts the workers."""
+    out = tmp_path / "run"
+    process = launch(2, "--max-restarts", "2", *train_command(store, out, "--latent-ranks", "1"))
+    wait_for((out / "checkpoint.json").exists, process)
+    os.kill(descendants(process.pid)[-1], signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    assert "continuing after step" in stdout
+    assert files(out) == files(whole)
+
+
+def test_split_latents_resume_with_another_number_of_processes(
+    store: ActivationStore, whole: Path, tmp_path: Path
+) -> None:
+    """Oracle: one process: the same loss to 1% of it, through a change from two parts to one and three."""
+    out = tmp_path / "run"
+    for n in (2, 1, 3):
+        process = launch(n, *train_command(store, out, "--latent-ranks", str(n)))
+        if n == 3:
+            finish(process)
+            break
+        step = json.loads((out / "checkpoint.json").read_text())["step"] if n == 1 else 0
+        wait_for(lambda s=step: _step(out) > s, process)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+    last, expected = (json.loads((o / "metrics.jsonl").read_text().splitlines()[-1]) for o in (out, whole))
+    for name, metrics in expected["variants"].items():
+        assert last["variants"][name]["fvu"] == pytest.approx(metrics["fvu"], rel=0.01)
+        assert last["variants"][name]["l0"] == pytest.approx(metrics["l0"], rel=0.01)
+        assert Sae.load(out / name).W_enc.shape == Sae.load(whole / name).W_enc.shape
+
+
+def _step(out: Path) -> int:
+    path = out / "checkpoint.json"
+    return int(json.loads(path.read_text())["step"]) if path.exists() else 0
+
+
+def by_hand(n: int, command: list[str], **environment: str) -> list[subprocess.Popen[str]]:
+    """n processes that find each other by torchrun's variables, without torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=ENVIRONMENT | shared | meeting | {"RANK": str(i), "LOCAL_RANK": str(i)} | environment,
+        )
+        for i in range(n)
+    ]
+
+
+def test_a_hung_peer_is_given_up(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the timeout; a process that waits for one that is stopped ends with its rank and host."""
+    out = tmp_path / "run"
+    command = train_command(store, out, "--max-tokens", "4M")
+    first, second = by_hand(2, command, SAEMILL_PEER_TIMEOUT_SECONDS="4")
+    wait_for((out / "checkpoint.json").exists, first)
+    second.send_signal(signal.SIGSTOP)
+    try:
+        _, stderr = first.communicate(timeout=60)
+        assert first.returncode not in (0, 75)
+        assert f"failed (rank 0 of 2 on {socket.gethostname()})" in stderr
+    finally:
+        second.kill()
+        second.communicate()
+
+
+def test_a_wrong_setting_is_told_by_each_rank(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the message, with rank and host, from a plain exit."""
+    processes = by_hand(2, train_command(store, tmp_path / "run", "--latent-ranks", "64"))
+    for i, process in enumerate(processes):
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert f"error (rank {i} of 2 on" in stderr
+        assert "does not divide the number of processes, 2" in stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, World()),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, World()),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2",
+                "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0",
+                "MASTER_ADDR": "node1", "MASTER_PORT": "1234",
+            },
+            World(4, 5, 0, 1, {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}),
+        ),
+    ],
+)  # fmt: skip
+def test_the_world_is_read_from_the_environment(environment: dict[str, str], expected: World) -> None:
+    """Oracle: by hand; a batch script's SLURM_NTASKS alone makes no world of many."""
+    assert World.here(environment) == expected
+
+
+def test_a_torchrun_environment_that_is_cut_is_told() -> None:
+    """Oracle: the message names what is missing."""
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"):
+        World.here({"RANK": "0", "WORLD_SIZE": "2"})
