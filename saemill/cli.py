@@ -114,9 +114,10 @@ def cache(
 ) -> None:
     """Run a transformer over the rows once and store the activations of chosen sites.
 
-    Killed at any moment, the same command continues; run again with other layers, it adds them, with
-    the store's settings where you name none; run on a finished store, it checks every shard and writes
-    the damaged ones again.
+    Killed at any moment, the same command continues; started several times at once, on one machine or
+    many, the processes share out the shards. Run again with other layers, it adds them, with the store's
+    settings where you name none; run on a finished store, it checks every shard and writes the damaged
+    ones again.
 
     Example: `saemill cache tokens --model EleutherAI/pythia-160m --layers 4,8 -o acts`
     """

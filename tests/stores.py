@@ -1,5 +1,6 @@
 """Stores with known content, written through saemill's own writers."""
 
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 import zarr
 
+from saemill.cache.claims import Worker
 from saemill.cache.writer import SiteWriter
 from saemill.common.activations import FORMAT, ActivationStore
 from saemill.common.shards import ShardedArray
@@ -96,10 +98,11 @@ def make_store(
         values_TD = torch.randn(store.n_tokens, d, generator=torch.Generator().manual_seed(0))
         address = torch.arange(store.n_tokens)
         values_TD[:, 0], values_TD[:, 1] = (address // 256).float(), (address % 256).float()
-    for name, offset in (("a", 0.0), ("b", 1.0)):
-        writer = SiteWriter(store, Site(name, d), torch.float32)
-        for shard in range(store.n_shards):
-            start = shard * store.shard_tokens
-            writer.write(shard, values_TD[start : start + store.shard_length(shard)] + offset)
-        writer.finish()
+    with Worker(acts / "claims", threading.Event()) as worker, worker.hold("store") as claim:
+        for name, offset in (("a", 0.0), ("b", 1.0)):
+            writer = SiteWriter(store, Site(name, d), torch.float32, worker)
+            for shard in range(store.n_shards):
+                start = shard * store.shard_tokens
+                writer.write(shard, values_TD[start : start + store.shard_length(shard)] + offset, claim)
+            writer.finish()
     return store

@@ -300,6 +300,20 @@ def test_write_bytes(parts: list[bytes], pad: int) -> None:
         assert path.read_bytes() == b"".join(parts).ljust(pad, b"\0")
 
 
+def test_place(tmp_path: Path) -> None:
+    """Oracle: the bytes; a file that is there stays, and its own second name is no other file."""
+    finished, path = tmp_path / "finished", tmp_path / "new" / "file"
+    finished.write_bytes(b"mine")
+    durable.place(finished, path)
+    durable.place(finished, path)
+    assert path.read_bytes() == b"mine"
+    finished.unlink()
+    finished.write_bytes(b"other")
+    with pytest.raises(FileExistsError):
+        durable.place(finished, path)
+    assert path.read_bytes() == b"mine"
+
+
 def test_json(tmp_path: Path) -> None:
     """Oracle: the value itself; NaN is refused and leaves the old file; broken text is a StoreError."""
     path = tmp_path / "value.json"

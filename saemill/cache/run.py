@@ -1,9 +1,7 @@
 """`saemill cache`: one forward pass over the rows serves every requested site."""
 
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,29 +9,32 @@ from typing import Any, Literal
 
 import torch
 import zarr
-from torch import Tensor
 
+from saemill.cache.claims import Worker, holds_only_claims
+from saemill.cache.fill import Filling
 from saemill.cache.writer import DTYPES, ZARR_LITTER, SiteWriter
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.activations import FORMAT, ActivationStore, read_settings
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.log import counted, progress, say
+from saemill.common.log import counted, say
 from saemill.common.mask import MaskConfig
 from saemill.common.model import (
     LanguageModel,
-    attention_of,
     check_fit,
-    choose_device,
     choose_model_dtype,
     fingerprint_model,
 )
+from saemill.common.signals import stop_on_signal
 from saemill.common.sites import Architecture, Site, load_model_config
 from saemill.common.tokenizer import check_tokenizer
 from saemill.common.tokens import TokenStore, copy_rows
+from saemill.common.world import World, speak_for
 
 SHARD_TOKENS = 65536
 """Tokens per shard file of a new store, unless told otherwise."""
+CLAIMS = "claims"
+"""The store's folder in which workers meet; it is gone when none is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,39 +93,75 @@ def run(config: CacheConfig) -> ActivationStore:
 
     A store that exists is added to: sites that are missing are cached, shards and tokens that are
     missing or damaged are written again, and nothing else is touched. Settings left open are the store's.
+    Any number of processes may do so at once: each shard is written by one of them, and each returns
+    when the sites it was asked for are complete.
 
     Raises:
         ConfigError: settings that do not fit the model or the tokens, a store made with others, or
             too little disk.
         DataError: NaN or infinite activations.
-        StoreError: damaged tokens, a folder with other files, or another process that writes to it.
+        StoreError: damaged tokens, or a folder with other files.
+        Interrupted: a signal came; the same call goes on.
     """
-    tokens = TokenStore(config.tokens)
-    there = _settings_there(config, tokens)
-    n_rows = _n_rows(config, tokens, there)
-    device = choose_device(config.device)
-    model_config = load_model_config(config.model, config.revision)
-    check_fit(model_config, config.model, tokens.tokenizer, tokens.ctx_len)
-    check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
-    sites = _sites(config, Architecture(model_config))
-    identity = _identity(config, tokens, there, n_rows, device)
-    plan = _plan(config, identity, tokens.ctx_len, sites)
-    with durable.exclusive(config.out):
-        settings.check_same(_settings_there(config, tokens) or identity, identity, config.out)
-        say(plan)
-        store = _open_or_create(config, tokens, identity)
-        writers = [SiteWriter(store, site, DTYPES[identity["dtype"]]) for site in sites]
-        pending = {writer.site.name: writer.pending() for writer in writers}
-        if any(pending.values()):
-            _say_what_is_there(store, pending)
-            _fill(config, store, writers, pending, device)
-        for writer in writers:
-            if not writer.manifest_path.exists():
-                writer.finish()
-    n_written = sum(map(len, pending.values()))
-    what = f"{counted(n_written, 'shard')} written" if n_written else "nothing to do, every shard was checked"
+    world = World.here()
+    speak_for(world)
+    with stop_on_signal() as stop:
+        tokens = TokenStore(config.tokens)
+        there = _settings_there(config, tokens)
+        n_rows = _n_rows(config, tokens, there)
+        device = world.device(config.device)
+        model_config = load_model_config(config.model, config.revision)
+        check_fit(model_config, config.model, tokens.tokenizer, tokens.ctx_len)
+        check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
+        sites = _sites(config, Architecture(model_config))
+        identity = _identity(config, tokens, there, n_rows, device)
+        plan = _plan(config, identity, tokens.ctx_len, sites)
+        settings.check_same(there or identity, identity, config.out)
+        with Worker(config.out / CLAIMS, stop) as worker:
+            store, writers = _open(config, tokens, identity, sites, plan, worker)
+            what = _complete(config, store, writers, device, worker, world)
     say(f"{config.out}: {', '.join(site.name for site in sites)} complete; {what}")
     return store
+
+
+def _complete(
+    config: CacheConfig,
+    store: ActivationStore,
+    writers: list[SiteWriter],
+    device: torch.device,
+    worker: Worker,
+    world: World,
+) -> str:
+    """Write what the sites lack, beside other workers, until they have their manifests; what was done."""
+    model: LanguageModel | None = None
+    n_missing = n_written = 0
+    while True:
+        damaged = {writer.site.name: writer.damaged() for writer in writers}
+        if any(damaged.values()):
+            with worker.hold("store"):
+                for writer in writers:
+                    writer.withdraw(damaged[writer.site.name])
+            _say_what_is_there(store, damaged)
+            n_missing += sum(map(len, damaged.values()))
+            model = model or LanguageModel(
+                config.model,
+                revision=config.revision,
+                dtype=getattr(torch, store.settings["model_dtype"]),
+                device=device,
+            )
+            filling = Filling(store, writers, model, worker, world, config.batch_size)
+            filling.run()
+            n_written += filling.n_written
+        with worker.hold("store"):
+            if all([writer.finish() for writer in writers]):
+                return _what_was_done(n_missing, n_written)
+
+
+def _what_was_done(n_missing: int, n_written: int) -> str:
+    if not n_missing:
+        return "nothing to do, every shard was checked"
+    others = f", {n_missing - n_written:,} of them by other workers" if n_written < n_missing else ""
+    return f"{counted(max(n_missing, n_written), 'shard')} written{others}"
 
 
 def _settings_there(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
@@ -135,12 +172,26 @@ def _settings_there(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
         StoreError: it holds other files.
     """
     settings.check_folder(config.out)
+    others = [path for path in config.out.glob("*") if not _is_begun(path, tokens)]
+    # Looked for last: another worker may be making the store right now.
     if (config.out / "zarr.json").exists():
         return read_settings(config.out)
-    litter = set(config.out.glob(ZARR_LITTER)) | {config.out / "tokens.partial"}
-    if config.out.exists() and set(config.out.iterdir()) - litter - _copies(tokens, config.out):
+    if others:
         raise StoreError(f"{config.out} holds other files; choose a new folder")
     return {}
+
+
+def _is_begun(path: Path, tokens: TokenStore) -> bool:
+    """Whether a file or folder is of a store of these tokens that another run began to make."""
+    if path.name == CLAIMS:
+        return holds_only_claims(path)
+    if path.name == "tokens":
+        # A copy names what it was copied from; a token store of the user's own does not.
+        with suppress(FileNotFoundError):
+            return bool(
+                durable.read_json(path / "manifest.json").get("parent_fingerprint") == tokens.fingerprint
+            )
+    return path.match(ZARR_LITTER)
 
 
 def _n_rows(config: CacheConfig, tokens: TokenStore, there: dict[str, Any]) -> int:
@@ -210,41 +261,52 @@ def _plan(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites: li
     return "\n".join(lines)
 
 
-def _open_or_create(config: CacheConfig, tokens: TokenStore, identity: dict[str, Any]) -> ActivationStore:
-    if (config.out / "zarr.json").exists():
-        _have_tokens(tokens, identity["n_rows"], config.out / "tokens")
-        return ActivationStore(config.out)
+def _open(
+    config: CacheConfig,
+    tokens: TokenStore,
+    identity: dict[str, Any],
+    sites: list[Site],
+    plan: str,
+    worker: Worker,
+) -> tuple[ActivationStore, list[SiteWriter]]:
+    """The store with its tokens and the sites' arrays, made where they are missing."""
+    copy, n_rows = config.out / "tokens", identity["n_rows"]
+    was_there = (copy / "manifest.json").exists()
+    # Workers hash the copy side by side; then a copy that was not there is new, and its sizes will do.
+    whole = _is_whole(copy, n_rows, hashes=True)
+    with worker.hold("store"):
+        settings.check_same(_settings_there(config, tokens) or identity, identity, config.out)
+        say(plan)
+        if not whole and not _is_whole(copy, n_rows, hashes=was_there):
+            shutil.rmtree(copy, ignore_errors=True)
+            partial = worker.partial()
+            copy_rows(tokens, n_rows, partial)
+            partial.replace(copy)
+            durable.sync_folder(config.out)
+        if not (config.out / "zarr.json").exists():
+            _create_group(config, identity)
+        store = ActivationStore(config.out)
+        return store, [SiteWriter(store, site, DTYPES[identity["dtype"]], worker) for site in sites]
+
+
+def _is_whole(copy: Path, n_rows: int, hashes: bool) -> bool:
+    """Whether a copy of the tokens is there and undamaged."""
+    try:
+        store = TokenStore(copy)
+        return store.n_rows == n_rows and not store.problems(hashes)
+    except (StoreError, FileNotFoundError):
+        return False
+
+
+def _create_group(config: CacheConfig, identity: dict[str, Any]) -> None:
     for file in config.out.glob(ZARR_LITTER):
         file.unlink()
-    _have_tokens(tokens, identity["n_rows"], config.out / "tokens")
     made_by = {
         "model": config.model,
         "revision": config.revision,
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers", "zarr")},
     }
     zarr.create_group(str(config.out), attributes={"saemill": identity | made_by})
-    return ActivationStore(config.out)
-
-
-def _copies(tokens: TokenStore, folder: Path) -> set[Path]:
-    """The copy of these tokens that an earlier run left in `folder`, and no token store of the user's."""
-    manifest = folder / "tokens" / "manifest.json"
-    if not manifest.exists():
-        return set()
-    parent = durable.read_json(manifest).get("parent_fingerprint")
-    return {folder / "tokens"} if parent == tokens.fingerprint else set()
-
-
-def _have_tokens(tokens: TokenStore, n_rows: int, path: Path) -> None:
-    """Copy the rows to `path`, unless they are there and whole."""
-    try:
-        copy = TokenStore(path)
-        if copy.n_rows == n_rows and not copy.problems(hashes=True):
-            return
-    except StoreError:
-        pass
-    shutil.rmtree(path, ignore_errors=True)
-    copy_rows(tokens, n_rows, path)
 
 
 def _say_what_is_there(store: ActivationStore, pending: dict[str, list[int]]) -> None:
@@ -256,73 +318,3 @@ def _say_what_is_there(store: ActivationStore, pending: dict[str, list[int]]) ->
                 f"{name}: {n_there:,} of {counted(store.n_shards, 'shard')} are there, "
                 f"continuing with shard {shards[0]}"
             )
-
-
-def _fill(
-    config: CacheConfig,
-    store: ActivationStore,
-    writers: list[SiteWriter],
-    pending: dict[str, list[int]],
-    device: torch.device,
-) -> None:
-    """Run the model over every shard that some site lacks; writing overlaps the next forward."""
-    model_dtype = getattr(torch, store.settings["model_dtype"])
-    model = LanguageModel(config.model, revision=config.revision, dtype=model_dtype, device=device)
-    shards = sorted(set().union(*pending.values()))
-    total = sum(map(store.shard_length, range(store.n_shards)))
-    done = total - sum(map(store.shard_length, shards))
-    with progress("cache", total, "tokens", done) as advance, _background() as submit:
-        for shard in shards:
-            needing = [writer for writer in writers if shard in pending[writer.site.name]]
-            captured = _capture_shard(config, store, model, shard, needing, advance)
-            submit(_write_all, shard, needing, captured)
-
-
-def _capture_shard(
-    config: CacheConfig,
-    store: ActivationStore,
-    model: LanguageModel,
-    shard: int,
-    writers: list[SiteWriter],
-    advance: Any,
-) -> dict[str, Tensor]:
-    """Activations of one shard in address order, per site [tokens, D] on the CPU.
-
-    Batches start at the shard's first row, so that a shard's bytes do not depend on which shards
-    were computed before it.
-    """
-    n_tokens = store.shard_length(shard)
-    first_row = shard * store.shard_tokens // store.ctx_len
-    last_row = first_row + n_tokens // store.ctx_len
-    names = [writer.site.name for writer in writers]
-    out = {w.site.name: torch.empty(n_tokens, w.site.width, dtype=w.dtype) for w in writers}
-    for row in range(first_row, last_row, config.batch_size):
-        stop = min(row + config.batch_size, last_row)
-        ids_RS = torch.from_numpy(store.tokens.rows(row, stop).astype("int64"))
-        captured = model.capture(ids_RS, names, attention_of(ids_RS, store.tokens.tokenizer))
-        start = (row - first_row) * store.ctx_len
-        for name, x_RSD in captured.items():
-            out[name][start : start + ids_RS.numel()] = x_RSD.flatten(0, 1)
-        advance(ids_RS.numel())
-    return out
-
-
-def _write_all(shard: int, writers: list[SiteWriter], captured: dict[str, Tensor]) -> None:
-    for writer in writers:
-        writer.write(shard, captured[writer.site.name])
-
-
-@contextmanager
-def _background() -> Iterator[Any]:
-    """A function that runs one call at a time in a thread and raises what the last one raised."""
-    pending: list[Future[None]] = []
-    with ThreadPoolExecutor(1) as pool:
-
-        def submit(function: Any, *arguments: Any) -> None:
-            while pending:
-                pending.pop().result()
-            pending.append(pool.submit(function, *arguments))
-
-        yield submit
-        while pending:
-            pending.pop().result()

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,24 @@ def replacing(path: Path) -> Iterator[Path]:
     yield partial
     sync_file(partial)
     partial.replace(path)
+    sync_folder(path.parent)
+
+
+def place(finished: Path, path: Path) -> None:
+    """Give a file that is written and flushed a second name, `path`, never in place of another file.
+
+    Both names must be on one file system that knows hard links; the folder of `path` is created.
+
+    Raises:
+        FileExistsError: another file has that name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(finished, path)
+    except FileExistsError:
+        # NFS may say so after it made the link itself.
+        if not path.samefile(finished):
+            raise
     sync_folder(path.parent)
 
 
@@ -123,5 +141,9 @@ def hash_folder(folder: Path, names: Iterable[Path]) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of all files below a folder; others may be removing some meanwhile."""
+    n_bytes = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            n_bytes += file.stat().st_size if file.is_file() else 0
+    return n_bytes

@@ -85,15 +85,21 @@ class ShardedArray:
         """Rows of a shard; the last may be short, though its file is padded to full size."""
         return int(min(self.shard_rows, self.n_rows - shard * self.shard_rows))
 
-    def write_shard(self, shard: int, rows_TD: NDArray[Any]) -> None:
-        """Write one whole shard durably; `rows_TD` is [rows_in(shard), width] of `self.dtype`."""
+    def write_shard(self, shard: int, rows_TD: NDArray[Any], file: Path | None = None) -> None:
+        """Write one whole shard durably.
+
+        Args:
+            shard: its number.
+            rows_TD: [rows_in(shard), width] of `self.dtype`.
+            file: where to, if not to its place yet.
+        """
         if rows_TD.shape != (self.rows_in(shard), self.width) or rows_TD.dtype != self.dtype:
             raise ValueError(
                 f"shard {shard} must be {self.rows_in(shard)} x {self.width} {self.dtype}, "
                 f"got {rows_TD.shape} {rows_TD.dtype}"
             )
         raw = np.ascontiguousarray(rows_TD).data.cast("B")
-        durable.write_bytes(self.shard_path(shard), [raw], pad_to_bytes=self.shard_bytes)
+        durable.write_bytes(file or self.shard_path(shard), [raw], pad_to_bytes=self.shard_bytes)
         self.shard.cache_clear()
 
     def problem(self, shard: int) -> str | None:

@@ -13,6 +13,7 @@ from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.mask import MaskConfig
+from saemill.common.signals import stop_on_signal
 from saemill.common.world import Group, World, speak_for
 from saemill.train import checkpoint
 from saemill.train.bank import Bank, Frame
@@ -26,7 +27,7 @@ from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.schedule import Schedule
 from saemill.train.spread import Spread, choose
-from saemill.train.trainer import Trainer, stop_on_signal
+from saemill.train.trainer import Trainer
 from saemill.train.variants import Variant, describe, groups, resolve
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
