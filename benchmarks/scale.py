@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.pipeline import machine
+from saemill.common import world
 from saemill.common.activations import ActivationStore
 from saemill.common.world import World
 from saemill.train.bank import Bank, Frame
@@ -66,7 +67,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.n_bytes = 0.0
-        reduce, gather = dist.all_reduce, dist.all_gather_into_tensor
+        reduce, gather = dist.all_reduce, world.gather_rows
 
         def counted_reduce(x: Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
             n = dist.get_world_size(group)
@@ -78,14 +79,14 @@ class Traffic:
             self.n_bytes += (n - 1) / n * out.nbytes
             return gather(out, x, *args, group=group, **options)
 
-        dist.all_reduce, dist.all_gather_into_tensor = counted_reduce, counted_gather  # type: ignore[assignment]
+        dist.all_reduce, world.gather_rows = counted_reduce, counted_gather
 
 
 @torch.no_grad()
 def work(args: argparse.Namespace, way: Way) -> None:
     """One process: train and measure; the first writes what it found."""
     torch.set_num_threads(1)
-    world, traffic = World.here(), Traffic()
+    here, traffic = World.here(), Traffic()
     store = ActivationStore(args.acts)
     d = store.site(args.site).width
     lr = auto_lr(args.latents, d, 1000)
@@ -94,7 +95,7 @@ def work(args: argparse.Namespace, way: Way) -> None:
         for i in range(way.n_variants)
     ]
     loader = Loader(store, [args.site], store.mask, batch_tokens=args.batch, buffer_tokens=65_536, seed=0)
-    with world.connected(torch.device("cpu")) as everyone, closing(loader):
+    with here.connected(torch.device("cpu")) as everyone, closing(loader):
         spread = choose(variants, {args.site: d}, everyone.size, way.data_ranks, way.latent_ranks)
         team = spread.team_of(everyone)
         mine = list(spread.teams[everyone.rank // spread.team_size])

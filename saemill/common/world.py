@@ -31,6 +31,10 @@ PEER_TIMEOUT_SECONDS = 600
 """A process that waits so long for another takes it for lost; SAEMILL_PEER_TIMEOUT_SECONDS overrides it."""
 
 
+gather_rows: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""Called all_gather_into_tensor until torch 2.13, which warns of that name."""
+
+
 class Group:
     """Some of the processes, in a fixed order.
 
@@ -64,7 +68,7 @@ class Group:
             return x
         padded, most = self._padded(x, n)
         found = x.new_empty(self.size * most, *x.shape[1:])
-        dist.all_gather_into_tensor(found, padded, group=self.handle)
+        gather_rows(found, padded, group=self.handle)
         return self._joined(found, n, most)
 
     def collect(self, x: Tensor, n: int) -> Tensor | None:

@@ -63,38 +63,53 @@ def run(config: TrainConfig) -> list[Path]:
         if everyone.first(lambda: _finished(config, identity, variants)):
             return [config.out / variant.name for variant in variants]
         everyone.first(lambda: _take(config, identity, held))
-        halving = Halving(
-            config.out / HALVING_RECORD,
-            variants,
-            schedule.n_steps,
-            config.halving,
-            config.halving_metric or "fvu",
-        )
-        sinks: list[Sink] = []
-        held.callback(lambda: _close(sinks))
-        ends = halving.ends
+        trainer, stopped = _train(config, loader, schedule, variants, everyone, device, stop)
+        return export(config.out, variants, store, trainer, identity, stopped)
+
+
+def _train(
+    config: TrainConfig,
+    loader: Loader,
+    schedule: Schedule,
+    variants: list[Variant],
+    everyone: Group,
+    device: torch.device,
+    stop: Event,
+) -> tuple[Trainer, dict[str, Any]]:
+    """Train from look to look of halving, if there is any, with the variants that are left.
+
+    Returns: the trainer at its end; what was stopped before.
+    """
+    path, metric = config.out / HALVING_RECORD, config.halving_metric or "fvu"
+    halving = Halving(path, variants, schedule.n_steps, config.halving, metric)
+    sinks: list[Sink] = []
+    ends = halving.ends
+    with ExitStack() as open_sinks:
+        open_sinks.callback(lambda: _close(sinks))
         for end in ends:
-            spread = _spread(config, store, halving.alive, everyone, idle_allowed=bool(halving.past))
+            idle_allowed = bool(halving.past)
+            spread = _spread(config, loader.store, halving.alive, everyone, idle_allowed)
             trainer = _build(config, loader, schedule, spread, everyone, device, stop)
             trainer.resume()
             if end == ends[0]:
                 _check_profile(trainer, end)
-                _print_plan(config, trainer, spread, store)
+                _print_plan(config, trainer, spread, loader.store)
                 sinks += _start_sinks(config, trainer, variants)
             trainer.sinks, trainer.profile = sinks, config.profile and end == ends[0]
             trainer.run(end)
             if end < schedule.n_steps:
-                _halve(config, halving, trainer, store, end)
-        return export(config.out, variants, store, trainer, identity, halving.stopped)
+                _halve(config, halving, trainer, end)
+    return trainer, halving.stopped
 
 
-def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, store: ActivationStore, end: int) -> None:
+def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, end: int) -> None:
     """Look at step `end`: write the SAEs of the worse halves as they are, and go on without them."""
     losers = halving.choose(trainer.scores(halving.metric, end - window(end)))
-    save_banks(config.out, trainer, store, set(losers))
+    save_banks(config.out, trainer, trainer.loader.store, set(losers))
     trainer.everyone.any(False)  # all are on disk before the record says so
     trainer.everyone.first(lambda: halving.stop(end, losers))
     halving.past = trainer.everyone.share(halving.past)[0]
+    trainer.banks.clear()  # their memory is free before the next are made
 
 
 def _spread(
