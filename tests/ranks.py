@@ -1,12 +1,17 @@
 """One process of several that train banks as a team; the first writes what came out.
 
-Started by test_spread.py: `python tests/ranks.py DATA_RANKS LATENT_RANKS OUT`, once per process or alone.
+Started by test_spread.py: `python tests/ranks.py DATA_RANKS LATENT_RANKS OUT [fused]`, once per process or
+alone; with `fused` the Triton kernels make the steps, in Triton's interpreter.
 """
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+if "fused" in sys.argv:  # read when triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
@@ -16,7 +21,7 @@ from saemill.train.spread import choose
 from saemill.train.team import Team
 from saemill.train.variants import Variant
 
-D, F, T, STEPS = 16, 101, 63, 8
+D, F, T, STEPS = 16, 101, 63, 6
 BASE = Variant(name="v", site="a", k=4, num_latents=F, lr=1e-2, k_aux=8, auxk_alpha=0.5)
 KINDS = {
     "adam": BASE,
@@ -26,9 +31,10 @@ KINDS = {
     "no auxk": replace(BASE, auxk_alpha=0.0, weight_decay=0.1),
     "diverging": replace(BASE, lr=1e30),
 }
+FUSED_KINDS = ("adam",)
 
 
-def train(variant: Variant, team: Team) -> dict[str, Any]:
+def train(variant: Variant, team: Team, fused: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     directions = torch.randn(30, D, generator=generator)
 
@@ -37,7 +43,7 @@ def train(variant: Variant, team: Team) -> dict[str, Any]:
         return directions[picks].sum(1)
 
     frame = Frame(torch.zeros(D), 1.0)
-    bank = Bank([variant], frame, torch.float32, 2 * T, batch(99), team=team)
+    bank = Bank([variant], frame, torch.float32, 2 * T, batch(99), fused=fused, team=team)
     with torch.no_grad():
         for step in range(STEPS):
             bank.step(batch(step), 1.0, step)
@@ -55,12 +61,12 @@ def train(variant: Variant, team: Team) -> dict[str, Any]:
     }
 
 
-def main(data_ranks: int, latent_ranks: int, out: Path) -> None:
+def main(data_ranks: int, latent_ranks: int, out: Path, fused: bool) -> None:
     world = World.here()
     with world.connected(torch.device("cpu")) as everyone:
         spread = choose([BASE], {"a": D}, everyone.size, data_ranks, latent_ranks)
         team = spread.team_of(everyone)
-        found = {name: train(variant, team) for name, variant in KINDS.items()}
+        found = {name: train(KINDS[name], team, fused) for name in (FUSED_KINDS if fused else KINDS)}
         check_alike(everyone, found)
         if everyone.rank == 0:
             torch.save(found, out)
@@ -77,4 +83,4 @@ def check_alike(everyone: Group, found: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), "fused" in sys.argv)

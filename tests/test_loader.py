@@ -70,6 +70,16 @@ def test_sites_share_addresses(store: ActivationStore) -> None:
     torch.testing.assert_close(batch["b"], batch["a"] + 1)
 
 
+def test_a_loader_of_some_sites_has_the_same_stream(store: ActivationStore) -> None:
+    """Oracle: the loader of both sites, before and after; a process of many reads only what it trains."""
+    whole, part = loader(store), loader(store)
+    part.restrict(["b"])
+    assert list(part.batch(3)) == ["b"]
+    assert torch.equal(part.batch(3)["b"], whole.batch(3)["b"])
+    part.restrict(["a", "b"])
+    assert torch.equal(part.batch(4)["a"], whole.batch(4)["a"])
+
+
 def test_batches_mix_documents_from_the_whole_buffer(store: ActivationStore) -> None:
     """Oracle: a random sample of the epoch; mean distance between neighbours is a third of the store."""
     stream = loader(store, buffer_tokens=10_000)

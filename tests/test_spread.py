@@ -127,6 +127,21 @@ def test_a_team_trains_as_one_process_does(
             torch.testing.assert_close(found[kind]["weights"][name], expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.no_cover
+@pytest.mark.parametrize(("data_ranks", "latent_ranks"), [(1, 2), (2, 1)])
+def test_the_kernels_train_in_a_team(
+    alone: dict[str, Any], tmp_path: Path, data_ranks: int, latent_ranks: int
+) -> None:
+    """Oracle: one process in torch, up to the order of sums; the kernels run in Triton's interpreter."""
+    out = tmp_path / "found.pt"
+    finish(launch(2, str(HERE / "ranks.py"), str(data_ranks), str(latent_ranks), str(out), "fused"))
+    for kind, found in torch.load(out).items():
+        assert found["n_dead"] == alone[kind]["n_dead"]
+        assert found["totals"] == pytest.approx(alone[kind]["totals"], rel=1e-5)
+        for name, expected in alone[kind]["weights"].items():
+            torch.testing.assert_close(found["weights"][name], expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     folder = tmp_path_factory.mktemp("spread")
@@ -135,7 +150,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 
 def train_command(store: ActivationStore, out: Path, *more: str) -> list[str]:
     return [
-        "-m", "saemill", "train", str(store.path), "--site", "a", "-o", str(out), "--k", "2,8",
+        "-m", "saemill", "train", str(store.path), "--site", "a,b", "-o", str(out), "--k", "4",
         "--num-latents", "48,65", "--lr", "3e-3", "--batch-size", "128", "--max-tokens", "40k",
         "--save-every", "10", "--precision", "fp32", "--device", "cpu", *more,
     ]  # fmt: skip
