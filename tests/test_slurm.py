@@ -264,7 +264,12 @@ def test_a_pipeline_told_to_save_in_the_middle_finishes(slurm: None, here: Path,
     """Oracle: the SAEs of the same stages run one by one without SLURM, training in one process; here in
     two. SIGUSR1 is what SLURM sends before the time is up."""
     printed = call("submit", config(here, slurm={"ntasks": 2, "cache": {"workers": 2}}))
-    assert re.findall(r"(?m)^(\w+) +job \d+$", printed) == ["tokenize", "cache", "train", "assess"]
+    assert re.findall(r"(?m)^(\w+) +job \d+(?:, tasks 0-1)?$", printed) == [
+        "tokenize",
+        "cache",
+        "train",
+        "assess",
+    ]
     assert "tokenize" in call("status", "run")
     job = running("train")
     wait_for(lambda: step_of(here / "run") >= 50, 60, "training")
