@@ -338,7 +338,10 @@ def main() -> None:
     try:
         app()
     except Interrupted as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
+        from saemill.common import log
+
+        if log.speaks:
+            print(f"\n{stopped}", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
     except SaemillError as error:
         print(f"error{_of_rank()}: {error}", file=sys.stderr)
@@ -353,5 +356,8 @@ def _of_rank() -> str:
     """Which of several processes this is."""
     from saemill.common.world import World
 
-    world = World.here()
+    try:
+        world = World.here()
+    except SaemillError:
+        return ""
     return f" ({world.name})" if world.size > 1 else ""

@@ -53,7 +53,7 @@ def train(variant: Variant, team: Team, fused: bool) -> dict[str, Any]:
     weights = None if sae is None else {name: p.detach() for name, p in sae.named_parameters()}
     return {
         "weights": weights,
-        "totals": bank.totals_V[0].take(D, STEPS),
+        "totals": bank.totals_V[0].take(D),
         "dead": dead,
         "n_dead": bank.n_dead_V[0],
         "b": bank.b_VD[0].clone(),

@@ -150,7 +150,7 @@ def test_mse_and_fvu_differ_by_a_constant() -> None:
     for loss in ("fvu", "mse"):
         bank = make_bank([replace(BASE, loss=loss)], scale=0.25)
         train(bank, batches(1))
-        losses[loss] = bank.totals_V[0].take(D, 1)["loss"]
+        losses[loss] = bank.totals_V[0].take(D)["loss"]
     assert losses["fvu"] is not None
     assert losses["mse"] == pytest.approx(losses["fvu"] * 16, rel=1e-5)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_spread import ENVIRONMENT, finish, launch
+from test_spread import ENVIRONMENT, finish, launch, wait_for
 from test_train import D, config, files, store  # noqa: F401
 
 from saemill.common.activations import ActivationStore
@@ -35,6 +35,7 @@ def test_the_worse_half_of_each_k_is_stopped(tmp_path: Path) -> None:
     halving.stop(250, losers)
     assert [v.name for v in halving.alive] == ["v1", "v2", "v3", "v5"]
     again = Halving(halving.path, halving.variants, 1000, 2, "fvu")
+    again.past = again.read()
     assert again.ends == [500, 1000]
     assert again.stopped["v0"] == {"step": 250, "metric": "fvu", "value": 0.3, "best": 0.1}
     assert again.choose({"v1": 0.1, "v2": 0.1, "v3": 1.0, "v5": 1.0}) == {"v2": {"value": 0.1, "best": 0.1}}
@@ -101,6 +102,24 @@ def test_survivors_equal_a_run_without_halving(
         lines = [json.loads(line) for line in (tmp_path / "all" / "metrics.jsonl").read_text().splitlines()]
         before = next(x["variants"][name]["fvu"] for x in lines if window(look["step"]) - 5 < x["step"])
         assert look["value"] == pytest.approx(before, rel=0.5)
+
+
+def test_a_run_with_idle_processes_is_resumed(store: ActivationStore, tmp_path: Path) -> None:  # noqa: F811
+    """Oracle: one process, bit by bit; stopped after a look that left a process of three without work."""
+    command = [
+        "-m", "saemill", "train", str(store.path), "--site", "a", "--k", "2", "--num-latents", "48",
+        "--lr", "1e-5,1e-4,3e-3", "--batch-size", "64", "--max-tokens", "32k", "--save-every", "20",
+        "--precision", "fp32", "--device", "cpu", "--halving", "1", "--latent-ranks", "1",
+    ]  # fmt: skip
+    out = tmp_path / "three"
+    subprocess.run([sys.executable, *command, "-o", str(tmp_path / "one")], check=True, env=ENVIRONMENT)
+    process = launch(3, *command, "-o", str(out))
+    wait_for((out / "halving.json").exists, process)
+    process.terminate()
+    process.communicate(timeout=120)
+    assert not (out / "finished.json").exists()
+    finish(launch(3, *command, "-o", str(out)))
+    assert files(out) == files(tmp_path / "one")
 
 
 def test_processes_share_out_what_goes_on(store: ActivationStore, tmp_path: Path) -> None:  # noqa: F811

@@ -76,8 +76,23 @@ def test_spreads_that_cannot_be_are_refused() -> None:
         choose(variants, {"a": 16}, 4, data_ranks=3, latent_ranks=1)
     with pytest.raises(ConfigError, match="4 teams for 2 variants: some would idle"):
         choose(variants, {"a": 16}, 4, latent_ranks=1)
-    with pytest.raises(ConfigError, match=r"64 latents in 64 parts leave fewer than k = 2"):
+    with pytest.raises(ConfigError, match=r"in 64 parts some SAE has fewer than k latents in each"):
         choose(variants, {"a": 16}, 64, latent_ranks=64)
+
+
+def test_a_spread_has_k_latents_in_each_part_and_fits_the_memory() -> None:
+    """Oracle: by hand: 64 latents in 4 parts are fewer than k = 32; two variants of 14 KiB per latent row
+    pair of D = 1,000 need two devices that hold one, four that hold half of one."""
+    narrow = [Variant(name=f"v{i}", site="a", k=32, num_latents=64, lr=1.0, k_aux=1) for i in range(2)]
+    assert choose(narrow, {"a": 16}, 4, idle_allowed=True).latent_ranks == 2
+    large = variants_of([1000, 1000])
+    one = 2 * 1000 * 1000 * 14
+    assert large[0].optimizer_state == "fp32"
+    spread = choose(large, {"a": 1000}, 4, room_bytes=2 * one)
+    assert (len(spread.teams), spread.latent_ranks) == (2, 2)
+    assert choose(large, {"a": 1000}, 2, room_bytes=2 * one).latent_ranks == 1
+    with pytest.raises(ConfigError, match=r"need 0.0 GiB per process, its device has 0.0 GiB; start more"):
+        choose(large, {"a": 1000}, 2, room_bytes=one)
 
 
 def launch(n: int, *command: str, **environment: str) -> subprocess.Popen[str]:
@@ -272,6 +287,22 @@ def test_a_hung_peer_is_given_up(store: ActivationStore, tmp_path: Path) -> None
         _, stderr = first.communicate(timeout=60)
         assert first.returncode not in (0, 75)
         assert f"failed (rank 0 of 2 on {socket.gethostname()})" in stderr
+    finally:
+        second.kill()
+        second.communicate()
+
+
+def test_a_hung_peer_of_a_team_is_given_up(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the same timeout, where the processes of a team wait for each other."""
+    out = tmp_path / "run"
+    command = train_command(store, out, "--max-tokens", "4M", "--latent-ranks", "2")
+    first, second = by_hand(2, command, SAEMILL_PEER_TIMEOUT_SECONDS="4")
+    wait_for((out / "checkpoint.json").exists, first)
+    second.send_signal(signal.SIGSTOP)
+    try:
+        _, stderr = first.communicate(timeout=28)
+        assert first.returncode not in (0, 75)
+        assert "failed (rank 0 of 2 on" in stderr
     finally:
         second.kill()
         second.communicate()

@@ -47,7 +47,7 @@ class Saemill(Contestant):
         self.bank.idle_tokens_VF[:, self.dead] = self.bank.dead_after_tokens + 1
 
     def auxk(self) -> list[float]:
-        return [totals.take(self.d, self.args.steps)["auxk"] for totals in self.bank.totals_V]
+        return [totals.take(self.d)["auxk"] for totals in self.bank.totals_V]
 
 
 if __name__ == "__main__":

@@ -97,6 +97,9 @@ class Filling:
             if shard not in self._look(advance) or not (claim := self.worker.take(f"shard-{shard}")):
                 continue
             needing = [writer for writer in self.writers if not writer.commit_path(shard).exists()]
+            if not needing:  # another worker was quicker, and let go of it
+                claim.release()
+                continue
             captured = self._capture(shard, needing, advance)
             submit(self._write, shard, needing, captured, claim)
             self._next, taken = shard + 1, True

@@ -42,10 +42,18 @@ class Group:
         ranks: theirs in the world, ascending.
         rank: this process's place among them.
         handle: torch's process group; none for all processes, and for a group of one.
+        timeout: after which a process that is waited for is given up.
     """
 
-    def __init__(self, ranks: list[int], rank: int, handle: Any = None) -> None:
+    def __init__(
+        self,
+        ranks: list[int],
+        rank: int,
+        handle: Any = None,
+        timeout: timedelta = timedelta(seconds=PEER_TIMEOUT_SECONDS),
+    ) -> None:
         self.ranks, self.rank, self.size, self.handle = ranks, rank, len(ranks), handle
+        self.timeout = timeout
         self._parts: list[Group] = []
 
     def sum_(self, x: Tensor) -> Tensor:
@@ -126,9 +134,10 @@ class Group:
         """The one of `lists` of ranks that holds this process; all processes call it alike."""
         mine = None
         for ranks in lists:
-            handle = dist.new_group(ranks) if len(ranks) > 1 else None
+            # Left to itself, torch gives a new group 30 minutes.
+            handle = dist.new_group(ranks, timeout=self.timeout) if len(ranks) > 1 else None
             if self.ranks[self.rank] in ranks:
-                mine = Group(ranks, ranks.index(self.ranks[self.rank]), handle)
+                mine = Group(ranks, ranks.index(self.ranks[self.rank]), handle, self.timeout)
         if mine is None:
             raise ValueError(f"rank {self.ranks[self.rank]} is in none of {lists}")
         self._parts.append(mine)
@@ -202,8 +211,8 @@ class World:
         if ":" in name:
             raise ConfigError(f"device {name} would be shared by {self.size} processes; write cuda")
         n_gpus = torch.cuda.device_count()
-        if n_gpus == 1 and "SLURM_STEP_GPUS" in os.environ:
-            return torch.device("cuda:0")  # SLURM shows each task its own GPU alone
+        if n_gpus == 1 and {"SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU"} & set(os.environ):
+            return torch.device("cuda:0")  # so bound, SLURM shows each task its own GPU alone
         if self.local_size > n_gpus:
             raise ConfigError(
                 f"{self.local_size} processes on {socket.gethostname()}, but torch "
@@ -218,14 +227,14 @@ class World:
         A process that fails breaks its connections, so that the others fail too instead of waiting;
         one that hangs is given up after `PEER_TIMEOUT_SECONDS`.
         """
-        everyone = Group(list(range(self.size)), self.rank)
+        seconds = float(os.environ.get("SAEMILL_PEER_TIMEOUT_SECONDS", PEER_TIMEOUT_SECONDS))
+        timeout = timedelta(seconds=seconds)
+        everyone = Group(list(range(self.size)), self.rank, timeout=timeout)
         if self.size == 1:
             yield everyone
             return
         # Imported later, by transformers, its functions' defaults would keep the group alive to the end.
         importlib.import_module("torch.distributed.nn.functional")
-        seconds = float(os.environ.get("SAEMILL_PEER_TIMEOUT_SECONDS", PEER_TIMEOUT_SECONDS))
-        timeout = timedelta(seconds=seconds)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=_meet(self, timeout),

@@ -194,13 +194,13 @@ class Bank:
         n_dead = (self.idle_tokens_VF[i] > self.dead_after_tokens).sum()
         return int(self.team.latents.sum_(n_dead)) / self.variants[i].num_latents
 
-    def score(self, i: int, metric: str, n_steps: int) -> float | None:
+    def score(self, i: int, metric: str) -> float | None:
         """A metric of variant i over the window of its last steps; None where it diverged."""
         if self.frozen[i]:
             return None
         if metric == "dead_fraction":
             return self.dead_fraction(i)
-        return self.totals_V[i].window(self.b_VD.shape[1], n_steps)[metric]
+        return self.totals_V[i].window(self.b_VD.shape[1])[metric]
 
     def export(self, i: int, provenance: dict[str, Any]) -> Sae | None:
         """Variant i in the activations' own units: only the biases change.
@@ -241,17 +241,18 @@ class Totals:
     """One variant's sums on the device: since the last log line, and over a longer window."""
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(2, 5, dtype=torch.float64, device=device)
+        self.values = torch.zeros(2, 6, dtype=torch.float64, device=device)
 
     def add(self, n_tokens: int, sse: Tensor, loss: Tensor, auxk: Tensor, n_active: Tensor) -> None:
         """Count one batch."""
         parts = [sse, loss, auxk, n_active]
         self.values[:, :4] += torch.stack([part.double() for part in parts])
         self.values[:, 4] += n_tokens
+        self.values[:, 5] += 1
 
-    def take(self, d: int, n_steps: int) -> dict[str, float | None]:
+    def take(self, d: int) -> dict[str, float | None]:
         """The means since the last call, and start anew."""
-        found = self._means(0, d, n_steps)
+        found = self._means(0, d)
         self.values[0].zero_()
         return found
 
@@ -259,13 +260,13 @@ class Totals:
         """Start the longer window anew."""
         self.values[1].zero_()
 
-    def window(self, d: int, n_steps: int) -> dict[str, float | None]:
+    def window(self, d: int) -> dict[str, float | None]:
         """The means over the longer window."""
-        return self._means(1, d, n_steps)
+        return self._means(1, d)
 
-    def _means(self, row: int, d: int, n_steps: int) -> dict[str, float | None]:
+    def _means(self, row: int, d: int) -> dict[str, float | None]:
         """fvu is the squared error against the site's cached variance (D in training units)."""
-        sse, loss, auxk, active, n_tokens = self.values[row].tolist()
+        sse, loss, auxk, active, n_tokens, n_steps = self.values[row].tolist()
         if n_tokens == 0:
             return {"fvu": None, "loss": None, "auxk": None, "l0": None}
         return {

@@ -52,7 +52,7 @@ def _save_variant(there: Path, bank: Bank, i: int) -> None:
         torch.save(state, partial)
 
 
-def load(folder: Path, banks: list[Bank]) -> tuple[int, float] | None:
+def load(folder: Path, banks: list[Bank], everyone: Group) -> tuple[int, float] | None:
     """Load the last state into the banks.
 
     Returns: the steps done and the seconds they took; none where there is no checkpoint.
@@ -60,9 +60,10 @@ def load(folder: Path, banks: list[Bank]) -> tuple[int, float] | None:
     Raises:
         StoreError: a file is missing or cannot be read.
     """
-    if not (folder / RECORD).exists():
+    # One process looks for all: what the others see of a network's file system may be older.
+    record = everyone.first(lambda: _record(folder) if (folder / RECORD).exists() else None)
+    if record is None:
         return None
-    record = _record(folder)
     for bank in banks:
         for i, variant in enumerate(bank.variants):
             _load_variant(folder / f"checkpoint-{record['step']}" / variant.name, bank, i)

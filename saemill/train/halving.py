@@ -49,8 +49,11 @@ class Halving:
             )
         if all(len(group) < 2 for group in groups(self.variants)):
             raise ConfigError("halving has no effect: no two variants share a site and k; leave it out")
-        if self.path.exists():
-            self.past = durable.read_json(self.path)
+
+    def read(self) -> list[dict[str, Any]]:
+        """The looks that are past, from the record."""
+        past: list[dict[str, Any]] = durable.read_json(self.path) if self.path.exists() else []
+        return past
 
     @property
     def stopped(self) -> dict[str, dict[str, Any]]:

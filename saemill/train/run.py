@@ -21,7 +21,7 @@ from saemill.train.config import TrainConfig
 from saemill.train.export import export, save_banks
 from saemill.train.feed import Feed
 from saemill.train.halving import RECORD as HALVING_RECORD
-from saemill.train.halving import Halving, window
+from saemill.train.halving import Halving
 from saemill.train.loader import Loader
 from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
@@ -58,53 +58,58 @@ def run(config: TrainConfig) -> list[Path]:
     ):
         schedule = _schedule(config, loader.epoch_tokens)
         variants = _variants(config, store, list(loader.sites), schedule.n_steps)
-        _spread(config, store, variants, everyone)
+        _spread(config, store, variants, everyone, device)
+        halving = _halving(config, variants, schedule.n_steps)
         identity = config.identity() | {"acts_fingerprint": store.fingerprint}
         if everyone.first(lambda: _finished(config, identity, variants)):
             return [config.out / variant.name for variant in variants]
         everyone.first(lambda: _take(config, identity, held))
-        trainer, stopped = _train(config, loader, schedule, variants, everyone, device, stop)
-        return export(config.out, variants, store, trainer, identity, stopped)
+        trainer = _train(config, loader, schedule, halving, everyone, device, stop)
+        return export(config.out, variants, store, trainer, identity, halving.stopped)
 
 
 def _train(
     config: TrainConfig,
     loader: Loader,
     schedule: Schedule,
-    variants: list[Variant],
+    halving: Halving,
     everyone: Group,
     device: torch.device,
     stop: Event,
-) -> tuple[Trainer, dict[str, Any]]:
+) -> Trainer:
     """Train from look to look of halving, if there is any, with the variants that are left.
 
-    Returns: the trainer at its end; what was stopped before.
+    Returns: the trainer at its end.
     """
-    path, metric = config.out / HALVING_RECORD, config.halving_metric or "fvu"
-    halving = Halving(path, variants, schedule.n_steps, config.halving, metric)
+    halving.past = everyone.first(halving.read)
     sinks: list[Sink] = []
     ends = halving.ends
     with ExitStack() as open_sinks:
         open_sinks.callback(lambda: _close(sinks))
         for end in ends:
             idle_allowed = bool(halving.past)
-            spread = _spread(config, loader.store, halving.alive, everyone, idle_allowed)
+            spread = _spread(config, loader.store, halving.alive, everyone, device, idle_allowed)
             trainer = _build(config, loader, schedule, spread, everyone, device, stop)
             trainer.resume()
             if end == ends[0]:
                 _check_profile(trainer, end)
                 _print_plan(config, trainer, spread, loader.store)
-                sinks += _start_sinks(config, trainer, variants)
+                sinks += _start_sinks(config, trainer, halving.variants)
             trainer.sinks, trainer.profile = sinks, config.profile and end == ends[0]
             trainer.run(end)
             if end < schedule.n_steps:
                 _halve(config, halving, trainer, end)
-    return trainer, halving.stopped
+    return trainer
+
+
+def _halving(config: TrainConfig, variants: list[Variant], n_steps: int) -> Halving:
+    path, metric = config.out / HALVING_RECORD, config.halving_metric or "fvu"
+    return Halving(path, variants, n_steps, config.halving, metric)
 
 
 def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, end: int) -> None:
     """Look at step `end`: write the SAEs of the worse halves as they are, and go on without them."""
-    losers = halving.choose(trainer.scores(halving.metric, end - window(end)))
+    losers = halving.choose(trainer.scores(halving.metric))
     save_banks(config.out, trainer, trainer.loader.store, set(losers))
     trainer.everyone.any(False)  # all are on disk before the record says so
     trainer.everyone.first(lambda: halving.stop(end, losers))
@@ -117,6 +122,7 @@ def _spread(
     store: ActivationStore,
     variants: list[Variant],
     everyone: Group,
+    device: torch.device,
     idle_allowed: bool = False,
 ) -> Spread:
     widths = {variant.site: store.site(variant.site).width for variant in variants}
@@ -124,7 +130,17 @@ def _spread(
         raise ConfigError(
             f"{config.step_tokens} tokens per step cannot be shared by data_ranks {config.data_ranks}"
         )
-    return choose(variants, widths, everyone.size, config.data_ranks, config.latent_ranks, idle_allowed)
+    on_gpu = device.type == "cuda"
+    room_bytes = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
+    return choose(
+        variants,
+        widths,
+        everyone.size,
+        config.data_ranks,
+        config.latent_ranks,
+        idle_allowed=idle_allowed,
+        room_bytes=room_bytes,
+    )
 
 
 def _take(config: TrainConfig, identity: dict[str, Any], held: ExitStack) -> None:
@@ -311,6 +327,8 @@ def _close(sinks: list[Sink]) -> None:
 
 
 def _print_plan(config: TrainConfig, trainer: Trainer, spread: Spread, store: ActivationStore) -> None:
+    if trainer.everyone.rank > 0:
+        return  # which may be without a variant after a look
     n_steps = trainer.schedule.n_steps
     n_tokens = n_steps * config.step_tokens
     epochs = n_tokens / trainer.loader.epoch_tokens

@@ -21,6 +21,8 @@ LATENTS_PER_ACTIVE = 90
 TEAM_OVERHEAD = 0.3
 """What a step takes in a team of two above its even share of one process's step, and once more with each
 doubling (docs/scaling.md)."""
+ROOM_SHARE = 0.85
+"""Most of a device's memory for weights and moments; the rest is for batches and pre-activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,11 @@ class Spread:
     def team_size(self) -> int:
         """Processes per team."""
         return self.data_ranks * self.latent_ranks
+
+    def state_bytes(self, widths: Mapping[str, int]) -> int:
+        """What the fullest process holds of weights and moments on a GPU."""
+        held = [sum(state_bytes(v, widths[v.site]) for v in hand) for hand in self.teams]
+        return -(-max(held) // self.latent_ranks)
 
     def team_of(self, everyone: Group) -> Team:
         """This process's place; ranks next to each other share a batch, where most is exchanged."""
@@ -90,13 +97,22 @@ def deal(variants: list[Variant], widths: Mapping[str, int], n_teams: int) -> li
     return [[variant for variant in variants if variant.name in hand] for hand in hands]
 
 
+def state_bytes(variant: Variant, width: int) -> int:
+    """Weights, moments and copies of one variant on a GPU."""
+    per_moment = {"fp32": 4, "bf16": 2, "8bit": 1}[variant.optimizer_state]
+    n_moments = 2 if variant.optimizer == "adam" else 1
+    return 2 * variant.num_latents * width * (4 + 2 + n_moments * per_moment)
+
+
 def choose(
     variants: list[Variant],
     widths: Mapping[str, int],
     n_processes: int,
     data_ranks: int | None = None,
     latent_ranks: int | None = None,
+    *,
     idle_allowed: bool = False,
+    room_bytes: int | None = None,
 ) -> Spread:
     """The spread with the least time per step by estimate, among those the user's numbers allow.
 
@@ -107,9 +123,10 @@ def choose(
         data_ranks: processes that share a batch's tokens; None leaves it open: 1.
         latent_ranks: processes that share an SAE's latents; None leaves it open.
         idle_allowed: whether there may be teams without a variant, as when some were stopped.
+        room_bytes: memory of each process's device; None where it is not known to be a limit.
 
     Raises:
-        ConfigError: the numbers do not fit the processes or the variants.
+        ConfigError: no spread fits the numbers, the variants, or the memory.
     """
     data = data_ranks or 1
     possible = [latent_ranks] if latent_ranks else range(1, n_processes // data + 1)
@@ -119,17 +136,35 @@ def choose(
             f"data_ranks {data} × latent_ranks {latent_ranks or 1} does not divide the number of processes, "
             f"{n_processes}; give others, or start another number"
         )
-    spreads = [_spread(variants, widths, n_processes, data, shards) for shards in fitting]
+    wide = [shards for shards in fitting if all(v.num_latents // shards >= v.k for v in variants)]
+    if not wide:
+        raise ConfigError(
+            f"{variants[0].site}: in {fitting[0]} parts some SAE has fewer than k latents in each; "
+            "lower --latent-ranks"
+        )
+    spreads = [_spread(variants, widths, n_processes, data, shards) for shards in wide]
     working = [spread for spread in spreads if all(spread.teams)] or (spreads if idle_allowed else [])
     if not working:
-        n_teams = n_processes // (data * fitting[-1])
+        n_teams = n_processes // (data * wide[-1])
         raise ConfigError(
             f"{n_teams} teams for {counted(len(variants), 'variant')}: some would idle; "
             "start fewer processes, or raise --latent-ranks or --data-ranks"
         )
-    best = min(working, key=_seconds)
-    _check_shards(variants, best)
-    return best
+    if room_bytes is not None:
+        working = _that_fit(working, widths, room_bytes)
+    return min(working, key=_seconds)
+
+
+def _that_fit(spreads: list[Spread], widths: Mapping[str, int], room_bytes: int) -> list[Spread]:
+    """Those whose weights and moments leave some of the device free for the step."""
+    needed = {spread: spread.state_bytes(widths) for spread in spreads}
+    fitting = [spread for spread in spreads if needed[spread] < ROOM_SHARE * room_bytes]
+    if not fitting:
+        raise ConfigError(
+            f"the variants need {min(needed.values()) / 2**30:.1f} GiB per process, its device has "
+            f"{room_bytes / 2**30:.1f} GiB; start more processes, or use --optimizer-state bf16"
+        )
+    return fitting
 
 
 def _spread(
@@ -147,12 +182,3 @@ def _seconds(spread: Spread) -> float:
     """Estimated time of a step, in units of the whole work on one process."""
     overhead = TEAM_OVERHEAD * math.log2(spread.team_size)
     return max(spread.loads) / spread.team_size * (1 + overhead)
-
-
-def _check_shards(variants: list[Variant], spread: Spread) -> None:
-    for variant in variants:
-        if variant.num_latents // spread.latent_ranks < variant.k:
-            raise ConfigError(
-                f"{variant.name}: {variant.num_latents} latents in {spread.latent_ranks} parts leave "
-                f"fewer than k = {variant.k} in each; lower --latent-ranks"
-            )

@@ -63,7 +63,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
-        if (found := checkpoint.load(self.folder, self.banks)) is not None:
+        if (found := checkpoint.load(self.folder, self.banks, self.everyone)) is not None:
             self.step, self.seconds = found
 
     def run(self, end: int) -> None:
@@ -96,10 +96,10 @@ class Trainer:
             for totals in bank.totals_V:
                 totals.open_window()
 
-    def scores(self, metric: str, n_steps: int) -> dict[str, float | None]:
+    def scores(self, metric: str) -> dict[str, float | None]:
         """A metric of every variant of the run over the last steps, on all processes."""
         mine = {
-            variant.name: bank.score(i, metric, n_steps)
+            variant.name: bank.score(i, metric)
             for bank in self.banks
             for i, variant in enumerate(bank.variants)
         }
@@ -130,7 +130,6 @@ class Trainer:
             self.feed.prefetch(self.step)
 
     def _log(self) -> None:
-        n_steps = self.step - (self.step - 1) // self.log_every * self.log_every
         step_before, seconds_before = self._mark
         self._mark = self.step, self.seconds
         n_tokens = (self.step - step_before) * self.loader.batch_tokens
@@ -141,7 +140,7 @@ class Trainer:
                 f"{variant.name} diverged at step {at:,}: its loss is not finite. The others go on."
                 for variant, at in bank.freeze_diverged()
             ]
-            found |= self._metrics(bank, n_steps)
+            found |= self._metrics(bank)
         shared = self.everyone.share((found, diverged) if self.team.is_first else ({}, []))
         for message in itertools.chain(*(messages for _, messages in shared)):
             say(message)
@@ -156,12 +155,12 @@ class Trainer:
         for sink in self.sinks:
             sink.log(record)
 
-    def _metrics(self, bank: Bank, n_steps: int) -> Metrics:
+    def _metrics(self, bank: Bank) -> Metrics:
         """What a bank's variants have done since the last log line."""
         factor = self.schedule.factor(self.step - 1)
         found: Metrics = {}
         for i, variant in enumerate(bank.variants):
-            totals = bank.totals_V[i].take(bank.b_VD.shape[1], n_steps)
+            totals = bank.totals_V[i].take(bank.b_VD.shape[1])
             if bank.frozen[i]:
                 totals = dict.fromkeys(totals)
             found[variant.name] = {
