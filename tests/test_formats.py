@@ -234,6 +234,9 @@ def test_weights_that_the_config_does_not_tell_of_are_refused(tmp_path: Path) ->
     save_file(weights, tmp_path / "sae_weights.safetensors")
     with pytest.raises(StoreError, match=r"b_enc must be \(40,\) .* got nothing"):
         Sae.load(tmp_path)
+    (tmp_path / "sae_weights.safetensors").write_bytes(b"cut off")
+    with pytest.raises(StoreError, match="is damaged"):
+        Sae.load(tmp_path)
 
 
 def test_a_backup_and_foreign_pickles_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from saemill.common.errors import ConfigError, StoreError
@@ -25,6 +27,18 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise StoreError(f"{file} must hold a JSON object, got {config!r:.80}")
     return config
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise StoreError(f"{file} is damaged: {error}") from error
 
 
 def expect(config: Mapping[str, Any], field: str, wanted: Any, default: Any, why: str, file: Path) -> None:

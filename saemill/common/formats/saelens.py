@@ -11,12 +11,12 @@ computed from each activation is not, and is refused.
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError
-from saemill.common.formats.checks import check_weights, count, expect, provenance, read_config
+from saemill.common.formats.checks import check_weights, count, expect, provenance, read_config, read_tensors
 from saemill.common.formats.hooks import Hook
 from saemill.common.sae import Sae, SaeConfig
 
@@ -41,7 +41,7 @@ def read(folder: Path) -> Sae:
     )
     scale = _input_scale(folder, cfg.get("normalize_activations") or "none")
     d_in, d_sae = count(cfg, "d_in", file), count(cfg, "d_sae", file)
-    weights = load_file(folder / WEIGHTS)
+    weights = read_tensors(folder / WEIGHTS)
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     check_weights(folder / WEIGHTS, weights, shapes)
     metadata = cfg.get("metadata") or {}
@@ -87,7 +87,7 @@ def _input_scale(folder: Path, normalization: str) -> float:
             "can be represented, and 'expected_average_only_in' with its factor"
         )
     scale = read_config(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
-    if not isinstance(scale, float) or not scale > 0:
+    if not isinstance(scale, int | float) or not scale > 0:
         raise ConfigError(
             f"{field}, but {SCALER} with its scaling_factor is not there; get it from the checkpoint, or "
             "fold the factor with SAELens: sae.fold_activation_norm_scaling_factor(…), then sae.save_model(…)"

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from saemill.common import durable
-from saemill.common.formats.checks import check_weights, count, expect, provenance, read_config
+from saemill.common.formats.checks import check_weights, count, expect, provenance, read_config, read_tensors
 from saemill.common.formats.hooks import layer_of
 from saemill.common.sae import Sae, SaeConfig
 
@@ -42,14 +42,17 @@ def read(folder: Path) -> Sae:
     for field, wanted, default, why in REFUSED:
         expect(cfg, field, wanted, default, why, file)
     d_in = count(cfg, "d_in", file)
-    num_latents = cfg.get("num_latents") or d_in * count(cfg, "expansion_factor", file)
+    if cfg.get("num_latents"):
+        num_latents = count(cfg, "num_latents", file)
+    else:
+        num_latents = d_in * count(cfg, "expansion_factor", file)
     config = SaeConfig(
         d_in=d_in,
         num_latents=num_latents,
         k=count(cfg, "k", file),
         provenance=provenance("sparsify", cfg, cfg.get("saemill"), site=_site(folder)),
     )
-    weights = load_file(folder / WEIGHTS)
+    weights = read_tensors(folder / WEIGHTS)
     wide, narrow = (num_latents, d_in), (d_in,)
     shapes = {"encoder.weight": wide, "encoder.bias": wide[:1], "W_dec": wide, "b_dec": narrow}
     check_weights(folder / WEIGHTS, weights, shapes)
