@@ -142,10 +142,23 @@ def hooks(model: str, tokenizer: str, ids: str, names: list[str], out: str) -> N
     np.savez(out, **{name: cache[name].numpy() for name in names})
 
 
+def splice(folder: str, ids: str, out: str) -> None:
+    """Loss without and with an SAE, in the model and at the hook that its config names."""
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+    sae = saelens_sae(Path(folder))
+    model = SAETransformerBridge.boot_transformers(sae.cfg.metadata.model_name, device="cpu")
+    tokens = torch.from_numpy(np.load(ids))
+    with torch.no_grad():
+        bare = model(tokens, return_type="loss")
+        spliced = model.run_with_saes(tokens, saes=[sae], return_type="loss")
+    np.save(out, torch.stack([bare, spliced]).numpy())
+
+
 JOBS = {
     job.__name__: job
     for job in (
-        encode, make_sparsify, make_saelens, make_scaled_saelens, make_dictionary_learning, hooks,
+        encode, make_sparsify, make_saelens, make_scaled_saelens, make_dictionary_learning, hooks, splice,
     )
 }  # fmt: skip
 

@@ -98,6 +98,27 @@ def test_exported_saes_compute_the_same_in_each_tool(tmp_path: Path) -> None:
     assert wanted.items() <= told.items()
 
 
+def test_spliced_by_saelens_the_model_loses_the_same(tmp_path: Path) -> None:
+    """Oracle: SAELens, which loads the model that the config names and puts the SAE at its hook_name; here
+    a hook of torch on the site does it."""
+    require_peers()
+    x_TD = real_activations()
+    sae = sae_for(x_TD, 300, 16)
+    sae.save(tmp_path / "sae")
+    call("export", tmp_path / "sae", "--format", "saelens", "-o", tmp_path / "out")
+    ids = torch.arange(100, 164)[None]
+    np.save(tmp_path / "ids.npy", ids.numpy())
+    job = {"do": "splice", "folder": tmp_path / "out", "ids": tmp_path / "ids.npy", "out": tmp_path / "l.npy"}
+    run_in_peers(tmp_path, job)
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    with torch.no_grad():
+        bare = model(input_ids=ids, labels=ids).loss
+        model.base_model.layers[2].register_forward_hook(lambda _m, _i, output: sae(output).reconstruction)
+        spliced = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "l.npy")), torch.stack([bare, spliced]))
+    assert spliced > bare + 0.01
+
+
 SPARSIFY = {"do": "make_sparsify", "d_in": 12, "k": 5}
 SAELENS = {"do": "make_saelens", "d_in": 12, "d_sae": 40, "k": 5}
 THEIRS: dict[str, dict[str, Any]] = {
@@ -144,7 +165,9 @@ def test_their_saes_compute_the_same_here(tmp_path: Path) -> None:
         assert again.config == sae.config
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), sae.parameters(), strict=True))
     assert json.loads((tmp_path / "sparsify/layers.3/cfg.json").read_text())["num_latents"] == 0
-    assert Sae.load(tmp_path / "sparsify/layers.3").config.provenance["site"] == "layers.3"
+    (tmp_path / "sparsify" / "config.json").write_text('{"model": "m", "dataset": "d", "ctx_len": 9}')
+    told = Sae.load(tmp_path / "sparsify" / "layers.3").config.provenance
+    assert [told[name] for name in ("site", "model", "dataset", "ctx_len")] == ["layers.3", "m", "d", 9]
     trained = Sae.load(folders[-1]).config.provenance
     assert trained["hook_name"] == "blocks.1.hook_resid_post"
     assert torch.load(folders[-1] / "ae.pt")["threshold"] > 0  # it was used, and has no part in its encoder

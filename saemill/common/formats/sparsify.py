@@ -50,7 +50,7 @@ def read(folder: Path) -> Sae:
         d_in=d_in,
         num_latents=num_latents,
         k=count(cfg, "k", file),
-        provenance=provenance("sparsify", cfg, cfg.get("saemill"), site=_site(folder)),
+        provenance=provenance("sparsify", cfg, cfg.get("saemill"), **_known(folder)),
     )
     weights = read_tensors(folder / WEIGHTS)
     wide, narrow = (num_latents, d_in), (d_in,)
@@ -59,9 +59,12 @@ def read(folder: Path) -> Sae:
     return Sae(config, *(weights[name] for name in shapes))
 
 
-def _site(folder: Path) -> str | None:
-    """Sparsify names a folder by the module path, as saemill names sites; other names tell nothing."""
-    return folder.name if layer_of(folder.name) is not None else None
+def _known(folder: Path) -> dict[str, Any]:
+    """What sparsify tells beside the SAE: its folder's name is the site, the run's config is above it."""
+    site = folder.name if layer_of(folder.name) is not None else None
+    file = folder.parent / "config.json"
+    run = read_config(file) if site and file.is_file() else {}
+    return {"site": site} | {name: run.get(name) for name in ("model", "dataset", "ctx_len")}
 
 
 def write(sae: Sae, folder: Path) -> None:
