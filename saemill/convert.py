@@ -23,8 +23,6 @@ def export(path: Path, name: str, out: Path, model: str | None = None) -> None:
         StoreError: no SAE there.
         ConfigError: an unknown format, an output in use, or a model that cannot be found.
     """
-    if name not in formats.NAMES:
-        raise ConfigError(f"format must be one of {', '.join(formats.NAMES)}, got {name!r}")
     _check_new(out)
     sae = Sae.load(path)
     told = sae.config.provenance

@@ -86,7 +86,11 @@ def make_sparsify(folder: str, d_in: int, **config: Any) -> None:
 
 
 def make_saelens(
-    folder: str, training: bool = False, metadata: dict[str, Any] | None = None, **config: Any
+    folder: str,
+    training: bool = False,
+    save: str = "save_model",
+    metadata: dict[str, Any] | None = None,
+    **config: Any,
 ) -> None:
     from sae_lens import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.saes.sae import SAEMetadata
@@ -95,7 +99,7 @@ def make_saelens(
     made.metadata = SAEMetadata(**(metadata or {}))
     sae = TopKTrainingSAE(made) if training else TopKSAE(made)
     randomize(sae, 2)
-    sae.save_model(folder)
+    getattr(sae, save)(folder)
 
 
 def make_scaled_saelens(folder: str, folded: str, factor: float, **config: Any) -> None:

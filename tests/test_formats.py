@@ -130,7 +130,15 @@ THEIRS: dict[str, dict[str, Any]] = {
     "saelens/not-centred": SAELENS | {"apply_b_dec_to_input": False},
     "saelens/both": SAELENS | {"rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": False},
     "saelens/training": SAELENS | {"training": True},
+    "saelens/inference": SAELENS | {"training": True, "save": "save_inference_model"},
 }
+
+OLD: dict[str, Any] = {
+    "hook_point": "blocks.1.hook_resid_pre", "d_in": 12, "d_sae": 40, "dtype": "torch.float32",
+    "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}, "normalize_activations": False,
+    "model_name": "gpt2-small", "context_size": 128, "dataset_path": "text",
+}  # fmt: skip
+"""A config of SAELens before 6.0."""
 
 
 def test_their_saes_compute_the_same_here(tmp_path: Path) -> None:
@@ -180,13 +188,8 @@ def test_what_saelens_folds_itself_and_its_older_configs(tmp_path: Path) -> None
     x_TD = 2 * torch.randn(100, 12, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "x.npy", x_TD.numpy())
     sae = make_sae()
-    old = {
-        "hook_point": "blocks.1.hook_resid_pre", "d_in": 12, "d_sae": 40, "dtype": "torch.float32",
-        "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}, "normalize_activations": False,
-        "model_name": "gpt2-small", "context_size": 128, "dataset_path": "text",
-    }  # fmt: skip
     formats.save(sae, "saelens", tmp_path / "old")
-    (tmp_path / "old" / "cfg.json").write_text(json.dumps(old))
+    (tmp_path / "old" / "cfg.json").write_text(json.dumps(OLD))
     shape = {"d_in": 12, "d_sae": 40, "k": 5}
     encode = {"do": "encode", "format": "saelens", "x": tmp_path / "x.npy"}
     run_in_peers(
@@ -205,10 +208,11 @@ def test_what_saelens_folds_itself_and_its_older_configs(tmp_path: Path) -> None
     assert Sae.load(tmp_path / "imported").config.provenance["site"] == "layers.0"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", formats.NAMES)
-def test_export_and_import_give_the_same_sae(tmp_path: Path, name: str) -> None:
+def test_export_and_import_give_the_same_sae(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     """Oracle: the SAE that was exported, bit by bit, with its provenance."""
-    sae = sae_for(torch.randn(8, 12), 40, 5)
+    sae = sae_for(torch.randn(8, 12), 40, 5).to(dtype)
     sae.save(tmp_path / "sae")
     call("export", tmp_path / "sae", "--format", name, "-o", tmp_path / "there")
     call("import", tmp_path / "there", "-o", tmp_path / "back")
@@ -243,6 +247,40 @@ def test_what_has_no_place_is_refused(
     (cfg["trainer"] if name == "dictionary_learning" else cfg).update(changes)
     file.write_text(json.dumps(cfg))
     with pytest.raises((ConfigError, StoreError), match=message):
+        Sae.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "message"),
+    [
+        ({"activation_fn_str": "relu"}, "architecture must be 'topk', got 'standard'"),
+        ({"normalize_activations": True}, "normalize_activations is 'expected_average_only_in'"),
+        ({"hook_point": "blocks.1.attn.hook_z"}, "reshape_activations must be 'none', got 'hook_z'"),
+        ({"activation_fn_kwargs": {}}, "k must be a whole number of 1 or more, got None"),
+    ],
+)
+def test_older_configs_of_saelens_are_refused_alike(
+    tmp_path: Path, old: dict[str, Any], message: str
+) -> None:
+    """Oracle: what SAELens' own reading of such a config (handle_pre_6_0_config) makes of the field."""
+    formats.save(make_sae(), "saelens", tmp_path)
+    (tmp_path / "cfg.json").write_text(json.dumps(OLD | old))
+    with pytest.raises((ConfigError, StoreError), match=message):
+        Sae.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "config.json is damaged"), ("[1]", "must hold a JSON object"), ("{}", "trainer must be a group")],
+)
+def test_configs_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+    """Oracle: the messages, and that of a missing file."""
+    formats.save(make_sae(), "dictionary_learning", tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(StoreError, match=message):
+        Sae.load(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(StoreError, match=r"config.json is missing"):
         Sae.load(tmp_path)
 
 
