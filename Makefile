@@ -21,11 +21,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/saemill demo -o demo-run
 
-test: $(VENV)/ready
+test: $(VENV)/ready $(VENV)-peers/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	SAEMILL_PEERS=$(abspath $(VENV)-peers) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,10 +48,11 @@ bench: $(VENV)/ready $(VENV)-peers/ready
 bench-pipeline: $(VENV)/ready
 	$(BIN)/python -m benchmarks.pipeline --model '$(MODEL)' --train-text '$(TRAIN)' --valid-text '$(VALID)' -o bench-run/pipeline
 
-$(VENV)-peers/ready: benchmarks/peers-requirements.txt
+# sparsify, SAELens and dictionary_learning, which tests and benchmarks run beside saemill.
+$(VENV)-peers/ready: peers-requirements.txt
 	$(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/pip install --quiet '$(TORCH)'
-	$(VENV)-peers/bin/pip install --quiet --no-deps -r benchmarks/peers-requirements.txt
+	$(VENV)-peers/bin/pip install --quiet --no-deps -r peers-requirements.txt
 	touch $@
 
 clean:

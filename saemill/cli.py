@@ -273,6 +273,41 @@ def show(
 
 
 @app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="An SAE's folder: RUN/VARIANT.")],
+    format_: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="sparsify, saelens or dictionary_learning.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, new or empty.")],
+    model: Annotated[str | None, option("The model, if not where it was cached from.", "NAME")] = None,
+) -> None:
+    """Write an SAE in the format of another tool.
+
+    Example: `saemill export runs/first/layers.8-k32-f6144-s0 --format saelens -o for-saelens`
+    """
+    from saemill.convert import export as write
+
+    write(path, format_, out, model)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="An SAE that sparsify, SAELens or dictionary_learning saved.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, new or empty.")],
+    model: Annotated[
+        str | None, option("The model it was trained on; its config tells the SAE's site.", "NAME")
+    ] = None,
+) -> None:
+    """Take over an SAE of another tool.
+
+    Example: `saemill import downloaded/blocks.8.hook_resid_post --model EleutherAI/pythia-160m -o sae`
+    """
+    from saemill.convert import import_ as take
+
+    take(path, out, model)
+
+
+@app.command()
 def submit(
     config: Annotated[Path, typer.Argument(help="YAML file with a section per stage, and slurm.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts, submit nothing.")] = False,

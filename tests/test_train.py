@@ -141,6 +141,8 @@ def test_metrics_agree_with_the_saved_sae(store: ActivationStore, tmp_path: Path
     assert float(error) == pytest.approx(last["variants"]["a-k4-f64-s0-lr0.003"]["fvu"], rel=0.1)
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
+    told = {name: sae.config.provenance[name] for name in ("site", "dataset", "ctx_len", "prepend_bos")}
+    assert told == {"site": "a", "dataset": "test", "ctx_len": store.ctx_len, "prepend_bos": False}
 
 
 def test_two_sites_and_explicit_variants_equal_single_runs(store: ActivationStore, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 
 A saved SAE takes activations as the model produces them: the scale and the centre that training
 used are folded into the biases. The folder holds `cfg.json` and `sae.safetensors`, in the layout
-that sparsify reads (`encoder.weight` [F, D], `encoder.bias` [F], `W_dec` [F, D], `b_dec` [D]).
+that sparsify reads; `common.formats` has that and the layouts of other tools.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saemill.common import durable
-from saemill.common.errors import ConfigError, StoreError
+from saemill.common.errors import ConfigError
 from saemill.common.topk import topk
 
 
@@ -63,7 +61,7 @@ class Sae(nn.Module):
 
     Args:
         config: its shape.
-        W_enc: [F, D]; b_enc: [F]; W_dec: [F, D], rows of unit length; b_dec: [D].
+        W_enc: [F, D]; b_enc: [F]; W_dec: [F, D], its rows of unit length if saemill trained it; b_dec: [D].
     """
 
     def __init__(self, config: SaeConfig, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
@@ -102,57 +100,19 @@ class Sae(nn.Module):
         return SaeOutput(self.decode(*encoded), *encoded)
 
     def save(self, folder: Path | str) -> None:
-        """Write `cfg.json` and `sae.safetensors`."""
-        folder = Path(folder)
-        weights = {
-            "encoder.weight": self.W_enc,
-            "encoder.bias": self.b_enc,
-            "W_dec": self.W_dec,
-            "b_dec": self.b_dec,
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        with durable.replacing(folder / "sae.safetensors") as partial:
-            save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial)
-        config = self.config
-        durable.write_json(
-            folder / "cfg.json",
-            {
-                "activation": "topk",
-                "expansion_factor": config.num_latents / config.d_in,
-                "normalize_decoder": True,
-                "num_latents": config.num_latents,
-                "k": config.k,
-                "multi_topk": False,
-                "skip_connection": False,
-                "transcode": False,
-                "d_in": config.d_in,
-                "saemill": config.provenance,
-            },
-        )
+        """Write `cfg.json` and `sae.safetensors`, in sparsify's layout."""
+        from saemill.common.formats import sparsify  # the formats make Saes, so they know this file
+
+        sparsify.write(self, Path(folder))
 
     @classmethod
     def load(cls, folder: Path | str, device: str | torch.device = "cpu") -> "Sae":
-        """Read an SAE that `save` wrote.
+        """Read an SAE that saemill, sparsify, SAELens or dictionary_learning saved.
 
         Raises:
-            StoreError: a file is missing, or the weights do not fit the config.
+            StoreError: the folder holds no SAE, a file of it is missing, or weights do not fit the config.
+            ConfigError: it holds an SAE that is no TopK SAE of raw activations.
         """
-        folder = Path(folder)
-        try:
-            cfg = durable.read_json(folder / "cfg.json")
-            weights = load_file(folder / "sae.safetensors", device=str(device))
-        except FileNotFoundError as error:
-            raise StoreError(f"{folder} holds no SAE: {error.filename or error} is missing") from None
-        config = SaeConfig(
-            d_in=cfg["d_in"],
-            num_latents=cfg["num_latents"],
-            k=cfg["k"],
-            provenance=cfg.get("saemill", {}),
-        )
-        wide, narrow = (config.num_latents, config.d_in), (config.d_in,)
-        shapes = {"encoder.weight": wide, "encoder.bias": wide[:1], "W_dec": wide, "b_dec": narrow}
-        for name, shape in shapes.items():
-            if name not in weights or tuple(weights[name].shape) != shape:
-                got = tuple(weights[name].shape) if name in weights else "nothing"
-                raise StoreError(f"{folder}: {name} must be {shape} by its cfg.json, got {got}")
-        return cls(config, *(weights[name] for name in shapes))
+        from saemill.common import formats
+
+        return formats.load(Path(folder), device)

@@ -1,0 +1,68 @@
+"""SAEs as files: saemill's own, which is sparsify's layout, and those of SAELens and dictionary_learning.
+
+Each module of this folder is one format: `read` makes an `Sae` of its files or refuses, naming the field
+that has no place in one; `write` makes files that the tool itself loads.
+"""
+
+from pathlib import Path
+
+import torch
+
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.formats import dictionary_learning, saelens, sparsify
+from saemill.common.formats.hooks import Hook
+from saemill.common.sae import Sae
+
+NAMES = ("sparsify", "saelens", "dictionary_learning")
+READERS = {
+    sparsify.WEIGHTS: sparsify.read,
+    saelens.WEIGHTS: saelens.read,
+    dictionary_learning.WEIGHTS: dictionary_learning.read,
+}
+"""A format is recognised by the name of its file of weights."""
+
+
+def load(folder: Path, device: str | torch.device = "cpu") -> Sae:
+    """Read an SAE of any of the formats.
+
+    Raises:
+        StoreError: no file of weights, or several; a file is missing or does not fit the config.
+        ConfigError: an SAE that cannot be represented.
+    """
+    found = [name for name in READERS if (folder / name).is_file()]
+    if not found:
+        raise StoreError(f"{folder} holds no SAE: {_instead(folder)}")
+    if len(found) > 1:
+        raise StoreError(f"{folder} holds the weights of several formats, {' and '.join(found)}; part them")
+    return READERS[found[0]](folder).to(device)
+
+
+def _instead(folder: Path) -> str:
+    """What is there in place of an SAE."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    inside = sorted({str(file.parent) for name in READERS for file in folder.glob(f"*/{name}")})
+    if inside:
+        return f"did you mean {', '.join(inside[:8])}{', …' if len(inside) > 8 else ''}?"
+    return f"one of {', '.join(READERS)} is missing"
+
+
+def save(sae: Sae, name: str, folder: Path, hook: Hook | None = None) -> None:
+    """Write an SAE for another tool.
+
+    Args:
+        name: one of `NAMES`.
+        folder: where to; created.
+        hook: the SAE's site in TransformerLens' terms; None where it has no name there. Sparsify keeps none.
+
+    Raises:
+        ConfigError: no such format.
+    """
+    if name == "sparsify":
+        sparsify.write(sae, folder)
+    elif name == "saelens":
+        saelens.write(sae, folder, hook)
+    elif name == "dictionary_learning":
+        dictionary_learning.write(sae, folder, hook)
+    else:
+        raise ConfigError(f"format must be one of {', '.join(NAMES)}, got {name!r}")

@@ -1,0 +1,90 @@
+"""Sites in TransformerLens' terms: `layers.6` of GPT-NeoX is `blocks.6.hook_resid_post`.
+
+Only where both names denote the same tensor, for a model loaded without processing (no folded norms, no
+centred weights): Gemma 2, say, normalizes the MLP's output before it is added, and TransformerLens hooks
+what is added. Models whose blocks end in a norm, such as BERT, have no residual stream to name.
+"""
+
+import re
+from typing import Literal, NamedTuple
+
+Kind = Literal["resid_post", "attn_out", "mlp_out"]
+
+
+class Hook(NamedTuple):
+    """A place in TransformerLens' terms."""
+
+    layer: int
+    """The block's number."""
+    kind: Kind
+    """After the block, or what its attention or its MLP adds."""
+
+    @property
+    def name(self) -> str:
+        """As TransformerLens writes it."""
+        return f"blocks.{self.layer}.hook_{self.kind}"
+
+
+class Block(NamedTuple):
+    """Modules of one transformer block, by their path in the base model."""
+
+    path: str
+    """Of the block, `{}` for its number."""
+    attn_out: str
+    """Of the module whose output is what attention adds to the residual stream, below the block."""
+    mlp_out: str
+
+
+_LLAMA = Block("layers.{}", "self_attn", "mlp")
+_SANDWICH = Block("layers.{}", "post_attention_layernorm", "post_feedforward_layernorm")
+_GPT2 = Block("h.{}", "attn", "mlp")
+BLOCKS = {
+    "gpt_neox": Block("layers.{}", "attention", "mlp"),
+    "gpt2": _GPT2,
+    "gpt_neo": _GPT2,
+    "gptj": _GPT2,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "phi3": _LLAMA,
+    "gemma2": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+    "olmo2": _SANDWICH,
+}
+"""By transformers' `model_type`; each was checked against TransformerLens (tests/test_hooks.py)."""
+
+
+def hook_of(site: str, model_type: str) -> Hook | None:
+    """The hook that sees a site's activations; None where there is none, or the model is not known."""
+    return next((hook for place, hook in _places(model_type, site) if place == site), None)
+
+
+def site_of(name: str, model_type: str) -> str | None:
+    """The site of a hook, given as TransformerLens writes it; None where it has none.
+
+    What enters block n is what leaves block n - 1.
+    """
+    if match := re.fullmatch(r"blocks\.([1-9]\d*)\.hook_resid_pre", name):
+        name = Hook(int(match[1]) - 1, "resid_post").name
+    return next((place for place, hook in _places(model_type, name) if hook.name == name), None)
+
+
+def layer_of(site: str) -> int | None:
+    """The number of the block in a module path: the first number in it."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site)
+    return int(match[1]) if match else None
+
+
+def _places(model_type: str, name: str) -> list[tuple[str, Hook]]:
+    """The sites of the block that a name is in, each with its hook."""
+    block, layer = BLOCKS.get(model_type), layer_of(name)
+    if block is None or layer is None:
+        return []
+    path = block.path.format(layer)
+    return [
+        (path, Hook(layer, "resid_post")),
+        (f"{path}.{block.attn_out}", Hook(layer, "attn_out")),
+        (f"{path}.{block.mlp_out}", Hook(layer, "mlp_out")),
+    ]

@@ -1,0 +1,92 @@
+"""`saemill export` and `saemill import`: SAEs to and from other tools."""
+
+from pathlib import Path
+
+from saemill.common import formats
+from saemill.common.errors import ConfigError
+from saemill.common.formats.hooks import Hook, hook_of, site_of
+from saemill.common.log import say
+from saemill.common.sae import Sae
+from saemill.common.sites import load_model_config
+
+
+def export(path: Path, name: str, out: Path, model: str | None = None) -> None:
+    """Write an SAE as another tool saves it.
+
+    Args:
+        path: an SAE's folder.
+        name: the format.
+        out: where to; a new or empty folder.
+        model: hub id or folder of the model, if not where it was cached from.
+
+    Raises:
+        StoreError: no SAE there.
+        ConfigError: an unknown format, an output in use, or a model that cannot be found.
+    """
+    _check_new(out)
+    sae = Sae.load(path)
+    told = sae.config.provenance
+    if model:
+        told |= {"model": model, "revision": None}
+    hook = _hook(told.get("site"), told.get("model"), told.get("revision")) if name != "sparsify" else None
+    formats.save(sae, name, out, hook)
+    say(
+        f"{out}: {name}, k {sae.config.k}, {sae.config.num_latents:,} latents"
+        + (f", {hook.name}" if hook else "")
+    )
+
+
+def _hook(site: str | None, model: str | None, revision: str | None) -> Hook | None:
+    """The site in TransformerLens' terms; where it has no name, that is said."""
+    if site is None or model is None:
+        say("no hook name is written: the SAE's folder does not tell its site and model")
+        return None
+    try:
+        model_type = load_model_config(model, revision).model_type
+    except ConfigError as error:
+        raise ConfigError(
+            f"the config of the SAE's model names its sites; name it with --model. {error}"
+        ) from error
+    hook = hook_of(site, model_type)
+    if hook is None:
+        say(f"no hook name is written: TransformerLens has none for {site} of {model_type}")
+    return hook
+
+
+def import_(path: Path, out: Path, model: str | None = None) -> None:
+    """Write another tool's SAE as saemill saves its own.
+
+    Args:
+        path: a folder of any of the formats.
+        out: where to; a new or empty folder.
+        model: hub id or folder of the model; its config tells which site the SAE's hook is.
+
+    Raises:
+        StoreError: no SAE there.
+        ConfigError: the SAE cannot be represented, an output in use, or a hook that is no site of the model.
+    """
+    _check_new(out)
+    sae = Sae.load(path)
+    told = sae.config.provenance
+    if model:
+        told |= {"model": model}
+        if hook_name := told.get("hook_name"):
+            told["site"] = _site(hook_name, model)
+    sae.save(out)
+    where = told.get("site") or told.get("hook_name") or "a site that its files do not tell"
+    say(f"{out}: k {sae.config.k}, {sae.config.num_latents:,} latents, {where}")
+
+
+def _site(hook_name: str, model: str) -> str:
+    model_type = load_model_config(model, None).model_type
+    site = site_of(hook_name, model_type)
+    if site is None:
+        raise ConfigError(
+            f"no site of {model_type} is TransformerLens' {hook_name}; import it without --model"
+        )
+    return site
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"the output must be a new or an empty folder, got {out}; name another")
