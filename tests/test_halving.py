@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_spread import ENVIRONMENT, finish, launch, wait_for
-from test_train import D, config, files, store  # noqa: F401
+from test_spread import ENVIRONMENT, finish, launch
+from test_train import config, files, store, wait_for  # noqa: F401
 
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError

@@ -6,8 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import KINDS
 from stores import make_store
-from test_train import files, structured
+from test_train import files, structured, wait_for
 
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
@@ -179,15 +177,6 @@ def whole(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError("waited too long")
-
-
 def test_dealt_variants_stopped_and_resumed_equal_one_process(
     store: ActivationStore, whole: Path, tmp_path: Path
 ) -> None:
@@ -276,33 +265,19 @@ def by_hand(n: int, command: list[str], **environment: str) -> list[subprocess.P
     ]
 
 
-def test_a_hung_peer_is_given_up(store: ActivationStore, tmp_path: Path) -> None:
-    """Oracle: the timeout; a process that waits for one that is stopped ends with its rank and host."""
+@pytest.mark.parametrize("latent_ranks", ["1", "2"])
+def test_a_hung_peer_is_given_up(store: ActivationStore, tmp_path: Path, latent_ranks: str) -> None:
+    """Oracle: the timeout; a process that waits for one that is stopped, at the end of a step or within a
+    team, ends with its rank and host."""
     out = tmp_path / "run"
-    command = train_command(store, out, "--max-tokens", "4M")
-    first, second = by_hand(2, command, SAEMILL_PEER_TIMEOUT_SECONDS="4")
-    wait_for((out / "checkpoint.json").exists, first)
-    second.send_signal(signal.SIGSTOP)
-    try:
-        _, stderr = first.communicate(timeout=60)
-        assert first.returncode not in (0, 75)
-        assert f"failed (rank 0 of 2 on {socket.gethostname()})" in stderr
-    finally:
-        second.kill()
-        second.communicate()
-
-
-def test_a_hung_peer_of_a_team_is_given_up(store: ActivationStore, tmp_path: Path) -> None:
-    """Oracle: the same timeout, where the processes of a team wait for each other."""
-    out = tmp_path / "run"
-    command = train_command(store, out, "--max-tokens", "4M", "--latent-ranks", "2")
+    command = train_command(store, out, "--max-tokens", "4M", "--latent-ranks", latent_ranks)
     first, second = by_hand(2, command, SAEMILL_PEER_TIMEOUT_SECONDS="4")
     wait_for((out / "checkpoint.json").exists, first)
     second.send_signal(signal.SIGSTOP)
     try:
         _, stderr = first.communicate(timeout=28)
         assert first.returncode not in (0, 75)
-        assert "failed (rank 0 of 2 on" in stderr
+        assert f"failed (rank 0 of 2 on {socket.gethostname()})" in stderr
     finally:
         second.kill()
         second.communicate()

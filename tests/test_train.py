@@ -92,7 +92,7 @@ def command(store: ActivationStore, out: Path) -> list[str]:
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
-    for _ in range(600):
+    for _ in range(3000):
         if condition():
             return
         assert process.poll() is None, process.communicate()
