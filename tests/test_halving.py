@@ -10,14 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_spread import ENVIRONMENT, finish, launch
-from test_train import config, files, store, wait_for  # noqa: F401
+from test_train import config, files, killed_at, store, wait_for  # noqa: F401
 
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
 from saemill.common.sae import Sae
 from saemill.train.halving import Halving, window
 from saemill.train.run import run
-from saemill.train.trainer import Trainer
 from saemill.train.variants import Variant
 
 
@@ -76,19 +75,9 @@ def test_survivors_equal_a_run_without_halving(
     """Oracle: the same run without halving, bit by bit for those that go on, killed at and after a look;
     the best rates by its final metrics survive."""
     run(config(store, tmp_path / "all", **SETTINGS))
-    one_step = Trainer._one_step
     out = tmp_path / "half"
-    for stop_at in (12, 30):
-
-        def failing(self: Trainer, at: int = stop_at) -> None:
-            if self.step == at:
-                raise KeyboardInterrupt
-            one_step(self)
-
-        monkeypatch.setattr(Trainer, "_one_step", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run(config(store, out, halving=2, **SETTINGS))
-    monkeypatch.setattr(Trainer, "_one_step", one_step)
+    for step in (12, 30):
+        killed_at(step, config(store, out, halving=2, **SETTINGS), monkeypatch)
     run(config(store, out, halving=2, **SETTINGS))
     finished = json.loads((out / "finished.json").read_text())
     survivors = set(finished["variants"]) - set(finished["stopped"])

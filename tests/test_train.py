@@ -59,23 +59,28 @@ def files(out: Path) -> dict[str, bytes]:
     return found | {"metrics": json.dumps(timeless).encode()}
 
 
+def killed_at(step: int, settings: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies before a step, without the time to save."""
+    one_step = Trainer._one_step
+
+    def failing(self: Trainer) -> None:
+        if self.step == step:
+            raise KeyboardInterrupt
+        one_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+
+
 def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the same run without a stop, bit by bit: weights and metrics."""
     run(config(store, tmp_path / "whole"))
-    one_step = Trainer._one_step
-    for stop_at in (9, 17):
-
-        def failing(self: Trainer, at: int = stop_at) -> None:
-            if self.step == at:
-                raise KeyboardInterrupt
-            one_step(self)
-
-        monkeypatch.setattr(Trainer, "_one_step", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run(config(store, tmp_path / "cut"))
-    monkeypatch.setattr(Trainer, "_one_step", one_step)
+    for step in (9, 17):
+        killed_at(step, config(store, tmp_path / "cut"), monkeypatch)
     run(config(store, tmp_path / "cut"))
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     assert not (tmp_path / "cut" / "checkpoint.json").exists()
