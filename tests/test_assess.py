@@ -598,6 +598,7 @@ def test_stopped_variants_are_listed_with_when_and_why(causal: Pipeline, tmp_pat
     last = assessment["variants"][-1]
     assert last["name"] == name
     assert last["not_measured"].startswith(f"stopped by halving at step {look[name]['step']}: fvu ")
+    assert last["verdict"] == "stopped by halving at step 15"
     assert last["tokens_trained"] == look[name]["step"] * 64
     assert last["metrics"]["fvu"]["value"] is None
     assert "stopped by halving at step 15" in (tmp_path / "r" / "report.html").read_text()

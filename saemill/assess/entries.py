@@ -46,7 +46,8 @@ class Measured:
         entries = self.entries()
         for name, (sae, reason) in left_out.items():
             metrics = dict.fromkeys(entries[0]["metrics"], absent(reason))
-            entries.append(self._entry(name, sae, metrics) | {"not_measured": reason})
+            instead = {"not_measured": reason, "verdict": reason.partition(":")[0]}
+            entries.append(self._entry(name, sae, metrics) | instead)
         entries = verdict.order(entries, for_each(list(saes), self._loss, everyone))
         best = entries[0]["name"]
         others = [name for name in saes if name != best]

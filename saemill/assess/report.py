@@ -58,8 +58,7 @@ def table(assessment: dict[str, Any]) -> str:
     shown.add_column("verdict", no_wrap=True)
     for entry in assessment["variants"] + assessment["controls"]:
         values = [number(entry["metrics"][name]) for name in COLUMNS]
-        note = f" ({entry['not_measured'].split()[0]})" if entry["not_measured"] else ""
-        shown.add_row(entry["name"], *values, entry["verdict"] + note)
+        shown.add_row(entry["name"], *values, entry["verdict"])
         if entry is assessment["variants"][-1]:
             shown.add_section()
     console = Console(width=150, no_color=True, record=True, file=io.StringIO())
