@@ -79,7 +79,7 @@ def _best(assessment: dict[str, Any]) -> str:
         "chosen and reported on the same documents, which are too few to halve"
         if other["overlap"]
         else f"chosen on {counted(other['n_documents_chosen_on'], 'document')}; "
-        f"on {other['n_documents']:,} others {', '.join(figures)}"
+        f"on {counted(other['n_documents'], 'other')} {', '.join(figures)}"
     )
     return f"{assessment['best_variant']}, {where}"
 
