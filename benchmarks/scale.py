@@ -1,6 +1,6 @@
 """What a second process brings, for each way of spreading: efficiency, waiting for data, traffic.
 
-    python -m benchmarks.scale --acts demo-run/acts --site layers.3 [-o FILE.md]
+    python -m benchmarks.scale --acts demo-run/acts --site layers.2 [-o FILE.md]
 
 Every process has one thread. Efficiency is t₁ / (n · tₙ), t being the median time of a step over the
 same variants. The settings take turns, round after round. Traffic is what one process takes in per
@@ -111,7 +111,7 @@ def work(args: argparse.Namespace, way: Way) -> None:
             waits.append(time.perf_counter() - start)
             for bank in banks:
                 bank.step(x_TD, 1.0, i)
-            everyone.any(False)
+            everyone.meet()
             steps.append(time.perf_counter() - start)
             n_bytes = traffic.n_bytes - before
         found = {

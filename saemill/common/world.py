@@ -130,6 +130,10 @@ class Group:
         """Whether it is true for some process."""
         return bool(self.sum_(torch.tensor(int(flag))))
 
+    def meet(self) -> None:
+        """Return when every process has come here."""
+        self.any(False)
+
     def split(self, lists: list[list[int]]) -> "Group":
         """The one of `lists` of ranks that holds this process; all processes call it alike."""
         mine = None
@@ -245,7 +249,7 @@ class World:
         )
         try:
             yield everyone
-            everyone.any(False)
+            everyone.meet()
         finally:
             everyone.forget()
             dist.destroy_process_group()

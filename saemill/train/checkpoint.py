@@ -33,7 +33,7 @@ def save(folder: Path, step: int, banks: list[Bank], seconds: float, everyone: G
         if bank.team.tokens.rank == 0:
             for i in range(len(bank.variants)):
                 _save_variant(there, bank, i)
-    everyone.any(False)  # the record follows the last file
+    everyone.meet()  # the record follows the last file
     if everyone.rank == 0:
         durable.write_json(folder / RECORD, {"step": step, "seconds": seconds})
         _remove_others(folder, there)

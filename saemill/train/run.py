@@ -111,7 +111,7 @@ def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, end: int) ->
     """Look at step `end`: write the SAEs of the worse halves as they are, and go on without them."""
     losers = halving.choose(trainer.scores(halving.metric))
     save_banks(config.out, trainer, trainer.loader.store, set(losers))
-    trainer.everyone.any(False)  # all are on disk before the record says so
+    trainer.everyone.meet()  # all are on disk before the record says so
     trainer.everyone.first(lambda: halving.stop(end, losers))
     halving.past = trainer.everyone.share(halving.past)[0]
     trainer.banks.clear()  # their memory is free before the next are made

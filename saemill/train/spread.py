@@ -139,8 +139,7 @@ def choose(
     wide = [shards for shards in fitting if all(v.num_latents // shards >= v.k for v in variants)]
     if not wide:
         raise ConfigError(
-            f"{variants[0].site}: in {fitting[0]} parts some SAE has fewer than k latents in each; "
-            "lower --latent-ranks"
+            f"in {fitting[0]} parts some SAE has fewer than k latents in each; lower --latent-ranks"
         )
     spreads = [_spread(variants, widths, n_processes, data, shards) for shards in wide]
     working = [spread for spread in spreads if all(spread.teams)] or (spreads if idle_allowed else [])
