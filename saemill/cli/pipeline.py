@@ -1,43 +1,11 @@
-"""The command line: each command parses its flags, makes one call, and returns an exit code.
+"""The stages: tokenize, cache, train, assess; and all of them on what ships."""
 
-Heavy imports are inside the commands, so that `--help` is quick.
-"""
-
-import os
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from saemill.common.errors import Interrupted, SaemillError
-
-app = typer.Typer(
-    name="saemill",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda name: name.replace("_", "-"),
-    },
-    help="""Cache a transformer's activations once, train many sparse autoencoders over them.
-
-**tokenize** a text dataset → **cache** activations → **train** a grid of TopK SAEs → **assess** them.
-
-Try it: `saemill demo`. Flags may be written with dashes or underscores; counts as `2M`, `512k`, `1e6`.""",
-)
-
-Text = Annotated[str | None, typer.Option()]
-Config = Annotated[Path | None, typer.Option("--config", help="YAML file with a section per command.")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, dots reach inside.")
-]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-
-
-def option(text: str, metavar: str = "N", *names: str) -> Any:
-    """A flag whose value the config parses."""
-    return typer.Option(*names, help=text, metavar=metavar)
+from saemill.cli.app import Config, Device, Sets, app, option, resolved
 
 
 @app.command()
@@ -74,7 +42,7 @@ def tokenize(
     """
     from saemill.tokenize.run import TokenizeConfig, run
 
-    run(_resolve(TokenizeConfig, "tokenize", locals()))
+    run(resolved(TokenizeConfig, "tokenize", locals()))
 
 
 @app.command()
@@ -123,7 +91,7 @@ def cache(
     """
     from saemill.cache.run import CacheConfig, run
 
-    run(_resolve(CacheConfig, "cache", locals()))
+    run(resolved(CacheConfig, "cache", locals()))
 
 
 @app.command()
@@ -204,7 +172,7 @@ def train(
 
     values = locals()
     values["site"] = ",".join(site) if site else None
-    run(_resolve(TrainConfig, "train", values))
+    run(resolved(TrainConfig, "train", values))
 
 
 @app.command()
@@ -256,92 +224,9 @@ def assess(
     values = locals()
     for name in ("min_loss_recovered", "min_l0", "max_l0", "max_dead_fraction", "max_absorption"):
         values[f"thresholds.{name}"] = values.pop(name)
-    assessment = run_assess(_resolve(AssessConfig, "assess", values))
+    assessment = run_assess(resolved(AssessConfig, "assess", values))
     if contexts := contexts_text(assessment["features"], 4, 4):
         say(contexts)
-
-
-@app.command()
-def show(
-    path: Annotated[Path, typer.Argument(help="A token store, an activation store or a run.")],
-) -> None:
-    """Tell what is in a folder that saemill made."""
-    from saemill.common.log import say
-    from saemill.show import describe
-
-    say(describe(path))
-
-
-@app.command()
-def export(
-    path: Annotated[Path, typer.Argument(help="An SAE's folder: RUN/VARIANT.")],
-    format_: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="sparsify, saelens or dictionary_learning.")
-    ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, new or empty.")],
-    model: Annotated[str | None, option("The model, if not where it was cached from.", "NAME")] = None,
-) -> None:
-    """Write an SAE in the format of another tool.
-
-    Example: `saemill export runs/first/layers.8-k32-f6144-s0 --format saelens -o for-saelens`
-    """
-    from saemill.convert import export as write
-
-    write(path, format_, out, model)
-
-
-@app.command("import")
-def import_(
-    path: Annotated[Path, typer.Argument(help="An SAE that sparsify, SAELens or dictionary_learning saved.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, new or empty.")],
-    model: Annotated[
-        str | None, option("The model it was trained on; its config tells the SAE's site.", "NAME")
-    ] = None,
-) -> None:
-    """Take over an SAE of another tool.
-
-    Example: `saemill import downloaded/blocks.8.hook_resid_post --model EleutherAI/pythia-160m -o sae`
-    """
-    from saemill.convert import import_ as take
-
-    take(path, out, model)
-
-
-@app.command()
-def submit(
-    config: Annotated[Path, typer.Argument(help="YAML file with a section per stage, and slurm.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts, submit nothing.")] = False,
-) -> None:
-    """Run the stages of a config as SLURM jobs, each after the one before it.
-
-    Scripts and logs are in `<run>.jobs`. Submit again after a failure: what is finished stays.
-
-    Example: `saemill submit configs/cluster.yaml`
-    """
-    from saemill.slurm.submit import run
-
-    run(config, dry_run)
-
-
-@app.command()
-def status(run: Annotated[Path, typer.Argument(help="The run's folder: train.out of the config.")]) -> None:
-    """Tell how far each stage of a run is, and what became of its SLURM jobs."""
-    from saemill.common.log import say
-    from saemill.slurm.status import status as state_of
-
-    say(state_of(run))
-
-
-@app.command()
-def verify(path: Annotated[Path, typer.Argument(help="A token store or an activation store.")]) -> None:
-    """Check sizes and hashes of a store and name each bad file; exit code 1 if there are any."""
-    from saemill.common.log import say
-    from saemill.show import problems
-
-    found = problems(path)
-    say("\n".join(found) if found else f"{path}: every file has its size and hash")
-    if found:
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -354,45 +239,3 @@ def demo(
     from saemill.demo import run
 
     run(out)
-
-
-def _resolve(cls: Any, section: str, values: dict[str, Any]) -> Any:
-    """A stage's config from a command's arguments."""
-    import dataclasses
-
-    from saemill.common.config import resolve
-
-    fields = {field.name for field in dataclasses.fields(cls)}
-    flags = {name: value for name, value in values.items() if name.split(".")[0] in fields}
-    return resolve(cls, section, flags, values["config"], values["set_"] or ())
-
-
-def main() -> None:
-    """Run the command line; errors that a user can repair are told without a traceback."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        app()
-    except Interrupted as stopped:
-        from saemill.common import log
-
-        if log.speaks:
-            print(f"\n{stopped}", file=sys.stderr)
-        sys.exit(Interrupted.exit_code)
-    except SaemillError as error:
-        print(f"error{_of_rank()}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Exception:
-        if where := _of_rank():
-            print(f"failed{where}:", file=sys.stderr)
-        raise
-
-
-def _of_rank() -> str:
-    """Which of several processes this is."""
-    from saemill.common.world import World
-
-    try:
-        world = World.here()
-    except SaemillError:
-        return ""
-    return f" ({world.name})" if world.size > 1 else ""

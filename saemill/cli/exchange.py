@@ -1,0 +1,43 @@
+"""SAEs to and from other tools: export, import."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saemill.cli.app import app, option
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="An SAE's folder: RUN/VARIANT.")],
+    format_: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="sparsify, saelens or dictionary_learning.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, new or empty.")],
+    model: Annotated[str | None, option("The model, if not where it was cached from.", "NAME")] = None,
+) -> None:
+    """Write an SAE in the format of another tool.
+
+    Example: `saemill export runs/first/layers.8-k32-f6144-s0 --format saelens -o for-saelens`
+    """
+    from saemill.convert import export as write
+
+    write(path, format_, out, model)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="An SAE that sparsify, SAELens or dictionary_learning saved.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, new or empty.")],
+    model: Annotated[
+        str | None, option("The model it was trained on; its config tells the SAE's site.", "NAME")
+    ] = None,
+) -> None:
+    """Take over an SAE of another tool.
+
+    Example: `saemill import downloaded/blocks.8.hook_resid_post --model EleutherAI/pythia-160m -o sae`
+    """
+    from saemill.convert import import_ as take
+
+    take(path, out, model)

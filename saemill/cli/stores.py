@@ -1,0 +1,31 @@
+"""Looking at what is on disk: show, verify."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saemill.cli.app import app
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="A token store, an activation store or a run.")],
+) -> None:
+    """Tell what is in a folder that saemill made."""
+    from saemill.common.log import say
+    from saemill.show import describe
+
+    say(describe(path))
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="A token store or an activation store.")]) -> None:
+    """Check sizes and hashes of a store and name each bad file; exit code 1 if there are any."""
+    from saemill.common.log import say
+    from saemill.show import problems
+
+    found = problems(path)
+    say("\n".join(found) if found else f"{path}: every file has its size and hash")
+    if found:
+        raise typer.Exit(1)
