@@ -21,8 +21,9 @@ from saemill import cli
 from saemill.common.config import resolve
 from saemill.common.errors import ConfigError, StoreError
 from saemill.demo import MODEL, TEXT
+from saemill.pipeline.stages import CONFIGS
 from saemill.slurm import states
-from saemill.slurm.pipeline import CONFIGS, Pipeline
+from saemill.slurm.pipeline import Pipeline
 from saemill.slurm.states import submitted
 
 ROOT = Path(saemill.__file__).parents[1]

@@ -89,6 +89,25 @@ class AssessConfig:
         if self.model is not None and not self.with_model and self.tokens is None:
             raise ConfigError("model has no effect with --no-model; leave one out")
 
+    @property
+    def folder(self) -> Path:
+        """Where the assessment is written."""
+        return self.out or (self.run if self.tokens is None else self.run / f"on-{self.tokens.name}")
+
+    def is_done(self) -> bool:
+        """Whether the folder holds the assessment of this very run by these settings."""
+        try:
+            found = durable.read_json(self.folder / "final_assessment.json")
+            of = durable.hash_file(self.run / "finished.json")
+        except FileNotFoundError:
+            return False
+        return bool((found.get("settings"), found.get("of")) == (self.identity(), of))
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the result, but for the run."""
+        skip = ("run", "acts", "model", "out", "device")
+        return {key: value for key, value in settings.plain(self).items() if key not in skip}
+
 
 @dataclass(frozen=True, slots=True)
 class _Run:
@@ -126,7 +145,7 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
     opened = _open(config, device)
     other = TokenStore(config.tokens) if config.tokens else None
     check_tokens(opened.store, other, config.with_model)
-    out = config.out or (config.run if other is None else config.run / f"on-{other.path.name}")
+    out = config.folder
     settings.check_folder(out)
     model = _load_model(config, opened.store, other, device)
     sites = list(dict.fromkeys(opened.sites.values()))
@@ -140,6 +159,8 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
     untrained = _measure(config, controls(opened.saes[best], opened.sites[best], beside), beside, model)
     assessment = {
         "format": FORMAT,
+        "settings": config.identity(),
+        "of": durable.hash_file(config.run / "finished.json"),
         "data": _data(found),
         "thresholds": settings.plain(config.thresholds),
         "best_variant": best,
@@ -212,7 +233,10 @@ def _load_model(
     if other is not None:
         check_fit(load_model_config(name, revision), name, other.tokenizer, other.ctx_len)
     dtype = getattr(torch, store.settings["model_dtype"])
-    model = LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True)
+    in_8bit = bool(store.settings.get("load_in_8bit"))
+    model = LanguageModel(
+        name, revision=revision, dtype=dtype, device=device, with_head=True, in_8bit=in_8bit
+    )
     if fingerprint_model(name, revision) != store.settings["model_fingerprint"]:
         _check_same_activations(model, store)
     return model

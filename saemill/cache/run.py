@@ -21,6 +21,7 @@ from saemill.common.log import counted, say
 from saemill.common.mask import MaskConfig
 from saemill.common.model import (
     LanguageModel,
+    check_8bit,
     check_fit,
     choose_model_dtype,
     fingerprint_model,
@@ -75,6 +76,9 @@ class CacheConfig:
     default as the store that is added to, else those of `MaskConfig`."""
     allow_other_tokenizer: bool = False
     """Take tokens of another tokenizer than the one that comes with the model."""
+    load_in_8bit: bool | None = None
+    """Load the model's weights as 8-bit integers, with bitsandbytes on a CUDA device; by default as for
+    the store that is added to, else not."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "shard_tokens", "layer_stride"):
@@ -113,8 +117,9 @@ def run(config: CacheConfig) -> ActivationStore:
         model_config = load_model_config(config.model, config.revision)
         check_fit(model_config, config.model, tokens.tokenizer, tokens.ctx_len)
         check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
-        sites = _sites(config, Architecture(model_config))
+        sites = sites_of(config, model_config)
         identity = _identity(config, tokens, there, n_rows, device)
+        check_8bit(bool(identity["load_in_8bit"]), device)
         plan = _plan(config, identity, tokens.ctx_len, sites)
         settings.check_same(there or identity, identity, config.out)
         with Worker(config.out / CLAIMS, stop) as worker:
@@ -148,6 +153,7 @@ def _complete(
                 revision=config.revision,
                 dtype=getattr(torch, store.settings["model_dtype"]),
                 device=device,
+                in_8bit=bool(store.settings.get("load_in_8bit")),
             )
             filling = Filling(store, writers, model, worker, world, config.batch_size)
             filling.run()
@@ -205,11 +211,27 @@ def _n_rows(config: CacheConfig, tokens: TokenStore, there: dict[str, Any]) -> i
     return config.max_tokens // tokens.ctx_len
 
 
-def _sites(config: CacheConfig, architecture: Architecture) -> list[Site]:
+def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
+    """The sites that settings name in a model, in its order.
+
+    Args:
+        config: of the stage.
+        model_config: the model's transformers config.
+
+    Raises:
+        ConfigError: a layer or a module that does not exist.
+    """
+    architecture = Architecture(model_config)
     layers = config.layers
     if config.layer_stride:
         layers = tuple(range(0, len(architecture.blocks), config.layer_stride))
     return architecture.resolve(layers, config.sites)
+
+
+def content_of(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
+    """What decides the content of a new store made with these settings, but for its sites."""
+    n_rows = _n_rows(config, tokens, {})
+    return _identity(config, tokens, {}, n_rows, World.here().device(config.device))
 
 
 def _identity(
@@ -229,6 +251,7 @@ def _identity(
         "shard_tokens": rows_per_shard * tokens.ctx_len,
         "dtype": config.dtype or there.get("dtype", "bf16"),
         "model_dtype": model_dtype,
+        "load_in_8bit": there.get("load_in_8bit") if config.load_in_8bit is None else config.load_in_8bit,
         "model_fingerprint": fingerprint_model(config.model, config.revision),
         "mask": mask or there.get("mask") or settings.plain(MaskConfig()),
     }

@@ -76,6 +76,10 @@ def cache(
         bool | None,
         typer.Option("--allow-other-tokenizer", help="Take tokens of another tokenizer than the model's."),
     ] = None,
+    load_in_8bit: Annotated[
+        bool | None,
+        typer.Option(help="Weights as 8-bit integers, by bitsandbytes on CUDA [the store's, or off]."),
+    ] = None,
     revision: Annotated[str | None, option("The hub model's revision.", "REV")] = None,
     config: Config = None,
     set_: Sets = None,

@@ -1,8 +1,9 @@
 """Strict configuration: defaults < YAML section < `--set a.b=c` < flags, into frozen dataclasses.
 
 Every stage's settings are one dataclass beside the stage. A YAML file has one section per stage
-(`tokenize`, `cache`, `train`, `assess`); each command reads its own section, and `saemill submit` all of
-them and `slurm`. An unknown key is an error that names the nearest known one.
+(`tokenize`, `cache`, `train`, `assess`); each command reads its own section, `saemill run` all of them
+and `run`, `saemill submit` all of them and `slurm`. An unknown key is an error that names the nearest
+known one.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from saemill.common.errors import ConfigError
 
 T = TypeVar("T")
 STAGES = ("tokenize", "cache", "train", "assess")
-SECTIONS = (*STAGES, "slurm")
+SECTIONS = (*STAGES, "run", "slurm")
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
 KINDS = {
     int: "a whole number (4096, 512k, 2M, 1e6)",
@@ -60,15 +61,20 @@ def resolve(
         ConfigError: unknown section or key, malformed value.
     """
     merged: dict[str, Any] = read_section(file, section) if file else {}
+    override(merged, flags, sets)
+    return build(cls, merged, section)
+
+
+def override(target: dict[str, Any], flags: Mapping[str, Any], sets: Iterable[str]) -> None:
+    """Put `--set` and then flags over settings, in place; see `resolve`."""
     for item in sets:
         key, separator, value = item.partition("=")
         if not separator:
             raise ConfigError(f"--set takes key=value, got {item!r}")
-        _put(merged, key, _parse(value, f"--set {item}"))
+        _put(target, key, _parse(value, f"--set {item}"))
     for key, value in flags.items():
         if value is not None:
-            _put(merged, key, value)
-    return build(cls, merged, section)
+            _put(target, key, value)
 
 
 def _put(target: dict[str, Any], dotted: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +71,7 @@ class LanguageModel:
         dtype: type of weights and activations.
         device: where it runs.
         with_head: load the LM head too, where the checkpoint has one (`head` says which).
+        in_8bit: weights as 8-bit integers, by bitsandbytes (Dettmers et al. 2022); see `check_8bit`.
 
     Raises:
         ConfigError: the model cannot be loaded.
@@ -83,18 +85,23 @@ class LanguageModel:
         dtype: torch.dtype,
         device: torch.device,
         with_head: bool = False,
+        in_8bit: bool = False,
     ) -> None:
         self.name = name
         self.device = device
         self.config = load_model_config(name, revision)
         self.head: Head | None = _head_of(self.config) if with_head else None
-        self.model, missing = _load(name, revision, dtype, self.head)
+        check_8bit(in_8bit, device)
+        how = {"dtype": dtype} | (_as_8bit(device) if in_8bit else {})
+        self.model, missing = _load(name, revision, how, self.head)
         if missing and self.head:
             self.head = None  # a checkpoint without the head that its class has
-            self.model, missing = _load(name, revision, dtype, None)
+            self.model, missing = _load(name, revision, how, None)
         if missing:
             raise ConfigError(f"the checkpoint {name!r} lacks weights: {', '.join(sorted(missing)[:5])}")
-        self.model = self.model.to(device).eval().requires_grad_(False)
+        if not in_8bit:  # such a model is where it was loaded, and cannot be moved
+            self.model = self.model.to(device)
+        self.model = self.model.eval().requires_grad_(False)
         self.base = self.model.base_model if self.head else self.model
         self.modules = dict(self.base.named_modules())
         self.tuple_sites: set[str] = set()
@@ -219,7 +226,24 @@ def check_fit(config: Any, name: str, tokenizer: TokenizerInfo, ctx_len: int) ->
         )
 
 
-def _load(name: str, revision: str | None, dtype: torch.dtype, head: Head | None) -> tuple[Any, list[str]]:
+def check_8bit(in_8bit: bool, device: torch.device) -> None:
+    """Refuse 8-bit weights where they cannot be.
+
+    Raises:
+        ConfigError: the device is not CUDA, or bitsandbytes is not installed.
+    """
+    if in_8bit and device.type != "cuda":
+        raise ConfigError(f"load_in_8bit needs a CUDA device, got {device}; leave it out")
+    if in_8bit and find_spec("bitsandbytes") is None:
+        raise ConfigError("load_in_8bit needs bitsandbytes: pip install bitsandbytes accelerate")
+
+
+def _as_8bit(device: torch.device) -> dict[str, Any]:
+    quantization = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def _load(name: str, revision: str | None, how: dict[str, Any], head: Head | None) -> tuple[Any, list[str]]:
     """The model, and the names of its weights that the checkpoint lacks."""
     loaders: dict[Head | None, Any] = {
         None: transformers.AutoModel,
@@ -227,9 +251,7 @@ def _load(name: str, revision: str | None, dtype: torch.dtype, head: Head | None
         "masked": transformers.AutoModelForMaskedLM,
     }
     with loading("model", name), _no_bar_of_weights():
-        model, info = loaders[head].from_pretrained(
-            name, revision=revision, dtype=dtype, output_loading_info=True
-        )
+        model, info = loaders[head].from_pretrained(name, revision=revision, output_loading_info=True, **how)
     return model, [key for key in info["missing_keys"] if "pooler" not in key]
 
 

@@ -28,7 +28,7 @@ from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.schedule import Schedule
 from saemill.train.spread import Spread, choose
 from saemill.train.trainer import Trainer
-from saemill.train.variants import Variant, describe, groups, resolve
+from saemill.train.variants import Variant, describe, groups, of_config
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
@@ -57,7 +57,8 @@ def run(config: TrainConfig) -> list[Path]:
         ExitStack() as held,
     ):
         schedule = _schedule(config, loader.epoch_tokens)
-        variants = _variants(config, store, list(loader.sites), schedule.n_steps)
+        widths = {name: store.site(name).width for name in loader.sites}
+        variants = of_config(config, widths, schedule.n_steps)
         _spread(config, store, variants, everyone, device)
         halving = _halving(config, variants, schedule.n_steps)
         identity = config.identity() | {"acts_fingerprint": store.fingerprint}
@@ -164,26 +165,6 @@ def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
         buffer_tokens=config.buffer_tokens,
         seed=config.shuffle_seed,
     )
-
-
-def _variants(config: TrainConfig, store: ActivationStore, sites: list[str], n_steps: int) -> list[Variant]:
-    widths = {site: store.site(site).width for site in sites}
-    shared = ("optimizer", "optimizer_state", "weight_decay", "auxk_alpha", "k_aux", "loss", "b_dec_init")
-    width_given = config.expansion_factor or config.num_latents
-    axes = {
-        "site": config.site,
-        "k": config.k,
-        "expansion_factor": config.expansion_factor if width_given else (8,),
-        "num_latents": config.num_latents,
-        "lr": config.lr,
-        "seed": config.seeds,
-    }
-    common = {name: getattr(config, name) for name in shared}
-    variants = resolve(common, axes, config.variants, widths, n_steps)
-    for site in sites:
-        if all(variant.site != site for variant in variants):
-            raise ConfigError(f"no variant is of site {site}; leave it out")
-    return variants
 
 
 def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Variant]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from saemill.common.config import build, coerce
 from saemill.common.errors import ConfigError
+from saemill.train.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,35 @@ def auto_lr(num_latents: int, d: int, n_steps: int) -> float:
     """
     share = 0.08 * math.sqrt(2**12 / num_latents) * math.pow(100 / n_steps, 0.3)
     return min(0.16, share) / math.sqrt(d)
+
+
+def of_config(config: TrainConfig, widths: Mapping[str, int], n_steps: int) -> list[Variant]:
+    """All variants of a run.
+
+    Args:
+        config: of the run.
+        widths: D of each site.
+        n_steps: of the run.
+
+    Raises:
+        ConfigError: contradicting, unknown or missing settings; a site without a variant.
+    """
+    shared = ("optimizer", "optimizer_state", "weight_decay", "auxk_alpha", "k_aux", "loss", "b_dec_init")
+    width_given = config.expansion_factor or config.num_latents
+    axes = {
+        "site": config.site,
+        "k": config.k,
+        "expansion_factor": config.expansion_factor if width_given else (8,),
+        "num_latents": config.num_latents,
+        "lr": config.lr,
+        "seed": config.seeds,
+    }
+    common = {name: getattr(config, name) for name in shared}
+    variants = resolve(common, axes, config.variants, widths, n_steps)
+    for site in widths:
+        if all(variant.site != site for variant in variants):
+            raise ConfigError(f"no variant is of site {site}; leave it out")
+    return variants
 
 
 def resolve(

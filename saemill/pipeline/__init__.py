@@ -1,0 +1,1 @@
+"""Several stages as one: joined at the folders between them."""

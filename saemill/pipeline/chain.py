@@ -1,0 +1,230 @@
+"""A pipeline on this machine: each stage's result is found again by what it was made of.
+
+Folders that the settings do not name lie below one folder, under names that end in a hash:
+
+    tokens/<dataset>-<hash>   settings of tokenize, the local dataset's content, the tokenizer
+    acts/<model>-<hash>       the tokens, the model's weights, how activations are stored
+    runs/<model>-<hash>       the activations, settings of train; or a name of one's own
+    runs/<run>.yaml           all settings, the folders among them: `saemill run` takes it again
+
+So a second pipeline with another k finds its tokens and activations and goes straight to training, one
+with another layer adds it to the store, and what was interrupted goes on where it was.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saemill.assess.run import AssessConfig
+from saemill.assess.run import run as assess
+from saemill.cache.run import CacheConfig, content_of, sites_of
+from saemill.cache.run import run as cache
+from saemill.common import config as settings
+from saemill.common import durable
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.log import say
+from saemill.common.model import check_8bit
+from saemill.common.sites import Site, load_model_config
+from saemill.common.tokenizer import load_tokenizer
+from saemill.common.tokens import TokenStore
+from saemill.common.world import World
+from saemill.pipeline.stages import CONFIGS, READS, Sections, check_input, join, stages_of
+from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.run import run as tokenize
+from saemill.tokenize.source import fingerprint_local
+from saemill.train.config import TrainConfig
+from saemill.train.run import run as train
+from saemill.train.variants import of_config
+
+UNKNOWN = Path("not known yet")
+"""Stands for a folder that is found when the stage before it has run."""
+POLL_SECONDS = 0.5
+
+
+@dataclass(slots=True)
+class Chain:
+    """The stages of one pipeline.
+
+    Args:
+        sections: the settings of each stage; folders between them may be left out.
+        folder: where results are kept whose folder is not named.
+        run_name: the run's folder in `folder/runs`; by default found by content.
+        where: the config's file, for messages.
+
+    Raises:
+        ConfigError: settings that are wrong, contradict one another or do not fit the model. What can be
+            told without reading the data is told here.
+    """
+
+    sections: InitVar[Sections]
+    folder: Path
+    run_name: str | None = None
+    where: str = "the config"
+    configs: dict[str, Any] = field(init=False)
+    """Settings by stage; folders are filled in as they become known."""
+
+    def __post_init__(self, sections: Sections) -> None:
+        sections = {stage: dict(sections[stage]) for stage in stages_of(sections, self.where)}
+        for before, after in pairwise(sections):
+            join(sections, before, after)
+        first = next(iter(sections))
+        self._name_run(sections)
+        for stage, values in sections.items():
+            for name in FOLDERS[stage] if stage != first else FOLDERS[stage] & {"out"}:
+                values[name] = values.get(name) or UNKNOWN
+        self.configs = {stage: settings.build(CONFIGS[stage], sections[stage], stage) for stage in sections}
+        check_input(first, self.configs[first])
+        self._check_held_out()
+        if "cache" in self.configs:
+            self._check_model(self.configs["cache"])
+        if "train" in self.configs:
+            self._check_run(self.configs["train"])
+
+    def __call__(self) -> Path:
+        """Run what is not there yet.
+
+        Returns: the folder of the run, or of the last store where nothing is trained.
+        """
+        steps: dict[str, Callable[[Any], Path]] = {
+            "tokenize": self._tokenize,
+            "cache": self._cache,
+            "train": self._train,
+            "assess": self._assess,
+        }
+        path: Path | None = None
+        for number, stage in enumerate(self.configs, 1):
+            say(f"{number}. {stage}")
+            if path is not None:
+                self.configs[stage] = replace(self.configs[stage], **{READS[stage]: path})
+            path = steps[stage](self.configs[stage])
+            if stage != "assess":
+                self.configs[stage] = replace(self.configs[stage], out=path)
+        assert path is not None
+        return path
+
+    def _name_run(self, sections: Sections) -> None:
+        if self.run_name is None:
+            return
+        if "train" not in sections or sections["train"].get("out") is not None:
+            why = "train.out names the folder" if "train" in sections else "nothing is trained"
+            raise ConfigError(f"run_name has no effect: {why}; leave it out")
+        sections["train"]["out"] = self.folder / "runs" / self.run_name
+        if "assess" in sections:
+            join(sections, "train", "assess")
+
+    def _place(self, kind: str, name: str, content: Any) -> Path:
+        """Where a result of this content is, or shall be."""
+        path = Path(name)
+        title = path.name.split(".")[0] if path.is_file() else path.name
+        return self.folder / kind / f"{title}-{durable.hash_json(content)[:8]}"
+
+    def _tokenize(self, config: TokenizeConfig) -> Path:
+        out = config.out
+        if out == UNKNOWN:
+            out = self._place("tokens", config.dataset, _content_of_tokens(config))
+        if World.here().rank == 0:
+            tokenize(replace(config, out=out))
+        while not (out / "manifest.json").exists():  # the failure of the process that makes it ends all
+            time.sleep(POLL_SECONDS)
+        return out
+
+    def _cache(self, config: CacheConfig) -> Path:
+        if config.out != UNKNOWN:
+            cache(config)
+            return config.out
+        out = self._place("acts", config.model, content_of(config, TokenStore(config.tokens)))
+        if not _has_sites(out, [site.name for site in _sites(config)]):
+            cache(replace(config, out=out))
+        return out
+
+    def _train(self, config: TrainConfig) -> Path:
+        if config.out == UNKNOWN:
+            store = ActivationStore(config.acts)
+            content = [config.identity(), store.fingerprint]
+            config = replace(config, out=self._place("runs", store.settings["model"], content))
+        self.configs["train"] = config
+        self._write_down(config.out)
+        train(config)
+        return config.out
+
+    def _assess(self, config: AssessConfig) -> Path:
+        if config.is_done():
+            say(f"{config.folder / 'final_assessment.json'} is there already")
+        else:
+            assess(config)
+        return config.run
+
+    def _write_down(self, run: Path) -> None:
+        """All settings and folders, beside the run."""
+        if World.here().rank == 0:
+            if "assess" in self.configs:
+                self.configs["assess"] = replace(self.configs["assess"], run=run)
+            plain = {stage: settings.plain(config) for stage, config in self.configs.items()}
+            text = yaml.safe_dump(plain, sort_keys=False)
+            durable.write_bytes(run.with_name(f"{run.name}.yaml"), [text.encode()])
+
+    def _check_held_out(self) -> None:
+        """Refuse to train for hours what could not be assessed then."""
+        if {"tokenize", "assess"} <= set(self.configs):
+            if self.configs["tokenize"].held_out_fraction == 0 and self.configs["assess"].tokens is None:
+                raise ConfigError(
+                    "nothing is held out to assess on; raise tokenize.held_out_fraction, or name other text "
+                    "with assess.tokens"
+                )
+
+    def _check_model(self, config: CacheConfig) -> None:
+        """Refuse sites that the model has not, and SAEs that do not fit them; fill in training's sites."""
+        check_8bit(bool(config.load_in_8bit), World.here().device(config.device))
+        widths = {site.name: site.width for site in _sites(config)}
+        if "train" not in self.configs:
+            return
+        training: TrainConfig = self.configs["train"]
+        named = [*training.site, *(str(entry["site"]) for entry in training.variants if "site" in entry)]
+        if not named:
+            training = self.configs["train"] = replace(training, site=tuple(widths))
+        if set(named) <= set(widths):  # others may be in a store that is named
+            of_config(training, {name: widths[name] for name in named or widths}, n_steps=1)
+        elif config.out == UNKNOWN:
+            other = next(name for name in named if name not in widths)
+            raise ConfigError(f"train.site {other!r} is not cached; {settings.nearest(other, widths)}")
+
+    def _check_run(self, config: TrainConfig) -> None:
+        """Refuse a folder that holds another run, before anything is cached for it."""
+        identity = config.out / "identity.json"
+        if config.out != UNKNOWN and identity.exists():
+            settings.check_same(durable.read_json(identity), config.identity(), config.out)
+
+
+FOLDERS = {"tokenize": {"out"}, "cache": {"out", "tokens"}, "train": {"out", "acts"}, "assess": {"run"}}
+"""Settings that name folders between stages."""
+
+
+def _content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
+    """What decides the tokens: settings, the text of a local dataset, the tokenizer."""
+    content = config.identity()
+    if Path(config.dataset).exists():
+        content["dataset_hash"] = fingerprint_local(Path(config.dataset))
+    content["tokenizer_hash"] = load_tokenizer(config.tokenizer, config.tokenizer_revision)[1].hash
+    return content
+
+
+def _sites(config: CacheConfig) -> list[Site]:
+    return sites_of(config, load_model_config(config.model, config.revision))
+
+
+def _has_sites(path: Path, names: list[str]) -> bool:
+    """Whether a store holds finished sites, by their sizes; their blocks are checked as they are read."""
+    try:
+        store = ActivationStore(path)
+        for name in names:
+            store.site(name)
+    except StoreError:
+        return False
+    say(f"{path} has {', '.join(names)} already")
+    return True

@@ -1,0 +1,110 @@
+"""`saemill run`: a model and a dataset, or a config file, through all stages."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saemill.common import config as settings
+from saemill.common.config import STAGES
+from saemill.common.errors import ConfigError
+from saemill.common.world import World, speak_for
+from saemill.pipeline.chain import Chain
+from saemill.pipeline.stages import Sections
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """The section `run`: where results are that the stages' settings do not name."""
+
+    save_dir: Path = Path("saemill-out")
+    """Folder of tokens, activations and runs."""
+    run_name: str | None = None
+    """Name of the run's folder in it, and of the group in wandb; by default by content."""
+
+    def __post_init__(self) -> None:
+        if self.run_name is not None and Path(self.run_name).name != self.run_name:
+            raise ConfigError(
+                f"run_name must be the name of a folder, without slashes; got {self.run_name!r}"
+            )
+
+
+def run(
+    model: str | None,
+    dataset: str | None,
+    flags: Mapping[str, Any],
+    file: Path | None = None,
+    sets: Iterable[str] = (),
+) -> Path:
+    """Tokenize, cache, train and assess; what is there already is found again.
+
+    Args:
+        model: hub id or local folder; None takes the file's.
+        dataset: hub id, or local file or folder; None takes the file's.
+        flags: settings by dotted name (`train.k`); None means not given.
+        file: a YAML file with a section per stage; without it, all four stages run.
+        sets: `stage.key=value` strings.
+
+    Returns: the folder of the run, or of the last store where the file ends before training.
+
+    Raises:
+        ConfigError: settings that are wrong, without effect, or do not fit together or the model.
+    """
+    speak_for(World.here())
+    sections: Sections = settings.read_sections(file) if file else {stage: {} for stage in STAGES}
+    sections.pop("slurm", None)  # what the same file asks of `saemill submit`
+    told = {"cache.model": model, "tokenize.dataset": dataset, **flags}
+    present = [*sections, "run"]
+    _refuse_other_sections(present, told, sets)
+    settings.override(sections, told, sets)
+    own = settings.build(RunConfig, sections.pop("run", {}), "run")
+    _refuse_end_to_end(sections)
+    if "tokenize" in sections:
+        _complete_tokenize(sections)
+    batch_given = "batch_size" in sections.get("train", {})
+    chain = Chain(sections, own.save_dir, own.run_name, str(file or "the command"))
+    if batch_given and "tokenize" in sections:
+        _check_batch(chain)
+    return chain()
+
+
+def _refuse_other_sections(present: list[str], flags: Mapping[str, Any], sets: Iterable[str]) -> None:
+    given = [name for name, value in flags.items() if value is not None]
+    for name in [*given, *(item.partition("=")[0] for item in sets)]:
+        stage = name.partition(".")[0]
+        if stage not in (*STAGES, "run"):
+            raise ConfigError(f"--set takes stage.key=value here, got {name!r}: train.k=32, for instance")
+        if stage not in present:
+            raise ConfigError(
+                f"{name} has no effect: the config has no section {stage}; add it or leave it out"
+            )
+
+
+def _refuse_end_to_end(sections: Sections) -> None:
+    if (loss := sections.get("train", {}).get("loss")) in ("ce", "kl"):
+        raise ConfigError(
+            f"loss {loss} trains through the model, which saemill cannot do: it trains on cached "
+            "activations. Use fvu or mse; `saemill assess` measures what the model loses"
+        )
+
+
+def _complete_tokenize(sections: Sections) -> None:
+    """The tokenizer is the model's own, if none is named; the dataset must be."""
+    values = sections["tokenize"]
+    if values.get("dataset") is None:
+        raise ConfigError("name a dataset: saemill run MODEL DATASET, or tokenize.dataset in the config")
+    if values.get("tokenizer") is None:
+        if (model := sections.get("cache", {}).get("model")) is None:
+            raise ConfigError("name a model: saemill run MODEL DATASET, or cache.model in the config")
+        values["tokenizer"] = model
+        values.setdefault("tokenizer_revision", sections["cache"].get("revision"))
+
+
+def _check_batch(chain: Chain) -> None:
+    """Refuse a batch that was surely meant in sequences, as sparsify counts them."""
+    batch, ctx_len = chain.configs["train"].batch_size, chain.configs["tokenize"].ctx_len
+    if batch < ctx_len:
+        raise ConfigError(
+            f"batch_size counts tokens, and {batch} are less than one row of {ctx_len}; for {batch} rows, as "
+            f"sparsify counts, say {batch * ctx_len}"
+        )

@@ -1,0 +1,78 @@
+"""The stages of a config file, in their order, and the folders that join them."""
+
+from pathlib import Path
+from typing import Any
+
+from saemill.assess.run import AssessConfig
+from saemill.cache.run import CacheConfig
+from saemill.common.config import STAGES
+from saemill.common.errors import ConfigError
+from saemill.tokenize.run import TokenizeConfig
+from saemill.train.config import TrainConfig
+
+Sections = dict[str, dict[str, Any]]
+"""Settings as given, by stage."""
+
+CONFIGS: dict[str, Any] = {
+    "tokenize": TokenizeConfig,
+    "cache": CacheConfig,
+    "train": TrainConfig,
+    "assess": AssessConfig,
+}
+READS = {"cache": "tokens", "train": "acts", "assess": "run"}
+"""The setting of each stage that names the `out` of the one before."""
+MADE = {"cache": "manifest.json", "train": "zarr.json", "assess": "identity.json"}
+"""A file in the folder that each stage reads."""
+
+
+def stages_of(sections: Sections, where: str) -> list[str]:
+    """The stages there are; refuses none, or a gap between them.
+
+    Args:
+        sections: of a config.
+        where: its file, for messages.
+
+    Raises:
+        ConfigError: no stage, or one is missing between others.
+    """
+    present = [stage for stage in STAGES if stage in sections]
+    if not present:
+        raise ConfigError(f"{where} has no stage; add sections: {', '.join(STAGES)}")
+    first, last = STAGES.index(present[0]), STAGES.index(present[-1])
+    if missing := [stage for stage in STAGES[first:last] if stage not in present]:
+        raise ConfigError(f"{where} has {', '.join(present)} but not {', '.join(missing)} between them")
+    return present
+
+
+def join(sections: Sections, before: str, after: str) -> Path | None:
+    """One folder between two stages, whichever of them names it; None if neither does.
+
+    Raises:
+        ConfigError: they name different ones.
+    """
+    named = {"out": sections[before].get("out"), READS[after]: sections[after].get(READS[after])}
+    out, read = named.values()
+    if out is None and read is None:
+        return None
+    if out is not None and read is not None and Path(out).absolute() != Path(read).absolute():
+        raise ConfigError(
+            f"{before}.out is {out}, but {after}.{READS[after]} is {read}; {after} reads what {before} "
+            "writes: name one folder, or leave one out"
+        )
+    sections[before] = sections[before] | {"out": out or read}
+    sections[after] = sections[after] | {READS[after]: out or read}
+    return Path(str(out or read))
+
+
+def check_input(stage: str, config: Any) -> None:
+    """Refuse a first stage whose input is not there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if stage in READS and not (getattr(config, READS[stage]) / MADE[stage]).exists():
+        before = STAGES[STAGES.index(stage) - 1]
+        raise ConfigError(
+            f"{stage}.{READS[stage]} is {getattr(config, READS[stage])}, where nothing was made by "
+            f"`saemill {before}`; name another folder, or add the section {before}"
+        )

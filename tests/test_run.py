@@ -1,0 +1,250 @@
+"""One command for the whole pipeline: what it finds again, what it refuses, whose flags it knows."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from typer.testing import CliRunner
+
+from saemill import ActivationStore, cli
+from saemill.cache.run import CacheConfig
+from saemill.cli.run import SETTINGS
+from saemill.common import model as models
+from saemill.common.errors import ConfigError
+from saemill.pipeline import chain
+from saemill.pipeline.run import RunConfig, run
+from saemill.pipeline.stages import CONFIGS
+
+SMALL = {
+    "tokenize.ctx_len": "32", "tokenize.held_out_fraction": "0.3", "cache.layers": "1", "train.k": "4",
+    "train.num_latents": "64", "train.batch_size": "256", "assess.model_tokens": "500",
+    "assess.max_tokens": "1000", "assess.n_latents": "0",
+}  # fmt: skip
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages that do work, as they are called; tokenize and train say themselves what is finished."""
+    calls: list[str] = []
+    for stage in ("cache", "assess"):
+        real = getattr(chain, stage)
+        monkeypatch.setattr(
+            chain, stage, lambda config, s=stage, real=real: (calls.append(s), real(config))[1]
+        )
+    return calls
+
+
+def test_a_second_k_goes_straight_to_training(
+    work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path, done: list[str],
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Oracle: the stages that were called, and the files' times of change."""
+    flags = SMALL | {"tokenize.tokenizer": tokenizer_folder}
+    model, text = tiny_models["neox"], str(corpus)
+    first = run(model, text, flags)
+    assert done == ["cache", "assess"]
+    stores = [*Path("saemill-out/tokens").rglob("*"), *Path("saemill-out/acts").rglob("*")]
+    times = {path: path.stat().st_mtime_ns for path in stores}
+    second = run(model, text, flags | {"train.k": "8"})
+    assert done == ["cache", "assess", "assess"]
+    assert first != second
+    assert {path: path.stat().st_mtime_ns for path in stores} == times
+    capfd.readouterr()
+    assert run(model, text, flags) == first
+    assert done == ["cache", "assess", "assess"]
+    assert "is finished already" in capfd.readouterr().out
+    # Its own settings, written beside the run, name the same folders.
+    assert run(None, None, {}, Path(f"{first}.yaml")) == first
+    # Another layer is added to the same store.
+    run(model, text, flags | {"cache.layers": "0,1"})
+    (acts,) = Path("saemill-out/acts").iterdir()
+    assert ActivationStore(acts).sites == ["layers.0", "layers.1"]
+
+
+def test_changed_text_is_tokenized_anew(
+    work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path
+) -> None:
+    """Oracle: two stores of different content, where a path alone would find the old one."""
+    file = {"cache": {"model": tiny_models["neox"]}, "tokenize": {"tokenizer": tokenizer_folder}}
+    (work / "c.yaml").write_text(yaml.safe_dump(file))
+    text = work / "text.jsonl"
+    text.write_text(corpus.read_text())
+    flags = {name: value for name, value in SMALL.items() if name.split(".")[0] in ("tokenize", "cache")}
+    run(None, str(text), flags, work / "c.yaml")
+    lines = corpus.read_text().splitlines(keepends=True)
+    text.write_text("".join(lines[1:]))
+    run(None, str(text), flags, work / "c.yaml")
+    assert len(list(Path("saemill-out/tokens").iterdir())) == 2
+    assert len(list(Path("saemill-out/acts").iterdir())) == 2
+
+
+def test_assessed_anew_when_trained_anew(
+    work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path, done: list[str]
+) -> None:
+    """Oracle: the calls of assess."""
+    flags = SMALL | {"tokenize.tokenizer": tokenizer_folder, "run.run_name": "a"}
+    path = run(tiny_models["neox"], str(corpus), flags)
+    assert path == Path("saemill-out/runs/a")
+    run(tiny_models["neox"], str(corpus), flags | {"assess.max_tokens": "900"})
+    run(tiny_models["neox"], str(corpus), flags | {"assess.max_tokens": "900", "train.resume": "false"})
+    assert done == ["cache", "assess", "assess", "assess"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"train.batch_size": "8"}, "for 8 rows, as sparsify counts, say 256"),
+        ({"train.loss": "ce"}, "loss ce trains through the model"),
+        ({"train.loss": "kl"}, "loss kl trains through the model"),
+        ({"train.k": "65"}, r"k must be in 1..64"),
+        ({"train.site": "layers.0"}, "train.site 'layers.0' is not cached"),
+        ({"cache.layers": "7"}, "layers must be in"),
+        ({"cache.load_in_8bit": "true", "cache.device": "cpu"}, "load_in_8bit needs a CUDA device, got cpu"),
+        ({"tokenize.held_out_fraction": "0"}, "nothing is held out to assess on"),
+        ({"run.run_name": "a/b"}, "without slashes"),
+        ({"run.run_name": "a", "train.out": "b"}, "run_name has no effect"),
+        ({"assess.run": "elsewhere", "train.out": "b"}, "name one folder"),
+    ],
+)
+def test_refused_before_any_work(
+    flags: dict[str, str], message: str, work: Path, tiny_models: dict[str, str], tokenizer_folder: str,
+    corpus: Path,
+) -> None:  # fmt: skip
+    """Oracle: an empty folder after the error."""
+    with pytest.raises(ConfigError, match=message):
+        run(tiny_models["neox"], str(corpus), SMALL | {"tokenize.tokenizer": tokenizer_folder} | flags)
+    assert not list(work.iterdir())
+
+
+def test_flags_without_their_stage_are_refused(work: Path, tiny_models: dict[str, str]) -> None:
+    """Oracle: a file that ends before training; flags and --set of other stages say so."""
+    (work / "c.yaml").write_text("tokenize: {dataset: d}\ncache: {model: m, layers: [0]}\n")
+    for arguments in (({"train.k": "4"}, ()), ({}, ("train.k=4",))):
+        with pytest.raises(ConfigError, match=r"train.k has no effect: the config has no section train"):
+            run(None, None, arguments[0], work / "c.yaml", arguments[1])
+    with pytest.raises(ConfigError, match=r"--set takes stage.key=value"):
+        run(None, None, {}, work / "c.yaml", ("k=4",))
+    (work / "c.yaml").write_text("train: {k: 4}\n")
+    with pytest.raises(ConfigError, match=r"train\.acts must be given"):
+        run(None, None, {}, work / "c.yaml")
+
+
+def given(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
+    """What the command line makes of arguments."""
+    told: dict[str, Any] = {}
+
+    def stand_in(model: Any, dataset: Any, flags: Any, file: Any, sets: Any) -> None:
+        told.update({name: value for name, value in flags.items() if value is not None})
+        told.update(model=model, dataset=dataset, file=file)
+
+    monkeypatch.setattr("saemill.pipeline.run.run", stand_in)
+    result = CliRunner().invoke(cli.app, ["run", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return told
+
+
+def test_flags_of_saetrain_and_sparsify(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: settings written here by hand, from those tools' own names and ways of writing lists."""
+    told = given(
+        monkeypatch, "bert-base-uncased", "wikitext", "--layers", "0", "1", "-1", "--max_tokens", "1000000",
+        "--batch_size", "4096", "--k", "192", "--expansion_factor", "32", "--grad_acc_steps", "8",
+        "--ctx_len", "512", "--optimizer", "adam", "--lr", "0.001", "--save_dir", "my_output",
+        "--run_name", "bert_layer6", "--log_to_wandb", "true", "--dead_percentage_threshold", "0.0005",
+        "--shuffle_seed", "42", "--init_seeds", "42", "43", "--save_every", "500", "--loss_fn", "fvu",
+        "--data_preprocessing_num_proc", "2", "--load_in_8bit", "False", "--hookpoints", "layers.*.mlp",
+        "--dead_feature_threshold", "10_000_000", "--lr_warmup_steps", "100", "--auxk_alpha", "0.03",
+    )  # fmt: skip
+    assert told == {
+        "model": "bert-base-uncased", "dataset": "wikitext", "file": None, "cache.layers": "0,1,-1",
+        "tokenize.max_tokens": "1000000", "train.batch_size": "4096", "train.k": "192",
+        "train.expansion_factor": "32", "train.grad_acc_steps": "8", "tokenize.ctx_len": "512",
+        "train.optimizer": "adam", "train.lr": "0.001", "run.save_dir": "my_output",
+        "run.run_name": "bert_layer6", "train.log_to_wandb": True,
+        "assess.dead_percentage_threshold": "0.0005",
+        "tokenize.shuffle_seed": "42", "train.seeds": "42,43", "train.save_every": "500", "train.loss": "fvu",
+        "tokenize.num_proc": "2", "cache.load_in_8bit": False, "cache.sites": "layers.*.mlp",
+        "train.dead_after_tokens": "10_000_000", "train.warmup_steps": "100", "train.auxk_alpha": "0.03",
+    }  # fmt: skip
+
+
+def test_lists_take_numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a model and a dataset after a list, and a switch before them, stay what they are."""
+    told = given(monkeypatch, "--layers", "2", "3", "--log_to_wandb", "some/model", "--k", "8", "data.jsonl")
+    assert told["model"] == "some/model"
+    assert told["dataset"] == "data.jsonl"
+    assert (told["cache.layers"], told["train.k"], told["train.log_to_wandb"]) == ("2,3", "8", True)
+    assert given(monkeypatch, "study.yaml", "--k", "8")["file"] == Path("study.yaml")
+
+
+def test_every_setting_that_a_flag_names_exists() -> None:
+    """Oracle: the stages' own fields."""
+    for targets in SETTINGS.values():
+        for target in targets:
+            section, name = target.split(".")
+            known = {field.name for field in dataclasses.fields((CONFIGS | {"run": RunConfig})[section])}
+            assert name in known, target
+
+
+def test_8bit_goes_to_bitsandbytes(tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: what transformers is asked for, on a CUDA device that is made up; nothing is loaded."""
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(name: str, **how: Any) -> None:
+        asked.update(how)
+        raise OSError("enough")
+
+    device = torch.device("cuda")
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        models.check_8bit(True, device)
+    monkeypatch.setattr(models, "find_spec", lambda name: object())
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", from_pretrained)
+    with pytest.raises(ConfigError, match="enough"):
+        models.LanguageModel(
+            tiny_models["neox"], revision=None, dtype=torch.float16, device=device, in_8bit=True
+        )
+    assert asked["quantization_config"].load_in_8bit
+    assert asked["device_map"] == {"": device}
+    assert asked["dtype"] == torch.float16
+    assert CacheConfig(tokens=Path(), model="m", out=Path(), layers=(0,)).load_in_8bit is None
+
+
+def test_several_processes(
+    work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path
+) -> None:
+    """Oracle: the SAEs that one process makes of the same, bit by bit."""
+    arguments = [
+        "-m", "saemill", "run", tiny_models["neox"], str(corpus), "--device", "cpu",
+        "--tokenizer", tokenizer_folder, "--ctx-len", "32", "--held-out-fraction", "0.3", "--layers", "1",
+        "--k", "4", "8", "--num-latents", "64",
+        "--batch-size", "256", "--run-name", "a", "--set", "assess.model_tokens=500",
+        "--set", "assess.max_tokens=1000", "--set", "assess.n_latents=0",
+    ]  # fmt: skip
+    torchrun = [
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "localhost:0",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for launcher, folder in (([], "one"), (torchrun, "two")):
+        command = [sys.executable, *launcher, *arguments, "--save-dir", folder]
+        subprocess.run(command, check=True, env=environment, timeout=300)
+    names = json.loads(Path("one/runs/a/finished.json").read_text())["variants"]
+    assert len(names) == 2
+    for name in names:
+        alone, together = (Path(f, "runs/a", name, "sae.safetensors").read_bytes() for f in ("one", "two"))
+        assert alone == together
+    assert Path("two/runs/a/final_assessment.json").exists()
