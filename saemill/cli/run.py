@@ -1,4 +1,4 @@
-"""The whole pipeline as one command: run."""
+"""The whole pipeline as one command: run; and many of them: matrix."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -185,3 +185,25 @@ def _config_file(
             raise typer.BadParameter(f"two config files: {model} and {config}; name one")
         return Path(model), None
     return config, model
+
+
+@app.command()
+def matrix(
+    config: Annotated[Path, typer.Argument(help="YAML file with the section matrix.")],
+    target: Annotated[
+        list[str] | None, typer.Option(help="Only this model of it; repeat for several.", metavar="NAME")
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Only this dataset of it; repeat for several.", metavar="NAME")
+    ] = None,
+) -> None:
+    """Models × datasets × layers × seeds: every pair cached once, all its SAEs trained at once.
+
+    Goes on where it was; pairs that are done are not done again, even when their stores were deleted.
+    Ends with a table over seeds, and how alike the dictionaries of different seeds and sources are.
+
+    Example: `saemill matrix configs/matrix.yaml`
+    """
+    from saemill.pipeline.matrix import run as run_all
+
+    run_all(config, tuple(target or ()), tuple(source or ()))

@@ -37,7 +37,7 @@ from saemill.common.world import World
 from saemill.pipeline.stages import CONFIGS, READS, Sections, check_input, join, stages_of
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
-from saemill.tokenize.source import fingerprint_local
+from saemill.tokenize.source import check_path, fingerprint_local
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
 from saemill.train.variants import of_config
@@ -80,6 +80,8 @@ class Chain:
                 values[name] = values.get(name) or UNKNOWN
         self.configs = {stage: settings.build(CONFIGS[stage], sections[stage], stage) for stage in sections}
         check_input(first, self.configs[first])
+        if first == "tokenize":
+            check_path(self.configs[first].dataset)
         self._check_held_out()
         if "cache" in self.configs:
             self._check_model(self.configs["cache"])
@@ -127,7 +129,7 @@ class Chain:
     def _tokenize(self, config: TokenizeConfig) -> Path:
         out = config.out
         if out == UNKNOWN:
-            out = self._place("tokens", config.dataset, _content_of_tokens(config))
+            out = self._place("tokens", config.dataset, content_of_tokens(config))
         if World.here().rank == 0:
             tokenize(replace(config, out=out))
         while not (out / "manifest.json").exists():  # the failure of the process that makes it ends all
@@ -205,7 +207,7 @@ FOLDERS = {"tokenize": {"out"}, "cache": {"out", "tokens"}, "train": {"out", "ac
 """Settings that name folders between stages."""
 
 
-def _content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
+def content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
     """What decides the tokens: settings, the text of a local dataset, the tokenizer."""
     content = config.identity()
     if Path(config.dataset).exists():

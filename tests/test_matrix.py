@@ -1,0 +1,157 @@
+"""Models × sources × layers × seeds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import random_texts
+
+from saemill.common.errors import ConfigError
+from saemill.pipeline import chain
+from saemill.pipeline.matrix import run
+
+
+@pytest.fixture
+def file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_models: dict[str, str], tokenizer_folder: str
+) -> Path:
+    """Two models × two texts × two layers (of one model) × two seeds."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("one", 1), ("two", 2)):
+        lines = [json.dumps({"text": text}) + "\n" for text in random_texts(300, seed)]
+        Path(f"{name}.jsonl").write_text("".join(lines))
+    target = {"tokenizer": tokenizer_folder}
+    sections = {
+        "matrix": {
+            "out": "study",
+            "targets": {
+                "neox": {**target, "model": tiny_models["neox"], "layers": [0, 1], "num_latents": [64]},
+                "llama": {**target, "model": tiny_models["llama"], "layers": [1], "expansion_factor": [3]},
+            },
+            "sources": {"one": {"dataset": "one.jsonl"}, "two": {"dataset": "two.jsonl"}},
+            "seeds": [5, 6],
+        },
+        "tokenize": {"ctx_len": 32, "held_out_fraction": 0.3},
+        "cache": {"device": "cpu"},
+        "train": {"k": [4], "batch_size": 256, "device": "cpu"},
+        "assess": {"model_tokens": 300, "max_tokens": 1000, "n_latents": 0, "device": "cpu"},
+    }
+    return write(tmp_path / "matrix.yaml", sections)
+
+
+def write(path: Path, sections: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def changed(file: Path, **changes: Any) -> Path:
+    """The file with other settings in its section matrix."""
+    sections = yaml.safe_load(file.read_text())
+    sections["matrix"] |= changes
+    return write(file, sections)
+
+
+@pytest.fixture
+def cached(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models and token stores that are cached, as it happens."""
+    calls: list[str] = []
+    real = chain.cache
+
+    def cache(config: Any) -> Any:
+        calls.append(f"{config.model} {config.tokens}")
+        return real(config)
+
+    monkeypatch.setattr(chain, "cache", cache)
+    return calls
+
+
+def test_every_pair_is_cached_once_and_trained_over_all_seeds(file: Path, cached: list[str]) -> None:
+    """Oracle: the pairs, layers, seeds and widths of the file, counted by hand; the assessments' own
+    figures, averaged by numpy."""
+    out = run(file)
+    assert len(cached) == len(set(cached)) == 4
+    found = json.loads((out / "matrix.json").read_text())
+    assert found["missing"] == []
+    cells = {(c["target"], c["source"], c["site"]): c for c in found["cells"]}
+    sites = {"neox": ["layers.0", "layers.1"], "llama": ["layers.1"]}
+    assert set(cells) == {(t, s, site) for t in sites for s in ("one", "two") for site in sites[t]}
+    for (target, source, site), cell in cells.items():
+        assert cell["num_latents"] == (64 if target == "neox" else 96)
+        names = [f"{site}-k4-f{cell['num_latents']}-s{seed}" for seed in (5, 6)]
+        assert cell["saes"] == [f"runs/{target}--{source}/{name}" for name in names]
+        assessment = json.loads((out / f"runs/{target}--{source}/final_assessment.json").read_text())
+        values = [e["metrics"]["fvu"]["value"] for e in assessment["variants"] if e["name"] in names]
+        np.testing.assert_allclose(cell["metrics"]["fvu"]["mean"], np.mean(values))
+        np.testing.assert_allclose(cell["metrics"]["fvu"]["sd"], np.std(values, ddof=1))
+    assert len(found["comparisons"]) == 3
+    for entry in found["comparisons"]:
+        assert (out / entry["folder"] / "report.html").exists()
+        compared = json.loads((out / entry["folder"] / "comparison.json").read_text())
+        assert len(compared["pairs"]) == 6  # of 2 sources × 2 seeds
+        assert 0 <= entry["shared_over_seeds"] <= 1
+        assert 0 <= entry["shared_over_sources"] <= 1
+
+
+def test_a_done_pair_stays_done_when_its_stores_are_deleted(file: Path, cached: list[str]) -> None:
+    """Oracle: what is on disk, and that nothing is cached a second time; a new seed is refused, as the
+    pair's run has others."""
+    changed(file, delete=["tokens", "acts"], compare=False)
+    out = run(file, targets=("llama",))
+    assert not list((out / "acts").iterdir())
+    assert not list((out / "tokens").iterdir())
+    assert len(cached) == 2
+    missing = json.loads((out / "matrix.json").read_text())["missing"]
+    assert missing == ["neox--one", "neox--two"]
+    saes = sorted(out.rglob("sae.safetensors"))
+    assert len(saes) == 4
+    times = [path.stat().st_mtime_ns for path in saes]
+    run(file, targets=("llama",))
+    assert len(cached) == 2
+    assert [path.stat().st_mtime_ns for path in saes] == times
+    changed(file, seeds=[5])
+    with pytest.raises(ConfigError, match="seeds: there"):
+        run(file, targets=("llama",))
+
+
+def test_other_text_under_the_same_name_is_refused(file: Path) -> None:
+    """Oracle: the dataset changed after its pair was done."""
+    changed(file, compare=False)
+    run(file, targets=("llama",), sources=("one",))
+    text = Path("one.jsonl")
+    text.write_text(text.read_text() + json.dumps({"text": "more of it"}) + "\n")
+    with pytest.raises(ConfigError, match="llama--one was done with other settings or other text"):
+        run(file, targets=("llama",), sources=("one",))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("matrix", {"targets": {}}, r"matrix\.targets is empty"),
+        ("matrix", {"sources": {"a--b": {"dataset": "one.jsonl"}}}, "names folders"),
+        ("matrix", {"sources": {"a": {"dataset": "absent.jsonl"}}}, "no file or folder absent.jsonl"),
+        ("matrix", {"sources": {"a": {"txt": "one.jsonl"}}}, r"unknown setting matrix\.sources\.a\.txt"),
+        ("matrix", {"delete": ["runs"]}, "must be one of tokens, acts"),
+        ("train", {"out": "elsewhere"}, r"train\.out is found for each pair"),
+        ("assess", {"acts": "elsewhere"}, r"assess\.acts is each pair's own"),
+        ("train", {"k": [100]}, r"k must be in 1..64"),
+    ],
+)
+def test_wrong_settings_of_any_pair_are_told_before_the_first(
+    section: str, changes: dict[str, Any], message: str, file: Path
+) -> None:
+    """Oracle: nothing appears on disk."""
+    sections = yaml.safe_load(file.read_text())
+    sections[section] |= changes
+    before = set(Path().iterdir())
+    with pytest.raises(ConfigError, match=message):
+        run(write(file, sections))
+    assert set(Path().iterdir()) == before
+
+
+def test_unknown_names_are_refused(file: Path) -> None:
+    """Oracle: the names in the file."""
+    with pytest.raises(ConfigError, match="no target 'lama'; did you mean llama"):
+        run(file, targets=("lama",))
