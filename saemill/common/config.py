@@ -1,8 +1,8 @@
 """Strict configuration: defaults < YAML section < `--set a.b=c` < flags, into frozen dataclasses.
 
 Every stage's settings are one dataclass beside the stage. A YAML file has one section per stage
-(`tokenize`, `cache`, `train`, `assess`); each command reads its own section, and `saemill submit` all of
-them and `slurm`. An unknown key is an error that names the nearest known one.
+(`tokenize`, `cache`, `train`, `assess`, and `generate`, `compare`); each command reads its own section, and
+`saemill submit` those of the stages and `slurm`. An unknown key is an error that names the nearest known one.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from saemill.common.errors import ConfigError
 
 T = TypeVar("T")
 STAGES = ("tokenize", "cache", "train", "assess")
-SECTIONS = (*STAGES, "slurm")
+SECTIONS = (*STAGES, "slurm", "generate", "compare")
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
 KINDS = {
     int: "a whole number (4096, 512k, 2M, 1e6)",
