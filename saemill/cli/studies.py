@@ -1,4 +1,4 @@
-"""Studies of several models, texts and seeds: generate."""
+"""Studies of several models, texts and seeds: generate, compare."""
 
 from pathlib import Path
 from typing import Annotated
@@ -48,3 +48,42 @@ def generate(
     values = locals()
     values["model"] = ",".join(model) if model else None
     run(resolved(GenerateConfig, "generate", values))
+
+
+@app.command()
+def compare(
+    saes: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of SAEs, and of runs for all of their SAEs.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for a report [none].")] = None,
+    by: Annotated[
+        str | None, option("Cosine of decoder or encoder rows, or activations [decoder].", "WHAT")
+    ] = None,
+    matching: Annotated[
+        str | None, option("assignment, or nearest for wide dictionaries [assignment].", "KIND")
+    ] = None,
+    assignment_limit: Annotated[str | None, option("Most latents for an assignment [16384].")] = None,
+    threshold: Annotated[
+        str | None, option("Matched latents more similar than this are shared [0.7].", "X")
+    ] = None,
+    acts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Activation store of the SAEs' model: leaves out latents that its held-out tokens do not "
+            "make fire; repeat for several models.",
+            metavar="STORE",
+        ),
+    ] = None,
+    max_tokens: Annotated[str | None, option("Most of these tokens [131072].")] = None,
+    seed: Annotated[str | None, option("Seed of the random dictionaries [0].")] = None,
+    device: Device = None,
+    config: Config = None,
+    set_: Sets = None,
+) -> None:
+    """Match the latents of every two SAEs, of other seeds, sources or layers, beside what chance matches.
+
+    Example: `saemill compare runs/seed-0/layers.4-k32-f2048-s0 runs/both-seeds -o comparison`
+    """
+    from saemill.compare.run import CompareConfig, run
+
+    run(resolved(CompareConfig, "compare", locals() | {"saes": saes or None, "acts": acts or None}))
