@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saemill.assess.sums import Figure
+from saemill.common.page import PALETTE
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's colours, which colour-blind readers tell apart."""
 WIDTH, HEIGHT, LEFT, BOTTOM = 560, 300, 70, 40
 
 Point = tuple[float, Figure]

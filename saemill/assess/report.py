@@ -13,8 +13,8 @@ from rich.table import Table
 
 from saemill.assess import charts
 from saemill.assess.sums import Figure
-from saemill.common import durable
 from saemill.common.log import counted
+from saemill.common.page import write_page
 
 COLUMNS = {
     "fvu": "FVU",
@@ -130,8 +130,7 @@ def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, N
         charts.densities(assessment, densities),
         _contexts(assessment["features"]),
     ]
-    page = PAGE.replace("{{body}}", "\n".join(sections))
-    durable.write_bytes(path, [page.encode()])
+    write_page(path, "saemill assessment", sections)
 
 
 def _summary(assessment: dict[str, Any]) -> str:
@@ -186,20 +185,3 @@ def _contexts(features: dict[str, Any]) -> str:
             f"mean when active {latent['mean_when_active']:.2f}</small></h3><table>{rows}</table>"
         )
     return "".join(parts)
-
-
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>saemill assessment</title><style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:1250px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:.5em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;
-text-align:right;vertical-align:top}td:first-child,th:first-child,td.text{text-align:left}
-td small{display:block;color:#666;font-size:80%;white-space:nowrap}td.bad{background:#fde8e0}
-h3 small{font-weight:normal;color:#666}td.name{white-space:nowrap}
-mark{background:#ffd166;padding:0 1px}svg{max-width:640px;width:100%;font-size:11px}svg .grid{stroke:#eee}
-.grid{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0;width:300px}figcaption{font-size:85%}
-.notes{color:#444;font-size:92%}td.text{font-size:92%}
-</style></head><body>
-{{body}}
-</body></html>
-"""

@@ -1,9 +1,7 @@
 """Strict configuration: defaults < YAML section < `--set a.b=c` < flags, into frozen dataclasses.
 
 Every stage's settings are one dataclass beside the stage. A YAML file has one section per stage
-(`tokenize`, `cache`, `train`, `assess`); each command reads its own section, `saemill run` all of them
-and `run`, `saemill submit` all of them and `slurm`. An unknown key is an error that names the nearest
-known one.
+SECTIONS = (*STAGES, "run", "slurm", "matrix", "generate", "compare")
 """
 
 import dataclasses
@@ -23,7 +21,7 @@ from saemill.common.errors import ConfigError
 
 T = TypeVar("T")
 STAGES = ("tokenize", "cache", "train", "assess")
-SECTIONS = (*STAGES, "run", "matrix", "slurm")
+SECTIONS = (*STAGES, "run", "slurm", "matrix", "generate", "compare")
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
 KINDS = {
     int: "a whole number (4096, 512k, 2M, 1e6)",

@@ -173,8 +173,8 @@ class Pair:
             return False
         if durable.read_json(self.record)["content"] != self.content:
             raise ConfigError(
-                f"{self.name} was done with other settings or other text; choose another matrix.out, or remove "
-                f"{self.record} and {self.chain.folder / 'runs' / self.name}"
+                f"{self.name} was done with other settings or other text; choose another matrix.out, or "
+                f"remove {self.record} and {self.chain.folder / 'runs' / self.name}"
             )
         return True
 
@@ -193,7 +193,9 @@ class Pair:
 def _given(config: Any, names: tuple[str, ...] = ()) -> dict[str, Any]:
     """The settings that are not left open; of `names`, or all."""
     every = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {name: value for name, value in every.items() if value is not None and (not names or name in names)}
+    return {
+        name: value for name, value in every.items() if value is not None and (not names or name in names)
+    }
 
 
 def _refuse_named_folders(sections: Sections) -> None:
@@ -221,4 +223,3 @@ def _content(chain: Chain) -> str:
             assess.identity(),
         ]
     )
-

@@ -51,8 +51,10 @@ def run(
         ConfigError: settings that are wrong, without effect, or do not fit together or the model.
     """
     speak_for(World.here())
-    sections: Sections = settings.read_sections(file) if file else {stage: {} for stage in STAGES}
-    sections.pop("slurm", None)  # what the same file asks of `saemill submit`
+    sections: Sections = {stage: {} for stage in STAGES}
+    if file:  # which may hold sections of other commands too
+        found = settings.read_sections(file)
+        sections = {name: values for name, values in found.items() if name in (*STAGES, "run")}
     told = {"cache.model": model, "tokenize.dataset": dataset, **flags}
     present = [*sections, "run"]
     _refuse_other_sections(present, told, sets)

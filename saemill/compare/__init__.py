@@ -1,0 +1,1 @@
+"""Dictionaries beside one another: what two SAEs have in common, latent by latent."""

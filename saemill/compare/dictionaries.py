@@ -1,0 +1,112 @@
+"""Which SAEs are compared: folders of any format, and the variants of runs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from saemill.common import durable
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.log import say
+from saemill.common.sae import Sae
+
+Rows = Literal["decoder", "encoder"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dictionary:
+    """One SAE, by what its config tells; the weights are read when they are needed."""
+
+    name: str
+    """The end of its path, as long as it takes to tell it from the others."""
+    path: Path
+    d_in: int
+    num_latents: int
+    provenance: dict[str, Any]
+
+    def load(self, device: torch.device) -> Sae:
+        """The SAE.
+
+        Raises:
+            StoreError: it holds weights that are not finite.
+        """
+        sae = Sae.load(self.path, device)
+        if not all(parameter.isfinite().all() for parameter in sae.parameters()):
+            raise StoreError(f"{self.path} holds weights that are not finite; leave it out")
+        return sae
+
+    def rows(self, which: Rows, device: torch.device) -> Tensor:
+        """Its latents' directions, fp32 [F, D], of unit length; a row of zeros stays one."""
+        sae = self.load(device)
+        weights = sae.W_dec if which == "decoder" else sae.W_enc
+        return torch.nn.functional.normalize(weights.detach().float(), dim=1)
+
+
+def find(paths: Iterable[Path]) -> list[Dictionary]:
+    """The SAEs that folders of SAEs and of runs hold.
+
+    Raises:
+        StoreError: a folder is neither, or its run is not finished.
+        ConfigError: fewer than two SAEs, or one of them twice.
+    """
+    folders = [folder for path in paths for folder in (_variants(path) or [path])]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ConfigError("an SAE is named twice; a run's folder stands for all of its SAEs")
+    if len(folders) < 2:
+        raise ConfigError(f"two SAEs or more are needed, got {', '.join(map(str, folders)) or 'none'}")
+    found = []
+    for name, folder in zip(_names(folders), folders, strict=True):
+        config = Sae.load(folder).config
+        found.append(Dictionary(name, folder, config.d_in, config.num_latents, config.provenance))
+    return found
+
+
+def pairs(dictionaries: list[Dictionary], any_width: bool) -> list[tuple[Dictionary, Dictionary]]:
+    """All pairs whose directions are of one length; what is left out is said.
+
+    Args:
+        any_width: take every pair: it is not directions that are compared.
+
+    Raises:
+        ConfigError: no pair is left.
+    """
+    every = list(combinations(dictionaries, 2))
+    kept = [(a, b) for a, b in every if any_width or a.d_in == b.d_in]
+    if not kept:
+        widths = ", ".join(f"{d.name} has {d.d_in}" for d in dictionaries)
+        raise ConfigError(
+            f"directions of different lengths (d_in) have no cosine: {widths}; "
+            "compare what they do on the same tokens, by --by activations"
+        )
+    if len(kept) < len(every):
+        say(f"left out: {len(every) - len(kept)} of {len(every)} pairs, whose d_in differ")
+    return kept
+
+
+def _variants(path: Path) -> list[Path] | None:
+    """The SAEs of a finished run that did not diverge and were not stopped early; None for no run."""
+    if not (path / "identity.json").exists():
+        return None
+    if not (path / "finished.json").exists():
+        raise StoreError(
+            f"{path} is no finished run (finished.json is missing); finish it with `saemill train`"
+        )
+    finished = durable.read_json(path / "finished.json")
+    left_out = {**finished["diverged"], **finished["stopped"]}
+    if left_out:
+        say(f"left out of {path}: {', '.join(left_out)}, diverged or stopped early")
+    return [path / name for name in finished["variants"] if name not in left_out]
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The ends of the paths, of as many parts as make them differ."""
+    parts = [folder.resolve().parts for folder in folders]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-n:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("different paths have different names")

@@ -1,0 +1,215 @@
+"""`saemill compare`: every two dictionaries of some SAEs and runs, matched latent by latent."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from saemill.common import config as settings
+from saemill.common import durable
+from saemill.common.errors import ConfigError
+from saemill.common.log import progress, say
+from saemill.common.model import choose_device
+from saemill.compare.activations import MIN_FIRINGS, Codes, Stores, correlations, of_pairs
+from saemill.compare.dictionaries import Dictionary, find, pairs
+from saemill.compare.matching import Blocks, cosines
+from saemill.compare.pair import Latents, Matched
+from saemill.compare.random_rows import isotropic, same_covariance
+from saemill.compare.report import table, write_html
+
+FORMAT = "saemill comparison 1"
+ASSIGNMENT_LIMIT = 1 << 14
+MAX_TOKENS = 1 << 17
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareConfig:
+    """Settings of the command."""
+
+    saes: tuple[Path, ...]
+    """Folders of SAEs, in any format that `Sae.load` reads, and of finished runs, for all of their SAEs."""
+    out: Path | None = None
+    """Where comparison.json, matches.parquet and report.html go; by default nothing is written."""
+    by: Literal["decoder", "encoder", "activations"] = "decoder"
+    """Similarity of two latents: the cosine of their rows, or the correlation of their codes."""
+    matching: Literal["assignment", "nearest"] = "assignment"
+    """Find the best one-to-one assignment, or only nearest latents."""
+    assignment_limit: int | None = None
+    """Most latents of either dictionary for an assignment; 16,384 where not given."""
+    threshold: float = 0.7
+    """Similarity above which two matched latents count as shared."""
+    acts: tuple[Path, ...] = ()
+    """Activation stores, one per model, whose held-out tokens tell which latents fire and when."""
+    max_tokens: int | None = None
+    """Most of these tokens; 131,072 where not given."""
+    seed: int = 0
+    """Of the random dictionaries."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("assignment_limit", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {value}")
+        if not -1 <= self.threshold < 1:
+            raise ConfigError(f"threshold must be in [-1, 1), got {self.threshold}")
+        if self.by == "activations" and not self.acts:
+            raise ConfigError(
+                "--by activations needs the activations of some tokens; name stores with --acts"
+            )
+        if self.max_tokens is not None and not self.acts:
+            raise ConfigError("max_tokens has no effect without acts; leave it out")
+        if self.by == "activations" and self.seed:
+            raise ConfigError("seed has no effect with --by activations; leave it out")
+        if self.assignment_limit is not None and self.matching == "nearest":
+            raise ConfigError("assignment_limit has no effect with matching nearest; leave it out")
+
+
+def run(config: CompareConfig) -> dict[str, Any]:
+    """Compare every two dictionaries; print a table, and write a report if `out` is given.
+
+    Returns: the content of `comparison.json`.
+
+    Raises:
+        StoreError: a folder holds no SAE, or its run is not finished.
+        ConfigError: dictionaries that cannot be compared this way.
+    """
+    device = choose_device(config.device)
+    if config.out is not None:
+        _check_out(config.out)
+    dictionaries = find(config.saes)
+    every = pairs(dictionaries, any_width=config.by == "activations")
+    if config.matching == "assignment":
+        _check_sizes(dictionaries, config.assignment_limit or ASSIGNMENT_LIMIT)
+    stores, codes = None, {}
+    if config.acts:
+        stores = Stores(config.acts, config.max_tokens or MAX_TOKENS)
+        stores.check(dictionaries)
+        with progress("encode", len(dictionaries), "SAEs") as advance:
+            for dictionary in dictionaries:
+                codes[dictionary.name] = stores.codes(dictionary, device)
+                advance(1)
+    entries, tables = [], []
+    with progress("compare", len(every), "pairs") as advance:
+        for a, b in every:
+            matched = _match(config, a, b, codes, device)
+            entry = matched.entry(config.threshold)
+            if codes:
+                entry["correlation_of_matched"] = _correlation(matched, codes)
+            entries.append(entry)
+            tables.append(matched.table())
+            advance(1)
+    comparison = {
+        "format": FORMAT,
+        "settings": settings.plain(config) | {"min_firings": MIN_FIRINGS},
+        "n_tokens": stores.n_tokens if stores else None,
+        "dictionaries": [_describe(dictionary) for dictionary in dictionaries],
+        "pairs": entries,
+        "notes": _notes(dictionaries, config),
+        "versions": {name: version(name) for name in ("saemill", "torch", "scipy")},
+    }
+    say(table(comparison))
+    if config.out is not None:
+        _write(config.out, comparison, tables)
+    return comparison
+
+
+def _check_out(out: Path) -> None:
+    settings.check_folder(out)
+    if out.exists() and any(out.iterdir()) and not (out / "comparison.json").exists():
+        raise ConfigError(f"{out} holds something else than a comparison; choose another folder")
+
+
+def _check_sizes(dictionaries: list[Dictionary], limit: int) -> None:
+    """Refuse an assignment that would not end, or not fit into memory."""
+    largest = max(dictionaries, key=lambda dictionary: dictionary.num_latents)
+    n = largest.num_latents
+    if n > limit:
+        raise ConfigError(
+            f"{largest.name} has {n:,} latents: an assignment of as many needs {8 * n * n / 1e9:,.1f} GB, and "
+            f"time that grows with their cube. Say --matching nearest for nearest latents alone, or "
+            f"--assignment-limit {n} if memory and time are there"
+        )
+
+
+def _match(
+    config: CompareConfig, a: Dictionary, b: Dictionary, codes: Mapping[str, Codes], device: torch.device
+) -> Matched:
+    latents = [Latents(d.name, _live(d, codes)) for d in (a, b)]
+    chance: dict[str, Blocks]
+    if config.by == "activations":
+        of_a, of_b = (
+            codes[d.name].standardised(part.numbers) for d, part in zip((a, b), latents, strict=True)
+        )
+        shifted = codes[b.name].shifted().standardised(latents[1].numbers)
+        blocks, chance = correlations(of_a, of_b), {"other_tokens": correlations(of_a, shifted)}
+    else:
+        a_FD, b_FD = (
+            d.rows(config.by, device)[torch.from_numpy(part.numbers).to(device)]
+            for d, part in zip((a, b), latents, strict=True)
+        )
+        blocks = cosines(a_FD, b_FD)
+        chance = {
+            "isotropic": cosines(a_FD, isotropic(b_FD, config.seed)),
+            "same_covariance": cosines(a_FD, same_covariance(b_FD, config.seed)),
+        }
+    return Matched.of(latents[0], latents[1], blocks, chance, config.matching == "assignment")
+
+
+def _live(dictionary: Dictionary, codes: Mapping[str, Codes]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The latents that are compared: all, or those that fire where tokens are given."""
+    if dictionary.name not in codes:
+        return np.arange(dictionary.num_latents)
+    live = codes[dictionary.name].live
+    if len(live) == 0:
+        raise ConfigError(
+            f"no latent of {dictionary.name} is active on {MIN_FIRINGS} of the tokens; leave it out"
+        )
+    return live
+
+
+def _correlation(matched: Matched, codes: Mapping[str, Codes]) -> dict[str, float]:
+    """How the codes of latents that are each other's nearest correlate: mean and median."""
+    side = matched.sides[0]
+    own, other = matched.a.numbers[side.mutual], matched.b.numbers[side.nearest[side.mutual]]
+    found = of_pairs(codes[matched.a.name].standardised(own), codes[matched.b.name].standardised(other))
+    return {"n": len(found), "mean": float(found.mean()), "median": float(np.median(found))}
+
+
+def _describe(dictionary: Dictionary) -> dict[str, Any]:
+    told = {key: dictionary.provenance.get(key) for key in ("site", "model", "dataset")}
+    return {
+        "name": dictionary.name,
+        "path": str(dictionary.path),
+        "d_in": dictionary.d_in,
+        "num_latents": dictionary.num_latents,
+        **told,
+    }
+
+
+def _notes(dictionaries: list[Dictionary], config: CompareConfig) -> list[str]:
+    """What the reader should know of the pairs."""
+    notes = []
+    for key, what in (("model_fingerprint", "models"), ("site", "sites")):
+        told = [dictionary.provenance.get(key) for dictionary in dictionaries]
+        if any(a != b for a, b in pairwise(told)) and config.by != "activations":
+            notes.append(
+                f"the dictionaries are of different {what}: a direction of one "
+                "need not mean the same in another; --by activations compares what latents do"
+            )
+    return notes
+
+
+def _write(out: Path, comparison: dict[str, Any], tables: list[pa.Table]) -> None:
+    with durable.replacing(out / "matches.parquet") as partial:
+        pq.write_table(pa.concat_tables(tables), partial)
+    write_html(out / "report.html", comparison)
+    durable.write_json(out / "comparison.json", comparison)
+    say(f"{out}: comparison.json, matches.parquet, report.html")

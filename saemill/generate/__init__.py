@@ -1,0 +1,1 @@
+"""Text out of language models: unconditional samples, as datasets of one size."""

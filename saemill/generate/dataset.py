@@ -1,0 +1,96 @@
+"""Samples on disk: parts while they are made, one parquet file per model in the end."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saemill.common import durable
+from saemill.common.errors import StoreError
+
+SCHEMA = pa.schema(
+    {"text": pa.string(), "input_ids": pa.list_(pa.int32()), "n_tokens": pa.int32(), "sample": pa.int64()}
+)
+Decode = Callable[[list[int]], str]
+
+
+def rows_of(ids: list[list[int]], first: int, decode: Decode) -> pa.Table:
+    """Samples first, first + 1, … as a table."""
+    columns = {
+        "text": list(map(decode, ids)),
+        "input_ids": ids,
+        "n_tokens": list(map(len, ids)),
+        "sample": range(first, first + len(ids)),
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+class Parts:
+    """The batches of one model that are finished, a file each, named by its first sample."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.n_samples = self.n_tokens = 0
+        for table in self.tables():
+            self._count(table)
+
+    def add(self, table: pa.Table) -> None:
+        """Keep a batch, whole or not at all."""
+        with durable.replacing(self._file(self.n_samples)) as partial:
+            pq.write_table(table, partial)
+        self._count(table)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The batches, in order.
+
+        Raises:
+            StoreError: a file is damaged, or one is missing before another.
+        """
+        first, files = 0, sorted(self.folder.glob("*.parquet"))
+        for file in files:
+            if file != self._file(first):
+                raise StoreError(f"{self._file(first)} is missing; remove {self.folder} to sample again")
+            try:
+                table = pq.read_table(file, schema=SCHEMA)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise StoreError(
+                    f"{file} is damaged ({error}); remove {self.folder} to sample again"
+                ) from error
+            first += len(table)
+            yield table
+
+    def _file(self, first: int) -> Path:
+        return self.folder / f"{first:010}.parquet"
+
+    def _count(self, table: pa.Table) -> None:
+        self.n_samples += len(table)
+        self.n_tokens += sum(table["n_tokens"].to_pylist())
+
+
+def trimmed(tables: Iterator[pa.Table], n_tokens: int, decode: Decode) -> Iterator[pa.Table]:
+    """The first samples, `n_tokens` in all; the last one is cut, and its text is that of the ids left."""
+    left = n_tokens
+    for table in tables:
+        ends = np.cumsum(table["n_tokens"].to_numpy())
+        last = int(np.searchsorted(ends, left))
+        if last == len(table):
+            left -= int(ends[-1])
+            yield table
+            continue
+        yield table.slice(0, last)
+        row = table.slice(last, 1).to_pylist()[0]
+        excess = int(ends[last]) - left
+        yield rows_of([row["input_ids"][: row["n_tokens"] - excess]], row["sample"], decode)
+        return
+
+
+def write(path: Path, tables: Iterator[pa.Table]) -> int:
+    """Write tables one after another to one parquet file. Returns: the number of rows."""
+    n_rows = 0
+    with durable.replacing(path) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
+        for table in tables:
+            n_rows += len(table)
+            writer.write_table(table)
+    return n_rows

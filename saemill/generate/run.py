@@ -1,0 +1,271 @@
+"""`saemill generate`: unconditional samples of some models, as datasets of one number of tokens."""
+
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from saemill.common import config as settings
+from saemill.common import durable
+from saemill.common.errors import ConfigError, DataError, Interrupted, StoreError
+from saemill.common.log import counted, progress, say
+from saemill.common.model import LanguageModel, choose_device, choose_model_dtype, fingerprint_model
+from saemill.common.signals import stop_on_signal
+from saemill.common.sites import load_model_config
+from saemill.common.tokenizer import load_tokenizer
+from saemill.generate.dataset import Parts, rows_of, trimmed, write
+from saemill.generate.sampling import Frame, frame_of, sample, uniforms
+
+FORMAT = "saemill samples 1"
+MANIFEST = "manifest.yaml"
+"""Not JSON, so that `saemill tokenize` takes the whole folder, where all data files are parquet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig:
+    """Settings of the command."""
+
+    model: tuple[str, ...]
+    """Hub ids or local folders of causal models; a file is named by the last part."""
+    out: Path
+    """Folder to write."""
+    n_samples: int | None = None
+    """Samples per model, before all datasets are cut to the smallest."""
+    tokens_per_dataset: int | None = None
+    """In place of `n_samples`: sample until each model has so many tokens, and cut to them."""
+    max_tokens: int = 256
+    """Most tokens per sample."""
+    seed: int = 42
+    temperature: float = 1.0
+    top_p: float = 0.9
+    """Only the most probable tokens that sum to this are sampled; 1 is the model's whole distribution."""
+    stop_at_eos: bool = True
+    """A sample ends before an EOS; false: each has `max_tokens` tokens, EOS among them."""
+    batch_size: int = 32
+    """Samples at once, and per file while the command runs."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type the model computes in: bf16 on a GPU, fp32 on a CPU."""
+    device: str = "auto"
+    revision: str | None = None
+    """The hub models' revision."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_samples", "tokens_per_dataset", "max_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {value}")
+        if (self.n_samples is None) == (self.tokens_per_dataset is None):
+            raise ConfigError("give one of n_samples and tokens_per_dataset: how much text is wanted")
+        if not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"seed must be in 0..2^64-1, got {self.seed}")
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"temperature must be more than 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
+        names = list(self.named())
+        if len(names) < len(self.model) or not names:
+            raise ConfigError(f"model must list models of different last names, got {', '.join(self.model)}")
+
+    def named(self) -> dict[str, str]:
+        """Model by the name of its dataset."""
+        return {Path(model).absolute().name: model for model in self.model}
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A model that fits the settings; its weights are not loaded yet."""
+
+    model: str
+    tokenizer: Any
+    frame: Frame
+    fingerprint: str
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens written out."""
+        text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
+
+
+def run(config: GenerateConfig) -> dict[str, Any]:
+    """Sample from every model into `config.out`; a finished output with the same settings is left as it is.
+
+    The folder appears whole. Batches are kept beside it meanwhile, and a stopped run goes on after the
+    last one.
+
+    Returns: the content of the manifest.
+
+    Raises:
+        ConfigError: settings that do not fit a model, or an output made with others.
+        DataError: a model that gives no tokens.
+        Interrupted: a signal came.
+    """
+    settings.check_folder(config.out)
+    device = choose_device(config.device)
+    dtype = choose_model_dtype(config.dtype, device)
+    sources = {name: _source(model, config) for name, model in config.named().items()}
+    identity = _identity(config, dtype, sources)
+    if manifest := _finished(config.out, identity):
+        say(f"{config.out} is finished already: {_summary(manifest)}")
+        return manifest
+    partial = config.out.absolute().with_name(config.out.absolute().name + ".partial")
+    with durable.exclusive(partial), stop_on_signal() as stop:
+        _claim(partial, identity)
+        parts = {}
+        for name, source in sources.items():
+            parts[name] = Parts(partial / "parts" / name)
+            _fill(parts[name], source, name, config, dtype, device, stop)
+        manifest = _finish(config, identity, sources, parts, partial)
+    shutil.rmtree(partial)
+    say(f"{config.out}: {_summary(manifest)}")
+    return manifest
+
+
+def _source(model: str, config: GenerateConfig) -> _Source:
+    """Refuse a model before any is run: its kind, its tokenizer, its context."""
+    model_config = load_model_config(model, config.revision)
+    if not any(
+        "CausalLM" in name or name.endswith("LMHeadModel") for name in model_config.architectures or []
+    ):
+        raise ConfigError(f"{model!r} is no causal language model: {model_config.architectures}")
+    tokenizer, _ = load_tokenizer(model, config.revision)
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.max_tokens > limit:
+        raise ConfigError(
+            f"max_tokens must be at most {limit}, the context of {model!r}, got {config.max_tokens}"
+        )
+    frame = frame_of(tokenizer, model_config, model, config.stop_at_eos)
+    return _Source(model, tokenizer, frame, fingerprint_model(model, config.revision))
+
+
+def _identity(config: GenerateConfig, dtype: torch.dtype, sources: Mapping[str, _Source]) -> dict[str, Any]:
+    """The settings that decide the samples; `batch_size` and `device` change no more than rounding."""
+    left_out = ("out", "batch_size", "device")
+    chosen = {key: value for key, value in settings.plain(config).items() if key not in left_out}
+    fingerprints = {name: source.fingerprint for name, source in sources.items()}
+    return chosen | {"dtype": str(dtype).removeprefix("torch."), "fingerprints": fingerprints}
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a finished output.
+
+    Raises:
+        ConfigError: it was made with other settings, or holds something else.
+        StoreError: a dataset is not what was written.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    if not (out / MANIFEST).is_file():
+        raise ConfigError(f"{out} holds something else than samples; choose another folder")
+    manifest: dict[str, Any] = yaml.safe_load((out / MANIFEST).read_text())
+    settings.check_same(manifest["settings"], identity, out)
+    for dataset in manifest["datasets"]:
+        file = out / dataset["file"]
+        if not file.is_file() or durable.hash_file(file) != dataset["xxh3"]:
+            raise StoreError(f"{file} is missing or damaged; remove {out} to sample again")
+    return manifest
+
+
+def _claim(partial: Path, identity: dict[str, Any]) -> None:
+    """Begin, or go on with what was begun with the same settings."""
+    file = partial / "identity.json"
+    if file.exists():
+        settings.check_same(durable.read_json(file), identity, partial)
+    else:
+        durable.write_json(file, identity)
+
+
+def _fill(
+    parts: Parts,
+    source: _Source,
+    name: str,
+    config: GenerateConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    stop: threading.Event,
+) -> None:
+    """Sample from one model until it has enough."""
+
+    def missing() -> int:
+        if config.n_samples is not None:
+            return config.n_samples - parts.n_samples
+        assert config.tokens_per_dataset is not None
+        return config.batch_size if parts.n_tokens < config.tokens_per_dataset else 0
+
+    if missing() <= 0:
+        return
+    if parts.n_samples:
+        say(f"{name}: continued after {counted(parts.n_samples, 'sample')}")
+    model = LanguageModel(source.model, revision=config.revision, dtype=dtype, device=device, with_head=True)
+    total, unit, done = (
+        (config.n_samples, "samples", parts.n_samples)
+        if config.n_samples
+        else (config.tokens_per_dataset, "tokens", parts.n_tokens)
+    )
+    with progress(f"generate {name}", total, unit, done) as advance:
+        while (n := min(missing(), config.batch_size)) > 0:
+            u_RS = uniforms(name, config.seed, parts.n_samples, n, config.max_tokens)
+            try:
+                ids = sample(model, source.frame, u_RS, config.temperature, config.top_p, stop)
+            except Interrupted:
+                raise Interrupted(
+                    f"stopped with {counted(parts.n_samples, 'sample')} of {name}; the same command continues"
+                ) from None
+            if not any(ids):
+                raise DataError(f"{n} samples of {name} in a row are empty: it puts EOS first")
+            parts.add(rows_of(ids, parts.n_samples, source.decode))
+            advance(n if unit == "samples" else sum(map(len, ids)))
+
+
+def _finish(
+    config: GenerateConfig,
+    identity: dict[str, Any],
+    sources: Mapping[str, _Source],
+    parts: Mapping[str, Parts],
+    partial: Path,
+) -> dict[str, Any]:
+    """Cut all datasets to one number of tokens, and let the output appear."""
+    n_tokens = config.tokens_per_dataset or min(part.n_tokens for part in parts.values())
+    finished = partial / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    datasets = []
+    for name, source in sources.items():
+        file = finished / f"{name}.parquet"
+        n_samples = write(file, trimmed(parts[name].tables(), n_tokens, source.decode))
+        datasets.append(
+            {
+                "file": file.name,
+                "model": source.model,
+                "n_samples": n_samples,
+                "n_samples_generated": parts[name].n_samples,
+                "n_tokens_generated": parts[name].n_tokens,
+                "start_id": source.frame.start_id,
+                "end_ids": list(source.frame.end_ids),
+                "bytes": file.stat().st_size,
+                "xxh3": durable.hash_file(file),
+            }
+        )
+    manifest = {
+        "format": FORMAT,
+        "tokens_per_dataset": n_tokens,
+        "datasets": datasets,
+        "settings": identity,
+        "versions": {
+            package: version(package) for package in ("saemill", "torch", "transformers", "tokenizers")
+        },
+    }
+    durable.write_bytes(finished / MANIFEST, [yaml.safe_dump(manifest, sort_keys=False).encode()])
+    finished.replace(config.out)
+    durable.sync_folder(config.out.absolute().parent)
+    return manifest
+
+
+def _summary(manifest: dict[str, Any]) -> str:
+    n_tokens = counted(manifest["tokens_per_dataset"], "token")
+    datasets = (f"{d['file']} ({counted(d['n_samples'], 'sample')})" for d in manifest["datasets"])
+    return f"{n_tokens} each in {', '.join(datasets)}"
