@@ -136,7 +136,7 @@ def test_other_text_under_the_same_name_is_refused(file: Path) -> None:
         ("matrix", {"delete": ["runs"]}, "must be one of tokens, acts"),
         ("train", {"out": "elsewhere"}, r"train\.out is found for each pair"),
         ("assess", {"acts": "elsewhere"}, r"assess\.acts is each pair's own"),
-        ("train", {"k": [100]}, r"k must be in 1..64"),
+        ("train", {"k": [80]}, r"k must be in 1..64"),
     ],
 )
 def test_wrong_settings_of_any_pair_are_told_before_the_first(
