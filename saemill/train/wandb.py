@@ -41,6 +41,7 @@ def _shared(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
     settings = {key: value for key, value in config.identity().items() if key not in OF_VARIANTS}
     schedule, bank = trainer.schedule, trainer.banks[0]
     return settings | {
+        "mask": settings["mask"] or trainer.loader.store.settings["mask"],
         "n_steps": schedule.n_steps,
         "n_tokens": schedule.n_steps * config.step_tokens,
         "step_tokens": config.step_tokens,
@@ -63,7 +64,6 @@ def _store(store: ActivationStore) -> dict[str, Any]:
         "dataset": store.tokens.manifest["source"]["name"],
         "tokenizer": store.tokens.tokenizer.name,
         "ctx_len": store.ctx_len,
-        "mask": told["mask"],
         "store": {
             "path": str(store.path.absolute()),
             "dtype": told["dtype"],
