@@ -62,19 +62,13 @@ def written(folder: Path) -> dict[str, list[Written]]:
 
 def _written(messages: list[Any]) -> Written:
     part = Written(run=next(message.run for message in messages if message.HasField("run")))
-    part.config = {item.key: json.loads(item.value_json) for item in part.run.config.update}
+    part.config = _values(part.run.config.update)
     for message in messages:
         kind = message.WhichOneof("record_type")
         if kind == "history":
-            row = {
-                item.key or item.nested_key[0]: json.loads(item.value_json) for item in message.history.item
-            }
-            part.history.append(row)
+            part.history.append(_values(message.history.item))
         elif kind == "summary":
-            for item in message.summary.update:
-                part.summary["/".join([item.key or "", *item.nested_key]).strip("/")] = json.loads(
-                    item.value_json
-                )
+            part.summary |= _values(message.summary.update)
         elif kind == "exit":
             part.exit_code = message.exit.exit_code
         elif kind == "preempting":
@@ -84,3 +78,8 @@ def _written(messages: list[Any]) -> Written:
         elif kind == "metric" and message.metric.step_metric:
             part.metrics.append(message.metric.name or message.metric.glob_name)
     return part
+
+
+def _values(items: Any) -> dict[str, Any]:
+    """Values by name; of what is nested, by its path."""
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
