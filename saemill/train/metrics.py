@@ -122,7 +122,8 @@ class TensorBoardSink:
 
     Args:
         folder: where the events go.
-        after_tokens: on resume, TensorBoard hides what an earlier process wrote of later steps.
+        after_tokens: those that the run goes on from; TensorBoard then hides what an earlier process
+            wrote of later ones.
     """
 
     def __init__(self, folder: Path, after_tokens: int) -> None:
@@ -141,9 +142,8 @@ class TensorBoardSink:
         from torch.utils.tensorboard import SummaryWriter
 
         if name not in self.writers:
-            purge = self.after_tokens + 1 if self.after_tokens else None
             make: Any = SummaryWriter
-            self.writers[name] = make(self.folder / name, purge_step=purge)
+            self.writers[name] = make(self.folder / name, purge_step=self.after_tokens + 1)
         return self.writers[name]
 
     def close(self) -> None:

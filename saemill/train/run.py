@@ -1,5 +1,6 @@
 """`saemill train`: from settings to banks, the loop, and the SAEs on disk."""
 
+import shutil
 from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,8 @@ from saemill.train.wandb import follow
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
+TENSORBOARD = "tensorboard"
+"""The folder of its events in the run's."""
 SAMPLE_TOKENS = 8192
 """From which the initial gain and the geometric median are computed, whatever the batch size."""
 
@@ -208,6 +211,7 @@ def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Vari
         checkpoint.remove(config.out)
         for name in (wandb.RECORD, wandb.LOGGED, HALVING_RECORD):
             (config.out / name).unlink(missing_ok=True)
+        shutil.rmtree(config.out / TENSORBOARD, ignore_errors=True)
         finished_path.unlink(missing_ok=True)
     if finished_path.exists():
         say(
@@ -331,7 +335,7 @@ def _start_sinks(config: TrainConfig, trainer: Trainer) -> list[Sink]:
         ConsoleSink(n_steps, n_steps * step_tokens),
     ]
     if config.log_to_tensorboard:
-        sinks.append(TensorBoardSink(config.out / "tensorboard", trainer.step * step_tokens))
+        sinks.append(TensorBoardSink(config.out / TENSORBOARD, trainer.step * step_tokens))
     return sinks
 
 
