@@ -11,6 +11,7 @@ import pytest
 from stores import make_store
 from test_train import D, config, files, killed_at, structured
 from wandb_files import Written, written
+from wandb_server import server
 
 from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
@@ -148,6 +149,29 @@ def test_a_resumed_run_goes_on_in_its_runs(
     anew = written(out)[name][-1]
     assert anew.run.run_id != parts[0].run.run_id
     assert [row["step"] for row in anew.history] == [5, 10, 15, 20, 24]
+
+
+def test_online_no_step_goes_backwards(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: metrics.jsonl beside what a server was sent, in the order of its lines."""
+    out = tmp_path / "r"
+    with server() as (address, runs):
+        monkeypatch.setenv("WANDB_MODE", "online")
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        killed_at(17, config(store, out, **ONE), monkeypatch)
+        ((_, stored),) = runs.items()
+        assert [row["step"] for row in stored.history.values()] == [5, 10, 15]
+        run(config(store, out, **ONE))
+        ((run_id, stored),) = runs.items()
+    ((name, entry),) = json.loads((out / "wandb.json").read_text())["runs"].items()
+    assert run_id == entry["id"]
+    rows = [stored.history[i] for i in range(len(stored.history))]
+    assert [row["_step"] for row in rows] == [line["tokens"] for line in lines(out)]
+    assert [row["fvu"] for row in rows] == [line["variants"][name]["fvu"] for line in lines(out)]
+    assert stored.exit_codes == [1, 0]
+    assert stored.summary["state"] == "trained"
 
 
 def test_a_run_that_a_signal_stopped_is_preempted(
