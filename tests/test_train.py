@@ -1,4 +1,4 @@
-"""Training runs: resumed equals uninterrupted, grids, outputs, wandb, refusals."""
+"""Training runs: resumed equals uninterrupted, grids, outputs, refusals."""
 
 import gzip
 import json
@@ -18,7 +18,6 @@ from stores import make_store
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae import Sae
-from saemill.train import metrics
 from saemill.train.config import TrainConfig
 from saemill.train.profile import PROFILED_STEPS
 from saemill.train.run import run
@@ -201,6 +200,10 @@ def test_grid_and_names() -> None:
         ({"batch_size": 0}, "batch_size must be"),
         ({"run_name": "x"}, "no effect without log_to_wandb"),
         ({"wandb_project": "x"}, "no effect without log_to_wandb"),
+        ({"wandb_entity": "x"}, "no effect without log_to_wandb"),
+        ({"wandb_log_frequency": 10}, "no effect without log_to_wandb"),
+        ({"wandb_artifacts": True}, "no effect without log_to_wandb"),
+        ({"log_to_wandb": True, "wandb_log_frequency": 7}, "must be a multiple of log_every"),
         ({"lr_decay": "none", "lr_decay_fraction": 0.1}, "no effect with lr_decay none"),
         ({"auxk_alpha": 0.0, "k_aux": 3}, "no effect with auxk_alpha 0"),
     ],
@@ -248,36 +251,6 @@ def test_gradient_accumulation_equals_the_large_batch(store: ActivationStore, tm
     a, b = Sae.load(one[0]), Sae.load(two[0])
     assert torch.equal(a.W_dec, b.W_dec)
     assert torch.equal(a.W_enc, b.W_enc)
-
-
-def test_wandb_offline_has_one_run_per_variant(
-    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Oracle: wandb's own run files, one per variant."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run(config(store, tmp_path / "r", k=(2, 4), num_latents=(32,), log_to_wandb=True, wandb_project="test"))
-    ids = json.loads((tmp_path / "r" / "wandb.json").read_text())
-    assert len(set(ids.values())) == 2
-    found = {file.stem for file in (tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb")}
-    assert found == {f"run-{run_id}" for run_id in ids.values()}
-
-
-def test_a_failing_wandb_does_not_disturb_training(
-    store: ActivationStore,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Oracle: the run without wandb, bit by bit."""
-
-    def broken(*_arguments: Any) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(metrics.WandbSink, "_work", broken)
-    run(config(store, tmp_path / "a", log_to_wandb=True))
-    assert "wandb failed (no network); training goes on" in capsys.readouterr().out
-    run(config(store, tmp_path / "b"))
-    assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 def test_a_diverged_variant_is_reported(store: ActivationStore, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from saemill.common.model import LanguageModel, attention_of, check_fit, fingerp
 from saemill.common.sae import Sae
 from saemill.common.sites import load_model_config
 from saemill.common.tokens import TokenStore
+from saemill.common.wandb import process as wandb
 from saemill.common.world import Group, World, speak_for
 
 FORMAT = "saemill assessment 1"
@@ -73,6 +74,8 @@ class AssessConfig:
     """Contexts per latent, at most one per document."""
     context_tokens: int = 500_000
     """Most tokens searched for contexts."""
+    log_to_wandb: bool | None = None
+    """Add the assessment to the run's wandb runs; by default where training logged to wandb."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "model_tokens", "batch_size", "n_contexts", "context_tokens"):
@@ -105,7 +108,7 @@ class AssessConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, but for the run."""
-        skip = ("run", "acts", "model", "out", "device")
+        skip = ("run", "acts", "model", "out", "device", "log_to_wandb")
         return {key: value for key, value in settings.plain(self).items() if key not in skip}
 
 
@@ -147,6 +150,7 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
     check_tokens(opened.store, other, config.with_model)
     out = config.folder
     settings.check_folder(out)
+    to_wandb = everyone.first(lambda: _logs_to_wandb(config))
     model = _load_model(config, opened.store, other, device)
     sites = list(dict.fromkeys(opened.sites.values()))
     evalset = EvalSet(opened.store, other, model, opened.mask, sites, config.batch_size, everyone)
@@ -175,6 +179,8 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
     if everyone.rank == 0:
         _write(out, assessment, found)
     say(table(assessment))
+    if everyone.rank == 0 and to_wandb:
+        _log_to_wandb(config.run, out)
     say(f"{out / 'final_assessment.json'}, report.html written in {duration(assessment['seconds'])}")
     return assessment
 
@@ -344,6 +350,30 @@ def _write(out: Path, assessment: dict[str, Any], found: Measured) -> None:
     densities = {name: reconstruction.density(name) for name in reconstruction.saes}
     write_html(out / "report.html", assessment, densities)
     durable.write_json(out / "final_assessment.json", assessment)
+
+
+def _logs_to_wandb(config: AssessConfig) -> bool:
+    """Whether the assessment goes to wandb.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    logged = (config.run / wandb.RECORD).exists()
+    if config.log_to_wandb and not logged:
+        raise ConfigError(
+            f"log_to_wandb: {config.run} was not logged to wandb ({wandb.RECORD} is missing); "
+            "train with --log-to-wandb"
+        )
+    wanted = logged if config.log_to_wandb is None else config.log_to_wandb
+    if wanted:
+        wandb.check()
+    return wanted
+
+
+def _log_to_wandb(run: Path, out: Path) -> None:
+    """Hand over what was written; wait for it, but not for long."""
+    with wandb.Wandb("assess", run, str(out.absolute())):
+        pass
 
 
 def _write_sums(path: Path, sums: DocumentSums) -> None:

@@ -156,7 +156,15 @@ def train(
     ] = None,
     log_to_wandb: Annotated[bool | None, typer.Option(help="One wandb run per variant, in a group.")] = None,
     wandb_project: Annotated[str | None, option("The project [saemill].", "NAME")] = None,
+    wandb_entity: Annotated[str | None, option("User or team [wandb's default].", "NAME")] = None,
     run_name: Annotated[str | None, option("The group [the folder's name].", "NAME")] = None,
+    wandb_log_frequency: Annotated[str | None, option("Steps between points in wandb [log-every].")] = None,
+    wandb_artifacts: Annotated[
+        bool | None, typer.Option("--wandb-artifacts", help="Upload each SAE as an artifact.")
+    ] = None,
+    log_to_tensorboard: Annotated[
+        bool | None, typer.Option("--log-to-tensorboard", help="Events for TensorBoard, in RUN/tensorboard.")
+    ] = None,
     device: Device = None,
     precision: Annotated[
         str | None, option("Of the encoder's product: fp32, bf16 [bf16 where it is fast].", "TYPE")
@@ -210,6 +218,9 @@ def assess(
     n_latents: Annotated[str | None, option("Random live latents to show [12].")] = None,
     n_contexts: Annotated[str | None, option("Contexts per latent [8].")] = None,
     context_tokens: Annotated[str | None, option("Most tokens searched for contexts [500k].")] = None,
+    log_to_wandb: Annotated[
+        bool | None, typer.Option(help="Add it to the run's wandb runs [as the run was].")
+    ] = None,
     device: Device = None,
     config: Config = None,
     set_: Sets = None,

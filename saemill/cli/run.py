@@ -76,6 +76,7 @@ SETTINGS = {
     "resume": ("train.resume",),
     "log_to_wandb": ("train.log_to_wandb",),
     "wandb_project": ("train.wandb_project",),
+    "wandb_log_frequency": ("train.wandb_log_frequency", "train.log_every"),
     "dead_percentage_threshold": ("assess.dead_percentage_threshold",),
     "device": ("cache.device", "train.device", "assess.device"),
     "save_dir": ("run.save_dir",),
@@ -151,6 +152,9 @@ def run(
     resume: Annotated[bool | None, typer.Option(help="Off trains anew.")] = None,
     log_to_wandb: Annotated[bool | None, typer.Option(help="One wandb run per variant, in a group.")] = None,
     wandb_project: Annotated[str | None, option("The project [saemill].", "NAME")] = None,
+    wandb_log_frequency: Annotated[
+        str | None, option("Steps between log lines, there and here [10].")
+    ] = None,
     device: Annotated[str | None, option("auto, cpu, cuda, cuda:1, …", "NAME")] = None,
     config: Config = None,
     set_: Annotated[

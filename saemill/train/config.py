@@ -88,10 +88,19 @@ class TrainConfig:
     profile: bool = False
     """Write a trace of some steps and a table of where their time goes."""
     log_to_wandb: bool = False
+    """One wandb run per variant, in a group."""
     wandb_project: str | None = None
-    """By default saemill."""
+    """By default WANDB_PROJECT of the environment, else saemill."""
+    wandb_entity: str | None = None
+    """User or team; by default WANDB_ENTITY, else wandb's own default."""
     run_name: str | None = None
     """Name of the run in wandb (the variants' group); by default the output folder's."""
+    wandb_log_frequency: int | None = None
+    """Steps between points in wandb, a multiple of `log_every`, which is the default."""
+    wandb_artifacts: bool = False
+    """Upload each SAE as an artifact."""
+    log_to_tensorboard: bool = False
+    """Write events for TensorBoard, a folder per variant."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -105,6 +114,7 @@ class TrainConfig:
             "dead_after_tokens",
             "data_ranks",
             "latent_ranks",
+            "wandb_log_frequency",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -116,12 +126,21 @@ class TrainConfig:
             "lr_decay_fraction": (self.lr_decay == "none", "with lr_decay none"),
             "k_aux": (self.auxk_alpha == 0 and not self.variants, "with auxk_alpha 0"),
             "wandb_project": (no_wandb, "without log_to_wandb"),
+            "wandb_entity": (no_wandb, "without log_to_wandb"),
             "run_name": (no_wandb, "without log_to_wandb"),
+            "wandb_log_frequency": (no_wandb, "without log_to_wandb"),
             "halving_metric": (self.halving == 0, "without halving"),
         }
         for name, (idle, why) in without_effect.items():
             if idle and getattr(self, name) is not None:
                 raise ConfigError(f"{name} has no effect {why}; leave it out")
+        if self.wandb_artifacts and no_wandb:
+            raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
+        if self.wandb_log_frequency is not None and self.wandb_log_frequency % self.log_every:
+            raise ConfigError(
+                f"wandb_log_frequency must be a multiple of log_every ({self.log_every} steps), "
+                f"got {self.wandb_log_frequency}"
+            )
         if self.max_tokens is not None and self.epochs is not None:
             raise ConfigError("give max_tokens or epochs, not both")
         if self.halving < 0:
@@ -152,6 +171,10 @@ class TrainConfig:
             "profile",
             "log_to_wandb",
             "wandb_project",
+            "wandb_entity",
             "run_name",
+            "wandb_log_frequency",
+            "wandb_artifacts",
+            "log_to_tensorboard",
         )
         return {key: value for key, value in settings.plain(self).items() if key not in skip}

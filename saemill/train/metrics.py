@@ -1,13 +1,9 @@
-"""Where metrics go: `metrics.jsonl` always, the console, and wandb in a thread of its own."""
+"""Where metrics go: `metrics.jsonl` always (which wandb's process reads), the console, TensorBoard."""
 
 import json
 import os
-import queue
 import sys
-import threading
 import time
-import uuid
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from saemill.common import durable
-from saemill.common.log import LINE_SECONDS, duration, say
+from saemill.common.log import LINE_SECONDS, duration
 
 Record = dict[str, Any]
 """step, tokens, tokens_per_s, seconds, and `variants`: name → fvu, loss, auxk, l0, dead_fraction, lr."""
@@ -122,80 +117,36 @@ class ConsoleSink:
 COLUMNS = ("fvu", "auxk", "l0", "dead_fraction", "lr")
 
 
-class WandbSink:
-    """One wandb run per variant in a group, fed from a queue by a thread.
-
-    Training never waits for wandb: when the queue is full a record is dropped, and the first
-    failure is told once and ends the logging to wandb alone.
+class TensorBoardSink:
+    """One event folder per variant under `folder`, the number of training tokens as the step.
 
     Args:
-        project: wandb's project.
-        group: the runs' common group.
-        configs: variant name → its settings.
-        folder: where wandb keeps its files, and `wandb.json` the runs' ids, so that a resumed run
-            goes on in the same ones.
+        folder: where the events go.
+        after_tokens: those that the run goes on from; TensorBoard then hides what an earlier process
+            wrote of later ones.
     """
 
-    CLOSE_SECONDS = 60.0
-
-    def __init__(
-        self, project: str, group: str, configs: Mapping[str, Mapping[str, Any]], folder: Path
-    ) -> None:
-        self.records: queue.Queue[Record | None] = queue.Queue(maxsize=1000)
-        arguments = (project, group, configs, folder)
-        self.thread = threading.Thread(target=self._guarded, args=arguments, daemon=True)
-        self.thread.start()
+    def __init__(self, folder: Path, after_tokens: int) -> None:
+        self.folder, self.after_tokens = folder, after_tokens
+        self.writers: dict[str, Any] = {}
 
     def log(self, record: Record) -> None:
-        """Queue the record."""
-        if self.thread.is_alive():
-            try:
-                self.records.put_nowait(record)
-            except queue.Full:
-                return
+        """Write each variant's scalars."""
+        for name, metrics in record["variants"].items():
+            writer = self._writer(name)
+            for key, value in {**metrics, "tokens_per_s": record["tokens_per_s"]}.items():
+                if value is not None:
+                    writer.add_scalar(key, value, record["tokens"])
+
+    def _writer(self, name: str) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if name not in self.writers:
+            make: Any = SummaryWriter
+            self.writers[name] = make(self.folder / name, purge_step=self.after_tokens + 1)
+        return self.writers[name]
 
     def close(self) -> None:
-        """Give the thread a minute to finish."""
-        if self.thread.is_alive():
-            try:
-                self.records.put(None, timeout=self.CLOSE_SECONDS)
-            except queue.Full:
-                return
-        self.thread.join(self.CLOSE_SECONDS)
-        if self.thread.is_alive():
-            say("wandb did not finish within a minute; left behind. metrics.jsonl is complete.")
-
-    def _guarded(self, *arguments: Any) -> None:
-        try:
-            self._work(*arguments)
-        except Exception as error:
-            say(f"wandb failed ({error}); training goes on, metrics.jsonl is complete")
-
-    def _work(self, project: str, group: str, configs: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-        import wandb
-
-        start: Callable[..., Any] = wandb.init
-        ids_path = folder / "wandb.json"
-        ids = durable.read_json(ids_path) if ids_path.exists() else {}
-        ids = {name: ids.get(name) or uuid.uuid4().hex[:8] for name in configs}
-        durable.write_json(ids_path, ids)
-        runs = {
-            name: start(
-                project=project,
-                group=group,
-                name=name,
-                id=ids[name],
-                resume="allow",
-                config=dict(config),
-                dir=str(folder),
-                reinit="create_new",
-                settings=wandb.Settings(silent=True),
-            )
-            for name, config in configs.items()
-        }
-        while (record := self.records.get()) is not None:
-            for name, metrics in record["variants"].items():
-                shared = {key: record[key] for key in ("step", "tokens", "tokens_per_s")}
-                runs[name].log({**shared, **metrics}, step=record["tokens"])
-        for run in runs.values():
-            run.finish()
+        """Flush and end."""
+        for writer in self.writers.values():
+            writer.close()

@@ -1,6 +1,8 @@
 """`saemill train`: from settings to banks, the loop, and the SAEs on disk."""
 
+import shutil
 from contextlib import ExitStack, closing
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -14,6 +16,7 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.mask import MaskConfig
 from saemill.common.signals import stop_on_signal
+from saemill.common.wandb import process as wandb
 from saemill.common.world import Group, World, speak_for
 from saemill.train import checkpoint
 from saemill.train.bank import Bank, Frame
@@ -23,15 +26,18 @@ from saemill.train.feed import Feed
 from saemill.train.halving import RECORD as HALVING_RECORD
 from saemill.train.halving import Halving
 from saemill.train.loader import Loader
-from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, WandbSink
+from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.schedule import Schedule
 from saemill.train.spread import Spread, choose
 from saemill.train.trainer import Trainer
-from saemill.train.variants import Variant, describe, groups, of_config
+from saemill.train.variants import Variant, groups, of_config
+from saemill.train.wandb import follow
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
+TENSORBOARD = "tensorboard"
+"""The folder of its events in the run's."""
 SAMPLE_TOKENS = 8192
 """From which the initial gain and the geometric median are computed, whatever the batch size."""
 
@@ -64,8 +70,9 @@ def run(config: TrainConfig) -> list[Path]:
         identity = config.identity() | {"acts_fingerprint": store.fingerprint}
         if everyone.first(lambda: _finished(config, identity, variants)):
             return [config.out / variant.name for variant in variants]
+        everyone.first(lambda: _check_sinks(config))
         everyone.first(lambda: _take(config, identity, held))
-        trainer = _train(config, loader, schedule, halving, everyone, device, stop)
+        trainer = _train(config, loader, schedule, halving, everyone, device, stop, held)
         return export(config.out, variants, store, trainer, identity, halving.stopped)
 
 
@@ -77,8 +84,11 @@ def _train(
     everyone: Group,
     device: torch.device,
     stop: Event,
+    held: ExitStack,
 ) -> Trainer:
     """Train from look to look of halving, if there is any, with the variants that are left.
+
+    wandb follows until `held` is closed, which is after the SAEs are written.
 
     Returns: the trainer at its end.
     """
@@ -95,7 +105,9 @@ def _train(
             if end == ends[0]:
                 _check_profile(trainer, end)
                 _print_plan(config, trainer, spread, loader.store)
-                sinks += _start_sinks(config, trainer, halving.variants)
+                sinks += _start_sinks(config, trainer)
+                if config.log_to_wandb and everyone.rank == 0:
+                    follow(config, trainer, halving.variants, held)
             trainer.sinks, trainer.profile = sinks, config.profile and end == ends[0]
             trainer.run(end)
             if end < schedule.n_steps:
@@ -178,8 +190,9 @@ def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Vari
     settings.check_same(durable.read_json(identity_path), identity, config.out)
     if not config.resume:
         checkpoint.remove(config.out)
-        for name in ("wandb.json", HALVING_RECORD):
+        for name in (wandb.RECORD, wandb.LOGGED, HALVING_RECORD):
             (config.out / name).unlink(missing_ok=True)
+        shutil.rmtree(config.out / TENSORBOARD, ignore_errors=True)
         finished_path.unlink(missing_ok=True)
     if finished_path.exists():
         say(
@@ -284,7 +297,15 @@ def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def _start_sinks(config: TrainConfig, trainer: Trainer, variants: list[Variant]) -> list[Sink]:
+def _check_sinks(config: TrainConfig) -> None:
+    """Refuse before the work what would be missing in its logs."""
+    if config.log_to_tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError("log_to_tensorboard needs tensorboard: pip install 'saemill[tensorboard]'")
+    if config.log_to_wandb:
+        wandb.check()
+
+
+def _start_sinks(config: TrainConfig, trainer: Trainer) -> list[Sink]:
     """The first process logs for all."""
     if trainer.everyone.rank > 0:
         return []
@@ -294,11 +315,8 @@ def _start_sinks(config: TrainConfig, trainer: Trainer, variants: list[Variant])
         JsonlSink(config.out / "metrics.jsonl", trainer.step),
         ConsoleSink(n_steps, n_steps * step_tokens),
     ]
-    if config.log_to_wandb:
-        shared = {key: value for key, value in config.identity().items() if key != "variants"}
-        configs = {variant.name: shared | describe(variant) for variant in variants}
-        group = config.run_name or config.out.name
-        sinks.append(WandbSink(config.wandb_project or "saemill", group, configs, config.out))
+    if config.log_to_tensorboard:
+        sinks.append(TensorBoardSink(config.out / TENSORBOARD, trainer.step * step_tokens))
     return sinks
 
 
