@@ -1,0 +1,305 @@
+"""saemill's assessment beside SAELens' evals, SAEBench's core, sparsify and dictionary_learning.
+
+    python -m benchmarks.others RUN TOKENS -o DIR [--rows 200] [--peers-python PATH]
+
+RUN is a finished run; TOKENS a token store of text that training did not see. All evaluate the same rows:
+saemill as `saemill assess` does, the others their exported SAEs, each by its own loader and evaluation, in
+their own environment (`benchmarks.evaluators`). Then each difference is taken apart: from saemill's
+definitions to SAELens' one choice after another, all computed with saemill's model pass and SAE
+(`benchmarks.definitions`); what is left is rounding. The result is `DIR/results.md`, raw figures in
+`DIR/results.json`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import contest, definitions
+from benchmarks.definitions import SAELENS, SPECIAL_REPLACED, STEPS, Figures, Site
+from saemill.assess.run import AssessConfig
+from saemill.assess.run import run as assess
+from saemill.common import config, formats
+from saemill.common.activations import ActivationStore
+from saemill.common.formats.hooks import hook_of
+from saemill.common.mask import MaskConfig
+from saemill.common.model import LanguageModel
+from saemill.common.sae import Sae
+from saemill.common.tokens import TokenStore, copy_rows
+
+BATCH_ROWS, BATCH_TOKENS = 8, 4096
+FIRST_ROWS = 2
+"""On which hook and site are compared."""
+OURS = {
+    "explained_variance": "explained_variance",
+    "mse": "mse",
+    "cossim": "cosine",
+    "l2_ratio": "norm_ratio",
+    "l0": "l0",
+    "never_fired": "never_fired",
+    "ce_loss_without_sae": "ce_clean",
+    "ce_loss_with_sae": "ce_spliced",
+    "delta_ce": "delta_ce",
+    "ce_loss_with_ablation": "ce_zero",
+    "ce_loss_score": "loss_recovered",
+    "kl_div_with_sae": "kl",
+}
+"""SAELens' names, and saemill's; `delta_ce` is the difference of two of SAELens'."""
+
+
+@dataclass
+class Run:
+    """A finished run, and rows to evaluate it on."""
+
+    folder: Path
+    tokens: TokenStore
+    model_name: str | None
+
+    @cached_property
+    def finished(self) -> dict[str, Any]:
+        return json.loads((self.folder / "finished.json").read_text())
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        return ActivationStore(self.finished["acts"])
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        settings = self.store.settings
+        revision = None if self.model_name else settings["revision"]
+        return LanguageModel(
+            self.model_name or settings["model"],
+            revision=revision,
+            dtype=getattr(torch, settings["model_dtype"]),
+            device=torch.device("cpu"),
+            with_head=True,
+        )
+
+    @cached_property
+    def saes(self) -> dict[str, Sae]:
+        """The variants that `saemill assess` measures."""
+        left_out = {*self.finished["diverged"], *self.finished["stopped"]}
+        names = [name for name in self.finished["variants"] if name not in left_out]
+        return {name: Sae.load(self.folder / name) for name in names}
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """By name, those of the run's SAEs."""
+        ids_RS = torch.from_numpy(self.tokens.rows(0, self.tokens.n_rows).astype(np.int64))
+        mask = config.build(MaskConfig, self.finished["mask"], "mask")
+        special_ids = self.tokens.tokenizer.special_ids
+        found = {}
+        for site in dict.fromkeys(sae.config.provenance["site"] for sae in self.saes.values()):
+            stored = self.store.site(site).dtype
+            found[site] = Site(self.model, site, ids_RS, mask, special_ids, stored, BATCH_ROWS)
+        return found
+
+    def site_of(self, sae: Sae) -> Site:
+        return self.sites[sae.config.provenance["site"]]
+
+
+def ours(run: Run, out: Path) -> dict[str, Any]:
+    """`saemill assess` on the rows."""
+    path = out / "assessment" / "final_assessment.json"
+    if not path.exists():
+        everything = {"max_tokens": run.tokens.n_tokens, "model_tokens": run.tokens.n_tokens}
+        assess(
+            AssessConfig(
+                run=run.folder, tokens=run.tokens.path, model=run.model_name, out=path.parent,
+                batch_size=BATCH_ROWS, device="cpu", n_latents=0, **everything,
+            )
+        )  # fmt: skip
+    found: dict[str, Any] = json.loads(path.read_text())
+    if seen := found["data"]["n_documents_left_out_as_seen"]:
+        raise SystemExit(f"{seen} documents of the rows were seen in training; the others cannot leave them out")
+    return found
+
+
+def theirs(run: Run, out: Path, python: Path) -> dict[str, Any]:
+    """The others' figures: export, hand over the rows, and let them evaluate."""
+    asked: dict[str, Any] = {
+        "model": run.model.name, "tokenizer": str((run.tokens.path / "tokenizer").absolute()),
+        "special_ids": list(run.tokens.tokenizer.special_ids), "batch_rows": BATCH_ROWS,
+        "batch_tokens": BATCH_TOKENS, "threads": torch.get_num_threads(), "hooks": {}, "variants": {},
+    }  # fmt: skip
+    np.save(out / "tokens.npy", next(iter(run.sites.values())).ids_RS.numpy())
+    for name, site in run.sites.items():
+        hook = hook_of(name, run.model.config.model_type)
+        if hook is None:
+            raise SystemExit(f"TransformerLens has no hook for {name} of {run.model.config.model_type}")
+        first, kept = ((out / f"{what}-{name}.npy").absolute() for what in ("first", "x"))
+        np.save(first, site.x_RSD[:FIRST_ROWS].numpy())
+        np.save(kept, site.x(STEPS["saemill"]).numpy())
+        asked["hooks"][hook.name] = str(first)
+        for variant, sae in run.saes.items():
+            if run.site_of(sae) is site:
+                folders = {format: (out / "exported" / format / variant).absolute() for format in formats.NAMES}
+                for format, folder in folders.items():
+                    formats.save(sae, format, folder, hook)
+                asked["variants"][variant] = {"x": str(kept)} | {f: str(path) for f, path in folders.items()}
+    (out / "asked.json").write_text(json.dumps(asked))
+    evaluate(out, python)
+    found: dict[str, Any] = json.loads((out / "theirs.json").read_text())
+    return found
+
+
+def evaluate(out: Path, python: Path) -> None:
+    """Run the evaluators in the peers' environment."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    command = [python, "-m", "benchmarks.evaluators", out.absolute()]
+    with (out / "evaluators.log").open("w") as log:
+        status = subprocess.run(command, cwd=contest.ROOT, env=environment, stdout=log, stderr=log).returncode
+    if status != 0:
+        raise SystemExit(f"the evaluators ended with status {status}; see {out / 'evaluators.log'}")
+
+
+def by_definitions(run: Run) -> dict[str, Any]:
+    """Per variant: saemill's way to SAELens' figures, and what the others form from the same tensors."""
+    found: dict[str, Any] = {}
+    for site in run.sites.values():
+        mine = {name: sae for name, sae in run.saes.items() if run.site_of(sae) is site}
+        passes = site.run(mine)
+        for name, sae in mine.items():
+            steps = {
+                step: definitions.reconstruction(site, sae, choices)
+                | definitions.losses(site, passes, name, choices)
+                for step, choices in STEPS.items()
+            }
+            lens = definitions.by_rows(site, sae)
+            special = definitions.losses(site, passes, name, SPECIAL_REPLACED)
+            others = {
+                "saelens": list(steps.values())[-1] | lens["saelens"],
+                "saebench": list(steps.values())[-1] | lens["saelens"] | lens["saebench"],
+                "saebench, special tokens replaced": special,
+            } | definitions.by_tokens(site.x(STEPS["saemill"]), sae, BATCH_TOKENS)
+            found[name] = {"steps": steps, "others": others}
+    return found
+
+
+def difference(a: float, b: float) -> float:
+    """Relative; of two zeros none."""
+    return abs(a - b) / max(abs(a), abs(b), 1e-12)
+
+
+def as_theirs(entry: dict[str, Any], d: int) -> dict[str, dict[str, float]]:
+    """A variant's figures in `final_assessment.json` by SAELens' names and in its units."""
+    found = {}
+    for name, mine in OURS.items():
+        figure = entry["metrics"][mine]
+        scale = d if name == "mse" else 1
+        found[name] = {key: scale * v for key, v in figure.items() if key != "reason" and v is not None}
+    return found
+
+
+def number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+
+
+def with_interval(figure: dict[str, float]) -> str:
+    interval = f" ({number(figure['lo'])}–{number(figure['hi'])})" if "lo" in figure else ""
+    return number(figure["value"]) + interval
+
+
+def beside_table(mine: dict[str, dict[str, float]], others: dict[str, Figures]) -> list[str]:
+    """What each says of one variant."""
+    tools = ["saelens", "saebench", "saebench, special tokens replaced"]
+    for tool in tools:
+        others[tool].setdefault("delta_ce", others[tool]["ce_loss_with_sae"] - others[tool]["ce_loss_without_sae"])
+    rows = [
+        [name, OURS[name], with_interval(figure)]
+        + [number(others[tool][name]) if name in others[tool] else "" for tool in tools]
+        for name, figure in mine.items()
+    ]
+    head = ["their name", "saemill's", "saemill assess (95%)", "SAELens", "SAEBench core"]
+    return contest.table([*head, "SAEBench core, special tokens replaced"], rows)
+
+
+def steps_table(steps: dict[str, Figures], theirs: Figures) -> list[str]:
+    """From saemill's definition to SAELens', one choice after another; empty where it changes nothing."""
+    rows = []
+    for name in OURS:
+        values = [figures[name] for figures in steps.values()]
+        before = [None, *values[:-1]]
+        cells = [
+            "" if b is not None and difference(v, b) < 1e-9 else number(v)
+            for v, b in zip(values, before, strict=True)
+        ]
+        rows.append([name, *cells, number(theirs[name]), f"{difference(values[-1], theirs[name]):.0e}"])
+    return contest.table(["figure", *steps, "SAELens", "left (relative)"], rows)
+
+
+def formulas_table(others: dict[str, Figures], found: dict[str, Figures]) -> list[str]:
+    """What each tool says, and its formula from saemill's model pass and SAE."""
+    rows = [
+        [tool, name, number(others[tool][name]), number(value), f"{difference(value, others[tool][name]):.0e}"]
+        for tool, figures in found.items()
+        for name, value in figures.items()
+        if name in others[tool]
+    ]
+    return contest.table(["tool", "figure", "it says", "its formula, from saemill's tensors", "left (relative)"], rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("tokens", type=Path, help="token store to evaluate on")
+    parser.add_argument("--rows", type=int, default=200, help="of it, from its start")
+    parser.add_argument("--model", help="if it is not where it was cached from")
+    parser.add_argument("--peers-python", type=Path, default=contest.OWN_OF_PEERS)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    contest.keep_settings(args)
+    store = TokenStore(args.tokens)
+    n_rows = min(args.rows, store.n_rows) // BATCH_ROWS * BATCH_ROWS
+    if n_rows == 0:
+        raise SystemExit(f"{args.tokens} has {store.n_rows} rows; a batch of {BATCH_ROWS} is needed")
+    cut = args.out / "tokens"
+    run = Run(args.run, TokenStore(cut) if cut.exists() else copy_rows(store, n_rows, cut), args.model)
+    assessment = ours(run, args.out)
+    found = theirs(run, args.out, args.peers_python)
+    definitions_ = by_definitions(run)
+    raw: dict[str, Any] = {"data": assessment["data"], "theirs": found, "variants": {}}
+    for entry in assessment["variants"]:
+        if (name := entry["name"]) in run.saes:
+            mine = as_theirs(entry, run.saes[name].config.d_in)
+            raw["variants"][name] = {"ours": mine, "theirs": found["variants"][name]} | definitions_[name]
+    (args.out / "results.json").write_text(json.dumps(raw, indent=1))
+    lines = report(run, raw)
+    (args.out / "results.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def report(run: Run, raw: dict[str, Any]) -> list[str]:
+    """All tables."""
+    versions = {name: version(name) for name in ("saemill", "transformers")} | raw["theirs"]["versions"]
+    data, errors = raw["data"], ", ".join(f"{h} {e:.0e}" for h, e in raw["theirs"]["hook_error"].items())
+    rows = run.tokens
+    lines = [contest.machine([{"versions": versions, "gpu": None}]), ""]
+    lines += [f"{rows.n_rows:,} rows of {rows.ctx_len}: {data['n_tokens']:,} tokens of {data['n_documents']:,} "
+              f"documents, {data['n_tokens_with_losses']:,} of them predict. Activations at TransformerLens' hook "
+              f"and at saemill's site differ by at most (over their root mean square): {errors}.", ""]  # fmt: skip
+    for name, variant in raw["variants"].items():
+        apart = max(difference(variant["ours"][n]["value"], v) for n, v in variant["steps"]["saemill"].items())
+        lines += [f"### {name}", "", *beside_table(variant["ours"], variant["theirs"])]
+        lines += steps_table(variant["steps"], variant["theirs"]["saelens"])
+        lines += [f"The first column and `saemill assess` differ by at most {apart:.0e} (relative).", ""]
+        lines += formulas_table(variant["theirs"], variant["others"])
+    return lines
+
+
+if __name__ == "__main__":
+    main()
