@@ -49,7 +49,6 @@ STEPS = {
     "+ KL at row ends": Choices(True, False, True, True),
 }
 """From saemill's definitions to SAELens', one choice after another."""
-SAELENS = STEPS["+ KL at row ends"]
 SPECIAL_REPLACED = Choices(True, False, True, True, True)
 
 
@@ -187,7 +186,7 @@ def by_rows(site: Site, sae: Sae) -> dict[str, Figures]:
     squares = np.mean([x.double().square().sum(1).mean() for x in batches])
     per_dimension = np.mean([x.double().square().mean() for x in batches])
     legacy = torch.cat([1 - error / spread for error, spread in zip(errors, spreads, strict=True)])
-    shared = {
+    saelens = {
         "explained_variance_legacy": float(legacy.mean()),
         "relative_reconstruction_bias": float(torch.stack(biases).mean()),
     }
@@ -195,22 +194,27 @@ def by_rows(site: Site, sae: Sae) -> dict[str, Figures]:
         "explained_variance": float(1 - np.mean([e.mean() for e in errors]) / (squares - per_dimension**2)),
         "mse": float(torch.cat([error / len(error) for error in errors]).mean()),
     }
-    return {"saelens": shared, "saebench": shared | saebench}
+    return {"saelens": saelens, "saebench": saebench}
 
 
 @torch.inference_mode()
-def by_tokens(x_TD: Tensor, sae: Sae, batch_tokens: int) -> dict[str, Figures]:
-    """What sparsify and dictionary_learning form from batches of tokens: means of each batch's figure."""
-    fvu, explained, distance = [], [], []
-    for x in x_TD.split(batch_tokens):
-        error = (x - sae(x).reconstruction).double()
+def by_tokens(site: Site, sae: Sae, batch_tokens: int) -> dict[str, Figures]:
+    """What sparsify and dictionary_learning form from batches of tokens, those that saemill counts: means
+    of each batch's figure."""
+    fvu, parts = [], []
+    for x in site.x(Choices()).split(batch_tokens):
+        output, acts, _ = sae(x)
+        error = (x - output).double()
+        norms = [torch.linalg.vector_norm(y, dim=1) for y in (x, output)]
         fvu.append(error.square().sum() / (x - x.mean(0)).double().square().sum())
-        explained.append(1 - error.var(0).sum() / x.double().var(0).sum())
-        distance.append(error.square().sum(1).sqrt().mean())
-    return {
-        "sparsify": {"fvu": float(np.mean(fvu))},
-        "dictionary_learning": {
-            "frac_variance_explained": float(np.mean(explained)),
-            "l2_loss": float(np.mean(distance)),
-        },
-    }
+        parts.append(
+            {
+                "frac_variance_explained": 1 - error.var(0).sum() / x.double().var(0).sum(),
+                "cossim": ((x * output).sum(1) / (norms[0] * norms[1])).double().mean(),
+                "l2_ratio": (norms[1] / norms[0]).double().mean(),
+                "l2_loss": error.square().sum(1).sqrt().mean(),
+                "l0": (acts > 0).sum(1).double().mean(),
+            }
+        )
+    means = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+    return {"sparsify": {"fvu": float(np.mean(fvu))}, "dictionary_learning": means}

@@ -94,10 +94,11 @@ def saebench(folder: str, rows: Rows, exclude: bool) -> Figures:
 
 
 def flat(metrics: dict[str, dict[str, float]], features: dict[str, list[float]]) -> Figures:
-    """Their groups joined; of the latents, the share that never fired."""
+    """Their groups joined; of the latents, the share that never fired; what splicing costs."""
     found = {name: value for group in metrics.values() for name, value in group.items()}
     if density := features.get("feature_density"):
         found["never_fired"] = float(np.mean(np.array(density) == 0))
+    found["delta_ce"] = found["ce_loss_with_sae"] - found["ce_loss_without_sae"]
     return found
 
 

@@ -17,6 +17,7 @@ import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks import contest, definitions
-from benchmarks.definitions import SAELENS, SPECIAL_REPLACED, STEPS, Figures, Site
+from benchmarks.definitions import SPECIAL_REPLACED, STEPS, Figures, Site
 from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.common import config, formats
@@ -53,6 +54,9 @@ OURS = {
     "kl_div_with_sae": "kl",
 }
 """SAELens' names, and saemill's; `delta_ce` is the difference of two of SAELens'."""
+REPLACED = "saebench, special tokens replaced"
+NEAREST = {"explained_variance_legacy": "explained_variance", "frac_variance_explained": "explained_variance"}
+"""Figures that saemill has under another definition."""
 
 
 @dataclass
@@ -119,7 +123,9 @@ def ours(run: Run, out: Path) -> dict[str, Any]:
         )  # fmt: skip
     found: dict[str, Any] = json.loads(path.read_text())
     if seen := found["data"]["n_documents_left_out_as_seen"]:
-        raise SystemExit(f"{seen} documents of the rows were seen in training; the others cannot leave them out")
+        raise SystemExit(
+            f"{seen} documents of the rows were seen in training; the others cannot leave them out"
+        )
     return found
 
 
@@ -141,12 +147,15 @@ def theirs(run: Run, out: Path, python: Path) -> dict[str, Any]:
         asked["hooks"][hook.name] = str(first)
         for variant, sae in run.saes.items():
             if run.site_of(sae) is site:
-                folders = {format: (out / "exported" / format / variant).absolute() for format in formats.NAMES}
+                folders = {
+                    format: (out / "exported" / format / variant).absolute() for format in formats.NAMES
+                }
                 for format, folder in folders.items():
                     formats.save(sae, format, folder, hook)
                 asked["variants"][variant] = {"x": str(kept)} | {f: str(path) for f, path in folders.items()}
     (out / "asked.json").write_text(json.dumps(asked))
-    evaluate(out, python)
+    if not (out / "theirs.json").exists():
+        evaluate(out, python)
     found: dict[str, Any] = json.loads((out / "theirs.json").read_text())
     return found
 
@@ -173,13 +182,11 @@ def by_definitions(run: Run) -> dict[str, Any]:
                 | definitions.losses(site, passes, name, choices)
                 for step, choices in STEPS.items()
             }
-            lens = definitions.by_rows(site, sae)
-            special = definitions.losses(site, passes, name, SPECIAL_REPLACED)
-            others = {
-                "saelens": list(steps.values())[-1] | lens["saelens"],
-                "saebench": list(steps.values())[-1] | lens["saelens"] | lens["saebench"],
-                "saebench, special tokens replaced": special,
-            } | definitions.by_tokens(site.x(STEPS["saemill"]), sae, BATCH_TOKENS)
+            others = definitions.by_rows(site, sae) | definitions.by_tokens(site, sae, BATCH_TOKENS)
+            replaced = definitions.losses(site, passes, name, SPECIAL_REPLACED)
+            others[REPLACED] = {
+                key: replaced[key] for key in ("ce_loss_with_sae", "delta_ce", "kl_div_with_sae")
+            }
             found[name] = {"steps": steps, "others": others}
     return found
 
@@ -200,7 +207,12 @@ def as_theirs(entry: dict[str, Any], d: int) -> dict[str, dict[str, float]]:
 
 
 def number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+    return f"{value:,.4f}"
+
+
+def rest(a: float, b: float) -> str:
+    """The relative difference, as a cell."""
+    return f"{difference(a, b):.0e}" if a != b else "0"
 
 
 def with_interval(figure: dict[str, float]) -> str:
@@ -208,14 +220,12 @@ def with_interval(figure: dict[str, float]) -> str:
     return number(figure["value"]) + interval
 
 
-def beside_table(mine: dict[str, dict[str, float]], others: dict[str, Figures]) -> list[str]:
+def beside_table(mine: dict[str, dict[str, float]], theirs: dict[str, Figures]) -> list[str]:
     """What each says of one variant."""
-    tools = ["saelens", "saebench", "saebench, special tokens replaced"]
-    for tool in tools:
-        others[tool].setdefault("delta_ce", others[tool]["ce_loss_with_sae"] - others[tool]["ce_loss_without_sae"])
+    tools = ("saelens", "saebench", REPLACED)
     rows = [
         [name, OURS[name], with_interval(figure)]
-        + [number(others[tool][name]) if name in others[tool] else "" for tool in tools]
+        + [number(theirs[tool][name]) if name in theirs[tool] else "" for tool in tools]
         for name, figure in mine.items()
     ]
     head = ["their name", "saemill's", "saemill assess (95%)", "SAELens", "SAEBench core"]
@@ -227,24 +237,24 @@ def steps_table(steps: dict[str, Figures], theirs: Figures) -> list[str]:
     rows = []
     for name in OURS:
         values = [figures[name] for figures in steps.values()]
-        before = [None, *values[:-1]]
-        cells = [
-            "" if b is not None and difference(v, b) < 1e-9 else number(v)
-            for v, b in zip(values, before, strict=True)
-        ]
-        rows.append([name, *cells, number(theirs[name]), f"{difference(values[-1], theirs[name]):.0e}"])
-    return contest.table(["figure", *steps, "SAELens", "left (relative)"], rows)
+        cells = [number(values[0])]
+        cells += [number(b) if difference(a, b) > 1e-9 else "" for a, b in pairwise(values)]
+        rows.append([name, OURS[name], *cells, number(theirs[name]), rest(values[-1], theirs[name])])
+    return contest.table(["their name", "saemill's", *steps, "SAELens", "left (relative)"], rows)
 
 
-def formulas_table(others: dict[str, Figures], found: dict[str, Figures]) -> list[str]:
-    """What each tool says, and its formula from saemill's model pass and SAE."""
-    rows = [
-        [tool, name, number(others[tool][name]), number(value), f"{difference(value, others[tool][name]):.0e}"]
-        for tool, figures in found.items()
-        for name, value in figures.items()
-        if name in others[tool]
-    ]
-    return contest.table(["tool", "figure", "it says", "its formula, from saemill's tensors", "left (relative)"], rows)
+def formulas_table(variant: dict[str, Any]) -> list[str]:
+    """Figures of other definitions: what each tool says, and its formula from saemill's tensors."""
+    mine = {name: number(figure["value"]) for name, figure in variant["ours"].items()}
+    mine["fvu"] = number(1 - variant["ours"]["explained_variance"]["value"])
+    rows = []
+    for tool, figures in variant["others"].items():
+        for name, value in figures.items():
+            said = variant["theirs"][tool][name]
+            nearest = mine.get(NEAREST.get(name, name), "")
+            rows.append([tool, name, nearest, number(said), number(value), rest(value, said)])
+    head = ["tool", "figure", "saemill assess", "the tool", "its formula, saemill's tensors"]
+    return contest.table([*head, "left (relative)"], rows)
 
 
 def parse() -> argparse.Namespace:
@@ -271,12 +281,13 @@ def main() -> None:
     run = Run(args.run, TokenStore(cut) if cut.exists() else copy_rows(store, n_rows, cut), args.model)
     assessment = ours(run, args.out)
     found = theirs(run, args.out, args.peers_python)
-    definitions_ = by_definitions(run)
-    raw: dict[str, Any] = {"data": assessment["data"], "theirs": found, "variants": {}}
+    recomputed = by_definitions(run)
+    raw: dict[str, Any] = {key: found[key] for key in ("versions", "hook_error")}
+    raw |= {"data": assessment["data"], "variants": {}}
     for entry in assessment["variants"]:
         if (name := entry["name"]) in run.saes:
             mine = as_theirs(entry, run.saes[name].config.d_in)
-            raw["variants"][name] = {"ours": mine, "theirs": found["variants"][name]} | definitions_[name]
+            raw["variants"][name] = {"ours": mine, "theirs": found["variants"][name]} | recomputed[name]
     (args.out / "results.json").write_text(json.dumps(raw, indent=1))
     lines = report(run, raw)
     (args.out / "results.md").write_text("\n".join(lines))
@@ -285,19 +296,27 @@ def main() -> None:
 
 def report(run: Run, raw: dict[str, Any]) -> list[str]:
     """All tables."""
-    versions = {name: version(name) for name in ("saemill", "transformers")} | raw["theirs"]["versions"]
-    data, errors = raw["data"], ", ".join(f"{h} {e:.0e}" for h, e in raw["theirs"]["hook_error"].items())
-    rows = run.tokens
+    versions = {name: version(name) for name in ("saemill", "transformers")} | raw["versions"]
+    data, rows = raw["data"], run.tokens
+    errors = ", ".join(f"{hook} {error:.0e}" for hook, error in raw["hook_error"].items())
     lines = [contest.machine([{"versions": versions, "gpu": None}]), ""]
-    lines += [f"{rows.n_rows:,} rows of {rows.ctx_len}: {data['n_tokens']:,} tokens of {data['n_documents']:,} "
-              f"documents, {data['n_tokens_with_losses']:,} of them predict. Activations at TransformerLens' hook "
-              f"and at saemill's site differ by at most (over their root mean square): {errors}.", ""]  # fmt: skip
+    lines += [
+        f"{rows.n_rows:,} rows of {rows.ctx_len}: {data['n_tokens']:,} tokens of {data['n_documents']:,} "
+        f"documents count, {data['n_tokens_with_losses']:,} of them predict. Activations at TransformerLens' "
+        f"hook and at saemill's site differ by at most (over their root mean square): {errors}.",
+        "",
+    ]
     for name, variant in raw["variants"].items():
-        apart = max(difference(variant["ours"][n]["value"], v) for n, v in variant["steps"]["saemill"].items())
-        lines += [f"### {name}", "", *beside_table(variant["ours"], variant["theirs"])]
-        lines += steps_table(variant["steps"], variant["theirs"]["saelens"])
-        lines += [f"The first column and `saemill assess` differ by at most {apart:.0e} (relative).", ""]
-        lines += formulas_table(variant["theirs"], variant["others"])
+        theirs = variant["theirs"]
+        ours = {key: figure["value"] for key, figure in variant["ours"].items()}
+        apart = max(difference(ours[key], value) for key, value in variant["steps"]["saemill"].items())
+        same = theirs["saelens"].keys() & theirs["saebench"].keys() - variant["others"]["saebench"].keys()
+        between = max(difference(theirs["saelens"][key], theirs["saebench"][key]) for key in same)
+        lines += [f"### {name}", "", *beside_table(variant["ours"], theirs)]
+        lines += steps_table(variant["steps"], theirs["saelens"])
+        lines += [f"The first step and `saemill assess` differ by at most {apart:.0e} (relative).", ""]
+        lines += formulas_table(variant)
+        lines += [f"SAEBench's other figures differ from SAELens' by at most {between:.0e} (relative).", ""]
     return lines
 
 
