@@ -14,6 +14,8 @@ import argparse
 import json
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -30,7 +32,7 @@ from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.common import config, formats
 from saemill.common.activations import ActivationStore
-from saemill.common.formats.hooks import hook_of
+from saemill.common.formats.hooks import Hook, hook_of
 from saemill.common.mask import MaskConfig
 from saemill.common.model import LanguageModel
 from saemill.common.sae import Sae
@@ -101,9 +103,21 @@ class Run:
         mask = config.build(MaskConfig, self.finished["mask"], "mask")
         special_ids = self.tokens.tokenizer.special_ids
         found = {}
-        for site in dict.fromkeys(sae.config.provenance["site"] for sae in self.saes.values()):
+        for site in self.hooks:
             stored = self.store.site(site).dtype
             found[site] = Site(self.model, site, ids_RS, mask, special_ids, stored, BATCH_ROWS)
+        return found
+
+    @cached_property
+    def hooks(self) -> dict[str, Hook]:
+        """By site, in TransformerLens' terms."""
+        model_type, found = self.model.config.model_type, {}
+        for sae in self.saes.values():
+            site = sae.config.provenance["site"]
+            hook = hook_of(site, model_type)
+            if hook is None:
+                raise SystemExit(f"TransformerLens has no hook for {site} of {model_type}")
+            found[site] = hook
         return found
 
     def site_of(self, sae: Sae) -> Site:
@@ -129,8 +143,8 @@ def ours(run: Run, out: Path) -> dict[str, Any]:
     return found
 
 
-def theirs(run: Run, out: Path, python: Path) -> dict[str, Any]:
-    """The others' figures: export, hand over the rows, and let them evaluate."""
+def hand_over(run: Run, out: Path) -> None:
+    """What the others need: the rows, activations of them, and the SAEs in each one's format."""
     asked: dict[str, Any] = {
         "model": run.model.name, "tokenizer": str((run.tokens.path / "tokenizer").absolute()),
         "special_ids": list(run.tokens.tokenizer.special_ids), "batch_rows": BATCH_ROWS,
@@ -138,9 +152,7 @@ def theirs(run: Run, out: Path, python: Path) -> dict[str, Any]:
     }  # fmt: skip
     np.save(out / "tokens.npy", next(iter(run.sites.values())).ids_RS.numpy())
     for name, site in run.sites.items():
-        hook = hook_of(name, run.model.config.model_type)
-        if hook is None:
-            raise SystemExit(f"TransformerLens has no hook for {name} of {run.model.config.model_type}")
+        hook = run.hooks[name]
         first, kept = ((out / f"{what}-{name}.npy").absolute() for what in ("first", "x"))
         np.save(first, site.x_RSD[:FIRST_ROWS].numpy())
         np.save(kept, site.x(STEPS["saemill"]).numpy())
@@ -154,20 +166,29 @@ def theirs(run: Run, out: Path, python: Path) -> dict[str, Any]:
                     formats.save(sae, format, folder, hook)
                 asked["variants"][variant] = {"x": str(kept)} | {f: str(path) for f, path in folders.items()}
     (out / "asked.json").write_text(json.dumps(asked))
-    if not (out / "theirs.json").exists():
-        evaluate(out, python)
-    found: dict[str, Any] = json.loads((out / "theirs.json").read_text())
-    return found
 
 
-def evaluate(out: Path, python: Path) -> None:
-    """Run the evaluators in the peers' environment."""
+@contextmanager
+def evaluating(out: Path, python: Path) -> Iterator[None]:
+    """While the block runs, the others evaluate in their own environment, if they have not yet."""
+    if (out / "theirs.json").exists():
+        yield
+        return
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     command = [python, "-m", "benchmarks.evaluators", out.absolute()]
-    with (out / "evaluators.log").open("w") as log:
-        status = subprocess.run(command, cwd=contest.ROOT, env=environment, stdout=log, stderr=log).returncode
-    if status != 0:
-        raise SystemExit(f"the evaluators ended with status {status}; see {out / 'evaluators.log'}")
+    with (
+        (out / "evaluators.log").open("w") as log,
+        subprocess.Popen(command, cwd=contest.ROOT, env=environment, stdout=log, stderr=log) as process,
+    ):
+        try:
+            yield
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode != 0:
+        raise SystemExit(
+            f"the evaluators ended with status {process.returncode}; see {out / 'evaluators.log'}"
+        )
 
 
 def by_definitions(run: Run) -> dict[str, Any]:
@@ -272,6 +293,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    if not args.peers_python.exists():
+        raise SystemExit(f"no peers at {args.peers_python}: make .venv-peers/ready")
     contest.keep_settings(args)
     store = TokenStore(args.tokens)
     n_rows = min(args.rows, store.n_rows) // BATCH_ROWS * BATCH_ROWS
@@ -279,9 +302,12 @@ def main() -> None:
         raise SystemExit(f"{args.tokens} has {store.n_rows} rows; a batch of {BATCH_ROWS} is needed")
     cut = args.out / "tokens"
     run = Run(args.run, TokenStore(cut) if cut.exists() else copy_rows(store, n_rows, cut), args.model)
+    print("; ".join(f"{site} is {hook.name}" for site, hook in run.hooks.items()), flush=True)
     assessment = ours(run, args.out)
-    found = theirs(run, args.out, args.peers_python)
-    recomputed = by_definitions(run)
+    hand_over(run, args.out)
+    with evaluating(args.out, args.peers_python):
+        recomputed = by_definitions(run)
+    found = json.loads((args.out / "theirs.json").read_text())
     raw: dict[str, Any] = {key: found[key] for key in ("versions", "hook_error")}
     raw |= {"data": assessment["data"], "variants": {}}
     for entry in assessment["variants"]:
