@@ -1,9 +1,9 @@
 """Run by the peers' Python: SAELens' evals, SAEBench's core, and what sparsify and dictionary_learning say.
 
-`python -m benchmarks.evaluators FOLDER` reads what `benchmarks.others` put there and writes `theirs.json`.
-It knows nothing of saemill. Each package's own loader and its own evaluation run; the model is on disk,
-where `multiple_evals` of SAELens and SAEBench would fetch one by name, and stands in their terms as
-TransformerLens' bridge, weights as they are.
+`python -m benchmarks.evaluators FOLDER` reads what `benchmarks.others` put there and writes figures to
+`theirs/VARIANT.json`. It knows nothing of saemill. Each package's own loader and its own evaluation run. The
+model is read from disk, into TransformerLens' bridge with its weights as they are: `multiple_evals` of
+SAELens and of SAEBench would fetch one by an official name.
 """
 
 import json
@@ -116,27 +116,34 @@ def dictionary_learning(folder: str, batches: list[Tensor]) -> Figures:
     return found
 
 
+def evaluate_all(variant: dict[str, str], rows: Rows, batch_tokens: int) -> dict[str, Figures]:
+    """One SAE through every package."""
+    batches = list(torch.from_numpy(np.load(variant["x"])).split(batch_tokens))
+    return {
+        "saelens": saelens(variant["saelens"], rows),
+        "saebench": saebench(variant["saelens"], rows, exclude=True),
+        "saebench, special tokens replaced": saebench(variant["saelens"], rows, exclude=False),
+        "sparsify": sparsify(variant["sparsify"], batches),
+        "dictionary_learning": dictionary_learning(variant["dictionary_learning"], batches),
+    }
+
+
 def main(folder: Path) -> None:
-    """Every variant through every package."""
-    asked = json.loads((folder / "asked.json").read_text())
+    """Every variant that was not evaluated yet."""
+    asked, theirs = json.loads((folder / "asked.json").read_text()), folder / "theirs"
     torch.set_num_threads(asked["threads"])
     rows = Rows(folder, asked)
-    found: dict[str, Any] = {"versions": {name: version(name) for name in PACKAGES}}
-    found["hook_error"] = {
+    theirs.mkdir(exist_ok=True)
+    for name, variant in asked["variants"].items():
+        if not (theirs / f"{name}.json").exists():
+            print(name, flush=True)
+            found = evaluate_all(variant, rows, asked["batch_tokens"])
+            (theirs / f"{name}.json").write_text(json.dumps(found, indent=1))
+    errors = {
         hook: rows.hook_error(hook, torch.from_numpy(np.load(file))) for hook, file in asked["hooks"].items()
     }
-    found["variants"] = {}
-    for name, variant in asked["variants"].items():
-        print(name, flush=True)
-        batches = list(torch.from_numpy(np.load(variant["x"])).split(asked["batch_tokens"]))
-        found["variants"][name] = {
-            "saelens": saelens(variant["saelens"], rows),
-            "saebench": saebench(variant["saelens"], rows, exclude=True),
-            "saebench, special tokens replaced": saebench(variant["saelens"], rows, exclude=False),
-            "sparsify": sparsify(variant["sparsify"], batches),
-            "dictionary_learning": dictionary_learning(variant["dictionary_learning"], batches),
-        }
-    (folder / "theirs.json").write_text(json.dumps(found, indent=1))
+    about = {"versions": {name: version(name) for name in PACKAGES}, "hook_error": errors}
+    (folder / "about.json").write_text(json.dumps(about))
 
 
 if __name__ == "__main__":

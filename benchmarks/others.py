@@ -171,7 +171,7 @@ def hand_over(run: Run, out: Path) -> None:
 @contextmanager
 def evaluating(out: Path, python: Path) -> Iterator[None]:
     """While the block runs, the others evaluate in their own environment, if they have not yet."""
-    if (out / "theirs.json").exists():
+    if (out / "about.json").exists():
         yield
         return
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
@@ -191,9 +191,12 @@ def evaluating(out: Path, python: Path) -> Iterator[None]:
         )
 
 
-def by_definitions(run: Run) -> dict[str, Any]:
+def by_definitions(run: Run, out: Path) -> dict[str, Any]:
     """Per variant: saemill's way to SAELens' figures, and what the others form from the same tensors."""
-    found: dict[str, Any] = {}
+    path = out / "recomputed.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if found:
+        return found
     for site in run.sites.values():
         mine = {name: sae for name, sae in run.saes.items() if run.site_of(sae) is site}
         passes = site.run(mine)
@@ -209,6 +212,7 @@ def by_definitions(run: Run) -> dict[str, Any]:
                 key: replaced[key] for key in ("ce_loss_with_sae", "delta_ce", "kl_div_with_sae")
             }
             found[name] = {"steps": steps, "others": others}
+    path.write_text(json.dumps(found, indent=1))
     return found
 
 
@@ -306,14 +310,14 @@ def main() -> None:
     assessment = ours(run, args.out)
     hand_over(run, args.out)
     with evaluating(args.out, args.peers_python):
-        recomputed = by_definitions(run)
-    found = json.loads((args.out / "theirs.json").read_text())
-    raw: dict[str, Any] = {key: found[key] for key in ("versions", "hook_error")}
+        recomputed = by_definitions(run, args.out)
+    raw: dict[str, Any] = json.loads((args.out / "about.json").read_text())
     raw |= {"data": assessment["data"], "variants": {}}
     for entry in assessment["variants"]:
         if (name := entry["name"]) in run.saes:
             mine = as_theirs(entry, run.saes[name].config.d_in)
-            raw["variants"][name] = {"ours": mine, "theirs": found["variants"][name]} | recomputed[name]
+            theirs = json.loads((args.out / "theirs" / f"{name}.json").read_text())
+            raw["variants"][name] = {"ours": mine, "theirs": theirs} | recomputed[name]
     (args.out / "results.json").write_text(json.dumps(raw, indent=1))
     lines = report(run, raw)
     (args.out / "results.md").write_text("\n".join(lines))
