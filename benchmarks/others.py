@@ -307,9 +307,9 @@ def main() -> None:
     cut = args.out / "tokens"
     run = Run(args.run, TokenStore(cut) if cut.exists() else copy_rows(store, n_rows, cut), args.model)
     print("; ".join(f"{site} is {hook.name}" for site, hook in run.hooks.items()), flush=True)
-    assessment = ours(run, args.out)
     hand_over(run, args.out)
     with evaluating(args.out, args.peers_python):
+        assessment = ours(run, args.out)
         recomputed = by_definitions(run, args.out)
     raw: dict[str, Any] = json.loads((args.out / "about.json").read_text())
     raw |= {"data": assessment["data"], "variants": {}}
