@@ -124,6 +124,14 @@ class Run:
         return self.sites[sae.config.provenance["site"]]
 
 
+def check_unseen(run: Run) -> None:
+    """`saemill assess` leaves out documents that training saw; the others cannot."""
+    trained = run.store.tokens.documents
+    known = trained["text_hash"].to_numpy()[~trained["held_out"].to_numpy(zero_copy_only=False)]
+    if seen := int(np.isin(run.tokens.documents["text_hash"].to_numpy(), known).sum()):
+        raise SystemExit(f"training saw {seen} documents of these rows; take rows of other text")
+
+
 def ours(run: Run, out: Path) -> dict[str, Any]:
     """`saemill assess` on the rows."""
     path = out / "assessment" / "final_assessment.json"
@@ -136,10 +144,6 @@ def ours(run: Run, out: Path) -> dict[str, Any]:
             )
         )  # fmt: skip
     found: dict[str, Any] = json.loads(path.read_text())
-    if seen := found["data"]["n_documents_left_out_as_seen"]:
-        raise SystemExit(
-            f"{seen} documents of the rows were seen in training; the others cannot leave them out"
-        )
     return found
 
 
@@ -307,6 +311,7 @@ def main() -> None:
     cut = args.out / "tokens"
     run = Run(args.run, TokenStore(cut) if cut.exists() else copy_rows(store, n_rows, cut), args.model)
     print("; ".join(f"{site} is {hook.name}" for site, hook in run.hooks.items()), flush=True)
+    check_unseen(run)
     hand_over(run, args.out)
     with evaluating(args.out, args.peers_python):
         assessment = ours(run, args.out)
