@@ -16,7 +16,7 @@ FREE := torch\|triton
 endif
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench bench-pipeline clean
+.PHONY: demo test bench bench-pipeline bench-others clean
 
 demo: $(VENV)/ready
 	$(BIN)/saemill demo -o demo-run
@@ -48,7 +48,11 @@ bench: $(VENV)/ready $(VENV)-peers/ready
 bench-pipeline: $(VENV)/ready
 	$(BIN)/python -m benchmarks.pipeline --model '$(MODEL)' --train-text '$(TRAIN)' --valid-text '$(VALID)' -o bench-run/pipeline
 
-# sparsify, SAELens and dictionary_learning, which tests and benchmarks run beside saemill.
+# `make bench-others RUN=… TOKENS=…`: a run's figures beside those of SAELens' and SAEBench's evaluations.
+bench-others: $(VENV)/ready $(VENV)-peers/ready
+	$(BIN)/python -m benchmarks.others '$(RUN)' '$(TOKENS)' -o bench-run/others
+
+# sparsify, SAELens, SAEBench and dictionary_learning, which tests and benchmarks run beside saemill.
 $(VENV)-peers/ready: peers-requirements.txt
 	$(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/pip install --quiet '$(TORCH)'
