@@ -21,10 +21,11 @@ def cells(entry: dict[str, Any]) -> list[str]:
     """A pair's figures, in the order of `COLUMNS`; chance is that of the last kind, the harder one."""
     chance = list(entry["chance"].values())[-1]
     assigned, by_chance = entry["assignment"], chance["assignment"]
+    adjusted = [list(way.values())[-1] for way in entry["mean_max_adjusted"]]
     values = [
         *entry["mean_max"],
         np.mean(chance["mean_max"]),
-        np.mean([list(way.values())[-1] for way in entry["mean_max_adjusted"]]),
+        None if None in adjusted else np.mean(adjusted),
         entry["mutual_nearest"]["share"],
         chance["mutual_nearest"]["share"],
         *((assigned["mean"], by_chance["mean"]) if assigned else (None, None)),
@@ -89,7 +90,7 @@ def write_html(path: Path, comparison: dict[str, Any]) -> None:
         f"<ul class='notes'>{''.join(f'<li>{html.escape(line)}</li>' for line in legend(comparison))}</ul>",
         _table(comparison),
         _matrix(comparison),
-        "<h2>Distributions</h2><p>Left: similarities of the latents matched one to one, and (grey) those that "
+        "<h2>Distributions</h2><p>Left: similarities of latents matched one to one, and (grey) those that "
         "chance gives. Right: the share of latents above each threshold.</p>",
         "<div class='grid'>",
         *(_figure(entry) for entry in comparison["pairs"]),
@@ -113,7 +114,7 @@ def _matrix(comparison: dict[str, Any]) -> str:
     names = [dictionary["name"] for dictionary in comparison["dictionaries"]]
     if len(names) < 3:
         return ""
-    size, left = 44, 8 + 7 * max(map(len, names))
+    size, left = 44, 30 + 7 * max(map(len, names))
     shared = {(e["a"], e["b"]): _shared(e)["share_above"] for e in comparison["pairs"]}
     marks = []
     for i, row in enumerate(names):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,7 +133,7 @@ def _check_sizes(dictionaries: list[Dictionary], limit: int) -> None:
     n = largest.num_latents
     if n > limit:
         raise ConfigError(
-            f"{largest.name} has {n:,} latents: an assignment of as many needs {8 * n * n / 1e9:,.1f} GB, and "
+            f"{largest.name} has {n:,} latents: an assignment of as many takes {8 * n * n / 1e9:,.1f} GB and "
             f"time that grows with their cube. Say --matching nearest for nearest latents alone, or "
             f"--assignment-limit {n} if memory and time are there"
         )
@@ -198,12 +198,18 @@ def _notes(dictionaries: list[Dictionary], config: CompareConfig) -> list[str]:
     """What the reader should know of the pairs."""
     notes = []
     for key, what in (("model_fingerprint", "models"), ("site", "sites")):
-        told = [dictionary.provenance.get(key) for dictionary in dictionaries]
-        if any(a != b for a, b in pairwise(told)) and config.by != "activations":
+        told = {dictionary.provenance.get(key) for dictionary in dictionaries}
+        if len(told) > 1 and config.by != "activations":
             notes.append(
                 f"the dictionaries are of different {what}: a direction of one "
                 "need not mean the same in another; --by activations compares what latents do"
             )
+    seeds = [(dictionary.provenance.get("variant") or {}).get("seed") for dictionary in dictionaries]
+    if any(a is not None and a == b for a, b in combinations(seeds, 2)):
+        notes.append(
+            "SAEs of one seed began from the same directions, and share latents for that reason too; "
+            "compare sources, sites and settings by pairs of different seeds"
+        )
     return notes
 
 
