@@ -14,6 +14,7 @@ from saemill.common.page import PALETTE, write_page
 COLUMNS = (
     "mean max →", "←", "chance", "adjusted", "mutual", "chance", "match, mean", "chance", "shared", "chance",
 )  # fmt: skip
+GROUP_COLUMNS = ("differ in", "pairs", *(title for title in COLUMNS if title != "chance"))
 CHANCE_COLOUR = "#999999"
 
 
@@ -32,6 +33,33 @@ def cells(entry: dict[str, Any]) -> list[str]:
         *(figures["share_above"] for figures in (_shared(entry), _shared(chance))),
     ]
     return ["–" if value is None else f"{value:.3f}" for value in values]
+
+
+def groups(comparison: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """Pairs by what their SAEs differ in: of each figure the mean and the range, as `cells` has them."""
+    found: dict[str, list[list[str]]] = {}
+    for entry in comparison["pairs"]:
+        found.setdefault(", ".join(entry["differs_in"]) or "nothing", []).append(cells(entry))
+    return dict(sorted(found.items()))
+
+
+def _spread(values: tuple[str, ...]) -> str:
+    """`0.132 (0.114–0.146)`."""
+    if "–" in values:
+        return "–"
+    numbers = [float(value) for value in values]
+    spread = f" ({min(numbers):.3f}–{max(numbers):.3f})" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.3f}{spread}"
+
+
+def _group_rows(comparison: dict[str, Any]) -> list[list[str]]:
+    """What differs, how many pairs, and the figures without those of chance."""
+    kept = [i for i, title in enumerate(COLUMNS) if title != "chance"]
+    rows = []
+    for name, entries in groups(comparison).items():
+        columns = list(zip(*entries, strict=True))
+        rows.append([name, str(len(entries)), *(_spread(columns[i]) for i in kept)])
+    return rows
 
 
 def _shared(entry: dict[str, Any]) -> dict[str, Any]:
@@ -69,12 +97,18 @@ def table(comparison: dict[str, Any]) -> str:
     for title in ("A", "B", "latents"):
         shown.add_column(title, no_wrap=True, justify="right" if title == "latents" else "left")
     for title in COLUMNS:
-        shown.add_column(title, justify="right")
+        shown.add_column(title, justify="right", no_wrap=True)
     for entry in comparison["pairs"]:
         shown.add_row(entry["a"], entry["b"], _sizes(entry), *cells(entry))
-    width = 130 + max(len(entry["a"] + entry["b"]) for entry in comparison["pairs"])
-    console = Console(width=width, no_color=True, record=True, file=io.StringIO())
+    by_difference = Table()
+    for i, title in enumerate(GROUP_COLUMNS):
+        by_difference.add_column(title, no_wrap=True, justify="right" if i else "left")
+    for row in _group_rows(comparison):
+        by_difference.add_row(*row)
+    console = Console(width=400, no_color=True, record=True, file=io.StringIO())
     console.print(shown)
+    if len(comparison["pairs"]) > 1:
+        console.print(by_difference)
     return "\n".join([console.export_text().rstrip(), *legend(comparison)])
 
 
@@ -88,6 +122,7 @@ def write_html(path: Path, comparison: dict[str, Any]) -> None:
     sections = [
         "<h1>saemill comparison</h1>",
         f"<ul class='notes'>{''.join(f'<li>{html.escape(line)}</li>' for line in legend(comparison))}</ul>",
+        _groups_table(comparison),
         _table(comparison),
         _matrix(comparison),
         "<h2>Distributions</h2><p>Left: similarities of latents matched one to one, and (grey) those that "
@@ -99,6 +134,15 @@ def write_html(path: Path, comparison: dict[str, Any]) -> None:
     write_page(path, "saemill comparison", sections)
 
 
+def _groups_table(comparison: dict[str, Any]) -> str:
+    if len(comparison["pairs"]) < 2:
+        return ""
+    head = "".join(f"<th>{title}</th>" for title in GROUP_COLUMNS)
+    rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in _group_rows(comparison))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<h2>By what two SAEs differ in: mean (range)</h2><table><tr>{head}</tr>{body}</table>"
+
+
 def _table(comparison: dict[str, Any]) -> str:
     head = "".join(f"<th>{title}</th>" for title in ("A", "B", "latents", *COLUMNS))
     rows = []
@@ -106,7 +150,7 @@ def _table(comparison: dict[str, Any]) -> str:
         names = "".join(f"<td class='name'>{html.escape(entry[side])}</td>" for side in ("a", "b"))
         figures = "".join(f"<td>{cell}</td>" for cell in (_sizes(entry), *cells(entry)))
         rows.append(f"<tr>{names}{figures}</tr>")
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f"<h2>Every pair</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def _matrix(comparison: dict[str, Any]) -> str:

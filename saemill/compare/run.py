@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.log import progress, say
 from saemill.common.model import choose_device
 from saemill.compare.activations import MIN_FIRINGS, Codes, Stores, correlations, of_pairs
-from saemill.compare.dictionaries import Dictionary, find, pairs
+from saemill.compare.dictionaries import Dictionary, differing, find, pairs
 from saemill.compare.matching import Blocks, cosines
 from saemill.compare.pair import Latents, Matched
 from saemill.compare.random_rows import isotropic, same_covariance
@@ -100,7 +99,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
     with progress("compare", len(every), "pairs") as advance:
         for a, b in every:
             matched = _match(config, a, b, codes, device)
-            entry = matched.entry(config.threshold)
+            entry = matched.entry(config.threshold) | {"differs_in": differing(a, b)}
             if codes:
                 entry["correlation_of_matched"] = _correlation(matched, codes)
             entries.append(entry)
@@ -112,7 +111,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
         "n_tokens": stores.n_tokens if stores else None,
         "dictionaries": [_describe(dictionary) for dictionary in dictionaries],
         "pairs": entries,
-        "notes": _notes(dictionaries, config),
+        "notes": _notes(every, config.by),
         "versions": {name: version(name) for name in ("saemill", "torch", "scipy")},
     }
     say(table(comparison))
@@ -194,21 +193,21 @@ def _describe(dictionary: Dictionary) -> dict[str, Any]:
     }
 
 
-def _notes(dictionaries: list[Dictionary], config: CompareConfig) -> list[str]:
+def _notes(every: list[tuple[Dictionary, Dictionary]], by: str) -> list[str]:
     """What the reader should know of the pairs."""
-    notes = []
-    for key, what in (("model_fingerprint", "models"), ("site", "sites")):
-        told = {dictionary.provenance.get(key) for dictionary in dictionaries}
-        if len(told) > 1 and config.by != "activations":
-            notes.append(
-                f"the dictionaries are of different {what}: a direction of one "
-                "need not mean the same in another; --by activations compares what latents do"
-            )
-    seeds = [(dictionary.provenance.get("variant") or {}).get("seed") for dictionary in dictionaries]
-    if any(a is not None and a == b for a, b in combinations(seeds, 2)):
+    notes = [
+        f"some pairs differ in the {key}: a direction need not mean the same in both; "
+        "--by activations compares what latents do"
+        for key in ("model", "site")
+        if by != "activations" and any(key in differing(a, b) for a, b in every)
+    ]
+    of_one_seed = [
+        (a, b) for a, b in every if a.traits().get("seed") is not None and "seed" not in differing(a, b)
+    ]
+    if of_one_seed:
         notes.append(
-            "SAEs of one seed began from the same directions, and share latents for that reason too; "
-            "compare sources, sites and settings by pairs of different seeds"
+            "SAEs of one seed began from the same directions, and share latents for that reason too: "
+            "compare sources, sites and settings by pairs that differ in the seed as well"
         )
     return notes
 
