@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import Pipeline
+from stores import make_store
 from typer.testing import CliRunner
 
 from saemill import ActivationStore, Sae, SaeConfig, cli
@@ -31,9 +32,11 @@ def random_rows(f: int, d: int, seed: int) -> torch.Tensor:
     return unit(torch.randn(f, d, generator=torch.Generator().manual_seed(seed)))
 
 
-def save(folder: Path, w_dec_FD: torch.Tensor, w_enc_FD: torch.Tensor | None = None) -> Path:
+def save(
+    folder: Path, w_dec_FD: torch.Tensor, w_enc_FD: torch.Tensor | None = None, site: str = "layers.1"
+) -> Path:
     f, d = w_dec_FD.shape
-    config = SaeConfig(d_in=d, num_latents=f, k=3, provenance={"site": "layers.1"})
+    config = SaeConfig(d_in=d, num_latents=f, k=3, provenance={"site": site})
     w_enc_FD = w_dec_FD.clone() if w_enc_FD is None else w_enc_FD
     Sae(config, w_enc_FD, torch.zeros(f), w_dec_FD, torch.zeros(d)).save(folder)
     return folder
@@ -223,8 +226,36 @@ def test_runs_are_compared_by_what_their_latents_do(runs: Pipeline, tmp_path: Pa
     of_a = table[table["dictionary"] == entry["a"]]
     np.testing.assert_array_equal(of_a["latent"], live[0])
     np.testing.assert_array_equal(of_a["nearest"], live[1][correlation.argmax(1)])
-    chance = entry["chance"]["other_tokens"]["mean_max"]
+    chance = entry["chance"]["shifted_tokens"]["mean_max"]
     assert np.mean(chance) < np.mean(entry["mean_max"])
+
+
+def test_models_of_other_widths_are_compared_on_the_same_tokens(tmp_path: Path) -> None:
+    """Oracle: an SAE turned into the second model's space, its latents permuted; tokens that differ."""
+    x_TD = torch.randn(64 * 16, 8, generator=torch.Generator().manual_seed(0))
+    turn_DE = torch.linalg.qr(torch.randn(12, 8, generator=torch.Generator().manual_seed(1))).Q.T
+    narrow = make_store(tmp_path / "narrow", 64, 16, 8, 256, x_TD)
+    wide = make_store(tmp_path / "wide", 64, 16, 12, 512, x_TD @ turn_DE)
+    w_FD, order = random_rows(20, 8, 2), torch.randperm(20, generator=torch.Generator().manual_seed(3))
+    saes = [
+        save(tmp_path / "a", w_FD, site="a"), save(tmp_path / "b", (w_FD @ turn_DE)[order], site="a")
+    ]  # fmt: skip
+    comparison = compared(*saes, by="activations", acts=(narrow.path, wide.path), out=tmp_path / "out")
+    (entry,) = comparison["pairs"]
+    assert entry["n_latents"][0] == entry["n_latents"][1] >= 10
+    assert entry["assignment"]["mean"] == pytest.approx(1, abs=1e-4)
+    table = pq.read_table(tmp_path / "out" / "matches.parquet").to_pandas()
+    of_b = table[table["dictionary"] == "b"]
+    np.testing.assert_array_equal(of_b["match"], order.numpy()[of_b["latent"]])
+    fewer = compared(*saes, by="activations", acts=(narrow.path, wide.path), max_tokens=80)
+    assert fewer["n_tokens"] == 80 < comparison["n_tokens"]
+    other = make_store(tmp_path / "other", 56, 16, 12, 512)
+    with pytest.raises(ConfigError, match="must hold the same tokens"):
+        compared(*saes, by="activations", acts=(narrow.path, other.path))
+    with pytest.raises(ConfigError, match=r"none of .* activations of b: site a, d_in 12"):
+        compared(*saes, by="activations", acts=(narrow.path,))
+    with pytest.raises(ConfigError, match="9 held-out tokens, too few"):
+        compared(*saes, by="activations", acts=(narrow.path,), max_tokens=9)
 
 
 def test_cosines_with_acts_leave_out_silent_latents_and_tell_how_matches_fire(runs: Pipeline) -> None:
@@ -248,6 +279,16 @@ def test_the_report_shows_every_pair_and_fetches_nothing(runs: Pipeline, tmp_pat
     comparison = compared(runs.out, seeds, out=tmp_path, matching="nearest")
     assert len(comparison["dictionaries"]) == 4
     assert len(comparison["pairs"]) == 6
+    names = ["layers.1-k2-f128-s0", "layers.1-k16-f128-s0", "layers.1-k4-f64-s0", "layers.1-k4-f64-s1"]
+    differing = {
+        (pair["a"].removesuffix("-lr0.003"), pair["b"].removesuffix("-lr0.003")): pair["differs_in"]
+        for pair in comparison["pairs"]
+    }
+    assert differing[names[0], names[1]] == ["k"]
+    assert differing[names[0], names[3]] == ["k", "num_latents", "seed"]
+    assert differing[names[2], names[3]] == ["seed"]
+    assert "SAEs of one seed" in comparison["notes"][0]
+    assert compared(seeds)["notes"] == []
     page = (tmp_path / "report.html").read_text()
     for dictionary in comparison["dictionaries"]:
         assert page.count(dictionary["name"]) >= 4
@@ -258,6 +299,3 @@ def test_the_report_shows_every_pair_and_fetches_nothing(runs: Pipeline, tmp_pat
             compared(seeds)
     finally:
         (seeds / "later.json").rename(seeds / "finished.json")
-    with pytest.raises(ConfigError, match=r"none of .* holds the activations of"):
-        compared(save(tmp_path / "w", random_rows(9, 32, 0)), save(tmp_path / "v", random_rows(9, 7, 0)),
-                 by="activations", acts=(runs.acts,))  # fmt: skip

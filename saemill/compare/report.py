@@ -15,6 +15,10 @@ COLUMNS = (
     "mean max →", "←", "chance", "adjusted", "mutual", "chance", "match, mean", "chance", "shared", "chance",
 )  # fmt: skip
 GROUP_COLUMNS = ("differ in", "pairs", *(title for title in COLUMNS if title != "chance"))
+CHANCE = {
+    "same_covariance": "a random dictionary of B's covariance in place of B",
+    "shifted_tokens": "B's codes of other tokens",
+}
 CHANCE_COLOUR = "#999999"
 
 
@@ -77,12 +81,12 @@ def legend(comparison: dict[str, Any]) -> list[str]:
         "activations": "correlation of codes",
     }[told["by"]]
     matching = "assigned one to one" if told["matching"] == "assignment" else "mutual nearest"
-    kind = list(comparison["pairs"][0]["chance"])[-1].replace("_", " ")
+    chance = CHANCE[list(comparison["pairs"][0]["chance"])[-1]]
     lines = [
         f"similarity: {similarity}; mean max: mean over latents of the largest one to the other dictionary, "
         "→ from A, ← from B; adjusted: (mean max - chance) / (1 - chance)",
         f"mutual: share of latents that are each other's nearest; shared: {matching} and above "
-        f"{told['threshold']:g}; shares are of the smaller dictionary; chance: {kind} in place of B",
+        f"{told['threshold']:g}; shares are of the smaller dictionary; chance: {chance}",
     ]
     if told["acts"]:
         lines.append(
@@ -147,10 +151,10 @@ def _table(comparison: dict[str, Any]) -> str:
     head = "".join(f"<th>{title}</th>" for title in ("A", "B", "latents", *COLUMNS))
     rows = []
     for entry in comparison["pairs"]:
-        names = "".join(f"<td class='name'>{html.escape(entry[side])}</td>" for side in ("a", "b"))
+        names = "".join(f"<td class='name text'>{html.escape(entry[side])}</td>" for side in ("a", "b"))
         figures = "".join(f"<td>{cell}</td>" for cell in (_sizes(entry), *cells(entry)))
         rows.append(f"<tr>{names}{figures}</tr>")
-    return f"<h2>Every pair</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f"<h2>Every pair</h2><table style='font-size:82%'><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def _matrix(comparison: dict[str, Any]) -> str:

@@ -148,7 +148,7 @@ def _match(
             codes[d.name].standardised(part.numbers) for d, part in zip((a, b), latents, strict=True)
         )
         shifted = codes[b.name].shifted().standardised(latents[1].numbers)
-        blocks, chance = correlations(of_a, of_b), {"other_tokens": correlations(of_a, shifted)}
+        blocks, chance = correlations(of_a, of_b), {"shifted_tokens": correlations(of_a, shifted)}
     else:
         a_FD, b_FD = (
             d.rows(config.by, device)[torch.from_numpy(part.numbers).to(device)]
