@@ -339,8 +339,12 @@ def test_where_samples_begin_and_end() -> None:
 def test_a_model_without_words_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: samples that are all empty; logits that are not numbers."""
     monkeypatch.setattr(module, "sample", lambda *_: [[], [], [], []])
-    with pytest.raises(DataError, match="4 samples of model in a row are empty"):
+    with pytest.raises(DataError, match="100 samples of model are all empty"):
         run(config(tmp_path / "out", n_samples=None, tokens_per_dataset=50))
+    with pytest.raises(DataError, match="all samples of a model are empty"):
+        run(config(tmp_path / "few", n_samples=4))
+    monkeypatch.setattr(module, "sample", lambda *_: [[], [5, 6], [], []])
+    assert run(config(tmp_path / "some", n_samples=4))["datasets"][0]["n_samples"] == 2
     with pytest.raises(DataError, match="not finite"):
         Sampler(torch.zeros(1, 1).double(), 1.0, 1.0, NEVER)(
             torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 4), torch.nan)
