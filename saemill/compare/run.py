@@ -87,14 +87,8 @@ def run(config: CompareConfig) -> dict[str, Any]:
     every = pairs(dictionaries, any_width=config.by == "activations")
     if config.matching == "assignment":
         _check_sizes(dictionaries, config.assignment_limit or ASSIGNMENT_LIMIT)
-    stores, codes = None, {}
-    if config.acts:
-        stores = Stores(config.acts, config.max_tokens or MAX_TOKENS)
-        stores.check(dictionaries)
-        with progress("encode", len(dictionaries), "SAEs") as advance:
-            for dictionary in dictionaries:
-                codes[dictionary.name] = stores.codes(dictionary, device)
-                advance(1)
+    stores = Stores(config.acts, config.max_tokens or MAX_TOKENS) if config.acts else None
+    codes = _encode(stores, dictionaries, device) if stores else {}
     entries, tables = [], []
     with progress("compare", len(every), "pairs") as advance:
         for a, b in every:
@@ -136,6 +130,17 @@ def _check_sizes(dictionaries: list[Dictionary], limit: int) -> None:
             f"time that grows with their cube. Say --matching nearest for nearest latents alone, or "
             f"--assignment-limit {n} if memory and time are there"
         )
+
+
+def _encode(stores: Stores, dictionaries: list[Dictionary], device: torch.device) -> dict[str, Codes]:
+    """Every SAE's codes on the stores' tokens, by its name."""
+    stores.check(dictionaries)
+    codes = {}
+    with progress("encode", len(dictionaries), "SAEs") as advance:
+        for dictionary in dictionaries:
+            codes[dictionary.name] = stores.codes(dictionary, device)
+            advance(1)
+    return codes
 
 
 def _match(
