@@ -45,6 +45,19 @@ class Dictionary:
         weights = sae.W_dec if which == "decoder" else sae.W_enc
         return torch.nn.functional.normalize(weights.detach().float(), dim=1)
 
+    def traits(self) -> dict[str, Any]:
+        """What its config tells of where it came from, and with which settings it was trained."""
+        told = {key: self.provenance.get(key) for key in ("model", "dataset", "site")}
+        variant = dict(self.provenance.get("variant") or {})
+        variant.pop("name", None)
+        return told | variant | {"num_latents": self.num_latents}
+
+
+def differing(a: Dictionary, b: Dictionary) -> list[str]:
+    """The traits in which two SAEs differ, sorted; of one that another tool trained few are known."""
+    of_a, of_b = a.traits(), b.traits()
+    return sorted(key for key in of_a.keys() & of_b.keys() if of_a[key] != of_b[key])
+
 
 def find(paths: Iterable[Path]) -> list[Dictionary]:
     """The SAEs that folders of SAEs and of runs hold.

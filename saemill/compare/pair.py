@@ -72,9 +72,9 @@ class Matched:
         return pa.concat_tables([_rows(own, other, side) for own, other, side in ways])
 
 
-def _adjusted(value: float, by_chance: float) -> float:
-    """0 for what chance gives, 1 for the same dictionary."""
-    return (value - by_chance) / (1 - by_chance)
+def _adjusted(value: float, by_chance: float) -> float | None:
+    """0 for what chance gives, 1 for the same dictionary; None where chance matches all."""
+    return (value - by_chance) / (1 - by_chance) if by_chance < 1 else None
 
 
 def _figures(sides: tuple[Side, Side], threshold: float) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from saemill.common.permutation import combine
+
 
 def isotropic(rows_FD: Tensor, seed: int) -> Tensor:
     """As many unit rows in directions drawn evenly. fp32 [F, D]."""
-    drawn_FD = torch.randn(rows_FD.shape, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.normalize(drawn_FD, dim=1).to(rows_FD.device)
+    return torch.nn.functional.normalize(_drawn(rows_FD, seed), dim=1).float()
 
 
 def same_covariance(rows_FD: Tensor, seed: int) -> Tensor:
@@ -17,5 +18,10 @@ def same_covariance(rows_FD: Tensor, seed: int) -> Tensor:
     """
     values_D, vectors_DD = torch.linalg.eigh((rows_FD.T @ rows_FD).double() / len(rows_FD))
     root_DD = (vectors_DD * values_D.clamp(min=0).sqrt()) @ vectors_DD.T
-    drawn_FD = torch.randn(rows_FD.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.nn.functional.normalize(drawn_FD.to(rows_FD.device) @ root_DD, dim=1).float()
+    return torch.nn.functional.normalize(_drawn(rows_FD, seed) @ root_DD, dim=1).float()
+
+
+def _drawn(rows_FD: Tensor, seed: int) -> Tensor:
+    """Gaussian numbers, float64, of a stream that no dictionary begins with."""
+    generator = torch.Generator().manual_seed(combine(seed, 0xC0FFEE) >> 1)
+    return torch.randn(rows_FD.shape, generator=generator, dtype=torch.float64).to(rows_FD.device)

@@ -14,6 +14,11 @@ from saemill.common.page import PALETTE, write_page
 COLUMNS = (
     "mean max →", "←", "chance", "adjusted", "mutual", "chance", "match, mean", "chance", "shared", "chance",
 )  # fmt: skip
+GROUP_COLUMNS = ("differ in", "pairs", *(title for title in COLUMNS if title != "chance"))
+CHANCE = {
+    "same_covariance": "a random dictionary of B's covariance in place of B",
+    "shifted_tokens": "B's codes of other tokens",
+}
 CHANCE_COLOUR = "#999999"
 
 
@@ -21,16 +26,44 @@ def cells(entry: dict[str, Any]) -> list[str]:
     """A pair's figures, in the order of `COLUMNS`; chance is that of the last kind, the harder one."""
     chance = list(entry["chance"].values())[-1]
     assigned, by_chance = entry["assignment"], chance["assignment"]
+    adjusted = [list(way.values())[-1] for way in entry["mean_max_adjusted"]]
     values = [
         *entry["mean_max"],
         np.mean(chance["mean_max"]),
-        np.mean([list(way.values())[-1] for way in entry["mean_max_adjusted"]]),
+        None if None in adjusted else np.mean(adjusted),
         entry["mutual_nearest"]["share"],
         chance["mutual_nearest"]["share"],
         *((assigned["mean"], by_chance["mean"]) if assigned else (None, None)),
         *(figures["share_above"] for figures in (_shared(entry), _shared(chance))),
     ]
     return ["–" if value is None else f"{value:.3f}" for value in values]
+
+
+def groups(comparison: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """Pairs by what their SAEs differ in: of each figure the mean and the range, as `cells` has them."""
+    found: dict[str, list[list[str]]] = {}
+    for entry in comparison["pairs"]:
+        found.setdefault(", ".join(entry["differs_in"]) or "nothing", []).append(cells(entry))
+    return dict(sorted(found.items()))
+
+
+def _spread(values: tuple[str, ...]) -> str:
+    """`0.132 (0.114–0.146)`."""
+    if "–" in values:
+        return "–"
+    numbers = [float(value) for value in values]
+    spread = f" ({min(numbers):.3f}–{max(numbers):.3f})" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.3f}{spread}"
+
+
+def _group_rows(comparison: dict[str, Any]) -> list[list[str]]:
+    """What differs, how many pairs, and the figures without those of chance."""
+    kept = [i for i, title in enumerate(COLUMNS) if title != "chance"]
+    rows = []
+    for name, entries in groups(comparison).items():
+        columns = list(zip(*entries, strict=True))
+        rows.append([name, str(len(entries)), *(_spread(columns[i]) for i in kept)])
+    return rows
 
 
 def _shared(entry: dict[str, Any]) -> dict[str, Any]:
@@ -48,12 +81,12 @@ def legend(comparison: dict[str, Any]) -> list[str]:
         "activations": "correlation of codes",
     }[told["by"]]
     matching = "assigned one to one" if told["matching"] == "assignment" else "mutual nearest"
-    kind = list(comparison["pairs"][0]["chance"])[-1].replace("_", " ")
+    chance = CHANCE[list(comparison["pairs"][0]["chance"])[-1]]
     lines = [
         f"similarity: {similarity}; mean max: mean over latents of the largest one to the other dictionary, "
         "→ from A, ← from B; adjusted: (mean max - chance) / (1 - chance)",
         f"mutual: share of latents that are each other's nearest; shared: {matching} and above "
-        f"{told['threshold']:g}; shares are of the smaller dictionary; chance: {kind} in place of B",
+        f"{told['threshold']:g}; shares are of the smaller dictionary; chance: {chance}",
     ]
     if told["acts"]:
         lines.append(
@@ -68,12 +101,18 @@ def table(comparison: dict[str, Any]) -> str:
     for title in ("A", "B", "latents"):
         shown.add_column(title, no_wrap=True, justify="right" if title == "latents" else "left")
     for title in COLUMNS:
-        shown.add_column(title, justify="right")
+        shown.add_column(title, justify="right", no_wrap=True)
     for entry in comparison["pairs"]:
         shown.add_row(entry["a"], entry["b"], _sizes(entry), *cells(entry))
-    width = 130 + max(len(entry["a"] + entry["b"]) for entry in comparison["pairs"])
-    console = Console(width=width, no_color=True, record=True, file=io.StringIO())
+    by_difference = Table()
+    for i, title in enumerate(GROUP_COLUMNS):
+        by_difference.add_column(title, no_wrap=True, justify="right" if i else "left")
+    for row in _group_rows(comparison):
+        by_difference.add_row(*row)
+    console = Console(width=400, no_color=True, record=True, file=io.StringIO())
     console.print(shown)
+    if len(comparison["pairs"]) > 1:
+        console.print(by_difference)
     return "\n".join([console.export_text().rstrip(), *legend(comparison)])
 
 
@@ -87,9 +126,10 @@ def write_html(path: Path, comparison: dict[str, Any]) -> None:
     sections = [
         "<h1>saemill comparison</h1>",
         f"<ul class='notes'>{''.join(f'<li>{html.escape(line)}</li>' for line in legend(comparison))}</ul>",
+        _groups_table(comparison),
         _table(comparison),
         _matrix(comparison),
-        "<h2>Distributions</h2><p>Left: similarities of the latents matched one to one, and (grey) those that "
+        "<h2>Distributions</h2><p>Left: similarities of latents matched one to one, and (grey) those that "
         "chance gives. Right: the share of latents above each threshold.</p>",
         "<div class='grid'>",
         *(_figure(entry) for entry in comparison["pairs"]),
@@ -98,14 +138,23 @@ def write_html(path: Path, comparison: dict[str, Any]) -> None:
     write_page(path, "saemill comparison", sections)
 
 
+def _groups_table(comparison: dict[str, Any]) -> str:
+    if len(comparison["pairs"]) < 2:
+        return ""
+    head = "".join(f"<th>{title}</th>" for title in GROUP_COLUMNS)
+    rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in _group_rows(comparison))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<h2>By what two SAEs differ in: mean (range)</h2><table><tr>{head}</tr>{body}</table>"
+
+
 def _table(comparison: dict[str, Any]) -> str:
     head = "".join(f"<th>{title}</th>" for title in ("A", "B", "latents", *COLUMNS))
     rows = []
     for entry in comparison["pairs"]:
-        names = "".join(f"<td class='name'>{html.escape(entry[side])}</td>" for side in ("a", "b"))
+        names = "".join(f"<td class='name text'>{html.escape(entry[side])}</td>" for side in ("a", "b"))
         figures = "".join(f"<td>{cell}</td>" for cell in (_sizes(entry), *cells(entry)))
         rows.append(f"<tr>{names}{figures}</tr>")
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f"<h2>Every pair</h2><table style='font-size:82%'><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def _matrix(comparison: dict[str, Any]) -> str:
@@ -113,7 +162,7 @@ def _matrix(comparison: dict[str, Any]) -> str:
     names = [dictionary["name"] for dictionary in comparison["dictionaries"]]
     if len(names) < 3:
         return ""
-    size, left = 44, 8 + 7 * max(map(len, names))
+    size, left = 44, 30 + 7 * max(map(len, names))
     shared = {(e["a"], e["b"]): _shared(e)["share_above"] for e in comparison["pairs"]}
     marks = []
     for i, row in enumerate(names):

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.log import progress, say
 from saemill.common.model import choose_device
 from saemill.compare.activations import MIN_FIRINGS, Codes, Stores, correlations, of_pairs
-from saemill.compare.dictionaries import Dictionary, find, pairs
+from saemill.compare.dictionaries import Dictionary, differing, find, pairs
 from saemill.compare.matching import Blocks, cosines
 from saemill.compare.pair import Latents, Matched
 from saemill.compare.random_rows import isotropic, same_covariance
@@ -88,19 +87,13 @@ def run(config: CompareConfig) -> dict[str, Any]:
     every = pairs(dictionaries, any_width=config.by == "activations")
     if config.matching == "assignment":
         _check_sizes(dictionaries, config.assignment_limit or ASSIGNMENT_LIMIT)
-    stores, codes = None, {}
-    if config.acts:
-        stores = Stores(config.acts, config.max_tokens or MAX_TOKENS)
-        stores.check(dictionaries)
-        with progress("encode", len(dictionaries), "SAEs") as advance:
-            for dictionary in dictionaries:
-                codes[dictionary.name] = stores.codes(dictionary, device)
-                advance(1)
+    stores = Stores(config.acts, config.max_tokens or MAX_TOKENS) if config.acts else None
+    codes = _encode(stores, dictionaries, device) if stores else {}
     entries, tables = [], []
     with progress("compare", len(every), "pairs") as advance:
         for a, b in every:
             matched = _match(config, a, b, codes, device)
-            entry = matched.entry(config.threshold)
+            entry = matched.entry(config.threshold) | {"differs_in": differing(a, b)}
             if codes:
                 entry["correlation_of_matched"] = _correlation(matched, codes)
             entries.append(entry)
@@ -112,7 +105,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
         "n_tokens": stores.n_tokens if stores else None,
         "dictionaries": [_describe(dictionary) for dictionary in dictionaries],
         "pairs": entries,
-        "notes": _notes(dictionaries, config),
+        "notes": _notes(every, config.by),
         "versions": {name: version(name) for name in ("saemill", "torch", "scipy")},
     }
     say(table(comparison))
@@ -133,10 +126,21 @@ def _check_sizes(dictionaries: list[Dictionary], limit: int) -> None:
     n = largest.num_latents
     if n > limit:
         raise ConfigError(
-            f"{largest.name} has {n:,} latents: an assignment of as many needs {8 * n * n / 1e9:,.1f} GB, and "
+            f"{largest.name} has {n:,} latents: an assignment of as many takes {8 * n * n / 1e9:,.1f} GB and "
             f"time that grows with their cube. Say --matching nearest for nearest latents alone, or "
             f"--assignment-limit {n} if memory and time are there"
         )
+
+
+def _encode(stores: Stores, dictionaries: list[Dictionary], device: torch.device) -> dict[str, Codes]:
+    """Every SAE's codes on the stores' tokens, by its name."""
+    stores.check(dictionaries)
+    codes = {}
+    with progress("encode", len(dictionaries), "SAEs") as advance:
+        for dictionary in dictionaries:
+            codes[dictionary.name] = stores.codes(dictionary, device)
+            advance(1)
+    return codes
 
 
 def _match(
@@ -149,7 +153,7 @@ def _match(
             codes[d.name].standardised(part.numbers) for d, part in zip((a, b), latents, strict=True)
         )
         shifted = codes[b.name].shifted().standardised(latents[1].numbers)
-        blocks, chance = correlations(of_a, of_b), {"other_tokens": correlations(of_a, shifted)}
+        blocks, chance = correlations(of_a, of_b), {"shifted_tokens": correlations(of_a, shifted)}
     else:
         a_FD, b_FD = (
             d.rows(config.by, device)[torch.from_numpy(part.numbers).to(device)]
@@ -194,16 +198,22 @@ def _describe(dictionary: Dictionary) -> dict[str, Any]:
     }
 
 
-def _notes(dictionaries: list[Dictionary], config: CompareConfig) -> list[str]:
+def _notes(every: list[tuple[Dictionary, Dictionary]], by: str) -> list[str]:
     """What the reader should know of the pairs."""
-    notes = []
-    for key, what in (("model_fingerprint", "models"), ("site", "sites")):
-        told = [dictionary.provenance.get(key) for dictionary in dictionaries]
-        if any(a != b for a, b in pairwise(told)) and config.by != "activations":
-            notes.append(
-                f"the dictionaries are of different {what}: a direction of one "
-                "need not mean the same in another; --by activations compares what latents do"
-            )
+    notes = [
+        f"some pairs differ in the {key}: a direction need not mean the same in both; "
+        "--by activations compares what latents do"
+        for key in ("model", "site")
+        if by != "activations" and any(key in differing(a, b) for a, b in every)
+    ]
+    of_one_seed = [
+        (a, b) for a, b in every if a.traits().get("seed") is not None and "seed" not in differing(a, b)
+    ]
+    if of_one_seed:
+        notes.append(
+            "SAEs of one seed began from the same directions, and share latents for that reason too: "
+            "compare sources, sites and settings by pairs that differ in the seed as well"
+        )
     return notes
 
 

@@ -23,6 +23,8 @@ from saemill.generate.dataset import Parts, rows_of, trimmed, write
 from saemill.generate.sampling import Frame, frame_of, sample, uniforms
 
 FORMAT = "saemill samples 1"
+EMPTY_SAMPLES = 100
+"""A model none of whose first samples has a token will not fill a dataset."""
 MANIFEST = "manifest.yaml"
 """Not JSON, so that `saemill tokenize` takes the whole folder, where all data files are parquet."""
 
@@ -216,9 +218,9 @@ def _fill(
                 raise Interrupted(
                     f"stopped with {counted(parts.n_samples, 'sample')} of {name}; the same command continues"
                 ) from None
-            if not any(ids):
-                raise DataError(f"{n} samples of {name} in a row are empty: it puts EOS first")
             parts.add(rows_of(ids, parts.n_samples, source.decode))
+            if parts.n_tokens == 0 and parts.n_samples >= EMPTY_SAMPLES:
+                raise DataError(f"{parts.n_samples} samples of {name} are all empty: it puts EOS first")
             advance(n if unit == "samples" else sum(map(len, ids)))
 
 
@@ -231,6 +233,8 @@ def _finish(
 ) -> dict[str, Any]:
     """Cut all datasets to one number of tokens, and let the output appear."""
     n_tokens = config.tokens_per_dataset or min(part.n_tokens for part in parts.values())
+    if n_tokens == 0:
+        raise DataError(f"all samples of a model are empty; remove {partial} and ask for more samples")
     finished = partial / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     datasets = []
