@@ -91,8 +91,15 @@ def test_every_pair_is_cached_once_and_trained_over_all_seeds(file: Path, cached
         assert (out / entry["folder"] / "report.html").exists()
         compared = json.loads((out / entry["folder"] / "comparison.json").read_text())
         assert len(compared["pairs"]) == 6  # of 2 sources × 2 seeds
-        assert 0 <= entry["shared_over_seeds"] <= 1
-        assert 0 <= entry["shared_over_sources"] <= 1
+        for name, n_pairs in (("seeds", 2), ("sources_and_seeds", 2), ("sources", 2)):
+            of_kind = [
+                pair["assignment"]["share_above"]
+                for pair in compared["pairs"]
+                if (pair["a"].split("/")[0] != pair["b"].split("/")[0], pair["a"][-2:] != pair["b"][-2:])
+                == ("sources" in name, "seeds" in name)
+            ]
+            assert len(of_kind) == n_pairs
+            np.testing.assert_allclose(entry["shared"][name], np.mean(of_kind))
 
 
 def test_a_done_pair_stays_done_when_its_stores_are_deleted(file: Path, cached: list[str]) -> None:

@@ -17,8 +17,13 @@ from saemill.compare.run import CompareConfig
 from saemill.compare.run import run as compare
 
 METRICS = ("fvu", "delta_ce", "loss_recovered", "dead_fraction")
-LIKENESS = "share_above"
-"""Share of latents whose mutual nearest is more alike than `CompareConfig.threshold`."""
+OVER = {
+    "seeds": ("seed",),
+    "sources_and_seeds": ("dataset", "seed"),
+    "sources": ("dataset",),
+}
+"""In what two SAEs differ. Those of one seed begin alike, so what a source changes is told by the second
+beside the first, not by the third."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +105,29 @@ def _compare(out: Path, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         folder = Path("compare") / f"{target}-{site}-k{k}-f{num_latents}"
         config = CompareConfig(saes=tuple(out / name for name in saes), out=out / folder)
         found = compare(config)["pairs"]
-        alike: dict[str, list[float]] = {"seeds": [], "sources": []}
-        for pair in found:
-            of_one_run = Path(pair["a"]).parent == Path(pair["b"]).parent
-            alike["seeds" if of_one_run else "sources"].append(pair["mutual_nearest"][LIKENESS])
+        shared = {over: _shared(found, over) for over in OVER}
         told.append(
             {
                 "target": target, "site": site, "k": k, "num_latents": num_latents, "folder": str(folder),
-                "threshold": config.threshold,
-                **{f"shared_over_{name}": mean(values) if values else None for name, values in alike.items()},
+                "threshold": config.threshold, "shared": shared,
             }
         )  # fmt: skip
     return told
+
+
+def _shared(pairs: list[dict[str, Any]], over: str) -> float | None:
+    """Mean share of latents that are shared, of pairs that differ in the source, the seed or both alone."""
+    sources, seeds = ("dataset" in OVER[over], "seed" in OVER[over])
+    values = [
+        pair["assignment"]["share_above"]
+        for pair in pairs
+        if (_sources_differ(pair), "seed" in pair["differs_in"]) == (sources, seeds)
+    ]
+    return mean(values) if values else None
+
+
+def _sources_differ(pair: dict[str, Any]) -> bool:
+    return Path(pair["a"]).parent != Path(pair["b"]).parent
 
 
 def _text(found: dict[str, Any]) -> str:
@@ -124,11 +140,11 @@ def _text(found: dict[str, Any]) -> str:
     if found["comparisons"]:
         threshold = found["comparisons"][0]["threshold"]
         alike = Table(
-            "target", "site", "k", "latents", "over seeds", "over sources", "report",
-            title=f"share of latents that are mutual nearest with a cosine above {threshold:g}",
+            "target", "site", "k", "latents", *(f"other {name.replace('_', ' ')}" for name in OVER), "report",
+            title=f"share of latents whose match has a cosine above {threshold:g}",
         )  # fmt: skip
         for entry in found["comparisons"]:
-            shares = (entry["shared_over_seeds"], entry["shared_over_sources"])
+            shares = entry["shared"].values()
             alike.add_row(
                 entry["target"], entry["site"], str(entry["k"]), f"{entry['num_latents']:,}",
                 *("–" if share is None else f"{share:.1%}" for share in shares),
