@@ -123,7 +123,8 @@ class Spliced:
 
     def _begin(self, arguments: dict[str, Any]) -> None:
         """A forward pass begins."""
-        self._arguments, self._found = arguments, None
+        self._arguments = {name: value for name, value in arguments.items() if value is not None}
+        self._found = None
 
     def _change(self, x_BSD: Tensor) -> Tensor:
         self._check(x_BSD)
@@ -142,7 +143,9 @@ class Spliced:
 
     def _check(self, x: Any) -> None:
         """Refuse an activation that the SAE is not made for."""
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3:
+        given = self._arguments.get("input_ids", self._arguments.get("inputs_embeds"))
+        shape = tuple(given.shape[:2]) if given is not None else None
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3 or x.shape[:2] != shape:
             raise ConfigError(f"{self.site} does not give one vector per token; name another module")
         if x.shape[-1] != (width := self.sae.config.d_in):
             raise ConfigError(
