@@ -435,6 +435,27 @@ def test_a_block_that_fails_or_runs_nothing(models: dict[str, Any]) -> None:
         assert spliced.top_acts.shape == (2, 9, K)
 
 
+def test_the_model_with_its_head_or_its_base(models: dict[str, Any]) -> None:
+    """Oracle: the activations on their own; OPT with a head calls only its base model's decoder."""
+    config = transformers.OPTConfig(
+        vocab_size=8192, hidden_size=D, word_embed_proj_dim=D, num_hidden_layers=2, num_attention_heads=2,
+        ffn_dim=64, max_position_embeddings=64,
+    )  # fmt: skip
+    opt, sae = transformers.AutoModelForCausalLM.from_config(config).eval(), make_sae(left_out=LEFT_OUT)
+    keep = (torch.arange(17) > 0) & (IDS[0, 4] != IDS)
+    with torch.no_grad():
+        for model, site in ((opt, "decoder.layers.0"), (models["neox"], "layers.0")):
+            x_BSD = at(model, site, lambda model=model: model(IDS))
+            codes = sae.encode(x_BSD)
+            for called in (model, model.base_model):
+                with splice(model, site, sae) as spliced:
+                    called(IDS)
+                assert torch.equal(spliced.top_acts, codes.top_acts)
+                assert torch.equal(spliced.where, keep)
+        with pytest.raises(ConfigError, match="as a whole"), splice(model, "layers.0", sae):
+            model.base_model.layers[0](x_BSD, position_embeddings=model.base_model.rotary_emb(x_BSD, IDS))
+
+
 def test_a_module_that_runs_twice_is_refused() -> None:
     """Oracle: ALBERT, whose layers are one module."""
     config = transformers.AlbertConfig(

@@ -46,7 +46,9 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(name, os.environ.get(name, ""))  # put back at the end
     text = printed(execute(tmp_path))
     counts = r"^tutorial-run/tokens: .*$|rows of 256, .* padded"
-    assert re.findall(counts, text, re.M) == re.findall(counts, printed(nbformat.read(NOTEBOOK, 4)), re.M) != []
+    assert (
+        re.findall(counts, text, re.M) == re.findall(counts, printed(nbformat.read(NOTEBOOK, 4)), re.M) != []
+    )
     assert (tmp_path / "tutorial-run" / "for-saelens" / "sae_weights.safetensors").is_file()
 
 

@@ -69,17 +69,18 @@ def splice(
     name = _find_site(base, site, sae)
     edits = _edits(edit, sae)
     spliced = Spliced(sae, edits, keep_error, _trained_on(sae) if where is None else where, name)
-    signature = inspect.signature(base.forward)
 
-    def begin(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        spliced._begin(signature.bind_partial(*arguments, **named).arguments)
+    def begin(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        spliced._begin(inspect.signature(module.forward).bind_partial(*arguments, **named).arguments)
 
-    handle = base.register_forward_pre_hook(begin, with_kwargs=True)
+    # Either may be called, and not every model with a head calls its base model as a whole (OPT's).
+    handles = [called.register_forward_pre_hook(begin, with_kwargs=True) for called in {model, base}]
     try:
         with replacing(base.get_submodule(name), spliced._change):
             yield spliced
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     spliced._fired()
 
 
@@ -144,8 +145,10 @@ class Spliced:
     def _check(self, x: Any) -> None:
         """Refuse an activation that the SAE is not made for."""
         given = self._arguments.get("input_ids", self._arguments.get("inputs_embeds"))
-        shape = tuple(given.shape[:2]) if given is not None else None
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3 or x.shape[:2] != shape:
+        if given is None:
+            raise ConfigError("call the model as a whole, with input_ids or inputs_embeds, not a part of it")
+        tokens = given.shape[:2]
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3 or x.shape[:2] != tokens:
             raise ConfigError(f"{self.site} does not give one vector per token; name another module")
         if x.shape[-1] != (width := self.sae.config.d_in):
             raise ConfigError(
