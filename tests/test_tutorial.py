@@ -22,9 +22,14 @@ def execute(folder: Path) -> Any:
     notebook: Any = nbformat.read(NOTEBOOK, as_version=4)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["PYTHONPATH"] = str(ROOT)
-    NotebookClient(
-        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": folder}}
-    ).execute()
+    client = NotebookClient(
+        notebook,
+        timeout=1200,
+        kernel_name="python3",
+        coalesce_streams=True,
+        resources={"metadata": {"path": folder}},
+    )
+    client.execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
         if cell.cell_type == "code":
