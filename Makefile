@@ -16,7 +16,7 @@ FREE := torch\|triton
 endif
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench bench-pipeline bench-others clean
+.PHONY: demo test tutorial bench bench-pipeline bench-others clean
 
 demo: $(VENV)/ready
 	$(BIN)/saemill demo -o demo-run
@@ -26,6 +26,10 @@ test: $(VENV)/ready $(VENV)-peers/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	SAEMILL_PEERS=$(abspath $(VENV)-peers) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+# docs/tutorial.ipynb run anew, with its outputs.
+tutorial: $(VENV)/ready
+	$(BIN)/python tests/test_tutorial.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pipeline import Pipeline
 from stores import make_store, make_tokens
 
+from saemill import splice
 from saemill.assess import run as assess_run
 from saemill.assess.controls import controls
 from saemill.assess.evalset import EvalSet
@@ -405,6 +406,10 @@ def test_losses_equal_a_model_patched_by_hand(causal: Pipeline) -> None:
     assert metrics["loss_recovered"]["value"] == pytest.approx(recovered, rel=1e-2)
     assert assessment["data"]["n_tokens_with_losses"] == int(counted.sum())
     assert assessment["data"]["identity_splice_nats"] == {causal.site: 0.0}
+    with torch.no_grad(), splice(model, None, sae, keep_error=False) as spliced:
+        logits = model(ids).logits
+    assert torch.equal(spliced.where, keep)  # the SAE tells where its training looked
+    torch.testing.assert_close(logits[:, :-1].log_softmax(-1)[counted], log_probs["ce_spliced"])
 
 
 def test_outputs_are_complete_and_strict_json(causal: Pipeline) -> None:

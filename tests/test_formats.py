@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_sae import make_sae
 from typer.testing import CliRunner
 
-from saemill import Sae, SaeConfig, cli
+from saemill import Sae, SaeConfig, cli, splice
 from saemill.common import formats
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.formats.hooks import Hook
@@ -99,8 +99,7 @@ def test_exported_saes_compute_the_same_in_each_tool(tmp_path: Path) -> None:
 
 
 def test_spliced_by_saelens_the_model_loses_the_same(tmp_path: Path) -> None:
-    """Oracle: SAELens, which loads the model that the config names and puts the SAE at its hook_name; here
-    a hook of torch on the site does it."""
+    """Oracle: SAELens, which loads the model that the config names and puts the SAE at its hook_name."""
     require_peers()
     x_TD = real_activations()
     sae = sae_for(x_TD, 300, 16)
@@ -113,8 +112,8 @@ def test_spliced_by_saelens_the_model_loses_the_same(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     with torch.no_grad():
         bare = model(input_ids=ids, labels=ids).loss
-        model.base_model.layers[2].register_forward_hook(lambda _m, _i, output: sae(output).reconstruction)
-        spliced = model(input_ids=ids, labels=ids).loss
+        with splice(model, "layers.2", sae, keep_error=False):
+            spliced = model(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "l.npy")), torch.stack([bare, spliced]))
     assert spliced > bare + 0.01
 

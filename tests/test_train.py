@@ -147,6 +147,7 @@ def test_metrics_agree_with_the_saved_sae(store: ActivationStore, tmp_path: Path
     torch.testing.assert_close(norms, torch.ones_like(norms))
     told = {name: sae.config.provenance[name] for name in ("site", "dataset", "ctx_len", "prepend_bos")}
     assert told == {"site": "a", "dataset": "test", "ctx_len": store.ctx_len, "prepend_bos": False}
+    assert sae.config.provenance["left_out"] == {"first_positions": 1, "token_ids": [0]}
 
 
 def test_two_sites_and_explicit_variants_equal_single_runs(store: ActivationStore, tmp_path: Path) -> None:

@@ -25,6 +25,10 @@ class MaskConfig:
         if self.first_positions < 0:
             raise ConfigError(f"first_positions must be 0 or more, got {self.first_positions}")
 
+    def ids(self, special_ids: tuple[int, ...]) -> list[int]:
+        """The token ids left out, those of a tokenizer's special tokens included."""
+        return sorted({*self.token_ids, *(special_ids if self.special_tokens else ())})
+
     def keep(self, tokens_RS: NDArray[Any], special_ids: tuple[int, ...]) -> NDArray[np.bool_]:
         """Which positions count.
 
@@ -34,7 +38,6 @@ class MaskConfig:
 
         Returns: bool [R, S].
         """
-        ids = sorted({*self.token_ids, *(special_ids if self.special_tokens else ())})
-        keep_RS = ~np.isin(tokens_RS, ids)
+        keep_RS = ~np.isin(tokens_RS, self.ids(special_ids))
         keep_RS[:, : self.first_positions] = False
         return keep_RS

@@ -15,7 +15,7 @@ from saemill.common import durable
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
 from saemill.common.log import counted
-from saemill.common.sites import block_names, first_output, load_model_config
+from saemill.common.sites import block_names, first_output, load_model_config, replacing
 from saemill.common.tokens import TokenizerInfo
 
 Head = Literal["causal", "masked"]
@@ -153,16 +153,14 @@ class LanguageModel:
     def splice(self, site: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """While the block runs, the activation x_RSD at `site` is replaced by `edit(x_RSD)`."""
 
-        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-            changed = edit(first_output(output))
-            if not isinstance(output, tuple):
-                return changed
-            self.tuple_sites.add(site)
-            return (changed, *output[1:])
+        def note(_module: Any, _inputs: Any, output: Any) -> None:
+            if isinstance(output, tuple):
+                self.tuple_sites.add(site)
 
-        handle = self.modules[site].register_forward_hook(hook)
+        handle = self.modules[site].register_forward_hook(note)
         try:
-            yield
+            with replacing(self.modules[site], edit):
+                yield
         finally:
             handle.remove()
 

@@ -8,11 +8,14 @@ output of its MLP. `residual.4` may be written for the residual stream after blo
 import copy
 import fnmatch
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError
@@ -120,6 +123,22 @@ def block_names(model: Any) -> list[str]:
 def first_output(output: Any) -> Any:
     """A module's activation: its output, or the first part of an output with several."""
     return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def replacing(module: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, the module's activation x is replaced by `change(x)`; the rest of an output
+    with several parts stays."""
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        changed = change(first_output(output))
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _output_widths(model: Any) -> dict[str, int]:

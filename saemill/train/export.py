@@ -64,6 +64,7 @@ def export(
 
 def save_banks(out: Path, trainer: Trainer, store: ActivationStore, names: set[str]) -> None:
     """Write the SAEs of these variants as they are now, each from its team's first process."""
+    mask = trainer.loader.mask
     for bank in trainer.banks:
         for i, variant in enumerate(bank.variants):
             if variant.name not in names:
@@ -77,6 +78,10 @@ def save_banks(out: Path, trainer: Trainer, store: ActivationStore, names: set[s
                 "dataset": store.tokens.manifest["source"]["name"],
                 "ctx_len": store.ctx_len,
                 "prepend_bos": bool(store.tokens.tokenizer.prefix_ids),
+                "left_out": {
+                    "first_positions": mask.first_positions,
+                    "token_ids": mask.ids(store.tokens.tokenizer.special_ids),
+                },
                 "model_fingerprint": store.settings["model_fingerprint"],
                 "acts_fingerprint": store.fingerprint,
                 "tokens_trained": trainer.step * trainer.loader.batch_tokens,

@@ -60,7 +60,7 @@ class Loader:
         buffer_tokens: int,
         seed: int,
     ) -> None:
-        self.store = store
+        self.store, self.mask = store, mask
         self.every_site = {name: store.site(name) for name in sites}
         self.sites = self.every_site
         self.batch_tokens, self.seed = batch_tokens, seed
