@@ -1,0 +1,91 @@
+"""Follow a run while it trains: the lines of metrics.jsonl, and how each variant ended."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from saemill.common import durable
+from saemill.common.wandb.runs import Runs
+
+POLL_SECONDS = 0.5
+
+Record = dict[str, Any]
+"""A line of metrics.jsonl."""
+
+
+class End(Protocol):
+    """Whether the stage that writes the folder has ended."""
+
+    word: str | None
+    """How it ended; none while it runs."""
+
+
+def follow(folder: Path, end: End) -> None:
+    """Log every line of `metrics.jsonl` that is due, until the training has ended and all are read."""
+    runs = Runs(folder)
+    last: Record = {"variants": {}}
+    for record in records(folder / "metrics.jsonl", end):
+        if stopped := [name for name in last["variants"] if name not in record["variants"]]:
+            runs.log(last)
+            for name in stopped:
+                end_variant(folder, runs, name, "finished")
+        if record["step"] % runs.told["log_frequency"] == 0:
+            runs.log(record)
+        last = record
+    if last["variants"]:
+        runs.log(last)
+    for name in list(runs.open):
+        end_variant(folder, runs, name, end.word or "lost")
+
+
+def catch_up(folder: Path, runs: Runs) -> None:
+    """Log what wandb did not take while the run was trained."""
+    names = [name for name in runs.told["runs"] if name not in runs.ended]
+    for line in (folder / "metrics.jsonl").read_text().splitlines() if names else ():
+        runs.log(json.loads(line))
+    for name in names:
+        end_variant(folder, runs, name, "finished")
+
+
+def records(path: Path, end: End) -> Iterator[Record]:
+    """The lines of a file that is being written, until `end` has a word and all are read."""
+    with path.open() as file:
+        partial = ""
+        while True:
+            last = end.word is not None
+            while line := file.readline():
+                partial += line
+                if partial.endswith("\n"):
+                    yield json.loads(partial)
+                    partial = ""
+            if last:
+                return
+            time.sleep(POLL_SECONDS)
+
+
+def end_variant(folder: Path, runs: Runs, name: str, word: str) -> None:
+    """End a variant's run, with its state: trained, stopped, diverged, or what became of all."""
+    if name not in runs.open:
+        return
+    if word != "finished":
+        runs.end(name, word, is_last=False, state=word)
+        return
+    provenance = durable.read_json(folder / name / "cfg.json")["saemill"]
+    stopped = _stopped(folder).get(name)
+    found: dict[str, Any] = {"state": "trained" if stopped is None else "stopped", **(stopped or {})}
+    if provenance["diverged_at_step"] is not None:
+        found |= {"state": "diverged", "diverged_at_step": provenance["diverged_at_step"]}
+    runs.end(name, "diverged" if found["state"] == "diverged" else word, is_last=True, **found)
+
+
+def _stopped(folder: Path) -> dict[str, dict[str, Any]]:
+    """What halving says of the variants that it stopped."""
+    path = folder / "halving.json"
+    looks = durable.read_json(path) if path.exists() else []
+    return {
+        name: {"stopped_at_step": look["step"], "stopped_value": values["value"], "best_then": values["best"]}
+        for look in looks
+        for name, values in look["stopped"].items()
+    }
