@@ -72,12 +72,17 @@ def end_variant(folder: Path, runs: Runs, name: str, word: str) -> None:
     if word != "finished":
         runs.end(name, word, is_last=False, state=word)
         return
-    provenance = durable.read_json(folder / name / "cfg.json")["saemill"]
-    stopped = _stopped(folder).get(name)
-    found: dict[str, Any] = {"state": "trained" if stopped is None else "stopped", **(stopped or {})}
-    if provenance["diverged_at_step"] is not None:
-        found |= {"state": "diverged", "diverged_at_step": provenance["diverged_at_step"]}
+    found = state(folder, name)
     runs.end(name, "diverged" if found["state"] == "diverged" else word, is_last=True, **found)
+
+
+def state(folder: Path, name: str) -> dict[str, Any]:
+    """How a variant whose SAE is written ended."""
+    provenance = durable.read_json(folder / name / "cfg.json")["saemill"]
+    if provenance["diverged_at_step"] is not None:
+        return {"state": "diverged", "diverged_at_step": provenance["diverged_at_step"]}
+    stopped = _stopped(folder).get(name)
+    return {"state": "trained"} if stopped is None else {"state": "stopped", **stopped}
 
 
 def _stopped(folder: Path) -> dict[str, dict[str, Any]]:
