@@ -332,6 +332,8 @@ def test_an_assessment_goes_to_the_runs_of_its_variants(acts: Path, tmp_path: Pa
         assert assessed.summary["assess/fvu_lo"] == entry["metrics"]["fvu"]["lo"]
         assert assessed.summary["assess/verdict"] == entry["verdict"]
         assert assessed.summary["assess/place"] == place + 1
+        last = expected(lines(out)[-1], entry["name"])  # sync keeps what the last process wrote
+        assert assessed.summary.items() >= {**last, "state": "trained"}.items()
         (row,) = assessed.history
         assert row["_step"] == row["tokens"] + 1 == entry["tokens_trained"] + 1
         assert sum(row["assess/log10_density/values"]) == 128

@@ -1,5 +1,6 @@
 """What `saemill assess` wrote, to wandb: each variant's summary and density, and one table of all."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from saemill.common import durable
-from saemill.common.wandb.follow import catch_up
+from saemill.common.wandb.follow import catch_up, state
 from saemill.common.wandb.process import RECORD, new_id
-from saemill.common.wandb.runs import Runs, log_artifact, start
+from saemill.common.wandb.runs import Runs, log_artifact, start, values
 
 N_BINS = 64
 """Of the histograms of density."""
@@ -27,19 +28,44 @@ def log_assessment(folder: Path, out: Path) -> None:
     prefix = "assess" if out == folder else out.name
     assessment = durable.read_json(out / "final_assessment.json")
     runs = Runs(folder)
+    known = runs.told["assessments"]
+    known[prefix] = {"id": known[prefix]["id"] if prefix in known else new_id(), "folder": str(out)}
+    durable.write_json(folder / RECORD, runs.told)
     catch_up(folder, runs)
     densities = _densities(out / "latents.parquet")
-    for place, entry in enumerate(assessment["variants"]):
-        run = runs.run(entry["name"])
-        run.summary.update({f"{prefix}/{key}": value for key, value in _summary(entry, place + 1).items()})
-        if entry["name"] in densities:
-            histogram = _histogram(densities[entry["name"]], assessment["data"]["n_tokens"])
+    summaries = _summaries(folder, known)
+    for name, summary in summaries.items():
+        run = runs.run(name)
+        run.summary.update(summary)
+        if name in densities:
+            histogram = _histogram(densities[name], assessment["data"]["n_tokens"])
             # A step after training's last, which is the x of the chart all the same.
-            shown = {f"{prefix}/log10_density": histogram, "tokens": entry["tokens_trained"]}
-            run.log(shown, step=max(run.starting_step, entry["tokens_trained"] + 1))
-    for run in runs.open.values():
-        run.finish()
+            shown = {f"{prefix}/log10_density": histogram, "tokens": summary["tokens"]}
+            run.log(shown, step=max(run.starting_step, summary["tokens"] + 1))
+    for name, run in runs.open.items():
+        run.finish(exit_code=int(summaries[name]["state"] == "diverged"))
     _log_table(folder, out, prefix, assessment, runs.told)
+
+
+def _summaries(folder: Path, known: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
+    """Each variant's whole summary: how training ended, and all that was assessed.
+
+    Where a run is offline, `wandb sync` leaves of its summary what the last process wrote.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name in record["variants"]:
+            found[name] = values(record, name)
+    for name, summary in found.items():
+        summary |= state(folder, name)
+    for prefix, entry in known.items():
+        path = Path(entry["folder"]) / "final_assessment.json"
+        variants = durable.read_json(path)["variants"] if path.exists() else []
+        for place, variant in enumerate(variants):
+            for key, value in _summary(variant, place + 1).items():
+                found[variant["name"]][f"{prefix}/{key}"] = value
+    return found
 
 
 def _summary(entry: dict[str, Any], place: int) -> dict[str, Any]:
@@ -77,13 +103,9 @@ def _log_table(
     """A run of the group for the assessment as a whole: the table of variants, and the page."""
     import wandb
 
-    known = told["assessments"]
-    if prefix not in known:
-        known[prefix] = new_id()
-        durable.write_json(folder / RECORD, told)
     name = "assessment" if prefix == "assess" else f"assessment {prefix}"
     config = {key: assessment[key] for key in ("data", "thresholds", "versions")}
-    run = start(folder, told, name, known[prefix], "assess", config, quiet=True)
+    run = start(folder, told, name, told["assessments"][prefix]["id"], "assess", config, quiet=True)
     run.summary["best_variant"] = assessment["best_variant"]
     page = wandb.Html(str(out / "report.html"), inject=False)
     run.log({f"{prefix}/variants": _table(assessment), f"{prefix}/report": page})

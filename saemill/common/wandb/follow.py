@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +23,27 @@ class End(Protocol):
 
 
 def follow(folder: Path, end: End) -> None:
-    """Log every line of `metrics.jsonl` that is due, until the training has ended and all are read."""
+    """Log `metrics.jsonl` until the training has ended and all is read."""
     runs = Runs(folder)
+    log_due(folder, runs, records(folder / "metrics.jsonl", end))
+    for name in list(runs.open):
+        end_variant(folder, runs, name, end.word or "lost")
+
+
+def catch_up(folder: Path, runs: Runs) -> None:
+    """Log what wandb did not take while the run was trained, if there is such."""
+    missing = [name for name in runs.told["runs"] if name not in runs.ended]
+    if missing:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        log_due(folder, runs, map(json.loads, lines))
+    for name in missing:
+        end_variant(folder, runs, name, "finished")
+
+
+def log_due(folder: Path, runs: Runs, found: Iterable[Record]) -> None:
+    """Log the records that are due, and each variant's last; end the runs of those that were stopped."""
     last: Record = {"variants": {}}
-    for record in records(folder / "metrics.jsonl", end):
+    for record in found:
         if stopped := [name for name in last["variants"] if name not in record["variants"]]:
             runs.log(last)
             for name in stopped:
@@ -36,17 +53,6 @@ def follow(folder: Path, end: End) -> None:
         last = record
     if last["variants"]:
         runs.log(last)
-    for name in list(runs.open):
-        end_variant(folder, runs, name, end.word or "lost")
-
-
-def catch_up(folder: Path, runs: Runs) -> None:
-    """Log what wandb did not take while the run was trained."""
-    names = [name for name in runs.told["runs"] if name not in runs.ended]
-    for line in (folder / "metrics.jsonl").read_text().splitlines() if names else ():
-        runs.log(json.loads(line))
-    for name in names:
-        end_variant(folder, runs, name, "finished")
 
 
 def records(path: Path, end: End) -> Iterator[Record]:
@@ -72,12 +78,17 @@ def end_variant(folder: Path, runs: Runs, name: str, word: str) -> None:
     if word != "finished":
         runs.end(name, word, is_last=False, state=word)
         return
-    provenance = durable.read_json(folder / name / "cfg.json")["saemill"]
-    stopped = _stopped(folder).get(name)
-    found: dict[str, Any] = {"state": "trained" if stopped is None else "stopped", **(stopped or {})}
-    if provenance["diverged_at_step"] is not None:
-        found |= {"state": "diverged", "diverged_at_step": provenance["diverged_at_step"]}
+    found = state(folder, name)
     runs.end(name, "diverged" if found["state"] == "diverged" else word, is_last=True, **found)
+
+
+def state(folder: Path, name: str) -> dict[str, Any]:
+    """How a variant whose SAE is written ended."""
+    provenance = durable.read_json(folder / name / "cfg.json")["saemill"]
+    if provenance["diverged_at_step"] is not None:
+        return {"state": "diverged", "diverged_at_step": provenance["diverged_at_step"]}
+    stopped = _stopped(folder).get(name)
+    return {"state": "trained"} if stopped is None else {"state": "stopped", **stopped}
 
 
 def _stopped(folder: Path) -> dict[str, dict[str, Any]]:

@@ -51,7 +51,8 @@ def check() -> None:
     except subprocess.TimeoutExpired:
         return  # the process that logs will tell
     if done.returncode:
-        raise ConfigError(done.stdout.strip() or done.stderr.strip())
+        why = done.stderr.strip().rpartition("\n")[2]
+        raise ConfigError(done.stdout.strip() or f"wandb does not start: {why}; leave out --log-to-wandb")
 
 
 def write_record(folder: Path, settings: Mapping[str, Any], configs: Mapping[str, Any]) -> None:

@@ -47,14 +47,12 @@ class Runs:
 
     def log(self, record: dict[str, Any]) -> None:
         """Log a line of metrics.jsonl to the variants in it, but for what their runs have already."""
-        shared = {key: value for key, value in record.items() if key != "variants"}
-        for name, metrics in record["variants"].items():
+        for name in record["variants"]:
             if name in self.ended:
                 continue
             run = self.run(name)
             if record["tokens"] >= self._next_tokens[name]:
-                known = {key: value for key, value in metrics.items() if value is not None}
-                run.log({**shared, **known}, step=record["tokens"])
+                run.log(values(record, name), step=record["tokens"])
                 self._next_tokens[name] = record["tokens"] + 1
         self.logged_tokens = max(self.logged_tokens, record["tokens"])
         self._note()
@@ -89,6 +87,12 @@ class Runs:
     def _log_sae(self, run: Any, name: str) -> None:
         sae = self.folder / name
         log_artifact(run, f"{self.told['group']}-{name}", "sae", [sae / "cfg.json", sae / "sae.safetensors"])
+
+
+def values(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """A variant's part of a line of metrics.jsonl; what it has no value of is left out."""
+    flat = {key: value for key, value in record.items() if key != "variants"} | record["variants"][name]
+    return {key: value for key, value in flat.items() if value is not None}
 
 
 def start(
