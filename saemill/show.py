@@ -15,7 +15,7 @@ def describe(path: Path) -> str:
     Raises:
         StoreError: the folder is none of them, or is damaged.
     """
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind == "run":
         return _describe_run(path)
     if kind == "activation store":
@@ -25,7 +25,7 @@ def describe(path: Path) -> str:
     raise StoreError(f"{path} is no token store, activation store or run that saemill made{_hint(path)}")
 
 
-def _kind(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
     """What saemill made of a folder; a part of a store or run, or anything else, is None."""
     if (path / "identity.json").exists():
         return "run"
@@ -46,7 +46,7 @@ def _hint(path: Path) -> str:
         return f": it is one site of {path.parent}; name that"
     if (path / "cfg.json").exists():
         return f": it is one SAE of {path.parent}; name that"
-    inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and _kind(folder))
+    inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and kind_of(folder))
     return f"; did you mean {', '.join(inside)}?" if inside else ""
 
 
@@ -120,7 +120,7 @@ def problems(path: Path) -> list[str]:
     Raises:
         StoreError: the folder is neither.
     """
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind == "token store":
         return _token_problems(path)
     if kind != "activation store":

@@ -172,8 +172,10 @@ class ActivationStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the content: settings and tokens."""
-        return durable.hash_json([self.settings, self.tokens.fingerprint])
+        """Identifies the content: settings and tokens. A store that was published with names in place of
+        paths kept the one it had, so that SAEs trained on it still know it."""
+        kept: str | None = self.settings.get("fingerprint")
+        return kept or durable.hash_json([self.settings, self.tokens.fingerprint])
 
     def site(self, name: str) -> "SiteArray":
         """A finished site's array.
