@@ -11,7 +11,7 @@ import yaml
 
 from saemill.common import durable
 
-ABSOLUTE = re.compile(r"/.|~|[A-Za-z]:[\\/]|\\\\")
+ABSOLUTE = re.compile(r"/.|~|file:|[A-Za-z]:[\\/]|\\\\")
 
 
 class Names:
@@ -24,8 +24,10 @@ class Names:
 
     def __init__(self, *documents: Any) -> None:
         paths = {text for text in _texts(documents) if ABSOLUTE.match(text)}
-        longest_first = sorted(paths, key=len, reverse=True)
+        longest_first = sorted(paths | {html.escape(path) for path in paths}, key=len, reverse=True)
         self._names = {path: PurePath(path.replace("\\", "/")).name or "folder" for path in longest_first}
+        choice = "|".join(map(re.escape, longest_first))
+        self._paths = re.compile(rf"(?<![\w.])(?:{choice})(?![\w-])" if choice else r"(?!)")
 
     def of(self, value: Any) -> Any:
         """A JSON or YAML value with names in place of the paths."""
@@ -36,19 +38,14 @@ class Names:
         return self.in_text(value) if isinstance(value, str) else value
 
     def in_text(self, text: str) -> str:
-        """A text with names in place of the paths."""
-        for path, name in self._names.items():
-            text = text.replace(path, name)
-        return text
+        """A text or HTML with names in place of the paths."""
+        return self._paths.sub(lambda found: self._names[found[0]], text)
 
     def content(self, file: Path) -> bytes:
-        """A JSON, YAML or HTML file's content as it is uploaded; byte for byte its own if no path is in it."""
+        """A JSON, YAML or HTML file as it is uploaded; byte for byte the same if no path is in it."""
         raw = file.read_bytes()
         if file.suffix == ".html":
-            text = raw.decode()
-            for path, name in self._names.items():
-                text = text.replace(html.escape(path), html.escape(name)).replace(path, html.escape(name))
-            return text.encode()
+            return self.in_text(raw.decode()).encode()
         value = yaml.safe_load(raw) if file.suffix == ".yaml" else durable.read_json(file)
         named = self.of(value)
         if named == value:

@@ -9,7 +9,6 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from saemill.common import hub
-from saemill.common.config import nearest
 from saemill.common.errors import StoreError
 from saemill.common.formats import dictionary_learning, saelens, sparsify
 
@@ -57,16 +56,18 @@ def _files(place: dict[str, str]) -> list[str]:
 
 def _choose(files: Collection[str], path: str, address: str) -> PurePosixPath:
     """The folder of the SAE that is meant: at `path`, or the only one below it."""
+    from huggingface_hub import is_offline_mode
+
     folders = sorted({PurePosixPath(f).parent for f in files if PurePosixPath(f).name in WEIGHTS})
-    asked = PurePosixPath(path)
-    if asked in folders:
-        return asked
-    below = [folder for folder in folders if folder.is_relative_to(asked)]
+    below = [folder for folder in folders if folder.is_relative_to(path)]
+    if PurePosixPath(path) in folders:
+        return PurePosixPath(path)
     if len(below) == 1:
         return below[0]
+    names = ", ".join(map(str, (below or folders)[:8])) + (", …" if len(below or folders) > 8 else "")
+    if below:
+        raise StoreError(f"{address} holds {len(below)} SAEs; name one after the repository: {names}")
     if not folders:
         raise StoreError(f"{address} holds no SAE: there is no {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}")
-    if below:
-        shown = ", ".join(map(str, below[:8])) + (", …" if len(below) > 8 else "")
-        raise StoreError(f"{address} holds {len(below)} SAEs; name one after the repository: {shown}")
-    raise StoreError(f"{address} holds no SAE; {nearest(path, map(str, folders[:50]))}")
+    known = "downloaded before" if is_offline_mode() else "there are"
+    raise StoreError(f"{address} holds no SAE; {known}: {names}")
