@@ -28,8 +28,9 @@ Files = dict[str, bytes]
 class Refused(Exception):
     """An answer other than 200, with the headers that tell the client why."""
 
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+    def __init__(self, status: int, code: str = "", message: str = "", content: bytes = b"{}") -> None:
         self.status, self.headers = status, {"X-Error-Code": code, "X-Error-Message": message}
+        self.content = content
 
 
 @dataclass
@@ -121,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             content, headers = self._route(split.path.strip("/").split("/"))
             status = 200
         except Refused as refused:
-            content, headers, status = b"{}", refused.headers, refused.status
+            content, headers, status = refused.content, refused.headers, refused.status
         self.send_response(status)
         for name, value in ({"Content-Type": "application/json"} | headers).items():
             self.send_header(name, value)
@@ -169,12 +170,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._check_may_write()
         asked = json.loads(self.body)
         kind, repo = asked["type"] + "s", f"{asked['organization']}/{asked['name']}"
+        prefix = "datasets/" if kind == "datasets" else ""
+        told = json.dumps({"url": f"{self.hub.endpoint}/{prefix}{repo}"}).encode()
         if (kind, repo) in self.hub.repos:
-            raise Refused(409, message="You already created this model repo")
+            raise Refused(409, message="You already created this repo", content=told)
         made = self.hub.repos[kind, repo] = Repo(asked.get("private") or asked.get("visibility") == "private")
         made.commit("main", {".gitattributes": b""})
-        prefix = "datasets/" if kind == "datasets" else ""
-        return json.dumps({"url": f"{self.hub.endpoint}/{prefix}{repo}"}).encode(), {}
+        return told, {}
 
     def _branch(self, kind: str, repo: str, rest: list[str]) -> dict[str, Any]:
         held = self._repo(kind, repo, write=True)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, SaemillError
 
 SCHEME = "hf://"
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -77,6 +77,8 @@ def asking(repo: str) -> Iterator[None]:
 
     try:
         yield
+    except SaemillError:
+        raise
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         raise ConfigError(
             f"{repo} is not, or not whole, among what was downloaded, and the hub is not asked: it cannot be "
@@ -99,6 +101,9 @@ def asking(repo: str) -> Iterator[None]:
             f"{repo}: the hub cannot be reached ({type(error).__name__}); try again, or set HF_HUB_OFFLINE=1 "
             "to use what was downloaded before"
         ) from error
+    except RuntimeError as error:  # an upload or a download that stopped has no class of its own
+        told = re.sub(r"[?]\S*", "", str(error))
+        raise ConfigError(f"{repo}: {told} What arrived is kept: run the command again") from error
 
 
 def _refusal(error: Any) -> str:
@@ -109,4 +114,4 @@ def _refusal(error: Any) -> str:
         return f"the hub does not know your token{said}; {LOG_IN} anew"
     if status == 403:
         return f"your token does not allow this{said}; it needs write access: {LOG_IN} with one that has it"
-    return f"the hub answered with status {status}{said}; what arrived is kept, run the command again"
+    return f"the hub answered with status {status}{said}; what arrived is kept: run the command again"

@@ -54,7 +54,7 @@ def model_card(
         _variants(saes, finished, assessment),
         *(_how_measured(assessment) if assessment else ()),
         "## Load",
-        _load(repo, next(iter(saes))),
+        _load(repo, _best(saes, assessment)),
         "## Recipe",
         _recipe(saes, finished, told),
         "The settings that decide the result, as `saemill train` takes them (also in `config.yaml`); what is "
@@ -135,11 +135,17 @@ def _how_measured(assessment: Mapping[str, Any]) -> list[str]:
         "FVU is the share of variance that is not reconstructed; ΔCE what splicing the SAE into the model "
         "costs it; loss recovered compares that with zeros in place of the activations; dead are latents "
         f"active on fewer than {data['dead_percentage_threshold']:.2%} of the tokens. The verdict counts the "
-        f"checks passed: loss recovered at least {limits['min_loss_recovered']:g}, L0 {limits['min_l0']:g} to "
-        f"{limits['max_l0']:g}, dead at most {limits['max_dead_fraction']:g}, absorption at most "
-        f"{limits['max_absorption']:g} or what random directions show. More is in `report.html` and "
-        "`final_assessment.json`.",
+        f"checks passed: loss recovered at least {limits['min_loss_recovered']:g}, L0 "
+        f"{limits['min_l0']:g} to {limits['max_l0']:g}, dead at most {limits['max_dead_fraction']:g}, "
+        f"absorption at most {limits['max_absorption']:g} or what random directions show. More is in "
+        "`report.html` and `final_assessment.json`.",
     ]
+
+
+def _best(saes: Mapping[str, Mapping[str, Any]], assessment: Mapping[str, Any] | None) -> str:
+    """The variant that the examples load."""
+    order = [entry["name"] for entry in assessment["variants"]] if assessment else []
+    return next(name for name in [*order, *saes] if name in saes)
 
 
 def _load(repo: str, variant: str) -> str:
@@ -169,8 +175,10 @@ def _load(repo: str, variant: str) -> str:
             ),
             code(
                 "python",
-                "from sae_lens import SAE\n\n"
-                'sae = SAE.load_from_disk("for-saelens")\n\n'
+                'from sae_lens import SAE\n\nsae = SAE.load_from_disk("for-saelens")',
+            ),
+            code(
+                "python",
                 "from dictionary_learning.utils import load_dictionary\n\n"
                 'sae, config = load_dictionary("for-dictionary-learning", device="cpu")',
             ),
@@ -186,7 +194,8 @@ def _recipe(
     mask = finished["mask"]
     masked = ["special tokens"] if mask["special_tokens"] else []
     if mask["first_positions"]:
-        masked.append(f"the first {counted(mask['first_positions'], 'position')} of each row")
+        n = mask["first_positions"]
+        masked.append(f"the first {f'{n} positions' if n > 1 else 'position'} of each row")
     masked += [f"token {token}" for token in mask["token_ids"]]
     lines = [
         ["model", f"`{told['model']}`" + (f" at revision `{told['revision']}`" if told["revision"] else "")],

@@ -6,7 +6,7 @@ from typing import Any
 
 from saemill.common import durable, hub
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.log import counted, say
+from saemill.common.log import say
 from saemill.common.sae import Sae
 from saemill.show import describe, kind_of, problems
 
