@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from saemill.common import durable
+from saemill.common import durable, hub
 from saemill.common.activations import REPAIR, ActivationStore
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
@@ -27,6 +27,7 @@ def describe(path: Path) -> str:
 
 def kind_of(path: Path) -> str | None:
     """What saemill made of a folder; a part of a store or run, or anything else, is None."""
+    hub.check_here(path)
     if (path / "identity.json").exists():
         return "run"
     if (path / "commits").exists():

@@ -179,6 +179,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_that_names_offline_mode(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: a port that nobody listens at."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub tries again, ever later
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"cannot be reached .*HF_HUB_OFFLINE=1"):
         Sae.load("hf://user/saes/a")

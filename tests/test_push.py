@@ -71,7 +71,8 @@ def metadata(card: bytes) -> dict[str, Any]:
 def test_a_pushed_run_is_pulled_as_it_was(made: Pipeline, hub: Hub, tmp_path: Path) -> None:
     """Oracle: the run's own SAEs, bit by bit; the list of what belongs to a run, without its checkpoint."""
     told = call("push", made.out, "user/saes")
-    assert told.startswith("hf://user/saes: 10 files")
+    assert ": 10 files, " in told
+    assert told.endswith("hf://user/saes is there\n")
     assert sorted(hub.files("user/saes")) == sorted([".gitattributes", *OF_A_RUN, *SAE_FILES])
     assert hub.messages == ["Upload run with saemill: files", "Upload run with saemill"]
     call("pull", "user/saes", "-o", tmp_path / "run")
@@ -106,7 +107,7 @@ def test_a_pulled_run_is_assessed_on_its_pulled_activations(made: Pipeline, hub:
 def test_a_pushed_store_is_pulled_byte_for_byte(kind: str, made: Pipeline, hub: Hub, tmp_path: Path) -> None:
     """Oracle: the store's own files; those that named a path of this machine differ in that alone."""
     path = {"acts": made.acts, "tokens": made.tokens}[kind]
-    assert call("push", path, f"user/{kind}").startswith(f"hf://datasets/user/{kind}: ")
+    assert call("push", path, f"user/{kind}").endswith(f"hf://datasets/user/{kind} is there\n")
     told = call("pull", f"user/{kind}", "-o", tmp_path / kind)
     files = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()}
     found = {str(f.relative_to(tmp_path / kind)) for f in (tmp_path / kind).rglob("*") if f.is_file()}
@@ -189,6 +190,30 @@ def test_hub_ids_become_metadata_of_the_card(made: Pipeline, hub: Hub, tmp_path:
     assert metadata(card)["base_model"] == "EleutherAI/pythia-160m"
     assert metadata(card)["datasets"] == ["monology/pile"]
     assert b"`EleutherAI/pythia-160m` at revision `step3000`" in card
+
+
+def test_metadata_added_on_the_hub_outlives_a_push(made: Pipeline, hub: Hub) -> None:
+    """Oracle: the fields, one of the hub's page, one of the card's own; the text is written anew."""
+    call("push", made.out, "user/saes")
+    pushed = hub.files("user/saes")["README.md"]
+    edited = pushed.decode().replace("tags:", "license: mit\ntags:").replace("# Sparse", "# My sparse")
+    hub.files("user/saes")["README.md"] = edited.encode()
+    call("push", made.out, "user/saes")
+    again = hub.files("user/saes")["README.md"]
+    assert metadata(again) == metadata(pushed) | {"license": "mit"}
+    assert again.decode().split("---\n", 2)[2] == pushed.decode().split("---\n", 2)[2]
+
+
+def test_stores_are_not_read_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    """Oracle: the message, which names the command that fetches them; the requests, none."""
+    for arguments in (["show"], ["verify"], ["train", "--site", "a", "-o", "x"], ["cache", "--model", "m",
+                      "--layers", "0", "-o", "x"]):  # fmt: skip
+        with pytest.raises(ConfigError, match="`saemill pull datasets/user/acts -o FOLDER`"):
+            call(arguments[0], "hf://datasets/user/acts", *arguments[1:])
+    for store in (ActivationStore, TokenStore):
+        with pytest.raises(ConfigError, match="`saemill pull user/acts -o FOLDER`"):
+            store("hf://user/acts")
+    assert hub.asked == []
 
 
 def test_a_run_that_was_not_assessed_says_so(made: Pipeline, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """To and from the Hugging Face hub: push, pull."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ def push(
     """
     from saemill.hub.push import push as upload
 
+    _no_bars_in_logs()
     upload(
         path,
         repo,
@@ -55,4 +57,13 @@ def pull(
     """
     from saemill.hub.pull import pull as download
 
+    _no_bars_in_logs()
     download(repo, out)
+
+
+def _no_bars_in_logs() -> None:
+    """huggingface_hub draws its bars wherever stderr goes."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()

@@ -26,7 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saemill.common import durable
+from saemill.common import durable, hub
 from saemill.common.errors import StoreError
 from saemill.common.mask import MaskConfig
 from saemill.common.permutation import inverse, permutation
@@ -130,6 +130,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         StoreError: there is none, or one of another format.
     """
+    hub.check_here(path)
     try:
         settings: dict[str, Any] = durable.read_json(path / "zarr.json")["attributes"]["saemill"]
     except (FileNotFoundError, KeyError):

@@ -64,6 +64,17 @@ def parse(address: str) -> Any:
     return uri
 
 
+def check_here(path: Path) -> None:
+    """Refuse an address on the hub, which pathlib writes `hf:/…`, where a store or a run is read.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if str(path).startswith("hf:"):
+        place = str(path).removeprefix("hf:").strip("/")
+        raise ConfigError(f"stores and runs are read here: fetch it with `saemill pull {place} -o FOLDER`")
+
+
 @contextmanager
 def asking(repo: str) -> Iterator[None]:
     """While the block runs, what the hub refuses becomes an error that says how to repair it.
@@ -101,9 +112,9 @@ def asking(repo: str) -> Iterator[None]:
             f"{repo}: the hub cannot be reached ({type(error).__name__}); try again, or set HF_HUB_OFFLINE=1 "
             "to use what was downloaded before"
         ) from error
-    except RuntimeError as error:  # an upload or a download that stopped has no class of its own
-        told = re.sub(r"[?]\S*", "", str(error))
-        raise ConfigError(f"{repo}: {told} What arrived is kept: run the command again") from error
+    except (RuntimeError, ValueError) as error:  # what stops an upload or a download has no class of its own
+        told = re.sub(r"[?]\S*", "", str(error)).rstrip(".")
+        raise ConfigError(f"{repo}: {told}; what arrived is kept: run the command again") from error
 
 
 def _refusal(error: Any) -> str:

@@ -70,6 +70,13 @@ def front_matter(fields: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(known, sort_keys=False)}---"
 
 
+def keep_metadata(card: str, there: Mapping[str, Any]) -> str:
+    """A card with the fields of another's metadata that it has not itself."""
+    _, known, text = card.split("---\n", 2)
+    fields = yaml.safe_load(known)
+    return f"{front_matter(fields | {k: v for k, v in there.items() if k not in fields})}\n{text}"
+
+
 def code(language: str, text: str) -> str:
     """A block of code."""
     return f"```{language}\n{text.rstrip()}\n```"

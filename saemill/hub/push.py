@@ -1,7 +1,7 @@
 """`saemill push`: a run as a model repository, a store as a dataset repository."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -13,7 +13,7 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.formats.sparsify import WEIGHTS
 from saemill.common.log import counted, say
 from saemill.common.tokens import TokenStore
-from saemill.hub.card import model_card
+from saemill.hub.card import keep_metadata, model_card
 from saemill.hub.names import Names, as_json
 from saemill.hub.store_card import activations_card, tokens_card
 from saemill.show import kind_of, problems
@@ -79,12 +79,13 @@ def push(
         return
     _check_may_push()
     with hub.asking(repo):
-        _open(upload, repo, private, revision)
+        upload = _open(upload, repo, private, revision)
     if upload.repo_type == "dataset" and (found := problems(path)):
         raise StoreError("\n".join(found))
+    say(f"{path} to {upload.repo_type} {repo}: {_total(upload)}")
     with hub.asking(repo):
-        url = _send(upload, repo, revision, message or f"Upload {path.absolute().name} with saemill")
-    say(f"{url}: {_total(upload)}")
+        address = _send(upload, repo, revision, message or f"Upload {path.absolute().name} with saemill")
+    say(f"{address} is there")
 
 
 def _plan(path: Path, repo: str, variants: Sequence[str]) -> Upload:
@@ -186,9 +187,12 @@ def _check_may_push() -> None:
         raise ConfigError(f"pushing needs a token of the hub with write access; {hub.LOG_IN}")
 
 
-def _open(upload: Upload, repo: str, private: bool, revision: str | None) -> None:
-    """Make the repository and the branch where they are not there; refuse one that holds something else."""
-    from huggingface_hub import HfApi
+def _open(upload: Upload, repo: str, private: bool, revision: str | None) -> Upload:
+    """Make the repository and the branch where they are not there; refuse one that holds something else.
+
+    Returns: what to upload, the card with metadata that someone added there, such as a license.
+    """
+    from huggingface_hub import HfApi, metadata_load
 
     api, there = HfApi(), {"repo_id": repo, "repo_type": upload.repo_type}
     api.create_repo(**there, private=private or None, exist_ok=True)
@@ -205,6 +209,11 @@ def _open(upload: Upload, repo: str, private: bool, revision: str | None) -> Non
             f"{', …' if len(stale) > 5 else ''}. Push these as well, delete them there, or name another "
             "repository or --revision"
         )
+    if CARD not in files:
+        return upload
+    added = metadata_load(api.hf_hub_download(**there, revision=revision, filename=CARD)) or {}
+    card = keep_metadata(upload.written[CARD].decode(), added)
+    return replace(upload, written={**upload.written, CARD: card.encode()})
 
 
 def _send(upload: Upload, repo: str, revision: str | None, message: str) -> str:
