@@ -151,7 +151,7 @@ def _how_measured(assessment: Mapping[str, Any]) -> list[str]:
 
 def _best(saes: Mapping[str, Mapping[str, Any]], assessment: Mapping[str, Any] | None) -> str:
     """The variant that the examples load."""
-    order = [entry["name"] for entry in assessment["variants"]] if assessment else []
+    order: list[str] = [entry["name"] for entry in assessment["variants"]] if assessment else []
     return next(name for name in [*order, *saes] if name in saes)
 
 
