@@ -22,7 +22,7 @@ def describe(path: Path) -> str:
         return _describe_activations(ActivationStore(path))
     if kind == "token store":
         return _describe_tokens(TokenStore(path))
-    raise StoreError(f"{path} is no token store, activation store or run that saemill made{_hint(path)}")
+    raise StoreError(f"{path} is no token store, activation store or run that saemill made{hint(path)}")
 
 
 def kind_of(path: Path) -> str | None:
@@ -37,7 +37,7 @@ def kind_of(path: Path) -> str | None:
     return "activation store" if (path / "zarr.json").exists() else None
 
 
-def _hint(path: Path) -> str:
+def hint(path: Path) -> str:
     """What a wrong path is instead, and which one may be meant."""
     if not path.exists():
         return ": there is no such folder"
@@ -125,7 +125,7 @@ def problems(path: Path) -> list[str]:
     if kind == "token store":
         return _token_problems(path)
     if kind != "activation store":
-        raise StoreError(f"{path} is no finished token store or activation store{_hint(path)}")
+        raise StoreError(f"{path} is no finished token store or activation store{hint(path)}")
     found = _token_problems(path / "tokens")
     if found:
         return [*found, REPAIR]

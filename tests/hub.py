@@ -61,6 +61,7 @@ class Hub:
         self.large: Files = {}
         self.asked: list[tuple[str, str]] = []
         self.messages: list[str] = []
+        self.lock = threading.Lock()
         self.n_uploads_left = self.n_downloads_left = 10**9
         """After so many large files, or downloads, all are refused."""
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -225,12 +226,18 @@ class _Handler(BaseHTTPRequestHandler):
         return json.dumps({"transfer": "basic", "objects": objects}).encode()
 
     def _put_large(self, oid: str) -> tuple[bytes, dict[str, str]]:
-        self.hub.n_uploads_left -= 1
-        if self.hub.n_uploads_left < 0:
-            raise Refused(400)
+        self._count("n_uploads_left")
         assert _sha256(self.body) == oid
         self.hub.large[oid] = self.body
         return b"", {}
+
+    def _count(self, name: str) -> None:
+        """One more upload or download; refused after the last."""
+        with self.hub.lock:
+            left = getattr(self.hub, name)
+            setattr(self.hub, name, left - 1)
+        if left <= 0:
+            raise Refused(400)
 
     def _commit(self, kind: str, repo: str, rest: list[str]) -> dict[str, Any]:
         held = self._repo(kind, repo, write=True)
@@ -255,9 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in held.commits[sha]:
             raise Refused(404, "EntryNotFound")
         if self.command == "GET":
-            self.hub.n_downloads_left -= 1
-            if self.hub.n_downloads_left < 0:
-                raise Refused(400)
+            self._count("n_downloads_left")
         content = held.commits[sha][name]
         tag = _sha256(content) if len(content) >= LFS_BYTES else _git_id(content)
         return content, {"ETag": f'"{tag}"', "X-Repo-Commit": sha, "Content-Type": "application/octet-stream"}

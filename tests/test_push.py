@@ -225,6 +225,11 @@ def test_a_run_that_was_not_assessed_says_so(made: Pipeline, tmp_path: Path) -> 
     assert "**Not assessed.**" in told
     assert "report.html" not in told
     assert [line for line in told.splitlines() if line.endswith("| trained to the end |")]
+    finished = durable.read_json(run / "finished.json")
+    durable.write_json(run / "finished.json", finished | {"diverged": {VARIANTS[0]: 7}})
+    told = call("push", run, "user/saes", "--dry-run")
+    assert [line for line in told.splitlines() if line.endswith("| diverged at step 7 |")]
+    assert f'Sae.load("hf://user/saes/{VARIANTS[1]}")' in told
 
 
 def test_a_dry_run_asks_nothing_and_lists_what_is_uploaded(made: Pipeline, hub: Hub) -> None:
@@ -264,6 +269,11 @@ def test_a_branch_a_message_and_a_private_repository(made: Pipeline, hub: Hub, t
     assert set(SAE_FILES) <= set(hub.files("user/saes", "wide/2"))
     assert hub.messages[-1] == "Two of them"
     call("pull", "user/saes@wide%2F2", "-o", tmp_path / "run")
+    card = hub.files("user/saes", "wide/2")["README.md"].decode()
+    address = card.split('Sae.load("')[1].split('"')[0]
+    assert address.startswith("hf://user/saes@wide%2F2/")
+    Sae.load(address)
+    assert "load_from_hub" not in card  # sparsify's takes no branch
     hub.put("user/open", {".gitattributes": b""})
     with pytest.raises(ConfigError, match="user/open is there and public"):
         call("push", made.out, "user/open", "--private")
@@ -332,7 +342,8 @@ def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(
     for path, repo, error, message in (
         (run, "user/saes", StoreError, "is unfinished; finish it with `saemill train`"),
         (acts, "user/acts", StoreError, "no site of .* is finished"),
-        (tmp_path, "user/saes", StoreError, "is no run, token store or activation store"),
+        (tmp_path, "user/saes", StoreError, "is no run, token store or activation store .*; did you mean"),
+        (made.out / VARIANTS[0], "user/saes", StoreError, "it is one SAE of .*; name that"),
         (made.out, "saes", ConfigError, "is no place on the hub"),
         (made.out, "user/saes/layers.1", ConfigError, "repo must be user/repo"),
         (made.out, "user/saes@main", ConfigError, "named with --revision"),

@@ -29,7 +29,7 @@ def model_card(
     """The card, as Markdown with YAML before it.
 
     Args:
-        repo: where it will be.
+        repo: where it will be: `user/repo`, or `user/repo@branch`.
         saes: the `cfg.json` of each variant, by name.
         finished, identity: the run's `finished.json` and `identity.json`.
         assessment: its `final_assessment.json`, if there is one.
@@ -54,7 +54,7 @@ def model_card(
         _variants(saes, finished, assessment),
         *(_how_measured(assessment) if assessment else ()),
         "## Load",
-        _load(repo, _best(saes, assessment)),
+        _load(repo, _best(saes, finished, assessment)),
         "## Recipe",
         _recipe(saes, finished, told),
         "The settings that decide the result, as `saemill train` takes them (also in `config.yaml`); what is "
@@ -149,15 +149,21 @@ def _how_measured(assessment: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _best(saes: Mapping[str, Mapping[str, Any]], assessment: Mapping[str, Any] | None) -> str:
-    """The variant that the examples load."""
+def _best(
+    saes: Mapping[str, Mapping[str, Any]], finished: Mapping[str, Any], assessment: Mapping[str, Any] | None
+) -> str:
+    """The variant that the examples load: the best, or one that was trained to the end."""
     order: list[str] = [entry["name"] for entry in assessment["variants"]] if assessment else []
+    order += [name for name in saes if name not in finished["diverged"] | finished["stopped"]]
     return next(name for name in [*order, *saes] if name in saes)
 
 
 def _load(repo: str, variant: str) -> str:
     """How each tool reads one of the SAEs."""
     address = f"hf://{repo}/{variant}"
+    from_hub = f'load_from_hub("{repo}", hookpoint="{variant}")'
+    if "@" in repo:  # it knows no branches
+        from_hub = f'load_from_disk("run/{variant}")  # after `saemill pull {repo} -o run`'
     return "\n\n".join(
         [
             "`x` holds activations [T, D], fp32. With saemill:",
@@ -171,8 +177,7 @@ def _load(repo: str, variant: str) -> str:
             "With sparsify, which has the same layout:",
             code(
                 "python",
-                "from sparsify import SparseCoder\n\n"
-                f'sae = SparseCoder.load_from_hub("{repo}", hookpoint="{variant}")',
+                f"from sparsify import SparseCoder\n\nsae = SparseCoder.{from_hub}",
             ),
             "With SAELens and dictionary_learning, after an export:",
             code(

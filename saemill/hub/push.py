@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
 
@@ -16,7 +17,7 @@ from saemill.common.tokens import TokenStore
 from saemill.hub.card import keep_metadata, model_card
 from saemill.hub.names import Names, as_json
 from saemill.hub.store_card import activations_card, tokens_card
-from saemill.show import kind_of, problems
+from saemill.show import hint, kind_of, problems
 
 CARD = "README.md"
 
@@ -72,9 +73,10 @@ def push(
     uri = hub.parse(hub.SCHEME + repo)
     if uri.path_in_repo or uri.revision or uri.type != "model":
         raise ConfigError(f"repo must be user/repo, got {repo!r}; a branch is named with --revision")
-    upload = _plan(path, repo, variants)
+    place = f"{repo}@{quote(revision, safe='')}" if revision else repo
+    upload = _plan(path, place, variants)
     if dry_run:
-        say(_listing(upload, repo))
+        say(_listing(upload, place))
         say(upload.written[CARD].decode())
         return
     _check_may_push()
@@ -82,24 +84,24 @@ def push(
         upload = _open(upload, repo, private, revision)
     if upload.repo_type == "dataset" and (found := problems(path)):
         raise StoreError("\n".join(found))
-    say(f"{path} to {upload.repo_type} {repo}: {_total(upload)}")
+    say(f"{path} to {upload.repo_type} {place}: {_total(upload)}")
     with hub.asking(repo):
-        address = _send(upload, repo, revision, message or f"Upload {path.absolute().name} with saemill")
-    say(f"{address} is there")
+        _send(upload, repo, revision, message or f"Upload {path.absolute().name} with saemill")
+    say(f"{hub.SCHEME}{'datasets/' if upload.repo_type == 'dataset' else ''}{place} is there")
 
 
-def _plan(path: Path, repo: str, variants: Sequence[str]) -> Upload:
+def _plan(path: Path, place: str, variants: Sequence[str]) -> Upload:
     kind = kind_of(path)
     if kind == "run":
-        return _run(path, repo, variants)
+        return _run(path, place, variants)
     if kind is None:
-        raise StoreError(f"{path} is no run, token store or activation store that saemill made")
+        raise StoreError(f"{path} is no run, token store or activation store that saemill made{hint(path)}")
     if variants:
         raise ConfigError(f"--variant has no effect on the {kind} {path}; leave it out")
-    return _tokens(path, repo) if kind == "token store" else _activations(path, repo)
+    return _tokens(path, place) if kind == "token store" else _activations(path, place)
 
 
-def _run(path: Path, repo: str, chosen: Sequence[str]) -> Upload:
+def _run(path: Path, place: str, chosen: Sequence[str]) -> Upload:
     """A finished run: its SAEs, how they were made and what they were found to be."""
     if not (path / "finished.json").exists():
         raise StoreError(f"the run {path} is unfinished; finish it with `saemill train`")
@@ -123,7 +125,7 @@ def _run(path: Path, repo: str, chosen: Sequence[str]) -> Upload:
     finished = names.of(finished | {"variants": kept})
     assessed = path / "final_assessment.json"
     card = model_card(
-        repo,
+        place,
         names.of(saes),
         finished,
         durable.read_json(path / "identity.json"),
@@ -134,14 +136,14 @@ def _run(path: Path, repo: str, chosen: Sequence[str]) -> Upload:
     return Upload(repo_type="model", folder=path, as_they_are=weights, written=written)
 
 
-def _tokens(path: Path, repo: str) -> Upload:
+def _tokens(path: Path, place: str) -> Upload:
     store = TokenStore(path)
     names = Names(store.manifest)
-    written = _token_files(store, names) | {CARD: tokens_card(repo, store, names).encode()}
+    written = _token_files(store, names) | {CARD: tokens_card(place, store, names).encode()}
     return Upload(repo_type="dataset", folder=path, as_they_are=_token_globs(store), written=written)
 
 
-def _activations(path: Path, repo: str) -> Upload:
+def _activations(path: Path, place: str) -> Upload:
     store = ActivationStore(path)
     if not store.sites:
         raise StoreError(f"no site of {path} is finished; finish one with `saemill cache`")
@@ -155,7 +157,7 @@ def _activations(path: Path, repo: str) -> Upload:
     per_site = ("zarr.json", "manifest.json", "c/*/0", "commits/*.json")
     globs = [f"{site}/{file}" for site in store.sites for file in per_site]
     globs += [f"tokens/{file}" for file in _token_globs(store.tokens)]
-    card = activations_card(repo, store, names).encode()
+    card = activations_card(place, store, names).encode()
     return Upload(repo_type="dataset", folder=path, as_they_are=tuple(globs), written=written | {CARD: card})
 
 
@@ -216,8 +218,8 @@ def _open(upload: Upload, repo: str, private: bool, revision: str | None) -> Upl
     return replace(upload, written={**upload.written, CARD: card.encode()})
 
 
-def _send(upload: Upload, repo: str, revision: str | None, message: str) -> str:
-    """Upload the large files, in one commit or several, then in one what makes them readable; the address."""
+def _send(upload: Upload, repo: str, revision: str | None, message: str) -> None:
+    """Upload the large files, in one commit or several, then in one what makes them readable."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api, there = HfApi(), {"repo_id": repo, "repo_type": upload.repo_type, "revision": revision}
@@ -230,12 +232,11 @@ def _send(upload: Upload, repo: str, revision: str | None, message: str) -> str:
     )
     operations = [CommitOperationAdd(name, content) for name, content in upload.written.items()]
     api.create_commit(**there, operations=operations, commit_message=message)
-    return f"{hub.SCHEME}{'datasets/' if upload.repo_type == 'dataset' else ''}{repo}"
 
 
-def _listing(upload: Upload, repo: str) -> str:
+def _listing(upload: Upload, place: str) -> str:
     lines = [f"{n_bytes:>15,}  {name}" for name, n_bytes in sorted(upload.sizes.items())]
-    return "\n".join([f"to {upload.repo_type} {repo}: {_total(upload)}", *lines, ""])
+    return "\n".join([f"to {upload.repo_type} {place}: {_total(upload)}", *lines, ""])
 
 
 def _total(upload: Upload) -> str:

@@ -14,7 +14,7 @@ def tokens_card(repo: str, store: TokenStore, names: Names) -> str:
     """The card of a token store.
 
     Args:
-        repo: where it will be.
+        repo: where it will be: `user/repo`, or `user/repo@branch`.
         store: what is uploaded.
         names: what stands for this machine's paths.
     """
