@@ -109,8 +109,8 @@ def asking(repo: str) -> Iterator[None]:
         raise ConfigError(f"{repo}: {_refusal(error)}") from error
     except errors.HTTPError as error:
         raise ConfigError(
-            f"{repo}: the hub cannot be reached ({type(error).__name__}); try again, or set HF_HUB_OFFLINE=1 "
-            "to use what was downloaded before"
+            f"{repo}: the hub cannot be reached ({type(error).__name__}); try again. SAEs that were "
+            "downloaded before are loaded with HF_HUB_OFFLINE=1"
         ) from error
     except (RuntimeError, ValueError) as error:  # what stops an upload or a download has no class of its own
         told = re.sub(r"[?]\S*", "", str(error)).rstrip(".")
