@@ -183,8 +183,13 @@ class _Handler(BaseHTTPRequestHandler):
         held = self._repo(kind, repo, write=True)
         if rest[0] in held.branches:
             raise Refused(409, message="Reference already exists")
-        held.branches[rest[0]] = held.resolve("main")
+        held.branches[rest[0]] = held.resolve(json.loads(self.body).get("startingPoint", "main"))
         return {}
+
+    def _commits(self, kind: str, repo: str, rest: list[str]) -> list[dict[str, Any]]:
+        """Newest first; those of all branches, as none is made but from another's first commit."""
+        told = {"title": "", "message": "", "date": "2026-01-01T00:00:00.000Z", "authors": []}
+        return [{"id": sha} | told for sha in reversed(self._repo(kind, repo).commits)]
 
     def _revision(self, kind: str, repo: str, rest: list[str]) -> dict[str, Any]:
         held = self._repo(kind, repo)

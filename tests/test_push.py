@@ -257,6 +257,9 @@ def test_chosen_variants_alone_are_a_run(made: Pipeline, hub: Hub, tmp_path: Pat
     assert set(SAE_FILES) <= set(hub.files("user/saes"))
     with pytest.raises(ConfigError, match=f"user/saes holds more than is pushed now.*{VARIANTS[0]}"):
         call("push", made.out, "user/saes", "--variant", VARIANTS[1])
+    call("push", made.out, "user/saes", "--variant", VARIANTS[1], "--revision", "one")
+    assert Sae.from_pretrained("user/saes", revision="one").config.k == 16
+    assert len(Sae.load(f"hf://user/saes/{VARIANTS[0]}").b_enc) == 128
     with pytest.raises(ConfigError, match=r"no variant 'layers.1-k3'; did you mean"):
         call("push", made.out, "user/saes", "--variant", "layers.1-k3")
 

@@ -82,8 +82,9 @@ def _open(contents: Contents, repo: str, private: bool, revision: str | None) ->
     api.create_repo(**there, private=private or None, exist_ok=True)
     if private and not api.repo_info(**there).private:
         raise ConfigError(f"{repo} is there and public; make it private on its page, or leave --private out")
-    if revision:
-        api.create_branch(**there, branch=revision, exist_ok=True)
+    if revision:  # a new branch begins without what main holds
+        first = api.list_repo_commits(**there)[-1].commit_id
+        api.create_branch(**there, branch=revision, revision=first, exist_ok=True)
     files = api.list_repo_files(**there, revision=revision)
     parts = {file for file in files if Path(file).name in (WEIGHTS, "zarr.json")}
     stale = sorted(parts - set(contents.sizes))
