@@ -22,7 +22,7 @@ from saemill.common.errors import ConfigError
 
 T = TypeVar("T")
 STAGES = ("tokenize", "cache", "train", "assess")
-SECTIONS = (*STAGES, "slurm")
+SECTIONS = (*STAGES, "import-activations", "embed", "slurm")
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
 KINDS = {
     int: "a whole number (4096, 512k, 2M, 1e6)",
