@@ -209,12 +209,11 @@ class ActivationStore:
         """
         if name not in self.sites:
             state = "unfinished" if (self.path / name).is_dir() else "not in the store"
+            finished = ", ".join(self.sites) or "none"
             advice = "Run `saemill cache` with the site to add or finish it."
             if self.settings.get("kind") == EMBEDDINGS:
                 advice = "If it is unfinished, run the command that made the store again."
-            raise StoreError(
-                f"site {name!r} of {self.path} is {state}; finished: {', '.join(self.sites) or 'none'}. {advice}"
-            )
+            raise StoreError(f"site {name!r} of {self.path} is {state}; finished: {finished}. {advice}")
         return SiteArray(self, name)
 
     def read(self, site: str, start: int, stop: int) -> Tensor:
