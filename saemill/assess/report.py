@@ -35,7 +35,8 @@ UNTRAINED = (
 
 LOSSES = """ ΔCE is what splicing the SAE costs the model.
 Loss recovered compares with zero-ablation, a weak baseline; read ΔCE first."""
-PASSAGE_LETTERS = 110
+PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
+"""Of a passage, in a line of the terminal and on the page; the JSON has all of it."""
 
 
 def number(figure: Figure, digits: int = 3) -> str:
@@ -219,8 +220,9 @@ def _contexts(features: dict[str, Any]) -> str:
 def _cells(context: dict[str, Any]) -> str:
     """A token marked between its neighbours, or a passage with its id."""
     if "text" in context:
-        text, id_ = (html.escape(context[part] or "") for part in ("text", "id"))
-        return f"<td class='text'>{id_}</td><td class='text passage'>{text}</td>"
+        text, id_ = (context[part] or "" for part in ("text", "id"))
+        shown = text if len(text) <= PAGE_LETTERS else f"{text[:PAGE_LETTERS]}…"
+        return f"<td class='text'>{html.escape(id_)}</td><td class='text passage'>{html.escape(shown)}</td>"
     before, token, after = (html.escape(context[part]) for part in ("before", "token", "after"))
     return f"<td class='text'>{before}<mark>{token}</mark>{after}</td>"
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from saemill.cli.app import Config, Sets, app, option, resolved
+from saemill.cli.app import Config, Device, Sets, app, option, resolved
 
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Activation store to write.")]
 Normalize = Annotated[bool | None, typer.Option("--normalize", help="Divide each vector by its length.")]
@@ -64,3 +64,42 @@ def import_activations(
     from saemill.embeddings.run import ImportConfig, run
 
     run(resolved(ImportConfig, "import-activations", locals()))
+
+
+@app.command()
+def embed(
+    dataset: Annotated[
+        str | None, typer.Argument(help="Hub id, or file or folder: parquet, jsonl(.gz), csv, arrow, txt.")
+    ] = None,
+    model: Annotated[str | None, option("Hub id or folder of a sentence-transformers model.", "NAME")] = None,
+    out: Out = None,
+    text_column: Annotated[str | None, option("Column that holds the text [text].", "NAME")] = None,
+    id_column: Annotated[str | None, option("Column of ids [id, if there is one].", "NAME")] = None,
+    prompt: Annotated[str | None, option("Put before each text, as some encoders want it.", "TEXT")] = None,
+    normalize: Normalize = None,
+    dtype: Annotated[str | None, option("Stored type: bf16, fp16, fp32 [fp32].", "TYPE")] = None,
+    model_dtype: Annotated[
+        str | None, option("Type the model computes in: bf16, fp16, fp32 [fp32].", "TYPE")
+    ] = None,
+    site: Annotated[str | None, option("What they are called in the store [embedding].", "NAME")] = None,
+    batch_size: Annotated[str | None, option("Texts per forward pass [32].")] = None,
+    device: Device = None,
+    subset: Subset = None,
+    split: Split = None,
+    revision: Revision = None,
+    model_revision: Annotated[str | None, option("The hub model's revision.", "REV")] = None,
+    max_rows: MaxRows = None,
+    held_out_fraction: HeldOut = None,
+    shard_rows: ShardRows = None,
+    config: Config = None,
+    set_: Sets = None,
+) -> None:
+    """Embed texts with an encoder of sentence-transformers, which must be installed.
+
+    The texts are kept beside the vectors. Killed at any moment, the same command continues.
+
+    Example: `saemill embed passages.parquet --model sentence-transformers/all-MiniLM-L6-v2 -o acts`
+    """
+    from saemill.embeddings.embed import EmbedConfig, run
+
+    run(resolved(EmbedConfig, "embed", locals()))
