@@ -191,9 +191,10 @@ def _array_in(stream: IO[bytes], file: Path) -> Matrix:
 def _pt(file: Path, key: str | None) -> Matrix:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # torch.load raises errors of many kinds
+    except Exception as error:  # of many kinds; some advise to run whatever the file says
         raise DataError(
-            f"cannot read {file}: {error}. It may hold a tensor, or a dict of tensors, and no other objects"
+            f"cannot read {file} ({type(error).__name__}): torch.save must have written a tensor or a dict of "
+            "tensors there, and no other objects"
         ) from error
     if isinstance(content, dict):
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
