@@ -127,8 +127,8 @@ class PassageStore:
         """How the held-out passages were chosen."""
         fraction, by = self.manifest["settings"]["held_out_fraction"], self.manifest["hashed"]
         return (
-            f"passages held out when the store was made ({fraction:.0%} of them, chosen by a hash of "
-            f"their {by}); training never saw them"
+            f"those held out when the store was made ({fraction:.0%}, chosen by a hash of their {by}); "
+            "training never saw them"
         )
 
     hint_to_hold_out = "make the store with --held-out-fraction above 0"

@@ -193,8 +193,8 @@ def _pt(file: Path, key: str | None) -> Matrix:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # of many kinds; some advise to run whatever the file says
         raise DataError(
-            f"cannot read {file} ({type(error).__name__}): torch.save must have written a tensor or a dict of "
-            "tensors there, and no other objects"
+            f"cannot read {file} ({type(error).__name__}): it must be what torch.save wrote, a tensor or a "
+            "dict of tensors, and no other objects"
         ) from error
     if isinstance(content, dict):
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
