@@ -98,8 +98,8 @@ def is_dataset(name: str) -> bool:
     path = Path(name)
     if path.exists() or glob.has_magic(name):
         return any((path / file).exists() for file in SAVED)
-    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    return not looks_like_a_path and _suffix(path) not in KINDS
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or _suffix(path) in KINDS
+    return not is_path and ("/" in name or not path.suffix)
 
 
 def find_files(name: str) -> list[Path]:
