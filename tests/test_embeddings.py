@@ -460,18 +460,23 @@ def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert file_hashes(out) == file_hashes(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damaged", ["embedding/c/1/0", "passages/passages.parquet"])
-def test_damage_is_named_refused_and_mended(damaged: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damaged",
+    [["embedding/c/0/0", "embedding/c/2/0"], ["passages/passages.parquet"]],
+    ids=["shards", "texts"],
+)
+def test_damage_is_named_refused_and_mended(damaged: list[str], tmp_path: Path) -> None:
     """Oracle: the store before the damage."""
     with_texts(tmp_path)
     out = tmp_path / "acts"
     taken(tmp_path / "both.parquet", out, shard_rows=16)
     whole = file_hashes(out)
-    content = bytearray((out / damaged).read_bytes())
-    content[40] ^= 1
-    (out / damaged).write_bytes(content)
-    assert any("differs from its hash" in problem for problem in problems(out))
-    (out / damaged).write_bytes(content[:-1])
+    for name in damaged:
+        content = bytearray((out / name).read_bytes())
+        content[40] ^= 1
+        (out / name).write_bytes(content)
+    assert sum("differs from its hash" in problem for problem in problems(out)) == len(damaged)
+    (out / damaged[0]).write_bytes((out / damaged[0]).read_bytes()[:-1])
     with pytest.raises(StoreError, match="damaged"):
         ActivationStore(out).site("embedding")
     taken(tmp_path / "both.parquet", out, shard_rows=16)
