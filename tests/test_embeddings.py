@@ -546,6 +546,15 @@ def test_features_show_the_passages_where_they_fire_most(planted: Path, tmp_path
     assert "<about>" not in page
 
 
+def test_passages_without_texts_are_shown_by_id_or_row() -> None:
+    """Oracle: the formats of the line; an id of the source, or its row."""
+    for id_, shown in (("p7", "[p7] "), (None, "[row 7] ")):
+        context = {"activation": 1.5, "address": 7, "id": id_, "text": None}
+        latent = {"latent": 3, "density": 0.1, "contexts": [context]}
+        features = {"variant": "v", "searched": "all", "unit": "passage", "latents": [latent]}
+        assert contexts_text(features, 1, 1).endswith(f"       1.50  {shown}")
+
+
 def test_figures_are_those_of_the_held_out_passages(planted: Path, tmp_path: Path) -> None:
     """Oracle: FVU by numpy over the held-out rows; no losses, with the reason; planted directions found."""
     assessment = assess(AssessConfig(run=planted / "run", out=tmp_path, device="cpu", n_latents=0))

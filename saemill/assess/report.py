@@ -137,8 +137,7 @@ def _line(context: dict[str, Any]) -> str:
     """A context in one line: a token between its neighbours, or the start of a passage."""
     if "text" in context:
         shown = " ".join((context["text"] or "").split())
-        name = "" if context["id"] is None else f"[{context['id']}] "
-        return f"{name}{shown[:PASSAGE_LETTERS]}{'…' if len(shown) > PASSAGE_LETTERS else ''}"
+        return f"[{_name(context)}] {shown[:PASSAGE_LETTERS]}{'…' if len(shown) > PASSAGE_LETTERS else ''}"
     before, token, after = (" ".join(context[part].split("\n")) for part in ("before", "token", "after"))
     return f"…{before[-48:]}«{token}»{after[:40]}…"
 
@@ -217,12 +216,17 @@ def _contexts(features: dict[str, Any]) -> str:
     return "".join(parts)
 
 
+def _name(passage: dict[str, Any]) -> str:
+    """A passage's id, or its number in the source."""
+    return f"row {passage['address']}" if passage["id"] is None else str(passage["id"])
+
+
 def _cells(context: dict[str, Any]) -> str:
     """A token marked between its neighbours, or a passage with its id."""
     if "text" in context:
-        text, id_ = (context[part] or "" for part in ("text", "id"))
+        text, name = context["text"] or "", html.escape(_name(context))
         shown = text if len(text) <= PAGE_LETTERS else f"{text[:PAGE_LETTERS]}…"
-        return f"<td class='text'>{html.escape(id_)}</td><td class='text passage'>{html.escape(shown)}</td>"
+        return f"<td class='text'>{name}</td><td class='text passage'>{html.escape(shown)}</td>"
     before, token, after = (html.escape(context[part]) for part in ("before", "token", "after"))
     return f"<td class='text'>{before}<mark>{token}</mark>{after}</td>"
 
