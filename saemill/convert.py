@@ -10,11 +10,11 @@ from saemill.common.sae import Sae
 from saemill.common.sites import load_model_config
 
 
-def export(path: Path, name: str, out: Path, model: str | None = None) -> None:
+def export(path: Path | str, name: str, out: Path, model: str | None = None) -> None:
     """Write an SAE as another tool saves it.
 
     Args:
-        path: an SAE's folder.
+        path: an SAE's folder, or hf://user/repo/folder.
         name: the format.
         out: where to; a new or empty folder.
         model: hub id or folder of the model, if not where it was cached from.
@@ -53,11 +53,11 @@ def _hook(site: str | None, model: str | None, revision: str | None) -> Hook | N
     return hook
 
 
-def import_(path: Path, out: Path, model: str | None = None) -> None:
+def import_(path: Path | str, out: Path, model: str | None = None) -> None:
     """Write another tool's SAE as saemill saves its own.
 
     Args:
-        path: a folder of any of the formats.
+        path: a folder of any of the formats, or hf://user/repo/folder.
         out: where to; a new or empty folder.
         model: hub id or folder of the model; its config tells which site the SAE's hook is.
 

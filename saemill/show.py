@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from saemill.common import durable
+from saemill.common import durable, hub
 from saemill.common.activations import EMBEDDINGS, REPAIR, TEXT_FOLDERS, ActivationStore, read_settings
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
@@ -16,18 +16,19 @@ def describe(path: Path) -> str:
     Raises:
         StoreError: the folder is none of them, or is damaged.
     """
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind == "run":
         return _describe_run(path)
     if kind == "activation store":
         return _describe_activations(ActivationStore(path))
     if kind == "token store":
         return _describe_tokens(TokenStore(path))
-    raise StoreError(f"{path} is no token store, activation store or run that saemill made{_hint(path)}")
+    raise StoreError(f"{path} is no token store, activation store or run that saemill made{hint(path)}")
 
 
-def _kind(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
     """What saemill made of a folder; a part of a store or run, or anything else, is None."""
+    hub.check_here(path)
     if (path / "identity.json").exists():
         return "run"
     if (path / "commits").exists() or (path / "passages.parquet").exists():
@@ -37,7 +38,7 @@ def _kind(path: Path) -> str | None:
     return "activation store" if (path / "zarr.json").exists() else None
 
 
-def _hint(path: Path) -> str:
+def hint(path: Path) -> str:
     """What a wrong path is instead, and which one may be meant."""
     if not path.exists():
         return ": there is no such folder"
@@ -49,7 +50,7 @@ def _hint(path: Path) -> str:
         return f": these are the passages of {path.parent}; name that"
     if (path / "cfg.json").exists():
         return f": it is one SAE of {path.parent}; name that"
-    inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and _kind(folder))
+    inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and kind_of(folder))
     return f"; did you mean {', '.join(inside)}?" if inside else ""
 
 
@@ -141,11 +142,11 @@ def problems(path: Path) -> list[str]:
     Raises:
         StoreError: the folder is neither.
     """
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind == "token store":
         return _text_problems(path)
     if kind != "activation store":
-        raise StoreError(f"{path} is no finished token store or activation store{_hint(path)}")
+        raise StoreError(f"{path} is no finished token store or activation store{hint(path)}")
     holds_embeddings = read_settings(path).get("kind") == EMBEDDINGS
     found = _text_problems(path / ("passages" if holds_embeddings else "tokens"))
     if found:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read w
     os.environ["TRITON_INTERPRET"] = "1"
 
 import transformers
+from hub import Hub, take_for_the_hub
 
 from saemill.demo import MODEL
 
@@ -94,3 +96,11 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         model.save_pretrained(folder)
         folders[kind] = str(folder)
     return folders
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine, asked in place of the real one; whoever asks may write."""
+    with Hub() as served:
+        take_for_the_hub(served, tmp_path / "hub-home", monkeypatch)
+        yield served

@@ -33,6 +33,18 @@ def dictionary_learning_sae(folder: Path) -> Any:
     return load_dictionary(str(folder), "cpu")[0]
 
 
+def sparsify_from_hub(place: Path) -> Any:
+    from sparsify import SparseCoder
+
+    return SparseCoder.load_from_hub(str(place.parent), hookpoint=place.name)
+
+
+def saelens_from_hub(place: Path) -> Any:
+    from sae_lens import SAE
+
+    return SAE.from_pretrained(str(place.parent), place.name)
+
+
 def without_their_data() -> None:
     """dictionary_learning imports these for its buffers over models, which are not used here."""
     for name, attribute in (("nnsight", "LanguageModel"), ("zstandard", "ZstdDecompressor")):
@@ -43,6 +55,8 @@ LOAD = {
     "sparsify": sparsify_sae,
     "saelens": saelens_sae,
     "dictionary_learning": dictionary_learning_sae,
+    "sparsify from the hub": sparsify_from_hub,
+    "saelens from the hub": saelens_from_hub,
 }
 
 
@@ -51,14 +65,14 @@ def encode(format: str, folder: str, x: str, out: str) -> None:
     sae = LOAD[format](Path(folder))
     x_TD = torch.from_numpy(np.load(x))
     with torch.no_grad():
-        if format == "sparsify":
+        if format.startswith("sparsify"):
             acts, indices, _ = sae.encode(x_TD)
             latents = torch.zeros(len(x_TD), sae.num_latents).scatter(1, indices, acts)
             reconstruction = sae.decode(acts, indices)
         else:
             latents = sae.encode(x_TD)
             reconstruction = sae.decode(latents)
-        if not getattr(sae.cfg if format == "sparsify" else None, "multi_topk", False):
+        if not getattr(sae.cfg if format.startswith("sparsify") else None, "multi_topk", False):
             assert torch.equal(forward(sae, x_TD), reconstruction)  # multi_topk's forward pass takes 4k
     told = json.dumps(sae.cfg.metadata.to_dict()) if format == "saelens" else ""
     np.savez(out, latents=latents.numpy(), reconstruction=reconstruction.numpy(), told=told)

@@ -24,13 +24,14 @@ def require_peers() -> None:
         pytest.skip(reason)
 
 
-def run_in_peers(folder: Path, *jobs: dict[str, Any]) -> None:
-    """Run jobs of `in_peers.py`, one after another in one process, without a network."""
+def run_in_peers(folder: Path, *jobs: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+    """Run jobs of `in_peers.py`, one after another in one process, without a network or with a hub's
+    environment."""
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs, default=str))
     done = subprocess.run(
         [PYTHON, ROOT / "tests" / "in_peers.py", file],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""} | (environment or {}),
         cwd=folder,
         capture_output=True,
         text=True,

@@ -102,16 +102,25 @@ def test_every_pair_is_cached_once_and_trained_over_all_seeds(file: Path, cached
             np.testing.assert_allclose(entry["shared"][name], np.mean(of_kind))
 
 
-def test_a_done_pair_stays_done_when_its_stores_are_deleted(file: Path, cached: list[str]) -> None:
+def test_a_done_pair_stays_done_when_its_stores_are_deleted(
+    file: Path, cached: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: what is on disk, and that nothing is cached a second time; a new seed is refused, as the
-    pair's run has others."""
+    pair's run has others. Both pairs are in wandb's group of the matrix."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
     changed(file, delete=["tokens", "acts"], compare=False)
+    sections = yaml.safe_load(file.read_text())
+    sections["train"] |= {"log_to_wandb": True, "wandb_project": "studies"}
+    write(file, sections)
     out = run(file, targets=("llama",))
     assert not list((out / "acts").iterdir())
     assert not list((out / "tokens").iterdir())
     assert len(cached) == 2
     missing = json.loads((out / "matrix.json").read_text())["missing"]
     assert missing == ["neox--one", "neox--two"]
+    for name in ("llama--one", "llama--two"):
+        told = json.loads((out / "runs" / name / "wandb.json").read_text())
+        assert (told["project"], told["group"], told["prefix"]) == ("studies", "study", f"{name}/")
     saes = sorted(out.rglob("sae.safetensors"))
     assert len(saes) == 4
     times = [path.stat().st_mtime_ns for path in saes]

@@ -10,11 +10,14 @@ import saemill
 from saemill.assess.run import AssessConfig
 from saemill.cache.run import CacheConfig
 from saemill.common.config import STAGES, build, resolve
+from saemill.pipeline.matrix import MatrixConfig, Source, Target
 from saemill.slurm.settings import SlurmConfig
 from saemill.tokenize.run import TokenizeConfig
 from saemill.train.config import TrainConfig
 
 ROOT = Path(saemill.__file__).parent
+MATRIX = ROOT.parent / "configs" / "matrix.yaml"
+CONFIG_FILES = sorted(set((ROOT.parent / "configs").glob("*.yaml")) - {MATRIX})
 CONFIGS = {"tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig}
 
 
@@ -53,7 +56,27 @@ def test_what_ships_stays_small() -> None:
     assert n_bytes < 12e6
 
 
-@pytest.mark.parametrize("file", sorted((ROOT.parent / "configs").glob("*.yaml")), ids=lambda f: f.stem)
+def test_the_matrix_config_resolves() -> None:
+    """Oracle: the strict loader, for what each pair is made of."""
+    file = MATRIX
+    content = yaml.safe_load(file.read_text())
+    assert set(content) - {"matrix"} == set(STAGES)
+    matrix = build(MatrixConfig, content["matrix"], "matrix")
+    texts = [build(Source, entry, name) for name, entry in matrix.sources.items()]
+    models = [build(Target, entry, name) for name, entry in matrix.targets.items()]
+    assert models
+    assert texts
+    required = {
+        "tokenize": {"dataset": "d", "tokenizer": "t", "out": "o"},
+        "cache": {"tokens": "o", "model": "m", "out": "o", "layers": "0"},
+        "train": {"acts": "o", "out": "o"},
+        "assess": {"run": "o"},
+    }
+    for section, cls in CONFIGS.items():
+        resolve(cls, section, required[section], file)
+
+
+@pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda f: f.stem)
 def test_configs_resolve(file: Path) -> None:
     """Oracle: the strict loader; each stage reads what the one before it writes."""
     content = yaml.safe_load(file.read_text())

@@ -76,10 +76,10 @@ def test_one_run_per_variant_in_a_group(store: ActivationStore, tmp_path: Path) 
         )
     )  # fmt: skip
     found = written(out)
-    assert sorted(found) == sorted(folder.name for folder in folders)
+    assert sorted(found) == sorted(f"r/{folder.name}" for folder in folders)
     due = [line for line in lines(out) if line["step"] in (10, 20, 24)]
     for folder in folders:
-        (part,) = found[folder.name]
+        (part,) = found[f"r/{folder.name}"]
         told = (part.run.project, part.run.entity, part.run.run_group, part.run.job_type)
         assert told == ("p", "me", "sweep", "train")
         assert points(part) == [expected(line, folder.name) for line in due]
@@ -96,7 +96,7 @@ def test_one_run_per_variant_in_a_group(store: ActivationStore, tmp_path: Path) 
         assert part.config["versions"].items() >= provenance["versions"].items()
         assert (part.summary["state"], part.exit_code) == ("trained", 0)
         (artifact,) = part.artifacts
-        assert (artifact.name, artifact.type) == (f"sweep-{folder.name}", "sae")
+        assert (artifact.name, artifact.type) == (f"sweep-r-{folder.name}", "sae")
         assert {file.path for file in artifact.manifest.contents} == {"cfg.json", "sae.safetensors"}
         assert not part.run.git.commit
     command = [sys.executable, "-m", "wandb", "sync", "--dry-run", str(out / "wandb")]

@@ -10,7 +10,7 @@ from saemill.cli.app import app, option
 
 @app.command()
 def export(
-    path: Annotated[Path, typer.Argument(help="An SAE's folder: RUN/VARIANT.")],
+    path: Annotated[str, typer.Argument(help="An SAE's folder: RUN/VARIANT, or hf://user/repo/VARIANT.")],
     format_: Annotated[
         str, typer.Option("--format", metavar="NAME", help="sparsify, saelens or dictionary_learning.")
     ],
@@ -28,7 +28,12 @@ def export(
 
 @app.command("import")
 def import_(
-    path: Annotated[Path, typer.Argument(help="An SAE that sparsify, SAELens or dictionary_learning saved.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="An SAE of sparsify, SAELens or dictionary_learning: a folder, or hf://user/repo/…"
+        ),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, new or empty.")],
     model: Annotated[
         str | None, option("The model it was trained on; its config tells the SAE's site.", "NAME")
@@ -36,7 +41,8 @@ def import_(
 ) -> None:
     """Take over an SAE of another tool.
 
-    Example: `saemill import downloaded/blocks.8.hook_resid_post --model EleutherAI/pythia-160m -o sae`
+    Example: `saemill import downloaded/blocks.8.hook_resid_post --model EleutherAI/pythia-160m -o sae`,
+    `saemill import hf://user/repo/layers.8 -o sae`
     """
     from saemill.convert import import_ as take
 

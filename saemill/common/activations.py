@@ -27,7 +27,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saemill.common import durable
+from saemill.common import durable, hub
 from saemill.common.errors import StoreError
 from saemill.common.mask import MaskConfig
 from saemill.common.passages import PassageStore
@@ -135,6 +135,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         StoreError: there is none, or one of another format.
     """
+    hub.check_here(path)
     try:
         settings: dict[str, Any] = durable.read_json(path / "zarr.json")["attributes"]["saemill"]
     except (FileNotFoundError, KeyError):
@@ -198,8 +199,10 @@ class ActivationStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the content: settings and tokens, or passages."""
-        return durable.hash_json([self.settings, self.text.fingerprint])
+        """Identifies the content: settings and tokens, or passages. A store that was published with names in place of
+        paths kept the one it had, so that SAEs trained on it still know it."""
+        kept: str | None = self.settings.get("fingerprint")
+        return kept or durable.hash_json([self.settings, self.text.fingerprint])
 
     def site(self, name: str) -> "SiteArray":
         """A finished site's array.

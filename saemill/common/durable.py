@@ -130,6 +130,11 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_bytes(content: bytes) -> str:
+    """What `hash_file` says of a file with this content."""
+    return xxhash.xxh3_64_hexdigest(content)
+
+
 def hash_json(value: Any) -> str:
     """xxh3 of a value's JSON text with sorted keys: the fingerprint of settings."""
     return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())

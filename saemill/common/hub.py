@@ -1,10 +1,15 @@
-"""Names of models and tokenizers: a folder on this machine, or an id on the Hugging Face hub."""
+"""The Hugging Face hub: names that may be folders or ids, places in repositories, and what it refuses."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, SaemillError
+
+SCHEME = "hf://"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 @contextmanager
@@ -30,3 +35,94 @@ def loading(what: str, name: str) -> Iterator[None]:
         typo = "/" in name and not path.exists() and path.parent.is_dir()
         why = f"no such folder in {path.parent}, and as a hub id: {error}" if typo else error
         raise ConfigError(f"cannot load the {what} {name!r}: {why}") from error
+
+
+def is_id(name: str) -> bool:
+    """Whether a model or dataset is named as the hub names them, `owner/name`, and is no folder here."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
+
+
+def parse(address: str) -> Any:
+    """A place in a repository, as huggingface_hub's `HfUri`: type, id, revision, path_in_repo.
+
+    Args:
+        address: `hf://user/repo`, with `@revision` and a folder's path after it as wanted; a dataset is
+            `hf://datasets/user/repo`. A slash in a branch's name is written `%2F`.
+
+    Raises:
+        ConfigError: it is no such address, or one of something else than a model or a dataset.
+    """
+    from huggingface_hub import parse_hf_uri
+    from huggingface_hub.errors import HfUriError
+
+    try:
+        uri = parse_hf_uri(address)
+    except HfUriError as error:
+        raise ConfigError(f"{address!r} is no place on the hub: {error}") from error
+    if uri.type not in ("model", "dataset"):
+        raise ConfigError(f"{address!r} must be a model or a dataset repository, got a {uri.type}")
+    return uri
+
+
+def check_here(path: Path) -> None:
+    """Refuse an address on the hub, which pathlib writes `hf:/…`, where a store or a run is read.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if str(path).startswith("hf:"):
+        place = str(path).removeprefix("hf:").strip("/")
+        raise ConfigError(f"stores and runs are read here: fetch it with `saemill pull {place} -o FOLDER`")
+
+
+@contextmanager
+def asking(repo: str) -> Iterator[None]:
+    """While the block runs, what the hub refuses becomes an error that says how to repair it.
+
+    No message holds a request's headers or its URL, which may be signed.
+
+    Raises:
+        ConfigError: no such repository or revision, no right to it, or the hub cannot be reached.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except SaemillError:
+        raise
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        raise ConfigError(
+            f"{repo} is not, or not whole, among what was downloaded, and the hub is not asked: it cannot be "
+            "reached, or HF_HUB_OFFLINE is set. Unset it and try again"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise ConfigError(
+            f"{repo} is open only to those whom its owner lets in; ask on its page, then {LOG_IN}"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ConfigError(f"{repo} has no such revision; name another branch, tag or commit") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{repo} is not on the hub, or is private to others; check the name, and {LOG_IN}"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise ConfigError(f"{repo}: {_refusal(error)}") from error
+    except errors.HTTPError as error:
+        raise ConfigError(
+            f"{repo}: the hub cannot be reached ({type(error).__name__}); try again. SAEs that were "
+            "downloaded before are loaded with HF_HUB_OFFLINE=1"
+        ) from error
+    except (RuntimeError, ValueError) as error:  # what stops an upload or a download has no class of its own
+        told = re.sub(r"[?]\S*", "", str(error)).rstrip(".")
+        raise ConfigError(f"{repo}: {told}; what arrived is kept: run the command again") from error
+
+
+def _refusal(error: Any) -> str:
+    """What a status means, with the hub's own words."""
+    status = error.response.status_code
+    said = f" ({error.server_message})" if error.server_message else ""
+    if status == 401:
+        return f"the hub does not know your token{said}; {LOG_IN} anew"
+    if status == 403:
+        return f"your token does not allow this{said}; it needs write access: {LOG_IN} with one that has it"
+    return f"the hub answered with status {status}{said}; what arrived is kept: run the command again"

@@ -10,6 +10,7 @@ that sparsify reads; `common.formats` has that and the layouts of other tools.
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -136,10 +137,28 @@ class Sae(nn.Module):
     def load(cls, folder: Path | str, device: str | torch.device = "cpu") -> "Sae":
         """Read an SAE that saemill, sparsify, SAELens or dictionary_learning saved.
 
+        Args:
+            folder: on this machine, or on the hub: `hf://user/repo[@revision][/folder]`, where the folder
+                may be left out if the repository holds one SAE alone.
+            device: where its weights go.
+
         Raises:
             StoreError: the folder holds no SAE, a file of it is missing, or weights do not fit the config.
-            ConfigError: it holds an SAE that is no TopK SAE of raw activations.
+            ConfigError: it holds an SAE that is no TopK SAE of raw activations; the hub has no such
+                repository, or cannot be asked.
         """
         from saemill.common import formats
 
-        return formats.load(Path(folder), device)
+        return formats.load(folder, device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo: str,
+        folder: str = "",
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "Sae":
+        """Read an SAE from the hub: `Sae.load` of `hf://repo@revision/folder`."""
+        at = f"@{quote(revision, safe='')}" if revision else ""
+        return cls.load(f"hf://{repo}{at}/{folder}".rstrip("/"), device)

@@ -25,7 +25,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from saemill.common import durable
+from saemill.common import durable, hub
 from saemill.common.errors import StoreError
 from saemill.common.mask import MaskConfig
 from saemill.common.shards import ShardedArray
@@ -70,6 +70,7 @@ class TokenStore:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        hub.check_here(self.path)
         try:
             self.manifest: dict[str, Any] = durable.read_json(self.path / "manifest.json")
         except (FileNotFoundError, NotADirectoryError):

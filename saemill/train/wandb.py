@@ -22,10 +22,13 @@ def follow(config: TrainConfig, trainer: Trainer, variants: Sequence[Variant], h
     """Start the process that logs to wandb; it ends with `held`, when the SAEs are on disk."""
     store = trainer.loader.store
     widths = {variant.name: store.site(variant.site).width for variant in variants}
+    folder = config.out.absolute().name
+    group = config.run_name or folder
     settings = {
         "project": config.wandb_project or os.environ.get("WANDB_PROJECT") or "saemill",
         "entity": config.wandb_entity or os.environ.get("WANDB_ENTITY"),
-        "group": config.run_name or config.out.absolute().name,
+        "group": group,
+        "prefix": "" if group == folder else f"{folder}/",
         "log_frequency": config.wandb_log_frequency or config.log_every,
         "artifacts": config.wandb_artifacts,
     }

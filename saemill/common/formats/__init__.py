@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats import dictionary_learning, saelens, sparsify
+from saemill.common.formats import dictionary_learning, hub, saelens, sparsify
 from saemill.common.formats.hooks import Hook
+from saemill.common.hub import SCHEME
 from saemill.common.sae import Sae
 
 NAMES = ("sparsify", "saelens", "dictionary_learning")
@@ -22,13 +23,19 @@ READERS = {
 """A format is recognised by the name of its file of weights."""
 
 
-def load(folder: Path, device: str | torch.device = "cpu") -> Sae:
+def load(folder: Path | str, device: str | torch.device = "cpu") -> Sae:
     """Read an SAE of any of the formats.
+
+    Args:
+        folder: on this machine, or `hf://user/repo[@revision][/folder]`.
+        device: where its weights go.
 
     Raises:
         StoreError: no file of weights, or several; a file is missing or does not fit the config.
-        ConfigError: an SAE that cannot be represented.
+        ConfigError: an SAE that cannot be represented, or a repository that cannot be had.
     """
+    is_on_hub = isinstance(folder, str) and folder.startswith(SCHEME)
+    folder = hub.fetch(str(folder)) if is_on_hub else Path(folder)
     found = [name for name in READERS if (folder / name).is_file()]
     if not found:
         raise StoreError(f"{folder} holds no SAE: {_instead(folder)}")

@@ -110,7 +110,9 @@ def _log_table(
     page = wandb.Html(str(out / "report.html"), inject=False)
     run.log({f"{prefix}/variants": _table(assessment), f"{prefix}/report": page})
     if told["artifacts"]:
-        log_artifact(run, f"{told['group']}-{name}", "assessment", [out / file for file in FILES])
+        log_artifact(
+            run, f"{told['group']}-{told['prefix']}{name}", "assessment", [out / file for file in FILES]
+        )
     run.finish()
 
 

@@ -60,7 +60,8 @@ def write_record(folder: Path, settings: Mapping[str, Any], configs: Mapping[str
 
     Args:
         folder: of the run.
-        settings: project, entity, group, log_frequency (steps), artifacts.
+        settings: project, entity, group, prefix (of the names of wandb's runs), log_frequency (steps),
+            artifacts.
         configs: variant name → its config.
     """
     path = folder / RECORD

@@ -86,7 +86,8 @@ class Runs:
 
     def _log_sae(self, run: Any, name: str) -> None:
         sae = self.folder / name
-        log_artifact(run, f"{self.told['group']}-{name}", "sae", [sae / "cfg.json", sae / "sae.safetensors"])
+        title = f"{self.told['group']}-{self.told['prefix']}{name}"
+        log_artifact(run, title, "sae", [sae / "cfg.json", sae / "sae.safetensors"])
 
 
 def values(record: dict[str, Any], name: str) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def start(
         project=told["project"],
         entity=told["entity"],
         group=told["group"],
-        name=name,
+        name=told["prefix"] + name,
         id=run_id,
         job_type=job_type,
         resume="allow",

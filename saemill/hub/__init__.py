@@ -1,0 +1,1 @@
+"""Runs and stores as repositories on the Hugging Face hub."""

@@ -1,0 +1,230 @@
+"""README.md of a run's repository: what the SAEs are, how good, how to load them, how they were made."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from saemill.assess.report import interval, number
+from saemill.common.hub import is_id
+from saemill.common.log import counted, duration
+
+TAGS = ["sparse-autoencoder", "sae", "topk", "interpretability"]
+COLUMNS = {
+    "fvu": "FVU",
+    "l0": "L0",
+    "delta_ce": "ΔCE, nats",
+    "loss_recovered": "loss recovered",
+    "dead_fraction": "dead",
+}
+
+
+def model_card(
+    repo: str,
+    saes: Mapping[str, Mapping[str, Any]],
+    finished: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    assessment: Mapping[str, Any] | None,
+) -> str:
+    """The card, as Markdown with YAML before it.
+
+    Args:
+        repo: where it will be: `user/repo`, or `user/repo@branch`.
+        saes: the `cfg.json` of each variant, by name.
+        finished, identity: the run's `finished.json` and `identity.json`.
+        assessment: its `final_assessment.json`, if there is one.
+    """
+    told = next(iter(saes.values()))["saemill"]
+    sites = list(dict.fromkeys(cfg["saemill"]["site"] for cfg in saes.values()))
+    parts = [
+        front_matter(
+            {
+                "library_name": "saemill",
+                "tags": TAGS,
+                "base_model": told["model"] if is_id(told["model"]) else None,
+                "datasets": [told["dataset"]] if is_id(told["dataset"]) else None,
+            }
+        ),
+        f"# Sparse autoencoders of {_short(told['model'])}",
+        f"{counted(len(saes), 'TopK sparse autoencoder')} of `{told['model']}` at {_code(sites)}, trained by "
+        f"saemill {told['versions']['saemill']} on {told['tokens_trained']:,} tokens of `{told['dataset']}`. "
+        "A site is the output of that module of the base model (`AutoModel`); the SAEs take it as the model "
+        "produces it: f = ReLU(TopK(W_enc (x − b_dec) + b_enc)), x̂ = W_decᵀ f + b_dec.",
+        "## Variants",
+        _variants(saes, finished, assessment),
+        *(_how_measured(assessment) if assessment else ()),
+        "## Load",
+        _load(repo, _best(saes, finished, assessment)),
+        "## Recipe",
+        _recipe(saes, finished, told),
+        "The settings that decide the result, as `saemill train` takes them (also in `config.yaml`); what is "
+        "not listed is saemill's default:",
+        code("yaml", yaml.safe_dump({"train": _given(identity)}, sort_keys=False)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(fields: Mapping[str, Any]) -> str:
+    """The card's metadata; a field that is None is left out."""
+    known = {key: value for key, value in fields.items() if value is not None}
+    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---"
+
+
+def keep_metadata(card: str, there: Mapping[str, Any]) -> str:
+    """A card with the fields of another's metadata that it has not itself."""
+    _, known, text = card.split("---\n", 2)
+    fields = yaml.safe_load(known)
+    return f"{front_matter(fields | {k: v for k, v in there.items() if k not in fields})}\n{text}"
+
+
+def code(language: str, text: str) -> str:
+    """A block of code."""
+    return f"```{language}\n{text.rstrip()}\n```"
+
+
+def rows(lines: Sequence[Sequence[str]]) -> str:
+    """A table; the first line is its head."""
+    head, *rest = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rest))
+
+
+def _short(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _code(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _variants(
+    saes: Mapping[str, Mapping[str, Any]], finished: Mapping[str, Any], assessment: Mapping[str, Any] | None
+) -> str:
+    """The table of them all, best first where they were assessed."""
+    head = ["variant", "site", "k", "latents"]
+    shapes = {n: [f"`{c['saemill']['site']}`", str(c["k"]), f"{c['num_latents']:,}"] for n, c in saes.items()}
+    if assessment is None:
+        lines = [[f"`{name}`", *shape, _state(name, finished)] for name, shape in shapes.items()]
+        note = "**Not assessed.** Nothing is known here of how well they reconstruct: `saemill assess`."
+        return f"{note}\n\n{rows([[*head, 'state'], *lines])}"
+    lines = [
+        [f"`{entry['name']}`", *shapes[entry["name"]], *_figures(entry["metrics"]), entry["verdict"]]
+        for entry in assessment["variants"]
+        if entry["name"] in saes
+    ]
+    return rows([[*head, *COLUMNS.values(), "verdict"], *lines])
+
+
+def _state(name: str, finished: Mapping[str, Any]) -> str:
+    if name in finished["diverged"]:
+        return f"diverged at step {finished['diverged'][name]:,}"
+    stopped = finished["stopped"].get(name)
+    return f"stopped by halving at step {stopped['step']:,}" if stopped else "trained to the end"
+
+
+def _figures(metrics: Mapping[str, Any]) -> list[str]:
+    """Values with their intervals, where they have one."""
+    intervals = {name: interval(metrics[name]) for name in COLUMNS}
+    return [number(metrics[n]) + (f" ({intervals[n]})" if intervals[n] else "") for n in COLUMNS]
+
+
+def _how_measured(assessment: Mapping[str, Any]) -> list[str]:
+    data, limits = assessment["data"], assessment["thresholds"]
+    with_losses = data["n_tokens_with_losses"]
+    return [
+        f"Measured on {data['n_tokens']:,} tokens of {counted(data['n_documents'], 'document')}: "
+        f"{data['chosen']}. "
+        + (
+            f"Losses on {with_losses:,} of them. "
+            if with_losses
+            else "The model's losses were not measured. "
+        )
+        + "In brackets 95% intervals over documents.",
+        "FVU is the share of variance that is not reconstructed; ΔCE what splicing the SAE into the model "
+        "costs it; loss recovered compares that with zeros in place of the activations; dead are latents "
+        f"active on fewer than {data['dead_percentage_threshold']:.2%} of the tokens. The verdict counts the "
+        f"checks passed: loss recovered at least {limits['min_loss_recovered']:g}, L0 "
+        f"{limits['min_l0']:g} to {limits['max_l0']:g}, dead at most {limits['max_dead_fraction']:g}, "
+        f"absorption at most {limits['max_absorption']:g} or what random directions show. More is in "
+        "`report.html` and `final_assessment.json`.",
+    ]
+
+
+def _best(
+    saes: Mapping[str, Mapping[str, Any]], finished: Mapping[str, Any], assessment: Mapping[str, Any] | None
+) -> str:
+    """The variant that the examples load: the best, or one that was trained to the end."""
+    order: list[str] = [entry["name"] for entry in assessment["variants"]] if assessment else []
+    order += [name for name in saes if name not in finished["diverged"] | finished["stopped"]]
+    return next(name for name in [*order, *saes] if name in saes)
+
+
+def _load(repo: str, variant: str) -> str:
+    """How each tool reads one of the SAEs."""
+    address = f"hf://{repo}/{variant}"
+    from_hub = f'load_from_hub("{repo}", hookpoint="{variant}")'
+    if "@" in repo:  # it knows no branches
+        from_hub = f'load_from_disk("run/{variant}")  # after `saemill pull {repo} -o run`'
+    return "\n\n".join(
+        [
+            "`x` holds activations [T, D], fp32. With saemill:",
+            code(
+                "python",
+                "from saemill import Sae\n\n"
+                f'sae = Sae.load("{address}")\n'
+                "top_acts, top_indices = sae.encode(x)  # [T, k] each\n"
+                "reconstruction = sae.decode(top_acts, top_indices)  # [T, D]",
+            ),
+            "With sparsify, which has the same layout:",
+            code(
+                "python",
+                f"from sparsify import SparseCoder\n\nsae = SparseCoder.{from_hub}",
+            ),
+            "With SAELens and dictionary_learning, after an export:",
+            code(
+                "",
+                f"saemill export {address} --format saelens -o for-saelens\n"
+                f"saemill export {address} --format dictionary_learning -o for-dictionary-learning",
+            ),
+            code(
+                "python",
+                'from sae_lens import SAE\n\nsae = SAE.load_from_disk("for-saelens")',
+            ),
+            code(
+                "python",
+                "from dictionary_learning.utils import load_dictionary\n\n"
+                'sae, config = load_dictionary("for-dictionary-learning", device="cpu")',
+            ),
+            f"`saemill pull {repo} -o run` fetches the whole run.",
+        ]
+    )
+
+
+def _recipe(
+    saes: Mapping[str, Mapping[str, Any]], finished: Mapping[str, Any], told: Mapping[str, Any]
+) -> str:
+    rates = sorted({cfg["saemill"]["variant"]["lr"] for cfg in saes.values()})
+    mask = finished["mask"]
+    masked = ["special tokens"] if mask["special_tokens"] else []
+    if mask["first_positions"]:
+        n = mask["first_positions"]
+        masked.append(f"the first {f'{n} positions' if n > 1 else 'position'} of each row")
+    masked += [f"token {token}" for token in mask["token_ids"]]
+    lines = [
+        ["model", f"`{told['model']}`" + (f" at revision `{told['revision']}`" if told["revision"] else "")],
+        ["text", f"`{told['dataset']}`, rows of {told['ctx_len']} tokens"],
+        ["left out of training", ", ".join(masked) or "nothing"],
+        ["tokens", f"{finished['tokens']:,} in {counted(finished['steps'], 'step')}"],
+        ["peak learning rate", f"{rates[0]:.3g}" + (f" to {rates[-1]:.3g}" if len(rates) > 1 else "")],
+        ["time", f"{duration(finished['seconds'])} for the {counted(len(finished['variants']), 'variant')}"],
+        ["versions", ", ".join(f"{name} {version}" for name, version in told["versions"].items())],
+    ]
+    return rows([["", ""], *lines])
+
+
+def _given(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that say something."""
+    return {
+        key: value
+        for key, value in identity.items()
+        if value not in (None, [], ()) and key != "acts_fingerprint"
+    }

@@ -1,0 +1,143 @@
+"""What a repository shall hold of a run or a store: which files, as they are or without paths, and a card."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from saemill.common import durable
+from saemill.common.activations import ActivationStore
+from saemill.common.config import nearest
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.formats.sparsify import WEIGHTS
+from saemill.common.tokens import TokenStore
+from saemill.hub.card import model_card
+from saemill.hub.names import Names, as_json
+from saemill.hub.store_card import activations_card, tokens_card
+from saemill.show import hint, kind_of
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What a repository shall hold."""
+
+    repo_type: str
+    """model or dataset."""
+    folder: Path
+    as_they_are: tuple[str, ...]
+    """Files below the folder that are uploaded first, as globs."""
+    written: Mapping[str, bytes]
+    """Path in the repository → content: the card, and what makes the rest readable. It goes last."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Path in the repository → bytes, of every file."""
+        files = {file for pattern in self.as_they_are for file in self.folder.glob(pattern)}
+        found = {str(file.relative_to(self.folder)): file.stat().st_size for file in files}
+        return found | {name: len(content) for name, content in self.written.items()}
+
+
+def contents_of(path: Path, place: str, variants: Sequence[str]) -> Contents:
+    """What is uploaded of a folder.
+
+    Args:
+        path: a run, a token store or an activation store.
+        place: where to, as the card names it: `user/repo`, or `user/repo@branch`.
+        variants: of a run, those to upload; all if there are none.
+
+    Raises:
+        StoreError: the folder is none of them, or unfinished.
+        ConfigError: no such variant.
+    """
+    kind = kind_of(path)
+    if kind == "run":
+        return _run(path, place, variants)
+    if kind is None:
+        raise StoreError(f"{path} is no run, token store or activation store that saemill made{hint(path)}")
+    if variants:
+        raise ConfigError(f"--variant has no effect on the {kind} {path}; leave it out")
+    return _tokens(path, place) if kind == "token store" else _activations(path, place)
+
+
+def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
+    """A finished run: its SAEs, how they were made and what they were found to be."""
+    if not (path / "finished.json").exists():
+        raise StoreError(f"the run {path} is unfinished; finish it with `saemill train`")
+    finished = durable.read_json(path / "finished.json")
+    for name in chosen:
+        if name not in finished["variants"]:
+            raise ConfigError(f"{path} has no variant {name!r}; {nearest(name, finished['variants'])}")
+    kept = [name for name in finished["variants"] if not chosen or name in chosen]
+    for name in kept:
+        for file in ("cfg.json", WEIGHTS):
+            if not (path / name / file).is_file():
+                raise StoreError(f"{path / name / file} is missing; leave the variant out with --variant")
+    saes = {name: durable.read_json(path / name / "cfg.json") for name in kept}
+    finished |= {
+        key: {n: finished[key][n] for n in finished[key] if n in kept} for key in ("diverged", "stopped")
+    }
+    names = Names(yaml.safe_load((path / "config.yaml").read_bytes()), finished, saes)
+    named = ["config.yaml", "identity.json", "final_assessment.json", "report.html"]
+    written = {name: names.content(path / name) for name in named if (path / name).is_file()}
+    written |= {f"{name}/cfg.json": names.content(path / name / "cfg.json") for name in kept}
+    finished = names.of(finished | {"variants": kept})
+    assessed = path / "final_assessment.json"
+    card = model_card(
+        place,
+        names.of(saes),
+        finished,
+        durable.read_json(path / "identity.json"),
+        names.of(durable.read_json(assessed)) if assessed.is_file() else None,
+    )
+    written |= {"finished.json": as_json(finished), CARD: card.encode()}
+    weights = tuple(f"{name}/{WEIGHTS}" for name in kept)
+    return Contents(repo_type="model", folder=path, as_they_are=weights, written=written)
+
+
+def _tokens(path: Path, place: str) -> Contents:
+    store = TokenStore(path)
+    names = Names(store.manifest)
+    written = _token_files(store, names) | {CARD: tokens_card(place, store, names).encode()}
+    return Contents(repo_type="dataset", folder=path, as_they_are=_token_globs(store), written=written)
+
+
+def _activations(path: Path, place: str) -> Contents:
+    store = ActivationStore(path)
+    if not store.sites:
+        raise StoreError(f"no site of {path} is finished; finish one with `saemill cache`")
+    names = Names(store.settings, store.tokens.manifest)
+    group = durable.read_json(path / "zarr.json")
+    named = names.of(group)
+    if named != group:
+        named["attributes"]["saemill"]["fingerprint"] = store.fingerprint
+    written = {f"tokens/{name}": content for name, content in _token_files(store.tokens, names).items()}
+    written |= {"zarr.json": as_json(named) if named != group else (path / "zarr.json").read_bytes()}
+    per_site = ("zarr.json", "manifest.json", "c/*/0", "commits/*.json")
+    globs = [f"{site}/{file}" for site in store.sites for file in per_site]
+    globs += [f"tokens/{file}" for file in _token_globs(store.tokens)]
+    card = activations_card(place, store, names).encode()
+    return Contents(
+        repo_type="dataset", folder=path, as_they_are=tuple(globs), written=written | {CARD: card}
+    )
+
+
+def _token_globs(store: TokenStore) -> tuple[str, ...]:
+    """All files of a token store but its manifest."""
+    listed = [entry["path"] for entry in store.manifest["files"] if "/c/" not in entry["path"]]
+    return (*listed, "tokens/c/*/0", "held_out/c/*/0")
+
+
+def _token_files(store: TokenStore, names: Names) -> dict[str, bytes]:
+    """The manifest, and what of the tokenizer names a path, whose hash is then another one."""
+    manifest, written = durable.read_json(store.path / "manifest.json"), {}
+    for entry in manifest["files"]:
+        file = store.path / entry["path"]
+        if entry["path"].startswith("tokenizer/") and file.suffix == ".json":
+            content = names.content(file)
+            if content != file.read_bytes():
+                written[entry["path"]] = content
+                entry |= {"bytes": len(content), "xxh3": durable.hash_bytes(content)}
+    return written | {"manifest.json": as_json(names.of(manifest))}
