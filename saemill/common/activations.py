@@ -199,8 +199,8 @@ class ActivationStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the content: settings and tokens, or passages. A store that was published with names in place of
-        paths kept the one it had, so that SAEs trained on it still know it."""
+        """Identifies the content: settings and tokens, or passages. A store that was published with names
+        in place of paths kept the one it had, so that SAEs trained on it still know it."""
         kept: str | None = self.settings.get("fingerprint")
         return kept or durable.hash_json([self.settings, self.text.fingerprint])
 
