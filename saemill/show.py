@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from saemill.common import durable, hub
-from saemill.common.activations import REPAIR, ActivationStore
+from saemill.common.activations import EMBEDDINGS, REPAIR, TEXT_FOLDERS, ActivationStore, read_settings
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
+from saemill.common.passages import PassageStore
 from saemill.common.tokens import TokenStore
 
 
@@ -30,7 +31,7 @@ def kind_of(path: Path) -> str | None:
     hub.check_here(path)
     if (path / "identity.json").exists():
         return "run"
-    if (path / "commits").exists():
+    if (path / "commits").exists() or (path / "passages.parquet").exists():
         return None
     if (path / "manifest.json").exists():
         return "token store"
@@ -45,6 +46,8 @@ def hint(path: Path) -> str:
         return ": it is a file; name a folder"
     if (path / "commits").exists():
         return f": it is one site of {path.parent}; name that"
+    if (path / "passages.parquet").exists():
+        return f": these are the passages of {path.parent}; name that"
     if (path / "cfg.json").exists():
         return f": it is one SAE of {path.parent}; name that"
     inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and kind_of(folder))
@@ -66,29 +69,47 @@ def _describe_tokens(store: TokenStore) -> str:
 
 
 def _describe_activations(store: ActivationStore) -> str:
-    settings = store.settings
-    lines = [
-        f"activation store {store.path}",
-        f"  model {settings['model']}, computed in {settings['model_dtype']}, stored as {settings['dtype']}",
-        f"  {store.n_tokens:,} tokens: {counted(store.tokens.n_rows, 'row')} of {store.ctx_len}, "
-        f"{counted(store.n_shards, 'shard')} of {store.shard_tokens:,} tokens per site",
-        f"  fingerprint {store.fingerprint}",
-    ]
+    unit = store.text.unit
+    lines = [f"activation store {store.path}"]
+    lines += _of_passages(store, store.text) if isinstance(store.text, PassageStore) else _of_tokens(store)
+    lines.append(f"  fingerprint {store.fingerprint}")
     for name in store.sites:
         site = store.site(name)
         statistics = site.statistics
         lines.append(
             f"  {name}: D {site.width}, {site.array.n_shards * site.array.shard_bytes / 2**20:,.1f} MiB, "
             f"mean squared norm {statistics.mean_squared_norm:.4g}, "
-            f"variance {statistics.total_variance:.4g} over {statistics.n_tokens:,} training tokens"
+            f"variance {statistics.total_variance:.4g} over {statistics.n_tokens:,} training {unit}s"
         )
     for name, n_commits in _unfinished(store):
         lines.append(f"  {name}: unfinished, {n_commits} of {store.n_shards} shards")
     return "\n".join(lines)
 
 
+def _of_tokens(store: ActivationStore) -> list[str]:
+    settings = store.settings
+    return [
+        f"  model {settings['model']}, computed in {settings['model_dtype']}, stored as {settings['dtype']}",
+        f"  {store.n_tokens:,} tokens: {counted(store.tokens.n_rows, 'row')} of {store.ctx_len}, "
+        f"{counted(store.n_shards, 'shard')} of {store.shard_tokens:,} tokens per site",
+    ]
+
+
+def _of_passages(store: ActivationStore, passages: PassageStore) -> list[str]:
+    manifest, model = passages.manifest, store.settings["model"]
+    form = f"stored as {store.settings['dtype']}"
+    form = f"normalized, {form}" if manifest["settings"]["normalize"] else form
+    return [
+        f"  embeddings of {manifest['source']['name']}" + (f" by {model}" if model else "") + f", {form}",
+        f"  {counted(passages.n_rows, 'passage')}, {manifest['n_held_out_rows']:,} of them held out; "
+        f"{counted(store.n_shards, 'shard')} of {store.shard_tokens:,}",
+    ]
+
+
 def _unfinished(store: ActivationStore) -> list[tuple[str, int]]:
-    folders = sorted(file.parent for file in store.path.glob("*/zarr.json") if file.parent.name != "tokens")
+    folders = sorted(
+        file.parent for file in store.path.glob("*/zarr.json") if file.parent.name not in TEXT_FOLDERS
+    )
     return [
         (folder.name, len(list(folder.glob("commits/*.json"))))
         for folder in folders
@@ -123,10 +144,11 @@ def problems(path: Path) -> list[str]:
     """
     kind = kind_of(path)
     if kind == "token store":
-        return _token_problems(path)
+        return _text_problems(path)
     if kind != "activation store":
         raise StoreError(f"{path} is no finished token store or activation store{hint(path)}")
-    found = _token_problems(path / "tokens")
+    holds_embeddings = read_settings(path).get("kind") == EMBEDDINGS
+    found = _text_problems(path / ("passages" if holds_embeddings else "tokens"))
     if found:
         return [*found, REPAIR]
     store = ActivationStore(path)
@@ -142,7 +164,7 @@ def problems(path: Path) -> list[str]:
     return [*found, REPAIR] if found else []
 
 
-def _token_problems(path: Path) -> list[str]:
+def _text_problems(path: Path) -> list[str]:
     if not (path / "manifest.json").exists():
         return [f"{path / 'manifest.json'}: file is missing"]
     entries = durable.read_json(path / "manifest.json")["files"]

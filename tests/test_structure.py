@@ -43,6 +43,13 @@ def test_stages_import_only_themselves_and_common(room: str) -> None:
             assert name.split(".")[1] in allowed, f"{file} imports {name}"
 
 
+def test_embeddings_borrow_from_the_stages_before_train() -> None:
+    """Oracle: the source's own import statements; what opens datasets and what writes shards."""
+    found = {name for file in (ROOT / "embeddings").glob("*.py") for name in imports(file)}
+    foreign = {name for name in found if name.split(".")[1] not in ("common", "embeddings")}
+    assert foreign == {"saemill.tokenize.source", "saemill.cache.claims", "saemill.cache.writer"}
+
+
 def test_what_ships_stays_small() -> None:
     """Oracle: the sum of file sizes in the package."""
     n_bytes = sum(f.stat().st_size for f in ROOT.rglob("*") if f.is_file() and "__pycache__" not in f.parts)

@@ -59,11 +59,8 @@ def check_tokens(store: ActivationStore, other: TokenStore | None, with_model: b
         ConfigError: no row is held out, or `other` needs a model or another tokenizer.
     """
     if other is None or is_cached(store, other):
-        if not store.tokens.held_out_R.any():
-            raise ConfigError(
-                f"{store.path} has no held-out rows; tokenize with --held-out-fraction above 0, or name "
-                "other text with --tokens"
-            )
+        if not store.text.held_out_R.any():
+            raise ConfigError(f"{store.path} has no held-out rows; {store.text.hint_to_hold_out}")
         return
     mine, theirs = other.tokenizer, store.tokens.tokenizer
     if mine.hash != theirs.hash:
@@ -111,13 +108,13 @@ class EvalSet:
         self.batch_rows, self.everyone, self.whose = batch_rows, everyone, ""
         self.arrays = {name: store.site(name) for name in sites}
         self.cached = is_cached(store, other)
-        self.tokens = store.tokens if self.cached or other is None else other
+        self.text = store.text if self.cached or other is None else other
         self.n_seen_documents = 0
         if self.cached:
-            self.rows_R = np.flatnonzero(store.tokens.held_out_R)
+            self.rows_R = np.flatnonzero(store.text.held_out_R)
             self._seen = np.zeros(0, np.int64)
         else:
-            self.rows_R = np.arange(self.tokens.n_rows)
+            self.rows_R = np.arange(self.text.n_rows)
             self._seen = self._seen_documents()
             self.n_seen_documents = len(self._seen)
 
@@ -128,14 +125,16 @@ class EvalSet:
         return narrowed
 
     @property
+    def tokens(self) -> TokenStore:
+        """The rows' tokens, which a model reads."""
+        assert isinstance(self.text, TokenStore)
+        return self.text
+
+    @property
     def description(self) -> str:
         """How these tokens were chosen."""
         if self.cached:
-            fraction = self.tokens.manifest["settings"]["held_out_fraction"]
-            return (
-                f"rows of documents held out when the tokens were made ({fraction:.0%} of documents, "
-                "chosen by a hash of their text); training never saw them"
-            )
+            return self.text.how_held_out
         if self.n_seen_documents == 0:
             return f"the tokens of {self.tokens.path.name}, of whose documents training saw none"
         return (
@@ -221,8 +220,8 @@ class EvalSet:
 
     def units(self, addresses: NDArray[np.int64]) -> NDArray[Any]:
         """The unit of resampling of each address: its document's text hash, copies count once."""
-        hashes: NDArray[Any] = self.tokens.documents["text_hash"].to_numpy()
-        return hashes[self.tokens.document_of(addresses)]
+        hashes: NDArray[Any] = self.text.documents["text_hash"].to_numpy()
+        return hashes[self.text.document_of(addresses)]
 
 
 def _limited(batches: Iterable[Addresses], max_tokens: int) -> list[Addresses]:

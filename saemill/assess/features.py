@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from saemill.assess.evalset import Chunk
 from saemill.common.errors import ConfigError
+from saemill.common.passages import PassageStore
 from saemill.common.sae import Sae
 from saemill.common.tokens import TokenStore
 from saemill.common.world import Group
@@ -34,6 +35,16 @@ class Context:
     before: str
     token: str
     after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One embedded passage on which a latent fires."""
+
+    activation: float
+    address: int
+    id: str | None
+    text: str | None
 
 
 def check_latents(asked: tuple[int, ...], widths: list[int]) -> None:
@@ -66,7 +77,7 @@ def top_addresses(
     site: str,
     sae: Sae,
     latents: list[int],
-    tokens: TokenStore,
+    text: TokenStore | PassageStore,
     n_contexts: int,
     everyone: Group,
 ) -> dict[int, list[tuple[float, int]]]:
@@ -75,7 +86,7 @@ def top_addresses(
     Args:
         chunks: activations that this process searches.
         site: where the SAE belongs.
-        tokens: says which document an address belongs to.
+        text: says which document an address belongs to.
         n_contexts: how many per latent.
         everyone: the processes that search.
 
@@ -91,7 +102,7 @@ def top_addresses(
             acts = codes.top_acts.cpu().numpy()[token, slot]
             index = codes.top_indices.cpu().numpy()[token, slot]
             addresses = chunk.addresses_T[token]
-            documents = tokens.document_of(addresses)
+            documents = text.document_of(addresses)
             for latent in np.unique(index):
                 here = np.flatnonzero(index == latent)
                 for i in here[np.argsort(-acts[here], kind="stable")][: 4 * n_contexts]:
@@ -140,3 +151,14 @@ class Reader:
 
         before, after = [i for i in shown if i < position], [i for i in shown if i > position]
         return Context(activation, address, document, text(before), text([position]), text(after))
+
+
+class PassageReader:
+    """Turns addresses into passages."""
+
+    def __init__(self, passages: PassageStore) -> None:
+        self.passages = passages
+
+    def context(self, activation: float, address: int) -> Passage:
+        """The passage at an address, whole."""
+        return Passage(activation, address, *self.passages.passage(address))

@@ -33,6 +33,12 @@ UNTRAINED = (
 )
 
 
+LOSSES = """ ΔCE is what splicing the SAE costs the model.
+Loss recovered compares with zero-ablation, a weak baseline; read ΔCE first."""
+PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
+"""Of a passage, in a line of the terminal and on the page; the JSON has all of it."""
+
+
 def number(figure: Figure, digits: int = 3) -> str:
     """A figure's value, or an en dash."""
     value = figure["value"]
@@ -51,13 +57,14 @@ def interval(figure: Figure) -> str:
 
 def table(assessment: dict[str, Any]) -> str:
     """The variants as a text table, best first."""
-    shown = Table(title=f"{assessment['data']['n_tokens']:,} tokens: {assessment['data']['chosen']}")
+    data, columns = assessment["data"], _columns(assessment)
+    shown = Table(title=f"{counted(data['n_tokens'], data['unit'])}: {data['chosen']}")
     shown.add_column("variant", no_wrap=True)
-    for title in COLUMNS.values():
+    for title in columns.values():
         shown.add_column(title, justify="right", no_wrap=True)
     shown.add_column("verdict", no_wrap=True)
     for entry in assessment["variants"] + assessment["controls"]:
-        values = [number(entry["metrics"][name]) for name in COLUMNS]
+        values = [number(entry["metrics"][name]) for name in columns]
         shown.add_row(entry["name"], *values, entry["verdict"])
         if entry is assessment["variants"][-1]:
             shown.add_section()
@@ -65,6 +72,12 @@ def table(assessment: dict[str, Any]) -> str:
     console.print(shown)
     lines = [console.export_text().rstrip(), UNTRAINED, f"best: {_best(assessment)}"]
     return "\n".join(lines + _notes(assessment))
+
+
+def _columns(assessment: dict[str, Any]) -> dict[str, str]:
+    """The columns of the tables: embeddings have no losses."""
+    losses = ("delta_ce", "loss_recovered") if assessment["data"]["unit"] == "passage" else ()
+    return {name: title for name, title in COLUMNS.items() if name not in losses}
 
 
 def _best(assessment: dict[str, Any]) -> str:
@@ -110,21 +123,31 @@ def contexts_text(features: dict[str, Any], n_latents: int, n_contexts: int) -> 
         return ""
     lines = [f"where latents of {features['variant']} fire most ({features['searched']}):"]
     for latent in features["latents"][:n_latents]:
-        lines.append(f"\n  latent {latent['latent']}, active on {latent['density']:.2%} of tokens")
-        for context in latent["contexts"][:n_contexts]:
-            before, token, after = (
-                " ".join(context[part].split("\n")) for part in ("before", "token", "after")
-            )
-            lines.append(f"    {context['activation']:7.2f}  …{before[-48:]}«{token}»{after[:40]}…")
+        lines.append(
+            f"\n  latent {latent['latent']}, active on {latent['density']:.2%} of {features['unit']}s"
+        )
+        lines += [
+            f"    {context['activation']:7.2f}  {_line(context)}"
+            for context in latent["contexts"][:n_contexts]
+        ]
     return "\n".join(lines)
+
+
+def _line(context: dict[str, Any]) -> str:
+    """A context in one line: a token between its neighbours, or the start of a passage."""
+    if "text" in context:
+        shown = " ".join((context["text"] or "").split())
+        return f"[{_name(context)}] {shown[:PASSAGE_LETTERS]}{'…' if len(shown) > PASSAGE_LETTERS else ''}"
+    before, token, after = (" ".join(context[part].split("\n")) for part in ("before", "token", "after"))
+    return f"…{before[-48:]}«{token}»{after[:40]}…"
 
 
 def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, NDArray[np.float64]]) -> None:
     """One HTML page with no scripts and nothing to fetch: tables, charts, contexts."""
     sections = [
         _summary(assessment),
-        _table("Variants", assessment["variants"]),
-        _table("For comparison: not trained, of the best's k", assessment["controls"]),
+        _table("Variants", assessment["variants"], _columns(assessment)),
+        _table("For comparison: not trained, of the best's k", assessment["controls"], _columns(assessment)),
         charts.against_l0(assessment, "fvu", "FVU"),
         charts.against_l0(assessment, "delta_ce", "ΔCE, nats per token"),
         charts.densities(assessment, densities),
@@ -137,19 +160,22 @@ def _summary(assessment: dict[str, Any]) -> str:
     data = assessment["data"]
     losses = f"; losses on {data['n_tokens_with_losses']:,} of them" if data["n_tokens_with_losses"] else ""
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(assessment))
+    of_documents = (
+        " A document is a passage, or all passages that are copies." if data["unit"] == "passage" else ""
+    )
+    of_losses = "" if data["unit"] == "passage" else LOSSES
     return f"""<h1>saemill assessment</h1>
-<p>Best: {html.escape(_best(assessment))}.</p><p>{data["n_tokens"]:,} tokens from
+<p>Best: {html.escape(_best(assessment))}.</p><p>{counted(data["n_tokens"], data["unit"])} from
 {counted(data["n_documents"], "document")}{losses}: {html.escape(data["chosen"])}.</p>
 <ul class="notes"><li>Intervals (95%) resample documents, so they show how the text varies, not how training
-does: with one seed the variance between seeds is unknown.</li>
-<li>FVU = Σ‖x−x̂‖² / Σ‖x−x̄‖² over all evaluation tokens. ΔCE is what splicing the SAE costs the model.
-Loss recovered compares with zero-ablation, a weak baseline; read ΔCE first.</li>
+does: with one seed the variance between seeds is unknown.{of_documents}</li>
+<li>FVU = Σ‖x−x̂‖² / Σ‖x−x̄‖² over all evaluation {data["unit"]}s.{of_losses}</li>
 <li>Absorption is the mean, over live latents, of the largest cosine to another live decoder row; “random” is
 what as many random directions score.</li>{notes}</ul>"""
 
 
-def _table(heading: str, entries: list[dict[str, Any]]) -> str:
-    head = "".join(f"<th>{title}</th>" for title in ("variant", "k", "latents", *COLUMNS.values(), "verdict"))
+def _table(heading: str, entries: list[dict[str, Any]], columns: Mapping[str, str]) -> str:
+    head = "".join(f"<th>{title}</th>" for title in ("variant", "k", "latents", *columns.values(), "verdict"))
     rows = []
     for entry in entries:
         metrics = entry["metrics"]
@@ -158,7 +184,7 @@ def _table(heading: str, entries: list[dict[str, Any]]) -> str:
             f"<td>{entry['k']}</td><td>{entry['num_latents']:,}</td>",
         ]
         failed = {check["name"] for check in entry["checks"] if check["passed"] is False}
-        for name in COLUMNS:
+        for name in columns:
             style = ' class="bad"' if name in failed else ""
             cells.append(f"<td{style}>{number(metrics[name])}<small>{interval(metrics[name])}</small></td>")
         cells.append(f"<td>{entry['verdict']}</td>")
@@ -169,19 +195,36 @@ def _table(heading: str, entries: list[dict[str, Any]]) -> str:
 def _contexts(features: dict[str, Any]) -> str:
     if not features["latents"]:
         return ""
+    per_document = (
+        "copies of a text are shown once"
+        if features["unit"] == "passage"
+        else "at most one context per document"
+    )
     parts = [
         f"<h2>Where latents of {html.escape(features['variant'])} fire most</h2>",
         f"<p>Live latents drawn at random, and those asked for; searched "
-        f"{html.escape(features['searched'])}; at most one context per document.</p>",
+        f"{html.escape(features['searched'])}; {per_document}.</p>",
     ]
     for latent in features["latents"]:
-        rows = "".join(
-            f"<tr><td>{c['activation']:.2f}</td><td class='text'>{html.escape(c['before'])}"
-            f"<mark>{html.escape(c['token'])}</mark>{html.escape(c['after'])}</td></tr>"
-            for c in latent["contexts"]
-        )
+        rows = "".join(f"<tr><td>{c['activation']:.2f}</td>{_cells(c)}</tr>" for c in latent["contexts"])
         parts.append(
-            f"<h3>latent {latent['latent']} <small>active on {latent['density']:.3%} of tokens, "
+            f"<h3>latent {latent['latent']} <small>active on {latent['density']:.3%} of "
+            f"{features['unit']}s, "
             f"mean when active {latent['mean_when_active']:.2f}</small></h3><table>{rows}</table>"
         )
     return "".join(parts)
+
+
+def _name(passage: dict[str, Any]) -> str:
+    """A passage's id, or its number in the source."""
+    return f"row {passage['address']}" if passage["id"] is None else str(passage["id"])
+
+
+def _cells(context: dict[str, Any]) -> str:
+    """A token marked between its neighbours, or a passage with its id."""
+    if "text" in context:
+        text, name = context["text"] or "", html.escape(_name(context))
+        shown = text if len(text) <= PAGE_LETTERS else f"{text[:PAGE_LETTERS]}…"
+        return f"<td class='text'>{name}</td><td class='text passage'>{html.escape(shown)}</td>"
+    before, token, after = (html.escape(context[part]) for part in ("before", "token", "after"))
+    return f"<td class='text'>{before}<mark>{token}</mark>{after}</td>"

@@ -27,6 +27,7 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import duration, say
 from saemill.common.mask import MaskConfig
 from saemill.common.model import LanguageModel, attention_of, check_fit, fingerprint_model
+from saemill.common.passages import PassageStore
 from saemill.common.sae import Sae
 from saemill.common.sites import load_model_config
 from saemill.common.tokens import TokenStore
@@ -146,6 +147,8 @@ def run(config: AssessConfig) -> dict[str, Any]:
 def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict[str, Any]:
     started = time.perf_counter()
     opened = _open(config, device)
+    if isinstance(opened.store.text, PassageStore):
+        _check_without_model(config)
     other = TokenStore(config.tokens) if config.tokens else None
     check_tokens(opened.store, other, config.with_model)
     out = config.folder
@@ -183,6 +186,15 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
         _log_to_wandb(config.run, out)
     say(f"{out / 'final_assessment.json'}, report.html written in {duration(assessment['seconds'])}")
     return assessment
+
+
+def _check_without_model(config: AssessConfig) -> None:
+    """Refuse what embeddings of passages do not have."""
+    for name in ("model", "tokens"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name} has no effect on embeddings, which have no language model; leave it out"
+            )
 
 
 def _open(config: AssessConfig, device: torch.device) -> _Run:
@@ -231,7 +243,7 @@ def _load_model(
     Raises:
         ConfigError: its weights are not those that were cached, or it cannot take the other tokens.
     """
-    if not config.with_model:
+    if not config.with_model or isinstance(store.text, PassageStore):
         return None
     name, revision = config.model or store.settings["model"], store.settings["revision"]
     if config.model is not None and config.model != store.settings["model"]:
@@ -274,7 +286,9 @@ def _measure(
     if reconstruction.n_tokens == 0:
         raise ConfigError("every position of the evaluation tokens is masked or was seen in training")
     splicing: Splicing | str = "run with --no-model"
-    if model is not None and model.head is None:
+    if isinstance(evalset.text, PassageStore):
+        splicing = "embeddings have no language model"
+    elif model is not None and model.head is None:
         splicing = f"{model.name} has no language-model head"
     elif model is not None:
         splicing = Splicing(saes, sites, evalset, model).run(config.model_tokens)
@@ -287,7 +301,8 @@ def _data(found: Measured) -> dict[str, Any]:
     reconstruction, splicing, evalset = found.reconstruction, found.splicing, found.reconstruction.evalset
     return {
         "chosen": evalset.description,
-        "tokens_fingerprint": evalset.tokens.fingerprint,
+        "tokens_fingerprint": evalset.text.fingerprint,
+        "unit": evalset.text.unit,
         "n_tokens": reconstruction.n_tokens,
         "n_documents": len(reconstruction.sums.rows),
         "n_documents_left_out_as_seen": evalset.n_seen_documents,
@@ -306,14 +321,14 @@ def _features(
     latents = features.choose_latents(density, live, config.latents, config.n_latents)
     site, sae = opened.sites[shown], opened.saes[shown]
     chunks = evalset.context_chunks(config.context_tokens) if latents else ()
-    found = features.top_addresses(
-        chunks, site, sae, latents, evalset.tokens, config.n_contexts, evalset.everyone
-    )
-    reader = features.Reader(evalset.tokens)
+    text, unit = evalset.text, f"{evalset.text.unit}s"
+    found = features.top_addresses(chunks, site, sae, latents, text, config.n_contexts, evalset.everyone)
+    reader = features.PassageReader(text) if isinstance(text, PassageStore) else features.Reader(text)
     firing = reconstruction.firing[shown]
     return {
         "variant": shown,
-        "searched": f"up to {config.context_tokens:,} tokens"
+        "unit": text.unit,
+        "searched": f"up to {config.context_tokens:,} {unit}"
         + (" of the cache, training rows included" if evalset.cached else " of the evaluation tokens"),
         "latents": [
             {

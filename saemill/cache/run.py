@@ -15,7 +15,7 @@ from saemill.cache.fill import Filling
 from saemill.cache.writer import DTYPES, ZARR_LITTER, SiteWriter
 from saemill.common import config as settings
 from saemill.common import durable
-from saemill.common.activations import FORMAT, ActivationStore, read_settings
+from saemill.common.activations import EMBEDDINGS, FORMAT, ActivationStore, read_settings
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.mask import MaskConfig
@@ -181,7 +181,12 @@ def _settings_there(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
     others = [path for path in config.out.glob("*") if not _is_begun(path, tokens)]
     # Looked for last: another worker may be making the store right now.
     if (config.out / "zarr.json").exists():
-        return read_settings(config.out)
+        there = read_settings(config.out)
+        if there.get("kind") == EMBEDDINGS:
+            raise ConfigError(
+                f"{config.out} holds embeddings; choose another folder for a model's activations"
+            )
+        return there
     if others:
         raise StoreError(f"{config.out} holds other files; choose a new folder")
     return {}

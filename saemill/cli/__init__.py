@@ -11,7 +11,7 @@ from saemill.cli.app import app
 from saemill.common.errors import Interrupted, SaemillError
 
 # isort: off
-from saemill.cli import run, pipeline, stores, exchange, hub, studies, cluster  # noqa: F401
+from saemill.cli import run, pipeline, embeddings, stores, exchange, hub, studies, cluster  # noqa: F401
 
 
 def main() -> None:

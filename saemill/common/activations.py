@@ -1,9 +1,10 @@
-"""ActivationStore: one Zarr array per site, and the tokens that the activations belong to.
+"""ActivationStore: one Zarr array per site, and the tokens or passages that the activations belong to.
 
 Layout of the folder (a Zarr v3 group):
 
     zarr.json                group; its attributes hold the settings of the store
-    tokens/                  a TokenStore of the rows that were cached
+    tokens/                  a TokenStore of the rows that were cached; or, of embeddings,
+    passages/                a PassageStore
     <site>/zarr.json         array [n_tokens, D]
     <site>/c/<shard>/0       raw rows of one shard, in the shard's permuted order
     <site>/commits/<shard>.json   written after the shard: size, hashes, sums
@@ -11,7 +12,7 @@ Layout of the folder (a Zarr v3 group):
 
 Place and address: the row stored at place `p` of a shard is the token of address
 `shard * shard_tokens + permutation(n, SHUFFLE_KEY, shard)[p]`, n being the tokens in that shard.
-All sites share the permutation.
+All sites share the permutation. Where the store holds embeddings, a passage takes a token's place.
 """
 
 import base64
@@ -29,6 +30,7 @@ from torch import Tensor
 from saemill.common import durable, hub
 from saemill.common.errors import StoreError
 from saemill.common.mask import MaskConfig
+from saemill.common.passages import PassageStore
 from saemill.common.permutation import inverse, permutation
 from saemill.common.shards import ShardedArray, as_tensor
 from saemill.common.tokens import TokenStore
@@ -37,7 +39,10 @@ FORMAT = "saemill activations 1"
 BLOCK_TOKENS = 256
 """Rows per block: the unit of reading and of checksums."""
 SHUFFLE_KEY = 0x5AE
-REPAIR = "Run the `saemill cache` command that made it again: it rebuilds only what is damaged."
+EMBEDDINGS = "embeddings"
+"""The `kind` in the settings of a store that holds passages in place of tokens."""
+TEXT_FOLDERS = ("tokens", "passages")
+REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
 
 
 def encode_array(values: NDArray[Any]) -> str:
@@ -141,7 +146,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 class ActivationStore:
-    """Read access to a folder made by `saemill cache`.
+    """Read access to a folder made by `saemill cache`, `import-activations` or `embed`.
 
     Args:
         path: the folder.
@@ -156,27 +161,48 @@ class ActivationStore:
         mask = self.settings["mask"]
         self.mask = MaskConfig(**mask | {"token_ids": tuple(mask["token_ids"])})
         self.shard_tokens = int(self.settings["shard_tokens"])
-        try:
-            self.tokens = TokenStore(self.path / "tokens")
-        except StoreError as error:
-            raise StoreError(f"the copy of the tokens in {self.path} is damaged. {REPAIR}") from error
-        self.n_tokens = self.tokens.n_tokens
-        self.ctx_len = self.tokens.ctx_len
+        self.text = self._open_text()
+        self.n_tokens = self.text.n_tokens
+        self.ctx_len = self.text.ctx_len
         self.permutation = lru_cache(16)(self._permutation)
+
+    def _open_text(self) -> TokenStore | PassageStore:
+        """What is at each address: a token, or a passage."""
+        holds_embeddings = self.settings.get("kind") == EMBEDDINGS
+        try:
+            return (
+                PassageStore(self.path / "passages") if holds_embeddings else TokenStore(self.path / "tokens")
+            )
+        except StoreError as error:
+            what = "list of the passages" if holds_embeddings else "copy of the tokens"
+            raise StoreError(f"the {what} in {self.path} is damaged. {REPAIR}") from error
+
+    @property
+    def tokens(self) -> TokenStore:
+        """The tokens that were cached.
+
+        Raises:
+            StoreError: the store holds embeddings of passages, which have none.
+        """
+        if isinstance(self.text, PassageStore):
+            raise StoreError(f"{self.path} holds embeddings of passages, without tokens or a language model")
+        return self.text
 
     @property
     def sites(self) -> list[str]:
         """Names of the finished sites."""
         return sorted(
-            file.parent.name for file in self.path.glob("*/manifest.json") if file.parent.name != "tokens"
+            file.parent.name
+            for file in self.path.glob("*/manifest.json")
+            if file.parent.name not in TEXT_FOLDERS
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the content: settings and tokens. A store that was published with names in place of
-        paths kept the one it had, so that SAEs trained on it still know it."""
+        """Identifies the content: settings and tokens, or passages. A store that was published with names
+        in place of paths kept the one it had, so that SAEs trained on it still know it."""
         kept: str | None = self.settings.get("fingerprint")
-        return kept or durable.hash_json([self.settings, self.tokens.fingerprint])
+        return kept or durable.hash_json([self.settings, self.text.fingerprint])
 
     def site(self, name: str) -> "SiteArray":
         """A finished site's array.
@@ -186,10 +212,11 @@ class ActivationStore:
         """
         if name not in self.sites:
             state = "unfinished" if (self.path / name).is_dir() else "not in the store"
-            raise StoreError(
-                f"site {name!r} of {self.path} is {state}; finished: {', '.join(self.sites) or 'none'}. "
-                "Run `saemill cache` with the site to add or finish it."
-            )
+            finished = ", ".join(self.sites) or "none"
+            advice = "Run `saemill cache` with the site to add or finish it."
+            if self.settings.get("kind") == EMBEDDINGS:
+                advice = "If it is unfinished, run the command that made the store again."
+            raise StoreError(f"site {name!r} of {self.path} is {state}; finished: {finished}. {advice}")
         return SiteArray(self, name)
 
     def read(self, site: str, start: int, stop: int) -> Tensor:
@@ -223,8 +250,8 @@ class ActivationStore:
         """As `keep`, in address order."""
         first = shard * self.shard_tokens // self.ctx_len
         last = first + self.shard_length(shard) // self.ctx_len
-        keep_RS = mask.keep(self.tokens.rows(first, last), self.tokens.tokenizer.special_ids)
-        keep_RS &= (self.tokens.held_out_R[first:last] == held_out)[:, None]
+        keep_RS = self.text.keep(first, last, mask)
+        keep_RS &= (self.text.held_out_R[first:last] == held_out)[:, None]
         return keep_RS.reshape(-1)
 
 

@@ -21,7 +21,16 @@ from saemill.common.errors import ConfigError
 
 T = TypeVar("T")
 STAGES = ("tokenize", "cache", "train", "assess")
-SECTIONS = (*STAGES, "run", "slurm", "matrix", "generate", "compare")
+SECTIONS = (
+    *STAGES,
+    "import-activations",
+    "embed",
+    "run",
+    "slurm",
+    "matrix",
+    "generate",
+    "compare",
+)
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
 KINDS = {
     int: "a whole number (4096, 512k, 2M, 1e6)",

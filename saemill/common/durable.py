@@ -4,7 +4,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,31 @@ def hash_json(value: Any) -> str:
 def hash_folder(folder: Path, names: Iterable[Path]) -> str:
     """One fingerprint of several files: their paths below `folder` and their contents."""
     return hash_json([[str(name.relative_to(folder)), hash_file(name)] for name in sorted(names)])
+
+
+def sealed(folder: Path) -> list[dict[str, Any]]:
+    """Flush every file below a folder to disk; the list of them with sizes and hashes."""
+    files = []
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        sync_file(file)
+        name, n_bytes = str(file.relative_to(folder)), file.stat().st_size
+        files.append({"path": name, "bytes": n_bytes, "xxh3": hash_file(file)})
+    return files
+
+
+def problems(folder: Path, files: Iterable[Mapping[str, Any]], hashes: bool) -> list[str]:
+    """Each file of the list that `sealed` made which is missing, of the wrong size or, with `hashes`, of
+    other content."""
+    found = []
+    for entry in files:
+        file = folder / entry["path"]
+        if not file.is_file():
+            found.append(f"{file}: file is missing")
+        elif file.stat().st_size != entry["bytes"]:
+            found.append(f"{file}: {file.stat().st_size:,} bytes, expected {entry['bytes']:,}")
+        elif hashes and hash_file(file) != entry["xxh3"]:
+            found.append(f"{file}: content differs from its hash")
+    return found
 
 
 def folder_bytes(folder: Path) -> int:

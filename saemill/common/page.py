@@ -26,7 +26,7 @@ td small{display:block;color:#666;font-size:80%;white-space:nowrap}td.bad{backgr
 h3 small{font-weight:normal;color:#666}td.name{white-space:nowrap}
 mark{background:#ffd166;padding:0 1px}svg{max-width:640px;width:100%;font-size:11px}svg .grid{stroke:#eee}
 .grid{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0;width:300px}figcaption{font-size:85%}
-.notes{color:#444;font-size:92%}td.text{font-size:92%}
+td.passage{white-space:pre-line;max-width:60em}.notes{color:#444;font-size:92%}td.text{font-size:92%}
 </style></head><body>
 {{body}}
 </body></html>

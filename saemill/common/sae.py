@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, DataError
 from saemill.common.topk import topk
 
 
@@ -73,12 +75,37 @@ class Sae(nn.Module):
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(b_dec)
 
-    def pre_acts(self, x: Tensor) -> Tensor:
-        """W_enc (x − b_dec) + b_enc. x: [..., D] → [..., F], in the weights' dtype."""
+    def pre_acts(self, x: Tensor | ArrayLike) -> Tensor:
+        """W_enc (x − b_dec) + b_enc. x: [..., D] → [..., F], in the weights' dtype.
+
+        Anything but a tensor (a numpy array, lists of numbers) is copied to the weights' device.
+
+        Raises:
+            DataError: x is no array of numbers, or its last axis is not D long.
+        """
+        x = x if isinstance(x, Tensor) else self._tensor(x)
+        if x.dim() == 0 or x.shape[-1] != self.config.d_in:
+            raise DataError(
+                f"activations must have {self.config.d_in:,} values each, the last axis; got the shape "
+                f"{tuple(x.shape)}"
+            )
         return nn.functional.linear(x.to(self.W_enc.dtype) - self.b_dec, self.W_enc, self.b_enc)
 
-    def encode(self, x: Tensor) -> Encoded:
-        """The k largest pre-activations of each token, negative ones set to 0. x: [..., D]."""
+    def _tensor(self, x: ArrayLike) -> Tensor:
+        try:
+            return torch.tensor(np.asarray(x, np.float64), dtype=self.W_enc.dtype, device=self.W_enc.device)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"activations must be a tensor or an array of numbers: {error}") from error
+
+    def encode(self, x: Tensor | ArrayLike) -> Encoded:
+        """The k largest pre-activations of each token, negative ones set to 0.
+
+        Args:
+            x: [..., D], a tensor or what numpy takes for an array.
+
+        Raises:
+            DataError: as `pre_acts`.
+        """
         pre = self.pre_acts(x)
         values, indices = topk(pre.flatten(0, -2) if pre.dim() > 1 else pre[None], self.config.k)
         shape = (*pre.shape[:-1], self.config.k)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from saemill.common import durable, hub
 from saemill.common.errors import StoreError
+from saemill.common.mask import MaskConfig
 from saemill.common.shards import ShardedArray
 
 FORMAT = "saemill tokens 1"
@@ -65,6 +66,8 @@ class TokenStore:
             `problems`).
     """
 
+    unit = "token"
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         hub.check_here(self.path)
@@ -95,6 +98,10 @@ class TokenStore:
         """Token ids of rows start..stop. Unsigned [stop - start, ctx_len]."""
         return self._tokens.read(start, stop)
 
+    def keep(self, start: int, stop: int, mask: MaskConfig) -> NDArray[np.bool_]:
+        """Which positions of rows start..stop count. bool [stop - start, ctx_len]."""
+        return mask.keep(self.rows(start, stop), self.tokenizer.special_ids)
+
     @cached_property
     def held_out_R(self) -> NDArray[np.bool_]:
         """Which rows hold held-out documents. bool [n_rows]."""
@@ -117,16 +124,30 @@ class TokenStore:
 
     def problems(self, hashes: bool) -> list[str]:
         """Each file that is missing, of the wrong size or, with `hashes`, of other content."""
-        found = []
-        for entry in self.manifest["files"]:
-            file = self.path / entry["path"]
-            if not file.is_file():
-                found.append(f"{file}: file is missing")
-            elif file.stat().st_size != entry["bytes"]:
-                found.append(f"{file}: {file.stat().st_size:,} bytes, expected {entry['bytes']:,}")
-            elif hashes and durable.hash_file(file) != entry["xxh3"]:
-                found.append(f"{file}: content differs from its hash")
-        return found
+        return durable.problems(self.path, self.manifest["files"], hashes)
+
+    def provenance(self, mask: MaskConfig) -> dict[str, Any]:
+        """What an SAE tells of what it was trained on."""
+        return {
+            "dataset": self.manifest["source"]["name"],
+            "ctx_len": self.ctx_len,
+            "prepend_bos": bool(self.tokenizer.prefix_ids),
+            "left_out": {
+                "first_positions": mask.first_positions,
+                "token_ids": mask.ids(self.tokenizer.special_ids),
+            },
+        }
+
+    @property
+    def how_held_out(self) -> str:
+        """How the held-out rows were chosen."""
+        fraction = self.manifest["settings"]["held_out_fraction"]
+        return (
+            f"rows of documents held out when the tokens were made ({fraction:.0%} of documents, "
+            "chosen by a hash of their text); training never saw them"
+        )
+
+    hint_to_hold_out = "tokenize with --held-out-fraction above 0, or name other text with --tokens"
 
 
 def write_token_store(
@@ -155,7 +176,7 @@ def write_token_store(
     held.write_shard(0, held_out_R.astype(np.uint8)[:, None])
     pq.write_table(segments, path / "segments.parquet", compression="zstd")
     pq.write_table(documents, path / "documents.parquet", compression="zstd")
-    content = {"files": _sealed(path), "tokenizer": dataclasses.asdict(tokenizer)}
+    content = {"files": durable.sealed(path), "tokenizer": dataclasses.asdict(tokenizer)}
     durable.write_json(
         path / "manifest.json",
         {
@@ -169,16 +190,6 @@ def write_token_store(
         | {"fingerprint": durable.hash_json([FORMAT, content])}
         | content,
     )
-
-
-def _sealed(path: Path) -> list[dict[str, Any]]:
-    """Flush every file below a folder to disk; the list of them with sizes and hashes."""
-    files = []
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        durable.sync_file(file)
-        name, n_bytes = str(file.relative_to(path)), file.stat().st_size
-        files.append({"path": name, "bytes": n_bytes, "xxh3": durable.hash_file(file)})
-    return files
 
 
 def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:

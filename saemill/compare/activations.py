@@ -92,7 +92,7 @@ class Stores:
         self.stores = [ActivationStore(path) for path in paths]
         first = self.stores[0]
         for store in self.stores[1:]:
-            same = store.tokens.fingerprint == first.tokens.fingerprint and store.mask == first.mask
+            same = store.text.fingerprint == first.text.fingerprint and store.mask == first.mask
             if not same or store.n_tokens != first.n_tokens:
                 raise ConfigError(f"{store.path} and {first.path} must hold the same tokens under one mask")
         self.max_tokens = max_tokens

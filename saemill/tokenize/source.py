@@ -125,6 +125,26 @@ def open_source(
         ConfigError: no such file, kind, split or column.
         DataError: the dataset is empty or cannot be read.
     """
+    dataset, fingerprint = open_dataset(
+        name, subset=subset, split=split, streaming=streaming, revision=revision
+    )
+    column = _choose_column(dataset, text_column, name)
+    if not streaming and len(dataset) == 0:
+        raise DataError(f"{name} has no rows")
+    return Source(name, dataset, column, fingerprint, streaming)
+
+
+def open_dataset(
+    name: str, *, subset: str | None, split: str, streaming: bool, revision: str | None
+) -> tuple[Any, str]:
+    """Open a dataset with all its columns.
+
+    Returns: the dataset, as `datasets` has it, and what identifies its content.
+
+    Raises:
+        ConfigError: no such file, kind or split.
+        DataError: it cannot be read.
+    """
     path = Path(name)
     check_path(name)
     if path.exists():
@@ -135,10 +155,7 @@ def open_source(
     else:
         dataset = _load(name, name, subset, split=split, streaming=streaming, revision=revision)
         fingerprint = durable.hash_json([name, subset, split, revision, str(dataset.info.version)])
-    column = _choose_column(dataset, text_column, name)
-    if not streaming and len(dataset) == 0:
-        raise DataError(f"{name} has no rows")
-    return Source(name, dataset, column, fingerprint, streaming)
+    return dataset, fingerprint
 
 
 def check_path(name: str) -> None:

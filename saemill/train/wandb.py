@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from saemill.common.activations import ActivationStore
+from saemill.common.tokens import TokenStore
 from saemill.common.wandb.process import Wandb, write_record
 from saemill.train.config import TrainConfig
 from saemill.train.trainer import Trainer
@@ -64,17 +65,17 @@ def _store(store: ActivationStore) -> dict[str, Any]:
     return {
         "model": told["model"],
         "model_revision": told["revision"],
-        "dataset": store.tokens.manifest["source"]["name"],
-        "tokenizer": store.tokens.tokenizer.name,
+        "dataset": store.text.manifest["source"]["name"],
+        "tokenizer": store.tokens.tokenizer.name if isinstance(store.text, TokenStore) else None,
         "ctx_len": store.ctx_len,
         "store": {
             "path": str(store.path.absolute()),
             "dtype": told["dtype"],
             "model_dtype": told["model_dtype"],
             "n_tokens": store.n_tokens,
-            "n_held_out_rows": store.tokens.manifest["n_held_out_rows"],
+            "n_held_out_rows": store.text.manifest["n_held_out_rows"],
             "fingerprint": store.fingerprint,
-            "tokens_fingerprint": store.tokens.fingerprint,
+            "tokens_fingerprint": store.text.fingerprint,
             "model_fingerprint": told["model_fingerprint"],
         },
     }

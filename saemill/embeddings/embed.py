@@ -1,0 +1,212 @@
+"""`saemill embed`: texts through an encoder of sentence-transformers into an ActivationStore."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+
+from saemill.cache.claims import Worker
+from saemill.cache.writer import DTYPES
+from saemill.common import config as settings
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import ConfigError
+from saemill.common.hub import loading
+from saemill.common.log import progress, say
+from saemill.common.passages import PassageStore, PassageWriter
+from saemill.common.shards import as_numpy
+from saemill.common.signals import stop_on_signal
+from saemill.common.world import World, speak_for
+from saemill.embeddings.rows import Form, Rows
+from saemill.embeddings.sources import Where, open_hub
+from saemill.embeddings.store import CLAIMS, Plan, check_numbers, describe, fill, make_passages, open_store
+from saemill.embeddings.tables import Table, choose_column, strings
+
+GROUP_BATCHES = 8
+"""Batches that are given to the encoder at once; it sorts their texts by length, to pad less."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedConfig:
+    """Settings of the command."""
+
+    dataset: str
+    """Hub id, or local file or folder (parquet, jsonl(.gz), csv, arrow, txt, `save_to_disk`)."""
+    model: str
+    """Hub id or local folder of a sentence-transformers model."""
+    out: Path
+    """Folder of the activation store."""
+    text_column: str = "text"
+    id_column: str | None = None
+    """By default `id`, if there is one."""
+    subset: str | None = None
+    """The hub dataset's configuration."""
+    split: str | None = None
+    """By default train."""
+    revision: str | None = None
+    """The hub dataset's revision."""
+    model_revision: str | None = None
+    prompt: str | None = None
+    """Put before each text, as some encoders want it."""
+    normalize: bool = False
+    """Divide each vector by its length."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
+    """How vectors are stored."""
+    model_dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
+    """What the model computes in, whatever its weights are stored as."""
+    site: str = "embedding"
+    """What they are called in the store."""
+    batch_size: int = 32
+    """Texts per forward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    max_rows: int | None = None
+    """Take only so many texts, the first ones."""
+    held_out_fraction: float = 0.1
+    """Share of the texts, chosen by a hash of them, that training never sees."""
+    shard_rows: int | None = None
+    """Rows per shard file; by default 64 MiB of them, at most 65,536."""
+
+    def __post_init__(self) -> None:
+        numbers = {"max_rows": self.max_rows, "shard_rows": self.shard_rows, "batch_size": self.batch_size}
+        check_numbers(self.held_out_fraction, **numbers)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the passages and vectors. A batch's padding changes a vector's last
+        bits, so its size is one."""
+        skip = ("dataset", "out", "model", "device", "shard_rows", "dtype")
+        return {key: value for key, value in settings.plain(self).items() if key not in skip}
+
+
+def run(config: EmbedConfig) -> ActivationStore:
+    """Embed texts into `config.out`; the texts are kept there.
+
+    Raises:
+        ConfigError: sentence-transformers is not installed, or settings that fit neither the texts nor
+            the model.
+        DataError: texts that cannot be read, or a model that computes NaN.
+        StoreError: the output holds other files.
+        Interrupted: a signal came; the same call goes on.
+    """
+    world = World.here()
+    speak_for(world)
+    settings.check_folder(config.out)
+    model = _load(config, world.device(config.device))
+    table = open_hub(
+        Where(name=config.dataset, subset=config.subset, split=config.split, revision=config.revision)
+    )
+    columns = [choose_column(table, "text", config.text_column), choose_column(table, "id", config.id_column)]
+    fingerprint = _fingerprint(model)
+    form = Form(DTYPES[config.dtype], config.normalize)
+    plan = Plan(
+        out=config.out,
+        site=config.site,
+        source={"name": config.dataset, "fingerprint": table.fingerprint()},
+        settings=config.identity() | {"model_fingerprint": fingerprint},
+        held_out_fraction=config.held_out_fraction,
+        shard_rows=config.shard_rows,
+        form=form,
+        made_by={
+            "model": config.model,
+            "revision": config.model_revision,
+            "model_fingerprint": fingerprint,
+        },
+    )
+    with (
+        stop_on_signal() as stop,
+        Worker(config.out / CLAIMS, stop) as worker,
+        worker.hold("store") as claim,
+    ):
+        passages = make_passages(
+            plan, worker, lambda writer: _copy(table, columns, config.max_rows, writer, worker)
+        )
+        width = int(model.encode(["a"], show_progress_bar=False).shape[1])
+        store, writer = open_store(plan, passages, width, worker)
+        encoder = _Encoder(model, passages, store.shard_tokens, config.batch_size, config.prompt)
+        what = fill(store, writer, form, encoder.batches, worker, claim)
+    say(f"{config.out}: {plan.site} complete, {describe(passages)}; {what}")
+    return store
+
+
+def _load(config: EmbedConfig, device: torch.device) -> Any:
+    try:
+        import sentence_transformers
+    except ImportError:
+        raise ConfigError(
+            "`saemill embed` needs sentence-transformers: pip install 'saemill[embed]'. Embeddings that were "
+            "computed elsewhere are taken over by `saemill import-activations`"
+        ) from None
+    with loading("model", config.model):
+        return sentence_transformers.SentenceTransformer(
+            config.model,
+            device=str(device),
+            revision=config.model_revision,
+            model_kwargs={"dtype": DTYPES[config.model_dtype]},
+        )
+
+
+def _fingerprint(model: Any) -> str:
+    """A hash of the weights, and the library's version, whose pooling is a part of the model."""
+    digest = xxhash.xxh3_64(version("sentence-transformers").encode())
+    for name, values in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(as_numpy(values.cpu().contiguous()).tobytes())
+    return digest.hexdigest()
+
+
+def _copy(
+    table: Table,
+    columns: list[str | None],
+    max_rows: int | None,
+    writer: PassageWriter,
+    worker: Worker,
+) -> str:
+    """Add all texts to the passages; by what the held-out ones are chosen."""
+    text_column, id_column = columns
+    assert text_column is not None
+    start = 0
+    with progress("read", max_rows, "texts") as advance:
+        for part in table.read([name for name in columns if name is not None], 0):
+            worker.check_stop()
+            kept = part if max_rows is None else part.slice(0, max_rows - start)
+            texts = strings(kept[text_column], text_column, start)
+            ids = None if id_column is None else strings(kept[id_column], id_column, start)
+            writer.add(ids, texts, [text.encode() for text in texts])
+            start += len(kept)
+            advance(len(kept))
+            if start == max_rows:
+                break
+    return "texts"
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoder:
+    """Vectors of passages, from the model."""
+
+    model: Any
+    passages: PassageStore
+    shard_rows: int
+    batch_size: int
+    prompt: str | None
+
+    def batches(self, start: int) -> Iterator[Rows]:
+        """The rows from `start` on, the first of a shard. Groups begin at each shard's first row, so that
+        a shard's bytes do not depend on which shards were computed before it."""
+        n_at_once = GROUP_BATCHES * self.batch_size
+        for shard in range(start, self.passages.n_rows, self.shard_rows):
+            end = min(shard + self.shard_rows, self.passages.n_rows)
+            for first in range(shard, end, n_at_once):
+                yield Rows(first, self._encode(first, min(first + n_at_once, end)))
+
+    def _encode(self, start: int, stop: int) -> torch.Tensor:
+        vectors: torch.Tensor = self.model.encode(
+            self.passages.texts(start, stop),
+            batch_size=self.batch_size,
+            prompt=self.prompt,
+            convert_to_tensor=True,
+            show_progress_bar=False,
+        )
+        return vectors.cpu()

@@ -1,0 +1,77 @@
+"""Rows of a source on their way: vectors with their ids and texts, and what is asked of the vectors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from saemill.common.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of a source, in its order."""
+
+    start: int
+    """The number of the first one in the whole source."""
+    x_TD: Tensor
+    """In the source's own type, on the CPU."""
+    ids: list[str] | None = None
+    texts: list[str] | None = None
+
+
+class Source(Protocol):
+    """Embeddings in files or in a dataset."""
+
+    name: str
+    site: str
+    """What the vectors are called there."""
+    has_ids: bool
+    has_texts: bool
+
+    def fingerprint(self) -> str:
+        """Identifies the content."""
+
+    def batches(self, start: int) -> Iterator[Rows]:
+        """The rows from number `start` on, in order, a few MiB at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a vector is made into."""
+
+    dtype: torch.dtype
+    normalize: bool
+
+    def of(self, rows: Rows) -> Tensor:
+        """Vectors as they are stored. [T, D] in `dtype`.
+
+        Raises:
+            DataError: a value is NaN, infinite or beyond the type, or a vector to be normalized is
+                zero; the first such row is named.
+        """
+        x_TD = rows.x_TD
+        _refuse(rows, ~torch.isfinite(x_TD), "has NaN or infinite values; repair it or leave it out")
+        if self.normalize:
+            x_TD = x_TD.double()
+            length_T1 = torch.linalg.vector_norm(x_TD, dim=1, keepdim=True)
+            _refuse(rows, length_T1 == 0, "is zero and has no direction; leave it out, or --normalize")
+            x_TD = x_TD / length_T1
+        stored_TD = x_TD.to(self.dtype)
+        kind = str(self.dtype).removeprefix("torch.")
+        beyond = (
+            f"has values beyond {kind}, which ends at {torch.finfo(self.dtype).max:.4g}; use --dtype fp32"
+        )
+        _refuse(rows, ~torch.isfinite(stored_TD), beyond)
+        return stored_TD
+
+
+def _refuse(rows: Rows, bad_TD: Tensor, why: str) -> None:
+    bad_T = bad_TD.any(1)
+    if bool(bad_T.any()):
+        others = (
+            f" ({int(bad_T.sum()):,} such rows among {len(bad_T):,} read at once)" if bad_T.sum() > 1 else ""
+        )
+        raise DataError(f"row {rows.start + int(bad_T.nonzero()[0, 0]):,} {why}{others}")

@@ -1,0 +1,202 @@
+"""`saemill import-activations`: stored embeddings, from whatever holds them, become an ActivationStore."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saemill.cache.claims import Worker
+from saemill.cache.writer import DTYPES
+from saemill.common import config as settings
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import DataError
+from saemill.common.log import progress, say
+from saemill.common.passages import PassageWriter
+from saemill.common.signals import stop_on_signal
+from saemill.common.world import World, speak_for
+from saemill.embeddings.rows import Form, Rows, Source
+from saemill.embeddings.sources import Where, open_source, open_table
+from saemill.embeddings.store import CLAIMS, Plan, check_numbers, describe, fill, make_passages, open_store
+from saemill.embeddings.tables import Table
+from saemill.embeddings.texts import join
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportConfig:
+    """Settings of the command."""
+
+    source: str
+    """File, folder or glob (parquet, arrow, jsonl(.gz), npy, npz, pt, safetensors, raw rows), a folder that
+    `datasets` saved, or a hub id."""
+    out: Path
+    """Folder of the activation store."""
+    column: str | None = None
+    """Of the vectors; by default `embedding`, or the only column of float lists. In npz, pt and safetensors
+    the name of the array."""
+    site: str | None = None
+    """What the vectors are called in the store; by default as the column, else `embedding`."""
+    id_column: str | None = None
+    """By default `id`, if there is one."""
+    text_column: str | None = None
+    """By default `text`, if there is one."""
+    texts: str | None = None
+    """A table of texts: joined by id, or by order where the embeddings have no ids."""
+    normalize: bool = False
+    """Divide each vector by its length."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """How vectors are stored; by default exactly as they come, but float64, JSON and normalized vectors as
+    fp32."""
+    width: int | None = None
+    """Of raw rows."""
+    raw_dtype: Literal["fp32", "fp16", "bf16", "fp64"] | None = None
+    """Of raw rows."""
+    subset: str | None = None
+    """The hub dataset's configuration."""
+    split: str | None = None
+    """Of a dataset; by default train."""
+    revision: str | None = None
+    """The hub dataset's revision."""
+    max_rows: int | None = None
+    """Take only so many rows, the first ones."""
+    held_out_fraction: float = 0.1
+    """Share of the rows, chosen by a hash of their text (without texts, of the id or the vector itself),
+    that training never sees."""
+    shard_rows: int | None = None
+    """Rows per shard file; by default 64 MiB of them, at most 65,536."""
+
+    def __post_init__(self) -> None:
+        numbers = {"max_rows": self.max_rows, "shard_rows": self.shard_rows, "width": self.width}
+        check_numbers(self.held_out_fraction, **numbers)
+
+    def identity(self) -> dict[str, object]:
+        """The settings that decide the passages and vectors."""
+        skip = ("source", "out", "texts", "shard_rows", "dtype")
+        return {key: value for key, value in settings.plain(self).items() if key not in skip}
+
+
+def run(config: ImportConfig) -> ActivationStore:
+    """Write embeddings to `config.out`, as activations are cached.
+
+    Every row is read and checked before the first is written. A store that is there is finished or
+    mended; nothing else of it is touched.
+
+    Raises:
+        ConfigError: settings that do not fit the source, or a store made of another.
+        DataError: a source that cannot be read, or rows that cannot be used, named by their number.
+        StoreError: the output holds other files.
+        Interrupted: a signal came; the same call goes on.
+    """
+    speak_for(World.here())
+    settings.check_folder(config.out)
+    source, table = _open(config)
+    first = next(source.batches(0), None)
+    if first is None:
+        raise DataError(f"{config.source} has no rows")
+    form = Form(_dtype(config, first), config.normalize)
+    plan = _plan(config, source, table, form)
+    with (
+        stop_on_signal() as stop,
+        Worker(config.out / CLAIMS, stop) as worker,
+        worker.hold("store") as claim,
+    ):
+        checking = _Checking(config, source, table, form, worker)
+        passages = make_passages(plan, worker, checking.write)
+        store, writer = open_store(plan, passages, first.x_TD.shape[1], worker)
+        what = fill(
+            store, writer, form, lambda start: _limited(source, start, config.max_rows), worker, claim
+        )
+    say(f"{config.out}: {plan.site} complete, {describe(passages)}; {what}")
+    return store
+
+
+def _open(config: ImportConfig) -> tuple[Source, Table | None]:
+    where = Where(
+        name=config.source,
+        column=config.column,
+        id_column=config.id_column,
+        text_column=None if config.texts else config.text_column,
+        width=config.width,
+        raw_dtype=config.raw_dtype,
+        subset=config.subset,
+        split=config.split,
+        revision=config.revision,
+    )
+    return open_source(where), open_table(config.texts) if config.texts else None
+
+
+def _dtype(config: ImportConfig, first: Rows) -> torch.dtype:
+    if config.dtype is not None:
+        return DTYPES[config.dtype]
+    kept = first.x_TD.dtype in DTYPES.values() and not config.normalize
+    return first.x_TD.dtype if kept else torch.float32
+
+
+def _plan(config: ImportConfig, source: Source, table: Table | None, form: Form) -> Plan:
+    texts = None if table is None else table.fingerprint()
+    return Plan(
+        out=config.out,
+        site=config.site or source.site,
+        source={"name": config.source, "fingerprint": source.fingerprint()},
+        settings=config.identity()
+        | {"column": source.site, "site": config.site or source.site, "texts_fingerprint": texts},
+        held_out_fraction=config.held_out_fraction,
+        shard_rows=config.shard_rows,
+        form=form,
+        made_by={"model": None, "revision": None, "model_fingerprint": None},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Checking:
+    """The first pass over the source: every row is checked, its id and text are kept."""
+
+    config: ImportConfig
+    source: Source
+    table: Table | None
+    form: Form
+    worker: Worker
+
+    def write(self, writer: PassageWriter) -> str:
+        """Add a passage per row; by what the held-out ones were chosen."""
+        config, hashed = self.config, "vectors"
+        scratch = self.worker.partial()
+        longer = config.max_rows is not None
+        texts = join(self.source, self.table, config.id_column, config.text_column, scratch, longer)
+        with progress("check", config.max_rows, "rows") as advance:
+            for rows in _limited(self.source, 0, config.max_rows):
+                self.worker.check_stop()
+                self.form.of(rows)
+                ids, found = texts.of(rows)
+                hashed = "texts" if found else "ids" if ids else "vectors"
+                writer.add(ids, found, _bytes(found or ids or rows.x_TD))
+                advance(len(rows.x_TD))
+        texts.finish()
+        scratch.unlink(missing_ok=True)
+        return hashed
+
+
+def _bytes(values: list[str] | Tensor) -> list[bytes]:
+    """What tells one row from another."""
+    if isinstance(values, Tensor):
+        return [row.tobytes() for row in values.contiguous().view(torch.uint8).numpy()]
+    return [value.encode() for value in values]
+
+
+def _limited(source: Source, start: int, max_rows: int | None) -> Iterator[Rows]:
+    """The source's rows from `start` on, up to `max_rows` of the whole."""
+    for rows in source.batches(start):
+        n_left = len(rows.x_TD) if max_rows is None else max_rows - rows.start
+        if n_left < len(rows.x_TD):
+            rows = Rows(
+                rows.start,
+                rows.x_TD[:n_left],
+                rows.ids and rows.ids[:n_left],
+                rows.texts and rows.texts[:n_left],
+            )
+        if len(rows.x_TD):
+            yield rows
+        if max_rows is not None and n_left <= len(rows.x_TD):
+            return

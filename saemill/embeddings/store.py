@@ -1,0 +1,254 @@
+"""Making the store: its passages, then the shards of its one site, through the cache's own writer."""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import zarr
+from torch import Tensor
+
+from saemill.cache.claims import Claim, Worker, holds_only_claims
+from saemill.cache.writer import DTYPES, ZARR_LITTER, SiteWriter
+from saemill.common import config as settings
+from saemill.common import durable
+from saemill.common.activations import (
+    BLOCK_TOKENS,
+    EMBEDDINGS,
+    FORMAT,
+    TEXT_FOLDERS,
+    ActivationStore,
+    read_settings,
+)
+from saemill.common.errors import ConfigError, DataError, StoreError
+from saemill.common.log import counted, progress, say
+from saemill.common.passages import NO_MASK, PassageStore, PassageWriter
+from saemill.common.sites import Site
+from saemill.embeddings.rows import Form, Rows
+
+CLAIMS = "claims"
+SHARD_BYTES = 1 << 26
+SHARD_ROWS = 1 << 16
+"""A shard of a new store has so many bytes or rows, what is less, unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is to be in the store."""
+
+    out: Path
+    site: str
+    source: dict[str, Any]
+    """`name` and `fingerprint` of what the passages come from."""
+    settings: dict[str, Any]
+    """Of the user; with the source they decide the content."""
+    held_out_fraction: float
+    shard_rows: int | None
+    form: Form
+    made_by: dict[str, Any]
+    """`model`, `revision`, `model_fingerprint`, as far as known."""
+
+    def __post_init__(self) -> None:
+        if self.site in (*TEXT_FOLDERS, CLAIMS) or not re.fullmatch(r"\w[\w.-]*", self.site):
+            raise ConfigError(f"{self.site!r} cannot be the name of a site; give another with --site")
+
+
+def describe(passages: PassageStore) -> str:
+    """How many passages there are."""
+    manifest = passages.manifest
+    note = "" if manifest["n_held_out_rows"] else " (raise --held-out-fraction to assess)"
+    return f"{counted(passages.n_rows, 'passage')}, {manifest['n_held_out_rows']:,} held out{note}"
+
+
+def check_numbers(held_out_fraction: float, **counts: int | None) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if not 0 <= held_out_fraction < 1:
+        raise ConfigError(f"held_out_fraction must be in [0, 1), got {held_out_fraction}")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be 1 or more, got {value}")
+
+
+def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], str]) -> PassageStore:
+    """The passages of the store: those that are there, or new ones.
+
+    Args:
+        plan: what they are to be.
+        worker: this process, holding the claim on the store.
+        write: adds all of them to a writer; says by what their sides were chosen.
+
+    Raises:
+        ConfigError: the folder holds others.
+        StoreError: it holds other things.
+    """
+    folder = plan.out / "passages"
+    _check_folder(plan)
+    with suppress(StoreError):
+        there = PassageStore(folder)
+        if not there.problems(hashes=True):
+            return there
+        say(f"{folder} is damaged and written again")
+    partial = worker.partial()
+    writer = PassageWriter(partial, plan.held_out_fraction)
+    hashed = write(writer)
+    if writer.n_rows == 0:
+        raise DataError(f"{plan.source['name']} has no rows")
+    writer.finish({"hashed": hashed, "source": plan.source, "settings": plan.settings})
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
+    durable.sync_folder(plan.out)
+    return PassageStore(folder)
+
+
+def _check_folder(plan: Plan) -> None:
+    """Refuse a folder that holds anything but the beginning of this store."""
+    for path in plan.out.glob("*"):
+        ours = (
+            (path.name == CLAIMS and holds_only_claims(path))
+            or path.name in ("passages", "zarr.json")
+            or path.match(ZARR_LITTER)
+            or (path.is_dir() and (path / "commits").is_dir())
+            or path.name == plan.site
+        )
+        if not ours:
+            raise StoreError(f"{plan.out} holds other files ({path.name}); choose a new folder")
+    if (plan.out / "zarr.json").exists() and read_settings(plan.out).get("kind") != EMBEDDINGS:
+        raise ConfigError(f"{plan.out} holds activations of a language model; choose another folder")
+    try:
+        manifest = durable.read_json(plan.out / "passages" / "manifest.json")
+    except (FileNotFoundError, StoreError):
+        return
+    settings.check_same(manifest["settings"], plan.settings, plan.out)
+    if manifest["source"]["fingerprint"] != plan.source["fingerprint"]:
+        raise ConfigError(
+            f"{plan.source['name']} is not what {plan.out} was made of, or has changed since; choose another "
+            "output folder, or remove that one"
+        )
+
+
+def open_store(
+    plan: Plan, passages: PassageStore, width: int, worker: Worker
+) -> tuple[ActivationStore, SiteWriter]:
+    """The store with its array, made where they are missing.
+
+    Raises:
+        ConfigError: it was made with other settings, or the disk is too small.
+    """
+    dtype = plan.form.dtype
+    row_bytes = width * dtype.itemsize
+    fitting = max(BLOCK_TOKENS, SHARD_BYTES // row_bytes // BLOCK_TOKENS * BLOCK_TOKENS)
+    shard_rows = min(passages.n_rows, plan.shard_rows or min(SHARD_ROWS, fitting))
+    identity = {
+        "format": FORMAT,
+        "kind": EMBEDDINGS,
+        "passages_fingerprint": passages.fingerprint,
+        "n_rows": passages.n_rows,
+        "shard_tokens": shard_rows,
+        "dtype": next(name for name, known in DTYPES.items() if known is dtype),
+        "model_dtype": None,
+        "model_fingerprint": plan.made_by["model_fingerprint"],
+        "mask": settings.plain(NO_MASK),
+    }
+    if (plan.out / "zarr.json").exists():
+        settings.check_same(read_settings(plan.out), identity, plan.out)
+    else:
+        _check_disk(plan, -(-passages.n_rows // shard_rows) * shard_rows * row_bytes)
+        for litter in plan.out.glob(ZARR_LITTER):
+            litter.unlink()
+        versions = {name: version(name) for name in ("saemill", "torch", "zarr")}
+        made_by = {key: plan.made_by[key] for key in ("model", "revision")} | {"versions": versions}
+        zarr.create_group(str(plan.out), attributes={"saemill": identity | made_by})
+    store = ActivationStore(plan.out)
+    return store, SiteWriter(store, Site(plan.site, width), dtype, worker)
+
+
+def _check_disk(plan: Plan, n_bytes: int) -> None:
+    free = shutil.disk_usage(plan.out).free
+    if n_bytes > free:
+        raise ConfigError(
+            f"{n_bytes / 2**20:,.1f} MiB are needed in {plan.out}, {free / 2**20:,.1f} MiB are free; "
+            "choose --max-rows, --dtype bf16 or another disk"
+        )
+
+
+def fill(
+    store: ActivationStore,
+    writer: SiteWriter,
+    form: Form,
+    batches: Callable[[int], Iterator[Rows]],
+    worker: Worker,
+    claim: Claim,
+) -> str:
+    """Write the shards that are missing or damaged; what was done.
+
+    Args:
+        store: the store.
+        writer: of its site.
+        form: what the vectors are made into.
+        batches: the rows from a number on, in order.
+        worker: this process.
+        claim: on the store.
+
+    Raises:
+        DataError: the rows end before the last shard, or a vector is refused.
+        Interrupted: a signal came; what was finished is committed.
+    """
+    missing = writer.damaged()
+    writer.withdraw(missing)
+    n_missing = sum(map(store.shard_length, missing))
+    if 0 < len(missing) < store.n_shards:
+        n_there = store.n_shards - len(missing)
+        say(
+            f"{n_there:,} of {counted(store.n_shards, 'shard')} are there, continuing with shard {missing[0]}"
+        )
+    if missing:
+        reader = _Reader(form, batches)
+        with progress("write", store.n_tokens, "rows", store.n_tokens - n_missing) as advance:
+            for shard in missing:
+                x_TD = torch.empty(store.shard_length(shard), writer.site.width, dtype=form.dtype)
+                for n_rows in reader.fill(x_TD, shard * store.shard_tokens):
+                    worker.check_stop()
+                    advance(n_rows)
+                writer.write(shard, x_TD, claim)
+    if not writer.finish():
+        raise StoreError(f"shards of {store.path} went missing meanwhile; run the command again")
+    return (
+        f"{counted(len(missing), 'shard')} written" if missing else "nothing to do, every shard was checked"
+    )
+
+
+class _Reader:
+    """Goes through the rows of a source once, and starts again where shards are left out."""
+
+    def __init__(self, form: Form, batches: Callable[[int], Iterator[Rows]]) -> None:
+        self.form, self.batches = form, batches
+        self._stream: Iterator[Rows] = iter(())
+        self._position = -1
+        self._left: Tensor | None = None
+
+    def fill(self, x_TD: Tensor, start: int) -> Iterator[int]:
+        """Read rows `start` on into all of x_TD; yields how many came at a time."""
+        if start != self._position:
+            self._stream, self._position, self._left = self.batches(start), start, None
+        n_filled = 0
+        while n_filled < len(x_TD):
+            if self._left is None:
+                rows = next(self._stream, None)
+                if rows is None:
+                    raise DataError(f"the source ends at row {self._position:,}; it has changed meanwhile")
+                self._left = self.form.of(rows)
+            taken = self._left[: len(x_TD) - n_filled]
+            x_TD[n_filled : n_filled + len(taken)] = taken
+            self._left = self._left[len(taken) :] if len(taken) < len(self._left) else None
+            n_filled += len(taken)
+            self._position += len(taken)
+            yield len(taken)
