@@ -121,6 +121,35 @@ def test_a_pushed_store_is_pulled_byte_for_byte(kind: str, made: Pipeline, hub: 
     assert metadata(hub.files(f"user/{kind}", kind="datasets")["README.md"])["viewer"] is False
 
 
+def test_embeddings_and_their_saes_go_there_and_back(hub: Hub, tmp_path: Path) -> None:
+    """Oracle: the store's own vectors and texts, and the assessment of the run where it was made."""
+    x_TD = np.random.default_rng(0).standard_normal((600, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x_TD)
+    texts = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(600))
+    (tmp_path / "texts.jsonl").write_text(texts)
+    acts, run = tmp_path / "acts", tmp_path / "run"
+    call("import-activations", tmp_path / "x.npy", "--texts", tmp_path / "texts.jsonl", "-o", acts)
+    call("train", acts, "--site", "embedding", "--k", 2, "--num-latents", 16, "--batch-size", 64, "-o", run,
+         "--device", "cpu")  # fmt: skip
+    wanted = assess(AssessConfig(run=run, device="cpu", n_latents=1))
+    call("push", acts, "user/acts")
+    call("push", run, "user/saes")
+    call("pull", "user/acts", "-o", tmp_path / "there")
+    call("pull", "user/saes", "-o", tmp_path / "saes")
+    store = ActivationStore(tmp_path / "there")
+    np.testing.assert_array_equal(store.read("embedding", 0, 600).numpy(), x_TD)
+    assert store.text.texts(0, 2) == ["text 0", "text 1"]  # type: ignore[union-attr]
+    again = assess(AssessConfig(run=tmp_path / "saes", acts=tmp_path / "there", device="cpu", n_latents=1))
+    assert [e["metrics"] for e in again["variants"]] == [e["metrics"] for e in wanted["variants"]]
+    card = hub.files("user/saes")["README.md"].decode()
+    assert "base_model" not in metadata(card.encode())
+    assert "of `x.npy`. The SAEs take vectors as they were stored" in card
+    assert "ΔCE, nats" not in card
+    files = hub.files("user/acts", kind="datasets")
+    assert "600, of `x.npy`" in files["README.md"].decode()
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+
+
 def test_no_path_of_this_machine_is_uploaded(made: Pipeline, hub: Hub) -> None:
     """Oracle: the folders that the run, its stores, its model and its text lie in, searched in every file."""
     for path, repo in ((made.out, "user/saes"), (made.acts, "user/acts"), (made.tokens, "user/tokens")):

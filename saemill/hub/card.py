@@ -1,6 +1,6 @@
 """README.md of a run's repository: what the SAEs are, how good, how to load them, how they were made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -41,15 +41,13 @@ def model_card(
             {
                 "library_name": "saemill",
                 "tags": TAGS,
-                "base_model": told["model"] if is_id(told["model"]) else None,
+                "base_model": told["model"] if is_id(told["model"] or "") else None,
                 "datasets": [told["dataset"]] if is_id(told["dataset"]) else None,
             }
         ),
-        f"# Sparse autoencoders of {_short(told['model'])}",
-        f"{counted(len(saes), 'TopK sparse autoencoder')} of `{told['model']}` at {_code(sites)}, trained by "
-        f"saemill {told['versions']['saemill']} on {told['tokens_trained']:,} tokens of `{told['dataset']}`. "
-        "A site is the output of that module of the base model (`AutoModel`); the SAEs take it as the model "
-        "produces it: f = ReLU(TopK(W_enc (x − b_dec) + b_enc)), x̂ = W_decᵀ f + b_dec.",
+        f"# Sparse autoencoders of {_short(told['model'] or told['dataset'])}",
+        f"{counted(len(saes), 'TopK sparse autoencoder')} of {_what(told, sites)} "
+        "f = ReLU(TopK(W_enc (x − b_dec) + b_enc)), x̂ = W_decᵀ f + b_dec.",
         "## Variants",
         _variants(saes, finished, assessment),
         *(_how_measured(assessment) if assessment else ()),
@@ -62,6 +60,19 @@ def model_card(
         code("yaml", yaml.safe_dump({"train": _given(identity)}, sort_keys=False)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _what(told: Mapping[str, Any], sites: Sequence[str]) -> str:
+    """What the SAEs were trained on, and what they take."""
+    by = f"trained by saemill {told['versions']['saemill']} on {told['tokens_trained']:,}"
+    if "normalized" in told:
+        form = "of unit length" if told["normalized"] else "as they were stored"
+        who = f" by `{told['model']}`" if told["model"] else ""
+        return f"embeddings{who}, {by} passages of `{told['dataset']}`. The SAEs take vectors {form}:"
+    return (
+        f"`{told['model']}` at {_code(sites)}, {by} tokens of `{told['dataset']}`. A site is the output of "
+        "that module of the base model (`AutoModel`); the SAEs take it as the model produces it:"
+    )
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:
@@ -106,12 +117,13 @@ def _variants(
         lines = [[f"`{name}`", *shape, _state(name, finished)] for name, shape in shapes.items()]
         note = "**Not assessed.** Nothing is known here of how well they reconstruct: `saemill assess`."
         return f"{note}\n\n{rows([[*head, 'state'], *lines])}"
+    entries = [entry for entry in assessment["variants"] if entry["name"] in saes]
+    columns = {c: t for c, t in COLUMNS.items() if any(e["metrics"][c]["value"] is not None for e in entries)}
     lines = [
-        [f"`{entry['name']}`", *shapes[entry["name"]], *_figures(entry["metrics"]), entry["verdict"]]
-        for entry in assessment["variants"]
-        if entry["name"] in saes
+        [f"`{entry['name']}`", *shapes[entry["name"]], *_figures(entry["metrics"], columns), entry["verdict"]]
+        for entry in entries
     ]
-    return rows([[*head, *COLUMNS.values(), "verdict"], *lines])
+    return rows([[*head, *columns.values(), "verdict"], *lines])
 
 
 def _state(name: str, finished: Mapping[str, Any]) -> str:
@@ -121,17 +133,17 @@ def _state(name: str, finished: Mapping[str, Any]) -> str:
     return f"stopped by halving at step {stopped['step']:,}" if stopped else "trained to the end"
 
 
-def _figures(metrics: Mapping[str, Any]) -> list[str]:
+def _figures(metrics: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
     """Values with their intervals, where they have one."""
-    intervals = {name: interval(metrics[name]) for name in COLUMNS}
-    return [number(metrics[n]) + (f" ({intervals[n]})" if intervals[n] else "") for n in COLUMNS]
+    intervals = {name: interval(metrics[name]) for name in columns}
+    return [number(metrics[n]) + (f" ({intervals[n]})" if intervals[n] else "") for n in columns]
 
 
 def _how_measured(assessment: Mapping[str, Any]) -> list[str]:
     data, limits = assessment["data"], assessment["thresholds"]
-    with_losses = data["n_tokens_with_losses"]
+    with_losses, unit = data["n_tokens_with_losses"], data["unit"]
     return [
-        f"Measured on {data['n_tokens']:,} tokens of {counted(data['n_documents'], 'document')}: "
+        f"Measured on {data['n_tokens']:,} {unit}s of {counted(data['n_documents'], 'document')}: "
         f"{data['chosen']}. "
         + (
             f"Losses on {with_losses:,} of them. "
@@ -141,8 +153,8 @@ def _how_measured(assessment: Mapping[str, Any]) -> list[str]:
         + "In brackets 95% intervals over documents.",
         "FVU is the share of variance that is not reconstructed; ΔCE what splicing the SAE into the model "
         "costs it; loss recovered compares that with zeros in place of the activations; dead are latents "
-        f"active on fewer than {data['dead_percentage_threshold']:.2%} of the tokens. The verdict counts the "
-        f"checks passed: loss recovered at least {limits['min_loss_recovered']:g}, L0 "
+        f"active on fewer than {data['dead_percentage_threshold']:.2%} of the {unit}s. The verdict counts "
+        f"the checks passed: loss recovered at least {limits['min_loss_recovered']:g}, L0 "
         f"{limits['min_l0']:g} to {limits['max_l0']:g}, dead at most {limits['max_dead_fraction']:g}, "
         f"absorption at most {limits['max_absorption']:g} or what random directions show. More is in "
         "`report.html` and `final_assessment.json`.",
@@ -209,11 +221,16 @@ def _recipe(
         n = mask["first_positions"]
         masked.append(f"the first {f'{n} positions' if n > 1 else 'position'} of each row")
     masked += [f"token {token}" for token in mask["token_ids"]]
+    revision = f" at revision `{told['revision']}`" if told["revision"] else ""
+    rows_of = f", rows of {told['ctx_len']} tokens" if "ctx_len" in told else ""
     lines = [
-        ["model", f"`{told['model']}`" + (f" at revision `{told['revision']}`" if told["revision"] else "")],
-        ["text", f"`{told['dataset']}`, rows of {told['ctx_len']} tokens"],
+        *([["model", f"`{told['model']}`{revision}"]] if told["model"] else []),
+        ["text", f"`{told['dataset']}`{rows_of}"],
         ["left out of training", ", ".join(masked) or "nothing"],
-        ["tokens", f"{finished['tokens']:,} in {counted(finished['steps'], 'step')}"],
+        [
+            "passages" if "normalized" in told else "tokens",
+            f"{finished['tokens']:,} in {counted(finished['steps'], 'step')}",
+        ],
         ["peak learning rate", f"{rates[0]:.3g}" + (f" to {rates[-1]:.3g}" if len(rates) > 1 else "")],
         ["time", f"{duration(finished['seconds'])} for the {counted(len(finished['variants']), 'variant')}"],
         ["versions", ", ".join(f"{name} {version}" for name, version in told["versions"].items())],

@@ -11,6 +11,7 @@ from saemill.common.activations import ActivationStore
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.formats.sparsify import WEIGHTS
+from saemill.common.passages import PassageStore
 from saemill.common.tokens import TokenStore
 from saemill.hub.card import model_card
 from saemill.hub.names import Names, as_json
@@ -108,20 +109,27 @@ def _activations(path: Path, place: str) -> Contents:
     store = ActivationStore(path)
     if not store.sites:
         raise StoreError(f"no site of {path} is finished; finish one with `saemill cache`")
-    names = Names(store.settings, store.tokens.manifest)
+    text, kind = store.text, store.text.path.name
+    names = Names(store.settings, text.manifest)
     group = durable.read_json(path / "zarr.json")
     named = names.of(group)
     if named != group:
         named["attributes"]["saemill"]["fingerprint"] = store.fingerprint
-    written = {f"tokens/{name}": content for name, content in _token_files(store.tokens, names).items()}
+    files = _token_files(text, names) if isinstance(text, TokenStore) else _passage_files(text, names)
+    written = {f"{kind}/{name}": content for name, content in files.items()}
     written |= {"zarr.json": as_json(named) if named != group else (path / "zarr.json").read_bytes()}
     per_site = ("zarr.json", "manifest.json", "c/*/0", "commits/*.json")
     globs = [f"{site}/{file}" for site in store.sites for file in per_site]
-    globs += [f"tokens/{file}" for file in _token_globs(store.tokens)]
+    of_text = _token_globs(text) if isinstance(text, TokenStore) else ("passages.parquet",)
+    globs += [f"{kind}/{file}" for file in of_text]
     card = activations_card(place, store, names).encode()
     return Contents(
         repo_type="dataset", folder=path, as_they_are=tuple(globs), written=written | {CARD: card}
     )
+
+
+def _passage_files(store: PassageStore, names: Names) -> dict[str, bytes]:
+    return {"manifest.json": as_json(names.of(store.manifest))}
 
 
 def _token_globs(store: TokenStore) -> tuple[str, ...]:

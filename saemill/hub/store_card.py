@@ -5,6 +5,7 @@ from typing import Any
 
 from saemill.common.activations import ActivationStore
 from saemill.common.log import counted
+from saemill.common.passages import PassageStore
 from saemill.common.tokens import TokenStore
 from saemill.hub.card import code, front_matter, rows
 from saemill.hub.names import Names
@@ -41,16 +42,28 @@ def tokens_card(repo: str, store: TokenStore, names: Names) -> str:
 
 def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
     """The card of an activation store; arguments as of `tokens_card`."""
-    settings, manifest = names.of(store.settings), names.of(store.tokens.manifest)
-    model = settings["model"]
+    settings, manifest, text = names.of(store.settings), names.of(store.text.manifest), store.text
+    source, model = manifest["source"]["name"], settings["model"]
+    version = settings["versions"]["saemill"]
+    if isinstance(text, TokenStore):
+        title = f"Activations of {PurePath(model).name}"
+        what = (
+            f"Activations of `{model}`, cached by saemill {version}, and the tokens that they belong to. A "
+            "site is the output of that module of the base model (`AutoModel`)."
+        )
+        lines, read = _text_lines(text, manifest), f"store.tokens.rows(0, 16)  # [16, {store.ctx_len}]"
+    else:
+        title = f"Embeddings of {PurePath(source).name}"
+        by = f"by `{model}`, " if model else ""
+        what = f"Embeddings {by}with their texts or ids, stored by saemill {version}."
+        lines, read = _passage_lines(text, manifest), "store.text.texts(0, 16)"
     sites = [store.site(name) for name in store.sites]
     mib = {site.name: site.array.n_shards * site.array.shard_bytes / 2**20 for site in sites}
-    first = sites[0]
+    first, n = sites[0], min(store.n_tokens, 1024)
     parts = [
         _front_matter("activations"),
-        f"# Activations of {PurePath(model).name}",
-        f"Activations of `{model}`, cached by saemill {settings['versions']['saemill']}, and the tokens that "
-        "they belong to. A site is the output of that module of the base model (`AutoModel`).",
+        f"# {title}",
+        what,
         rows(
             [
                 ["site", "shape", "stored as", "MiB", "mean squared norm"],
@@ -69,10 +82,9 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
         rows(
             [
                 ["", ""],
-                ["model", f"`{model}`" + (f" at `{settings['revision']}`" if settings["revision"] else "")],
-                ["computed in", settings["model_dtype"]],
-                *_text_lines(store.tokens, manifest),
-                ["shards", f"{store.n_shards:,} of {store.shard_tokens:,} tokens per site"],
+                *_model_lines(settings),
+                *lines,
+                ["shards", f"{store.n_shards:,} of {store.shard_tokens:,} {text.unit}s per site"],
             ]
         ),
         "## Read",
@@ -81,8 +93,8 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
             "python",
             "from saemill import ActivationStore\n\n"
             'store = ActivationStore("acts")\n'
-            f'x = store.read("{first.name}", 0, 1024)  # [1024, {first.width}], in the order of the text\n'
-            f"ids = store.tokens.rows(0, 16)  # [16, {store.ctx_len}]",
+            f'x = store.read("{first.name}", 0, {n})  # [{n}, {first.width}], in the order of the text\n'
+            f"text = {read}",
         ),
         "`saemill train acts` trains on it. It is Zarr v3, which other readers take as well: rows lie "
         "shuffled within each shard, by a permutation that saemill computes, and bf16 is kept as uint16.",
@@ -93,6 +105,20 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
 def _front_matter(kind: str) -> str:
     """`viewer: false`: the hub would show the lists of documents as if they were the data."""
     return front_matter({"tags": ["saemill", "interpretability", kind], "viewer": False})
+
+
+def _model_lines(settings: dict[str, Any]) -> list[list[str]]:
+    """The model and the type that it computed in, as far as there are."""
+    revision = f" at `{settings['revision']}`" if settings["revision"] else ""
+    lines = [["model", f"`{settings['model']}`{revision}"]] if settings["model"] else []
+    return lines + ([["computed in", settings["model_dtype"]]] if settings["model_dtype"] else [])
+
+
+def _passage_lines(store: PassageStore, manifest: dict[str, Any]) -> list[list[str]]:
+    return [
+        ["passages", f"{store.n_rows:,}, of `{manifest['source']['name']}`"],
+        ["held out", f"{manifest['n_held_out_rows']:,}, by a hash of their {manifest['hashed']}"],
+    ]
 
 
 def _text_lines(store: TokenStore, manifest: dict[str, Any]) -> list[list[str]]:
