@@ -26,6 +26,15 @@ def random_texts(n: int, seed: int = 0, words: int = 60) -> list[str]:
     return [f"{i}. " + " ".join(generator.choices(WORDS, k=generator.randint(5, words))) for i in range(n)]
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums in the same order on both sides of a comparison; and small products gain nothing from threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder() -> str:
     """A byte-level BPE tokenizer with 8,192 ids and EOS 0."""

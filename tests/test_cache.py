@@ -1,7 +1,6 @@
 """The cache: its values, its statistics, and what it does when it is killed, damaged or misused."""
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +24,7 @@ import tensorstore
 import torch
 import transformers
 import zarr
+from crashes import Crash, bury, check_crashes, crash_at, file_hashes
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -44,6 +44,8 @@ from saemill.show import describe, problems
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N_ROWS, CTX_LEN, SHARD, BATCH = 150, 32, 512, 5
 N_SHARDS = 10
 """Nine shards of 16 rows and one of 6."""
@@ -54,15 +56,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def make_tokens(corpus: Path, tokenizer: str, out: Path, **changes: Any) -> TokenStore:
     settings: dict[str, Any] = {"ctx_len": CTX_LEN, "max_tokens": N_ROWS * CTX_LEN, "held_out_fraction": 0.2}
     return tokenize(TokenizeConfig(dataset=str(corpus), tokenizer=tokenizer, out=out, **settings | changes))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products gain nothing from threads, and wait for them where the machine is shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +118,6 @@ def hidden_states(
 def truth(tokens: TokenStore, neox: str) -> dict[str, Tensor]:
     """fp32 hidden states of the two sites of `made`."""
     return {f"layers.{i}": hidden_states(tokens, neox, i) for i in (0, 1)}
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
 
 
 def marks(folder: Path) -> dict[str, tuple[int, int]]:
@@ -548,60 +533,12 @@ def kill_at(command: list[str], out: Path, n_commits: int) -> int:
     return len(list(out.glob("*/commits/*.json")))
 
 
-class Crash(BaseException):
-    """Stands for the end of the process; no handler of errors catches it."""
-
-
-def crash_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """End the process, as it were, before the so-manieth step on the disk; a count of the steps."""
-    steps = 0
-
-    def wrap(holder: Any, name: str) -> None:
-        original = getattr(holder, name)
-
-        def step(*arguments: Any, **options: Any) -> Any:
-            nonlocal steps
-            steps += 1
-            if steps > moment:
-                raise Crash
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(holder, name, step)
-
-    wrap(Path, "replace")
-    wrap(Path, "unlink")
-    wrap(os, "link")
-    wrap(zarr, "create_group")
-    wrap(zarr, "create_array")
-    return lambda: steps
-
-
-def bury(out: Path) -> None:
-    """Let claims that a crash left in this process be those of a process that is gone."""
-    for file in (out / "claims").glob("[!.]*"):
-        if file.is_file() and "partial" not in file.name:
-            file.write_text(json.dumps(durable.read_json(file) | {"started": "before"}))
-
-
 def test_a_crash_at_any_step_leaves_a_store_that_is_finished_later(
     tokens: TokenStore, neox: str, tmp_path: Path
 ) -> None:
     """Oracle: the store of a run without a crash, file by file, for a crash before each disk operation."""
     options = {"layers": (0, 2), "max_tokens": 3 * CTX_LEN, "shard_tokens": 2 * CTX_LEN}
-    with pytest.MonkeyPatch.context() as patch:
-        n_steps = crash_at(10**9, patch)
-        cache(tokens, neox, tmp_path / "whole", **options)
-    expected = file_hashes(tmp_path / "whole")
-    assert n_steps() > 20
-    for moment in range(n_steps()):
-        out = tmp_path / str(moment)
-        with pytest.MonkeyPatch.context() as patch:
-            crash_at(moment, patch)
-            with pytest.raises(Crash):
-                cache(tokens, neox, out, **options)
-        bury(out)
-        cache(tokens, neox, out, **options)
-        assert file_hashes(out) == expected, f"after a crash at step {moment}"
+    check_crashes(lambda out: cache(tokens, neox, out, **options), tmp_path)
 
 
 def test_left_over_pieces_do_no_harm(

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from crashes import check_crashes
 from test_assess import bert_tokenizer
-from test_cache import Crash, bury, crash_at, file_hashes
 
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
@@ -77,19 +77,7 @@ def test_a_crash_at_any_shard_leaves_a_store_that_is_finished_later(
 ) -> None:
     """Oracle: the store of a run without a crash, file by file."""
     options = {"shard_rows": 20, "batch_size": 4}
-    with pytest.MonkeyPatch.context() as patch:
-        n_steps = crash_at(10**9, patch)
-        embed(corpus_file, encoder, tmp_path / "whole", **options)
-    expected = file_hashes(tmp_path / "whole")
-    for moment in range(3, n_steps(), 5):
-        out = tmp_path / str(moment)
-        with pytest.MonkeyPatch.context() as patch:
-            crash_at(moment, patch)
-            with pytest.raises(Crash):
-                embed(corpus_file, encoder, out, **options)
-        bury(out)
-        embed(corpus_file, encoder, out, **options)
-        assert file_hashes(out) == expected, f"after a crash at step {moment}"
+    check_crashes(lambda out: embed(corpus_file, encoder, out, **options), tmp_path, start=3, stride=5)
 
 
 def test_mistakes_are_refused(

@@ -19,11 +19,12 @@ import pytest
 import safetensors.torch
 import torch
 import zarr
+from crashes import check_crashes, file_hashes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from stores import make_tokens
-from test_cache import ENVIRONMENT, Crash, bury, crash_at, file_hashes
+from test_cache import ENVIRONMENT
 from typer.testing import CliRunner
 
 from saemill import cli
@@ -157,9 +158,8 @@ def test_what_is_read_back_is_what_was_written(
     folder = tmp_path_factory.mktemp("source")
     x = vectors(n, d, seed=n).astype(dtype)
     source, options = write(x, folder)
-    store = taken(
-        source, folder / "acts", dtype=stored, normalize=normalize, shard_rows=shard_rows, **options
-    )
+    options |= {"dtype": stored, "normalize": normalize, "shard_rows": shard_rows}
+    store = taken(source, folder / "acts", held_out_fraction=0, **options)
     as_it_comes = "fp16" if dtype == "float16" and not normalize and write is not write_jsonl else "fp32"
     expected = torch.from_numpy(
         x / np.linalg.norm(x.astype(float), axis=1, keepdims=True) if normalize else x
@@ -422,20 +422,7 @@ def test_a_crash_at_any_step_leaves_a_store_that_is_finished_later(tmp_path: Pat
     with_texts(tmp_path, 20)
     options = {"texts": str(tmp_path / "apart.parquet"), "shard_rows": 8}
     source = tmp_path / "ids.parquet"
-    with pytest.MonkeyPatch.context() as patch:
-        n_steps = crash_at(10**9, patch)
-        taken(source, tmp_path / "whole", **options)
-    expected = file_hashes(tmp_path / "whole")
-    assert n_steps() > 20
-    for moment in range(n_steps()):
-        out = tmp_path / str(moment)
-        with pytest.MonkeyPatch.context() as patch:
-            crash_at(moment, patch)
-            with pytest.raises(Crash):
-                taken(source, out, **options)
-        bury(out)
-        taken(source, out, **options)
-        assert file_hashes(out) == expected, f"after a crash at step {moment}"
+    check_crashes(lambda out: taken(source, out, **options), tmp_path)
 
 
 def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path) -> None:

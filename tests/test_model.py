@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from saemill.common.model import (
 )
 from saemill.common.sites import Architecture
 from saemill.common.tokens import TokenizerInfo
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = ("neox", "llama", "gpt2", "bert")
 BLOCKS = {"neox": "layers", "llama": "layers", "gpt2": "h", "bert": "encoder.layer"}
@@ -66,15 +68,6 @@ def hooked(model: Any, names: tuple[str, ...], run: Callable[[], object]) -> dic
     for handle in handles:
         handle.remove()
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products gain nothing from threads, and wait for them where the machine is shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Splicing: what an SAE in the model's place changes, and what it leaves."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,8 @@ from saemill.common.errors import ConfigError
 from saemill.common.sae import Encoded
 from saemill.common.splice import positions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("neox", "llama", "gpt2", "bert")
 CAUSAL = ("neox", "llama", "gpt2")
 BLOCKS = {"neox": "layers", "llama": "layers", "gpt2": "h", "bert": "encoder.layer"}
@@ -24,15 +26,6 @@ IDS = torch.randint(1, 8192, (3, 17), generator=torch.Generator().manual_seed(0)
 RIGHT = (torch.arange(17) < torch.tensor([[17], [11], [5]])).long()
 LEFT = RIGHT.flip(1)
 LEFT_OUT = {"first_positions": 1, "token_ids": [0, int(IDS[0, 4])]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in the same order on both sides of a comparison."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,8 @@ from saemill.train.wandb import follow
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
+FEW_STEPS = 100
+"""Below it the plan says that more may help."""
 TENSORBOARD = "tensorboard"
 """The folder of its events in the run's."""
 SAMPLE_TOKENS = 8192
@@ -338,5 +340,7 @@ def _print_plan(config: TrainConfig, trainer: Trainer, spread: Spread, store: Ac
         f"({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
         f"{bank.dead_after_tokens:,} tokens; {store.text.manifest['n_held_out_rows']:,} rows held out"
     )
+    if n_steps < FEW_STEPS:
+        say(f"{counted(n_steps, 'step')} are few to learn in: more epochs or a smaller batch may help much")
     if trainer.step:
         say(f"continuing after step {trainer.step:,}")
