@@ -113,6 +113,7 @@ def test_assessed_anew_when_trained_anew(
         ({"train.k": "65"}, r"k must be in 1..64"),
         ({"train.site": "layers.0"}, "train.site 'layers.0' is not cached"),
         ({"cache.layers": "7"}, "layers must be in"),
+        ({"tokenize.ctx_len": "256"}, "rows have 256 tokens, but .* takes at most 128"),
         ({"cache.load_in_8bit": "true", "cache.device": "cpu"}, "load_in_8bit needs a CUDA device, got cpu"),
         ({"tokenize.held_out_fraction": "0"}, "nothing is held out to assess on"),
         ({"run.run_name": "a/b"}, "without slashes"),

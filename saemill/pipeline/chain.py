@@ -29,9 +29,9 @@ from saemill.common import durable
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
-from saemill.common.model import check_8bit
+from saemill.common.model import check_8bit, check_fit
 from saemill.common.sites import Site, load_model_config
-from saemill.common.tokenizer import load_tokenizer
+from saemill.common.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.tokens import TokenStore
 from saemill.common.world import World
 from saemill.pipeline.stages import CONFIGS, READS, Sections, check_input, join, stages_of
@@ -137,11 +137,9 @@ class Chain:
         return out
 
     def _cache(self, config: CacheConfig) -> Path:
-        if config.out != UNKNOWN:
-            cache(config)
-            return config.out
-        out = self._place("acts", config.model, content_of(config, TokenStore(config.tokens)))
-        if not _has_sites(out, [site.name for site in _sites(config)]):
+        content = content_of(config, TokenStore(config.tokens))
+        out = config.out if config.out != UNKNOWN else self._place("acts", config.model, content)
+        if not _has_sites(out, content, [site.name for site in _sites(config)]):
             cache(replace(config, out=out))
         return out
 
@@ -181,7 +179,10 @@ class Chain:
                 )
 
     def _check_model(self, config: CacheConfig) -> None:
-        """Refuse sites that the model has not, and SAEs that do not fit them; fill in training's sites."""
+        """Refuse tokens that are not the model's, sites that it has not, and SAEs that do not fit them; fill
+        in training's sites."""
+        if "tokenize" in self.configs:
+            _check_tokens(self.configs["tokenize"], config)
         check_8bit(bool(config.load_in_8bit), World.here().device(config.device))
         widths = {site.name: site.width for site in _sites(config)}
         if "train" not in self.configs:
@@ -216,17 +217,27 @@ def content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
     return content
 
 
+def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
+    """Refuse a tokenizer or rows that the model cannot take."""
+    info = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)[1]
+    check_fit(load_model_config(config.model, config.revision), config.model, info, tokens.ctx_len)
+    check_tokenizer(info, config.model, config.revision, config.allow_other_tokenizer)
+
+
 def _sites(config: CacheConfig) -> list[Site]:
     return sites_of(config, load_model_config(config.model, config.revision))
 
 
-def _has_sites(path: Path, names: list[str]) -> bool:
-    """Whether a store holds finished sites, by their sizes; their blocks are checked as they are read."""
+def _has_sites(path: Path, content: dict[str, Any], names: list[str]) -> bool:
+    """Whether a store of this content holds finished sites, by their sizes; their blocks are checked as
+    they are read."""
     try:
         store = ActivationStore(path)
         for name in names:
             store.site(name)
     except StoreError:
+        return False
+    if any(store.settings.get(name) != value for name, value in content.items()):
         return False
     say(f"{path} has {', '.join(names)} already")
     return True
