@@ -15,6 +15,8 @@ else
 FREE := torch\|triton
 endif
 BIN := $(VENV)/bin
+# Processes that share out the test files; each takes up to 2 GiB.
+WORKERS ?= 2
 
 .PHONY: demo test tutorial bench bench-pipeline bench-others clean
 
@@ -25,7 +27,7 @@ test: $(VENV)/ready $(VENV)-peers/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	SAEMILL_PEERS=$(abspath $(VENV)-peers) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	SAEMILL_PEERS=$(abspath $(VENV)-peers) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered -n $(WORKERS) --dist loadfile
 
 # docs/tutorial.ipynb run anew, with its outputs.
 tutorial: $(VENV)/ready
