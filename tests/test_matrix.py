@@ -9,9 +9,11 @@ import pytest
 import yaml
 from conftest import random_texts
 
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, StoreError
 from saemill.pipeline import chain
 from saemill.pipeline.matrix import run
+from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.run import run as tokenize
 
 
 @pytest.fixture
@@ -75,12 +77,11 @@ def test_every_pair_is_cached_once_and_trained_over_all_seeds(file: Path, cached
     assert len(cached) == len(set(cached)) == 4
     found = json.loads((out / "matrix.json").read_text())
     assert found["missing"] == []
-    cells = {(c["target"], c["source"], c["site"]): c for c in found["cells"]}
-    sites = {"neox": ["layers.0", "layers.1"], "llama": ["layers.1"]}
-    assert set(cells) == {(t, s, site) for t in sites for s in ("one", "two") for site in sites[t]}
-    for (target, source, site), cell in cells.items():
-        assert cell["num_latents"] == (64 if target == "neox" else 96)
-        names = [f"{site}-k4-f{cell['num_latents']}-s{seed}" for seed in (5, 6)]
+    cells = {(c["target"], c["source"], c["kind"]): c for c in found["cells"]}
+    kinds = {"neox": ["layers.0-k4-f64", "layers.1-k4-f64"], "llama": ["layers.1-k4-f96"]}
+    assert set(cells) == {(t, s, kind) for t in kinds for s in ("one", "two") for kind in kinds[t]}
+    for (target, source, kind), cell in cells.items():
+        names = [f"{kind}-s{seed}" for seed in (5, 6)]
         assert cell["saes"] == [f"runs/{target}--{source}/{name}" for name in names]
         assessment = json.loads((out / f"runs/{target}--{source}/final_assessment.json").read_text())
         values = [e["metrics"]["fvu"]["value"] for e in assessment["variants"] if e["name"] in names]
@@ -113,8 +114,7 @@ def test_a_done_pair_stays_done_when_its_stores_are_deleted(
     sections["train"] |= {"log_to_wandb": True, "wandb_project": "studies"}
     write(file, sections)
     out = run(file, targets=("llama",))
-    assert not list((out / "acts").iterdir())
-    assert not list((out / "tokens").iterdir())
+    assert not [path for path in (out / "stores").rglob("*") if path.is_file()]
     assert len(cached) == 2
     missing = json.loads((out / "matrix.json").read_text())["missing"]
     assert missing == ["neox--one", "neox--two"]
@@ -128,8 +128,68 @@ def test_a_done_pair_stays_done_when_its_stores_are_deleted(
     assert len(cached) == 2
     assert [path.stat().st_mtime_ns for path in saes] == times
     changed(file, seeds=[5])
-    with pytest.raises(ConfigError, match="seeds: there"):
+    with pytest.raises(ConfigError, match=r"llama--one: .*was made with other settings:\n  seeds: there"):
         run(file, targets=("llama",))
+
+
+def test_stores_of_done_pairs_are_deleted_when_that_is_asked_later(file: Path, cached: list[str]) -> None:
+    """Oracle: the folders."""
+    changed(file, compare=False)
+    out = run(file, targets=("llama",), sources=("one",))
+    stores = out / "stores" / "llama--one"
+    assert sorted(path.name for path in stores.iterdir()) == ["acts", "tokens"]
+    changed(file, delete=["acts"])
+    run(file, targets=("llama",), sources=("one",))
+    assert [path.name for path in stores.iterdir()] == ["tokens"]
+    assert len(cached) == 1
+
+
+def test_what_is_not_a_seed_is_told_apart(file: Path) -> None:
+    """Oracle: two rates and two seeds: two cells of two, and no comparison over rates."""
+    sections = yaml.safe_load(file.read_text())
+    sections["train"]["lr"] = ["auto", 1e-4]
+    out = run(write(file, sections), targets=("llama",), sources=("one",))
+    found = json.loads((out / "matrix.json").read_text())
+    assert [(c["kind"], c["n_seeds"]) for c in found["cells"]] == [
+        ("layers.1-k4-f96", 2),
+        ("layers.1-k4-f96-lr0.0001", 2),
+    ]
+    for entry in found["comparisons"]:
+        compared = json.loads((out / entry["folder"] / "comparison.json").read_text())
+        assert [pair["differs_in"] for pair in compared["pairs"]] == [["seed"]]
+
+
+def test_one_pair_that_fails_does_not_stop_the_others(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the first pair's assessment fails; the second is done, and the error names the first."""
+    changed(file, compare=False)
+    real = chain.assess
+
+    def assess(config: Any) -> Any:
+        if config.run.name == "llama--one":
+            raise StoreError("every variant diverged")
+        return real(config)
+
+    monkeypatch.setattr(chain, "assess", assess)
+    with pytest.raises(StoreError, match="llama--one failed: every variant diverged"):
+        run(file, targets=("llama",))
+    found = json.loads(Path("study/matrix.json").read_text())
+    assert found["failed"] == {"llama--one": "every variant diverged"}
+    assert [c["source"] for c in found["cells"]] == ["two"]
+
+
+def test_all_pairs_on_one_text(file: Path, tokenizer_folder: str) -> None:
+    """Oracle: the assessments' own account of their tokens."""
+    tokens = tokenize(
+        TokenizeConfig(dataset="two.jsonl", tokenizer=tokenizer_folder, out=Path("ev"), ctx_len=32)
+    )
+    sections = yaml.safe_load(changed(file, compare=False).read_text())
+    sections["assess"]["tokens"] = "ev"
+    out = run(write(file, sections), targets=("llama",), sources=("one",))
+    (cell,) = json.loads((out / "matrix.json").read_text())["cells"]
+    assessment = json.loads((out / "runs/llama--one/on-ev/final_assessment.json").read_text())
+    assert assessment["data"]["tokens_fingerprint"] == tokens.fingerprint
+    values = [entry["metrics"]["fvu"]["value"] for entry in assessment["variants"]]
+    np.testing.assert_allclose(cell["metrics"]["fvu"]["mean"], np.mean(values))
 
 
 def test_other_text_under_the_same_name_is_refused(file: Path) -> None:
@@ -150,8 +210,13 @@ def test_other_text_under_the_same_name_is_refused(file: Path) -> None:
         ("matrix", {"sources": {"a": {"dataset": "absent.jsonl"}}}, "no file or folder absent.jsonl"),
         ("matrix", {"sources": {"a": {"txt": "one.jsonl"}}}, r"unknown setting matrix\.sources\.a\.txt"),
         ("matrix", {"delete": ["runs"]}, "must be one of tokens, acts"),
-        ("train", {"out": "elsewhere"}, r"train\.out is found for each pair"),
+        ("train", {"out": "elsewhere"}, r"train\.out is each pair's own"),
         ("assess", {"acts": "elsewhere"}, r"assess\.acts is each pair's own"),
+        ("train", {"seeds": [7]}, r"train\.seeds is each pair's own"),
+        ("tokenize", {"tokenizer": "t"}, r"tokenize\.tokenizer is each pair's own"),
+        ("run", {"save_dir": "s"}, "section run of .* has no effect"),
+        ("compare", {"out": "o"}, r"compare\.out follows from the matrix"),
+        ("compare", {"assignment_limit": 70}, "SAEs of 96 latents, more than the 70"),
         ("train", {"k": [80]}, r"k must be in 1..64"),
     ],
 )
@@ -160,7 +225,7 @@ def test_wrong_settings_of_any_pair_are_told_before_the_first(
 ) -> None:
     """Oracle: nothing appears on disk."""
     sections = yaml.safe_load(file.read_text())
-    sections[section] |= changes
+    sections[section] = sections.get(section, {}) | changes
     before = set(Path().iterdir())
     with pytest.raises(ConfigError, match=message):
         run(write(file, sections))

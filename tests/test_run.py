@@ -50,7 +50,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_second_k_goes_straight_to_training(
     work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path, done: list[str],
-    capfd: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Oracle: the stages that were called, and the files' times of change."""
     flags = SMALL | {"tokenize.tokenizer": tokenizer_folder}
@@ -68,7 +68,18 @@ def test_a_second_k_goes_straight_to_training(
     assert done == ["cache", "assess", "assess"]
     assert "is finished already" in capfd.readouterr().out
     # Its own settings, written beside the run, name the same folders.
-    assert run(None, None, {}, Path(f"{first}.yaml")) == first
+    assert run(None, None, {}, Path(f"{first}.yaml")).samefile(first)
+    assert done == ["cache", "assess", "assess"]
+    # What is said in other words is the same.
+    monkeypatch.chdir(corpus.parent)
+    elsewhere = {
+        "run.save_dir": str(work / "saemill-out"),
+        "cache.load_in_8bit": "false",
+        "train.log_every": "5",
+    }
+    assert run(model, corpus.name, flags | elsewhere).samefile(work / first)
+    monkeypatch.chdir(work)
+    assert done == ["cache", "assess", "assess"]
     # Another layer is added to the same store.
     run(model, text, flags | {"cache.layers": "0,1"})
     (acts,) = Path("saemill-out/acts").iterdir()
@@ -102,6 +113,52 @@ def test_assessed_anew_when_trained_anew(
     run(tiny_models["neox"], str(corpus), flags | {"assess.max_tokens": "900"})
     run(tiny_models["neox"], str(corpus), flags | {"assess.max_tokens": "900", "train.resume": "false"})
     assert done == ["cache", "assess", "assess", "assess"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tokenize.held_out_fraction": "1e-9"}, "no row of .* is held out to assess on"),
+        ({"train.batch_size": "1M"}, "training tokens are less than one step of 1,000,000"),
+    ],
+)
+def test_refused_before_anything_is_cached(
+    flags: dict[str, str], message: str, work: Path, tiny_models: dict[str, str], tokenizer_folder: str,
+    corpus: Path, done: list[str],
+) -> None:  # fmt: skip
+    """Oracle: what the tokens show; no stage was called after them."""
+    with pytest.raises(ConfigError, match=message):
+        run(tiny_models["neox"], str(corpus), SMALL | {"tokenize.tokenizer": tokenizer_folder} | flags)
+    assert done == []
+
+
+def test_a_finished_run_without_wandb_is_not_logged_by_saying_so(
+    work: Path,
+    tiny_models: dict[str, str],
+    tokenizer_folder: str,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: the run's folder, which wandb knows nothing of."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    flags = SMALL | {"tokenize.tokenizer": tokenizer_folder, "run.run_name": "a"}
+    run(tiny_models["neox"], str(corpus), flags)
+    with pytest.raises(ConfigError, match="is finished and was trained without wandb"):
+        run(tiny_models["neox"], str(corpus), flags | {"train.log_to_wandb": "true"})
+
+
+def test_a_device_is_for_the_stages_that_there_are(
+    work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path
+) -> None:
+    """Oracle: a config that ends before training; and folders that are all named, where save_dir is idle."""
+    sections = {
+        "tokenize": {"dataset": str(corpus), "tokenizer": tokenizer_folder, "ctx_len": 32, "out": "t"},
+        "cache": {"model": tiny_models["neox"], "layers": [1], "out": "a"},
+    }
+    (work / "c.yaml").write_text(yaml.safe_dump(sections))
+    assert run(None, None, {"device": "cpu"}, work / "c.yaml") == Path("a")
+    with pytest.raises(ConfigError, match="save_dir has no effect"):
+        run(None, None, {"run.save_dir": "s"}, work / "c.yaml")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +243,7 @@ def test_flags_of_saetrain_and_sparsify(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_lists_take_numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: a model and a dataset after a list, and a switch before them, stay what they are."""
-    told = given(monkeypatch, "--layers", "2", "3", "--log_to_wandb", "some/model", "--k", "8", "data.jsonl")
+    told = given(monkeypatch, "--layers=2", "3", "--log_to_wandb", "some/model", "--k", "8", "data.jsonl")
     assert told["model"] == "some/model"
     assert told["dataset"] == "data.jsonl"
     assert (told["cache.layers"], told["train.k"], told["train.log_to_wandb"]) == ("2,3", "8", True)
@@ -197,7 +254,9 @@ def test_every_setting_that_a_flag_names_exists() -> None:
     """Oracle: the stages' own fields."""
     for targets in SETTINGS.values():
         for target in targets:
-            section, name = target.split(".")
+            section, _, name = target.rpartition(".")
+            if name == "device":  # of every stage that has one
+                continue
             known = {field.name for field in dataclasses.fields((CONFIGS | {"run": RunConfig})[section])}
             assert name in known, target
 

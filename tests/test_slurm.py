@@ -112,6 +112,23 @@ def test_dry_run_prints_the_scripts(here: Path) -> None:
     assert 'scontrol requeue "$job"' not in assess
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": {"save_dir": "s"}}, "section run of .* is for `saemill run`"),
+        ({"train": {"resume": False}}, "would start anew at every requeue"),
+    ],
+)
+def test_what_has_no_place_in_jobs_is_refused(changes: dict[str, Any], message: str, here: Path) -> None:
+    """Oracle: the messages."""
+    sections = yaml.safe_load(config(here).read_text())
+    for name, values in changes.items():
+        sections[name] = sections.get(name, {}) | values
+    (here / "pipeline.yaml").write_text(yaml.safe_dump(sections))
+    with pytest.raises(ConfigError, match=message):
+        call("submit", here / "pipeline.yaml", "--dry-run")
+
+
 def test_scripts_are_bash(here: Path) -> None:
     """Oracle: bash's own check of the syntax."""
     subprocess.run(["bash", "-n"], input=call("submit", config(here), "--dry-run"), text=True, check=True)

@@ -256,7 +256,8 @@ def _identity(
         "shard_tokens": rows_per_shard * tokens.ctx_len,
         "dtype": config.dtype or there.get("dtype", "bf16"),
         "model_dtype": model_dtype,
-        "load_in_8bit": there.get("load_in_8bit") if config.load_in_8bit is None else config.load_in_8bit,
+        "load_in_8bit": (there.get("load_in_8bit") if config.load_in_8bit is None else config.load_in_8bit)
+        or None,
         "model_fingerprint": fingerprint_model(config.model, config.revision),
         "mask": mask or there.get("mask") or settings.plain(MaskConfig()),
     }

@@ -1,5 +1,6 @@
 """The whole pipeline as one command: run; and many of them: matrix."""
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ class SpacedLists(TyperCommand):
         """Rewrite these before the usual parsing."""
         rewritten: list[str] = []
         flag = ""
-        for argument in args:
+        for argument in itertools.chain(*map(_parts, args)):
             if argument.startswith("--"):
                 flag = argument.replace("_", "-")
                 rewritten.append(argument)
@@ -32,6 +33,11 @@ class SpacedLists(TyperCommand):
                 flag = flag if rewritten and rewritten[-1].startswith("--") else ""
                 rewritten.append(argument)
         return super().parse_args(ctx, rewritten)
+
+
+def _parts(argument: str) -> list[str]:
+    """`--k=8` as two arguments."""
+    return argument.split("=", 1) if argument.startswith("--") else [argument]
 
 
 def _is_number(text: str) -> bool:
@@ -78,7 +84,7 @@ SETTINGS = {
     "wandb_project": ("train.wandb_project",),
     "wandb_log_frequency": ("train.wandb_log_frequency", "train.log_every"),
     "dead_percentage_threshold": ("assess.dead_percentage_threshold",),
-    "device": ("cache.device", "train.device", "assess.device"),
+    "device": ("device",),
     "save_dir": ("run.save_dir",),
     "run_name": ("run.run_name",),
 }
@@ -170,6 +176,7 @@ def run(
     another k goes straight to training. Flags of sparsify and saetrain are known; batches count tokens.
 
     Example: `saemill run EleutherAI/pythia-160m corpus.jsonl.gz --layers 6 --max-tokens 1M --k 16,64`
+
     Example: `saemill run configs/pythia-160m.yaml`
     """
     from saemill.pipeline.run import run as run_all

@@ -33,14 +33,16 @@ from saemill.common.model import check_8bit, check_fit
 from saemill.common.sites import Site, load_model_config
 from saemill.common.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.tokens import TokenStore
+from saemill.common.wandb import process as wandb
 from saemill.common.world import World
-from saemill.pipeline.stages import CONFIGS, READS, Sections, check_input, join, stages_of
+from saemill.pipeline.stages import CONFIGS, READS, Sections, absolute, check_input, join, stages_of
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 from saemill.tokenize.source import check_path, fingerprint_local
 from saemill.train.config import TrainConfig
+from saemill.train.run import check_logging
 from saemill.train.run import run as train
-from saemill.train.variants import of_config
+from saemill.train.variants import Variant, of_config
 
 UNKNOWN = Path("not known yet")
 """Stands for a folder that is found when the stage before it has run."""
@@ -68,9 +70,11 @@ class Chain:
     where: str = "the config"
     configs: dict[str, Any] = field(init=False)
     """Settings by stage; folders are filled in as they become known."""
+    variants: list[Variant] = field(init=False, default_factory=list)
+    """What will be trained, as far as it can be told before; learning rates are not final."""
 
     def __post_init__(self, sections: Sections) -> None:
-        sections = {stage: dict(sections[stage]) for stage in stages_of(sections, self.where)}
+        sections = {stage: _here(sections[stage]) for stage in stages_of(sections, self.where)}
         for before, after in pairwise(sections):
             join(sections, before, after)
         first = next(iter(sections))
@@ -86,7 +90,13 @@ class Chain:
         if "cache" in self.configs:
             self._check_model(self.configs["cache"])
         if "train" in self.configs:
+            check_logging(self.configs["train"])
             self._check_run(self.configs["train"])
+
+    @property
+    def finds_places(self) -> bool:
+        """Whether any folder is not named, but found by content."""
+        return any(getattr(config, "out", None) == UNKNOWN for config in self.configs.values())
 
     def __call__(self) -> Path:
         """Run what is not there yet.
@@ -134,6 +144,7 @@ class Chain:
             tokenize(replace(config, out=out))
         while not (out / "manifest.json").exists():  # the failure of the process that makes it ends all
             time.sleep(POLL_SECONDS)
+        self._check_rows(TokenStore(out))
         return out
 
     def _cache(self, config: CacheConfig) -> Path:
@@ -154,18 +165,19 @@ class Chain:
         return config.out
 
     def _assess(self, config: AssessConfig) -> Path:
-        if config.is_done():
+        if config.is_done() and not _owes_wandb(config.run):
             say(f"{config.folder / 'final_assessment.json'} is there already")
         else:
             assess(config)
         return config.run
 
     def _write_down(self, run: Path) -> None:
-        """All settings and folders, beside the run."""
+        """All settings and folders, beside the run, so that they hold from anywhere."""
         if World.here().rank == 0:
-            if "assess" in self.configs:
-                self.configs["assess"] = replace(self.configs["assess"], run=run)
-            plain = {stage: settings.plain(config) for stage, config in self.configs.items()}
+            configs = self.configs | {"train": replace(self.configs["train"], resume=True)}
+            if "assess" in configs:
+                configs["assess"] = replace(configs["assess"], run=run)
+            plain = {stage: settings.plain(absolute(config)) for stage, config in configs.items()}
             text = yaml.safe_dump(plain, sort_keys=False)
             durable.write_bytes(run.with_name(f"{run.name}.yaml"), [text.encode()])
 
@@ -176,6 +188,24 @@ class Chain:
                 raise ConfigError(
                     "nothing is held out to assess on; raise tokenize.held_out_fraction, or name other text "
                     "with assess.tokens"
+                )
+
+    def _check_rows(self, tokens: TokenStore) -> None:
+        """Refuse tokens of which nothing is held out, or too few to train on, before they are cached."""
+        n_held_out = int(tokens.held_out_R.sum())
+        if "assess" in self.configs and self.configs["assess"].tokens is None and n_held_out == 0:
+            raise ConfigError(
+                f"no row of {tokens.path} is held out to assess on; raise tokenize.held_out_fraction or "
+                "max_tokens, or name other text with assess.tokens"
+            )
+        if "train" in self.configs:
+            config: TrainConfig = self.configs["train"]
+            n_epoch = (tokens.n_rows - n_held_out) * tokens.ctx_len
+            n_tokens = config.max_tokens or (config.epochs or 1) * n_epoch
+            if n_tokens < config.step_tokens:
+                raise ConfigError(
+                    f"{n_tokens:,} training tokens are less than one step of {config.step_tokens:,}; lower "
+                    "batch_size, or raise max_tokens or epochs"
                 )
 
     def _check_model(self, config: CacheConfig) -> None:
@@ -192,7 +222,7 @@ class Chain:
         if not named:
             training = self.configs["train"] = replace(training, site=tuple(widths))
         if set(named) <= set(widths):  # others may be in a store that is named
-            of_config(training, {name: widths[name] for name in named or widths}, n_steps=1)
+            self.variants = of_config(training, {name: widths[name] for name in named or widths}, n_steps=1)
         elif config.out == UNKNOWN:
             other = next(name for name in named if name not in widths)
             raise ConfigError(f"train.site {other!r} is not cached; {settings.nearest(other, widths)}")
@@ -215,6 +245,22 @@ def content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
         content["dataset_hash"] = fingerprint_local(Path(config.dataset))
     content["tokenizer_hash"] = load_tokenizer(config.tokenizer, config.tokenizer_revision)[1].hash
     return content
+
+
+def _here(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which what is named and lies on this machine is named by its whole path."""
+    named = {name: values.get(name) for name in ("dataset", "tokenizer", "model")}
+    there = {name: str(Path(v).absolute()) for name, v in named.items() if v and Path(str(v)).exists()}
+    return {**values, **there}
+
+
+def _owes_wandb(run: Path) -> bool:
+    """Whether wandb lacks something of a run that is logged to it."""
+    if not (run / wandb.RECORD).exists():
+        return False
+    logged = run / wandb.LOGGED
+    ended = durable.read_json(logged)["ended"] if logged.exists() else []
+    return not set(durable.read_json(run / wandb.RECORD)["runs"]) <= set(ended)
 
 
 def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:

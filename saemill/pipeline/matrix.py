@@ -10,28 +10,42 @@
       delete: [acts]
     tokenize: {ctx_len: 256}    # and cache, train, assess: what all pairs share
 
-A pair is a pipeline of its own (`pipeline.chain`), its run in `<out>/runs/<target>--<source>`, all of its
-layers, k, widths and seeds trained at once over one stream.
+A pair is a pipeline of its own (`pipeline.chain`): its stores in `<out>/stores/<target>--<source>`, its run
+in `<out>/runs/<target>--<source>`, all layers, k, widths and seeds trained at once over one stream.
 """
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.config import STAGES, nearest
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, Interrupted, SaemillError, StoreError
 from saemill.common.log import say
 from saemill.common.model import fingerprint_model
+from saemill.common.tokens import TokenStore
 from saemill.common.world import World, speak_for
+from saemill.compare.run import ASSIGNMENT_LIMIT, CompareConfig
 from saemill.pipeline.chain import Chain, content_of_tokens
 from saemill.pipeline.stages import Sections
 from saemill.pipeline.summary import write as write_summary
 
 FORMAT = "saemill matrix 1"
+OF_A_PAIR = {
+    "tokenize": ("dataset", "tokenizer", "out"),
+    "cache": ("model", "tokens", "out"),
+    "train": ("acts", "out", "seeds"),
+    "assess": ("run", "acts", "model", "out"),
+}
+"""Settings that follow from the pair, and cannot be shared."""
+ONE_OF = (("layers", "sites", "layer_stride"), ("expansion_factor", "num_latents"))
+"""What a target chooses takes the place of all of these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +66,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A dataset that the models read."""
+    """A dataset that the models read; what is left out is as in the shared section tokenize."""
 
     dataset: str
     """Hub id, or local file or folder."""
@@ -76,23 +90,26 @@ class MatrixConfig:
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial weights, trained side by side."""
     delete: tuple[Literal["tokens", "acts"], ...] = ()
-    """What of a pair is deleted when it is assessed; a pair that is done stays done without."""
+    """Which stores of a pair are deleted when it is assessed; a pair that is done stays done without."""
     compare: bool = True
-    """Match the dictionaries of different seeds and sources at the end."""
+    """Match the dictionaries of different seeds and sources at the end, by the section compare."""
 
     def __post_init__(self) -> None:
-        for name in ("targets", "sources"):
-            for title in getattr(self, name):
-                if not title.replace("-", "").replace("_", "").replace(".", "").isalnum() or "--" in title:
+        for kind in ("targets", "sources"):
+            for name in getattr(self, kind):
+                if not re.fullmatch(r"\w+([.-]\w+)*", name):
                     raise ConfigError(
-                        f"matrix.{name}: {title!r} names folders; use letters, digits, dots, _ and single -"
+                        f"matrix.{kind}: {name!r} names folders; use letters, digits and _, with single dots "
+                        "and dashes between them"
                     )
-            if not getattr(self, name):
-                raise ConfigError(f"matrix.{name} is empty; name one at least")
+            if not getattr(self, kind):
+                raise ConfigError(f"matrix.{kind} is empty; name one at least")
 
 
 def run(file: Path, targets: tuple[str, ...] = (), sources: tuple[str, ...] = ()) -> Path:
     """Run every pair that is not done, then sum up and compare what is there.
+
+    A pair that fails is told, and the others go on.
 
     Args:
         file: a YAML file with the section matrix and those that all pairs share.
@@ -103,26 +120,73 @@ def run(file: Path, targets: tuple[str, ...] = (), sources: tuple[str, ...] = ()
 
     Raises:
         ConfigError: settings that are wrong for any pair, before the first one runs.
+        StoreError: some pairs failed.
     """
     world = World.here()
     speak_for(world)
-    sections = settings.read_sections(file)
-    config = settings.build(MatrixConfig, settings.read_section(file, "matrix"), "matrix")
+    sections = _read(file)
+    config = settings.build(MatrixConfig, sections.get("matrix", {}), "matrix")
+    comparing = _comparing(config, sections.get("compare", {}))
     chosen = [
         (target, source)
         for target in _choose("target", targets, config.targets)
         for source in _choose("source", sources, config.sources)
     ]
     pairs = [Pair.of(config, sections, target, source) for target, source in chosen]
-    done = [pair.is_done() for pair in pairs]
-    for number, (pair, finished) in enumerate(zip(pairs, done, strict=True), 1):
-        say(f"\n{number} of {len(pairs)}: {pair.name}" + (", done already" if finished else ""))
-        if not finished:
-            pair.run(config.delete, world)
+    for pair in pairs:
+        _check_widths(pair, comparing)
+    done, failed = [pair.is_done() for pair in pairs], {}
+    for number, (pair, was_done) in enumerate(zip(pairs, done, strict=True), 1):
+        say(f"\n{number} of {len(pairs)}: {pair.name}" + (", done already" if was_done else ""))
+        if not was_done and (problem := pair.run(world)):
+            failed[pair.name] = problem
+        else:
+            pair.delete(config.delete, world)
     if world.rank == 0:
-        every = [f"{target}--{source}" for target in config.targets for source in config.sources]
-        write_summary(config.out, every, config.compare)
+        write_summary(config.out, _assessed(config, sections), failed, comparing)
+    if failed:
+        raise StoreError("\n".join(f"{name} failed: {problem}" for name, problem in failed.items()))
     return config.out
+
+
+def _read(file: Path) -> Sections:
+    """The file's sections; those without effect are refused."""
+    sections = settings.read_sections(file)
+    for name in ("run", "slurm"):
+        if name in sections:
+            raise ConfigError(f"the section {name} of {file} has no effect on a matrix; leave it out")
+    for stage, names in OF_A_PAIR.items():
+        for name in names:
+            if sections.get(stage, {}).get(name) is not None:
+                raise ConfigError(f"{stage}.{name} is each pair's own, by the section matrix; leave it out")
+    return sections
+
+
+def _comparing(config: MatrixConfig, section: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Settings for the comparisons, checked; None for none."""
+    if not config.compare:
+        if section:
+            raise ConfigError("the section compare has no effect with matrix.compare false; leave one out")
+        return None
+    for name in ("saes", "out"):
+        if name in section:
+            raise ConfigError(f"compare.{name} follows from the matrix; leave it out")
+    settings.build(CompareConfig, {**section, "saes": []}, "compare")
+    return section
+
+
+def _check_widths(pair: "Pair", comparing: Mapping[str, Any] | None) -> None:
+    """Refuse SAEs too wide to be assigned one to one, before they are trained."""
+    if comparing is None or comparing.get("matching") == "nearest":
+        return
+    limit = settings.coerce(comparing.get("assignment_limit") or ASSIGNMENT_LIMIT, int, "assignment_limit")
+    widest = max((variant.num_latents for variant in pair.chain.variants), default=0)
+    if widest > limit:
+        raise ConfigError(
+            f"{pair.name} has SAEs of {widest:,} latents, more than the {limit:,} that are assigned one to "
+            "one at the end; add the section compare: {matching: nearest}, or {assignment_limit: …} if "
+            "memory and time are there, or matrix.compare false"
+        )
 
 
 def _choose(kind: str, names: tuple[str, ...], known: Mapping[str, Any]) -> list[str]:
@@ -130,6 +194,17 @@ def _choose(kind: str, names: tuple[str, ...], known: Mapping[str, Any]) -> list
         if name not in known:
             raise ConfigError(f"no {kind} {name!r}; {nearest(name, known)}")
     return [name for name in known if not names or name in names]
+
+
+def _assessed(config: MatrixConfig, sections: Sections) -> dict[str, Path | None]:
+    """The folder of each pair's assessment, by the pair's name; None for those not done."""
+    found: dict[str, Path | None] = {}
+    tokens = sections.get("assess", {}).get("tokens")
+    for name in (f"{target}--{source}" for target in config.targets for source in config.sources):
+        run = config.out / "runs" / name
+        is_done = run.with_name(f"{name}.done.json").exists()
+        found[name] = (run / f"on-{Path(tokens).name}" if tokens else run) if is_done else None
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,19 +222,29 @@ class Pair:
         name = f"{target}--{source}"
         model = settings.build(Target, config.targets[target], f"matrix.targets.{target}")
         text = settings.build(Source, config.sources[source], f"matrix.sources.{source}")
+        stores, run = config.out / "stores" / name, config.out / "runs" / name
         own = {
-            "tokenize": {**_given(text), "tokenizer": model.tokenizer or model.model},
-            "cache": _given(model, ("model", "revision", "layers", "sites", "layer_stride")),
-            "train": {**_given(model, ("expansion_factor", "num_latents")), "seeds": config.seeds},
+            "tokenize": {
+                **_given(text), "tokenizer": model.tokenizer or model.model, "out": stores / "tokens",
+            },
+            "cache": {
+                **_given(model, ("model", "revision", "layers", "sites", "layer_stride")),
+                "out": stores / "acts",
+            },
+            "train": {
+                **_given(model, ("expansion_factor", "num_latents")), "seeds": config.seeds, "out": run,
+            },
             "assess": {},
-        }
+        }  # fmt: skip
         if model.tokenizer is None:
             own["tokenize"]["tokenizer_revision"] = model.revision
-        merged = {stage: {**sections.get(stage, {}), **own[stage]} for stage in STAGES}
-        _refuse_named_folders(merged)
+        merged = {stage: _merge(sections.get(stage, {}), own[stage]) for stage in STAGES}
         if merged["train"].get("log_to_wandb"):
-            merged["train"].setdefault("run_name", config.out.name)
-        chain = Chain(merged, config.out, name, f"the pair {name}")
+            merged["train"].setdefault("run_name", config.out.absolute().name)
+        try:
+            chain = Chain(merged, config.out, where=f"the pair {name}")
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
         return cls(name, chain, _content(chain))
 
     @property
@@ -174,20 +259,37 @@ class Pair:
         if durable.read_json(self.record)["content"] != self.content:
             raise ConfigError(
                 f"{self.name} was done with other settings or other text; choose another matrix.out, or "
-                f"remove {self.record} and {self.chain.folder / 'runs' / self.name}"
+                f"remove {self.record}, {self.chain.folder / 'runs' / self.name} and "
+                f"{self.chain.folder / 'stores' / self.name}"
             )
         return True
 
-    def run(self, delete: tuple[str, ...], world: World) -> None:
-        """Run the pipeline, note it down, and delete what shall not stay."""
-        self.chain()
-        if world.rank > 0:
-            return
-        durable.write_json(self.record, {"format": FORMAT, "content": self.content})
-        folders = {"tokens": self.chain.configs["tokenize"].out, "acts": self.chain.configs["cache"].out}
-        for kind in delete:
-            say(f"{folders[kind]} deleted: {durable.folder_bytes(folders[kind]) / 2**20:,.1f} MiB")
-            shutil.rmtree(folders[kind])
+    def run(self, world: World) -> str | None:
+        """Run the pipeline and note it down.
+
+        Returns: why it failed, or None. Several processes fail together.
+        """
+        try:
+            self.chain()
+        except SaemillError as error:
+            if isinstance(error, Interrupted) or world.size > 1:
+                raise
+            say(f"{self.name} failed: {error}")
+            return str(error)
+        if world.rank == 0:
+            durable.write_json(self.record, {"format": FORMAT, "content": self.content})
+        return None
+
+    def delete(self, kinds: tuple[str, ...], world: World) -> None:
+        """Delete stores that shall not stay; the pair is done."""
+        if kinds and world.size > 1:  # all have read what they need
+            with world.connected(torch.device("cpu")) as everyone:
+                everyone.meet()
+        for kind in kinds if world.rank == 0 else ():
+            folder = self.chain.folder / "stores" / self.name / kind
+            if folder.exists():
+                say(f"{folder} is deleted: {durable.folder_bytes(folder) / 2**20:,.1f} MiB")
+                shutil.rmtree(folder)
 
 
 def _given(config: Any, names: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -198,15 +300,10 @@ def _given(config: Any, names: tuple[str, ...] = ()) -> dict[str, Any]:
     }
 
 
-def _refuse_named_folders(sections: Sections) -> None:
-    """Shared sections cannot name folders: every pair has its own."""
-    for stage, names in (("tokenize", ["out"]), ("cache", ["tokens", "out"]), ("train", ["acts", "out"])):
-        for name in names:
-            if sections[stage].get(name) is not None:
-                raise ConfigError(f"{stage}.{name} is found for each pair below matrix.out; leave it out")
-    for name in ("run", "out", "acts"):
-        if sections["assess"].get(name) is not None:
-            raise ConfigError(f"assess.{name} is each pair's own; leave it out")
+def _merge(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A pair's own settings before those that all share."""
+    replaced = {name for group in ONE_OF if set(group) & set(own) for name in group}
+    return {**{name: value for name, value in shared.items() if name not in replaced}, **own}
 
 
 def _content(chain: Chain) -> str:
@@ -221,5 +318,6 @@ def _content(chain: Chain) -> str:
             fingerprint_model(cache.model, cache.revision),
             train.identity(),
             assess.identity(),
+            TokenStore(assess.tokens).fingerprint if assess.tokens else None,
         ]
     )

@@ -41,7 +41,8 @@ def run(
     Args:
         model: hub id or local folder; None takes the file's.
         dataset: hub id, or local file or folder; None takes the file's.
-        flags: settings by dotted name (`train.k`); None means not given.
+        flags: settings by dotted name (`train.k`), and `device` for all stages that have one; None means
+            not given.
         file: a YAML file with a section per stage; without it, all four stages run.
         sets: `stage.key=value` strings.
 
@@ -55,11 +56,15 @@ def run(
     if file:  # which may hold sections of other commands too
         found = settings.read_sections(file)
         sections = {name: values for name, values in found.items() if name in (*STAGES, "run")}
+    flags = {name: value for name, value in flags.items() if name != "device"} | {
+        f"{stage}.device": flags.get("device") for stage in STAGES[1:] if stage in sections
+    }
     told = {"cache.model": model, "tokenize.dataset": dataset, **flags}
     present = [*sections, "run"]
     _refuse_other_sections(present, told, sets)
     settings.override(sections, told, sets)
-    own = settings.build(RunConfig, sections.pop("run", {}), "run")
+    section = sections.pop("run", {})
+    own = settings.build(RunConfig, section, "run")
     _refuse_end_to_end(sections)
     if "tokenize" in sections:
         _complete_tokenize(sections)
@@ -67,6 +72,8 @@ def run(
     chain = Chain(sections, own.save_dir, own.run_name, str(file or "the command"))
     if batch_given and "tokenize" in sections:
         _check_batch(chain)
+    if section.get("save_dir") is not None and not chain.finds_places:
+        raise ConfigError("save_dir has no effect: the config names the folders of all stages; leave it out")
     return chain()
 
 

@@ -1,5 +1,6 @@
 """The stages of a config file, in their order, and the folders that join them."""
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ def join(sections: Sections, before: str, after: str) -> Path | None:
     sections[before] = sections[before] | {"out": out or read}
     sections[after] = sections[after] | {READS[after]: out or read}
     return Path(str(out or read))
+
+
+def absolute(config: Any) -> Any:
+    """A config whose folders do not depend on the one we are in."""
+    values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
+    return replace(config, **{name: v.absolute() for name, v in values.items() if isinstance(v, Path)})
 
 
 def check_input(stage: str, config: Any) -> None:

@@ -1,8 +1,9 @@
 """What a matrix comes to: each cell over its seeds, and how alike the dictionaries are."""
 
 import io
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.log import say
 from saemill.compare.run import CompareConfig
@@ -28,59 +30,67 @@ beside the first, not by the third."""
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """SAEs of one shape at one site of one target, trained on one source: one per seed."""
+    """SAEs of one kind, of one target trained on one source: one per seed."""
 
     target: str
     source: str
-    site: str
-    k: int
-    num_latents: int
-
-    @property
-    def family(self) -> tuple[str, str, int, int]:
-        """What cells of different sources have in common."""
-        return self.target, self.site, self.k, self.num_latents
+    kind: str
+    """The variants' name without their seed: site, k, latents, and what else tells them apart."""
 
 
-def write(out: Path, pairs: list[str], comparing: bool) -> None:
+def write(
+    out: Path,
+    assessed: Mapping[str, Path | None],
+    failed: Mapping[str, str],
+    comparing: Mapping[str, Any] | None,
+) -> None:
     """Sum up the pairs that are done: `matrix.json` and a table; comparisons below `compare`.
 
     Args:
         out: the matrix's folder.
-        pairs: names of all pairs, `<target>--<source>`.
-        comparing: match the dictionaries of different seeds and sources.
+        assessed: the folder of each pair's assessment by its name, `<target>--<source>`; None for pairs
+            that are not done.
+        failed: why pairs failed.
+        comparing: settings of `CompareConfig` to match the dictionaries of different seeds and sources;
+            None leaves it.
     """
-    cells = _cells(out, pairs)
+    cells = _cells(assessed)
     found: dict[str, Any] = {
         "cells": [
             {
-                **{name: getattr(cell, name) for name in ("target", "source", "site", "k", "num_latents")},
+                "target": cell.target,
+                "source": cell.source,
+                "kind": cell.kind,
                 "n_seeds": len(entries),
                 "metrics": {name: _spread(entries, name) for name in METRICS},
                 "saes": [f"runs/{cell.target}--{cell.source}/{entry['name']}" for entry in entries],
             }
             for cell, entries in cells.items()
         ],
-        "missing": [name for name in pairs if not (out / "runs" / f"{name}.done.json").exists()],
+        "failed": dict(failed),
+        "missing": [name for name, folder in assessed.items() if folder is None],
+        "comparisons": None,
     }
-    found["comparisons"] = _compare(out, found["cells"]) if comparing else None
-    durable.write_json(out / "matrix.json", found)
+    durable.write_json(out / "matrix.json", found)  # also if the comparisons fail
+    if comparing is not None:
+        found["comparisons"] = _compare(out, found["cells"], comparing)
+        durable.write_json(out / "matrix.json", found)
     say(_text(found))
     say(f"{out / 'matrix.json'} written" + (f"; not done: {', '.join(m)}" if (m := found["missing"]) else ""))
 
 
-def _cells(out: Path, pairs: Iterable[str]) -> dict[Cell, list[dict[str, Any]]]:
+def _cells(assessed: Mapping[str, Path | None]) -> dict[Cell, list[dict[str, Any]]]:
     """The assessments of the pairs that are done, seeds together."""
     cells: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
-    for name in pairs:
-        if not (out / "runs" / f"{name}.done.json").exists():
+    for name, folder in assessed.items():
+        if folder is None:
             continue
         target, source = name.split("--")
-        entries = durable.read_json(out / "runs" / name / "final_assessment.json")["variants"]
+        entries = durable.read_json(folder / "final_assessment.json")["variants"]
         for entry in sorted(entries, key=lambda entry: str(entry["name"])):
             if entry["not_measured"] is None:
-                cell = Cell(target, source, entry["site"], entry["k"], entry["num_latents"])
-                cells[cell].append(entry)
+                kind = re.sub(r"-s\d+(?=-lr|$)", "", entry["name"])
+                cells[Cell(target, source, kind)].append(entry)
     return dict(cells)
 
 
@@ -92,26 +102,30 @@ def _spread(entries: list[dict[str, Any]], metric: str) -> dict[str, float | Non
     return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None}
 
 
-def _compare(out: Path, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The SAEs of one shape at one site, matched with one another over seeds and sources."""
-    families: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+def _compare(out: Path, cells: list[dict[str, Any]], comparing: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The SAEs of one kind of one target, matched with one another over seeds and sources."""
+    families: dict[tuple[str, str], list[str]] = defaultdict(list)
     for cell in cells:
-        key = tuple(cell[name] for name in ("target", "site", "k", "num_latents"))
-        families[key] += cell["saes"]
+        families[cell["target"], cell["kind"]] += cell["saes"]
     told = []
-    for (target, site, k, num_latents), saes in families.items():
+    for (target, kind), saes in families.items():
         if len(saes) < 2:
             continue
-        folder = Path("compare") / f"{target}-{site}-k{k}-f{num_latents}"
-        config = CompareConfig(saes=tuple(out / name for name in saes), out=out / folder)
+        folder = Path("compare") / f"{target}-{kind}"
+        given = {**comparing, "saes": [out / name for name in saes], "out": out / folder}
+        config = settings.build(CompareConfig, given, "compare")
         found = compare(config)["pairs"]
-        shared = {over: _shared(found, over) for over in OVER}
         told.append(
             {
-                "target": target, "site": site, "k": k, "num_latents": num_latents, "folder": str(folder),
-                "threshold": config.threshold, "shared": shared,
+                "target": target,
+                "kind": kind,
+                "folder": str(folder),
+                "threshold": config.threshold,
+                "by": config.by,
+                "matching": config.matching,
+                "shared": {over: _shared(found, over) for over in OVER},
             }
-        )  # fmt: skip
+        )
     return told
 
 
@@ -119,7 +133,7 @@ def _shared(pairs: list[dict[str, Any]], over: str) -> float | None:
     """Mean share of latents that are shared, of pairs that differ in the source, the seed or both alone."""
     sources, seeds = ("dataset" in OVER[over], "seed" in OVER[over])
     values = [
-        pair["assignment"]["share_above"]
+        (pair["assignment"] or pair["mutual_nearest"])["share_above"]
         for pair in pairs
         if (_sources_differ(pair), "seed" in pair["differs_in"]) == (sources, seeds)
     ]
@@ -131,25 +145,21 @@ def _sources_differ(pair: dict[str, Any]) -> bool:
 
 
 def _text(found: dict[str, Any]) -> str:
-    table = Table("target", "source", "site", "k", "latents", "seeds", *METRICS, title="mean ± sd over seeds")
+    table = Table("target", "source", "SAEs", "seeds", *METRICS, title="mean ± sd over seeds")
     for cell in found["cells"]:
-        names = (cell["target"], cell["source"], cell["site"])
-        counts = (str(cell["k"]), f"{cell['num_latents']:,}", str(cell["n_seeds"]))
-        table.add_row(*names, *counts, *(_figure(**cell["metrics"][name]) for name in METRICS))
+        figures = (_figure(**cell["metrics"][name]) for name in METRICS)
+        table.add_row(cell["target"], cell["source"], cell["kind"], str(cell["n_seeds"]), *figures)
     tables = [table]
-    if found["comparisons"]:
-        threshold = found["comparisons"][0]["threshold"]
+    if comparisons := found["comparisons"]:
+        by, threshold = comparisons[0]["by"], comparisons[0]["threshold"]
+        how = {"assignment": "matched one to one", "nearest": "mutual nearest"}[comparisons[0]["matching"]]
         alike = Table(
-            "target", "site", "k", "latents", *(f"other {name.replace('_', ' ')}" for name in OVER), "report",
-            title=f"share of latents whose match has a cosine above {threshold:g}",
+            "target", "SAEs", *(f"other {name.replace('_', ' ')}" for name in OVER), "report",
+            title=f"share of latents that are {how} with a similarity ({by}) above {threshold:g}",
         )  # fmt: skip
-        for entry in found["comparisons"]:
-            shares = entry["shared"].values()
-            alike.add_row(
-                entry["target"], entry["site"], str(entry["k"]), f"{entry['num_latents']:,}",
-                *("–" if share is None else f"{share:.1%}" for share in shares),
-                f"{entry['folder']}/report.html",
-            )  # fmt: skip
+        for entry in comparisons:
+            shares = ("–" if share is None else f"{share:.1%}" for share in entry["shared"].values())
+            alike.add_row(entry["target"], entry["kind"], *shares, f"{entry['folder']}/report.html")
         tables.append(alike)
     console = Console(width=150, no_color=True, record=True, file=io.StringIO())
     console.print(*tables, sep="\n")

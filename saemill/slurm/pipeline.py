@@ -1,6 +1,6 @@
 """A config file as a pipeline: the stages it has, joined at the folders between them."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from saemill.common import config as settings
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
-from saemill.pipeline.stages import CONFIGS, check_input, join, stages_of
+from saemill.pipeline.stages import CONFIGS, absolute, check_input, join, stages_of
 from saemill.slurm.settings import SlurmConfig
 
 
@@ -36,7 +36,11 @@ class Pipeline:
                 raise ConfigError(
                     f"{before}.out must be given: the folder that {before} writes and {after} reads"
                 )
-        return cls({s: settings.build(CONFIGS[s], sections[s], s) for s in present}, slurm)
+        if "run" in sections:
+            raise ConfigError(f"the section run of {file} is for `saemill run`, and has no effect here")
+        stages = {stage: settings.build(CONFIGS[stage], sections[stage], stage) for stage in present}
+        _check_stages(file, stages)
+        return cls(stages, slurm)
 
     @property
     def run(self) -> Path:
@@ -55,14 +59,8 @@ class Pipeline:
 
     def plain(self) -> dict[str, Any]:
         """All settings, defaults included, as `--config` reads them; their folders as seen from anywhere."""
-        stages = {stage: settings.plain(_absolute(config)) for stage, config in self.stages.items()}
+        stages = {stage: settings.plain(absolute(config)) for stage, config in self.stages.items()}
         return stages | {"slurm": _given(settings.plain(self.slurm))}
-
-
-def _absolute(config: Any) -> Any:
-    """A config whose folders do not depend on the one we are in."""
-    values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
-    return replace(config, **{name: v.absolute() for name, v in values.items() if isinstance(v, Path)})
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -76,3 +74,9 @@ def _check_jobs(file: Path, present: list[str], slurm: dict[str, Any]) -> None:
     for stage in STAGES:
         if stage in slurm and stage not in present:
             raise ConfigError(f"slurm.{stage} has no effect: {file} has no section {stage}; leave it out")
+
+
+def _check_stages(file: Path, stages: dict[str, Any]) -> None:
+    """Refuse a training that would start anew whenever its job is requeued."""
+    if "train" in stages and not stages["train"].resume:
+        raise ConfigError(f"{file}: train.resume false would start anew at every requeue; leave it out")

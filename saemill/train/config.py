@@ -166,6 +166,7 @@ class TrainConfig:
             "device",
             "resume",
             "save_every",
+            "log_every",
             "data_ranks",
             "latent_ranks",
             "profile",

@@ -72,7 +72,7 @@ def run(config: TrainConfig) -> list[Path]:
         identity = config.identity() | {"acts_fingerprint": store.fingerprint}
         if everyone.first(lambda: _finished(config, identity, variants)):
             return [config.out / variant.name for variant in variants]
-        everyone.first(lambda: _check_sinks(config))
+        everyone.first(lambda: check_logging(config))
         everyone.first(lambda: _take(config, identity, held))
         trainer = _train(config, loader, schedule, halving, everyone, device, stop, held)
         return export(config.out, variants, store, trainer, identity, halving.stopped)
@@ -197,6 +197,11 @@ def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Vari
         shutil.rmtree(config.out / TENSORBOARD, ignore_errors=True)
         finished_path.unlink(missing_ok=True)
     if finished_path.exists():
+        if config.log_to_wandb and not (config.out / wandb.RECORD).exists():
+            raise ConfigError(
+                f"{config.out} is finished and was trained without wandb; leave log_to_wandb out, or train "
+                "anew with --no-resume"
+            )
         say(
             f"{config.out} is finished already: {counted(len(variants), 'variant')} (--no-resume trains anew)"
         )
@@ -299,8 +304,12 @@ def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def _check_sinks(config: TrainConfig) -> None:
-    """Refuse before the work what would be missing in its logs."""
+def check_logging(config: TrainConfig) -> None:
+    """Refuse before the work what would be missing in its logs.
+
+    Raises:
+        ConfigError: TensorBoard is not installed, or wandb has no API key.
+    """
     if config.log_to_tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("log_to_tensorboard needs tensorboard: pip install 'saemill[tensorboard]'")
     if config.log_to_wandb:
