@@ -32,7 +32,6 @@ from saemill.cache.run import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.model import LanguageModel
 from saemill.common.sae import Sae, SaeConfig
 from saemill.common.tokens import TokenStore
 from saemill.common.world import Group
@@ -569,17 +568,23 @@ def test_the_table_tells_what_is_not_in_it(
     assert "no interval" not in capsys.readouterr().out
 
 
-def changed(causal: Pipeline, folder: Path, part: str) -> str:
-    """A copy of the model with one weight changed."""
-    shutil.copytree(causal.model, folder)
+def changed(model: str, folder: Path, name: str) -> str:
+    """A copy of a model with one weight's rows in reverse."""
+    shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
-    (name,) = [name for name in weights if part in name]
     weights[name] = weights[name].flip(0).contiguous()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return str(folder)
 
 
-LAST_LAYER, HEAD = "layers.2.mlp.dense_4h_to_h.weight", "embed_out.weight"
+def tell(acts: Path, **values: Any) -> None:
+    """Make a store tell other things of its model; the SAEs trained on it still know it."""
+    group = json.loads((acts / "zarr.json").read_text())
+    group["attributes"]["saemill"] |= {"fingerprint": ActivationStore(acts).fingerprint, **values}
+    (acts / "zarr.json").write_text(json.dumps(group))
+
+
+LAST_LAYER, HEAD = "gpt_neox.layers.2.mlp.dense_4h_to_h.weight", "embed_out.weight"
 
 
 def small(causal: Pipeline, out: Path, **values: Any) -> AssessConfig:
@@ -605,22 +610,29 @@ def test_a_copy_of_the_model_elsewhere_is_accepted(causal: Pipeline, tmp_path: P
 
 @pytest.mark.parametrize("part", [LAST_LAYER, HEAD])
 def test_weights_that_no_cached_site_depends_on_are_compared(
-    causal: Pipeline, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+    causal: Pipeline, tmp_path: Path, part: str
 ) -> None:
-    """Oracle: one weight after the only cached site, flipped in the checkpoint: refused, under another name
-    as under the one that was cached."""
-    other = changed(causal, tmp_path / "other", part)
+    """Oracle: one weight after the only cached site, flipped in a copy of the checkpoint."""
+    other = changed(causal.model, tmp_path / "other", part)
     with pytest.raises(ConfigError, match="another model than the one that was cached: its weights differ"):
         run(small(causal, tmp_path / "o", model=other))
-    monkeypatch.setattr(assess_run, "_model_named", lambda config, store: (other, None))
-    store = ActivationStore(causal.acts)
-    store.settings["model"] = other
-    model = LanguageModel(other, revision=None, dtype=torch.float32, device=torch.device("cpu"))
-    with pytest.raises(ConfigError, match="its files have changed since"):
-        assess_run._check_model(small(causal, tmp_path / "o"), model, store)
-    store.settings["weights_fingerprint"] = None  # as in stores that were made before there was one
-    with pytest.raises(ConfigError, match="its files have changed since"):
-        assess_run._check_model(small(causal, tmp_path / "o"), model, store)
+
+
+def test_a_model_that_was_changed_in_its_place_is_refused(
+    causal: Pipeline, tmp_path: Path, tokenizer_folder: str, corpus: Path
+) -> None:
+    """Oracle: the head, flipped after the model was cached; in stores of old, too, that know the files' hash
+    alone."""
+    model = str(shutil.copytree(causal.model, tmp_path / "model"))
+    found = Pipeline(tmp_path, model, tokenizer_folder, corpus, "layers.1")
+    shutil.copytree(found.acts, tmp_path / "old")
+    tell(tmp_path / "old", weights_fingerprint=None)
+    shutil.rmtree(model)
+    changed(causal.model, Path(model), HEAD)
+    for acts in (found.acts, tmp_path / "old"):
+        with pytest.raises(ConfigError, match="its files have changed since; name the right one"):
+            run(small(found, tmp_path / "o", acts=acts))
+        assert run(small(found, tmp_path / "o", acts=acts, model=causal.model))["data"]["model_check"]
 
 
 def test_where_only_activations_can_be_compared_all_sites_are_and_it_is_told(
@@ -630,20 +642,14 @@ def test_where_only_activations_can_be_compared_all_sites_are_and_it_is_told(
     head, which cannot be, is told of."""
     acts = tmp_path / "acts"
     shutil.copytree(causal.acts, acts)
-    cached = ActivationStore(acts)
     cache(CacheConfig(tokens=causal.tokens, model=causal.model, out=acts, sites=("layers.2",), device="cpu"))
-    group = json.loads((acts / "zarr.json").read_text())
-    group["attributes"]["saemill"] |= {
-        "model": "someone/model", "model_fingerprint": "a commit", "weights_fingerprint": None,
-        "fingerprint": cached.fingerprint,
-    }  # fmt: skip
-    (acts / "zarr.json").write_text(json.dumps(group))
+    tell(acts, model="someone/model", model_fingerprint="a commit", weights_fingerprint=None)
+    last, head = (changed(causal.model, tmp_path / part, part) for part in (LAST_LAYER, HEAD))
     with pytest.raises(ConfigError, match=r"its activations at layers\.2 differ"):
-        run(small(causal, tmp_path / "o", acts=acts, model=changed(causal, tmp_path / "last", LAST_LAYER)))
-    config = small(causal, tmp_path / "o", acts=acts, model=changed(causal, tmp_path / "head", HEAD))
-    told = run(config)["data"]["model_check"]
+        run(small(causal, tmp_path / "o", acts=acts, model=last))
+    told = run(small(causal, tmp_path / "o", acts=acts, model=head))["data"]["model_check"]
     assert "only the activations at layers.1, layers.2 could be compared" in told
-    assert f"what {config.model} computes after them, the head included, could not" in told
+    assert f"what {head} computes after them, the head included, could not" in told
     assert told in capsys.readouterr().out
     written = json.loads((tmp_path / "o" / "final_assessment.json").read_text())
     assert written["data"]["model_check"] == told

@@ -1,11 +1,13 @@
 """`saemill tokenize` against naive packing, on every kind of input, interrupted and damaged."""
 
 import errno
+import fcntl
 import gzip
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -960,10 +962,14 @@ def test_two_processes_where_folders_cannot_be_locked(
 ) -> None:
     """Oracle: the store of the process that ended first, untouched by the one that wrote meanwhile."""
 
-    def cannot(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "no locks")
+    flock = fcntl.flock
 
-    monkeypatch.setattr("fcntl.flock", cannot)
+    def files_alone(descriptor: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, "as NFS says of a folder")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", files_alone)
     file, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     publish, made = stage._publish, []
 
