@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from conftest import random_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import Pipeline
+from safetensors.torch import load_file, save_file
 from stores import make_store, make_tokens
 
 from saemill import splice
@@ -25,9 +28,12 @@ from saemill.assess.report import contexts_text
 from saemill.assess.run import AssessConfig, run
 from saemill.assess.sums import Bootstrap, DocumentSums, Split
 from saemill.assess.verdict import Thresholds, checks, order, summary
+from saemill.cache.run import CacheConfig
+from saemill.cache.run import run as cache
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae import Sae, SaeConfig
+from saemill.common.tokens import TokenStore
 from saemill.common.world import Group
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
@@ -562,17 +568,122 @@ def test_the_table_tells_what_is_not_in_it(
     assert "no interval" not in capsys.readouterr().out
 
 
+def changed(model: str, folder: Path, name: str) -> str:
+    """A copy of a model with one weight's rows in reverse."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = weights[name].flip(0).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def tell(acts: Path, **values: Any) -> None:
+    """Make a store tell other things of its model; the SAEs trained on it still know it."""
+    group = json.loads((acts / "zarr.json").read_text())
+    group["attributes"]["saemill"] |= {"fingerprint": ActivationStore(acts).fingerprint, **values}
+    (acts / "zarr.json").write_text(json.dumps(group))
+
+
+LAST_LAYER, HEAD = "gpt_neox.layers.2.mlp.dense_4h_to_h.weight", "embed_out.weight"
+
+
+def small(causal: Pipeline, out: Path, **values: Any) -> AssessConfig:
+    return AssessConfig(run=causal.out, out=out, device="cpu", model_tokens=500, n_latents=0, **values)
+
+
 def test_a_copy_of_the_model_elsewhere_is_accepted(causal: Pipeline, tmp_path: Path) -> None:
-    """Oracle: other files, same activations: the figures of the original."""
+    """Oracle: the same weights in several files and another config: the figures of the original."""
     copy = tmp_path / "copy"
     model = transformers.AutoModelForCausalLM.from_pretrained(causal.model)
     model.config.use_cache = not model.config.use_cache
-    model.save_pretrained(copy)
-    original, other = (
-        run(AssessConfig(run=causal.out, model=str(m), device="cpu", out=tmp_path / "o", model_tokens=500))
-        for m in (causal.model, copy)
-    )
-    assert entry(original, 16)["metrics"] == entry(other, 16)["metrics"]
+    model.save_pretrained(copy, max_shard_size="300KB")
+    assert len(list(copy.glob("*.safetensors"))) > 1
+    moved = shutil.copytree(causal.model, tmp_path / "moved")
+    found = [run(small(causal, tmp_path / "o", model=str(m))) for m in (causal.model, moved, copy)]
+    assert entry(found[0], 16)["metrics"] == entry(found[1], 16)["metrics"] == entry(found[2], 16)["metrics"]
+    assert [assessment["data"]["model_check"] for assessment in found] == [
+        "the very files that were cached",
+        "the very files that were cached",
+        "the weights that were cached, in other files",
+    ]
+
+
+@pytest.mark.parametrize("part", [LAST_LAYER, HEAD])
+def test_weights_that_no_cached_site_depends_on_are_compared(
+    causal: Pipeline, tmp_path: Path, part: str
+) -> None:
+    """Oracle: one weight after the only cached site, flipped in a copy of the checkpoint."""
+    other = changed(causal.model, tmp_path / "other", part)
+    with pytest.raises(ConfigError, match="another model than the one that was cached: its weights differ"):
+        run(small(causal, tmp_path / "o", model=other))
+
+
+def test_a_model_that_was_changed_in_its_place_is_refused(
+    causal: Pipeline, tmp_path: Path, tokenizer_folder: str, corpus: Path
+) -> None:
+    """Oracle: the head, flipped after the model was cached; in stores of old, too, that know the files' hash
+    alone."""
+    model = str(shutil.copytree(causal.model, tmp_path / "model"))
+    found = Pipeline(tmp_path, model, tokenizer_folder, corpus, "layers.1")
+    shutil.copytree(found.acts, tmp_path / "old")
+    tell(tmp_path / "old", weights_fingerprint=None)
+    shutil.rmtree(model)
+    changed(causal.model, Path(model), HEAD)
+    for acts in (found.acts, tmp_path / "old"):
+        with pytest.raises(ConfigError, match="its files have changed since; name the right one"):
+            run(small(found, tmp_path / "o", acts=acts))
+        assert run(small(found, tmp_path / "o", acts=acts, model=causal.model))["data"]["model_check"]
+
+
+def test_where_only_activations_can_be_compared_all_sites_are_and_it_is_told(
+    causal: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: a store as a hub id leaves it, of two sites: a change at the second is found, and one of the
+    head, which cannot be, is told of."""
+    acts = tmp_path / "acts"
+    shutil.copytree(causal.acts, acts)
+    cache(CacheConfig(tokens=causal.tokens, model=causal.model, out=acts, sites=("layers.2",), device="cpu"))
+    tell(acts, model="someone/model", model_fingerprint="a commit", weights_fingerprint=None)
+    last, head = (changed(causal.model, tmp_path / part, part) for part in (LAST_LAYER, HEAD))
+    with pytest.raises(ConfigError, match=r"its activations at layers\.2 differ"):
+        run(small(causal, tmp_path / "o", acts=acts, model=last))
+    told = run(small(causal, tmp_path / "o", acts=acts, model=head))["data"]["model_check"]
+    assert "only the activations at layers.1, layers.2 could be compared" in told
+    assert f"what {head} computes after them, the head included, could not" in told
+    assert told in capsys.readouterr().out
+    written = json.loads((tmp_path / "o" / "final_assessment.json").read_text())
+    assert written["data"]["model_check"] == told
+
+
+def test_an_attention_sink_does_not_hide_another_model() -> None:
+    """Oracle: by hand; the first token is a thousand times the others, which differ by half."""
+    x_TD = torch.randn(32, D, generator=torch.Generator().manual_seed(0))
+    x_TD[0] *= 1000
+    y_TD = torch.cat([x_TD[:1], x_TD[1:] * 1.5])
+    assert float((x_TD - y_TD).norm() / x_TD.norm()) < assess_run.SAME_ACTIVATIONS
+    assert not assess_run._agree(y_TD, x_TD)
+    assert assess_run._agree(x_TD * 1.01, x_TD)
+    assert not assess_run._agree(x_TD[:, :4], x_TD)
+
+
+def test_an_assessment_on_text_that_was_replaced_is_not_current(
+    causal: Pipeline, tmp_path: Path, tokenizer_folder: str
+) -> None:
+    """Oracle: the same folder, made anew of other text."""
+    for seed in (50, 51):
+        file = tmp_path / f"{seed}.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in random_texts(60, seed)))
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        tokenize(
+            TokenizeConfig(dataset=str(file), tokenizer=tokenizer_folder, out=tmp_path / "other", ctx_len=32)
+        )
+        config = small(causal, tmp_path / "o", tokens=tmp_path / "other")
+        assert not config.is_done()
+        fingerprint = TokenStore(tmp_path / "other").fingerprint
+        assert run(config)["data"]["tokens_fingerprint"] == fingerprint
+        assert config.is_done()
+    shutil.rmtree(tmp_path / "other")
+    assert not config.is_done()
 
 
 def test_diverged_variants_are_listed_not_measured(causal: Pipeline, tmp_path: Path) -> None:

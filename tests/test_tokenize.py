@@ -1,13 +1,18 @@
 """`saemill tokenize` against naive packing, on every kind of input, interrupted and damaged."""
 
+import errno
+import fcntl
 import gzip
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +36,7 @@ from saemill.common import durable
 from saemill.common.errors import ConfigError, DataError, SaemillError, StoreError
 from saemill.common.permutation import combine, permutation
 from saemill.common.shards import ShardedArray
-from saemill.common.tokens import TokenStore, copy_rows
+from saemill.common.tokens import TokenStore, copy_rows, write_token_store
 from saemill.tokenize import source
 from saemill.tokenize.run import TokenizeConfig, run
 
@@ -896,6 +901,119 @@ def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folde
     monkeypatch.setattr(stage, "SHARD_TOKENS", 320)
     again = tokenize(file, tmp_path / "out", tokenizer_folder)
     assert again.fingerprint == tokenize(file, tmp_path / "whole", tokenizer_folder).fingerprint
+
+
+FIRST_OF_TWO = """
+import sys, time
+from pathlib import Path
+import saemill.tokenize.run as stage
+stage.SHARD_TOKENS = 320
+flush = stage._Writer._flush
+def flush_and_wait(writer):
+    flush(writer)
+    while writer.n_written_shards == 2 and not Path(go).exists():
+        time.sleep(0.05)
+stage._Writer._flush = flush_and_wait
+file, tokenizer, out, go = sys.argv[1:]
+settings = {"dataset": file, "tokenizer": tokenizer, "out": Path(out), "ctx_len": 32, "shuffle_seed": None}
+stage.run(stage.TokenizeConfig(**settings))
+"""
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until something is so, a minute at most."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("first", ["ends", "is killed"])
+def test_a_second_process_waits_for_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folder: str, first: str
+) -> None:
+    """Oracle: the undisturbed store, made by the first process if it lives, else by the second."""
+    monkeypatch.setattr(stage, "SHARD_TOKENS", 320)
+    file, out, go = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out", tmp_path / "go"
+    whole = tokenize(file, tmp_path / "whole", tokenizer_folder)
+    said: list[str] = []
+    monkeypatch.setattr(durable, "say", said.append)
+    arguments = [sys.executable, "-c", FIRST_OF_TWO, str(file), tokenizer_folder, str(out), str(go)]
+    with subprocess.Popen(arguments, env=os.environ | {"HF_HOME": str(tmp_path / "hf")}) as process:
+        written = tmp_path / "out.partial" / "tokens" / "c" / "1" / "0"
+        until(written.exists)
+        with ThreadPoolExecutor(1) as pool:
+            if first == "ends":
+                monkeypatch.setattr(stage, "_write", lambda *_: pytest.fail("wrote as well"))
+            second = pool.submit(tokenize, file, out, tokenizer_folder)
+            until(lambda: said)
+            assert written.exists()
+            assert not second.done()
+            go.touch() if first == "ends" else process.kill()
+            store = second.result()
+    assert said == [f"another process is writing to {out}.partial; waiting for it"]
+    assert store.fingerprint == whole.fingerprint
+    assert store.problems(hashes=True) == []
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
+
+
+def test_two_processes_where_folders_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folder: str
+) -> None:
+    """Oracle: the store of the process that ended first, untouched by the one that wrote meanwhile."""
+
+    flock = fcntl.flock
+
+    def files_alone(descriptor: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, "as NFS says of a folder")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", files_alone)
+    file, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    publish, made = stage._publish, []
+
+    def another_first(config: TokenizeConfig, partial: Path) -> None:
+        monkeypatch.setattr(stage, "_publish", publish)
+        tokenize(file, out, tokenizer_folder)
+        made.append((out / "manifest.json").stat().st_ino)
+        assert partial.exists()
+        publish(config, partial)
+
+    monkeypatch.setattr(stage, "_publish", another_first)
+    store = tokenize(file, out, tokenizer_folder)
+    assert made == [(out / "manifest.json").stat().st_ino]
+    assert store.problems(hashes=True) == []
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
+
+
+def test_a_shard_that_nobody_wrote_is_noticed(plain_store: TokenStore, tmp_path: Path) -> None:
+    """Oracle: the missing file is named, before the manifest is written and, where the manifest does not
+    list it either, when the store is opened."""
+    for shard in ("tokens/c/1/0", "held_out/c/0/0"):
+        folder = tmp_path / "copy"
+        shutil.copytree(plain_store.path, folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != shard]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert TokenStore(folder).n_rows == plain_store.n_rows
+        (folder / shard).unlink()
+        with pytest.raises(StoreError, match=rf"1 of \d+ shards .*\n  {folder / shard}: file is missing"):
+            TokenStore(folder)
+        shutil.rmtree(folder)
+    shutil.copytree(plain_store.path / "tokens", tmp_path / "new" / "tokens")
+    (tmp_path / "new" / "tokens" / "c" / "2" / "0").unlink()
+    with pytest.raises(StoreError, match="c/2/0: file is missing"):
+        write_token_store(
+            tmp_path / "new",
+            tokens=ShardedArray(tmp_path / "new" / "tokens"),
+            held_out_R=plain_store.held_out_R,
+            segments=pq.read_table(plain_store.path / "segments.parquet"),
+            documents=plain_store.documents,
+            tokenizer=plain_store.tokenizer,
+            extra={},
+        )
+    assert not (tmp_path / "new" / "manifest.json").exists()
 
 
 def test_manifest_lists_every_file(plain_store: TokenStore) -> None:

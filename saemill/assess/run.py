@@ -26,7 +26,13 @@ from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import duration, say
 from saemill.common.mask import MaskConfig
-from saemill.common.model import LanguageModel, attention_of, check_fit, fingerprint_model
+from saemill.common.model import (
+    LanguageModel,
+    attention_of,
+    check_fit,
+    fingerprint_model,
+    fingerprint_weights,
+)
 from saemill.common.passages import PassageStore
 from saemill.common.sae import Sae
 from saemill.common.sites import load_model_config
@@ -99,13 +105,24 @@ class AssessConfig:
         return self.out or (self.run if self.tokens is None else self.run / f"on-{self.tokens.name}")
 
     def is_done(self) -> bool:
-        """Whether the folder holds the assessment of this very run by these settings."""
+        """Whether the folder holds the assessment of this very run, on this very text, by these settings."""
         try:
             found = durable.read_json(self.folder / "final_assessment.json")
-            of = durable.hash_file(self.run / "finished.json")
+            of = self.of()
         except FileNotFoundError:
             return False
         return bool((found.get("settings"), found.get("of")) == (self.identity(), of))
+
+    def of(self) -> str:
+        """A hash of what is assessed: the run, whose SAEs know their store, and the tokens if they are named.
+
+        Raises:
+            FileNotFoundError: the run or the tokens are unfinished.
+        """
+        run = durable.hash_file(self.run / "finished.json")
+        if self.tokens is None:
+            return run
+        return durable.hash_json([run, durable.read_json(self.tokens / "manifest.json")["fingerprint"]])
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, but for the run."""
@@ -155,6 +172,7 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
     settings.check_folder(out)
     to_wandb = everyone.first(lambda: _logs_to_wandb(config))
     model = _load_model(config, opened.store, other, device)
+    model_check = None if model is None else _check_model(config, model, opened.store)
     sites = list(dict.fromkeys(opened.sites.values()))
     evalset = EvalSet(opened.store, other, model, opened.mask, sites, config.batch_size, everyone)
     if model is not None:
@@ -167,8 +185,8 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
     assessment = {
         "format": FORMAT,
         "settings": config.identity(),
-        "of": durable.hash_file(config.run / "finished.json"),
-        "data": _data(found),
+        "of": config.of(),
+        "data": _data(found) | {"model_check": model_check},
         "thresholds": settings.plain(config.thresholds),
         "best_variant": best,
         "best_on_other_documents": found.on_other_documents(best),
@@ -241,40 +259,80 @@ def _load_model(
     """The model, in the type that it was cached with.
 
     Raises:
-        ConfigError: its weights are not those that were cached, or it cannot take the other tokens.
+        ConfigError: it cannot be loaded, or cannot take the other tokens.
     """
     if not config.with_model or isinstance(store.text, PassageStore):
         return None
-    name, revision = config.model or store.settings["model"], store.settings["revision"]
-    if config.model is not None and config.model != store.settings["model"]:
-        revision = None
+    name, revision = _model_named(config, store)
     if other is not None:
         check_fit(load_model_config(name, revision), name, other.tokenizer, other.ctx_len)
     dtype = getattr(torch, store.settings["model_dtype"])
     in_8bit = bool(store.settings.get("load_in_8bit"))
-    model = LanguageModel(
-        name, revision=revision, dtype=dtype, device=device, with_head=True, in_8bit=in_8bit
+    return LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True, in_8bit=in_8bit)
+
+
+def _model_named(config: AssessConfig, store: ActivationStore) -> tuple[str, str | None]:
+    """Name and revision of the model: those that were cached, unless another name is given."""
+    name = config.model or store.settings["model"]
+    return name, store.settings["revision"] if name == store.settings["model"] else None
+
+
+def _check_model(config: AssessConfig, model: LanguageModel, store: ActivationStore) -> str:
+    """Refuse another model than the one that was cached.
+
+    Returns: what was compared. A hub id then and a folder now, and the like, have only activations in common.
+
+    Raises:
+        ConfigError: its weights or its activations differ.
+    """
+    name, revision = _model_named(config, store)
+    if fingerprint_model(name, revision) == store.settings["model_fingerprint"]:
+        return "the very files that were cached"
+    cached, found = store.settings.get("weights_fingerprint"), fingerprint_weights(name)
+    is_known = cached is not None and found is not None
+    changed_since = name == store.settings["model"] and Path(name).is_dir()
+    if cached != found if is_known else changed_since:
+        when = "its files have changed since" if changed_since else "its weights differ"
+        raise ConfigError(_another_model(name, when))
+    _check_same_activations(model, store)
+    if is_known:
+        return "the weights that were cached, in other files"
+    told = (
+        f"only the activations at {', '.join(store.sites)} could be compared with the model that was cached; "
+        f"what {name} computes after them, the head included, could not"
     )
-    if fingerprint_model(name, revision) != store.settings["model_fingerprint"]:
-        _check_same_activations(model, store)
-    return model
+    say(f"{told}: the losses are right only if it is the same model")
+    return told
 
 
 def _check_same_activations(model: LanguageModel, store: ActivationStore) -> None:
-    """Accept a model whose files look different (a hub id then, a folder now) if it computes the same."""
+    """Refuse a model that does not compute what was cached, at every site, on the first row."""
     model.check_tokens(store.tokens.tokenizer, store.ctx_len)
-    site = store.sites[0]
-    same = site in model.modules
-    if same:
-        ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))
-        x = model.capture(ids_RS, [site], attention_of(ids_RS, store.tokens.tokenizer))[site][0].float().cpu()
-        cached = store.read(site, 0, store.ctx_len).float()
-        same = x.shape == cached.shape and float((x - cached).norm() / cached.norm()) < SAME_ACTIVATIONS
-    if not same:
-        raise ConfigError(
-            f"{model.name} is another model than the one that was cached: its activations at {site} differ; "
-            "name the right one with --model"
-        )
+    if missing := [site for site in store.sites if site not in model.modules]:
+        raise ConfigError(_another_model(model.name, f"it has no {missing[0]}"))
+    ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))
+    captured = model.capture(ids_RS, store.sites, attention_of(ids_RS, store.tokens.tokenizer))
+    for site in store.sites:
+        x_TD = captured[site][0].float().cpu()
+        cached_TD = store.read(site, 0, store.ctx_len).float()
+        if not _agree(x_TD, cached_TD):
+            raise ConfigError(_another_model(model.name, f"its activations at {site} differ"))
+
+
+def _agree(x_TD: torch.Tensor, cached_TD: torch.Tensor) -> bool:
+    """Whether most tokens' activations are the same but for rounding; an attention sink, larger than all
+    others together, counts as one token."""
+    if x_TD.shape != cached_TD.shape:
+        return False
+    close_T = (x_TD - cached_TD).norm(dim=1) <= SAME_ACTIVATIONS * cached_TD.norm(dim=1)
+    return bool(close_T.float().mean() > 0.5)
+
+
+def _another_model(name: str, why: str) -> str:
+    return (
+        f"{name} is another model than the one that was cached: {why}; name the right one with --model, or "
+        "cache this one"
+    )
 
 
 def _measure(

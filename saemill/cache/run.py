@@ -25,6 +25,7 @@ from saemill.common.model import (
     check_fit,
     choose_model_dtype,
     fingerprint_model,
+    fingerprint_weights,
 )
 from saemill.common.signals import stop_on_signal
 from saemill.common.sites import Architecture, Site, load_model_config
@@ -333,6 +334,7 @@ def _create_group(config: CacheConfig, identity: dict[str, Any]) -> None:
     made_by = {
         "model": config.model,
         "revision": config.revision,
+        "weights_fingerprint": fingerprint_weights(config.model),
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers", "zarr")},
     }
     zarr.create_group(str(config.out), attributes={"saemill": identity | made_by})

@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from saemill.common.errors import StoreError
+from saemill.common.log import say
 
 READ_BYTES = 1 << 24
 
@@ -64,29 +65,43 @@ def write_bytes(path: Path, parts: Iterable[bytes | memoryview], pad_to_bytes: i
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, wait: bool = False) -> Iterator[bool]:
     """While the block runs, no other process may be in such a block of the same folder.
 
     The folder itself is locked (flock), so a killed process leaves nothing behind. File systems
     that cannot lock a folder, NFS among them, give no such guard.
 
+    Args:
+        folder: made where it is missing. The process that was waited for may have renamed it.
+        wait: until another process has left, instead of refusing.
+
+    Yields: whether there is a guard.
+
     Raises:
-        StoreError: another process is there.
+        StoreError: another process is there, and `wait` is false.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        yield _lock(folder, descriptor, wait)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path, descriptor: int, wait: bool) -> bool:
+    """Lock an open folder; False where the file system cannot."""
+    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
-        raise StoreError(f"another process is writing to {folder}; wait for it, or stop it") from None
+        if not wait:
+            raise StoreError(f"another process is writing to {folder}; wait for it, or stop it") from None
+        say(f"another process is writing to {folder}; waiting for it")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
             raise
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+        return False
+    return True
 
 
 def sync_file(file: Path) -> None:
@@ -130,7 +145,7 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_bytes(content: bytes) -> str:
+def hash_bytes(content: bytes | memoryview) -> str:
     """What `hash_file` says of a file with this content."""
     return xxhash.xxh3_64_hexdigest(content)
 

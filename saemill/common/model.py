@@ -9,6 +9,7 @@ from typing import Any, Literal
 import huggingface_hub.utils
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 
 from saemill.common import durable
@@ -60,6 +61,19 @@ def fingerprint_model(name: str, revision: str | None) -> str:
         return durable.hash_folder(folder, [folder / "config.json", *weights])
     config = load_model_config(name, revision)
     return durable.hash_json([name, getattr(config, "_commit_hash", None) or revision])
+
+
+def fingerprint_weights(name: str) -> str | None:
+    """Identifies the weights in a local folder's safetensors whatever files they lie in: a hash of every
+    tensor's name, type, shape and content. None where there are none."""
+    tensors = []
+    for file in sorted(Path(name).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for key in sorted(weights.keys()):
+                values = weights.get_tensor(key)
+                content = values.reshape(-1).view(torch.uint8).numpy().data
+                tensors.append([key, str(values.dtype), list(values.shape), durable.hash_bytes(content)])
+    return durable.hash_json(sorted(tensors)) if tensors else None
 
 
 class LanguageModel:

@@ -31,6 +31,7 @@ from saemill.common.mask import MaskConfig
 from saemill.common.shards import ShardedArray
 
 FORMAT = "saemill tokens 1"
+REPAIR = "Run the `saemill tokenize` command again."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +92,20 @@ class TokenStore:
         tokenizer = self.manifest["tokenizer"]
         self.tokenizer = TokenizerInfo(**tokenizer | {key: tuple(tokenizer[key]) for key in lists})
         if bad := self.problems(hashes=False):
-            raise StoreError("\n".join([*bad, "Run the `saemill tokenize` command again."]))
-        self._tokens = ShardedArray(self.path / "tokens")
+            raise StoreError("\n".join([*bad, REPAIR]))
+        self._tokens = self._array("tokens", self.ctx_len)
+        self._held_out = self._array("held_out", 1)
+
+    def _array(self, name: str, width: int) -> ShardedArray:
+        """An array that has all its shards, be they among the manifest's files or not."""
+        array = ShardedArray(self.path / name)
+        if (array.n_rows, array.width) != (self.n_rows, width):
+            raise StoreError(
+                f"{array.path} has {array.n_rows:,} rows of {array.width}, but the manifest tells of "
+                f"{self.n_rows:,} of {width}. {REPAIR}"
+            )
+        array.check_sizes(REPAIR)
+        return array
 
     def rows(self, start: int, stop: int) -> NDArray[Any]:
         """Token ids of rows start..stop. Unsigned [stop - start, ctx_len]."""
@@ -105,7 +118,7 @@ class TokenStore:
     @cached_property
     def held_out_R(self) -> NDArray[np.bool_]:
         """Which rows hold held-out documents. bool [n_rows]."""
-        return ShardedArray(self.path / "held_out").read(0, self.n_rows)[:, 0].astype(bool)
+        return self._held_out.read(0, self.n_rows)[:, 0].astype(bool)
 
     @cached_property
     def documents(self) -> pa.Table:
@@ -170,7 +183,11 @@ def write_token_store(
         documents: columns source_index, start, n_tokens, held_out, text_hash.
         tokenizer: what made the ids.
         extra: further entries of the manifest (source, settings, versions).
+
+    Raises:
+        StoreError: a token shard is missing or of the wrong size.
     """
+    tokens.check_sizes(REPAIR)
     zarr.create_group(str(path))
     held = ShardedArray.create(path / "held_out", (len(held_out_R), 1), len(held_out_R), torch.uint8, {})
     held.write_shard(0, held_out_R.astype(np.uint8)[:, None])

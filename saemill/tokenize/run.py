@@ -5,11 +5,13 @@ import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +28,7 @@ from saemill.common.shards import ShardedArray
 from saemill.common.tokenizer import check_ctx_len, load_tokenizer
 from saemill.common.tokens import TokenizerInfo, TokenStore, cut_documents, write_token_store
 from saemill.tokenize.packing import RowPacker, check_ids, unframed
-from saemill.tokenize.source import Batch, check_path, fingerprint_local, open_source
+from saemill.tokenize.source import Batch, Source, check_path, fingerprint_local, open_source
 
 SHARD_TOKENS = 1 << 24
 
@@ -78,7 +80,8 @@ class TokenizeConfig:
 def run(config: TokenizeConfig) -> TokenStore:
     """Tokenize a dataset into `config.out`; a finished store with the same settings is returned.
 
-    The store appears whole: it is written beside its place and renamed at the end.
+    The store appears whole: it is written beside its place and renamed at the end. Of several processes
+    that are to make the same store one does; the others wait for it.
 
     Raises:
         ConfigError: settings that do not fit the data, or an output made with others.
@@ -98,8 +101,27 @@ def run(config: TokenizeConfig) -> TokenStore:
         streaming=config.streaming,
         revision=config.revision,
     )
-    partial = config.out.with_name(config.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    beside = config.out.with_name(config.out.name + ".partial")
+    with durable.exclusive(beside, wait=True) as alone:
+        if not _finished(config):  # by the process that was here
+            # Where folders cannot be locked every process has one of its own, and the first to end wins.
+            partial = beside if alone else beside.with_name(f"{beside.name}-{uuid4().hex}")
+            _write(config, partial, tokenizer, info, source)
+            _publish(config, partial)
+        with suppress(OSError):
+            beside.rmdir()
+    store = TokenStore(config.out)
+    say(_summary(store))
+    return store
+
+
+def _write(
+    config: TokenizeConfig, partial: Path, tokenizer: Any, info: TokenizerInfo, source: Source
+) -> None:
+    """Tokenize and pack the source into a folder that no other process writes to."""
+    if partial.exists():
+        for left in partial.iterdir():  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     writer = _Writer(partial, config, info)
     with progress("tokenize", config.max_tokens, "tokens") as advance:
         for batch in _tokenized(config, tokenizer, source.batches(config.shuffle_seed)):
@@ -110,11 +132,17 @@ def run(config: TokenizeConfig) -> TokenStore:
                 break
     tokenizer.save_pretrained(partial / "tokenizer")
     writer.finish({"name": config.dataset, "fingerprint": source.fingerprint, "column": source.column})
-    partial.replace(config.out)
+
+
+def _publish(config: TokenizeConfig, partial: Path) -> None:
+    """Give the written store its place, unless another process did meanwhile."""
+    try:
+        partial.replace(config.out)
+    except OSError:
+        if not _finished(config):
+            raise
+        shutil.rmtree(partial)
     durable.sync_folder(config.out.parent)
-    store = TokenStore(config.out)
-    say(_summary(store))
-    return store
 
 
 def _finished(config: TokenizeConfig) -> TokenStore | None:
