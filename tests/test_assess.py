@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from stores import make_store, make_tokens
 
 from saemill import splice
-from saemill.assess import run as assess_run
+from saemill.assess import model as assess_model
 from saemill.assess.controls import controls
 from saemill.assess.evalset import EvalSet
 from saemill.assess.features import Reader, check_latents, choose_latents, top_addresses
@@ -529,7 +529,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     tokenizer_folder: str,
 ) -> None:
     """Oracle: no model is ever loaded."""
-    monkeypatch.setattr(assess_run, "LanguageModel", lambda *_, **__: pytest.fail("loaded the model"))
+    monkeypatch.setattr(assess_model, "LanguageModel", lambda *_, **__: pytest.fail("loaded the model"))
     with pytest.raises(ConfigError, match=r"latents must be in 0\.\.127, got 5000"):
         run(AssessConfig(run=causal.out, latents=(3, 5000)))
     with pytest.raises(StoreError, match="is not a finished token store"):
@@ -660,10 +660,10 @@ def test_an_attention_sink_does_not_hide_another_model() -> None:
     x_TD = torch.randn(32, D, generator=torch.Generator().manual_seed(0))
     x_TD[0] *= 1000
     y_TD = torch.cat([x_TD[:1], x_TD[1:] * 1.5])
-    assert float((x_TD - y_TD).norm() / x_TD.norm()) < assess_run.SAME_ACTIVATIONS
-    assert not assess_run._agree(y_TD, x_TD)
-    assert assess_run._agree(x_TD * 1.01, x_TD)
-    assert not assess_run._agree(x_TD[:, :4], x_TD)
+    assert float((x_TD - y_TD).norm() / x_TD.norm()) < assess_model.SAME_ACTIVATIONS
+    assert not assess_model._agree(y_TD, x_TD)
+    assert assess_model._agree(x_TD * 1.01, x_TD)
+    assert not assess_model._agree(x_TD[:, :4], x_TD)
 
 
 def test_an_assessment_on_text_that_was_replaced_is_not_current(

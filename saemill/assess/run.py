@@ -15,6 +15,7 @@ from saemill.assess import features
 from saemill.assess.controls import controls
 from saemill.assess.entries import Measured
 from saemill.assess.evalset import EvalSet, check_tokens
+from saemill.assess.model import check_model, load_model
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.report import table, write_html
 from saemill.assess.splicing import Splicing, check_mask_token
@@ -26,23 +27,14 @@ from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import duration, say
 from saemill.common.mask import MaskConfig
-from saemill.common.model import (
-    LanguageModel,
-    attention_of,
-    check_fit,
-    fingerprint_model,
-    fingerprint_weights,
-)
+from saemill.common.model import LanguageModel
 from saemill.common.passages import PassageStore
 from saemill.common.sae import Sae
-from saemill.common.sites import load_model_config
 from saemill.common.tokens import TokenStore
 from saemill.common.wandb import process as wandb
 from saemill.common.world import Group, World, speak_for
 
 FORMAT = "saemill assessment 1"
-SAME_ACTIVATIONS = 0.05
-"""Relative difference up to which two runs of one model may round apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,8 +163,10 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
     out = config.folder
     settings.check_folder(out)
     to_wandb = everyone.first(lambda: _logs_to_wandb(config))
-    model = _load_model(config, opened.store, other, device)
-    model_check = None if model is None else _check_model(config, model, opened.store)
+    model, model_check = None, None
+    if config.with_model and isinstance(opened.store.text, TokenStore):
+        model = load_model(config.model, opened.store, other, device)
+        model_check = check_model(config.model, model, opened.store)
     sites = list(dict.fromkeys(opened.sites.values()))
     evalset = EvalSet(opened.store, other, model, opened.mask, sites, config.batch_size, everyone)
     if model is not None:
@@ -251,88 +245,6 @@ def _left_out(finished: dict[str, Any]) -> dict[str, str]:
         if look["best"] is not None:
             reasons[name] += f", the best {look['best']:.4g}"
     return reasons
-
-
-def _load_model(
-    config: AssessConfig, store: ActivationStore, other: TokenStore | None, device: torch.device
-) -> LanguageModel | None:
-    """The model, in the type that it was cached with.
-
-    Raises:
-        ConfigError: it cannot be loaded, or cannot take the other tokens.
-    """
-    if not config.with_model or isinstance(store.text, PassageStore):
-        return None
-    name, revision = _model_named(config, store)
-    if other is not None:
-        check_fit(load_model_config(name, revision), name, other.tokenizer, other.ctx_len)
-    dtype = getattr(torch, store.settings["model_dtype"])
-    in_8bit = bool(store.settings.get("load_in_8bit"))
-    return LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True, in_8bit=in_8bit)
-
-
-def _model_named(config: AssessConfig, store: ActivationStore) -> tuple[str, str | None]:
-    """Name and revision of the model: those that were cached, unless another name is given."""
-    name = config.model or store.settings["model"]
-    return name, store.settings["revision"] if name == store.settings["model"] else None
-
-
-def _check_model(config: AssessConfig, model: LanguageModel, store: ActivationStore) -> str:
-    """Refuse another model than the one that was cached.
-
-    Returns: what was compared. A hub id then and a folder now, and the like, have only activations in common.
-
-    Raises:
-        ConfigError: its weights or its activations differ.
-    """
-    name, revision = _model_named(config, store)
-    if fingerprint_model(name, revision) == store.settings["model_fingerprint"]:
-        return "the very files that were cached"
-    cached, found = store.settings.get("weights_fingerprint"), fingerprint_weights(name)
-    is_known = cached is not None and found is not None
-    changed_since = name == store.settings["model"] and Path(name).is_dir()
-    if cached != found if is_known else changed_since:
-        when = "its files have changed since" if changed_since else "its weights differ"
-        raise ConfigError(_another_model(name, when))
-    _check_same_activations(model, store)
-    if is_known:
-        return "the weights that were cached, in other files"
-    told = (
-        f"only the activations at {', '.join(store.sites)} could be compared with the model that was cached; "
-        f"what {name} computes after them, the head included, could not"
-    )
-    say(f"{told}: the losses are right only if it is the same model")
-    return told
-
-
-def _check_same_activations(model: LanguageModel, store: ActivationStore) -> None:
-    """Refuse a model that does not compute what was cached, at every site, on the first row."""
-    model.check_tokens(store.tokens.tokenizer, store.ctx_len)
-    if missing := [site for site in store.sites if site not in model.modules]:
-        raise ConfigError(_another_model(model.name, f"it has no {missing[0]}"))
-    ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))
-    captured = model.capture(ids_RS, store.sites, attention_of(ids_RS, store.tokens.tokenizer))
-    for site in store.sites:
-        x_TD = captured[site][0].float().cpu()
-        cached_TD = store.read(site, 0, store.ctx_len).float()
-        if not _agree(x_TD, cached_TD):
-            raise ConfigError(_another_model(model.name, f"its activations at {site} differ"))
-
-
-def _agree(x_TD: torch.Tensor, cached_TD: torch.Tensor) -> bool:
-    """Whether most tokens' activations are the same but for rounding; an attention sink, larger than all
-    others together, counts as one token."""
-    if x_TD.shape != cached_TD.shape:
-        return False
-    close_T = (x_TD - cached_TD).norm(dim=1) <= SAME_ACTIVATIONS * cached_TD.norm(dim=1)
-    return bool(close_T.float().mean() > 0.5)
-
-
-def _another_model(name: str, why: str) -> str:
-    return (
-        f"{name} is another model than the one that was cached: {why}; name the right one with --model, or "
-        "cache this one"
-    )
 
 
 def _measure(

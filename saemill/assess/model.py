@@ -1,0 +1,108 @@
+"""The model that an assessment runs: loaded as it was cached, and checked to be the same."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import ConfigError
+from saemill.common.log import say
+from saemill.common.model import (
+    LanguageModel,
+    attention_of,
+    check_fit,
+    fingerprint_model,
+    fingerprint_weights,
+)
+from saemill.common.sites import load_model_config
+from saemill.common.tokens import TokenStore
+
+SAME_ACTIVATIONS = 0.05
+"""Relative difference up to which two runs of one model may round apart."""
+
+
+def load_model(
+    named: str | None, store: ActivationStore, other: TokenStore | None, device: torch.device
+) -> LanguageModel:
+    """The model, in the type that it was cached with.
+
+    Args:
+        named: another name of it; None for the one that was cached.
+        store: its activations.
+        other: tokens that it must be able to take.
+        device: where it runs.
+
+    Raises:
+        ConfigError: it cannot be loaded, or cannot take the other tokens.
+    """
+    name, revision = _named(named, store)
+    if other is not None:
+        check_fit(load_model_config(name, revision), name, other.tokenizer, other.ctx_len)
+    dtype = getattr(torch, store.settings["model_dtype"])
+    in_8bit = bool(store.settings.get("load_in_8bit"))
+    return LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True, in_8bit=in_8bit)
+
+
+def _named(named: str | None, store: ActivationStore) -> tuple[str, str | None]:
+    """Name and revision of the model: those that were cached, unless another name is given."""
+    name = named or store.settings["model"]
+    return name, store.settings["revision"] if name == store.settings["model"] else None
+
+
+def check_model(named: str | None, model: LanguageModel, store: ActivationStore) -> str:
+    """Refuse another model than the one that was cached; arguments as of `load_model`.
+
+    Returns: what was compared. A hub id then and a folder now, and the like, have only activations in common.
+
+    Raises:
+        ConfigError: its weights or its activations differ.
+    """
+    name, revision = _named(named, store)
+    if fingerprint_model(name, revision) == store.settings["model_fingerprint"]:
+        return "the very files that were cached"
+    cached, found = store.settings.get("weights_fingerprint"), fingerprint_weights(name)
+    is_known = cached is not None and found is not None
+    changed_since = name == store.settings["model"] and Path(name).is_dir()
+    if cached != found if is_known else changed_since:
+        when = "its files have changed since" if changed_since else "its weights differ"
+        raise ConfigError(_another_model(name, when))
+    _check_activations(model, store)
+    if is_known:
+        return "the weights that were cached, in other files"
+    told = (
+        f"only the activations at {', '.join(store.sites)} could be compared with the model that was cached; "
+        f"what {name} computes after them, the head included, could not"
+    )
+    say(f"{told}: the losses are right only if it is the same model")
+    return told
+
+
+def _check_activations(model: LanguageModel, store: ActivationStore) -> None:
+    """Refuse a model that does not compute what was cached, at every site, on the first row."""
+    model.check_tokens(store.tokens.tokenizer, store.ctx_len)
+    if missing := [site for site in store.sites if site not in model.modules]:
+        raise ConfigError(_another_model(model.name, f"it has no {missing[0]}"))
+    ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))
+    captured = model.capture(ids_RS, store.sites, attention_of(ids_RS, store.tokens.tokenizer))
+    for site in store.sites:
+        x_TD = captured[site][0].float().cpu()
+        cached_TD = store.read(site, 0, store.ctx_len).float()
+        if not _agree(x_TD, cached_TD):
+            raise ConfigError(_another_model(model.name, f"its activations at {site} differ"))
+
+
+def _agree(x_TD: torch.Tensor, cached_TD: torch.Tensor) -> bool:
+    """Whether most tokens' activations are the same but for rounding; an attention sink, larger than all
+    others together, counts as one token."""
+    if x_TD.shape != cached_TD.shape:
+        return False
+    close_T = (x_TD - cached_TD).norm(dim=1) <= SAME_ACTIVATIONS * cached_TD.norm(dim=1)
+    return bool(close_T.float().mean() > 0.5)
+
+
+def _another_model(name: str, why: str) -> str:
+    return (
+        f"{name} is another model than the one that was cached: {why}; name the right one with --model, or "
+        "cache this one"
+    )
