@@ -946,11 +946,14 @@ def test_a_second_process_waits_for_the_first(
             if first == "ends":
                 monkeypatch.setattr(stage, "_write", lambda *_: pytest.fail("wrote as well"))
             second = pool.submit(tokenize, file, out, tokenizer_folder)
-            until(lambda: said)
-            assert written.exists()
-            assert not second.done()
-            go.touch() if first == "ends" else process.kill()
-            store = second.result()
+            try:
+                until(lambda: said or second.done())
+                assert written.exists()
+                assert not second.done()
+                go.touch() if first == "ends" else process.kill()
+                store = second.result(60)
+            finally:
+                process.kill()
     assert said == [f"another process is writing to {out}.partial; waiting for it"]
     assert store.fingerprint == whole.fingerprint
     assert store.problems(hashes=True) == []
