@@ -169,7 +169,13 @@ def _text_problems(path: Path) -> list[str]:
         return [f"{path / 'manifest.json'}: file is missing"]
     entries = durable.read_json(path / "manifest.json")["files"]
     checked = ((e["path"], _file_problem(path / e["path"], e["bytes"], e["xxh3"])) for e in entries)
-    return [f"{path / name}: {problem}" for name, problem in checked if problem]
+    found = [f"{path / name}: {problem}" for name, problem in checked if problem]
+    if not found and (path / "tokens").is_dir():
+        try:
+            TokenStore(path)  # which misses shards that the manifest does not list either
+        except StoreError as error:
+            found = [str(error)]
+    return found
 
 
 def _file_problem(file: Path, n_bytes: int, xxh3: str) -> str | None:

@@ -16,6 +16,7 @@ from saemill.common import durable
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import StoreError
 from saemill.common.tokens import TokenStore
+from saemill.show import problems
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
@@ -170,6 +171,18 @@ def test_verify_names_each_bad_file_of_a_token_store(tokens: TokenStore, tmp_pat
         "tokens/c/0/0: content differs from its hash",
     ]
     assert isinstance(saemill("show", path).exception, StoreError)
+
+
+def test_verify_misses_a_shard_that_the_manifest_does_not_list(tokens: TokenStore, tmp_path: Path) -> None:
+    """Oracle: a shard removed from the disk and from the list."""
+    copy = tmp_path / "tokens"
+    shutil.copytree(tokens.path, copy)
+    manifest = durable.read_json(copy / "manifest.json")
+    manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != "tokens/c/0/0"]
+    durable.write_json(copy / "manifest.json", manifest)
+    (copy / "tokens" / "c" / "0" / "0").unlink()
+    (problem,) = problems(copy)
+    assert str(copy / "tokens" / "c" / "0" / "0") in problem
 
 
 def test_verify_names_each_bad_shard_of_an_activation_store(copied: Path) -> None:

@@ -52,9 +52,9 @@ def by_stage(folder: Path, run: Path) -> dict[str, list[str]]:
 def _tokenized(out: Path) -> str:
     if (out / "manifest.json").exists():
         return f"{TokenStore(out).n_rows:,} rows"
-    partial = out.with_name(out.name + ".partial")
-    n_files = len(list(partial.glob("tokens/c/*/0")))
-    return f"{counted(n_files, 'full shard')} so far" if partial.exists() else f"nothing in {out}"
+    # Where folders cannot be locked, every process that tokenizes has one of its own.
+    partial = [len(list(folder.glob("tokens/c/*/0"))) for folder in out.parent.glob(f"{out.name}.partial*")]
+    return f"{counted(max(partial), 'full shard')} so far" if partial else f"nothing in {out}"
 
 
 def _cached(out: Path) -> list[str]:
