@@ -114,8 +114,8 @@ class Trainer:
             checkpoint.save(self.folder, self.step, self.banks, self.seconds, self.everyone)
         if stopped and not finished:
             raise Interrupted(
-                f"stopped by a signal after step {self.step:,}; the same command, without --no-resume, "
-                f"continues from the checkpoint in {self.folder}"
+                f"stopped by a signal after step {self.step:,}; the same command continues from the "
+                f"checkpoint in {self.folder} (without --no-resume)"
             )
 
     def _one_step(self) -> None:
