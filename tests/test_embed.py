@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentence_transformers
 import torch
 import transformers
 from crashes import check_crashes
@@ -17,7 +18,6 @@ from saemill.common.passages import PassageStore
 from saemill.embeddings.embed import EmbedConfig, run
 from saemill.show import describe
 
-sentence_transformers = pytest.importorskip("sentence_transformers")
 TEXTS = [f"the cat number {i} sat on {'a mat ' * (i % 7)}while dogs ran" for i in range(50)]
 
 

@@ -3,7 +3,7 @@
 from pathlib import PurePath
 from typing import Any
 
-from saemill.common.activations import ActivationStore
+from saemill.common.activations import ActivationStore, SiteArray
 from saemill.common.log import counted
 from saemill.common.passages import PassageStore
 from saemill.common.tokens import TokenStore
@@ -58,7 +58,6 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
         what = f"Embeddings {by}with their texts or ids, stored by saemill {version}."
         lines, read = _passage_lines(text, manifest), "store.text.texts(0, 16)"
     sites = [store.site(name) for name in store.sites]
-    mib = {site.name: site.array.n_shards * site.array.shard_bytes / 2**20 for site in sites}
     first, n = sites[0], min(store.n_tokens, 1024)
     parts = [
         _front_matter("activations"),
@@ -67,16 +66,7 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
         rows(
             [
                 ["site", "shape", "stored as", "MiB", "mean squared norm"],
-                *(
-                    [
-                        f"`{site.name}`",
-                        f"[{store.n_tokens:,}, {site.width:,}]",
-                        settings["dtype"],
-                        f"{mib[site.name]:,.1f}",
-                        f"{site.statistics.mean_squared_norm:.4g}",
-                    ]
-                    for site in sites
-                ),
+                *(_site_line(site, settings["dtype"]) for site in sites),
             ]
         ),
         rows(
@@ -105,6 +95,16 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
 def _front_matter(kind: str) -> str:
     """`viewer: false`: the hub would show the lists of documents as if they were the data."""
     return front_matter({"tags": ["saemill", "interpretability", kind], "viewer": False})
+
+
+def _site_line(site: SiteArray, dtype: str) -> list[str]:
+    return [
+        f"`{site.name}`",
+        f"[{site.store.n_tokens:,}, {site.width:,}]",
+        dtype,
+        f"{site.array.n_shards * site.array.shard_bytes / 2**20:,.1f}",
+        f"{site.statistics.mean_squared_norm:.4g}",
+    ]
 
 
 def _model_lines(settings: dict[str, Any]) -> list[list[str]]:
