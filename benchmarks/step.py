@@ -75,7 +75,7 @@ def bank_of(setting: Setting, sample_TD: Tensor) -> Bank:
     n_dead = round(setting.dead_share * setting.n_latents)
     bank.idle_tokens_VF[:, :n_dead] = 2 * 10**9
     bank.w_enc_VFD[:, :n_dead] *= 0.01  # they stay dead, so that every step has AuxK
-    bank.product_VFD.copy_(bank.w_enc_VFD)
+    bank.refresh_copies()
     return bank
 
 

@@ -43,7 +43,7 @@ class Saemill(Contestant):
     def keep_dead(self, first: bool) -> None:
         if first:
             self.bank.w_enc_VFD[:, self.dead] *= SHRINK
-            self.bank.product_VFD.copy_(self.bank.w_enc_VFD)
+            self.bank.refresh_copies()
         self.bank.idle_tokens_VF[:, self.dead] = self.bank.dead_after_tokens + 1
 
     def auxk(self) -> list[float]:

@@ -5,12 +5,15 @@ site. `export` folds both into the biases, so that a saved SAE takes activations
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from saemill.common.errors import ConfigError
 from saemill.common.sae import Sae, SaeConfig
 from saemill.train import codes, initial, rows
 from saemill.train.auxk import DeadRows, auxk
@@ -46,7 +49,7 @@ class Bank:
         dead_after_tokens: a latent that has not fired for so many tokens is dead.
         sample_TD: training activations for the initial gain and the geometric median, in training
             units.
-        fused: whether to use the Triton kernels; by default on a GPU.
+        kernels: torch, numba (compiled loops) or triton; by default `choose_kernels`.
         team: the processes that train these variants together. Where it splits the latents, every
             tensor with an F holds this process's rows, `rows` of all.
     """
@@ -58,14 +61,14 @@ class Bank:
         dtype: torch.dtype,
         dead_after_tokens: int,
         sample_TD: Tensor,
-        fused: bool | None = None,
+        kernels: str | None = None,
         team: Team = ALONE,
     ) -> None:
         self.variants, self.frame, self.dtype, self.team = variants, frame, dtype, team
         self.dead_after_tokens = dead_after_tokens
         device = frame.centre_D.device
-        fused = device.type == "cuda" if fused is None else fused
-        self._forward, self._backward = _passes(fused)
+        self.kernels = kernels or choose_kernels("auto", device)
+        self._passes = _passes(self.kernels)
         self.rows = team.latents.part(variants[0].num_latents)
         n, f, d = len(variants), self.rows.stop - self.rows.start, len(frame.centre_D)
         self.w_dec_VFD = torch.empty(n, f, d, device=device)
@@ -75,8 +78,9 @@ class Bank:
         for i in range(n):
             self._initialise(i, sample_TD)
         self.product_VFD = self.w_enc_VFD.to(dtype)
-        self.gathered_VFD = self.w_dec_VFD.to(dtype) if fused else self.w_dec_VFD
-        self._room_TF = codes.room(f, dtype, device)
+        self.gathered_VFD = self.w_dec_VFD.to(dtype) if self.kernels == "triton" else self.w_dec_VFD
+        self.quantised_V = [self._passes.quantised_weights(f, d) for _ in variants]
+        self._room_TF = self._passes.room(f, dtype, device)
         self.idle_tokens_VF = torch.zeros(n, f, dtype=torch.int64, device=device)
         self.dead_VF = torch.zeros(n, f, dtype=torch.bool, device=device)
         self._find_dead()
@@ -84,6 +88,7 @@ class Bank:
         self.frozen = [False] * n
         self.optimizers = [self._optimizer(i) for i in range(n)]
         self.totals_V = [Totals(device) for _ in variants]
+        self.refresh_copies()
 
     @property
     def stacks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,7 +102,7 @@ class Bank:
 
     def weights(self, i: int) -> Weights:
         """The same with the copies that products use."""
-        return Weights(*self.leaves(i), self.product_VFD[i], self.gathered_VFD[i])
+        return Weights(*self.leaves(i), self.product_VFD[i], self.gathered_VFD[i], self.quantised_V[i])
 
     def _initialise(self, i: int, sample_TD: Tensor) -> None:
         w_enc_FD, _, w_dec_FD, b_D = self.leaves(i)
@@ -120,9 +125,8 @@ class Bank:
             lr_factor: the schedule's factor on each variant's peak rate.
             step: its number, kept for a variant that diverges.
         """
-        batch = Batch(x_TD, x_TD.to(self.dtype))
-        own_T = self.team.tokens.part(len(x_TD))
-        own = Batch(*(rows_TD[own_T] for rows_TD in batch))
+        batch = self._passes.prepare(x_TD, self.dtype)
+        own = batch.tokens(self.team.tokens.part(len(x_TD)))
         if step % DEAD_EVERY_STEPS == 0:
             self._find_dead()
         for i in range(len(self.variants)):
@@ -133,7 +137,7 @@ class Bank:
         """Forward over this process's own tokens, backward over the whole batch."""
         variant, weights = self.variants[i], self.weights(i)
         per_square = self.loss_per_square(variant) / len(batch.x_TD)
-        passed = self._forward(own, weights, variant.k, self._room_TF, self.team)
+        passed = self._passes.forward(own, weights, variant.k, self._room_TF, self.team)
         with part("auxk"):
             dead, auxk_loss = self._auxk(i, own, passed, weights, per_square)
         passed = codes.gather(passed, len(batch.x_TD), self.team)
@@ -141,7 +145,9 @@ class Bank:
         diverged.copy_(torch.where((diverged < 0) & ~torch.isfinite(passed.sse), step, diverged))
         rates = rows.Rates(2 * per_square, variant.lr * lr_factor, variant.weight_decay)
         healthy = diverged < 0
-        fired_F = self._backward(batch, passed, dead, weights, self.optimizers[i], healthy, rates, self.team)
+        fired_F = self._passes.backward(
+            batch, passed, dead, weights, self.optimizers[i], healthy, rates, self.team
+        )
         with part("count"):
             loss = passed.sse * per_square + auxk_loss
             self.totals_V[i].add(len(batch.x_TD), passed.sse, loss, auxk_loss, passed.n_active)
@@ -232,9 +238,13 @@ class Bank:
 
     def refresh(self) -> None:
         """To be called when the tensors of `kept` were filled from a checkpoint."""
-        self.product_VFD.copy_(self.w_enc_VFD)
-        self.gathered_VFD.copy_(self.w_dec_VFD)
+        self.refresh_copies()
         self._list_dead()
+
+    def refresh_copies(self) -> None:
+        """To be called when weights were changed other than by `step`."""
+        for i in range(len(self.variants)):
+            self.weights(i).refresh(slice(0, self.w_enc_VFD.shape[1]))
 
 
 class Totals:
@@ -277,10 +287,46 @@ class Totals:
         }
 
 
-def _passes(fused: bool) -> tuple[Any, Any]:
-    """The two passes of a step: in torch, or with kernels, which need Triton."""
-    if not fused:
-        return codes.forward, rows.backward
-    from saemill.train import fused as kernels
+class Passes(NamedTuple):
+    """The passes of a step, and what they need beside the parameters."""
 
-    return kernels.forward, kernels.backward
+    prepare: Callable[[Tensor, torch.dtype], Batch]
+    forward: Callable[..., Forward]
+    backward: Callable[..., Tensor]
+    room: Callable[[int, torch.dtype, torch.device], Tensor]
+    quantised_weights: Callable[[int, int], Any]
+
+
+def _passes(kernels: str) -> Passes:
+    """In torch, in loops compiled by numba, or in Triton's kernels; these two are imported only if used."""
+    if kernels == "numba":
+        from saemill.train import compiled
+
+        return Passes(
+            compiled.prepare, compiled.forward, compiled.backward, compiled.room, compiled.quantised_weights
+        )
+    forward, backward = codes.forward, rows.backward
+    if kernels == "triton":
+        from saemill.train import fused
+
+        forward, backward = fused.forward, fused.backward
+    return Passes(codes.prepare, forward, backward, codes.room, lambda n_latents, d: None)
+
+
+def choose_kernels(name: str, device: torch.device) -> str:
+    """`auto` is triton on a GPU, on a CPU numba if it is installed, else torch.
+
+    Raises:
+        ConfigError: they do not run there.
+    """
+    installed = {name: find_spec(name) is not None for name in ("numba", "triton")}
+    on_gpu = device.type == "cuda"
+    if name == "auto":
+        return "triton" if on_gpu else "numba" if installed["numba"] else "torch"
+    if name != "torch" and on_gpu != (name == "triton"):
+        where = {"triton": "a GPU", "numba": "a CPU"}[name]
+        raise ConfigError(f"kernels {name} run on {where}, not on {device}; leave them out for the best there")
+    if not installed.get(name, True):
+        how = "pip install 'saemill[cpu]'" if name == "numba" else "it comes with CUDA builds of torch"
+        raise ConfigError(f"kernels {name} need {name}, which is not installed: {how}")
+    return name

@@ -7,7 +7,7 @@ x̂ = val · W_dec[idx] + b, e = x̂ − x.
 
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.nn.functional import embedding_bag
 from saemill.common.topk import topk
 from saemill.train.profile import part
 from saemill.train.team import ALONE, Team
+
+if TYPE_CHECKING:
+    from saemill.train.loops.quantise import Quantised
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
 
@@ -32,6 +35,13 @@ class Batch(NamedTuple):
     """float32."""
     product_TD: Tensor
     """The same in the product's dtype."""
+    quantised_TD: "Quantised | None" = None
+    """The same in 8 bits, where those choose the candidates."""
+
+    def tokens(self, part: slice) -> "Batch":
+        """Some of the tokens."""
+        quantised = None if self.quantised_TD is None else self.quantised_TD.rows(part)
+        return Batch(self.x_TD[part], self.product_TD[part], quantised)
 
 
 class Codes(NamedTuple):
@@ -56,6 +66,16 @@ class Weights(NamedTuple):
     """w_enc in the product's dtype; w_enc itself where that is float32."""
     gathered_FD: Tensor
     """w_dec as it is decoded with: w_dec itself on a CPU, in the product's dtype on a GPU."""
+    quantised_FD: "Quantised | None" = None
+    """product_FD in 8 bits, where those choose the candidates."""
+
+    def refresh(self, rows: slice) -> None:
+        """Make some latents' copies anew."""
+        for copy_FD, of_FD in ((self.product_FD, self.w_enc_FD), (self.gathered_FD, self.w_dec_FD)):
+            if copy_FD.dtype != of_FD.dtype:
+                copy_FD[rows].copy_(of_FD[rows])
+        if self.quantised_FD is not None:
+            self.quantised_FD.rows(rows).take(self.product_FD[rows])
 
 
 class Forward(NamedTuple):
@@ -63,7 +83,7 @@ class Forward(NamedTuple):
 
     codes: Codes
     e_TD: Tensor
-    """x̂ − x; float32, on a GPU the product's dtype."""
+    """x̂ − x; float32, with kernels or compiled loops in the product's dtype."""
     dot_TK: Tensor
     """⟨e_t, W_dec[idx_tk]⟩, float32."""
     sse: Tensor
@@ -72,6 +92,11 @@ class Forward(NamedTuple):
     """Codes above 0, those on other processes included."""
     bias_F: Tensor
     """From `fold_bias`."""
+
+
+def prepare(x_TD: Tensor, dtype: torch.dtype) -> Batch:
+    """A batch in training units, with its copy for products in `dtype`."""
+    return Batch(x_TD, x_TD.to(dtype))
 
 
 def fold_bias(w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor) -> Tensor:
@@ -124,7 +149,7 @@ def forward(batch: Batch, weights: Weights, k: int, room_TF: Tensor, team: Team 
 
     Returns: codes of this process's rows, 0 where another process has the latent; the residual of all.
     """
-    x_TD, product_TD = batch
+    x_TD, product_TD, _ = batch
     n_tokens = len(x_TD)
     bias_F = fold_bias(weights.product_FD, weights.b_enc_F, weights.b_D)
     val_TK = x_TD.new_empty(n_tokens, k)

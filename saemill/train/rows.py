@@ -11,6 +11,7 @@ its renormalised weights while it is in the cache: only T·K pairs are touched, 
 F·D is ever in memory, and each weight and moment is read and written once.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from saemill.train.codes import Batch, Forward, Weights, chunks
 from saemill.train.optimizer import Optimizer
 from saemill.train.profile import part
 from saemill.train.team import ALONE, Team
+from saemill.train.threads import each
 
 BLOCK_BYTES = 1 << 20
 """Bytes of each tensor in a block; about a dozen of them are in use at once."""
@@ -54,6 +56,13 @@ class Pairs(NamedTuple):
     """Σ val · ⟨g, W_dec[f]⟩: the decoder gradient's part along its row."""
     fired_F: Tensor
     """bool: some val > 0."""
+
+
+class Ways(NamedTuple):
+    """How the costly parts of the backward pass are computed."""
+
+    sort_pairs: Callable[[Forward, int, float], Pairs]
+    gradients: Callable[[Batch, Tensor, Pairs, slice, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def sort_pairs(passed: Forward, n_latents: int, gs: float) -> Pairs:
@@ -90,6 +99,7 @@ def backward(
     healthy: Tensor,
     rates: Rates,
     team: Team = ALONE,
+    ways: Ways | None = None,
 ) -> Tensor:
     """One optimizer step of all parameters, in place.
 
@@ -102,18 +112,21 @@ def backward(
         healthy: bool; where it is false nothing is changed.
         rates: of this step.
         team: where it splits the latents, weights and codes are this process's.
+        ways: of computing it, by default the functions of this module.
 
     Returns: bool [F], which latents fired.
     """
+    ways = ways or Ways(sort_pairs, gradients)
     with part("sort"):
-        pairs = sort_pairs(passed, len(weights.w_enc_FD), rates.gs)
+        pairs = ways.sort_pairs(passed, len(weights.w_enc_FD), rates.gs)
     if healthy:
-        _update(batch.x_TD, passed.e_TD, pairs, dead, weights, optimizer, rates, team)
+        _update(ways, batch, passed.e_TD, pairs, dead, weights, optimizer, rates, team)
     return pairs.fired_F
 
 
 def _update(
-    x_TD: Tensor,
+    ways: Ways,
+    batch: Batch,
     e_TD: Tensor,
     pairs: Pairs,
     dead: DeadRows | None,
@@ -122,17 +135,18 @@ def _update(
     rates: Rates,
     team: Team,
 ) -> None:
-    w_enc_FD, _, w_dec_FD, b_D, product_FD, _ = weights
+    w_enc_FD, w_dec_FD, b_D = weights.w_enc_FD, weights.w_dec_FD, weights.b_D
     db_enc_F = pairs.db_enc_F
     if dead is not None:
         db_enc_F = db_enc_F.index_add(0, dead.dead_S, dead.b_enc_S)
     optimizer.begin_step()
-    db_D = e_TD.sum(0).mul_(rates.gs / team.latents.size).sub_(db_enc_F @ w_enc_FD)
+    db_D = e_TD.sum(0, dtype=torch.float32).mul_(rates.gs / team.latents.size).sub_(db_enc_F @ w_enc_FD)
     team.latents.sum_(db_D)
     optimizer.update(B_ENC, slice(None), db_enc_F, rates.lr)
-    for block in chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES):
+
+    def step(block: slice, _thread: int) -> None:
         with part("backward"):
-            grad_enc, grad_dec = _gradients(x_TD, e_TD, pairs, block, w_dec_FD, b_D)
+            grad_enc, grad_dec = ways.gradients(batch, e_TD, pairs, block, w_dec_FD, b_D)
             if dead is not None:
                 _add_dead(grad_enc, grad_dec, dead, block)
         with part("optimizer"):
@@ -140,13 +154,14 @@ def _update(
             optimizer.update(W_DEC, block, grad_dec, rates.lr)
             rows = w_dec_FD[block]
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-            if product_FD.dtype != w_enc_FD.dtype:
-                product_FD[block].copy_(w_enc_FD[block])
+            weights.refresh(block)
+
+    each(list(chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES)), step)
     optimizer.update(B, slice(None), db_D, rates.lr)
 
 
-def _gradients(
-    x_TD: Tensor, e_TD: Tensor, pairs: Pairs, block: slice, w_dec_FD: Tensor, b_D: Tensor
+def gradients(
+    batch: Batch, e_TD: Tensor, pairs: Pairs, block: slice, w_dec_FD: Tensor, b_D: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of a block of rows of w_enc and of w_dec, the latter without its part along the rows."""
     first, last = int(pairs.offsets_F[block.start]), int(pairs.offsets_F[block.stop])
@@ -154,7 +169,7 @@ def _gradients(
     offsets = pairs.offsets_F[block] - first
     grad_enc, grad_dec = (
         embedding_bag(token, rows_TD, offsets, per_sample_weights=of_pair_P[first:last], mode="sum")
-        for rows_TD, of_pair_P in ((x_TD, pairs.dval_P), (e_TD, pairs.val_P))
+        for rows_TD, of_pair_P in ((batch.x_TD, pairs.dval_P), (e_TD, pairs.val_P))
     )
     grad_enc.addr_(pairs.db_enc_F[block], b_D, alpha=-1)
     grad_dec.addcmul_(pairs.along_F[block, None], w_dec_FD[block], value=-1)

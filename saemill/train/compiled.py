@@ -1,0 +1,107 @@
+"""The two passes of a step with compiled loops: what codes.py and rows.py define, on a CPU.
+
+Where the CPU multiplies 8-bit integers fast, the product is made of these, and its result only chooses
+which latents are scored exactly; elsewhere the product is torch's. The inputs and the residual are gathered
+in the product's dtype; sums are float32.
+"""
+
+import torch
+from torch import Tensor
+
+from saemill.train import rows
+from saemill.train.auxk import DeadRows
+from saemill.train.codes import Batch, Codes, Forward, Weights, chunks, encode, fold_bias, own_codes
+from saemill.train.codes import residual as residual_of_team
+from saemill.train.loops.quantise import Quantised, empty, quantise
+from saemill.train.loops.residual import residual
+from saemill.train.loops.rows import gradients, sort_pairs
+from saemill.train.loops.select import select
+from saemill.train.optimizer import Optimizer
+from saemill.train.profile import part
+from saemill.train.team import ALONE, Team
+from saemill.train.threads import each
+
+CHUNK_TOKENS = 512
+CHUNK_BYTES = 1 << 25
+"""Most bytes of a thread's scores: a shorter chunk reads the weights too often."""
+
+
+def multiplies_8_bits() -> bool:
+    """Whether this CPU has instructions for sums of 8-bit products."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
+def prepare(x_TD: Tensor, dtype: torch.dtype) -> Batch:
+    """A batch with the copies that this machine's product needs."""
+    product_TD = x_TD.to(dtype)
+    return Batch(x_TD, product_TD, quantise(product_TD) if multiplies_8_bits() else None)
+
+
+def quantised_weights(n_latents: int, d: int) -> Quantised | None:
+    """Memory for `Weights.quantised_FD`, where this machine uses it."""
+    return empty(n_latents, d) if multiplies_8_bits() else None
+
+
+def room(n_latents: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a chunk's scores or pre-activations, for each thread, made once: [threads, t, F]."""
+    scores = torch.int32 if multiplies_8_bits() else dtype
+    n_tokens = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (n_latents * scores.itemsize)))
+    return torch.empty(torch.get_num_threads(), n_tokens, n_latents, dtype=scores, device=device)
+
+
+def forward(batch: Batch, weights: Weights, k: int, room_NTF: Tensor, team: Team = ALONE) -> Forward:
+    """As `codes.forward`; the codes' values are sums in float32, not rounded to the product's dtype."""
+    n_tokens = len(batch.x_TD)
+    bias_F = fold_bias(weights.product_FD, weights.b_enc_F, weights.b_D)
+    codes = Codes(torch.empty(n_tokens, k), torch.empty(n_tokens, k, dtype=torch.int64))
+    e_TD, dot_TK, sse_T = torch.empty_like(batch.product_TD), torch.empty(n_tokens, k), torch.empty(n_tokens)
+    alone = team.latents.size == 1
+
+    def work(chunk: slice, thread: int) -> None:
+        here = Codes(codes.val_TK[chunk], codes.idx_TK[chunk])
+        _encode(batch.tokens(chunk), weights, bias_F, here, room_NTF[thread])
+        if alone:
+            with part("decode"):
+                x_TD, w_dec_FD, b_D = batch.x_TD[chunk], weights.w_dec_FD, weights.b_D
+                residual(*here, x_TD, w_dec_FD, b_D, e_TD[chunk], dot_TK[chunk], sse_T[chunk])
+
+    each(list(chunks(n_tokens, 1, room_NTF.shape[1])), work, len(room_NTF))
+    codes, n_active = own_codes(codes, team)
+    if not alone:
+        with part("decode"):
+            e, dot_TK = residual_of_team(codes, batch.x_TD, weights.w_dec_FD, weights.b_D, team)
+            sse_T, e_TD = e.square().sum(1), e.to(e_TD.dtype)
+    sse = sse_T.sum()
+    if weights.quantised_FD is not None:  # no comparison of scores finds a NaN
+        finite = torch.isfinite(weights.quantised_FD.norm_N.sum() + bias_F.sum())
+        sse = sse.where(finite, torch.nan)
+    return Forward(codes, e_TD, dot_TK, sse, n_active, bias_F)
+
+
+def _encode(batch: Batch, weights: Weights, bias_F: Tensor, codes: Codes, room_TF: Tensor) -> None:
+    """Fill in the codes of a chunk."""
+    (val_TK, idx_TK), rows_TD, product_FD = codes, batch.product_TD, weights.product_FD
+    tokens, latents = batch.quantised_TD, weights.quantised_FD
+    if tokens is None or latents is None:
+        val_TK[:], idx_TK[:] = encode(rows_TD, product_FD, bias_F, val_TK.shape[1], room_TF)
+        return
+    scores_TF = room_TF[: len(rows_TD)]
+    with part("encode"):
+        torch._int_mm(tokens.codes_ND, latents.codes_ND.T, out=scores_TF)
+    with part("top-k"):
+        select(scores_TF, tokens, latents, rows_TD, product_FD, bias_F, val_TK, idx_TK)
+
+
+def backward(
+    batch: Batch,
+    passed: Forward,
+    dead: DeadRows | None,
+    weights: Weights,
+    optimizer: Optimizer,
+    healthy: Tensor,
+    rates: rows.Rates,
+    team: Team = ALONE,
+) -> Tensor:
+    """As `rows.backward`."""
+    ways = rows.Ways(sort_pairs, gradients)
+    return rows.backward(batch, passed, dead, weights, optimizer, healthy, rates, team, ways)

@@ -1,0 +1,200 @@
+"""The k largest pre-activations of each token, from 8-bit scores and few exact ones.
+
+With the score u_f of a latent, in units of the token's step, and its error's bound ε_f (`N_SIGMA` standard
+deviations of `quantise`), a latent is among the k largest only if u_f + ε_f reaches the k-th largest
+pre-activation. Groups of GROUP latents are looked at first, by their largest score: the k-th largest of
+these is a lower bound of the k-th largest score. What is left, about 1.5 k latents, is scored exactly, as
+⟨x, W_enc[f]⟩ from the rows themselves with sums in float32, the likely ones first, since a k-th largest
+exact score spares some of the rest.
+"""
+
+import numpy as np
+from numba import njit
+from torch import Tensor
+
+from saemill.train.loops.numbers import COMPILED, array, dot, wide
+from saemill.train.loops.quantise import Quantised
+
+N_SIGMA = 8.0
+"""The chance of a larger error is 1e-15 for a pair of token and latent."""
+GROUP, LANES = 8, 128
+BLOCK = GROUP * LANES
+BISECTIONS = 9
+"""For bounds that need not be sharp."""
+
+
+def select(
+    scores_TF: Tensor,
+    tokens: Quantised,
+    latents: Quantised,
+    rows_TD: Tensor,
+    weights_FD: Tensor,
+    bias_F: Tensor,
+    val_TK: Tensor,
+    idx_TK: Tensor,
+) -> None:
+    """Fill in the codes of some tokens, in no particular order; latents below 0 count as 0, at latent 0.
+
+    Args:
+        scores_TF: int32, products of the quantised rows.
+        tokens, latents: these rows.
+        rows_TD, weights_FD: the rows they were made from, float32 or bfloat16.
+        bias_F: float32, to be added to the product.
+        val_TK, idx_TK: float32 and int64, filled.
+    """
+    _select(
+        *(array(scores_TF), array(tokens.step_N), array(tokens.norm_N)),
+        *(array(latents.step_N), array(latents.norm_N)),
+        *(array(rows_TD), array(weights_FD), array(bias_F), array(val_TK), array(idx_TK)),
+    )
+
+
+@njit(**COMPILED)
+def _select(scores, steps_x, norms_x, steps_w, norms_w, rows, weights, bias, val, idx):
+    n_latents, k = scores.shape[1], val.shape[1]
+    maxima = np.empty(-(-n_latents // BLOCK) * LANES, np.float32)
+    found, score = np.empty(n_latents, np.int64), np.empty(n_latents, np.float32)
+    x = np.empty(rows.shape[1], np.float32)
+    widest_step, longest = np.max(steps_w), np.max(norms_w)
+    for t in range(len(scores)):
+        per_step = np.float32(1) / steps_x[t] if steps_x[t] > 0 else np.float32(0)
+        length = norms_x[t] * per_step
+        _group_maxima(scores[t], steps_w, bias, per_step, maxima)
+        least = _nearly_kth(maxima, len(maxima), k, np.float32(0))
+        least -= 2 * _error(widest_step, longest, length)
+        n = _above(scores[t], steps_w, bias, per_step, maxima, least, found, score)
+        for i in range(len(x)):
+            x[i] = wide(rows[t, i])
+        m = _likely_first(found, score, n, _nearly_kth(score, n, k, least))
+        _score(x, weights, bias, found, score, 0, m)
+        bound = _nearly_kth(score, m, k, np.float32(0)) * per_step
+        n = _possible(found, score, m, n, bound, steps_w, norms_w, length)
+        _score(x, weights, bias, found, score, m, n)
+        _keep(found, score, n, k, val[t], idx[t])
+
+
+@njit(**COMPILED)
+def _error(step_w, norm_w, length):
+    """The bound of a score's error, in units of the token's step; `length` is the token's in these units."""
+    return np.float32(N_SIGMA / 12**0.5) * np.sqrt(norm_w * norm_w + step_w * step_w * length * length)
+
+
+@njit(**COMPILED)
+def _group_maxima(scores, steps, bias, per_step, maxima):
+    """The largest score of each group: of BLOCK neighbours those LANES apart."""
+    for first in range(0, len(scores), BLOCK):
+        group = maxima[first // GROUP : first // GROUP + LANES]
+        group[:] = -np.inf
+        for row in range(first, min(first + BLOCK, len(scores)), LANES):
+            here, step, b = scores[row : row + LANES], steps[row : row + LANES], bias[row : row + LANES]
+            for lane in range(len(here)):
+                group[lane] = max(group[lane], np.float32(here[lane]) * step[lane] + b[lane] * per_step)
+
+
+@njit(**COMPILED)
+def _nearly_kth(numbers, n, k, low):
+    """A bound that k of the first n numbers reach, close below the k-th largest; `low` if fewer reach it."""
+    high = low
+    for i in range(n):
+        high = max(high, numbers[i])
+    for _ in range(BISECTIONS):
+        middle = (low + high) * np.float32(0.5)
+        if _count(numbers, n, middle) >= k:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@njit(**COMPILED)
+def _count(numbers, n, bound):
+    count = np.int32(0)
+    for i in range(n):
+        count += np.int32(numbers[i] >= bound)
+    return count
+
+
+@njit(**COMPILED)
+def _above(scores, steps, bias, per_step, maxima, least, found, score):
+    """List the latents whose score is no less than `least`, and their scores; how many."""
+    n = 0
+    for group in range(len(maxima)):
+        if maxima[group] >= least:
+            first = group // LANES * BLOCK + group % LANES
+            for f in range(first, min(first + BLOCK, len(scores)), LANES):
+                number = np.float32(scores[f]) * steps[f] + bias[f] * per_step
+                found[n] = f
+                score[n] = number
+                n += np.int64(number >= least)
+    return n
+
+
+@njit(**COMPILED)
+def _likely_first(found, score, n, likely):
+    """Bring the latents with scores of `likely` or more to the front; how many."""
+    m = 0
+    for i in range(n):
+        if score[i] >= likely:
+            found[i], found[m] = found[m], found[i]
+            score[i], score[m] = score[m], score[i]
+            m += 1
+    return m
+
+
+@njit(**COMPILED)
+def _possible(found, score, m, n, bound, steps, norms, length):
+    """Of the latents from m to n leave those that may reach the bound, right behind m; how many in all."""
+    last = m
+    for i in range(m, n):
+        f = found[i]
+        if score[i] + _error(steps[f], norms[f], length) >= bound:
+            found[last] = f
+            last += 1
+    return last
+
+
+@njit(**COMPILED)
+def _score(x, weights, bias, found, score, first, last):
+    """Exact pre-activations of some latents, four at a time to fetch several rows at once."""
+    i = first
+    while i + 4 <= last:
+        w0, w1, w2, w3 = weights[found[i]], weights[found[i + 1]], weights[found[i + 2]], weights[found[i + 3]]
+        s0 = s1 = s2 = s3 = np.float32(0)
+        for d in range(len(x)):
+            s0 += x[d] * wide(w0[d])
+            s1 += x[d] * wide(w1[d])
+            s2 += x[d] * wide(w2[d])
+            s3 += x[d] * wide(w3[d])
+        score[i], score[i + 1] = s0 + bias[found[i]], s1 + bias[found[i + 1]]
+        score[i + 2], score[i + 3] = s2 + bias[found[i + 2]], s3 + bias[found[i + 3]]
+        i += 4
+    for j in range(i, last):
+        score[j] = dot(x, weights[found[j]]) + bias[found[j]]
+
+
+@njit(**COMPILED)
+def _keep(found, score, n, k, val, idx):
+    """The k largest of n scores above 0; of equal ones those found first."""
+    low, high = np.float32(0), np.float32(0)
+    for i in range(n):
+        high = max(high, score[i])
+    high = np.nextafter(high, np.float32(np.inf))  # fewer than k reach it
+    while _count(score, n, low) > k:
+        middle = (low + high) * np.float32(0.5)
+        if middle <= low or middle >= high:
+            break
+        if _count(score, n, middle) >= k:
+            low = middle
+        else:
+            high = middle
+    n_ties = k - _count(score, n, high)
+    m = 0
+    for i in range(n):
+        tied = score[i] < high
+        if score[i] > 0 and score[i] >= low and m < k and (not tied or n_ties > 0):
+            n_ties -= np.int64(tied)
+            val[m] = score[i]
+            idx[m] = found[i]
+            m += 1
+    val[m:] = 0
+    idx[m:] = 0
