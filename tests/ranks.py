@@ -1,7 +1,7 @@
 """One process of several that train banks as a team; the first writes what came out.
 
-Started by test_spread.py: `python tests/ranks.py DATA_RANKS LATENT_RANKS OUT [fused]`, once per process or
-alone; with `fused` the Triton kernels make the steps, in Triton's interpreter.
+Started by test_spread.py: `python tests/ranks.py DATA_RANKS LATENT_RANKS OUT KERNELS`, once per process or
+alone; KERNELS (torch, numba or triton, in its interpreter) make the steps.
 """
 
 import os
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-if "fused" in sys.argv:  # read when triton is imported
+if "triton" in sys.argv:  # read when triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
@@ -31,10 +31,10 @@ KINDS = {
     "no auxk": replace(BASE, auxk_alpha=0.0, weight_decay=0.1),
     "diverging": replace(BASE, lr=1e30),
 }
-FUSED_KINDS = ("adam",)
+OF_TRITON = ("adam",)
 
 
-def train(variant: Variant, team: Team, fused: bool) -> dict[str, Any]:
+def train(variant: Variant, team: Team, kernels: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     directions = torch.randn(30, D, generator=generator)
 
@@ -43,7 +43,7 @@ def train(variant: Variant, team: Team, fused: bool) -> dict[str, Any]:
         return directions[picks].sum(1)
 
     frame = Frame(torch.zeros(D), 1.0)
-    bank = Bank([variant], frame, torch.float32, 2 * T, batch(99), fused=fused, team=team)
+    bank = Bank([variant], frame, torch.float32, 2 * T, batch(99), kernels, team)
     with torch.no_grad():
         for step in range(STEPS):
             bank.step(batch(step), 1.0, step)
@@ -61,12 +61,13 @@ def train(variant: Variant, team: Team, fused: bool) -> dict[str, Any]:
     }
 
 
-def main(data_ranks: int, latent_ranks: int, out: Path, fused: bool) -> None:
+def main(data_ranks: int, latent_ranks: int, out: Path, kernels: str) -> None:
     world = World.here()
     with world.connected(torch.device("cpu")) as everyone:
         spread = choose([BASE], {"a": D}, everyone.size, data_ranks, latent_ranks)
         team = spread.team_of(everyone)
-        found = {name: train(KINDS[name], team, fused) for name in (FUSED_KINDS if fused else KINDS)}
+        kinds = OF_TRITON if kernels == "triton" else KINDS
+        found = {name: train(KINDS[name], team, kernels) for name in kinds}
         check_alike(everyone, found)
         if everyone.rank == 0:
             torch.save(found, out)
@@ -83,4 +84,4 @@ def check_alike(everyone: Group, found: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), "fused" in sys.argv)
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

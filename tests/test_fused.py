@@ -25,11 +25,11 @@ def batches(n: int) -> list[torch.Tensor]:
     )
 
 
-def bank(variants: list[Variant], dtype: torch.dtype, fused: bool) -> Bank:
+def bank(variants: list[Variant], dtype: torch.dtype, kernels: str) -> Bank:
     frame = Frame(torch.zeros(D, device=DEVICE), 1.0)
-    made = Bank(variants, frame, dtype, 2 * T, batches(1)[0], fused=fused)
+    made = Bank(variants, frame, dtype, 2 * T, batches(1)[0], kernels=kernels)
     made.w_enc_VFD[:, : F // 4] *= 0.01  # these die, so that AuxK runs
-    made.product_VFD.copy_(made.w_enc_VFD)
+    made.refresh_copies()
     return made
 
 
@@ -50,7 +50,7 @@ def train(made: Bank, n_steps: int) -> Bank:
 )
 def test_steps_with_kernels_equal_steps_in_torch(variant: Variant) -> None:
     """Oracle: the passes in torch, in float32, over 7 steps with dead latents; counters and sums too."""
-    mine, theirs = (train(bank([variant], torch.float32, fused), 7) for fused in (True, False))
+    mine, theirs = (train(bank([variant], torch.float32, kernels), 7) for kernels in ("triton", "torch"))
     assert len(theirs.dead_V[0]) > 0
     for a, b in zip(mine.stacks, theirs.stacks, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-4)
@@ -61,15 +61,17 @@ def test_steps_with_kernels_equal_steps_in_torch(variant: Variant) -> None:
 
 def test_bf16_steps_with_kernels_lead_to_the_same_error() -> None:
     """Oracle: the passes in torch with the same bf16 product; the mean FVU of 7 steps within 2%."""
-    found = [train(bank([BASE], torch.bfloat16, fused), 7).totals_V[0].take(D) for fused in (True, False)]
+    found = [
+        train(bank([BASE], torch.bfloat16, kernels), 7).totals_V[0].take(D) for kernels in ("triton", "torch")
+    ]
     assert found[0]["fvu"] == pytest.approx(found[1]["fvu"], rel=0.02)
 
 
 def test_short_moments_with_kernels_stay_near_float32() -> None:
     """Oracle: float32 moments; weights move alike."""
-    start = bank([BASE], torch.float32, True)
-    exact = train(bank([BASE], torch.float32, True), 4)
-    short = train(bank([replace(BASE, optimizer_state="bf16")], torch.float32, True), 4)
+    start = bank([BASE], torch.float32, "triton")
+    exact = train(bank([BASE], torch.float32, "triton"), 4)
+    short = train(bank([replace(BASE, optimizer_state="bf16")], torch.float32, "triton"), 4)
     moved = (exact.w_enc_VFD - start.w_enc_VFD).norm()
     assert float((short.w_enc_VFD - exact.w_enc_VFD).norm() / moved) < 0.05
 
@@ -77,7 +79,7 @@ def test_short_moments_with_kernels_stay_near_float32() -> None:
 def test_a_diverged_variant_changes_no_more() -> None:
     """Oracle: its own finite weights from before; the healthy one beside it goes on."""
     wild = replace(BASE, optimizer="sgd", lr=1e30)
-    made = train(bank([wild, BASE], torch.float32, True), 3)
+    made = train(bank([wild, BASE], torch.float32, "triton"), 3)
     at = int(made.diverged_step_V[0])
     assert 0 < at <= 2
     before = [stack[0].clone() for stack in made.stacks]

@@ -115,20 +115,25 @@ def finish(process: subprocess.Popen[str]) -> str:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("alone") / "found.pt"
-    subprocess.run([sys.executable, str(HERE / "ranks.py"), "1", "1", str(out)], check=True, env=ENVIRONMENT)
+    subprocess.run(
+        [sys.executable, str(HERE / "ranks.py"), "1", "1", str(out), "torch"], check=True, env=ENVIRONMENT
+    )
     found: dict[str, Any] = torch.load(out)
     return found
 
 
-@pytest.mark.parametrize(("data_ranks", "latent_ranks"), [(1, 2), (2, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize(
+    ("data_ranks", "latent_ranks", "kernels"),
+    [(1, 2, "torch"), (2, 1, "torch"), (1, 3, "torch"), (2, 2, "torch"), (1, 2, "numba"), (2, 1, "numba")],
+)
 def test_a_team_trains_as_one_process_does(
-    alone: dict[str, Any], tmp_path: Path, data_ranks: int, latent_ranks: int
+    alone: dict[str, Any], tmp_path: Path, data_ranks: int, latent_ranks: int, kernels: str
 ) -> None:
-    """Oracle: one process on the same batches, up to the order of sums; AuxK with dead latents on all
-    processes, sizes that no number of processes divides. The processes check that they agree bitwise."""
+    """Oracle: one process in torch on the same batches, up to the order of sums; AuxK with dead latents on
+    all processes, sizes that no number of processes divides. The processes check that they agree bitwise."""
     out = tmp_path / "found.pt"
     n = data_ranks * latent_ranks
-    finish(launch(n, str(HERE / "ranks.py"), str(data_ranks), str(latent_ranks), str(out)))
+    finish(launch(n, str(HERE / "ranks.py"), str(data_ranks), str(latent_ranks), str(out), kernels))
     found = torch.load(out)
     assert found["diverging"]["diverged"] == alone["diverging"]["diverged"] != []
     assert alone["adam"]["n_dead"] > KINDS["adam"].k_aux
@@ -147,7 +152,7 @@ def test_the_kernels_train_in_a_team(
 ) -> None:
     """Oracle: one process in torch, up to the order of sums; the kernels run in Triton's interpreter."""
     out = tmp_path / "found.pt"
-    finish(launch(2, str(HERE / "ranks.py"), str(data_ranks), str(latent_ranks), str(out), "fused"))
+    finish(launch(2, str(HERE / "ranks.py"), str(data_ranks), str(latent_ranks), str(out), "triton"))
     for kind, found in torch.load(out).items():
         assert found["n_dead"] == alone[kind]["n_dead"]
         assert found["totals"] == pytest.approx(alone[kind]["totals"], rel=1e-5)

@@ -169,6 +169,9 @@ def train(
     precision: Annotated[
         str | None, option("Of the encoder's product: fp32, bf16 [bf16 where it is fast].", "TYPE")
     ] = None,
+    kernels: Annotated[
+        str | None, option("Of a step: torch, numba, triton [the fastest installed].", "NAME")
+    ] = None,
     config: Config = None,
     set_: Sets = None,
 ) -> None:

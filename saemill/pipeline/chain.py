@@ -40,7 +40,7 @@ from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 from saemill.tokenize.source import check_path, fingerprint_local
 from saemill.train.config import TrainConfig
-from saemill.train.run import check_logging
+from saemill.train.run import check_machine
 from saemill.train.run import run as train
 from saemill.train.variants import Variant, of_config
 
@@ -90,7 +90,7 @@ class Chain:
         if "cache" in self.configs:
             self._check_model(self.configs["cache"])
         if "train" in self.configs:
-            check_logging(self.configs["train"])
+            check_machine(self.configs["train"])
             self._check_run(self.configs["train"])
 
     @property

@@ -5,20 +5,18 @@ site. `export` folds both into the biases, so that a saved SAE takes activations
 """
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saemill.common.errors import ConfigError
 from saemill.common.sae import Sae, SaeConfig
-from saemill.train import codes, initial, rows
+from saemill.train import initial, rows
 from saemill.train.auxk import DeadRows, auxk
-from saemill.train.codes import Batch, Forward, Weights
+from saemill.train.codes import Batch, Forward, Weights, gather
 from saemill.train.optimizer import Adam, Optimizer, Sgd
+from saemill.train.passes import choose_kernels, passes_of
 from saemill.train.profile import part
 from saemill.train.team import ALONE, Team
 from saemill.train.variants import Variant
@@ -68,7 +66,7 @@ class Bank:
         self.dead_after_tokens = dead_after_tokens
         device = frame.centre_D.device
         self.kernels = kernels or choose_kernels("auto", device)
-        self._passes = _passes(self.kernels)
+        self._passes = passes_of(self.kernels)
         self.rows = team.latents.part(variants[0].num_latents)
         n, f, d = len(variants), self.rows.stop - self.rows.start, len(frame.centre_D)
         self.w_dec_VFD = torch.empty(n, f, d, device=device)
@@ -140,7 +138,7 @@ class Bank:
         passed = self._passes.forward(own, weights, variant.k, self._room_TF, self.team)
         with part("auxk"):
             dead, auxk_loss = self._auxk(i, own, passed, weights, per_square)
-        passed = codes.gather(passed, len(batch.x_TD), self.team)
+        passed = gather(passed, len(batch.x_TD), self.team)
         diverged = self.diverged_step_V[i]
         diverged.copy_(torch.where((diverged < 0) & ~torch.isfinite(passed.sse), step, diverged))
         rates = rows.Rates(2 * per_square, variant.lr * lr_factor, variant.weight_decay)
@@ -285,48 +283,3 @@ class Totals:
             "auxk": auxk / n_steps,
             "l0": active / n_tokens,
         }
-
-
-class Passes(NamedTuple):
-    """The passes of a step, and what they need beside the parameters."""
-
-    prepare: Callable[[Tensor, torch.dtype], Batch]
-    forward: Callable[..., Forward]
-    backward: Callable[..., Tensor]
-    room: Callable[[int, torch.dtype, torch.device], Tensor]
-    quantised_weights: Callable[[int, int], Any]
-
-
-def _passes(kernels: str) -> Passes:
-    """In torch, in loops compiled by numba, or in Triton's kernels; these two are imported only if used."""
-    if kernels == "numba":
-        from saemill.train import compiled
-
-        return Passes(
-            compiled.prepare, compiled.forward, compiled.backward, compiled.room, compiled.quantised_weights
-        )
-    forward, backward = codes.forward, rows.backward
-    if kernels == "triton":
-        from saemill.train import fused
-
-        forward, backward = fused.forward, fused.backward
-    return Passes(codes.prepare, forward, backward, codes.room, lambda n_latents, d: None)
-
-
-def choose_kernels(name: str, device: torch.device) -> str:
-    """`auto` is triton on a GPU, on a CPU numba if it is installed, else torch.
-
-    Raises:
-        ConfigError: they do not run there.
-    """
-    installed = {name: find_spec(name) is not None for name in ("numba", "triton")}
-    on_gpu = device.type == "cuda"
-    if name == "auto":
-        return "triton" if on_gpu else "numba" if installed["numba"] else "torch"
-    if name != "torch" and on_gpu != (name == "triton"):
-        where = {"triton": "a GPU", "numba": "a CPU"}[name]
-        raise ConfigError(f"kernels {name} run on {where}, not on {device}; leave them out for the best there")
-    if not installed.get(name, True):
-        how = "pip install 'saemill[cpu]'" if name == "numba" else "it comes with CUDA builds of torch"
-        raise ConfigError(f"kernels {name} need {name}, which is not installed: {how}")
-    return name

@@ -75,6 +75,9 @@ class TrainConfig:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the encoder's product; auto: bf16 on a GPU and on CPUs with bf16 instructions."""
+    kernels: Literal["auto", "torch", "numba", "triton"] = "auto"
+    """What makes a step: triton on a GPU; on a CPU loops compiled by numba if it is installed, else
+    torch's own operations, the definition. They differ by rounding."""
     resume: bool = True
     """Go on from the run's checkpoint, if there is one; false starts anew."""
     halving: int = 0
@@ -164,6 +167,7 @@ class TrainConfig:
             "out",
             "acts",
             "device",
+            "kernels",
             "resume",
             "save_every",
             "log_every",

@@ -27,6 +27,7 @@ from saemill.train.halving import RECORD as HALVING_RECORD
 from saemill.train.halving import Halving
 from saemill.train.loader import Loader
 from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
+from saemill.train.passes import choose_kernels
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.schedule import Schedule
 from saemill.train.spread import Spread, choose
@@ -72,7 +73,7 @@ def run(config: TrainConfig) -> list[Path]:
         identity = config.identity() | {"acts_fingerprint": store.fingerprint}
         if everyone.first(lambda: _finished(config, identity, variants)):
             return [config.out / variant.name for variant in variants]
-        everyone.first(lambda: check_logging(config))
+        everyone.first(lambda: check_machine(config))
         everyone.first(lambda: _take(config, identity, held))
         trainer = _train(config, loader, schedule, halving, everyone, device, stop, held)
         return export(config.out, variants, store, trainer, identity, halving.stopped)
@@ -226,7 +227,7 @@ def _build(
     store, mask = loader.store, config.mask or loader.store.mask
     n_tokens = schedule.n_steps * config.step_tokens
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
-    dtype = choose_product_dtype(config.precision, device)
+    dtype, kernels = choose_product_dtype(config.precision, device), choose_kernels(config.kernels, device)
     loader.restrict(list(dict.fromkeys(variant.site for variant in variants)))
     sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
     frames = {site: _frame(store, site, mask, device) for site in loader.sites}
@@ -234,7 +235,7 @@ def _build(
     for (site, _), members in groups(variants).items():
         frame = frames[site]
         sample_TD = frame.enter(sample[site].to(device))
-        banks.append(Bank(members, frame, dtype, dead_after, sample_TD, team=team))
+        banks.append(Bank(members, frame, dtype, dead_after, sample_TD, kernels, team))
     return Trainer(
         loader=loader,
         feed=Feed(loader, device),
@@ -304,12 +305,14 @@ def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def check_logging(config: TrainConfig) -> None:
-    """Refuse before the work what would be missing in its logs.
+def check_machine(config: TrainConfig) -> None:
+    """Refuse before the work what cannot be done here.
 
     Raises:
-        ConfigError: TensorBoard is not installed, or wandb has no API key.
+        ConfigError: the kernels do not run on the device or are not installed, TensorBoard is not
+            installed, or wandb has no API key.
     """
+    choose_kernels(config.kernels, World.here().device(config.device))
     if config.log_to_tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("log_to_tensorboard needs tensorboard: pip install 'saemill[tensorboard]'")
     if config.log_to_wandb:
@@ -345,10 +348,12 @@ def _print_plan(config: TrainConfig, trainer: Trainer, spread: Spread, store: Ac
     bank = trainer.banks[0]
     say(
         f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {spread.describe()}; products in "
-        f"{str(bank.dtype).removeprefix('torch.')}; {n_steps:,} steps, {n_tokens:,} tokens "
+        f"{str(bank.dtype).removeprefix('torch.')} by {bank.kernels}; {n_steps:,} steps, {n_tokens:,} tokens "
         f"({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
         f"{bank.dead_after_tokens:,} tokens; {store.text.manifest['n_held_out_rows']:,} rows held out"
     )
+    if bank.kernels == "torch" and trainer.device.type == "cpu" and config.kernels == "auto":
+        say("numba is not installed; with it training is faster on a CPU: pip install 'saemill[cpu]'")
     if n_steps < FEW_STEPS:
         say(f"{counted(n_steps, 'step')} are few to learn in: more epochs or a smaller batch may help much")
     if trainer.step:

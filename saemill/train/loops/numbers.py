@@ -26,9 +26,7 @@ def _float_of(context, bits):
 @intrinsic
 def _bits_of(context, number):
     """A float32 as the uint32 with the same bits."""
-    return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(
-        args[0], ir.IntType(32)
-    )
+    return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
 
 
 def wide(number):

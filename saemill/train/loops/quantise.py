@@ -48,9 +48,7 @@ class Quantised(NamedTuple):
 def empty(n_rows: int, d: int) -> Quantised:
     """Memory for quantised rows of length d."""
     padded = -(-d // COLUMNS) * COLUMNS
-    return Quantised(
-        torch.zeros(n_rows, padded, dtype=torch.int8), torch.zeros(n_rows), torch.zeros(n_rows)
-    )
+    return Quantised(torch.zeros(n_rows, padded, dtype=torch.int8), torch.zeros(n_rows), torch.zeros(n_rows))
 
 
 def quantise(rows_ND: Tensor) -> Quantised:

@@ -125,7 +125,7 @@ def _above(scores, steps, bias, per_step, maxima, least, found, score):
                 number = np.float32(scores[f]) * steps[f] + bias[f] * per_step
                 found[n] = f
                 score[n] = number
-                n += np.int64(number >= least)
+                n += 1 if number >= least else 0
     return n
 
 
@@ -158,7 +158,12 @@ def _score(x, weights, bias, found, score, first, last):
     """Exact pre-activations of some latents, four at a time to fetch several rows at once."""
     i = first
     while i + 4 <= last:
-        w0, w1, w2, w3 = weights[found[i]], weights[found[i + 1]], weights[found[i + 2]], weights[found[i + 3]]
+        w0, w1, w2, w3 = (
+            weights[found[i]],
+            weights[found[i + 1]],
+            weights[found[i + 2]],
+            weights[found[i + 3]],
+        )
         s0 = s1 = s2 = s3 = np.float32(0)
         for d in range(len(x)):
             s0 += x[d] * wide(w0[d])

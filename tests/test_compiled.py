@@ -1,0 +1,357 @@
+"""Loops compiled by numba: each against torch, and whole steps against the same steps in torch."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("numba", reason="an extra of the package")
+
+from saemill.common.errors import ConfigError
+from saemill.train import codes, compiled, rows
+from saemill.train.bank import Bank, Frame
+from saemill.train.loops.quantise import Quantised, empty, quantise
+from saemill.train.loops.residual import residual
+from saemill.train.loops.rows import gradients, sort_pairs
+from saemill.train.loops.select import select
+from saemill.train.optimizer import Adam
+from saemill.train.passes import choose_kernels
+from saemill.train.team import ALONE
+from saemill.train.threads import each
+from saemill.train.variants import Variant
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def made(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def read(rows: Quantised) -> Tensor:
+    """The values that the codes stand for, rotated, float64."""
+    return rows.codes_ND.double() * rows.step_N[:, None].double()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.sampled_from(DTYPES), st.integers(0, 999))
+def test_quantised_rows_keep_their_products(d: int, dtype: torch.dtype, seed: int) -> None:
+    """Oracle: products of the rows in float64; a rotation keeps them, and the rounding moves them by no
+    more than the bound of Cauchy and Schwarz. Norms are the rows'."""
+    x_ND = torch.randn(7, d, generator=made(seed)).to(dtype)
+    x_ND[0] = 0
+    x_ND[1, d // 2] = 100.0
+    found = quantise(x_ND)
+    exact = x_ND.double()
+    torch.testing.assert_close(found.norm_N.double(), exact.norm(dim=1), rtol=1e-5, atol=1e-6)
+    half_step = found.step_N.double() / 2 * found.codes_ND.shape[1] ** 0.5
+    off = (read(found) @ read(found).T - exact @ exact.T).abs()
+    bound = half_step[:, None] * exact.norm(dim=1) + (half_step * (exact.norm(dim=1) + half_step))[:, None].T
+    assert (off <= bound * 1.01 + 1e-6).all()
+    assert found.codes_ND.abs().max() <= 127
+    assert not found.codes_ND[0].any()
+
+
+def test_outliers_are_spread() -> None:
+    """Oracle: rounding without a rotation, whose error is many times as large where few entries are."""
+    x_ND = torch.randn(50, 768, generator=made(0))
+    x_ND[:, :4] *= 50
+    step_N = x_ND.abs().amax(1) / 127
+    found = quantise(x_ND)
+    assert float((found.step_N / step_N).mean()) < 0.25
+    assert (found.step_N < step_N / 2).all()
+
+
+@pytest.mark.parametrize("kind", ["normal", "sparse", "constant", "outliers", "one for all"])
+def test_errors_of_scores_are_normal_with_the_stated_deviation(kind: str) -> None:
+    """Oracle: 4 million scores' errors against float64: their deviation as `quantise` states it, or less,
+    and none beyond 6.5 of them, far from the bound of 8."""
+    x_TD, w_FD = torch.randn(1000, 512, generator=made(1)), torch.randn(4000, 512, generator=made(2))
+    if kind == "sparse":
+        x_TD *= torch.rand(x_TD.shape, generator=made(3)) < 0.02
+    elif kind == "constant":
+        x_TD, w_FD = x_TD * 0.05 + 3, w_FD * 0.05 + 1
+    elif kind == "outliers":
+        x_TD[:, :3] *= 100
+    elif kind == "one for all":
+        w_FD = w_FD * 0.01 + w_FD[:1]
+    tokens, latents = quantise(x_TD), quantise(w_FD)
+    error = read(tokens) @ read(latents).T - x_TD.double() @ w_FD.double().T
+    of_x = (tokens.step_N[:, None] * latents.norm_N).double() ** 2
+    of_w = (latents.step_N * tokens.norm_N[:, None]).double() ** 2
+    error /= ((of_x + of_w) / 12).sqrt()
+    assert error.square().mean().sqrt() < 1.1
+    assert error.abs().max() < 6.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 90),
+    st.integers(1, 2500),
+    st.integers(1, 60),
+    st.sampled_from(DTYPES),
+    st.sampled_from(["random", "alike", "below 0", "zero tokens"]),
+    st.integers(0, 999),
+)
+def test_codes_are_those_of_the_whole_product(
+    t: int, d: int, f: int, k: int, dtype: torch.dtype, kind: str, seed: int
+) -> None:
+    """Oracle: torch.topk of the product in float32, ReLU'd; with ties, latents all below 0, zero tokens."""
+    k = min(k, f)
+    x_TD = torch.randn(t, d, generator=made(seed)).to(dtype)
+    w_FD = torch.randn(f, d, generator=made(seed + 1)).to(dtype)
+    bias_F = 0.5 * torch.randn(f, generator=made(seed + 2))
+    if kind == "alike":
+        w_FD, bias_F = w_FD[torch.arange(f) % max(1, f // 7)], torch.zeros(f)
+    elif kind == "below 0":
+        bias_F = bias_F - 3 * d**0.5
+    elif kind == "zero tokens":
+        x_TD[::2] = 0
+    tokens, latents = quantise(x_TD), quantise(w_FD)
+    scores_TF = torch.mm(tokens.codes_ND.int(), latents.codes_ND.int().T)
+    val_TK, idx_TK = torch.full((t, k), torch.nan), torch.full((t, k), -1)
+    select(scores_TF, tokens, latents, x_TD, w_FD, bias_F, val_TK, idx_TK)
+    pre_TF = x_TD.float() @ w_FD.float().T + bias_F
+    expected = pre_TF.topk(k).values.relu()
+    torch.testing.assert_close(val_TK.sort(1).values, expected.sort(1).values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pre_TF.gather(1, idx_TK)[val_TK > 0], val_TK[val_TK > 0], rtol=1e-4, atol=1e-4)
+    for row, values in zip(idx_TK, val_TK, strict=True):
+        active = row[values > 0].tolist()
+        assert len(set(active)) == len(active)
+
+
+def weights_of(f: int, d: int, dtype: torch.dtype, seed: int) -> codes.Weights:
+    generator = made(seed)
+    w_dec_FD = torch.nn.functional.normalize(torch.randn(f, d, generator=generator), dim=1)
+    w_enc_FD = torch.randn(f, d, generator=generator) / d**0.5
+    b_enc_F, b_D = 0.1 * torch.randn(f, generator=generator), 0.3 * torch.randn(d, generator=generator)
+    weights = codes.Weights(w_enc_FD, b_enc_F, w_dec_FD, b_D, w_enc_FD.to(dtype), w_dec_FD, empty(f, d))
+    weights.refresh(slice(0, f))
+    return weights
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 50), st.integers(1, 13), st.integers(0, 99))
+def test_residuals_are_those_of_torch(t: int, d: int, f: int, k: int, seed: int) -> None:
+    """Oracle: `codes.residual` in float32; in bfloat16 the error is its nearest, and the rest of it."""
+    k, weights = min(k, f), weights_of(f, d, torch.float32, seed)
+    x_TD = torch.randn(t, d, generator=made(seed))
+    idx_TK = torch.rand(t, f, generator=made(seed)).topk(k).indices
+    here = codes.Codes(torch.rand(t, k, generator=made(seed)), idx_TK)
+    expected, dots = codes.residual(here, x_TD, weights.w_dec_FD, weights.b_D, ALONE)
+    for dtype in DTYPES:
+        e_TD, dot_TK, sse_T = torch.empty(t, d, dtype=dtype), torch.empty(t, k), torch.empty(t)
+        residual(*here, x_TD, weights.w_dec_FD, weights.b_D, e_TD, dot_TK, sse_T)
+        if dtype == torch.bfloat16:
+            near = expected.bfloat16().float()
+            torch.testing.assert_close(e_TD.float(), near, rtol=2**-7, atol=1e-6)
+            dots = (weights.w_dec_FD[idx_TK] * e_TD.float()[:, None]).sum(2)
+        else:
+            torch.testing.assert_close(e_TD, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(dot_TK, dots, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sse_T, e_TD.float().square().sum(1), rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_are_rounded_to_the_nearest_bfloat16() -> None:
+    """Oracle: torch's own conversion, of ties, both signs, tiny and huge numbers, infinity and NaN."""
+    x = torch.cat([torch.randn(5000, generator=made(0)) * 10.0 ** torch.arange(-25, 25).repeat(100)])
+    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.3895e38, torch.inf, -torch.inf, torch.nan])
+    x_TD = -torch.cat([x, ties])[None]
+    e_TD, ones = torch.empty(x_TD.shape, dtype=torch.bfloat16), torch.ones(1, 1)
+    nothing, zeros = torch.zeros_like(x_TD), torch.zeros(1, 1, dtype=torch.int64)
+    residual(ones, zeros, x_TD, nothing, nothing[0], e_TD, torch.empty(1, 1), torch.empty(1))
+    assert torch.equal(e_TD.isnan(), x_TD.isnan())
+    assert torch.equal(e_TD[~e_TD.isnan()], (-x_TD)[~e_TD.isnan()].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
+    """Oracle: `rows.sort_pairs` and `rows.gradients` on the same pairs; latents without any, and hot ones."""
+    t, d, f, k, gs = 90, 37, 50, 5, 0.3
+    weights, generator = weights_of(f, d, dtype, 0), made(5)
+    x_TD = torch.randn(t, d, generator=generator).to(dtype).float()
+    idx_TK = torch.rand(t, f // 2, generator=generator).topk(k).indices
+    idx_TK[:, 0] = f - 1
+    val_TK = torch.rand(t, k, generator=generator) - 0.2
+    e_TD, dot_TK = torch.randn(t, d, generator=generator).to(dtype), torch.randn(t, k, generator=generator)
+    given_ = (torch.tensor(0.0), torch.tensor(0), torch.zeros(f))
+    passed = codes.Forward(codes.Codes(val_TK.relu(), idx_TK), e_TD, dot_TK, *given_)
+    mine, theirs = sort_pairs(passed, f, gs), rows.sort_pairs(passed, f, gs)
+    n = int(theirs.offsets_F[-1])
+    for name in ("token_P", "val_P", "dval_P"):
+        assert torch.equal(getattr(mine, name)[:n], getattr(theirs, name)[:n])
+    for name in ("offsets_F", "fired_F"):
+        assert torch.equal(getattr(mine, name), getattr(theirs, name))
+    for name in ("db_enc_F", "along_F"):
+        torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-5, atol=1e-6)
+    batch = codes.Batch(x_TD, x_TD.to(dtype))
+    for block in (slice(0, 20), slice(20, f)):
+        found = gradients(batch, e_TD, mine, block, weights.w_dec_FD, weights.b_D)
+        expected = rows.gradients(batch, e_TD.float(), theirs, block, weights.w_dec_FD, weights.b_D)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+D, F, T = 24, 280, 120
+BASE = Variant(name="v", site="s", k=6, num_latents=F, lr=3e-3, seed=0, k_aux=D // 2)
+
+
+def batches(n: int) -> list[Tensor]:
+    generator = made(77)
+    directions = torch.randn(60, D, generator=generator)
+    picks = torch.randint(0, 60, (n, T, 3), generator=generator)
+    return list(directions[picks].sum(2) + 0.1 * torch.randn(n, T, D, generator=generator))
+
+
+def train(variants: list[Variant], dtype: torch.dtype, kernels: str, n_steps: int) -> Bank:
+    bank = Bank(variants, Frame(torch.zeros(D), 1.0), dtype, 2 * T, batches(1)[0], kernels)
+    bank.w_enc_VFD[:, : F // 4] *= 0.01  # these die, so that AuxK runs
+    bank.refresh_copies()
+    with torch.no_grad():
+        for step, x_TD in enumerate(batches(n_steps)):
+            bank.step(x_TD, 1.0, step)
+    return bank
+
+
+@pytest.fixture(params=["8-bit", "whole"])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to multiply, whatever this CPU is fast at."""
+    kind: str = request.param
+    monkeypatch.setattr(compiled, "multiplies_8_bits", lambda: kind == "8-bit")
+    return kind
+
+
+VARIANTS = [
+    BASE,
+    replace(BASE, k=3, seed=3, weight_decay=0.1, loss="mse"),
+    replace(BASE, optimizer="sgd", lr=0.3, auxk_alpha=0.0),
+    replace(BASE, optimizer_state="bf16", seed=1),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_equal_steps_in_torch(variant: Variant, product: str) -> None:
+    """Oracle: the passes in torch, in float32, over 7 steps with dead latents; counters and sums too."""
+    mine, theirs = (train([variant], torch.float32, kernels, 7) for kernels in ("numba", "torch"))
+    assert len(theirs.dead_V[0]) > 0
+    for a, b in zip(mine.stacks, theirs.stacks, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-4)
+    assert torch.equal(mine.idle_tokens_VF, theirs.idle_tokens_VF)
+    ours, expected = mine.totals_V[0].take(D), theirs.totals_V[0].take(D)
+    assert ours == pytest.approx(expected, rel=1e-4)
+
+
+def test_bf16_steps_lead_to_the_same_error(product: str) -> None:
+    """Oracle: the passes in torch with the same bf16 product; the mean FVU of 9 steps within 1%."""
+    mine, theirs = (
+        train([BASE], torch.bfloat16, kernels, 9).totals_V[0].take(D)["fvu"] for kernels in ("numba", "torch")
+    )
+    assert mine == pytest.approx(theirs, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_do_not_change_the_result(
+    dtype: torch.dtype, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: one thread, bitwise: codes, errors, and rows after an update; enough pieces for three threads.
+    With b = 0 no product of torch's with an order of its own is in them."""
+    monkeypatch.setattr(compiled, "CHUNK_TOKENS", 20)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 30 * D * 4)
+    before, found = torch.get_num_threads(), []
+    batch = compiled.prepare(batches(1)[0], dtype)
+    for n_threads in (1, 3):
+        weights = weights_of(F, D, dtype, 4)
+        weights.b_D.zero_()
+        optimizer = Adam(list(weights[:4]), "bf16")
+        torch.set_num_threads(n_threads)
+        try:
+            passed = compiled.forward(batch, weights, 6, compiled.room(F, dtype, torch.device("cpu")))
+            rates, healthy = rows.Rates(0.1, 1e-2, 0.0), torch.tensor(True)
+            compiled.backward(batch, passed, None, weights, optimizer, healthy, rates)
+            assert torch.get_num_threads() == n_threads
+        finally:
+            torch.set_num_threads(before)
+        found.append([*passed.codes, passed.e_TD, passed.dot_TK, weights.w_enc_FD, weights.w_dec_FD])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_error_in_a_thread_is_raised() -> None:
+    """Oracle: the error itself, from a piece that another thread works; torch's threads are as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def work(piece: int, thread: int) -> None:
+        if piece == 3:
+            raise ValueError("piece 3")
+
+    try:
+        with pytest.raises(ValueError, match="piece 3"):
+            each(range(5), work)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_diverged_variant_is_found_and_changes_no_more(product: str) -> None:
+    """Oracle: its weights from before, which are no longer finite; the healthy one beside it goes on."""
+    wild = replace(BASE, optimizer="sgd", lr=1e30)
+    bank = train([wild, BASE], torch.float32, "numba", 4)
+    assert 0 < int(bank.diverged_step_V[0]) <= 3
+    before, healthy = bank.w_dec_VFD.clone(), bank.w_enc_VFD[1].clone()
+    with torch.no_grad():
+        bank.step(batches(1)[0], 1.0, 4)
+    assert torch.equal(bank.w_dec_VFD[0].isnan(), before[0].isnan())
+    assert torch.equal(bank.w_dec_VFD[0].nan_to_num(), before[0].nan_to_num())
+    assert not torch.equal(bank.w_enc_VFD[1], healthy)
+    assert int(bank.diverged_step_V[1]) == -1
+
+
+@pytest.mark.parametrize("spoilt", ["w_enc", "b_enc", "b"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_found(spoilt: str, value: float, product: str) -> None:
+    """Oracle: the squared error, which must not be finite, though no score of a NaN is ever chosen."""
+    bank = train([BASE], torch.float32, "numba", 1)
+    dict(zip(("w_enc", "b_enc", "w_dec", "b"), bank.leaves(0), strict=True))[spoilt].view(-1)[3] = value
+    bank.refresh_copies()
+    with torch.no_grad():
+        bank.step(batches(1)[0], 1.0, 5)
+    assert int(bank.diverged_step_V[0]) == 5
+
+
+def test_a_tensor_with_gaps_is_refused() -> None:
+    """Oracle: the message; a loop would read between the rows."""
+    with pytest.raises(ValueError, match="without gaps"):
+        quantise(torch.randn(4, 10)[:, ::2])
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "missing", "expected"),
+    [
+        ("auto", "cpu", (), "numba"),
+        ("auto", "cpu", ("numba",), "torch"),
+        ("auto", "cuda", (), "triton"),
+        ("torch", "cuda", (), "torch"),
+        ("numba", "cuda", (), "run on a CPU, not on cuda"),
+        ("triton", "cpu", (), "run on a GPU, not on cpu"),
+        ("numba", "cpu", ("numba",), "pip install 'saemill\\[cpu\\]'"),
+    ],
+)
+def test_kernels_are_chosen_by_device_and_installation(
+    name: str, device: str, missing: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the table above; what cannot run is refused with what to do."""
+
+    def find_spec(module: str) -> Any:
+        return None if module in missing else object()
+
+    monkeypatch.setattr("saemill.train.passes.find_spec", find_spec)
+    if " " in expected:
+        with pytest.raises(ConfigError, match=expected):
+            choose_kernels(name, torch.device(device))
+    else:
+        assert choose_kernels(name, torch.device(device)) == expected
