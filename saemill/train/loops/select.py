@@ -17,8 +17,7 @@ from saemill.train.loops.quantise import Quantised
 
 N_SIGMA = 8.0
 """The chance of a larger error is 1e-15 for a pair of token and latent."""
-GROUP, LANES = 8, 128
-BLOCK = GROUP * LANES
+MOST_PER_GROUP, GROUPS_PER_CODE, LANES = 16, 4, 128
 BISECTIONS = 9
 """For bounds that need not be sharp."""
 
@@ -52,17 +51,19 @@ def select(
 @njit(**COMPILED)
 def _select(scores, steps_x, norms_x, steps_w, norms_w, rows, weights, bias, val, idx):
     n_latents, k = scores.shape[1], val.shape[1]
-    maxima = np.empty(-(-n_latents // BLOCK) * LANES, np.float32)
-    found, score = np.empty(n_latents, np.int64), np.empty(n_latents, np.float32)
+    group = _group_size(n_latents, k)
+    maxima = np.empty(-(-n_latents // (group * LANES)) * LANES, np.float32)
+    found = np.empty(n_latents + len(maxima), np.int64)  # at its end the groups that are looked at
+    score = np.empty(n_latents, np.float32)
     x = np.empty(rows.shape[1], np.float32)
     widest_step, longest = np.max(steps_w), np.max(norms_w)
     for t in range(len(scores)):
         per_step = np.float32(1) / steps_x[t] if steps_x[t] > 0 else np.float32(0)
         length = norms_x[t] * per_step
-        _group_maxima(scores[t], steps_w, bias, per_step, maxima)
+        _group_maxima(scores[t], steps_w, bias, per_step, group, maxima)
         least = _nearly_kth(maxima, len(maxima), k, np.float32(0))
         least -= 2 * _error(widest_step, longest, length)
-        n = _above(scores[t], steps_w, bias, per_step, maxima, least, found, score)
+        n = _above(scores[t], steps_w, bias, per_step, group, maxima, least, found, score)
         for i in range(len(x)):
             x[i] = wide(rows[t, i])
         m = _likely_first(found, score, n, _nearly_kth(score, n, k, least))
@@ -80,15 +81,24 @@ def _error(step_w, norm_w, length):
 
 
 @njit(**COMPILED)
-def _group_maxima(scores, steps, bias, per_step, maxima):
-    """The largest score of each group: of BLOCK neighbours those LANES apart."""
-    for first in range(0, len(scores), BLOCK):
-        group = maxima[first // GROUP : first // GROUP + LANES]
-        group[:] = -np.inf
-        for row in range(first, min(first + BLOCK, len(scores)), LANES):
+def _group_size(n_latents, k):
+    """Latents per group: more make fewer groups, but more of those looked at hold nothing."""
+    group = MOST_PER_GROUP
+    while group > 1 and n_latents < GROUPS_PER_CODE * k * group:
+        group //= 2
+    return group
+
+
+@njit(**COMPILED)
+def _group_maxima(scores, steps, bias, per_step, group, maxima):
+    """The largest score of each group: latents LANES apart, so that a vector works on as many groups."""
+    for first in range(0, len(scores), group * LANES):
+        largest = maxima[first // group : first // group + LANES]
+        largest[:] = -np.inf
+        for row in range(first, min(first + group * LANES, len(scores)), LANES):
             here, step, b = scores[row : row + LANES], steps[row : row + LANES], bias[row : row + LANES]
             for lane in range(len(here)):
-                group[lane] = max(group[lane], np.float32(here[lane]) * step[lane] + b[lane] * per_step)
+                largest[lane] = max(largest[lane], np.float32(here[lane]) * step[lane] + b[lane] * per_step)
 
 
 @njit(**COMPILED)
@@ -115,17 +125,20 @@ def _count(numbers, n, bound):
 
 
 @njit(**COMPILED)
-def _above(scores, steps, bias, per_step, maxima, least, found, score):
+def _above(scores, steps, bias, per_step, group, maxima, least, found, score):
     """List the latents whose score is no less than `least`, and their scores; how many."""
-    n = 0
-    for group in range(len(maxima)):
-        if maxima[group] >= least:
-            first = group // LANES * BLOCK + group % LANES
-            for f in range(first, min(first + BLOCK, len(scores)), LANES):
-                number = np.float32(scores[f]) * steps[f] + bias[f] * per_step
-                found[n] = f
-                score[n] = number
-                n += 1 if number >= least else 0
+    n, m, block = 0, 0, group * LANES
+    groups = found[len(found) - len(maxima) :]
+    for j in range(len(maxima)):  # no branch: which groups these are is hard to foretell
+        groups[m] = j
+        m += 1 if maxima[j] >= least else 0
+    for i in range(m):
+        first = groups[i] // LANES * block + groups[i] % LANES
+        for f in range(first, min(first + block, len(scores)), LANES):
+            number = np.float32(scores[f]) * steps[f] + bias[f] * per_step
+            found[n] = f
+            score[n] = number
+            n += 1 if number >= least else 0
     return n
 
 
@@ -134,10 +147,10 @@ def _likely_first(found, score, n, likely):
     """Bring the latents with scores of `likely` or more to the front; how many."""
     m = 0
     for i in range(n):
-        if score[i] >= likely:
-            found[i], found[m] = found[m], found[i]
-            score[i], score[m] = score[m], score[i]
-            m += 1
+        is_likely = score[i] >= likely
+        found[i], found[m] = found[m], found[i]  # harmless where it is not likely: nor is the one at m
+        score[i], score[m] = score[m], score[i]
+        m += 1 if is_likely else 0
     return m
 
 
