@@ -17,7 +17,6 @@ from saemill.train import codes, initial, rows
 from saemill.train.auxk import DeadRows, auxk
 from saemill.train.codes import Batch, Forward, Weights
 from saemill.train.graph import Graphs
-from saemill.train.kernels.hyper import Hyper
 from saemill.train.optimizer import Adam, Optimizer, Sgd
 from saemill.train.profile import part
 from saemill.train.team import ALONE, Team
@@ -50,8 +49,8 @@ class Bank:
         sample_TD: training activations for the initial gain and the geometric median, in training
             units.
         fused: whether to use the Triton kernels; by default on a GPU.
-        graphs: where steps are captured and replayed; needs the kernels and a team of one. The rows of dead
-            latents are then padded to one of few numbers.
+        graphs: where each variant's step is captured and replayed; for the kernels and a team of one. The
+            rows of dead latents are then padded to one of few lengths.
         team: the processes that train these variants together. Where it splits the latents, every
             tensor with an F holds this process's rows, `rows` of all.
     """
@@ -91,7 +90,7 @@ class Bank:
         self.auxk_share_V = torch.zeros(n, dtype=torch.float64, device=device)
         self._find_dead()
         self.step_number = torch.zeros((), dtype=torch.int64, device=device)
-        self._hyper_VH = torch.zeros(n, len(Hyper), device=device)
+        self._hyper_VH = torch.zeros(n, 16, device=device)
         self.diverged_step_V = torch.full((n,), -1, dtype=torch.int64, device=device)
         self.frozen = [False] * n
         self.optimizers = [self._optimizer(i) for i in range(n)]
@@ -145,7 +144,8 @@ class Bank:
             if self.graphs is None:
                 work()
             else:
-                self.graphs.run((i, len(self.dead_V[i]) if self.variants[i].auxk_alpha else 0), work)
+                n_rows = len(self.dead_V[i]) if self.variants[i].auxk_alpha else 0
+                self.graphs.run((self.w_enc_VFD[i].data_ptr(), n_rows), work)
 
     def _set_numbers(self, n_tokens: int, lr_factor: float, step: int) -> None:
         """Put what a step needs to know beside its batch where it looks for it."""

@@ -108,13 +108,16 @@ def place(rates_V: list[Rates], optimizers: list[Optimizer], hyper_VH: Tensor) -
     """Copy the numbers of a step that has begun to where the kernels read them, all variants' at once.
 
     Args:
-        hyper_VH: float32 [V, len(Hyper)].
+        hyper_VH: float32 [V, 16]: rows of 64 bytes, since Triton compiles anew for pointers that are aligned
+            otherwise.
 
-    Returns: its rows.
+    Returns: the first len(Hyper) numbers of its rows.
     """
-    values = torch.tensor([_hyper(*of_variant) for of_variant in zip(rates_V, optimizers, strict=True)])
-    hyper_VH.copy_(values.pin_memory() if hyper_VH.is_cuda else values, non_blocking=True)
-    return list(hyper_VH)
+    values_VH = torch.zeros(hyper_VH.shape, pin_memory=hyper_VH.is_cuda)
+    for values_H, rates, optimizer in zip(values_VH, rates_V, optimizers, strict=True):
+        values_H[: len(Hyper)] = torch.tensor(_hyper(rates, optimizer))
+    hyper_VH.copy_(values_VH, non_blocking=True)
+    return list(hyper_VH[:, : len(Hyper)])
 
 
 def _hyper(rates: Rates, optimizer: Optimizer) -> list[float]:

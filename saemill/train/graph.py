@@ -1,8 +1,8 @@
 """`--cuda-graph`: a step is captured once and then replayed by one call of the host.
 
 A CUDA graph repeats its launches with the arguments of the capture, addresses and numbers. So what is
-captured reads all that changes, the batch, the rates, the dead latents, from tensors that stay where they are,
-has the same shapes each time, and never waits for the device.
+captured reads all that changes – batch, rates, dead latents – from tensors that stay where they are, has the
+same shapes each time, and never waits for the device.
 """
 
 from collections.abc import Callable, Hashable

@@ -45,7 +45,7 @@ class Adam:
             [second],
             [],
             [self.count],
-            lr=lr,  # type: ignore[arg-type]  # torch's stub lacks the overload
+            lr=lr,
             beta1=ADAM_BETAS[0],
             beta2=ADAM_BETAS[1],
             weight_decay=weight_decay,
