@@ -7,9 +7,10 @@ allocated holds rubbish.
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -33,7 +34,7 @@ class Waits(Exception):
     """Something was met that a capture would refuse."""
 
 
-class _Methods(TorchFunctionMode):
+class Methods(TorchFunctionMode):
     """Refuses the methods that look into a tensor."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -108,43 +109,71 @@ def spoil(made: list[Tensor]) -> None:
 
 
 @contextmanager
-def recorded() -> Iterator[Tape]:
-    """Everything within goes onto a tape, and is done."""
-    tape, run = Tape(), InterpretedFunction.run
+def recorded(tape: Tape) -> Iterator[None]:
+    """Everything within goes onto the tape, and is done."""
+    run = InterpretedFunction.run
 
     def noted(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         tape.launch(kernel, run, args, {"grid": grid, "warmup": warmup, **options})
 
     InterpretedFunction.run = noted
     try:
-        with _Methods(), tape:
-            yield tape
+        with Methods(), tape:
+            yield
     finally:
         InterpretedFunction.run = run
 
 
-class Tapes:
-    """Stands in for `graph.Graphs`: the first time as it is, the second recorded, later replayed."""
+class RecordedGraph:
+    """Stands in for torch.cuda.CUDAGraph."""
 
     def __init__(self) -> None:
-        self.tapes: dict[Hashable, Tape | None] = {}
+        self.tape = Tape()
         self.n_replays = 0
 
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        if key not in self.tapes:
-            self.tapes[key] = None
-            work()
-        elif (tape := self.tapes[key]) is not None:
-            tape.replay()
-            self.n_replays += 1
-        else:
-            with recorded() as tape:
-                work()
-            self.tapes[key] = tape
+    def replay(self) -> None:
+        """Recording has done the work once already, which a capture does not."""
+        if self.n_replays:
+            self.tape.replay()
+        self.n_replays += 1
+
+
+class Stream:
+    """Stands in for torch.cuda.Stream: on a CPU all is in order."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
+@contextmanager
+def capture(graph: RecordedGraph, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+    """Stands in for torch.cuda.graph."""
+    with recorded(graph.tape):
+        yield
+
+
+def stand_in_for_cuda(patch: pytest.MonkeyPatch) -> list[RecordedGraph]:
+    """Make `saemill.train.graph` work on a CPU. Returns: the graphs, as they are made."""
+    made: list[RecordedGraph] = []
+
+    def new_graph() -> RecordedGraph:
+        made.append(RecordedGraph())
+        return made[-1]
+
+    patch.setattr(torch.cuda, "Stream", Stream)
+    patch.setattr(torch.cuda, "current_stream", Stream)
+    patch.setattr(torch.cuda, "stream", nullcontext)
+    patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    patch.setattr(torch.cuda, "CUDAGraph", new_graph)
+    patch.setattr(torch.cuda, "graph", capture)
+    return made
 
 
 class Eager:
-    """Stands in for `graph.Graphs`, too: the same step, done anew each time."""
+    """Stands in for `graph.Graphs`: the same step, done anew each time."""
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         work()

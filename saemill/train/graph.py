@@ -41,7 +41,9 @@ class Graphs:
         graph = self._graphs[key]
         if graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # What other threads do meanwhile, as one that watches the other processes, is no part of it.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
                 work()
             self._graphs[key] = graph
         graph.replay()
