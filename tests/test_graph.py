@@ -168,7 +168,17 @@ def test_the_recorder_repeats_what_a_graph_repeats() -> None:
 def test_no_effect_is_an_error(tmp_path: Path) -> None:
     acts = make_store(tmp_path, n_rows=16, ctx_len=16, d=D, shard_tokens=128).path
     with pytest.raises(ConfigError, match="cuda_graph has no effect on cpu"):
-        run(TrainConfig(acts=acts, out=tmp_path / "r", site=("a",), k=(2,), device="cpu", cuda_graph=True))
+        run(
+            TrainConfig(
+                acts=acts,
+                out=tmp_path / "r",
+                site=("a",),
+                k=(2,),
+                device="cpu",
+                batch_size=32,
+                cuda_graph=True,
+            )
+        )
     assert not (tmp_path / "r").exists()
     with pytest.raises(ConfigError, match="profile cannot see"):
         TrainConfig(acts=acts, out=tmp_path / "r", profile=True, cuda_graph=True)
