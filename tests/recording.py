@@ -18,16 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime.interpreter import InterpretedFunction
 
-WAITING_OPS = {
-    "_local_scalar_dense", "bincount", "equal", "is_nonzero", "lift_fresh", "masked_select", "nonzero",
-    "repeat_interleave", "unique_dim", "_unique2",
-}  # fmt: skip
-"""They wait for the device, or bring a number of the host to it."""
+UNSAFE_TAGS = {
+    torch.Tag.cudagraph_unsafe,
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+}
+"""torch's own marks, by which torch.compile decides what it leaves out of its graphs."""
 WAITING_METHODS = {
     "__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__", "cpu", "item", "numpy",
     "pin_memory", "tolist",
 }  # fmt: skip
-"""The same where a tensor on the CPU gives its values without an operation."""
+"""A tensor on the CPU gives its values without an operation."""
 
 
 class Waits(Exception):
@@ -54,8 +55,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        packet = func.overloadpacket.__name__
-        if packet in WAITING_OPS:
+        if is_unsafe(func, args):
             raise Waits(f"{func} within a captured step")
         result = func(*args, **kwargs)
         schema = func._schema
@@ -65,7 +65,7 @@ class Tape(TorchDispatchMode):
             return result
         self.names.append(str(func))
         made = [] if writes else [alias(tensor) for tensor in tree_leaves(result)]
-        if "empty" in packet:
+        if "empty" in func.overloadpacket.__name__:
             self._calls.append(lambda: spoil(made))
         else:
             args, kwargs = tree_map(alias, (args, kwargs))
@@ -87,6 +87,13 @@ class Tape(TorchDispatchMode):
         """Once more, with the same arguments."""
         for call in self._calls:
             call()
+
+
+def is_unsafe(func: Any, args: Any) -> bool:
+    """Whether an operation waits for the device, or brings a number of the host to it."""
+    if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return func.overloadpacket is torch.ops.aten.lift_fresh or not UNSAFE_TAGS.isdisjoint(func.tags)
 
 
 def alias(leaf: Any) -> Any:

@@ -86,7 +86,7 @@ class Bank:
         self._room_TF = codes.room(f, dtype, device)
         self.idle_tokens_VF = torch.zeros(n, f, dtype=torch.int64, device=device)
         self.dead_VF = torch.zeros(n, f, dtype=torch.bool, device=device)
-        self._dead_VF = torch.full((n, f), f, device=device)
+        self._listed_VF = torch.full((n, f), f, device=device)
         self.auxk_share_V = torch.zeros(n, dtype=torch.float64, device=device)
         self._find_dead()
         self.step_number = torch.zeros((), dtype=torch.int64, device=device)
@@ -222,10 +222,10 @@ class Bank:
 
         There are few lengths: powers of two, F, and k_aux, up to which no choice among them is needed.
         """
-        n_dead, n_latents = len(dead_S), self._dead_VF.shape[1]
+        n_dead, n_latents = len(dead_S), self._listed_VF.shape[1]
         power = 1 << (n_dead - 1).bit_length() if n_dead else 0
         length = min(n for n in (power, self.variants[i].k_aux, n_latents) if n >= n_dead)
-        padded_S = self._dead_VF[i, :length].fill_(n_latents)
+        padded_S = self._listed_VF[i, :length].fill_(n_latents)
         padded_S[:n_dead] = dead_S
         return padded_S
 
