@@ -196,7 +196,7 @@ class Bank:
         variant, dead_S, n_dead = self.variants[i], self.dead_V[i], self.n_dead_V[i]
         if n_dead == 0 or variant.auxk_alpha == 0:
             return None, torch.zeros((), device=batch.x_TD.device)
-        scale = variant.auxk_alpha * per_square * self.auxk_share_V[i]
+        scale = (variant.auxk_alpha * per_square * self.auxk_share_V[i]).float()
         n_rows = max(n_dead, len(dead_S))  # more than are dead where padded, fewer where a team splits them
         return auxk(
             batch, passed, dead_S, weights, k_aux=variant.k_aux, scale=scale, n_dead=n_rows, team=self.team
