@@ -267,6 +267,7 @@ def test_threads_do_not_change_the_result(
         weights = weights_of(F, D, dtype, 4)
         weights.b_D.zero_()
         optimizer = Adam(list(weights[:4]), "bf16")
+        optimizer.begin_step()
         torch.set_num_threads(n_threads)
         try:
             passed = compiled.forward(batch, weights, 6, compiled.room(F, dtype, torch.device("cpu")))

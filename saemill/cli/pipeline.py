@@ -141,6 +141,10 @@ def train(
     resume: Annotated[
         bool | None, typer.Option(help="Go on from the run's checkpoint [on]; off starts anew.")
     ] = None,
+    cuda_graph: Annotated[
+        bool | None,
+        typer.Option("--cuda-graph", help="On a GPU: capture each variant's step once, then replay it."),
+    ] = None,
     profile: Annotated[
         bool | None, typer.Option("--profile", help="Show where the time of a step goes; write a trace.")
     ] = None,

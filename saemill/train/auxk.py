@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from saemill.common.topk import topk
 from saemill.train.codes import CHUNK_BYTES, Batch, Forward, Weights, chunks
@@ -14,7 +15,7 @@ class DeadRows(NamedTuple):
     """Gradients of the dead latents' parameters, float32."""
 
     dead_S: Tensor
-    """int64, the dead latents' numbers, ascending."""
+    """int64, the dead latents' numbers, ascending, then F in rows without one, whose gradients are 0."""
     w_enc_SD: Tensor
     b_enc_S: Tensor
     w_dec_SD: Tensor
@@ -28,7 +29,7 @@ def auxk(
     weights: Weights,
     *,
     k_aux: int,
-    scale: float,
+    scale: float | Tensor,
     n_dead: int,
     team: Team = ALONE,
 ) -> tuple[DeadRows, Tensor]:
@@ -41,19 +42,21 @@ def auxk(
     Args:
         batch: T tokens; where the team splits them, this process's.
         passed: of the same tokens.
-        dead_S: int64; where the team splits the latents, this process's, perhaps none.
+        dead_S: int64; where the team splits the latents, this process's, perhaps none. F stands for no
+            latent: it is never active and changes nothing.
         weights: of the variant.
         k_aux: latents per token; all of the dead ones if there are fewer.
-        scale: weight of the squared error.
-        n_dead: dead latents in the whole team, at least one.
+        scale: weight of the squared error; may lie on the device.
+        n_dead: dead latents in the whole team, at least one; those that stand for none included.
         team: the processes to add up with.
 
     Returns: the gradients and L_aux, over all tokens of the team.
     """
     product_TD = batch.product_TD
     dtype = product_TD.dtype
-    e_TD, bias_S = passed.e_TD, passed.bias_F[dead_S].to(dtype)
-    w_enc_SD, w_dec_SD = weights.product_FD[dead_S], weights.w_dec_FD[dead_S]
+    e_TD, bias_S = passed.e_TD, pad(passed.bias_F, (0, 1), value=-torch.inf)[dead_S].to(dtype)
+    row_S = dead_S.clamp(max=len(passed.bias_F) - 1)
+    w_enc_SD, w_dec_SD = weights.product_FD[row_S], weights.w_dec_FD[row_S]
     rounded_SD = w_dec_SD.to(dtype)
     grad_enc_SD, grad_dec_SD = torch.zeros_like(w_dec_SD), torch.zeros_like(w_dec_SD)
     grad_bias_S, squares = torch.zeros_like(w_dec_SD[:, 0]), torch.zeros_like(passed.sse)
@@ -86,6 +89,6 @@ def _activations(pre_tS: Tensor, k_aux: int, n_dead: int, team: Team) -> Tensor:
     k = min(k_aux, n_here)
     values, places = topk(pre_tS, k) if k < n_here else (pre_tS.relu_(), None)
     if team.latents.size > 1:
-        mine, _ = team.among_all(torch.nn.functional.pad(values, (0, k_aux - k)))
+        mine, _ = team.among_all(pad(values, (0, k_aux - k)))
         values = values.where(mine[:, :k], 0)
     return values if places is None else torch.zeros_like(pre_tS).scatter_(1, places, values)

@@ -6,6 +6,7 @@ site. `export` folds both into the biases, so that a saved SAE takes activations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from saemill.common.sae import Sae, SaeConfig
 from saemill.train import initial, rows
 from saemill.train.auxk import DeadRows, auxk
 from saemill.train.codes import Batch, Forward, Weights, gather
+from saemill.train.graph import Graphs
 from saemill.train.optimizer import Adam, Optimizer, Sgd
 from saemill.train.passes import choose_kernels, passes_of
 from saemill.train.profile import part
@@ -48,6 +50,8 @@ class Bank:
         sample_TD: training activations for the initial gain and the geometric median, in training
             units.
         kernels: torch, numba (compiled loops) or triton; by default `choose_kernels`.
+        graphs: where each variant's step is captured and replayed; for triton and a team of one. The rows
+            of dead latents are then padded to one of few lengths.
         team: the processes that train these variants together. Where it splits the latents, every
             tensor with an F holds this process's rows, `rows` of all.
     """
@@ -61,8 +65,11 @@ class Bank:
         sample_TD: Tensor,
         kernels: str | None = None,
         team: Team = ALONE,
+        graphs: Graphs | None = None,
     ) -> None:
         self.variants, self.frame, self.dtype, self.team = variants, frame, dtype, team
+        self.graphs = graphs
+        self._held: Batch | None = None
         self.dead_after_tokens = dead_after_tokens
         device = frame.centre_D.device
         self.kernels = kernels or choose_kernels("auto", device)
@@ -81,7 +88,11 @@ class Bank:
         self._room_TF = self._passes.room(f, dtype, device)
         self.idle_tokens_VF = torch.zeros(n, f, dtype=torch.int64, device=device)
         self.dead_VF = torch.zeros(n, f, dtype=torch.bool, device=device)
+        self._listed_VF = torch.full((n, f), f, device=device)
+        self.auxk_share_V = torch.zeros(n, dtype=torch.float64, device=device)
         self._find_dead()
+        self.step_number = torch.zeros((), dtype=torch.int64, device=device)
+        self._hyper_VH = torch.zeros(n, 16, device=device)
         self.diverged_step_V = torch.full((n,), -1, dtype=torch.int64, device=device)
         self.frozen = [False] * n
         self.optimizers = [self._optimizer(i) for i in range(n)]
@@ -123,16 +134,47 @@ class Bank:
             lr_factor: the schedule's factor on each variant's peak rate.
             step: its number, kept for a variant that diverges.
         """
-        batch = self._passes.prepare(x_TD, self.dtype)
-        own = batch.tokens(self.team.tokens.part(len(x_TD)))
         if step % DEAD_EVERY_STEPS == 0:
             self._find_dead()
+        self._set_numbers(len(x_TD), lr_factor, step)
+        batch = self._hold(x_TD)
+        own = batch.tokens(self.team.tokens.part(len(x_TD)))
         for i in range(len(self.variants)):
-            if not self.frozen[i]:
-                self._step_variant(i, batch, own, lr_factor, step)
+            if self.frozen[i]:
+                continue
+            work = partial(self._step_variant, i, batch, own)
+            if self.graphs is None:
+                work()
+            else:
+                n_rows = len(self.dead_V[i]) if self.variants[i].auxk_alpha else 0
+                self.graphs.run((self.w_enc_VFD[i].data_ptr(), n_rows), work)
 
-    def _step_variant(self, i: int, batch: Batch, own: Batch, lr_factor: float, step: int) -> None:
-        """Forward over this process's own tokens, backward over the whole batch."""
+    def _set_numbers(self, n_tokens: int, lr_factor: float, step: int) -> None:
+        """Put what a step needs to know beside its batch where it looks for it."""
+        self.step_number.fill_(step)
+        rates_V = []
+        for variant, optimizer in zip(self.variants, self.optimizers, strict=True):
+            optimizer.begin_step()
+            gs = 2 * self.loss_per_square(variant) / n_tokens
+            rates_V.append(rows.Rates(gs, variant.lr * lr_factor, variant.weight_decay))
+        self.rates_V = self._passes.place(rates_V, self.optimizers, self._hyper_VH)
+
+    def _hold(self, x_TD: Tensor) -> Batch:
+        """The batch; for a captured step always at the same place."""
+        if self.graphs is None:
+            return self._passes.prepare(x_TD, self.dtype)
+        if self._held is None:
+            self._held = Batch(torch.empty_like(x_TD), torch.empty_like(x_TD, dtype=self.dtype))
+        self._held.x_TD.copy_(x_TD)
+        self._held.product_TD.copy_(x_TD)
+        return self._held
+
+    def _step_variant(self, i: int, batch: Batch, own: Batch) -> None:
+        """Forward over this process's own tokens, backward over the whole batch.
+
+        What changes from step to step is read from tensors that stay where they are, and on a GPU the host
+        waits for nothing: so it can be captured.
+        """
         variant, weights = self.variants[i], self.weights(i)
         per_square = self.loss_per_square(variant) / len(batch.x_TD)
         passed = self._passes.forward(own, weights, variant.k, self._room_TF, self.team)
@@ -140,9 +182,8 @@ class Bank:
             dead, auxk_loss = self._auxk(i, own, passed, weights, per_square)
         passed = gather(passed, len(batch.x_TD), self.team)
         diverged = self.diverged_step_V[i]
-        diverged.copy_(torch.where((diverged < 0) & ~torch.isfinite(passed.sse), step, diverged))
-        rates = rows.Rates(2 * per_square, variant.lr * lr_factor, variant.weight_decay)
-        healthy = diverged < 0
+        diverged.copy_(torch.where((diverged < 0) & ~torch.isfinite(passed.sse), self.step_number, diverged))
+        healthy, rates = diverged < 0, self.rates_V[i]
         fired_F = self._passes.backward(
             batch, passed, dead, weights, self.optimizers[i], healthy, rates, self.team
         )
@@ -159,9 +200,10 @@ class Bank:
         variant, dead_S, n_dead = self.variants[i], self.dead_V[i], self.n_dead_V[i]
         if n_dead == 0 or variant.auxk_alpha == 0:
             return None, torch.zeros((), device=batch.x_TD.device)
-        scale = variant.auxk_alpha * per_square * min(1.0, n_dead / variant.k_aux)
+        scale = (variant.auxk_alpha * per_square * self.auxk_share_V[i]).float()
+        n_rows = max(n_dead, len(dead_S))  # more than are dead where padded, fewer where a team splits them
         return auxk(
-            batch, passed, dead_S, weights, k_aux=variant.k_aux, scale=scale, n_dead=n_dead, team=self.team
+            batch, passed, dead_S, weights, k_aux=variant.k_aux, scale=scale, n_dead=n_rows, team=self.team
         )
 
     def _find_dead(self) -> None:
@@ -174,6 +216,22 @@ class Bank:
         self.dead_V = [dead_F.nonzero()[:, 0] for dead_F in self.dead_VF]
         n_dead_V = torch.tensor([len(dead_S) for dead_S in self.dead_V])
         self.n_dead_V: list[int] = self.team.latents.sum_(n_dead_V).tolist()
+        shares = [min(1.0, n / v.k_aux) for n, v in zip(self.n_dead_V, self.variants, strict=True)]
+        self.auxk_share_V.copy_(torch.tensor(shares, dtype=torch.float64))
+        if self.graphs is not None:
+            self.dead_V = [self._pad_dead(i, dead_S) for i, dead_S in enumerate(self.dead_V)]
+
+    def _pad_dead(self, i: int, dead_S: Tensor) -> Tensor:
+        """Variant i's dead latents where a captured step looks for them, followed by F, which is none.
+
+        There are few lengths: powers of two, F, and k_aux, up to which no choice among them is needed.
+        """
+        n_dead, n_latents = len(dead_S), self._listed_VF.shape[1]
+        power = 1 << (n_dead - 1).bit_length() if n_dead else 0
+        length = min(n for n in (power, self.variants[i].k_aux, n_latents) if n >= n_dead)
+        padded_S = self._listed_VF[i, :length].fill_(n_latents)
+        padded_S[:n_dead] = dead_S
+        return padded_S
 
     def loss_per_square(self, variant: Variant) -> float:
         """What one squared unit of x̃, as a mean over tokens, adds to the loss.

@@ -88,6 +88,8 @@ class TrainConfig:
     """Of several processes, how many share out each batch's tokens; 1 by default."""
     latent_ranks: int | None = None
     """How many share out each SAE's latents; by default chosen by the estimated time of a step."""
+    cuda_graph: bool = False
+    """Capture each variant's step in a CUDA graph and replay it; not within a team of several processes."""
     profile: bool = False
     """Write a trace of some steps and a table of where their time goes."""
     log_to_wandb: bool = False
@@ -144,6 +146,10 @@ class TrainConfig:
                 f"wandb_log_frequency must be a multiple of log_every ({self.log_every} steps), "
                 f"got {self.wandb_log_frequency}"
             )
+        if self.profile and self.cuda_graph:
+            raise ConfigError(
+                "profile cannot see the parts of a step that cuda_graph replays; give one of them"
+            )
         if self.max_tokens is not None and self.epochs is not None:
             raise ConfigError("give max_tokens or epochs, not both")
         if self.halving < 0:
@@ -173,6 +179,7 @@ class TrainConfig:
             "log_every",
             "data_ranks",
             "latent_ranks",
+            "cuda_graph",
             "profile",
             "log_to_wandb",
             "wandb_project",

@@ -57,14 +57,13 @@ def backward(
     weights: Weights,
     optimizer: Optimizer,
     healthy: Tensor,
-    rates: Rates,
+    hyper: Tensor,
     team: Team = ALONE,
 ) -> Tensor:
-    """As `rows.backward`."""
+    """As `rows.backward`, with the step's numbers on the device: of `place`."""
     n_latents = len(weights.w_enc_FD)
     (val_TK, idx_TK), e_TD, dot_TK = passed.codes, passed.e_TD, passed.dot_TK
-    optimizer.begin_step()
-    hyper = _hyper(optimizer, rates, healthy)
+    hyper[Hyper.HEALTHY] = healthy
     aux = None if dead is None else _aux(dead, n_latents)
     with part("sort"):
         pairs = segments(torch.where(val_TK > 0, idx_TK, n_latents), n_latents)
@@ -83,7 +82,7 @@ def backward(
         adam = isinstance(optimizer, Adam)
         seed = None
         if isinstance(optimizer, Adam) and optimizer.second[0].tensors()[0].dtype == torch.bfloat16:
-            seed = torch.full((1,), optimizer.n_steps, dtype=torch.int32, device=e_TD.device)
+            seed = optimizer.count.int().view(1)
         update_rows(
             parameters,
             _moments(optimizer),
@@ -100,28 +99,38 @@ def backward(
             aux=aux,
         )
         before_D = weights.b_D.clone()
-        optimizer.update(B, slice(None), db_D, rates.lr)
+        optimizer.update(B, slice(None), db_D, hyper[Hyper.LR])
         weights.b_D.copy_(torch.where(healthy, weights.b_D, before_D))
     return sums.fired_F
 
 
-def _hyper(optimizer: Optimizer, rates: Rates, healthy: Tensor) -> Tensor:
-    """The step's numbers for the kernels; one copy to the device, `healthy` already there."""
+def place(rates_V: list[Rates], optimizers: list[Optimizer], hyper_VH: Tensor) -> list[Tensor]:
+    """Copy the numbers of a step that has begun to where the kernels read them, all variants' at once.
+
+    Args:
+        hyper_VH: float32 [V, 16]: rows of 64 bytes, since Triton compiles anew for pointers that are aligned
+            otherwise.
+
+    Returns: the first len(Hyper) numbers of its rows.
+    """
+    values_VH = torch.zeros(hyper_VH.shape, pin_memory=hyper_VH.is_cuda)
+    for values_H, rates, optimizer in zip(values_VH, rates_V, optimizers, strict=True):
+        values_H[: len(Hyper)] = torch.tensor(_hyper(rates, optimizer))
+    hyper_VH.copy_(values_VH, non_blocking=True)
+    return list(hyper_VH[:, : len(Hyper)])
+
+
+def _hyper(rates: Rates, optimizer: Optimizer) -> list[float]:
     adam = isinstance(optimizer, Adam)
-    values = hyper_values(
+    return hyper_values(
         lr=rates.lr,
-        step=optimizer.n_steps if isinstance(optimizer, Adam) else 1,
+        step=optimizer.n_steps,
         gradient_scale=rates.gs,
         beta1=ADAM_BETAS[0] if adam else SGD_MOMENTUM,
         beta2=ADAM_BETAS[1],
         eps=ADAM_EPS,
         weight_decay=rates.weight_decay,
     )
-    hyper = torch.tensor(values)
-    if healthy.is_cuda:
-        hyper = hyper.pin_memory().to(healthy.device, non_blocking=True)
-    hyper[Hyper.HEALTHY] = healthy
-    return hyper
 
 
 def _moments(optimizer: Optimizer) -> Moments:
@@ -136,6 +145,6 @@ def _moments(optimizer: Optimizer) -> Moments:
 
 def _aux(dead: DeadRows, n_latents: int) -> AuxGradients:
     """AuxK's gradients with the places of the dead latents' rows."""
-    slot_F = torch.full((n_latents,), -1, dtype=torch.int32, device=dead.dead_S.device)
-    slot_F[dead.dead_S] = torch.arange(len(dead.dead_S), dtype=torch.int32, device=slot_F.device)
-    return AuxGradients(slot_F, dead.w_enc_SD, dead.b_enc_S, dead.w_dec_SD)
+    slot_F1 = torch.full((n_latents + 1,), -1, dtype=torch.int32, device=dead.dead_S.device)
+    slot_F1[dead.dead_S] = torch.arange(len(dead.dead_S), dtype=torch.int32, device=slot_F1.device)
+    return AuxGradients(slot_F1[:n_latents], dead.w_enc_SD, dead.b_enc_S, dead.w_dec_SD)

@@ -25,15 +25,18 @@ class Adam:
         self.first = [moment(leaf, kept, signed=True) for leaf in leaves]
         self.second = [moment(leaf, kept, signed=False) for leaf in leaves]
         self.n_steps = 0
-        self._count = torch.zeros((), device=leaves[0].device)
+        self.count = torch.zeros((), device=leaves[0].device)
+        """The same on the device."""
 
     def begin_step(self) -> None:
         """Count a step; every row is then updated once."""
         self.n_steps += 1
-        self._count.fill_(self.n_steps)
+        self.count.fill_(self.n_steps)
 
-    def update(self, leaf: int, rows: slice, grad: Tensor, lr: float, weight_decay: float = 0.0) -> None:
-        """Step rows of parameter number `leaf` along their gradient."""
+    def update(
+        self, leaf: int, rows: slice, grad: Tensor, lr: float | Tensor, weight_decay: float = 0.0
+    ) -> None:
+        """Step rows of parameter number `leaf` along their gradient; the rate may lie on the device."""
         first, second = self.first[leaf].read(rows), self.second[leaf].read(rows)
         torch._fused_adamw_(
             [self.leaves[leaf][rows]],
@@ -41,7 +44,7 @@ class Adam:
             [first],
             [second],
             [],
-            [self._count],
+            [self.count],
             lr=lr,
             beta1=ADAM_BETAS[0],
             beta2=ADAM_BETAS[1],
@@ -71,10 +74,16 @@ class Sgd:
         """Count a step; every row is then updated once."""
         self.n_steps += 1
 
-    def update(self, leaf: int, rows: slice, grad: Tensor, lr: float, weight_decay: float = 0.0) -> None:
-        """Step rows of parameter number `leaf` along their gradient."""
+    def update(
+        self, leaf: int, rows: slice, grad: Tensor, lr: float | Tensor, weight_decay: float = 0.0
+    ) -> None:
+        """Step rows of parameter number `leaf` along their gradient; the rate may lie on the device."""
         weights = self.leaves[leaf][rows].mul_(1 - lr * weight_decay)
-        weights.add_(self.momentum[leaf][rows].mul_(SGD_MOMENTUM).add_(grad), alpha=-lr)
+        along = self.momentum[leaf][rows].mul_(SGD_MOMENTUM).add_(grad)
+        if isinstance(lr, Tensor):  # `alpha` would fetch it from the device
+            weights.addcmul_(along, lr, value=-1)
+        else:
+            weights.add_(along, alpha=-lr)
 
     def tensors(self) -> list[list[Tensor]]:
         """What a checkpoint needs beside `n_steps`: the tensors of each parameter."""

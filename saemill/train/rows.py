@@ -108,7 +108,7 @@ def backward(
         passed: of the same batch.
         dead: AuxK's gradients, to be added.
         weights: changed in place, copies included.
-        optimizer: whose leaves are the first four of the weights.
+        optimizer: whose leaves are the first four of the weights; its step has begun.
         healthy: bool; where it is false nothing is changed.
         rates: of this step.
         team: where it splits the latents, weights and codes are this process's.
@@ -139,7 +139,6 @@ def _update(
     db_enc_F = pairs.db_enc_F
     if dead is not None:
         db_enc_F = db_enc_F.index_add(0, dead.dead_S, dead.b_enc_S)
-    optimizer.begin_step()
     db_D = e_TD.sum(0, dtype=torch.float32).mul_(rates.gs / team.latents.size).sub_(db_enc_F @ w_enc_FD)
     team.latents.sum_(db_D)
     optimizer.update(B_ENC, slice(None), db_enc_F, rates.lr)

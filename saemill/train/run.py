@@ -23,6 +23,7 @@ from saemill.train.bank import Bank, Frame
 from saemill.train.config import TrainConfig
 from saemill.train.export import export, save_banks
 from saemill.train.feed import Feed
+from saemill.train.graph import Graphs
 from saemill.train.halving import RECORD as HALVING_RECORD
 from saemill.train.halving import Halving
 from saemill.train.loader import Loader
@@ -148,7 +149,7 @@ def _spread(
         )
     on_gpu = device.type == "cuda"
     room_bytes = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
-    return choose(
+    spread = choose(
         variants,
         widths,
         everyone.size,
@@ -157,6 +158,21 @@ def _spread(
         idle_allowed=idle_allowed,
         room_bytes=room_bytes,
     )
+    if config.cuda_graph:
+        _check_graph(config, spread, device)
+    return spread
+
+
+def _check_graph(config: TrainConfig, spread: Spread, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(f"cuda_graph has no effect on {device}; leave it out, or train on a GPU")
+    if choose_kernels(config.kernels, device) != "triton":
+        raise ConfigError(f"cuda_graph: kernels {config.kernels} wait for the device; leave one of them out")
+    if spread.team_size > 1:
+        raise ConfigError(
+            f"cuda_graph: the exchange within a team, here of {spread.team_size} processes, is not captured; "
+            "leave it out, or start no more processes than variants, with latent_ranks 1 and data_ranks 1"
+        )
 
 
 def _take(config: TrainConfig, identity: dict[str, Any], held: ExitStack) -> None:
@@ -231,11 +247,12 @@ def _build(
     loader.restrict(list(dict.fromkeys(variant.site for variant in variants)))
     sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
     frames = {site: _frame(store, site, mask, device) for site in loader.sites}
+    graphs = Graphs(device) if config.cuda_graph else None
     banks = []
     for (site, _), members in groups(variants).items():
         frame = frames[site]
         sample_TD = frame.enter(sample[site].to(device))
-        banks.append(Bank(members, frame, dtype, dead_after, sample_TD, kernels, team))
+        banks.append(Bank(members, frame, dtype, dead_after, sample_TD, kernels, team, graphs))
     return Trainer(
         loader=loader,
         feed=Feed(loader, device),
