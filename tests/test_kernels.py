@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
 from saemill.train.kernels.hyper import Hyper, hyper_values
+from saemill.train.kernels.panels import panel_columns
 from saemill.train.kernels.residual import residual
 from saemill.train.kernels.rows import Moments, Parameters, decoder_bias_gradient, update_rows
 from saemill.train.kernels.segments import AuxGradients, Segments, chunk_sums, latent_sums, segments
@@ -246,8 +247,10 @@ class Trained:
     of latents.
     """
 
-    def __init__(self, f: int, d: int, k: int, dtype: torch.dtype, optimizer: str, chunk: int) -> None:
-        self.k, self.dtype, self.optimizer, self.chunk = k, dtype, optimizer, chunk
+    def __init__(
+        self, f: int, d: int, k: int, dtype: torch.dtype, optimizer: str, chunk: int, panel: int | None
+    ) -> None:
+        self.k, self.dtype, self.optimizer, self.chunk, self.panel = k, dtype, optimizer, chunk, panel
         w_dec, w_enc = unit_rows(f, d), unit_rows(f, d)
         b_enc = randn(f) * 0.1
         b_enc[f // 2], b_enc[-f // 4 :] = 9, -9  # one latent takes every token, some never fire
@@ -287,6 +290,7 @@ class Trained:
             *(self.mine, self.moments, x, e, val, dot, self.b, pairs, sums, now),
             optimizer=self.optimizer,
             aux=aux,
+            panel=self.panel,
         )
 
     def reference_step(self, used: tuple[Tensor, Tensor, Tensor], aux: AuxGradients | None) -> None:
@@ -330,20 +334,22 @@ def zero_moments(parameters: Parameters, optimizer: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    ("f", "d", "k", "dtype", "optimizer", "chunk", "with_aux"),
+    ("f", "d", "k", "dtype", "optimizer", "chunk", "with_aux", "panel"),
     [
-        (60, 40, 5, BF16, "adam", 256, False),
-        (30, 96, 5, F32, "adam", 16, False),
-        (16, 130, 1, BF16, "adam", 5, True),
-        (12, 300, 4, BF16, "sgd", 16, False),
-        (34, 40, 32, F32, "sgd", 256, True),
+        (60, 40, 5, BF16, "adam", 256, False, None),
+        (30, 96, 5, F32, "adam", 16, False, 256),
+        (16, 130, 1, BF16, "adam", 5, True, None),
+        (12, 300, 4, BF16, "sgd", 16, False, None),
+        (34, 40, 32, F32, "sgd", 256, True, None),
+        (12, 300, 4, BF16, "adam", 16, True, 256),
+        (9, 600, 3, F32, "sgd", 16, True, 512),
     ],
 )
 def test_three_steps_equal_torch(
-    f: int, d: int, k: int, dtype: torch.dtype, optimizer: str, chunk: int, with_aux: bool
+    f: int, d: int, k: int, dtype: torch.dtype, optimizer: str, chunk: int, with_aux: bool, panel: int | None
 ) -> None:
     """Oracle: dense float64 autograd from the stored error, projection, torch.optim and renorming."""
-    trained = Trained(f, d, k, dtype, optimizer, chunk)
+    trained = Trained(f, d, k, dtype, optimizer, chunk, panel)
     aux = None
     if with_aux:
         slot = torch.full((f,), -1, dtype=torch.int32)
@@ -354,10 +360,17 @@ def test_three_steps_equal_torch(
     trained.compare()
 
 
-def one_update(moments_dtype: torch.dtype, seed: int | None, **changes: Any) -> list[Tensor]:
+def one_update(
+    moments_dtype: torch.dtype,
+    seed: int | None,
+    d: int = 300,
+    panel: int | None = None,
+    with_aux: bool = False,
+    **changes: Any,
+) -> list[Tensor]:
     """A step from a given state over given pairs; all that it may change. Nothing is left to chance."""
     torch.manual_seed(5)
-    f, d, k, n_tokens = 12, 300, 3, 24
+    f, k, n_tokens = 12, 3, 24
     idx, val, dot = random_pairs(n_tokens, f, k, hot=4)
     x, e = randn(n_tokens, d, dtype=BF16), randn(n_tokens, d, dtype=BF16)
     w_enc, b_enc, w_dec = randn(f, d), randn(f), unit_rows(f, d)
@@ -366,10 +379,41 @@ def one_update(moments_dtype: torch.dtype, seed: int | None, **changes: Any) -> 
     v_enc, v_dec = (randn(f, d, dtype=BF16).square().to(moments_dtype) for _ in range(2))
     moments = Moments(m_enc, randn(f), m_dec, v_enc, randn(f).square(), v_dec)
     pairs, now = segments(idx, f, 8), hyper(7, **changes)
-    sums = latent_sums(val, dot, pairs, now)
+    aux = None
+    if with_aux:
+        slot = torch.arange(-9, f - 9, dtype=torch.int32).clamp(min=-1).to(DEVICE)
+        aux = AuxGradients(slot, randn(3, d), randn(3), randn(3, d))
+    sums = latent_sums(val, dot, pairs, now, aux)
     place = None if seed is None else torch.tensor([seed], dtype=torch.int32, device=DEVICE)
-    update_rows(parameters, moments, x, e, val, dot, randn(d), pairs, sums, now, optimizer="adam", seed=place)
+    inputs = (x, e, val, dot, randn(d), pairs, sums, now)
+    update_rows(parameters, moments, *inputs, optimizer="adam", seed=place, aux=aux, panel=panel)
     return [tensor for tensor in (*parameters, *moments) if tensor is not None]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize(("d", "panel"), [(770, 512), (512, 256), (40, 256)])
+def test_panels_give_the_same_numbers_as_whole_rows(d: int, panel: int, seed: int | None) -> None:
+    """Oracle: the other form, bit by bit, with a hot latent, empty rows, AuxK and rounded moments."""
+    dtype = F32 if seed is None else BF16
+    whole = one_update(dtype, seed, d, panel=1024, with_aux=True)
+    for first, second in zip(one_update(dtype, seed, d, panel, with_aux=True), whole, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_panels_are_chosen_where_the_batch_does_not_fit_the_cache() -> None:
+    """Oracle: bytes counted by hand for an L2 of 50 MiB, of which half is used."""
+    l2 = 50 << 20
+    # 2·2·1024 + 52·6144/32 = 14,080 bytes per column: 1,861 columns fit.
+    assert panel_columns(1024, 32, 6144, 768, 2, l2) == 768
+    assert panel_columns(1024, 32, 6144, 1792, 2, l2) == 1792
+    # 1,861 columns are 7 blocks of 256; of 9 blocks the two panels are given 5 and 4.
+    assert panel_columns(1024, 32, 6144, 2304, 2, l2) == 1280
+    # 2·2·8192 + 52·24576/32 = 72,704: 360 columns; float32: 105,472, 248 columns, but no less than a block.
+    assert panel_columns(8192, 32, 24576, 768, 2, l2) == 256
+    assert panel_columns(8192, 32, 24576, 768, 4, l2) == 256
+    # One pair per latent: 4 bytes gathered per column would save less than 8 bytes cost.
+    assert panel_columns(4096, 32, 131072, 768, 2, l2) == 768
+    assert panel_columns(64, 4, 128, 40, 4, l2) == 256
 
 
 def test_update_repeats_bit_by_bit() -> None:
@@ -400,10 +444,12 @@ def test_rounded_moments_change_only_what_is_stored() -> None:
     assert abs(float((up[0][:6] * up[0][6:]).mean())) < 0.03
 
 
-def test_a_diverged_variant_is_left_as_it_was() -> None:
+@pytest.mark.parametrize("panel", [None, 256])
+def test_a_diverged_variant_is_left_as_it_was(panel: int | None) -> None:
     """Oracle: the same state, where a step would change all of it."""
-    before = one_update(F32, None, healthy=0.0, lr=0.5)
-    for first, second in zip(before, one_update(F32, None, healthy=0.0, lr=float("nan")), strict=True):
+    before = one_update(F32, None, healthy=0.0, lr=0.5, panel=panel)
+    again = one_update(F32, None, healthy=0.0, lr=float("nan"))
+    for first, second in zip(before, again, strict=True):
         assert torch.equal(first, second)
     assert torch.equal(before[2].to(BF16), before[4])
     changed = one_update(F32, None)
@@ -432,6 +478,10 @@ def test_update_refuses_state_that_does_not_fit() -> None:
         update(zero_moments(parameters, "adam", BF16), "adam")
     with pytest.raises(ValueError, match="a seed is needed"):
         update(adam, "adam", torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="panel must be a multiple of 256, got 100"):
+        update_rows(
+            parameters, adam, x, x, val, dot, randn(8), pairs, sums, hyper(), optimizer="adam", panel=100
+        )
     with pytest.raises(TypeError, match="m_enc_FD must be float32 or bfloat16"):
         update(adam._replace(m_enc_FD=adam.m_enc_FD.half()), "adam")
 

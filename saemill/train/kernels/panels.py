@@ -23,7 +23,7 @@ NORMALISING_BYTES = 8
 L2_GAIN = 1.8
 """Bandwidth of the L2 over the memory's: about 5.5 TB/s over 3."""
 L2_SHARE = 0.5
-"""An L2 of two halves may hold a line twice, once for the processors at either half (NVIDIA A100 and H100)."""
+"""The L2 of A100 and H100 has two halves, and may hold a line twice: once for the processors at either."""
 
 
 def panel_columns(n_tokens: int, k: int, n_latents: int, d: int, itemsize: int, l2_bytes: int) -> int:
