@@ -67,7 +67,7 @@ def test_adam_with_short_moments_stays_near_adam(state: str, tolerance: float) -
 
 @pytest.mark.parametrize(("state", "bytes_per_weight"), [("fp32", 8), ("bf16", 4), ("8bit", 2)])
 def test_moments_take_the_bytes_they_are_said_to(state: str, bytes_per_weight: int) -> None:
-    """Oracle: the tensors' own sizes, without the 8 bytes of scales per row."""
+    """Oracle: the tensors' own sizes, without the 8 bytes of scales per row and 256 columns."""
     adam = Adam([torch.zeros(100, 1000)], state)
     n_bytes = sum(tensor.nbytes for kept in adam.first + adam.second for tensor in kept.tensors())
-    assert 0 <= n_bytes - bytes_per_weight * 100_000 <= 800
+    assert 0 <= n_bytes - bytes_per_weight * 100_000 <= 4 * 800

@@ -14,8 +14,10 @@ import sys
 
 import torch
 
-BLOCK = 256
-"""Columns in registers at a time. One warp: 8 columns per thread, 16 bytes of bfloat16 in one load."""
+from saemill.train import moments
+
+BLOCK = moments.BLOCK
+"""Columns in registers at a time, 256. One warp: 8 columns per thread, 16 bytes of bfloat16 in one load."""
 PARAMETER_BYTES = 52
 """Read and written per latent and column: both weights, their float32 moments, their bfloat16 copies."""
 NORMALISING_BYTES = 8

@@ -34,7 +34,7 @@ WEIGHT_DECAY = tl.constexpr(int(Hyper.WEIGHT_DECAY))
 HEALTHY = tl.constexpr(int(Hyper.HEALTHY))
 
 OPTIMIZERS = ("adam", "sgd")
-MOMENT_DTYPES = (torch.float32, torch.bfloat16)
+MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 class Parameters(NamedTuple):
@@ -53,7 +53,8 @@ class Parameters(NamedTuple):
 class Moments(NamedTuple):
     """The optimizer's state, zero at first; changed in place. With SGD m is the buffer and v None.
 
-    Those of the rows are float32 or bfloat16, all alike; those of the bias float32.
+    Those of the rows are float32, bfloat16, or int8 (m) and uint8 (v), all alike; those of the bias
+    float32. 8-bit moments have scales, one per block of columns: see `moments.EightBitMoment`.
     """
 
     m_enc_FD: Tensor
@@ -62,6 +63,10 @@ class Moments(NamedTuple):
     v_enc_FD: Tensor | None
     v_b_F: Tensor | None
     v_dec_FD: Tensor | None
+    m_enc_scale_FB: Tensor | None = None
+    m_dec_scale_FB: Tensor | None = None
+    v_enc_scale_FB: Tensor | None = None
+    v_dec_scale_FB: Tensor | None = None
 
 
 @triton.jit
@@ -104,6 +109,10 @@ def update_kernel(
     v_enc_ptr,
     v_b_ptr,
     v_dec_ptr,
+    m_enc_scale_ptr,
+    m_dec_scale_ptr,
+    v_enc_scale_ptr,
+    v_dec_scale_ptr,
     slot_ptr,
     aux_enc_ptr,
     aux_dec_ptr,
@@ -134,18 +143,11 @@ def update_kernel(
 
     lane = tl.zeros((1,), tl.int32)
     if tl.program_id(1) == 0:
-        b_enc = stepped(
-            tl.load(b_enc_ptr + latent + lane),
-            tl.load(db_ptr + latent),
-            m_b_ptr + latent + lane,
-            v_b_ptr + latent + lane,
-            lane,
-            lane,
-            lane == 0,
-            rates,
-            ADAM,
-        )
-        tl.store(b_enc_ptr + latent + lane, b_enc)
+        place = latent + lane
+        b, db = tl.load(b_enc_ptr + place), tl.load(db_ptr + place)
+        only = (lane, lane == 0, 0)
+        b = stepped(b, db, m_b_ptr + place, v_b_ptr + place, None, None, lane, only, rates, ADAM)
+        tl.store(b_enc_ptr + place, b)
 
     dval = tl.load(dval_ptr + latent)
     along = tl.load(along_ptr + latent)
@@ -156,15 +158,17 @@ def update_kernel(
     slot = lane
     if slot_ptr is not None:
         slot = tl.load(slot_ptr + latent + lane)
-    row_hash = tl.zeros((1,), tl.uint32)
+    enc_hash = tl.zeros((1,), tl.uint32)
     if seed_ptr is not None:
-        row_hash += mixed(mixed(tl.load(seed_ptr).to(tl.uint32)) ^ latent.to(tl.uint32))
+        enc_hash += mixed(mixed(tl.load(seed_ptr).to(tl.uint32)) ^ latent.to(tl.uint32))
+    dec_hash = enc_hash ^ 0x5BD1E995
     row_squares = 0.0
     panel = tl.program_id(1) * PANEL
     for first in range(panel, tl.minimum(panel + PANEL, D), BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < D
         at = latent.to(tl.int64) * D + column
+        lanes = (column, inside, latent * ((D + BLOCK - 1) // BLOCK) + first // BLOCK)
         g_enc, g_dec = gather_rows(
             order_ptr, val_ptr, dot_ptr, x_ptr, e_ptr, start, end, column, inside, K, D, BLOCK, UNROLL
         )
@@ -182,7 +186,8 @@ def update_kernel(
         if slot_ptr is not None:
             g += tl.load(aux_enc_ptr + aux_at, mask=has_aux, other=0.0)
         w *= shrink
-        w = stepped(w, g, m_enc_ptr + at, v_enc_ptr + at, row_hash, column, inside, rates, ADAM)
+        m, v = m_enc_ptr + at, v_enc_ptr + at
+        w = stepped(w, g, m, v, m_enc_scale_ptr, v_enc_scale_ptr, enc_hash, lanes, rates, ADAM)
         tl.store(w_enc_ptr + at, w, mask=inside)
         if copy_enc_ptr is not None:
             tl.store(copy_enc_ptr + at, w.to(copy_enc_ptr.dtype.element_ty), mask=inside)
@@ -191,7 +196,8 @@ def update_kernel(
         g = scale * (g_dec - along * w)
         if slot_ptr is not None:
             g += tl.load(aux_dec_ptr + aux_at, mask=has_aux, other=0.0)
-        w = stepped(w, g, m_dec_ptr + at, v_dec_ptr + at, row_hash ^ 0x5BD1E995, column, inside, rates, ADAM)
+        m, v = m_dec_ptr + at, v_dec_ptr + at
+        w = stepped(w, g, m, v, m_dec_scale_ptr, v_dec_scale_ptr, dec_hash, lanes, rates, ADAM)
         tl.store(w_dec_ptr + at, w, mask=inside)
         squares = tl.sum(tl.where(inside, w * w, 0.0), 0)
         if squares_ptr is None:
@@ -262,7 +268,8 @@ def update_rows(
         pairs, sums: of the same batch; `sums` with the same `aux`.
         hyper: float32 [len(Hyper)], on the device.
         optimizer: "adam" or "sgd".
-        seed: int32 [1] on the device, another for every step; for Adam's v in bfloat16, and only there.
+        seed: int32 [1] on the device, another for every step; for moments shorter than float32, and only
+            there.
         aux: gradients to add to some latents' rows.
         panel: columns of one program, a multiple of 256; from d on, whole rows. By default as
             `panel_columns` says for the device. The results are the same.
@@ -322,13 +329,9 @@ def _check(
     for name, tensor in parameters._asdict().items():
         if tensor is not None:
             expect(name, tensor, (torch.bfloat16,) if "copy" in name else single, shapes[name[-2:]])
-    if (moments.v_enc_FD is None) == (optimizer == "adam"):
-        raise ValueError("Adam needs the second moments, SGD has none")
-    for name, tensor in moments._asdict().items():
-        if tensor is not None:
-            expect(name, tensor, MOMENT_DTYPES if name.endswith("FD") else single, shapes[name[-2:]])
-    if (seed is None) == (moments.v_enc_FD is not None and moments.v_enc_FD.dtype == torch.bfloat16):
-        raise ValueError("a seed is needed for second moments in bfloat16, and only for these")
+    _check_moments(moments, rows, optimizer)
+    if (seed is None) == (moments.m_enc_FD.dtype != torch.float32):
+        raise ValueError("a seed is needed for moments in bfloat16 or 8 bits, and only for these")
     if seed is not None:
         expect("seed", seed, (torch.int32,), (1,))
     expect("b_D", b_D, single, rows[1:])
@@ -337,6 +340,27 @@ def _check(
         expect("aux.slot_F", aux.slot_F, (torch.int32,), rows[:1])
         for name, tensor in (("aux.enc_SD", aux.enc_SD), ("aux.dec_SD", aux.dec_SD)):
             expect(name, tensor, single, (len(aux.b_S), rows[1]))
+
+
+def _check_moments(moments: Moments, rows: tuple[int, ...], optimizer: str) -> None:
+    """Refuse moments of different kinds, and those that the optimizer lacks or has not."""
+    if (moments.v_enc_FD is None) == (optimizer == "adam"):
+        raise ValueError("Adam needs the second moments, SGD has none")
+    kept = moments.m_enc_FD.dtype
+    expect("m_enc_FD", moments.m_enc_FD, MOMENT_DTYPES, rows)
+    in_8bit = kept == torch.int8
+    named, blocks = moments._asdict(), (rows[0], triton.cdiv(rows[1], BLOCK))
+    for name in ("m_enc", "m_dec", "v_enc", "v_dec"):
+        moment, scale = named[f"{name}_FD"], named[f"{name}_scale_FB"]
+        if moment is not None:
+            expect(f"{name}_FD", moment, (torch.uint8 if in_8bit and name[0] == "v" else kept,), rows)
+        if (scale is not None) != (in_8bit and moment is not None):
+            raise ValueError(f"{name}_scale_FB goes with moments in 8 bits, and these need it")
+        if scale is not None:
+            expect(f"{name}_scale_FB", scale, (torch.float32,), blocks)
+    for name in ("m_b_F", "v_b_F"):
+        if named[name] is not None:
+            expect(name, named[name], (torch.float32,), rows[:1])
 
 
 def decoder_bias_gradient(
