@@ -3,6 +3,7 @@
 The interpreter cuts bfloat16 off where compiled code rounds, so stored values may differ by one last place.
 """
 
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -13,12 +14,17 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
+import triton
+import triton.language as tl
+
 from saemill.train.kernels.hyper import Hyper, hyper_values
 from saemill.train.kernels.panels import panel_columns
 from saemill.train.kernels.residual import residual
 from saemill.train.kernels.rows import Moments, Parameters, decoder_bias_gradient, update_rows
 from saemill.train.kernels.segments import AuxGradients, Segments, chunk_sums, latent_sums, segments
 from saemill.train.kernels.select import select
+from saemill.train.kernels.stepping import load_moment
+from saemill.train.moments import EightBitMoment
 
 pytestmark = pytest.mark.no_cover  # the interpreter is slow enough without being traced
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -360,12 +366,24 @@ def test_three_steps_equal_torch(
     trained.compare()
 
 
+def start_moment(f: int, d: int, dtype: torch.dtype, signed: bool, coarse: bool) -> list[Tensor]:
+    """A moment and, in 8 bits, its scales; with numbers that bfloat16 or, if coarse, 8 bits can hold."""
+    value = randn(f, d, dtype=BF16)
+    value = value if signed else value.square()
+    if not coarse:
+        return [value.to(dtype)]
+    moment = EightBitMoment(value.float(), signed)
+    moment.write(slice(0, f), value.float(), 1)
+    return moment.tensors() if dtype == torch.int8 else [moment.read(slice(0, f)).to(dtype)]
+
+
 def one_update(
     moments_dtype: torch.dtype,
     seed: int | None,
     d: int = 300,
     panel: int | None = None,
     with_aux: bool = False,
+    coarse: bool = False,
     **changes: Any,
 ) -> list[Tensor]:
     """A step from a given state over given pairs; all that it may change. Nothing is left to chance."""
@@ -375,9 +393,10 @@ def one_update(
     x, e = randn(n_tokens, d, dtype=BF16), randn(n_tokens, d, dtype=BF16)
     w_enc, b_enc, w_dec = randn(f, d), randn(f), unit_rows(f, d)
     parameters = Parameters(w_enc, b_enc, w_dec, w_enc.to(BF16), w_dec.to(BF16))
-    m_enc, m_dec = (randn(f, d, dtype=BF16).to(moments_dtype) for _ in range(2))
-    v_enc, v_dec = (randn(f, d, dtype=BF16).square().to(moments_dtype) for _ in range(2))
-    moments = Moments(m_enc, randn(f), m_dec, v_enc, randn(f).square(), v_dec)
+    rows = [start_moment(f, d, moments_dtype, signed, coarse) for signed in (True, True, False, False)]
+    m_enc, m_dec, v_enc, v_dec = (tensors[0] for tensors in rows)
+    scales = [tensors[1] for tensors in rows if len(tensors) > 1]
+    moments = Moments(m_enc, randn(f), m_dec, v_enc, randn(f).square(), v_dec, *scales)
     pairs, now = segments(idx, f, 8), hyper(7, **changes)
     aux = None
     if with_aux:
@@ -390,13 +409,15 @@ def one_update(
     return [tensor for tensor in (*parameters, *moments) if tensor is not None]
 
 
-@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.int8])
 @pytest.mark.parametrize(("d", "panel"), [(770, 512), (512, 256), (40, 256)])
-def test_panels_give_the_same_numbers_as_whole_rows(d: int, panel: int, seed: int | None) -> None:
+def test_panels_give_the_same_numbers_as_whole_rows(d: int, panel: int, dtype: torch.dtype) -> None:
     """Oracle: the other form, bit by bit, with a hot latent, empty rows, AuxK and rounded moments."""
-    dtype = F32 if seed is None else BF16
-    whole = one_update(dtype, seed, d, panel=1024, with_aux=True)
-    for first, second in zip(one_update(dtype, seed, d, panel, with_aux=True), whole, strict=True):
+    seed, coarse = None if dtype == F32 else 3, dtype == torch.int8
+    whole, split = (
+        one_update(dtype, seed, d, columns, with_aux=True, coarse=coarse) for columns in (1024, panel)
+    )
+    for first, second in zip(whole, split, strict=True):
         assert torch.equal(first, second)
 
 
@@ -444,6 +465,53 @@ def test_rounded_moments_change_only_what_is_stored() -> None:
     assert abs(float((up[0][:6] * up[0][6:]).mean())) < 0.03
 
 
+@triton.jit
+def decode_kernel(code_ptr, scale_ptr, out_ptr, SECOND: tl.constexpr):
+    row, lane = tl.program_id(0), tl.arange(0, 256)
+    at = row * 256 + lane
+    tl.store(out_ptr + at, load_moment(code_ptr + at, scale_ptr, row, lane < 256, SECOND))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_8_bit_code_is_read_as_in_torch(signed: bool) -> None:
+    """Oracle: `EightBitMoment.read`."""
+    moment = EightBitMoment(randn(4, 256), signed)
+    codes = torch.arange(256, device=DEVICE) - 128 * signed
+    moment.code.copy_(codes.clamp(min=-127))
+    moment.log2_scale.copy_(torch.tensor([-90.3, -7.1, 0.0, 30.7])[:, None])
+    found = torch.empty(4, 256, device=DEVICE)
+    decode_kernel[(4,)](moment.code, moment.log2_scale, found, SECOND=not signed)
+    torch.testing.assert_close(found, moment.read(slice(0, 4)), rtol=2e-5, atol=0)
+
+
+def test_8_bit_moments_change_only_what_is_stored() -> None:
+    """Oracle: the step in float32 from the same state. A moment takes one of its two neighbouring codes,
+    by a fair draw in the logarithm that differs between matrices and between rows."""
+    single = one_update(F32, None, coarse=True)
+    short, other = (one_update(torch.int8, seed, coarse=True) for seed in (3, 4))
+    for mine, expected in zip(short[:3], single[:3], strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+    draws = []
+    for place, scale, signed in ((5, 11, True), (7, 12, True), (8, 13, False), (10, 14, False)):
+        exact, code = single[place], short[place].float()
+        codes = EightBitMoment(exact, signed).codes
+        log2 = exact.abs().log2()
+        largest = torch.stack((log2[:, :256].amax(1), log2[:, 256:].amax(1)), 1)
+        torch.testing.assert_close(short[scale], largest, rtol=1e-5, atol=1e-5)
+        wanted = (log2 - largest.repeat_interleave(256, 1)[:, :300]) * (codes.n / codes.octaves) + codes.n
+        assert bool((code.sign() == exact.sign())[wanted > 1].all())
+        draw = torch.where(wanted > 1, code.abs() - wanted, 0)
+        assert float(draw.abs().max()) < 1.001
+        assert abs(float(draw.mean())) < 0.03
+        up = torch.where(wanted > 1, wanted - wanted.floor(), 0)
+        assert float((draw.square() - up * (1 - up)).mean().abs()) < 0.01
+        assert not torch.equal(short[place], other[place])
+        draws.append(draw)
+    for first, second in itertools.combinations(draws, 2):
+        assert abs(float((first * second).mean())) < 0.02
+    assert abs(float((draws[0][:6] * draws[0][6:]).mean())) < 0.02
+
+
 @pytest.mark.parametrize("panel", [None, 256])
 def test_a_diverged_variant_is_left_as_it_was(panel: int | None) -> None:
     """Oracle: the same state, where a step would change all of it."""
@@ -484,6 +552,10 @@ def test_update_refuses_state_that_does_not_fit() -> None:
         )
     with pytest.raises(TypeError, match="m_enc_FD must be float32 or bfloat16"):
         update(adam._replace(m_enc_FD=adam.m_enc_FD.half()), "adam")
+    with pytest.raises(TypeError, match="v_dec_FD must be float32, got"):
+        update(adam._replace(v_dec_FD=adam.v_dec_FD.bfloat16()), "adam")
+    with pytest.raises(ValueError, match="m_dec_scale_FB goes with moments in 8 bits"):
+        update(adam._replace(m_dec_scale_FB=randn(4, 1)), "adam")
 
 
 def test_hyper_is_computed_in_doubles() -> None:
