@@ -5,8 +5,8 @@ column, the same column of the other tokens' rows and about 1/K of the latents' 
 that fits the L2 cache, the row is found there; where it does not, the gathers go to memory. With panels,
 one panel of all latents is done before the next, so that only a panel's columns need to fit.
 
-The rule is a model and was not measured on a GPU. It takes from the outside that an H100's L2 delivers
-about 1.8 times what its memory does.
+The rule is a model and was not measured on a GPU. That the L2 delivers 1.8 times what the memory does
+is an assumption, on the low side of what is published for an H100.
 """
 
 import math
@@ -28,7 +28,7 @@ L2_SHARE = 0.5
 """The L2 of A100 and H100 has two halves, and may hold a line twice: once for the processors at either."""
 
 
-def panel_columns(n_tokens: int, k: int, n_latents: int, d: int, itemsize: int, l2_bytes: int) -> int:
+def panel_columns(n_tokens: int, k: int, n_latents: int, d: int, itemsize: int, cache_bytes: int) -> int:
     """Columns of a panel: a multiple of BLOCK, and no less than d where whole rows are better.
 
     Args:
@@ -37,14 +37,14 @@ def panel_columns(n_tokens: int, k: int, n_latents: int, d: int, itemsize: int, 
         n_latents: F.
         d: width.
         itemsize: bytes of a number of x and e.
-        l2_bytes: of the device.
+        cache_bytes: size of the device's L2.
     """
     blocks = math.ceil(d / BLOCK)
     gathered_bytes = 2 * itemsize * n_tokens * k / n_latents
     if gathered_bytes * (1 - 1 / L2_GAIN) < NORMALISING_BYTES:
         return blocks * BLOCK
     between_uses_bytes = 2 * itemsize * n_tokens + PARAMETER_BYTES * n_latents / k
-    fitting = max(1, int(L2_SHARE * l2_bytes / (between_uses_bytes * BLOCK)))
+    fitting = max(1, int(L2_SHARE * cache_bytes / (between_uses_bytes * BLOCK)))
     n_panels = math.ceil(blocks / fitting)
     return math.ceil(blocks / n_panels) * BLOCK
 

@@ -20,12 +20,9 @@ CORRECTION2 = tl.constexpr(int(Hyper.CORRECTION2))
 REST1 = tl.constexpr(int(Hyper.REST1))
 REST2 = tl.constexpr(int(Hyper.REST2))
 
-N1, STEP1, LEAST1 = tl.constexpr(FIRST.n), tl.constexpr(FIRST.octaves / FIRST.n), tl.constexpr(FIRST.least)
-N2, STEP2, LEAST2 = (
-    tl.constexpr(SECOND.n),
-    tl.constexpr(SECOND.octaves / SECOND.n),
-    tl.constexpr(SECOND.least),
-)
+N1, N2 = tl.constexpr(FIRST.n), tl.constexpr(SECOND.n)
+PER_OCTAVE1, PER_OCTAVE2 = tl.constexpr(FIRST.n / FIRST.octaves), tl.constexpr(SECOND.n / SECOND.octaves)
+LEAST1, LEAST2 = tl.constexpr(FIRST.least), tl.constexpr(SECOND.least)
 SMALLEST = tl.constexpr(2.0**-126)
 """Normal float32: of anything smaller the logarithm is not told apart."""
 
@@ -53,8 +50,8 @@ def load_moment(ptrs, scale_ptr, block, mask, SECOND: tl.constexpr):
     moment = tl.load(ptrs, mask=mask, other=0).to(tl.float32)
     if scale_ptr is not None:
         N: tl.constexpr = N2 if SECOND else N1
-        STEP: tl.constexpr = STEP2 if SECOND else STEP1
-        magnitude = tl.exp2((tl.abs(moment) - N) * STEP + tl.load(scale_ptr + block))
+        PER_OCTAVE: tl.constexpr = PER_OCTAVE2 if SECOND else PER_OCTAVE1
+        magnitude = tl.exp2((tl.abs(moment) - N) * (1.0 / PER_OCTAVE) + tl.load(scale_ptr + block))
         moment = tl.where(moment == 0, 0.0, tl.where(moment < 0, -magnitude, magnitude))
     return moment
 
@@ -64,16 +61,13 @@ def store_moment(ptrs, scale_ptr, block, moment, row_hash, column, mask, SECOND:
     """Store in float32, bfloat16 or 8 bits, the latter two randomly rounded. Masked lanes must be 0."""
     if scale_ptr is not None:
         N: tl.constexpr = N2 if SECOND else N1
-        STEP: tl.constexpr = STEP2 if SECOND else STEP1
+        PER_OCTAVE: tl.constexpr = PER_OCTAVE2 if SECOND else PER_OCTAVE1
         LEAST: tl.constexpr = LEAST2 if SECOND else LEAST1
         log2 = tl.log2(tl.maximum(tl.abs(moment), SMALLEST))
         scale = tl.max(log2, 0)
-        code = (
-            (log2 - scale) * (1.0 / STEP)
-            + N
-            + random_bits(row_hash, column, SECOND).to(tl.float32) * 2.0**-16
-        )
-        code = tl.minimum(tl.maximum(tl.floor(code), LEAST), N)
+        up = random_bits(row_hash, column, SECOND).to(tl.float32) * 2.0**-16
+        code = tl.floor((log2 - scale) * PER_OCTAVE + N + up)
+        code = tl.minimum(tl.maximum(code, LEAST), N)
         code = tl.where(moment == 0, 0.0, tl.where(moment < 0, -code, code))
         tl.store(ptrs, code.to(ptrs.dtype.element_ty), mask=mask)
         tl.store(scale_ptr + block, scale)
