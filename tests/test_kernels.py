@@ -444,15 +444,13 @@ def test_update_repeats_bit_by_bit() -> None:
 
 
 def test_rounded_moments_change_only_what_is_stored() -> None:
-    """Oracle: the step in float32 from the same state. v takes one of its two neighbours, by a fair draw
-    that differs between the matrices and between rows."""
+    """Oracle: the step in float32 from the same state. A moment takes one of its two neighbours, by a fair
+    draw that differs between the moments and between rows."""
     single, rounded, other = one_update(F32, None), one_update(BF16, 3), one_update(BF16, 4)
     for mine, expected in zip(rounded[:3], single[:3], strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
-    for place in (5, 7):
-        torch.testing.assert_close(rounded[place].float(), single[place], rtol=2**-7, atol=0)
     up = []
-    for place in (8, 10):
+    for place in (5, 7, 8, 10):
         exact = single[place]
         below = (exact.view(torch.int32) & ~0xFFFF).view(F32)
         last_place = ((exact.view(torch.int32) & ~0xFFFF) + 0x10000).view(F32) - below
@@ -461,7 +459,8 @@ def test_rounded_moments_change_only_what_is_stored() -> None:
         assert abs(float((steps - (exact - below) / last_place).mean())) < 0.03
         assert not torch.equal(rounded[place], other[place])
         up.append(steps - (exact - below) / last_place)
-    assert abs(float((up[0] * up[1]).mean())) < 0.03
+    for first, second in itertools.combinations(up, 2):
+        assert abs(float((first * second).mean())) < 0.02
     assert abs(float((up[0][:6] * up[0][6:]).mean())) < 0.03
 
 
