@@ -122,21 +122,33 @@ def chunk_sums_job(d: int) -> Job:
     return Job(f"chunk_sums D={d}", segments.chunk_sums_kernel, pointers, ("K",), constants, options)
 
 
-def update_job(d: int, optimizer: str, moment: str, aux: bool = False, inputs: str = "bf16") -> Job:
-    constants, options = rows.launch(d, segments.CHUNK_PAIRS, optimizer)
+def update_job(
+    d: int, optimizer: str, moment: str, aux: bool = False, inputs: str = "bf16", panel: int = 0
+) -> Job:
+    """`panel` is that of the panel form; 0 for whole rows."""
+    constants, options = rows.launch(d, panel or d, segments.CHUNK_PAIRS, optimizer)
     integers = ["latents_ptr", "starts_ptr", "first_chunk_ptr", "order_ptr"] + ["slot_ptr"] * aux
     floats = ["val_ptr", "dot_ptr", "b_ptr", "partial_ptr", "dval_ptr", "along_ptr", "db_ptr", "hyper_ptr"]
-    floats += ["w_enc_ptr", "b_enc_ptr", "w_dec_ptr", "m_b_ptr", "v_b_ptr"] + [
-        "aux_enc_ptr",
-        "aux_dec_ptr",
-    ] * aux
+    floats += ["w_enc_ptr", "b_enc_ptr", "w_dec_ptr", "m_b_ptr", "v_b_ptr"]
+    floats += ["aux_enc_ptr", "aux_dec_ptr"] * aux + ["squares_ptr"] * bool(panel)
     copies = ["copy_enc_ptr", "copy_dec_ptr"] if inputs == "bf16" else []
-    moments = ["m_enc_ptr", "m_dec_ptr", "v_enc_ptr", "v_dec_ptr"]
-    integers += ["seed_ptr"] * (moment == "bf16")
+    moments = ["m_enc", "m_dec", "v_enc", "v_dec"]
+    floats += [f"{name}_scale_ptr" for name in moments if moment == "8bit"]
+    integers += ["seed_ptr"] * (moment != "fp32")
     pointers = dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32") | dict.fromkeys(copies, "bf16")
-    pointers |= dict.fromkeys(("x_ptr", "e_ptr"), inputs) | dict.fromkeys(moments, moment)
+    pointers |= dict.fromkeys(("x_ptr", "e_ptr"), inputs)
+    pointers |= {
+        f"{name}_ptr": {"m": "i8", "v": "u8"}[name[0]] if moment == "8bit" else moment for name in moments
+    }
     name = f"update D={d} {optimizer} {moment}" + " aux" * aux + " fp32 inputs" * (inputs == "fp32")
+    name += f" panel={panel}" * bool(panel)
     return Job(name, rows.update_kernel, pointers, ("K",), constants, options)
+
+
+def normalise_job(d: int) -> Job:
+    constants, options = rows.normalise_launch(d)
+    pointers = dict.fromkeys(("squares_ptr", "w_dec_ptr", "hyper_ptr"), "fp32") | {"copy_dec_ptr": "bf16"}
+    return Job(f"normalise D={d}", rows.normalise_kernel, pointers, (), constants, options)
 
 
 def jobs() -> Iterator[Job]:
@@ -153,6 +165,12 @@ def jobs() -> Iterator[Job]:
         yield chunk_sums_job(d)
         yield update_job(d, "adam", "fp32")
         yield update_job(d, "adam", "bf16", aux=True)
+        yield normalise_job(d)
+        for panel in (256, 512):
+            yield update_job(d, "adam", "fp32", panel=panel)
+        yield update_job(d, "adam", "bf16", aux=True, panel=256)
+        yield update_job(d, "adam", "8bit", aux=True)
+        yield update_job(d, "adam", "8bit", aux=True, panel=256)
     yield update_job(768, "sgd", "fp32")
     yield update_job(768, "adam", "fp32", inputs="fp32")
 
@@ -162,14 +180,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
-    print(f"{'kernel':36} sm warps registers spills shared barriers", flush=True)
+    print(f"{'kernel':37} sm warps registers spills shared barriers", flush=True)
     found = []
     for job in jobs():
         for architecture in ARCHITECTURES:
             r = measure(job, architecture)
             found.append(asdict(r))
             numbers = f"{r.architecture} {r.n_warps:5} {r.registers:9} {r.spill_bytes:6}"
-            print(f"{r.kernel:36} {numbers} {r.shared_bytes:6} {r.barriers:8}", flush=True)
+            print(f"{r.kernel:37} {numbers} {r.shared_bytes:6} {r.barriers:8}", flush=True)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1))
 

@@ -3,6 +3,7 @@
 The interpreter cuts bfloat16 off where compiled code rounds, so stored values may differ by one last place.
 """
 
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -13,11 +14,17 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
+import triton
+import triton.language as tl
+
 from saemill.train.kernels.hyper import Hyper, hyper_values
+from saemill.train.kernels.panels import panel_columns
 from saemill.train.kernels.residual import residual
 from saemill.train.kernels.rows import Moments, Parameters, decoder_bias_gradient, update_rows
 from saemill.train.kernels.segments import AuxGradients, Segments, chunk_sums, latent_sums, segments
 from saemill.train.kernels.select import select
+from saemill.train.kernels.stepping import load_moment
+from saemill.train.moments import EightBitMoment
 
 pytestmark = pytest.mark.no_cover  # the interpreter is slow enough without being traced
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -246,8 +253,10 @@ class Trained:
     of latents.
     """
 
-    def __init__(self, f: int, d: int, k: int, dtype: torch.dtype, optimizer: str, chunk: int) -> None:
-        self.k, self.dtype, self.optimizer, self.chunk = k, dtype, optimizer, chunk
+    def __init__(
+        self, f: int, d: int, k: int, dtype: torch.dtype, optimizer: str, chunk: int, panel: int | None
+    ) -> None:
+        self.k, self.dtype, self.optimizer, self.chunk, self.panel = k, dtype, optimizer, chunk, panel
         w_dec, w_enc = unit_rows(f, d), unit_rows(f, d)
         b_enc = randn(f) * 0.1
         b_enc[f // 2], b_enc[-f // 4 :] = 9, -9  # one latent takes every token, some never fire
@@ -287,6 +296,7 @@ class Trained:
             *(self.mine, self.moments, x, e, val, dot, self.b, pairs, sums, now),
             optimizer=self.optimizer,
             aux=aux,
+            panel=self.panel,
         )
 
     def reference_step(self, used: tuple[Tensor, Tensor, Tensor], aux: AuxGradients | None) -> None:
@@ -330,20 +340,22 @@ def zero_moments(parameters: Parameters, optimizer: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    ("f", "d", "k", "dtype", "optimizer", "chunk", "with_aux"),
+    ("f", "d", "k", "dtype", "optimizer", "chunk", "with_aux", "panel"),
     [
-        (60, 40, 5, BF16, "adam", 256, False),
-        (30, 96, 5, F32, "adam", 16, False),
-        (16, 130, 1, BF16, "adam", 5, True),
-        (12, 300, 4, BF16, "sgd", 16, False),
-        (34, 40, 32, F32, "sgd", 256, True),
+        (60, 40, 5, BF16, "adam", 256, False, None),
+        (30, 96, 5, F32, "adam", 16, False, 256),
+        (16, 130, 1, BF16, "adam", 5, True, None),
+        (12, 300, 4, BF16, "sgd", 16, False, None),
+        (34, 40, 32, F32, "sgd", 256, True, None),
+        (12, 300, 4, BF16, "adam", 16, True, 256),
+        (9, 600, 3, F32, "sgd", 16, True, 512),
     ],
 )
 def test_three_steps_equal_torch(
-    f: int, d: int, k: int, dtype: torch.dtype, optimizer: str, chunk: int, with_aux: bool
+    f: int, d: int, k: int, dtype: torch.dtype, optimizer: str, chunk: int, with_aux: bool, panel: int | None
 ) -> None:
     """Oracle: dense float64 autograd from the stored error, projection, torch.optim and renorming."""
-    trained = Trained(f, d, k, dtype, optimizer, chunk)
+    trained = Trained(f, d, k, dtype, optimizer, chunk, panel)
     aux = None
     if with_aux:
         slot = torch.full((f,), -1, dtype=torch.int32)
@@ -354,22 +366,75 @@ def test_three_steps_equal_torch(
     trained.compare()
 
 
-def one_update(moments_dtype: torch.dtype, seed: int | None, **changes: Any) -> list[Tensor]:
+def start_moment(f: int, d: int, dtype: torch.dtype, signed: bool, coarse: bool) -> list[Tensor]:
+    """A moment and, in 8 bits, its scales; with numbers that bfloat16 or, if coarse, 8 bits can hold."""
+    value = randn(f, d, dtype=BF16)
+    value = value if signed else value.square()
+    if not coarse:
+        return [value.to(dtype)]
+    moment = EightBitMoment(value.float(), signed)
+    moment.write(slice(0, f), value.float(), 1)
+    return moment.tensors() if dtype == torch.int8 else [moment.read(slice(0, f)).to(dtype)]
+
+
+def one_update(
+    moments_dtype: torch.dtype,
+    seed: int | None,
+    d: int = 300,
+    panel: int | None = None,
+    with_aux: bool = False,
+    coarse: bool = False,
+    **changes: Any,
+) -> list[Tensor]:
     """A step from a given state over given pairs; all that it may change. Nothing is left to chance."""
     torch.manual_seed(5)
-    f, d, k, n_tokens = 12, 300, 3, 24
+    f, k, n_tokens = 12, 3, 24
     idx, val, dot = random_pairs(n_tokens, f, k, hot=4)
     x, e = randn(n_tokens, d, dtype=BF16), randn(n_tokens, d, dtype=BF16)
     w_enc, b_enc, w_dec = randn(f, d), randn(f), unit_rows(f, d)
     parameters = Parameters(w_enc, b_enc, w_dec, w_enc.to(BF16), w_dec.to(BF16))
-    m_enc, m_dec = (randn(f, d, dtype=BF16).to(moments_dtype) for _ in range(2))
-    v_enc, v_dec = (randn(f, d, dtype=BF16).square().to(moments_dtype) for _ in range(2))
-    moments = Moments(m_enc, randn(f), m_dec, v_enc, randn(f).square(), v_dec)
+    rows = [start_moment(f, d, moments_dtype, signed, coarse) for signed in (True, True, False, False)]
+    m_enc, m_dec, v_enc, v_dec = (tensors[0] for tensors in rows)
+    scales = [tensors[1] for tensors in rows if len(tensors) > 1]
+    moments = Moments(m_enc, randn(f), m_dec, v_enc, randn(f).square(), v_dec, *scales)
     pairs, now = segments(idx, f, 8), hyper(7, **changes)
-    sums = latent_sums(val, dot, pairs, now)
+    aux = None
+    if with_aux:
+        slot = torch.arange(-9, f - 9, dtype=torch.int32).clamp(min=-1).to(DEVICE)
+        aux = AuxGradients(slot, randn(3, d), randn(3), randn(3, d))
+    sums = latent_sums(val, dot, pairs, now, aux)
     place = None if seed is None else torch.tensor([seed], dtype=torch.int32, device=DEVICE)
-    update_rows(parameters, moments, x, e, val, dot, randn(d), pairs, sums, now, optimizer="adam", seed=place)
+    inputs = (x, e, val, dot, randn(d), pairs, sums, now)
+    update_rows(parameters, moments, *inputs, optimizer="adam", seed=place, aux=aux, panel=panel)
     return [tensor for tensor in (*parameters, *moments) if tensor is not None]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.int8])
+@pytest.mark.parametrize(("d", "panel"), [(770, 512), (512, 256), (40, 256)])
+def test_panels_give_the_same_numbers_as_whole_rows(d: int, panel: int, dtype: torch.dtype) -> None:
+    """Oracle: the other form, bit by bit, with a hot latent, empty rows, AuxK and rounded moments."""
+    seed, coarse = None if dtype == F32 else 3, dtype == torch.int8
+    whole, split = (
+        one_update(dtype, seed, d, columns, with_aux=True, coarse=coarse) for columns in (1024, panel)
+    )
+    for first, second in zip(whole, split, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_panels_are_chosen_where_the_batch_does_not_fit_the_cache() -> None:
+    """Oracle: bytes counted by hand for an L2 of 50 MiB, of which half is used."""
+    l2 = 50 << 20
+    # 2·2·1024 + 52·6144/32 = 14,080 bytes per column: 1,861 columns fit.
+    assert panel_columns(1024, 32, 6144, 768, 2, l2) == 768
+    assert panel_columns(1024, 32, 6144, 1792, 2, l2) == 1792
+    # 1,861 columns are 7 blocks of 256; of 9 blocks the two panels are given 5 and 4.
+    assert panel_columns(1024, 32, 6144, 2304, 2, l2) == 1280
+    # 2·2·8192 + 52·24576/32 = 72,704: 360 columns; float32: 105,472, 248 columns, but no less than a block.
+    assert panel_columns(8192, 32, 24576, 768, 2, l2) == 256
+    assert panel_columns(8192, 32, 24576, 768, 4, l2) == 256
+    # One pair per latent: 4 bytes gathered per column would save less than 8 bytes cost.
+    assert panel_columns(4096, 32, 131072, 768, 2, l2) == 768
+    assert panel_columns(64, 4, 128, 40, 4, l2) == 256
 
 
 def test_update_repeats_bit_by_bit() -> None:
@@ -379,15 +444,13 @@ def test_update_repeats_bit_by_bit() -> None:
 
 
 def test_rounded_moments_change_only_what_is_stored() -> None:
-    """Oracle: the step in float32 from the same state. v takes one of its two neighbours, by a fair draw
-    that differs between the matrices and between rows."""
+    """Oracle: the step in float32 from the same state. A moment takes one of its two neighbours, by a fair
+    draw that differs between the moments and between rows."""
     single, rounded, other = one_update(F32, None), one_update(BF16, 3), one_update(BF16, 4)
     for mine, expected in zip(rounded[:3], single[:3], strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
-    for place in (5, 7):
-        torch.testing.assert_close(rounded[place].float(), single[place], rtol=2**-7, atol=0)
     up = []
-    for place in (8, 10):
+    for place in (5, 7, 8, 10):
         exact = single[place]
         below = (exact.view(torch.int32) & ~0xFFFF).view(F32)
         last_place = ((exact.view(torch.int32) & ~0xFFFF) + 0x10000).view(F32) - below
@@ -396,14 +459,64 @@ def test_rounded_moments_change_only_what_is_stored() -> None:
         assert abs(float((steps - (exact - below) / last_place).mean())) < 0.03
         assert not torch.equal(rounded[place], other[place])
         up.append(steps - (exact - below) / last_place)
-    assert abs(float((up[0] * up[1]).mean())) < 0.03
+    for first, second in itertools.combinations(up, 2):
+        assert abs(float((first * second).mean())) < 0.02
     assert abs(float((up[0][:6] * up[0][6:]).mean())) < 0.03
 
 
-def test_a_diverged_variant_is_left_as_it_was() -> None:
+@triton.jit
+def decode_kernel(code_ptr, scale_ptr, out_ptr, SECOND: tl.constexpr):
+    row, lane = tl.program_id(0), tl.arange(0, 256)
+    at = row * 256 + lane
+    tl.store(out_ptr + at, load_moment(code_ptr + at, scale_ptr, row, lane < 256, SECOND))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_8_bit_code_is_read_as_in_torch(signed: bool) -> None:
+    """Oracle: `EightBitMoment.read`."""
+    moment = EightBitMoment(randn(4, 256), signed)
+    codes = torch.arange(256, device=DEVICE) - 128 * signed
+    moment.code.copy_(codes.clamp(min=-127))
+    moment.log2_scale.copy_(torch.tensor([-90.3, -7.1, 0.0, 30.7])[:, None])
+    found = torch.empty(4, 256, device=DEVICE)
+    decode_kernel[(4,)](moment.code, moment.log2_scale, found, SECOND=not signed)
+    torch.testing.assert_close(found, moment.read(slice(0, 4)), rtol=2e-5, atol=0)
+
+
+def test_8_bit_moments_change_only_what_is_stored() -> None:
+    """Oracle: the step in float32 from the same state. A moment takes one of its two neighbouring codes,
+    by a fair draw in the logarithm that differs between matrices and between rows."""
+    single = one_update(F32, None, coarse=True)
+    short, other = (one_update(torch.int8, seed, coarse=True) for seed in (3, 4))
+    for mine, expected in zip(short[:3], single[:3], strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+    draws = []
+    for place, scale, signed in ((5, 11, True), (7, 12, True), (8, 13, False), (10, 14, False)):
+        exact, code = single[place], short[place].float()
+        codes = EightBitMoment(exact, signed).codes
+        log2 = exact.abs().log2()
+        largest = torch.stack((log2[:, :256].amax(1), log2[:, 256:].amax(1)), 1)
+        torch.testing.assert_close(short[scale], largest, rtol=1e-5, atol=1e-5)
+        wanted = (log2 - largest.repeat_interleave(256, 1)[:, :300]) * (codes.n / codes.octaves) + codes.n
+        assert bool((code.sign() == exact.sign())[wanted > 1].all())
+        draw = torch.where(wanted > 1, code.abs() - wanted, 0)
+        assert float(draw.abs().max()) < 1.001
+        assert abs(float(draw.mean())) < 0.03
+        up = torch.where(wanted > 1, wanted - wanted.floor(), 0)
+        assert float((draw.square() - up * (1 - up)).mean().abs()) < 0.01
+        assert not torch.equal(short[place], other[place])
+        draws.append(draw)
+    for first, second in itertools.combinations(draws, 2):
+        assert abs(float((first * second).mean())) < 0.02
+    assert abs(float((draws[0][:6] * draws[0][6:]).mean())) < 0.02
+
+
+@pytest.mark.parametrize("panel", [None, 256])
+def test_a_diverged_variant_is_left_as_it_was(panel: int | None) -> None:
     """Oracle: the same state, where a step would change all of it."""
-    before = one_update(F32, None, healthy=0.0, lr=0.5)
-    for first, second in zip(before, one_update(F32, None, healthy=0.0, lr=float("nan")), strict=True):
+    before = one_update(F32, None, healthy=0.0, lr=0.5, panel=panel)
+    again = one_update(F32, None, healthy=0.0, lr=float("nan"))
+    for first, second in zip(before, again, strict=True):
         assert torch.equal(first, second)
     assert torch.equal(before[2].to(BF16), before[4])
     changed = one_update(F32, None)
@@ -432,8 +545,16 @@ def test_update_refuses_state_that_does_not_fit() -> None:
         update(zero_moments(parameters, "adam", BF16), "adam")
     with pytest.raises(ValueError, match="a seed is needed"):
         update(adam, "adam", torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="panel must be a multiple of 256, got 100"):
+        update_rows(
+            parameters, adam, x, x, val, dot, randn(8), pairs, sums, hyper(), optimizer="adam", panel=100
+        )
     with pytest.raises(TypeError, match="m_enc_FD must be float32 or bfloat16"):
         update(adam._replace(m_enc_FD=adam.m_enc_FD.half()), "adam")
+    with pytest.raises(TypeError, match="v_dec_FD must be float32, got"):
+        update(adam._replace(v_dec_FD=adam.v_dec_FD.bfloat16()), "adam")
+    with pytest.raises(ValueError, match="m_dec_scale_FB goes with moments in 8 bits"):
+        update(adam._replace(m_dec_scale_FB=randn(4, 1)), "adam")
 
 
 def test_hyper_is_computed_in_doubles() -> None:

@@ -245,6 +245,28 @@ def test_a_damaged_checkpoint_is_told(store: ActivationStore, tmp_path: Path) ->
         run(config(store, tmp_path / "r"))
 
 
+def test_a_checkpoint_of_other_shapes_is_told(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the sentence, where torch would spread one number over the row."""
+    one_step = Trainer._one_step
+
+    def failing(self: Trainer) -> None:
+        if self.step == 9:
+            raise KeyboardInterrupt
+        one_step(self)
+
+    monkeypatch.setattr(Trainer, "_one_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(store, tmp_path / "r"))
+    file = next((tmp_path / "r").glob("checkpoint-7/*/*.pt"))
+    state = torch.load(file, weights_only=True)
+    state["rows"][0] = state["rows"][0][:, :1]
+    torch.save(state, file)
+    with pytest.raises(StoreError, match=r"by another version of saemill\. Start anew with --no-resume"):
+        run(config(store, tmp_path / "r"))
+
+
 def test_gradient_accumulation_equals_the_large_batch(store: ActivationStore, tmp_path: Path) -> None:
     """Oracle: one batch of the same tokens, bit by bit."""
     one = run(config(store, tmp_path / "one", batch_size=512, num_latents=(48,), k=(4,)))

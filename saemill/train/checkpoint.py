@@ -91,8 +91,9 @@ def _load_variant(there: Path, bank: Bank, i: int) -> None:
         _copy(
             [tensor[first - mine.start : last - mine.start] for tensor in rows],
             [tensor[first - start : last - start] for tensor in state["rows"]],
+            file,
         )
-        _copy(whole, state["whole"])
+        _copy(whole, state["whole"], file)
         bank.optimizers[i].n_steps, bank.frozen[i] = state["n_steps"], state["frozen"]
         missing -= last - first
     if missing:
@@ -107,9 +108,12 @@ def _read(file: Path) -> dict[str, Any]:
     return state
 
 
-def _copy(into: list[Tensor], saved: list[Tensor]) -> None:
-    for mine, theirs in zip(into, saved, strict=True):
-        mine.copy_(theirs)
+def _copy(into: list[Tensor], saved: list[Tensor], file: Path) -> None:
+    mine, theirs = ([(tensor.shape, tensor.dtype) for tensor in kept] for kept in (into, saved))
+    if mine != theirs:
+        raise StoreError(f"the checkpoint {file} was written by another version of saemill. {ANEW}")
+    for tensor, kept in zip(into, saved, strict=True):
+        tensor.copy_(kept)
 
 
 def tidy(folder: Path) -> None:

@@ -81,7 +81,7 @@ def backward(
         )
         adam = isinstance(optimizer, Adam)
         seed = None
-        if isinstance(optimizer, Adam) and optimizer.second[0].tensors()[0].dtype == torch.bfloat16:
+        if isinstance(optimizer, Adam) and optimizer.second[0].tensors()[0].dtype != torch.float32:
             seed = optimizer.count.int().view(1)
         update_rows(
             parameters,
@@ -136,9 +136,9 @@ def _hyper(rates: Rates, optimizer: Optimizer) -> list[float]:
 def _moments(optimizer: Optimizer) -> Moments:
     """The optimizer's state of the latents, as the kernels take it: w_enc, b_enc, w_dec."""
     if isinstance(optimizer, Adam):
-        m_enc, m_b, m_dec = (kept.tensors()[0] for kept in optimizer.first[:B])
-        v_enc, v_b, v_dec = (kept.tensors()[0] for kept in optimizer.second[:B])
-        return Moments(m_enc, m_b, m_dec, v_enc, v_b, v_dec)
+        kept = [moment.tensors() for moment in (*optimizer.first[:B], *optimizer.second[:B])]
+        scales = [tensors[1] for tensors in kept if len(tensors) == 2]  # of w_enc and w_dec, in 8 bits
+        return Moments(*(tensors[0] for tensors in kept), *scales)
     m_enc, m_b, m_dec = optimizer.momentum[:B]
     return Moments(m_enc, m_b, m_dec, None, None, None)
 

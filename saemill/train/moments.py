@@ -7,6 +7,7 @@ step and the row: the same run gives the same result, killed and resumed or not.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,22 @@ from torch import Tensor
 from saemill.common.permutation import combine
 
 NOISE_ENTRIES = 1 << 20
+BLOCK = 256
+"""Columns of a row with a scale of their own, in 8 bits."""
+
+
+class LogCodes(NamedTuple):
+    """Evenly spaced logarithms below a block's largest magnitude."""
+
+    n: int
+    """The largest code, of that magnitude."""
+    octaves: int
+    """From it down to code 0."""
+    least: int
+    """The code of all that is smaller."""
+
+
+FIRST, SECOND = LogCodes(127, 24, 0), LogCodes(255, 48, 1)
 
 
 @lru_cache(1)
@@ -67,34 +84,46 @@ class Bfloat16Moment:
         return [self.value]
 
 
-class EightBitMoment:
-    """One byte per weight: a sign and a logarithm, against the largest magnitude of the row. [F, D].
+def _blocks(rows: Tensor) -> list[Tensor]:
+    """Views of the columns that share scales."""
+    return [rows[:, first : first + BLOCK] for first in range(0, rows.shape[1], BLOCK)]
 
-    Codes are spaced evenly in the logarithm. The first moment has 127 over 24 octaves, a factor of
-    1.14 apart; what is smaller counts as 0. The second, of squares, has 255 over 48, likewise 1.14;
-    what is smaller counts as the smallest, since an update divides by its root. What matters is the
-    relative error: evenly spaced magnitudes would drown the small ones.
+
+class EightBitMoment:
+    """One byte per weight: a sign and a logarithm, against the largest magnitude of its block. [F, D].
+
+    A block is up to 256 columns of a row (as in Dettmers et al. 2022, with other codes). Codes are spaced
+    evenly in the logarithm. The first moment has 127 over 24 octaves, a factor of 1.14 apart; what is
+    smaller counts as 0. The second, of squares, has 255 over 48, likewise 1.14; what is smaller counts as
+    the smallest, since an update divides by its root. What matters is the relative error: evenly spaced
+    magnitudes would drown the small ones.
     """
 
     def __init__(self, leaf: Tensor, signed: bool) -> None:
-        self.n_codes, self.octaves, self.least = (127, 24, 0) if signed else (255, 48, 1)
+        n_rows, d = leaf.shape
+        self.codes = FIRST if signed else SECOND
         self.code = torch.zeros_like(leaf, dtype=torch.int8 if signed else torch.uint8)
-        self.log2_scale = torch.zeros(len(leaf), 1, device=leaf.device)
+        self.log2_scale = torch.zeros(n_rows, -(-d // BLOCK), device=leaf.device)
 
     def read(self, rows: slice) -> Tensor:
         """The rows in float32."""
         code = self.code[rows].float()
-        log2 = (code.abs() - self.n_codes) * (self.octaves / self.n_codes)
-        return torch.exp2(log2.add_(self.log2_scale[rows])).mul_(code.sign())
+        log2 = (code.abs() - self.codes.n) * (self.codes.octaves / self.codes.n)
+        for i, block in enumerate(_blocks(log2)):
+            block.add_(self.log2_scale[rows, i, None])
+        return torch.exp2(log2).mul_(code.sign())
 
     def write(self, rows: slice, value: Tensor, step: int) -> None:
         """Round the rows and keep them."""
-        log2 = value.abs().log2_()
-        scale = log2.amax(1, keepdim=True).clamp_(min=-126)
-        code = (log2 - scale).mul_(self.n_codes / self.octaves).add_(self.n_codes)
-        code.add_(_noise(value, step, rows.start)).floor_().clamp_(self.least, self.n_codes)
+        n, octaves, least = self.codes
+        code = value.abs().log2_()
+        for i, block in enumerate(_blocks(code)):
+            scale = block.amax(1).clamp_(min=-126)
+            self.log2_scale[rows, i] = scale
+            block.sub_(scale[:, None])
+        code.mul_(n / octaves).add_(n)
+        code.add_(_noise(value, step, rows.start)).floor_().clamp_(least, n)
         self.code[rows] = code.mul_(value.sign()).to(self.code.dtype)
-        self.log2_scale[rows] = scale
 
     def tensors(self) -> list[Tensor]:
         """What a checkpoint needs."""

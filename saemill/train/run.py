@@ -237,7 +237,6 @@ def _build(
 ) -> Trainer:
     team = spread.team_of(everyone)
     variants = list(spread.teams[everyone.rank // spread.team_size])
-    _check_device(variants, device)
     # Sums of bf16 products stay in float32, as on a CPU.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     store, mask = loader.store, config.mask or loader.store.mask
@@ -268,13 +267,6 @@ def _build(
         team=team,
         profile=config.profile,
     )
-
-
-def _check_device(variants: list[Variant], device: torch.device) -> None:
-    """Refuse what the kernels cannot do."""
-    for variant in variants:
-        if device.type == "cuda" and variant.optimizer_state == "8bit":
-            raise ConfigError(f"{variant.name}: optimizer_state 8bit is for CPUs so far; use bf16 on a GPU")
 
 
 def _check_profile(trainer: Trainer, end: int) -> None:

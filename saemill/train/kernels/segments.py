@@ -167,12 +167,12 @@ def gather_rows(
     inside,
     K,
     D: tl.constexpr,
-    PANEL: tl.constexpr,
+    BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Σ dval · x_t and Σ val · e_t over the pairs from start to end, in one panel of columns."""
-    sum_enc = tl.zeros((PANEL,), tl.float32)
-    sum_dec = tl.zeros((PANEL,), tl.float32)
+    """Σ dval · x_t and Σ val · e_t over the pairs from start to end, in one block of columns."""
+    sum_enc = tl.zeros((BLOCK,), tl.float32)
+    sum_dec = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, end, UNROLL):
         at = first + tl.arange(0, UNROLL)
         present = at < end
