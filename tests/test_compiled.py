@@ -12,8 +12,9 @@ from torch import Tensor
 pytest.importorskip("numba", reason="an extra of the package")
 
 from saemill.common.errors import ConfigError
-from saemill.train import codes, compiled, rows
+from saemill.train import auxk, codes, compiled, rows
 from saemill.train.bank import Bank, Frame
+from saemill.train.loops.largest import keep_largest
 from saemill.train.loops.quantise import Quantised, empty, quantise
 from saemill.train.loops.residual import residual
 from saemill.train.loops.rows import gradients, sort_pairs
@@ -194,6 +195,24 @@ def test_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
         expected = rows.gradients(batch, e_TD.float(), theirs, block, weights.w_dec_FD, weights.b_D)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 20), st.integers(1, 400), st.integers(1, 400), st.sampled_from(DTYPES), st.booleans(),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_the_largest_are_kept_in_their_places(
+    t: int, s: int, k: int, dtype: torch.dtype, coarse: bool, seed: int
+) -> None:
+    """Oracle: `auxk.keep_largest`, and where entries tie, its sorted values; no more than k are left."""
+    k = min(k, s)
+    pre_TS = torch.randn(t, s, generator=made(seed))
+    pre_TS = (pre_TS.round() if coarse else pre_TS).to(dtype)
+    expected, found = auxk.keep_largest(pre_TS, k), keep_largest(pre_TS.clone(), k)
+    assert torch.equal(found.sort(1).values, expected.sort(1).values)
+    assert ((found == 0) | (found == pre_TS)).all()
+    assert ((found > 0).sum(1) <= k).all()
 
 
 D, F, T = 24, 280, 120

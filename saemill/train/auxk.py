@@ -1,5 +1,6 @@
 """AuxK (Gao et al. 2024, A.2): dead latents learn to reconstruct what the living ones leave over."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ def auxk(
     scale: float | Tensor,
     n_dead: int,
     team: Team = ALONE,
+    keep: Callable[[Tensor, int], Tensor] | None = None,
 ) -> tuple[DeadRows, Tensor]:
     """The k_aux most active dead latents fit the residual −e.
 
@@ -49,6 +51,7 @@ def auxk(
         scale: weight of the squared error; may lie on the device.
         n_dead: dead latents in the whole team, at least one; those that stand for none included.
         team: the processes to add up with.
+        keep: another `keep_largest`.
 
     Returns: the gradients and L_aux, over all tokens of the team.
     """
@@ -63,7 +66,7 @@ def auxk(
     row_bytes = n_dead * dtype.itemsize  # the same on every process: they meet in each chunk
     for chunk in chunks(len(e_TD), row_bytes, CHUNK_BYTES[e_TD.device.type]):
         pre_tS = torch.addmm(bias_S, product_TD[chunk], w_enc_SD.T)
-        acts_tS = _activations(pre_tS, k_aux, n_dead, team)
+        acts_tS = _activations(pre_tS, k_aux, n_dead, team, keep or keep_largest)
         once_tD = e_TD[chunk].to(dtype) if team.latents.rank == 0 else torch.zeros_like(product_TD[chunk])
         difference_tD = team.latents.sum_(torch.addmm(once_tD, acts_tS, rounded_SD))
         squares += difference_tD.float().square().sum()
@@ -81,14 +84,23 @@ def auxk(
     return rows, squares * scale
 
 
-def _activations(pre_tS: Tensor, k_aux: int, n_dead: int, team: Team) -> Tensor:
+def _activations(
+    pre_tS: Tensor, k_aux: int, n_dead: int, team: Team, keep: Callable[[Tensor, int], Tensor]
+) -> Tensor:
     """Of each row the entries that are among the team's k_aux largest, rectified, in place among zeros."""
     if n_dead <= k_aux:
         return pre_tS.relu_()
+    if team.latents.size == 1:
+        return keep(pre_tS, k_aux)
     n_here = pre_tS.shape[1]
     k = min(k_aux, n_here)
     values, places = topk(pre_tS, k) if k < n_here else (pre_tS.relu_(), None)
-    if team.latents.size > 1:
-        mine, _ = team.among_all(pad(values, (0, k_aux - k)))
-        values = values.where(mine[:, :k], 0)
+    mine, _ = team.among_all(pad(values, (0, k_aux - k)))
+    values = values.where(mine[:, :k], 0)
     return values if places is None else torch.zeros_like(pre_tS).scatter_(1, places, values)
+
+
+def keep_largest(pre_TS: Tensor, k: int) -> Tensor:
+    """The k largest entries of each row, rectified, in their places among zeros."""
+    values, places = topk(pre_TS, k)
+    return torch.zeros_like(pre_TS).scatter_(1, places, values)

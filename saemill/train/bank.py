@@ -202,8 +202,9 @@ class Bank:
             return None, torch.zeros((), device=batch.x_TD.device)
         scale = (variant.auxk_alpha * per_square * self.auxk_share_V[i]).float()
         n_rows = max(n_dead, len(dead_S))  # more than are dead where padded, fewer where a team splits them
+        k_aux, keep = variant.k_aux, self._passes.keep_largest
         return auxk(
-            batch, passed, dead_S, weights, k_aux=variant.k_aux, scale=scale, n_dead=n_rows, team=self.team
+            batch, passed, dead_S, weights, k_aux=k_aux, scale=scale, n_dead=n_rows, team=self.team, keep=keep
         )
 
     def _find_dead(self) -> None:

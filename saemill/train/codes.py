@@ -99,6 +99,10 @@ def prepare(x_TD: Tensor, dtype: torch.dtype) -> Batch:
     return Batch(x_TD, x_TD.to(dtype))
 
 
+def not_quantised(n_latents: int, d: int) -> None:
+    """Nothing is kept in 8 bits here."""
+
+
 def fold_bias(w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor) -> Tensor:
     """b_enc − W_enc b: what the product with x misses.
 

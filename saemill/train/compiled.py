@@ -12,7 +12,8 @@ from saemill.train import rows
 from saemill.train.auxk import DeadRows
 from saemill.train.codes import Batch, Codes, Forward, Weights, chunks, encode, fold_bias, own_codes
 from saemill.train.codes import residual as residual_of_team
-from saemill.train.loops.quantise import Quantised, empty, quantise
+from saemill.train.loops.largest import keep_largest
+from saemill.train.loops.quantise import Quantised, empty
 from saemill.train.loops.residual import residual
 from saemill.train.loops.rows import gradients, sort_pairs
 from saemill.train.loops.select import select
@@ -20,6 +21,8 @@ from saemill.train.optimizer import Optimizer
 from saemill.train.profile import part
 from saemill.train.team import ALONE, Team
 from saemill.train.threads import each
+
+__all__ = ["backward", "forward", "keep_largest", "prepare", "quantised_weights", "room"]
 
 CHUNK_TOKENS = 512
 CHUNK_BYTES = 1 << 25
@@ -34,7 +37,12 @@ def multiplies_8_bits() -> bool:
 def prepare(x_TD: Tensor, dtype: torch.dtype) -> Batch:
     """A batch with the copies that this machine's product needs."""
     product_TD = x_TD.to(dtype)
-    return Batch(x_TD, product_TD, quantise(product_TD) if multiplies_8_bits() else None)
+    if not multiplies_8_bits():
+        return Batch(x_TD, product_TD)
+    quantised = empty(*x_TD.shape)
+    pieces = list(chunks(len(x_TD), 1, CHUNK_TOKENS))
+    each(pieces, lambda piece, _: quantised.rows(piece).take(product_TD[piece]))
+    return Batch(x_TD, product_TD, quantised)
 
 
 def quantised_weights(n_latents: int, d: int) -> Quantised | None:

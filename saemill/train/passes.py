@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saemill.common.errors import ConfigError
 from saemill.train import codes, rows
+from saemill.train.auxk import keep_largest
 from saemill.train.codes import Batch, Forward
 
 
@@ -20,6 +21,8 @@ class Passes(NamedTuple):
     backward: Callable[..., Tensor]
     room: Callable[[int, torch.dtype, torch.device], Tensor]
     quantised_weights: Callable[[int, int], Any]
+    keep_largest: Callable[[Tensor, int], Tensor]
+    """Of AuxK."""
     place: Callable[..., Any] = lambda rates_V, *_: rates_V
     """Puts a step's numbers where the backward pass looks for them."""
 
@@ -30,9 +33,16 @@ def passes_of(kernels: str) -> Passes:
         from saemill.train import compiled
 
         return Passes(
-            compiled.prepare, compiled.forward, compiled.backward, compiled.room, compiled.quantised_weights
+            compiled.prepare,
+            compiled.forward,
+            compiled.backward,
+            compiled.room,
+            compiled.quantised_weights,
+            compiled.keep_largest,
         )
-    in_torch = Passes(codes.prepare, codes.forward, rows.backward, codes.room, lambda n_latents, d: None)
+    in_torch = Passes(
+        codes.prepare, codes.forward, rows.backward, codes.room, codes.not_quantised, keep_largest
+    )
     if kernels == "triton":
         from saemill.train import fused
 

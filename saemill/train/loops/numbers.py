@@ -18,13 +18,13 @@ COMPILED: dict[str, Any] = {
 
 
 @intrinsic
-def _float_of(context, bits):
+def float_of(context, bits):
     """A uint32 as the float32 with the same bits."""
     return types.float32(types.uint32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())
 
 
 @intrinsic
-def _bits_of(context, number):
+def bits_of(context, number):
     """A float32 as the uint32 with the same bits."""
     return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
 
@@ -36,7 +36,7 @@ def wide(number):
 @overload(wide, inline="always")
 def _wide(number):
     if number == types.uint16:
-        return lambda number: _float_of(np.uint32(number) << np.uint32(16))
+        return lambda number: float_of(np.uint32(number) << np.uint32(16))
     return lambda number: number
 
 
@@ -49,7 +49,7 @@ def _put(row, place, number):
     if row.dtype == types.uint16:
 
         def rounded(row, place, number):
-            bits = _bits_of(number)
+            bits = bits_of(number)
             odd = (bits >> np.uint32(16)) & np.uint32(1)
             row[place] = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
@@ -59,6 +59,10 @@ def _put(row, place, number):
         row[place] = number
 
     return stored
+
+
+REORDERED: dict[str, Any] = COMPILED | {"fastmath": True}
+"""For maxima, which are made of vectors only if the place of a NaN does not matter."""
 
 
 @njit(**COMPILED)

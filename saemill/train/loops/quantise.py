@@ -17,7 +17,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from saemill.train.loops.numbers import COMPILED, array, wide
+from saemill.train.loops.numbers import COMPILED, REORDERED, array, dot, wide
 
 ROUNDS = 8
 """Passes of butterflies, an even number."""
@@ -76,15 +76,21 @@ def _quantise(rows, signs, codes, steps, norms):
         for _ in range(ROUNDS // 2):
             _butterflies(row, other)
             _butterflies(other, row)
-        largest, squares = np.float32(0), np.float32(0)
-        for number in row:
-            largest = max(largest, abs(number))
-            squares += number * number
-        steps[n] = largest / np.float32(LEVELS)
-        norms[n] = np.sqrt(squares)
-        inverse = np.float32(LEVELS) / largest if largest > 0 else np.float32(0)
+        most = _magnitude(row)
+        steps[n] = most / np.float32(LEVELS)
+        norms[n] = np.sqrt(dot(row, row))
+        inverse = np.float32(LEVELS) / most if most > 0 else np.float32(0)
         for i in range(len(row)):
             codes[n, i] = np.int8(np.rint(row[i] * inverse))
+
+
+@njit(**REORDERED)
+def _magnitude(row):
+    """The largest magnitude of a row."""
+    most = np.float32(0)
+    for i in range(len(row)):
+        most = max(most, abs(row[i]))
+    return most
 
 
 @njit(**COMPILED)

@@ -12,14 +12,13 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
+from saemill.train.loops.kth import ALL_BITS, count, kth, nearly_kth
 from saemill.train.loops.numbers import COMPILED, array, dot, wide
 from saemill.train.loops.quantise import Quantised
 
 N_SIGMA = 8.0
 """The chance of a larger error is 1e-15 for a pair of token and latent."""
 MOST_PER_GROUP, GROUPS_PER_CODE, LANES = 16, 4, 128
-BISECTIONS = 9
-"""For bounds that need not be sharp."""
 
 
 def select(
@@ -61,14 +60,14 @@ def _select(scores, steps_x, norms_x, steps_w, norms_w, rows, weights, bias, val
         per_step = np.float32(1) / steps_x[t] if steps_x[t] > 0 else np.float32(0)
         length = norms_x[t] * per_step
         _group_maxima(scores[t], steps_w, bias, per_step, group, maxima)
-        least = _nearly_kth(maxima, len(maxima), k, np.float32(0))
+        least = nearly_kth(maxima, len(maxima), k, np.float32(0))
         least -= 2 * _error(widest_step, longest, length)
         n = _above(scores[t], steps_w, bias, per_step, group, maxima, least, found, score)
         for i in range(len(x)):
             x[i] = wide(rows[t, i])
-        m = _likely_first(found, score, n, _nearly_kth(score, n, k, least))
+        m = _likely_first(found, score, n, nearly_kth(score, n, k, least))
         _score(x, weights, bias, found, score, 0, m)
-        bound = _nearly_kth(score, m, k, np.float32(0)) * per_step
+        bound = nearly_kth(score, m, k, np.float32(0)) * per_step
         n = _possible(found, score, m, n, bound, steps_w, norms_w, length)
         _score(x, weights, bias, found, score, m, n)
         _keep(found, score, n, k, val[t], idx[t])
@@ -99,29 +98,6 @@ def _group_maxima(scores, steps, bias, per_step, group, maxima):
             here, step, b = scores[row : row + LANES], steps[row : row + LANES], bias[row : row + LANES]
             for lane in range(len(here)):
                 largest[lane] = max(largest[lane], np.float32(here[lane]) * step[lane] + b[lane] * per_step)
-
-
-@njit(**COMPILED)
-def _nearly_kth(numbers, n, k, low):
-    """A bound that k of the first n numbers reach, close below the k-th largest; `low` if fewer reach it."""
-    high = low
-    for i in range(n):
-        high = max(high, numbers[i])
-    for _ in range(BISECTIONS):
-        middle = (low + high) * np.float32(0.5)
-        if _count(numbers, n, middle) >= k:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-@njit(**COMPILED)
-def _count(numbers, n, bound):
-    count = np.int32(0)
-    for i in range(n):
-        count += np.int32(numbers[i] >= bound)
-    return count
 
 
 @njit(**COMPILED)
@@ -193,19 +169,8 @@ def _score(x, weights, bias, found, score, first, last):
 @njit(**COMPILED)
 def _keep(found, score, n, k, val, idx):
     """The k largest of n scores above 0; of equal ones those found first."""
-    low, high = np.float32(0), np.float32(0)
-    for i in range(n):
-        high = max(high, score[i])
-    high = np.nextafter(high, np.float32(np.inf))  # fewer than k reach it
-    while _count(score, n, low) > k:
-        middle = (low + high) * np.float32(0.5)
-        if middle <= low or middle >= high:
-            break
-        if _count(score, n, middle) >= k:
-            low = middle
-        else:
-            high = middle
-    n_ties = k - _count(score, n, high)
+    low, high = kth(score, n, k, ALL_BITS)
+    n_ties = k - count(score, n, high)
     m = 0
     for i in range(n):
         tied = score[i] < high

@@ -1,0 +1,60 @@
+"""The k largest entries of a row, kept in their places among zeros."""
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from saemill.train.codes import chunks
+from saemill.train.loops.kth import ALL_BITS, BFLOAT16_BITS, count, kth
+from saemill.train.loops.numbers import COMPILED, array, put, wide
+from saemill.train.threads import each
+
+PIECE_BYTES = 1 << 20
+"""Of the rows that a thread takes at a time."""
+
+
+def keep_largest(pre_TS: Tensor, k: int) -> Tensor:
+    """As `auxk.keep_largest`, in place; of equal entries the first are kept.
+
+    Args:
+        pre_TS: float32 or bfloat16.
+    """
+    rows, mask = array(pre_TS), BFLOAT16_BITS if pre_TS.dtype == torch.bfloat16 else ALL_BITS
+    pieces = list(chunks(len(rows), max(1, rows[:1].nbytes), PIECE_BYTES))
+    each(pieces, lambda piece, _: _keep_largest(rows[piece], k, mask))
+    return pre_TS
+
+
+@njit(**COMPILED)
+def _keep_largest(rows, k, mask):
+    n = rows.shape[1]
+    numbers = np.empty(n, np.float32)
+    for t in range(len(rows)):
+        row = rows[t]
+        for s in range(n):
+            numbers[s] = max(wide(row[s]), np.float32(0))
+        low, high = kth(numbers, n, k, mask)
+        last = n
+        if count(numbers, n, low) > k:
+            last = _last_of_ties(numbers, k - count(numbers, n, high), low, high) + 1
+        _store(row[:last], numbers[:last], low)
+        _store(row[last:], numbers[last:], high)
+
+
+@njit(**COMPILED)
+def _store(row, numbers, least):
+    """Numbers of no less than a bound, zeros in place of the others."""
+    for s in range(len(row)):
+        put(row, s, numbers[s] if numbers[s] >= least else np.float32(0))
+
+
+@njit(**COMPILED)
+def _last_of_ties(numbers, n_kept, low, high):
+    """The place up to which the numbers between two bounds are kept."""
+    for s in range(len(numbers)):
+        if low <= numbers[s] < high:
+            n_kept -= 1
+            if n_kept <= 0:
+                return s
+    return -1
