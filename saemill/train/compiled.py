@@ -5,6 +5,8 @@ which latents are scored exactly; elsewhere the product is torch's. The inputs a
 in the product's dtype; sums are float32.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -51,10 +53,18 @@ def quantised_weights(n_latents: int, d: int) -> Quantised | None:
 
 
 def room(n_latents: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a chunk's scores or pre-activations, for each thread, made once: [threads, t, F]."""
+    """Memory for a chunk's scores or pre-activations, for each thread, shared by banks: [threads, t, F]."""
     scores = torch.int32 if multiplies_8_bits() else dtype
     n_tokens = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (n_latents * scores.itemsize)))
-    return torch.empty(torch.get_num_threads(), n_tokens, n_latents, dtype=scores, device=device)
+    n_bytes = n_tokens * n_latents * scores.itemsize
+    memory = _memory(torch.get_num_threads(), max(CHUNK_BYTES, n_bytes))
+    return memory[:, :n_bytes].view(scores).unflatten(1, (n_tokens, n_latents))
+
+
+@lru_cache(maxsize=1)
+def _memory(n_threads: int, n_bytes: int) -> Tensor:
+    """Made once: fresh pages cost more than filling them. What is not used takes none."""
+    return torch.empty(n_threads, n_bytes, dtype=torch.uint8)
 
 
 def forward(batch: Batch, weights: Weights, k: int, room_NTF: Tensor, team: Team = ALONE) -> Forward:

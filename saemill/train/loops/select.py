@@ -2,8 +2,8 @@
 
 With the score u_f of a latent, in units of the token's step, and its error's bound ε_f (`N_SIGMA` standard
 deviations of `quantise`), a latent is among the k largest only if u_f + ε_f reaches the k-th largest
-pre-activation. Groups of GROUP latents are looked at first, by their largest score: the k-th largest of
-these is a lower bound of the k-th largest score. What is left, about 1.5 k latents, is scored exactly, as
+pre-activation. Groups of latents are looked at first, by their largest score: the k-th largest of these is a
+lower bound of the k-th largest score. What is left, about 1.5 k latents, is scored exactly, as
 ⟨x, W_enc[f]⟩ from the rows themselves with sums in float32, the likely ones first, since a k-th largest
 exact score spares some of the rest.
 """
@@ -18,7 +18,11 @@ from saemill.train.loops.quantise import Quantised
 
 N_SIGMA = 8.0
 """The chance of a larger error is 1e-15 for a pair of token and latent."""
-MOST_PER_GROUP, GROUPS_PER_CODE, LANES = 16, 4, 128
+MOST_PER_GROUP = 16
+GROUPS_PER_CODE = 4
+"""At least so many groups for each of the k codes: of fewer, most would be looked at."""
+LANES = 128
+"""Groups that are worked on together."""
 
 
 def select(
@@ -147,12 +151,8 @@ def _score(x, weights, bias, found, score, first, last):
     """Exact pre-activations of some latents, four at a time to fetch several rows at once."""
     i = first
     while i + 4 <= last:
-        w0, w1, w2, w3 = (
-            weights[found[i]],
-            weights[found[i + 1]],
-            weights[found[i + 2]],
-            weights[found[i + 3]],
-        )
+        w0, w1 = weights[found[i]], weights[found[i + 1]]
+        w2, w3 = weights[found[i + 2]], weights[found[i + 3]]
         s0 = s1 = s2 = s3 = np.float32(0)
         for d in range(len(x)):
             s0 += x[d] * wide(w0[d])
