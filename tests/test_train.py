@@ -73,16 +73,50 @@ def killed_at(step: int, settings: TrainConfig, monkeypatch: pytest.MonkeyPatch)
             run(settings)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"kernels": "torch"}, {"kernels": "numba"}, {"kernels": "numba", "precision": "bf16"}],
+    ids=str,
+)
 def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(
-    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, str], store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the same run without a stop, bit by bit: weights and metrics."""
-    run(config(store, tmp_path / "whole"))
+    run(config(store, tmp_path / "whole", **changes))
     for step in (9, 17):
-        killed_at(step, config(store, tmp_path / "cut"), monkeypatch)
-    run(config(store, tmp_path / "cut"))
+        killed_at(step, config(store, tmp_path / "cut", **changes), monkeypatch)
+    run(config(store, tmp_path / "cut", **changes))
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     assert not (tmp_path / "cut" / "checkpoint.json").exists()
+
+
+def test_kernels_differ_by_rounding_alone(
+    store: ActivationStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: the same run in torch: every variant's FVU within 0.1%. The plan says what makes the steps, and
+    what would be faster; what cannot run here is refused before the folder is made."""
+    monkeypatch.setattr("saemill.train.passes.find_spec", lambda name: None)
+    run(config(store, tmp_path / "torch"))
+    assert "by torch;" in (told := capsys.readouterr().out)
+    assert "saemill[cpu]" in told
+    with pytest.raises(ConfigError, match="numba, which is not installed"):
+        run(config(store, tmp_path / "none", kernels="numba"))
+    monkeypatch.undo()
+    run(config(store, tmp_path / "numba"))
+    assert "by numba;" in (told := capsys.readouterr().out)
+    assert "saemill[cpu]" not in told
+    with pytest.raises(ConfigError, match="triton run on a GPU"):
+        run(config(store, tmp_path / "none", kernels="triton"))
+    assert not (tmp_path / "none").exists()
+    theirs, ours = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["variants"]
+        for name in ("torch", "numba")
+    )
+    for name, expected in theirs.items():
+        assert ours[name]["fvu"] == pytest.approx(expected["fvu"], rel=1e-3)
 
 
 def command(store: ActivationStore, out: Path) -> list[str]:
