@@ -23,6 +23,8 @@ from torch import Tensor
 
 from benchmarks.pipeline import machine
 from saemill.train.bank import Bank, Frame
+from saemill.train.graph import Graphs
+from saemill.train.passes import choose_kernels
 from saemill.train.profile import PARTS, PREFIX
 from saemill.train.run import choose_product_dtype
 from saemill.train.variants import Variant, auto_lr
@@ -44,6 +46,8 @@ class Setting:
     dtype: torch.dtype
     device: torch.device
     n_steps: int
+    kernels: str
+    cuda_graph: bool
 
 
 def inputs(setting: Setting, n_batches: int = 4) -> list[Tensor]:
@@ -71,7 +75,8 @@ def bank_of(setting: Setting, sample_TD: Tensor) -> Bank:
         for i in names
     ]
     frame = Frame(torch.zeros(setting.d, device=setting.device), 1.0)
-    bank = Bank(variants, frame, setting.dtype, 10**9, sample_TD)
+    graphs = Graphs(setting.device) if setting.cuda_graph else None
+    bank = Bank(variants, frame, setting.dtype, 10**9, sample_TD, setting.kernels, graphs=graphs)
     n_dead = round(setting.dead_share * setting.n_latents)
     bank.idle_tokens_VF[:, :n_dead] = 2 * 10**9
     bank.w_enc_VFD[:, :n_dead] *= 0.01  # they stay dead, so that every step has AuxK
@@ -163,15 +168,20 @@ def main() -> None:
     parser.add_argument("--variants", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--precision", default="auto", help="of the encoder's product: auto, fp32, bf16")
+    parser.add_argument("--kernels", default="auto", help="torch, numba or triton")
+    parser.add_argument("--cuda-graph", action="store_true", help="the parts of a step are not seen then")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("-o", "--out", type=Path, help="a markdown file")
     args = parser.parse_args()
     device = torch.device(args.device)
-    dtype = choose_product_dtype(args.precision, device)
+    dtype, kernels = choose_product_dtype(args.precision, device), choose_kernels(args.kernels, device)
+    if args.cuda_graph and kernels != "triton":
+        parser.error(f"--cuda-graph is for triton on a GPU, not for {kernels} on {device}")
     settings = [
         Setting(
             n_threads=threads, n_latents=latents, k=k, dead_share=args.dead_share, n_tokens=args.tokens,
             d=args.d, n_variants=args.variants, dtype=dtype, device=device, n_steps=args.steps,
+            kernels=kernels, cuda_graph=args.cuda_graph,
         )
         for threads in args.threads for latents in args.latents for k in args.k
     ]  # fmt: skip
@@ -180,9 +190,8 @@ def main() -> None:
         found = list(pool.map(measure, settings))
     titles = [f"F {s.n_latents}, k {s.k}, {s.n_threads} threads" for s in settings]
     columns = dict(zip(titles, found, strict=True))
-    text = (
-        f"{machine()}\n\nT {args.tokens}, D {args.d}, {args.variants} variants, {dtype}\n\n{table(columns)}\n"
-    )
+    what = f"T {args.tokens}, D {args.d}, {args.variants} variants, {dtype}, {kernels}"
+    text = f"{machine()}\n\n{what}\n\n{table(columns)}\n"
     print(text)
     if args.out:
         args.out.write_text(text)

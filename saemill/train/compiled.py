@@ -58,7 +58,7 @@ def room(n_latents: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     n_tokens = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (n_latents * scores.itemsize)))
     n_bytes = n_tokens * n_latents * scores.itemsize
     memory = _memory(torch.get_num_threads(), max(CHUNK_BYTES, n_bytes))
-    return memory[:, :n_bytes].view(scores).unflatten(1, (n_tokens, n_latents))
+    return memory[:, :n_bytes].view(scores).view(-1, n_tokens, n_latents)
 
 
 @lru_cache(maxsize=1)
