@@ -5,13 +5,12 @@ which latents are scored exactly; elsewhere the product is torch's. The inputs a
 in the product's dtype; sums are float32.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from saemill.train import rows
-from saemill.train.auxk import DeadRows
 from saemill.train.codes import Batch, Codes, Forward, Weights, chunks, encode, fold_bias, own_codes
 from saemill.train.codes import residual as residual_of_team
 from saemill.train.loops.largest import keep_largest
@@ -19,7 +18,6 @@ from saemill.train.loops.quantise import Quantised, empty
 from saemill.train.loops.residual import residual
 from saemill.train.loops.rows import gradients, sort_pairs
 from saemill.train.loops.select import select
-from saemill.train.optimizer import Optimizer
 from saemill.train.profile import part
 from saemill.train.team import ALONE, Team
 from saemill.train.threads import each
@@ -110,16 +108,5 @@ def _encode(batch: Batch, weights: Weights, bias_F: Tensor, codes: Codes, room_T
         select(scores_TF, tokens, latents, rows_TD, product_FD, bias_F, val_TK, idx_TK)
 
 
-def backward(
-    batch: Batch,
-    passed: Forward,
-    dead: DeadRows | None,
-    weights: Weights,
-    optimizer: Optimizer,
-    healthy: Tensor,
-    rates: rows.Rates,
-    team: Team = ALONE,
-) -> Tensor:
-    """As `rows.backward`."""
-    ways = rows.Ways(sort_pairs, gradients)
-    return rows.backward(batch, passed, dead, weights, optimizer, healthy, rates, team, ways)
+backward = partial(rows.backward, ways=rows.Ways(sort_pairs, gradients))
+"""As `rows.backward`."""
