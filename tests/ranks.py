@@ -30,6 +30,7 @@ KINDS = {
     "geometric median": replace(BASE, b_dec_init="geometric_median", seed=5),
     "no auxk": replace(BASE, auxk_alpha=0.0, weight_decay=0.1),
     "diverging": replace(BASE, lr=1e30),
+    "spoilt": replace(BASE, seed=6),
 }
 OF_TRITON = ("adam",)
 
@@ -44,6 +45,9 @@ def train(variant: Variant, team: Team, kernels: str) -> dict[str, Any]:
 
     frame = Frame(torch.zeros(D), 1.0)
     bank = Bank([variant], frame, torch.float32, 2 * T, batch(99), kernels, team)
+    if variant == KINDS["spoilt"] and bank.rows.start == 0:
+        bank.w_enc_VFD[0, 0, 0] = torch.nan  # on one process alone
+        bank.refresh_copies()
     with torch.no_grad():
         for step in range(STEPS):
             bank.step(batch(step), 1.0, step)

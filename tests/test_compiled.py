@@ -1,6 +1,9 @@
 """Loops compiled by numba: each against torch, and whole steps against the same steps in torch."""
 
+import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +15,10 @@ from torch import Tensor
 pytest.importorskip("numba", reason="an extra of the package")
 
 from saemill.common.errors import ConfigError
-from saemill.train import auxk, codes, compiled, rows
+from saemill.train import auxk, codes, compiled, loops, rows
 from saemill.train.bank import Bank, Frame
 from saemill.train.loops.largest import keep_largest
-from saemill.train.loops.quantise import Quantised, empty, quantise
+from saemill.train.loops.quantise import LEAST_COLUMNS, Quantised, empty, quantise
 from saemill.train.loops.residual import residual
 from saemill.train.loops.rows import gradients, sort_pairs
 from saemill.train.loops.select import select
@@ -66,13 +69,19 @@ def test_outliers_are_spread() -> None:
     assert (found.step_N < step_N / 2).all()
 
 
-@pytest.mark.parametrize("kind", ["normal", "sparse", "constant", "outliers", "one for all"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "sparse", "both in few columns", "alike", "constant", "outliers", "one for all"]
+)
 def test_errors_of_scores_are_normal_with_the_stated_deviation(kind: str) -> None:
     """Oracle: 4 million scores' errors against float64: their deviation as `quantise` states it, or less,
     and none beyond 6.5 of them, far from the bound of 8."""
     x_TD, w_FD = torch.randn(1000, 512, generator=made(1)), torch.randn(4000, 512, generator=made(2))
     if kind == "sparse":
         x_TD *= torch.rand(x_TD.shape, generator=made(3)) < 0.02
+    elif kind == "both in few columns":
+        x_TD[:, 3:] = w_FD[:, 3:] = 0
+    elif kind == "alike":
+        w_FD[:1000] = 3 * x_TD
     elif kind == "constant":
         x_TD, w_FD = x_TD * 0.05 + 3, w_FD * 0.05 + 1
     elif kind == "outliers":
@@ -209,6 +218,7 @@ def test_the_largest_are_kept_in_their_places(
     k = min(k, s)
     pre_TS = torch.randn(t, s, generator=made(seed))
     pre_TS = (pre_TS.round() if coarse else pre_TS).to(dtype)
+    pre_TS[0, :2] = torch.tensor([0.99609375, 1.0])[:s] * pre_TS.abs().max()  # neighbours in bfloat16
     expected, found = auxk.keep_largest(pre_TS, k), keep_largest(pre_TS.clone(), k)
     assert torch.equal(found.sort(1).values, expected.sort(1).values)
     assert ((found == 0) | (found == pre_TS)).all()
@@ -240,7 +250,7 @@ def train(variants: list[Variant], dtype: torch.dtype, kernels: str, n_steps: in
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to multiply, whatever this CPU is fast at."""
     kind: str = request.param
-    monkeypatch.setattr(compiled, "multiplies_8_bits", lambda: kind == "8-bit")
+    monkeypatch.setattr(compiled, "multiplies_8_bits", lambda d: kind == "8-bit")
     return kind
 
 
@@ -331,6 +341,16 @@ def test_a_diverged_variant_is_found_and_changes_no_more(product: str) -> None:
     assert int(bank.diverged_step_V[1]) == -1
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_a_nan_stays_one(bits: int) -> None:
+    """Oracle: every NaN in float32 is one in bfloat16, whatever bits it has beside."""
+    x_TD = torch.tensor([[bits, 0]], dtype=torch.int32).view(torch.float32)
+    e_TD, zero = torch.empty(1, 2, dtype=torch.bfloat16), torch.zeros(1, 1)
+    w_FD = torch.zeros(1, 2)
+    residual(zero, zero.long(), x_TD, w_FD, w_FD[0], e_TD, torch.empty(1, 1), torch.empty(1))
+    assert e_TD.isnan().tolist() == [[True, False]]
+
+
 @pytest.mark.parametrize("spoilt", ["w_enc", "b_enc", "b"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite_are_found(spoilt: str, value: float, product: str) -> None:
@@ -341,6 +361,35 @@ def test_weights_that_are_not_finite_are_found(spoilt: str, value: float, produc
     with torch.no_grad():
         bank.step(batches(1)[0], 1.0, 5)
     assert int(bank.diverged_step_V[0]) == 5
+
+
+def test_rows_with_few_columns_are_not_quantised() -> None:
+    """Oracle: the bound on the error holds for sums of many; `LEAST_COLUMNS` is its least."""
+    assert not compiled.multiplies_8_bits(LEAST_COLUMNS - 1)
+    assert compiled.multiplies_8_bits(LEAST_COLUMNS) == torch.cpu._is_vnni_supported()
+
+
+def test_a_change_in_any_loop_gives_another_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Oracle: numba's own rule would miss a change in what a loop calls; where nothing can be written, the
+    folder is a new one."""
+    copied = tmp_path / "loops"
+    shutil.copytree(Path(loops.__file__).parent, copied)
+    monkeypatch.setattr(loops, "__file__", str(copied / "__init__.py"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = loops._cache()
+    assert loops._cache() == before
+    (copied / "kth.py").write_text("# changed")
+    assert loops._cache() != before
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert Path(loops._cache()).name.startswith("saemill-loops-")
+
+
+def test_numba_that_does_not_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the message has the reason and another way."""
+    monkeypatch.setitem(sys.modules, "saemill.train.compiled", None)
+    with pytest.raises(ConfigError, match="--kernels torch"):
+        choose_kernels("auto", torch.device("cpu"))
 
 
 def test_a_tensor_with_gaps_is_refused() -> None:

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +17,15 @@ from recording import Eager, RecordedGraph, Waits, recorded, stand_in_for_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
+from saemill.common.world import Group
 from saemill.train import auxk, codes
 from saemill.train.bank import Bank, Frame
 from saemill.train.config import TrainConfig
 from saemill.train.graph import Graphs
 from saemill.train.kernels.select import select_kernel
-from saemill.train.run import _check_graph, run
-from saemill.train.spread import choose
+from saemill.train.run import _spread, check_machine, run
 from saemill.train.variants import Variant
 
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("one_thread")]
@@ -169,7 +171,7 @@ def test_the_recorder_repeats_what_a_graph_repeats() -> None:
             step()
 
 
-def test_no_effect_is_an_error(tmp_path: Path) -> None:
+def test_no_effect_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     acts = make_store(tmp_path, n_rows=16, ctx_len=16, d=D, shard_tokens=128).path
     with pytest.raises(ConfigError, match="cuda_graph has no effect on cpu"):
         run(
@@ -186,10 +188,14 @@ def test_no_effect_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
     with pytest.raises(ConfigError, match="profile cannot see"):
         TrainConfig(acts=acts, out=tmp_path / "r", profile=True, cuda_graph=True)
-    plain = TrainConfig(acts=acts, out=tmp_path / "r", cuda_graph=True)
-    team, one = choose([BASE], {"s": D}, 2, data_ranks=1, latent_ranks=2), choose([BASE], {"s": D}, 1)
+    plain, variants = TrainConfig(acts=acts, out=tmp_path / "r", cuda_graph=True), [replace(BASE, site="a")]
+    split, cpu = replace(plain, latent_ranks=2), torch.device("cpu")
     with pytest.raises(ConfigError, match="a team, here of 2 processes, is not captured"):
-        _check_graph(plain, team, torch.device("cuda"))
-    with pytest.raises(ConfigError, match="kernels torch wait for the device"):
-        _check_graph(replace(plain, kernels="torch"), one, torch.device("cuda"))
-    _check_graph(plain, one, torch.device("cuda"))
+        _spread(split, ActivationStore(acts), variants, Group([0, 1], 0), cpu)
+    on_gpus = SimpleNamespace(size=2, device=lambda name: torch.device("cuda"))
+    monkeypatch.setattr("saemill.train.run.World", SimpleNamespace(here=lambda: on_gpus))
+    with pytest.raises(ConfigError, match="does not go with torch"):
+        check_machine(replace(plain, kernels="torch"))
+    with pytest.raises(ConfigError, match="does not go with halving in several processes"):
+        check_machine(replace(plain, halving=1))
+    check_machine(plain)

@@ -23,6 +23,12 @@ class DeadRows(NamedTuple):
     """Without its part along each row."""
 
 
+def keep_largest(pre_TS: Tensor, k: int) -> Tensor:
+    """The k largest entries of each row, rectified, in their places among zeros."""
+    values, places = topk(pre_TS, k)
+    return torch.zeros_like(pre_TS).scatter_(1, places, values)
+
+
 def auxk(
     batch: Batch,
     passed: Forward,
@@ -33,7 +39,7 @@ def auxk(
     scale: float | Tensor,
     n_dead: int,
     team: Team = ALONE,
-    keep: Callable[[Tensor, int], Tensor] | None = None,
+    keep: Callable[[Tensor, int], Tensor] = keep_largest,
 ) -> tuple[DeadRows, Tensor]:
     """The k_aux most active dead latents fit the residual −e.
 
@@ -51,7 +57,7 @@ def auxk(
         scale: weight of the squared error; may lie on the device.
         n_dead: dead latents in the whole team, at least one; those that stand for none included.
         team: the processes to add up with.
-        keep: another `keep_largest`.
+        keep: `keep_largest`, or what does the same.
 
     Returns: the gradients and L_aux, over all tokens of the team.
     """
@@ -66,7 +72,7 @@ def auxk(
     row_bytes = n_dead * dtype.itemsize  # the same on every process: they meet in each chunk
     for chunk in chunks(len(e_TD), row_bytes, CHUNK_BYTES[e_TD.device.type]):
         pre_tS = torch.addmm(bias_S, product_TD[chunk], w_enc_SD.T)
-        acts_tS = _activations(pre_tS, k_aux, n_dead, team, keep or keep_largest)
+        acts_tS = _activations(pre_tS, k_aux, n_dead, team, keep)
         once_tD = e_TD[chunk].to(dtype) if team.latents.rank == 0 else torch.zeros_like(product_TD[chunk])
         difference_tD = team.latents.sum_(torch.addmm(once_tD, acts_tS, rounded_SD))
         squares += difference_tD.float().square().sum()
@@ -98,9 +104,3 @@ def _activations(
     mine, _ = team.among_all(pad(values, (0, k_aux - k)))
     values = values.where(mine[:, :k], 0)
     return values if places is None else torch.zeros_like(pre_tS).scatter_(1, places, values)
-
-
-def keep_largest(pre_TS: Tensor, k: int) -> Tensor:
-    """The k largest entries of each row, rectified, in their places among zeros."""
-    values, places = topk(pre_TS, k)
-    return torch.zeros_like(pre_TS).scatter_(1, places, values)

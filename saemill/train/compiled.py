@@ -14,7 +14,7 @@ from saemill.train import rows
 from saemill.train.codes import Batch, Codes, Forward, Weights, chunks, encode, fold_bias, own_codes
 from saemill.train.codes import residual as residual_of_team
 from saemill.train.loops.largest import keep_largest
-from saemill.train.loops.quantise import Quantised, empty
+from saemill.train.loops.quantise import LEAST_COLUMNS, Quantised, empty
 from saemill.train.loops.residual import residual
 from saemill.train.loops.rows import gradients, sort_pairs
 from saemill.train.loops.select import select
@@ -27,36 +27,41 @@ __all__ = ["backward", "forward", "keep_largest", "prepare", "quantised_weights"
 CHUNK_TOKENS = 512
 CHUNK_BYTES = 1 << 25
 """Most bytes of a thread's scores: a shorter chunk reads the weights too often."""
+SCORE_BYTES = 4
+"""Of a score; a pre-activation takes no more."""
 
 
-def multiplies_8_bits() -> bool:
-    """Whether this CPU has instructions for sums of 8-bit products."""
-    return bool(torch.cpu._is_vnni_supported())
+def multiplies_8_bits(d: int) -> bool:
+    """Whether this CPU has instructions for sums of 8-bit products, and rows have enough columns for them."""
+    return d >= LEAST_COLUMNS and bool(torch.cpu._is_vnni_supported())
 
 
 def prepare(x_TD: Tensor, dtype: torch.dtype) -> Batch:
     """A batch with the copies that this machine's product needs."""
     product_TD = x_TD.to(dtype)
-    if not multiplies_8_bits():
+    if not multiplies_8_bits(x_TD.shape[1]):
         return Batch(x_TD, product_TD)
     quantised = empty(*x_TD.shape)
-    pieces = list(chunks(len(x_TD), 1, CHUNK_TOKENS))
-    each(pieces, lambda piece, _: quantised.rows(piece).take(product_TD[piece]))
+    with part("copy"):
+        pieces = _pieces(len(x_TD), CHUNK_TOKENS)
+        each(pieces, lambda piece, _: quantised.rows(piece).take(product_TD[piece]))
     return Batch(x_TD, product_TD, quantised)
+
+
+def _pieces(n_tokens: int, most_tokens: int) -> list[slice]:
+    """Tokens for all threads, no more than so many each at a time."""
+    share = -(-n_tokens // torch.get_num_threads())
+    return list(chunks(n_tokens, 1, min(most_tokens, share)))
 
 
 def quantised_weights(n_latents: int, d: int) -> Quantised | None:
     """Memory for `Weights.quantised_FD`, where this machine uses it."""
-    return empty(n_latents, d) if multiplies_8_bits() else None
+    return empty(n_latents, d) if multiplies_8_bits(d) else None
 
 
 def room(n_latents: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a chunk's scores or pre-activations, for each thread, shared by banks: [threads, t, F]."""
-    scores = torch.int32 if multiplies_8_bits() else dtype
-    n_tokens = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (n_latents * scores.itemsize)))
-    n_bytes = n_tokens * n_latents * scores.itemsize
-    memory = _memory(torch.get_num_threads(), max(CHUNK_BYTES, n_bytes))
-    return memory[:, :n_bytes].view(scores).view(-1, n_tokens, n_latents)
+    """Memory for each thread's scores or pre-activations, shared by banks: uint8 [threads, bytes]."""
+    return _memory(torch.get_num_threads(), max(CHUNK_BYTES, SCORE_BYTES * n_latents))
 
 
 @lru_cache(maxsize=1)
@@ -65,7 +70,7 @@ def _memory(n_threads: int, n_bytes: int) -> Tensor:
     return torch.empty(n_threads, n_bytes, dtype=torch.uint8)
 
 
-def forward(batch: Batch, weights: Weights, k: int, room_NTF: Tensor, team: Team = ALONE) -> Forward:
+def forward(batch: Batch, weights: Weights, k: int, room_NB: Tensor, team: Team = ALONE) -> Forward:
     """As `codes.forward`; the codes' values are sums in float32, not rounded to the product's dtype."""
     n_tokens = len(batch.x_TD)
     bias_F = fold_bias(weights.product_FD, weights.b_enc_F, weights.b_D)
@@ -75,13 +80,14 @@ def forward(batch: Batch, weights: Weights, k: int, room_NTF: Tensor, team: Team
 
     def work(chunk: slice, thread: int) -> None:
         here = Codes(codes.val_TK[chunk], codes.idx_TK[chunk])
-        _encode(batch.tokens(chunk), weights, bias_F, here, room_NTF[thread])
+        _encode(batch.tokens(chunk), weights, bias_F, here, room_NB[thread])
         if alone:
             with part("decode"):
                 x_TD, w_dec_FD, b_D = batch.x_TD[chunk], weights.w_dec_FD, weights.b_D
                 residual(*here, x_TD, w_dec_FD, b_D, e_TD[chunk], dot_TK[chunk], sse_T[chunk])
 
-    each(list(chunks(n_tokens, 1, room_NTF.shape[1])), work, len(room_NTF))
+    most_tokens = max(1, CHUNK_BYTES // (SCORE_BYTES * len(weights.product_FD)))
+    each(_pieces(n_tokens, min(CHUNK_TOKENS, most_tokens)), work, len(room_NB))
     codes, n_active = own_codes(codes, team)
     if not alone:
         with part("decode"):
@@ -89,19 +95,21 @@ def forward(batch: Batch, weights: Weights, k: int, room_NTF: Tensor, team: Team
             sse_T, e_TD = e.square().sum(1), e.to(e_TD.dtype)
     sse = sse_T.sum()
     if weights.quantised_FD is not None:  # no comparison of scores finds a NaN
-        finite = torch.isfinite(weights.quantised_FD.norm_N.sum() + bias_F.sum())
-        sse = sse.where(finite, torch.nan)
+        n_infinite = (~torch.isfinite(weights.quantised_FD.norm_N + bias_F)).sum()
+        sse = sse.where(team.latents.sum_(n_infinite) == 0, torch.nan)
     return Forward(codes, e_TD, dot_TK, sse, n_active, bias_F)
 
 
-def _encode(batch: Batch, weights: Weights, bias_F: Tensor, codes: Codes, room_TF: Tensor) -> None:
+def _encode(batch: Batch, weights: Weights, bias_F: Tensor, codes: Codes, room_B: Tensor) -> None:
     """Fill in the codes of a chunk."""
     (val_TK, idx_TK), rows_TD, product_FD = codes, batch.product_TD, weights.product_FD
     tokens, latents = batch.quantised_TD, weights.quantised_FD
+    n_tokens, n_latents = len(rows_TD), len(product_FD)
     if tokens is None or latents is None:
+        room_TF = room_B.view(rows_TD.dtype)[: n_tokens * n_latents].view(n_tokens, n_latents)
         val_TK[:], idx_TK[:] = encode(rows_TD, product_FD, bias_F, val_TK.shape[1], room_TF)
         return
-    scores_TF = room_TF[: len(rows_TD)]
+    scores_TF = room_B.view(torch.int32)[: n_tokens * n_latents].view(n_tokens, n_latents)
     with part("encode"):
         torch._int_mm(tokens.codes_ND, latents.codes_ND.T, out=scores_TF)
     with part("top-k"):

@@ -1,5 +1,6 @@
 """Which code makes the passes of a step: torch's operations, loops compiled by numba, or Triton's kernels."""
 
+import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ def choose_kernels(name: str, device: torch.device) -> str:
     installed = {name: find_spec(name) is not None for name in ("numba", "triton")}
     on_gpu = device.type == "cuda"
     if name == "auto":
-        return "triton" if on_gpu else "numba" if installed["numba"] else "torch"
+        name = "triton" if on_gpu else "numba" if installed["numba"] else "torch"
     if name != "torch" and on_gpu != (name == "triton"):
         where = {"triton": "a GPU", "numba": "a CPU"}[name]
         raise ConfigError(
@@ -68,4 +69,12 @@ def choose_kernels(name: str, device: torch.device) -> str:
     if not installed.get(name, True):
         how = "pip install 'saemill[cpu]'" if name == "numba" else "it comes with CUDA builds of torch"
         raise ConfigError(f"kernels {name} need {name}, which is not installed: {how}")
+    if name == "numba":
+        try:
+            importlib.import_module("saemill.train.compiled")
+        except Exception as error:
+            raise ConfigError(
+                f"numba is installed but does not work here: {error}\n"
+                "Repair it, or train with --kernels torch"
+            ) from error
     return name

@@ -158,21 +158,12 @@ def _spread(
         idle_allowed=idle_allowed,
         room_bytes=room_bytes,
     )
-    if config.cuda_graph:
-        _check_graph(config, spread, device)
-    return spread
-
-
-def _check_graph(config: TrainConfig, spread: Spread, device: torch.device) -> None:
-    if device.type != "cuda":
-        raise ConfigError(f"cuda_graph has no effect on {device}; leave it out, or train on a GPU")
-    if choose_kernels(config.kernels, device) != "triton":
-        raise ConfigError(f"cuda_graph: kernels {config.kernels} wait for the device; leave one of them out")
-    if spread.team_size > 1:
+    if config.cuda_graph and spread.team_size > 1:
         raise ConfigError(
             f"cuda_graph: the exchange within a team, here of {spread.team_size} processes, is not captured; "
             "leave it out, or start no more processes than variants, with latent_ranks 1 and data_ranks 1"
         )
+    return spread
 
 
 def _take(config: TrainConfig, identity: dict[str, Any], held: ExitStack) -> None:
@@ -321,7 +312,16 @@ def check_machine(config: TrainConfig) -> None:
         ConfigError: the kernels do not run on the device or are not installed, TensorBoard is not
             installed, or wandb has no API key.
     """
-    choose_kernels(config.kernels, World.here().device(config.device))
+    world = World.here()
+    device = world.device(config.device)
+    if choose_kernels(config.kernels, device) != "triton" and config.cuda_graph:
+        why = f"has no effect on {device}" if device.type != "cuda" else f"does not go with {config.kernels}"
+        raise ConfigError(f"cuda_graph {why}; leave it out, or train on a GPU with kernels triton")
+    if config.cuda_graph and config.halving and world.size > 1:
+        raise ConfigError(
+            "cuda_graph does not go with halving in several processes, which form teams when variants are "
+            "stopped; leave one of them out"
+        )
     if config.log_to_tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("log_to_tensorboard needs tensorboard: pip install 'saemill[tensorboard]'")
     if config.log_to_wandb:

@@ -13,3 +13,31 @@ Every token and every latent is computed alone, so results do not depend on the 
 are float32 or bfloat16, which numba sees as 16-bit integers. The modules need numba; import them where
 they are used, and only there.
 """
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import numba
+
+
+def _cache() -> str:
+    """Where compiled loops are kept: a folder for each version of all these files.
+
+    numba itself looks for changes in the file of each function alone, not in those of what it calls.
+    """
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    version = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "saemill" / f"loops-{version}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):  # nothing can be kept
+        return tempfile.mkdtemp(prefix="saemill-loops-")
+    return str(folder)
+
+
+if not os.environ.get("NUMBA_CACHE_DIR"):
+    numba.config.CACHE_DIR = _cache()

@@ -50,7 +50,7 @@ def kth(numbers, n, k, mask):
     Fewer than k reach `high`. Just k reach `low`, or it is 0, or between the two lies one number, which
     several entries share. `mask` has the bits that the numbers may use: fewer are searched sooner.
     """
-    low, high = np.float32(0), np.nextafter(_largest(numbers, n), np.float32(np.inf))
+    low, high = np.float32(0), float_of((bits_of(_largest(numbers, n)) | ~mask) + np.uint32(1))
     n_low = count(numbers, n, low)
     while n_low > k:
         middle = float_of(bits_of((low + high) * np.float32(0.5)) & mask)

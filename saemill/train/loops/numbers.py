@@ -51,7 +51,8 @@ def _put(row, place, number):
         def rounded(row, place, number):
             bits = bits_of(number)
             odd = (bits >> np.uint32(16)) & np.uint32(1)
-            row[place] = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+            near = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+            row[place] = near if number == number else np.uint16(0x7FC0)
 
         return rounded
 
@@ -61,7 +62,7 @@ def _put(row, place, number):
     return stored
 
 
-REORDERED: dict[str, Any] = COMPILED | {"fastmath": True}
+REORDERED: dict[str, Any] = COMPILED | {"fastmath": COMPILED["fastmath"] | {"nnan"}}
 """For maxima, which are made of vectors only if the place of a NaN does not matter."""
 
 

@@ -1,12 +1,15 @@
 """Rows rotated and rounded to 8 bits, and how far a product of two may be off.
 
-A row is multiplied by random signs and passed through butterflies, (a, b) → (a + b, a − b)/√2, which mix
-2^ROUNDS entries into each: an orthogonal map, the same for all rows, so that products stay. It spreads
-outliers over many entries (QuaRot, Ashkboos et al. 2024), which makes the largest one, and so the step of
-the rounding, small. Each rounding error is then spread evenly over its step and independent of the others,
-so ⟨x, w⟩ is off by a sum of many: normal, with
+A row is multiplied by random signs and passed through butterflies, (a, b) → (a cos φ + b sin φ, a sin φ −
+b cos φ), which mix 2^ROUNDS entries into each: an orthogonal map, the same for all rows, so that products
+stay. It spreads outliers over many entries (QuaRot, Ashkboos et al. 2024), which makes the largest one, and
+so the step of the rounding, small. The angles lie around 45° at random, so that a row with few entries does
+not become one with few magnitudes, whose errors would repeat. Each rounding error is then spread evenly over
+its step and nearly independent of the others, so ⟨x, w⟩ is off by a sum of many: normal, with
 
     σ² = (step_x² ‖w‖² + step_w² ‖x‖²) / 12.
+
+Rows need many columns for that: `LEAST_COLUMNS`.
 """
 
 from functools import lru_cache
@@ -21,6 +24,12 @@ from saemill.train.loops.numbers import COMPILED, REORDERED, array, dot, wide
 
 ROUNDS = 8
 """Passes of butterflies, an even number."""
+LEAST_COLUMNS = 2**ROUNDS
+"""Shorter rows are not to be quantised: passes would undo one another."""
+SPREAD = 0.2
+"""Of the angles, in radians, to both sides."""
+TINY = 1e-30
+"""Rows without a larger entry count as 0."""
 LEVELS = 127
 COLUMNS = 64
 """Quantised rows are padded with zeros to a multiple of it."""
@@ -42,7 +51,8 @@ class Quantised(NamedTuple):
 
     def take(self, rows_ND: Tensor) -> None:
         """Quantise as many rows, float32 or bfloat16, into this memory."""
-        _quantise(array(rows_ND), _signs(rows_ND.shape[1]), *(array(of_rows) for of_rows in self))
+        rotation = _rotation(rows_ND.shape[1], self.codes_ND.shape[1])
+        _quantise(array(rows_ND), *rotation, *(array(of_rows) for of_rows in self))
 
 
 def empty(n_rows: int, d: int) -> Quantised:
@@ -59,27 +69,29 @@ def quantise(rows_ND: Tensor) -> Quantised:
 
 
 @lru_cache
-def _signs(d: int) -> np.ndarray[Any, Any]:
-    """The signs of the rotation with its scale, the same in every run."""
-    signs = np.random.default_rng(0).integers(0, 2, d) * 2 - 1
-    return (signs * 2 ** (-ROUNDS / 2)).astype(np.float32)
+def _rotation(d: int, padded: int) -> tuple[np.ndarray[Any, Any], ...]:
+    """Signs [d], and the butterflies' cosines and sines [ROUNDS, padded / 2]; the same in every run."""
+    random = np.random.default_rng(0)
+    signs = random.integers(0, 2, d) * 2 - 1
+    angles = np.pi / 4 + SPREAD * random.uniform(-1, 1, (ROUNDS, padded // 2))
+    return tuple(table.astype(np.float32) for table in (signs, np.cos(angles), np.sin(angles)))
 
 
 @njit(**COMPILED)
-def _quantise(rows, signs, codes, steps, norms):
+def _quantise(rows, signs, cosines, sines, codes, steps, norms):
     n_rows, d = rows.shape
     row, other = np.zeros(codes.shape[1], np.float32), np.zeros(codes.shape[1], np.float32)
     for n in range(n_rows):
         row[d:] = 0
         for i in range(d):
             row[i] = wide(rows[n, i]) * signs[i]
-        for _ in range(ROUNDS // 2):
-            _butterflies(row, other)
-            _butterflies(other, row)
+        for r in range(0, ROUNDS, 2):
+            _butterflies(row, cosines[r], sines[r], other)
+            _butterflies(other, cosines[r + 1], sines[r + 1], row)
         most = _magnitude(row)
-        steps[n] = most / np.float32(LEVELS)
+        inverse = np.float32(LEVELS) / most if most > TINY else np.float32(0)
+        steps[n] = most / np.float32(LEVELS) if most > TINY else np.float32(0)
         norms[n] = np.sqrt(dot(row, row))
-        inverse = np.float32(LEVELS) / most if most > 0 else np.float32(0)
         for i in range(len(row)):
             codes[n, i] = np.int8(np.rint(row[i] * inverse))
 
@@ -94,10 +106,10 @@ def _magnitude(row):
 
 
 @njit(**COMPILED)
-def _butterflies(row, out):
+def _butterflies(row, cosines, sines, out):
     """Neighbours' sums into the first half, their differences into the second."""
     half = len(row) // 2
     for i in range(half):
         a, b = row[2 * i], row[2 * i + 1]
-        out[i] = a + b
-        out[half + i] = a - b
+        out[i] = cosines[i] * a + sines[i] * b
+        out[half + i] = sines[i] * a - cosines[i] * b
