@@ -54,7 +54,7 @@ def kth(numbers, n, k, mask):
     n_low = count(numbers, n, low)
     while n_low > k:
         middle = float_of(bits_of((low + high) * np.float32(0.5)) & mask)
-        if middle <= low or middle >= high:
+        if not low < middle < high:
             break
         n_middle = count(numbers, n, middle)
         if n_middle >= k:

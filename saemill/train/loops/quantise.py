@@ -1,7 +1,7 @@
 """Rows rotated and rounded to 8 bits, and how far a product of two may be off.
 
 A row is multiplied by random signs and passed through butterflies, (a, b) → (a cos φ + b sin φ, a sin φ −
-b cos φ), which mix 2^ROUNDS entries into each: an orthogonal map, the same for all rows, so that products
+b cos φ), until each entry is mixed into all: an orthogonal map, the same for all rows, so that products
 stay. It spreads outliers over many entries (QuaRot, Ashkboos et al. 2024), which makes the largest one, and
 so the step of the rounding, small. The angles lie around 45° at random, so that a row with few entries does
 not become one with few magnitudes, whose errors would repeat. Each rounding error is then spread evenly over
@@ -22,11 +22,9 @@ from torch import Tensor
 
 from saemill.train.loops.numbers import COMPILED, REORDERED, array, dot, wide
 
-ROUNDS = 8
-"""Passes of butterflies, an even number."""
-LEAST_COLUMNS = 2**ROUNDS
-"""Shorter rows are not to be quantised: passes would undo one another."""
-SPREAD = 0.2
+LEAST_COLUMNS = 256
+"""Shorter rows are not to be quantised: their errors are sums of few."""
+SPREAD = 0.1
 """Of the angles, in radians, to both sides."""
 TINY = 1e-30
 """Rows without a larger entry count as 0."""
@@ -70,10 +68,11 @@ def quantise(rows_ND: Tensor) -> Quantised:
 
 @lru_cache
 def _rotation(d: int, padded: int) -> tuple[np.ndarray[Any, Any], ...]:
-    """Signs [d], and the butterflies' cosines and sines [ROUNDS, padded / 2]; the same in every run."""
+    """Signs [d], and the butterflies' cosines and sines [passes, padded / 2]; the same in every run."""
     random = np.random.default_rng(0)
     signs = random.integers(0, 2, d) * 2 - 1
-    angles = np.pi / 4 + SPREAD * random.uniform(-1, 1, (ROUNDS, padded // 2))
+    n_passes = 2 * (padded.bit_length() // 2 + 1)
+    angles = np.pi / 4 + SPREAD * random.uniform(-1, 1, (n_passes, padded // 2))
     return tuple(table.astype(np.float32) for table in (signs, np.cos(angles), np.sin(angles)))
 
 
@@ -85,7 +84,7 @@ def _quantise(rows, signs, cosines, sines, codes, steps, norms):
         row[d:] = 0
         for i in range(d):
             row[i] = wide(rows[n, i]) * signs[i]
-        for r in range(0, ROUNDS, 2):
+        for r in range(0, len(cosines), 2):
             _butterflies(row, cosines[r], sines[r], other)
             _butterflies(other, cosines[r + 1], sines[r + 1], row)
         most = _magnitude(row)
