@@ -85,7 +85,7 @@ class Bank:
         self.product_VFD = self.w_enc_VFD.to(dtype)
         self.gathered_VFD = self.w_dec_VFD.to(dtype) if self.kernels == "triton" else self.w_dec_VFD
         self.quantised_V = [self._passes.quantised_weights(f, d) for _ in variants]
-        self._room_TF = self._passes.room(f, dtype, device)
+        self._room = self._passes.room(f, dtype, device)
         self.idle_tokens_VF = torch.zeros(n, f, dtype=torch.int64, device=device)
         self.dead_VF = torch.zeros(n, f, dtype=torch.bool, device=device)
         self._listed_VF = torch.full((n, f), f, device=device)
@@ -177,7 +177,7 @@ class Bank:
         """
         variant, weights = self.variants[i], self.weights(i)
         per_square = self.loss_per_square(variant) / len(batch.x_TD)
-        passed = self._passes.forward(own, weights, variant.k, self._room_TF, self.team)
+        passed = self._passes.forward(own, weights, variant.k, self._room, self.team)
         with part("auxk"):
             dead, auxk_loss = self._auxk(i, own, passed, weights, per_square)
         passed = gather(passed, len(batch.x_TD), self.team)

@@ -6,7 +6,7 @@ another inside an operation, and what a piece gives does not depend on the numbe
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import TypeVar
 
@@ -39,8 +39,9 @@ def each(pieces: Sequence[Piece], work: Callable[[Piece, int], None], most: int 
         try:
             share(0)
         finally:
-            for other in others:
-                other.result()
+            wait(others)
+    for other in others:
+        other.result()
 
 
 class _OneThreadEach:
