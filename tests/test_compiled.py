@@ -12,8 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-pytest.importorskip("numba", reason="an extra of the package")
-
 from saemill.common.errors import ConfigError
 from saemill.train import auxk, codes, compiled, loops, rows
 from saemill.train.bank import Bank, Frame
