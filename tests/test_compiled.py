@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from saemill.common.errors import ConfigError
 from saemill.train import auxk, codes, compiled, loops, rows
 from saemill.train.bank import Bank, Frame
-from saemill.train.loops.largest import keep_largest
+from saemill.train.loops.auxk import keep_active, keep_largest
 from saemill.train.loops.quantise import LEAST_COLUMNS, Quantised, empty, quantise
 from saemill.train.loops.residual import residual
 from saemill.train.loops.rows import gradients, sort_pairs
@@ -221,6 +222,21 @@ def test_the_largest_are_kept_in_their_places(
     assert torch.equal(found.sort(1).values, expected.sort(1).values)
     assert ((found == 0) | (found == pre_TS)).all()
     assert ((found > 0).sum(1) <= k).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(DTYPES), st.integers(0, 99))
+def test_gradients_of_inactive_latents_are_0(t: int, s: int, dtype: torch.dtype, seed: int) -> None:
+    """Oracle: `auxk.keep_active`; with pieces of a few columns too, whose sums are the same bits."""
+    dpre_TS, acts_TS = torch.randn(2, t, s, generator=made(seed)).to(dtype)
+    acts_TS.relu_()
+    expected_TS, found_TS, again_TS = (dpre_TS.clone() for _ in range(3))
+    sums_S, found_S = auxk.keep_active(expected_TS, acts_TS), keep_active(found_TS, acts_TS)
+    assert torch.equal(found_TS, expected_TS)
+    torch.testing.assert_close(found_S, sums_S)
+    with mock.patch("saemill.train.loops.auxk.PIECE_COLUMNS", 7):
+        assert torch.equal(keep_active(again_TS, acts_TS), found_S)
+    assert torch.equal(again_TS, expected_TS)
 
 
 D, F, T = 24, 280, 120

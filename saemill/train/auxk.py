@@ -8,8 +8,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saemill.common.topk import topk
-from saemill.train.codes import CHUNK_BYTES, Batch, Forward, Weights, chunks
+from saemill.train.codes import Batch, Forward, Weights, chunks
 from saemill.train.team import ALONE, Team
+
+CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}
+"""Most bytes of pre-activations at once. Larger pieces of a CPU's memory go back to the system in every step,
+which then hands out new pages."""
 
 
 class DeadRows(NamedTuple):
@@ -23,10 +27,25 @@ class DeadRows(NamedTuple):
     """Without its part along each row."""
 
 
+class Ways(NamedTuple):
+    """How the parts that are no products are computed."""
+
+    keep_largest: Callable[[Tensor, int], Tensor]
+    keep_active: Callable[[Tensor, Tensor], Tensor]
+
+
 def keep_largest(pre_TS: Tensor, k: int) -> Tensor:
     """The k largest entries of each row, rectified, in their places among zeros."""
     values, places = topk(pre_TS, k)
     return torch.zeros_like(pre_TS).scatter_(1, places, values)
+
+
+def keep_active(dpre_TS: Tensor, acts_TS: Tensor) -> Tensor:
+    """Set, in place, the gradients of inactive latents to 0; the sums over tokens, float32 [S]."""
+    return dpre_TS.mul_(acts_TS > 0).float().sum(0)
+
+
+IN_TORCH = Ways(keep_largest, keep_active)
 
 
 def auxk(
@@ -39,7 +58,7 @@ def auxk(
     scale: float | Tensor,
     n_dead: int,
     team: Team = ALONE,
-    keep: Callable[[Tensor, int], Tensor] = keep_largest,
+    ways: Ways = IN_TORCH,
 ) -> tuple[DeadRows, Tensor]:
     """The k_aux most active dead latents fit the residual −e.
 
@@ -57,7 +76,7 @@ def auxk(
         scale: weight of the squared error; may lie on the device.
         n_dead: dead latents in the whole team, at least one; those that stand for none included.
         team: the processes to add up with.
-        keep: `keep_largest`, or what does the same.
+        ways: of computing it, by default the functions of this module.
 
     Returns: the gradients and L_aux, over all tokens of the team.
     """
@@ -72,14 +91,14 @@ def auxk(
     row_bytes = n_dead * dtype.itemsize  # the same on every process: they meet in each chunk
     for chunk in chunks(len(e_TD), row_bytes, CHUNK_BYTES[e_TD.device.type]):
         pre_tS = torch.addmm(bias_S, product_TD[chunk], w_enc_SD.T)
-        acts_tS = _activations(pre_tS, k_aux, n_dead, team, keep)
+        acts_tS = _activations(pre_tS, k_aux, n_dead, team, ways)
         once_tD = e_TD[chunk].to(dtype) if team.latents.rank == 0 else torch.zeros_like(product_TD[chunk])
         difference_tD = team.latents.sum_(torch.addmm(once_tD, acts_tS, rounded_SD))
         squares += difference_tD.float().square().sum()
         grad_dec_SD += acts_tS.T @ difference_tD
-        dpre_tS = (difference_tD @ rounded_SD.T).mul_(acts_tS > 0)
+        dpre_tS = difference_tD @ rounded_SD.T
+        grad_bias_S += ways.keep_active(dpre_tS, acts_tS)
         grad_enc_SD += dpre_tS.T @ product_TD[chunk]
-        grad_bias_S += dpre_tS.float().sum(0)
     for over_tokens in (grad_enc_SD, grad_dec_SD, grad_bias_S, squares):
         team.tokens.sum_(over_tokens)
     grad_enc_SD.addr_(grad_bias_S, weights.b_D, alpha=-1)
@@ -90,14 +109,12 @@ def auxk(
     return rows, squares * scale
 
 
-def _activations(
-    pre_tS: Tensor, k_aux: int, n_dead: int, team: Team, keep: Callable[[Tensor, int], Tensor]
-) -> Tensor:
+def _activations(pre_tS: Tensor, k_aux: int, n_dead: int, team: Team, ways: Ways) -> Tensor:
     """Of each row the entries that are among the team's k_aux largest, rectified, in place among zeros."""
     if n_dead <= k_aux:
         return pre_tS.relu_()
     if team.latents.size == 1:
-        return keep(pre_tS, k_aux)
+        return ways.keep_largest(pre_tS, k_aux)
     n_here = pre_tS.shape[1]
     k = min(k_aux, n_here)
     values, places = topk(pre_tS, k) if k < n_here else (pre_tS.relu_(), None)

@@ -17,6 +17,7 @@ from saemill.train import initial, rows
 from saemill.train.auxk import DeadRows, auxk
 from saemill.train.codes import Batch, Forward, Weights, gather
 from saemill.train.graph import Graphs
+from saemill.train.memory import zeros
 from saemill.train.optimizer import Adam, Optimizer, Sgd
 from saemill.train.passes import choose_kernels, passes_of
 from saemill.train.profile import part
@@ -76,13 +77,15 @@ class Bank:
         self._passes = passes_of(self.kernels)
         self.rows = team.latents.part(variants[0].num_latents)
         n, f, d = len(variants), self.rows.stop - self.rows.start, len(frame.centre_D)
-        self.w_dec_VFD = torch.empty(n, f, d, device=device)
-        self.w_enc_VFD = torch.empty(n, f, d, device=device)
+        self.w_dec_VFD = zeros(n, f, d, device=device)
+        self.w_enc_VFD = zeros(n, f, d, device=device)
         self.b_enc_VF = torch.zeros(n, f, device=device)
         self.b_VD = torch.zeros(n, d, device=device)
         for i in range(n):
             self._initialise(i, sample_TD)
-        self.product_VFD = self.w_enc_VFD.to(dtype)
+        self.product_VFD = self.w_enc_VFD
+        if dtype != torch.float32:
+            self.product_VFD = zeros(n, f, d, dtype=dtype, device=device)
         self.gathered_VFD = self.w_dec_VFD.to(dtype) if self.kernels == "triton" else self.w_dec_VFD
         self.quantised_V = [self._passes.quantised_weights(f, d) for _ in variants]
         self._room = self._passes.room(f, dtype, device)
@@ -202,9 +205,9 @@ class Bank:
             return None, torch.zeros((), device=batch.x_TD.device)
         scale = (variant.auxk_alpha * per_square * self.auxk_share_V[i]).float()
         n_rows = max(n_dead, len(dead_S))  # more than are dead where padded, fewer where a team splits them
-        k_aux, keep = variant.k_aux, self._passes.keep_largest
+        k_aux, ways = variant.k_aux, self._passes.auxk
         return auxk(
-            batch, passed, dead_S, weights, k_aux=k_aux, scale=scale, n_dead=n_rows, team=self.team, keep=keep
+            batch, passed, dead_S, weights, k_aux=k_aux, scale=scale, n_dead=n_rows, team=self.team, ways=ways
         )
 
     def _find_dead(self) -> None:

@@ -163,7 +163,7 @@ def forward(batch: Batch, weights: Weights, k: int, room_TF: Tensor, team: Team 
     codes, n_active = own_codes(Codes(val_TK, idx_TK), team)
     with part("decode"):
         e_TD, dot_TK = residual(codes, x_TD, weights.w_dec_FD, weights.b_D, team)
-        sse = torch.linalg.vector_norm(e_TD).square()
+        sse = torch.linalg.vector_norm(e_TD, dim=1).square().sum()  # one sum of all would lose digits
     return Forward(codes, e_TD, dot_TK, sse, n_active, bias_F)
 
 

@@ -10,22 +10,24 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from saemill.train import rows
-from saemill.train.codes import Batch, Codes, Forward, Weights, chunks, encode, fold_bias, own_codes
+from saemill.train import auxk, rows
+from saemill.train.codes import Batch, Codes, Forward, Weights, chunks, encode, own_codes
 from saemill.train.codes import residual as residual_of_team
-from saemill.train.loops.largest import keep_largest
+from saemill.train.loops.auxk import keep_active, keep_largest
+from saemill.train.loops.bias import fold_bias
 from saemill.train.loops.quantise import LEAST_COLUMNS, Quantised, empty
 from saemill.train.loops.residual import residual
 from saemill.train.loops.rows import gradients, sort_pairs
 from saemill.train.loops.select import select
+from saemill.train.memory import zeros
 from saemill.train.profile import part
 from saemill.train.team import ALONE, Team
 from saemill.train.threads import each
 
-__all__ = ["backward", "forward", "keep_largest", "prepare", "quantised_weights", "room"]
+__all__ = ["AUXK", "backward", "forward", "prepare", "quantised_weights", "room"]
 
-CHUNK_TOKENS = 512
-CHUNK_BYTES = 1 << 25
+CHUNK_TOKENS = 1024
+CHUNK_BYTES = 1 << 26
 """Most bytes of a thread's scores: a shorter chunk reads the weights too often."""
 SCORE_BYTES = 4
 """Of a score; a pre-activation takes no more."""
@@ -67,7 +69,7 @@ def room(n_latents: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 @lru_cache(maxsize=1)
 def _memory(n_threads: int, n_bytes: int) -> Tensor:
     """Made once: fresh pages cost more than filling them. What is not used takes none."""
-    return torch.empty(n_threads, n_bytes, dtype=torch.uint8)
+    return zeros(n_threads, n_bytes, dtype=torch.uint8)
 
 
 def forward(batch: Batch, weights: Weights, k: int, room_NB: Tensor, team: Team = ALONE) -> Forward:
@@ -76,20 +78,25 @@ def forward(batch: Batch, weights: Weights, k: int, room_NB: Tensor, team: Team 
     bias_F = fold_bias(weights.product_FD, weights.b_enc_F, weights.b_D)
     codes = Codes(torch.empty(n_tokens, k), torch.empty(n_tokens, k, dtype=torch.int64))
     e_TD, dot_TK, sse_T = torch.empty_like(batch.product_TD), torch.empty(n_tokens, k), torch.empty(n_tokens)
-    alone = team.latents.size == 1
-
-    def work(chunk: slice, thread: int) -> None:
-        here = Codes(codes.val_TK[chunk], codes.idx_TK[chunk])
-        _encode(batch.tokens(chunk), weights, bias_F, here, room_NB[thread])
-        if alone:
-            with part("decode"):
-                x_TD, w_dec_FD, b_D = batch.x_TD[chunk], weights.w_dec_FD, weights.b_D
-                residual(*here, x_TD, w_dec_FD, b_D, e_TD[chunk], dot_TK[chunk], sse_T[chunk])
-
     most_tokens = max(1, CHUNK_BYTES // (SCORE_BYTES * len(weights.product_FD)))
-    each(_pieces(n_tokens, min(CHUNK_TOKENS, most_tokens)), work, len(room_NB))
+    pieces = _pieces(n_tokens, min(CHUNK_TOKENS, most_tokens))
+
+    def find_codes(piece: slice, thread: int) -> None:
+        here = Codes(codes.val_TK[piece], codes.idx_TK[piece])
+        _encode(batch.tokens(piece), weights, bias_F, here, room_NB[thread])
+
+    def reconstruct(piece: slice, _thread: int) -> None:
+        here, b_D = Codes(codes.val_TK[piece], codes.idx_TK[piece]), weights.b_D
+        with part("decode"):
+            residual(
+                *here, batch.x_TD[piece], weights.w_dec_FD, b_D, e_TD[piece], dot_TK[piece], sse_T[piece]
+            )
+
+    each(pieces, find_codes, len(room_NB))
     codes, n_active = own_codes(codes, team)
-    if not alone:
+    if team.latents.size == 1:
+        each(pieces, reconstruct)  # a pass of its own: the scores would drive the decoder out of the cache
+    else:
         with part("decode"):
             e, dot_TK = residual_of_team(codes, batch.x_TD, weights.w_dec_FD, weights.b_D, team)
             sse_T, e_TD = e.square().sum(1), e.to(e_TD.dtype)
@@ -118,3 +125,5 @@ def _encode(batch: Batch, weights: Weights, bias_F: Tensor, codes: Codes, room_B
 
 backward = partial(rows.backward, ways=rows.Ways(sort_pairs, gradients))
 """As `rows.backward`."""
+
+AUXK = auxk.Ways(keep_largest, keep_active)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saemill.common.permutation import combine
+from saemill.train.memory import zeros
 
 NOISE_ENTRIES = 1 << 20
 BLOCK = 256
@@ -49,7 +50,7 @@ class Float32Moment:
     """As it is. [F, D] or [F]."""
 
     def __init__(self, leaf: Tensor) -> None:
-        self.value = torch.zeros_like(leaf)
+        self.value = zeros(*leaf.shape, device=leaf.device)
 
     def read(self, rows: slice) -> Tensor:
         """The rows themselves: what is done to them is kept."""
@@ -67,7 +68,7 @@ class Bfloat16Moment:
     """Two bytes per weight: 8 bits of precision, randomly rounded. [F, D]."""
 
     def __init__(self, leaf: Tensor) -> None:
-        self.value = torch.zeros_like(leaf, dtype=torch.bfloat16)
+        self.value = zeros(*leaf.shape, dtype=torch.bfloat16, device=leaf.device)
 
     def read(self, rows: slice) -> Tensor:
         """A float32 copy of the rows."""
@@ -102,7 +103,8 @@ class EightBitMoment:
     def __init__(self, leaf: Tensor, signed: bool) -> None:
         n_rows, d = leaf.shape
         self.codes = FIRST if signed else SECOND
-        self.code = torch.zeros_like(leaf, dtype=torch.int8 if signed else torch.uint8)
+        dtype = torch.int8 if signed else torch.uint8
+        self.code = zeros(n_rows, d, dtype=dtype, device=leaf.device)
         self.log2_scale = torch.zeros(n_rows, -(-d // BLOCK), device=leaf.device)
 
     def read(self, rows: slice) -> Tensor:

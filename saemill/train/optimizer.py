@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from saemill.train.memory import zeros
 from saemill.train.moments import moment
 
 ADAM_BETAS = (0.9, 0.999)
@@ -67,7 +68,7 @@ class Sgd:
 
     def __init__(self, leaves: list[Tensor]) -> None:
         self.leaves = leaves
-        self.momentum = [torch.zeros_like(leaf) for leaf in leaves]
+        self.momentum = [zeros(*leaf.shape, device=leaf.device) for leaf in leaves]
         self.n_steps = 0
 
     def begin_step(self) -> None:

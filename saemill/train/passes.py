@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from saemill.common.errors import ConfigError
-from saemill.train import codes, rows
-from saemill.train.auxk import keep_largest
+from saemill.train import auxk, codes, rows
 from saemill.train.codes import Batch, Forward
 
 
@@ -22,8 +21,7 @@ class Passes(NamedTuple):
     backward: Callable[..., Tensor]
     room: Callable[[int, torch.dtype, torch.device], Tensor]
     quantised_weights: Callable[[int, int], Any]
-    keep_largest: Callable[[Tensor, int], Tensor]
-    """Of AuxK."""
+    auxk: auxk.Ways
     place: Callable[..., Any] = lambda rates_V, *_: rates_V
     """Puts a step's numbers where the backward pass looks for them."""
 
@@ -39,10 +37,10 @@ def passes_of(kernels: str) -> Passes:
             compiled.backward,
             compiled.room,
             compiled.quantised_weights,
-            compiled.keep_largest,
+            compiled.AUXK,
         )
     in_torch = Passes(
-        codes.prepare, codes.forward, rows.backward, codes.room, codes.not_quantised, keep_largest
+        codes.prepare, codes.forward, rows.backward, codes.room, codes.not_quantised, auxk.IN_TORCH
     )
     if kernels == "triton":
         from saemill.train import fused

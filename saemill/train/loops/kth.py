@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from saemill.train.loops.numbers import COMPILED, REORDERED, bits_of, float_of
+from saemill.train.loops.numbers import COMPILED, bits_of, float_of, largest
 
 ALL_BITS = np.uint32(0xFFFFFFFF)
 BFLOAT16_BITS = np.uint32(0xFFFF0000)
@@ -21,19 +21,10 @@ def count(numbers, n, bound):
     return total
 
 
-@njit(**REORDERED)
-def _largest(numbers, n):
-    """The largest of the first n numbers, 0 at least."""
-    found = np.float32(0)
-    for i in range(n):
-        found = max(found, numbers[i])
-    return found
-
-
 @njit(**COMPILED)
 def nearly_kth(numbers, n, k, low):
     """A bound that k of the first n numbers reach, close below the k-th largest; `low` if fewer reach it."""
-    high = max(low, _largest(numbers, n))
+    high = max(low, largest(numbers, n))
     for _ in range(STEPS):
         middle = (low + high) * np.float32(0.5)
         if count(numbers, n, middle) >= k:
@@ -50,7 +41,7 @@ def kth(numbers, n, k, mask):
     Fewer than k reach `high`. Just k reach `low`, or it is 0, or between the two lies one number, which
     several entries share. `mask` has the bits that the numbers may use: fewer are searched sooner.
     """
-    low, high = np.float32(0), float_of((bits_of(_largest(numbers, n)) | ~mask) + np.uint32(1))
+    low, high = np.float32(0), float_of((bits_of(largest(numbers, n)) | ~mask) + np.uint32(1))
     n_low = count(numbers, n, low)
     while n_low > k:
         middle = float_of(bits_of((low + high) * np.float32(0.5)) & mask)

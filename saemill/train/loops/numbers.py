@@ -62,8 +62,22 @@ def _put(row, place, number):
     return stored
 
 
-REORDERED: dict[str, Any] = COMPILED | {"fastmath": COMPILED["fastmath"] | {"nnan"}}
-"""For maxima, which are made of vectors only if the place of a NaN does not matter."""
+@njit(**COMPILED)
+def largest(numbers, n):
+    """The largest of the first n float32, 0 at least; of their bits, whose maxima alone become vectors."""
+    most = np.int32(0)
+    for i in range(n):
+        most = max(most, np.int32(bits_of(numbers[i])))
+    return float_of(np.uint32(most))
+
+
+@njit(**COMPILED)
+def magnitude(row):
+    """The largest magnitude of a float32 row."""
+    most = np.int32(0)
+    for i in range(len(row)):
+        most = max(most, np.int32(bits_of(row[i]) & np.uint32(0x7FFFFFFF)))
+    return float_of(np.uint32(most))
 
 
 @njit(**COMPILED)

@@ -20,7 +20,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from saemill.train.loops.numbers import COMPILED, REORDERED, array, dot, wide
+from saemill.train.loops.numbers import COMPILED, array, dot, magnitude, wide
+from saemill.train.memory import zeros
 
 LEAST_COLUMNS = 256
 """Shorter rows are not to be quantised: their errors are sums of few."""
@@ -56,7 +57,7 @@ class Quantised(NamedTuple):
 def empty(n_rows: int, d: int) -> Quantised:
     """Memory for quantised rows of length d."""
     padded = -(-d // COLUMNS) * COLUMNS
-    return Quantised(torch.zeros(n_rows, padded, dtype=torch.int8), torch.zeros(n_rows), torch.zeros(n_rows))
+    return Quantised(zeros(n_rows, padded, dtype=torch.int8), torch.zeros(n_rows), torch.zeros(n_rows))
 
 
 def quantise(rows_ND: Tensor) -> Quantised:
@@ -87,21 +88,12 @@ def _quantise(rows, signs, cosines, sines, codes, steps, norms):
         for r in range(0, len(cosines), 2):
             _butterflies(row, cosines[r], sines[r], other)
             _butterflies(other, cosines[r + 1], sines[r + 1], row)
-        most = _magnitude(row)
+        most = magnitude(row)
         inverse = np.float32(LEVELS) / most if most > TINY else np.float32(0)
         steps[n] = most / np.float32(LEVELS) if most > TINY else np.float32(0)
         norms[n] = np.sqrt(dot(row, row))
         for i in range(len(row)):
             codes[n, i] = np.int8(np.rint(row[i] * inverse))
-
-
-@njit(**REORDERED)
-def _magnitude(row):
-    """The largest magnitude of a row."""
-    most = np.float32(0)
-    for i in range(len(row)):
-        most = max(most, abs(row[i]))
-    return most
 
 
 @njit(**COMPILED)

@@ -19,7 +19,7 @@ from saemill.train.loops.quantise import Quantised
 N_SIGMA = 8.0
 """The chance of a larger error is about 1e-15 for a pair of token and latent."""
 MOST_PER_GROUP = 16
-GROUPS_PER_CODE = 4
+GROUPS_PER_CODE = 8
 """At least so many groups for each of the k codes: of fewer, most would be looked at."""
 LANES = 128
 """Groups that are worked on together."""

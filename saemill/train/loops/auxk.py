@@ -1,4 +1,4 @@
-"""The k largest entries of a row, kept in their places among zeros."""
+"""AuxK's activations and the gradients of its pre-activations: what is kept, in place, among zeros."""
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from saemill.train.threads import each
 
 PIECE_BYTES = 1 << 20
 """Of the rows that a thread takes at a time."""
+PIECE_COLUMNS = 512
+"""The same, where sums run over rows."""
 
 
 def keep_largest(pre_TS: Tensor, k: int) -> Tensor:
@@ -40,6 +42,25 @@ def _keep_largest(rows, k, mask):
             last = _last_of_ties(numbers, k - count(numbers, n, high), low, high) + 1
         _store(row[:last], numbers[:last], low)
         _store(row[last:], numbers[last:], high)
+
+
+def keep_active(dpre_TS: Tensor, acts_TS: Tensor) -> Tensor:
+    """As `auxk.keep_active`."""
+    sums_S = torch.zeros(dpre_TS.shape[1])
+    dpre, acts, sums = array(dpre_TS), array(acts_TS), array(sums_S)
+    pieces = list(chunks(len(sums), 1, PIECE_COLUMNS))
+    each(pieces, lambda piece, _: _keep_active(dpre, acts, sums, piece.start, piece.stop))
+    return sums_S
+
+
+@njit(**COMPILED)
+def _keep_active(dpre, acts, sums, first, last):
+    for t in range(len(dpre)):
+        row, act, total = dpre[t, first:last], acts[t, first:last], sums[first:last]
+        for s in range(len(row)):
+            gradient = wide(row[s]) if wide(act[s]) > 0 else np.float32(0)
+            put(row, s, gradient)
+            total[s] += gradient
 
 
 @njit(**COMPILED)
