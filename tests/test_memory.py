@@ -24,7 +24,8 @@ def huge_bytes() -> int:
 def test_it_is_as_torch_makes_it(dtype: torch.dtype, n_bytes: int) -> None:
     shape = (2, n_bytes // dtype.itemsize // 2)
     made = zeros(*shape, dtype=dtype)
-    assert torch.equal(made, torch.zeros(shape, dtype=dtype)) and made.is_contiguous()
+    assert torch.equal(made, torch.zeros(shape, dtype=dtype))
+    assert made.is_contiguous()
     made.fill_(3)
     assert torch.equal(made, torch.full(shape, 3, dtype=dtype))
 
