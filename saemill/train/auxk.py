@@ -94,7 +94,7 @@ def auxk(
         acts_tS = _activations(pre_tS, k_aux, n_dead, team, ways)
         once_tD = e_TD[chunk].to(dtype) if team.latents.rank == 0 else torch.zeros_like(product_TD[chunk])
         difference_tD = team.latents.sum_(torch.addmm(once_tD, acts_tS, rounded_SD))
-        squares += difference_tD.float().square().sum()
+        squares += torch.linalg.vector_norm(difference_tD, dim=1, dtype=torch.float32).square().sum()
         grad_dec_SD += acts_tS.T @ difference_tD
         dpre_tS = difference_tD @ rounded_SD.T
         grad_bias_S += ways.keep_active(dpre_tS, acts_tS)

@@ -11,6 +11,7 @@ its renormalised weights while it is in the cache: only T·K pairs are touched, 
 F·D is ever in memory, and each weight and moment is read and written once.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from saemill.train.profile import part
 from saemill.train.team import ALONE, Team
 from saemill.train.threads import each
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 21
 """Bytes of each tensor in a block; about a dozen of them are in use at once."""
 W_ENC, B_ENC, W_DEC, B = range(4)
 """The places of the parameters among an optimizer's leaves."""
@@ -143,11 +144,14 @@ def _update(
     team.latents.sum_(db_D)
     optimizer.update(B_ENC, slice(None), db_enc_F, rates.lr)
 
-    def step(block: slice, _thread: int) -> None:
+    def step(piece: tuple[slice, slice], _thread: int) -> None:
+        block, of_dead = piece
         with part("backward"):
             grad_enc, grad_dec = ways.gradients(batch, e_TD, pairs, block, w_dec_FD, b_D)
             if dead is not None:
-                _add_dead(grad_enc, grad_dec, dead, block)
+                places = dead.dead_S[of_dead] - block.start
+                grad_enc.index_add_(0, places, dead.w_enc_SD[of_dead])
+                grad_dec.index_add_(0, places, dead.w_dec_SD[of_dead])
         with part("optimizer"):
             optimizer.update(W_ENC, block, grad_enc, rates.lr, rates.weight_decay)
             optimizer.update(W_DEC, block, grad_dec, rates.lr)
@@ -155,7 +159,8 @@ def _update(
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
             weights.refresh(block)
 
-    each(list(chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES)), step)
+    blocks = list(chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES))
+    each(list(zip(blocks, _dead_of(blocks, dead), strict=True)), step)
     optimizer.update(B, slice(None), db_D, rates.lr)
 
 
@@ -175,10 +180,10 @@ def gradients(
     return grad_enc, grad_dec
 
 
-def _add_dead(grad_enc: Tensor, grad_dec: Tensor, dead: DeadRows, block: slice) -> None:
-    """Add AuxK's gradients of the dead latents in a block."""
-    edges = torch.tensor([block.start, block.stop], device=dead.dead_S.device)
-    first, last = torch.searchsorted(dead.dead_S, edges).tolist()
-    places = dead.dead_S[first:last] - block.start
-    grad_enc.index_add_(0, places, dead.w_enc_SD[first:last])
-    grad_dec.index_add_(0, places, dead.w_dec_SD[first:last])
+def _dead_of(blocks: list[slice], dead: DeadRows | None) -> list[slice]:
+    """Which of the dead latents' rows lie in each block."""
+    if dead is None:
+        return [slice(0)] * len(blocks)
+    stops = torch.tensor([block.stop for block in blocks], device=dead.dead_S.device)
+    last = torch.searchsorted(dead.dead_S, stops).tolist()
+    return [slice(*edges) for edges in itertools.pairwise([0, *last])]
