@@ -43,7 +43,9 @@ def test_steps_equal_dense_autograd_with_torch_optimizers(optimizer: str) -> Non
     w_enc, b_enc, w_dec, b = (torch.nn.Parameter(stack[0].clone()) for stack in bank.stacks)
     leaves = [w_enc, b_enc, w_dec, b]
     if optimizer == "adam":
-        oracle: torch.optim.Optimizer = torch.optim.Adam(leaves, lr=variant.lr, eps=ADAM_EPS)
+        oracle: torch.optim.Optimizer = torch.optim.Adam(
+            leaves, lr=variant.lr, eps=ADAM_EPS, betas=variant.adam_betas
+        )
     else:
         oracle = torch.optim.SGD(leaves, lr=variant.lr, momentum=0.9)
     data = batches(5)
@@ -68,7 +70,7 @@ def test_each_variant_equals_training_it_alone() -> None:
     variants = [
         BASE,
         replace(BASE, k=1, lr=1e-2, seed=3),
-        replace(BASE, k=20, auxk_alpha=0.0),
+        replace(BASE, k=20, auxk_alpha=0.0, adam_betas=(0.5, 0.999)),
         replace(BASE, k=2, b_dec_init="geometric_median", loss="mse", weight_decay=0.1),
     ]
     data = batches(8)

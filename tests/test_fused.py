@@ -44,7 +44,7 @@ def train(made: Bank, n_steps: int) -> Bank:
     "variant",
     [
         BASE,
-        replace(BASE, k=3, seed=3, weight_decay=0.1, loss="mse"),
+        replace(BASE, k=3, seed=3, weight_decay=0.1, loss="mse", adam_betas=(0.5, 0.999)),
         replace(BASE, optimizer="sgd", lr=0.3, auxk_alpha=0.0),
     ],
 )

@@ -54,7 +54,7 @@ def test_adam_with_short_moments_stays_near_adam(state: str, tolerance: float) -
     start = torch.randn(64, 50)
     exact, short = torch.nn.Parameter(start.clone()), start.clone()
     oracle = torch.optim.Adam([exact], lr=1e-3, eps=1e-10)
-    mine = Adam([short], state)
+    mine = Adam([short], state, betas=(0.9, 0.999))
     scales = torch.logspace(-6, 0, 50)
     for _ in range(60):
         grad = (torch.randn(64, 50) + 0.5) * scales

@@ -458,3 +458,21 @@ def test_short_moments_survive_a_kill_bit_by_bit(
 def test_short_moments_without_adam_are_refused(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="optimizer_state 8bit has an effect with adam only"):
         run(config(store, tmp_path / "r", optimizer="sgd", optimizer_state="8bit"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"optimizer": "sgd", "lr": (0.1,), "adam_betas": (0.9, 0.999)},
+            "adam_betas have an effect with adam",
+        ),
+        ({"adam_betas": (0.9,)}, "two numbers from 0 to below 1, got"),
+        ({"adam_betas": (0.9, 1.0)}, "two numbers from 0 to below 1, got"),
+    ],
+)
+def test_betas_that_mean_nothing_are_refused(
+    store: ActivationStore, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(config(store, tmp_path / "r", **settings))

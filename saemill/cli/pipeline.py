@@ -121,6 +121,9 @@ def train(
     optimizer_state: Annotated[
         str | None, option("How Adam's moments are kept: fp32, bf16 or 8bit [fp32].", "TYPE")
     ] = None,
+    adam_betas: Annotated[
+        str | None, option("What Adam's two moments keep at each step [0.8,0.95].", "X,X")
+    ] = None,
     weight_decay: Annotated[str | None, option("Decoupled decay of the encoder's weights [0].", "X")] = None,
     warmup_steps: Annotated[str | None, option("Steps of linear warm-up [a 20th of the run].")] = None,
     lr_decay: Annotated[

@@ -127,7 +127,9 @@ class Bank:
 
     def _optimizer(self, i: int) -> Optimizer:
         variant, leaves = self.variants[i], list(self.leaves(i))
-        return Adam(leaves, variant.optimizer_state) if variant.optimizer == "adam" else Sgd(leaves)
+        if variant.optimizer == "sgd":
+            return Sgd(leaves)
+        return Adam(leaves, variant.optimizer_state, variant.adam_betas)
 
     def step(self, x_TD: Tensor, lr_factor: float, step: int) -> None:
         """One optimizer step of every variant that has not diverged.

@@ -9,6 +9,9 @@ from saemill.common import config as settings
 from saemill.common.errors import ConfigError
 from saemill.common.mask import MaskConfig
 
+ADAM_BETAS = (0.8, 0.95)
+"""Better than Adam's own (0.9, 0.999) wherever both were tried: `docs/performance-log.md`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -31,7 +34,7 @@ class TrainConfig:
     """Seeds of the initial weights."""
     variants: tuple[Mapping[str, Any], ...] = ()
     """Variants listed one by one, each with any of: site, k, num_latents, expansion_factor, lr,
-    seed, optimizer, optimizer_state, weight_decay, auxk_alpha, k_aux, loss, b_dec_init, name."""
+    seed, optimizer, optimizer_state, adam_betas, weight_decay, auxk_alpha, k_aux, loss, b_dec_init, name."""
     batch_size: int = 4096
     """Tokens per batch."""
     grad_acc_steps: int = 1
@@ -44,6 +47,8 @@ class TrainConfig:
     optimizer: Literal["adam", "sgd"] = "adam"
     optimizer_state: Literal["fp32", "bf16", "8bit"] = "fp32"
     """How Adam's moments are kept: 8, 4 or 2 bytes per weight."""
+    adam_betas: tuple[float, float] = ADAM_BETAS
+    """By how much Adam's two moments are kept at each step."""
     weight_decay: float = 0.0
     warmup_steps: int | None = None
     """Optimizer steps of linear warm-up; by default a 20th of the run, at most 1,000."""

@@ -14,7 +14,7 @@ from saemill.train.kernels.residual import residual
 from saemill.train.kernels.rows import Moments, Parameters, decoder_bias_gradient, update_rows
 from saemill.train.kernels.segments import AuxGradients, latent_sums, segments
 from saemill.train.kernels.select import select
-from saemill.train.optimizer import ADAM_BETAS, ADAM_EPS, SGD_MOMENTUM, Adam, Optimizer
+from saemill.train.optimizer import ADAM_EPS, SGD_MOMENTUM, Adam, Optimizer
 from saemill.train.profile import part
 from saemill.train.rows import B, Rates
 from saemill.train.team import ALONE, Team
@@ -121,13 +121,13 @@ def place(rates_V: list[Rates], optimizers: list[Optimizer], hyper_VH: Tensor) -
 
 
 def _hyper(rates: Rates, optimizer: Optimizer) -> list[float]:
-    adam = isinstance(optimizer, Adam)
+    betas = optimizer.betas if isinstance(optimizer, Adam) else (SGD_MOMENTUM, 0.0)
     return hyper_values(
         lr=rates.lr,
         step=optimizer.n_steps,
         gradient_scale=rates.gs,
-        beta1=ADAM_BETAS[0] if adam else SGD_MOMENTUM,
-        beta2=ADAM_BETAS[1],
+        beta1=betas[0],
+        beta2=betas[1],
         eps=ADAM_EPS,
         weight_decay=rates.weight_decay,
     )

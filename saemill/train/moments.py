@@ -1,7 +1,7 @@
 """How Adam's moments are kept between steps: in float32, bfloat16 or 8 bits per weight.
 
-A moment moves by a small share of itself per step (the second by a thousandth), less than the
-spacing of short formats: rounded to the nearest it would never move. So what is written is rounded
+A moment moves by a small share of itself per step, which may be less than the spacing of short
+formats: rounded to the nearest it would never move. So what is written is rounded
 up or down at random with the mean kept, by a table of noise read from a place that depends on the
 step and the row: the same run gives the same result, killed and resumed or not.
 """

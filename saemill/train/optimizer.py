@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from saemill.train.config import ADAM_BETAS
 from saemill.train.memory import zeros
 from saemill.train.moments import moment
 
-ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-10
 """The loss is a mean over tokens and dimensions, so its gradients are small: torch's default of
 1e-8 would slow rare latents."""
@@ -19,10 +19,13 @@ class Adam:
     Args:
         leaves: the parameters, float32.
         kept: how the moments of weights are kept: fp32, bf16 or 8bit.
+        betas: by how much the two moments are kept at each step.
     """
 
-    def __init__(self, leaves: list[Tensor], kept: str = "fp32") -> None:
-        self.leaves = leaves
+    def __init__(
+        self, leaves: list[Tensor], kept: str = "fp32", betas: tuple[float, float] = ADAM_BETAS
+    ) -> None:
+        self.leaves, self.betas = leaves, betas
         self.first = [moment(leaf, kept, signed=True) for leaf in leaves]
         self.second = [moment(leaf, kept, signed=False) for leaf in leaves]
         self.n_steps = 0
@@ -47,8 +50,8 @@ class Adam:
             [],
             [self.count],
             lr=lr,
-            beta1=ADAM_BETAS[0],
-            beta2=ADAM_BETAS[1],
+            beta1=self.betas[0],
+            beta2=self.betas[1],
             weight_decay=weight_decay,
             eps=ADAM_EPS,
             amsgrad=False,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from saemill.common.config import build, coerce
 from saemill.common.errors import ConfigError
-from saemill.train.config import TrainConfig
+from saemill.train.config import ADAM_BETAS, TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,8 @@ class Variant:
     optimizer: Literal["adam", "sgd"] = "adam"
     optimizer_state: Literal["fp32", "bf16", "8bit"] = "fp32"
     """How Adam's moments are kept: 8, 4 or 2 bytes per weight."""
+    adam_betas: tuple[float, float] = ADAM_BETAS
+    """By how much they are kept at each step."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the encoder's weights; the decoder's rows have unit length."""
     auxk_alpha: float = 1 / 32
@@ -44,6 +46,10 @@ class Variant:
             raise ConfigError(f"lr must be positive, got {self.lr}")
         if self.optimizer != "adam" and self.optimizer_state != "fp32":
             raise ConfigError(f"optimizer_state {self.optimizer_state} has an effect with adam only")
+        if self.optimizer != "adam" and self.adam_betas != ADAM_BETAS:
+            raise ConfigError("adam_betas have an effect with adam only; leave them out")
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ConfigError(f"adam_betas must be two numbers from 0 to below 1, got {self.adam_betas}")
         for name in ("weight_decay", "auxk_alpha"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
@@ -73,7 +79,16 @@ def of_config(config: TrainConfig, widths: Mapping[str, int], n_steps: int) -> l
     Raises:
         ConfigError: contradicting, unknown or missing settings; a site without a variant.
     """
-    shared = ("optimizer", "optimizer_state", "weight_decay", "auxk_alpha", "k_aux", "loss", "b_dec_init")
+    shared = (
+        "optimizer",
+        "optimizer_state",
+        "adam_betas",
+        "weight_decay",
+        "auxk_alpha",
+        "k_aux",
+        "loss",
+        "b_dec_init",
+    )
     width_given = config.expansion_factor or config.num_latents
     axes = {
         "site": config.site,
