@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from saemill.common.errors import ConfigError
 from saemill.train import auxk, codes, compiled, loops, rows
 from saemill.train.bank import Bank, Frame
 from saemill.train.loops.auxk import keep_active, keep_largest
+from saemill.train.loops.numbers import largest, magnitude
 from saemill.train.loops.quantise import LEAST_COLUMNS, Quantised, empty, quantise
 from saemill.train.loops.residual import residual
 from saemill.train.loops.rows import gradients, sort_pairs
@@ -224,8 +226,18 @@ def test_the_largest_are_kept_in_their_places(
     assert ((found > 0).sum(1) <= k).all()
 
 
+@pytest.mark.parametrize("others", [[], [-3.0], [-0.0, -torch.inf], [2.0, 1e-40], [torch.inf, -torch.inf]])
+def test_largest_and_magnitude(others: list[float]) -> None:
+    """Oracle: Python's max of the numbers and 0, and of their magnitudes; a NaN makes the magnitude one."""
+    row = np.array(others, np.float32)
+    assert largest(row, len(row)) == max([0.0, *row])
+    assert magnitude(row) == max([0.0, *abs(row)])
+    assert np.isnan(magnitude(np.append(row, np.float32(np.nan))))
+    assert np.isnan(magnitude(np.append(row, -np.float32(np.nan))))
+
+
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(DTYPES), st.integers(0, 99))
+@given(st.integers(1, 300), st.integers(0, 300), st.sampled_from(DTYPES), st.integers(0, 99))
 def test_gradients_of_inactive_latents_are_0(t: int, s: int, dtype: torch.dtype, seed: int) -> None:
     """Oracle: `auxk.keep_active`; with pieces of a few columns too, whose sums are the same bits."""
     dpre_TS, acts_TS = torch.randn(2, t, s, generator=made(seed)).to(dtype)

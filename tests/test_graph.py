@@ -139,7 +139,8 @@ def test_a_step_looks_at_no_value(variant: Variant, n_dead: int, monkeypatch: py
     """Oracle: the device meta, where shapes are all there is: a step that asked for a value, for a shape that
     depends on one, or for a copy to or from the host would fail."""
     meta = torch.device("meta")
-    monkeypatch.setitem(codes.CHUNK_BYTES, "meta", 1 << 20)
+    for module in (codes, auxk):
+        monkeypatch.setitem(module.CHUNK_BYTES, "meta", 1 << 20)
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
     monkeypatch.setattr(type(select_kernel), "run", lambda *_, **__: None)
     monkeypatch.setattr(Bank, "_initialise", lambda *_: None)

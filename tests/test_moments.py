@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saemill.train.config import ADAM_BETAS
 from saemill.train.moments import BLOCK, Bfloat16Moment, EightBitMoment
 from saemill.train.optimizer import Adam
 
@@ -47,14 +48,17 @@ def test_a_slow_average_does_not_stand_still(kind: str) -> None:
     assert float(moment.read(ALL).mean()) == pytest.approx(0.999**1000, rel=0.06)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), ADAM_BETAS])
 @pytest.mark.parametrize(("state", "tolerance"), [("bf16", 0.02), ("8bit", 0.12)])
-def test_adam_with_short_moments_stays_near_adam(state: str, tolerance: float) -> None:
+def test_adam_with_short_moments_stays_near_adam(
+    state: str, tolerance: float, betas: tuple[float, float]
+) -> None:
     """Oracle: torch.optim.Adam on the same gradients; the paths' distance against their length."""
     torch.manual_seed(0)
     start = torch.randn(64, 50)
     exact, short = torch.nn.Parameter(start.clone()), start.clone()
-    oracle = torch.optim.Adam([exact], lr=1e-3, eps=1e-10)
-    mine = Adam([short], state, betas=(0.9, 0.999))
+    oracle = torch.optim.Adam([exact], lr=1e-3, eps=1e-10, betas=betas)
+    mine = Adam([short], state, betas)
     scales = torch.logspace(-6, 0, 50)
     for _ in range(60):
         grad = (torch.randn(64, 50) + 0.5) * scales

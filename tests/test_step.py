@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import saemill.train.auxk as auxk_module
 from saemill.common.topk import topk
 from saemill.train import codes, initial, rows
 from saemill.train.auxk import DeadRows, auxk
@@ -144,7 +145,8 @@ def test_gradients_equal_dense_autograd(
 def test_auxk_equals_dense_autograd(n_dead: int, k_aux: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: autograd of the main loss plus AuxK over the dead rows, residual detached."""
     monkeypatch.setattr(rows, "BLOCK_BYTES", 5 * 12 * 4)
-    monkeypatch.setitem(codes.CHUNK_BYTES, "cpu", 7 * n_dead * 4)
+    monkeypatch.setitem(auxk_module.CHUNK_BYTES, "cpu", 7 * n_dead * 4)
+    monkeypatch.setattr(auxk_module, "LEAST_TOKENS", 1)
     x, parameters = make(24, 12, 48, seed=n_dead)
     k, c, scale = 5, 0.2, 0.11
     dead_S = torch.randperm(48, generator=torch.Generator().manual_seed(3))[:n_dead].sort().values

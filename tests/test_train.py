@@ -335,6 +335,7 @@ train:
   batch_size: 256
   max_tokens: 6k
   precision: fp32
+  adam_betas: 0.9,0.999
   variants:
     - {{k: 3, num_latents: 0.048k, lr: 1.0e-3}}
     - {{k: 4, expansion_factor: 3, seed: 1, auxk_alpha: 0, optimizer: sgd, lr: 0.1}}
@@ -347,6 +348,7 @@ train:
         {"k": 4, "num_latents": 48, "seed": 1, "auxk_alpha": 0.0, "optimizer": "sgd", "lr": 0.1},
     )
     settings: dict[str, Any] = {"acts": store.path, "site": ("a",), "batch_size": 256, "precision": "fp32"}
+    settings["adam_betas"] = (0.9, 0.999)
     run(TrainConfig(out=tmp_path / "s", max_tokens=6000, variants=listed, **settings))
     assert files(tmp_path / "r") == files(tmp_path / "s")
     again = ["train", "--config", str(tmp_path / "r" / "config.yaml"), "-o", str(tmp_path / "t")]

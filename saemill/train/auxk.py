@@ -14,6 +14,8 @@ from saemill.train.team import ALONE, Team
 CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}
 """Most bytes of pre-activations at once. Larger pieces of a CPU's memory go back to the system in every step,
 which then hands out new pages."""
+LEAST_TOKENS = 512
+"""Of a chunk, whatever its bytes: each adds to gradients of all dead rows."""
 
 
 class DeadRows(NamedTuple):
@@ -89,7 +91,7 @@ def auxk(
     grad_enc_SD, grad_dec_SD = torch.zeros_like(w_dec_SD), torch.zeros_like(w_dec_SD)
     grad_bias_S, squares = torch.zeros_like(w_dec_SD[:, 0]), torch.zeros_like(passed.sse)
     row_bytes = n_dead * dtype.itemsize  # the same on every process: they meet in each chunk
-    for chunk in chunks(len(e_TD), row_bytes, CHUNK_BYTES[e_TD.device.type]):
+    for chunk in chunks(len(e_TD), row_bytes, max(CHUNK_BYTES[e_TD.device.type], LEAST_TOKENS * row_bytes)):
         pre_tS = torch.addmm(bias_S, product_TD[chunk], w_enc_SD.T)
         acts_tS = _activations(pre_tS, k_aux, n_dead, team, ways)
         once_tD = e_TD[chunk].to(dtype) if team.latents.rank == 0 else torch.zeros_like(product_TD[chunk])

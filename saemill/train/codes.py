@@ -222,6 +222,6 @@ def row_dots(e_TD: Tensor, idx_TK: Tensor, w_dec_FD: Tensor) -> Tensor:
 
 def chunks(n_rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
     """Slices of `n_rows` rows, of like size, each of no more than `chunk_bytes`, or of one row."""
-    n_chunks = -(-n_rows // max(1, chunk_bytes // row_bytes))
-    step = -(-n_rows // n_chunks)
+    n_chunks = max(1, -(-n_rows // max(1, chunk_bytes // row_bytes)))
+    step = max(1, -(-n_rows // n_chunks))
     return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))

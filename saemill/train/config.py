@@ -10,7 +10,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.mask import MaskConfig
 
 ADAM_BETAS = (0.8, 0.95)
-"""Better than Adam's own (0.9, 0.999) wherever both were tried: `docs/performance-log.md`."""
+"""FVU was lower than with Adam's own (0.9, 0.999) wherever both were tried: `docs/performance-log.md`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

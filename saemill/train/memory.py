@@ -6,7 +6,6 @@ learn where the others lie; of huge ones, 2 MiB, it remembers all.
 
 import math
 import mmap
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -21,7 +20,9 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device 
     n_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or n_bytes < LEAST_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(*shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    try:
+        pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them, or too little memory, of which torch tells better
+        return torch.zeros(*shape, dtype=dtype)
     return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -26,7 +26,7 @@ from saemill.train.profile import part
 from saemill.train.team import ALONE, Team
 from saemill.train.threads import each
 
-BLOCK_BYTES = 1 << 21
+BLOCK_BYTES = 1 << 20
 """Bytes of each tensor in a block; about a dozen of them are in use at once."""
 W_ENC, B_ENC, W_DEC, B = range(4)
 """The places of the parameters among an optimizer's leaves."""

@@ -11,6 +11,9 @@ from saemill.common.config import build, coerce
 from saemill.common.errors import ConfigError
 from saemill.train.config import ADAM_BETAS, TrainConfig
 
+ADAM_ALONE = ("optimizer_state", "adam_betas")
+"""Settings without effect on another optimizer."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
@@ -139,13 +142,20 @@ def resolve(
             raise ConfigError("give expansion_factor or num_latents, not both")
         entries = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     variants = [
-        _variant({**common, **entry}, widths, f"variants[{i}]", n_steps) for i, entry in enumerate(entries)
+        _variant({**_inherited(common, entry), **entry}, widths, f"variants[{i}]", n_steps)
+        for i, entry in enumerate(entries)
     ]
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two variants are called {name!r}; leave one out or name them apart")
     return variants
+
+
+def _inherited(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What a variant takes from the run: not Adam's settings where it names another optimizer itself."""
+    other = entry.get("optimizer", "adam") != "adam"
+    return {name: value for name, value in common.items() if not (other and name in ADAM_ALONE)}
 
 
 def _fill_in(entry: dict[str, Any], single: dict[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
