@@ -4,6 +4,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 from unittest import mock
 
@@ -26,7 +27,7 @@ from saemill.train.loops.select import select
 from saemill.train.optimizer import Adam
 from saemill.train.passes import choose_kernels
 from saemill.train.team import ALONE
-from saemill.train.threads import each
+from saemill.train.threads import each, number, one_in_torch
 from saemill.train.variants import Variant
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -349,6 +350,31 @@ def test_an_error_in_a_thread_is_raised() -> None:
         with pytest.raises(ValueError, match="piece 3"):
             each(range(5), work)
         assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_torch_has_one_thread_around_pieces_and_its_own_again_after() -> None:
+    """Oracle: torch's count, and the threads that pieces ran in: a piece waits until the other has begun."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    together = Barrier(2, timeout=60)
+    seen = []
+
+    def work(_piece: int, _thread: int) -> None:
+        together.wait()
+        seen.append(torch.get_num_threads())
+
+    try:
+        with one_in_torch():
+            seen.append(torch.get_num_threads())
+            each(range(2), work)
+            seen.append(torch.get_num_threads())
+        assert seen == [1, 1, 1, 1]
+        assert torch.get_num_threads() == number() == 2
+        with pytest.raises(ValueError), one_in_torch():
+            raise ValueError
+        assert torch.get_num_threads() == number() == 2
     finally:
         torch.set_num_threads(before)
 

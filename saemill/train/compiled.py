@@ -22,7 +22,7 @@ from saemill.train.loops.select import select
 from saemill.train.memory import zeros
 from saemill.train.profile import part
 from saemill.train.team import ALONE, Team
-from saemill.train.threads import each
+from saemill.train.threads import each, number, one_in_torch
 
 __all__ = ["AUXK", "backward", "forward", "prepare", "quantised_weights", "room"]
 
@@ -38,6 +38,7 @@ def multiplies_8_bits(d: int) -> bool:
     return d >= LEAST_COLUMNS and bool(torch.cpu._is_vnni_supported())
 
 
+@one_in_torch()
 def prepare(x_TD: Tensor, dtype: torch.dtype) -> Batch:
     """A batch with the copies that this machine's product needs."""
     product_TD = x_TD.to(dtype)
@@ -52,7 +53,7 @@ def prepare(x_TD: Tensor, dtype: torch.dtype) -> Batch:
 
 def _pieces(n_tokens: int, most_tokens: int) -> list[slice]:
     """Tokens for all threads, no more than so many each at a time."""
-    share = -(-n_tokens // torch.get_num_threads())
+    share = -(-n_tokens // number())
     return list(chunks(n_tokens, 1, min(most_tokens, share)))
 
 
@@ -63,7 +64,7 @@ def quantised_weights(n_latents: int, d: int) -> Quantised | None:
 
 def room(n_latents: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for each thread's scores or pre-activations, shared by banks: uint8 [threads, bytes]."""
-    return _memory(torch.get_num_threads(), max(CHUNK_BYTES, SCORE_BYTES * n_latents))
+    return _memory(number(), max(CHUNK_BYTES, SCORE_BYTES * n_latents))
 
 
 @lru_cache(maxsize=1)
@@ -72,6 +73,7 @@ def _memory(n_threads: int, n_bytes: int) -> Tensor:
     return zeros(n_threads, n_bytes, dtype=torch.uint8)
 
 
+@one_in_torch()
 def forward(batch: Batch, weights: Weights, k: int, room_NB: Tensor, team: Team = ALONE) -> Forward:
     """As `codes.forward`; the codes' values are sums in float32, not rounded to the product's dtype."""
     n_tokens = len(batch.x_TD)
@@ -123,7 +125,7 @@ def _encode(batch: Batch, weights: Weights, bias_F: Tensor, codes: Codes, room_B
         select(scores_TF, tokens, latents, rows_TD, product_FD, bias_F, val_TK, idx_TK)
 
 
-backward = partial(rows.backward, ways=rows.Ways(sort_pairs, gradients))
+backward = one_in_torch()(partial(rows.backward, ways=rows.Ways(sort_pairs, gradients)))
 """As `rows.backward`."""
 
 AUXK = auxk.Ways(keep_largest, keep_active)

@@ -2,17 +2,23 @@
 
 Each thread works its pieces alone, with torch's own operations in one thread, so that none waits for
 another inside an operation, and what a piece gives does not depend on the number of threads.
+
+Around the pieces torch's operations take one thread too: after one that took several, OpenMP's threads look
+for more work for a while, on the cores that the pieces want.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
 import torch
 
 Piece = TypeVar("Piece")
+_held: int | None = None
+"""Torch's number of threads while it has one."""
 
 
 def each(pieces: Sequence[Piece], work: Callable[[Piece, int], None], most: int | None = None) -> None:
@@ -23,7 +29,8 @@ def each(pieces: Sequence[Piece], work: Callable[[Piece, int], None], most: int 
         work: what to do with one.
         most: threads, by default all that torch has.
     """
-    n_threads = min(torch.get_num_threads(), len(pieces), most or len(pieces))
+    n_all = number()
+    n_threads = min(n_all, len(pieces), most or len(pieces))
     if n_threads < 2:
         for piece in pieces:
             work(piece, 0)
@@ -33,8 +40,8 @@ def each(pieces: Sequence[Piece], work: Callable[[Piece, int], None], most: int 
         for piece in pieces[thread::n_threads]:
             work(piece, thread)
 
-    pool = _pool(torch.get_num_threads() - 1)
-    with _OneThreadEach():
+    pool = _pool(n_all - 1)
+    with one_in_torch():
         others = [pool.submit(share, thread) for thread in range(1, n_threads)]
         try:
             share(0)
@@ -44,15 +51,23 @@ def each(pieces: Sequence[Piece], work: Callable[[Piece, int], None], most: int 
         other.result()
 
 
-class _OneThreadEach:
-    """Torch's operations take one thread, here and in threads that are new."""
+def number() -> int:
+    """Threads that pieces are shared out among."""
+    return _held or torch.get_num_threads()
 
-    def __enter__(self) -> None:
-        self.n_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
 
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.n_threads)
+@contextmanager
+def one_in_torch() -> Iterator[None]:
+    """Torch's operations take one thread, here and in threads that are new; pieces take all."""
+    global _held
+    held, in_torch = _held, torch.get_num_threads()
+    _held = number()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(in_torch)
+        _held = held
 
 
 @lru_cache(maxsize=1)
