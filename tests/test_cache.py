@@ -335,7 +335,6 @@ def kept(tokens: TokenStore, first_positions: int, left_out: set[int]) -> NDArra
 def assert_moments(found: Statistics, rows: NDArray[np.float64]) -> None:
     """Compare with numpy's two passes in float64."""
     assert found.n_tokens == len(rows)
-    assert found.n_nonfinite == 0
     np.testing.assert_allclose(found.mean_D.numpy(), rows.mean(0), rtol=1e-11, atol=1e-13)
     np.testing.assert_allclose(found.variance_D.numpy(), rows.var(0), rtol=1e-9)
     np.testing.assert_allclose(found.mean_squared_norm, (rows**2).sum(1).mean(), rtol=1e-11)
@@ -417,8 +416,8 @@ def test_moments_of_parts_are_those_of_the_whole(seed: int, cuts: list[int], sig
     for i, (start, stop) in enumerate(itertools.pairwise(edges)):
         target = whole if i % 2 else half
         target.add(torch.from_numpy(rows[start:stop]))
-    whole.merge(half.n, half.mean_D, half.deviations_D)
-    whole.merge(0, np.full(3, np.nan), np.full(3, np.nan))
+    whole.merge(half.n, half.mean_D, half.deviations_D, half.distances)
+    whole.merge(0, np.full(3, np.nan), np.full(3, np.nan), {})
     found = whole.statistics()
     assert found.n_tokens == n
     np.testing.assert_allclose(found.mean_D.numpy(), rows.mean(0), rtol=1e-12, atol=1e-13)
@@ -432,6 +431,20 @@ def test_moments_of_many_bf16_rows_with_a_mean_of_100_sigma() -> None:
     moments = Moments(4)
     moments.add(rows)
     assert_moments(moments.statistics(), rows.double().numpy())
+
+
+def test_distances_tell_of_rows_far_from_the_others() -> None:
+    """Oracle: numpy's norms of the same rows about their mean."""
+    rows = np.random.default_rng(0).normal(size=(20_000, 64))
+    rows[:20] *= 100
+    moments = Moments(64)
+    moments.add(torch.from_numpy(rows))
+    found = moments.statistics()
+    distances = np.linalg.norm(rows - rows.mean(0), axis=1)
+    assert found.median_distance == pytest.approx(np.median(distances), rel=0.1)
+    assert found.largest_distance == pytest.approx(distances.max(), rel=0.1)
+    assert found.share_beyond(10) == 20 / 20_000
+    assert found.share_beyond(1000) == 0
 
 
 # One run or several

@@ -11,7 +11,6 @@ from saemill.cache.claims import Claim, Lost, Worker
 from saemill.common import durable
 from saemill.common.activations import (
     ActivationStore,
-    Moments,
     decode_array,
     encode_array,
     hash_blocks,
@@ -19,6 +18,7 @@ from saemill.common.activations import (
 from saemill.common.errors import DataError
 from saemill.common.shards import ShardedArray, as_numpy
 from saemill.common.sites import Site
+from saemill.common.statistics import Moments
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -137,6 +137,7 @@ class SiteWriter:
             "n_counted": moments.n,
             "mean": encode_array(moments.mean_D),
             "deviations": encode_array(moments.deviations_D),
+            "distances": dict(sorted(moments.distances.items())),
         }
 
     def _publish(self, shard: int, data: Path, record: Path) -> None:
@@ -206,7 +207,8 @@ class SiteWriter:
         for shard in range(self.store.n_shards):
             record = durable.read_json(self.commit_path(shard))
             mean, deviations = (decode_array(record[key], "f8") for key in ("mean", "deviations"))
-            moments.merge(record["n_counted"], mean, deviations)
+            distances = {int(step): count for step, count in record["distances"].items()}
+            moments.merge(record["n_counted"], mean, deviations, distances)
             shards.append({key: record[key] for key in ("n_tokens", "bytes", "xxh3", "block_hashes")})
         statistics = moments.statistics()
         return {
@@ -216,7 +218,7 @@ class SiteWriter:
                 "mean": encode_array(np.asarray(statistics.mean_D)),
                 "variance": encode_array(np.asarray(statistics.variance_D)),
                 "mean_squared_norm": statistics.mean_squared_norm,
-                "n_nonfinite": statistics.n_nonfinite,
+                "distances": statistics.distances,
             },
             "shards": shards,
         }

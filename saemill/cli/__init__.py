@@ -28,6 +28,13 @@ def main() -> None:
     except SaemillError as error:
         print(f"error{_of_rank()}: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        from saemill.common import durable
+
+        if not (told := durable.explained(error)):
+            raise
+        print(f"error{_of_rank()}: {told}", file=sys.stderr)
+        sys.exit(2)
     except Exception:
         if where := _of_rank():
             print(f"failed{where}:", file=sys.stderr)

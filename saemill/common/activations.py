@@ -16,7 +16,6 @@ All sites share the permutation. Where the store holds embeddings, a passage tak
 """
 
 import base64
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from saemill.common.mask import MaskConfig
 from saemill.common.passages import PassageStore
 from saemill.common.permutation import inverse, permutation
 from saemill.common.shards import ShardedArray, as_tensor
+from saemill.common.statistics import Moments, Statistics
 from saemill.common.tokens import TokenStore
 
 FORMAT = "saemill activations 1"
@@ -60,73 +60,6 @@ def hash_blocks(rows_TD: NDArray[Any]) -> NDArray[np.uint64]:
     starts = range(0, len(rows_TD), BLOCK_TOKENS)
     hashed = [xxhash.xxh3_64_intdigest(rows_TD[i : i + BLOCK_TOKENS].data) for i in starts]
     return np.array(hashed, np.uint64)
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """First and second moments of a site's activations over the training positions."""
-
-    n_tokens: int
-    """Positions counted: not masked, not held out."""
-    mean_D: Tensor
-    """float64 [D]."""
-    variance_D: Tensor
-    """float64 [D], with divisor n_tokens."""
-    mean_squared_norm: float
-    """Mean of the squared Euclidean length, mean not removed."""
-    n_nonfinite: int
-    """NaN or infinite values found while writing; a finished store has none."""
-
-    @property
-    def total_variance(self) -> float:
-        """Mean squared distance from the mean: the sum of `variance_D`."""
-        return float(self.variance_D.sum())
-
-
-class Moments:
-    """Count, mean and squared deviations of chosen rows, in float64; parts merge exactly enough
-    for any mean (Chan, Golub and LeVeque 1979)."""
-
-    def __init__(self, width: int) -> None:
-        self.n = 0
-        self.mean_D = np.zeros(width)
-        self.deviations_D = np.zeros(width)
-
-    def add(self, x_TD: Tensor) -> None:
-        """Count the rows of x_TD."""
-        for part in torch.split(x_TD, 8192):
-            if len(part) == 0:
-                continue
-            rows = part.double().numpy()
-            mean = rows.mean(0)
-            self.merge(len(rows), mean, np.square(rows - mean).sum(0))
-
-    def merge(self, n: int, mean_D: NDArray[np.float64], deviations_D: NDArray[np.float64]) -> None:
-        """Add `n` rows counted elsewhere: their mean and summed squared deviations from it."""
-        if n == 0:
-            return
-        total = self.n + n
-        delta = mean_D - self.mean_D
-        self.deviations_D = self.deviations_D + deviations_D + delta**2 * (self.n * n / total)
-        self.mean_D = self.mean_D + delta * (n / total)
-        self.n = total
-
-    def statistics(self, n_nonfinite: int = 0) -> Statistics:
-        """The moments as statistics.
-
-        Raises:
-            StoreError: no row was counted.
-        """
-        if self.n == 0:
-            raise StoreError("every position is masked or held out: no statistics, nothing to train on")
-        variance = self.deviations_D / self.n
-        return Statistics(
-            n_tokens=self.n,
-            mean_D=torch.from_numpy(self.mean_D),
-            variance_D=torch.from_numpy(variance),
-            mean_squared_norm=float(np.sum(variance + self.mean_D**2)),
-            n_nonfinite=n_nonfinite,
-        )
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -275,7 +208,8 @@ class SiteArray:
         mean, variance = (
             torch.from_numpy(decode_array(entry[key], "f8").copy()) for key in ("mean", "variance")
         )
-        return Statistics(entry["n_tokens"], mean, variance, entry["mean_squared_norm"], entry["n_nonfinite"])
+        distances = {int(step): count for step, count in entry["distances"].items()}
+        return Statistics(entry["n_tokens"], mean, variance, entry["mean_squared_norm"], distances)
 
     def statistics_under(self, mask: MaskConfig) -> Statistics:
         """Moments under another mask: read from the store's manifest, or one pass over the site."""

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,24 +12,90 @@ from typing import Any
 
 import xxhash
 
-from saemill.common.errors import StoreError
+from saemill.common.errors import DiskError, MissingError, StoreError
 from saemill.common.log import say
 
 READ_BYTES = 1 << 24
+PARTIAL = ".*.partial"
+"""Names of what a crash left of a file that was being written; it counts as nothing."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+GO_ON = "then run the same command again: it goes on from what is finished"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, n_bytes: int | None = None) -> Iterator[Path]:
     """A path beside `path` to write to; when the block ends well, it is flushed and renamed.
 
-    A crash at any moment leaves the old file or the new one.
+    A crash at any moment leaves the old file or the new one; an error removes what was written. The file's
+    mode is what the umask asks for, whatever the library that writes it prefers.
+
+    Args:
+        path: where the file shall appear; its folder is created.
+        n_bytes: how large it will be, if that is known; a full disk is told with it.
+
+    Raises:
+        DiskError: the disk is full, or the folder may not be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    sync_file(partial)
-    partial.replace(path)
-    sync_folder(path.parent)
+    with writing(path, n_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777
+        try:
+            yield partial
+            partial.chmod(mode)
+            sync_file(partial)
+        except Exception:
+            partial.unlink(missing_ok=True)
+            raise
+        partial.replace(path)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def writing(path: Path, n_bytes: int | None = None) -> Iterator[None]:
+    """While the block runs, a full disk or a folder without the right to write becomes a sentence.
+
+    Args:
+        path: what is being written.
+        n_bytes: how large it will be, if that is known.
+
+    Raises:
+        DiskError: in place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if told := explained(error, path, n_bytes):
+            raise DiskError(told) from error
+        raise
+    except Exception as error:
+        # Libraries that write by themselves (safetensors, torch) have errors of their own for a full disk.
+        if not any(sign in str(error) for sign in ("os error 28", "No space left", "failed writing file")):
+            raise
+        raise DiskError(_full(path, n_bytes)) from error
+
+
+def explained(error: OSError, path: Path | None = None, n_bytes: int | None = None) -> str | None:
+    """What the system's error means for the user, and what helps; None where it is of another kind."""
+    where = path or (Path(os.fsdecode(error.filename)) if error.filename else None)
+    if error.errno in NO_ROOM:
+        return _full(where, n_bytes)
+    if error.errno in NO_ACCESS:
+        return f"{where or 'a file'} may not be read or written ({error.strerror}): change its mode, {GO_ON}"
+    if error.errno == errno.EIO:
+        return f"{where or 'a file'}: the disk fails ({error.strerror}); see to the disk, {GO_ON}"
+    return None
+
+
+def _full(path: Path | None, n_bytes: int | None) -> str:
+    """The sentence on a disk, a quota or a limit on files that leaves no room for `path`."""
+    what = path or "a file"
+    size = f" ({n_bytes:,} bytes)" if n_bytes else ""
+    folder = next((f for f in (path.absolute().parents if path else ()) if f.is_dir()), None)
+    free = f": {shutil.disk_usage(folder).free:,} bytes are free there" if folder else ""
+    return f"no room on the disk for {what}{size}{free}, or a quota or limit is reached. Make room, {GO_ON}"
 
 
 def place(finished: Path, path: Path) -> None:
@@ -57,7 +124,9 @@ def write_bytes(path: Path, parts: Iterable[bytes | memoryview], pad_to_bytes: i
         parts: buffers written one after the other.
         pad_to_bytes: extend the file with zeros (a hole on most file systems) up to this size.
     """
-    with replacing(path) as partial, partial.open("wb") as file:
+    parts = list(parts)
+    n_bytes = max(pad_to_bytes, sum(memoryview(part).nbytes for part in parts))
+    with replacing(path, n_bytes) as partial, partial.open("wb") as file:
         for part in parts:
             file.write(part)
         if file.tell() < pad_to_bytes:
@@ -124,16 +193,33 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, [json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"])
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, repair: str = "") -> Any:
     """Read a JSON file.
 
+    Args:
+        path: the file.
+        repair: the sentence that tells what to do, put at the end of messages.
+
     Raises:
-        StoreError: its content is no JSON; saemill writes such files whole, so it was damaged later.
+        MissingError: there is no such file.
+        StoreError: its content is no JSON; saemill writes such files whole, so it was damaged later. Or it
+            cannot be read.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingError(f"{path}: file is missing. {repair}".rstrip()) from None
+    except RecursionError:
+        raise StoreError(f"{path} is damaged: it is nested too deeply. {repair}".rstrip()) from None
     except ValueError as error:
-        raise StoreError(f"{path} is damaged: {error}") from error
+        raise StoreError(f"{path} is damaged: {error}. {repair}".rstrip()) from error
+    except OSError as error:
+        raise DiskError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _refuse(constant: str) -> Any:
+    """Refuse NaN and infinity, which Python takes for JSON."""
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def hash_file(path: Path) -> str:

@@ -13,6 +13,14 @@ class StoreError(SaemillError, RuntimeError):
     """Data on disk is missing, damaged, unfinished, or made by something else."""
 
 
+class MissingError(StoreError, FileNotFoundError):
+    """A file that should be there is not."""
+
+
+class DiskError(StoreError, OSError):
+    """The disk is full, or a file on it may not be read or written."""
+
+
 class DataError(SaemillError, ValueError):
     """The input data or the model produced something that cannot be used."""
 

@@ -1,0 +1,127 @@
+"""Records: the JSON files that saemill writes and reads back, each of one type and with a hash of itself.
+
+A record's file holds its fields and, last, `checksum`: xxh3 of all the others. One that was changed by
+anything but saemill, or that is of another version, is an error with the way to repair it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from saemill.common import durable
+from saemill.common.errors import StoreError
+
+CHECKSUM = "checksum"
+
+
+class Record(BaseModel):
+    """Base of every record: its fields are of the stated types exactly, none is missing and none is more."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+R = TypeVar("R", bound=Record)
+
+
+def _below(name: str) -> str:
+    """Refuse a name that leads out of the folder that it is looked for in."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name:
+        raise ValueError(f"must be a path below its folder, got {name!r}")
+    return name
+
+
+def _single(name: str) -> str:
+    """Refuse a name that is not that of one file or folder."""
+    if len(PurePosixPath(_below(name)).parts) != 1 or name.startswith("."):
+        raise ValueError(f"must be a plain name, got {name!r}")
+    return name
+
+
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+"""A number of things, or of bytes."""
+Positive = Annotated[int, Field(ge=1, lt=1 << 62)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+"""xxh3 (64 bits) in hexadecimal."""
+Below = Annotated[str, AfterValidator(_below)]
+"""The path of a file, relative to the folder that lists it; it cannot lead out of that."""
+Name = Annotated[str, AfterValidator(_single)]
+"""The name of one file or folder."""
+
+
+class File(Record):
+    """A file that a record answers for."""
+
+    path: Below
+    bytes: Count
+    xxh3: Hash
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values and their checksum, as a record's file holds them."""
+    return dict(values) | {CHECKSUM: durable.hash_json(dict(values))}
+
+
+def content(record: Record) -> dict[str, Any]:
+    """The fields of a record as JSON has them, with the checksum."""
+    return sealed(record.model_dump(mode="json"))
+
+
+def write(path: Path, record: Record) -> None:
+    """Write a record, whole or not at all."""
+    durable.write_json(path, content(record))
+
+
+def read(path: Path, kind: type[R], repair: str) -> R:
+    """Read a record.
+
+    Args:
+        path: its file.
+        kind: what it must be.
+        repair: the sentence that tells what to do, put at the end of messages.
+
+    Raises:
+        MissingError: there is no such file.
+        StoreError: it is damaged, or of another version.
+    """
+    return parse(durable.read_json(path, repair), kind, str(path), repair)
+
+
+def parse(values: Any, kind: type[R], where: str, repair: str) -> R:
+    """A record from what its file, or a part of another file, holds.
+
+    Args:
+        values: as JSON has them, with the checksum.
+        kind: what they must be.
+        where: what messages begin with.
+        repair: the sentence that tells what to do.
+
+    Raises:
+        StoreError: damaged, or of another version.
+    """
+    if not isinstance(values, dict):
+        raise StoreError(f"{where} is damaged: it holds no fields. {repair}")
+    if "format" in kind.model_fields and values.get("format") != (
+        wanted := kind.model_fields["format"].default
+    ):
+        found = values.get("format")
+        raise StoreError(
+            f"{where}: format {found!r:.80}, but this version of saemill reads {wanted!r}. {repair}"
+        )
+    fields = {key: value for key, value in values.items() if key != CHECKSUM}
+    if values.get(CHECKSUM) != durable.hash_json(fields):
+        raise StoreError(f"{where} is damaged: its content differs from its checksum. {repair}")
+    try:
+        return kind.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise StoreError(f"{where} is damaged: {told(error)}. {repair}") from error
+
+
+def told(error: ValidationError) -> str:
+    """The first of pydantic's findings, in a few words."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(map(str, first["loc"])) or "its content"
+    return f"{place}: {first['msg']}, got {first['input']!r:.80}"
