@@ -38,7 +38,7 @@ def load_model(
     """
     name, revision = _named(named, store)
     if other is not None:
-        check_fit(load_model_config(name, revision), name, other.tokenizer, other.ctx_len)
+        check_fit(load_model_config(name, revision), name, other)
     dtype = getattr(torch, store.settings["model_dtype"])
     in_8bit = bool(store.settings.get("load_in_8bit"))
     return LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True, in_8bit=in_8bit)
@@ -80,7 +80,7 @@ def check_model(named: str | None, model: LanguageModel, store: ActivationStore)
 
 def _check_activations(model: LanguageModel, store: ActivationStore) -> None:
     """Refuse a model that does not compute what was cached, at every site, on the first row."""
-    model.check_tokens(store.tokens.tokenizer, store.ctx_len)
+    model.check_tokens(store.tokens)
     if missing := [site for site in store.sites if site not in model.modules]:
         raise ConfigError(_another_model(model.name, f"it has no {missing[0]}"))
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))

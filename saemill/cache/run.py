@@ -16,6 +16,7 @@ from saemill.cache.writer import DTYPES, ZARR_LITTER, SiteWriter
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.activations import EMBEDDINGS, FORMAT, ActivationStore, read_settings
+from saemill.common.architecture import Architecture
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.mask import MaskConfig
@@ -28,7 +29,7 @@ from saemill.common.model import (
     fingerprint_weights,
 )
 from saemill.common.signals import stop_on_signal
-from saemill.common.sites import Architecture, Site, load_model_config
+from saemill.common.sites import Site, load_model_config
 from saemill.common.tokenizer import check_tokenizer
 from saemill.common.tokens import TokenStore, copy_rows
 from saemill.common.world import World, speak_for
@@ -116,7 +117,7 @@ def run(config: CacheConfig) -> ActivationStore:
         n_rows = _n_rows(config, tokens, there)
         device = world.device(config.device)
         model_config = load_model_config(config.model, config.revision)
-        check_fit(model_config, config.model, tokens.tokenizer, tokens.ctx_len)
+        check_fit(model_config, config.model, tokens)
         check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
         sites = sites_of(config, model_config)
         identity = _identity(config, tokens, there, n_rows, device)

@@ -22,7 +22,8 @@ def loading(what: str, name: str) -> Iterator[None]:
             paths do, is not looked for on the hub.
 
     Raises:
-        ConfigError: there is no such folder, or neither folder nor hub has it.
+        ConfigError: there is no such folder, neither folder nor hub has it, its files are damaged or say
+            what cannot be, or it brings code of its own.
     """
     path = Path(name)
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -31,7 +32,20 @@ def loading(what: str, name: str) -> Iterator[None]:
         raise ConfigError(f"cannot load the {what} {name!r}: no such folder{advice}")
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (SaemillError, MemoryError):
+        raise
+    except Exception as error:  # damaged files, and settings that cannot be, raise what they happen to meet
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"cannot load the {what} {name!r}: it brings code of its own, which saemill does not run; "
+                f"choose a {what} of a kind that transformers knows"
+            ) from error
+        if not isinstance(error, OSError | ValueError | ImportError):
+            told = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"cannot load the {what} {name!r}: its files are damaged, or its config says what cannot be "
+                f"({type(error).__name__}: {told}); save or download it again"
+            ) from error
         typo = "/" in name and not path.exists() and path.parent.is_dir()
         why = f"no such folder in {path.parent}, and as a hub id: {error}" if typo else error
         raise ConfigError(f"cannot load the {what} {name!r}: {why}") from error

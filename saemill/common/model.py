@@ -13,11 +13,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from saemill.common import durable
+from saemill.common.architecture import check_row_length, limits_of
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
 from saemill.common.log import counted
-from saemill.common.sites import block_names, first_output, load_model_config, replacing
-from saemill.common.tokens import TokenizerInfo
+from saemill.common.sites import first_output, load_model_config, replacing
+from saemill.common.structure import base_of, block_names, is_encoder_decoder, n_ids_of, reader_of
+from saemill.common.tokens import TokenizerInfo, TokenStore
 
 Head = Literal["causal", "masked"]
 
@@ -101,29 +103,42 @@ class LanguageModel:
         with_head: bool = False,
         in_8bit: bool = False,
     ) -> None:
-        self.name = name
-        self.device = device
+        self.name, self.revision, self.device = name, revision, device
         self.config = load_model_config(name, revision)
         self.head: Head | None = _head_of(self.config) if with_head else None
         check_8bit(in_8bit, device)
         how = {"dtype": dtype} | (_as_8bit(device) if in_8bit else {})
-        self.model, missing = _load(name, revision, how, self.head)
+        self.model, missing = self._load(how)
         if missing and self.head:
             self.head = None  # a checkpoint without the head that its class has
-            self.model, missing = _load(name, revision, how, None)
+            self.model, missing = self._load(how)
+        if is_encoder_decoder(self.config):  # its decoder is not run
+            missing = [key for key in missing if key.startswith("encoder.")]
         if missing:
             raise ConfigError(f"the checkpoint {name!r} lacks weights: {', '.join(sorted(missing)[:5])}")
         if not in_8bit:  # such a model is where it was loaded, and cannot be moved
             self.model = self.model.to(device)
         self.model = self.model.eval().requires_grad_(False)
-        self.base = self.model.base_model if self.head else self.model
+        self.base = base_of(self.model) if self.head else self.model
         self.modules = dict(self.base.named_modules())
-        self.n_ids: int = self.model.get_input_embeddings().num_embeddings
+        self.n_ids: int = n_ids_of(self.base)
         self.tuple_sites: set[str] = set()
 
-    def check_tokens(self, tokenizer: TokenizerInfo, ctx_len: int) -> None:
+    def _load(self, how: dict[str, Any]) -> tuple[Any, list[str]]:
+        """The model, and the names of its weights that the checkpoint lacks."""
+        loaders: dict[Head | None, Any] = {
+            None: transformers.AutoModel,
+            "causal": _multimodal_class(self.config) or transformers.AutoModelForCausalLM,
+            "masked": transformers.AutoModelForMaskedLM,
+        }
+        how = how | {"revision": self.revision, "trust_remote_code": False, "output_loading_info": True}
+        with loading("model", self.name), _no_bar_of_weights():
+            model, info = loaders[self.head].from_pretrained(self.name, **how)
+        return model, [key for key in info["missing_keys"] if "pooler" not in key]
+
+    def check_tokens(self, tokens: TokenStore) -> None:
         """Refuse tokens that the model cannot take; see `check_fit`."""
-        check_fit(self.config, self.name, tokenizer, ctx_len)
+        check_fit(self.config, self.name, tokens)
 
     def capture(self, ids_RS: Tensor, sites: list[str], attention_RS: Tensor | None) -> dict[str, Tensor]:
         """Activations at `sites`, from a forward pass that stops after the last of them.
@@ -150,7 +165,7 @@ class LanguageModel:
         handles = [self.modules[name].register_forward_hook(keep(name)) for name in sites]
         try:
             with torch.inference_mode():
-                self._forward(self.base, ids_RS, attention_RS)
+                self._forward(reader_of(self.base), ids_RS, attention_RS)
         except _Enough:
             pass
         finally:
@@ -243,23 +258,46 @@ def attention_of(ids_RS: Tensor, tokenizer: TokenizerInfo) -> Tensor | None:
     return (ids_RS != tokenizer.pad_id).long()
 
 
-def check_fit(config: Any, name: str, tokenizer: TokenizerInfo, ctx_len: int) -> None:
+def check_fit(config: Any, name: str, tokens: TokenStore) -> None:
     """Refuse tokens that a model cannot take: too large ids, or rows longer than its context.
 
+    Ids that the tokenizer has beyond the model's, and no row holds, do no harm.
+
+    Args:
+        config: the model's transformers config.
+        name: hub id or local folder.
+        tokens: the tokens.
+
     Raises:
-        ConfigError: naming both numbers.
+        ConfigError: naming both numbers, and the token.
     """
-    config = config.get_text_config()
-    if tokenizer.vocab_size > config.vocab_size:
+    limits = limits_of(config)
+    check_row_length(limits, name, tokens.ctx_len)
+    largest = n_used_ids(tokens) - 1
+    if largest >= limits.n_ids:
         raise ConfigError(
-            f"the tokens were made with {tokenizer.name!r} ({tokenizer.vocab_size} ids), but {name!r} "
-            f"has {config.vocab_size}; tokenize with the model's own tokenizer"
+            f"the tokens hold the id {largest}{_as_text(tokens, largest)}, but {name!r} has the ids "
+            f"0..{limits.n_ids - 1}; they were made with {tokens.tokenizer.name!r}: tokenize with "
+            "the model's own tokenizer"
         )
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and ctx_len > limit:
-        raise ConfigError(
-            f"rows have {ctx_len} tokens, but {name!r} takes at most {limit}; tokenize with --ctx-len {limit}"
-        )
+
+
+def n_used_ids(tokens: TokenStore) -> int:
+    """One more than the largest token id in a store's rows."""
+    chunks = (tokens.rows(row, min(row + 4096, tokens.n_rows)) for row in range(0, tokens.n_rows, 4096))
+    return max(int(ids_RS.max()) for ids_RS in chunks) + 1
+
+
+def _as_text(tokens: TokenStore, token_id: int) -> str:
+    """The token that an id stands for, in brackets; nothing where the store's tokenizer cannot tell."""
+    try:
+        with loading("tokenizer", str(tokens.path / "tokenizer")):
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                tokens.path / "tokenizer", trust_remote_code=False
+            )
+            return f" ({tokenizer.convert_ids_to_tokens(token_id)!r})"
+    except ConfigError:
+        return ""
 
 
 def check_8bit(in_8bit: bool, device: torch.device) -> None:
@@ -279,18 +317,6 @@ def _as_8bit(device: torch.device) -> dict[str, Any]:
     return {"quantization_config": quantization, "device_map": {"": device}}
 
 
-def _load(name: str, revision: str | None, how: dict[str, Any], head: Head | None) -> tuple[Any, list[str]]:
-    """The model, and the names of its weights that the checkpoint lacks."""
-    loaders: dict[Head | None, Any] = {
-        None: transformers.AutoModel,
-        "causal": transformers.AutoModelForCausalLM,
-        "masked": transformers.AutoModelForMaskedLM,
-    }
-    with loading("model", name), _no_bar_of_weights():
-        model, info = loaders[head].from_pretrained(name, revision=revision, output_loading_info=True, **how)
-    return model, [key for key in info["missing_keys"] if "pooler" not in key]
-
-
 @contextmanager
 def _no_bar_of_weights() -> Iterator[None]:
     """Without transformers' bar for weights read from the disk; the hub's for downloads stays."""
@@ -306,10 +332,16 @@ def _no_bar_of_weights() -> Iterator[None]:
 
 
 def _head_of(config: Any) -> Head | None:
-    """Which LM head the checkpoint's architecture has."""
+    """Which LM head the checkpoint's architecture has; an encoder-decoder model's is not supported."""
     names = config.architectures or []
     if any("MaskedLM" in name or name.endswith("ForPreTraining") for name in names):
         return "masked"
-    if any("CausalLM" in name or name.endswith("LMHeadModel") for name in names):
+    if any("CausalLM" in name or name.endswith("LMHeadModel") for name in names) or _multimodal_class(config):
         return "causal"
     return None
+
+
+def _multimodal_class(config: Any) -> Any:
+    """The class of a multimodal checkpoint that writes text; None if it is something else."""
+    names = [name for name in config.architectures or [] if name.endswith("ForConditionalGeneration")]
+    return getattr(transformers, names[0], None) if names and not is_encoder_decoder(config) else None

@@ -21,7 +21,8 @@ from saemill.common.errors import ConfigError
 from saemill.common.formats.hooks import site_of
 from saemill.common.log import counted
 from saemill.common.sae import Encoded, Sae
-from saemill.common.sites import block_names, replacing
+from saemill.common.sites import replacing
+from saemill.common.structure import base_of, block_names
 
 Edit = Callable[[Encoded], tuple[Tensor, Tensor]]
 """top_acts, top_indices [B, S, k] → the same, [B, S, any k]. It may change what it is given in place."""
@@ -63,9 +64,9 @@ def splice(
         ConfigError: the site, a latent or the width does not exist; no site is known; SAE and model are on
             different devices; or nothing ran through the site inside the block.
     """
-    base = getattr(model, "base_model", None)
-    if not isinstance(base, torch.nn.Module):
+    if not isinstance(getattr(model, "base_model", None), torch.nn.Module):
         raise ConfigError(f"model must be a HuggingFace transformer, got {type(model).__name__}")
+    base = base_of(model)
     name = _find_site(base, site, sae)
     edits = _edits(edit, sae)
     spliced = Spliced(sae, edits, keep_error, _trained_on(sae) if where is None else where, name)

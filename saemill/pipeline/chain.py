@@ -27,9 +27,10 @@ from saemill.cache.run import run as cache
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.activations import ActivationStore
+from saemill.common.architecture import check_row_length, limits_of
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
-from saemill.common.model import check_8bit, check_fit
+from saemill.common.model import check_8bit
 from saemill.common.sites import Site, load_model_config
 from saemill.common.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.tokens import TokenStore
@@ -266,7 +267,9 @@ def _owes_wandb(run: Path) -> bool:
 def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
     """Refuse a tokenizer or rows that the model cannot take."""
     info = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)[1]
-    check_fit(load_model_config(config.model, config.revision), config.model, info, tokens.ctx_len)
+    check_row_length(
+        limits_of(load_model_config(config.model, config.revision)), config.model, tokens.ctx_len
+    )
     check_tokenizer(info, config.model, config.revision, config.allow_other_tokenizer)
 
 
