@@ -160,7 +160,7 @@ def unheld(statistics: Statistics, dtype: torch.dtype) -> list[int]:
 
 
 def told_unheld(site: str, statistics: Statistics, dtype: torch.dtype) -> str | None:
-    """A sentence on the dimensions that the stored type cannot hold, and the cure; None where it holds all."""
+    """A sentence on the dimensions that the stored type cannot hold, and the cure; None if there are none."""
     lost = unheld(statistics, dtype)
     if not lost:
         return None
@@ -175,8 +175,8 @@ def told_unheld(site: str, statistics: Statistics, dtype: torch.dtype) -> str | 
     )
     return (
         f"{site}: {kind} cannot hold {counted(len(lost), 'dimension')} of {len(statistics.mean_D):,} "
-        f"({', '.join(map(str, lost[:MOST_NAMED]))}{more}): so far from zero, its rounding makes {UNHELD:.0%} "
-        f"or more of their stored variance (up to {worst:.0%}), and FVU does not show it; {cure}"
+        f"({', '.join(map(str, lost[:MOST_NAMED]))}{more}): so far from zero, its rounding makes "
+        f"{UNHELD:.0%} or more of their stored variance (up to {worst:.0%}), and FVU does not show it; {cure}"
     )
 
 
@@ -195,5 +195,5 @@ def told_far(site: str, statistics: Statistics, unit: str) -> str | None:
     cure = "; import them with --normalize, or leave them out" if unit == "passage" else ""
     return (
         f"{site}: {share:.2g} of the {unit}s are more than {FAR:g} times as far from the mean as the median "
-        f"{unit}, up to {largest:,.0f} times: squared errors, and so the SAEs, will be mostly about them{cure}"
+        f"{unit}, up to {largest:,.0f} times: squared errors, and so the SAEs, are mostly about them{cure}"
     )
