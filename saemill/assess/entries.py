@@ -84,16 +84,17 @@ class Measured:
         notes, rows = [told] if told else [], counted(found.n_tokens, unit)
         if place["n_zero"]:
             notes.append(
-                f"{site}: {place['n_zero']:,} of {rows} are zero vectors; cosine and norm ratio are of the others"
+                f"{site}: {place['n_zero']:,} of {rows} are zero vectors; cosine and norm ratio are of the "
+                "others"
             )
         if place["n_far"]:
             name = best if found.sites[best] == site else next(n for n, s in found.sites.items() if s == site)
             metrics = found.metrics(name, self._split.all)
             without, error, variance = (number(metrics[what]) for what in FAR_METRICS)
             notes.append(
-                f"{site}: {place['n_far']:,} of {rows} are more than {FAR:g} times as far from the mean as the "
-                f"median {unit}, up to {place['largest_ratio']:,.0f} times: {variance} of the variance and, of "
-                f"{name}, {error} of the squared error; its FVU without them is {without}"
+                f"{site}: {place['n_far']:,} of {rows} are more than {FAR:g} times as far from the mean as "
+                f"the median {unit}, up to {place['largest_ratio']:,.0f} times: {variance} of the variance "
+                f"and, of {name}, {error} of the squared error; its FVU without them is {without}"
             )
         return notes
 

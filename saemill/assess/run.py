@@ -174,12 +174,14 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group, held: E
     evalset = EvalSet(opened.store, other, model, opened.mask, sites, config.batch_size, everyone)
     if model is not None:
         check_mask_token(model, evalset.tokens)
+    no_loss = None if model is None else _no_loss(model, evalset)
     everyone.first(lambda: _take(out, held))
-    found = _measure(config, opened.saes, evalset, model)
+    found = _measure(config, opened.saes, evalset, model, no_loss)
     entries = found.ranking(opened.left_out)
     best = entries[0]["name"]
     beside = evalset.at(opened.sites[best], " controls")
-    untrained = _measure(config, controls(opened.saes[best], opened.sites[best], beside), beside, model)
+    baselines = controls(opened.saes[best], opened.sites[best], beside)
+    untrained = _measure(config, baselines, beside, model, no_loss)
     assessment: dict[str, Any] = {
         "format": record.FORMAT,
         "settings": config.identity(),
@@ -257,8 +259,21 @@ def _left_out(finished: dict[str, Any]) -> dict[str, str]:
     return reasons
 
 
+def _no_loss(model: LanguageModel, evalset: EvalSet) -> str | None:
+    """Why next-token losses of a model mean nothing, if it sees the tokens that it is to predict."""
+    row = int(evalset.rows_R[0])
+    ids_RS = torch.from_numpy(evalset.tokens.rows(row, row + 1).astype(np.int64))
+    if model.head == "causal" and model.sees_later_tokens(ids_RS):
+        return f"{model.name} sees the tokens after each position, so it has no next-token loss"
+    return None
+
+
 def _measure(
-    config: AssessConfig, saes: dict[str, Sae], evalset: EvalSet, model: LanguageModel | None
+    config: AssessConfig,
+    saes: dict[str, Sae],
+    evalset: EvalSet,
+    model: LanguageModel | None,
+    no_loss: str | None,
 ) -> Measured:
     """Some SAEs on the evaluation tokens; the losses, or why there are none."""
     sites = {name: sae.config.provenance["site"] for name, sae in saes.items()}
@@ -271,7 +286,7 @@ def _measure(
     elif model is not None and model.head is None:
         splicing = f"{model.name} has no language-model head"
     elif model is not None:
-        splicing = Splicing(saes, sites, evalset, model).run(config.model_tokens)
+        splicing = Splicing(saes, sites, evalset, model, no_loss).run(config.model_tokens)
         if splicing.n_tokens == 0:
             splicing = "no position to predict in the evaluation rows"
     return Measured(reconstruction, splicing, config.thresholds, config.dead_percentage_threshold)
