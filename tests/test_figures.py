@@ -175,7 +175,7 @@ def test_long_rows_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_variant_that_computes_no_numbers_has_no_figures(tmp_path: Path) -> None:
-    """Oracle: a decoder row that overflows float32 on some rows alone; the other variant keeps its figures."""
+    """Oracle: a decoder row that overflows float32 on some rows; the other variant keeps its figures."""
     store = make_store(tmp_path, 64, 16, D, 500, values_TD=values_of(1024))
     bad = random_sae(0)
     bad.b_dec.data.zero_()

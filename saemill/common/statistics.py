@@ -197,3 +197,8 @@ def told_far(site: str, statistics: Statistics, unit: str) -> str | None:
         f"{site}: {share:.2g} of the {unit}s are more than {FAR:g} times as far from the mean as the median "
         f"{unit}, up to {largest:,.0f} times: squared errors, and so the SAEs, are mostly about them{cure}"
     )
+
+
+def warnings(site: str, statistics: Statistics, dtype: torch.dtype, unit: str) -> list[str]:
+    """What whoever trains on a site should know: `told_unheld` and `told_far`, as far as there is any."""
+    return [told for told in (told_unheld(site, statistics, dtype), told_far(site, statistics, unit)) if told]
