@@ -175,8 +175,9 @@ def told_unheld(site: str, statistics: Statistics, dtype: torch.dtype) -> str | 
     )
     return (
         f"{site}: {kind} cannot hold {counted(len(lost), 'dimension')} of {len(statistics.mean_D):,} "
-        f"({', '.join(map(str, lost[:MOST_NAMED]))}{more}): so far from zero, its rounding makes "
-        f"{UNHELD:.0%} or more of their stored variance (up to {worst:.0%}), and FVU does not show it; {cure}"
+        f"({', '.join(map(str, lost[:MOST_NAMED]))}{more}): they are so far from zero that its rounding "
+        f"makes {UNHELD:.0%} or more of their stored variance (up to {worst:.0%}), and FVU does not show it; "
+        f"{cure}"
     )
 
 
