@@ -22,11 +22,7 @@ def reading(file: Path | str) -> Iterator[None]:
         DataError: in place of any other error.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of files by old versions, which are read or refused all the same
-            yield
+        yield
     except SaemillError:
         raise
     except Exception as error:
