@@ -29,6 +29,7 @@ from saemill.common.model import (
 )
 from saemill.common.signals import stop_on_signal
 from saemill.common.sites import Architecture, Site, load_model_config
+from saemill.common.statistics import warnings
 from saemill.common.tokenizer import check_tokenizer
 from saemill.common.tokens import TokenStore, copy_rows
 from saemill.common.world import World, speak_for
@@ -127,6 +128,9 @@ def run(config: CacheConfig) -> ActivationStore:
             store, writers = _open(config, tokens, identity, sites, plan, worker)
             what = _complete(config, store, writers, device, worker, world)
     say(f"{config.out}: {', '.join(site.name for site in sites)} complete; {what}")
+    for array in (store.site(site.name) for site in sites):
+        for warning in warnings(array.name, array.statistics, array.dtype, "token"):
+            say(warning)
     return store
 
 

@@ -118,6 +118,7 @@ class LanguageModel:
         self.model = self.model.eval().requires_grad_(False)
         self.base = self.model.base_model if self.head else self.model
         self.modules = dict(self.base.named_modules())
+        self.n_ids: int = self.model.get_input_embeddings().num_embeddings
         self.tuple_sites: set[str] = set()
 
     def check_tokens(self, tokenizer: TokenizerInfo, ctx_len: int) -> None:
@@ -162,6 +163,29 @@ class LanguageModel:
         with torch.inference_mode():
             output: Tensor = self._forward(self.model, ids_RS, attention_RS).logits
         return output
+
+    def sees_later_tokens(self, ids_RS: Tensor) -> bool:
+        """Whether the logits at a position depend on tokens after it, as in a bidirectional model.
+
+        The tokens in the later half of the first row are exchanged for others, and the logits of its first
+        half compared. How much they change where the tokens of another row are exchanged is rounding:
+        experts, and weights in 8 bits, work on all tokens of a batch together. The LM head is needed.
+
+        Args:
+            ids_RS: token ids, int64, one row or more.
+        """
+        ids_1S = ids_RS[:1]
+        n_kept = ids_1S.shape[1] // 2
+        others_1S = (ids_1S + 1) % self.n_ids
+        changed_1S = torch.cat([ids_1S[:, :n_kept], others_1S[:, n_kept:]], 1)
+
+        def first_half(row_1S: Tensor, beside_1S: Tensor) -> Tensor:
+            return self.logits(torch.cat([row_1S, beside_1S]), None)[0, :n_kept].double()
+
+        plain = first_half(ids_1S, ids_1S)
+        rounding = (first_half(ids_1S, others_1S) - plain).norm()
+        effect = (first_half(changed_1S, ids_1S) - plain).norm()
+        return bool(effect > 10 * rounding and effect > 1e-5 * plain.std() * plain.numel() ** 0.5)
 
     @contextmanager
     def splice(self, site: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:

@@ -67,7 +67,8 @@ class TokenStore:
             `problems`).
     """
 
-    unit = "token"
+    unit, row, document = "token", "row", "document"
+    """What messages call an address, a row, and a text of its own."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
