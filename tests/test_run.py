@@ -233,7 +233,7 @@ def test_flags_of_saetrain_and_sparsify(monkeypatch: pytest.MonkeyPatch) -> None
         "train.expansion_factor": "32", "train.grad_acc_steps": "8", "tokenize.ctx_len": "512",
         "train.optimizer": "adam", "train.lr": "0.001", "run.save_dir": "my_output",
         "run.run_name": "bert_layer6", "train.log_to_wandb": True,
-        "train.wandb_log_frequency": "100", "train.log_every": "100",
+        "train.log_every": "100",
         "assess.dead_percentage_threshold": "0.0005",
         "tokenize.shuffle_seed": "42", "train.seeds": "42,43", "train.save_every": "500", "train.loss": "fvu",
         "tokenize.num_proc": "2", "cache.load_in_8bit": False, "cache.sites": "layers.*.mlp",
