@@ -334,5 +334,7 @@ def of_hook(name: str) -> str | None:
 
 
 def near(word: str, known: Iterable[str]) -> list[str]:
-    """The names that are so near that a slip explains the difference, the nearest first."""
-    return difflib.get_close_matches(word, list(known), n=3, cutoff=0.7)
+    """The names that are so near that a slip explains the difference, the nearest first; dashes before them
+    say nothing."""
+    bare = {name.lstrip("-"): name for name in known}
+    return [bare[name] for name in difflib.get_close_matches(word.lstrip("-"), bare, n=3, cutoff=0.65)]
