@@ -14,7 +14,7 @@ from saemill.cache.claims import Worker, holds_only_claims
 from saemill.cache.fill import Filling
 from saemill.cache.writer import DTYPES, ZARR_LITTER, SiteWriter
 from saemill.common import config as settings
-from saemill.common import durable
+from saemill.common import durable, elsewhere
 from saemill.common.activations import EMBEDDINGS, FORMAT, ActivationStore, read_settings
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
@@ -89,9 +89,15 @@ class CacheConfig:
                 raise ConfigError(f"{name} must be 1 or more, got {value}")
         chosen = [name for name in ("layers", "sites", "layer_stride") if getattr(self, name)]
         if not chosen:
-            raise ConfigError("name what to cache: --layers 2,4, --sites 'layers.*.mlp' or --layer-stride 2")
-        if self.layer_stride and len(chosen) > 1:
+            raise ConfigError(
+                "name what to cache: add --layers -1 for the residual stream after the last block; others: "
+                "--layers 2,4, --sites 'layers.*.mlp' or --layer-stride 2"
+            )
+        if self.layer_stride not in (None, 1) and len(chosen) > 1:
             raise ConfigError(f"layer_stride chooses all layers itself; leave out {chosen[0]}")
+        for site in self.sites:
+            if here := elsewhere.of_hook(site):
+                raise ConfigError(here)
 
 
 def run(config: CacheConfig) -> ActivationStore:
@@ -233,7 +239,7 @@ def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
     """
     architecture = Architecture(model_config)
     layers = config.layers
-    if config.layer_stride:
+    if config.layer_stride and not (config.layers or config.sites):
         layers = tuple(range(0, len(architecture.blocks), config.layer_stride))
     return architecture.resolve(layers, config.sites)
 

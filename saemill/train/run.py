@@ -21,7 +21,7 @@ from saemill.common.wandb import process as wandb
 from saemill.common.world import Group, World, speak_for
 from saemill.train import checkpoint
 from saemill.train.bank import Bank, Frame
-from saemill.train.config import TrainConfig
+from saemill.train.config import TrainConfig, check_batch
 from saemill.train.export import export, save_banks
 from saemill.train.feed import Feed
 from saemill.train.graph import Graphs
@@ -61,6 +61,7 @@ def run(config: TrainConfig) -> list[Path]:
     speak_for(world)
     device = world.device(config.device)
     store = ActivationStore(config.acts)
+    check_batch(config.batch_size, store.ctx_len)
     with (
         stop_on_signal() as stop,
         world.connected(device) as everyone,
