@@ -11,6 +11,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.world import World, speak_for
 from saemill.pipeline.chain import Chain
 from saemill.pipeline.stages import Sections
+from saemill.tokenize.run import CTX_LEN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +112,7 @@ def _complete_tokenize(sections: Sections) -> None:
 
 def _check_batch(chain: Chain) -> None:
     """Refuse a batch that was surely meant in sequences, as sparsify counts them."""
-    batch, ctx_len = chain.configs["train"].batch_size, chain.configs["tokenize"].ctx_len
+    batch, ctx_len = chain.configs["train"].batch_size, chain.configs["tokenize"].ctx_len or CTX_LEN
     if batch < ctx_len:
         raise ConfigError(
             f"batch_size counts tokens, and {batch} are less than one row of {ctx_len}; for {batch} rows, as "
