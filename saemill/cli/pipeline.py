@@ -18,7 +18,9 @@ def tokenize(
     subset: Annotated[str | None, option("The hub dataset's configuration.", "NAME")] = None,
     split: Annotated[str | None, option("Split of the dataset [train].", "NAME")] = None,
     text_column: Annotated[str | None, option("Column that holds the text [text].", "NAME")] = None,
-    ctx_len: Annotated[str | None, option("Tokens per row [512].")] = None,
+    ctx_len: Annotated[
+        str | None, option("Tokens per row [512, or the length of the rows of ids, where all have one].")
+    ] = None,
     max_tokens: Annotated[str | None, option("Stop after so many tokens.")] = None,
     streaming: Annotated[bool | None, typer.Option(help="Read no more than max-tokens needs.")] = None,
     shuffle_seed: Annotated[
@@ -26,6 +28,9 @@ def tokenize(
     ] = None,
     held_out_fraction: Annotated[
         str | None, option("Share of documents never trained on [0.05].", "X")
+    ] = None,
+    repack: Annotated[
+        bool | None, typer.Option("--repack", help="Pack rows of ids anew, even where all have ctx-len.")
     ] = None,
     num_proc: Annotated[str | None, option("Processes that tokenize [1].")] = None,
     revision: Annotated[str | None, option("The hub dataset's revision.", "REV")] = None,

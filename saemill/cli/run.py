@@ -17,6 +17,7 @@ SETTINGS = {
     "streaming": ("tokenize.streaming",),
     "shuffle_seed": ("tokenize.shuffle_seed",),
     "held_out_fraction": ("tokenize.held_out_fraction",),
+    "repack": ("tokenize.repack",),
     "num_proc": ("tokenize.num_proc",),
     "revision": ("cache.revision",),
     "layers": ("cache.layers",),
@@ -73,7 +74,9 @@ def run(
     lr: Annotated[list[str] | None, option("Peak learning rates [auto].", "LR,…")] = None,
     max_tokens: Annotated[str | None, option("Tokens to read and cache [all of the dataset].")] = None,
     epochs: Annotated[str | None, option("Passes of training over them [1].")] = None,
-    ctx_len: Annotated[str | None, option("Tokens per row [512].")] = None,
+    ctx_len: Annotated[
+        str | None, option("Tokens per row [512, or the length of the rows of ids, where all have one].")
+    ] = None,
     batch_size: Annotated[str | None, option("Tokens, not rows, per batch [4096].")] = None,
     grad_acc_steps: Annotated[str | None, option("Batches per optimizer step [1].")] = None,
     split: Annotated[str | None, option("Split of the dataset [train].", "NAME")] = None,
@@ -82,6 +85,9 @@ def run(
     streaming: Annotated[bool | None, typer.Option(help="Read no more than max-tokens needs.")] = None,
     held_out_fraction: Annotated[str | None, option("Share of documents to assess on [0.05].", "X")] = None,
     shuffle_seed: Annotated[str | None, option("Order of the documents [42].")] = None,
+    repack: Annotated[
+        bool | None, typer.Option("--repack", help="Pack rows of ids anew, even where all have ctx-len.")
+    ] = None,
     num_proc: Annotated[
         str | None, option("Processes that tokenize [1].", "N", "--num-proc", "--data-preprocessing-num-proc")
     ] = None,

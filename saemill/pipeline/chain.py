@@ -46,9 +46,10 @@ from saemill.pipeline.stages import (
     join,
     stages_of,
 )
+from saemill.tokenize.files import fingerprint_local
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
-from saemill.tokenize.source import check_path, fingerprint_local
+from saemill.tokenize.source import check_path
 from saemill.train.config import TrainConfig, check_batch
 from saemill.train.run import check_machine
 from saemill.train.run import run as train
@@ -263,7 +264,8 @@ def _owes_wandb(run: Path) -> bool:
 def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
     """Refuse a tokenizer or rows that the model cannot take."""
     info = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)[1]
-    check_fit(load_model_config(config.model, config.revision), config.model, info, tokens.ctx_len)
+    ctx_len = tokens.ctx_len or 1  # left out, it may follow from the rows, which are not read yet
+    check_fit(load_model_config(config.model, config.revision), config.model, info, ctx_len)
     check_tokenizer(info, config.model, config.revision, config.allow_other_tokenizer)
 
 

@@ -8,7 +8,7 @@ from saemill.assess.run import AssessConfig
 from saemill.cache.run import CacheConfig
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.run import CTX_LEN, TokenizeConfig
 from saemill.train.config import TrainConfig, check_batch
 
 Sections = dict[str, dict[str, Any]]
@@ -97,7 +97,7 @@ def check_amounts(configs: dict[str, Any]) -> None:
     tokenize, train = configs.get("tokenize"), configs.get("train")
     if tokenize is None or train is None:
         return
-    check_batch(train.batch_size, tokenize.ctx_len)
+    check_batch(train.batch_size, tokenize.ctx_len or CTX_LEN)
     limits = [configs[stage].max_tokens for stage in ("tokenize", "cache")]
     n_tokens = min((limit for limit in limits if limit is not None), default=None)
     n_trained = train.max_tokens or (n_tokens and n_tokens * (train.epochs or 1))
