@@ -26,7 +26,7 @@ from saemill.assess.features import Reader, check_latents, choose_latents, top_a
 from saemill.assess.reconstruction import Reconstruction, absorption
 from saemill.assess.report import contexts_text
 from saemill.assess.run import AssessConfig, run
-from saemill.assess.sums import Bootstrap, DocumentSums, Split
+from saemill.assess.sums import Bootstrap, DocumentSums, Ratio, Split
 from saemill.assess.verdict import Thresholds, checks, order, summary
 from saemill.cache.run import CacheConfig
 from saemill.cache.run import run as cache
@@ -204,14 +204,14 @@ def test_intervals_cover_the_truth() -> None:
     for _ in range(400):
         n = generator.integers(5, 50, 80).astype(float)
         level = generator.gamma(4, 0.25, 80)
-        figure = Bootstrap(np.ones(80, bool)).ratio(level * n, n)
+        figure = Bootstrap(np.ones(80, bool)).figure(Ratio(level * n, n))
         covered += figure["lo"] <= 1.0 <= figure["hi"]
     assert 0.90 <= covered / 400 <= 0.98
 
 
 def test_too_few_documents_have_no_interval() -> None:
     """Oracle: null with a reason, the value itself kept."""
-    figure = Bootstrap(np.ones(3, bool)).ratio(np.array([1.0, 2, 3]), np.array([2.0, 2, 2]))
+    figure = Bootstrap(np.ones(3, bool)).figure(Ratio(np.array([1.0, 2, 3]), np.array([2.0, 2, 2])))
     assert figure["value"] == 1.0
     assert figure["lo"] is None
     assert figure["reason"] == "only 3 documents; an interval needs 30"
@@ -302,7 +302,7 @@ def test_verdict_counts_only_checks_that_ran() -> None:
     }
     found = checks(figures, Thresholds())
     assert [check["passed"] for check in found] == [None, True, False, True]
-    assert summary(found) == "passed 2/3, 1 not run"
+    assert summary(found) == "passed 2/3, 1 unknown"
     entries = [
         {"name": name, "checks": found, "not_measured": at}
         for name, at in (("a", None), ("b", None), ("c", 7), ("d", None))
@@ -318,10 +318,10 @@ def test_the_best_is_reported_on_documents_it_was_not_chosen_on() -> None:
     chosen, reported, same = [], [], []
     for _ in range(100):
         variants = generator.normal(1.0, 1.0, (50, 200))
-        best = min(variants, key=lambda sums: split.loss((sums, n)))
-        chosen.append(split.loss((best, n)))
-        reported.append(split.reported_on.ratio(best, n)["value"])
-        same.append(split.all.ratio(min(variants, key=np.mean), n)["value"])
+        best = min(variants, key=lambda sums: split.loss(Ratio(sums, n)))
+        chosen.append(split.loss(Ratio(best, n)))
+        reported.append(split.reported_on.figure(Ratio(best, n))["value"])
+        same.append(split.all.figure(Ratio(min(variants, key=np.mean), n))["value"])
     assert np.mean(chosen) < 0.8
     assert np.mean(same) < 0.87
     assert np.mean(reported) == pytest.approx(1.0, abs=0.04)
@@ -352,8 +352,8 @@ def test_absorption_is_judged_against_what_random_directions_show(
 def test_a_figure_that_is_not_finite_is_null() -> None:
     """Oracle: null with a reason, never NaN or infinity in the JSON."""
     for bad in (np.inf, np.nan):
-        figure = Bootstrap(np.ones(40, bool)).ratio(np.array([bad] * 40), np.ones(40))
-        assert figure == {"value": None, "reason": "not finite on these tokens"}
+        figure = Bootstrap(np.ones(40, bool)).figure(Ratio(np.array([bad] * 40), np.ones(40)))
+        assert figure == {"value": None, "reason": "a value of it is not finite"}
 
 
 @pytest.fixture(scope="module")
@@ -456,8 +456,8 @@ def test_without_model_losses_are_null_with_the_reason(causal: Pipeline, tmp_pat
     """Oracle: no sentinel values."""
     assessment = run(AssessConfig(run=causal.out, with_model=False, device="cpu", out=tmp_path))
     figure = entry(assessment, 16)["metrics"]["loss_recovered"]
-    assert figure == {"value": None, "reason": "run with --no-model"}
-    assert entry(assessment, 16)["verdict"].endswith("1 not run")
+    assert (figure["value"], figure["reason"]) == (None, "run with --no-model")
+    assert entry(assessment, 16)["verdict"].endswith("1 unknown")
 
 
 def test_other_tokens_leave_out_what_training_saw(

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,7 @@ from saemill.common import durable
 from saemill.common.activations import SHUFFLE_KEY, ActivationStore, Moments, Statistics
 from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.mask import MaskConfig
+from saemill.common.model import check_fit
 from saemill.common.permutation import permutation
 from saemill.common.shards import ShardedArray
 from saemill.common.tokens import TokenizerInfo, TokenStore, write_token_store
@@ -882,15 +884,21 @@ def test_another_model_or_other_tokens_are_refused(
 def test_tokens_that_the_model_cannot_take_are_refused(
     tokens: TokenStore, corpus: Path, tokenizer_folder: str, tmp_path: Path
 ) -> None:
-    """Oracle: a model of 16 positions, and one of 8,000 ids; nothing is written."""
+    """Oracle: a model of 16 positions, and one that lacks the largest id in the rows, which the message shows
+    as text; nothing is written. What the tokenizer has beyond that does no harm."""
+    largest = max(int(tokens.rows(row, row + 1).max()) for row in range(tokens.n_rows))
+    token = transformers.AutoTokenizer.from_pretrained(tokenizer_folder).convert_ids_to_tokens(largest)
+    too_large = rf"the id {largest} \({re.escape(repr(token))}\), but .* the ids 0\.\.{largest - 1};"
     small = {"vocab_size": 8192, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     for i, (changes, message) in enumerate(
-        [({"max_position_embeddings": 16}, "at most 16"), ({"vocab_size": 8000}, "has 8000")]
+        [({"max_position_embeddings": 16}, "at most 16"), ({"vocab_size": largest}, too_large)]
     ):
         transformers.GPTNeoXConfig(**small | changes).save_pretrained(tmp_path / str(i))
         with pytest.raises(ConfigError, match=message):
             cache(tokens, str(tmp_path / str(i)), tmp_path / "acts")
     assert not (tmp_path / "acts").exists()
+    assert tokens.tokenizer.vocab_size > largest + 1
+    check_fit(transformers.GPTNeoXConfig(**small | {"vocab_size": largest + 1}), "m", tokens)
 
 
 def with_tokenizer(model: str, out: Path, tokenizer: str, change: Callable[[str], str] = str) -> str:

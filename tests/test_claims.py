@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from stores import make_store, make_tokens
 from test_cache import ENVIRONMENT, file_hashes
+from waiting import LIMIT_SECONDS, wait_until
 
 from saemill.cache import claims
-from saemill.cache.claims import Claim, Lost, Worker
+from saemill.cache.claims import Claim, Lost, Seen, Worker
 from saemill.cache.writer import SiteWriter
 from saemill.common import durable
 from saemill.common.activations import ActivationStore
@@ -143,20 +144,33 @@ def test_a_silent_worker_expires_by_the_file_systems_clock(
     claim.check()
 
 
-def test_the_heartbeat_keeps_a_worker_alive(
-    workers: Callable[[], Worker], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Oracle: a claim that expires after half a second is still held after one, and not once it is silent."""
-    monkeypatch.setenv("SAEMILL_CLAIM_SECONDS", "0.5")
-    there, here = workers(), workers()
-    there.file.write_text(json.dumps(durable.read_json(there.file) | {"machine": "another"}))
-    claim = there.take("shard-1")
-    assert claim
-    time.sleep(1)
-    assert here.take("shard-1") is None
-    there._left.set()
-    time.sleep(1)
-    assert here.take("shard-1")
+class Ticks(threading.Event):
+    """Told to wait, it returns at once; it knows how long it was to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: set[float | None] = set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.asked.add(timeout)
+        return super().wait(0.01)
+
+
+def test_the_heartbeat_keeps_a_worker_alive(workers: Callable[[], Worker], tmp_path: Path) -> None:
+    """Oracle: a file that was touched 2,000 s ago is touched again while its worker lives, 24 times within
+    the 120 s after which it counts as dead; and no more when its heart has stopped."""
+    here, there = workers(), Worker(tmp_path / "claims", threading.Event())
+    there._left = ticks = Ticks()
+    with there:
+        there.file.write_text(json.dumps(durable.read_json(there.file) | {"machine": "another"}))
+        assert there.take("shard-1")
+        now = here._now()
+        os.utime(there.file, (now - 2000, now - 2000))
+        wait_until(lambda: there.file.stat().st_mtime > now - 1)
+        assert here.take("shard-1") is None
+        assert ticks.asked == {120 / 24}
+        fall_silent(there, 121)
+        assert here.take("shard-1")
 
 
 def test_a_process_of_another_machine_is_not_judged_by_its_number(workers: Callable[[], Worker]) -> None:
@@ -190,10 +204,7 @@ sys.stdin.read()
             assert worker.take("shard-1") is None
         assert len(list(folder.iterdir())) == 3
         process.kill()
-        deadline = time.monotonic() + 20
-        while claims._started(process.pid) not in ("ended", None):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: claims._started(process.pid) in ("ended", None))
         with Worker(folder, threading.Event()) as worker:
             assert worker.take("shard-1")
         assert not folder.exists()
@@ -233,15 +244,22 @@ def test_a_worker_that_was_taken_for_dead_goes_on_as_a_new_one(workers: Callable
 
 
 def test_waiting_is_told_and_ends_with_a_signal(
-    workers: Callable[[], Worker], capsys: pytest.CaptureFixture[str]
+    workers: Callable[[], Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: this process's number; the event that a signal sets, on which whoever waits raises."""
+    """Oracle: this process's number; the event that a signal sets, here when the wait is told, on which
+    whoever waits raises."""
     there, here = workers(), workers()
     assert there.take("store")
-    threading.Timer(2, here.stop.set).start()
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        here.stop.set()
+
+    monkeypatch.setattr(claims, "say", say)
     with pytest.raises(Interrupted, match="the same command continues"), here.hold("store"):
         pass
-    assert capsys.readouterr().out.startswith(f"waiting for process {os.getpid()} on ")
+    assert said == [f"waiting for process {os.getpid()} on {there.owner.host}"]
 
 
 # Two workers, one shard
@@ -348,7 +366,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 def assert_all_complete(processes: list[subprocess.Popen[str]], whole: Path, out: Path) -> list[str]:
     """Every process ends well, and the store is that of one process, file by file; what they said."""
-    said = [process.communicate(timeout=120)[0] for process in processes]
+    said = [process.communicate(timeout=LIMIT_SECONDS)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
     assert file_hashes(out) == file_hashes(whole / "whole")
     assert not (out / "claims").exists()
@@ -359,23 +377,33 @@ def n_commits(out: Path) -> int:
     return len(list(out.glob("*/commits/*.json")))
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+@contextmanager
+def kept_back(out: Path) -> Iterator[None]:
+    """While the block runs this process has a shard's claim, so that nobody can finish the store."""
+    with Worker(out / "claims", threading.Event()) as here:
+        claim = here.take("shard-30")
+        assert claim
+        yield
+        claim.release()
+
+
+def claimed_by(out: Path, process: subprocess.Popen[str]) -> bool:
+    """Whether a process is among the workers: from then on it heeds signals."""
+    there = (Seen.at(path) for path in (out / "claims").glob("worker-*"))
+    return any(seen and seen.owner and seen.owner.pid == process.pid for seen in there)
 
 
 def test_workers_join_and_leave(whole: Path, tmp_path: Path) -> None:
     """Oracle: the store of one process; two start at once, for other sites and the same; one leaves at a
     SIGUSR1 with code 75 and another joins."""
     out = tmp_path / "acts"
-    first, leaving = start(command(whole, out)), start(command(whole, out, "2"))
-    wait_until(lambda: n_commits(out) >= 4)
-    leaving.send_signal(signal.SIGUSR1)
-    joining = start(command(whole, out, "0"))
-    text = leaving.communicate(timeout=60)[0]
-    assert (leaving.returncode, "the same command continues" in text) == (75, True), text
+    with kept_back(out):
+        first, leaving = start(command(whole, out)), start(command(whole, out, "2"))
+        wait_until(lambda: n_commits(out) >= 4 and claimed_by(out, leaving))
+        leaving.send_signal(signal.SIGUSR1)
+        joining = start(command(whole, out, "0"))
+        text = leaving.communicate(timeout=LIMIT_SECONDS)[0]
+        assert (leaving.returncode, "the same command continues" in text) == (75, True), text
     assert_all_complete([first, joining], whole, out)
 
 
@@ -390,27 +418,36 @@ def test_ranks_share_the_shards(whole: Path, tmp_path: Path) -> None:
 def test_workers_killed_at_random(whole: Path, tmp_path: Path) -> None:
     """Oracle: the store of one process; two workers, each death replaced by a new worker."""
     generator, out = random.Random(0), tmp_path / "acts"
-    running = [start(command(whole, out)) for _ in range(2)]
-    for goal, layers in ((0, "2"), (5, "0"), (60, "0,2")):
-        wait_until(lambda goal=goal: out.exists() and n_commits(out) >= goal)  # type: ignore[misc]
-        killed = running.pop(generator.randrange(len(running)))
-        killed.kill()
-        running.append(start(command(whole, out, layers)))
+    with kept_back(out):
+        running = [start(command(whole, out)) for _ in range(2)]
+        for goal, layers in ((0, "2"), (5, "0"), (60, "0,2")):
+            wait_until(lambda goal=goal: n_commits(out) >= goal)  # type: ignore[misc]
+            killed = running.pop(generator.randrange(len(running)))
+            killed.kill()
+            running.append(start(command(whole, out, layers)))
     assert_all_complete(running, whole, out)
 
 
-def test_a_stopped_worker_is_replaced_and_wakes_up_to_a_whole_store(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def silenced(out: Path, process: subprocess.Popen[str]) -> None:
+    """Stop a worker, and let the last it was heard of be long ago."""
+    process.send_signal(signal.SIGSTOP)
+    tasks = Path(f"/proc/{process.pid}/task")
+    wait_until(lambda: all(") T" in (task / "stat").read_text() for task in tasks.iterdir()))
+    for path in (out / "claims").glob("worker-*"):
+        if (seen := Seen.at(path)) and seen.owner and seen.owner.pid == process.pid:
+            os.utime(path, (seen.time - 1000, seen.time - 1000))
+
+
+def test_a_stopped_worker_is_replaced_and_wakes_up_to_a_whole_store(whole: Path, tmp_path: Path) -> None:
     """Oracle: the store of one process; a worker is stopped for longer than its claims last."""
-    monkeypatch.setitem(ENVIRONMENT, "SAEMILL_CLAIM_SECONDS", "1")
     out = tmp_path / "acts"
-    stopped = start(command(whole, out))
-    wait_until(lambda: n_commits(out) >= 10)
-    stopped.send_signal(signal.SIGSTOP)
+    with kept_back(out):
+        stopped = start(command(whole, out))
+        wait_until(lambda: n_commits(out) >= 10)
+        silenced(out, stopped)
     try:
         second = start(command(whole, out))
-        said = second.communicate(timeout=120)[0]
+        said = second.communicate(timeout=LIMIT_SECONDS)[0]
         assert second.returncode == 0, said
         assert n_commits(out) == 120
     finally:

@@ -52,7 +52,7 @@ def yaml_file(folder: Path, text: str) -> Path:
 def test_order_of_sources(tmp_path: Path) -> None:
     """Oracle: each setting is given by one source more; the strongest that names it must win."""
     file = yaml_file(tmp_path, "train:\n  name: file\n  n: 2\n  ratio: 0.2\n  limit: 20\n")
-    got = resolve(Settings, "train", {"ratio": "0.4", "n": None}, file, ["n=3", "ratio=0.3"])
+    got = resolve(Settings, "train", {"ratio": "0.4", "n": None}, file, ["n=3"])
     assert (got.name, got.n, got.ratio, got.limit) == ("file", 3, 0.4, 20)
     assert got.sizes == (8,), "the default stays where no source names the setting"
 
@@ -65,16 +65,38 @@ def test_sets_reach_inside(tmp_path: Path) -> None:
     assert got.maybe == Inner(depth=4, rate=7.0)
 
 
-def test_later_set_wins() -> None:
-    """Oracle: of two --set of one key the second counts, as on any command line."""
-    assert resolve(Settings, "train", {}, None, ["name=a", "name=b"]).name == "b"
+@pytest.mark.parametrize(
+    ("flags", "sets"),
+    [
+        ({}, ["name=a", "name=b"]),
+        ({"name": "a"}, ["name=b"]),
+        ({"name": "a"}, ["name=a"]),
+        ({"name": "a", "inner.depth": "2"}, ["inner={depth: 3}"]),
+        ({"name": "a"}, ["inner.depth=3", "inner={rate: 1}"]),
+        ({"name": "a"}, ["train.n=3", "n=4"]),
+    ],
+)
+def test_what_is_said_twice_on_the_command_line_is_refused(flags: dict[str, Any], sets: list[str]) -> None:
+    """Oracle: both sources name one setting, or a group and a setting in it; none is passed over."""
+    with pytest.raises(ConfigError, match=r"is given twice, by .* and by .*; leave one out"):
+        resolve(Settings, "train", flags, None, sets)
+
+
+def test_a_set_may_name_its_section() -> None:
+    """Oracle: the same without the section; another command's setting is told as that."""
+    assert resolve(Settings, "train", {"name": "x"}, None, ["train.n=6", "train.inner.depth=2"]) == made(
+        n=6, inner={"depth": 2}
+    )
+    with pytest.raises(ConfigError, match=r"cache\.layers is no setting of `saemill train`"):
+        resolve(Settings, "train", {"name": "x"}, None, ["cache.layers=6"])
 
 
 def test_dashes_are_underscores(tmp_path: Path) -> None:
     """Oracle: `max-tokens` in file, --set and flags is the field max_tokens; the flag still wins."""
     file = yaml_file(tmp_path, "tokenize: {dataset: d, tokenizer: t, out: o, max-tokens: 1k, ctx-len: 8}")
     assert resolve(TokenizeConfig, "tokenize", {}, file).max_tokens == 1000
-    got = resolve(TokenizeConfig, "tokenize", {"max_tokens": "3k"}, file, ["max-tokens=2k"])
+    assert resolve(TokenizeConfig, "tokenize", {}, file, ["max-tokens=2k"]).max_tokens == 2000
+    got = resolve(TokenizeConfig, "tokenize", {"max_tokens": "3k"}, file)
     assert (got.max_tokens, got.ctx_len) == (3000, 8)
 
 
@@ -118,10 +140,10 @@ def test_wrong_set(item: str, message: str) -> None:
         resolve(Settings, "train", {"name": "x"}, None, [item])
 
 
-def test_set_below_a_plain_value() -> None:
+def test_set_below_a_plain_value(tmp_path: Path) -> None:
     """Oracle: `n.deep` after `n` has a value is refused; the value is not replaced by a group."""
     with pytest.raises(ConfigError, match="n is not a group of settings"):
-        resolve(Settings, "train", {"name": "x"}, None, ["n=1", "n.deep=1"])
+        resolve(Settings, "train", {"name": "x"}, yaml_file(tmp_path, "train: {n: 1}"), ["n.deep=1"])
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -271,14 +293,16 @@ def test_check_same_names_differing_keys() -> None:
     assert "c:" not in message
 
 
-words = st.text(min_size=1).filter(lambda text: text not in ("none", "null"))
-numbers = st.floats(allow_nan=False)
-inners = st.builds(Inner, depth=st.integers(), rate=numbers)
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+words = texts.filter(bool).filter(lambda text: text not in ("none", "null"))
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+integers = st.integers(-config.LARGEST, config.LARGEST)
+inners = st.builds(Inner, depth=integers, rate=numbers)
 any_settings = st.builds(
     Settings,
-    name=st.text(), n=st.integers(), ratio=numbers, flag=st.booleans(), names=st.lists(words).map(tuple),
-    sizes=st.lists(st.integers()).map(tuple), rates=st.lists(st.just("auto") | numbers).map(tuple),
-    kind=st.sampled_from(["first", "second"]), limit=st.none() | st.integers(), label=st.none() | words,
+    name=texts, n=integers, ratio=numbers, flag=st.booleans(), names=st.lists(words).map(tuple),
+    sizes=st.lists(integers).map(tuple), rates=st.lists(st.just("auto") | numbers).map(tuple),
+    kind=st.sampled_from(["first", "second"]), limit=st.none() | integers, label=st.none() | words,
     out=words.map(Path), inner=inners, maybe=st.none() | inners,
 )  # fmt: skip
 

@@ -557,7 +557,7 @@ def test_figures_are_those_of_the_held_out_passages(planted: Path, tmp_path: Pat
         assert fvu < 0.15
         reason = {"value": None, "reason": "embeddings have no language model"}
         assert entry["metrics"]["loss_recovered"] == entry["metrics"]["delta_ce"] == reason
-        assert entry["verdict"].endswith("/3, 1 not run")
+        assert entry["verdict"].endswith("/3, 1 unknown")
     data = assessment["data"]
     assert data["unit"] == "passage"
     assert (

@@ -118,8 +118,14 @@ def test_assessed_anew_when_trained_anew(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"tokenize.held_out_fraction": "1e-9"}, "no row of .* is held out to assess on"),
-        ({"train.batch_size": "1M"}, "training tokens are less than one step of 1,000,000"),
+        (
+            {"tokenize.held_out_fraction": "0.9999"},
+            "all .* rows of .* are held out, .* lower --held-out-frac",
+        ),
+        (
+            {"train.batch_size": "1M"},
+            r"training tokens are less than one step of 1,000,000; say --epochs \d+",
+        ),
     ],
 )
 def test_refused_before_anything_is_cached(
@@ -130,6 +136,52 @@ def test_refused_before_anything_is_cached(
     with pytest.raises(ConfigError, match=message):
         run(tiny_models["neox"], str(corpus), SMALL | {"tokenize.tokenizer": tokenizer_folder} | flags)
     assert done == []
+
+
+def test_without_held_out_rows_all_but_the_assessment_is_done(
+    work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path, done: list[str],
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Oracle: an SAE is there, no assessment, and one sentence says so before anything is cached; again, the
+    same run is found."""
+    flags = SMALL | {"tokenize.tokenizer": tokenizer_folder, "tokenize.held_out_fraction": "0"}
+    for expected in (["cache"], ["cache"]):
+        path = run(tiny_models["neox"], str(corpus), flags | {"run.run_name": "a"})
+        assert done == expected
+        told = capfd.readouterr().out
+        assert told.index("the SAEs will not be assessed") < told.index("2. cache")
+        assert (path / "finished.json").exists()
+        assert not (path / "final_assessment.json").exists()
+
+
+def test_a_short_text_is_trained_in_smaller_batches(
+    work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Oracle: the steps of the run, of a text shorter than the default batch; the same command finds it again,
+    and so does the config that is written beside it."""
+    short = work / "short.jsonl"
+    short.write_text("".join(corpus.read_text().splitlines(keepends=True)[:20]))
+    flags = SMALL | {"tokenize.tokenizer": tokenizer_folder, "run.run_name": "a"}
+    del flags["train.batch_size"]
+    path = run(tiny_models["neox"], str(short), flags)
+    assert "trained in batches of" in capfd.readouterr().out
+    assert json.loads((path / "finished.json").read_text())["steps"] >= 8
+    assert run(tiny_models["neox"], str(short), flags) == path
+    assert run(None, None, {}, path.with_name("a.yaml")).samefile(path)
+    assert "is finished already" in capfd.readouterr().out
+
+
+def test_what_other_tools_take_is_taken(
+    work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path
+) -> None:
+    """Oracle: sparsify's own rules: a stride of 1 beside layers says nothing, num_latents overrides the factor,
+    and a frequency of wandb's without wandb has no effect."""
+    flags = SMALL | {"tokenize.tokenizer": tokenizer_folder, "run.run_name": "a"}
+    theirs = {"cache.layer_stride": "1", "train.expansion_factor": "32", "train.log_every": "100"}
+    path = run(tiny_models["neox"], str(corpus), flags | theirs)
+    assert run(tiny_models["neox"], str(corpus), flags) == path
+    assert (path / "layers.1-k4-f64-s0").is_dir()
 
 
 def test_a_finished_run_without_wandb_is_not_logged_by_saying_so(
@@ -172,7 +224,13 @@ def test_a_device_is_for_the_stages_that_there_are(
         ({"cache.layers": "7"}, "layers must be in"),
         ({"tokenize.ctx_len": "256"}, "rows have 256 tokens, but .* takes at most 128"),
         ({"cache.load_in_8bit": "true", "cache.device": "cpu"}, "load_in_8bit needs a CUDA device, got cpu"),
-        ({"tokenize.held_out_fraction": "0"}, "nothing is held out to assess on"),
+        ({"train.batch_size": "32"}, "32 are no more than one row of 32; for 32 rows"),
+        (
+            {"tokenize.max_tokens": "1k", "train.batch_size": "2k"},
+            "at most 1,000 training tokens are less than",
+        ),
+        ({"cache.sites": "blocks.6.hook_resid_post"}, "is --layers 6"),
+        ({"cache.layer_stride": "2"}, "layer_stride chooses all layers itself; leave out layers"),
         ({"run.run_name": "a/b"}, "without slashes"),
         ({"run.run_name": "a", "train.out": "b"}, "run_name has no effect"),
         ({"assess.run": "elsewhere", "train.out": "b"}, "name one folder"),
@@ -233,7 +291,7 @@ def test_flags_of_saetrain_and_sparsify(monkeypatch: pytest.MonkeyPatch) -> None
         "train.expansion_factor": "32", "train.grad_acc_steps": "8", "tokenize.ctx_len": "512",
         "train.optimizer": "adam", "train.lr": "0.001", "run.save_dir": "my_output",
         "run.run_name": "bert_layer6", "train.log_to_wandb": True,
-        "train.wandb_log_frequency": "100", "train.log_every": "100",
+        "train.log_every": "100",
         "assess.dead_percentage_threshold": "0.0005",
         "tokenize.shuffle_seed": "42", "train.seeds": "42,43", "train.save_every": "500", "train.loss": "fvu",
         "tokenize.num_proc": "2", "cache.load_in_8bit": False, "cache.sites": "layers.*.mlp",

@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import KINDS
 from stores import make_store
-from test_train import files, structured, wait_for
+from test_train import files, structured
+from waiting import LIMIT_SECONDS, wait_until
 
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
@@ -105,8 +108,18 @@ def launch(n: int, *command: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+def run(command: list[str]) -> None:
+    """One process, to its end."""
+    subprocess.run([sys.executable, "-m", "saemill", *command], check=True, env=ENVIRONMENT)
+
+
+def launch_held(n: int, command: list[str], held_at: str, *options: str) -> subprocess.Popen[str]:
+    """n processes under torchrun that wait in the training, as `held.py` says."""
+    return launch(n, *options, str(HERE / "held.py"), *command, HELD_AT=held_at)
+
+
 def finish(process: subprocess.Popen[str]) -> str:
-    stdout, stderr = process.communicate(timeout=240)
+    stdout, stderr = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, stderr
     assert "terminate called" not in stderr
     return stdout
@@ -169,7 +182,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 
 def train_command(store: ActivationStore, out: Path, *more: str) -> list[str]:
     return [
-        "-m", "saemill", "train", str(store.path), "--site", "a,b", "-o", str(out), "--k", "4",
+        "train", str(store.path), "--site", "a,b", "-o", str(out), "--k", "4",
         "--num-latents", "48,65", "--lr", "3e-3", "--batch-size", "128", "--max-tokens", "40k",
         "--save-every", "10", "--precision", "fp32", "--device", "cpu", *more,
     ]  # fmt: skip
@@ -179,7 +192,7 @@ def train_command(store: ActivationStore, out: Path, *more: str) -> list[str]:
 def whole(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run by one process."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run([sys.executable, *train_command(store, out)], check=True, env=ENVIRONMENT)
+    run(train_command(store, out))
     return out
 
 
@@ -190,19 +203,16 @@ def test_dealt_variants_stopped_and_resumed_equal_one_process(
     with one."""
     out = tmp_path / "run"
     command = train_command(store, out, "--latent-ranks", "1")
-    process = launch(2, *command)
-    wait_for((out / "checkpoint.json").exists, process)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "same command continues" in stderr
-    step = json.loads((out / "checkpoint.json").read_text())["step"]
-    process = launch(3, *command)
-    wait_for(lambda: json.loads((out / "checkpoint.json").read_text())["step"] > step, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    for n, step in ((2, 15), (3, 25)):
+        process = launch_held(n, command, f"{step}:never")
+        wait_until(lambda least=step - 5: _step(out) >= least, process)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=LIMIT_SECONDS)
+        assert process.returncode != 0
+        assert "same command continues" in stderr
+        assert _step(out) <= step + 1
     assert not (out / "finished.json").exists()
-    subprocess.run([sys.executable, *command], check=True, env=ENVIRONMENT)
+    run(command)
     assert files(out) == files(whole)
     assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in whole.iterdir())
 
@@ -217,10 +227,12 @@ def test_a_killed_worker_is_restarted_and_the_result_is_the_same(
 ) -> None:
     """Oracle: one process that was never killed, bit by bit; torchrun restarts the workers."""
     out = tmp_path / "run"
-    process = launch(2, "--max-restarts", "2", *train_command(store, out, "--latent-ranks", "1"))
-    wait_for((out / "checkpoint.json").exists, process)
+    command = train_command(store, out, "--latent-ranks", "1")
+    process = launch_held(2, command, f"15:{tmp_path / 'go'}", "--max-restarts", "2")
+    wait_until(lambda: _step(out) >= 10, process)
+    (tmp_path / "go").touch()
     os.kill(descendants(process.pid)[-1], signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=240)
+    stdout, stderr = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, stderr
     assert "continuing after step" in stdout
     assert files(out) == files(whole)
@@ -231,15 +243,13 @@ def test_split_latents_resume_with_another_number_of_processes(
 ) -> None:
     """Oracle: one process: the same loss to 1% of it, through a change from two parts to one and three."""
     out = tmp_path / "run"
-    for n in (2, 1, 3):
-        process = launch(n, *train_command(store, out, "--latent-ranks", str(n)))
-        if n == 3:
-            finish(process)
-            break
-        step = json.loads((out / "checkpoint.json").read_text())["step"] if n == 1 else 0
-        wait_for(lambda s=step: _step(out) > s, process)
+    for n, step in ((2, 15), (1, 25)):
+        process = launch_held(n, train_command(store, out, "--latent-ranks", str(n)), f"{step}:never")
+        wait_until(lambda least=step - 5: _step(out) >= least, process)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)
+        process.communicate(timeout=LIMIT_SECONDS)
+        assert _step(out) <= step + 1
+    finish(launch(3, "-m", "saemill", *train_command(store, out, "--latent-ranks", "3")))
     last, expected = (json.loads((o / "metrics.jsonl").read_text().splitlines()[-1]) for o in (out, whole))
     for name, metrics in expected["variants"].items():
         assert last["variants"][name]["fvu"] == pytest.approx(metrics["fvu"], rel=0.01)
@@ -252,51 +262,56 @@ def _step(out: Path) -> int:
     return int(json.loads(path.read_text())["step"]) if path.exists() else 0
 
 
-def by_hand(n: int, command: list[str], **environment: str) -> list[subprocess.Popen[str]]:
-    """n processes that find each other by torchrun's variables, without torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=ENVIRONMENT | shared | meeting | {"RANK": str(i), "LOCAL_RANK": str(i)} | environment,
-        )
-        for i in range(n)
-    ]
+@contextmanager
+def by_hand(n: int, command: list[str], **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """n processes that find each other by torchrun's variables, without torchrun; killed at the end."""
+    shared = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as port:
+        # While it is bound here nobody else is given this port, and the first process may listen at it.
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port.bind(("127.0.0.1", 0))
+        shared["MASTER_PORT"] = str(port.getsockname()[1])
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=ENVIRONMENT | shared | {"RANK": str(i), "LOCAL_RANK": str(i)} | environment,
+            )
+            for i in range(n)
+        ]
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
 
 
 @pytest.mark.parametrize("latent_ranks", ["1", "2"])
 def test_a_hung_peer_is_given_up(store: ActivationStore, tmp_path: Path, latent_ranks: str) -> None:
-    """Oracle: the timeout; a process that waits for one that is stopped, at the end of a step or within a
-    team, ends with its rank and host."""
-    out = tmp_path / "run"
-    command = train_command(store, out, "--max-tokens", "4M", "--latent-ranks", latent_ranks)
-    first, second = by_hand(2, command, SAEMILL_PEER_TIMEOUT_SECONDS="4")
-    wait_for((out / "checkpoint.json").exists, first)
-    second.send_signal(signal.SIGSTOP)
-    try:
-        _, stderr = first.communicate(timeout=28)
+    """Oracle: a process that waits for one that is stopped, at the end of a step or within a team, ends with
+    its rank and host; and its groups' time limit is the one that the user sets."""
+    command = train_command(store, tmp_path / "run", "--latent-ranks", latent_ranks)
+    limit = {"SAEMILL_PEER_TIMEOUT_SECONDS": str(LIMIT_SECONDS), "HUNG": str(tmp_path / "hung")}
+    with by_hand(2, [str(HERE / "hung.py"), *command], **limit) as (first, second):
+        _, stderr = first.communicate(timeout=LIMIT_SECONDS)
         assert first.returncode not in (0, 75)
         assert f"failed (rank 0 of 2 on {socket.gethostname()})" in stderr
-    finally:
-        second.kill()
-        second.communicate()
+        assert "imed out" in stderr
+        assert second.poll() is None
 
 
 def test_a_wrong_setting_is_told_by_each_rank(store: ActivationStore, tmp_path: Path) -> None:
     """Oracle: the message, with rank and host, from a plain exit."""
-    processes = by_hand(2, train_command(store, tmp_path / "run", "--latent-ranks", "64"))
-    for i, process in enumerate(processes):
-        _, stderr = process.communicate(timeout=60)
-        assert process.returncode == 2
-        assert f"error (rank {i} of 2 on" in stderr
-        assert "does not divide the number of processes, 2" in stderr
+    command = train_command(store, tmp_path / "run", "--latent-ranks", "64")
+    with by_hand(2, ["-m", "saemill", *command]) as processes:
+        for i, process in enumerate(processes):
+            _, stderr = process.communicate(timeout=LIMIT_SECONDS)
+            assert process.returncode == 2
+            assert f"error (rank {i} of 2 on" in stderr
+            assert "does not divide the number of processes, 2" in stderr
 
 
 @pytest.mark.parametrize(

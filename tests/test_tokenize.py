@@ -37,7 +37,7 @@ from saemill.common.errors import ConfigError, DataError, SaemillError, StoreErr
 from saemill.common.permutation import combine, permutation
 from saemill.common.shards import ShardedArray
 from saemill.common.tokens import TokenStore, copy_rows, write_token_store
-from saemill.tokenize import source
+from saemill.tokenize import source, writer
 from saemill.tokenize.run import TokenizeConfig, run
 
 TEXTS = [*random_texts(60, seed=3, words=40), 'Zeile „eins“, "zwei"\nthird\tline', "naïve, 𝛼 ≤ β; it's"]
@@ -73,7 +73,7 @@ def plain_store(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str)
     """TEXTS in their order, rows of 16, a fifth held out, in shards of 10 rows."""
     folder = tmp_path_factory.mktemp("plain")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "SHARD_TOKENS", 160)
+        patch.setattr(writer, "SHARD_TOKENS", 160)
         file = jsonl(folder / "texts.jsonl", TEXTS)
         return tokenize(file, folder / "out", tokenizer_folder, ctx_len=16, held_out_fraction=0.2)
 
@@ -314,17 +314,19 @@ def test_every_input(tmp_path: Path, gpt: Any, tokenizer_folder: str, kind: str,
 
 
 def test_other_text_column(tmp_path: Path, gpt: Any, tokenizer_folder: str) -> None:
-    """Oracle: naive packing of the column that was asked for; numbers and nulls are texts and blanks."""
-    table = pa.table({"text": ["no"] * len(TEXTS), "body": TEXTS, "year": [1999, None] * (len(TEXTS) // 2)})
+    """Oracle: naive packing of the column that was asked for; nulls are empty documents, and counted."""
+    notes = ["some words", None] * (len(TEXTS) // 2)
+    table = pa.table({"text": ["no"] * len(TEXTS), "body": TEXTS, "note": notes})
     pq.write_table(table, tmp_path / "a.parquet")
     store = tokenize(
         tmp_path / "a.parquet", tmp_path / "out", tokenizer_folder, text_column="body", held_out_fraction=0
     )
     check_rows(store, gpt, TEXTS, list(range(len(TEXTS))))
-    years = tokenize(
-        tmp_path / "a.parquet", tmp_path / "years", tokenizer_folder, text_column="year", held_out_fraction=0
+    noted = tokenize(
+        tmp_path / "a.parquet", tmp_path / "notes", tokenizer_folder, text_column="note", held_out_fraction=0
     )
-    check_rows(years, gpt, ["1999", ""] * (len(TEXTS) // 2), list(range(len(TEXTS))))
+    check_rows(noted, gpt, ["some words", ""] * (len(TEXTS) // 2), list(range(len(TEXTS))))
+    assert noted.manifest["n_empty_documents"] == len(TEXTS) // 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -402,9 +404,16 @@ def test_bert_frame(tmp_path: Path, bert_folder: str, ctx_len: int) -> None:
 
 @pytest.mark.parametrize("max_tokens", [32, 33, 95, 96, 1000, 1024])
 def test_max_tokens(tmp_path: Path, tokenizer_folder: str, max_tokens: int) -> None:
-    """Oracle: exactly ⌊max_tokens / ctx_len⌋ rows, the first of the run without a limit."""
+    """Oracle: exactly ⌊max_tokens / ctx_len⌋ rows, the first of the run without a limit; where they would
+    all be held out, a refusal."""
     file = jsonl(tmp_path / "a.jsonl", TEXTS)
     values = {"shuffle_seed": 1, "held_out_fraction": 0.3}
+    if max_tokens < 64:
+        with pytest.raises(
+            DataError, match=r"reached with 1 row, .* raise --max-tokens, or lower --held-out"
+        ):
+            tokenize(file, tmp_path / "part", tokenizer_folder, max_tokens=max_tokens, **values)
+        values["held_out_fraction"] = 0.0
     whole = tokenize(file, tmp_path / "whole", tokenizer_folder, **values)
     part = tokenize(file, tmp_path / "part", tokenizer_folder, max_tokens=max_tokens, **values)
     assert part.n_rows == max_tokens // 32 < whole.n_rows
@@ -429,7 +438,7 @@ def test_stream_stops_early(
     assert part.rows(0, 10).tolist() == [row for row, _ in naive_rows(gpt, TEXTS, 32, ([], []))[:10]]
     assert part.n_rows == 10
     for values in ({"max_tokens": 320}, {"streaming": True}):
-        with pytest.raises(DataError, match=f"cannot read {folder}: JSON parse error"):
+        with pytest.raises(DataError, match=rf"cannot read {folder}/b\.jsonl: line 1 is no JSON"):
             tokenize(folder, tmp_path / "all", tokenizer_folder, **values)
 
 
@@ -604,7 +613,7 @@ def test_ctx_len_limits(tmp_path: Path, tokenizer_folder: str, bert_folder: str)
     folder = tmp_path / "model"
     shutil.copytree(bert_folder, folder)
     transformers.BertConfig(max_position_embeddings=40).save_pretrained(folder)
-    with pytest.raises(ConfigError, match=r"at most 40 \(the model's max_position_embeddings\), got 41"):
+    with pytest.raises(ConfigError, match=r"at most 40 \(the longest row of the model beside it\), got 41"):
         tokenize(file, tmp_path / "b", str(folder), ctx_len=41)
     with pytest.raises(ConfigError, match="ctx_len 2 leaves no room"):
         tokenize(file, tmp_path / "b", str(folder), ctx_len=2)
@@ -673,13 +682,21 @@ def no_data(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (no_text, DataError, r"too little text for one row of 32 tokens: 3 documents \(3 of them empty\)"),
-        (little_text, DataError, "too little text for one row of 32 tokens: 2 documents$"),
-        (empty_file, DataError, "has no rows"),
-        (no_rows, SaemillError, "has no rows|corresponds to no data"),
-        (empty_text_file, DataError, "has no rows|at least one example"),
+        (no_text, DataError, r"has no text: 3 documents \(3 of them empty\)$"),
+        (
+            little_text,
+            DataError,
+            r"for one row of 32 tokens: 2 documents, \d tokens; lower --ctx-len to \d or less",
+        ),
+        (empty_file, DataError, r"a\.jsonl: it is empty"),
+        (no_rows, SaemillError, "has no rows|has no text|corresponds to no data"),
+        (empty_text_file, DataError, r"a\.txt(: it is empty| has no rows)"),
         (incomplete_saved, ConfigError, r"cannot open .*saved: .*arrow"),
-        (foreign_ids, DataError, r"row 1 of the tokenized dataset has ids 3\.\.8192, but .* has 8192"),
+        (
+            foreign_ids,
+            DataError,
+            r"row 1 of .*a\.parquet \(column input_ids\) has ids 3\.\.8192, but .* has 8192",
+        ),
         (broken_json, DataError, r"cannot read .*a\.jsonl"),
         (mixed_folder, ConfigError, r"files of one kind .* found several kinds \(json, text\)"),
         (two_delimiters, ConfigError, r"found several kinds \(csv, tsv\)"),
@@ -816,15 +833,15 @@ def stop(*_: Any, **__: Any) -> None:
 
 
 def stop_second_flush(patch: pytest.MonkeyPatch) -> None:
-    flush, calls = stage._Writer._flush, []
+    flush, calls = writer.Writer._flush, []
 
-    def second(writer: Any) -> None:
+    def second(self: Any) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        flush(writer)
+        flush(self)
 
-    patch.setattr(stage._Writer, "_flush", second)
+    patch.setattr(writer.Writer, "_flush", second)
 
 
 def stop_rename(patch: pytest.MonkeyPatch) -> None:
@@ -840,7 +857,7 @@ def stop_rename(patch: pytest.MonkeyPatch) -> None:
 
 MOMENTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "second shard": stop_second_flush,
-    "before the tables": lambda patch: patch.setattr(stage, "write_token_store", stop),
+    "before the tables": lambda patch: patch.setattr(writer, "write_token_store", stop),
     "before the manifest": lambda patch: patch.setattr(durable, "write_json", stop),
     "before the rename": stop_rename,
 }
@@ -851,7 +868,7 @@ def test_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folder: str, moment: str
 ) -> None:
     """Oracle: nothing at the output; the same command then makes the store of an undisturbed run."""
-    monkeypatch.setattr(stage, "SHARD_TOKENS", 320)
+    monkeypatch.setattr(writer, "SHARD_TOKENS", 320)
     file = jsonl(tmp_path / "a.jsonl", TEXTS)
     with pytest.MonkeyPatch.context() as patch:
         MOMENTS[moment](patch)
@@ -873,13 +890,14 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import saemill.tokenize.run as stage
-stage.SHARD_TOKENS = 320
-flush = stage._Writer._flush
+from saemill.tokenize import writer as module
+module.SHARD_TOKENS = 320
+flush = module.Writer._flush
 def flush_and_die(writer):
     flush(writer)
     if writer.n_written_shards == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-stage._Writer._flush = flush_and_die
+module.Writer._flush = flush_and_die
 file, tokenizer, out = sys.argv[1:]
 settings = {"dataset": file, "tokenizer": tokenizer, "out": Path(out), "ctx_len": 32, "shuffle_seed": None}
 stage.run(stage.TokenizeConfig(**settings))
@@ -898,7 +916,7 @@ def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folde
     assert not (tmp_path / "out").exists()
     with pytest.raises(StoreError, match="not a finished token store"):
         TokenStore(tmp_path / "out.partial")
-    monkeypatch.setattr(stage, "SHARD_TOKENS", 320)
+    monkeypatch.setattr(writer, "SHARD_TOKENS", 320)
     again = tokenize(file, tmp_path / "out", tokenizer_folder)
     assert again.fingerprint == tokenize(file, tmp_path / "whole", tokenizer_folder).fingerprint
 
@@ -907,13 +925,14 @@ FIRST_OF_TWO = """
 import sys, time
 from pathlib import Path
 import saemill.tokenize.run as stage
-stage.SHARD_TOKENS = 320
-flush = stage._Writer._flush
+from saemill.tokenize import writer as module
+module.SHARD_TOKENS = 320
+flush = module.Writer._flush
 def flush_and_wait(writer):
     flush(writer)
     while writer.n_written_shards == 2 and not Path(go).exists():
         time.sleep(0.05)
-stage._Writer._flush = flush_and_wait
+module.Writer._flush = flush_and_wait
 file, tokenizer, out, go = sys.argv[1:]
 settings = {"dataset": file, "tokenizer": tokenizer, "out": Path(out), "ctx_len": 32, "shuffle_seed": None}
 stage.run(stage.TokenizeConfig(**settings))
@@ -933,7 +952,7 @@ def test_a_second_process_waits_for_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folder: str, first: str
 ) -> None:
     """Oracle: the undisturbed store, made by the first process if it lives, else by the second."""
-    monkeypatch.setattr(stage, "SHARD_TOKENS", 320)
+    monkeypatch.setattr(writer, "SHARD_TOKENS", 320)
     file, out, go = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out", tmp_path / "go"
     whole = tokenize(file, tmp_path / "whole", tokenizer_folder)
     said: list[str] = []

@@ -28,7 +28,10 @@ def controls(best: Sae, site: str, evalset: EvalSet) -> dict[str, Sae]:
         evalset: gives cached tokens of the site that training saw.
     """
     config, device = best.config, best.W_enc.device
-    mean_D = evalset.arrays[site].statistics.mean_D.to(device, torch.float32)
+    statistics = evalset.arrays[site].statistics
+    mean_D = statistics.mean_D.to(device, torch.float32)
+    # Squares of very large or small activations are beyond float32; these are of about 1.
+    scale = (statistics.total_variance / config.d_in) ** 0.5
     generator = torch.Generator().manual_seed(SEED)
     drawn_FD = torch.randn(config.num_latents, config.d_in, generator=generator).to(device)
     random = _sae(torch.nn.functional.normalize(drawn_FD, dim=1), mean_D, config.k, site)
@@ -38,10 +41,11 @@ def controls(best: Sae, site: str, evalset: EvalSet) -> dict[str, Sae]:
         for chunk in evalset.training_chunks(FIT_TOKENS):
             for part_TD in torch.split(chunk.x[site], ROWS_AT_ONCE):
                 x_TD = part_TD.to(device, torch.float32)
-                centred_TD, y_TD = x_TD - mean_D, random(x_TD).reconstruction - mean_D
+                centred_TD, y_TD = ((z - mean_D) / scale for z in (x_TD, random(x_TD).reconstruction))
                 covariance_DD += (centred_TD.T @ centred_TD).double()
-                moments += torch.stack([(centred_TD * y_TD).sum(), y_TD.square().sum()])
-    random.W_dec.data *= float(moments[0] / moments[1])
+                moments += torch.stack([(centred_TD * y_TD).sum(), y_TD.square().sum()]).double()
+    if moments[1] > 0:
+        random.W_dec.data *= float(moments[0] / moments[1])
     v_KD = torch.linalg.eigh(covariance_DD).eigenvectors.T.flip(0)[: config.k].float()
     return {
         f"random-k{config.k}-f{config.num_latents}": random,

@@ -19,12 +19,12 @@ Addresses = NDArray[np.int64]
 Found = TypeVar("Found")
 
 
-def dealt(label: str, batches: Sequence[Addresses], everyone: Group) -> Iterator[Addresses]:
-    """This process's part of the batches, while progress is shown, scaled to all of them."""
+def dealt(label: str, batches: Sequence[Addresses], everyone: Group, units: str) -> Iterator[Addresses]:
+    """This process's part of the batches, while progress is shown, scaled to all of them, in `units`."""
     mine = batches[everyone.part(len(batches))]
     n_tokens, n_mine = (sum(batch.size for batch in some) for some in (batches, mine))
     n_done = 0
-    with progress(label, n_tokens, "tokens") as advance:
+    with progress(label, n_tokens, units) as advance:
         for batch in mine:
             yield batch
             before, n_done = n_done, n_done + batch.size

@@ -1,6 +1,7 @@
 """What the assessment says of each variant: its figures, its checks, how far it is from the best."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 
 from saemill.assess import verdict
 from saemill.assess.dealing import for_each
-from saemill.assess.reconstruction import Reconstruction, absorption, random_absorption
+from saemill.assess.reconstruction import FAR_METRICS, Reconstruction, absorption, random_absorption
 from saemill.assess.splicing import Splicing, absent_metrics
-from saemill.assess.sums import Figure, Split, absent
+from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.assess.verdict import Thresholds
+from saemill.common.log import counted
 from saemill.common.sae import Sae
+from saemill.common.statistics import FAR, told_unheld
 
 Entry = dict[str, Any]
 """One variant in `final_assessment.json`."""
@@ -62,8 +65,9 @@ class Measured:
         split, chosen_by = self._split, "fvu"
         metrics = self.reconstruction.metrics(best, split.reported_on)
         if isinstance(self.splicing, Splicing):
+            metrics |= self.splicing.metrics(best, self._model_split.reported_on)
+        if self._losses:
             split, chosen_by = self._model_split, "delta_ce"
-            metrics |= split.reported_on.figures(self.splicing.ratios(best))
         return {
             "chosen_by": chosen_by,
             "n_documents_chosen_on": int(split.chosen_on.sum()),
@@ -71,6 +75,28 @@ class Measured:
             "overlap": split.overlap,
             "metrics": metrics,
         }
+
+    def notes(self, site: str, best: str) -> list[str]:
+        """Sentences on what the figures at a site do not show."""
+        found, evalset = self.reconstruction, self.reconstruction.evalset
+        array, unit = evalset.arrays[site], evalset.text.unit
+        place, told = found.place(site), told_unheld(site, array.statistics, array.dtype)
+        notes, rows = [told] if told else [], counted(found.n_tokens, unit)
+        if place["n_zero"]:
+            notes.append(
+                f"{site}: {place['n_zero']:,} of {rows} are zero vectors; cosine and norm ratio are of the "
+                "others"
+            )
+        if place["n_far"]:
+            name = best if found.sites[best] == site else next(n for n, s in found.sites.items() if s == site)
+            metrics = found.metrics(name, self._split.all)
+            without, error, variance = (number(metrics[what]) for what in FAR_METRICS)
+            notes.append(
+                f"{site}: {place['n_far']:,} of {rows} are more than {FAR:g} times as far from the mean as "
+                f"the median {unit}, up to {place['largest_ratio']:,.0f} times: {variance} of the variance "
+                f"and, of {name}, {error} of the squared error; its FVU without them is {without}"
+            )
+        return notes
 
     def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure]) -> Entry:
         found = verdict.checks(metrics, self.thresholds)
@@ -88,25 +114,40 @@ class Measured:
             "verdict": verdict.summary(found),
         }
 
+    @property
+    def _thing(self) -> str:
+        return self.reconstruction.evalset.text.document
+
     @cached_property
     def _split(self) -> Split:
-        return Split(self.reconstruction.sums.documents)
+        return Split(self.reconstruction.sums.documents, self._thing)
 
     @cached_property
     def _model_split(self) -> Split:
-        return Split([] if isinstance(self.splicing, str) else self.splicing.sums.documents)
+        return Split([] if isinstance(self.splicing, str) else self.splicing.sums.documents, self._thing)
 
     def _metrics(self, name: str) -> dict[str, Figure]:
         metrics = self.reconstruction.metrics(name, self._split.all) | self._latent_metrics(name)
         if isinstance(self.splicing, str):
-            return metrics | absent_metrics(self.splicing)
-        return metrics | self._model_split.all.figures(self.splicing.ratios(name))
+            metrics |= absent_metrics(self.splicing)
+        else:
+            metrics |= self.splicing.metrics(name, self._model_split.all)
+        if reason := self.reconstruction.unusable(name):
+            return dict.fromkeys(metrics, absent(reason))
+        return metrics
+
+    @property
+    def _losses(self) -> Splicing | None:
+        """Where the losses are, if there are any that mean something."""
+        return self.splicing if isinstance(self.splicing, Splicing) and not self.splicing.no_loss else None
 
     def _loss(self, name: str) -> float:
-        """What the best variant is chosen by: ΔCE, or FVU where no model was run."""
-        if isinstance(self.splicing, str):
-            return self._split.loss(self.reconstruction.ratios(name)["fvu"])
-        return self._model_split.loss(self.splicing.ratios(name)["delta_ce"])
+        """What the best variant is chosen by: ΔCE, or FVU where there are no losses."""
+        if self.reconstruction.unusable(name):
+            return math.inf
+        if self._losses:
+            return self._model_split.loss(self._losses.ratios(name)["delta_ce"])
+        return self._split.loss(self.reconstruction.ratios(name)["fvu"])
 
     def _latent_metrics(self, name: str) -> dict[str, Figure]:
         density = self.reconstruction.density(name)
@@ -129,13 +170,17 @@ class Measured:
         sums, sites = self.reconstruction.sums, self.reconstruction.sites
         found: dict[str, Figure] = {}
         if sites[name] == sites[best]:
-            difference = sums.column(f"{name}/sse") - sums.column(f"{best}/sse")
-            squares = self.reconstruction.squares(sites[name])
-            found["fvu"] = self._split.reported_on.ratio(difference, squares)
-        if isinstance(self.splicing, Splicing):
-            sums = self.splicing.sums
+            fvu = self.reconstruction.ratios(name)["fvu"]
+            difference = fvu.above - sums.column(f"{best}/sse")
+            found["fvu"] = self._split.reported_on.figure(replace(fvu, above=difference))
+        if self._losses:
+            sums = self._losses.sums
             difference = sums.column(f"{name}/ce") - sums.column(f"{best}/ce")
-            found["delta_ce"] = self._model_split.reported_on.ratio(difference, sums.column("n"))
+            ratio = Ratio(difference, sums.column("n"))
+            found["delta_ce"] = self._model_split.reported_on.figure(ratio)
+        for one in (name, best):
+            if reason := self.reconstruction.unusable(one):
+                found = dict.fromkeys(found, absent(reason))
         for figure in found.values():
             if figure.get("lo") is not None:
                 figure["distinguishable"] = not figure["lo"] <= 0 <= figure["hi"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saemill.assess.dealing import Addresses, dealt
 from saemill.common.activations import ActivationStore
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, DataError
 from saemill.common.log import counted
 from saemill.common.mask import MaskConfig
 from saemill.common.model import LanguageModel, attention_of
@@ -60,7 +60,9 @@ def check_tokens(store: ActivationStore, other: TokenStore | None, with_model: b
     """
     if other is None or is_cached(store, other):
         if not store.text.held_out_R.any():
-            raise ConfigError(f"{store.path} has no held-out rows; {store.text.hint_to_hold_out}")
+            raise ConfigError(
+                f"{store.path} has no held-out {store.text.row}s; {store.text.hint_to_hold_out}"
+            )
         return
     mine, theirs = other.tokenizer, store.tokens.tokenizer
     if mine.hash != theirs.hash:
@@ -163,13 +165,13 @@ class EvalSet:
     def rows(self, max_tokens: int) -> Iterator[Rows]:
         """This process's part of the first rows, at most `max_tokens` tokens of them (one row at least)."""
         batches = list(self._row_batches(self.rows_R[: max(1, max_tokens // self.tokens.ctx_len)]))
-        for addresses_RS in dealt(f"splice{self.whose}", batches, self.everyone):
+        for addresses_RS in dealt(f"splice{self.whose}", batches, self.everyone, "tokens"):
             yield self._rows(addresses_RS)
 
     def _chunks(self, label: str, held_out: tuple[bool, ...], max_tokens: int) -> Iterator[Chunk]:
         batches = self._cached_batches(held_out) if self.cached else self._computed_batches()
         read = self._read if self.cached else self._compute
-        for addresses_T in dealt(label, _limited(batches, max_tokens), self.everyone):
+        for addresses_T in dealt(label, _limited(batches, max_tokens), self.everyone, f"{self.text.unit}s"):
             yield read(addresses_T)
 
     def _cached_batches(self, held_out: tuple[bool, ...]) -> Iterator[Addresses]:
@@ -208,6 +210,12 @@ class EvalSet:
         captured = self.model.capture(rows.ids_RS, self.sites, attention)
         places = torch.from_numpy(np.searchsorted(rows.addresses_RS.reshape(-1), addresses_T))
         x = {n: captured[n].cpu().flatten(0, 1)[places].to(array.dtype) for n, array in self.arrays.items()}
+        for site, x_TD in x.items():
+            if n_bad := int((~torch.isfinite(x_TD)).any(1).sum()):
+                raise DataError(
+                    f"{self.tokens.path}: the activations of {counted(n_bad, 'token')} at {site} are NaN or "
+                    f"beyond the type that the store has ({str(x_TD.dtype).removeprefix('torch.')})"
+                )
         return Chunk(addresses_T, x)
 
     def _rows(self, addresses_RS: Addresses) -> Rows:

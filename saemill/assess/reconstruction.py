@@ -10,11 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.assess.evalset import Chunk, EvalSet
+from saemill.assess.spread import Spread
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
 from saemill.common.sae import Sae
+from saemill.common.statistics import FAR, unheld
 
-PER_VARIANT = ("sse", "cosine", "norm_ratio", "l0")
+PER_VARIANT = ("sse", "sse_far", "cosine", "norm_ratio", "l0", "not_finite")
+PER_SITE = ("squares", "squares_near", "squares_far", "n_far", "n_not_zero")
+FAR_METRICS = ("fvu_without_far", "far_error_share", "far_variance_share")
 ROWS_AT_ONCE = 2048
 
 
@@ -42,7 +46,7 @@ class Reconstruction:
     def __init__(self, saes: dict[str, Sae], sites: dict[str, str], evalset: EvalSet) -> None:
         self.saes, self.sites, self.evalset = saes, sites, evalset
         columns = [f"{name}/{what}" for name in saes for what in PER_VARIANT]
-        shared = [f"{site}/squares" for site in evalset.sites]
+        shared = [f"{site}/{what}" for site in evalset.sites for what in PER_SITE]
         self.sums = DocumentSums(["n", *shared, *columns])
         self.firing = {
             name: Firing(
@@ -50,8 +54,7 @@ class Reconstruction:
             )
             for name, n in ((name, sae.config.num_latents) for name, sae in saes.items())
         }
-        self.centre = {site: array.statistics.mean_D for site, array in evalset.arrays.items()}
-        self.first: dict[str, dict[int, NDArray[np.float64]]] = {site: {} for site in evalset.sites}
+        self.spread = {site: Spread(array.statistics) for site, array in evalset.arrays.items()}
         self.n_tokens = 0
 
     def run(self, chunks: Iterable[Chunk]) -> "Reconstruction":
@@ -61,10 +64,13 @@ class Reconstruction:
                 units = self.evalset.units(chunk.addresses_T)
                 self.n_tokens += len(units)
                 columns: dict[str, Any] = {"n": np.ones(len(units))}
+                far = {}
                 for site, x_TD in chunk.x.items():
-                    columns[f"{site}/squares"] = self._deviations(site, x_TD, units)
+                    far[site] = self.spread[site].add(x_TD, units)
+                    columns[f"{site}/n_not_zero"] = (x_TD != 0).any(1).numpy()
                 for name, sae in self.saes.items():
-                    columns |= self._variant(name, sae, chunk.x[self.sites[name]])
+                    site = self.sites[name]
+                    columns |= self._variant(name, sae, chunk.x[site], far[site])
                 self.sums.add(units, columns)
         self._merge()
         return self
@@ -72,46 +78,42 @@ class Reconstruction:
     def _merge(self) -> None:
         everyone = self.evalset.everyone
         self.n_tokens = sum(everyone.share(self.n_tokens))
-        for site, first in self.first.items():
-            self._centre(site, first)
+        near, far = (False,), (True,)
+        for site, spread in self.spread.items():
+            spread.merge(everyone)
+            for what, found in {
+                "squares": spread.squares(everyone, near + far, near + far),
+                "squares_near": spread.squares(everyone, near, near),
+                "squares_far": spread.squares(everyone, far, near + far),
+                "n_far": spread.n_far(),
+            }.items():
+                self.sums.add(found[0], {f"{site}/{what}": found[1]})
         self.sums.merge(everyone)
         for firing in self.firing.values():
             everyone.sum_(firing.count_F)
             everyone.sum_(firing.sum_F)
             firing.max_F = torch.stack(everyone.share(firing.max_F)).amax(0)
 
-    def _centre(self, site: str, first: dict[int, NDArray[np.float64]]) -> None:
-        """Move the squared distances per document from the cached mean to the evaluation set's own:
-        Σ‖x − x̄‖² = Σ‖x − c‖² − 2 s·Σ(x − c) + n ‖s‖², s = x̄ − c."""
-        total_D = torch.from_numpy(sum(first.values(), np.zeros(len(self.centre[site]))))
-        shift_D = self.evalset.everyone.sum_(total_D).numpy() / max(1, self.n_tokens)
-        n = dict(zip(sorted(self.sums.rows), self.sums.column("n"), strict=True))
-        moved = [n[document] * (shift_D @ shift_D) - 2 * row @ shift_D for document, row in first.items()]
-        self.sums.add(np.array(list(first), np.uint64), {f"{site}/squares": moved})
-
-    def _deviations(self, site: str, x_TD: Tensor, units: NDArray[Any]) -> NDArray[np.float64]:
-        """Squared distances from the cached mean; `_centre` moves their sums at the end."""
-        centred = x_TD.double() - self.centre[site]
-        documents, group = np.unique(units, return_inverse=True)
-        first = torch.zeros(len(documents), centred.shape[1], dtype=torch.float64)
-        first.index_add_(0, torch.from_numpy(group), centred)
-        for document, row in zip(documents.tolist(), first.numpy(), strict=True):
-            known = self.first[site].get(document)
-            self.first[site][document] = row.copy() if known is None else known + row
-        return centred.square().sum(1).numpy()
-
-    def _variant(self, name: str, sae: Sae, x_TD: Tensor) -> dict[str, Any]:
+    def _variant(self, name: str, sae: Sae, x_TD: Tensor, far_T: NDArray[np.bool_]) -> dict[str, Any]:
+        """Values per token. Rows go through the SAE in float32; what is squared or divided is float64,
+        which holds the square of any float32 without overflow or underflow."""
         parts: dict[str, list[Tensor]] = {what: [] for what in PER_VARIANT}
         firing = self.firing[name]
         device = sae.W_enc.device
-        for part in torch.split(x_TD, ROWS_AT_ONCE):
-            x = part.to(device, torch.float32)
-            output = sae(x)
-            error = output.reconstruction - x
-            x_norm, r_norm = (torch.linalg.vector_norm(y, dim=1) for y in (x, output.reconstruction))
-            parts["sse"].append(error.double().square().sum(1))
-            parts["cosine"].append((x * output.reconstruction).sum(1) / (x_norm * r_norm).clamp(min=1e-12))
-            parts["norm_ratio"].append(r_norm / x_norm.clamp(min=1e-12))
+        for part, far in zip(
+            torch.split(x_TD, ROWS_AT_ONCE), torch.split(torch.from_numpy(far_T), ROWS_AT_ONCE), strict=True
+        ):
+            output = sae(part.to(device, torch.float32))
+            x, r = part.to(device, torch.float64), output.reconstruction.double()
+            bad = ~torch.isfinite(r).all(1)
+            r = torch.where(bad[:, None], 0.0, r)
+            sse = (r - x).square().sum(1)
+            x_norm, r_norm = (torch.linalg.vector_norm(y, dim=1) for y in (x, r))
+            parts["sse"].append(sse)
+            parts["sse_far"].append(torch.where(far.to(device), sse, 0.0))
+            parts["cosine"].append(_quotient((x * r).sum(1), x_norm * r_norm))
+            parts["norm_ratio"].append(_quotient(r_norm, x_norm))
+            parts["not_finite"].append(bad)
             active = output.top_acts > 0
             parts["l0"].append(active.sum(1))
             latents, acts = output.top_indices[active].cpu(), output.top_acts[active].cpu()
@@ -120,29 +122,66 @@ class Reconstruction:
             firing.max_F.scatter_reduce_(0, latents, acts, "amax")
         return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in parts.items()}
 
-    def squares(self, site: str) -> NDArray[np.float64]:
-        """Σ ‖x − x̄‖² per document, x̄ the mean over the whole evaluation set. [n_documents]."""
-        return self.sums.column(f"{site}/squares")
+    def unusable(self, name: str) -> str | None:
+        """Why a variant has no figures at all: its reconstructions are not all numbers."""
+        n_bad = int(self.sums.column(f"{name}/not_finite").sum())
+        unit = self.evalset.text.unit
+        return f"x̂ is not finite on {n_bad:,} of {counted(self.n_tokens, unit)}" if n_bad else None
 
     def ratios(self, name: str) -> dict[str, Ratio]:
-        """fvu, mse, cosine, norm ratio and L0 of one variant.
+        """fvu, mse, cosine, norm ratio and L0 of one variant, and what far rows have to do with fvu.
 
-        fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖²; mse is per dimension.
+        fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖²; mse is per dimension. Zero vectors have no direction: cosine and norm
+        ratio are means over the others; where x̂ alone is zero both count as 0.
         """
+        site, unit = self.sites[name], self.evalset.text.unit
         n = self.sums.column("n")
-        column = {what: self.sums.column(f"{name}/{what}") for what in PER_VARIANT}
+        sse, sse_far, cosine, norm_ratio, l0, _ = (self.sums.column(f"{name}/{what}") for what in PER_VARIANT)
+        squares, squares_near, squares_far, _, n_not_zero = (
+            self.sums.column(f"{site}/{what}") for what in PER_SITE
+        )
+        alike = (
+            f"the {unit}s are all alike: there is no variance to explain"
+            if self.n_tokens > 1
+            else f"one {unit} has no variance to explain"
+        )
+        zeros = f"every {unit} is a zero vector"
         return {
-            "fvu": (column["sse"], self.squares(self.sites[name])),
-            "mse": (column["sse"], n * self.saes[name].config.d_in),
-            "cosine": (column["cosine"], n),
-            "norm_ratio": (column["norm_ratio"], n),
-            "l0": (column["l0"], n),
+            "fvu": Ratio(sse, squares, alike),
+            "mse": Ratio(sse, n * self.saes[name].config.d_in),
+            "cosine": Ratio(cosine, n_not_zero, zeros),
+            "norm_ratio": Ratio(norm_ratio, n_not_zero, zeros),
+            "l0": Ratio(l0, n),
+            "fvu_without_far": Ratio(sse - sse_far, squares_near, alike),
+            "far_error_share": Ratio(sse_far, sse, "there is no error"),
+            "far_variance_share": Ratio(squares_far, squares, alike),
         }
 
     def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
         """The `ratios` of one variant as figures, and its explained variance."""
-        figures = bootstrap.figures(self.ratios(name))
-        return figures | {"explained_variance": complement(figures["fvu"])}
+        ratios = self.ratios(name)
+        figures = bootstrap.figures(ratios)
+        if not self.n_far(self.sites[name]):
+            why = f"no {self.evalset.text.unit} is more than {FAR:g} times as far from the mean as the median"
+            figures |= dict.fromkeys(FAR_METRICS, absent(why))
+        figures["explained_variance"] = complement(figures["fvu"])
+        if reason := self.unusable(name):
+            return dict.fromkeys(figures, absent(reason))
+        return figures
+
+    def n_far(self, site: str) -> int:
+        """Rows that are more than `FAR` times as far from the cached mean as the median training row."""
+        return int(self.sums.column(f"{site}/n_far").sum())
+
+    def place(self, site: str) -> dict[str, Any]:
+        """What is to be known of a site's rows, for `final_assessment.json`."""
+        array, spread = self.evalset.arrays[site], self.spread[site]
+        return {
+            "n_zero": spread.n_zero,
+            "n_far": self.n_far(site),
+            "largest_ratio": spread.largest / spread.median if spread.median else None,
+            "unheld": unheld(array.statistics, array.dtype),
+        }
 
     def density(self, name: str) -> NDArray[np.float64]:
         """Share of tokens on which each latent was active. [F]."""
@@ -151,6 +190,11 @@ class Reconstruction:
     def live(self, name: str, least_share: float) -> NDArray[np.bool_]:
         """Which latents fired, and on at least that share of the tokens. [F]."""
         return self.density(name) >= max(least_share, 1 / max(1, self.n_tokens))
+
+
+def _quotient(above_T: Tensor, below_T: Tensor) -> Tensor:
+    """Quotients, and 0 where the divisor is."""
+    return torch.where(below_T > 0, above_T / below_T, 0.0)
 
 
 def complement(figure: Figure) -> Figure:
@@ -165,17 +209,21 @@ def absorption(rows_FD: Tensor) -> Figure:
     """Mean over decoder rows of the largest cosine to another row; lower is better.
 
     Args:
-        rows_FD: decoder rows of the live latents.
+        rows_FD: decoder rows of the live latents; zero rows, which have no direction, are left out.
     """
+    length_F = torch.linalg.vector_norm(rows_FD.double(), dim=1)
+    if not bool(torch.isfinite(length_F).all()):
+        return absent("decoder rows are not finite")
+    rows_FD, length_F = rows_FD[length_F > 0], length_F[length_F > 0]
     if len(rows_FD) < 2:
         return absent(f"{counted(len(rows_FD), 'live latent')}: a cosine needs two")
-    unit = torch.nn.functional.normalize(rows_FD, dim=1)
+    unit = (rows_FD / length_F[:, None]).to(rows_FD.dtype)
     largest = []
     for start in range(0, len(unit), 1024):
         cosine = unit[start : start + 1024] @ unit.T
         cosine.diagonal(start).fill_(-1)
         largest.append(cosine.amax(1))
-    return {"value": float(torch.cat(largest).mean())}
+    return {"value": float(torch.cat(largest).double().mean())}
 
 
 def random_absorption(rows_FD: Tensor) -> Figure:

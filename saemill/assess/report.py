@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from saemill.assess import charts
-from saemill.assess.sums import Figure
+from saemill.assess.sums import Figure, number
 from saemill.common.log import counted
 from saemill.common.page import write_page
 
@@ -37,14 +37,6 @@ LOSSES = """ ΔCE is what splicing the SAE costs the model.
 Loss recovered compares with zero-ablation, a weak baseline; read ΔCE first."""
 PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
 """Of a passage, in a line of the terminal and on the page; the JSON has all of it."""
-
-
-def number(figure: Figure, digits: int = 3) -> str:
-    """A figure's value, or an en dash."""
-    value = figure["value"]
-    if value is None:
-        return "–"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.{digits}f}"
 
 
 def interval(figure: Figure) -> str:
@@ -82,39 +74,43 @@ def _columns(assessment: dict[str, Any]) -> dict[str, str]:
 
 def _best(assessment: dict[str, Any]) -> str:
     """The best variant with its figures on the documents that it was not chosen on."""
-    other = assessment["best_on_other_documents"]
+    other, thing = assessment["best_on_other_documents"], assessment["data"]["document"]
     figures = [
         f"{COLUMNS[name]} {number(figure)}" + (f" ({interval(figure)})" if interval(figure) else "")
         for name, figure in other["metrics"].items()
         if name in ("fvu", "delta_ce") and figure["value"] is not None
     ]
     where = (
-        "chosen and reported on the same documents, which are too few to halve"
+        f"chosen and reported on the same {thing}s, which are too few to halve"
         if other["overlap"]
-        else f"chosen on {counted(other['n_documents_chosen_on'], 'document')}; "
+        else f"chosen on {counted(other['n_documents_chosen_on'], thing)}; "
         f"on {counted(other['n_documents'], 'other')} {', '.join(figures)}"
     )
     return f"{assessment['best_variant']}, {where}"
 
 
 def _notes(assessment: dict[str, Any]) -> list[str]:
-    """What the tables do not show: checks not run or judged otherwise, figures without interval."""
+    """What the tables do not show: figures that are null or without interval, checks judged otherwise."""
     variants = assessment["variants"]
-    lines = [f"{entry['name']}: {entry['not_measured']}" for entry in variants if entry["not_measured"]]
-    checks = [check for entry in variants if not entry["not_measured"] for check in entry["checks"]]
-    lines += sorted({f"not run: {c['name']}: {c['reason']}" for c in checks if c["passed"] is None})
-    if any(check["passed"] is not None and "reason" in check for check in checks):
+    lines = list(assessment["data"]["notes"])
+    lines += [f"{entry['name']}: {entry['not_measured']}" for entry in variants if entry["not_measured"]]
+    measured = [entry for entry in variants if not entry["not_measured"]]
+    checks = [check for entry in measured for check in entry["checks"]]
+    lines += sorted({f"unknown: {c['name']}: {c['reason']}" for c in checks if c["passed"] is None})
+    if any(check["passed"] is not None and check.get("reason") for check in checks):
         lines.append(
             f"absorption: where as many random directions show more than "
             f"{assessment['thresholds']['max_absorption']:g}, it is judged against (random)"
         )
-    titles: dict[str, dict[str, None]] = {}
-    for entry in assessment["variants"]:
-        for name, title in COLUMNS.items():
+    told = {check["name"] for check in checks if check["passed"] is None}
+    titles: dict[tuple[str, str], dict[str, None]] = {}
+    for entry in measured:
+        for name, title in _columns(assessment).items():
             figure = entry["metrics"][name]
-            if figure["value"] is not None and "reason" in figure:
-                titles.setdefault(figure["reason"], {})[title] = None
-    return lines + [f"no interval for {', '.join(which)}: {reason}" for reason, which in titles.items()]
+            if figure.get("reason") and not (figure["value"] is None and name in told):
+                lacking = "no" if figure["value"] is None else "no interval for"
+                titles.setdefault((lacking, figure["reason"]), {})[title] = None
+    return lines + [f"{lacking} {', '.join(which)}: {why}" for (lacking, why), which in titles.items()]
 
 
 def contexts_text(features: dict[str, Any], n_latents: int, n_contexts: int) -> str:
@@ -160,15 +156,13 @@ def _summary(assessment: dict[str, Any]) -> str:
     data = assessment["data"]
     losses = f"; losses on {data['n_tokens_with_losses']:,} of them" if data["n_tokens_with_losses"] else ""
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(assessment))
-    of_documents = (
-        " A document is a passage, or all passages that are copies." if data["unit"] == "passage" else ""
-    )
+    of_documents = " Passages that are copies count as one." if data["unit"] == "passage" else ""
     of_losses = "" if data["unit"] == "passage" else LOSSES
     return f"""<h1>saemill assessment</h1>
 <p>Best: {html.escape(_best(assessment))}.</p><p>{counted(data["n_tokens"], data["unit"])} from
-{counted(data["n_documents"], "document")}{losses}: {html.escape(data["chosen"])}.</p>
-<ul class="notes"><li>Intervals (95%) resample documents, so they show how the text varies, not how training
-does: with one seed the variance between seeds is unknown.{of_documents}</li>
+{counted(data["n_documents"], data["document"])}{losses}: {html.escape(data["chosen"])}.</p>
+<ul class="notes"><li>Intervals (95%) resample {data["document"]}s, so they show how the text
+varies, not how training does: with one seed the variance between seeds is unknown.{of_documents}</li>
 <li>FVU = Σ‖x−x̂‖² / Σ‖x−x̄‖² over all evaluation {data["unit"]}s.{of_losses}</li>
 <li>Absorption is the mean, over live latents, of the largest cosine to another live decoder row; “random” is
 what as many random directions score.</li>{notes}</ul>"""

@@ -1,6 +1,7 @@
 """`saemill assess`: held-out tokens through every SAE of a run, then through the model; the verdict."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saemill.assess import features
+from saemill.assess import features, record
 from saemill.assess.controls import controls
 from saemill.assess.entries import Measured
 from saemill.assess.evalset import EvalSet, check_tokens
@@ -22,7 +23,7 @@ from saemill.assess.splicing import Splicing, check_mask_token
 from saemill.assess.sums import DocumentSums
 from saemill.assess.verdict import Thresholds
 from saemill.common import config as settings
-from saemill.common import durable
+from saemill.common import durable, records
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import duration, say
@@ -33,8 +34,6 @@ from saemill.common.sae import Sae
 from saemill.common.tokens import TokenStore
 from saemill.common.wandb import process as wandb
 from saemill.common.world import Group, World, speak_for
-
-FORMAT = "saemill assessment 1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,13 +96,17 @@ class AssessConfig:
         return self.out or (self.run if self.tokens is None else self.run / f"on-{self.tokens.name}")
 
     def is_done(self) -> bool:
-        """Whether the folder holds the assessment of this very run, on this very text, by these settings."""
+        """Whether the folder holds, whole, the assessment of this run, on this text, by these settings."""
         try:
-            found = durable.read_json(self.folder / "final_assessment.json")
+            found = record.read(self.folder)
+            whole = not record.problems(self.folder)
+        except StoreError:  # assessed again, it is whole
+            return False
+        try:
             of = self.of()
         except FileNotFoundError:
             return False
-        return bool((found.get("settings"), found.get("of")) == (self.identity(), of))
+        return whole and (found["settings"], found["of"]) == (self.identity(), of)
 
     def of(self) -> str:
         """A hash of what is assessed: the run, whose SAEs know their store, and the tokens if they are named.
@@ -149,11 +152,11 @@ def run(config: AssessConfig) -> dict[str, Any]:
     world = World.here()
     speak_for(world)
     device = world.device(config.device)
-    with world.connected(device) as everyone:
-        return _assess(config, device, everyone)
+    with world.connected(device) as everyone, ExitStack() as held:
+        return _assess(config, device, everyone, held)
 
 
-def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict[str, Any]:
+def _assess(config: AssessConfig, device: torch.device, everyone: Group, held: ExitStack) -> dict[str, Any]:
     started = time.perf_counter()
     opened = _open(config, device)
     if isinstance(opened.store.text, PassageStore):
@@ -171,16 +174,19 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
     evalset = EvalSet(opened.store, other, model, opened.mask, sites, config.batch_size, everyone)
     if model is not None:
         check_mask_token(model, evalset.tokens)
-    found = _measure(config, opened.saes, evalset, model)
+    no_loss = None if model is None else _no_loss(model, evalset)
+    everyone.first(lambda: _take(out, held))
+    found = _measure(config, opened.saes, evalset, model, no_loss)
     entries = found.ranking(opened.left_out)
     best = entries[0]["name"]
     beside = evalset.at(opened.sites[best], " controls")
-    untrained = _measure(config, controls(opened.saes[best], opened.sites[best], beside), beside, model)
-    assessment = {
-        "format": FORMAT,
+    baselines = controls(opened.saes[best], opened.sites[best], beside)
+    untrained = _measure(config, baselines, beside, model, no_loss)
+    assessment: dict[str, Any] = {
+        "format": record.FORMAT,
         "settings": config.identity(),
         "of": config.of(),
-        "data": _data(found) | {"model_check": model_check},
+        "data": _data(found, best) | {"model_check": model_check},
         "thresholds": settings.plain(config.thresholds),
         "best_variant": best,
         "best_on_other_documents": found.on_other_documents(best),
@@ -191,13 +197,19 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group) -> dict
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},
     }
     assessment["seconds"] = time.perf_counter() - started
-    if everyone.rank == 0:
-        _write(out, assessment, found)
+    assessment = everyone.first(lambda: _write(out, assessment, found))
     say(table(assessment))
     if everyone.rank == 0 and to_wandb:
         _log_to_wandb(config.run, out)
-    say(f"{out / 'final_assessment.json'}, report.html written in {duration(assessment['seconds'])}")
+    say(f"{out / record.FILE}, report.html written in {duration(assessment['seconds'])}")
     return assessment
+
+
+def _take(out: Path, held: ExitStack) -> None:
+    """Make the folder this assessment's own; clear away what a killed one left of its files."""
+    held.enter_context(durable.exclusive(out))
+    for litter in out.glob(durable.PARTIAL):
+        litter.unlink()
 
 
 def _check_without_model(config: AssessConfig) -> None:
@@ -247,8 +259,21 @@ def _left_out(finished: dict[str, Any]) -> dict[str, str]:
     return reasons
 
 
+def _no_loss(model: LanguageModel, evalset: EvalSet) -> str | None:
+    """Why next-token losses of a model mean nothing, if it sees the tokens that it is to predict."""
+    row = int(evalset.rows_R[0])
+    ids_RS = torch.from_numpy(evalset.tokens.rows(row, row + 1).astype(np.int64))
+    if model.head == "causal" and model.sees_later_tokens(ids_RS):
+        return f"{model.name} sees the tokens after each position, so it has no next-token loss"
+    return None
+
+
 def _measure(
-    config: AssessConfig, saes: dict[str, Sae], evalset: EvalSet, model: LanguageModel | None
+    config: AssessConfig,
+    saes: dict[str, Sae],
+    evalset: EvalSet,
+    model: LanguageModel | None,
+    no_loss: str | None,
 ) -> Measured:
     """Some SAEs on the evaluation tokens; the losses, or why there are none."""
     sites = {name: sae.config.provenance["site"] for name, sae in saes.items()}
@@ -261,18 +286,20 @@ def _measure(
     elif model is not None and model.head is None:
         splicing = f"{model.name} has no language-model head"
     elif model is not None:
-        splicing = Splicing(saes, sites, evalset, model).run(config.model_tokens)
+        splicing = Splicing(saes, sites, evalset, model, no_loss).run(config.model_tokens)
         if splicing.n_tokens == 0:
             splicing = "no position to predict in the evaluation rows"
     return Measured(reconstruction, splicing, config.thresholds, config.dead_percentage_threshold)
 
 
-def _data(found: Measured) -> dict[str, Any]:
+def _data(found: Measured, best: str) -> dict[str, Any]:
     reconstruction, splicing, evalset = found.reconstruction, found.splicing, found.reconstruction.evalset
+    places = {site: reconstruction.place(site) for site in evalset.sites}
     return {
         "chosen": evalset.description,
         "tokens_fingerprint": evalset.text.fingerprint,
         "unit": evalset.text.unit,
+        "document": evalset.text.document,
         "n_tokens": reconstruction.n_tokens,
         "n_documents": len(reconstruction.sums.rows),
         "n_documents_left_out_as_seen": evalset.n_seen_documents,
@@ -280,6 +307,8 @@ def _data(found: Measured) -> dict[str, Any]:
         "mask": settings.plain(evalset.mask),
         "dead_percentage_threshold": found.dead_share,
         "identity_splice_nats": splicing.identity if isinstance(splicing, Splicing) else None,
+        "sites": places,
+        "notes": [note for site in places for note in found.notes(site, best)],
     }
 
 
@@ -289,6 +318,8 @@ def _features(
     density = reconstruction.density(shown)
     live = reconstruction.live(shown, config.dead_percentage_threshold)
     latents = features.choose_latents(density, live, config.latents, config.n_latents)
+    if reconstruction.unusable(shown):
+        latents = []  # its activations are no numbers
     site, sae = opened.sites[shown], opened.saes[shown]
     chunks = evalset.context_chunks(config.context_tokens) if latents else ()
     text, unit = evalset.text, f"{evalset.text.unit}s"
@@ -312,13 +343,44 @@ def _features(
     }
 
 
-def _write(out: Path, assessment: dict[str, Any], found: Measured) -> None:
-    """The verdict, the report, and the sums and firing counts they follow from."""
-    reconstruction = found.reconstruction
-    out.mkdir(parents=True, exist_ok=True)
-    _write_sums(out / "documents.parquet", reconstruction.sums)
+def _write(out: Path, values: dict[str, Any], found: Measured) -> dict[str, Any]:
+    """The verdict, the report, and the sums and firing counts they follow from: all of them or none.
+
+    Whole files are beside their places before the first takes its own; the old verdict goes before that, the
+    new one comes last.
+
+    Returns: the content of `final_assessment.json`.
+    """
+    assessment = record.checked(values | {"files": []}).model_dump(mode="json")
+    sums = {"documents.parquet": found.reconstruction.sums}
     if isinstance(found.splicing, Splicing):
-        _write_sums(out / "documents_model.parquet", found.splicing.sums)
+        sums["documents_model.parquet"] = found.splicing.sums
+    tables = {name: _sums_table(table) for name, table in sums.items()}
+    tables["latents.parquet"] = _latents_table(found.reconstruction)
+    densities = {name: found.reconstruction.density(name) for name in found.reconstruction.saes}
+    with ExitStack() as held:  # which closes the last opened first
+        verdict = held.enter_context(durable.replacing(out / record.FILE))
+        partials = {
+            name: held.enter_context(durable.replacing(out / name)) for name in [*tables, "report.html"]
+        }
+        for name, table in tables.items():
+            with durable.writing(out / name, table.nbytes):
+                pq.write_table(table, partials[name])
+        with durable.writing(out / "report.html"):
+            write_html(partials["report.html"], assessment, densities)
+        assessment["files"] = [
+            {"path": name, "bytes": file.stat().st_size, "xxh3": durable.hash_file(file)}
+            for name, file in partials.items()
+        ]
+        with durable.writing(out / record.FILE):
+            records.write(verdict, record.checked(assessment))
+        for old in (record.FILE, *({"documents_model.parquet"} - set(tables))):
+            (out / old).unlink(missing_ok=True)
+    return assessment
+
+
+def _latents_table(reconstruction: Reconstruction) -> pa.Table:
+    """How every latent of every variant fired."""
     parts = [
         pa.table(
             {
@@ -331,10 +393,12 @@ def _write(out: Path, assessment: dict[str, Any], found: Measured) -> None:
         )
         for name, firing in reconstruction.firing.items()
     ]
-    pq.write_table(pa.concat_tables(parts), out / "latents.parquet")
-    densities = {name: reconstruction.density(name) for name in reconstruction.saes}
-    write_html(out / "report.html", assessment, densities)
-    durable.write_json(out / "final_assessment.json", assessment)
+    return pa.concat_tables(parts)
+
+
+def _sums_table(sums: DocumentSums) -> pa.Table:
+    hashes = pa.array(sums.documents, pa.uint64())
+    return pa.table({"text_hash": hashes} | {name: sums.column(name) for name in sums.names})
 
 
 def _logs_to_wandb(config: AssessConfig) -> bool:
@@ -359,8 +423,3 @@ def _log_to_wandb(run: Path, out: Path) -> None:
     """Hand over what was written; wait for it, but not for long."""
     with wandb.Wandb("assess", run, str(out.absolute())):
         pass
-
-
-def _write_sums(path: Path, sums: DocumentSums) -> None:
-    hashes = pa.array(sums.documents, pa.uint64())
-    pq.write_table(pa.table({"text_hash": hashes} | {name: sums.column(name) for name in sums.names}), path)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.assess.evalset import EvalSet, Rows
-from saemill.assess.sums import DocumentSums, Figure, Ratio, absent
+from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.errors import ConfigError, DataError
 from saemill.common.model import LanguageModel, attention_of
 from saemill.common.permutation import hashes
@@ -29,6 +29,9 @@ MASKED_SHARE = 0.15
 MASK_KEY = 15
 IDENTITY_TOLERANCE = 1e-3
 """Most nats per token that splicing the true activation may change."""
+
+NOTHING_LOST = "{what} at {site} cost the model no loss, so there is none to recover"
+"""Why there is no loss recovered where the model does as well or better without the site."""
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -65,12 +68,19 @@ class Splicing:
         sites: variant name → site.
         evalset: rows to run on.
         model: with its LM head; see `check_mask_token`.
+        no_loss: why losses mean nothing here; KL divergences are counted all the same.
     """
 
     def __init__(
-        self, saes: dict[str, Sae], sites: dict[str, str], evalset: EvalSet, model: LanguageModel
+        self,
+        saes: dict[str, Sae],
+        sites: dict[str, str],
+        evalset: EvalSet,
+        model: LanguageModel,
+        no_loss: str | None = None,
     ) -> None:
         self.saes, self.sites, self.evalset, self.model = saes, sites, evalset, model
+        self.no_loss = no_loss
         baselines = [f"{site}/{what}" for site in evalset.sites for what in ("zero", "mean")]
         variants = [f"{name}/{what}" for name in saes for what in ("ce", "kl")]
         self.sums = DocumentSums(["n", "clean", *baselines, *variants])
@@ -114,7 +124,7 @@ class Splicing:
         for name, sae in self.saes.items():
             spliced = self._edited(batch, self.sites[name], _sae_edit(sae))
             columns[f"{name}/ce"] = _ce(spliced, target_T)
-            columns[f"{name}/kl"] = (clean.exp() * (clean - spliced)).sum(-1).double().cpu().numpy()
+            columns[f"{name}/kl"] = _kl(clean, spliced)
         units = self.evalset.units(rows.addresses_RS[counted_RS])
         self.n_tokens += len(units)
         self.sums.add(units, columns)
@@ -162,11 +172,13 @@ class Splicing:
             edited = self._edited(batch, site, torch.clone)
             return float(np.abs(_ce(edited, target_T) - clean_T).mean())
 
+        if not np.isfinite(clean_T).all():
+            return  # the losses will be null; a batch with losses may come
         self.identity[site] = change()
-        if self.identity[site] > IDENTITY_TOLERANCE and site in self.skippable:
+        if not self.identity[site] <= IDENTITY_TOLERANCE and site in self.skippable:
             self.skippable.remove(site)
             self.identity[site] = change()
-        if self.identity[site] > IDENTITY_TOLERANCE:
+        if not self.identity[site] <= IDENTITY_TOLERANCE:
             raise DataError(
                 f"splicing the true activation at {site} changes the loss by {self.identity[site]:.4f} nats "
                 "per token: the site is not where the model's forward pass reads it"
@@ -179,15 +191,22 @@ class Splicing:
         zero, mean = (self.sums.column(f"{site}/{what}") for what in ("zero", "mean"))
         ce, kl = (self.sums.column(f"{name}/{what}") for what in ("ce", "kl"))
         return {
-            "delta_ce": (ce - clean, n),
-            "kl": (kl, n),
-            "loss_recovered": (zero - ce, zero - clean),
-            "loss_recovered_from_mean": (mean - ce, mean - clean),
-            "ce_clean": (clean, n),
-            "ce_spliced": (ce, n),
-            "ce_zero": (zero, n),
-            "ce_mean": (mean, n),
+            "delta_ce": Ratio(ce - clean, n),
+            "kl": Ratio(kl, n),
+            "loss_recovered": Ratio(zero - ce, zero - clean, NOTHING_LOST.format(what="zeros", site=site)),
+            "loss_recovered_from_mean": Ratio(
+                mean - ce, mean - clean, NOTHING_LOST.format(what="the mean", site=site)
+            ),
+            "ce_clean": Ratio(clean, n),
+            "ce_spliced": Ratio(ce, n),
+            "ce_zero": Ratio(zero, n),
+            "ce_mean": Ratio(mean, n),
         }
+
+    def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
+        """The `ratios` of one variant as figures; without losses where they mean nothing."""
+        figures = bootstrap.figures(self.ratios(name))
+        return figures | {what: absent(self.no_loss) for what in figures if self.no_loss and what != "kl"}
 
 
 METRICS = ("delta_ce", "kl", "loss_recovered", "loss_recovered_from_mean", "ce_clean", "ce_spliced",
@@ -218,3 +237,9 @@ def _log_probs(logits_RSW: Tensor, counted_RS: Tensor) -> Tensor:
 
 def _ce(log_probs: Tensor, target_T: Tensor) -> NDArray[np.float64]:
     return -log_probs.gather(1, target_T[:, None])[:, 0].double().cpu().numpy()
+
+
+def _kl(clean: Tensor, spliced: Tensor) -> NDArray[np.float64]:
+    """KL(p ‖ p_spliced) per token from log probabilities [T, W]; tokens of no probability add 0."""
+    p = clean.exp()
+    return torch.where(p > 0, p * (clean - spliced), 0.0).sum(-1, dtype=torch.float64).cpu().numpy()

@@ -17,12 +17,22 @@ from saemill.common.world import Group
 N_DRAWS = 2000
 LEAST_DOCUMENTS = 30
 SEED = 20
+NOT_FINITE = "a value of it is not finite"
 
 Figure = dict[str, Any]
 """`value`, `lo`, `hi` (95%), or `value: null` with a `reason`."""
 
-Ratio = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Numerator and denominator per document, [n_documents] each."""
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A figure as Σ above / Σ below over documents. It is defined where the sum below is positive."""
+
+    above: NDArray[np.float64]
+    """[n_documents]."""
+    below: NDArray[np.float64]
+    """[n_documents]."""
+    undefined: str = "there is nothing to divide by"
+    """Why there is no figure where the sum below is 0 or less."""
 
 
 @dataclass(slots=True)
@@ -68,35 +78,39 @@ class Bootstrap:
 
     Args:
         among: bool [n_documents], the documents that count.
+        thing: what messages call a document.
     """
 
-    def __init__(self, among: NDArray[np.bool_]) -> None:
-        self.among, self.n_documents = among, int(among.sum())
+    def __init__(self, among: NDArray[np.bool_], thing: str = "document") -> None:
+        self.among, self.n_documents, self.thing = among, int(among.sum()), thing
         self.enough = self.n_documents >= LEAST_DOCUMENTS
         generator = np.random.default_rng(SEED)
         shape = (N_DRAWS, self.n_documents if self.enough else 0)
         self.weights = generator.poisson(1.0, shape).astype(np.float32)
 
-    def _figure(self, value: float, draws: NDArray[np.float64]) -> Figure:
-        """A value with its 95% interval, or with the reason for which there is none."""
-        if not np.isfinite(value):
-            return absent("not finite on these tokens")
+    def figure(self, ratio: Ratio) -> Figure:
+        """Σ above / Σ below over the documents, with its 95% interval; null, or without an interval, where
+        it has no meaning: never NaN, nor what rounding makes of 0 / 0."""
+        above, below = ratio.above[self.among], ratio.below[self.among]
+        total_above, total_below = float(above.sum()), float(below.sum())
+        if not (np.isfinite(total_above) and np.isfinite(total_below)):
+            return absent(NOT_FINITE)
+        if total_below <= 0:
+            return absent(ratio.undefined)
+        value = total_above / total_below
         if not self.enough:
-            reason = f"only {counted(self.n_documents, 'document')}; an interval needs {LEAST_DOCUMENTS}"
+            reason = f"only {counted(self.n_documents, self.thing)}; an interval needs {LEAST_DOCUMENTS}"
             return {"value": value, "lo": None, "hi": None, "reason": reason}
-        lo, hi = np.nanpercentile(draws, [2.5, 97.5])
+        drawn_above, drawn_below = self.weights @ above, self.weights @ below
+        if n_undefined := int((drawn_below <= 0).sum()):
+            reason = f"in {n_undefined:,} of {N_DRAWS:,} draws of {self.thing}s {ratio.undefined}"
+            return {"value": value, "lo": None, "hi": None, "reason": reason}
+        lo, hi = np.percentile(drawn_above / drawn_below, [2.5, 97.5])
         return {"value": value, "lo": float(lo), "hi": float(hi)}
-
-    def ratio(self, numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> Figure:
-        """Σ numerator / Σ denominator over documents. [n_documents] each."""
-        above, below = numerator[self.among], denominator[self.among]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            draws = (self.weights @ above) / (self.weights @ below) if self.enough else np.zeros(0)
-            return self._figure(float(above.sum() / below.sum()), draws)
 
     def figures(self, ratios: dict[str, Ratio]) -> dict[str, Figure]:
         """Each of some named ratios."""
-        return {name: self.ratio(*ratio) for name, ratio in ratios.items()}
+        return {name: self.figure(ratio) for name, ratio in ratios.items()}
 
 
 class Split:
@@ -107,20 +121,30 @@ class Split:
 
     Args:
         documents: their text hashes, ascending.
+        thing: what messages call a document.
     """
 
-    def __init__(self, documents: list[int]) -> None:
+    def __init__(self, documents: list[int], thing: str = "document") -> None:
         odd = np.array(documents, np.uint64) % 2 == 1
         self.overlap = bool(odd.all() or not odd.any())
         self.chosen_on = odd | self.overlap
-        self.all, self.reported_on = Bootstrap(odd | True), Bootstrap(~odd | self.overlap)
+        self.all = Bootstrap(odd | True, thing)
+        self.reported_on = Bootstrap(~odd | self.overlap, thing)
 
     def loss(self, ratio: Ratio) -> float:
-        """Σ numerator / Σ denominator over the documents on which the best is chosen."""
-        above, below = (float(column[self.chosen_on].sum()) for column in ratio)
-        return above / below if below else np.inf
+        """Σ above / Σ below over the documents on which the best is chosen; infinite where undefined."""
+        above, below = (float(column[self.chosen_on].sum()) for column in (ratio.above, ratio.below))
+        return above / below if below > 0 and np.isfinite(above) else np.inf
 
 
 def absent(reason: str) -> Figure:
     """A figure that was not or could not be computed."""
     return {"value": None, "reason": reason}
+
+
+def number(figure: Figure, digits: int = 3) -> str:
+    """A figure's value, or an en dash."""
+    value = figure["value"]
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.{digits}f}"

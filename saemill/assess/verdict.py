@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from saemill.assess.sums import Figure
+from saemill.assess.sums import NOT_FINITE, Figure
 from saemill.common.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def checks(metrics: dict[str, Figure], thresholds: Thresholds) -> list[Check]:
     that is more than the threshold.
     """
     t = thresholds
-    random = metrics["absorption_random"]["value"] or 0.0
+    random = metrics["absorption_random"]["value"] or 0.0  # null where absorption is
     limits: dict[str, tuple[float | None, float | None]] = {
         "loss_recovered": (t.min_loss_recovered, None),
         "l0": (t.min_l0, t.max_l0),
@@ -59,14 +59,18 @@ def _check(name: str, figure: Figure, low: float | None, high: float | None) -> 
     if figure["value"] is None:
         return check | {"passed": None, "reason": figure["reason"]}
     value = figure["value"]
+    if not math.isfinite(value):
+        return check | {"value": None, "passed": None, "reason": NOT_FINITE}
     return check | {"passed": (low is None or value >= low) and (high is None or value <= high)}
 
 
 def summary(found: list[Check]) -> str:
-    """`passed 3/4`, with the checks that could not be run."""
-    n_run = sum(check["passed"] is not None for check in found)
-    text = f"passed {sum(check['passed'] is True for check in found)}/{n_run}"
-    return text if n_run == len(found) else f"{text}, {len(found) - n_run} not run"
+    """`passed 2/3, 1 unknown`: a check whose figure is null is neither passed nor failed."""
+    n_known = sum(check["passed"] is not None for check in found)
+    if n_known == 0:
+        return "unknown"
+    text = f"passed {sum(check['passed'] is True for check in found)}/{n_known}"
+    return text if n_known == len(found) else f"{text}, {len(found) - n_known} unknown"
 
 
 def order(entries: list[dict[str, Any]], losses: Mapping[str, float]) -> list[dict[str, Any]]:

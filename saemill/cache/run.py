@@ -14,7 +14,7 @@ from saemill.cache.claims import Worker, holds_only_claims
 from saemill.cache.fill import Filling
 from saemill.cache.writer import DTYPES, ZARR_LITTER, SiteWriter
 from saemill.common import config as settings
-from saemill.common import durable
+from saemill.common import durable, elsewhere
 from saemill.common.activations import EMBEDDINGS, FORMAT, ActivationStore, read_settings
 from saemill.common.architecture import Architecture
 from saemill.common.errors import ConfigError, StoreError
@@ -30,6 +30,7 @@ from saemill.common.model import (
 )
 from saemill.common.signals import stop_on_signal
 from saemill.common.sites import Site, load_model_config
+from saemill.common.statistics import warnings
 from saemill.common.tokenizer import check_tokenizer
 from saemill.common.tokens import TokenStore, copy_rows
 from saemill.common.world import World, speak_for
@@ -89,9 +90,15 @@ class CacheConfig:
                 raise ConfigError(f"{name} must be 1 or more, got {value}")
         chosen = [name for name in ("layers", "sites", "layer_stride") if getattr(self, name)]
         if not chosen:
-            raise ConfigError("name what to cache: --layers 2,4, --sites 'layers.*.mlp' or --layer-stride 2")
-        if self.layer_stride and len(chosen) > 1:
+            raise ConfigError(
+                "name what to cache: add --layers -1 for the residual stream after the last block; others: "
+                "--layers 2,4, --sites 'layers.*.mlp' or --layer-stride 2"
+            )
+        if self.layer_stride not in (None, 1) and len(chosen) > 1:
             raise ConfigError(f"layer_stride chooses all layers itself; leave out {chosen[0]}")
+        for site in self.sites:
+            if here := elsewhere.of_hook(site):
+                raise ConfigError(here)
 
 
 def run(config: CacheConfig) -> ActivationStore:
@@ -128,6 +135,9 @@ def run(config: CacheConfig) -> ActivationStore:
             store, writers = _open(config, tokens, identity, sites, plan, worker)
             what = _complete(config, store, writers, device, worker, world)
     say(f"{config.out}: {', '.join(site.name for site in sites)} complete; {what}")
+    for array in (store.site(site.name) for site in sites):
+        for warning in warnings(array.name, array.statistics, array.dtype, "token"):
+            say(warning)
     return store
 
 
@@ -230,7 +240,7 @@ def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
     """
     architecture = Architecture(model_config)
     layers = config.layers
-    if config.layer_stride:
+    if config.layer_stride and not (config.layers or config.sites):
         layers = tuple(range(0, len(architecture.blocks), config.layer_stride))
     return architecture.resolve(layers, config.sites)
 

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from saemill.cli.app import app
+from saemill.cli.app import command
 
 
-@app.command()
+@command()
 def submit(
     config: Annotated[Path, typer.Argument(help="YAML file with a section per stage, and slurm.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts, submit nothing.")] = False,
@@ -24,7 +24,7 @@ def submit(
     run(config, dry_run)
 
 
-@app.command()
+@command()
 def status(run: Annotated[Path, typer.Argument(help="The run's folder: train.out of the config.")]) -> None:
     """Tell how far each stage of a run is, and what became of its SLURM jobs."""
     from saemill.common.log import say

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from saemill.cli.app import Config, Device, Sets, app, option, resolved
+from saemill.cli.app import Config, Device, Sets, command, option, resolved
 
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="Activation store to write.")]
 Normalize = Annotated[bool | None, typer.Option("--normalize", help="Divide each vector by its length.")]
@@ -17,7 +17,7 @@ Split = Annotated[str | None, option("Split of a dataset [train].", "NAME")]
 Revision = Annotated[str | None, option("The hub dataset's revision.", "REV")]
 
 
-@app.command("import-activations")
+@command("import-activations")
 def import_activations(
     source: Annotated[
         str | None,
@@ -66,7 +66,7 @@ def import_activations(
     run(resolved(ImportConfig, "import-activations", locals()))
 
 
-@app.command()
+@command()
 def embed(
     dataset: Annotated[
         str | None, typer.Argument(help="Hub id, or file or folder: parquet, jsonl(.gz), csv, arrow, txt.")

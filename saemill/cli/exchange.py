@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from saemill.cli.app import app, option
+from saemill.cli.app import command, option
 
 
-@app.command()
+@command()
 def export(
     path: Annotated[str, typer.Argument(help="An SAE's folder: RUN/VARIANT, or hf://user/repo/VARIANT.")],
     format_: Annotated[
@@ -26,7 +26,7 @@ def export(
     write(path, format_, out, model)
 
 
-@app.command("import")
+@command("import")
 def import_(
     path: Annotated[
         str,

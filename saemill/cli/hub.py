@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from saemill.cli.app import app, option
+from saemill.cli.app import command, option
 
 
-@app.command()
+@command()
 def push(
     path: Annotated[Path, typer.Argument(help="A finished run, a token store or an activation store.")],
     repo: Annotated[str, typer.Argument(metavar="USER/REPO", help="Where to; created if it is not there.")],
@@ -44,7 +44,7 @@ def push(
     )
 
 
-@app.command()
+@command()
 def pull(
     repo: Annotated[
         str, typer.Argument(metavar="USER/REPO", help="As `saemill push` made it; user/repo@branch.")

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from saemill.cli.app import Config, Device, Sets, app, option, resolved
+from saemill.cli.app import Config, Device, Sets, command, option, resolved
 
 
-@app.command()
+@command()
 def tokenize(
     dataset: Annotated[
         str | None, typer.Argument(help="Hub id, or file or folder: parquet, jsonl(.gz), csv, arrow, txt.")
@@ -18,7 +18,9 @@ def tokenize(
     subset: Annotated[str | None, option("The hub dataset's configuration.", "NAME")] = None,
     split: Annotated[str | None, option("Split of the dataset [train].", "NAME")] = None,
     text_column: Annotated[str | None, option("Column that holds the text [text].", "NAME")] = None,
-    ctx_len: Annotated[str | None, option("Tokens per row [512].")] = None,
+    ctx_len: Annotated[
+        str | None, option("Tokens per row [512, or the length of the rows of ids, where all have one].")
+    ] = None,
     max_tokens: Annotated[str | None, option("Stop after so many tokens.")] = None,
     streaming: Annotated[bool | None, typer.Option(help="Read no more than max-tokens needs.")] = None,
     shuffle_seed: Annotated[
@@ -26,6 +28,9 @@ def tokenize(
     ] = None,
     held_out_fraction: Annotated[
         str | None, option("Share of documents never trained on [0.05].", "X")
+    ] = None,
+    repack: Annotated[
+        bool | None, typer.Option("--repack", help="Pack rows of ids anew, even where all have ctx-len.")
     ] = None,
     num_proc: Annotated[str | None, option("Processes that tokenize [1].")] = None,
     revision: Annotated[str | None, option("The hub dataset's revision.", "REV")] = None,
@@ -45,7 +50,7 @@ def tokenize(
     run(resolved(TokenizeConfig, "tokenize", locals()))
 
 
-@app.command()
+@command()
 def cache(
     tokens: Annotated[Path | None, typer.Argument(help="A folder made by `saemill tokenize`.")] = None,
     model: Annotated[str | None, option("Hub id or folder of the model.", "NAME")] = None,
@@ -53,10 +58,10 @@ def cache(
         Path | None, typer.Option("-o", "--out", help="Activation store, new or to be added to.")
     ] = None,
     layers: Annotated[
-        str | None, option("Residual stream after these blocks: 2,4; -1 is the last.", "I,J")
+        list[str] | None, option("Residual stream after these blocks: 2,4; -1 is the last.", "I,J")
     ] = None,
     sites: Annotated[
-        str | None, option("Globs over module paths and residual.N: 'layers.*.mlp'.", "GLOBS")
+        list[str] | None, option("Globs over module paths and residual.N: 'layers.*.mlp'.", "GLOBS")
     ] = None,
     layer_stride: Annotated[str | None, option("Every N-th block, from block 0.")] = None,
     dtype: Annotated[
@@ -98,7 +103,7 @@ def cache(
     run(resolved(CacheConfig, "cache", locals()))
 
 
-@app.command()
+@command()
 def train(
     acts: Annotated[Path | None, typer.Argument(help="A folder made by `saemill cache`.")] = None,
     site: Annotated[
@@ -106,13 +111,13 @@ def train(
         typer.Option(help="Site to train on; repeat or separate by commas.", metavar="SITE,…"),
     ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the run.")] = None,
-    k: Annotated[str | None, option("Active latents per token [32].", "K,…")] = None,
-    expansion_factor: Annotated[str | None, option("Latents as multiples of D [8].", "N,…")] = None,
-    num_latents: Annotated[str | None, option("Latents, in place of the factor.", "N,…")] = None,
+    k: Annotated[list[str] | None, option("Active latents per token [32].", "K,…")] = None,
+    expansion_factor: Annotated[list[str] | None, option("Latents as multiples of D [8].", "N,…")] = None,
+    num_latents: Annotated[list[str] | None, option("Latents, in place of the factor.", "N,…")] = None,
     lr: Annotated[
-        str | None, option("Peak learning rates; auto goes by width, latents and steps [auto].", "LR,…")
+        list[str] | None, option("Peak learning rates; auto goes by width, latents and steps [auto].", "LR,…")
     ] = None,
-    seeds: Annotated[str | None, option("Seeds of the initial weights [0].", "N,…")] = None,
+    seeds: Annotated[list[str] | None, option("Seeds of the initial weights [0].", "N,…")] = None,
     batch_size: Annotated[str | None, option("Tokens per batch [4096].")] = None,
     max_tokens: Annotated[str | None, option("Tokens to train on [one epoch].")] = None,
     epochs: Annotated[str | None, option("Passes over the store, in place of max-tokens.")] = None,
@@ -122,7 +127,7 @@ def train(
         str | None, option("How Adam's moments are kept: fp32, bf16 or 8bit [fp32].", "TYPE")
     ] = None,
     adam_betas: Annotated[
-        str | None, option("What Adam's two moments keep at each step [0.8,0.95].", "X,X")
+        list[str] | None, option("What Adam's two moments keep at each step [0.8,0.95].", "X,X")
     ] = None,
     weight_decay: Annotated[str | None, option("Decoupled decay of the encoder's weights [0].", "X")] = None,
     warmup_steps: Annotated[str | None, option("Steps of linear warm-up [a 20th of the run].")] = None,
@@ -192,12 +197,10 @@ def train(
     from saemill.train.config import TrainConfig
     from saemill.train.run import run
 
-    values = locals()
-    values["site"] = ",".join(site) if site else None
-    run(resolved(TrainConfig, "train", values))
+    run(resolved(TrainConfig, "train", locals()))
 
 
-@app.command()
+@command()
 def assess(
     run: Annotated[Path | None, typer.Argument(help="A folder made by `saemill train`.")] = None,
     model: Annotated[str | None, option("The model, if not where it was cached from.", "NAME")] = None,
@@ -224,7 +227,7 @@ def assess(
     max_dead_fraction: Annotated[str | None, option("Threshold [0.20].", "X")] = None,
     max_absorption: Annotated[str | None, option("Threshold [0.25].", "X")] = None,
     variant: Annotated[str | None, option("Whose latents are shown [the best].", "NAME")] = None,
-    latents: Annotated[str | None, option("Latents to show beside random ones.", "I,J")] = None,
+    latents: Annotated[list[str] | None, option("Latents to show beside random ones.", "I,J")] = None,
     n_latents: Annotated[str | None, option("Random live latents to show [12].")] = None,
     n_contexts: Annotated[str | None, option("Contexts per latent [8].")] = None,
     context_tokens: Annotated[str | None, option("Most tokens searched for contexts [500k].")] = None,
@@ -254,7 +257,7 @@ def assess(
         say(contexts)
 
 
-@app.command()
+@command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the stores and the run.")] = Path(
         "demo-run"

@@ -1,52 +1,11 @@
 """The whole pipeline as one command: run; and many of them: matrix."""
 
-import itertools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
-from saemill.cli.app import Config, app, option
-
-LISTS = ("--k", "--expansion-factor", "--num-latents", "--lr", "--init-seeds", "--seeds", "--layers")
-SWITCHES = ("--log-to-wandb", "--load-in-8bit", "--streaming", "--resume")
-
-
-class SpacedLists(TyperCommand):
-    """Takes `--layers 0 1 2` for `--layers 0,1,2` and `--log_to_wandb true` for `--log-to-wandb`, as
-    sparsify and saetrain do."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Rewrite these before the usual parsing."""
-        rewritten: list[str] = []
-        flag = ""
-        for argument in itertools.chain(*map(_parts, args)):
-            if argument.startswith("--"):
-                flag = argument.replace("_", "-")
-                rewritten.append(argument)
-            elif flag in SWITCHES and argument.lower() in ("true", "false"):
-                rewritten[-1] = flag if argument.lower() == "true" else f"--no-{flag[2:]}"
-            elif flag in LISTS and not rewritten[-1].startswith("--") and _is_number(argument):
-                rewritten[-1] += f",{argument}"
-            else:
-                flag = flag if rewritten and rewritten[-1].startswith("--") else ""
-                rewritten.append(argument)
-        return super().parse_args(ctx, rewritten)
-
-
-def _parts(argument: str) -> list[str]:
-    """`--k=8` as two arguments."""
-    return argument.split("=", 1) if argument.startswith("--") else [argument]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
+from saemill.cli.app import Config, collected, command, option
 
 SETTINGS = {
     "tokenizer": ("tokenize.tokenizer",),
@@ -58,6 +17,7 @@ SETTINGS = {
     "streaming": ("tokenize.streaming",),
     "shuffle_seed": ("tokenize.shuffle_seed",),
     "held_out_fraction": ("tokenize.held_out_fraction",),
+    "repack": ("tokenize.repack",),
     "num_proc": ("tokenize.num_proc",),
     "revision": ("cache.revision",),
     "layers": ("cache.layers",),
@@ -82,7 +42,7 @@ SETTINGS = {
     "resume": ("train.resume",),
     "log_to_wandb": ("train.log_to_wandb",),
     "wandb_project": ("train.wandb_project",),
-    "wandb_log_frequency": ("train.wandb_log_frequency", "train.log_every"),
+    "wandb_log_frequency": ("train.log_every",),
     "dead_percentage_threshold": ("assess.dead_percentage_threshold",),
     "device": ("device",),
     "save_dir": ("run.save_dir",),
@@ -91,29 +51,32 @@ SETTINGS = {
 """What each flag sets; any other setting goes by `--set stage.key=value`."""
 
 
-@app.command(cls=SpacedLists)
+@command()
 def run(
     model: Annotated[
         str | None, typer.Argument(help="Hub id or folder of the model; or a config file, alone.")
     ] = None,
     dataset: Annotated[str | None, typer.Argument(help="Hub id, file or folder of the text.")] = None,
     layers: Annotated[
-        str | None, option("Residual stream after these blocks: 2,4; -1 is the last.", "I,J")
+        list[str] | None, option("Residual stream after these blocks: 2,4; -1 is the last.", "I,J")
     ] = None,
     layer_stride: Annotated[str | None, option("Every N-th block, from block 0.")] = None,
     sites: Annotated[
-        str | None, option("Globs over module paths: 'layers.*.mlp'.", "GLOBS", "--sites", "--hookpoints")
+        list[str] | None,
+        option("Globs over module paths: 'layers.*.mlp'.", "GLOBS", "--sites", "--hookpoints"),
     ] = None,
-    k: Annotated[str | None, option("Active latents per token [32].", "K,…")] = None,
-    expansion_factor: Annotated[str | None, option("Latents as multiples of D [8].", "N,…")] = None,
-    num_latents: Annotated[str | None, option("Latents, in place of the factor.", "N,…")] = None,
+    k: Annotated[list[str] | None, option("Active latents per token [32].", "K,…")] = None,
+    expansion_factor: Annotated[list[str] | None, option("Latents as multiples of D [8].", "N,…")] = None,
+    num_latents: Annotated[list[str] | None, option("Latents, in place of the factor.", "N,…")] = None,
     seeds: Annotated[
-        str | None, option("Seeds of the initial weights [0].", "N,…", "--seeds", "--init-seeds")
+        list[str] | None, option("Seeds of the initial weights [0].", "N,…", "--seeds", "--init-seeds")
     ] = None,
-    lr: Annotated[str | None, option("Peak learning rates [auto].", "LR,…")] = None,
+    lr: Annotated[list[str] | None, option("Peak learning rates [auto].", "LR,…")] = None,
     max_tokens: Annotated[str | None, option("Tokens to read and cache [all of the dataset].")] = None,
     epochs: Annotated[str | None, option("Passes of training over them [1].")] = None,
-    ctx_len: Annotated[str | None, option("Tokens per row [512].")] = None,
+    ctx_len: Annotated[
+        str | None, option("Tokens per row [512, or the length of the rows of ids, where all have one].")
+    ] = None,
     batch_size: Annotated[str | None, option("Tokens, not rows, per batch [4096].")] = None,
     grad_acc_steps: Annotated[str | None, option("Batches per optimizer step [1].")] = None,
     split: Annotated[str | None, option("Split of the dataset [train].", "NAME")] = None,
@@ -122,6 +85,9 @@ def run(
     streaming: Annotated[bool | None, typer.Option(help="Read no more than max-tokens needs.")] = None,
     held_out_fraction: Annotated[str | None, option("Share of documents to assess on [0.05].", "X")] = None,
     shuffle_seed: Annotated[str | None, option("Order of the documents [42].")] = None,
+    repack: Annotated[
+        bool | None, typer.Option("--repack", help="Pack rows of ids anew, even where all have ctx-len.")
+    ] = None,
     num_proc: Annotated[
         str | None, option("Processes that tokenize [1].", "N", "--num-proc", "--data-preprocessing-num-proc")
     ] = None,
@@ -181,7 +147,7 @@ def run(
     """
     from saemill.pipeline.run import run as run_all
 
-    values: dict[str, Any] = locals()
+    values = collected(locals())
     file, named = _config_file(model, dataset, config)
     flags = {target: values[name] for name, targets in SETTINGS.items() for target in targets}
     run_all(named, dataset, flags, file, set_ or ())
@@ -198,7 +164,7 @@ def _config_file(
     return config, model
 
 
-@app.command()
+@command()
 def matrix(
     config: Annotated[Path, typer.Argument(help="YAML file with the section matrix.")],
     target: Annotated[

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from saemill.cli.app import app
+from saemill.cli.app import command
 
 
-@app.command()
+@command()
 def show(
     path: Annotated[Path, typer.Argument(help="A token store, an activation store or a run.")],
 ) -> None:
@@ -19,7 +19,7 @@ def show(
     say(describe(path))
 
 
-@app.command()
+@command()
 def verify(path: Annotated[Path, typer.Argument(help="A token store or an activation store.")]) -> None:
     """Check sizes and hashes of a store and name each bad file; exit code 1 if there are any."""
     from saemill.common.log import say

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from saemill.cli.app import Config, Device, Sets, app, option, resolved
+from saemill.cli.app import Config, Device, Sets, command, option, resolved
 
 
-@app.command()
+@command()
 def generate(
     model: Annotated[
         list[str] | None,
@@ -45,12 +45,10 @@ def generate(
     """
     from saemill.generate.run import GenerateConfig, run
 
-    values = locals()
-    values["model"] = ",".join(model) if model else None
-    run(resolved(GenerateConfig, "generate", values))
+    run(resolved(GenerateConfig, "generate", locals()))
 
 
-@app.command()
+@command()
 def compare(
     saes: Annotated[
         list[Path] | None, typer.Argument(help="Folders of SAEs, and of runs for all of their SAEs.")
@@ -86,4 +84,10 @@ def compare(
     """
     from saemill.compare.run import CompareConfig, run
 
-    run(resolved(CompareConfig, "compare", locals() | {"saes": saes or None, "acts": acts or None}))
+    run(
+        resolved(
+            CompareConfig,
+            "compare",
+            locals() | {"saes": tuple(saes or ()) or None, "acts": tuple(acts or ()) or None},
+        )
+    )

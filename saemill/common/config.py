@@ -1,11 +1,11 @@
-"""Strict configuration: defaults < YAML section < `--set a.b=c` < flags, into frozen dataclasses.
+"""Strict configuration: defaults < YAML section < `--set a.b=c` and flags, into frozen dataclasses.
 
-Every stage's settings are one dataclass beside the stage. A YAML file has one section per stage
-SECTIONS = (*STAGES, "run", "slurm", "matrix", "generate", "compare")
+Every stage's settings are one dataclass beside the stage. A YAML file has one section per stage. What is
+said twice on the command line is refused.
 """
 
 import dataclasses
-import difflib
+import math
 import os
 import types
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from saemill.common import durable
+from saemill.common import durable, elsewhere, yaml_text
 from saemill.common.errors import ConfigError
 
 T = TypeVar("T")
@@ -32,6 +32,14 @@ SECTIONS = (
     "compare",
 )
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
+LARGEST = 2**63 - 1
+"""The largest whole number of a setting, and of a seed: what 64 bits hold beside a sign."""
+MOST_DIGITS = 40
+"""Of a number in text; one such as 1e999999999 is never written out."""
+MOST_SHOWN = 60
+"""Names that are listed where none is near."""
+LONGEST_NAME_BYTES = 255
+"""Of a file, on any file system."""
 KINDS = {
     int: "a whole number (4096, 512k, 2M, 1e6)",
     float: "a number",
@@ -44,8 +52,10 @@ KINDS = {
 def nearest(name: str, known: Iterable[str]) -> str:
     """The phrase that helps after a misspelt name: the near ones, or all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+    if near := elsewhere.near(name, known):
+        return f"did you mean {', '.join(near)}?"
+    rest = f", … ({len(known) - MOST_SHOWN:,} more)" if len(known) > MOST_SHOWN else ""
+    return f"known: {', '.join(known[:MOST_SHOWN])}{rest}"
 
 
 def resolve(
@@ -68,20 +78,47 @@ def resolve(
         ConfigError: unknown section or key, malformed value.
     """
     merged: dict[str, Any] = read_section(file, section) if file else {}
-    override(merged, flags, sets)
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    override(merged, flags, [_of_section(item, section, names) for item in sets])
     return build(cls, merged, section)
 
 
+def _of_section(item: str, section: str, names: set[str]) -> str:
+    """`train.k=6`, said to `train`, is `k=6`."""
+    stage, dot, rest = item.partition("=")[0].partition(".")
+    if not dot or stage.replace("-", "_") in names or stage not in SECTIONS:
+        return item
+    if stage != section:
+        raise ConfigError(f"--set {item}: {stage}.{rest} is no setting of `saemill {section}`; leave it out")
+    return item.partition(".")[2]
+
+
 def override(target: dict[str, Any], flags: Mapping[str, Any], sets: Iterable[str]) -> None:
-    """Put `--set` and then flags over settings, in place; see `resolve`."""
+    """Put `--set` and flags over settings, in place; see `resolve`.
+
+    Raises:
+        ConfigError: one setting is given twice, by them or within `--set`.
+    """
+    told: dict[str, str] = {}
     for item in sets:
         key, separator, value = item.partition("=")
         if not separator:
             raise ConfigError(f"--set takes key=value, got {item!r}")
-        _put(target, key, _parse(value, f"--set {item}"))
+        _tell(told, key, f"--set {item}")
+        _put(target, key, yaml_text.parse(value, f"--set {item}"))
     for key, value in flags.items():
         if value is not None:
+            _tell(told, key, f"the flag for {key}, {_shown(value)}")
             _put(target, key, value)
+
+
+def _tell(told: dict[str, str], key: str, how: str) -> None:
+    """Note down how a setting is given; refuse a second time, or one for a group and one inside it."""
+    key = key.replace("-", "_")
+    for other, before in told.items():
+        if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
+            raise ConfigError(f"{key} is given twice, by {before} and by {how}; leave one out")
+    told[key] = how
 
 
 def _put(target: dict[str, Any], dotted: str, value: Any) -> None:
@@ -91,30 +128,47 @@ def _put(target: dict[str, Any], dotted: str, value: Any) -> None:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise ConfigError(f"{dotted}: {parent} is not a group of settings")
+    for spelt in [key for key in target if str(key).replace("-", "_") == last]:
+        del target[spelt]
     target[last] = value
 
 
-def _parse(text: str, where: str) -> Any:
-    """Text as YAML; a mistake in it is told with its place."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from error
-
-
 def read_sections(file: Path) -> dict[str, dict[str, Any]]:
-    """The sections of a YAML file."""
+    """The sections of a YAML file; the names of their settings with underscores.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds other things than sections of settings.
+    """
     if not file.is_file():
         raise ConfigError(f"no config file {file}")
-    content = _parse(file.read_text(), str(file)) or {}
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    content = yaml_text.parse(text, str(file))
+    if content is None:
+        content = {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{file} must hold sections ({', '.join(SECTIONS)}), got {content!r:.80}")
+        raise ConfigError(f"{file} must hold sections ({', '.join(SECTIONS)}), got {_shown(content)}")
     for name, values in content.items():
         if name not in SECTIONS:
-            raise ConfigError(f"{file}: unknown section {name!r}; {nearest(name, SECTIONS)}")
-        if not isinstance(values or {}, dict):
-            raise ConfigError(f"{file}: section {name!r} must be a group of settings, got {values!r:.80}")
-    return {name: values or {} for name, values in content.items()}
+            raise ConfigError(f"{file}: unknown section {name!r}; {_known(name, SECTIONS)}")
+        if values is not None and not isinstance(values, dict):
+            raise ConfigError(f"{file}: section {name!r} must be a group of settings, got {_shown(values)}")
+    return {name: _spelt_alike(values or {}, f"{file}: {name}") for name, values in content.items()}
+
+
+def _spelt_alike(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings by their names with underscores; refuses two spellings of one."""
+    found: dict[str, Any] = {}
+    for raw, value in values.items():
+        name = str(raw).replace("-", "_")
+        if name in found:
+            raise ConfigError(f"{where}.{name} is given twice, with dashes and underscores; leave one out")
+        found[name] = value
+    return found
 
 
 def read_section(file: Path, section: str) -> dict[str, Any]:
@@ -123,6 +177,12 @@ def read_section(file: Path, section: str) -> dict[str, Any]:
     if section not in content:
         raise ConfigError(f"{file} has no section {section!r}; it has {', '.join(content) or 'none'}")
     return content[section]
+
+
+def _known(name: str, known: Iterable[str]) -> str:
+    """What helps after a name that is not known: what another tool's word means here, or the near ones."""
+    known = list(known)
+    return elsewhere.answer(name) or nearest(name, known)
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -135,10 +195,9 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = get_type_hints(cls)
     arguments = {}
-    for raw, value in values.items():
-        name = str(raw).replace("-", "_")
+    for name, value in _spelt_alike(values, where).items():
         if name not in fields:
-            raise ConfigError(f"unknown setting {where}.{raw}; {nearest(name, fields)}")
+            raise ConfigError(f"unknown setting {where}.{name}; {_known(name, fields)}")
         arguments[name] = coerce(value, hints[name], f"{where}.{name}".lstrip("."))
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING
@@ -150,7 +209,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 def coerce(value: Any, hint: Any, name: str) -> Any:
     """`value` as the annotated type; text is parsed, nothing is guessed.
 
-    Integers may be written `1e6`, `2_000_000`, `512k`, `2M`, `1B`; a tuple as `16,32,64`.
+    Whole numbers may be written `1e6`, `2_000_000`, `512k`, `2M`, `1B`, and are at most 2^63 − 1 in size;
+    numbers are finite; a tuple may be written `16,32,64`.
 
     Raises:
         ConfigError: the value does not fit.
@@ -159,21 +219,24 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     if origin in (Union, types.UnionType):
         return _coerce_union(value, arguments, name)
     if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+        if not isinstance(value, str) or value not in arguments:
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {_shown(value)}")
         return value
     if origin is tuple:
         items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             items = [items]
-        return tuple(coerce(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(items))
+        made = tuple(coerce(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(items))
+        if arguments[-1] is not Ellipsis and len(made) != len(arguments):
+            raise ConfigError(f"{name} must be {len(arguments)} values, got {_shown(value)}")
+        return made
     if origin is Mapping:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} must be a group of settings, got {value!r}")
+            raise ConfigError(f"{name} must be a group of settings, got {_shown(value)}")
         return dict(value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} must be a group of settings, got {value!r}")
+            raise ConfigError(f"{name} must be a group of settings, got {_shown(value)}")
         return build(hint, value, name)
     return _coerce_scalar(value, hint, name)
 
@@ -189,7 +252,7 @@ def _coerce_union(value: Any, arguments: tuple[Any, ...], name: str) -> Any:
             return coerce(value, option, name)
         except ConfigError:
             continue
-    raise ConfigError(f"{name} must be {' or '.join(map(_kind, options))}, got {value!r}")
+    raise ConfigError(f"{name} must be {' or '.join(map(_kind, options))}, got {_shown(value)}")
 
 
 def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
@@ -198,17 +261,43 @@ def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
             if isinstance(value, bool):
                 return value
             return {"true": True, "false": False}[str(value).lower()]
-        if hint is int and not isinstance(value, bool):
-            return count(value)
-        if hint is float and not isinstance(value, bool):
-            return float(value)
-        if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-            return str(value)
-        if hint is Path:
-            return Path(value)
-    except (ValueError, KeyError, TypeError):
+        if isinstance(value, bool):
+            raise ValueError(value)
+        if hint is int:
+            return _bounded(count(value), name)
+        if hint is float and isinstance(value, str | int | float) and math.isfinite(number := float(value)):
+            return number
+        if hint is str and isinstance(value, str | int | float):
+            return _nameable(str(value))
+        if hint is Path and isinstance(value, str | Path) and str(value) != "":
+            path = Path(_nameable(str(value)))
+            if all(len(os.fsencode(part)) <= LONGEST_NAME_BYTES for part in path.parts):
+                return path
+    except (ValueError, KeyError, OverflowError):
         pass
-    raise ConfigError(f"{name} must be {_kind(hint)}, got {value!r}")
+    raise ConfigError(f"{name} must be {_kind(hint)}, got {_shown(value)}")
+
+
+def _bounded(number: int, name: str) -> int:
+    if abs(number) > LARGEST:
+        raise ConfigError(f"{name} must be at most 2^63 - 1 = {LARGEST:,}, got {_shown(number)}")
+    return number
+
+
+def _nameable(text: str) -> str:
+    """The text, if the system could take it as a name; ValueError otherwise."""
+    if b"\0" in os.fsencode(text):
+        raise ValueError(text)
+    return text
+
+
+def _shown(value: Any) -> str:
+    """A value as messages show it, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"
 
 
 def _kind(hint: Any) -> str:
@@ -223,9 +312,14 @@ def count(value: Any) -> int:
     if not isinstance(value, str | int | float):
         raise ValueError(value)
     text = str(value).strip()
+    if len(text) > MOST_DIGITS:
+        raise ValueError(value)
     scale = SUFFIXES.get(text[-1:], 1)
     try:
-        number = Fraction(Decimal(text[:-1] if scale > 1 else text)) * scale
+        decimal = Decimal(text[:-1] if scale > 1 else text)
+        if decimal.is_finite() and abs(decimal.adjusted()) > MOST_DIGITS:
+            raise ValueError(value)
+        number = Fraction(decimal) * scale
     except ArithmeticError:
         raise ValueError(value) from None
     if number.denominator != 1:

@@ -1,24 +1,43 @@
 """What the user sees: sentences on stdout, progress on stderr (bars on a terminal, else lines)."""
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, the marks that turn the direction of text, and halves of characters."""
 LINE_SECONDS = 10.0
 """Least time between two progress lines where stderr is no terminal."""
 speaks = True
 """Whether this process talks of progress; of several, one does."""
 
 
+def printable(text: str) -> str:
+    """The text as a terminal may show it: what would steer the terminal is written out, as `\\x1b` for ESC.
+
+    Line ends and tabs stay. Text of a corpus, names and paths can hold anything.
+    """
+    return UNPRINTABLE.sub(
+        lambda found: found.group().encode("unicode_escape", "surrogatepass").decode(), text
+    )
+
+
 def say(text: str) -> None:
-    """Print a sentence or table at once."""
+    """Print a sentence or table at once; control characters in it are written out."""
     if speaks:
-        print(text, flush=True)
+        print(printable(text), flush=True)
+
+
+def console(**settings: Any) -> Console:
+    """A console that shows names as they are: `[red]` and `:smile:` in one are no markup."""
+    return Console(markup=False, emoji=False, highlight=False, **settings)
 
 
 def counted(n: int, thing: str) -> str:
@@ -55,14 +74,14 @@ def progress(label: str, total: int | None, unit: str, done: int = 0) -> Iterato
         return
     if sys.stderr.isatty():
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed:,.0f}"),
             _Rate(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(label, total=total, completed=done, unit=unit)
+        with Progress(*columns, console=console(stderr=True)) as bar:
+            task = bar.add_task(printable(label), total=total, completed=done, unit=unit)
             yield lambda n: bar.advance(task, n)
         return
     lines = _Lines(label, total, unit, done)
@@ -90,4 +109,4 @@ class _Lines:
         line += f" {self.unit}, {rate:,.0f} {self.unit}/s"
         if self.total and rate > 0 and self.done < self.total:
             line += f", {duration((self.total - self.done) / rate)} left"
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)

@@ -273,19 +273,13 @@ def check_fit(config: Any, name: str, tokens: TokenStore) -> None:
     """
     limits = limits_of(config)
     check_row_length(limits, name, tokens.ctx_len)
-    largest = n_used_ids(tokens) - 1
+    largest = tokens.n_used_ids - 1
     if largest >= limits.n_ids:
         raise ConfigError(
             f"the tokens hold the id {largest}{_as_text(tokens, largest)}, but {name!r} has the ids "
             f"0..{limits.n_ids - 1}; they were made with {tokens.tokenizer.name!r}: tokenize with "
             "the model's own tokenizer"
         )
-
-
-def n_used_ids(tokens: TokenStore) -> int:
-    """One more than the largest token id in a store's rows."""
-    chunks = (tokens.rows(row, min(row + 4096, tokens.n_rows)) for row in range(0, tokens.n_rows, 4096))
-    return max(int(ids_RS.max()) for ids_RS in chunks) + 1
 
 
 def _as_text(tokens: TokenStore, token_id: int) -> str:

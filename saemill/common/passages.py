@@ -46,7 +46,8 @@ class PassageStore:
     """
 
     ctx_len = 1
-    unit = "passage"
+    unit, row, document = "passage", "passage", "distinct passage"
+    """What messages call an address, a row, and a text of its own."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)

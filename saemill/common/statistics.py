@@ -1,4 +1,4 @@
-"""Moments of a site's activations, summed part by part while they are written."""
+"""Moments of a site's activations, summed part by part while they are written, and what they warn of."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,6 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.common.errors import StoreError
+from saemill.common.log import counted
+
+FAR = 10.0
+"""A row counts as far where it is more than so many medians away from the mean."""
+UNHELD = 0.01
+"""A dimension is not held where rounding makes so large a share of its variance, or a larger one."""
+MOST_NAMED = 8
+"""Dimensions named in a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +132,74 @@ def _steps(squares_T: NDArray[np.float64]) -> dict[int, int]:
 def middle_of(step: int) -> float:
     """The distance that stands for those of a step."""
     return float(2 ** ((step + 0.5) / STEPS_PER_OCTAVE))
+
+
+def rounding_shares(statistics: Statistics, dtype: torch.dtype) -> Tensor:
+    """Share of each dimension's stored variance that its rounding to `dtype` makes. float64 [D], 0 to 1.
+
+    Near a value m the numbers of a type with p significant bits lie u = 2^(⌊log2 m⌋ + 1 − p) apart. Values
+    that spread over some of those steps have a rounding error that is uniform in ±u/2, of the variance u²/12
+    (Widrow and Kollár 2008, chapter 4): the share is u²/12 over the stored variance. Values that spread over
+    less than a step fall on one or two numbers; the variance that is stored is then anything from 0 to u²/4,
+    whatever it was, so that the share is never less than a third: what was lost is seen in what is left.
+    m is the root of the dimension's mean square. A dimension that is constant, at a value other than 0, looks
+    like one whose variance was lost, and has the share 1.
+    """
+    kind = torch.finfo(dtype)
+    mean_square_D = statistics.mean_D.square() + statistics.variance_D
+    # frexp gives ⌊log2 m⌋ + 1; below the smallest normal number the steps are no smaller than above it.
+    exponent_D = torch.frexp(mean_square_D.sqrt().clamp(min=kind.smallest_normal)).exponent
+    step_D = torch.ldexp(torch.full_like(mean_square_D, kind.eps / 2), exponent_D)
+    share_D = step_D.square() / 12 / statistics.variance_D
+    return torch.where(mean_square_D > 0, share_D, 0.0).clamp(max=1.0)
+
+
+def unheld(statistics: Statistics, dtype: torch.dtype) -> list[int]:
+    """The dimensions that a stored type cannot hold: those whose `rounding_shares` reach `UNHELD`."""
+    return (rounding_shares(statistics, dtype) >= UNHELD).nonzero().flatten().tolist()
+
+
+def told_unheld(site: str, statistics: Statistics, dtype: torch.dtype) -> str | None:
+    """A sentence on the dimensions that the stored type cannot hold, and the cure; None if there are none."""
+    lost = unheld(statistics, dtype)
+    if not lost:
+        return None
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    worst = float(rounding_shares(statistics, dtype).max())
+    more = ", …" if len(lost) > MOST_NAMED else ""
+    cure = (
+        f"make the store with --dtype fp32, of values that were not in {kind} before (of a model: also with "
+        "--model-dtype fp32)"
+        if dtype is not torch.float32
+        else "take each dimension's mean off the vectors before they are imported"
+    )
+    return (
+        f"{site}: {kind} cannot hold {counted(len(lost), 'dimension')} of {len(statistics.mean_D):,} "
+        f"({', '.join(map(str, lost[:MOST_NAMED]))}{more}): they are so far from zero that its rounding "
+        f"makes {UNHELD:.0%} or more of their stored variance (up to {worst:.0%}), and FVU does not show it; "
+        f"{cure}"
+    )
+
+
+def told_far(site: str, statistics: Statistics, unit: str) -> str | None:
+    """A sentence on rows that are much further from the mean than the others; None where there are none.
+
+    Args:
+        site: what the rows belong to.
+        statistics: of the rows.
+        unit: what a row is: a token, a passage.
+    """
+    share = statistics.share_beyond(FAR)
+    if not share:
+        return None
+    largest = statistics.largest_distance / statistics.median_distance
+    cure = "; import them with --normalize, or leave them out" if unit == "passage" else ""
+    return (
+        f"{site}: {share:.2g} of the {unit}s are more than {FAR:g} times as far from the mean as the median "
+        f"{unit}, up to {largest:,.0f} times: squared errors, and so the SAEs, are mostly about them{cure}"
+    )
+
+
+def warnings(site: str, statistics: Statistics, dtype: torch.dtype, unit: str) -> list[str]:
+    """What whoever trains on a site should know: `told_unheld` and `told_far`, as far as there is any."""
+    return [told for told in (told_unheld(site, statistics, dtype), told_far(site, statistics, unit)) if told]

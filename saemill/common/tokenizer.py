@@ -1,10 +1,14 @@
 """The tokenizer: loaded by name, identified by hash, its row frame found by trying it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any
 
 import transformers
 import xxhash
 
+from saemill.common.architecture import limits_of
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
 from saemill.common.log import say
@@ -44,22 +48,74 @@ def load_tokenizer(name: str, revision: str | None) -> tuple[Any, TokenizerInfo]
 
 
 def _load(name: str, revision: str | None) -> Any:
-    with loading("tokenizer", name):
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+    with loading("tokenizer", name), _without_code(name):
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
     # Where a model has no tokenizer's files, transformers makes an empty one of its kind.
     if len(tokenizer.get_vocab()) <= len(tokenizer.added_tokens_decoder):
         raise ConfigError(f"cannot load the tokenizer {name!r}: there is a model, but no tokenizer")
     return tokenizer
 
 
+@contextmanager
+def _without_code(name: str) -> Iterator[None]:
+    """While the block runs, a refusal to run a repository's own code is told without Python's words."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            "it needs code of its own, which saemill does not run. Where its repository has a "
+            "tokenizer.json, put that and its tokenizer_config.json, without the line `auto_map`, into a "
+            "folder and name that"
+        ) from error
+
+
 def frame_of(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the tokenizer's own template puts before and after a text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
-    for start in range(len(framed) - len(bare) + 1):
-        if framed[start : start + len(bare)] == bare:
-            return tuple(framed[:start]), tuple(framed[start + len(bare) :])
-    raise ConfigError(f"the tokenizer changes a text when it adds special tokens: {bare} → {framed}")
+    """The ids that the tokenizer's own template puts before and after a text.
+
+    Learnt from words of its own vocabulary, two that give different ids, and checked on the empty text.
+
+    Raises:
+        ConfigError: the template does more than to put ids around a text, or it cannot be tried.
+    """
+    frames = islice(_frames(tokenizer), 2)
+    first, second = next(frames, None), next(frames, None)
+    if first is None:
+        raise ConfigError(
+            "what the tokenizer puts around a text cannot be told: no word of its own vocabulary gives an id "
+            "that is not special; set its model and pre-tokenizer so that they know the vocabulary"
+        )
+    empty = [tokenizer("", add_special_tokens=special)["input_ids"] for special in (False, True)]
+    if second not in (None, first) or empty[1] != [*first[0], *empty[0], *first[1]]:
+        raise ConfigError(
+            f"the tokenizer puts {first[0]} and {first[1]} around one text, but not around another; set its "
+            "post-processor to a template (`tokenizers.processors.TemplateProcessing`) and save it"
+        )
+    return first
+
+
+def _frames(tokenizer: Any) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """What is put around each word of the vocabulary whose ids are known again between them."""
+    special, seen = set(tokenizer.all_special_ids), set()
+    for token in sorted(set(tokenizer.get_vocab().values()) - special):
+        word = tokenizer.decode([token])
+        bare = tokenizer(word, add_special_tokens=False)["input_ids"]
+        if not bare or special & set(bare) or tuple(bare) in seen:
+            continue
+        seen.add(tuple(bare))
+        framed = tokenizer(word, add_special_tokens=True)["input_ids"]
+        n = len(bare)
+        places = [place for place in range(len(framed) - n + 1) if framed[place : place + n] == bare]
+        if not places:
+            raise ConfigError(
+                f"the tokenizer changes a text when it adds special tokens: {bare} → {framed}; set its "
+                "post-processor to a template (`tokenizers.processors.TemplateProcessing`) and save it"
+            )
+        if len(places) == 1:
+            yield tuple(framed[: places[0]]), tuple(framed[places[0] + n :])
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
@@ -104,17 +160,27 @@ def check_tokenizer(info: TokenizerInfo, model: str, revision: str | None, allow
         )
 
 
-def check_ctx_len(ctx_len: int, tokenizer: Any, info: TokenizerInfo) -> None:
-    """Refuse rows longer than the tokenizer, or the model in the same place, can take."""
+def check_ctx_len(ctx_len: int, tokenizer: Any, info: TokenizerInfo, revision: str | None) -> None:
+    """Refuse rows longer than the tokenizer, or the model in the same place, can take.
+
+    Raises:
+        ConfigError: naming the limit and whose it is.
+    """
     limits = {"the tokenizer's model_max_length": tokenizer.model_max_length}
     try:
-        config = transformers.AutoConfig.from_pretrained(info.name)
+        config = transformers.AutoConfig.from_pretrained(
+            info.name, revision=revision, trust_remote_code=False
+        )
     except (OSError, ValueError):
         config = None  # a tokenizer without a model beside it
     if config is not None:
-        limits["the model's max_position_embeddings"] = getattr(config, "max_position_embeddings", UNLIMITED)
+        with suppress(ConfigError):  # what cannot be built is no matter of the tokens
+            limits["the longest row of the model beside it"] = limits_of(config).row_length or UNLIMITED
     for source, limit in limits.items():
         if limit < UNLIMITED and ctx_len > limit:
             raise ConfigError(f"ctx_len must be at most {limit} ({source}), got {ctx_len}")
     if ctx_len <= len(info.prefix_ids) + len(info.suffix_ids):
-        raise ConfigError(f"ctx_len {ctx_len} leaves no room beside the row's special tokens")
+        least = len(info.prefix_ids) + len(info.suffix_ids) + 1
+        raise ConfigError(
+            f"ctx_len {ctx_len} leaves no room beside the row's special tokens; it must be {least} or more"
+        )

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import zarr
@@ -31,6 +32,8 @@ from saemill.common.mask import MaskConfig
 from saemill.common.shards import ShardedArray
 
 FORMAT = "saemill tokens 1"
+COPIED = ("document", "n_used_ids", "source", "settings", "versions")
+"""Entries of the manifest that a copy of a store's first rows keeps."""
 REPAIR = "Run the `saemill tokenize` command again."
 
 
@@ -67,7 +70,8 @@ class TokenStore:
             `problems`).
     """
 
-    unit = "token"
+    unit, row, document = "token", "row", "document"
+    """What messages call an address, a row, and a text of its own."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -135,6 +139,11 @@ class TokenStore:
         starts, documents = self._segments
         return documents[np.searchsorted(starts, addresses, side="right") - 1]
 
+    @property
+    def n_used_ids(self) -> int:
+        """One more than the largest id in any row: a model needs no larger embedding."""
+        return int(self.manifest["n_used_ids"])
+
     def problems(self, hashes: bool) -> list[str]:
         """Each file that is missing, of the wrong size or, with `hashes`, of other content."""
         return durable.problems(self.path, self.manifest["files"], hashes)
@@ -153,11 +162,16 @@ class TokenStore:
 
     @property
     def how_held_out(self) -> str:
-        """How the held-out rows were chosen."""
-        fraction = self.manifest["settings"]["held_out_fraction"]
+        """How the held-out rows were chosen, and what a document is."""
+        held_out = self.documents["held_out"]
+        n_held_out, n = int(pc.sum(held_out).as_py() or 0), len(held_out)
+        what = (
+            "documents" if self.manifest["document"] == "text" else "rows of ids, each taken for a document"
+        )
+        by = "text" if self.manifest["document"] == "text" else "ids"
         return (
-            f"rows of documents held out when the tokens were made ({fraction:.0%} of documents, "
-            "chosen by a hash of their text); training never saw them"
+            f"rows of documents held out when the tokens were made ({n_held_out:,} of {n:,} {what}, "
+            f"chosen by a hash of their {by}); training never saw them"
         )
 
     hint_to_hold_out = "tokenize with --held-out-fraction above 0, or name other text with --tokens"
@@ -182,7 +196,7 @@ def write_token_store(
         segments: columns start, document (both int64), sorted by start.
         documents: columns source_index, start, n_tokens, held_out, text_hash.
         tokenizer: what made the ids.
-        extra: further entries of the manifest (source, settings, versions).
+        extra: further entries of the manifest (what a document is, `n_used_ids`, source, settings, versions).
 
     Raises:
         StoreError: a token shard is missing or of the wrong size.
@@ -229,7 +243,7 @@ def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
     end = n_rows * store.ctx_len
     kept = starts < end
     segments = pa.table({"start": starts[kept], "document": numbers[kept]})
-    extra = {key: store.manifest[key] for key in ("source", "settings", "versions")}
+    extra = {key: store.manifest[key] for key in COPIED}
     write_token_store(
         partial,
         tokens=tokens,

@@ -1,18 +1,20 @@
 """Embeddings in array files: .npy, .npz, raw rows, .pt and safetensors."""
 
+import warnings
 import zipfile
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from saemill.common.errors import ConfigError, DataError
-from saemill.embeddings.rows import Rows
+from saemill.embeddings.rows import Rows, reading
 from saemill.embeddings.tables import fingerprint_files
 
 BATCH_BYTES = 1 << 24
@@ -69,11 +71,12 @@ class ArraySource:
     def batches(self, start: int) -> Iterator[Rows]:
         """Rows of the matrices."""
         n_before = 0
-        for matrix in self.matrices:
+        for file, matrix in zip(self.files, self.matrices, strict=True):
             at_once = max(1, BATCH_BYTES // (matrix.width * matrix.dtype.itemsize))
             for first in range(max(0, start - n_before), matrix.n_rows, at_once):
-                stop = min(first + at_once, matrix.n_rows)
-                yield Rows(n_before + first, matrix.read(first, stop))
+                with reading(file):
+                    x_TD = matrix.read(first, min(first + at_once, matrix.n_rows))
+                yield Rows(n_before + first, x_TD)
             n_before += matrix.n_rows
 
 
@@ -99,19 +102,16 @@ def open_arrays(
             raise ConfigError("--column has no effect on raw rows; leave it out")
         assert width is not None
         assert raw_dtype is not None
-        raw = [_raw(file, width, RAW_DTYPES[raw_dtype]) for file in files]
-        return ArraySource(name, files, raw, "embedding")
-    if kind == "npy" and key is not None:
+        opened: Callable[[Path, str | None], Matrix] = partial(_raw, width, RAW_DTYPES[raw_dtype])
+    elif kind == "npy" and key is not None:
         raise ConfigError(f"--column has no effect on {name}, which holds one array; leave it out")
-    opened = {"npy": _npy, "npz": _npz, "pt": _pt, "safetensors": _safetensors}[kind]
+    else:
+        opened = {"npy": _npy, "npz": _npz, "pt": _pt, "safetensors": _safetensors}[kind]
     matrices = []
     for file in files:
-        try:
+        with reading(file), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # files of old versions are read or refused, and no matter which
             matrices.append(opened(file, key))
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
-            if isinstance(error, ConfigError | DataError):
-                raise
-            raise DataError(f"cannot read {file}: {error}") from error
     return ArraySource(name, files, matrices, key or "embedding")
 
 
@@ -156,7 +156,7 @@ class _Slice:
         return rows
 
 
-def _raw(file: Path, width: int, dtype: torch.dtype) -> Matrix:
+def _raw(width: int, dtype: torch.dtype, file: Path, _key: str | None) -> Matrix:
     n_bytes, row_bytes = file.stat().st_size, width * dtype.itemsize
     if n_bytes % row_bytes or not n_bytes:
         raise DataError(
@@ -167,17 +167,18 @@ def _raw(file: Path, width: int, dtype: torch.dtype) -> Matrix:
 
 
 def _npy(file: Path, _key: str | None) -> Matrix:
-    return _array_in(file.open("rb"), file)
+    return _array_in(file.open("rb"), file.stat().st_size, file)
 
 
 def _npz(file: Path, key: str | None) -> Matrix:
     archive = zipfile.ZipFile(file)
     names = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
-    return _array_in(archive.open(names[_choose(file, list(names), key)]), file)
+    member = archive.getinfo(names[_choose(file, list(names), key)])
+    return _array_in(archive.open(member), member.file_size, file)
 
 
-def _array_in(stream: IO[bytes], file: Path) -> Matrix:
-    """The array of numpy's format in a stream, whose rows are then read one after the other."""
+def _array_in(stream: IO[bytes], n_bytes: int, file: Path) -> Matrix:
+    """The array of numpy's format in a stream of `n_bytes`, whose rows are then read one after the other."""
     major, _ = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
     shape, column_major, dtype = read_header(stream)
@@ -185,6 +186,8 @@ def _array_in(stream: IO[bytes], file: Path) -> Matrix:
     _check_matrix(file, shape, dtype, dtype in kinds)
     if column_major and shape[1] > 1:
         raise DataError(f"{file} is stored column by column; save np.ascontiguousarray(array)")
+    if stream.tell() + shape[0] * shape[1] * dtype.itemsize > n_bytes:
+        raise DataError(f"{file} is cut off: it has {n_bytes:,} bytes, fewer than {shape} of {dtype} take")
     return _Stream(stream, stream.tell(), shape[0], shape[1], kinds[dtype])
 
 
@@ -203,7 +206,8 @@ def _pt(file: Path, key: str | None) -> Matrix:
         raise ConfigError(f"--column has no effect on {file}, which holds no dict; leave it out")
     if not isinstance(content, Tensor):
         raise DataError(f"{file} must hold a tensor, or a dict of tensors, got {type(content).__name__}")
-    _check_matrix(file, content.shape, content.dtype, content.dtype in RAW_DTYPES.values())
+    is_plain = content.layout is torch.strided and content.device.type == "cpu"
+    _check_matrix(file, content.shape, content.dtype, is_plain and content.dtype in RAW_DTYPES.values())
     return _Tensor(content.detach())
 
 
@@ -221,14 +225,14 @@ def _choose(file: Path, names: list[str], key: str | None) -> str:
         return str(key)
     if key is None and len(names) == 1:
         return names[0]
-    found = ", ".join(names) or "none"
+    found = (", ".join(names[:20]) + (", …" if len(names) > 20 else "")) or "none"
     if key is None:
         raise ConfigError(f"{file} must hold one array, or the one that --column names; it holds {found}")
     raise ConfigError(f"{file} has no array {key!r}; it holds {found}")
 
 
 def _check_matrix(file: Path, shape: Sequence[int], dtype: object, is_float: bool) -> None:
-    if len(shape) != 2 or not is_float or 0 in shape:
+    if len(shape) != 2 or not is_float or min(shape) < 1:
         raise DataError(
             f"{file} must hold a matrix of floats, a row per embedding; got {tuple(shape)} of {dtype}"
         )

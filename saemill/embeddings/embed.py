@@ -19,6 +19,7 @@ from saemill.common.log import progress, say
 from saemill.common.passages import PassageStore, PassageWriter
 from saemill.common.shards import as_numpy
 from saemill.common.signals import stop_on_signal
+from saemill.common.statistics import warnings
 from saemill.common.world import World, speak_for
 from saemill.embeddings.rows import Form, Rows
 from saemill.embeddings.sources import Where, open_hub
@@ -128,6 +129,9 @@ def run(config: EmbedConfig) -> ActivationStore:
         encoder = _Encoder(model, passages, store.shard_tokens, config.batch_size, config.prompt)
         what = fill(store, writer, form, encoder.batches, worker, claim)
     say(f"{config.out}: {plan.site} complete, {describe(passages)}; {what}")
+    array = store.site(plan.site)
+    for warning in warnings(plan.site, array.statistics, array.dtype, store.text.unit):
+        say(warning)
     return store
 
 

@@ -1,13 +1,33 @@
 """Rows of a source on their way: vectors with their ids and texts, and what is asked of the vectors."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from saemill.common.errors import DataError
+from saemill.common.errors import DataError, SaemillError
+
+
+@contextmanager
+def reading(file: Path | str) -> Iterator[None]:
+    """While the block runs, what a library says of a file that it cannot read becomes a sentence.
+
+    Libraries have errors of any kind for damaged files, so the block shall hold little but their calls.
+
+    Raises:
+        DataError: in place of any other error.
+    """
+    try:
+        yield
+    except SaemillError:
+        raise
+    except Exception as error:
+        why = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise DataError(f"cannot read {file}: {why}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from saemill.common.errors import DataError
 from saemill.common.log import progress, say
 from saemill.common.passages import PassageWriter
 from saemill.common.signals import stop_on_signal
+from saemill.common.statistics import warnings
 from saemill.common.world import World, speak_for
 from saemill.embeddings.rows import Form, Rows, Source
 from saemill.embeddings.sources import Where, open_source, open_table
@@ -109,6 +110,9 @@ def run(config: ImportConfig) -> ActivationStore:
             store, writer, form, lambda start: _limited(source, start, config.max_rows), worker, claim
         )
     say(f"{config.out}: {plan.site} complete, {describe(passages)}; {what}")
+    array = store.site(plan.site)
+    for warning in warnings(plan.site, array.statistics, array.dtype, store.text.unit):
+        say(warning)
     return store
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from saemill.common import durable
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, DataError
-from saemill.embeddings.rows import Rows
+from saemill.embeddings.rows import Rows, reading
 
 BATCH_ROWS = 2048
 """Rows read at once; of a vector of 4,096 floats these are 32 MiB."""
@@ -52,11 +52,13 @@ class ParquetTable:
 
     def __init__(self, name: str, files: list[Path]) -> None:
         self.name, self.files = name, files
-        self.columns = self.schema().names
+        with reading(files[0]):
+            self.columns = self.schema().names
 
     def schema(self) -> pa.Schema:
         """Of the first file."""
-        return self._open(self.files[0]).schema_arrow
+        with reading(self.files[0]):
+            return self._open(self.files[0]).schema_arrow
 
     def fingerprint(self) -> str:
         """A hash of the files."""
@@ -64,15 +66,13 @@ class ParquetTable:
 
     def _open(self, file: Path) -> pq.ParquetFile:
         # A buffer keeps a row group, which may be the whole file, from being read at once.
-        try:
+        with reading(file):
             return pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
-        except pa.ArrowException as error:
-            raise DataError(f"cannot read {file}: {error}") from error
 
     def read(self, columns: list[str], start: int) -> Iterator[pa.Table]:
         """Row groups before `start` are not read."""
         for path in self.files:
-            with self._open(path) as file:
+            with reading(path), self._open(path) as file:
                 check_columns(path, file.schema_arrow.names, columns)
                 for group in range(file.num_row_groups):
                     n_rows = file.metadata.row_group(group).num_rows
@@ -89,7 +89,8 @@ class ArrowTable:
 
     def __init__(self, name: str, files: list[Path]) -> None:
         self.name, self.files = name, files
-        self.columns = self.schema().names
+        with reading(files[0]):
+            self.columns = self.schema().names
 
     def schema(self) -> pa.Schema:
         """Of the first file."""
@@ -100,26 +101,27 @@ class ArrowTable:
         return fingerprint_files(self.files)
 
     def _open(self, path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-        try:
+        with reading(path):
             mapped = pa.memory_map(str(path))
             if bytes(mapped.read(6)) == b"ARROW1":
                 file = pa.ipc.open_file(mapped)
                 return file.schema, map(file.get_batch, range(file.num_record_batches))
             mapped.seek(0)
             stream = pa.ipc.open_stream(mapped)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"cannot read {path}: {error}") from error
-        return stream.schema, iter(stream)
+            return stream.schema, iter(stream)
 
     def read(self, columns: list[str], start: int) -> Iterator[pa.Table]:
         """Record batches before `start` are mapped, not read."""
         for path in self.files:
-            schema, batches = self._open(path)
-            check_columns(path, schema.names, columns)
-            for batch in batches:
-                for first in range(min(start, len(batch)), len(batch), BATCH_ROWS):
-                    yield pa.Table.from_batches([batch]).select(columns).slice(first, BATCH_ROWS)
-                start = max(0, start - len(batch))
+            with reading(path):
+                schema, batches = self._open(path)
+                check_columns(path, schema.names, columns)
+                for batch in batches:
+                    table = pa.Table.from_batches([batch]).select(columns)
+                    table.validate(full=True)  # Arrow itself trusts a file's lengths and offsets
+                    for first in range(min(start, len(batch)), len(batch), BATCH_ROWS):
+                        yield table.slice(first, BATCH_ROWS)
+                    start = max(0, start - len(batch))
 
 
 class JsonTable:
@@ -135,7 +137,8 @@ class JsonTable:
     def schema(self) -> pa.Schema:
         """What the first row looks like; numbers in lists are float64."""
         first = next(self._objects(0))
-        return pa.schema([(name, _array([value]).type) for name, value in first.items()])
+        vectors, others = pa.list_(pa.float64()), pa.string()
+        return pa.schema([(n, vectors if isinstance(v, list) else others) for n, v in first.items()])
 
     def fingerprint(self) -> str:
         """A hash of the files."""
@@ -145,7 +148,7 @@ class JsonTable:
         for number, (place, line) in enumerate(islice(_lines(self.files), start, None), start):
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"row {number:,} ({place}) is no JSON: {error}") from error
             if not isinstance(value, dict):
                 raise DataError(f"row {number:,} ({place}) must be a JSON object, got {line[:40].strip()}")
@@ -157,7 +160,7 @@ class JsonTable:
         while rows := list(islice(objects, BATCH_ROWS)):
             for i, row in enumerate(rows):
                 check_columns(f"row {start + i:,} of {self.name}", list(row), columns)
-            yield pa.table({name: _array([row[name] for row in rows], start) for name in columns})
+            yield pa.table({name: _array([row[name] for row in rows], name, start) for name in columns})
             start += len(rows)
 
 
@@ -165,31 +168,36 @@ def _lines(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
     """Each line that is not blank, with its place."""
     for file in files:
         opened = gzip.open if file.suffix == ".gz" else open
-        with opened(file, "rt", encoding="utf-8") as lines:
-            try:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield f"{file.name}, line {number:,}", line
-            except (OSError, EOFError, UnicodeDecodeError) as error:
-                raise DataError(f"cannot read {file}: {error}") from error
+        with reading(file), opened(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file.name}, line {number:,}", line
 
 
-def _array(values: list[Any], start: int = 0) -> pa.Array:
-    """Values of JSON as a column: lists of numbers as float64."""
-    if not any(isinstance(value, list) for value in values):
-        texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
-        try:
-            return pa.array(texts, pa.string())
-        except UnicodeEncodeError as error:
-            raise DataError(f"rows from {start:,} on hold text that is no Unicode: {error}") from error
+def _array(values: list[Any], name: str, start: int) -> pa.Array:
+    """Values of JSON as a column: lists of numbers as float64, texts and whole numbers as texts."""
+    if any(isinstance(value, list) for value in values):
+        return _vectors_of(values, start)
+    texts = []
+    for i, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, str | int | None):
+            raise DataError(f"row {start + i:,}: {name!r} must be a text, got {str(value)[:60]}")
+        texts.append(None if value is None else str(value))
+    try:
+        return pa.array(texts, pa.string())
+    except UnicodeEncodeError as error:
+        raise DataError(f"rows from {start:,} on hold text that is no Unicode: {error}") from error
+
+
+def _vectors_of(values: list[Any], start: int) -> pa.Array:
     try:
         return pa.array(values, pa.list_(pa.float64()))
-    except (pa.ArrowException, TypeError, ValueError):
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         for i, value in enumerate(values):
             numbers = value if isinstance(value, list) else [value]
             if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
                 raise DataError(f"row {start + i:,} is no list of numbers: {str(value)[:60]}") from None
-        raise
+        raise DataError(f"rows from {start:,} on hold numbers that are too large: {error}") from error
 
 
 class DatasetTable:
@@ -210,7 +218,10 @@ class DatasetTable:
     def read(self, columns: list[str], start: int) -> Iterator[pa.Table]:
         """Slices of the dataset."""
         for first in range(start, len(self._dataset), BATCH_ROWS):
-            yield self._dataset.select_columns(columns)[first : first + BATCH_ROWS]
+            with reading(self.name):
+                table = self._dataset.select_columns(columns)[first : first + BATCH_ROWS]
+                table.validate(full=True)
+            yield table
 
 
 def fingerprint_files(files: Sequence[Path]) -> str:
@@ -262,6 +273,8 @@ class TableSource:
         """Rows of the table."""
         columns = [name for name in (self.site, self.id_column, self.text_column) if name is not None]
         for part in self.table.read(list(dict.fromkeys(columns)), start):
+            if len(part) == 0:
+                continue
             x_TD = self._vectors(part[self.site].combine_chunks(), start)
             ids, texts = (
                 None if name is None else strings(part[name], name, start)
@@ -285,6 +298,8 @@ class TableSource:
             )
         lengths = _lengths(column)
         self.width = self.width or int(lengths[0])
+        if self.width == 0:
+            raise DataError(f"row {start:,} has no values in {self.site!r}")
         if len(bad := np.flatnonzero(lengths != self.width)):
             raise DataError(
                 f"row {start + bad[0]:,} has {lengths[bad[0]]:,} values, the rows before it {self.width:,}"
@@ -335,9 +350,16 @@ def strings(column: pa.ChunkedArray, name: str, start: int) -> list[str]:
     """Ids or texts as strings.
 
     Raises:
-        DataError: one is missing.
+        DataError: one is missing, or they are neither texts nor whole numbers.
     """
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    are_texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer)
+    if not any(is_kind(kind) for is_kind in are_texts):
+        raise DataError(f"column {name!r} must hold texts or whole numbers, got {kind}; name another column")
     if column.null_count:
         row = start + column.combine_chunks().is_null().index(True).as_py()
         raise DataError(f"row {row:,} has no {name!r}; fill it in, or name another column")
-    return [str(value) for value in column.to_pylist()]
+    try:
+        return [str(value) for value in column.to_pylist()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"rows from {start:,} on have a {name!r} that is no Unicode: {error}") from error

@@ -13,6 +13,7 @@ import yaml
 
 from saemill.common import config as settings
 from saemill.common import durable
+from saemill.common.architecture import limits_of
 from saemill.common.errors import ConfigError, DataError, Interrupted, StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.model import LanguageModel, choose_device, choose_model_dtype, fingerprint_model
@@ -136,7 +137,7 @@ def _source(model: str, config: GenerateConfig) -> _Source:
     ):
         raise ConfigError(f"{model!r} is no causal language model: {model_config.architectures}")
     tokenizer, _ = load_tokenizer(model, config.revision)
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    limit = limits_of(model_config).row_length
     if limit is not None and config.max_tokens > limit:
         raise ConfigError(
             f"max_tokens must be at most {limit}, the context of {model!r}, got {config.max_tokens}"

@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from saemill.assess.report import interval, number
+from saemill.assess.report import interval
+from saemill.assess.sums import number
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration
 

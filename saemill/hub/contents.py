@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from saemill.assess import record as assessment
 from saemill.common import durable
 from saemill.common.activations import ActivationStore
 from saemill.common.config import nearest
@@ -85,13 +86,12 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     written = {name: names.content(path / name) for name in named if (path / name).is_file()}
     written |= {f"{name}/cfg.json": names.content(path / name / "cfg.json") for name in kept}
     finished = names.of(finished | {"variants": kept})
-    assessed = path / "final_assessment.json"
     card = model_card(
         place,
         names.of(saes),
         finished,
         durable.read_json(path / "identity.json"),
-        names.of(durable.read_json(assessed)) if assessed.is_file() else None,
+        names.of(assessment.read(path)) if (path / assessment.FILE).is_file() else None,
     )
     written |= {"finished.json": as_json(finished), CARD: card.encode()}
     weights = tuple(f"{name}/{WEIGHTS}" for name in kept)

@@ -36,11 +36,22 @@ from saemill.common.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.tokens import TokenStore
 from saemill.common.wandb import process as wandb
 from saemill.common.world import World
-from saemill.pipeline.stages import CONFIGS, READS, Sections, absolute, check_input, join, stages_of
+from saemill.pipeline.rows import check_rows
+from saemill.pipeline.stages import (
+    CONFIGS,
+    READS,
+    Sections,
+    absolute,
+    check_amounts,
+    check_input,
+    join,
+    stages_of,
+)
+from saemill.tokenize.files import fingerprint_local
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
-from saemill.tokenize.source import check_path, fingerprint_local
-from saemill.train.config import TrainConfig
+from saemill.tokenize.source import check_path
+from saemill.train.config import TrainConfig, check_batch
 from saemill.train.run import check_machine
 from saemill.train.run import run as train
 from saemill.train.variants import Variant, of_config
@@ -71,6 +82,8 @@ class Chain:
     where: str = "the config"
     configs: dict[str, Any] = field(init=False)
     """Settings by stage; folders are filled in as they become known."""
+    batch_given: bool = field(init=False)
+    """Whether the size of a batch is the user's choice."""
     variants: list[Variant] = field(init=False, default_factory=list)
     """What will be trained, as far as it can be told before; learning rates are not final."""
 
@@ -87,12 +100,14 @@ class Chain:
         check_input(first, self.configs[first])
         if first == "tokenize":
             check_path(self.configs[first].dataset)
-        self._check_held_out()
+        self.batch_given = sections.get("train", {}).get("batch_size") is not None
+        check_amounts(self.configs)
         if "cache" in self.configs:
             self._check_model(self.configs["cache"])
         if "train" in self.configs:
             check_machine(self.configs["train"])
-            self._check_run(self.configs["train"])
+        if first == "cache":
+            self._check_rows(TokenStore(self.configs["cache"].tokens))
 
     @property
     def finds_places(self) -> bool:
@@ -111,7 +126,9 @@ class Chain:
             "assess": self._assess,
         }
         path: Path | None = None
-        for number, stage in enumerate(self.configs, 1):
+        for number, stage in enumerate(tuple(self.configs), 1):
+            if stage not in self.configs:  # what was to be assessed is not there
+                continue
             say(f"{number}. {stage}")
             if path is not None:
                 self.configs[stage] = replace(self.configs[stage], **{READS[stage]: path})
@@ -182,32 +199,13 @@ class Chain:
             text = yaml.safe_dump(plain, sort_keys=False)
             durable.write_bytes(run.with_name(f"{run.name}.yaml"), [text.encode()])
 
-    def _check_held_out(self) -> None:
-        """Refuse to train for hours what could not be assessed then."""
-        if {"tokenize", "assess"} <= set(self.configs):
-            if self.configs["tokenize"].held_out_fraction == 0 and self.configs["assess"].tokens is None:
-                raise ConfigError(
-                    "nothing is held out to assess on; raise tokenize.held_out_fraction, or name other text "
-                    "with assess.tokens"
-                )
-
     def _check_rows(self, tokens: TokenStore) -> None:
-        """Refuse tokens of which nothing is held out, or too few to train on, before they are cached."""
-        n_held_out = int(tokens.held_out_R.sum())
-        if "assess" in self.configs and self.configs["assess"].tokens is None and n_held_out == 0:
-            raise ConfigError(
-                f"no row of {tokens.path} is held out to assess on; raise tokenize.held_out_fraction or "
-                "max_tokens, or name other text with assess.tokens"
-            )
+        """Fit the settings to the rows there are, and refuse a folder that holds another run, before anything
+        is cached."""
+        self.configs = check_rows(tokens, self.configs, self.batch_given)
         if "train" in self.configs:
-            config: TrainConfig = self.configs["train"]
-            n_epoch = (tokens.n_rows - n_held_out) * tokens.ctx_len
-            n_tokens = config.max_tokens or (config.epochs or 1) * n_epoch
-            if n_tokens < config.step_tokens:
-                raise ConfigError(
-                    f"{n_tokens:,} training tokens are less than one step of {config.step_tokens:,}; lower "
-                    "batch_size, or raise max_tokens or epochs"
-                )
+            check_batch(self.configs["train"].batch_size, tokens.ctx_len)
+            self._check_run(self.configs["train"])
 
     def _check_model(self, config: CacheConfig) -> None:
         """Refuse tokens that are not the model's, sites that it has not, and SAEs that do not fit them; fill
@@ -267,9 +265,8 @@ def _owes_wandb(run: Path) -> bool:
 def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
     """Refuse a tokenizer or rows that the model cannot take."""
     info = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)[1]
-    check_row_length(
-        limits_of(load_model_config(config.model, config.revision)), config.model, tokens.ctx_len
-    )
+    limits = limits_of(load_model_config(config.model, config.revision))
+    check_row_length(limits, config.model, tokens.ctx_len or 1)  # 1: it may follow from rows not read yet
     check_tokenizer(info, config.model, config.revision, config.allow_other_tokenizer)
 
 

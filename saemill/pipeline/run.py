@@ -56,8 +56,12 @@ def run(
     if file:  # which may hold sections of other commands too
         found = settings.read_sections(file)
         sections = {name: values for name, values in found.items() if name in (*STAGES, "run")}
+    sets = tuple(sets)
+    own_device = {item.partition("=")[0] for item in sets}
     flags = {name: value for name, value in flags.items() if name != "device"} | {
-        f"{stage}.device": flags.get("device") for stage in STAGES[1:] if stage in sections
+        f"{stage}.device": flags.get("device")
+        for stage in STAGES[1:]
+        if stage in sections and f"{stage}.device" not in own_device
     }
     told = {"cache.model": model, "tokenize.dataset": dataset, **flags}
     present = [*sections, "run"]
@@ -68,10 +72,7 @@ def run(
     _refuse_end_to_end(sections)
     if "tokenize" in sections:
         _complete_tokenize(sections)
-    batch_given = "batch_size" in sections.get("train", {})
     chain = Chain(sections, own.save_dir, own.run_name, str(file or "the command"))
-    if batch_given and "tokenize" in sections:
-        _check_batch(chain)
     if section.get("save_dir") is not None and not chain.finds_places:
         raise ConfigError("save_dir has no effect: the config names the folders of all stages; leave it out")
     return chain()
@@ -107,13 +108,3 @@ def _complete_tokenize(sections: Sections) -> None:
             raise ConfigError("name a model: saemill run MODEL DATASET, or cache.model in the config")
         values["tokenizer"] = model
         values.setdefault("tokenizer_revision", sections["cache"].get("revision"))
-
-
-def _check_batch(chain: Chain) -> None:
-    """Refuse a batch that was surely meant in sequences, as sparsify counts them."""
-    batch, ctx_len = chain.configs["train"].batch_size, chain.configs["tokenize"].ctx_len
-    if batch < ctx_len:
-        raise ConfigError(
-            f"batch_size counts tokens, and {batch} are less than one row of {ctx_len}; for {batch} rows, as "
-            f"sparsify counts, say {batch * ctx_len}"
-        )

@@ -8,8 +8,8 @@ from saemill.assess.run import AssessConfig
 from saemill.cache.run import CacheConfig
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
-from saemill.tokenize.run import TokenizeConfig
-from saemill.train.config import TrainConfig
+from saemill.tokenize.run import CTX_LEN, TokenizeConfig
+from saemill.train.config import TrainConfig, check_batch
 
 Sections = dict[str, dict[str, Any]]
 """Settings as given, by stage."""
@@ -82,4 +82,27 @@ def check_input(stage: str, config: Any) -> None:
         raise ConfigError(
             f"{stage}.{READS[stage]} is {getattr(config, READS[stage])}, where nothing was made by "
             f"`saemill {before}`; name another folder, or add the section {before}"
+        )
+
+
+def check_amounts(configs: dict[str, Any]) -> None:
+    """Refuse amounts of tokens that cannot fit, as far as the settings alone tell.
+
+    Args:
+        configs: of the stages that there are.
+
+    Raises:
+        ConfigError: a batch that was meant in sequences, or less text than one step of training.
+    """
+    tokenize, train = configs.get("tokenize"), configs.get("train")
+    if tokenize is None or train is None:
+        return
+    check_batch(train.batch_size, tokenize.ctx_len or CTX_LEN)
+    limits = [configs[stage].max_tokens for stage in ("tokenize", "cache")]
+    n_tokens = min((limit for limit in limits if limit is not None), default=None)
+    n_trained = train.max_tokens or (n_tokens and n_tokens * (train.epochs or 1))
+    if n_trained is not None and n_trained < train.step_tokens:
+        raise ConfigError(
+            f"at most {n_trained:,} training tokens are less than one step of {train.step_tokens:,}; raise "
+            "max_tokens or epochs, or lower batch_size"
         )

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from saemill.assess import record as assess_record
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.log import say
@@ -86,7 +87,7 @@ def _cells(assessed: Mapping[str, Path | None]) -> dict[Cell, list[dict[str, Any
         if folder is None:
             continue
         target, source = name.split("--")
-        entries = durable.read_json(folder / "final_assessment.json")["variants"]
+        entries = assess_record.read(folder)["variants"]
         for entry in sorted(entries, key=lambda entry: str(entry["name"])):
             if entry["not_measured"] is None:
                 kind = re.sub(r"-s\d+(?=-lr|$)", "", entry["name"])
@@ -94,11 +95,14 @@ def _cells(assessed: Mapping[str, Path | None]) -> dict[Cell, list[dict[str, Any
     return dict(cells)
 
 
-def _spread(entries: list[dict[str, Any]], metric: str) -> dict[str, float | None]:
-    """Mean over seeds and their standard deviation; None where it was not measured or there is one seed."""
-    values = [entry["metrics"][metric]["value"] for entry in entries]
+def _spread(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """Mean over seeds and their standard deviation; None, with the reason, where a seed lacks the figure.
+    The deviation is None where there is one seed."""
+    figures = [entry["metrics"][metric] for entry in entries]
+    values = [figure["value"] for figure in figures]
     if any(value is None for value in values):
-        return {"mean": None, "sd": None}
+        reasons = dict.fromkeys(figure["reason"] for figure in figures if figure["value"] is None)
+        return {"mean": None, "sd": None, "reason": "; ".join(reasons)}
     return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None}
 
 
@@ -163,10 +167,21 @@ def _text(found: dict[str, Any]) -> str:
         tables.append(alike)
     console = Console(width=150, no_color=True, record=True, file=io.StringIO())
     console.print(*tables, sep="\n")
-    return console.export_text().rstrip()
+    return "\n".join([console.export_text().rstrip(), *_reasons(found)])
 
 
-def _figure(mean: float | None, sd: float | None) -> str:
-    if mean is None:
+def _reasons(found: dict[str, Any]) -> list[str]:
+    """Why figures of the table are missing."""
+    lines = (
+        f"no {name} of {cell['target']}, {cell['source']}, {cell['kind']}: {cell['metrics'][name]['reason']}"
+        for cell in found["cells"]
+        for name in METRICS
+        if cell["metrics"][name]["mean"] is None
+    )
+    return list(dict.fromkeys(lines))
+
+
+def _figure(mean: float | None, sd: float | None, reason: str | None = None) -> str:
+    if mean is None or reason is not None:
         return "–"
     return f"{mean:.4g}" if sd is None else f"{mean:.4g} ± {sd:.2g}"

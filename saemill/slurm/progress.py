@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from saemill.assess import record
 from saemill.assess.run import AssessConfig
 from saemill.common import config as settings
 from saemill.common import durable
@@ -106,8 +107,8 @@ def _n_steps(config: TrainConfig) -> int | None:
 
 def _assessed(config: AssessConfig) -> str:
     other = config.run if config.tokens is None else config.run / f"on-{config.tokens.name}"
-    file = (config.out or other) / "final_assessment.json"
-    if not file.exists():
+    folder = config.out or other
+    if not (folder / record.FILE).exists():
         return "not assessed"
-    best = durable.read_json(file)["best_variant"]
+    best = record.read(folder)["best_variant"]
     return f"assessed, best {best}"

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from saemill.common.errors import DataError
 from saemill.common.tokens import TokenizerInfo
 
 
@@ -42,22 +41,3 @@ class RowPacker:
             if len(self._row) == end:
                 yield [*self._row, *info.suffix_ids], self._segments
                 self._row, self._segments = [], []
-
-
-def unframed(ids: list[int], info: TokenizerInfo) -> list[int]:
-    """The ids without the frame and the separator that a tokenized dataset may carry."""
-    start, stop = 0, len(ids)
-    if info.prefix_ids and tuple(ids[: len(info.prefix_ids)]) == info.prefix_ids:
-        start = len(info.prefix_ids)
-    while stop > start and ids[stop - 1] == info.separator_id:
-        stop -= 1
-    return ids[start:stop]
-
-
-def check_ids(ids: list[int], vocab_size: int, source_index: int) -> None:
-    """Refuse ids of a tokenized dataset that the tokenizer does not have."""
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise DataError(
-            f"row {source_index} of the tokenized dataset has ids {min(ids)}..{max(ids)}, but the "
-            f"tokenizer has {vocab_size}; name the tokenizer that made it with --tokenizer"
-        )

@@ -3,34 +3,41 @@
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
-import pyarrow as pa
-import torch
-import xxhash
-from numpy.typing import NDArray
-
 from saemill.common import config as settings
 from saemill.common import durable
-from saemill.common.errors import ConfigError, DataError
+from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, progress, say
-from saemill.common.permutation import combine
-from saemill.common.shards import ShardedArray
 from saemill.common.tokenizer import check_ctx_len, load_tokenizer
-from saemill.common.tokens import TokenizerInfo, TokenStore, cut_documents, write_token_store
-from saemill.tokenize.packing import RowPacker, check_ids, unframed
-from saemill.tokenize.source import Batch, Source, check_path, fingerprint_local, open_source
+from saemill.common.tokens import FORMAT, REPAIR, TokenizerInfo, TokenStore
+from saemill.tokenize.files import fingerprint_local
+from saemill.tokenize.ids import survey
+from saemill.tokenize.source import Batch, Source, check_path, open_source
+from saemill.tokenize.writer import Writer
 
-SHARD_TOKENS = 1 << 24
+CTX_LEN = 512
+"""Tokens per row where neither settings nor data say otherwise."""
+CONTENT = {
+    "zarr.json",
+    "tokens",
+    "held_out",
+    "segments.parquet",
+    "documents.parquet",
+    "tokenizer",
+    "manifest.json",
+}
+"""The names in a token store's folder."""
+FOREIGN = (ValueError, LookupError, TypeError)
+"""What a damaged store may raise where a file's content is not checked yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +54,8 @@ class TokenizeConfig:
     """The hub dataset's configuration."""
     split: str = "train"
     text_column: str = "text"
-    ctx_len: int = 512
-    """Tokens per row."""
+    ctx_len: int | None = None
+    """Tokens per row; by default 512, or of rows of ids that are all equally long their length."""
     max_tokens: int | None = None
     """Stop after this many tokens (whole rows: rounded down to a multiple of ctx_len)."""
     streaming: bool = False
@@ -56,7 +63,10 @@ class TokenizeConfig:
     shuffle_seed: int | None = 42
     """Seed of the documents' order; none keeps the source's order."""
     held_out_fraction: float = 0.05
-    """Share of documents, chosen by a hash of their text, that training never sees."""
+    """Share of documents, chosen by a hash of their text, that training never sees; where it gives no row,
+    a few more."""
+    repack: bool = False
+    """Pack rows of ids anew even where all have `ctx_len` ids."""
     num_proc: int = 1
     """Processes that tokenize."""
     revision: str | None = None
@@ -65,12 +75,13 @@ class TokenizeConfig:
 
     def __post_init__(self) -> None:
         for name in ("ctx_len", "num_proc"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {value}")
         if not 0 <= self.held_out_fraction < 1:
             raise ConfigError(f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}")
-        if self.max_tokens is not None and self.max_tokens < self.ctx_len:
-            raise ConfigError(f"max_tokens must be at least one row of {self.ctx_len}, got {self.max_tokens}")
+        least = self.ctx_len or 1
+        if self.max_tokens is not None and self.max_tokens < least:
+            raise ConfigError(f"max_tokens must be at least one row of {least}, got {self.max_tokens}")
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the store's content."""
@@ -81,18 +92,21 @@ def run(config: TokenizeConfig) -> TokenStore:
     """Tokenize a dataset into `config.out`; a finished store with the same settings is returned.
 
     The store appears whole: it is written beside its place and renamed at the end. Of several processes
-    that are to make the same store one does; the others wait for it.
+    that are to make the same store one does; the others wait for it. A finished store is compared with its
+    hashes; one that is damaged is made anew and takes the damaged one's place.
 
     Raises:
         ConfigError: settings that do not fit the data, or an output made with others.
-        DataError: no text, or ids that the tokenizer does not have.
+        DataError: no text, or rows that hold neither text nor ids that the tokenizer has.
+        DiskError: the disk is full.
     """
-    if store := _finished(config):
+    if store := _finished(config, say):
         say(f"{config.out} is finished already: {store.n_tokens:,} tokens in {store.n_rows:,} rows")
         return store
     check_path(config.dataset)
     tokenizer, info = load_tokenizer(config.tokenizer, config.tokenizer_revision)
-    check_ctx_len(config.ctx_len, tokenizer, info)
+    if config.ctx_len is not None:
+        check_ctx_len(config.ctx_len, tokenizer, info, config.tokenizer_revision)
     source = open_source(
         config.dataset,
         subset=config.subset,
@@ -102,58 +116,213 @@ def run(config: TokenizeConfig) -> TokenStore:
         revision=config.revision,
     )
     beside = config.out.with_name(config.out.name + ".partial")
+    notes: list[str] = []
     with durable.exclusive(beside, wait=True) as alone:
         if not _finished(config):  # by the process that was here
             # Where folders cannot be locked every process has one of its own, and the first to end wins.
             partial = beside if alone else beside.with_name(f"{beside.name}-{uuid4().hex}")
-            _write(config, partial, tokenizer, info, source)
-            _publish(config, partial)
+            shutil.rmtree(_damaged(config), ignore_errors=True)  # by a process that was killed
+            try:
+                with durable.writing(config.out):
+                    notes = _write(config, partial, tokenizer, info, source)
+                _publish(config, partial)
+            except Exception:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
         with suppress(OSError):
             beside.rmdir()
     store = TokenStore(config.out)
-    say(_summary(store))
+    say("\n".join([_summary(store), *notes]))
     return store
 
 
 def _write(
     config: TokenizeConfig, partial: Path, tokenizer: Any, info: TokenizerInfo, source: Source
-) -> None:
-    """Tokenize and pack the source into a folder that no other process writes to."""
-    if partial.exists():
-        for left in partial.iterdir():  # by a process that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    writer = _Writer(partial, config, info)
-    with progress("tokenize", config.max_tokens, "tokens") as advance:
-        for batch in _tokenized(config, tokenizer, source.batches(config.shuffle_seed)):
-            before = writer.n_rows
-            done = writer.add(batch)
-            advance((writer.n_rows - before) * config.ctx_len)
-            if done:
-                break
+) -> list[str]:
+    """Tokenize and pack the source into a folder that no other process writes to.
+
+    Returns: sentences on what was done to the rows, and to the documents that are held out.
+    """
+    ctx_len, document, notes = _rows(config, info, source)
+    check_ctx_len(ctx_len, tokenizer, info, config.tokenizer_revision)
+    if config.max_tokens is not None and config.max_tokens < ctx_len:
+        raise ConfigError(f"max_tokens must be at least one row of {ctx_len}, got {config.max_tokens}")
+
+    def written(chosen: frozenset[int]) -> Writer:
+        _empty(partial)
+        writer = Writer(
+            path=partial,
+            source=source,
+            info=info,
+            ctx_len=ctx_len,
+            max_tokens=config.max_tokens,
+            held_out_fraction=config.held_out_fraction,
+            document=document,
+            chosen=chosen,
+        )
+        with progress("tokenize", config.max_tokens, "tokens") as advance:
+            for batch in _tokenized(config, tokenizer, source):
+                before = writer.n_rows
+                done = writer.add(batch)
+                advance((writer.n_rows - before) * ctx_len)
+                if done:
+                    break
+        return writer
+
+    writer = written(frozenset())
+    if chosen := writer.to_hold_out():
+        writer = written(chosen)
+        notes.append(
+            f"The share of {config.held_out_fraction:g} gave no held-out row, so "
+            f"{counted(len(chosen), 'document')} more, of the smallest hashes, are held out."
+        )
+    writer.check()
+    notes += _notes(writer)
     tokenizer.save_pretrained(partial / "tokenizer")
-    writer.finish({"name": config.dataset, "fingerprint": source.fingerprint, "column": source.column})
+    writer.finish(
+        {
+            "source": {
+                "name": config.dataset,
+                "fingerprint": source.fingerprint,
+                "column": source.column.name,
+            },
+            "settings": config.identity(),
+            "versions": {name: version(name) for name in ("saemill", "tokenizers", "datasets")},
+        }
+    )
+    return notes
+
+
+def _rows(config: TokenizeConfig, info: TokenizerInfo, source: Source) -> tuple[int, str, list[str]]:
+    """How long rows are, what a document is, and why.
+
+    Raises:
+        ConfigError: texts, and the setting to pack rows of ids.
+    """
+    if not source.column.holds_ids:
+        if config.repack:
+            raise ConfigError(f"repack has no effect on texts (column {source.column.name!r}); leave it out")
+        return config.ctx_len or CTX_LEN, "text", []
+    packed = "A document, for the held-out split and the intervals, is one row of the dataset."
+    if config.repack:
+        return config.ctx_len or CTX_LEN, "row of ids", [packed]
+    lengths = survey(source.rows_of_ids(), info)
+    ctx_len = config.ctx_len or lengths.common or CTX_LEN
+    if lengths.common == ctx_len:
+        kept = (
+            "The dataset's rows are kept as they are, and a document, for the held-out split and the "
+            "intervals, is one row; --repack packs them anew."
+        )
+        return ctx_len, "kept row", [kept]
+    why = lengths.why or f"they have {lengths.common} ids, not {ctx_len}"
+    return ctx_len, "row of ids", [f"The rows of ids are packed anew: {why}. {packed}"]
+
+
+def _notes(writer: Writer) -> list[str]:
+    """What the user should know of the rows."""
+    notes = []
+    if writer.n_padding:
+        notes.append(
+            f"{writer.n_padding:,} ids {writer.info.pad_id} at the ends of rows are padding and left out."
+        )
+    if writer.document == "kept row" and not writer.all_framed[0]:
+        own = ", ".join(map(str, writer.info.prefix_ids))
+        notes.append(f"Not all rows begin with {own}, as the tokenizer's own would.")
+    if writer.held_out_fraction == 0 or any(writer.held_out):
+        return notes
+    sides = zip(writer.n_tokens, writer.document_held_out, strict=True)
+    if n_held := sum(n for n, out in sides if out):
+        longest = n_held + writer.ctx_len - writer.room
+        notes.append(
+            f"No row is held out: the documents held out have {n_held:,} tokens. Lower --ctx-len to "
+            f"{longest} or less, give more text, or assess on another store (`saemill assess --tokens`)."
+        )
+    else:
+        notes.append(
+            "No row is held out: no document can be spared from training. Give more text, or assess on "
+            "another store (`saemill assess --tokens`)."
+        )
+    return notes
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a process that was killed, or an earlier pass, left."""
+    for left in folder.iterdir() if folder.exists() else ():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _publish(config: TokenizeConfig, partial: Path) -> None:
-    """Give the written store its place, unless another process did meanwhile."""
+    """Give the written store its place: that of a damaged one too, unless another process did meanwhile."""
     try:
         partial.replace(config.out)
     except OSError:
-        if not _finished(config):
+        if _finished(config):
+            shutil.rmtree(partial)
+            return
+        if not config.out.is_dir():
             raise
-        shutil.rmtree(partial)
-    durable.sync_folder(config.out.parent)
+        config.out.replace(_damaged(config))
+        partial.replace(config.out)
+        shutil.rmtree(_damaged(config))
+    durable.sync_folder(config.out.absolute().parent)
 
 
-def _finished(config: TokenizeConfig) -> TokenStore | None:
-    """The store at the output, if there is one made of the same source with the same settings."""
+def _damaged(config: TokenizeConfig) -> Path:
+    """Where a damaged store is while the new one takes its place."""
+    return config.out.with_name(config.out.name + ".partial-damaged")
+
+
+def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None) -> TokenStore | None:
+    """The store at the output, if there is one made of the same source with the same settings.
+
+    Args:
+        config: the settings.
+        tell: takes the sentence on a store that is damaged and will be made anew.
+
+    Raises:
+        ConfigError: there is one of other settings, or of a source that has changed since.
+        StoreError: there is something else, or a store of another version.
+    """
     settings.check_folder(config.out)
     if not config.out.exists() or not any(config.out.iterdir()):
         return None
-    store = TokenStore(config.out)
-    settings.check_same(store.manifest["settings"], config.identity(), config.out)
-    _check_source(config, store)
-    return store
+    _check_ours(config.out)
+    bad: list[str] = []
+    try:
+        store = TokenStore(config.out)
+    except (StoreError, *FOREIGN) as error:
+        bad = str(error).removesuffix(REPAIR).splitlines()
+    else:
+        identity = config.identity()
+        if config.ctx_len == store.ctx_len:  # as it may have been found in the rows
+            identity.pop("ctx_len")
+        settings.check_same(store.manifest["settings"], identity, config.out)
+        _check_source(config, store)
+        bad = store.problems(hashes=True)
+    if bad and tell:
+        tell("\n".join([f"{config.out} is damaged, and made anew:", *(f"  {line.strip()}" for line in bad)]))
+    return None if bad else store
+
+
+def _check_ours(out: Path) -> None:
+    """Refuse a folder that holds anything but a token store, whole or damaged, of this version."""
+    names = {path.name for path in out.iterdir()}
+    if names - CONTENT or len(CONTENT - names) > 1:
+        other = ", ".join(sorted(names - CONTENT)[:3])
+        raise StoreError(
+            f"{out} is not a finished token store, and holds {other or 'parts of one'}; choose another "
+            "output folder, or empty that one"
+        )
+    try:
+        manifest = durable.read_json(out / "manifest.json")
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+    except StoreError:
+        return
+    if isinstance(found, str) and found.startswith("saemill tokens ") and found != FORMAT:
+        raise StoreError(
+            f"{out} was made by another version of saemill ({found!r:.80}, not {FORMAT!r}); choose another "
+            "output folder, or remove that one"
+        )
 
 
 def _check_source(config: TokenizeConfig, store: TokenStore) -> None:
@@ -167,19 +336,19 @@ def _check_source(config: TokenizeConfig, store: TokenStore) -> None:
 
 
 def _summary(store: TokenStore) -> str:
-    n_held_out = store.manifest["n_held_out_rows"]
-    note = ""
-    if store.manifest["settings"]["held_out_fraction"] > 0 and n_held_out == 0:
-        note = "\nNo held-out row came about: raise --held-out-fraction, or assess on other tokens."
+    n_empty = store.manifest["n_empty_documents"]
+    empty = f" ({n_empty:,} more are empty)" if n_empty else ""
     return (
         f"{store.path}: {store.n_tokens:,} tokens in {counted(store.n_rows, 'row')} of {store.ctx_len} from "
-        f"{counted(store.manifest['n_documents'], 'document')}; {counted(n_held_out, 'row')} held out{note}"
+        f"{counted(store.manifest['n_documents'], 'document')}{empty}; "
+        f"{counted(store.manifest['n_held_out_rows'], 'row')} held out"
     )
 
 
-def _tokenized(config: TokenizeConfig, tokenizer: Any, batches: Iterator[Batch]) -> Iterator[Batch]:
+def _tokenized(config: TokenizeConfig, tokenizer: Any, source: Source) -> Iterator[Batch]:
     """The batches with `input_ids`, in order; by `num_proc` processes with bounded read-ahead."""
-    if config.num_proc == 1:
+    batches = source.batches(config.shuffle_seed)
+    if config.num_proc == 1 or source.column.holds_ids:
         for batch in batches:
             yield _tokenize_batch(tokenizer, batch)
         return
@@ -215,116 +384,3 @@ def _tokenize_batch(tokenizer: Any, batch: Batch) -> Batch:
         return batch
     encoded = tokenizer(batch.texts, add_special_tokens=False, verbose=False)
     return Batch(batch.source_index, batch.texts, encoded["input_ids"])
-
-
-@dataclass(slots=True)
-class _Writer:
-    """Packs train and held-out documents into rows of their own and writes full shards."""
-
-    path: Path
-    config: TokenizeConfig
-    info: TokenizerInfo
-    n_rows: int = 0
-    n_empty: int = 0
-    rows: list[NDArray[Any]] = field(default_factory=list)
-    held_out: list[bool] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-    source_index: list[int] = field(default_factory=list)
-    document_held_out: list[bool] = field(default_factory=list)
-    text_hash: list[int] = field(default_factory=list)
-    packers: dict[bool, RowPacker] = field(init=False)
-    dtype: torch.dtype = field(init=False)
-    shard_rows: int = field(init=False)
-    n_written_shards: int = 0
-
-    def __post_init__(self) -> None:
-        self.packers = {side: RowPacker(self.config.ctx_len, self.info) for side in (False, True)}
-        largest = self.info.vocab_size - 1
-        types = (torch.uint8, torch.uint16, torch.uint32)
-        self.dtype = next(t for t in types if largest <= torch.iinfo(t).max)
-        self.shard_rows = max(1, SHARD_TOKENS // self.config.ctx_len)
-
-    def add(self, batch: Batch) -> bool:
-        """Pack a tokenized batch; True when `max_tokens` is reached."""
-        assert batch.input_ids is not None
-        for i, framed in enumerate(batch.input_ids):
-            check_ids(framed, self.info.vocab_size, batch.source_index[i])
-            ids = unframed(framed, self.info)
-            text = batch.texts[i] if batch.texts is not None else None
-            if not ids or (text is not None and not text.strip()):
-                self.n_empty += 1
-                continue
-            content = text.encode() if text is not None else np.asarray(ids, np.uint32).tobytes()
-            hashed = xxhash.xxh3_64_intdigest(content)
-            held_out = combine(hashed) / 2**64 < self.config.held_out_fraction
-            document = len(self.source_index)
-            self.source_index.append(batch.source_index[i])
-            self.document_held_out.append(held_out)
-            self.text_hash.append(hashed)
-            for row, segments in self.packers[held_out].add(document, ids):
-                self._add_row(row, segments, held_out)
-                if self.n_rows == self._max_rows():
-                    return True
-        return False
-
-    def _max_rows(self) -> int | None:
-        limit = self.config.max_tokens
-        return None if limit is None else limit // self.config.ctx_len
-
-    def _add_row(self, row: list[int], segments: list[tuple[int, int]], held_out: bool) -> None:
-        address = self.n_rows * self.config.ctx_len
-        self.starts += [address + position for position, _ in segments]
-        self.numbers += [document for _, document in segments]
-        self.rows.append(np.array(row, str(self.dtype).removeprefix("torch.")))
-        self.held_out.append(held_out)
-        self.n_rows += 1
-        if len(self.rows) == self.shard_rows:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Write the buffered rows as a raw chunk file; the array's metadata follows at the end."""
-        rows = np.zeros((self.shard_rows, self.config.ctx_len), str(self.dtype).removeprefix("torch."))
-        rows[: len(self.rows)] = self.rows
-        file = self.path / "tokens" / "c" / str(self.n_written_shards) / "0"
-        file.parent.mkdir(parents=True)
-        rows.tofile(file)
-        self.n_written_shards += 1
-        self.rows = []
-
-    def finish(self, source: dict[str, Any]) -> None:
-        """Write the rest and the manifest."""
-        if self.n_rows == 0:
-            n_empty = f" ({self.n_empty} of them empty)" if self.n_empty else ""
-            raise DataError(
-                f"{self.config.dataset} has too little text for one row of {self.config.ctx_len} "
-                f"tokens: {counted(len(self.source_index) + self.n_empty, 'document')}{n_empty}"
-            )
-        if self.n_written_shards == 0:
-            self.shard_rows = self.n_rows
-        if self.rows:
-            self._flush()
-        shape = (self.n_rows, self.config.ctx_len)
-        tokens = ShardedArray.create(self.path / "tokens", shape, self.shard_rows, self.dtype, {})
-        segments = pa.table({"start": self.starts, "document": self.numbers})
-        documents = pa.table(
-            {
-                "source_index": self.source_index,
-                "held_out": self.document_held_out,
-                "text_hash": pa.array(self.text_hash, pa.uint64()),
-            }
-        )
-        write_token_store(
-            self.path,
-            tokens=tokens,
-            held_out_R=np.array(self.held_out),
-            segments=segments,
-            documents=cut_documents(documents, segments, self.n_rows * self.config.ctx_len),
-            tokenizer=self.info,
-            extra={
-                "n_empty_documents": self.n_empty,
-                "source": source,
-                "settings": self.config.identity(),
-                "versions": {name: version(name) for name in ("saemill", "tokenizers", "datasets")},
-            },
-        )

@@ -1,6 +1,7 @@
 """Documents out of any dataset: a hub id, local files or folders, or already tokenized columns."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,20 +12,23 @@ import numpy as np
 
 from saemill.common import durable
 from saemill.common.config import nearest
-from saemill.common.errors import ConfigError, DataError
+from saemill.common.errors import ConfigError, DataError, DiskError, SaemillError
 from saemill.common.permutation import combine, permutation
+from saemill.tokenize.columns import MASK, Column, choose, text_of
+from saemill.tokenize.files import (
+    DELIMITERS,
+    KINDS,
+    check_whole,
+    csv_columns,
+    data_files,
+    fault_of,
+    fingerprint_local,
+    kind_of,
+    suffix_of,
+)
+from saemill.tokenize.ids import ids_of, masked
 
 T = TypeVar("T")
-KINDS = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".arrow": "arrow",
-    ".txt": "text",
-}
-OPTIONS: dict[str, dict[str, Any]] = {"text": {"sample_by": "paragraph"}, "tsv": {"sep": "\t"}}
 SHUFFLE_BUFFER_DOCUMENTS = 10_000
 BATCH_DOCUMENTS = 512
 
@@ -44,7 +48,7 @@ class Source:
 
     name: str
     dataset: Any
-    column: str
+    column: Column
     fingerprint: str
     streaming: bool
 
@@ -52,40 +56,87 @@ class Source:
         """All documents, in the order of the keyed shuffle (none: in the source's order).
 
         A stream is shuffled within a buffer of 10,000 documents.
+
+        Raises:
+            DataError: the dataset cannot be read, or a row holds no document; it is named.
         """
         documents = self._shuffled(shuffle_seed)
         while items := list(islice(documents, BATCH_DOCUMENTS)):
             index = [number for number, _ in items]
-            values = [value for _, value in items]
-            if self.column == "input_ids":
-                yield Batch(index, None, values)
+            if self.column.holds_ids:
+                yield Batch(index, None, [self._ids(number, example) for number, example in items])
             else:
-                yield Batch(index, ["" if value is None else str(value) for value in values], None)
+                name = self.column.name
+                texts = [text_of(example[name], self.where(number)) for number, example in items]
+                yield Batch(index, texts, None)
 
-    def _shuffled(self, seed: int | None) -> Iterator[tuple[int, Any]]:
+    def rows_of_ids(self) -> Iterator[tuple[str, list[int]]]:
+        """Each row's place, for messages, and its ids; of a stream the first batch, of a dataset all."""
+        rows = self._shuffled(None)
+        for number, example in islice(rows, BATCH_DOCUMENTS) if self.streaming else rows:
+            yield self.where(number), self._ids(number, example)
+
+    def where(self, number: int) -> str:
+        """What messages call a row."""
+        return f"row {number} of {self.name} (column {self.column.name})"
+
+    def _ids(self, number: int, example: dict[str, Any]) -> list[int]:
+        where = self.where(number)
+        ids = ids_of(example[self.column.name], where)
+        return masked(ids, example[MASK], where) if self.column.masked else ids
+
+    def _shuffled(self, seed: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
         if self.streaming:
-            stream = enumerate(map(self._document, _examples(self.dataset, self.name)))
+            stream = enumerate(_examples(self.dataset, self.name))
             yield from stream if seed is None else shuffled_stream(stream, seed, SHUFFLE_BUFFER_DOCUMENTS)
             return
         n = len(self.dataset)
         order = np.arange(n) if seed is None else permutation(n, seed)
         for first in range(0, n, BATCH_DOCUMENTS):
             numbers = order[first : first + BATCH_DOCUMENTS]
-            for number, example in zip(numbers, self.dataset.select(numbers), strict=True):
-                yield int(number), self._document(example)
-
-    def _document(self, example: dict[str, Any]) -> Any:
-        value = example[self.column]
-        if self.column == "input_ids" and example.get("attention_mask") is not None:
-            return [token for token, real in zip(value, example["attention_mask"], strict=True) if real]
-        return value
+            examples = _examples(self.dataset.select(numbers), self.name)
+            for number, example in zip(numbers, examples, strict=True):
+                yield int(number), example
 
 
-def _examples(stream: Iterable[Any], name: str) -> Iterator[Any]:
+def _examples(dataset: Iterable[Any], name: str) -> Iterator[dict[str, Any]]:
+    """The rows; what a library says of a file that it cannot read is told with the file's name."""
+    rows = iter(dataset)
+    while True:
+        with _reading(name):
+            example = next(rows, None)
+        if example is None:
+            return
+        yield example
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """While the block runs, an error of the library that reads becomes one of ours.
+
+    Decompressors, parsers and Arrow raise errors of many kinds, some of them no more than `Exception`.
+    """
     try:
-        yield from stream
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {name}: {error}") from error
+        yield
+    except SaemillError:
+        raise
+    except Exception as error:
+        raise _told(name, error) from error
+
+
+def _told(name: str, error: Exception) -> SaemillError:
+    """The file that is at fault, and why; or what the library said."""
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        assert isinstance(error.__cause__, Exception)
+        return _told(name, error.__cause__)
+    if isinstance(error, OSError) and (disk := durable.explained(error)):
+        return DiskError(disk)
+    for file in data_files(Path(name)) if Path(name).exists() else []:
+        if fault := fault_of(file):
+            return DataError(f"cannot read {file}: {fault}")
+    if isinstance(error, StopIteration):
+        return DataError(f"{name} has no rows")
+    return DataError(f"cannot read {name}: {error or type(error).__name__}")
 
 
 def shuffled_stream(items: Iterable[T], seed: int, buffer_items: int) -> Iterator[T]:
@@ -118,20 +169,32 @@ def open_source(
     Args:
         name: hub id, or a local file or folder (parquet, jsonl, csv, arrow, txt, or a
             `save_to_disk` folder).
-        text_column: the column of texts; where it is absent but `input_ids` is present, the
+        text_column: the column of texts; where it is absent but `input_ids` or `tokens` is present, the
             dataset is taken as tokenized already.
 
     Raises:
-        ConfigError: no such file, kind, split or column.
+        ConfigError: no such file, kind, split or column, or a column that holds no documents.
         DataError: the dataset is empty or cannot be read.
     """
     dataset, fingerprint = open_dataset(
         name, subset=subset, split=split, streaming=streaming, revision=revision
     )
-    column = _choose_column(dataset, text_column, name)
+    column = choose(_features(dataset, name), text_column, name)
     if not streaming and len(dataset) == 0:
         raise DataError(f"{name} has no rows")
-    return Source(name, dataset, column, fingerprint, streaming)
+    # Other columns may hold pictures or sound, which nobody needs decoded.
+    return Source(name, dataset.select_columns(column.needed), column, fingerprint, streaming)
+
+
+def _features(dataset: Any, name: str) -> Any:
+    """The columns' types; a stream that does not tell them is asked for its first row."""
+    if dataset.features is not None:
+        return dataset.features
+    first = next(_examples(dataset, name), None)
+    if first is None:
+        raise DataError(f"{name} has no rows")
+    with _reading(name):
+        return datasets.Dataset.from_list([first]).features
 
 
 def open_dataset(
@@ -165,7 +228,7 @@ def check_path(name: str) -> None:
         ConfigError: it does.
     """
     path = Path(name)
-    if (name.startswith((".", "/", "~")) or _suffix(path) in KINDS) and not path.exists():
+    if (name.startswith((".", "/", "~")) or suffix_of(path) in KINDS) and not path.exists():
         raise ConfigError(f"no file or folder {name}")
 
 
@@ -174,19 +237,32 @@ def _load(shown: str, *arguments: Any, **options: Any) -> Any:
     try:
         return datasets.load_dataset(*arguments, **options)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise DataError(f"cannot read {shown}: {error.__cause__ or error}") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot open {shown}: {error}") from error
-    except StopIteration:
-        raise DataError(f"{shown} has no rows") from None
+        raise _told(shown, error) from error
+    except Exception as error:
+        told = _told(shown, error)
+        if isinstance(error, OSError | ValueError) and str(told).startswith(f"cannot read {shown}: {error}"):
+            raise ConfigError(f"cannot open {shown}: {_without_code(error)}") from error
+        raise told from error
+
+
+def _without_code(error: Exception) -> str:
+    """What the library says; of a repository that is a program, that it is none that can be read."""
+    if "Dataset scripts are no longer supported" in str(error) or "trust_remote_code" in str(error):
+        return (
+            "it is a program of its own, which saemill does not run; save it as parquet or jsonl where you "
+            "trust it, and name those files"
+        )
+    return str(error)
 
 
 def _open_local(path: Path, subset: str | None, split: str, streaming: bool) -> Any:
     if path.is_dir() and any((path / n).exists() for n in ("state.json", "dataset_dict.json")):
-        saved = _load_saved(path, subset, split)
+        # The format that it was saved with (torch, numpy) is that of whoever saved it.
+        saved = _load_saved(path, subset, split).with_format(None)
         return saved.to_iterable_dataset() if streaming else saved
-    kind = _kind_of(path)
-    options = OPTIONS.get(kind, {}) | {"split": split, "streaming": streaming}
+    kind = kind_of(path)
+    check_whole(path)
+    options = _options(path, kind) | {"split": split, "streaming": streaming}
     if path.is_dir():
         return _load(str(path), str(path), subset, **options)
     if subset or split != "train":
@@ -194,12 +270,25 @@ def _open_local(path: Path, subset: str | None, split: str, streaming: bool) -> 
     return _load(str(path), "csv" if kind == "tsv" else kind, data_files=str(path), **options)
 
 
+def _options(path: Path, kind: str) -> dict[str, Any]:
+    """How files of a kind are read: a blank line ends a document; what csv holds is text, `NA` and `001`
+    among it."""
+    if kind == "text":
+        return {"sample_by": "paragraph", "encoding": "utf-8-sig"}
+    if kind not in DELIMITERS:
+        return {}
+    features = datasets.Features({name: datasets.Value("string") for name in csv_columns(path, kind)})
+    return {"features": features, "sep": DELIMITERS[kind], "keep_default_na": False}
+
+
 def _load_saved(path: Path, subset: str | None, split: str) -> Any:
     """One split of a `save_to_disk` folder; a flag that chooses nothing is refused."""
     try:
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, LookupError) as error:
-        raise ConfigError(f"cannot open {path}: {error}") from error
+    except Exception as error:  # of json, of Arrow and of its own
+        raise ConfigError(
+            f"cannot open {path}: {error or type(error).__name__}; it is damaged, save it anew"
+        ) from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise ConfigError(f"{path} has no split {split!r}; {nearest(split, saved)}")
@@ -209,45 +298,3 @@ def _load_saved(path: Path, subset: str | None, split: str) -> Any:
     if subset:
         raise ConfigError(f"{path} has no subsets; leave out --subset {subset}")
     return saved
-
-
-def _data_files(path: Path) -> list[Path]:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sorted(file for file in files if _suffix(file) in KINDS)
-
-
-def _suffix(file: Path) -> str:
-    """The last suffix that is not a compression's."""
-    suffixes = [s.lower() for s in file.suffixes if s.lower() not in (".gz", ".zst", ".bz2", ".xz")]
-    return suffixes[-1] if suffixes else ""
-
-
-def _kind_of(path: Path) -> str:
-    kinds = {KINDS[_suffix(file)] for file in _data_files(path)}
-    if len(kinds) != 1:
-        found = f"several kinds ({', '.join(sorted(kinds))})" if kinds else "none of them"
-        raise ConfigError(f"{path} must hold files of one kind out of {', '.join(KINDS)}; found {found}")
-    return kinds.pop()
-
-
-def fingerprint_local(path: Path) -> str:
-    """A hash of the names and contents of a local dataset's files."""
-    folder = path if path.is_dir() else path.parent
-    files = _data_files(path) or [file for file in path.rglob("*") if file.is_file()]
-    return durable.hash_folder(folder, files)
-
-
-def _choose_column(dataset: Any, text_column: str, name: str) -> str:
-    columns = dataset.column_names
-    if columns is None:
-        first = next(_examples(dataset, name), None)
-        if first is None:
-            raise DataError(f"{name} has no rows")
-        columns = list(first)
-    if text_column in columns:
-        return text_column
-    if "input_ids" in columns:
-        return "input_ids"
-    raise ConfigError(
-        f"{name} has no column {text_column!r}; it has {', '.join(columns)}. Name one with --text-column."
-    )

@@ -12,6 +12,9 @@ from saemill.common.mask import MaskConfig
 ADAM_BETAS = (0.8, 0.95)
 """FVU was lower than with Adam's own (0.9, 0.999) wherever both were tried: `docs/performance-log.md`."""
 
+MOST_SEQUENCES = 512
+"""No more make a batch where batches are counted in sequences."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -28,6 +31,7 @@ class TrainConfig:
     expansion_factor: tuple[int, ...] = ()
     """Number of latents as multiples of D; 8 if `num_latents` is not given either."""
     num_latents: tuple[int, ...] = ()
+    """Numbers of latents; they override `expansion_factor`."""
     lr: tuple[Literal["auto"] | float, ...] = ("auto",)
     """Peak learning rates; auto: by width, number of latents and steps (`variants.auto_lr`), for adam."""
     seeds: tuple[int, ...] = (0,)
@@ -194,4 +198,23 @@ class TrainConfig:
             "wandb_artifacts",
             "log_to_tensorboard",
         )
-        return {key: value for key, value in settings.plain(self).items() if key not in skip}
+        overridden = ("expansion_factor",) if self.num_latents else ()
+        return {k: v for k, v in settings.plain(self).items() if k not in (*skip, *overridden)}
+
+
+def check_batch(batch_size: int, ctx_len: int) -> None:
+    """Refuse a batch that was surely meant in sequences, as sparsify counts them: it is no more than a row of
+    tokens, and no more than sequences come in.
+
+    Args:
+        batch_size: tokens per batch.
+        ctx_len: tokens per row; 1 where rows are passages.
+
+    Raises:
+        ConfigError: it was.
+    """
+    if batch_size <= min(ctx_len, MOST_SEQUENCES) and ctx_len > 1:
+        raise ConfigError(
+            f"batch_size counts tokens, and {batch_size} are no more than one row of {ctx_len}; for "
+            f"{batch_size} rows, as sparsify counts, say {batch_size * ctx_len}"
+        )

@@ -16,11 +16,12 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.mask import MaskConfig
 from saemill.common.signals import stop_on_signal
+from saemill.common.statistics import warnings
 from saemill.common.wandb import process as wandb
 from saemill.common.world import Group, World, speak_for
 from saemill.train import checkpoint
 from saemill.train.bank import Bank, Frame
-from saemill.train.config import TrainConfig
+from saemill.train.config import TrainConfig, check_batch
 from saemill.train.export import export, save_banks
 from saemill.train.feed import Feed
 from saemill.train.graph import Graphs
@@ -60,6 +61,7 @@ def run(config: TrainConfig) -> list[Path]:
     speak_for(world)
     device = world.device(config.device)
     store = ActivationStore(config.acts)
+    check_batch(config.batch_size, store.ctx_len)
     with (
         stop_on_signal() as stop,
         world.connected(device) as everyone,
@@ -354,13 +356,17 @@ def _print_plan(config: TrainConfig, trainer: Trainer, spread: Spread, store: Ac
     n_steps = trainer.schedule.n_steps
     n_tokens = n_steps * config.step_tokens
     epochs = n_tokens / trainer.loader.epoch_tokens
-    bank = trainer.banks[0]
+    bank, unit = trainer.banks[0], store.text.unit
     say(
         f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {spread.describe()}; products in "
-        f"{str(bank.dtype).removeprefix('torch.')} by {bank.kernels}; {n_steps:,} steps, {n_tokens:,} tokens "
-        f"({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
-        f"{bank.dead_after_tokens:,} tokens; {store.text.manifest['n_held_out_rows']:,} rows held out"
+        f"{str(bank.dtype).removeprefix('torch.')} by {bank.kernels}; {n_steps:,} steps, {n_tokens:,} "
+        f"{unit}s ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
+        f"{bank.dead_after_tokens:,} {unit}s; {store.text.manifest['n_held_out_rows']:,} {store.text.row}s "
+        "held out"
     )
+    for array in map(store.site, trainer.loader.sites):
+        for warning in warnings(array.name, array.statistics, array.dtype, unit):
+            say(warning)
     if bank.kernels == "torch" and trainer.device.type == "cpu" and config.kernels == "auto":
         say("numba is not installed; with it training is faster on a CPU: pip install 'saemill[cpu]'")
     if n_steps < FEW_STEPS:

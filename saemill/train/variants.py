@@ -92,11 +92,10 @@ def of_config(config: TrainConfig, widths: Mapping[str, int], n_steps: int) -> l
         "loss",
         "b_dec_init",
     )
-    width_given = config.expansion_factor or config.num_latents
     axes = {
         "site": config.site,
         "k": config.k,
-        "expansion_factor": config.expansion_factor if width_given else (8,),
+        "expansion_factor": () if config.num_latents else config.expansion_factor or (8,),
         "num_latents": config.num_latents,
         "lr": config.lr,
         "seed": config.seeds,
@@ -138,8 +137,6 @@ def resolve(
         single = {name: values[0] for name, values in axes.items() if len(values) == 1}
         entries = [_fill_in(dict(entry), single, axes) for entry in explicit]
     else:
-        if "expansion_factor" in axes and "num_latents" in axes:
-            raise ConfigError("give expansion_factor or num_latents, not both")
         entries = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     variants = [
         _variant({**_inherited(common, entry), **entry}, widths, f"variants[{i}]", n_steps)

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from saemill.assess import record
 from saemill.common import durable
 from saemill.common.wandb.follow import catch_up, state
 from saemill.common.wandb.process import RECORD, new_id
@@ -26,7 +27,7 @@ def log_assessment(folder: Path, out: Path) -> None:
         out: where its assessment was written.
     """
     prefix = "assess" if out == folder else out.name
-    assessment = durable.read_json(out / "final_assessment.json")
+    assessment = record.read(out)
     runs = Runs(folder)
     known = runs.told["assessments"]
     known[prefix] = {"id": known[prefix]["id"] if prefix in known else new_id(), "folder": str(out)}
@@ -60,8 +61,8 @@ def _summaries(folder: Path, known: dict[str, dict[str, str]]) -> dict[str, dict
     for name, summary in found.items():
         summary |= state(folder, name)
     for prefix, entry in known.items():
-        path = Path(entry["folder"]) / "final_assessment.json"
-        variants = durable.read_json(path)["variants"] if path.exists() else []
+        folder_of = Path(entry["folder"])
+        variants = record.read(folder_of)["variants"] if (folder_of / record.FILE).exists() else []
         for place, variant in enumerate(variants):
             for key, value in _summary(variant, place + 1).items():
                 found[variant["name"]][f"{prefix}/{key}"] = value
@@ -76,8 +77,10 @@ def _summary(entry: dict[str, Any], place: int) -> dict[str, Any]:
     for name, figure in entry["metrics"].items():
         if isinstance(figure["value"], int | float):
             found[name] = figure["value"]
-            if figure.get("lo") is not None:
+            if figure["lo"] is not None:
                 found |= {f"{name}_lo": figure["lo"], f"{name}_hi": figure["hi"]}
+        elif figure["value"] is None:
+            found[f"{name}_reason"] = figure["reason"]
     return found
 
 

@@ -1,0 +1,137 @@
+"""How a site's evaluation rows spread around their mean: document by document, exactly at any scale."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saemill.common.statistics import FAR, Statistics
+from saemill.common.world import Group
+
+
+@dataclass(slots=True)
+class _Part:
+    """Rows of one document, near or far."""
+
+    n: int
+    mean_D: NDArray[np.float64]
+    """Their mean, from the cached one."""
+    squares: float
+    """Σ of their squared distances from their own mean."""
+
+    def merge(self, other: "_Part") -> None:
+        """Add other rows (Chan, Golub and LeVeque 1979)."""
+        total, delta_D = self.n + other.n, other.mean_D - self.mean_D
+        self.squares += other.squares + float(delta_D @ delta_D) * (self.n * other.n / total)
+        self.mean_D = self.mean_D + delta_D * (other.n / total)
+        self.n = total
+
+
+class Spread:
+    """Rows of one site, counted chunk by chunk; those far from the mean apart.
+
+    Far are rows that are more than `FAR` times as far from the cached mean as the median training row.
+    Sums of squares are taken around means of few rows and then moved, which loses no digits; the sum over
+    rows that are all alike is 0 and not what rounding leaves of it.
+
+    Args:
+        statistics: of the site.
+    """
+
+    def __init__(self, statistics: Statistics) -> None:
+        self.centre_D = statistics.mean_D
+        self.median = statistics.median_distance
+        self.largest = 0.0
+        """Of the rows' distances from the cached mean."""
+        self.n_zero = 0
+        """Rows that are zero vectors."""
+        self._parts: dict[tuple[int, bool], _Part] = {}
+        self._ends: dict[bool, tuple[Tensor, Tensor]] = {}
+        """The smallest and the largest value of each dimension, of near and of far rows."""
+
+    def add(self, x_TD: Tensor, units: NDArray[Any]) -> NDArray[np.bool_]:
+        """Count some rows.
+
+        Args:
+            x_TD: the rows, on the CPU, finite.
+            units: the document of each.
+
+        Returns: which of them are far. bool [T].
+        """
+        x_TD = x_TD.double()
+        centred_TD = x_TD - self.centre_D
+        distance_T = torch.linalg.vector_norm(centred_TD, dim=1)
+        far_T = distance_T > (FAR * self.median if self.median else torch.inf)
+        self.largest = max(self.largest, float(distance_T.max()))
+        self.n_zero += int((x_TD == 0).all(1).sum())
+        for far in (False, True):
+            some = far_T == far
+            if bool(some.any()):
+                self._stretch(far, x_TD[some].amin(0), x_TD[some].amax(0))
+                self._count(far, centred_TD[some], units[some.numpy()])
+        found: NDArray[np.bool_] = far_T.numpy()
+        return found
+
+    def _stretch(self, far: bool, low_D: Tensor, high_D: Tensor) -> None:
+        low, high = self._ends.get(far, (low_D, high_D))
+        self._ends[far] = torch.minimum(low, low_D), torch.maximum(high, high_D)
+
+    def _count(self, far: bool, centred_TD: Tensor, units: NDArray[Any]) -> None:
+        documents, group, n = np.unique(units, return_inverse=True, return_counts=True)
+        group_T = torch.from_numpy(group)
+        mean = torch.zeros(len(documents), centred_TD.shape[1], dtype=torch.float64)
+        mean.index_add_(0, group_T, centred_TD)
+        mean /= torch.from_numpy(n)[:, None]
+        squares = np.bincount(group, (centred_TD - mean[group_T]).square().sum(1).numpy(), len(documents))
+        for i, document in enumerate(documents.tolist()):
+            part = _Part(int(n[i]), mean[i].numpy().copy(), float(squares[i]))
+            known = self._parts.setdefault((document, far), part)
+            if known is not part:
+                known.merge(part)
+
+    def merge(self, everyone: Group) -> None:
+        """Let every process know the extremes and the zero vectors of all; parts stay where they are."""
+        self.largest = max(everyone.share(self.largest))
+        self.n_zero = sum(everyone.share(self.n_zero))
+        for ends in everyone.share(self._ends):
+            for far, (low_D, high_D) in ends.items():
+                self._stretch(far, low_D, high_D)
+
+    def squares(
+        self, everyone: Group, counted: tuple[bool, ...], around: tuple[bool, ...]
+    ) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
+        """This process's sums of squared distances, document by document; call after `merge`.
+
+        Args:
+            everyone: the processes, whose rows make the mean.
+            counted: which rows' distances are summed: near ones (False), far ones (True), both.
+            around: of which rows the mean is taken.
+
+        Returns: documents (one may come twice) and Σ ‖x − x̄‖² of each; 0 where all those rows are alike.
+        """
+        total_D = torch.zeros(len(self.centre_D) + 1, dtype=torch.float64)
+        for (_, far), part in self._parts.items():
+            if far in around:
+                total_D[:-1] += part.n * torch.from_numpy(part.mean_D)
+                total_D[-1] += part.n
+        total_D = everyone.sum_(total_D)
+        mean_D = (total_D[:-1] / total_D[-1].clamp(min=1)).numpy()
+        chosen = [(document, part) for (document, far), part in self._parts.items() if far in counted]
+        sums = [part.squares + part.n * float(np.square(part.mean_D - mean_D).sum()) for _, part in chosen]
+        if self._alike(around):
+            sums = [0.0] * len(chosen)
+        return np.array([document for document, _ in chosen], np.uint64), np.array(sums)
+
+    def _alike(self, around: tuple[bool, ...]) -> bool:
+        """Whether rows of all processes are equal, exactly."""
+        ends = [self._ends[far] for far in around if far in self._ends]
+        lows, highs = [low for low, _ in ends], [high for _, high in ends]
+        return not ends or bool((torch.stack(lows).amin(0) == torch.stack(highs).amax(0)).all())
+
+    def n_far(self) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
+        """This process's documents with far rows, and how many each has."""
+        found = {document: part.n for (document, far), part in self._parts.items() if far}
+        return np.array(list(found), np.uint64), np.array(list(found.values()), np.float64)

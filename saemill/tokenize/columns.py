@@ -1,0 +1,145 @@
+"""The column that holds the documents: chosen by name, refused by type.
+
+A document is a text, or a row of token ids of a dataset that is tokenized already. Nothing else is turned
+into text: what Python writes for a list or a number is nobody's document.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from saemill.common.errors import ConfigError, DataError
+
+IDS = ("input_ids", "tokens")
+"""Columns that are looked for where there is none of texts."""
+MASK = "attention_mask"
+TEXTS = ("string", "large_string", "string_view", "null")
+LISTS = (datasets.List, datasets.LargeList)
+CHAT = (
+    "Chat messages are not supported yet: write each conversation as one text into a column of its own, as "
+    "the model's chat template has it"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Where the documents are."""
+
+    name: str
+    holds_ids: bool
+    """Rows of token ids, not texts."""
+    masked: bool
+    """An attention mask stands beside the ids."""
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns that are read."""
+        return [self.name, *([MASK] if self.masked else [])]
+
+
+def choose(features: Any, text_column: str, dataset: str) -> Column:
+    """The column of documents.
+
+    Args:
+        features: the columns' types, as `datasets` has them.
+        text_column: the one to take; where it is absent, a column of token ids is taken.
+        dataset: its name, for messages.
+
+    Raises:
+        ConfigError: there is no such column, or it holds neither texts nor token ids.
+    """
+    found = text_column if text_column in features else None
+    found = found or next((name for name in IDS if name in features and _may_be_ids(features[name])), None)
+    if found is None:
+        chat = f" {CHAT}." if "messages" in features or "conversations" in features else ""
+        raise ConfigError(
+            f"{dataset} has no column {text_column!r}; it has {', '.join(features)}. Name one with "
+            f"--text-column.{chat}"
+        )
+    feature = features[found]
+    holds_ids = _is_list_of(feature, "int") or (found in IDS and _may_be_ids(feature))
+    if not holds_ids and not _may_be_text(feature):
+        raise ConfigError(
+            f"column {found!r} of {dataset} holds {_told(feature)}, not texts. {_advice(features, found)}"
+        )
+    return Column(found, holds_ids, holds_ids and MASK in features)
+
+
+def text_of(value: Any, where: str) -> str:
+    """A document's text; null is an empty one.
+
+    Raises:
+        DataError: it is no text, or none that UTF-8 can hold.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where} holds no text, but {value!r:.60}; write it as text, or name another column with "
+            "--text-column"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{where} holds half of a surrogate pair, which is no Unicode text; mend that row"
+        ) from None
+    return value
+
+
+def _may_be_text(feature: Any) -> bool:
+    """Whether the type is text, or one that leaves it to each value."""
+    if isinstance(feature, datasets.Value):
+        return feature.dtype in TEXTS
+    return isinstance(feature, datasets.Json)
+
+
+def _may_be_ids(feature: Any) -> bool:
+    """Whether a column that is named as ids are may hold some; each row is checked when it is read."""
+    return not _may_be_text(feature) or isinstance(feature, datasets.Json)
+
+
+def _is_list_of(feature: Any, kind: str) -> bool:
+    """Whether the type is a list of numbers of a kind (`int`, `float`)."""
+    inner = feature.feature if isinstance(feature, LISTS) else None
+    return isinstance(inner, datasets.Value) and inner.dtype.removeprefix("u").startswith(kind)
+
+
+def _told(feature: Any) -> str:
+    """What a column of this type holds, in words."""
+    if _is_chat(feature):
+        return "chat messages"
+    if isinstance(feature, LISTS):
+        return f"lists of {_told(feature.feature)}"
+    if isinstance(feature, dict):
+        return f"groups of fields ({', '.join(feature)})"
+    if isinstance(feature, datasets.ClassLabel):
+        return "numbers of classes"
+    if not isinstance(feature, datasets.Value):
+        return f"values of the type {type(feature).__name__}"
+    words = {"string": "texts", "bool": "true and false", "binary": "bytes", "large_binary": "bytes"}
+    kind = feature.dtype
+    if kind in words:
+        return words[kind]
+    dates = kind.startswith(("timestamp", "date", "time", "duration"))
+    return f"dates ({kind})" if dates else f"numbers ({kind})"
+
+
+def _is_chat(feature: Any) -> bool:
+    inner = feature.feature if isinstance(feature, LISTS) else None
+    return isinstance(inner, dict) and bool({"role", "from"} & set(inner))
+
+
+def _advice(features: Any, found: str) -> str:
+    """What to do in place of a column that holds no texts."""
+    if _is_chat(features[found]):
+        return f"{CHAT}."
+    texts = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, datasets.Value) and feature.dtype in TEXTS[:3]
+    ]
+    if texts:
+        return f"Name a column of texts with --text-column: {', '.join(texts)}."
+    return "It has no column of texts: write them into one, or give token ids in a column `input_ids`."
