@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_spread import ENVIRONMENT, finish, launch
-from test_train import config, files, killed_at, store, wait_for  # noqa: F401
+from test_train import config, files, killed_at, store  # noqa: F401
+from waiting import LIMIT_SECONDS, wait_until
 
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
@@ -103,9 +104,9 @@ def test_a_run_with_idle_processes_is_resumed(store: ActivationStore, tmp_path: 
     out = tmp_path / "three"
     subprocess.run([sys.executable, *command, "-o", str(tmp_path / "one")], check=True, env=ENVIRONMENT)
     process = launch(3, *command, "-o", str(out))
-    wait_for((out / "halving.json").exists, process)
+    wait_until((out / "halving.json").exists, process)
     process.terminate()
-    process.communicate(timeout=120)
+    process.communicate(timeout=LIMIT_SECONDS)
     assert not (out / "finished.json").exists()
     finish(launch(3, *command, "-o", str(out)))
     assert files(out) == files(tmp_path / "one")

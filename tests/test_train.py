@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from stores import make_store
+from waiting import wait_until
 
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
@@ -129,24 +129,15 @@ def command(store: ActivationStore, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError("waited too long")
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
 def test_signals(store: ActivationStore, tmp_path: Path, number: signal.Signals, code: int) -> None:
     """Oracle: an uninterrupted run by the same command; SIGTERM saves and exits with 75."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     subprocess.run(command(store, whole), check=True, capture_output=True)
     process = subprocess.Popen(command(store, out), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(lambda: (out / "checkpoint.json").exists(), process)
+    wait_until(lambda: (out / "checkpoint.json").exists(), process)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate()
     assert process.returncode == code, stderr
     assert not (out / "finished.json").exists()
     if number == signal.SIGTERM:
