@@ -323,14 +323,14 @@ def _features(
     site, sae = opened.sites[shown], opened.saes[shown]
     chunks = evalset.context_chunks(config.context_tokens) if latents else ()
     text, unit = evalset.text, f"{evalset.text.unit}s"
+    among = f" of the cache, training {text.row}s included" if evalset.cached else " of the evaluation tokens"
     found = features.top_addresses(chunks, site, sae, latents, text, config.n_contexts, evalset.everyone)
     reader = features.PassageReader(text) if isinstance(text, PassageStore) else features.Reader(text)
     firing = reconstruction.firing[shown]
     return {
         "variant": shown,
         "unit": text.unit,
-        "searched": f"up to {config.context_tokens:,} {unit}"
-        + (" of the cache, training rows included" if evalset.cached else " of the evaluation tokens"),
+        "searched": f"up to {config.context_tokens:,} {unit}{among}",
         "latents": [
             {
                 "latent": latent,
