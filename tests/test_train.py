@@ -15,9 +15,11 @@ import torch
 from stores import make_store
 from waiting import wait_until
 
+from saemill.common import records
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae import Sae
+from saemill.train.checkpoint import Checkpoint
 from saemill.train.config import TrainConfig
 from saemill.train.profile import PROFILED_STEPS
 from saemill.train.run import run
@@ -288,7 +290,15 @@ def test_a_checkpoint_of_other_shapes_is_told(
     state = torch.load(file, weights_only=True)
     state["rows"][0] = state["rows"][0][:, :1]
     torch.save(state, file)
-    with pytest.raises(StoreError, match=r"by another version of saemill\. Start anew with --no-resume"):
+    record = records.read(tmp_path / "r" / "checkpoint.json", Checkpoint, "")
+    name = str(file.relative_to(tmp_path / "r" / record.folder))
+    now = records.File.of(tmp_path / "r" / record.folder, name)
+    parts = tuple(
+        part.model_copy(update={"bytes": now.bytes, "xxh3": now.xxh3}) if str(part.path) == name else part
+        for part in record.parts
+    )
+    records.write(tmp_path / "r" / "checkpoint.json", record.model_copy(update={"parts": parts}))
+    with pytest.raises(StoreError, match=r"by another version of saemill\. .* with --no-resume trains"):
         run(config(store, tmp_path / "r"))
 
 
