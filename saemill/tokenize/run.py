@@ -151,7 +151,7 @@ def _finished(config: TokenizeConfig) -> TokenStore | None:
     if not config.out.exists() or not any(config.out.iterdir()):
         return None
     store = TokenStore(config.out)
-    settings.check_same(store.manifest["settings"], config.identity(), config.out)
+    settings.check_same(store.manifest.settings.model_dump(mode="json"), config.identity(), config.out)
     _check_source(config, store)
     return store
 
@@ -159,7 +159,7 @@ def _finished(config: TokenizeConfig) -> TokenStore | None:
 def _check_source(config: TokenizeConfig, store: TokenStore) -> None:
     """Refuse a finished store whose local source has changed since; a hub's is fixed by its revision."""
     source = Path(config.dataset)
-    if source.exists() and fingerprint_local(source) != store.manifest["source"]["fingerprint"]:
+    if source.exists() and fingerprint_local(source) != store.manifest.source.fingerprint:
         raise ConfigError(
             f"{source} has changed since {config.out} was made of it; choose another output folder, or "
             "remove that one"
@@ -167,13 +167,13 @@ def _check_source(config: TokenizeConfig, store: TokenStore) -> None:
 
 
 def _summary(store: TokenStore) -> str:
-    n_held_out = store.manifest["n_held_out_rows"]
+    n_held_out = store.manifest.n_held_out_rows
     note = ""
-    if store.manifest["settings"]["held_out_fraction"] > 0 and n_held_out == 0:
+    if store.manifest.settings.held_out_fraction > 0 and n_held_out == 0:
         note = "\nNo held-out row came about: raise --held-out-fraction, or assess on other tokens."
     return (
         f"{store.path}: {store.n_tokens:,} tokens in {counted(store.n_rows, 'row')} of {store.ctx_len} from "
-        f"{counted(store.manifest['n_documents'], 'document')}; {counted(n_held_out, 'row')} held out{note}"
+        f"{counted(store.manifest.n_documents, 'document')}; {counted(n_held_out, 'row')} held out{note}"
     )
 
 

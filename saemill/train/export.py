@@ -7,6 +7,7 @@ from typing import Any
 
 from saemill.common import durable
 from saemill.common.activations import ActivationStore
+from saemill.common.config import plain
 from saemill.common.log import counted, duration, say
 from saemill.train import checkpoint
 from saemill.train.trainer import Trainer
@@ -53,7 +54,7 @@ def export(
         "peak_rss_bytes": max(peak for _, peak in shared),
         "diverged": {variant.name: every[variant.name] for variant in variants if variant.name in every},
         "stopped": stopped,
-        "mask": identity["mask"] or store.settings["mask"],
+        "mask": identity["mask"] or plain(store.mask),
     }
     if everyone.rank == 0:
         durable.write_json(out / "finished.json", finished)
@@ -73,10 +74,10 @@ def save_banks(out: Path, trainer: Trainer, store: ActivationStore, names: set[s
             provenance = {
                 "variant": describe(variant),
                 "site": variant.site,
-                "model": store.settings["model"],
-                "revision": store.settings["revision"],
+                "model": store.settings.model,
+                "revision": store.settings.revision,
                 **store.text.provenance(mask),
-                "model_fingerprint": store.settings["model_fingerprint"],
+                "model_fingerprint": store.settings.model_fingerprint,
                 "acts_fingerprint": store.fingerprint,
                 "tokens_trained": trainer.step * trainer.loader.batch_tokens,
                 "input_scale": bank.frame.scale,

@@ -359,7 +359,7 @@ def _print_plan(config: TrainConfig, trainer: Trainer, spread: Spread, store: Ac
         f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {spread.describe()}; products in "
         f"{str(bank.dtype).removeprefix('torch.')} by {bank.kernels}; {n_steps:,} steps, {n_tokens:,} tokens "
         f"({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
-        f"{bank.dead_after_tokens:,} tokens; {store.text.manifest['n_held_out_rows']:,} rows held out"
+        f"{bank.dead_after_tokens:,} tokens; {store.text.manifest.n_held_out_rows:,} rows held out"
     )
     if bank.kernels == "torch" and trainer.device.type == "cpu" and config.kernels == "auto":
         say("numba is not installed; with it training is faster on a CPU: pip install 'saemill[cpu]'")
