@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from saemill import cli
 from saemill.cache.run import CacheConfig
 from saemill.cache.run import run as cache
-from saemill.common import durable
+from saemill.common import durable, records
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import StoreError
 from saemill.common.tokens import TokenStore
@@ -177,30 +177,28 @@ def test_verify_misses_a_shard_that_the_manifest_does_not_list(tokens: TokenStor
     """Oracle: a shard removed from the disk and from the list."""
     copy = tmp_path / "tokens"
     shutil.copytree(tokens.path, copy)
-    manifest = durable.read_json(copy / "manifest.json")
-    manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != "tokens/c/0/0"]
-    durable.write_json(copy / "manifest.json", manifest)
+    files = tuple(file for file in tokens.manifest.files if file.path != "tokens/c/0/0")
+    records.write(copy / "manifest.json", tokens.manifest.model_copy(update={"files": files}))
     (copy / "tokens" / "c" / "0" / "0").unlink()
-    (problem,) = problems(copy)
+    problem, _advice = problems(copy)
     assert str(copy / "tokens" / "c" / "0" / "0") in problem
 
 
 def test_verify_names_each_bad_shard_of_an_activation_store(copied: Path) -> None:
-    """Oracle: shards damaged in four ways at two sites, and an unfinished third site."""
+    """Oracle: shards damaged in four ways at two sites, one of them unfinished."""
     flip_bit(copied / "layers.0" / "c" / "0" / "0")
     (copied / "layers.0" / "c" / "2" / "0").unlink()
     (copied / "layers.1" / "c" / "0" / "0").write_bytes(b"")
     (copied / "layers.1" / "c" / "1" / "0").write_bytes(bytes(32 * 1024))
-    shutil.copytree(copied / "layers.0", copied / "layers.2")
-    (copied / "layers.2" / "manifest.json").unlink()
+    (copied / "layers.1" / "manifest.json").unlink()
     result = saemill("verify", copied)
     assert result.exit_code == 1
     assert result.stdout.splitlines()[:-1] == [
         "layers.0 shard 0: content differs from its hash",
         "layers.0 shard 2: file is missing",
+        "layers.1: unfinished, 3 of 3 shards",
         "layers.1 shard 0: file has 0 bytes, expected 32,768",
         "layers.1 shard 1: content differs from its hash",
-        "layers.2: unfinished, 3 of 3 shards",
     ]
     assert "saemill cache" in result.stdout.splitlines()[-1]
     assert "of 3 shards of" in str(saemill("show", copied).exception)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,7 +129,7 @@ class Reader:
 
     def __init__(self, tokens: TokenStore) -> None:
         self.tokens = tokens
-        folder: Path = tokens.path / "tokenizer"
+        folder = tokens.tokenizer_folder
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder))
 
     def context(self, activation: float, address: int) -> Context:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from saemill.common import durable, records
+from saemill.common import records
 from saemill.common.records import Count, File, Hash, Name, Positive, Record
 
 FILE = "final_assessment.json"
@@ -182,4 +182,4 @@ def problems(folder: Path) -> list[str]:
     Raises:
         MissingError, StoreError: as `read`.
     """
-    return durable.problems(folder, read(folder)["files"], hashes=True)
+    return records.problems(folder, records.read(folder / FILE, Assessment, REPAIR).files, hashes=True)

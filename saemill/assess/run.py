@@ -117,7 +117,7 @@ class AssessConfig:
         run = durable.hash_file(self.run / "finished.json")
         if self.tokens is None:
             return run
-        return durable.hash_json([run, durable.read_json(self.tokens / "manifest.json")["fingerprint"]])
+        return durable.hash_json([run, TokenStore(self.tokens).fingerprint])
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, but for the run."""

@@ -176,7 +176,7 @@ class Chain:
         if config.out == UNKNOWN:
             store = ActivationStore(config.acts)
             content = [config.identity(), store.fingerprint]
-            config = replace(config, out=self._place("runs", store.settings["model"], content))
+            config = replace(config, out=self._place("runs", str(store.settings.model), content))
         self.configs["train"] = config
         self._write_down(config.out)
         train(config)
@@ -282,7 +282,8 @@ def _has_sites(path: Path, content: dict[str, Any], names: list[str]) -> bool:
             store.site(name)
     except StoreError:
         return False
-    if any(store.settings.get(name) != value for name, value in content.items()):
+    settings_there = store.settings.model_dump(mode="json")
+    if any(settings_there.get(name) != value for name, value in content.items()):
         return False
     say(f"{path} has {', '.join(names)} already")
     return True

@@ -7,7 +7,7 @@ from saemill.assess import record
 from saemill.assess.run import AssessConfig
 from saemill.common import config as settings
 from saemill.common import runs
-from saemill.common.activations import TEXT_FOLDERS, ActivationStore
+from saemill.common.activations import ActivationStore
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
 from saemill.common.tokens import TokenStore
@@ -62,14 +62,8 @@ def _cached(out: Path) -> list[str]:
         store = ActivationStore(out)
     except StoreError:
         return [f"nothing in {out}"]
-    lines = []
-    for folder in sorted(
-        file.parent for file in out.glob("*/zarr.json") if file.parent.name not in TEXT_FOLDERS
-    ):
-        n_done = len(list(folder.glob("commits/*.json")))
-        if (folder / "manifest.json").exists():
-            n_done = store.n_shards
-        lines.append(f"{folder.name}: {n_done:,} of {store.n_shards:,} shards")
+    n_done = dict.fromkeys(store.sites, store.n_shards) | store.unfinished
+    lines = [f"{name}: {n_done[name]:,} of {store.n_shards:,} shards" for name in sorted(n_done)]
     return lines or [f"no site in {out}"]
 
 

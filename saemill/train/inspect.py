@@ -10,22 +10,20 @@ from saemill.common.records import File
 from saemill.common.runs import ANEW, CHECKPOINT, CHECKPOINTS, CONFIG, FINISHED, HALVING, METRICS
 from saemill.train import checkpoint
 
-ASSESSMENT = "final_assessment.json"
 SAME = "The same `saemill train` writes it again."
 
 
 def problems(run: Path) -> list[str]:
     """Each bad file of a run, finished or not, with what repairs it.
 
-    Files of other tools (wandb's, TensorBoard's, a profile) are not looked at, nor are the report and the
-    tables beside it.
+    Files of other tools (wandb's, TensorBoard's, a profile) are not looked at, nor is the assessment, which
+    answers for itself.
 
     Args:
         run: its folder.
     """
     found = settings_problems(run)
     found += _finished(run) if runs.is_finished(run) else _unfinished(run)
-    found += _assessment(run / ASSESSMENT)
     return list(dict.fromkeys(found))
 
 
@@ -49,7 +47,7 @@ def _finished(run: Path) -> list[str]:
         record = runs.finished(run)
     except StoreError as error:
         return [str(error)]
-    found = [f"{told}. {ANEW}" for file in record.files if (told := file.problem(run))]
+    found = [f"{line}. {ANEW}" for line in records.problems(run, record.files)]
     for name, cfg in record.cfgs.items():
         found += _sae(run / name, cfg, run / FINISHED)
     return found
@@ -92,21 +90,6 @@ def _log(path: Path, kept: File) -> list[str]:
         f"{path} is damaged: its lines up to the checkpoint differ from their hash. Move it away; the same "
         "`saemill train` goes on without it."
     ]
-
-
-def _assessment(path: Path) -> list[str]:
-    """What an assessment says of itself."""
-    repair = "`saemill assess` writes it again."
-    try:
-        found = durable.read_json(path, repair) if path.exists() else {}
-    except StoreError as error:
-        return [str(error)]
-    if not isinstance(found, dict):
-        return [f"{path} is damaged: it holds no fields. {repair}"]
-    fields = {key: value for key, value in found.items() if key != records.CHECKSUM}
-    if records.CHECKSUM in found and found[records.CHECKSUM] != durable.hash_json(fields):
-        return [f"{path} is damaged: its content differs from its checksum. {repair}"]
-    return []
 
 
 def _told(check: partial[None]) -> list[str]:

@@ -332,7 +332,7 @@ def _print_plan(config: TrainConfig, trainer: Trainer, spread: Spread, store: Ac
         f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {spread.describe()}; products in "
         f"{str(bank.dtype).removeprefix('torch.')} by {bank.kernels}; {n_steps:,} steps, {n_tokens:,} "
         f"{unit}s ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
-        f"{bank.dead_after_tokens:,} {unit}s; {store.text.manifest['n_held_out_rows']:,} {store.text.row}s "
+        f"{bank.dead_after_tokens:,} {unit}s; {store.text.manifest.n_held_out_rows:,} {store.text.row}s "
         "held out"
     )
     for array in map(store.site, trainer.loader.sites):
