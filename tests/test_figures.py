@@ -1,5 +1,6 @@
 """Figures at any scale, and those that cannot be computed: null with the reason, the verdict unknown."""
 
+import html
 import json
 import math
 import subprocess
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipeline import Pipeline
 from stores import make_store
 from test_assess import ALONE, D, evalset, held_out, random_sae, reconstruct
 
@@ -25,7 +28,7 @@ from saemill.assess.splicing import Splicing, _kl
 from saemill.assess.spread import Spread
 from saemill.assess.sums import N_DRAWS, Bootstrap, DocumentSums, Ratio, Split
 from saemill.assess.verdict import Thresholds, checks, summary
-from saemill.common import durable
+from saemill.common import durable, records
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.statistics import Statistics
 from saemill.embeddings.run import ImportConfig
@@ -348,8 +351,11 @@ def test_one_passage_has_no_fvu(tmp_path: Path) -> None:
         assert word not in page.lower()
 
 
-def test_what_the_store_lost_and_long_rows_are_noted(tmp_path: Path) -> None:
-    """Oracle: the planted dimension and rows; the cure of the message, followed, helps."""
+def test_what_the_store_lost_and_long_rows_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the planted dimension and rows, told by the import, the plan, the assessment and its page; the
+    cure of the message, followed, helps."""
     x = matrix()
     x[:, 3] += 1000
     x[::40] *= 100
@@ -365,11 +371,40 @@ def test_what_the_store_lost_and_long_rows_are_noted(tmp_path: Path) -> None:
         f"embedding: {place['n_far']} of {found['data']['n_tokens']} passages are more than 10"
     )
     assert "of the squared error; its FVU without them is" in far
+    said = capsys.readouterr().out.splitlines()
+    told = [line for line in said if line.startswith("embedding: bf16 cannot hold 1 dimension of 8 (3)")]
+    assert len(told) == 3  # by the import, the plan, below the table
+    assert sum("of the passages are more than 10 times as far" in line for line in said) == 2
     page = (tmp_path / "run" / "report.html").read_text()
-    assert unheld in page
+    assert html.escape(unheld) in page
     (tmp_path / "again").mkdir()
     again = assess(AssessConfig(run=trained(tmp_path / "again", x, dtype="fp32"), device="cpu"))
     assert again["data"]["sites"]["embedding"]["unheld"] == []
+
+
+def test_a_bidirectional_model_with_a_causal_head_has_no_losses(
+    tmp_path: Path, tokenizer_folder: str, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: BERT attends to both sides, though its class is called BertLMHeadModel; a planted dimension
+    that the cache's bf16 loses."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=8192, max_position_embeddings=64, **shape)
+    model = transformers.BertLMHeadModel(config)
+    model.bert.encoder.layer[0].output.LayerNorm.bias.data[3] = 1000
+    model.save_pretrained(tmp_path / "model")
+    made = Pipeline(tmp_path, str(tmp_path / "model"), tokenizer_folder, corpus, "encoder.layer.0")
+    cached = next(line for line in capsys.readouterr().out.splitlines() if "cannot hold" in line)
+    assert cached.startswith("encoder.layer.0: bf16 cannot hold 1 dimension of 32 (3)")
+    found = assess(AssessConfig(run=made.out, device="cpu", model_tokens=2000, n_latents=0))
+    metrics = found["variants"][0]["metrics"]
+    assert metrics["kl"]["value"] > 0
+    for name in ("delta_ce", "loss_recovered", "ce_clean", "ce_zero"):
+        assert metrics[name]["value"] is None
+        assert metrics[name]["reason"].endswith("so it has no next-token loss")
+    assert found["best_on_other_documents"]["chosen_by"] == "fvu"
+    assert found["variants"][0]["checks"][0]["passed"] is None
+    assert found["data"]["n_tokens_with_losses"] > 0
 
 
 # Its files
@@ -488,8 +523,6 @@ def test_a_mutated_assessment_is_refused_in_words(small: Path, tmp_path: Path) -
     values = json.loads(raw)
     values["variants"][0]["metrics"]["fvu"]["value"] = None
     del values["checksum"]
-    from saemill.common import records
-
     (tmp_path / record.FILE).write_text(json.dumps(records.sealed(values)))
     with pytest.raises(StoreError, match="a figure that is null needs a reason"):
         record.read(tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from assessments import write_assessment
 from typer.testing import CliRunner, Result
 
 from saemill import cli
@@ -113,8 +114,7 @@ def test_show_tells_a_run(tmp_path: Path) -> None:
     durable.write_json(tmp_path / "finished.json", finished)
     head = f"run {tmp_path}: 2 SAEs, 4,096 tokens in 1,000 steps, 7 s\n"
     assert saemill("show", tmp_path).stdout == f"{head}  a  not assessed\n  b  diverged at step 12\n"
-    variants = [{"name": "a", "verdict": "good"}]
-    durable.write_json(tmp_path / "final_assessment.json", {"variants": variants})
+    write_assessment(tmp_path, {"a": "good"})
     assert saemill("show", tmp_path).stdout == f"{head}  a  good\n  b  diverged at step 12\n"
 
 

@@ -124,7 +124,18 @@ def _variants(
         [f"`{entry['name']}`", *shapes[entry["name"]], *_figures(entry["metrics"], columns), entry["verdict"]]
         for entry in entries
     ]
-    return rows([[*head, *columns.values(), "verdict"], *lines])
+    return "\n\n".join([rows([[*head, *columns.values(), "verdict"], *lines]), *_reasons(entries, columns)])
+
+
+def _reasons(entries: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
+    """Why figures of the table are missing."""
+    told = dict.fromkeys(
+        f"{title}: {entry['metrics'][name]['reason']}."
+        for entry in entries
+        for name, title in columns.items()
+        if entry["metrics"][name]["value"] is None and not entry["not_measured"]
+    )
+    return [f"No {line}" for line in told]
 
 
 def _state(name: str, finished: Mapping[str, Any]) -> str:
@@ -144,14 +155,14 @@ def _how_measured(assessment: Mapping[str, Any]) -> list[str]:
     data, limits = assessment["data"], assessment["thresholds"]
     with_losses, unit = data["n_tokens_with_losses"], data["unit"]
     return [
-        f"Measured on {data['n_tokens']:,} {unit}s of {counted(data['n_documents'], 'document')}: "
+        f"Measured on {data['n_tokens']:,} {unit}s of {counted(data['n_documents'], data['document'])}: "
         f"{data['chosen']}. "
         + (
             f"Losses on {with_losses:,} of them. "
             if with_losses
             else "The model's losses were not measured. "
         )
-        + "In brackets 95% intervals over documents.",
+        + f"In brackets 95% intervals over {data['document']}s.",
         "FVU is the share of variance that is not reconstructed; ΔCE what splicing the SAE into the model "
         "costs it; loss recovered compares that with zeros in place of the activations; dead are latents "
         f"active on fewer than {data['dead_percentage_threshold']:.2%} of the {unit}s. The verdict counts "
