@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import zarr
 
+from saemill.cache import names
 from saemill.cache.claims import Worker, holds_only_claims
 from saemill.cache.fill import Filling
 from saemill.cache.writer import DTYPES, ZARR_LITTER, SiteWriter
@@ -160,13 +161,17 @@ def _complete(
                     writer.withdraw(damaged[writer.site.name])
             _say_what_is_there(store, damaged)
             n_missing += sum(map(len, damaged.values()))
-            model = model or LanguageModel(
-                config.model,
-                revision=config.revision,
-                dtype=getattr(torch, store.settings["model_dtype"]),
-                device=device,
-                in_8bit=bool(store.settings.get("load_in_8bit")),
-            )
+            if model is None:
+                model = LanguageModel(
+                    config.model,
+                    revision=config.revision,
+                    dtype=getattr(torch, store.settings["model_dtype"]),
+                    device=device,
+                    in_8bit=bool(store.settings.get("load_in_8bit")),
+                )
+                ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype("int64"))
+                for told in names.warnings(model, [writer.site.name for writer in writers], ids_RS):
+                    say(f"warning: {told}")
             filling = Filling(store, writers, model, worker, world, config.batch_size)
             filling.run()
             n_written += filling.n_written
