@@ -130,6 +130,7 @@ def run(config: CacheConfig) -> ActivationStore:
         sites = sites_of(config, model_config)
         identity = _identity(config, tokens, there, n_rows, device)
         check_8bit(bool(identity["load_in_8bit"]), device)
+        _check_mask(tokens, settings.build(MaskConfig, identity["mask"], "mask"), n_rows)
         plan = _plan(config, identity, tokens.ctx_len, sites)
         settings.check_same(there or identity, identity, config.out)
         with Worker(config.out / CLAIMS, stop) as worker:
@@ -278,6 +279,18 @@ def _identity(
         "model_fingerprint": fingerprint_model(config.model, config.revision),
         "mask": mask or there.get("mask") or settings.plain(MaskConfig()),
     }
+
+
+def _check_mask(tokens: TokenStore, mask: MaskConfig, n_rows: int) -> None:
+    """Refuse a mask that leaves nothing to train on, before the model is run."""
+    for row in range(0, n_rows, 1024):
+        end = min(row + 1024, n_rows)
+        if tokens.keep(row, end, mask)[~tokens.held_out_R[row:end]].any():
+            return
+    raise ConfigError(
+        "the mask and the held-out rows leave no position of these tokens to train on; lower "
+        "mask.first_positions, or mask fewer ids"
+    )
 
 
 def _plan(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites: list[Site]) -> str:
