@@ -17,8 +17,10 @@ endif
 BIN := $(VENV)/bin
 # Processes that share out the test files; each takes up to 2 GiB.
 WORKERS ?= 2
+PYTEST = SAEMILL_PEERS=$(abspath $(VENV)-peers) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	-n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test tutorial bench bench-pipeline bench-others clean
+.PHONY: demo test coverage tutorial bench bench-pipeline bench-others clean
 
 demo: $(VENV)/ready
 	$(BIN)/saemill demo -o demo-run
@@ -27,7 +29,11 @@ test: $(VENV)/ready $(VENV)-peers/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	SAEMILL_PEERS=$(abspath $(VENV)-peers) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered -n $(WORKERS) --dist loadfile
+	$(PYTEST)
+
+# What the tests run of saemill, line by line: apart, since tracing makes the tests half as long again.
+coverage: $(VENV)/ready $(VENV)-peers/ready
+	$(PYTEST) --cov --cov-report=term:skip-covered
 
 # docs/tutorial.ipynb run anew, with its outputs.
 tutorial: $(VENV)/ready

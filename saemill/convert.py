@@ -1,8 +1,11 @@
 """`saemill export` and `saemill import`: SAEs to and from other tools."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from saemill.common import formats
+from saemill.common import durable, formats
 from saemill.common.errors import ConfigError
 from saemill.common.formats.hooks import Hook, hook_of, site_of
 from saemill.common.log import say
@@ -20,8 +23,9 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
         model: hub id or folder of the model, if not where it was cached from.
 
     Raises:
-        StoreError: no SAE there.
+        StoreError: no SAE there, or a damaged one.
         ConfigError: an unknown format, an output in use, or a model that cannot be found.
+        DiskError: the disk is full, or the folder may not be written to.
     """
     _check_new(out)
     sae = Sae.load(path)
@@ -29,7 +33,8 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
     if model:
         told |= {"model": model, "revision": None}
     hook = _hook(told.get("site"), told.get("model"), told.get("revision")) if name != "sparsify" else None
-    formats.save(sae, name, out, hook)
+    with _new(out) as partial:
+        formats.save(sae, name, partial, hook)
     say(
         f"{out}: {name}, k {sae.config.k}, {sae.config.num_latents:,} latents"
         + (f", {hook.name}" if hook else "")
@@ -62,7 +67,8 @@ def import_(path: Path | str, out: Path, model: str | None = None) -> None:
         model: hub id or folder of the model; its config tells which site the SAE's hook is.
 
     Raises:
-        StoreError: no SAE there.
+        StoreError: no SAE there, or a damaged one.
+        DiskError: the disk is full, or the folder may not be written to.
         ConfigError: the SAE cannot be represented, an output in use, or a hook that is no site of the model.
     """
     _check_new(out)
@@ -72,7 +78,8 @@ def import_(path: Path | str, out: Path, model: str | None = None) -> None:
         told |= {"model": model}
         if hook_name := told.get("hook_name"):
             told["site"] = _site(hook_name, model)
-    sae.save(out)
+    with _new(out) as partial:
+        sae.save(partial)
     where = told.get("site") or told.get("hook_name") or "a site that its files do not tell"
     say(f"{out}: k {sae.config.k}, {sae.config.num_latents:,} latents, {where}")
 
@@ -88,5 +95,24 @@ def _site(hook_name: str, model: str) -> str:
 
 
 def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Refuse an output that holds anything but what a crash left of a file."""
+    if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(out.glob(durable.PARTIAL))):
         raise ConfigError(f"the output must be a new or an empty folder, got {out}; name another")
+
+
+@contextmanager
+def _new(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write to, which takes its place when the block ends well.
+
+    A crash leaves the folder beside it, which the next call with the same `out` empties.
+    """
+    out = out.resolve()
+    partial = out.with_name(f".{out.name}.partial")
+    with durable.writing(out), durable.exclusive(partial):
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield partial
+        for left in out.glob(durable.PARTIAL):
+            left.unlink()
+        partial.replace(out)
+        durable.sync_folder(out.parent)

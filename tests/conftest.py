@@ -26,6 +26,16 @@ def random_texts(n: int, seed: int = 0, words: int = 60) -> list[str]:
     return [f"{i}. " + " ".join(generator.choices(WORDS, k=generator.randint(5, words))) for i in range(n)]
 
 
+LONGEST = ("spread", "kernels", "assess_processes", "claims", "slurm", "train", "cache", "halving", "formats",
+           "wandb", "tutorial", "run", "assess", "tokenize", "compiled")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no worker is left alone with one at the end."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Sums in the same order on both sides of a comparison; and small products gain nothing from threads."""

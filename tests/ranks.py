@@ -1,7 +1,7 @@
 """One process of several that train banks as a team; the first writes what came out.
 
-Started by test_spread.py: `python tests/ranks.py DATA_RANKS LATENT_RANKS OUT KERNELS`, once per process or
-alone; KERNELS (torch, numba or triton, in its interpreter) make the steps.
+Started by test_spread.py: `python tests/ranks.py DATA_RANKS LATENT_RANKS OUT KERNELS…`, once per process or
+alone; each of KERNELS (torch, numba, triton in its interpreter) makes the steps in turn.
 """
 
 import os
@@ -65,14 +65,16 @@ def train(variant: Variant, team: Team, kernels: str) -> dict[str, Any]:
     }
 
 
-def main(data_ranks: int, latent_ranks: int, out: Path, kernels: str) -> None:
+def main(data_ranks: int, latent_ranks: int, out: Path, *every: str) -> None:
     world = World.here()
     with world.connected(torch.device("cpu")) as everyone:
         spread = choose([BASE], {"a": D}, everyone.size, data_ranks, latent_ranks)
         team = spread.team_of(everyone)
-        kinds = OF_TRITON if kernels == "triton" else KINDS
-        found = {name: train(KINDS[name], team, kernels) for name in kinds}
-        check_alike(everyone, found)
+        found = {}
+        for kernels in every:
+            kinds = OF_TRITON if kernels == "triton" else KINDS
+            found[kernels] = {name: train(KINDS[name], team, kernels) for name in kinds}
+            check_alike(everyone, found[kernels])
         if everyone.rank == 0:
             torch.save(found, out)
 
@@ -88,4 +90,4 @@ def check_alike(everyone: Group, found: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])

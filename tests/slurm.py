@@ -10,14 +10,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from waiting import wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 CONF = """
 ClusterName=test
+FirstJobId={first}
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
@@ -64,13 +66,15 @@ def cluster(folder: Path) -> Iterator[Path]:
         (folder / name).mkdir()
     host = socket.gethostname().split(".")[0]
     conf = folder / "slurm.conf"
-    conf.write_text(CONF.format(host=host, folder=folder, ctld_port=_free_port(), d_port=_free_port()))
+    # Processes of a job meet at a port that follows from its id: not at that of another cluster here.
+    ports = {"ctld_port": _free_port(), "d_port": _free_port()}
+    conf.write_text(CONF.format(host=host, folder=folder, first=os.getpid() % 300 + 1, **ports))
     with _munge(folder / "munge"):
         environment = os.environ | {"SLURM_CONF": str(conf)}
         try:
             for daemon in ("slurmctld", "slurmd"):
                 subprocess.run([daemon, "-f", str(conf)], check=True, env=environment)
-            wait_for(lambda: "idle\n" in _output(["sinfo", "-h", "-o", "%T"], environment), 30, "the node")
+            wait_until(lambda: "idle\n" in _output(["sinfo", "-h", "-o", "%T"], environment))
             yield conf
         finally:
             subprocess.run(["scancel", "-u", "root"], env=environment)
@@ -96,19 +100,6 @@ def _munge(folder: Path) -> Iterator[None]:
         _stop(folder / "pid")
 
 
-def wait_for(happened: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait until something has happened.
-
-    Raises:
-        TimeoutError: it did not.
-    """
-    end = time.monotonic() + seconds
-    while not happened():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what} took more than {seconds} s")
-        time.sleep(0.1)
-
-
 def _output(command: list[str], environment: dict[str, str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, env=environment).stdout
 
@@ -125,7 +116,7 @@ def _stop(pid_file: Path) -> None:
         return
     pid = int(pid_file.read_text())
     os.kill(pid, signal.SIGTERM)
-    wait_for(lambda: not Path(f"/proc/{pid}").exists(), 20, pid_file.name)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 if __name__ == "__main__":

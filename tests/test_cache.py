@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
+from waiting import wait_until
 
 from saemill.cache import run as cache_run
 from saemill.cache.run import CacheConfig
@@ -541,11 +541,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tokens: TokenStore, neox: str, t
 def kill_at(command: list[str], out: Path, n_commits: int) -> int:
     """Run a command and kill it once so many shards are committed; how many there are then."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("*/commits/*.json"))) < n_commits or not out.exists():
-        assert process.poll() is None, "ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_until(lambda: out.exists() and len(list(out.glob("*/commits/*.json"))) >= n_commits, process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     return len(list(out.glob("*/commits/*.json")))

@@ -10,14 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_spread import ENVIRONMENT, finish, launch
-from test_train import config, files, killed_at, store, wait_for  # noqa: F401
+from test_train import config, files, killed_at, store  # noqa: F401
+from waiting import LIMIT_SECONDS, wait_until
 
 from saemill.common.activations import ActivationStore
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.runs import Stopped
 from saemill.common.sae import Sae
 from saemill.train.halving import Halving, window
 from saemill.train.run import run
 from saemill.train.variants import Variant
+
+RUN = "0123456789abcdef"
 
 
 def variants_of(ks: list[int]) -> list[Variant]:
@@ -26,25 +30,28 @@ def variants_of(ks: list[int]) -> list[Variant]:
 
 def test_the_worse_half_of_each_k_is_stopped(tmp_path: Path) -> None:
     """Oracle: by hand; of three two go on, one alone goes on, a diverged one is the worst."""
-    halving = Halving(tmp_path / "halving.json", variants_of([4, 4, 4, 8, 16, 16]), 1000, 2, "fvu")
+    halving = Halving(tmp_path, RUN, variants_of([4, 4, 4, 8, 16, 16]), 1000, 2, "fvu")
     assert halving.ends == [250, 500, 1000]
     scores = {"v0": 0.3, "v1": 0.1, "v2": 0.2, "v3": 9.0, "v4": None, "v5": 0.5}
     losers = halving.choose(scores)
-    assert losers == {"v0": {"value": 0.3, "best": 0.1}, "v4": {"value": None, "best": 0.5}}
-    halving.stop(250, losers)
+    assert losers == {"v0": (0.3, 0.1), "v4": (None, 0.5)}
+    halving.stop(250, losers, dict.fromkeys(losers, RUN))
     assert [v.name for v in halving.alive] == ["v1", "v2", "v3", "v5"]
-    again = Halving(halving.path, halving.variants, 1000, 2, "fvu")
+    again = Halving(tmp_path, RUN, halving.variants, 1000, 2, "fvu")
     again.past = again.read()
     assert again.ends == [500, 1000]
-    assert again.stopped["v0"] == {"step": 250, "metric": "fvu", "value": 0.3, "best": 0.1}
-    assert again.choose({"v1": 0.1, "v2": 0.1, "v3": 1.0, "v5": 1.0}) == {"v2": {"value": 0.1, "best": 0.1}}
+    assert again.stopped["v0"] == Stopped(step=250, metric="fvu", value=0.3, best=0.1)
+    assert again.choose({"v1": 0.1, "v2": 0.1, "v3": 1.0, "v5": 1.0}) == {"v2": (0.1, 0.1)}
+    other = Halving(tmp_path, RUN, halving.variants, 2000, 2, "fvu")
+    with pytest.raises(StoreError, match=r"halving.json does not fit the run's settings. .* --no-resume"):
+        other.read()
 
 
 @given(st.lists(st.integers(1, 3), min_size=2, max_size=20), st.data())
 def test_every_group_keeps_its_best_and_loses_its_worst(ks: list[int], data: st.DataObject) -> None:
     """Oracle: numbers kept are ceil(n / 2), and none that was stopped is better than one that was kept."""
     variants = variants_of(ks)
-    halving = Halving(Path("none"), variants, 1000, 0, "fvu")
+    halving = Halving(Path("none"), RUN, variants, 1000, 0, "fvu")
     scores = {v.name: data.draw(st.floats(0, 1)) for v in variants}
     losers: dict[str, Any] = halving.choose(scores)
     for k in set(ks):
@@ -103,9 +110,9 @@ def test_a_run_with_idle_processes_is_resumed(store: ActivationStore, tmp_path: 
     out = tmp_path / "three"
     subprocess.run([sys.executable, *command, "-o", str(tmp_path / "one")], check=True, env=ENVIRONMENT)
     process = launch(3, *command, "-o", str(out))
-    wait_for((out / "halving.json").exists, process)
+    wait_until((out / "halving.json").exists, process)
     process.terminate()
-    process.communicate(timeout=120)
+    process.communicate(timeout=LIMIT_SECONDS)
     assert not (out / "finished.json").exists()
     finish(launch(3, *command, "-o", str(out)))
     assert files(out) == files(tmp_path / "one")

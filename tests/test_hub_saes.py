@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 from hub import READER, WRITER, Hub
+from safetensors.torch import load_file, save_file
 from test_sae import make_sae
 from typer.testing import CliRunner
 
@@ -82,6 +83,7 @@ def test_saes_of_other_tools_are_loaded_and_imported(hub: Hub, tmp_path: Path) -
     (tmp_path / "repo" / "sparsify" / "config.json").write_text(json.dumps({"model": "owner/model"}))
     cfg = tmp_path / "repo" / "sparsify" / "layers.2" / "cfg.json"
     cfg.write_text(json.dumps({key: v for key, v in json.loads(cfg.read_text()).items() if key != "saemill"}))
+    save_file(load_file(cfg.with_name("sae.safetensors")), cfg.with_name("sae.safetensors"))
     hub.put_folder("user/theirs", tmp_path / "repo")
     for name in formats.NAMES:
         address = f"hf://user/theirs/{name}/layers.2"

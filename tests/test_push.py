@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 from saemill import ActivationStore, Sae, TokenStore, cli
 from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
-from saemill.common import durable
+from saemill.common import durable, records, runs
 from saemill.common.errors import ConfigError, StoreError
+from saemill.common.formats import seal
 from saemill.hub.names import Names
 
 VARIANTS = ["layers.1-k2-f128-s0-lr0.003", "layers.1-k16-f128-s0-lr0.003"]
@@ -206,6 +207,7 @@ def test_the_card_tells_every_variant_with_its_figures(made: Pipeline, hub: Hub)
 def test_hub_ids_become_metadata_of_the_card(made: Pipeline, hub: Hub, tmp_path: Path) -> None:
     """Oracle: the ids, as the hub's metadata names them."""
     run = shutil.copytree(made.out, tmp_path / "run")
+    cfgs = {}
     for name in VARIANTS:
         cfg = durable.read_json(run / name / "cfg.json")
         cfg["saemill"] |= {
@@ -213,7 +215,9 @@ def test_hub_ids_become_metadata_of_the_card(made: Pipeline, hub: Hub, tmp_path:
             "dataset": "monology/pile",
             "revision": "step3000",
         }
-        durable.write_json(run / name / "cfg.json", cfg)
+        durable.write_json(run / name / "cfg.json", seal.sealed_again(cfg))
+        cfgs[name] = seal.checksum(run / name)
+    records.write(run / "finished.json", runs.finished(run).model_copy(update={"cfgs": cfgs}))
     call("push", run, "user/saes")
     card = hub.files("user/saes")["README.md"]
     assert metadata(card)["base_model"] == "EleutherAI/pythia-160m"
@@ -254,8 +258,8 @@ def test_a_run_that_was_not_assessed_says_so(made: Pipeline, tmp_path: Path) -> 
     assert "**Not assessed.**" in told
     assert "report.html" not in told
     assert [line for line in told.splitlines() if line.endswith("| trained to the end |")]
-    finished = durable.read_json(run / "finished.json")
-    durable.write_json(run / "finished.json", finished | {"diverged": {VARIANTS[0]: 7}})
+    diverged = runs.finished(run).model_copy(update={"diverged": {VARIANTS[0]: 7}})
+    records.write(run / "finished.json", diverged)
     told = call("push", run, "user/saes", "--dry-run")
     assert [line for line in told.splitlines() if line.endswith("| diverged at step 7 |")]
     assert f'Sae.load("hf://user/saes/{VARIANTS[1]}")' in told

@@ -361,7 +361,7 @@ def test_several_processes(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for launcher, folder in (([], "one"), (torchrun, "two")):
         command = [sys.executable, *launcher, *arguments, "--save-dir", folder]
-        subprocess.run(command, check=True, env=environment, timeout=300)
+        subprocess.run(command, check=True, env=environment)
     names = json.loads(Path("one/runs/a/finished.json").read_text())["variants"]
     assert len(names) == 2
     for name in names:

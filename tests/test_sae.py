@@ -1,5 +1,6 @@
 """An SAE's meaning and its files."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from saemill import Sae, SaeConfig
 from saemill.common.errors import ConfigError, StoreError
+from saemill.common.formats.seal import sealed_again
 
 
 def make_sae(d: int = 12, f: int = 40, k: int = 5) -> Sae:
@@ -48,7 +50,11 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         Sae.load(tmp_path)
     make_sae().save(tmp_path)
     make_sae(f=41).save(tmp_path / "other")
+    own = (tmp_path / "cfg.json").read_text()
     (tmp_path / "cfg.json").write_text((tmp_path / "other" / "cfg.json").read_text())
+    with pytest.raises(StoreError, match=r"sae.safetensors is damaged: .* bytes, expected"):
+        Sae.load(tmp_path)
+    (tmp_path / "cfg.json").write_text(json.dumps(sealed_again(json.loads(own) | {"num_latents": 41})))
     with pytest.raises(StoreError, match="must be"):
         Sae.load(tmp_path)
     with pytest.raises(ConfigError, match="k must be"):

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from slurm import cluster, wait_for, why_not
+from slurm import cluster, why_not
 from typer.testing import CliRunner
+from waiting import wait_until
 
 import saemill
 from saemill import cli
@@ -235,11 +235,11 @@ def jobs(run: str = "run") -> dict[str, states.Job]:
     return {job.id: job for job in submitted(Path(f"{run}.jobs"))}
 
 
-def ended(run: str = "run", seconds: float = 120) -> dict[str, str]:
+def ended(run: str = "run") -> dict[str, str]:
     """Wait for all jobs of a run; state by stage, or by task of an array of several."""
     try:
-        wait_for(lambda: not any(job.alive for job in jobs(run).values()), seconds, "the jobs")
-    except TimeoutError:
+        wait_until(lambda: not any(job.alive for job in jobs(run).values()))
+    except AssertionError:
         print(call("status", run), *(log.read_text() for log in Path(f"{run}.jobs").glob("*.log")))
         raise
     return {job.stage + job.id.partition("_")[2]: job.phrase for job in jobs(run).values()}
@@ -253,7 +253,7 @@ def step_of(run: Path) -> int:
 
 def running(stage: str) -> str:
     """The id of a stage's job, once it runs."""
-    wait_for(lambda: any(j.state == "RUNNING" and j.stage == stage for j in jobs().values()), 120, stage)
+    wait_until(lambda: any(j.state == "RUNNING" and j.stage == stage for j in jobs().values()))
     return next(job.id for job in jobs().values() if job.stage == stage)
 
 
@@ -290,7 +290,7 @@ def test_a_pipeline_told_to_save_in_the_middle_finishes(slurm: None, here: Path,
     ]
     assert "tokenize" in call("status", "run")
     job = running("train")
-    wait_for(lambda: step_of(here / "run") >= 50, 60, "training")
+    wait_until(lambda: step_of(here / "run") >= 50)
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
     assert set(ended().values()) == {"COMPLETED"}
     log = jobs()[job].log.read_text()
@@ -315,7 +315,7 @@ def test_a_requeued_job_goes_on(slurm: None, here: Path, uninterrupted: Path) ->
     acts = {"acts": str(uninterrupted / "acts")}
     call("submit", config(here, tokenize=None, cache=None, train=acts))
     job = running("train")
-    wait_for(lambda: step_of(here / "run") >= 50, 60, "training")
+    wait_until(lambda: step_of(here / "run") >= 50)
     subprocess.run(["scontrol", "requeue", job], check=True)
     assert ended() == {"train": "COMPLETED", "assess": "COMPLETED"}
     log = jobs()[job].log.read_text()
@@ -370,13 +370,14 @@ def test_a_second_submission_and_a_cancelled_job(slurm: None, here: Path) -> Non
     (here / "fake.sh").write_text(FAKE.replace("*sleeps", "*"))
     file = config(here, train=None, assess=None, slurm={"python": "bash fake.sh"})
     call("submit", file)
-    wait_for((here / "starts").exists, 30, "the start")
+    wait_until((here / "starts").exists)
     ids = list(jobs("acts"))
     with pytest.raises(StoreError, match=f"{ids[0]} .tokenize, RUNNING.*scancel {ids[0]} {ids[1][:-2]}$"):
         call("submit", file)
     subprocess.run(["scancel", *ids], check=True)
     ended("acts")
-    time.sleep(1)
+    # A script that saved when it was told to end is still in hand.
+    wait_until(lambda: not subprocess.check_output(["squeue", "-h", "-t", "COMPLETING"]))
     assert {job.state for job in jobs("acts").values()} == {"CANCELLED"}
     call("submit", file)
     assert not set(ids) & set(jobs("acts"))
@@ -407,7 +408,7 @@ def test_the_world_under_srun(slurm: None, tmp_path: Path) -> None:
     wrapped = f"{command}; srun -n 2 {command} | sort"
     log = tmp_path / "log"
     subprocess.run(["sbatch", "-n", "2", "-o", log, "--wrap", f"{wrapped}; echo end"], check=True)
-    wait_for(lambda: log.exists() and log.read_text().endswith("end\n"), 90, "the job")
+    wait_until(lambda: log.exists() and log.read_text().endswith("end\n"))
     assert log.read_text().splitlines()[:-1] == ["0 1 0 1 1", "0 2 0 2 3", "1 2 1 2 3"]
 
 

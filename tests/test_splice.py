@@ -229,8 +229,8 @@ def test_generating_with_a_cache_and_without_is_the_same(kind: str, models: dict
 
 def test_gradients_are_those_of_dense_codes(models: dict[str, Any]) -> None:
     """Oracle: autograd through the dense formula, the latents a variable of their own; the embeddings'
-    gradient is that of the whole function, x included."""
-    model, sae = models["neox"], make_sae()
+    gradient is that of the whole function, x included; the SAE's weights have one where it is asked for."""
+    model, sae = models["neox"], make_sae().requires_grad_()
     embeddings = model.base_model.embed_in.weight
 
     def metric() -> Tensor:
@@ -255,6 +255,20 @@ def test_gradients_are_those_of_dense_codes(models: dict[str, Any]) -> None:
         whole = torch.autograd.grad(metric(), embeddings)
     torch.testing.assert_close(whole, torch.autograd.grad(metric(), embeddings), rtol=1e-4, atol=1e-5)
     assert watched.top_acts.requires_grad
+
+
+def test_the_latents_have_a_gradient_where_no_weight_asks_for_one(models: dict[str, Any]) -> None:
+    """Oracle: the gradient where the model's weights ask for theirs."""
+    model, sae = models["neox"], make_sae()
+    with splice(model, "layers.0", sae) as spliced:
+        expected = torch.autograd.grad(model(IDS).logits[:, -1, 5].sum(), spliced.top_acts)
+    model.requires_grad_(False)
+    try:
+        with splice(model, "layers.0", sae) as spliced:
+            found = torch.autograd.grad(model(IDS).logits[:, -1, 5].sum(), spliced.top_acts)
+    finally:
+        model.requires_grad_(True)
+    torch.testing.assert_close(found, expected)
 
 
 def test_splices_at_several_sites_and_at_one(models: dict[str, Any]) -> None:

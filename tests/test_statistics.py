@@ -56,6 +56,8 @@ def test_planted_dimensions_are_named_and_no_others(dtype: torch.dtype) -> None:
     assert told is not None
     assert "3 dimensions of 12 (2, 5, 7)" in told
     assert "(up to 100%)" in told
+    assert "or some are constant" in told
+    assert unheld(statistics_of(stored_TD[:1]), dtype) == []
 
 
 def test_what_is_held_is_not_told() -> None:

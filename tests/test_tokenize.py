@@ -10,7 +10,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ import xxhash
 import yaml
 from conftest import WORDS, random_texts
 from typer.testing import CliRunner
+from waiting import wait_until
 
 import saemill.tokenize.run as stage
 from saemill.cli import app
@@ -939,14 +939,6 @@ stage.run(stage.TokenizeConfig(**settings))
 """
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Wait until something is so, a minute at most."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("first", ["ends", "is killed"])
 def test_a_second_process_waits_for_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folder: str, first: str
@@ -960,17 +952,17 @@ def test_a_second_process_waits_for_the_first(
     arguments = [sys.executable, "-c", FIRST_OF_TWO, str(file), tokenizer_folder, str(out), str(go)]
     with subprocess.Popen(arguments, env=os.environ | {"HF_HOME": str(tmp_path / "hf")}) as process:
         written = tmp_path / "out.partial" / "tokens" / "c" / "1" / "0"
-        until(written.exists)
+        wait_until(written.exists)
         with ThreadPoolExecutor(1) as pool:
             if first == "ends":
                 monkeypatch.setattr(stage, "_write", lambda *_: pytest.fail("wrote as well"))
             second = pool.submit(tokenize, file, out, tokenizer_folder)
             try:
-                until(lambda: said or second.done())
+                wait_until(lambda: said or second.done())
                 assert written.exists()
                 assert not second.done()
                 go.touch() if first == "ends" else process.kill()
-                store = second.result(60)
+                store = second.result()
             finally:
                 process.kill()
     assert said == [f"another process is writing to {out}.partial; waiting for it"]

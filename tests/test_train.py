@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from stores import make_store
+from waiting import wait_until
 
+from saemill.common import records
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae import Sae
+from saemill.train.checkpoint import Checkpoint
 from saemill.train.config import TrainConfig
 from saemill.train.profile import PROFILED_STEPS
 from saemill.train.run import run
@@ -129,24 +131,15 @@ def command(store: ActivationStore, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError("waited too long")
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
 def test_signals(store: ActivationStore, tmp_path: Path, number: signal.Signals, code: int) -> None:
     """Oracle: an uninterrupted run by the same command; SIGTERM saves and exits with 75."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     subprocess.run(command(store, whole), check=True, capture_output=True)
     process = subprocess.Popen(command(store, out), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(lambda: (out / "checkpoint.json").exists(), process)
+    wait_until(lambda: (out / "checkpoint.json").exists(), process)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate()
     assert process.returncode == code, stderr
     assert not (out / "finished.json").exists()
     if number == signal.SIGTERM:
@@ -297,7 +290,15 @@ def test_a_checkpoint_of_other_shapes_is_told(
     state = torch.load(file, weights_only=True)
     state["rows"][0] = state["rows"][0][:, :1]
     torch.save(state, file)
-    with pytest.raises(StoreError, match=r"by another version of saemill\. Start anew with --no-resume"):
+    record = records.read(tmp_path / "r" / "checkpoint.json", Checkpoint, "")
+    name = str(file.relative_to(tmp_path / "r" / record.folder))
+    now = records.File.of(tmp_path / "r" / record.folder, name)
+    parts = tuple(
+        part.model_copy(update={"bytes": now.bytes, "xxh3": now.xxh3}) if str(part.path) == name else part
+        for part in record.parts
+    )
+    records.write(tmp_path / "r" / "checkpoint.json", record.model_copy(update={"parts": parts}))
+    with pytest.raises(StoreError, match=r"by another version of saemill\. .* with --no-resume trains"):
         run(config(store, tmp_path / "r"))
 
 

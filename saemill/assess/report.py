@@ -211,7 +211,7 @@ def _contexts(features: dict[str, Any]) -> str:
 
 def _name(passage: dict[str, Any]) -> str:
     """A passage's id, or its number in the source."""
-    return f"row {passage['address']}" if passage["id"] is None else str(passage["id"])
+    return f"passage {passage['address']}" if passage["id"] is None else str(passage["id"])
 
 
 def _cells(context: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from saemill.assess.splicing import Splicing, check_mask_token
 from saemill.assess.sums import DocumentSums
 from saemill.assess.verdict import Thresholds
 from saemill.common import config as settings
-from saemill.common import durable, records
+from saemill.common import durable, records, runs
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import duration, say
@@ -135,7 +135,7 @@ class _Run:
     """Variants that diverged or were stopped early, and the reason: listed, not measured."""
     sites: dict[str, str]
     mask: MaskConfig
-    finished: dict[str, Any]
+    finished: runs.Finished
 
 
 def run(config: AssessConfig) -> dict[str, Any]:
@@ -222,17 +222,16 @@ def _check_without_model(config: AssessConfig) -> None:
 
 
 def _open(config: AssessConfig, device: torch.device) -> _Run:
-    try:
-        finished = durable.read_json(config.run / "finished.json")
-    except FileNotFoundError:
+    if not runs.is_finished(config.run):
         raise StoreError(
             f"{config.run} is no finished run (finished.json is missing); finish it with `saemill train`"
-        ) from None
-    path = config.acts or Path(finished["acts"])
+        )
+    finished = runs.finished(config.run)
+    path = config.acts or Path(finished.acts)
     if not path.exists():
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
     store = ActivationStore(path)
-    saes = {name: Sae.load(config.run / name, device) for name in finished["variants"]}
+    saes = {name: runs.sae(config.run, name, finished, device) for name in finished.variants}
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
             raise StoreError(f"{name} was not trained on {path}; name the right store with --acts")
@@ -244,18 +243,17 @@ def _open(config: AssessConfig, device: torch.device) -> _Run:
     may_be_shown = saes.values() if config.variant is None else [saes[config.variant]]
     features.check_latents(config.latents, [sae.config.num_latents for sae in may_be_shown])
     sites = {name: sae.config.provenance["site"] for name, sae in saes.items()}
-    mask = settings.build(MaskConfig, finished["mask"], "mask")
-    return _Run(store, saes, left_out, sites, mask, finished)
+    return _Run(store, saes, left_out, sites, finished.mask, finished)
 
 
-def _left_out(finished: dict[str, Any]) -> dict[str, str]:
+def _left_out(finished: runs.Finished) -> dict[str, str]:
     """Variants that are not worth measuring, and why."""
-    reasons = {name: f"diverged at step {step:,}" for name, step in finished["diverged"].items()}
-    for name, look in finished["stopped"].items():
-        value = "diverged" if look["value"] is None else f"{look['metric']} {look['value']:.4g}"
-        reasons[name] = f"stopped by halving at step {look['step']:,}: {value}"
-        if look["best"] is not None:
-            reasons[name] += f", the best {look['best']:.4g}"
+    reasons = {name: f"diverged at step {step:,}" for name, step in finished.diverged.items()}
+    for name, look in finished.stopped.items():
+        value = "diverged" if look.value is None else f"{look.metric} {look.value:.4g}"
+        reasons[name] = f"stopped by halving at step {look.step:,}: {value}"
+        if look.best is not None:
+            reasons[name] += f", the best {look.best:.4g}"
     return reasons
 
 
@@ -323,14 +321,14 @@ def _features(
     site, sae = opened.sites[shown], opened.saes[shown]
     chunks = evalset.context_chunks(config.context_tokens) if latents else ()
     text, unit = evalset.text, f"{evalset.text.unit}s"
+    among = f" of the cache, training {text.row}s included" if evalset.cached else " of the evaluation tokens"
     found = features.top_addresses(chunks, site, sae, latents, text, config.n_contexts, evalset.everyone)
     reader = features.PassageReader(text) if isinstance(text, PassageStore) else features.Reader(text)
     firing = reconstruction.firing[shown]
     return {
         "variant": shown,
         "unit": text.unit,
-        "searched": f"up to {config.context_tokens:,} {unit}"
-        + (" of the cache, training rows included" if evalset.cached else " of the evaluation tokens"),
+        "searched": f"up to {config.context_tokens:,} {unit}{among}",
         "latents": [
             {
                 "latent": latent,

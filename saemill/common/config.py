@@ -359,7 +359,12 @@ def check_folder(path: Path) -> None:
 
 def write_yaml(path: Path, section: str, values: Mapping[str, Any]) -> None:
     """Write one section so that `--config` reads it back."""
-    durable.write_bytes(path, [yaml.safe_dump({section: dict(values)}, sort_keys=False).encode()])
+    durable.write_bytes(path, [as_yaml(section, values)])
+
+
+def as_yaml(section: str, values: Mapping[str, Any]) -> bytes:
+    """The content of a YAML file with one section."""
+    return yaml.safe_dump({section: dict(values)}, sort_keys=False).encode()
 
 
 def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:

@@ -237,8 +237,15 @@ def hash_bytes(content: bytes | memoryview) -> str:
 
 
 def hash_json(value: Any) -> str:
-    """xxh3 of a value's JSON text with sorted keys: the fingerprint of settings."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
+    """xxh3 of a value's JSON text with sorted keys: the fingerprint of settings.
+
+    Raises:
+        StoreError: the value, which a file held, is nested too deeply.
+    """
+    try:
+        return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
+    except RecursionError:
+        raise StoreError("a file of JSON is damaged: it is nested too deeply") from None
 
 
 def hash_folder(folder: Path, names: Iterable[Path]) -> str:

@@ -59,6 +59,25 @@ class File(Record):
     bytes: Count
     xxh3: Hash
 
+    @classmethod
+    def of(cls, folder: Path, path: str) -> "File":
+        """What is to be said of a file as it is, named as below a folder."""
+        file = folder / path
+        return cls(path=path, bytes=file.stat().st_size, xxh3=durable.hash_file(file))
+
+    def problem(self, folder: Path) -> str | None:
+        """What is wrong with the file, by size and hash; None where it is as it was."""
+        file = folder / self.path
+        if not file.is_file():
+            return f"{file}: file is missing"
+        if (n_bytes := file.stat().st_size) != self.bytes:
+            return f"{file} is damaged: {n_bytes:,} bytes, expected {self.bytes:,}"
+        return (
+            None
+            if durable.hash_file(file) == self.xxh3
+            else f"{file} is damaged: its content differs from its hash"
+        )
+
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values and their checksum, as a record's file holds them."""

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from saemill.common.errors import ConfigError, DataError
+from saemill.common.errors import ConfigError, DataError, SaemillError
 from saemill.common.topk import topk
 
 
@@ -60,7 +60,7 @@ class SaeOutput(NamedTuple):
 
 
 class Sae(nn.Module):
-    """A TopK sparse autoencoder.
+    """A TopK sparse autoencoder. Its weights need no gradient unless asked for: `sae.requires_grad_()`.
 
     Args:
         config: its shape.
@@ -70,10 +70,10 @@ class Sae(nn.Module):
     def __init__(self, config: SaeConfig, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         super().__init__()
         self.config = config
-        self.W_enc = nn.Parameter(W_enc)
-        self.b_enc = nn.Parameter(b_enc)
-        self.W_dec = nn.Parameter(W_dec)
-        self.b_dec = nn.Parameter(b_dec)
+        self.W_enc = nn.Parameter(W_enc, requires_grad=False)
+        self.b_enc = nn.Parameter(b_enc, requires_grad=False)
+        self.W_dec = nn.Parameter(W_dec, requires_grad=False)
+        self.b_dec = nn.Parameter(b_dec, requires_grad=False)
 
     def pre_acts(self, x: Tensor | ArrayLike) -> Tensor:
         """W_enc (x − b_dec) + b_enc. x: [..., D] → [..., F], in the weights' dtype.
@@ -104,15 +104,23 @@ class Sae(nn.Module):
             x: [..., D], a tensor or what numpy takes for an array.
 
         Raises:
-            DataError: as `pre_acts`.
+            DataError: as `pre_acts`, or weights are not finite.
         """
         pre = self.pre_acts(x)
         values, indices = topk(pre.flatten(0, -2) if pre.dim() > 1 else pre[None], self.config.k)
+        self._check_if_not_finite(values)
         shape = (*pre.shape[:-1], self.config.k)
         return Encoded(values.view(shape), indices.view(shape))
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
-        """x̂ from active latents. [..., k] and int64 [..., k] → [..., D]."""
+        """x̂ from active latents. [..., k] and int64 [..., k] → [..., D].
+
+        Raises:
+            DataError: weights are not finite.
+        """
+        shape = (*top_acts.shape[:-1], self.config.d_in)
+        if top_acts.numel() == 0:
+            return self.b_dec.expand(shape).clone()
         k = top_acts.shape[-1]
         bags = nn.functional.embedding_bag(
             top_indices.reshape(-1, k),
@@ -120,7 +128,26 @@ class Sae(nn.Module):
             per_sample_weights=top_acts.reshape(-1, k).to(self.W_dec.dtype),
             mode="sum",
         )
-        return bags.view(*top_acts.shape[:-1], -1) + self.b_dec
+        decoded = bags.view(shape) + self.b_dec
+        self._check_if_not_finite(decoded)
+        return decoded
+
+    def _check_if_not_finite(self, result: Tensor) -> None:
+        """Where a result is not finite, tell whether it is the weights'; what comes of x is the caller's."""
+        if not result.isfinite().all():
+            self.check_finite("the SAE", DataError)
+
+    def check_finite(self, where: str, kind: type[SaemillError]) -> None:
+        """Refuse weights with NaN or infinite values.
+
+        Args:
+            where: what the message begins with.
+            kind: the error.
+        """
+        for name, weights in self.named_parameters():
+            n_bad = weights.numel() - int(weights.isfinite().sum())
+            if n_bad:
+                raise kind(f"{where} is of no use: {n_bad:,} values of {name} are NaN or infinite")
 
     def forward(self, x: Tensor) -> SaeOutput:
         """Encode and decode. x: [..., D]."""
@@ -128,9 +155,15 @@ class Sae(nn.Module):
         return SaeOutput(self.decode(*encoded), *encoded)
 
     def save(self, folder: Path | str) -> None:
-        """Write `cfg.json` and `sae.safetensors`, in sparsify's layout."""
+        """Write `cfg.json` and `sae.safetensors`, in sparsify's layout.
+
+        Raises:
+            DataError: weights are not finite.
+            DiskError: the disk is full, or the folder may not be written to.
+        """
         from saemill.common.formats import sparsify  # the formats make Saes, so they know this file
 
+        self.check_finite("the SAE", DataError)
         sparsify.write(self, Path(folder))
 
     @classmethod
@@ -143,7 +176,8 @@ class Sae(nn.Module):
             device: where its weights go.
 
         Raises:
-            StoreError: the folder holds no SAE, a file of it is missing, or weights do not fit the config.
+            StoreError: the folder holds no SAE, a file of it is missing or damaged, weights do not fit the
+                config, or they are not finite.
             ConfigError: it holds an SAE that is no TopK SAE of raw activations; the hub has no such
                 repository, or cannot be asked.
         """

@@ -149,6 +149,8 @@ class Spliced:
         codes = self.sae.encode(x_BSD)
         # What is told of lies between the codes and the edit: its gradient is of the edit's path alone.
         kept = Encoded(codes.top_acts.clone(), codes.top_indices)
+        if torch.is_grad_enabled() and not kept.top_acts.requires_grad:
+            kept.top_acts.requires_grad_()  # neither the model's weights nor the SAE's ask for a gradient
         self._found = kept, where_BS
         edited: tuple[Tensor, Tensor] = Encoded(kept.top_acts.clone(), kept.top_indices.clone())
         for edit in self.edits:

@@ -156,6 +156,8 @@ def rounding_shares(statistics: Statistics, dtype: torch.dtype) -> Tensor:
 
 def unheld(statistics: Statistics, dtype: torch.dtype) -> list[int]:
     """The dimensions that a stored type cannot hold: those whose `rounding_shares` reach `UNHELD`."""
+    if statistics.n_tokens < 2:
+        return []  # one row has no variance
     return (rounding_shares(statistics, dtype) >= UNHELD).nonzero().flatten().tolist()
 
 
@@ -167,6 +169,7 @@ def told_unheld(site: str, statistics: Statistics, dtype: torch.dtype) -> str | 
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     worst = float(rounding_shares(statistics, dtype).max())
     more = ", …" if len(lost) > MOST_NAMED else ""
+    constant = " (or some are constant, which looks the same)" if worst == 1 else ""
     cure = (
         f"make the store with --dtype fp32, of values that were not in {kind} before (of a model: also with "
         "--model-dtype fp32)"
@@ -176,8 +179,8 @@ def told_unheld(site: str, statistics: Statistics, dtype: torch.dtype) -> str | 
     return (
         f"{site}: {kind} cannot hold {counted(len(lost), 'dimension')} of {len(statistics.mean_D):,} "
         f"({', '.join(map(str, lost[:MOST_NAMED]))}{more}): they are so far from zero that its rounding "
-        f"makes {UNHELD:.0%} or more of their stored variance (up to {worst:.0%}), and FVU does not show it; "
-        f"{cure}"
+        f"makes {UNHELD:.0%} or more of their stored variance (up to {worst:.0%}), and FVU does not show "
+        f"it{constant}; {cure}"
     )
 
 

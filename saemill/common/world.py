@@ -126,6 +126,13 @@ class Group:
             raise failed
         return cast(T, value)
 
+    def alone(self, function: Callable[[], T]) -> T | None:
+        """What `function` returns, on the group's first process, which alone calls it; None on the others.
+        Its errors are everyone's. Unlike `first`, what it returns need not be sent."""
+        kept: list[T] = []
+        self.first(lambda: kept.append(function()))
+        return kept[0] if kept else None
+
     def any(self, flag: bool) -> bool:
         """Whether it is true for some process."""
         return bool(self.sum_(torch.tensor(int(flag))))

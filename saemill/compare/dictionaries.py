@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from saemill.common import durable
+from saemill.common import runs
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.common.sae import Sae
@@ -32,12 +32,9 @@ class Dictionary:
         """The SAE.
 
         Raises:
-            StoreError: it holds weights that are not finite.
+            StoreError: it was damaged meanwhile.
         """
-        sae = Sae.load(self.path, device)
-        if not all(parameter.isfinite().all() for parameter in sae.parameters()):
-            raise StoreError(f"{self.path} holds weights that are not finite; leave it out")
-        return sae
+        return Sae.load(self.path, device)
 
     def rows(self, which: Rows, device: torch.device) -> Tensor:
         """Its latents' directions, fp32 [F, D], of unit length; a row of zeros stays one."""
@@ -102,17 +99,20 @@ def pairs(dictionaries: list[Dictionary], any_width: bool) -> list[tuple[Diction
 
 def _variants(path: Path) -> list[Path] | None:
     """The SAEs of a finished run that did not diverge and were not stopped early; None for no run."""
-    if not (path / "identity.json").exists():
+    if not runs.is_run(path):
         return None
-    if not (path / "finished.json").exists():
+    if not runs.is_finished(path):
         raise StoreError(
             f"{path} is no finished run (finished.json is missing); finish it with `saemill train`"
         )
-    finished = durable.read_json(path / "finished.json")
-    left_out = {**finished["diverged"], **finished["stopped"]}
+    finished = runs.finished(path)
+    left_out = {**finished.diverged, **finished.stopped}
     if left_out:
         say(f"left out of {path}: {', '.join(left_out)}, diverged or stopped early")
-    return [path / name for name in finished["variants"] if name not in left_out]
+    kept = [name for name in finished.variants if name not in left_out]
+    for name in kept:
+        runs.check_sae(path / name, finished.cfgs[name], path / runs.FINISHED)
+    return [path / name for name in kept]
 
 
 def _names(folders: list[Path]) -> list[str]:

@@ -91,7 +91,6 @@ class Form:
 def _refuse(rows: Rows, bad_TD: Tensor, why: str) -> None:
     bad_T = bad_TD.any(1)
     if bool(bad_T.any()):
-        others = (
-            f" ({int(bad_T.sum()):,} such rows among {len(bad_T):,} read at once)" if bad_T.sum() > 1 else ""
-        )
+        n_bad, n_read = int(bad_T.sum()), len(bad_T)
+        others = f" ({n_bad:,} such passages among {n_read:,} read at once)" if n_bad > 1 else ""
         raise DataError(f"row {rows.start + int(bad_T.nonzero()[0, 0]):,} {why}{others}")

@@ -95,7 +95,7 @@ def run(config: ImportConfig) -> ActivationStore:
     source, table = _open(config)
     first = next(source.batches(0), None)
     if first is None:
-        raise DataError(f"{config.source} has no rows")
+        raise DataError(f"{config.source} holds no passages")
     form = Form(_dtype(config, first), config.normalize)
     plan = _plan(config, source, table, form)
     with (
@@ -169,7 +169,7 @@ class _Checking:
         scratch = self.worker.partial()
         longer = config.max_rows is not None
         texts = join(self.source, self.table, config.id_column, config.text_column, scratch, longer)
-        with progress("check", config.max_rows, "rows") as advance:
+        with progress("check", config.max_rows, "passages") as advance:
             for rows in _limited(self.source, 0, config.max_rows):
                 self.worker.check_stop()
                 self.form.of(rows)

@@ -101,7 +101,7 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
     writer = PassageWriter(partial, plan.held_out_fraction)
     hashed = write(writer)
     if writer.n_rows == 0:
-        raise DataError(f"{plan.source['name']} has no rows")
+        raise DataError(f"{plan.source['name']} holds no passages")
     writer.finish({"hashed": hashed, "source": plan.source, "settings": plan.settings})
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
@@ -212,7 +212,7 @@ def fill(
         )
     if missing:
         reader = _Reader(form, batches)
-        with progress("write", store.n_tokens, "rows", store.n_tokens - n_missing) as advance:
+        with progress("write", store.n_tokens, "passages", store.n_tokens - n_missing) as advance:
             for shard in missing:
                 x_TD = torch.empty(store.shard_length(shard), writer.site.width, dtype=form.dtype)
                 for n_rows in reader.fill(x_TD, shard * store.shard_tokens):

@@ -131,7 +131,7 @@ class JsonTable:
         self.name, self.files = name, files
         first = next(self._objects(0), None)
         if first is None:
-            raise DataError(f"{name} has no rows")
+            raise DataError(f"{name} holds no passages")
         self.columns = list(first)
 
     def schema(self) -> pa.Schema:
@@ -191,6 +191,8 @@ def _array(values: list[Any], name: str, start: int) -> pa.Array:
 
 def _vectors_of(values: list[Any], start: int) -> pa.Array:
     try:
+        if any(type(number) is bool for value in values if isinstance(value, list) for number in value):
+            raise TypeError  # which Arrow would take for 0 or 1
         return pa.array(values, pa.list_(pa.float64()))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         for i, value in enumerate(values):

@@ -104,7 +104,7 @@ class TextsByOrder:
         pairs = [pair for _, pair in zip(range(n_rows), self._pairs, strict=False)]
         if len(pairs) < n_rows:
             n_texts = rows.start + len(pairs)
-            raise DataError(f"{self.table.name} has {n_texts:,} rows, fewer than there are embeddings")
+            raise DataError(f"{self.table.name} has {n_texts:,} texts, fewer than there are embeddings")
         return [id_ for id_, _ in pairs] if self.has_ids else None, [text for _, text in pairs]
 
     def finish(self) -> None:
@@ -114,7 +114,7 @@ class TextsByOrder:
             DataError: one is.
         """
         if not self.may_be_longer and next(self._pairs, None) is not None:
-            raise DataError(f"{self.table.name} has more rows than there are embeddings")
+            raise DataError(f"{self.table.name} has more texts than there are embeddings")
 
 
 def _pairs(table: Table, id_column: str, text_column: str) -> Iterator[list[tuple[str, str]]]:

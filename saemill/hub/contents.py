@@ -3,21 +3,25 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from saemill.assess import record as assessment
-from saemill.common import durable
+from saemill.common import durable, records, runs
 from saemill.common.activations import ActivationStore
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats.sparsify import WEIGHTS
+from saemill.common.formats import seal
+from saemill.common.formats.checks import read_config
+from saemill.common.formats.sparsify import WEIGHTS, check
 from saemill.common.passages import PassageStore
 from saemill.common.tokens import TokenStore
 from saemill.hub.card import model_card
 from saemill.hub.names import Names, as_json
 from saemill.hub.store_card import activations_card, tokens_card
 from saemill.show import hint, kind_of
+from saemill.train.inspect import settings_problems
 
 CARD = "README.md"
 
@@ -66,36 +70,68 @@ def contents_of(path: Path, place: str, variants: Sequence[str]) -> Contents:
 
 def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     """A finished run: its SAEs, how they were made and what they were found to be."""
-    if not (path / "finished.json").exists():
+    if not runs.is_finished(path):
         raise StoreError(f"the run {path} is unfinished; finish it with `saemill train`")
-    finished = durable.read_json(path / "finished.json")
+    if damaged := settings_problems(path):
+        raise StoreError(damaged[0])
+    finished, identity = runs.finished(path), runs.identity(path)
     for name in chosen:
-        if name not in finished["variants"]:
-            raise ConfigError(f"{path} has no variant {name!r}; {nearest(name, finished['variants'])}")
-    kept = [name for name in finished["variants"] if not chosen or name in chosen]
-    for name in kept:
-        for file in ("cfg.json", WEIGHTS):
-            if not (path / name / file).is_file():
-                raise StoreError(f"{path / name / file} is missing; leave the variant out with --variant")
-    saes = {name: durable.read_json(path / name / "cfg.json") for name in kept}
-    finished |= {
-        key: {n: finished[key][n] for n in finished[key] if n in kept} for key in ("diverged", "stopped")
-    }
-    names = Names(yaml.safe_load((path / "config.yaml").read_bytes()), finished, saes)
-    named = ["config.yaml", "identity.json", "final_assessment.json", "report.html"]
+        if name not in finished.variants:
+            raise ConfigError(f"{path} has no variant {name!r}; {nearest(name, finished.variants)}")
+    kept = tuple(name for name in finished.variants if not chosen or name in chosen)
+    saes = {name: _sae(path / name, finished.cfgs[name], path) for name in kept}
+    names = Names(yaml.safe_load((path / "config.yaml").read_bytes()), finished.model_dump(), saes)
+    named = ["config.yaml", "report.html"]
     written = {name: names.content(path / name) for name in named if (path / name).is_file()}
-    written |= {f"{name}/cfg.json": names.content(path / name / "cfg.json") for name in kept}
-    finished = names.of(finished | {"variants": kept})
-    card = model_card(
-        place,
-        names.of(saes),
-        finished,
-        durable.read_json(path / "identity.json"),
-        names.of(assessment.read(path)) if (path / assessment.FILE).is_file() else None,
+    saes = {name: seal.sealed_again(names.of(cfg)) for name, cfg in saes.items()}
+    written |= {f"{name}/cfg.json": as_json(cfg) for name, cfg in saes.items()}
+    told = finished.model_copy(
+        update={
+            "variants": kept,
+            "cfgs": {name: cfg[seal.OWN][seal.KEY][records.CHECKSUM] for name, cfg in saes.items()},
+            "diverged": {name: step for name, step in finished.diverged.items() if name in kept},
+            "stopped": {name: look for name, look in finished.stopped.items() if name in kept},
+            "acts": names.of(finished.acts),
+            "files": (),
+        }
     )
-    written |= {"finished.json": as_json(finished), CARD: card.encode()}
+    identity = identity.model_copy(update={"config": durable.hash_bytes(written["config.yaml"])})
+    assessed = _assessment(path, names, written)
+    card = model_card(place, saes, told.model_dump(mode="json"), identity.content, assessed)
+    written |= {
+        "identity.json": as_json(records.content(identity)),
+        "finished.json": as_json(records.content(told)),
+        CARD: card.encode(),
+    }
+    if assessed:
+        written |= {assessment.FILE: as_json(records.content(assessment.checked(assessed)))}
     weights = tuple(f"{name}/{WEIGHTS}" for name in kept)
     return Contents(repo_type="model", folder=path, as_they_are=weights, written=written)
+
+
+def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """The run's assessment, which answers for those of its files that are uploaded; None where there is none."""
+    if not (path / assessment.FILE).is_file():
+        return None
+    told: dict[str, Any] = names.of(assessment.read(path))
+    uploaded = [entry["path"] for entry in told["files"] if entry["path"] in written]
+    contents = {name: written[name] for name in uploaded}
+    return told | {
+        "files": [
+            {"path": name, "bytes": len(content), "xxh3": durable.hash_bytes(content)}
+            for name, content in contents.items()
+        ]
+    }
+
+
+def _sae(folder: Path, cfg: str, run: Path) -> dict[str, Any]:
+    """The config of an SAE whose files are as they were written."""
+    for file in ("cfg.json", WEIGHTS):
+        if not (folder / file).is_file():
+            raise StoreError(f"{folder / file} is missing; leave the variant out with --variant")
+    runs.check_sae(folder, cfg, run / runs.FINISHED)
+    check(folder)
+    return read_config(folder / "cfg.json")
 
 
 def _tokens(path: Path, place: str) -> Contents:

@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from saemill.common import durable, hub
+from saemill.common import hub
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
-from saemill.common.sae import Sae
 from saemill.show import describe, kind_of, problems
+from saemill.train import inspect
 
 LEFT_BY_THE_HUB = ".cache"
 """Where huggingface_hub notes in a folder what it has downloaded to it."""
@@ -74,13 +74,5 @@ def _check_kind(repo: str, place: dict[str, Any]) -> None:
 
 
 def _problems(out: Path) -> list[str]:
-    """What is wrong with what was downloaded; every SAE of a run is opened."""
-    if kind_of(out) != "run":
-        return problems(out)
-    found = []
-    for name in durable.read_json(out / "finished.json")["variants"]:
-        try:
-            Sae.load(out / name)
-        except StoreError as error:
-            found.append(str(error))
-    return found
+    """What is wrong with what was downloaded."""
+    return inspect.problems(out) if kind_of(out) == "run" else problems(out)

@@ -25,7 +25,7 @@ from saemill.assess.run import run as assess
 from saemill.cache.run import CacheConfig, content_of, sites_of
 from saemill.cache.run import run as cache
 from saemill.common import config as settings
-from saemill.common import durable
+from saemill.common import durable, runs
 from saemill.common.activations import ActivationStore
 from saemill.common.architecture import check_row_length, limits_of
 from saemill.common.errors import ConfigError, StoreError
@@ -228,9 +228,8 @@ class Chain:
 
     def _check_run(self, config: TrainConfig) -> None:
         """Refuse a folder that holds another run, before anything is cached for it."""
-        identity = config.out / "identity.json"
-        if config.out != UNKNOWN and identity.exists():
-            settings.check_same(durable.read_json(identity), config.identity(), config.out)
+        if config.out != UNKNOWN and (config.out / runs.IDENTITY).exists():
+            settings.check_same(runs.identity(config.out).content, config.identity(), config.out)
 
 
 FOLDERS = {"tokenize": {"out"}, "cache": {"out", "tokens"}, "train": {"out", "acts"}, "assess": {"run"}}

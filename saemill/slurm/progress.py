@@ -6,7 +6,7 @@ from pathlib import Path
 from saemill.assess import record
 from saemill.assess.run import AssessConfig
 from saemill.common import config as settings
-from saemill.common import durable
+from saemill.common import runs
 from saemill.common.activations import TEXT_FOLDERS, ActivationStore
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
@@ -33,8 +33,7 @@ def by_stage(folder: Path, run: Path) -> dict[str, list[str]]:
             "train": settings.resolve(TrainConfig, "train", {"out": run}, run / "config.yaml"),
             "assess": AssessConfig(run=run),
         }
-        finished = run / "finished.json"
-        acts = Path(durable.read_json(finished)["acts"]) if finished.exists() else configs["train"].acts
+        acts = Path(runs.finished(run).acts) if runs.is_finished(run) else configs["train"].acts
         tokens = acts / "tokens"
     else:
         raise StoreError(
@@ -75,9 +74,8 @@ def _cached(out: Path) -> list[str]:
 
 
 def _trained(config: TrainConfig) -> str:
-    if (config.out / "finished.json").exists():
-        steps = durable.read_json(config.out / "finished.json")["steps"]
-        return f"finished, {steps:,} steps"
+    if runs.is_finished(config.out):
+        return f"finished, {runs.finished(config.out).steps:,} steps"
     step, n_steps = _last_step(config.out / "metrics.jsonl"), _n_steps(config)
     if step is None:
         there = (config.out / "identity.json").exists()

@@ -3,12 +3,15 @@
 import resource
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from saemill.common import durable
+from saemill.common import records
 from saemill.common.activations import ActivationStore
+from saemill.common.formats import sparsify
 from saemill.common.log import counted, duration, say
+from saemill.common.records import File
+from saemill.common.runs import FINISHED, HALVING, Finished
 from saemill.train import checkpoint
+from saemill.train.halving import Halving
 from saemill.train.trainer import Trainer
 from saemill.train.variants import Variant, describe
 
@@ -18,8 +21,7 @@ def export(
     variants: list[Variant],
     store: ActivationStore,
     trainer: Trainer,
-    identity: dict[str, Any],
-    stopped: dict[str, dict[str, Any]],
+    halving: Halving,
 ) -> list[Path]:
     """Write the SAEs, then the mark that the run is finished; the checkpoint is not needed then.
 
@@ -28,13 +30,12 @@ def export(
         variants: all of the run.
         store: what they were trained on.
         trainer: at its end.
-        identity: the settings that decided the result.
-        stopped: variants stopped early, which are written already.
+        halving: with the variants that were stopped early, which are written already.
 
     Returns: the SAEs' folders, in the run's order.
     """
     everyone = trainer.everyone
-    save_banks(out, trainer, store, set(trainer.names))
+    mine = save_banks(out, trainer, store, set(trainer.names))
     diverged = {
         variant.name: step
         for bank in trainer.banks
@@ -42,29 +43,38 @@ def export(
         if step >= 0
     }
     peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    shared = everyone.share((diverged, peak_rss_bytes))  # every SAE is on disk when this returns
-    every = {name: step for part, _ in shared for name, step in part.items()}
-    finished = {
-        "variants": [variant.name for variant in variants],
-        "acts": str(store.path.absolute()),
-        "steps": trainer.step,
-        "tokens": trainer.step * trainer.loader.batch_tokens,
-        "seconds": trainer.seconds,
-        "peak_rss_bytes": max(peak for _, peak in shared),
-        "diverged": {variant.name: every[variant.name] for variant in variants if variant.name in every},
-        "stopped": stopped,
-        "mask": identity["mask"] or store.settings["mask"],
-    }
-    if everyone.rank == 0:
-        durable.write_json(out / "finished.json", finished)
+    shared = everyone.share((diverged, mine, peak_rss_bytes))  # every SAE is on disk when this returns
+    steps = {name: step for part, _, _ in shared for name, step in part.items()}
+    cfgs = halving.cfgs | {name: cfg for _, part, _ in shared for name, cfg in part.items()}
+    names = [variant.name for variant in variants]
+    if trainer.log is not None:
+        halved = [File.of(out, HALVING)] if halving.past else []
+        finished = Finished(
+            run=trainer.run_hash,
+            variants=tuple(names),
+            cfgs={name: cfgs[name] for name in names},
+            acts=str(store.path.absolute()),
+            steps=trainer.step,
+            tokens=trainer.step * trainer.loader.batch_tokens,
+            seconds=trainer.seconds,
+            peak_rss_bytes=max(peak for _, _, peak in shared),
+            diverged={name: steps[name] for name in names if name in steps},
+            stopped=halving.stopped,
+            mask=trainer.loader.mask,
+            files=(trainer.log.entry, *halved),
+        )
+        records.write(out / FINISHED, finished)
         checkpoint.remove(out)
     say(f"{out}: {counted(len(variants), 'SAE')}, trained in {duration(trainer.seconds)}")
     return [out / variant.name for variant in variants]
 
 
-def save_banks(out: Path, trainer: Trainer, store: ActivationStore, names: set[str]) -> None:
-    """Write the SAEs of these variants as they are now, each from its team's first process."""
-    mask = trainer.loader.mask
+def save_banks(out: Path, trainer: Trainer, store: ActivationStore, names: set[str]) -> dict[str, str]:
+    """Write the SAEs of these variants as they are now, each from its team's first process.
+
+    Returns: the checksums of the cfg.json that this process wrote, by variant.
+    """
+    mask, written = trainer.loader.mask, {}
     for bank in trainer.banks:
         for i, variant in enumerate(bank.variants):
             if variant.name not in names:
@@ -83,5 +93,6 @@ def save_banks(out: Path, trainer: Trainer, store: ActivationStore, names: set[s
                 "diverged_at_step": step if step >= 0 else None,
                 "versions": {name: version(name) for name in ("saemill", "torch")},
             }
-            if sae := bank.export(i, provenance):
-                sae.save(out / variant.name)
+            if sae := bank.export(i, provenance):  # of one that diverged the weights need not be finite
+                written[variant.name] = sparsify.write(sae, out / variant.name)
+    return written

@@ -13,14 +13,15 @@ Rules (Jamieson & Talwalkar 2016, with the run's own schedule kept):
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from saemill.common import durable
-from saemill.common.errors import ConfigError
+from saemill.common import records, runs
+from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
+from saemill.common.runs import ANEW, HALVING, Look, Looks, Lost, Stopped
 from saemill.train.variants import Variant
 
-RECORD = "halving.json"
+Loser = tuple[float | None, float | None]
+"""A variant's metric, and the best of its group; none where it diverged."""
 LEAST_STEPS = 10
 """Before the first look."""
 
@@ -29,15 +30,17 @@ LEAST_STEPS = 10
 class Halving:
     """The looks of one run, and what was stopped at those that are past."""
 
-    path: Path
-    """Where the record is kept."""
+    folder: Path
+    """Of the run, where the record is kept."""
+    run: str
+    """The hash that names the run."""
     variants: list[Variant]
     """All of the run."""
     n_steps: int
     n_looks: int
     metric: str
-    past: list[dict[str, Any]] = field(default_factory=list)
-    """Per look: `step`, and `stopped`: name → value, best value of its group."""
+    past: list[Look] = field(default_factory=list)
+    """The looks that were taken."""
 
     def __post_init__(self) -> None:
         if self.n_looks == 0:
@@ -50,19 +53,32 @@ class Halving:
         if all(len(group) < 2 for group in groups(self.variants)):
             raise ConfigError("halving has no effect: no two variants share a site and k; leave it out")
 
-    def read(self) -> list[dict[str, Any]]:
-        """The looks that are past, from the record."""
-        past: list[dict[str, Any]] = durable.read_json(self.path) if self.path.exists() else []
+    def read(self) -> list[Look]:
+        """The looks that are past, from the record.
+
+        Raises:
+            StoreError: it is damaged, or of another run.
+        """
+        past = list(runs.looks(self.folder))
+        known = {variant.name for variant in self.variants}
+        steps, names = [look.step for look in past], [name for look in past for name in look.stopped]
+        if steps != self._looks[: len(past)] or not known.issuperset(names) or len(set(names)) < len(names):
+            raise StoreError(f"{self.folder / HALVING} does not fit the run's settings. {ANEW}")
         return past
 
     @property
-    def stopped(self) -> dict[str, dict[str, Any]]:
-        """Variants stopped so far: `step`, `metric`, `value`, `best`."""
+    def stopped(self) -> dict[str, Stopped]:
+        """Variants stopped so far."""
         return {
-            name: {"step": look["step"], "metric": self.metric, **values}
+            name: Stopped(step=look.step, metric=self.metric, value=lost.value, best=lost.best)
             for look in self.past
-            for name, values in look["stopped"].items()
+            for name, lost in look.stopped.items()
         }
+
+    @property
+    def cfgs(self) -> dict[str, str]:
+        """The checksums of their SAEs' cfg.json."""
+        return {name: lost.cfg for look in self.past for name, lost in look.stopped.items()}
 
     @property
     def alive(self) -> list[Variant]:
@@ -72,32 +88,47 @@ class Halving:
     @property
     def ends(self) -> list[int]:
         """Steps at which to look, those past left out, and the last step."""
-        done = {look["step"] for look in self.past}
-        looks = [self.n_steps >> i for i in range(self.n_looks, 0, -1)]
-        return [*(step for step in looks if step not in done), self.n_steps]
+        done = {look.step for look in self.past}
+        return [*(step for step in self._looks if step not in done), self.n_steps]
 
-    def choose(self, scores: dict[str, float | None]) -> dict[str, dict[str, float | None]]:
+    @property
+    def _looks(self) -> list[int]:
+        return [self.n_steps >> i for i in range(self.n_looks, 0, -1)]
+
+    def choose(self, scores: dict[str, float | None]) -> dict[str, Loser]:
         """The variants to stop.
 
         Args:
             scores: the metric of every variant that is alive; None where it diverged.
 
-        Returns: per variant its `value` and the `best` of its group.
+        Returns: per variant its value, and the best of its group.
         """
         found = {}
         for group in groups(self.alive):
             ordered = sorted(group, key=lambda v: _last_if_none(scores[v.name]))
             best = scores[ordered[0].name]
             for variant in ordered[-(-len(group) // 2) :]:
-                found[variant.name] = {"value": scores[variant.name], "best": best}
+                found[variant.name] = scores[variant.name], best
         return found
 
-    def stop(self, step: int, losers: dict[str, dict[str, float | None]]) -> None:
-        """Note the look and its outcome; durable when it returns."""
-        self.past.append({"step": step, "stopped": losers})
-        durable.write_json(self.path, self.past)
+    def stop(self, step: int, losers: dict[str, Loser], cfgs: dict[str, str]) -> None:
+        """Note the look and its outcome; durable when it returns.
+
+        Args:
+            step: of the look.
+            losers: as `choose` found them.
+            cfgs: the checksums of their SAEs' cfg.json.
+        """
+        stopped = {
+            name: Lost(value=_finite(value), best=_finite(best), cfg=cfgs[name])
+            for name, (value, best) in losers.items()
+        }
+        self.past.append(Look(step=step, stopped=stopped))
+        records.write(self.folder / HALVING, Looks(run=self.run, looks=tuple(self.past)))
         if losers:
-            named = ", ".join(f"{name} ({self.metric} {_shown(v['value'])})" for name, v in losers.items())
+            named = ", ".join(
+                f"{name} ({self.metric} {_shown(lost.value)})" for name, lost in stopped.items()
+            )
             say(f"halving at step {step:,}: {named} stopped, {len(self.alive)} go on")
 
 
@@ -112,6 +143,11 @@ def groups(variants: list[Variant]) -> list[list[Variant]]:
     for variant in variants:
         found.setdefault((variant.site, variant.k), []).append(variant)
     return list(found.values())
+
+
+def _finite(value: float | None) -> float | None:
+    """None where the number is none."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _last_if_none(value: float | None) -> float:

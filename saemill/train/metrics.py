@@ -7,11 +7,15 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+import xxhash
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from saemill.common.log import LINE_SECONDS, duration
+from saemill.common import durable
+from saemill.common.errors import StoreError
+from saemill.common.log import LINE_SECONDS, duration, say
+from saemill.common.records import File
 
 Record = dict[str, Any]
 """step, tokens, tokens_per_s, seconds, and `variants`: name → fvu, loss, auxk, l0, dead_fraction, lr."""
@@ -28,38 +32,63 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends one JSON line per record.
+    """Appends one JSON line per record, and knows the hash of all lines, which checkpoints keep.
 
     Args:
         path: the file.
-        after_step: on resume, lines of later steps are dropped.
+        kept: what the checkpoint that the run goes on from says of it; lines after it are dropped. None
+            begins a new file.
+
+    Raises:
+        StoreError: the file is not as it was at the checkpoint.
+        DiskError: the disk is full; the file is as it was.
     """
 
-    def __init__(self, path: Path, after_step: int) -> None:
-        kept = []
-        if path.exists() and after_step > 0:
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) <= after_step]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file = path.open("a")
+    def __init__(self, path: Path, kept: File | None) -> None:
+        content = b"" if kept is None else _kept(path, kept)
+        self.path, self.n_bytes, self.digest = path, len(content), xxhash.xxh3_64(content)
+        durable.write_bytes(path, [content])
+        self.file = path.open("ab")
 
     def log(self, record: Record) -> None:
         """Write the line at once."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        line = json.dumps(record).encode() + b"\n"
+        with durable.writing(self.path, len(line)):
+            self.file.write(line)
+            self.file.flush()
+        self.digest.update(line)
+        self.n_bytes += len(line)
+
+    def synced(self) -> File:
+        """Flush all lines to disk; what a checkpoint is to say of them."""
+        with durable.writing(self.path):
+            os.fsync(self.file.fileno())
+        return self.entry
+
+    @property
+    def entry(self) -> File:
+        """The file as it is."""
+        return File(path=self.path.name, bytes=self.n_bytes, xxh3=self.digest.hexdigest())
 
     def close(self) -> None:
         """Flush to disk."""
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with durable.writing(self.path):
+            os.fsync(self.file.fileno())
+            self.file.close()
 
 
-def _step_of(line: str) -> float:
-    """A line's step; a line cut by a crash counts as after any step."""
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:
-        return float("inf")
+def _kept(path: Path, kept: File) -> bytes:
+    """What the file held at the checkpoint."""
+    if not path.exists():
+        say(f"{path} is gone; the run goes on, with the log from here on")
+        return b""
+    content = path.read_bytes()[: kept.bytes]
+    if len(content) < kept.bytes or durable.hash_bytes(content) != kept.xxh3:
+        raise StoreError(
+            f"{path} is damaged: its lines up to the checkpoint differ from their hash. Nothing else is "
+            "lost: move the file away, and the same command goes on, with the log from there on"
+        )
+    return content
 
 
 class ConsoleSink:

@@ -1,31 +1,29 @@
 """`saemill train`: from settings to banks, the loop, and the SAEs on disk."""
 
-import shutil
 from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import torch
 
-from saemill.common import config as settings
-from saemill.common import durable
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.mask import MaskConfig
+from saemill.common.runs import METRICS
 from saemill.common.signals import stop_on_signal
 from saemill.common.statistics import warnings
 from saemill.common.wandb import process as wandb
 from saemill.common.world import Group, World, speak_for
-from saemill.train import checkpoint
 from saemill.train.bank import Bank, Frame
 from saemill.train.config import TrainConfig, check_batch
 from saemill.train.export import export, save_banks
 from saemill.train.feed import Feed
+from saemill.train.folder import TENSORBOARD, Folder
 from saemill.train.graph import Graphs
-from saemill.train.halving import RECORD as HALVING_RECORD
 from saemill.train.halving import Halving
 from saemill.train.loader import Loader
 from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
@@ -41,8 +39,6 @@ MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
 FEW_STEPS = 100
 """Below it the plan says that more may help."""
-TENSORBOARD = "tensorboard"
-"""The folder of its events in the run's."""
 SAMPLE_TOKENS = 8192
 """From which the initial gain and the geometric median are computed, whatever the batch size."""
 
@@ -54,7 +50,9 @@ def run(config: TrainConfig) -> list[Path]:
 
     Raises:
         ConfigError: settings that contradict each other, the data, or what is in `out`.
-        StoreError: a site is missing or damaged.
+        StoreError: a site is missing or damaged, or so is the run that `out` holds; another process is
+            training it.
+        DiskError: the disk is full; what was written before counts.
         Interrupted: a signal came; the same call goes on.
     """
     world = World.here()
@@ -62,6 +60,7 @@ def run(config: TrainConfig) -> list[Path]:
     device = world.device(config.device)
     store = ActivationStore(config.acts)
     check_batch(config.batch_size, store.ctx_len)
+    config = _with_site(config, store)
     with (
         stop_on_signal() as stop,
         world.connected(device) as everyone,
@@ -72,18 +71,20 @@ def run(config: TrainConfig) -> list[Path]:
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps)
         _spread(config, store, variants, everyone, device)
-        halving = _halving(config, variants, schedule.n_steps)
-        identity = config.identity() | {"acts_fingerprint": store.fingerprint}
-        if everyone.first(lambda: _finished(config, identity, variants)):
+        folder = Folder(config, store.fingerprint)
+        metric = config.halving_metric or "fvu"
+        halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
+        if everyone.first(folder.is_finished):
             return [config.out / variant.name for variant in variants]
         everyone.first(lambda: check_machine(config))
-        everyone.first(lambda: _take(config, identity, held))
-        trainer = _train(config, loader, schedule, halving, everyone, device, stop, held)
-        return export(config.out, variants, store, trainer, identity, halving.stopped)
+        everyone.first(lambda: folder.take(held))
+        trainer = _train(config, folder.run, loader, schedule, halving, everyone, device, stop, held)
+        return export(config.out, variants, store, trainer, halving)
 
 
 def _train(
     config: TrainConfig,
+    run_hash: str,
     loader: Loader,
     schedule: Schedule,
     halving: Halving,
@@ -99,39 +100,40 @@ def _train(
     Returns: the trainer at its end.
     """
     halving.past = everyone.first(halving.read)
+    log: JsonlSink | None = None
     sinks: list[Sink] = []
     ends = halving.ends
     with ExitStack() as open_sinks:
-        open_sinks.callback(lambda: _close(sinks))
         for end in ends:
             idle_allowed = bool(halving.past)
             spread = _spread(config, loader.store, halving.alive, everyone, device, idle_allowed)
             trainer = _build(config, loader, schedule, spread, everyone, device, stop)
+            trainer.run_hash = run_hash
             trainer.resume()
             if end == ends[0]:
                 _check_profile(trainer, end)
                 _print_plan(config, trainer, spread, loader.store)
-                sinks += _start_sinks(config, trainer)
-                if config.log_to_wandb and everyone.rank == 0:
-                    follow(config, trainer, halving.variants, held)
-            trainer.sinks, trainer.profile = sinks, config.profile and end == ends[0]
+                log = everyone.alone(partial(JsonlSink, config.out / METRICS, trainer.logged))
+                if log is not None:
+                    open_sinks.enter_context(closing(log))
+                    sinks = _start_sinks(config, trainer, open_sinks)
+                    if config.log_to_wandb:
+                        follow(config, trainer, halving.variants, held)
+            trainer.log, trainer.sinks = log, sinks
+            trainer.profile = config.profile and end == ends[0]
             trainer.run(end)
             if end < schedule.n_steps:
                 _halve(config, halving, trainer, end)
     return trainer
 
 
-def _halving(config: TrainConfig, variants: list[Variant], n_steps: int) -> Halving:
-    path, metric = config.out / HALVING_RECORD, config.halving_metric or "fvu"
-    return Halving(path, variants, n_steps, config.halving, metric)
-
-
 def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, end: int) -> None:
     """Look at step `end`: write the SAEs of the worse halves as they are, and go on without them."""
     losers = halving.choose(trainer.scores(halving.metric))
-    save_banks(config.out, trainer, trainer.loader.store, set(losers))
-    trainer.everyone.meet()  # all are on disk before the record says so
-    trainer.everyone.first(lambda: halving.stop(end, losers))
+    mine = save_banks(config.out, trainer, trainer.loader.store, set(losers))
+    written = trainer.everyone.share(mine)  # all are on disk before the record says so
+    cfgs = {name: cfg for part in written for name, cfg in part.items()}
+    trainer.everyone.first(lambda: halving.stop(end, losers, cfgs))
     halving.past = trainer.everyone.share(halving.past)[0]
     trainer.banks.clear()  # their memory is free before the next are made
 
@@ -168,19 +170,19 @@ def _spread(
     return spread
 
 
-def _take(config: TrainConfig, identity: dict[str, Any], held: ExitStack) -> None:
-    """Make the folder this run's own."""
-    held.enter_context(durable.exclusive(config.out))
-    checkpoint.tidy(config.out)
-    durable.write_json(config.out / "identity.json", identity)
-    settings.write_yaml(config.out / "config.yaml", "train", settings.plain(config))
+def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
+    """The settings with the store's site where none is named and the store has one alone."""
+    if config.site or any("site" in entry for entry in config.variants):
+        return config
+    if len(store.sites) != 1:
+        has = f"it has {', '.join(store.sites)}" if store.sites else "none of it is finished"
+        raise ConfigError(f"name a site of {store.path} with --site; {has}")
+    return replace(config, site=tuple(store.sites))
 
 
 def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
     named = [str(entry["site"]) for entry in config.variants if "site" in entry]
     sites = list(dict.fromkeys([*config.site, *named]))
-    if not sites:
-        raise ConfigError(f"name a site with --site; the store has {', '.join(store.sites)}")
     return Loader(
         store,
         sites,
@@ -189,34 +191,6 @@ def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
         buffer_tokens=config.buffer_tokens,
         seed=config.shuffle_seed,
     )
-
-
-def _finished(config: TrainConfig, identity: dict[str, Any], variants: list[Variant]) -> bool:
-    """Whether the run is complete already; refuses a folder made with other settings."""
-    settings.check_folder(config.out)
-    identity_path, finished_path = config.out / "identity.json", config.out / "finished.json"
-    if not identity_path.exists():
-        if config.out.exists() and any(config.out.iterdir()):
-            raise StoreError(f"{config.out} holds other files; choose a new folder")
-        return False
-    settings.check_same(durable.read_json(identity_path), identity, config.out)
-    if not config.resume:
-        checkpoint.remove(config.out)
-        for name in (wandb.RECORD, wandb.LOGGED, HALVING_RECORD):
-            (config.out / name).unlink(missing_ok=True)
-        shutil.rmtree(config.out / TENSORBOARD, ignore_errors=True)
-        finished_path.unlink(missing_ok=True)
-    if finished_path.exists():
-        if config.log_to_wandb and not (config.out / wandb.RECORD).exists():
-            raise ConfigError(
-                f"{config.out} is finished and was trained without wandb; leave log_to_wandb out, or train "
-                "anew with --no-resume"
-            )
-        say(
-            f"{config.out} is finished already: {counted(len(variants), 'variant')} (--no-resume trains anew)"
-        )
-        return True
-    return False
 
 
 def _build(
@@ -282,6 +256,11 @@ def _schedule(config: TrainConfig, epoch_tokens: int) -> Schedule:
             "lower --batch-size or raise --max-tokens"
         )
     warmup = config.warmup_steps
+    if warmup is not None and warmup >= n_steps:
+        raise ConfigError(
+            f"warmup_steps must be fewer than the run's {n_steps:,} steps, got {warmup:,}; "
+            "lower --warmup-steps or train longer"
+        )
     return Schedule(
         n_steps=n_steps,
         warmup_steps=min(MOST_WARMUP_STEPS, n_steps // 20) if warmup is None else warmup,
@@ -330,24 +309,16 @@ def check_machine(config: TrainConfig) -> None:
         wandb.check()
 
 
-def _start_sinks(config: TrainConfig, trainer: Trainer) -> list[Sink]:
-    """The first process logs for all."""
-    if trainer.everyone.rank > 0:
-        return []
+def _start_sinks(config: TrainConfig, trainer: Trainer, opened: ExitStack) -> list[Sink]:
+    """What shows the metrics; they are closed with `opened`."""
     step_tokens = config.step_tokens
     n_steps = trainer.schedule.n_steps
-    sinks: list[Sink] = [
-        JsonlSink(config.out / "metrics.jsonl", trainer.step),
-        ConsoleSink(n_steps, n_steps * step_tokens),
-    ]
+    sinks: list[Sink] = [ConsoleSink(n_steps, n_steps * step_tokens)]
     if config.log_to_tensorboard:
         sinks.append(TensorBoardSink(config.out / TENSORBOARD, trainer.step * step_tokens))
-    return sinks
-
-
-def _close(sinks: list[Sink]) -> None:
     for sink in sinks:
-        sink.close()
+        opened.enter_context(closing(sink))
+    return sinks
 
 
 def _print_plan(config: TrainConfig, trainer: Trainer, spread: Spread, store: ActivationStore) -> None:

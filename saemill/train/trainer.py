@@ -11,13 +11,14 @@ import torch
 
 from saemill.common.errors import Interrupted
 from saemill.common.log import say
+from saemill.common.records import File
 from saemill.common.world import Group
 from saemill.train import checkpoint
 from saemill.train.bank import Bank
 from saemill.train.feed import Feed
 from saemill.train.halving import window
 from saemill.train.loader import Loader
-from saemill.train.metrics import Record, Sink
+from saemill.train.metrics import JsonlSink, Record, Sink
 from saemill.train.profile import part, profiling
 from saemill.train.schedule import Schedule
 from saemill.train.team import ALONE, ONE, Team
@@ -51,7 +52,14 @@ class Trainer:
     """All processes of the run; the first logs for all."""
     team: Team = ALONE
     """Those that train the same variants."""
+    run_hash: str = ""
+    """By which the run's records name it."""
+    log: JsonlSink | None = None
+    """`metrics.jsonl`, on the first process."""
     sinks: list[Sink] = field(default_factory=list)
+    """What else takes the metrics."""
+    logged: File | None = None
+    """The log as the checkpoint that the run goes on from knows it."""
     step: int = 0
     """Steps done."""
     seconds: float = 0.0
@@ -64,7 +72,7 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
         if (found := checkpoint.load(self.folder, self.banks, self.everyone)) is not None:
-            self.step, self.seconds = found
+            self.step, self.seconds, self.logged = found.step, found.seconds, found.metrics
 
     def run(self, end: int) -> None:
         """Train until `end` steps are done; at `window(end)` the longer sums start anew.
@@ -111,7 +119,9 @@ class Trainer:
         if self.step % self.log_every == 0 or finished:
             self._log()
         if self.step % self.save_every == 0 or finished or stopped:
-            checkpoint.save(self.folder, self.step, self.banks, self.seconds, self.everyone)
+            checkpoint.save(
+                self.folder, self.run_hash, self.step, self.banks, self.seconds, self.everyone, self.log
+            )
         if stopped and not finished:
             raise Interrupted(
                 f"stopped by a signal after step {self.step:,}; the same command continues from the "
@@ -152,8 +162,9 @@ class Trainer:
             "seconds": self.seconds,
             "variants": {name: every[name] for name in self.names},
         }
-        for sink in self.sinks:
-            sink.log(record)
+        for sink in (self.log, *self.sinks):
+            if sink is not None:
+                sink.log(record)
 
     def _metrics(self, bank: Bank) -> Metrics:
         """What a bank's variants have done since the last log line."""

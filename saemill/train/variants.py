@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from saemill.common.config import build, coerce
 from saemill.common.errors import ConfigError
+from saemill.common.runs import check_variant_name
 from saemill.train.config import ADAM_BETAS, TrainConfig
 
 ADAM_ALONE = ("optimizer_state", "adam_betas")
@@ -20,7 +21,7 @@ class Variant:
     """One SAE to be trained, all settings resolved."""
 
     name: str
-    """Unique in the run; the name of its folder."""
+    """Unique in the run; the name of its folder, so none of the run's own files."""
     site: str
     k: int
     num_latents: int
@@ -43,6 +44,7 @@ class Variant:
     b_dec_init: Literal["mean", "geometric_median"] = "mean"
 
     def __post_init__(self) -> None:
+        check_variant_name(self.name)
         if not 1 <= self.k <= self.num_latents:
             raise ConfigError(f"k must be in 1..{self.num_latents} (the number of latents), got {self.k}")
         if not (math.isfinite(self.lr) and self.lr > 0):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from saemill.common.errors import ConfigError, StoreError
+from saemill.common.errors import ConfigError, DataError, SaemillError, StoreError
 from saemill.common.formats import dictionary_learning, hub, saelens, sparsify
 from saemill.common.formats.hooks import Hook
-from saemill.common.hub import SCHEME
+from saemill.common.hub import SCHEME, is_id
 from saemill.common.sae import Sae
 
 NAMES = ("sparsify", "saelens", "dictionary_learning")
@@ -31,26 +31,52 @@ def load(folder: Path | str, device: str | torch.device = "cpu") -> Sae:
         device: where its weights go.
 
     Raises:
-        StoreError: no file of weights, or several; a file is missing or does not fit the config.
+        StoreError: no file of weights, or several; a file is missing, is damaged or does not fit the config;
+            weights are NaN or infinite.
         ConfigError: an SAE that cannot be represented, or a repository that cannot be had.
     """
     is_on_hub = isinstance(folder, str) and folder.startswith(SCHEME)
     folder = hub.fetch(str(folder)) if is_on_hub else Path(folder)
+    sae = read(folder)
+    sae.check_finite(str(folder), StoreError)
+    return sae.to(device)
+
+
+def read(folder: Path) -> Sae:
+    """As `load`, on this machine, whatever the weights' values are.
+
+    Raises:
+        StoreError, ConfigError: as `load`.
+    """
     found = [name for name in READERS if (folder / name).is_file()]
     if not found:
         raise StoreError(f"{folder} holds no SAE: {_instead(folder)}")
     if len(found) > 1:
         raise StoreError(f"{folder} holds the weights of several formats, {' and '.join(found)}; part them")
-    return READERS[found[0]](folder).to(device)
+    return READERS[found[0]](folder)
+
+
+def problems(folder: Path) -> list[str]:
+    """What is wrong with the files of an SAE on this machine, of any of the formats; nothing if it loads."""
+    try:
+        load(folder)
+    except SaemillError as error:
+        return [str(error)]
+    return []
 
 
 def _instead(folder: Path) -> str:
-    """What is there in place of an SAE."""
-    if not folder.is_dir():
-        return "there is no such folder"
-    inside = sorted({str(file.parent) for name in READERS for file in folder.glob(f"*/{name}")})
+    """What is there in place of an SAE, and what to name instead."""
+    if folder.is_file():
+        return f"it is a file; name the folder that it is in, {folder.parent}"
+    if not folder.exists():
+        on_hub = f"; an SAE on the hub is named {SCHEME}{folder}" if is_id(str(folder)) else ""
+        return f"there is no such folder{on_hub}"
+    depths = ("*", "*/*")
+    inside = {str(file.parent) for name in READERS for at in depths for file in folder.glob(f"{at}/{name}")}
     if inside:
-        return f"did you mean {', '.join(inside[:8])}{', …' if len(inside) > 8 else ''}?"
+        listed = ", ".join(sorted(inside)[:8])
+        return f"name one of the SAEs in it: {listed}{', …' if len(inside) > 8 else ''}"
     return f"one of {', '.join(READERS)} is missing"
 
 
@@ -64,7 +90,10 @@ def save(sae: Sae, name: str, folder: Path, hook: Hook | None = None) -> None:
 
     Raises:
         ConfigError: no such format.
+        DataError: weights are not finite.
+        DiskError: the disk is full, or the folder may not be written to.
     """
+    sae.check_finite("the SAE", DataError)
     if name == "sparsify":
         sparsify.write(sae, folder)
     elif name == "saelens":

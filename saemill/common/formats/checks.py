@@ -1,32 +1,69 @@
 """What every format's reader asks of the files before it takes them for a TopK SAE."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saemill.common.errors import ConfigError, StoreError
+from saemill.common import durable
+from saemill.common.errors import ConfigError, DiskError, StoreError
+from saemill.common.records import Count, Positive, told
+
+MOST_SIZE = 1 << 31
+"""Of d_in, num_latents and k."""
+
+
+class Provenance(BaseModel):
+    """Types of what saemill itself reads of an SAE's provenance; there may be more in it."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    site: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    dataset: str | None = None
+    ctx_len: Positive | None = None
+    prepend_bos: bool | None = None
+    hook_name: str | None = None
+    acts_fingerprint: str | None = None
+    tokens_trained: Count | None = None
+    diverged_at_step: Count | None = None
+    variant: dict[str, JsonValue] | None = None
+    versions: dict[str, str] | None = None
 
 
 def read_config(file: Path) -> dict[str, Any]:
     """An SAE's config. NaN and infinity, which other tools write, become text: they are no JSON.
 
     Raises:
-        StoreError: the file is missing or holds no JSON object.
+        StoreError: the file is missing, cannot be read, or holds no JSON object.
     """
     try:
-        config = json.loads(file.read_text(), parse_constant=str)
+        text = file.read_text(encoding="utf-8")
+        config = json.loads(text, parse_constant=str, parse_float=_float)
+        json.dumps(config)  # what is nested too deeply for it could not be written again
     except FileNotFoundError:
         raise StoreError(f"{file.parent} holds no SAE: {file.name} is missing") from None
+    except RecursionError:
+        raise StoreError(f"{file} is damaged: it is nested too deeply") from None
     except ValueError as error:
         raise StoreError(f"{file} is damaged: {error}") from error
+    except OSError as error:
+        raise DiskError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(config, dict):
         raise StoreError(f"{file} must hold a JSON object, got {config!r:.80}")
     return config
+
+
+def _float(text: str) -> float | str:
+    """A number of JSON; one beyond what a float holds stays text."""
+    return number if math.isfinite(number := float(text)) else text
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -34,27 +71,40 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     Raises:
         StoreError: it is damaged.
+        DiskError: it cannot be read.
     """
     try:
         return load_file(file)
-    except SafetensorError as error:
-        raise StoreError(f"{file} is damaged: {error}") from error
+    except OSError as error:
+        raise DiskError(
+            durable.explained(error, file) or f"{file} cannot be read: {error.strerror}"
+        ) from error
+    except Exception as error:  # the library has several kinds of its own
+        raise StoreError(f"{file} is damaged: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Of a library's message, or its kind where it has none."""
+    return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
 def expect(config: Mapping[str, Any], field: str, wanted: Any, default: Any, why: str, file: Path) -> None:
     """Refuse an SAE of another kind.
 
     Args:
+        config: of the SAE.
         field: of the config, `default` where it is absent.
         wanted: the only value that can be represented.
+        default: what its absence means.
         why: what another value means.
+        file: the config's.
 
     Raises:
         ConfigError: the field has another value.
     """
     got = config.get(field, default)
-    if got != wanted:
-        raise ConfigError(f"{file}: {field} must be {wanted!r}, got {got!r}: {why}")
+    if type(got) is not type(wanted) or got != wanted:
+        raise ConfigError(f"{file}: {field} must be {wanted!r}, got {got!r:.80}: {why}")
 
 
 def count(config: Mapping[str, Any], field: str, file: Path) -> int:
@@ -64,9 +114,45 @@ def count(config: Mapping[str, Any], field: str, file: Path) -> int:
         StoreError: the field is missing or something else.
     """
     got = config.get(field)
-    if not isinstance(got, int) or isinstance(got, bool) or got < 1:
-        raise StoreError(f"{file}: {field} must be a whole number of 1 or more, got {got!r}")
+    if not isinstance(got, int) or isinstance(got, bool) or not 1 <= got < MOST_SIZE:
+        raise StoreError(f"{file}: {field} must be a whole number of 1 or more, got {got!r:.80}")
     return got
+
+
+def text(config: Mapping[str, Any], field: str, file: Path) -> str | None:
+    """A text, or None where there is none.
+
+    Raises:
+        StoreError: the field is something else.
+    """
+    got = config.get(field)
+    if got is not None and not isinstance(got, str):
+        raise StoreError(f"{file}: {field} must be text, got {got!r:.80}")
+    return got
+
+
+def flag(config: Mapping[str, Any], field: str, default: bool, file: Path) -> bool:
+    """True or false.
+
+    Raises:
+        StoreError: the field is something else.
+    """
+    got = config.get(field, default)
+    if not isinstance(got, bool):
+        raise StoreError(f"{file}: {field} must be true or false, got {got!r:.80}")
+    return got
+
+
+def group(config: Mapping[str, Any], field: str, file: Path) -> dict[str, Any]:
+    """A group of settings, empty where there is none.
+
+    Raises:
+        StoreError: the field is something else.
+    """
+    got = config.get(field)
+    if got is not None and not isinstance(got, dict):
+        raise StoreError(f"{file}: {field} must be a group of settings, got {got!r:.80}")
+    return got or {}
 
 
 def check_weights(
@@ -74,39 +160,66 @@ def check_weights(
     weights: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     optional: Sequence[str] = (),
-) -> None:
+) -> dict[str, Tensor]:
     """Refuse weights that the config does not tell of.
 
     Args:
+        file: theirs.
+        weights: by name.
         shapes: what must be there, by name.
         optional: names of what may be there beside it.
 
+    Returns: the weights of `shapes`, of one dtype: the widest of the file, float32 for 8 bits and less.
+
     Raises:
-        StoreError: a tensor is missing or has another shape.
+        StoreError: a tensor is missing, has another shape, or holds anything but floating-point numbers.
         ConfigError: there is one more, so that the SAE computes something else.
     """
     for name, shape in shapes.items():
         got = tuple(weights[name].shape) if name in weights else "nothing"
         if got != shape:
             raise StoreError(f"{file}: {name} must be {shape} by the config beside it, got {got}")
-        if not weights[name].is_floating_point():
+        plain = weights[name].layout == torch.strided and weights[name].device.type == "cpu"
+        if not plain or not weights[name].is_floating_point():
             raise StoreError(f"{file}: {name} must hold floating-point numbers, got {weights[name].dtype}")
     if more := sorted(set(weights) - set(shapes) - set(optional)):
         raise ConfigError(
             f"{file}: {', '.join(more)} must be absent from a TopK SAE; it cannot be represented"
         )
+    return _of_one_dtype({name: weights[name] for name in shapes}, file)
 
 
-def provenance(name: str, config: Mapping[str, Any], own: Any, **known: Any) -> dict[str, Any]:
+def _of_one_dtype(weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The same numbers in the widest of their types. torch computes with none of 8 bits."""
+    wide = [torch.float32 if w.element_size() == 1 else w.dtype for w in weights.values()]
+    dtype = wide[0]
+    for other in wide[1:]:
+        dtype = torch.promote_types(dtype, other)
+    try:
+        return {name: w.to(dtype) for name, w in weights.items()}
+    except (RuntimeError, NotImplementedError) as error:
+        types = ", ".join(sorted({str(w.dtype) for w in weights.values()}))
+        raise StoreError(
+            f"{file}: weights of {types} cannot be read as {dtype}; save them as float32"
+        ) from error
+
+
+def provenance(name: str, config: Mapping[str, Any], own: Any, file: Path, **known: Any) -> dict[str, Any]:
     """Where an SAE came from.
 
     Args:
         name: of the format.
         config: as it was read; kept whole.
         own: what saemill wrote there, if saemill made the file; it is all that is kept then.
+        file: the config's.
         known: site, model and so on; None is left out.
+
+    Raises:
+        StoreError: what saemill reads of it is of another type.
     """
-    if isinstance(own, dict):
-        return own
-    told = {key: value for key, value in known.items() if value is not None}
-    return told | {"imported": {"format": name, "config": dict(config)}}
+    found = own if isinstance(own, dict) else {key: v for key, v in known.items() if v is not None}
+    try:
+        Provenance.model_validate(found)
+    except ValidationError as error:
+        raise StoreError(f"{file} tells of the SAE's origin what it cannot: {told(error)}") from error
+    return dict(found) if found is own else found | {"imported": {"format": name, "config": dict(config)}}

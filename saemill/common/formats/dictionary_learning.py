@@ -6,7 +6,6 @@ Its `AutoEncoderTopK` has the encoder of `Sae`. `threshold`, the running mean of
 serves `encode(x, use_threshold=True)` alone: it is dropped when read, and written as -1, which means unset.
 """
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,17 @@ import torch
 from torch import Tensor
 
 from saemill.common import durable
-from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats.checks import check_weights, count, expect, provenance, read_config
+from saemill.common.errors import ConfigError, DiskError, StoreError
+from saemill.common.formats.checks import (
+    check_weights,
+    count,
+    expect,
+    first_line,
+    group,
+    provenance,
+    read_config,
+    text,
+)
 from saemill.common.formats.hooks import Hook, layer_of
 from saemill.common.sae import Sae, SaeConfig
 
@@ -39,8 +47,10 @@ def read(folder: Path) -> Sae:
     state = _state(folder / WEIGHTS)
     d_in, num_latents = count(trainer, "activation_dim", file), count(trainer, "dict_size", file)
     k = count(trainer, "k", file)
-    if "k" in state and int(state["k"]) != k:
-        raise StoreError(f"{folder / WEIGHTS}: k must be {k} by the config beside it, got {int(state['k'])}")
+    if "k" in state and state["k"].numel() != 1:
+        raise StoreError(f"{folder / WEIGHTS}: k must be one number, got {tuple(state['k'].shape)}")
+    if "k" in state and (got := state["k"].item()) != k:
+        raise StoreError(f"{folder / WEIGHTS}: k must be {k} by the config beside it, got {got}")
     wide, narrow = (num_latents, d_in), (d_in,)
     shapes = {
         "encoder.weight": wide,
@@ -48,15 +58,16 @@ def read(folder: Path) -> Sae:
         "decoder.weight": wide[::-1],
         "b_dec": narrow,
     }
-    check_weights(folder / WEIGHTS, state, shapes, optional=("k", "threshold"))
+    weights = check_weights(folder / WEIGHTS, state, shapes, optional=("k", "threshold"))
+    buffer = group(whole, "buffer", file)
     known = {
-        "hook_name": _hook_name(trainer.get("submodule_name")),
-        "model": trainer.get("lm_name"),
-        "ctx_len": (whole.get("buffer") or {}).get("ctx_len"),
+        "hook_name": _hook_name(text(trainer, "submodule_name", file)),
+        "model": text(trainer, "lm_name", file),
+        "ctx_len": count(buffer, "ctx_len", file) if buffer.get("ctx_len") is not None else None,
     }
-    told = provenance("dictionary_learning", whole, whole.get("saemill"), **known)
+    told = provenance("dictionary_learning", whole, whole.get("saemill"), file, **known)
     config = SaeConfig(d_in=d_in, num_latents=num_latents, k=k, provenance=told)
-    W_enc, b_enc, W_dec, b_dec = (state[name] for name in shapes)
+    W_enc, b_enc, W_dec, b_dec = weights.values()
     return Sae(config, W_enc, b_enc, W_dec.T.contiguous(), b_dec)
 
 
@@ -64,8 +75,12 @@ def _state(file: Path) -> dict[str, Tensor]:
     """The tensors of an `ae.pt`."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise StoreError(f"{file} holds no dict of tensors: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise DiskError(
+            durable.explained(error, file) or f"{file} cannot be read: {error.strerror}"
+        ) from error
+    except Exception as error:  # a pickle that is cut off or changed may raise anything
+        raise StoreError(f"{file} holds no dict of tensors: {first_line(error)}") from error
     if isinstance(state, dict) and "ae" in state:
         raise ConfigError(
             f"{file} must hold a finished SAE, got a backup in mid-training ({', '.join(map(str, state))}), "
@@ -93,8 +108,8 @@ def write(sae: Sae, folder: Path, hook: Hook | None) -> None:
     state = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
     state |= {"k": torch.tensor(sae.config.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
     folder.mkdir(parents=True, exist_ok=True)
-    with durable.replacing(folder / WEIGHTS) as partial:
-        torch.save(state, partial)
+    with durable.replacing(folder / WEIGHTS) as partial, partial.open("wb") as opened:
+        torch.save(state, opened)  # to an opened file, whose errors tell of a full disk
     durable.write_json(folder / "config.json", _config(sae, hook))
 
 

@@ -16,12 +16,24 @@ from torch import Tensor
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError
-from saemill.common.formats.checks import check_weights, count, expect, provenance, read_config, read_tensors
+from saemill.common.formats.checks import (
+    check_weights,
+    count,
+    expect,
+    flag,
+    group,
+    provenance,
+    read_config,
+    read_tensors,
+    text,
+)
 from saemill.common.formats.hooks import Hook
 from saemill.common.sae import Sae, SaeConfig
 
 WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
+LARGEST = 1e30
+"""Of the factor on activations that can be folded."""
 VERSION = "6.54.12"
 """Whose layout is written. SAELens takes a config without a version for one of before 6.0."""
 
@@ -34,44 +46,46 @@ def read(folder: Path) -> Sae:
     """
     file = folder / "cfg.json"
     given = read_config(file)
-    cfg = _since_6(given)
+    cfg = _since_6(given, file)
     expect(cfg, "architecture", "topk", "standard", "only TopK SAEs can be represented", file)
     expect(
         cfg, "reshape_activations", "none", "none", "it takes attention heads, not one vector per token", file
     )
     scale = _input_scale(folder, cfg.get("normalize_activations") or "none")
+    centred = flag(cfg, "apply_b_dec_to_input", True, file)
+    rescaled = flag(cfg, "rescale_acts_by_decoder_norm", False, file)
     d_in, d_sae = count(cfg, "d_in", file), count(cfg, "d_sae", file)
-    weights = read_tensors(folder / WEIGHTS)
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    check_weights(folder / WEIGHTS, weights, shapes)
-    metadata = cfg.get("metadata") or {}
+    weights = check_weights(folder / WEIGHTS, read_tensors(folder / WEIGHTS), shapes)
+    metadata = group(cfg, "metadata", file)
     known = {
-        "hook_name": metadata.get("hook_name"),
-        "model": metadata.get("model_name"),
-        "dataset": metadata.get("dataset_path"),
-        "ctx_len": metadata.get("context_size"),
+        "hook_name": text(metadata, "hook_name", file),
+        "model": text(metadata, "model_name", file),
+        "dataset": text(metadata, "dataset_path", file),
+        "ctx_len": count(metadata, "context_size", file) if metadata.get("context_size") else None,
     }
     config = SaeConfig(
         d_in=d_in,
         num_latents=d_sae,
         k=count(cfg, "k", file),
-        provenance=provenance("saelens", given, metadata.get("saemill"), **known),
+        provenance=provenance("saelens", given, metadata.get("saemill"), file, **known),
     )
-    return Sae(config, *_folded(weights, cfg, scale))
+    return Sae(config, *_folded(weights, centred, rescaled, scale))
 
 
-def _since_6(cfg: dict[str, Any]) -> dict[str, Any]:
+def _since_6(cfg: dict[str, Any], file: Path) -> dict[str, Any]:
     """A config of an SAELens before 6.0 in today's terms."""
     if "metadata" in cfg:
         return cfg
     old = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
     cfg = {old.get(key, key): value for key, value in cfg.items()}
     if cfg.get("activation_fn") == "topk":
-        cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k", cfg.get("k"))}
+        k = group(cfg, "activation_fn_kwargs", file).get("k", cfg.get("k"))
+        cfg |= {"architecture": "topk", "k": k}
     normalized = cfg.get("normalize_activations")
     if isinstance(normalized, bool):
         cfg["normalize_activations"] = "expected_average_only_in" if normalized else "none"
-    if "hook_z" in (cfg.get("hook_name") or ""):
+    if "hook_z" in (text(cfg, "hook_name", file) or ""):
         cfg.setdefault("reshape_activations", "hook_z")
     return cfg | {"metadata": cfg}
 
@@ -80,29 +94,29 @@ def _input_scale(folder: Path, normalization: str) -> float:
     """What activations are multiplied by before the SAE sees them."""
     if normalization == "none":
         return 1.0
-    field = f"{folder / 'cfg.json'}: normalize_activations is {normalization!r}"
+    field = f"{folder / 'cfg.json'}: normalize_activations is {normalization!r:.80}"
     if normalization != "expected_average_only_in":
         raise ConfigError(
             f"{field}: each activation goes through a norm or a matrix that weights cannot hold; only 'none' "
             "can be represented, and 'expected_average_only_in' with its factor"
         )
     scale = read_config(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
-    if not isinstance(scale, int | float) or not scale > 0:
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < LARGEST:
         raise ConfigError(
             f"{field}, but {SCALER} with its scaling_factor is not there; get it from the checkpoint, or "
             "fold the factor with SAELens: sae.fold_activation_norm_scaling_factor(…), then sae.save_model(…)"
         )
-    return scale
+    return float(scale)
 
 
-def _folded(weights: dict[str, Tensor], cfg: dict[str, Any], scale: float) -> tuple[Tensor, ...]:
+def _folded(weights: dict[str, Tensor], centred: bool, rescaled: bool, scale: float) -> tuple[Tensor, ...]:
     """W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] of the `Sae` that computes the same."""
     dtype = weights["W_enc"].dtype
     W_enc, b_enc = weights["W_enc"].T.double() * scale, weights["b_enc"].double()
     W_dec, b_dec = weights["W_dec"].double() / scale, weights["b_dec"].double() / scale
-    if not cfg.get("apply_b_dec_to_input", True):
+    if not centred:
         b_enc = b_enc + W_enc @ b_dec
-    if cfg.get("rescale_acts_by_decoder_norm", False):
+    if rescaled:
         # As SAELens itself folds them; the bound keeps latents without a decoder finite.
         norms = W_dec.norm(dim=1).clamp(min=1e-8)
         W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
@@ -113,7 +127,7 @@ def write(sae: Sae, folder: Path, hook: Hook | None) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` as SAELens saves an SAE for inference."""
     weights = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     folder.mkdir(parents=True, exist_ok=True)
-    with durable.replacing(folder / WEIGHTS) as partial:
+    with durable.replacing(folder / WEIGHTS, sum(w.nbytes for w in weights.values())) as partial:
         save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial)
     told = sae.config.provenance
     metadata = {

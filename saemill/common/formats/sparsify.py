@@ -2,7 +2,8 @@
 
     encoder.weight [F, D]   encoder.bias [F]   W_dec [F, D]   b_dec [D]
 
-Its encoder is the one of `Sae`. `num_latents` 0 stands for d_in × expansion_factor.
+Its encoder is the one of `Sae`. `num_latents` 0 stands for d_in × expansion_factor. What saemill wrote
+carries a seal (`seal`), which is checked.
 """
 
 from pathlib import Path
@@ -12,8 +13,19 @@ import torch
 from safetensors.torch import save_file
 
 from saemill.common import durable
-from saemill.common.formats.checks import check_weights, count, expect, provenance, read_config, read_tensors
+from saemill.common.errors import StoreError
+from saemill.common.formats import seal
+from saemill.common.formats.checks import (
+    check_weights,
+    count,
+    expect,
+    provenance,
+    read_config,
+    read_tensors,
+    text,
+)
 from saemill.common.formats.hooks import layer_of
+from saemill.common.records import CHECKSUM
 from saemill.common.sae import Sae, SaeConfig
 
 WEIGHTS = "sae.safetensors"
@@ -39,6 +51,8 @@ def read(folder: Path) -> Sae:
     """
     file = folder / "cfg.json"
     cfg = read_config(file)
+    own = seal.checked(cfg, folder, folder / WEIGHTS)
+    own = cfg.get("saemill") if own is None else own
     for field, wanted, default, why in REFUSED:
         expect(cfg, field, wanted, default, why, file)
     d_in = count(cfg, "d_in", file)
@@ -50,13 +64,23 @@ def read(folder: Path) -> Sae:
         d_in=d_in,
         num_latents=num_latents,
         k=count(cfg, "k", file),
-        provenance=provenance("sparsify", cfg, cfg.get("saemill"), **_known(folder)),
+        provenance=provenance("sparsify", cfg, own, file, **_known(folder)),
     )
     weights = read_tensors(folder / WEIGHTS)
     wide, narrow = (num_latents, d_in), (d_in,)
     shapes = {"encoder.weight": wide, "encoder.bias": wide[:1], "W_dec": wide, "b_dec": narrow}
-    check_weights(folder / WEIGHTS, weights, shapes)
-    return Sae(config, *(weights[name] for name in shapes))
+    return Sae(config, *check_weights(folder / WEIGHTS, weights, shapes).values())
+
+
+def check(folder: Path) -> None:
+    """Refuse an SAE of saemill's whose files are not as they were written.
+
+    Raises:
+        StoreError: they are not, or one is missing.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise StoreError(f"{folder / WEIGHTS}: file is missing. {seal.REPAIR}")
+    seal.checked(read_config(folder / "cfg.json"), folder, folder / WEIGHTS)
 
 
 def _known(folder: Path) -> dict[str, Any]:
@@ -64,11 +88,15 @@ def _known(folder: Path) -> dict[str, Any]:
     site = folder.name if layer_of(folder.name) is not None else None
     file = folder.parent / "config.json"
     run = read_config(file) if site and file.is_file() else {}
-    return {"site": site} | {name: run.get(name) for name in ("model", "dataset", "ctx_len")}
+    known = {"site": site} | {name: text(run, name, file) for name in ("model", "dataset")}
+    return known | {"ctx_len": count(run, "ctx_len", file) if "ctx_len" in run else None}
 
 
-def write(sae: Sae, folder: Path) -> None:
-    """Write `cfg.json` and `sae.safetensors`."""
+def write(sae: Sae, folder: Path) -> str:
+    """Write `cfg.json` and `sae.safetensors`, whatever the weights are.
+
+    Returns: the config's checksum.
+    """
     weights = {
         "encoder.weight": sae.W_enc,
         "encoder.bias": sae.b_enc,
@@ -76,22 +104,24 @@ def write(sae: Sae, folder: Path) -> None:
         "b_dec": sae.b_dec,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with durable.replacing(folder / WEIGHTS) as partial:
-        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial)
+    with durable.replacing(folder / WEIGHTS, sum(w.nbytes for w in weights.values())) as partial:
+        plain = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+        save_file(plain, partial, seal.MADE_BY)
+        n_bytes, xxh3 = partial.stat().st_size, durable.hash_file(partial)
     config = sae.config
     norms = sae.W_dec.detach().float().norm(dim=1)
-    durable.write_json(
-        folder / "cfg.json",
-        {
-            "activation": "topk",
-            "expansion_factor": config.num_latents / config.d_in,
-            "normalize_decoder": bool(torch.allclose(norms, torch.ones_like(norms), atol=1e-2)),
-            "num_latents": config.num_latents,
-            "k": config.k,
-            "multi_topk": False,
-            "skip_connection": False,
-            "transcode": False,
-            "d_in": config.d_in,
-            "saemill": config.provenance,
-        },
-    )
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": config.num_latents / config.d_in,
+        "normalize_decoder": bool(torch.allclose(norms, torch.ones_like(norms), atol=1e-2)),
+        "num_latents": config.num_latents,
+        "k": config.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": config.d_in,
+        "saemill": config.provenance,
+    }
+    sealed = seal.seal(cfg, n_bytes, xxh3)
+    durable.write_json(folder / "cfg.json", sealed)
+    return str(sealed["saemill"][seal.KEY][CHECKSUM])

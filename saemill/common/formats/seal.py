@@ -1,0 +1,118 @@
+"""The seal of an SAE that saemill saved: hashes of its two files, in the `saemill` part of `cfg.json`.
+
+sparsify, which reads the same files, passes over that part, and leaves it out when it saves. So whoever
+changes an SAE with it takes off the seal, and the weights' note of it (`MADE_BY`) as well.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import safe_open
+
+from saemill.common import durable, records
+from saemill.common.errors import StoreError
+from saemill.common.records import Count, Hash, Record
+
+KEY = "seal"
+OWN = "saemill"
+MADE_BY = {"made_by": OWN}
+"""Metadata of the file of weights, which tell that a seal must be there."""
+REPAIR = (
+    "Get it again from where it came from; `saemill train` with --no-resume trains a run anew. To take it as "
+    f"it is, remove {OWN!r} from cfg.json and save the tensors anew, without metadata."
+)
+
+
+class Seal(Record):
+    """What `cfg.json` tells of the SAE's files; its checksum is that of the whole config."""
+
+    format: Literal["saemill SAE 2"] = "saemill SAE 2"
+    bytes: Count
+    """Of the weights."""
+    xxh3: Hash
+
+
+def seal(cfg: Mapping[str, Any], n_bytes: int, xxh3: str) -> dict[str, Any]:
+    """A config with the seal on it and on the weights.
+
+    Args:
+        cfg: its fields, saemill's own under `saemill`.
+        n_bytes: of the file of weights.
+        xxh3: of the same.
+    """
+    own = {key: value for key, value in cfg[OWN].items() if key != KEY}
+    told = Seal(bytes=n_bytes, xxh3=xxh3).model_dump(mode="json")
+    # As it will be read: names become text, tuples lists.
+    plain: dict[str, Any] = json.loads(json.dumps({**cfg, OWN: own | {KEY: told}}, allow_nan=False))
+    plain[OWN][KEY][records.CHECKSUM] = durable.hash_json(plain)
+    return plain
+
+
+def sealed_again(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that was changed on purpose, with a seal that fits; the weights are the same."""
+    told = cfg[OWN][KEY]
+    return seal(cfg, told["bytes"], told["xxh3"])
+
+
+def checked(cfg: Mapping[str, Any], folder: Path, weights: Path) -> dict[str, Any] | None:
+    """What saemill wrote under `saemill`, without the seal, which is checked; None where it sealed nothing.
+
+    Args:
+        cfg: the content of `cfg.json`.
+        folder: of the SAE.
+        weights: the file.
+
+    Raises:
+        StoreError: the config or the weights are not as they were written.
+    """
+    own = cfg.get(OWN)
+    if not isinstance(own, dict) or KEY not in own:
+        if _is_ours(weights):
+            raise StoreError(
+                f"{folder / 'cfg.json'} is damaged: it has lost the hashes that saemill wrote. {REPAIR}"
+            )
+        return None
+    told = _checked_config(cfg, folder)
+    n_bytes = weights.stat().st_size
+    if n_bytes != told.bytes:
+        raise StoreError(f"{weights} is damaged: {n_bytes:,} bytes, expected {told.bytes:,}. {REPAIR}")
+    if durable.hash_file(weights) != told.xxh3:
+        raise StoreError(f"{weights} is damaged: its content differs from its hash. {REPAIR}")
+    return {key: value for key, value in own.items() if key != KEY}
+
+
+def _checked_config(cfg: Mapping[str, Any], folder: Path) -> Seal:
+    """The seal, if the config is as it was written."""
+    where = str(folder / "cfg.json")
+    told = cfg[OWN][KEY]
+    if not isinstance(told, dict) or records.CHECKSUM not in told:
+        raise StoreError(f"{where} is damaged: its seal is none. {REPAIR}")
+    fields = {key: value for key, value in told.items() if key != records.CHECKSUM}
+    if durable.hash_json({**cfg, OWN: cfg[OWN] | {KEY: fields}}) != told[records.CHECKSUM]:
+        raise StoreError(f"{where} is damaged: its content differs from its checksum. {REPAIR}")
+    return records.parse(records.sealed(fields), Seal, where, REPAIR)
+
+
+def checksum(folder: Path) -> str:
+    """The checksum of an SAE's config, by which the record of its run knows it.
+
+    Raises:
+        MissingError: there is no config.
+        StoreError: it has none, or is not as it was written.
+    """
+    cfg = durable.read_json(folder / "cfg.json", REPAIR)
+    if not isinstance(cfg, dict) or not isinstance(cfg.get(OWN), dict) or KEY not in cfg[OWN]:
+        raise StoreError(f"{folder / 'cfg.json'} is damaged: it lacks its checksum. {REPAIR}")
+    _checked_config(cfg, folder)
+    return str(cfg[OWN][KEY][records.CHECKSUM])
+
+
+def _is_ours(weights: Path) -> bool:
+    """Whether saemill wrote a file of weights, by its metadata."""
+    try:
+        with safe_open(weights, "pt") as file:
+            return (file.metadata() or {}).items() >= MADE_BY.items()
+    except Exception:  # of whatever kind the library's is: the reader of the tensors will tell
+        return False
