@@ -387,11 +387,14 @@ def test_the_stores_own_mask_is_a_setting(
 
 
 def test_nothing_to_count_is_refused(made: ActivationStore) -> None:
-    """Oracle: a mask of whole rows leaves no position."""
+    """Oracle: a mask of whole rows leaves no position; nor does one of every id."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(StoreError, match="every position is masked or held out"):
+        with pytest.raises(ConfigError, match=f"less than the {CTX_LEN} tokens of a row, got {CTX_LEN}"):
             made.site("layers.0").statistics_under(MaskConfig(first_positions=CTX_LEN))
+        every_id = tuple(range(made.tokens.tokenizer.vocab_size))
+        with pytest.raises(StoreError, match="every position is masked or held out"):
+            made.site("layers.0").statistics_under(MaskConfig(token_ids=every_id))
 
 
 def test_a_shard_without_training_positions_adds_nothing(

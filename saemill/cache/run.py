@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from saemill.cache import names
 from saemill.cache.claims import Worker, holds_only_claims
 from saemill.cache.fill import Filling
 from saemill.cache.writer import SiteWriter, check_same_store, write_group
@@ -136,6 +137,7 @@ def run(config: CacheConfig) -> ActivationStore:
         sites = sites_of(config, model_config)
         identity = _identity(config, tokens, there, n_rows, device)
         check_8bit(bool(identity["load_in_8bit"]), device)
+        _check_mask(tokens, settings.build(MaskConfig, identity["mask"], "mask"), n_rows)
         plan = _plan(config, identity, tokens.ctx_len, sites)
         check_same_store(config.out, there, identity)
         with Worker(config.out / CLAIMS, stop) as worker:
@@ -168,19 +170,30 @@ def _complete(
         if any(lacking.values()):
             _say_what_is_there(store, lacking)
             n_missing += sum(map(len, lacking.values()))
-            model = model or LanguageModel(
-                config.model,
-                revision=config.revision,
-                dtype=getattr(torch, str(store.settings.model_dtype)),
-                device=device,
-                in_8bit=bool(store.settings.load_in_8bit),
-            )
+            model = model or _load(config, store, list(lacking), device)
             filling = Filling(store, writers, model, worker, world, config.batch_size)
             filling.run()
             n_written += filling.n_written
         with worker.hold("store"):
             if all([writer.finish() for writer in writers]):
                 return _what_was_done(n_missing, n_written)
+
+
+def _load(
+    config: CacheConfig, store: ActivationStore, sites: list[str], device: torch.device
+) -> LanguageModel:
+    """The model, after a look at whether its modules hold what their names say."""
+    model = LanguageModel(
+        config.model,
+        revision=config.revision,
+        dtype=getattr(torch, str(store.settings.model_dtype)),
+        device=device,
+        in_8bit=bool(store.settings.load_in_8bit),
+    )
+    ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype("int64"))
+    for told in names.warnings(model, sites, ids_RS):
+        say(f"warning: {told}")
+    return model
 
 
 def _what_was_done(n_missing: int, n_written: int) -> str:
@@ -288,6 +301,18 @@ def _identity(
         "model_fingerprint": fingerprint_model(config.model, config.revision),
         "mask": settings.plain(mask),
     }
+
+
+def _check_mask(tokens: TokenStore, mask: MaskConfig, n_rows: int) -> None:
+    """Refuse a mask that leaves nothing to train on, before the model is run."""
+    for row in range(0, n_rows, 1024):
+        end = min(row + 1024, n_rows)
+        if tokens.keep(row, end, mask)[~tokens.held_out_R[row:end]].any():
+            return
+    raise ConfigError(
+        "the mask and the held-out rows leave no position of these tokens to train on; lower "
+        "mask.first_positions, or mask fewer ids"
+    )
 
 
 def _plan(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites: list[Site]) -> str:

@@ -24,6 +24,29 @@ class MaskConfig:
     def __post_init__(self) -> None:
         if self.first_positions < 0:
             raise ConfigError(f"first_positions must be 0 or more, got {self.first_positions}")
+        if bad := [token_id for token_id in self.token_ids if token_id < 0]:
+            raise ConfigError(f"mask.token_ids must be 0 or more, got {', '.join(map(str, bad))}")
+
+    def check(self, n_ids: int, ctx_len: int) -> None:
+        """Refuse a mask that cannot be meant for some tokens.
+
+        Args:
+            n_ids: how many ids their tokenizer has.
+            ctx_len: tokens per row.
+
+        Raises:
+            ConfigError: an id that no token has, or no position of a row left.
+        """
+        if bad := [token_id for token_id in self.token_ids if token_id >= n_ids]:
+            raise ConfigError(
+                f"mask.token_ids must be in 0..{n_ids - 1}, the ids of the tokenizer, got "
+                f"{', '.join(map(str, bad))}"
+            )
+        if self.first_positions >= ctx_len:
+            raise ConfigError(
+                f"mask.first_positions must be less than the {ctx_len} tokens of a row, got "
+                f"{self.first_positions}: nothing would be left to train on"
+            )
 
     def ids(self, special_ids: tuple[int, ...]) -> list[int]:
         """The token ids left out, those of a tokenizer's special tokens included."""

@@ -121,6 +121,7 @@ class LanguageModel:
         self.model = self.model.eval().requires_grad_(False)
         self.base = base_of(self.model) if self.head else self.model
         self.modules = dict(self.base.named_modules())
+        self.blocks = block_names(self.base)
         self.n_ids: int = n_ids_of(self.base)
         self.tuple_sites: set[str] = set()
 
@@ -225,8 +226,8 @@ class LanguageModel:
         models nothing before it then matters. Where the site is no block nothing is skipped. Not for
         models whose blocks return tuples; `tuple_sites` names the sites where a splice met one.
         """
-        blocks = block_names(self.base)
-        skipped = [self.modules[name] for name in blocks[: blocks.index(site)]] if site in blocks else []
+        before = self.blocks[: self.blocks.index(site)] if site in self.blocks else []
+        skipped = [self.modules[name] for name in before]
 
         def hand_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
             return hidden_states

@@ -72,10 +72,13 @@ def splice(
     spliced = Spliced(sae, edits, keep_error, _trained_on(sae) if where is None else where, name)
 
     def begin(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        spliced._begin(inspect.signature(module.forward).bind_partial(*arguments, **named).arguments)
+        spliced._begin(_by_name(inspect.signature(module.forward), arguments, named))
 
     # Either may be called, and not every model with a head calls its base model as a whole (OPT's).
-    handles = [called.register_forward_pre_hook(begin, with_kwargs=True) for called in {model, base}]
+    handles = []
+    for called in {model, base}:
+        handles.append(called.register_forward_pre_hook(begin, with_kwargs=True))
+        handles.append(called.register_forward_hook(spliced._end, always_call=True))
     try:
         with replacing(base.get_submodule(name), spliced._change):
             yield spliced
@@ -98,6 +101,8 @@ class Spliced:
         self.sae, self.edits, self.keep_error, self.site = sae, edits, keep_error, site
         self._where = where
         self._arguments: dict[str, Any] = {}
+        self._depth = 0
+        """Calls that have begun and not ended: a head calls its base."""
         self._found: tuple[Encoded, Tensor] | None = None
 
     @property
@@ -124,9 +129,19 @@ class Spliced:
         return self._found
 
     def _begin(self, arguments: dict[str, Any]) -> None:
-        """A forward pass begins."""
-        self._arguments = {name: value for name, value in arguments.items() if value is not None}
-        self._found = None
+        """A forward pass begins, or the head calls its base model.
+
+        What the outermost call was given counts: not every head hands the attention mask on (RWKV's).
+        """
+        given = {name: value for name, value in arguments.items() if value is not None}
+        if self._depth == 0:
+            self._arguments, self._found = {}, None
+        self._arguments = given | self._arguments
+        self._depth += 1
+
+    def _end(self, *_: Any) -> None:
+        """A call is over, also by an error."""
+        self._depth = max(0, self._depth - 1)
 
     def _change(self, x_BSD: Tensor) -> Tensor:
         self._check(x_BSD)
@@ -213,6 +228,15 @@ def positions(arguments: dict[str, Any], x_BSD: Tensor) -> Tensor:
     cache = arguments.get("past_key_values")
     n_before = int(cache.get_seq_length()) if cache is not None else 0
     return torch.arange(n_before, n_before + n_positions, device=x_BSD.device).expand(n_rows, -1)
+
+
+def _by_name(
+    signature: inspect.Signature, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by their names, those that its signature does not name among them."""
+    bound = signature.bind_partial(*arguments, **named).arguments
+    rest = [name for name, taken in signature.parameters.items() if taken.kind is taken.VAR_KEYWORD]
+    return bound | (bound.pop(rest[0], {}) if rest else {})
 
 
 def _find_site(base: Any, site: str | None, sae: Sae) -> str:

@@ -220,7 +220,12 @@ class TokenStore:
         return self._tokens.read(start, stop)
 
     def keep(self, start: int, stop: int, mask: MaskConfig) -> NDArray[np.bool_]:
-        """Which positions of rows start..stop count. bool [stop - start, ctx_len]."""
+        """Which positions of rows start..stop count. bool [stop - start, ctx_len].
+
+        Raises:
+            ConfigError: the mask cannot be meant for these tokens.
+        """
+        mask.check(self.tokenizer.vocab_size, self.ctx_len)
         return mask.keep(self.rows(start, stop), self.tokenizer.special_ids)
 
     @cached_property

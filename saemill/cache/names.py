@@ -1,0 +1,90 @@
+"""What a module's name may hide: whether its output holds more than the name says.
+
+BLOOM's and MPT's MLP returns the whole residual stream, its own part added to it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saemill.common.model import LanguageModel
+from saemill.common.sites import first_output
+
+N_TOKENS = 16
+"""Tokens of the first row that are looked at: what holds bit by bit there holds everywhere."""
+
+
+def warnings(model: LanguageModel, sites: list[str], ids_RS: Tensor) -> list[str]:
+    """What is to be said of some sites, from a pass over a few tokens.
+
+    Only what holds bit by bit is told: a site whose output is another's, and one whose output is the sum of
+    what went into it and what a module inside it gave. Of blocks, which are such sums by their nature, that
+    is not told.
+
+    Args:
+        model: the model.
+        sites: module paths in its base model.
+        ids_RS: token ids, int64.
+    """
+    parts = [site for site in sites if site not in model.blocks]
+    with _recording(model, parts) as (inputs, inside):
+        outputs = model.capture(ids_RS[:1, :N_TOKENS], sites, None)
+    whole = [
+        f"{site} gives the whole residual stream: what it computes, added to what went into it; what it adds "
+        f"alone is at {part}"
+        for site in parts
+        if (part := _added_part(outputs[site], inputs[site], inside[site]))
+    ]
+    return whole + [
+        f"{a} and {b} give the same activations: one of them is enough"
+        for a, b in combinations(sites, 2)
+        if outputs[a].shape == outputs[b].shape and torch.equal(outputs[a], outputs[b])
+    ]
+
+
+def _added_part(x_RSD: Tensor, inputs: list[Tensor], parts: dict[str, Tensor]) -> str | None:
+    """The module inside a site whose output, added to one of the site's inputs, is the site's output."""
+    for name, part in parts.items():
+        for given in inputs:
+            if given.shape == part.shape == x_RSD.shape and torch.equal(given + part, x_RSD):
+                return name
+    return None
+
+
+@contextmanager
+def _recording(
+    model: LanguageModel, sites: list[str]
+) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, dict[str, Tensor]]]]:
+    """While the block runs, what goes into each site is kept, and what each module with weights inside it
+    gives."""
+    inputs: dict[str, list[Tensor]] = {site: [] for site in sites}
+    inside: dict[str, dict[str, Tensor]] = {site: {} for site in sites}
+
+    def before(site: str) -> Callable[..., None]:
+        def hook(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            inputs[site] = [x.clone() for x in (*arguments, *named.values()) if isinstance(x, Tensor)]
+
+        return hook
+
+    def after(site: str, name: str) -> Callable[..., None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            if isinstance(first := first_output(output), Tensor):
+                inside[site][name] = first.clone()
+
+        return hook
+
+    handles = []
+    for site in sites:
+        handles.append(model.modules[site].register_forward_pre_hook(before(site), with_kwargs=True))
+        for name, module in model.modules.items():
+            if name.startswith(f"{site}.") and any(True for _ in module.parameters()):
+                handles.append(module.register_forward_hook(after(site, name)))
+    try:
+        yield inputs, inside
+    finally:
+        for handle in handles:
+            handle.remove()
