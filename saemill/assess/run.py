@@ -25,6 +25,7 @@ from saemill.common import config as settings
 from saemill.common import durable, runs
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
+from saemill.common.formats import variants
 from saemill.common.log import duration, say
 from saemill.common.mask import MaskConfig
 from saemill.common.model import LanguageModel
@@ -219,7 +220,7 @@ def _open(config: AssessConfig, device: torch.device) -> _Run:
     if not path.exists():
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
     store = ActivationStore(path)
-    saes = {name: runs.sae(config.run, name, finished, device) for name in finished.variants}
+    saes = {name: variants.load(config.run, name, finished, device) for name in finished.variants}
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
             raise StoreError(f"{name} was not trained on {path}; name the right store with --acts")

@@ -257,9 +257,7 @@ def _owes_wandb(run: Path) -> bool:
     """Whether wandb lacks something of a run that is logged to it."""
     if not (run / wandb.RECORD).exists():
         return False
-    logged = run / wandb.LOGGED
-    ended = durable.read_json(logged)["ended"] if logged.exists() else []
-    return not set(durable.read_json(run / wandb.RECORD)["runs"]) <= set(ended)
+    return not set(wandb.record.told(run).runs) <= set(wandb.record.logged(run).ended)
 
 
 def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
