@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from saemill.assess import record as assess_record
+from saemill.common import assessment as assess_record
 from saemill.common import formats, hub, runs, tokens
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import StoreError

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from saemill.assess import record as assessment
-from saemill.common import records
+from saemill.common import assessment, records
 from saemill.common.activations import ActivationStore, describe_site
 from saemill.common.errors import StoreError
 from saemill.common.passages import REPAIR as REPAIR_PASSAGES

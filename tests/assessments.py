@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from saemill.assess import record
+from saemill.common import assessment as record
 from saemill.common import records
 
 

@@ -19,7 +19,6 @@ from pipeline import Pipeline
 from stores import make_store
 from test_assess import ALONE, D, evalset, held_out, random_sae, reconstruct
 
-from saemill.assess import record
 from saemill.assess.controls import controls
 from saemill.assess.reconstruction import Reconstruction, absorption
 from saemill.assess.run import AssessConfig
@@ -28,6 +27,7 @@ from saemill.assess.splicing import Splicing, _kl
 from saemill.assess.spread import Spread
 from saemill.assess.sums import N_DRAWS, Bootstrap, DocumentSums, Ratio, Split
 from saemill.assess.verdict import Thresholds, checks, summary
+from saemill.common import assessment as record
 from saemill.common import durable, records
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.statistics import Statistics

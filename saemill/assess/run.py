@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saemill.assess import features, record
+from saemill.assess import features
 from saemill.assess.controls import controls
 from saemill.assess.entries import Measured
 from saemill.assess.evalset import EvalSet, check_tokens
@@ -22,10 +22,12 @@ from saemill.assess.report import table, write_html
 from saemill.assess.splicing import Splicing, check_mask_token
 from saemill.assess.sums import DocumentSums
 from saemill.assess.verdict import Thresholds
+from saemill.common import assessment as record
 from saemill.common import config as settings
 from saemill.common import durable, records, runs
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
+from saemill.common.formats import variants
 from saemill.common.log import duration, say
 from saemill.common.mask import MaskConfig
 from saemill.common.model import LanguageModel
@@ -231,7 +233,7 @@ def _open(config: AssessConfig, device: torch.device) -> _Run:
     if not path.exists():
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
     store = ActivationStore(path)
-    saes = {name: runs.sae(config.run, name, finished, device) for name in finished.variants}
+    saes = {name: variants.load(config.run, name, finished, device) for name in finished.variants}
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
             raise StoreError(f"{name} was not trained on {path}; name the right store with --acts")

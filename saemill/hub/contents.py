@@ -8,12 +8,11 @@ from typing import Any
 
 import yaml
 
-from saemill.assess import record as assessment
-from saemill.common import durable, records, runs
+from saemill.common import assessment, durable, records, runs
 from saemill.common.activations import ActivationStore
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats import seal
+from saemill.common.formats import seal, variants
 from saemill.common.formats.checks import read_config
 from saemill.common.formats.sparsify import WEIGHTS, check
 from saemill.common.passages import PassageStore
@@ -134,7 +133,7 @@ def _sae(folder: Path, cfg: str, run: Path) -> dict[str, Any]:
     for file in ("cfg.json", WEIGHTS):
         if not (folder / file).is_file():
             raise StoreError(f"{folder / file} is missing; leave the variant out with --variant")
-    runs.check_sae(folder, cfg, run / runs.FINISHED)
+    variants.check(folder, cfg, run / runs.FINISHED)
     check(folder)
     return read_config(folder / "cfg.json")
 

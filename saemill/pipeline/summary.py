@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from saemill.assess import record as assess_record
+from saemill.common import assessment as assess_record
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.log import say

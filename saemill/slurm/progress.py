@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from saemill.assess import record
 from saemill.assess.run import AssessConfig
+from saemill.common import assessment as record
 from saemill.common import config as settings
 from saemill.common import runs
 from saemill.common.activations import ActivationStore

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from saemill.common import durable, records, runs
 from saemill.common.errors import StoreError
-from saemill.common.formats import sparsify
+from saemill.common.formats import sparsify, variants
 from saemill.common.records import File
 from saemill.common.runs import ANEW, CHECKPOINT, CHECKPOINTS, CONFIG, FINISHED, HALVING, METRICS
 from saemill.train import checkpoint
@@ -55,13 +55,7 @@ def _finished(run: Path) -> list[str]:
 
 def _unfinished(run: Path) -> list[str]:
     """Of a run that goes on: its checkpoint, the log up to it, and the SAEs that were stopped early."""
-    found = []
-    try:
-        for look in runs.looks(run):
-            for name, lost in look.stopped.items():
-                found += _sae(run / name, lost.cfg, run / HALVING)
-    except StoreError as error:
-        found.append(str(error))
+    found = stopped_problems(run)
     try:
         record = checkpoint.read(run)
     except StoreError as error:
@@ -73,9 +67,21 @@ def _unfinished(run: Path) -> list[str]:
     return found
 
 
+def stopped_problems(run: Path) -> list[str]:
+    """What is wrong with halving's record, and with the SAEs that it answers for."""
+    found = []
+    try:
+        for look in runs.looks(run):
+            for name, lost in look.stopped.items():
+                found += _sae(run / name, lost.cfg, run / HALVING)
+    except StoreError as error:
+        found.append(str(error))
+    return found
+
+
 def _sae(folder: Path, cfg: str, record: Path) -> list[str]:
     """What is wrong with an SAE's two files, or that the record tells of another SAE."""
-    return _told(partial(runs.check_sae, folder, cfg, record)) or _told(partial(sparsify.check, folder))
+    return _told(partial(variants.check, folder, cfg, record)) or _told(partial(sparsify.check, folder))
 
 
 def _log(path: Path, kept: File) -> list[str]:
