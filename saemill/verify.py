@@ -91,7 +91,9 @@ def _site_problems(store: ActivationStore, name: str) -> list[str]:
     manifest = None
     if not (folder / "manifest.json").exists():
         n_commits = store.unfinished[name]
-        found.append(f"{name}: unfinished, {n_commits:,} of {store.n_shards:,} shards")
+        is_all = n_commits == store.n_shards
+        told = f"{folder / 'manifest.json'}: file is missing" if is_all else f"{name}: unfinished"
+        found.append(f"{told}, {n_commits:,} of {store.n_shards:,} shards are there")
     elif record:
         manifest = found.attempt(lambda: store.manifest(record))
     for shard in range(store.n_shards):

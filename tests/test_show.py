@@ -196,7 +196,7 @@ def test_verify_names_each_bad_shard_of_an_activation_store(copied: Path) -> Non
     assert result.stdout.splitlines()[:-1] == [
         "layers.0 shard 0: content differs from its hash",
         "layers.0 shard 2: file is missing",
-        "layers.1: unfinished, 3 of 3 shards",
+        f"{copied}/layers.1/manifest.json: file is missing, 3 of 3 shards are there",
         "layers.1 shard 0: file has 0 bytes, expected 32,768",
         "layers.1 shard 1: content differs from its hash",
     ]

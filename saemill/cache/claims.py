@@ -301,6 +301,8 @@ class Worker:
             n_waits += 1
         try:
             yield claim
+        except Interrupted:
+            raise
         except Exception as error:
             try:
                 claim.check()
