@@ -98,6 +98,8 @@ class TokenManifest(Record):
     """Those of which a token was kept."""
     n_held_out_rows: Count
     n_empty_documents: Count = 0
+    n_padding_tokens: Count = 0
+    """Ids at the ends of rows that were left out as padding."""
     document: Literal["text", "row of ids", "kept row"]
     """What a document is: a text; a row of token ids, packed anew; such a row, kept as it is."""
     n_used_ids: Annotated[int, Field(ge=1, le=1 << 32)]
