@@ -58,6 +58,8 @@ def make_tokens(
         documents=cut_documents(documents, segments, n_rows * ctx_len),
         tokenizer=INFO,
         extra={
+            "document": "text",
+            "n_used_ids": INFO.vocab_size,
             "source": {"name": "test", "fingerprint": "test", "column": "text"},
             "settings": {"held_out_fraction": 0.125},
             "versions": {},
