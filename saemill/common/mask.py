@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saemill.common import config as settings
 from saemill.common.errors import ConfigError
 
 
@@ -24,6 +25,7 @@ class MaskConfig:
     def __post_init__(self) -> None:
         if self.first_positions < 0:
             raise ConfigError(f"first_positions must be 0 or more, got {self.first_positions}")
+        settings.at_least(self, 0, "token_ids")
 
     def ids(self, special_ids: tuple[int, ...]) -> list[int]:
         """The token ids left out, those of a tokenizer's special tokens included."""

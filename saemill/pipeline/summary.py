@@ -9,12 +9,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from saemill.common import config as settings
 from saemill.common import durable
-from saemill.common.log import say
+from saemill.common.log import console, say
 from saemill.compare.run import CompareConfig
 from saemill.compare.run import run as compare
 
@@ -161,9 +160,9 @@ def _text(found: dict[str, Any]) -> str:
             shares = ("–" if share is None else f"{share:.1%}" for share in entry["shared"].values())
             alike.add_row(entry["target"], entry["kind"], *shares, f"{entry['folder']}/report.html")
         tables.append(alike)
-    console = Console(width=150, no_color=True, record=True, file=io.StringIO())
-    console.print(*tables, sep="\n")
-    return console.export_text().rstrip()
+    terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
+    terminal.print(*tables, sep="\n")
+    return terminal.export_text().rstrip()
 
 
 def _figure(mean: float | None, sd: float | None) -> str:

@@ -69,6 +69,7 @@ class TokenizeConfig:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not 0 <= self.held_out_fraction < 1:
             raise ConfigError(f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}")
+        settings.at_least(self, 0, "shuffle_seed")
         if self.max_tokens is not None and self.max_tokens < self.ctx_len:
             raise ConfigError(f"max_tokens must be at least one row of {self.ctx_len}, got {self.max_tokens}")
 

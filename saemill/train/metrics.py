@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from saemill.common.log import LINE_SECONDS, duration
+from saemill.common.log import LINE_SECONDS, console, duration, printable
 
 Record = dict[str, Any]
 """step, tokens, tokens_per_s, seconds, and `variants`: name → fvu, loss, auxk, l0, dead_fraction, lr."""
@@ -69,7 +68,7 @@ class ConsoleSink:
         self.n_steps, self.max_tokens = n_steps, max_tokens
         self.live = None
         if sys.stderr.isatty():
-            self.live = Live(console=Console(stderr=True), auto_refresh=False)
+            self.live = Live(console=console(stderr=True), auto_refresh=False)
             self.live.start()
         self.shown = 0.0
 
@@ -90,7 +89,7 @@ class ConsoleSink:
 
     def _rows(self, record: Record) -> list[list[str]]:
         return [
-            [name, *("–" if m[key] is None else f"{m[key]:.4g}" for key in COLUMNS)]
+            [printable(name), *("–" if m[key] is None else f"{m[key]:.4g}" for key in COLUMNS)]
             for name, m in record["variants"].items()
         ]
 
