@@ -119,7 +119,7 @@ def test_assessed_anew_when_trained_anew(
     ("flags", "message"),
     [
         (
-            {"tokenize.held_out_fraction": "0.9999"},
+            {"tokenize.held_out_fraction": "0.999999999"},
             "all .* rows of .* are held out, .* lower --held-out-frac",
         ),
         (
@@ -222,7 +222,10 @@ def test_a_device_is_for_the_stages_that_there_are(
         ({"train.k": "65"}, r"k must be in 1..64"),
         ({"train.site": "layers.0"}, "train.site 'layers.0' is not cached"),
         ({"cache.layers": "7"}, "layers must be in"),
-        ({"tokenize.ctx_len": "256"}, "rows have 256 tokens, but .* takes at most 128"),
+        (
+            {"tokenize.ctx_len": "256", "train.batch_size": "512"},
+            "rows have 256 tokens, but .* takes at most 128",
+        ),
         ({"cache.load_in_8bit": "true", "cache.device": "cpu"}, "load_in_8bit needs a CUDA device, got cpu"),
         ({"train.batch_size": "32"}, "32 are no more than one row of 32; for 32 rows"),
         (

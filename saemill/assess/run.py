@@ -85,6 +85,7 @@ class AssessConfig:
             raise ConfigError(
                 f"dead_percentage_threshold must be in [0, 1), got {self.dead_percentage_threshold}"
             )
+        settings.at_least(self, 0, "latents")
         if self.n_latents < 0:
             raise ConfigError(f"n_latents must be 0 or more, got {self.n_latents}")
         if self.variant is not None and self.n_latents == 0 and not self.latents:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saemill.assess.sums import NOT_FINITE, Figure
+from saemill.common import config as settings
 from saemill.common.errors import ConfigError
 
 
@@ -21,6 +22,11 @@ class Thresholds:
     max_absorption: float = 0.25
 
     def __post_init__(self) -> None:
+        settings.at_least(self, 0, "min_l0", "max_l0")
+        settings.at_least(self, -1, "min_loss_recovered")
+        for name in ("min_loss_recovered", "max_dead_fraction", "max_absorption"):
+            if not getattr(self, name) <= 1 or (name.startswith("max") and getattr(self, name) < 0):
+                raise ConfigError(f"{name} must be a share, at most 1, got {getattr(self, name)}")
         if self.min_l0 > self.max_l0:
             raise ConfigError(f"min_l0 must be at most max_l0 ({self.max_l0}), got {self.min_l0}")
 

@@ -127,7 +127,7 @@ def _explained(error: Any, command: Any, ctx: Any) -> Any:
     if type(error).__name__ == "NoSuchOption":
         word = str(error.option_name)
         known = sorted({name for param in command.params for name in param.opts if name.startswith("--")})
-        advice = elsewhere.answer(word) or _in_other_command(word, ctx)
+        advice = _in_other_command(word, ctx) or elsewhere.answer(word)
         near = [] if advice else elsewhere.near(word.replace("_", "-"), known)
         advice = advice or (f"did you mean {', '.join(near)}?" if near else f"see {ctx.command_path} --help")
         message = f"no option {word}; {advice}"

@@ -64,8 +64,7 @@ class GenerateConfig:
                 raise ConfigError(f"{name} must be 1 or more, got {value}")
         if (self.n_samples is None) == (self.tokens_per_dataset is None):
             raise ConfigError("give one of n_samples and tokens_per_dataset: how much text is wanted")
-        if not 0 <= self.seed < 1 << 64:
-            raise ConfigError(f"seed must be in 0..2^64-1, got {self.seed}")
+        settings.at_least(self, 0, "seed")
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"temperature must be more than 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:

@@ -77,6 +77,7 @@ class TokenizeConfig:
                 raise ConfigError(f"{name} must be 1 or more, got {value}")
         if not 0 <= self.held_out_fraction < 1:
             raise ConfigError(f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}")
+        settings.at_least(self, 0, "shuffle_seed")
         least = self.ctx_len or 1
         if self.max_tokens is not None and self.max_tokens < least:
             raise ConfigError(f"max_tokens must be at least one row of {least}, got {self.max_tokens}")
