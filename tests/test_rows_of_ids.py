@@ -57,7 +57,7 @@ def tokenize(dataset: Path, out: Path, tokenizer: str, **values: Any) -> TokenSt
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "strings": (["5", "6"], r"row 2 of .* must hold whole numbers, the ids of tokens, got '5'"),
+    "strings": (["w5", "w6"], r"row 2 of .* must hold whole numbers, the ids of tokens, got 'w5'"),
     "null": (None, "row 2 of .* must be a list of token ids, got null"),
     "null inside": ([5, None], "row 2 of .* whole numbers, .* got null"),
     "scalar": (5, "row 2 of .* must be a list of token ids, got 5"),
@@ -121,15 +121,12 @@ def test_padding_without_a_mask_is_left_out(
     padded = [
         [PAD] * (24 - len(row)) + row if side == "left" else row + [PAD] * (24 - len(row)) for row in ids
     ]
-    bare = tokenize(lines(tmp_path / "a.jsonl", ids), tmp_path / "a", words, ctx_len=24)
-    capsys.readouterr()
-    found = tokenize(lines(tmp_path / "b.jsonl", padded), tmp_path / "b", words)
+    found = tokenize(lines(tmp_path / "b.jsonl", padded), tmp_path / "b", words, ctx_len=24)
     n = sum(24 - len(row) for row in ids)
     assert f"{n:,} ids {PAD} at the ends of rows are padding and left out" in capsys.readouterr().out
     assert found.manifest["n_empty_documents"] == 1
     packed = [token for row in ids if row for token in [*row, 1]]
     assert found.rows(0, found.n_rows).reshape(-1).tolist() == packed[: found.n_tokens]
-    assert found.ctx_len == 512 or bare.ctx_len == 24
 
 
 def info(pad: int | None, separator: int, prefix: tuple[int, ...] = (), suffix: tuple[int, ...] = ()) -> Any:

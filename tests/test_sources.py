@@ -262,7 +262,8 @@ main()
 
 
 def test_a_full_disk_is_a_sentence(tmp_path: Path, tokenizer_folder: str) -> None:
-    """Oracle: a limit on a file's size, which fails as a full disk does; without it the same command works, and nothing else is left."""
+    """Oracle: a limit on a file's size, which fails as a full disk does; without it the same command
+    works, and nothing else is left."""
     (tmp_path / "a.jsonl").write_bytes(DOCUMENTS * 20)
     values = [str(tmp_path / "a.jsonl"), "--tokenizer", tokenizer_folder, "--ctx-len", "8"]
     command = [sys.executable, "-c", LIMITED, "600", "tokenize", *values, "-o", str(tmp_path / "out")]
