@@ -43,7 +43,7 @@ def flip(file: Path) -> None:
 
 DAMAGE: dict[str, Damage] = {
     "bit": flip,
-    "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-2]),
     "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
     "empty": lambda file: file.write_bytes(b""),
     "missing": Path.unlink,
