@@ -173,10 +173,35 @@ def splice(folder: str, ids: str, out: str) -> None:
     np.save(out, torch.stack([bare, spliced]).numpy())
 
 
+def pretokenize(texts: str, tokenizer: str, ctx_len: int, out: str) -> None:
+    """SAELens' own rows of token ids, as its runner saves them."""
+    from sae_lens import PretokenizeRunner, PretokenizeRunnerConfig
+
+    config = PretokenizeRunnerConfig(
+        tokenizer_name=tokenizer, dataset_path="json", data_files=[texts], column_name="text",
+        context_size=ctx_len, save_path=out, num_proc=1, shuffle=True, seed=1,
+    )  # fmt: skip
+    PretokenizeRunner(config).run()
+
+
+def chunk_and_tokenize(texts: str, tokenizer: str, ctx_len: int, out: str) -> None:
+    """sparsify's own rows of token ids, saved as its users do."""
+    import transformers
+    from datasets import load_dataset
+    from sparsify.data import chunk_and_tokenize as chunk
+
+    data = load_dataset("json", data_files=texts, split="train")
+    chunks = chunk(
+        data, transformers.AutoTokenizer.from_pretrained(tokenizer), max_seq_len=ctx_len, num_proc=1
+    )
+    chunks.save_to_disk(out)
+
+
 JOBS = {
     job.__name__: job
     for job in (
         encode, make_sparsify, make_saelens, make_scaled_saelens, make_dictionary_learning, hooks, splice,
+        pretokenize, chunk_and_tokenize,
     )
 }  # fmt: skip
 

@@ -72,7 +72,8 @@ def writing(path: Path, n_bytes: int | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         # Libraries that write by themselves (safetensors, torch) have errors of their own for a full disk.
-        if not any(sign in str(error) for sign in ("os error 28", "No space left", "failed writing file")):
+        signs = ["No space left", "failed writing file", *(f"os error {number})" for number in NO_ROOM)]
+        if not any(sign in str(error) for sign in signs):
             raise
         raise DiskError(_full(path, n_bytes)) from error
 

@@ -290,7 +290,8 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
     try:
         store = TokenStore(config.out)
     except StoreError as error:
-        bad = str(error).removesuffix(REPAIR).splitlines()
+        there = (config.out / "manifest.json").is_file()
+        bad = str(error).removesuffix(REPAIR).splitlines() if there else ["manifest.json: file is missing"]
     else:
         identity = config.identity()
         if config.ctx_len == store.ctx_len:  # as it may have been found in the rows
