@@ -806,8 +806,13 @@ def test_overflow_of_fp16_is_refused_and_the_advice_helps(
         cache(tokens, model, out, dtype="fp16")
     assert not list((out / "layers.1").glob("c/*/*"))
     assert not (out / "layers.1" / "commits").exists()
-    store = cache(tokens, model, tmp_path / "other", dtype="bf16")
+    store = cache(tokens, model, out, dtype="bf16")
     assert store.read("layers.1", 0, 4800)[:, 3].min() > 65_504
+    both = tmp_path / "both"
+    cache(tokens, model, both, layers=(0,), dtype="fp16")
+    with pytest.raises(DataError, match="with --dtype bf16, in another folder, as this store has shards"):
+        cache(tokens, model, both, layers=(1,), dtype="fp16")
+    assert ActivationStore(both).sites == ["layers.0"]
 
 
 def test_a_bad_shard_later_leaves_the_good_ones(

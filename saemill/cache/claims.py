@@ -333,6 +333,13 @@ class Worker:
         found = (seen[max(seen)].owner for name in names if (seen := self._look(name)))
         return ", ".join(sorted({str(owner) for owner in found if owner}))
 
+    def is_alone(self) -> bool:
+        """Whether no other living worker is registered here."""
+        now = self._now()
+        others = [file for file in self.folder.glob("worker-*") if _worker_of(file) == file.name]
+        looks = [Seen.at(file) for file in others if file != self.file]
+        return all(seen is None or seen.is_dead(now) for seen in looks)
+
     def _sweep(self) -> None:
         """Remove what dead workers left."""
         now = self._now()

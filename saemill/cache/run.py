@@ -11,12 +11,12 @@ import torch
 from saemill.cache import names
 from saemill.cache.claims import Worker, holds_only_claims
 from saemill.cache.fill import Filling
-from saemill.cache.writer import SiteWriter, check_same_store, write_group
+from saemill.cache.writer import SiteWriter, check_same_store, has_shards, write_group
 from saemill.common import config as settings
 from saemill.common import durable, elsewhere, records
 from saemill.common.activations import ActivationStore
 from saemill.common.architecture import Architecture
-from saemill.common.errors import ConfigError, DiskError, StoreError
+from saemill.common.errors import ConfigError, DataError, DiskError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.mask import MaskConfig
 from saemill.common.model import (
@@ -142,12 +142,28 @@ def run(config: CacheConfig) -> ActivationStore:
         check_same_store(config.out, there, identity)
         with Worker(config.out / CLAIMS, stop) as worker:
             store, writers = _open(config, tokens, identity, sites, plan, worker)
-            what = _complete(config, store, writers, device, worker, world)
+            try:
+                what = _complete(config, store, writers, device, worker, world)
+            except DataError:
+                _clear_if_empty(config.out, worker)
+                raise
     say(f"{config.out}: {', '.join(site.name for site in sites)} complete; {what}")
     for array in (store.site(site.name) for site in sites):
         for warning in warnings(array.name, array.statistics, array.dtype, "token"):
             say(warning)
     return store
+
+
+def _clear_if_empty(out: Path, worker: Worker) -> None:
+    """Remove a store that holds no shard, and that nobody else works on, so that other settings may be
+    tried in its place."""
+    with worker.hold("store"):
+        if worker.is_alone() and not has_shards(out):
+            for path in out.iterdir():
+                if path.is_dir() and path.name != CLAIMS:
+                    shutil.rmtree(path)
+                elif path.is_file():
+                    path.unlink()
 
 
 def _complete(

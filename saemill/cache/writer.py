@@ -37,6 +37,11 @@ T = TypeVar("T")
 COMMIT = re.compile(r"(0|[1-9]\d{0,17})\.json")
 
 
+def has_shards(path: Path) -> bool:
+    """Whether any shard of any site in a store's folder is committed."""
+    return any(path.glob("*/commits/[0-9]*.json"))
+
+
 class SiteWriter:
     """Writes the shards of one site; each shard becomes part of the store by its commit record.
 
@@ -269,6 +274,8 @@ class SiteWriter:
             if self.dtype is torch.float16 and not bool(x_TD.isnan().any())
             else "the model itself computes them: try --model-dtype fp32"
         )
+        if has_shards(self.store.path):
+            advice += ", in another folder, as this store has shards already"
         raise DataError(
             f"{n_bad:,} values of {n_rows:,} tokens are NaN or infinite at {self.site.name}, "
             f"shard {shard}; {advice}. The shard was not written; the store keeps its finished ones."

@@ -51,14 +51,12 @@ class Architecture:
             ConfigError: the model has no list of them.
         """
         if not self._blocks:
-            why = (
-                "is an encoder-decoder model"
-                if self._is_encoder_decoder
-                else "has no list of one block per layer"
-            )
+            why = "has no list of one block per layer"
+            if self._is_encoder_decoder:
+                why = "is an encoder-decoder model, of which only the encoder is run"
+            outer = sorted(self.widths, key=lambda name: name.count("."))
             raise ConfigError(
-                f"{self.name} {why}; name sites by glob instead, with --sites: it has "
-                f"{_some(list(self.widths))}"
+                f"{self.name} {why}; name sites by glob instead, with --sites: it has {_some(outer)}"
             )
         return self._blocks
 
@@ -99,7 +97,7 @@ class Architecture:
         more = f"; and {len(bad) - 3} others" if len(bad) > 3 else ""
         near = sorted(self.widths, key=lambda site: -_n_shared(site, bad[0]))
         if self._is_encoder_decoder:
-            more += f". Of {self.name}, an encoder-decoder model, only the encoder is run"
+            more += f". {self.name} is an encoder-decoder model, of which only the encoder is run"
         return (
             f"{', '.join(bad[:3])} does not give one vector per token: {told}{more}; name other modules, "
             f"such as {_some(near, 4)}"

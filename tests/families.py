@@ -1,0 +1,96 @@
+"""Tiny models with random weights, one per family of transformers."""
+
+from typing import Any
+
+import torch
+import transformers as tf
+
+N_LAYERS = 3
+SIZE = {
+    "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": N_LAYERS, "num_attention_heads": 2,
+    "intermediate_size": 64,
+}  # fmt: skip
+COMMON = SIZE | {"max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = COMMON | {"num_key_value_heads": 1}
+SHIFTED = COMMON | {"pad_token_id": 1, "bos_token_id": 0}
+GPT2 = {"vocab_size": 99, "n_embd": 32, "n_layer": N_LAYERS, "n_head": 2, "n_positions": 40}
+VISION = {
+    "hidden_size": 32, "num_hidden_layers": N_LAYERS, "num_attention_heads": 2, "intermediate_size": 64,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+LLAVA = {
+    "text_config": SIZE | {"model_type": "llama"},
+    "vision_config": VISION | {"model_type": "clip_vision_model"},
+}
+OPT = {
+    "vocab_size": 99, "hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 2, "ffn_dim": 64, "max_position_embeddings": 40,
+}  # fmt: skip
+T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": N_LAYERS, "num_heads": 2}
+BART = {
+    "vocab_size": 99, "d_model": 32, "encoder_layers": N_LAYERS, "decoder_layers": N_LAYERS,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    "max_position_embeddings": 40,
+}  # fmt: skip
+LLAMA4 = {"intermediate_size_mlp": 64, "head_dim": 16, "num_local_experts": 2, "attention_chunk_size": 16}
+
+CAUSAL: dict[str, Any] = {
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**COMMON),
+    "gpt2": lambda: tf.GPT2Config(**GPT2),
+    "gptj": lambda: tf.GPTJConfig(**GPT2, rotary_dim=8),
+    "llama": lambda: tf.LlamaConfig(**GROUPED),
+    "llama4_text": lambda: tf.Llama4TextConfig(**GROUPED, **LLAMA4),
+    "mistral": lambda: tf.MistralConfig(**GROUPED, head_dim=16),
+    "qwen2": lambda: tf.Qwen2Config(**GROUPED),
+    "qwen3": lambda: tf.Qwen3Config(**GROUPED, head_dim=16),
+    "gemma2": lambda: tf.Gemma2Config(**GROUPED, head_dim=16),
+    "gemma3_text": lambda: tf.Gemma3TextConfig(**GROUPED, head_dim=16),
+    "olmo2": lambda: tf.Olmo2Config(**GROUPED),
+    "phi3": lambda: tf.Phi3Config(**GROUPED),
+    "bloom": lambda: tf.BloomConfig(vocab_size=99, hidden_size=32, n_layer=N_LAYERS, n_head=2),
+    "falcon": lambda: tf.FalconConfig(**{key: SIZE[key] for key in SIZE if key != "intermediate_size"}),
+    "opt": lambda: tf.OPTConfig(**OPT),
+    "mpt": lambda: tf.MptConfig(d_model=32, n_heads=2, n_layers=N_LAYERS, max_seq_len=40, vocab_size=99),
+    "mixtral": lambda: tf.MixtralConfig(**GROUPED, num_local_experts=2),
+    "mamba": lambda: tf.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=N_LAYERS, state_size=4),
+    "rwkv": lambda: tf.RwkvConfig(vocab_size=99, context_length=40, hidden_size=32, num_hidden_layers=3),
+    "llava": lambda: tf.LlavaConfig(**LLAVA, image_token_index=60),
+}  # fmt: skip
+MASKED: dict[str, Any] = {
+    "bert": lambda: tf.BertConfig(**COMMON),
+    "roberta": lambda: tf.RobertaConfig(**SHIFTED),
+    "xlm-roberta": lambda: tf.XLMRobertaConfig(**SHIFTED),
+    "camembert": lambda: tf.CamembertConfig(**SHIFTED),
+    "mpnet": lambda: tf.MPNetConfig(**SHIFTED),
+    "esm": lambda: tf.EsmConfig(**SHIFTED, position_embedding_type="absolute", mask_token_id=3),
+    "distilbert": lambda: tf.DistilBertConfig(
+        vocab_size=99, dim=32, n_layers=N_LAYERS, n_heads=2, hidden_dim=64, max_position_embeddings=40
+    ),
+    "deberta-v2": lambda: tf.DebertaV2Config(**COMMON),
+    "electra": lambda: tf.ElectraConfig(**COMMON, embedding_size=16),
+}  # fmt: skip
+OTHERS: dict[str, Any] = {
+    "albert": lambda: tf.AlbertConfig(**COMMON, embedding_size=16),
+    "t5": lambda: tf.T5Config(**T5, decoder_start_token_id=0),
+    "bart": lambda: tf.BartConfig(**BART),
+    "xlnet": lambda: tf.XLNetConfig(vocab_size=99, d_model=32, n_layer=N_LAYERS, n_head=2, d_inner=64),
+    "whisper": lambda: tf.WhisperConfig(**BART | {"vocab_size": 51865}),
+    "clip": lambda: tf.CLIPConfig(text_config=SIZE, vision_config=VISION),
+    "vit": lambda: tf.ViTConfig(**VISION),
+    "longformer": lambda: tf.LongformerConfig(**SHIFTED, attention_window=8),
+}  # fmt: skip
+
+
+def make(family: str, folder: str) -> Any:
+    """Save a model of random weights, with its LM head where the family has one."""
+    torch.manual_seed(0)
+    config = (CAUSAL | MASKED | OTHERS)[family]()
+    kinds = (
+        (family == "llava", tf.AutoModelForImageTextToText),
+        (family in CAUSAL, tf.AutoModelForCausalLM),
+        (family in MASKED, tf.AutoModelForMaskedLM),
+        (True, tf.AutoModel),
+    )
+    model = next(kind for holds, kind in kinds if holds).from_config(config).eval()
+    model.save_pretrained(folder)
+    return model
