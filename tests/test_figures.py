@@ -345,6 +345,10 @@ def test_one_passage_has_no_fvu(tmp_path: Path) -> None:
     assert figures["fvu"]["value"] is None
     assert figures["fvu"]["reason"] == "one passage has no variance to explain"
     assert figures["mse"]["reason"] == "only 1 distinct passage; an interval needs 30"
+    dead = next(check for check in found["variants"][0]["checks"] if check["name"] == "dead_fraction")
+    assert dead["value"] > 0.2
+    assert dead["passed"] is None
+    assert dead["reason"] == "a latent that fires on 0.05% of the passages is seen on 2,000 or more, not 1"
     page = (tmp_path / "run" / "report.html").read_text()
     assert "no FVU: one passage has no variance to explain" in page
     for word in ("token", "document"):

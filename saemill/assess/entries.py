@@ -99,7 +99,7 @@ class Measured:
         return notes
 
     def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure]) -> Entry:
-        found = verdict.checks(metrics, self.thresholds)
+        found = verdict.checks(metrics, self.thresholds, self._unseen)
         provenance = sae.config.provenance
         return {
             "name": name,
@@ -117,6 +117,15 @@ class Measured:
     @property
     def _thing(self) -> str:
         return self.reconstruction.evalset.text.document
+
+    @property
+    def _unseen(self) -> str | None:
+        """Why latents that fire may look dead, if they may."""
+        n, unit = self.reconstruction.n_tokens, self.reconstruction.evalset.text.unit
+        if not 0 < n * self.dead_share < 1:
+            return None
+        least = math.ceil(1 / self.dead_share)
+        return f"a latent that fires on {self.dead_share:.2%} of the {unit}s is seen on {least:,} or more, not {n:,}"
 
     @cached_property
     def _split(self) -> Split:

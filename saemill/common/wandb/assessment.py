@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from saemill.assess import record
 from saemill.common import durable
+from saemill.common.errors import StoreError
 from saemill.common.wandb.follow import catch_up, state
 from saemill.common.wandb.process import RECORD, new_id
 from saemill.common.wandb.runs import Runs, log_artifact, start, values
@@ -28,6 +29,8 @@ def log_assessment(folder: Path, out: Path) -> None:
     """
     prefix = "assess" if out == folder else out.name
     assessment = record.read(out)
+    if bad := record.problems(out):
+        raise StoreError("\n".join([*bad, record.REPAIR]))
     runs = Runs(folder)
     known = runs.told["assessments"]
     known[prefix] = {"id": known[prefix]["id"] if prefix in known else new_id(), "folder": str(out)}
