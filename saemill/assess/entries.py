@@ -125,7 +125,8 @@ class Measured:
         if not 0 < n * self.dead_share < 1:
             return None
         least = math.ceil(1 / self.dead_share)
-        return f"a latent that fires on {self.dead_share:.2%} of the {unit}s is seen on {least:,} or more, not {n:,}"
+        rare = f"a latent that fires on {self.dead_share:.2%} of the {unit}s"
+        return f"{rare} is seen on {least:,} or more, not {n:,}"
 
     @cached_property
     def _split(self) -> Split:
