@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from saemill.assess import record as assess_record
-from saemill.common import durable, hub
+from saemill.common import assessments, durable, hub
 from saemill.common.activations import EMBEDDINGS, REPAIR, TEXT_FOLDERS, ActivationStore, read_settings
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
@@ -129,7 +128,7 @@ def _describe_run(path: Path) -> str:
     ]
     verdicts = {}
     if (path / "final_assessment.json").exists():
-        assessment = assess_record.read(path)
+        assessment = assessments.read(path)
         verdicts = {entry["name"]: entry["verdict"] for entry in assessment["variants"]}
     notes = {name: f"diverged at step {step:,}" for name, step in finished["diverged"].items()}
     notes |= {n: f"stopped by halving at step {look['step']:,}" for n, look in finished["stopped"].items()}

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from saemill.assess import record as assessment
-from saemill.common import durable
+from saemill.common import assessments, durable
 from saemill.common.activations import ActivationStore
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
@@ -91,7 +90,7 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
         names.of(saes),
         finished,
         durable.read_json(path / "identity.json"),
-        names.of(assessment.read(path)) if (path / assessment.FILE).is_file() else None,
+        names.of(assessments.read(path)) if (path / assessments.FILE).is_file() else None,
     )
     written |= {"finished.json": as_json(finished), CARD: card.encode()}
     weights = tuple(f"{name}/{WEIGHTS}" for name in kept)

@@ -12,9 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from saemill.assess import record as assess_record
+from saemill.common import assessments, durable
 from saemill.common import config as settings
-from saemill.common import durable
 from saemill.common.log import say
 from saemill.compare.run import CompareConfig
 from saemill.compare.run import run as compare
@@ -87,7 +86,7 @@ def _cells(assessed: Mapping[str, Path | None]) -> dict[Cell, list[dict[str, Any
         if folder is None:
             continue
         target, source = name.split("--")
-        entries = assess_record.read(folder)["variants"]
+        entries = assessments.read(folder)["variants"]
         for entry in sorted(entries, key=lambda entry: str(entry["name"])):
             if entry["not_measured"] is None:
                 kind = re.sub(r"-s\d+(?=-lr|$)", "", entry["name"])

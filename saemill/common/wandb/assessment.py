@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from saemill.assess import record
-from saemill.common import durable
+from saemill.common import assessments, durable
 from saemill.common.errors import StoreError
 from saemill.common.wandb.follow import catch_up, state
 from saemill.common.wandb.process import RECORD, new_id
@@ -28,9 +27,9 @@ def log_assessment(folder: Path, out: Path) -> None:
         out: where its assessment was written.
     """
     prefix = "assess" if out == folder else out.name
-    assessment = record.read(out)
-    if bad := record.problems(out):
-        raise StoreError("\n".join([*bad, record.REPAIR]))
+    assessment = assessments.read(out)
+    if bad := assessments.problems(out):
+        raise StoreError("\n".join([*bad, assessments.REPAIR]))
     runs = Runs(folder)
     known = runs.told["assessments"]
     known[prefix] = {"id": known[prefix]["id"] if prefix in known else new_id(), "folder": str(out)}
@@ -65,7 +64,7 @@ def _summaries(folder: Path, known: dict[str, dict[str, str]]) -> dict[str, dict
         summary |= state(folder, name)
     for prefix, entry in known.items():
         folder_of = Path(entry["folder"])
-        variants = record.read(folder_of)["variants"] if (folder_of / record.FILE).exists() else []
+        variants = assessments.read(folder_of)["variants"] if (folder_of / assessments.FILE).exists() else []
         for place, variant in enumerate(variants):
             for key, value in _summary(variant, place + 1).items():
                 found[variant["name"]][f"{prefix}/{key}"] = value
