@@ -16,7 +16,7 @@ from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.assess.verdict import Thresholds
 from saemill.common.log import counted
 from saemill.common.sae import Sae
-from saemill.common.statistics import FAR, told_unheld
+from saemill.common.statistics import FAR, told_far, told_unheld
 
 Entry = dict[str, Any]
 """One variant in `final_assessment.json`."""
@@ -96,6 +96,8 @@ class Measured:
                 f"the median {unit}, up to {place['largest_ratio']:,.0f} times: {variance} of the variance "
                 f"and, of {name}, {error} of the squared error; its FVU without them is {without}"
             )
+        elif told := told_far(site, array.statistics, unit):
+            notes.append(f"{told}. None of the {unit}s measured here is")
         return notes
 
     def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure]) -> Entry:
