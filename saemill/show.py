@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from saemill.common import assessment as assess_record
-from saemill.common import formats, hub, runs, tokens
+from saemill.common import assessments, formats, hub, runs, tokens
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
@@ -124,8 +123,8 @@ def _describe_run(path: Path) -> str:
         f"{counted(finished.steps, 'step')}, {finished.seconds:,.0f} s"
     ]
     verdicts = {}
-    if (path / assess_record.FILE).exists():
-        assessment = assess_record.read(path)
+    if (path / assessments.FILE).exists():
+        assessment = assessments.read(path)
         verdicts = {entry["name"]: entry["verdict"] for entry in assessment["variants"]}
     notes = {name: f"diverged at step {step:,}" for name, step in finished.diverged.items()}
     notes |= {name: f"stopped by halving at step {look.step:,}" for name, look in finished.stopped.items()}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from saemill.common import assessment, records
+from saemill.common import assessments, records
 from saemill.common.activations import ActivationStore, describe_site
 from saemill.common.errors import StoreError
 from saemill.common.passages import REPAIR as REPAIR_PASSAGES
@@ -124,7 +124,7 @@ def run_problems(path: Path) -> list[str]:
     """What is wrong with a run and its assessment, a line for each bad file, with what repairs it."""
     found = inspect.problems(path)
     try:
-        assessed = assessment.problems(path) if (path / assessment.FILE).exists() else []
+        assessed = assessments.problems(path) if (path / assessments.FILE).exists() else []
     except StoreError as error:
         return [*found, str(error)]
-    return [*found, *(f"{line}. {assessment.REPAIR}" for line in assessed)]
+    return [*found, *(f"{line}. {assessments.REPAIR}" for line in assessed)]

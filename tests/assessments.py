@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from saemill.common import assessment as record
-from saemill.common import records
+from saemill.common import assessments, records
 
 
 def write_assessment(folder: Path, verdicts: Mapping[str, str]) -> None:
@@ -31,4 +30,4 @@ def write_assessment(folder: Path, verdicts: Mapping[str, str]) -> None:
         "features": {"variant": best, "unit": "token", "searched": "nothing", "latents": []},
         "n_processes": 1, "versions": {}, "seconds": 0.5, "files": [],
     }  # fmt: skip
-    records.write(folder / record.FILE, record.checked(values))
+    records.write(folder / assessments.FILE, assessments.checked(values))

@@ -27,8 +27,7 @@ from saemill.assess.splicing import Splicing, _kl
 from saemill.assess.spread import Spread
 from saemill.assess.sums import N_DRAWS, Bootstrap, DocumentSums, Ratio, Split
 from saemill.assess.verdict import Thresholds, checks, summary
-from saemill.common import assessment as record
-from saemill.common import durable, records
+from saemill.common import assessments, durable, records
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.statistics import Statistics
 from saemill.embeddings.run import ImportConfig
@@ -317,7 +316,7 @@ def test_extreme_scales_are_assessed(tmp_path: Path, scale: float, small: Path) 
     """Oracle: the assessment at scale 1, whose figures do not depend on it; JSON has no NaN."""
     run = trained(tmp_path, matrix() * np.float32(scale))
     found = assess(AssessConfig(run=run, device="cpu"))
-    assert record.read(run) == found
+    assert assessments.read(run) == found
     one = assess(AssessConfig(run=small, device="cpu", out=tmp_path / "one"))
     for a, b in zip(*(sorted(a["variants"], key=lambda e: e["k"]) for a in (found, one)), strict=True):
         for name in ("cosine", "norm_ratio", "l0"):
@@ -345,6 +344,10 @@ def test_one_passage_has_no_fvu(tmp_path: Path) -> None:
     assert figures["fvu"]["value"] is None
     assert figures["fvu"]["reason"] == "one passage has no variance to explain"
     assert figures["mse"]["reason"] == "only 1 distinct passage; an interval needs 30"
+    dead = next(check for check in found["variants"][0]["checks"] if check["name"] == "dead_fraction")
+    assert dead["value"] > 0.2
+    assert dead["passed"] is None
+    assert dead["reason"] == "a latent that fires on 0.05% of the passages is seen on 2,000 or more, not 1"
     page = (tmp_path / "run" / "report.html").read_text()
     assert "no FVU: one passage has no variance to explain" in page
     for word in ("token", "document"):
@@ -441,13 +444,13 @@ def test_a_damaged_assessment_is_found_and_made_again(
     assert config.is_done()
     changed(tmp_path / "out" / name, how)
     assert not config.is_done()
-    if name == record.FILE:
+    if name == assessments.FILE:
         with pytest.raises(
             MissingError if how == "missing" else StoreError, match="Run `saemill assess` again"
         ):
-            record.read(tmp_path / "out")
+            assessments.read(tmp_path / "out")
     else:
-        assert [problem.partition(":")[0] for problem in record.problems(tmp_path / "out")] == [
+        assert [problem.partition(":")[0] for problem in assessments.problems(tmp_path / "out")] == [
             str(tmp_path / "out" / name)
         ]
 
@@ -496,7 +499,7 @@ def test_an_assessment_that_ends_early_leaves_the_old_one(
         assert list(out.glob(durable.PARTIAL)) == []
     assess(AssessConfig(run=small, device="cpu", out=out))
     assert sorted(file.name for file in out.iterdir()) == sorted(before)
-    assert record.problems(out) == []
+    assert assessments.problems(out) == []
 
 
 MUTATIONS: list[Callable[[bytearray, np.random.Generator], None]] = [
@@ -510,19 +513,19 @@ MUTATIONS: list[Callable[[bytearray, np.random.Generator], None]] = [
 def test_a_mutated_assessment_is_refused_in_words(small: Path, tmp_path: Path) -> None:
     """Oracle: 400 mutations: the assessment that was written comes back, or a StoreError does."""
     found = assess(AssessConfig(run=small, device="cpu", out=tmp_path, n_latents=2))
-    raw = (tmp_path / record.FILE).read_bytes()
+    raw = (tmp_path / assessments.FILE).read_bytes()
     generator = np.random.default_rng(0)
     for i in range(400):
         content = bytearray(raw)
         MUTATIONS[i % 4](content, generator)
-        (tmp_path / record.FILE).write_bytes(content)
+        (tmp_path / assessments.FILE).write_bytes(content)
         try:
-            assert record.read(tmp_path) == found
+            assert assessments.read(tmp_path) == found
         except StoreError:
             continue
     values = json.loads(raw)
     values["variants"][0]["metrics"]["fvu"]["value"] = None
     del values["checksum"]
-    (tmp_path / record.FILE).write_text(json.dumps(records.sealed(values)))
+    (tmp_path / assessments.FILE).write_text(json.dumps(records.sealed(values)))
     with pytest.raises(StoreError, match="a figure that is null needs a reason"):
-        record.read(tmp_path)
+        assessments.read(tmp_path)

@@ -97,6 +97,7 @@ def top_addresses(
         for chunk in chunks:
             codes = sae.encode(chunk.x[site].to(sae.W_enc.device, torch.float32))
             hit = torch.isin(codes.top_indices, wanted.to(codes.top_indices.device)) & (codes.top_acts > 0)
+            hit &= torch.isfinite(codes.top_acts)
             token, slot = (part.cpu().numpy() for part in hit.nonzero(as_tuple=True))
             acts = codes.top_acts.cpu().numpy()[token, slot]
             index = codes.top_indices.cpu().numpy()[token, slot]

@@ -86,8 +86,8 @@ def _check_activations(model: LanguageModel, store: ActivationStore) -> None:
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))
     captured = model.capture(ids_RS, store.sites, attention_of(ids_RS, store.tokens.tokenizer))
     for site in store.sites:
-        x_TD = captured[site][0].float().cpu()
-        cached_TD = store.read(site, 0, store.ctx_len).float()
+        x_TD = captured[site][0].double().cpu()
+        cached_TD = store.read(site, 0, store.ctx_len).double()
         if not _agree(x_TD, cached_TD):
             raise ConfigError(_another_model(model.name, f"its activations at {site} differ"))
 

@@ -37,11 +37,16 @@ Check = dict[str, Any]
 Where the random baseline took the place of the threshold of absorption, `reason` says so."""
 
 
-def checks(metrics: dict[str, Figure], thresholds: Thresholds) -> list[Check]:
+def checks(metrics: dict[str, Figure], thresholds: Thresholds, unseen: str | None = None) -> list[Check]:
     """The four health checks of one variant.
 
     No SAE is failed for an absorption that as many random directions show as well: in a narrow space
-    that is more than the threshold.
+    that is more than the threshold. Nor is one failed for latents that look dead on too few tokens.
+
+    Args:
+        metrics: its figures.
+        thresholds: what they are checked against.
+        unseen: why latents that fire may look dead.
     """
     t = thresholds
     random = metrics["absorption_random"]["value"] or 0.0  # null where absorption is
@@ -55,6 +60,8 @@ def checks(metrics: dict[str, Figure], thresholds: Thresholds) -> list[Check]:
     if random > t.max_absorption:
         why = f"as many random directions show {random:.3f}, more than the threshold of {t.max_absorption:g}"
         found["absorption"].setdefault("reason", why)
+    if unseen and found["dead_fraction"]["passed"] is False:
+        found["dead_fraction"] |= {"passed": None, "reason": unseen}
     return list(found.values())
 
 

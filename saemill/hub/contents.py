@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from saemill.common import assessment, durable, records, runs
+from saemill.common import assessments, durable, records, runs
 from saemill.common.activations import ActivationStore
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
@@ -108,16 +108,16 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
         CARD: card.encode(),
     }
     if assessed:
-        written |= {assessment.FILE: as_json(records.content(assessment.checked(assessed)))}
+        written |= {assessments.FILE: as_json(records.content(assessments.checked(assessed)))}
     weights = tuple(f"{name}/{WEIGHTS}" for name in kept)
     return Contents(repo_type="model", folder=path, as_they_are=weights, written=written)
 
 
 def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[str, Any] | None:
     """The run's assessment, if there is one; it answers for those of its files that are uploaded."""
-    if not (path / assessment.FILE).is_file():
+    if not (path / assessments.FILE).is_file():
         return None
-    told: dict[str, Any] = names.of(assessment.read(path))
+    told: dict[str, Any] = names.of(assessments.read(path))
     uploaded = [entry["path"] for entry in told["files"] if entry["path"] in written]
     contents = {name: written[name] for name in uploaded}
     return told | {

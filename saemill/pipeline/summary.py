@@ -11,9 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from saemill.common import assessment as assess_record
+from saemill.common import assessments, durable
 from saemill.common import config as settings
-from saemill.common import durable
 from saemill.common.log import console, say
 from saemill.compare.run import CompareConfig
 from saemill.compare.run import run as compare
@@ -86,7 +85,7 @@ def _cells(assessed: Mapping[str, Path | None]) -> dict[Cell, list[dict[str, Any
         if folder is None:
             continue
         target, source = name.split("--")
-        entries = assess_record.read(folder)["variants"]
+        entries = assessments.read(folder)["variants"]
         for entry in sorted(entries, key=lambda entry: str(entry["name"])):
             if entry["not_measured"] is None:
                 kind = re.sub(r"-s\d+(?=-lr|$)", "", entry["name"])

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 from saemill.assess.run import AssessConfig
-from saemill.common import assessment as record
+from saemill.common import assessments, runs
 from saemill.common import config as settings
-from saemill.common import runs
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
@@ -100,7 +99,7 @@ def _n_steps(config: TrainConfig) -> int | None:
 def _assessed(config: AssessConfig) -> str:
     other = config.run if config.tokens is None else config.run / f"on-{config.tokens.name}"
     folder = config.out or other
-    if not (folder / record.FILE).exists():
+    if not (folder / assessments.FILE).exists():
         return "not assessed"
-    best = record.read(folder)["best_variant"]
+    best = assessments.read(folder)["best_variant"]
     return f"assessed, best {best}"

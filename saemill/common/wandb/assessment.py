@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from saemill.common import assessment as record
-from saemill.common import records
+from saemill.common import assessments, records
+from saemill.common.errors import StoreError
 from saemill.common.wandb.follow import catch_up, state
 from saemill.common.wandb.process import RECORD, new_id
 from saemill.common.wandb.record import Assessed, Told
@@ -28,7 +28,9 @@ def log_assessment(folder: Path, out: Path) -> None:
         out: where its assessment was written.
     """
     prefix = "assess" if out == folder else out.name
-    assessment = record.read(out)
+    assessment = assessments.read(out)
+    if bad := assessments.problems(out):
+        raise StoreError("\n".join([*bad, assessments.REPAIR]))
     runs = Runs(folder)
     known = dict(runs.told.assessments)
     known[prefix] = Assessed(id=known[prefix].id if prefix in known else new_id(), folder=str(out))
@@ -64,7 +66,7 @@ def _summaries(folder: Path, known: dict[str, Assessed]) -> dict[str, dict[str, 
         summary |= state(folder, name)
     for prefix, entry in known.items():
         folder_of = Path(entry.folder)
-        variants = record.read(folder_of)["variants"] if (folder_of / record.FILE).exists() else []
+        variants = assessments.read(folder_of)["variants"] if (folder_of / assessments.FILE).exists() else []
         for place, variant in enumerate(variants):
             for key, value in _summary(variant, place + 1).items():
                 found[variant["name"]][f"{prefix}/{key}"] = value
