@@ -1,10 +1,13 @@
 """Run by the peers' Python: what sparsify, SAELens, dictionary_learning and TransformerLens do with files.
 
-`python in_peers.py JOBS.json`: a list of jobs, each `{"do": one of JOBS, …}`. It knows nothing of saemill.
+`python in_peers.py` reads names of files: lists of jobs, each `{"do": one of JOBS, …}`. It answers each with
+a line of JSON: the traceback of what failed, or nothing. It knows nothing of saemill.
 """
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -205,7 +208,21 @@ JOBS = {
     )
 }  # fmt: skip
 
+
+def answer(file: Path) -> str:
+    """The traceback of a file's jobs, which run in its folder; empty if all went well."""
+    os.chdir(file.parent)
+    try:
+        for job in json.loads(file.read_text()):
+            JOBS[job.pop("do")](**job)
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        JOBS[job.pop("do")](**job)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # where the peers print
+    for line in sys.stdin:
+        print(json.dumps(answer(Path(line.rstrip("\n")))), file=answers, flush=True)

@@ -187,4 +187,4 @@ def problems(folder: Path) -> list[str]:
     Raises:
         MissingError, StoreError: as `load`.
     """
-    return durable.problems(folder, [file.model_dump() for file in load(folder).files], hashes=True)
+    return records.problems(folder, load(folder).files)
