@@ -19,6 +19,8 @@ READ_BYTES = 1 << 24
 PARTIAL = ".*.partial"
 """Names of what a crash left of a file that was being written; it counts as nothing."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (*(f"(os error {number})" for number in NO_ROOM), "No space left", "failed writing file")
+"""Signs of it in the messages of libraries that hide the system's error."""
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 GO_ON = "then run the same command again: it goes on from what is finished"
 
@@ -72,8 +74,7 @@ def writing(path: Path, n_bytes: int | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         # Libraries that write by themselves (safetensors, torch) have errors of their own for a full disk.
-        signs = ["No space left", "failed writing file", *(f"os error {number})" for number in NO_ROOM)]
-        if not any(sign in str(error) for sign in signs):
+        if not any(sign in str(error) for sign in FULL):
             raise
         raise DiskError(_full(path, n_bytes)) from error
 

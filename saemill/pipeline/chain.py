@@ -35,7 +35,7 @@ from saemill.common.sites import Site, load_model_config
 from saemill.common.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.tokens import TokenStore
 from saemill.common.wandb import process as wandb
-from saemill.common.wandb import record as wandb_record
+from saemill.common.wandb import record
 from saemill.common.world import World
 from saemill.pipeline.rows import check_rows
 from saemill.pipeline.stages import (
@@ -257,7 +257,7 @@ def _owes_wandb(run: Path) -> bool:
     """Whether wandb lacks something of a run that is logged to it."""
     if not (run / wandb.RECORD).exists():
         return False
-    return not set(wandb_record.told(run).runs) <= set(wandb_record.logged(run).ended)
+    return not set(record.told(run).runs) <= set(record.logged(run).ended)
 
 
 def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
