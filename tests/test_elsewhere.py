@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from peers import PYTHON, ROOT, require_peers
 from typer.testing import CliRunner
 
 from saemill import cli
@@ -15,7 +16,6 @@ from saemill.common.config import build
 from saemill.common.errors import ConfigError
 from saemill.pipeline.stages import CONFIGS
 from saemill.train.config import TrainConfig
-from tests.peers import PYTHON, ROOT, require_peers
 
 PAGE = ROOT / "docs" / "migration.md"
 FIELDS = """

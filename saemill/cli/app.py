@@ -81,6 +81,8 @@ class Words:
             elif option is not None and not option.is_flag and n_values == 0:
                 words.append(arg)
                 n_values = 1
+            elif option is not None and option.multiple and n_values and words[-1].endswith(","):
+                words[-1] += arg
             elif option is not None and option.multiple and self._goes_on(words[-1], arg, n_arguments):
                 words += [name, arg]
             else:
