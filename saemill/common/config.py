@@ -273,6 +273,8 @@ def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
             path = Path(_nameable(str(value)))
             if all(len(os.fsencode(part)) <= LONGEST_NAME_BYTES for part in path.parts):
                 return path
+    except ConfigError:
+        raise
     except (ValueError, KeyError, OverflowError):
         pass
     raise ConfigError(f"{name} must be {_kind(hint)}, got {shown(value)}")
