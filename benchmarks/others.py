@@ -80,11 +80,11 @@ class Run:
     @cached_property
     def model(self) -> LanguageModel:
         settings = self.store.settings
-        revision = None if self.model_name else settings["revision"]
+        revision = None if self.model_name else settings.revision
         return LanguageModel(
-            self.model_name or settings["model"],
+            self.model_name or settings.model,
             revision=revision,
-            dtype=getattr(torch, settings["model_dtype"]),
+            dtype=getattr(torch, settings.model_dtype),
             device=torch.device("cpu"),
             with_head=True,
         )
@@ -150,7 +150,7 @@ def ours(run: Run, out: Path) -> dict[str, Any]:
 def hand_over(run: Run, out: Path) -> None:
     """What the others need: the rows, activations of them, and the SAEs in each one's format."""
     asked: dict[str, Any] = {
-        "model": run.model.name, "tokenizer": str((run.tokens.path / "tokenizer").absolute()),
+        "model": run.model.name, "tokenizer": str((run.tokens.tokenizer_folder).absolute()),
         "special_ids": list(run.tokens.tokenizer.special_ids), "batch_rows": BATCH_ROWS,
         "batch_tokens": BATCH_TOKENS, "threads": torch.get_num_threads(), "hooks": {}, "variants": {},
     }  # fmt: skip

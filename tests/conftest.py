@@ -14,6 +14,7 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read w
 
 import transformers
 from hub import Hub, take_for_the_hub
+from peers import end_peers
 
 from saemill.demo import MODEL
 
@@ -43,6 +44,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_peers_stay() -> Iterator[None]:
+    """Their process takes memory that other files' tests need."""
+    yield
+    end_peers()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,13 @@
 """Run by the peers' Python: what sparsify, SAELens, dictionary_learning and TransformerLens do with files.
 
-`python in_peers.py JOBS.json`: a list of jobs, each `{"do": one of JOBS, …}`. It knows nothing of saemill.
+`python in_peers.py` reads names of files: lists of jobs, each `{"do": one of JOBS, …}`. It answers each with
+a line of JSON: the traceback of what failed, or nothing. It knows nothing of saemill.
 """
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -173,14 +176,53 @@ def splice(folder: str, ids: str, out: str) -> None:
     np.save(out, torch.stack([bare, spliced]).numpy())
 
 
+def pretokenize(texts: str, tokenizer: str, ctx_len: int, out: str) -> None:
+    """SAELens' own rows of token ids, as its runner saves them."""
+    from sae_lens import PretokenizeRunner, PretokenizeRunnerConfig
+
+    config = PretokenizeRunnerConfig(
+        tokenizer_name=tokenizer, dataset_path="json", data_files=[texts], column_name="text",
+        context_size=ctx_len, save_path=out, num_proc=1, shuffle=True, seed=1,
+    )  # fmt: skip
+    PretokenizeRunner(config).run()
+
+
+def chunk_and_tokenize(texts: str, tokenizer: str, ctx_len: int, out: str) -> None:
+    """sparsify's own rows of token ids, saved as its users do."""
+    import transformers
+    from datasets import load_dataset
+    from sparsify.data import chunk_and_tokenize as chunk
+
+    data = load_dataset("json", data_files=texts, split="train")
+    chunks = chunk(
+        data, transformers.AutoTokenizer.from_pretrained(tokenizer), max_seq_len=ctx_len, num_proc=1
+    )
+    chunks.save_to_disk(out)
+
+
 JOBS = {
     job.__name__: job
     for job in (
         encode, make_sparsify, make_saelens, make_scaled_saelens, make_dictionary_learning, hooks, splice,
+        pretokenize, chunk_and_tokenize,
     )
 }  # fmt: skip
 
+
+def answer(file: Path) -> str:
+    """The traceback of a file's jobs, which run in its folder; empty if all went well."""
+    os.chdir(file.parent)
+    try:
+        for job in json.loads(file.read_text()):
+            JOBS[job.pop("do")](**job)
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        JOBS[job.pop("do")](**job)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # where the peers print
+    for line in sys.stdin:
+        print(json.dumps(answer(Path(line.rstrip("\n")))), file=answers, flush=True)

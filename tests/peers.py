@@ -6,6 +6,7 @@
 import json
 import os
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,41 @@ def require_peers() -> None:
 
 
 def run_in_peers(folder: Path, *jobs: dict[str, Any], environment: dict[str, str] | None = None) -> None:
-    """Run jobs of `in_peers.py`, one after another in one process, without a network or with a hub's
-    environment."""
+    """Run jobs of `in_peers.py`, one after another.
+
+    Without a network they run in a process that stays for the next ones, since its imports take long; with
+    a hub's environment they have their own.
+    """
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs, default=str))
-    done = subprocess.run(
-        [PYTHON, ROOT / "tests" / "in_peers.py", file],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""} | (environment or {}),
-        cwd=folder,
-        capture_output=True,
+    process = _started(environment) if environment else _staying()
+    assert process.stdin
+    assert process.stdout
+    print(file, file=process.stdin, flush=True)
+    answer = process.stdout.readline()
+    if environment:
+        process.communicate()
+    assert answer, "the peers' process ended"
+    assert not (traceback := json.loads(answer)), traceback
+
+
+def _started(environment: dict[str, str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [PYTHON, ROOT / "tests" / "in_peers.py"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""} | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@cache
+def _staying() -> "subprocess.Popen[str]":
+    return _started({})
+
+
+def end_peers() -> None:
+    """End the process that stayed, if there is one."""
+    if _staying.cache_info().currsize:
+        _staying().communicate()
+        _staying.cache_clear()

@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 import transformers
-import zarr
 
 from saemill.cache.claims import Worker
-from saemill.cache.writer import SiteWriter
-from saemill.common.activations import FORMAT, ActivationStore
+from saemill.cache.writer import SiteWriter, write_group
+from saemill.common.activations import ActivationStore
+from saemill.common.mask import MaskConfig
 from saemill.common.shards import ShardedArray
+from saemill.common.site_records import StoreSettings
 from saemill.common.sites import Site
 from saemill.common.tokens import TokenizerInfo, TokenStore, cut_documents, write_token_store
 from saemill.demo import MODEL
@@ -24,7 +25,9 @@ INFO = TokenizerInfo(
 )  # fmt: skip
 
 
-def make_tokens(path: Path, n_rows: int, ctx_len: int, seed: int = 0) -> TokenStore:
+def make_tokens(
+    path: Path, n_rows: int, ctx_len: int, seed: int = 0, parent: str | None = None
+) -> TokenStore:
     """Random tokens; one document per row but for every fifth row, which continues the one before.
 
     Every eighth row is held out.
@@ -55,9 +58,12 @@ def make_tokens(path: Path, n_rows: int, ctx_len: int, seed: int = 0) -> TokenSt
         documents=cut_documents(documents, segments, n_rows * ctx_len),
         tokenizer=INFO,
         extra={
+            "document": "text",
+            "n_used_ids": INFO.vocab_size,
             "source": {"name": "test", "fingerprint": "test", "column": "text"},
             "settings": {"held_out_fraction": 0.125},
             "versions": {},
+            "parent_fingerprint": parent,
         },
     )
     return TokenStore(path)
@@ -78,21 +84,21 @@ def make_store(
             (a // 256, a % 256) and the others are random.
     """
     acts = path / "acts"
-    tokens = make_tokens(acts / "tokens", n_rows, ctx_len)
-    settings = {
-        "format": FORMAT,
-        "tokens_fingerprint": tokens.fingerprint,
-        "n_rows": n_rows,
-        "shard_tokens": shard_tokens // ctx_len * ctx_len,
-        "dtype": "fp32",
-        "model_dtype": "float32",
-        "model_fingerprint": "none",
-        "mask": {"special_tokens": True, "first_positions": 1, "token_ids": []},
-        "model": "none",
-        "revision": None,
-        "versions": {"saemill": version("saemill")},
-    }
-    zarr.create_group(str(acts), attributes={"saemill": settings})
+    tokens = make_tokens(acts / "tokens", n_rows, ctx_len, parent="a token store")
+    settings = StoreSettings(
+        tokens_fingerprint=tokens.manifest.parent_fingerprint,
+        n_rows=n_rows,
+        shard_tokens=shard_tokens // ctx_len * ctx_len,
+        dtype="fp32",
+        model_dtype="float32",
+        model_fingerprint="none",
+        mask=MaskConfig(),
+        model="none",
+        revision=None,
+        versions={"saemill": version("saemill")},
+    )
+    with Worker(acts / "claims", threading.Event()) as worker:
+        write_group(acts, settings, worker)
     store = ActivationStore(acts)
     if values_TD is None:
         values_TD = torch.randn(store.n_tokens, d, generator=torch.Generator().manual_seed(0))

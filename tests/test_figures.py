@@ -1,5 +1,6 @@
 """Figures at any scale, and those that cannot be computed: null with the reason, the verdict unknown."""
 
+import html
 import json
 import math
 import subprocess
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipeline import Pipeline
 from stores import make_store
 from test_assess import ALONE, D, evalset, held_out, random_sae, reconstruct
 
-from saemill.assess import record
 from saemill.assess.controls import controls
 from saemill.assess.reconstruction import Reconstruction, absorption
 from saemill.assess.run import AssessConfig
@@ -25,7 +27,7 @@ from saemill.assess.splicing import Splicing, _kl
 from saemill.assess.spread import Spread
 from saemill.assess.sums import N_DRAWS, Bootstrap, DocumentSums, Ratio, Split
 from saemill.assess.verdict import Thresholds, checks, summary
-from saemill.common import durable
+from saemill.common import assessments, durable, records
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.statistics import Statistics
 from saemill.embeddings.run import ImportConfig
@@ -314,7 +316,7 @@ def test_extreme_scales_are_assessed(tmp_path: Path, scale: float, small: Path) 
     """Oracle: the assessment at scale 1, whose figures do not depend on it; JSON has no NaN."""
     run = trained(tmp_path, matrix() * np.float32(scale))
     found = assess(AssessConfig(run=run, device="cpu"))
-    assert record.read(run) == found
+    assert assessments.read(run) == found
     one = assess(AssessConfig(run=small, device="cpu", out=tmp_path / "one"))
     for a, b in zip(*(sorted(a["variants"], key=lambda e: e["k"]) for a in (found, one)), strict=True):
         for name in ("cosine", "norm_ratio", "l0"):
@@ -342,14 +344,21 @@ def test_one_passage_has_no_fvu(tmp_path: Path) -> None:
     assert figures["fvu"]["value"] is None
     assert figures["fvu"]["reason"] == "one passage has no variance to explain"
     assert figures["mse"]["reason"] == "only 1 distinct passage; an interval needs 30"
+    dead = next(check for check in found["variants"][0]["checks"] if check["name"] == "dead_fraction")
+    assert dead["value"] > 0.2
+    assert dead["passed"] is None
+    assert dead["reason"] == "a latent that fires on 0.05% of the passages is seen on 2,000 or more, not 1"
     page = (tmp_path / "run" / "report.html").read_text()
     assert "no FVU: one passage has no variance to explain" in page
     for word in ("token", "document"):
         assert word not in page.lower()
 
 
-def test_what_the_store_lost_and_long_rows_are_noted(tmp_path: Path) -> None:
-    """Oracle: the planted dimension and rows; the cure of the message, followed, helps."""
+def test_what_the_store_lost_and_long_rows_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the planted dimension and rows, told by the import, the plan, the assessment and its page; the
+    cure of the message, followed, helps."""
     x = matrix()
     x[:, 3] += 1000
     x[::40] *= 100
@@ -365,11 +374,40 @@ def test_what_the_store_lost_and_long_rows_are_noted(tmp_path: Path) -> None:
         f"embedding: {place['n_far']} of {found['data']['n_tokens']} passages are more than 10"
     )
     assert "of the squared error; its FVU without them is" in far
+    said = capsys.readouterr().out.splitlines()
+    told = [line for line in said if line.startswith("embedding: bf16 cannot hold 1 dimension of 8 (3)")]
+    assert len(told) == 3  # by the import, the plan, below the table
+    assert sum("of the passages are more than 10 times as far" in line for line in said) == 2
     page = (tmp_path / "run" / "report.html").read_text()
-    assert unheld in page
+    assert html.escape(unheld) in page
     (tmp_path / "again").mkdir()
     again = assess(AssessConfig(run=trained(tmp_path / "again", x, dtype="fp32"), device="cpu"))
     assert again["data"]["sites"]["embedding"]["unheld"] == []
+
+
+def test_a_bidirectional_model_with_a_causal_head_has_no_losses(
+    tmp_path: Path, tokenizer_folder: str, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: BERT attends to both sides, though its class is called BertLMHeadModel; a planted dimension
+    that the cache's bf16 loses."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=8192, max_position_embeddings=64, **shape)
+    model = transformers.BertLMHeadModel(config)
+    model.bert.encoder.layer[0].output.LayerNorm.bias.data[3] = 1000
+    model.save_pretrained(tmp_path / "model")
+    made = Pipeline(tmp_path, str(tmp_path / "model"), tokenizer_folder, corpus, "encoder.layer.0")
+    cached = next(line for line in capsys.readouterr().out.splitlines() if "cannot hold" in line)
+    assert cached.startswith("encoder.layer.0: bf16 cannot hold 1 dimension of 32 (3)")
+    found = assess(AssessConfig(run=made.out, device="cpu", model_tokens=2000, n_latents=0))
+    metrics = found["variants"][0]["metrics"]
+    assert metrics["kl"]["value"] > 0
+    for name in ("delta_ce", "loss_recovered", "ce_clean", "ce_zero"):
+        assert metrics[name]["value"] is None
+        assert metrics[name]["reason"].endswith("so it has no next-token loss")
+    assert found["best_on_other_documents"]["chosen_by"] == "fvu"
+    assert found["variants"][0]["checks"][0]["passed"] is None
+    assert found["data"]["n_tokens_with_losses"] > 0
 
 
 # Its files
@@ -406,13 +444,13 @@ def test_a_damaged_assessment_is_found_and_made_again(
     assert config.is_done()
     changed(tmp_path / "out" / name, how)
     assert not config.is_done()
-    if name == record.FILE:
+    if name == assessments.FILE:
         with pytest.raises(
             MissingError if how == "missing" else StoreError, match="Run `saemill assess` again"
         ):
-            record.read(tmp_path / "out")
+            assessments.read(tmp_path / "out")
     else:
-        assert [problem.partition(":")[0] for problem in record.problems(tmp_path / "out")] == [
+        assert [problem.partition(":")[0] for problem in assessments.problems(tmp_path / "out")] == [
             str(tmp_path / "out" / name)
         ]
 
@@ -461,7 +499,7 @@ def test_an_assessment_that_ends_early_leaves_the_old_one(
         assert list(out.glob(durable.PARTIAL)) == []
     assess(AssessConfig(run=small, device="cpu", out=out))
     assert sorted(file.name for file in out.iterdir()) == sorted(before)
-    assert record.problems(out) == []
+    assert assessments.problems(out) == []
 
 
 MUTATIONS: list[Callable[[bytearray, np.random.Generator], None]] = [
@@ -475,21 +513,19 @@ MUTATIONS: list[Callable[[bytearray, np.random.Generator], None]] = [
 def test_a_mutated_assessment_is_refused_in_words(small: Path, tmp_path: Path) -> None:
     """Oracle: 400 mutations: the assessment that was written comes back, or a StoreError does."""
     found = assess(AssessConfig(run=small, device="cpu", out=tmp_path, n_latents=2))
-    raw = (tmp_path / record.FILE).read_bytes()
+    raw = (tmp_path / assessments.FILE).read_bytes()
     generator = np.random.default_rng(0)
     for i in range(400):
         content = bytearray(raw)
         MUTATIONS[i % 4](content, generator)
-        (tmp_path / record.FILE).write_bytes(content)
+        (tmp_path / assessments.FILE).write_bytes(content)
         try:
-            assert record.read(tmp_path) == found
+            assert assessments.read(tmp_path) == found
         except StoreError:
             continue
     values = json.loads(raw)
     values["variants"][0]["metrics"]["fvu"]["value"] = None
     del values["checksum"]
-    from saemill.common import records
-
-    (tmp_path / record.FILE).write_text(json.dumps(records.sealed(values)))
+    (tmp_path / assessments.FILE).write_text(json.dumps(records.sealed(values)))
     with pytest.raises(StoreError, match="a figure that is null needs a reason"):
-        record.read(tmp_path)
+        assessments.read(tmp_path)

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from saemill import TokenStore, cli
+from saemill.common import durable
 from saemill.common.errors import ConfigError, DataError, Interrupted, StoreError
 from saemill.common.model import LanguageModel
 from saemill.common.permutation import combine
@@ -189,11 +193,11 @@ def test_all_datasets_have_the_same_number_of_tokens(other: str, tmp_path: Path)
         run(config(tmp_path / name, model, n_samples=20, max_tokens=30))
         alone[name] = read(tmp_path / name / f"{name}.parquet")
     totals = {name: sum(row["n_tokens"] for row in rows) for name, rows in alone.items()}
-    assert manifest["tokens_per_dataset"] == min(totals.values()) < max(totals.values())
+    assert manifest.tokens_per_dataset == min(totals.values()) < max(totals.values())
     for name, rows in alone.items():
         found = read(out / f"{name}.parquet")
         ids = [token for row in rows for token in row["input_ids"]]
-        assert [t for row in found for t in row["input_ids"]] == ids[: manifest["tokens_per_dataset"]]
+        assert [t for row in found for t in row["input_ids"]] == ids[: manifest.tokens_per_dataset]
         assert found[:-1] == rows[: len(found) - 1]
         assert found[-1]["text"] == tokenizer.decode(found[-1]["input_ids"])
         assert all(row["n_tokens"] == len(row["input_ids"]) for row in found)
@@ -226,7 +230,7 @@ def test_trimming_keeps_the_first_tokens(lengths: list[list[int]], data: st.Data
 def test_samples_until_there_are_enough_tokens(tmp_path: Path) -> None:
     """Oracle: the longer dataset of a given number of samples."""
     manifest = run(config(tmp_path / "n", n_samples=None, tokens_per_dataset=100))
-    assert manifest["tokens_per_dataset"] == 100
+    assert manifest.tokens_per_dataset == 100
     run(config(tmp_path / "more", n_samples=20))
     ids, more = (
         [token for row in read(tmp_path / name / "model.parquet") for token in row["input_ids"]]
@@ -243,7 +247,7 @@ def test_saemill_tokenizes_the_texts_and_the_ids(tmp_path: Path) -> None:
     assert "320 tokens each in model.parquet (20 samples)" in result.output
     rows = read(out / "model.parquet")
     stream = [token for row in rows for token in (*row["input_ids"], 0)]
-    common = {"tokenizer": str(MODEL), "ctx_len": 16, "shuffle_seed": None, "held_out_fraction": 0.0}
+    common = {"tokenizer": str(MODEL), "ctx_len": 20, "shuffle_seed": None, "held_out_fraction": 0.0}
     for dataset, column in ((out / "model.parquet", "input_ids"), (out, "input_ids"), (out, "text")):
         folder = tmp_path / f"{dataset.name}-{column}"
         tokenize(TokenizeConfig(dataset=str(dataset), text_column=column, out=folder, **common))
@@ -293,7 +297,7 @@ def test_lost_batches_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(StoreError, match=rf"{second.name} is damaged"):
         run(config(tmp_path / "out"))
     first.unlink()
-    with pytest.raises(StoreError, match=rf"{first.name} is missing"):
+    with pytest.raises(StoreError, match="samples 0 and following are missing"):
         run(config(tmp_path / "out"))
 
 
@@ -320,6 +324,116 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_sees_what_follows_is_refused(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    """Oracle: BERT with the head of a decoder, whose config does not say that it is one; and with it."""
+    torch.manual_seed(0)
+    folder = tmp_path / "bert"
+    bert = transformers.BertLMHeadModel.from_pretrained(tiny_models["bert"])
+    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    bert.save_pretrained(folder)
+    with pytest.raises(ConfigError, match="bert' reads a text in both directions"):
+        run(config(tmp_path / "out", str(folder)))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"is_decoder": True}))
+    assert run(config(tmp_path / "causal", str(folder), n_samples=2)).tokens_per_dataset > 0
+
+
+def test_what_a_killed_run_left_goes_with_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the names beside the output, after a run that was killed when its output was in place."""
+    run(config(tmp_path / "out"))
+    (tmp_path / "out.partial" / "parts").mkdir(parents=True)
+    run(config(tmp_path / "out"))
+    assert "finished already" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """Oracle: a lock that is held here; nothing is written before it is asked for."""
+    with (
+        durable.exclusive(tmp_path / "out.partial"),
+        pytest.raises(StoreError, match=r"another process is writing to .*out\.partial"),
+    ):
+        run(config(tmp_path / "out"))
+    assert list((tmp_path / "out.partial").iterdir()) == []
+    run(config(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("file", ["identity.json", "parts/model/*.parquet", "no identity"])
+def test_damage_is_told_with_a_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """Oracle: one flipped bit, or no file, is an error; what it advises makes the samples of a whole run."""
+    with monkeypatch.context() as patch:
+        calls = iter(range(9))
+
+        def stopped_in_the_second(*arguments: Any) -> list[list[int]]:
+            if next(calls) == 1:
+                raise Interrupted
+            return sample(*arguments)
+
+        patch.setattr(module, "sample", stopped_in_the_second)
+        with pytest.raises(Interrupted):
+            run(config(tmp_path / "out"))
+    partial = tmp_path / "out.partial"
+    if file == "no identity":
+        (partial / "identity.json").unlink()
+    else:
+        (found,) = partial.glob(file)
+        content = bytearray(found.read_bytes())
+        content[len(content) // 2] ^= 1
+        found.write_bytes(content)
+    with pytest.raises(StoreError, match=r"(?i)remove .* to sample again") as caught:
+        run(config(tmp_path / "out"))
+    named = next(word for word in re.findall(r"\S+", str(caught.value)) if word.startswith(str(partial)))
+    folder = partial / "parts" / "model" if "model" in named else partial
+    assert f"emove {folder} to" in str(caught.value) or "remove it to" in str(caught.value)
+    shutil.rmtree(folder)
+    run(config(tmp_path / "out"))
+    run(config(tmp_path / "whole"))
+    assert read(tmp_path / "out" / "model.parquet") == read(tmp_path / "whole" / "model.parquet")
+
+
+def test_every_damage_of_the_manifest_is_told(tmp_path: Path) -> None:
+    """Oracle: the manifest as it was: a flipped bit, a cut and zeros anywhere leave its content, or are
+    errors that say what to do."""
+    out = tmp_path / "out"
+    identity = run(config(out)).settings
+    file = out / "manifest.yaml"
+    raw, whole = file.read_bytes(), yaml.safe_load(file.read_bytes())
+    for place in range(0, len(raw), 11):
+        end = len(raw) - place
+        flipped = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+        for changed in (raw[:place], flipped, raw[:place] + bytes(end)):
+            file.write_bytes(changed)
+            try:
+                module._finished(out, identity)
+            except StoreError as error:
+                assert f"Remove {out} to sample again." in str(error)  # noqa: PT017
+            else:
+                assert yaml.safe_load(changed) == whole
+
+
+def test_a_full_disk_is_a_sentence_and_costs_nothing(tmp_path: Path) -> None:
+    """Oracle: a limit on a file's size, which fails as a full disk does; without it the same command makes
+    the samples of a run that never met it."""
+    script = (
+        "import resource, signal, sys; from pathlib import Path; from saemill.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from saemill.generate import run as module; whole = module._finish\n"
+        "def finish(*a): resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900)); return whole(*a)\n"
+        "module._finish = finish; main()"
+    )
+    arguments = ["generate", "--model", str(MODEL), "--n-samples", "10", "--max-tokens", "12"]
+    arguments += ["--batch-size", "4", "--device", "cpu", "-o", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no room on the disk for" in done.stderr
+    assert "Traceback" not in done.stderr
+    run(config(tmp_path / "out"))
+    run(config(tmp_path / "whole"))
+    assert read(tmp_path / "out" / "model.parquet") == read(tmp_path / "whole" / "model.parquet")
+
+
 def test_where_samples_begin_and_end() -> None:
     """Oracle: the ids given to a tokenizer and a config here."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
@@ -344,7 +458,7 @@ def test_a_model_without_words_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(DataError, match="all samples of a model are empty"):
         run(config(tmp_path / "few", n_samples=4))
     monkeypatch.setattr(module, "sample", lambda *_: [[], [5, 6], [], []])
-    assert run(config(tmp_path / "some", n_samples=4))["datasets"][0]["n_samples"] == 2
+    assert run(config(tmp_path / "some", n_samples=4)).datasets[0].n_samples == 2
     with pytest.raises(DataError, match="not finite"):
         Sampler(torch.zeros(1, 1).double(), 1.0, 1.0, NEVER)(
             torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 4), torch.nan)

@@ -1,18 +1,17 @@
 """Successive halving: the rules, and runs in which the worse half stops."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_spread import ENVIRONMENT, finish, launch
+from test_spread import finish, launch, launch_held
 from test_train import config, files, killed_at, store  # noqa: F401
 from waiting import LIMIT_SECONDS, wait_until
 
+from saemill.cli import app
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.runs import Stopped
@@ -100,34 +99,36 @@ def test_survivors_equal_a_run_without_halving(
         assert look["value"] == pytest.approx(before, rel=0.5)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_with_idle_processes_is_resumed(store: ActivationStore, tmp_path: Path) -> None:  # noqa: F811
     """Oracle: one process, bit by bit; stopped after a look that left a process of three without work."""
     command = [
-        "-m", "saemill", "train", str(store.path), "--site", "a", "--k", "2", "--num-latents", "48",
+        "train", str(store.path), "--site", "a", "--k", "2", "--num-latents", "48",
         "--lr", "1e-5,1e-4,3e-3", "--batch-size", "64", "--max-tokens", "32k", "--save-every", "20",
         "--precision", "fp32", "--device", "cpu", "--halving", "1", "--latent-ranks", "1",
     ]  # fmt: skip
     out = tmp_path / "three"
-    subprocess.run([sys.executable, *command, "-o", str(tmp_path / "one")], check=True, env=ENVIRONMENT)
-    process = launch(3, *command, "-o", str(out))
+    app([*command, "-o", str(tmp_path / "one")], standalone_mode=False)
+    process = launch_held(3, [*command, "-o", str(out)], "498:never")
     wait_until((out / "halving.json").exists, process)
     process.terminate()
     process.communicate(timeout=LIMIT_SECONDS)
     assert not (out / "finished.json").exists()
-    finish(launch(3, *command, "-o", str(out)))
+    finish(launch(3, "-m", "saemill", *command, "-o", str(out)))
     assert files(out) == files(tmp_path / "one")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_processes_share_out_what_goes_on(store: ActivationStore, tmp_path: Path) -> None:  # noqa: F811
     """Oracle: one process, bit by bit; three processes deal the variants anew after each look."""
     command = [
-        "-m", "saemill", "train", str(store.path), "--site", "a", "--k", "2,8",
+        "train", str(store.path), "--site", "a", "--k", "2,8",
         "--num-latents", "48", "--lr", "1e-5,1e-4,3e-3,1e-3", "--batch-size", "256", "--max-tokens", "12800",
         "--save-every", "7", "--log-every", "5", "--precision", "fp32", "--dead-after-tokens", "512",
         "--device", "cpu", "--halving", "2", "--latent-ranks", "1",
     ]  # fmt: skip
-    subprocess.run([sys.executable, *command, "-o", str(tmp_path / "one")], check=True, env=ENVIRONMENT)
-    finish(launch(3, *command, "-o", str(tmp_path / "three")))
+    app([*command, "-o", str(tmp_path / "one")], standalone_mode=False)
+    finish(launch(3, "-m", "saemill", *command, "-o", str(tmp_path / "three")))
     assert files(tmp_path / "three") == files(tmp_path / "one")
     one, three = (json.loads((tmp_path / n / "halving.json").read_text()) for n in ("one", "three"))
     assert one == three

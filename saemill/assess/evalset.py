@@ -44,7 +44,7 @@ class Rows:
 
 def is_cached(store: ActivationStore, other: TokenStore | None) -> bool:
     """Whether the activations of the evaluation tokens are in the store; `other` may be its own tokens."""
-    return other is None or other.fingerprint == store.settings["tokens_fingerprint"]
+    return other is None or other.fingerprint == store.settings.tokens_fingerprint
 
 
 def check_tokens(store: ActivationStore, other: TokenStore | None, with_model: bool) -> None:
@@ -71,7 +71,7 @@ def check_tokens(store: ActivationStore, other: TokenStore | None, with_model: b
             f"{theirs.name!r}; tokenize the text with the latter"
         )
     mine_are_ids, theirs_are_ids = (
-        tokens.manifest["source"]["column"] == "input_ids" for tokens in (other, store.tokens)
+        tokens.manifest.source.column == "input_ids" for tokens in (other, store.tokens)
     )
     if mine_are_ids != theirs_are_ids:
         raise ConfigError(

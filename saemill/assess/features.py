@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,6 +97,7 @@ def top_addresses(
         for chunk in chunks:
             codes = sae.encode(chunk.x[site].to(sae.W_enc.device, torch.float32))
             hit = torch.isin(codes.top_indices, wanted.to(codes.top_indices.device)) & (codes.top_acts > 0)
+            hit &= torch.isfinite(codes.top_acts)
             token, slot = (part.cpu().numpy() for part in hit.nonzero(as_tuple=True))
             acts = codes.top_acts.cpu().numpy()[token, slot]
             index = codes.top_indices.cpu().numpy()[token, slot]
@@ -130,7 +130,7 @@ class Reader:
 
     def __init__(self, tokens: TokenStore) -> None:
         self.tokens = tokens
-        folder: Path = tokens.path / "tokenizer"
+        folder = tokens.tokenizer_folder
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder))
 
     def context(self, activation: float, address: int) -> Context:

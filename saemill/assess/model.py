@@ -39,15 +39,15 @@ def load_model(
     name, revision = _named(named, store)
     if other is not None:
         check_fit(load_model_config(name, revision), name, other)
-    dtype = getattr(torch, store.settings["model_dtype"])
-    in_8bit = bool(store.settings.get("load_in_8bit"))
+    dtype = getattr(torch, str(store.settings.model_dtype))
+    in_8bit = bool(store.settings.load_in_8bit)
     return LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True, in_8bit=in_8bit)
 
 
 def _named(named: str | None, store: ActivationStore) -> tuple[str, str | None]:
     """Name and revision of the model: those that were cached, unless another name is given."""
-    name = named or store.settings["model"]
-    return name, store.settings["revision"] if name == store.settings["model"] else None
+    name = named or str(store.settings.model)
+    return name, store.settings.revision if name == store.settings.model else None
 
 
 def check_model(named: str | None, model: LanguageModel, store: ActivationStore) -> str:
@@ -59,11 +59,11 @@ def check_model(named: str | None, model: LanguageModel, store: ActivationStore)
         ConfigError: its weights or its activations differ.
     """
     name, revision = _named(named, store)
-    if fingerprint_model(name, revision) == store.settings["model_fingerprint"]:
+    if fingerprint_model(name, revision) == store.settings.model_fingerprint:
         return "the very files that were cached"
-    cached, found = store.settings.get("weights_fingerprint"), fingerprint_weights(name)
+    cached, found = store.settings.weights_fingerprint, fingerprint_weights(name)
     is_known = cached is not None and found is not None
-    changed_since = name == store.settings["model"] and Path(name).is_dir()
+    changed_since = name == store.settings.model and Path(name).is_dir()
     if cached != found if is_known else changed_since:
         when = "its files have changed since" if changed_since else "its weights differ"
         raise ConfigError(_another_model(name, when))
@@ -86,8 +86,8 @@ def _check_activations(model: LanguageModel, store: ActivationStore) -> None:
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))
     captured = model.capture(ids_RS, store.sites, attention_of(ids_RS, store.tokens.tokenizer))
     for site in store.sites:
-        x_TD = captured[site][0].float().cpu()
-        cached_TD = store.read(site, 0, store.ctx_len).float()
+        x_TD = captured[site][0].double().cpu()
+        cached_TD = store.read(site, 0, store.ctx_len).double()
         if not _agree(x_TD, cached_TD):
             raise ConfigError(_another_model(model.name, f"its activations at {site} differ"))
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from saemill.assess import charts
 from saemill.assess.sums import Figure, number
-from saemill.common.log import counted
+from saemill.common.log import console, counted
 from saemill.common.page import write_page
 
 COLUMNS = {
@@ -60,9 +59,9 @@ def table(assessment: dict[str, Any]) -> str:
         shown.add_row(entry["name"], *values, entry["verdict"])
         if entry is assessment["variants"][-1]:
             shown.add_section()
-    console = Console(width=150, no_color=True, record=True, file=io.StringIO())
-    console.print(shown)
-    lines = [console.export_text().rstrip(), UNTRAINED, f"best: {_best(assessment)}"]
+    terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
+    terminal.print(shown)
+    lines = [terminal.export_text().rstrip(), UNTRAINED, f"best: {_best(assessment)}"]
     return "\n".join(lines + _notes(assessment))
 
 

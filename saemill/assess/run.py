@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from saemill.assess import features, record
+from saemill.assess import features
 from saemill.assess.controls import controls
 from saemill.assess.entries import Measured
 from saemill.assess.evalset import EvalSet, check_tokens
@@ -22,10 +22,11 @@ from saemill.assess.report import table, write_html
 from saemill.assess.splicing import Splicing, check_mask_token
 from saemill.assess.sums import DocumentSums
 from saemill.assess.verdict import Thresholds
+from saemill.common import assessments, durable, records, runs
 from saemill.common import config as settings
-from saemill.common import durable, records, runs
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
+from saemill.common.formats import variants
 from saemill.common.log import duration, say
 from saemill.common.mask import MaskConfig
 from saemill.common.model import LanguageModel
@@ -83,6 +84,7 @@ class AssessConfig:
             raise ConfigError(
                 f"dead_percentage_threshold must be in [0, 1), got {self.dead_percentage_threshold}"
             )
+        settings.at_least(self, 0, "latents")
         if self.n_latents < 0:
             raise ConfigError(f"n_latents must be 0 or more, got {self.n_latents}")
         if self.variant is not None and self.n_latents == 0 and not self.latents:
@@ -98,8 +100,8 @@ class AssessConfig:
     def is_done(self) -> bool:
         """Whether the folder holds, whole, the assessment of this run, on this text, by these settings."""
         try:
-            found = record.read(self.folder)
-            whole = not record.problems(self.folder)
+            found = assessments.read(self.folder)
+            whole = not assessments.problems(self.folder)
         except StoreError:  # assessed again, it is whole
             return False
         try:
@@ -117,7 +119,7 @@ class AssessConfig:
         run = durable.hash_file(self.run / "finished.json")
         if self.tokens is None:
             return run
-        return durable.hash_json([run, durable.read_json(self.tokens / "manifest.json")["fingerprint"]])
+        return durable.hash_json([run, TokenStore(self.tokens).fingerprint])
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result, but for the run."""
@@ -183,7 +185,7 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group, held: E
     baselines = controls(opened.saes[best], opened.sites[best], beside)
     untrained = _measure(config, baselines, beside, model, no_loss)
     assessment: dict[str, Any] = {
-        "format": record.FORMAT,
+        "format": assessments.FORMAT,
         "settings": config.identity(),
         "of": config.of(),
         "data": _data(found, best) | {"model_check": model_check},
@@ -201,7 +203,7 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group, held: E
     say(table(assessment))
     if everyone.rank == 0 and to_wandb:
         _log_to_wandb(config.run, out)
-    say(f"{out / record.FILE}, report.html written in {duration(assessment['seconds'])}")
+    say(f"{out / assessments.FILE}, report.html written in {duration(assessment['seconds'])}")
     return assessment
 
 
@@ -231,7 +233,7 @@ def _open(config: AssessConfig, device: torch.device) -> _Run:
     if not path.exists():
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
     store = ActivationStore(path)
-    saes = {name: runs.sae(config.run, name, finished, device) for name in finished.variants}
+    saes = {name: variants.load(config.run, name, finished, device) for name in finished.variants}
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
             raise StoreError(f"{name} was not trained on {path}; name the right store with --acts")
@@ -349,7 +351,7 @@ def _write(out: Path, values: dict[str, Any], found: Measured) -> dict[str, Any]
 
     Returns: the content of `final_assessment.json`.
     """
-    assessment = record.checked(values | {"files": []}).model_dump(mode="json")
+    assessment = assessments.checked(values | {"files": []}).model_dump(mode="json")
     sums = {"documents.parquet": found.reconstruction.sums}
     if isinstance(found.splicing, Splicing):
         sums["documents_model.parquet"] = found.splicing.sums
@@ -357,7 +359,7 @@ def _write(out: Path, values: dict[str, Any], found: Measured) -> dict[str, Any]
     tables["latents.parquet"] = _latents_table(found.reconstruction)
     densities = {name: found.reconstruction.density(name) for name in found.reconstruction.saes}
     with ExitStack() as held:  # which closes the last opened first
-        verdict = held.enter_context(durable.replacing(out / record.FILE))
+        verdict = held.enter_context(durable.replacing(out / assessments.FILE))
         partials = {
             name: held.enter_context(durable.replacing(out / name)) for name in [*tables, "report.html"]
         }
@@ -370,9 +372,9 @@ def _write(out: Path, values: dict[str, Any], found: Measured) -> dict[str, Any]
             {"path": name, "bytes": file.stat().st_size, "xxh3": durable.hash_file(file)}
             for name, file in partials.items()
         ]
-        with durable.writing(out / record.FILE):
-            records.write(verdict, record.checked(assessment))
-        for old in (record.FILE, *({"documents_model.parquet"} - set(tables))):
+        with durable.writing(out / assessments.FILE):
+            records.write(verdict, assessments.checked(assessment))
+        for old in (assessments.FILE, *({"documents_model.parquet"} - set(tables))):
             (out / old).unlink(missing_ok=True)
     return assessment
 

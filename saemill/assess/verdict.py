@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saemill.assess.sums import NOT_FINITE, Figure
+from saemill.common import config as settings
 from saemill.common.errors import ConfigError
 
 
@@ -21,6 +22,11 @@ class Thresholds:
     max_absorption: float = 0.25
 
     def __post_init__(self) -> None:
+        settings.at_least(self, 0, "min_l0", "max_l0")
+        settings.at_least(self, -1, "min_loss_recovered")
+        for name in ("min_loss_recovered", "max_dead_fraction", "max_absorption"):
+            if not getattr(self, name) <= 1 or (name.startswith("max") and getattr(self, name) < 0):
+                raise ConfigError(f"{name} must be a share, at most 1, got {getattr(self, name)}")
         if self.min_l0 > self.max_l0:
             raise ConfigError(f"min_l0 must be at most max_l0 ({self.max_l0}), got {self.min_l0}")
 
@@ -31,11 +37,16 @@ Check = dict[str, Any]
 Where the random baseline took the place of the threshold of absorption, `reason` says so."""
 
 
-def checks(metrics: dict[str, Figure], thresholds: Thresholds) -> list[Check]:
+def checks(metrics: dict[str, Figure], thresholds: Thresholds, unseen: str | None = None) -> list[Check]:
     """The four health checks of one variant.
 
     No SAE is failed for an absorption that as many random directions show as well: in a narrow space
-    that is more than the threshold.
+    that is more than the threshold. Nor is one failed for latents that look dead on too few tokens.
+
+    Args:
+        metrics: its figures.
+        thresholds: what they are checked against.
+        unseen: why latents that fire may look dead.
     """
     t = thresholds
     random = metrics["absorption_random"]["value"] or 0.0  # null where absorption is
@@ -49,6 +60,8 @@ def checks(metrics: dict[str, Figure], thresholds: Thresholds) -> list[Check]:
     if random > t.max_absorption:
         why = f"as many random directions show {random:.3f}, more than the threshold of {t.max_absorption:g}"
         found["absorption"].setdefault("reason", why)
+    if unseen and found["dead_fraction"]["passed"] is False:
+        found["dead_fraction"] |= {"passed": None, "reason": unseen}
     return list(found.values())
 
 

@@ -16,7 +16,6 @@ must therefore be checked (`Claim.check`) and must never replace what another pu
 
 import errno
 import itertools
-import json
 import os
 import re
 import secrets
@@ -25,13 +24,16 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from saemill.common.errors import Interrupted
+from pydantic import ValidationError
+
+from saemill.common.errors import Interrupted, StoreError
 from saemill.common.log import say
+from saemill.common.records import Record
 
 EXPIRY_SECONDS = 120.0
 """A worker not heard of for so long is dead; longer than the 60 s for which NFS clients keep a file's
@@ -44,9 +46,8 @@ class Lost(Exception):
     """Another worker has taken over the claim; what was done under it is to be discarded."""
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """What a worker's file says."""
+class Owner(Record):
+    """What a worker's file says. It decides no number and has no checksum: a damaged one expires."""
 
     token: str
     """Random; no two workers share it."""
@@ -63,7 +64,14 @@ class Owner:
         """This process, under a new token."""
         seconds = float(os.environ.get("SAEMILL_CLAIM_SECONDS", EXPIRY_SECONDS))
         pid = os.getpid()
-        return cls(secrets.token_hex(8), socket.gethostname(), _machine(), pid, _started(pid), seconds)
+        return cls(
+            token=secrets.token_hex(8),
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=pid,
+            started=_started(pid),
+            expiry_seconds=seconds,
+        )
 
     def is_gone(self) -> bool:
         """Whether its process ran on this machine and has ended."""
@@ -113,10 +121,10 @@ class Seen:
     def at(cls, path: Path) -> "Seen | None":
         """Look at a file, past what NFS remembers of it; None if it is gone."""
         try:
-            with path.open() as file:
+            with path.open("rb") as file:
                 time = os.fstat(file.fileno()).st_mtime
-                return cls(Owner(**json.load(file)), time)
-        except (ValueError, TypeError):
+                return cls(Owner.model_validate_json(file.read()), time)
+        except ValidationError:
             return cls(None, time)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESTALE):
@@ -221,7 +229,7 @@ class Worker:
                 self.folder.mkdir(parents=True)
             with suppress(FileNotFoundError):
                 partial = self.partial()
-                partial.write_text(json.dumps(asdict(self.owner)))
+                partial.write_text(self.owner.model_dump_json())
                 partial.replace(self.file)
 
     def _beat(self) -> None:
@@ -284,6 +292,8 @@ class Worker:
 
         Raises:
             Interrupted: the wait was stopped by a signal.
+            StoreError: the block failed because others took this worker for dead meanwhile, and cleared away
+                what it had begun.
         """
         n_waits = 0
         while (claim := self.take(name)) is None:
@@ -291,6 +301,18 @@ class Worker:
             n_waits += 1
         try:
             yield claim
+        except Interrupted:
+            raise
+        except Exception as error:
+            try:
+                claim.check()
+            except Lost:
+                raise StoreError(
+                    f"this process was silent for longer than {self.owner.expiry_seconds:g} seconds, and "
+                    f"another one took over its work in {self.folder.parent}. Run the same command again: it "
+                    "goes on from what is there"
+                ) from error
+            raise
         finally:
             claim.release()
 

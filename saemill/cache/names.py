@@ -33,17 +33,17 @@ def warnings(model: LanguageModel, sites: list[str], ids_RS: Tensor) -> list[str
     parts = [site for site in sites if site not in model.blocks]
     with _recording(model, parts) as (inputs, inside):
         outputs = model.capture(ids_RS[:1, :N_TOKENS], sites, None)
-    added = {site: _added_part(outputs[site], inputs[site], inside[site]) for site in parts}
-    told = [
+    whole = [
         f"{site} gives the whole residual stream: what it computes, added to what went into it; what it adds "
         f"alone is at {part}"
-        for site, part in added.items()
-        if part
+        for site in parts
+        if (part := _added_part(outputs[site], inputs[site], inside[site]))
     ]
-    for a, b in combinations(sites, 2):
-        if outputs[a].shape == outputs[b].shape and torch.equal(outputs[a], outputs[b]):
-            told.append(f"{a} and {b} give the same activations: one of them is enough")
-    return told
+    return whole + [
+        f"{a} and {b} give the same activations: one of them is enough"
+        for a, b in combinations(sites, 2)
+        if outputs[a].shape == outputs[b].shape and torch.equal(outputs[a], outputs[b])
+    ]
 
 
 def _added_part(x_RSD: Tensor, inputs: list[Tensor], parts: dict[str, Tensor]) -> str | None:

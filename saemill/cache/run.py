@@ -1,24 +1,22 @@
 """`saemill cache`: one forward pass over the rows serves every requested site."""
 
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import zarr
 
 from saemill.cache import names
 from saemill.cache.claims import Worker, holds_only_claims
 from saemill.cache.fill import Filling
-from saemill.cache.writer import DTYPES, ZARR_LITTER, SiteWriter, has_shards
+from saemill.cache.writer import SiteWriter, check_same_store, has_shards, write_group
 from saemill.common import config as settings
-from saemill.common import durable, elsewhere
-from saemill.common.activations import EMBEDDINGS, FORMAT, ActivationStore, read_settings
+from saemill.common import durable, elsewhere, records
+from saemill.common.activations import ActivationStore
 from saemill.common.architecture import Architecture
-from saemill.common.errors import ConfigError, DataError, StoreError
+from saemill.common.errors import ConfigError, DataError, DiskError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.mask import MaskConfig
 from saemill.common.model import (
@@ -30,10 +28,19 @@ from saemill.common.model import (
     fingerprint_weights,
 )
 from saemill.common.signals import stop_on_signal
+from saemill.common.site_records import (
+    DTYPES,
+    EMBEDDINGS,
+    FORMAT,
+    SITES,
+    StoreSettings,
+    known_settings,
+    sites_in,
+)
 from saemill.common.sites import Site, load_model_config
 from saemill.common.statistics import warnings
 from saemill.common.tokenizer import check_tokenizer
-from saemill.common.tokens import TokenStore, copy_rows
+from saemill.common.tokens import TokenManifest, TokenStore, copy_rows
 from saemill.common.world import World, speak_for
 
 SHARD_TOKENS = 65536
@@ -132,7 +139,7 @@ def run(config: CacheConfig) -> ActivationStore:
         check_8bit(bool(identity["load_in_8bit"]), device)
         _check_mask(tokens, settings.build(MaskConfig, identity["mask"], "mask"), n_rows)
         plan = _plan(config, identity, tokens.ctx_len, sites)
-        settings.check_same(there or identity, identity, config.out)
+        check_same_store(config.out, there, identity)
         with Worker(config.out / CLAIMS, stop) as worker:
             store, writers = _open(config, tokens, identity, sites, plan, worker)
             try:
@@ -171,30 +178,38 @@ def _complete(
     model: LanguageModel | None = None
     n_missing = n_written = 0
     while True:
-        damaged = {writer.site.name: writer.damaged() for writer in writers}
-        if any(damaged.values()):
-            with worker.hold("store"):
-                for writer in writers:
-                    writer.withdraw(damaged[writer.site.name])
-            _say_what_is_there(store, damaged)
-            n_missing += sum(map(len, damaged.values()))
-            if model is None:
-                model = LanguageModel(
-                    config.model,
-                    revision=config.revision,
-                    dtype=getattr(torch, store.settings["model_dtype"]),
-                    device=device,
-                    in_8bit=bool(store.settings.get("load_in_8bit")),
-                )
-                ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype("int64"))
-                for told in names.warnings(model, [writer.site.name for writer in writers], ids_RS):
-                    say(f"warning: {told}")
+        damaged = [writer.damaged() for writer in writers]
+        with worker.hold("store"):
+            for writer, shards in zip(writers, damaged, strict=True):
+                writer.mend(shards)
+        lacking = {writer.site.name: writer.lacking() for writer in writers}
+        if any(lacking.values()):
+            _say_what_is_there(store, lacking)
+            n_missing += sum(map(len, lacking.values()))
+            model = model or _load(config, store, list(lacking), device)
             filling = Filling(store, writers, model, worker, world, config.batch_size)
             filling.run()
             n_written += filling.n_written
         with worker.hold("store"):
             if all([writer.finish() for writer in writers]):
                 return _what_was_done(n_missing, n_written)
+
+
+def _load(
+    config: CacheConfig, store: ActivationStore, sites: list[str], device: torch.device
+) -> LanguageModel:
+    """The model, after a look at whether its modules hold what their names say."""
+    model = LanguageModel(
+        config.model,
+        revision=config.revision,
+        dtype=getattr(torch, str(store.settings.model_dtype)),
+        device=device,
+        in_8bit=bool(store.settings.load_in_8bit),
+    )
+    ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype("int64"))
+    for told in names.warnings(model, sites, ids_RS):
+        say(f"warning: {told}")
+    return model
 
 
 def _what_was_done(n_missing: int, n_written: int) -> str:
@@ -204,44 +219,50 @@ def _what_was_done(n_missing: int, n_written: int) -> str:
     return f"{counted(max(n_missing, n_written), 'shard')} written{others}"
 
 
-def _settings_there(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
-    """The settings of the store at the output; none where a new one may be made.
+def _settings_there(config: CacheConfig, tokens: TokenStore) -> StoreSettings | None:
+    """The settings of the store at the output, wherever in it they are whole; None where a new one may be
+    made.
 
     Raises:
         ConfigError: the output cannot be a folder.
         StoreError: it holds other files.
     """
     settings.check_folder(config.out)
-    others = [path for path in config.out.glob("*") if not _is_begun(path, tokens)]
+    others = _others(config, tokens)
     # Looked for last: another worker may be making the store right now.
-    if (config.out / "zarr.json").exists():
-        there = read_settings(config.out)
-        if there.get("kind") == EMBEDDINGS:
-            raise ConfigError(
-                f"{config.out} holds embeddings; choose another folder for a model's activations"
-            )
-        return there
-    if others:
-        raise StoreError(f"{config.out} holds other files; choose a new folder")
-    return {}
+    there = known_settings(config.out)
+    if there is None and others:
+        raise StoreError(f"{config.out} holds other files ({others[0].name}); choose a new folder")
+    if there and there.kind == EMBEDDINGS:
+        raise ConfigError(f"{config.out} holds embeddings; choose another folder for a model's activations")
+    return there
 
 
-def _is_begun(path: Path, tokens: TokenStore) -> bool:
-    """Whether a file or folder is of a store of these tokens that another run began to make."""
-    if path.name == CLAIMS:
-        return holds_only_claims(path)
-    if path.name == "tokens":
-        # A copy names what it was copied from; a token store of the user's own does not.
-        with suppress(FileNotFoundError):
-            return bool(
-                durable.read_json(path / "manifest.json").get("parent_fingerprint") == tokens.fingerprint
-            )
-    return path.match(ZARR_LITTER)
+def _others(config: CacheConfig, tokens: TokenStore) -> list[Path]:
+    """What lies at the output and is no part of a store of these tokens that was begun."""
+    paths = list(config.out.glob("*"))  # first: other workers may be adding parts, each of them whole
+    begun = _is_copy(config.out / "tokens", tokens)
+    ours = {"tokens", "zarr.json", SITES, *sites_in(config.out)} if begun else set()
+    return [
+        path for path in paths if not (path.name in ours or (path.name == CLAIMS and holds_only_claims(path)))
+    ]
 
 
-def _n_rows(config: CacheConfig, tokens: TokenStore, there: dict[str, Any]) -> int:
+def _is_copy(path: Path, tokens: TokenStore) -> bool:
+    """Whether a folder holds a copy of these tokens, which names what it was copied from; a token store of
+    the user's own does not."""
+    try:
+        manifest = records.read(path / "manifest.json", TokenManifest, "")
+    except DiskError:
+        raise
+    except StoreError:
+        return False
+    return manifest.parent_fingerprint == tokens.fingerprint
+
+
+def _n_rows(config: CacheConfig, tokens: TokenStore, there: StoreSettings | None) -> int:
     if config.max_tokens is None:
-        return int(there.get("n_rows", tokens.n_rows))
+        return there.n_rows if there else tokens.n_rows
     if not tokens.ctx_len <= config.max_tokens <= tokens.n_tokens:
         raise ConfigError(
             f"max_tokens must be between one row ({tokens.ctx_len:,}) and the store's "
@@ -269,31 +290,32 @@ def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
 
 def content_of(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
     """What decides the content of a new store made with these settings, but for its sites."""
-    n_rows = _n_rows(config, tokens, {})
-    return _identity(config, tokens, {}, n_rows, World.here().device(config.device))
+    n_rows = _n_rows(config, tokens, None)
+    return _identity(config, tokens, None, n_rows, World.here().device(config.device))
 
 
 def _identity(
-    config: CacheConfig, tokens: TokenStore, there: dict[str, Any], n_rows: int, device: torch.device
+    config: CacheConfig, tokens: TokenStore, there: StoreSettings | None, n_rows: int, device: torch.device
 ) -> dict[str, Any]:
     """What decides the store's content, site by site; what the user left open is as it is there."""
-    shard_tokens = config.shard_tokens or there.get("shard_tokens", SHARD_TOKENS)
+    shard_tokens = config.shard_tokens or (there.shard_tokens if there else SHARD_TOKENS)
     rows_per_shard = max(1, min(n_rows, shard_tokens // tokens.ctx_len))
     model_dtype = str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch.")
-    if config.model_dtype == "auto":
-        model_dtype = there.get("model_dtype", model_dtype)
-    mask = config.mask and settings.plain(config.mask)
+    if config.model_dtype == "auto" and there:
+        model_dtype = str(there.model_dtype)
+    in_8bit = there.load_in_8bit if there and config.load_in_8bit is None else config.load_in_8bit
+    mask = config.mask or (there.mask if there else MaskConfig())
     return {
         "format": FORMAT,
+        "kind": "tokens",
         "tokens_fingerprint": tokens.fingerprint,
         "n_rows": n_rows,
         "shard_tokens": rows_per_shard * tokens.ctx_len,
-        "dtype": config.dtype or there.get("dtype", "bf16"),
+        "dtype": config.dtype or (there.dtype if there else "bf16"),
         "model_dtype": model_dtype,
-        "load_in_8bit": (there.get("load_in_8bit") if config.load_in_8bit is None else config.load_in_8bit)
-        or None,
+        "load_in_8bit": in_8bit or None,
         "model_fingerprint": fingerprint_model(config.model, config.revision),
-        "mask": mask or there.get("mask") or settings.plain(MaskConfig()),
+        "mask": settings.plain(mask),
     }
 
 
@@ -349,17 +371,18 @@ def _open(
     was_there = (copy / "manifest.json").exists()
     # Workers hash the copy side by side; then a copy that was not there is new, and its sizes will do.
     whole = _is_whole(copy, n_rows, hashes=True)
-    with worker.hold("store"):
-        settings.check_same(_settings_there(config, tokens) or identity, identity, config.out)
+    with worker.hold("store") as claim:
+        there = _settings_there(config, tokens)
+        check_same_store(config.out, there, identity)
         say(plan)
         if not whole and not _is_whole(copy, n_rows, hashes=was_there):
             shutil.rmtree(copy, ignore_errors=True)
             partial = worker.partial()
             copy_rows(tokens, n_rows, partial)
+            claim.check()
             partial.replace(copy)
             durable.sync_folder(config.out)
-        if not (config.out / "zarr.json").exists():
-            _create_group(config, identity)
+        write_group(config.out, there or _new_settings(config, identity), worker)
         store = ActivationStore(config.out)
         return store, [SiteWriter(store, site, DTYPES[identity["dtype"]], worker) for site in sites]
 
@@ -369,20 +392,20 @@ def _is_whole(copy: Path, n_rows: int, hashes: bool) -> bool:
     try:
         store = TokenStore(copy)
         return store.n_rows == n_rows and not store.problems(hashes)
-    except (StoreError, FileNotFoundError):
+    except DiskError:
+        raise
+    except StoreError:
         return False
 
 
-def _create_group(config: CacheConfig, identity: dict[str, Any]) -> None:
-    for file in config.out.glob(ZARR_LITTER):
-        file.unlink()
-    made_by = {
-        "model": config.model,
-        "revision": config.revision,
-        "weights_fingerprint": fingerprint_weights(config.model),
-        "versions": {name: version(name) for name in ("saemill", "torch", "transformers", "zarr")},
-    }
-    zarr.create_group(str(config.out), attributes={"saemill": identity | made_by})
+def _new_settings(config: CacheConfig, identity: dict[str, Any]) -> StoreSettings:
+    return StoreSettings.made(
+        identity,
+        model=config.model,
+        revision=config.revision,
+        weights_fingerprint=fingerprint_weights(config.model),
+        versions={name: version(name) for name in ("saemill", "torch", "transformers", "zarr")},
+    )
 
 
 def _say_what_is_there(store: ActivationStore, pending: dict[str, list[int]]) -> None:

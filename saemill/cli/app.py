@@ -81,6 +81,8 @@ class Words:
             elif option is not None and not option.is_flag and n_values == 0:
                 words.append(arg)
                 n_values = 1
+            elif option is not None and option.multiple and n_values and words[-1].endswith(","):
+                words[-1] += arg
             elif option is not None and option.multiple and self._goes_on(words[-1], arg, n_arguments):
                 words += [name, arg]
             else:
@@ -127,7 +129,7 @@ def _explained(error: Any, command: Any, ctx: Any) -> Any:
     if type(error).__name__ == "NoSuchOption":
         word = str(error.option_name)
         known = sorted({name for param in command.params for name in param.opts if name.startswith("--")})
-        advice = elsewhere.answer(word) or _in_other_command(word, ctx)
+        advice = _in_other_command(word, ctx) or elsewhere.answer(word)
         near = [] if advice else elsewhere.near(word.replace("_", "-"), known)
         advice = advice or (f"did you mean {', '.join(near)}?" if near else f"see {ctx.command_path} --help")
         message = f"no option {word}; {advice}"

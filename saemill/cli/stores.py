@@ -10,7 +10,7 @@ from saemill.cli.app import command
 
 @command()
 def show(
-    path: Annotated[Path, typer.Argument(help="A token store, an activation store or a run.")],
+    path: Annotated[Path, typer.Argument(help="A token store, an activation store, a run or an SAE.")],
 ) -> None:
     """Tell what is in a folder that saemill made."""
     from saemill.common.log import say
@@ -20,8 +20,10 @@ def show(
 
 
 @command()
-def verify(path: Annotated[Path, typer.Argument(help="A token store or an activation store.")]) -> None:
-    """Check sizes and hashes of a store and name each bad file; exit code 1 if there are any."""
+def verify(
+    path: Annotated[Path, typer.Argument(help="A token store, an activation store, a run or an SAE.")],
+) -> None:
+    """Check every file against its hash and name each bad one; exit code 1 if there are any."""
     from saemill.common.log import say
     from saemill.show import problems
 

@@ -3,6 +3,7 @@
 Layout of the folder (a Zarr v3 group):
 
     zarr.json                group; its attributes hold the settings of the store
+    sites/<site>.json        a record of each site, finished or not; it repeats the settings
     tokens/                  a TokenStore of the rows that were cached; or, of embeddings,
     passages/                a PassageStore
     <site>/zarr.json         array [n_tokens, D]
@@ -15,67 +16,45 @@ Place and address: the row stored at place `p` of a shard is the token of addres
 All sites share the permutation. Where the store holds embeddings, a passage takes a token's place.
 """
 
-import base64
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saemill.common import durable, hub
+from saemill.common import durable, records
 from saemill.common.errors import StoreError
 from saemill.common.mask import MaskConfig
 from saemill.common.passages import PassageStore
 from saemill.common.permutation import inverse, permutation
-from saemill.common.shards import ShardedArray, as_tensor
+from saemill.common.shards import ShardedArray, as_tensor, described
+from saemill.common.site_records import (
+    BLOCK_TOKENS,
+    EMBEDDINGS,
+    REPAIR,
+    Commit,
+    SiteManifest,
+    SiteRecord,
+    StoreSettings,
+    decode_array,
+    read_settings,
+    read_site,
+    record_path,
+    sites_in,
+)
 from saemill.common.statistics import Moments, Statistics
 from saemill.common.tokens import TokenStore
 
-FORMAT = "saemill activations 1"
-BLOCK_TOKENS = 256
-"""Rows per block: the unit of reading and of checksums."""
 SHUFFLE_KEY = 0x5AE
-EMBEDDINGS = "embeddings"
-"""The `kind` in the settings of a store that holds passages in place of tokens."""
-TEXT_FOLDERS = ("tokens", "passages")
-REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
 
 
-def encode_array(values: NDArray[Any]) -> str:
-    """A little-endian array as base64 text for JSON."""
-    return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
-
-
-def decode_array(text: str, dtype: str) -> NDArray[Any]:
-    """The array that `encode_array` wrote."""
-    return np.frombuffer(base64.b64decode(text), np.dtype(dtype).newbyteorder("<"))
-
-
-def hash_blocks(rows_TD: NDArray[Any]) -> NDArray[np.uint64]:
-    """xxh3 of each block of 256 rows; the last block may be short. uint64 [n_blocks]."""
-    starts = range(0, len(rows_TD), BLOCK_TOKENS)
-    hashed = [xxhash.xxh3_64_intdigest(rows_TD[i : i + BLOCK_TOKENS].data) for i in starts]
-    return np.array(hashed, np.uint64)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of the activation store in a folder.
-
-    Raises:
-        StoreError: there is none, or one of another format.
-    """
-    hub.check_here(path)
-    try:
-        settings: dict[str, Any] = durable.read_json(path / "zarr.json")["attributes"]["saemill"]
-    except (FileNotFoundError, KeyError):
-        raise StoreError(f"{path} is no activation store; make one with `saemill cache`") from None
-    if settings.get("format") != FORMAT:
-        raise StoreError(f"{path}: format {settings.get('format')!r}, expected {FORMAT!r}")
-    return settings
+def describe_site(settings: StoreSettings, n_tokens: int, site: str, width: int) -> dict[str, Any]:
+    """What the `zarr.json` of a site's array says."""
+    attributes = {"site": site, "order": "permuted within each shard; see saemill"}
+    return described((n_tokens, width), settings.shard_tokens, settings.torch_dtype, attributes)
 
 
 class ActivationStore:
@@ -85,15 +64,14 @@ class ActivationStore:
         path: the folder.
 
     Raises:
-        StoreError: the folder is no activation store, or its tokens are damaged.
+        StoreError: the folder is no activation store, or its settings or tokens are damaged.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.settings = read_settings(self.path)
-        mask = self.settings["mask"]
-        self.mask = MaskConfig(**mask | {"token_ids": tuple(mask["token_ids"])})
-        self.shard_tokens = int(self.settings["shard_tokens"])
+        self.mask = self.settings.mask
+        self.shard_tokens = self.settings.shard_tokens
         self.text = self._open_text()
         self.n_tokens = self.text.n_tokens
         self.ctx_len = self.text.ctx_len
@@ -101,14 +79,23 @@ class ActivationStore:
 
     def _open_text(self) -> TokenStore | PassageStore:
         """What is at each address: a token, or a passage."""
-        holds_embeddings = self.settings.get("kind") == EMBEDDINGS
+        holds_embeddings = self.settings.kind == EMBEDDINGS
+        text: TokenStore | PassageStore
+        known: str | None
         try:
-            return (
-                PassageStore(self.path / "passages") if holds_embeddings else TokenStore(self.path / "tokens")
-            )
+            if holds_embeddings:
+                text = PassageStore(self.path / "passages", REPAIR)
+                known, wanted = text.fingerprint, self.settings.passages_fingerprint
+            else:
+                text = TokenStore(self.path / "tokens", REPAIR)
+                known, wanted = text.manifest.parent_fingerprint, self.settings.tokens_fingerprint
+            if (known, text.n_rows) != (wanted, self.settings.n_rows) or self.shard_tokens % text.ctx_len:
+                raise StoreError(f"{text.path} is of another store")
         except StoreError as error:
             what = "list of the passages" if holds_embeddings else "copy of the tokens"
-            raise StoreError(f"the {what} in {self.path} is damaged. {REPAIR}") from error
+            told = str(error).removesuffix(REPAIR).rstrip()
+            raise StoreError(f"the {what} in {self.path} is damaged: {told} {REPAIR}") from error
+        return text
 
     @property
     def tokens(self) -> TokenStore:
@@ -124,18 +111,68 @@ class ActivationStore:
     @property
     def sites(self) -> list[str]:
         """Names of the finished sites."""
-        return sorted(
-            file.parent.name
-            for file in self.path.glob("*/manifest.json")
-            if file.parent.name not in TEXT_FOLDERS
-        )
+        return [name for name in sites_in(self.path) if (self.path / name / "manifest.json").exists()]
+
+    @property
+    def unfinished(self) -> dict[str, int]:
+        """Sites that are not finished: name → shards committed."""
+        return {
+            name: len(list((self.path / name).glob("commits/*.json")))
+            for name in sites_in(self.path)
+            if not (self.path / name / "manifest.json").exists()
+        }
 
     @cached_property
     def fingerprint(self) -> str:
         """Identifies the content: settings and tokens, or passages. A store that was published with names
         in place of paths kept the one it had, so that SAEs trained on it still know it."""
-        kept: str | None = self.settings.get("fingerprint")
-        return kept or durable.hash_json([self.settings, self.text.fingerprint])
+        settings = self.settings.model_dump(mode="json", exclude={"fingerprint"})
+        return self.settings.fingerprint or durable.hash_json([settings, self.text.fingerprint])
+
+    def record(self, name: str) -> SiteRecord:
+        """What is known of a site, finished or not.
+
+        Raises:
+            StoreError: nothing is, or its record is damaged or of another store.
+        """
+        record = read_site(self.path, name)
+        if record.settings != self.settings:
+            raise StoreError(f"{record_path(self.path, name)} is of another store than zarr.json. {REPAIR}")
+        return record
+
+    def manifest(self, record: SiteRecord) -> SiteManifest:
+        """The manifest of a finished site.
+
+        Raises:
+            StoreError: it is missing, damaged, or another site's.
+        """
+        folder = self.path / record.site
+        found = records.read(folder / "manifest.json", SiteManifest, REPAIR)
+        self._check_owner(folder / "manifest.json", found, record.site)
+        lengths = [self.shard_length(shard) for shard in range(self.n_shards)]
+        if found.width != record.width or [shard.n_tokens for shard in found.shards] != lengths:
+            raise StoreError(f"{folder}/manifest.json lists other shards than there are. {REPAIR}")
+        return found
+
+    def commit(self, site: str, shard: int) -> Commit:
+        """The record of one shard of a site.
+
+        Raises:
+            StoreError: it is missing, damaged, or another shard's.
+        """
+        file = self.path / site / "commits" / f"{shard}.json"
+        found = records.read(file, Commit, REPAIR)
+        self._check_owner(file, found, site)
+        if (found.shard, found.n_tokens) != (shard, self.shard_length(shard)):
+            raise StoreError(f"{file} is the record of shard {found.shard}. {REPAIR}")
+        return found
+
+    def _check_owner(self, file: Path, found: SiteManifest | Commit, site: str) -> None:
+        """Refuse a record of another site, whose folder may have been renamed."""
+        if found.store != self.settings.identity:
+            raise StoreError(f"{file} is of another store, or of other settings. {REPAIR}")
+        if found.site != site:
+            raise StoreError(f"{file} is of the site {found.site!r}; name folders as they were. {REPAIR}")
 
     def site(self, name: str) -> "SiteArray":
         """A finished site's array.
@@ -144,10 +181,10 @@ class ActivationStore:
             StoreError: there is no such site (the message lists those there), or it is damaged.
         """
         if name not in self.sites:
-            state = "unfinished" if (self.path / name).is_dir() else "not in the store"
+            state = "unfinished" if name in self.unfinished else "not in the store"
             finished = ", ".join(self.sites) or "none"
             advice = "Run `saemill cache` with the site to add or finish it."
-            if self.settings.get("kind") == EMBEDDINGS:
+            if self.settings.kind == EMBEDDINGS:
                 advice = "If it is unfinished, run the command that made the store again."
             raise StoreError(f"site {name!r} of {self.path} is {state}; finished: {finished}. {advice}")
         return SiteArray(self, name)
@@ -193,23 +230,18 @@ class SiteArray:
 
     def __init__(self, store: ActivationStore, name: str) -> None:
         self.store, self.name = store, name
-        self.array = ShardedArray(store.path / name)
-        if self.array.n_rows != store.n_tokens or self.array.shard_rows != store.shard_tokens:
-            raise StoreError(f"{self.array.path}/zarr.json does not fit the store's settings. {REPAIR}")
-        self.width = self.array.width
+        record = store.record(name)
+        self.width = record.width
+        self.array = ShardedArray(store.path / name, REPAIR)
+        self.array.expect(describe_site(store.settings, store.n_tokens, name, self.width))
         self.dtype = self.array.torch_dtype
-        self.manifest: dict[str, Any] = durable.read_json(self.array.path / "manifest.json")
-        self.array.check_sizes(REPAIR)
+        self.manifest = store.manifest(record)
+        self.array.check_sizes()
 
     @cached_property
     def statistics(self) -> Statistics:
         """Moments over the training positions by the store's own mask."""
-        entry = self.manifest["statistics"]
-        mean, variance = (
-            torch.from_numpy(decode_array(entry[key], "f8").copy()) for key in ("mean", "variance")
-        )
-        distances = {int(step): count for step, count in entry["distances"].items()}
-        return Statistics(entry["n_tokens"], mean, variance, entry["mean_squared_norm"], distances)
+        return self.manifest.statistics.statistics()
 
     def statistics_under(self, mask: MaskConfig) -> Statistics:
         """Moments under another mask: read from the store's manifest, or one pass over the site."""
@@ -224,7 +256,7 @@ class SiteArray:
 
     @cached_property
     def _hashes(self) -> list[NDArray[np.uint64]]:
-        return [decode_array(entry["block_hashes"], "u8") for entry in self.manifest["shards"]]
+        return [decode_array(shard.block_hashes, "u8") for shard in self.manifest.shards]
 
     def block(self, shard: int, block: int) -> NDArray[Any]:
         """One block of stored rows, compared with its hash; a view of the mapped file.
@@ -266,12 +298,3 @@ class SiteArray:
             here = order[edges[block] : edges[block + 1]]
             out[here] = self.block(shard, int(block))[places[here] - block * BLOCK_TOKENS]
         return out
-
-    def problem(self, shard: int) -> str | None:
-        """What is wrong with a shard by size and hash, or None."""
-        problem = self.array.problem(shard)
-        if problem is None:
-            entry = self.manifest["shards"][shard]
-            if durable.hash_file(self.array.shard_path(shard)) != entry["xxh3"]:
-                return "content differs from its hash"
-        return problem

@@ -108,7 +108,7 @@ def override(target: dict[str, Any], flags: Mapping[str, Any], sets: Iterable[st
         _put(target, key, yaml_text.parse(value, f"--set {item}"))
     for key, value in flags.items():
         if value is not None:
-            _tell(told, key, f"the flag for {key}, {_shown(value)}")
+            _tell(told, key, f"the flag for {key}, {shown(value)}")
             _put(target, key, value)
 
 
@@ -151,12 +151,12 @@ def read_sections(file: Path) -> dict[str, dict[str, Any]]:
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{file} must hold sections ({', '.join(SECTIONS)}), got {_shown(content)}")
+        raise ConfigError(f"{file} must hold sections ({', '.join(SECTIONS)}), got {shown(content)}")
     for name, values in content.items():
         if name not in SECTIONS:
             raise ConfigError(f"{file}: unknown section {name!r}; {_known(name, SECTIONS)}")
         if values is not None and not isinstance(values, dict):
-            raise ConfigError(f"{file}: section {name!r} must be a group of settings, got {_shown(values)}")
+            raise ConfigError(f"{file}: section {name!r} must be a group of settings, got {shown(values)}")
     return {name: _spelt_alike(values or {}, f"{file}: {name}") for name, values in content.items()}
 
 
@@ -220,7 +220,7 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         return _coerce_union(value, arguments, name)
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
-            raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {_shown(value)}")
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {shown(value)}")
         return value
     if origin is tuple:
         items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
@@ -228,15 +228,15 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
             items = [items]
         made = tuple(coerce(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(items))
         if arguments[-1] is not Ellipsis and len(made) != len(arguments):
-            raise ConfigError(f"{name} must be {len(arguments)} values, got {_shown(value)}")
+            raise ConfigError(f"{name} must be {len(arguments)} values, got {shown(value)}")
         return made
     if origin is Mapping:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} must be a group of settings, got {_shown(value)}")
-        return dict(value)
+            raise ConfigError(f"{name} must be a group of settings, got {shown(value)}")
+        return {str(key): item for key, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} must be a group of settings, got {_shown(value)}")
+            raise ConfigError(f"{name} must be a group of settings, got {shown(value)}")
         return build(hint, value, name)
     return _coerce_scalar(value, hint, name)
 
@@ -252,7 +252,7 @@ def _coerce_union(value: Any, arguments: tuple[Any, ...], name: str) -> Any:
             return coerce(value, option, name)
         except ConfigError:
             continue
-    raise ConfigError(f"{name} must be {' or '.join(map(_kind, options))}, got {_shown(value)}")
+    raise ConfigError(f"{name} must be {' or '.join(map(_kind, options))}, got {shown(value)}")
 
 
 def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
@@ -275,12 +275,12 @@ def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
                 return path
     except (ValueError, KeyError, OverflowError):
         pass
-    raise ConfigError(f"{name} must be {_kind(hint)}, got {_shown(value)}")
+    raise ConfigError(f"{name} must be {_kind(hint)}, got {shown(value)}")
 
 
 def _bounded(number: int, name: str) -> int:
     if abs(number) > LARGEST:
-        raise ConfigError(f"{name} must be at most 2^63 - 1 = {LARGEST:,}, got {_shown(number)}")
+        raise ConfigError(f"{name} must be at most 2^63 - 1 = {LARGEST:,}, got {shown(number)}")
     return number
 
 
@@ -291,7 +291,7 @@ def _nameable(text: str) -> str:
     return text
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as messages show it, cut where it is long."""
     try:
         text = repr(value)
@@ -325,6 +325,26 @@ def count(value: Any) -> int:
     if number.denominator != 1:
         raise ValueError(value)
     return number.numerator
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+    """Refuse settings that are less, NaN, or beyond what 64 bits hold; of a list each. Those left open pass.
+
+    Args:
+        config: the settings.
+        least: the smallest that is taken.
+        names: of the settings.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not least <= number <= LARGEST:
+                raise ConfigError(
+                    f"{name} must be {least} or more, and at most 2^63 - 1, got {shown(number)}"
+                )
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ READ_BYTES = 1 << 24
 PARTIAL = ".*.partial"
 """Names of what a crash left of a file that was being written; it counts as nothing."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (*(f"(os error {number})" for number in NO_ROOM), "No space left", "failed writing file")
+"""Signs of it in the messages of libraries that hide the system's error."""
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 GO_ON = "then run the same command again: it goes on from what is finished"
 
@@ -72,7 +74,7 @@ def writing(path: Path, n_bytes: int | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         # Libraries that write by themselves (safetensors, torch) have errors of their own for a full disk.
-        if not any(sign in str(error) for sign in ("os error 28", "No space left", "failed writing file")):
+        if not any(sign in str(error) for sign in FULL):
             raise
         raise DiskError(_full(path, n_bytes)) from error
 
@@ -205,16 +207,14 @@ def read_json(path: Path, repair: str = "") -> Any:
         StoreError: its content is no JSON; saemill writes such files whole, so it was damaged later. Or it
             cannot be read.
     """
+    with reading(path, repair):
+        content = path.read_bytes()
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (FileNotFoundError, NotADirectoryError):
-        raise MissingError(f"{path}: file is missing. {repair}".rstrip()) from None
+        return json.loads(content.decode(), parse_constant=_refuse)
     except RecursionError:
         raise StoreError(f"{path} is damaged: it is nested too deeply. {repair}".rstrip()) from None
     except ValueError as error:
         raise StoreError(f"{path} is damaged: {error}. {repair}".rstrip()) from error
-    except OSError as error:
-        raise DiskError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _refuse(constant: str) -> Any:
@@ -222,10 +222,37 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no number of JSON")
 
 
+@contextmanager
+def reading(path: Path, repair: str = "") -> Iterator[None]:
+    """While the block runs, a file that is not there or cannot be read becomes a sentence.
+
+    Args:
+        path: what is being read.
+        repair: the sentence that tells what to do where it is missing.
+
+    Raises:
+        MissingError: there is no such file.
+        DiskError: it cannot be read.
+    """
+    try:
+        yield
+    except (MissingError, DiskError):
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingError(f"{path}: file is missing. {repair}".rstrip()) from None
+    except OSError as error:
+        raise DiskError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def hash_file(path: Path) -> str:
-    """xxh3 (64 bits, hexadecimal) of a file's bytes, read in pieces of 16 MiB."""
+    """xxh3 (64 bits, hexadecimal) of a file's bytes, read in pieces of 16 MiB.
+
+    Raises:
+        MissingError: there is no such file.
+        DiskError: it cannot be read.
+    """
     digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while piece := file.read(READ_BYTES):
             digest.update(piece)
     return digest.hexdigest()
@@ -251,31 +278,6 @@ def hash_json(value: Any) -> str:
 def hash_folder(folder: Path, names: Iterable[Path]) -> str:
     """One fingerprint of several files: their paths below `folder` and their contents."""
     return hash_json([[str(name.relative_to(folder)), hash_file(name)] for name in sorted(names)])
-
-
-def sealed(folder: Path) -> list[dict[str, Any]]:
-    """Flush every file below a folder to disk; the list of them with sizes and hashes."""
-    files = []
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        sync_file(file)
-        name, n_bytes = str(file.relative_to(folder)), file.stat().st_size
-        files.append({"path": name, "bytes": n_bytes, "xxh3": hash_file(file)})
-    return files
-
-
-def problems(folder: Path, files: Iterable[Mapping[str, Any]], hashes: bool) -> list[str]:
-    """Each file of the list that `sealed` made which is missing, of the wrong size or, with `hashes`, of
-    other content."""
-    found = []
-    for entry in files:
-        file = folder / entry["path"]
-        if not file.is_file():
-            found.append(f"{file}: file is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            found.append(f"{file}: {file.stat().st_size:,} bytes, expected {entry['bytes']:,}")
-        elif hashes and hash_file(file) != entry["xxh3"]:
-            found.append(f"{file}: content differs from its hash")
-    return found
 
 
 def folder_bytes(folder: Path) -> int:

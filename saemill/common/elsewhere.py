@@ -213,6 +213,7 @@ SAELENS = {
     "topk_threshold_lr": OF_TRAINING,
     "matryoshka_widths": OF_TRAINING,
     "detach_matryoshka_losses": OF_TRAINING,
+    "use_matryoshka_aux_loss": OF_TRAINING,
     "l1_coefficient": Setting("", "TopK needs no penalty: `--k` says how many latents are active"),
     "lp_norm": Setting("", "TopK needs no penalty: `--k` says how many latents are active"),
     "l1_warm_up_steps": Setting("", "TopK needs no penalty: `--k` says how many latents are active"),

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saemill.common import config as settings
 from saemill.common.errors import ConfigError
 
 
@@ -24,8 +25,7 @@ class MaskConfig:
     def __post_init__(self) -> None:
         if self.first_positions < 0:
             raise ConfigError(f"first_positions must be 0 or more, got {self.first_positions}")
-        if bad := [token_id for token_id in self.token_ids if token_id < 0]:
-            raise ConfigError(f"mask.token_ids must be 0 or more, got {', '.join(map(str, bad))}")
+        settings.at_least(self, 0, "token_ids")
 
     def check(self, n_ids: int, ctx_len: int) -> None:
         """Refuse a mask that cannot be meant for some tokens.

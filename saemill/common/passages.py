@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +18,17 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from saemill.common import durable
-from saemill.common.errors import ConfigError, StoreError
+from saemill.common import durable, records
+from saemill.common.columns import read_table
+from saemill.common.errors import ConfigError, MissingError, StoreError
 from saemill.common.mask import MaskConfig
 from saemill.common.permutation import combine
+from saemill.common.records import Count, Positive, Record
+from saemill.common.tokens import Settings, Source
 
-FORMAT = "saemill passages 1"
+FORMAT: Final = "saemill passages 2"
+FILE = "passages.parquet"
+REPAIR = "Run the command that made the store (`saemill import-activations`, `saemill embed`) again."
 GROUP_ROWS = 1024
 """Passages per row group of the file: what is read to show one of them."""
 NO_MASK = MaskConfig(special_tokens=False, first_positions=0)
@@ -33,40 +38,76 @@ SCHEMA = pa.schema(
 )
 
 
+class PassageSettings(Settings):
+    """The user's settings that decided the passages and vectors."""
+
+    normalize: bool
+    """Whether each vector was divided by its length."""
+
+
+class PassageManifest(Record):
+    """`manifest.json` of the passages: what they are, and the hash of their file."""
+
+    format: Literal["saemill passages 2"] = FORMAT
+    n_rows: Positive
+    n_held_out_rows: Count
+    hashed: Literal["texts", "ids", "vectors"]
+    """What the held-out passages were chosen by a hash of."""
+    source: Source
+    settings: PassageSettings
+    versions: dict[str, str]
+    files: tuple[records.File, ...]
+    """`passages.parquet` alone."""
+    fingerprint: str
+
+
 class PassageStore:
     """Read access to the passages of an embedding store. It answers what a `TokenStore` answers, a
     passage being a row of one token.
 
     Args:
         path: the folder.
+        repair: the sentence that tells what to do about damage.
 
     Raises:
-        StoreError: the folder is missing, unfinished or damaged (sizes are checked here; hashes by
-            `problems`).
+        StoreError: the folder is missing, unfinished or damaged (the hash of the passages' file is compared
+            when it is first read).
     """
 
     ctx_len = 1
     unit, row, document = "passage", "passage", "distinct passage"
     """What messages call an address, a row, and a text of its own."""
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, repair: str = REPAIR) -> None:
+        self.path, self.repair = Path(path), repair
         try:
-            self.manifest: dict[str, Any] = durable.read_json(self.path / "manifest.json")
-        except FileNotFoundError:
-            raise StoreError(f"{self.path} is unfinished: manifest.json is missing") from None
-        if self.manifest.get("format") != FORMAT:
-            found = self.manifest.get("format")
-            raise StoreError(f"{self.path} holds no passages: format {found!r}, expected {FORMAT!r}")
+            self.manifest = records.read(self.path / "manifest.json", PassageManifest, repair)
+        except MissingError:
+            raise MissingError(f"{self.path} is unfinished: manifest.json is missing. {repair}") from None
+        if [file.path for file in self.manifest.files] != [FILE]:
+            raise StoreError(f"{self.path}/manifest.json is damaged: it must list {FILE} alone. {repair}")
         if bad := self.problems(hashes=False):
-            raise StoreError("\n".join(bad))
-        self.n_rows = self.n_tokens = int(self.manifest["n_rows"])
-        self.fingerprint: str = self.manifest["fingerprint"]
+            raise StoreError("\n".join([*bad, repair]))
+        self.n_rows = self.n_tokens = self.manifest.n_rows
+        self.fingerprint = self.manifest.fingerprint
         self._group = lru_cache(16)(self._read_group)
 
     @cached_property
+    def _file(self) -> Path:
+        """The passages' file, after its hash was compared."""
+        if bad := self.problems(hashes=True):
+            raise StoreError(f"{bad[0]}. {self.repair}")
+        return self.path / FILE
+
+    @cached_property
     def _sides(self) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-        table = pq.read_table(self.path / "passages.parquet", columns=["text_hash", "held_out"])
+        table = read_table(self._file, SCHEMA, self.repair, ["text_hash", "held_out"])
+        n_held_out = int(np.count_nonzero(table["held_out"].to_numpy()))
+        if (len(table), n_held_out) != (self.n_rows, self.manifest.n_held_out_rows):
+            raise StoreError(
+                f"{self._file} holds {len(table):,} passages, {n_held_out:,} of them held out; its manifest "
+                f"tells of {self.n_rows:,} and {self.manifest.n_held_out_rows:,}. {self.repair}"
+            )
         return table["text_hash"].to_numpy(), table["held_out"].to_numpy()
 
     @property
@@ -111,21 +152,20 @@ class PassageStore:
         return ids[row].as_py(), texts[row].as_py()
 
     def _read_group(self, group: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-        with pq.ParquetFile(self.path / "passages.parquet") as file:
-            table = file.read_row_group(group, columns=["id", "text"])
+        table = read_table(self._file, SCHEMA, self.repair, ["id", "text"], group)
         return table["id"], table["text"]
 
     def provenance(self, _mask: MaskConfig) -> dict[str, Any]:
         """What an SAE tells of what it was trained on; nothing is masked."""
         return {
-            "dataset": self.manifest["source"]["name"],
-            "normalized": self.manifest["settings"]["normalize"],
+            "dataset": self.manifest.source.name,
+            "normalized": self.manifest.settings.normalize,
         }
 
     @property
     def how_held_out(self) -> str:
         """How the held-out passages were chosen."""
-        fraction, by = self.manifest["settings"]["held_out_fraction"], self.manifest["hashed"]
+        fraction, by = self.manifest.settings.held_out_fraction, self.manifest.hashed
         return (
             f"those held out when the store was made ({fraction:.0%}, chosen by a hash of their {by}); "
             "training never saw them"
@@ -135,7 +175,7 @@ class PassageStore:
 
     def problems(self, hashes: bool) -> list[str]:
         """Each file that is missing, of the wrong size or, with `hashes`, of other content."""
-        return durable.problems(self.path, self.manifest["files"], hashes)
+        return records.problems(self.path, self.manifest.files, hashes)
 
 
 class PassageWriter:
@@ -150,7 +190,7 @@ class PassageWriter:
         self.path, self.fraction = path, held_out_fraction
         self.n_rows = self.n_held_out = 0
         path.mkdir(parents=True)
-        self._file = pq.ParquetWriter(path / "passages.parquet", SCHEMA, compression="zstd")
+        self._file = pq.ParquetWriter(path / FILE, SCHEMA, compression="zstd")
         self._waiting: list[pa.Table] = []
         self._n_waiting = 0
 
@@ -188,14 +228,13 @@ class PassageWriter:
         if self._n_waiting:
             self._write(self._n_waiting)
         self._file.close()
-        files = durable.sealed(self.path)
-        durable.write_json(
-            self.path / "manifest.json",
-            {"format": FORMAT, "n_rows": self.n_rows, "n_held_out_rows": self.n_held_out}
-            | extra
-            | {
-                "versions": {name: version(name) for name in ("saemill", "pyarrow")},
-                "fingerprint": durable.hash_json([FORMAT, files]),
-                "files": files,
-            },
+        files = records.listed(self.path)
+        manifest = PassageManifest(
+            n_rows=self.n_rows,
+            n_held_out_rows=self.n_held_out,
+            versions={name: version(name) for name in ("saemill", "pyarrow")},
+            files=files,
+            fingerprint=durable.hash_json([FORMAT, [file.model_dump() for file in files]]),
+            **extra,
         )
+        records.write(self.path / "manifest.json", manifest)

@@ -5,7 +5,7 @@ anything but saemill, or that is of another version, is an error with the way to
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
@@ -34,8 +34,12 @@ def _below(name: str) -> str:
     return name
 
 
-def _single(name: str) -> str:
-    """Refuse a name that is not that of one file or folder."""
+def single(name: str) -> str:
+    """Refuse a name that is not that of one file or folder.
+
+    Raises:
+        ValueError: it is empty, hidden or a path.
+    """
     if len(PurePosixPath(_below(name)).parts) != 1 or name.startswith("."):
         raise ValueError(f"must be a plain name, got {name!r}")
     return name
@@ -48,7 +52,7 @@ Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 """xxh3 (64 bits) in hexadecimal."""
 Below = Annotated[str, AfterValidator(_below)]
 """The path of a file, relative to the folder that lists it; it cannot lead out of that."""
-Name = Annotated[str, AfterValidator(_single)]
+Name = Annotated[str, AfterValidator(single)]
 """The name of one file or folder."""
 
 
@@ -65,18 +69,30 @@ class File(Record):
         file = folder / path
         return cls(path=path, bytes=file.stat().st_size, xxh3=durable.hash_file(file))
 
-    def problem(self, folder: Path) -> str | None:
-        """What is wrong with the file, by size and hash; None where it is as it was."""
-        file = folder / self.path
-        if not file.is_file():
-            return f"{file}: file is missing"
-        if (n_bytes := file.stat().st_size) != self.bytes:
-            return f"{file} is damaged: {n_bytes:,} bytes, expected {self.bytes:,}"
-        return (
-            None
-            if durable.hash_file(file) == self.xxh3
-            else f"{file} is damaged: its content differs from its hash"
-        )
+
+def listed(folder: Path) -> tuple[File, ...]:
+    """Flush every file below a folder to disk; the list of them."""
+    files = []
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        durable.sync_file(file)
+        name, n_bytes = file.relative_to(folder).as_posix(), file.stat().st_size
+        files.append(File(path=name, bytes=n_bytes, xxh3=durable.hash_file(file)))
+    return tuple(files)
+
+
+def problems(folder: Path, files: Iterable[File], hashes: bool = True) -> list[str]:
+    """Each file of a list that is missing, of another size or, with `hashes`, of other content."""
+    checked = ((folder / entry.path, problem(folder / entry.path, entry, hashes)) for entry in files)
+    return [f"{file}: {found}" for file, found in checked if found]
+
+
+def problem(file: Path, entry: File, hashes: bool = True) -> str | None:
+    """What is wrong with a file of a list, or None."""
+    if not file.is_file():
+        return "file is missing"
+    if file.stat().st_size != entry.bytes:
+        return f"file has {file.stat().st_size:,} bytes, expected {entry.bytes:,}"
+    return "content differs from its hash" if hashes and durable.hash_file(file) != entry.xxh3 else None
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,15 +14,12 @@ cannot be taken for one another. Checkpoints are in `train.checkpoint`.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import AfterValidator, JsonValue, TypeAdapter, ValidationError, model_validator
 
-from saemill.common import durable, formats, records
+from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats import seal
 from saemill.common.mask import MaskConfig
 from saemill.common.records import Count, File, Hash, Name, Positive, Record
-from saemill.common.sae import Sae
 
 IDENTITY = "identity.json"
 CONFIG = "config.yaml"
@@ -221,30 +218,3 @@ def check_run(path: Path, run: str, folder: Path, repair: str) -> None:
     """
     if (folder / IDENTITY).exists() and identity(folder).run != run:
         raise StoreError(f"{path} belongs to another run than {folder / IDENTITY}. {repair}")
-
-
-def check_sae(folder: Path, cfg: str, record: Path) -> None:
-    """Refuse a variant's folder that holds another SAE than the run's record answers for.
-
-    Args:
-        folder: of the variant.
-        cfg: the checksum that the record has of its cfg.json.
-        record: the record's file.
-
-    Raises:
-        StoreError: it does, or its cfg.json is damaged.
-    """
-    if seal.checksum(folder) != cfg:
-        raise StoreError(f"{folder} holds another SAE than {record} tells of. {ANEW}")
-
-
-def sae(folder: Path, name: str, record: Finished, device: str | torch.device = "cpu") -> Sae:
-    """A variant's SAE; of one that diverged the weights need not be finite.
-
-    Raises:
-        StoreError: it is damaged, or another than the run's record answers for.
-    """
-    check_sae(folder / name, record.cfgs[name], folder / FINISHED)
-    return (
-        formats.read(folder / name).to(device) if name in record.diverged else Sae.load(folder / name, device)
-    )

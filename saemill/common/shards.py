@@ -7,21 +7,81 @@ bfloat16 is stored as uint16 with the attribute `torch_dtype: bfloat16`, because
 no bfloat16 (a group with such a member cannot even be listed).
 """
 
+import json
 import math
+import stat
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from saemill.common import durable
-from saemill.common.errors import StoreError
+from saemill.common import durable, records
+from saemill.common.errors import MissingError, StoreError
 
 MAPPED_SHARDS = 1024
 """Shards kept mapped at once per array; the kernel allows 65,530 maps per process by default."""
+DAMAGED = "zarr.json is damaged"
+
+
+class _Part(BaseModel):
+    """What is read of an array's zarr.json; all else in it must be what `described` says."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class _Chunks(_Part):
+    chunk_shape: tuple[records.Positive, records.Positive]
+
+
+class _Grid(_Part):
+    configuration: _Chunks
+
+
+class _Attributes(_Part):
+    torch_dtype: Literal["bfloat16", "float16", "float32", "uint8", "uint16", "uint32"]
+
+
+class _Description(_Part):
+    shape: tuple[records.Positive, records.Positive]
+    chunk_grid: _Grid
+    attributes: _Attributes
+
+
+def described(
+    shape: tuple[int, int], shard_rows: int, dtype: torch.dtype, attributes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `zarr.json` says of an array in the raw layout."""
+    stored = torch.uint16 if dtype is torch.bfloat16 else dtype
+    codec = {"name": "bytes"} | ({"configuration": {"endian": "little"}} if stored.itemsize > 1 else {})
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": str(stored).removeprefix("torch."),
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_rows, shape[1]]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0.0 if stored.is_floating_point else 0,
+        "codecs": [codec],
+        "attributes": dict(attributes) | {"torch_dtype": str(dtype).removeprefix("torch.")},
+    }
+
+
+def differences(found: Any, wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where a description lacks something or says something else; what it says beyond that is left alone."""
+    if not isinstance(found, dict):
+        return [f"{prefix.rstrip('.') or 'its content'} is {found!r:.80}"]
+    told: list[str] = []
+    for key, value in wanted.items():
+        if key == "attributes":
+            told += differences(found.get(key), value, "attributes.")
+        elif durable.hash_json(found.get(key)) != durable.hash_json(value):
+            told.append(f"{prefix}{key} is {found.get(key)!r:.80}, expected {value!r:.80}")
+    return told
 
 
 class ShardedArray:
@@ -29,29 +89,43 @@ class ShardedArray:
 
     Args:
         path: the array's folder, holding `zarr.json` and `c/`.
+        repair: the sentence that tells what to do about damage, put at the end of messages.
+        check: is given the rows of a shard that is read for the first time, and raises if they are bad.
 
     Raises:
         StoreError: there is no such array, or it is not in the raw layout.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, repair: str = "", check: Callable[[int, NDArray[Any]], None] | None = None
+    ) -> None:
+        self.path, self.repair, self.check = path, repair, check
+        self.meta = durable.read_json(path / "zarr.json", repair)
         try:
-            meta = durable.read_json(path / "zarr.json")
-        except FileNotFoundError:
-            raise StoreError(f"no array at {path}: zarr.json is missing") from None
-        codecs = [codec["name"] for codec in meta.get("codecs", ())]
-        if codecs != ["bytes"]:
-            raise StoreError(f"{path} is not a raw array: its codecs are {codecs}, expected ['bytes']")
-        if meta["codecs"][0].get("configuration", {}).get("endian", "little") != "little":
-            raise StoreError(f"{path} is not a raw array: its bytes are not little endian")
-        self.n_rows, self.width = meta["shape"]
-        self.shard_rows = meta["chunk_grid"]["configuration"]["chunk_shape"][0]
-        self.dtype = np.dtype(meta["data_type"])
-        self.torch_dtype = getattr(torch, meta["attributes"].get("torch_dtype", self.dtype.name))
+            found = _Description.model_validate_json(json.dumps(self.meta))
+        except ValidationError as error:
+            raise StoreError(f"{path}/{DAMAGED}: {records.told(error)}. {repair}".rstrip()) from error
+        self.n_rows, self.width = found.shape
+        self.shard_rows = found.chunk_grid.configuration.chunk_shape[0]
+        self.torch_dtype: torch.dtype = getattr(torch, found.attributes.torch_dtype)
+        self.expect(described(found.shape, self.shard_rows, self.torch_dtype, {}))
+        self.dtype = np.dtype(self.meta["data_type"])
         self.n_shards = math.ceil(self.n_rows / self.shard_rows)
         self.shard_bytes = self.shard_rows * self.width * self.dtype.itemsize
         self.shard = lru_cache(MAPPED_SHARDS)(self._map_shard)
+        self._checked: set[int] = set()
+
+    def expect(self, description: Mapping[str, Any]) -> None:
+        """Make sure that `zarr.json` says what is known of the array.
+
+        Args:
+            description: as `described` makes it.
+
+        Raises:
+            StoreError: naming what it says instead.
+        """
+        if told := differences(self.meta, description):
+            raise StoreError(f"{self.path}/{DAMAGED}: {'; '.join(told)}. {self.repair}".rstrip())
 
     @classmethod
     def create(
@@ -62,19 +136,14 @@ class ShardedArray:
         dtype: torch.dtype,
         attributes: dict[str, Any],
     ) -> "ShardedArray":
-        """Write the array's metadata; its shards follow by `write_shard`, in any order."""
-        stored = torch.uint16 if dtype is torch.bfloat16 else dtype
-        zarr.create_array(
-            str(path),
-            shape=shape,
-            chunks=(shard_rows, shape[1]),
-            dtype=str(stored).removeprefix("torch."),
-            compressors=None,
-            filters=None,
-            fill_value=0,
-            attributes=attributes | {"torch_dtype": str(dtype).removeprefix("torch.")},
-            overwrite=False,
-        )
+        """Write the array's description; its shards follow by `write_shard`, in any order.
+
+        Raises:
+            StoreError: there is an array already.
+        """
+        if (path / "zarr.json").exists():
+            raise StoreError(f"an array exists at {path} already")
+        durable.write_json(path / "zarr.json", described(shape, shard_rows, dtype, attributes))
         return cls(path)
 
     def shard_path(self, shard: int) -> Path:
@@ -101,22 +170,24 @@ class ShardedArray:
         raw = np.ascontiguousarray(rows_TD).data.cast("B")
         durable.write_bytes(file or self.shard_path(shard), [raw], pad_to_bytes=self.shard_bytes)
         self.shard.cache_clear()
+        self._checked.discard(shard)
 
     def problem(self, shard: int) -> str | None:
         """What is wrong with a shard's file by its size, or None."""
+        file = self.shard_path(shard)
         try:
-            size = self.shard_path(shard).stat().st_size
-        except FileNotFoundError:
+            with durable.reading(file):
+                found = file.stat()
+        except MissingError:
             return "file is missing"
-        if size != self.shard_bytes:
-            return f"file has {size:,} bytes, expected {self.shard_bytes:,}"
+        if not stat.S_ISREG(found.st_mode):
+            return "it is no file"
+        if found.st_size != self.shard_bytes:
+            return f"file has {found.st_size:,} bytes, expected {self.shard_bytes:,}"
         return None
 
-    def check_sizes(self, repair: str) -> None:
+    def check_sizes(self) -> None:
         """Refuse the array if any shard's file is missing or of the wrong size.
-
-        Args:
-            repair: the sentence that tells the user what to do, put at the message's end.
 
         Raises:
             StoreError: naming up to ten bad shards.
@@ -125,13 +196,18 @@ class ShardedArray:
         if bad:
             lines = "\n".join(f"  {self.shard_path(i)}: {problem}" for i, problem in bad[:10])
             raise StoreError(
-                f"{len(bad)} of {self.n_shards} shards of {self.path} are damaged:\n{lines}\n{repair}"
+                f"{len(bad)} of {self.n_shards} shards of {self.path} are damaged:\n{lines}\n{self.repair}"
             )
 
     def _map_shard(self, shard: int) -> NDArray[Any]:
+        file = self.shard_path(shard)
         if problem := self.problem(shard):
-            raise StoreError(f"{self.shard_path(shard)}: {problem}")
-        mapped = np.memmap(self.shard_path(shard), self.dtype, "r", shape=(self.shard_rows, self.width))
+            raise StoreError(f"{file}: {problem}. {self.repair}".rstrip())
+        with durable.reading(file, self.repair):
+            mapped = np.memmap(file, self.dtype, "r", shape=(self.shard_rows, self.width))
+        if self.check is not None and shard not in self._checked:
+            self.check(shard, mapped)
+            self._checked.add(shard)
         return mapped[: self.rows_in(shard)].view(np.ndarray)
 
     def read(self, start: int, stop: int) -> NDArray[Any]:

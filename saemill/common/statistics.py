@@ -198,8 +198,9 @@ def told_far(site: str, statistics: Statistics, unit: str) -> str | None:
     largest = statistics.largest_distance / statistics.median_distance
     cure = "; import them with --normalize, or leave them out" if unit == "passage" else ""
     return (
-        f"{site}: {share:.2g} of the {unit}s are more than {FAR:g} times as far from the mean as the median "
-        f"{unit}, up to {largest:,.0f} times: squared errors, and so the SAEs, are mostly about them{cure}"
+        f"{site}: {100 * share:.2g}% of the {unit}s are more than {FAR:g} times as far from the mean as the "
+        f"median {unit}, up to {largest:,.0f} times: squared errors, and so the SAEs, are mostly about "
+        f"them{cure}"
     )
 
 

@@ -11,105 +11,211 @@ A token's address is `row * ctx_len + pos`. Layout of the folder:
     manifest.json      written last: sizes, hashes, tokenizer, source, settings
 """
 
-import dataclasses
 import shutil
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-import zarr
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
-from saemill.common import durable, hub
-from saemill.common.errors import StoreError
+from saemill.common import durable, hub, records
+from saemill.common.columns import read_table
+from saemill.common.errors import MissingError, StoreError
 from saemill.common.mask import MaskConfig
+from saemill.common.records import Count, Positive, Record
 from saemill.common.shards import ShardedArray
 
-FORMAT = "saemill tokens 1"
+FORMAT: Final = "saemill tokens 2"
 COPIED = ("document", "n_used_ids", "source", "settings", "versions")
-"""Entries of the manifest that a copy of a store's first rows keeps."""
+"""Fields of the manifest that a copy of a store's first rows keeps."""
 REPAIR = "Run the `saemill tokenize` command again."
+DESCRIPTIONS = ("zarr.json", "tokens/zarr.json", "held_out/zarr.json")
+SEGMENTS = pa.schema([("start", pa.int64()), ("document", pa.int64())])
+DOCUMENTS = pa.schema(
+    [
+        ("source_index", pa.int64()),
+        ("held_out", pa.bool_()),
+        ("text_hash", pa.uint64()),
+        ("start", pa.int64()),
+        ("n_tokens", pa.int64()),
+    ]
+)
+TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizerInfo:
+class TokenizerInfo(Record):
     """What later stages need to know of the tokenizer."""
 
     name: str
     """Hub id or local folder."""
     hash: str
     """xxh3 of the tokenizer's own serialisation."""
-    vocab_size: int
+    vocab_size: Positive
     """One more than the largest token id, added tokens included (ids may have gaps)."""
-    prefix_ids: tuple[int, ...]
+    prefix_ids: tuple[TokenId, ...]
     """Ids that the model expects at a row's start ([CLS], BOS)."""
-    suffix_ids: tuple[int, ...]
+    suffix_ids: tuple[TokenId, ...]
     """Ids that the model expects at a row's end ([SEP])."""
-    separator_id: int
+    separator_id: TokenId
     """Id put after each document."""
-    special_ids: tuple[int, ...]
+    special_ids: tuple[TokenId, ...]
     """All special token ids."""
-    pad_id: int | None
-    mask_id: int | None
+    pad_id: TokenId | None
+    mask_id: TokenId | None
+
+
+class Source(Record):
+    """What tokens or passages were made of."""
+
+    name: str
+    """Hub id or local path."""
+    fingerprint: str
+    column: str | None = None
+    """Of the texts, or `input_ids`."""
+
+
+class Settings(Record):
+    """The user's settings that decided a store's content; each command has its own."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue]
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)]
+
+
+class TokenManifest(Record):
+    """`manifest.json` of a token store: what it holds, and the hash of every file."""
+
+    format: Literal["saemill tokens 2"] = FORMAT
+    n_rows: Positive
+    ctx_len: Positive
+    n_documents: Count
+    """Those of which a token was kept."""
+    n_held_out_rows: Count
+    n_empty_documents: Count = 0
+    n_padding_tokens: Count = 0
+    """Ids at the ends of rows that were left out as padding."""
+    document: Literal["text", "row of ids", "kept row"]
+    """What a document is: a text; a row of token ids, packed anew; such a row, kept as it is."""
+    n_used_ids: Annotated[int, Field(ge=1, le=1 << 32)]
+    """One more than the largest id in any row."""
+    source: Source
+    settings: Settings
+    versions: dict[str, str]
+    parent_fingerprint: str | None = None
+    """Of a copy: the fingerprint of the store that its rows come from."""
+    tokenizer: TokenizerInfo
+    files: tuple[records.File, ...]
+    fingerprint: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [file.path for file in self.files]
+        if len(set(names)) < len(names):
+            raise ValueError("a file is listed twice")
+        needed = {*DESCRIPTIONS, "held_out/c/0/0", "segments.parquet", "documents.parquet"}
+        if missing := sorted(needed - set(names)):
+            raise ValueError(f"{missing[0]} is not listed")
+        if self.n_held_out_rows > self.n_rows:
+            raise ValueError("more rows are held out than there are")
+        return self
+
+
+def read_manifest(path: Path, repair: str) -> TokenManifest:
+    """The manifest of the token store in a folder.
+
+    Raises:
+        MissingError: there is none.
+        StoreError: it is damaged, or of another version.
+    """
+    try:
+        return records.read(path / "manifest.json", TokenManifest, repair)
+    except MissingError:
+        raise MissingError(
+            f"{path} is not a finished token store: manifest.json is missing. Make one with "
+            "`saemill tokenize`."
+        ) from None
 
 
 class TokenStore:
     """Read access to a folder made by `saemill tokenize`.
 
+    Sizes of all files and the descriptions of the arrays are checked when the store is opened; the hash of
+    every other file when it is first read.
+
     Args:
         path: the folder.
+        repair: the sentence that tells what to do about damage.
 
     Raises:
-        StoreError: the folder is missing, unfinished or damaged (sizes are checked here; hashes by
-            `problems`).
+        StoreError: the folder is missing, unfinished or damaged; later, that a file that is read is.
     """
 
     unit, row, document = "token", "row", "document"
     """What messages call an address, a row, and a text of its own."""
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, repair: str = REPAIR) -> None:
+        self.path, self.repair = Path(path), repair
         hub.check_here(self.path)
-        try:
-            self.manifest: dict[str, Any] = durable.read_json(self.path / "manifest.json")
-        except (FileNotFoundError, NotADirectoryError):
-            raise StoreError(
-                f"{self.path} is not a finished token store: manifest.json is missing. "
-                "Make one with `saemill tokenize`."
-            ) from None
-        if self.manifest.get("format") != FORMAT:
-            raise StoreError(
-                f"{self.path} is no token store of this version: format "
-                f"{self.manifest.get('format')!r}, expected {FORMAT!r}"
-            )
-        self.n_rows = int(self.manifest["n_rows"])
-        self.ctx_len = int(self.manifest["ctx_len"])
+        self.manifest = read_manifest(self.path, repair)
+        self.n_rows, self.ctx_len = self.manifest.n_rows, self.manifest.ctx_len
         self.n_tokens = self.n_rows * self.ctx_len
-        self.fingerprint: str = self.manifest["fingerprint"]
-        lists = ("prefix_ids", "suffix_ids", "special_ids")
-        tokenizer = self.manifest["tokenizer"]
-        self.tokenizer = TokenizerInfo(**tokenizer | {key: tuple(tokenizer[key]) for key in lists})
+        self.fingerprint, self.tokenizer = self.manifest.fingerprint, self.manifest.tokenizer
+        self._files = {file.path: file for file in self.manifest.files}
         if bad := self.problems(hashes=False):
-            raise StoreError("\n".join([*bad, REPAIR]))
+            raise StoreError("\n".join([*bad, repair]))
+        for name in DESCRIPTIONS:
+            self._checked(name)
         self._tokens = self._array("tokens", self.ctx_len)
         self._held_out = self._array("held_out", 1)
 
     def _array(self, name: str, width: int) -> ShardedArray:
-        """An array that has all its shards, be they among the manifest's files or not."""
-        array = ShardedArray(self.path / name)
-        if (array.n_rows, array.width) != (self.n_rows, width):
+        """An array whose shards are all there and listed, each hashed when it is first read."""
+
+        def check(shard: int, rows: NDArray[Any]) -> None:
+            file = array.shard_path(shard)
+            if durable.hash_bytes(rows.data.cast("B")) != self._files[f"{name}/c/{shard}/0"].xxh3:
+                raise StoreError(f"{file}: content differs from its hash. {self.repair}")
+            largest, limit = int(rows.max()), 2 if name == "held_out" else self.tokenizer.vocab_size
+            if largest >= limit:
+                raise StoreError(
+                    f"{file} is damaged: it holds {largest:,}, expected below {limit:,}. {self.repair}"
+                )
+
+        array = ShardedArray(self.path / name, self.repair, check)
+        if (array.n_rows, array.width) != (self.n_rows, width) or array.torch_dtype.is_floating_point:
             raise StoreError(
                 f"{array.path} has {array.n_rows:,} rows of {array.width}, but the manifest tells of "
-                f"{self.n_rows:,} of {width}. {REPAIR}"
+                f"{self.n_rows:,} of {width}. {self.repair}"
             )
-        array.check_sizes(REPAIR)
+        unlisted = [shard for shard in range(array.n_shards) if f"{name}/c/{shard}/0" not in self._files]
+        if unlisted:
+            raise StoreError(
+                f"{self.path}/manifest.json is damaged: it does not list {array.shard_path(unlisted[0])}. "
+                f"{self.repair}"
+            )
+        array.check_sizes()
         return array
+
+    def _checked(self, name: str) -> Path:
+        """The path of a listed file, after its hash was compared."""
+        file = self.path / name
+        if found := records.problem(file, self._files[name]):
+            raise StoreError(f"{file}: {found}. {self.repair}")
+        return file
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """The folder that the tokenizer is loaded from, its files checked."""
+        for name in self._files:
+            if name.startswith("tokenizer/"):
+                self._checked(name)
+        return self.path / "tokenizer"
 
     def rows(self, start: int, stop: int) -> NDArray[Any]:
         """Token ids of rows start..stop. Unsigned [stop - start, ctx_len]."""
@@ -127,17 +233,42 @@ class TokenStore:
     @cached_property
     def held_out_R(self) -> NDArray[np.bool_]:
         """Which rows hold held-out documents. bool [n_rows]."""
-        return self._held_out.read(0, self.n_rows)[:, 0].astype(bool)
+        held_out_R = self._held_out.read(0, self.n_rows)[:, 0].astype(bool)
+        if held_out_R.sum() != self.manifest.n_held_out_rows:
+            raise StoreError(
+                f"{self.path}: the held-out rows are not as many as its manifest says. {self.repair}"
+            )
+        return held_out_R
 
     @cached_property
     def documents(self) -> pa.Table:
         """One line per document: source_index, start, n_tokens, held_out, text_hash."""
-        return pq.read_table(self.path / "documents.parquet")
+        return read_table(self._checked("documents.parquet"), DOCUMENTS, self.repair)
 
     @cached_property
     def _segments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        table = pq.read_table(self.path / "segments.parquet")
-        return table["start"].to_numpy(), table["document"].to_numpy()
+        table = read_table(self._checked("segments.parquet"), SEGMENTS, self.repair)
+        starts, documents = table["start"].to_numpy(), table["document"].to_numpy()
+        ascends = len(starts) > 0 and bool((np.diff(starts) > 0).all())
+        if not ascends or starts[0] < 0 or starts[-1] >= self.n_tokens or documents.min() < 0:
+            raise StoreError(f"{self.path}/segments.parquet is damaged: no list of places. {self.repair}")
+        return starts, documents
+
+    def check_content(self) -> None:
+        """Read all that has a rule beyond its hash.
+
+        Raises:
+            StoreError: something does not fit.
+        """
+        for array in (self._tokens, self._held_out):
+            for shard in range(array.n_shards):
+                array.shard(shard)
+        n_documents = int(self._segments[1].max()) + 1
+        if len(self.held_out_R) != self.n_rows or len(self.documents) < n_documents:
+            raise StoreError(
+                f"{self.path}/documents.parquet has {len(self.documents):,} lines, expected {n_documents:,}. "
+                f"{self.repair}"
+            )
 
     def document_of(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
         """The document (line of `documents`) that each address belongs to. Same shape, int64."""
@@ -147,16 +278,16 @@ class TokenStore:
     @property
     def n_used_ids(self) -> int:
         """One more than the largest id in any row: a model needs no larger embedding."""
-        return int(self.manifest["n_used_ids"])
+        return self.manifest.n_used_ids
 
     def problems(self, hashes: bool) -> list[str]:
         """Each file that is missing, of the wrong size or, with `hashes`, of other content."""
-        return durable.problems(self.path, self.manifest["files"], hashes)
+        return records.problems(self.path, self.manifest.files, hashes)
 
     def provenance(self, mask: MaskConfig) -> dict[str, Any]:
         """What an SAE tells of what it was trained on."""
         return {
-            "dataset": self.manifest["source"]["name"],
+            "dataset": self.manifest.source.name,
             "ctx_len": self.ctx_len,
             "prepend_bos": bool(self.tokenizer.prefix_ids),
             "left_out": {
@@ -170,10 +301,9 @@ class TokenStore:
         """How the held-out rows were chosen, and what a document is."""
         held_out = self.documents["held_out"]
         n_held_out, n = int(pc.sum(held_out).as_py() or 0), len(held_out)
-        what = (
-            "documents" if self.manifest["document"] == "text" else "rows of ids, each taken for a document"
-        )
-        by = "text" if self.manifest["document"] == "text" else "ids"
+        of_text = self.manifest.document == "text"
+        what = "documents" if of_text else "rows of ids, each taken for a document"
+        by = "text" if of_text else "ids"
         return (
             f"rows of documents held out when the tokens were made ({n_held_out:,} of {n:,} {what}, "
             f"chosen by a hash of their {by}); training never saw them"
@@ -206,49 +336,57 @@ def write_token_store(
     Raises:
         StoreError: a token shard is missing or of the wrong size.
     """
-    tokens.check_sizes(REPAIR)
-    zarr.create_group(str(path))
+    tokens.check_sizes()
+    durable.write_json(path / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {}})
     held = ShardedArray.create(path / "held_out", (len(held_out_R), 1), len(held_out_R), torch.uint8, {})
     held.write_shard(0, held_out_R.astype(np.uint8)[:, None])
-    pq.write_table(segments, path / "segments.parquet", compression="zstd")
-    pq.write_table(documents, path / "documents.parquet", compression="zstd")
-    content = {"files": durable.sealed(path), "tokenizer": dataclasses.asdict(tokenizer)}
-    durable.write_json(
-        path / "manifest.json",
-        {
-            "format": FORMAT,
-            "n_rows": tokens.n_rows,
-            "ctx_len": tokens.width,
-            "n_documents": int(np.count_nonzero(documents["n_tokens"].to_numpy())),
-            "n_held_out_rows": int(held_out_R.sum()),
-        }
-        | extra
-        | {"fingerprint": durable.hash_json([FORMAT, content])}
-        | content,
+    _write_table(path / "segments.parquet", segments, SEGMENTS)
+    _write_table(path / "documents.parquet", documents, DOCUMENTS)
+    files = records.listed(path)
+    content = {"files": [file.model_dump() for file in files], "tokenizer": tokenizer.model_dump()}
+    manifest = TokenManifest(
+        n_rows=tokens.n_rows,
+        ctx_len=tokens.width,
+        n_documents=int(np.count_nonzero(documents["n_tokens"].to_numpy())),
+        n_held_out_rows=int(held_out_R.sum()),
+        tokenizer=tokenizer,
+        files=files,
+        fingerprint=durable.hash_json([FORMAT, content]),
+        **extra,
     )
+    records.write(path / "manifest.json", manifest)
+
+
+def _write_table(file: Path, table: pa.Table, schema: pa.Schema) -> None:
+    with durable.writing(file):
+        pq.write_table(table.select(schema.names).cast(schema), file, compression="zstd")
 
 
 def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
     """Copy a store's first `n_rows` rows to a new folder, so that activations carry their tokens.
 
     The copy's manifest names the original's fingerprint as `parent_fingerprint`. Documents keep
-    their numbers; a document cut by the end loses its later tokens.
+    their numbers; a document cut by the end loses its later tokens. All that is copied is compared with its
+    hash first.
+
+    Raises:
+        StoreError: the original is damaged.
     """
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    source = ShardedArray(store.path / "tokens")
+    source = store._tokens
     shape = (n_rows, store.ctx_len)
-    dtype = getattr(torch, source.dtype.name)
     shard_rows = min(n_rows, source.shard_rows)
-    tokens = ShardedArray.create(partial / "tokens", shape, shard_rows, dtype, {})
+    tokens = ShardedArray.create(partial / "tokens", shape, shard_rows, source.torch_dtype, {})
     for shard in range(tokens.n_shards):
         tokens.write_shard(shard, source.shard(shard)[: tokens.rows_in(shard)])
-    shutil.copytree(store.path / "tokenizer", partial / "tokenizer")
+    with durable.writing(partial / "tokenizer"):
+        shutil.copytree(store.tokenizer_folder, partial / "tokenizer")
     starts, numbers = store._segments
     end = n_rows * store.ctx_len
     kept = starts < end
     segments = pa.table({"start": starts[kept], "document": numbers[kept]})
-    extra = {key: store.manifest[key] for key in COPIED}
+    kept_fields = {name: getattr(store.manifest, name) for name in COPIED}
     write_token_store(
         partial,
         tokens=tokens,
@@ -256,7 +394,7 @@ def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
         segments=segments,
         documents=cut_documents(store.documents, segments, end),
         tokenizer=store.tokenizer,
-        extra=extra | {"parent_fingerprint": store.fingerprint},
+        extra=kept_fields | {"parent_fingerprint": store.fingerprint},
     )
     partial.replace(path)
     durable.sync_folder(path.parent)

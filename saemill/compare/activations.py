@@ -127,7 +127,7 @@ class Stores:
         """The store with the SAE's site, of its model if the SAE tells which that is."""
         site, model = (dictionary.provenance.get(key) for key in ("site", "model_fingerprint"))
         for store in self.stores:
-            if site in store.sites and model in (None, store.settings["model_fingerprint"]):
+            if site in store.sites and model in (None, store.settings.model_fingerprint):
                 if store.site(site).width == dictionary.d_in:
                     return store
         raise ConfigError(

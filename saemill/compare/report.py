@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from saemill.common.log import console
 from saemill.common.page import PALETTE, write_page
 
 COLUMNS = (
@@ -109,11 +109,11 @@ def table(comparison: dict[str, Any]) -> str:
         by_difference.add_column(title, no_wrap=True, justify="right" if i else "left")
     for row in _group_rows(comparison):
         by_difference.add_row(*row)
-    console = Console(width=400, no_color=True, record=True, file=io.StringIO())
-    console.print(shown)
+    terminal = console(width=400, no_color=True, record=True, file=io.StringIO())
+    terminal.print(shown)
     if len(comparison["pairs"]) > 1:
-        console.print(by_difference)
-    return "\n".join([console.export_text().rstrip(), *legend(comparison)])
+        terminal.print(by_difference)
+    return "\n".join([terminal.export_text().rstrip(), *legend(comparison)])
 
 
 def _sizes(entry: dict[str, Any]) -> str:

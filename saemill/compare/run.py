@@ -57,6 +57,7 @@ class CompareConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {value}")
+        settings.at_least(self, 0, "seed")
         if not -1 <= self.threshold < 1:
             raise ConfigError(f"threshold must be in [-1, 1), got {self.threshold}")
         if self.by == "activations" and not self.acts:

@@ -10,7 +10,6 @@ import torch
 import xxhash
 
 from saemill.cache.claims import Worker
-from saemill.cache.writer import DTYPES
 from saemill.common import config as settings
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
@@ -19,6 +18,7 @@ from saemill.common.log import progress, say
 from saemill.common.passages import PassageStore, PassageWriter
 from saemill.common.shards import as_numpy
 from saemill.common.signals import stop_on_signal
+from saemill.common.site_records import DTYPES
 from saemill.common.statistics import warnings
 from saemill.common.world import World, speak_for
 from saemill.embeddings.rows import Form, Rows

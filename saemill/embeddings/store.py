@@ -3,31 +3,33 @@
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import zarr
 from torch import Tensor
 
 from saemill.cache.claims import Claim, Worker, holds_only_claims
-from saemill.cache.writer import DTYPES, ZARR_LITTER, SiteWriter
+from saemill.cache.writer import SiteWriter, check_same_store, write_group
 from saemill.common import config as settings
-from saemill.common import durable
-from saemill.common.activations import (
+from saemill.common import durable, records
+from saemill.common.activations import ActivationStore
+from saemill.common.errors import ConfigError, DataError, DiskError, StoreError
+from saemill.common.log import counted, progress, say
+from saemill.common.passages import NO_MASK, PassageManifest, PassageStore, PassageWriter
+from saemill.common.site_records import (
     BLOCK_TOKENS,
+    DTYPES,
     EMBEDDINGS,
     FORMAT,
-    TEXT_FOLDERS,
-    ActivationStore,
-    read_settings,
+    RESERVED,
+    SITES,
+    StoreSettings,
+    known_settings,
+    sites_in,
 )
-from saemill.common.errors import ConfigError, DataError, StoreError
-from saemill.common.log import counted, progress, say
-from saemill.common.passages import NO_MASK, PassageStore, PassageWriter
 from saemill.common.sites import Site
 from saemill.embeddings.rows import Form, Rows
 
@@ -54,15 +56,15 @@ class Plan:
     """`model`, `revision`, `model_fingerprint`, as far as known."""
 
     def __post_init__(self) -> None:
-        if self.site in (*TEXT_FOLDERS, CLAIMS) or not re.fullmatch(r"\w[\w.-]*", self.site):
+        if self.site in RESERVED or not re.fullmatch(r"\w[\w.-]*", self.site):
             raise ConfigError(f"{self.site!r} cannot be the name of a site; give another with --site")
 
 
 def describe(passages: PassageStore) -> str:
     """How many passages there are."""
     manifest = passages.manifest
-    note = "" if manifest["n_held_out_rows"] else " (raise --held-out-fraction to assess)"
-    return f"{counted(passages.n_rows, 'passage')}, {manifest['n_held_out_rows']:,} held out{note}"
+    note = "" if manifest.n_held_out_rows else " (raise --held-out-fraction to assess)"
+    return f"{counted(passages.n_rows, 'passage')}, {manifest.n_held_out_rows:,} held out{note}"
 
 
 def check_numbers(held_out_fraction: float, **counts: int | None) -> None:
@@ -92,11 +94,10 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
     """
     folder = plan.out / "passages"
     _check_folder(plan)
-    with suppress(StoreError):
-        there = PassageStore(folder)
-        if not there.problems(hashes=True):
-            return there
-        say(f"{folder} is damaged and written again")
+    if _whole(folder):
+        return PassageStore(folder)
+    if folder.exists():
+        say(f"{folder} is damaged or unfinished and written again")
     partial = worker.partial()
     writer = PassageWriter(partial, plan.held_out_fraction)
     hashed = write(writer)
@@ -109,30 +110,46 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
     return PassageStore(folder)
 
 
+def _whole(folder: Path) -> bool:
+    """Whether all passages are there and undamaged."""
+    try:
+        return not PassageStore(folder).problems(hashes=True)
+    except DiskError:
+        raise
+    except StoreError:
+        return False
+
+
 def _check_folder(plan: Plan) -> None:
     """Refuse a folder that holds anything but the beginning of this store."""
+    there, begun = known_settings(plan.out), _manifest(plan.out / "passages")
+    parts = {"passages"}
+    if there or begun:
+        parts |= {"zarr.json", SITES, *sites_in(plan.out)}
     for path in plan.out.glob("*"):
-        ours = (
-            (path.name == CLAIMS and holds_only_claims(path))
-            or path.name in ("passages", "zarr.json")
-            or path.match(ZARR_LITTER)
-            or (path.is_dir() and (path / "commits").is_dir())
-            or path.name == plan.site
-        )
-        if not ours:
+        is_claims = path.name == CLAIMS and holds_only_claims(path)
+        if not (is_claims or path.name in parts):
             raise StoreError(f"{plan.out} holds other files ({path.name}); choose a new folder")
-    if (plan.out / "zarr.json").exists() and read_settings(plan.out).get("kind") != EMBEDDINGS:
+    if there and there.kind != EMBEDDINGS:
         raise ConfigError(f"{plan.out} holds activations of a language model; choose another folder")
-    try:
-        manifest = durable.read_json(plan.out / "passages" / "manifest.json")
-    except (FileNotFoundError, StoreError):
+    if begun is None:
         return
-    settings.check_same(manifest["settings"], plan.settings, plan.out)
-    if manifest["source"]["fingerprint"] != plan.source["fingerprint"]:
+    settings.check_same(begun.settings.model_dump(mode="json"), plan.settings, plan.out)
+    if begun.source.fingerprint != plan.source["fingerprint"]:
         raise ConfigError(
             f"{plan.source['name']} is not what {plan.out} was made of, or has changed since; choose another "
             "output folder, or remove that one"
         )
+
+
+def _manifest(folder: Path) -> PassageManifest | None:
+    """What passages that are there were made of, if their manifest is whole."""
+    try:
+        return records.read(folder / "manifest.json", PassageManifest, "")
+    except DiskError:
+        raise
+    except StoreError:
+        return None
 
 
 def open_store(
@@ -158,15 +175,14 @@ def open_store(
         "model_fingerprint": plan.made_by["model_fingerprint"],
         "mask": settings.plain(NO_MASK),
     }
-    if (plan.out / "zarr.json").exists():
-        settings.check_same(read_settings(plan.out), identity, plan.out)
-    else:
+    there = known_settings(plan.out)
+    check_same_store(plan.out, there, identity)
+    if there is None:
         _check_disk(plan, -(-passages.n_rows // shard_rows) * shard_rows * row_bytes)
-        for litter in plan.out.glob(ZARR_LITTER):
-            litter.unlink()
         versions = {name: version(name) for name in ("saemill", "torch", "zarr")}
         made_by = {key: plan.made_by[key] for key in ("model", "revision")} | {"versions": versions}
-        zarr.create_group(str(plan.out), attributes={"saemill": identity | made_by})
+        there = StoreSettings.made(identity, **made_by)
+    write_group(plan.out, there, worker)
     store = ActivationStore(plan.out)
     return store, SiteWriter(store, Site(plan.site, width), dtype, worker)
 
@@ -202,8 +218,8 @@ def fill(
         DataError: the rows end before the last shard, or a vector is refused.
         Interrupted: a signal came; what was finished is committed.
     """
-    missing = writer.damaged()
-    writer.withdraw(missing)
+    writer.mend(writer.damaged())
+    missing = writer.lacking()
     n_missing = sum(map(store.shard_length, missing))
     if 0 < len(missing) < store.n_shards:
         n_there = store.n_shards - len(missing)

@@ -1,5 +1,6 @@
 """Samples on disk: parts while they are made, one parquet file per model in the end."""
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def rows_of(ids: list[list[int]], first: int, decode: Decode) -> pa.Table:
 
 
 class Parts:
-    """The batches of one model that are finished, a file each, named by its first sample."""
+    """The batches of one model that are finished, a file each, named by its first sample and its hash."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,8 +39,10 @@ class Parts:
 
     def add(self, table: pa.Table) -> None:
         """Keep a batch, whole or not at all."""
-        with durable.replacing(self._file(self.n_samples)) as partial:
-            pq.write_table(table, partial)
+        content = io.BytesIO()
+        pq.write_table(table, content)
+        name = f"{self.n_samples:010}-{durable.hash_bytes(content.getbuffer())}.parquet"
+        durable.write_bytes(self.folder / name, [content.getbuffer()])
         self._count(table)
 
     def tables(self) -> Iterator[pa.Table]:
@@ -48,21 +51,18 @@ class Parts:
         Raises:
             StoreError: a file is damaged, or one is missing before another.
         """
-        first, files = 0, sorted(self.folder.glob("*.parquet"))
+        first, files = 0, sorted(self.folder.glob("[0-9]*.parquet"))
         for file in files:
-            if file != self._file(first):
-                raise StoreError(f"{self._file(first)} is missing; remove {self.folder} to sample again")
-            try:
-                table = pq.read_table(file, schema=SCHEMA)
-            except (pa.ArrowInvalid, OSError) as error:
+            number, _, wanted = file.stem.partition("-")
+            if number != f"{first:010}":
                 raise StoreError(
-                    f"{file} is damaged ({error}); remove {self.folder} to sample again"
-                ) from error
+                    f"samples {first:,} and following are missing in {self.folder}; remove it to sample again"
+                )
+            if durable.hash_file(file) != wanted:
+                raise StoreError(f"{file} is damaged; remove {self.folder} to sample again")
+            table = pq.read_table(file, schema=SCHEMA)
             first += len(table)
             yield table
-
-    def _file(self, first: int) -> Path:
-        return self.folder / f"{first:010}.parquet"
 
     def _count(self, table: pa.Table) -> None:
         self.n_samples += len(table)

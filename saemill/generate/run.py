@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from saemill.common import config as settings
-from saemill.common import durable
+from saemill.common import durable, records
 from saemill.common.architecture import limits_of
 from saemill.common.errors import ConfigError, DataError, Interrupted, StoreError
 from saemill.common.log import counted, progress, say
@@ -21,9 +21,8 @@ from saemill.common.signals import stop_on_signal
 from saemill.common.sites import load_model_config
 from saemill.common.tokenizer import load_tokenizer
 from saemill.generate.dataset import Parts, rows_of, trimmed, write
-from saemill.generate.sampling import Frame, frame_of, sample, uniforms
+from saemill.generate.sampling import Frame, check_causal, frame_of, sample, uniforms
 
-FORMAT = "saemill samples 1"
 EMPTY_SAMPLES = 100
 """A model none of whose first samples has a token will not fill a dataset."""
 MANIFEST = "manifest.yaml"
@@ -65,8 +64,7 @@ class GenerateConfig:
                 raise ConfigError(f"{name} must be 1 or more, got {value}")
         if (self.n_samples is None) == (self.tokens_per_dataset is None):
             raise ConfigError("give one of n_samples and tokens_per_dataset: how much text is wanted")
-        if not 0 <= self.seed < 1 << 64:
-            raise ConfigError(f"seed must be in 0..2^64-1, got {self.seed}")
+        settings.at_least(self, 0, "seed")
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"temperature must be more than 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -78,6 +76,38 @@ class GenerateConfig:
     def named(self) -> dict[str, str]:
         """Model by the name of its dataset."""
         return {Path(model).absolute().name: model for model in self.model}
+
+
+class Begun(records.Record):
+    """`identity.json` of samples that are being made: what they must be continued with."""
+
+    format: Literal["saemill samples begun 2"] = "saemill samples begun 2"
+    settings: dict[str, Any]
+
+
+class Dataset(records.Record):
+    """One model's samples, as the manifest tells of them."""
+
+    file: records.Name
+    model: str
+    n_samples: records.Count
+    n_samples_generated: records.Count
+    n_tokens_generated: records.Count
+    start_id: records.Count
+    end_ids: tuple[records.Count, ...]
+    bytes: records.Count
+    xxh3: records.Hash
+
+
+class Manifest(records.Record):
+    """`manifest.yaml` of finished samples."""
+
+    format: Literal["saemill samples 2"] = "saemill samples 2"
+    tokens_per_dataset: records.Positive
+    """Of each."""
+    datasets: tuple[Dataset, ...]
+    settings: dict[str, Any]
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +125,19 @@ class _Source:
         return text
 
 
-def run(config: GenerateConfig) -> dict[str, Any]:
+def run(config: GenerateConfig) -> Manifest:
     """Sample from every model into `config.out`; a finished output with the same settings is left as it is.
 
     The folder appears whole. Batches are kept beside it meanwhile, and a stopped run goes on after the
     last one.
 
-    Returns: the content of the manifest.
+    Returns: the manifest.
 
     Raises:
         ConfigError: settings that do not fit a model, or an output made with others.
+        StoreError: another process is at it, or what it left is damaged.
         DataError: a model that gives no tokens.
+        DiskError: the disk is full.
         Interrupted: a signal came.
     """
     settings.check_folder(config.out)
@@ -113,19 +145,20 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     dtype = choose_model_dtype(config.dtype, device)
     sources = {name: _source(model, config) for name, model in config.named().items()}
     identity = _identity(config, dtype, sources)
-    if manifest := _finished(config.out, identity):
-        say(f"{config.out} is finished already: {_summary(manifest)}")
-        return manifest
     partial = config.out.absolute().with_name(config.out.absolute().name + ".partial")
     with durable.exclusive(partial), stop_on_signal() as stop:
-        _claim(partial, identity)
-        parts = {}
-        for name, source in sources.items():
-            parts[name] = Parts(partial / "parts" / name)
-            _fill(parts[name], source, name, config, dtype, device, stop)
-        manifest = _finish(config, identity, sources, parts, partial)
-    shutil.rmtree(partial)
-    say(f"{config.out}: {_summary(manifest)}")
+        if manifest := _finished(config.out, identity):
+            said = f"{config.out} is finished already"
+        else:
+            _claim(partial, identity)
+            parts = {}
+            for name, source in sources.items():
+                parts[name] = Parts(partial / "parts" / name)
+                _fill(parts[name], source, name, config, dtype, device, stop)
+            manifest = _finish(config, identity, sources, parts, partial)
+            said = str(config.out)
+        shutil.rmtree(partial)
+    say(f"{said}: {_summary(manifest)}")
     return manifest
 
 
@@ -135,7 +168,8 @@ def _source(model: str, config: GenerateConfig) -> _Source:
     if not any(
         "CausalLM" in name or name.endswith("LMHeadModel") for name in model_config.architectures or []
     ):
-        raise ConfigError(f"{model!r} is no causal language model: {model_config.architectures}")
+        found = ", ".join(model_config.architectures or ["a config that names no architecture"])
+        raise ConfigError(f"{model!r} is no causal language model, but {found}; name one that is")
     tokenizer, _ = load_tokenizer(model, config.revision)
     limit = limits_of(model_config).row_length
     if limit is not None and config.max_tokens > limit:
@@ -154,33 +188,44 @@ def _identity(config: GenerateConfig, dtype: torch.dtype, sources: Mapping[str, 
     return chosen | {"dtype": str(dtype).removeprefix("torch."), "fingerprints": fingerprints}
 
 
-def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
     """The manifest of a finished output.
 
     Raises:
         ConfigError: it was made with other settings, or holds something else.
-        StoreError: a dataset is not what was written.
+        StoreError: the manifest or a dataset is not what was written.
     """
     if not out.exists() or not any(out.iterdir()):
         return None
     if not (out / MANIFEST).is_file():
         raise ConfigError(f"{out} holds something else than samples; choose another folder")
-    manifest: dict[str, Any] = yaml.safe_load((out / MANIFEST).read_text())
-    settings.check_same(manifest["settings"], identity, out)
-    for dataset in manifest["datasets"]:
-        file = out / dataset["file"]
-        if not file.is_file() or durable.hash_file(file) != dataset["xxh3"]:
-            raise StoreError(f"{file} is missing or damaged; remove {out} to sample again")
+    repair = f"Remove {out} to sample again."
+    try:
+        values = yaml.safe_load((out / MANIFEST).read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise StoreError(f"{out / MANIFEST} is damaged: {type(error).__name__}. {repair}") from error
+    manifest = records.parse(values, Manifest, str(out / MANIFEST), repair)
+    settings.check_same(manifest.settings, identity, out)
+    for dataset in manifest.datasets:
+        file = out / dataset.file
+        if not file.is_file() or durable.hash_file(file) != dataset.xxh3:
+            raise StoreError(f"{file} is missing or damaged. {repair}")
     return manifest
 
 
 def _claim(partial: Path, identity: dict[str, Any]) -> None:
-    """Begin, or go on with what was begun with the same settings."""
-    file = partial / "identity.json"
-    if file.exists():
-        settings.check_same(durable.read_json(file), identity, partial)
+    """Begin, or go on with what was begun with the same settings.
+
+    Raises:
+        ConfigError: it was begun with others.
+        StoreError: with which cannot be told.
+    """
+    file, repair = partial / "identity.json", f"Remove {partial} to sample again."
+    if file.exists() or (partial / "parts").exists():
+        begun = records.read(file, Begun, repair)
+        settings.check_same(begun.settings, identity, partial)
     else:
-        durable.write_json(file, identity)
+        records.write(file, Begun(settings=identity))
 
 
 def _fill(
@@ -205,6 +250,7 @@ def _fill(
     if parts.n_samples:
         say(f"{name}: continued after {counted(parts.n_samples, 'sample')}")
     model = LanguageModel(source.model, revision=config.revision, dtype=dtype, device=device, with_head=True)
+    check_causal(model, source.model, source.frame.start_id)
     total, unit, done = (
         (config.n_samples, "samples", parts.n_samples)
         if config.n_samples
@@ -221,7 +267,10 @@ def _fill(
                 ) from None
             parts.add(rows_of(ids, parts.n_samples, source.decode))
             if parts.n_tokens == 0 and parts.n_samples >= EMPTY_SAMPLES:
-                raise DataError(f"{parts.n_samples} samples of {name} are all empty: it puts EOS first")
+                raise DataError(
+                    f"{parts.n_samples} samples of {name} are all empty: it puts EOS first; remove "
+                    f"{parts.folder.parent.parent} and say --no-stop-at-eos"
+                )
             advance(n if unit == "samples" else sum(map(len, ids)))
 
 
@@ -231,11 +280,14 @@ def _finish(
     sources: Mapping[str, _Source],
     parts: Mapping[str, Parts],
     partial: Path,
-) -> dict[str, Any]:
+) -> Manifest:
     """Cut all datasets to one number of tokens, and let the output appear."""
     n_tokens = config.tokens_per_dataset or min(part.n_tokens for part in parts.values())
     if n_tokens == 0:
-        raise DataError(f"all samples of a model are empty; remove {partial} and ask for more samples")
+        raise DataError(
+            f"all samples of a model are empty: it puts EOS first; remove {partial}, and ask for more "
+            "samples or say --no-stop-at-eos"
+        )
     finished = partial / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     datasets = []
@@ -243,34 +295,33 @@ def _finish(
         file = finished / f"{name}.parquet"
         n_samples = write(file, trimmed(parts[name].tables(), n_tokens, source.decode))
         datasets.append(
-            {
-                "file": file.name,
-                "model": source.model,
-                "n_samples": n_samples,
-                "n_samples_generated": parts[name].n_samples,
-                "n_tokens_generated": parts[name].n_tokens,
-                "start_id": source.frame.start_id,
-                "end_ids": list(source.frame.end_ids),
-                "bytes": file.stat().st_size,
-                "xxh3": durable.hash_file(file),
-            }
+            Dataset(
+                file=file.name,
+                model=source.model,
+                n_samples=n_samples,
+                n_samples_generated=parts[name].n_samples,
+                n_tokens_generated=parts[name].n_tokens,
+                start_id=source.frame.start_id,
+                end_ids=source.frame.end_ids,
+                bytes=file.stat().st_size,
+                xxh3=durable.hash_file(file),
+            )
         )
-    manifest = {
-        "format": FORMAT,
-        "tokens_per_dataset": n_tokens,
-        "datasets": datasets,
-        "settings": identity,
-        "versions": {
-            package: version(package) for package in ("saemill", "torch", "transformers", "tokenizers")
-        },
-    }
-    durable.write_bytes(finished / MANIFEST, [yaml.safe_dump(manifest, sort_keys=False).encode()])
+    packages = ("saemill", "torch", "transformers", "tokenizers")
+    manifest = Manifest(
+        tokens_per_dataset=n_tokens,
+        datasets=tuple(datasets),
+        settings=identity,
+        versions={package: version(package) for package in packages},
+    )
+    text = yaml.safe_dump(records.content(manifest), sort_keys=False)
+    durable.write_bytes(finished / MANIFEST, [text.encode()])
     finished.replace(config.out)
     durable.sync_folder(config.out.absolute().parent)
     return manifest
 
 
-def _summary(manifest: dict[str, Any]) -> str:
-    n_tokens = counted(manifest["tokens_per_dataset"], "token")
-    datasets = (f"{d['file']} ({counted(d['n_samples'], 'sample')})" for d in manifest["datasets"])
+def _summary(manifest: Manifest) -> str:
+    n_tokens = counted(manifest.tokens_per_dataset, "token")
+    datasets = (f"{d.file} ({counted(d.n_samples, 'sample')})" for d in manifest.datasets)
     return f"{n_tokens} each in {', '.join(datasets)}"

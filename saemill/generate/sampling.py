@@ -70,6 +70,27 @@ def frame_of(tokenizer: Any, model_config: Any, name: str, stop_at_eos: bool) ->
     return Frame(start, tuple(sorted(ends)) if stop_at_eos else ())
 
 
+def check_causal(model: LanguageModel, name: str, start_id: int) -> None:
+    """Refuse a model to which the tokens that follow make a difference, whatever its class is called.
+
+    Args:
+        model: with its LM head.
+        name: for the message.
+        start_id: what samples begin with.
+
+    Raises:
+        ConfigError: the logits of a first token change with the second.
+    """
+    ids_RS = torch.tensor([[start_id, start_id], [start_id, 0 if start_id else 1]], device=model.device)
+    with torch.no_grad():
+        first, second = model.model(input_ids=ids_RS).logits[:, 0].float()
+    if not torch.allclose(first, second, rtol=1e-2, atol=1e-2 * float(first.abs().max())):
+        raise ConfigError(
+            f"{name!r} reads a text in both directions, so no text can be sampled from it; name a causal "
+            "language model"
+        )
+
+
 class Sampler(LogitsProcessor):  # type: ignore[misc]
     """Leaves of each row of logits the one token that the sample's random number chooses.
 

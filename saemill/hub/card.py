@@ -1,5 +1,8 @@
 """README.md of a run's repository: what the SAEs are, how good, how to load them, how they were made."""
 
+import json
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +11,7 @@ import yaml
 from saemill.assess.report import interval
 from saemill.assess.sums import number
 from saemill.common.hub import is_id
-from saemill.common.log import counted, duration
+from saemill.common.log import counted, duration, printable
 
 TAGS = ["sparse-autoencoder", "sae", "topk", "interpretability"]
 COLUMNS = {
@@ -46,7 +49,7 @@ def model_card(
                 "datasets": [told["dataset"]] if is_id(told["dataset"]) else None,
             }
         ),
-        f"# Sparse autoencoders of {_short(told['model'] or told['dataset'])}",
+        f"# Sparse autoencoders of {words(_short(told['model'] or told['dataset']))}",
         f"{counted(len(saes), 'TopK sparse autoencoder')} of {_what(told, sites)} "
         "f = ReLU(TopK(W_enc (x − b_dec) + b_enc)), x̂ = W_decᵀ f + b_dec.",
         "## Variants",
@@ -68,11 +71,11 @@ def _what(told: Mapping[str, Any], sites: Sequence[str]) -> str:
     by = f"trained by saemill {told['versions']['saemill']} on {told['tokens_trained']:,}"
     if "normalized" in told:
         form = "of unit length" if told["normalized"] else "as they were stored"
-        who = f" by `{told['model']}`" if told["model"] else ""
-        return f"embeddings{who}, {by} passages of `{told['dataset']}`. The SAEs take vectors {form}:"
+        who = f" by {span(told['model'])}" if told["model"] else ""
+        return f"embeddings{who}, {by} passages of {span(told['dataset'])}. The SAEs take vectors {form}:"
     return (
-        f"`{told['model']}` at {_code(sites)}, {by} tokens of `{told['dataset']}`. A site is the output of "
-        "that module of the base model (`AutoModel`); the SAEs take it as the model produces it:"
+        f"{span(told['model'])} at {_code(sites)}, {by} tokens of {span(told['dataset'])}. A site is the "
+        "output of that module of the base model (`AutoModel`); the SAEs take it as the model produces it:"
     )
 
 
@@ -84,19 +87,45 @@ def front_matter(fields: Mapping[str, Any]) -> str:
 
 def keep_metadata(card: str, there: Mapping[str, Any]) -> str:
     """A card with the fields of another's metadata that it has not itself."""
-    _, known, text = card.split("---\n", 2)
+    parts = re.fullmatch(r"---\n(.*?)^---\n(.*)", card, re.DOTALL | re.MULTILINE)
+    assert parts is not None
+    known, text = parts.groups()
     fields = yaml.safe_load(known)
     return f"{front_matter(fields | {k: v for k, v in there.items() if k not in fields})}\n{text}"
 
 
 def code(language: str, text: str) -> str:
-    """A block of code."""
-    return f"```{language}\n{text.rstrip()}\n```"
+    """A block of code, whatever is in it."""
+    text = printable(text.rstrip())
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def span(name: str) -> str:
+    """A name as code within a line, whatever is in it."""
+    text = _one_line(name)
+    fence = "`" * (_longest_run(text) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def words(name: str) -> str:
+    """A name within a line as plain words: none of it is Markdown or HTML."""
+    return re.sub(r"([\\`*_\[\]<>&|~])", r"\\\1", _one_line(name))
+
+
+def _one_line(name: str) -> str:
+    return printable(name).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _longest_run(text: str) -> int:
+    """Of backticks."""
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def rows(lines: Sequence[Sequence[str]]) -> str:
-    """A table; the first line is its head."""
-    head, *rest = lines
+    """A table; the first line is its head. A bar in a cell is no end of it."""
+    head, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rest))
 
 
@@ -105,7 +134,7 @@ def _short(name: str) -> str:
 
 
 def _code(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+    return ", ".join(map(span, names))
 
 
 def _variants(
@@ -113,18 +142,29 @@ def _variants(
 ) -> str:
     """The table of them all, best first where they were assessed."""
     head = ["variant", "site", "k", "latents"]
-    shapes = {n: [f"`{c['saemill']['site']}`", str(c["k"]), f"{c['num_latents']:,}"] for n, c in saes.items()}
+    shapes = {n: [span(c["saemill"]["site"]), str(c["k"]), f"{c['num_latents']:,}"] for n, c in saes.items()}
     if assessment is None:
-        lines = [[f"`{name}`", *shape, _state(name, finished)] for name, shape in shapes.items()]
+        lines = [[span(name), *shape, _state(name, finished)] for name, shape in shapes.items()]
         note = "**Not assessed.** Nothing is known here of how well they reconstruct: `saemill assess`."
         return f"{note}\n\n{rows([[*head, 'state'], *lines])}"
     entries = [entry for entry in assessment["variants"] if entry["name"] in saes]
     columns = {c: t for c, t in COLUMNS.items() if any(e["metrics"][c]["value"] is not None for e in entries)}
     lines = [
-        [f"`{entry['name']}`", *shapes[entry["name"]], *_figures(entry["metrics"], columns), entry["verdict"]]
+        [span(entry["name"]), *shapes[entry["name"]], *_figures(entry["metrics"], columns), entry["verdict"]]
         for entry in entries
     ]
-    return rows([[*head, *columns.values(), "verdict"], *lines])
+    return "\n\n".join([rows([[*head, *columns.values(), "verdict"], *lines]), *_reasons(entries, columns)])
+
+
+def _reasons(entries: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
+    """Why figures of the table are missing."""
+    told = dict.fromkeys(
+        f"{title}: {entry['metrics'][name]['reason']}."
+        for entry in entries
+        for name, title in columns.items()
+        if entry["metrics"][name]["value"] is None and not entry["not_measured"]
+    )
+    return [f"No {line}" for line in told]
 
 
 def _state(name: str, finished: Mapping[str, Any]) -> str:
@@ -144,14 +184,14 @@ def _how_measured(assessment: Mapping[str, Any]) -> list[str]:
     data, limits = assessment["data"], assessment["thresholds"]
     with_losses, unit = data["n_tokens_with_losses"], data["unit"]
     return [
-        f"Measured on {data['n_tokens']:,} {unit}s of {counted(data['n_documents'], 'document')}: "
+        f"Measured on {data['n_tokens']:,} {unit}s of {counted(data['n_documents'], data['document'])}: "
         f"{data['chosen']}. "
         + (
             f"Losses on {with_losses:,} of them. "
             if with_losses
             else "The model's losses were not measured. "
         )
-        + "In brackets 95% intervals over documents.",
+        + f"In brackets 95% intervals over {data['document']}s.",
         "FVU is the share of variance that is not reconstructed; ΔCE what splicing the SAE into the model "
         "costs it; loss recovered compares that with zeros in place of the activations; dead are latents "
         f"active on fewer than {data['dead_percentage_threshold']:.2%} of the {unit}s. The verdict counts "
@@ -174,16 +214,16 @@ def _best(
 def _load(repo: str, variant: str) -> str:
     """How each tool reads one of the SAEs."""
     address = f"hf://{repo}/{variant}"
-    from_hub = f'load_from_hub("{repo}", hookpoint="{variant}")'
+    from_hub = f"load_from_hub({_quoted(repo)}, hookpoint={_quoted(variant)})"
     if "@" in repo:  # it knows no branches
-        from_hub = f'load_from_disk("run/{variant}")  # after `saemill pull {repo} -o run`'
+        from_hub = f"load_from_disk({_quoted(f'run/{variant}')})  # after `saemill pull {repo} -o run`"
     return "\n\n".join(
         [
             "`x` holds activations [T, D], fp32. With saemill:",
             code(
                 "python",
                 "from saemill import Sae\n\n"
-                f'sae = Sae.load("{address}")\n'
+                f"sae = Sae.load({_quoted(address)})\n"
                 "top_acts, top_indices = sae.encode(x)  # [T, k] each\n"
                 "reconstruction = sae.decode(top_acts, top_indices)  # [T, D]",
             ),
@@ -195,8 +235,9 @@ def _load(repo: str, variant: str) -> str:
             "With SAELens and dictionary_learning, after an export:",
             code(
                 "",
-                f"saemill export {address} --format saelens -o for-saelens\n"
-                f"saemill export {address} --format dictionary_learning -o for-dictionary-learning",
+                f"saemill export {shlex.quote(address)} --format saelens -o for-saelens\n"
+                f"saemill export {shlex.quote(address)} --format dictionary_learning "
+                "-o for-dictionary-learning",
             ),
             code(
                 "python",
@@ -212,6 +253,11 @@ def _load(repo: str, variant: str) -> str:
     )
 
 
+def _quoted(text: str) -> str:
+    """A name as Python and JSON write it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _recipe(
     saes: Mapping[str, Mapping[str, Any]], finished: Mapping[str, Any], told: Mapping[str, Any]
 ) -> str:
@@ -222,11 +268,11 @@ def _recipe(
         n = mask["first_positions"]
         masked.append(f"the first {f'{n} positions' if n > 1 else 'position'} of each row")
     masked += [f"token {token}" for token in mask["token_ids"]]
-    revision = f" at revision `{told['revision']}`" if told["revision"] else ""
+    revision = f" at revision {span(told['revision'])}" if told["revision"] else ""
     rows_of = f", rows of {told['ctx_len']} tokens" if "ctx_len" in told else ""
     lines = [
-        *([["model", f"`{told['model']}`{revision}"]] if told["model"] else []),
-        ["text", f"`{told['dataset']}`{rows_of}"],
+        *([["model", f"{span(told['model'])}{revision}"]] if told["model"] else []),
+        ["text", f"{span(told['dataset'])}{rows_of}"],
         ["left out of training", ", ".join(masked) or "nothing"],
         [
             "passages" if "normalized" in told else "tokens",

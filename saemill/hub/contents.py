@@ -1,5 +1,6 @@
 """What a repository shall hold of a run or a store: which files, as they are or without paths, and a card."""
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,15 +8,16 @@ from typing import Any
 
 import yaml
 
-from saemill.assess import record as assessment
-from saemill.common import durable, records, runs
+from saemill.common import assessments, durable, records, runs
 from saemill.common.activations import ActivationStore
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats import seal
+from saemill.common.formats import seal, variants
 from saemill.common.formats.checks import read_config
 from saemill.common.formats.sparsify import WEIGHTS, check
 from saemill.common.passages import PassageStore
+from saemill.common.records import File
+from saemill.common.site_records import SITES, group_of
 from saemill.common.tokens import TokenStore
 from saemill.hub.card import model_card
 from saemill.hub.names import Names, as_json
@@ -61,6 +63,8 @@ def contents_of(path: Path, place: str, variants: Sequence[str]) -> Contents:
     kind = kind_of(path)
     if kind == "run":
         return _run(path, place, variants)
+    if kind == "SAE":
+        raise StoreError(f"{path} is one SAE; push its run, {path.parent}, with --variant {path.name}")
     if kind is None:
         raise StoreError(f"{path} is no run, token store or activation store that saemill made{hint(path)}")
     if variants:
@@ -104,16 +108,16 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
         CARD: card.encode(),
     }
     if assessed:
-        written |= {assessment.FILE: as_json(records.content(assessment.checked(assessed)))}
+        written |= {assessments.FILE: as_json(records.content(assessments.checked(assessed)))}
     weights = tuple(f"{name}/{WEIGHTS}" for name in kept)
     return Contents(repo_type="model", folder=path, as_they_are=weights, written=written)
 
 
 def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[str, Any] | None:
-    """The run's assessment, which answers for those of its files that are uploaded; None where there is none."""
-    if not (path / assessment.FILE).is_file():
+    """The run's assessment, if there is one; it answers for those of its files that are uploaded."""
+    if not (path / assessments.FILE).is_file():
         return None
-    told: dict[str, Any] = names.of(assessment.read(path))
+    told: dict[str, Any] = names.of(assessments.read(path))
     uploaded = [entry["path"] for entry in told["files"] if entry["path"] in written]
     contents = {name: written[name] for name in uploaded}
     return told | {
@@ -129,14 +133,14 @@ def _sae(folder: Path, cfg: str, run: Path) -> dict[str, Any]:
     for file in ("cfg.json", WEIGHTS):
         if not (folder / file).is_file():
             raise StoreError(f"{folder / file} is missing; leave the variant out with --variant")
-    runs.check_sae(folder, cfg, run / runs.FINISHED)
+    variants.check(folder, cfg, run / runs.FINISHED)
     check(folder)
     return read_config(folder / "cfg.json")
 
 
 def _tokens(path: Path, place: str) -> Contents:
     store = TokenStore(path)
-    names = Names(store.manifest)
+    names = Names(records.content(store.manifest))
     written = _token_files(store, names) | {CARD: tokens_card(place, store, names).encode()}
     return Contents(repo_type="dataset", folder=path, as_they_are=_token_globs(store), written=written)
 
@@ -146,14 +150,16 @@ def _activations(path: Path, place: str) -> Contents:
     if not store.sites:
         raise StoreError(f"no site of {path} is finished; finish one with `saemill cache`")
     text, kind = store.text, store.text.path.name
-    names = Names(store.settings, text.manifest)
-    group = durable.read_json(path / "zarr.json")
-    named = names.of(group)
-    if named != group:
-        named["attributes"]["saemill"]["fingerprint"] = store.fingerprint
+    names = Names(records.content(store.settings), records.content(text.manifest))
+    settings = names.record(store.settings)
+    if settings != store.settings:
+        settings = settings.model_copy(update={"fingerprint": store.fingerprint})
     files = _token_files(text, names) if isinstance(text, TokenStore) else _passage_files(text, names)
     written = {f"{kind}/{name}": content for name, content in files.items()}
-    written |= {"zarr.json": as_json(named) if named != group else (path / "zarr.json").read_bytes()}
+    written["zarr.json"] = as_json(group_of(settings))
+    for site in store.sites:
+        known = store.record(site).model_copy(update={"settings": settings})
+        written[f"{SITES}/{site}.json"] = as_json(records.content(known))
     per_site = ("zarr.json", "manifest.json", "c/*/0", "commits/*.json")
     globs = [f"{site}/{file}" for site in store.sites for file in per_site]
     of_text = _token_globs(text) if isinstance(text, TokenStore) else ("passages.parquet",)
@@ -165,23 +171,25 @@ def _activations(path: Path, place: str) -> Contents:
 
 
 def _passage_files(store: PassageStore, names: Names) -> dict[str, bytes]:
-    return {"manifest.json": as_json(names.of(store.manifest))}
+    return {"manifest.json": as_json(records.content(names.record(store.manifest)))}
 
 
 def _token_globs(store: TokenStore) -> tuple[str, ...]:
     """All files of a token store but its manifest."""
-    listed = [entry["path"] for entry in store.manifest["files"] if "/c/" not in entry["path"]]
+    listed = [glob.escape(file.path) for file in store.manifest.files if "/c/" not in file.path]
     return (*listed, "tokens/c/*/0", "held_out/c/*/0")
 
 
 def _token_files(store: TokenStore, names: Names) -> dict[str, bytes]:
     """The manifest, and what of the tokenizer names a path, whose hash is then another one."""
-    manifest, written = durable.read_json(store.path / "manifest.json"), {}
-    for entry in manifest["files"]:
-        file = store.path / entry["path"]
-        if entry["path"].startswith("tokenizer/") and file.suffix == ".json":
+    written, files = {}, []
+    for entry in store.manifest.files:
+        file = store.path / entry.path
+        if entry.path.startswith("tokenizer/") and file.suffix == ".json":
             content = names.content(file)
             if content != file.read_bytes():
-                written[entry["path"]] = content
-                entry |= {"bytes": len(content), "xxh3": durable.hash_bytes(content)}
-    return written | {"manifest.json": as_json(names.of(manifest))}
+                written[entry.path] = content
+                entry = File(path=entry.path, bytes=len(content), xxh3=durable.hash_bytes(content))
+        files.append(entry)
+    manifest = names.record(store.manifest).model_copy(update={"files": tuple(files)})
+    return written | {"manifest.json": as_json(records.content(manifest))}

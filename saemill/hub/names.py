@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from saemill.common import durable
+from saemill.common.records import R
 
 ABSOLUTE = re.compile(r"/.|~|file:|[A-Za-z]:[\\/]|\\\\")
 
@@ -36,6 +37,10 @@ class Names:
         if isinstance(value, list):
             return [self.of(item) for item in value]
         return self.in_text(value) if isinstance(value, str) else value
+
+    def record(self, record: R) -> R:
+        """A record with names in place of the paths."""
+        return type(record).model_validate_json(json.dumps(self.of(record.model_dump(mode="json"))))
 
     def in_text(self, text: str) -> str:
         """A text or HTML with names in place of the paths."""

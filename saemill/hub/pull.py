@@ -7,8 +7,7 @@ from typing import Any
 from saemill.common import hub
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
-from saemill.show import describe, kind_of, problems
-from saemill.train import inspect
+from saemill.show import describe, problems
 
 LEFT_BY_THE_HUB = ".cache"
 """Where huggingface_hub notes in a folder what it has downloaded to it."""
@@ -38,7 +37,7 @@ def pull(repo: str, out: Path) -> None:
         place = {"repo_id": uri.id, "revision": uri.revision, "repo_type": _type(repo, uri)}
         _check_kind(repo, place)
         snapshot_download(**place, local_dir=out, ignore_patterns=[".gitattributes"])
-    if found := _problems(out):
+    if found := problems(out):
         raise StoreError("\n".join([*found, f"Remove {out} and pull again."]))
     shutil.rmtree(out / LEFT_BY_THE_HUB)
     say(describe(out))
@@ -71,8 +70,3 @@ def _check_kind(repo: str, place: dict[str, Any]) -> None:
             f"{repo} holds no run and no store, or its upload is not finished; an SAE of another tool is had "
             "by `saemill import`"
         )
-
-
-def _problems(out: Path) -> list[str]:
-    """What is wrong with what was downloaded."""
-    return inspect.problems(out) if kind_of(out) == "run" else problems(out)

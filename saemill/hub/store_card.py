@@ -1,12 +1,12 @@
 """README.md of a store's repository: what is in it, and how it is read."""
 
 from pathlib import PurePath
-from typing import Any
 
 from saemill.common.activations import ActivationStore, SiteArray
 from saemill.common.log import counted
-from saemill.common.passages import PassageStore
-from saemill.common.tokens import TokenStore
+from saemill.common.passages import PassageManifest, PassageStore
+from saemill.common.site_records import StoreSettings
+from saemill.common.tokens import TokenManifest, TokenStore
 from saemill.hub.card import code, front_matter, rows
 from saemill.hub.names import Names
 
@@ -19,13 +19,13 @@ def tokens_card(repo: str, store: TokenStore, names: Names) -> str:
         store: what is uploaded.
         names: what stands for this machine's paths.
     """
-    manifest = names.of(store.manifest)
-    source = manifest["source"]["name"]
+    manifest = names.record(store.manifest)
+    source = manifest.source.name
     parts = [
         _front_matter("tokens"),
         f"# Tokens of {PurePath(source).name}",
         f"{counted(store.n_rows, 'full row')} of {store.ctx_len} token ids, packed by saemill "
-        f"{manifest['versions'].get('saemill', '')}, with the documents they come from.",
+        f"{manifest.versions.get('saemill', '')}, with the documents they come from.",
         rows([["", ""], *_text_lines(store, manifest)]),
         "## Read",
         code("", f"saemill pull datasets/{repo} -o tokens"),
@@ -42,21 +42,24 @@ def tokens_card(repo: str, store: TokenStore, names: Names) -> str:
 
 def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
     """The card of an activation store; arguments as of `tokens_card`."""
-    settings, manifest, text = names.of(store.settings), names.of(store.text.manifest), store.text
-    source, model = manifest["source"]["name"], settings["model"]
-    version = settings["versions"]["saemill"]
+    settings, text = names.record(store.settings), store.text
+    source, model = names.in_text(text.manifest.source.name), settings.model
+    version = settings.versions.get("saemill", "")
     if isinstance(text, TokenStore):
-        title = f"Activations of {PurePath(model).name}"
+        title = f"Activations of {PurePath(str(model)).name}"
         what = (
             f"Activations of `{model}`, cached by saemill {version}, and the tokens that they belong to. A "
             "site is the output of that module of the base model (`AutoModel`)."
         )
-        lines, read = _text_lines(text, manifest), f"store.tokens.rows(0, 16)  # [16, {store.ctx_len}]"
+        lines, read = (
+            _text_lines(text, names.record(text.manifest)),
+            f"store.tokens.rows(0, 16)  # [16, {store.ctx_len}]",
+        )
     else:
         title = f"Embeddings of {PurePath(source).name}"
         by = f"by `{model}`, " if model else ""
         what = f"Embeddings {by}with their texts or ids, stored by saemill {version}."
-        lines, read = _passage_lines(text, manifest), "store.text.texts(0, 16)"
+        lines, read = _passage_lines(text, names.record(text.manifest)), "store.text.texts(0, 16)"
     sites = [store.site(name) for name in store.sites]
     first, n = sites[0], min(store.n_tokens, 1024)
     parts = [
@@ -66,7 +69,7 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
         rows(
             [
                 ["site", "shape", "stored as", "MiB", "mean squared norm"],
-                *(_site_line(site, settings["dtype"]) for site in sites),
+                *(_site_line(site, settings.dtype) for site in sites),
             ]
         ),
         rows(
@@ -107,24 +110,24 @@ def _site_line(site: SiteArray, dtype: str) -> list[str]:
     ]
 
 
-def _model_lines(settings: dict[str, Any]) -> list[list[str]]:
+def _model_lines(settings: StoreSettings) -> list[list[str]]:
     """The model and the type that it computed in, as far as there are."""
-    revision = f" at `{settings['revision']}`" if settings["revision"] else ""
-    lines = [["model", f"`{settings['model']}`{revision}"]] if settings["model"] else []
-    return lines + ([["computed in", settings["model_dtype"]]] if settings["model_dtype"] else [])
+    revision = f" at `{settings.revision}`" if settings.revision else ""
+    lines = [["model", f"`{settings.model}`{revision}"]] if settings.model else []
+    return lines + ([["computed in", settings.model_dtype]] if settings.model_dtype else [])
 
 
-def _passage_lines(store: PassageStore, manifest: dict[str, Any]) -> list[list[str]]:
+def _passage_lines(store: PassageStore, manifest: PassageManifest) -> list[list[str]]:
     return [
-        ["passages", f"{store.n_rows:,}, of `{manifest['source']['name']}`"],
-        ["held out", f"{manifest['n_held_out_rows']:,}, by a hash of their {manifest['hashed']}"],
+        ["passages", f"{store.n_rows:,}, of `{manifest.source.name}`"],
+        ["held out", f"{manifest.n_held_out_rows:,}, by a hash of their {manifest.hashed}"],
     ]
 
 
-def _text_lines(store: TokenStore, manifest: dict[str, Any]) -> list[list[str]]:
+def _text_lines(store: TokenStore, manifest: TokenManifest) -> list[list[str]]:
     return [
-        ["text", f"`{manifest['source']['name']}`, {counted(manifest['n_documents'], 'document')}"],
+        ["text", f"`{manifest.source.name}`, {counted(manifest.n_documents, 'document')}"],
         ["tokens", f"{store.n_tokens:,}: {counted(store.n_rows, 'row')} of {store.ctx_len}"],
-        ["held out", f"{manifest['n_held_out_rows']:,} rows, by a hash of their documents' text"],
-        ["tokenizer", f"`{manifest['tokenizer']['name']}`, {store.tokenizer.vocab_size:,} ids"],
+        ["held out", f"{manifest.n_held_out_rows:,} rows, by a hash of their documents' text"],
+        ["tokenizer", f"`{manifest.tokenizer.name}`, {store.tokenizer.vocab_size:,} ids"],
     ]

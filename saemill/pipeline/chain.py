@@ -35,6 +35,7 @@ from saemill.common.sites import Site, load_model_config
 from saemill.common.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.tokens import TokenStore
 from saemill.common.wandb import process as wandb
+from saemill.common.wandb import record
 from saemill.common.world import World
 from saemill.pipeline.rows import check_rows
 from saemill.pipeline.stages import (
@@ -176,7 +177,7 @@ class Chain:
         if config.out == UNKNOWN:
             store = ActivationStore(config.acts)
             content = [config.identity(), store.fingerprint]
-            config = replace(config, out=self._place("runs", store.settings["model"], content))
+            config = replace(config, out=self._place("runs", str(store.settings.model), content))
         self.configs["train"] = config
         self._write_down(config.out)
         train(config)
@@ -256,9 +257,7 @@ def _owes_wandb(run: Path) -> bool:
     """Whether wandb lacks something of a run that is logged to it."""
     if not (run / wandb.RECORD).exists():
         return False
-    logged = run / wandb.LOGGED
-    ended = durable.read_json(logged)["ended"] if logged.exists() else []
-    return not set(durable.read_json(run / wandb.RECORD)["runs"]) <= set(ended)
+    return not set(record.told(run).runs) <= set(record.logged(run).ended)
 
 
 def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
@@ -282,7 +281,8 @@ def _has_sites(path: Path, content: dict[str, Any], names: list[str]) -> bool:
             store.site(name)
     except StoreError:
         return False
-    if any(store.settings.get(name) != value for name, value in content.items()):
+    settings_there = store.settings.model_dump(mode="json")
+    if any(settings_there.get(name) != value for name, value in content.items()):
         return False
     say(f"{path} has {', '.join(names)} already")
     return True

@@ -63,6 +63,9 @@ class Target:
     expansion_factor: tuple[int, ...] | None = None
     num_latents: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        settings.at_least(self, 1, "layer_stride", "expansion_factor", "num_latents")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -95,6 +98,9 @@ class MatrixConfig:
     """Match the dictionaries of different seeds and sources at the end, by the section compare."""
 
     def __post_init__(self) -> None:
+        settings.at_least(self, 0, "seeds")
+        if not self.seeds:
+            raise ConfigError("matrix.seeds is empty; name one at least")
         for kind in ("targets", "sources"):
             for name in getattr(self, kind):
                 if not re.fullmatch(r"\w+([.-]\w+)*", name):
@@ -140,6 +146,8 @@ def run(file: Path, targets: tuple[str, ...] = (), sources: tuple[str, ...] = ()
         say(f"\n{number} of {len(pairs)}: {pair.name}" + (", done already" if was_done else ""))
         if not was_done and (problem := pair.run(world)):
             failed[pair.name] = problem
+        elif "assess" not in pair.chain.configs:
+            say(f"{pair.name} is trained, but not assessed: it is not in the table")
         else:
             pair.delete(config.delete, world)
     if world.rank == 0:
@@ -276,7 +284,7 @@ class Pair:
                 raise
             say(f"{self.name} failed: {error}")
             return str(error)
-        if world.rank == 0:
+        if world.rank == 0 and "assess" in self.chain.configs:
             durable.write_json(self.record, {"format": FORMAT, "content": self.content})
         return None
 

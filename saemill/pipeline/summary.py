@@ -9,13 +9,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from saemill.assess import record as assess_record
+from saemill.common import assessments, durable
 from saemill.common import config as settings
-from saemill.common import durable
-from saemill.common.log import say
+from saemill.common.log import console, say
 from saemill.compare.run import CompareConfig
 from saemill.compare.run import run as compare
 
@@ -87,7 +85,7 @@ def _cells(assessed: Mapping[str, Path | None]) -> dict[Cell, list[dict[str, Any
         if folder is None:
             continue
         target, source = name.split("--")
-        entries = assess_record.read(folder)["variants"]
+        entries = assessments.read(folder)["variants"]
         for entry in sorted(entries, key=lambda entry: str(entry["name"])):
             if entry["not_measured"] is None:
                 kind = re.sub(r"-s\d+(?=-lr|$)", "", entry["name"])
@@ -165,9 +163,9 @@ def _text(found: dict[str, Any]) -> str:
             shares = ("–" if share is None else f"{share:.1%}" for share in entry["shared"].values())
             alike.add_row(entry["target"], entry["kind"], *shares, f"{entry['folder']}/report.html")
         tables.append(alike)
-    console = Console(width=150, no_color=True, record=True, file=io.StringIO())
-    console.print(*tables, sep="\n")
-    return "\n".join([console.export_text().rstrip(), *_reasons(found)])
+    terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
+    terminal.print(*tables, sep="\n")
+    return "\n".join([terminal.export_text().rstrip(), *_reasons(found)])
 
 
 def _reasons(found: dict[str, Any]) -> list[str]:

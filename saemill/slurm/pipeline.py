@@ -8,7 +8,9 @@ from typing import Any
 from saemill.common import config as settings
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
-from saemill.pipeline.stages import CONFIGS, absolute, check_input, join, stages_of
+from saemill.common.tokens import TokenStore
+from saemill.pipeline.rows import check_rows
+from saemill.pipeline.stages import CONFIGS, absolute, check_amounts, check_input, join, stages_of
 from saemill.slurm.settings import SlurmConfig
 
 
@@ -50,12 +52,15 @@ class Pipeline:
         return Path(next(reversed(self.stages.values())).out)
 
     def check_input(self) -> None:
-        """Refuse a first stage whose input is not there.
+        """Refuse a first stage whose input is not there, or has too few rows to train on.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: it is not, or has.
         """
-        check_input(*next(iter(self.stages.items())))
+        first, config = next(iter(self.stages.items()))
+        check_input(first, config)
+        if first == "cache" and "train" in self.stages:
+            check_rows(TokenStore(config.tokens), self.stages, batch_given=True)
 
     def plain(self) -> dict[str, Any]:
         """All settings, defaults included, as `--config` reads them; their folders as seen from anywhere."""
@@ -77,6 +82,14 @@ def _check_jobs(file: Path, present: list[str], slurm: dict[str, Any]) -> None:
 
 
 def _check_stages(file: Path, stages: dict[str, Any]) -> None:
-    """Refuse a training that would start anew whenever its job is requeued."""
+    """Refuse a training that would start anew whenever its job is requeued, and jobs that are bound to fail:
+    for a batch that was meant in sequences, or without anything to assess on."""
+    check_amounts(stages)
+    holds_out = "tokenize" not in stages or stages["tokenize"].held_out_fraction > 0
+    if "assess" in stages and stages["assess"].tokens is None and not holds_out:
+        raise ConfigError(
+            f"{file}: nothing is held out to assess on; raise tokenize.held_out_fraction, name other text "
+            "with assess.tokens, or leave out the section assess"
+        )
     if "train" in stages and not stages["train"].resume:
         raise ConfigError(f"{file}: train.resume false would start anew at every requeue; leave it out")

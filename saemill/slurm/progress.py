@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-from saemill.assess import record
 from saemill.assess.run import AssessConfig
+from saemill.common import assessments, runs
 from saemill.common import config as settings
-from saemill.common import runs
-from saemill.common.activations import TEXT_FOLDERS, ActivationStore
+from saemill.common.activations import ActivationStore
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
 from saemill.common.tokens import TokenStore
@@ -62,14 +61,8 @@ def _cached(out: Path) -> list[str]:
         store = ActivationStore(out)
     except StoreError:
         return [f"nothing in {out}"]
-    lines = []
-    for folder in sorted(
-        file.parent for file in out.glob("*/zarr.json") if file.parent.name not in TEXT_FOLDERS
-    ):
-        n_done = len(list(folder.glob("commits/*.json")))
-        if (folder / "manifest.json").exists():
-            n_done = store.n_shards
-        lines.append(f"{folder.name}: {n_done:,} of {store.n_shards:,} shards")
+    n_done = dict.fromkeys(store.sites, store.n_shards) | store.unfinished
+    lines = [f"{name}: {n_done[name]:,} of {store.n_shards:,} shards" for name in sorted(n_done)]
     return lines or [f"no site in {out}"]
 
 
@@ -106,7 +99,7 @@ def _n_steps(config: TrainConfig) -> int | None:
 def _assessed(config: AssessConfig) -> str:
     other = config.run if config.tokens is None else config.run / f"on-{config.tokens.name}"
     folder = config.out or other
-    if not (folder / record.FILE).exists():
+    if not (folder / assessments.FILE).exists():
         return "not assessed"
-    best = record.read(folder)["best_variant"]
+    best = assessments.read(folder)["best_variant"]
     return f"assessed, best {best}"

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from saemill.common.config import STAGES
+from saemill.common.config import STAGES, shown
 from saemill.common.errors import ConfigError
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?")
@@ -87,7 +87,9 @@ class JobConfig:
         if self.time is not None and seconds(self.time) == 0:
             raise ConfigError(f"time must be longer than nothing, got {self.time}")
         if self.memory is not None and not MEMORY.fullmatch(self.memory):
-            raise ConfigError(f"memory must be a number with K, M, G or T, such as 64G; got {self.memory!r}")
+            raise ConfigError(
+                f"memory must be a number with K, M, G or T, such as 64G; got {shown(self.memory)}"
+            )
         for option in self.options or ():
             _check_option(option)
 
@@ -132,7 +134,7 @@ def seconds(time: str) -> int:
     """
     found = TIME.fullmatch(time)
     if not found or time.isdigit():
-        raise ConfigError(f"time must be as '4:00:00' or '2-00:00:00', in quotes; got {time!r}")
+        raise ConfigError(f"time must be as '4:00:00' or '2-00:00:00', in quotes; got {shown(time)}")
     days, *rest = found.groups()
     parts = [int(part) for part in rest if part is not None]
     if days is None and len(parts) == 2:
@@ -146,7 +148,7 @@ def _check_option(option: str) -> None:
     name = option.split("=")[0].split()[0] if option.strip() else ""
     if not name.startswith("-"):
         raise ConfigError(
-            f"options must be sbatch's, such as [--exclusive, --mem-bind=local]; got {option!r}"
+            f"options must be sbatch's, such as [--exclusive, --mem-bind=local]; got {shown(option)}"
         )
     if decided := SET_HERE.get(name.lstrip("-")):
         raise ConfigError(f"the option {name} follows from {decided}; take it out of options")

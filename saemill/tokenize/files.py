@@ -36,6 +36,7 @@ COMPRESSED: dict[str, tuple[str, bytes]] = {
 }
 """By suffix: the compression's name and what its files begin with."""
 BROKEN = (EOFError, OSError, lzma.LZMAError, zstandard.ZstdError)
+CUT_OFF = "its compressed data ends too early; get it anew"
 READ_BYTES = 1 << 20
 
 
@@ -96,7 +97,7 @@ def _fault_of_zstandard(file: Path) -> str | None:
                     piece, frame = frame.unused_data, None
         except zstandard.ZstdError as error:
             return _fault_of_name(file) or f"its compressed data is damaged ({error}); get it anew"
-    return "its compressed data ends too early; get the file anew" if frame is not None else None
+    return CUT_OFF if frame is not None else None
 
 
 def fault_of(file: Path) -> str | None:
@@ -114,6 +115,8 @@ def fault_of(file: Path) -> str | None:
             return fault
         else:
             return _fault_of_text(file, kind)
+    except EOFError:
+        return CUT_OFF
     except (pa.ArrowException, *BROKEN) as error:
         return f"it is damaged ({error}); get it anew"
     return None
@@ -168,8 +171,6 @@ def _fault_of_text(file: Path, kind: str) -> str | None:
             return f"line {number} is not UTF-8 (byte 0x{byte:02x}); convert the file to UTF-8"
         except (json.JSONDecodeError, RecursionError) as error:
             return f"line {number} is no JSON ({error}); repair or remove the line"
-        except EOFError:
-            return f"its compressed data ends too early, after line {number}; get the file anew"
     return "it holds no text" if number == 0 else None
 
 
@@ -191,7 +192,7 @@ def csv_columns(path: Path, kind: str) -> list[str]:
         header = next(rows, [])
         first = next(rows, header)
     if not header:
-        raise DataError(f"cannot read {file}: it has no header")
+        raise DataError(f"cannot read {file}: {fault_of(file) or 'it has no header; write one'}")
     names = [name or f"Unnamed: {place}" for place, name in enumerate(header)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DataError(f"cannot read {file}: its header names {twice!r} twice; rename one")

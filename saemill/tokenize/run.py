@@ -36,8 +36,6 @@ CONTENT = {
     "manifest.json",
 }
 """The names in a token store's folder."""
-FOREIGN = (ValueError, LookupError, TypeError)
-"""What a damaged store may raise where a file's content is not checked yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +77,7 @@ class TokenizeConfig:
                 raise ConfigError(f"{name} must be 1 or more, got {value}")
         if not 0 <= self.held_out_fraction < 1:
             raise ConfigError(f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}")
+        settings.at_least(self, 0, "shuffle_seed")
         least = self.ctx_len or 1
         if self.max_tokens is not None and self.max_tokens < least:
             raise ConfigError(f"max_tokens must be at least one row of {least}, got {self.max_tokens}")
@@ -290,13 +289,14 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
     bad: list[str] = []
     try:
         store = TokenStore(config.out)
-    except (StoreError, *FOREIGN) as error:
-        bad = str(error).removesuffix(REPAIR).splitlines()
+    except StoreError as error:
+        there = (config.out / "manifest.json").is_file()
+        bad = str(error).removesuffix(REPAIR).splitlines() if there else ["manifest.json: file is missing"]
     else:
         identity = config.identity()
         if config.ctx_len == store.ctx_len:  # as it may have been found in the rows
             identity.pop("ctx_len")
-        settings.check_same(store.manifest["settings"], identity, config.out)
+        settings.check_same(store.manifest.settings.model_dump(mode="json"), identity, config.out)
         _check_source(config, store)
         bad = store.problems(hashes=True)
     if bad and tell:
@@ -328,7 +328,7 @@ def _check_ours(out: Path) -> None:
 def _check_source(config: TokenizeConfig, store: TokenStore) -> None:
     """Refuse a finished store whose local source has changed since; a hub's is fixed by its revision."""
     source = Path(config.dataset)
-    if source.exists() and fingerprint_local(source) != store.manifest["source"]["fingerprint"]:
+    if source.exists() and fingerprint_local(source) != store.manifest.source.fingerprint:
         raise ConfigError(
             f"{source} has changed since {config.out} was made of it; choose another output folder, or "
             "remove that one"
@@ -336,12 +336,12 @@ def _check_source(config: TokenizeConfig, store: TokenStore) -> None:
 
 
 def _summary(store: TokenStore) -> str:
-    n_empty = store.manifest["n_empty_documents"]
-    empty = f" ({n_empty:,} more are empty)" if n_empty else ""
+    manifest = store.manifest
+    empty = f" ({manifest.n_empty_documents:,} more are empty)" if manifest.n_empty_documents else ""
     return (
         f"{store.path}: {store.n_tokens:,} tokens in {counted(store.n_rows, 'row')} of {store.ctx_len} from "
-        f"{counted(store.manifest['n_documents'], 'document')}{empty}; "
-        f"{counted(store.manifest['n_held_out_rows'], 'row')} held out"
+        f"{counted(manifest.n_documents, 'document')}{empty}; "
+        f"{counted(manifest.n_held_out_rows, 'row')} held out"
     )
 
 

@@ -131,6 +131,11 @@ def _told(name: str, error: Exception) -> SaemillError:
         return _told(name, error.__cause__)
     if isinstance(error, OSError) and (disk := durable.explained(error)):
         return DiskError(disk)
+    if "Dataset scripts are no longer supported" in str(error) or "trust_remote_code" in str(error):
+        return ConfigError(
+            f"cannot open {name}: it is a program of its own, which saemill does not run; save it as parquet "
+            "or jsonl where you trust it, and name those files"
+        )
     for file in data_files(Path(name)) if Path(name).exists() else []:
         if fault := fault_of(file):
             return DataError(f"cannot read {file}: {fault}")
@@ -241,18 +246,8 @@ def _load(shown: str, *arguments: Any, **options: Any) -> Any:
     except Exception as error:
         told = _told(shown, error)
         if isinstance(error, OSError | ValueError) and str(told).startswith(f"cannot read {shown}: {error}"):
-            raise ConfigError(f"cannot open {shown}: {_without_code(error)}") from error
+            raise ConfigError(f"cannot open {shown}: {error}") from error
         raise told from error
-
-
-def _without_code(error: Exception) -> str:
-    """What the library says; of a repository that is a program, that it is none that can be read."""
-    if "Dataset scripts are no longer supported" in str(error) or "trust_remote_code" in str(error):
-        return (
-            "it is a program of its own, which saemill does not run; save it as parquet or jsonl where you "
-            "trust it, and name those files"
-        )
-    return str(error)
 
 
 def _open_local(path: Path, subset: str | None, split: str, streaming: bool) -> Any:

@@ -158,8 +158,8 @@ def problems(folder: Path, record: Checkpoint) -> Iterator[str]:
     """Each bad file of a checkpoint."""
     for part in record.parts:
         file = File(path=str(part.path), bytes=part.bytes, xxh3=part.xxh3)
-        if told := file.problem(folder / record.folder):
-            yield f"{told}. {ANEW}"
+        for line in records.problems(folder / record.folder, [file]):
+            yield f"{line}. {ANEW}"
 
 
 def _load_variant(there: Path, record: Checkpoint, bank: Bank, i: int) -> None:

@@ -133,6 +133,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {value}")
+        settings.at_least(self, 1, "k", "expansion_factor", "num_latents", "k_aux")
+        settings.at_least(self, 0, "seeds", "shuffle_seed", "weight_decay", "auxk_alpha")
         if not 0 <= self.decay_fraction <= 1:
             raise ConfigError(f"lr_decay_fraction must be in [0, 1], got {self.lr_decay_fraction}")
         no_wandb = not self.log_to_wandb
@@ -213,8 +215,10 @@ def check_batch(batch_size: int, ctx_len: int) -> None:
     Raises:
         ConfigError: it was.
     """
-    if batch_size <= min(ctx_len, MOST_SEQUENCES) and ctx_len > 1:
+    most = min(ctx_len, MOST_SEQUENCES)
+    if batch_size <= most and ctx_len > 1:
         raise ConfigError(
             f"batch_size counts tokens, and {batch_size} are no more than one row of {ctx_len}; for "
-            f"{batch_size} rows, as sparsify counts, say {batch_size * ctx_len}"
+            f"{batch_size} rows, as sparsify counts, say {batch_size * ctx_len}; if tokens are meant, take "
+            f"more than {most}"
         )

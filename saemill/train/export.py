@@ -83,10 +83,10 @@ def save_banks(out: Path, trainer: Trainer, store: ActivationStore, names: set[s
             provenance = {
                 "variant": describe(variant),
                 "site": variant.site,
-                "model": store.settings["model"],
-                "revision": store.settings["revision"],
+                "model": store.settings.model,
+                "revision": store.settings.revision,
                 **store.text.provenance(mask),
-                "model_fingerprint": store.settings["model_fingerprint"],
+                "model_fingerprint": store.settings.model_fingerprint,
                 "acts_fingerprint": store.fingerprint,
                 "tokens_trained": trainer.step * trainer.loader.batch_tokens,
                 "input_scale": bank.frame.scale,

@@ -83,7 +83,7 @@ class Folder:
         """Make the folder this run's own until `held` is closed.
 
         Raises:
-            StoreError: another process is training in it, or a record in it is damaged.
+            StoreError: another process is training in it, or what was written before is damaged.
             ConfigError: another run was begun in it meanwhile.
         """
         held.enter_context(durable.exclusive(self.path))
@@ -92,6 +92,8 @@ class Folder:
             self._clear()
         self._write()
         checkpoint.tidy(self.path)
+        if found := inspect.stopped_problems(self.path):
+            raise StoreError("; ".join(found))
 
     def _check(self) -> None:
         """Refuse a folder that is not this run's, or not empty."""

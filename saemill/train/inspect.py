@@ -5,27 +5,25 @@ from pathlib import Path
 
 from saemill.common import durable, records, runs
 from saemill.common.errors import StoreError
-from saemill.common.formats import sparsify
+from saemill.common.formats import sparsify, variants
 from saemill.common.records import File
 from saemill.common.runs import ANEW, CHECKPOINT, CHECKPOINTS, CONFIG, FINISHED, HALVING, METRICS
 from saemill.train import checkpoint
 
-ASSESSMENT = "final_assessment.json"
 SAME = "The same `saemill train` writes it again."
 
 
 def problems(run: Path) -> list[str]:
     """Each bad file of a run, finished or not, with what repairs it.
 
-    Files of other tools (wandb's, TensorBoard's, a profile) are not looked at, nor are the report and the
-    tables beside it.
+    Files of other tools (wandb's, TensorBoard's, a profile) are not looked at, nor is the assessment, which
+    answers for itself.
 
     Args:
         run: its folder.
     """
     found = settings_problems(run)
     found += _finished(run) if runs.is_finished(run) else _unfinished(run)
-    found += _assessment(run / ASSESSMENT)
     return list(dict.fromkeys(found))
 
 
@@ -49,7 +47,7 @@ def _finished(run: Path) -> list[str]:
         record = runs.finished(run)
     except StoreError as error:
         return [str(error)]
-    found = [f"{told}. {ANEW}" for file in record.files if (told := file.problem(run))]
+    found = [f"{line}. {ANEW}" for line in records.problems(run, record.files)]
     for name, cfg in record.cfgs.items():
         found += _sae(run / name, cfg, run / FINISHED)
     return found
@@ -57,13 +55,7 @@ def _finished(run: Path) -> list[str]:
 
 def _unfinished(run: Path) -> list[str]:
     """Of a run that goes on: its checkpoint, the log up to it, and the SAEs that were stopped early."""
-    found = []
-    try:
-        for look in runs.looks(run):
-            for name, lost in look.stopped.items():
-                found += _sae(run / name, lost.cfg, run / HALVING)
-    except StoreError as error:
-        found.append(str(error))
+    found = stopped_problems(run)
     try:
         record = checkpoint.read(run)
     except StoreError as error:
@@ -75,9 +67,21 @@ def _unfinished(run: Path) -> list[str]:
     return found
 
 
+def stopped_problems(run: Path) -> list[str]:
+    """What is wrong with halving's record, and with the SAEs that it answers for."""
+    found = []
+    try:
+        for look in runs.looks(run):
+            for name, lost in look.stopped.items():
+                found += _sae(run / name, lost.cfg, run / HALVING)
+    except StoreError as error:
+        found.append(str(error))
+    return found
+
+
 def _sae(folder: Path, cfg: str, record: Path) -> list[str]:
     """What is wrong with an SAE's two files, or that the record tells of another SAE."""
-    return _told(partial(runs.check_sae, folder, cfg, record)) or _told(partial(sparsify.check, folder))
+    return _told(partial(variants.check, folder, cfg, record)) or _told(partial(sparsify.check, folder))
 
 
 def _log(path: Path, kept: File) -> list[str]:
@@ -92,21 +96,6 @@ def _log(path: Path, kept: File) -> list[str]:
         f"{path} is damaged: its lines up to the checkpoint differ from their hash. Move it away; the same "
         "`saemill train` goes on without it."
     ]
-
-
-def _assessment(path: Path) -> list[str]:
-    """What an assessment says of itself."""
-    repair = "`saemill assess` writes it again."
-    try:
-        found = durable.read_json(path, repair) if path.exists() else {}
-    except StoreError as error:
-        return [str(error)]
-    if not isinstance(found, dict):
-        return [f"{path} is damaged: it holds no fields. {repair}"]
-    fields = {key: value for key, value in found.items() if key != records.CHECKSUM}
-    if records.CHECKSUM in found and found[records.CHECKSUM] != durable.hash_json(fields):
-        return [f"{path} is damaged: its content differs from its checksum. {repair}"]
-    return []
 
 
 def _told(check: partial[None]) -> list[str]:

@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saemill.common.activations import BLOCK_TOKENS, ActivationStore
+from saemill.common.activations import ActivationStore
 from saemill.common.errors import StoreError
 from saemill.common.mask import MaskConfig
 from saemill.common.permutation import permutation
 from saemill.common.shards import as_tensor
+from saemill.common.site_records import BLOCK_TOKENS
 
 BLOCK_ORDER, ROW_ORDER = 1, 2
 READERS = 4

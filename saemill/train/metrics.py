@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import xxhash
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from saemill.common import durable
 from saemill.common.errors import StoreError
-from saemill.common.log import LINE_SECONDS, duration, say
+from saemill.common.log import LINE_SECONDS, console, duration, printable, say
 from saemill.common.records import File
 
 Record = dict[str, Any]
@@ -98,7 +97,7 @@ class ConsoleSink:
         self.n_steps, self.max_tokens = n_steps, max_tokens
         self.live = None
         if sys.stderr.isatty():
-            self.live = Live(console=Console(stderr=True), auto_refresh=False)
+            self.live = Live(console=console(stderr=True), auto_refresh=False)
             self.live.start()
         self.shown = 0.0
 
@@ -119,7 +118,7 @@ class ConsoleSink:
 
     def _rows(self, record: Record) -> list[list[str]]:
         return [
-            [name, *("–" if m[key] is None else f"{m[key]:.4g}" for key in COLUMNS)]
+            [printable(name), *("–" if m[key] is None else f"{m[key]:.4g}" for key in COLUMNS)]
             for name, m in record["variants"].items()
         ]
 

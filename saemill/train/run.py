@@ -37,6 +37,8 @@ from saemill.train.wandb import follow
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
+MOST_SCALE = 1e37
+"""Of the factor between activations and training units, and of its inverse."""
 FEW_STEPS = 100
 """Below it the plan says that more may help."""
 SAMPLE_TOKENS = 8192
@@ -70,6 +72,7 @@ def run(config: TrainConfig) -> list[Path]:
         schedule = _schedule(config, loader.epoch_tokens)
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps)
+        _check_mse(config, store, variants)
         _spread(config, store, variants, everyone, device)
         folder = Folder(config, store.fingerprint)
         metric = config.halving_metric or "fvu"
@@ -275,7 +278,23 @@ def _frame(store: ActivationStore, site: str, mask: MaskConfig, device: torch.de
     if not statistics.total_variance > 0:
         raise StoreError(f"the activations at {site} are all alike: nothing to train on")
     scale = (len(statistics.mean_D) / statistics.total_variance) ** 0.5
+    if not 1 / MOST_SCALE < scale < MOST_SCALE:
+        raise StoreError(
+            f"the activations at {site} are about {1 / scale:.0e} from their mean in each dimension, where "
+            f"float32 computes with none; multiply them by {scale:.0e} before they are stored"
+        )
     return Frame(statistics.mean_D.float().to(device), scale)
+
+
+def _check_mse(config: TrainConfig, store: ActivationStore, variants: list[Variant]) -> None:
+    """Refuse a loss in units of which float32 does not hold the squares."""
+    for site in {variant.site for variant in variants if variant.loss == "mse"}:
+        variance = store.site(site).statistics_under(config.mask or store.mask).total_variance
+        if not MOST_SCALE**-0.75 < variance < MOST_SCALE**0.75:
+            raise ConfigError(
+                f"loss mse is in the units of the activations at {site}, whose variance is {variance:.0e}: "
+                "its gradient is beyond float32; use loss fvu"
+            )
 
 
 def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -332,7 +351,7 @@ def _print_plan(config: TrainConfig, trainer: Trainer, spread: Spread, store: Ac
         f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {spread.describe()}; products in "
         f"{str(bank.dtype).removeprefix('torch.')} by {bank.kernels}; {n_steps:,} steps, {n_tokens:,} "
         f"{unit}s ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
-        f"{bank.dead_after_tokens:,} {unit}s; {store.text.manifest['n_held_out_rows']:,} {store.text.row}s "
+        f"{bank.dead_after_tokens:,} {unit}s; {store.text.manifest.n_held_out_rows:,} {store.text.row}s "
         "held out"
     )
     for array in map(store.site, trainer.loader.sites):

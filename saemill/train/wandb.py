@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from saemill.common.activations import ActivationStore
+from saemill.common.config import plain
 from saemill.common.tokens import TokenStore
 from saemill.common.wandb.process import Wandb, write_record
 from saemill.train.config import TrainConfig
@@ -45,7 +46,7 @@ def _shared(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
     settings = {key: value for key, value in config.identity().items() if key not in OF_VARIANTS}
     schedule, bank = trainer.schedule, trainer.banks[0]
     return settings | {
-        "mask": settings["mask"] or trainer.loader.store.settings["mask"],
+        "mask": settings["mask"] or plain(trainer.loader.store.mask),
         "n_steps": schedule.n_steps,
         "n_tokens": schedule.n_steps * config.step_tokens,
         "step_tokens": config.step_tokens,
@@ -63,20 +64,20 @@ def _store(store: ActivationStore) -> dict[str, Any]:
     """What was trained on."""
     told = store.settings
     return {
-        "model": told["model"],
-        "model_revision": told["revision"],
-        "dataset": store.text.manifest["source"]["name"],
+        "model": told.model,
+        "model_revision": told.revision,
+        "dataset": store.text.manifest.source.name,
         "tokenizer": store.tokens.tokenizer.name if isinstance(store.text, TokenStore) else None,
         "ctx_len": store.ctx_len,
         "store": {
             "path": str(store.path.absolute()),
-            "dtype": told["dtype"],
-            "model_dtype": told["model_dtype"],
+            "dtype": told.dtype,
+            "model_dtype": told.model_dtype,
             "n_tokens": store.n_tokens,
-            "n_held_out_rows": store.text.manifest["n_held_out_rows"],
+            "n_held_out_rows": store.text.manifest.n_held_out_rows,
             "fingerprint": store.fingerprint,
             "tokens_fingerprint": store.text.fingerprint,
-            "model_fingerprint": told["model_fingerprint"],
+            "model_fingerprint": told.model_fingerprint,
         },
     }
 

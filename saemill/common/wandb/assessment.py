@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from saemill.assess import record
-from saemill.common import durable
+from saemill.common import assessments, records
+from saemill.common.errors import StoreError
 from saemill.common.wandb.follow import catch_up, state
 from saemill.common.wandb.process import RECORD, new_id
+from saemill.common.wandb.record import Assessed, Told
 from saemill.common.wandb.runs import Runs, log_artifact, start, values
 
 N_BINS = 64
@@ -27,11 +28,14 @@ def log_assessment(folder: Path, out: Path) -> None:
         out: where its assessment was written.
     """
     prefix = "assess" if out == folder else out.name
-    assessment = record.read(out)
+    assessment = assessments.read(out)
+    if bad := assessments.problems(out):
+        raise StoreError("\n".join([*bad, assessments.REPAIR]))
     runs = Runs(folder)
-    known = runs.told["assessments"]
-    known[prefix] = {"id": known[prefix]["id"] if prefix in known else new_id(), "folder": str(out)}
-    durable.write_json(folder / RECORD, runs.told)
+    known = dict(runs.told.assessments)
+    known[prefix] = Assessed(id=known[prefix].id if prefix in known else new_id(), folder=str(out))
+    runs.told = runs.told.model_copy(update={"assessments": known})
+    records.write(folder / RECORD, runs.told)
     catch_up(folder, runs)
     densities = _densities(out / "latents.parquet")
     summaries = _summaries(folder, known)
@@ -48,7 +52,7 @@ def log_assessment(folder: Path, out: Path) -> None:
     _log_table(folder, out, prefix, assessment, runs.told)
 
 
-def _summaries(folder: Path, known: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
+def _summaries(folder: Path, known: dict[str, Assessed]) -> dict[str, dict[str, Any]]:
     """Each variant's whole summary: how training ended, and all that was assessed.
 
     Where a run is offline, `wandb sync` leaves of its summary what the last process wrote.
@@ -61,8 +65,8 @@ def _summaries(folder: Path, known: dict[str, dict[str, str]]) -> dict[str, dict
     for name, summary in found.items():
         summary |= state(folder, name)
     for prefix, entry in known.items():
-        folder_of = Path(entry["folder"])
-        variants = record.read(folder_of)["variants"] if (folder_of / record.FILE).exists() else []
+        folder_of = Path(entry.folder)
+        variants = assessments.read(folder_of)["variants"] if (folder_of / assessments.FILE).exists() else []
         for place, variant in enumerate(variants):
             for key, value in _summary(variant, place + 1).items():
                 found[variant["name"]][f"{prefix}/{key}"] = value
@@ -100,22 +104,18 @@ def _histogram(density: NDArray[np.float64], n_tokens: int) -> Any:
     return wandb.Histogram(np_histogram=np.histogram(np.log10(np.maximum(density, least)), edges))
 
 
-def _log_table(
-    folder: Path, out: Path, prefix: str, assessment: dict[str, Any], told: dict[str, Any]
-) -> None:
+def _log_table(folder: Path, out: Path, prefix: str, assessment: dict[str, Any], told: Told) -> None:
     """A run of the group for the assessment as a whole: the table of variants, and the page."""
     import wandb
 
     name = "assessment" if prefix == "assess" else f"assessment {prefix}"
     config = {key: assessment[key] for key in ("data", "thresholds", "versions")}
-    run = start(folder, told, name, told["assessments"][prefix]["id"], "assess", config, quiet=True)
+    run = start(folder, told, name, told.assessments[prefix].id, "assess", config, quiet=True)
     run.summary["best_variant"] = assessment["best_variant"]
     page = wandb.Html(str(out / "report.html"), inject=False)
     run.log({f"{prefix}/variants": _table(assessment), f"{prefix}/report": page})
-    if told["artifacts"]:
-        log_artifact(
-            run, f"{told['group']}-{told['prefix']}{name}", "assessment", [out / file for file in FILES]
-        )
+    if told.artifacts:
+        log_artifact(run, f"{told.group}-{told.prefix}{name}", "assessment", [out / file for file in FILES])
     run.finish()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from saemill.common import durable
+from saemill.common.runs import looks
 from saemill.common.wandb.runs import Runs
 
 POLL_SECONDS = 0.5
@@ -32,7 +33,7 @@ def follow(folder: Path, end: End) -> None:
 
 def catch_up(folder: Path, runs: Runs) -> None:
     """Log what wandb did not take while the run was trained, if there is such."""
-    missing = [name for name in runs.told["runs"] if name not in runs.ended]
+    missing = [name for name in runs.told.runs if name not in runs.ended]
     if missing:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         log_due(folder, runs, map(json.loads, lines))
@@ -48,7 +49,7 @@ def log_due(folder: Path, runs: Runs, found: Iterable[Record]) -> None:
             runs.log(last)
             for name in stopped:
                 end_variant(folder, runs, name, "finished")
-        if record["step"] % runs.told["log_frequency"] == 0:
+        if record["step"] % runs.told.log_frequency == 0:
             runs.log(record)
         last = record
     if last["variants"]:
@@ -93,10 +94,8 @@ def state(folder: Path, name: str) -> dict[str, Any]:
 
 def _stopped(folder: Path) -> dict[str, dict[str, Any]]:
     """What halving says of the variants that it stopped."""
-    path = folder / "halving.json"
-    looks = durable.read_json(path) if path.exists() else []
     return {
-        name: {"stopped_at_step": look["step"], "stopped_value": values["value"], "best_then": values["best"]}
-        for look in looks
-        for name, values in look["stopped"].items()
+        name: {"stopped_at_step": look.step, "stopped_value": lost.value, "best_then": lost.best}
+        for look in looks(folder)
+        for name, lost in look.stopped.items()
     }

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from saemill.common import durable
+from saemill.common import records
 from saemill.common.errors import ConfigError, Interrupted
 from saemill.common.log import say
+from saemill.common.wandb import record
+from saemill.common.wandb.record import Entry, Told
 
-RECORD = "wandb.json"
-LOGGED = "wandb-logged.json"
+RECORD, LOGGED = record.TOLD, record.LOGGED
 LOG = "saemill.log"
 """What the process prints, in wandb's folder."""
 END_SECONDS = 60.0
@@ -64,11 +65,14 @@ def write_record(folder: Path, settings: Mapping[str, Any], configs: Mapping[str
             artifacts.
         configs: variant name → its config.
     """
-    path = folder / RECORD
-    known = durable.read_json(path) if path.exists() else {"runs": {}, "assessments": {}}
-    ids = {name: run["id"] for name, run in known["runs"].items()}
-    runs = {name: {"id": ids.get(name) or new_id(), "config": config} for name, config in configs.items()}
-    durable.write_json(path, {**settings, "runs": runs, "assessments": known["assessments"]})
+    known = record.told(folder) if (folder / RECORD).exists() else None
+    ids = {name: entry.id for name, entry in known.runs.items()} if known else {}
+    entries = {
+        name: Entry(id=ids.get(name) or new_id(), config=record.plain(config))
+        for name, config in configs.items()
+    }
+    assessments = known.assessments if known else {}
+    records.write(folder / RECORD, Told(**settings, runs=entries, assessments=assessments))
 
 
 def new_id() -> str:

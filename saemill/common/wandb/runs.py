@@ -1,13 +1,12 @@
 """One wandb run per variant, in a group; the step of all is the number of training tokens."""
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from saemill.common import durable
-from saemill.common.wandb.process import LOGGED, RECORD
+from saemill.common.wandb import record
+from saemill.common.wandb.record import Logged, Told
 
 EXIT_CODES = {"finished": 0, "interrupted": 75}
 UNSAFE = re.compile(r"[^\w.-]+")
@@ -23,21 +22,20 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.told: dict[str, Any] = durable.read_json(folder / RECORD)
+        self.told = record.told(folder)
         self.open: dict[str, Any] = {}
-        path = folder / LOGGED
-        logged: dict[str, Any] = durable.read_json(path) if path.exists() else {"tokens": -1, "ended": []}
-        self.logged_tokens: int = logged["tokens"]
+        logged = record.logged(folder)
+        self.logged_tokens = logged.tokens
         """Those of the last line that went to wandb, here or in an earlier process."""
-        self.ended: list[str] = logged["ended"]
+        self.ended = list(logged.ended)
         """Variants whose runs have all that training tells."""
         self._next_tokens: dict[str, int] = {}
 
     def run(self, name: str) -> Any:
         """A variant's run, begun or gone on with."""
         if name not in self.open:
-            entry = self.told["runs"][name]
-            run = start(self.folder, self.told, name, entry["id"], "train", entry["config"], bool(self.open))
+            entry = self.told.runs[name]
+            run = start(self.folder, self.told, name, entry.id, "train", entry.config, bool(self.open))
             run.define_metric("tokens")
             run.define_metric("*", step_metric="tokens")
             self.open[name] = run
@@ -45,24 +43,21 @@ class Runs:
             self._next_tokens[name] = self.logged_tokens + 1 if run.offline else run.starting_step
         return self.open[name]
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, line: dict[str, Any]) -> None:
         """Log a line of metrics.jsonl to the variants in it, but for what their runs have already."""
-        for name in record["variants"]:
+        for name in line["variants"]:
             if name in self.ended:
                 continue
             run = self.run(name)
-            if record["tokens"] >= self._next_tokens[name]:
-                run.log(values(record, name), step=record["tokens"])
-                self._next_tokens[name] = record["tokens"] + 1
-        self.logged_tokens = max(self.logged_tokens, record["tokens"])
+            if line["tokens"] >= self._next_tokens[name]:
+                run.log(values(line, name), step=line["tokens"])
+                self._next_tokens[name] = line["tokens"] + 1
+        self.logged_tokens = max(self.logged_tokens, line["tokens"])
         self._note()
 
     def _note(self) -> None:
-        """Say how far it came: whole or absent for any reader, but not flushed to disk each time."""
-        path = self.folder / LOGGED
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps({"tokens": self.logged_tokens, "ended": self.ended}) + "\n")
-        partial.replace(path)
+        """Say how far it came."""
+        record.note(self.folder, Logged(tokens=self.logged_tokens, ended=tuple(self.ended)))
 
     def end(self, name: str, word: str, is_last: bool, **summary: Any) -> None:
         """End a variant's run.
@@ -77,7 +72,7 @@ class Runs:
         run.summary.update(summary)
         if word == "interrupted":
             run.mark_preempting()
-        elif is_last and self.told["artifacts"]:
+        elif is_last and self.told.artifacts:
             self._log_sae(run, name)
         run.finish(exit_code=EXIT_CODES.get(word, 1))
         if is_last:
@@ -86,7 +81,7 @@ class Runs:
 
     def _log_sae(self, run: Any, name: str) -> None:
         sae = self.folder / name
-        title = f"{self.told['group']}-{self.told['prefix']}{name}"
+        title = f"{self.told.group}-{self.told.prefix}{name}"
         log_artifact(run, title, "sae", [sae / "cfg.json", sae / "sae.safetensors"])
 
 
@@ -98,7 +93,7 @@ def values(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 def start(
     folder: Path,
-    told: dict[str, Any],
+    told: Told,
     name: str,
     run_id: str,
     job_type: str,
@@ -119,10 +114,10 @@ def start(
     import wandb
 
     return wandb.init(
-        project=told["project"],
-        entity=told["entity"],
-        group=told["group"],
-        name=told["prefix"] + name,
+        project=told.project,
+        entity=told.entity,
+        group=told.group,
+        name=told.prefix + name,
         id=run_id,
         job_type=job_type,
         resume="allow",

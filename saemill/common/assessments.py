@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from saemill.common import durable, records
+from saemill.common import records
 from saemill.common.records import Count, File, Hash, Name, Positive, Record
 
 FILE = "final_assessment.json"
@@ -166,20 +166,25 @@ def checked(values: Mapping[str, Any]) -> Assessment:
     return Assessment.model_validate_json(json.dumps(values, allow_nan=False))
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The assessment in a folder, as plain values.
+def load(folder: Path) -> Assessment:
+    """The assessment in a folder.
 
     Raises:
         MissingError: there is none.
         StoreError: it is damaged, or of another version.
     """
-    return records.read(folder / FILE, Assessment, REPAIR).model_dump(mode="json")
+    return records.read(folder / FILE, Assessment, REPAIR)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """As `load`, as plain values."""
+    return load(folder).model_dump(mode="json")
 
 
 def problems(folder: Path) -> list[str]:
     """Each file of the assessment in a folder that is missing or of other content.
 
     Raises:
-        MissingError, StoreError: as `read`.
+        MissingError, StoreError: as `load`.
     """
-    return durable.problems(folder, read(folder)["files"], hashes=True)
+    return records.problems(folder, load(folder).files)

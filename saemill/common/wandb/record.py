@@ -1,0 +1,95 @@
+"""What the process that talks to wandb is told, `wandb.json`, and how far it came, `wandb-logged.json`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import JsonValue
+
+from saemill.common import records
+from saemill.common.errors import MissingError
+from saemill.common.records import Name, Positive, Record
+
+TOLD = "wandb.json"
+LOGGED = "wandb-logged.json"
+REPAIR = "Remove the file: the run's folder holds all that wandb was sent, and wandb keeps what it has."
+
+
+class Entry(Record):
+    """The wandb run of a variant."""
+
+    id: str
+    """wandb's."""
+    config: dict[str, JsonValue]
+
+
+class Assessed(Record):
+    """An assessment that was logged."""
+
+    id: str
+    """Of its own wandb run."""
+    folder: str
+
+
+class Told(Record):
+    """`wandb.json`."""
+
+    format: Literal["saemill wandb 2"] = "saemill wandb 2"
+    project: str
+    entity: str | None
+    group: str
+    prefix: str
+    """Of the names of wandb's runs."""
+    log_frequency: Positive
+    """Steps."""
+    artifacts: bool
+    runs: dict[Name, Entry]
+    """By variant."""
+    assessments: dict[str, Assessed]
+    """By the prefix of their figures."""
+
+
+class Logged(Record):
+    """`wandb-logged.json`."""
+
+    format: Literal["saemill wandb log 2"] = "saemill wandb log 2"
+    tokens: int = -1
+    """Those of the last line of metrics.jsonl that went to wandb."""
+    ended: tuple[Name, ...] = ()
+    """Variants whose runs have all that training tells."""
+
+
+def told(folder: Path) -> Told:
+    """Read `wandb.json`.
+
+    Raises:
+        MissingError: the run was not logged to wandb.
+        StoreError: it is damaged.
+    """
+    return records.read(folder / TOLD, Told, REPAIR)
+
+
+def logged(folder: Path) -> Logged:
+    """Read `wandb-logged.json`; nothing was logged where there is none.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        return records.read(folder / LOGGED, Logged, REPAIR)
+    except MissingError:
+        return Logged()
+
+
+def note(folder: Path, found: Logged) -> None:
+    """Write `wandb-logged.json`: whole or absent for any reader, but not flushed to disk each time."""
+    partial = folder / f".{LOGGED}.partial"
+    partial.write_text(json.dumps(records.content(found)) + "\n")
+    partial.replace(folder / LOGGED)
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as JSON has it: lists in place of tuples."""
+    values: dict[str, Any] = json.loads(json.dumps(config))
+    return values

@@ -1,0 +1,130 @@
+"""What is damaged in a store or a run, file by file: every hash is compared, every record with the others."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from saemill.common import assessments, records
+from saemill.common.activations import ActivationStore, describe_site
+from saemill.common.errors import StoreError
+from saemill.common.passages import REPAIR as REPAIR_PASSAGES
+from saemill.common.passages import PassageStore
+from saemill.common.records import File
+from saemill.common.shards import ShardedArray
+from saemill.common.site_records import (
+    EMBEDDINGS,
+    REPAIR,
+    Commit,
+    SiteManifest,
+    known_settings,
+    read_settings,
+    sites_in,
+)
+from saemill.common.tokens import REPAIR as REPAIR_TOKENS
+from saemill.common.tokens import TokenStore, read_manifest
+from saemill.train import inspect
+
+T = TypeVar("T")
+
+
+class Findings(list[str]):
+    """Lines, each on one bad file."""
+
+    def attempt(self, action: Callable[[], T]) -> T | None:
+        """What an action returns; the error that it ends with becomes a line, without the advice."""
+        try:
+            return action()
+        except StoreError as error:
+            told = str(error)
+            for repair in (REPAIR, REPAIR_TOKENS, REPAIR_PASSAGES):
+                told = told.removesuffix(repair).rstrip()
+            self.append(told)
+            return None
+
+
+def tokens_problems(path: Path) -> list[str]:
+    """What is wrong with a token store, a line for each bad file."""
+    found = Findings()
+    if manifest := found.attempt(lambda: read_manifest(path, REPAIR_TOKENS)):
+        found += records.problems(path, manifest.files, hashes=True)
+    if not found:
+        found.attempt(lambda: TokenStore(path).check_content())
+    return found
+
+
+def passages_problems(path: Path) -> list[str]:
+    """What is wrong with the passages of an embedding store, a line for each bad file."""
+    found = Findings()
+    store = found.attempt(lambda: PassageStore(path))
+    if store:
+        found += store.problems(hashes=True)
+    if store and not found:
+        found.attempt(lambda: store.held_out_R)
+    return found
+
+
+def activations_problems(path: Path) -> list[str]:
+    """What is wrong with an activation store, a line for each bad file or unfinished site."""
+    found = Findings()
+    settings = found.attempt(lambda: read_settings(path)) or known_settings(path)
+    holds_embeddings = settings.kind == EMBEDDINGS if settings else (path / "passages").is_dir()
+    found += passages_problems(path / "passages") if holds_embeddings else tokens_problems(path / "tokens")
+    if found:
+        return found
+    store = found.attempt(lambda: ActivationStore(path))
+    if store:
+        for name in sites_in(path):
+            found += _site_problems(store, name)
+    return found
+
+
+def _site_problems(store: ActivationStore, name: str) -> list[str]:
+    """What is wrong with a site of a store whose settings and text are whole."""
+    found, folder = Findings(), store.path / name
+    record = found.attempt(lambda: store.record(name))
+    if not folder.is_dir():
+        return [*found, f"{folder}: folder is missing"]
+    array = found.attempt(lambda: ShardedArray(folder, REPAIR))
+    if array:
+        width = record.width if record else array.width
+        found.attempt(lambda: array.expect(describe_site(store.settings, store.n_tokens, name, width)))
+    manifest = None
+    if not (folder / "manifest.json").exists():
+        n_commits = store.unfinished[name]
+        is_all = n_commits == store.n_shards
+        told = f"{folder / 'manifest.json'}: file is missing" if is_all else f"{name}: unfinished"
+        found.append(f"{told}, {n_commits:,} of {store.n_shards:,} shards are there")
+    elif record:
+        manifest = found.attempt(lambda: store.manifest(record))
+    for shard in range(store.n_shards):
+        found += _shard_problems(store, name, shard, manifest)
+    return found
+
+
+def _shard_problems(
+    store: ActivationStore, name: str, shard: int, manifest: SiteManifest | None
+) -> list[str]:
+    """What is wrong with a shard and its record. Those that an unfinished site lacks are no damage."""
+    found, folder = Findings(), store.path / name
+    file = folder / "commits" / f"{shard}.json"
+    commit: Commit | None = None
+    if manifest or file.exists():
+        commit = found.attempt(lambda: store.commit(name, shard))
+    entry = manifest.shards[shard] if manifest else commit
+    if commit and entry and commit.xxh3 != entry.xxh3:
+        found.append(f"{file} and {folder / 'manifest.json'} tell of other shards")
+    if entry:
+        listed = File(path=f"c/{shard}/0", bytes=entry.bytes, xxh3=entry.xxh3)
+        if problem := records.problem(folder / listed.path, listed):
+            found.append(f"{name} shard {shard}: {problem}")
+    return found
+
+
+def run_problems(path: Path) -> list[str]:
+    """What is wrong with a run and its assessment, a line for each bad file, with what repairs it."""
+    found = inspect.problems(path)
+    try:
+        assessed = assessments.problems(path) if (path / assessments.FILE).exists() else []
+    except StoreError as error:
+        return [*found, str(error)]
+    return [*found, *(f"{line}. {assessments.REPAIR}" for line in assessed)]
