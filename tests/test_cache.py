@@ -416,7 +416,7 @@ def test_a_mask_that_cannot_be_meant_is_refused_before_the_pass(
     with pytest.raises(ConfigError, match=message):
         cache(tokens, neox, tmp_path / "acts", mask=MaskConfig(**mask))
     assert not (tmp_path / "acts").exists()
-    with pytest.raises(ConfigError, match="0 or more, .*got -1"):
+    with pytest.raises(ConfigError, match=r"0 or more, .*got -1"):
         MaskConfig(token_ids=(-1, 5))
     if "leave" not in message:
         with pytest.raises(ConfigError, match=message):
