@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ from torch import Tensor
 from waiting import wait_until
 
 from saemill.cache import run as cache_run
+from saemill.cache.claims import Worker
 from saemill.cache.run import CacheConfig
 from saemill.common import durable
 from saemill.common.activations import SHUFFLE_KEY, ActivationStore, Moments, Statistics
@@ -242,6 +244,8 @@ def encoder_tokens(path: Path, ids: NDArray[Any], tokenizer_folder: str) -> Toke
         documents=pa.table(document | {"text_hash": ["0"]}),
         tokenizer=info,
         extra={
+            "document": "text",
+            "n_used_ids": int(ids.max()) + 1,
             "source": {"name": "hand-made", "fingerprint": ""},
             "settings": {"held_out_fraction": 0},
             "versions": {},
@@ -395,6 +399,38 @@ def test_nothing_to_count_is_refused(made: ActivationStore) -> None:
         every_id = tuple(range(made.tokens.tokenizer.vocab_size))
         with pytest.raises(StoreError, match="every position is masked or held out"):
             made.site("layers.0").statistics_under(MaskConfig(token_ids=every_id))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ({"first_positions": CTX_LEN}, f"less than the {CTX_LEN} tokens of a row, got {CTX_LEN}"),
+        ({"token_ids": (9, 8192, 9999)}, r"in 0\.\.8191, the ids of the tokenizer, got 8192, 9999"),
+        ({"token_ids": tuple(range(8192))}, "leave no position of these tokens to train on"),
+    ],
+)
+def test_a_mask_that_cannot_be_meant_is_refused_before_the_pass(
+    mask: dict[str, Any], message: str, tokens: TokenStore, neox: str, made: ActivationStore, tmp_path: Path
+) -> None:
+    """Oracle: rows of 32 tokens, 8,192 ids; nothing is written, and a store that is there is not read."""
+    with pytest.raises(ConfigError, match=message):
+        cache(tokens, neox, tmp_path / "acts", mask=MaskConfig(**mask))
+    assert not (tmp_path / "acts").exists()
+    with pytest.raises(ConfigError, match=r"0 or more, .*got -1"):
+        MaskConfig(token_ids=(-1, 5))
+    if "leave" not in message:
+        with pytest.raises(ConfigError, match=message):
+            made.keep(0, MaskConfig(**mask), held_out=False)
+
+
+def test_a_worker_knows_whether_others_live(tmp_path: Path) -> None:
+    """Oracle: one worker, two, one again; only the last may clear a store that holds no shard."""
+    with Worker(tmp_path / "claims", threading.Event()) as first:
+        assert first.is_alone()
+        with Worker(tmp_path / "claims", threading.Event()) as second:
+            assert not first.is_alone()
+            assert not second.is_alone()
+        assert first.is_alone()
 
 
 def test_a_shard_without_training_positions_adds_nothing(

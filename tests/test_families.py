@@ -42,6 +42,11 @@ def load(folder: Path, with_head: bool = False) -> LanguageModel:
     return LanguageModel(str(folder), revision=None, dtype=torch.float32, device=cpu, with_head=with_head)
 
 
+def assert_same(a: Tensor, b: Tensor) -> None:
+    """The same but for the last bit, in which Mamba's own passes differ."""
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
 def small_sae(width: int) -> Sae:
     generator = torch.Generator().manual_seed(1)
     w, b_enc, b_dec = (torch.randn(shape, generator=generator) for shape in ((64, width), (64,), (width,)))
@@ -75,11 +80,12 @@ def test_a_family_is_cached_and_spliced_as_it_is(family: str, made: Any) -> None
     captured = model.capture(IDS, sites, None)
     first = 0 if family in ("mamba", "rwkv") else 1  # whether what enters block 0 is among them
     for i in (0, 1):
-        assert torch.equal(captured[sites[i]], told.hidden_states[i + first]), sites[i]
-    assert torch.equal(model.logits(IDS, None), told.logits)
-    for edit, same in ((torch.clone, True), (torch.zeros_like, False)):
-        with model.splice(sites[1], edit):
-            assert torch.equal(model.logits(IDS, None), told.logits) is same
+        assert_same(captured[sites[i]], told.hidden_states[i + first])
+    assert_same(model.logits(IDS, None), told.logits)
+    with model.splice(sites[1], torch.clone):
+        assert_same(model.logits(IDS, None), told.logits)
+    with model.splice(sites[1], torch.zeros_like):
+        assert (model.logits(IDS, None) - told.logits).abs().max() > 1e-3
     assert model.sees_later_tokens(IDS) == (family in families.MASKED)
 
 
@@ -92,10 +98,10 @@ def test_an_sae_is_spliced_into_any_family(family: str, made: Any) -> None:
     with torch.no_grad():
         plain = whole(input_ids=IDS).logits
         with splice(whole, "residual.1", sae, where=every) as spliced:
-            assert torch.equal(whole(input_ids=IDS).logits, plain)
+            assert_same(whole(input_ids=IDS).logits, plain)
         assert spliced.top_acts.shape == (2, 24, 4)
         with splice(whole, "residual.1", sae, where=every, keep_error=False):
-            assert not torch.equal(whole(input_ids=IDS).logits, plain)
+            assert (whole(input_ids=IDS).logits - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", [*families.CAUSAL, *families.MASKED, "albert", "t5", "bart", "xlnet"])
@@ -181,6 +187,12 @@ def test_models_that_do_not_run_on_tokens_alone_are_refused_by_name(family: str)
     config = families.OTHERS[family]()
     with pytest.raises(ConfigError, match=rf"(?i)^{family}Model cannot be run .*choose a language model"):
         Architecture(config)
+
+
+def test_a_config_of_a_billion_layers_is_refused() -> None:
+    """Oracle: it would be built layer by layer, for hours."""
+    with pytest.raises(ConfigError, match="says 1,000,000,000 layers"):
+        limits_of(transformers.LlamaConfig(**families.SIZE | {"num_hidden_layers": 10**9}))
 
 
 def test_what_is_no_site_is_told_with_what_is(made: Any) -> None:

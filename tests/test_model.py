@@ -279,6 +279,36 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_models: dict[str, str],
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", b"not JSON"),
+        ("config.json", b"[]"),
+        ("config.json", b'"gpt_neox"'),
+        ("config.json", b'{"model_type": "gpt_neox", "hidden_size": "wide"}'),
+        ("config.json", b'{"model_type": "gpt_neox", "num_hidden_layers": -3, "num_attention_heads": 0}'),
+        ("config.json", b'{"model_type": "gpt_neox", "hidden_size": 1e300}'),
+        ("config.json", b'{"model_type": "nothing_known"}'),
+        ("config.json", b'{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}'),
+        ("config.json", b"\xff\xfe\x00"),
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\xff" * 64),
+        ("model.safetensors", b"cut"),
+    ],
+)
+def test_damaged_folders_are_refused_in_words(
+    file: str, content: bytes, tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    """Oracle: whole files of the folder exchanged; only a ConfigError comes, without Python's words."""
+    shutil.copytree(tiny_models["neox"], tmp_path, dirs_exist_ok=True)
+    if file == "model.safetensors" and content == b"cut":
+        content = (tmp_path / file).read_bytes()[:-1000]
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot load the model") as error:
+        Architecture(load(str(tmp_path)).config)
+    assert "trust_remote_code" not in str(error.value)
+
+
 def test_a_folder_without_weights_is_refused(tiny_models: dict[str, str], tmp_path: Path) -> None:
     """Oracle: a config alone is no model."""
     shutil.copy(Path(tiny_models["neox"]) / "config.json", tmp_path)

@@ -17,6 +17,9 @@ from saemill.common.structure import block_names, is_encoder_decoder, longest_ro
 SHAPE = (2, 3)
 """Rows and tokens of the pass that looks for sites."""
 
+MOST_LAYERS = 10_000
+"""More than any model has."""
+
 Output = tuple[int, ...] | str
 """The shape of a module's output, or what it is if it is no tensor of numbers."""
 
@@ -158,6 +161,9 @@ def check_row_length(limits: Limits, name: str, ctx_len: int) -> None:
 def _built(config: Any) -> Any:
     """The model on the meta device; in bf16, which every kernel of mixture-of-experts models takes."""
     name = getattr(config, "_name_or_path", "") or config.model_type
+    n_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(n_layers, int) and n_layers > MOST_LAYERS:  # their modules alone would fill the memory
+        raise ConfigError(f"the config of the model {name!r} is damaged: it says {n_layers:,} layers")
     with loading("model", name), torch.device("meta"):
         return transformers.AutoModel.from_config(
             copy.deepcopy(config), dtype=torch.bfloat16, trust_remote_code=False
