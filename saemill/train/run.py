@@ -67,7 +67,7 @@ def run(config: TrainConfig) -> list[Path]:
         closing(_loader(config, store)) as loader,
         ExitStack() as held,
     ):
-        schedule = _schedule(config, loader.epoch_tokens)
+        schedule = _schedule(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps)
         _check_mse(config, store, variants)
@@ -246,14 +246,14 @@ def _check_profile(trainer: Trainer, end: int) -> None:
         )
 
 
-def _schedule(config: TrainConfig, epoch_tokens: int) -> Schedule:
-    """How many steps there are, and the learning rate over them."""
+def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
+    """How many steps there are, and the learning rate over them; `units` is what the store holds."""
     step_tokens = config.step_tokens
     n_tokens = config.max_tokens or (config.epochs or 1) * epoch_tokens
     n_steps = n_tokens // step_tokens
     if n_steps == 0:
         raise ConfigError(
-            f"{n_tokens:,} training tokens are less than one step of {step_tokens:,}; "
+            f"{n_tokens:,} training {units} are less than one step of {step_tokens:,}; "
             "lower --batch-size or raise --max-tokens"
         )
     warmup = config.warmup_steps
@@ -330,7 +330,8 @@ def _start_sinks(config: TrainConfig, trainer: Trainer, opened: ExitStack) -> li
     """What shows the metrics; they are closed with `opened`."""
     step_tokens = config.step_tokens
     n_steps = trainer.schedule.n_steps
-    sinks: list[Sink] = [ConsoleSink(n_steps, n_steps * step_tokens)]
+    units = f"{trainer.loader.store.text.unit}s"
+    sinks: list[Sink] = [ConsoleSink(n_steps, n_steps * step_tokens, units)]
     if config.log_to_tensorboard:
         sinks.append(TensorBoardSink(config.out / TENSORBOARD, trainer.step * step_tokens))
     for sink in sinks:
@@ -344,12 +345,13 @@ def _print_plan(config: TrainConfig, trainer: Trainer, spread: Spread, store: Ac
     n_steps = trainer.schedule.n_steps
     n_tokens = n_steps * config.step_tokens
     epochs = n_tokens / trainer.loader.epoch_tokens
-    bank = trainer.banks[0]
+    bank, units = trainer.banks[0], f"{store.text.unit}s"
+    held_out = "passages" if units == "passages" else "rows"
     say(
         f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {spread.describe()}; products in "
-        f"{str(bank.dtype).removeprefix('torch.')} by {bank.kernels}; {n_steps:,} steps, {n_tokens:,} tokens "
-        f"({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
-        f"{bank.dead_after_tokens:,} tokens; {store.text.manifest['n_held_out_rows']:,} rows held out"
+        f"{str(bank.dtype).removeprefix('torch.')} by {bank.kernels}; {n_steps:,} steps, {n_tokens:,} "
+        f"{units} ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
+        f"{bank.dead_after_tokens:,} {units}; {int(store.text.held_out_R.sum()):,} {held_out} held out"
     )
     if bank.kernels == "torch" and trainer.device.type == "cpu" and config.kernels == "auto":
         say("numba is not installed; with it training is faster on a CPU: pip install 'saemill[cpu]'")
