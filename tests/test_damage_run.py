@@ -248,8 +248,8 @@ def test_weights_that_are_not_finite_are_told(whole: Path, tmp_path: Path) -> No
         lambda: sae.save(tmp_path / "a"),
         lambda: formats.save(sae, "saelens", tmp_path / "b"),
     ):
-        with pytest.raises(DataError, match="1 values of W_enc are NaN or infinite"):
+        with pytest.raises(DataError, match="1 value of W_enc is NaN or infinite"):
             call()
     sparsify.write(sae, tmp_path / "c")
-    with pytest.raises(StoreError, match="1 values of W_enc are NaN or infinite"):
+    with pytest.raises(StoreError, match="1 value of W_enc is NaN or infinite"):
         Sae.load(tmp_path / "c")

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from saemill.common.errors import ConfigError, DataError, SaemillError
+from saemill.common.log import counted
 from saemill.common.topk import topk
 
 
@@ -147,7 +148,8 @@ class Sae(nn.Module):
         for name, weights in self.named_parameters():
             n_bad = weights.numel() - int(weights.isfinite().sum())
             if n_bad:
-                raise kind(f"{where} is of no use: {n_bad:,} values of {name} are NaN or infinite")
+                told = f"{counted(n_bad, 'value')} of {name} {'is' if n_bad == 1 else 'are'} NaN or infinite"
+                raise kind(f"{where} is of no use: {told}")
 
     def forward(self, x: Tensor) -> SaeOutput:
         """Encode and decode. x: [..., D]."""

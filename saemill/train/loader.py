@@ -75,7 +75,8 @@ class Loader:
         )
         self.epoch_tokens = int(self.kept_per_block.sum())
         if self.epoch_tokens == 0:
-            raise StoreError(f"{store.path}: every position is masked or held out; nothing to train on")
+            what = "passage is" if store.text.unit == "passage" else "position is masked or"
+            raise StoreError(f"{store.path}: every {what} held out; nothing to train on")
         self._epoch = lru_cache(2)(self._plan_epoch)
         self._pool = ThreadPoolExecutor(1, "saemill-window")
         self._readers = ThreadPoolExecutor(READERS, "saemill-read")

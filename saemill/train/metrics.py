@@ -93,8 +93,8 @@ def _kept(path: Path, kept: File) -> bytes:
 class ConsoleSink:
     """A live table on a terminal, else a line per variant at most every ten seconds."""
 
-    def __init__(self, n_steps: int, max_tokens: int) -> None:
-        self.n_steps, self.max_tokens = n_steps, max_tokens
+    def __init__(self, n_steps: int, max_tokens: int, units: str = "tokens") -> None:
+        self.n_steps, self.max_tokens, self.units = n_steps, max_tokens, units
         self.live = None
         if sys.stderr.isatty():
             self.live = Live(console=console(stderr=True), auto_refresh=False)
@@ -112,8 +112,8 @@ class ConsoleSink:
     def _title(self, record: Record) -> str:
         left = (self.max_tokens - record["tokens"]) / max(record["tokens_per_s"], 1e-9)
         return (
-            f"train: step {record['step']:,} of {self.n_steps:,}, {record['tokens']:,} tokens, "
-            f"{record['tokens_per_s']:,.0f} tokens/s, {duration(left)} left"
+            f"train: step {record['step']:,} of {self.n_steps:,}, {record['tokens']:,} {self.units}, "
+            f"{record['tokens_per_s']:,.0f} {self.units}/s, {duration(left)} left"
         )
 
     def _rows(self, record: Record) -> list[list[str]]:

@@ -69,7 +69,7 @@ def run(config: TrainConfig) -> list[Path]:
         closing(_loader(config, store)) as loader,
         ExitStack() as held,
     ):
-        schedule = _schedule(config, loader.epoch_tokens)
+        schedule = _schedule(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps)
         _check_mse(config, store, variants)
@@ -248,14 +248,14 @@ def _check_profile(trainer: Trainer, end: int) -> None:
         )
 
 
-def _schedule(config: TrainConfig, epoch_tokens: int) -> Schedule:
-    """How many steps there are, and the learning rate over them."""
+def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
+    """How many steps there are, and the learning rate over them; `units` is what the store holds."""
     step_tokens = config.step_tokens
     n_tokens = config.max_tokens or (config.epochs or 1) * epoch_tokens
     n_steps = n_tokens // step_tokens
     if n_steps == 0:
         raise ConfigError(
-            f"{n_tokens:,} training tokens are less than one step of {step_tokens:,}; "
+            f"{n_tokens:,} training {units} are less than one step of {step_tokens:,}; "
             "lower --batch-size or raise --max-tokens"
         )
     warmup = config.warmup_steps
@@ -332,7 +332,8 @@ def _start_sinks(config: TrainConfig, trainer: Trainer, opened: ExitStack) -> li
     """What shows the metrics; they are closed with `opened`."""
     step_tokens = config.step_tokens
     n_steps = trainer.schedule.n_steps
-    sinks: list[Sink] = [ConsoleSink(n_steps, n_steps * step_tokens)]
+    units = f"{trainer.loader.store.text.unit}s"
+    sinks: list[Sink] = [ConsoleSink(n_steps, n_steps * step_tokens, units)]
     if config.log_to_tensorboard:
         sinks.append(TensorBoardSink(config.out / TENSORBOARD, trainer.step * step_tokens))
     for sink in sinks:
