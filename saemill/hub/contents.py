@@ -71,10 +71,11 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     if not (path / "finished.json").exists():
         raise StoreError(f"the run {path} is unfinished; finish it with `saemill train`")
     finished = durable.read_json(path / "finished.json")
+    variants = variants_of(path)
     for name in chosen:
-        if name not in finished["variants"]:
-            raise ConfigError(f"{path} has no variant {name!r}; {nearest(name, finished['variants'])}")
-    kept = [name for name in finished["variants"] if not chosen or name in chosen]
+        if name not in variants:
+            raise ConfigError(f"{path} has no variant {name!r}; {nearest(name, variants)}")
+    kept = [name for name in variants if not chosen or name in chosen]
     for name in kept:
         for file in ("cfg.json", WEIGHTS):
             if not (path / name / file).is_file():
@@ -99,6 +100,18 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     written |= {"finished.json": as_json(finished), CARD: card.encode()}
     weights = tuple(f"{name}/{WEIGHTS}" for name in kept)
     return Contents(repo_type="model", folder=path, as_they_are=weights, written=written)
+
+
+def variants_of(path: Path) -> list[str]:
+    """The names of a finished run's SAEs, each that of a folder in the run.
+
+    Raises:
+        StoreError: `finished.json` is damaged, or names a path.
+    """
+    try:
+        return [records.single(name) for name in durable.read_json(path / "finished.json")["variants"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path}/finished.json is damaged: {error}") from error
 
 
 def _tokens(path: Path, place: str) -> Contents:

@@ -4,10 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from saemill.common import durable, hub
+from saemill.common import hub
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.common.sae import Sae
+from saemill.hub.contents import variants_of
 from saemill.show import describe, kind_of, problems
 
 LEFT_BY_THE_HUB = ".cache"
@@ -78,7 +79,7 @@ def _problems(out: Path) -> list[str]:
     if kind_of(out) != "run":
         return problems(out)
     found = []
-    for name in durable.read_json(out / "finished.json")["variants"]:
+    for name in variants_of(out):
         try:
             Sae.load(out / name)
         except StoreError as error:
