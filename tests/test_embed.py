@@ -68,7 +68,7 @@ def test_vectors_are_those_of_the_encoder(
     passages = store.text
     assert isinstance(passages, PassageStore)
     assert [passages.passage(i) for i in range(40)] == [(str(100 + i), TEXTS[i]) for i in range(40)]
-    assert store.settings["model"] == encoder
+    assert store.settings.model == encoder
     assert f" by {encoder}" in describe(out)
 
 

@@ -91,7 +91,7 @@ def test_one_run_per_variant_in_a_group(store: ActivationStore, tmp_path: Path) 
         assert part.config["model"] == provenance["model"]
         assert part.config["d_in"] == D
         assert part.config["store"]["fingerprint"] == provenance["acts_fingerprint"]
-        assert part.config["store"]["dtype"] == store.settings["dtype"]
+        assert part.config["store"]["dtype"] == store.settings.dtype
         assert part.config["store"]["n_tokens"] == store.n_tokens
         assert part.config["versions"].items() >= provenance["versions"].items()
         assert (part.summary["state"], part.exit_code) == ("trained", 0)

@@ -15,6 +15,7 @@ from saemill.common import config as settings
 from saemill.common import durable, records
 from saemill.common.activations import ActivationStore, describe_site
 from saemill.common.errors import ConfigError, DataError, DiskError, MissingError, StoreError
+from saemill.common.log import say
 from saemill.common.shards import ShardedArray, as_numpy, as_tensor
 from saemill.common.site_records import (
     REPAIR,
@@ -29,6 +30,7 @@ from saemill.common.site_records import (
     hash_blocks,
     read_settings,
     record_path,
+    sites_in,
 )
 from saemill.common.sites import Site
 from saemill.common.statistics import Moments
@@ -78,7 +80,9 @@ class SiteWriter:
             array.expect(description)
         except DiskError:
             raise
-        except StoreError:
+        except StoreError as error:
+            if self.path.is_dir():
+                say(f"written again: {error}".removesuffix(REPAIR).rstrip())
             _put(self.path / "zarr.json", description, self.worker)
             array = ShardedArray(self.path, REPAIR)
         return array
@@ -145,12 +149,15 @@ class SiteWriter:
         hashes = self.manifest_path.exists()
         manifest = self._manifest()
         is_whole = manifest is not None
+        if hashes and not is_whole:
+            say(f"{self.manifest_path} was damaged and is written again")
         for shard in shards:
             was_there = self.commit_path(shard).exists()
             if self._is_good(shard, hashes):
                 continue
             if manifest and self._holds(shard, manifest.shards[shard].xxh3):
                 record = self._record_again(shard, manifest.shards[shard].xxh3)
+                say(f"{self.commit_path(shard)} was missing or damaged and is written again")
                 _put(self.commit_path(shard), records.content(record), self.worker)
                 continue
             is_whole = False
@@ -354,6 +361,8 @@ def check_same_store(out: Path, there: StoreSettings | None, identity: Mapping[s
 def write_group(out: Path, known: StoreSettings, worker: Worker) -> None:
     """Write a store's `zarr.json` where it is missing or damaged; the claim on the store is held."""
     if _or_none(lambda: read_settings(out)) != known:
+        if sites_in(out):
+            say(f"{out / 'zarr.json'} was missing or damaged and is written again")
         _put(out / "zarr.json", group_of(known), worker)
 
 

@@ -12,6 +12,7 @@ import base64
 import json
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -139,7 +140,7 @@ class StoreSettings(Record):
         """How activations are stored."""
         return DTYPES[self.dtype]
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """A hash of what decides the content; each record of a shard or site names the store's by it."""
         made_by = {"model", "revision", "weights_fingerprint", "versions", "fingerprint"}
