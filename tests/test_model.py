@@ -1,6 +1,5 @@
 """The model: what is captured is what transformers computes, and splicing changes what it should."""
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -330,8 +329,8 @@ def test_only_an_encoders_padding_is_hidden() -> None:
     """Oracle: by hand; a decoder's padding id is its separator and says nothing."""
     ids = torch.tensor([[5, 0, 7, 0]])
     assert attention_of(ids, INFO) is None
-    assert attention_of(ids, dataclasses.replace(INFO, mask_id=3, pad_id=None)) is None
-    mask = attention_of(ids, dataclasses.replace(INFO, mask_id=3))
+    assert attention_of(ids, INFO.model_copy(update={"mask_id": 3, "pad_id": None})) is None
+    mask = attention_of(ids, INFO.model_copy(update={"mask_id": 3}))
     assert mask is not None
     assert mask.tolist() == [[1, 0, 1, 0]]
 
