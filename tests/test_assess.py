@@ -30,9 +30,12 @@ from saemill.assess.sums import Bootstrap, DocumentSums, Ratio, Split
 from saemill.assess.verdict import Thresholds, checks, order, summary
 from saemill.cache.run import CacheConfig
 from saemill.cache.run import run as cache
+from saemill.common import durable, records
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
+from saemill.common.records import Record
 from saemill.common.sae import Sae, SaeConfig
+from saemill.common.site_records import Commit, SiteManifest, StoreSettings, group_of, read_site, record_path
 from saemill.common.tokens import TokenStore
 from saemill.common.world import Group
 from saemill.tokenize.run import TokenizeConfig
@@ -579,9 +582,18 @@ def changed(model: str, folder: Path, name: str) -> str:
 
 def tell(acts: Path, **values: Any) -> None:
     """Make a store tell other things of its model; the SAEs trained on it still know it."""
-    group = json.loads((acts / "zarr.json").read_text())
-    group["attributes"]["saemill"] |= {"fingerprint": ActivationStore(acts).fingerprint, **values}
-    (acts / "zarr.json").write_text(json.dumps(group))
+    store = ActivationStore(acts)
+    plain = store.settings.model_dump(mode="json") | {"fingerprint": store.fingerprint}
+    settings = StoreSettings.made(plain | values)
+    durable.write_json(acts / "zarr.json", group_of(settings))
+    for site in store.sites:
+        of_site = read_site(acts, site).model_copy(update={"settings": settings})
+        records.write(record_path(acts, site), of_site)
+        kinds: list[tuple[Path, type[Record]]] = [(acts / site / "manifest.json", SiteManifest)]
+        kinds += [(file, Commit) for file in (acts / site / "commits").iterdir()]
+        for file, kind in kinds:
+            found = records.read(file, kind, "")
+            records.write(file, found.model_copy(update={"store": settings.identity}))
 
 
 LAST_LAYER, HEAD = "gpt_neox.layers.2.mlp.dense_4h_to_h.weight", "embed_out.weight"

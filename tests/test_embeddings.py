@@ -554,7 +554,7 @@ def test_figures_are_those_of_the_held_out_passages(planted: Path, tmp_path: Pat
         for name in ("loss_recovered", "delta_ce"):
             figure = entry["metrics"][name]
             assert (figure["value"], figure["reason"]) == (None, "embeddings have no language model")
-        assert entry["verdict"].endswith("/3, 1 unknown")
+        assert entry["verdict"].endswith("/2, 2 unknown")  # nor can dead latents be told on so few passages
     data = assessment["data"]
     assert data["unit"] == "passage"
     assert (

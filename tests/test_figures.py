@@ -467,7 +467,7 @@ def limited(action: str, small: Path, out: Path) -> "subprocess.CompletedProcess
     """An assessment in another process that runs into `action` while it writes."""
     script = (
         "import os, resource, signal, sys; from pathlib import Path\n"
-        "from saemill.assess import run as stage, record\n"
+        "from saemill.assess import run as stage\n"
         f"{action}\n"
         "stage.run(stage.AssessConfig(run=Path(sys.argv[1]), out=Path(sys.argv[2]), device='cpu'))"
     )

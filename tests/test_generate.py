@@ -254,7 +254,7 @@ def test_saemill_tokenizes_the_texts_and_the_ids(tmp_path: Path) -> None:
         store = TokenStore(folder)
         if column == "input_ids":
             assert store.rows(0, store.n_rows).reshape(-1).tolist() == stream[: store.n_tokens]
-        assert store.manifest["n_documents"] >= 19
+        assert store.manifest.n_documents >= 19
 
 
 def test_finished_output_is_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,7 @@ def test_padding_without_a_mask_is_left_out(
     found = tokenize(lines(tmp_path / "b.jsonl", padded), tmp_path / "b", words, ctx_len=24)
     n = sum(24 - len(row) for row in ids)
     assert f"{n:,} ids {PAD} at the ends of rows are padding and left out" in capsys.readouterr().out
-    assert found.manifest["n_empty_documents"] == 1
+    assert found.manifest.n_empty_documents == 1
     packed = [token for row in ids if row for token in [*row, 1]]
     assert found.rows(0, found.n_rows).reshape(-1).tolist() == packed[: found.n_tokens]
 
@@ -221,7 +221,7 @@ def test_a_stream_that_changes_its_length(
         tokenize(file, tmp_path / "out", words, streaming=True)
     assert tokenize(file, tmp_path / "out", words, streaming=True, repack=True, ctx_len=6).n_rows > 0
     packed = tokenize(file, tmp_path / "b", words, ctx_len=6)
-    assert packed.manifest["document"] == "row of ids"
+    assert packed.manifest.document == "row of ids"
 
 
 def test_the_frame_of_kept_rows_is_theirs(tmp_path: Path, words: str) -> None:

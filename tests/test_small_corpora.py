@@ -160,7 +160,7 @@ def test_odd_corpora(tmp_path: Path, tokenizer_folder: str, capsys: pytest.Captu
         by_text.setdefault((texts * 3)[index], set()).add(side)
     assert all(len(found) == 1 for found in by_text.values()), "copies are on the same side"
     huge = tokenize(tmp_path, [texts[0] * 500, "", "  "], tokenizer_folder)
-    assert (huge.manifest["n_documents"], huge.manifest["n_empty_documents"]) == (1, 2)
+    assert (huge.manifest.n_documents, huge.manifest.n_empty_documents) == (1, 2)
     assert "from 1 document (2 more are empty)" in capsys.readouterr().out
     assert tokenize(tmp_path, texts, tokenizer_folder, ctx_len=1).ctx_len == 1
     with pytest.raises(DataError, match=r"has no text: 2 documents \(2 of them empty\)"):

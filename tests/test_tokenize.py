@@ -326,7 +326,7 @@ def test_other_text_column(tmp_path: Path, gpt: Any, tokenizer_folder: str) -> N
         tmp_path / "a.parquet", tmp_path / "notes", tokenizer_folder, text_column="note", held_out_fraction=0
     )
     check_rows(noted, gpt, ["some words", ""] * (len(TEXTS) // 2), list(range(len(TEXTS))))
-    assert noted.manifest["n_empty_documents"] == len(TEXTS) // 2
+    assert noted.manifest.n_empty_documents == len(TEXTS) // 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -1081,7 +1081,7 @@ def test_damaged_manifest(plain_store: TokenStore, tmp_path: Path) -> None:
     content = manifest.read_text()
     for changed, message in (
         (content[:200], r"manifest\.json is damaged"),
-        (content.replace("saemill tokens 1", "saemill tokens 0"), "format 'saemill tokens 0', expected"),
+        (content.replace("saemill tokens 2", "saemill tokens 0"), "format 'saemill tokens 0', but"),
         (None, r"manifest\.json is missing\. Make one with `saemill tokenize`"),
     ):
         manifest.unlink() if changed is None else manifest.write_text(changed)
@@ -1122,14 +1122,7 @@ def test_command_line(tmp_path: Path, tokenizer_folder: str) -> None:
     file = jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"tokenize": {"ctx_len": 16, "shuffle-seed": 3}}))
     command = ["tokenize", str(file), "--tokenizer", tokenizer_folder, "-o", str(tmp_path / "out")]
-    command += [
-        "--config",
-        str(tmp_path / "c.yaml"),
-        "--set",
-        "shuffle_seed=8",
-        "--set",
-        "held_out_fraction=0.3",
-    ]
+    command += ["--config", str(tmp_path / "c.yaml"), "--set", "held_out_fraction=0.3"]
     result = CliRunner().invoke(app, [*command, "--max_tokens", "0.5k", "--shuffle-seed", "none"])
     assert result.exit_code == 0, result.output
     made = tokenize(

@@ -478,7 +478,7 @@ def test_short_moments_without_adam_are_refused(store: ActivationStore, tmp_path
             {"optimizer": "sgd", "lr": (0.1,), "adam_betas": (0.9, 0.999)},
             "adam_betas have an effect with adam",
         ),
-        ({"adam_betas": (0.9,)}, "two numbers from 0 to below 1, got"),
+        ({"adam_betas": (0.9,)}, "adam_betas must be 2 values, got"),
         ({"adam_betas": (0.9, 1.0)}, "two numbers from 0 to below 1, got"),
     ],
 )

@@ -197,7 +197,7 @@ class Writer:
             )
         most = largest_fraction(zip(self.text_hash, self.n_tokens, strict=True), self.room)
         raise DataError(
-            f"nothing is left to train on: with {self.held_out_fraction:g} held out, "
+            f"nothing is left to train on: with a share of {self.held_out_fraction} held out, "
             f"{sum(self.document_held_out)} of {n_found} are, and the others have {n_train} tokens, which "
             f"fill no row of {self.ctx_len}; lower --held-out-fraction to {most:g} or less"
         )
