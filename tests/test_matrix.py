@@ -128,7 +128,7 @@ def test_a_done_pair_stays_done_when_its_stores_are_deleted(
     assert len(cached) == 2
     assert [path.stat().st_mtime_ns for path in saes] == times
     changed(file, seeds=[5])
-    with pytest.raises(ConfigError, match=r"llama--one: .*was made with other settings:\n  seeds: there"):
+    with pytest.raises(ConfigError, match="llama--one was done with other settings or other text"):
         run(file, targets=("llama",))
 
 

@@ -295,7 +295,7 @@ def test_chosen_variants_alone_are_a_run(made: Pipeline, hub: Hub, tmp_path: Pat
     call("push", made.out, "user/saes", "--variant", VARIANTS[1], "--revision", "one")
     assert Sae.from_pretrained("user/saes", revision="one").config.k == 16
     assert len(Sae.load(f"hf://user/saes/{VARIANTS[0]}").b_enc) == 128
-    with pytest.raises(ConfigError, match=r"no variant 'layers.1-k3'; did you mean"):
+    with pytest.raises(ConfigError, match=r"no variant 'layers.1-k3'; known: layers"):
         call("push", made.out, "user/saes", "--variant", "layers.1-k3")
 
 
@@ -381,7 +381,7 @@ def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(
         (run, "user/saes", StoreError, "is unfinished; finish it with `saemill train`"),
         (acts, "user/acts", StoreError, "no site of .* is finished"),
         (tmp_path, "user/saes", StoreError, "is no run, token store or activation store .*; did you mean"),
-        (made.out / VARIANTS[0], "user/saes", StoreError, "it is one SAE of .*; name that"),
+        (made.out / VARIANTS[0], "user/saes", StoreError, "is one SAE; push its run, .*, with --variant"),
         (made.out, "saes", ConfigError, "is no place on the hub"),
         (made.out, "user/saes/layers.1", ConfigError, "repo must be user/repo"),
         (made.out, "user/saes@main", ConfigError, "named with --revision"),

@@ -1,6 +1,5 @@
 """Pipelines as SLURM jobs: the scripts as text, and run by a real SLURM that the tests start."""
 
-import json
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ from waiting import wait_until
 
 import saemill
 from saemill import cli
+from saemill.common import records
 from saemill.common.config import resolve
 from saemill.common.errors import ConfigError, StoreError
 from saemill.demo import MODEL, TEXT
@@ -192,8 +192,9 @@ def test_without_slurm(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_states_that_slurm_has_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: what each script left: an exit code, a log alone, or nothing; SLURM's word comes first."""
-    names = [{"stage": "tokenize", "job": "1"}, {"stage": "cache", "job": "2", "workers": 4}]
-    (tmp_path / "jobs.json").write_text(json.dumps([*names, {"stage": "train", "job": "3"}]))
+    names = [("tokenize", "1", None), ("cache", "2", 4), ("train", "3", None)]
+    entries = (states.Entry(stage=stage, job=job, workers=n) for stage, job, n in names)
+    records.write(tmp_path / states.JOBS, states.Jobs(jobs=tuple(entries)))
     for name, code in (("tokenize-1", 0), ("cache-2_0", 0), ("cache-2_1", 2)):
         (tmp_path / f"{name}.exit").write_text(f"{code}\n")
         (tmp_path / f"{name}.log").touch()
@@ -209,7 +210,7 @@ def test_states_that_slurm_has_forgotten(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the words of a squeue that fails; jobs that nobody knows of are not taken for ended."""
-    (tmp_path / "jobs.json").write_text(json.dumps([{"stage": "train", "job": "3"}]))
+    records.write(tmp_path / states.JOBS, states.Jobs(jobs=(states.Entry(stage="train", job="3"),)))
     (tmp_path / "squeue").write_text("#!/bin/sh\necho Unable to contact >&2; exit 1\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

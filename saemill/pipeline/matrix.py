@@ -24,11 +24,12 @@ from typing import Any, Literal
 import torch
 
 from saemill.common import config as settings
-from saemill.common import durable
+from saemill.common import durable, records
 from saemill.common.config import STAGES, nearest
 from saemill.common.errors import ConfigError, Interrupted, SaemillError, StoreError
 from saemill.common.log import say
 from saemill.common.model import fingerprint_model
+from saemill.common.records import Hash, Record
 from saemill.common.tokens import TokenStore
 from saemill.common.world import World, speak_for
 from saemill.compare.run import ASSIGNMENT_LIMIT, CompareConfig
@@ -36,7 +37,6 @@ from saemill.pipeline.chain import Chain, content_of_tokens
 from saemill.pipeline.stages import Sections
 from saemill.pipeline.summary import write as write_summary
 
-FORMAT = "saemill matrix 1"
 OF_A_PAIR = {
     "tokenize": ("dataset", "tokenizer", "out"),
     "cache": ("model", "tokens", "out"),
@@ -78,6 +78,14 @@ class Source:
     text_column: str | None = None
     revision: str | None = None
     max_tokens: int | None = None
+
+
+class Done(Record):
+    """A pair that is trained and assessed."""
+
+    format: Literal["saemill matrix 2"] = "saemill matrix 2"
+    content: Hash
+    """Of its text, weights and settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +272,8 @@ class Pair:
         """Whether this very pair is trained and assessed, its stores deleted or not."""
         if not self.record.exists():
             return False
-        if durable.read_json(self.record)["content"] != self.content:
+        repair = "Remove it; what was done is found again, but deleted stores are made anew."
+        if records.read(self.record, Done, repair).content != self.content:
             raise ConfigError(
                 f"{self.name} was done with other settings or other text; choose another matrix.out, or "
                 f"remove {self.record}, {self.chain.folder / 'runs' / self.name} and "
@@ -285,7 +294,7 @@ class Pair:
             say(f"{self.name} failed: {error}")
             return str(error)
         if world.rank == 0 and "assess" in self.chain.configs:
-            durable.write_json(self.record, {"format": FORMAT, "content": self.content})
+            records.write(self.record, Done(content=self.content))
         return None
 
     def delete(self, kinds: tuple[str, ...], world: World) -> None:

@@ -77,14 +77,23 @@ def _trained(config: TrainConfig) -> str:
 
 
 def _last_step(metrics: Path) -> int | None:
-    """The step of the last line; the line that is being written is no JSON yet."""
+    """The step of the last line; the line that is being written is no JSON yet.
+
+    Raises:
+        StoreError: the line is none that was logged.
+    """
     step = None
     if metrics.exists():
-        with metrics.open() as lines:
+        with metrics.open("rb") as lines:
             for line in lines:
-                if line.endswith("\n"):
+                if line.endswith(b"\n"):
                     step = line
-    return None if step is None else int(json.loads(step)["step"])
+    if step is None:
+        return None
+    try:
+        return int(json.loads(step)["step"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise StoreError(f"{metrics} is damaged: its last line is no record of a step") from error
 
 
 def _n_steps(config: TrainConfig) -> int | None:

@@ -6,15 +6,39 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from saemill.common import durable
+from pydantic import Field
+
+from saemill.common import records
 from saemill.common.errors import StoreError
+from saemill.common.records import Name, Positive, Record
 
 ENDED = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL",
     "DEADLINE", "REVOKED", "GONE",
 )  # fmt: skip
 """SLURM's states of a job that will not run again, and ours of one that SLURM has forgotten."""
+
+
+JOBS = "jobs.json"
+
+
+class Entry(Record):
+    """A job that was submitted."""
+
+    stage: Name
+    job: Annotated[str, Field(pattern=r"^\d+$")]
+    """SLURM's id."""
+    workers: Positive | None = None
+    """Tasks of its array; None where it is none."""
+
+
+class Jobs(Record):
+    """`jobs.json`: the last submission."""
+
+    format: Literal["saemill jobs 2"] = "saemill jobs 2"
+    jobs: tuple[Entry, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +85,16 @@ class Job:
 
 
 def submitted(folder: Path) -> list[Job]:
-    """The jobs of the last submission, each with its present state; none if there was none."""
-    if not (folder / "jobs.json").exists():
+    """The jobs of the last submission, each with its present state; none if there was none.
+
+    Raises:
+        StoreError: its record is damaged, or SLURM does not answer.
+    """
+    if not (folder / JOBS).exists():
         return []
-    entries = durable.read_json(folder / "jobs.json")
-    names = [(entry["stage"], id) for entry in entries for id in _ids(entry)]
+    repair = "See to the jobs with squeue; without the file, the run may be submitted again."
+    entries = records.read(folder / JOBS, Jobs, repair).jobs
+    names = [(entry.stage, id) for entry in entries for id in _ids(entry)]
     queued = _queued()
     ended = _accounted([id for _, id in names if id not in queued])
     found = []
@@ -76,10 +105,10 @@ def submitted(folder: Path) -> list[Job]:
     return found
 
 
-def _ids(entry: dict[str, str | int]) -> list[str]:
-    if "workers" not in entry:
-        return [str(entry["job"])]
-    return [f"{entry['job']}_{task}" for task in range(int(entry["workers"]))]
+def _ids(entry: Entry) -> list[str]:
+    if entry.workers is None:
+        return [entry.job]
+    return [f"{entry.job}_{task}" for task in range(entry.workers)]
 
 
 def _queued() -> dict[str, tuple[str, str]]:

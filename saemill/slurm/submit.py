@@ -15,12 +15,12 @@ from typing import Any
 import yaml
 
 from saemill.common import config as settings
-from saemill.common import durable
+from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.slurm.pipeline import Pipeline
 from saemill.slurm.script import script
-from saemill.slurm.states import submitted
+from saemill.slurm.states import JOBS, Entry, Jobs, submitted
 
 
 def jobs_folder(run: Path) -> Path:
@@ -87,12 +87,12 @@ def run(file: Path, dry_run: bool = False) -> None:
         _write(plan)
         jobs = _submit(plan)
     for entry in jobs:
-        say(f"{entry['stage']:8} job {entry['job']}{_tasks(entry)}")
+        say(f"{entry.stage:8} job {entry.job}{_tasks(entry)}")
     say(f"scripts and logs: {plan.folder}; follow them with `saemill status {pipeline.run}`")
 
 
-def _tasks(entry: dict[str, Any]) -> str:
-    return f", tasks 0-{entry['workers'] - 1}" if entry.get("workers", 1) > 1 else ""
+def _tasks(entry: Entry) -> str:
+    return f", tasks 0-{entry.workers - 1}" if entry.workers and entry.workers > 1 else ""
 
 
 def _refuse_alive(folder: Path) -> None:
@@ -112,22 +112,22 @@ def _write(plan: Plan) -> None:
         durable.write_bytes(plan.folder / f"{stage}.sh", [text.encode()])
 
 
-def _submit(plan: Plan) -> list[dict[str, Any]]:
+def _submit(plan: Plan) -> list[Entry]:
     """Hand the scripts to sbatch one by one; when it refuses one, those before it are cancelled."""
-    jobs: list[dict[str, Any]] = []
+    jobs: list[Entry] = []
     for stage in plan.scripts:
         done = subprocess.run(
-            plan.command(stage, jobs[-1]["job"] if jobs else None), capture_output=True, text=True
+            plan.command(stage, jobs[-1].job if jobs else None), capture_output=True, text=True
         )
         if done.returncode:
             if jobs:
-                subprocess.run(["scancel", *(entry["job"] for entry in jobs)], check=True)
+                subprocess.run(["scancel", *(entry.job for entry in jobs)], check=True)
             raise ConfigError(
                 f"sbatch refuses {plan.folder / f'{stage}.sh'}: {done.stderr.strip()}\n"
                 "Nothing stays submitted; repair the section slurm and submit again."
             )
-        entry = {"stage": stage, "job": done.stdout.strip().split(";")[0]}
-        jobs.append(entry | ({"workers": plan.workers} if stage == "cache" else {}))
+        job = done.stdout.strip().split(";")[0]
+        jobs.append(Entry(stage=stage, job=job, workers=plan.workers if stage == "cache" else None))
         # After each one: a job that is not noted down would be submitted twice.
-        durable.write_json(plan.folder / "jobs.json", jobs)
+        records.write(plan.folder / JOBS, Jobs(jobs=tuple(jobs)))
     return jobs
