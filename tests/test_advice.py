@@ -68,9 +68,9 @@ def command(text: str, words: dict[str, str]) -> list[str]:
             f"run M D --tokenizer T {SMALL} --layers 1 --batch-size 256",
         ),
         (
-            f"run M D --tokenizer T {SMALL.replace('0.3', '0.999999999')} --layers 1 --batch-size 256",
-            r"lower --held-out-fraction \((0) trains on all",
-            f"run M D --tokenizer T {SMALL.replace('0.3', '{}')} --layers 1 --batch-size 256",
+            f"run M D --tokenizer T {SMALL.replace('0.3', '0.999999999')} --layers 1 --batch-size 64",
+            r"lower --held-out-fraction to (0\.\d+) or less",
+            f"run M D --tokenizer T {SMALL.replace('0.3', '{}')} --layers 1 --batch-size 64 --epochs 99",
         ),
         (
             f"run M D --tokenizer T {SMALL} --layers 1 --batch-size 256 --optimizer sgd",
