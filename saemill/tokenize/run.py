@@ -1,14 +1,10 @@
 """`saemill tokenize`: open the source, tokenize, pack, and write a TokenStore."""
 
-import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,9 +15,10 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.tokenizer import check_ctx_len, load_tokenizer
 from saemill.common.tokens import FORMAT, REPAIR, TokenizerInfo, TokenStore
+from saemill.tokenize.encoding import encode
 from saemill.tokenize.files import fingerprint_local
 from saemill.tokenize.ids import survey
-from saemill.tokenize.source import Batch, Source, check_path, open_source
+from saemill.tokenize.source import Source, check_path, open_source
 from saemill.tokenize.writer import Writer
 
 CTX_LEN = 512
@@ -159,13 +156,7 @@ def _write(
             document=document,
             chosen=chosen,
         )
-        with progress("tokenize", config.max_tokens, "tokens") as advance:
-            for batch in _tokenized(config, tokenizer, source):
-                before = writer.n_rows
-                done = writer.add(batch)
-                advance((writer.n_rows - before) * ctx_len)
-                if done:
-                    break
+        _fill(config, writer, tokenizer)
         return writer
 
     writer = written(frozenset())
@@ -190,6 +181,19 @@ def _write(
         }
     )
     return notes
+
+
+def _fill(config: TokenizeConfig, writer: Writer, tokenizer: Any) -> None:
+    """Pass once over the writer's source, as far as `max_tokens` needs."""
+    batches = writer.source.batches(config.shuffle_seed)
+    n_processes = 1 if writer.source.column.holds_ids else config.num_proc
+    with progress("tokenize", config.max_tokens, "tokens") as advance:
+        for batch in encode(batches, tokenizer, config.tokenizer, config.tokenizer_revision, n_processes):
+            before = writer.n_rows
+            done = writer.add(batch)
+            advance((writer.n_rows - before) * writer.ctx_len)
+            if done:
+                return
 
 
 def _rows(config: TokenizeConfig, info: TokenizerInfo, source: Source) -> tuple[int, str, list[str]]:
@@ -343,44 +347,3 @@ def _summary(store: TokenStore) -> str:
         f"{counted(manifest.n_documents, 'document')}{empty}; "
         f"{counted(manifest.n_held_out_rows, 'row')} held out"
     )
-
-
-def _tokenized(config: TokenizeConfig, tokenizer: Any, source: Source) -> Iterator[Batch]:
-    """The batches with `input_ids`, in order; by `num_proc` processes with bounded read-ahead."""
-    batches = source.batches(config.shuffle_seed)
-    if config.num_proc == 1 or source.column.holds_ids:
-        for batch in batches:
-            yield _tokenize_batch(tokenizer, batch)
-        return
-    arguments = (config.tokenizer, config.tokenizer_revision)
-    context = get_context("spawn")
-    with ProcessPoolExecutor(config.num_proc, context, _load_in_worker, arguments) as pool:
-        waiting: deque[Future[Batch]] = deque()
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(_tokenize_in_worker, batch))
-                if len(waiting) > 2 * config.num_proc:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_worker: dict[str, Any] = {}
-
-
-def _load_in_worker(name: str, revision: str | None) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker["tokenizer"] = load_tokenizer(name, revision)[0]
-
-
-def _tokenize_in_worker(batch: Batch) -> Batch:
-    return _tokenize_batch(_worker["tokenizer"], batch)
-
-
-def _tokenize_batch(tokenizer: Any, batch: Batch) -> Batch:
-    if batch.texts is None:
-        return batch
-    encoded = tokenizer(batch.texts, add_special_tokens=False, verbose=False)
-    return Batch(batch.source_index, batch.texts, encoded["input_ids"])
