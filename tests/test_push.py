@@ -27,6 +27,7 @@ from saemill.common import durable, records, runs
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.formats import seal
 from saemill.hub.names import Names
+from saemill.show import problems
 
 VARIANTS = ["layers.1-k2-f128-s0-lr0.003", "layers.1-k16-f128-s0-lr0.003"]
 SAE_FILES = [f"{name}/{file}" for name in VARIANTS for file in ("cfg.json", "sae.safetensors")]
@@ -86,6 +87,17 @@ def test_a_pushed_run_is_pulled_as_it_was(made: Pipeline, hub: Hub, tmp_path: Pa
     shown = [call("show", path).splitlines()[1:] for path in (made.out, tmp_path / "run")]
     assert shown[0] == shown[1]
     assert "passed" in shown[0][0]
+    assert problems(tmp_path / "run") == []
+
+
+def test_a_damaged_report_is_not_pushed(made: Pipeline, hub: Hub, tmp_path: Path) -> None:
+    """Oracle: the hash that the assessment has of it; the hub gets nothing."""
+    run = Path(shutil.copytree(made.out, tmp_path / "run"))
+    report = run / "report.html"
+    report.write_bytes(report.read_bytes()[:-9])
+    with pytest.raises(StoreError, match=r"(?s)report\.html: file has .*Run `saemill assess` again"):
+        call("push", run, "user/saes")
+    assert hub.asked == []
 
 
 def test_a_pulled_run_is_assessed_on_its_pulled_activations(made: Pipeline, hub: Hub, tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def test_show_tells_a_run(tmp_path: Path) -> None:
     assert saemill("show", tmp_path).stdout == f"{head}  a  not assessed\n  b  diverged at step 12\n"
     write_assessment(tmp_path, {"a": "good"})
     assert saemill("show", tmp_path).stdout == f"{head}  a  good\n  b  diverged at step 12\n"
+    assert "final_assessment.json is of other SAEs than" in saemill("verify", tmp_path).stdout
 
 
 def test_an_sae_is_told_and_verified(tmp_path: Path) -> None:

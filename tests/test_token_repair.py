@@ -1,5 +1,6 @@
 """`saemill tokenize` run again on a store that is damaged."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -8,9 +9,10 @@ from pathlib import Path
 import datasets
 import pytest
 from conftest import random_texts
+from crashes import file_hashes
 
 import saemill.tokenize.run as stage
-from saemill.common.errors import ConfigError, StoreError
+from saemill.common.errors import ConfigError, DiskError, StoreError
 from saemill.common.tokens import TokenStore
 from saemill.tokenize.run import TokenizeConfig, run
 
@@ -167,3 +169,32 @@ def test_a_failure_leaves_nothing(
     with pytest.raises(ConfigError, match="something"):
         again(made, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_other_corpus_takes_the_place_of_a_damaged_one(made: TokenizeConfig, tmp_path: Path) -> None:
+    """Oracle: the files that were there: a store that lost one is not made anew of another text."""
+    out = Path(shutil.copytree(made.out, tmp_path / "out"))
+    (out / "documents.parquet").unlink()
+    before = file_hashes(out)
+    other = tmp_path / "b.jsonl"
+    other.write_text("".join(json.dumps({"text": text}) + "\n" for text in random_texts(30, seed=1)))
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        again(made, out, dataset=str(other))
+    assert file_hashes(out) == before
+
+
+def test_a_file_that_cannot_be_read_is_no_damage(
+    made: TokenizeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the files that were there; the system's error is told."""
+    out = Path(shutil.copytree(made.out, tmp_path / "out"))
+    before = file_hashes(out)
+
+    def failing(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        with pytest.raises(DiskError, match=r"manifest\.json"):
+            again(made, out)
+    assert file_hashes(out) == before

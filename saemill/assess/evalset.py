@@ -70,13 +70,11 @@ def check_tokens(store: ActivationStore, other: TokenStore | None, with_model: b
             f"{other.path} was made with the tokenizer {mine.name!r}, the activations with "
             f"{theirs.name!r}; tokenize the text with the latter"
         )
-    mine_are_ids, theirs_are_ids = (
-        tokens.manifest.source.column == "input_ids" for tokens in (other, store.tokens)
-    )
-    if mine_are_ids != theirs_are_ids:
+    document, of_training = other.manifest.document, store.tokens.manifest.document
+    if document != of_training:  # hashes of texts, of rows and of rows without their frame do not compare
         raise ConfigError(
-            f"{other.path} and the activations' tokens were not both made from text (or both from "
-            "ids), so documents that training saw cannot be told; tokenize the text itself"
+            f"a document of {other.path} is a {document}, one of the activations' tokens a {of_training}, so "
+            "those that training saw cannot be told; make the tokens in the same way"
         )
     if not with_model:
         raise ConfigError("activations of other tokens need the model; leave out --no-model")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from saemill.assess.evalset import Chunk
 from saemill.common.errors import ConfigError
+from saemill.common.hub import loading
 from saemill.common.passages import PassageStore
 from saemill.common.sae import Sae
 from saemill.common.tokens import TokenStore
@@ -131,7 +132,10 @@ class Reader:
     def __init__(self, tokens: TokenStore) -> None:
         self.tokens = tokens
         folder = tokens.tokenizer_folder
-        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder))
+        with loading("tokenizer", str(folder)):
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False
+            )
 
     def context(self, activation: float, address: int) -> Context:
         """The token at an address with its neighbours in the same row and document."""

@@ -160,7 +160,7 @@ def run(config: AssessConfig) -> dict[str, Any]:
 
 def _assess(config: AssessConfig, device: torch.device, everyone: Group, held: ExitStack) -> dict[str, Any]:
     started = time.perf_counter()
-    opened = _open(config, device)
+    opened, of = _open(config, device), config.of()
     if isinstance(opened.store.text, PassageStore):
         _check_without_model(config)
     other = TokenStore(config.tokens) if config.tokens else None
@@ -187,7 +187,7 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group, held: E
     assessment: dict[str, Any] = {
         "format": assessments.FORMAT,
         "settings": config.identity(),
-        "of": config.of(),
+        "of": of,
         "data": _data(found, best) | {"model_check": model_check},
         "thresholds": settings.plain(config.thresholds),
         "best_variant": best,

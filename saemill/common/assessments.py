@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from saemill.common import records
+from saemill.common import durable, records
 from saemill.common.records import Count, File, Hash, Name, Positive, Record
+from saemill.common.runs import FINISHED
 
 FILE = "final_assessment.json"
 FORMAT = "saemill assessment 2"
@@ -182,9 +183,15 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def problems(folder: Path) -> list[str]:
-    """Each file of the assessment in a folder that is missing or of other content.
+    """Each file of the assessment in a folder that is missing or of other content; in a run's own folder
+    also that it is of other SAEs than the run's.
 
     Raises:
         MissingError, StoreError: as `load`.
     """
-    return records.problems(folder, load(folder).files)
+    found = load(folder)
+    bad = records.problems(folder, found.files)
+    of_run = found.settings.get("tokens") is None and (folder / FINISHED).exists()
+    if of_run and durable.hash_file(folder / FINISHED) != found.of:
+        bad.append(f"{folder / FILE} is of other SAEs than {folder / FINISHED} tells of")
+    return bad

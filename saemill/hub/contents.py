@@ -100,13 +100,13 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
         }
     )
     identity = identity.model_copy(update={"config": durable.hash_bytes(written["config.yaml"])})
-    assessed = _assessment(path, names, written)
-    card = model_card(place, saes, told.model_dump(mode="json"), identity.content, assessed)
     written |= {
         "identity.json": as_json(records.content(identity)),
         "finished.json": as_json(records.content(told)),
-        CARD: card.encode(),
     }
+    assessed = _assessment(path, names, written)
+    card = model_card(place, saes, told.model_dump(mode="json"), identity.content, assessed)
+    written |= {CARD: card.encode()}
     if assessed:
         written |= {assessments.FILE: as_json(records.content(assessments.checked(assessed)))}
     weights = tuple(f"{name}/{WEIGHTS}" for name in kept)
@@ -114,17 +114,24 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
 
 
 def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[str, Any] | None:
-    """The run's assessment, if there is one; it answers for those of its files that are uploaded."""
+    """The run's assessment, if there is one; it answers for those of its files that are uploaded.
+
+    Raises:
+        StoreError: a file of it is damaged, or it is of other SAEs.
+    """
     if not (path / assessments.FILE).is_file():
         return None
+    if bad := assessments.problems(path):
+        raise StoreError("\n".join([*bad, assessments.REPAIR]))
     told: dict[str, Any] = names.of(assessments.read(path))
     uploaded = [entry["path"] for entry in told["files"] if entry["path"] in written]
     contents = {name: written[name] for name in uploaded}
     return told | {
+        "of": durable.hash_bytes(written["finished.json"]),
         "files": [
             {"path": name, "bytes": len(content), "xxh3": durable.hash_bytes(content)}
             for name, content in contents.items()
-        ]
+        ],
     }
 
 

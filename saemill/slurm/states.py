@@ -64,7 +64,7 @@ class Job:
         """How its script ended last, as the script wrote it."""
         file = self.folder / f"{self.stage}-{self.id}.exit"
         text = file.read_text().strip() if file.exists() else ""
-        return int(text) if text else None
+        return int(text) if text.isdecimal() else None
 
     @property
     def phrase(self) -> str:

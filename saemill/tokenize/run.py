@@ -11,10 +11,10 @@ from uuid import uuid4
 
 from saemill.common import config as settings
 from saemill.common import durable
-from saemill.common.errors import ConfigError, StoreError
+from saemill.common.errors import ConfigError, DiskError, StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.tokenizer import check_ctx_len, load_tokenizer
-from saemill.common.tokens import FORMAT, REPAIR, TokenizerInfo, TokenStore
+from saemill.common.tokens import FORMAT, REPAIR, TokenizerInfo, TokenManifest, TokenStore, read_manifest
 from saemill.tokenize.encoding import encode
 from saemill.tokenize.files import fingerprint_local
 from saemill.tokenize.ids import survey
@@ -289,39 +289,34 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
     settings.check_folder(config.out)
     if not config.out.exists() or not any(config.out.iterdir()):
         return None
-    _check_ours(config.out)
-    bad: list[str] = []
+    _check_version(config.out)
+    store, bad = None, ["manifest.json: file is missing"]
     try:
+        # First: where it can be read, no other corpus takes the place of this one, however damaged.
+        _check_made_alike(config, read_manifest(config.out, REPAIR))
         store = TokenStore(config.out)
-    except StoreError as error:
-        there = (config.out / "manifest.json").is_file()
-        bad = str(error).removesuffix(REPAIR).splitlines() if there else ["manifest.json: file is missing"]
-    else:
-        identity = config.identity()
-        if config.ctx_len == store.ctx_len:  # as it may have been found in the rows
-            identity.pop("ctx_len")
-        settings.check_same(store.manifest.settings.model_dump(mode="json"), identity, config.out)
-        _check_source(config, store)
         bad = store.problems(hashes=True)
+    except DiskError:  # what cannot be read now may be whole
+        raise
+    except StoreError as error:
+        if (config.out / "manifest.json").is_file():
+            bad = str(error).removesuffix(REPAIR).splitlines()
+    if bad:
+        _check_ours(config.out)
     if bad and tell:
         tell("\n".join([f"{config.out} is damaged, and made anew:", *(f"  {line.strip()}" for line in bad)]))
     return None if bad else store
 
 
-def _check_ours(out: Path) -> None:
-    """Refuse a folder that holds anything but a token store, whole or damaged, of this version."""
-    names = {path.name for path in out.iterdir()}
-    if names - CONTENT or len(CONTENT - names) > 1:
-        other = ", ".join(sorted(names - CONTENT)[:3])
-        raise StoreError(
-            f"{out} is not a finished token store, and holds {other or 'parts of one'}; choose another "
-            "output folder, or empty that one"
-        )
+def _check_version(out: Path) -> None:
+    """Refuse a store of another version."""
     try:
         manifest = durable.read_json(out / "manifest.json")
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+    except DiskError:
+        raise
     except StoreError:
         return
+    found = manifest.get("format") if isinstance(manifest, dict) else None
     if isinstance(found, str) and found.startswith("saemill tokens ") and found != FORMAT:
         raise StoreError(
             f"{out} was made by another version of saemill ({found!r:.80}, not {FORMAT!r}); choose another "
@@ -329,10 +324,26 @@ def _check_ours(out: Path) -> None:
         )
 
 
-def _check_source(config: TokenizeConfig, store: TokenStore) -> None:
-    """Refuse a finished store whose local source has changed since; a hub's is fixed by its revision."""
+def _check_ours(out: Path) -> None:
+    """Refuse to put a store in place of a folder that holds anything but one that is damaged."""
+    names = {path.name for path in out.iterdir()}
+    if names - CONTENT or len(CONTENT - names) > 1:
+        other = ", ".join(sorted(names - CONTENT)[:3])
+        raise StoreError(
+            f"{out} is not a finished token store, and holds {other or 'parts of one'}; choose another "
+            "output folder, or empty that one"
+        )
+
+
+def _check_made_alike(config: TokenizeConfig, manifest: TokenManifest) -> None:
+    """Refuse a store of other settings, or of a local source that has changed since; a hub's is fixed by its
+    revision."""
+    identity = config.identity()
+    if config.ctx_len == manifest.ctx_len:  # as it may have been found in the rows
+        identity.pop("ctx_len")
+    settings.check_same(manifest.settings.model_dump(mode="json"), identity, config.out)
     source = Path(config.dataset)
-    if source.exists() and fingerprint_local(source) != store.manifest.source.fingerprint:
+    if source.exists() and fingerprint_local(source) != manifest.source.fingerprint:
         raise ConfigError(
             f"{source} has changed since {config.out} was made of it; choose another output folder, or "
             "remove that one"

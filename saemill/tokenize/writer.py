@@ -1,6 +1,6 @@
 """Documents' token ids become rows, full shards and the tables of a TokenStore."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -243,4 +243,4 @@ class Writer:
         suffix = self.info.suffix_ids if self.all_framed[1] else ()
         if not prefix and len(self.first_ids) == 1 and self.first_ids <= set(self.info.special_ids):
             prefix = tuple(self.first_ids)
-        return replace(self.info, prefix_ids=prefix, suffix_ids=suffix)
+        return self.info.model_copy(update={"prefix_ids": prefix, "suffix_ids": suffix})

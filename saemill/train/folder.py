@@ -4,8 +4,8 @@ import json
 import shutil
 from contextlib import ExitStack
 
+from saemill.common import assessments, durable, records, runs
 from saemill.common import config as settings
-from saemill.common import durable, records, runs
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.runs import (
@@ -144,7 +144,7 @@ class Folder:
 
     def _clear(self) -> None:
         """Remove what an earlier training left, the record of its end first."""
-        for name in (FINISHED, wandb.RECORD, wandb.LOGGED, HALVING):
+        for name in (FINISHED, assessments.FILE, wandb.RECORD, wandb.LOGGED, HALVING):
             (self.path / name).unlink(missing_ok=True)
         checkpoint.remove(self.path)
         (self.path / METRICS).unlink(missing_ok=True)
