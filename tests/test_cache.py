@@ -832,6 +832,43 @@ def test_nan_is_refused_and_nothing_committed(
     assert cache(tokens, model, out, layers=(0,), dtype=dtype).sites == ["layers.0"]
 
 
+def test_a_store_that_is_given_up_leaves_other_files(
+    tokens: TokenStore, neox: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the files that came into the folder meanwhile; of the store, which holds no shard, none is
+    left."""
+    weight = "gpt_neox.layers.1.mlp.dense_4h_to_h.weight"
+    model = changed_model(neox, tmp_path / "model", weight, lambda w: w * torch.nan)
+    out, load = tmp_path / "acts", cache_run._load
+
+    def with_notes(*arguments: Any) -> Any:
+        (out / "mine" / "commits").mkdir(parents=True)
+        (out / "mine" / "commits" / "notes.json").touch()
+        (out / "notes.txt").touch()
+        return load(*arguments)
+
+    monkeypatch.setattr(cache_run, "_load", with_notes)
+    with pytest.raises(DataError, match="NaN or infinite"):
+        cache(tokens, model, out)
+    left = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
+    assert left == ["mine", "mine/commits", "mine/commits/notes.json", "notes.txt"]
+
+
+def test_a_site_is_compared_with_those_that_are_finished(
+    tokens: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: BLOOM's MLP returns what its block returns, which is cached by an earlier call."""
+    config = transformers.BloomConfig(
+        vocab_size=tokens.tokenizer.vocab_size, hidden_size=16, n_layer=2, n_head=2
+    )
+    transformers.BloomModel(config).save_pretrained(tmp_path / "bloom")
+    cache(tokens, str(tmp_path / "bloom"), tmp_path / "acts", layers=(1,), max_tokens=SHARD)
+    assert "warning" not in capsys.readouterr().out
+    cache(tokens, str(tmp_path / "bloom"), tmp_path / "acts", sites=("h.1.mlp",))
+    told = "warning: h.1.mlp and h.1 give the same activations: one of them is enough"
+    assert told in capsys.readouterr().out
+
+
 def test_overflow_of_fp16_is_refused_and_the_advice_helps(
     tokens: TokenStore, neox: str, tmp_path: Path
 ) -> None:

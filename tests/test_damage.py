@@ -14,14 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from crashes import Crash, bury, crash_at, file_hashes
-from stores import make_store
+from stores import make_store, make_tokens
 
 from saemill.cache import run as cache_run
+from saemill.cache import token_copy
 from saemill.cache.claims import Worker
 from saemill.cache.run import CacheConfig
-from saemill.common import durable, records
+from saemill.common import durable, passages, records
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, SaemillError, StoreError
+from saemill.common.site_records import SiteManifest
 from saemill.common.tokens import TokenStore
 from saemill.embeddings.run import ImportConfig
 from saemill.embeddings.run import run as import_activations
@@ -259,6 +261,50 @@ def test_exchanged_sites_are_told_and_the_advice_helps(cached: tuple[Path, Any],
     assert file_hashes(copy) == file_hashes(whole)
 
 
+def test_tokens_of_another_store_are_copied_again(cached: tuple[Path, Any], tmp_path: Path) -> None:
+    """Oracle: the whole store, after the advice was followed. The tokens there are as many, and whole."""
+    whole, make = cached
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    shutil.rmtree(copy / "tokens")
+    make_tokens(copy / "tokens", N_ROWS, CTX_LEN, parent="of another store")
+    with pytest.raises(StoreError, match=r"tokens is of another store\. Run the command that made it"):
+        ActivationStore(copy)
+    make(copy)
+    assert file_hashes(copy) == file_hashes(whole)
+
+
+def test_a_token_store_in_place_of_the_copy_is_not_lost(cached: tuple[Path, Any], tmp_path: Path) -> None:
+    """Oracle: its files as they were, and the whole store, after it was moved as the message says."""
+    whole, make = cached
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    shutil.rmtree(copy / "tokens")
+    before = file_hashes(make_tokens(copy / "tokens", N_ROWS, CTX_LEN).path)
+    with pytest.raises(StoreError, match=r"is a token store of its own.* move it to another folder"):
+        make(copy)
+    (copy / "tokens").rename(tmp_path / "moved")
+    assert file_hashes(tmp_path / "moved") == before
+    make(copy)
+    assert file_hashes(copy) == file_hashes(whole)
+
+
+def test_a_manifest_of_another_time_is_merged_again(
+    cached: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the whole store, without the model. The manifest is whole by itself, as one from a backup."""
+    whole, make = cached
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    file = copy / "layers.1" / "manifest.json"
+    manifest = records.read(file, SiteManifest, "")
+    first, second, third = manifest.shards
+    other = second.model_copy(update={"xxh3": "0" * 16})
+    records.write(file, manifest.model_copy(update={"shards": (first, other, third)}))
+    assert any("1.json and" in line and "tell of other shards" in line for line in problems(copy))
+    monkeypatch.setattr(cache_run, "LanguageModel", None)
+    make(copy)
+    assert problems(copy) == []
+    assert file_hashes(copy) == file_hashes(whole)
+
+
 def test_a_lost_folder_of_a_site_is_missed(cached: tuple[Path, Any], tmp_path: Path) -> None:
     """Oracle: the folder's name, from `verify` and `show`; the command makes it again."""
     whole, make = cached
@@ -308,7 +354,7 @@ def test_a_worker_taken_for_dead_while_it_makes_the_store_is_told(
     what this one had begun, in the middle of it."""
     whole, make = cached
     out = tmp_path / "acts"
-    copy_rows = cache_run.copy_rows
+    copy_rows = token_copy.copy_rows
 
     def taken_over(*arguments: Any) -> Any:
         for file in (out / "claims").glob("worker-*"):
@@ -317,12 +363,71 @@ def test_a_worker_taken_for_dead_while_it_makes_the_store_is_told(
         with Worker(out / "claims", threading.Event()) as other, other.hold("store"):
             return copy_rows(*arguments)
 
-    monkeypatch.setattr(cache_run, "copy_rows", taken_over)
+    monkeypatch.setattr(token_copy, "copy_rows", taken_over)
     with pytest.raises(StoreError, match=r"another one took over its work.* Run the same command again"):
         make(out)
     monkeypatch.undo()
     make(out)
     assert file_hashes(out) == file_hashes(whole)
+
+
+# Embeddings whose list of passages does not tell what they were made of
+
+
+def import_other(
+    folder: Path, out: Path, shift: float, text: str = "text", **changes: Any
+) -> ActivationStore:
+    """As the fixture `imported`, of vectors that are shifted and of other texts, if told so."""
+    vectors = np.random.default_rng(0).standard_normal((40, 4)).astype("f4") + np.float32(shift)
+    columns = {"embedding": pa.array(list(vectors), pa.list_(pa.float32()))}
+    pq.write_table(pa.table(columns | {"text": [f"{text} {i}" for i in range(40)]}), folder / "other.parquet")
+    source = str(folder / "other.parquet")
+    return import_activations(ImportConfig(source=source, out=out, shard_rows=16, **changes))
+
+
+def test_passages_of_another_source_replace_none(imported: tuple[Path, Any], tmp_path: Path) -> None:
+    """Oracle: every file as it was, for other vectors, other texts and other settings; then the whole store,
+    from the right ones."""
+    whole, make = imported
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    (copy / "passages" / "manifest.json").write_text("{}")
+    before = file_hashes(copy)
+    for changes in ({"shift": 1.0}, {"shift": 0.0, "text": "other"}, {"shift": 0.0, "normalize": True}):
+        with pytest.raises(ConfigError, match="does not give it again byte by byte"):
+            import_other(tmp_path, copy, **changes)  # type: ignore[arg-type]
+        assert file_hashes(copy) == before
+    make(copy)
+    assert file_hashes(copy) == file_hashes(whole)
+
+
+def test_passages_that_come_out_otherwise_replace_none(
+    imported: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: every file as it was. The same passages are written as other bytes, as by another pyarrow."""
+    whole, make = imported
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    (copy / "passages" / "manifest.json").write_text("{}")
+    before = file_hashes(copy)
+    with monkeypatch.context() as patch:
+        patch.setattr(passages, "GROUP_ROWS", 8)
+        with pytest.raises(ConfigError, match="or by another version of pyarrow"):
+            make(copy)
+    assert file_hashes(copy) == before
+    make(copy)
+    assert file_hashes(copy) == file_hashes(whole)
+
+
+def test_passages_of_another_store_are_made_again(imported: tuple[Path, Any], tmp_path: Path) -> None:
+    """Oracle: the whole store, after the command that made it."""
+    whole, make = imported
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    other = import_other(tmp_path, tmp_path / "other", 1.0, "other")
+    shutil.rmtree(copy / "passages")
+    shutil.copytree(other.path / "passages", copy / "passages")
+    with pytest.raises(StoreError, match=r"passages is of another store\. Run the command that made it"):
+        ActivationStore(copy)
+    make(copy)
+    assert file_hashes(copy) == file_hashes(whole)
 
 
 # Anything at all

@@ -35,6 +35,8 @@ from saemill.common.errors import Interrupted, StoreError
 from saemill.common.log import say
 from saemill.common.records import Record
 
+CLAIMS = "claims"
+"""The folder of a store in which its workers meet; it is gone when none is left."""
 EXPIRY_SECONDS = 120.0
 """A worker not heard of for so long is dead; longer than the 60 s for which NFS clients keep a file's
 time. SAEMILL_CLAIM_SECONDS overrides it."""

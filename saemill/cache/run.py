@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 import torch
 
-from saemill.cache import names
-from saemill.cache.claims import Worker, holds_only_claims
+from saemill.cache import names, token_copy
+from saemill.cache.claims import CLAIMS, Worker, holds_only_claims
 from saemill.cache.fill import Filling
 from saemill.cache.writer import SiteWriter, check_same_store, has_shards, write_group
 from saemill.common import config as settings
-from saemill.common import durable, elsewhere, records
+from saemill.common import durable, elsewhere
 from saemill.common.activations import ActivationStore
 from saemill.common.architecture import Architecture
-from saemill.common.errors import ConfigError, DataError, DiskError, StoreError
+from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.mask import MaskConfig
 from saemill.common.model import (
@@ -35,18 +35,17 @@ from saemill.common.site_records import (
     SITES,
     StoreSettings,
     known_settings,
+    record_path,
     sites_in,
 )
 from saemill.common.sites import Site, load_model_config
 from saemill.common.statistics import warnings
 from saemill.common.tokenizer import check_tokenizer
-from saemill.common.tokens import TokenManifest, TokenStore, copy_rows
+from saemill.common.tokens import TokenStore
 from saemill.common.world import World, speak_for
 
 SHARD_TOKENS = 65536
 """Tokens per shard file of a new store, unless told otherwise."""
-CLAIMS = "claims"
-"""The store's folder in which workers meet; it is gone when none is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,14 +155,17 @@ def run(config: CacheConfig) -> ActivationStore:
 
 def _clear_if_empty(out: Path, worker: Worker) -> None:
     """Remove a store that holds no shard, and that nobody else works on, so that other settings may be
-    tried in its place."""
+    tried in its place. Other files that lie there are left alone."""
     with worker.hold("store"):
         if worker.is_alone() and not has_shards(out):
-            for path in out.iterdir():
-                if path.is_dir() and path.name != CLAIMS:
+            # The tokens go last: by them the rest is known as a store that was begun.
+            sites = [name for name in sites_in(out) if record_path(out, name).exists()]
+            for name in (*sites, SITES, "zarr.json", "tokens"):
+                path = out / name
+                if path.is_dir():
                     shutil.rmtree(path)
-                elif path.is_file():
-                    path.unlink()
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def _complete(
@@ -198,7 +200,8 @@ def _complete(
 def _load(
     config: CacheConfig, store: ActivationStore, sites: list[str], device: torch.device
 ) -> LanguageModel:
-    """The model, after a look at whether its modules hold what their names say."""
+    """The model, after a look at whether its modules hold what their names say: those of the sites asked for
+    and of the finished ones, which they are compared with."""
     model = LanguageModel(
         config.model,
         revision=config.revision,
@@ -207,7 +210,8 @@ def _load(
         in_8bit=bool(store.settings.load_in_8bit),
     )
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype("int64"))
-    for told in names.warnings(model, sites, ids_RS):
+    finished = [name for name in store.sites if name not in sites]
+    for told in names.warnings(model, sites + finished, ids_RS):
         say(f"warning: {told}")
     return model
 
@@ -241,23 +245,11 @@ def _settings_there(config: CacheConfig, tokens: TokenStore) -> StoreSettings | 
 def _others(config: CacheConfig, tokens: TokenStore) -> list[Path]:
     """What lies at the output and is no part of a store of these tokens that was begun."""
     paths = list(config.out.glob("*"))  # first: other workers may be adding parts, each of them whole
-    begun = _is_copy(config.out / "tokens", tokens)
+    begun = token_copy.is_copy(config.out / "tokens", tokens)
     ours = {"tokens", "zarr.json", SITES, *sites_in(config.out)} if begun else set()
     return [
         path for path in paths if not (path.name in ours or (path.name == CLAIMS and holds_only_claims(path)))
     ]
-
-
-def _is_copy(path: Path, tokens: TokenStore) -> bool:
-    """Whether a folder holds a copy of these tokens, which names what it was copied from; a token store of
-    the user's own does not."""
-    try:
-        manifest = records.read(path / "manifest.json", TokenManifest, "")
-    except DiskError:
-        raise
-    except StoreError:
-        return False
-    return manifest.parent_fingerprint == tokens.fingerprint
 
 
 def _n_rows(config: CacheConfig, tokens: TokenStore, there: StoreSettings | None) -> int:
@@ -370,32 +362,16 @@ def _open(
     copy, n_rows = config.out / "tokens", identity["n_rows"]
     was_there = (copy / "manifest.json").exists()
     # Workers hash the copy side by side; then a copy that was not there is new, and its sizes will do.
-    whole = _is_whole(copy, n_rows, hashes=True)
+    whole = token_copy.is_whole(copy, tokens, n_rows, hashes=True)
     with worker.hold("store") as claim:
         there = _settings_there(config, tokens)
         check_same_store(config.out, there, identity)
         say(plan)
-        if not whole and not _is_whole(copy, n_rows, hashes=was_there):
-            shutil.rmtree(copy, ignore_errors=True)
-            partial = worker.partial()
-            copy_rows(tokens, n_rows, partial)
-            claim.check()
-            partial.replace(copy)
-            durable.sync_folder(config.out)
+        if not whole and not token_copy.is_whole(copy, tokens, n_rows, hashes=was_there):
+            token_copy.make(copy, tokens, n_rows, worker.partial(), claim)
         write_group(config.out, there or _new_settings(config, identity), worker)
         store = ActivationStore(config.out)
         return store, [SiteWriter(store, site, DTYPES[identity["dtype"]], worker) for site in sites]
-
-
-def _is_whole(copy: Path, n_rows: int, hashes: bool) -> bool:
-    """Whether a copy of the tokens is there and undamaged."""
-    try:
-        store = TokenStore(copy)
-        return store.n_rows == n_rows and not store.problems(hashes)
-    except DiskError:
-        raise
-    except StoreError:
-        return False
 
 
 def _new_settings(config: CacheConfig, identity: dict[str, Any]) -> StoreSettings:

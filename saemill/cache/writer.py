@@ -163,8 +163,20 @@ class SiteWriter:
             is_whole = False
             if was_there:  # else another worker may be about to put a good one there
                 self.commit_path(shard).unlink(missing_ok=True)
+        if manifest and is_whole and not self._agrees(manifest):
+            say(f"{self.manifest_path} tells of other shards than their records and is written again")
+            is_whole = False
         if not is_whole:
             self.manifest_path.unlink(missing_ok=True)
+
+    def _agrees(self, manifest: SiteManifest) -> bool:
+        """Whether a manifest repeats what the shards' records say. Each may be whole by itself, and of
+        another time: one was brought back from a backup."""
+        commits = (self._commit(shard) for shard in range(self.store.n_shards))
+        return all(
+            commit is not None and commit.entry() == entry
+            for commit, entry in zip(commits, manifest.shards, strict=True)
+        )
 
     def _is_good(self, shard: int, hashes: bool) -> bool:
         self.worker.check_stop()

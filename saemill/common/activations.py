@@ -93,8 +93,8 @@ class ActivationStore:
                 raise StoreError(f"{text.path} is of another store")
         except StoreError as error:
             what = "list of the passages" if holds_embeddings else "copy of the tokens"
-            told = str(error).removesuffix(REPAIR).rstrip()
-            raise StoreError(f"the {what} in {self.path} is damaged: {told} {REPAIR}") from error
+            told = str(error).removesuffix(REPAIR).rstrip().removesuffix(".")
+            raise StoreError(f"the {what} in {self.path} is damaged: {told}. {REPAIR}") from error
         return text
 
     @property
@@ -126,7 +126,7 @@ class ActivationStore:
     def fingerprint(self) -> str:
         """Identifies the content: settings and tokens, or passages. A store that was published with names
         in place of paths kept the one it had, so that SAEs trained on it still know it."""
-        settings = self.settings.model_dump(mode="json", exclude={"fingerprint"})
+        settings = self.settings.model_dump(mode="json", exclude={"fingerprint", "source_hash"})
         return self.settings.fingerprint or durable.hash_json([settings, self.text.fingerprint])
 
     def record(self, name: str) -> SiteRecord:

@@ -104,6 +104,9 @@ class StoreSettings(Record):
     """Of the token store whose rows were cached."""
     passages_fingerprint: str | None = None
     """Of the passages, where `kind` is embeddings."""
+    source_hash: Hash | None = None
+    """Of embeddings: of what they were made of, and of the settings that decided them. The passages' manifest
+    has both in full; by this they are known where it is damaged."""
     n_rows: Positive
     shard_tokens: Positive
     dtype: Literal["bf16", "fp16", "fp32"]
@@ -143,7 +146,7 @@ class StoreSettings(Record):
     @cached_property
     def identity(self) -> str:
         """A hash of what decides the content; each record of a shard or site names the store's by it."""
-        made_by = {"model", "revision", "weights_fingerprint", "versions", "fingerprint"}
+        made_by = {"source_hash", "model", "revision", "weights_fingerprint", "versions", "fingerprint"}
         return durable.hash_json(self.model_dump(mode="json", exclude=made_by))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import xxhash
 
-from saemill.cache.claims import Worker
+from saemill.cache.claims import CLAIMS, Worker
 from saemill.common import config as settings
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
@@ -23,7 +23,7 @@ from saemill.common.statistics import warnings
 from saemill.common.world import World, speak_for
 from saemill.embeddings.rows import Form, Rows
 from saemill.embeddings.sources import Where, open_hub
-from saemill.embeddings.store import CLAIMS, Plan, check_numbers, describe, fill, make_passages, open_store
+from saemill.embeddings.store import Plan, check_numbers, describe, fill, make_passages, open_store
 from saemill.embeddings.tables import Table, choose_column, strings
 
 GROUP_BATCHES = 8

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saemill.cache.claims import Worker
+from saemill.cache.claims import CLAIMS, Worker
 from saemill.common import config as settings
 from saemill.common.activations import ActivationStore
 from saemill.common.errors import DataError
@@ -20,7 +20,7 @@ from saemill.common.statistics import warnings
 from saemill.common.world import World, speak_for
 from saemill.embeddings.rows import Form, Rows, Source
 from saemill.embeddings.sources import Where, open_source, open_table
-from saemill.embeddings.store import CLAIMS, Plan, check_numbers, describe, fill, make_passages, open_store
+from saemill.embeddings.store import Plan, check_numbers, describe, fill, make_passages, open_store
 from saemill.embeddings.tables import Table
 from saemill.embeddings.texts import join
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saemill.cache.claims import Claim, Worker, holds_only_claims
+from saemill.cache.claims import CLAIMS, Claim, Worker, holds_only_claims
 from saemill.cache.writer import SiteWriter, check_same_store, write_group
 from saemill.common import config as settings
 from saemill.common import durable, records
@@ -33,7 +33,6 @@ from saemill.common.site_records import (
 from saemill.common.sites import Site
 from saemill.embeddings.rows import Form, Rows
 
-CLAIMS = "claims"
 SHARD_BYTES = 1 << 26
 SHARD_ROWS = 1 << 16
 """A shard of a new store has so many bytes or rows, what is less, unless told otherwise."""
@@ -58,6 +57,11 @@ class Plan:
     def __post_init__(self) -> None:
         if self.site in RESERVED or not re.fullmatch(r"\w[\w.-]*", self.site):
             raise ConfigError(f"{self.site!r} cannot be the name of a site; give another with --site")
+
+    @property
+    def source_hash(self) -> str:
+        """A hash of the source and of the user's settings."""
+        return durable.hash_json([self.source["fingerprint"], self.settings])
 
 
 def describe(passages: PassageStore) -> str:
@@ -89,40 +93,44 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
         write: adds all of them to a writer; says by what their sides were chosen.
 
     Raises:
-        ConfigError: the folder holds others.
+        ConfigError: the folder holds others, or the store there was made of others.
         StoreError: it holds other things.
     """
-    folder = plan.out / "passages"
-    _check_folder(plan)
-    if _whole(folder):
+    folder, there = plan.out / "passages", known_settings(plan.out)
+    _check_folder(plan, there)
+    if _whole(folder, there):
         return PassageStore(folder)
     if folder.exists():
-        say(f"{folder} is damaged or unfinished and written again")
+        say(f"{folder} is damaged, unfinished or of another store, and is written again")
     partial = worker.partial()
     writer = PassageWriter(partial, plan.held_out_fraction)
     hashed = write(writer)
     if writer.n_rows == 0:
         raise DataError(f"{plan.source['name']} holds no passages")
     writer.finish({"hashed": hashed, "source": plan.source, "settings": plan.settings})
+    if there and PassageStore(partial).fingerprint != there.passages_fingerprint:
+        raise _of_others(plan)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
     durable.sync_folder(plan.out)
     return PassageStore(folder)
 
 
-def _whole(folder: Path) -> bool:
-    """Whether all passages are there and undamaged."""
+def _whole(folder: Path, there: StoreSettings | None) -> bool:
+    """Whether all passages are there, undamaged, and those of the store."""
     try:
-        return not PassageStore(folder).problems(hashes=True)
+        passages = PassageStore(folder)
     except DiskError:
         raise
     except StoreError:
         return False
+    is_ours = there is None or there.passages_fingerprint == passages.fingerprint
+    return is_ours and not passages.problems(hashes=True)
 
 
-def _check_folder(plan: Plan) -> None:
+def _check_folder(plan: Plan, there: StoreSettings | None) -> None:
     """Refuse a folder that holds anything but the beginning of this store."""
-    there, begun = known_settings(plan.out), _manifest(plan.out / "passages")
+    begun = _manifest(plan.out / "passages")
     parts = {"passages"}
     if there or begun:
         parts |= {"zarr.json", SITES, *sites_in(plan.out)}
@@ -132,6 +140,10 @@ def _check_folder(plan: Plan) -> None:
             raise StoreError(f"{plan.out} holds other files ({path.name}); choose a new folder")
     if there and there.kind != EMBEDDINGS:
         raise ConfigError(f"{plan.out} holds activations of a language model; choose another folder")
+    if there and (begun is None or begun.fingerprint != there.passages_fingerprint):
+        if there.source_hash != plan.source_hash:
+            raise _of_others(plan)
+        return
     if begun is None:
         return
     settings.check_same(begun.settings.model_dump(mode="json"), plan.settings, plan.out)
@@ -140,6 +152,17 @@ def _check_folder(plan: Plan) -> None:
             f"{plan.source['name']} is not what {plan.out} was made of, or has changed since; choose another "
             "output folder, or remove that one"
         )
+
+
+def _of_others(plan: Plan) -> ConfigError:
+    """What is said where the passages in the folder cannot tell what they were made of, but the store knows
+    by their hashes that it was something else."""
+    return ConfigError(
+        f"the list of the passages in {plan.out} is damaged or another store's, and {plan.source['name']} "
+        "with these settings does not give it again byte by byte: the store was made of another source, with "
+        "other settings or by another version of pyarrow. Use what it was made with, choose another output "
+        "folder, or remove that one"
+    )
 
 
 def _manifest(folder: Path) -> PassageManifest | None:
@@ -168,6 +191,7 @@ def open_store(
         "format": FORMAT,
         "kind": EMBEDDINGS,
         "passages_fingerprint": passages.fingerprint,
+        "source_hash": plan.source_hash,
         "n_rows": passages.n_rows,
         "shard_tokens": shard_rows,
         "dtype": next(name for name, known in DTYPES.items() if known is dtype),

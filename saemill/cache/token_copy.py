@@ -1,0 +1,72 @@
+"""The copy of its tokens that an activation store carries: whether it is there, and making it."""
+
+import shutil
+from pathlib import Path
+
+from saemill.cache.claims import Claim
+from saemill.common import durable, records
+from saemill.common.errors import DiskError, StoreError
+from saemill.common.tokens import TokenManifest, TokenStore, copy_rows
+
+
+def _manifest(path: Path) -> TokenManifest | None:
+    """A token store's manifest, if it is there and whole."""
+    try:
+        return records.read(path / "manifest.json", TokenManifest, "")
+    except DiskError:
+        raise
+    except StoreError:
+        return None
+
+
+def is_copy(path: Path, tokens: TokenStore) -> bool:
+    """Whether a folder holds a copy of these tokens, which names what it was copied from; a token store of
+    the user's own does not."""
+    manifest = _manifest(path)
+    return manifest is not None and manifest.parent_fingerprint == tokens.fingerprint
+
+
+def is_whole(path: Path, tokens: TokenStore, n_rows: int, hashes: bool) -> bool:
+    """Whether a folder holds a copy of the first rows of these tokens, all files undamaged.
+
+    Args:
+        path: the copy's folder.
+        tokens: what it is to be a copy of.
+        n_rows: how many rows.
+        hashes: whether files are compared with their hashes too, not only their sizes.
+    """
+    try:
+        copy = TokenStore(path)
+    except DiskError:
+        raise
+    except StoreError:
+        return False
+    is_ours = (copy.manifest.parent_fingerprint, copy.n_rows) == (tokens.fingerprint, n_rows)
+    return is_ours and not copy.problems(hashes)
+
+
+def make(path: Path, tokens: TokenStore, n_rows: int, partial: Path, claim: Claim) -> None:
+    """Copy the first rows of the tokens, in place of what is there: a damaged copy, or another store's.
+
+    Args:
+        path: the copy's folder.
+        tokens: what is copied.
+        n_rows: how many rows.
+        partial: a new folder, where the copy is made first.
+        claim: on the store.
+
+    Raises:
+        Lost: another worker took the store over.
+        StoreError: the tokens are damaged, or a token store that is no copy is in the copy's place.
+    """
+    there = _manifest(path)
+    if there and there.parent_fingerprint is None:
+        raise StoreError(
+            f"{path} is a token store of its own, where a copy of the tokens belongs; move it to another "
+            "folder and run the same command again"
+        )
+    copy_rows(tokens, n_rows, partial)
+    claim.check()
+    shutil.rmtree(path, ignore_errors=True)
+    partial.replace(path)
+    durable.sync_folder(path.parent)
