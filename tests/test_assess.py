@@ -282,7 +282,7 @@ def test_a_context_is_the_text_around_the_address(store: ActivationStore) -> Non
 def test_latents_shown_are_asked_or_random_live_ones() -> None:
     """Oracle: the asked first; the rest live and without repeats."""
     density = np.array([0, 0.1, 0.2, 0, 0.3])
-    chosen = choose_latents(density, density > 0, (3,), 10)
+    chosen = choose_latents(density > 0, (3,), 10)
     assert chosen[0] == 3
     assert sorted(chosen) == [1, 2, 3, 4]
     check_latents((0, 4), [5, 9])

@@ -173,6 +173,28 @@ def test_what_can_be_repaired_is(
             assert files(out) == wanted
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_damaged_identity_before_the_first_checkpoint_is_written_again(
+    resume: bool,
+    store: ActivationStore,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Oracle: what the file said before the damage; other settings are refused, and nothing is changed."""
+    out = tmp_path / "r"
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(3, settings(store, out), patch)
+    assert not (out / "checkpoint.json").exists()
+    whole = runs.identity(out).content
+    flipped(out / "identity.json")
+    damaged = (out / "identity.json").read_bytes()
+    with pytest.raises(StoreError, match=r"nothing else in .* tells that it is of these settings"):
+        run(settings(store, out, seeds=(5,), resume=resume))
+    assert (out / "identity.json").read_bytes() == damaged
+    run(settings(store, out, resume=resume))
+    assert runs.identity(out).content == whole
+    assert problems(out) == []
+
+
 def test_a_damaged_log_moved_away_loses_no_training(
     store: ActivationStore,  # noqa: F811
     whole: Path,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ from saemill import ActivationStore, cli
 from saemill.cache.run import CacheConfig
 from saemill.cli.run import SETTINGS
 from saemill.common import model as models
-from saemill.common.errors import ConfigError, DataError
+from saemill.common.errors import ConfigError, DataError, StoreError
+from saemill.common.site_records import REPAIR
+from saemill.common.world import World
 from saemill.pipeline import chain
 from saemill.pipeline.run import RunConfig, run
 from saemill.pipeline.stages import CONFIGS
@@ -235,6 +238,8 @@ def test_a_device_is_for_the_stages_that_there_are(
         ({"cache.sites": "blocks.6.hook_resid_post"}, "is --layers 6"),
         ({"cache.layer_stride": "2"}, "layer_stride chooses all layers itself; leave out layers"),
         ({"run.run_name": "a/b"}, "without slashes"),
+        ({"run.run_name": ".."}, "not beginning with a dot"),
+        ({"run.run_name": ""}, "must be the name of a folder"),
         ({"run.run_name": "a", "train.out": "b"}, "run_name has no effect"),
         ({"assess.run": "elsewhere", "train.out": "b"}, "name one folder"),
     ],
@@ -346,10 +351,84 @@ def test_8bit_goes_to_bitsandbytes(tiny_models: dict[str, str], monkeypatch: pyt
     assert CacheConfig(tokens=Path(), model="m", out=Path(), layers=(0,)).load_in_8bit is None
 
 
+def flip(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+def damage_the_stores(original: Path, folder: Path) -> None:
+    """The stores of a save_dir in another, with a bit of each flipped, and word of it left."""
+    for kind in ("tokens", "acts"):
+        shutil.copytree(original / kind, folder / kind)
+    (tokens,), (acts,) = (tuple((folder / kind).iterdir()) for kind in ("tokens", "acts"))
+    flip(tokens / "manifest.json")
+    flip(next(acts.glob("layers.*/c/0/0")))
+    acts.with_name(f"{acts.name}.damaged").touch()
+
+
+@pytest.mark.parametrize("where", ["layers.1/c/0/0", "tokens/tokens/c/0/0"])
+def test_damaged_activations_are_mended(
+    where: str, work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path, done: list[str],
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Oracle: the bytes before the damage; what training finds damaged is cached once, and the same command
+    goes on."""
+    flags = SMALL | {"tokenize.tokenizer": tokenizer_folder}
+    run(tiny_models["neox"], str(corpus), flags)
+    (acts,) = Path("saemill-out/acts").iterdir()
+    whole = (acts / where).read_bytes()
+    flip(acts / where)
+    done.clear()
+    run(tiny_models["neox"], str(corpus), flags | {"train.k": "8"})
+    assert done == ["cache", "assess"]
+    assert "What is damaged is cached again" in capfd.readouterr().out
+    assert (acts / where).read_bytes() == whole
+    assert [path.name for path in acts.parent.iterdir()] == [acts.name]
+
+
+def test_one_of_several_leaves_word_of_damage(
+    work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path, done: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Oracle: the stages that were called: none after the damage was found, as the others are lost with it;
+    by the next command the cache, though all sites are there."""
+    flags = SMALL | {"tokenize.tokenizer": tokenizer_folder}
+
+    with monkeypatch.context() as patch:
+
+        def train(config: Any) -> None:
+            patch.setattr(World, "here", lambda: World(0, 2))
+            raise StoreError(f"a block differs from its hash. {REPAIR}")
+
+        patch.setattr(chain, "train", train)
+        with pytest.raises(StoreError, match="differs from its hash"):
+            run(tiny_models["neox"], str(corpus), flags)
+    assert done == ["cache"]
+    for stages in (["cache", "cache", "assess"], ["cache", "cache", "assess"]):
+        run(tiny_models["neox"], str(corpus), flags)
+        assert done == stages
+
+
+def test_a_damaged_identity_is_left_to_training(
+    work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path
+) -> None:
+    """Oracle: the file before the damage; other settings are refused as before."""
+    flags = SMALL | {"tokenize.tokenizer": tokenizer_folder, "run.run_name": "a"}
+    path = run(tiny_models["neox"], str(corpus), flags)
+    whole = (path / "identity.json").read_bytes()
+    flip(path / "identity.json")
+    run(tiny_models["neox"], str(corpus), flags)
+    assert (path / "identity.json").read_bytes() == whole
+    with pytest.raises(ConfigError, match="made with other settings"):
+        run(tiny_models["neox"], str(corpus), flags | {"train.k": "8"})
+
+
 def test_several_processes(
     work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path
 ) -> None:
-    """Oracle: the SAEs that one process makes of the same, bit by bit."""
+    """Oracle: the SAEs that one process makes of the same, bit by bit. The two processes find stores that are
+    damaged, one in a file that all of them open, and make them whole."""
     arguments = [
         "-m", "saemill", "run", tiny_models["neox"], str(corpus), "--device", "cpu",
         "--tokenizer", tokenizer_folder, "--ctx-len", "32", "--held-out-fraction", "0.3", "--layers", "1",
@@ -363,6 +442,8 @@ def test_several_processes(
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for launcher, folder in (([], "one"), (torchrun, "two")):
+        if launcher:
+            damage_the_stores(Path("one"), Path(folder))
         command = [sys.executable, *launcher, *arguments, "--save-dir", folder]
         subprocess.run(command, check=True, env=environment)
     names = json.loads(Path("one/runs/a/finished.json").read_text())["variants"]
@@ -371,3 +452,4 @@ def test_several_processes(
         alone, together = (Path(f, "runs/a", name, "sae.safetensors").read_bytes() for f in ("one", "two"))
         assert alone == together
     assert Path("two/runs/a/final_assessment.json").exists()
+    assert [path.suffix for path in Path("two/acts").iterdir()] == [""]

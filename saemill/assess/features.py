@@ -63,9 +63,7 @@ def check_latents(asked: tuple[int, ...], widths: list[int]) -> None:
         raise ConfigError(f"latents must be in 0..{min(widths) - 1}, got {', '.join(map(str, bad))}{advice}")
 
 
-def choose_latents(
-    density_F: NDArray[np.float64], live: NDArray[np.bool_], asked: tuple[int, ...], n_random: int
-) -> list[int]:
+def choose_latents(live: NDArray[np.bool_], asked: tuple[int, ...], n_random: int) -> list[int]:
     """The latents to show: those asked for, then live ones drawn at random (never hand-picked)."""
     candidates = np.flatnonzero(live)
     drawn = np.random.default_rng(SEED).permutation(candidates)[:n_random]

@@ -317,7 +317,7 @@ def _features(
 ) -> dict[str, Any]:
     density = reconstruction.density(shown)
     live = reconstruction.live(shown, config.dead_percentage_threshold)
-    latents = features.choose_latents(density, live, config.latents, config.n_latents)
+    latents = features.choose_latents(live, config.latents, config.n_latents)
     if reconstruction.unusable(shown):
         latents = []  # its activations are no numbers
     site, sae = opened.sites[shown], opened.saes[shown]

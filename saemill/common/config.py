@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from saemill.common import durable, elsewhere, yaml_text
+from saemill.common import elsewhere, yaml_text
 from saemill.common.errors import ConfigError
 
 T = TypeVar("T")
@@ -379,13 +379,8 @@ def check_folder(path: Path) -> None:
         raise ConfigError(f"out is {path}, but you may not write in {there}; choose another folder")
 
 
-def write_yaml(path: Path, section: str, values: Mapping[str, Any]) -> None:
-    """Write one section so that `--config` reads it back."""
-    durable.write_bytes(path, [as_yaml(section, values)])
-
-
 def as_yaml(section: str, values: Mapping[str, Any]) -> bytes:
-    """The content of a YAML file with one section."""
+    """The content of a YAML file with one section, which `--config` reads back."""
     return yaml.safe_dump({section: dict(values)}, sort_keys=False).encode()
 
 

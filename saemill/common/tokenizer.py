@@ -48,7 +48,7 @@ def load_tokenizer(name: str, revision: str | None) -> tuple[Any, TokenizerInfo]
 
 
 def _load(name: str, revision: str | None) -> Any:
-    with loading("tokenizer", name), _without_code(name):
+    with loading("tokenizer", name), _without_code():
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=False
         )
@@ -59,7 +59,7 @@ def _load(name: str, revision: str | None) -> Any:
 
 
 @contextmanager
-def _without_code(name: str) -> Iterator[None]:
+def _without_code() -> Iterator[None]:
     """While the block runs, a refusal to run a repository's own code is told without Python's words."""
     try:
         yield

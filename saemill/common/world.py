@@ -29,6 +29,8 @@ from saemill.common.model import choose_device
 T = TypeVar("T")
 PEER_TIMEOUT_SECONDS = 600
 """A process that waits so long for another takes it for lost; SAEMILL_PEER_TIMEOUT_SECONDS overrides it."""
+LOOK_SECONDS = 0.2
+"""Between two looks at whether the first process is done with long work."""
 
 
 gather_rows: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -54,7 +56,10 @@ class Group:
     ) -> None:
         self.ranks, self.rank, self.size, self.handle = ranks, rank, len(ranks), handle
         self.timeout = timeout
+        self.board: Any = None
+        """torch's store, where processes leave word for one another; only the group of all has it."""
         self._parts: list[Group] = []
+        self._n_waits = 0
 
     def sum_(self, x: Tensor) -> Tensor:
         """Replace x by its sum over the group; every process gets the same bits."""
@@ -126,6 +131,25 @@ class Group:
             raise failed
         return cast(T, value)
 
+    def first_at_length(self, function: Callable[[], T]) -> T:
+        """As `first`, of work that may take hours, longer than a process is waited for otherwise; in the
+        group of all processes."""
+        if self.size == 1:
+            return function()
+        self._n_waits += 1
+        done = f"long work {self._n_waits}"
+
+        def work() -> T:
+            try:
+                return function()
+            finally:
+                self.board.set(done, "")
+
+        # Where the first process is lost, so is the board, or torchrun ends the others.
+        while self.rank > 0 and not self.board.check([done]):
+            time.sleep(LOOK_SECONDS)
+        return self.first(work)
+
     def alone(self, function: Callable[[], T]) -> T | None:
         """What `function` returns, on the group's first process, which alone calls it; None on the others.
         Its errors are everyone's. Unlike `first`, what it returns need not be sent."""
@@ -157,7 +181,7 @@ class Group:
     def forget(self) -> None:
         """Let go of torch's groups; one that outlives `destroy_process_group` aborts the process."""
         for part in [self, *self._parts]:
-            part.handle = None
+            part.handle = part.board = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +270,10 @@ class World:
             return
         # Imported later, by transformers, its functions' defaults would keep the group alive to the end.
         importlib.import_module("torch.distributed.nn.functional")
+        everyone.board = _meet(self, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_meet(self, timeout),
+            store=everyone.board,
             rank=self.rank,
             world_size=self.size,
             timeout=timeout,

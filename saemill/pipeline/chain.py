@@ -9,15 +9,19 @@ Folders that the settings do not name lie below one folder, under names that end
 
 So a second pipeline with another k finds its tokens and activations and goes straight to training, one
 with another layer adds it to the store, and what was interrupted goes on where it was.
+
+Tokens that are found again are compared with their hashes. Activations, which are too many, are compared as
+they are read: where training or the assessment finds them damaged, they are looked through and mended, and
+the stage goes on. Until then a file beside the store, <store>.damaged, says so.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from saemill.assess.run import AssessConfig
@@ -31,6 +35,7 @@ from saemill.common.architecture import check_row_length, limits_of
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.common.model import check_8bit
+from saemill.common.site_records import REPAIR
 from saemill.common.sites import Site, load_model_config
 from saemill.common.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.tokens import TokenStore
@@ -59,7 +64,6 @@ from saemill.train.variants import Variant, of_config
 
 UNKNOWN = Path("not known yet")
 """Stands for a folder that is found when the stage before it has run."""
-POLL_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -159,18 +163,22 @@ class Chain:
         out = config.out
         if out == UNKNOWN:
             out = self._place("tokens", config.dataset, content_of_tokens(config))
-        if World.here().rank == 0:
-            tokenize(replace(config, out=out))
-        while not (out / "manifest.json").exists():  # the failure of the process that makes it ends all
-            time.sleep(POLL_SECONDS)
-        self._check_rows(TokenStore(out))
+
+        def made() -> dict[str, Any]:
+            self._check_rows(tokenize(replace(config, out=out)))
+            return self.configs
+
+        with World.here().connected(torch.device("cpu")) as everyone:
+            self.configs = everyone.first_at_length(made)
         return out
 
     def _cache(self, config: CacheConfig) -> Path:
         content = content_of(config, TokenStore(config.tokens))
         out = config.out if config.out != UNKNOWN else self._place("acts", config.model, content)
-        if not _has_sites(out, content, [site.name for site in _sites(config)]):
+        damaged = _damaged(out)
+        if damaged.exists() or not _has_sites(out, content, [site.name for site in _sites(config)]):
             cache(replace(config, out=out))
+            damaged.unlink(missing_ok=True)
         return out
 
     def _train(self, config: TrainConfig) -> Path:
@@ -180,15 +188,33 @@ class Chain:
             config = replace(config, out=self._place("runs", str(store.settings.model), content))
         self.configs["train"] = config
         self._write_down(config.out)
-        train(config)
+        self._mending(lambda: train(config))
         return config.out
 
     def _assess(self, config: AssessConfig) -> Path:
         if config.is_done() and not _owes_wandb(config.run):
             say(f"{config.folder / 'final_assessment.json'} is there already")
         else:
-            assess(config)
+            self._mending(lambda: assess(config))
         return config.run
+
+    def _mending(self, stage: Callable[[], object]) -> None:
+        """Do a stage; where it finds the activations damaged, cache what is, and do it again.
+
+        Of several processes one alone finds it, and the others fail with it: the next command mends.
+        """
+        try:
+            stage()
+        except StoreError as error:
+            if "cache" not in self.configs or not str(error).endswith(REPAIR):
+                raise
+            caching: CacheConfig = self.configs["cache"]
+            _damaged(caching.out).write_text(f"{error}\n")
+            if World.here().size > 1:
+                raise
+            say(f"{str(error).removesuffix(REPAIR).rstrip()} What is damaged is cached again")
+            self._cache(caching)
+            stage()
 
     def _write_down(self, run: Path) -> None:
         """All settings and folders, beside the run, so that they hold from anywhere."""
@@ -229,8 +255,13 @@ class Chain:
 
     def _check_run(self, config: TrainConfig) -> None:
         """Refuse a folder that holds another run, before anything is cached for it."""
-        if config.out != UNKNOWN and (config.out / runs.IDENTITY).exists():
-            settings.check_same(runs.identity(config.out).content, config.identity(), config.out)
+        if config.out == UNKNOWN or not (config.out / runs.IDENTITY).exists():
+            return
+        try:
+            found = runs.identity(config.out)
+        except StoreError:  # training writes it again where other records tell whose the folder is
+            return
+        settings.check_same(found.content, config.identity(), config.out)
 
 
 FOLDERS = {"tokenize": {"out"}, "cache": {"out", "tokens"}, "train": {"out", "acts"}, "assess": {"run"}}
@@ -270,6 +301,11 @@ def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
 
 def _sites(config: CacheConfig) -> list[Site]:
     return sites_of(config, load_model_config(config.model, config.revision))
+
+
+def _damaged(acts: Path) -> Path:
+    """The file that says that a store of activations is to be looked through, though it has all sites."""
+    return acts.with_name(f"{acts.name}.damaged")
 
 
 def _has_sites(path: Path, content: dict[str, Any], names: list[str]) -> bool:

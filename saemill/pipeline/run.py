@@ -8,6 +8,7 @@ from typing import Any
 from saemill.common import config as settings
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
+from saemill.common.records import single
 from saemill.common.world import World, speak_for
 from saemill.pipeline.chain import Chain
 from saemill.pipeline.stages import Sections
@@ -23,10 +24,15 @@ class RunConfig:
     """Name of the run's folder in it, and of the group in wandb; by default by content."""
 
     def __post_init__(self) -> None:
-        if self.run_name is not None and Path(self.run_name).name != self.run_name:
+        if self.run_name is None:
+            return
+        try:
+            single(self.run_name)
+        except ValueError:
             raise ConfigError(
-                f"run_name must be the name of a folder, without slashes; got {self.run_name!r}"
-            )
+                "run_name must be the name of a folder, without slashes and not beginning with a dot; got "
+                f"{self.run_name!r}"
+            ) from None
 
 
 def run(

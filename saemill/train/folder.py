@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from saemill.common import assessments, durable, records, runs
 from saemill.common import config as settings
@@ -109,22 +109,28 @@ class Folder:
         except StoreError as error:
             if not self._is_named():
                 raise StoreError(
-                    f"{error} And no other record in {self.path} tells that it is of these settings: "
+                    f"{error} And nothing else in {self.path} tells that it is of these settings: "
                     "use those that it was made with, or another folder"
                 ) from error
             return
         settings.check_same(found.content, self.identity.content, self.path)
 
     def _is_named(self) -> bool:
-        """Whether another record than the identity, which is lost, says that the folder is this run's."""
+        """Whether another file than the identity, which is lost, says that the folder is this run's: a record
+        that names its run; where there is none yet, the settings beside it."""
+        named: set[str] = set()
         for name, kind in NAMING.items():
-            try:
-                found = records.read(self.path / name, kind, "")
-            except StoreError:
-                continue
-            if found.run == self.run:
-                return True
-        return False
+            with suppress(StoreError):
+                named.add(records.read(self.path / name, kind, "").run)
+        return self.run in named if named else self._has_these_settings()
+
+    def _has_these_settings(self) -> bool:
+        """Whether `config.yaml` is of the settings that decide this run's result."""
+        try:
+            found = settings.resolve(TrainConfig, "train", {}, self.path / CONFIG)
+        except ConfigError:
+            return False
+        return found.identity() == self.config.identity()
 
     def _repair(self) -> None:
         """Write again what is known of a finished run, and remove what a crash left behind its end."""
