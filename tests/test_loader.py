@@ -8,7 +8,7 @@ import torch
 from stores import make_store
 
 from saemill.common.activations import ActivationStore
-from saemill.common.errors import StoreError
+from saemill.common.errors import ConfigError, StoreError
 from saemill.common.mask import MaskConfig
 from saemill.train.feed import Feed
 from saemill.train.loader import Loader
@@ -122,9 +122,12 @@ def test_a_damaged_shard_is_an_error(tmp_path: Path) -> None:
 
 
 def test_nothing_left_is_an_error(store: ActivationStore) -> None:
-    """Oracle: a mask over every position."""
-    with pytest.raises(StoreError, match="nothing to train on"):
+    """Oracle: a mask over every position, and one over every token."""
+    with pytest.raises(ConfigError, match="nothing would be left to train on"):
         Loader(store, ["a"], MaskConfig(first_positions=32), batch_tokens=1, buffer_tokens=1, seed=0)
+    every = tuple(np.unique(store.tokens.rows(0, store.tokens.n_rows)).tolist())
+    with pytest.raises(StoreError, match="nothing to train on"):
+        Loader(store, ["a"], MaskConfig(token_ids=every), batch_tokens=1, buffer_tokens=1, seed=0)
 
 
 @pytest.mark.parametrize(
