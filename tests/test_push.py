@@ -232,6 +232,7 @@ def test_hub_ids_become_metadata_of_the_card(made: Pipeline, hub: Hub, tmp_path:
         durable.write_json(run / name / "cfg.json", seal.sealed_again(cfg))
         cfgs[name] = seal.checksum(run / name)
     records.write(run / "finished.json", runs.finished(run).model_copy(update={"cfgs": cfgs}))
+    (run / "final_assessment.json").unlink()  # which is of the SAEs as they were
     call("push", run, "user/saes")
     card = hub.files("user/saes")["README.md"]
     assert metadata(card)["base_model"] == "EleutherAI/pythia-160m"
