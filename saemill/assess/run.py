@@ -160,11 +160,12 @@ def run(config: AssessConfig) -> dict[str, Any]:
 
 def _assess(config: AssessConfig, device: torch.device, everyone: Group, held: ExitStack) -> dict[str, Any]:
     started = time.perf_counter()
-    opened, of = _open(config, device), config.of()
+    opened = _open(config, device)
     if isinstance(opened.store.text, PassageStore):
         _check_without_model(config)
     other = TokenStore(config.tokens) if config.tokens else None
     check_tokens(opened.store, other, config.with_model)
+    of = config.of()
     out = config.folder
     settings.check_folder(out)
     to_wandb = everyone.first(lambda: _logs_to_wandb(config))
