@@ -5,18 +5,13 @@ from pathlib import Path
 
 from saemill.cache.claims import Claim
 from saemill.common import durable, records
-from saemill.common.errors import DiskError, StoreError
+from saemill.common.errors import StoreError
 from saemill.common.tokens import TokenManifest, TokenStore, copy_rows
 
 
 def _manifest(path: Path) -> TokenManifest | None:
     """A token store's manifest, if it is there and whole."""
-    try:
-        return records.read(path / "manifest.json", TokenManifest, "")
-    except DiskError:
-        raise
-    except StoreError:
-        return None
+    return records.if_whole(lambda: records.read(path / "manifest.json", TokenManifest, ""))
 
 
 def is_copy(path: Path, tokens: TokenStore) -> bool:
@@ -35,11 +30,8 @@ def is_whole(path: Path, tokens: TokenStore, n_rows: int, hashes: bool) -> bool:
         n_rows: how many rows.
         hashes: whether files are compared with their hashes too, not only their sizes.
     """
-    try:
-        copy = TokenStore(path)
-    except DiskError:
-        raise
-    except StoreError:
+    copy = records.if_whole(lambda: TokenStore(path))
+    if copy is None:
         return False
     is_ours = (copy.manifest.parent_fingerprint, copy.n_rows) == (tokens.fingerprint, n_rows)
     return is_ours and not copy.problems(hashes)

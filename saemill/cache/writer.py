@@ -1,7 +1,7 @@
 """Writing one site: a shard is permuted, written, hashed, summed, and only then committed."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +68,7 @@ class SiteWriter:
         self._identity = store.settings.identity
         self._check_folder()
         self._known = SiteRecord(site=site.name, width=site.width, settings=store.settings)
-        if _or_none(lambda: store.record(site.name)) != self._known:
+        if records.if_whole(lambda: store.record(site.name)) != self._known:
             _put(record_path(store.path, site.name), records.content(self._known), self.worker)
         self.array = self._array()
 
@@ -102,10 +102,10 @@ class SiteWriter:
 
     def _owners(self) -> Iterator[tuple[str, str]]:
         """Of which store and site the records in the folder say they are."""
-        if manifest := _or_none(lambda: records.read(self.manifest_path, SiteManifest, REPAIR)):
+        if manifest := records.if_whole(lambda: records.read(self.manifest_path, SiteManifest, REPAIR)):
             yield manifest.store, manifest.site
         for file in self._commits().values():
-            if commit := _or_none(partial(records.read, file, Commit, REPAIR)):
+            if commit := records.if_whole(partial(records.read, file, Commit, REPAIR)):
                 yield commit.store, commit.site
 
     def commit_path(self, shard: int) -> Path:
@@ -196,13 +196,13 @@ class SiteWriter:
 
     def _commit(self, shard: int) -> Commit | None:
         """The record of a shard, if it is there, whole and this shard's."""
-        commit = _or_none(lambda: self.store.commit(self.site.name, shard))
+        commit = records.if_whole(lambda: self.store.commit(self.site.name, shard))
         fits = commit and (commit.width, commit.bytes) == (self.site.width, self.array.shard_bytes)
         return commit if fits else None
 
     def _manifest(self) -> SiteManifest | None:
         """The site's manifest, if it is there, whole and this site's."""
-        return _or_none(lambda: self.store.manifest(self._known))
+        return records.if_whole(lambda: self.store.manifest(self._known))
 
     def write(self, shard: int, x_TD: Tensor, claim: Claim) -> None:
         """Write and commit one shard.
@@ -335,16 +335,6 @@ class SiteWriter:
         )
 
 
-def _or_none(read: Callable[[], T]) -> T | None:
-    """What is read, or None where it is missing or damaged; a file that cannot be read is an error."""
-    try:
-        return read()
-    except DiskError:
-        raise
-    except StoreError:
-        return None
-
-
 def check_same_store(out: Path, there: StoreSettings | None, identity: Mapping[str, Any]) -> None:
     """Refuse to go on in a folder that was made with other settings.
 
@@ -362,7 +352,7 @@ def check_same_store(out: Path, there: StoreSettings | None, identity: Mapping[s
         return
     now = StoreSettings.made(identity, model=None, revision=None, versions={}).identity
     for file in out.glob("*/commits/*.json"):
-        commit = _or_none(partial(records.read, file, Commit, REPAIR))
+        commit = records.if_whole(partial(records.read, file, Commit, REPAIR))
         if commit is not None and commit.store != now:
             raise ConfigError(
                 f"{out} was made with other settings than these, and no copy of them is left: give those "
@@ -372,7 +362,7 @@ def check_same_store(out: Path, there: StoreSettings | None, identity: Mapping[s
 
 def write_group(out: Path, known: StoreSettings, worker: Worker) -> None:
     """Write a store's `zarr.json` where it is missing or damaged; the claim on the store is held."""
-    if _or_none(lambda: read_settings(out)) != known:
+    if records.if_whole(lambda: read_settings(out)) != known:
         if sites_in(out):
             say(f"{out / 'zarr.json'} was missing or damaged and is written again")
         _put(out / "zarr.json", group_of(known), worker)

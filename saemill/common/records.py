@@ -5,14 +5,14 @@ anything but saemill, or that is of another version, is an error with the way to
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from saemill.common import durable
-from saemill.common.errors import StoreError
+from saemill.common.errors import DiskError, StoreError
 
 CHECKSUM = "checksum"
 
@@ -24,6 +24,7 @@ class Record(BaseModel):
 
 
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 
 
 def _below(name: str) -> str:
@@ -123,6 +124,20 @@ def read(path: Path, kind: type[R], repair: str) -> R:
         StoreError: it is damaged, or of another version.
     """
     return parse(durable.read_json(path, repair), kind, str(path), repair)
+
+
+def if_whole(read: Callable[[], T]) -> T | None:
+    """What a reader returns; None where what it reads is missing or damaged.
+
+    Raises:
+        DiskError: it cannot be read now, so that it may be whole.
+    """
+    try:
+        return read()
+    except DiskError:
+        raise
+    except StoreError:
+        return None
 
 
 def parse(values: Any, kind: type[R], where: str, repair: str) -> R:

@@ -12,7 +12,7 @@ import base64
 import json
 import math
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, model_validator
 
 from saemill.common import durable, hub, records
-from saemill.common.errors import DiskError, MissingError, StoreError
+from saemill.common.errors import MissingError, StoreError
 from saemill.common.mask import MaskConfig
 from saemill.common.records import Count, Hash, Positive, Record
 from saemill.common.statistics import Moments, Statistics
@@ -331,11 +331,9 @@ def known_settings(path: Path) -> StoreSettings | None:
     Raises:
         DiskError: a file cannot be read.
     """
-    for name in (None, *sites_in(path)):
-        try:
-            return read_settings(path) if name is None else read_site(path, name).settings
-        except DiskError:
-            raise
-        except StoreError:
-            continue
+    if found := records.if_whole(lambda: read_settings(path)):
+        return found
+    for name in sites_in(path):
+        if site := records.if_whole(partial(read_site, path, name)):
+            return site.settings
     return None

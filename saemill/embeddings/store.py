@@ -16,7 +16,7 @@ from saemill.cache.writer import SiteWriter, check_same_store, write_group
 from saemill.common import config as settings
 from saemill.common import durable, records
 from saemill.common.activations import ActivationStore
-from saemill.common.errors import ConfigError, DataError, DiskError, StoreError
+from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.passages import NO_MASK, PassageManifest, PassageStore, PassageWriter
 from saemill.common.site_records import (
@@ -118,11 +118,8 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
 
 def _whole(folder: Path, there: StoreSettings | None) -> bool:
     """Whether all passages are there, undamaged, and those of the store."""
-    try:
-        passages = PassageStore(folder)
-    except DiskError:
-        raise
-    except StoreError:
+    passages = records.if_whole(lambda: PassageStore(folder))
+    if passages is None:
         return False
     is_ours = there is None or there.passages_fingerprint == passages.fingerprint
     return is_ours and not passages.problems(hashes=True)
@@ -167,12 +164,7 @@ def _of_others(plan: Plan) -> ConfigError:
 
 def _manifest(folder: Path) -> PassageManifest | None:
     """What passages that are there were made of, if their manifest is whole."""
-    try:
-        return records.read(folder / "manifest.json", PassageManifest, "")
-    except DiskError:
-        raise
-    except StoreError:
-        return None
+    return records.if_whole(lambda: records.read(folder / "manifest.json", PassageManifest, ""))
 
 
 def open_store(

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from saemill.common import config as settings
-from saemill.common import durable
+from saemill.common import durable, records
 from saemill.common.errors import ConfigError, DiskError, StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.tokenizer import check_ctx_len, load_tokenizer
@@ -310,12 +310,7 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
 
 def _check_version(out: Path) -> None:
     """Refuse a store of another version."""
-    try:
-        manifest = durable.read_json(out / "manifest.json")
-    except DiskError:
-        raise
-    except StoreError:
-        return
+    manifest = records.if_whole(lambda: durable.read_json(out / "manifest.json"))
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if isinstance(found, str) and found.startswith("saemill tokens ") and found != FORMAT:
         raise StoreError(

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from functools import partial
 
 from saemill.common import assessments, durable, records, runs
 from saemill.common import config as settings
@@ -120,8 +121,8 @@ class Folder:
         that names its run; where there is none yet, the settings beside it."""
         named: set[str] = set()
         for name, kind in NAMING.items():
-            with suppress(StoreError):
-                named.add(records.read(self.path / name, kind, "").run)
+            if record := records.if_whole(partial(records.read, self.path / name, kind, "")):
+                named.add(record.run)
         return self.run in named if named else self._has_these_settings()
 
     def _has_these_settings(self) -> bool:
