@@ -1,8 +1,7 @@
-"""Small files of embeddings of every kind, and mutations of them."""
+"""Small files of embeddings of every kind."""
 
 import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +40,3 @@ def write_all(folder: Path) -> dict[Path, dict[str, Any]]:
     safetensors.torch.save_file({"wanted": torch.from_numpy(X)}, folder / "a.safetensors")
     X.tofile(folder / "a.bin")
     return {file: RAW if file.suffix == ".bin" else {} for file in sorted(folder.iterdir())}
-
-
-def mutations(raw: bytes, generator: np.random.Generator) -> Iterator[bytes]:
-    """Endless mutations of a file's content: bits, bytes, cuts, holes, zeros, parts doubled or exchanged."""
-    while True:
-        content = bytearray(raw)
-        for _ in range(int(generator.integers(1, 4))):
-            start, stop = sorted(generator.integers(0, len(content) + 1, 2).tolist())
-            how = int(generator.integers(8))
-            if how < 3 and content:
-                at = min(start, len(content) - 1)
-                content[at] = (
-                    content[at] ^ (1 << int(generator.integers(8))) if how else int(generator.integers(256))
-                )
-            elif how == 3:
-                del content[start:]
-            elif how == 4:
-                del content[start : min(stop, start + 8)]
-            elif how == 5:
-                content[start:stop] = bytes(stop - start)
-            elif how == 6:
-                content[start:start] = content[start:stop]
-            else:
-                content[start:start] = generator.bytes(int(generator.integers(1, 9)))
-        yield bytes(content)

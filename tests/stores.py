@@ -1,11 +1,13 @@
 """Stores with known content, written through saemill's own writers."""
 
 import threading
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import transformers
 
@@ -18,6 +20,8 @@ from saemill.common.site_records import StoreSettings
 from saemill.common.sites import Site
 from saemill.common.tokens import TokenizerInfo, TokenStore, cut_documents, write_token_store
 from saemill.demo import MODEL
+from saemill.embeddings.run import ImportConfig
+from saemill.embeddings.run import run as import_activations
 
 INFO = TokenizerInfo(
     name=str(MODEL), hash="none", vocab_size=8192, prefix_ids=(), suffix_ids=(), separator_id=0,
@@ -112,3 +116,21 @@ def make_store(
                 writer.write(shard, values_TD[start : start + store.shard_length(shard)] + offset, claim)
             writer.finish()
     return store
+
+
+def make_embeddings(folder: Path) -> tuple[Path, Callable[[Path], ActivationStore]]:
+    """A store of 40 embeddings with texts, in three shards, and what makes or mends one."""
+    vectors = np.random.default_rng(0).standard_normal((40, 4)).astype("f4")
+    texts = [f"text {i}" for i in range(40)]
+    columns = {"embedding": pa.array(list(vectors), pa.list_(pa.float32())), "text": texts}
+    pq.write_table(pa.table(columns), folder / "x.parquet")
+
+    def make(out: Path) -> ActivationStore:
+        return import_activations(ImportConfig(source=str(folder / "x.parquet"), out=out, shard_rows=16))
+
+    return make(folder / "acts").path, make
+
+
+def files_of(folder: Path) -> list[str]:
+    """Paths of all files below a folder."""
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from embedding_files import X, mutations, write_all
+from embedding_files import X, write_all
+from mutations import changed_bytes
 
 from saemill.common.errors import SaemillError
 from saemill.embeddings.rows import Form
@@ -29,10 +31,10 @@ def test_a_mutated_file_is_read_or_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     refused, n_read = [], 0
     for file, options in write_all(tmp_path / "whole").items():
-        stream = mutations(file.read_bytes(), np.random.default_rng(len(file.name)))
+        raw, chance = file.read_bytes(), random.Random(file.name)
         bad = tmp_path / file.name
         for _ in range(N_MUTATIONS):
-            bad.write_bytes(next(stream))
+            bad.write_bytes(changed_bytes(raw, chance))
             try:
                 source = open_source(Where(name=str(bad), **options))
                 for rows in source.batches(2):
@@ -49,10 +51,10 @@ def test_a_mutated_file_is_read_or_refused_in_words(tmp_path: Path) -> None:
 def test_a_mutated_import_leaves_a_store_or_nothing(tmp_path: Path, seed: int) -> None:
     """Oracle: after an error no passage and no shard is there; else the whole matrix is."""
     (tmp_path / "whole").mkdir()
-    generator = np.random.default_rng(seed)
+    chance = random.Random(seed)
     for number, (file, options) in enumerate(write_all(tmp_path / "whole").items()):
         bad, out = tmp_path / file.name, tmp_path / f"out-{number}"
-        bad.write_bytes(next(mutations(file.read_bytes(), generator)))
+        bad.write_bytes(changed_bytes(file.read_bytes(), chance))
         try:
             store = run(ImportConfig(source=str(bad), out=out, held_out_fraction=0, **options))
         except SaemillError:

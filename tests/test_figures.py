@@ -3,9 +3,9 @@
 import html
 import json
 import math
+import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import changed_bytes
 from pipeline import Pipeline
 from stores import make_store
 from test_assess import ALONE, D, evalset, held_out, random_sae, reconstruct
@@ -502,23 +503,13 @@ def test_an_assessment_that_ends_early_leaves_the_old_one(
     assert assessments.problems(out) == []
 
 
-MUTATIONS: list[Callable[[bytearray, np.random.Generator], None]] = [
-    lambda raw, r: raw.__setitem__(int(r.integers(len(raw))), int(r.integers(256))),
-    lambda raw, r: raw.__delitem__(slice(int(r.integers(len(raw))), None)),
-    lambda raw, r: raw.__delitem__(slice(int(r.integers(len(raw))), int(r.integers(len(raw))))),
-    lambda raw, r: raw.extend(raw[: int(r.integers(len(raw)))]),
-]
-
-
 def test_a_mutated_assessment_is_refused_in_words(small: Path, tmp_path: Path) -> None:
     """Oracle: 400 mutations: the assessment that was written comes back, or a StoreError does."""
     found = assess(AssessConfig(run=small, device="cpu", out=tmp_path, n_latents=2))
     raw = (tmp_path / assessments.FILE).read_bytes()
-    generator = np.random.default_rng(0)
-    for i in range(400):
-        content = bytearray(raw)
-        MUTATIONS[i % 4](content, generator)
-        (tmp_path / assessments.FILE).write_bytes(content)
+    chance = random.Random(0)
+    for _ in range(400):
+        (tmp_path / assessments.FILE).write_bytes(changed_bytes(raw, chance))
         try:
             assert assessments.read(tmp_path) == found
         except StoreError:
