@@ -42,7 +42,7 @@ def test_a_variant_named_as_a_path_or_a_file_of_the_run_is_refused(
 ) -> None:
     """Oracle: the message; nothing was written anywhere."""
     listed = ({"site": "a", "k": 2, "num_latents": 48, "name": name},)
-    with pytest.raises(ConfigError, match="the name of a variant: "):
+    with pytest.raises(ConfigError, match="the name of a variant must be "):
         run(config(store, tmp_path / "r", variants=listed, **SMALL))
     assert list(tmp_path.iterdir()) == []
 

@@ -173,5 +173,8 @@ def parse(values: Any, kind: type[R], where: str, repair: str) -> R:
 def told(error: ValidationError) -> str:
     """The first of pydantic's findings, in a few words."""
     first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(map(str, first["loc"])) or "its content"
-    return f"{place}: {first['msg']}, got {first['input']!r:.80}"
+    place = ".".join(map(str, first["loc"]))
+    said = first["msg"].removeprefix("Value error, ")
+    if "got" not in said.split():  # as our own messages say already
+        said += f", got {first['input']!r:.80}"
+    return f"{place}: {said}" if place else said

@@ -63,7 +63,7 @@ def check_variant_name(name: str) -> None:
     try:
         TypeAdapter(VariantName).validate_python(name)
     except ValidationError as error:
-        raise ConfigError(f"the name of a variant: {records.told(error)}; name it otherwise") from error
+        raise ConfigError(f"the name of a variant {records.told(error)}; name it otherwise") from error
 
 
 class Identity(Record):
