@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saemill.common.mask import MaskConfig
-from saemill.common.model import LanguageModel
-from saemill.common.sae import Sae
+from saemill.common.models.model import LanguageModel
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.mask import MaskConfig
 
 Figures = dict[str, float]
 Edit = Callable[[Tensor], Tensor]

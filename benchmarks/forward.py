@@ -14,8 +14,8 @@ import torch
 
 from saemill.cache.run import CacheConfig
 from saemill.cache.run import run as cache
-from saemill.common.model import LanguageModel
-from saemill.common.tokens import TokenStore
+from saemill.common.models.model import LanguageModel
+from saemill.common.stores.tokens import TokenStore
 
 ROUNDS = 2
 BATCH_ROWS = 16

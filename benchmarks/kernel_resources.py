@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saemill.train.kernels import residual, rows, segments, select
+from saemill.train.backends.gpu.kernels import residual, rows, segments, select
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90)

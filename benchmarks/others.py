@@ -30,13 +30,14 @@ from benchmarks import contest, definitions
 from benchmarks.definitions import SPECIAL_REPLACED, STEPS, Figures, Site
 from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
-from saemill.common import config, formats
-from saemill.common.activations import ActivationStore
-from saemill.common.formats.hooks import Hook, hook_of
-from saemill.common.mask import MaskConfig
-from saemill.common.model import LanguageModel
-from saemill.common.sae import Sae
-from saemill.common.tokens import TokenStore, copy_rows
+from saemill.common import config
+from saemill.common.models.model import LanguageModel
+from saemill.common.sae import formats
+from saemill.common.sae.formats.hooks import Hook, hook_of
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.tokens import TokenStore, copy_rows
 
 BATCH_ROWS, BATCH_TOKENS = 8, 4096
 FIRST_ROWS = 2
@@ -167,7 +168,7 @@ def hand_over(run: Run, out: Path) -> None:
                     format: (out / "exported" / format / variant).absolute() for format in formats.NAMES
                 }
                 for format, folder in folders.items():
-                    formats.save(sae, format, folder, hook)
+                    formats.save(sae.parts, format, folder, hook)
                 asked["variants"][variant] = {"x": str(kept)} | {f: str(path) for f, path in folders.items()}
     (out / "asked.json").write_text(json.dumps(asked))
 

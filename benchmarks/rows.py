@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from saemill.common.activations import ActivationStore, Moments
-from saemill.common.shards import as_tensor
-from saemill.train.loader import Loader
+from saemill.common.stores.activations import ActivationStore, Moments
+from saemill.common.stores.shards import as_tensor
+from saemill.train.stream.loader import Loader
 
 DIRECTIONS, ACTIVE, NOISE, MEAN = 4096, 32, 0.02, 1.0
 CHUNK = 4096

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from benchmarks.pipeline import machine
 from saemill.common import world
-from saemill.common.activations import ActivationStore
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import World
-from saemill.train.bank import Bank, Frame
-from saemill.train.loader import Loader
+from saemill.train.learner.bank import Bank, Frame
 from saemill.train.run import choose_product_dtype
-from saemill.train.spread import choose
-from saemill.train.variants import Variant, auto_lr, groups
+from saemill.train.stream.loader import Loader
+from saemill.train.sweep.placement import choose
+from saemill.train.sweep.variants import Variant, auto_lr, groups
 
 WARMUP_STEPS = 3
 

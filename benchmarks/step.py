@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.pipeline import machine
-from saemill.train.bank import Bank, Frame
+from saemill.train.backends.passes import choose_kernels
 from saemill.train.graph import Graphs
-from saemill.train.passes import choose_kernels
+from saemill.train.learner.bank import Bank, Frame
 from saemill.train.profile import PARTS, PREFIX
 from saemill.train.run import choose_product_dtype
-from saemill.train.variants import Variant, auto_lr
+from saemill.train.sweep.variants import Variant, auto_lr
 
 WARMUP_STEPS = 3
 

@@ -7,28 +7,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saemill.common.activations import ActivationStore as ActivationStore
-    from saemill.common.edits import ablate as ablate
-    from saemill.common.edits import clamp as clamp
-    from saemill.common.edits import scale as scale
-    from saemill.common.edits import steer as steer
-    from saemill.common.sae import Sae as Sae
-    from saemill.common.sae import SaeConfig as SaeConfig
-    from saemill.common.splice import splice as splice
-    from saemill.common.tokens import TokenStore as TokenStore
+    from saemill.common.sae.parts import SaeConfig as SaeConfig
+    from saemill.common.sae.sae import Sae as Sae
+    from saemill.common.steer.edits import ablate as ablate
+    from saemill.common.steer.edits import clamp as clamp
+    from saemill.common.steer.edits import scale as scale
+    from saemill.common.steer.edits import steer as steer
+    from saemill.common.steer.splice import splice as splice
+    from saemill.common.stores.activations import ActivationStore as ActivationStore
+    from saemill.common.stores.tokens import TokenStore as TokenStore
 
 __all__ = ["ActivationStore", "Sae", "SaeConfig", "TokenStore", "ablate", "clamp", "scale", "splice", "steer"]
 
 _HOMES = {
-    "ActivationStore": "saemill.common.activations",
-    "Sae": "saemill.common.sae",
-    "SaeConfig": "saemill.common.sae",
-    "TokenStore": "saemill.common.tokens",
-    "ablate": "saemill.common.edits",
-    "clamp": "saemill.common.edits",
-    "scale": "saemill.common.edits",
-    "splice": "saemill.common.splice",
-    "steer": "saemill.common.edits",
+    "ActivationStore": "saemill.common.stores.activations",
+    "Sae": "saemill.common.sae.sae",
+    "SaeConfig": "saemill.common.sae.parts",
+    "TokenStore": "saemill.common.stores.tokens",
+    "ablate": "saemill.common.steer.edits",
+    "clamp": "saemill.common.steer.edits",
+    "scale": "saemill.common.steer.edits",
+    "splice": "saemill.common.steer.splice",
+    "steer": "saemill.common.steer.edits",
 }
 
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from saemill.common import durable, formats
+from saemill.common import durable
 from saemill.common.errors import ConfigError
-from saemill.common.formats.hooks import Hook, hook_of, site_of
 from saemill.common.log import say
-from saemill.common.sae import Sae
-from saemill.common.sites import load_model_config
+from saemill.common.models.sites import load_model_config
+from saemill.common.sae import formats
+from saemill.common.sae.formats.hooks import Hook, hook_of, site_of
+from saemill.common.sae.sae import Sae
 
 
 def export(path: Path | str, name: str, out: Path, model: str | None = None) -> None:
@@ -34,7 +35,7 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
         told |= {"model": model, "revision": None}
     hook = _hook(told.get("site"), told.get("model"), told.get("revision")) if name != "sparsify" else None
     with _new(out) as partial:
-        formats.save(sae, name, partial, hook)
+        formats.save(sae.parts, name, partial, hook)
     say(
         f"{out}: {name}, k {sae.config.k}, {sae.config.num_latents:,} latents"
         + (f", {hook.name}" if hook else "")

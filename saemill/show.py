@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from saemill.common import assessments, formats, hub, runs, tokens
-from saemill.common.activations import ActivationStore
+from saemill.common import hub
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
-from saemill.common.passages import PassageStore
-from saemill.common.site_records import REPAIR, sites_in
-from saemill.common.tokens import TokenStore
+from saemill.common.sae import formats
+from saemill.common.stores import assessments, runs, tokens
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.site_records import REPAIR, sites_in
+from saemill.common.stores.tokens import TokenStore
 from saemill.verify import activations_problems, run_problems, tokens_problems
 
 

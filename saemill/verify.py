@@ -4,14 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from saemill.common import assessments, records
-from saemill.common.activations import ActivationStore, describe_site
+from saemill.common import records
 from saemill.common.errors import StoreError
-from saemill.common.passages import REPAIR as REPAIR_PASSAGES
-from saemill.common.passages import PassageStore
 from saemill.common.records import File
-from saemill.common.shards import ShardedArray
-from saemill.common.site_records import (
+from saemill.common.stores import assessments
+from saemill.common.stores.activations import ActivationStore, describe_site
+from saemill.common.stores.passages import REPAIR as REPAIR_PASSAGES
+from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.shards import ShardedArray
+from saemill.common.stores.site_records import (
     EMBEDDINGS,
     REPAIR,
     Commit,
@@ -20,9 +21,9 @@ from saemill.common.site_records import (
     read_settings,
     sites_in,
 )
-from saemill.common.tokens import REPAIR as REPAIR_TOKENS
-from saemill.common.tokens import TokenStore, read_manifest
-from saemill.train import inspect
+from saemill.common.stores.tokens import REPAIR as REPAIR_TOKENS
+from saemill.common.stores.tokens import TokenStore, read_manifest
+from saemill.train.record import inspect
 
 T = TypeVar("T")
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from saemill.common import assessments, records
+from saemill.common import records
+from saemill.common.stores import assessments
 
 
 def write_assessment(folder: Path, verdicts: Mapping[str, str]) -> None:

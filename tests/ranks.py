@@ -16,10 +16,10 @@ if "triton" in sys.argv:  # read when triton is imported
 import torch
 
 from saemill.common.world import Group, World
-from saemill.train.bank import Bank, Frame
-from saemill.train.spread import choose
-from saemill.train.team import Team
-from saemill.train.variants import Variant
+from saemill.train.backends.team import Team
+from saemill.train.learner.bank import Bank, Frame
+from saemill.train.sweep.placement import choose
+from saemill.train.sweep.variants import Variant
 
 D, F, T, STEPS = 16, 101, 63, 6
 BASE = Variant(name="v", site="a", k=4, num_latents=F, lr=1e-2, k_aux=8, auxk_alpha=0.5)

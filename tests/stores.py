@@ -13,12 +13,11 @@ import transformers
 
 from saemill.cache.claims import Worker
 from saemill.cache.writer import SiteWriter, write_group
-from saemill.common.activations import ActivationStore
-from saemill.common.mask import MaskConfig
-from saemill.common.shards import ShardedArray
-from saemill.common.site_records import StoreSettings
-from saemill.common.sites import Site
-from saemill.common.tokens import TokenizerInfo, TokenStore, cut_documents, write_token_store
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.shards import ShardedArray
+from saemill.common.stores.site_records import Site, StoreSettings
+from saemill.common.stores.tokens import TokenizerInfo, TokenStore, cut_documents, write_token_store
 from saemill.demo import MODEL
 from saemill.embeddings.run import ImportConfig
 from saemill.embeddings.run import run as import_activations

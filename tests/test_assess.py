@@ -31,12 +31,20 @@ from saemill.assess.verdict import Thresholds, checks, order, summary
 from saemill.cache.run import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common import durable, records
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.records import Record
-from saemill.common.sae import Sae, SaeConfig
-from saemill.common.site_records import Commit, SiteManifest, StoreSettings, group_of, read_site, record_path
-from saemill.common.tokens import TokenStore
+from saemill.common.sae.parts import SaeConfig
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.site_records import (
+    Commit,
+    SiteManifest,
+    StoreSettings,
+    group_of,
+    read_site,
+    record_path,
+)
+from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import Group
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
@@ -489,7 +497,7 @@ def test_other_tokens_leave_out_what_training_saw(
 def test_computed_and_cached_activations_agree(causal: Pipeline) -> None:
     """Oracle: the cache, against the same rows run through the model again."""
     store = ActivationStore(causal.acts)
-    from saemill.common.model import LanguageModel
+    from saemill.common.models.model import LanguageModel
 
     model = LanguageModel(causal.model, revision=None, dtype=torch.float32, device=torch.device("cpu"))
     chosen = EvalSet(store, None, model, store.mask, [causal.site], 4, ALONE)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saemill.train import codes
-from saemill.train.bank import Bank, Frame
-from saemill.train.optimizer import ADAM_EPS
-from saemill.train.schedule import Schedule
-from saemill.train.variants import Variant
+from saemill.train.backends import codes
+from saemill.train.learner.bank import Bank, Frame
+from saemill.train.optim.optimizer import ADAM_EPS
+from saemill.train.sweep.schedule import Schedule
+from saemill.train.sweep.variants import Variant
 
 D, F, T = 16, 96, 128
 BASE = Variant(name="v", site="s", k=6, num_latents=F, lr=3e-3, seed=0, k_aux=D // 2)

@@ -37,13 +37,13 @@ from saemill.cache import run as cache_run
 from saemill.cache.claims import Worker
 from saemill.cache.run import CacheConfig
 from saemill.common import durable
-from saemill.common.activations import SHUFFLE_KEY, ActivationStore, Moments, Statistics
 from saemill.common.errors import ConfigError, DataError, StoreError
-from saemill.common.mask import MaskConfig
-from saemill.common.model import check_fit
-from saemill.common.permutation import permutation
-from saemill.common.shards import ShardedArray
-from saemill.common.tokens import TokenizerInfo, TokenStore, write_token_store
+from saemill.common.models.model import check_fit
+from saemill.common.stores.activations import SHUFFLE_KEY, ActivationStore, Moments, Statistics
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.permutation import permutation
+from saemill.common.stores.shards import ShardedArray
+from saemill.common.stores.tokens import TokenizerInfo, TokenStore, write_token_store
 from saemill.show import describe, problems
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize

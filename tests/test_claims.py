@@ -28,9 +28,9 @@ from saemill.cache import claims
 from saemill.cache.claims import Claim, Lost, Seen, Worker
 from saemill.cache.writer import SiteWriter
 from saemill.common import durable
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import Interrupted
-from saemill.common.sites import Site
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.site_records import Site
 from saemill.show import problems
 
 # Claims

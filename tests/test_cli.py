@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from saemill import cli
 from saemill.assess.run import AssessConfig
 from saemill.cache.run import CacheConfig
-from saemill.cli.app import Words
-from saemill.cli.run import SETTINGS
+from saemill.commands.run import SETTINGS
+from saemill.commands.words import Words
 from saemill.common.log import console, printable, say
 from saemill.compare.run import CompareConfig
 from saemill.embeddings.embed import EmbedConfig

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from saemill import ActivationStore, Sae, SaeConfig, cli
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats import sparsify
+from saemill.common.sae.formats import sparsify
 from saemill.compare.matching import cosines, match
 from saemill.compare.random_rows import isotropic, same_covariance
 from saemill.compare.run import CompareConfig, run
@@ -164,7 +164,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         compared(a, tmp_path)
     sae = Sae.load(a)
     sae.W_dec.data[3, 2] = torch.nan
-    sparsify.write(sae, tmp_path / "nan")
+    sparsify.write(sae.parts, tmp_path / "nan")
     with pytest.raises(StoreError, match="1 value of W_dec is NaN or infinite"):
         compared(tmp_path / "nan", a)
 

@@ -16,19 +16,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saemill.common.errors import ConfigError
-from saemill.train import auxk, codes, compiled, loops, rows
-from saemill.train.bank import Bank, Frame
-from saemill.train.loops.auxk import keep_active, keep_largest
-from saemill.train.loops.numbers import largest, magnitude
-from saemill.train.loops.quantise import LEAST_COLUMNS, Quantised, empty, quantise
-from saemill.train.loops.residual import residual
-from saemill.train.loops.rows import gradients, sort_pairs
-from saemill.train.loops.select import select
-from saemill.train.optimizer import Adam
-from saemill.train.passes import choose_kernels
-from saemill.train.team import ALONE
-from saemill.train.threads import each, number, one_in_torch
-from saemill.train.variants import Variant
+from saemill.train.backends import auxk, codes, rows
+from saemill.train.backends.cpu import compiled, loops
+from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
+from saemill.train.backends.cpu.loops.numbers import largest, magnitude
+from saemill.train.backends.cpu.loops.quantise import LEAST_COLUMNS, Quantised, empty, quantise
+from saemill.train.backends.cpu.loops.residual import residual
+from saemill.train.backends.cpu.loops.rows import gradients, sort_pairs
+from saemill.train.backends.cpu.loops.select import select
+from saemill.train.backends.passes import choose_kernels
+from saemill.train.backends.team import ALONE
+from saemill.train.backends.threads import each, number, one_in_torch
+from saemill.train.learner.bank import Bank, Frame
+from saemill.train.optim.optimizer import Adam
+from saemill.train.sweep.variants import Variant
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -247,7 +248,7 @@ def test_gradients_of_inactive_latents_are_0(t: int, s: int, dtype: torch.dtype,
     sums_S, found_S = auxk.keep_active(expected_TS, acts_TS), keep_active(found_TS, acts_TS)
     assert torch.equal(found_TS, expected_TS)
     torch.testing.assert_close(found_S, sums_S)
-    with mock.patch("saemill.train.loops.auxk.PIECE_COLUMNS", 7):
+    with mock.patch("saemill.train.backends.cpu.loops.auxk.PIECE_COLUMNS", 7):
         assert torch.equal(keep_active(again_TS, acts_TS), found_S)
     assert torch.equal(again_TS, expected_TS)
 
@@ -439,7 +440,7 @@ def test_a_change_in_any_loop_gives_another_cache(monkeypatch: pytest.MonkeyPatc
 
 def test_numba_that_does_not_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the message has the reason and another way."""
-    monkeypatch.setitem(sys.modules, "saemill.train.compiled", None)
+    monkeypatch.setitem(sys.modules, "saemill.train.backends.cpu.compiled", None)
     with pytest.raises(ConfigError, match="--kernels torch"):
         choose_kernels("auto", torch.device("cpu"))
 
@@ -470,7 +471,7 @@ def test_kernels_are_chosen_by_device_and_installation(
     def find_spec(module: str) -> Any:
         return None if module in missing else object()
 
-    monkeypatch.setattr("saemill.train.passes.find_spec", find_spec)
+    monkeypatch.setattr("saemill.train.backends.passes.find_spec", find_spec)
     if " " in expected:
         with pytest.raises(ConfigError, match=expected):
             choose_kernels(name, torch.device(device))

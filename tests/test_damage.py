@@ -18,11 +18,12 @@ from saemill.cache import run as cache_run
 from saemill.cache import token_copy
 from saemill.cache.claims import Worker
 from saemill.cache.run import CacheConfig
-from saemill.common import durable, passages, records
-from saemill.common.activations import ActivationStore
+from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.site_records import SiteManifest
-from saemill.common.tokens import TokenStore
+from saemill.common.stores import passages
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.site_records import SiteManifest
+from saemill.common.stores.tokens import TokenStore
 from saemill.embeddings.run import ImportConfig
 from saemill.embeddings.run import run as import_activations
 from saemill.show import describe, problems

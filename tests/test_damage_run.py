@@ -9,12 +9,13 @@ import torch
 from test_train import config, files, killed_at, store  # noqa: F401
 
 from saemill import Sae
-from saemill.common import formats, runs
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import DataError, SaemillError, StoreError
-from saemill.common.formats import sparsify, variants
+from saemill.common.sae import formats, of_run
+from saemill.common.sae.formats import sparsify
+from saemill.common.stores import runs
+from saemill.common.stores.activations import ActivationStore
 from saemill.train.config import TrainConfig
-from saemill.train.inspect import problems
+from saemill.train.record.inspect import problems
 from saemill.train.run import run
 
 SMALL = {"k": (2,), "num_latents": (48,), "lr": (1e-4, 3e-3), "max_tokens": 256 * 25, "kernels": "torch"}
@@ -111,7 +112,7 @@ def test_exchanged_files_are_found(whole: Path, going: Path, tmp_path: Path) -> 
     told = problems(out)
     assert [line.split(" holds another SAE than ")[0] for line in told] == [str(one), str(two)]
     with pytest.raises(StoreError, match="holds another SAE than"):
-        variants.load(out, one.name, runs.finished(out))
+        of_run.load(out, one.name, runs.finished(out))
     for file in ("cfg.json", "sae.safetensors"):
         out = there(whole, tmp_path / file)
         one, two = sorted(out.glob(f"*/{file}"))
@@ -268,10 +269,10 @@ def test_weights_that_are_not_finite_are_told(whole: Path, tmp_path: Path) -> No
         lambda: sae.encode(torch.ones(2, 16)),
         lambda: sae(torch.ones(2, 16)),
         lambda: sae.save(tmp_path / "a"),
-        lambda: formats.save(sae, "saelens", tmp_path / "b"),
+        lambda: formats.save(sae.parts, "saelens", tmp_path / "b"),
     ):
         with pytest.raises(DataError, match="1 value of W_enc is NaN or infinite"):
             call()
-    sparsify.write(sae, tmp_path / "c")
+    sparsify.write(sae.parts, tmp_path / "c")
     with pytest.raises(StoreError, match="1 value of W_enc is NaN or infinite"):
         Sae.load(tmp_path / "c")

@@ -12,9 +12,9 @@ import transformers
 from crashes import check_crashes
 from test_assess import bert_tokenizer
 
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
-from saemill.common.passages import PassageStore
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.passages import PassageStore
 from saemill.embeddings.embed import EmbedConfig, run
 from saemill.show import describe
 

@@ -33,11 +33,11 @@ from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.cache.run import CacheConfig
 from saemill.cache.run import run as cache
-from saemill.common.activations import SHUFFLE_KEY, ActivationStore
 from saemill.common.errors import ConfigError, DataError, SaemillError, StoreError
-from saemill.common.passages import PassageStore
-from saemill.common.permutation import permutation
-from saemill.common.sae import Sae
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.activations import SHUFFLE_KEY, ActivationStore
+from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.permutation import permutation
 from saemill.embeddings.run import ImportConfig, run
 from saemill.show import describe, problems
 from saemill.train.config import TrainConfig

@@ -13,9 +13,9 @@ from test_formats import call
 from test_sae import make_sae
 
 from saemill import Sae
-from saemill.common import formats
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats import sparsify
+from saemill.common.sae import formats
+from saemill.common.sae.formats import sparsify
 
 
 def same(found: Sae, wanted: Sae) -> bool:
@@ -124,7 +124,7 @@ def test_weights_of_8_bits_are_read_as_float32(tmp_path: Path, dtype: torch.dtyp
 def test_weights_that_are_not_finite_are_not_loaded(tmp_path: Path, name: str, value: float) -> None:
     """Oracle: the tensor's name, in each format; `import` and `export` say the same."""
     sae = make_sae()
-    formats.save(sae, name, tmp_path / "a")
+    formats.save(sae.parts, name, tmp_path / "a")
     file = (
         tmp_path
         / "a"
@@ -134,7 +134,7 @@ def test_weights_that_are_not_finite_are_not_loaded(tmp_path: Path, name: str, v
     weights["b_dec"][2] = value
     if name == "sparsify":
         sae.b_dec[2] = value
-        sparsify.write(sae, tmp_path / "a")
+        sparsify.write(sae.parts, tmp_path / "a")
     elif file.suffix == ".pt":
         torch.save(weights, file)
     else:

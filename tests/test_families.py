@@ -14,12 +14,12 @@ from torch import Tensor
 
 from saemill import Sae, splice
 from saemill.cache import names
-from saemill.common.architecture import Architecture, limits_of
 from saemill.common.errors import ConfigError
-from saemill.common.model import LanguageModel
-from saemill.common.sae import SaeConfig
-from saemill.common.sites import load_model_config
-from saemill.common.structure import base_of, text_tower
+from saemill.common.models.architecture import Architecture, limits_of
+from saemill.common.models.model import LanguageModel
+from saemill.common.models.sites import load_model_config
+from saemill.common.models.structure import base_of, text_tower
+from saemill.common.sae.parts import SaeConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

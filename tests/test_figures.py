@@ -28,9 +28,10 @@ from saemill.assess.splicing import Splicing, _kl
 from saemill.assess.spread import Spread
 from saemill.assess.sums import N_DRAWS, Bootstrap, DocumentSums, Ratio, Split
 from saemill.assess.verdict import Thresholds, checks, summary
-from saemill.common import assessments, durable, records
+from saemill.common import durable, records
 from saemill.common.errors import MissingError, StoreError
-from saemill.common.statistics import Statistics
+from saemill.common.stores import assessments
+from saemill.common.stores.statistics import Statistics
 from saemill.embeddings.run import ImportConfig
 from saemill.embeddings.run import run as take
 from saemill.train.config import TrainConfig

@@ -14,10 +14,10 @@ from test_sae import make_sae
 from typer.testing import CliRunner
 
 from saemill import Sae, SaeConfig, cli, splice
-from saemill.common import formats
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats import seal
-from saemill.common.formats.hooks import Hook
+from saemill.common.sae import formats
+from saemill.common.sae.formats import seal
+from saemill.common.sae.formats.hooks import Hook
 from saemill.demo import MODEL
 
 PROVENANCE = {
@@ -188,7 +188,7 @@ def test_what_saelens_folds_itself_and_its_older_configs(tmp_path: Path) -> None
     x_TD = 2 * torch.randn(100, 12, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "x.npy", x_TD.numpy())
     sae = make_sae()
-    formats.save(sae, "saelens", tmp_path / "old")
+    formats.save(sae.parts, "saelens", tmp_path / "old")
     (tmp_path / "old" / "cfg.json").write_text(json.dumps(OLD))
     shape = {"d_in": 12, "d_sae": 40, "k": 5}
     encode = {"do": "encode", "format": "saelens", "x": tmp_path / "x.npy"}
@@ -241,7 +241,7 @@ def test_what_has_no_place_is_refused(
     tmp_path: Path, name: str, changes: dict[str, Any], message: str
 ) -> None:
     """Oracle: the message names the field."""
-    formats.save(make_sae(), name, tmp_path)
+    formats.save(make_sae().parts, name, tmp_path)
     file = tmp_path / ("config.json" if name == "dictionary_learning" else "cfg.json")
     cfg = json.loads(file.read_text())
     (cfg["trainer"] if name == "dictionary_learning" else cfg).update(changes)
@@ -263,7 +263,7 @@ def test_older_configs_of_saelens_are_refused_alike(
     tmp_path: Path, old: dict[str, Any], message: str
 ) -> None:
     """Oracle: what SAELens' own reading of such a config (handle_pre_6_0_config) makes of the field."""
-    formats.save(make_sae(), "saelens", tmp_path)
+    formats.save(make_sae().parts, "saelens", tmp_path)
     (tmp_path / "cfg.json").write_text(json.dumps(OLD | old))
     with pytest.raises((ConfigError, StoreError), match=message):
         Sae.load(tmp_path)
@@ -275,7 +275,7 @@ def test_older_configs_of_saelens_are_refused_alike(
 )
 def test_configs_that_are_none(tmp_path: Path, text: str, message: str) -> None:
     """Oracle: the messages, and that of a missing file."""
-    formats.save(make_sae(), "dictionary_learning", tmp_path)
+    formats.save(make_sae().parts, "dictionary_learning", tmp_path)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(StoreError, match=message):
         Sae.load(tmp_path)
@@ -286,7 +286,7 @@ def test_configs_that_are_none(tmp_path: Path, text: str, message: str) -> None:
 
 def test_weights_that_the_config_does_not_tell_of_are_refused(tmp_path: Path) -> None:
     """Oracle: the message names the tensor."""
-    formats.save(make_sae(), "saelens", tmp_path)
+    formats.save(make_sae().parts, "saelens", tmp_path)
     weights = load_file(tmp_path / "sae_weights.safetensors")
     save_file(weights | {"threshold": torch.zeros(40)}, tmp_path / "sae_weights.safetensors")
     with pytest.raises(ConfigError, match="threshold must be absent"):
@@ -302,7 +302,7 @@ def test_weights_that_the_config_does_not_tell_of_are_refused(tmp_path: Path) ->
 
 def test_a_backup_and_foreign_pickles_are_refused(tmp_path: Path) -> None:
     """Oracle: a dict as dictionary_learning writes in mid-training, and a pickle that calls a function."""
-    formats.save(make_sae(), "dictionary_learning", tmp_path)
+    formats.save(make_sae().parts, "dictionary_learning", tmp_path)
     torch.save({"step": 3, "ae": torch.load(tmp_path / "ae.pt"), "norm_factor": 2.0}, tmp_path / "ae.pt")
     with pytest.raises(ConfigError, match="backup in mid-training"):
         Sae.load(tmp_path)
@@ -327,7 +327,7 @@ def test_outputs_and_hooks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="name it with --model"):
         call("export", tmp_path / "run" / "a", *arguments, "--model", "./absent")
     assert not (tmp_path / "out").exists()
-    formats.save(sae, "saelens", tmp_path / "z", Hook(1, "resid_post"))
+    formats.save(sae.parts, "saelens", tmp_path / "z", Hook(1, "resid_post"))
     cfg = json.loads((tmp_path / "z" / "cfg.json").read_text())
     del cfg["metadata"]["saemill"]
     cfg["metadata"]["hook_name"] = "blocks.1.attn.hook_z"

@@ -12,8 +12,8 @@ from tokenizers import Regex, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from saemill.common.errors import ConfigError
-from saemill.common.tokenizer import check_ctx_len, frame_of, load_tokenizer
-from saemill.common.tokens import TokenizerInfo
+from saemill.common.models.tokenizer import check_ctx_len, frame_of, load_tokenizer
+from saemill.common.stores.tokens import TokenizerInfo
 from saemill.tokenize.run import TokenizeConfig, run
 
 

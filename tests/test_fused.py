@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
-from saemill.train.bank import Bank, Frame
-from saemill.train.variants import Variant
+from saemill.train.learner.bank import Bank, Frame
+from saemill.train.sweep.variants import Variant
 
 pytestmark = pytest.mark.no_cover  # the interpreter is slow enough without being traced
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,11 +17,13 @@ from test_damage_run import all_files, going, store, there, whole  # noqa: F401
 from test_sae import make_sae
 
 from saemill import Sae
-from saemill.common import durable, formats, records, runs
+from saemill.common import durable, records
 from saemill.common.errors import SaemillError
-from saemill.common.formats.hooks import Hook
+from saemill.common.sae import formats
+from saemill.common.sae.formats.hooks import Hook
+from saemill.common.stores import runs
 from saemill.compare.dictionaries import find
-from saemill.train.inspect import problems
+from saemill.train.record.inspect import problems
 
 N = int(os.environ.get("SAEMILL_FUZZ", "120"))
 """Changes per kind of folder."""
@@ -33,7 +35,7 @@ def use(folder: Path) -> None:
     sae(torch.ones(2, sae.config.d_in))
     out = folder.with_name("out")
     for name in formats.NAMES:
-        formats.save(sae, name, out, Hook(1, "resid_post"))
+        formats.save(sae.parts, name, out, Hook(1, "resid_post"))
     shutil.rmtree(out)
 
 
@@ -87,7 +89,7 @@ def tried(folder: Path, calls: list[Callable[[Path], Any]], seed: int) -> dict[s
 @pytest.mark.parametrize("name", formats.NAMES)
 def test_saes_changed_at_random(tmp_path: Path, name: str) -> None:
     """Oracle: saemill's own errors are all that comes out; many changes are refused, some harmless."""
-    formats.save(make_sae(), name, tmp_path / "layers.3", Hook(1, "resid_post"))
+    formats.save(make_sae().parts, name, tmp_path / "layers.3", Hook(1, "resid_post"))
     if name == "sparsify":
         (tmp_path / "config.json").write_text('{"model": "m", "dataset": "d", "ctx_len": 9}')
     counts = tried(tmp_path / "layers.3", [use], 1)

@@ -13,9 +13,9 @@ from mutations import changed_bytes, changed_json
 from stores import files_of, make_embeddings, make_store
 
 from saemill.common import durable, records
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import SaemillError
-from saemill.common.tokens import TokenStore
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.tokens import TokenStore
 from saemill.show import describe, problems
 
 N = int(os.environ.get("SAEMILL_FUZZ", "150"))

@@ -25,8 +25,8 @@ from typer.testing import CliRunner
 from saemill import TokenStore, cli
 from saemill.common import durable
 from saemill.common.errors import ConfigError, DataError, Interrupted, StoreError
-from saemill.common.model import LanguageModel
-from saemill.common.permutation import combine
+from saemill.common.models.model import LanguageModel
+from saemill.common.stores.permutation import combine
 from saemill.demo import MODEL
 from saemill.generate import run as module
 from saemill.generate.dataset import rows_of, trimmed

@@ -17,16 +17,16 @@ from recording import Eager, RecordedGraph, Waits, recorded, stand_in_for_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import Group
-from saemill.train import auxk, codes
-from saemill.train.bank import Bank, Frame
+from saemill.train.backends import auxk, codes
+from saemill.train.backends.gpu.kernels.select import select_kernel
 from saemill.train.config import TrainConfig
 from saemill.train.graph import Graphs
-from saemill.train.kernels.select import select_kernel
+from saemill.train.learner.bank import Bank, Frame
 from saemill.train.run import _spread, check_machine, run
-from saemill.train.variants import Variant
+from saemill.train.sweep.variants import Variant
 
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("one_thread")]
 ON_GPU = torch.cuda.is_available()
@@ -88,7 +88,7 @@ def test_replayed_steps_equal_steps_one_by_one(kind: str, monkeypatch: pytest.Mo
     """Oracle: the same bank stepped eagerly, bit by bit, with a rate that changes, dead latents that come and
     go, and a variant that diverges and is frozen."""
     captured: list[RecordedGraph] = [] if ON_GPU else stand_in_for_cuda(monkeypatch)
-    monkeypatch.setattr("saemill.train.bank.DEAD_EVERY_STEPS", 2)
+    monkeypatch.setattr("saemill.train.learner.bank.DEAD_EVERY_STEPS", 2)
     dtype, variants = KINDS[kind]
     mine, theirs = bank(variants, Graphs(DEVICE), dtype), bank(variants, Eager(), dtype)
     with torch.no_grad():

@@ -12,13 +12,13 @@ from test_train import config, files, killed_at, store  # noqa: F401
 from waiting import LIMIT_SECONDS, wait_until
 
 from saemill.cli import app
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.runs import Stopped
-from saemill.common.sae import Sae
-from saemill.train.halving import Halving, window
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.runs import Stopped
 from saemill.train.run import run
-from saemill.train.variants import Variant
+from saemill.train.sweep.halving import Halving, window
+from saemill.train.sweep.variants import Variant
 
 RUN = "0123456789abcdef"
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peers import require_peers, run_in_peers
 
-from saemill.common.architecture import Architecture
-from saemill.common.formats.hooks import BLOCKS, Hook, hook_of, layer_of, site_of
-from saemill.common.sites import first_output
+from saemill.common.models.architecture import Architecture
+from saemill.common.models.sites import first_output
+from saemill.common.sae.formats.hooks import BLOCKS, Hook, hook_of, layer_of, site_of
 
 TINY: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

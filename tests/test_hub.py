@@ -6,8 +6,8 @@ import pytest
 
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
-from saemill.common.sites import load_model_config
-from saemill.common.tokenizer import load_tokenizer
+from saemill.common.models.sites import load_model_config
+from saemill.common.models.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("name", ["./modle", "/absent/model", "~/model", "runs/of/model", "models/a/"])

@@ -14,9 +14,9 @@ from test_sae import make_sae
 from typer.testing import CliRunner
 
 from saemill import Sae, cli
-from saemill.common import formats
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats.hooks import Hook
+from saemill.common.sae import formats
+from saemill.common.sae.formats.hooks import Hook
 
 
 def big(k: int) -> Sae:
@@ -79,7 +79,7 @@ def test_the_folder_may_be_left_out_where_there_is_one_sae(layout: str, hub: Hub
 def test_saes_of_other_tools_are_loaded_and_imported(hub: Hub, tmp_path: Path) -> None:
     """Oracle: the same SAE in each format, and what each format tells beside its weights."""
     for name in formats.NAMES:
-        formats.save(big(3), name, tmp_path / "repo" / name / "layers.2", Hook(2, "resid_post"))
+        formats.save(big(3).parts, name, tmp_path / "repo" / name / "layers.2", Hook(2, "resid_post"))
     (tmp_path / "repo" / "sparsify" / "config.json").write_text(json.dumps({"model": "owner/model"}))
     cfg = tmp_path / "repo" / "sparsify" / "layers.2" / "cfg.json"
     cfg.write_text(json.dumps({key: v for key, v in json.loads(cfg.read_text()).items() if key != "saemill"}))

@@ -17,14 +17,20 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 import triton
 import triton.language as tl
 
-from saemill.train.kernels.hyper import Hyper, hyper_values
-from saemill.train.kernels.panels import panel_columns
-from saemill.train.kernels.residual import residual
-from saemill.train.kernels.rows import Moments, Parameters, decoder_bias_gradient, update_rows
-from saemill.train.kernels.segments import AuxGradients, Segments, chunk_sums, latent_sums, segments
-from saemill.train.kernels.select import select
-from saemill.train.kernels.stepping import load_moment
-from saemill.train.moments import EightBitMoment
+from saemill.train.backends.gpu.kernels.hyper import Hyper, hyper_values
+from saemill.train.backends.gpu.kernels.panels import panel_columns
+from saemill.train.backends.gpu.kernels.residual import residual
+from saemill.train.backends.gpu.kernels.rows import Moments, Parameters, decoder_bias_gradient, update_rows
+from saemill.train.backends.gpu.kernels.segments import (
+    AuxGradients,
+    Segments,
+    chunk_sums,
+    latent_sums,
+    segments,
+)
+from saemill.train.backends.gpu.kernels.select import select
+from saemill.train.backends.gpu.kernels.stepping import load_moment
+from saemill.train.optim.moments import EightBitMoment
 
 pytestmark = pytest.mark.no_cover  # the interpreter is slow enough without being traced
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from stores import make_store
 
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.mask import MaskConfig
-from saemill.train.feed import Feed
-from saemill.train.loader import Loader
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.mask import MaskConfig
+from saemill.train.stream.feed import Feed
+from saemill.train.stream.loader import Loader
 
 
 @pytest.fixture(scope="module")

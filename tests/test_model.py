@@ -11,16 +11,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from saemill.common.architecture import Architecture, Limits, check_row_length, limits_of
+from saemill.common.device import choose_device
 from saemill.common.errors import ConfigError
-from saemill.common.model import (
+from saemill.common.models.architecture import Architecture, Limits, check_row_length, limits_of
+from saemill.common.models.model import (
     LanguageModel,
     attention_of,
-    choose_device,
     choose_model_dtype,
     fingerprint_model,
 )
-from saemill.common.tokens import TokenizerInfo
+from saemill.common.stores.tokens import TokenizerInfo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saemill.train.config import ADAM_BETAS
-from saemill.train.moments import BLOCK, Bfloat16Moment, EightBitMoment
-from saemill.train.optimizer import Adam
+from saemill.train.optim.moments import BLOCK, Bfloat16Moment, EightBitMoment
+from saemill.train.optim.optimizer import Adam
 
 ALL = slice(0, 64)
 RELATIVE = {"bf16": 2**-7, "first": 2 ** (24 / 127) - 1, "second": 2 ** (48 / 255) - 1}

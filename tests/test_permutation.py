@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saemill.common.permutation import combine, hashes, inverse, mix, permutation
+from saemill.common.stores.permutation import combine, hashes, inverse, mix, permutation
 
 TWO64 = 2**64
 parts = st.integers(-(2**70), 2**70)

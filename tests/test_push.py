@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 from saemill import ActivationStore, Sae, TokenStore, cli
 from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
-from saemill.common import durable, records, runs
+from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats import seal
+from saemill.common.sae.formats import seal
+from saemill.common.stores import runs
 from saemill.hub.names import Names
 from saemill.show import problems
 

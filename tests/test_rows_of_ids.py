@@ -13,7 +13,7 @@ from conftest import random_texts
 from peers import require_peers, run_in_peers
 
 from saemill.common.errors import ConfigError, DataError
-from saemill.common.tokens import TokenizerInfo, TokenStore, copy_rows
+from saemill.common.stores.tokens import TokenizerInfo, TokenStore, copy_rows
 from saemill.tokenize.ids import n_padding, survey, unframed
 from saemill.tokenize.run import TokenizeConfig, run
 

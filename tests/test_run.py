@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from saemill import ActivationStore, cli
 from saemill.cache.run import CacheConfig
-from saemill.cli.run import SETTINGS
-from saemill.common import model as models
+from saemill.commands.run import SETTINGS
 from saemill.common.errors import ConfigError, DataError, StoreError
-from saemill.common.site_records import REPAIR
+from saemill.common.models import model as models
+from saemill.common.stores.site_records import REPAIR
 from saemill.common.world import World
 from saemill.pipeline import chain
 from saemill.pipeline.run import RunConfig, run

@@ -12,10 +12,11 @@ import torch
 from stores import make_store
 from test_train import config, files, killed_at, store, structured  # noqa: F401
 
-from saemill.common import durable, records, runs
-from saemill.common.activations import ActivationStore
+from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.sae import Sae
+from saemill.common.sae.sae import Sae
+from saemill.common.stores import runs
+from saemill.common.stores.activations import ActivationStore
 from saemill.train.run import run
 
 SMALL: dict[str, Any] = {"k": (2,), "num_latents": (48,), "kernels": "torch", "max_tokens": 256 * 10}
@@ -101,11 +102,11 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_train import config, files
 from saemill.common import records
-from saemill.common.activations import ActivationStore
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.errors import DiskError
-from saemill.common.formats import sparsify
+from saemill.common.sae.formats import sparsify
 from saemill.train import checkpoint, run as module
-from saemill.train.metrics import JsonlSink
+from saemill.train.record.metrics import JsonlSink
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 store, out = ActivationStore(sys.argv[2]), Path(sys.argv[3])

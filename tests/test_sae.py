@@ -8,7 +8,7 @@ import torch
 
 from saemill import Sae, SaeConfig
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats.seal import sealed_again
+from saemill.common.sae.formats.seal import sealed_again
 
 
 def make_sae(d: int = 12, f: int = 40, k: int = 5) -> Sae:

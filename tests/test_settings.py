@@ -17,7 +17,7 @@ from saemill.cache.run import CacheConfig
 from saemill.common import config, yaml_text
 from saemill.common.config import SECTIONS, build, plain, read_sections, resolve
 from saemill.common.errors import ConfigError, SaemillError
-from saemill.common.mask import MaskConfig
+from saemill.common.stores.mask import MaskConfig
 from saemill.compare.run import CompareConfig
 from saemill.embeddings.embed import EmbedConfig
 from saemill.embeddings.run import ImportConfig

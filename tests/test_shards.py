@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from saemill.common import durable
 from saemill.common.errors import StoreError
-from saemill.common.shards import ShardedArray, as_numpy, as_tensor
+from saemill.common.stores.shards import ShardedArray, as_numpy, as_tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.uint16, torch.uint32)
 STORED = {

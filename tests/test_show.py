@@ -14,12 +14,13 @@ from typer.testing import CliRunner, Result
 from saemill import Sae, cli
 from saemill.cache.run import CacheConfig
 from saemill.cache.run import run as cache
-from saemill.common import records, runs
-from saemill.common.activations import ActivationStore
+from saemill.common import records
 from saemill.common.errors import StoreError
-from saemill.common.mask import MaskConfig
-from saemill.common.sae import SaeConfig
-from saemill.common.tokens import TokenStore
+from saemill.common.sae.parts import SaeConfig
+from saemill.common.stores import runs
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.tokens import TokenStore
 from saemill.show import problems
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize

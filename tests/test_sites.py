@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from saemill.common.architecture import Architecture
 from saemill.common.errors import ConfigError
-from saemill.common.sites import load_model_config
+from saemill.common.models.architecture import Architecture
+from saemill.common.models.sites import load_model_config
 
 KINDS = ("neox", "llama", "gpt2", "bert")
 BLOCKS = {"neox": "layers", "llama": "layers", "gpt2": "h", "bert": "encoder.layer"}

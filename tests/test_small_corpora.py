@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.common.errors import DataError
-from saemill.common.permutation import combine
-from saemill.common.tokens import TokenStore
+from saemill.common.stores.permutation import combine
+from saemill.common.stores.tokens import TokenStore
 from saemill.tokenize.held_out import chosen_for_a_row, is_held_out, largest_fraction
 from saemill.tokenize.run import TokenizeConfig, run
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saemill import Sae, SaeConfig, ablate, clamp, scale, splice, steer
 from saemill.common.errors import ConfigError
-from saemill.common.sae import Encoded
-from saemill.common.splice import positions
+from saemill.common.sae.sae import Encoded
+from saemill.common.steer.splice import positions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,12 +21,12 @@ from test_train import files, structured
 from waiting import LIMIT_SECONDS, wait_until
 
 from saemill.cli import app
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
-from saemill.common.sae import Sae
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import Group, World
-from saemill.train.spread import choose, cost, deal
-from saemill.train.variants import Variant
+from saemill.train.sweep.placement import choose, cost, deal
+from saemill.train.sweep.variants import Variant
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

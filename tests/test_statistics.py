@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from saemill.common.statistics import Moments, Statistics, rounding_shares, told_far, told_unheld, unheld
+from saemill.common.stores.statistics import (
+    Moments,
+    Statistics,
+    rounding_shares,
+    told_far,
+    told_unheld,
+    unheld,
+)
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 

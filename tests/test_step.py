@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import saemill.train.auxk as auxk_module
-from saemill.common.topk import topk
-from saemill.train import codes, initial, rows
-from saemill.train.auxk import DeadRows, auxk
+import saemill.train.backends.auxk as auxk_module
+from saemill.common.sae.topk import topk
+from saemill.train.backends import codes, rows
+from saemill.train.backends.auxk import DeadRows, auxk
+from saemill.train.learner import initial
 
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -13,7 +13,7 @@ from crashes import file_hashes
 
 import saemill.tokenize.run as stage
 from saemill.common.errors import ConfigError, DiskError, StoreError
-from saemill.common.tokens import TokenStore
+from saemill.common.stores.tokens import TokenStore
 from saemill.tokenize.run import TokenizeConfig, run
 
 Damage = Callable[[Path], object]

@@ -34,9 +34,9 @@ import saemill.tokenize.run as stage
 from saemill.cli import app
 from saemill.common import durable, records
 from saemill.common.errors import ConfigError, DataError, SaemillError, StoreError
-from saemill.common.permutation import combine, permutation
-from saemill.common.shards import ShardedArray
-from saemill.common.tokens import TokenStore, copy_rows, write_token_store
+from saemill.common.stores.permutation import combine, permutation
+from saemill.common.stores.shards import ShardedArray
+from saemill.common.stores.tokens import TokenStore, copy_rows, write_token_store
 from saemill.tokenize import source, writer
 from saemill.tokenize.run import TokenizeConfig, run
 

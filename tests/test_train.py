@@ -17,15 +17,15 @@ from waiting import wait_until
 
 from saemill.cli import app
 from saemill.common import records
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.sae import Sae
-from saemill.train.checkpoint import Checkpoint
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.activations import ActivationStore
 from saemill.train.config import TrainConfig
 from saemill.train.profile import PROFILED_STEPS
+from saemill.train.record.checkpoint import Checkpoint
 from saemill.train.run import run
+from saemill.train.sweep.variants import auto_lr, resolve
 from saemill.train.trainer import Trainer
-from saemill.train.variants import auto_lr, resolve
 
 D = 16
 
@@ -101,7 +101,7 @@ def test_kernels_differ_by_rounding_alone(
 ) -> None:
     """Oracle: the same run in torch: every variant's FVU within 0.1%. The plan says what makes the steps, and
     what would be faster; what cannot run here is refused before the folder is made."""
-    monkeypatch.setattr("saemill.train.passes.find_spec", lambda name: None)
+    monkeypatch.setattr("saemill.train.backends.passes.find_spec", lambda name: None)
     run(config(store, tmp_path / "torch"))
     assert "by torch;" in (told := capsys.readouterr().out)
     assert "saemill[cpu]" in told

@@ -15,9 +15,9 @@ from wandb_server import server
 
 from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, Interrupted
-from saemill.common.wandb import process
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.tracking import process
 from saemill.train.config import TrainConfig
 from saemill.train.run import run
 from saemill.train.trainer import Trainer

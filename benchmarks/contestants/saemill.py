@@ -3,10 +3,10 @@
 import torch
 
 from benchmarks.contestants.feed import SHRINK, Contestant, Feed, Reconstruct, main, parser, read_batch
-from saemill.train.bank import Bank, Frame
+from saemill.train.learner.bank import Bank, Frame
 from saemill.train.run import MOST_DEAD_AFTER_TOKENS, SAMPLE_TOKENS, choose_product_dtype
-from saemill.train.schedule import Schedule
-from saemill.train.variants import Variant, auto_lr
+from saemill.train.sweep.schedule import Schedule
+from saemill.train.sweep.variants import Variant, auto_lr
 
 
 class Saemill(Contestant):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from saemill.assess.evalset import EvalSet
 from saemill.assess.reconstruction import ROWS_AT_ONCE
-from saemill.common.sae import Sae, SaeConfig
+from saemill.common.sae.parts import SaeConfig
+from saemill.common.sae.sae import Sae
 
 FIT_TOKENS = 1 << 16
 SEED = 12

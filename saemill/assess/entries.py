@@ -15,8 +15,8 @@ from saemill.assess.splicing import Splicing, absent_metrics
 from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.assess.verdict import Thresholds
 from saemill.common.log import counted
-from saemill.common.sae import Sae
-from saemill.common.statistics import FAR, told_far, told_unheld
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.statistics import FAR, told_far, told_unheld
 
 Entry = dict[str, Any]
 """One variant in `final_assessment.json`."""

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.assess.dealing import Addresses, dealt
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, DataError
 from saemill.common.log import counted
-from saemill.common.mask import MaskConfig
-from saemill.common.model import LanguageModel, attention_of
-from saemill.common.shards import as_tensor
-from saemill.common.tokens import TokenStore
+from saemill.common.models.model import LanguageModel, attention_of
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.shards import as_tensor
+from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import Group
 
 CHUNK_TOKENS = 8192

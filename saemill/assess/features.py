@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from saemill.assess.evalset import Chunk
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
-from saemill.common.passages import PassageStore
-from saemill.common.sae import Sae
-from saemill.common.tokens import TokenStore
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import Group
 
 CONTEXT_TOKENS = 12

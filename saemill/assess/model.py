@@ -5,18 +5,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
 from saemill.common.log import say
-from saemill.common.model import (
+from saemill.common.models.model import (
     LanguageModel,
     attention_of,
     check_fit,
     fingerprint_model,
     fingerprint_weights,
 )
-from saemill.common.sites import load_model_config
-from saemill.common.tokens import TokenStore
+from saemill.common.models.sites import load_model_config
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.tokens import TokenStore
 
 SAME_ACTIVATIONS = 0.05
 """Relative difference up to which two runs of one model may round apart."""

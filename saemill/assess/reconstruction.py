@@ -13,8 +13,8 @@ from saemill.assess.evalset import Chunk, EvalSet
 from saemill.assess.spread import Spread
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
-from saemill.common.sae import Sae
-from saemill.common.statistics import FAR, unheld
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.statistics import FAR, unheld
 
 PER_VARIANT = ("sse", "sse_far", "cosine", "norm_ratio", "l0", "not_finite")
 PER_SITE = ("squares", "squares_near", "squares_far", "n_far", "n_not_zero")

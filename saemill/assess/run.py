@@ -22,18 +22,19 @@ from saemill.assess.report import table, write_html
 from saemill.assess.splicing import Splicing, check_mask_token
 from saemill.assess.sums import DocumentSums
 from saemill.assess.verdict import Thresholds
-from saemill.common import assessments, durable, records, runs
 from saemill.common import config as settings
-from saemill.common.activations import ActivationStore
+from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats import variants
 from saemill.common.log import duration, say
-from saemill.common.mask import MaskConfig
-from saemill.common.model import LanguageModel
-from saemill.common.passages import PassageStore
-from saemill.common.sae import Sae
-from saemill.common.tokens import TokenStore
-from saemill.common.wandb import process as wandb
+from saemill.common.models.model import LanguageModel
+from saemill.common.sae import of_run
+from saemill.common.sae.sae import Sae
+from saemill.common.stores import assessments, runs
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.tokens import TokenStore
+from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
 
 
@@ -234,7 +235,7 @@ def _open(config: AssessConfig, device: torch.device) -> _Run:
     if not path.exists():
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
     store = ActivationStore(path)
-    saes = {name: variants.load(config.run, name, finished, device) for name in finished.variants}
+    saes = {name: of_run.load(config.run, name, finished, device) for name in finished.variants}
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
             raise StoreError(f"{name} was not trained on {path}; name the right store with --acts")

@@ -20,10 +20,10 @@ from torch import Tensor
 from saemill.assess.evalset import EvalSet, Rows
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.errors import ConfigError, DataError
-from saemill.common.model import LanguageModel, attention_of
-from saemill.common.permutation import hashes
-from saemill.common.sae import Sae
-from saemill.common.tokens import TokenStore
+from saemill.common.models.model import LanguageModel, attention_of
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.permutation import hashes
+from saemill.common.stores.tokens import TokenStore
 
 MASKED_SHARE = 0.15
 MASK_KEY = 15

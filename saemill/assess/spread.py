@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saemill.common.statistics import FAR, Statistics
+from saemill.common.stores.statistics import FAR, Statistics
 from saemill.common.world import Group
 
 

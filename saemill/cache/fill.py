@@ -11,9 +11,9 @@ from torch import Tensor
 
 from saemill.cache.claims import Claim, Lost, Worker
 from saemill.cache.writer import SiteWriter
-from saemill.common.activations import ActivationStore
 from saemill.common.log import progress, say
-from saemill.common.model import LanguageModel, attention_of
+from saemill.common.models.model import LanguageModel, attention_of
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import World
 
 LOOK_SECONDS = 1.0

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saemill.common.model import LanguageModel
-from saemill.common.sites import first_output
+from saemill.common.models.model import LanguageModel
+from saemill.common.models.sites import first_output
 
 N_TOKENS = 16
 """Tokens of the first row that are looked at: what holds bit by bit there holds everywhere."""

@@ -14,12 +14,10 @@ from saemill.cache.fill import Filling
 from saemill.cache.writer import SiteWriter, check_same_store, has_shards, write_group
 from saemill.common import config as settings
 from saemill.common import durable, elsewhere
-from saemill.common.activations import ActivationStore
-from saemill.common.architecture import Architecture
 from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.log import counted, say
-from saemill.common.mask import MaskConfig
-from saemill.common.model import (
+from saemill.common.models.architecture import Architecture
+from saemill.common.models.model import (
     LanguageModel,
     check_8bit,
     check_fit,
@@ -27,21 +25,24 @@ from saemill.common.model import (
     fingerprint_model,
     fingerprint_weights,
 )
+from saemill.common.models.sites import load_model_config
+from saemill.common.models.tokenizer import check_tokenizer
 from saemill.common.signals import stop_on_signal
-from saemill.common.site_records import (
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.site_records import (
     DTYPES,
     EMBEDDINGS,
     FORMAT,
     SITES,
+    Site,
     StoreSettings,
     known_settings,
     record_path,
     sites_in,
 )
-from saemill.common.sites import Site, load_model_config
-from saemill.common.statistics import warnings
-from saemill.common.tokenizer import check_tokenizer
-from saemill.common.tokens import TokenStore
+from saemill.common.stores.statistics import warnings
+from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World, speak_for
 
 SHARD_TOKENS = 65536

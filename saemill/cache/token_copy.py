@@ -6,7 +6,7 @@ from pathlib import Path
 from saemill.cache.claims import Claim
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
-from saemill.common.tokens import TokenManifest, TokenStore, copy_rows
+from saemill.common.stores.tokens import TokenManifest, TokenStore, copy_rows
 
 
 def _manifest(path: Path) -> TokenManifest | None:

@@ -13,13 +13,14 @@ from torch import Tensor
 from saemill.cache.claims import Claim, Lost, Worker
 from saemill.common import config as settings
 from saemill.common import durable, records
-from saemill.common.activations import ActivationStore, describe_site
 from saemill.common.errors import ConfigError, DataError, DiskError, MissingError, StoreError
 from saemill.common.log import say
-from saemill.common.shards import ShardedArray, as_numpy, as_tensor
-from saemill.common.site_records import (
+from saemill.common.stores.activations import ActivationStore, describe_site
+from saemill.common.stores.shards import ShardedArray, as_numpy, as_tensor
+from saemill.common.stores.site_records import (
     REPAIR,
     Commit,
+    Site,
     SiteManifest,
     SiteRecord,
     SiteStatistics,
@@ -32,8 +33,7 @@ from saemill.common.site_records import (
     record_path,
     sites_in,
 )
-from saemill.common.sites import Site
-from saemill.common.statistics import Moments
+from saemill.common.stores.statistics import Moments
 
 T = TypeVar("T")
 COMMIT = re.compile(r"(0|[1-9]\d{0,17})\.json")

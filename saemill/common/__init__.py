@@ -1,1 +1,12 @@
-"""What two or more stages share: configuration, the on-disk stores, the model, the SAE itself."""
+"""What stages share. It imports none of them.
+
+config.py       settings: defaults < file < flags          yaml_text.py    YAML, strictly
+errors.py       what a user can repair                     elsewhere.py    other tools' words
+durable.py      files that are whole or absent             records.py      typed JSON with a checksum
+log.py          what the user sees                         page.py         a report's HTML
+world.py        the processes of a run                     signals.py      asked to stop
+device.py       cpu, cuda, …                               hub.py          ids and addresses
+stores/         what is on disk                            models/         transformers, looked into
+sae/            an SAE and its files                       steer/          an SAE in a running model
+tracking/       wandb
+"""

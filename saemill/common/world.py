@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from saemill.common import log
+from saemill.common.device import choose_device
 from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.log import counted
-from saemill.common.model import choose_device
 
 T = TypeVar("T")
 PEER_TIMEOUT_SECONDS = 600

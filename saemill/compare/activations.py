@@ -9,10 +9,10 @@ import scipy.sparse
 import torch
 from numpy.typing import NDArray
 
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError
-from saemill.common.sae import Sae
-from saemill.common.shards import as_tensor
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.shards import as_tensor
 from saemill.compare.dictionaries import Dictionary
 from saemill.compare.matching import BLOCK_ROWS, Blocks
 

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from saemill.common import runs
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats import variants
 from saemill.common.log import say
-from saemill.common.sae import Sae
+from saemill.common.sae import of_run
+from saemill.common.sae.sae import Sae
+from saemill.common.stores import runs
 
 Rows = Literal["decoder", "encoder"]
 
@@ -112,7 +112,7 @@ def _variants(path: Path) -> list[Path] | None:
         say(f"left out of {path}: {', '.join(left_out)}, diverged or stopped early")
     kept = [name for name in finished.variants if name not in left_out]
     for name in kept:
-        variants.check(path / name, finished.cfgs[name], path / runs.FINISHED)
+        of_run.check(path / name, finished.cfgs[name], path / runs.FINISHED)
     return [path / name for name in kept]
 
 

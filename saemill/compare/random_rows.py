@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from saemill.common.permutation import combine
+from saemill.common.stores.permutation import combine
 
 
 def isotropic(rows_FD: Tensor, seed: int) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 
 from saemill.common import config as settings
 from saemill.common import durable
+from saemill.common.device import choose_device
 from saemill.common.errors import ConfigError
 from saemill.common.log import progress, say
-from saemill.common.model import choose_device
 from saemill.compare.activations import MIN_FIRINGS, Codes, Stores, correlations, of_pairs
 from saemill.compare.dictionaries import Dictionary, differing, find, pairs
 from saemill.compare.matching import Blocks, cosines

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from saemill.cache.claims import CLAIMS, Worker
 from saemill.common import config as settings
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import DataError
 from saemill.common.log import progress, say
-from saemill.common.passages import PassageWriter
 from saemill.common.signals import stop_on_signal
-from saemill.common.site_records import DTYPES
-from saemill.common.statistics import warnings
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.passages import PassageWriter
+from saemill.common.stores.site_records import DTYPES
+from saemill.common.stores.statistics import warnings
 from saemill.common.world import World, speak_for
 from saemill.embeddings.rows import Form, Rows, Source
 from saemill.embeddings.sources import Where, open_source, open_table

@@ -15,22 +15,22 @@ from saemill.cache.claims import CLAIMS, Claim, Worker, holds_only_claims
 from saemill.cache.writer import SiteWriter, check_same_store, write_group
 from saemill.common import config as settings
 from saemill.common import durable, records
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.log import counted, progress, say
-from saemill.common.passages import NO_MASK, PassageManifest, PassageStore, PassageWriter
-from saemill.common.site_records import (
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.passages import NO_MASK, PassageManifest, PassageStore, PassageWriter
+from saemill.common.stores.site_records import (
     BLOCK_TOKENS,
     DTYPES,
     EMBEDDINGS,
     FORMAT,
     RESERVED,
     SITES,
+    Site,
     StoreSettings,
     known_settings,
     sites_in,
 )
-from saemill.common.sites import Site
 from saemill.embeddings.rows import Form, Rows
 
 SHARD_BYTES = 1 << 26

@@ -13,13 +13,14 @@ import yaml
 
 from saemill.common import config as settings
 from saemill.common import durable, records
-from saemill.common.architecture import limits_of
+from saemill.common.device import choose_device
 from saemill.common.errors import ConfigError, DataError, Interrupted, StoreError
 from saemill.common.log import counted, progress, say
-from saemill.common.model import LanguageModel, choose_device, choose_model_dtype, fingerprint_model
+from saemill.common.models.architecture import limits_of
+from saemill.common.models.model import LanguageModel, choose_model_dtype, fingerprint_model
+from saemill.common.models.sites import load_model_config
+from saemill.common.models.tokenizer import load_tokenizer
 from saemill.common.signals import stop_on_signal
-from saemill.common.sites import load_model_config
-from saemill.common.tokenizer import load_tokenizer
 from saemill.generate.dataset import Parts, rows_of, trimmed, write
 from saemill.generate.sampling import Frame, check_causal, frame_of, sample, uniforms
 

@@ -19,8 +19,8 @@ from transformers import GenerationConfig
 from transformers.generation import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from saemill.common.errors import ConfigError, DataError, Interrupted
-from saemill.common.model import LanguageModel
-from saemill.common.permutation import combine
+from saemill.common.models.model import LanguageModel
+from saemill.common.stores.permutation import combine
 
 U_BITS = 48
 """Bits of a random number: fine beside the probabilities' rounding, and u · sum < sum holds exactly."""

@@ -8,22 +8,24 @@ from typing import Any
 
 import yaml
 
-from saemill.common import assessments, durable, records, runs
-from saemill.common.activations import ActivationStore
+from saemill.common import durable, records
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats import seal, variants
-from saemill.common.formats.checks import read_config
-from saemill.common.formats.sparsify import WEIGHTS, check
-from saemill.common.passages import PassageStore
 from saemill.common.records import File
-from saemill.common.site_records import SITES, group_of
-from saemill.common.tokens import TokenStore
+from saemill.common.sae import of_run
+from saemill.common.sae.formats import seal
+from saemill.common.sae.formats.checks import read_config
+from saemill.common.sae.formats.sparsify import WEIGHTS, check
+from saemill.common.stores import assessments, runs
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.site_records import SITES, group_of
+from saemill.common.stores.tokens import TokenStore
 from saemill.hub.card import model_card
 from saemill.hub.names import Names, as_json
 from saemill.hub.store_card import activations_card, tokens_card
 from saemill.show import hint, kind_of
-from saemill.train.inspect import settings_problems
+from saemill.train.record.inspect import settings_problems
 
 CARD = "README.md"
 
@@ -140,7 +142,7 @@ def _sae(folder: Path, cfg: str, run: Path) -> dict[str, Any]:
     for file in ("cfg.json", WEIGHTS):
         if not (folder / file).is_file():
             raise StoreError(f"{folder / file} is missing; leave the variant out with --variant")
-    variants.check(folder, cfg, run / runs.FINISHED)
+    of_run.check(folder, cfg, run / runs.FINISHED)
     check(folder)
     return read_config(folder / "cfg.json")
 

@@ -7,8 +7,8 @@ from urllib.parse import quote
 
 from saemill.common import hub
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.formats.sparsify import WEIGHTS
 from saemill.common.log import counted, say
+from saemill.common.sae.formats.sparsify import WEIGHTS
 from saemill.hub.card import keep_metadata
 from saemill.hub.contents import CARD, Contents, contents_of
 from saemill.show import problems

@@ -2,11 +2,11 @@
 
 from pathlib import PurePath
 
-from saemill.common.activations import ActivationStore, SiteArray
 from saemill.common.log import counted
-from saemill.common.passages import PassageManifest, PassageStore
-from saemill.common.site_records import StoreSettings
-from saemill.common.tokens import TokenManifest, TokenStore
+from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.passages import PassageManifest, PassageStore
+from saemill.common.stores.site_records import StoreSettings
+from saemill.common.stores.tokens import TokenManifest, TokenStore
 from saemill.hub.card import code, front_matter, rows
 from saemill.hub.names import Names
 

@@ -29,18 +29,19 @@ from saemill.assess.run import run as assess
 from saemill.cache.run import CacheConfig, content_of, sites_of
 from saemill.cache.run import run as cache
 from saemill.common import config as settings
-from saemill.common import durable, runs
-from saemill.common.activations import ActivationStore
-from saemill.common.architecture import check_row_length, limits_of
+from saemill.common import durable
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
-from saemill.common.model import check_8bit
-from saemill.common.site_records import REPAIR
-from saemill.common.sites import Site, load_model_config
-from saemill.common.tokenizer import check_tokenizer, load_tokenizer
-from saemill.common.tokens import TokenStore
-from saemill.common.wandb import process as wandb
-from saemill.common.wandb import record
+from saemill.common.models.architecture import check_row_length, limits_of
+from saemill.common.models.model import check_8bit
+from saemill.common.models.sites import load_model_config
+from saemill.common.models.tokenizer import check_tokenizer, load_tokenizer
+from saemill.common.stores import runs
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.site_records import REPAIR, Site
+from saemill.common.stores.tokens import TokenStore
+from saemill.common.tracking import process as wandb
+from saemill.common.tracking import record
 from saemill.common.world import World
 from saemill.pipeline.rows import check_rows
 from saemill.pipeline.stages import (
@@ -60,7 +61,7 @@ from saemill.tokenize.source import check_path
 from saemill.train.config import TrainConfig, check_batch
 from saemill.train.run import check_machine
 from saemill.train.run import run as train
-from saemill.train.variants import Variant, of_config
+from saemill.train.sweep.variants import Variant, of_config
 
 UNKNOWN = Path("not known yet")
 """Stands for a folder that is found when the stage before it has run."""

@@ -28,9 +28,9 @@ from saemill.common import durable, records
 from saemill.common.config import STAGES, nearest
 from saemill.common.errors import ConfigError, Interrupted, SaemillError, StoreError
 from saemill.common.log import say
-from saemill.common.model import fingerprint_model
+from saemill.common.models.model import fingerprint_model
 from saemill.common.records import Hash, Record
-from saemill.common.tokens import TokenStore
+from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World, speak_for
 from saemill.compare.run import ASSIGNMENT_LIMIT, CompareConfig
 from saemill.pipeline.chain import Chain, content_of_tokens

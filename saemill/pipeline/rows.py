@@ -7,8 +7,8 @@ from typing import Any
 from saemill.cache.run import CacheConfig
 from saemill.common.errors import ConfigError
 from saemill.common.log import say
-from saemill.common.mask import MaskConfig
-from saemill.common.tokens import TokenStore
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.tokens import TokenStore
 from saemill.train.config import MOST_SEQUENCES, TrainConfig
 
 FEWEST_STEPS = 8

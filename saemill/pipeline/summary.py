@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.table import Table
 
-from saemill.common import assessments, durable
 from saemill.common import config as settings
+from saemill.common import durable
 from saemill.common.log import console, say
+from saemill.common.stores import assessments
 from saemill.compare.run import CompareConfig
 from saemill.compare.run import run as compare
 

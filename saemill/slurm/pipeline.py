@@ -8,7 +8,7 @@ from typing import Any
 from saemill.common import config as settings
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
-from saemill.common.tokens import TokenStore
+from saemill.common.stores.tokens import TokenStore
 from saemill.pipeline.rows import check_rows
 from saemill.pipeline.stages import CONFIGS, absolute, check_amounts, check_input, join, stages_of
 from saemill.slurm.settings import SlurmConfig

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 from saemill.assess.run import AssessConfig
-from saemill.common import assessments, runs
 from saemill.common import config as settings
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
-from saemill.common.tokens import TokenStore
+from saemill.common.stores import assessments, runs
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.tokens import TokenStore
 from saemill.slurm.pipeline import Pipeline
 from saemill.train.config import TrainConfig
 

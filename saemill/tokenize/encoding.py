@@ -7,7 +7,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from saemill.common.tokenizer import load_tokenizer
+from saemill.common.models.tokenizer import load_tokenizer
 from saemill.tokenize.source import Batch
 
 

@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 
-from saemill.common.permutation import combine
+from saemill.common.stores.permutation import combine
 
 
 def is_held_out(text_hash: int, fraction: float) -> bool:

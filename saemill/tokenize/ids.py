@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saemill.common.errors import DataError
-from saemill.common.tokens import TokenizerInfo
+from saemill.common.stores.tokens import TokenizerInfo
 
 
 def ids_of(value: Any, where: str) -> list[int]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from saemill.common.tokens import TokenizerInfo
+from saemill.common.stores.tokens import TokenizerInfo
 
 
 @dataclass(slots=True)

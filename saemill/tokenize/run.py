@@ -13,8 +13,15 @@ from saemill.common import config as settings
 from saemill.common import durable, records
 from saemill.common.errors import ConfigError, DiskError, StoreError
 from saemill.common.log import counted, progress, say
-from saemill.common.tokenizer import check_ctx_len, load_tokenizer
-from saemill.common.tokens import FORMAT, REPAIR, TokenizerInfo, TokenManifest, TokenStore, read_manifest
+from saemill.common.models.tokenizer import check_ctx_len, load_tokenizer
+from saemill.common.stores.tokens import (
+    FORMAT,
+    REPAIR,
+    TokenizerInfo,
+    TokenManifest,
+    TokenStore,
+    read_manifest,
+)
 from saemill.tokenize.encoding import encode
 from saemill.tokenize.files import fingerprint_local
 from saemill.tokenize.ids import survey

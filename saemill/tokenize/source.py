@@ -13,7 +13,7 @@ import numpy as np
 from saemill.common import durable
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, DataError, DiskError, SaemillError
-from saemill.common.permutation import combine, permutation
+from saemill.common.stores.permutation import combine, permutation
 from saemill.tokenize.columns import MASK, Column, choose, text_of
 from saemill.tokenize.files import (
     DELIMITERS,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from saemill.common import config as settings
 from saemill.common.errors import ConfigError
-from saemill.common.mask import MaskConfig
+from saemill.common.stores.mask import MaskConfig
 
 ADAM_BETAS = (0.8, 0.95)
 """FVU was lower than with Adam's own (0.9, 0.999) wherever both were tried: `docs/performance-log.md`."""

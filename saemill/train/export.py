@@ -5,15 +5,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from saemill.common import records
-from saemill.common.activations import ActivationStore
-from saemill.common.formats import sparsify
 from saemill.common.log import counted, duration, say
 from saemill.common.records import File
-from saemill.common.runs import FINISHED, HALVING, Finished
-from saemill.train import checkpoint
-from saemill.train.halving import Halving
+from saemill.common.sae.formats import sparsify
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.runs import FINISHED, HALVING, Finished
+from saemill.train.record import checkpoint
+from saemill.train.sweep.halving import Halving
+from saemill.train.sweep.variants import Variant, describe
 from saemill.train.trainer import Trainer
-from saemill.train.variants import Variant, describe
 
 
 def export(
@@ -94,5 +94,5 @@ def save_banks(out: Path, trainer: Trainer, store: ActivationStore, names: set[s
                 "versions": {name: version(name) for name in ("saemill", "torch")},
             }
             if sae := bank.export(i, provenance):  # of one that diverged the weights need not be finite
-                written[variant.name] = sparsify.write(sae, out / variant.name)
+                written[variant.name] = sparsify.write(sae.parts, out / variant.name)
     return written

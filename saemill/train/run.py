@@ -9,31 +9,31 @@ from threading import Event
 
 import torch
 
-from saemill.common.activations import ActivationStore
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
-from saemill.common.mask import MaskConfig
-from saemill.common.runs import METRICS
 from saemill.common.signals import stop_on_signal
-from saemill.common.statistics import warnings
-from saemill.common.wandb import process as wandb
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.runs import METRICS
+from saemill.common.stores.statistics import warnings
+from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
-from saemill.train.bank import Bank, Frame
+from saemill.train.backends.passes import choose_kernels
 from saemill.train.config import TrainConfig, check_batch
 from saemill.train.export import export, save_banks
-from saemill.train.feed import Feed
-from saemill.train.folder import TENSORBOARD, Folder
 from saemill.train.graph import Graphs
-from saemill.train.halving import Halving
-from saemill.train.loader import Loader
-from saemill.train.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
-from saemill.train.passes import choose_kernels
+from saemill.train.learner.bank import Bank, Frame
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
-from saemill.train.schedule import Schedule
-from saemill.train.spread import Spread, choose
+from saemill.train.record.folder import TENSORBOARD, Folder
+from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
+from saemill.train.record.wandb import follow
+from saemill.train.stream.feed import Feed
+from saemill.train.stream.loader import Loader
+from saemill.train.sweep.halving import Halving
+from saemill.train.sweep.placement import Spread, choose
+from saemill.train.sweep.schedule import Schedule
+from saemill.train.sweep.variants import Variant, groups, of_config
 from saemill.train.trainer import Trainer
-from saemill.train.variants import Variant, groups, of_config
-from saemill.train.wandb import follow
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000

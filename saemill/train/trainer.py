@@ -13,15 +13,15 @@ from saemill.common.errors import Interrupted
 from saemill.common.log import say
 from saemill.common.records import File
 from saemill.common.world import Group
-from saemill.train import checkpoint
-from saemill.train.bank import Bank
-from saemill.train.feed import Feed
-from saemill.train.halving import window
-from saemill.train.loader import Loader
-from saemill.train.metrics import JsonlSink, Record, Sink
+from saemill.train.backends.team import ALONE, ONE, Team
+from saemill.train.learner.bank import Bank
 from saemill.train.profile import part, profiling
-from saemill.train.schedule import Schedule
-from saemill.train.team import ALONE, ONE, Team
+from saemill.train.record import checkpoint
+from saemill.train.record.metrics import JsonlSink, Record, Sink
+from saemill.train.stream.feed import Feed
+from saemill.train.stream.loader import Loader
+from saemill.train.sweep.halving import window
+from saemill.train.sweep.schedule import Schedule
 
 Metrics = dict[str, dict[str, float | None]]
 """Of some variants, by name."""

@@ -1,0 +1,321 @@
+"""A transformer to look into: capture activations at sites, or run on with changed ones."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub.utils
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+
+from saemill.common import durable
+from saemill.common.errors import ConfigError
+from saemill.common.hub import loading
+from saemill.common.models.architecture import check_row_length, limits_of
+from saemill.common.models.sites import first_output, load_model_config, replacing
+from saemill.common.models.structure import base_of, block_names, is_encoder_decoder, n_ids_of, reader_of
+from saemill.common.stores.tokens import TokenizerInfo, TokenStore
+
+Head = Literal["causal", "masked"]
+
+
+class _Enough(Exception):
+    """Ends a forward pass after the last site needed."""
+
+
+def choose_model_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type the model computes in; `auto` is bf16 on a GPU and fp32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def fingerprint_model(name: str, revision: str | None) -> str:
+    """Identifies a model's weights: a hash of the files of a local folder, else the hub's commit."""
+    folder = Path(name)
+    if folder.is_dir():
+        weights = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
+        return durable.hash_folder(folder, [folder / "config.json", *weights])
+    config = load_model_config(name, revision)
+    return durable.hash_json([name, getattr(config, "_commit_hash", None) or revision])
+
+
+def fingerprint_weights(name: str) -> str | None:
+    """Identifies the weights in a local folder's safetensors whatever files they lie in: a hash of every
+    tensor's name, type, shape and content. None where there are none."""
+    tensors = []
+    for file in sorted(Path(name).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for key in sorted(weights.keys()):
+                values = weights.get_tensor(key)
+                content = values.reshape(-1).view(torch.uint8).numpy().data
+                tensors.append([key, str(values.dtype), list(values.shape), durable.hash_bytes(content)])
+    return durable.hash_json(sorted(tensors)) if tensors else None
+
+
+class LanguageModel:
+    """A HuggingFace transformer on a device, in evaluation mode.
+
+    Args:
+        name: hub id or local folder.
+        revision: the hub's revision.
+        dtype: type of weights and activations.
+        device: where it runs.
+        with_head: load the LM head too, where the checkpoint has one (`head` says which).
+        in_8bit: weights as 8-bit integers, by bitsandbytes (Dettmers et al. 2022); see `check_8bit`.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        revision: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        with_head: bool = False,
+        in_8bit: bool = False,
+    ) -> None:
+        self.name, self.revision, self.device = name, revision, device
+        self.config = load_model_config(name, revision)
+        self.head: Head | None = _head_of(self.config) if with_head else None
+        check_8bit(in_8bit, device)
+        how = {"dtype": dtype} | (_as_8bit(device) if in_8bit else {})
+        self.model, missing = self._load(how)
+        if missing and self.head:
+            self.head = None  # a checkpoint without the head that its class has
+            self.model, missing = self._load(how)
+        if is_encoder_decoder(self.config):  # its decoder is not run
+            missing = [key for key in missing if key.startswith("encoder.")]
+        if missing:
+            raise ConfigError(f"the checkpoint {name!r} lacks weights: {', '.join(sorted(missing)[:5])}")
+        if not in_8bit:  # such a model is where it was loaded, and cannot be moved
+            self.model = self.model.to(device)
+        self.model = self.model.eval().requires_grad_(False)
+        self.base = base_of(self.model) if self.head else self.model
+        self.modules = dict(self.base.named_modules())
+        self.blocks = block_names(self.base)
+        self.n_ids: int = n_ids_of(self.base)
+        self.tuple_sites: set[str] = set()
+
+    def _load(self, how: dict[str, Any]) -> tuple[Any, list[str]]:
+        """The model, and the names of its weights that the checkpoint lacks."""
+        loaders: dict[Head | None, Any] = {
+            None: transformers.AutoModel,
+            "causal": _multimodal_class(self.config) or transformers.AutoModelForCausalLM,
+            "masked": transformers.AutoModelForMaskedLM,
+        }
+        how = how | {"revision": self.revision, "trust_remote_code": False, "output_loading_info": True}
+        with loading("model", self.name), _no_bar_of_weights():
+            model, info = loaders[self.head].from_pretrained(self.name, **how)
+        return model, [key for key in info["missing_keys"] if "pooler" not in key]
+
+    def check_tokens(self, tokens: TokenStore) -> None:
+        """Refuse tokens that the model cannot take; see `check_fit`."""
+        check_fit(self.config, self.name, tokens)
+
+    def capture(self, ids_RS: Tensor, sites: list[str], attention_RS: Tensor | None) -> dict[str, Tensor]:
+        """Activations at `sites`, from a forward pass that stops after the last of them.
+
+        They are copies, as some models add to a module's output in place (Falcon: to its MLP's).
+
+        Args:
+            ids_RS: token ids, int64.
+            sites: module paths in the base model.
+            attention_RS: 1 where a token may be attended to; None for all.
+
+        Returns: per site [R, S, D] in the model's dtype, on its device.
+        """
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                found[name] = first_output(output).clone()
+                if len(found) == len(sites):
+                    raise _Enough
+
+            return hook
+
+        handles = [self.modules[name].register_forward_hook(keep(name)) for name in sites]
+        try:
+            with torch.inference_mode():
+                self._forward(reader_of(self.base), ids_RS, attention_RS)
+        except _Enough:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def logits(self, ids_RS: Tensor, attention_RS: Tensor | None) -> Tensor:
+        """Logits of the LM head, [R, S, vocabulary]; inside `splice` those of the changed model."""
+        with torch.inference_mode():
+            output: Tensor = self._forward(self.model, ids_RS, attention_RS).logits
+        return output
+
+    def sees_later_tokens(self, ids_RS: Tensor) -> bool:
+        """Whether the logits at a position depend on tokens after it, as in a bidirectional model.
+
+        The tokens in the later half of the first row are exchanged for others, and the logits of its first
+        half compared. How much they change where the tokens of another row are exchanged is rounding:
+        experts, and weights in 8 bits, work on all tokens of a batch together. The LM head is needed.
+
+        Args:
+            ids_RS: token ids, int64, one row or more.
+        """
+        ids_1S = ids_RS[:1]
+        n_kept = ids_1S.shape[1] // 2
+        others_1S = (ids_1S + 1) % self.n_ids
+        changed_1S = torch.cat([ids_1S[:, :n_kept], others_1S[:, n_kept:]], 1)
+
+        def first_half(row_1S: Tensor, beside_1S: Tensor) -> Tensor:
+            return self.logits(torch.cat([row_1S, beside_1S]), None)[0, :n_kept].double()
+
+        plain = first_half(ids_1S, ids_1S)
+        rounding = (first_half(ids_1S, others_1S) - plain).norm()
+        effect = (first_half(changed_1S, ids_1S) - plain).norm()
+        return bool(effect > 10 * rounding and effect > 1e-5 * plain.std() * plain.numel() ** 0.5)
+
+    @contextmanager
+    def splice(self, site: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While the block runs, the activation x_RSD at `site` is replaced by `edit(x_RSD)`."""
+
+        def note(_module: Any, _inputs: Any, output: Any) -> None:
+            if isinstance(output, tuple):
+                self.tuple_sites.add(site)
+
+        handle = self.modules[site].register_forward_hook(note)
+        try:
+            with replacing(self.modules[site], edit):
+                yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def skip_blocks_before(self, site: str) -> Iterator[None]:
+        """While the block runs, transformer blocks before `site` hand their input on uncomputed.
+
+        For use with a `splice` that replaces the whole residual stream after a block: in almost all
+        models nothing before it then matters. Where the site is no block nothing is skipped. Not for
+        models whose blocks return tuples; `tuple_sites` names the sites where a splice met one.
+        """
+        before = self.blocks[: self.blocks.index(site)] if site in self.blocks else []
+        skipped = [self.modules[name] for name in before]
+
+        def hand_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
+            return hidden_states
+
+        for module in skipped:
+            module.forward = hand_on
+        try:
+            yield
+        finally:
+            for module in skipped:
+                del module.forward
+
+    def _forward(self, model: Any, ids_RS: Tensor, attention_RS: Tensor | None) -> Any:
+        arguments: dict[str, Any] = {"input_ids": ids_RS.to(self.device)}
+        if attention_RS is not None:
+            arguments["attention_mask"] = attention_RS.to(self.device)
+        if hasattr(self.config, "use_cache"):
+            arguments["use_cache"] = False
+        return model(**arguments)
+
+
+def attention_of(ids_RS: Tensor, tokenizer: TokenizerInfo) -> Tensor | None:
+    """The attention mask of an encoder's rows (0 on padding); None for decoders, rows being full.
+
+    A decoder's padding id is often its separator, so it says nothing there.
+    """
+    if tokenizer.mask_id is None or tokenizer.pad_id is None:
+        return None
+    return (ids_RS != tokenizer.pad_id).long()
+
+
+def check_fit(config: Any, name: str, tokens: TokenStore) -> None:
+    """Refuse tokens that a model cannot take: too large ids, or rows longer than its context.
+
+    Ids that the tokenizer has beyond the model's, and no row holds, do no harm.
+
+    Args:
+        config: the model's transformers config.
+        name: hub id or local folder.
+        tokens: the tokens.
+
+    Raises:
+        ConfigError: naming both numbers, and the token.
+    """
+    limits = limits_of(config)
+    check_row_length(limits, name, tokens.ctx_len)
+    largest = tokens.n_used_ids - 1
+    if largest >= limits.n_ids:
+        raise ConfigError(
+            f"the tokens hold the id {largest}{_as_text(tokens, largest)}, but {name!r} has the ids "
+            f"0..{limits.n_ids - 1}; they were made with {tokens.tokenizer.name!r}: tokenize with "
+            "the model's own tokenizer"
+        )
+
+
+def _as_text(tokens: TokenStore, token_id: int) -> str:
+    """The token that an id stands for, in brackets; nothing where the store's tokenizer cannot tell."""
+    try:
+        with loading("tokenizer", str(tokens.path / "tokenizer")):
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                tokens.path / "tokenizer", trust_remote_code=False
+            )
+            return f" ({tokenizer.convert_ids_to_tokens(token_id)!r})"
+    except ConfigError:
+        return ""
+
+
+def check_8bit(in_8bit: bool, device: torch.device) -> None:
+    """Refuse 8-bit weights where they cannot be.
+
+    Raises:
+        ConfigError: the device is not CUDA, or bitsandbytes is not installed.
+    """
+    if in_8bit and device.type != "cuda":
+        raise ConfigError(f"load_in_8bit needs a CUDA device, got {device}; leave it out")
+    if in_8bit and find_spec("bitsandbytes") is None:
+        raise ConfigError("load_in_8bit needs bitsandbytes: pip install bitsandbytes accelerate")
+
+
+def _as_8bit(device: torch.device) -> dict[str, Any]:
+    quantization = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+@contextmanager
+def _no_bar_of_weights() -> Iterator[None]:
+    """Without transformers' bar for weights read from the disk; the hub's for downloads stays."""
+    if not transformers.utils.logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.enable_progress_bar()
+
+
+def _head_of(config: Any) -> Head | None:
+    """Which LM head the checkpoint's architecture has; an encoder-decoder model's is not supported."""
+    names = config.architectures or []
+    if any("MaskedLM" in name or name.endswith("ForPreTraining") for name in names):
+        return "masked"
+    if any("CausalLM" in name or name.endswith("LMHeadModel") for name in names) or _multimodal_class(config):
+        return "causal"
+    return None
+
+
+def _multimodal_class(config: Any) -> Any:
+    """The class of a multimodal checkpoint that writes text; None if it is something else."""
+    names = [name for name in config.architectures or [] if name.endswith("ForConditionalGeneration")]
+    return getattr(transformers, names[0], None) if names and not is_encoder_decoder(config) else None

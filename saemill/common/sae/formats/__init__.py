@@ -1,0 +1,107 @@
+"""SAEs as files: saemill's own, which is sparsify's layout, and those of SAELens and dictionary_learning.
+
+Each format is a module: `read` gives the parts of an SAE or refuses, naming the field that has no place in
+one; `write` makes files that the tool itself loads.
+
+    sparsify.py, saelens.py, dictionary_learning.py   the formats
+    checks.py   what each asks of its files
+    seal.py     the hashes of an SAE that saemill saved
+    hooks.py    sites in TransformerLens' terms
+    hub.py      the SAE that hf://user/repo/folder names
+"""
+
+from pathlib import Path
+
+from saemill.common.errors import ConfigError, DataError, SaemillError, StoreError
+from saemill.common.hub import SCHEME, is_id
+from saemill.common.sae.formats import dictionary_learning, hub, saelens, sparsify
+from saemill.common.sae.formats.hooks import Hook
+from saemill.common.sae.parts import Parts
+
+NAMES = ("sparsify", "saelens", "dictionary_learning")
+READERS = {
+    sparsify.WEIGHTS: sparsify.read,
+    saelens.WEIGHTS: saelens.read,
+    dictionary_learning.WEIGHTS: dictionary_learning.read,
+}
+"""A format is recognised by the name of its file of weights."""
+
+
+def load(folder: Path | str) -> Parts:
+    """Read an SAE of any of the formats.
+
+    Args:
+        folder: on this machine, or `hf://user/repo[@revision][/folder]`.
+
+    Raises:
+        StoreError: no file of weights, or several; a file is missing, is damaged or does not fit the config;
+            weights are NaN or infinite.
+        ConfigError: an SAE that cannot be represented, or a repository that cannot be had.
+    """
+    is_on_hub = isinstance(folder, str) and folder.startswith(SCHEME)
+    folder = hub.fetch(str(folder)) if is_on_hub else Path(folder)
+    parts = read(folder)
+    parts.check_finite(str(folder), StoreError)
+    return parts
+
+
+def read(folder: Path) -> Parts:
+    """As `load`, on this machine, whatever the weights' values are.
+
+    Raises:
+        StoreError, ConfigError: as `load`.
+    """
+    found = [name for name in READERS if (folder / name).is_file()]
+    if not found:
+        raise StoreError(f"{folder} holds no SAE: {_instead(folder)}")
+    if len(found) > 1:
+        raise StoreError(f"{folder} holds the weights of several formats, {' and '.join(found)}; part them")
+    return READERS[found[0]](folder)
+
+
+def problems(folder: Path) -> list[str]:
+    """What is wrong with the files of an SAE on this machine, of any of the formats; nothing if it loads."""
+    try:
+        load(folder)
+    except SaemillError as error:
+        return [str(error)]
+    return []
+
+
+def _instead(folder: Path) -> str:
+    """What is there in place of an SAE, and what to name instead."""
+    if folder.is_file():
+        return f"it is a file; name the folder that it is in, {folder.parent}"
+    if not folder.exists():
+        on_hub = f"; an SAE on the hub is named {SCHEME}{folder}" if is_id(str(folder)) else ""
+        return f"there is no such folder{on_hub}"
+    depths = ("*", "*/*")
+    inside = {str(file.parent) for name in READERS for at in depths for file in folder.glob(f"{at}/{name}")}
+    if inside:
+        listed = ", ".join(sorted(inside)[:8])
+        return f"name one of the SAEs in it: {listed}{', …' if len(inside) > 8 else ''}"
+    return f"one of {', '.join(READERS)} is missing"
+
+
+def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None) -> None:
+    """Write an SAE for another tool.
+
+    Args:
+        name: one of `NAMES`.
+        folder: where to; created.
+        hook: the SAE's site in TransformerLens' terms; None where it has no name there. Sparsify keeps none.
+
+    Raises:
+        ConfigError: no such format.
+        DataError: weights are not finite.
+        DiskError: the disk is full, or the folder may not be written to.
+    """
+    parts.check_finite("the SAE", DataError)
+    if name == "sparsify":
+        sparsify.write(parts, folder)
+    elif name == "saelens":
+        saelens.write(parts, folder, hook)
+    elif name == "dictionary_learning":
+        dictionary_learning.write(parts, folder, hook)
+    else:
+        raise ConfigError(f"format must be one of {', '.join(NAMES)}, got {name!r}")

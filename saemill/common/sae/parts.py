@@ -1,0 +1,60 @@
+"""The parts of a TopK SAE: what files of any format hold, and `Sae` is made of."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from saemill.common.errors import ConfigError, SaemillError
+from saemill.common.log import counted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaeConfig:
+    """Shape and provenance of one SAE."""
+
+    d_in: int
+    """D, length of the activation vectors."""
+    num_latents: int
+    """F."""
+    k: int
+    """Most latents active per token."""
+    provenance: dict[str, Any]
+    """Where it came from: site, model, training settings, versions."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.num_latents:
+            raise ConfigError(f"k must be in 1..num_latents ({self.num_latents}), got {self.k}")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """An SAE as tensors."""
+
+    config: SaeConfig
+    W_enc: Tensor
+    """[F, D]."""
+    b_enc: Tensor
+    """[F]."""
+    W_dec: Tensor
+    """[F, D]."""
+    b_dec: Tensor
+    """[D]."""
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+
+    def check_finite(self, where: str, kind: type[SaemillError]) -> None:
+        """Refuse weights with NaN or infinite values.
+
+        Args:
+            where: what the message begins with.
+            kind: the error.
+        """
+        for name, weights in self.weights.items():
+            n_bad = weights.numel() - int(weights.isfinite().sum())
+            if n_bad:
+                told = f"{counted(n_bad, 'value')} of {name} {'is' if n_bad == 1 else 'are'} NaN or infinite"
+                raise kind(f"{where} is of no use: {told}")

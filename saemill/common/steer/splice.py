@@ -1,0 +1,301 @@
+"""A model run with an SAE spliced in: its latents watched, ablated or steered while the model computes.
+
+    f = encode(x)    f' = edit(f)    x' = x + decode(f') − decode(f)    with the error kept
+                                     x' = decode(f')                    without
+
+With the error kept only the edit reaches the model. Without, and without an edit, it is the splice that
+`saemill assess` measures.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saemill.common.config import nearest
+from saemill.common.errors import ConfigError
+from saemill.common.log import counted
+from saemill.common.models.sites import replacing
+from saemill.common.models.structure import base_of, block_names
+from saemill.common.sae.formats.hooks import site_of
+from saemill.common.sae.sae import Encoded, Sae
+from saemill.common.steer.edits import LatentEdit
+
+Edit = Callable[[Encoded], tuple[Tensor, Tensor]]
+"""top_acts, top_indices [B, S, k] → the same, [B, S, any k]. It may change what it is given in place."""
+
+Where = Callable[[Tensor, Tensor], Tensor]
+"""Token ids and positions, int64 [B, S] → bool [B, S]. A position counts the tokens before, in the cache
+too, without padding; that of padding is -1."""
+
+
+@contextmanager
+def splice(
+    model: Any,
+    site: str | None,
+    sae: Sae,
+    edit: Edit | Sequence[Edit] | None = None,
+    *,
+    keep_error: bool = True,
+    where: Where | Tensor | None = None,
+) -> "Iterator[Spliced]":
+    """While the block runs, `model` computes on with the activations that `sae` makes at `site`.
+
+    Works with gradients, in `generate` with or without a cache, and inside other splices; where two are
+    at one site, the second sees what the first made.
+
+    Args:
+        model: a HuggingFace transformer, with or without a head, on the SAE's device.
+        site: module path in the base model, or `residual.4`; None for the one that the SAE was trained at.
+        sae: of any format that `Sae.load` reads.
+        edit: of the latents: `ablate`, `scale`, `clamp`, `steer`, a function, or several in order. None
+            leaves them, to watch, or to splice the reconstruction in as it is.
+        keep_error: add what the SAE does not reconstruct, x − x̂, to the edited reconstruction.
+        where: positions to splice: a function of token ids and positions, or bool [B, S] for forward
+            passes of that shape. None: those that the SAE was trained on, as far as its folder tells
+            (without special tokens and the first position, by default); else all. Never padding.
+
+    Yields: what fired, of the latest forward pass.
+
+    Raises:
+        ConfigError: the site, a latent or the width does not exist; no site is known; SAE and model are on
+            different devices; or nothing ran through the site inside the block.
+    """
+    if not isinstance(getattr(model, "base_model", None), torch.nn.Module):
+        raise ConfigError(f"model must be a HuggingFace transformer, got {type(model).__name__}")
+    base = base_of(model)
+    name = _find_site(base, site, sae)
+    edits = _edits(edit, sae)
+    spliced = Spliced(sae, edits, keep_error, _trained_on(sae) if where is None else where, name)
+
+    def begin(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        spliced._begin(_by_name(inspect.signature(module.forward), arguments, named))
+
+    # Either may be called, and not every model with a head calls its base model as a whole (OPT's).
+    handles = []
+    for called in {model, base}:
+        handles.append(called.register_forward_pre_hook(begin, with_kwargs=True))
+        handles.append(called.register_forward_hook(spliced._end, always_call=True))
+    try:
+        with replacing(base.get_submodule(name), spliced._change):
+            yield spliced
+    finally:
+        for handle in handles:
+            handle.remove()
+    spliced._fired()
+
+
+class Spliced:
+    """What fired at a spliced site, in the latest forward pass.
+
+    With gradients on, `torch.autograd.grad(metric, spliced.top_acts)` is the effect of each active latent
+    on the metric through the decoder, to first order.
+    """
+
+    def __init__(
+        self, sae: Sae, edits: Sequence[Edit], keep_error: bool, where: Where | Tensor, site: str
+    ) -> None:
+        self.sae, self.edits, self.keep_error, self.site = sae, edits, keep_error, site
+        self._where = where
+        self._arguments: dict[str, Any] = {}
+        self._depth = 0
+        """Calls that have begun and not ended: a head calls its base."""
+        self._found: tuple[Encoded, Tensor] | None = None
+
+    @property
+    def top_acts(self) -> Tensor:
+        """[B, S, k], before the edit; a 0 is an unused slot."""
+        return self._fired()[0].top_acts
+
+    @property
+    def top_indices(self) -> Tensor:
+        """int64 [B, S, k], the latents' numbers."""
+        return self._fired()[0].top_indices
+
+    @property
+    def where(self) -> Tensor:
+        """bool [B, S]: the positions that were spliced."""
+        return self._fired()[1]
+
+    def _fired(self) -> tuple[Encoded, Tensor]:
+        if self._found is None:
+            raise ConfigError(
+                f"nothing ran through {self.site} of the model that the SAE was spliced into; run that model "
+                "inside the block, and choose a site that its forward pass calls"
+            )
+        return self._found
+
+    def _begin(self, arguments: dict[str, Any]) -> None:
+        """A forward pass begins, or the head calls its base model.
+
+        What the outermost call was given counts: not every head hands the attention mask on (RWKV's).
+        """
+        given = {name: value for name, value in arguments.items() if value is not None}
+        if self._depth == 0:
+            self._arguments, self._found = {}, None
+        self._arguments = given | self._arguments
+        self._depth += 1
+
+    def _end(self, *_: Any) -> None:
+        """A call is over, also by an error."""
+        self._depth = max(0, self._depth - 1)
+
+    def _change(self, x_BSD: Tensor) -> Tensor:
+        self._check(x_BSD)
+        where_BS = self._positions(x_BSD)
+        codes = self.sae.encode(x_BSD)
+        # What is told of lies between the codes and the edit: its gradient is of the edit's path alone.
+        kept = Encoded(codes.top_acts.clone(), codes.top_indices)
+        if torch.is_grad_enabled() and not kept.top_acts.requires_grad:
+            kept.top_acts.requires_grad_()  # neither the model's weights nor the SAE's ask for a gradient
+        self._found = kept, where_BS
+        edited: tuple[Tensor, Tensor] = Encoded(kept.top_acts.clone(), kept.top_indices.clone())
+        for edit in self.edits:
+            edited = _checked(edit(Encoded(*edited)), x_BSD)
+        changed_BSD = self.sae.decode(*edited)
+        if self.keep_error:
+            changed_BSD = x_BSD + (changed_BSD - self.sae.decode(*codes))
+        return torch.where(where_BS[..., None], changed_BSD.to(x_BSD.dtype), x_BSD)
+
+    def _check(self, x: Any) -> None:
+        """Refuse an activation that the SAE is not made for."""
+        given = self._arguments.get("input_ids", self._arguments.get("inputs_embeds"))
+        if given is None:
+            raise ConfigError("call the model as a whole, with input_ids or inputs_embeds, not a part of it")
+        tokens = given.shape[:2]
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3 or x.shape[:2] != tokens:
+            raise ConfigError(f"{self.site} does not give one vector per token; name another module")
+        if x.shape[-1] != (width := self.sae.config.d_in):
+            raise ConfigError(
+                f"the SAE takes activations of width {width}, but those at {self.site} have {x.shape[-1]}; "
+                "it belongs to another site or model"
+            )
+        if x.device != (device := self.sae.W_enc.device):
+            raise ConfigError(
+                f"the SAE is on {device}, the model on {x.device}; move it: sae.to({str(x.device)!r})"
+            )
+        if self._found is not None:
+            raise ConfigError(f"{self.site} runs more than once in a forward pass; name another module")
+
+    def _positions(self, x_BSD: Tensor) -> Tensor:
+        """Which positions to splice. bool [B, S]."""
+        position_BS = positions(self._arguments, x_BSD)
+        if isinstance(self._where, Tensor):
+            where_BS = self._where.to(x_BSD.device)
+        else:
+            ids_BS = self._arguments.get("input_ids")
+            if ids_BS is None:
+                raise ConfigError(
+                    "the model was called without input_ids, which tell the positions to splice; "
+                    "say where as a bool tensor"
+                )
+            where_BS = self._where(ids_BS.to(x_BSD.device), position_BS)
+        if where_BS.shape != position_BS.shape or where_BS.dtype != torch.bool:
+            raise ConfigError(
+                f"where must be bool {tuple(position_BS.shape)}, as the forward pass is, "
+                f"got {where_BS.dtype} {tuple(where_BS.shape)}; for passes of several shapes, as in "
+                "generate, give a function"
+            )
+        return where_BS & (position_BS >= 0)
+
+
+def positions(arguments: dict[str, Any], x_BSD: Tensor) -> Tensor:
+    """How many tokens come before each one, padding not counted; -1 for padding. int64 [B, S].
+
+    Args:
+        arguments: what the base model was called with.
+        x_BSD: an activation of that pass.
+
+    Raises:
+        ConfigError: the model keeps a cache that does not tell its length.
+    """
+    n_rows, n_positions = x_BSD.shape[:2]
+    attention, given = arguments.get("attention_mask"), arguments.get("position_ids")
+    if isinstance(attention, Tensor) and attention.dim() == 2:
+        attended = attention.to(x_BSD.device) > 0
+        found = (attended.long().cumsum(1) - 1).masked_fill(~attended, -1)
+        return found[:, -n_positions:]
+    if isinstance(given, Tensor) and given.dim() == 2:
+        return given.to(x_BSD.device).expand(n_rows, -1)
+    if arguments.get("cache_params") is not None:
+        raise ConfigError(
+            "the model's cache does not tell how many tokens it holds, and so neither the positions; "
+            "run it with use_cache=False"
+        )
+    cache = arguments.get("past_key_values")
+    n_before = int(cache.get_seq_length()) if cache is not None else 0
+    return torch.arange(n_before, n_before + n_positions, device=x_BSD.device).expand(n_rows, -1)
+
+
+def _by_name(
+    signature: inspect.Signature, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by their names, those that its signature does not name among them."""
+    bound = signature.bind_partial(*arguments, **named).arguments
+    rest = [name for name, taken in signature.parameters.items() if taken.kind is taken.VAR_KEYWORD]
+    return bound | (bound.pop(rest[0], {}) if rest else {})
+
+
+def _find_site(base: Any, site: str | None, sae: Sae) -> str:
+    """The path of the site's module.
+
+    Raises:
+        ConfigError: it is not known, or the model has no such module.
+    """
+    told = sae.config.provenance
+    if site is None:
+        site = told.get("site") or site_of(told.get("hook_name") or "", base.config.model_type)
+    if site is None:
+        raise ConfigError("the SAE does not tell its site; name it: splice(model, 'layers.4', sae)")
+    blocks = {f"residual.{i}": block for i, block in enumerate(block_names(base))}
+    modules = [name for name, _ in base.named_modules() if name]
+    name = blocks.get(site, site)
+    if name not in modules:
+        raise ConfigError(
+            f"{type(base).__name__} has no module {site!r}; {nearest(site, [*modules, *blocks])}"
+        )
+    return name
+
+
+def _edits(edit: Edit | Sequence[Edit] | None, sae: Sae) -> Sequence[Edit]:
+    """The edits in order, their latents checked."""
+    edits = [] if edit is None else [edit] if callable(edit) else list(edit)
+    n_latents = sae.config.num_latents
+    for one in edits:
+        latents = one.latents if isinstance(one, LatentEdit) else ()
+        if bad := [latent for latent in latents if not 0 <= latent < n_latents]:
+            raise ConfigError(
+                f"latents must be in 0..{n_latents - 1} of an SAE with {counted(n_latents, 'latent')}, "
+                f"got {', '.join(map(str, bad))}"
+            )
+    return edits
+
+
+def _checked(edited: Any, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    """What an edit returned, if it can be decoded."""
+    match edited:
+        case (Tensor() as acts, Tensor() as indices) if (
+            acts.shape == indices.shape and acts.shape[:-1] == x_BSD.shape[:-1]
+        ):
+            return acts, indices
+    got = [tuple(part.shape) if isinstance(part, Tensor) else part for part in edited or ()] or edited
+    raise ConfigError(
+        f"an edit must return top_acts and top_indices, both {(*x_BSD.shape[:-1], 'k')}, got {got!r:.200}"
+    )
+
+
+def _trained_on(sae: Sae) -> Where:
+    """The positions that the SAE's training saw; all where its files do not tell."""
+    left_out = sae.config.provenance.get("left_out")
+    if left_out is None:
+        return lambda ids_BS, _: torch.ones_like(ids_BS, dtype=torch.bool)
+
+    def where(ids_BS: Tensor, position_BS: Tensor) -> Tensor:
+        ids = torch.tensor(left_out["token_ids"], dtype=ids_BS.dtype, device=ids_BS.device)
+        special_BS = torch.isin(ids_BS, ids)
+        return ~special_BS & (position_BS >= int(left_out["first_positions"]))
+
+    return where

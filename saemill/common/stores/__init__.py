@@ -1,0 +1,14 @@
+"""What is on disk, each with a reader that checks it.
+
+tokens.py         TokenStore: packed rows and their documents
+passages.py       PassageStore: what each row of an embedding store is
+activations.py    ActivationStore: one array per site, over tokens or passages
+site_records.py   its JSON: settings, sites, commits, manifests
+shards.py         a raw Zarr array that memory-maps
+permutation.py    the order of rows in a shard, and every other shuffle
+statistics.py     moments of a site
+mask.py           which positions count
+columns.py        Parquet
+runs.py           a run's folder
+assessments.py    what `saemill assess` found
+"""

@@ -1,0 +1,300 @@
+"""ActivationStore: one Zarr array per site, and the tokens or passages that the activations belong to.
+
+Layout of the folder (a Zarr v3 group):
+
+    zarr.json                group; its attributes hold the settings of the store
+    sites/<site>.json        a record of each site, finished or not; it repeats the settings
+    tokens/                  a TokenStore of the rows that were cached; or, of embeddings,
+    passages/                a PassageStore
+    <site>/zarr.json         array [n_tokens, D]
+    <site>/c/<shard>/0       raw rows of one shard, in the shard's permuted order
+    <site>/commits/<shard>.json   written after the shard: size, hashes, sums
+    <site>/manifest.json     written when all shards are there: the commits and statistics merged
+
+Place and address: the row stored at place `p` of a shard is the token of address
+`shard * shard_tokens + permutation(n, SHUFFLE_KEY, shard)[p]`, n being the tokens in that shard.
+All sites share the permutation. Where the store holds embeddings, a passage takes a token's place.
+"""
+
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saemill.common import durable, records
+from saemill.common.errors import StoreError
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.permutation import inverse, permutation
+from saemill.common.stores.shards import ShardedArray, as_tensor, described
+from saemill.common.stores.site_records import (
+    BLOCK_TOKENS,
+    EMBEDDINGS,
+    REPAIR,
+    Commit,
+    SiteManifest,
+    SiteRecord,
+    StoreSettings,
+    decode_array,
+    read_settings,
+    read_site,
+    record_path,
+    sites_in,
+)
+from saemill.common.stores.statistics import Moments, Statistics
+from saemill.common.stores.tokens import TokenStore
+
+SHUFFLE_KEY = 0x5AE
+
+
+def describe_site(settings: StoreSettings, n_tokens: int, site: str, width: int) -> dict[str, Any]:
+    """What the `zarr.json` of a site's array says."""
+    attributes = {"site": site, "order": "permuted within each shard; see saemill"}
+    return described((n_tokens, width), settings.shard_tokens, settings.torch_dtype, attributes)
+
+
+class ActivationStore:
+    """Read access to a folder made by `saemill cache`, `import-activations` or `embed`.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        StoreError: the folder is no activation store, or its settings or tokens are damaged.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.settings = read_settings(self.path)
+        self.mask = self.settings.mask
+        self.shard_tokens = self.settings.shard_tokens
+        self.text = self._open_text()
+        self.n_tokens = self.text.n_tokens
+        self.ctx_len = self.text.ctx_len
+        self.permutation = lru_cache(16)(self._permutation)
+
+    def _open_text(self) -> TokenStore | PassageStore:
+        """What is at each address: a token, or a passage."""
+        holds_embeddings = self.settings.kind == EMBEDDINGS
+        text: TokenStore | PassageStore
+        known: str | None
+        try:
+            if holds_embeddings:
+                text = PassageStore(self.path / "passages", REPAIR)
+                known, wanted = text.fingerprint, self.settings.passages_fingerprint
+            else:
+                text = TokenStore(self.path / "tokens", REPAIR)
+                known, wanted = text.manifest.parent_fingerprint, self.settings.tokens_fingerprint
+            if (known, text.n_rows) != (wanted, self.settings.n_rows) or self.shard_tokens % text.ctx_len:
+                raise StoreError(f"{text.path} is of another store")
+        except StoreError as error:
+            what = "list of the passages" if holds_embeddings else "copy of the tokens"
+            told = str(error).removesuffix(REPAIR).rstrip().removesuffix(".")
+            raise StoreError(f"the {what} in {self.path} is damaged: {told}. {REPAIR}") from error
+        return text
+
+    @property
+    def tokens(self) -> TokenStore:
+        """The tokens that were cached.
+
+        Raises:
+            StoreError: the store holds embeddings of passages, which have none.
+        """
+        if isinstance(self.text, PassageStore):
+            raise StoreError(f"{self.path} holds embeddings of passages, without tokens or a language model")
+        return self.text
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the finished sites."""
+        return [name for name in sites_in(self.path) if (self.path / name / "manifest.json").exists()]
+
+    @property
+    def unfinished(self) -> dict[str, int]:
+        """Sites that are not finished: name → shards committed."""
+        return {
+            name: len(list((self.path / name).glob("commits/*.json")))
+            for name in sites_in(self.path)
+            if not (self.path / name / "manifest.json").exists()
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the content: settings and tokens, or passages. A store that was published with names
+        in place of paths kept the one it had, so that SAEs trained on it still know it."""
+        settings = self.settings.model_dump(mode="json", exclude={"fingerprint", "source_hash"})
+        return self.settings.fingerprint or durable.hash_json([settings, self.text.fingerprint])
+
+    def record(self, name: str) -> SiteRecord:
+        """What is known of a site, finished or not.
+
+        Raises:
+            StoreError: nothing is, or its record is damaged or of another store.
+        """
+        record = read_site(self.path, name)
+        if record.settings != self.settings:
+            raise StoreError(f"{record_path(self.path, name)} is of another store than zarr.json. {REPAIR}")
+        return record
+
+    def manifest(self, record: SiteRecord) -> SiteManifest:
+        """The manifest of a finished site.
+
+        Raises:
+            StoreError: it is missing, damaged, or another site's.
+        """
+        folder = self.path / record.site
+        found = records.read(folder / "manifest.json", SiteManifest, REPAIR)
+        self._check_owner(folder / "manifest.json", found, record.site)
+        lengths = [self.shard_length(shard) for shard in range(self.n_shards)]
+        if found.width != record.width or [shard.n_tokens for shard in found.shards] != lengths:
+            raise StoreError(f"{folder}/manifest.json lists other shards than there are. {REPAIR}")
+        return found
+
+    def commit(self, site: str, shard: int) -> Commit:
+        """The record of one shard of a site.
+
+        Raises:
+            StoreError: it is missing, damaged, or another shard's.
+        """
+        file = self.path / site / "commits" / f"{shard}.json"
+        found = records.read(file, Commit, REPAIR)
+        self._check_owner(file, found, site)
+        if (found.shard, found.n_tokens) != (shard, self.shard_length(shard)):
+            raise StoreError(f"{file} is the record of shard {found.shard}. {REPAIR}")
+        return found
+
+    def _check_owner(self, file: Path, found: SiteManifest | Commit, site: str) -> None:
+        """Refuse a record of another site, whose folder may have been renamed."""
+        if found.store != self.settings.identity:
+            raise StoreError(f"{file} is of another store, or of other settings. {REPAIR}")
+        if found.site != site:
+            raise StoreError(f"{file} is of the site {found.site!r}; name folders as they were. {REPAIR}")
+
+    def site(self, name: str) -> "SiteArray":
+        """A finished site's array.
+
+        Raises:
+            StoreError: there is no such site (the message lists those there), or it is damaged.
+        """
+        if name not in self.sites:
+            state = "unfinished" if name in self.unfinished else "not in the store"
+            finished = ", ".join(self.sites) or "none"
+            advice = "Run `saemill cache` with the site to add or finish it."
+            if self.settings.kind == EMBEDDINGS:
+                advice = "If it is unfinished, run the command that made the store again."
+            raise StoreError(f"site {name!r} of {self.path} is {state}; finished: {finished}. {advice}")
+        return SiteArray(self, name)
+
+    def read(self, site: str, start: int, stop: int) -> Tensor:
+        """Activations of the addresses start..stop, in address order.
+
+        Returns: [stop - start, D] in the stored dtype; every block read is checked.
+        """
+        return self.site(site).read(start, stop)
+
+    def shard_length(self, shard: int) -> int:
+        """Tokens in a shard."""
+        return min(self.shard_tokens, self.n_tokens - shard * self.shard_tokens)
+
+    @property
+    def n_shards(self) -> int:
+        """Shards per site."""
+        return -(-self.n_tokens // self.shard_tokens)
+
+    def _permutation(self, shard: int) -> NDArray[np.int64]:
+        """Address within the shard of each place in it. int64 [tokens in the shard]."""
+        return permutation(self.shard_length(shard), SHUFFLE_KEY, shard)
+
+    def keep(self, shard: int, mask: MaskConfig, held_out: bool) -> NDArray[np.bool_]:
+        """Which places of a shard count: unmasked, and in held-out rows or not as asked.
+
+        Returns: bool [tokens in the shard], in stored order.
+        """
+        return self.keep_addresses(shard, mask, held_out)[self.permutation(shard)]
+
+    def keep_addresses(self, shard: int, mask: MaskConfig, held_out: bool) -> NDArray[np.bool_]:
+        """As `keep`, in address order."""
+        first = shard * self.shard_tokens // self.ctx_len
+        last = first + self.shard_length(shard) // self.ctx_len
+        keep_RS = self.text.keep(first, last, mask)
+        keep_RS &= (self.text.held_out_R[first:last] == held_out)[:, None]
+        return keep_RS.reshape(-1)
+
+
+class SiteArray:
+    """One finished site: its rows, checked block by block as they are read, and its statistics."""
+
+    def __init__(self, store: ActivationStore, name: str) -> None:
+        self.store, self.name = store, name
+        record = store.record(name)
+        self.width = record.width
+        self.array = ShardedArray(store.path / name, REPAIR)
+        self.array.expect(describe_site(store.settings, store.n_tokens, name, self.width))
+        self.dtype = self.array.torch_dtype
+        self.manifest = store.manifest(record)
+        self.array.check_sizes()
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Moments over the training positions by the store's own mask."""
+        return self.manifest.statistics.statistics()
+
+    def statistics_under(self, mask: MaskConfig) -> Statistics:
+        """Moments under another mask: read from the store's manifest, or one pass over the site."""
+        if mask == self.store.mask:
+            return self.statistics
+        moments = Moments(self.width)
+        for shard in range(self.store.n_shards):
+            keep = self.store.keep(shard, mask, held_out=False)
+            rows = np.concatenate([self.block(shard, b) for b in range(-(-len(keep) // BLOCK_TOKENS))])
+            moments.add(as_tensor(rows[keep], self.dtype))
+        return moments.statistics()
+
+    @cached_property
+    def _hashes(self) -> list[NDArray[np.uint64]]:
+        return [decode_array(shard.block_hashes, "u8") for shard in self.manifest.shards]
+
+    def block(self, shard: int, block: int) -> NDArray[Any]:
+        """One block of stored rows, compared with its hash; a view of the mapped file.
+
+        Raises:
+            StoreError: the content is not what was written.
+        """
+        rows = self.array.shard(shard)[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
+        if xxhash.xxh3_64_intdigest(rows.data) != self._hashes[shard][block]:
+            raise StoreError(
+                f"{self.array.shard_path(shard)}: block {block} differs from its hash. "
+                f"`saemill verify {self.store.path}` names all bad shards. {REPAIR}"
+            )
+        return rows
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Activations of addresses start..stop in address order, [stop - start, D]."""
+        if not 0 <= start <= stop <= self.store.n_tokens:
+            raise IndexError(f"addresses must be within 0..{self.store.n_tokens}, got {start}..{stop}")
+        size = self.store.shard_tokens
+        parts = [np.empty((0, self.width), self.array.dtype)]
+        for shard in range(start // size, -(-stop // size)):
+            first, last = max(start - shard * size, 0), min(stop - shard * size, size)
+            parts.append(self.gather(shard, np.arange(first, last)))
+        return as_tensor(np.concatenate(parts), self.dtype)
+
+    def gather(self, shard: int, offsets: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows of one shard by their addresses' offsets in it, each block that is read checked.
+
+        Returns: [len(offsets), D] in the array's dtype.
+        """
+        places = inverse(self.store.permutation(shard))[offsets]
+        order = np.argsort(places)
+        edges = np.searchsorted(
+            places[order], np.arange(0, self.store.shard_tokens + BLOCK_TOKENS, BLOCK_TOKENS)
+        )
+        out = np.empty((len(offsets), self.width), self.array.dtype)
+        for block in np.flatnonzero(np.diff(edges)):
+            here = order[edges[block] : edges[block + 1]]
+            out[here] = self.block(shard, int(block))[places[here] - block * BLOCK_TOKENS]
+        return out

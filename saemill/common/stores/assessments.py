@@ -1,0 +1,197 @@
+"""`final_assessment.json`: what it holds, and its reader. It is written last and names its other files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from saemill.common import durable, records
+from saemill.common.records import Count, File, Hash, Name, Positive, Record
+from saemill.common.stores.runs import FINISHED
+
+FILE = "final_assessment.json"
+FORMAT = "saemill assessment 2"
+REPAIR = "Run `saemill assess` again."
+
+
+class Figure(Record):
+    """A figure with its 95% interval, or null with the reason."""
+
+    value: float | list[float] | None
+    lo: float | None = None
+    hi: float | None = None
+    reason: str | None = None
+    """Why there is no value, or no interval."""
+    distinguishable: bool | None = None
+    """Of a difference: whether 0 lies outside its interval."""
+
+    @model_validator(mode="after")
+    def _null_has_a_reason(self) -> "Figure":
+        if self.value is None and not self.reason:
+            raise ValueError("a figure that is null needs a reason")
+        return self
+
+
+class Check(Record):
+    """One check of the verdict."""
+
+    name: str
+    value: float | None
+    threshold: str
+    passed: bool | None
+    """None where it is unknown."""
+    reason: str | None = None
+
+
+class Entry(Record):
+    """One variant."""
+
+    name: Name
+    site: str
+    k: Positive
+    num_latents: Positive
+    tokens_trained: Count
+    diverged_at_step: Count | None
+    not_measured: str | None
+    metrics: dict[str, Figure]
+    checks: tuple[Check, ...]
+    verdict: str
+    versus_best: dict[str, Figure] | None = None
+
+
+class OtherDocuments(Record):
+    """The best variant on documents that had no part in choosing it."""
+
+    chosen_by: Literal["fvu", "delta_ce"]
+    n_documents_chosen_on: Count
+    n_documents: Count
+    overlap: bool
+    metrics: dict[str, Figure]
+
+
+class Place(Record):
+    """What is to be known of a site's evaluation rows."""
+
+    n_zero: Count
+    """Zero vectors."""
+    n_far: Count
+    """Rows more than ten times as far from the cached mean as the median training row."""
+    largest_ratio: float | None
+    """The largest distance over that median; None where the median is 0."""
+    unheld: tuple[Count, ...]
+    """Dimensions that the stored type cannot hold."""
+
+
+class Data(Record):
+    """What was measured on."""
+
+    chosen: str
+    tokens_fingerprint: Hash
+    unit: Literal["token", "passage"]
+    document: str
+    n_tokens: Positive
+    n_documents: Positive
+    n_documents_left_out_as_seen: Count
+    n_tokens_with_losses: Count
+    mask: dict[str, Any]
+    dead_percentage_threshold: float
+    identity_splice_nats: dict[str, float] | None
+    sites: dict[str, Place]
+    notes: tuple[str, ...]
+    """Sentences on what the figures do not show."""
+    model_check: str | None
+
+
+class Context(Record):
+    """One place where a latent fires."""
+
+    activation: float
+    address: Count
+    document: Count
+    before: str
+    token: str
+    after: str
+
+
+class Passage(Record):
+    """One embedded passage on which a latent fires."""
+
+    activation: float
+    address: Count
+    id: str | None
+    text: str | None
+
+
+class Latent(Record):
+    """A latent that is shown."""
+
+    latent: Count
+    density: float
+    mean_when_active: float
+    contexts: tuple[Context | Passage, ...]
+
+
+class Features(Record):
+    """The latents that are shown."""
+
+    variant: Name
+    unit: str
+    searched: str
+    latents: tuple[Latent, ...]
+
+
+class Assessment(Record):
+    """The whole of it."""
+
+    format: Literal["saemill assessment 2"] = "saemill assessment 2"
+    settings: dict[str, Any]
+    of: Hash
+    data: Data
+    thresholds: dict[str, float]
+    best_variant: Name
+    best_on_other_documents: OtherDocuments
+    variants: tuple[Entry, ...]
+    controls: tuple[Entry, ...]
+    features: Features
+    n_processes: Positive
+    versions: dict[str, str]
+    seconds: float
+    files: tuple[File, ...]
+    """The others of the folder that belong to it: the report, sums per document, latents."""
+
+
+def checked(values: Mapping[str, Any]) -> Assessment:
+    """The record of these values."""
+    return Assessment.model_validate_json(json.dumps(values, allow_nan=False))
+
+
+def load(folder: Path) -> Assessment:
+    """The assessment in a folder.
+
+    Raises:
+        MissingError: there is none.
+        StoreError: it is damaged, or of another version.
+    """
+    return records.read(folder / FILE, Assessment, REPAIR)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """As `load`, as plain values."""
+    return load(folder).model_dump(mode="json")
+
+
+def problems(folder: Path) -> list[str]:
+    """Each file of the assessment in a folder that is missing or of other content; in a run's own folder
+    also that it is of other SAEs than the run's.
+
+    Raises:
+        MissingError, StoreError: as `load`.
+    """
+    found = load(folder)
+    bad = records.problems(folder, found.files)
+    of_run = found.settings.get("tokens") is None and (folder / FINISHED).exists()
+    if of_run and durable.hash_file(folder / FINISHED) != found.of:
+        bad.append(f"{folder / FILE} is of other SAEs than {folder / FINISHED} tells of")
+    return bad

@@ -1,0 +1,220 @@
+"""A run's folder as `saemill train` leaves it: the names in it, and its records.
+
+    identity.json   the settings that decide the result; it makes a folder a run
+    config.yaml     all settings, to be given to `--config` again
+    metrics.jsonl   the log
+    halving.json    the variants that were stopped early
+    <variant>/      an SAE
+    finished.json   written last: what the run came to; it answers for the SAEs and the log
+
+Every record names the run that it is of, a hash of what `identity.json` holds, so that those of two runs
+cannot be taken for one another. Checkpoints are in `train.checkpoint`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, JsonValue, TypeAdapter, ValidationError, model_validator
+
+from saemill.common import durable, records
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.records import Count, File, Hash, Name, Positive, Record
+from saemill.common.stores.mask import MaskConfig
+
+IDENTITY = "identity.json"
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+HALVING = "halving.json"
+CHECKPOINT = "checkpoint.json"
+FINISHED = "finished.json"
+ANEW = "The same `saemill train` with --no-resume trains the run anew."
+CHECKPOINTS = "checkpoint-"
+"""How the names of checkpoints' folders begin."""
+TAKEN = (
+    *(IDENTITY, CONFIG, METRICS, HALVING, CHECKPOINT, FINISHED),
+    *("wandb.json", "wandb-logged.json", "wandb", "tensorboard", "profile.json.gz", "README.md"),
+    *("final_assessment.json", "report.html", "latents.parquet", "documents.parquet"),
+    "documents_model.parquet",
+)
+"""Names in a run's folder that no variant may have."""
+MOST_NAME_BYTES = 200
+
+
+def _of_a_variant(name: str) -> str:
+    """Refuse the name of a variant that is one of the run's own files, or that no terminal should show."""
+    own = name.casefold() in {taken.casefold() for taken in TAKEN}
+    if own or name.casefold().startswith((CHECKPOINTS, "on-")):
+        raise ValueError(f"must be none of a run's own files and folders, got {name!r}")
+    if not name.isprintable() or name != name.strip() or len(name.encode()) > MOST_NAME_BYTES:
+        raise ValueError(f"must be a short name of printable characters, got {name!r:.80}")
+    return name
+
+
+VariantName = Annotated[Name, AfterValidator(_of_a_variant)]
+"""The name of a variant, which is that of its folder in the run."""
+
+
+def check_variant_name(name: str) -> None:
+    """Refuse a name that a variant cannot have.
+
+    Raises:
+        ConfigError: it is a path, hidden, one of the run's own files, or not to be shown.
+    """
+    try:
+        TypeAdapter(VariantName).validate_python(name)
+    except ValidationError as error:
+        raise ConfigError(f"the name of a variant {records.told(error)}; name it otherwise") from error
+
+
+class Identity(Record):
+    """`identity.json`."""
+
+    format: Literal["saemill run 2"] = "saemill run 2"
+    settings: dict[str, JsonValue]
+    """Those that decide the result."""
+    acts_fingerprint: str
+    """Of the activations that are trained on."""
+    config: Hash
+    """xxh3 of `config.yaml`."""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the run is, with the activations among the settings."""
+        return self.settings | {"acts_fingerprint": self.acts_fingerprint}
+
+    @property
+    def run(self) -> str:
+        """The hash by which the run's other records name it."""
+        return durable.hash_json(self.content)
+
+
+class Lost(Record):
+    """What a look of halving says of a variant that it stopped."""
+
+    value: float | None
+    """Its metric; none where it diverged."""
+    best: float | None
+    """The best of the variants that it competed with."""
+    cfg: Hash
+    """The checksum of its SAE's cfg.json."""
+
+
+class Look(Record):
+    """One look of halving."""
+
+    step: Positive
+    stopped: dict[VariantName, Lost]
+
+
+class Looks(Record):
+    """`halving.json`."""
+
+    format: Literal["saemill halving 2"] = "saemill halving 2"
+    run: Hash
+    looks: tuple[Look, ...]
+
+
+class Stopped(Record):
+    """A variant that halving stopped."""
+
+    step: Positive
+    metric: str
+    value: float | None
+    best: float | None
+
+
+class Finished(Record):
+    """`finished.json`."""
+
+    format: Literal["saemill finished run 2"] = "saemill finished run 2"
+    run: Hash
+    variants: tuple[VariantName, ...]
+    """In the run's order."""
+    cfgs: dict[VariantName, Hash]
+    """Checksums of the SAEs' cfg.json, which hold those of their weights."""
+    acts: str
+    """Where the activations were."""
+    steps: Positive
+    tokens: Positive
+    seconds: float
+    peak_rss_bytes: Count
+    """Of the process that took most."""
+    diverged: dict[VariantName, Count]
+    """The steps at which they did."""
+    stopped: dict[VariantName, Stopped]
+    mask: MaskConfig
+    """Positions that were left out."""
+    files: tuple[File, ...]
+    """What else it answers for: the log, and halving's record. None where they were not published."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Finished":
+        """Refuse entries of variants that are not the run's."""
+        known = set(self.variants)
+        if not known or len(known) < len(self.variants) or set(self.cfgs) != known:
+            raise ValueError("cfgs must be of the variants, each once")
+        if not self.diverged.keys() | self.stopped.keys() <= known:
+            raise ValueError("diverged and stopped must be variants of the run")
+        return self
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run, finished or not, one whose identity was lost among them."""
+    return any((folder / name).exists() for name in (IDENTITY, CHECKPOINT, FINISHED))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a finished run, by the file that is written last."""
+    return (folder / FINISHED).exists()
+
+
+def identity(folder: Path) -> Identity:
+    """Read `identity.json`.
+
+    Raises:
+        MissingError: the folder is no run.
+        StoreError: it is damaged.
+    """
+    return records.read(
+        folder / IDENTITY, Identity, "The `saemill train` that made the run writes it again, if it can."
+    )
+
+
+def finished(folder: Path) -> Finished:
+    """Read `finished.json`.
+
+    Raises:
+        MissingError: the run is not finished.
+        StoreError: it is damaged, or of another run.
+    """
+    path = folder / FINISHED
+    repair = f"The SAEs can be loaded one by one. {ANEW}"
+    if not path.exists():
+        repair = "Finish the run with `saemill train`."
+    found = records.read(path, Finished, repair)
+    check_run(path, found.run, folder, repair)
+    return found
+
+
+def looks(folder: Path) -> tuple[Look, ...]:
+    """Read the looks of `halving.json`; none where there is no such file.
+
+    Raises:
+        StoreError: it is damaged, or of another run.
+    """
+    path = folder / HALVING
+    if not path.exists():
+        return ()
+    found = records.read(path, Looks, ANEW)
+    check_run(path, found.run, folder, ANEW)
+    return found.looks
+
+
+def check_run(path: Path, run: str, folder: Path, repair: str) -> None:
+    """Refuse a record that was written for another run than the one in whose folder it is.
+
+    Raises:
+        StoreError: it was.
+    """
+    if (folder / IDENTITY).exists() and identity(folder).run != run:
+        raise StoreError(f"{path} belongs to another run than {folder / IDENTITY}. {repair}")

@@ -1,0 +1,350 @@
+"""The records of an activation store: its settings, what each site is, each shard, and a finished site.
+
+    zarr.json                     attribute `saemill`: StoreSettings
+    sites/<site>.json             SiteRecord: the site belongs to the store, whose settings it repeats
+    <site>/commits/<shard>.json   Commit
+    <site>/manifest.json          SiteManifest
+
+The settings are kept twice, so that either copy is written anew from the other.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, model_validator
+
+from saemill.common import durable, hub, records
+from saemill.common.errors import MissingError, StoreError
+from saemill.common.records import Count, Hash, Positive, Record
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.statistics import Moments, Statistics
+
+FORMAT: Final = "saemill activations 2"
+EMBEDDINGS = "embeddings"
+"""The `kind` of a store that holds passages in place of tokens."""
+TEXT_FOLDERS = ("tokens", "passages")
+SITES = "sites"
+"""The folder of the sites' records."""
+RESERVED = (*TEXT_FOLDERS, SITES, "claims", "zarr.json")
+"""Names in a store's folder that no site has."""
+BLOCK_TOKENS = 256
+"""Rows per block: the unit of reading and of checksums."""
+REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GROUP = {"zarr_format": 3, "node_type": "group"}
+"""What makes a store's `zarr.json` that of a Zarr group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place in the model."""
+
+    name: str
+    """Module path in the base model."""
+    width: int
+    """D, the length of one activation vector there."""
+
+
+def encode_array(values: NDArray[Any]) -> str:
+    """A little-endian array as base64 text for JSON."""
+    return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def decode_array(text: str, dtype: str) -> NDArray[Any]:
+    """The array that `encode_array` wrote.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    return np.frombuffer(base64.b64decode(text, validate=True), np.dtype(dtype).newbyteorder("<"))
+
+
+def hash_blocks(rows_TD: NDArray[Any]) -> NDArray[np.uint64]:
+    """xxh3 of each block of 256 rows; the last block may be short. uint64 [n_blocks]."""
+    starts = range(0, len(rows_TD), BLOCK_TOKENS)
+    hashed = [xxhash.xxh3_64_intdigest(rows_TD[i : i + BLOCK_TOKENS].data) for i in starts]
+    return np.array(hashed, np.uint64)
+
+
+def site_name(name: str) -> str:
+    """Refuse what cannot be a site's name: a path, or the name of another part of a store.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if records.single(name) in RESERVED:
+        raise ValueError(f"{name!r} is another part of a store")
+    return name
+
+
+def _finite(text: str) -> str:
+    if not np.isfinite(decode_array(text, "f8")).all():
+        raise ValueError("holds NaN or infinity")
+    return text
+
+
+SiteName = Annotated[str, AfterValidator(site_name)]
+Doubles = Annotated[str, AfterValidator(_finite)]
+"""Finite float64 values in base64."""
+Distances = dict[int, Count]
+"""As `Statistics.distances`."""
+
+
+def _check_lengths(width: int, *vectors: str) -> None:
+    for vector in vectors:
+        if (found := len(decode_array(vector, "f8"))) != width:
+            raise ValueError(f"a vector has {found:,} values, expected {width:,}")
+
+
+class StoreSettings(Record):
+    """What decides a store's content site by site, and what made it."""
+
+    format: Literal["saemill activations 2"] = FORMAT
+    kind: Literal["tokens", "embeddings"] = "tokens"
+    tokens_fingerprint: str | None = None
+    """Of the token store whose rows were cached."""
+    passages_fingerprint: str | None = None
+    """Of the passages, where `kind` is embeddings."""
+    source_hash: Hash | None = None
+    """Of embeddings: of what they were made of, and of the settings that decided them. The passages' manifest
+    has both in full; by this they are known where it is damaged."""
+    n_rows: Positive
+    shard_tokens: Positive
+    dtype: Literal["bf16", "fp16", "fp32"]
+    """How activations are stored."""
+    model_dtype: Literal["bfloat16", "float16", "float32"] | None
+    """What the model computed in."""
+    load_in_8bit: bool | None = None
+    model_fingerprint: str | None
+    mask: MaskConfig
+    """What statistics, training and assessment leave out unless told otherwise."""
+    model: str | None
+    """Hub id or local folder."""
+    revision: str | None
+    weights_fingerprint: str | None = None
+    """Of the weights of a local folder, whatever files hold them."""
+    versions: dict[str, str]
+    fingerprint: str | None = None
+    """The store's, if it was published with names in place of paths; SAEs trained on it know it by this."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        known = self.passages_fingerprint if self.kind == EMBEDDINGS else self.tokens_fingerprint
+        if known is None:
+            raise ValueError(f"the fingerprint of the {self.kind} is missing")
+        return self
+
+    @classmethod
+    def made(cls, identity: Mapping[str, Any], **made_by: Any) -> "StoreSettings":
+        """Settings from plain values: what decides the content, and what made it."""
+        return cls.model_validate_json(json.dumps({**identity, **made_by}))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """How activations are stored."""
+        return DTYPES[self.dtype]
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of what decides the content; each record of a shard or site names the store's by it."""
+        made_by = {"source_hash", "model", "revision", "weights_fingerprint", "versions", "fingerprint"}
+        return durable.hash_json(self.model_dump(mode="json", exclude=made_by))
+
+
+class SiteRecord(Record):
+    """A site that the store has, finished or not."""
+
+    format: Literal["saemill site 2"] = "saemill site 2"
+    site: SiteName
+    width: Positive
+    """D, values per token."""
+    settings: StoreSettings
+
+
+class Commit(Record):
+    """A shard of a site: its file's size and hash, and sums over its training positions."""
+
+    format: Literal["saemill shard 2"] = "saemill shard 2"
+    store: Hash
+    """`StoreSettings.identity`."""
+    site: SiteName
+    shard: Count
+    width: Positive
+    n_tokens: Positive
+    bytes: Positive
+    xxh3: Hash
+    block_hashes: str
+    """uint64 [n_blocks] in base64: xxh3 of each block of rows."""
+    n_counted: Count
+    """Training positions."""
+    mean: Doubles
+    """float64 [width]."""
+    deviations: Doubles
+    """float64 [width]: summed squared deviations from the mean."""
+    distances: Distances
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_lengths(self.width, self.mean, self.deviations)
+        _check_blocks(self.block_hashes, self.n_tokens)
+        if not sum(self.distances.values()) <= self.n_counted <= self.n_tokens:
+            raise ValueError("more positions are counted than there are")
+        return self
+
+    def entry(self) -> "Shard":
+        """What the site's manifest repeats."""
+        return Shard(n_tokens=self.n_tokens, bytes=self.bytes, xxh3=self.xxh3, block_hashes=self.block_hashes)
+
+
+def _check_blocks(block_hashes: str, n_tokens: int) -> None:
+    found, expected = len(decode_array(block_hashes, "u8")), math.ceil(n_tokens / BLOCK_TOKENS)
+    if found != expected:
+        raise ValueError(f"{found:,} blocks have a hash, expected {expected:,}")
+
+
+class Shard(Record):
+    """A shard in a finished site's manifest."""
+
+    n_tokens: Positive
+    bytes: Positive
+    xxh3: Hash
+    block_hashes: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_blocks(self.block_hashes, self.n_tokens)
+        return self
+
+
+class SiteStatistics(Record):
+    """Moments over the training positions, by the store's own mask."""
+
+    n_tokens: Positive
+    mean: Doubles
+    variance: Doubles
+    mean_squared_norm: Annotated[float, Field(ge=0)]
+    distances: Distances
+
+    @classmethod
+    def of(cls, moments: Moments) -> "SiteStatistics":
+        """The record of some moments.
+
+        Raises:
+            StoreError: no row was counted.
+        """
+        statistics = moments.statistics()
+        return cls(
+            n_tokens=statistics.n_tokens,
+            mean=encode_array(np.asarray(statistics.mean_D)),
+            variance=encode_array(np.asarray(statistics.variance_D)),
+            mean_squared_norm=statistics.mean_squared_norm,
+            distances=dict(statistics.distances),
+        )
+
+    def statistics(self) -> Statistics:
+        """The statistics that were recorded."""
+        mean_D, variance_D = (
+            torch.from_numpy(decode_array(text, "f8").copy()) for text in (self.mean, self.variance)
+        )
+        return Statistics(self.n_tokens, mean_D, variance_D, self.mean_squared_norm, self.distances)
+
+
+class SiteManifest(Record):
+    """A finished site: its statistics, and its shards."""
+
+    format: Literal["saemill finished site 2"] = "saemill finished site 2"
+    store: Hash
+    """`StoreSettings.identity`."""
+    site: SiteName
+    width: Positive
+    statistics: SiteStatistics
+    shards: tuple[Shard, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        statistics = self.statistics
+        _check_lengths(self.width, statistics.mean, statistics.variance)
+        if bool((decode_array(statistics.variance, "f8") < 0).any()):
+            raise ValueError("a variance is below 0")
+        n_tokens = sum(shard.n_tokens for shard in self.shards)
+        if not sum(statistics.distances.values()) <= statistics.n_tokens <= n_tokens:
+            raise ValueError("more positions are counted than there are")
+        return self
+
+
+def group_of(settings: StoreSettings) -> dict[str, Any]:
+    """The content of a store's `zarr.json`."""
+    return {**GROUP, "attributes": {"saemill": records.content(settings)}}
+
+
+def read_settings(path: Path) -> StoreSettings:
+    """The settings of the activation store in a folder.
+
+    Raises:
+        MissingError: there is none.
+        StoreError: they are damaged, or of another version.
+    """
+    hub.check_here(path)
+    file = path / "zarr.json"
+    try:
+        meta = durable.read_json(file, REPAIR)
+    except MissingError:
+        if sites_in(path):
+            raise MissingError(f"{file}: file is missing. {REPAIR}") from None
+        raise MissingError(f"{path} is no activation store; make one with `saemill cache`") from None
+    attributes = meta.get("attributes") if isinstance(meta, dict) else None
+    if not isinstance(attributes, dict) or any(meta.get(key) != value for key, value in GROUP.items()):
+        raise StoreError(f"{file} is damaged: it describes no Zarr group. {REPAIR}")
+    if "saemill" not in attributes and not sites_in(path):
+        raise StoreError(f"{path} is no activation store; make one with `saemill cache`")
+    return records.parse(attributes.get("saemill"), StoreSettings, str(file), REPAIR)
+
+
+def sites_in(path: Path) -> list[str]:
+    """The names of the sites that a store's folder has records or folders of, finished or not."""
+    names = {file.stem for file in path.glob(f"{SITES}/*.json")}
+    names |= {folder.parent.name for folder in path.glob("*/commits")}
+    return sorted(name for name in names if not name.startswith(".") and name not in RESERVED)
+
+
+def record_path(path: Path, site: str) -> Path:
+    """The file of a site's record in the store at `path`."""
+    return path / SITES / f"{site}.json"
+
+
+def read_site(path: Path, name: str) -> SiteRecord:
+    """The record of a site of the store at `path`.
+
+    Raises:
+        MissingError: the store has no such site.
+        StoreError: the record is damaged, or another site's.
+    """
+    file = record_path(path, name)
+    record = records.read(file, SiteRecord, REPAIR)
+    if record.site != name:
+        raise StoreError(f"{file} is the record of the site {record.site!r}. {REPAIR}")
+    return record
+
+
+def known_settings(path: Path) -> StoreSettings | None:
+    """The settings of a store, from a site's record where its `zarr.json` is lost; None if no copy is left.
+
+    Raises:
+        DiskError: a file cannot be read.
+    """
+    if found := records.if_whole(lambda: read_settings(path)):
+        return found
+    for name in sites_in(path):
+        if site := records.if_whole(partial(read_site, path, name)):
+            return site.settings
+    return None

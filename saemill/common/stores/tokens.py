@@ -1,0 +1,420 @@
+"""TokenStore: packed rows of token ids on disk, and the document that each token came from.
+
+A token's address is `row * ctx_len + pos`. Layout of the folder:
+
+    zarr.json          Zarr group
+    tokens/            Zarr array [n_rows, ctx_len], the smallest unsigned type that fits
+    held_out/          Zarr array [n_rows, 1], 1 where the row holds held-out documents
+    segments.parquet   start (address), document: each piece of a document within a row
+    tokenizer/         the tokenizer itself, so that tokens can be shown as text anywhere
+    documents.parquet  source_index, start (address), n_tokens, held_out, text_hash
+    manifest.json      written last: sizes, hashes, tokenizer, source, settings
+"""
+
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, JsonValue, model_validator
+
+from saemill.common import durable, hub, records
+from saemill.common.errors import MissingError, StoreError
+from saemill.common.records import Count, Positive, Record
+from saemill.common.stores.columns import read_table
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.shards import ShardedArray
+
+FORMAT: Final = "saemill tokens 2"
+COPIED = ("document", "n_used_ids", "source", "settings", "versions")
+"""Fields of the manifest that a copy of a store's first rows keeps."""
+REPAIR = "Run the `saemill tokenize` command again."
+DESCRIPTIONS = ("zarr.json", "tokens/zarr.json", "held_out/zarr.json")
+SEGMENTS = pa.schema([("start", pa.int64()), ("document", pa.int64())])
+DOCUMENTS = pa.schema(
+    [
+        ("source_index", pa.int64()),
+        ("held_out", pa.bool_()),
+        ("text_hash", pa.uint64()),
+        ("start", pa.int64()),
+        ("n_tokens", pa.int64()),
+    ]
+)
+TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
+
+
+class TokenizerInfo(Record):
+    """What later stages need to know of the tokenizer."""
+
+    name: str
+    """Hub id or local folder."""
+    hash: str
+    """xxh3 of the tokenizer's own serialisation."""
+    vocab_size: Positive
+    """One more than the largest token id, added tokens included (ids may have gaps)."""
+    prefix_ids: tuple[TokenId, ...]
+    """Ids that the model expects at a row's start ([CLS], BOS)."""
+    suffix_ids: tuple[TokenId, ...]
+    """Ids that the model expects at a row's end ([SEP])."""
+    separator_id: TokenId
+    """Id put after each document."""
+    special_ids: tuple[TokenId, ...]
+    """All special token ids."""
+    pad_id: TokenId | None
+    mask_id: TokenId | None
+
+
+class Source(Record):
+    """What tokens or passages were made of."""
+
+    name: str
+    """Hub id or local path."""
+    fingerprint: str
+    column: str | None = None
+    """Of the texts, or `input_ids`."""
+
+
+class Settings(Record):
+    """The user's settings that decided a store's content; each command has its own."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue]
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)]
+
+
+class TokenManifest(Record):
+    """`manifest.json` of a token store: what it holds, and the hash of every file."""
+
+    format: Literal["saemill tokens 2"] = FORMAT
+    n_rows: Positive
+    ctx_len: Positive
+    n_documents: Count
+    """Those of which a token was kept."""
+    n_held_out_rows: Count
+    n_empty_documents: Count = 0
+    n_padding_tokens: Count = 0
+    """Ids at the ends of rows that were left out as padding."""
+    document: Literal["text", "row of ids", "kept row"]
+    """What a document is: a text; a row of token ids, packed anew; such a row, kept as it is."""
+    n_used_ids: Annotated[int, Field(ge=1, le=1 << 32)]
+    """One more than the largest id in any row."""
+    source: Source
+    settings: Settings
+    versions: dict[str, str]
+    parent_fingerprint: str | None = None
+    """Of a copy: the fingerprint of the store that its rows come from."""
+    tokenizer: TokenizerInfo
+    files: tuple[records.File, ...]
+    fingerprint: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [file.path for file in self.files]
+        if len(set(names)) < len(names):
+            raise ValueError("a file is listed twice")
+        needed = {*DESCRIPTIONS, "held_out/c/0/0", "segments.parquet", "documents.parquet"}
+        if missing := sorted(needed - set(names)):
+            raise ValueError(f"{missing[0]} is not listed")
+        if self.n_held_out_rows > self.n_rows:
+            raise ValueError("more rows are held out than there are")
+        return self
+
+
+def read_manifest(path: Path, repair: str) -> TokenManifest:
+    """The manifest of the token store in a folder.
+
+    Raises:
+        MissingError: there is none.
+        StoreError: it is damaged, or of another version.
+    """
+    try:
+        return records.read(path / "manifest.json", TokenManifest, repair)
+    except MissingError:
+        raise MissingError(
+            f"{path} is not a finished token store: manifest.json is missing. Make one with "
+            "`saemill tokenize`."
+        ) from None
+
+
+class TokenStore:
+    """Read access to a folder made by `saemill tokenize`.
+
+    Sizes of all files and the descriptions of the arrays are checked when the store is opened; the hash of
+    every other file when it is first read.
+
+    Args:
+        path: the folder.
+        repair: the sentence that tells what to do about damage.
+
+    Raises:
+        StoreError: the folder is missing, unfinished or damaged; later, that a file that is read is.
+    """
+
+    unit, row, document = "token", "row", "document"
+    """What messages call an address, a row, and a text of its own."""
+
+    def __init__(self, path: Path | str, repair: str = REPAIR) -> None:
+        self.path, self.repair = Path(path), repair
+        hub.check_here(self.path)
+        self.manifest = read_manifest(self.path, repair)
+        self.n_rows, self.ctx_len = self.manifest.n_rows, self.manifest.ctx_len
+        self.n_tokens = self.n_rows * self.ctx_len
+        self.fingerprint, self.tokenizer = self.manifest.fingerprint, self.manifest.tokenizer
+        self._files = {file.path: file for file in self.manifest.files}
+        if bad := self.problems(hashes=False):
+            raise StoreError("\n".join([*bad, repair]))
+        for name in DESCRIPTIONS:
+            self._checked(name)
+        self._tokens = self._array("tokens", self.ctx_len)
+        self._held_out = self._array("held_out", 1)
+
+    def _array(self, name: str, width: int) -> ShardedArray:
+        """An array whose shards are all there and listed, each hashed when it is first read."""
+
+        def check(shard: int, rows: NDArray[Any]) -> None:
+            file = array.shard_path(shard)
+            if durable.hash_bytes(rows.data.cast("B")) != self._files[f"{name}/c/{shard}/0"].xxh3:
+                raise StoreError(f"{file}: content differs from its hash. {self.repair}")
+            largest, limit = int(rows.max()), 2 if name == "held_out" else self.tokenizer.vocab_size
+            if largest >= limit:
+                raise StoreError(
+                    f"{file} is damaged: it holds {largest:,}, expected below {limit:,}. {self.repair}"
+                )
+
+        array = ShardedArray(self.path / name, self.repair, check)
+        if (array.n_rows, array.width) != (self.n_rows, width) or array.torch_dtype.is_floating_point:
+            raise StoreError(
+                f"{array.path} has {array.n_rows:,} rows of {array.width}, but the manifest tells of "
+                f"{self.n_rows:,} of {width}. {self.repair}"
+            )
+        unlisted = [shard for shard in range(array.n_shards) if f"{name}/c/{shard}/0" not in self._files]
+        if unlisted:
+            raise StoreError(
+                f"{self.path}/manifest.json is damaged: it does not list {array.shard_path(unlisted[0])}. "
+                f"{self.repair}"
+            )
+        array.check_sizes()
+        return array
+
+    def _checked(self, name: str) -> Path:
+        """The path of a listed file, after its hash was compared."""
+        file = self.path / name
+        if found := records.problem(file, self._files[name]):
+            raise StoreError(f"{file}: {found}. {self.repair}")
+        return file
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """The folder that the tokenizer is loaded from, its files checked."""
+        for name in self._files:
+            if name.startswith("tokenizer/"):
+                self._checked(name)
+        return self.path / "tokenizer"
+
+    def rows(self, start: int, stop: int) -> NDArray[Any]:
+        """Token ids of rows start..stop. Unsigned [stop - start, ctx_len]."""
+        return self._tokens.read(start, stop)
+
+    def keep(self, start: int, stop: int, mask: MaskConfig) -> NDArray[np.bool_]:
+        """Which positions of rows start..stop count. bool [stop - start, ctx_len].
+
+        Raises:
+            ConfigError: the mask cannot be meant for these tokens.
+        """
+        mask.check(self.tokenizer.vocab_size, self.ctx_len)
+        return mask.keep(self.rows(start, stop), self.tokenizer.special_ids)
+
+    @cached_property
+    def held_out_R(self) -> NDArray[np.bool_]:
+        """Which rows hold held-out documents. bool [n_rows]."""
+        held_out_R = self._held_out.read(0, self.n_rows)[:, 0].astype(bool)
+        if held_out_R.sum() != self.manifest.n_held_out_rows:
+            raise StoreError(
+                f"{self.path}: the held-out rows are not as many as its manifest says. {self.repair}"
+            )
+        return held_out_R
+
+    @cached_property
+    def documents(self) -> pa.Table:
+        """One line per document: source_index, start, n_tokens, held_out, text_hash."""
+        return read_table(self._checked("documents.parquet"), DOCUMENTS, self.repair)
+
+    @cached_property
+    def _segments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        table = read_table(self._checked("segments.parquet"), SEGMENTS, self.repair)
+        starts, documents = table["start"].to_numpy(), table["document"].to_numpy()
+        ascends = len(starts) > 0 and bool((np.diff(starts) > 0).all())
+        if not ascends or starts[0] < 0 or starts[-1] >= self.n_tokens or documents.min() < 0:
+            raise StoreError(f"{self.path}/segments.parquet is damaged: no list of places. {self.repair}")
+        return starts, documents
+
+    def check_content(self) -> None:
+        """Read all that has a rule beyond its hash.
+
+        Raises:
+            StoreError: something does not fit.
+        """
+        for array in (self._tokens, self._held_out):
+            for shard in range(array.n_shards):
+                array.shard(shard)
+        n_documents = int(self._segments[1].max()) + 1
+        if len(self.held_out_R) != self.n_rows or len(self.documents) < n_documents:
+            raise StoreError(
+                f"{self.path}/documents.parquet has {len(self.documents):,} lines, expected {n_documents:,}. "
+                f"{self.repair}"
+            )
+
+    def document_of(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The document (line of `documents`) that each address belongs to. Same shape, int64."""
+        starts, documents = self._segments
+        return documents[np.searchsorted(starts, addresses, side="right") - 1]
+
+    @property
+    def n_used_ids(self) -> int:
+        """One more than the largest id in any row: a model needs no larger embedding."""
+        return self.manifest.n_used_ids
+
+    def problems(self, hashes: bool) -> list[str]:
+        """Each file that is missing, of the wrong size or, with `hashes`, of other content."""
+        return records.problems(self.path, self.manifest.files, hashes)
+
+    def provenance(self, mask: MaskConfig) -> dict[str, Any]:
+        """What an SAE tells of what it was trained on."""
+        return {
+            "dataset": self.manifest.source.name,
+            "ctx_len": self.ctx_len,
+            "prepend_bos": bool(self.tokenizer.prefix_ids),
+            "left_out": {
+                "first_positions": mask.first_positions,
+                "token_ids": mask.ids(self.tokenizer.special_ids),
+            },
+        }
+
+    @property
+    def how_held_out(self) -> str:
+        """How the held-out rows were chosen, and what a document is."""
+        held_out = self.documents["held_out"]
+        n_held_out, n = int(pc.sum(held_out).as_py() or 0), len(held_out)
+        of_text = self.manifest.document == "text"
+        what = "documents" if of_text else "rows of ids, each taken for a document"
+        by = "text" if of_text else "ids"
+        return (
+            f"rows of documents held out when the tokens were made ({n_held_out:,} of {n:,} {what}, "
+            f"chosen by a hash of their {by}); training never saw them"
+        )
+
+    hint_to_hold_out = "tokenize with --held-out-fraction above 0, or name other text with --tokens"
+
+
+def write_token_store(
+    path: Path,
+    *,
+    tokens: ShardedArray,
+    held_out_R: NDArray[np.bool_],
+    segments: pa.Table,
+    documents: pa.Table,
+    tokenizer: TokenizerInfo,
+    extra: dict[str, Any],
+) -> None:
+    """Write all of a token store but the token shards, which lie in place; the manifest last.
+
+    Args:
+        path: the store's folder.
+        tokens: the array at `path/tokens`, complete.
+        held_out_R: bool [n_rows].
+        segments: columns start, document (both int64), sorted by start.
+        documents: columns source_index, start, n_tokens, held_out, text_hash.
+        tokenizer: what made the ids.
+        extra: further entries of the manifest (what a document is, `n_used_ids`, source, settings, versions).
+
+    Raises:
+        StoreError: a token shard is missing or of the wrong size.
+    """
+    tokens.check_sizes()
+    durable.write_json(path / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {}})
+    held = ShardedArray.create(path / "held_out", (len(held_out_R), 1), len(held_out_R), torch.uint8, {})
+    held.write_shard(0, held_out_R.astype(np.uint8)[:, None])
+    _write_table(path / "segments.parquet", segments, SEGMENTS)
+    _write_table(path / "documents.parquet", documents, DOCUMENTS)
+    files = records.listed(path)
+    content = {"files": [file.model_dump() for file in files], "tokenizer": tokenizer.model_dump()}
+    manifest = TokenManifest(
+        n_rows=tokens.n_rows,
+        ctx_len=tokens.width,
+        n_documents=int(np.count_nonzero(documents["n_tokens"].to_numpy())),
+        n_held_out_rows=int(held_out_R.sum()),
+        tokenizer=tokenizer,
+        files=files,
+        fingerprint=durable.hash_json([FORMAT, content]),
+        **extra,
+    )
+    records.write(path / "manifest.json", manifest)
+
+
+def _write_table(file: Path, table: pa.Table, schema: pa.Schema) -> None:
+    with durable.writing(file):
+        pq.write_table(table.select(schema.names).cast(schema), file, compression="zstd")
+
+
+def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
+    """Copy a store's first `n_rows` rows to a new folder, so that activations carry their tokens.
+
+    The copy's manifest names the original's fingerprint as `parent_fingerprint`. Documents keep
+    their numbers; a document cut by the end loses its later tokens. All that is copied is compared with its
+    hash first.
+
+    Raises:
+        StoreError: the original is damaged.
+    """
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    source = store._tokens
+    shape = (n_rows, store.ctx_len)
+    shard_rows = min(n_rows, source.shard_rows)
+    tokens = ShardedArray.create(partial / "tokens", shape, shard_rows, source.torch_dtype, {})
+    for shard in range(tokens.n_shards):
+        tokens.write_shard(shard, source.shard(shard)[: tokens.rows_in(shard)])
+    with durable.writing(partial / "tokenizer"):
+        shutil.copytree(store.tokenizer_folder, partial / "tokenizer")
+    starts, numbers = store._segments
+    end = n_rows * store.ctx_len
+    kept = starts < end
+    segments = pa.table({"start": starts[kept], "document": numbers[kept]})
+    kept_fields = {name: getattr(store.manifest, name) for name in COPIED}
+    write_token_store(
+        partial,
+        tokens=tokens,
+        held_out_R=store.held_out_R[:n_rows],
+        segments=segments,
+        documents=cut_documents(store.documents, segments, end),
+        tokenizer=store.tokenizer,
+        extra=kept_fields | {"parent_fingerprint": store.fingerprint},
+    )
+    partial.replace(path)
+    durable.sync_folder(path.parent)
+    return TokenStore(path)
+
+
+def cut_documents(documents: pa.Table, segments: pa.Table, end: int) -> pa.Table:
+    """The documents up to the last in `segments`, with `start` and `n_tokens` taken from there.
+
+    Args:
+        documents: one line per document, at least as many as `segments` mentions.
+        segments: columns start (address, ascending) and document.
+        end: the address after the last token.
+
+    Returns: the table with `start` -1 and `n_tokens` 0 where no token of a document was kept.
+    """
+    starts, numbers = segments["start"].to_numpy(), segments["document"].to_numpy()
+    n_documents = int(numbers.max()) + 1
+    n_tokens = np.bincount(numbers, np.diff(np.append(starts, end)), n_documents).astype(np.int64)
+    first = np.full(n_documents, -1, np.int64)
+    first[numbers[::-1]] = starts[::-1]
+    columns = {name: documents[name][:n_documents] for name in documents.column_names}
+    return pa.table(columns | {"start": first, "n_tokens": n_tokens})

@@ -1,0 +1,101 @@
+"""Follow a run while it trains: the lines of metrics.jsonl, and how each variant ended."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from saemill.common import durable
+from saemill.common.stores.runs import looks
+from saemill.common.tracking.runs import Runs
+
+POLL_SECONDS = 0.5
+
+Record = dict[str, Any]
+"""A line of metrics.jsonl."""
+
+
+class End(Protocol):
+    """Whether the stage that writes the folder has ended."""
+
+    word: str | None
+    """How it ended; none while it runs."""
+
+
+def follow(folder: Path, end: End) -> None:
+    """Log `metrics.jsonl` until the training has ended and all is read."""
+    runs = Runs(folder)
+    log_due(folder, runs, records(folder / "metrics.jsonl", end))
+    for name in list(runs.open):
+        end_variant(folder, runs, name, end.word or "lost")
+
+
+def catch_up(folder: Path, runs: Runs) -> None:
+    """Log what wandb did not take while the run was trained, if there is such."""
+    missing = [name for name in runs.told.runs if name not in runs.ended]
+    if missing:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        log_due(folder, runs, map(json.loads, lines))
+    for name in missing:
+        end_variant(folder, runs, name, "finished")
+
+
+def log_due(folder: Path, runs: Runs, found: Iterable[Record]) -> None:
+    """Log the records that are due, and each variant's last; end the runs of those that were stopped."""
+    last: Record = {"variants": {}}
+    for record in found:
+        if stopped := [name for name in last["variants"] if name not in record["variants"]]:
+            runs.log(last)
+            for name in stopped:
+                end_variant(folder, runs, name, "finished")
+        if record["step"] % runs.told.log_frequency == 0:
+            runs.log(record)
+        last = record
+    if last["variants"]:
+        runs.log(last)
+
+
+def records(path: Path, end: End) -> Iterator[Record]:
+    """The lines of a file that is being written, until `end` has a word and all are read."""
+    with path.open() as file:
+        partial = ""
+        while True:
+            last = end.word is not None
+            while line := file.readline():
+                partial += line
+                if partial.endswith("\n"):
+                    yield json.loads(partial)
+                    partial = ""
+            if last:
+                return
+            time.sleep(POLL_SECONDS)
+
+
+def end_variant(folder: Path, runs: Runs, name: str, word: str) -> None:
+    """End a variant's run, with its state: trained, stopped, diverged, or what became of all."""
+    if name not in runs.open:
+        return
+    if word != "finished":
+        runs.end(name, word, is_last=False, state=word)
+        return
+    found = state(folder, name)
+    runs.end(name, "diverged" if found["state"] == "diverged" else word, is_last=True, **found)
+
+
+def state(folder: Path, name: str) -> dict[str, Any]:
+    """How a variant whose SAE is written ended."""
+    provenance = durable.read_json(folder / name / "cfg.json")["saemill"]
+    if provenance["diverged_at_step"] is not None:
+        return {"state": "diverged", "diverged_at_step": provenance["diverged_at_step"]}
+    stopped = _stopped(folder).get(name)
+    return {"state": "trained"} if stopped is None else {"state": "stopped", **stopped}
+
+
+def _stopped(folder: Path) -> dict[str, dict[str, Any]]:
+    """What halving says of the variants that it stopped."""
+    return {
+        name: {"stopped_at_step": look.step, "stopped_value": lost.value, "best_then": lost.best}
+        for look in looks(folder)
+        for name, lost in look.stopped.items()
+    }

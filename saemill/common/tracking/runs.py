@@ -1,0 +1,145 @@
+"""One wandb run per variant, in a group; the step of all is the number of training tokens."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from saemill.common.tracking import record
+from saemill.common.tracking.record import Logged, Told
+
+EXIT_CODES = {"finished": 0, "interrupted": 75}
+UNSAFE = re.compile(r"[^\w.-]+")
+"""What the name of an artifact may not hold."""
+
+
+class Runs:
+    """The wandb runs of one of our runs, opened when something is to be logged to them.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.told = record.told(folder)
+        self.open: dict[str, Any] = {}
+        logged = record.logged(folder)
+        self.logged_tokens = logged.tokens
+        """Those of the last line that went to wandb, here or in an earlier process."""
+        self.ended = list(logged.ended)
+        """Variants whose runs have all that training tells."""
+        self._next_tokens: dict[str, int] = {}
+
+    def run(self, name: str) -> Any:
+        """A variant's run, begun or gone on with."""
+        if name not in self.open:
+            entry = self.told.runs[name]
+            run = start(self.folder, self.told, name, entry.id, "train", entry.config, bool(self.open))
+            run.define_metric("tokens")
+            run.define_metric("*", step_metric="tokens")
+            self.open[name] = run
+            # The server knows what it has; a run that is offline begins anew in each process.
+            self._next_tokens[name] = self.logged_tokens + 1 if run.offline else run.starting_step
+        return self.open[name]
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Log a line of metrics.jsonl to the variants in it, but for what their runs have already."""
+        for name in line["variants"]:
+            if name in self.ended:
+                continue
+            run = self.run(name)
+            if line["tokens"] >= self._next_tokens[name]:
+                run.log(values(line, name), step=line["tokens"])
+                self._next_tokens[name] = line["tokens"] + 1
+        self.logged_tokens = max(self.logged_tokens, line["tokens"])
+        self._note()
+
+    def _note(self) -> None:
+        """Say how far it came."""
+        record.note(self.folder, Logged(tokens=self.logged_tokens, ended=tuple(self.ended)))
+
+    def end(self, name: str, word: str, is_last: bool, **summary: Any) -> None:
+        """End a variant's run.
+
+        Args:
+            name: of the variant.
+            word: finished, interrupted (it will go on), or anything else for failed.
+        is_last: whether there is nothing more to come from training.
+            summary: what to add to the run's summary.
+        """
+        run = self.open.pop(name)
+        run.summary.update(summary)
+        if word == "interrupted":
+            run.mark_preempting()
+        elif is_last and self.told.artifacts:
+            self._log_sae(run, name)
+        run.finish(exit_code=EXIT_CODES.get(word, 1))
+        if is_last:
+            self.ended.append(name)
+            self._note()
+
+    def _log_sae(self, run: Any, name: str) -> None:
+        sae = self.folder / name
+        title = f"{self.told.group}-{self.told.prefix}{name}"
+        log_artifact(run, title, "sae", [sae / "cfg.json", sae / "sae.safetensors"])
+
+
+def values(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """A variant's part of a line of metrics.jsonl; what it has no value of is left out."""
+    flat = {key: value for key, value in record.items() if key != "variants"} | record["variants"][name]
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+def start(
+    folder: Path,
+    told: Told,
+    name: str,
+    run_id: str,
+    job_type: str,
+    config: dict[str, Any],
+    quiet: bool,
+) -> Any:
+    """Begin a wandb run, or go on with it.
+
+    Args:
+        folder: of the run; wandb's files are in `wandb` there.
+        told: the content of `wandb.json`.
+        name: that is shown.
+        run_id: wandb's.
+        job_type: train or assess.
+        config: its settings.
+        quiet: without figures of the machine: one run of a group has them.
+    """
+    import wandb
+
+    return wandb.init(
+        project=told.project,
+        entity=told.entity,
+        group=told.group,
+        name=told.prefix + name,
+        id=run_id,
+        job_type=job_type,
+        resume="allow",
+        config=config,
+        dir=str(folder),
+        reinit="create_new",
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_stats=quiet,
+            x_stats_pid=os.getppid(),
+        ),
+    )
+
+
+def log_artifact(run: Any, name: str, kind: str, files: list[Path]) -> None:
+    """Log files as an artifact, without a copy of them on disk."""
+    import wandb
+
+    artifact = wandb.Artifact(UNSAFE.sub("-", name)[-128:], type=kind)
+    for file in files:
+        artifact.add_file(str(file), policy="immutable")
+    run.log_artifact(artifact)

@@ -1,0 +1,1 @@
+"""A step on a GPU: `fused.py` strings together the `kernels/`, in Triton."""

@@ -1,0 +1,389 @@
+"""One pass over the parameters: gradients of both rows of a latent, projection, optimizer, renorming.
+
+A program gathers the inputs and errors of its latent's tokens, block by block, and steps the encoder row,
+encoder bias and decoder row in place. Rows without pairs are stepped too: moments decay and weights move
+on, as in torch.optim.
+
+One program has either a whole row, or one panel of its columns (`panels` says when). A row's length is
+known only after its last panel; then a second, small kernel renormalises. Both ways give the same numbers.
+
+With gs the gradient scale and the sums over the latent's pairs (t, val, dval):
+
+    g_enc = gs (Σ dval x_t − (Σ dval) b) + aux,   g_b = gs Σ dval + aux,
+    g_dec = gs (Σ val e_t − (Σ val dot) w_dec) + aux.
+
+The coefficient Σ val · dot is ⟨Σ val e, w_dec⟩ with the weights that `residual` gathered. If these are
+bfloat16, about 5e-5 of the gradient's length stays parallel to the row; the renorming removes its effect.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saemill.train.backends.gpu.kernels.arguments import INPUT_DTYPES, NUMERICS, expect
+from saemill.train.backends.gpu.kernels.hyper import Hyper
+from saemill.train.backends.gpu.kernels.panels import BLOCK, l2_bytes, panel_columns
+from saemill.train.backends.gpu.kernels.segments import (
+    AuxGradients,
+    LatentSums,
+    Segments,
+    chunk_sums,
+    gather_rows,
+)
+from saemill.train.backends.gpu.kernels.stepping import LR, load_rates, mixed, stepped
+
+GRADIENT_SCALE = tl.constexpr(int(Hyper.GRADIENT_SCALE))
+WEIGHT_DECAY = tl.constexpr(int(Hyper.WEIGHT_DECAY))
+HEALTHY = tl.constexpr(int(Hyper.HEALTHY))
+
+OPTIMIZERS = ("adam", "sgd")
+MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+
+
+class Parameters(NamedTuple):
+    """One variant's latents. Masters are float32; all are changed in place."""
+
+    w_enc_FD: Tensor
+    b_enc_F: Tensor
+    w_dec_FD: Tensor
+    """Rows of unit length."""
+    copy_enc_FD: Tensor | None
+    """bfloat16 copy for the encoder's product, written anew; None where float32 is multiplied."""
+    copy_dec_FD: Tensor | None
+    """bfloat16 copy for `residual`; None or not as `copy_enc_FD`."""
+
+
+class Moments(NamedTuple):
+    """The optimizer's state, zero at first; changed in place. With SGD m is the buffer and v None.
+
+    Those of the rows are float32, bfloat16, or int8 (m) and uint8 (v), all alike; those of the bias
+    float32. 8-bit moments have scales, one per block of columns: see `moments.EightBitMoment`.
+    """
+
+    m_enc_FD: Tensor
+    m_b_F: Tensor
+    m_dec_FD: Tensor
+    v_enc_FD: Tensor | None
+    v_b_F: Tensor | None
+    v_dec_FD: Tensor | None
+    m_enc_scale_FB: Tensor | None = None
+    m_dec_scale_FB: Tensor | None = None
+    v_enc_scale_FB: Tensor | None = None
+    v_dec_scale_FB: Tensor | None = None
+
+
+@triton.jit
+def normalise(w_dec_ptr, copy_dec_ptr, latent, squares, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Divide a decoder row by its length, the root of `squares`, and write its copy."""
+    inverse = 1.0 / tl.sqrt_rn(squares)
+    for first in range(0, D, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < D
+        at = latent.to(tl.int64) * D + column
+        w_dec = tl.load(w_dec_ptr + at, mask=inside, other=0.0) * inverse
+        tl.store(w_dec_ptr + at, w_dec, mask=inside)
+        if copy_dec_ptr is not None:
+            tl.store(copy_dec_ptr + at, w_dec.to(copy_dec_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def update_kernel(
+    latents_ptr,
+    starts_ptr,
+    first_chunk_ptr,
+    order_ptr,
+    val_ptr,
+    dot_ptr,
+    x_ptr,
+    e_ptr,
+    b_ptr,
+    partial_ptr,
+    dval_ptr,
+    along_ptr,
+    db_ptr,
+    w_enc_ptr,
+    b_enc_ptr,
+    w_dec_ptr,
+    copy_enc_ptr,
+    copy_dec_ptr,
+    m_enc_ptr,
+    m_b_ptr,
+    m_dec_ptr,
+    v_enc_ptr,
+    v_b_ptr,
+    v_dec_ptr,
+    m_enc_scale_ptr,
+    m_dec_scale_ptr,
+    v_enc_scale_ptr,
+    v_dec_scale_ptr,
+    slot_ptr,
+    aux_enc_ptr,
+    aux_dec_ptr,
+    hyper_ptr,
+    seed_ptr,
+    squares_ptr,
+    K,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PANEL: tl.constexpr,
+    UNROLL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ADAM: tl.constexpr,
+):
+    """One program per latent, those with the most pairs first, and per panel, one panel after the other.
+
+    With more than one panel the decoder rows are left as they are after the step; the sums of their
+    squares, per block, go to `squares`.
+    """
+    if tl.load(hyper_ptr + HEALTHY) == 0:
+        return
+    latent = tl.load(latents_ptr + tl.program_id(0))
+    start = tl.load(starts_ptr + latent)
+    end = tl.load(starts_ptr + latent + 1)
+    rates = load_rates(hyper_ptr)
+    shrink = 1 - tl.load(hyper_ptr + LR) * tl.load(hyper_ptr + WEIGHT_DECAY)
+    scale = tl.load(hyper_ptr + GRADIENT_SCALE)
+
+    lane = tl.zeros((1,), tl.int32)
+    if tl.program_id(1) == 0:
+        place = latent + lane
+        b, db = tl.load(b_enc_ptr + place), tl.load(db_ptr + place)
+        only = (lane, lane == 0, 0)
+        b = stepped(b, db, m_b_ptr + place, v_b_ptr + place, None, None, lane, only, rates, ADAM)
+        tl.store(b_enc_ptr + place, b)
+
+    dval = tl.load(dval_ptr + latent)
+    along = tl.load(along_ptr + latent)
+    n_chunks = 0
+    if end - start > CHUNK:
+        n_chunks = (end - start + CHUNK - 1) // CHUNK
+        end = start
+    slot = lane
+    if slot_ptr is not None:
+        slot = tl.load(slot_ptr + latent + lane)
+    enc_hash = tl.zeros((1,), tl.uint32)
+    if seed_ptr is not None:
+        enc_hash += mixed(mixed(tl.load(seed_ptr).to(tl.uint32)) ^ latent.to(tl.uint32))
+    dec_hash = enc_hash ^ 0x5BD1E995
+    row_squares = 0.0
+    panel = tl.program_id(1) * PANEL
+    for first in range(panel, tl.minimum(panel + PANEL, D), BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < D
+        at = latent.to(tl.int64) * D + column
+        lanes = (column, inside, latent * ((D + BLOCK - 1) // BLOCK) + first // BLOCK)
+        g_enc, g_dec = gather_rows(
+            order_ptr, val_ptr, dot_ptr, x_ptr, e_ptr, start, end, column, inside, K, D, BLOCK, UNROLL
+        )
+        if n_chunks > 0:
+            partial = partial_ptr + tl.load(first_chunk_ptr + latent).to(tl.int64) * (2 * D) + column
+            for chunk in range(n_chunks):
+                g_enc += tl.load(partial + chunk * (2 * D), mask=inside, other=0.0)
+                g_dec += tl.load(partial + chunk * (2 * D) + D, mask=inside, other=0.0)
+        aux_at = slot.to(tl.int64) * D + column
+        has_aux = inside & (slot >= 0)
+
+        # The encoder's row is done before the decoder's is read: fewer registers, more warps.
+        w = tl.load(w_enc_ptr + at, mask=inside, other=0.0)
+        g = scale * (g_enc - dval * tl.load(b_ptr + column, mask=inside, other=0.0))
+        if slot_ptr is not None:
+            g += tl.load(aux_enc_ptr + aux_at, mask=has_aux, other=0.0)
+        w *= shrink
+        m, v = m_enc_ptr + at, v_enc_ptr + at
+        w = stepped(w, g, m, v, m_enc_scale_ptr, v_enc_scale_ptr, enc_hash, lanes, rates, ADAM)
+        tl.store(w_enc_ptr + at, w, mask=inside)
+        if copy_enc_ptr is not None:
+            tl.store(copy_enc_ptr + at, w.to(copy_enc_ptr.dtype.element_ty), mask=inside)
+
+        w = tl.load(w_dec_ptr + at, mask=inside, other=0.0)
+        g = scale * (g_dec - along * w)
+        if slot_ptr is not None:
+            g += tl.load(aux_dec_ptr + aux_at, mask=has_aux, other=0.0)
+        m, v = m_dec_ptr + at, v_dec_ptr + at
+        w = stepped(w, g, m, v, m_dec_scale_ptr, v_dec_scale_ptr, dec_hash, lanes, rates, ADAM)
+        tl.store(w_dec_ptr + at, w, mask=inside)
+        squares = tl.sum(tl.where(inside, w * w, 0.0), 0)
+        if squares_ptr is None:
+            row_squares += squares
+        else:
+            tl.store(squares_ptr + (first // BLOCK) * tl.num_programs(0) + latent, squares)
+
+    if squares_ptr is None:
+        tl.debug_barrier()
+        normalise(w_dec_ptr, copy_dec_ptr, latent, row_squares, D, BLOCK)  # the row is still in cache
+
+
+@triton.jit
+def normalise_kernel(squares_ptr, w_dec_ptr, copy_dec_ptr, hyper_ptr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per latent, after all panels of `update_kernel`."""
+    if tl.load(hyper_ptr + HEALTHY) == 0:
+        return
+    latent = tl.program_id(0)
+    row_squares = 0.0
+    for block in range(0, (D + BLOCK - 1) // BLOCK):
+        row_squares += tl.load(squares_ptr + block * tl.num_programs(0) + latent)
+    normalise(w_dec_ptr, copy_dec_ptr, latent, row_squares, D, BLOCK)
+
+
+def launch(d: int, panel: int, chunk_pairs: int, optimizer: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`update_kernel`'s constants and launch options: one warp, so that sums need no barrier."""
+    constants, options = normalise_launch(d)
+    adam = optimizer == "adam"
+    return constants | {"PANEL": panel, "UNROLL": 4, "CHUNK": chunk_pairs, "ADAM": adam}, options
+
+
+def normalise_launch(d: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`normalise_kernel`'s constants and launch options."""
+    return {"D": d, "BLOCK": min(BLOCK, triton.next_power_of_2(d))}, {"num_warps": 1, **NUMERICS}
+
+
+def update_rows(
+    parameters: Parameters,
+    moments: Moments,
+    x_TD: Tensor,
+    e_TD: Tensor,
+    val_TK: Tensor,
+    dot_TK: Tensor,
+    b_D: Tensor,
+    pairs: Segments,
+    sums: LatentSums,
+    hyper: Tensor,
+    *,
+    optimizer: str,
+    seed: Tensor | None = None,
+    aux: AuxGradients | None = None,
+    panel: int | None = None,
+) -> None:
+    """One optimizer step of one variant's latents, in place; nothing where hyper's HEALTHY is 0.
+
+    `adam` is torch.optim.AdamW on w_enc and torch.optim.Adam on b_enc and w_dec; `sgd` is
+    torch.optim.SGD on all three, whose first buffer is the gradient (a zero buffer gives just that), with
+    AdamW's decay of w_enc.
+    Micro-batches are joined before: one call per step. The gradient of b needs w_enc as it was before
+    (`decoder_bias_gradient`).
+
+    Args:
+        parameters, moments: changed in place.
+        x_TD: the batch in training units, float32, bfloat16 or float16.
+        e_TD: of `residual`.
+        val_TK, dot_TK: float32, of `select` and `residual`.
+        b_D: float32, b_dec in the units of `x_TD`, as it was in the forward pass.
+        pairs, sums: of the same batch; `sums` with the same `aux`.
+        hyper: float32 [len(Hyper)], on the device.
+        optimizer: "adam" or "sgd".
+        seed: int32 [1] on the device, another for every step; for moments shorter than float32, and only
+            there.
+        aux: gradients to add to some latents' rows.
+        panel: columns of one program, a multiple of 256; from d on, whole rows. By default as
+            `panel_columns` says for the device. The results are the same.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: shapes that do not agree, a tensor with gaps, an unknown optimizer, state that does
+            not go with it, or such a panel.
+    """
+    _check(parameters, moments, b_D, hyper, optimizer, seed, aux)
+    if panel is not None and (panel < 1 or panel % BLOCK):
+        raise ValueError(f"panel must be a multiple of {BLOCK}, got {panel}")
+    n_latents, d = parameters.w_enc_FD.shape
+    expect("x_TD", x_TD, INPUT_DTYPES, (len(x_TD), d))
+    partial = chunk_sums(pairs, val_TK, dot_TK, x_TD, e_TD)
+    if panel is None:
+        panel = panel_columns(len(x_TD), pairs.k, n_latents, d, x_TD.itemsize, l2_bytes(x_TD.device))
+    constants, options = launch(d, panel, pairs.chunk_pairs, optimizer)
+    n_panels = triton.cdiv(d, panel)
+    squares = None
+    if n_panels > 1:
+        squares = torch.empty(triton.cdiv(d, BLOCK), n_latents, device=x_TD.device)
+    if optimizer == "sgd":  # never reads v: any pointer will do
+        moments = moments._replace(v_enc_FD=moments.m_enc_FD, v_b_F=moments.m_b_F, v_dec_FD=moments.m_dec_FD)
+    extra = (aux.slot_F, aux.enc_SD, aux.dec_SD) if aux else (None, None, None)
+    with torch.cuda.device_of(x_TD):
+        update_kernel[(n_latents, n_panels)](
+            *(pairs.latents_F, pairs.starts, pairs.first_chunk_F, pairs.order_P),
+            *(val_TK, dot_TK, x_TD, e_TD, b_D, partial, sums.dval_F, sums.along_F, sums.db_enc_F),
+            *parameters,
+            *moments,
+            *extra,
+            *(hyper, seed, squares, pairs.k),
+            **constants,
+            **options,
+        )
+        if squares is not None:
+            constants, options = normalise_launch(d)
+            whole = (squares, parameters.w_dec_FD, parameters.copy_dec_FD, hyper)
+            normalise_kernel[(n_latents,)](*whole, **constants, **options)
+
+
+def _check(
+    parameters: Parameters,
+    moments: Moments,
+    b_D: Tensor,
+    hyper: Tensor,
+    optimizer: str,
+    seed: Tensor | None,
+    aux: AuxGradients | None,
+) -> None:
+    """Refuse parameters and state that do not fit together."""
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    single, rows = (torch.float32,), tuple(parameters.w_enc_FD.shape)
+    shapes = {"FD": rows, "_F": rows[:1]}
+    for name, tensor in parameters._asdict().items():
+        if tensor is not None:
+            expect(name, tensor, (torch.bfloat16,) if "copy" in name else single, shapes[name[-2:]])
+    _check_moments(moments, rows, optimizer)
+    if (seed is None) == (moments.m_enc_FD.dtype != torch.float32):
+        raise ValueError("a seed is needed for moments in bfloat16 or 8 bits, and only for these")
+    if seed is not None:
+        expect("seed", seed, (torch.int32,), (1,))
+    expect("b_D", b_D, single, rows[1:])
+    expect("hyper", hyper, single, (len(Hyper),))
+    if aux:
+        expect("aux.slot_F", aux.slot_F, (torch.int32,), rows[:1])
+        for name, tensor in (("aux.enc_SD", aux.enc_SD), ("aux.dec_SD", aux.dec_SD)):
+            expect(name, tensor, single, (len(aux.b_S), rows[1]))
+
+
+def _check_moments(moments: Moments, rows: tuple[int, ...], optimizer: str) -> None:
+    """Refuse moments of different kinds, and those that the optimizer lacks or has not."""
+    if (moments.v_enc_FD is None) == (optimizer == "adam"):
+        raise ValueError("Adam needs the second moments, SGD has none")
+    kept = moments.m_enc_FD.dtype
+    expect("m_enc_FD", moments.m_enc_FD, MOMENT_DTYPES, rows)
+    in_8bit = kept == torch.int8
+    named, blocks = moments._asdict(), (rows[0], triton.cdiv(rows[1], BLOCK))
+    for name in ("m_enc", "m_dec", "v_enc", "v_dec"):
+        moment, scale = named[f"{name}_FD"], named[f"{name}_scale_FB"]
+        if moment is not None:
+            expect(f"{name}_FD", moment, (torch.uint8 if in_8bit and name[0] == "v" else kept,), rows)
+        if (scale is not None) != (in_8bit and moment is not None):
+            raise ValueError(f"{name}_scale_FB goes with moments in 8 bits, and these need it")
+        if scale is not None:
+            expect(f"{name}_scale_FB", scale, (torch.float32,), blocks)
+    for name in ("m_b_F", "v_b_F"):
+        if named[name] is not None:
+            expect(name, named[name], (torch.float32,), rows[:1])
+
+
+def decoder_bias_gradient(
+    e_TD: Tensor, db_enc_F: Tensor, w_enc_FD: Tensor, hyper: Tensor, n_shards: int = 1
+) -> Tensor:
+    """gs · Σ_t e / n − db_enc · W_enc: the gradient of b, which the encoder's input has subtracted.
+
+    To be called before `update_rows`, which overwrites `w_enc_FD`.
+
+    Args:
+        e_TD: of `residual`.
+        db_enc_F: of `latent_sums`, AuxK's part included.
+        w_enc_FD: float32.
+        hyper: float32 [len(Hyper)].
+        n_shards: n processes hold parts of the latents; their results add up to the gradient.
+
+    Returns: float32 [D].
+    """
+    per_shard = hyper[Hyper.GRADIENT_SCALE] / n_shards
+    return per_shard * e_TD.sum(0, dtype=torch.float32) - db_enc_F @ w_enc_FD

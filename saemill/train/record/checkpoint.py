@@ -1,0 +1,226 @@
+"""Checkpoints: a folder of files, whole or absent, from which a run goes on bit by bit.
+
+    checkpoint.json                          the step, and a hash of every file; it makes a folder count
+    checkpoint-<step>/<variant>/<a>-<b>.pt   latents a to b of a variant, with their moments
+
+Every process writes and hashes what it holds. Since the record says which latents are in which file,
+another number of processes, spread in another way, finds its rows in them. A file is compared with its
+hash before a tensor of it is used.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from saemill.common import durable, records
+from saemill.common.errors import StoreError
+from saemill.common.log import say
+from saemill.common.records import Count, File, Hash, Positive, Record
+from saemill.common.stores import runs
+from saemill.common.stores.runs import ANEW, CHECKPOINT, CHECKPOINTS, VariantName
+from saemill.common.world import Group
+from saemill.train.learner.bank import Bank
+from saemill.train.record.metrics import JsonlSink
+
+
+class Part(Record):
+    """A file: some latents of a variant."""
+
+    variant: VariantName
+    start: Count
+    """The first latent."""
+    stop: Positive
+    """The one after the last."""
+    bytes: Positive
+    xxh3: Hash
+
+    @property
+    def path(self) -> Path:
+        """Below the checkpoint's folder."""
+        return Path(self.variant) / f"{self.start}-{self.stop}.pt"
+
+
+class Checkpoint(Record):
+    """`checkpoint.json`."""
+
+    format: Literal["saemill checkpoint 2"] = "saemill checkpoint 2"
+    run: Hash
+    step: Positive
+    """Steps done."""
+    seconds: float
+    """Time spent in them."""
+    parts: tuple[Part, ...]
+    metrics: File
+    """The log as it was then; it may have grown since."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the files' folder."""
+        return f"{CHECKPOINTS}{self.step}"
+
+
+def save(
+    folder: Path,
+    run: str,
+    step: int,
+    banks: list[Bank],
+    seconds: float,
+    everyone: Group,
+    log: JsonlSink | None,
+) -> None:
+    """Write the state after `step` steps: parameters, optimizers, dead counters, sums.
+
+    The stream needs no state beyond `step`; the training step draws no random numbers.
+
+    Args:
+        folder: of the run.
+        run: the hash that names it.
+        step: the number of steps done.
+        banks: this process's.
+        seconds: time spent.
+        everyone: all processes, which call it together.
+        log: of the first process, which writes for all.
+
+    Raises:
+        DiskError: the disk is full; the checkpoint before counts.
+    """
+    there = folder / f"{CHECKPOINTS}{step}"
+    mine = [
+        _save_variant(there, bank, i)
+        for bank in banks
+        if bank.team.tokens.rank == 0
+        for i in range(len(bank.variants))
+    ]
+    parts = [part for found in everyone.share(mine) for part in found]  # the record follows the last file
+    if log is not None:
+        record = Checkpoint(run=run, step=step, seconds=seconds, parts=tuple(parts), metrics=log.synced())
+        records.write(folder / CHECKPOINT, record)
+        _remove_others(folder, record.folder)
+
+
+def _save_variant(there: Path, bank: Bank, i: int) -> Part:
+    rows, whole = bank.kept(i)
+    name = bank.variants[i].name
+    state = {
+        "variant": name,
+        "start": bank.rows.start,
+        "stop": bank.rows.stop,
+        "rows": rows,
+        "whole": whole,
+        "n_steps": bank.optimizers[i].n_steps,
+        "frozen": bank.frozen[i],
+    }
+    path = there / name / f"{bank.rows.start}-{bank.rows.stop}.pt"
+    n_bytes = sum(tensor.nbytes for tensor in (*rows, *whole))
+    with durable.replacing(path, n_bytes) as partial:
+        with partial.open("wb") as file:  # torch's own opening of a path hides why writing fails
+            torch.save(state, file)
+        size, xxh3 = partial.stat().st_size, durable.hash_file(partial)
+    return Part(variant=name, start=bank.rows.start, stop=bank.rows.stop, bytes=size, xxh3=xxh3)
+
+
+def load(folder: Path, banks: list[Bank], everyone: Group) -> Checkpoint | None:
+    """Load the last state into the banks.
+
+    Returns: its record; none where there is no checkpoint.
+
+    Raises:
+        StoreError: a file is missing or damaged, or the checkpoint is another run's.
+    """
+    # One process looks for all: what the others see of a network's file system may be older.
+    record = everyone.first(lambda: read(folder))
+    if record is None:
+        return None
+    for bank in banks:
+        for i in range(len(bank.variants)):
+            _load_variant(folder / record.folder, record, bank, i)
+        bank.refresh()
+    return record
+
+
+def read(folder: Path) -> Checkpoint | None:
+    """The record of a run's checkpoint; none where there is none.
+
+    Raises:
+        StoreError: it is damaged, or of another run.
+    """
+    if not (folder / CHECKPOINT).exists():
+        return None
+    record = records.read(folder / CHECKPOINT, Checkpoint, ANEW)
+    runs.check_run(folder / CHECKPOINT, record.run, folder, ANEW)
+    return record
+
+
+def problems(folder: Path, record: Checkpoint) -> Iterator[str]:
+    """Each bad file of a checkpoint."""
+    for part in record.parts:
+        file = File(path=str(part.path), bytes=part.bytes, xxh3=part.xxh3)
+        for line in records.problems(folder / record.folder, [file]):
+            yield f"{line}. {ANEW}"
+
+
+def _load_variant(there: Path, record: Checkpoint, bank: Bank, i: int) -> None:
+    mine, missing = bank.rows, bank.rows.stop - bank.rows.start
+    rows, whole = bank.kept(i)
+    for part in record.parts:
+        first, last = max(part.start, mine.start), min(part.stop, mine.stop)
+        if part.variant != bank.variants[i].name or first >= last:
+            continue
+        file = there / part.path
+        state = _read(file, part)
+        _copy(
+            [tensor[first - mine.start : last - mine.start] for tensor in rows],
+            [tensor[first - part.start : last - part.start] for tensor in state["rows"]],
+            file,
+        )
+        _copy(whole, state["whole"], file)
+        bank.optimizers[i].n_steps, bank.frozen[i] = state["n_steps"], state["frozen"]
+        missing -= last - first
+    if missing:
+        raise StoreError(f"{missing:,} latents are missing in the checkpoint {there}. {ANEW}")
+
+
+def _read(file: Path, part: Part) -> dict[str, Any]:
+    """The content of a file that is as it was written; torch itself does not look at mapped bytes."""
+    if not file.is_file():
+        raise StoreError(f"{file}: file is missing. {ANEW}")
+    if file.stat().st_size != part.bytes or durable.hash_file(file) != part.xxh3:
+        raise StoreError(f"{file} is damaged: its content differs from its hash. {ANEW}")
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    if (state.get("variant"), state.get("start"), state.get("stop")) != (part.variant, part.start, part.stop):
+        raise StoreError(f"{file} holds other latents than {CHECKPOINT} says. {ANEW}")
+    return state
+
+
+def _copy(into: list[Tensor], saved: list[Tensor], file: Path) -> None:
+    mine, theirs = ([(tensor.shape, tensor.dtype) for tensor in kept] for kept in (into, saved))
+    if mine != theirs:
+        raise StoreError(f"the checkpoint {file} was written by another version of saemill. {ANEW}")
+    for tensor, kept in zip(into, saved, strict=True):
+        tensor.copy_(kept)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a crash left of a checkpoint without a record."""
+    record = read(folder)
+    if record is None and any(folder.glob(f"{CHECKPOINTS}*")):
+        say(
+            f"{folder} has no {CHECKPOINT}: what a crash left of a checkpoint is removed, the run begins anew"
+        )
+    _remove_others(folder, record.folder if record else None)
+
+
+def remove(folder: Path) -> None:
+    """Remove all checkpoints of a run."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    _remove_others(folder, None)
+
+
+def _remove_others(folder: Path, kept: str | None) -> None:
+    for other in folder.glob(f"{CHECKPOINTS}*"):
+        if other.name != kept:
+            shutil.rmtree(other)

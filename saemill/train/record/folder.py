@@ -1,0 +1,159 @@
+"""The folder that a run is trained into: whose it is, and what of an earlier start is in it."""
+
+import json
+import shutil
+from contextlib import ExitStack
+from functools import partial
+
+from saemill.common import config as settings
+from saemill.common import durable, records
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.log import counted, say
+from saemill.common.stores import assessments, runs
+from saemill.common.stores.runs import (
+    CHECKPOINT,
+    CONFIG,
+    FINISHED,
+    HALVING,
+    IDENTITY,
+    METRICS,
+    Finished,
+    Identity,
+    Looks,
+)
+from saemill.common.tracking import process as wandb
+from saemill.train.config import TrainConfig
+from saemill.train.record import checkpoint, inspect
+from saemill.train.record.checkpoint import Checkpoint
+
+TENSORBOARD = "tensorboard"
+"""The folder of its events in the run's."""
+NAMING: dict[str, type[Checkpoint] | type[Finished] | type[Looks]] = {
+    CHECKPOINT: Checkpoint,
+    FINISHED: Finished,
+    HALVING: Looks,
+}
+"""The records that name the run that they are of."""
+
+
+class Folder:
+    """The folder of one run. Nothing in it changes before it is locked.
+
+    Args:
+        config: the run's settings.
+        acts_fingerprint: of what it is trained on.
+    """
+
+    def __init__(self, config: TrainConfig, acts_fingerprint: str) -> None:
+        self.config, self.path = config, config.out
+        self._yaml = settings.as_yaml("train", settings.plain(config))
+        self.identity = Identity(
+            settings=json.loads(json.dumps(config.identity())),
+            acts_fingerprint=acts_fingerprint,
+            config=durable.hash_bytes(self._yaml),
+        )
+
+    @property
+    def run(self) -> str:
+        """The hash by which the run's records name it."""
+        return self.identity.run
+
+    def is_finished(self) -> bool:
+        """Whether the run is complete already, and is not to be trained anew.
+
+        Raises:
+            ConfigError: the folder holds another run, or what was asked for needs a new training.
+            StoreError: it holds anything else, or a part of the finished run is damaged.
+        """
+        settings.check_folder(self.path)
+        self._check()
+        if not self.config.resume or not runs.is_finished(self.path):
+            return False
+        if self.config.log_to_wandb and not (self.path / wandb.RECORD).exists():
+            raise ConfigError(
+                f"{self.path} is finished and was trained without wandb; leave log_to_wandb out, or train "
+                "anew with --no-resume"
+            )
+        self._repair()
+        if found := inspect.problems(self.path):
+            raise StoreError(f"{self.path} is finished but damaged: {'; '.join(found)}")
+        n_variants = len(runs.finished(self.path).variants)
+        say(f"{self.path} is finished already: {counted(n_variants, 'variant')} (--no-resume trains anew)")
+        return True
+
+    def take(self, held: ExitStack) -> None:
+        """Make the folder this run's own until `held` is closed.
+
+        Raises:
+            StoreError: another process is training in it, or what was written before is damaged.
+            ConfigError: another run was begun in it meanwhile.
+        """
+        held.enter_context(durable.exclusive(self.path))
+        self._check()
+        if not self.config.resume:
+            self._clear()
+        self._write()
+        checkpoint.tidy(self.path)
+        if found := inspect.stopped_problems(self.path):
+            raise StoreError("; ".join(found))
+
+    def _check(self) -> None:
+        """Refuse a folder that is not this run's, or not empty."""
+        if not self.path.exists():
+            return
+        there = set(self.path.iterdir()) - set(self.path.glob(durable.PARTIAL))
+        if not runs.is_run(self.path):
+            if there:
+                raise StoreError(f"{self.path} holds other files; choose a new folder")
+            return
+        try:
+            found = runs.identity(self.path)
+        except StoreError as error:
+            if not self._is_named():
+                raise StoreError(
+                    f"{error} And nothing else in {self.path} tells that it is of these settings: "
+                    "use those that it was made with, or another folder"
+                ) from error
+            return
+        settings.check_same(found.content, self.identity.content, self.path)
+
+    def _is_named(self) -> bool:
+        """Whether another file than the identity, which is lost, says that the folder is this run's: a record
+        that names its run; where there is none yet, the settings beside it."""
+        named: set[str] = set()
+        for name, kind in NAMING.items():
+            if record := records.if_whole(partial(records.read, self.path / name, kind, "")):
+                named.add(record.run)
+        return self.run in named if named else self._has_these_settings()
+
+    def _has_these_settings(self) -> bool:
+        """Whether `config.yaml` is of the settings that decide this run's result."""
+        try:
+            found = settings.resolve(TrainConfig, "train", {}, self.path / CONFIG)
+        except ConfigError:
+            return False
+        return found.identity() == self.config.identity()
+
+    def _repair(self) -> None:
+        """Write again what is known of a finished run, and remove what a crash left behind its end."""
+        left = (self.path / CHECKPOINT).exists() or any(self.path.glob(f"{runs.CHECKPOINTS}*"))
+        damaged = inspect.settings_problems(self.path)
+        if left or damaged:
+            with durable.exclusive(self.path):
+                if damaged:
+                    say(f"written again: {'; '.join(damaged)}")
+                    self._write()
+                checkpoint.remove(self.path)
+
+    def _write(self) -> None:
+        """The identity first: it makes the folder a run."""
+        records.write(self.path / IDENTITY, self.identity)
+        durable.write_bytes(self.path / CONFIG, [self._yaml])
+
+    def _clear(self) -> None:
+        """Remove what an earlier training left, the record of its end first."""
+        for name in (FINISHED, assessments.FILE, wandb.RECORD, wandb.LOGGED, HALVING):
+            (self.path / name).unlink(missing_ok=True)
+        checkpoint.remove(self.path)
+        (self.path / METRICS).unlink(missing_ok=True)
+        shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)

@@ -1,0 +1,5 @@
+"""The store as batches: batch i is a function of (seed, store, i).
+
+loader.py     shards → a shuffling buffer → batches
+feed.py       batches on the device, one ahead
+"""

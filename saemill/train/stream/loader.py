@@ -1,0 +1,159 @@
+"""The stream: shuffled batches over memory-mapped shards, batch i a pure function of (seed, store, i).
+
+Blocks of 256 stored rows, each from a keyed permutation of one shard already, are visited in a keyed
+order over the whole store; every `buffer_tokens` of them form a window, whose unmasked rows are
+shuffled again. The stream is the windows of epoch 0, then of epoch 1, …; batch i is its positions
+i·T to (i+1)·T. So resuming needs one integer, and memory is two windows per site (three while one is filled).
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saemill.common.errors import StoreError
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.permutation import permutation
+from saemill.common.stores.shards import as_tensor
+from saemill.common.stores.site_records import BLOCK_TOKENS
+
+BLOCK_ORDER, ROW_ORDER = 1, 2
+READERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """The order of blocks in one epoch, and where in the epoch's stream each window starts."""
+
+    blocks: NDArray[np.int64]
+    window_starts: NDArray[np.int64]
+
+
+class Loader:
+    """Batches of training activations, the same addresses at every site.
+
+    Args:
+        store: where they are read.
+        sites: names of finished sites.
+        mask: positions left out; held-out rows always are.
+        batch_tokens: T.
+        buffer_tokens: rows per window, masked ones included; rounded down to whole blocks.
+        seed: of the order.
+
+    Raises:
+        StoreError: a site is missing or damaged, or nothing is left to train on.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        sites: list[str],
+        mask: MaskConfig,
+        *,
+        batch_tokens: int,
+        buffer_tokens: int,
+        seed: int,
+    ) -> None:
+        self.store, self.mask = store, mask
+        self.every_site = {name: store.site(name) for name in sites}
+        self.sites = self.every_site
+        self.batch_tokens, self.seed = batch_tokens, seed
+        self.blocks_per_window = max(1, buffer_tokens // BLOCK_TOKENS)
+        self.blocks_per_shard = -(-store.shard_tokens // BLOCK_TOKENS)
+        keeps = [store.keep(shard, mask, held_out=False) for shard in range(store.n_shards)]
+        self._keep_bits = [np.packbits(keep) for keep in keeps]
+        edges = [np.arange(0, len(keep), BLOCK_TOKENS) for keep in keeps]
+        self.kept_per_block = np.concatenate(
+            [np.add.reduceat(keep, edge, dtype=np.int64) for keep, edge in zip(keeps, edges, strict=True)]
+        )
+        self.epoch_tokens = int(self.kept_per_block.sum())
+        if self.epoch_tokens == 0:
+            what = "passage is" if store.text.unit == "passage" else "position is masked or"
+            raise StoreError(f"{store.path}: every {what} held out; nothing to train on")
+        self._epoch = lru_cache(2)(self._plan_epoch)
+        self._pool = ThreadPoolExecutor(1, "saemill-window")
+        self._readers = ThreadPoolExecutor(READERS, "saemill-read")
+        self._windows: dict[tuple[int, int], Future[Mapping[str, Tensor]]] = {}
+
+    def batch(self, i: int) -> dict[str, Tensor]:
+        """Batch number i.
+
+        Returns: per site [T, D] in the stored dtype, on the CPU.
+        """
+        return self.stretch(i * self.batch_tokens, (i + 1) * self.batch_tokens)
+
+    def stretch(self, position: int, end: int) -> dict[str, Tensor]:
+        """The stream from one position to another, per site [end - position, D]."""
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.sites}
+        while position < end:
+            epoch, offset = divmod(position, self.epoch_tokens)
+            starts = self._epoch(epoch).window_starts
+            window = int(np.searchsorted(starts, offset, side="right")) - 1
+            stop = min(offset + end - position, int(starts[window + 1]))
+            rows = self._window(epoch, window)
+            for name in self.sites:
+                parts[name].append(rows[name][offset - starts[window] : stop - starts[window]])
+            position += stop - offset
+        return {name: torch.cat(found) for name, found in parts.items()}
+
+    def restrict(self, sites: list[str]) -> None:
+        """Read these of the sites only from now on; the stream's order does not depend on them."""
+        self.sites = {name: self.every_site[name] for name in sites}
+        self._windows.clear()
+
+    def close(self) -> None:
+        """End the reading threads."""
+        self._pool.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
+
+    def _window(self, epoch: int, window: int) -> Mapping[str, Tensor]:
+        """A window's shuffled rows; the next one starts to be read in the background."""
+        n_windows = len(self._epoch(epoch).window_starts) - 1
+        following = (epoch, window + 1) if window + 1 < n_windows else (epoch + 1, 0)
+        for key in ((epoch, window), following):
+            if key not in self._windows:
+                self._windows[key] = self._pool.submit(self._read_window, *key)
+        for key in list(self._windows):
+            if key not in ((epoch, window), following):
+                del self._windows[key]
+        return self._windows[epoch, window].result()
+
+    def _plan_epoch(self, epoch: int) -> _Epoch:
+        blocks = permutation(len(self.kept_per_block), self.seed, BLOCK_ORDER, epoch)
+        kept = np.concatenate([[0], np.cumsum(self.kept_per_block[blocks])])
+        edges = np.append(np.arange(0, len(blocks), self.blocks_per_window), len(blocks))
+        starts = kept[edges]
+        return _Epoch(blocks, starts)
+
+    def _read_window(self, epoch: int, window: int) -> Mapping[str, Tensor]:
+        plan = self._epoch(epoch)
+        first = window * self.blocks_per_window
+        blocks = plan.blocks[first : first + self.blocks_per_window]
+        ends = np.cumsum(self.kept_per_block[blocks])
+        n_kept = int(ends[-1])
+        order = permutation(n_kept, self.seed, ROW_ORDER, epoch, window)
+        rows: dict[str, Tensor] = {}
+        for name, site in self.sites.items():
+            buffer = np.empty((n_kept, site.width), site.array.dtype)
+            jobs = zip(blocks, [0, *ends[:-1]], ends, strict=True)
+            list(self._readers.map(lambda job, n=name, b=buffer: self._read_block(n, b, *job), jobs))
+            shuffled = np.empty_like(buffer)
+            np.take(buffer, order, axis=0, out=shuffled, mode="clip")
+            rows[name] = as_tensor(shuffled, site.dtype)
+        return rows
+
+    def _read_block(self, site: str, buffer: NDArray[Any], number: int, start: int, end: int) -> None:
+        """Copy a block's unmasked rows to buffer[start:end]."""
+        shard, block = divmod(int(number), self.blocks_per_shard)
+        rows = self.sites[site].block(shard, block)
+        first_bit = block * BLOCK_TOKENS
+        bits = self._keep_bits[shard][first_bit // 8 : (first_bit + len(rows) + 7) // 8]
+        keep = np.unpackbits(bits, count=len(rows)).astype(bool)
+        np.compress(keep, rows, axis=0, out=buffer[start:end])

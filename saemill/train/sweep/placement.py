@@ -1,0 +1,183 @@
+"""How a run is spread over its processes: which variants each trains, and with whom.
+
+Teams share out the variants, the costliest first, each to the team with the least to do; no gradient
+crosses between teams. Within a team `latent_ranks` processes hold the latents of each SAE in parts, and
+`data_ranks` such sets share out the tokens of each batch.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from saemill.common.errors import ConfigError
+from saemill.common.log import counted
+from saemill.common.world import Group
+from saemill.train.backends.team import Team
+from saemill.train.sweep.variants import Variant
+
+LATENTS_PER_ACTIVE = 90
+"""A step's cost per active latent, in latents of the encoder's product: 0.196 s for 6,144 of these and
+0.09 s for the rest at k = 32 (docs/performance.md)."""
+TEAM_OVERHEAD = 0.3
+"""What a step takes in a team of two above its even share of one process's step, and once more with each
+doubling (docs/scaling.md)."""
+ROOM_SHARE = 0.85
+"""Most of a device's memory for weights and moments; the rest is for batches and pre-activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """One way to spread a run over n_teams · data_ranks · latent_ranks processes."""
+
+    variants: tuple[Variant, ...]
+    """All of the run, in its order."""
+    teams: tuple[tuple[Variant, ...], ...]
+    """The variants of each team, in the run's order."""
+    loads: tuple[float, ...]
+    """Each team's share of the cost; 1 in all."""
+    data_ranks: int
+    latent_ranks: int
+
+    @property
+    def team_size(self) -> int:
+        """Processes per team."""
+        return self.data_ranks * self.latent_ranks
+
+    def state_bytes(self, widths: Mapping[str, int]) -> int:
+        """What the fullest process holds of weights and moments on a GPU."""
+        held = [sum(state_bytes(v, widths[v.site]) for v in hand) for hand in self.teams]
+        return -(-max(held) // self.latent_ranks)
+
+    def team_of(self, everyone: Group) -> Team:
+        """This process's place; ranks next to each other share a batch, where most is exchanged."""
+        size = self.team_size
+        firsts = range(0, len(self.teams) * size, size)
+        same_tokens = [
+            [first + data * self.latent_ranks + shard for shard in range(self.latent_ranks)]
+            for first in firsts
+            for data in range(self.data_ranks)
+        ]
+        same_latents = [
+            [first + data * self.latent_ranks + shard for data in range(self.data_ranks)]
+            for first in firsts
+            for shard in range(self.latent_ranks)
+        ]
+        return Team(tokens=everyone.split(same_latents), latents=everyone.split(same_tokens))
+
+    def describe(self) -> str:
+        """For the plan."""
+        n_processes = len(self.teams) * self.team_size
+        if n_processes == 1:
+            return "1 process"
+        shares = ", ".join(f"{load:.0%}" for load in self.loads)
+        text = f"{n_processes} processes"
+        if len(self.teams) > 1:
+            text += f": variants dealt to {len(self.teams)} teams ({shares} of the cost)"
+        if self.latent_ranks > 1:
+            text += f", the latents of each SAE in {self.latent_ranks} parts"
+        if self.data_ranks > 1:
+            text += f", the tokens of each batch in {self.data_ranks} parts"
+        return text
+
+
+def cost(variant: Variant, width: int) -> float:
+    """What a step of the variant takes, in arbitrary units."""
+    return width * (variant.num_latents + LATENTS_PER_ACTIVE * variant.k)
+
+
+def deal(variants: list[Variant], widths: Mapping[str, int], n_teams: int) -> list[list[Variant]]:
+    """Share out variants: longest first, to the least laden (Graham 1969)."""
+    costs = {variant.name: cost(variant, widths[variant.site]) for variant in variants}
+    hands: list[list[str]] = [[] for _ in range(n_teams)]
+    loads = [0.0] * n_teams
+    for variant in sorted(variants, key=lambda v: -costs[v.name]):
+        least = loads.index(min(loads))
+        hands[least].append(variant.name)
+        loads[least] += costs[variant.name]
+    return [[variant for variant in variants if variant.name in hand] for hand in hands]
+
+
+def state_bytes(variant: Variant, width: int) -> int:
+    """Weights, moments and copies of one variant on a GPU."""
+    per_moment = {"fp32": 4, "bf16": 2, "8bit": 1}[variant.optimizer_state]
+    n_moments = 2 if variant.optimizer == "adam" else 1
+    return 2 * variant.num_latents * width * (4 + 2 + n_moments * per_moment)
+
+
+def choose(
+    variants: list[Variant],
+    widths: Mapping[str, int],
+    n_processes: int,
+    data_ranks: int | None = None,
+    latent_ranks: int | None = None,
+    *,
+    idle_allowed: bool = False,
+    room_bytes: int | None = None,
+) -> Spread:
+    """The spread with the least time per step by estimate, among those the user's numbers allow.
+
+    Args:
+        variants: all of the run.
+        widths: D of each site.
+        n_processes: of the world.
+        data_ranks: processes that share a batch's tokens; None leaves it open: 1.
+        latent_ranks: processes that share an SAE's latents; None leaves it open.
+        idle_allowed: whether there may be teams without a variant, as when some were stopped.
+        room_bytes: memory of each process's device; None where it is not known to be a limit.
+
+    Raises:
+        ConfigError: no spread fits the numbers, the variants, or the memory.
+    """
+    data = data_ranks or 1
+    possible = [latent_ranks] if latent_ranks else range(1, n_processes // data + 1)
+    fitting = [shards for shards in possible if n_processes % (data * shards) == 0]
+    if not fitting:
+        raise ConfigError(
+            f"data_ranks {data} × latent_ranks {latent_ranks or 1} does not divide the number of processes, "
+            f"{n_processes}; give others, or start another number"
+        )
+    wide = [shards for shards in fitting if all(v.num_latents // shards >= v.k for v in variants)]
+    if not wide:
+        raise ConfigError(
+            f"in {fitting[0]} parts some SAE has fewer than k latents in each; lower --latent-ranks"
+        )
+    spreads = [_spread(variants, widths, n_processes, data, shards) for shards in wide]
+    working = [spread for spread in spreads if all(spread.teams)] or (spreads if idle_allowed else [])
+    if not working:
+        n_teams = n_processes // (data * wide[-1])
+        raise ConfigError(
+            f"{n_teams} teams for {counted(len(variants), 'variant')}: some would idle; "
+            "start fewer processes, or raise --latent-ranks or --data-ranks"
+        )
+    if room_bytes is not None:
+        working = _that_fit(working, widths, room_bytes)
+    return min(working, key=_seconds)
+
+
+def _that_fit(spreads: list[Spread], widths: Mapping[str, int], room_bytes: int) -> list[Spread]:
+    """Those whose weights and moments leave some of the device free for the step."""
+    needed = {spread: spread.state_bytes(widths) for spread in spreads}
+    fitting = [spread for spread in spreads if needed[spread] < ROOM_SHARE * room_bytes]
+    if not fitting:
+        raise ConfigError(
+            f"the variants need {min(needed.values()) / 2**30:.1f} GiB per process, its device has "
+            f"{room_bytes / 2**30:.1f} GiB; start more processes, or use --optimizer-state bf16"
+        )
+    return fitting
+
+
+def _spread(
+    variants: list[Variant], widths: Mapping[str, int], n_processes: int, data: int, shards: int
+) -> Spread:
+    hands = deal(variants, widths, n_processes // (data * shards))
+    costs = [sum(cost(variant, widths[variant.site]) for variant in hand) for hand in hands]
+    total = sum(costs)
+    return Spread(
+        tuple(variants), tuple(map(tuple, hands)), tuple(part / total for part in costs), data, shards
+    )
+
+
+def _seconds(spread: Spread) -> float:
+    """Estimated time of a step, in units of the whole work on one process."""
+    overhead = TEAM_OVERHEAD * math.log2(spread.team_size)
+    return max(spread.loads) / spread.team_size * (1 + overhead)
