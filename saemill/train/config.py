@@ -85,8 +85,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the encoder's product; auto: bf16 on a GPU and on CPUs with bf16 instructions."""
     kernels: Literal["auto", "torch", "numba", "triton"] = "auto"
-    """What makes a step: triton on a GPU; on a CPU loops compiled by numba if it is installed, else
-    torch's own operations, the definition. They differ by rounding."""
+    """What makes a step: loops compiled by numba on a CPU, Triton's kernels on a GPU; elsewhere torch, the
+    definition by autograd. They differ by rounding."""
     resume: bool = True
     """Go on from the run's checkpoint, if there is one; false starts anew."""
     halving: int = 0
@@ -97,8 +97,6 @@ class TrainConfig:
     """Of several processes, how many share out each batch's tokens; 1 by default."""
     latent_ranks: int | None = None
     """How many share out each SAE's latents; by default chosen by the estimated time of a step."""
-    cuda_graph: bool = False
-    """Capture each variant's step in a CUDA graph and replay it; not within a team of several processes."""
     profile: bool = False
     """Write a trace of some steps and a table of where their time goes."""
     log_to_wandb: bool = False
@@ -157,10 +155,6 @@ class TrainConfig:
                 f"wandb_log_frequency must be a multiple of log_every ({self.log_every} steps), "
                 f"got {self.wandb_log_frequency}"
             )
-        if self.profile and self.cuda_graph:
-            raise ConfigError(
-                "profile cannot see the parts of a step that cuda_graph replays; give one of them"
-            )
         if self.max_tokens is not None and self.epochs is not None:
             raise ConfigError("give max_tokens or epochs, not both")
         if self.halving < 0:
@@ -190,7 +184,6 @@ class TrainConfig:
             "log_every",
             "data_ranks",
             "latent_ranks",
-            "cuda_graph",
             "profile",
             "log_to_wandb",
             "wandb_project",

@@ -35,12 +35,11 @@ def export(
     Returns: the SAEs' folders, in the run's order.
     """
     everyone = trainer.everyone
-    mine = save_banks(out, trainer, store, set(trainer.names))
+    mine = save_saes(out, trainer, store, set(trainer.names))
     diverged = {
-        variant.name: step
-        for bank in trainer.banks
-        for variant, step in zip(bank.variants, bank.diverged_step_V.tolist(), strict=True)
-        if step >= 0
+        learner.variant.name: step
+        for learner in trainer.learners
+        if (step := int(learner.diverged_step)) >= 0
     }
     peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     shared = everyone.share((diverged, mine, peak_rss_bytes))  # every SAE is on disk when this returns
@@ -69,30 +68,29 @@ def export(
     return [out / variant.name for variant in variants]
 
 
-def save_banks(out: Path, trainer: Trainer, store: ActivationStore, names: set[str]) -> dict[str, str]:
+def save_saes(out: Path, trainer: Trainer, store: ActivationStore, names: set[str]) -> dict[str, str]:
     """Write the SAEs of these variants as they are now, each from its team's first process.
 
     Returns: the checksums of the cfg.json that this process wrote, by variant.
     """
     mask, written = trainer.loader.mask, {}
-    for bank in trainer.banks:
-        for i, variant in enumerate(bank.variants):
-            if variant.name not in names:
-                continue
-            step = int(bank.diverged_step_V[i])
-            provenance = {
-                "variant": describe(variant),
-                "site": variant.site,
-                "model": store.settings.model,
-                "revision": store.settings.revision,
-                **store.text.provenance(mask),
-                "model_fingerprint": store.settings.model_fingerprint,
-                "acts_fingerprint": store.fingerprint,
-                "tokens_trained": trainer.step * trainer.loader.batch_tokens,
-                "input_scale": bank.frame.scale,
-                "diverged_at_step": step if step >= 0 else None,
-                "versions": {name: version(name) for name in ("saemill", "torch")},
-            }
-            if sae := bank.export(i, provenance):  # of one that diverged the weights need not be finite
-                written[variant.name] = sparsify.write(sae.parts, out / variant.name)
+    for learner in trainer.learners:
+        variant, step = learner.variant, int(learner.diverged_step)
+        if variant.name not in names:
+            continue
+        provenance = {
+            "variant": describe(variant),
+            "site": variant.site,
+            "model": store.settings.model,
+            "revision": store.settings.revision,
+            **store.text.provenance(mask),
+            "model_fingerprint": store.settings.model_fingerprint,
+            "acts_fingerprint": store.fingerprint,
+            "tokens_trained": trainer.step * trainer.loader.batch_tokens,
+            "input_scale": learner.scaling.scale,
+            "diverged_at_step": step if step >= 0 else None,
+            "versions": {name: version(name) for name in ("saemill", "torch")},
+        }
+        if parts := learner.export(provenance):  # of one that diverged the weights need not be finite
+            written[variant.name] = sparsify.write(parts, out / variant.name)
     return written

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from saemill.common.log import say
 
-PARTS = {
+REGIONS = {
     "wait for data": "until the batch was there",
     "copy": "into training units",
     "encode": "x · W_enc",
@@ -25,14 +25,14 @@ PARTS = {
     "wait for processes": "until all have done the step",
     "logging": "log lines, checkpoints",
 }
-"""The parts that `part` marks, in the order of a step."""
+"""The regions of a step, in its order."""
 PREFIX = "saemill: "
 SKIPPED_STEPS, PROFILED_STEPS = 3, 8
 """The first steps, with their one-time costs, do not count; the profiled ones span log lines."""
 
 
-def part(name: str) -> AbstractContextManager[object]:
-    """Mark a block of code as one of `PARTS`, for a profiler if one is at work."""
+def region(name: str) -> AbstractContextManager[object]:
+    """Mark a block of code as one of `REGIONS`, for a profiler if one is at work."""
     if not _profiler_enabled():  # a mark costs 6 µs
         return nullcontext()
     return torch.profiler.record_function(PREFIX + name)
@@ -61,21 +61,21 @@ def profiling(folder: Path, device: torch.device) -> Iterator[torch.profiler.pro
 
 
 def table(profiler: torch.profiler.profile, device: torch.device) -> str:
-    """Milliseconds per step of each part, on the CPU and on the device."""
+    """Print milliseconds per step of each region, on the CPU and on the device."""
     events = {event.key: event for event in profiler.key_averages()}
     step_us = sum(e.cpu_time_total for key, e in events.items() if key.startswith("ProfilerStep"))
     step_ms = step_us / PROFILED_STEPS / 1e3
-    ms = {name: _ms(events, name, "cpu_time_total") for name in PARTS}
+    ms = {name: _ms(events, name, "cpu_time_total") for name in REGIONS}
     ms["everything else"] = step_ms - sum(ms.values())
     lines = [f"one step, mean of {PROFILED_STEPS}: {step_ms:.1f} ms"]
     for name, spent in ms.items():
         line = f"  {name:18}{spent:8.1f} ms {spent / step_ms:5.0%}"
         if device.type == "cuda":
             line += f"{_ms(events, name, 'device_time_total'):8.1f} ms on the device"
-        lines.append(f"{line}  {PARTS.get(name, '')}".rstrip())
+        lines.append(f"{line}  {REGIONS.get(name, '')}".rstrip())
     return "\n".join(lines)
 
 
 def _ms(events: Mapping[str, object], name: str, field: str) -> float:
-    """A part's time per step; a part that did not run took none."""
+    """Compute a region's time per step; one that did not run took none."""
     return float(getattr(events.get(PREFIX + name), field, 0.0)) / PROFILED_STEPS / 1e3

@@ -9,36 +9,34 @@ from threading import Event
 
 import torch
 
-from saemill.common.errors import ConfigError, StoreError
+from saemill.common.errors import ConfigError
 from saemill.common.log import counted, say
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.runs import METRICS
 from saemill.common.stores.statistics import warnings
 from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
-from saemill.train.backends.passes import choose_kernels
+from saemill.train.backends.choose import choose_kernels, kernels_of, make_backend
 from saemill.train.config import TrainConfig, check_batch
-from saemill.train.export import export, save_banks
-from saemill.train.graph import Graphs
-from saemill.train.learner.bank import Bank, Frame
+from saemill.train.export import export, save_saes
+from saemill.train.learner.bank import Bank
+from saemill.train.learner.learner import Learner
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.record.folder import TENSORBOARD, Folder
 from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from saemill.train.record.wandb import follow
 from saemill.train.stream.feed import Feed
 from saemill.train.stream.loader import Loader
+from saemill.train.stream.scaling import MOST_SCALE, scaling_of
 from saemill.train.sweep.halving import Halving
-from saemill.train.sweep.placement import Spread, choose
+from saemill.train.sweep.placement import Placement, choose
 from saemill.train.sweep.schedule import Schedule
-from saemill.train.sweep.variants import Variant, groups, of_config
+from saemill.train.sweep.variants import Variant, of_config
 from saemill.train.trainer import Trainer
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
-MOST_SCALE = 1e37
-"""Of the factor between activations and training units, and of its inverse."""
 FEW_STEPS = 100
 """Below it the plan says that more may help."""
 SAMPLE_TOKENS = 8192
@@ -73,7 +71,7 @@ def run(config: TrainConfig) -> list[Path]:
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps)
         _check_mse(config, store, variants)
-        _spread(config, store, variants, everyone, device)
+        _place(config, store, variants, everyone, device)
         folder = Folder(config, store.fingerprint)
         metric = config.halving_metric or "fvu"
         halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
@@ -109,13 +107,13 @@ def _train(
     with ExitStack() as open_sinks:
         for end in ends:
             idle_allowed = bool(halving.past)
-            spread = _spread(config, loader.store, halving.alive, everyone, device, idle_allowed)
-            trainer = _build(config, loader, schedule, spread, everyone, device, stop)
+            placement = _place(config, loader.store, halving.alive, everyone, device, idle_allowed)
+            trainer = _build(config, loader, schedule, placement, everyone, device, stop)
             trainer.run_hash = run_hash
             trainer.resume()
             if end == ends[0]:
                 _check_profile(trainer, end)
-                _print_plan(config, trainer, spread, loader.store)
+                _print_plan(config, trainer, placement, loader.store)
                 log = everyone.alone(partial(JsonlSink, config.out / METRICS, trainer.logged))
                 if log is not None:
                     open_sinks.enter_context(closing(log))
@@ -133,7 +131,7 @@ def _train(
 def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, end: int) -> None:
     """Look at step `end`: write the SAEs of the worse halves as they are, and go on without them."""
     losers = halving.choose(trainer.scores(halving.metric))
-    mine = save_banks(config.out, trainer, trainer.loader.store, set(losers))
+    mine = save_saes(config.out, trainer, trainer.loader.store, set(losers))
     written = trainer.everyone.share(mine)  # all are on disk before the record says so
     cfgs = {name: cfg for part in written for name, cfg in part.items()}
     trainer.everyone.first(lambda: halving.stop(end, losers, cfgs))
@@ -141,14 +139,15 @@ def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, end: int) ->
     trainer.banks.clear()  # their memory is free before the next are made
 
 
-def _spread(
+def _place(
     config: TrainConfig,
     store: ActivationStore,
     variants: list[Variant],
     everyone: Group,
     device: torch.device,
     idle_allowed: bool = False,
-) -> Spread:
+) -> Placement:
+    """Place the variants on the processes."""
     widths = {variant.site: store.site(variant.site).width for variant in variants}
     if config.data_ranks and config.step_tokens < config.data_ranks:
         raise ConfigError(
@@ -156,21 +155,23 @@ def _spread(
         )
     on_gpu = device.type == "cuda"
     room_bytes = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
-    spread = choose(
+    latent_ranks = config.latent_ranks
+    if kernels_of(config.kernels, device) == "torch":
+        latent_ranks = 1
+        if (config.latent_ranks or 1) > 1:
+            raise ConfigError(
+                f"latent_ranks {config.latent_ranks}: kernels torch do not split an SAE's latents; leave it "
+                "out, or train with kernels numba on CPUs, triton on GPUs"
+            )
+    return choose(
         variants,
         widths,
         everyone.size,
         config.data_ranks,
-        config.latent_ranks,
+        latent_ranks,
         idle_allowed=idle_allowed,
         room_bytes=room_bytes,
     )
-    if config.cuda_graph and spread.team_size > 1:
-        raise ConfigError(
-            f"cuda_graph: the exchange within a team, here of {spread.team_size} processes, is not captured; "
-            "leave it out, or start no more processes than variants, with latent_ranks 1 and data_ranks 1"
-        )
-    return spread
 
 
 def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
@@ -200,33 +201,37 @@ def _build(
     config: TrainConfig,
     loader: Loader,
     schedule: Schedule,
-    spread: Spread,
+    placement: Placement,
     everyone: Group,
     device: torch.device,
     stop: Event,
 ) -> Trainer:
-    team = spread.team_of(everyone)
-    variants = list(spread.teams[everyone.rank // spread.team_size])
+    team = placement.team_of(everyone)
+    variants = list(placement.teams[everyone.rank // placement.team_size])
     # Sums of bf16 products stay in float32, as on a CPU.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     store, mask = loader.store, config.mask or loader.store.mask
     n_tokens = schedule.n_steps * config.step_tokens
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
-    dtype, kernels = choose_product_dtype(config.precision, device), choose_kernels(config.kernels, device)
+    dtype = choose_product_dtype(config.precision, device)
+    backend = make_backend(choose_kernels(config.kernels, device), dtype, team)
     loader.restrict(list(dict.fromkeys(variant.site for variant in variants)))
     sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
-    frames = {site: _frame(store, site, mask, device) for site in loader.sites}
-    graphs = Graphs(device) if config.cuda_graph else None
     banks = []
-    for (site, _), members in groups(variants).items():
-        frame = frames[site]
-        sample_TD = frame.enter(sample[site].to(device))
-        banks.append(Bank(members, frame, dtype, dead_after, sample_TD, kernels, team, graphs))
+    for site in loader.sites:
+        scaling = scaling_of(store, site, mask, device)
+        sample_TD = scaling.standardise(sample[site].to(device))
+        learners = [
+            Learner(variant, scaling, backend, sample_TD, dead_after)
+            for variant in variants
+            if variant.site == site
+        ]
+        banks.append(Bank(site, scaling, backend, learners))
     return Trainer(
         loader=loader,
         feed=Feed(loader, device),
         banks=banks,
-        names=[variant.name for variant in spread.variants],
+        names=[variant.name for variant in placement.variants],
         schedule=schedule,
         log_every=config.log_every,
         save_every=config.save_every,
@@ -272,20 +277,6 @@ def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
     )
 
 
-def _frame(store: ActivationStore, site: str, mask: MaskConfig, device: torch.device) -> Frame:
-    """Centre and scale from the site's statistics: E‖x̃‖² = D."""
-    statistics = store.site(site).statistics_under(mask)
-    if not statistics.total_variance > 0:
-        raise StoreError(f"the activations at {site} are all alike: nothing to train on")
-    scale = (len(statistics.mean_D) / statistics.total_variance) ** 0.5
-    if not 1 / MOST_SCALE < scale < MOST_SCALE:
-        raise StoreError(
-            f"the activations at {site} are about {1 / scale:.0e} from their mean in each dimension, where "
-            f"float32 computes with none; multiply them by {scale:.0e} before they are stored"
-        )
-    return Frame(statistics.mean_D.float().to(device), scale)
-
-
 def _check_mse(config: TrainConfig, store: ActivationStore, variants: list[Variant]) -> None:
     """Refuse a loss in units of which float32 does not hold the squares."""
     for site in {variant.site for variant in variants if variant.loss == "mse"}:
@@ -314,14 +305,7 @@ def check_machine(config: TrainConfig) -> None:
     """
     world = World.here()
     device = world.device(config.device)
-    if choose_kernels(config.kernels, device) != "triton" and config.cuda_graph:
-        why = f"has no effect on {device}" if device.type != "cuda" else f"does not go with {config.kernels}"
-        raise ConfigError(f"cuda_graph {why}; leave it out, or train on a GPU with kernels triton")
-    if config.cuda_graph and config.halving and world.size > 1:
-        raise ConfigError(
-            "cuda_graph does not go with halving in several processes, which form teams when variants are "
-            "stopped; leave one of them out"
-        )
+    choose_kernels(config.kernels, device)
     if config.log_to_tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("log_to_tensorboard needs tensorboard: pip install 'saemill[tensorboard]'")
     if config.log_to_wandb:
@@ -341,25 +325,27 @@ def _start_sinks(config: TrainConfig, trainer: Trainer, opened: ExitStack) -> li
     return sinks
 
 
-def _print_plan(config: TrainConfig, trainer: Trainer, spread: Spread, store: ActivationStore) -> None:
+def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, store: ActivationStore) -> None:
+    """Say what is going to be done, and what may go wrong."""
     if trainer.everyone.rank > 0:
         return  # which may be without a variant after a look
     n_steps = trainer.schedule.n_steps
     n_tokens = n_steps * config.step_tokens
     epochs = n_tokens / trainer.loader.epoch_tokens
-    bank, unit = trainer.banks[0], store.text.unit
+    backend, unit = trainer.banks[0].backend, store.text.unit
+    dead_after_tokens = trainer.learners[0].dead_after_tokens
     say(
-        f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {spread.describe()}; products in "
-        f"{str(bank.dtype).removeprefix('torch.')} by {bank.kernels}; {n_steps:,} steps, {n_tokens:,} "
+        f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {placement.describe()}; products in "
+        f"{str(backend.dtype).removeprefix('torch.')} by {backend.name}; {n_steps:,} steps, {n_tokens:,} "
         f"{unit}s ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
-        f"{bank.dead_after_tokens:,} {unit}s; {store.text.manifest.n_held_out_rows:,} {store.text.row}s "
+        f"{dead_after_tokens:,} {unit}s; {store.text.manifest.n_held_out_rows:,} {store.text.row}s "
         "held out"
     )
     for array in map(store.site, trainer.loader.sites):
         for warning in warnings(array.name, array.statistics, array.dtype, unit):
             say(warning)
-    if bank.kernels == "torch" and trainer.device.type == "cpu" and config.kernels == "auto":
-        say("numba is not installed; with it training is faster on a CPU: pip install 'saemill[cpu]'")
+    if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
+        say("triton is not installed; with it training is faster on a GPU")
     if n_steps < FEW_STEPS:
         say(f"{counted(n_steps, 'step')} are few to learn in: more epochs or a smaller batch may help much")
     if trainer.step:

@@ -15,7 +15,8 @@ from saemill.common.records import File
 from saemill.common.world import Group
 from saemill.train.backends.team import ALONE, ONE, Team
 from saemill.train.learner.bank import Bank
-from saemill.train.profile import part, profiling
+from saemill.train.learner.learner import Learner
+from saemill.train.profile import profiling, region
 from saemill.train.record import checkpoint
 from saemill.train.record.metrics import JsonlSink, Record, Sink
 from saemill.train.stream.feed import Feed
@@ -69,10 +70,18 @@ class Trainer:
     _mark: tuple[int, float] = (0, 0.0)
     """`step` and `seconds` at the last log line."""
 
+    @property
+    def learners(self) -> list[Learner]:
+        """Those of this process."""
+        return [learner for bank in self.banks for learner in bank.learners]
+
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
-        if (found := checkpoint.load(self.folder, self.banks, self.everyone)) is not None:
-            self.step, self.seconds, self.logged = found.step, found.seconds, found.metrics
+        record = checkpoint.load(self.folder, self.learners, self.everyone)
+        if record is not None:
+            self.step, self.seconds, self.logged = record.step, record.seconds, record.metrics
+            for bank in self.banks:
+                bank.refresh()
 
     def run(self, end: int) -> None:
         """Train until `end` steps are done; at `window(end)` the longer sums start anew.
@@ -87,10 +96,10 @@ class Trainer:
                     self._open_windows()
                 started = time.perf_counter()
                 self._one_step()
-                with part("wait for processes"):
+                with region("wait for processes"):
                     stopped = self.everyone.any(self.stop.is_set())
                 self.seconds += time.perf_counter() - started
-                with part("logging"):
+                with region("logging"):
                     self._after_step(stopped, end)
                 if profiler is not None:
                     profiler.step()
@@ -100,18 +109,13 @@ class Trainer:
         return profiling(self.folder, self.device) if wanted else nullcontext()
 
     def _open_windows(self) -> None:
-        for bank in self.banks:
-            for totals in bank.totals_V:
-                totals.open_window()
+        for learner in self.learners:
+            learner.totals.open_window()
 
     def scores(self, metric: str) -> dict[str, float | None]:
         """A metric of every variant of the run over the last steps, on all processes."""
-        mine = {
-            variant.name: bank.score(i, metric)
-            for bank in self.banks
-            for i, variant in enumerate(bank.variants)
-        }
-        return {name: score for part in self.everyone.share(mine) for name, score in part.items()}
+        mine = {learner.variant.name: learner.score(metric) for learner in self.learners}
+        return {name: score for each in self.everyone.share(mine) for name, score in each.items()}
 
     def _after_step(self, stopped: bool, end: int) -> None:
         """Log, save and stop, where it is time for it."""
@@ -120,7 +124,7 @@ class Trainer:
             self._log()
         if self.step % self.save_every == 0 or finished or stopped:
             checkpoint.save(
-                self.folder, self.run_hash, self.step, self.banks, self.seconds, self.everyone, self.log
+                self.folder, self.run_hash, self.step, self.learners, self.seconds, self.everyone, self.log
             )
         if stopped and not finished:
             raise Interrupted(
@@ -129,12 +133,10 @@ class Trainer:
             )
 
     def _one_step(self) -> None:
-        with part("wait for data"):
+        with region("wait for data"):
             batch = self.feed.batch(self.step)
         for bank in self.banks:
-            with part("copy"):
-                x_TD = bank.frame.enter(batch[bank.variants[0].site])
-            bank.step(x_TD, self.schedule.factor(self.step), self.step)
+            bank.step(batch[bank.site], self.schedule.factor(self.step), self.step)
         self.step += 1
         if self.step < self.schedule.n_steps:
             self.feed.prefetch(self.step)
@@ -143,18 +145,17 @@ class Trainer:
         step_before, seconds_before = self._mark
         self._mark = self.step, self.seconds
         n_tokens = (self.step - step_before) * self.loader.batch_tokens
-        found: Metrics = {}
-        diverged: list[str] = []
-        for bank in self.banks:
-            diverged += [
-                f"{variant.name} diverged at step {at:,}: its loss is not finite. The others go on."
-                for variant, at in bank.freeze_diverged()
-            ]
-            found |= self._metrics(bank)
-        shared = self.everyone.share((found, diverged) if self.team.is_first else ({}, []))
+        diverged = [
+            f"{learner.variant.name} diverged at step {int(learner.diverged_step):,}: "
+            "its loss is not finite. The others go on."
+            for bank in self.banks
+            for learner in bank.freeze_diverged()
+        ]
+        mine = self._metrics()
+        shared = self.everyone.share((mine, diverged) if self.team.is_first else ({}, []))
         for message in itertools.chain(*(messages for _, messages in shared)):
             say(message)
-        every = {name: metrics for part, _ in shared for name, metrics in part.items()}
+        every = {name: metrics for each, _ in shared for name, metrics in each.items()}
         record: Record = {
             "step": self.step,
             "tokens": self.step * self.loader.batch_tokens,
@@ -166,17 +167,15 @@ class Trainer:
             if sink is not None:
                 sink.log(record)
 
-    def _metrics(self, bank: Bank) -> Metrics:
-        """What a bank's variants have done since the last log line."""
+    def _metrics(self) -> Metrics:
+        """Compute what each learner has done since the last log line."""
         factor = self.schedule.factor(self.step - 1)
-        found: Metrics = {}
-        for i, variant in enumerate(bank.variants):
-            totals = bank.totals_V[i].take(bank.b_VD.shape[1])
-            if bank.frozen[i]:
-                totals = dict.fromkeys(totals)
-            found[variant.name] = {
-                **totals,
-                "dead_fraction": bank.dead_fraction(i),
-                "lr": 0.0 if bank.frozen[i] else variant.lr * factor,
+        metrics: Metrics = {}
+        for learner in self.learners:
+            means = learner.totals.pop()
+            metrics[learner.variant.name] = {
+                **(dict.fromkeys(means) if learner.frozen else means),
+                "dead_fraction": learner.dead_fraction(),
+                "lr": 0.0 if learner.frozen else learner.variant.lr * factor,
             }
-        return found
+        return metrics

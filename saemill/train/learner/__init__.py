@@ -1,5 +1,6 @@
 """SAEs in training.
 
-initial.py    where one starts
-bank.py       those of one site and width, stepped together
+learner.py    one: its parameters, optimizer, dead latents and sums
+totals.py     what a learner's steps came to
+bank.py       those of one site, stepped over one batch
 """

@@ -53,14 +53,14 @@ class Float32Moment:
         self.value = zeros(*leaf.shape, device=leaf.device)
 
     def read(self, rows: slice) -> Tensor:
-        """The rows themselves: what is done to them is kept."""
+        """Give the rows themselves: what is done to them is kept."""
         return self.value[rows]
 
     def write(self, rows: slice, value: Tensor, step: int) -> None:
-        """Nothing is left to do."""
+        """Do nothing: `read` gave the memory itself."""
 
     def tensors(self) -> list[Tensor]:
-        """What a checkpoint needs."""
+        """List what a checkpoint needs."""
         return [self.value]
 
 
@@ -71,7 +71,7 @@ class Bfloat16Moment:
         self.value = zeros(*leaf.shape, dtype=torch.bfloat16, device=leaf.device)
 
     def read(self, rows: slice) -> Tensor:
-        """A float32 copy of the rows."""
+        """Copy the rows to float32."""
         return self.value[rows].float()
 
     def write(self, rows: slice, value: Tensor, step: int) -> None:
@@ -81,12 +81,12 @@ class Bfloat16Moment:
         self.value[rows] = bits.view(torch.float32).to(torch.bfloat16)
 
     def tensors(self) -> list[Tensor]:
-        """What a checkpoint needs."""
+        """List what a checkpoint needs."""
         return [self.value]
 
 
 def _blocks(rows: Tensor) -> list[Tensor]:
-    """Views of the columns that share scales."""
+    """Cut the columns into those that share scales."""
     return [rows[:, first : first + BLOCK] for first in range(0, rows.shape[1], BLOCK)]
 
 
@@ -108,7 +108,7 @@ class EightBitMoment:
         self.log2_scale = torch.zeros(n_rows, -(-d // BLOCK), device=leaf.device)
 
     def read(self, rows: slice) -> Tensor:
-        """The rows in float32."""
+        """Compute the rows in float32."""
         code = self.code[rows].float()
         log2 = (code.abs() - self.codes.n) * (self.codes.octaves / self.codes.n)
         for i, block in enumerate(_blocks(log2)):
@@ -128,7 +128,7 @@ class EightBitMoment:
         self.code[rows] = code.mul_(value.sign()).to(self.code.dtype)
 
     def tensors(self) -> list[Tensor]:
-        """What a checkpoint needs."""
+        """List what a checkpoint needs."""
         return [self.code, self.log2_scale]
 
 
@@ -136,7 +136,7 @@ Moment = Float32Moment | Bfloat16Moment | EightBitMoment
 
 
 def moment(leaf: Tensor, kept: str, signed: bool) -> Moment:
-    """Storage for a moment of `leaf`: fp32, bf16 or 8bit; biases are always kept in float32."""
+    """Make the storage of a moment of `leaf`: fp32, bf16 or 8bit; biases are always kept in float32."""
     if kept == "fp32" or leaf.dim() == 1:
         return Float32Moment(leaf)
     return Bfloat16Moment(leaf) if kept == "bf16" else EightBitMoment(leaf, signed)

@@ -1,5 +1,7 @@
 """Optimizers that step one block of rows at a time, right where its gradient was made."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,19 +19,19 @@ class Adam:
     """AdamW (Loshchilov & Hutter 2019), as torch.optim.AdamW with fused=True computes it.
 
     Args:
-        leaves: the parameters, float32.
+        parameters: by name, float32; changed in place.
         kept: how the moments of weights are kept: fp32, bf16 or 8bit.
-        betas: by how much the two moments are kept at each step.
+        betas: β₁ and β₂.
     """
 
     def __init__(
-        self, leaves: list[Tensor], kept: str = "fp32", betas: tuple[float, float] = ADAM_BETAS
+        self, parameters: Mapping[str, Tensor], kept: str = "fp32", betas: tuple[float, float] = ADAM_BETAS
     ) -> None:
-        self.leaves, self.betas = leaves, betas
-        self.first = [moment(leaf, kept, signed=True) for leaf in leaves]
-        self.second = [moment(leaf, kept, signed=False) for leaf in leaves]
+        self.parameters, self.kept, self.betas = parameters, kept, betas
+        self.first = {name: moment(p, kept, signed=True) for name, p in parameters.items()}
+        self.second = {name: moment(p, kept, signed=False) for name, p in parameters.items()}
         self.n_steps = 0
-        self.count = torch.zeros((), device=leaves[0].device)
+        self.count = torch.zeros((), device=next(iter(parameters.values())).device)
         """The same on the device."""
 
     def begin_step(self) -> None:
@@ -38,12 +40,12 @@ class Adam:
         self.count.fill_(self.n_steps)
 
     def update(
-        self, leaf: int, rows: slice, grad: Tensor, lr: float | Tensor, weight_decay: float = 0.0
+        self, name: str, rows: slice, grad: Tensor, lr: float | Tensor, weight_decay: float = 0.0
     ) -> None:
-        """Step rows of parameter number `leaf` along their gradient; the rate may lie on the device."""
-        first, second = self.first[leaf].read(rows), self.second[leaf].read(rows)
+        """Step rows of a parameter along their gradient; the rate may lie on the device."""
+        first, second = self.first[name].read(rows), self.second[name].read(rows)
         torch._fused_adamw_(
-            [self.leaves[leaf][rows]],
+            [self.parameters[name][rows]],
             [grad],
             [first],
             [second],
@@ -57,21 +59,20 @@ class Adam:
             amsgrad=False,
             maximize=False,
         )
-        self.first[leaf].write(rows, first, self.n_steps)
-        self.second[leaf].write(rows, second, self.n_steps)
+        self.first[name].write(rows, first, self.n_steps)
+        self.second[name].write(rows, second, self.n_steps)
 
-    def tensors(self) -> list[list[Tensor]]:
-        """What a checkpoint needs beside `n_steps`: the tensors of each parameter."""
-        pairs = zip(self.first, self.second, strict=True)
-        return [[*first.tensors(), *second.tensors()] for first, second in pairs]
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """List what a checkpoint needs beside `n_steps`, by parameter."""
+        return {name: [*self.first[name].tensors(), *self.second[name].tensors()] for name in self.first}
 
 
 class Sgd:
     """SGD with momentum, as torch.optim.SGD computes it; weight decay is decoupled."""
 
-    def __init__(self, leaves: list[Tensor]) -> None:
-        self.leaves = leaves
-        self.momentum = [zeros(*leaf.shape, device=leaf.device) for leaf in leaves]
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.parameters = parameters
+        self.momentum = {name: zeros(*p.shape, device=p.device) for name, p in parameters.items()}
         self.n_steps = 0
 
     def begin_step(self) -> None:
@@ -79,20 +80,20 @@ class Sgd:
         self.n_steps += 1
 
     def update(
-        self, leaf: int, rows: slice, grad: Tensor, lr: float | Tensor, weight_decay: float = 0.0
+        self, name: str, rows: slice, grad: Tensor, lr: float | Tensor, weight_decay: float = 0.0
     ) -> None:
-        """Step rows of parameter number `leaf` along their gradient; the rate may lie on the device."""
-        weights = self.leaves[leaf][rows].mul_(1 - lr * weight_decay)
-        along = self.momentum[leaf][rows].mul_(SGD_MOMENTUM).add_(grad)
+        """Step rows of a parameter along their gradient; the rate may lie on the device."""
+        weights = self.parameters[name][rows].mul_(1 - lr * weight_decay)
+        along = self.momentum[name][rows].mul_(SGD_MOMENTUM).add_(grad)
         if isinstance(lr, Tensor):  # `alpha` would fetch it from the device
             weights.addcmul_(along, lr, value=-1)
         else:
             weights.add_(along, alpha=-lr)
 
-    def tensors(self) -> list[list[Tensor]]:
-        """What a checkpoint needs beside `n_steps`: the tensors of each parameter."""
-        return [[momentum] for momentum in self.momentum]
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """List what a checkpoint needs beside `n_steps`, by parameter."""
+        return {name: [momentum] for name, momentum in self.momentum.items()}
 
 
 Optimizer = Adam | Sgd
-"""One variant's optimizer."""
+"""That of one SAE."""

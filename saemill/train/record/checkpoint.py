@@ -23,7 +23,7 @@ from saemill.common.records import Count, File, Hash, Positive, Record
 from saemill.common.stores import runs
 from saemill.common.stores.runs import ANEW, CHECKPOINT, CHECKPOINTS, VariantName
 from saemill.common.world import Group
-from saemill.train.learner.bank import Bank
+from saemill.train.learner.learner import Learner
 from saemill.train.record.metrics import JsonlSink
 
 
@@ -67,7 +67,7 @@ def save(
     folder: Path,
     run: str,
     step: int,
-    banks: list[Bank],
+    learners: list[Learner],
     seconds: float,
     everyone: Group,
     log: JsonlSink | None,
@@ -80,7 +80,7 @@ def save(
         folder: of the run.
         run: the hash that names it.
         step: the number of steps done.
-        banks: this process's.
+        learners: this process's.
         seconds: time spent.
         everyone: all processes, which call it together.
         log: of the first process, which writes for all.
@@ -89,42 +89,39 @@ def save(
         DiskError: the disk is full; the checkpoint before counts.
     """
     there = folder / f"{CHECKPOINTS}{step}"
-    mine = [
-        _save_variant(there, bank, i)
-        for bank in banks
-        if bank.team.tokens.rank == 0
-        for i in range(len(bank.variants))
-    ]
-    parts = [part for found in everyone.share(mine) for part in found]  # the record follows the last file
+    mine = [_save_learner(there, learner) for learner in learners if learner.backend.team.tokens.rank == 0]
+    parts = [
+        part for of_process in everyone.share(mine) for part in of_process
+    ]  # the record follows the last file
     if log is not None:
         record = Checkpoint(run=run, step=step, seconds=seconds, parts=tuple(parts), metrics=log.synced())
         records.write(folder / CHECKPOINT, record)
         _remove_others(folder, record.folder)
 
 
-def _save_variant(there: Path, bank: Bank, i: int) -> Part:
-    rows, whole = bank.kept(i)
-    name = bank.variants[i].name
+def _save_learner(there: Path, learner: Learner) -> Part:
+    rows, whole = learner.checkpoint_tensors()
+    name, held = learner.variant.name, learner.rows
     state = {
         "variant": name,
-        "start": bank.rows.start,
-        "stop": bank.rows.stop,
+        "start": held.start,
+        "stop": held.stop,
         "rows": rows,
         "whole": whole,
-        "n_steps": bank.optimizers[i].n_steps,
-        "frozen": bank.frozen[i],
+        "n_steps": learner.optimizer.n_steps,
+        "frozen": learner.frozen,
     }
-    path = there / name / f"{bank.rows.start}-{bank.rows.stop}.pt"
+    path = there / name / f"{held.start}-{held.stop}.pt"
     n_bytes = sum(tensor.nbytes for tensor in (*rows, *whole))
     with durable.replacing(path, n_bytes) as partial:
         with partial.open("wb") as file:  # torch's own opening of a path hides why writing fails
             torch.save(state, file)
         size, xxh3 = partial.stat().st_size, durable.hash_file(partial)
-    return Part(variant=name, start=bank.rows.start, stop=bank.rows.stop, bytes=size, xxh3=xxh3)
+    return Part(variant=name, start=held.start, stop=held.stop, bytes=size, xxh3=xxh3)
 
 
-def load(folder: Path, banks: list[Bank], everyone: Group) -> Checkpoint | None:
-    """Load the last state into the banks.
+def load(folder: Path, learners: list[Learner], everyone: Group) -> Checkpoint | None:
+    """Load the last state into the learners, whose copies are to be refreshed then.
 
     Returns: its record; none where there is no checkpoint.
 
@@ -135,10 +132,8 @@ def load(folder: Path, banks: list[Bank], everyone: Group) -> Checkpoint | None:
     record = everyone.first(lambda: read(folder))
     if record is None:
         return None
-    for bank in banks:
-        for i in range(len(bank.variants)):
-            _load_variant(folder / record.folder, record, bank, i)
-        bank.refresh()
+    for learner in learners:
+        _load_learner(folder / record.folder, record, learner)
     return record
 
 
@@ -163,12 +158,12 @@ def problems(folder: Path, record: Checkpoint) -> Iterator[str]:
             yield f"{line}. {ANEW}"
 
 
-def _load_variant(there: Path, record: Checkpoint, bank: Bank, i: int) -> None:
-    mine, missing = bank.rows, bank.rows.stop - bank.rows.start
-    rows, whole = bank.kept(i)
+def _load_learner(there: Path, record: Checkpoint, learner: Learner) -> None:
+    mine, missing = learner.rows, learner.rows.stop - learner.rows.start
+    rows, whole = learner.checkpoint_tensors()
     for part in record.parts:
         first, last = max(part.start, mine.start), min(part.stop, mine.stop)
-        if part.variant != bank.variants[i].name or first >= last:
+        if part.variant != learner.variant.name or first >= last:
             continue
         file = there / part.path
         state = _read(file, part)
@@ -178,7 +173,7 @@ def _load_variant(there: Path, record: Checkpoint, bank: Bank, i: int) -> None:
             file,
         )
         _copy(whole, state["whole"], file)
-        bank.optimizers[i].n_steps, bank.frozen[i] = state["n_steps"], state["frozen"]
+        learner.optimizer.n_steps, learner.frozen = state["n_steps"], state["frozen"]
         missing -= last - first
     if missing:
         raise StoreError(f"{missing:,} latents are missing in the checkpoint {there}. {ANEW}")

@@ -44,7 +44,7 @@ def follow(config: TrainConfig, trainer: Trainer, variants: Sequence[Variant], h
 def _shared(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
     """The run's settings, with what was left open as it was decided."""
     settings = {key: value for key, value in config.identity().items() if key not in OF_VARIANTS}
-    schedule, bank = trainer.schedule, trainer.banks[0]
+    schedule, learner = trainer.schedule, trainer.learners[0]
     return settings | {
         "mask": settings["mask"] or plain(trainer.loader.store.mask),
         "n_steps": schedule.n_steps,
@@ -52,8 +52,8 @@ def _shared(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
         "step_tokens": config.step_tokens,
         "warmup_steps": schedule.warmup_steps,
         "lr_decay_fraction": config.decay_fraction,
-        "dead_after_tokens": bank.dead_after_tokens,
-        "precision": str(bank.dtype).removeprefix("torch."),
+        "dead_after_tokens": learner.dead_after_tokens,
+        "precision": str(learner.backend.dtype).removeprefix("torch."),
         "device": trainer.device.type,
         "n_processes": trainer.everyone.size,
         "epoch_tokens": trainer.loader.epoch_tokens,

@@ -1,4 +1,4 @@
-"""How a run is spread over its processes: which variants each trains, and with whom.
+"""Where a run's SAEs are trained: which variants each trains, and with whom.
 
 Teams share out the variants, the costliest first, each to the team with the least to do; no gradient
 crosses between teams. Within a team `latent_ranks` processes hold the latents of each SAE in parts, and
@@ -26,7 +26,7 @@ ROOM_SHARE = 0.85
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class Placement:
     """One way to spread a run over n_teams · data_ranks · latent_ranks processes."""
 
     variants: tuple[Variant, ...]
@@ -113,8 +113,8 @@ def choose(
     *,
     idle_allowed: bool = False,
     room_bytes: int | None = None,
-) -> Spread:
-    """The spread with the least time per step by estimate, among those the user's numbers allow.
+) -> Placement:
+    """Choose the placement with the least time per step by estimate, among those the user's numbers allow.
 
     Args:
         variants: all of the run.
@@ -126,7 +126,7 @@ def choose(
         room_bytes: memory of each process's device; None where it is not known to be a limit.
 
     Raises:
-        ConfigError: no spread fits the numbers, the variants, or the memory.
+        ConfigError: no placement fits the numbers, the variants, or the memory.
     """
     data = data_ranks or 1
     possible = [latent_ranks] if latent_ranks else range(1, n_processes // data + 1)
@@ -141,8 +141,10 @@ def choose(
         raise ConfigError(
             f"in {fitting[0]} parts some SAE has fewer than k latents in each; lower --latent-ranks"
         )
-    spreads = [_spread(variants, widths, n_processes, data, shards) for shards in wide]
-    working = [spread for spread in spreads if all(spread.teams)] or (spreads if idle_allowed else [])
+    placements = [_placement(variants, widths, n_processes, data, shards) for shards in wide]
+    working = [placement for placement in placements if all(placement.teams)] or (
+        placements if idle_allowed else []
+    )
     if not working:
         n_teams = n_processes // (data * wide[-1])
         raise ConfigError(
@@ -154,10 +156,10 @@ def choose(
     return min(working, key=_seconds)
 
 
-def _that_fit(spreads: list[Spread], widths: Mapping[str, int], room_bytes: int) -> list[Spread]:
+def _that_fit(placements: list[Placement], widths: Mapping[str, int], room_bytes: int) -> list[Placement]:
     """Those whose weights and moments leave some of the device free for the step."""
-    needed = {spread: spread.state_bytes(widths) for spread in spreads}
-    fitting = [spread for spread in spreads if needed[spread] < ROOM_SHARE * room_bytes]
+    needed = {placement: placement.state_bytes(widths) for placement in placements}
+    fitting = [placement for placement in placements if needed[placement] < ROOM_SHARE * room_bytes]
     if not fitting:
         raise ConfigError(
             f"the variants need {min(needed.values()) / 2**30:.1f} GiB per process, its device has "
@@ -166,18 +168,18 @@ def _that_fit(spreads: list[Spread], widths: Mapping[str, int], room_bytes: int)
     return fitting
 
 
-def _spread(
+def _placement(
     variants: list[Variant], widths: Mapping[str, int], n_processes: int, data: int, shards: int
-) -> Spread:
+) -> Placement:
     hands = deal(variants, widths, n_processes // (data * shards))
     costs = [sum(cost(variant, widths[variant.site]) for variant in hand) for hand in hands]
     total = sum(costs)
-    return Spread(
+    return Placement(
         tuple(variants), tuple(map(tuple, hands)), tuple(part / total for part in costs), data, shards
     )
 
 
-def _seconds(spread: Spread) -> float:
+def _seconds(placement: Placement) -> float:
     """Estimated time of a step, in units of the whole work on one process."""
-    overhead = TEAM_OVERHEAD * math.log2(spread.team_size)
-    return max(spread.loads) / spread.team_size * (1 + overhead)
+    overhead = TEAM_OVERHEAD * math.log2(placement.team_size)
+    return max(placement.loads) / placement.team_size * (1 + overhead)

@@ -196,14 +196,6 @@ def _variant(entry: dict[str, Any], widths: Mapping[str, int], where: str, n_ste
     return build(Variant, {"name": name, **entry}, where)
 
 
-def groups(variants: list[Variant]) -> dict[tuple[str, int], list[Variant]]:
-    """Variants by site and width: those that are stacked in one bank."""
-    found: dict[tuple[str, int], list[Variant]] = {}
-    for variant in variants:
-        found.setdefault((variant.site, variant.num_latents), []).append(variant)
-    return found
-
-
 def describe(variant: Variant) -> dict[str, Any]:
     """A variant's settings as plain values."""
     return dataclasses.asdict(variant)

@@ -5,10 +5,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from saemill.train.backends.codes import chunks
+from saemill.train.backends.base import chunks
 from saemill.train.backends.cpu.loops.kth import ALL_BITS, BFLOAT16_BITS, count, kth
 from saemill.train.backends.cpu.loops.numbers import COMPILED, array, put, wide
-from saemill.train.backends.threads import each
+from saemill.train.backends.cpu.threads import each
 
 PIECE_BYTES = 1 << 20
 """Of the rows that a thread takes at a time."""

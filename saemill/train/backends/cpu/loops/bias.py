@@ -4,9 +4,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from saemill.train.backends.codes import chunks
+from saemill.train.backends.base import chunks
 from saemill.train.backends.cpu.loops.numbers import COMPILED, array, dot
-from saemill.train.backends.threads import each
+from saemill.train.backends.cpu.threads import each
 
 PIECE_BYTES = 1 << 20
 """Of the rows that a thread takes at a time."""

@@ -44,11 +44,11 @@ class Quantised(NamedTuple):
     norm_N: Tensor
     """float32: the rows' lengths; not finite where a row is not."""
 
-    def rows(self, part: slice) -> "Quantised":
-        """Some of the rows."""
-        return Quantised(*(of_rows[part] for of_rows in self))
+    def rows(self, some: slice) -> "Quantised":
+        """Select some of the rows."""
+        return Quantised(*(of_rows[some] for of_rows in self))
 
-    def take(self, rows_ND: Tensor) -> None:
+    def fill(self, rows_ND: Tensor) -> None:
         """Quantise as many rows, float32 or bfloat16, into this memory."""
         rotation = _rotation(rows_ND.shape[1], self.codes_ND.shape[1])
         _quantise(array(rows_ND), *rotation, *(array(of_rows) for of_rows in self))
@@ -63,7 +63,7 @@ def empty(n_rows: int, d: int) -> Quantised:
 def quantise(rows_ND: Tensor) -> Quantised:
     """Rows, float32 or bfloat16, rotated and rounded."""
     made = empty(*rows_ND.shape)
-    made.take(rows_ND)
+    made.fill(rows_ND)
     return made
 
 

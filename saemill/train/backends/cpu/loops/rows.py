@@ -1,18 +1,37 @@
 """The pairs (token, latent) of a batch by latent, and the gradients of a block of rows."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from saemill.train.backends.codes import Batch, Forward
+from saemill.train.backends.base import Batch
 from saemill.train.backends.cpu.loops.numbers import COMPILED, array, wide
-from saemill.train.backends.rows import Pairs
+from saemill.train.backends.sparse import Forward
 
 
-def sort_pairs(passed: Forward, n_latents: int, gs: float) -> Pairs:
-    """As `rows.sort_pairs`, by counting; codes of 0 are left out."""
-    val_TK, idx_TK = passed.codes
+class Pairs(NamedTuple):
+    """The active (token, latent) pairs of a batch, by latent, then by token; scaled by gs."""
+
+    token_P: Tensor
+    """int64."""
+    val_P: Tensor
+    dval_P: Tensor
+    offsets_F: Tensor
+    """int64 [F + 1]: latent f has the pairs offsets[f] to offsets[f + 1]."""
+    db_enc_F: Tensor
+    """Σ dval."""
+    along_F: Tensor
+    """Σ val · ⟨g, W_dec[f]⟩: the decoder gradient's part along its row."""
+    fired_F: Tensor
+    """bool: some val > 0."""
+
+
+def sort_pairs(forward: Forward, n_latents: int, gs: float) -> Pairs:
+    """Order a batch's pairs by latent, by counting; codes of 0 are left out."""
+    val_TK, idx_TK = forward.codes
     n_pairs = idx_TK.numel()
     pairs = Pairs(
         token_P=torch.empty(n_pairs, dtype=torch.int64),
@@ -23,7 +42,7 @@ def sort_pairs(passed: Forward, n_latents: int, gs: float) -> Pairs:
         along_F=torch.zeros(n_latents),
         fired_F=torch.zeros(n_latents, dtype=torch.bool),
     )
-    inputs = (array(val_TK), array(idx_TK), array(passed.dot_TK), np.float32(gs))
+    inputs = (array(val_TK), array(idx_TK), array(forward.dot_TK), np.float32(gs))
     _sort_pairs(*inputs, *(array(tensor) for tensor in pairs))
     return pairs
 
@@ -56,7 +75,10 @@ def _sort_pairs(val, idx, dots, gs, tokens, vals, dvals, offsets, db_enc, along,
 def gradients(
     batch: Batch, e_TD: Tensor, pairs: Pairs, block: slice, w_dec_FD: Tensor, b_D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `rows.gradients`; the inputs are those of the product, in its dtype, and so is the error."""
+    """Compute the gradients of a block of rows of w_enc and of w_dec, the latter without its part along them.
+
+    The inputs are those of the product, in its dtype, and so is the error.
+    """
     grad_enc, grad_dec = torch.empty_like(w_dec_FD[block]), torch.empty_like(w_dec_FD[block])
     sorted_P = (array(pairs.token_P), array(pairs.val_P), array(pairs.dval_P))
     of_latents = (pairs.offsets_F[block.start : block.stop + 1], pairs.db_enc_F[block], pairs.along_F[block])

@@ -4,8 +4,8 @@ A program gathers the inputs and errors of its latent's tokens, block by block, 
 encoder bias and decoder row in place. Rows without pairs are stepped too: moments decay and weights move
 on, as in torch.optim.
 
-One program has either a whole row, or one panel of its columns (`panels` says when). A row's length is
-known only after its last panel; then a second, small kernel renormalises. Both ways give the same numbers.
+A row's length is known only after its last block; then the row, which is still in the cache, is read once
+more and renormalised.
 
 With gs the gradient scale and the sums over the latent's pairs (t, val, dval):
 
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from saemill.train.backends.gpu.kernels.arguments import INPUT_DTYPES, NUMERICS, expect
 from saemill.train.backends.gpu.kernels.hyper import Hyper
-from saemill.train.backends.gpu.kernels.panels import BLOCK, l2_bytes, panel_columns
 from saemill.train.backends.gpu.kernels.segments import (
     AuxGradients,
     LatentSums,
@@ -34,17 +33,20 @@ from saemill.train.backends.gpu.kernels.segments import (
     gather_rows,
 )
 from saemill.train.backends.gpu.kernels.stepping import LR, load_rates, mixed, stepped
+from saemill.train.optim import moments
 
 GRADIENT_SCALE = tl.constexpr(int(Hyper.GRADIENT_SCALE))
 WEIGHT_DECAY = tl.constexpr(int(Hyper.WEIGHT_DECAY))
 HEALTHY = tl.constexpr(int(Hyper.HEALTHY))
 
+BLOCK = moments.BLOCK
+"""Columns in registers at a time, 256. One warp: 8 columns per thread, 16 bytes of bfloat16 in one load."""
 OPTIMIZERS = ("adam", "sgd")
 MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
-class Parameters(NamedTuple):
-    """One variant's latents. Masters are float32; all are changed in place."""
+class Latents(NamedTuple):
+    """One SAE's latents. Masters are float32; all are changed in place."""
 
     w_enc_FD: Tensor
     b_enc_F: Tensor
@@ -124,20 +126,14 @@ def update_kernel(
     aux_dec_ptr,
     hyper_ptr,
     seed_ptr,
-    squares_ptr,
     K,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
-    PANEL: tl.constexpr,
     UNROLL: tl.constexpr,
     CHUNK: tl.constexpr,
     ADAM: tl.constexpr,
 ):
-    """One program per latent, those with the most pairs first, and per panel, one panel after the other.
-
-    With more than one panel the decoder rows are left as they are after the step; the sums of their
-    squares, per block, go to `squares`.
-    """
+    """One program per latent, those with the most pairs first."""
     if tl.load(hyper_ptr + HEALTHY) == 0:
         return
     latent = tl.load(latents_ptr + tl.program_id(0))
@@ -148,12 +144,11 @@ def update_kernel(
     scale = tl.load(hyper_ptr + GRADIENT_SCALE)
 
     lane = tl.zeros((1,), tl.int32)
-    if tl.program_id(1) == 0:
-        place = latent + lane
-        b, db = tl.load(b_enc_ptr + place), tl.load(db_ptr + place)
-        only = (lane, lane == 0, 0)
-        b = stepped(b, db, m_b_ptr + place, v_b_ptr + place, None, None, lane, only, rates, ADAM)
-        tl.store(b_enc_ptr + place, b)
+    place = latent + lane
+    b, db = tl.load(b_enc_ptr + place), tl.load(db_ptr + place)
+    only = (lane, lane == 0, 0)
+    b = stepped(b, db, m_b_ptr + place, v_b_ptr + place, None, None, lane, only, rates, ADAM)
+    tl.store(b_enc_ptr + place, b)
 
     dval = tl.load(dval_ptr + latent)
     along = tl.load(along_ptr + latent)
@@ -169,8 +164,7 @@ def update_kernel(
         enc_hash += mixed(mixed(tl.load(seed_ptr).to(tl.uint32)) ^ latent.to(tl.uint32))
     dec_hash = enc_hash ^ 0x5BD1E995
     row_squares = 0.0
-    panel = tl.program_id(1) * PANEL
-    for first in range(panel, tl.minimum(panel + PANEL, D), BLOCK):
+    for first in range(0, D, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < D
         at = latent.to(tl.int64) * D + column
@@ -205,43 +199,21 @@ def update_kernel(
         m, v = m_dec_ptr + at, v_dec_ptr + at
         w = stepped(w, g, m, v, m_dec_scale_ptr, v_dec_scale_ptr, dec_hash, lanes, rates, ADAM)
         tl.store(w_dec_ptr + at, w, mask=inside)
-        squares = tl.sum(tl.where(inside, w * w, 0.0), 0)
-        if squares_ptr is None:
-            row_squares += squares
-        else:
-            tl.store(squares_ptr + (first // BLOCK) * tl.num_programs(0) + latent, squares)
+        row_squares += tl.sum(tl.where(inside, w * w, 0.0), 0)
 
-    if squares_ptr is None:
-        tl.debug_barrier()
-        normalise(w_dec_ptr, copy_dec_ptr, latent, row_squares, D, BLOCK)  # the row is still in cache
+    tl.debug_barrier()
+    normalise(w_dec_ptr, copy_dec_ptr, latent, row_squares, D, BLOCK)  # the row is still in cache
 
 
-@triton.jit
-def normalise_kernel(squares_ptr, w_dec_ptr, copy_dec_ptr, hyper_ptr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per latent, after all panels of `update_kernel`."""
-    if tl.load(hyper_ptr + HEALTHY) == 0:
-        return
-    latent = tl.program_id(0)
-    row_squares = 0.0
-    for block in range(0, (D + BLOCK - 1) // BLOCK):
-        row_squares += tl.load(squares_ptr + block * tl.num_programs(0) + latent)
-    normalise(w_dec_ptr, copy_dec_ptr, latent, row_squares, D, BLOCK)
-
-
-def launch(d: int, panel: int, chunk_pairs: int, optimizer: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def launch(d: int, chunk_pairs: int, optimizer: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`update_kernel`'s constants and launch options: one warp, so that sums need no barrier."""
-    constants, options = normalise_launch(d)
-    adam = optimizer == "adam"
-    return constants | {"PANEL": panel, "UNROLL": 4, "CHUNK": chunk_pairs, "ADAM": adam}, options
-
-
-def normalise_launch(d: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`normalise_kernel`'s constants and launch options."""
-    return {"D": d, "BLOCK": min(BLOCK, triton.next_power_of_2(d))}, {"num_warps": 1, **NUMERICS}
+    block = min(BLOCK, triton.next_power_of_2(d))
+    constants = {"D": d, "BLOCK": block, "UNROLL": 4, "CHUNK": chunk_pairs, "ADAM": optimizer == "adam"}
+    return constants, {"num_warps": 1, **NUMERICS}
 
 
 def update_rows(
-    parameters: Parameters,
+    latents: Latents,
     moments: Moments,
     x_TD: Tensor,
     e_TD: Tensor,
@@ -255,9 +227,8 @@ def update_rows(
     optimizer: str,
     seed: Tensor | None = None,
     aux: AuxGradients | None = None,
-    panel: int | None = None,
 ) -> None:
-    """One optimizer step of one variant's latents, in place; nothing where hyper's HEALTHY is 0.
+    """One optimizer step of one SAE's latents, in place; nothing where hyper's HEALTHY is 0.
 
     `adam` is torch.optim.AdamW on w_enc and torch.optim.Adam on b_enc and w_dec; `sgd` is
     torch.optim.SGD on all three, whose first buffer is the gradient (a zero buffer gives just that), with
@@ -266,7 +237,7 @@ def update_rows(
     (`decoder_bias_gradient`).
 
     Args:
-        parameters, moments: changed in place.
+        latents, moments: changed in place.
         x_TD: the batch in training units, float32, bfloat16 or float16.
         e_TD: of `residual`.
         val_TK, dot_TK: float32, of `select` and `residual`.
@@ -277,49 +248,35 @@ def update_rows(
         seed: int32 [1] on the device, another for every step; for moments shorter than float32, and only
             there.
         aux: gradients to add to some latents' rows.
-        panel: columns of one program, a multiple of 256; from d on, whole rows. By default as
-            `panel_columns` says for the device. The results are the same.
 
     Raises:
         TypeError: another dtype.
-        ValueError: shapes that do not agree, a tensor with gaps, an unknown optimizer, state that does
-            not go with it, or such a panel.
+        ValueError: shapes that do not agree, a tensor with gaps, an unknown optimizer, or state that does
+            not go with it.
     """
-    _check(parameters, moments, b_D, hyper, optimizer, seed, aux)
-    if panel is not None and (panel < 1 or panel % BLOCK):
-        raise ValueError(f"panel must be a multiple of {BLOCK}, got {panel}")
-    n_latents, d = parameters.w_enc_FD.shape
+    _check(latents, moments, b_D, hyper, optimizer, seed, aux)
+    n_latents, d = latents.w_enc_FD.shape
     expect("x_TD", x_TD, INPUT_DTYPES, (len(x_TD), d))
     partial = chunk_sums(pairs, val_TK, dot_TK, x_TD, e_TD)
-    if panel is None:
-        panel = panel_columns(len(x_TD), pairs.k, n_latents, d, x_TD.itemsize, l2_bytes(x_TD.device))
-    constants, options = launch(d, panel, pairs.chunk_pairs, optimizer)
-    n_panels = triton.cdiv(d, panel)
-    squares = None
-    if n_panels > 1:
-        squares = torch.empty(triton.cdiv(d, BLOCK), n_latents, device=x_TD.device)
+    constants, options = launch(d, pairs.chunk_pairs, optimizer)
     if optimizer == "sgd":  # never reads v: any pointer will do
         moments = moments._replace(v_enc_FD=moments.m_enc_FD, v_b_F=moments.m_b_F, v_dec_FD=moments.m_dec_FD)
     extra = (aux.slot_F, aux.enc_SD, aux.dec_SD) if aux else (None, None, None)
     with torch.cuda.device_of(x_TD):
-        update_kernel[(n_latents, n_panels)](
+        update_kernel[(n_latents,)](
             *(pairs.latents_F, pairs.starts, pairs.first_chunk_F, pairs.order_P),
             *(val_TK, dot_TK, x_TD, e_TD, b_D, partial, sums.dval_F, sums.along_F, sums.db_enc_F),
-            *parameters,
+            *latents,
             *moments,
             *extra,
-            *(hyper, seed, squares, pairs.k),
+            *(hyper, seed, pairs.k),
             **constants,
             **options,
         )
-        if squares is not None:
-            constants, options = normalise_launch(d)
-            whole = (squares, parameters.w_dec_FD, parameters.copy_dec_FD, hyper)
-            normalise_kernel[(n_latents,)](*whole, **constants, **options)
 
 
 def _check(
-    parameters: Parameters,
+    latents: Latents,
     moments: Moments,
     b_D: Tensor,
     hyper: Tensor,
@@ -330,9 +287,9 @@ def _check(
     """Refuse parameters and state that do not fit together."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    single, rows = (torch.float32,), tuple(parameters.w_enc_FD.shape)
+    single, rows = (torch.float32,), tuple(latents.w_enc_FD.shape)
     shapes = {"FD": rows, "_F": rows[:1]}
-    for name, tensor in parameters._asdict().items():
+    for name, tensor in latents._asdict().items():
         if tensor is not None:
             expect(name, tensor, (torch.bfloat16,) if "copy" in name else single, shapes[name[-2:]])
     _check_moments(moments, rows, optimizer)

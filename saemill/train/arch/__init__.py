@@ -1,0 +1,5 @@
+"""What an SAE is: each architecture one short file, with the dense loss that defines it.
+
+topk.py       k latents per token, AuxK for the dead
+initial.py    where parameters start
+"""

@@ -1,0 +1,102 @@
+"""The backward pass and the update of one SAE on a CPU, a block of latents at a time.
+
+The pairs are sorted by latent once. Then a block of rows is taken from its gradient to its renormalised
+weights while it is in the cache: only T·K pairs are touched, and each weight and moment is read and written
+once.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from saemill.train.backends.auxk import DeadRows
+from saemill.train.backends.base import Batch, Rates, Weights, chunks
+from saemill.train.backends.cpu.loops.rows import Pairs, gradients, sort_pairs
+from saemill.train.backends.cpu.threads import each
+from saemill.train.backends.sparse import Forward
+from saemill.train.backends.team import Team
+from saemill.train.optim.optimizer import Optimizer
+from saemill.train.profile import region
+
+BLOCK_BYTES = 1 << 20
+"""Bytes of each tensor in a block; about a dozen of them are in use at once."""
+
+
+def update(
+    batch: Batch,
+    forward: Forward,
+    dead: DeadRows | None,
+    weights: Weights,
+    optimizer: Optimizer,
+    healthy: Tensor,
+    rates: Rates,
+    team: Team,
+) -> Tensor:
+    """Take one optimizer step of all parameters, in place.
+
+    Args:
+        batch: T tokens.
+        forward: of the same batch.
+        dead: AuxK's gradients, to be added.
+        weights: changed in place, copies included.
+        optimizer: of these parameters; its step has begun.
+        healthy: bool; where it is false nothing is changed.
+        rates: of this step.
+        team: where it splits the latents, weights and codes are this process's.
+
+    Returns: bool [F], which latents fired.
+    """
+    with region("sort"):
+        pairs = sort_pairs(forward, len(weights.parameters.w_enc_FD), rates.grad_scale)
+    if healthy:
+        _update(batch, forward.e_TD, pairs, dead, weights, optimizer, rates, team)
+    return pairs.fired_F
+
+
+def _update(
+    batch: Batch,
+    e_TD: Tensor,
+    pairs: Pairs,
+    dead: DeadRows | None,
+    weights: Weights,
+    optimizer: Optimizer,
+    rates: Rates,
+    team: Team,
+) -> None:
+    w_enc_FD, _, w_dec_FD, b_D = weights.parameters
+    db_enc_F = pairs.db_enc_F
+    if dead is not None:
+        db_enc_F = db_enc_F.index_add(0, dead.dead_S, dead.b_enc_S)
+    per_shard = rates.grad_scale / team.latents.size
+    db_D = e_TD.sum(0, dtype=torch.float32).mul_(per_shard).sub_(db_enc_F @ w_enc_FD)
+    team.latents.sum_(db_D)
+    optimizer.update("b_enc", slice(None), db_enc_F, rates.lr)
+
+    def step(piece: tuple[slice, slice], _thread: int) -> None:
+        block, of_dead = piece
+        with region("backward"):
+            grad_enc, grad_dec = gradients(batch, e_TD, pairs, block, w_dec_FD, b_D)
+            if dead is not None:
+                places = dead.dead_S[of_dead] - block.start
+                grad_enc.index_add_(0, places, dead.w_enc_SD[of_dead])
+                grad_dec.index_add_(0, places, dead.w_dec_SD[of_dead])
+        with region("optimizer"):
+            optimizer.update("w_enc", block, grad_enc, rates.lr, rates.weight_decay)
+            optimizer.update("w_dec", block, grad_dec, rates.lr)
+            rows = w_dec_FD[block]
+            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+            weights.refresh(block)
+
+    blocks = list(chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES))
+    each(list(zip(blocks, _dead_of(blocks, dead), strict=True)), step)
+    optimizer.update("b", slice(None), db_D, rates.lr)
+
+
+def _dead_of(blocks: list[slice], dead: DeadRows | None) -> list[slice]:
+    """Find which of the dead latents' rows lie in each block."""
+    if dead is None:
+        return [slice(0)] * len(blocks)
+    stops = torch.tensor([block.stop for block in blocks])
+    last = torch.searchsorted(dead.dead_S, stops).tolist()
+    return [slice(*edges) for edges in itertools.pairwise([0, *last])]

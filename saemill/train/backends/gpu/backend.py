@@ -1,0 +1,175 @@
+"""`Gpu`: a step in Triton's kernels.
+
+The residual is kept in the product's dtype, unscaled; sums are float32. The host never waits.
+"""
+
+import torch
+from torch import Tensor
+
+from saemill.common.sae.topk import topk
+from saemill.train.backends.auxk import DeadRows
+from saemill.train.backends.base import Batch, Parameters, Rates, Weights, chunks
+from saemill.train.backends.gpu.kernels.hyper import Hyper, hyper_values
+from saemill.train.backends.gpu.kernels.residual import residual
+from saemill.train.backends.gpu.kernels.rows import Latents, Moments, decoder_bias_gradient, update_rows
+from saemill.train.backends.gpu.kernels.segments import AuxGradients, latent_sums, segments
+from saemill.train.backends.gpu.kernels.select import select
+from saemill.train.backends.sparse import Codes, Forward, Sparse, fold_bias, own_codes, residual_of_team
+from saemill.train.backends.team import ALONE, Team
+from saemill.train.optim.optimizer import ADAM_EPS, SGD_MOMENTUM, Adam, Optimizer
+from saemill.train.profile import region
+
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
+"""Most bytes of pre-activations at once: what fills a GPU; less in Triton's interpreter."""
+
+
+class Gpu(Sparse):
+    """Kernels for GPUs: no atomics, so the same inputs give the same bits.
+
+    Args:
+        dtype: of the encoder's product.
+        team: the processes that share the work.
+    """
+
+    name = "triton"
+
+    def __init__(self, dtype: torch.dtype, team: Team = ALONE) -> None:
+        super().__init__(dtype, team)
+        self._scratch = torch.empty(0, dtype=dtype)
+
+    def weights(self, n_latents: int, d: int, device: torch.device) -> Weights:
+        """Make the memory of one SAE, all zeros, as `Backend.weights`."""
+        w_enc_FD, w_dec_FD = (torch.zeros(n_latents, d, device=device) for _ in range(2))
+        b_enc_F, b_D = torch.zeros(n_latents, device=device), torch.zeros(d, device=device)
+        return Weights(
+            Parameters(w_enc_FD, b_enc_F, w_dec_FD, b_D),
+            w_enc_FD if self.dtype == torch.float32 else torch.zeros_like(w_enc_FD, dtype=self.dtype),
+            w_dec_FD if self.dtype == torch.float32 else torch.zeros_like(w_dec_FD, dtype=self.dtype),
+        )
+
+    def prepare(self, x_TD: Tensor) -> Batch:
+        """Round a batch for products, as `Backend.prepare`."""
+        return Batch(x_TD, x_TD.to(self.dtype))
+
+    def forward(self, batch: Batch, weights: Weights, k: int) -> Forward:
+        """Encode and reconstruct; idx_TK is int32, ascending, ties going to the lowest latent.
+
+        One gather of decoder rows gives the residual and its products with the rows; where the team splits
+        the latents, the residual is known only after a sum over the team, so both are made in torch.
+        """
+        product_TD, (_, b_enc_F, _, b_D) = batch.product_TD, weights.parameters
+        n_tokens, device = len(product_TD), product_TD.device
+        bias_F = fold_bias(weights.product_FD, b_enc_F, b_D)
+        bias = bias_F.to(self.dtype)
+        val_TK = torch.empty(n_tokens, k, device=device)
+        idx_TK = torch.empty(n_tokens, k, dtype=torch.int32, device=device)
+        scratch_TF = self._scratch_for(len(bias_F), device)
+        for chunk in chunks(n_tokens, 1, len(scratch_TF)):
+            with region("encode"):
+                rows_TD = product_TD[chunk]
+                pre_TF = scratch_TF[: len(rows_TD)]
+                torch.addmm(bias, rows_TD, weights.product_FD.T, out=pre_TF)
+            with region("top-k"):
+                val_TK[chunk], idx_TK[chunk] = select(pre_TF, k)
+        codes, n_active = own_codes(Codes(val_TK, idx_TK), self.team)
+        with region("decode"):
+            if self.team.latents.size > 1:
+                wide = Codes(codes.val_TK, codes.idx_TK.long())
+                e_TD, dot_TK = residual_of_team(wide, batch, weights, self.team)
+                sse, e_TD = e_TD.square().sum(), e_TD.to(self.dtype)
+            else:
+                e_TD, dot_TK, sse_T = residual(*codes, weights.gathered_FD, b_D, product_TD)
+                sse = sse_T.sum()
+        return Forward(codes, e_TD, dot_TK, sse, n_active, bias_F)
+
+    def _scratch_for(self, n_latents: int, device: torch.device) -> Tensor:
+        """Keep memory for a chunk's pre-activations, [T, F]."""
+        n_tokens = max(
+            1, CHUNK_BYTES["cuda" if device.type == "cuda" else "cpu"] // (n_latents * self.dtype.itemsize)
+        )
+        if self._scratch.numel() < n_tokens * n_latents or self._scratch.device != device:
+            self._scratch = torch.empty(n_tokens * n_latents, dtype=self.dtype, device=device)
+        return self._scratch[: n_tokens * n_latents].view(n_tokens, n_latents)
+
+    def keep_largest(self, pre_TS: Tensor, k: int) -> Tensor:
+        """Rectify the k largest entries of each row, as `Sparse.keep_largest`."""
+        values, places = topk(pre_TS, k)
+        return torch.zeros_like(pre_TS).scatter_(1, places, values)
+
+    def keep_active(self, dpre_TS: Tensor, acts_TS: Tensor) -> Tensor:
+        """Set the gradients of inactive latents to 0, as `Sparse.keep_active`."""
+        return dpre_TS.mul_(acts_TS > 0).float().sum(0)
+
+    def update(
+        self,
+        batch: Batch,
+        forward: Forward,
+        dead: DeadRows | None,
+        weights: Weights,
+        optimizer: Optimizer,
+        healthy: Tensor,
+        rates: Rates,
+    ) -> Tensor:
+        """Take one optimizer step, as `Sparse.update`; nothing is read back to the host."""
+        w_enc_FD, b_enc_F, w_dec_FD, b_D = weights.parameters
+        n_latents = len(w_enc_FD)
+        (val_TK, idx_TK), e_TD, dot_TK = forward.codes, forward.e_TD, forward.dot_TK
+        hyper = _hyper(rates, optimizer, w_enc_FD.device)
+        hyper[Hyper.HEALTHY] = healthy
+        aux = None if dead is None else _aux(dead, n_latents)
+        with region("sort"):
+            pairs = segments(torch.where(val_TK > 0, idx_TK, n_latents), n_latents)
+            sums = latent_sums(val_TK, dot_TK, pairs, hyper, aux)
+        with region("optimizer"):
+            db_D = decoder_bias_gradient(e_TD, sums.db_enc_F, w_enc_FD, hyper, self.team.latents.size)
+            self.team.latents.sum_(db_D)
+            copied = self.dtype != torch.float32
+            copies = (weights.product_FD, weights.gathered_FD) if copied else (None, None)
+            seed = None
+            if isinstance(optimizer, Adam) and optimizer.kept != "fp32":
+                seed = optimizer.count.int().view(1)
+            update_rows(
+                Latents(w_enc_FD, b_enc_F, w_dec_FD, *copies),
+                _moments(optimizer),
+                *(batch.product_TD, e_TD, val_TK, dot_TK, b_D, pairs, sums, hyper),
+                optimizer="adam" if isinstance(optimizer, Adam) else "sgd",
+                seed=seed,
+                aux=aux,
+            )
+            before_D = b_D.clone()
+            optimizer.update("b", slice(None), db_D, hyper[Hyper.LR])
+            b_D.copy_(torch.where(healthy, b_D, before_D))
+        return sums.fired_F
+
+
+def _hyper(rates: Rates, optimizer: Optimizer, device: torch.device) -> Tensor:
+    """Put the numbers of a step where the kernels read them, without waiting. float32 [len(Hyper)]."""
+    betas = optimizer.betas if isinstance(optimizer, Adam) else (SGD_MOMENTUM, 0.0)
+    values = hyper_values(
+        lr=rates.lr,
+        step=optimizer.n_steps,
+        gradient_scale=rates.grad_scale,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=ADAM_EPS,
+        weight_decay=rates.weight_decay,
+    )
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _moments(optimizer: Optimizer) -> Moments:
+    """List the optimizer's state of the latents as the kernels take it: w_enc, b_enc, w_dec."""
+    if isinstance(optimizer, Adam):
+        names = ("w_enc", "b_enc", "w_dec")
+        state = [kind[name].tensors() for kind in (optimizer.first, optimizer.second) for name in names]
+        scales = [tensors[1] for tensors in state if len(tensors) == 2]  # of w_enc and w_dec, in 8 bits
+        return Moments(*(tensors[0] for tensors in state), *scales)
+    momentum = optimizer.momentum
+    return Moments(momentum["w_enc"], momentum["b_enc"], momentum["w_dec"], None, None, None)
+
+
+def _aux(dead: DeadRows, n_latents: int) -> AuxGradients:
+    """Note where in AuxK's gradients a latent's row lies."""
+    slot_F = torch.full((n_latents,), -1, dtype=torch.int32, device=dead.dead_S.device)
+    slot_F[dead.dead_S] = torch.arange(len(dead.dead_S), dtype=torch.int32, device=slot_F.device)
+    return AuxGradients(slot_F, dead.w_enc_SD, dead.b_enc_S, dead.w_dec_SD)

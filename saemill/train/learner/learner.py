@@ -1,0 +1,138 @@
+"""One SAE in training: parameters, optimizer, dead latents, sums.
+
+Parameters live in training units (`stream.scaling`). `export` folds these into the biases, so that a saved
+SAE takes activations as they are.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saemill.common.sae.parts import Parts, SaeConfig
+from saemill.train.arch import initial
+from saemill.train.arch.topk import TopK
+from saemill.train.backends.base import Backend, Batch, Dead, Rates
+from saemill.train.learner.totals import Totals
+from saemill.train.objective.squared_error import per_square
+from saemill.train.optim.optimizer import Adam, Optimizer, Sgd
+from saemill.train.profile import region
+from saemill.train.stream.scaling import Scaling
+from saemill.train.sweep.variants import Variant
+
+
+class Learner:
+    """A variant in training.
+
+    Args:
+        variant: its settings.
+        scaling: of its site; `centre_D` on the device.
+        backend: who computes its steps. Where its team splits the latents, every tensor with an F holds
+            this process's, `rows` of all.
+        sample_TD: training activations for the initial gain and the geometric median, in training units.
+        dead_after_tokens: a latent that has not fired for so many tokens is dead.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        scaling: Scaling,
+        backend: Backend,
+        sample_TD: Tensor,
+        dead_after_tokens: int,
+    ) -> None:
+        self.variant, self.scaling, self.backend = variant, scaling, backend
+        self.architecture = TopK(variant.k, variant.auxk_alpha, variant.k_aux)
+        self.dead_after_tokens = dead_after_tokens
+        d, device = len(scaling.centre_D), scaling.centre_D.device
+        self.per_square = per_square(variant.loss, d, scaling.scale)
+        self.rows = backend.team.latents.part(variant.num_latents)
+        n_rows = self.rows.stop - self.rows.start
+        self.weights = backend.weights(n_rows, d, device)
+        self.parameters = self.weights.parameters
+        if variant.b_dec_init == "geometric_median":
+            self.parameters.b_D.copy_(initial.geometric_median(sample_TD))
+        self.architecture.initialise(
+            self.parameters, variant.num_latents, variant.seed, sample_TD, backend.team
+        )
+        self.optimizer = self._optimizer()
+        self.idle_tokens_F = torch.zeros(n_rows, dtype=torch.int64, device=device)
+        self.dead_F = torch.zeros(n_rows, dtype=torch.bool, device=device)
+        self.dead = Dead(self.dead_F.nonzero()[:, 0], 0)
+        self.diverged_step = torch.full((), -1, dtype=torch.int64, device=device)
+        """The step at which the loss was not finite, −1 where it is."""
+        self.frozen = False
+        """Whether steps are left out, since it has diverged."""
+        self.totals = Totals(d, device)
+        self.weights.refresh()
+
+    def _optimizer(self) -> Optimizer:
+        named = dict(zip(("w_enc", "b_enc", "w_dec", "b"), self.parameters, strict=True))
+        if self.variant.optimizer == "sgd":
+            return Sgd(named)
+        return Adam(named, self.variant.optimizer_state, self.variant.adam_betas)
+
+    def step(self, batch: Batch, lr_factor: float, step: int) -> None:
+        """Take one optimizer step; on a GPU the host waits for nothing.
+
+        Args:
+            batch: from the backend; the loss is the mean over its tokens.
+            lr_factor: the schedule's factor on the peak rate.
+            step: its number, kept where the loss is not finite.
+        """
+        n_tokens, variant = len(batch.x_TD), self.variant
+        self.optimizer.begin_step()
+        rates = Rates(self.per_square / n_tokens, variant.lr * lr_factor, variant.weight_decay)
+        healthy = self.diverged_step < 0
+        sums = self.backend.step(
+            batch, self.weights, self.architecture, self.optimizer, self.dead, healthy, rates
+        )
+        with region("count"):
+            diverges = healthy & ~torch.isfinite(sums.sse)
+            self.diverged_step.copy_(torch.where(diverges, step, self.diverged_step))
+            loss = sums.sse * rates.per_square + sums.aux_loss
+            self.totals.add(n_tokens, sums.sse, loss, sums.aux_loss, sums.n_active)
+            self.idle_tokens_F.copy_(torch.where(sums.fired_F, 0, self.idle_tokens_F + n_tokens))
+
+    def find_dead(self) -> None:
+        """Look for the latents that are dead now; `Bank.count_dead` is to be called next."""
+        torch.gt(self.idle_tokens_F, self.dead_after_tokens, out=self.dead_F)
+
+    def dead_fraction(self) -> float:
+        """Compute the share of latents that are dead by the trainer's counter."""
+        n_dead = (self.idle_tokens_F > self.dead_after_tokens).sum()
+        return int(self.backend.team.latents.sum_(n_dead)) / self.variant.num_latents
+
+    def score(self, metric: str) -> float | None:
+        """Compute a metric over the window of the last steps; None where it diverged."""
+        if self.frozen:
+            return None
+        return self.dead_fraction() if metric == "dead_fraction" else self.totals.window()[metric]
+
+    def export(self, provenance: dict[str, Any]) -> Parts | None:
+        """Fold the training units into the biases: the SAE in the activations' own.
+
+        Returns: the SAE on the team's first process, none on others; on the CPU where latents are split.
+        """
+        team, variant, scaling = self.backend.team, self.variant, self.scaling
+        if team.tokens.rank > 0:
+            return None
+        w_enc, b_enc, w_dec, b = (parameter.clone() for parameter in self.parameters)
+        if team.latents.size > 1:
+            w_enc, b_enc, w_dec, b = w_enc.cpu(), b_enc.cpu(), w_dec.cpu(), b.cpu()
+        w_enc_FD, b_enc_F, w_dec_FD = (
+            team.latents.collect(rows, variant.num_latents) for rows in (w_enc, b_enc / scaling.scale, w_dec)
+        )
+        if w_enc_FD is None or b_enc_F is None or w_dec_FD is None:
+            return None
+        config = SaeConfig(d_in=len(b), num_latents=variant.num_latents, k=variant.k, provenance=provenance)
+        b_dec = b / scaling.scale + scaling.centre_D.to(b.device)
+        return Parts(config, w_enc_FD, b_enc_F, w_dec_FD, b_dec)
+
+    def checkpoint_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """List the state for a checkpoint: tensors with a row per latent, and whole ones."""
+        w_enc_FD, b_enc_F, w_dec_FD, b_D = self.parameters
+        moments = self.optimizer.tensors()
+        of_latents = [tensor for name in ("w_enc", "b_enc", "w_dec") for tensor in moments[name]]
+        rows = [w_enc_FD, b_enc_F, w_dec_FD, self.idle_tokens_F, self.dead_F, *of_latents]
+        return rows, [b_D, self.diverged_step, self.totals.values, *moments["b"]]
