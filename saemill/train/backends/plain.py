@@ -104,7 +104,7 @@ def _added(sums: Sums, losses: Losses, per_square: float) -> Sums:
 
 
 def _update(p: Parameters, gradients: Parameters, optimizer: Optimizer, rates: Rates) -> None:
-    """Step all parameters; the decoder's gradient loses its part along the rows, which stay of unit length."""
+    """Step all parameters; the decoder's rows stay of unit length, so their gradient is projected."""
     along_F1 = (gradients.w_dec_FD * p.w_dec_FD).sum(1, keepdim=True)
     gradients.w_dec_FD.addcmul_(along_F1, p.w_dec_FD, value=-1)
     every = slice(0, len(p.b_enc_F))
