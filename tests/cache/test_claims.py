@@ -1,32 +1,29 @@
-"""Claims, and many processes that fill one store: who may write, who dies, and what is on disk in the end."""
+"""Claims: who may write a shard, who counts as dead, and who clears up after whom."""
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from crashes import file_hashes
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from launching import ENVIRONMENT
-from stores import make_store, make_tokens
-from waiting import LIMIT_SECONDS, wait_until
+from stores import make_store
+from waiting import wait_until
 
 from saemill.cache import claims
-from saemill.cache.claims import Claim, Lost, Seen, Worker
+from saemill.cache.claims import Claim, Lost, Worker
 from saemill.cache.writer import SiteWriter
 from saemill.common import durable
 from saemill.common.errors import Interrupted
@@ -34,7 +31,7 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import Site
 from saemill.show import problems
 
-# Claims
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -263,9 +260,6 @@ def test_waiting_is_told_and_ends_with_a_signal(
     assert said == [f"waiting for process {os.getpid()} on {there.owner.host}"]
 
 
-# Two workers, one shard
-
-
 def one_shard(store: ActivationStore, worker: Worker, values_TD: torch.Tensor) -> SiteWriter:
     """Write shard 1 of site `a` under a claim."""
     writer = SiteWriter(store, Site("a", 8), torch.float32, worker)
@@ -338,119 +332,11 @@ def stopped_at(moment: int, store: ActivationStore, values: torch.Tensor, others
     return steps > moment
 
 
-# Many processes, one store
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tokens and the store that one process makes of them."""
-    folder = tmp_path_factory.mktemp("many")
-    make_tokens(folder / "tokens", 120, 32)
-    (folder / "model").symlink_to(tiny_models["neox"])
-    subprocess.run(command(folder, folder / "whole"), check=True, capture_output=True, env=ENVIRONMENT)
-    return folder
-
-
-def command(folder: Path, out: Path, layers: str = "0,2") -> list[str]:
-    """60 shards of two rows at each site."""
-    return [
-        sys.executable, "-m", "saemill", "cache", str(folder / "tokens"), "--model", str(folder / "model"),
-        "--layers", layers, "--shard-tokens", "64", "--batch-size", "1", "-o", str(out),
-    ]  # fmt: skip
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
-    )
-
-
-def assert_all_complete(processes: list[subprocess.Popen[str]], whole: Path, out: Path) -> list[str]:
-    """Every process ends well, and the store is that of one process, file by file; what they said."""
-    said = [process.communicate(timeout=LIMIT_SECONDS)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
-    assert file_hashes(out) == file_hashes(whole / "whole")
-    assert not (out / "claims").exists()
-    return said
-
-
-def n_commits(out: Path) -> int:
-    return len(list(out.glob("*/commits/*.json")))
-
-
-@contextmanager
-def kept_back(out: Path) -> Iterator[None]:
-    """While the block runs this process has a shard's claim, so that nobody can finish the store."""
-    with Worker(out / "claims", threading.Event()) as here:
-        claim = here.take("shard-30")
-        assert claim
-        yield
-        claim.release()
-
-
-def claimed_by(out: Path, process: subprocess.Popen[str]) -> bool:
-    """Whether a process is among the workers: from then on it heeds signals."""
-    there = (Seen.at(path) for path in (out / "claims").glob("worker-*"))
-    return any(seen and seen.owner and seen.owner.pid == process.pid for seen in there)
-
-
-def test_workers_join_and_leave(whole: Path, tmp_path: Path) -> None:
-    """Oracle: the store of one process; two start at once, for other sites and the same; one leaves at a
-    SIGUSR1 with code 75 and another joins."""
-    out = tmp_path / "acts"
-    with kept_back(out):
-        first, leaving = start(command(whole, out)), start(command(whole, out, "2"))
-        wait_until(lambda: n_commits(out) >= 4 and claimed_by(out, leaving))
-        leaving.send_signal(signal.SIGUSR1)
-        joining = start(command(whole, out, "0"))
-        text = leaving.communicate(timeout=LIMIT_SECONDS)[0]
-        assert (leaving.returncode, "the same command continues" in text) == (75, True), text
-    assert_all_complete([first, joining], whole, out)
-
-
-def test_ranks_share_the_shards(whole: Path, tmp_path: Path) -> None:
-    """Oracle: the store of one process; of torchrun's two processes one talks."""
-    out = tmp_path / "acts"
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    (said,) = assert_all_complete([start([*run, *command(whole, out)[1:]])], whole, out)
-    assert said.count("layers.0, layers.2 complete; ") == 1
-
-
-def test_workers_killed_at_random(whole: Path, tmp_path: Path) -> None:
-    """Oracle: the store of one process; two workers, each death replaced by a new worker."""
-    generator, out = random.Random(0), tmp_path / "acts"
-    with kept_back(out):
-        running = [start(command(whole, out)) for _ in range(2)]
-        for goal, layers in ((0, "2"), (5, "0"), (60, "0,2")):
-            wait_until(lambda goal=goal: n_commits(out) >= goal)  # type: ignore[misc]
-            killed = running.pop(generator.randrange(len(running)))
-            killed.kill()
-            running.append(start(command(whole, out, layers)))
-    assert_all_complete(running, whole, out)
-
-
-def silenced(out: Path, process: subprocess.Popen[str]) -> None:
-    """Stop a worker, and let the last it was heard of be long ago."""
-    process.send_signal(signal.SIGSTOP)
-    tasks = Path(f"/proc/{process.pid}/task")
-    wait_until(lambda: all(") T" in (task / "stat").read_text() for task in tasks.iterdir()))
-    for path in (out / "claims").glob("worker-*"):
-        if (seen := Seen.at(path)) and seen.owner and seen.owner.pid == process.pid:
-            os.utime(path, (seen.time - 1000, seen.time - 1000))
-
-
-def test_a_stopped_worker_is_replaced_and_wakes_up_to_a_whole_store(whole: Path, tmp_path: Path) -> None:
-    """Oracle: the store of one process; a worker is stopped for longer than its claims last."""
-    out = tmp_path / "acts"
-    with kept_back(out):
-        stopped = start(command(whole, out))
-        wait_until(lambda: n_commits(out) >= 10)
-        silenced(out, stopped)
-    try:
-        second = start(command(whole, out))
-        said = second.communicate(timeout=LIMIT_SECONDS)[0]
-        assert second.returncode == 0, said
-        assert n_commits(out) == 120
-    finally:
-        stopped.send_signal(signal.SIGCONT)
-    assert_all_complete([stopped], whole, out)
+def test_a_worker_knows_whether_others_live(tmp_path: Path) -> None:
+    """Oracle: one worker, two, one again; only the last may clear a store that holds no shard."""
+    with Worker(tmp_path / "claims", threading.Event()) as first:
+        assert first.is_alone()
+        with Worker(tmp_path / "claims", threading.Event()) as second:
+            assert not first.is_alone()
+            assert not second.is_alone()
+        assert first.is_alone()

@@ -1,8 +1,12 @@
-"""Assessments written by hand, for what reads them."""
+"""Assessments: made in little time, looked into, and written by hand for what reads them."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from pipeline import Pipeline
+
+from saemill.assess.run import AssessConfig
 from saemill.common import records
 from saemill.common.stores import assessments
 
@@ -32,3 +36,14 @@ def write_assessment(folder: Path, verdicts: Mapping[str, str]) -> None:
         "n_processes": 1, "versions": {}, "seconds": 0.5, "files": [],
     }  # fmt: skip
     records.write(folder / assessments.FILE, assessments.checked(values))
+
+
+def entry(assessment: dict[str, Any], k: int) -> dict[str, Any]:
+    """Return what is told of the variant of this k."""
+    (found,) = [e for e in assessment["variants"] if e["k"] == k]
+    return dict(found)
+
+
+def brief(causal: Pipeline, out: Path, **values: Any) -> AssessConfig:
+    """Return settings that assess a run on few tokens and show no latents."""
+    return AssessConfig(run=causal.out, out=out, device="cpu", model_tokens=500, n_latents=0, **values)

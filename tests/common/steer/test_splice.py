@@ -1,84 +1,42 @@
 """Splicing: what an SAE in the model's place changes, and what it leaves."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from splicing import (
+    BLOCKS,
+    CAUSAL,
+    IDS,
+    KINDS,
+    LEFT,
+    LEFT_OUT,
+    NORMS,
+    PARTS,
+    RIGHT,
+    F,
+    K,
+    at,
+    by_hand,
+    dense,
+    n_hooks,
+    seeded_sae,
+)
 from torch import Tensor
 
-from saemill import Sae, SaeConfig, ablate, clamp, scale, splice, steer
-from saemill.common.errors import ConfigError
+from saemill import Sae, ablate, clamp, scale, splice, steer
 from saemill.common.sae.sae import Encoded
-from saemill.common.steer.splice import positions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-KINDS = ("neox", "llama", "gpt2", "bert")
-CAUSAL = ("neox", "llama", "gpt2")
-BLOCKS = {"neox": "layers", "llama": "layers", "gpt2": "h", "bert": "encoder.layer"}
-PARTS = {"neox": "layers.1.mlp", "llama": "layers.1.mlp", "gpt2": "h.1.attn", "bert": "embeddings"}
-NORMS = {"neox": "final_layer_norm", "llama": "norm", "gpt2": "ln_f"}
-D, F, K = 32, 96, 6
-IDS = torch.randint(1, 8192, (3, 17), generator=torch.Generator().manual_seed(0))
-RIGHT = (torch.arange(17) < torch.tensor([[17], [11], [5]])).long()
-LEFT = RIGHT.flip(1)
-LEFT_OUT = {"first_positions": 1, "token_ids": [0, int(IDS[0, 4])]}
-
-
-@pytest.fixture(scope="module")
-def models(tiny_models: dict[str, str]) -> dict[str, Any]:
-    autos = {kind: transformers.AutoModelForCausalLM for kind in CAUSAL}
-    autos["bert"] = transformers.AutoModelForMaskedLM
-    return {kind: autos[kind].from_pretrained(tiny_models[kind]).eval() for kind in KINDS}
-
-
-def make_sae(seed: int = 0, d: int = D, **provenance: Any) -> Sae:
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.nn.functional.normalize(torch.randn(F, d, generator=generator), dim=1)
-    config = SaeConfig(d_in=d, num_latents=F, k=K, provenance=provenance)
-    b_enc, b_dec = (torch.randn(n, generator=generator) * 0.1 for n in (F, d))
-    return Sae(config, w.clone(), b_enc, w, b_dec)
-
-
-def dense(sae: Sae, x: Tensor) -> Tensor:
-    """Oracle: relu(TopK(W (x − b_dec) + b)), in full. [..., F]."""
-    pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
-    return torch.relu(pre * torch.zeros_like(pre).scatter(-1, pre.topk(K).indices, 1.0))
-
-
-def by_hand(model: Any, site: str, change: Callable[[Tensor], Tensor], run: Callable[[], Any]) -> Any:
-    """Oracle: a forward hook of torch that replaces the module's output."""
-
-    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    handle = model.base_model.get_submodule(site).register_forward_hook(hook)
-    try:
-        return run()
-    finally:
-        handle.remove()
-
-
-def at(model: Any, site: str, run: Callable[[], Any]) -> Tensor:
-    """The activation at a site, as later modules see it. [B, S, D]."""
-    found = []
-    by_hand(model, site, lambda x: found.append(x.clone()) or x, run)
-    return found[0]
-
-
-def n_hooks(model: Any) -> int:
-    """How many there are; transformers may have left its own."""
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_watching_leaves_the_model_as_it_is(kind: str, models: dict[str, Any]) -> None:
     """Oracle: the bare model's logits, bit by bit; what fired is what the SAE makes of the activations
     that transformers' own `output_hidden_states` gives."""
-    model, sae = models[kind], make_sae()
+    model, sae = models[kind], seeded_sae()
     with torch.no_grad():
         expected = model(IDS, attention_mask=RIGHT, output_hidden_states=True)
         before = n_hooks(model)
@@ -97,7 +55,7 @@ def test_watching_leaves_the_model_as_it_is(kind: str, models: dict[str, Any]) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_error_the_reconstruction_goes_on(kind: str, models: dict[str, Any]) -> None:
     """Oracle: a hook of torch that puts sae(x) at the positions that training saw, taken by hand."""
-    model, sae = models[kind], make_sae(left_out=LEFT_OUT)
+    model, sae = models[kind], seeded_sae(left_out=LEFT_OUT)
     keep = (RIGHT > 0) & (torch.arange(17) > 0) & (IDS[0, 4] != IDS)
     assert 0 < keep.sum() < RIGHT.sum() - 3
 
@@ -118,7 +76,7 @@ def test_without_error_the_reconstruction_goes_on(kind: str, models: dict[str, A
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_the_rest_of_the_model_runs_on_the_reconstruction(kind: str, models: dict[str, Any]) -> None:
     """Oracle: after the last block, the final norm and the head called by hand on sae(x)."""
-    model, sae, last = models[kind], make_sae(), f"{BLOCKS[kind]}.2"
+    model, sae, last = models[kind], seeded_sae(), f"{BLOCKS[kind]}.2"
     norm, head = model.base_model.get_submodule(NORMS[kind]), model.get_output_embeddings()
     with torch.no_grad():
         x_BSD = at(model, last, lambda: model(IDS))
@@ -144,7 +102,7 @@ EDITS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
 @pytest.mark.parametrize("name", EDITS)
 def test_edits_are_those_of_the_dense_codes(name: str, keep_error: bool, models: dict[str, Any]) -> None:
     """Oracle: x + (f' − f) W_dec, or f' W_dec + b_dec, with dense codes f edited by indexing."""
-    model, sae = models["neox"], make_sae()
+    model, sae = models["neox"], seeded_sae()
     edit, change = EDITS[name]
     with torch.no_grad():
         x_BSD = at(model, "layers.1", lambda: model(IDS))
@@ -162,7 +120,7 @@ def test_edits_are_those_of_the_dense_codes(name: str, keep_error: bool, models:
 
 def test_ablation_takes_the_latents_part_away(models: dict[str, Any]) -> None:
     """Oracle: x − a·W_dec[latent], a the latent's activation; the model is untouched where it is silent."""
-    model, sae = models["llama"], make_sae()
+    model, sae = models["llama"], seeded_sae()
     with torch.no_grad():
         x_BSD, logits = at(model, "layers.1", lambda: model(IDS)), model(IDS).logits
         a_BS = dense(sae, x_BSD)[..., 3]
@@ -178,7 +136,7 @@ def test_ablation_takes_the_latents_part_away(models: dict[str, Any]) -> None:
 
 def test_an_edit_in_place_leaves_the_record(models: dict[str, Any]) -> None:
     """Oracle: the codes of the bare model, and those of `ablate`."""
-    model, sae = models["neox"], make_sae()
+    model, sae = models["neox"], seeded_sae()
 
     def in_place(codes: Encoded) -> Encoded:
         codes.top_acts[codes.top_indices == 3] = 0
@@ -199,7 +157,7 @@ def test_an_edit_in_place_leaves_the_record(models: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_generating_with_a_cache_and_without_is_the_same(kind: str, models: dict[str, Any]) -> None:
     """Oracle: `use_cache=False`, where each step runs all positions; and each prompt alone, not padded."""
-    model, sae = models[kind], make_sae(left_out=LEFT_OUT)
+    model, sae = models[kind], seeded_sae(left_out=LEFT_OUT)
     site = f"{BLOCKS[kind]}.1"
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "output_logits": True}
     settings |= {"return_dict_in_generate": True, "pad_token_id": 0}
@@ -230,7 +188,7 @@ def test_generating_with_a_cache_and_without_is_the_same(kind: str, models: dict
 def test_gradients_are_those_of_dense_codes(models: dict[str, Any]) -> None:
     """Oracle: autograd through the dense formula, the latents a variable of their own; the embeddings'
     gradient is that of the whole function, x included; the SAE's weights have one where it is asked for."""
-    model, sae = models["neox"], make_sae().requires_grad_()
+    model, sae = models["neox"], seeded_sae().requires_grad_()
     embeddings = model.base_model.embed_in.weight
 
     def metric() -> Tensor:
@@ -259,7 +217,7 @@ def test_gradients_are_those_of_dense_codes(models: dict[str, Any]) -> None:
 
 def test_the_latents_have_a_gradient_where_no_weight_asks_for_one(models: dict[str, Any]) -> None:
     """Oracle: the gradient where the model's weights ask for theirs."""
-    model, sae = models["neox"], make_sae()
+    model, sae = models["neox"], seeded_sae()
     with splice(model, "layers.0", sae) as spliced:
         expected = torch.autograd.grad(model(IDS).logits[:, -1, 5].sum(), spliced.top_acts)
     model.requires_grad_(False)
@@ -273,7 +231,7 @@ def test_the_latents_have_a_gradient_where_no_weight_asks_for_one(models: dict[s
 
 def test_splices_at_several_sites_and_at_one(models: dict[str, Any]) -> None:
     """Oracle: hooks of torch at both sites, in the same order."""
-    model, first, second = models["gpt2"], make_sae(0), make_sae(1)
+    model, first, second = models["gpt2"], seeded_sae(0), seeded_sae(1)
 
     def run() -> Tensor:
         return model(IDS).logits
@@ -301,7 +259,7 @@ def test_splices_at_several_sites_and_at_one(models: dict[str, Any]) -> None:
 def test_a_bf16_model(sae_dtype: torch.dtype, tiny_models: dict[str, str]) -> None:
     """Oracle: the bare model, bit by bit; the dense formula in float32, rounded to bf16 at the end."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.bfloat16)
-    sae = make_sae().to(sae_dtype)
+    sae = seeded_sae().to(sae_dtype)
     with torch.no_grad():
         expected = model(IDS).logits
         with splice(model, "layers.1", sae) as spliced:
@@ -317,169 +275,3 @@ def test_a_bf16_model(sae_dtype: torch.dtype, tiny_models: dict[str, str]) -> No
         assert (found != steered.bfloat16()).float().mean() < 1e-3
     else:
         torch.testing.assert_close(found.float(), steered, rtol=0.02, atol=0.1)
-
-
-def test_where_says_which_positions(models: dict[str, Any]) -> None:
-    """Oracle: the activation at each position, changed by exactly 5·W_dec[3] or bit by bit the same."""
-    model, sae = models["neox"], make_sae(left_out=LEFT_OUT)
-    chosen = torch.rand(3, 17, generator=torch.Generator().manual_seed(1)) < 0.4
-    after_4 = (LEFT.cumsum(1) > 5) & (LEFT > 0)
-    cases: list[tuple[Any, Tensor]] = [
-        (chosen, chosen & (LEFT > 0)),
-        (lambda ids, _: ids == IDS[1, -1], (IDS[1, -1] == IDS) & (LEFT > 0)),
-        (lambda _, position: position > 4, after_4),
-    ]
-    with torch.no_grad():
-        x_BSD = at(model, "layers.1", lambda: model(IDS, attention_mask=LEFT))
-        for where, expected in cases:
-            with splice(model, "layers.1", sae, steer(3, 5.0), where=where) as spliced:
-                found = at(model, "layers.1", lambda: model(IDS, attention_mask=LEFT))
-            assert torch.equal(spliced.where, expected)
-            assert torch.equal(found[~expected], x_BSD[~expected])
-            difference = (found - x_BSD)[expected]
-            torch.testing.assert_close(
-                difference, (5 * sae.W_dec[3]).expand_as(difference), rtol=0, atol=1e-4
-            )
-
-
-class Cache:
-    """A cache that holds 5 tokens."""
-
-    def get_seq_length(self) -> int:
-        return 5
-
-
-def test_positions_are_counted_without_padding() -> None:
-    """Oracle: by hand; a cache that does not tell its length is refused."""
-    x = torch.zeros(2, 3, D)
-    five_to_seven = [[5, 6, 7]] * 2
-    attention = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
-    cases: list[tuple[dict[str, Any], list[list[int]]]] = [
-        ({}, [[0, 1, 2]] * 2),
-        ({"past_key_values": Cache()}, five_to_seven),
-        ({"attention_mask": attention, "past_key_values": Cache()}, [[0, 1, 2], [2, 3, -1]]),
-        ({"attention_mask": torch.ones(2, 1, 3, 8), "past_key_values": Cache()}, five_to_seven),
-        ({"attention_mask": torch.ones(2, 1, 3, 8), "position_ids": torch.arange(5, 8)[None]}, five_to_seven),
-    ]
-    for arguments, expected in cases:
-        assert positions(arguments, x).tolist() == expected
-    with pytest.raises(ConfigError, match="use_cache=False"):
-        positions({"cache_params": object()}, x)
-
-
-def test_the_site_is_told_by_the_sae(models: dict[str, Any]) -> None:
-    """Oracle: the site named outright; another tool's SAE names TransformerLens' hook."""
-    model = models["gpt2"]
-    with torch.no_grad():
-        with splice(model, "h.1", make_sae(), keep_error=False):
-            expected = model(IDS).logits
-        for provenance in ({"site": "h.1"}, {"hook_name": "blocks.1.hook_resid_post"}):
-            with splice(model, None, make_sae(**provenance), keep_error=False):
-                assert torch.equal(model(IDS).logits, expected)
-
-
-BAD: dict[str, tuple[Callable[[Any, Any], AbstractContextManager[Any]], str]] = {
-    "no site": (lambda m, s: splice(m, None, s), "does not tell its site"),
-    "another model's site": (lambda m, s: splice(m, "h.1", s), "GPTNeoXModel has no module 'h.1'; "),
-    "a misspelt site": (lambda m, s: splice(m, "layer.1", s), r"did you mean .*layers\.1"),
-    "another width": (lambda m, s: splice(m, "layers.1", make_sae(d=16)), "width 16, but .* have 32"),
-    "a module beside the stream": (lambda m, s: splice(m, "rotary_emb", s), "one vector per token"),
-    "a module that never runs": (lambda m, s: splice(m, "layers", s), "nothing ran through layers"),
-    "another device": (lambda m, s: splice(m, "layers.1", make_sae().to("meta")), r"sae.to\('cpu'\)"),
-    "a latent too many": (lambda m, s: splice(m, "layers.1", s, ablate(3, F)), r"in 0\.\.95 .*, got 96"),
-    "a negative latent": (lambda m, s: splice(m, "layers.1", s, [steer(-1, 2.0)]), "got -1"),
-    "no latent": (lambda m, s: splice(m, "layers.1", s, ablate()), "no effect without latents"),
-    "an edit that returns nothing": (
-        lambda m, s: splice(m, "layers.1", s, lambda codes: None), r"\(3, 17, 'k'\), got None",
-    ),
-    "an edit of other positions": (
-        lambda m, s: splice(m, "layers.1", s, lambda c: (c.top_acts[:, 1:], c.top_indices[:, 1:])), "16, 6",
-    ),
-    "a mask of another shape": (
-        lambda m, s: splice(m, "layers.1", s, where=torch.ones(3, 16, dtype=torch.bool)), r"bool \(3, 17\)",
-    ),
-    "no transformer": (lambda m, s: splice(s, "layers.1", s), "HuggingFace transformer, got Sae"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_spliced_is_refused(case: str, models: dict[str, Any]) -> None:
-    """Oracle: the messages; no hook is left."""
-    make, message = BAD[case]
-    before = n_hooks(models["neox"])
-    with torch.no_grad(), pytest.raises(ConfigError, match=message), make(models["neox"], make_sae()):
-        models["neox"](IDS)
-    assert n_hooks(models["neox"]) == before
-
-
-def test_without_token_ids_positions_need_a_mask(models: dict[str, Any]) -> None:
-    """Oracle: the logits with token ids; their embeddings say nothing of special tokens."""
-    model, sae = models["neox"], make_sae(left_out=LEFT_OUT)
-    embeddings = model.base_model.embed_in(IDS)
-    with torch.no_grad():
-        with splice(model, "layers.1", sae, ablate(3)) as spliced:
-            expected = model(IDS).logits
-        with pytest.raises(ConfigError, match="without input_ids"), splice(model, "layers.1", sae):
-            model(inputs_embeds=embeddings)
-        with splice(model, "layers.1", sae, ablate(3), where=spliced.where):
-            assert torch.equal(model(inputs_embeds=embeddings).logits, expected)
-
-
-def test_a_block_that_fails_or_runs_nothing(models: dict[str, Any]) -> None:
-    """Oracle: the block's own error; before a forward pass there is nothing to read, after one the latest."""
-    model, sae = models["neox"], make_sae()
-    before = n_hooks(model)
-    with pytest.raises(ZeroDivisionError), splice(model, "layers.1", sae):
-        raise ZeroDivisionError
-    with pytest.raises(ConfigError, match="nothing ran"), splice(model, "layers.1", sae):
-        models["llama"](IDS)
-    assert n_hooks(model) == before
-    with torch.no_grad(), splice(model, "layers.1", sae) as spliced:
-        with pytest.raises(ConfigError, match="nothing ran"):
-            _ = spliced.top_acts
-        model(IDS)
-        model(IDS[:2, :9])
-        assert spliced.top_acts.shape == (2, 9, K)
-
-
-def test_the_model_with_its_head_or_its_base(models: dict[str, Any]) -> None:
-    """Oracle: the activations on their own; OPT with a head calls only its base model's decoder."""
-    config = transformers.OPTConfig(
-        vocab_size=8192, hidden_size=D, word_embed_proj_dim=D, num_hidden_layers=2, num_attention_heads=2,
-        ffn_dim=64, max_position_embeddings=64,
-    )  # fmt: skip
-    opt, sae = transformers.AutoModelForCausalLM.from_config(config).eval(), make_sae(left_out=LEFT_OUT)
-    keep = (torch.arange(17) > 0) & (IDS[0, 4] != IDS)
-    with torch.no_grad():
-        for model, site in ((opt, "decoder.layers.0"), (models["neox"], "layers.0")):
-            x_BSD = at(model, site, lambda model=model: model(IDS))
-            codes = sae.encode(x_BSD)
-            for called in (model, model.base_model):
-                with splice(model, site, sae) as spliced:
-                    called(IDS)
-                assert torch.equal(spliced.top_acts, codes.top_acts)
-                assert torch.equal(spliced.where, keep)
-        with pytest.raises(ConfigError, match="as a whole"), splice(model, "layers.0", sae):
-            model.base_model.layers[0](x_BSD, position_embeddings=model.base_model.rotary_emb(x_BSD, IDS))
-
-
-def test_a_module_that_runs_twice_is_refused() -> None:
-    """Oracle: ALBERT, whose layers are one module."""
-    config = transformers.AlbertConfig(
-        vocab_size=50, embedding_size=8, hidden_size=D, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=32,
-    )  # fmt: skip
-    model = transformers.AlbertModel(config).eval()
-    site = "encoder.albert_layer_groups.0.albert_layers.0"
-    with pytest.raises(ConfigError, match="more than once"), splice(model, site, make_sae()):
-        model(IDS % 50)
-
-
-def test_a_list_of_edits_may_be_of_any_length(models: dict[str, Any]) -> None:
-    """Oracle: no edit at all."""
-    model, sae = models["neox"], make_sae()
-    edits: Sequence[Any] = []
-    with torch.no_grad():
-        expected = model(IDS).logits
-        with splice(model, "layers.1", sae, edits):
-            assert torch.equal(model(IDS).logits, expected)
