@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,17 +14,9 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read w
 import transformers
 from hub import Hub, take_for_the_hub
 from peers import end_peers
+from texts import random_texts
 
 from saemill.demo import MODEL
-
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "dogs", "ran", "over", "green", "hills"]
-
-
-def random_texts(n: int, seed: int = 0, words: int = 60) -> list[str]:
-    """Distinct documents of some words each."""
-    generator = random.Random(seed)
-    return [f"{i}. " + " ".join(generator.choices(WORDS, k=generator.randint(5, words))) for i in range(n)]
-
 
 LONGEST = ("spread", "kernels", "assess_processes", "claims", "slurm", "train", "cache", "halving", "formats",
            "wandb", "tutorial", "run", "assess", "tokenize", "compiled")  # fmt: skip

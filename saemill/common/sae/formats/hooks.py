@@ -53,7 +53,7 @@ BLOCKS = {
     "gemma3_text": _SANDWICH,
     "olmo2": _SANDWICH,
 }
-"""By transformers' `model_type`; each was checked against TransformerLens (tests/test_hooks.py)."""
+"""By transformers' `model_type`; each was checked against TransformerLens (test_hooks.py)."""
 
 
 def hook_of(site: str, model_type: str) -> Hook | None:

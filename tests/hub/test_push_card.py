@@ -1,0 +1,92 @@
+"""The card of what is pushed: its figures and metadata."""
+
+import shutil
+from pathlib import Path
+
+import yaml
+from command_line import call
+from hub import Hub
+from pipeline import Pipeline
+from pushed import VARIANTS, metadata
+
+from saemill import Sae
+from saemill.common import durable, records
+from saemill.common.sae.formats import seal
+from saemill.common.stores import runs
+
+
+def test_the_card_tells_every_variant_with_its_figures(made: Pipeline, hub: Hub) -> None:
+    """Oracle: final_assessment.json and the settings of the run; the address in the example loads."""
+    call("push", made.out, "user/saes")
+    card = hub.files("user/saes")["README.md"]
+    told = metadata(card)
+    assert told["library_name"] == "saemill"
+    assert "sparse-autoencoder" in told["tags"]
+    assert {"base_model", "datasets", "license"}.isdisjoint(told)  # a local model, a local file, none given
+    assessment = durable.read_json(made.out / "final_assessment.json")
+    lines = {
+        line.split("`")[1]: line for line in card.decode().splitlines() if line.startswith("| `layers.1-")
+    }
+    for entry in assessment["variants"]:
+        line = lines.pop(entry["name"])
+        for name in ("fvu", "l0", "delta_ce", "loss_recovered", "dead_fraction"):
+            value = entry["metrics"][name]["value"]
+            assert (f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}") in line
+        assert line.endswith(f"| {entry['verdict']} |")
+    assert lines == {}
+    recipe = yaml.safe_load(card.decode().split("```yaml\n")[1].split("```")[0])["train"]
+    assert recipe["k"] == [2, 16]
+    assert recipe["epochs"] == 3
+    address = card.decode().split('Sae.load("')[1].split('"')[0]
+    assert address == f"hf://user/saes/{assessment['best_variant']}"
+    Sae.load(address)
+
+
+def test_hub_ids_become_metadata_of_the_card(made: Pipeline, hub: Hub, tmp_path: Path) -> None:
+    """Oracle: the ids, as the hub's metadata names them."""
+    run = shutil.copytree(made.out, tmp_path / "run")
+    cfgs = {}
+    for name in VARIANTS:
+        cfg = durable.read_json(run / name / "cfg.json")
+        cfg["saemill"] |= {
+            "model": "EleutherAI/pythia-160m",
+            "dataset": "monology/pile",
+            "revision": "step3000",
+        }
+        durable.write_json(run / name / "cfg.json", seal.sealed_again(cfg))
+        cfgs[name] = seal.checksum(run / name)
+    records.write(run / "finished.json", runs.finished(run).model_copy(update={"cfgs": cfgs}))
+    (run / "final_assessment.json").unlink()  # which is of the SAEs as they were
+    call("push", run, "user/saes")
+    card = hub.files("user/saes")["README.md"]
+    assert metadata(card)["base_model"] == "EleutherAI/pythia-160m"
+    assert metadata(card)["datasets"] == ["monology/pile"]
+    assert b"`EleutherAI/pythia-160m` at revision `step3000`" in card
+
+
+def test_metadata_added_on_the_hub_outlives_a_push(made: Pipeline, hub: Hub) -> None:
+    """Oracle: the fields, one of the hub's page, one of the card's own; the text is written anew."""
+    call("push", made.out, "user/saes")
+    pushed = hub.files("user/saes")["README.md"]
+    edited = pushed.decode().replace("tags:", "license: mit\ntags:").replace("# Sparse", "# My sparse")
+    hub.files("user/saes")["README.md"] = edited.encode()
+    call("push", made.out, "user/saes")
+    again = hub.files("user/saes")["README.md"]
+    assert metadata(again) == metadata(pushed) | {"license": "mit"}
+    assert again.decode().split("---\n", 2)[2] == pushed.decode().split("---\n", 2)[2]
+
+
+def test_a_run_that_was_not_assessed_says_so(made: Pipeline, tmp_path: Path) -> None:
+    """Oracle: the card of a dry run, which lists no assessment."""
+    run = shutil.copytree(made.out, tmp_path / "run")
+    for file in ("final_assessment.json", "report.html"):
+        (run / file).unlink()
+    told = call("push", run, "user/saes", "--dry-run")
+    assert "**Not assessed.**" in told
+    assert "report.html" not in told
+    assert [line for line in told.splitlines() if line.endswith("| trained to the end |")]
+    diverged = runs.finished(run).model_copy(update={"diverged": {VARIANTS[0]: 7}})
+    records.write(run / "finished.json", diverged)
+    told = call("push", run, "user/saes", "--dry-run")
+    assert [line for line in told.splitlines() if line.endswith("| diverged at step 7 |")]
+    assert f'Sae.load("hf://user/saes/{VARIANTS[1]}")' in told

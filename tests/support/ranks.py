@@ -1,0 +1,95 @@
+"""One process of several that train banks as a team; the first writes what came out.
+
+Started by test_spread.py: `python ranks.py DATA_RANKS LATENT_RANKS OUT KERNELS…`, once per process or
+alone; each of KERNELS (torch, numba, triton in its interpreter) makes the steps in turn.
+"""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if "triton" in sys.argv:  # read when triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from saemill.common.world import Group, World
+from saemill.train.backends.team import Team
+from saemill.train.learner.bank import Bank, Frame
+from saemill.train.sweep.placement import choose
+from saemill.train.sweep.variants import Variant
+
+D, F, T, STEPS = 16, 101, 63, 6
+BASE = Variant(name="v", site="a", k=4, num_latents=F, lr=1e-2, k_aux=8, auxk_alpha=0.5)
+KINDS = {
+    "adam": BASE,
+    "small": replace(BASE, num_latents=51, k=2, k_aux=2),
+    "few dead": replace(BASE, k=8, k_aux=90),
+    "sgd": replace(BASE, optimizer="sgd"),
+    "geometric median": replace(BASE, b_dec_init="geometric_median", seed=5),
+    "no auxk": replace(BASE, auxk_alpha=0.0, weight_decay=0.1),
+    "diverging": replace(BASE, lr=1e30),
+    "spoilt": replace(BASE, seed=6),
+}
+OF_TRITON = ("small",)  # its interpreter is slow
+
+
+def train(kind: str, team: Team, kernels: str) -> dict[str, Any]:
+    variant = KINDS[kind]
+    generator = torch.Generator().manual_seed(3)
+    directions = torch.randn(30, D, generator=generator)
+
+    def batch(i: int) -> torch.Tensor:
+        picks = torch.randint(0, 30, (T, 3), generator=torch.Generator().manual_seed(i))
+        return directions[picks].sum(1)
+
+    frame = Frame(torch.zeros(D), 1.0)
+    bank = Bank([variant], frame, torch.float32, 2 * T, batch(99), kernels, team)
+    if kind == "spoilt" and bank.rows.start == 0:
+        bank.w_enc_VFD[0, 0, 0] = torch.nan  # on one process alone
+        bank.refresh_copies()
+    with torch.no_grad():
+        for step in range(5 if kind == "small" else STEPS):
+            bank.step(batch(step), 1.0, step)
+    diverged = bank.freeze_diverged()
+    dead = bank.dead_fraction(0)
+    sae = bank.export(0, {})
+    weights = None if sae is None else {name: p.detach() for name, p in sae.named_parameters()}
+    return {
+        "weights": weights,
+        "totals": bank.totals_V[0].take(D),
+        "dead": dead,
+        "n_dead": bank.n_dead_V[0],
+        "b": bank.b_VD[0].clone(),
+        "diverged": [step for _, step in diverged],
+    }
+
+
+def main(data_ranks: int, latent_ranks: int, out: Path, *every: str) -> None:
+    world = World.here()
+    with world.connected(torch.device("cpu")) as everyone:
+        spread = choose([BASE], {"a": D}, everyone.size, data_ranks, latent_ranks)
+        team = spread.team_of(everyone)
+        found = {}
+        for kernels in every:
+            kinds = OF_TRITON if kernels == "triton" else KINDS
+            found[kernels] = {name: train(name, team, kernels) for name in kinds}
+            check_alike(everyone, found[kernels])
+        if everyone.rank == 0:
+            torch.save(found, out)
+
+
+def check_alike(everyone: Group, found: dict[str, dict[str, Any]]) -> None:
+    """Every process has the same offset, counts and totals, bit by bit."""
+    for name, result in found.items():
+        for key in ("totals", "dead", "n_dead", "diverged"):
+            values = everyone.share(result[key])
+            assert all(str(value) == str(values[0]) for value in values), (name, key, values)
+        for b_D in everyone.share(result["b"]):
+            assert torch.equal(b_D, result["b"]) or b_D.isnan().any(), name
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])

@@ -1,0 +1,35 @@
+"""An SAE of random weights, and whether another tool computes the same with it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from saemill import Sae, SaeConfig
+
+ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+"""fp32, sums in another order."""
+
+
+def make_sae(d: int = 12, f: int = 40, k: int = 5) -> Sae:
+    """Random weights, always the same ones."""
+    torch.manual_seed(0)
+    w_dec = torch.nn.functional.normalize(torch.randn(f, d), dim=1)
+    config = SaeConfig(d_in=d, num_latents=f, k=k, provenance={"site": "layers.1"})
+    return Sae(config, torch.randn(f, d), torch.randn(f), w_dec, torch.randn(d))
+
+
+def ours(sae: Sae, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [T, F] and reconstructions [T, D]."""
+    with torch.no_grad():
+        reconstruction, acts, indices = sae(x_TD)
+    return torch.zeros(len(x_TD), sae.config.num_latents).scatter(1, indices, acts), reconstruction
+
+
+def check_same(sae: Sae, x_TD: torch.Tensor, theirs: Path) -> None:
+    """Compare with the latents and reconstructions that a peer wrote."""
+    latents, reconstruction = ours(sae, x_TD)
+    with np.load(theirs) as found:
+        torch.testing.assert_close(latents, torch.from_numpy(found["latents"]), **ROUNDING)
+        torch.testing.assert_close(reconstruction, torch.from_numpy(found["reconstruction"]), **ROUNDING)
+    assert (latents > 0).sum() > len(x_TD)

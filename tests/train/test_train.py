@@ -1,0 +1,441 @@
+"""Training runs: resumed equals uninterrupted, grids, outputs, refusals."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training import config, files, killed_at
+from waiting import wait_until
+
+from saemill.cli import app
+from saemill.common import records
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.activations import ActivationStore
+from saemill.train.config import TrainConfig
+from saemill.train.profile import PROFILED_STEPS
+from saemill.train.record.checkpoint import Checkpoint
+from saemill.train.run import run
+from saemill.train.sweep.variants import auto_lr, resolve
+from saemill.train.trainer import Trainer
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kernels": "torch"}, {"kernels": "numba"}, {"kernels": "numba", "precision": "bf16"}],
+    ids=str,
+)
+def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(
+    changes: dict[str, str], store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the same run without a stop, bit by bit: weights and metrics."""
+    run(config(store, tmp_path / "whole", **changes))
+    for step in (9, 17):
+        killed_at(step, config(store, tmp_path / "cut", **changes), monkeypatch)
+    run(config(store, tmp_path / "cut", **changes))
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert not (tmp_path / "cut" / "checkpoint.json").exists()
+
+
+def test_kernels_differ_by_rounding_alone(
+    store: ActivationStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: the same run in torch: every variant's FVU within 0.1%. The plan says what makes the steps, and
+    what would be faster; what cannot run here is refused before the folder is made."""
+    monkeypatch.setattr("saemill.train.backends.passes.find_spec", lambda name: None)
+    run(config(store, tmp_path / "torch"))
+    assert "by torch;" in (told := capsys.readouterr().out)
+    assert "saemill[cpu]" in told
+    with pytest.raises(ConfigError, match="numba, which is not installed"):
+        run(config(store, tmp_path / "none", kernels="numba"))
+    monkeypatch.undo()
+    run(config(store, tmp_path / "numba"))
+    assert "by numba;" in (told := capsys.readouterr().out)
+    assert "saemill[cpu]" not in told
+    with pytest.raises(ConfigError, match="triton run on a GPU"):
+        run(config(store, tmp_path / "none", kernels="triton"))
+    assert not (tmp_path / "none").exists()
+    theirs, ours = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["variants"]
+        for name in ("torch", "numba")
+    )
+    for name, expected in theirs.items():
+        assert ours[name]["fvu"] == pytest.approx(expected["fvu"], rel=1e-3)
+
+
+def command(store: ActivationStore, out: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "saemill", "train", str(store.path), "--site", "a", "-o", str(out),
+        "--k", "2,8",
+        "--num_latents", "48", "--lr", "3e-3", "--batch-size", "64", "--max-tokens", "40k",
+        "--save-every", "10",
+        "--precision", "fp32", "--device", "cpu",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+def test_signals(
+    store: ActivationStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    """Oracle: an uninterrupted run by the same command; SIGTERM saves and exits with 75."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    app(command(store, whole)[3:], standalone_mode=False)
+    process = subprocess.Popen(command(store, out), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: (out / "checkpoint.json").exists(), process)
+    process.send_signal(number)
+    _, stderr = process.communicate()
+    assert process.returncode == code, stderr
+    assert not (out / "finished.json").exists()
+    if number == signal.SIGTERM:
+        assert "same command continues" in stderr
+        assert "Traceback" not in stderr
+    again = subprocess.run(command(store, out), check=True, capture_output=True, text=True)
+    assert "continuing after step" in again.stdout
+    assert files(out) == files(whole)
+    capsys.readouterr()
+    app(command(store, out)[3:], standalone_mode=False)
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_training_learns_and_more_latents_help(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the mean predictor has FVU 1; a larger k must reconstruct better."""
+    run(config(store, tmp_path / "r", max_tokens=256 * 120, k=(1, 4), num_latents=(64,)))
+    last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    fvu = {name: m["fvu"] for name, m in last["variants"].items()}
+    assert fvu["a-k4-f64-s0-lr0.003"] < 0.35 < fvu["a-k1-f64-s0-lr0.003"] < 0.9
+
+
+def test_metrics_agree_with_the_saved_sae(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: FVU of the saved SAE computed from its definition over the training tokens."""
+    run(config(store, tmp_path / "r", max_tokens=256 * 60, k=(4,), num_latents=(64,)))
+    last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    sae = Sae.load(tmp_path / "r" / "a-k4-f64-s0-lr0.003")
+    keep = [store.keep_addresses(i, store.mask, held_out=False) for i in range(store.n_shards)]
+    x = store.read("a", 0, store.n_tokens)[torch.from_numpy(np.concatenate(keep))]
+    with torch.no_grad():
+        error = (sae(x).reconstruction - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert float(error) == pytest.approx(last["variants"]["a-k4-f64-s0-lr0.003"]["fvu"], rel=0.1)
+    norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+    told = {name: sae.config.provenance[name] for name in ("site", "dataset", "ctx_len", "prepend_bos")}
+    assert told == {"site": "a", "dataset": "test", "ctx_len": store.ctx_len, "prepend_bos": False}
+    assert sae.config.provenance["left_out"] == {"first_positions": 1, "token_ids": [0]}
+
+
+def test_two_sites_and_explicit_variants_equal_single_runs(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: one-variant runs with the same settings, bit by bit."""
+    listed = (
+        {"site": "a", "k": 3, "num_latents": 48},
+        {"site": "b", "k": 5, "expansion_factor": 3, "seed": 2},
+    )
+    common: dict[str, Any] = {"k": (8,), "num_latents": (), "expansion_factor": (4,)}
+    folders = run(config(store, tmp_path / "both", variants=listed, site=("a", "b"), **common))
+    singles = [
+        run(config(store, tmp_path / f"one{i}", variants=(entry,), site=(), **common))[0]
+        for i, entry in enumerate(listed)
+    ]
+    for both, single in zip(folders, singles, strict=True):
+        assert (both / "sae.safetensors").read_bytes() == (single / "sae.safetensors").read_bytes()
+
+
+def test_grid_and_names() -> None:
+    """Oracle: the product of the lists, counted by hand."""
+    axes = {"site": ("a",), "k": (1, 2), "expansion_factor": (2, 4), "num_latents": (), "lr": ("auto", 1e-3)}
+    common = {"optimizer": "adam", "k_aux": None}
+    variants = resolve(common, axes | {"seed": (0, 1)}, (), {"a": 64}, 100)
+    assert len(variants) == 16
+    assert {v.num_latents for v in variants} == {128, 256}
+    assert variants[0].name == "a-k1-f128-s0"
+    assert variants[0].lr == pytest.approx(auto_lr(128, 64, 100)) == pytest.approx(0.16 / 64**0.5)
+    assert variants[0].k_aux == 32
+    with pytest.raises(ConfigError, match="not both"):
+        resolve(common, axes | {"num_latents": (5,)}, (), {"a": 64}, 100)
+    with pytest.raises(ConfigError, match="unknown setting"):
+        resolve(common, {"site": ("a",), "k": (1,), "num_latents": (8,)}, ({"kk": 3},), {"a": 64}, 100)
+    with pytest.raises(ConfigError, match="listed one by one; give one k"):
+        resolve(common, axes, ({"lr": 1e-3, "num_latents": 8},), {"a": 64}, 100)
+    with pytest.raises(ConfigError, match="the run has several"):
+        resolve(common, {"site": ("a", "b"), "num_latents": (8,)}, ({"k": 3},), {"a": 64, "b": 64}, 100)
+    with pytest.raises(ConfigError, match="two variants"):
+        resolve(common, {"site": ("a",), "k": (1, 1), "num_latents": (8,)}, (), {"a": 64}, 100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"site": ("c",)}, "not in the store; finished: a, b"),
+        ({"site": ()}, "name a site"),
+        ({"k": (100,)}, "k must be in"),
+        ({"max_tokens": 100}, "less than one step"),
+        ({"lr": (-1.0,)}, "lr must be positive"),
+        ({"optimizer": "sgd", "lr": ("auto",)}, "known for adam only"),
+        ({"epochs": 2}, "not both"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"run_name": "x"}, "no effect without log_to_wandb"),
+        ({"wandb_project": "x"}, "no effect without log_to_wandb"),
+        ({"wandb_entity": "x"}, "no effect without log_to_wandb"),
+        ({"wandb_log_frequency": 10}, "no effect without log_to_wandb"),
+        ({"wandb_artifacts": True}, "no effect without log_to_wandb"),
+        ({"log_to_wandb": True, "wandb_log_frequency": 7}, "must be a multiple of log_every"),
+        ({"lr_decay": "none", "lr_decay_fraction": 0.1}, "no effect with lr_decay none"),
+        ({"auxk_alpha": 0.0, "k_aux": 3}, "no effect with auxk_alpha 0"),
+    ],
+)
+def test_refusals(store: ActivationStore, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """Oracle: the message; nothing was written."""
+    with pytest.raises((ConfigError, StoreError), match=message):
+        run(config(store, tmp_path / "r", **changes))
+    assert not (tmp_path / "r").exists()
+
+
+def test_other_settings_in_the_same_place_are_refused(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the message names the key; --no-resume with the same settings trains anew."""
+    run(config(store, tmp_path / "r"))
+    with pytest.raises(ConfigError, match="batch_size: there 256, now 128"):
+        run(config(store, tmp_path / "r", batch_size=128))
+    before = (tmp_path / "r" / "finished.json").stat().st_mtime_ns
+    run(config(store, tmp_path / "r"))
+    assert (tmp_path / "r" / "finished.json").stat().st_mtime_ns == before
+    run(config(store, tmp_path / "r", resume=False))
+    assert (tmp_path / "r" / "finished.json").stat().st_mtime_ns > before
+
+
+def test_an_output_below_a_file_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the file, which stays as it was."""
+    (tmp_path / "file").write_text("keep me")
+    with pytest.raises(ConfigError, match=r"out must be a folder, but .*/file is a file"):
+        run(config(store, tmp_path / "file" / "r"))
+    assert (tmp_path / "file").read_text() == "keep me"
+
+
+def test_a_damaged_checkpoint_is_told(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the message says how to go on."""
+    run(config(store, tmp_path / "r"))
+    (tmp_path / "r" / "finished.json").unlink()
+    (tmp_path / "r" / "checkpoint.json").write_bytes(b"nonsense")
+    with pytest.raises(StoreError, match="--no-resume"):
+        run(config(store, tmp_path / "r"))
+
+
+def test_a_checkpoint_of_other_shapes_is_told(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the sentence, where torch would spread one number over the row."""
+    one_step = Trainer._one_step
+
+    def failing(self: Trainer) -> None:
+        if self.step == 9:
+            raise KeyboardInterrupt
+        one_step(self)
+
+    monkeypatch.setattr(Trainer, "_one_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(store, tmp_path / "r"))
+    file = next((tmp_path / "r").glob("checkpoint-7/*/*.pt"))
+    state = torch.load(file, weights_only=True)
+    state["rows"][0] = state["rows"][0][:, :1]
+    torch.save(state, file)
+    record = records.read(tmp_path / "r" / "checkpoint.json", Checkpoint, "")
+    name = str(file.relative_to(tmp_path / "r" / record.folder))
+    now = records.File.of(tmp_path / "r" / record.folder, name)
+    parts = tuple(
+        part.model_copy(update={"bytes": now.bytes, "xxh3": now.xxh3}) if str(part.path) == name else part
+        for part in record.parts
+    )
+    records.write(tmp_path / "r" / "checkpoint.json", record.model_copy(update={"parts": parts}))
+    with pytest.raises(StoreError, match=r"by another version of saemill\. .* with --no-resume trains"):
+        run(config(store, tmp_path / "r"))
+
+
+def test_gradient_accumulation_equals_the_large_batch(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: one batch of the same tokens, bit by bit."""
+    one = run(config(store, tmp_path / "one", batch_size=512, num_latents=(48,), k=(4,)))
+    two = run(config(store, tmp_path / "two", batch_size=256, grad_acc_steps=2, num_latents=(48,), k=(4,)))
+    a, b = Sae.load(one[0]), Sae.load(two[0])
+    assert torch.equal(a.W_dec, b.W_dec)
+    assert torch.equal(a.W_enc, b.W_enc)
+
+
+def test_a_diverged_variant_is_reported(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the healthy variant trained without it, bit by bit."""
+    wild = {"k": 4, "num_latents": 48, "optimizer": "sgd", "lr": 1e30}
+    healthy = {"k": 4, "num_latents": 48, "seed": 1}
+    one: dict[str, Any] = {"k": (4,), "num_latents": ()}
+    folders = run(config(store, tmp_path / "r", variants=(wild, healthy), **one))
+    (alone,) = run(config(store, tmp_path / "alone", variants=(healthy,), **one))
+    finished = json.loads((tmp_path / "r" / "finished.json").read_text())
+    assert list(finished["diverged"]) == [folders[0].name]
+    assert (folders[1] / "sae.safetensors").read_bytes() == (alone / "sae.safetensors").read_bytes()
+    last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["variants"][folders[0].name]["fvu"] is None
+
+
+def test_variants_in_a_file(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the same variants given from Python, bit by bit; counts may be written as in flags."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"""
+train:
+  acts: {store.path}
+  site: [a]
+  batch_size: 256
+  max_tokens: 6k
+  precision: fp32
+  adam_betas: 0.9,0.999
+  variants:
+    - {{k: 3, num_latents: 0.048k, lr: 1.0e-3}}
+    - {{k: 4, expansion_factor: 3, seed: 1, auxk_alpha: 0, optimizer: sgd, lr: 0.1}}
+"""
+    )
+    arguments = ["train", "--config", str(file), "-o", str(tmp_path / "r")]
+    subprocess.run([sys.executable, "-m", "saemill", *arguments], check=True)
+    listed = (
+        {"k": 3, "num_latents": 48, "lr": 1e-3},
+        {"k": 4, "num_latents": 48, "seed": 1, "auxk_alpha": 0.0, "optimizer": "sgd", "lr": 0.1},
+    )
+    settings: dict[str, Any] = {"acts": store.path, "site": ("a",), "batch_size": 256, "precision": "fp32"}
+    settings["adam_betas"] = (0.9, 0.999)
+    run(TrainConfig(out=tmp_path / "s", max_tokens=6000, variants=listed, **settings))
+    assert files(tmp_path / "r") == files(tmp_path / "s")
+    again = ["train", "--config", str(tmp_path / "r" / "config.yaml"), "-o", str(tmp_path / "t")]
+    subprocess.run([sys.executable, "-m", "saemill", *again], check=True)
+    assert files(tmp_path / "t") == files(tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{k: 3, num_latents: many}", "variants[0].num_latents must be a whole number"),
+        ("{k: 3, expansion_factor: 2.5}", "variants[0].expansion_factor must be a whole number"),
+        ("{k: 3, num_latents: 48, lr: high}", "variants[0].lr must be auto or a number, got 'high'"),
+        (
+            "{k: 3, num_latents: 48}, {kk: 3, num_latents: 48}",
+            "unknown setting variants[1].kk; did you mean k",
+        ),
+        ("5", "must be a group of settings"),
+    ],
+)
+def test_bad_variants_in_a_file(store: ActivationStore, tmp_path: Path, entry: str, message: str) -> None:
+    """Oracle: one line that says what is wrong, no traceback."""
+    (tmp_path / "c.yaml").write_text(f"train: {{site: [a], variants: [{entry}]}}")
+    arguments = ["train", str(store.path), "--config", str(tmp_path / "c.yaml"), "-o", str(tmp_path / "r")]
+    done = subprocess.run([sys.executable, "-m", "saemill", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_config_yaml_reads_back(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: a second run from the first one's config.yaml, bit by bit."""
+    run(config(store, tmp_path / "r"))
+    text = (tmp_path / "r" / "config.yaml").read_text()
+    (tmp_path / "again.yaml").write_text(text)
+    arguments = [
+        "train",
+        str(store.path),
+        "--config",
+        str(tmp_path / "again.yaml"),
+        "-o",
+        str(tmp_path / "s"),
+    ]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-m", "saemill", *arguments], check=True, env=environment)
+    assert files(tmp_path / "s") == files(tmp_path / "r")
+
+
+def test_profile_writes_a_trace_and_a_table_and_changes_nothing(
+    store: ActivationStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the same run without it; the trace's own marks, and the table's sum."""
+    plain = run(config(store, tmp_path / "plain", k=(4,), num_latents=(32,)))
+    capsys.readouterr()
+    profiled = run(config(store, tmp_path / "profiled", k=(4,), num_latents=(32,), profile=True))
+    assert torch.equal(Sae.load(plain[0]).W_dec, Sae.load(profiled[0]).W_dec)
+    with gzip.open(tmp_path / "profiled" / "profile.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    for part in ("wait for data", "copy", "encode", "top-k", "decode", "sort", "backward", "optimizer"):
+        assert names.count(f"saemill: {part}") >= PROFILED_STEPS
+    lines = capsys.readouterr().out.splitlines()
+    top = next(i for i, line in enumerate(lines) if line.startswith("one step, mean of"))
+    step_ms = float(lines[top].split()[-2])
+    rows = [line for line in lines[top + 1 :] if " ms " in line]
+    assert sum(float(row[20:28]) for row in rows) == pytest.approx(step_ms, abs=0.1 * len(rows))
+
+
+def test_profile_of_too_short_a_run_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--profile needs 11 steps, 4 are left"):
+        run(config(store, tmp_path / "r", profile=True, max_tokens=256 * 4))
+
+
+def test_auto_lr_meets_the_published_rate_at_its_scale() -> None:
+    """Oracle: Gao et al. 2024: 2e-4 at 2^14 latents on GPT-2 (D 768), 8e9 tokens in batches of 2^17."""
+    assert auto_lr(2**14, 768, 8 * 10**9 // 2**17) == pytest.approx(2e-4, rel=0.1)
+    assert auto_lr(2**8, 64, 8) == auto_lr(2**8, 64, 1) == 0.02, "bounded where steps and latents are few"
+    assert auto_lr(2**16, 768, 1000) == pytest.approx(auto_lr(2**14, 768, 1000) / 2)
+
+
+def test_a_site_without_a_variant_is_refused(store: ActivationStore, tmp_path: Path) -> None:
+    listed = ({"site": "a", "k": 2, "num_latents": 32},)
+    sites = [site for site in store.sites if site != "a"]
+    with pytest.raises(ConfigError, match="no variant is of site"):
+        run(config(store, tmp_path / "r", site=("a", sites[0]), variants=listed, k=(2,), num_latents=(32,)))
+
+
+@pytest.mark.parametrize("state", ["bf16", "8bit"])
+def test_short_moments_survive_a_kill_bit_by_bit(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """Oracle: the same run without a stop."""
+    settings: dict[str, Any] = {"k": (2,), "num_latents": (48,), "optimizer_state": state}
+    run(config(store, tmp_path / "whole", **settings))
+    one_step = Trainer._one_step
+
+    def failing(self: Trainer) -> None:
+        if self.step == 9:
+            raise KeyboardInterrupt
+        one_step(self)
+
+    monkeypatch.setattr(Trainer, "_one_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(store, tmp_path / "cut", **settings))
+    monkeypatch.setattr(Trainer, "_one_step", one_step)
+    run(config(store, tmp_path / "cut", **settings))
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_short_moments_without_adam_are_refused(store: ActivationStore, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="optimizer_state 8bit has an effect with adam only"):
+        run(config(store, tmp_path / "r", optimizer="sgd", optimizer_state="8bit"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"optimizer": "sgd", "lr": (0.1,), "adam_betas": (0.9, 0.999)},
+            "adam_betas have an effect with adam",
+        ),
+        ({"adam_betas": (0.9,)}, "adam_betas must be 2 values, got"),
+        ({"adam_betas": (0.9, 1.0)}, "two numbers from 0 to below 1, got"),
+    ],
+)
+def test_betas_that_mean_nothing_are_refused(
+    store: ActivationStore, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(config(store, tmp_path / "r", **settings))
