@@ -18,7 +18,7 @@ from texts import random_texts
 
 from saemill.demo import MODEL
 
-LONGEST = ("spread", "kernels", "assess_processes", "claims", "slurm", "train", "cache", "halving", "formats",
+LONGEST = ("placement", "kernels", "assess_processes", "claims", "slurm", "train", "cache", "halving", "formats",
            "wandb", "tutorial", "run", "assess", "tokenize", "compiled")  # fmt: skip
 
 

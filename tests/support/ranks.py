@@ -1,6 +1,6 @@
-"""One process of several that train banks as a team; the first writes what came out.
+"""One process of several that train a bank as a team; the first writes what came out.
 
-Started by test_spread.py: `python ranks.py DATA_RANKS LATENT_RANKS OUT KERNELS…`, once per process or
+Started by test_placement.py: `python ranks.py DATA_RANKS LATENT_RANKS OUT KERNELS…`, once per process or
 alone; each of KERNELS (torch, numba, triton in its interpreter) makes the steps in turn.
 """
 
@@ -14,10 +14,10 @@ if "triton" in sys.argv:  # read when triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from steps import make_bank
 
 from saemill.common.world import Group, World
 from saemill.train.backends.team import Team
-from saemill.train.learner.bank import Bank, Frame
 from saemill.train.sweep.placement import choose
 from saemill.train.sweep.variants import Variant
 
@@ -45,33 +45,32 @@ def train(kind: str, team: Team, kernels: str) -> dict[str, Any]:
         picks = torch.randint(0, 30, (T, 3), generator=torch.Generator().manual_seed(i))
         return directions[picks].sum(1)
 
-    frame = Frame(torch.zeros(D), 1.0)
-    bank = Bank([variant], frame, torch.float32, 2 * T, batch(99), kernels, team)
-    if kind == "spoilt" and bank.rows.start == 0:
-        bank.w_enc_VFD[0, 0, 0] = torch.nan  # on one process alone
-        bank.refresh_copies()
+    bank = make_bank([variant], batch(99), kernels=kernels, dead_after=2 * T, team=team)
+    (learner,) = bank.learners
+    if kind == "spoilt" and learner.rows.start == 0:
+        learner.parameters.w_enc_FD[0, 0] = torch.nan  # on one process alone
+        learner.weights.refresh()
     with torch.no_grad():
         for step in range(5 if kind == "small" else STEPS):
             bank.step(batch(step), 1.0, step)
     diverged = bank.freeze_diverged()
-    dead = bank.dead_fraction(0)
-    sae = bank.export(0, {})
-    weights = None if sae is None else {name: p.detach() for name, p in sae.named_parameters()}
+    dead = learner.dead_fraction()
+    parts = learner.export({})
     return {
-        "weights": weights,
-        "totals": bank.totals_V[0].take(D),
+        "weights": None if parts is None else parts.weights,
+        "totals": learner.totals.pop(),
         "dead": dead,
-        "n_dead": bank.n_dead_V[0],
-        "b": bank.b_VD[0].clone(),
-        "diverged": [step for _, step in diverged],
+        "n_dead": learner.dead.n_in_team,
+        "b": learner.parameters.b_D.clone(),
+        "diverged": [int(learner.diverged_step) for learner in diverged],
     }
 
 
 def main(data_ranks: int, latent_ranks: int, out: Path, *every: str) -> None:
     world = World.here()
     with world.connected(torch.device("cpu")) as everyone:
-        spread = choose([BASE], {"a": D}, everyone.size, data_ranks, latent_ranks)
-        team = spread.team_of(everyone)
+        placement = choose([BASE], {"a": D}, everyone.size, data_ranks, latent_ranks)
+        team = placement.team_of(everyone)
         found = {}
         for kernels in every:
             kinds = OF_TRITON if kernels == "triton" else KINDS

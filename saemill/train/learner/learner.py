@@ -58,7 +58,7 @@ class Learner:
         self.optimizer = self._optimizer()
         self.idle_tokens_F = torch.zeros(n_rows, dtype=torch.int64, device=device)
         self.dead_F = torch.zeros(n_rows, dtype=torch.bool, device=device)
-        self.dead = Dead(self.dead_F.nonzero()[:, 0], 0)
+        self.dead = Dead(torch.zeros(0, dtype=torch.int64, device=device), 0)
         self.diverged_step = torch.full((), -1, dtype=torch.int64, device=device)
         """The step at which the loss was not finite, −1 where it is."""
         self.frozen = False

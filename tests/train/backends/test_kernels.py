@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 
 from saemill.train.backends.gpu.kernels.hyper import Hyper, hyper_values
-from saemill.train.backends.gpu.kernels.panels import panel_columns
 from saemill.train.backends.gpu.kernels.residual import residual
-from saemill.train.backends.gpu.kernels.rows import Moments, Parameters, decoder_bias_gradient, update_rows
+from saemill.train.backends.gpu.kernels.rows import Latents, Moments, decoder_bias_gradient, update_rows
 from saemill.train.backends.gpu.kernels.segments import (
     AuxGradients,
     Segments,
@@ -259,16 +258,14 @@ class Trained:
     of latents.
     """
 
-    def __init__(
-        self, f: int, d: int, k: int, dtype: torch.dtype, optimizer: str, chunk: int, panel: int | None
-    ) -> None:
-        self.k, self.dtype, self.optimizer, self.chunk, self.panel = k, dtype, optimizer, chunk, panel
+    def __init__(self, f: int, d: int, k: int, dtype: torch.dtype, optimizer: str, chunk: int) -> None:
+        self.k, self.dtype, self.optimizer, self.chunk = k, dtype, optimizer, chunk
         w_dec, w_enc = unit_rows(f, d), unit_rows(f, d)
         b_enc = randn(f) * 0.1
         b_enc[f // 2], b_enc[-f // 4 :] = 9, -9  # one latent takes every token, some never fire
         self.b = randn(d) * 0.3
         copies = (w_enc.to(BF16), w_dec.to(BF16)) if dtype == BF16 else (None, None)
-        self.mine = Parameters(w_enc, b_enc, w_dec, *copies)
+        self.mine = Latents(w_enc, b_enc, w_dec, *copies)
         self.moments = zero_moments(self.mine, optimizer, F32)
         leaves = [torch.nn.Parameter(p.clone()) for p in (w_enc, b_enc, w_dec)]
         self.leaves = leaves
@@ -302,7 +299,6 @@ class Trained:
             *(self.mine, self.moments, x, e, val, dot, self.b, pairs, sums, now),
             optimizer=self.optimizer,
             aux=aux,
-            panel=self.panel,
         )
 
     def reference_step(self, used: tuple[Tensor, Tensor, Tensor], aux: AuxGradients | None) -> None:
@@ -337,7 +333,7 @@ class Trained:
                 torch.testing.assert_close(copy.float(), master, rtol=2**-7, atol=0)
 
 
-def zero_moments(parameters: Parameters, optimizer: str, dtype: torch.dtype) -> Moments:
+def zero_moments(parameters: Latents, optimizer: str, dtype: torch.dtype) -> Moments:
     def zeros() -> tuple[Tensor, Tensor, Tensor]:
         enc, b, dec = (torch.zeros_like(p) for p in parameters[:3])
         return enc.to(dtype), b, dec.to(dtype)
@@ -346,22 +342,22 @@ def zero_moments(parameters: Parameters, optimizer: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    ("f", "d", "k", "dtype", "optimizer", "chunk", "with_aux", "panel"),
+    ("f", "d", "k", "dtype", "optimizer", "chunk", "with_aux"),
     [
-        (60, 40, 5, BF16, "adam", 256, False, None),
-        (30, 96, 5, F32, "adam", 16, False, 256),
-        (16, 130, 1, BF16, "adam", 5, True, None),
-        (12, 300, 4, BF16, "sgd", 16, False, None),
-        (34, 40, 32, F32, "sgd", 256, True, None),
-        (12, 300, 4, BF16, "adam", 16, True, 256),
-        (9, 600, 3, F32, "sgd", 16, True, 512),
+        (60, 40, 5, BF16, "adam", 256, False),
+        (30, 96, 5, F32, "adam", 16, False),
+        (16, 130, 1, BF16, "adam", 5, True),
+        (12, 300, 4, BF16, "sgd", 16, False),
+        (34, 40, 32, F32, "sgd", 256, True),
+        (12, 300, 4, BF16, "adam", 16, True),
+        (9, 600, 3, F32, "sgd", 16, True),
     ],
 )
 def test_three_steps_equal_torch(
-    f: int, d: int, k: int, dtype: torch.dtype, optimizer: str, chunk: int, with_aux: bool, panel: int | None
+    f: int, d: int, k: int, dtype: torch.dtype, optimizer: str, chunk: int, with_aux: bool
 ) -> None:
     """Oracle: dense float64 autograd from the stored error, projection, torch.optim and renorming."""
-    trained = Trained(f, d, k, dtype, optimizer, chunk, panel)
+    trained = Trained(f, d, k, dtype, optimizer, chunk)
     aux = None
     if with_aux:
         slot = torch.full((f,), -1, dtype=torch.int32)
@@ -387,7 +383,6 @@ def one_update(
     moments_dtype: torch.dtype,
     seed: int | None,
     d: int = 300,
-    panel: int | None = None,
     with_aux: bool = False,
     coarse: bool = False,
     **changes: Any,
@@ -398,7 +393,7 @@ def one_update(
     idx, val, dot = random_pairs(n_tokens, f, k, hot=4)
     x, e = randn(n_tokens, d, dtype=BF16), randn(n_tokens, d, dtype=BF16)
     w_enc, b_enc, w_dec = randn(f, d), randn(f), unit_rows(f, d)
-    parameters = Parameters(w_enc, b_enc, w_dec, w_enc.to(BF16), w_dec.to(BF16))
+    parameters = Latents(w_enc, b_enc, w_dec, w_enc.to(BF16), w_dec.to(BF16))
     rows = [start_moment(f, d, moments_dtype, signed, coarse) for signed in (True, True, False, False)]
     m_enc, m_dec, v_enc, v_dec = (tensors[0] for tensors in rows)
     scales = [tensors[1] for tensors in rows if len(tensors) > 1]
@@ -411,36 +406,8 @@ def one_update(
     sums = latent_sums(val, dot, pairs, now, aux)
     place = None if seed is None else torch.tensor([seed], dtype=torch.int32, device=DEVICE)
     inputs = (x, e, val, dot, randn(d), pairs, sums, now)
-    update_rows(parameters, moments, *inputs, optimizer="adam", seed=place, aux=aux, panel=panel)
+    update_rows(parameters, moments, *inputs, optimizer="adam", seed=place, aux=aux)
     return [tensor for tensor in (*parameters, *moments) if tensor is not None]
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16, torch.int8])
-@pytest.mark.parametrize(("d", "panel"), [(770, 512), (512, 256), (40, 256)])
-def test_panels_give_the_same_numbers_as_whole_rows(d: int, panel: int, dtype: torch.dtype) -> None:
-    """Oracle: the other form, bit by bit, with a hot latent, empty rows, AuxK and rounded moments."""
-    seed, coarse = None if dtype == F32 else 3, dtype == torch.int8
-    whole, split = (
-        one_update(dtype, seed, d, columns, with_aux=True, coarse=coarse) for columns in (1024, panel)
-    )
-    for first, second in zip(whole, split, strict=True):
-        assert torch.equal(first, second)
-
-
-def test_panels_are_chosen_where_the_batch_does_not_fit_the_cache() -> None:
-    """Oracle: bytes counted by hand for an L2 of 50 MiB, of which half is used."""
-    l2 = 50 << 20
-    # 2·2·1024 + 52·6144/32 = 14,080 bytes per column: 1,861 columns fit.
-    assert panel_columns(1024, 32, 6144, 768, 2, l2) == 768
-    assert panel_columns(1024, 32, 6144, 1792, 2, l2) == 1792
-    # 1,861 columns are 7 blocks of 256; of 9 blocks the two panels are given 5 and 4.
-    assert panel_columns(1024, 32, 6144, 2304, 2, l2) == 1280
-    # 2·2·8192 + 52·24576/32 = 72,704: 360 columns; float32: 105,472, 248 columns, but no less than a block.
-    assert panel_columns(8192, 32, 24576, 768, 2, l2) == 256
-    assert panel_columns(8192, 32, 24576, 768, 4, l2) == 256
-    # One pair per latent: 4 bytes gathered per column would save less than 8 bytes cost.
-    assert panel_columns(4096, 32, 131072, 768, 2, l2) == 768
-    assert panel_columns(64, 4, 128, 40, 4, l2) == 256
 
 
 def test_update_repeats_bit_by_bit() -> None:
@@ -517,10 +484,9 @@ def test_8_bit_moments_change_only_what_is_stored() -> None:
     assert abs(float((draws[0][:6] * draws[0][6:]).mean())) < 0.02
 
 
-@pytest.mark.parametrize("panel", [None, 256])
-def test_a_diverged_variant_is_left_as_it_was(panel: int | None) -> None:
+def test_a_diverged_variant_is_left_as_it_was() -> None:
     """Oracle: the same state, where a step would change all of it."""
-    before = one_update(F32, None, healthy=0.0, lr=0.5, panel=panel)
+    before = one_update(F32, None, healthy=0.0, lr=0.5)
     again = one_update(F32, None, healthy=0.0, lr=float("nan"))
     for first, second in zip(before, again, strict=True):
         assert torch.equal(first, second)
@@ -531,7 +497,7 @@ def test_a_diverged_variant_is_left_as_it_was(panel: int | None) -> None:
 
 def test_update_refuses_state_that_does_not_fit() -> None:
     """Oracle: the sentences."""
-    parameters = Parameters(randn(4, 8), randn(4), unit_rows(4, 8), None, None)
+    parameters = Latents(randn(4, 8), randn(4), unit_rows(4, 8), None, None)
     idx, val, dot = distinct(3, 4, 2), torch.rand(3, 2), randn(3, 2)
     pairs, x = segments(idx, 4), randn(3, 8)
     sums = latent_sums(val, dot, pairs, hyper())
@@ -551,10 +517,6 @@ def test_update_refuses_state_that_does_not_fit() -> None:
         update(zero_moments(parameters, "adam", BF16), "adam")
     with pytest.raises(ValueError, match="a seed is needed"):
         update(adam, "adam", torch.zeros(1, dtype=torch.int32))
-    with pytest.raises(ValueError, match="panel must be a multiple of 256, got 100"):
-        update_rows(
-            parameters, adam, x, x, val, dot, randn(8), pairs, sums, hyper(), optimizer="adam", panel=100
-        )
     with pytest.raises(TypeError, match="m_enc_FD must be float32 or bfloat16"):
         update(adam._replace(m_enc_FD=adam.m_enc_FD.half()), "adam")
     with pytest.raises(TypeError, match="v_dec_FD must be float32, got"):

@@ -1,4 +1,4 @@
-"""Loops compiled by numba: each against torch, and whole steps against the same steps in torch."""
+"""Loops compiled by numba: each against torch; threads, and which backend is chosen."""
 
 import shutil
 import sys
@@ -13,21 +13,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import make_bank, planted, silence, train
 from torch import Tensor
 
 from saemill.common.errors import ConfigError
-from saemill.train.backends import auxk, codes, rows
-from saemill.train.backends.cpu import compiled, loops
+from saemill.train.backends.base import Batch, Parameters, Rates, Weights
+from saemill.train.backends.choose import choose_kernels
+from saemill.train.backends.cpu import backend as cpu
+from saemill.train.backends.cpu import loops, update
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
 from saemill.train.backends.cpu.loops.numbers import largest, magnitude
 from saemill.train.backends.cpu.loops.quantise import LEAST_COLUMNS, Quantised, empty, quantise
 from saemill.train.backends.cpu.loops.residual import residual
 from saemill.train.backends.cpu.loops.rows import gradients, sort_pairs
 from saemill.train.backends.cpu.loops.select import select
-from saemill.train.backends.passes import choose_kernels
-from saemill.train.backends.team import ALONE
-from saemill.train.backends.threads import each, number, one_in_torch
-from saemill.train.learner.bank import Bank, Frame
+from saemill.train.backends.cpu.threads import each, number, one_in_torch
+from saemill.train.backends.sparse import Codes, Forward, decode
+from saemill.train.learner.bank import Bank
 from saemill.train.optim.optimizer import Adam
 from saemill.train.sweep.variants import Variant
 
@@ -137,34 +139,35 @@ def test_codes_are_those_of_the_whole_product(
         assert len(set(active)) == len(active)
 
 
-def weights_of(f: int, d: int, dtype: torch.dtype, seed: int) -> codes.Weights:
+def weights_of(f: int, d: int, dtype: torch.dtype, seed: int) -> Weights:
     generator = made(seed)
     w_dec_FD = torch.nn.functional.normalize(torch.randn(f, d, generator=generator), dim=1)
     w_enc_FD = torch.randn(f, d, generator=generator) / d**0.5
     b_enc_F, b_D = 0.1 * torch.randn(f, generator=generator), 0.3 * torch.randn(d, generator=generator)
-    weights = codes.Weights(w_enc_FD, b_enc_F, w_dec_FD, b_D, w_enc_FD.to(dtype), w_dec_FD, empty(f, d))
-    weights.refresh(slice(0, f))
+    parameters = Parameters(w_enc_FD, b_enc_F, w_dec_FD, b_D)
+    weights = Weights(parameters, w_enc_FD.to(dtype), w_dec_FD, empty(f, d))
+    weights.refresh()
     return weights
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 50), st.integers(1, 13), st.integers(0, 99))
 def test_residuals_are_those_of_torch(t: int, d: int, f: int, k: int, seed: int) -> None:
-    """Oracle: `codes.residual` in float32; in bfloat16 the error is its nearest, and the rest of it."""
-    k, weights = min(k, f), weights_of(f, d, torch.float32, seed)
+    """Oracle: dense products in float32; in bfloat16 the error is its nearest, and the rest of it."""
+    k, (_, _, w_dec_FD, b_D) = min(k, f), weights_of(f, d, torch.float32, seed).parameters
     x_TD = torch.randn(t, d, generator=made(seed))
     idx_TK = torch.rand(t, f, generator=made(seed)).topk(k).indices
-    here = codes.Codes(torch.rand(t, k, generator=made(seed)), idx_TK)
-    expected, dots = codes.residual(here, x_TD, weights.w_dec_FD, weights.b_D, ALONE)
+    here = Codes(torch.rand(t, k, generator=made(seed)), idx_TK)
+    expected = decode(here, w_dec_FD) + b_D - x_TD
     for dtype in DTYPES:
         e_TD, dot_TK, sse_T = torch.empty(t, d, dtype=dtype), torch.empty(t, k), torch.empty(t)
-        residual(*here, x_TD, weights.w_dec_FD, weights.b_D, e_TD, dot_TK, sse_T)
+        residual(*here, x_TD, w_dec_FD, b_D, e_TD, dot_TK, sse_T)
         if dtype == torch.bfloat16:
             near = expected.bfloat16().float()
             torch.testing.assert_close(e_TD.float(), near, rtol=2**-7, atol=1e-6)
-            dots = (weights.w_dec_FD[idx_TK] * e_TD.float()[:, None]).sum(2)
         else:
             torch.testing.assert_close(e_TD, expected, rtol=1e-5, atol=1e-5)
+        dots = (w_dec_FD[idx_TK] * e_TD.float()[:, None]).sum(2)
         torch.testing.assert_close(dot_TK, dots, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(sse_T, e_TD.float().square().sum(1), rtol=1e-5, atol=1e-6)
 
@@ -183,30 +186,36 @@ def test_numbers_are_rounded_to_the_nearest_bfloat16() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
-    """Oracle: `rows.sort_pairs` and `rows.gradients` on the same pairs; latents without any, and hot ones."""
+    """Oracle: dense products of the codes and their gradients; latents without any, and hot ones."""
     t, d, f, k, gs = 90, 37, 50, 5, 0.3
-    weights, generator = weights_of(f, d, dtype, 0), made(5)
+    (_, _, w_dec_FD, b_D), generator = weights_of(f, d, dtype, 0).parameters, made(5)
     x_TD = torch.randn(t, d, generator=generator).to(dtype).float()
     idx_TK = torch.rand(t, f // 2, generator=generator).topk(k).indices
     idx_TK[:, 0] = f - 1
-    val_TK = torch.rand(t, k, generator=generator) - 0.2
+    val_TK = (torch.rand(t, k, generator=generator) - 0.2).relu()
     e_TD, dot_TK = torch.randn(t, d, generator=generator).to(dtype), torch.randn(t, k, generator=generator)
-    given_ = (torch.tensor(0.0), torch.tensor(0), torch.zeros(f))
-    passed = codes.Forward(codes.Codes(val_TK.relu(), idx_TK), e_TD, dot_TK, *given_)
-    mine, theirs = sort_pairs(passed, f, gs), rows.sort_pairs(passed, f, gs)
-    n = int(theirs.offsets_F[-1])
-    for name in ("token_P", "val_P", "dval_P"):
-        assert torch.equal(getattr(mine, name)[:n], getattr(theirs, name)[:n])
-    for name in ("offsets_F", "fired_F"):
-        assert torch.equal(getattr(mine, name), getattr(theirs, name))
-    for name in ("db_enc_F", "along_F"):
-        torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-5, atol=1e-6)
-    batch = codes.Batch(x_TD, x_TD.to(dtype))
+    rest = (torch.tensor(0.0), torch.tensor(0), torch.zeros(f))
+    pairs = sort_pairs(Forward(Codes(val_TK, idx_TK), e_TD, dot_TK, *rest), f, gs)
+    val_TF, dval_TF, dot_TF = (
+        torch.zeros(t, f).scatter(1, idx_TK, gs * of_pair_TK)
+        for of_pair_TK in (val_TK, dot_TK * (val_TK > 0), dot_TK)
+    )
+    n_pairs = (val_TF > 0).sum(0)
+    assert pairs.offsets_F.diff().tolist() == n_pairs.tolist()
+    assert torch.equal(pairs.fired_F, n_pairs > 0)
+    along_F = (val_TF * dot_TF).sum(0) / gs
+    torch.testing.assert_close(pairs.db_enc_F, dval_TF.sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pairs.along_F, along_F, rtol=1e-5, atol=1e-5)
+    for f_ in (0, f // 3, f - 1):
+        tokens = pairs.token_P[pairs.offsets_F[f_] : pairs.offsets_F[f_ + 1]]
+        assert tokens.tolist() == val_TF[:, f_].nonzero()[:, 0].tolist()
+    enc_FD = dval_TF.T @ x_TD - dval_TF.sum(0)[:, None] * b_D
+    dec_FD = val_TF.T @ e_TD.float() - along_F[:, None] * w_dec_FD
+    batch = Batch(x_TD, x_TD.to(dtype))
     for block in (slice(0, 20), slice(20, f)):
-        found = gradients(batch, e_TD, mine, block, weights.w_dec_FD, weights.b_D)
-        expected = rows.gradients(batch, e_TD.float(), theirs, block, weights.w_dec_FD, weights.b_D)
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        grad_enc, grad_dec = gradients(batch, e_TD, pairs, block, w_dec_FD, b_D)
+        torch.testing.assert_close(grad_enc, enc_FD[block], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grad_dec, dec_FD[block], rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=50, deadline=None)
@@ -217,13 +226,13 @@ def test_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
 def test_the_largest_are_kept_in_their_places(
     t: int, s: int, k: int, dtype: torch.dtype, coarse: bool, seed: int
 ) -> None:
-    """Oracle: `auxk.keep_largest`, and where entries tie, its sorted values; no more than k are left."""
+    """Oracle: torch.topk, rectified; where entries tie, its sorted values; no more than k are left."""
     k = min(k, s)
     pre_TS = torch.randn(t, s, generator=made(seed))
     pre_TS = (pre_TS.round() if coarse else pre_TS).to(dtype)
     pre_TS[0, :2] = torch.tensor([0.99609375, 1.0])[:s] * pre_TS.abs().max()  # neighbours in bfloat16
-    expected, found = auxk.keep_largest(pre_TS, k), keep_largest(pre_TS.clone(), k)
-    assert torch.equal(found.sort(1).values, expected.sort(1).values)
+    found = keep_largest(pre_TS.clone(), k)
+    assert torch.equal(found.sort(1).values[:, s - k :], pre_TS.topk(k).values.relu().flip(1))
     assert ((found == 0) | (found == pre_TS)).all()
     assert ((found > 0).sum(1) <= k).all()
 
@@ -241,13 +250,13 @@ def test_largest_and_magnitude(others: list[float]) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 300), st.sampled_from(DTYPES), st.integers(0, 99))
 def test_gradients_of_inactive_latents_are_0(t: int, s: int, dtype: torch.dtype, seed: int) -> None:
-    """Oracle: `auxk.keep_active`; with pieces of a few columns too, whose sums are the same bits."""
+    """Oracle: a product with where they are active; with pieces of a few columns too, bit by bit."""
     dpre_TS, acts_TS = torch.randn(2, t, s, generator=made(seed)).to(dtype)
     acts_TS.relu_()
-    expected_TS, found_TS, again_TS = (dpre_TS.clone() for _ in range(3))
-    sums_S, found_S = auxk.keep_active(expected_TS, acts_TS), keep_active(found_TS, acts_TS)
+    expected_TS, found_TS, again_TS = dpre_TS * (acts_TS > 0), dpre_TS.clone(), dpre_TS.clone()
+    found_S = keep_active(found_TS, acts_TS)
     assert torch.equal(found_TS, expected_TS)
-    torch.testing.assert_close(found_S, sums_S)
+    torch.testing.assert_close(found_S, expected_TS.float().sum(0))
     with mock.patch("saemill.train.backends.cpu.loops.auxk.PIECE_COLUMNS", 7):
         assert torch.equal(keep_active(again_TS, acts_TS), found_S)
     assert torch.equal(again_TS, expected_TS)
@@ -257,55 +266,38 @@ D, F, T = 24, 280, 120
 BASE = Variant(name="v", site="s", k=6, num_latents=F, lr=3e-3, seed=0, k_aux=D // 2)
 
 
-def batches(n: int) -> list[Tensor]:
-    generator = made(77)
-    directions = torch.randn(60, D, generator=generator)
-    picks = torch.randint(0, 60, (n, T, 3), generator=generator)
-    return list(directions[picks].sum(2) + 0.1 * torch.randn(n, T, D, generator=generator))
-
-
-def train(variants: list[Variant], dtype: torch.dtype, kernels: str, n_steps: int) -> Bank:
-    bank = Bank(variants, Frame(torch.zeros(D), 1.0), dtype, 2 * T, batches(1)[0], kernels)
-    bank.w_enc_VFD[:, : F // 4] *= 0.01  # these die, so that AuxK runs
-    bank.refresh_copies()
-    with torch.no_grad():
-        for step, x_TD in enumerate(batches(n_steps)):
-            bank.step(x_TD, 1.0, step)
-    return bank
+def trained(variants: list[Variant], dtype: torch.dtype, kernels: str, n_steps: int) -> Bank:
+    """Steps with dead latents."""
+    data = planted(n_steps, T, D)
+    return train(silence(make_bank(variants, data[0], kernels=kernels, dtype=dtype, dead_after=2 * T)), data)
 
 
 @pytest.fixture(params=["8-bit", "whole"])
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to multiply, whatever this CPU is fast at."""
     kind: str = request.param
-    monkeypatch.setattr(compiled, "multiplies_8_bits", lambda d: kind == "8-bit")
+    monkeypatch.setattr(cpu, "multiplies_8_bits", lambda d: kind == "8-bit")
     return kind
 
 
-VARIANTS = [
-    BASE,
-    replace(BASE, k=3, seed=3, weight_decay=0.1, loss="mse"),
-    replace(BASE, optimizer="sgd", lr=0.3, auxk_alpha=0.0),
-    replace(BASE, optimizer_state="bf16", seed=1),
-]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_steps_equal_steps_in_torch(variant: Variant, product: str) -> None:
-    """Oracle: the passes in torch, in float32, over 7 steps with dead latents; counters and sums too."""
-    mine, theirs = (train([variant], torch.float32, kernels, 7) for kernels in ("numba", "torch"))
-    assert len(theirs.dead_V[0]) > 0
-    for a, b in zip(mine.stacks, theirs.stacks, strict=True):
+@pytest.mark.parametrize("variant", [BASE, replace(BASE, optimizer_state="bf16", seed=1)])
+def test_steps_stay_near_steps_in_torch(variant: Variant, product: str) -> None:
+    """Oracle: the definition by autograd, in float32, over 7 steps with dead latents; counters and sums."""
+    mine, theirs = (
+        trained([variant], torch.float32, kernels, 7).learners[0] for kernels in ("numba", "torch")
+    )
+    assert len(theirs.dead.latents_S) > 0
+    for a, b in zip(mine.parameters, theirs.parameters, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-4)
-    assert torch.equal(mine.idle_tokens_VF, theirs.idle_tokens_VF)
-    ours, expected = mine.totals_V[0].take(D), theirs.totals_V[0].take(D)
-    assert ours == pytest.approx(expected, rel=1e-4)
+    assert torch.equal(mine.idle_tokens_F, theirs.idle_tokens_F)
+    assert mine.totals.pop() == pytest.approx(theirs.totals.pop(), rel=1e-4)
 
 
 def test_bf16_steps_lead_to_the_same_error(product: str) -> None:
-    """Oracle: the passes in torch with the same bf16 product; the mean FVU of 9 steps within 1%."""
+    """Oracle: the definition with the same bf16 product; the mean FVU of 9 steps within 1%."""
     mine, theirs = (
-        train([BASE], torch.bfloat16, kernels, 9).totals_V[0].take(D)["fvu"] for kernels in ("numba", "torch")
+        trained([BASE], torch.bfloat16, kernels, 9).learners[0].totals.pop()["fvu"]
+        for kernels in ("numba", "torch")
     )
     assert mine == pytest.approx(theirs, rel=0.01)
 
@@ -316,24 +308,26 @@ def test_threads_do_not_change_the_result(
 ) -> None:
     """Oracle: one thread, bitwise: codes, errors, and rows after an update; enough pieces for three threads.
     With b = 0 no product of torch's with an order of its own is in them."""
-    monkeypatch.setattr(compiled, "CHUNK_TOKENS", 20)
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 30 * D * 4)
+    monkeypatch.setattr(cpu, "CHUNK_TOKENS", 20)
+    monkeypatch.setattr(update, "BLOCK_BYTES", 30 * D * 4)
     before, found = torch.get_num_threads(), []
-    batch = compiled.prepare(batches(1)[0], dtype)
     for n_threads in (1, 3):
         weights = weights_of(F, D, dtype, 4)
-        weights.b_D.zero_()
-        optimizer = Adam(list(weights[:4]), "bf16")
+        parameters = weights.parameters
+        parameters.b_D.zero_()
+        optimizer = Adam(dict(zip(("w_enc", "b_enc", "w_dec", "b"), parameters, strict=True)), "bf16")
         optimizer.begin_step()
+        backend = cpu.Cpu(dtype)
         torch.set_num_threads(n_threads)
         try:
-            passed = compiled.forward(batch, weights, 6, compiled.room(F, dtype, torch.device("cpu")))
-            rates, healthy = rows.Rates(0.1, 1e-2, 0.0), torch.tensor(True)
-            compiled.backward(batch, passed, None, weights, optimizer, healthy, rates)
+            batch = backend.prepare(planted(1, T, D)[0])
+            forward = backend.forward(batch, weights, 6)
+            rates, healthy = Rates(0.05, 1e-2, 0.0), torch.tensor(True)
+            backend.update(batch, forward, None, weights, optimizer, healthy, rates)
             assert torch.get_num_threads() == n_threads
         finally:
             torch.set_num_threads(before)
-        found.append([*passed.codes, passed.e_TD, passed.dot_TK, weights.w_enc_FD, weights.w_dec_FD])
+        found.append([*forward.codes, forward.e_TD, forward.dot_TK, parameters.w_enc_FD, parameters.w_dec_FD])
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
 
@@ -382,16 +376,16 @@ def test_torch_has_one_thread_around_pieces_and_its_own_again_after() -> None:
 
 def test_a_diverged_variant_is_found_and_changes_no_more(product: str) -> None:
     """Oracle: its weights from before, which are no longer finite; the healthy one beside it goes on."""
-    wild = replace(BASE, optimizer="sgd", lr=1e30)
-    bank = train([wild, BASE], torch.float32, "numba", 4)
-    assert 0 < int(bank.diverged_step_V[0]) <= 3
-    before, healthy = bank.w_dec_VFD.clone(), bank.w_enc_VFD[1].clone()
+    bank = trained([replace(BASE, optimizer="sgd", lr=1e30), BASE], torch.float32, "numba", 4)
+    wild, healthy = bank.learners
+    assert 0 < int(wild.diverged_step) <= 3
+    of_wild, of_healthy = wild.parameters.w_dec_FD.clone(), healthy.parameters.w_enc_FD.clone()
     with torch.no_grad():
-        bank.step(batches(1)[0], 1.0, 4)
-    assert torch.equal(bank.w_dec_VFD[0].isnan(), before[0].isnan())
-    assert torch.equal(bank.w_dec_VFD[0].nan_to_num(), before[0].nan_to_num())
-    assert not torch.equal(bank.w_enc_VFD[1], healthy)
-    assert int(bank.diverged_step_V[1]) == -1
+        bank.step(planted(1, T, D)[0], 1.0, 4)
+    assert torch.equal(wild.parameters.w_dec_FD.isnan(), of_wild.isnan())
+    assert torch.equal(wild.parameters.w_dec_FD.nan_to_num(), of_wild.nan_to_num())
+    assert not torch.equal(healthy.parameters.w_enc_FD, of_healthy)
+    assert int(healthy.diverged_step) == -1
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
@@ -404,22 +398,23 @@ def test_a_nan_stays_one(bits: int) -> None:
     assert e_TD.isnan().tolist() == [[True, False]]
 
 
-@pytest.mark.parametrize("spoilt", ["w_enc", "b_enc", "b"])
+@pytest.mark.parametrize("spoilt", ["w_enc_FD", "b_enc_F", "b_D"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite_are_found(spoilt: str, value: float, product: str) -> None:
     """Oracle: the squared error, which must not be finite, though no score of a NaN is ever chosen."""
-    bank = train([BASE], torch.float32, "numba", 1)
-    dict(zip(("w_enc", "b_enc", "w_dec", "b"), bank.leaves(0), strict=True))[spoilt].view(-1)[3] = value
-    bank.refresh_copies()
+    bank = trained([BASE], torch.float32, "numba", 1)
+    (learner,) = bank.learners
+    getattr(learner.parameters, spoilt).view(-1)[3] = value
+    learner.weights.refresh()
     with torch.no_grad():
-        bank.step(batches(1)[0], 1.0, 5)
-    assert int(bank.diverged_step_V[0]) == 5
+        bank.step(planted(1, T, D)[0], 1.0, 5)
+    assert int(learner.diverged_step) == 5
 
 
 def test_rows_with_few_columns_are_not_quantised() -> None:
     """Oracle: the bound on the error holds for sums of many; `LEAST_COLUMNS` is its least."""
-    assert not compiled.multiplies_8_bits(LEAST_COLUMNS - 1)
-    assert compiled.multiplies_8_bits(LEAST_COLUMNS) == torch.cpu._is_vnni_supported()
+    assert not cpu.multiplies_8_bits(LEAST_COLUMNS - 1)
+    assert cpu.multiplies_8_bits(LEAST_COLUMNS) == torch.cpu._is_vnni_supported()
 
 
 def test_a_change_in_any_loop_gives_another_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -440,7 +435,7 @@ def test_a_change_in_any_loop_gives_another_cache(monkeypatch: pytest.MonkeyPatc
 
 def test_numba_that_does_not_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the message has the reason and another way."""
-    monkeypatch.setitem(sys.modules, "saemill.train.backends.cpu.compiled", None)
+    monkeypatch.setitem(sys.modules, "saemill.train.backends.cpu.backend", None)
     with pytest.raises(ConfigError, match="--kernels torch"):
         choose_kernels("auto", torch.device("cpu"))
 
@@ -455,12 +450,14 @@ def test_a_tensor_with_gaps_is_refused() -> None:
     ("name", "device", "missing", "expected"),
     [
         ("auto", "cpu", (), "numba"),
-        ("auto", "cpu", ("numba",), "torch"),
+        ("auto", "cpu", ("numba",), "pip install numba"),
         ("auto", "cuda", (), "triton"),
+        ("auto", "cuda", ("triton",), "torch"),
+        ("auto", "mps", (), "torch"),
         ("torch", "cuda", (), "torch"),
         ("numba", "cuda", (), "run on a CPU, not on cuda"),
         ("triton", "cpu", (), "run on a GPU, not on cpu"),
-        ("numba", "cpu", ("numba",), "pip install 'saemill\\[cpu\\]'"),
+        ("numba", "cpu", ("numba",), "pip install numba"),
     ],
 )
 def test_kernels_are_chosen_by_device_and_installation(
@@ -471,7 +468,7 @@ def test_kernels_are_chosen_by_device_and_installation(
     def find_spec(module: str) -> Any:
         return None if module in missing else object()
 
-    monkeypatch.setattr("saemill.train.backends.passes.find_spec", find_spec)
+    monkeypatch.setattr("saemill.train.backends.choose.find_spec", find_spec)
     if " " in expected:
         with pytest.raises(ConfigError, match=expected):
             choose_kernels(name, torch.device(device))

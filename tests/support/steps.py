@@ -1,0 +1,57 @@
+"""Banks of learners on small planted rows, for any backend and width."""
+
+import torch
+from torch import Tensor
+
+from saemill.train.backends.choose import make_backend
+from saemill.train.backends.team import ALONE, Team
+from saemill.train.learner.bank import Bank
+from saemill.train.learner.learner import Learner
+from saemill.train.stream.scaling import Scaling
+from saemill.train.sweep.variants import Variant
+
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where kernels run: without a GPU in Triton's interpreter."""
+
+
+def planted(n_batches: int, n_tokens: int, d: int, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Batches of sparse sums of 60 directions, with noise."""
+    generator = torch.Generator().manual_seed(77)
+    directions = torch.randn(60, d, generator=generator)
+    picks = torch.randint(0, 60, (n_batches, n_tokens, 3), generator=generator)
+    noise = 0.1 * torch.randn(n_batches, n_tokens, d, generator=generator)
+    return list((directions[picks].sum(2) + noise).to(device))
+
+
+def make_bank(
+    variants: list[Variant],
+    sample_TD: Tensor,
+    *,
+    kernels: str = "numba",
+    dtype: torch.dtype = torch.float32,
+    dead_after: int = 10**9,
+    scaling: Scaling | None = None,
+    team: Team = ALONE,
+) -> Bank:
+    """The learners of some variants, all of one site; by default in the rows' own units."""
+    scaling = scaling or Scaling(torch.zeros(sample_TD.shape[1], device=sample_TD.device), 1.0)
+    backend = make_backend(kernels, dtype, team)
+    learners = [Learner(variant, scaling, backend, sample_TD, dead_after) for variant in variants]
+    return Bank("s", scaling, backend, learners)
+
+
+def silence(bank: Bank, share: float = 0.25) -> Bank:
+    """Make the first latents of each learner too weak to fire, so that they die and AuxK runs."""
+    for learner in bank.learners:
+        w_enc_FD = learner.parameters.w_enc_FD
+        w_enc_FD[: int(share * len(w_enc_FD))] *= 0.01
+        learner.weights.refresh()
+    return bank
+
+
+def train(bank: Bank, batches: list[Tensor]) -> Bank:
+    """Step through the batches, from step 0."""
+    with torch.no_grad():
+        for step, x_TD in enumerate(batches):
+            bank.step(x_TD, 1.0, step)
+    return bank

@@ -1,0 +1,211 @@
+"""Every backend against the architecture's definition: gradients and updates of one step.
+
+The oracle is float64 autograd of `loss`, the decoder's gradient without its part along the unit rows,
+torch.optim.AdamW or SGD, and renormalised rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+from steps import GPU, make_bank, planted
+from torch import Tensor
+
+from saemill.train.arch.topk import TopK
+from saemill.train.backends.base import Dead, Parameters
+from saemill.train.backends.cpu import backend as cpu
+from saemill.train.learner.learner import Learner
+from saemill.train.optim.optimizer import ADAM_EPS
+from saemill.train.sweep.variants import Variant
+
+pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("one_thread")]
+
+BACKENDS = ["torch", "numba", "numba 8-bit", *(["triton"] if find_spec("triton") else [])]
+LR = 0.01
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step."""
+
+    t: int = 23
+    d: int = 12
+    f: int = 40
+    k: int = 4
+    n_dead: int = 0
+    dtype: torch.dtype = torch.float32
+    optimizer: str = "adam"
+    loss: str = "fvu"
+    weight_decay: float = 0.0
+    k_aux: int = 6
+    spoil: str = ""
+    """What is odd about the weights or the batch."""
+
+
+CASES = {
+    "as usual": Case(),
+    "one token": Case(t=1),
+    "one latent per token": Case(k=1, f=64),
+    "every latent": Case(k=13, f=13, d=5, t=7),
+    "odd shape": Case(t=33, d=17, f=101, k=9),
+    "wide": Case(t=40, d=300, f=70, k=8),
+    "few dead": Case(n_dead=3),
+    "many dead": Case(n_dead=25, k_aux=5),
+    "mse, decay": Case(loss="mse", weight_decay=0.2, n_dead=4),
+    "sgd": Case(optimizer="sgd", n_dead=4),
+    "a latent for all tokens": Case(spoil="hot"),
+    "a latent for none": Case(spoil="cold"),
+    "latents alike": Case(spoil="ties", k=6),
+    "tokens alike": Case(spoil="one token over again"),
+    "bfloat16": Case(t=64, d=32, f=64, dtype=torch.bfloat16),
+    "bfloat16, dead": Case(t=64, d=32, f=64, dtype=torch.bfloat16, n_dead=20),
+}
+
+TOLERANCE = {
+    torch.float32: 1e-4,  # sums of float32 products in another order than float64's
+    torch.bfloat16: 6e-2,  # inputs, weights and errors in 8 bits of precision; a k-th latent may be another
+}
+"""Of a gradient, in its largest entry's units (bfloat16: in its length)."""
+
+
+def learner_of(case: Case, kernels: str) -> Learner:
+    """A learner with weights that are not those of a start."""
+    device = GPU if kernels == "triton" else torch.device("cpu")
+    variant = Variant(
+        name="v", site="s", k=case.k, num_latents=case.f, lr=LR, k_aux=case.k_aux, loss=case.loss,  # type: ignore[arg-type]
+        optimizer=case.optimizer, weight_decay=case.weight_decay,  # type: ignore[arg-type]
+    )  # fmt: skip
+    bank = make_bank(
+        [variant], planted(1, 50, case.d, device)[0], kernels=kernels.split()[0], dtype=case.dtype
+    )
+    (learner,) = bank.learners
+    generator = torch.Generator().manual_seed(3)
+    p = learner.parameters
+    p.w_enc_FD.copy_(torch.randn(case.f, case.d, generator=generator) / case.d**0.5)
+    p.b_enc_F.copy_(0.1 * torch.randn(case.f, generator=generator))
+    p.b_D.copy_(0.3 * torch.randn(case.d, generator=generator))
+    if case.spoil == "hot":
+        p.b_enc_F[3] = 9
+    elif case.spoil == "cold":
+        p.b_enc_F[case.f // 2 :] = -9
+    elif case.spoil == "ties":
+        p.w_enc_FD[1::2], p.b_enc_F[1::2] = p.w_enc_FD[::2], p.b_enc_F[::2]
+        p.w_dec_FD[1::2] = p.w_dec_FD[::2]
+    learner.weights.refresh()
+    dead_S = torch.randperm(case.f, generator=generator)[: case.n_dead].sort().values.to(device)
+    learner.dead = Dead(dead_S, case.n_dead)
+    return learner
+
+
+def oracle(learner: Learner, x_TD: Tensor) -> tuple[list[Tensor], list[Tensor], float]:
+    """Gradients, parameters after the step, and the loss, from the definition."""
+    variant, d = learner.variant, x_TD.shape[1]
+    leaves = [p.detach().double().cpu().requires_grad_() for p in learner.parameters]
+    dead = Dead(learner.dead.latents_S.cpu(), learner.dead.n_in_team)
+    losses = learner.architecture.loss(Parameters(*leaves), x_TD.double().cpu(), dead, torch.float64)
+    loss = (losses.sse + losses.aux) / (len(x_TD) * d)
+    loss.backward()  # type: ignore[no-untyped-call]
+    w_enc, b_enc, w_dec, b = leaves
+    assert w_dec.grad is not None
+    w_dec.grad -= (w_dec.grad * w_dec).sum(1, keepdim=True) * w_dec.detach()
+    gradients = [leaf.grad.detach().clone() for leaf in leaves if leaf.grad is not None]
+    groups = [{"params": [w_enc], "weight_decay": variant.weight_decay}, {"params": [b_enc, w_dec, b]}]
+    if variant.optimizer == "adam":
+        betas, eps = variant.adam_betas, ADAM_EPS
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, LR, betas, eps, weight_decay=0.0)
+    else:
+        w_enc.data *= 1 - LR * variant.weight_decay
+        optimizer = torch.optim.SGD([w_enc, b_enc, w_dec, b], LR, momentum=0.9)
+    optimizer.step()
+    w_dec.data /= w_dec.data.norm(dim=1, keepdim=True)
+    return gradients, [leaf.detach() for leaf in leaves], loss.item()
+
+
+def stepped(learner: Learner, x_TD: Tensor) -> tuple[list[Tensor], float]:
+    """Gradients as the optimizer saw them, from its first moment, and the loss of the step."""
+    with torch.no_grad():
+        learner.step(learner.backend.prepare(x_TD), 1.0, 0)
+    keep = 1 - learner.variant.adam_betas[0] if learner.variant.optimizer == "adam" else 1.0
+    moments = learner.optimizer.tensors()
+    loss = learner.totals.window()["loss"]
+    assert loss is not None
+    return [moments[name][0].double().cpu() / keep for name in ("w_enc", "b_enc", "w_dec", "b")], loss
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_a_step_is_that_of_the_definition(kernels: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: float64 autograd of `loss`, torch.optim."""
+    monkeypatch.setattr(cpu, "multiplies_8_bits", lambda d: kernels == "numba 8-bit")
+    learner = learner_of(case, kernels)
+    (x_TD,) = planted(1, case.t, case.d, learner.parameters.b_D.device)
+    if case.spoil == "one token over again":
+        x_TD[:] = x_TD[0]
+    gradients, after, loss = oracle(learner, x_TD)
+    found, found_loss = stepped(learner, x_TD)
+    tolerance = TOLERANCE[case.dtype]
+    assert found_loss == pytest.approx(loss, rel=tolerance)
+    for mine, exact in zip(found, gradients, strict=True):
+        if case.dtype == torch.bfloat16:
+            assert float((mine - exact).norm() / exact.norm()) < tolerance
+        else:
+            bound = tolerance * float(exact.abs().max()) + 1e-9
+            torch.testing.assert_close(mine, exact, rtol=tolerance, atol=bound)
+    if case.dtype == torch.float32:
+        check_updates(learner, gradients, after)
+    lengths = learner.parameters.w_dec_FD.norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=1e-5, atol=0)
+
+
+def check_updates(learner: Learner, gradients: list[Tensor], after: list[Tensor]) -> None:
+    """Compare new parameters, but where Adam's first step is the sign of a gradient that is nearly 0."""
+    for mine, exact, gradient in zip(learner.parameters, after, gradients, strict=True):
+        sure = gradient.abs() > 1e-3 * gradient.abs().max()
+        torch.testing.assert_close(mine.double().cpu()[sure], exact[sure], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("n_dead", [0, 7])
+def test_the_definition_is_topk_with_auxk(n_dead: int) -> None:
+    """Oracle: Gao et al. 2024 written down once more: torch.topk, a mask, dense products, e detached."""
+    generator = torch.Generator().manual_seed(1)
+    t, d, f, k, k_aux = 11, 6, 30, 3, 4
+    x = torch.randn(t, d, generator=generator, dtype=torch.float64)
+    w_enc, w_dec = (torch.randn(f, d, generator=generator, dtype=torch.float64) for _ in range(2))
+    b_enc, b = torch.randn(f, generator=generator).double(), torch.randn(d, generator=generator).double()
+    dead_S = torch.arange(0, 2 * n_dead, 2)
+
+    def codes(w_enc: Tensor, b_enc: Tensor, b: Tensor, k: int) -> Tensor:
+        pre = (x - b) @ w_enc.T + b_enc
+        return torch.relu(pre * torch.zeros_like(pre).scatter(1, pre.topk(k).indices, 1.0))
+
+    def mine(*p: Tensor) -> Tensor:
+        losses = TopK(k, 1 / 8, k_aux).loss(Parameters(*p), x, Dead(dead_S, n_dead), torch.float64)
+        return losses.sse + losses.aux
+
+    def theirs(w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b: Tensor) -> Tensor:
+        e = codes(w_enc, b_enc, b, k) @ w_dec + b - x
+        if not n_dead:
+            return e.square().sum()
+        aux = codes(w_enc[dead_S], b_enc[dead_S], b, min(k_aux, n_dead)) @ w_dec[dead_S] + e.detach()
+        return e.square().sum() + 1 / 8 * min(1, n_dead / k_aux) * aux.square().sum()
+
+    def differentiated(loss: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [p.clone().requires_grad_() for p in (w_enc, b_enc, w_dec, b)]
+        return [loss(*leaves), *torch.autograd.grad(loss(*leaves), leaves)]
+
+    for a, b_ in zip(differentiated(mine), differentiated(theirs), strict=True):
+        torch.testing.assert_close(a, b_)
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_a_step_that_is_not_healthy_changes_nothing(kernels: str) -> None:
+    """Oracle: the parameters from before, bit by bit; NaN in the batch."""
+    learner = learner_of(replace(Case(), n_dead=5), kernels)
+    (x_TD,) = planted(1, 23, 12, learner.parameters.b_D.device)
+    x_TD[2, 3] = torch.nan
+    before = [parameter.clone() for parameter in learner.parameters]
+    stepped(learner, x_TD)
+    assert int(learner.diverged_step) == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters, strict=True))
