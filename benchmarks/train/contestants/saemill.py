@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.contestants.feed import SHRINK, Contestant, Feed, Reconstruct, main, parser, read_batch
+from benchmarks.train.contestants.feed import SHRINK, Contestant, Feed, Reconstruct, main, parser, read_batch
 from saemill.train.learner.bank import Bank, Frame
 from saemill.train.run import MOST_DEAD_AFTER_TOKENS, SAMPLE_TOKENS, choose_product_dtype
 from saemill.train.sweep.schedule import Schedule

@@ -1,6 +1,6 @@
 """One training step by its parts, against the limit of the machine, both measured in the same run.
 
-    python -m benchmarks.step --latents 6144,24576 --k 32 --threads 1,2 [-o FILE.md]
+    python -m benchmarks.step.parts --latents 6144,24576 --k 32 --threads 1,2 [-o FILE.md]
 
 Inputs are sums of 32 of 4096 random directions and noise. The limit of a step is the larger of two
 times: that of the one dense product it cannot avoid, at the rate of that product alone; and that of
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.pipeline import machine
+from benchmarks.report import machine
 from saemill.train.backends.passes import choose_kernels
 from saemill.train.graph import Graphs
 from saemill.train.learner.bank import Bank, Frame

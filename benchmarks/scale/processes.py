@@ -1,6 +1,6 @@
 """What a second process brings, for each way of spreading: efficiency, waiting for data, traffic.
 
-    python -m benchmarks.scale --acts demo-run/acts --site layers.2 [-o FILE.md]
+    python -m benchmarks.scale.processes --acts demo-run/acts --site layers.2 [-o FILE.md]
 
 Every process has one thread. Efficiency is t₁ / (n · tₙ), t being the median time of a step over the
 same variants. The settings take turns, round after round. Traffic is what one process takes in per
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.pipeline import machine
+from benchmarks.report import machine
 from saemill.common import world
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import World
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace, way: Way) -> dict[str, float]:
         subprocess.run(
             [
                 sys.executable, "-m", "torch.distributed.run", *meeting,
-                "--nproc-per-node", str(way.n_processes), "-m", "benchmarks.scale",
+                "--nproc-per-node", str(way.n_processes), "-m", "benchmarks.scale.processes",
                 *options, "--way", ",".join(map(str, numbers)), "--result", str(result),
             ],
             check=True,

@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every kernel, compiled ahead of time; no GPU is needed.
 
-python -m benchmarks.kernel_resources [-o resources.json]
+python -m benchmarks.step.kernel_resources [-o resources.json]
 """
 
 import argparse

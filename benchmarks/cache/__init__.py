@@ -1,0 +1,5 @@
+"""The cache: how fast it is written, and how fast training reads it.
+
+forward.py   caching beside the bare forward pass
+loader.py    the training loader beside plain sequential reads, and how well its batches mix
+"""
