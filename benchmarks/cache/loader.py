@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 
+from benchmarks.cache import mixing
 from benchmarks.cache import store as stores
 from benchmarks.cache.store import DOCUMENT_TOKENS, NOTHING_LEFT_OUT, SITE
 from benchmarks.report import machine, table
@@ -121,8 +120,11 @@ def plain(task: Task) -> Measured:
             local.buffer = bytearray(piece_bytes)
         return os.preadv(piece[0], [local.buffer], piece[1])
 
+    def read_all() -> Iterator[int]:
+        yield from pool.map(read, pieces)  # starts when the first piece is asked for
+
     with ThreadPoolExecutor(task.n_readers) as pool:
-        measured = timed(iter(pool.map(read, pieces)))
+        measured = timed(read_all())
     for descriptor in descriptors:
         os.close(descriptor)
     return measured
@@ -158,46 +160,14 @@ def mixed(task: Task) -> dict[str, dict[str, float]]:
     stored = np.concatenate([s * size + store.permutation(s) for s in range(store.n_shards)])
     orders = {"the loader": shuffled, "stored order": stored, "order of the text": np.arange(store.n_tokens)}
     cut = len(shuffled)
-    return {
-        name: mixing(order[:cut].reshape(-1, task.batch_tokens)) for name, order in orders.items()
-    } | expected(store.n_tokens, task)
-
-
-def mixing(address_BT: NDArray[Any]) -> dict[str, float]:
-    """Figures of consecutive batches, their means.
-
-    Args:
-        address_BT: the addresses in each batch.
-    """
-    n_documents = int(address_BT.max()) // DOCUMENT_TOKENS + 1
-    rows_BU = [np.bincount(batch // DOCUMENT_TOKENS, minlength=n_documents) for batch in address_BT]
-    at_BS = np.array(
-        [np.bincount(batch % DOCUMENT_TOKENS, minlength=DOCUMENT_TOKENS) for batch in address_BT]
+    found = {
+        name: mixing.measure(order[:cut].reshape(-1, task.batch_tokens)) for name, order in orders.items()
+    }
+    found["a full shuffle, expected"] = mixing.of_full_shuffle(store.n_tokens, task.batch_tokens)
+    found["the loader, expected"] = mixing.of_windows(
+        store.n_tokens, size, task.batch_tokens, task.buffer_tokens
     )
-    n_tokens = address_BT.shape[1]
-    even = n_tokens / DOCUMENT_TOKENS
-    return {
-        "same": float(np.mean([(rows * (rows - 1)).sum() / n_tokens for rows in rows_BU])),
-        "next": float(np.mean([(rows * after).sum() / n_tokens for rows, after in pairwise(rows_BU)])),
-        "documents": float(np.mean([np.count_nonzero(rows) for rows in rows_BU])),
-        "positions": float(np.mean(((at_BS - even) ** 2 / even).sum(1) / (DOCUMENT_TOKENS - 1))),
-    }
-
-
-def expected(n: int, task: Task) -> dict[str, dict[str, float]]:
-    """What a shuffle of all `n` rows gives in the mean, and the loader by a formula: blocks of R rows, from
-    shards of W permuted rows, met in a window of S."""
-    t, others = task.batch_tokens, DOCUMENT_TOKENS - 1
-    absent = np.prod(1 - t / (n - np.arange(DOCUMENT_TOKENS)))
-    full = {
-        "same": (t - 1) * others / (n - 1),
-        "next": t * others / (n - 1),
-        "documents": n / DOCUMENT_TOKENS * float(1 - absent),
-        "positions": (n - t) / (n - 1),
-    }
-    shard = min(n, ActivationStore(task.path).shard_tokens)
-    blocks = (BLOCK_TOKENS - 1) * others / shard * t / task.buffer_tokens
-    return {"a full shuffle, expected": full, "the loader, by formula": {"same": full["same"] + blocks}}
+    return found
 
 
 def parts(task: Task) -> dict[str, float]:
