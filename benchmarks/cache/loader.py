@@ -197,15 +197,15 @@ def window_parts(site: SiteArray, blocks: list[tuple[int, int]], batch_tokens: i
             xxhash.xxh3_64_intdigest(block.data)
 
     def copy() -> None:
-        for block, out in zip(rows, np.split(buffer, len(rows)), strict=True):
+        for block, out in zip(rows, buffer.reshape(len(rows), BLOCK_TOKENS, -1), strict=True):
             np.compress(keep, block, axis=0, out=out)
 
     def shuffle() -> None:
         np.take(buffer, order, axis=0, out=shuffled, mode="clip")
 
     def cut() -> None:
-        for x_TD in as_tensor(shuffled, site.dtype).split(batch_tokens):
-            torch.cat([x_TD])
+        for start in range(0, n_rows, batch_tokens):
+            torch.cat([as_tensor(shuffled, site.dtype)[start : start + batch_tokens]])
 
     def seconds_per_gib(work: Callable[[], None]) -> float:
         start = time.perf_counter()

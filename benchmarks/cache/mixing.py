@@ -52,8 +52,8 @@ def of_full_shuffle(n_rows: int, batch_tokens: int) -> Figures:
 
 
 def of_windows(n_rows: int, shard_tokens: int, batch_tokens: int, buffer_tokens: int) -> Figures:
-    """What is to be expected where rows are permuted within shards, and blocks of them are shuffled in windows:
-    to the partners of a full shuffle come those of the same block."""
+    """What is expected of rows permuted within shards, whose blocks are shuffled in windows: the partners
+    of a full shuffle, and those of the same block."""
     in_block = (BLOCK_TOKENS - 1) * (DOCUMENT_TOKENS - 1) / shard_tokens
     same = of_full_shuffle(n_rows, batch_tokens)["same"] + in_block * batch_tokens / buffer_tokens
     return {"same": same}
