@@ -46,23 +46,25 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -e '.[dev]' -c $(VENV)/constraints.txt
 	touch $@
 
-# `make bench`: a step by its parts, then saemill beside sparsify, SAELens and dictionary_learning, on
-# planted rows. `make bench BENCH="--device cuda"` passes options to all.
+# `make bench`: a step by its parts, saemill beside sparsify, SAELens and dictionary_learning on planted rows,
+# and the loader beside plain reads (3 GiB of disk). `make bench BENCH="--device cuda"` passes options to all
+# but the last. `.venv/bin/python -m benchmarks` lists every benchmark.
 bench: $(VENV)/ready $(VENV)-peers/ready
 	mkdir -p bench-run
-	$(BIN)/python -m benchmarks.step $(BENCH) -o bench-run/step.md
-	$(BIN)/python -m benchmarks.peers --tokens 131072 --seconds 60 $(BENCH) -o bench-run/narrow
-	$(BIN)/python -m benchmarks.peers --latents 24576 --rounds 2 $(BENCH) -o bench-run/wide
-	$(BIN)/python -m benchmarks.peers --dead-share 0.25 $(BENCH) -o bench-run/dead
-	$(BIN)/python -m benchmarks.sweep $(BENCH) -o bench-run/sweep
+	$(BIN)/python -m benchmarks.step.parts $(BENCH) -o bench-run/step.md
+	$(BIN)/python -m benchmarks.train.peers --tokens 131072 --seconds 60 $(BENCH) -o bench-run/narrow
+	$(BIN)/python -m benchmarks.train.peers --latents 24576 --rounds 2 $(BENCH) -o bench-run/wide
+	$(BIN)/python -m benchmarks.train.peers --dead-share 0.25 $(BENCH) -o bench-run/dead
+	$(BIN)/python -m benchmarks.train.sweep $(BENCH) -o bench-run/sweep
+	$(BIN)/python -m benchmarks.cache.loader -o bench-run/loader
 
 # `make bench-pipeline MODEL=… TRAIN=… VALID=…`: a model and two texts of your own.
 bench-pipeline: $(VENV)/ready
-	$(BIN)/python -m benchmarks.pipeline --model '$(MODEL)' --train-text '$(TRAIN)' --valid-text '$(VALID)' -o bench-run/pipeline
+	$(BIN)/python -m benchmarks.scale.pipeline --model '$(MODEL)' --train-text '$(TRAIN)' --valid-text '$(VALID)' -o bench-run/pipeline
 
 # `make bench-others RUN=… TOKENS=…`: a run's figures beside those of SAELens' and SAEBench's evaluations.
 bench-others: $(VENV)/ready $(VENV)-peers/ready
-	$(BIN)/python -m benchmarks.others '$(RUN)' '$(TOKENS)' -o bench-run/others
+	$(BIN)/python -m benchmarks.evaluate.others '$(RUN)' '$(TOKENS)' -o bench-run/others
 
 # sparsify, SAELens, SAEBench and dictionary_learning, which tests and benchmarks run beside saemill.
 $(VENV)-peers/ready: peers-requirements.txt

@@ -17,7 +17,7 @@ def test_kernels_compile_without_spills(tmp_path: Path) -> None:
     """Oracle: Triton's compiler and cuobjdump, in a process of its own without the interpreter."""
     out = tmp_path / "resources.json"
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "benchmarks.kernel_resources", "-o", str(out)]
+    command = [sys.executable, "-m", "benchmarks.step.kernel_resources", "-o", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     print(done.stdout)

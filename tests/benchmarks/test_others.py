@@ -1,4 +1,4 @@
-"""`benchmarks.others`: saemill's figures are those of other people's evaluations, their definitions given."""
+"""`benchmarks.evaluate.others`: by other people's definitions, saemill's figures are theirs."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, A
         )
     )
     options = ["--rows", "64", "--peers-python", PYTHON, "-o", folder / "out"]
-    command = [sys.executable, "-m", "benchmarks.others", made.out, folder / "other", *options]
+    command = [sys.executable, "-m", "benchmarks.evaluate.others", made.out, folder / "other", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     log = folder / "out" / "evaluators.log"

@@ -1,11 +1,11 @@
 """saemill beside sparsify, SAELens and dictionary_learning: speed, memory, and what is learned.
 
     make bench
-    python -m benchmarks.peers --latents 6144 --k 32 -o DIR [--tokens 131072] [--seconds 60]
-    python -m benchmarks.peers --acts STORE --site layers.4 --dead-share 0.25 --device cuda -o DIR
+    python -m benchmarks.train.peers --latents 6144 --k 32 -o DIR [--tokens 131072] [--seconds 60]
+    python -m benchmarks.train.peers --acts STORE --site layers.4 --dead-share 0.25 --device cuda -o DIR
 
 Each contestant is a process of its own that trains through its package's own training loop
-(`benchmarks/contestants/`); all read the same rows in the same batches. They take turns, round after
+(`benchmarks/train/contestants/`); all read the same rows in the same batches. They take turns, round after
 round, and medians are reported. Speed: tokens over the median time of a step after warm-up, reading
 left out; and the same over the CPU time that all threads of the process took, which other programs on
 the machine disturb less (with one thread, on an idle machine, both are the same). --tokens N adds one
@@ -19,8 +19,10 @@ import argparse
 import json
 from typing import Any
 
-from benchmarks import contest, rows
-from benchmarks.contest import Entry
+from benchmarks.report import table
+from benchmarks.settings import keep_settings
+from benchmarks.train import contest, rows
+from benchmarks.train.contest import Entry
 
 Results = dict[str, dict[int, list[dict[str, Any]]]]
 """By contestant and number of threads: one result per round."""
@@ -83,7 +85,7 @@ def speed_table(args: argparse.Namespace, entries: dict[str, Entry], found: Resu
             cells += contest.rate_cells(results, ours, "tokens_per_cpu_s")
         cells.append(contest.memory_cell(found[name][args.threads[0]]))
         lines.append(cells)
-    return contest.table([*head, "peak MiB (after imports)"], lines)
+    return table([*head, "peak MiB (after imports)"], lines)
 
 
 def quality_table(
@@ -103,7 +105,7 @@ def quality_table(
             p = by_seconds[name]["curve"][-1]
             cells.append(f"{p['fvu'][0]:.4f} ({p['tokens']:,}; {p['seconds']:.0f})")
         lines.append(cells)
-    return contest.table(head, lines)
+    return table(head, lines)
 
 
 def parse() -> argparse.Namespace:
@@ -123,7 +125,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    contest.keep_settings(args)
+    keep_settings(args)
     words = rows.make(args.out / "rows", args)
     entries = contest.chosen(args)
     found = speed(args, entries)

@@ -1,6 +1,6 @@
 """Eight SAEs at once: saemill in one run, each peer in whatever way is fastest for it.
 
-    python -m benchmarks.sweep --latents 6144 --k 16,32,64,128 --lr 2e-4,4e-4 -o DIR
+    python -m benchmarks.train.sweep --latents 6144 --k 16,32,64,128 --lr 2e-4,4e-4 -o DIR
 
 dictionary_learning steps all of them on each batch in one call, SAELens those of one learning rate,
 sparsify trains one at a time (`Entry.together` in `contest.py`). Reported: variant-tokens/s, which is
@@ -13,8 +13,10 @@ import json
 from itertools import product
 from typing import Any
 
-from benchmarks import contest, rows
-from benchmarks.contest import Entry
+from benchmarks.report import table
+from benchmarks.settings import keep_settings
+from benchmarks.train import contest, rows
+from benchmarks.train.contest import Entry
 
 
 def runs_of(entry: Entry, goals: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
@@ -61,7 +63,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    contest.keep_settings(args)
+    keep_settings(args)
     words = rows.make(args.out / "rows", args)
     entries = contest.chosen(args)
     goals = list(product(args.k.split(","), args.lr.split(",")))
@@ -83,7 +85,7 @@ def main() -> None:
         cells[-1].append(contest.memory_cell(results))
     head = ["contestant", "settings", "trainings", "variant-tokens/s", "of saemill's"]
     head += ["variant-tokens/CPU-s", "of saemill's"]
-    lines += contest.table([*head, "peak MiB of a process (after imports)"], cells)
+    lines += table([*head, "peak MiB of a process (after imports)"], cells)
     (args.out / "results.md").write_text("\n".join(lines))
     (args.out / "results.json").write_text(json.dumps(found))
     print("\n".join(lines))

@@ -1,6 +1,6 @@
 """What a second process brings, for each way of spreading: efficiency, waiting for data, traffic.
 
-    python -m benchmarks.scale --acts demo-run/acts --site layers.2 [-o FILE.md]
+    python -m benchmarks.scale.processes --acts demo-run/acts --site layers.2 [-o FILE.md]
 
 Every process has one thread. Efficiency is t₁ / (n · tₙ), t being the median time of a step over the
 same variants. The settings take turns, round after round. Traffic is what one process takes in per
@@ -25,15 +25,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.pipeline import machine
+from benchmarks.report import machine
 from saemill.common import world
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import World
-from saemill.train.learner.bank import Bank, Frame
+from saemill.train.backends.choose import make_backend
+from saemill.train.learner.bank import Bank
+from saemill.train.learner.learner import Learner
 from saemill.train.run import choose_product_dtype
 from saemill.train.stream.loader import Loader
+from saemill.train.stream.scaling import scaling_of
 from saemill.train.sweep.placement import choose
-from saemill.train.sweep.variants import Variant, auto_lr, groups
+from saemill.train.sweep.variants import Variant, auto_lr
 
 WARMUP_STEPS = 3
 
@@ -96,21 +99,20 @@ def work(args: argparse.Namespace, way: Way) -> None:
     ]
     loader = Loader(store, [args.site], store.mask, batch_tokens=args.batch, buffer_tokens=65_536, seed=0)
     with here.connected(torch.device("cpu")) as everyone, closing(loader):
-        spread = choose(variants, {args.site: d}, everyone.size, way.data_ranks, way.latent_ranks)
-        team = spread.team_of(everyone)
-        mine = list(spread.teams[everyone.rank // spread.team_size])
-        statistics_ = store.site(args.site).statistics
-        frame = Frame(statistics_.mean_D.float(), (d / statistics_.total_variance) ** 0.5)
-        dtype = choose_product_dtype("auto", torch.device("cpu"))
-        sample = frame.enter(loader.batch(0)[args.site])
-        banks = [Bank(g, frame, dtype, 10**9, sample, team=team) for g in groups(mine).values()]
+        placement = choose(variants, {args.site: d}, everyone.size, way.data_ranks, way.latent_ranks)
+        cpu = torch.device("cpu")
+        backend = make_backend("numba", choose_product_dtype("auto", cpu), placement.team_of(everyone))
+        mine = placement.teams[everyone.rank // placement.team_size]
+        scaling = scaling_of(store, args.site, store.mask, cpu)
+        sample = scaling.standardise(loader.batch(0)[args.site])
+        learners = [Learner(variant, scaling, backend, sample, 10**9) for variant in mine]
+        bank = Bank(args.site, scaling, backend, learners)
         steps, waits, n_bytes = [], [], 0.0
         for i in range(WARMUP_STEPS + args.steps):
             before, start = traffic.n_bytes, time.perf_counter()
-            x_TD = frame.enter(loader.batch(i)[args.site])
+            stored_TD = loader.batch(i)[args.site]
             waits.append(time.perf_counter() - start)
-            for bank in banks:
-                bank.step(x_TD, 1.0, i)
+            bank.step(stored_TD, 1.0, i)
             everyone.meet()
             steps.append(time.perf_counter() - start)
             n_bytes = traffic.n_bytes - before
@@ -136,7 +138,7 @@ def run(args: argparse.Namespace, way: Way) -> dict[str, float]:
         subprocess.run(
             [
                 sys.executable, "-m", "torch.distributed.run", *meeting,
-                "--nproc-per-node", str(way.n_processes), "-m", "benchmarks.scale",
+                "--nproc-per-node", str(way.n_processes), "-m", "benchmarks.scale.processes",
                 *options, "--way", ",".join(map(str, numbers)), "--result", str(result),
             ],
             check=True,

@@ -204,7 +204,7 @@ def parse_goals(text: str) -> list[Goal]:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments all contestants take; each adds its own."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--data", type=Path, required=True, help="folder made by benchmarks.rows")
+    parser.add_argument("--data", type=Path, required=True, help="folder made by benchmarks.train.rows")
     parser.add_argument("--latents", type=int, required=True)
     parser.add_argument("--goals", type=parse_goals, required=True, help="k:lr, …; lr may be auto")
     parser.add_argument("--batch", type=int, default=4096, help="tokens per step")

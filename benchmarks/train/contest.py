@@ -1,21 +1,19 @@
-"""What `peers` and `sweep` share: the contestants, their runs as separate processes, the tables."""
+"""What `peers` and `sweep` share: the contestants, their runs as separate processes, the cells of tables."""
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-OWN_OF_PEERS = ROOT / ".venv-peers" / "bin" / "python"
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+from benchmarks import report
+from benchmarks.settings import OWN_OF_PEERS, ROOT
+
 LONG = ["--dead-after", "10000000"]
 """For a few timed steps: latents count as dead as late as in a long run, and as with all peers."""
 
@@ -81,16 +79,6 @@ def chosen(args: argparse.Namespace) -> dict[str, Entry]:
     return {name: CONTESTANTS[name] for name in names if args.device in CONTESTANTS[name].devices}
 
 
-def keep_settings(args: argparse.Namespace) -> None:
-    """Results of other settings must not be mixed in: finished runs in `out` are not run again."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    path, skip = args.out / "settings.json", ("out", "contestants", "rounds", "peers_python")
-    now = {key: str(value) for key, value in vars(args).items() if key not in skip}
-    if path.exists() and json.loads(path.read_text()) != now:
-        raise SystemExit(f"{args.out} holds runs of other settings; choose a new folder")
-    path.write_text(json.dumps(now))
-
-
 def run(args: argparse.Namespace, entry: Entry, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """One process of a contestant; what it reported. A finished run is not run again."""
     path = args.out / "runs" / f"{name}.json"
@@ -100,7 +88,7 @@ def run(args: argparse.Namespace, entry: Entry, name: str, options: dict[str, An
         shared = {"data": args.out.absolute() / "rows", "latents": args.latents, "batch": args.batch}
         shared |= {"device": args.device, "out": path.absolute()} | options
         extra = LONG if entry.module == "saemill" and "warmup" in options else []
-        command = [python, "-m", f"benchmarks.contestants.{entry.module}", *entry.arguments, *extra]
+        command = [python, "-m", f"benchmarks.train.contestants.{entry.module}", *entry.arguments, *extra]
         command += [part for key, value in shared.items() for part in (f"--{key}", str(value))]
         print(name, flush=True)
         threads = str(options["threads"])
@@ -115,20 +103,13 @@ def run(args: argparse.Namespace, entry: Entry, name: str, options: dict[str, An
 
 
 def machine(results: Iterable[dict[str, Any]]) -> str:
-    """The machine, the versions and the date."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
-    flags = [flag for flag in FLAGS if flag in facts.get("flags", "").split()]
+    """The machine, the versions of what ran, and the date."""
     versions: dict[str, str] = {}
     gpus = set()
     for result in results:
         versions |= result["versions"]
         gpus |= {result["gpu"]} if result["gpu"] else set()
-    cpu = facts.get("model name", platform.processor())
-    parts = [*sorted(gpus), f"{os.cpu_count()} cores of {cpu} ({', '.join(flags)})"]
-    parts += [f"{name} {number}" for name, number in versions.items()]
-    return f"{'; '.join(parts)}; {date.today().isoformat()}"
+    return report.machine(versions, gpus)
 
 
 def median_of(results: list[dict[str, Any]], key: str) -> float:
@@ -147,9 +128,3 @@ def memory_cell(results: list[dict[str, Any]]) -> str:
     mib = [max(r[key] for r in results) / 2**20 for key in ("peak_rss_bytes", "rss_after_import_bytes")]
     gpu = max(r["cuda_peak_bytes"] for r in results) / 2**20
     return f"{mib[0]:,.0f} ({mib[1]:,.0f})" + (f", GPU {gpu:,.0f}" if gpu else "")
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A markdown table; the first two columns are text."""
-    rule = "|---|---|" + "--:|" * (len(head) - 2)
-    return ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows), ""]

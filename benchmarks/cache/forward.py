@@ -1,6 +1,6 @@
 """Caching against its limit, interleaved in one process: the bare forward pass stopped at the site.
 
-python -m benchmarks.forward --tokens TOKENS --model MODEL --site layers.4 -o forward.json
+python -m benchmarks.cache.forward --tokens TOKENS --model MODEL --site layers.4 -o forward.json
 """
 
 import argparse

@@ -2,9 +2,13 @@
 
 import torch
 
-from benchmarks.contestants.feed import SHRINK, Contestant, Feed, Reconstruct, main, parser, read_batch
-from saemill.train.learner.bank import Bank, Frame
+from benchmarks.train.contestants.feed import SHRINK, Contestant, Feed, Reconstruct, main, parser, read_batch
+from saemill.common.sae.sae import Sae
+from saemill.train.backends.choose import choose_kernels, make_backend
+from saemill.train.learner.bank import Bank
+from saemill.train.learner.learner import Learner
 from saemill.train.run import MOST_DEAD_AFTER_TOKENS, SAMPLE_TOKENS, choose_product_dtype
+from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.schedule import Schedule
 from saemill.train.sweep.variants import Variant, auto_lr
 
@@ -26,28 +30,32 @@ class Saemill(Contestant):
             for i, goal in enumerate(self.goals)
         ]
         # The cached statistics of the site, which an activation store has.
-        frame = Frame(self.mean_D.to(args.device), (self.d / self.variance) ** 0.5)
-        sample_TD = frame.enter(read_batch(args.data / "train.npy", 0, SAMPLE_TOKENS).to(args.device))
-        dtype = choose_product_dtype(args.dtype, torch.device(args.device))
+        device = torch.device(args.device)
+        scaling = Scaling(self.mean_D.to(device), (self.d / self.variance) ** 0.5)
+        sample_TD = scaling.standardise(read_batch(args.data / "train.npy", 0, SAMPLE_TOKENS).to(device))
+        backend = make_backend(choose_kernels("auto", device), choose_product_dtype(args.dtype, device))
         dead_after = args.dead_after or min(MOST_DEAD_AFTER_TOKENS, n_steps * args.batch // 10)
         with torch.no_grad():
-            self.bank = Bank(variants, frame, dtype, dead_after, sample_TD)
+            learners = [Learner(variant, scaling, backend, sample_TD, dead_after) for variant in variants]
+            self.bank = Bank("x", scaling, backend, learners)
             schedule = Schedule(n_steps, self.short_warmup, "linear", round(0.2 * n_steps))
             for step, x_TD in enumerate(feed):
-                self.bank.step(frame.enter(x_TD), schedule.factor(step), step)
+                self.bank.step(x_TD, schedule.factor(step), step)
 
     def reconstructions(self) -> list[Reconstruct]:
-        saes = [self.bank.export(i, {}) for i in range(len(self.goals))]
+        exported = [learner.export({}) for learner in self.bank.learners]
+        saes = [Sae.of(parts) for parts in exported if parts is not None]
         return [lambda x_TD, sae=sae: sae(x_TD).reconstruction for sae in saes]
 
     def keep_dead(self, first: bool) -> None:
-        if first:
-            self.bank.w_enc_VFD[:, self.dead] *= SHRINK
-            self.bank.refresh_copies()
-        self.bank.idle_tokens_VF[:, self.dead] = self.bank.dead_after_tokens + 1
+        for learner in self.bank.learners:
+            if first:
+                learner.parameters.w_enc_FD[self.dead] *= SHRINK
+                learner.weights.refresh()
+            learner.idle_tokens_F[self.dead] = learner.dead_after_tokens + 1
 
     def auxk(self) -> list[float]:
-        return [totals.take(self.d)["auxk"] for totals in self.bank.totals_V]
+        return [learner.totals.pop()["auxk"] for learner in self.bank.learners]
 
 
 if __name__ == "__main__":

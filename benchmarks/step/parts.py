@@ -1,6 +1,6 @@
 """One training step by its parts, against the limit of the machine, both measured in the same run.
 
-    python -m benchmarks.step --latents 6144,24576 --k 32 --threads 1,2 [-o FILE.md]
+    python -m benchmarks.step.parts --latents 6144,24576 --k 32 --threads 1,2 [-o FILE.md]
 
 Inputs are sums of 32 of 4096 random directions and noise. The limit of a step is the larger of two
 times: that of the one dense product it cannot avoid, at the rate of that product alone; and that of
@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.pipeline import machine
-from saemill.train.backends.passes import choose_kernels
-from saemill.train.graph import Graphs
-from saemill.train.learner.bank import Bank, Frame
-from saemill.train.profile import PARTS, PREFIX
+from benchmarks.report import machine
+from saemill.train.backends.choose import choose_kernels, make_backend
+from saemill.train.learner.bank import Bank
+from saemill.train.learner.learner import Learner
+from saemill.train.profile import PREFIX, REGIONS
 from saemill.train.run import choose_product_dtype
+from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.variants import Variant, auto_lr
 
 WARMUP_STEPS = 3
@@ -47,7 +48,6 @@ class Setting:
     device: torch.device
     n_steps: int
     kernels: str
-    cuda_graph: bool
 
 
 def inputs(setting: Setting, n_batches: int = 4) -> list[Tensor]:
@@ -74,14 +74,15 @@ def bank_of(setting: Setting, sample_TD: Tensor) -> Bank:
         )
         for i in names
     ]
-    frame = Frame(torch.zeros(setting.d, device=setting.device), 1.0)
-    graphs = Graphs(setting.device) if setting.cuda_graph else None
-    bank = Bank(variants, frame, setting.dtype, 10**9, sample_TD, setting.kernels, graphs=graphs)
+    scaling = Scaling(torch.zeros(setting.d, device=setting.device), 1.0)
+    backend = make_backend(setting.kernels, setting.dtype)
+    learners = [Learner(variant, scaling, backend, sample_TD, 10**9) for variant in variants]
     n_dead = round(setting.dead_share * setting.n_latents)
-    bank.idle_tokens_VF[:, :n_dead] = 2 * 10**9
-    bank.w_enc_VFD[:, :n_dead] *= 0.01  # they stay dead, so that every step has AuxK
-    bank.refresh_copies()
-    return bank
+    for learner in learners:
+        learner.idle_tokens_F[:n_dead] = 2 * 10**9
+        learner.parameters.w_enc_FD[:n_dead] *= 0.01  # they stay dead, so that every step has AuxK
+        learner.weights.refresh()
+    return Bank("x", scaling, backend, learners)
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -124,8 +125,8 @@ def measure(setting: Setting) -> dict[str, float]:
         for _ in range(3):
             step()
     events = {event.key: event.cpu_time_total for event in profiler.key_averages()}
-    parts = {name: events.get(PREFIX + name, 0.0) / 3e3 for name in PARTS}
-    product_s, bytes_s = limits(setting, bank.product_VFD[0], batches[0])
+    parts = {name: events.get(PREFIX + name, 0.0) / 3e3 for name in REGIONS}
+    product_s, bytes_s = limits(setting, bank.learners[0].weights.product_FD, batches[0])
     limit_s = max(product_s, bytes_s) * setting.n_variants
     return {
         "ms per step": step_s * 1e3,
@@ -141,7 +142,7 @@ def measure(setting: Setting) -> dict[str, float]:
 
 def limits(setting: Setting, w_enc_FD: Tensor, x_TD: Tensor) -> tuple[float, float]:
     """Seconds of the dense product alone, and of the bytes a step must move, per variant."""
-    x_TD = x_TD.to(setting.dtype)
+    x_TD, w_enc_FD = x_TD.to(setting.dtype), w_enc_FD.to(setting.dtype)
     rows = min(1024, setting.n_tokens)
     out = torch.empty(rows, setting.n_latents, dtype=setting.dtype, device=setting.device)
     part_s = seconds(lambda: torch.mm(x_TD[:rows], w_enc_FD.T, out=out), setting.device, 7)
@@ -169,19 +170,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--precision", default="auto", help="of the encoder's product: auto, fp32, bf16")
     parser.add_argument("--kernels", default="auto", help="torch, numba or triton")
-    parser.add_argument("--cuda-graph", action="store_true", help="the parts of a step are not seen then")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("-o", "--out", type=Path, help="a markdown file")
     args = parser.parse_args()
     device = torch.device(args.device)
     dtype, kernels = choose_product_dtype(args.precision, device), choose_kernels(args.kernels, device)
-    if args.cuda_graph and kernels != "triton":
-        parser.error(f"--cuda-graph is for triton on a GPU, not for {kernels} on {device}")
     settings = [
         Setting(
             n_threads=threads, n_latents=latents, k=k, dead_share=args.dead_share, n_tokens=args.tokens,
             d=args.d, n_variants=args.variants, dtype=dtype, device=device, n_steps=args.steps,
-            kernels=kernels, cuda_graph=args.cuda_graph,
+            kernels=kernels,
         )
         for threads in args.threads for latents in args.latents for k in args.k
     ]  # fmt: skip

@@ -1,12 +1,12 @@
 """saemill's assessment beside SAELens' evals, SAEBench's core, sparsify and dictionary_learning.
 
-    python -m benchmarks.others RUN TOKENS -o DIR [--rows 200] [--peers-python PATH]
+    python -m benchmarks.evaluate.others RUN TOKENS -o DIR [--rows 200] [--peers-python PATH]
 
 RUN is a finished run; TOKENS a token store of text that training did not see. All evaluate the same rows:
 saemill as `saemill assess` does, the others their exported SAEs, each by its own loader and evaluation, in
-their own environment (`benchmarks.evaluators`). Then each difference is taken apart: from saemill's
+their own environment (`benchmarks.evaluate.evaluators`). Then each difference is taken apart: from saemill's
 definitions to SAELens' one choice after another, all computed with saemill's model pass and SAE
-(`benchmarks.definitions`); what is left is rounding. The result is `DIR/results.md`, raw figures in
+(`benchmarks.evaluate.definitions`); what is left is rounding. The result is `DIR/results.md`, raw figures in
 `DIR/results.json`.
 """
 
@@ -26,8 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import contest, definitions
-from benchmarks.definitions import SPECIAL_REPLACED, STEPS, Figures, Site
+from benchmarks.evaluate import definitions
+from benchmarks.evaluate.definitions import SPECIAL_REPLACED, STEPS, Figures, Site
+from benchmarks.report import machine, table
+from benchmarks.settings import OWN_OF_PEERS, ROOT, keep_settings
 from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.common import config
@@ -180,10 +182,10 @@ def evaluating(out: Path, python: Path) -> Iterator[None]:
         yield
         return
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    command = [python, "-m", "benchmarks.evaluators", out.absolute()]
+    command = [python, "-m", "benchmarks.evaluate.evaluators", out.absolute()]
     with (
         (out / "evaluators.log").open("w") as log,
-        subprocess.Popen(command, cwd=contest.ROOT, env=environment, stdout=log, stderr=log) as process,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log) as process,
     ):
         try:
             yield
@@ -259,7 +261,7 @@ def beside_table(mine: dict[str, dict[str, float]], theirs: dict[str, Figures]) 
         for name, figure in mine.items()
     ]
     head = ["their name", "saemill's", "saemill assess (95%)", "SAELens", "SAEBench core"]
-    return contest.table([*head, "SAEBench core, special tokens replaced"], rows)
+    return table([*head, "SAEBench core, special tokens replaced"], rows)
 
 
 def steps_table(steps: dict[str, Figures], theirs: Figures) -> list[str]:
@@ -270,7 +272,7 @@ def steps_table(steps: dict[str, Figures], theirs: Figures) -> list[str]:
         cells = [number(values[0])]
         cells += [number(b) if difference(a, b) > 1e-9 else "" for a, b in pairwise(values)]
         rows.append([name, OURS[name], *cells, number(theirs[name]), rest(values[-1], theirs[name])])
-    return contest.table(["their name", "saemill's", *steps, "SAELens", "left (relative)"], rows)
+    return table(["their name", "saemill's", *steps, "SAELens", "left (relative)"], rows)
 
 
 def formulas_table(variant: dict[str, Any]) -> list[str]:
@@ -284,7 +286,7 @@ def formulas_table(variant: dict[str, Any]) -> list[str]:
             nearest = mine.get(NEAREST.get(name, name), "")
             rows.append([tool, name, nearest, number(said), number(value), rest(value, said)])
     head = ["tool", "figure", "saemill assess", "the tool", "its formula, saemill's tensors"]
-    return contest.table([*head, "left (relative)"], rows)
+    return table([*head, "left (relative)"], rows)
 
 
 def parse() -> argparse.Namespace:
@@ -295,7 +297,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("tokens", type=Path, help="token store to evaluate on")
     parser.add_argument("--rows", type=int, default=200, help="of it, from its start")
     parser.add_argument("--model", help="if it is not where it was cached from")
-    parser.add_argument("--peers-python", type=Path, default=contest.OWN_OF_PEERS)
+    parser.add_argument("--peers-python", type=Path, default=OWN_OF_PEERS)
     parser.add_argument("-o", "--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -304,7 +306,7 @@ def main() -> None:
     args = parse()
     if not args.peers_python.exists():
         raise SystemExit(f"no peers at {args.peers_python}: make .venv-peers/ready")
-    contest.keep_settings(args)
+    keep_settings(args)
     store = TokenStore(args.tokens)
     n_rows = min(args.rows, store.n_rows) // BATCH_ROWS * BATCH_ROWS
     if n_rows == 0:
@@ -335,7 +337,7 @@ def report(run: Run, raw: dict[str, Any]) -> list[str]:
     versions = {name: version(name) for name in ("saemill", "transformers")} | raw["versions"]
     data, rows = raw["data"], run.tokens
     errors = ", ".join(f"{hook} {error:.0e}" for hook, error in raw["hook_error"].items())
-    lines = [contest.machine([{"versions": versions, "gpu": None}]), ""]
+    lines = [machine(versions), ""]
     lines += [
         f"{rows.n_rows:,} rows of {rows.ctx_len}: {data['n_tokens']:,} tokens of {data['n_documents']:,} "
         f"documents count, {data['n_tokens_with_losses']:,} of them predict. Activations at TransformerLens' "

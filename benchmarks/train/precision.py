@@ -1,6 +1,6 @@
 """What short formats cost: the same SAEs trained with other products and other moments.
 
-    python -m benchmarks.precision --acts STORE --site layers.4 --latents 4096 --k 32,128 -o DIR
+    python -m benchmarks.train.precision --acts STORE --site layers.4 --latents 4096 --k 32,128 -o DIR
 
 Same seeds, same stream; the figure is the FVU of the last log line, the mean over the last 10 steps.
 """
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pipeline import machine
+from benchmarks.report import machine
 from saemill.train.config import TrainConfig
 from saemill.train.run import run
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants.feed import SHRINK, Contestant, Feed, Reconstruct, main, parser
+from benchmarks.train.contestants.feed import SHRINK, Contestant, Feed, Reconstruct, main, parser
 
 # The package imports nnsight, and with it much else, for buffers over models, which are not used here.
 sys.modules["nnsight"] = ModuleType("nnsight")

@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every kernel, compiled ahead of time; no GPU is needed.
 
-python -m benchmarks.kernel_resources [-o resources.json]
+python -m benchmarks.step.kernel_resources [-o resources.json]
 """
 
 import argparse
@@ -122,15 +122,12 @@ def chunk_sums_job(d: int) -> Job:
     return Job(f"chunk_sums D={d}", segments.chunk_sums_kernel, pointers, ("K",), constants, options)
 
 
-def update_job(
-    d: int, optimizer: str, moment: str, aux: bool = False, inputs: str = "bf16", panel: int = 0
-) -> Job:
-    """`panel` is that of the panel form; 0 for whole rows."""
-    constants, options = rows.launch(d, panel or d, segments.CHUNK_PAIRS, optimizer)
+def update_job(d: int, optimizer: str, moment: str, aux: bool = False, inputs: str = "bf16") -> Job:
+    constants, options = rows.launch(d, segments.CHUNK_PAIRS, optimizer)
     integers = ["latents_ptr", "starts_ptr", "first_chunk_ptr", "order_ptr"] + ["slot_ptr"] * aux
     floats = ["val_ptr", "dot_ptr", "b_ptr", "partial_ptr", "dval_ptr", "along_ptr", "db_ptr", "hyper_ptr"]
     floats += ["w_enc_ptr", "b_enc_ptr", "w_dec_ptr", "m_b_ptr", "v_b_ptr"]
-    floats += ["aux_enc_ptr", "aux_dec_ptr"] * aux + ["squares_ptr"] * bool(panel)
+    floats += ["aux_enc_ptr", "aux_dec_ptr"] * aux
     copies = ["copy_enc_ptr", "copy_dec_ptr"] if inputs == "bf16" else []
     moments = ["m_enc", "m_dec", "v_enc", "v_dec"]
     floats += [f"{name}_scale_ptr" for name in moments if moment == "8bit"]
@@ -141,14 +138,7 @@ def update_job(
         f"{name}_ptr": {"m": "i8", "v": "u8"}[name[0]] if moment == "8bit" else moment for name in moments
     }
     name = f"update D={d} {optimizer} {moment}" + " aux" * aux + " fp32 inputs" * (inputs == "fp32")
-    name += f" panel={panel}" * bool(panel)
     return Job(name, rows.update_kernel, pointers, ("K",), constants, options)
-
-
-def normalise_job(d: int) -> Job:
-    constants, options = rows.normalise_launch(d)
-    pointers = dict.fromkeys(("squares_ptr", "w_dec_ptr", "hyper_ptr"), "fp32") | {"copy_dec_ptr": "bf16"}
-    return Job(f"normalise D={d}", rows.normalise_kernel, pointers, (), constants, options)
 
 
 def jobs() -> Iterator[Job]:
@@ -165,12 +155,7 @@ def jobs() -> Iterator[Job]:
         yield chunk_sums_job(d)
         yield update_job(d, "adam", "fp32")
         yield update_job(d, "adam", "bf16", aux=True)
-        yield normalise_job(d)
-        for panel in (256, 512):
-            yield update_job(d, "adam", "fp32", panel=panel)
-        yield update_job(d, "adam", "bf16", aux=True, panel=256)
         yield update_job(d, "adam", "8bit", aux=True)
-        yield update_job(d, "adam", "8bit", aux=True, panel=256)
     yield update_job(768, "sgd", "fp32")
     yield update_job(768, "adam", "fp32", inputs="fp32")
 

@@ -1,11 +1,12 @@
 """Run by the peers' Python: SAELens' evals, SAEBench's core, and what sparsify and dictionary_learning say.
 
-`python -m benchmarks.evaluators FOLDER` reads what `benchmarks.others` put there and writes figures to
+`benchmarks.evaluate.others` starts it on a folder, where it reads what was put there and writes figures to
 `theirs/VARIANT.json`. It knows nothing of saemill. Each package's own loader and its own evaluation run. The
 model is read from disk, into TransformerLens' bridge with its weights as they are: `multiple_evals` of
 SAELens and of SAEBench would fetch one by an official name.
 """
 
+import argparse
 import json
 import sys
 from importlib.metadata import version
@@ -147,4 +148,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    main(parser.parse_args().folder)

@@ -17,7 +17,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 
-from benchmarks.contestants.feed import SHRINK, Contestant, Feed, Reconstruct, main, parser
+from benchmarks.train.contestants.feed import SHRINK, Contestant, Feed, Reconstruct, main, parser
 
 
 class SaeLens(Contestant):

@@ -22,7 +22,7 @@ import torch
 from sparsify import SparseCoderConfig, TrainConfig, Trainer
 from torch import Tensor, nn
 
-from benchmarks.contestants.feed import SHRINK, Contestant, Feed, Reconstruct, main, parser
+from benchmarks.train.contestants.feed import SHRINK, Contestant, Feed, Reconstruct, main, parser
 
 
 class Replay(nn.Module):

@@ -1,6 +1,6 @@
 """The whole pipeline on real input, stage by stage: time, peak memory, and two ratios.
 
-    python -m benchmarks.pipeline --model MODEL --train-text FILE --valid-text FILE -o DIR
+    python -m benchmarks.scale.pipeline --model MODEL --train-text FILE --valid-text FILE -o DIR
 
 Each stage is a process of its own, as a user would run it. Caching is compared with the bare forward
 pass that stops at the same block; training 8 variants together with training one alone. The result
@@ -10,15 +10,14 @@ is `DIR/results.md`.
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+
+from benchmarks.report import machine
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,6 @@ def last_metrics(run: Path) -> dict[str, float]:
     return {"tokens": finished["tokens"], "seconds": finished["seconds"]}
 
 
-def machine() -> str:
-    """The machine and the versions that decide the figures."""
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("saemill", "torch", "transformers", "zarr"))
-    return f"{os.cpu_count()} cores of {model}, {versions}, {date.today().isoformat()}"
-
-
 def main() -> None:
     """Run all stages and write the tables."""
     parser = argparse.ArgumentParser(
@@ -99,7 +84,7 @@ def main() -> None:
     ]
     measure(out, "one variant", f"{train} --k 32 --expansion-factor 8 --max-tokens 400k -o {out}/single")
     forward = f"--tokens {out}/tokens --model {args.model} --site {args.site} -o {out}/rates.json"
-    measure(out, "forward", f"benchmarks.forward {forward}")
+    measure(out, "forward", f"benchmarks.cache.forward {forward}")
     write(out, stages, json.loads((out / "rates.json").read_text()))
 
 

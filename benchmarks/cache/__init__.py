@@ -1,0 +1,8 @@
+"""The cache: how fast it is written, and how fast training reads it.
+
+forward.py   caching beside the bare forward pass
+loader.py    the training loader beside plain sequential reads, and how well its batches mix
+
+store.py     the store that it reads, whose rows tell their addresses
+mixing.py    figures of how batches mix
+"""

@@ -1,0 +1,347 @@
+"""The training loader alone, beside plain sequential reads of the same bytes; and how well its batches mix.
+
+    python -m benchmarks.cache.loader -o DIR [--tokens 2097152] [--readers 1,2,3,4]
+
+A store is made in DIR, read in every way, and removed; no model is needed. Plain: `preadv` of all shards in
+their order, 4,096 rows at a time into a buffer that is used again. The loader: all batches of an epoch,
+nothing done with them; beside reading, it compares each block with its hash and shuffles. Each has 1, 2, …
+threads that read, in a process of its own; they take turns, round after round. Cold: each shard was synced
+and dropped from the page cache (`fsync`, `posix_fadvise(POSIX_FADV_DONTNEED)`) while no process mapped it; a
+disk with a cache of its own, as that of a virtual machine, may still answer from there. Warm: all shards were
+read just before. Whether a read came from the disk is told by Linux's count of bytes fetched.
+
+Mixing: how many other rows of a batch are of a row's own document, and how many of the next batch; how many
+documents a batch has; and χ² of the places of its rows in their documents, per degree of freedom, which is
+1 where they are drawn at random. The result is `DIR/results.md`, raw figures in `DIR/results.json`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from benchmarks.cache import mixing
+from benchmarks.cache import store as stores
+from benchmarks.cache.store import DOCUMENT_TOKENS, NOTHING_LEFT_OUT, SITE
+from benchmarks.report import machine, table
+from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.permutation import permutation
+from saemill.common.stores.shards import as_tensor
+from saemill.common.stores.site_records import BLOCK_TOKENS
+from saemill.train.stream import loader as stream
+from saemill.train.stream.loader import Loader
+
+PIECE_ROWS = 4096
+"""Rows per plain read."""
+N_PARTS = 3
+"""Windows of which the parts of the loader's work are timed."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process reads, and how."""
+
+    path: Path
+    """The store."""
+    batch_tokens: int
+    buffer_tokens: int
+    n_readers: int = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass over all bytes took."""
+
+    seconds: float
+    first_s: float
+    """Until the first batch or piece was there."""
+    cpu_s: float
+    """Of all threads."""
+    disk_bytes: int
+    """Fetched from the disk; the others were in the page cache."""
+
+
+def shard_files(path: Path) -> list[Path]:
+    """In their order."""
+    return sorted((path / SITE / "c").glob("*/0"), key=lambda file: int(file.parent.name))
+
+
+def evict(path: Path) -> None:
+    """Drop the shards from the page cache."""
+    for file in shard_files(path):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def disk_bytes() -> int:
+    """Bytes that this process has fetched from the disk so far."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["read_bytes"])
+
+
+def timed(batches: Iterator[object]) -> Measured:
+    """Go through all batches."""
+    before, start, cpu = disk_bytes(), time.perf_counter(), time.process_time()
+    next(batches)
+    first_s = time.perf_counter() - start
+    for _ in batches:
+        pass
+    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    return Measured(seconds, first_s, cpu_s, disk_bytes() - before)
+
+
+def plain(task: Task) -> Measured:
+    """All shards, from first to last byte."""
+    files = shard_files(task.path)
+    piece_bytes = PIECE_ROWS * ActivationStore(task.path).site(SITE).width * 2
+    local = threading.local()
+    descriptors = [os.open(file, os.O_RDONLY) for file in files]
+    pieces = [(d, at) for d in descriptors for at in range(0, os.fstat(d).st_size, piece_bytes)]
+
+    def read(piece: tuple[int, int]) -> int:
+        if not hasattr(local, "buffer"):
+            local.buffer = bytearray(piece_bytes)
+        return os.preadv(piece[0], [local.buffer], piece[1])
+
+    def read_all() -> Iterator[int]:
+        yield from pool.map(read, pieces)  # starts when the first piece is asked for
+
+    with ThreadPoolExecutor(task.n_readers) as pool:
+        measured = timed(read_all())
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return measured
+
+
+def loader_of(task: Task) -> Loader:
+    """The training loader over the store."""
+    torch.set_num_threads(1)
+    stream.READERS = task.n_readers
+    sizes = {"batch_tokens": task.batch_tokens, "buffer_tokens": task.buffer_tokens}
+    return Loader(ActivationStore(task.path), [SITE], NOTHING_LEFT_OUT, **sizes, seed=0)
+
+
+def epoch(loader: Loader) -> Iterator[torch.Tensor]:
+    """The whole batches of the first epoch."""
+    return (loader.batch(i)[SITE] for i in range(loader.epoch_tokens // loader.batch_tokens))
+
+
+def loaded(task: Task) -> Measured:
+    """An epoch of batches from the loader."""
+    with closing(loader_of(task)) as loader:
+        return timed(epoch(loader))
+
+
+def mixed(task: Task) -> dict[str, dict[str, float]]:
+    """How batches mix: of the loader, of rows in their stored order, and of rows in the order of the text."""
+    with closing(loader_of(task)) as loader:
+        shuffled = np.concatenate([stores.addresses(x_TD) for x_TD in epoch(loader)])
+        store = loader.store
+    if not np.array_equal(np.unique(shuffled), np.sort(shuffled)):
+        raise SystemExit("the loader gave a row twice in one epoch")
+    size = store.shard_tokens
+    stored = np.concatenate([s * size + store.permutation(s) for s in range(store.n_shards)])
+    orders = {"the loader": shuffled, "stored order": stored, "order of the text": np.arange(store.n_tokens)}
+    cut = len(shuffled)
+    found = {
+        name: mixing.measure(order[:cut].reshape(-1, task.batch_tokens)) for name, order in orders.items()
+    }
+    found["a full shuffle, expected"] = mixing.of_full_shuffle(store.n_tokens, task.batch_tokens)
+    found["the loader, expected"] = mixing.of_windows(
+        store.n_tokens, size, task.batch_tokens, task.buffer_tokens
+    )
+    return found
+
+
+def parts(task: Task) -> dict[str, float]:
+    """Seconds per GiB of each part of the loader's work, by one thread: the medians of some warm windows."""
+    torch.set_num_threads(1)
+    store = ActivationStore(task.path)
+    per_shard, n_blocks = store.shard_tokens // BLOCK_TOKENS, task.buffer_tokens // BLOCK_TOKENS
+    order = permutation(store.n_shards * per_shard, 0)
+    windows = [order[i : i + n_blocks] for i in range(0, len(order) - n_blocks + 1, n_blocks)]
+    site = store.site(SITE)
+    found = [
+        window_parts(site, [divmod(int(number), per_shard) for number in window], task.batch_tokens)
+        for window in windows[:N_PARTS]
+    ]
+    return {name: statistics.median(window[name] for window in found) for name in found[0]}
+
+
+def window_parts(site: SiteArray, blocks: list[tuple[int, int]], batch_tokens: int) -> dict[str, float]:
+    """The parts on one window's blocks, one after another. A buffer is new when it is first written."""
+    rows = [site.array.shard(s)[b * BLOCK_TOKENS : (b + 1) * BLOCK_TOKENS] for s, b in blocks]
+    n_rows = len(rows) * BLOCK_TOKENS
+    buffer, shuffled = (np.empty((n_rows, site.width), site.array.dtype) for _ in range(2))
+    keep, order = np.ones(BLOCK_TOKENS, bool), permutation(n_rows, 1)
+
+    def check() -> None:
+        for block in rows:
+            xxhash.xxh3_64_intdigest(block.data)
+
+    def copy() -> None:
+        for block, out in zip(rows, buffer.reshape(len(rows), BLOCK_TOKENS, -1), strict=True):
+            np.compress(keep, block, axis=0, out=out)
+
+    def shuffle() -> None:
+        np.take(buffer, order, axis=0, out=shuffled, mode="clip")
+
+    def cut() -> None:
+        for start in range(0, n_rows, batch_tokens):
+            torch.cat([as_tensor(shuffled, site.dtype)[start : start + batch_tokens]])
+
+    def seconds_per_gib(work: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        work()
+        return (time.perf_counter() - start) * GIB / buffer.nbytes
+
+    works = {
+        "hash each block, its pages mapped for the first time": check,
+        "hash each block again": check,
+        "copy unmasked rows into a new buffer": copy,
+        "copy them into the same buffer again": copy,
+        "shuffle them into a new buffer": shuffle,
+        "shuffle them into the same buffer again": shuffle,
+        "cut batches": cut,
+    }
+    return {name: seconds_per_gib(work) for name, work in works.items()}
+
+
+def alone(work: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a process of its own, so that no other map or buffer is in the way."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """All ways, in turns."""
+    sizes = {"batch_tokens": args.batch, "buffer_tokens": args.buffer}
+    passes: list[dict[str, Any]] = []
+    for turn in range(args.rounds):
+        for n_readers in args.readers:
+            task = Task(path, n_readers=n_readers, **sizes)
+            for cache in ("cold", "warm"):
+                for way in (plain, loaded):
+                    if cache == "cold":
+                        evict(path)
+                    print(f"round {turn + 1}, {cache}, {n_readers} readers, {way.__name__}", flush=True)
+                    about = {"turn": turn, "cache": cache, "readers": n_readers, "way": way.__name__}
+                    passes.append(about | asdict(alone(way, task)))
+    task = Task(path, n_readers=1, **sizes)
+    n_bytes = sum(file.stat().st_size for file in shard_files(path))
+    return {"bytes": n_bytes, "passes": passes, "parts": alone(parts, task), "mixing": alone(mixed, task)}
+
+
+def speed_table(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
+    """Rates, their ratio round by round, and what they took."""
+    gib = found["bytes"] / GIB
+
+    def values(cache: str, readers: int, way: str, key: str) -> list[float]:
+        chosen = {"cache": cache, "readers": readers, "way": way}
+        return [p[key] for p in found["passes"] if chosen.items() <= p.items()]
+
+    rows = []
+    for cache in ("cold", "warm"):
+        alone_s = values(cache, args.readers[0], "plain", "seconds")
+        for n in args.readers:
+            seconds = {way: values(cache, n, way, "seconds") for way in ("plain", "loaded")}
+            rates = [f"{gib * 1024 / statistics.median(seconds[way]):,.0f}" for way in seconds]
+            ratios = [
+                sorted(p / own for p, own in zip(reads, seconds["loaded"], strict=True))
+                for reads in (seconds["plain"], alone_s)
+            ]
+            cells = [f"{statistics.median(r):.2f} ({r[0]:.2f}–{r[-1]:.2f})" for r in ratios]
+            cpu_s = [statistics.median(values(cache, n, way, "cpu_s")) / gib for way in seconds]
+            disk = [statistics.median(values(cache, n, w, "disk_bytes")) / found["bytes"] for w in seconds]
+            first_s = statistics.median(values(cache, n, "loaded", "first_s"))
+            shares = " / ".join(f"{share:.0%}" for share in disk)
+            cpu = " / ".join(f"{spent:.2f}" for spent in cpu_s)
+            rows.append([cache, str(n), *rates, *cells, f"{first_s:.2f}", cpu, shares])
+    head = ["page cache", "readers", "plain, MiB/s", "loader, MiB/s", "of plain with as many readers (range)"]
+    head += [f"of plain with {args.readers[0]}", "s to the loader's first batch"]
+    return table([*head, "CPU-s per GiB, plain / loader", "from disk, plain / loader"], rows, 1)
+
+
+def mixing_table(found: dict[str, Any]) -> list[str]:
+    """The figures of `mixing`, by order."""
+    columns = {
+        "same": "other rows of a row's document in its batch",
+        "next": "rows of it in the next batch",
+        "documents": "documents in a batch",
+        "positions": "χ² of places in documents, per degree of freedom",
+    }
+    rows = [
+        [name, *(f"{figures[key]:,.3f}" if key in figures else "" for key in columns)]
+        for name, figures in found["mixing"].items()
+    ]
+    return table(["order of rows", *columns.values()], rows, 1)
+
+
+def report(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
+    """All tables."""
+    n_documents = args.tokens // DOCUMENT_TOKENS
+    lines = [machine(), ""]
+    lines += [
+        f"{args.tokens:,} rows of D {args.width} in bf16, {found['bytes'] / GIB:.2f} GiB, in {n_documents:,} "
+        f"documents of {DOCUMENT_TOKENS}; {args.batch:,} rows per batch, a window of {args.buffer:,}; "
+        f"{args.rounds} rounds, medians. Load of the machine at the end: {os.getloadavg()[0]:.1f}.",
+        "",
+    ]
+    lines += speed_table(args, found)
+    rows = [[name, f"{seconds:.2f}"] for name, seconds in found["parts"].items()]
+    lines += table(["the loader's work on a warm window, one thread", "s per GiB"], rows, 1)
+    return lines + mixing_table(found)
+
+
+def parse() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=2**21, help="rows of the store")
+    parser.add_argument("--width", type=int, default=768, help="D")
+    parser.add_argument(
+        "--readers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 3, 4]
+    )
+    parser.add_argument("--batch", type=int, default=4096, help="rows per batch")
+    parser.add_argument("--buffer", type=int, default=262_144, help="rows per window of the loader")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder, on the disk to be measured")
+    args = parser.parse_args()
+    if args.tokens % args.buffer or args.buffer % args.batch or args.batch % BLOCK_TOKENS:
+        parser.error("--tokens must be a multiple of --buffer, that of --batch, and that of 256")
+    return args
+
+
+def main() -> None:
+    """Make the store, read it, write the tables."""
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        path = alone(stores.make, Path(folder), args.tokens, args.width)
+        found = measure(args, path)
+    lines = report(args, found)
+    (args.out / "results.md").write_text("\n".join(lines))
+    (args.out / "results.json").write_text(json.dumps(found, indent=1))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Settings of runs that are kept in a folder, and where the peers are."""
+
+import argparse
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OWN_OF_PEERS = ROOT / ".venv-peers" / "bin" / "python"
+"""The Python of the environment that `make .venv-peers/ready` sets up."""
+
+
+def keep_settings(args: argparse.Namespace) -> None:
+    """Results of other settings must not be mixed in: finished runs in `out` are not run again."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    path, skip = args.out / "settings.json", ("out", "contestants", "rounds", "peers_python")
+    now = {key: str(value) for key, value in vars(args).items() if key not in skip}
+    if path.exists() and json.loads(path.read_text()) != now:
+        raise SystemExit(f"{args.out} holds runs of other settings; choose a new folder")
+    path.write_text(json.dumps(now))
