@@ -18,8 +18,10 @@ from texts import random_texts
 
 from saemill.demo import MODEL
 
-LONGEST = ("placement", "kernels", "assess_processes", "claims", "slurm", "train", "cache", "halving", "formats",
-           "wandb", "tutorial", "run", "assess", "tokenize", "compiled")  # fmt: skip
+LONGEST = (
+    *("demo", "placement", "contract", "kernels_compile", "others", "slurm", "tutorial", "kernels"),
+    *("claims", "rows_of_ids", "assess_processes", "run_folder", "matrix", "push", "run", "cache"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
