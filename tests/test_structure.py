@@ -1,6 +1,8 @@
 """The house: who may import whom, what ships, and configs that resolve."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,33 +23,115 @@ CONFIG_FILES = sorted(set((ROOT.parent / "configs").glob("*.yaml")) - {MATRIX})
 CONFIGS = {"tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig}
 
 
+STAGES_AND_KIN = {room: {"common"} for room in (*STAGES, "generate", "compare")}
+MAY_IMPORT = STAGES_AND_KIN | {
+    "common": set(),
+    "demo": {"common", *STAGES},
+    "embeddings": {"common", "tokenize", "cache"},
+    "convert": {"common"},
+    "verify": {"common", "train"},
+    "show": {"common", "verify"},
+    "pipeline": {"common", "compare", *STAGES},
+    "slurm": {"common", "pipeline", "train", "assess"},
+    "hub": {"common", "show", "train", "assess"},
+    "commands": {
+        *(
+            "common",
+            "generate",
+            "compare",
+            "embeddings",
+            "convert",
+            "show",
+            "demo",
+            "pipeline",
+            "slurm",
+            "hub",
+        ),
+        *STAGES,
+    },
+    "cli": {"common", "commands"},
+    "__main__": {"cli"},
+    "__init__": {"common"},
+}
+"""What each file or folder of the package imports beside itself."""
+GROUND = {"config", "memory", "profile"}
+IN_TRAIN = {
+    **{name: set[str]() for name in ("config", "profile")},
+    "memory": set(),
+    "stream": set(),
+    "objective": set(),
+    "optim": GROUND,
+    "backends": GROUND | {"optim"},
+    "arch": GROUND | {"optim", "backends"},
+    "sweep": GROUND | {"backends"},
+    "learner": GROUND | {"optim", "backends", "arch", "sweep", "stream", "objective"},
+    "record": GROUND | {"learner", "sweep"},
+    "trainer": GROUND | {"backends", "learner", "record", "stream", "sweep"},
+    "export": GROUND | {"record", "sweep", "trainer"},
+    "tracking": GROUND | {"sweep", "trainer"},
+    "run": GROUND | {"backends", "learner", "record", "stream", "sweep", "trainer", "export", "tracking"},
+}
+"""The same within `train`: from the run down to the ground."""
+
+
 def imports(file: Path) -> set[str]:
     """Names of the modules of ours that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            inside = (ROOT.parent / node.module.replace(".", "/")).is_dir()
+            found |= {f"{node.module}.{alias.name}" if inside else node.module for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return {name for name in found if name.split(".")[0] == "saemill"}
 
 
-@pytest.mark.parametrize("room", ["common", *STAGES, "generate", "compare"])
-def test_stages_import_only_themselves_and_common(room: str) -> None:
+def neighbours(*folder: str) -> dict[str, set[str]]:
+    """For each file or folder in a folder of the package, which others there it imports."""
+    found: dict[str, set[str]] = {}
+    place = ROOT.joinpath(*folder)
+    for file in place.rglob("*.py"):
+        room = file.relative_to(place).with_suffix("").parts[0]
+        names = [name.split(".")[1:] for name in imports(file)]
+        n = len(folder)
+        near = {name[n] for name in names if tuple(name[:n]) == folder and len(name) > n}
+        found[room] = found.get(room, set()) | near - {room}
+    return found
+
+
+def test_imports_run_one_way() -> None:
     """Oracle: the source's own import statements."""
-    allowed = {"common", room}
-    files = sorted((ROOT / room).rglob("*.py"))
-    assert len(files) >= 3
-    for file in files:
-        for name in imports(file):
-            assert name.split(".")[1] in allowed, f"{file} imports {name}"
+    found = neighbours()
+    assert {room: names - MAY_IMPORT[room] for room, names in found.items() if names - MAY_IMPORT[room]} == {}
+
+
+def test_imports_within_train_run_one_way() -> None:
+    """Oracle: the source's own import statements; whoever is imported is listed above who imports it."""
+    found = {room: names for room, names in neighbours("train").items() if room != "__init__"}
+    assert {room: names - IN_TRAIN[room] for room, names in found.items() if names - IN_TRAIN[room]} == {}
+    seen: set[str] = set()
+    for room, below in IN_TRAIN.items():
+        assert below <= seen | GROUND, room
+        seen.add(room)
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import saemill.train.run", "from saemill.cli import app; app(['train', '-h'], standalone_mode=False)"],
+)
+def test_training_loads_no_transformers(code: str) -> None:
+    """Oracle: the modules of a process that imports what a training run does, and of one that shows help."""
+    heavy = ("transformers", "datasets", "wandb")
+    ask = f"{code}; import sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_embeddings_borrow_from_the_stages_before_train() -> None:
     """Oracle: the source's own import statements; what opens datasets and what writes shards."""
     found = {name for file in (ROOT / "embeddings").glob("*.py") for name in imports(file)}
-    foreign = {name for name in found if name.split(".")[1] not in ("common", "embeddings")}
-    assert foreign == {"saemill.tokenize.source", "saemill.cache.claims", "saemill.cache.writer"}
+    borrowed = {name for name in found if name.split(".")[1] not in ("common", "embeddings")}
+    assert borrowed == {"saemill.tokenize.source", "saemill.cache.claims", "saemill.cache.writer"}
 
 
 def test_what_ships_stays_small() -> None:

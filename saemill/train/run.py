@@ -25,7 +25,6 @@ from saemill.train.learner.learner import Learner
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.record.folder import TENSORBOARD, Folder
 from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
-from saemill.train.record.wandb import follow
 from saemill.train.stream.feed import Feed
 from saemill.train.stream.loader import Loader
 from saemill.train.stream.scaling import MOST_SCALE, scaling_of
@@ -33,6 +32,7 @@ from saemill.train.sweep.halving import Halving
 from saemill.train.sweep.placement import Placement, choose
 from saemill.train.sweep.schedule import Schedule
 from saemill.train.sweep.variants import Variant, of_config
+from saemill.train.tracking import follow
 from saemill.train.trainer import Trainer
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
