@@ -158,7 +158,7 @@ SAELENS = {
     "autocast_lm": Setting("`--set cache.model_dtype=bf16`", "the model's weights are bf16 then"),
     "compile_llm": Setting("", OFFLINE),
     "llm_compilation_mode": Setting("", OFFLINE),
-    "compile_sae": Setting("`--set train.kernels=`", "compiled loops are used where they are installed"),
+    "compile_sae": Setting("`--set train.kernels=`", "steps are compiled by numba or Triton anyway"),
     "sae_compilation_mode": Setting("", "see `compile_sae`"),
     "adam_beta1": Setting("`--set train.adam_betas=0.9,0.999`", "both; by default 0.8,0.95"),
     "adam_beta2": Setting("`--set train.adam_betas=0.9,0.999`", "both; by default 0.8,0.95"),
