@@ -199,6 +199,7 @@ def test_top_contexts_are_the_strongest_one_per_document(store: ActivationStore)
             if value[address] > 0 and document not in best:
                 best[document] = (float(value[address]), int(address))
         expected = sorted(best.values(), reverse=True)[:5]
+        assert len(expected) == 5
         assert [address for _, address in found[latent]] == [address for _, address in expected]
 
 

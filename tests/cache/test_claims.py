@@ -31,8 +31,6 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import Site
 from saemill.show import problems
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def workers(tmp_path: Path) -> Iterator[Callable[[], Worker]]:

@@ -18,8 +18,6 @@ from waiting import LIMIT_SECONDS, wait_until
 
 from saemill.cache.claims import Seen, Worker
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def whole(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:

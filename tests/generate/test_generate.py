@@ -77,9 +77,9 @@ def test_at_the_limit_samples_are_the_greedy_text(change: dict[str, float], tmp_
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     greedy = model.generate(torch.tensor([[0]]), max_new_tokens=12, do_sample=False)[0, 1:].tolist()
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
-    for row in read(tmp_path / "out" / "model.parquet"):
-        assert row["input_ids"] == greedy
-        assert row["text"] == tokenizer.decode(greedy)
+    rows = read(tmp_path / "out" / "model.parquet")
+    assert [row["input_ids"] for row in rows] == [greedy] * 3
+    assert {row["text"] for row in rows} == {tokenizer.decode(greedy)}
 
 
 def test_numbers_are_those_of_philox_and_differ_by_model_seed_and_sample() -> None:

@@ -20,11 +20,6 @@ from saemill.tokenize.run import TokenizeConfig, run
 PAD = 3
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
-
-
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Ids 0..3 are <s>, </s>, <unk>, <pad>; 4..63 are words."""

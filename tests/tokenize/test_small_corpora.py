@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import xxhash
@@ -18,11 +17,6 @@ from saemill.common.stores.permutation import combine
 from saemill.common.stores.tokens import TokenStore
 from saemill.tokenize.held_out import chosen_for_a_row, is_held_out, largest_fraction
 from saemill.tokenize.run import TokenizeConfig, run
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
 
 
 def tokenize(folder: Path, texts: list[str], tokenizer: str, **values: Any) -> TokenStore:

@@ -25,11 +25,6 @@ from saemill.tokenize.source import open_source
 DOCUMENTS = "".join(json.dumps({"text": f"text {i}", "n": i}) + "\n" for i in range(9)).encode()
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
-
-
 def texts(path: Path, streaming: bool = False, column: str = "text") -> list[str]:
     """All texts, as they are tokenized."""
     source = open_source(

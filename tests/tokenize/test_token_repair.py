@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
 from crashes import file_hashes
 from texts import random_texts
@@ -23,12 +22,10 @@ Damage = Callable[[Path], object]
 def made(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> TokenizeConfig:
     """A store, and the settings that made it."""
     folder = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "hf"))
-        file = folder / "a.jsonl"
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in random_texts(30)))
-        config = TokenizeConfig(dataset=str(file), tokenizer=tokenizer_folder, out=folder / "out", ctx_len=16)
-        run(config)
+    file = folder / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in random_texts(30)))
+    config = TokenizeConfig(dataset=str(file), tokenizer=tokenizer_folder, out=folder / "out", ctx_len=16)
+    run(config)
     return config
 
 

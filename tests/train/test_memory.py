@@ -26,6 +26,7 @@ def flags_at(address: int) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8])
 @pytest.mark.parametrize("n_bytes", [1 << 10, LEAST_BYTES, LEAST_BYTES + 60])
 def test_it_is_as_torch_makes_it(dtype: torch.dtype, n_bytes: int) -> None:
+    """Oracle: `torch.zeros` and `torch.full` of the same shape and type."""
     shape = (2, n_bytes // dtype.itemsize // 2)
     made = zeros(*shape, dtype=dtype)
     assert torch.equal(made, torch.zeros(shape, dtype=dtype))
@@ -38,6 +39,7 @@ def test_it_is_as_torch_makes_it(dtype: torch.dtype, n_bytes: int) -> None:
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages"
 )
 def test_large_memory_is_marked_for_huge_pages_until_it_is_dropped() -> None:
+    """Oracle: Linux's flags of the memory at that address; torch's own memory has no mark."""
     small, large = torch.zeros(LEAST_BYTES // 4), zeros(LEAST_BYTES // 4)
     address = large.data_ptr()
     assert "hg" in flags_at(address)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline import Pipeline
 from stores import make_store
 from training import D, config, files, killed_at, structured
 from waiting import LIMIT_SECONDS
@@ -302,8 +303,6 @@ def test_an_unreachable_server_does_not_disturb_training(
 @pytest.fixture(scope="module")
 def acts(tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path, tmp_path_factory: Any) -> Path:
     """The store of a tiny model's activations."""
-    from pipeline import Pipeline
-
     folder = tmp_path_factory.mktemp("assessed")
     return Pipeline(folder, tiny_models["neox"], tokenizer_folder, corpus, "layers.1").acts
 
@@ -355,5 +354,6 @@ def test_an_assessment_goes_to_the_runs_of_its_variants(acts: Path, tmp_path: Pa
 
 
 def test_an_assessment_of_a_run_without_wandb(acts: Path) -> None:
+    """Oracle: the message names the file that such a run lacks."""
     with pytest.raises(ConfigError, match=r"was not logged to wandb \(wandb.json is missing\)"):
         assess(AssessConfig(run=acts.parent / "run", device="cpu", log_to_wandb=True))
