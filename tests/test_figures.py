@@ -20,7 +20,7 @@ from pipeline import Pipeline
 from stores import make_store
 from test_assess import ALONE, D, evalset, held_out, random_sae, reconstruct
 
-from saemill.assess.controls import controls
+from saemill.assess.baselines import fit_baselines
 from saemill.assess.reconstruction import Reconstruction, absorption
 from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
@@ -86,7 +86,7 @@ def test_controls_do_not_depend_on_the_scale(tmp_path: Path, scale: float) -> No
         small = make_store(tmp_path / name, 64, 16, D, 500, values_TD=values_of(64 * 16) * factor)
         x_TD = small.read("a", 0, 100)
         with torch.no_grad():
-            saes = controls(random_sae(0), "a", evalset(small)).values()
+            saes = fit_baselines(random_sae(0), "a", evalset(small)).values()
             found.append([sae(x_TD).reconstruction.double() / factor for sae in saes])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3)
@@ -469,7 +469,7 @@ def limited(action: str, small: Path, out: Path) -> "subprocess.CompletedProcess
     """An assessment in another process that runs into `action` while it writes."""
     script = (
         "import os, resource, signal, sys; from pathlib import Path\n"
-        "from saemill.assess import run as stage\n"
+        "from saemill.assess import run as stage, write\n"
         f"{action}\n"
         "stage.run(stage.AssessConfig(run=Path(sys.argv[1]), out=Path(sys.argv[2]), device='cpu'))"
     )
@@ -481,7 +481,7 @@ def limited(action: str, small: Path, out: Path) -> "subprocess.CompletedProcess
 FULL = (
     "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
 )
-KILLED = "stage.write_html = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+KILLED = "write.write_html = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
 
 
 @pytest.mark.parametrize(("action", "told"), [(FULL, "no room on the disk for"), (KILLED, "")])

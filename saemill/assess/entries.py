@@ -1,6 +1,7 @@
 """What the assessment says of each variant: its figures, its checks, how far it is from the best."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from saemill.assess.reconstruction import FAR_METRICS, Reconstruction, absorptio
 from saemill.assess.splicing import Splicing, absent_metrics
 from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.assess.verdict import Thresholds
+from saemill.common import config as settings
 from saemill.common.log import counted
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.statistics import FAR, told_far, told_unheld
@@ -32,6 +34,11 @@ class Measured:
     thresholds: Thresholds
     dead_share: float
     """A latent that fires on a smaller share of the tokens counts as dead."""
+
+    def only(self, names: Iterable[str]) -> "Measured":
+        """The figures of some of the SAEs."""
+        losses = self.splicing if isinstance(self.splicing, str) else self.splicing.only(names)
+        return replace(self, reconstruction=self.reconstruction.only(names), splicing=losses)
 
     def entries(self) -> list[Entry]:
         """One entry per SAE, in the order in which they were given."""
@@ -74,6 +81,26 @@ class Measured:
             "n_documents": split.reported_on.n_documents,
             "overlap": split.overlap,
             "metrics": metrics,
+        }
+
+    def data(self, best: str) -> dict[str, Any]:
+        """What was measured on, with sentences on what the figures do not show; `best` names a variant."""
+        evalset, losses = self.reconstruction.evalset, self.splicing
+        places = {site: self.reconstruction.place(site) for site in evalset.sites}
+        return {
+            "chosen": evalset.description,
+            "tokens_fingerprint": evalset.text.fingerprint,
+            "unit": evalset.text.unit,
+            "document": evalset.text.document,
+            "n_tokens": self.reconstruction.n_tokens,
+            "n_documents": len(self.reconstruction.sums.rows),
+            "n_documents_left_out_as_seen": evalset.n_seen_documents,
+            "n_tokens_with_losses": losses.n_tokens if isinstance(losses, Splicing) else 0,
+            "mask": settings.plain(evalset.mask),
+            "dead_percentage_threshold": self.dead_share,
+            "identity_splice_nats": losses.identity if isinstance(losses, Splicing) else None,
+            "sites": places,
+            "notes": [note for site in places for note in self.notes(site, best)],
         }
 
     def notes(self, site: str, best: str) -> list[str]:

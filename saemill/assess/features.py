@@ -9,7 +9,10 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from saemill.assess.config import AssessConfig
 from saemill.assess.evalset import Chunk
+from saemill.assess.reconstruction import Reconstruction
+from saemill.common.config import plain
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
 from saemill.common.sae.sae import Sae
@@ -45,6 +48,44 @@ class Passage:
     address: int
     id: str | None
     text: str | None
+
+
+def describe_latents(
+    config: AssessConfig, name: str, sae: Sae, reconstruction: Reconstruction
+) -> dict[str, Any]:
+    """Some latents of a variant: how often they fire, and where most.
+
+    Args:
+        config: says which latents, and how many contexts of each.
+        name: of the variant.
+        sae: the variant.
+        reconstruction: how it fired on the evaluation tokens.
+    """
+    evalset, firing = reconstruction.evalset, reconstruction.firing[name]
+    density = reconstruction.density(name)
+    live = reconstruction.live(name, config.dead_percentage_threshold)
+    latents = choose_latents(live, config.latents, config.n_latents)
+    if reconstruction.unusable(name):
+        latents = []  # its activations are no numbers
+    chunks = evalset.context_chunks(config.context_tokens) if latents else ()
+    text, site, unit = evalset.text, reconstruction.sites[name], f"{evalset.text.unit}s"
+    among = f" of the cache, training {text.row}s included" if evalset.cached else " of the evaluation tokens"
+    top = top_addresses(chunks, site, sae, latents, text, config.n_contexts, evalset.everyone)
+    reader = PassageReader(text) if isinstance(text, PassageStore) else Reader(text)
+    return {
+        "variant": name,
+        "unit": text.unit,
+        "searched": f"up to {config.context_tokens:,} {unit}{among}",
+        "latents": [
+            {
+                "latent": latent,
+                "density": float(density[latent]),
+                "mean_when_active": float(firing.sum_F[latent] / max(1, int(firing.count_F[latent]))),
+                "contexts": [plain(reader.context(*entry)) for entry in top[latent]],
+            }
+            for latent in latents
+        ],
+    }
 
 
 def check_latents(asked: tuple[int, ...], widths: list[int]) -> None:

@@ -62,9 +62,7 @@ class Spread:
         Returns: which of them are far. bool [T].
         """
         x_TD = x_TD.double()
-        centred_TD = x_TD - self.centre_D
-        distance_T = torch.linalg.vector_norm(centred_TD, dim=1)
-        far_T = distance_T > (FAR * self.median if self.median else torch.inf)
+        centred_TD, distance_T, far_T = self._far(x_TD)
         self.largest = max(self.largest, float(distance_T.max()))
         self.n_zero += int((x_TD == 0).all(1).sum())
         for far in (False, True):
@@ -72,8 +70,17 @@ class Spread:
             if bool(some.any()):
                 self._stretch(far, x_TD[some].amin(0), x_TD[some].amax(0))
                 self._count(far, centred_TD[some], units[some.numpy()])
-        found: NDArray[np.bool_] = far_T.numpy()
-        return found
+        return far_T.numpy()
+
+    def far(self, x_TD: Tensor) -> NDArray[np.bool_]:
+        """Which of some rows are far, as `add` returns it, without counting them."""
+        return self._far(x_TD.double())[2].numpy()
+
+    def _far(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows from the cached mean [T, D], their distances from it [T], and whether they are far [T]."""
+        centred_TD = x_TD - self.centre_D
+        distance_T = torch.linalg.vector_norm(centred_TD, dim=1)
+        return centred_TD, distance_T, distance_T > (FAR * self.median if self.median else torch.inf)
 
     def _stretch(self, far: bool, low_D: Tensor, high_D: Tensor) -> None:
         low, high = self._ends.get(far, (low_D, high_D))
