@@ -7,12 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
+from huggingface_hub import CardData, ModelCardData, RepoCard
 
 from saemill.assess.report import interval
 from saemill.assess.sums import number
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
 
+ORDER = ["library_name", "tags", "base_model", "datasets"]
+"""Of the fields that come first."""
 TAGS = ["sparse-autoencoder", "sae", "topk", "interpretability"]
 COLUMNS = {
     "fvu": "FVU",
@@ -42,12 +45,12 @@ def model_card(
     sites = list(dict.fromkeys(cfg["saemill"]["site"] for cfg in saes.values()))
     parts = [
         front_matter(
-            {
-                "library_name": "saemill",
-                "tags": TAGS,
-                "base_model": told["model"] if is_id(told["model"] or "") else None,
-                "datasets": [told["dataset"]] if is_id(told["dataset"]) else None,
-            }
+            ModelCardData(
+                library_name="saemill",
+                tags=TAGS,
+                base_model=told["model"] if is_id(told["model"] or "") else None,
+                datasets=[told["dataset"]] if is_id(told["dataset"]) else None,
+            )
         ),
         f"# Sparse autoencoders of {words(_short(told['model'] or told['dataset']))}",
         f"{counted(len(saes), 'TopK sparse autoencoder')} of {_what(told, sites)} "
@@ -79,19 +82,18 @@ def _what(told: Mapping[str, Any], sites: Sequence[str]) -> str:
     )
 
 
-def front_matter(fields: Mapping[str, Any]) -> str:
-    """The card's metadata; a field that is None is left out."""
-    known = {key: value for key, value in fields.items() if value is not None}
-    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---"
+def front_matter(data: CardData) -> str:
+    """The card's metadata as YAML; a field that is None is left out."""
+    return f"---\n{data.to_yaml(original_order=ORDER)}\n---"
 
 
 def keep_metadata(card: str, there: Mapping[str, Any]) -> str:
     """A card with the fields of another's metadata that it has not itself."""
-    parts = re.fullmatch(r"---\n(.*?)^---\n(.*)", card, re.DOTALL | re.MULTILINE)
-    assert parts is not None
-    known, text = parts.groups()
-    fields = yaml.safe_load(known)
-    return f"{front_matter(fields | {k: v for k, v in there.items() if k not in fields})}\n{text}"
+    kept = RepoCard(card)
+    for name, value in there.items():
+        if name not in kept.data:
+            kept.data[name] = value
+    return str(kept)
 
 
 def code(language: str, text: str) -> str:

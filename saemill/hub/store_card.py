@@ -2,6 +2,8 @@
 
 from pathlib import PurePath
 
+from huggingface_hub import DatasetCardData
+
 from saemill.common.log import counted
 from saemill.common.stores.activations import ActivationStore, SiteArray
 from saemill.common.stores.passages import PassageManifest, PassageStore
@@ -97,7 +99,7 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
 
 def _front_matter(kind: str) -> str:
     """`viewer: false`: the hub would show the lists of documents as if they were the data."""
-    return front_matter({"tags": ["saemill", "interpretability", kind], "viewer": False})
+    return front_matter(DatasetCardData(tags=["saemill", "interpretability", kind], viewer=False))
 
 
 def _site_line(site: SiteArray, dtype: str) -> list[str]:
