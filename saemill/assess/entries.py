@@ -26,7 +26,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """What the passes over the evaluation tokens found, the same on every process."""
+    """What the passes over the evaluation tokens measured, the same on every process."""
 
     reconstruction: Reconstruction
     splicing: Splicing | str
@@ -105,30 +105,31 @@ class Measured:
 
     def notes(self, site: str, best: str) -> list[str]:
         """Sentences on what the figures at a site do not show."""
-        found, evalset = self.reconstruction, self.reconstruction.evalset
+        measured, evalset = self.reconstruction, self.reconstruction.evalset
         array, unit = evalset.arrays[site], evalset.text.unit
-        place, told = found.place(site), told_unheld(site, array.statistics, array.dtype)
-        notes, rows = [told] if told else [], counted(found.n_tokens, unit)
+        place, unheld = measured.place(site), told_unheld(site, array.statistics, array.dtype)
+        notes, rows = [unheld] if unheld else [], counted(measured.n_tokens, unit)
         if place["n_zero"]:
             notes.append(
                 f"{site}: {place['n_zero']:,} of {rows} are zero vectors; cosine and norm ratio are of the "
                 "others"
             )
         if place["n_far"]:
-            name = best if found.sites[best] == site else next(n for n, s in found.sites.items() if s == site)
-            metrics = found.metrics(name, self._split.all)
+            names = [name for name, of in measured.sites.items() if of == site]
+            name = best if best in names else names[0]
+            metrics = measured.metrics(name, self._split.all)
             without, error, variance = (number(metrics[what]) for what in FAR_METRICS)
             notes.append(
                 f"{site}: {place['n_far']:,} of {rows} are more than {FAR:g} times as far from the mean as "
                 f"the median {unit}, up to {place['largest_ratio']:,.0f} times: {variance} of the variance "
                 f"and, of {name}, {error} of the squared error; its FVU without them is {without}"
             )
-        elif told := told_far(site, array.statistics, unit):
-            notes.append(f"{told}. None of the {unit}s measured here is")
+        elif far := told_far(site, array.statistics, unit):
+            notes.append(f"{far}. None of the {unit}s measured here is")
         return notes
 
     def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure]) -> Entry:
-        found = verdict.checks(metrics, self.thresholds, self._unseen)
+        checks = verdict.checks(metrics, self.thresholds, self._unseen)
         provenance = sae.config.provenance
         return {
             "name": name,
@@ -139,8 +140,8 @@ class Measured:
             "diverged_at_step": provenance["diverged_at_step"],
             "not_measured": None,
             "metrics": metrics,
-            "checks": found,
-            "verdict": verdict.summary(found),
+            "checks": checks,
+            "verdict": verdict.summary(checks),
         }
 
     @property
@@ -207,20 +208,20 @@ class Measured:
         """Differences to the best variant, value minus the best's, over the same documents: those that
         had no part in choosing it."""
         sums, sites = self.reconstruction.sums, self.reconstruction.sites
-        found: dict[str, Figure] = {}
+        differences: dict[str, Figure] = {}
         if sites[name] == sites[best]:
             fvu = self.reconstruction.ratios(name)["fvu"]
             difference = fvu.above - sums.column(f"{best}/sse")
-            found["fvu"] = self._split.reported_on.figure(replace(fvu, above=difference))
+            differences["fvu"] = self._split.reported_on.figure(replace(fvu, above=difference))
         if self._losses:
             sums = self._losses.sums
             difference = sums.column(f"{name}/ce") - sums.column(f"{best}/ce")
             ratio = Ratio(difference, sums.column("n"))
-            found["delta_ce"] = self._model_split.reported_on.figure(ratio)
+            differences["delta_ce"] = self._model_split.reported_on.figure(ratio)
         for one in (name, best):
             if reason := self.reconstruction.unusable(one):
-                found = dict.fromkeys(found, absent(reason))
-        for figure in found.values():
+                differences = dict.fromkeys(differences, absent(reason))
+        for figure in differences.values():
             if figure.get("lo") is not None:
                 figure["distinguishable"] = not figure["lo"] <= 0 <= figure["hi"]
-        return found
+        return differences

@@ -138,7 +138,7 @@ def top_addresses(
             codes = sae.encode(chunk.x[site].to(sae.W_enc.device, torch.float32))
             hit = torch.isin(codes.top_indices, wanted.to(codes.top_indices.device)) & (codes.top_acts > 0)
             hit &= torch.isfinite(codes.top_acts)
-            token, slot = (part.cpu().numpy() for part in hit.nonzero(as_tuple=True))
+            token, slot = (axis.cpu().numpy() for axis in hit.nonzero(as_tuple=True))
             acts = codes.top_acts.cpu().numpy()[token, slot]
             index = codes.top_indices.cpu().numpy()[token, slot]
             addresses = chunk.addresses_T[token]
@@ -149,20 +149,20 @@ def top_addresses(
                     _merge(best[int(latent)], {int(documents[i]): (float(acts[i]), int(addresses[i]))})
                 _cut(best[int(latent)], n_contexts)
     for theirs in everyone.share(best):
-        for latent, found in theirs.items():
-            _merge(best[latent], found)
-    return {latent: sorted(found.values(), reverse=True)[:n_contexts] for latent, found in best.items()}
+        for latent, strongest in theirs.items():
+            _merge(best[latent], strongest)
+    return {latent: sorted(top.values(), reverse=True)[:n_contexts] for latent, top in best.items()}
 
 
-def _merge(found: Strongest, other: Strongest) -> None:
+def _merge(top: Strongest, other: Strongest) -> None:
     for document, entry in other.items():
-        found[document] = max(entry, found.get(document, entry))
+        top[document] = max(entry, top.get(document, entry))
 
 
-def _cut(found: Strongest, n_contexts: int) -> None:
+def _cut(top: Strongest, n_contexts: int) -> None:
     """Keep the strongest documents."""
-    for document in sorted(found, key=lambda d: found[d], reverse=True)[n_contexts:]:
-        del found[document]
+    for document in sorted(top, key=lambda d: top[d], reverse=True)[n_contexts:]:
+        del top[document]
 
 
 class Reader:

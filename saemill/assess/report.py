@@ -96,12 +96,12 @@ def _notes(assessment: dict[str, Any]) -> list[str]:
             f"absorption: where as many random directions show more than "
             f"{assessment['thresholds']['max_absorption']:g}, it is judged against (random)"
         )
-    told = {check["name"] for check in checks if check["passed"] is None}
+    unknown = {check["name"] for check in checks if check["passed"] is None}
     titles: dict[tuple[str, str], dict[str, None]] = {}
     for entry in measured:
         for name, title in _columns(assessment).items():
             figure = entry["metrics"][name]
-            if figure.get("reason") and not (figure["value"] is None and name in told):
+            if figure.get("reason") and not (figure["value"] is None and name in unknown):
                 lacking = "no" if figure["value"] is None else "no interval for"
                 titles.setdefault((lacking, figure["reason"]), {})[title] = None
     return lines + [f"{lacking} {', '.join(which)}: {why}" for (lacking, why), which in titles.items()]
@@ -128,7 +128,7 @@ def _line(context: dict[str, Any]) -> str:
     if "text" in context:
         shown = " ".join((context["text"] or "").split())
         return f"[{_name(context)}] {shown[:PASSAGE_LETTERS]}{'…' if len(shown) > PASSAGE_LETTERS else ''}"
-    before, token, after = (" ".join(context[part].split("\n")) for part in ("before", "token", "after"))
+    before, token, after = (" ".join(context[side].split("\n")) for side in ("before", "token", "after"))
     return f"…{before[-48:]}«{token}»{after[:40]}…"
 
 

@@ -28,7 +28,7 @@ from saemill.common.world import Group, World, speak_for
 def run(config: AssessConfig) -> dict[str, Any]:
     """Assess every variant of a run; write `final_assessment.json` and `report.html`.
 
-    Of several processes each measures a part; the first one writes.
+    Of several processes each measures its share; the first one writes.
 
     Returns: the content of `final_assessment.json`, on every process.
 
@@ -47,8 +47,7 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group, held: E
     started = time.perf_counter()
     trained = open_run(config, device)
     other = open_tokens(config, trained)
-    of = config.of()
-    out = config.folder
+    of, out = config.of(), config.folder
     settings.check_folder(out)
     to_wandb = everyone.first(lambda: _logs_to_wandb(config))
     model, model_check = open_model(config, trained, other, device)

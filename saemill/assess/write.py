@@ -54,7 +54,7 @@ def write(out: Path, values: dict[str, Any], measured: Measured) -> dict[str, An
 
 def _latents_table(reconstruction: Reconstruction) -> pa.Table:
     """How every latent of every variant fired."""
-    parts = [
+    tables = [
         pa.table(
             {
                 "variant": [name] * len(firing.count_F),
@@ -66,7 +66,7 @@ def _latents_table(reconstruction: Reconstruction) -> pa.Table:
         )
         for name, firing in reconstruction.firing.items()
     ]
-    return pa.concat_tables(parts)
+    return pa.concat_tables(tables)
 
 
 def _sums_table(sums: DocumentSums) -> pa.Table:

@@ -41,10 +41,10 @@ def cells(entry: dict[str, Any]) -> list[str]:
 
 def groups(comparison: dict[str, Any]) -> dict[str, list[list[str]]]:
     """Pairs by what their SAEs differ in: of each figure the mean and the range, as `cells` has them."""
-    found: dict[str, list[list[str]]] = {}
+    by_difference: dict[str, list[list[str]]] = {}
     for entry in comparison["pairs"]:
-        found.setdefault(", ".join(entry["differs_in"]) or "nothing", []).append(cells(entry))
-    return dict(sorted(found.items()))
+        by_difference.setdefault(", ".join(entry["differs_in"]) or "nothing", []).append(cells(entry))
+    return dict(sorted(by_difference.items()))
 
 
 def _spread(values: tuple[str, ...]) -> str:
@@ -74,23 +74,24 @@ def _shared(entry: dict[str, Any]) -> dict[str, Any]:
 
 def legend(comparison: dict[str, Any]) -> list[str]:
     """What the columns mean."""
-    told = comparison["settings"]
+    settings = comparison["settings"]
     similarity = {
         "decoder": "cosine of decoder rows",
         "encoder": "cosine of encoder rows",
         "activations": "correlation of codes",
-    }[told["by"]]
-    matching = "assigned one to one" if told["matching"] == "assignment" else "mutual nearest"
+    }[settings["by"]]
+    matching = "assigned one to one" if settings["matching"] == "assignment" else "mutual nearest"
     chance = CHANCE[list(comparison["pairs"][0]["chance"])[-1]]
     lines = [
         f"similarity: {similarity}; mean max: mean over latents of the largest one to the other dictionary, "
         "→ from A, ← from B; adjusted: (mean max - chance) / (1 - chance)",
         f"mutual: share of latents that are each other's nearest; shared: {matching} and above "
-        f"{told['threshold']:g}; shares are of the smaller dictionary; chance: {chance}",
+        f"{settings['threshold']:g}; shares are of the smaller dictionary; chance: {chance}",
     ]
-    if told["acts"]:
+    if settings["acts"]:
         lines.append(
-            f"latents active on {told['min_firings']} of {comparison['n_tokens']:,} held-out tokens or more"
+            f"latents active on {settings['min_firings']} of {comparison['n_tokens']:,} held-out tokens "
+            "or more"
         )
     return [*lines, *comparison["notes"]]
 

@@ -198,8 +198,8 @@ def positions(arguments: dict[str, Any], x_BSD: Tensor) -> Tensor:
     attention, given = arguments.get("attention_mask"), arguments.get("position_ids")
     if isinstance(attention, Tensor) and attention.dim() == 2:
         attended = attention.to(x_BSD.device) > 0
-        found = (attended.long().cumsum(1) - 1).masked_fill(~attended, -1)
-        return found[:, -n_positions:]
+        position_BS = (attended.long().cumsum(1) - 1).masked_fill(~attended, -1)
+        return position_BS[:, -n_positions:]
     if isinstance(given, Tensor) and given.dim() == 2:
         return given.to(x_BSD.device).expand(n_rows, -1)
     if arguments.get("cache_params") is not None:
@@ -227,9 +227,9 @@ def _find_site(base: Any, site: str | None, sae: Sae) -> str:
     Raises:
         ConfigError: it is not known, or the model has no such module.
     """
-    told = sae.config.provenance
+    provenance = sae.config.provenance
     if site is None:
-        site = told.get("site") or site_of(told.get("hook_name") or "", base.config.model_type)
+        site = provenance.get("site") or site_of(provenance.get("hook_name") or "", base.config.model_type)
     if site is None:
         raise ConfigError("the SAE does not tell its site; name it: splice(model, 'layers.4', sae)")
     blocks = {f"residual.{i}": block for i, block in enumerate(block_names(base))}

@@ -44,7 +44,7 @@ class Substitute:
             ConfigError: an edit returned what cannot be decoded.
         """
         codes = self.sae.encode(x_BSD)
-        # What is told of lies between the codes and the edit: its gradient is of the edit's path alone.
+        # What is watched lies between the codes and the edits: its gradient is of the edits' path alone.
         watched = Encoded(codes.top_acts.clone(), codes.top_indices)
         if torch.is_grad_enabled() and not watched.top_acts.requires_grad:
             watched.top_acts.requires_grad_()  # neither the model's weights nor the SAE's ask for a gradient
