@@ -1,1 +1,21 @@
-"""Stage 4: what the trained SAEs are worth, on tokens that training did not see."""
+"""Stage 4: what the trained SAEs are worth, on tokens that training did not see.
+
+config.py           the settings
+run.py              a run → an assessment on disk
+inputs.py           the run's SAEs, their activations, the model
+model.py            the model, checked to be the one that was cached
+evalset.py          which tokens: held out, or other text
+dealing.py          which of them this process takes
+measure.py          the passes over the tokens
+baselines.py        two dictionaries that nobody trained
+reconstruction.py   FVU, cosine, L0, density, absorption
+spread.py           the variance of the activations, and rows far from all others
+splicing.py         what the model loses
+sums.py             sums per document → figures with intervals
+entries.py          what is said of each variant
+verdict.py          thresholds, order, the best
+features.py         where a latent fires most, as text
+report.py           the table; the page, whose template is report.html
+charts.py           where the marks of its charts are
+write.py            the files
+"""

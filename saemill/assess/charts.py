@@ -1,6 +1,5 @@
-"""The report's charts, as SVG text: nothing to fetch, nothing to run."""
+"""Where the marks of the report's charts are, in pixels; `report.html` draws them as SVG."""
 
-import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ from saemill.assess.sums import Figure
 from saemill.common.page import PALETTE
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 560, 300, 70, 40
+NEVER_COLOUR = "#999999"
 
-Point = tuple[float, Figure]
+Tick = tuple[float, str]
+"""Its pixel and its label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,84 +39,108 @@ class _LogAxis:
         return [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
 
 
-def against_l0(assessment: dict[str, Any], metric: str, title: str) -> str:
-    """A metric against L0, both logarithmic, one line per site and width, bars for intervals.
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A variant's figure against its L0."""
 
-    Returns: a section of the page; empty if no variant has the figure.
-    """
-    series: dict[str, list[Point]] = {}
+    x: float
+    y: float
+    ends: tuple[float, float] | None
+    """Of its interval's bar, if it has an interval."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The variants of one site and width, by L0."""
+
+    name: str
+    colour: str
+    marks: list[Mark]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A metric against L0, both logarithmic."""
+
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    lines: list[Line]
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+
+
+def against_l0(assessment: dict[str, Any], metric: str) -> Chart | None:
+    """A metric against L0, one line per site and width; None if no variant has the figure."""
+    series: dict[str, list[tuple[float, Figure]]] = {}
     for entry in assessment["variants"]:
         figure, l0 = entry["metrics"][metric], entry["metrics"]["l0"]["value"]
         if (figure["value"] or 0) > 0 and (l0 or 0) > 0:
             series.setdefault(f"{entry['site']}, {entry['num_latents']:,} latents", []).append((l0, figure))
     if not series:
-        return ""
-    xs = [l0 for line in series.values() for l0, _ in line]
-    ys = [figure["value"] for line in series.values() for _, figure in line]
+        return None
+    xs = [l0 for points in series.values() for l0, _ in points]
+    ys = [figure["value"] for points in series.values() for _, figure in points]
     x = _LogAxis(min(xs) / 1.3, max(xs) * 1.3, LEFT, WIDTH - 10)
     y = _LogAxis(min(ys) / 1.3, max(ys) * 1.3, HEIGHT - BOTTOM, 10)
-    marks, legend = _grid(x, y), []
-    for i, (name, line) in enumerate(sorted(series.items())):
-        colour = PALETTE[i % len(PALETTE)]
-        marks += _line(x, y, sorted(line, key=lambda point: point[0]), colour)
-        legend.append(f'<span style="color:{colour}">● {html.escape(name)}</span>')
-    return (
-        f"<h2>{title} against L0</h2><p>{' &nbsp; '.join(legend)}</p>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title} against L0">'
-        f"{''.join(marks)}</svg>"
+    lines = []
+    for i, (name, points) in enumerate(sorted(series.items())):
+        by_l0 = sorted(points, key=lambda point: point[0])
+        marks = [Mark(x.at(l0), y.at(figure["value"]), _ends(y, figure)) for l0, figure in by_l0]
+        lines.append(Line(name, PALETTE[i % len(PALETTE)], marks))
+    return Chart(
+        x_ticks=[(x.at(tick), f"{tick:g}") for tick in x.ticks()],
+        y_ticks=[(y.at(tick), f"{tick:.3g}") for tick in y.ticks()],
+        lines=lines,
     )
 
 
-def _grid(x: _LogAxis, y: _LogAxis) -> list[str]:
-    marks = [f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">L0</text>']
-    marks += [
-        f'<text x="{x.at(tick)}" y="{HEIGHT - 22}" text-anchor="middle">{tick:g}</text>' for tick in x.ticks()
-    ]
-    for tick in y.ticks():
-        level = y.at(tick)
-        marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{level}" y2="{level}"/>')
-        marks.append(f'<text x="{LEFT - 6}" y="{level + 4}" text-anchor="end">{tick:.3g}</text>')
-    return marks
+def _ends(axis: _LogAxis, figure: Figure) -> tuple[float, float] | None:
+    return None if figure.get("lo") is None else (axis.at(figure["lo"]), axis.at(figure["hi"]))
 
 
-def _line(x: _LogAxis, y: _LogAxis, line: list[Point], colour: str) -> list[str]:
-    path = " ".join(f"{x.at(l0)},{y.at(figure['value'])}" for l0, figure in line)
-    marks = [f'<polyline points="{path}" fill="none" stroke="{colour}"/>']
-    for l0, figure in line:
-        marks.append(f'<circle cx="{x.at(l0)}" cy="{y.at(figure["value"])}" r="4" fill="{colour}"/>')
-        if figure.get("lo") is not None:
-            ends = f'y1="{y.at(figure["lo"])}" y2="{y.at(figure["hi"])}"'
-            place = f'x1="{x.at(l0)}" x2="{x.at(l0)}" {ends}'
-            marks.append(f'<line {place} stroke="{colour}" stroke-width="2"/>')
-    return marks
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One of a histogram's."""
+
+    x: float
+    y: str
+    height: str
+    colour: str
 
 
-def densities(assessment: dict[str, Any], densities: Mapping[str, NDArray[np.float64]]) -> str:
-    """A histogram of log10 density per variant, never-firing latents in a bar of their own."""
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many latents of a variant fire how often."""
+
+    name: str
+    bars: list[Bar]
+    labels: list[Tick]
+
+
+def densities(assessment: dict[str, Any], densities: Mapping[str, NDArray[np.float64]]) -> list[Histogram]:
+    """A histogram of log10 density per variant, never-firing latents in a bar of their own.
+
+    Args:
+        assessment: tells the variants and their order.
+        densities: variant → share of tokens on which each latent fired, [F].
+    """
     low = math.floor(math.log10(1 / max(2, assessment["data"]["n_tokens"])))
     edges = np.linspace(low, 0, 41)
-    figures = []
-    for entry in assessment["variants"]:
-        if entry["name"] not in densities:
-            continue
-        density = densities[entry["name"]]
-        counts, _ = np.histogram(np.log10(density[density > 0]), edges)
-        never = int((density == 0).sum())
-        top = max(1, counts.max(), never)
-        bars = [
-            (10, never, "#999999"),
-            *((30 + 6.5 * i, int(c), PALETTE[0]) for i, c in enumerate(counts)),
-        ]
-        rects = "".join(
-            f'<rect x="{x}" width="5.5" y="{90 - 80 * n / top:.1f}" height="{80 * n / top:.1f}" fill="{c}"/>'
-            for x, n, c in bars
-        )
-        labels = "".join(
-            f'<text x="{x}" y="104">{text}</text>'
-            for x, text in ((8, f"never {never}"), (60, f"1e{low}"), (278, "1"))
-        )
-        figures.append(
-            f"<figure><figcaption>{html.escape(entry['name'])}</figcaption>"
-            f'<svg viewBox="0 0 300 108" class="small">{rects}{labels}</svg></figure>'
-        )
-    return f"<h2>Firing density of the latents (log scale)</h2><div class='grid'>{''.join(figures)}</div>"
+    names = [entry["name"] for entry in assessment["variants"] if entry["name"] in densities]
+    return [_histogram(name, densities[name], edges, low) for name in names]
+
+
+def _histogram(name: str, density_F: NDArray[np.float64], edges: NDArray[np.float64], low: int) -> Histogram:
+    counts, _ = np.histogram(np.log10(density_F[density_F > 0]), edges)
+    never = int((density_F == 0).sum())
+    top = max(1, counts.max(), never)
+
+    def bar(x: float, n: int, colour: str) -> Bar:
+        return Bar(x, f"{90 - 80 * n / top:.1f}", f"{80 * n / top:.1f}", colour)
+
+    bars = [
+        bar(10, never, NEVER_COLOUR),
+        *(bar(30 + 6.5 * i, int(n), PALETTE[0]) for i, n in enumerate(counts)),
+    ]
+    return Histogram(name, bars, [(8, f"never {never}"), (60, f"1e{low}"), (278, "1")])

@@ -16,7 +16,7 @@ from saemill.common.world import Group
 Addresses = NDArray[np.int64]
 """A batch: the addresses of the tokens in it, of any shape."""
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def dealt(label: str, batches: Sequence[Addresses], everyone: Group, units: str) -> Iterator[Addresses]:
@@ -31,7 +31,7 @@ def dealt(label: str, batches: Sequence[Addresses], everyone: Group, units: str)
             advance(n_tokens * n_done // n_mine - n_tokens * before // n_mine)
 
 
-def for_each(names: Sequence[str], figure: Callable[[str], Found], everyone: Group) -> dict[str, Found]:
-    """`figure(name)` of every name, each computed by one process and told to all."""
+def for_each(names: Sequence[str], figure: Callable[[str], Result], everyone: Group) -> dict[str, Result]:
+    """`figure(name)` of every name, each computed by one process and shared with all."""
     mine = {name: figure(name) for name in names[everyone.part(len(names))]}
-    return {name: found for theirs in everyone.share(mine) for name, found in theirs.items()}
+    return {name: result for theirs in everyone.share(mine) for name, result in theirs.items()}

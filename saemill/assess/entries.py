@@ -1,6 +1,7 @@
 """What the assessment says of each variant: its figures, its checks, how far it is from the best."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from saemill.assess.reconstruction import FAR_METRICS, Reconstruction, absorptio
 from saemill.assess.splicing import Splicing, absent_metrics
 from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.assess.verdict import Thresholds
+from saemill.common import config as settings
 from saemill.common.log import counted
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.statistics import FAR, told_far, told_unheld
@@ -24,7 +26,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """What the passes over the evaluation tokens found, the same on every process."""
+    """What the passes over the evaluation tokens measured, the same on every process."""
 
     reconstruction: Reconstruction
     splicing: Splicing | str
@@ -32,6 +34,11 @@ class Measured:
     thresholds: Thresholds
     dead_share: float
     """A latent that fires on a smaller share of the tokens counts as dead."""
+
+    def only(self, names: Iterable[str]) -> "Measured":
+        """The figures of some of the SAEs."""
+        losses = self.splicing if isinstance(self.splicing, str) else self.splicing.only(names)
+        return replace(self, reconstruction=self.reconstruction.only(names), splicing=losses)
 
     def entries(self) -> list[Entry]:
         """One entry per SAE, in the order in which they were given."""
@@ -76,32 +83,53 @@ class Measured:
             "metrics": metrics,
         }
 
+    def data(self, best: str) -> dict[str, Any]:
+        """What was measured on, with sentences on what the figures do not show; `best` names a variant."""
+        evalset, losses = self.reconstruction.evalset, self.splicing
+        places = {site: self.reconstruction.place(site) for site in evalset.sites}
+        return {
+            "chosen": evalset.description,
+            "tokens_fingerprint": evalset.text.fingerprint,
+            "unit": evalset.text.unit,
+            "document": evalset.text.document,
+            "n_tokens": self.reconstruction.n_tokens,
+            "n_documents": len(self.reconstruction.sums.rows),
+            "n_documents_left_out_as_seen": evalset.n_seen_documents,
+            "n_tokens_with_losses": losses.n_tokens if isinstance(losses, Splicing) else 0,
+            "mask": settings.plain(evalset.mask),
+            "dead_percentage_threshold": self.dead_share,
+            "identity_splice_nats": losses.identity if isinstance(losses, Splicing) else None,
+            "sites": places,
+            "notes": [note for site in places for note in self.notes(site, best)],
+        }
+
     def notes(self, site: str, best: str) -> list[str]:
         """Sentences on what the figures at a site do not show."""
-        found, evalset = self.reconstruction, self.reconstruction.evalset
+        measured, evalset = self.reconstruction, self.reconstruction.evalset
         array, unit = evalset.arrays[site], evalset.text.unit
-        place, told = found.place(site), told_unheld(site, array.statistics, array.dtype)
-        notes, rows = [told] if told else [], counted(found.n_tokens, unit)
+        place, unheld = measured.place(site), told_unheld(site, array.statistics, array.dtype)
+        notes, rows = [unheld] if unheld else [], counted(measured.n_tokens, unit)
         if place["n_zero"]:
             notes.append(
                 f"{site}: {place['n_zero']:,} of {rows} are zero vectors; cosine and norm ratio are of the "
                 "others"
             )
         if place["n_far"]:
-            name = best if found.sites[best] == site else next(n for n, s in found.sites.items() if s == site)
-            metrics = found.metrics(name, self._split.all)
+            names = [name for name, of in measured.sites.items() if of == site]
+            name = best if best in names else names[0]
+            metrics = measured.metrics(name, self._split.all)
             without, error, variance = (number(metrics[what]) for what in FAR_METRICS)
             notes.append(
                 f"{site}: {place['n_far']:,} of {rows} are more than {FAR:g} times as far from the mean as "
                 f"the median {unit}, up to {place['largest_ratio']:,.0f} times: {variance} of the variance "
                 f"and, of {name}, {error} of the squared error; its FVU without them is {without}"
             )
-        elif told := told_far(site, array.statistics, unit):
-            notes.append(f"{told}. None of the {unit}s measured here is")
+        elif far := told_far(site, array.statistics, unit):
+            notes.append(f"{far}. None of the {unit}s measured here is")
         return notes
 
     def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure]) -> Entry:
-        found = verdict.checks(metrics, self.thresholds, self._unseen)
+        checks = verdict.checks(metrics, self.thresholds, self._unseen)
         provenance = sae.config.provenance
         return {
             "name": name,
@@ -112,8 +140,8 @@ class Measured:
             "diverged_at_step": provenance["diverged_at_step"],
             "not_measured": None,
             "metrics": metrics,
-            "checks": found,
-            "verdict": verdict.summary(found),
+            "checks": checks,
+            "verdict": verdict.summary(checks),
         }
 
     @property
@@ -180,20 +208,20 @@ class Measured:
         """Differences to the best variant, value minus the best's, over the same documents: those that
         had no part in choosing it."""
         sums, sites = self.reconstruction.sums, self.reconstruction.sites
-        found: dict[str, Figure] = {}
+        differences: dict[str, Figure] = {}
         if sites[name] == sites[best]:
             fvu = self.reconstruction.ratios(name)["fvu"]
             difference = fvu.above - sums.column(f"{best}/sse")
-            found["fvu"] = self._split.reported_on.figure(replace(fvu, above=difference))
+            differences["fvu"] = self._split.reported_on.figure(replace(fvu, above=difference))
         if self._losses:
             sums = self._losses.sums
             difference = sums.column(f"{name}/ce") - sums.column(f"{best}/ce")
             ratio = Ratio(difference, sums.column("n"))
-            found["delta_ce"] = self._model_split.reported_on.figure(ratio)
+            differences["delta_ce"] = self._model_split.reported_on.figure(ratio)
         for one in (name, best):
             if reason := self.reconstruction.unusable(one):
-                found = dict.fromkeys(found, absent(reason))
-        for figure in found.values():
+                differences = dict.fromkeys(differences, absent(reason))
+        for figure in differences.values():
             if figure.get("lo") is not None:
                 figure["distinguishable"] = not figure["lo"] <= 0 <= figure["hi"]
-        return found
+        return differences

@@ -232,11 +232,11 @@ class EvalSet:
 
 def _limited(batches: Iterable[Addresses], max_tokens: int) -> list[Addresses]:
     """The first batches, the last one cut, with `max_tokens` tokens at most; none is empty."""
-    found, left = [], max_tokens
+    limited, left = [], max_tokens
     for batch in batches:
         if len(batch):
-            found.append(batch[:left])
-            left -= len(found[-1])
+            limited.append(batch[:left])
+            left -= len(limited[-1])
         if left == 0:
             break
-    return found
+    return limited

@@ -9,7 +9,10 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from saemill.assess.config import AssessConfig
 from saemill.assess.evalset import Chunk
+from saemill.assess.reconstruction import Reconstruction
+from saemill.common.config import plain
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
 from saemill.common.sae.sae import Sae
@@ -45,6 +48,44 @@ class Passage:
     address: int
     id: str | None
     text: str | None
+
+
+def describe_latents(
+    config: AssessConfig, name: str, sae: Sae, reconstruction: Reconstruction
+) -> dict[str, Any]:
+    """Some latents of a variant: how often they fire, and where most.
+
+    Args:
+        config: says which latents, and how many contexts of each.
+        name: of the variant.
+        sae: the variant.
+        reconstruction: how it fired on the evaluation tokens.
+    """
+    evalset, firing = reconstruction.evalset, reconstruction.firing[name]
+    density = reconstruction.density(name)
+    live = reconstruction.live(name, config.dead_percentage_threshold)
+    latents = choose_latents(live, config.latents, config.n_latents)
+    if reconstruction.unusable(name):
+        latents = []  # its activations are no numbers
+    chunks = evalset.context_chunks(config.context_tokens) if latents else ()
+    text, site, unit = evalset.text, reconstruction.sites[name], f"{evalset.text.unit}s"
+    among = f" of the cache, training {text.row}s included" if evalset.cached else " of the evaluation tokens"
+    top = top_addresses(chunks, site, sae, latents, text, config.n_contexts, evalset.everyone)
+    reader = PassageReader(text) if isinstance(text, PassageStore) else Reader(text)
+    return {
+        "variant": name,
+        "unit": text.unit,
+        "searched": f"up to {config.context_tokens:,} {unit}{among}",
+        "latents": [
+            {
+                "latent": latent,
+                "density": float(density[latent]),
+                "mean_when_active": float(firing.sum_F[latent] / max(1, int(firing.count_F[latent]))),
+                "contexts": [plain(reader.context(*entry)) for entry in top[latent]],
+            }
+            for latent in latents
+        ],
+    }
 
 
 def check_latents(asked: tuple[int, ...], widths: list[int]) -> None:
@@ -97,7 +138,7 @@ def top_addresses(
             codes = sae.encode(chunk.x[site].to(sae.W_enc.device, torch.float32))
             hit = torch.isin(codes.top_indices, wanted.to(codes.top_indices.device)) & (codes.top_acts > 0)
             hit &= torch.isfinite(codes.top_acts)
-            token, slot = (part.cpu().numpy() for part in hit.nonzero(as_tuple=True))
+            token, slot = (axis.cpu().numpy() for axis in hit.nonzero(as_tuple=True))
             acts = codes.top_acts.cpu().numpy()[token, slot]
             index = codes.top_indices.cpu().numpy()[token, slot]
             addresses = chunk.addresses_T[token]
@@ -108,20 +149,20 @@ def top_addresses(
                     _merge(best[int(latent)], {int(documents[i]): (float(acts[i]), int(addresses[i]))})
                 _cut(best[int(latent)], n_contexts)
     for theirs in everyone.share(best):
-        for latent, found in theirs.items():
-            _merge(best[latent], found)
-    return {latent: sorted(found.values(), reverse=True)[:n_contexts] for latent, found in best.items()}
+        for latent, strongest in theirs.items():
+            _merge(best[latent], strongest)
+    return {latent: sorted(top.values(), reverse=True)[:n_contexts] for latent, top in best.items()}
 
 
-def _merge(found: Strongest, other: Strongest) -> None:
+def _merge(top: Strongest, other: Strongest) -> None:
     for document, entry in other.items():
-        found[document] = max(entry, found.get(document, entry))
+        top[document] = max(entry, top.get(document, entry))
 
 
-def _cut(found: Strongest, n_contexts: int) -> None:
+def _cut(top: Strongest, n_contexts: int) -> None:
     """Keep the strongest documents."""
-    for document in sorted(found, key=lambda d: found[d], reverse=True)[n_contexts:]:
-        del found[document]
+    for document in sorted(top, key=lambda d: top[d], reverse=True)[n_contexts:]:
+        del top[document]
 
 
 class Reader:

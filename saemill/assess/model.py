@@ -61,21 +61,21 @@ def check_model(named: str | None, model: LanguageModel, store: ActivationStore)
     name, revision = _named(named, store)
     if fingerprint_model(name, revision) == store.settings.model_fingerprint:
         return "the very files that were cached"
-    cached, found = store.settings.weights_fingerprint, fingerprint_weights(name)
-    is_known = cached is not None and found is not None
+    cached, here = store.settings.weights_fingerprint, fingerprint_weights(name)
+    is_known = cached is not None and here is not None
     changed_since = name == store.settings.model and Path(name).is_dir()
-    if cached != found if is_known else changed_since:
+    if cached != here if is_known else changed_since:
         when = "its files have changed since" if changed_since else "its weights differ"
         raise ConfigError(_another_model(name, when))
     _check_activations(model, store)
     if is_known:
         return "the weights that were cached, in other files"
-    told = (
+    compared = (
         f"only the activations at {', '.join(store.sites)} could be compared with the model that was cached; "
         f"what {name} computes after them, the head included, could not"
     )
-    say(f"{told}: the losses are right only if it is the same model")
-    return told
+    say(f"{compared}: the losses are right only if it is the same model")
+    return compared
 
 
 def _check_activations(model: LanguageModel, store: ActivationStore) -> None:

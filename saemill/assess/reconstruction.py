@@ -1,6 +1,7 @@
 """How well each SAE reconstructs held-out activations, and how its latents fire."""
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from saemill.assess.evalset import Chunk, EvalSet
 from saemill.assess.spread import Spread
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
-from saemill.common.sae.sae import Sae
+from saemill.common.sae.sae import Sae, SaeOutput
 from saemill.common.stores.statistics import FAR, unheld
 
 PER_VARIANT = ("sse", "sse_far", "cosine", "norm_ratio", "l0", "not_finite")
@@ -33,41 +34,57 @@ class Firing:
     max_F: Tensor
     """float32, its largest activation."""
 
+    def add(self, output: SaeOutput) -> None:
+        """Count some tokens."""
+        active = output.top_acts > 0
+        latents, acts = output.top_indices[active].cpu(), output.top_acts[active].cpu()
+        self.count_F += torch.bincount(latents, minlength=len(self.count_F))
+        self.sum_F.index_add_(0, latents, acts.double())
+        self.max_F.scatter_reduce_(0, latents, acts, "amax")
+
 
 class Reconstruction:
-    """One streaming pass over the evaluation tokens, all SAEs together.
+    """Some SAEs, all together, on the activations of the evaluation tokens.
 
     Args:
         saes: variant name → SAE, in the activations' own units.
         sites: variant name → site.
         evalset: where the tokens come from.
+        known: of the same tokens, with these sites among its own: what it says of the activations
+            themselves is not counted again.
     """
 
-    def __init__(self, saes: dict[str, Sae], sites: dict[str, str], evalset: EvalSet) -> None:
-        self.saes, self.sites, self.evalset = saes, sites, evalset
-        columns = [f"{name}/{what}" for name in saes for what in PER_VARIANT]
-        shared = [f"{site}/{what}" for site in evalset.sites for what in PER_SITE]
-        self.sums = DocumentSums(["n", *shared, *columns])
+    def __init__(
+        self,
+        saes: dict[str, Sae],
+        sites: dict[str, str],
+        evalset: EvalSet,
+        known: "Reconstruction | None" = None,
+    ) -> None:
+        self.saes, self.sites, self.evalset, self.known = saes, sites, evalset, known
+        self.sums = DocumentSums(_columns(saes) if known else self._own_columns() + _columns(saes))
         self.firing = {
             name: Firing(
                 torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.float64), torch.zeros(n)
             )
             for name, n in ((name, sae.config.num_latents) for name, sae in saes.items())
         }
-        self.spread = {site: Spread(array.statistics) for site, array in evalset.arrays.items()}
-        self.n_tokens = 0
+        statistics = {site: array.statistics for site, array in evalset.arrays.items()}
+        self.spread: dict[str, Spread] = (
+            known.spread if known else {site: Spread(of) for site, of in statistics.items()}
+        )
+        self.n_tokens: int = known.n_tokens if known else 0
+
+    def _own_columns(self) -> list[str]:
+        """The sums that are of the activations, whoever reconstructs them."""
+        return ["n", *(f"{site}/{what}" for site in self.evalset.sites for what in PER_SITE)]
 
     def run(self, chunks: Iterable[Chunk]) -> "Reconstruction":
         """Count this process's chunks, then add up what all processes counted."""
         with torch.inference_mode():
             for chunk in chunks:
                 units = self.evalset.units(chunk.addresses_T)
-                self.n_tokens += len(units)
-                columns: dict[str, Any] = {"n": np.ones(len(units))}
-                far = {}
-                for site, x_TD in chunk.x.items():
-                    far[site] = self.spread[site].add(x_TD, units)
-                    columns[f"{site}/n_not_zero"] = (x_TD != 0).any(1).numpy()
+                columns, far = self._activations(chunk, units)
                 for name, sae in self.saes.items():
                     site = self.sites[name]
                     columns |= self._variant(name, sae, chunk.x[site], far[site])
@@ -75,52 +92,75 @@ class Reconstruction:
         self._merge()
         return self
 
+    def only(self, names: Iterable[str]) -> "Reconstruction":
+        """The figures of some of the SAEs."""
+        some = copy(self)
+        some.saes = {name: self.saes[name] for name in names}
+        some.sites = {name: self.sites[name] for name in some.saes}
+        some.firing = {name: self.firing[name] for name in some.saes}
+        some.sums = self.sums.only(self._own_columns() + _columns(some.saes))
+        return some
+
+    def _activations(
+        self, chunk: Chunk, units: NDArray[Any]
+    ) -> tuple[dict[str, Any], dict[str, NDArray[np.bool_]]]:
+        """Values per token of the activations themselves, and which of each site's are far."""
+        if self.known:
+            return {}, {site: self.spread[site].far(x_TD) for site, x_TD in chunk.x.items()}
+        self.n_tokens += len(units)
+        columns: dict[str, Any] = {"n": np.ones(len(units))}
+        for site, x_TD in chunk.x.items():
+            columns[f"{site}/n_not_zero"] = (x_TD != 0).any(1).numpy()
+        return columns, {site: self.spread[site].add(x_TD, units) for site, x_TD in chunk.x.items()}
+
     def _merge(self) -> None:
         everyone = self.evalset.everyone
-        self.n_tokens = sum(everyone.share(self.n_tokens))
-        near, far = (False,), (True,)
-        for site, spread in self.spread.items():
-            spread.merge(everyone)
-            for what, found in {
-                "squares": spread.squares(everyone, near + far, near + far),
-                "squares_near": spread.squares(everyone, near, near),
-                "squares_far": spread.squares(everyone, far, near + far),
-                "n_far": spread.n_far(),
-            }.items():
-                self.sums.add(found[0], {f"{site}/{what}": found[1]})
+        if self.known is None:
+            self.n_tokens = sum(everyone.share(self.n_tokens))
+            for site, spread in self.spread.items():
+                self._add_spread(site, spread)
         self.sums.merge(everyone)
+        if self.known is not None:
+            self.sums = self.known.sums.only(self._own_columns()).beside(self.sums)
         for firing in self.firing.values():
             everyone.sum_(firing.count_F)
             everyone.sum_(firing.sum_F)
             firing.max_F = torch.stack(everyone.share(firing.max_F)).amax(0)
 
+    def _add_spread(self, site: str, spread: Spread) -> None:
+        """How this process's rows of a site lie around the mean of all processes' rows."""
+        everyone, near, far = self.evalset.everyone, (False,), (True,)
+        spread.merge(everyone)
+        for what, (documents, sums) in {
+            "squares": spread.squares(everyone, near + far, near + far),
+            "squares_near": spread.squares(everyone, near, near),
+            "squares_far": spread.squares(everyone, far, near + far),
+            "n_far": spread.n_far(),
+        }.items():
+            self.sums.add(documents, {f"{site}/{what}": sums})
+
     def _variant(self, name: str, sae: Sae, x_TD: Tensor, far_T: NDArray[np.bool_]) -> dict[str, Any]:
         """Values per token. Rows go through the SAE in float32; what is squared or divided is float64,
         which holds the square of any float32 without overflow or underflow."""
-        parts: dict[str, list[Tensor]] = {what: [] for what in PER_VARIANT}
-        firing = self.firing[name]
+        columns: dict[str, list[Tensor]] = {what: [] for what in PER_VARIANT}
         device = sae.W_enc.device
-        for part, far in zip(
+        for some_TD, some_far_T in zip(
             torch.split(x_TD, ROWS_AT_ONCE), torch.split(torch.from_numpy(far_T), ROWS_AT_ONCE), strict=True
         ):
-            output = sae(part.to(device, torch.float32))
-            x, r = part.to(device, torch.float64), output.reconstruction.double()
+            output = sae(some_TD.to(device, torch.float32))
+            x, r = some_TD.to(device, torch.float64), output.reconstruction.double()
             bad = ~torch.isfinite(r).all(1)
             r = torch.where(bad[:, None], 0.0, r)
             sse = (r - x).square().sum(1)
             x_norm, r_norm = (torch.linalg.vector_norm(y, dim=1) for y in (x, r))
-            parts["sse"].append(sse)
-            parts["sse_far"].append(torch.where(far.to(device), sse, 0.0))
-            parts["cosine"].append(_quotient((x * r).sum(1), x_norm * r_norm))
-            parts["norm_ratio"].append(_quotient(r_norm, x_norm))
-            parts["not_finite"].append(bad)
-            active = output.top_acts > 0
-            parts["l0"].append(active.sum(1))
-            latents, acts = output.top_indices[active].cpu(), output.top_acts[active].cpu()
-            firing.count_F += torch.bincount(latents, minlength=len(firing.count_F))
-            firing.sum_F.index_add_(0, latents, acts.double())
-            firing.max_F.scatter_reduce_(0, latents, acts, "amax")
-        return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in parts.items()}
+            columns["sse"].append(sse)
+            columns["sse_far"].append(torch.where(some_far_T.to(device), sse, 0.0))
+            columns["cosine"].append(_quotient((x * r).sum(1), x_norm * r_norm))
+            columns["norm_ratio"].append(_quotient(r_norm, x_norm))
+            columns["not_finite"].append(bad)
+            columns["l0"].append((output.top_acts > 0).sum(1))
+            self.firing[name].add(output)
+        return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in columns.items()}
 
     def unusable(self, name: str) -> str | None:
         """Why a variant has no figures at all: its reconstructions are not all numbers."""
@@ -190,6 +230,11 @@ class Reconstruction:
     def live(self, name: str, least_share: float) -> NDArray[np.bool_]:
         """Which latents fired, and on at least that share of the tokens. [F]."""
         return self.density(name) >= max(least_share, 1 / max(1, self.n_tokens))
+
+
+def _columns(names: Iterable[str]) -> list[str]:
+    """The sums that are of these SAEs."""
+    return [f"{name}/{what}" for name in names for what in PER_VARIANT]
 
 
 def _quotient(above_T: Tensor, below_T: Tensor) -> Tensor:

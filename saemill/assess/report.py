@@ -1,6 +1,5 @@
 """The assessment for people: a table for the terminal, and one self-contained HTML page."""
 
-import html
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,15 +24,11 @@ COLUMNS = {
     "absorption": "absorption",
     "absorption_random": "(random)",
 }
-
-
+CHARTS = {"fvu": "FVU", "delta_ce": "ΔCE, nats per token"}
+"""Metrics that the page draws against L0."""
 UNTRAINED = (
     "below the line, not trained: a random dictionary of the best's size and k, and PCA with k directions"
 )
-
-
-LOSSES = """ ΔCE is what splicing the SAE costs the model.
-Loss recovered compares with zero-ablation, a weak baseline; read ΔCE first."""
 PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
 """Of a passage, in a line of the terminal and on the page; the JSON has all of it."""
 
@@ -101,12 +96,12 @@ def _notes(assessment: dict[str, Any]) -> list[str]:
             f"absorption: where as many random directions show more than "
             f"{assessment['thresholds']['max_absorption']:g}, it is judged against (random)"
         )
-    told = {check["name"] for check in checks if check["passed"] is None}
+    unknown = {check["name"] for check in checks if check["passed"] is None}
     titles: dict[tuple[str, str], dict[str, None]] = {}
     for entry in measured:
         for name, title in _columns(assessment).items():
             figure = entry["metrics"][name]
-            if figure.get("reason") and not (figure["value"] is None and name in told):
+            if figure.get("reason") and not (figure["value"] is None and name in unknown):
                 lacking = "no" if figure["value"] is None else "no interval for"
                 titles.setdefault((lacking, figure["reason"]), {})[title] = None
     return lines + [f"{lacking} {', '.join(which)}: {why}" for (lacking, why), which in titles.items()]
@@ -133,91 +128,38 @@ def _line(context: dict[str, Any]) -> str:
     if "text" in context:
         shown = " ".join((context["text"] or "").split())
         return f"[{_name(context)}] {shown[:PASSAGE_LETTERS]}{'…' if len(shown) > PASSAGE_LETTERS else ''}"
-    before, token, after = (" ".join(context[part].split("\n")) for part in ("before", "token", "after"))
+    before, token, after = (" ".join(context[side].split("\n")) for side in ("before", "token", "after"))
     return f"…{before[-48:]}«{token}»{after[:40]}…"
 
 
 def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, NDArray[np.float64]]) -> None:
-    """One HTML page with no scripts and nothing to fetch: tables, charts, contexts."""
-    sections = [
-        _summary(assessment),
-        _table("Variants", assessment["variants"], _columns(assessment)),
-        _table("For comparison: not trained, of the best's k", assessment["controls"], _columns(assessment)),
-        charts.against_l0(assessment, "fvu", "FVU"),
-        charts.against_l0(assessment, "delta_ce", "ΔCE, nats per token"),
-        charts.densities(assessment, densities),
-        _contexts(assessment["features"]),
-    ]
-    write_page(path, "saemill assessment", sections)
+    """One HTML page with no scripts and nothing to fetch: tables, charts, contexts.
 
-
-def _summary(assessment: dict[str, Any]) -> str:
-    data = assessment["data"]
-    losses = f"; losses on {data['n_tokens_with_losses']:,} of them" if data["n_tokens_with_losses"] else ""
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(assessment))
-    of_documents = " Passages that are copies count as one." if data["unit"] == "passage" else ""
-    of_losses = "" if data["unit"] == "passage" else LOSSES
-    return f"""<h1>saemill assessment</h1>
-<p>Best: {html.escape(_best(assessment))}.</p><p>{counted(data["n_tokens"], data["unit"])} from
-{counted(data["n_documents"], data["document"])}{losses}: {html.escape(data["chosen"])}.</p>
-<ul class="notes"><li>Intervals (95%) resample {data["document"]}s, so they show how the text
-varies, not how training does: with one seed the variance between seeds is unknown.{of_documents}</li>
-<li>FVU = Σ‖x−x̂‖² / Σ‖x−x̄‖² over all evaluation {data["unit"]}s.{of_losses}</li>
-<li>Absorption is the mean, over live latents, of the largest cosine to another live decoder row; “random” is
-what as many random directions score.</li>{notes}</ul>"""
-
-
-def _table(heading: str, entries: list[dict[str, Any]], columns: Mapping[str, str]) -> str:
-    head = "".join(f"<th>{title}</th>" for title in ("variant", "k", "latents", *columns.values(), "verdict"))
-    rows = []
-    for entry in entries:
-        metrics = entry["metrics"]
-        cells = [
-            f"<td class='name'>{html.escape(entry['name'])}</td>",
-            f"<td>{entry['k']}</td><td>{entry['num_latents']:,}</td>",
-        ]
-        failed = {check["name"] for check in entry["checks"] if check["passed"] is False}
-        for name in columns:
-            style = ' class="bad"' if name in failed else ""
-            cells.append(f"<td{style}>{number(metrics[name])}<small>{interval(metrics[name])}</small></td>")
-        cells.append(f"<td>{entry['verdict']}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<h2>{heading}</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
-
-
-def _contexts(features: dict[str, Any]) -> str:
-    if not features["latents"]:
-        return ""
-    per_document = (
-        "copies of a text are shown once"
-        if features["unit"] == "passage"
-        else "at most one context per document"
+    Args:
+        path: the file.
+        assessment: the content of `final_assessment.json`.
+        densities: variant → share of tokens on which each latent fired, [F].
+    """
+    write_page(
+        path,
+        "assess/report.html",
+        best=_best(assessment),
+        data=assessment["data"],
+        notes=_notes(assessment),
+        columns=_columns(assessment),
+        variants=assessment["variants"],
+        baselines=assessment["controls"],
+        charts={title: charts.against_l0(assessment, metric) for metric, title in CHARTS.items()},
+        densities=charts.densities(assessment, densities),
+        features=assessment["features"],
+        page_letters=PAGE_LETTERS,
+        counted=counted,
+        number=number,
+        interval=interval,
+        name_of=_name,
     )
-    parts = [
-        f"<h2>Where latents of {html.escape(features['variant'])} fire most</h2>",
-        f"<p>Live latents drawn at random, and those asked for; searched "
-        f"{html.escape(features['searched'])}; {per_document}.</p>",
-    ]
-    for latent in features["latents"]:
-        rows = "".join(f"<tr><td>{c['activation']:.2f}</td>{_cells(c)}</tr>" for c in latent["contexts"])
-        parts.append(
-            f"<h3>latent {latent['latent']} <small>active on {latent['density']:.3%} of "
-            f"{features['unit']}s, "
-            f"mean when active {latent['mean_when_active']:.2f}</small></h3><table>{rows}</table>"
-        )
-    return "".join(parts)
 
 
 def _name(passage: dict[str, Any]) -> str:
     """A passage's id, or its number in the source."""
     return f"passage {passage['address']}" if passage["id"] is None else str(passage["id"])
-
-
-def _cells(context: dict[str, Any]) -> str:
-    """A token marked between its neighbours, or a passage with its id."""
-    if "text" in context:
-        text, name = context["text"] or "", html.escape(_name(context))
-        shown = text if len(text) <= PAGE_LETTERS else f"{text[:PAGE_LETTERS]}…"
-        return f"<td class='text'>{name}</td><td class='text passage'>{html.escape(shown)}</td>"
-    before, token, after = (html.escape(context[part]) for part in ("before", "token", "after"))
-    return f"<td class='text'>{before}<mark>{token}</mark>{after}</td>"

@@ -6,11 +6,11 @@ positions: next-token for causal models; for masked ones a fixed 15% of the unma
 replaced by [MASK] and predicted.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.errors import ConfigError, DataError
 from saemill.common.models.model import LanguageModel, attention_of
 from saemill.common.sae.sae import Sae
+from saemill.common.steer.substitute import Substitute, substitute
 from saemill.common.stores.permutation import hashes
 from saemill.common.stores.tokens import TokenStore
 
@@ -33,8 +34,6 @@ IDENTITY_TOLERANCE = 1e-3
 NOTHING_LOST = "{what} at {site} cost the model no loss, so there is none to recover"
 """Why there is no loss recovered where the model does as well or better without the site."""
 
-Edit = Callable[[Tensor], Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
@@ -42,9 +41,11 @@ class _Batch:
 
     ids_RS: Tensor
     attention_RS: Tensor | None
+    target_T: Tensor
+    """int64, the tokens to predict at the counted positions."""
     counted_RS: Tensor
     """bool: where losses are counted."""
-    keep_RS1: Tensor
+    keep_RS: Tensor
     """bool: where activations are replaced."""
     activations: dict[str, Tensor]
     """Per site the true ones, [R, S, D]."""
@@ -69,6 +70,8 @@ class Splicing:
         evalset: rows to run on.
         model: with its LM head; see `check_mask_token`.
         no_loss: why losses mean nothing here; KL divergences are counted all the same.
+        known: of the same rows, with these sites among its own: its losses without an SAE are not counted
+            again.
     """
 
     def __init__(
@@ -78,18 +81,21 @@ class Splicing:
         evalset: EvalSet,
         model: LanguageModel,
         no_loss: str | None = None,
+        known: "Splicing | None" = None,
     ) -> None:
         self.saes, self.sites, self.evalset, self.model = saes, sites, evalset, model
-        self.no_loss = no_loss
-        baselines = [f"{site}/{what}" for site in evalset.sites for what in ("zero", "mean")]
-        variants = [f"{name}/{what}" for name in saes for what in ("ce", "kl")]
-        self.sums = DocumentSums(["n", "clean", *baselines, *variants])
+        self.no_loss, self.known = no_loss, known
+        self.sums = DocumentSums(_columns(saes) if known else self._own_columns() + _columns(saes))
         self.means = {
             site: array.statistics.mean_D.float().to(model.device) for site, array in evalset.arrays.items()
         }
-        self.identity: dict[str, float] = {}
-        self.skippable = set(evalset.sites)
+        self.identity: dict[str, float] = known.identity if known else {}
+        self.skippable: set[str] = known.skippable if known else set(evalset.sites)
         self.n_tokens = 0
+
+    def _own_columns(self) -> list[str]:
+        """The sums that are of the model, without any SAE."""
+        return ["n", "clean", *(f"{site}/{what}" for site in self.evalset.sites for what in ("zero", "mean"))]
 
     def run(self, max_tokens: int) -> "Splicing":
         """Count this process's part of the rows up to `max_tokens`, then add up those of all processes.
@@ -97,39 +103,47 @@ class Splicing:
         Raises:
             DataError: splicing the true activation changes the loss.
         """
-        for rows in self.evalset.rows(max_tokens):
-            self._rows(rows)
+        with torch.inference_mode():
+            for rows in self.evalset.rows(max_tokens):
+                self._rows(rows)
         everyone = self.evalset.everyone
         self.sums.merge(everyone)
         self.n_tokens = sum(everyone.share(self.n_tokens))
-        found = everyone.share(self.identity)
-        self.identity = {site: nats for theirs in reversed(found) for site, nats in theirs.items()}
+        if self.known is not None:
+            self.sums = self.known.sums.only(self._own_columns()).beside(self.sums)
+            return self
+        of_all = everyone.share(self.identity)
+        self.identity = {site: nats for theirs in reversed(of_all) for site, nats in theirs.items()}
         return self
+
+    def only(self, names: Iterable[str]) -> "Splicing":
+        """The figures of some of the SAEs."""
+        some = copy(self)
+        some.saes = {name: self.saes[name] for name in names}
+        some.sites = {name: self.sites[name] for name in some.saes}
+        some.sums = self.sums.only(self._own_columns() + _columns(some.saes))
+        return some
 
     def _rows(self, rows: Rows) -> None:
         ids_RS, target_RS, counted_RS = self._task(rows)
         if not counted_RS.any():
             return
-        counted = torch.from_numpy(counted_RS)
-        target_T = target_RS[counted].to(self.model.device)
-        keep_RS1 = torch.from_numpy(rows.keep_RS).to(self.model.device)[..., None]
-        batch = _Batch(ids_RS, attention_of(ids_RS, self.evalset.tokens.tokenizer), counted, keep_RS1, {})
+        counted, keep_RS = torch.from_numpy(counted_RS), torch.from_numpy(rows.keep_RS)
+        attention_RS, device = attention_of(ids_RS, self.evalset.tokens.tokenizer), self.model.device
+        target_T = target_RS[counted].to(device)
+        batch = _Batch(ids_RS, attention_RS, target_T, counted, keep_RS.to(device), {})
         clean = self._clean(batch)
-        columns = {"n": np.ones(len(target_T)), "clean": _ce(clean, target_T)}
-        for site in self.evalset.sites:
-            if site not in self.identity:
-                self._check_identity(site, batch, target_T, columns["clean"])
-            for what, edit in (("zero", torch.zeros_like), ("mean", self._mean_edit(site))):
-                columns[f"{site}/{what}"] = _ce(self._edited(batch, site, edit), target_T)
+        columns = {} if self.known else self._without_saes(batch, clean)
         for name, sae in self.saes.items():
-            spliced = self._edited(batch, self.sites[name], _sae_edit(sae))
+            site = self.sites[name]
+            spliced = self._changed(batch, site, Substitute(sae)(batch.activations[site], batch.keep_RS))
             columns[f"{name}/ce"] = _ce(spliced, target_T)
             columns[f"{name}/kl"] = _kl(clean, spliced)
         units = self.evalset.units(rows.addresses_RS[counted_RS])
         self.n_tokens += len(units)
         self.sums.add(units, columns)
 
-    def _clean(self, batch: "_Batch") -> Tensor:
+    def _clean(self, batch: _Batch) -> Tensor:
         """Log probabilities [T, W] of the untouched model; the sites' activations are kept."""
         with ExitStack() as stack:
             for site in self.evalset.sites:
@@ -138,10 +152,21 @@ class Splicing:
         self.skippable -= self.model.tuple_sites
         return clean
 
-    def _edited(self, batch: "_Batch", site: str, edit: Edit) -> Tensor:
-        """Log probabilities [T, W] with the unmasked activations at the site edited."""
-        x_RSD = batch.activations[site]
-        changed_RSD = torch.where(batch.keep_RS1, edit(x_RSD), x_RSD)
+    def _without_saes(self, batch: _Batch, clean: Tensor) -> dict[str, NDArray[np.float64]]:
+        """Losses per token of the untouched model, and with zeros and with the mean at each site."""
+        columns = {"n": np.ones(len(batch.target_T)), "clean": _ce(clean, batch.target_T)}
+        for site in self.evalset.sites:
+            if site not in self.identity:
+                self._check_identity(site, batch, columns["clean"])
+            x_RSD, mean_D = batch.activations[site], self.means[site]
+            ablations = {"zero": torch.zeros_like(x_RSD), "mean": mean_D.to(x_RSD.dtype).expand_as(x_RSD)}
+            for what, instead_RSD in ablations.items():
+                changed_RSD = substitute(x_RSD, instead_RSD, batch.keep_RS)
+                columns[f"{site}/{what}"] = _ce(self._changed(batch, site, changed_RSD), batch.target_T)
+        return columns
+
+    def _changed(self, batch: _Batch, site: str, changed_RSD: Tensor) -> Tensor:
+        """Log probabilities [T, W] of the model with other activations at the site."""
         skip = self.model.skip_blocks_before(site) if site in self.skippable else nullcontext()
         with skip, self.model.splice(site, lambda _: changed_RSD):
             return _log_probs(self.model.logits(batch.ids_RS, batch.attention_RS), batch.counted_RS)
@@ -160,17 +185,12 @@ class Splicing:
         ids = torch.where(torch.from_numpy(counted), mask_id, rows.ids_RS)
         return ids, rows.ids_RS, counted
 
-    def _mean_edit(self, site: str) -> Edit:
-        return lambda x: self.means[site].to(x.dtype).expand_as(x)
-
-    def _check_identity(
-        self, site: str, batch: "_Batch", target_T: Tensor, clean_T: NDArray[np.float64]
-    ) -> None:
+    def _check_identity(self, site: str, batch: _Batch, clean_T: NDArray[np.float64]) -> None:
         """Splice the true activation; where that needs the blocks before the site, skip them no more."""
 
         def change() -> float:
-            edited = self._edited(batch, site, torch.clone)
-            return float(np.abs(_ce(edited, target_T) - clean_T).mean())
+            spliced = self._changed(batch, site, batch.activations[site].clone())
+            return float(np.abs(_ce(spliced, batch.target_T) - clean_T).mean())
 
         if not np.isfinite(clean_T).all():
             return  # the losses will be null; a batch with losses may come
@@ -218,16 +238,14 @@ def absent_metrics(reason: str) -> dict[str, Figure]:
     return {name: absent(reason) for name in METRICS}
 
 
-def _note(found: dict[str, Tensor], site: str, x_RSD: Tensor) -> Tensor:
-    found[site] = x_RSD.clone()
+def _columns(names: Iterable[str]) -> list[str]:
+    """The sums that are of these SAEs."""
+    return [f"{name}/{what}" for name in names for what in ("ce", "kl")]
+
+
+def _note(activations: dict[str, Tensor], site: str, x_RSD: Tensor) -> Tensor:
+    activations[site] = x_RSD.clone()
     return x_RSD
-
-
-def _sae_edit(sae: Sae) -> Edit:
-    def edit(x_RSD: Tensor) -> Any:
-        return sae(x_RSD.float()).reconstruction.to(x_RSD.dtype)
-
-    return edit
 
 
 def _log_probs(logits_RSW: Tensor, counted_RS: Tensor) -> Tensor:

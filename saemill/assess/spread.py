@@ -13,7 +13,7 @@ from saemill.common.world import Group
 
 
 @dataclass(slots=True)
-class _Part:
+class _DocumentRows:
     """Rows of one document, near or far."""
 
     n: int
@@ -22,7 +22,7 @@ class _Part:
     squares: float
     """Σ of their squared distances from their own mean."""
 
-    def merge(self, other: "_Part") -> None:
+    def merge(self, other: "_DocumentRows") -> None:
         """Add other rows (Chan, Golub and LeVeque 1979)."""
         total, delta_D = self.n + other.n, other.mean_D - self.mean_D
         self.squares += other.squares + float(delta_D @ delta_D) * (self.n * other.n / total)
@@ -48,7 +48,7 @@ class Spread:
         """Of the rows' distances from the cached mean."""
         self.n_zero = 0
         """Rows that are zero vectors."""
-        self._parts: dict[tuple[int, bool], _Part] = {}
+        self._rows: dict[tuple[int, bool], _DocumentRows] = {}
         self._ends: dict[bool, tuple[Tensor, Tensor]] = {}
         """The smallest and the largest value of each dimension, of near and of far rows."""
 
@@ -62,9 +62,7 @@ class Spread:
         Returns: which of them are far. bool [T].
         """
         x_TD = x_TD.double()
-        centred_TD = x_TD - self.centre_D
-        distance_T = torch.linalg.vector_norm(centred_TD, dim=1)
-        far_T = distance_T > (FAR * self.median if self.median else torch.inf)
+        centred_TD, distance_T, far_T = self._far(x_TD)
         self.largest = max(self.largest, float(distance_T.max()))
         self.n_zero += int((x_TD == 0).all(1).sum())
         for far in (False, True):
@@ -72,8 +70,17 @@ class Spread:
             if bool(some.any()):
                 self._stretch(far, x_TD[some].amin(0), x_TD[some].amax(0))
                 self._count(far, centred_TD[some], units[some.numpy()])
-        found: NDArray[np.bool_] = far_T.numpy()
-        return found
+        return far_T.numpy()
+
+    def far(self, x_TD: Tensor) -> NDArray[np.bool_]:
+        """Which of some rows are far, as `add` returns it, without counting them."""
+        return self._far(x_TD.double())[2].numpy()
+
+    def _far(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows from the cached mean [T, D], their distances from it [T], and whether they are far [T]."""
+        centred_TD = x_TD - self.centre_D
+        distance_T = torch.linalg.vector_norm(centred_TD, dim=1)
+        return centred_TD, distance_T, distance_T > (FAR * self.median if self.median else torch.inf)
 
     def _stretch(self, far: bool, low_D: Tensor, high_D: Tensor) -> None:
         low, high = self._ends.get(far, (low_D, high_D))
@@ -87,13 +94,13 @@ class Spread:
         mean /= torch.from_numpy(n)[:, None]
         squares = np.bincount(group, (centred_TD - mean[group_T]).square().sum(1).numpy(), len(documents))
         for i, document in enumerate(documents.tolist()):
-            part = _Part(int(n[i]), mean[i].numpy().copy(), float(squares[i]))
-            known = self._parts.setdefault((document, far), part)
-            if known is not part:
-                known.merge(part)
+            rows = _DocumentRows(int(n[i]), mean[i].numpy().copy(), float(squares[i]))
+            known = self._rows.setdefault((document, far), rows)
+            if known is not rows:
+                known.merge(rows)
 
     def merge(self, everyone: Group) -> None:
-        """Let every process know the extremes and the zero vectors of all; parts stay where they are."""
+        """Let every process know the extremes and the zero vectors of all; the rows stay where they are."""
         self.largest = max(everyone.share(self.largest))
         self.n_zero = sum(everyone.share(self.n_zero))
         for ends in everyone.share(self._ends):
@@ -113,14 +120,14 @@ class Spread:
         Returns: documents (one may come twice) and Σ ‖x − x̄‖² of each; 0 where all those rows are alike.
         """
         total_D = torch.zeros(len(self.centre_D) + 1, dtype=torch.float64)
-        for (_, far), part in self._parts.items():
+        for (_, far), rows in self._rows.items():
             if far in around:
-                total_D[:-1] += part.n * torch.from_numpy(part.mean_D)
-                total_D[-1] += part.n
+                total_D[:-1] += rows.n * torch.from_numpy(rows.mean_D)
+                total_D[-1] += rows.n
         total_D = everyone.sum_(total_D)
         mean_D = (total_D[:-1] / total_D[-1].clamp(min=1)).numpy()
-        chosen = [(document, part) for (document, far), part in self._parts.items() if far in counted]
-        sums = [part.squares + part.n * float(np.square(part.mean_D - mean_D).sum()) for _, part in chosen]
+        chosen = [(document, rows) for (document, far), rows in self._rows.items() if far in counted]
+        sums = [rows.squares + rows.n * float(np.square(rows.mean_D - mean_D).sum()) for _, rows in chosen]
         if self._alike(around):
             sums = [0.0] * len(chosen)
         return np.array([document for document, _ in chosen], np.uint64), np.array(sums)
@@ -133,5 +140,5 @@ class Spread:
 
     def n_far(self) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
         """This process's documents with far rows, and how many each has."""
-        found = {document: part.n for (document, far), part in self._parts.items() if far}
-        return np.array(list(found), np.uint64), np.array(list(found.values()), np.float64)
+        n_by_document = {document: rows.n for (document, far), rows in self._rows.items() if far}
+        return np.array(list(n_by_document), np.uint64), np.array(list(n_by_document.values()), np.float64)

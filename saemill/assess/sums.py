@@ -37,7 +37,7 @@ class Ratio:
 
 @dataclass(slots=True)
 class DocumentSums:
-    """Named sums per document; documents appear as they are met."""
+    """Named sums per document, in the order in which documents come."""
 
     names: list[str]
     rows: dict[int, NDArray[np.float64]] = field(default_factory=dict)
@@ -56,11 +56,21 @@ class DocumentSums:
 
     def merge(self, everyone: Group) -> None:
         """Add up the sums of all processes; a document that one of them has alone keeps its bits."""
-        parts, self.rows = everyone.share(self.rows), {}
-        for part in parts:
-            for document, row in part.items():
+        of_all, self.rows = everyone.share(self.rows), {}
+        for rows in of_all:
+            for document, row in rows.items():
                 known = self.rows.get(document)
                 self.rows[document] = row if known is None else known + row
+
+    def only(self, names: list[str]) -> "DocumentSums":
+        """Some of the sums, in this order."""
+        places = [self.names.index(name) for name in names]
+        return DocumentSums(names, {document: row[places] for document, row in self.rows.items()})
+
+    def beside(self, other: "DocumentSums") -> "DocumentSums":
+        """These sums and then the other's, which are of the same documents."""
+        rows = {document: np.concatenate([row, other.rows[document]]) for document, row in self.rows.items()}
+        return DocumentSums(self.names + other.names, rows)
 
     def column(self, name: str) -> NDArray[np.float64]:
         """One sum for every document, in ascending order of document. [n_documents]."""

@@ -56,13 +56,13 @@ def checks(metrics: dict[str, Figure], thresholds: Thresholds, unseen: str | Non
         "dead_fraction": (None, t.max_dead_fraction),
         "absorption": (None, max(t.max_absorption, random)),
     }
-    found = {name: _check(name, metrics[name], *limit) for name, limit in limits.items()}
+    results = {name: _check(name, metrics[name], *limit) for name, limit in limits.items()}
     if random > t.max_absorption:
         why = f"as many random directions show {random:.3f}, more than the threshold of {t.max_absorption:g}"
-        found["absorption"].setdefault("reason", why)
-    if unseen and found["dead_fraction"]["passed"] is False:
-        found["dead_fraction"] |= {"passed": None, "reason": unseen}
-    return list(found.values())
+        results["absorption"].setdefault("reason", why)
+    if unseen and results["dead_fraction"]["passed"] is False:
+        results["dead_fraction"] |= {"passed": None, "reason": unseen}
+    return list(results.values())
 
 
 def _check(name: str, figure: Figure, low: float | None, high: float | None) -> Check:
@@ -77,13 +77,13 @@ def _check(name: str, figure: Figure, low: float | None, high: float | None) -> 
     return check | {"passed": (low is None or value >= low) and (high is None or value <= high)}
 
 
-def summary(found: list[Check]) -> str:
+def summary(results: list[Check]) -> str:
     """`passed 2/3, 1 unknown`: a check whose figure is null is neither passed nor failed."""
-    n_known = sum(check["passed"] is not None for check in found)
+    n_known = sum(check["passed"] is not None for check in results)
     if n_known == 0:
         return "unknown"
-    text = f"passed {sum(check['passed'] is True for check in found)}/{n_known}"
-    return text if n_known == len(found) else f"{text}, {len(found) - n_known} unknown"
+    text = f"passed {sum(check['passed'] is True for check in results)}/{n_known}"
+    return text if n_known == len(results) else f"{text}, {len(results) - n_known} unknown"
 
 
 def order(entries: list[dict[str, Any]], losses: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -104,7 +104,7 @@ def _variants(path: Path) -> list[Path] | None:
         return None
     if not runs.is_finished(path):
         raise StoreError(
-            f"{path} is no finished run (finished.json is missing); finish it with `saemill train`"
+            f"{path} is no finished run ({runs.FINISHED} is missing); finish it with `saemill train`"
         )
     finished = runs.finished(path)
     left_out = {**finished.diverged, **finished.stopped}

@@ -11,6 +11,7 @@ from saemill.cache.run import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common.config import resolve
 from saemill.common.log import duration, say
+from saemill.common.stores.runs import REPORT
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 from saemill.train.config import TrainConfig
@@ -36,4 +37,4 @@ def run(out: Path) -> None:
     say("\n4. assess: on documents that training never saw")
     assessment = assess(resolve(AssessConfig, "assess", {"run": trained}, config))
     say("\n" + contexts_text(assessment["features"], n_latents=5, n_contexts=4))
-    say(f"\nReport: {trained / 'report.html'}. All in {duration(time.perf_counter() - started)}.")
+    say(f"\nReport: {trained / REPORT}. All in {duration(time.perf_counter() - started)}.")

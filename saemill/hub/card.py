@@ -7,12 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
+from huggingface_hub import CardData, ModelCardData, RepoCard
 
 from saemill.assess.report import interval
 from saemill.assess.sums import number
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
 
+ORDER = ["library_name", "tags", "base_model", "datasets"]
+"""Of the fields that come first."""
 TAGS = ["sparse-autoencoder", "sae", "topk", "interpretability"]
 COLUMNS = {
     "fvu": "FVU",
@@ -38,19 +41,19 @@ def model_card(
         finished, identity: the run's `finished.json` and `identity.json`.
         assessment: its `final_assessment.json`, if there is one.
     """
-    told = next(iter(saes.values()))["saemill"]
+    provenance = next(iter(saes.values()))["saemill"]
     sites = list(dict.fromkeys(cfg["saemill"]["site"] for cfg in saes.values()))
     parts = [
         front_matter(
-            {
-                "library_name": "saemill",
-                "tags": TAGS,
-                "base_model": told["model"] if is_id(told["model"] or "") else None,
-                "datasets": [told["dataset"]] if is_id(told["dataset"]) else None,
-            }
+            ModelCardData(
+                library_name="saemill",
+                tags=TAGS,
+                base_model=provenance["model"] if is_id(provenance["model"] or "") else None,
+                datasets=[provenance["dataset"]] if is_id(provenance["dataset"]) else None,
+            )
         ),
-        f"# Sparse autoencoders of {words(_short(told['model'] or told['dataset']))}",
-        f"{counted(len(saes), 'TopK sparse autoencoder')} of {_what(told, sites)} "
+        f"# Sparse autoencoders of {words(_short(provenance['model'] or provenance['dataset']))}",
+        f"{counted(len(saes), 'TopK sparse autoencoder')} of {_what(provenance, sites)} "
         "f = ReLU(TopK(W_enc (x − b_dec) + b_enc)), x̂ = W_decᵀ f + b_dec.",
         "## Variants",
         _variants(saes, finished, assessment),
@@ -58,7 +61,7 @@ def model_card(
         "## Load",
         _load(repo, _best(saes, finished, assessment)),
         "## Recipe",
-        _recipe(saes, finished, told),
+        _recipe(saes, finished, provenance),
         "The settings that decide the result, as `saemill train` takes them (also in `config.yaml`); what is "
         "not listed is saemill's default:",
         code("yaml", yaml.safe_dump({"train": _given(identity)}, sort_keys=False)),
@@ -66,32 +69,34 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _what(told: Mapping[str, Any], sites: Sequence[str]) -> str:
+def _what(provenance: Mapping[str, Any], sites: Sequence[str]) -> str:
     """What the SAEs were trained on, and what they take."""
-    by = f"trained by saemill {told['versions']['saemill']} on {told['tokens_trained']:,}"
-    if "normalized" in told:
-        form = "of unit length" if told["normalized"] else "as they were stored"
-        who = f" by {span(told['model'])}" if told["model"] else ""
-        return f"embeddings{who}, {by} passages of {span(told['dataset'])}. The SAEs take vectors {form}:"
+    by = f"trained by saemill {provenance['versions']['saemill']} on {provenance['tokens_trained']:,}"
+    if "normalized" in provenance:
+        form = "of unit length" if provenance["normalized"] else "as they were stored"
+        who = f" by {span(provenance['model'])}" if provenance["model"] else ""
+        return (
+            f"embeddings{who}, {by} passages of {span(provenance['dataset'])}. The SAEs take vectors {form}:"
+        )
     return (
-        f"{span(told['model'])} at {_code(sites)}, {by} tokens of {span(told['dataset'])}. A site is the "
-        "output of that module of the base model (`AutoModel`); the SAEs take it as the model produces it:"
+        f"{span(provenance['model'])} at {_code(sites)}, {by} tokens of {span(provenance['dataset'])}. "
+        "A site is the output of that module of the base model (`AutoModel`); the SAEs take it as the model "
+        "produces it:"
     )
 
 
-def front_matter(fields: Mapping[str, Any]) -> str:
-    """The card's metadata; a field that is None is left out."""
-    known = {key: value for key, value in fields.items() if value is not None}
-    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---"
+def front_matter(data: CardData) -> str:
+    """The card's metadata as YAML; a field that is None is left out."""
+    return f"---\n{data.to_yaml(original_order=ORDER)}\n---"
 
 
 def keep_metadata(card: str, there: Mapping[str, Any]) -> str:
     """A card with the fields of another's metadata that it has not itself."""
-    parts = re.fullmatch(r"---\n(.*?)^---\n(.*)", card, re.DOTALL | re.MULTILINE)
-    assert parts is not None
-    known, text = parts.groups()
-    fields = yaml.safe_load(known)
-    return f"{front_matter(fields | {k: v for k, v in there.items() if k not in fields})}\n{text}"
+    kept = RepoCard(card)
+    for name, value in there.items():
+        if name not in kept.data:
+            kept.data[name] = value
+    return str(kept)
 
 
 def code(language: str, text: str) -> str:
@@ -158,13 +163,13 @@ def _variants(
 
 def _reasons(entries: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
     """Why figures of the table are missing."""
-    told = dict.fromkeys(
+    reasons = dict.fromkeys(
         f"{title}: {entry['metrics'][name]['reason']}."
         for entry in entries
         for name, title in columns.items()
         if entry["metrics"][name]["value"] is None and not entry["not_measured"]
     )
-    return [f"No {line}" for line in told]
+    return [f"No {line}" for line in reasons]
 
 
 def _state(name: str, finished: Mapping[str, Any]) -> str:
@@ -259,7 +264,7 @@ def _quoted(text: str) -> str:
 
 
 def _recipe(
-    saes: Mapping[str, Mapping[str, Any]], finished: Mapping[str, Any], told: Mapping[str, Any]
+    saes: Mapping[str, Mapping[str, Any]], finished: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> str:
     rates = sorted({cfg["saemill"]["variant"]["lr"] for cfg in saes.values()})
     mask = finished["mask"]
@@ -268,19 +273,19 @@ def _recipe(
         n = mask["first_positions"]
         masked.append(f"the first {f'{n} positions' if n > 1 else 'position'} of each row")
     masked += [f"token {token}" for token in mask["token_ids"]]
-    revision = f" at revision {span(told['revision'])}" if told["revision"] else ""
-    rows_of = f", rows of {told['ctx_len']} tokens" if "ctx_len" in told else ""
+    revision = f" at revision {span(provenance['revision'])}" if provenance["revision"] else ""
+    rows_of = f", rows of {provenance['ctx_len']} tokens" if "ctx_len" in provenance else ""
     lines = [
-        *([["model", f"{span(told['model'])}{revision}"]] if told["model"] else []),
-        ["text", f"{span(told['dataset'])}{rows_of}"],
+        *([["model", f"{span(provenance['model'])}{revision}"]] if provenance["model"] else []),
+        ["text", f"{span(provenance['dataset'])}{rows_of}"],
         ["left out of training", ", ".join(masked) or "nothing"],
         [
-            "passages" if "normalized" in told else "tokens",
+            "passages" if "normalized" in provenance else "tokens",
             f"{finished['tokens']:,} in {counted(finished['steps'], 'step')}",
         ],
         ["peak learning rate", f"{rates[0]:.3g}" + (f" to {rates[-1]:.3g}" if len(rates) > 1 else "")],
         ["time", f"{duration(finished['seconds'])} for the {counted(len(finished['variants']), 'variant')}"],
-        ["versions", ", ".join(f"{name} {version}" for name, version in told["versions"].items())],
+        ["versions", ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())],
     ]
     return rows([["", ""], *lines])
 

@@ -27,8 +27,6 @@ from saemill.hub.store_card import activations_card, tokens_card
 from saemill.show import hint, kind_of
 from saemill.train.record.inspect import settings_problems
 
-CARD = "README.md"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
@@ -86,8 +84,8 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
             raise ConfigError(f"{path} has no variant {name!r}; {nearest(name, finished.variants)}")
     kept = tuple(name for name in finished.variants if not chosen or name in chosen)
     saes = {name: _sae(path / name, finished.cfgs[name], path) for name in kept}
-    names = Names(yaml.safe_load((path / "config.yaml").read_bytes()), finished.model_dump(), saes)
-    named = ["config.yaml", "report.html"]
+    names = Names(yaml.safe_load((path / runs.CONFIG).read_bytes()), finished.model_dump(), saes)
+    named = [runs.CONFIG, runs.REPORT]
     written = {name: names.content(path / name) for name in named if (path / name).is_file()}
     saes = {name: seal.sealed_again(names.of(cfg)) for name, cfg in saes.items()}
     written |= {f"{name}/cfg.json": as_json(cfg) for name, cfg in saes.items()}
@@ -101,14 +99,14 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
             "files": (),
         }
     )
-    identity = identity.model_copy(update={"config": durable.hash_bytes(written["config.yaml"])})
+    identity = identity.model_copy(update={"config": durable.hash_bytes(written[runs.CONFIG])})
     written |= {
-        "identity.json": as_json(records.content(identity)),
-        "finished.json": as_json(records.content(told)),
+        runs.IDENTITY: as_json(records.content(identity)),
+        runs.FINISHED: as_json(records.content(told)),
     }
     assessed = _assessment(path, names, written)
     card = model_card(place, saes, told.model_dump(mode="json"), identity.content, assessed)
-    written |= {CARD: card.encode()}
+    written |= {runs.CARD: card.encode()}
     if assessed:
         written |= {assessments.FILE: as_json(records.content(assessments.checked(assessed)))}
     weights = tuple(f"{name}/{WEIGHTS}" for name in kept)
@@ -129,7 +127,7 @@ def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[
     uploaded = [entry["path"] for entry in told["files"] if entry["path"] in written]
     contents = {name: written[name] for name in uploaded}
     return told | {
-        "of": durable.hash_bytes(written["finished.json"]),
+        "of": durable.hash_bytes(written[runs.FINISHED]),
         "files": [
             {"path": name, "bytes": len(content), "xxh3": durable.hash_bytes(content)}
             for name, content in contents.items()
@@ -150,7 +148,7 @@ def _sae(folder: Path, cfg: str, run: Path) -> dict[str, Any]:
 def _tokens(path: Path, place: str) -> Contents:
     store = TokenStore(path)
     names = Names(records.content(store.manifest))
-    written = _token_files(store, names) | {CARD: tokens_card(place, store, names).encode()}
+    written = _token_files(store, names) | {runs.CARD: tokens_card(place, store, names).encode()}
     return Contents(repo_type="dataset", folder=path, as_they_are=_token_globs(store), written=written)
 
 
@@ -175,7 +173,7 @@ def _activations(path: Path, place: str) -> Contents:
     globs += [f"{kind}/{file}" for file in of_text]
     card = activations_card(place, store, names).encode()
     return Contents(
-        repo_type="dataset", folder=path, as_they_are=tuple(globs), written=written | {CARD: card}
+        repo_type="dataset", folder=path, as_they_are=tuple(globs), written=written | {runs.CARD: card}
     )
 
 

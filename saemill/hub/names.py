@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
+from markupsafe import escape
 
 from saemill.common import durable
 from saemill.common.records import R
@@ -25,7 +26,8 @@ class Names:
 
     def __init__(self, *documents: Any) -> None:
         paths = {text for text in _texts(documents) if ABSOLUTE.match(text)}
-        longest_first = sorted(paths | {html.escape(path) for path in paths}, key=len, reverse=True)
+        in_html = {html.escape(path) for path in paths} | {str(escape(path)) for path in paths}
+        longest_first = sorted(paths | in_html, key=len, reverse=True)
         self._names = {path: PurePath(path.replace("\\", "/")).name or "folder" for path in longest_first}
         choice = "|".join(map(re.escape, longest_first))
         self._paths = re.compile(rf"(?<![\w.])(?:{choice})(?![\w-])" if choice else r"(?!)")

@@ -7,6 +7,7 @@ from typing import Any
 from saemill.common import hub
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
+from saemill.common.stores.runs import FINISHED
 from saemill.show import describe, problems
 
 LEFT_BY_THE_HUB = ".cache"
@@ -65,7 +66,7 @@ def _check_kind(repo: str, place: dict[str, Any]) -> None:
     from huggingface_hub import HfApi
 
     files = HfApi().list_repo_files(**place)
-    if not {"finished.json", "manifest.json", "zarr.json"} & set(files):
+    if not {FINISHED, "manifest.json", "zarr.json"} & set(files):
         raise StoreError(
             f"{repo} holds no run and no store, or its upload is not finished; an SAE of another tool is had "
             "by `saemill import`"

@@ -9,8 +9,9 @@ from saemill.common import hub
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.sae.formats.sparsify import WEIGHTS
+from saemill.common.stores import runs
 from saemill.hub.card import keep_metadata
-from saemill.hub.contents import CARD, Contents, contents_of
+from saemill.hub.contents import Contents, contents_of
 from saemill.show import problems
 
 
@@ -49,7 +50,7 @@ def push(
     contents = contents_of(path, place, variants)
     if dry_run:
         say(_listing(contents, place))
-        say(contents.written[CARD].decode())
+        say(contents.written[runs.CARD].decode())
         return
     _check_may_push()
     with hub.asking(repo):
@@ -94,11 +95,11 @@ def _open(contents: Contents, repo: str, private: bool, revision: str | None) ->
             f"{', …' if len(stale) > 5 else ''}. Push these as well, delete them there, or name another "
             "repository or --revision"
         )
-    if CARD not in files:
+    if runs.CARD not in files:
         return contents
-    added = metadata_load(api.hf_hub_download(**there, revision=revision, filename=CARD)) or {}
-    card = keep_metadata(contents.written[CARD].decode(), added)
-    return replace(contents, written={**contents.written, CARD: card.encode()})
+    added = metadata_load(api.hf_hub_download(**there, revision=revision, filename=runs.CARD)) or {}
+    card = keep_metadata(contents.written[runs.CARD].decode(), added)
+    return replace(contents, written={**contents.written, runs.CARD: card.encode()})
 
 
 def _send(contents: Contents, repo: str, revision: str | None, message: str) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import PurePath
 
+from huggingface_hub import DatasetCardData
+
 from saemill.common.log import counted
 from saemill.common.stores.activations import ActivationStore, SiteArray
 from saemill.common.stores.passages import PassageManifest, PassageStore
@@ -9,6 +11,8 @@ from saemill.common.stores.site_records import StoreSettings
 from saemill.common.stores.tokens import TokenManifest, TokenStore
 from saemill.hub.card import code, front_matter, rows
 from saemill.hub.names import Names
+
+SITE_HEAD = ["site", "shape", "stored as", "MiB", "mean squared norm"]
 
 
 def tokens_card(repo: str, store: TokenStore, names: Names) -> str:
@@ -43,43 +47,22 @@ def tokens_card(repo: str, store: TokenStore, names: Names) -> str:
 def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
     """The card of an activation store; arguments as of `tokens_card`."""
     settings, text = names.record(store.settings), store.text
-    source, model = names.in_text(text.manifest.source.name), settings.model
-    version = settings.versions.get("saemill", "")
     if isinstance(text, TokenStore):
-        title = f"Activations of {PurePath(str(model)).name}"
-        what = (
-            f"Activations of `{model}`, cached by saemill {version}, and the tokens that they belong to. A "
-            "site is the output of that module of the base model (`AutoModel`)."
-        )
-        lines, read = (
-            _text_lines(text, names.record(text.manifest)),
-            f"store.tokens.rows(0, 16)  # [16, {store.ctx_len}]",
-        )
+        title, what = _of_a_model(settings)
+        lines = _text_lines(text, names.record(text.manifest))
+        read = f"store.tokens.rows(0, 16)  # [16, {store.ctx_len}]"
     else:
-        title = f"Embeddings of {PurePath(source).name}"
-        by = f"by `{model}`, " if model else ""
-        what = f"Embeddings {by}with their texts or ids, stored by saemill {version}."
+        title, what = _of_passages(settings, names.in_text(text.manifest.source.name))
         lines, read = _passage_lines(text, names.record(text.manifest)), "store.text.texts(0, 16)"
     sites = [store.site(name) for name in store.sites]
+    shards = ["shards", f"{store.n_shards:,} of {store.shard_tokens:,} {text.unit}s per site"]
     first, n = sites[0], min(store.n_tokens, 1024)
     parts = [
         _front_matter("activations"),
         f"# {title}",
         what,
-        rows(
-            [
-                ["site", "shape", "stored as", "MiB", "mean squared norm"],
-                *(_site_line(site, settings.dtype) for site in sites),
-            ]
-        ),
-        rows(
-            [
-                ["", ""],
-                *_model_lines(settings),
-                *lines,
-                ["shards", f"{store.n_shards:,} of {store.shard_tokens:,} {text.unit}s per site"],
-            ]
-        ),
+        rows([SITE_HEAD, *(_site_line(site, settings.dtype) for site in sites)]),
+        rows([["", ""], *_model_lines(settings), *lines, shards]),
         "## Read",
         code("", f"saemill pull datasets/{repo} -o acts"),
         code(
@@ -95,9 +78,29 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _of_a_model(settings: StoreSettings) -> tuple[str, str]:
+    """The title of a language model's activations, and what they are."""
+    version = settings.versions.get("saemill", "")
+    return (
+        f"Activations of {PurePath(str(settings.model)).name}",
+        f"Activations of `{settings.model}`, cached by saemill {version}, and the tokens that they belong "
+        "to. A site is the output of that module of the base model (`AutoModel`).",
+    )
+
+
+def _of_passages(settings: StoreSettings, source: str) -> tuple[str, str]:
+    """The title of embeddings, and what they are."""
+    by = f"by `{settings.model}`, " if settings.model else ""
+    version = settings.versions.get("saemill", "")
+    return (
+        f"Embeddings of {PurePath(source).name}",
+        f"Embeddings {by}with their texts or ids, stored by saemill {version}.",
+    )
+
+
 def _front_matter(kind: str) -> str:
     """`viewer: false`: the hub would show the lists of documents as if they were the data."""
-    return front_matter({"tags": ["saemill", "interpretability", kind], "viewer": False})
+    return front_matter(DatasetCardData(tags=["saemill", "interpretability", kind], viewer=False))
 
 
 def _site_line(site: SiteArray, dtype: str) -> list[str]:

@@ -40,7 +40,6 @@ from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import REPAIR, Site
 from saemill.common.stores.tokens import TokenStore
-from saemill.common.tracking import process as wandb
 from saemill.common.tracking import record
 from saemill.common.world import World
 from saemill.pipeline.rows import check_rows
@@ -194,7 +193,7 @@ class Chain:
 
     def _assess(self, config: AssessConfig) -> Path:
         if config.is_done() and not _owes_wandb(config.run):
-            say(f"{config.folder / 'final_assessment.json'} is there already")
+            say(f"{config.folder / runs.ASSESSMENT} is there already")
         else:
             self._mending(lambda: assess(config))
         return config.run
@@ -287,7 +286,7 @@ def _here(values: dict[str, Any]) -> dict[str, Any]:
 
 def _owes_wandb(run: Path) -> bool:
     """Whether wandb lacks something of a run that is logged to it."""
-    if not (run / wandb.RECORD).exists():
+    if not (run / runs.WANDB).exists():
         return False
     return not set(record.told(run).runs) <= set(record.logged(run).ended)
 

@@ -8,6 +8,7 @@ from saemill.assess.run import AssessConfig
 from saemill.cache.run import CacheConfig
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
+from saemill.common.stores import runs
 from saemill.tokenize.run import CTX_LEN, TokenizeConfig
 from saemill.train.config import TrainConfig, check_batch
 
@@ -22,7 +23,7 @@ CONFIGS: dict[str, Any] = {
 }
 READS = {"cache": "tokens", "train": "acts", "assess": "run"}
 """The setting of each stage that names the `out` of the one before."""
-MADE = {"cache": "manifest.json", "train": "zarr.json", "assess": "identity.json"}
+MADE = {"cache": "manifest.json", "train": "zarr.json", "assess": runs.IDENTITY}
 """A file in the folder that each stage reads."""
 
 

@@ -27,9 +27,9 @@ def by_stage(folder: Path, run: Path) -> dict[str, list[str]]:
     if (folder / "config.yaml").exists():
         configs = Pipeline.read(folder / "config.yaml").stages
         tokens, acts = (configs[s].out if s in configs else None for s in ("tokenize", "cache"))
-    elif (run / "config.yaml").exists():
+    elif (run / runs.CONFIG).exists():
         configs = {
-            "train": settings.resolve(TrainConfig, "train", {"out": run}, run / "config.yaml"),
+            "train": settings.resolve(TrainConfig, "train", {"out": run}, run / runs.CONFIG),
             "assess": AssessConfig(run=run),
         }
         acts = Path(runs.finished(run).acts) if runs.is_finished(run) else configs["train"].acts
@@ -69,9 +69,9 @@ def _cached(out: Path) -> list[str]:
 def _trained(config: TrainConfig) -> str:
     if runs.is_finished(config.out):
         return f"finished, {runs.finished(config.out).steps:,} steps"
-    step, n_steps = _last_step(config.out / "metrics.jsonl"), _n_steps(config)
+    step, n_steps = _last_step(config.out / runs.METRICS), _n_steps(config)
     if step is None:
-        there = (config.out / "identity.json").exists()
+        there = (config.out / runs.IDENTITY).exists()
         return "no step logged yet" if there else f"nothing in {config.out}"
     return f"step {step:,}" + (f" of {n_steps:,}" if n_steps else "")
 

@@ -9,6 +9,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from saemill.common.log import say
+from saemill.common.stores.runs import PROFILE
 
 REGIONS = {
     "wait for data": "until the batch was there",
@@ -47,7 +48,7 @@ def profiling(folder: Path, device: torch.device) -> Iterator[torch.profiler.pro
     """
 
     def finish(profiler: torch.profiler.profile) -> None:
-        trace = folder / "profile.json.gz"
+        trace = folder / PROFILE
         profiler.export_chrome_trace(str(trace))
         say(table(profiler, device))
         say(f"{trace}: the trace of {PROFILED_STEPS} steps, for chrome://tracing or Perfetto")

@@ -13,7 +13,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.log import counted, say
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.runs import METRICS
+from saemill.common.stores.runs import METRICS, TENSORBOARD
 from saemill.common.stores.statistics import warnings
 from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
@@ -23,7 +23,7 @@ from saemill.train.export import export, save_saes
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
-from saemill.train.record.folder import TENSORBOARD, Folder
+from saemill.train.record.folder import Folder
 from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from saemill.train.stream.feed import Feed
 from saemill.train.stream.loader import Loader

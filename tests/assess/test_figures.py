@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reconstructions import ALONE, D, evalset, held_out, random_sae, reconstruct
 from stores import make_store
 
-from saemill.assess.controls import controls
+from saemill.assess.baselines import fit_baselines
 from saemill.assess.reconstruction import Reconstruction, absorption
 from saemill.assess.splicing import Splicing, _kl
 from saemill.assess.spread import Spread
@@ -69,7 +69,7 @@ def test_controls_do_not_depend_on_the_scale(tmp_path: Path, scale: float) -> No
         small = make_store(tmp_path / name, 64, 16, D, 500, values_TD=values_of(64 * 16) * factor)
         x_TD = small.read("a", 0, 100)
         with torch.no_grad():
-            saes = controls(random_sae(0), "a", evalset(small)).values()
+            saes = fit_baselines(random_sae(0), "a", evalset(small)).values()
             found.append([sae(x_TD).reconstruction.double() / factor for sae in saes])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3)

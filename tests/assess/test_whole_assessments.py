@@ -200,7 +200,7 @@ def limited(action: str, small: Path, out: Path) -> "subprocess.CompletedProcess
     """An assessment in another process that runs into `action` while it writes."""
     script = (
         "import os, resource, signal, sys; from pathlib import Path\n"
-        "from saemill.assess import run as stage\n"
+        "from saemill.assess import run as stage, write\n"
         f"{action}\n"
         "stage.run(stage.AssessConfig(run=Path(sys.argv[1]), out=Path(sys.argv[2]), device='cpu'))"
     )
@@ -212,7 +212,7 @@ def limited(action: str, small: Path, out: Path) -> "subprocess.CompletedProcess
 FULL = (
     "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
 )
-KILLED = "stage.write_html = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+KILLED = "write.write_html = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
 
 
 @pytest.mark.parametrize(("action", "told"), [(FULL, "no room on the disk for"), (KILLED, "")])

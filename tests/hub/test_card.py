@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import CardData
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,7 +74,7 @@ def test_a_block_ends_where_it_should() -> None:
 def test_the_front_matter_holds_its_values(value: str) -> None:
     """Oracle: PyYAML reads the values back, also after another card's fields were added."""
     kept: dict[str, Any] = {"license": value}
-    card = keep_metadata(front_matter({"base_model": value}) + "\n\ntext\n---\nmore", kept)
+    card = keep_metadata(front_matter(CardData(base_model=value)) + "\n\ntext\n---\nmore", kept)
     fields, text = card.removeprefix("---\n").split("\n---\n", 1)
     assert yaml.safe_load(fields) == {"base_model": value, "license": value}
     assert text == "\ntext\n---\nmore"

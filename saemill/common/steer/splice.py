@@ -1,10 +1,7 @@
 """A model run with an SAE spliced in: its latents watched, ablated or steered while the model computes.
 
-    f = encode(x)    f' = edit(f)    x' = x + decode(f') − decode(f)    with the error kept
-                                     x' = decode(f')                    without
-
 With the error kept only the edit reaches the model. Without, and without an edit, it is the splice that
-`saemill assess` measures.
+`saemill assess` measures. `substitute` has the formula.
 """
 
 import inspect
@@ -23,9 +20,7 @@ from saemill.common.models.structure import base_of, block_names
 from saemill.common.sae.formats.hooks import site_of
 from saemill.common.sae.sae import Encoded, Sae
 from saemill.common.steer.edits import LatentEdit
-
-Edit = Callable[[Encoded], tuple[Tensor, Tensor]]
-"""top_acts, top_indices [B, S, k] → the same, [B, S, any k]. It may change what it is given in place."""
+from saemill.common.steer.substitute import Edit, Substitute
 
 Where = Callable[[Tensor, Tensor], Tensor]
 """Token ids and positions, int64 [B, S] → bool [B, S]. A position counts the tokens before, in the cache
@@ -98,12 +93,12 @@ class Spliced:
     def __init__(
         self, sae: Sae, edits: Sequence[Edit], keep_error: bool, where: Where | Tensor, site: str
     ) -> None:
-        self.sae, self.edits, self.keep_error, self.site = sae, edits, keep_error, site
+        self.sae, self.site = sae, site
+        self._substitute = Substitute(sae, edits, keep_error=keep_error)
         self._where = where
         self._arguments: dict[str, Any] = {}
         self._depth = 0
         """Calls that have begun and not ended: a head calls its base."""
-        self._found: tuple[Encoded, Tensor] | None = None
 
     @property
     def top_acts(self) -> Tensor:
@@ -121,12 +116,12 @@ class Spliced:
         return self._fired()[1]
 
     def _fired(self) -> tuple[Encoded, Tensor]:
-        if self._found is None:
+        if self._substitute.fired is None:
             raise ConfigError(
                 f"nothing ran through {self.site} of the model that the SAE was spliced into; run that model "
                 "inside the block, and choose a site that its forward pass calls"
             )
-        return self._found
+        return self._substitute.fired
 
     def _begin(self, arguments: dict[str, Any]) -> None:
         """A forward pass begins, or the head calls its base model.
@@ -135,7 +130,7 @@ class Spliced:
         """
         given = {name: value for name, value in arguments.items() if value is not None}
         if self._depth == 0:
-            self._arguments, self._found = {}, None
+            self._arguments, self._substitute.fired = {}, None
         self._arguments = given | self._arguments
         self._depth += 1
 
@@ -145,20 +140,7 @@ class Spliced:
 
     def _change(self, x_BSD: Tensor) -> Tensor:
         self._check(x_BSD)
-        where_BS = self._positions(x_BSD)
-        codes = self.sae.encode(x_BSD)
-        # What is told of lies between the codes and the edit: its gradient is of the edit's path alone.
-        kept = Encoded(codes.top_acts.clone(), codes.top_indices)
-        if torch.is_grad_enabled() and not kept.top_acts.requires_grad:
-            kept.top_acts.requires_grad_()  # neither the model's weights nor the SAE's ask for a gradient
-        self._found = kept, where_BS
-        edited: tuple[Tensor, Tensor] = Encoded(kept.top_acts.clone(), kept.top_indices.clone())
-        for edit in self.edits:
-            edited = _checked(edit(Encoded(*edited)), x_BSD)
-        changed_BSD = self.sae.decode(*edited)
-        if self.keep_error:
-            changed_BSD = x_BSD + (changed_BSD - self.sae.decode(*codes))
-        return torch.where(where_BS[..., None], changed_BSD.to(x_BSD.dtype), x_BSD)
+        return self._substitute(x_BSD, self._positions(x_BSD))
 
     def _check(self, x: Any) -> None:
         """Refuse an activation that the SAE is not made for."""
@@ -177,7 +159,7 @@ class Spliced:
             raise ConfigError(
                 f"the SAE is on {device}, the model on {x.device}; move it: sae.to({str(x.device)!r})"
             )
-        if self._found is not None:
+        if self._substitute.fired is not None:
             raise ConfigError(f"{self.site} runs more than once in a forward pass; name another module")
 
     def _positions(self, x_BSD: Tensor) -> Tensor:
@@ -216,8 +198,8 @@ def positions(arguments: dict[str, Any], x_BSD: Tensor) -> Tensor:
     attention, given = arguments.get("attention_mask"), arguments.get("position_ids")
     if isinstance(attention, Tensor) and attention.dim() == 2:
         attended = attention.to(x_BSD.device) > 0
-        found = (attended.long().cumsum(1) - 1).masked_fill(~attended, -1)
-        return found[:, -n_positions:]
+        position_BS = (attended.long().cumsum(1) - 1).masked_fill(~attended, -1)
+        return position_BS[:, -n_positions:]
     if isinstance(given, Tensor) and given.dim() == 2:
         return given.to(x_BSD.device).expand(n_rows, -1)
     if arguments.get("cache_params") is not None:
@@ -245,9 +227,9 @@ def _find_site(base: Any, site: str | None, sae: Sae) -> str:
     Raises:
         ConfigError: it is not known, or the model has no such module.
     """
-    told = sae.config.provenance
+    provenance = sae.config.provenance
     if site is None:
-        site = told.get("site") or site_of(told.get("hook_name") or "", base.config.model_type)
+        site = provenance.get("site") or site_of(provenance.get("hook_name") or "", base.config.model_type)
     if site is None:
         raise ConfigError("the SAE does not tell its site; name it: splice(model, 'layers.4', sae)")
     blocks = {f"residual.{i}": block for i, block in enumerate(block_names(base))}
@@ -272,19 +254,6 @@ def _edits(edit: Edit | Sequence[Edit] | None, sae: Sae) -> Sequence[Edit]:
                 f"got {', '.join(map(str, bad))}"
             )
     return edits
-
-
-def _checked(edited: Any, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-    """What an edit returned, if it can be decoded."""
-    match edited:
-        case (Tensor() as acts, Tensor() as indices) if (
-            acts.shape == indices.shape and acts.shape[:-1] == x_BSD.shape[:-1]
-        ):
-            return acts, indices
-    got = [tuple(part.shape) if isinstance(part, Tensor) else part for part in edited or ()] or edited
-    raise ConfigError(
-        f"an edit must return top_acts and top_indices, both {(*x_BSD.shape[:-1], 'k')}, got {got!r:.200}"
-    )
 
 
 def _trained_on(sae: Sae) -> Where:

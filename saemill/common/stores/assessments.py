@@ -9,9 +9,9 @@ from pydantic import model_validator
 
 from saemill.common import durable, records
 from saemill.common.records import Count, File, Hash, Name, Positive, Record
-from saemill.common.stores.runs import FINISHED
+from saemill.common.stores import runs
 
-FILE = "final_assessment.json"
+FILE = runs.ASSESSMENT
 FORMAT = "saemill assessment 2"
 REPAIR = "Run `saemill assess` again."
 
@@ -191,7 +191,7 @@ def problems(folder: Path) -> list[str]:
     """
     found = load(folder)
     bad = records.problems(folder, found.files)
-    of_run = found.settings.get("tokens") is None and (folder / FINISHED).exists()
-    if of_run and durable.hash_file(folder / FINISHED) != found.of:
-        bad.append(f"{folder / FILE} is of other SAEs than {folder / FINISHED} tells of")
+    of_run = found.settings.get("tokens") is None and (folder / runs.FINISHED).exists()
+    if of_run and durable.hash_file(folder / runs.FINISHED) != found.of:
+        bad.append(f"{folder / FILE} is of other SAEs than {folder / runs.FINISHED} tells of")
     return bad

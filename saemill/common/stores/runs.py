@@ -1,4 +1,4 @@
-"""A run's folder as `saemill train` leaves it: the names in it, and its records.
+"""A run's folder: the names in it, and the records that `saemill train` leaves.
 
     identity.json   the settings that decide the result; it makes a folder a run
     config.yaml     all settings, to be given to `--config` again
@@ -6,6 +6,8 @@
     halving.json    the variants that were stopped early
     <variant>/      an SAE
     finished.json   written last: what the run came to; it answers for the SAEs and the log
+
+`saemill assess` adds its files, for which `final_assessment.json` answers.
 
 Every record names the run that it is of, a hash of what `identity.json` holds, so that those of two runs
 cannot be taken for one another. Checkpoints are in `train.checkpoint`.
@@ -27,14 +29,25 @@ METRICS = "metrics.jsonl"
 HALVING = "halving.json"
 CHECKPOINT = "checkpoint.json"
 FINISHED = "finished.json"
+WANDB, WANDB_LOGGED = "wandb.json", "wandb-logged.json"
+"""What the process that talks to wandb is told, and how far it came."""
+WANDB_FOLDER, TENSORBOARD = "wandb", "tensorboard"
+PROFILE = "profile.json.gz"
+CARD = "README.md"
+"""Of a run that came from the hub."""
+ASSESSMENT = "final_assessment.json"
+REPORT = "report.html"
+LATENTS = "latents.parquet"
+"""How each latent fired."""
+DOCUMENTS, DOCUMENTS_MODEL = "documents.parquet", "documents_model.parquet"
+"""Sums per document, of the activations and of the model's losses."""
 ANEW = "The same `saemill train` with --no-resume trains the run anew."
 CHECKPOINTS = "checkpoint-"
 """How the names of checkpoints' folders begin."""
 TAKEN = (
     *(IDENTITY, CONFIG, METRICS, HALVING, CHECKPOINT, FINISHED),
-    *("wandb.json", "wandb-logged.json", "wandb", "tensorboard", "profile.json.gz", "README.md"),
-    *("final_assessment.json", "report.html", "latents.parquet", "documents.parquet"),
-    "documents_model.parquet",
+    *(WANDB, WANDB_LOGGED, WANDB_FOLDER, TENSORBOARD, PROFILE, CARD),
+    *(ASSESSMENT, REPORT, LATENTS, DOCUMENTS, DOCUMENTS_MODEL),
 )
 """Names in a run's folder that no variant may have."""
 MOST_NAME_BYTES = 200

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from saemill.common.log import say
+from saemill.common.stores.runs import ASSESSMENT, METRICS, WANDB_FOLDER
 from saemill.common.tracking.process import END_SECONDS, LOG, OFFLINE
 
 NO_KEY = (
@@ -48,7 +49,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     folders = [Path(argument) for argument in arguments]
     try:
-        held = (folders[0] / "wandb" / LOG).open()
+        held = (folders[0] / WANDB_FOLDER / LOG).open()
         with suppress(OSError):  # where the file system knows no locks
             fcntl.flock(held, fcntl.LOCK_EX)  # the process of a stage that was killed may not be through
         if task == "follow":
@@ -62,7 +63,7 @@ def main() -> None:
             log_assessment(folders[0], folders[1])
     except BaseException as error:
         traceback.print_exc()
-        what = "metrics.jsonl" if task == "follow" else "final_assessment.json"
+        what = METRICS if task == "follow" else ASSESSMENT
         why = str(error).partition("\n")[0] or type(error).__name__
         say(f"wandb failed ({why}); nothing else is disturbed, {folders[-1] / what} is complete")
         sys.stdout.flush()

@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 from saemill.common import records
 from saemill.common.errors import StoreError
 from saemill.common.stores import assessments
+from saemill.common.stores.runs import ASSESSMENT, LATENTS, METRICS, REPORT, WANDB
 from saemill.common.tracking.follow import catch_up, state
-from saemill.common.tracking.process import RECORD, new_id
+from saemill.common.tracking.process import new_id
 from saemill.common.tracking.record import Assessed, Told
 from saemill.common.tracking.runs import Runs, log_artifact, start, values
 
 N_BINS = 64
 """Of the histograms of density."""
-FILES = ("final_assessment.json", "report.html", "latents.parquet")
+FILES = (ASSESSMENT, REPORT, LATENTS)
 
 
 def log_assessment(folder: Path, out: Path) -> None:
@@ -36,9 +37,9 @@ def log_assessment(folder: Path, out: Path) -> None:
     known = dict(runs.told.assessments)
     known[prefix] = Assessed(id=known[prefix].id if prefix in known else new_id(), folder=str(out))
     runs.told = runs.told.model_copy(update={"assessments": known})
-    records.write(folder / RECORD, runs.told)
+    records.write(folder / WANDB, runs.told)
     catch_up(folder, runs)
-    densities = _densities(out / "latents.parquet")
+    densities = _densities(out / LATENTS)
     summaries = _summaries(folder, known)
     for name, summary in summaries.items():
         run = runs.run(name)
@@ -59,7 +60,7 @@ def _summaries(folder: Path, known: dict[str, Assessed]) -> dict[str, dict[str, 
     Where a run is offline, `wandb sync` leaves of its summary what the last process wrote.
     """
     found: dict[str, dict[str, Any]] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+    for line in (folder / METRICS).read_text().splitlines():
         record = json.loads(line)
         for name in record["variants"]:
             found[name] = values(record, name)
@@ -113,7 +114,7 @@ def _log_table(folder: Path, out: Path, prefix: str, assessment: dict[str, Any],
     config = {key: assessment[key] for key in ("data", "thresholds", "versions")}
     run = start(folder, told, name, told.assessments[prefix].id, "assess", config, quiet=True)
     run.summary["best_variant"] = assessment["best_variant"]
-    page = wandb.Html(str(out / "report.html"), inject=False)
+    page = wandb.Html(str(out / REPORT), inject=False)
     run.log({f"{prefix}/variants": _table(assessment), f"{prefix}/report": page})
     if told.artifacts:
         log_artifact(run, f"{told.group}-{told.prefix}{name}", "assessment", [out / file for file in FILES])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from saemill.common import durable
-from saemill.common.stores.runs import looks
+from saemill.common.stores.runs import METRICS, looks
 from saemill.common.tracking.runs import Runs
 
 POLL_SECONDS = 0.5
@@ -26,7 +26,7 @@ class End(Protocol):
 def follow(folder: Path, end: End) -> None:
     """Log `metrics.jsonl` until the training has ended and all is read."""
     runs = Runs(folder)
-    log_due(folder, runs, records(folder / "metrics.jsonl", end))
+    log_due(folder, runs, records(folder / METRICS, end))
     for name in list(runs.open):
         end_variant(folder, runs, name, end.word or "lost")
 
@@ -35,7 +35,7 @@ def catch_up(folder: Path, runs: Runs) -> None:
     """Log what wandb did not take while the run was trained, if there is such."""
     missing = [name for name in runs.told.runs if name not in runs.ended]
     if missing:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / METRICS).read_text().splitlines()
         log_due(folder, runs, map(json.loads, lines))
     for name in missing:
         end_variant(folder, runs, name, "finished")

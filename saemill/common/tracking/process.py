@@ -13,10 +13,10 @@ from typing import Any
 from saemill.common import records
 from saemill.common.errors import ConfigError, Interrupted
 from saemill.common.log import say
+from saemill.common.stores.runs import WANDB, WANDB_FOLDER
 from saemill.common.tracking import record
 from saemill.common.tracking.record import Entry, Told
 
-RECORD, LOGGED = record.TOLD, record.LOGGED
 LOG = "saemill.log"
 """What the process prints, in wandb's folder."""
 END_SECONDS = 60.0
@@ -65,14 +65,14 @@ def write_record(folder: Path, settings: Mapping[str, Any], configs: Mapping[str
             artifacts.
         configs: variant name → its config.
     """
-    known = record.told(folder) if (folder / RECORD).exists() else None
+    known = record.told(folder) if (folder / WANDB).exists() else None
     ids = {name: entry.id for name, entry in known.runs.items()} if known else {}
     entries = {
         name: Entry(id=ids.get(name) or new_id(), config=record.plain(config))
         for name, config in configs.items()
     }
     assessments = known.assessments if known else {}
-    records.write(folder / RECORD, Told(**settings, runs=entries, assessments=assessments))
+    records.write(folder / WANDB, Told(**settings, runs=entries, assessments=assessments))
 
 
 def new_id() -> str:
@@ -95,8 +95,8 @@ class Wandb:
     def __init__(self, task: str, folder: Path, *more: str, artifact_bytes: int = 0) -> None:
         self.later = f"`saemill assess {folder}`" if task == "follow" else "the same command"
         self.end_seconds = END_SECONDS + artifact_bytes / ARTIFACT_BYTES_PER_SECOND
-        (folder / "wandb").mkdir(exist_ok=True)
-        with (folder / "wandb" / LOG).open("a") as errors:
+        (folder / WANDB_FOLDER).mkdir(exist_ok=True)
+        with (folder / WANDB_FOLDER / LOG).open("a") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", str(__package__), task, str(folder.absolute()), *more],
                 env=_environment(),

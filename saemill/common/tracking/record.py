@@ -10,9 +10,8 @@ from pydantic import JsonValue
 from saemill.common import records
 from saemill.common.errors import MissingError
 from saemill.common.records import Name, Positive, Record
+from saemill.common.stores.runs import WANDB, WANDB_LOGGED
 
-TOLD = "wandb.json"
-LOGGED = "wandb-logged.json"
 REPAIR = "Remove the file: the run's folder holds all that wandb was sent, and wandb keeps what it has."
 
 
@@ -67,7 +66,7 @@ def told(folder: Path) -> Told:
         MissingError: the run was not logged to wandb.
         StoreError: it is damaged.
     """
-    return records.read(folder / TOLD, Told, REPAIR)
+    return records.read(folder / WANDB, Told, REPAIR)
 
 
 def logged(folder: Path) -> Logged:
@@ -77,16 +76,16 @@ def logged(folder: Path) -> Logged:
         StoreError: it is damaged.
     """
     try:
-        return records.read(folder / LOGGED, Logged, REPAIR)
+        return records.read(folder / WANDB_LOGGED, Logged, REPAIR)
     except MissingError:
         return Logged()
 
 
 def note(folder: Path, found: Logged) -> None:
     """Write `wandb-logged.json`: whole or absent for any reader, but not flushed to disk each time."""
-    partial = folder / f".{LOGGED}.partial"
+    partial = folder / f".{WANDB_LOGGED}.partial"
     partial.write_text(json.dumps(records.content(found)) + "\n")
-    partial.replace(folder / LOGGED)
+    partial.replace(folder / WANDB_LOGGED)
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

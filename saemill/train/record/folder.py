@@ -17,17 +17,17 @@ from saemill.common.stores.runs import (
     HALVING,
     IDENTITY,
     METRICS,
+    TENSORBOARD,
+    WANDB,
+    WANDB_LOGGED,
     Finished,
     Identity,
     Looks,
 )
-from saemill.common.tracking import process as wandb
 from saemill.train.config import TrainConfig
 from saemill.train.record import checkpoint, inspect
 from saemill.train.record.checkpoint import Checkpoint
 
-TENSORBOARD = "tensorboard"
-"""The folder of its events in the run's."""
 NAMING: dict[str, type[Checkpoint] | type[Finished] | type[Looks]] = {
     CHECKPOINT: Checkpoint,
     FINISHED: Finished,
@@ -69,7 +69,7 @@ class Folder:
         self._check()
         if not self.config.resume or not runs.is_finished(self.path):
             return False
-        if self.config.log_to_wandb and not (self.path / wandb.RECORD).exists():
+        if self.config.log_to_wandb and not (self.path / WANDB).exists():
             raise ConfigError(
                 f"{self.path} is finished and was trained without wandb; leave log_to_wandb out, or train "
                 "anew with --no-resume"
@@ -152,7 +152,7 @@ class Folder:
 
     def _clear(self) -> None:
         """Remove what an earlier training left, the record of its end first."""
-        for name in (FINISHED, assessments.FILE, wandb.RECORD, wandb.LOGGED, HALVING):
+        for name in (FINISHED, assessments.FILE, WANDB, WANDB_LOGGED, HALVING):
             (self.path / name).unlink(missing_ok=True)
         checkpoint.remove(self.path)
         (self.path / METRICS).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.common.errors import ConfigError, Interrupted
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.runs import WANDB_LOGGED
 from saemill.common.tracking import process
 from saemill.train.config import TrainConfig
 from saemill.train.run import run
@@ -316,7 +317,7 @@ def test_an_assessment_goes_to_the_runs_of_its_variants(acts: Path, tmp_path: Pa
             lr=(3e-3,), max_tokens=4096, device="cpu", log_to_wandb=True,
         )
     )  # fmt: skip
-    (out / process.LOGGED).unlink()  # as if wandb had not been there
+    (out / WANDB_LOGGED).unlink()  # as if wandb had not been there
     for folder in out.glob("wandb/offline-run-*"):
         folder.rename(folder.with_name(folder.name.replace("offline-run", "lost")))
     assessment = assess(AssessConfig(run=out, device="cpu", n_latents=0, model_tokens=1000))

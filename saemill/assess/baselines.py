@@ -1,4 +1,4 @@
-"""Two dictionaries that nobody trained, of the best variant's k: what its figures are to be held against.
+"""Baselines: two dictionaries that nobody trained, of the best variant's k, to hold its figures against.
 
 Both are SAEs, fitted to cached training tokens and measured like any other on the evaluation tokens:
 
@@ -20,7 +20,7 @@ FIT_TOKENS = 1 << 16
 SEED = 12
 
 
-def controls(best: Sae, site: str, evalset: EvalSet) -> dict[str, Sae]:
+def fit_baselines(best: Sae, site: str, evalset: EvalSet) -> dict[str, Sae]:
     """The random dictionary and the PCA of an SAE's k, by name; every process fits them alike.
 
     Args:
@@ -40,8 +40,8 @@ def controls(best: Sae, site: str, evalset: EvalSet) -> dict[str, Sae]:
     moments = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.inference_mode():
         for chunk in evalset.training_chunks(FIT_TOKENS):
-            for part_TD in torch.split(chunk.x[site], ROWS_AT_ONCE):
-                x_TD = part_TD.to(device, torch.float32)
+            for some_TD in torch.split(chunk.x[site], ROWS_AT_ONCE):
+                x_TD = some_TD.to(device, torch.float32)
                 centred_TD, y_TD = ((z - mean_D) / scale for z in (x_TD, random(x_TD).reconstruction))
                 covariance_DD += (centred_TD.T @ centred_TD).double()
                 moments += torch.stack([(centred_TD * y_TD).sum(), y_TD.square().sum()]).double()

@@ -1,0 +1,119 @@
+"""What is assessed: the SAEs of a finished run, the activations that they were trained on, the model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from saemill.assess import features
+from saemill.assess.config import AssessConfig
+from saemill.assess.evalset import EvalSet, check_tokens
+from saemill.assess.model import check_model, load_model
+from saemill.common.config import nearest
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.models.model import LanguageModel
+from saemill.common.sae import of_run
+from saemill.common.sae.sae import Sae
+from saemill.common.stores import runs
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.tokens import TokenStore
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A finished run, opened."""
+
+    store: ActivationStore
+    saes: dict[str, Sae]
+    left_out: dict[str, tuple[Sae, str]]
+    """Variants that diverged or were stopped early, and the reason: listed, not measured."""
+    mask: MaskConfig
+
+    @property
+    def sites(self) -> dict[str, str]:
+        """Variant name → site."""
+        return {name: sae.config.provenance["site"] for name, sae in self.saes.items()}
+
+
+def open_run(config: AssessConfig, device: torch.device) -> Trained:
+    """Open the run, with its SAEs on a device.
+
+    Raises:
+        StoreError: it is unfinished, its activations are not to be found, or no variant is worth measuring.
+        ConfigError: variants or latents are named that it does not have.
+    """
+    if not runs.is_finished(config.run):
+        raise StoreError(
+            f"{config.run} is no finished run ({runs.FINISHED} is missing); finish it with `saemill train`"
+        )
+    finished = runs.finished(config.run)
+    path = config.acts or Path(finished.acts)
+    if not path.exists():
+        raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
+    store = ActivationStore(path)
+    saes = {name: of_run.load(config.run, name, finished, device) for name in finished.variants}
+    for name, sae in saes.items():
+        if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
+            raise StoreError(f"{name} was not trained on {path}; name the right store with --acts")
+    left_out = {name: (saes.pop(name), reason) for name, reason in _left_out(finished).items()}
+    if not saes:
+        raise StoreError(f"every variant of {config.run} diverged; train again at lower learning rates")
+    if config.variant is not None and config.variant not in saes:
+        raise ConfigError(f"no variant {config.variant!r}; {nearest(config.variant, saes)}")
+    may_be_shown = saes.values() if config.variant is None else [saes[config.variant]]
+    features.check_latents(config.latents, [sae.config.num_latents for sae in may_be_shown])
+    return Trained(store, saes, left_out, finished.mask)
+
+
+def _left_out(finished: runs.Finished) -> dict[str, str]:
+    """Variants that are not worth measuring, and why."""
+    reasons = {name: f"diverged at step {step:,}" for name, step in finished.diverged.items()}
+    for name, look in finished.stopped.items():
+        value = "diverged" if look.value is None else f"{look.metric} {look.value:.4g}"
+        reasons[name] = f"stopped by halving at step {look.step:,}: {value}"
+        if look.best is not None:
+            reasons[name] += f", the best {look.best:.4g}"
+    return reasons
+
+
+def open_tokens(config: AssessConfig, trained: Trained) -> TokenStore | None:
+    """The tokens that are named instead of the held-out rows, if they are.
+
+    Raises:
+        ConfigError: they do not fit the run, or no row is held out.
+    """
+    if isinstance(trained.store.text, PassageStore):
+        for name in ("model", "tokens"):
+            if getattr(config, name) is not None:
+                raise ConfigError(
+                    f"{name} has no effect on embeddings, which have no language model; leave it out"
+                )
+    other = TokenStore(config.tokens) if config.tokens else None
+    check_tokens(trained.store, other, config.with_model)
+    return other
+
+
+def open_model(
+    config: AssessConfig, trained: Trained, other: TokenStore | None, device: torch.device
+) -> tuple[LanguageModel | None, str | None]:
+    """The model, if one is run, and by what it is known to be the one that was cached.
+
+    Raises:
+        ConfigError: it is another one, or cannot be loaded.
+    """
+    if not config.with_model or not isinstance(trained.store.text, TokenStore):
+        return None, None
+    model = load_model(config.model, trained.store, other, device)
+    return model, check_model(config.model, model, trained.store)
+
+
+def no_loss(model: LanguageModel, evalset: EvalSet) -> str | None:
+    """Why next-token losses of a model mean nothing, if it sees the tokens that it is to predict."""
+    row = int(evalset.rows_R[0])
+    ids_RS = torch.from_numpy(evalset.tokens.rows(row, row + 1).astype(np.int64))
+    if model.head == "causal" and model.sees_later_tokens(ids_RS):
+        return f"{model.name} sees the tokens after each position, so it has no next-token loss"
+    return None

@@ -1,0 +1,74 @@
+"""The files of an assessment: its record, the page, and the sums and firing counts that they follow from."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saemill.assess.entries import Measured
+from saemill.assess.reconstruction import Reconstruction
+from saemill.assess.report import write_html
+from saemill.assess.splicing import Splicing
+from saemill.assess.sums import DocumentSums
+from saemill.common import durable, records
+from saemill.common.stores import assessments
+from saemill.common.stores.runs import DOCUMENTS, DOCUMENTS_MODEL, LATENTS, REPORT
+
+
+def write(out: Path, values: dict[str, Any], measured: Measured) -> dict[str, Any]:
+    """The verdict, the report, and the sums and firing counts they follow from: all of them or none.
+
+    Whole files are beside their places before the first takes its own; the old verdict goes before that, the
+    new one comes last.
+
+    Returns: the content of `final_assessment.json`.
+    """
+    assessment = assessments.checked(values | {"files": []}).model_dump(mode="json")
+    sums = {DOCUMENTS: measured.reconstruction.sums}
+    if isinstance(measured.splicing, Splicing):
+        sums[DOCUMENTS_MODEL] = measured.splicing.sums
+    tables = {name: _sums_table(table) for name, table in sums.items()}
+    tables[LATENTS] = _latents_table(measured.reconstruction)
+    densities = {name: measured.reconstruction.density(name) for name in measured.reconstruction.saes}
+    with ExitStack() as held:  # which closes the last opened first
+        verdict = held.enter_context(durable.replacing(out / assessments.FILE))
+        partials = {name: held.enter_context(durable.replacing(out / name)) for name in [*tables, REPORT]}
+        for name, table in tables.items():
+            with durable.writing(out / name, table.nbytes):
+                pq.write_table(table, partials[name])
+        with durable.writing(out / REPORT):
+            write_html(partials[REPORT], assessment, densities)
+        assessment["files"] = [
+            {"path": name, "bytes": file.stat().st_size, "xxh3": durable.hash_file(file)}
+            for name, file in partials.items()
+        ]
+        with durable.writing(out / assessments.FILE):
+            records.write(verdict, assessments.checked(assessment))
+        for old in (assessments.FILE, *({DOCUMENTS_MODEL} - set(tables))):
+            (out / old).unlink(missing_ok=True)
+    return assessment
+
+
+def _latents_table(reconstruction: Reconstruction) -> pa.Table:
+    """How every latent of every variant fired."""
+    tables = [
+        pa.table(
+            {
+                "variant": [name] * len(firing.count_F),
+                "latent": np.arange(len(firing.count_F)),
+                "density": reconstruction.density(name),
+                "mean_when_active": (firing.sum_F / firing.count_F.clamp(min=1)).numpy(),
+                "max": firing.max_F.numpy(),
+            }
+        )
+        for name, firing in reconstruction.firing.items()
+    ]
+    return pa.concat_tables(tables)
+
+
+def _sums_table(sums: DocumentSums) -> pa.Table:
+    hashes = pa.array(sums.documents, pa.uint64())
+    return pa.table({"text_hash": hashes} | {name: sums.column(name) for name in sums.names})
