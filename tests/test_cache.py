@@ -34,7 +34,7 @@ from torch import Tensor
 from waiting import wait_until
 
 from saemill.cache import run as cache_run
-from saemill.cache.claims import Worker
+from saemill.cache.claims.worker import Worker
 from saemill.cache.run import CacheConfig
 from saemill.common import durable
 from saemill.common.errors import ConfigError, DataError, StoreError
@@ -43,7 +43,8 @@ from saemill.common.stores.activations import SHUFFLE_KEY, ActivationStore, Mome
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.permutation import permutation
 from saemill.common.stores.shards import ShardedArray
-from saemill.common.stores.tokens import TokenizerInfo, TokenStore, write_token_store
+from saemill.common.stores.token_writer import write_token_store
+from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 from saemill.show import describe, problems
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize

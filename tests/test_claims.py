@@ -24,8 +24,10 @@ from stores import make_store, make_tokens
 from test_cache import ENVIRONMENT, file_hashes
 from waiting import LIMIT_SECONDS, wait_until
 
-from saemill.cache import claims
-from saemill.cache.claims import Claim, Lost, Seen, Worker
+from saemill.cache.claims import owner
+from saemill.cache.claims import worker as claims
+from saemill.cache.claims.owner import Seen
+from saemill.cache.claims.worker import Claim, Lost, Worker
 from saemill.cache.writer import SiteWriter
 from saemill.common import durable
 from saemill.common.errors import Interrupted
@@ -62,7 +64,7 @@ def fall_silent(worker: Worker, seconds: float) -> None:
 COUNTER = """
 import sys, threading
 from pathlib import Path
-from saemill.cache.claims import Worker
+from saemill.cache.claims.worker import Worker
 folder = Path(sys.argv[1])
 def count():
     with Worker(folder / "claims", threading.Event()) as worker:
@@ -189,7 +191,7 @@ def test_a_killed_process_is_dead_at_once_and_leaves_nothing(tmp_path: Path) -> 
     code = """
 import sys, threading
 from pathlib import Path
-from saemill.cache.claims import Worker
+from saemill.cache.claims.worker import Worker
 worker = Worker(Path(sys.argv[1]), threading.Event()).__enter__()
 worker.partial().write_text("half")
 print(bool(worker.take("shard-1")), flush=True)
@@ -204,7 +206,7 @@ sys.stdin.read()
             assert worker.take("shard-1") is None
         assert len(list(folder.iterdir())) == 3
         process.kill()
-        wait_until(lambda: claims._started(process.pid) in ("ended", None))
+        wait_until(lambda: owner._started(process.pid) in ("ended", None))
         with Worker(folder, threading.Event()) as worker:
             assert worker.take("shard-1")
         assert not folder.exists()
@@ -217,7 +219,7 @@ def test_a_worker_that_dies_as_it_arrives_leaves_nothing(tmp_path: Path) -> None
         code = f"""
 import os, sys, threading
 from pathlib import Path
-from saemill.cache.claims import Worker
+from saemill.cache.claims.worker import Worker
 Path.{name} = lambda *_, **__: os._exit(9)
 Worker(Path(sys.argv[1]), threading.Event()).__enter__()
 """

@@ -36,7 +36,8 @@ from saemill.common import durable, records
 from saemill.common.errors import ConfigError, DataError, SaemillError, StoreError
 from saemill.common.stores.permutation import combine, permutation
 from saemill.common.stores.shards import ShardedArray
-from saemill.common.stores.tokens import TokenStore, copy_rows, write_token_store
+from saemill.common.stores.token_writer import copy_rows, write_token_store
+from saemill.common.stores.tokens import TokenStore
 from saemill.tokenize import source, writer
 from saemill.tokenize.run import TokenizeConfig, run
 

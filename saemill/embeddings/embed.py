@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 import xxhash
 
-from saemill.cache.claims import CLAIMS, Worker
+from saemill.cache.claims.files import CLAIMS
+from saemill.cache.claims.worker import Worker
 from saemill.common import config as settings
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading

@@ -297,7 +297,7 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
     if not config.out.exists() or not any(config.out.iterdir()):
         return None
     _check_version(config.out)
-    store, bad = None, ["manifest.json: file is missing"]
+    store, bad = None, [f"manifest.json: {durable.MISSING}"]
     try:
         # First: where it can be read, no other corpus takes the place of this one, however damaged.
         _check_made_alike(config, read_manifest(config.out, REPAIR))
