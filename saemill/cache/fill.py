@@ -3,9 +3,9 @@
 Others may be filling in the same store; `sharing` says which shard is this worker's next.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -59,13 +59,13 @@ class Filling:
         sharing = self.sharing
         with (
             progress("cache", self.store.n_tokens, "tokens", sharing.n_tokens_done) as advance,
-            _background() as submit,
+            _Background() as background,
         ):
             while sharing.look(advance):
                 for share in sharing.claimed(advance):
-                    stored = self._activations(share, advance)
-                    submit(self._write, share, stored)
-                submit(int)  # returns when the last shard is written
+                    stored_TD = self._activations(share, advance)
+                    background.start(self._write, share, stored_TD)
+                background.wait()
                 sharing.wait()
 
     def _activations(self, share: Share, advance: Callable[[int], None]) -> dict[str, Tensor]:
@@ -104,17 +104,30 @@ class Filling:
         share.claim.release()
 
 
-@contextmanager
-def _background() -> Iterator[Any]:
-    """A function that runs one call at a time in a thread and raises what the last one raised."""
-    pending: list[Future[None]] = []
-    with ThreadPoolExecutor(1) as pool:
+class _Background:
+    """A thread that does one thing at a time beside this one; used as a context."""
 
-        def submit(function: Any, *arguments: Any) -> None:
-            while pending:
-                pending.pop().result()
-            pending.append(pool.submit(function, *arguments))
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._running: Future[None] | None = None
 
-        yield submit
-        while pending:
-            pending.pop().result()
+    def __enter__(self) -> "_Background":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._pool:  # which waits, whatever went wrong
+            if kind is None:
+                self.wait()
+
+    def start(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Begin the next thing when the one before is done; what went wrong with that is raised here."""
+        self.wait()
+        self._running = self._pool.submit(function, *arguments)
+
+    def wait(self) -> None:
+        """Wait until nothing runs; what went wrong is raised."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()

@@ -176,18 +176,17 @@ def _write(
     writer.check()
     notes += _notes(writer)
     tokenizer.save_pretrained(partial / "tokenizer")
-    writer.finish(
-        {
-            "source": {
-                "name": config.dataset,
-                "fingerprint": source.fingerprint,
-                "column": source.column.name,
-            },
-            "settings": config.identity(),
-            "versions": {name: version(name) for name in ("saemill", "tokenizers", "datasets")},
-        }
-    )
+    writer.finish(_made_of(config, source))
     return notes
+
+
+def _made_of(config: TokenizeConfig, source: Source) -> dict[str, Any]:
+    """What the store's manifest says of where it comes from."""
+    return {
+        "source": {"name": config.dataset, "fingerprint": source.fingerprint, "column": source.column.name},
+        "settings": config.identity(),
+        "versions": {name: version(name) for name in ("saemill", "tokenizers", "datasets")},
+    }
 
 
 def _fill(config: TokenizeConfig, writer: Writer, tokenizer: Any) -> None:
