@@ -88,7 +88,7 @@ def listed(folder: Path) -> tuple[File, ...]:
 def problems(folder: Path, files: Iterable[File], hashes: bool = True) -> list[str]:
     """Each file of a list that is missing, of another size or, with `hashes`, of other content."""
     checked = ((folder / entry.path, entry.problem(folder, hashes)) for entry in files)
-    return [f"{file}: {found}" for file, found in checked if found]
+    return [f"{file}: {problem}" for file, problem in checked if problem]
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:

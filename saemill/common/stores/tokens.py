@@ -201,8 +201,8 @@ class TokenStore:
     def _checked(self, name: str) -> Path:
         """The path of a listed file, after its hash was compared."""
         file = self.path / name
-        if found := self._files[name].problem(self.path):
-            raise StoreError(f"{file}: {found}. {self.repair}")
+        if problem := self._files[name].problem(self.path):
+            raise StoreError(f"{file}: {problem}. {self.repair}")
         return file
 
     @cached_property

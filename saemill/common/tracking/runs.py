@@ -67,7 +67,7 @@ class Runs:
         Args:
             name: of the variant.
             word: finished, interrupted (it will go on), or anything else for failed.
-        is_last: whether there is nothing more to come from training.
+            is_last: whether there is nothing more to come from training.
             summary: what to add to the run's summary.
         """
         run = self.open.pop(name)

@@ -97,9 +97,9 @@ def track(run: Path, waits: bool, assessment: Path | None) -> None:
     process.check()
     with stop_on_signal() as stop:
         _send(run, assessment, Watch(run, stop, waits), stop)
-    told = record.told(run)
-    n_runs = counted(len(told.runs), "variant")
-    say(f"{run}: {n_runs} logged to wandb, project {told.project}, group {told.group}")
+    logged = record.told(run)
+    n_variants = counted(len(logged.runs), "variant")
+    say(f"{run}: {n_variants} logged to wandb, project {logged.project}, group {logged.group}")
     if stop.is_set() and not runs.is_finished(run):
         raise Interrupted("stopped by a signal; the same command continues")
     if not runs.is_finished(run):

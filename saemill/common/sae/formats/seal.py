@@ -75,8 +75,8 @@ def checked(cfg: Mapping[str, Any], folder: Path, weights: Path) -> dict[str, An
             )
         return None
     told = _checked_config(cfg, folder)
-    if found := durable.problem(weights, told.bytes, told.xxh3):
-        raise StoreError(f"{weights} is damaged: {found}. {REPAIR}")
+    if problem := durable.problem(weights, told.bytes, told.xxh3):
+        raise StoreError(f"{weights} is damaged: {problem}. {REPAIR}")
     return {key: value for key, value in own.items() if key != KEY}
 
 
