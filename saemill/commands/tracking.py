@@ -13,7 +13,9 @@ def track(
         Path | None,
         typer.Option("--assessment", help="Send what `saemill assess` wrote there.", metavar="FOLDER"),
     ] = None,
-    for_stage: Annotated[bool, typer.Option("--for-stage", hidden=True)] = False,
+    for_stage: Annotated[
+        bool, typer.Option("--for-stage", hidden=True, help="A stage says by stdin when it has ended.")
+    ] = False,
 ) -> None:
     """Send to wandb what it lacks of a run.
 
