@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from saemill.commands import cluster, embeddings, exchange, hub, pipeline, run, stores, studies
+from saemill.commands import cluster, embeddings, exchange, hub, pipeline, run, stores, studies, tracking
 from saemill.commands.words import Command, Group, UsageError
 from saemill.common import log
 from saemill.common.errors import Interrupted, SaemillError
@@ -33,6 +33,7 @@ for function in (
     *(pipeline.tokenize, pipeline.cache, pipeline.train, pipeline.assess, pipeline.demo),
     *(embeddings.import_activations, embeddings.embed),
     *(stores.show, stores.verify),
+    tracking.track,
     *(exchange.export, exchange.import_),
     *(hub.push, hub.pull),
     *(studies.generate, studies.compare),

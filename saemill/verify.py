@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from saemill.common import records
+from saemill.common import durable, records
 from saemill.common.errors import StoreError
-from saemill.common.records import File
 from saemill.common.stores import assessments
 from saemill.common.stores.activations import ActivationStore, describe_site
 from saemill.common.stores.passages import REPAIR as REPAIR_PASSAGES
@@ -93,7 +92,7 @@ def _site_problems(store: ActivationStore, name: str) -> list[str]:
     if not (folder / "manifest.json").exists():
         n_commits = store.unfinished[name]
         is_all = n_commits == store.n_shards
-        told = f"{folder / 'manifest.json'}: file is missing" if is_all else f"{name}: unfinished"
+        told = f"{folder / 'manifest.json'}: {durable.MISSING}" if is_all else f"{name}: unfinished"
         found.append(f"{told}, {n_commits:,} of {store.n_shards:,} shards are there")
     elif record:
         manifest = found.attempt(lambda: store.manifest(record))
@@ -115,8 +114,7 @@ def _shard_problems(
     if commit and entry and commit.xxh3 != entry.xxh3:
         found.append(f"{file} and {folder / 'manifest.json'} tell of other shards")
     if entry:
-        listed = File(path=f"c/{shard}/0", bytes=entry.bytes, xxh3=entry.xxh3)
-        if problem := records.problem(folder / listed.path, listed):
+        if problem := durable.problem(folder / "c" / str(shard) / "0", entry.bytes, entry.xxh3):
             found.append(f"{name} shard {shard}: {problem}")
     return found
 

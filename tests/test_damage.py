@@ -16,7 +16,7 @@ from stores import files_of, make_embeddings, make_tokens
 
 from saemill.cache import run as cache_run
 from saemill.cache import token_copy
-from saemill.cache.claims import Worker
+from saemill.cache.claims.worker import Worker
 from saemill.cache.run import CacheConfig
 from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError

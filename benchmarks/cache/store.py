@@ -15,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saemill.cache.claims import CLAIMS, Worker
-from saemill.cache.run import SHARD_TOKENS
+from saemill.cache.claims.files import CLAIMS
+from saemill.cache.claims.worker import Worker
+from saemill.cache.plan import SHARD_TOKENS
 from saemill.cache.writer import SiteWriter, write_group
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.site_records import Site, StoreSettings
-from saemill.common.stores.tokens import TokenStore, copy_rows
+from saemill.common.stores.token_writer import copy_rows
+from saemill.common.stores.tokens import TokenStore
 from saemill.demo import MODEL
 from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize

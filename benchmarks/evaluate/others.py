@@ -39,7 +39,8 @@ from saemill.common.sae.formats.hooks import Hook, hook_of
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.tokens import TokenStore, copy_rows
+from saemill.common.stores.token_writer import copy_rows
+from saemill.common.stores.tokens import TokenStore
 
 BATCH_ROWS, BATCH_TOKENS = 8, 4096
 FIRST_ROWS = 2

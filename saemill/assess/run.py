@@ -109,5 +109,5 @@ def _logs_to_wandb(config: AssessConfig) -> bool:
 
 def _log_to_wandb(run: Path, out: Path) -> None:
     """Hand over what was written; wait for it, but not for long."""
-    with wandb.Wandb("assess", run, str(out.absolute())):
+    with wandb.Wandb(run, assessment=out):
         pass

@@ -3,10 +3,11 @@
 import shutil
 from pathlib import Path
 
-from saemill.cache.claims import Claim
+from saemill.cache.claims.worker import Claim
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
-from saemill.common.stores.tokens import TokenManifest, TokenStore, copy_rows
+from saemill.common.stores.token_writer import copy_rows
+from saemill.common.stores.tokens import TokenManifest, TokenStore
 
 
 def _manifest(path: Path) -> TokenManifest | None:

@@ -6,6 +6,7 @@ Heavy imports are inside the commands, so that `--help` is quick. `saemill.cli` 
     pipeline.py     tokenize, cache, train, assess; demo
     embeddings.py   import-activations, embed
     stores.py       show, verify
+    tracking.py     track: a run to wandb
     exchange.py     export, import: SAEs of other tools
     hub.py          push, pull
     studies.py      generate, compare

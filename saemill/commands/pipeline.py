@@ -96,7 +96,8 @@ def cache(
 
     Example: `saemill cache tokens --model EleutherAI/pythia-160m --layers 4,8 -o acts`
     """
-    from saemill.cache.run import CacheConfig, run
+    from saemill.cache.config import CacheConfig
+    from saemill.cache.run import run
 
     run(resolved(CacheConfig, "cache", locals()))
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL = (*(f"(os error {number})" for number in NO_ROOM), "No space left", "failed writing file")
 """Signs of it in the messages of libraries that hide the system's error."""
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+MISSING = "file is missing"
+DIFFERS = "content differs from its hash"
 GO_ON = "then run the same command again: it goes on from what is finished"
 
 
@@ -239,9 +242,33 @@ def reading(path: Path, repair: str = "") -> Iterator[None]:
     except (MissingError, DiskError):
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise MissingError(f"{path}: file is missing. {repair}".rstrip()) from None
+        raise MissingError(f"{path}: {MISSING}. {repair}".rstrip()) from None
     except OSError as error:
         raise DiskError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def problem(file: Path, n_bytes: int, xxh3: str | None = None) -> str | None:
+    """What is wrong with a file that should be as it was written, in words to put after its name; None if
+    nothing is.
+
+    Args:
+        file: its path.
+        n_bytes: the size that it had.
+        xxh3: the hash that it had; without it content is not read.
+
+    Raises:
+        DiskError: it cannot be read.
+    """
+    try:
+        with reading(file):
+            now = file.stat()
+        if not stat.S_ISREG(now.st_mode):
+            return "it is no file"
+        if now.st_size != n_bytes:
+            return f"file has {now.st_size:,} bytes, expected {n_bytes:,}"
+        return DIFFERS if xxh3 is not None and hash_file(file) != xxh3 else None
+    except MissingError:
+        return MISSING
 
 
 def hash_file(path: Path) -> str:

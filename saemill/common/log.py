@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -53,7 +54,10 @@ def duration(seconds: float) -> str:
 
 
 class _Rate(ProgressColumn):
+    """A column of the bar: `1,234 tokens/s`."""
+
     def render(self, task: Task) -> Text:
+        """What the bar shows now."""
         return Text(f"{task.speed or 0:,.0f} {task.fields['unit']}/s")
 
 
@@ -72,41 +76,41 @@ def progress(label: str, total: int | None, unit: str, done: int = 0) -> Iterato
     if not speaks:
         yield lambda n: None
         return
-    if sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f}"),
-            _Rate(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console(stderr=True)) as bar:
-            task = bar.add_task(printable(label), total=total, completed=done, unit=unit)
-            yield lambda n: bar.advance(task, n)
-        return
-    lines = _Lines(label, total, unit, done)
-    yield lines.advance
-    lines.show()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}"),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
+    is_terminal = sys.stderr.isatty()
+    with Progress(*columns, console=console(stderr=True), disable=not is_terminal) as bar:
+        number = bar.add_task(printable(label), total=total, completed=done, unit=unit)
+        if is_terminal:
+            yield partial(bar.advance, number)
+            return
+        (task,) = bar.tasks
+        shown = time.monotonic()
+
+        def advance(n: int) -> None:
+            nonlocal shown
+            bar.advance(number, n)
+            if time.monotonic() - shown >= LINE_SECONDS:
+                shown = time.monotonic()
+                print(_line(task, done), file=sys.stderr, flush=True)
+
+        yield advance
+        print(_line(task, done), file=sys.stderr, flush=True)
 
 
-class _Lines:
-    def __init__(self, label: str, total: int | None, unit: str, done: int) -> None:
-        self.label, self.total, self.unit = label, total, unit
-        self.done = self.done_before = done
-        self.start = self.shown = time.monotonic()
-
-    def advance(self, n: int) -> None:
-        self.done += n
-        if time.monotonic() - self.shown >= LINE_SECONDS:
-            self.show()
-
-    def show(self) -> None:
-        self.shown = time.monotonic()
-        rate = (self.done - self.done_before) / max(self.shown - self.start, 1e-9)
-        line = f"{self.label}: {self.done:,}"
-        if self.total:
-            line += f" of {self.total:,}"
-        line += f" {self.unit}, {rate:,.0f} {self.unit}/s"
-        if self.total and rate > 0 and self.done < self.total:
-            line += f", {duration((self.total - self.done) / rate)} left"
-        print(printable(line), file=sys.stderr, flush=True)
+def _line(task: Task, done_before: int) -> str:
+    """Progress as a line of a log: the amount, the rate since the start, and the time that is left."""
+    rate = (task.completed - done_before) / max(task.elapsed or 0, 1e-9)
+    unit = task.fields["unit"]
+    line = f"{task.description}: {task.completed:,}"
+    if task.total:
+        line += f" of {task.total:,}"
+    line += f" {unit}, {rate:,.0f} {unit}/s"
+    if task.total and rate > 0 and task.completed < task.total:
+        line += f", {duration((task.total - task.completed) / rate)} left"
+    return line

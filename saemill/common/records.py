@@ -70,6 +70,10 @@ class File(Record):
         file = folder / path
         return cls(path=path, bytes=file.stat().st_size, xxh3=durable.hash_file(file))
 
+    def problem(self, folder: Path, hashes: bool = True) -> str | None:
+        """What is wrong with the file below a folder by its size and, with `hashes`, its content, or None."""
+        return durable.problem(folder / self.path, self.bytes, self.xxh3 if hashes else None)
+
 
 def listed(folder: Path) -> tuple[File, ...]:
     """Flush every file below a folder to disk; the list of them."""
@@ -83,17 +87,8 @@ def listed(folder: Path) -> tuple[File, ...]:
 
 def problems(folder: Path, files: Iterable[File], hashes: bool = True) -> list[str]:
     """Each file of a list that is missing, of another size or, with `hashes`, of other content."""
-    checked = ((folder / entry.path, problem(folder / entry.path, entry, hashes)) for entry in files)
-    return [f"{file}: {found}" for file, found in checked if found]
-
-
-def problem(file: Path, entry: File, hashes: bool = True) -> str | None:
-    """What is wrong with a file of a list, or None."""
-    if not file.is_file():
-        return "file is missing"
-    if file.stat().st_size != entry.bytes:
-        return f"file has {file.stat().st_size:,} bytes, expected {entry.bytes:,}"
-    return "content differs from its hash" if hashes and durable.hash_file(file) != entry.xxh3 else None
+    checked = ((folder / entry.path, entry.problem(folder, hashes)) for entry in files)
+    return [f"{file}: {problem}" for file, problem in checked if problem]
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from saemill.assess.report import contexts_text
 from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common.config import resolve
 from saemill.common.log import duration, say

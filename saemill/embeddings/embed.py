@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 import xxhash
 
-from saemill.cache.claims import CLAIMS, Worker
+from saemill.cache.claims.files import CLAIMS
+from saemill.cache.claims.worker import Worker
 from saemill.common import config as settings
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
@@ -100,22 +101,7 @@ def run(config: EmbedConfig) -> ActivationStore:
         Where(name=config.dataset, subset=config.subset, split=config.split, revision=config.revision)
     )
     columns = [choose_column(table, "text", config.text_column), choose_column(table, "id", config.id_column)]
-    fingerprint = _fingerprint(model)
-    form = Form(DTYPES[config.dtype], config.normalize)
-    plan = Plan(
-        out=config.out,
-        site=config.site,
-        source={"name": config.dataset, "fingerprint": table.fingerprint()},
-        settings=config.identity() | {"model_fingerprint": fingerprint},
-        held_out_fraction=config.held_out_fraction,
-        shard_rows=config.shard_rows,
-        form=form,
-        made_by={
-            "model": config.model,
-            "revision": config.model_revision,
-            "model_fingerprint": fingerprint,
-        },
-    )
+    plan = _plan(config, table, _fingerprint(model))
     with (
         stop_on_signal() as stop,
         Worker(config.out / CLAIMS, stop) as worker,
@@ -127,12 +113,36 @@ def run(config: EmbedConfig) -> ActivationStore:
         width = int(model.encode(["a"], show_progress_bar=False).shape[1])
         store, writer = open_store(plan, passages, width, worker)
         encoder = _Encoder(model, passages, store.shard_tokens, config.batch_size, config.prompt)
-        what = fill(store, writer, form, encoder.batches, worker, claim)
+        what = fill(store, writer, plan.form, encoder.batches, worker, claim)
     say(f"{config.out}: {plan.site} complete, {describe(passages)}; {what}")
     array = store.site(plan.site)
     for warning in warnings(plan.site, array.statistics, array.dtype, store.text.unit):
         say(warning)
     return store
+
+
+def _plan(config: EmbedConfig, table: Table, fingerprint: str) -> Plan:
+    """What is to be in the store.
+
+    Args:
+        config: of the command.
+        table: of the texts.
+        fingerprint: of the model.
+    """
+    return Plan(
+        out=config.out,
+        site=config.site,
+        source={"name": config.dataset, "fingerprint": table.fingerprint()},
+        settings=config.identity() | {"model_fingerprint": fingerprint},
+        held_out_fraction=config.held_out_fraction,
+        shard_rows=config.shard_rows,
+        form=Form(DTYPES[config.dtype], config.normalize),
+        made_by={
+            "model": config.model,
+            "revision": config.model_revision,
+            "model_fingerprint": fingerprint,
+        },
+    )
 
 
 def _load(config: EmbedConfig, device: torch.device) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saemill.common.errors import DataError, SaemillError
+from saemill.common.stores.rounding import largest, not_finite, rounded
 
 
 @contextmanager
@@ -73,24 +74,23 @@ class Form:
                 zero; the first such row is named.
         """
         x_TD = rows.x_TD
-        _refuse(rows, ~torch.isfinite(x_TD), "has NaN or infinite values; repair it or leave it out")
+        _refuse(rows, not_finite(x_TD), "has NaN or infinite values; repair it or leave it out")
         if self.normalize:
             x_TD = x_TD.double()
             length_T1 = torch.linalg.vector_norm(x_TD, dim=1, keepdim=True)
             _refuse(rows, length_T1 == 0, "is zero and has no direction; leave it out, or --normalize")
             x_TD = x_TD / length_T1
-        stored_TD = x_TD.to(self.dtype)
+        stored_TD = rounded(x_TD, self.dtype)
         kind = str(self.dtype).removeprefix("torch.")
-        beyond = (
-            f"has values beyond {kind}, which ends at {torch.finfo(self.dtype).max:.4g}; use --dtype fp32"
-        )
-        _refuse(rows, ~torch.isfinite(stored_TD), beyond)
+        beyond = f"has values beyond {kind}, which ends at {largest(self.dtype):.4g}; use --dtype fp32"
+        _refuse(rows, not_finite(stored_TD), beyond)
         return stored_TD
 
 
-def _refuse(rows: Rows, bad_TD: Tensor, why: str) -> None:
-    bad_T = bad_TD.any(1)
-    if bool(bad_T.any()):
+def _refuse(rows: Rows, bad_TD: Tensor | None, why: str) -> None:
+    """Refuse rows with a bad value."""
+    if bad_TD is not None and bool(bad_TD.any()):
+        bad_T = bad_TD.any(1)
         n_bad, n_read = int(bad_T.sum()), len(bad_T)
         others = f" ({n_bad:,} such passages among {n_read:,} read at once)" if n_bad > 1 else ""
         raise DataError(f"row {rows.start + int(bad_T.nonzero()[0, 0]):,} {why}{others}")

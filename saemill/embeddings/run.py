@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saemill.cache.claims import CLAIMS, Worker
+from saemill.cache.claims.files import CLAIMS
+from saemill.cache.claims.worker import Worker
 from saemill.common import config as settings
 from saemill.common.errors import DataError
 from saemill.common.log import progress, say

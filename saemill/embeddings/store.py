@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saemill.cache.claims import CLAIMS, Claim, Worker, holds_only_claims
-from saemill.cache.writer import SiteWriter, check_same_store, write_group
+from saemill.cache.claims.files import CLAIMS, holds_only_claims
+from saemill.cache.claims.worker import Claim, Worker
+from saemill.cache.folder import check_same_store, write_group
+from saemill.cache.repair import damaged, mend
+from saemill.cache.writer import SiteWriter
 from saemill.common import config as settings
 from saemill.common import durable, records
 from saemill.common.errors import ConfigError, DataError, StoreError
@@ -234,7 +237,7 @@ def fill(
         DataError: the rows end before the last shard, or a vector is refused.
         Interrupted: a signal came; what was finished is committed.
     """
-    writer.mend(writer.damaged())
+    mend(writer, damaged(writer))
     missing = writer.lacking()
     n_missing = sum(map(store.shard_length, missing))
     if 0 < len(missing) < store.n_shards:

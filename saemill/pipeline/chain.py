@@ -26,7 +26,8 @@ import yaml
 
 from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
-from saemill.cache.run import CacheConfig, content_of, sites_of
+from saemill.cache.config import CacheConfig
+from saemill.cache.plan import content_of, sites_of
 from saemill.cache.run import run as cache
 from saemill.common import config as settings
 from saemill.common import durable

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.common.errors import ConfigError
 from saemill.common.log import say
 from saemill.common.stores.mask import MaskConfig

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from saemill.assess.run import AssessConfig
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
 from saemill.common.stores import runs

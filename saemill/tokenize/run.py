@@ -176,18 +176,17 @@ def _write(
     writer.check()
     notes += _notes(writer)
     tokenizer.save_pretrained(partial / "tokenizer")
-    writer.finish(
-        {
-            "source": {
-                "name": config.dataset,
-                "fingerprint": source.fingerprint,
-                "column": source.column.name,
-            },
-            "settings": config.identity(),
-            "versions": {name: version(name) for name in ("saemill", "tokenizers", "datasets")},
-        }
-    )
+    writer.finish(_made_of(config, source))
     return notes
+
+
+def _made_of(config: TokenizeConfig, source: Source) -> dict[str, Any]:
+    """What the store's manifest says of where it comes from."""
+    return {
+        "source": {"name": config.dataset, "fingerprint": source.fingerprint, "column": source.column.name},
+        "settings": config.identity(),
+        "versions": {name: version(name) for name in ("saemill", "tokenizers", "datasets")},
+    }
 
 
 def _fill(config: TokenizeConfig, writer: Writer, tokenizer: Any) -> None:
@@ -297,7 +296,7 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
     if not config.out.exists() or not any(config.out.iterdir()):
         return None
     _check_version(config.out)
-    store, bad = None, ["manifest.json: file is missing"]
+    store, bad = None, [f"manifest.json: {durable.MISSING}"]
     try:
         # First: where it can be read, no other corpus takes the place of this one, however damaged.
         _check_made_alike(config, read_manifest(config.out, REPAIR))

@@ -14,7 +14,8 @@ from saemill.common import durable
 from saemill.common.errors import DataError
 from saemill.common.log import counted
 from saemill.common.stores.shards import ShardedArray
-from saemill.common.stores.tokens import TokenizerInfo, cut_documents, write_token_store
+from saemill.common.stores.token_writer import cut_documents, write_token_store
+from saemill.common.stores.tokens import TokenizerInfo
 from saemill.tokenize.held_out import chosen_for_a_row, is_held_out, largest_fraction
 from saemill.tokenize.ids import check_ids, n_padding, unframed
 from saemill.tokenize.packing import RowPacker

@@ -38,7 +38,7 @@ def follow(config: TrainConfig, trainer: Trainer, variants: Sequence[Variant], h
     write_record(config.out, settings, configs)
     n_weights = sum(2 * variant.num_latents * widths[variant.name] for variant in variants)
     n_bytes = BYTES_PER_WEIGHT * n_weights if config.wandb_artifacts else 0
-    held.enter_context(Wandb("follow", config.out, artifact_bytes=n_bytes))
+    held.enter_context(Wandb(config.out, artifact_bytes=n_bytes))
 
 
 def _shared(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:

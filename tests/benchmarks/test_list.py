@@ -9,7 +9,7 @@ import pytest
 from benchmarks.cache import store as stores
 from benchmarks.cache.loader import Task, mixed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RUN_BY_OTHERS = {"benchmarks.evaluate.evaluators"}
 """Modules with a command line that only another benchmark uses."""
 

@@ -28,7 +28,8 @@ from saemill.common.stores.activations import SHUFFLE_KEY, ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.permutation import permutation
 from saemill.common.stores.shards import ShardedArray
-from saemill.common.stores.tokens import TokenizerInfo, TokenStore, write_token_store
+from saemill.common.stores.token_writer import write_token_store
+from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 from saemill.show import describe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,8 +22,9 @@ from launching import ENVIRONMENT
 from stores import make_store
 from waiting import wait_until
 
-from saemill.cache import claims
-from saemill.cache.claims import Claim, Lost, Worker
+from saemill.cache.claims import owner
+from saemill.cache.claims import worker as claims
+from saemill.cache.claims.worker import Claim, Lost, Worker
 from saemill.cache.writer import SiteWriter
 from saemill.common import durable
 from saemill.common.errors import Interrupted
@@ -58,7 +59,7 @@ def fall_silent(worker: Worker, seconds: float) -> None:
 COUNTER = """
 import sys, threading
 from pathlib import Path
-from saemill.cache.claims import Worker
+from saemill.cache.claims.worker import Worker
 folder = Path(sys.argv[1])
 def count():
     with Worker(folder / "claims", threading.Event()) as worker:
@@ -185,7 +186,7 @@ def test_a_killed_process_is_dead_at_once_and_leaves_nothing(tmp_path: Path) -> 
     code = """
 import sys, threading
 from pathlib import Path
-from saemill.cache.claims import Worker
+from saemill.cache.claims.worker import Worker
 worker = Worker(Path(sys.argv[1]), threading.Event()).__enter__()
 worker.partial().write_text("half")
 print(bool(worker.take("shard-1")), flush=True)
@@ -200,7 +201,7 @@ sys.stdin.read()
             assert worker.take("shard-1") is None
         assert len(list(folder.iterdir())) == 3
         process.kill()
-        wait_until(lambda: claims._started(process.pid) in ("ended", None))
+        wait_until(lambda: owner._started(process.pid) in ("ended", None))
         with Worker(folder, threading.Event()) as worker:
             assert worker.take("shard-1")
         assert not folder.exists()
@@ -213,7 +214,7 @@ def test_a_worker_that_dies_as_it_arrives_leaves_nothing(tmp_path: Path) -> None
         code = f"""
 import os, sys, threading
 from pathlib import Path
-from saemill.cache.claims import Worker
+from saemill.cache.claims.worker import Worker
 Path.{name} = lambda *_, **__: os._exit(9)
 Worker(Path(sys.argv[1]), threading.Event()).__enter__()
 """

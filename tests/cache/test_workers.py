@@ -16,7 +16,8 @@ from launching import ENVIRONMENT
 from stores import make_tokens
 from waiting import LIMIT_SECONDS, wait_until
 
-from saemill.cache.claims import Seen, Worker
+from saemill.cache.claims.owner import Seen
+from saemill.cache.claims.worker import Worker
 
 
 @pytest.fixture(scope="module")

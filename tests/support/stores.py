@@ -11,13 +11,15 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 
-from saemill.cache.claims import Worker
-from saemill.cache.writer import SiteWriter, write_group
+from saemill.cache.claims.worker import Worker
+from saemill.cache.folder import write_group
+from saemill.cache.writer import SiteWriter
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.shards import ShardedArray
 from saemill.common.stores.site_records import Site, StoreSettings
-from saemill.common.stores.tokens import TokenizerInfo, TokenStore, cut_documents, write_token_store
+from saemill.common.stores.token_writer import cut_documents, write_token_store
+from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 from saemill.demo import MODEL
 from saemill.embeddings.run import ImportConfig
 from saemill.embeddings.run import run as import_activations

@@ -13,7 +13,8 @@ from peers import require_peers, run_in_peers
 from texts import random_texts
 
 from saemill.common.errors import ConfigError, DataError
-from saemill.common.stores.tokens import TokenizerInfo, TokenStore, copy_rows
+from saemill.common.stores.token_writer import copy_rows
+from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 from saemill.tokenize.ids import n_padding, survey, unframed
 from saemill.tokenize.run import TokenizeConfig, run
 

@@ -14,7 +14,8 @@ from packing import TEXTS, check_documents
 from saemill.common import records
 from saemill.common.errors import StoreError
 from saemill.common.stores.shards import ShardedArray
-from saemill.common.stores.tokens import TokenStore, copy_rows, write_token_store
+from saemill.common.stores.token_writer import copy_rows, write_token_store
+from saemill.common.stores.tokens import TokenStore
 
 
 def test_a_shard_that_nobody_wrote_is_noticed(plain_store: TokenStore, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """What is on disk, each with a reader that checks it.
 
 tokens.py         TokenStore: packed rows and their documents
+token_writer.py   writing one, and copying a store's first rows
 passages.py       PassageStore: what each row of an embedding store is
 activations.py    ActivationStore: one array per site, over tokens or passages
 site_records.py   its JSON: settings, sites, commits, manifests
 shards.py         a raw Zarr array that memory-maps
+rounding.py       values → the type that a store keeps them in: the one lossy act
 permutation.py    the order of rows in a shard, and every other shuffle
 statistics.py     moments of a site
 mask.py           which positions count

@@ -200,6 +200,11 @@ class ActivationStore:
         """Tokens in a shard."""
         return min(self.shard_tokens, self.n_tokens - shard * self.shard_tokens)
 
+    def rows_of(self, shard: int) -> range:
+        """The rows whose tokens, or the passages that, lie in a shard."""
+        first = shard * self.shard_tokens // self.ctx_len
+        return range(first, first + self.shard_length(shard) // self.ctx_len)
+
     @property
     def n_shards(self) -> int:
         """Shards per site."""
@@ -218,10 +223,9 @@ class ActivationStore:
 
     def keep_addresses(self, shard: int, mask: MaskConfig, held_out: bool) -> NDArray[np.bool_]:
         """As `keep`, in address order."""
-        first = shard * self.shard_tokens // self.ctx_len
-        last = first + self.shard_length(shard) // self.ctx_len
-        keep_RS = self.text.keep(first, last, mask)
-        keep_RS &= (self.text.held_out_R[first:last] == held_out)[:, None]
+        rows = self.rows_of(shard)
+        keep_RS = self.text.keep(rows.start, rows.stop, mask)
+        keep_RS &= (self.text.held_out_R[rows.start : rows.stop] == held_out)[:, None]
         return keep_RS.reshape(-1)
 
 

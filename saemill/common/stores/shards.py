@@ -9,7 +9,6 @@ no bfloat16 (a group with such a member cannot even be listed).
 
 import json
 import math
-import stat
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from saemill.common import durable, records
-from saemill.common.errors import MissingError, StoreError
+from saemill.common.errors import StoreError
 
 MAPPED_SHARDS = 1024
 """Shards kept mapped at once per array; the kernel allows 65,530 maps per process by default."""
@@ -172,19 +171,9 @@ class ShardedArray:
         self.shard.cache_clear()
         self._checked.discard(shard)
 
-    def problem(self, shard: int) -> str | None:
-        """What is wrong with a shard's file by its size, or None."""
-        file = self.shard_path(shard)
-        try:
-            with durable.reading(file):
-                found = file.stat()
-        except MissingError:
-            return "file is missing"
-        if not stat.S_ISREG(found.st_mode):
-            return "it is no file"
-        if found.st_size != self.shard_bytes:
-            return f"file has {found.st_size:,} bytes, expected {self.shard_bytes:,}"
-        return None
+    def problem(self, shard: int, xxh3: str | None = None) -> str | None:
+        """What is wrong with a shard's file by its size and, where one is given, by its hash, or None."""
+        return durable.problem(self.shard_path(shard), self.shard_bytes, xxh3)
 
     def check_sizes(self) -> None:
         """Refuse the array if any shard's file is missing or of the wrong size.

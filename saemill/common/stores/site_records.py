@@ -300,7 +300,7 @@ def read_settings(path: Path) -> StoreSettings:
         meta = durable.read_json(file, REPAIR)
     except MissingError:
         if sites_in(path):
-            raise MissingError(f"{file}: file is missing. {REPAIR}") from None
+            raise MissingError(f"{file}: {durable.MISSING}. {REPAIR}") from None
         raise MissingError(f"{path} is no activation store; make one with `saemill cache`") from None
     attributes = meta.get("attributes") if isinstance(meta, dict) else None
     if not isinstance(attributes, dict) or any(meta.get(key) != value for key, value in GROUP.items()):

@@ -11,7 +11,6 @@ A token's address is `row * ctx_len + pos`. Layout of the folder:
     manifest.json      written last: sizes, hashes, tokenizer, source, settings
 """
 
-import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -19,8 +18,6 @@ from typing import Annotated, Any, Final, Literal, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
@@ -32,8 +29,6 @@ from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.shards import ShardedArray
 
 FORMAT: Final = "saemill tokens 2"
-COPIED = ("document", "n_used_ids", "source", "settings", "versions")
-"""Fields of the manifest that a copy of a store's first rows keeps."""
 REPAIR = "Run the `saemill tokenize` command again."
 DESCRIPTIONS = ("zarr.json", "tokens/zarr.json", "held_out/zarr.json")
 SEGMENTS = pa.schema([("start", pa.int64()), ("document", pa.int64())])
@@ -171,7 +166,8 @@ class TokenStore:
             raise StoreError("\n".join([*bad, repair]))
         for name in DESCRIPTIONS:
             self._checked(name)
-        self._tokens = self._array("tokens", self.ctx_len)
+        self.ids = self._array("tokens", self.ctx_len)
+        """The rows' token ids, shard by shard."""
         self._held_out = self._array("held_out", 1)
 
     def _array(self, name: str, width: int) -> ShardedArray:
@@ -180,7 +176,7 @@ class TokenStore:
         def check(shard: int, rows: NDArray[Any]) -> None:
             file = array.shard_path(shard)
             if durable.hash_bytes(rows.data.cast("B")) != self._files[f"{name}/c/{shard}/0"].xxh3:
-                raise StoreError(f"{file}: content differs from its hash. {self.repair}")
+                raise StoreError(f"{file}: {durable.DIFFERS}. {self.repair}")
             largest, limit = int(rows.max()), 2 if name == "held_out" else self.tokenizer.vocab_size
             if largest >= limit:
                 raise StoreError(
@@ -205,8 +201,8 @@ class TokenStore:
     def _checked(self, name: str) -> Path:
         """The path of a listed file, after its hash was compared."""
         file = self.path / name
-        if found := records.problem(file, self._files[name]):
-            raise StoreError(f"{file}: {found}. {self.repair}")
+        if problem := self._files[name].problem(self.path):
+            raise StoreError(f"{file}: {problem}. {self.repair}")
         return file
 
     @cached_property
@@ -219,7 +215,7 @@ class TokenStore:
 
     def rows(self, start: int, stop: int) -> NDArray[Any]:
         """Token ids of rows start..stop. Unsigned [stop - start, ctx_len]."""
-        return self._tokens.read(start, stop)
+        return self.ids.read(start, stop)
 
     def keep(self, start: int, stop: int, mask: MaskConfig) -> NDArray[np.bool_]:
         """Which positions of rows start..stop count. bool [stop - start, ctx_len].
@@ -246,7 +242,8 @@ class TokenStore:
         return read_table(self._checked("documents.parquet"), DOCUMENTS, self.repair)
 
     @cached_property
-    def _segments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def segments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The pieces of documents by address: where each starts, and its document. int64 each."""
         table = read_table(self._checked("segments.parquet"), SEGMENTS, self.repair)
         starts, documents = table["start"].to_numpy(), table["document"].to_numpy()
         ascends = len(starts) > 0 and bool((np.diff(starts) > 0).all())
@@ -260,10 +257,10 @@ class TokenStore:
         Raises:
             StoreError: something does not fit.
         """
-        for array in (self._tokens, self._held_out):
+        for array in (self.ids, self._held_out):
             for shard in range(array.n_shards):
                 array.shard(shard)
-        n_documents = int(self._segments[1].max()) + 1
+        n_documents = int(self.segments[1].max()) + 1
         if len(self.held_out_R) != self.n_rows or len(self.documents) < n_documents:
             raise StoreError(
                 f"{self.path}/documents.parquet has {len(self.documents):,} lines, expected {n_documents:,}. "
@@ -272,7 +269,7 @@ class TokenStore:
 
     def document_of(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
         """The document (line of `documents`) that each address belongs to. Same shape, int64."""
-        starts, documents = self._segments
+        starts, documents = self.segments
         return documents[np.searchsorted(starts, addresses, side="right") - 1]
 
     @property
@@ -310,111 +307,3 @@ class TokenStore:
         )
 
     hint_to_hold_out = "tokenize with --held-out-fraction above 0, or name other text with --tokens"
-
-
-def write_token_store(
-    path: Path,
-    *,
-    tokens: ShardedArray,
-    held_out_R: NDArray[np.bool_],
-    segments: pa.Table,
-    documents: pa.Table,
-    tokenizer: TokenizerInfo,
-    extra: dict[str, Any],
-) -> None:
-    """Write all of a token store but the token shards, which lie in place; the manifest last.
-
-    Args:
-        path: the store's folder.
-        tokens: the array at `path/tokens`, complete.
-        held_out_R: bool [n_rows].
-        segments: columns start, document (both int64), sorted by start.
-        documents: columns source_index, start, n_tokens, held_out, text_hash.
-        tokenizer: what made the ids.
-        extra: further entries of the manifest (what a document is, `n_used_ids`, source, settings, versions).
-
-    Raises:
-        StoreError: a token shard is missing or of the wrong size.
-    """
-    tokens.check_sizes()
-    durable.write_json(path / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {}})
-    held = ShardedArray.create(path / "held_out", (len(held_out_R), 1), len(held_out_R), torch.uint8, {})
-    held.write_shard(0, held_out_R.astype(np.uint8)[:, None])
-    _write_table(path / "segments.parquet", segments, SEGMENTS)
-    _write_table(path / "documents.parquet", documents, DOCUMENTS)
-    files = records.listed(path)
-    content = {"files": [file.model_dump() for file in files], "tokenizer": tokenizer.model_dump()}
-    manifest = TokenManifest(
-        n_rows=tokens.n_rows,
-        ctx_len=tokens.width,
-        n_documents=int(np.count_nonzero(documents["n_tokens"].to_numpy())),
-        n_held_out_rows=int(held_out_R.sum()),
-        tokenizer=tokenizer,
-        files=files,
-        fingerprint=durable.hash_json([FORMAT, content]),
-        **extra,
-    )
-    records.write(path / "manifest.json", manifest)
-
-
-def _write_table(file: Path, table: pa.Table, schema: pa.Schema) -> None:
-    with durable.writing(file):
-        pq.write_table(table.select(schema.names).cast(schema), file, compression="zstd")
-
-
-def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
-    """Copy a store's first `n_rows` rows to a new folder, so that activations carry their tokens.
-
-    The copy's manifest names the original's fingerprint as `parent_fingerprint`. Documents keep
-    their numbers; a document cut by the end loses its later tokens. All that is copied is compared with its
-    hash first.
-
-    Raises:
-        StoreError: the original is damaged.
-    """
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    source = store._tokens
-    shape = (n_rows, store.ctx_len)
-    shard_rows = min(n_rows, source.shard_rows)
-    tokens = ShardedArray.create(partial / "tokens", shape, shard_rows, source.torch_dtype, {})
-    for shard in range(tokens.n_shards):
-        tokens.write_shard(shard, source.shard(shard)[: tokens.rows_in(shard)])
-    with durable.writing(partial / "tokenizer"):
-        shutil.copytree(store.tokenizer_folder, partial / "tokenizer")
-    starts, numbers = store._segments
-    end = n_rows * store.ctx_len
-    kept = starts < end
-    segments = pa.table({"start": starts[kept], "document": numbers[kept]})
-    kept_fields = {name: getattr(store.manifest, name) for name in COPIED}
-    write_token_store(
-        partial,
-        tokens=tokens,
-        held_out_R=store.held_out_R[:n_rows],
-        segments=segments,
-        documents=cut_documents(store.documents, segments, end),
-        tokenizer=store.tokenizer,
-        extra=kept_fields | {"parent_fingerprint": store.fingerprint},
-    )
-    partial.replace(path)
-    durable.sync_folder(path.parent)
-    return TokenStore(path)
-
-
-def cut_documents(documents: pa.Table, segments: pa.Table, end: int) -> pa.Table:
-    """The documents up to the last in `segments`, with `start` and `n_tokens` taken from there.
-
-    Args:
-        documents: one line per document, at least as many as `segments` mentions.
-        segments: columns start (address, ascending) and document.
-        end: the address after the last token.
-
-    Returns: the table with `start` -1 and `n_tokens` 0 where no token of a document was kept.
-    """
-    starts, numbers = segments["start"].to_numpy(), segments["document"].to_numpy()
-    n_documents = int(numbers.max()) + 1
-    n_tokens = np.bincount(numbers, np.diff(np.append(starts, end)), n_documents).astype(np.int64)
-    first = np.full(n_documents, -1, np.int64)
-    first[numbers[::-1]] = starts[::-1]
-    columns = {name: documents[name][:n_documents] for name in documents.column_names}
-    return pa.table(columns | {"start": first, "n_tokens": n_tokens})

@@ -1,8 +1,10 @@
 """Follow a run while it trains: the lines of metrics.jsonl, and how each variant ended."""
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,13 +21,20 @@ Record = dict[str, Any]
 class End(Protocol):
     """Whether the stage that writes the folder has ended."""
 
-    word: str | None
-    """How it ended; none while it runs."""
+    @property
+    def word(self) -> str | None:
+        """How it ended; none while it runs."""
 
 
-def follow(folder: Path, end: End) -> None:
-    """Log `metrics.jsonl` until the training has ended and all is read."""
-    runs = Runs(folder)
+def follow(folder: Path, end: End, quiet: bool = False) -> None:
+    """Log `metrics.jsonl` until the training has ended and all is read.
+
+    Args:
+        folder: of the run.
+        end: tells when the training has ended.
+        quiet: without figures of the machine, where training does not run on it now.
+    """
+    runs = Runs(folder, quiet)
     log_due(folder, runs, records(folder / METRICS, end))
     for name in list(runs.open):
         end_variant(folder, runs, name, end.word or "lost")
@@ -57,19 +66,24 @@ def log_due(folder: Path, runs: Runs, found: Iterable[Record]) -> None:
 
 
 def records(path: Path, end: End) -> Iterator[Record]:
-    """The lines of a file that is being written, until `end` has a word and all are read."""
-    with path.open() as file:
-        partial = ""
-        while True:
-            last = end.word is not None
-            while line := file.readline():
-                partial += line
-                if partial.endswith("\n"):
-                    yield json.loads(partial)
-                    partial = ""
-            if last:
-                return
-            time.sleep(POLL_SECONDS)
+    """The lines of a file that is being written, until `end` has a word and all are read.
+
+    Training that goes on from a checkpoint puts another file in its place; that is read from its start.
+    """
+    inode, n_bytes = 0, 0
+    while True:
+        is_last = end.word is not None
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            if os.fstat(file.fileno()).st_ino != inode:
+                inode, n_bytes = os.fstat(file.fileno()).st_ino, 0
+            file.seek(n_bytes)
+            for line in file:
+                if line.endswith(b"\n"):  # else it is half written
+                    n_bytes += len(line)
+                    yield json.loads(line)
+        if is_last:
+            return
+        time.sleep(POLL_SECONDS)
 
 
 def end_variant(folder: Path, runs: Runs, name: str, word: str) -> None:

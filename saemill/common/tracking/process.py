@@ -1,4 +1,4 @@
-"""The process that talks to wandb, seen from the stage that starts it."""
+"""The process that talks to wandb, `saemill track`, seen from the stage that starts it."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def check() -> None:
     """
     if os.environ.get("WANDB_MODE") in OFFLINE:
         return
-    command = [sys.executable, "-m", __package__, "check"]
+    command = [sys.executable, "-m", f"{__package__}.key"]
     try:
         done = subprocess.run(
             command,
@@ -86,19 +86,19 @@ class Wandb:
     As a context manager it tells the process how the block ended.
 
     Args:
-        task: follow or assess.
-        folder: of the run.
-        more: further arguments of the task.
+        folder: of the run, whose metrics are followed.
+        assessment: the folder of an assessment, to send that instead.
         artifact_bytes: size of what may have to be uploaded at the end.
     """
 
-    def __init__(self, task: str, folder: Path, *more: str, artifact_bytes: int = 0) -> None:
-        self.later = f"`saemill assess {folder}`" if task == "follow" else "the same command"
+    def __init__(self, folder: Path, assessment: Path | None = None, artifact_bytes: int = 0) -> None:
+        self.later = f"`saemill assess {folder}`" if assessment is None else "the same command"
+        what = ["--follow"] if assessment is None else ["--assessment", str(assessment.absolute())]
         self.end_seconds = END_SECONDS + artifact_bytes / ARTIFACT_BYTES_PER_SECOND
         (folder / WANDB_FOLDER).mkdir(exist_ok=True)
         with (folder / WANDB_FOLDER / LOG).open("a") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", str(__package__), task, str(folder.absolute()), *more],
+                [sys.executable, "-m", "saemill", "track", str(folder.absolute()), *what, "--for-stage"],
                 env=_environment(),
                 stdin=subprocess.PIPE,
                 stderr=errors,

@@ -18,10 +18,11 @@ class Runs:
 
     Args:
         folder: of the run.
+        quiet: without figures of the machine, where it is not that of the run.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, quiet: bool = False) -> None:
+        self.folder, self.quiet = folder, quiet
         self.told = record.told(folder)
         self.open: dict[str, Any] = {}
         logged = record.logged(folder)
@@ -35,7 +36,8 @@ class Runs:
         """A variant's run, begun or gone on with."""
         if name not in self.open:
             entry = self.told.runs[name]
-            run = start(self.folder, self.told, name, entry.id, "train", entry.config, bool(self.open))
+            quiet = self.quiet or bool(self.open)
+            run = start(self.folder, self.told, name, entry.id, "train", entry.config, quiet)
             run.define_metric("tokens")
             run.define_metric("*", step_metric="tokens")
             self.open[name] = run
@@ -65,7 +67,7 @@ class Runs:
         Args:
             name: of the variant.
             word: finished, interrupted (it will go on), or anything else for failed.
-        is_last: whether there is nothing more to come from training.
+            is_last: whether there is nothing more to come from training.
             summary: what to add to the run's summary.
         """
         run = self.open.pop(name)

@@ -75,11 +75,8 @@ def checked(cfg: Mapping[str, Any], folder: Path, weights: Path) -> dict[str, An
             )
         return None
     told = _checked_config(cfg, folder)
-    n_bytes = weights.stat().st_size
-    if n_bytes != told.bytes:
-        raise StoreError(f"{weights} is damaged: {n_bytes:,} bytes, expected {told.bytes:,}. {REPAIR}")
-    if durable.hash_file(weights) != told.xxh3:
-        raise StoreError(f"{weights} is damaged: its content differs from its hash. {REPAIR}")
+    if problem := durable.problem(weights, told.bytes, told.xxh3):
+        raise StoreError(f"{weights} is damaged: {problem}. {REPAIR}")
     return {key: value for key, value in own.items() if key != KEY}
 
 

@@ -1,148 +1,21 @@
-"""Claims: any number of processes share out work with no coordinator but a folder, NFS included.
+"""A worker: this process among those that work in one place, and the claims that it makes."""
 
-    worker-<token>             a process that works here: who it is, as JSON; it touches the file as it lives
-    <name>.<generation>        a claim on `name`: a hard link to its worker's file
-    worker-<token>.partial-<n> what that worker has not finished writing
-
-A claim appears at once with its content, exactly one process can make it, and one touch keeps all
-claims of a worker alive. When a worker is dead, its claim is taken over by making the next
-generation; the highest one counts. A worker is dead when its process is gone from this machine, or,
-seen from elsewhere, when its file was not touched for long by the clock of the file system itself:
-the time on a file that was touched just now.
-
-A worker that was stopped for long may find on waking that it lost its claims; what it publishes
-must therefore be checked (`Claim.check`) and must never replace what another published.
-"""
-
-import errno
 import itertools
 import os
-import re
-import secrets
-import shutil
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from pydantic import ValidationError
-
+from saemill.cache.claims.files import CLAIM, claim_path, claims_on, remove, worker_of
+from saemill.cache.claims.owner import Owner, Seen
 from saemill.common.errors import Interrupted, StoreError
 from saemill.common.log import say
-from saemill.common.records import Record
-
-CLAIMS = "claims"
-"""The folder of a store in which its workers meet; it is gone when none is left."""
-EXPIRY_SECONDS = 120.0
-"""A worker not heard of for so long is dead; longer than the 60 s for which NFS clients keep a file's
-time. SAEMILL_CLAIM_SECONDS overrides it."""
-CLAIM = re.compile(r"(?P<name>store|shard-\d+)\.(?P<generation>\d+)")
-WORKER = re.compile(r"\.?(?P<worker>worker-[0-9a-f]{16})(\.|$)")
 
 
 class Lost(Exception):
     """Another worker has taken over the claim; what was done under it is to be discarded."""
-
-
-class Owner(Record):
-    """What a worker's file says. It decides no number and has no checksum: a damaged one expires."""
-
-    token: str
-    """Random; no two workers share it."""
-    host: str
-    machine: str | None
-    """Within it a process number means one process; None if this system does not tell."""
-    pid: int
-    started: str | None
-    """When the process started, since numbers are used again."""
-    expiry_seconds: float
-
-    @classmethod
-    def here(cls) -> "Owner":
-        """This process, under a new token."""
-        seconds = float(os.environ.get("SAEMILL_CLAIM_SECONDS", EXPIRY_SECONDS))
-        pid = os.getpid()
-        return cls(
-            token=secrets.token_hex(8),
-            host=socket.gethostname(),
-            machine=_machine(),
-            pid=pid,
-            started=_started(pid),
-            expiry_seconds=seconds,
-        )
-
-    def is_gone(self) -> bool:
-        """Whether its process ran on this machine and has ended."""
-        if self.machine is None or self.machine != _machine():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass
-        return _started(self.pid) not in (self.started, None)
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
-
-
-@cache
-def _machine() -> str | None:
-    """Names a boot of a machine and a namespace of processes in it, containers apart."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return None
-
-
-def _started(pid: int) -> str | None:
-    """A process's start in clock ticks since boot; `ended` if nobody waited for it yet; None if unknown."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return "ended" if fields[0] in "ZX" else fields[19]
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A worker's file or claim as it was a moment ago."""
-
-    owner: Owner | None
-    """None if the content was lost in a crash of the machine."""
-    time: float
-    """When it was touched last, in seconds by the file system's clock."""
-
-    @classmethod
-    def at(cls, path: Path) -> "Seen | None":
-        """Look at a file, past what NFS remembers of it; None if it is gone."""
-        try:
-            with path.open("rb") as file:
-                time = os.fstat(file.fileno()).st_mtime
-                return cls(Owner.model_validate_json(file.read()), time)
-        except ValidationError:
-            return cls(None, time)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ESTALE):
-                return None
-            raise
-
-    def is_dead(self, now: float) -> bool:
-        """Whether its worker is dead; `now` was taken before this look."""
-        if self.owner is None:
-            return now - self.time > EXPIRY_SECONDS
-        return self.owner.is_gone() or now - self.time > self.owner.expiry_seconds
-
-    @property
-    def token(self) -> str | None:
-        """Its worker's."""
-        return self.owner.token if self.owner else None
 
 
 class Claim:
@@ -150,7 +23,7 @@ class Claim:
 
     def __init__(self, worker: "Worker", name: str, generation: int, before: dict[int, str | None]) -> None:
         self.worker, self.name, self.generation, self.before = worker, name, generation, before
-        self.path = worker.claim_path(name, generation)
+        self.path = claim_path(worker.folder, name, generation)
         self.token = worker.owner.token
 
     def check(self) -> None:
@@ -179,7 +52,7 @@ class Claim:
         """Let others have it; the dead ones that it took over go first, so that it is the highest to
         the end."""
         for generation, token in (self.before | {self.generation: self.token}).items():
-            path = self.worker.claim_path(self.name, generation)
+            path = claim_path(self.worker.folder, self.name, generation)
             seen = Seen.at(path)
             if seen and seen.token == token:
                 path.unlink(missing_ok=True)
@@ -190,7 +63,7 @@ class Worker:
     """This process among those that work in one place; used as a context.
 
     Args:
-        folder: where they meet; made here, and removed by the last to leave.
+        folder: the one that they share; made here, and removed by the last to leave.
         stop: when set, waiting ends with `Interrupted`.
     """
 
@@ -216,8 +89,8 @@ class Worker:
             claim.release()
         self._sweep()
         for path in self.folder.iterdir():
-            if _worker_of(path) == self.file.name:
-                _remove(path)
+            if worker_of(path) == self.file.name:
+                remove(path)
         with suppress(OSError):
             self.folder.rmdir()
 
@@ -252,30 +125,18 @@ class Worker:
         """A new place for something unfinished; it is cleared away when the worker leaves or dies."""
         return self.folder / f"{self.file.name}.partial-{next(self._numbers)}"
 
-    def claim_path(self, name: str, generation: int) -> Path:
-        """The file that is a claim."""
-        return self.folder / f"{name}.{generation}"
-
-    def _look(self, name: str) -> dict[int, Seen]:
-        """The claims on a name, by generation."""
-        found = {}
-        for path in self.folder.glob(f"{name}.*"):
-            if (match := CLAIM.fullmatch(path.name)) and (seen := Seen.at(path)):
-                found[int(match["generation"])] = seen
-        return found
-
     def tokens(self, name: str) -> dict[int, str | None]:
         """Whose the claims on a name are, by generation."""
-        return {generation: seen.token for generation, seen in self._look(name).items()}
+        return {generation: seen.token for generation, seen in claims_on(self.folder, name).items()}
 
     def take(self, name: str) -> Claim | None:
         """Claim a name; None if a living worker has it, or several reached for it at once."""
         now = self._now()
-        found = self._look(name)
-        if found and not found[max(found)].is_dead(now):
+        claims = claims_on(self.folder, name)
+        if claims and not claims[max(claims)].is_dead(now):
             return None
-        before = {generation: seen.token for generation, seen in found.items()}
-        claim = Claim(self, name, max(found, default=-1) + 1, before)
+        before = {generation: seen.token for generation, seen in claims.items()}
+        claim = Claim(self, name, max(claims, default=-1) + 1, before)
         self.claims.add(claim)
         try:
             # NFS may report that the file exists after it made it itself: the check tells.
@@ -319,7 +180,7 @@ class Worker:
             claim.release()
 
     def wait(self, n_waits: int, why: str) -> None:
-        """The wait after `n_waits` others in a row: from 50 ms doubling to 5 s; a long one is told."""
+        """The wait after `n_waits` others in a row: from 50 ms doubling to 5 s; a long one is announced."""
         if n_waits == 4:
             say(why)
         self.stop.wait(min(0.05 * 2**n_waits, 5.0))
@@ -332,13 +193,13 @@ class Worker:
 
     def holders(self, names: list[str]) -> str:
         """Who holds the claims on these names, in words; empty if nobody does."""
-        found = (seen[max(seen)].owner for name in names if (seen := self._look(name)))
-        return ", ".join(sorted({str(owner) for owner in found if owner}))
+        owners = (claims[max(claims)].owner for name in names if (claims := claims_on(self.folder, name)))
+        return ", ".join(sorted({str(owner) for owner in owners if owner}))
 
     def is_alone(self) -> bool:
         """Whether no other living worker is registered here."""
         now = self._now()
-        others = [file for file in self.folder.glob("worker-*") if _worker_of(file) == file.name]
+        others = [file for file in self.folder.glob("worker-*") if worker_of(file) == file.name]
         looks = [Seen.at(file) for file in others if file != self.file]
         return all(seen is None or seen.is_dead(now) for seen in looks)
 
@@ -349,26 +210,7 @@ class Worker:
             if match := CLAIM.fullmatch(path.name):
                 if (seen := Seen.at(path)) and seen.is_dead(now) and (claim := self.take(match["name"])):
                     claim.release()
-            elif name := _worker_of(path):
+            elif name := worker_of(path):
                 seen = Seen.at(self.folder / name)
                 if seen is None or seen.is_dead(now):
-                    _remove(path)
-
-
-def _worker_of(path: Path) -> str | None:
-    """The worker's file that a file is, or is a partial of."""
-    match = WORKER.match(path.name)
-    return match and match["worker"]
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or folder that others may be removing too."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def holds_only_claims(folder: Path) -> bool:
-    """Whether nothing else than this module's files is in a folder."""
-    return all(CLAIM.fullmatch(path.name) or _worker_of(path) for path in folder.iterdir())
+                    remove(path)

@@ -1,0 +1,169 @@
+"""What the settings come to: rows, sites, bytes on the disk. What cannot be is refused before the model is
+loaded."""
+
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from saemill.cache.config import CacheConfig
+from saemill.cache.folder import check_same_store, settings_there
+from saemill.common import config as settings
+from saemill.common import durable
+from saemill.common.errors import ConfigError
+from saemill.common.log import counted
+from saemill.common.models.architecture import Architecture
+from saemill.common.models.model import check_8bit, check_fit, choose_model_dtype, fingerprint_model
+from saemill.common.models.sites import load_model_config
+from saemill.common.models.tokenizer import check_tokenizer
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.site_records import DTYPES, FORMAT, Site, StoreSettings
+from saemill.common.stores.tokens import TokenStore
+from saemill.common.world import World
+
+SHARD_TOKENS = 65536
+"""Tokens per shard file of a new store, unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is to be in the store."""
+
+    config: CacheConfig
+    tokens: TokenStore
+    sites: list[Site]
+    """In the model's order."""
+    identity: dict[str, Any]
+    """What decides the store's content, site by site."""
+    device: torch.device
+    """Where the model runs."""
+    summary: str
+    """Rows, shards and bytes, as the user is told them."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """How activations are stored."""
+        return DTYPES[self.identity["dtype"]]
+
+
+def make_plan(config: CacheConfig, world: World) -> Plan:
+    """Find out what is to be done; settings left open are those of the store that is added to.
+
+    Raises:
+        ConfigError: settings that do not fit the model or the tokens, a store made with others, or
+            too little disk.
+        StoreError: damaged tokens, or a folder with other files.
+    """
+    tokens = TokenStore(config.tokens)
+    there = settings_there(config.out, tokens)
+    n_rows = _n_rows(config, tokens, there)
+    device = world.device(config.device)
+    model_config = load_model_config(config.model, config.revision)
+    check_fit(model_config, config.model, tokens)
+    check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
+    sites = sites_of(config, model_config)
+    identity = _identity(config, tokens, there, n_rows, device)
+    check_8bit(bool(identity["load_in_8bit"]), device)
+    _check_mask(tokens, settings.build(MaskConfig, identity["mask"], "mask"), n_rows)
+    summary = _summary(config, identity, tokens.ctx_len, sites)
+    check_same_store(config.out, there, identity)
+    return Plan(config=config, tokens=tokens, sites=sites, identity=identity, device=device, summary=summary)
+
+
+def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
+    """The sites that settings name in a model, in its order.
+
+    Args:
+        config: of the stage.
+        model_config: the model's transformers config.
+
+    Raises:
+        ConfigError: a layer or a module that does not exist.
+    """
+    architecture = Architecture(model_config)
+    layers = config.layers
+    if config.layer_stride and not (config.layers or config.sites):
+        layers = tuple(range(0, len(architecture.blocks), config.layer_stride))
+    return architecture.resolve(layers, config.sites)
+
+
+def content_of(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
+    """What decides the content of a new store made with these settings, but for its sites."""
+    n_rows = _n_rows(config, tokens, None)
+    return _identity(config, tokens, None, n_rows, World.here().device(config.device))
+
+
+def _n_rows(config: CacheConfig, tokens: TokenStore, there: StoreSettings | None) -> int:
+    if config.max_tokens is None:
+        return there.n_rows if there else tokens.n_rows
+    if not tokens.ctx_len <= config.max_tokens <= tokens.n_tokens:
+        raise ConfigError(
+            f"max_tokens must be between one row ({tokens.ctx_len:,}) and the store's "
+            f"{tokens.n_tokens:,} tokens, got {config.max_tokens:,}"
+        )
+    return config.max_tokens // tokens.ctx_len
+
+
+def _identity(
+    config: CacheConfig, tokens: TokenStore, there: StoreSettings | None, n_rows: int, device: torch.device
+) -> dict[str, Any]:
+    """What decides the store's content, site by site; what the user left open is as it is there."""
+    shard_tokens = config.shard_tokens or (there.shard_tokens if there else SHARD_TOKENS)
+    rows_per_shard = max(1, min(n_rows, shard_tokens // tokens.ctx_len))
+    model_dtype = str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch.")
+    if config.model_dtype == "auto" and there:
+        model_dtype = str(there.model_dtype)
+    in_8bit = there.load_in_8bit if there and config.load_in_8bit is None else config.load_in_8bit
+    mask = config.mask or (there.mask if there else MaskConfig())
+    return {
+        "format": FORMAT,
+        "kind": "tokens",
+        "tokens_fingerprint": tokens.fingerprint,
+        "n_rows": n_rows,
+        "shard_tokens": rows_per_shard * tokens.ctx_len,
+        "dtype": config.dtype or (there.dtype if there else "bf16"),
+        "model_dtype": model_dtype,
+        "load_in_8bit": in_8bit or None,
+        "model_fingerprint": fingerprint_model(config.model, config.revision),
+        "mask": settings.plain(mask),
+    }
+
+
+def _check_mask(tokens: TokenStore, mask: MaskConfig, n_rows: int) -> None:
+    """Refuse a mask that leaves nothing to train on, before the model is run."""
+    for row in range(0, n_rows, 1024):
+        end = min(row + 1024, n_rows)
+        if tokens.keep(row, end, mask)[~tokens.held_out_R[row:end]].any():
+            return
+    raise ConfigError(
+        "the mask and the held-out rows leave no position of these tokens to train on; lower "
+        "mask.first_positions, or mask fewer ids"
+    )
+
+
+def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites: list[Site]) -> str:
+    """What will be written, as text; what cannot fit on the disk is refused."""
+    n_rows, shard_tokens = identity["n_rows"], identity["shard_tokens"]
+    n_shards = -(-n_rows * ctx_len // shard_tokens)
+    itemsize = DTYPES[identity["dtype"]].itemsize
+    needed = {site.name: n_shards * shard_tokens * site.width * itemsize for site in sites}
+    folder = config.out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    there = sum(durable.folder_bytes(config.out / site.name / "c") for site in sites)
+    missing = sum(needed.values()) - there
+    if missing > free:
+        raise ConfigError(
+            f"{missing / 2**20:,.1f} MiB are needed in {folder}, {free / 2**20:,.1f} MiB are free; "
+            "choose fewer sites or --max-tokens, or another disk"
+        )
+    padded = ", the last one padded" if n_rows * ctx_len % shard_tokens else ""
+    lines = [
+        f"{counted(n_rows, 'row')} of {ctx_len}, {n_rows * ctx_len:,} tokens, stored as {identity['dtype']}, "
+        f"per site in {counted(n_shards, 'shard')} of {shard_tokens:,} tokens{padded}:",
+        *(f"  {s.name:32} D {s.width:6,}  {needed[s.name] / 2**20:12,.1f} MiB" for s in sites),
+        f"  {sum(needed.values()) / 2**20:,.1f} MiB in all, {free / 2**20:,.1f} MiB free",
+    ]
+    return "\n".join(lines)

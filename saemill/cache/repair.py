@@ -1,0 +1,80 @@
+"""Repair: which shards of a site are bad, and what of them is mended without the model."""
+
+import numpy as np
+
+from saemill.cache.folder import put
+from saemill.cache.writer import SiteWriter
+from saemill.common import records
+from saemill.common.log import say
+from saemill.common.stores.shards import as_tensor
+from saemill.common.stores.site_records import Commit, SiteManifest
+
+
+def damaged(writer: SiteWriter) -> list[int]:
+    """Shards still to be written, and those whose file or record is bad.
+
+    An unfinished site is checked by file sizes, a finished one by the hashes of its files.
+    """
+    hashes = writer.manifest_path.exists()
+    return [shard for shard in range(writer.store.n_shards) if not _is_good(writer, shard, hashes)]
+
+
+def mend(writer: SiteWriter, shards: list[int]) -> None:
+    """Look again at shards that were found damaged, and at the manifest; the claim on the store is held.
+
+    A shard whose file the manifest answers for gets its record anew; others are taken out of the store.
+    The manifest goes last, so that a crash in between leaves a site whose hashes are checked again.
+    """
+    hashes = writer.manifest_path.exists()
+    manifest = writer.manifest()
+    is_whole = manifest is not None
+    if hashes and not is_whole:
+        say(f"{writer.manifest_path} was damaged and is written again")
+    for shard in shards:
+        file = writer.commit_path(shard)
+        was_there = file.exists()
+        if _is_good(writer, shard, hashes):
+            continue
+        if manifest and _holds(writer, shard, manifest.shards[shard].xxh3):
+            record = _record_again(writer, shard, manifest.shards[shard].xxh3)
+            say(f"{file} was missing or damaged and is written again")
+            put(file, records.content(record), writer.worker)
+            continue
+        is_whole = False
+        if was_there:  # else another worker may be about to put a good one there
+            file.unlink(missing_ok=True)
+    if manifest and is_whole and not _agrees(writer, manifest):
+        say(f"{writer.manifest_path} tells of other shards than their records and is written again")
+        is_whole = False
+    if not is_whole:
+        writer.manifest_path.unlink(missing_ok=True)
+
+
+def _agrees(writer: SiteWriter, manifest: SiteManifest) -> bool:
+    """Whether a manifest repeats what the shards' records say. Each may be whole by itself, and of
+    another time: one was brought back from a backup."""
+    commits = (writer.commit(shard) for shard in range(writer.store.n_shards))
+    return all(
+        commit is not None and commit.entry() == entry
+        for commit, entry in zip(commits, manifest.shards, strict=True)
+    )
+
+
+def _is_good(writer: SiteWriter, shard: int, hashes: bool) -> bool:
+    """Whether a shard has its record and its file, compared by hash or by size alone."""
+    writer.worker.check_stop()
+    commit = writer.commit(shard)
+    if commit is None:
+        return False
+    return _holds(writer, shard, commit.xxh3 if hashes else None)
+
+
+def _holds(writer: SiteWriter, shard: int, xxh3: str | None) -> bool:
+    """Whether a shard's file is there, whole and, where one is given, with this hash."""
+    return writer.array.problem(shard, xxh3) is None
+
+
+def _record_again(writer: SiteWriter, shard: int, xxh3: str) -> Commit:
+    """The record of a shard whose file is whole, from the file."""
+    rows_TD = as_tensor(np.array(writer.array.shard(shard)), writer.dtype)
+    return writer.record(shard, rows_TD, xxh3)

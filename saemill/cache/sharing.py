@@ -1,0 +1,88 @@
+"""Which shard this process takes next, where any number of them fill in one store."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from saemill.cache.claims.worker import Claim, Worker
+from saemill.cache.writer import SiteWriter
+from saemill.common.stores.activations import ActivationStore
+
+LOOK_SECONDS = 1.0
+"""Least time between two looks at what other workers have committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A shard that this worker is to write."""
+
+    shard: int
+    writers: list[SiteWriter]
+    """Of the sites that lack it."""
+    claim: Claim
+    is_new: bool
+    """Whether its tokens are not counted as progress yet."""
+
+
+class Sharing:
+    """The shards of a store, as this worker sees them.
+
+    Args:
+        store: the store.
+        writers: of the sites asked for.
+        worker: this process.
+        first: the shard that it begins at; others begin elsewhere.
+    """
+
+    def __init__(self, store: ActivationStore, writers: list[SiteWriter], worker: Worker, first: int) -> None:
+        self.store, self.writers, self.worker, self._next = store, writers, worker, first
+        self._counted = self._committed()
+        self._lacking: list[int] = []
+        self._looked = 0.0
+        self._has_claimed, self._n_waits = False, 0
+
+    @property
+    def n_tokens_done(self) -> int:
+        """Tokens that are counted as progress."""
+        return sum(map(self.store.shard_length, self._counted))
+
+    def _committed(self) -> set[int]:
+        """Shards that all sites have."""
+        return set.intersection(*(writer.committed() for writer in self.writers))
+
+    def look(self, advance: Callable[[int], None]) -> list[int]:
+        """Shards that some site lacks; what others have committed is counted as progress."""
+        self._looked = time.monotonic()
+        committed = self._committed()
+        self._lacking = [shard for shard in range(self.store.n_shards) if shard not in committed]
+        for shard in committed - self._counted:
+            advance(self.store.shard_length(shard))
+        self._counted |= committed
+        return self._lacking
+
+    def claimed(self, advance: Callable[[int], None]) -> Iterator[Share]:
+        """Claim one after the other of those that nobody has claimed, beginning where the last round
+        ended."""
+        for shard in sorted(self._lacking, key=lambda shard: (shard < self._next, shard)):
+            self.worker.check_stop()
+            if time.monotonic() - self._looked > LOOK_SECONDS:
+                self.look(advance)
+            if shard not in self._lacking or not (claim := self.worker.take(f"shard-{shard}")):
+                continue
+            needing = [writer for writer in self.writers if not writer.commit_path(shard).exists()]
+            if not needing:  # another worker was quicker, and let go of it
+                claim.release()
+                continue
+            is_new = shard not in self._counted
+            self._counted.add(shard)
+            self._next, self._has_claimed = shard + 1, True
+            yield Share(shard, needing, claim, is_new)
+
+    def wait(self) -> None:
+        """Wait where others hold all that is lacking: not after a round that gave this worker a shard."""
+        if self._has_claimed:
+            self._has_claimed, self._n_waits = False, 0
+            return
+        holders = self.worker.holders([f"shard-{shard}" for shard in self._lacking]) or "others"
+        self.worker.wait(self._n_waits, f"waiting for {holders} to write the last shards")
+        self._n_waits += 1

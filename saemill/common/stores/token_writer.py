@@ -1,0 +1,133 @@
+"""Writing a TokenStore: its tables and its manifest, and the copy of a store's first rows."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from saemill.common import durable, records
+from saemill.common.stores.shards import ShardedArray
+from saemill.common.stores.tokens import (
+    DOCUMENTS,
+    FORMAT,
+    SEGMENTS,
+    TokenizerInfo,
+    TokenManifest,
+    TokenStore,
+)
+
+COPIED = ("document", "n_used_ids", "source", "settings", "versions")
+"""Fields of the manifest that a copy of a store's first rows keeps."""
+
+
+def write_token_store(
+    path: Path,
+    *,
+    tokens: ShardedArray,
+    held_out_R: NDArray[np.bool_],
+    segments: pa.Table,
+    documents: pa.Table,
+    tokenizer: TokenizerInfo,
+    extra: dict[str, Any],
+) -> None:
+    """Write all of a token store but the token shards, which lie in place; the manifest last.
+
+    Args:
+        path: the store's folder.
+        tokens: the array at `path/tokens`, complete.
+        held_out_R: bool [n_rows].
+        segments: columns start, document (both int64), sorted by start.
+        documents: columns source_index, start, n_tokens, held_out, text_hash.
+        tokenizer: what made the ids.
+        extra: further entries of the manifest (what a document is, `n_used_ids`, source, settings, versions).
+
+    Raises:
+        StoreError: a token shard is missing or of the wrong size.
+    """
+    tokens.check_sizes()
+    durable.write_json(path / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {}})
+    held = ShardedArray.create(path / "held_out", (len(held_out_R), 1), len(held_out_R), torch.uint8, {})
+    held.write_shard(0, held_out_R.astype(np.uint8)[:, None])
+    _write_table(path / "segments.parquet", segments, SEGMENTS)
+    _write_table(path / "documents.parquet", documents, DOCUMENTS)
+    files = records.listed(path)
+    content = {"files": [file.model_dump() for file in files], "tokenizer": tokenizer.model_dump()}
+    manifest = TokenManifest(
+        n_rows=tokens.n_rows,
+        ctx_len=tokens.width,
+        n_documents=int(np.count_nonzero(documents["n_tokens"].to_numpy())),
+        n_held_out_rows=int(held_out_R.sum()),
+        tokenizer=tokenizer,
+        files=files,
+        fingerprint=durable.hash_json([FORMAT, content]),
+        **extra,
+    )
+    records.write(path / "manifest.json", manifest)
+
+
+def _write_table(file: Path, table: pa.Table, schema: pa.Schema) -> None:
+    with durable.writing(file):
+        pq.write_table(table.select(schema.names).cast(schema), file, compression="zstd")
+
+
+def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
+    """Copy a store's first `n_rows` rows to a new folder, so that activations carry their tokens.
+
+    The copy's manifest names the original's fingerprint as `parent_fingerprint`. Documents keep
+    their numbers; a document cut by the end loses its later tokens. All that is copied is compared with its
+    hash first.
+
+    Raises:
+        StoreError: the original is damaged.
+    """
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    source = store.ids
+    shape = (n_rows, store.ctx_len)
+    shard_rows = min(n_rows, source.shard_rows)
+    tokens = ShardedArray.create(partial / "tokens", shape, shard_rows, source.torch_dtype, {})
+    for shard in range(tokens.n_shards):
+        tokens.write_shard(shard, source.shard(shard)[: tokens.rows_in(shard)])
+    with durable.writing(partial / "tokenizer"):
+        shutil.copytree(store.tokenizer_folder, partial / "tokenizer")
+    starts, numbers = store.segments
+    end = n_rows * store.ctx_len
+    kept = starts < end
+    segments = pa.table({"start": starts[kept], "document": numbers[kept]})
+    kept_fields = {name: getattr(store.manifest, name) for name in COPIED}
+    write_token_store(
+        partial,
+        tokens=tokens,
+        held_out_R=store.held_out_R[:n_rows],
+        segments=segments,
+        documents=cut_documents(store.documents, segments, end),
+        tokenizer=store.tokenizer,
+        extra=kept_fields | {"parent_fingerprint": store.fingerprint},
+    )
+    partial.replace(path)
+    durable.sync_folder(path.parent)
+    return TokenStore(path)
+
+
+def cut_documents(documents: pa.Table, segments: pa.Table, end: int) -> pa.Table:
+    """The documents up to the last in `segments`, with `start` and `n_tokens` taken from there.
+
+    Args:
+        documents: one line per document, at least as many as `segments` mentions.
+        segments: columns start (address, ascending) and document.
+        end: the address after the last token.
+
+    Returns: the table with `start` -1 and `n_tokens` 0 where no token of a document was kept.
+    """
+    starts, numbers = segments["start"].to_numpy(), segments["document"].to_numpy()
+    n_documents = int(numbers.max()) + 1
+    n_tokens = np.bincount(numbers, np.diff(np.append(starts, end)), n_documents).astype(np.int64)
+    first = np.full(n_documents, -1, np.int64)
+    first[numbers[::-1]] = starts[::-1]
+    columns = {name: documents[name][:n_documents] for name in documents.column_names}
+    return pa.table(columns | {"start": first, "n_tokens": n_tokens})
