@@ -17,8 +17,9 @@ from torch import Tensor
 
 from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Worker
+from saemill.cache.folder import write_group
 from saemill.cache.plan import SHARD_TOKENS
-from saemill.cache.writer import SiteWriter, write_group
+from saemill.cache.writer import SiteWriter
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.site_records import Site, StoreSettings
