@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -118,7 +119,8 @@ def test_a_run_is_followed_by_hand_while_it_trains(
 def test_an_unfinished_run_is_sent_as_far_as_it_is(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the lines that are there; then, the training resumed, those that follow, in the same run."""
+    """Oracle: the lines that are there, once; a signal's exit code; then, training resumed, the lines that
+    follow, in the same wandb run."""
     out = tmp_path / "r"
     one_step = Trainer._one_step
 
@@ -134,13 +136,18 @@ def test_an_unfinished_run_is_sent_as_far_as_it_is(
     first = start(str(out))
     said = first.communicate(timeout=LIMIT_SECONDS)[0]
     assert (first.returncode, said.endswith("--follow goes on until it has\n")) == (0, True), said
+    following = start(str(out), "--follow")
+    wait_until(lambda: len(list(out.glob("wandb/offline-run-*"))) == 2 or following.poll() is not None)
+    following.send_signal(signal.SIGTERM)
+    said = following.communicate(timeout=LIMIT_SECONDS)[0]
+    assert (following.returncode, "the same command continues" in said) == (75, True), said
     run(config(store, out, **ONE))
     second = start(str(out))
     assert second.wait(LIMIT_SECONDS) == 0, second.communicate()[0]
     ((_, parts),) = written(out).items()
-    assert [[row["step"] for row in part.history] for part in parts] == [[5, 10], [15, 20, 24]]
+    assert [[row["step"] for row in part.history] for part in parts] == [[5, 10], [], [15, 20, 24]]
     assert len({part.run.run_id for part in parts}) == 1
-    assert [part.summary["state"] for part in parts] == ["interrupted", "trained"]
+    assert [part.summary["state"] for part in parts] == ["interrupted", "interrupted", "trained"]
 
 
 @pytest.mark.usefixtures("unlogged")
