@@ -18,8 +18,12 @@ from texts import random_texts
 
 from saemill.demo import MODEL
 
-LONGEST = ("spread", "kernels", "assess_processes", "claims", "slurm", "train", "cache", "halving", "formats",
-           "wandb", "tutorial", "run", "assess", "tokenize", "compiled")  # fmt: skip
+LONGEST = (
+    "demo", "spread", "graph", "fused", "kernels_compile", "slurm", "push", "push_refused", "others",
+    "kernels", "tutorial", "rows_of_ids", "assess_processes", "workers", "run_folder", "matrix", "run",
+    "train", "sources", "cache_damaged", "wandb", "settings",
+)  # fmt: skip
+"""Names of files, that of the longest first, as a run of all on two cores took."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
