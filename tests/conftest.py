@@ -19,9 +19,11 @@ from texts import random_texts
 from saemill.demo import MODEL
 
 LONGEST = (
-    *("demo", "placement", "contract", "kernels_compile", "others", "slurm", "tutorial", "kernels"),
-    *("claims", "rows_of_ids", "assess_processes", "run_folder", "matrix", "push", "run", "cache"),
-)
+    "demo", "placement", "contract", "kernels_compile", "slurm", "push", "push_refused", "others",
+    "kernels", "tutorial", "rows_of_ids", "assess_processes", "workers", "run_folder", "matrix", "run",
+    "train", "sources", "cache_damaged", "wandb", "settings",
+)  # fmt: skip
+"""Names of files, that of the longest first, as a run of all on two cores took."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
