@@ -58,15 +58,15 @@ def test_adam_with_short_moments_stays_near_adam(
     start = torch.randn(64, 50)
     exact, short = torch.nn.Parameter(start.clone()), start.clone()
     oracle = torch.optim.Adam([exact], lr=1e-3, eps=1e-10, betas=betas)
-    mine = Adam([short], state, betas)
+    mine = Adam({"w": short}, state, betas)
     scales = torch.logspace(-6, 0, 50)
     for _ in range(60):
         grad = (torch.randn(64, 50) + 0.5) * scales
         exact.grad = grad.clone()
         oracle.step()
         mine.begin_step()
-        mine.update(0, slice(0, 40), grad[:40], 1e-3)
-        mine.update(0, slice(40, 64), grad[40:], 1e-3)
+        mine.update("w", slice(0, 40), grad[:40], 1e-3)
+        mine.update("w", slice(40, 64), grad[40:], 1e-3)
     moved = (exact.detach() - start).norm()
     assert float((short - exact.detach()).norm() / moved) < tolerance
 
@@ -74,6 +74,6 @@ def test_adam_with_short_moments_stays_near_adam(
 @pytest.mark.parametrize(("state", "bytes_per_weight"), [("fp32", 8), ("bf16", 4), ("8bit", 2)])
 def test_moments_take_the_bytes_they_are_said_to(state: str, bytes_per_weight: int) -> None:
     """Oracle: the tensors' own sizes, without the 8 bytes of scales per row and 256 columns."""
-    adam = Adam([torch.zeros(100, 1000)], state)
-    n_bytes = sum(tensor.nbytes for kept in adam.first + adam.second for tensor in kept.tensors())
+    adam = Adam({"w": torch.zeros(100, 1000)}, state)
+    n_bytes = sum(tensor.nbytes for tensor in adam.tensors()["w"])
     assert 0 <= n_bytes - bytes_per_weight * 100_000 <= 4 * 800

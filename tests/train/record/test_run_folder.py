@@ -126,8 +126,8 @@ def limited(call, at, limit):
 
 for owner, name, at, limit, told in [
     (records, "write", 1, 100, "identity.json"),
-    (checkpoint, "_save_variant", 1, 4096, "0-48.pt"),
-    (checkpoint, "_save_variant", 4, 4096, "0-48.pt"),
+    (checkpoint, "_save_learner", 1, 4096, "0-48.pt"),
+    (checkpoint, "_save_learner", 4, 4096, "0-48.pt"),
     (JsonlSink, "log", 2, 700, "metrics.jsonl"),
     (sparsify, "write", 2, 4096, "sae.safetensors"),
     (records, "write", 4, 100, "finished.json"),
