@@ -1,1 +1,9 @@
-"""Runs and stores as repositories on the Hugging Face hub."""
+"""Runs and stores as repositories on the Hugging Face hub.
+
+push.py         a run or a store → a repository
+contents.py     which files, and which of them without paths
+card.py         the page of a run
+store_card.py   the page of a store
+names.py        paths of this machine → names
+pull.py         a repository → a folder, checked
+"""
