@@ -113,7 +113,7 @@ def work(args: argparse.Namespace, way: Way) -> None:
             stored_TD = loader.batch(i)[args.site]
             waits.append(time.perf_counter() - start)
             bank.step(stored_TD, 1.0, i)
-            everyone.meet()
+            everyone.barrier()
             steps.append(time.perf_counter() - start)
             n_bytes = traffic.n_bytes - before
         found = {

@@ -148,7 +148,7 @@ def top_addresses(
                 for i in here[np.argsort(-acts[here], kind="stable")][: 4 * n_contexts]:
                     _merge(best[int(latent)], {int(documents[i]): (float(acts[i]), int(addresses[i]))})
                 _cut(best[int(latent)], n_contexts)
-    for theirs in everyone.share(best):
+    for theirs in everyone.all_gather_objects(best):
         for latent, strongest in theirs.items():
             _merge(best[latent], strongest)
     return {latent: sorted(top.values(), reverse=True)[:n_contexts] for latent, top in best.items()}

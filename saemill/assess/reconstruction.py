@@ -116,16 +116,16 @@ class Reconstruction:
     def _merge(self) -> None:
         everyone = self.evalset.everyone
         if self.known is None:
-            self.n_tokens = sum(everyone.share(self.n_tokens))
+            self.n_tokens = sum(everyone.all_gather_objects(self.n_tokens))
             for site, spread in self.spread.items():
                 self._add_spread(site, spread)
         self.sums.merge(everyone)
         if self.known is not None:
             self.sums = self.known.sums.only(self._own_columns()).beside(self.sums)
         for firing in self.firing.values():
-            everyone.sum_(firing.count_F)
-            everyone.sum_(firing.sum_F)
-            firing.max_F = torch.stack(everyone.share(firing.max_F)).amax(0)
+            everyone.all_reduce(firing.count_F)
+            everyone.all_reduce(firing.sum_F)
+            firing.max_F = torch.stack(everyone.all_gather_objects(firing.max_F)).amax(0)
 
     def _add_spread(self, site: str, spread: Spread) -> None:
         """How this process's rows of a site lie around the mean of all processes' rows."""

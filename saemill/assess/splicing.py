@@ -108,11 +108,11 @@ class Splicing:
                 self._rows(rows)
         everyone = self.evalset.everyone
         self.sums.merge(everyone)
-        self.n_tokens = sum(everyone.share(self.n_tokens))
+        self.n_tokens = sum(everyone.all_gather_objects(self.n_tokens))
         if self.known is not None:
             self.sums = self.known.sums.only(self._own_columns()).beside(self.sums)
             return self
-        of_all = everyone.share(self.identity)
+        of_all = everyone.all_gather_objects(self.identity)
         self.identity = {site: nats for theirs in reversed(of_all) for site, nats in theirs.items()}
         return self
 

@@ -101,9 +101,9 @@ class Spread:
 
     def merge(self, everyone: Group) -> None:
         """Let every process know the extremes and the zero vectors of all; the rows stay where they are."""
-        self.largest = max(everyone.share(self.largest))
-        self.n_zero = sum(everyone.share(self.n_zero))
-        for ends in everyone.share(self._ends):
+        self.largest = max(everyone.all_gather_objects(self.largest))
+        self.n_zero = sum(everyone.all_gather_objects(self.n_zero))
+        for ends in everyone.all_gather_objects(self._ends):
             for far, (low_D, high_D) in ends.items():
                 self._stretch(far, low_D, high_D)
 
@@ -124,7 +124,7 @@ class Spread:
             if far in around:
                 total_D[:-1] += rows.n * torch.from_numpy(rows.mean_D)
                 total_D[-1] += rows.n
-        total_D = everyone.sum_(total_D)
+        total_D = everyone.all_reduce(total_D)
         mean_D = (total_D[:-1] / total_D[-1].clamp(min=1)).numpy()
         chosen = [(document, rows) for (document, far), rows in self._rows.items() if far in counted]
         sums = [rows.squares + rows.n * float(np.square(rows.mean_D - mean_D).sum()) for _, rows in chosen]

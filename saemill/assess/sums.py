@@ -56,7 +56,7 @@ class DocumentSums:
 
     def merge(self, everyone: Group) -> None:
         """Add up the sums of all processes; a document that one of them has alone keeps its bits."""
-        of_all, self.rows = everyone.share(self.rows), {}
+        of_all, self.rows = everyone.all_gather_objects(self.rows), {}
         for rows in of_all:
             for document, row in rows.items():
                 known = self.rows.get(document)

@@ -58,25 +58,25 @@ class Group:
         self.timeout = timeout
         self.board: Any = None
         """torch's store, where processes leave word for one another; only the group of all has it."""
-        self._parts: list[Group] = []
+        self._split: list[Group] = []
         self._n_waits = 0
 
-    def sum_(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """Replace x by its sum over the group; every process gets the same bits."""
         if self.size > 1:
             dist.all_reduce(x, group=self.handle)
         return x
 
-    def part(self, n: int) -> slice:
-        """This process's share of n things: consecutive ones, as many as any other's or one less."""
-        return self.parts(n)[self.rank]
+    def slice_of(self, n: int) -> slice:
+        """Compute this process's share of n things: consecutive ones, as many as any other's or one less."""
+        return self.slices(n)[self.rank]
 
-    def parts(self, n: int) -> list[slice]:
-        """Every process's share of n things."""
+    def slices(self, n: int) -> list[slice]:
+        """Compute every process's share of n things."""
         return [slice(n * i // self.size, n * (i + 1) // self.size) for i in range(self.size)]
 
-    def gather(self, x: Tensor, n: int) -> Tensor:
-        """The n rows of which every process has its part, put together in the group's order."""
+    def all_gather(self, x: Tensor, n: int) -> Tensor:
+        """Put together, in the group's order, n rows of which every process has its share."""
         if self.size == 1:
             return x
         padded, most = self._padded(x, n)
@@ -84,8 +84,8 @@ class Group:
         gather_rows(found, padded, group=self.handle)
         return self._joined(found, n, most)
 
-    def collect(self, x: Tensor, n: int) -> Tensor | None:
-        """As `gather`, to the group's first process alone."""
+    def gather(self, x: Tensor, n: int) -> Tensor | None:
+        """As `all_gather`, to the group's first process alone."""
         if self.size == 1:
             return x
         padded, most = self._padded(x, n)
@@ -106,11 +106,11 @@ class Group:
     def _joined(self, found: Tensor, n: int, most: int) -> Tensor:
         if n == self.size * most:
             return found
-        pieces = [found[i * most :][: part.stop - part.start] for i, part in enumerate(self.parts(n))]
+        pieces = [found[i * most :][: part.stop - part.start] for i, part in enumerate(self.slices(n))]
         return torch.cat(pieces)
 
-    def share(self, value: Any) -> list[Any]:
-        """Every process's value, any that can be pickled, in the group's order."""
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """Exchange a value that can be pickled: every process's, in the group's order."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -126,7 +126,7 @@ class Group:
                 outcome = function(), None
             except SaemillError as error:
                 outcome = None, error
-        value, failed = self.share(outcome)[0]
+        value, failed = self.all_gather_objects(outcome)[0]
         if failed is not None:
             raise failed
         return cast(T, value)
@@ -158,11 +158,11 @@ class Group:
         return kept[0] if kept else None
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true for some process."""
-        return bool(self.sum_(torch.tensor(int(flag))))
+        """Tell whether it is true for some process."""
+        return bool(self.all_reduce(torch.tensor(int(flag))))
 
-    def meet(self) -> None:
-        """Return when every process has come here."""
+    def barrier(self) -> None:
+        """Wait until every process has come here."""
         self.any(False)
 
     def split(self, lists: list[list[int]]) -> "Group":
@@ -175,12 +175,12 @@ class Group:
                 mine = Group(ranks, ranks.index(self.ranks[self.rank]), handle, self.timeout)
         if mine is None:
             raise ValueError(f"rank {self.ranks[self.rank]} is in none of {lists}")
-        self._parts.append(mine)
+        self._split.append(mine)
         return mine
 
     def forget(self) -> None:
         """Let go of torch's groups; one that outlives `destroy_process_group` aborts the process."""
-        for part in [self, *self._parts]:
+        for part in [self, *self._split]:
             part.handle = part.board = None
 
 
@@ -219,7 +219,7 @@ class World:
                 int(environment["SLURM_STEP_NUM_TASKS"]),
                 int(environment["SLURM_LOCALID"]),
                 _tasks_here(environment),
-                _slurm_meeting(environment),
+                _slurm_rendezvous(environment),
             )
         return cls()
 
@@ -270,7 +270,7 @@ class World:
             return
         # Imported later, by transformers, its functions' defaults would keep the group alive to the end.
         importlib.import_module("torch.distributed.nn.functional")
-        everyone.board = _meet(self, timeout)
+        everyone.board = _rendezvous(self, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=everyone.board,
@@ -281,13 +281,13 @@ class World:
         )
         try:
             yield everyone
-            everyone.meet()
+            everyone.barrier()
         finally:
             everyone.forget()
             dist.destroy_process_group()
 
 
-def _meet(world: World, timeout: timedelta) -> Any:
+def _rendezvous(world: World, timeout: timedelta) -> Any:
     """A store for this start of the processes alone.
 
     torchrun keeps its store over restarts, and in it the addresses of processes that are gone, which
@@ -330,7 +330,7 @@ def _tasks_here(environment: Mapping[str, str]) -> int:
     return per_node[int(environment["SLURM_NODEID"])]
 
 
-def _slurm_meeting(environment: Mapping[str, str]) -> dict[str, str]:
+def _slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     """The first node, and a port that follows from the job and step, unless the user names them."""
     number = int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])
     port = environment.get("MASTER_PORT", str(20000 + number % 20000))

@@ -301,7 +301,7 @@ class Pair:
         """Delete stores that shall not stay; the pair is done."""
         if kinds and world.size > 1:  # all have read what they need
             with world.connected(torch.device("cpu")) as everyone:
-                everyone.meet()
+                everyone.barrier()
         for kind in kinds if world.rank == 0 else ():
             folder = self.chain.folder / "stores" / self.name / kind
             if folder.exists():

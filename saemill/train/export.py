@@ -42,7 +42,9 @@ def export(
         if (step := int(learner.diverged_step)) >= 0
     }
     peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    shared = everyone.share((diverged, mine, peak_rss_bytes))  # every SAE is on disk when this returns
+    shared = everyone.all_gather_objects(
+        (diverged, mine, peak_rss_bytes)
+    )  # every SAE is on disk when this returns
     steps = {name: step for part, _, _ in shared for name, step in part.items()}
     cfgs = halving.cfgs | {name: cfg for _, part, _ in shared for name, cfg in part.items()}
     names = [variant.name for variant in variants]

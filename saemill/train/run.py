@@ -132,10 +132,10 @@ def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, end: int) ->
     """Look at step `end`: write the SAEs of the worse halves as they are, and go on without them."""
     losers = halving.choose(trainer.scores(halving.metric))
     mine = save_saes(config.out, trainer, trainer.loader.store, set(losers))
-    written = trainer.everyone.share(mine)  # all are on disk before the record says so
+    written = trainer.everyone.all_gather_objects(mine)  # all are on disk before the record says so
     cfgs = {name: cfg for part in written for name, cfg in part.items()}
     trainer.everyone.first(lambda: halving.stop(end, losers, cfgs))
-    halving.past = trainer.everyone.share(halving.past)[0]
+    halving.past = trainer.everyone.all_gather_objects(halving.past)[0]
     trainer.banks.clear()  # their memory is free before the next are made
 
 

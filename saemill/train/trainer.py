@@ -115,7 +115,9 @@ class Trainer:
     def scores(self, metric: str) -> dict[str, float | None]:
         """A metric of every variant of the run over the last steps, on all processes."""
         mine = {learner.variant.name: learner.score(metric) for learner in self.learners}
-        return {name: score for each in self.everyone.share(mine) for name, score in each.items()}
+        return {
+            name: score for each in self.everyone.all_gather_objects(mine) for name, score in each.items()
+        }
 
     def _after_step(self, stopped: bool, end: int) -> None:
         """Log, save and stop, where it is time for it."""
@@ -152,7 +154,7 @@ class Trainer:
             for learner in bank.freeze_diverged()
         ]
         mine = self._metrics()
-        shared = self.everyone.share((mine, diverged) if self.team.is_first else ({}, []))
+        shared = self.everyone.all_gather_objects((mine, diverged) if self.team.is_first else ({}, []))
         for message in itertools.chain(*(messages for _, messages in shared)):
             say(message)
         every = {name: metrics for each, _ in shared for name, metrics in each.items()}

@@ -394,7 +394,7 @@ def test_the_world_under_srun(slurm: None, tmp_path: Path) -> None:
         "from saemill.common.world import World\n"
         "world = World.here()\n"
         "with world.connected(torch.device('cpu')) as everyone:\n"
-        "    total = everyone.sum_(torch.tensor(world.rank + 1))\n"
+        "    total = everyone.all_reduce(torch.tensor(world.rank + 1))\n"
         "    print(world.rank, world.size, world.local_rank, world.local_size, int(total))\n"
     )
     command = f"{sys.executable} {program}"

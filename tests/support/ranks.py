@@ -84,9 +84,9 @@ def check_alike(everyone: Group, found: dict[str, dict[str, Any]]) -> None:
     """Every process has the same offset, counts and totals, bit by bit."""
     for name, result in found.items():
         for key in ("totals", "dead", "n_dead", "diverged"):
-            values = everyone.share(result[key])
+            values = everyone.all_gather_objects(result[key])
             assert all(str(value) == str(values[0]) for value in values), (name, key, values)
-        for b_D in everyone.share(result["b"]):
+        for b_D in everyone.all_gather_objects(result["b"]):
             assert torch.equal(b_D, result["b"]) or b_D.isnan().any(), name
 
 

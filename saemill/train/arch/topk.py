@@ -45,7 +45,7 @@ class TopK:
             sample_TD: training activations in training units.
             team: the processes that share the SAE.
         """
-        rows_FD = initial.unit_rows(n_latents, len(p.b_D), seed)[team.latents.part(n_latents)]
+        rows_FD = initial.unit_rows(n_latents, len(p.b_D), seed)[team.latents.slice_of(n_latents)]
         p.w_dec_FD.copy_(rows_FD)
         p.w_enc_FD.copy_(p.w_dec_FD)
         p.w_enc_FD.mul_(initial.best_gain(sample_TD, p, self.k, team))

@@ -62,14 +62,14 @@ def auxk(
         pre_tS = torch.addmm(bias_S, product_TD[chunk], w_enc_SD.T)
         acts_tS = _activations(backend, pre_tS, k, dead.n_in_team)
         once_tD = e_TD[chunk].to(dtype) if team.latents.rank == 0 else torch.zeros_like(product_TD[chunk])
-        difference_tD = team.latents.sum_(torch.addmm(once_tD, acts_tS, rounded_SD))
+        difference_tD = team.latents.all_reduce(torch.addmm(once_tD, acts_tS, rounded_SD))
         squares += torch.linalg.vector_norm(difference_tD, dim=1, dtype=torch.float32).square().sum()
         grad_dec_SD += acts_tS.T @ difference_tD
         dpre_tS = difference_tD @ rounded_SD.T
         grad_bias_S += backend.keep_active(dpre_tS, acts_tS)
         grad_enc_SD += dpre_tS.T @ product_TD[chunk]
     for over_tokens in (grad_enc_SD, grad_dec_SD, grad_bias_S, squares):
-        team.tokens.sum_(over_tokens)
+        team.tokens.all_reduce(over_tokens)
     grad_enc_SD.addr_(grad_bias_S, weights.parameters.b_D, alpha=-1)
     along_S1 = (grad_dec_SD * w_dec_SD).sum(1, keepdim=True)
     grad_dec_SD.addcmul_(along_S1, w_dec_SD, value=-1)

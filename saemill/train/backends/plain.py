@@ -64,7 +64,7 @@ class Plain:
         rates: Rates,
     ) -> Sums:
         """Differentiate the loss and take an optimizer step, as `Backend.step`."""
-        own = batch.tokens(self.team.tokens.part(len(batch.x_TD)))
+        own = batch.tokens(self.team.tokens.slice_of(len(batch.x_TD)))
         leaves = Parameters(*(weight.detach().requires_grad_() for weight in weights.parameters))
         sums, tokens = _zero_sums(leaves), self.team.tokens
         for chunk in chunks(len(own.x_TD), len(leaves.b_enc_F) * 4, _chunk_bytes(own.x_TD.device)):
@@ -75,8 +75,8 @@ class Plain:
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         with region("exchange"):
             for over_tokens in (*gradients, sums.sse, sums.aux_loss, sums.n_active):
-                tokens.sum_(over_tokens)
-            fired_F = tokens.sum_(sums.fired_F.int()) > 0
+                tokens.all_reduce(over_tokens)
+            fired_F = tokens.all_reduce(sums.fired_F.int()) > 0
         if healthy & torch.isfinite(sums.sse):
             with region("optimizer"):
                 _update(weights.parameters, Parameters(*gradients), optimizer, rates)

@@ -101,7 +101,7 @@ class Sparse(ABC):
     ) -> Sums:
         """Go forward over this process's own tokens, backward over the whole batch, as `Backend.step`."""
         n_tokens = len(batch.x_TD)
-        own = batch.tokens(self.team.tokens.part(n_tokens))
+        own = batch.tokens(self.team.tokens.slice_of(n_tokens))
         forward = self.forward(own, weights, architecture.rule.k)
         dead_rows, aux_loss = None, torch.zeros((), device=batch.x_TD.device)
         if (aux := architecture.auxiliary) is not None and dead.n_in_team > 0:
@@ -159,7 +159,7 @@ def own_codes(codes: Codes, team: Team) -> tuple[Codes, Tensor]:
 def residual_of_team(codes: Codes, batch: Batch, weights: Weights, team: Team) -> tuple[Tensor, Tensor]:
     """Compute e and ⟨e_t, W_dec[idx_tk]⟩, float32, where latents are split: x̂ is one sum over the team."""
     w_dec_FD, b_D = weights.parameters.w_dec_FD, weights.parameters.b_D
-    e_TD = team.latents.sum_(decode(codes, w_dec_FD)).add_(b_D).sub_(batch.x_TD)
+    e_TD = team.latents.all_reduce(decode(codes, w_dec_FD)).add_(b_D).sub_(batch.x_TD)
     return e_TD, row_dots(e_TD, codes.idx_TK, w_dec_FD)
 
 
@@ -185,7 +185,7 @@ def gather(forward: Forward, n_tokens: int, team: Team) -> Forward:
     (val_TK, idx_TK), e_TD, dot_TK, sse, n_active, bias_F = forward
     with region("exchange"):
         val_TK, idx_TK, e_TD, dot_TK = (
-            team.tokens.gather(share_T, n_tokens) for share_T in (val_TK, idx_TK, e_TD, dot_TK)
+            team.tokens.all_gather(share_T, n_tokens) for share_T in (val_TK, idx_TK, e_TD, dot_TK)
         )
-        sse, n_active = team.tokens.sum_(sse), team.tokens.sum_(n_active)
+        sse, n_active = team.tokens.all_reduce(sse), team.tokens.all_reduce(n_active)
     return Forward(Codes(val_TK, idx_TK), e_TD, dot_TK, sse, n_active, bias_F)

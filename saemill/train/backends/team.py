@@ -43,7 +43,7 @@ class Team(NamedTuple):
         """
         n_tokens, k = val_TK.shape
         n = self.latents.size
-        every = self.latents.gather(val_TK, n * n_tokens).view(n, n_tokens, k)
+        every = self.latents.all_gather(val_TK, n * n_tokens).view(n, n_tokens, k)
         best_TK, places_TK = topk(every.transpose(0, 1).reshape(n_tokens, n * k), k)
         chosen = torch.zeros(n_tokens, n * k, dtype=torch.bool, device=val_TK.device)
         chosen.scatter_(1, places_TK, value=True)

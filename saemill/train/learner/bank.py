@@ -47,7 +47,7 @@ class Bank:
     def count_dead(self) -> None:
         """List each learner's dead latents, and how many the team has, in one exchange for all."""
         lists = [learner.dead_F.nonzero()[:, 0] for learner in self.learners]
-        n_dead = self.backend.team.latents.sum_(torch.tensor([len(dead_S) for dead_S in lists]))
+        n_dead = self.backend.team.latents.all_reduce(torch.tensor([len(dead_S) for dead_S in lists]))
         for learner, dead_S, n in zip(self.learners, lists, n_dead.tolist(), strict=True):
             learner.dead = Dead(dead_S, n)
 

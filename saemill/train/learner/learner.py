@@ -46,7 +46,7 @@ class Learner:
         self.dead_after_tokens = dead_after_tokens
         d, device = len(scaling.centre_D), scaling.centre_D.device
         self.per_square = per_square(variant.loss, d, scaling.scale)
-        self.rows = backend.team.latents.part(variant.num_latents)
+        self.rows = backend.team.latents.slice_of(variant.num_latents)
         n_rows = self.rows.stop - self.rows.start
         self.weights = backend.weights(n_rows, d, device)
         self.parameters = self.weights.parameters
@@ -101,7 +101,7 @@ class Learner:
     def dead_fraction(self) -> float:
         """Compute the share of latents that are dead by the trainer's counter."""
         n_dead = (self.idle_tokens_F > self.dead_after_tokens).sum()
-        return int(self.backend.team.latents.sum_(n_dead)) / self.variant.num_latents
+        return int(self.backend.team.latents.all_reduce(n_dead)) / self.variant.num_latents
 
     def score(self, metric: str) -> float | None:
         """Compute a metric over the window of the last steps; None where it diverged."""
@@ -121,7 +121,7 @@ class Learner:
         if team.latents.size > 1:
             w_enc, b_enc, w_dec, b = w_enc.cpu(), b_enc.cpu(), w_dec.cpu(), b.cpu()
         w_enc_FD, b_enc_F, w_dec_FD = (
-            team.latents.collect(rows, variant.num_latents) for rows in (w_enc, b_enc / scaling.scale, w_dec)
+            team.latents.gather(rows, variant.num_latents) for rows in (w_enc, b_enc / scaling.scale, w_dec)
         )
         if w_enc_FD is None or b_enc_F is None or w_dec_FD is None:
             return None

@@ -91,7 +91,7 @@ def save(
     there = folder / f"{CHECKPOINTS}{step}"
     mine = [_save_learner(there, learner) for learner in learners if learner.backend.team.tokens.rank == 0]
     parts = [
-        part for of_process in everyone.share(mine) for part in of_process
+        part for of_process in everyone.all_gather_objects(mine) for part in of_process
     ]  # the record follows the last file
     if log is not None:
         record = Checkpoint(run=run, step=step, seconds=seconds, parts=tuple(parts), metrics=log.synced())

@@ -50,7 +50,7 @@ def test_every_variant_is_dealt_once_and_evenly(latents: list[int], n_teams: int
 @given(st.integers(0, 100), st.integers(1, 9))
 def test_parts_cover_everything_once(n: int, size: int) -> None:
     """Oracle: the numbers 0 to n − 1 in order, and sizes that differ by one at most."""
-    parts = Group(list(range(size)), 0).parts(n)
+    parts = Group(list(range(size)), 0).slices(n)
     assert [i for part in parts for i in range(n)[part]] == list(range(n))
     sizes = [part.stop - part.start for part in parts]
     assert max(sizes) - min(sizes) <= 1

@@ -108,7 +108,7 @@ class Cpu(Sparse):
         if weights.quantised_FD is None:
             return sse
         n_infinite = (~torch.isfinite(weights.quantised_FD.norm_N + bias_F)).sum()
-        return sse.where(self.team.latents.sum_(n_infinite) == 0, torch.nan)
+        return sse.where(self.team.latents.all_reduce(n_infinite) == 0, torch.nan)
 
     def _scratch_for(self, n_latents: int) -> Tensor:
         """Keep memory for each thread's scores or pre-activations, uint8 [threads, bytes].

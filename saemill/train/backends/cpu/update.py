@@ -70,7 +70,7 @@ def _update(
         db_enc_F = db_enc_F.index_add(0, dead.dead_S, dead.b_enc_S)
     per_shard = rates.grad_scale / team.latents.size
     db_D = e_TD.sum(0, dtype=torch.float32).mul_(per_shard).sub_(db_enc_F @ w_enc_FD)
-    team.latents.sum_(db_D)
+    team.latents.all_reduce(db_D)
     optimizer.update("b_enc", slice(None), db_enc_F, rates.lr)
 
     def step(piece: tuple[slice, slice], _thread: int) -> None:

@@ -122,7 +122,7 @@ class Gpu(Sparse):
             sums = latent_sums(val_TK, dot_TK, pairs, hyper, aux)
         with region("optimizer"):
             db_D = decoder_bias_gradient(e_TD, sums.db_enc_F, w_enc_FD, hyper, self.team.latents.size)
-            self.team.latents.sum_(db_D)
+            self.team.latents.all_reduce(db_D)
             copied = self.dtype != torch.float32
             copies = (weights.product_FD, weights.gathered_FD) if copied else (None, None)
             seed = None
