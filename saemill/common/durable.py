@@ -76,10 +76,24 @@ def writing(path: Path, n_bytes: int | None = None) -> Iterator[None]:
             raise DiskError(told) from error
         raise
     except Exception as error:
-        # Libraries that write by themselves (safetensors, torch) have errors of their own for a full disk.
-        if not any(sign in str(error) for sign in FULL):
+        # Libraries that write (safetensors, torch) have errors of their own for a full disk, or hide the
+        # system's behind them.
+        if not any(_tells_of_full_disk(each) for each in _chain(error)):
             raise
         raise DiskError(_full(path, n_bytes)) from error
+
+
+def _tells_of_full_disk(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    return any(sign in str(error) for sign in FULL)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Go through an error and those behind it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def explained(error: OSError, path: Path | None = None, n_bytes: int | None = None) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,3 +145,15 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
         raise OSError(errno.EBUSY, "nothing of the kind")
     assert not isinstance(caught.value, DiskError)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_though_torch_hides_it() -> None:
+    """Oracle: /dev/full, on which there is never room; torch raises an error of its own in its place."""
+    state, full = {"a": torch.zeros(300_000), "b": torch.zeros(700_000)}, Path("/dev/full")
+    told = r"no room on the disk for x\.pt \(4,000,000 bytes\)"
+    with (
+        pytest.raises(DiskError, match=told),
+        durable.writing(Path("x.pt"), 4_000_000),
+        full.open("wb") as file,
+    ):
+        torch.save(state, file)
