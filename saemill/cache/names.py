@@ -15,11 +15,11 @@ from saemill.common.models.model import LanguageModel
 from saemill.common.models.sites import first_output
 
 N_TOKENS = 16
-"""Tokens of the first row that are looked at: what holds bit by bit there holds everywhere."""
+"""Tokens of the first row that are compared: what holds bit by bit there holds everywhere."""
 
 
 def warnings(model: LanguageModel, sites: list[str], ids_RS: Tensor) -> list[str]:
-    """What is to be said of some sites, from a pass over a few tokens.
+    """Compute warnings about some sites, from a pass over a few tokens.
 
     Only what holds bit by bit is told: a site whose output is another's, and one whose output is the sum of
     what went into it and what a module inside it gave. Of blocks, which are such sums by their nature, that
@@ -47,7 +47,7 @@ def warnings(model: LanguageModel, sites: list[str], ids_RS: Tensor) -> list[str
 
 
 def _added_part(x_RSD: Tensor, inputs: list[Tensor], parts: dict[str, Tensor]) -> str | None:
-    """The module inside a site whose output, added to one of the site's inputs, is the site's output."""
+    """Find the module inside a site whose output, added to one of the site's inputs, is the site's output."""
     for name, part in parts.items():
         for given in inputs:
             if given.shape == part.shape == x_RSD.shape and torch.equal(given + part, x_RSD):
@@ -59,8 +59,8 @@ def _added_part(x_RSD: Tensor, inputs: list[Tensor], parts: dict[str, Tensor]) -
 def _recording(
     model: LanguageModel, sites: list[str]
 ) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, dict[str, Tensor]]]]:
-    """While the block runs, what goes into each site is kept, and what each module with weights inside it
-    gives."""
+    """Record, while the block runs, the inputs of each site and the outputs of the modules with weights
+    inside it."""
     inputs: dict[str, list[Tensor]] = {site: [] for site in sites}
     inside: dict[str, dict[str, Tensor]] = {site: {} for site in sites}
 

@@ -23,32 +23,32 @@ from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World
 
 SHARD_TOKENS = 65536
-"""Tokens per shard file of a new store, unless told otherwise."""
+"""Tokens per shard file of a new store, by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to be in the store."""
+    """The planned content of the store, and where it is computed."""
 
     config: CacheConfig
     tokens: TokenStore
     sites: list[Site]
-    """In the model's order."""
+    """Sites in the model's order."""
     identity: dict[str, Any]
-    """What decides the store's content, site by site."""
+    """Settings that decide the store's content, site by site."""
     device: torch.device
-    """Where the model runs."""
+    """Device that the model runs on."""
     summary: str
-    """Rows, shards and bytes, as the user is told them."""
+    """Rows, shards and bytes, as the user reads them."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """How activations are stored."""
+        """Stored type of the activations."""
         return DTYPES[self.identity["dtype"]]
 
 
 def make_plan(config: CacheConfig, world: World) -> Plan:
-    """Find out what is to be done; settings left open are those of the store that is added to.
+    """Work out what is to be cached; settings left open are those of the store that is added to.
 
     Raises:
         ConfigError: settings that do not fit the model or the tokens, a store made with others, or
@@ -72,7 +72,7 @@ def make_plan(config: CacheConfig, world: World) -> Plan:
 
 
 def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
-    """The sites that settings name in a model, in its order.
+    """List the sites that settings name in a model, in its order.
 
     Args:
         config: of the stage.
@@ -89,7 +89,8 @@ def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
 
 
 def content_of(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
-    """What decides the content of a new store made with these settings, but for its sites."""
+    """Collect the settings that decide the content of a new store made with this config, but for its
+    sites."""
     n_rows = _n_rows(config, tokens, None)
     return _identity(config, tokens, None, n_rows, World.here().device(config.device))
 
@@ -108,7 +109,8 @@ def _n_rows(config: CacheConfig, tokens: TokenStore, there: StoreSettings | None
 def _identity(
     config: CacheConfig, tokens: TokenStore, there: StoreSettings | None, n_rows: int, device: torch.device
 ) -> dict[str, Any]:
-    """What decides the store's content, site by site; what the user left open is as it is there."""
+    """Collect the settings that decide the store's content, site by site. Those that the user left open are
+    the existing store's."""
     shard_tokens = config.shard_tokens or (there.shard_tokens if there else SHARD_TOKENS)
     rows_per_shard = max(1, min(n_rows, shard_tokens // tokens.ctx_len))
     model_dtype = str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch.")
@@ -143,7 +145,7 @@ def _check_mask(tokens: TokenStore, mask: MaskConfig, n_rows: int) -> None:
 
 
 def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites: list[Site]) -> str:
-    """What will be written, as text; what cannot fit on the disk is refused."""
+    """Describe what will be written. What cannot fit on the disk is refused."""
     n_rows, shard_tokens = identity["n_rows"], identity["shard_tokens"]
     n_shards = -(-n_rows * ctx_len // shard_tokens)
     itemsize = DTYPES[identity["dtype"]].itemsize

@@ -60,7 +60,7 @@ def run(config: CacheConfig) -> ActivationStore:
 
 
 def _open(plan: Plan, worker: Worker) -> tuple[ActivationStore, list[SiteWriter]]:
-    """The store with its tokens and the sites' arrays, made where they are missing."""
+    """Open the store with its tokens and the sites' arrays; what is missing of them is made."""
     out, tokens, n_rows = plan.config.out, plan.tokens, plan.identity["n_rows"]
     copy = out / "tokens"
     was_there = (copy / "manifest.json").exists()
@@ -78,7 +78,7 @@ def _open(plan: Plan, worker: Worker) -> tuple[ActivationStore, list[SiteWriter]
 
 
 def _new_settings(plan: Plan) -> StoreSettings:
-    """The settings of a store that is made now."""
+    """Make the settings of a new store."""
     return StoreSettings.made(
         plan.identity,
         model=plan.config.model,
@@ -91,7 +91,8 @@ def _new_settings(plan: Plan) -> StoreSettings:
 def _complete(
     plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker: Worker, world: World
 ) -> str:
-    """Write what the sites lack, beside other workers, until they have their manifests; what was done."""
+    """Write the shards that the sites lack, beside other workers, until all sites have their manifests.
+    Return a sentence on what was done."""
     model: LanguageModel | None = None
     n_missing = n_written = 0
     while True:
@@ -113,8 +114,8 @@ def _complete(
 
 
 def _load(plan: Plan, store: ActivationStore) -> LanguageModel:
-    """The model, after a look at whether its modules hold what their names say: those of the sites asked for
-    and of the finished ones, which they are compared with."""
+    """Load the model, and warn where modules do not hold what their names say. The sites asked for are
+    compared with the finished ones too."""
     model = LanguageModel(
         plan.config.model,
         revision=plan.config.revision,
@@ -131,7 +132,7 @@ def _load(plan: Plan, store: ActivationStore) -> LanguageModel:
 
 
 def _say_what_is_there(store: ActivationStore, pending: dict[str, list[int]]) -> None:
-    """Where an earlier run got to, site by site."""
+    """Tell the user how far an earlier run came, site by site."""
     for name, shards in pending.items():
         n_there = store.n_shards - len(shards)
         if shards and n_there:
@@ -142,7 +143,7 @@ def _say_what_is_there(store: ActivationStore, pending: dict[str, list[int]]) ->
 
 
 def _what_was_done(n_missing: int, n_written: int) -> str:
-    """What to say at the end."""
+    """Describe the finished work in a sentence."""
     if not n_missing:
         return "nothing to do, every shard was checked"
     others = f", {n_missing - n_written:,} of them by other workers" if n_written < n_missing else ""

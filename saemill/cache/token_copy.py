@@ -11,19 +11,19 @@ from saemill.common.stores.tokens import TokenManifest, TokenStore
 
 
 def _manifest(path: Path) -> TokenManifest | None:
-    """A token store's manifest, if it is there and whole."""
+    """Read a token store's manifest; None unless it is there and whole."""
     return records.if_whole(lambda: records.read(path / "manifest.json", TokenManifest, ""))
 
 
 def is_copy(path: Path, tokens: TokenStore) -> bool:
-    """Whether a folder holds a copy of these tokens, which names what it was copied from; a token store of
-    the user's own does not."""
+    """Tell whether a folder holds a copy of these tokens, which names what it was copied from. A token store
+    of the user's own does not name it."""
     manifest = _manifest(path)
     return manifest is not None and manifest.parent_fingerprint == tokens.fingerprint
 
 
 def is_whole(path: Path, tokens: TokenStore, n_rows: int, hashes: bool) -> bool:
-    """Whether a folder holds a copy of the first rows of these tokens, all files undamaged.
+    """Tell whether a folder holds a copy of the first rows of these tokens, all files undamaged.
 
     Args:
         path: the copy's folder.

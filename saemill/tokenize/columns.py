@@ -12,7 +12,7 @@ import datasets
 from saemill.common.errors import ConfigError, DataError
 
 IDS = ("input_ids", "tokens")
-"""Columns that are looked for where there is none of texts."""
+"""Columns that are tried where there is no column of texts."""
 MASK = "attention_mask"
 TEXTS = ("string", "large_string", "string_view", "null")
 LISTS = (datasets.List, datasets.LargeList)
@@ -24,22 +24,22 @@ CHAT = (
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Where the documents are."""
+    """The column that holds the documents."""
 
     name: str
     holds_ids: bool
-    """Rows of token ids, not texts."""
+    """Whether its rows are token ids, not texts."""
     masked: bool
-    """An attention mask stands beside the ids."""
+    """Whether an attention mask stands beside the ids."""
 
     @property
     def needed(self) -> list[str]:
-        """The columns that are read."""
+        """Names of the columns that are read."""
         return [self.name, *([MASK] if self.masked else [])]
 
 
 def choose(features: Any, text_column: str, dataset: str) -> Column:
-    """The column of documents.
+    """Choose the column of documents.
 
     Args:
         features: the columns' types, as `datasets` has them.
@@ -67,7 +67,7 @@ def choose(features: Any, text_column: str, dataset: str) -> Column:
 
 
 def text_of(value: Any, where: str) -> str:
-    """A document's text; null is an empty one.
+    """Return a document's text; null is an empty one.
 
     Raises:
         DataError: it is no text, or none that UTF-8 can hold.
@@ -89,25 +89,25 @@ def text_of(value: Any, where: str) -> str:
 
 
 def _may_be_text(feature: Any) -> bool:
-    """Whether the type is text, or one that leaves it to each value."""
+    """Tell whether the type is text, or one that leaves it to each value."""
     if isinstance(feature, datasets.Value):
         return feature.dtype in TEXTS
     return isinstance(feature, datasets.Json)
 
 
 def _may_be_ids(feature: Any) -> bool:
-    """Whether a column that is named as ids are may hold some; each row is checked when it is read."""
+    """Tell whether a column that is named as ids are may hold some. Each row is checked when it is read."""
     return not _may_be_text(feature) or isinstance(feature, datasets.Json)
 
 
 def _is_list_of(feature: Any, kind: str) -> bool:
-    """Whether the type is a list of numbers of a kind (`int`, `float`)."""
+    """Tell whether the type is a list of numbers of a kind (`int`, `float`)."""
     inner = feature.feature if isinstance(feature, LISTS) else None
     return isinstance(inner, datasets.Value) and inner.dtype.removeprefix("u").startswith(kind)
 
 
 def _told(feature: Any) -> str:
-    """What a column of this type holds, in words."""
+    """Describe what a column of this type holds."""
     if _is_chat(feature):
         return "chat messages"
     if isinstance(feature, LISTS):
@@ -132,7 +132,7 @@ def _is_chat(feature: Any) -> bool:
 
 
 def _advice(features: Any, found: str) -> str:
-    """What to do in place of a column that holds no texts."""
+    """Advise what to do in place of a column that holds no texts."""
     if _is_chat(features[found]):
         return f"{CHAT}."
     texts = [

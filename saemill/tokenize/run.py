@@ -39,7 +39,7 @@ CONTENT = {
     "tokenizer",
     "manifest.json",
 }
-"""The names in a token store's folder."""
+"""Names in a token store's folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ class TokenizeConfig:
             raise ConfigError(f"max_tokens must be at least one row of {least}, got {self.max_tokens}")
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the store's content."""
+        """Collect the settings that decide the store's content."""
         return {k: v for k, v in settings.plain(self).items() if k not in ("out", "num_proc")}
 
 
@@ -181,7 +181,7 @@ def _write(
 
 
 def _made_of(config: TokenizeConfig, source: Source) -> dict[str, Any]:
-    """What the store's manifest says of where it comes from."""
+    """Collect what the store's manifest says of its source."""
     return {
         "source": {"name": config.dataset, "fingerprint": source.fingerprint, "column": source.column.name},
         "settings": config.identity(),
@@ -203,7 +203,7 @@ def _fill(config: TokenizeConfig, writer: Writer, tokenizer: Any) -> None:
 
 
 def _rows(config: TokenizeConfig, info: TokenizerInfo, source: Source) -> tuple[int, str, list[str]]:
-    """How long rows are, what a document is, and why.
+    """Choose the rows' length and what a document is, and say why.
 
     Raises:
         ConfigError: texts, and the setting to pack rows of ids.
@@ -228,7 +228,7 @@ def _rows(config: TokenizeConfig, info: TokenizerInfo, source: Source) -> tuple[
 
 
 def _notes(writer: Writer) -> list[str]:
-    """What the user should know of the rows."""
+    """List what the user should know of the rows."""
     notes = []
     if writer.n_padding:
         notes.append(
@@ -255,13 +255,14 @@ def _notes(writer: Writer) -> list[str]:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a process that was killed, or an earlier pass, left."""
+    """Remove what a killed process, or an earlier pass, left behind."""
     for left in folder.iterdir() if folder.exists() else ():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _publish(config: TokenizeConfig, partial: Path) -> None:
-    """Give the written store its place: that of a damaged one too, unless another process did meanwhile."""
+    """Move the written store to its place, also over a damaged store, unless another process did so
+    meanwhile."""
     try:
         partial.replace(config.out)
     except OSError:
@@ -277,12 +278,12 @@ def _publish(config: TokenizeConfig, partial: Path) -> None:
 
 
 def _damaged(config: TokenizeConfig) -> Path:
-    """Where a damaged store is while the new one takes its place."""
+    """Name the path of a damaged store while the new one takes its place."""
     return config.out.with_name(config.out.name + ".partial-damaged")
 
 
 def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None) -> TokenStore | None:
-    """The store at the output, if there is one made of the same source with the same settings.
+    """Open the store at the output, if there is one made of the same source with the same settings.
 
     Args:
         config: the settings.
@@ -326,7 +327,7 @@ def _check_version(out: Path) -> None:
 
 
 def _check_ours(out: Path) -> None:
-    """Refuse to put a store in place of a folder that holds anything but one that is damaged."""
+    """Refuse to put a store in place of a folder that holds anything but a damaged store."""
     names = {path.name for path in out.iterdir()}
     if names - CONTENT or len(CONTENT - names) > 1:
         other = ", ".join(sorted(names - CONTENT)[:3])
@@ -337,8 +338,8 @@ def _check_ours(out: Path) -> None:
 
 
 def _check_made_alike(config: TokenizeConfig, manifest: TokenManifest) -> None:
-    """Refuse a store of other settings, or of a local source that has changed since; a hub's is fixed by its
-    revision."""
+    """Refuse a store of other settings, or of a local source that has changed since. A hub's source is fixed
+    by its revision."""
     identity = config.identity()
     if config.ctx_len == manifest.ctx_len:  # as it may have been found in the rows
         identity.pop("ctx_len")
