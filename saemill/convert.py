@@ -43,7 +43,7 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
 
 
 def _hook(site: str | None, model: str | None, revision: str | None) -> Hook | None:
-    """The site in TransformerLens' terms; where it has no name, that is said."""
+    """Find the site's hook in TransformerLens' terms; where it has none, the user is warned."""
     if site is None or model is None:
         say("no hook name is written: the SAE's folder does not tell its site and model")
         return None
@@ -103,7 +103,7 @@ def _check_new(out: Path) -> None:
 
 @contextmanager
 def _new(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write to, which takes its place when the block ends well.
+    """Yield a folder beside `out` to write to, which takes its place when the block ends well.
 
     A crash leaves the folder beside it, which the next call with the same `out` empties.
     """

@@ -15,7 +15,7 @@ from saemill.verify import activations_problems, run_problems, tokens_problems
 
 
 def describe(path: Path) -> str:
-    """A few lines on a token store, an activation store, a run or an SAE.
+    """Describe a token store, an activation store, a run or an SAE in a few lines.
 
     Raises:
         StoreError: the folder is none of them, or is damaged.
@@ -33,7 +33,8 @@ def describe(path: Path) -> str:
 
 
 def kind_of(path: Path) -> str | None:
-    """What saemill made of a folder; a part of a store or run, or anything else, is None."""
+    """Name the kind of a folder that saemill made; None for a file or folder within a store or run, and for
+    anything else."""
     hub.check_here(path)
     if runs.is_run(path):
         return "run"
@@ -48,7 +49,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def hint(path: Path) -> str:
-    """What a wrong path is instead, and which one may be meant."""
+    """Describe what a wrong path is, and which path may be meant."""
     if not path.exists():
         return ": there is no such folder"
     if not path.is_dir():
@@ -145,7 +146,7 @@ def _describe_sae(path: Path) -> str:
 
 
 def problems(path: Path) -> list[str]:
-    """Each bad file of a store, a run or an SAE, by size and hash, with the advice.
+    """List each bad file of a store, a run or an SAE, by size and hash, with the advice.
 
     Raises:
         StoreError: the folder is none of them.

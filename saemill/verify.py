@@ -28,10 +28,11 @@ T = TypeVar("T")
 
 
 class Findings(list[str]):
-    """Lines, each on one bad file."""
+    """Lines on what is wrong, each on one bad file."""
 
     def attempt(self, action: Callable[[], T]) -> T | None:
-        """What an action returns; the error that it ends with becomes a line, without the advice."""
+        """Return what an action returns. If it ends with an error, add the error as a line, without the
+        advice."""
         try:
             return action()
         except StoreError as error:
@@ -43,7 +44,7 @@ class Findings(list[str]):
 
 
 def tokens_problems(path: Path) -> list[str]:
-    """What is wrong with a token store, a line for each bad file."""
+    """List what is wrong with a token store, a line for each bad file."""
     found = Findings()
     if manifest := found.attempt(lambda: read_manifest(path, REPAIR_TOKENS)):
         found += records.problems(path, manifest.files, hashes=True)
@@ -53,7 +54,7 @@ def tokens_problems(path: Path) -> list[str]:
 
 
 def passages_problems(path: Path) -> list[str]:
-    """What is wrong with the passages of an embedding store, a line for each bad file."""
+    """List what is wrong with the passages of an embedding store, a line for each bad file."""
     found = Findings()
     store = found.attempt(lambda: PassageStore(path))
     if store:
@@ -64,7 +65,7 @@ def passages_problems(path: Path) -> list[str]:
 
 
 def activations_problems(path: Path) -> list[str]:
-    """What is wrong with an activation store, a line for each bad file or unfinished site."""
+    """List what is wrong with an activation store, a line for each bad file or unfinished site."""
     found = Findings()
     settings = found.attempt(lambda: read_settings(path)) or known_settings(path)
     holds_embeddings = settings.kind == EMBEDDINGS if settings else (path / "passages").is_dir()
@@ -79,7 +80,7 @@ def activations_problems(path: Path) -> list[str]:
 
 
 def _site_problems(store: ActivationStore, name: str) -> list[str]:
-    """What is wrong with a site of a store whose settings and text are whole."""
+    """List what is wrong with a site of a store whose settings and text are whole."""
     found, folder = Findings(), store.path / name
     record = found.attempt(lambda: store.record(name))
     if not folder.is_dir():
@@ -104,7 +105,7 @@ def _site_problems(store: ActivationStore, name: str) -> list[str]:
 def _shard_problems(
     store: ActivationStore, name: str, shard: int, manifest: SiteManifest | None
 ) -> list[str]:
-    """What is wrong with a shard and its record. Those that an unfinished site lacks are no damage."""
+    """List what is wrong with a shard and its record. Those that an unfinished site lacks are no damage."""
     found, folder = Findings(), store.path / name
     file = folder / "commits" / f"{shard}.json"
     commit: Commit | None = None
@@ -120,7 +121,7 @@ def _shard_problems(
 
 
 def run_problems(path: Path) -> list[str]:
-    """What is wrong with a run and its assessment, a line for each bad file, with what repairs it."""
+    """List what is wrong with a run and its assessment, a line for each bad file, with the repair."""
     found = inspect.problems(path)
     try:
         assessed = assessments.problems(path) if (path / assessments.FILE).exists() else []

@@ -14,9 +14,9 @@ class Setting(NamedTuple):
     """A setting of another tool."""
 
     here: str
-    """What it is here: flags of `saemill run` or commands, in Markdown; empty where there is nothing."""
+    """Equivalent in saemill: flags of `saemill run` or commands, in Markdown; empty where there is none."""
     why: str = ""
-    """What differs, or why there is nothing."""
+    """Difference, or the reason why there is no equivalent."""
 
 
 SAME = "the same"
@@ -304,7 +304,7 @@ HOOK = re.compile(r"blocks\.(\d+)\.hook_(\w+)|blocks\.(\d+)\.[\w.]*hook_\w+|hook
 
 
 def answer(word: str) -> str | None:
-    """What a setting or flag of another tool is here, as the end of a sentence; None if no tool has it.
+    """Translate a setting or flag of another tool, as the end of a sentence; None if no tool has it.
 
     Args:
         word: its name, with or without dashes before it.
@@ -320,7 +320,7 @@ def answer(word: str) -> str | None:
 
 
 def of_hook(name: str) -> str | None:
-    """What a hook of TransformerLens is here; None if the name is no such hook."""
+    """Translate a hook of TransformerLens; None if the name is no such hook."""
     found = HOOK.fullmatch(name)
     if not found:
         return None
@@ -335,7 +335,7 @@ def of_hook(name: str) -> str | None:
 
 
 def near(word: str, known: Iterable[str]) -> list[str]:
-    """The names that are so near that a slip explains the difference, the nearest first; dashes before them
-    say nothing."""
+    """List the names that are so near that a slip explains the difference, the nearest first. Dashes before a
+    name are ignored."""
     bare = {name.lstrip("-"): name for name in known}
     return [bare[name] for name in difflib.get_close_matches(word.lstrip("-"), bare, n=3, cutoff=0.65)]

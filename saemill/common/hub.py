@@ -14,7 +14,7 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 @contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """While the block runs, a failure to load `name` becomes an error that says whether it was a path.
+    """Turn a failure to load `name`, while the block runs, into an error that says whether it was a path.
 
     Args:
         what: "model" or "tokenizer".
@@ -52,12 +52,12 @@ def loading(what: str, name: str) -> Iterator[None]:
 
 
 def is_id(name: str) -> bool:
-    """Whether a model or dataset is named as the hub names them, `owner/name`, and is no folder here."""
+    """Tell whether a model or dataset is named as the hub names them, `owner/name`, and is no folder here."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
 
 
 def parse(address: str) -> Any:
-    """A place in a repository, as huggingface_hub's `HfUri`: type, id, revision, path_in_repo.
+    """Parse a place in a repository into huggingface_hub's `HfUri`: type, id, revision, path_in_repo.
 
     Args:
         address: `hf://user/repo`, with `@revision` and a folder's path after it as wanted; a dataset is
@@ -91,7 +91,7 @@ def check_here(path: Path) -> None:
 
 @contextmanager
 def asking(repo: str) -> Iterator[None]:
-    """While the block runs, what the hub refuses becomes an error that says how to repair it.
+    """Turn a refusal of the hub, while the block runs, into an error that says how to repair it.
 
     No message holds a request's headers or its URL, which may be signed.
 
@@ -132,7 +132,7 @@ def asking(repo: str) -> Iterator[None]:
 
 
 def _refusal(error: Any) -> str:
-    """What a status means, with the hub's own words."""
+    """Explain an HTTP status, with the hub's own words."""
     status = error.response.status_code
     said = f" ({error.server_message})" if error.server_message else ""
     if status == 401:

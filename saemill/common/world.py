@@ -28,13 +28,14 @@ from saemill.common.log import counted
 
 T = TypeVar("T")
 PEER_TIMEOUT_SECONDS = 600
-"""A process that waits so long for another takes it for lost; SAEMILL_PEER_TIMEOUT_SECONDS overrides it."""
+"""Seconds after which a process that waits for another gives it up as lost; SAEMILL_PEER_TIMEOUT_SECONDS
+overrides it."""
 LOOK_SECONDS = 0.2
-"""Between two looks at whether the first process is done with long work."""
+"""Seconds between two looks at whether the first process is done with long work."""
 
 
 gather_rows: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-"""Called all_gather_into_tensor until torch 2.13, which warns of that name."""
+"""torch's all-gather of tensors, called all_gather_into_tensor until torch 2.13, which warns of that name."""
 
 
 class Group:
@@ -57,7 +58,8 @@ class Group:
         self.ranks, self.rank, self.size, self.handle = ranks, rank, len(ranks), handle
         self.timeout = timeout
         self.board: Any = None
-        """torch's store, where processes leave word for one another; only the group of all has it."""
+        """torch's store, through which processes leave messages for one another; only the group of all has
+        it."""
         self._split: list[Group] = []
         self._n_waits = 0
 
@@ -85,7 +87,7 @@ class Group:
         return self._joined(found, n, most)
 
     def gather(self, x: Tensor, n: int) -> Tensor | None:
-        """As `all_gather`, to the group's first process alone."""
+        """Gather as `all_gather` does, to the group's first process alone; None on the others."""
         if self.size == 1:
             return x
         padded, most = self._padded(x, n)
@@ -95,7 +97,7 @@ class Group:
         return None if found is None else self._joined(found.flatten(0, 1), n, most)
 
     def _padded(self, x: Tensor, n: int) -> tuple[Tensor, int]:
-        """x with as many rows as the largest part."""
+        """Pad x with zeros to as many rows as the largest share."""
         most = -(-n // self.size)
         if len(x) == most:
             return x.contiguous(), most
@@ -118,8 +120,8 @@ class Group:
         return found
 
     def first(self, function: Callable[[], T]) -> T:
-        """What `function` returns on the group's first process, which alone calls it; its errors are
-        everyone's."""
+        """Call `function` on the group's first process alone. Return its result on every process; its errors
+        are raised on every process."""
         outcome: tuple[Any, SaemillError | None] = None, None
         if self.rank == 0:
             try:
@@ -132,8 +134,8 @@ class Group:
         return cast(T, value)
 
     def first_at_length(self, function: Callable[[], T]) -> T:
-        """As `first`, of work that may take hours, longer than a process is waited for otherwise; in the
-        group of all processes."""
+        """Call `function` as `first` does, where it may take hours, longer than a process is waited for
+        otherwise. For the group of all processes."""
         if self.size == 1:
             return function()
         self._n_waits += 1
@@ -151,14 +153,14 @@ class Group:
         return self.first(work)
 
     def alone(self, function: Callable[[], T]) -> T | None:
-        """What `function` returns, on the group's first process, which alone calls it; None on the others.
-        Its errors are everyone's. Unlike `first`, what it returns need not be sent."""
+        """Call `function` on the group's first process alone. Return its result there, None on the others.
+        Its errors are raised on every process. Unlike that of `first`, the result need not be sent."""
         kept: list[T] = []
         self.first(lambda: kept.append(function()))
         return kept[0] if kept else None
 
     def any(self, flag: bool) -> bool:
-        """Tell whether it is true for some process."""
+        """Tell whether the flag is true on some process."""
         return bool(self.all_reduce(torch.tensor(int(flag))))
 
     def barrier(self) -> None:
@@ -166,7 +168,8 @@ class Group:
         self.any(False)
 
     def split(self, lists: list[list[int]]) -> "Group":
-        """The one of `lists` of ranks that holds this process; all processes call it alike."""
+        """Split the group into `lists` of ranks. Return the group that holds this process. All processes call
+        it alike."""
         mine = None
         for ranks in lists:
             # Left to itself, torch gives a new group 30 minutes.
@@ -191,15 +194,15 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Its number among those on this machine."""
+    """Number of this process among those on this machine."""
     local_size: int = 1
-    """How many are on this machine."""
+    """Number of processes on this machine."""
     connected_by: Mapping[str, str] | None = None
-    """MASTER_ADDR and MASTER_PORT, where all processes meet."""
+    """MASTER_ADDR and MASTER_PORT, at which all processes connect."""
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> "World":
-        """The world that torchrun or srun describe in the environment.
+        """Read the world that torchrun or srun describe in the environment.
 
         Raises:
             ConfigError: SLURM's nodes cannot be named.
@@ -225,11 +228,11 @@ class World:
 
     @property
     def name(self) -> str:
-        """Which process this is, for messages."""
+        """Name of this process, for messages."""
         return f"rank {self.rank} of {self.size} on {socket.gethostname()}"
 
     def device(self, name: str) -> torch.device:
-        """This process's device: on a machine with several GPUs each process has its own.
+        """Choose this process's device: on a machine with several GPUs each process has its own.
 
         Raises:
             ConfigError: there are fewer GPUs than processes on this machine, or one was named for all.
@@ -257,7 +260,7 @@ class World:
 
     @contextmanager
     def connected(self, device: torch.device) -> Iterator[Group]:
-        """All processes as a group while the block runs; none leaves before the others are through.
+        """Connect all processes to a group while the block runs; none leaves before the others are through.
 
         A process that fails breaks its connections, so that the others fail too instead of waiting;
         one that hangs is given up after `PEER_TIMEOUT_SECONDS`.
@@ -288,7 +291,7 @@ class World:
 
 
 def _rendezvous(world: World, timeout: timedelta) -> Any:
-    """A store for this start of the processes alone.
+    """Make a store for this start of the processes alone.
 
     torchrun keeps its store over restarts, and in it the addresses of processes that are gone, which
     gloo would connect to. So the first process names the start, and each of the others greets it under
@@ -317,12 +320,12 @@ def _rendezvous(world: World, timeout: timedelta) -> Any:
 
 
 def speak_for(world: World) -> None:
-    """Only the first process talks of progress."""
+    """Let only the first process show progress."""
     log.speaks = world.rank == 0
 
 
 def _tasks_here(environment: Mapping[str, str]) -> int:
-    """Tasks on this node, from SLURM's list of runs such as `2(x3),1`."""
+    """Read the number of tasks on this node from SLURM's list of runs such as `2(x3),1`."""
     per_node: list[int] = []
     for run in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
         n_tasks, _, n_nodes = run.rstrip(")").partition("(x")
@@ -331,7 +334,7 @@ def _tasks_here(environment: Mapping[str, str]) -> int:
 
 
 def _slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
-    """The first node, and a port that follows from the job and step, unless the user names them."""
+    """Choose the first node, and a port that follows from the job and step, unless the user names them."""
     number = int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])
     port = environment.get("MASTER_PORT", str(20000 + number % 20000))
     if "MASTER_ADDR" in environment:

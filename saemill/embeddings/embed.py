@@ -28,7 +28,7 @@ from saemill.embeddings.store import Plan, check_numbers, describe, fill, make_p
 from saemill.embeddings.tables import Table, choose_column, strings
 
 GROUP_BATCHES = 8
-"""Batches that are given to the encoder at once; it sorts their texts by length, to pad less."""
+"""Batches that the encoder gets at once; it sorts their texts by length, to pad less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +77,8 @@ class EmbedConfig:
         check_numbers(self.held_out_fraction, **numbers)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the passages and vectors. A batch's padding changes a vector's last
-        bits, so its size is one."""
+        """Collect the settings that decide the passages and vectors. The batch size is one: a batch's padding
+        changes a vector's last bits."""
         skip = ("dataset", "out", "model", "device", "shard_rows", "dtype")
         return {key: value for key, value in settings.plain(self).items() if key not in skip}
 
@@ -122,7 +122,7 @@ def run(config: EmbedConfig) -> ActivationStore:
 
 
 def _plan(config: EmbedConfig, table: Table, fingerprint: str) -> Plan:
-    """What is to be in the store.
+    """Plan the store's content.
 
     Args:
         config: of the command.
@@ -163,7 +163,7 @@ def _load(config: EmbedConfig, device: torch.device) -> Any:
 
 
 def _fingerprint(model: Any) -> str:
-    """A hash of the weights, and the library's version, whose pooling is a part of the model."""
+    """Hash the weights, and the version of the library, whose pooling is a part of the model."""
     digest = xxhash.xxh3_64(version("sentence-transformers").encode())
     for name, values in model.state_dict().items():
         digest.update(name.encode())
@@ -178,7 +178,7 @@ def _copy(
     writer: PassageWriter,
     worker: Worker,
 ) -> str:
-    """Add all texts to the passages; by what the held-out ones are chosen."""
+    """Add all texts to the passages. Return what the held-out ones are chosen by."""
     text_column, id_column = columns
     assert text_column is not None
     start = 0
@@ -198,7 +198,7 @@ def _copy(
 
 @dataclass(frozen=True, slots=True)
 class _Encoder:
-    """Vectors of passages, from the model."""
+    """An encoder of passages: texts to vectors, by the model."""
 
     model: Any
     passages: PassageStore
@@ -207,8 +207,8 @@ class _Encoder:
     prompt: str | None
 
     def batches(self, start: int) -> Iterator[Rows]:
-        """The rows from `start` on, the first of a shard. Groups begin at each shard's first row, so that
-        a shard's bytes do not depend on which shards were computed before it."""
+        """Compute the rows from `start` on, the first row of a shard. Groups begin at each shard's first row,
+        so that a shard's bytes do not depend on which shards were computed before it."""
         n_at_once = GROUP_BATCHES * self.batch_size
         for shard in range(start, self.passages.n_rows, self.shard_rows):
             end = min(shard + self.shard_rows, self.passages.n_rows)

@@ -74,7 +74,7 @@ class ImportConfig:
         check_numbers(self.held_out_fraction, **numbers)
 
     def identity(self) -> dict[str, object]:
-        """The settings that decide the passages and vectors."""
+        """Collect the settings that decide the passages and vectors."""
         skip = ("source", "out", "texts", "shard_rows", "dtype")
         return {key: value for key, value in settings.plain(self).items() if key not in skip}
 
@@ -156,7 +156,7 @@ def _plan(config: ImportConfig, source: Source, table: Table | None, form: Form)
 
 @dataclass(frozen=True, slots=True)
 class _Checking:
-    """The first pass over the source: every row is checked, its id and text are kept."""
+    """A first pass over the source: every row is checked, and its id and text go to the passages."""
 
     config: ImportConfig
     source: Source
@@ -165,7 +165,7 @@ class _Checking:
     worker: Worker
 
     def write(self, writer: PassageWriter) -> str:
-        """Add a passage per row; by what the held-out ones were chosen."""
+        """Write a passage per row. Return what the held-out ones are chosen by."""
         config, hashed = self.config, "vectors"
         scratch = self.worker.partial()
         longer = config.max_rows is not None
@@ -184,14 +184,14 @@ class _Checking:
 
 
 def _bytes(values: list[str] | Tensor) -> list[bytes]:
-    """What tells one row from another."""
+    """Return the bytes that distinguish a row from others."""
     if isinstance(values, Tensor):
         return [row.tobytes() for row in values.contiguous().view(torch.uint8).numpy()]
     return [value.encode() for value in values]
 
 
 def _limited(source: Source, start: int, max_rows: int | None) -> Iterator[Rows]:
-    """The source's rows from `start` on, up to `max_rows` of the whole."""
+    """Read the source's rows from `start` on, up to `max_rows` of the whole."""
     for rows in source.batches(start):
         n_left = len(rows.x_TD) if max_rows is None else max_rows - rows.start
         if n_left < len(rows.x_TD):

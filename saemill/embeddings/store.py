@@ -38,19 +38,19 @@ from saemill.embeddings.rows import Form, Rows
 
 SHARD_BYTES = 1 << 26
 SHARD_ROWS = 1 << 16
-"""A shard of a new store has so many bytes or rows, what is less, unless told otherwise."""
+"""Largest shard of a new store, in bytes and in rows; the smaller of the two applies by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to be in the store."""
+    """The planned content of the store."""
 
     out: Path
     site: str
     source: dict[str, Any]
-    """`name` and `fingerprint` of what the passages come from."""
+    """`name` and `fingerprint` of the passages' source."""
     settings: dict[str, Any]
-    """Of the user; with the source they decide the content."""
+    """Settings of the user; with the source they decide the content."""
     held_out_fraction: float
     shard_rows: int | None
     form: Form
@@ -63,12 +63,12 @@ class Plan:
 
     @property
     def source_hash(self) -> str:
-        """A hash of the source and of the user's settings."""
+        """Hash of the source and of the user's settings."""
         return durable.hash_json([self.source["fingerprint"], self.settings])
 
 
 def describe(passages: PassageStore) -> str:
-    """How many passages there are."""
+    """Describe how many passages there are."""
     manifest = passages.manifest
     note = "" if manifest.n_held_out_rows else " (raise --held-out-fraction to assess)"
     return f"{counted(passages.n_rows, 'passage')}, {manifest.n_held_out_rows:,} held out{note}"
@@ -88,7 +88,7 @@ def check_numbers(held_out_fraction: float, **counts: int | None) -> None:
 
 
 def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], str]) -> PassageStore:
-    """The passages of the store: those that are there, or new ones.
+    """Return the passages of the store: those on disk, or new ones.
 
     Args:
         plan: what they are to be.
@@ -120,7 +120,7 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
 
 
 def _whole(folder: Path, there: StoreSettings | None) -> bool:
-    """Whether all passages are there, undamaged, and those of the store."""
+    """Tell whether all passages are there, undamaged, and belong to the store."""
     passages = records.if_whole(lambda: PassageStore(folder))
     if passages is None:
         return False
@@ -155,8 +155,8 @@ def _check_folder(plan: Plan, there: StoreSettings | None) -> None:
 
 
 def _of_others(plan: Plan) -> ConfigError:
-    """What is said where the passages in the folder cannot tell what they were made of, but the store knows
-    by their hashes that it was something else."""
+    """Describe the conflict where the passages in the folder cannot say what they were made of, but the store
+    knows by their hashes that it was something else."""
     return ConfigError(
         f"the list of the passages in {plan.out} is damaged or another store's, and {plan.source['name']} "
         "with these settings does not give it again byte by byte: the store was made of another source, with "
@@ -166,14 +166,14 @@ def _of_others(plan: Plan) -> ConfigError:
 
 
 def _manifest(folder: Path) -> PassageManifest | None:
-    """What passages that are there were made of, if their manifest is whole."""
+    """Read the manifest of the passages on disk; None unless it is whole."""
     return records.if_whole(lambda: records.read(folder / "manifest.json", PassageManifest, ""))
 
 
 def open_store(
     plan: Plan, passages: PassageStore, width: int, worker: Worker
 ) -> tuple[ActivationStore, SiteWriter]:
-    """The store with its array, made where they are missing.
+    """Open the store with its array; both are made where they are missing.
 
     Raises:
         ConfigError: it was made with other settings, or the disk is too small.
@@ -223,7 +223,7 @@ def fill(
     worker: Worker,
     claim: Claim,
 ) -> str:
-    """Write the shards that are missing or damaged; what was done.
+    """Write the shards that are missing or damaged. Return a sentence on what was done.
 
     Args:
         store: the store.
@@ -262,7 +262,7 @@ def fill(
 
 
 class _Reader:
-    """Goes through the rows of a source once, and starts again where shards are left out."""
+    """A reader of a source's rows: it goes through them once, and starts again where shards are left out."""
 
     def __init__(self, form: Form, batches: Callable[[int], Iterator[Rows]]) -> None:
         self.form, self.batches = form, batches
@@ -271,7 +271,7 @@ class _Reader:
         self._left: Tensor | None = None
 
     def fill(self, x_TD: Tensor, start: int) -> Iterator[int]:
-        """Read rows `start` on into all of x_TD; yields how many came at a time."""
+        """Read rows `start` on into all of x_TD; yield how many came at a time."""
         if start != self._position:
             self._stream, self._position, self._left = self.batches(start), start, None
         n_filled = 0

@@ -11,28 +11,28 @@ from saemill.embeddings.tables import Table, choose_column, strings
 
 
 class Texts(Protocol):
-    """Says what the rows' ids and texts are."""
+    """The ids and texts of rows that come in order."""
 
     def of(self, rows: Rows) -> tuple[list[str] | None, list[str] | None]:
-        """Ids and texts of some rows, which come in order."""
+        """Return the ids and texts of the next rows."""
 
     def finish(self) -> None:
-        """Called after the last row."""
+        """Check what is left over; called after the last row."""
 
 
 class OwnTexts:
-    """What the rows themselves say."""
+    """Ids and texts of the rows themselves."""
 
     def of(self, rows: Rows) -> tuple[list[str] | None, list[str] | None]:
-        """The rows' own."""
+        """Return the rows' own ids and texts."""
         return rows.ids, rows.texts
 
     def finish(self) -> None:
-        """Nothing is left over."""
+        """Accept: nothing is left over."""
 
 
 class TextsById:
-    """Texts of a table by their ids, which are kept in a file meanwhile and not in memory.
+    """Texts of a table by their ids, which are held in a file meanwhile and not in memory.
 
     Args:
         table: of ids and texts.
@@ -60,7 +60,7 @@ class TextsById:
                 raise DataError(f"the id {pair[0]} occurs twice in {self.table.name}") from None
 
     def of(self, rows: Rows) -> tuple[list[str] | None, list[str] | None]:
-        """The texts of the rows' ids.
+        """Look up the texts of the rows' ids.
 
         Raises:
             DataError: an id has no text.
@@ -75,7 +75,7 @@ class TextsById:
         return rows.ids, found
 
     def finish(self) -> None:
-        """Texts of other ids may be left."""
+        """Accept texts that are left over: they belong to other ids."""
         self._database.close()
 
 
@@ -95,7 +95,7 @@ class TextsByOrder:
         self._pairs = (pair for part in parts for pair in part)
 
     def of(self, rows: Rows) -> tuple[list[str] | None, list[str] | None]:
-        """The next texts.
+        """Return the next texts.
 
         Raises:
             DataError: there are too few.
@@ -133,7 +133,7 @@ def join(
     scratch: Path,
     may_be_longer: bool,
 ) -> Texts:
-    """What says the texts of a source.
+    """Choose where the texts of a source come from.
 
     Args:
         source: the embeddings.

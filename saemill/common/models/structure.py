@@ -11,11 +11,11 @@ import transformers
 from torch import nn
 
 TABLES = ("pos", "wpe")
-"""What the names of modules that embed positions hold."""
+"""Substrings of the names of modules that embed positions."""
 
 
 def base_of(model: Any) -> Any:
-    """The model without its LM head: paths of its modules name sites.
+    """Return the model without its LM head: paths of its modules name sites.
 
     Where the class of a model with a head names no base (Llama 4's text model), it is its one part that is
     a model itself.
@@ -29,17 +29,18 @@ def base_of(model: Any) -> Any:
 
 
 def is_encoder_decoder(config: Any) -> bool:
-    """Whether a model of this config has an encoder that reads and a decoder that writes."""
+    """Tell whether a model of this config has an encoder that reads and a decoder that writes."""
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def reader_of(base: Any) -> Any:
-    """The part of a base model that is run on tokens: an encoder, or the whole."""
+    """Return the module of a base model that is run on tokens: an encoder, or the whole."""
     return base.get_encoder() if is_encoder_decoder(base.config) else base
 
 
 def text_tower(base: Any) -> tuple[str, Any]:
-    """The part that reads text, and its path: a multimodal model's language tower, an encoder, the whole."""
+    """Return the module that reads text, and its path: a multimodal model's language tower, an encoder, the
+    whole."""
     reader = reader_of(base)
     text = base.config.get_text_config()
     if reader is base and text is not base.config:
@@ -50,8 +51,8 @@ def text_tower(base: Any) -> tuple[str, Any]:
 
 
 def block_names(base: Any) -> list[str]:
-    """Paths of the transformer blocks: the outermost ModuleList of the text tower with one member per
-    hidden layer.
+    """List the paths of the transformer blocks: the outermost ModuleList of the text tower with one member
+    per hidden layer.
 
     Models without such a list have none: those whose layers share one module, and those that keep all
     layers' attention in one list and all layers' MLPs in another.
@@ -76,7 +77,7 @@ def _is_list(module: nn.Module, length: int) -> bool:
 
 
 def n_ids_of(base: Any) -> int:
-    """How many token ids the model can look up."""
+    """Count the token ids that the model can look up."""
     try:
         return int(base.get_input_embeddings().num_embeddings)
     except (NotImplementedError, AttributeError):
@@ -84,7 +85,7 @@ def n_ids_of(base: Any) -> int:
 
 
 def longest_row_of(base: Any) -> int | None:
-    """How many tokens the model takes in a row; None if any number.
+    """Find the most tokens that the model accepts in a row; None if any number.
 
     Where positions are looked up, as many as the table has left: RoBERTa's and its kin's positions begin
     after the padding id, OPT's and BART's after an offset of 2.
