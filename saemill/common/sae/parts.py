@@ -14,13 +14,13 @@ class SaeConfig:
     """Shape and provenance of one SAE."""
 
     d_in: int
-    """D, length of the activation vectors."""
+    """Length D of the activation vectors."""
     num_latents: int
-    """F."""
+    """Number F of latents."""
     k: int
     """Most latents active per token."""
     provenance: dict[str, Any]
-    """Where it came from: site, model, training settings, versions."""
+    """Origin of the SAE: site, model, training settings, versions."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.num_latents:
@@ -33,17 +33,17 @@ class Parts:
 
     config: SaeConfig
     W_enc: Tensor
-    """[F, D]."""
+    """Encoder weights [F, D]."""
     b_enc: Tensor
-    """[F]."""
+    """Encoder bias [F]."""
     W_dec: Tensor
-    """[F, D]."""
+    """Decoder weights [F, D], a row per latent."""
     b_dec: Tensor
-    """[D]."""
+    """Decoder bias [D]."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The tensors by name."""
+        """Tensors by name."""
         return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
 
     def check_finite(self, where: str, kind: type[SaemillError]) -> None:

@@ -23,8 +23,8 @@ from saemill.common.steer.edits import LatentEdit
 from saemill.common.steer.substitute import Edit, Substitute
 
 Where = Callable[[Tensor, Tensor], Tensor]
-"""Token ids and positions, int64 [B, S] → bool [B, S]. A position counts the tokens before, in the cache
-too, without padding; that of padding is -1."""
+"""Function that chooses positions: token ids and positions, int64 [B, S] → bool [B, S]. A position counts the
+tokens before, in the cache too, without padding; that of padding is -1."""
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def splice(
     keep_error: bool = True,
     where: Where | Tensor | None = None,
 ) -> "Iterator[Spliced]":
-    """While the block runs, `model` computes on with the activations that `sae` makes at `site`.
+    """Replace the activations at `site`, while the block runs, by those that `sae` makes of them.
 
     Works with gradients, in `generate` with or without a cache, and inside other splices; where two are
     at one site, the second sees what the first made.
@@ -84,7 +84,7 @@ def splice(
 
 
 class Spliced:
-    """What fired at a spliced site, in the latest forward pass.
+    """The codes at a spliced site, in the latest forward pass.
 
     With gradients on, `torch.autograd.grad(metric, spliced.top_acts)` is the effect of each active latent
     on the metric through the decoder, to first order.
@@ -98,21 +98,21 @@ class Spliced:
         self._where = where
         self._arguments: dict[str, Any] = {}
         self._depth = 0
-        """Calls that have begun and not ended: a head calls its base."""
+        """Number of calls that have begun and not ended: a head calls its base."""
 
     @property
     def top_acts(self) -> Tensor:
-        """[B, S, k], before the edit; a 0 is an unused slot."""
+        """Activations of the latents, [B, S, k], before the edit; a 0 is an unused slot."""
         return self._fired()[0].top_acts
 
     @property
     def top_indices(self) -> Tensor:
-        """int64 [B, S, k], the latents' numbers."""
+        """Numbers of the latents, int64 [B, S, k]."""
         return self._fired()[0].top_indices
 
     @property
     def where(self) -> Tensor:
-        """bool [B, S]: the positions that were spliced."""
+        """Positions that were spliced, bool [B, S]."""
         return self._fired()[1]
 
     def _fired(self) -> tuple[Encoded, Tensor]:
@@ -124,7 +124,7 @@ class Spliced:
         return self._substitute.fired
 
     def _begin(self, arguments: dict[str, Any]) -> None:
-        """A forward pass begins, or the head calls its base model.
+        """Note that a forward pass begins, or that the head calls its base model.
 
         What the outermost call was given counts: not every head hands the attention mask on (RWKV's).
         """
@@ -135,7 +135,7 @@ class Spliced:
         self._depth += 1
 
     def _end(self, *_: Any) -> None:
-        """A call is over, also by an error."""
+        """Note that a call is over, also by an error."""
         self._depth = max(0, self._depth - 1)
 
     def _change(self, x_BSD: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class Spliced:
             raise ConfigError(f"{self.site} runs more than once in a forward pass; name another module")
 
     def _positions(self, x_BSD: Tensor) -> Tensor:
-        """Which positions to splice. bool [B, S]."""
+        """Choose the positions to splice. bool [B, S]."""
         position_BS = positions(self._arguments, x_BSD)
         if isinstance(self._where, Tensor):
             where_BS = self._where.to(x_BSD.device)
@@ -185,7 +185,7 @@ class Spliced:
 
 
 def positions(arguments: dict[str, Any], x_BSD: Tensor) -> Tensor:
-    """How many tokens come before each one, padding not counted; -1 for padding. int64 [B, S].
+    """Count the tokens before each one, padding left out; -1 for padding. int64 [B, S].
 
     Args:
         arguments: what the base model was called with.
@@ -215,14 +215,14 @@ def positions(arguments: dict[str, Any], x_BSD: Tensor) -> Tensor:
 def _by_name(
     signature: inspect.Signature, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call by their names, those that its signature does not name among them."""
+    """Bind the arguments of a call to their names, those that its signature does not name included."""
     bound = signature.bind_partial(*arguments, **named).arguments
     rest = [name for name, taken in signature.parameters.items() if taken.kind is taken.VAR_KEYWORD]
     return bound | (bound.pop(rest[0], {}) if rest else {})
 
 
 def _find_site(base: Any, site: str | None, sae: Sae) -> str:
-    """The path of the site's module.
+    """Find the path of the site's module.
 
     Raises:
         ConfigError: it is not known, or the model has no such module.
@@ -243,7 +243,7 @@ def _find_site(base: Any, site: str | None, sae: Sae) -> str:
 
 
 def _edits(edit: Edit | Sequence[Edit] | None, sae: Sae) -> Sequence[Edit]:
-    """The edits in order, their latents checked."""
+    """List the edits in order, their latents checked."""
     edits = [] if edit is None else [edit] if callable(edit) else list(edit)
     n_latents = sae.config.num_latents
     for one in edits:
@@ -257,7 +257,7 @@ def _edits(edit: Edit | Sequence[Edit] | None, sae: Sae) -> Sequence[Edit]:
 
 
 def _trained_on(sae: Sae) -> Where:
-    """The positions that the SAE's training saw; all where its files do not tell."""
+    """Choose the positions that the SAE's training saw; all where its files do not say."""
     left_out = sae.config.provenance.get("left_out")
     if left_out is None:
         return lambda ids_BS, _: torch.ones_like(ids_BS, dtype=torch.bool)

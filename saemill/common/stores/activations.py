@@ -52,7 +52,7 @@ SHUFFLE_KEY = 0x5AE
 
 
 def describe_site(settings: StoreSettings, n_tokens: int, site: str, width: int) -> dict[str, Any]:
-    """What the `zarr.json` of a site's array says."""
+    """Describe a site's array, as its `zarr.json` does."""
     attributes = {"site": site, "order": "permuted within each shard; see saemill"}
     return described((n_tokens, width), settings.shard_tokens, settings.torch_dtype, attributes)
 
@@ -78,7 +78,7 @@ class ActivationStore:
         self.permutation = lru_cache(16)(self._permutation)
 
     def _open_text(self) -> TokenStore | PassageStore:
-        """What is at each address: a token, or a passage."""
+        """Open the tokens, or the passages, that the addresses name."""
         holds_embeddings = self.settings.kind == EMBEDDINGS
         text: TokenStore | PassageStore
         known: str | None
@@ -99,7 +99,7 @@ class ActivationStore:
 
     @property
     def tokens(self) -> TokenStore:
-        """The tokens that were cached.
+        """Tokens that were cached.
 
         Raises:
             StoreError: the store holds embeddings of passages, which have none.
@@ -115,7 +115,7 @@ class ActivationStore:
 
     @property
     def unfinished(self) -> dict[str, int]:
-        """Sites that are not finished: name → shards committed."""
+        """Shards committed, by the name of each unfinished site."""
         return {
             name: len(list((self.path / name).glob("commits/*.json")))
             for name in sites_in(self.path)
@@ -124,13 +124,13 @@ class ActivationStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the content: settings and tokens, or passages. A store that was published with names
-        in place of paths kept the one it had, so that SAEs trained on it still know it."""
+        """Hash of the content: settings and tokens, or passages. A store that was published with names in
+        place of paths has its original fingerprint, so that SAEs trained on it still match it."""
         settings = self.settings.model_dump(mode="json", exclude={"fingerprint", "source_hash"})
         return self.settings.fingerprint or durable.hash_json([settings, self.text.fingerprint])
 
     def record(self, name: str) -> SiteRecord:
-        """What is known of a site, finished or not.
+        """Read the record of a site, finished or not.
 
         Raises:
             StoreError: nothing is, or its record is damaged or of another store.
@@ -141,7 +141,7 @@ class ActivationStore:
         return record
 
     def manifest(self, record: SiteRecord) -> SiteManifest:
-        """The manifest of a finished site.
+        """Read the manifest of a finished site.
 
         Raises:
             StoreError: it is missing, damaged, or another site's.
@@ -155,7 +155,7 @@ class ActivationStore:
         return found
 
     def commit(self, site: str, shard: int) -> Commit:
-        """The record of one shard of a site.
+        """Read the record of one shard of a site.
 
         Raises:
             StoreError: it is missing, damaged, or another shard's.
@@ -175,7 +175,7 @@ class ActivationStore:
             raise StoreError(f"{file} is of the site {found.site!r}; name folders as they were. {REPAIR}")
 
     def site(self, name: str) -> "SiteArray":
-        """A finished site's array.
+        """Open a finished site's array.
 
         Raises:
             StoreError: there is no such site (the message lists those there), or it is damaged.
@@ -190,39 +190,39 @@ class ActivationStore:
         return SiteArray(self, name)
 
     def read(self, site: str, start: int, stop: int) -> Tensor:
-        """Activations of the addresses start..stop, in address order.
+        """Read activations of the addresses start..stop, in address order.
 
         Returns: [stop - start, D] in the stored dtype; every block read is checked.
         """
         return self.site(site).read(start, stop)
 
     def shard_length(self, shard: int) -> int:
-        """Tokens in a shard."""
+        """Count the tokens in a shard."""
         return min(self.shard_tokens, self.n_tokens - shard * self.shard_tokens)
 
     def rows_of(self, shard: int) -> range:
-        """The rows whose tokens, or the passages that, lie in a shard."""
+        """List the rows whose tokens, or the passages that, lie in a shard."""
         first = shard * self.shard_tokens // self.ctx_len
         return range(first, first + self.shard_length(shard) // self.ctx_len)
 
     @property
     def n_shards(self) -> int:
-        """Shards per site."""
+        """Number of shards per site."""
         return -(-self.n_tokens // self.shard_tokens)
 
     def _permutation(self, shard: int) -> NDArray[np.int64]:
-        """Address within the shard of each place in it. int64 [tokens in the shard]."""
+        """Compute the address within the shard of each place in it. int64 [tokens in the shard]."""
         return permutation(self.shard_length(shard), SHUFFLE_KEY, shard)
 
     def keep(self, shard: int, mask: MaskConfig, held_out: bool) -> NDArray[np.bool_]:
-        """Which places of a shard count: unmasked, and in held-out rows or not as asked.
+        """Choose the places of a shard that count: unmasked, and in held-out rows or not, by `held_out`.
 
         Returns: bool [tokens in the shard], in stored order.
         """
         return self.keep_addresses(shard, mask, held_out)[self.permutation(shard)]
 
     def keep_addresses(self, shard: int, mask: MaskConfig, held_out: bool) -> NDArray[np.bool_]:
-        """As `keep`, in address order."""
+        """Choose as `keep` does, in address order."""
         rows = self.rows_of(shard)
         keep_RS = self.text.keep(rows.start, rows.stop, mask)
         keep_RS &= (self.text.held_out_R[rows.start : rows.stop] == held_out)[:, None]
@@ -248,7 +248,7 @@ class SiteArray:
         return self.manifest.statistics.statistics()
 
     def statistics_under(self, mask: MaskConfig) -> Statistics:
-        """Moments under another mask: read from the store's manifest, or one pass over the site."""
+        """Compute moments under another mask: from the store's manifest, or in one pass over the site."""
         if mask == self.store.mask:
             return self.statistics
         moments = Moments(self.width)
@@ -263,7 +263,7 @@ class SiteArray:
         return [decode_array(shard.block_hashes, "u8") for shard in self.manifest.shards]
 
     def block(self, shard: int, block: int) -> NDArray[Any]:
-        """One block of stored rows, compared with its hash; a view of the mapped file.
+        """Read one block of stored rows, compared with its hash; a view of the mapped file.
 
         Raises:
             StoreError: the content is not what was written.
@@ -277,7 +277,7 @@ class SiteArray:
         return rows
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Activations of addresses start..stop in address order, [stop - start, D]."""
+        """Read activations of addresses start..stop in address order, [stop - start, D]."""
         if not 0 <= start <= stop <= self.store.n_tokens:
             raise IndexError(f"addresses must be within 0..{self.store.n_tokens}, got {start}..{stop}")
         size = self.store.shard_tokens
@@ -288,7 +288,7 @@ class SiteArray:
         return as_tensor(np.concatenate(parts), self.dtype)
 
     def gather(self, shard: int, offsets: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows of one shard by their addresses' offsets in it, each block that is read checked.
+        """Read rows of one shard by their addresses' offsets in it; each block that is read is checked.
 
         Returns: [len(offsets), D] in the array's dtype.
         """

@@ -13,7 +13,7 @@ from saemill.common.errors import StoreError
 def read_table(
     path: Path, schema: pa.Schema, repair: str, columns: Sequence[str] | None = None, group: int | None = None
 ) -> pa.Table:
-    """Some columns of a Parquet file.
+    """Read some columns of a Parquet file.
 
     Args:
         path: the file.

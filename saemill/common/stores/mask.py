@@ -28,7 +28,7 @@ class MaskConfig:
         settings.at_least(self, 0, "token_ids")
 
     def check(self, n_ids: int, ctx_len: int) -> None:
-        """Refuse a mask that cannot be meant for some tokens.
+        """Refuse a mask that cannot be meant for these tokens.
 
         Args:
             n_ids: how many ids their tokenizer has.
@@ -49,11 +49,11 @@ class MaskConfig:
             )
 
     def ids(self, special_ids: tuple[int, ...]) -> list[int]:
-        """The token ids left out, those of a tokenizer's special tokens included."""
+        """List the token ids left out, those of a tokenizer's special tokens included."""
         return sorted({*self.token_ids, *(special_ids if self.special_tokens else ())})
 
     def keep(self, tokens_RS: NDArray[Any], special_ids: tuple[int, ...]) -> NDArray[np.bool_]:
-        """Which positions count.
+        """Choose the positions that count.
 
         Args:
             tokens_RS: token ids.

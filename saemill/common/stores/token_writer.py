@@ -22,7 +22,7 @@ from saemill.common.stores.tokens import (
 )
 
 COPIED = ("document", "n_used_ids", "source", "settings", "versions")
-"""Fields of the manifest that a copy of a store's first rows keeps."""
+"""Fields of the manifest that a copy of a store's first rows repeats."""
 
 
 def write_token_store(
@@ -115,7 +115,7 @@ def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
 
 
 def cut_documents(documents: pa.Table, segments: pa.Table, end: int) -> pa.Table:
-    """The documents up to the last in `segments`, with `start` and `n_tokens` taken from there.
+    """Cut the documents after the last in `segments`, with `start` and `n_tokens` computed from there.
 
     Args:
         documents: one line per document, at least as many as `segments` mentions.

@@ -18,7 +18,7 @@ from saemill.common.tracking.record import Assessed, Told
 from saemill.common.tracking.runs import Runs, log_artifact, start, values
 
 N_BINS = 64
-"""Of the histograms of density."""
+"""Number of bins of the histograms of density."""
 FILES = (ASSESSMENT, REPORT, LATENTS)
 
 
@@ -55,7 +55,7 @@ def log_assessment(folder: Path, out: Path) -> None:
 
 
 def _summaries(folder: Path, known: dict[str, Assessed]) -> dict[str, dict[str, Any]]:
-    """Each variant's whole summary: how training ended, and all that was assessed.
+    """Collect each variant's whole summary: how training ended, and all that was assessed.
 
     Where a run is offline, `wandb sync` leaves of its summary what the last process wrote.
     """
@@ -76,7 +76,7 @@ def _summaries(folder: Path, known: dict[str, Assessed]) -> dict[str, dict[str, 
 
 
 def _summary(entry: dict[str, Any], place: int) -> dict[str, Any]:
-    """A variant's figures with the ends of their intervals, and its verdict."""
+    """Collect a variant's figures with the ends of their intervals, and its verdict."""
     found: dict[str, Any] = {"verdict": entry["verdict"], "place": place}
     if entry["not_measured"]:
         return found | {"not_measured": entry["not_measured"]}
@@ -91,14 +91,15 @@ def _summary(entry: dict[str, Any], place: int) -> dict[str, Any]:
 
 
 def _densities(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Share of tokens on which each latent fired, by variant."""
+    """Compute the share of tokens on which each latent fired, by variant."""
     table = pq.read_table(path, columns=["variant", "density"])
     names, density = np.array(table["variant"]), table["density"].to_numpy()
     return {str(name): density[names == name] for name in np.unique(names)}
 
 
 def _histogram(density: NDArray[np.float64], n_tokens: int) -> Any:
-    """log10 of the latents' densities; those that never fired are at the left end, 1 / (2 tokens)."""
+    """Count log10 of the latents' densities in bins; latents that never fired are at the left end, 1 / (2
+    tokens)."""
     import wandb
 
     least = 1 / (2 * max(1, n_tokens))
@@ -107,7 +108,7 @@ def _histogram(density: NDArray[np.float64], n_tokens: int) -> Any:
 
 
 def _log_table(folder: Path, out: Path, prefix: str, assessment: dict[str, Any], told: Told) -> None:
-    """A run of the group for the assessment as a whole: the table of variants, and the page."""
+    """Log a run of the group for the assessment as a whole: the table of variants, and the page."""
     import wandb
 
     name = "assessment" if prefix == "assess" else f"assessment {prefix}"
@@ -122,7 +123,7 @@ def _log_table(folder: Path, out: Path, prefix: str, assessment: dict[str, Any],
 
 
 def _table(assessment: dict[str, Any]) -> Any:
-    """A row per variant, best first, then what nobody trained."""
+    """Make a table with a row per variant, best first, then the baselines that were not trained."""
     import wandb
 
     entries = assessment["variants"] + assessment["controls"]

@@ -23,7 +23,7 @@ class End(Protocol):
 
     @property
     def word(self) -> str | None:
-        """How it ended; none while it runs."""
+        """State in which it ended; None while it runs."""
 
 
 def follow(folder: Path, end: End, quiet: bool = False) -> None:
@@ -41,7 +41,7 @@ def follow(folder: Path, end: End, quiet: bool = False) -> None:
 
 
 def catch_up(folder: Path, runs: Runs) -> None:
-    """Log what wandb did not take while the run was trained, if there is such."""
+    """Log what wandb did not receive while the run was trained, if there is such."""
     missing = [name for name in runs.told.runs if name not in runs.ended]
     if missing:
         lines = (folder / METRICS).read_text().splitlines()
@@ -66,7 +66,7 @@ def log_due(folder: Path, runs: Runs, found: Iterable[Record]) -> None:
 
 
 def records(path: Path, end: End) -> Iterator[Record]:
-    """The lines of a file that is being written, until `end` has a word and all are read.
+    """Read the lines of a file that is being written, until `end` has a word and all are read.
 
     Training that goes on from a checkpoint puts another file in its place; that is read from its start.
     """
@@ -98,7 +98,7 @@ def end_variant(folder: Path, runs: Runs, name: str, word: str) -> None:
 
 
 def state(folder: Path, name: str) -> dict[str, Any]:
-    """How a variant whose SAE is written ended."""
+    """Name how a variant whose SAE is written ended."""
     provenance = durable.read_json(folder / name / "cfg.json")["saemill"]
     if provenance["diverged_at_step"] is not None:
         return {"state": "diverged", "diverged_at_step": provenance["diverged_at_step"]}
@@ -107,7 +107,7 @@ def state(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _stopped(folder: Path) -> dict[str, dict[str, Any]]:
-    """What halving says of the variants that it stopped."""
+    """Read halving's records of the variants that it stopped."""
     return {
         name: {"stopped_at_step": look.step, "stopped_value": lost.value, "best_then": lost.best}
         for look in looks(folder)

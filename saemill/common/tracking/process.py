@@ -18,16 +18,16 @@ from saemill.common.tracking import record
 from saemill.common.tracking.record import Entry, Told
 
 LOG = "saemill.log"
-"""What the process prints, in wandb's folder."""
+"""Log of what the process prints, in wandb's folder."""
 END_SECONDS = 60.0
-"""Most that a stage waits for wandb at its end."""
+"""Seconds, at most, that a stage waits for wandb at its end."""
 STOP_SECONDS = 10.0
-"""Most that it waits when a signal stopped it: a scheduler kills what takes long."""
+"""Seconds, at most, that it waits when a signal stopped it: a scheduler kills what takes long."""
 ARTIFACT_BYTES_PER_SECOND = 10e6
-"""With artifacts the wait at the end is longer by their size at this rate."""
+"""Rate, in bytes per second, of the longer wait at the end where artifacts are sent."""
 CHECK_SECONDS = 30.0
 OFFLINE = ("offline", "dryrun", "disabled")
-"""wandb's modes that need no key."""
+"""Modes of wandb that need no key."""
 QUIET_SECONDS = 5.0
 
 
@@ -76,12 +76,13 @@ def write_record(folder: Path, settings: Mapping[str, Any], configs: Mapping[str
 
 
 def new_id() -> str:
-    """Of a wandb run."""
+    """Make the id of a wandb run."""
     return uuid.uuid4().hex[:8]
 
 
 class Wandb:
-    """The process at work: started at once, ended within a bounded time; of neither does anything fail.
+    """The process that talks to wandb: started at once, ended within a bounded time. A failure in either is
+    no failure of the stage.
 
     As a context manager it tells the process how the block ended.
 
@@ -115,7 +116,7 @@ class Wandb:
         self.end(word, self.end_seconds if kind is None else STOP_SECONDS)
 
     def end(self, word: str, most_seconds: float) -> None:
-        """Tell how the stage ended; after `most_seconds` the process is ended."""
+        """Tell the process how the stage ended; after `most_seconds` it is killed."""
         try:
             self.process.communicate(f"{word}\n".encode(), timeout=QUIET_SECONDS)
         except subprocess.TimeoutExpired:
@@ -138,5 +139,5 @@ class Wandb:
 
 
 def _environment() -> dict[str, str]:
-    """Modules are found there as here, whatever started this process."""
+    """Copy the environment with this process's module path, so that modules are found there as here."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -10,7 +10,7 @@ from saemill.common.tracking.record import Logged, Told
 
 EXIT_CODES = {"finished": 0, "interrupted": 75}
 UNSAFE = re.compile(r"[^\w.-]+")
-"""What the name of an artifact may not hold."""
+"""Characters that the name of an artifact may not hold."""
 
 
 class Runs:
@@ -27,13 +27,13 @@ class Runs:
         self.open: dict[str, Any] = {}
         logged = record.logged(folder)
         self.logged_tokens = logged.tokens
-        """Those of the last line that went to wandb, here or in an earlier process."""
+        """Training tokens at the last line that went to wandb, here or in an earlier process."""
         self.ended = list(logged.ended)
-        """Variants whose runs have all that training tells."""
+        """Variants whose wandb runs have all of training."""
         self._next_tokens: dict[str, int] = {}
 
     def run(self, name: str) -> Any:
-        """A variant's run, begun or gone on with."""
+        """Open a variant's wandb run, new or resumed."""
         if name not in self.open:
             entry = self.told.runs[name]
             quiet = self.quiet or bool(self.open)
@@ -58,7 +58,7 @@ class Runs:
         self._note()
 
     def _note(self) -> None:
-        """Say how far it came."""
+        """Record the progress in `wandb-logged.json`."""
         record.note(self.folder, Logged(tokens=self.logged_tokens, ended=tuple(self.ended)))
 
     def end(self, name: str, word: str, is_last: bool, **summary: Any) -> None:
@@ -88,7 +88,8 @@ class Runs:
 
 
 def values(record: dict[str, Any], name: str) -> dict[str, Any]:
-    """A variant's part of a line of metrics.jsonl; what it has no value of is left out."""
+    """Select a variant's values from a line of metrics.jsonl, with the values that all share; None is left
+    out."""
     flat = {key: value for key, value in record.items() if key != "variants"} | record["variants"][name]
     return {key: value for key, value in flat.items() if value is not None}
 

@@ -23,7 +23,7 @@ from saemill.common.tracking.follow import POLL_SECONDS, End, follow
 
 
 class Parent:
-    """How the stage that started this process ended; none while it runs."""
+    """The end of the stage that started this process, as it says on standard input; none while it runs."""
 
     def __init__(self) -> None:
         self.word: str | None = None
@@ -52,14 +52,14 @@ class Watch:
         self._ids = self._read_ids()
 
     def _read_ids(self) -> list[str]:
-        """The ids of the run's wandb runs; none while training begins anew."""
+        """Read the ids of the run's wandb runs; none while training begins anew."""
         if not (self.run / runs.WANDB).exists():
             return []
         return [entry.id for entry in record.told(self.run).runs.values()]
 
     @property
     def word(self) -> str | None:
-        """How training ended, `interrupted` where it may go on; none while it is waited for.
+        """Word on how training ended, `interrupted` where it may go on; None while it is waited for.
 
         Raises:
             StoreError: it began anew, in other wandb runs.
@@ -107,7 +107,7 @@ def track(run: Path, waits: bool, assessment: Path | None) -> None:
 
 
 def track_for_stage(run: Path, assessment: Path | None) -> None:
-    """As `track`, for the stage that started this process and waits for it no longer than it will."""
+    """Track as `track` does, for the stage that started this process, which waits a bounded time for it."""
     # Ctrl-C and a scheduler's signals reach every process of a job; the stage tells when to end.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -115,7 +115,7 @@ def track_for_stage(run: Path, assessment: Path | None) -> None:
 
 
 def _send(run: Path, assessment: Path | None, end: End, stop: threading.Event | None) -> None:
-    """Log a run or an assessment. A failure of wandb's is told once, and ends this process alone.
+    """Log a run or an assessment. A failure of wandb's is reported once, and ends this process alone.
 
     Args:
         run: the folder of the run.
@@ -157,7 +157,7 @@ def _lock(log: TextIO, run: Path, stop: threading.Event | None) -> None:
 
 
 def _has_lock(log: TextIO) -> bool:
-    """Lock the log, if no other process has; True too where the file system knows no locks."""
+    """Lock the log, if no other process has. Return True too where the file system knows no locks."""
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -24,7 +24,7 @@ READERS = {
     saelens.WEIGHTS: saelens.read,
     dictionary_learning.WEIGHTS: dictionary_learning.read,
 }
-"""A format is recognised by the name of its file of weights."""
+"""Readers by the name of the file of weights, by which a format is recognised."""
 
 
 def load(folder: Path | str) -> Parts:
@@ -46,7 +46,7 @@ def load(folder: Path | str) -> Parts:
 
 
 def read(folder: Path) -> Parts:
-    """As `load`, on this machine, whatever the weights' values are.
+    """Read an SAE as `load` does, on this machine, whatever the weights' values are.
 
     Raises:
         StoreError, ConfigError: as `load`.
@@ -60,7 +60,8 @@ def read(folder: Path) -> Parts:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with the files of an SAE on this machine, of any of the formats; nothing if it loads."""
+    """List what is wrong with the files of an SAE on this machine, of any of the formats; nothing if it
+    loads."""
     try:
         load(folder)
     except SaemillError as error:
@@ -69,7 +70,7 @@ def problems(folder: Path) -> list[str]:
 
 
 def _instead(folder: Path) -> str:
-    """What is there in place of an SAE, and what to name instead."""
+    """Describe what is there in place of an SAE, and what to name instead."""
     if folder.is_file():
         return f"it is a file; name the folder that it is in, {folder.parent}"
     if not folder.exists():

@@ -33,7 +33,7 @@ CLASS = "AutoEncoderTopK"
 
 
 def read(folder: Path) -> Parts:
-    """The SAE of a folder, on the CPU, in the dtype of its file. Nothing but tensors is unpickled.
+    """Read the SAE of a folder, on the CPU, in the dtype of its file. Nothing but tensors is unpickled.
 
     Raises:
         StoreError, ConfigError: as `formats.load` tells.
@@ -72,7 +72,7 @@ def read(folder: Path) -> Parts:
 
 
 def _state(file: Path) -> dict[str, Tensor]:
-    """The tensors of an `ae.pt`."""
+    """Read the tensors of an `ae.pt`."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -92,7 +92,8 @@ def _state(file: Path) -> dict[str, Tensor]:
 
 
 def _hook_name(submodule_name: str | None) -> str | None:
-    """TransformerLens' name of a submodule that is named as dictionary_learning's demo does."""
+    """Translate a submodule's name, written as dictionary_learning's demo writes it, to TransformerLens'
+    name."""
     match = re.fullmatch(r"(resid_post|mlp_out|attn_out)_layer_(\d+)", submodule_name or "")
     return f"blocks.{match[2]}.hook_{match[1]}" if match else None
 

@@ -33,13 +33,14 @@ from saemill.common.sae.parts import Parts, SaeConfig
 WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
 LARGEST = 1e30
-"""Of the factor on activations that can be folded."""
+"""Largest factor on activations that can be folded."""
 VERSION = "6.54.12"
-"""Whose layout is written. SAELens takes a config without a version for one of before 6.0."""
+"""Version of SAELens whose layout is written. SAELens reads a config without a version as one of before
+6.0."""
 
 
 def read(folder: Path) -> Parts:
-    """The SAE of a folder, on the CPU, in the dtype of its file.
+    """Read the SAE of a folder, on the CPU, in the dtype of its file.
 
     Raises:
         StoreError, ConfigError: as `formats.load` tells.
@@ -74,7 +75,7 @@ def read(folder: Path) -> Parts:
 
 
 def _since_6(cfg: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A config of an SAELens before 6.0 in today's terms."""
+    """Translate a config of an SAELens before 6.0 to today's terms."""
     if "metadata" in cfg:
         return cfg
     old = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
@@ -91,7 +92,7 @@ def _since_6(cfg: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _input_scale(folder: Path, normalization: str) -> float:
-    """What activations are multiplied by before the SAE sees them."""
+    """Find the factor by which activations are multiplied before the SAE sees them."""
     if normalization == "none":
         return 1.0
     field = f"{folder / 'cfg.json'}: normalize_activations is {normalization!r:.80}"
@@ -110,7 +111,8 @@ def _input_scale(folder: Path, normalization: str) -> float:
 
 
 def _folded(weights: dict[str, Tensor], centred: bool, rescaled: bool, scale: float) -> tuple[Tensor, ...]:
-    """W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] of the `Sae` that computes the same."""
+    """Fold the factor into the weights. Return W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] of the `Sae`
+    that computes the same."""
     dtype = weights["W_enc"].dtype
     W_enc, b_enc = weights["W_enc"].T.double() * scale, weights["b_enc"].double()
     W_dec, b_dec = weights["W_dec"].double() / scale, weights["b_dec"].double() / scale

@@ -18,7 +18,7 @@ from saemill.common.records import Count, Hash, Record
 KEY = "seal"
 OWN = "saemill"
 MADE_BY = {"made_by": OWN}
-"""Metadata of the file of weights, which tell that a seal must be there."""
+"""Metadata of the file of weights, which say that a seal must be there."""
 REPAIR = (
     "Get it again from where it came from; `saemill train` with --no-resume trains a run anew. To take it as "
     f"it is, remove {OWN!r} from cfg.json and save the tensors anew, without metadata."
@@ -26,16 +26,16 @@ REPAIR = (
 
 
 class Seal(Record):
-    """What `cfg.json` tells of the SAE's files; its checksum is that of the whole config."""
+    """The part of `cfg.json` on the SAE's files; its checksum is that of the whole config."""
 
     format: Literal["saemill SAE 2"] = "saemill SAE 2"
     bytes: Count
-    """Of the weights."""
+    """Size of the file of weights."""
     xxh3: Hash
 
 
 def seal(cfg: Mapping[str, Any], n_bytes: int, xxh3: str) -> dict[str, Any]:
-    """A config with the seal on it and on the weights.
+    """Put a seal on a config, for it and the weights.
 
     Args:
         cfg: its fields, saemill's own under `saemill`.
@@ -51,13 +51,14 @@ def seal(cfg: Mapping[str, Any], n_bytes: int, xxh3: str) -> dict[str, Any]:
 
 
 def sealed_again(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that was changed on purpose, with a seal that fits; the weights are the same."""
+    """Put a new seal on a config that was changed on purpose; the weights are the same."""
     told = cfg[OWN][KEY]
     return seal(cfg, told["bytes"], told["xxh3"])
 
 
 def checked(cfg: Mapping[str, Any], folder: Path, weights: Path) -> dict[str, Any] | None:
-    """What saemill wrote under `saemill`, without the seal, which is checked; None where it sealed nothing.
+    """Check the seal and return what saemill wrote under `saemill`, without the seal; None where nothing was
+    sealed.
 
     Args:
         cfg: the content of `cfg.json`.
@@ -81,7 +82,7 @@ def checked(cfg: Mapping[str, Any], folder: Path, weights: Path) -> dict[str, An
 
 
 def _checked_config(cfg: Mapping[str, Any], folder: Path) -> Seal:
-    """The seal, if the config is as it was written."""
+    """Return the seal, if the config is as it was written."""
     where = str(folder / "cfg.json")
     told = cfg[OWN][KEY]
     if not isinstance(told, dict) or records.CHECKSUM not in told:
@@ -93,7 +94,7 @@ def _checked_config(cfg: Mapping[str, Any], folder: Path) -> Seal:
 
 
 def checksum(folder: Path) -> str:
-    """The checksum of an SAE's config, by which the record of its run knows it.
+    """Return the checksum of an SAE's config, by which the record of its run knows it.
 
     Raises:
         MissingError: there is no config.
@@ -107,7 +108,7 @@ def checksum(folder: Path) -> str:
 
 
 def _is_ours(weights: Path) -> bool:
-    """Whether saemill wrote a file of weights, by its metadata."""
+    """Tell whether saemill wrote a file of weights, by its metadata."""
     try:
         with safe_open(weights, "pt") as file:
             return (file.metadata() or {}).items() >= MADE_BY.items()
