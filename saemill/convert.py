@@ -30,10 +30,11 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
     """
     _check_new(out)
     sae = Sae.load(path)
-    told = sae.config.provenance
+    provenance = sae.config.provenance
     if model:
-        told |= {"model": model, "revision": None}
-    hook = _hook(told.get("site"), told.get("model"), told.get("revision")) if name != "sparsify" else None
+        provenance |= {"model": model, "revision": None}
+    site, revision = provenance.get("site"), provenance.get("revision")
+    hook = _hook(site, provenance.get("model"), revision) if name != "sparsify" else None
     with _new(out) as partial:
         formats.save(sae.parts, name, partial, hook)
     say(
@@ -74,14 +75,14 @@ def import_(path: Path | str, out: Path, model: str | None = None) -> None:
     """
     _check_new(out)
     sae = Sae.load(path)
-    told = sae.config.provenance
+    provenance = sae.config.provenance
     if model:
-        told |= {"model": model}
-        if hook_name := told.get("hook_name"):
-            told["site"] = _site(hook_name, model)
+        provenance |= {"model": model}
+        if hook_name := provenance.get("hook_name"):
+            provenance["site"] = _site(hook_name, model)
     with _new(out) as partial:
         sae.save(partial)
-    where = told.get("site") or told.get("hook_name") or "a site that its files do not tell"
+    where = provenance.get("site") or provenance.get("hook_name") or "a site that its files do not tell"
     say(f"{out}: k {sae.config.k}, {sae.config.num_latents:,} latents, {where}")
 
 

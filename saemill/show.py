@@ -35,7 +35,7 @@ def describe(path: Path) -> str:
 def kind_of(path: Path) -> str | None:
     """Name the kind of a folder that saemill made; None for a file or folder within a store or run, and for
     anything else."""
-    hub.check_here(path)
+    hub.check_local(path)
     if runs.is_run(path):
         return "run"
     names = {file.name for file in path.glob("*")}
@@ -138,8 +138,8 @@ def _describe_run(path: Path) -> str:
 def _describe_sae(path: Path) -> str:
     sae = formats.load(path)
     config = sae.config
-    told = config.provenance
-    of = " of ".join(str(told[key]) for key in ("site", "model") if told.get(key))
+    provenance = config.provenance
+    of = " of ".join(str(provenance[key]) for key in ("site", "model") if provenance.get(key))
     return f"SAE {path}: k {config.k}, {config.num_latents:,} latents, D {config.d_in:,}" + (
         f", {of}" if of else ""
     )
@@ -157,9 +157,9 @@ def problems(path: Path) -> list[str]:
     if kind == "SAE":
         return formats.problems(path)
     if kind == "token store":
-        found, repair = tokens_problems(path), tokens.REPAIR
+        lines, repair = tokens_problems(path), tokens.REPAIR
     elif kind == "activation store":
-        found, repair = activations_problems(path), REPAIR
+        lines, repair = activations_problems(path), REPAIR
     else:
         raise StoreError(f"{path} is no token store, activation store, run or SAE{hint(path)}")
-    return [*found, repair] if found else []
+    return [*lines, repair] if lines else []

@@ -28,7 +28,7 @@ from saemill.common.stores.site_records import (
 from saemill.common.stores.tokens import TokenStore
 
 
-def settings_there(out: Path, tokens: TokenStore) -> StoreSettings | None:
+def existing_settings(out: Path, tokens: TokenStore) -> StoreSettings | None:
     """Read the settings of the store in a folder, from whichever copy of them is whole; None where a new
     store may be made.
 
@@ -43,38 +43,38 @@ def settings_there(out: Path, tokens: TokenStore) -> StoreSettings | None:
     settings.check_folder(out)
     others = _others(out, tokens)
     # Looked for last: another worker may be making the store right now.
-    there = known_settings(out)
-    if there is None and others:
+    existing = known_settings(out)
+    if existing is None and others:
         raise StoreError(f"{out} holds other files ({others[0].name}); choose a new folder")
-    if there and there.kind == EMBEDDINGS:
+    if existing and existing.kind == EMBEDDINGS:
         raise ConfigError(f"{out} holds embeddings; choose another folder for a model's activations")
-    return there
+    return existing
 
 
 def _others(out: Path, tokens: TokenStore) -> list[Path]:
     """List what lies in the folder and belongs to no store of these tokens that was begun."""
     paths = list(out.glob("*"))  # first: other workers may be adding parts, each of them whole
     begun = token_copy.is_copy(out / "tokens", tokens)
-    ours = {"tokens", "zarr.json", SITES, *sites_in(out)} if begun else set()
+    own = {"tokens", "zarr.json", SITES, *sites_in(out)} if begun else set()
     return [
-        path for path in paths if not (path.name in ours or (path.name == CLAIMS and holds_only_claims(path)))
+        path for path in paths if not (path.name in own or (path.name == CLAIMS and holds_only_claims(path)))
     ]
 
 
-def check_same_store(out: Path, there: StoreSettings | None, identity: Mapping[str, Any]) -> None:
+def check_same_store(out: Path, existing: StoreSettings | None, identity: Mapping[str, Any]) -> None:
     """Refuse to go on in a folder that was made with other settings.
 
     Args:
         out: the store's folder.
-        there: its settings; None where there is no store, or where no copy of them is left: then the
+        existing: its settings; None where there is no store, or where no copy of them is left: then the
             records of shards tell whether these are the same.
         identity: the settings now, of those that decide the content.
 
     Raises:
         ConfigError: some are others.
     """
-    if there is not None:
-        settings.check_same(there.model_dump(mode="json"), identity, out)
+    if existing is not None:
+        settings.check_same(existing.model_dump(mode="json"), identity, out)
         return
     now = StoreSettings.made(identity, model=None, revision=None, versions={}).identity
     for file in out.glob("*/commits/*.json"):

@@ -30,14 +30,14 @@ def warnings(model: LanguageModel, sites: list[str], ids_RS: Tensor) -> list[str
         sites: module paths in its base model.
         ids_RS: token ids, int64.
     """
-    parts = [site for site in sites if site not in model.blocks]
-    with _recording(model, parts) as (inputs, inside):
+    candidates = [site for site in sites if site not in model.blocks]
+    with _recording(model, candidates) as (inputs, inside):
         outputs = model.capture(ids_RS[:1, :N_TOKENS], sites, None)
     whole = [
         f"{site} gives the whole residual stream: what it computes, added to what went into it; what it adds "
-        f"alone is at {part}"
-        for site in parts
-        if (part := _added_part(outputs[site], inputs[site], inside[site]))
+        f"alone is at {added}"
+        for site in candidates
+        if (added := _added_part(outputs[site], inputs[site], inside[site]))
     ]
     return whole + [
         f"{a} and {b} give the same activations: one of them is enough"
@@ -46,11 +46,11 @@ def warnings(model: LanguageModel, sites: list[str], ids_RS: Tensor) -> list[str
     ]
 
 
-def _added_part(x_RSD: Tensor, inputs: list[Tensor], parts: dict[str, Tensor]) -> str | None:
+def _added_part(x_RSD: Tensor, inputs: list[Tensor], outputs: dict[str, Tensor]) -> str | None:
     """Find the module inside a site whose output, added to one of the site's inputs, is the site's output."""
-    for name, part in parts.items():
-        for given in inputs:
-            if given.shape == part.shape == x_RSD.shape and torch.equal(given + part, x_RSD):
+    for name, output in outputs.items():
+        for input_RSD in inputs:
+            if input_RSD.shape == output.shape == x_RSD.shape and torch.equal(input_RSD + output, x_RSD):
                 return name
     return None
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from saemill.cache.config import CacheConfig
-from saemill.cache.folder import check_same_store, settings_there
+from saemill.cache.folder import check_same_store, existing_settings
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.errors import ConfigError
@@ -56,18 +56,18 @@ def make_plan(config: CacheConfig, world: World) -> Plan:
         StoreError: damaged tokens, or a folder with other files.
     """
     tokens = TokenStore(config.tokens)
-    there = settings_there(config.out, tokens)
-    n_rows = _n_rows(config, tokens, there)
+    existing = existing_settings(config.out, tokens)
+    n_rows = _n_rows(config, tokens, existing)
     device = world.device(config.device)
     model_config = load_model_config(config.model, config.revision)
     check_fit(model_config, config.model, tokens)
     check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
     sites = sites_of(config, model_config)
-    identity = _identity(config, tokens, there, n_rows, device)
+    identity = _identity(config, tokens, existing, n_rows, device)
     check_8bit(bool(identity["load_in_8bit"]), device)
     _check_mask(tokens, settings.build(MaskConfig, identity["mask"], "mask"), n_rows)
     summary = _summary(config, identity, tokens.ctx_len, sites)
-    check_same_store(config.out, there, identity)
+    check_same_store(config.out, existing, identity)
     return Plan(config=config, tokens=tokens, sites=sites, identity=identity, device=device, summary=summary)
 
 
@@ -95,9 +95,9 @@ def content_of(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
     return _identity(config, tokens, None, n_rows, World.here().device(config.device))
 
 
-def _n_rows(config: CacheConfig, tokens: TokenStore, there: StoreSettings | None) -> int:
+def _n_rows(config: CacheConfig, tokens: TokenStore, existing: StoreSettings | None) -> int:
     if config.max_tokens is None:
-        return there.n_rows if there else tokens.n_rows
+        return existing.n_rows if existing else tokens.n_rows
     if not tokens.ctx_len <= config.max_tokens <= tokens.n_tokens:
         raise ConfigError(
             f"max_tokens must be between one row ({tokens.ctx_len:,}) and the store's "
@@ -107,24 +107,24 @@ def _n_rows(config: CacheConfig, tokens: TokenStore, there: StoreSettings | None
 
 
 def _identity(
-    config: CacheConfig, tokens: TokenStore, there: StoreSettings | None, n_rows: int, device: torch.device
+    config: CacheConfig, tokens: TokenStore, existing: StoreSettings | None, n_rows: int, device: torch.device
 ) -> dict[str, Any]:
     """Collect the settings that decide the store's content, site by site. Those that the user left open are
     the existing store's."""
-    shard_tokens = config.shard_tokens or (there.shard_tokens if there else SHARD_TOKENS)
+    shard_tokens = config.shard_tokens or (existing.shard_tokens if existing else SHARD_TOKENS)
     rows_per_shard = max(1, min(n_rows, shard_tokens // tokens.ctx_len))
     model_dtype = str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch.")
-    if config.model_dtype == "auto" and there:
-        model_dtype = str(there.model_dtype)
-    in_8bit = there.load_in_8bit if there and config.load_in_8bit is None else config.load_in_8bit
-    mask = config.mask or (there.mask if there else MaskConfig())
+    if config.model_dtype == "auto" and existing:
+        model_dtype = str(existing.model_dtype)
+    in_8bit = existing.load_in_8bit if existing and config.load_in_8bit is None else config.load_in_8bit
+    mask = config.mask or (existing.mask if existing else MaskConfig())
     return {
         "format": FORMAT,
         "kind": "tokens",
         "tokens_fingerprint": tokens.fingerprint,
         "n_rows": n_rows,
         "shard_tokens": rows_per_shard * tokens.ctx_len,
-        "dtype": config.dtype or (there.dtype if there else "bf16"),
+        "dtype": config.dtype or (existing.dtype if existing else "bf16"),
         "model_dtype": model_dtype,
         "load_in_8bit": in_8bit or None,
         "model_fingerprint": fingerprint_model(config.model, config.revision),
@@ -154,8 +154,8 @@ def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    there = sum(durable.folder_bytes(config.out / site.name / "c") for site in sites)
-    missing = sum(needed.values()) - there
+    n_written_bytes = sum(durable.folder_bytes(config.out / site.name / "c") for site in sites)
+    missing = sum(needed.values()) - n_written_bytes
     if missing > free:
         raise ConfigError(
             f"{missing / 2**20:,.1f} MiB are needed in {folder}, {free / 2**20:,.1f} MiB are free; "

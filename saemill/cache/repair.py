@@ -33,7 +33,7 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
         say(f"{writer.manifest_path} was damaged and is written again")
     for shard in shards:
         file = writer.commit_path(shard)
-        was_there = file.exists()
+        existed = file.exists()
         if _is_good(writer, shard, hashes):
             continue
         if manifest and _holds(writer, shard, manifest.shards[shard].xxh3):
@@ -42,7 +42,7 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
             put(file, records.content(record), writer.worker)
             continue
         is_whole = False
-        if was_there:  # else another worker may be about to put a good one there
+        if existed:  # else another worker may be about to put a good one there
             file.unlink(missing_ok=True)
     if manifest and is_whole and not _agrees(writer, manifest):
         say(f"{writer.manifest_path} tells of other shards than their records and is written again")

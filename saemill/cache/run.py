@@ -12,7 +12,7 @@ from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Worker
 from saemill.cache.config import CacheConfig
 from saemill.cache.fill import Filling
-from saemill.cache.folder import check_same_store, clear_if_empty, settings_there, write_group
+from saemill.cache.folder import check_same_store, clear_if_empty, existing_settings, write_group
 from saemill.cache.plan import Plan, make_plan
 from saemill.cache.repair import damaged, mend
 from saemill.cache.writer import SiteWriter
@@ -63,16 +63,16 @@ def _open(plan: Plan, worker: Worker) -> tuple[ActivationStore, list[SiteWriter]
     """Open the store with its tokens and the sites' arrays; what is missing of them is made."""
     out, tokens, n_rows = plan.config.out, plan.tokens, plan.identity["n_rows"]
     copy = out / "tokens"
-    was_there = (copy / "manifest.json").exists()
+    existed = (copy / "manifest.json").exists()
     # Workers hash the copy side by side; then a copy that was not there is new, and its sizes will do.
     whole = token_copy.is_whole(copy, tokens, n_rows, hashes=True)
     with worker.hold("store") as claim:
-        there = settings_there(out, tokens)
-        check_same_store(out, there, plan.identity)
+        existing = existing_settings(out, tokens)
+        check_same_store(out, existing, plan.identity)
         say(plan.summary)
-        if not whole and not token_copy.is_whole(copy, tokens, n_rows, hashes=was_there):
+        if not whole and not token_copy.is_whole(copy, tokens, n_rows, hashes=existed):
             token_copy.make(copy, tokens, n_rows, worker.partial(), claim)
-        write_group(out, there or _new_settings(plan), worker)
+        write_group(out, existing or _new_settings(plan), worker)
         store = ActivationStore(out)
         return store, [SiteWriter(store, site, plan.dtype, worker) for site in plan.sites]
 
@@ -102,7 +102,7 @@ def _complete(
                 mend(writer, shards)
         lacking = {writer.site.name: writer.lacking() for writer in writers}
         if any(lacking.values()):
-            _say_what_is_there(store, lacking)
+            _report_progress(store, lacking)
             n_missing += sum(map(len, lacking.values()))
             model = model or _load(plan, store)
             filling = Filling(store, writers, model, worker, world, plan.config.batch_size)
@@ -110,7 +110,7 @@ def _complete(
             n_written += filling.n_written
         with worker.hold("store"):
             if all([writer.finish() for writer in writers]):
-                return _what_was_done(n_missing, n_written)
+                return _done_sentence(n_missing, n_written)
 
 
 def _load(plan: Plan, store: ActivationStore) -> LanguageModel:
@@ -131,18 +131,18 @@ def _load(plan: Plan, store: ActivationStore) -> LanguageModel:
     return model
 
 
-def _say_what_is_there(store: ActivationStore, pending: dict[str, list[int]]) -> None:
+def _report_progress(store: ActivationStore, pending: dict[str, list[int]]) -> None:
     """Tell the user how far an earlier run came, site by site."""
     for name, shards in pending.items():
-        n_there = store.n_shards - len(shards)
-        if shards and n_there:
+        n_done = store.n_shards - len(shards)
+        if shards and n_done:
             say(
-                f"{name}: {n_there:,} of {counted(store.n_shards, 'shard')} are there, "
+                f"{name}: {n_done:,} of {counted(store.n_shards, 'shard')} are there, "
                 f"continuing with shard {shards[0]}"
             )
 
 
-def _what_was_done(n_missing: int, n_written: int) -> str:
+def _done_sentence(n_missing: int, n_written: int) -> str:
     """Describe the finished work in a sentence."""
     if not n_missing:
         return "nothing to do, every shard was checked"

@@ -66,7 +66,7 @@ class Sharing:
             self.worker.check_stop()
             if time.monotonic() - self._looked > LOOK_SECONDS:
                 self.look(advance)
-            if shard not in self._lacking or not (claim := self.worker.take(f"shard-{shard}")):
+            if shard not in self._lacking or not (claim := self.worker.claim(f"shard-{shard}")):
                 continue
             needing = [writer for writer in self.writers if not writer.commit_path(shard).exists()]
             if not needing:  # another worker was quicker, and let go of it

@@ -34,8 +34,8 @@ def is_whole(path: Path, tokens: TokenStore, n_rows: int, hashes: bool) -> bool:
     copy = records.if_whole(lambda: TokenStore(path))
     if copy is None:
         return False
-    is_ours = (copy.manifest.parent_fingerprint, copy.n_rows) == (tokens.fingerprint, n_rows)
-    return is_ours and not copy.problems(hashes)
+    is_same = (copy.manifest.parent_fingerprint, copy.n_rows) == (tokens.fingerprint, n_rows)
+    return is_same and not copy.problems(hashes)
 
 
 def make(path: Path, tokens: TokenStore, n_rows: int, partial: Path, claim: Claim) -> None:
@@ -52,8 +52,8 @@ def make(path: Path, tokens: TokenStore, n_rows: int, partial: Path, claim: Clai
         Lost: another worker took the store over.
         StoreError: the tokens are damaged, or a token store that is no copy is in the copy's place.
     """
-    there = _manifest(path)
-    if there and there.parent_fingerprint is None:
+    existing = _manifest(path)
+    if existing and existing.parent_fingerprint is None:
         raise StoreError(
             f"{path} is a token store of its own, where a copy of the tokens belongs; move it to another "
             "folder and run the same command again"

@@ -198,8 +198,8 @@ class SiteWriter:
 
     def _commits(self) -> dict[int, Path]:
         """List the paths of the shards' records by shard, whatever they hold."""
-        found = ((COMMIT.fullmatch(file.name), file) for file in self.path.glob("commits/*.json"))
-        numbered = {int(match[1]): file for match, file in found if match}
+        matches = ((COMMIT.fullmatch(file.name), file) for file in self.path.glob("commits/*.json"))
+        numbered = {int(match[1]): file for match, file in matches if match}
         return {shard: file for shard, file in sorted(numbered.items()) if shard < self.store.n_shards}
 
     def committed(self) -> set[int]:
@@ -208,8 +208,8 @@ class SiteWriter:
 
     def lacking(self) -> list[int]:
         """List the shards that have no record."""
-        there = self.committed()
-        return [shard for shard in range(self.store.n_shards) if shard not in there]
+        committed = self.committed()
+        return [shard for shard in range(self.store.n_shards) if shard not in committed]
 
     def commit(self, shard: int) -> Commit | None:
         """Read the record of a shard; None unless it is whole and this shard's."""
@@ -238,9 +238,9 @@ class SiteWriter:
 
     def _check_owner(self) -> None:
         """Refuse a folder whose records are all of another site or store: folders were exchanged."""
-        mine, owner = (self.identity, self.site.name), None
+        expected, owner = (self.identity, self.site.name), None
         for owner in self._owners():
-            if owner == mine:
+            if owner == expected:
                 return
         if owner is not None:
             of = f"of the site {owner[1]!r}" if owner[1] != self.site.name else "of another store"

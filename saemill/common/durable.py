@@ -19,8 +19,8 @@ from saemill.common.log import say
 READ_BYTES = 1 << 24
 PARTIAL = ".*.partial"
 """Glob of the partly written files that a crash leaves; they count as nothing."""
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL = (*(f"(os error {number})" for number in NO_ROOM), "No space left", "failed writing file")
+FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_MESSAGES = (*(f"(os error {number})" for number in FULL_ERRNOS), "No space left", "failed writing file")
 """Signs of a full disk in the messages of libraries that hide the system's error."""
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 MISSING = "file is missing"
@@ -73,21 +73,21 @@ def writing(path: Path, n_bytes: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if told := explained(error, path, n_bytes):
-            raise DiskError(told) from error
+        if message := explained(error, path, n_bytes):
+            raise DiskError(message) from error
         raise
     except Exception as error:
         # Libraries that write (safetensors, torch) have errors of their own for a full disk, or hide the
         # system's behind them.
-        if not any(_tells_of_full_disk(each) for each in _chain(error)):
+        if not any(_is_full_disk(each) for each in _chain(error)):
             raise
         raise DiskError(_full(path, n_bytes)) from error
 
 
-def _tells_of_full_disk(error: BaseException) -> bool:
+def _is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno in NO_ROOM
-    return any(sign in str(error) for sign in FULL)
+        return error.errno in FULL_ERRNOS
+    return any(sign in str(error) for sign in FULL_MESSAGES)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -101,7 +101,7 @@ def explained(error: OSError, path: Path | None = None, n_bytes: int | None = No
     """Describe what the system's error means for the user, and what helps; None where it is of another
     kind."""
     where = path or (Path(os.fsdecode(error.filename)) if error.filename else None)
-    if error.errno in NO_ROOM:
+    if error.errno in FULL_ERRNOS:
         return _full(where, n_bytes)
     if error.errno in NO_ACCESS:
         return f"{where or 'a file'} may not be read or written ({error.strerror}): change its mode, {GO_ON}"
@@ -137,19 +137,19 @@ def place(finished: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def write_bytes(path: Path, parts: Iterable[bytes | memoryview], pad_to_bytes: int = 0) -> None:
-    """Write `parts` to `path`, whole or not at all.
+def write_bytes(path: Path, buffers: Iterable[bytes | memoryview], pad_to_bytes: int = 0) -> None:
+    """Write `buffers` to `path`, whole or not at all.
 
     Args:
         path: where the file shall appear; its folder is created.
-        parts: buffers written one after the other.
+        buffers: buffers written one after the other.
         pad_to_bytes: extend the file with zeros (a hole on most file systems) up to this size.
     """
-    parts = list(parts)
-    n_bytes = max(pad_to_bytes, sum(memoryview(part).nbytes for part in parts))
+    buffers = list(buffers)
+    n_bytes = max(pad_to_bytes, sum(memoryview(buffer).nbytes for buffer in buffers))
     with replacing(path, n_bytes) as partial, partial.open("wb") as file:
-        for part in parts:
-            file.write(part)
+        for buffer in buffers:
+            file.write(buffer)
         if file.tell() < pad_to_bytes:
             file.truncate(pad_to_bytes)
 

@@ -310,28 +310,28 @@ def answer(word: str) -> str | None:
         word: its name, with or without dashes before it.
     """
     name = word.lstrip("-").replace("-", "_").rpartition(".")[2]
-    told: dict[str, list[str]] = {}
+    meanings: dict[str, list[str]] = {}
     for tool, settings in TOOLS.items():
         if name in settings:
-            here, why = settings[name]
-            meaning = f"is {here} here" if here else "has no equal here"
-            told.setdefault(f"{meaning}: {why}" if why and why != SAME else meaning, []).append(tool)
-    return "; ".join(f"{name} of {' and '.join(tools)} {what}" for what, tools in told.items()) or None
+            equivalent, why = settings[name]
+            meaning = f"is {equivalent} here" if equivalent else "has no equal here"
+            meanings.setdefault(f"{meaning}: {why}" if why and why != SAME else meaning, []).append(tool)
+    return "; ".join(f"{name} of {' and '.join(tools)} {what}" for what, tools in meanings.items()) or None
 
 
 def of_hook(name: str) -> str | None:
     """Translate a hook of TransformerLens; None if the name is no such hook."""
-    found = HOOK.fullmatch(name)
-    if not found:
+    match = HOOK.fullmatch(name)
+    if not match:
         return None
-    layer, kind = found.group(1), found.group(2)
+    layer, kind = match.group(1), match.group(2)
     if kind == "resid_post":
-        here = f"the residual stream after block {layer} is --layers {layer}"
+        equivalent = f"the residual stream after block {layer} is --layers {layer}"
     elif kind == "resid_pre" and int(layer):
-        here = f"the residual stream before block {layer} is --layers {int(layer) - 1}"
+        equivalent = f"the residual stream before block {layer} is --layers {int(layer) - 1}"
     else:
-        here = "sites are module paths below transformers' base model, as in --sites 'layers.*.mlp'"
-    return f"{name} is a hook of TransformerLens; {here}"
+        equivalent = "sites are module paths below transformers' base model, as in --sites 'layers.*.mlp'"
+    return f"{name} is a hook of TransformerLens; {equivalent}"
 
 
 def near(word: str, known: Iterable[str]) -> list[str]:

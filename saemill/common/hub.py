@@ -41,10 +41,10 @@ def loading(what: str, name: str) -> Iterator[None]:
                 f"choose a {what} of a kind that transformers knows"
             ) from error
         if not isinstance(error, OSError | ValueError | ImportError):
-            told = " ".join(str(error).split())[:300]
+            message = " ".join(str(error).split())[:300]
             raise ConfigError(
                 f"cannot load the {what} {name!r}: its files are damaged, or its config says what cannot be "
-                f"({type(error).__name__}: {told}); save or download it again"
+                f"({type(error).__name__}: {message}); save or download it again"
             ) from error
         typo = "/" in name and not path.exists() and path.parent.is_dir()
         why = f"no such folder in {path.parent}, and as a hub id: {error}" if typo else error
@@ -78,7 +78,7 @@ def parse(address: str) -> Any:
     return uri
 
 
-def check_here(path: Path) -> None:
+def check_local(path: Path) -> None:
     """Refuse an address on the hub, which pathlib writes `hf:/…`, where a store or a run is read.
 
     Raises:
@@ -127,16 +127,16 @@ def asking(repo: str) -> Iterator[None]:
             "downloaded before are loaded with HF_HUB_OFFLINE=1"
         ) from error
     except (RuntimeError, ValueError) as error:  # what stops an upload or a download has no class of its own
-        told = re.sub(r"[?]\S*", "", str(error)).rstrip(".")
-        raise ConfigError(f"{repo}: {told}; what arrived is kept: run the command again") from error
+        message = re.sub(r"[?]\S*", "", str(error)).rstrip(".")
+        raise ConfigError(f"{repo}: {message}; what arrived is kept: run the command again") from error
 
 
 def _refusal(error: Any) -> str:
     """Explain an HTTP status, with the hub's own words."""
     status = error.response.status_code
-    said = f" ({error.server_message})" if error.server_message else ""
+    detail = f" ({error.server_message})" if error.server_message else ""
     if status == 401:
-        return f"the hub does not know your token{said}; {LOG_IN} anew"
+        return f"the hub does not know your token{detail}; {LOG_IN} anew"
     if status == 403:
-        return f"your token does not allow this{said}; it needs write access: {LOG_IN} with one that has it"
-    return f"the hub answered with status {status}{said}; what arrived is kept: run the command again"
+        return f"your token does not allow this{detail}; it needs write access: {LOG_IN} with one that has it"
+    return f"the hub answered with status {status}{detail}; what arrived is kept: run the command again"

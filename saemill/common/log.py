@@ -27,7 +27,7 @@ def printable(text: str) -> str:
     Line ends and tabs stay. Text of a corpus, names and paths can hold anything.
     """
     return UNPRINTABLE.sub(
-        lambda found: found.group().encode("unicode_escape", "surrogatepass").decode(), text
+        lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text
     )
 
 

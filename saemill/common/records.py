@@ -153,9 +153,9 @@ def parse(values: Any, kind: type[R], where: str, repair: str) -> R:
     if "format" in kind.model_fields and values.get("format") != (
         wanted := kind.model_fields["format"].default
     ):
-        found = values.get("format")
+        got = values.get("format")
         raise StoreError(
-            f"{where}: format {found!r:.80}, but this version of saemill reads {wanted!r}. {repair}"
+            f"{where}: format {got!r:.80}, but this version of saemill reads {wanted!r}. {repair}"
         )
     fields = {key: value for key, value in values.items() if key != CHECKSUM}
     if values.get(CHECKSUM) != durable.hash_json(fields):
@@ -163,14 +163,14 @@ def parse(values: Any, kind: type[R], where: str, repair: str) -> R:
     try:
         return kind.model_validate_json(json.dumps(fields))
     except ValidationError as error:
-        raise StoreError(f"{where} is damaged: {told(error)}. {repair}") from error
+        raise StoreError(f"{where} is damaged: {first_finding(error)}. {repair}") from error
 
 
-def told(error: ValidationError) -> str:
+def first_finding(error: ValidationError) -> str:
     """Describe the first of pydantic's findings in a few words."""
     first = error.errors(include_url=False, include_context=False)[0]
     place = ".".join(map(str, first["loc"]))
-    said = first["msg"].removeprefix("Value error, ")
-    if "got" not in said.split():  # as our own messages say already
-        said += f", got {first['input']!r:.80}"
-    return f"{place}: {said}" if place else said
+    message = first["msg"].removeprefix("Value error, ")
+    if "got" not in message.split():  # as our own messages say already
+        message += f", got {first['input']!r:.80}"
+    return f"{place}: {message}" if place else message

@@ -82,19 +82,19 @@ class Group:
         if self.size == 1:
             return x
         padded, most = self._padded(x, n)
-        found = x.new_empty(self.size * most, *x.shape[1:])
-        gather_rows(found, padded, group=self.handle)
-        return self._joined(found, n, most)
+        gathered = x.new_empty(self.size * most, *x.shape[1:])
+        gather_rows(gathered, padded, group=self.handle)
+        return self._joined(gathered, n, most)
 
     def gather(self, x: Tensor, n: int) -> Tensor | None:
         """Gather as `all_gather` does, to the group's first process alone; None on the others."""
         if self.size == 1:
             return x
         padded, most = self._padded(x, n)
-        found = x.new_empty(self.size, most, *x.shape[1:]) if self.rank == 0 else None
-        into = None if found is None else list(found)
+        gathered = x.new_empty(self.size, most, *x.shape[1:]) if self.rank == 0 else None
+        into = None if gathered is None else list(gathered)
         dist.gather(padded, into, dst=self.ranks[0], group=self.handle)
-        return None if found is None else self._joined(found.flatten(0, 1), n, most)
+        return None if gathered is None else self._joined(gathered.flatten(0, 1), n, most)
 
     def _padded(self, x: Tensor, n: int) -> tuple[Tensor, int]:
         """Pad x with zeros to as many rows as the largest share."""
@@ -105,19 +105,19 @@ class Group:
         padded[: len(x)] = x
         return padded, most
 
-    def _joined(self, found: Tensor, n: int, most: int) -> Tensor:
+    def _joined(self, gathered: Tensor, n: int, most: int) -> Tensor:
         if n == self.size * most:
-            return found
-        pieces = [found[i * most :][: part.stop - part.start] for i, part in enumerate(self.slices(n))]
+            return gathered
+        pieces = [gathered[i * most :][: share.stop - share.start] for i, share in enumerate(self.slices(n))]
         return torch.cat(pieces)
 
     def all_gather_objects(self, value: Any) -> list[Any]:
         """Exchange a value that can be pickled: every process's, in the group's order."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.handle)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.handle)
+        return values
 
     def first(self, function: Callable[[], T]) -> T:
         """Call `function` on the group's first process alone. Return its result on every process; its errors
@@ -155,9 +155,9 @@ class Group:
     def alone(self, function: Callable[[], T]) -> T | None:
         """Call `function` on the group's first process alone. Return its result there, None on the others.
         Its errors are raised on every process. Unlike that of `first`, the result need not be sent."""
-        kept: list[T] = []
-        self.first(lambda: kept.append(function()))
-        return kept[0] if kept else None
+        results: list[T] = []
+        self.first(lambda: results.append(function()))
+        return results[0] if results else None
 
     def any(self, flag: bool) -> bool:
         """Tell whether the flag is true on some process."""
@@ -170,21 +170,21 @@ class Group:
     def split(self, lists: list[list[int]]) -> "Group":
         """Split the group into `lists` of ranks. Return the group that holds this process. All processes call
         it alike."""
-        mine = None
+        group = None
         for ranks in lists:
             # Left to itself, torch gives a new group 30 minutes.
             handle = dist.new_group(ranks, timeout=self.timeout) if len(ranks) > 1 else None
             if self.ranks[self.rank] in ranks:
-                mine = Group(ranks, ranks.index(self.ranks[self.rank]), handle, self.timeout)
-        if mine is None:
+                group = Group(ranks, ranks.index(self.ranks[self.rank]), handle, self.timeout)
+        if group is None:
             raise ValueError(f"rank {self.ranks[self.rank]} is in none of {lists}")
-        self._split.append(mine)
-        return mine
+        self._split.append(group)
+        return group
 
     def forget(self) -> None:
         """Let go of torch's groups; one that outlives `destroy_process_group` aborts the process."""
-        for part in [self, *self._split]:
-            part.handle = part.board = None
+        for group in [self, *self._split]:
+            group.handle = group.board = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,17 +303,17 @@ def _rendezvous(world: World, timeout: timedelta) -> Any:
     hosts = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     port = int(address["MASTER_PORT"])
     store = c10d.TCPStore(address["MASTER_ADDR"], port, is_master=hosts, timeout=timeout)
-    mine = uuid.uuid4().hex
+    token = uuid.uuid4().hex
     if world.rank == 0:
-        store.set("saemill start", mine)
-        tokens = [store.get(f"{mine} {rank}").decode() for rank in range(1, world.size)]
-        store.set(f"{mine} answer", " ".join(tokens))
-        return c10d.PrefixStore(mine, store)
+        store.set("saemill start", token)
+        tokens = [store.get(f"{token} {rank}").decode() for rank in range(1, world.size)]
+        store.set(f"{token} answer", " ".join(tokens))
+        return c10d.PrefixStore(token, store)
     end = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < end:
         start = store.get("saemill start").decode()
-        store.set(f"{start} {world.rank}", mine)
-        if store.check([f"{start} answer"]) and mine in store.get(f"{start} answer").decode():
+        store.set(f"{start} {world.rank}", token)
+        if store.check([f"{start} answer"]) and token in store.get(f"{start} answer").decode():
             return c10d.PrefixStore(start, store)
         time.sleep(0.05)
     raise TimeoutError(f"the first process did not answer within {timeout}")

@@ -87,9 +87,9 @@ def _n_values(node: Any, known: dict[int, int]) -> int:
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = MOST_VALUES + 1  # what holds itself has no end
-    parts = (
-        [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+    children = (
+        [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
     )
-    n = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(_n_values(part, known) for part in parts)
+    n = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(_n_values(child, known) for child in children)
     known[id(node)] = n
     return n

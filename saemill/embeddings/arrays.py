@@ -146,13 +146,13 @@ class _Tensor:
 class _Slice:
     """A tensor of a safetensors file."""
 
-    def __init__(self, part: Any, dtype: torch.dtype) -> None:
-        self.part, self.dtype = part, dtype
-        self.n_rows, self.width = part.get_shape()
+    def __init__(self, tensor_slice: Any, dtype: torch.dtype) -> None:
+        self.tensor_slice, self.dtype = tensor_slice, dtype
+        self.n_rows, self.width = tensor_slice.get_shape()
 
     def read(self, start: int, stop: int) -> Tensor:
         """Read rows start..stop."""
-        rows: Tensor = self.part[start:stop]
+        rows: Tensor = self.tensor_slice[start:stop]
         return rows
 
 
@@ -214,10 +214,10 @@ def _pt(file: Path, key: str | None) -> Matrix:
 
 def _safetensors(file: Path, key: str | None) -> Matrix:
     opened: Any = safe_open(str(file), "pt")
-    part = opened.get_slice(_choose(file, list(opened.keys()), key))
+    tensor_slice = opened.get_slice(_choose(file, list(opened.keys()), key))
     names = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
-    _check_matrix(file, part.get_shape(), part.get_dtype(), part.get_dtype() in names)
-    return _Slice(part, RAW_DTYPES[names[part.get_dtype()]])
+    _check_matrix(file, tensor_slice.get_shape(), tensor_slice.get_dtype(), tensor_slice.get_dtype() in names)
+    return _Slice(tensor_slice, RAW_DTYPES[names[tensor_slice.get_dtype()]])
 
 
 def _choose(file: Path, names: list[str], key: str | None) -> str:
@@ -226,10 +226,10 @@ def _choose(file: Path, names: list[str], key: str | None) -> str:
         return str(key)
     if key is None and len(names) == 1:
         return names[0]
-    found = (", ".join(names[:20]) + (", …" if len(names) > 20 else "")) or "none"
+    listed = (", ".join(names[:20]) + (", …" if len(names) > 20 else "")) or "none"
     if key is None:
-        raise ConfigError(f"{file} must hold one array, or the one that --column names; it holds {found}")
-    raise ConfigError(f"{file} has no array {key!r}; it holds {found}")
+        raise ConfigError(f"{file} must hold one array, or the one that --column names; it holds {listed}")
+    raise ConfigError(f"{file} has no array {key!r}; it holds {listed}")
 
 
 def _check_matrix(file: Path, shape: Sequence[int], dtype: object, is_float: bool) -> None:

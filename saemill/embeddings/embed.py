@@ -183,14 +183,14 @@ def _copy(
     assert text_column is not None
     start = 0
     with progress("read", max_rows, "texts") as advance:
-        for part in table.read([name for name in columns if name is not None], 0):
+        for batch in table.read([name for name in columns if name is not None], 0):
             worker.check_stop()
-            kept = part if max_rows is None else part.slice(0, max_rows - start)
-            texts = strings(kept[text_column], text_column, start)
-            ids = None if id_column is None else strings(kept[id_column], id_column, start)
+            rows = batch if max_rows is None else batch.slice(0, max_rows - start)
+            texts = strings(rows[text_column], text_column, start)
+            ids = None if id_column is None else strings(rows[id_column], id_column, start)
             writer.add(ids, texts, [text.encode() for text in texts])
-            start += len(kept)
-            advance(len(kept))
+            start += len(rows)
+            advance(len(rows))
             if start == max_rows:
                 break
     return "texts"

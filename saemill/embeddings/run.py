@@ -135,8 +135,8 @@ def _open(config: ImportConfig) -> tuple[Source, Table | None]:
 def _dtype(config: ImportConfig, first: Rows) -> torch.dtype:
     if config.dtype is not None:
         return DTYPES[config.dtype]
-    kept = first.x_TD.dtype in DTYPES.values() and not config.normalize
-    return first.x_TD.dtype if kept else torch.float32
+    is_unchanged = first.x_TD.dtype in DTYPES.values() and not config.normalize
+    return first.x_TD.dtype if is_unchanged else torch.float32
 
 
 def _plan(config: ImportConfig, source: Source, table: Table | None, form: Form) -> Plan:
@@ -174,9 +174,9 @@ class _Checking:
             for rows in _limited(self.source, 0, config.max_rows):
                 self.worker.check_stop()
                 self.form.of(rows)
-                ids, found = texts.of(rows)
-                hashed = "texts" if found else "ids" if ids else "vectors"
-                writer.add(ids, found, _bytes(found or ids or rows.x_TD))
+                ids, row_texts = texts.of(rows)
+                hashed = "texts" if row_texts else "ids" if ids else "vectors"
+                writer.add(ids, row_texts, _bytes(row_texts or ids or rows.x_TD))
                 advance(len(rows.x_TD))
         texts.finish()
         scratch.unlink(missing_ok=True)

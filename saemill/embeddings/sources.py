@@ -112,22 +112,23 @@ def find_files(name: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in KINDS]
-        if not found:
+        files = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in KINDS]
+        if not files:
             raise ConfigError(
                 f"{name} holds no embeddings; known are {', '.join(KINDS)}, or raw rows by a glob"
             )
     else:
         # Path.glob takes no pattern of an absolute path.
-        found = [file for file in map(Path, glob.glob(name, recursive=True)) if file.is_file()]  # noqa: PTH207
-        if not found:
+        files = [file for file in map(Path, glob.glob(name, recursive=True)) if file.is_file()]  # noqa: PTH207
+        if not files:
             raise ConfigError(f"no file or folder {name}")
-    return sorted(found, key=_natural)
+    return sorted(files, key=_natural)
 
 
 def _natural(path: Path) -> list[Any]:
     """Make a sort key in which numbers in a name compare as numbers."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
+    pieces = re.split(r"(\d+)", str(path))
+    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in pieces]
 
 
 def _suffix(file: Path) -> str:

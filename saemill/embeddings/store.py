@@ -99,9 +99,9 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
         ConfigError: the folder holds others, or the store there was made of others.
         StoreError: it holds other things.
     """
-    folder, there = plan.out / "passages", known_settings(plan.out)
-    _check_folder(plan, there)
-    if _whole(folder, there):
+    folder, existing = plan.out / "passages", known_settings(plan.out)
+    _check_folder(plan, existing)
+    if _whole(folder, existing):
         return PassageStore(folder)
     if folder.exists():
         say(f"{folder} is damaged, unfinished or of another store, and is written again")
@@ -111,7 +111,7 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
     if writer.n_rows == 0:
         raise DataError(f"{plan.source['name']} holds no passages")
     writer.finish({"hashed": hashed, "source": plan.source, "settings": plan.settings})
-    if there and PassageStore(partial).fingerprint != there.passages_fingerprint:
+    if existing and PassageStore(partial).fingerprint != existing.passages_fingerprint:
         raise _of_others(plan)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
@@ -119,29 +119,29 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
     return PassageStore(folder)
 
 
-def _whole(folder: Path, there: StoreSettings | None) -> bool:
+def _whole(folder: Path, existing: StoreSettings | None) -> bool:
     """Tell whether all passages are there, undamaged, and belong to the store."""
     passages = records.if_whole(lambda: PassageStore(folder))
     if passages is None:
         return False
-    is_ours = there is None or there.passages_fingerprint == passages.fingerprint
-    return is_ours and not passages.problems(hashes=True)
+    is_same = existing is None or existing.passages_fingerprint == passages.fingerprint
+    return is_same and not passages.problems(hashes=True)
 
 
-def _check_folder(plan: Plan, there: StoreSettings | None) -> None:
+def _check_folder(plan: Plan, existing: StoreSettings | None) -> None:
     """Refuse a folder that holds anything but the beginning of this store."""
     begun = _manifest(plan.out / "passages")
-    parts = {"passages"}
-    if there or begun:
-        parts |= {"zarr.json", SITES, *sites_in(plan.out)}
+    names = {"passages"}
+    if existing or begun:
+        names |= {"zarr.json", SITES, *sites_in(plan.out)}
     for path in plan.out.glob("*"):
         is_claims = path.name == CLAIMS and holds_only_claims(path)
-        if not (is_claims or path.name in parts):
+        if not (is_claims or path.name in names):
             raise StoreError(f"{plan.out} holds other files ({path.name}); choose a new folder")
-    if there and there.kind != EMBEDDINGS:
+    if existing and existing.kind != EMBEDDINGS:
         raise ConfigError(f"{plan.out} holds activations of a language model; choose another folder")
-    if there and (begun is None or begun.fingerprint != there.passages_fingerprint):
-        if there.source_hash != plan.source_hash:
+    if existing and (begun is None or begun.fingerprint != existing.passages_fingerprint):
+        if existing.source_hash != plan.source_hash:
             raise _of_others(plan)
         return
     if begun is None:
@@ -194,14 +194,14 @@ def open_store(
         "model_fingerprint": plan.made_by["model_fingerprint"],
         "mask": settings.plain(NO_MASK),
     }
-    there = known_settings(plan.out)
-    check_same_store(plan.out, there, identity)
-    if there is None:
+    existing = known_settings(plan.out)
+    check_same_store(plan.out, existing, identity)
+    if existing is None:
         _check_disk(plan, -(-passages.n_rows // shard_rows) * shard_rows * row_bytes)
         versions = {name: version(name) for name in ("saemill", "torch", "zarr")}
         made_by = {key: plan.made_by[key] for key in ("model", "revision")} | {"versions": versions}
-        there = StoreSettings.made(identity, **made_by)
-    write_group(plan.out, there, worker)
+        existing = StoreSettings.made(identity, **made_by)
+    write_group(plan.out, existing, worker)
     store = ActivationStore(plan.out)
     return store, SiteWriter(store, Site(plan.site, width), dtype, worker)
 
@@ -241,10 +241,8 @@ def fill(
     missing = writer.lacking()
     n_missing = sum(map(store.shard_length, missing))
     if 0 < len(missing) < store.n_shards:
-        n_there = store.n_shards - len(missing)
-        say(
-            f"{n_there:,} of {counted(store.n_shards, 'shard')} are there, continuing with shard {missing[0]}"
-        )
+        n_done = store.n_shards - len(missing)
+        say(f"{n_done:,} of {counted(store.n_shards, 'shard')} are there, continuing with shard {missing[0]}")
     if missing:
         reader = _Reader(form, batches)
         with progress("write", store.n_tokens, "passages", store.n_tokens - n_missing) as advance:

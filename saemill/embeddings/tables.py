@@ -274,16 +274,16 @@ class TableSource:
     def batches(self, start: int) -> Iterator[Rows]:
         """Read the table's rows from number `start` on."""
         columns = [name for name in (self.site, self.id_column, self.text_column) if name is not None]
-        for part in self.table.read(list(dict.fromkeys(columns)), start):
-            if len(part) == 0:
+        for rows in self.table.read(list(dict.fromkeys(columns)), start):
+            if len(rows) == 0:
                 continue
-            x_TD = self._vectors(part[self.site].combine_chunks(), start)
+            x_TD = self._vectors(rows[self.site].combine_chunks(), start)
             ids, texts = (
-                None if name is None else strings(part[name], name, start)
+                None if name is None else strings(rows[name], name, start)
                 for name in (self.id_column, self.text_column)
             )
             yield Rows(start, x_TD, ids, texts)
-            start += len(part)
+            start += len(rows)
 
     def _vectors(self, column: pa.Array, start: int) -> Tensor:
         """Convert a column of lists to [T, D]."""
@@ -328,24 +328,24 @@ def is_vectors(kind: pa.DataType) -> bool:
 
 
 def _vector_column(table: Table) -> str:
-    found = [field.name for field in table.schema() if is_vectors(field.type)]
-    if "embedding" in found or len(found) == 1:
-        return "embedding" if "embedding" in found else found[0]
-    which = f"several columns of float lists ({', '.join(found)})" if found else "no column of float lists"
+    names = [field.name for field in table.schema() if is_vectors(field.type)]
+    if "embedding" in names or len(names) == 1:
+        return "embedding" if "embedding" in names else names[0]
+    which = f"several columns of float lists ({', '.join(names)})" if names else "no column of float lists"
     raise ConfigError(
         f"{table.name} has {which}; its columns are {', '.join(table.columns)}. Name one with --column"
     )
 
 
-def choose_column(table: Table, what: str, given: str | None) -> str | None:
+def choose_column(table: Table, what: str, chosen: str | None) -> str | None:
     """Choose the column of ids or texts: the one that is named, or one of the usual name, or none.
 
     Raises:
         ConfigError: the table lacks the one that is named.
     """
-    if given is not None and given not in table.columns:
-        raise ConfigError(f"{table.name} has no column {given!r}; it has {', '.join(table.columns)}")
-    return given or (what if what in table.columns else None)
+    if chosen is not None and chosen not in table.columns:
+        raise ConfigError(f"{table.name} has no column {chosen!r}; it has {', '.join(table.columns)}")
+    return chosen or (what if what in table.columns else None)
 
 
 def strings(column: pa.ChunkedArray, name: str, start: int) -> list[str]:

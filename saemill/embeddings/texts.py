@@ -66,13 +66,13 @@ class TextsById:
             DataError: an id has no text.
         """
         assert rows.ids is not None
-        found = []
+        row_texts = []
         for i, id_ in enumerate(rows.ids):
             text = self._database.execute("SELECT text FROM texts WHERE id = ?", [id_]).fetchone()
             if text is None:
                 raise DataError(f"row {rows.start + i:,} has the id {id_}, which {self.table.name} lacks")
-            found.append(text[0])
-        return rows.ids, found
+            row_texts.append(text[0])
+        return rows.ids, row_texts
 
     def finish(self) -> None:
         """Accept texts that are left over: they belong to other ids."""
@@ -119,10 +119,10 @@ class TextsByOrder:
 
 def _pairs(table: Table, id_column: str, text_column: str) -> Iterator[list[tuple[str, str]]]:
     start = 0
-    for part in table.read(list(dict.fromkeys([id_column, text_column])), 0):
-        ids, texts = (strings(part[name], name, start) for name in (id_column, text_column))
+    for rows in table.read(list(dict.fromkeys([id_column, text_column])), 0):
+        ids, texts = (strings(rows[name], name, start) for name in (id_column, text_column))
         yield list(zip(ids, texts, strict=True))
-        start += len(part)
+        start += len(rows)
 
 
 def join(

@@ -49,21 +49,22 @@ def choose(features: Any, text_column: str, dataset: str) -> Column:
     Raises:
         ConfigError: there is no such column, or it holds neither texts nor token ids.
     """
-    found = text_column if text_column in features else None
-    found = found or next((name for name in IDS if name in features and _may_be_ids(features[name])), None)
-    if found is None:
+    column = text_column if text_column in features else None
+    column = column or next((name for name in IDS if name in features and _may_be_ids(features[name])), None)
+    if column is None:
         chat = f" {CHAT}." if "messages" in features or "conversations" in features else ""
         raise ConfigError(
             f"{dataset} has no column {text_column!r}; it has {', '.join(features)}. Name one with "
             f"--text-column.{chat}"
         )
-    feature = features[found]
-    holds_ids = _is_list_of(feature, "int") or (found in IDS and _may_be_ids(feature))
+    feature = features[column]
+    holds_ids = _is_list_of(feature, "int") or (column in IDS and _may_be_ids(feature))
     if not holds_ids and not _may_be_text(feature):
         raise ConfigError(
-            f"column {found!r} of {dataset} holds {_told(feature)}, not texts. {_advice(features, found)}"
+            f"column {column!r} of {dataset} holds {_description(feature)}, not texts. "
+            f"{_advice(features, column)}"
         )
-    return Column(found, holds_ids, holds_ids and MASK in features)
+    return Column(column, holds_ids, holds_ids and MASK in features)
 
 
 def text_of(value: Any, where: str) -> str:
@@ -106,12 +107,12 @@ def _is_list_of(feature: Any, kind: str) -> bool:
     return isinstance(inner, datasets.Value) and inner.dtype.removeprefix("u").startswith(kind)
 
 
-def _told(feature: Any) -> str:
+def _description(feature: Any) -> str:
     """Describe what a column of this type holds."""
     if _is_chat(feature):
         return "chat messages"
     if isinstance(feature, LISTS):
-        return f"lists of {_told(feature.feature)}"
+        return f"lists of {_description(feature.feature)}"
     if isinstance(feature, dict):
         return f"groups of fields ({', '.join(feature)})"
     if isinstance(feature, datasets.ClassLabel):
@@ -131,9 +132,9 @@ def _is_chat(feature: Any) -> bool:
     return isinstance(inner, dict) and bool({"role", "from"} & set(inner))
 
 
-def _advice(features: Any, found: str) -> str:
+def _advice(features: Any, column: str) -> str:
     """Advise what to do in place of a column that holds no texts."""
-    if _is_chat(features[found]):
+    if _is_chat(features[column]):
         return f"{CHAT}."
     texts = [
         name

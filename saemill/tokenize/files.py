@@ -60,8 +60,8 @@ def kind_of(path: Path) -> str:
     """
     kinds = {KINDS[suffix_of(file)] for file in data_files(path)}
     if len(kinds) != 1:
-        found = f"several kinds ({', '.join(sorted(kinds))})" if kinds else "none of them"
-        raise ConfigError(f"{path} must hold files of one kind out of {', '.join(KINDS)}; found {found}")
+        got = f"several kinds ({', '.join(sorted(kinds))})" if kinds else "none of them"
+        raise ConfigError(f"{path} must hold files of one kind out of {', '.join(KINDS)}; found {got}")
     return kinds.pop()
 
 
@@ -210,6 +210,6 @@ def reading_file(file: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, csv.Error, *BROKEN) as error:
-        if isinstance(error, OSError) and (told := durable.explained(error)):
-            raise DataError(told) from error
+        if isinstance(error, OSError) and (message := durable.explained(error)):
+            raise DataError(message) from error
         raise DataError(f"cannot read {file}: {fault_of(file) or error}") from error

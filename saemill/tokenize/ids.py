@@ -41,9 +41,9 @@ def masked(ids: list[int], mask: Any, where: str) -> list[int]:
         DataError: the mask has another length, or other values than 0 and 1.
     """
     if not isinstance(mask, list) or len(mask) != len(ids):
-        found = f"{len(mask)} values" if isinstance(mask, list) else _shown(mask)
+        got = f"{len(mask)} values" if isinstance(mask, list) else _shown(mask)
         raise DataError(
-            f"{where} has {len(ids)} ids, but its attention_mask is {found}; mend that row, or leave the "
+            f"{where} has {len(ids)} ids, but its attention_mask is {got}; mend that row, or leave the "
             "column out"
         )
     if other := [value for value in mask if value not in (0, 1)]:

@@ -218,11 +218,11 @@ def _rows(config: TokenizeConfig, info: TokenizerInfo, source: Source) -> tuple[
     lengths = survey(source.rows_of_ids(), info)
     ctx_len = config.ctx_len or lengths.common or CTX_LEN
     if lengths.common == ctx_len:
-        kept = (
+        note = (
             "The dataset's rows are kept as they are, and a document, for the held-out split and the "
             "intervals, is one row; --repack packs them anew."
         )
-        return ctx_len, "kept row", [kept]
+        return ctx_len, "kept row", [note]
     why = lengths.why or f"they have {lengths.common} ids, not {ctx_len}"
     return ctx_len, "row of ids", [f"The rows of ids are packed anew: {why}. {packed}"]
 
@@ -241,7 +241,7 @@ def _notes(writer: Writer) -> list[str]:
         return notes
     sides = zip(writer.n_tokens, writer.document_held_out, strict=True)
     if n_held := sum(n for n, out in sides if out):
-        longest = n_held + writer.ctx_len - writer.room
+        longest = n_held + writer.ctx_len - writer.row_capacity
         notes.append(
             f"No row is held out: the documents held out have {n_held:,} tokens. Lower --ctx-len to "
             f"{longest} or less, give more text, or assess on another store (`saemill assess --tokens`)."
@@ -318,10 +318,10 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
 def _check_version(out: Path) -> None:
     """Refuse a store of another version."""
     manifest = records.if_whole(lambda: durable.read_json(out / "manifest.json"))
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if isinstance(found, str) and found.startswith("saemill tokens ") and found != FORMAT:
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(version, str) and version.startswith("saemill tokens ") and version != FORMAT:
         raise StoreError(
-            f"{out} was made by another version of saemill ({found!r:.80}, not {FORMAT!r}); choose another "
+            f"{out} was made by another version of saemill ({version!r:.80}, not {FORMAT!r}); choose another "
             "output folder, or remove that one"
         )
 

@@ -121,14 +121,14 @@ def _reading(name: str) -> Iterator[None]:
     except SaemillError:
         raise
     except Exception as error:
-        raise _told(name, error) from error
+        raise _fault(name, error) from error
 
 
-def _told(name: str, error: Exception) -> SaemillError:
+def _fault(name: str, error: Exception) -> SaemillError:
     """Name the file that is at fault and why; where it is not known, repeat what the library said."""
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         assert isinstance(error.__cause__, Exception)
-        return _told(name, error.__cause__)
+        return _fault(name, error.__cause__)
     if isinstance(error, OSError) and (disk := durable.explained(error)):
         return DiskError(disk)
     if "Dataset scripts are no longer supported" in str(error) or "trust_remote_code" in str(error):
@@ -242,12 +242,12 @@ def _load(shown: str, *arguments: Any, **options: Any) -> Any:
     try:
         return datasets.load_dataset(*arguments, **options)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise _told(shown, error) from error
+        raise _fault(shown, error) from error
     except Exception as error:
-        told = _told(shown, error)
-        if isinstance(error, OSError | ValueError) and str(told).startswith(f"cannot read {shown}: {error}"):
+        fault = _fault(shown, error)
+        if isinstance(error, OSError | ValueError) and str(fault).startswith(f"cannot read {shown}: {error}"):
             raise ConfigError(f"cannot open {shown}: {error}") from error
-        raise told from error
+        raise fault from error
 
 
 def _open_local(path: Path, subset: str | None, split: str, streaming: bool) -> Any:

@@ -74,9 +74,9 @@ class Writer:
     def add(self, batch: Batch) -> bool:
         """Pack a tokenized batch. Return True when `max_tokens` is reached."""
         assert batch.input_ids is not None
-        for i, given in enumerate(batch.input_ids):
+        for i, row in enumerate(batch.input_ids):
             text = batch.texts[i] if batch.texts is not None else None
-            ids = self._content(given, batch.source_index[i]) if text is None else given
+            ids = self._content(row, batch.source_index[i]) if text is None else row
             if not ids or (text is not None and not text.strip()):
                 self.n_empty += 1
                 continue
@@ -96,13 +96,13 @@ class Writer:
         if self.document == "kept row" and len(ids) == self.ctx_len and left + right < self.ctx_len:
             return ids
         self.n_padding += left + right
-        found = unframed(ids[left : len(ids) - right], self.info)
-        if self.document == "kept row" and found:
+        content = unframed(ids[left : len(ids) - right], self.info)
+        if self.document == "kept row" and content:
             raise DataError(
                 f"{where} has {len(ids)} ids, but the rows before it {self.ctx_len} each, and they are kept "
                 "as they are; say --repack to pack all rows anew"
             )
-        return found
+        return content
 
     def _begin(self, text_hash: int, number: int) -> bool:
         """Note a document. Return whether it is held out."""
@@ -155,7 +155,7 @@ class Writer:
         self.rows = []
 
     @property
-    def room(self) -> int:
+    def row_capacity(self) -> int:
         """Number of document tokens that fill a row."""
         if self.document == "kept row":
             return self.ctx_len
@@ -166,7 +166,7 @@ class Writer:
         if self.held_out_fraction == 0 or any(self.held_out):
             return frozenset()
         held = {h for h, out in zip(self.text_hash, self.document_held_out, strict=True) if out}
-        chosen = chosen_for_a_row(zip(self.text_hash, self.n_tokens, strict=True), self.room)
+        chosen = chosen_for_a_row(zip(self.text_hash, self.n_tokens, strict=True), self.row_capacity)
         return frozenset() if chosen <= held else chosen
 
     def check(self) -> None:
@@ -176,11 +176,11 @@ class Writer:
             DataError: with the numbers, and the settings that leave something.
         """
         name = self.source.name
-        n_found = counted(len(self.source_index) + self.n_empty, "document")
+        documents = counted(len(self.source_index) + self.n_empty, "document")
         if self.n_empty:
-            n_found += f" ({self.n_empty} of them empty)"
+            documents += f" ({self.n_empty} of them empty)"
         if not self.source_index:
-            raise DataError(f"{name} has no text: {n_found}")
+            raise DataError(f"{name} has no text: {documents}")
         if not all(self.held_out):
             return
         if self.n_rows and self.n_rows == self._max_rows():
@@ -191,17 +191,17 @@ class Writer:
         sides = zip(self.n_tokens, self.document_held_out, strict=True)
         n_train = sum(n for n, out in sides if not out)
         total = sum(self.n_tokens)
-        if total < self.room:
-            longest = (n_train or total) + self.ctx_len - self.room
+        if total < self.row_capacity:
+            longest = (n_train or total) + self.ctx_len - self.row_capacity
             also = "" if n_train else " and --held-out-fraction to 0"
             raise DataError(
-                f"{name} has too little text for one row of {self.ctx_len} tokens: {n_found}, {total} "
+                f"{name} has too little text for one row of {self.ctx_len} tokens: {documents}, {total} "
                 f"tokens; lower --ctx-len to {longest} or less{also}, or give more text"
             )
-        most = largest_fraction(zip(self.text_hash, self.n_tokens, strict=True), self.room)
+        most = largest_fraction(zip(self.text_hash, self.n_tokens, strict=True), self.row_capacity)
         raise DataError(
             f"nothing is left to train on: with a share of {self.held_out_fraction} held out, "
-            f"{sum(self.document_held_out)} of {n_found} are, and the others have {n_train} tokens, which "
+            f"{sum(self.document_held_out)} of {documents} are, and the others have {n_train} tokens, which "
             f"fill no row of {self.ctx_len}; lower --held-out-fraction to {most:g} or less"
         )
 
@@ -231,13 +231,13 @@ class Writer:
             held_out_R=np.array(self.held_out),
             segments=segments,
             documents=cut_documents(documents, segments, self.n_rows * self.ctx_len),
-            tokenizer=self._found_info(),
+            tokenizer=self._tokenizer_info(),
             extra={"document": self.document, "n_used_ids": self.n_used_ids}
             | {"n_empty_documents": self.n_empty, "n_padding_tokens": self.n_padding}
             | extra,
         )
 
-    def _found_info(self) -> TokenizerInfo:
+    def _tokenizer_info(self) -> TokenizerInfo:
         """Describe the tokenizer with the frame that the rows have. Of rows that are kept as they are, the
         frame is the tokenizer's own only where all have it."""
         if self.document != "kept row":

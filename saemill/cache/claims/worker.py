@@ -129,7 +129,7 @@ class Worker:
         """Read whose the claims on a name are, by generation."""
         return {generation: seen.token for generation, seen in claims_on(self.folder, name).items()}
 
-    def take(self, name: str) -> Claim | None:
+    def claim(self, name: str) -> Claim | None:
         """Claim a name; None if a living worker has it, or several reached for it at once."""
         now = self._now()
         claims = claims_on(self.folder, name)
@@ -159,7 +159,7 @@ class Worker:
                 what it had begun.
         """
         n_waits = 0
-        while (claim := self.take(name)) is None:
+        while (claim := self.claim(name)) is None:
             self.wait(n_waits, f"waiting for {self.holders([name]) or 'others'}")
             n_waits += 1
         try:
@@ -209,7 +209,7 @@ class Worker:
         now = self._now()
         for path in sorted(self.folder.iterdir()):
             if match := CLAIM.fullmatch(path.name):
-                if (seen := Seen.at(path)) and seen.is_dead(now) and (claim := self.take(match["name"])):
+                if (seen := Seen.at(path)) and seen.is_dead(now) and (claim := self.claim(match["name"])):
                     claim.release()
             elif name := worker_of(path):
                 seen = Seen.at(self.folder / name)

@@ -103,13 +103,13 @@ class Architecture:
 
     def _no_sites(self, bad: list[str]) -> str:
         """Describe what is wrong with modules that are no sites, and which sites are near."""
-        told = "; ".join(f"{name} {self._behaviour(name)}" for name in bad[:3])
+        details = "; ".join(f"{name} {self._behaviour(name)}" for name in bad[:3])
         more = f"; and {len(bad) - 3} others" if len(bad) > 3 else ""
         near = sorted(self.widths, key=lambda site: -_n_shared(site, bad[0]))
         if self._is_encoder_decoder:
             more += f". {self.name} is an encoder-decoder model, of which only the encoder is run"
         return (
-            f"{', '.join(bad[:3])} does not give one vector per token: {told}{more}; name other modules, "
+            f"{', '.join(bad[:3])} does not give one vector per token: {details}{more}; name other modules, "
             f"such as {_some(near, 4)}"
         )
 
@@ -190,31 +190,31 @@ def _run(config: Any) -> tuple[Any, dict[str, list[Output]]]:
     model = _built(config)
     for has_pad in (True, False):
         if not has_pad:
-            for part in model.modules():
-                if isinstance(part, transformers.PreTrainedModel):
-                    part.config.pad_token_id = None
+            for module in model.modules():
+                if isinstance(module, transformers.PreTrainedModel):
+                    module.config.pad_token_id = None
         try:
             return model, _outputs(model)
         except Exception as error:  # whatever a model's code raises where it lacks what it needs
             last = error
-    told = " ".join(str(last).split())[:200]
+    message = " ".join(str(last).split())[:200]
     raise ConfigError(
         f"{type(model).__name__} cannot be run on token ids alone, before its weights are loaded, to find "
-        f"its sites ({type(last).__name__}: {told}). Models of images or sound, and those whose course "
+        f"its sites ({type(last).__name__}: {message}). Models of images or sound, and those whose course "
         "depends on the tokens' values, are not supported; choose a language model"
     ) from last
 
 
 def _outputs(model: Any) -> dict[str, list[Output]]:
     """Run the model over a few tokens. Return each module's outputs, one per call."""
-    found: dict[str, list[Output]] = {}
+    outputs: dict[str, list[Output]] = {}
     handles = []
 
     def record(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             first = first_output(output)
             is_vector = isinstance(first, torch.Tensor) and first.is_floating_point()
-            found.setdefault(name, []).append(
+            outputs.setdefault(name, []).append(
                 tuple(first.shape) if is_vector else f"a {type(first).__name__}"
             )
 
@@ -229,7 +229,7 @@ def _outputs(model: Any) -> dict[str, list[Output]]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return outputs
 
 
 def _width(outputs: list[Output]) -> int | None:

@@ -132,12 +132,12 @@ class LanguageModel:
 
         Returns: per site [R, S, D] in the model's dtype, on its device.
         """
-        found: dict[str, Tensor] = {}
+        captured: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:
             def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                found[name] = first_output(output).clone()
-                if len(found) == len(sites):
+                captured[name] = first_output(output).clone()
+                if len(captured) == len(sites):
                     raise _Enough
 
             return hook
@@ -151,7 +151,7 @@ class LanguageModel:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return captured
 
     def logits(self, ids_RS: Tensor, attention_RS: Tensor | None) -> Tensor:
         """Compute logits of the LM head, [R, S, vocabulary]; inside `splice` those of the changed model."""
@@ -170,12 +170,12 @@ class LanguageModel:
             ids_RS: token ids, int64, one row or more.
         """
         ids_1S = ids_RS[:1]
-        n_kept = ids_1S.shape[1] // 2
+        n_first = ids_1S.shape[1] // 2
         others_1S = (ids_1S + 1) % self.n_ids
-        changed_1S = torch.cat([ids_1S[:, :n_kept], others_1S[:, n_kept:]], 1)
+        changed_1S = torch.cat([ids_1S[:, :n_first], others_1S[:, n_first:]], 1)
 
         def first_half(row_1S: Tensor, beside_1S: Tensor) -> Tensor:
-            return self.logits(torch.cat([row_1S, beside_1S]), None)[0, :n_kept].double()
+            return self.logits(torch.cat([row_1S, beside_1S]), None)[0, :n_first].double()
 
         plain = first_half(ids_1S, ids_1S)
         rounding = (first_half(ids_1S, others_1S) - plain).norm()

@@ -22,9 +22,9 @@ def base_of(model: Any) -> Any:
     """
     base = model.base_model
     if base is model and model.get_output_embeddings() is not None:
-        parts = [part for part in model.children() if isinstance(part, transformers.PreTrainedModel)]
-        if len(parts) == 1:
-            return parts[0]
+        models = [child for child in model.children() if isinstance(child, transformers.PreTrainedModel)]
+        if len(models) == 1:
+            return models[0]
     return base
 
 
@@ -62,9 +62,9 @@ def block_names(base: Any) -> list[str]:
         return []
     above, tower = text_tower(base)
     for path, module in tower.named_modules():
-        lists = {name: part for name, part in module.named_children() if _is_list(part, n_layers)}
+        lists = {name: child for name, child in module.named_children() if _is_list(child, n_layers)}
         if lists:
-            sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in lists.items()}
+            sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in lists.items()}
             largest = max(sizes, key=lambda name: sizes[name])
             if sizes[largest] < 0.9 * sum(sizes.values()):
                 return []
@@ -91,14 +91,14 @@ def longest_row_of(base: Any) -> int | None:
     after the padding id, OPT's and BART's after an offset of 2.
     """
     config = base.config.get_text_config()
-    told = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-    limits = [limit for limit in told if isinstance(limit, int) and limit > 0]  # XLNet's is -1
+    configured = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    limits = [limit for limit in configured if isinstance(limit, int) and limit > 0]  # XLNet's is -1
     return min([*limits, *_position_limits(text_tower(base)[1])], default=None)
 
 
 def _position_limits(tower: nn.Module) -> Iterator[int]:
     for path, table in tower.named_modules():
         name = path.rpartition(".")[2].lower()
-        if isinstance(table, nn.Embedding) and any(part in name for part in TABLES) and "rel" not in name:
+        if isinstance(table, nn.Embedding) and any(word in name for word in TABLES) and "rel" not in name:
             first = 0 if table.padding_idx is None else table.padding_idx + 1
             yield table.num_embeddings - first - getattr(table, "offset", 0)

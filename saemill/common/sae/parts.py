@@ -56,5 +56,5 @@ class Parts:
         for name, weights in self.weights.items():
             n_bad = weights.numel() - int(weights.isfinite().sum())
             if n_bad:
-                told = f"{counted(n_bad, 'value')} of {name} {'is' if n_bad == 1 else 'are'} NaN or infinite"
-                raise kind(f"{where} is of no use: {told}")
+                count = f"{counted(n_bad, 'value')} of {name} {'is' if n_bad == 1 else 'are'} NaN or infinite"
+                raise kind(f"{where} is of no use: {count}")

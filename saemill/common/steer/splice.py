@@ -128,10 +128,10 @@ class Spliced:
 
         What the outermost call was given counts: not every head hands the attention mask on (RWKV's).
         """
-        given = {name: value for name, value in arguments.items() if value is not None}
+        named = {name: value for name, value in arguments.items() if value is not None}
         if self._depth == 0:
             self._arguments, self._substitute.fired = {}, None
-        self._arguments = given | self._arguments
+        self._arguments = named | self._arguments
         self._depth += 1
 
     def _end(self, *_: Any) -> None:
@@ -144,11 +144,11 @@ class Spliced:
 
     def _check(self, x: Any) -> None:
         """Refuse an activation that the SAE is not made for."""
-        given = self._arguments.get("input_ids", self._arguments.get("inputs_embeds"))
-        if given is None:
+        inputs = self._arguments.get("input_ids", self._arguments.get("inputs_embeds"))
+        if inputs is None:
             raise ConfigError("call the model as a whole, with input_ids or inputs_embeds, not a part of it")
-        tokens = given.shape[:2]
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3 or x.shape[:2] != tokens:
+        shape = inputs.shape[:2]
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3 or x.shape[:2] != shape:
             raise ConfigError(f"{self.site} does not give one vector per token; name another module")
         if x.shape[-1] != (width := self.sae.config.d_in):
             raise ConfigError(
@@ -195,13 +195,13 @@ def positions(arguments: dict[str, Any], x_BSD: Tensor) -> Tensor:
         ConfigError: the model keeps a cache that does not tell its length.
     """
     n_rows, n_positions = x_BSD.shape[:2]
-    attention, given = arguments.get("attention_mask"), arguments.get("position_ids")
+    attention, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
     if isinstance(attention, Tensor) and attention.dim() == 2:
         attended = attention.to(x_BSD.device) > 0
         position_BS = (attended.long().cumsum(1) - 1).masked_fill(~attended, -1)
         return position_BS[:, -n_positions:]
-    if isinstance(given, Tensor) and given.dim() == 2:
-        return given.to(x_BSD.device).expand(n_rows, -1)
+    if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
+        return position_ids.to(x_BSD.device).expand(n_rows, -1)
     if arguments.get("cache_params") is not None:
         raise ConfigError(
             "the model's cache does not tell how many tokens it holds, and so neither the positions; "
@@ -217,7 +217,7 @@ def _by_name(
 ) -> dict[str, Any]:
     """Bind the arguments of a call to their names, those that its signature does not name included."""
     bound = signature.bind_partial(*arguments, **named).arguments
-    rest = [name for name, taken in signature.parameters.items() if taken.kind is taken.VAR_KEYWORD]
+    rest = [name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
     return bound | (bound.pop(rest[0], {}) if rest else {})
 
 
@@ -246,8 +246,8 @@ def _edits(edit: Edit | Sequence[Edit] | None, sae: Sae) -> Sequence[Edit]:
     """List the edits in order, their latents checked."""
     edits = [] if edit is None else [edit] if callable(edit) else list(edit)
     n_latents = sae.config.num_latents
-    for one in edits:
-        latents = one.latents if isinstance(one, LatentEdit) else ()
+    for each in edits:
+        latents = each.latents if isinstance(each, LatentEdit) else ()
         if bad := [latent for latent in latents if not 0 <= latent < n_latents]:
             raise ConfigError(
                 f"latents must be in 0..{n_latents - 1} of an SAE with {counted(n_latents, 'latent')}, "

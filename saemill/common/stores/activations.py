@@ -93,8 +93,8 @@ class ActivationStore:
                 raise StoreError(f"{text.path} is of another store")
         except StoreError as error:
             what = "list of the passages" if holds_embeddings else "copy of the tokens"
-            told = str(error).removesuffix(REPAIR).rstrip().removesuffix(".")
-            raise StoreError(f"the {what} in {self.path} is damaged: {told}. {REPAIR}") from error
+            message = str(error).removesuffix(REPAIR).rstrip().removesuffix(".")
+            raise StoreError(f"the {what} in {self.path} is damaged: {message}. {REPAIR}") from error
         return text
 
     @property
@@ -147,12 +147,12 @@ class ActivationStore:
             StoreError: it is missing, damaged, or another site's.
         """
         folder = self.path / record.site
-        found = records.read(folder / "manifest.json", SiteManifest, REPAIR)
-        self._check_owner(folder / "manifest.json", found, record.site)
+        manifest = records.read(folder / "manifest.json", SiteManifest, REPAIR)
+        self._check_owner(folder / "manifest.json", manifest, record.site)
         lengths = [self.shard_length(shard) for shard in range(self.n_shards)]
-        if found.width != record.width or [shard.n_tokens for shard in found.shards] != lengths:
+        if manifest.width != record.width or [shard.n_tokens for shard in manifest.shards] != lengths:
             raise StoreError(f"{folder}/manifest.json lists other shards than there are. {REPAIR}")
-        return found
+        return manifest
 
     def commit(self, site: str, shard: int) -> Commit:
         """Read the record of one shard of a site.
@@ -161,18 +161,18 @@ class ActivationStore:
             StoreError: it is missing, damaged, or another shard's.
         """
         file = self.path / site / "commits" / f"{shard}.json"
-        found = records.read(file, Commit, REPAIR)
-        self._check_owner(file, found, site)
-        if (found.shard, found.n_tokens) != (shard, self.shard_length(shard)):
-            raise StoreError(f"{file} is the record of shard {found.shard}. {REPAIR}")
-        return found
+        commit = records.read(file, Commit, REPAIR)
+        self._check_owner(file, commit, site)
+        if (commit.shard, commit.n_tokens) != (shard, self.shard_length(shard)):
+            raise StoreError(f"{file} is the record of shard {commit.shard}. {REPAIR}")
+        return commit
 
-    def _check_owner(self, file: Path, found: SiteManifest | Commit, site: str) -> None:
+    def _check_owner(self, file: Path, record: SiteManifest | Commit, site: str) -> None:
         """Refuse a record of another site, whose folder may have been renamed."""
-        if found.store != self.settings.identity:
+        if record.store != self.settings.identity:
             raise StoreError(f"{file} is of another store, or of other settings. {REPAIR}")
-        if found.site != site:
-            raise StoreError(f"{file} is of the site {found.site!r}; name folders as they were. {REPAIR}")
+        if record.site != site:
+            raise StoreError(f"{file} is of the site {record.site!r}; name folders as they were. {REPAIR}")
 
     def site(self, name: str) -> "SiteArray":
         """Open a finished site's array.
@@ -281,11 +281,11 @@ class SiteArray:
         if not 0 <= start <= stop <= self.store.n_tokens:
             raise IndexError(f"addresses must be within 0..{self.store.n_tokens}, got {start}..{stop}")
         size = self.store.shard_tokens
-        parts = [np.empty((0, self.width), self.array.dtype)]
+        pieces = [np.empty((0, self.width), self.array.dtype)]
         for shard in range(start // size, -(-stop // size)):
             first, last = max(start - shard * size, 0), min(stop - shard * size, size)
-            parts.append(self.gather(shard, np.arange(first, last)))
-        return as_tensor(np.concatenate(parts), self.dtype)
+            pieces.append(self.gather(shard, np.arange(first, last)))
+        return as_tensor(np.concatenate(pieces), self.dtype)
 
     def gather(self, shard: int, offsets: NDArray[np.int64]) -> NDArray[Any]:
         """Read rows of one shard by their addresses' offsets in it; each block that is read is checked.
@@ -299,6 +299,6 @@ class SiteArray:
         )
         out = np.empty((len(offsets), self.width), self.array.dtype)
         for block in np.flatnonzero(np.diff(edges)):
-            here = order[edges[block] : edges[block + 1]]
-            out[here] = self.block(shard, int(block))[places[here] - block * BLOCK_TOKENS]
+            in_block = order[edges[block] : edges[block + 1]]
+            out[in_block] = self.block(shard, int(block))[places[in_block] - block * BLOCK_TOKENS]
         return out

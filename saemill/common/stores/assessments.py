@@ -189,9 +189,9 @@ def problems(folder: Path) -> list[str]:
     Raises:
         MissingError, StoreError: as `load`.
     """
-    found = load(folder)
-    bad = records.problems(folder, found.files)
-    of_run = found.settings.get("tokens") is None and (folder / runs.FINISHED).exists()
-    if of_run and durable.hash_file(folder / runs.FINISHED) != found.of:
+    assessment = load(folder)
+    bad = records.problems(folder, assessment.files)
+    of_run = assessment.settings.get("tokens") is None and (folder / runs.FINISHED).exists()
+    if of_run and durable.hash_file(folder / runs.FINISHED) != assessment.of:
         bad.append(f"{folder / FILE} is of other SAEs than {folder / runs.FINISHED} tells of")
     return bad

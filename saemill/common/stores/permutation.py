@@ -23,8 +23,8 @@ def mix(value: int) -> int:
 def combine(*key: int) -> int:
     """Combine a sequence of integers into one 64-bit seed; order matters."""
     seed = 0
-    for part in key:
-        seed = mix(seed ^ mix(part & _MASK))
+    for value in key:
+        seed = mix(seed ^ mix(value & _MASK))
     return seed
 
 

@@ -44,7 +44,7 @@ DOCUMENTS, DOCUMENTS_MODEL = "documents.parquet", "documents_model.parquet"
 ANEW = "The same `saemill train` with --no-resume trains the run anew."
 CHECKPOINTS = "checkpoint-"
 """Beginning of the names of checkpoints' folders."""
-TAKEN = (
+RESERVED = (
     *(IDENTITY, CONFIG, METRICS, HALVING, CHECKPOINT, FINISHED),
     *(WANDB, WANDB_LOGGED, WANDB_FOLDER, TENSORBOARD, PROFILE, CARD),
     *(ASSESSMENT, REPORT, LATENTS, DOCUMENTS, DOCUMENTS_MODEL),
@@ -55,7 +55,7 @@ MOST_NAME_BYTES = 200
 
 def _of_a_variant(name: str) -> str:
     """Refuse the name of a variant that is one of the run's own files, or that no terminal should show."""
-    own = name.casefold() in {taken.casefold() for taken in TAKEN}
+    own = name.casefold() in {reserved.casefold() for reserved in RESERVED}
     if own or name.casefold().startswith((CHECKPOINTS, "on-")):
         raise ValueError(f"must be none of a run's own files and folders, got {name!r}")
     if not name.isprintable() or name != name.strip() or len(name.encode()) > MOST_NAME_BYTES:
@@ -76,7 +76,9 @@ def check_variant_name(name: str) -> None:
     try:
         TypeAdapter(VariantName).validate_python(name)
     except ValidationError as error:
-        raise ConfigError(f"the name of a variant {records.told(error)}; name it otherwise") from error
+        raise ConfigError(
+            f"the name of a variant {records.first_finding(error)}; name it otherwise"
+        ) from error
 
 
 class Identity(Record):
@@ -204,9 +206,9 @@ def finished(folder: Path) -> Finished:
     repair = f"The SAEs can be loaded one by one. {ANEW}"
     if not path.exists():
         repair = "Finish the run with `saemill train`."
-    found = records.read(path, Finished, repair)
-    check_run(path, found.run, folder, repair)
-    return found
+    record = records.read(path, Finished, repair)
+    check_run(path, record.run, folder, repair)
+    return record
 
 
 def looks(folder: Path) -> tuple[Look, ...]:
@@ -218,9 +220,9 @@ def looks(folder: Path) -> tuple[Look, ...]:
     path = folder / HALVING
     if not path.exists():
         return ()
-    found = records.read(path, Looks, ANEW)
-    check_run(path, found.run, folder, ANEW)
-    return found.looks
+    record = records.read(path, Looks, ANEW)
+    check_run(path, record.run, folder, ANEW)
+    return record.looks
 
 
 def check_run(path: Path, run: str, folder: Path, repair: str) -> None:

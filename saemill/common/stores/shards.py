@@ -70,17 +70,17 @@ def described(
     }
 
 
-def differences(found: Any, wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(actual: Any, wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
     """List where a description lacks an entry or has another value; further entries are ignored."""
-    if not isinstance(found, dict):
-        return [f"{prefix.rstrip('.') or 'its content'} is {found!r:.80}"]
-    told: list[str] = []
+    if not isinstance(actual, dict):
+        return [f"{prefix.rstrip('.') or 'its content'} is {actual!r:.80}"]
+    lines: list[str] = []
     for key, value in wanted.items():
         if key == "attributes":
-            told += differences(found.get(key), value, "attributes.")
-        elif durable.hash_json(found.get(key)) != durable.hash_json(value):
-            told.append(f"{prefix}{key} is {found.get(key)!r:.80}, expected {value!r:.80}")
-    return told
+            lines += differences(actual.get(key), value, "attributes.")
+        elif durable.hash_json(actual.get(key)) != durable.hash_json(value):
+            lines.append(f"{prefix}{key} is {actual.get(key)!r:.80}, expected {value!r:.80}")
+    return lines
 
 
 class ShardedArray:
@@ -101,13 +101,15 @@ class ShardedArray:
         self.path, self.repair, self.check = path, repair, check
         self.meta = durable.read_json(path / "zarr.json", repair)
         try:
-            found = _Description.model_validate_json(json.dumps(self.meta))
+            description = _Description.model_validate_json(json.dumps(self.meta))
         except ValidationError as error:
-            raise StoreError(f"{path}/{DAMAGED}: {records.told(error)}. {repair}".rstrip()) from error
-        self.n_rows, self.width = found.shape
-        self.shard_rows = found.chunk_grid.configuration.chunk_shape[0]
-        self.torch_dtype: torch.dtype = getattr(torch, found.attributes.torch_dtype)
-        self.expect(described(found.shape, self.shard_rows, self.torch_dtype, {}))
+            raise StoreError(
+                f"{path}/{DAMAGED}: {records.first_finding(error)}. {repair}".rstrip()
+            ) from error
+        self.n_rows, self.width = description.shape
+        self.shard_rows = description.chunk_grid.configuration.chunk_shape[0]
+        self.torch_dtype: torch.dtype = getattr(torch, description.attributes.torch_dtype)
+        self.expect(described(description.shape, self.shard_rows, self.torch_dtype, {}))
         self.dtype = np.dtype(self.meta["data_type"])
         self.n_shards = math.ceil(self.n_rows / self.shard_rows)
         self.shard_bytes = self.shard_rows * self.width * self.dtype.itemsize
@@ -123,8 +125,8 @@ class ShardedArray:
         Raises:
             StoreError: naming what it says instead.
         """
-        if told := differences(self.meta, description):
-            raise StoreError(f"{self.path}/{DAMAGED}: {'; '.join(told)}. {self.repair}".rstrip())
+        if lines := differences(self.meta, description):
+            raise StoreError(f"{self.path}/{DAMAGED}: {'; '.join(lines)}. {self.repair}".rstrip())
 
     @classmethod
     def create(

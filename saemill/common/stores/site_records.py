@@ -102,8 +102,8 @@ Distances = dict[int, Count]
 
 def _check_lengths(width: int, *vectors: str) -> None:
     for vector in vectors:
-        if (found := len(decode_array(vector, "f8"))) != width:
-            raise ValueError(f"a vector has {found:,} values, expected {width:,}")
+        if (n_values := len(decode_array(vector, "f8"))) != width:
+            raise ValueError(f"a vector has {n_values:,} values, expected {width:,}")
 
 
 class StoreSettings(Record):
@@ -204,14 +204,14 @@ class Commit(Record):
         return self
 
     def entry(self) -> "Shard":
-        """The shard's entry in the site's manifest."""
+        """Make the entry of the shard in the site's manifest."""
         return Shard(n_tokens=self.n_tokens, bytes=self.bytes, xxh3=self.xxh3, block_hashes=self.block_hashes)
 
 
 def _check_blocks(block_hashes: str, n_tokens: int) -> None:
-    found, expected = len(decode_array(block_hashes, "u8")), math.ceil(n_tokens / BLOCK_TOKENS)
-    if found != expected:
-        raise ValueError(f"{found:,} blocks have a hash, expected {expected:,}")
+    n_hashes, expected = len(decode_array(block_hashes, "u8")), math.ceil(n_tokens / BLOCK_TOKENS)
+    if n_hashes != expected:
+        raise ValueError(f"{n_hashes:,} blocks have a hash, expected {expected:,}")
 
 
 class Shard(Record):
@@ -296,7 +296,7 @@ def read_settings(path: Path) -> StoreSettings:
         MissingError: there is none.
         StoreError: they are damaged, or of another version.
     """
-    hub.check_here(path)
+    hub.check_local(path)
     file = path / "zarr.json"
     try:
         meta = durable.read_json(file, REPAIR)
@@ -345,8 +345,8 @@ def known_settings(path: Path) -> StoreSettings | None:
     Raises:
         DiskError: a file cannot be read.
     """
-    if found := records.if_whole(lambda: read_settings(path)):
-        return found
+    if settings := records.if_whole(lambda: read_settings(path)):
+        return settings
     for name in sites_in(path):
         if site := records.if_whole(partial(read_site, path, name)):
             return site.settings

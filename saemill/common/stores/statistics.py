@@ -76,10 +76,10 @@ class Moments:
 
     def add(self, x_TD: Tensor) -> None:
         """Count the rows of x_TD."""
-        for part in torch.split(x_TD, 8192):
-            if len(part) == 0:
+        for chunk_TD in torch.split(x_TD, 8192):
+            if len(chunk_TD) == 0:
                 continue
-            rows = part.double().numpy()
+            rows = chunk_TD.double().numpy()
             mean = rows.mean(0)
             squares = np.square(rows - mean)
             self.merge(len(rows), mean, squares.sum(0), _steps(squares.sum(1)))
@@ -126,7 +126,7 @@ def _steps(squares_T: NDArray[np.float64]) -> dict[int, int]:
     """Count how many of some squared distances fall into each step."""
     positive = squares_T[squares_T > 0]
     steps = np.floor(np.log2(positive) * (STEPS_PER_OCTAVE / 2)).astype(np.int64)
-    return dict(zip(*(part.tolist() for part in np.unique(steps, return_counts=True)), strict=True))
+    return dict(zip(*(values.tolist() for values in np.unique(steps, return_counts=True)), strict=True))
 
 
 def middle_of(step: int) -> float:
@@ -162,7 +162,7 @@ def unheld(statistics: Statistics, dtype: torch.dtype) -> list[int]:
     return (rounding_shares(statistics, dtype) >= UNHELD).nonzero().flatten().tolist()
 
 
-def told_unheld(site: str, statistics: Statistics, dtype: torch.dtype) -> str | None:
+def unheld_warning(site: str, statistics: Statistics, dtype: torch.dtype) -> str | None:
     """Write a sentence on the dimensions that the stored type cannot hold, and the cure; None if there are
     none."""
     lost = unheld(statistics, dtype)
@@ -186,7 +186,7 @@ def told_unheld(site: str, statistics: Statistics, dtype: torch.dtype) -> str | 
     )
 
 
-def told_far(site: str, statistics: Statistics, unit: str) -> str | None:
+def far_warning(site: str, statistics: Statistics, unit: str) -> str | None:
     """Write a sentence on rows that are much further from the mean than the others; None where there are
     none.
 
@@ -209,4 +209,5 @@ def told_far(site: str, statistics: Statistics, unit: str) -> str | None:
 
 def warnings(site: str, statistics: Statistics, dtype: torch.dtype, unit: str) -> list[str]:
     """List the sentences for whoever trains on a site: on dimensions that are not held and on far rows."""
-    return [told for told in (told_unheld(site, statistics, dtype), told_far(site, statistics, unit)) if told]
+    sentences = unheld_warning(site, statistics, dtype), far_warning(site, statistics, unit)
+    return [sentence for sentence in sentences if sentence]

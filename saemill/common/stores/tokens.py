@@ -156,7 +156,7 @@ class TokenStore:
 
     def __init__(self, path: Path | str, repair: str = REPAIR) -> None:
         self.path, self.repair = Path(path), repair
-        hub.check_here(self.path)
+        hub.check_local(self.path)
         self.manifest = read_manifest(self.path, repair)
         self.n_rows, self.ctx_len = self.manifest.n_rows, self.manifest.ctx_len
         self.n_tokens = self.n_rows * self.ctx_len

@@ -42,7 +42,7 @@ def follow(folder: Path, end: End, quiet: bool = False) -> None:
 
 def catch_up(folder: Path, runs: Runs) -> None:
     """Log what wandb did not receive while the run was trained, if there is such."""
-    missing = [name for name in runs.told.runs if name not in runs.ended]
+    missing = [name for name in runs.settings.runs if name not in runs.ended]
     if missing:
         lines = (folder / METRICS).read_text().splitlines()
         log_due(folder, runs, map(json.loads, lines))
@@ -50,15 +50,15 @@ def catch_up(folder: Path, runs: Runs) -> None:
         end_variant(folder, runs, name, "finished")
 
 
-def log_due(folder: Path, runs: Runs, found: Iterable[Record]) -> None:
+def log_due(folder: Path, runs: Runs, lines: Iterable[Record]) -> None:
     """Log the records that are due, and each variant's last; end the runs of those that were stopped."""
     last: Record = {"variants": {}}
-    for record in found:
+    for record in lines:
         if stopped := [name for name in last["variants"] if name not in record["variants"]]:
             runs.log(last)
             for name in stopped:
                 end_variant(folder, runs, name, "finished")
-        if record["step"] % runs.told.log_frequency == 0:
+        if record["step"] % runs.settings.log_frequency == 0:
             runs.log(record)
         last = record
     if last["variants"]:
@@ -93,8 +93,8 @@ def end_variant(folder: Path, runs: Runs, name: str, word: str) -> None:
     if word != "finished":
         runs.end(name, word, is_last=False, state=word)
         return
-    found = state(folder, name)
-    runs.end(name, "diverged" if found["state"] == "diverged" else word, is_last=True, **found)
+    summary = state(folder, name)
+    runs.end(name, "diverged" if summary["state"] == "diverged" else word, is_last=True, **summary)
 
 
 def state(folder: Path, name: str) -> dict[str, Any]:

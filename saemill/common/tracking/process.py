@@ -15,7 +15,7 @@ from saemill.common.errors import ConfigError, Interrupted
 from saemill.common.log import say
 from saemill.common.stores.runs import WANDB, WANDB_FOLDER
 from saemill.common.tracking import record
-from saemill.common.tracking.record import Entry, Told
+from saemill.common.tracking.record import Entry, WandbSettings
 
 LOG = "saemill.log"
 """Log of what the process prints, in wandb's folder."""
@@ -65,14 +65,14 @@ def write_record(folder: Path, settings: Mapping[str, Any], configs: Mapping[str
             artifacts.
         configs: variant name → its config.
     """
-    known = record.told(folder) if (folder / WANDB).exists() else None
+    known = record.settings(folder) if (folder / WANDB).exists() else None
     ids = {name: entry.id for name, entry in known.runs.items()} if known else {}
     entries = {
         name: Entry(id=ids.get(name) or new_id(), config=record.plain(config))
         for name, config in configs.items()
     }
     assessments = known.assessments if known else {}
-    records.write(folder / WANDB, Told(**settings, runs=entries, assessments=assessments))
+    records.write(folder / WANDB, WandbSettings(**settings, runs=entries, assessments=assessments))
 
 
 def new_id() -> str:

@@ -31,7 +31,7 @@ class Assessed(Record):
     folder: str
 
 
-class Told(Record):
+class WandbSettings(Record):
     """`wandb.json`."""
 
     format: Literal["saemill wandb 2"] = "saemill wandb 2"
@@ -59,14 +59,14 @@ class Logged(Record):
     """Variants whose wandb runs have all of training."""
 
 
-def told(folder: Path) -> Told:
+def settings(folder: Path) -> WandbSettings:
     """Read `wandb.json`.
 
     Raises:
         MissingError: the run was not logged to wandb.
         StoreError: it is damaged.
     """
-    return records.read(folder / WANDB, Told, REPAIR)
+    return records.read(folder / WANDB, WandbSettings, REPAIR)
 
 
 def logged(folder: Path) -> Logged:
@@ -81,10 +81,10 @@ def logged(folder: Path) -> Logged:
         return Logged()
 
 
-def note(folder: Path, found: Logged) -> None:
+def note(folder: Path, progress: Logged) -> None:
     """Write `wandb-logged.json`, whole or not at all for any reader, but not flushed to disk each time."""
     partial = folder / f".{WANDB_LOGGED}.partial"
-    partial.write_text(json.dumps(records.content(found)) + "\n")
+    partial.write_text(json.dumps(records.content(progress)) + "\n")
     partial.replace(folder / WANDB_LOGGED)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saemill.common.tracking import record
-from saemill.common.tracking.record import Logged, Told
+from saemill.common.tracking.record import Logged, WandbSettings
 
 EXIT_CODES = {"finished": 0, "interrupted": 75}
 UNSAFE = re.compile(r"[^\w.-]+")
@@ -23,7 +23,7 @@ class Runs:
 
     def __init__(self, folder: Path, quiet: bool = False) -> None:
         self.folder, self.quiet = folder, quiet
-        self.told = record.told(folder)
+        self.settings = record.settings(folder)
         self.open: dict[str, Any] = {}
         logged = record.logged(folder)
         self.logged_tokens = logged.tokens
@@ -35,9 +35,9 @@ class Runs:
     def run(self, name: str) -> Any:
         """Open a variant's wandb run, new or resumed."""
         if name not in self.open:
-            entry = self.told.runs[name]
+            entry = self.settings.runs[name]
             quiet = self.quiet or bool(self.open)
-            run = start(self.folder, self.told, name, entry.id, "train", entry.config, quiet)
+            run = start(self.folder, self.settings, name, entry.id, "train", entry.config, quiet)
             run.define_metric("tokens")
             run.define_metric("*", step_metric="tokens")
             self.open[name] = run
@@ -74,7 +74,7 @@ class Runs:
         run.summary.update(summary)
         if word == "interrupted":
             run.mark_preempting()
-        elif is_last and self.told.artifacts:
+        elif is_last and self.settings.artifacts:
             self._log_sae(run, name)
         run.finish(exit_code=EXIT_CODES.get(word, 1))
         if is_last:
@@ -83,7 +83,7 @@ class Runs:
 
     def _log_sae(self, run: Any, name: str) -> None:
         sae = self.folder / name
-        title = f"{self.told.group}-{self.told.prefix}{name}"
+        title = f"{self.settings.group}-{self.settings.prefix}{name}"
         log_artifact(run, title, "sae", [sae / "cfg.json", sae / "sae.safetensors"])
 
 
@@ -96,7 +96,7 @@ def values(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 def start(
     folder: Path,
-    told: Told,
+    settings: WandbSettings,
     name: str,
     run_id: str,
     job_type: str,
@@ -107,7 +107,7 @@ def start(
 
     Args:
         folder: of the run; wandb's files are in `wandb` there.
-        told: the content of `wandb.json`.
+        settings: the content of `wandb.json`.
         name: that is shown.
         run_id: wandb's.
         job_type: train or assess.
@@ -117,10 +117,10 @@ def start(
     import wandb
 
     return wandb.init(
-        project=told.project,
-        entity=told.entity,
-        group=told.group,
-        name=told.prefix + name,
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        name=settings.prefix + name,
         id=run_id,
         job_type=job_type,
         resume="allow",

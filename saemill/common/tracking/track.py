@@ -55,7 +55,7 @@ class Watch:
         """Read the ids of the run's wandb runs; none while training begins anew."""
         if not (self.run / runs.WANDB).exists():
             return []
-        return [entry.id for entry in record.told(self.run).runs.values()]
+        return [entry.id for entry in record.settings(self.run).runs.values()]
 
     @property
     def word(self) -> str | None:
@@ -97,7 +97,7 @@ def track(run: Path, waits: bool, assessment: Path | None) -> None:
     process.check()
     with stop_on_signal() as stop:
         _send(run, assessment, Watch(run, stop, waits), stop)
-    logged = record.told(run)
+    logged = record.settings(run)
     n_variants = counted(len(logged.runs), "variant")
     say(f"{run}: {n_variants} logged to wandb, project {logged.project}, group {logged.group}")
     if stop.is_set() and not runs.is_finished(run):

@@ -51,12 +51,12 @@ def read(folder: Path) -> Parts:
     Raises:
         StoreError, ConfigError: as `load`.
     """
-    found = [name for name in READERS if (folder / name).is_file()]
-    if not found:
+    present = [name for name in READERS if (folder / name).is_file()]
+    if not present:
         raise StoreError(f"{folder} holds no SAE: {_instead(folder)}")
-    if len(found) > 1:
-        raise StoreError(f"{folder} holds the weights of several formats, {' and '.join(found)}; part them")
-    return READERS[found[0]](folder)
+    if len(present) > 1:
+        raise StoreError(f"{folder} holds the weights of several formats, {' and '.join(present)}; part them")
+    return READERS[present[0]](folder)
 
 
 def problems(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError, DiskError, StoreError
-from saemill.common.records import Count, Positive, told
+from saemill.common.records import Count, Positive, first_finding
 
 MOST_SIZE = 1 << 31
 """Limit on d_in, num_latents and k."""
@@ -217,9 +217,11 @@ def provenance(name: str, config: Mapping[str, Any], own: Any, file: Path, **kno
     Raises:
         StoreError: what saemill reads of it is of another type.
     """
-    found = own if isinstance(own, dict) else {key: v for key, v in known.items() if v is not None}
+    origin = own if isinstance(own, dict) else {key: v for key, v in known.items() if v is not None}
     try:
-        Provenance.model_validate(found)
+        Provenance.model_validate(origin)
     except ValidationError as error:
-        raise StoreError(f"{file} tells of the SAE's origin what it cannot: {told(error)}") from error
-    return dict(found) if found is own else found | {"imported": {"format": name, "config": dict(config)}}
+        raise StoreError(
+            f"{file} tells of the SAE's origin what it cannot: {first_finding(error)}"
+        ) from error
+    return dict(origin) if origin is own else origin | {"imported": {"format": name, "config": dict(config)}}

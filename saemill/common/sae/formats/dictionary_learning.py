@@ -65,8 +65,8 @@ def read(folder: Path) -> Parts:
         "model": text(trainer, "lm_name", file),
         "ctx_len": count(buffer, "ctx_len", file) if buffer.get("ctx_len") is not None else None,
     }
-    told = provenance("dictionary_learning", whole, whole.get("saemill"), file, **known)
-    config = SaeConfig(d_in=d_in, num_latents=num_latents, k=k, provenance=told)
+    origin = provenance("dictionary_learning", whole, whole.get("saemill"), file, **known)
+    config = SaeConfig(d_in=d_in, num_latents=num_latents, k=k, provenance=origin)
     W_enc, b_enc, W_dec, b_dec = weights.values()
     return Parts(config, W_enc, b_enc, W_dec.T.contiguous(), b_dec)
 
@@ -115,8 +115,8 @@ def write(parts: Parts, folder: Path, hook: Hook | None) -> None:
 
 
 def _config(parts: Parts, hook: Hook | None) -> dict[str, Any]:
-    told = parts.config.provenance
-    site = told.get("site")
+    origin = parts.config.provenance
+    site = origin.get("site")
     trainer = {
         "trainer_class": "TopKTrainer",
         "dict_class": CLASS,
@@ -124,8 +124,8 @@ def _config(parts: Parts, hook: Hook | None) -> dict[str, Any]:
         "dict_size": parts.config.num_latents,
         "k": parts.config.k,
         "layer": hook.layer if hook else layer_of(site or ""),
-        "lm_name": told.get("model"),
+        "lm_name": origin.get("model"),
         "submodule_name": f"{hook.kind}_layer_{hook.layer}" if hook else site,
     }
-    buffer = {"d_submodule": parts.config.d_in, "io": "out", "ctx_len": told.get("ctx_len")}
-    return {"trainer": trainer, "buffer": buffer, "saemill": told}
+    buffer = {"d_submodule": parts.config.d_in, "io": "out", "ctx_len": origin.get("ctx_len")}
+    return {"trainer": trainer, "buffer": buffer, "saemill": origin}

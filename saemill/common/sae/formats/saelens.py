@@ -46,8 +46,8 @@ def read(folder: Path) -> Parts:
         StoreError, ConfigError: as `formats.load` tells.
     """
     file = folder / "cfg.json"
-    given = read_config(file)
-    cfg = _since_6(given, file)
+    raw = read_config(file)
+    cfg = _since_6(raw, file)
     expect(cfg, "architecture", "topk", "standard", "only TopK SAEs can be represented", file)
     expect(
         cfg, "reshape_activations", "none", "none", "it takes attention heads, not one vector per token", file
@@ -69,7 +69,7 @@ def read(folder: Path) -> Parts:
         d_in=d_in,
         num_latents=d_sae,
         k=count(cfg, "k", file),
-        provenance=provenance("saelens", given, metadata.get("saemill"), file, **known),
+        provenance=provenance("saelens", raw, metadata.get("saemill"), file, **known),
     )
     return Parts(config, *_folded(weights, centred, rescaled, scale))
 
@@ -131,17 +131,17 @@ def write(parts: Parts, folder: Path, hook: Hook | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with durable.replacing(folder / WEIGHTS, sum(w.nbytes for w in weights.values())) as partial:
         save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial)
-    told = parts.config.provenance
+    origin = parts.config.provenance
     metadata = {
         "sae_lens_version": VERSION,
-        "model_name": told.get("model"),
+        "model_name": origin.get("model"),
         "model_class_name": "HookedTransformer" if hook else None,
         "hook_name": hook.name if hook else None,
         "hook_head_index": None,
-        "dataset_path": told.get("dataset"),
-        "context_size": told.get("ctx_len"),
-        "prepend_bos": told.get("prepend_bos"),
-        "saemill": told,
+        "dataset_path": origin.get("dataset"),
+        "context_size": origin.get("ctx_len"),
+        "prepend_bos": origin.get("prepend_bos"),
+        "saemill": origin,
     }
     cfg = {
         "architecture": "topk",

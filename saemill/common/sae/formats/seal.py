@@ -43,17 +43,17 @@ def seal(cfg: Mapping[str, Any], n_bytes: int, xxh3: str) -> dict[str, Any]:
         xxh3: of the same.
     """
     own = {key: value for key, value in cfg[OWN].items() if key != KEY}
-    told = Seal(bytes=n_bytes, xxh3=xxh3).model_dump(mode="json")
+    fields = Seal(bytes=n_bytes, xxh3=xxh3).model_dump(mode="json")
     # As it will be read: names become text, tuples lists.
-    plain: dict[str, Any] = json.loads(json.dumps({**cfg, OWN: own | {KEY: told}}, allow_nan=False))
+    plain: dict[str, Any] = json.loads(json.dumps({**cfg, OWN: own | {KEY: fields}}, allow_nan=False))
     plain[OWN][KEY][records.CHECKSUM] = durable.hash_json(plain)
     return plain
 
 
 def sealed_again(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Put a new seal on a config that was changed on purpose; the weights are the same."""
-    told = cfg[OWN][KEY]
-    return seal(cfg, told["bytes"], told["xxh3"])
+    fields = cfg[OWN][KEY]
+    return seal(cfg, fields["bytes"], fields["xxh3"])
 
 
 def checked(cfg: Mapping[str, Any], folder: Path, weights: Path) -> dict[str, Any] | None:
@@ -70,13 +70,13 @@ def checked(cfg: Mapping[str, Any], folder: Path, weights: Path) -> dict[str, An
     """
     own = cfg.get(OWN)
     if not isinstance(own, dict) or KEY not in own:
-        if _is_ours(weights):
+        if _is_made_by_saemill(weights):
             raise StoreError(
                 f"{folder / 'cfg.json'} is damaged: it has lost the hashes that saemill wrote. {REPAIR}"
             )
         return None
-    told = _checked_config(cfg, folder)
-    if problem := durable.problem(weights, told.bytes, told.xxh3):
+    sealed = _checked_config(cfg, folder)
+    if problem := durable.problem(weights, sealed.bytes, sealed.xxh3):
         raise StoreError(f"{weights} is damaged: {problem}. {REPAIR}")
     return {key: value for key, value in own.items() if key != KEY}
 
@@ -84,11 +84,11 @@ def checked(cfg: Mapping[str, Any], folder: Path, weights: Path) -> dict[str, An
 def _checked_config(cfg: Mapping[str, Any], folder: Path) -> Seal:
     """Return the seal, if the config is as it was written."""
     where = str(folder / "cfg.json")
-    told = cfg[OWN][KEY]
-    if not isinstance(told, dict) or records.CHECKSUM not in told:
+    written = cfg[OWN][KEY]
+    if not isinstance(written, dict) or records.CHECKSUM not in written:
         raise StoreError(f"{where} is damaged: its seal is none. {REPAIR}")
-    fields = {key: value for key, value in told.items() if key != records.CHECKSUM}
-    if durable.hash_json({**cfg, OWN: cfg[OWN] | {KEY: fields}}) != told[records.CHECKSUM]:
+    fields = {key: value for key, value in written.items() if key != records.CHECKSUM}
+    if durable.hash_json({**cfg, OWN: cfg[OWN] | {KEY: fields}}) != written[records.CHECKSUM]:
         raise StoreError(f"{where} is damaged: its content differs from its checksum. {REPAIR}")
     return records.parse(records.sealed(fields), Seal, where, REPAIR)
 
@@ -107,7 +107,7 @@ def checksum(folder: Path) -> str:
     return str(cfg[OWN][KEY][records.CHECKSUM])
 
 
-def _is_ours(weights: Path) -> bool:
+def _is_made_by_saemill(weights: Path) -> bool:
     """Tell whether saemill wrote a file of weights, by its metadata."""
     try:
         with safe_open(weights, "pt") as file:
