@@ -66,7 +66,7 @@ def import_(path: Path | str, out: Path, model: str | None = None) -> None:
     Args:
         path: a folder of any of the formats, or hf://user/repo/folder.
         out: where to; a new or empty folder.
-        model: hub id or folder of the model; its config tells which site the SAE's hook is.
+        model: hub id or folder of the model; its config decides which site the SAE's hook is.
 
     Raises:
         StoreError: no SAE there, or a damaged one.

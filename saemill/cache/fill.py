@@ -1,4 +1,4 @@
-"""Rows → model → activations → shards: one worker's way, until no shard is missing.
+"""Rows → model → activations → shards: the loop of one worker, until no shard is missing.
 
 Others may be filling in the same store; `sharing` says which shard is this worker's next.
 """

@@ -1,4 +1,4 @@
-"""The store's folder: what is in it, whether it is this store's, and its records' writing."""
+"""The store's folder: what is in it, whether it is this store's, and how its records are written."""
 
 import shutil
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ def existing_settings(out: Path, tokens: TokenStore) -> StoreSettings | None:
 
 def _others(out: Path, tokens: TokenStore) -> list[Path]:
     """List what lies in the folder and belongs to no store of these tokens that was begun."""
-    paths = list(out.glob("*"))  # first: other workers may be adding parts, each of them whole
+    paths = list(out.glob("*"))  # first: other workers may be adding files, each of them whole
     begun = token_copy.is_copy(out / "tokens", tokens)
     own = {"tokens", "zarr.json", SITES, *sites_in(out)} if begun else set()
     return [
@@ -67,7 +67,7 @@ def check_same_store(out: Path, existing: StoreSettings | None, identity: Mappin
     Args:
         out: the store's folder.
         existing: its settings; None where there is no store, or where no copy of them is left: then the
-            records of shards tell whether these are the same.
+            records of shards decide whether these are the same.
         identity: the settings now, of those that decide the content.
 
     Raises:

@@ -1,6 +1,6 @@
-"""What a module's name may hide: whether its output holds more than the name says.
+"""Check of names: whether a module's output holds more than its name says.
 
-BLOOM's and MPT's MLP returns the whole residual stream, its own part added to it.
+BLOOM's and MPT's MLP returns the whole residual stream, with its own output added to it.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,9 +21,9 @@ N_TOKENS = 16
 def warnings(model: LanguageModel, sites: list[str], ids_RS: Tensor) -> list[str]:
     """Compute warnings about some sites, from a pass over a few tokens.
 
-    Only what holds bit by bit is told: a site whose output is another's, and one whose output is the sum of
-    what went into it and what a module inside it gave. Of blocks, which are such sums by their nature, that
-    is not told.
+    Only what holds bit by bit is reported: a site whose output is another's, and a site whose output is the
+    sum of one of its inputs and the output of a module inside it. Blocks are such sums by their nature, so
+    for them the second is not reported.
 
     Args:
         model: the model.

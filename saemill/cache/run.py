@@ -1,6 +1,6 @@
 """`saemill cache`: one forward pass over the rows serves every requested site.
 
-A token's way goes on in `fill`, then in `writer`.
+A token's path continues in `fill`, then in `writer`.
 """
 
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""Which shard this process takes next, where any number of them fill in one store."""
+"""Choice of the shard that this process writes next, where any number of processes fill one store."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -38,7 +38,7 @@ class SiteWriter:
 
     Others may be writing other shards. A shard is written by the worker that has claimed it, elsewhere,
     and is linked into its place where no other file is; then its record is, in the same way. All else is
-    made by the worker that has claimed the store: what is known of a site is written anew where it is
+    made by the worker that has claimed the store: a site's description is written anew where it is
     damaged, and no shard is given up for it.
 
     Args:
@@ -131,7 +131,7 @@ class SiteWriter:
     def _publish(self, shard: int, data: Path, record: Path) -> None:
         """Put a shard and its record in place.
 
-        A worker that was stopped after its claim was checked may meet its successor's files here. It
+        A worker that was stopped after its claim was checked may find its successor's files here. It
         replaces none that has a record; where data and record are of both, the record is withdrawn.
         """
         place, commit = self.array.shard_path(shard), self.commit_path(shard)
@@ -156,7 +156,7 @@ class SiteWriter:
     def finish(self) -> bool:
         """Merge the commits into the manifest, which makes the site readable.
 
-        Returns: False if shards are missing or damaged, which `damaged` tells and `mend` withdraws.
+        Returns: False if shards are missing or damaged, which `damaged` lists and `mend` withdraws.
         """
         if self.manifest():
             return True

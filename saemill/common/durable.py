@@ -38,7 +38,7 @@ def replacing(path: Path, n_bytes: int | None = None) -> Iterator[Path]:
 
     Args:
         path: where the file shall appear; its folder is created.
-        n_bytes: how large it will be, if that is known; a full disk is told with it.
+        n_bytes: how large it will be, if that is known; the message on a full disk gives it.
 
     Raises:
         DiskError: the disk is full, or the folder may not be written to.
@@ -219,7 +219,7 @@ def read_json(path: Path, repair: str = "") -> Any:
 
     Args:
         path: the file.
-        repair: the sentence that tells what to do, put at the end of messages.
+        repair: the sentence on what to do, put at the end of messages.
 
     Raises:
         MissingError: there is no such file.
@@ -247,7 +247,7 @@ def reading(path: Path, repair: str = "") -> Iterator[None]:
 
     Args:
         path: what is being read.
-        repair: the sentence that tells what to do where it is missing.
+        repair: the sentence on what to do where it is missing.
 
     Raises:
         MissingError: there is no such file.

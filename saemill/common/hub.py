@@ -34,7 +34,7 @@ def loading(what: str, name: str) -> Iterator[None]:
         yield
     except (SaemillError, MemoryError):
         raise
-    except Exception as error:  # damaged files, and settings that cannot be, raise what they happen to meet
+    except Exception as error:  # damaged files, and settings that cannot be, raise errors of any kind
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"cannot load the {what} {name!r}: it brings code of its own, which saemill does not run; "

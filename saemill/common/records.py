@@ -113,7 +113,7 @@ def read(path: Path, kind: type[R], repair: str) -> R:
     Args:
         path: its file.
         kind: what it must be.
-        repair: the sentence that tells what to do, put at the end of messages.
+        repair: the sentence on what to do, put at the end of messages.
 
     Raises:
         MissingError: there is no such file.
@@ -143,7 +143,7 @@ def parse(values: Any, kind: type[R], where: str, repair: str) -> R:
         values: as JSON has them, with the checksum.
         kind: what they must be.
         where: what messages begin with.
-        repair: the sentence that tells what to do.
+        repair: the sentence on what to do.
 
     Raises:
         StoreError: damaged, or of another version.

@@ -1,6 +1,6 @@
-"""The processes of one run: how many there are, which one this is, and what they tell one another.
+"""The processes of one run: how many there are, which one this is, and the messages between them.
 
-`torchrun` and SLURM's `srun` say it through the environment; a process started by hand is the only
+`torchrun` and SLURM's `srun` describe them in the environment; a process started by hand is the only
 one. A world of one takes the same path as any other: its collectives change nothing.
 """
 
@@ -42,10 +42,10 @@ class Group:
     """Some of the processes, in a fixed order.
 
     Args:
-        ranks: theirs in the world, ascending.
+        ranks: the ranks of these processes in the world, ascending.
         rank: this process's place among them.
         handle: torch's process group; none for all processes, and for a group of one.
-        timeout: after which a process that is waited for is given up.
+        timeout: time after which a process that is waited for counts as lost.
     """
 
     def __init__(

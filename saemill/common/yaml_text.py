@@ -45,7 +45,7 @@ class _Loader(yaml.SafeLoader):
         for kind in (int, float):
             try:
                 number = kind(text)
-            except (TypeError, ValueError):  # no number, or one of more digits than Python takes
+            except (TypeError, ValueError):  # no number, or one of more digits than Python accepts
                 continue
             if str(number) == text:
                 return number

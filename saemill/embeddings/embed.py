@@ -84,7 +84,7 @@ class EmbedConfig:
 
 
 def run(config: EmbedConfig) -> ActivationStore:
-    """Embed texts into `config.out`; the texts are kept there.
+    """Embed texts into `config.out`; the texts are stored there too.
 
     Raises:
         ConfigError: sentence-transformers is not installed, or settings that fit neither the texts nor

@@ -1,4 +1,4 @@
-"""Rows of a source on their way: vectors with their ids and texts, and what is asked of the vectors."""
+"""Batches of a source's rows: vectors with their ids and texts, and the checks and stored form of vectors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -93,7 +93,7 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
     Args:
         plan: what they are to be.
         worker: this process, holding the claim on the store.
-        write: adds all of them to a writer; says by what their sides were chosen.
+        write: adds all of them to a writer; returns what their sides were chosen by.
 
     Raises:
         ConfigError: the folder holds others, or the store there was made of others.

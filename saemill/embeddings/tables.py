@@ -192,7 +192,7 @@ def _array(values: list[Any], name: str, start: int) -> pa.Array:
 def _vectors_of(values: list[Any], start: int) -> pa.Array:
     try:
         if any(type(number) is bool for value in values if isinstance(value, list) for number in value):
-            raise TypeError  # which Arrow would take for 0 or 1
+            raise TypeError  # which Arrow would convert to 0 or 1
         return pa.array(values, pa.list_(pa.float64()))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         for i, value in enumerate(values):
@@ -245,7 +245,7 @@ class TableSource:
     """Vectors, ids and texts of a table.
 
     Args:
-        table: it.
+        table: the table.
         column: of the vectors; by default `embedding`, or the only column of float lists.
         id_column: by default `id`, if there is one.
         text_column: by default `text`, if there is one.

@@ -86,7 +86,7 @@ class TextsByOrder:
         table: of the texts.
         id_column: of the ids there, if it has any.
         text_column: of the texts.
-        may_be_longer: whether only the first embeddings are taken.
+        may_be_longer: whether only the first embeddings are imported.
     """
 
     def __init__(self, table: Table, id_column: str | None, text_column: str, may_be_longer: bool) -> None:
@@ -137,11 +137,11 @@ def join(
 
     Args:
         source: the embeddings.
-        table: of their texts, if those are elsewhere; texts of the source's own are not taken then.
+        table: of their texts, if those are elsewhere; texts of the source's own are not used then.
         id_column: there, if it has one of this name, else `id`.
         text_column: there; by default `text`.
         scratch: a file for what does not belong in memory.
-        may_be_longer: whether only the first embeddings are taken.
+        may_be_longer: whether only the first embeddings are imported.
 
     Raises:
         ConfigError: the table has no texts, or no ids where the embeddings have some.

@@ -43,7 +43,7 @@ def choose(features: Any, text_column: str, dataset: str) -> Column:
 
     Args:
         features: the columns' types, as `datasets` has them.
-        text_column: the one to take; where it is absent, a column of token ids is taken.
+        text_column: the one to read; where it is absent, a column of token ids is read.
         dataset: its name, for messages.
 
     Raises:

@@ -116,10 +116,10 @@ class Lengths:
 
 
 def survey(rows: Iterable[tuple[str, list[int]]], info: TokenizerInfo) -> Lengths:
-    """Tell whether all rows are full: equally long, none of them padded.
+    """Measure rows: how long they are, and whether all are full, equally long and none of them padded.
 
-    Where padding and separator are one token, a few rows that end in two are no proof: the rows are taken
-    for padded where most of them are.
+    Where padding and separator are one token, a few rows that end in two are no proof: the rows count
+    as padded where most of them are.
 
     Args:
         rows: (where, ids) of each.

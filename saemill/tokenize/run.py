@@ -287,7 +287,7 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
 
     Args:
         config: the settings.
-        tell: takes the sentence on a store that is damaged and will be made anew.
+        tell: called with the sentence on a store that is damaged and will be made anew.
 
     Raises:
         ConfigError: there is one of other settings, or of a source that has changed since.

@@ -175,7 +175,7 @@ def open_source(
         name: hub id, or a local file or folder (parquet, jsonl, csv, arrow, txt, or a
             `save_to_disk` folder).
         text_column: the column of texts; where it is absent but `input_ids` or `tokens` is present, the
-            dataset is taken as tokenized already.
+            dataset counts as tokenized already.
 
     Raises:
         ConfigError: no such file, kind, split or column, or a column that holds no documents.
@@ -192,7 +192,7 @@ def open_source(
 
 
 def _features(dataset: Any, name: str) -> Any:
-    """Read the columns' types. A stream that does not tell them is asked for its first row."""
+    """Read the columns' types. Where a stream does not state them, its first row is read."""
     if dataset.features is not None:
         return dataset.features
     first = next(_examples(dataset, name), None)

@@ -139,7 +139,7 @@ class Worker:
         claim = Claim(self, name, max(claims, default=-1) + 1, before)
         self.claims.add(claim)
         try:
-            # NFS may report that the file exists after it made it itself: the check tells.
+            # NFS may report that the file exists after it made it itself: the check decides.
             with suppress(FileExistsError):
                 os.link(self.file, claim.path)
             claim.check_alone()

@@ -147,7 +147,7 @@ def limits_of(config: Any) -> Limits:
 
 
 def check_row_length(limits: Limits, name: str, ctx_len: int) -> None:
-    """Refuse rows longer than a model takes.
+    """Refuse rows longer than a model accepts.
 
     Args:
         limits: of the model.
@@ -181,8 +181,8 @@ def _built(config: Any) -> Any:
 def _run(config: Any) -> tuple[Any, dict[str, list[Output]]]:
     """Build the model and run it over a few tokens. Return it, and each module's outputs, one per call.
 
-    Some models look for the padding id among the tokens, whose values are not there; only then it is
-    taken away.
+    Some models look for the padding id among the tokens, which have no values on the meta device. Only if
+    that fails the padding id is removed.
 
     Raises:
         ConfigError: the model cannot be run so.

@@ -1,4 +1,4 @@
-"""Where a transformer keeps its parts: found by structure, as each family has names of its own.
+"""Where a transformer has its blocks and embeddings, by structure: each family has names of its own.
 
 A multimodal model's text runs through its language tower, an encoder-decoder model's through its encoder
 alone; other models are run as a whole.
@@ -17,7 +17,7 @@ TABLES = ("pos", "wpe")
 def base_of(model: Any) -> Any:
     """Return the model without its LM head: paths of its modules name sites.
 
-    Where the class of a model with a head names no base (Llama 4's text model), it is its one part that is
+    Where the class of a model with a head names no base (Llama 4's text model), it is its one child that is
     a model itself.
     """
     base = model.base_model

@@ -132,13 +132,13 @@ def hash_tokenizer(tokenizer: Any) -> str:
 def check_tokenizer(info: TokenizerInfo, model: str, revision: str | None, allow_other: bool) -> None:
     """Refuse tokens of another tokenizer than the one that comes with a model.
 
-    Where none can be loaded with the model, that is said, and the tokens are taken as they are.
+    Where none can be loaded with the model, the user is warned, and the tokens are accepted.
 
     Args:
         info: what made the tokens.
         model: hub id or local folder.
         revision: the hub model's revision.
-        allow_other: take another tokenizer's tokens.
+        allow_other: accept another tokenizer's tokens.
 
     Raises:
         ConfigError: the tokenizer is another one, or it is not and `allow_other` has no effect.
@@ -174,7 +174,7 @@ def check_ctx_len(ctx_len: int, tokenizer: Any, info: TokenizerInfo, revision: s
     except (OSError, ValueError):
         config = None  # a tokenizer without a model beside it
     if config is not None:
-        with suppress(ConfigError):  # what cannot be built is no matter of the tokens
+        with suppress(ConfigError):  # a model that cannot be built says nothing about the tokens
             limits["the longest row of the model beside it"] = limits_of(config).row_length or UNLIMITED
     for source, limit in limits.items():
         if limit < UNLIMITED and ctx_len > limit:

@@ -1,4 +1,4 @@
-"""The parts of a TopK SAE: what files of any format hold, and `Sae` is made of."""
+"""The config and tensors of a TopK SAE, as files of any format hold them and `Sae` is made of."""
 
 from dataclasses import dataclass
 from typing import Any

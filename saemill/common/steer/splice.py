@@ -50,7 +50,7 @@ def splice(
             leaves them, to watch, or to splice the reconstruction in as it is.
         keep_error: add what the SAE does not reconstruct, x − x̂, to the edited reconstruction.
         where: positions to splice: a function of token ids and positions, or bool [B, S] for forward
-            passes of that shape. None: those that the SAE was trained on, as far as its folder tells
+            passes of that shape. None: those that the SAE was trained on, as far as its folder says
             (without special tokens and the first position, by default); else all. Never padding.
 
     Yields: what fired, of the latest forward pass.
@@ -126,7 +126,7 @@ class Spliced:
     def _begin(self, arguments: dict[str, Any]) -> None:
         """Note that a forward pass begins, or that the head calls its base model.
 
-        What the outermost call was given counts: not every head hands the attention mask on (RWKV's).
+        The outermost call's arguments count: not every head passes the attention mask on (RWKV's does not).
         """
         named = {name: value for name, value in arguments.items() if value is not None}
         if self._depth == 0:
@@ -192,7 +192,7 @@ def positions(arguments: dict[str, Any], x_BSD: Tensor) -> Tensor:
         x_BSD: an activation of that pass.
 
     Raises:
-        ConfigError: the model keeps a cache that does not tell its length.
+        ConfigError: the model keeps a cache without a known length.
     """
     n_rows, n_positions = x_BSD.shape[:2]
     attention, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")

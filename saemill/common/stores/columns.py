@@ -18,7 +18,7 @@ def read_table(
     Args:
         path: the file.
         schema: the columns that it must have, with their types, in any order.
-        repair: the sentence that tells what to do, put at the end of messages.
+        repair: the sentence on what to do, put at the end of messages.
         columns: those wanted; by default all of the schema.
         group: the row group wanted; by default all.
 

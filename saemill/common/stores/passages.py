@@ -67,7 +67,7 @@ class PassageStore:
 
     Args:
         path: the folder.
-        repair: the sentence that tells what to do about damage.
+        repair: the sentence on what to do about damage.
 
     Raises:
         StoreError: the folder is missing, unfinished or damaged (the hash of the passages' file is compared
@@ -200,7 +200,7 @@ class PassageWriter:
         Args:
             ids: what they are called, if they are.
             texts: their texts, if they are known.
-            hashed: what tells one from another; equal ones come on the same side.
+            hashed: bytes that distinguish one from another; equal ones come on the same side.
         """
         hashes = [xxhash.xxh3_64_intdigest(value) for value in hashed]
         held_out = [combine(value) / 2**64 < self.fraction for value in hashes]

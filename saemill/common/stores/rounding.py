@@ -1,7 +1,7 @@
-"""The one lossy act of a store: values are rounded to the type that it keeps them in.
+"""The one lossy act of a store: values are rounded to the type that it stores.
 
 bf16 keeps fp32's range and 8 bits of a value. fp16 keeps 11 bits and ends at 65,504: what is beyond becomes
-infinite, so whoever rounds asks `not_finite` afterwards and refuses what is.
+infinite, so the caller of a rounding function looks with `not_finite` afterwards and refuses such values.
 """
 
 import torch

@@ -10,7 +10,7 @@
 `saemill assess` adds its files, for which `final_assessment.json` answers.
 
 Every record names the run that it is of, a hash of what `identity.json` holds, so that those of two runs
-cannot be taken for one another. Checkpoints are in `train.checkpoint`.
+cannot be confused. Checkpoints are in `train.checkpoint`.
 """
 
 from pathlib import Path

@@ -88,8 +88,8 @@ class ShardedArray:
 
     Args:
         path: the array's folder, holding `zarr.json` and `c/`.
-        repair: the sentence that tells what to do about damage, put at the end of messages.
-        check: is given the rows of a shard that is read for the first time, and raises if they are bad.
+        repair: the sentence on what to do about damage, put at the end of messages.
+        check: called with a shard's number and rows when it is first read; it raises if they are bad.
 
     Raises:
         StoreError: there is no such array, or it is not in the raw layout.

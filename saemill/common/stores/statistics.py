@@ -1,4 +1,4 @@
-"""Moments of a site's activations, summed part by part while they are written, and what they warn of."""
+"""Moments of a site's activations, summed shard by shard as they are written, and warnings from them."""
 
 from collections import Counter
 from collections.abc import Mapping

@@ -145,7 +145,7 @@ class TokenStore:
 
     Args:
         path: the folder.
-        repair: the sentence that tells what to do about damage.
+        repair: the sentence on what to do about damage.
 
     Raises:
         StoreError: the folder is missing, unfinished or damaged; later, that a file that is read is.

@@ -31,7 +31,7 @@ def follow(folder: Path, end: End, quiet: bool = False) -> None:
 
     Args:
         folder: of the run.
-        end: tells when the training has ended.
+        end: whether the training has ended.
         quiet: without figures of the machine, where training does not run on it now.
     """
     runs = Runs(folder, quiet)

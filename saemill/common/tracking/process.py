@@ -50,7 +50,7 @@ def check() -> None:
             timeout=CHECK_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return  # the process that logs will tell
+        return  # the process that logs will report it
     if done.returncode:
         why = done.stderr.strip().rpartition("\n")[2]
         raise ConfigError(done.stdout.strip() or f"wandb does not start: {why}; leave out --log-to-wandb")
@@ -131,7 +131,7 @@ class Wandb:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             return
-        if self.process.returncode < 0:  # any other failure it told itself
+        if self.process.returncode < 0:  # any other failure it reported itself
             say(
                 f"wandb's process was killed by signal {-self.process.returncode}; "
                 f"{self.later} sends what is missing"

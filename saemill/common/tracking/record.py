@@ -1,4 +1,4 @@
-"""What the process that talks to wandb is told, `wandb.json`, and how far it came, `wandb-logged.json`."""
+"""Settings for the process that talks to wandb, `wandb.json`, and its progress, `wandb-logged.json`."""
 
 import json
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """What `saemill track` does: it reads what a run's folder holds, and talks to wandb.
 
-By hand it looks into the folder to know when training has finished. A stage that starts it tells it through
+By hand it looks into the folder to know when training has finished. A stage that starts it says so through
 its standard input; when that ends it ends too, a bounded time later, so nothing is left where a stage was
 killed.
 """
@@ -108,7 +108,7 @@ def track(run: Path, waits: bool, assessment: Path | None) -> None:
 
 def track_for_stage(run: Path, assessment: Path | None) -> None:
     """Track as `track` does, for the stage that started this process, which waits a bounded time for it."""
-    # Ctrl-C and a scheduler's signals reach every process of a job; the stage tells when to end.
+    # Ctrl-C and a scheduler's signals reach every process of a job; the stage says when to end.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     _send(run, assessment, Parent(), None)
@@ -121,7 +121,7 @@ def _send(run: Path, assessment: Path | None, end: End, stop: threading.Event | 
         run: the folder of the run.
         assessment: that of the assessment to send; without one the metrics are sent.
         end: when to stop reading metrics.
-        stop: set by a signal; none where a stage waits, which tells it all.
+        stop: set by a signal; None where a stage waits, which says on standard input when to end.
     """
     (run / "wandb").mkdir(exist_ok=True)
     with (run / "wandb" / process.LOG).open("a") as log:

@@ -1,7 +1,7 @@
 """SAEs as files: saemill's own, which is sparsify's layout, and those of SAELens and dictionary_learning.
 
-Each format is a module: `read` gives the parts of an SAE or refuses, naming the field that has no place in
-one; `write` makes files that the tool itself loads.
+Each format is a module. `read` returns the tensors of an SAE, or refuses and names the field that has no
+place in one; `write` makes files that the tool itself loads.
 
     sparsify.py, saelens.py, dictionary_learning.py   the formats
     checks.py   what each asks of its files
@@ -90,7 +90,7 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None) -> Non
     Args:
         name: one of `NAMES`.
         folder: where to; created.
-        hook: the SAE's site in TransformerLens' terms; None where it has no name there. Sparsify keeps none.
+        hook: the SAE's site in TransformerLens' terms; None where it has no name there. Sparsify stores none.
 
     Raises:
         ConfigError: no such format.

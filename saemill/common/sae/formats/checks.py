@@ -1,4 +1,4 @@
-"""What every format's reader asks of the files before it takes them for a TopK SAE."""
+"""Checks that every format's reader makes before it accepts files as a TopK SAE."""
 
 import json
 import math
@@ -164,7 +164,7 @@ def check_weights(
     """Refuse weights that do not agree with the config.
 
     Args:
-        file: theirs.
+        file: the file that they are from.
         weights: by name.
         shapes: what must be there, by name.
         optional: names of what may be there beside it.
@@ -209,8 +209,8 @@ def provenance(name: str, config: Mapping[str, Any], own: Any, file: Path, **kno
 
     Args:
         name: of the format.
-        config: as it was read; kept whole.
-        own: what saemill wrote there, if saemill made the file; it is all that is kept then.
+        config: as it was read; stored whole.
+        own: what saemill wrote there, if saemill made the file; nothing else is stored then.
         file: the config's.
         known: site, model and so on; None is left out.
 

@@ -36,7 +36,7 @@ def read(folder: Path) -> Parts:
     """Read the SAE of a folder, on the CPU, in the dtype of its file. Nothing but tensors is unpickled.
 
     Raises:
-        StoreError, ConfigError: as `formats.load` tells.
+        StoreError, ConfigError: as `formats.load`.
     """
     file = folder / "config.json"
     whole = read_config(file)

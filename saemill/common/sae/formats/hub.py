@@ -38,7 +38,7 @@ def fetch(address: str) -> Path:
         files = _files(place)
     folder = _choose(files, uri.path_in_repo, address)
     beside = {str(folder / name) for name in (*WEIGHTS, *BESIDE)}
-    above = str(folder.parent / "config.json")  # where sparsify tells of the run
+    above = str(folder.parent / "config.json")  # sparsify's config of the run
     wanted = [glob.escape(file) for file in files if file in beside or file == above]
     with hub.asking(address):
         return Path(snapshot_download(**place, allow_patterns=wanted)) / folder

@@ -43,7 +43,7 @@ def read(folder: Path) -> Parts:
     """Read the SAE of a folder, on the CPU, in the dtype of its file.
 
     Raises:
-        StoreError, ConfigError: as `formats.load` tells.
+        StoreError, ConfigError: as `formats.load`.
     """
     file = folder / "cfg.json"
     raw = read_config(file)

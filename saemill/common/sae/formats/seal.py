@@ -1,6 +1,6 @@
 """The seal of an SAE that saemill saved: hashes of its two files, in the `saemill` part of `cfg.json`.
 
-sparsify, which reads the same files, passes over that part, and leaves it out when it saves. So whoever
+sparsify, which reads the same files, ignores that part, and leaves it out when it saves. So whoever
 changes an SAE with it takes off the seal, and the weights' note of it (`MADE_BY`) as well.
 """
 
@@ -112,5 +112,5 @@ def _is_made_by_saemill(weights: Path) -> bool:
     try:
         with safe_open(weights, "pt") as file:
             return (file.metadata() or {}).items() >= MADE_BY.items()
-    except Exception:  # of whatever kind the library's is: the reader of the tensors will tell
+    except Exception:  # of any kind: the reader of the tensors will report it
         return False
