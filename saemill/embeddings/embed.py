@@ -43,30 +43,30 @@ class EmbedConfig:
     """Folder of the activation store."""
     text_column: str = "text"
     id_column: str | None = None
-    """By default `id`, if there is one."""
+    """Column of ids; by default `id`, if there is one."""
     subset: str | None = None
     """The hub dataset's configuration."""
     split: str | None = None
-    """By default train."""
+    """Split of the dataset; by default train."""
     revision: str | None = None
     """The hub dataset's revision."""
     model_revision: str | None = None
     prompt: str | None = None
-    """Put before each text, as some encoders want it."""
+    """Text put before each text, as some encoders want it."""
     normalize: bool = False
-    """Divide each vector by its length."""
+    """Whether each vector is divided by its length."""
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
-    """How vectors are stored."""
+    """Stored type of the vectors."""
     model_dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
-    """What the model computes in, whatever its weights are stored as."""
+    """Type that the model computes in, whatever its weights are stored as."""
     site: str = "embedding"
-    """What they are called in the store."""
+    """Name of the vectors in the store."""
     batch_size: int = 32
     """Texts per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
     max_rows: int | None = None
-    """Take only so many texts, the first ones."""
+    """Most texts to embed, the first ones."""
     held_out_fraction: float = 0.1
     """Share of the texts, chosen by a hash of them, that training never sees."""
     shard_rows: int | None = None

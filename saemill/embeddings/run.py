@@ -36,33 +36,33 @@ class ImportConfig:
     out: Path
     """Folder of the activation store."""
     column: str | None = None
-    """Of the vectors; by default `embedding`, or the only column of float lists. In npz, pt and safetensors
-    the name of the array."""
+    """Column of the vectors; by default `embedding`, or the only column of float lists. In npz, pt and
+    safetensors the name of the array."""
     site: str | None = None
-    """What the vectors are called in the store; by default as the column, else `embedding`."""
+    """Name of the vectors in the store; by default as the column, else `embedding`."""
     id_column: str | None = None
-    """By default `id`, if there is one."""
+    """Column of ids; by default `id`, if there is one."""
     text_column: str | None = None
-    """By default `text`, if there is one."""
+    """Column of texts; by default `text`, if there is one."""
     texts: str | None = None
-    """A table of texts: joined by id, or by order where the embeddings have no ids."""
+    """Table of texts: joined by id, or by order where the embeddings have no ids."""
     normalize: bool = False
-    """Divide each vector by its length."""
+    """Whether each vector is divided by its length."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """How vectors are stored; by default exactly as they come, but float64, JSON and normalized vectors as
-    fp32."""
+    """Stored type of the vectors; by default exactly as they come, but float64, JSON and normalized vectors
+    as fp32."""
     width: int | None = None
-    """Of raw rows."""
+    """Width of raw rows."""
     raw_dtype: Literal["fp32", "fp16", "bf16", "fp64"] | None = None
-    """Of raw rows."""
+    """Type of raw rows."""
     subset: str | None = None
     """The hub dataset's configuration."""
     split: str | None = None
-    """Of a dataset; by default train."""
+    """Split of a dataset; by default train."""
     revision: str | None = None
     """The hub dataset's revision."""
     max_rows: int | None = None
-    """Take only so many rows, the first ones."""
+    """Most rows to import, the first ones."""
     held_out_fraction: float = 0.1
     """Share of the rows, chosen by a hash of their text (without texts, of the id or the vector itself),
     that training never sees."""

@@ -59,18 +59,18 @@ class TokenizeConfig:
     ctx_len: int | None = None
     """Tokens per row; by default 512, or of rows of ids that are all equally long their length."""
     max_tokens: int | None = None
-    """Stop after this many tokens (whole rows: rounded down to a multiple of ctx_len)."""
+    """Most tokens to write (whole rows: rounded down to a multiple of ctx_len)."""
     streaming: bool = False
-    """Read as a stream: nothing is downloaded beyond what `max_tokens` needs."""
+    """Whether the dataset is read as a stream: nothing is downloaded beyond what `max_tokens` needs."""
     shuffle_seed: int | None = 42
-    """Seed of the documents' order; none keeps the source's order."""
+    """Seed of the documents' order; None keeps the source's order."""
     held_out_fraction: float = 0.05
     """Share of documents, chosen by a hash of their text, that training never sees; where it gives no row,
     a few more."""
     repack: bool = False
-    """Pack rows of ids anew even where all have `ctx_len` ids."""
+    """Whether rows of ids are packed anew even where all have `ctx_len` ids."""
     num_proc: int = 1
-    """Processes that tokenize."""
+    """Number of processes that tokenize."""
     revision: str | None = None
     """The hub dataset's revision."""
     tokenizer_revision: str | None = None

@@ -60,7 +60,7 @@ class Claim:
 
 
 class Worker:
-    """This process among those that work in one place; used as a context.
+    """A process among those that work in one place: this one; used as a context.
 
     Args:
         folder: the one that they share; made here, and removed by the last to leave.

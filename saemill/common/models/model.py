@@ -24,7 +24,7 @@ Head = Literal["causal", "masked"]
 
 
 class _Enough(Exception):
-    """Ends a forward pass after the last site needed."""
+    """The end of a forward pass after the last site needed."""
 
 
 def choose_model_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -15,10 +15,10 @@ class MaskConfig:
     """Positions left out of statistics, training and evaluation."""
 
     special_tokens: bool = True
-    """Leave out the tokenizer's special tokens: separators, BOS, padding, [CLS], [SEP]."""
+    """Whether the tokenizer's special tokens are left out: separators, BOS, padding, [CLS], [SEP]."""
     first_positions: int = 1
-    """Leave out this many positions at the start of each row. Decoders without a BOS token put an
-    attention sink there whose norm is far from that of any other position."""
+    """Number of positions left out at the start of each row. Decoders without a BOS token put an attention
+    sink there whose norm is far from that of any other position."""
     token_ids: tuple[int, ...] = ()
     """Further token ids to leave out."""
 

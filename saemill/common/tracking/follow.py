@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 class End(Protocol):
-    """Whether the stage that writes the folder has ended."""
+    """The end of the stage that writes the folder."""
 
     @property
     def word(self) -> str | None:
