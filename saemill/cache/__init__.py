@@ -9,7 +9,7 @@ writer.py      a shard: permuted, written, hashed, summed, committed
 What stands around it:
 
 config.py      the settings
-plan.py        what they come to, checked before the model is loaded
+plan.py        the plan that follows from them, checked before the model is loaded
 folder.py      the store's folder: what is in it, and whether it is this store's
 token_copy.py  the copy of its tokens that a store carries
 names.py       whether a module holds what its name says

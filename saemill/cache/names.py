@@ -37,7 +37,7 @@ def warnings(model: LanguageModel, sites: list[str], ids_RS: Tensor) -> list[str
         f"{site} gives the whole residual stream: what it computes, added to what went into it; what it adds "
         f"alone is at {added}"
         for site in candidates
-        if (added := _added_part(outputs[site], inputs[site], inside[site]))
+        if (added := _added_output(outputs[site], inputs[site], inside[site]))
     ]
     return whole + [
         f"{a} and {b} give the same activations: one of them is enough"
@@ -46,7 +46,7 @@ def warnings(model: LanguageModel, sites: list[str], ids_RS: Tensor) -> list[str
     ]
 
 
-def _added_part(x_RSD: Tensor, inputs: list[Tensor], outputs: dict[str, Tensor]) -> str | None:
+def _added_output(x_RSD: Tensor, inputs: list[Tensor], outputs: dict[str, Tensor]) -> str | None:
     """Find the module inside a site whose output, added to one of the site's inputs, is the site's output."""
     for name, output in outputs.items():
         for input_RSD in inputs:

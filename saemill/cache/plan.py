@@ -1,5 +1,5 @@
-"""What the settings come to: rows, sites, bytes on the disk. What cannot be is refused before the model is
-loaded."""
+"""The plan that follows from the settings: rows, sites, bytes on the disk. Settings that cannot be carried
+out are refused before the model is loaded."""
 
 import shutil
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the settings of other tools are here: the table that error messages and docs/migration.md share.
+"""Equivalents of other tools' settings: the table that error messages and docs/migration.md share.
 
 Names are those of the tools' own config classes: sparsify's `RunConfig` (and its older and saetrain's flags),
 SAELens' runner configs and dictionary_learning's `trainSAE`, trainers and buffer.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 class Setting(NamedTuple):
     """A setting of another tool."""
 
-    here: str
+    equivalent: str
     """Equivalent in saemill: flags of `saemill run` or commands, in Markdown; empty where there is none."""
     why: str = ""
     """Difference, or the reason why there is no equivalent."""

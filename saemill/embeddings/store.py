@@ -279,9 +279,9 @@ class _Reader:
                 if rows is None:
                     raise DataError(f"the source ends at row {self._position:,}; it has changed meanwhile")
                 self._left = self.form.of(rows)
-            taken = self._left[: len(x_TD) - n_filled]
-            x_TD[n_filled : n_filled + len(taken)] = taken
-            self._left = self._left[len(taken) :] if len(taken) < len(self._left) else None
-            n_filled += len(taken)
-            self._position += len(taken)
-            yield len(taken)
+            chunk = self._left[: len(x_TD) - n_filled]
+            x_TD[n_filled : n_filled + len(chunk)] = chunk
+            self._left = self._left[len(chunk) :] if len(chunk) < len(self._left) else None
+            n_filled += len(chunk)
+            self._position += len(chunk)
+            yield len(chunk)

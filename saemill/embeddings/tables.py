@@ -260,7 +260,7 @@ class TableSource:
         self.table, self.name = table, table.name
         self.site = column or _vector_column(table)
         optional = {"id": id_column, "text": text_column}
-        chosen = {what: choose_column(table, what, given) for what, given in optional.items()}
+        chosen = {what: choose_column(table, what, asked) for what, asked in optional.items()}
         self.id_column, self.text_column = chosen["id"], chosen["text"]
         self.has_ids, self.has_texts = self.id_column is not None, self.text_column is not None
         if self.site not in table.columns:

@@ -91,8 +91,8 @@ class TextsByOrder:
 
     def __init__(self, table: Table, id_column: str | None, text_column: str, may_be_longer: bool) -> None:
         self.table, self.may_be_longer, self.has_ids = table, may_be_longer, id_column is not None
-        parts = _pairs(table, id_column or text_column, text_column)
-        self._pairs = (pair for part in parts for pair in part)
+        batches = _pairs(table, id_column or text_column, text_column)
+        self._pairs = (pair for batch in batches for pair in batch)
 
     def of(self, rows: Rows) -> tuple[list[str] | None, list[str] | None]:
         """Return the next texts.

@@ -119,10 +119,10 @@ def _description(feature: Any) -> str:
         return "numbers of classes"
     if not isinstance(feature, datasets.Value):
         return f"values of the type {type(feature).__name__}"
-    words = {"string": "texts", "bool": "true and false", "binary": "bytes", "large_binary": "bytes"}
+    names = {"string": "texts", "bool": "true and false", "binary": "bytes", "large_binary": "bytes"}
     kind = feature.dtype
-    if kind in words:
-        return words[kind]
+    if kind in names:
+        return names[kind]
     dates = kind.startswith(("timestamp", "date", "time", "duration"))
     return f"dates ({kind})" if dates else f"numbers ({kind})"
 

@@ -157,7 +157,7 @@ def opened(file: Path) -> BinaryIO:
 
 
 def _fault_of_text(file: Path, kind: str) -> str | None:
-    """Name the first line of a text file that cannot be read."""
+    """Describe why the first bad line of a text file cannot be read; None if all lines can."""
     in_lines = kind == "json" and not _is_one_value(file)
     number = 0
     with opened(file) as stream:

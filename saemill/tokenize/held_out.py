@@ -20,7 +20,7 @@ def is_held_out(text_hash: int, fraction: float) -> bool:
 def chosen_for_a_row(documents: Iterable[tuple[int, int]], n_needed: int) -> frozenset[int]:
     """Choose hashes of documents to hold out so that they fill one row.
 
-    They are chosen in the order of their hashes until they fill a row. One that would leave less than half of
+    Documents are chosen in the order of their hashes until they fill a row. One that would leave less than half of
     all tokens, or less than a row, to train on is skipped.
 
     Args:

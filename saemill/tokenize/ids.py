@@ -112,7 +112,7 @@ class Lengths:
     common: int | None
     """Number of ids that every row has that is not empty; None where they differ."""
     why: str = ""
-    """Name of the row that shows that they differ."""
+    """Reason why rows differ, or count as padded; it names a row where one shows it."""
 
 
 def survey(rows: Iterable[tuple[str, list[int]]], info: TokenizerInfo) -> Lengths:

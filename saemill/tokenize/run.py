@@ -309,7 +309,7 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
         if (config.out / "manifest.json").is_file():
             bad = str(error).removesuffix(REPAIR).splitlines()
     if bad:
-        _check_ours(config.out)
+        _check_replaceable(config.out)
     if bad and tell:
         tell("\n".join([f"{config.out} is damaged, and made anew:", *(f"  {line.strip()}" for line in bad)]))
     return None if bad else store
@@ -318,15 +318,19 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
 def _check_version(out: Path) -> None:
     """Refuse a store of another version."""
     manifest = records.if_whole(lambda: durable.read_json(out / "manifest.json"))
-    version = manifest.get("format") if isinstance(manifest, dict) else None
-    if isinstance(version, str) and version.startswith("saemill tokens ") and version != FORMAT:
+    stored_format = manifest.get("format") if isinstance(manifest, dict) else None
+    if (
+        isinstance(stored_format, str)
+        and stored_format.startswith("saemill tokens ")
+        and stored_format != FORMAT
+    ):
         raise StoreError(
-            f"{out} was made by another version of saemill ({version!r:.80}, not {FORMAT!r}); choose another "
+            f"{out} was made by another version of saemill ({stored_format!r:.80}, not {FORMAT!r}); choose another "
             "output folder, or remove that one"
         )
 
 
-def _check_ours(out: Path) -> None:
+def _check_replaceable(out: Path) -> None:
     """Refuse to put a store in place of a folder that holds anything but a damaged store."""
     names = {path.name for path in out.iterdir()}
     if names - CONTENT or len(CONTENT - names) > 1:
