@@ -155,8 +155,8 @@ def _check_folder(plan: Plan, existing: StoreSettings | None) -> None:
 
 
 def _of_others(plan: Plan) -> ConfigError:
-    """Describe the conflict where the passages in the folder cannot say what they were made of, but the store
-    knows by their hashes that it was something else."""
+    """Make the error for passages in the folder that cannot say what they were made of, where the store's
+    hashes show that it was something else."""
     return ConfigError(
         f"the list of the passages in {plan.out} is damaged or another store's, and {plan.source['name']} "
         "with these settings does not give it again byte by byte: the store was made of another source, with "

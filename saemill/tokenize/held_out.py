@@ -20,8 +20,8 @@ def is_held_out(text_hash: int, fraction: float) -> bool:
 def chosen_for_a_row(documents: Iterable[tuple[int, int]], n_needed: int) -> frozenset[int]:
     """Choose hashes of documents to hold out so that they fill one row.
 
-    Documents are chosen in the order of their hashes until they fill a row. One that would leave less than half of
-    all tokens, or less than a row, to train on is skipped.
+    Documents are chosen in the order of their hashes until they fill a row. A document is skipped if it would
+    leave less than half of all tokens, or less than a row, to train on.
 
     Args:
         documents: (hash, number of tokens) of each; copies of a text go together.

@@ -318,14 +318,10 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
 def _check_version(out: Path) -> None:
     """Refuse a store of another version."""
     manifest = records.if_whole(lambda: durable.read_json(out / "manifest.json"))
-    stored_format = manifest.get("format") if isinstance(manifest, dict) else None
-    if (
-        isinstance(stored_format, str)
-        and stored_format.startswith("saemill tokens ")
-        and stored_format != FORMAT
-    ):
+    made_as = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(made_as, str) and made_as.startswith("saemill tokens ") and made_as != FORMAT:
         raise StoreError(
-            f"{out} was made by another version of saemill ({stored_format!r:.80}, not {FORMAT!r}); choose another "
+            f"{out} was made by another version of saemill ({made_as!r:.80}, not {FORMAT!r}); choose another "
             "output folder, or remove that one"
         )
 

@@ -23,7 +23,7 @@ class End(Protocol):
 
     @property
     def word(self) -> str | None:
-        """State in which it ended; None while it runs."""
+        """Word on how it ended; None while it runs."""
 
 
 def follow(folder: Path, end: End, quiet: bool = False) -> None:
@@ -41,7 +41,7 @@ def follow(folder: Path, end: End, quiet: bool = False) -> None:
 
 
 def catch_up(folder: Path, runs: Runs) -> None:
-    """Log what wandb did not receive while the run was trained, if there is such."""
+    """Log what wandb did not receive while the run was trained."""
     missing = [name for name in runs.settings.runs if name not in runs.ended]
     if missing:
         lines = (folder / METRICS).read_text().splitlines()
@@ -66,7 +66,7 @@ def log_due(folder: Path, runs: Runs, lines: Iterable[Record]) -> None:
 
 
 def records(path: Path, end: End) -> Iterator[Record]:
-    """Read the lines of a file that is being written, until `end` has a word and all are read.
+    """Read the lines of a file that is being written, until the stage has ended and all lines are read.
 
     Training that goes on from a checkpoint puts another file in its place; that is read from its start.
     """
@@ -87,7 +87,7 @@ def records(path: Path, end: End) -> Iterator[Record]:
 
 
 def end_variant(folder: Path, runs: Runs, name: str, word: str) -> None:
-    """End a variant's run, with its state: trained, stopped, diverged, or what became of all."""
+    """End a variant's run, with its state: trained, stopped or diverged, or how the whole stage ended."""
     if name not in runs.open:
         return
     if word != "finished":
@@ -98,7 +98,7 @@ def end_variant(folder: Path, runs: Runs, name: str, word: str) -> None:
 
 
 def state(folder: Path, name: str) -> dict[str, Any]:
-    """Name how a variant whose SAE is written ended."""
+    """Describe how a variant whose SAE is written ended, in entries of its wandb summary."""
     provenance = durable.read_json(folder / name / "cfg.json")["saemill"]
     if provenance["diverged_at_step"] is not None:
         return {"state": "diverged", "diverged_at_step": provenance["diverged_at_step"]}

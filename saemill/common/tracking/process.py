@@ -18,7 +18,7 @@ from saemill.common.tracking import record
 from saemill.common.tracking.record import Entry, WandbSettings
 
 LOG = "saemill.log"
-"""Log of what the process prints, in wandb's folder."""
+"""Name of the log of what the process prints, in wandb's folder."""
 END_SECONDS = 60.0
 """Seconds, at most, that a stage waits for wandb at its end."""
 STOP_SECONDS = 10.0
@@ -81,10 +81,10 @@ def new_id() -> str:
 
 
 class Wandb:
-    """The process that talks to wandb: started at once, ended within a bounded time. A failure in either is
-    no failure of the stage.
+    """The process that talks to wandb: started at once, ended within a bounded time. The stage does not fail
+    where one of these does.
 
-    As a context manager it tells the process how the block ended.
+    As a context manager it sends the process a word on how the block ended.
 
     Args:
         folder: of the run, whose metrics are followed.

@@ -111,8 +111,10 @@ def _input_scale(folder: Path, normalization: str) -> float:
 
 
 def _folded(weights: dict[str, Tensor], centred: bool, rescaled: bool, scale: float) -> tuple[Tensor, ...]:
-    """Fold the factor into the weights. Return W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] of the `Sae`
-    that computes the same."""
+    """Fold SAELens' other linear steps into the weights.
+
+    Returns: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] of the `Sae` that computes the same.
+    """
     dtype = weights["W_enc"].dtype
     W_enc, b_enc = weights["W_enc"].T.double() * scale, weights["b_enc"].double()
     W_dec, b_dec = weights["W_dec"].double() / scale, weights["b_dec"].double() / scale
