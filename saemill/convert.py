@@ -30,10 +30,11 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
     """
     _check_new(out)
     sae = Sae.load(path)
-    told = sae.config.provenance
+    provenance = sae.config.provenance
     if model:
-        told |= {"model": model, "revision": None}
-    hook = _hook(told.get("site"), told.get("model"), told.get("revision")) if name != "sparsify" else None
+        provenance |= {"model": model, "revision": None}
+    site, revision = provenance.get("site"), provenance.get("revision")
+    hook = _hook(site, provenance.get("model"), revision) if name != "sparsify" else None
     with _new(out) as partial:
         formats.save(sae.parts, name, partial, hook)
     say(
@@ -43,7 +44,7 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
 
 
 def _hook(site: str | None, model: str | None, revision: str | None) -> Hook | None:
-    """The site in TransformerLens' terms; where it has no name, that is said."""
+    """Find the site's hook in TransformerLens' terms; where it has none, the user is warned."""
     if site is None or model is None:
         say("no hook name is written: the SAE's folder does not tell its site and model")
         return None
@@ -65,7 +66,7 @@ def import_(path: Path | str, out: Path, model: str | None = None) -> None:
     Args:
         path: a folder of any of the formats, or hf://user/repo/folder.
         out: where to; a new or empty folder.
-        model: hub id or folder of the model; its config tells which site the SAE's hook is.
+        model: hub id or folder of the model; its config decides which site the SAE's hook is.
 
     Raises:
         StoreError: no SAE there, or a damaged one.
@@ -74,14 +75,14 @@ def import_(path: Path | str, out: Path, model: str | None = None) -> None:
     """
     _check_new(out)
     sae = Sae.load(path)
-    told = sae.config.provenance
+    provenance = sae.config.provenance
     if model:
-        told |= {"model": model}
-        if hook_name := told.get("hook_name"):
-            told["site"] = _site(hook_name, model)
+        provenance |= {"model": model}
+        if hook_name := provenance.get("hook_name"):
+            provenance["site"] = _site(hook_name, model)
     with _new(out) as partial:
         sae.save(partial)
-    where = told.get("site") or told.get("hook_name") or "a site that its files do not tell"
+    where = provenance.get("site") or provenance.get("hook_name") or "a site that its files do not tell"
     say(f"{out}: k {sae.config.k}, {sae.config.num_latents:,} latents, {where}")
 
 
@@ -103,7 +104,7 @@ def _check_new(out: Path) -> None:
 
 @contextmanager
 def _new(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write to, which takes its place when the block ends well.
+    """Yield a folder beside `out` to write to, which takes its place when the block ends well.
 
     A crash leaves the folder beside it, which the next call with the same `out` empties.
     """

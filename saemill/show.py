@@ -15,7 +15,7 @@ from saemill.verify import activations_problems, run_problems, tokens_problems
 
 
 def describe(path: Path) -> str:
-    """A few lines on a token store, an activation store, a run or an SAE.
+    """Describe a token store, an activation store, a run or an SAE in a few lines.
 
     Raises:
         StoreError: the folder is none of them, or is damaged.
@@ -33,8 +33,9 @@ def describe(path: Path) -> str:
 
 
 def kind_of(path: Path) -> str | None:
-    """What saemill made of a folder; a part of a store or run, or anything else, is None."""
-    hub.check_here(path)
+    """Name the kind of a folder that saemill made; None for a file or folder within a store or run, and for
+    anything else."""
+    hub.check_local(path)
     if runs.is_run(path):
         return "run"
     names = {file.name for file in path.glob("*")}
@@ -48,7 +49,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def hint(path: Path) -> str:
-    """What a wrong path is instead, and which one may be meant."""
+    """Describe what a wrong path is, and which path may be meant."""
     if not path.exists():
         return ": there is no such folder"
     if not path.is_dir():
@@ -137,15 +138,15 @@ def _describe_run(path: Path) -> str:
 def _describe_sae(path: Path) -> str:
     sae = formats.load(path)
     config = sae.config
-    told = config.provenance
-    of = " of ".join(str(told[key]) for key in ("site", "model") if told.get(key))
+    provenance = config.provenance
+    of = " of ".join(str(provenance[key]) for key in ("site", "model") if provenance.get(key))
     return f"SAE {path}: k {config.k}, {config.num_latents:,} latents, D {config.d_in:,}" + (
         f", {of}" if of else ""
     )
 
 
 def problems(path: Path) -> list[str]:
-    """Each bad file of a store, a run or an SAE, by size and hash, with the advice.
+    """List each bad file of a store, a run or an SAE, by size and hash, with the advice.
 
     Raises:
         StoreError: the folder is none of them.
@@ -156,9 +157,9 @@ def problems(path: Path) -> list[str]:
     if kind == "SAE":
         return formats.problems(path)
     if kind == "token store":
-        found, repair = tokens_problems(path), tokens.REPAIR
+        lines, repair = tokens_problems(path), tokens.REPAIR
     elif kind == "activation store":
-        found, repair = activations_problems(path), REPAIR
+        lines, repair = activations_problems(path), REPAIR
     else:
         raise StoreError(f"{path} is no token store, activation store, run or SAE{hint(path)}")
-    return [*found, repair] if found else []
+    return [*lines, repair] if lines else []

@@ -18,7 +18,7 @@ from saemill.assess.verdict import Thresholds
 from saemill.common import config as settings
 from saemill.common.log import counted
 from saemill.common.sae.sae import Sae
-from saemill.common.stores.statistics import FAR, told_far, told_unheld
+from saemill.common.stores.statistics import FAR, far_warning, unheld_warning
 
 Entry = dict[str, Any]
 """One variant in `final_assessment.json`."""
@@ -107,7 +107,7 @@ class Measured:
         """Sentences on what the figures at a site do not show."""
         measured, evalset = self.reconstruction, self.reconstruction.evalset
         array, unit = evalset.arrays[site], evalset.text.unit
-        place, unheld = measured.place(site), told_unheld(site, array.statistics, array.dtype)
+        place, unheld = measured.place(site), unheld_warning(site, array.statistics, array.dtype)
         notes, rows = [unheld] if unheld else [], counted(measured.n_tokens, unit)
         if place["n_zero"]:
             notes.append(
@@ -124,7 +124,7 @@ class Measured:
                 f"the median {unit}, up to {place['largest_ratio']:,.0f} times: {variance} of the variance "
                 f"and, of {name}, {error} of the squared error; its FVU without them is {without}"
             )
-        elif far := told_far(site, array.statistics, unit):
+        elif far := far_warning(site, array.statistics, unit):
             notes.append(f"{far}. None of the {unit}s measured here is")
         return notes
 

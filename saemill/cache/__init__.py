@@ -1,6 +1,6 @@
 """Stage 2: the transformer runs once over the rows; its activations go to disk, shard by shard.
 
-The way of a token, from its row to its shard:
+The path of a token, from its row to its shard:
 
 run.py         the stage: a plan → a store with its tokens → its sites finished
 fill.py        rows → model → activations → rounded → a shard, until none is lacking
@@ -9,11 +9,11 @@ writer.py      a shard: permuted, written, hashed, summed, committed
 What stands around it:
 
 config.py      the settings
-plan.py        what they come to, checked before the model is loaded
+plan.py        the plan that follows from them, checked before the model is loaded
 folder.py      the store's folder: what is in it, and whether it is this store's
 token_copy.py  the copy of its tokens that a store carries
 names.py       whether a module holds what its name says
 repair.py      which shards are bad, and what of them is mended without the model
-sharing.py     which shard this process takes next, beside others
+sharing.py     which shard this process writes next, beside others
 claims/        which of many processes works on what
 """

@@ -24,15 +24,15 @@ class CacheConfig:
     sites: tuple[str, ...] = ()
     """Globs over module paths, and `residual.<layer>`."""
     layer_stride: int | None = None
-    """Every so many blocks, from block 0: in place of `layers` and `sites`."""
+    """Stride over blocks, from block 0: in place of `layers` and `sites`."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """How activations are stored; by default as the store that is added to, else bf16."""
+    """Stored type of activations; by default as the store that is added to, else bf16."""
     model_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """What the model computes in; auto: as for the store that is added to, else bf16 on a GPU and fp32
+    """Type that the model computes in; auto: as for the store that is added to, else bf16 on a GPU and fp32
     on a CPU."""
     max_tokens: int | None = None
-    """Cache only the first rows, at most this many tokens; by default as many as are in the store that is
-    added to, else all."""
+    """Most tokens to cache, from the first rows on; by default as many as are in the store that is added to,
+    else all."""
     batch_size: int = 16
     """Rows per forward pass."""
     shard_tokens: int | None = None
@@ -46,10 +46,10 @@ class CacheConfig:
     """Positions that statistics, training and assessment leave out; nothing is left out on disk. By
     default as the store that is added to, else those of `MaskConfig`."""
     allow_other_tokenizer: bool = False
-    """Take tokens of another tokenizer than the one that comes with the model."""
+    """Whether tokens of another tokenizer than the one that comes with the model are accepted."""
     load_in_8bit: bool | None = None
-    """Load the model's weights as 8-bit integers, with bitsandbytes on a CUDA device; by default as for
-    the store that is added to, else not."""
+    """Whether the model's weights are loaded as 8-bit integers, with bitsandbytes on a CUDA device; by
+    default as for the store that is added to, else not."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "shard_tokens", "layer_stride"):

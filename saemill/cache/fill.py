@@ -1,4 +1,4 @@
-"""Rows → model → activations → shards: one worker's way, until no shard is missing.
+"""Rows → model → activations → shards: the loop of one worker, until no shard is missing.
 
 Others may be filling in the same store; `sharing` says which shard is this worker's next.
 """
@@ -22,7 +22,7 @@ from saemill.common.world import World
 
 
 class Filling:
-    """The shards of a store that some of the sites lack.
+    """The filling of a store: it writes the shards that some of the sites lack.
 
     Args:
         store: the store.
@@ -45,10 +45,10 @@ class Filling:
         self.store, self.model, self.worker, self.batch_size = store, model, worker, batch_size
         self.sharing = Sharing(store, writers, worker, first=store.n_shards * world.rank // world.size)
         self.n_written = 0
-        """Shards that this worker wrote, counted per site."""
+        """Number of shards that this worker wrote, counted per site."""
 
     def run(self) -> None:
-        """Return when every shard is committed at all sites, by whomever.
+        """Write shards until all are committed at all sites, by this worker or others.
 
         A shard is written in a thread while the model computes the next one.
 
@@ -94,7 +94,7 @@ class Filling:
         return stored_TD
 
     def _write(self, share: Share, stored_TD: dict[str, Tensor]) -> None:
-        """Write a shard at the sites that lack it; if the claim was lost, the rest is dropped."""
+        """Write a shard at the sites that lack it. If the claim was lost, the remaining sites are dropped."""
         try:
             for writer in share.writers:
                 writer.write(share.shard, stored_TD[writer.site.name], share.claim)
@@ -105,7 +105,7 @@ class Filling:
 
 
 class _Background:
-    """A thread that does one thing at a time beside this one; used as a context."""
+    """A thread that runs one task at a time beside this one; used as a context."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
@@ -122,12 +122,12 @@ class _Background:
                 self.wait()
 
     def start(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Begin the next thing when the one before is done; what went wrong with that is raised here."""
+        """Start the next task when the one before is done; the error of that one is raised here."""
         self.wait()
         self._running = self._pool.submit(function, *arguments)
 
     def wait(self) -> None:
-        """Wait until nothing runs; what went wrong is raised."""
+        """Wait until no task runs; the error of the last one is raised here."""
         running, self._running = self._running, None
         if running is not None:
             running.result()

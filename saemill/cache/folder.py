@@ -1,4 +1,4 @@
-"""The store's folder: what is in it, whether it is this store's, and its records' writing."""
+"""The store's folder: what is in it, whether it is this store's, and how its records are written."""
 
 import shutil
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ from saemill.common.stores.site_records import (
 from saemill.common.stores.tokens import TokenStore
 
 
-def settings_there(out: Path, tokens: TokenStore) -> StoreSettings | None:
-    """The settings of the store in a folder, wherever in it they are whole; None where a new one may be
-    made.
+def existing_settings(out: Path, tokens: TokenStore) -> StoreSettings | None:
+    """Read the settings of the store in a folder, from whichever copy of them is whole; None where a new
+    store may be made.
 
     Args:
         out: the folder.
@@ -43,38 +43,38 @@ def settings_there(out: Path, tokens: TokenStore) -> StoreSettings | None:
     settings.check_folder(out)
     others = _others(out, tokens)
     # Looked for last: another worker may be making the store right now.
-    there = known_settings(out)
-    if there is None and others:
+    existing = known_settings(out)
+    if existing is None and others:
         raise StoreError(f"{out} holds other files ({others[0].name}); choose a new folder")
-    if there and there.kind == EMBEDDINGS:
+    if existing and existing.kind == EMBEDDINGS:
         raise ConfigError(f"{out} holds embeddings; choose another folder for a model's activations")
-    return there
+    return existing
 
 
 def _others(out: Path, tokens: TokenStore) -> list[Path]:
-    """What lies in the folder and is no part of a store of these tokens that was begun."""
-    paths = list(out.glob("*"))  # first: other workers may be adding parts, each of them whole
+    """List what lies in the folder and belongs to no store of these tokens that was begun."""
+    paths = list(out.glob("*"))  # first: other workers may be adding files, each of them whole
     begun = token_copy.is_copy(out / "tokens", tokens)
-    ours = {"tokens", "zarr.json", SITES, *sites_in(out)} if begun else set()
+    own = {"tokens", "zarr.json", SITES, *sites_in(out)} if begun else set()
     return [
-        path for path in paths if not (path.name in ours or (path.name == CLAIMS and holds_only_claims(path)))
+        path for path in paths if not (path.name in own or (path.name == CLAIMS and holds_only_claims(path)))
     ]
 
 
-def check_same_store(out: Path, there: StoreSettings | None, identity: Mapping[str, Any]) -> None:
+def check_same_store(out: Path, existing: StoreSettings | None, identity: Mapping[str, Any]) -> None:
     """Refuse to go on in a folder that was made with other settings.
 
     Args:
         out: the store's folder.
-        there: its settings; None where there is no store, or where no copy of them is left: then the
-            records of shards tell whether these are the same.
+        existing: its settings; None where there is no store, or where no copy of them is left: then the
+            records of shards decide whether these are the same.
         identity: the settings now, of those that decide the content.
 
     Raises:
         ConfigError: some are others.
     """
-    if there is not None:
-        settings.check_same(there.model_dump(mode="json"), identity, out)
+    if existing is not None:
+        settings.check_same(existing.model_dump(mode="json"), identity, out)
         return
     now = StoreSettings.made(identity, model=None, revision=None, versions={}).identity
     for file in out.glob("*/commits/*.json"):
@@ -87,12 +87,12 @@ def check_same_store(out: Path, there: StoreSettings | None, identity: Mapping[s
 
 
 def has_shards(path: Path) -> bool:
-    """Whether any shard of any site in a store's folder is committed."""
+    """Tell whether any shard of any site in a store's folder is committed."""
     return any(path.glob("*/commits/[0-9]*.json"))
 
 
 def write_group(out: Path, known: StoreSettings, worker: Worker) -> None:
-    """Write a store's `zarr.json` where it is missing or damaged; the claim on the store is held."""
+    """Write a store's `zarr.json` where it is missing or damaged. The caller holds the claim on the store."""
     if records.if_whole(lambda: read_settings(out)) != known:
         if sites_in(out):
             say(f"{out / 'zarr.json'} was missing or damaged and is written again")
@@ -100,7 +100,8 @@ def write_group(out: Path, known: StoreSettings, worker: Worker) -> None:
 
 
 def put(path: Path, content: Mapping[str, Any], worker: Worker) -> None:
-    """Write a file of the store's own, elsewhere first, by the worker that holds the claim on the store."""
+    """Write a file of the store itself: under another path first, then renamed. The caller holds the claim on
+    the store."""
     written = worker.partial()
     durable.write_json(written, content)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,8 +110,8 @@ def put(path: Path, content: Mapping[str, Any], worker: Worker) -> None:
 
 
 def clear_if_empty(out: Path, worker: Worker) -> None:
-    """Remove a store that holds no shard, and that nobody else works on, so that other settings may be
-    tried in its place. Other files that lie there are left alone."""
+    """Remove a store that holds no shard and that no other worker works on, so that other settings may be
+    tried in its place. Files of others are left alone."""
     with worker.hold("store"):
         if worker.is_alone() and not has_shards(out):
             # The tokens go last: by them the rest is known as a store that was begun.

@@ -1,6 +1,6 @@
-"""What a module's name may hide: whether its output holds more than the name says.
+"""Check of names: whether a module's output holds more than its name says.
 
-BLOOM's and MPT's MLP returns the whole residual stream, its own part added to it.
+BLOOM's and MPT's MLP returns the whole residual stream, with its own output added to it.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,29 +15,29 @@ from saemill.common.models.model import LanguageModel
 from saemill.common.models.sites import first_output
 
 N_TOKENS = 16
-"""Tokens of the first row that are looked at: what holds bit by bit there holds everywhere."""
+"""Tokens of the first row that are compared: what holds bit by bit there holds everywhere."""
 
 
 def warnings(model: LanguageModel, sites: list[str], ids_RS: Tensor) -> list[str]:
-    """What is to be said of some sites, from a pass over a few tokens.
+    """Compute warnings about some sites, from a pass over a few tokens.
 
-    Only what holds bit by bit is told: a site whose output is another's, and one whose output is the sum of
-    what went into it and what a module inside it gave. Of blocks, which are such sums by their nature, that
-    is not told.
+    Only what holds bit by bit is reported: a site whose output is another's, and a site whose output is the
+    sum of one of its inputs and the output of a module inside it. Blocks are such sums by their nature, so
+    for them the second is not reported.
 
     Args:
         model: the model.
         sites: module paths in its base model.
         ids_RS: token ids, int64.
     """
-    parts = [site for site in sites if site not in model.blocks]
-    with _recording(model, parts) as (inputs, inside):
+    candidates = [site for site in sites if site not in model.blocks]
+    with _recording(model, candidates) as (inputs, inside):
         outputs = model.capture(ids_RS[:1, :N_TOKENS], sites, None)
     whole = [
         f"{site} gives the whole residual stream: what it computes, added to what went into it; what it adds "
-        f"alone is at {part}"
-        for site in parts
-        if (part := _added_part(outputs[site], inputs[site], inside[site]))
+        f"alone is at {added}"
+        for site in candidates
+        if (added := _added_output(outputs[site], inputs[site], inside[site]))
     ]
     return whole + [
         f"{a} and {b} give the same activations: one of them is enough"
@@ -46,11 +46,11 @@ def warnings(model: LanguageModel, sites: list[str], ids_RS: Tensor) -> list[str
     ]
 
 
-def _added_part(x_RSD: Tensor, inputs: list[Tensor], parts: dict[str, Tensor]) -> str | None:
-    """The module inside a site whose output, added to one of the site's inputs, is the site's output."""
-    for name, part in parts.items():
-        for given in inputs:
-            if given.shape == part.shape == x_RSD.shape and torch.equal(given + part, x_RSD):
+def _added_output(x_RSD: Tensor, inputs: list[Tensor], outputs: dict[str, Tensor]) -> str | None:
+    """Find the module inside a site whose output, added to one of the site's inputs, is the site's output."""
+    for name, output in outputs.items():
+        for input_RSD in inputs:
+            if input_RSD.shape == output.shape == x_RSD.shape and torch.equal(input_RSD + output, x_RSD):
                 return name
     return None
 
@@ -59,8 +59,8 @@ def _added_part(x_RSD: Tensor, inputs: list[Tensor], parts: dict[str, Tensor]) -
 def _recording(
     model: LanguageModel, sites: list[str]
 ) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, dict[str, Tensor]]]]:
-    """While the block runs, what goes into each site is kept, and what each module with weights inside it
-    gives."""
+    """Record, while the block runs, the inputs of each site and the outputs of the modules with weights
+    inside it."""
     inputs: dict[str, list[Tensor]] = {site: [] for site in sites}
     inside: dict[str, dict[str, Tensor]] = {site: {} for site in sites}
 

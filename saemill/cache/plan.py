@@ -1,5 +1,5 @@
-"""What the settings come to: rows, sites, bytes on the disk. What cannot be is refused before the model is
-loaded."""
+"""The plan that follows from the settings: rows, sites, bytes on the disk. Settings that cannot be carried
+out are refused before the model is loaded."""
 
 import shutil
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from saemill.cache.config import CacheConfig
-from saemill.cache.folder import check_same_store, settings_there
+from saemill.cache.folder import check_same_store, existing_settings
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.errors import ConfigError
@@ -23,32 +23,32 @@ from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World
 
 SHARD_TOKENS = 65536
-"""Tokens per shard file of a new store, unless told otherwise."""
+"""Tokens per shard file of a new store, by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to be in the store."""
+    """The planned content of the store, and where it is computed."""
 
     config: CacheConfig
     tokens: TokenStore
     sites: list[Site]
-    """In the model's order."""
+    """Sites in the model's order."""
     identity: dict[str, Any]
-    """What decides the store's content, site by site."""
+    """Settings that decide the store's content, site by site."""
     device: torch.device
-    """Where the model runs."""
+    """Device that the model runs on."""
     summary: str
-    """Rows, shards and bytes, as the user is told them."""
+    """Rows, shards and bytes, as the user reads them."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """How activations are stored."""
+        """Stored type of the activations."""
         return DTYPES[self.identity["dtype"]]
 
 
 def make_plan(config: CacheConfig, world: World) -> Plan:
-    """Find out what is to be done; settings left open are those of the store that is added to.
+    """Work out what is to be cached; settings left open are those of the store that is added to.
 
     Raises:
         ConfigError: settings that do not fit the model or the tokens, a store made with others, or
@@ -56,23 +56,23 @@ def make_plan(config: CacheConfig, world: World) -> Plan:
         StoreError: damaged tokens, or a folder with other files.
     """
     tokens = TokenStore(config.tokens)
-    there = settings_there(config.out, tokens)
-    n_rows = _n_rows(config, tokens, there)
+    existing = existing_settings(config.out, tokens)
+    n_rows = _n_rows(config, tokens, existing)
     device = world.device(config.device)
     model_config = load_model_config(config.model, config.revision)
     check_fit(model_config, config.model, tokens)
     check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
     sites = sites_of(config, model_config)
-    identity = _identity(config, tokens, there, n_rows, device)
+    identity = _identity(config, tokens, existing, n_rows, device)
     check_8bit(bool(identity["load_in_8bit"]), device)
     _check_mask(tokens, settings.build(MaskConfig, identity["mask"], "mask"), n_rows)
     summary = _summary(config, identity, tokens.ctx_len, sites)
-    check_same_store(config.out, there, identity)
+    check_same_store(config.out, existing, identity)
     return Plan(config=config, tokens=tokens, sites=sites, identity=identity, device=device, summary=summary)
 
 
 def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
-    """The sites that settings name in a model, in its order.
+    """List the sites that settings name in a model, in its order.
 
     Args:
         config: of the stage.
@@ -89,14 +89,15 @@ def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
 
 
 def content_of(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
-    """What decides the content of a new store made with these settings, but for its sites."""
+    """Collect the settings that decide the content of a new store made with this config, but for its
+    sites."""
     n_rows = _n_rows(config, tokens, None)
     return _identity(config, tokens, None, n_rows, World.here().device(config.device))
 
 
-def _n_rows(config: CacheConfig, tokens: TokenStore, there: StoreSettings | None) -> int:
+def _n_rows(config: CacheConfig, tokens: TokenStore, existing: StoreSettings | None) -> int:
     if config.max_tokens is None:
-        return there.n_rows if there else tokens.n_rows
+        return existing.n_rows if existing else tokens.n_rows
     if not tokens.ctx_len <= config.max_tokens <= tokens.n_tokens:
         raise ConfigError(
             f"max_tokens must be between one row ({tokens.ctx_len:,}) and the store's "
@@ -106,23 +107,24 @@ def _n_rows(config: CacheConfig, tokens: TokenStore, there: StoreSettings | None
 
 
 def _identity(
-    config: CacheConfig, tokens: TokenStore, there: StoreSettings | None, n_rows: int, device: torch.device
+    config: CacheConfig, tokens: TokenStore, existing: StoreSettings | None, n_rows: int, device: torch.device
 ) -> dict[str, Any]:
-    """What decides the store's content, site by site; what the user left open is as it is there."""
-    shard_tokens = config.shard_tokens or (there.shard_tokens if there else SHARD_TOKENS)
+    """Collect the settings that decide the store's content, site by site. Those that the user left open are
+    the existing store's."""
+    shard_tokens = config.shard_tokens or (existing.shard_tokens if existing else SHARD_TOKENS)
     rows_per_shard = max(1, min(n_rows, shard_tokens // tokens.ctx_len))
     model_dtype = str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch.")
-    if config.model_dtype == "auto" and there:
-        model_dtype = str(there.model_dtype)
-    in_8bit = there.load_in_8bit if there and config.load_in_8bit is None else config.load_in_8bit
-    mask = config.mask or (there.mask if there else MaskConfig())
+    if config.model_dtype == "auto" and existing:
+        model_dtype = str(existing.model_dtype)
+    in_8bit = existing.load_in_8bit if existing and config.load_in_8bit is None else config.load_in_8bit
+    mask = config.mask or (existing.mask if existing else MaskConfig())
     return {
         "format": FORMAT,
         "kind": "tokens",
         "tokens_fingerprint": tokens.fingerprint,
         "n_rows": n_rows,
         "shard_tokens": rows_per_shard * tokens.ctx_len,
-        "dtype": config.dtype or (there.dtype if there else "bf16"),
+        "dtype": config.dtype or (existing.dtype if existing else "bf16"),
         "model_dtype": model_dtype,
         "load_in_8bit": in_8bit or None,
         "model_fingerprint": fingerprint_model(config.model, config.revision),
@@ -143,7 +145,7 @@ def _check_mask(tokens: TokenStore, mask: MaskConfig, n_rows: int) -> None:
 
 
 def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites: list[Site]) -> str:
-    """What will be written, as text; what cannot fit on the disk is refused."""
+    """Describe what will be written. What cannot fit on the disk is refused."""
     n_rows, shard_tokens = identity["n_rows"], identity["shard_tokens"]
     n_shards = -(-n_rows * ctx_len // shard_tokens)
     itemsize = DTYPES[identity["dtype"]].itemsize
@@ -152,8 +154,8 @@ def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    there = sum(durable.folder_bytes(config.out / site.name / "c") for site in sites)
-    missing = sum(needed.values()) - there
+    n_written_bytes = sum(durable.folder_bytes(config.out / site.name / "c") for site in sites)
+    missing = sum(needed.values()) - n_written_bytes
     if missing > free:
         raise ConfigError(
             f"{missing / 2**20:,.1f} MiB are needed in {folder}, {free / 2**20:,.1f} MiB are free; "

@@ -11,7 +11,7 @@ from saemill.common.stores.site_records import Commit, SiteManifest
 
 
 def damaged(writer: SiteWriter) -> list[int]:
-    """Shards still to be written, and those whose file or record is bad.
+    """List the shards still to be written, and those whose file or record is bad.
 
     An unfinished site is checked by file sizes, a finished one by the hashes of its files.
     """
@@ -20,7 +20,8 @@ def damaged(writer: SiteWriter) -> list[int]:
 
 
 def mend(writer: SiteWriter, shards: list[int]) -> None:
-    """Look again at shards that were found damaged, and at the manifest; the claim on the store is held.
+    """Repair the record of shards that were damaged, and the manifest. The caller holds the claim on the
+    store.
 
     A shard whose file the manifest answers for gets its record anew; others are taken out of the store.
     The manifest goes last, so that a crash in between leaves a site whose hashes are checked again.
@@ -32,7 +33,7 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
         say(f"{writer.manifest_path} was damaged and is written again")
     for shard in shards:
         file = writer.commit_path(shard)
-        was_there = file.exists()
+        existed = file.exists()
         if _is_good(writer, shard, hashes):
             continue
         if manifest and _holds(writer, shard, manifest.shards[shard].xxh3):
@@ -41,7 +42,7 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
             put(file, records.content(record), writer.worker)
             continue
         is_whole = False
-        if was_there:  # else another worker may be about to put a good one there
+        if existed:  # else another worker may be about to put a good one there
             file.unlink(missing_ok=True)
     if manifest and is_whole and not _agrees(writer, manifest):
         say(f"{writer.manifest_path} tells of other shards than their records and is written again")
@@ -51,7 +52,7 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
 
 
 def _agrees(writer: SiteWriter, manifest: SiteManifest) -> bool:
-    """Whether a manifest repeats what the shards' records say. Each may be whole by itself, and of
+    """Tell whether a manifest repeats the shards' records. Each may be whole by itself and still be of
     another time: one was brought back from a backup."""
     commits = (writer.commit(shard) for shard in range(writer.store.n_shards))
     return all(
@@ -61,7 +62,7 @@ def _agrees(writer: SiteWriter, manifest: SiteManifest) -> bool:
 
 
 def _is_good(writer: SiteWriter, shard: int, hashes: bool) -> bool:
-    """Whether a shard has its record and its file, compared by hash or by size alone."""
+    """Tell whether a shard has its record and its file, compared by hash or by size alone."""
     writer.worker.check_stop()
     commit = writer.commit(shard)
     if commit is None:
@@ -70,11 +71,11 @@ def _is_good(writer: SiteWriter, shard: int, hashes: bool) -> bool:
 
 
 def _holds(writer: SiteWriter, shard: int, xxh3: str | None) -> bool:
-    """Whether a shard's file is there, whole and, where one is given, with this hash."""
+    """Tell whether a shard's file is there and whole and, where `xxh3` is not None, has this hash."""
     return writer.array.problem(shard, xxh3) is None
 
 
 def _record_again(writer: SiteWriter, shard: int, xxh3: str) -> Commit:
-    """The record of a shard whose file is whole, from the file."""
+    """Compute the record of a shard whose file is whole, from the file."""
     rows_TD = as_tensor(np.array(writer.array.shard(shard)), writer.dtype)
     return writer.record(shard, rows_TD, xxh3)

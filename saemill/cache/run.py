@@ -1,6 +1,6 @@
 """`saemill cache`: one forward pass over the rows serves every requested site.
 
-A token's way goes on in `fill`, then in `writer`.
+A token's path continues in `fill`, then in `writer`.
 """
 
 from importlib.metadata import version
@@ -12,7 +12,7 @@ from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Worker
 from saemill.cache.config import CacheConfig
 from saemill.cache.fill import Filling
-from saemill.cache.folder import check_same_store, clear_if_empty, settings_there, write_group
+from saemill.cache.folder import check_same_store, clear_if_empty, existing_settings, write_group
 from saemill.cache.plan import Plan, make_plan
 from saemill.cache.repair import damaged, mend
 from saemill.cache.writer import SiteWriter
@@ -60,25 +60,25 @@ def run(config: CacheConfig) -> ActivationStore:
 
 
 def _open(plan: Plan, worker: Worker) -> tuple[ActivationStore, list[SiteWriter]]:
-    """The store with its tokens and the sites' arrays, made where they are missing."""
+    """Open the store with its tokens and the sites' arrays; what is missing of them is made."""
     out, tokens, n_rows = plan.config.out, plan.tokens, plan.identity["n_rows"]
     copy = out / "tokens"
-    was_there = (copy / "manifest.json").exists()
+    existed = (copy / "manifest.json").exists()
     # Workers hash the copy side by side; then a copy that was not there is new, and its sizes will do.
     whole = token_copy.is_whole(copy, tokens, n_rows, hashes=True)
     with worker.hold("store") as claim:
-        there = settings_there(out, tokens)
-        check_same_store(out, there, plan.identity)
+        existing = existing_settings(out, tokens)
+        check_same_store(out, existing, plan.identity)
         say(plan.summary)
-        if not whole and not token_copy.is_whole(copy, tokens, n_rows, hashes=was_there):
+        if not whole and not token_copy.is_whole(copy, tokens, n_rows, hashes=existed):
             token_copy.make(copy, tokens, n_rows, worker.partial(), claim)
-        write_group(out, there or _new_settings(plan), worker)
+        write_group(out, existing or _new_settings(plan), worker)
         store = ActivationStore(out)
         return store, [SiteWriter(store, site, plan.dtype, worker) for site in plan.sites]
 
 
 def _new_settings(plan: Plan) -> StoreSettings:
-    """The settings of a store that is made now."""
+    """Make the settings of a new store."""
     return StoreSettings.made(
         plan.identity,
         model=plan.config.model,
@@ -91,7 +91,8 @@ def _new_settings(plan: Plan) -> StoreSettings:
 def _complete(
     plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker: Worker, world: World
 ) -> str:
-    """Write what the sites lack, beside other workers, until they have their manifests; what was done."""
+    """Write the shards that the sites lack, beside other workers, until all sites have their manifests.
+    Return a sentence on what was done."""
     model: LanguageModel | None = None
     n_missing = n_written = 0
     while True:
@@ -101,7 +102,7 @@ def _complete(
                 mend(writer, shards)
         lacking = {writer.site.name: writer.lacking() for writer in writers}
         if any(lacking.values()):
-            _say_what_is_there(store, lacking)
+            _report_progress(store, lacking)
             n_missing += sum(map(len, lacking.values()))
             model = model or _load(plan, store)
             filling = Filling(store, writers, model, worker, world, plan.config.batch_size)
@@ -109,12 +110,12 @@ def _complete(
             n_written += filling.n_written
         with worker.hold("store"):
             if all([writer.finish() for writer in writers]):
-                return _what_was_done(n_missing, n_written)
+                return _done_sentence(n_missing, n_written)
 
 
 def _load(plan: Plan, store: ActivationStore) -> LanguageModel:
-    """The model, after a look at whether its modules hold what their names say: those of the sites asked for
-    and of the finished ones, which they are compared with."""
+    """Load the model, and warn where modules do not hold what their names say. The sites asked for are
+    compared with the finished ones too."""
     model = LanguageModel(
         plan.config.model,
         revision=plan.config.revision,
@@ -130,19 +131,19 @@ def _load(plan: Plan, store: ActivationStore) -> LanguageModel:
     return model
 
 
-def _say_what_is_there(store: ActivationStore, pending: dict[str, list[int]]) -> None:
-    """Where an earlier run got to, site by site."""
+def _report_progress(store: ActivationStore, pending: dict[str, list[int]]) -> None:
+    """Tell the user how far an earlier run came, site by site."""
     for name, shards in pending.items():
-        n_there = store.n_shards - len(shards)
-        if shards and n_there:
+        n_done = store.n_shards - len(shards)
+        if shards and n_done:
             say(
-                f"{name}: {n_there:,} of {counted(store.n_shards, 'shard')} are there, "
+                f"{name}: {n_done:,} of {counted(store.n_shards, 'shard')} are there, "
                 f"continuing with shard {shards[0]}"
             )
 
 
-def _what_was_done(n_missing: int, n_written: int) -> str:
-    """What to say at the end."""
+def _done_sentence(n_missing: int, n_written: int) -> str:
+    """Describe the finished work in a sentence."""
     if not n_missing:
         return "nothing to do, every shard was checked"
     others = f", {n_missing - n_written:,} of them by other workers" if n_written < n_missing else ""

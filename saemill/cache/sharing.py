@@ -1,4 +1,4 @@
-"""Which shard this process takes next, where any number of them fill in one store."""
+"""Choice of the shard that this process writes next, where any number of processes fill one store."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from saemill.cache.writer import SiteWriter
 from saemill.common.stores.activations import ActivationStore
 
 LOOK_SECONDS = 1.0
-"""Least time between two looks at what other workers have committed."""
+"""Seconds, at least, between two looks at what other workers have committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +18,10 @@ class Share:
 
     shard: int
     writers: list[SiteWriter]
-    """Of the sites that lack it."""
+    """Writers of the sites that lack the shard."""
     claim: Claim
     is_new: bool
-    """Whether its tokens are not counted as progress yet."""
+    """Whether its tokens are not yet counted as progress."""
 
 
 class Sharing:
@@ -43,15 +43,15 @@ class Sharing:
 
     @property
     def n_tokens_done(self) -> int:
-        """Tokens that are counted as progress."""
+        """Tokens counted as progress."""
         return sum(map(self.store.shard_length, self._counted))
 
     def _committed(self) -> set[int]:
-        """Shards that all sites have."""
+        """List the shards that all sites have."""
         return set.intersection(*(writer.committed() for writer in self.writers))
 
     def look(self, advance: Callable[[int], None]) -> list[int]:
-        """Shards that some site lacks; what others have committed is counted as progress."""
+        """List the shards that some site lacks. What others have committed is counted as progress."""
         self._looked = time.monotonic()
         committed = self._committed()
         self._lacking = [shard for shard in range(self.store.n_shards) if shard not in committed]
@@ -61,13 +61,12 @@ class Sharing:
         return self._lacking
 
     def claimed(self, advance: Callable[[int], None]) -> Iterator[Share]:
-        """Claim one after the other of those that nobody has claimed, beginning where the last round
-        ended."""
+        """Claim the unclaimed shards one after the other, beginning where the last round ended."""
         for shard in sorted(self._lacking, key=lambda shard: (shard < self._next, shard)):
             self.worker.check_stop()
             if time.monotonic() - self._looked > LOOK_SECONDS:
                 self.look(advance)
-            if shard not in self._lacking or not (claim := self.worker.take(f"shard-{shard}")):
+            if shard not in self._lacking or not (claim := self.worker.claim(f"shard-{shard}")):
                 continue
             needing = [writer for writer in self.writers if not writer.commit_path(shard).exists()]
             if not needing:  # another worker was quicker, and let go of it
@@ -79,7 +78,8 @@ class Sharing:
             yield Share(shard, needing, claim, is_new)
 
     def wait(self) -> None:
-        """Wait where others hold all that is lacking: not after a round that gave this worker a shard."""
+        """Wait where others hold all shards that are lacking: not after a round that gave this worker a
+        shard."""
         if self._has_claimed:
             self._has_claimed, self._n_waits = False, 0
             return

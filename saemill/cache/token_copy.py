@@ -11,19 +11,19 @@ from saemill.common.stores.tokens import TokenManifest, TokenStore
 
 
 def _manifest(path: Path) -> TokenManifest | None:
-    """A token store's manifest, if it is there and whole."""
+    """Read a token store's manifest; None unless it is there and whole."""
     return records.if_whole(lambda: records.read(path / "manifest.json", TokenManifest, ""))
 
 
 def is_copy(path: Path, tokens: TokenStore) -> bool:
-    """Whether a folder holds a copy of these tokens, which names what it was copied from; a token store of
-    the user's own does not."""
+    """Tell whether a folder holds a copy of these tokens, which names what it was copied from. A token store
+    of the user's own does not name it."""
     manifest = _manifest(path)
     return manifest is not None and manifest.parent_fingerprint == tokens.fingerprint
 
 
 def is_whole(path: Path, tokens: TokenStore, n_rows: int, hashes: bool) -> bool:
-    """Whether a folder holds a copy of the first rows of these tokens, all files undamaged.
+    """Tell whether a folder holds a copy of the first rows of these tokens, all files undamaged.
 
     Args:
         path: the copy's folder.
@@ -34,8 +34,8 @@ def is_whole(path: Path, tokens: TokenStore, n_rows: int, hashes: bool) -> bool:
     copy = records.if_whole(lambda: TokenStore(path))
     if copy is None:
         return False
-    is_ours = (copy.manifest.parent_fingerprint, copy.n_rows) == (tokens.fingerprint, n_rows)
-    return is_ours and not copy.problems(hashes)
+    is_same = (copy.manifest.parent_fingerprint, copy.n_rows) == (tokens.fingerprint, n_rows)
+    return is_same and not copy.problems(hashes)
 
 
 def make(path: Path, tokens: TokenStore, n_rows: int, partial: Path, claim: Claim) -> None:
@@ -52,8 +52,8 @@ def make(path: Path, tokens: TokenStore, n_rows: int, partial: Path, claim: Clai
         Lost: another worker took the store over.
         StoreError: the tokens are damaged, or a token store that is no copy is in the copy's place.
     """
-    there = _manifest(path)
-    if there and there.parent_fingerprint is None:
+    existing = _manifest(path)
+    if existing and existing.parent_fingerprint is None:
         raise StoreError(
             f"{path} is a token store of its own, where a copy of the tokens belongs; move it to another "
             "folder and run the same command again"

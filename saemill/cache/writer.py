@@ -34,11 +34,11 @@ COMMIT = re.compile(r"(0|[1-9]\d{0,17})\.json")
 
 
 class SiteWriter:
-    """Writes the shards of one site; each shard becomes part of the store by its commit record.
+    """A writer of one site's shards; each shard becomes part of the store by its commit record.
 
     Others may be writing other shards. A shard is written by the worker that has claimed it, elsewhere,
     and is linked into its place where no other file is; then its record is, in the same way. All else is
-    made by the worker that has claimed the store: what is known of a site is written anew where it is
+    made by the worker that has claimed the store: a site's description is written anew where it is
     damaged, and no shard is given up for it.
 
     Args:
@@ -55,7 +55,7 @@ class SiteWriter:
         self.store, self.site, self.dtype, self.worker = store, site, dtype, worker
         self.path = store.path / site.name
         self.identity = store.settings.identity
-        """The store's, by which its records name it."""
+        """Identity of the store, by which its records name it."""
         self._check_owner()
         self.known = SiteRecord(site=site.name, width=site.width, settings=store.settings)
         if records.if_whole(lambda: store.record(site.name)) != self.known:
@@ -108,7 +108,7 @@ class SiteWriter:
         )
 
     def record(self, shard: int, permuted_TD: Tensor, xxh3: str) -> Commit:
-        """What is to be known of a shard: its file's size and hash, and sums over its training positions."""
+        """Compute the record of a shard: its file's size and hash, and sums over its training positions."""
         rows = as_numpy(permuted_TD)
         moments = Moments(self.site.width)
         keep = self.store.keep(shard, self.store.mask, held_out=False)
@@ -131,7 +131,7 @@ class SiteWriter:
     def _publish(self, shard: int, data: Path, record: Path) -> None:
         """Put a shard and its record in place.
 
-        A worker that was stopped after its claim was checked may meet its successor's files here. It
+        A worker that was stopped after its claim was checked may find its successor's files here. It
         replaces none that has a record; where data and record are of both, the record is withdrawn.
         """
         place, commit = self.array.shard_path(shard), self.commit_path(shard)
@@ -156,7 +156,7 @@ class SiteWriter:
     def finish(self) -> bool:
         """Merge the commits into the manifest, which makes the site readable.
 
-        Returns: False if shards are missing or damaged, which `damaged` tells and `mend` withdraws.
+        Returns: False if shards are missing or damaged, which `damaged` lists and `mend` withdraws.
         """
         if self.manifest():
             return True
@@ -170,7 +170,7 @@ class SiteWriter:
         return False
 
     def _merged(self) -> SiteManifest | None:
-        """The manifest that follows from the commits; None if one is missing or damaged, or its shard is."""
+        """Merge the commits into the manifest; None if a commit is missing or damaged, or its shard is."""
         moments, shards = Moments(self.site.width), []
         for shard in range(self.store.n_shards):
             commit = self.commit(shard)
@@ -188,41 +188,41 @@ class SiteWriter:
         )
 
     def commit_path(self, shard: int) -> Path:
-        """The record that makes a shard part of the store."""
+        """Name the record that makes a shard part of the store."""
         return self.path / "commits" / f"{shard}.json"
 
     @property
     def manifest_path(self) -> Path:
-        """The record that makes the site readable."""
+        """Path of the record that makes the site readable."""
         return self.path / "manifest.json"
 
     def _commits(self) -> dict[int, Path]:
-        """The records of shards, whatever they say."""
-        found = ((COMMIT.fullmatch(file.name), file) for file in self.path.glob("commits/*.json"))
-        numbered = {int(match[1]): file for match, file in found if match}
+        """List the paths of the shards' records by shard, whatever they hold."""
+        matches = ((COMMIT.fullmatch(file.name), file) for file in self.path.glob("commits/*.json"))
+        numbered = {int(match[1]): file for match, file in matches if match}
         return {shard: file for shard, file in sorted(numbered.items()) if shard < self.store.n_shards}
 
     def committed(self) -> set[int]:
-        """Shards that have a record."""
+        """List the shards that have a record."""
         return set(self._commits())
 
     def lacking(self) -> list[int]:
-        """Shards that have none."""
-        there = self.committed()
-        return [shard for shard in range(self.store.n_shards) if shard not in there]
+        """List the shards that have no record."""
+        committed = self.committed()
+        return [shard for shard in range(self.store.n_shards) if shard not in committed]
 
     def commit(self, shard: int) -> Commit | None:
-        """The record of a shard, if it is there, whole and this shard's."""
+        """Read the record of a shard; None unless it is whole and this shard's."""
         commit = records.if_whole(lambda: self.store.commit(self.site.name, shard))
         fits = commit and (commit.width, commit.bytes) == (self.site.width, self.array.shard_bytes)
         return commit if fits else None
 
     def manifest(self) -> SiteManifest | None:
-        """The site's manifest, if it is there, whole and this site's."""
+        """Read the site's manifest; None unless it is whole and this site's."""
         return records.if_whole(lambda: self.store.manifest(self.known))
 
     def _array(self) -> ShardedArray:
-        """The site's array, its description written where it is missing or damaged."""
+        """Open the site's array; its description is written where it is missing or damaged."""
         description = describe_site(self.store.settings, self.store.n_tokens, self.site.name, self.site.width)
         try:
             array = ShardedArray(self.path, REPAIR)
@@ -238,9 +238,9 @@ class SiteWriter:
 
     def _check_owner(self) -> None:
         """Refuse a folder whose records are all of another site or store: folders were exchanged."""
-        mine, owner = (self.identity, self.site.name), None
+        expected, owner = (self.identity, self.site.name), None
         for owner in self._owners():
-            if owner == mine:
+            if owner == expected:
                 return
         if owner is not None:
             of = f"of the site {owner[1]!r}" if owner[1] != self.site.name else "of another store"
@@ -250,7 +250,7 @@ class SiteWriter:
             )
 
     def _owners(self) -> Iterator[tuple[str, str]]:
-        """Of which store and site the records in the folder say they are."""
+        """Collect the stores and sites that the records in the folder name."""
         if manifest := records.if_whole(lambda: records.read(self.manifest_path, SiteManifest, REPAIR)):
             yield manifest.store, manifest.site
         for file in self._commits().values():

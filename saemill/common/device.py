@@ -7,7 +7,7 @@ from saemill.common.log import counted
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one; any other name is taken as it is.
+    """Choose the device: `auto` is the GPU if there is one; any other name is taken as it is.
 
     Raises:
         ConfigError: a CUDA device was asked for and there is none.

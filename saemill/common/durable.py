@@ -18,10 +18,10 @@ from saemill.common.log import say
 
 READ_BYTES = 1 << 24
 PARTIAL = ".*.partial"
-"""Names of what a crash left of a file that was being written; it counts as nothing."""
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL = (*(f"(os error {number})" for number in NO_ROOM), "No space left", "failed writing file")
-"""Signs of it in the messages of libraries that hide the system's error."""
+"""Glob of the partly written files that a crash leaves; they count as nothing."""
+FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_MESSAGES = (*(f"(os error {number})" for number in FULL_ERRNOS), "No space left", "failed writing file")
+"""Signs of a full disk in the messages of libraries that hide the system's error."""
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 MISSING = "file is missing"
 DIFFERS = "content differs from its hash"
@@ -30,14 +30,15 @@ GO_ON = "then run the same command again: it goes on from what is finished"
 
 @contextmanager
 def replacing(path: Path, n_bytes: int | None = None) -> Iterator[Path]:
-    """A path beside `path` to write to; when the block ends well, it is flushed and renamed.
+    """Write a file whole or not at all: yield a path beside `path`, which is flushed and renamed when the
+    block ends well.
 
     A crash at any moment leaves the old file or the new one; an error removes what was written. The file's
     mode is what the umask asks for, whatever the library that writes it prefers.
 
     Args:
         path: where the file shall appear; its folder is created.
-        n_bytes: how large it will be, if that is known; a full disk is told with it.
+        n_bytes: how large it will be, if that is known; the message on a full disk gives it.
 
     Raises:
         DiskError: the disk is full, or the folder may not be written to.
@@ -60,7 +61,7 @@ def replacing(path: Path, n_bytes: int | None = None) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path, n_bytes: int | None = None) -> Iterator[None]:
-    """While the block runs, a full disk or a folder without the right to write becomes a sentence.
+    """Turn a full disk or a folder without the right to write, while the block runs, into a sentence.
 
     Args:
         path: what is being written.
@@ -72,34 +73,35 @@ def writing(path: Path, n_bytes: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if told := explained(error, path, n_bytes):
-            raise DiskError(told) from error
+        if message := explained(error, path, n_bytes):
+            raise DiskError(message) from error
         raise
     except Exception as error:
         # Libraries that write (safetensors, torch) have errors of their own for a full disk, or hide the
         # system's behind them.
-        if not any(_tells_of_full_disk(each) for each in _chain(error)):
+        if not any(_is_full_disk(each) for each in _chain(error)):
             raise
         raise DiskError(_full(path, n_bytes)) from error
 
 
-def _tells_of_full_disk(error: BaseException) -> bool:
+def _is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno in NO_ROOM
-    return any(sign in str(error) for sign in FULL)
+        return error.errno in FULL_ERRNOS
+    return any(sign in str(error) for sign in FULL_MESSAGES)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Go through an error and those behind it."""
+    """Yield an error and those behind it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def explained(error: OSError, path: Path | None = None, n_bytes: int | None = None) -> str | None:
-    """What the system's error means for the user, and what helps; None where it is of another kind."""
+    """Describe what the system's error means for the user, and what helps; None where it is of another
+    kind."""
     where = path or (Path(os.fsdecode(error.filename)) if error.filename else None)
-    if error.errno in NO_ROOM:
+    if error.errno in FULL_ERRNOS:
         return _full(where, n_bytes)
     if error.errno in NO_ACCESS:
         return f"{where or 'a file'} may not be read or written ({error.strerror}): change its mode, {GO_ON}"
@@ -109,7 +111,7 @@ def explained(error: OSError, path: Path | None = None, n_bytes: int | None = No
 
 
 def _full(path: Path | None, n_bytes: int | None) -> str:
-    """The sentence on a disk, a quota or a limit on files that leaves no room for `path`."""
+    """Describe a disk, a quota or a limit on files that leaves no room for `path`."""
     what = path or "a file"
     size = f" ({n_bytes:,} bytes)" if n_bytes else ""
     folder = next((f for f in (path.absolute().parents if path else ()) if f.is_dir()), None)
@@ -135,26 +137,26 @@ def place(finished: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def write_bytes(path: Path, parts: Iterable[bytes | memoryview], pad_to_bytes: int = 0) -> None:
-    """Write `parts` to `path`, whole or not at all.
+def write_bytes(path: Path, buffers: Iterable[bytes | memoryview], pad_to_bytes: int = 0) -> None:
+    """Write `buffers` to `path`, whole or not at all.
 
     Args:
         path: where the file shall appear; its folder is created.
-        parts: buffers written one after the other.
+        buffers: buffers written one after the other.
         pad_to_bytes: extend the file with zeros (a hole on most file systems) up to this size.
     """
-    parts = list(parts)
-    n_bytes = max(pad_to_bytes, sum(memoryview(part).nbytes for part in parts))
+    buffers = list(buffers)
+    n_bytes = max(pad_to_bytes, sum(memoryview(buffer).nbytes for buffer in buffers))
     with replacing(path, n_bytes) as partial, partial.open("wb") as file:
-        for part in parts:
-            file.write(part)
+        for buffer in buffers:
+            file.write(buffer)
         if file.tell() < pad_to_bytes:
             file.truncate(pad_to_bytes)
 
 
 @contextmanager
 def exclusive(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """While the block runs, no other process may be in such a block of the same folder.
+    """Keep other processes, while the block runs, out of such a block of the same folder.
 
     The folder itself is locked (flock), so a killed process leaves nothing behind. File systems
     that cannot lock a folder, NFS among them, give no such guard.
@@ -177,7 +179,7 @@ def exclusive(folder: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def _lock(folder: Path, descriptor: int, wait: bool) -> bool:
-    """Lock an open folder; False where the file system cannot."""
+    """Lock an open folder. Return False where the file system cannot."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -217,7 +219,7 @@ def read_json(path: Path, repair: str = "") -> Any:
 
     Args:
         path: the file.
-        repair: the sentence that tells what to do, put at the end of messages.
+        repair: the sentence on what to do, put at the end of messages.
 
     Raises:
         MissingError: there is no such file.
@@ -235,17 +237,17 @@ def read_json(path: Path, repair: str = "") -> Any:
 
 
 def _refuse(constant: str) -> Any:
-    """Refuse NaN and infinity, which Python takes for JSON."""
+    """Refuse NaN and infinity, which Python accepts as JSON."""
     raise ValueError(f"{constant} is no number of JSON")
 
 
 @contextmanager
 def reading(path: Path, repair: str = "") -> Iterator[None]:
-    """While the block runs, a file that is not there or cannot be read becomes a sentence.
+    """Turn a file that is missing or cannot be read, while the block runs, into a sentence.
 
     Args:
         path: what is being read.
-        repair: the sentence that tells what to do where it is missing.
+        repair: the sentence on what to do where it is missing.
 
     Raises:
         MissingError: there is no such file.
@@ -262,8 +264,7 @@ def reading(path: Path, repair: str = "") -> Iterator[None]:
 
 
 def problem(file: Path, n_bytes: int, xxh3: str | None = None) -> str | None:
-    """What is wrong with a file that should be as it was written, in words to put after its name; None if
-    nothing is.
+    """Describe how a file differs from what was written, in words to put after its name; None if it does not.
 
     Args:
         file: its path.
@@ -286,7 +287,7 @@ def problem(file: Path, n_bytes: int, xxh3: str | None = None) -> str | None:
 
 
 def hash_file(path: Path) -> str:
-    """xxh3 (64 bits, hexadecimal) of a file's bytes, read in pieces of 16 MiB.
+    """Compute xxh3 (64 bits, hexadecimal) of a file's bytes, read in pieces of 16 MiB.
 
     Raises:
         MissingError: there is no such file.
@@ -300,12 +301,12 @@ def hash_file(path: Path) -> str:
 
 
 def hash_bytes(content: bytes | memoryview) -> str:
-    """What `hash_file` says of a file with this content."""
+    """Compute what `hash_file` returns for a file with this content."""
     return xxhash.xxh3_64_hexdigest(content)
 
 
 def hash_json(value: Any) -> str:
-    """xxh3 of a value's JSON text with sorted keys: the fingerprint of settings.
+    """Compute xxh3 of a value's JSON text with sorted keys: the fingerprint of settings.
 
     Raises:
         StoreError: the value, which a file held, is nested too deeply.
@@ -317,12 +318,12 @@ def hash_json(value: Any) -> str:
 
 
 def hash_folder(folder: Path, names: Iterable[Path]) -> str:
-    """One fingerprint of several files: their paths below `folder` and their contents."""
+    """Compute one fingerprint of several files: their paths below `folder` and their contents."""
     return hash_json([[str(name.relative_to(folder)), hash_file(name)] for name in sorted(names)])
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; others may be removing some meanwhile."""
+    """Sum the bytes of all files below a folder; other processes may be removing some meanwhile."""
     n_bytes = 0
     for file in folder.rglob("*"):
         with suppress(FileNotFoundError):

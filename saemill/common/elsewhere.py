@@ -1,4 +1,4 @@
-"""What the settings of other tools are here: the table that error messages and docs/migration.md share.
+"""Equivalents of other tools' settings: the table that error messages and docs/migration.md share.
 
 Names are those of the tools' own config classes: sparsify's `RunConfig` (and its older and saetrain's flags),
 SAELens' runner configs and dictionary_learning's `trainSAE`, trainers and buffer.
@@ -13,10 +13,10 @@ from typing import NamedTuple
 class Setting(NamedTuple):
     """A setting of another tool."""
 
-    here: str
-    """What it is here: flags of `saemill run` or commands, in Markdown; empty where there is nothing."""
+    equivalent: str
+    """Equivalent in saemill: flags of `saemill run` or commands, in Markdown; empty where there is none."""
     why: str = ""
-    """What differs, or why there is nothing."""
+    """Difference, or the reason why there is no equivalent."""
 
 
 SAME = "the same"
@@ -304,38 +304,38 @@ HOOK = re.compile(r"blocks\.(\d+)\.hook_(\w+)|blocks\.(\d+)\.[\w.]*hook_\w+|hook
 
 
 def answer(word: str) -> str | None:
-    """What a setting or flag of another tool is here, as the end of a sentence; None if no tool has it.
+    """Translate a setting or flag of another tool, as the end of a sentence; None if no tool has it.
 
     Args:
         word: its name, with or without dashes before it.
     """
     name = word.lstrip("-").replace("-", "_").rpartition(".")[2]
-    told: dict[str, list[str]] = {}
+    meanings: dict[str, list[str]] = {}
     for tool, settings in TOOLS.items():
         if name in settings:
-            here, why = settings[name]
-            meaning = f"is {here} here" if here else "has no equal here"
-            told.setdefault(f"{meaning}: {why}" if why and why != SAME else meaning, []).append(tool)
-    return "; ".join(f"{name} of {' and '.join(tools)} {what}" for what, tools in told.items()) or None
+            equivalent, why = settings[name]
+            meaning = f"is {equivalent} here" if equivalent else "has no equal here"
+            meanings.setdefault(f"{meaning}: {why}" if why and why != SAME else meaning, []).append(tool)
+    return "; ".join(f"{name} of {' and '.join(tools)} {what}" for what, tools in meanings.items()) or None
 
 
 def of_hook(name: str) -> str | None:
-    """What a hook of TransformerLens is here; None if the name is no such hook."""
-    found = HOOK.fullmatch(name)
-    if not found:
+    """Translate a hook of TransformerLens; None if the name is no such hook."""
+    match = HOOK.fullmatch(name)
+    if not match:
         return None
-    layer, kind = found.group(1), found.group(2)
+    layer, kind = match.group(1), match.group(2)
     if kind == "resid_post":
-        here = f"the residual stream after block {layer} is --layers {layer}"
+        equivalent = f"the residual stream after block {layer} is --layers {layer}"
     elif kind == "resid_pre" and int(layer):
-        here = f"the residual stream before block {layer} is --layers {int(layer) - 1}"
+        equivalent = f"the residual stream before block {layer} is --layers {int(layer) - 1}"
     else:
-        here = "sites are module paths below transformers' base model, as in --sites 'layers.*.mlp'"
-    return f"{name} is a hook of TransformerLens; {here}"
+        equivalent = "sites are module paths below transformers' base model, as in --sites 'layers.*.mlp'"
+    return f"{name} is a hook of TransformerLens; {equivalent}"
 
 
 def near(word: str, known: Iterable[str]) -> list[str]:
-    """The names that are so near that a slip explains the difference, the nearest first; dashes before them
-    say nothing."""
+    """List the names that are so near that a slip explains the difference, the nearest first. Dashes before a
+    name are ignored."""
     bare = {name.lstrip("-"): name for name in known}
     return [bare[name] for name in difflib.get_close_matches(word.lstrip("-"), bare, n=3, cutoff=0.65)]

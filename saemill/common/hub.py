@@ -14,7 +14,7 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 @contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """While the block runs, a failure to load `name` becomes an error that says whether it was a path.
+    """Turn a failure to load `name`, while the block runs, into an error that says whether it was a path.
 
     Args:
         what: "model" or "tokenizer".
@@ -34,17 +34,17 @@ def loading(what: str, name: str) -> Iterator[None]:
         yield
     except (SaemillError, MemoryError):
         raise
-    except Exception as error:  # damaged files, and settings that cannot be, raise what they happen to meet
+    except Exception as error:  # damaged files, and settings that cannot be, raise errors of any kind
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"cannot load the {what} {name!r}: it brings code of its own, which saemill does not run; "
                 f"choose a {what} of a kind that transformers knows"
             ) from error
         if not isinstance(error, OSError | ValueError | ImportError):
-            told = " ".join(str(error).split())[:300]
+            message = " ".join(str(error).split())[:300]
             raise ConfigError(
                 f"cannot load the {what} {name!r}: its files are damaged, or its config says what cannot be "
-                f"({type(error).__name__}: {told}); save or download it again"
+                f"({type(error).__name__}: {message}); save or download it again"
             ) from error
         typo = "/" in name and not path.exists() and path.parent.is_dir()
         why = f"no such folder in {path.parent}, and as a hub id: {error}" if typo else error
@@ -52,12 +52,12 @@ def loading(what: str, name: str) -> Iterator[None]:
 
 
 def is_id(name: str) -> bool:
-    """Whether a model or dataset is named as the hub names them, `owner/name`, and is no folder here."""
+    """Tell whether a model or dataset is named as the hub names them, `owner/name`, and is no folder here."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
 
 
 def parse(address: str) -> Any:
-    """A place in a repository, as huggingface_hub's `HfUri`: type, id, revision, path_in_repo.
+    """Parse a place in a repository into huggingface_hub's `HfUri`: type, id, revision, path_in_repo.
 
     Args:
         address: `hf://user/repo`, with `@revision` and a folder's path after it as wanted; a dataset is
@@ -78,7 +78,7 @@ def parse(address: str) -> Any:
     return uri
 
 
-def check_here(path: Path) -> None:
+def check_local(path: Path) -> None:
     """Refuse an address on the hub, which pathlib writes `hf:/…`, where a store or a run is read.
 
     Raises:
@@ -91,7 +91,7 @@ def check_here(path: Path) -> None:
 
 @contextmanager
 def asking(repo: str) -> Iterator[None]:
-    """While the block runs, what the hub refuses becomes an error that says how to repair it.
+    """Turn a refusal of the hub, while the block runs, into an error that says how to repair it.
 
     No message holds a request's headers or its URL, which may be signed.
 
@@ -127,16 +127,16 @@ def asking(repo: str) -> Iterator[None]:
             "downloaded before are loaded with HF_HUB_OFFLINE=1"
         ) from error
     except (RuntimeError, ValueError) as error:  # what stops an upload or a download has no class of its own
-        told = re.sub(r"[?]\S*", "", str(error)).rstrip(".")
-        raise ConfigError(f"{repo}: {told}; what arrived is kept: run the command again") from error
+        message = re.sub(r"[?]\S*", "", str(error)).rstrip(".")
+        raise ConfigError(f"{repo}: {message}; what arrived is kept: run the command again") from error
 
 
 def _refusal(error: Any) -> str:
-    """What a status means, with the hub's own words."""
+    """Explain an HTTP status, with the hub's own words."""
     status = error.response.status_code
-    said = f" ({error.server_message})" if error.server_message else ""
+    detail = f" ({error.server_message})" if error.server_message else ""
     if status == 401:
-        return f"the hub does not know your token{said}; {LOG_IN} anew"
+        return f"the hub does not know your token{detail}; {LOG_IN} anew"
     if status == 403:
-        return f"your token does not allow this{said}; it needs write access: {LOG_IN} with one that has it"
-    return f"the hub answered with status {status}{said}; what arrived is kept: run the command again"
+        return f"your token does not allow this{detail}; it needs write access: {LOG_IN} with one that has it"
+    return f"the hub answered with status {status}{detail}; what arrived is kept: run the command again"

@@ -17,16 +17,17 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\
 LINE_SECONDS = 10.0
 """Least time between two progress lines where stderr is no terminal."""
 speaks = True
-"""Whether this process talks of progress; of several, one does."""
+"""Whether this process shows progress; of several, one does."""
 
 
 def printable(text: str) -> str:
-    """The text as a terminal may show it: what would steer the terminal is written out, as `\\x1b` for ESC.
+    """Return the text as a terminal may show it: what would steer the terminal is written out, as `\\x1b` for
+    ESC.
 
     Line ends and tabs stay. Text of a corpus, names and paths can hold anything.
     """
     return UNPRINTABLE.sub(
-        lambda found: found.group().encode("unicode_escape", "surrogatepass").decode(), text
+        lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text
     )
 
 
@@ -37,17 +38,17 @@ def say(text: str) -> None:
 
 
 def console(**settings: Any) -> Console:
-    """A console that shows names as they are: `[red]` and `:smile:` in one are no markup."""
+    """Make a console that shows names as they are: `[red]` and `:smile:` in one are no markup."""
     return Console(markup=False, emoji=False, highlight=False, **settings)
 
 
 def counted(n: int, thing: str) -> str:
-    """`1 bank`, `2,000 banks`."""
+    """Count things in words: `1 bank`, `2,000 banks`."""
     return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `1:02:03` or `2:03`."""
+    """Format seconds as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -57,7 +58,7 @@ class _Rate(ProgressColumn):
     """A column of the bar: `1,234 tokens/s`."""
 
     def render(self, task: Task) -> Text:
-        """What the bar shows now."""
+        """Return the text that the bar shows now."""
         return Text(f"{task.speed or 0:,.0f} {task.fields['unit']}/s")
 
 
@@ -104,7 +105,7 @@ def progress(label: str, total: int | None, unit: str, done: int = 0) -> Iterato
 
 
 def _line(task: Task, done_before: int) -> str:
-    """Progress as a line of a log: the amount, the rate since the start, and the time that is left."""
+    """Format progress as a line of a log: the amount, the rate since the start, and the time that is left."""
     rate = (task.completed - done_before) / max(task.elapsed or 0, 1e-9)
     unit = task.fields["unit"]
     line = f"{task.description}: {task.completed:,}"

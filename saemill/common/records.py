@@ -47,14 +47,14 @@ def single(name: str) -> str:
 
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
-"""A number of things, or of bytes."""
+"""Number of things, or of bytes."""
 Positive = Annotated[int, Field(ge=1, lt=1 << 62)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 """xxh3 (64 bits) in hexadecimal."""
 Below = Annotated[str, AfterValidator(_below)]
-"""The path of a file, relative to the folder that lists it; it cannot lead out of that."""
+"""Path of a file, relative to the folder that lists it; it cannot lead out of that."""
 Name = Annotated[str, AfterValidator(single)]
-"""The name of one file or folder."""
+"""Name of one file or folder."""
 
 
 class File(Record):
@@ -66,17 +66,18 @@ class File(Record):
 
     @classmethod
     def of(cls, folder: Path, path: str) -> "File":
-        """What is to be said of a file as it is, named as below a folder."""
+        """Describe a file as it is now, named by its path below a folder."""
         file = folder / path
         return cls(path=path, bytes=file.stat().st_size, xxh3=durable.hash_file(file))
 
     def problem(self, folder: Path, hashes: bool = True) -> str | None:
-        """What is wrong with the file below a folder by its size and, with `hashes`, its content, or None."""
+        """Describe what is wrong with the file below a folder by its size and, with `hashes`, its content;
+        None if nothing is."""
         return durable.problem(folder / self.path, self.bytes, self.xxh3 if hashes else None)
 
 
 def listed(folder: Path) -> tuple[File, ...]:
-    """Flush every file below a folder to disk; the list of them."""
+    """Flush every file below a folder to disk. Return the list of them."""
     files = []
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         durable.sync_file(file)
@@ -86,18 +87,18 @@ def listed(folder: Path) -> tuple[File, ...]:
 
 
 def problems(folder: Path, files: Iterable[File], hashes: bool = True) -> list[str]:
-    """Each file of a list that is missing, of another size or, with `hashes`, of other content."""
+    """List each file that is missing, of another size or, with `hashes`, of other content."""
     checked = ((folder / entry.path, entry.problem(folder, hashes)) for entry in files)
     return [f"{file}: {problem}" for file, problem in checked if problem]
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values and their checksum, as a record's file holds them."""
+    """Add the checksum to values, as a record's file holds them."""
     return dict(values) | {CHECKSUM: durable.hash_json(dict(values))}
 
 
 def content(record: Record) -> dict[str, Any]:
-    """The fields of a record as JSON has them, with the checksum."""
+    """Return the fields of a record as JSON has them, with the checksum."""
     return sealed(record.model_dump(mode="json"))
 
 
@@ -112,7 +113,7 @@ def read(path: Path, kind: type[R], repair: str) -> R:
     Args:
         path: its file.
         kind: what it must be.
-        repair: the sentence that tells what to do, put at the end of messages.
+        repair: the sentence on what to do, put at the end of messages.
 
     Raises:
         MissingError: there is no such file.
@@ -122,7 +123,7 @@ def read(path: Path, kind: type[R], repair: str) -> R:
 
 
 def if_whole(read: Callable[[], T]) -> T | None:
-    """What a reader returns; None where what it reads is missing or damaged.
+    """Return what a reader returns; None where what it reads is missing or damaged.
 
     Raises:
         DiskError: it cannot be read now, so that it may be whole.
@@ -136,13 +137,13 @@ def if_whole(read: Callable[[], T]) -> T | None:
 
 
 def parse(values: Any, kind: type[R], where: str, repair: str) -> R:
-    """A record from what its file, or a part of another file, holds.
+    """Parse a record from the content of its file, or from a value within another file.
 
     Args:
         values: as JSON has them, with the checksum.
         kind: what they must be.
         where: what messages begin with.
-        repair: the sentence that tells what to do.
+        repair: the sentence on what to do.
 
     Raises:
         StoreError: damaged, or of another version.
@@ -152,9 +153,9 @@ def parse(values: Any, kind: type[R], where: str, repair: str) -> R:
     if "format" in kind.model_fields and values.get("format") != (
         wanted := kind.model_fields["format"].default
     ):
-        found = values.get("format")
+        got = values.get("format")
         raise StoreError(
-            f"{where}: format {found!r:.80}, but this version of saemill reads {wanted!r}. {repair}"
+            f"{where}: format {got!r:.80}, but this version of saemill reads {wanted!r}. {repair}"
         )
     fields = {key: value for key, value in values.items() if key != CHECKSUM}
     if values.get(CHECKSUM) != durable.hash_json(fields):
@@ -162,14 +163,14 @@ def parse(values: Any, kind: type[R], where: str, repair: str) -> R:
     try:
         return kind.model_validate_json(json.dumps(fields))
     except ValidationError as error:
-        raise StoreError(f"{where} is damaged: {told(error)}. {repair}") from error
+        raise StoreError(f"{where} is damaged: {first_finding(error)}. {repair}") from error
 
 
-def told(error: ValidationError) -> str:
-    """The first of pydantic's findings, in a few words."""
+def first_finding(error: ValidationError) -> str:
+    """Describe the first of pydantic's findings in a few words."""
     first = error.errors(include_url=False, include_context=False)[0]
     place = ".".join(map(str, first["loc"]))
-    said = first["msg"].removeprefix("Value error, ")
-    if "got" not in said.split():  # as our own messages say already
-        said += f", got {first['input']!r:.80}"
-    return f"{place}: {said}" if place else said
+    message = first["msg"].removeprefix("Value error, ")
+    if "got" not in message.split():  # as our own messages say already
+        message += f", got {first['input']!r:.80}"
+    return f"{place}: {message}" if place else message

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM, SIGINT and SIGUSR1 set while the block runs; a second SIGINT interrupts.
+    """Yield an event that SIGTERM, SIGINT and SIGUSR1 set while the block runs; a second SIGINT interrupts.
 
     SLURM sends SIGUSR1 before a time limit where `--signal=USR1@60` asks for it.
     """

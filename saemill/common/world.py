@@ -1,6 +1,6 @@
-"""The processes of one run: how many there are, which one this is, and what they tell one another.
+"""The processes of one run: how many there are, which one this is, and the messages between them.
 
-`torchrun` and SLURM's `srun` say it through the environment; a process started by hand is the only
+`torchrun` and SLURM's `srun` describe them in the environment; a process started by hand is the only
 one. A world of one takes the same path as any other: its collectives change nothing.
 """
 
@@ -28,23 +28,24 @@ from saemill.common.log import counted
 
 T = TypeVar("T")
 PEER_TIMEOUT_SECONDS = 600
-"""A process that waits so long for another takes it for lost; SAEMILL_PEER_TIMEOUT_SECONDS overrides it."""
+"""Seconds after which a process that waits for another gives it up as lost; SAEMILL_PEER_TIMEOUT_SECONDS
+overrides it."""
 LOOK_SECONDS = 0.2
-"""Between two looks at whether the first process is done with long work."""
+"""Seconds between two looks at whether the first process is done with long work."""
 
 
 gather_rows: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-"""Called all_gather_into_tensor until torch 2.13, which warns of that name."""
+"""torch's all-gather of tensors, called all_gather_into_tensor until torch 2.13, which warns of that name."""
 
 
 class Group:
     """Some of the processes, in a fixed order.
 
     Args:
-        ranks: theirs in the world, ascending.
+        ranks: the ranks of these processes in the world, ascending.
         rank: this process's place among them.
         handle: torch's process group; none for all processes, and for a group of one.
-        timeout: after which a process that is waited for is given up.
+        timeout: time after which a process that is waited for counts as lost.
     """
 
     def __init__(
@@ -57,7 +58,8 @@ class Group:
         self.ranks, self.rank, self.size, self.handle = ranks, rank, len(ranks), handle
         self.timeout = timeout
         self.board: Any = None
-        """torch's store, where processes leave word for one another; only the group of all has it."""
+        """torch's store, through which processes leave messages for one another; only the group of all has
+        it."""
         self._split: list[Group] = []
         self._n_waits = 0
 
@@ -80,22 +82,22 @@ class Group:
         if self.size == 1:
             return x
         padded, most = self._padded(x, n)
-        found = x.new_empty(self.size * most, *x.shape[1:])
-        gather_rows(found, padded, group=self.handle)
-        return self._joined(found, n, most)
+        gathered = x.new_empty(self.size * most, *x.shape[1:])
+        gather_rows(gathered, padded, group=self.handle)
+        return self._joined(gathered, n, most)
 
     def gather(self, x: Tensor, n: int) -> Tensor | None:
-        """As `all_gather`, to the group's first process alone."""
+        """Gather as `all_gather` does, to the group's first process alone; None on the others."""
         if self.size == 1:
             return x
         padded, most = self._padded(x, n)
-        found = x.new_empty(self.size, most, *x.shape[1:]) if self.rank == 0 else None
-        into = None if found is None else list(found)
+        gathered = x.new_empty(self.size, most, *x.shape[1:]) if self.rank == 0 else None
+        into = None if gathered is None else list(gathered)
         dist.gather(padded, into, dst=self.ranks[0], group=self.handle)
-        return None if found is None else self._joined(found.flatten(0, 1), n, most)
+        return None if gathered is None else self._joined(gathered.flatten(0, 1), n, most)
 
     def _padded(self, x: Tensor, n: int) -> tuple[Tensor, int]:
-        """x with as many rows as the largest part."""
+        """Pad x with zeros to as many rows as the largest share."""
         most = -(-n // self.size)
         if len(x) == most:
             return x.contiguous(), most
@@ -103,23 +105,23 @@ class Group:
         padded[: len(x)] = x
         return padded, most
 
-    def _joined(self, found: Tensor, n: int, most: int) -> Tensor:
+    def _joined(self, gathered: Tensor, n: int, most: int) -> Tensor:
         if n == self.size * most:
-            return found
-        pieces = [found[i * most :][: part.stop - part.start] for i, part in enumerate(self.slices(n))]
+            return gathered
+        pieces = [gathered[i * most :][: share.stop - share.start] for i, share in enumerate(self.slices(n))]
         return torch.cat(pieces)
 
     def all_gather_objects(self, value: Any) -> list[Any]:
         """Exchange a value that can be pickled: every process's, in the group's order."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.handle)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.handle)
+        return values
 
     def first(self, function: Callable[[], T]) -> T:
-        """What `function` returns on the group's first process, which alone calls it; its errors are
-        everyone's."""
+        """Call `function` on the group's first process alone. Return its result on every process; its errors
+        are raised on every process."""
         outcome: tuple[Any, SaemillError | None] = None, None
         if self.rank == 0:
             try:
@@ -132,8 +134,8 @@ class Group:
         return cast(T, value)
 
     def first_at_length(self, function: Callable[[], T]) -> T:
-        """As `first`, of work that may take hours, longer than a process is waited for otherwise; in the
-        group of all processes."""
+        """Call `function` as `first` does, where it may take hours, longer than a process is waited for
+        otherwise. For the group of all processes."""
         if self.size == 1:
             return function()
         self._n_waits += 1
@@ -151,14 +153,14 @@ class Group:
         return self.first(work)
 
     def alone(self, function: Callable[[], T]) -> T | None:
-        """What `function` returns, on the group's first process, which alone calls it; None on the others.
-        Its errors are everyone's. Unlike `first`, what it returns need not be sent."""
-        kept: list[T] = []
-        self.first(lambda: kept.append(function()))
-        return kept[0] if kept else None
+        """Call `function` on the group's first process alone. Return its result there, None on the others.
+        Its errors are raised on every process. Unlike that of `first`, the result need not be sent."""
+        results: list[T] = []
+        self.first(lambda: results.append(function()))
+        return results[0] if results else None
 
     def any(self, flag: bool) -> bool:
-        """Tell whether it is true for some process."""
+        """Tell whether the flag is true on some process."""
         return bool(self.all_reduce(torch.tensor(int(flag))))
 
     def barrier(self) -> None:
@@ -166,22 +168,23 @@ class Group:
         self.any(False)
 
     def split(self, lists: list[list[int]]) -> "Group":
-        """The one of `lists` of ranks that holds this process; all processes call it alike."""
-        mine = None
+        """Split the group into `lists` of ranks. Return the group that holds this process. All processes call
+        it alike."""
+        group = None
         for ranks in lists:
             # Left to itself, torch gives a new group 30 minutes.
             handle = dist.new_group(ranks, timeout=self.timeout) if len(ranks) > 1 else None
             if self.ranks[self.rank] in ranks:
-                mine = Group(ranks, ranks.index(self.ranks[self.rank]), handle, self.timeout)
-        if mine is None:
+                group = Group(ranks, ranks.index(self.ranks[self.rank]), handle, self.timeout)
+        if group is None:
             raise ValueError(f"rank {self.ranks[self.rank]} is in none of {lists}")
-        self._split.append(mine)
-        return mine
+        self._split.append(group)
+        return group
 
     def forget(self) -> None:
         """Let go of torch's groups; one that outlives `destroy_process_group` aborts the process."""
-        for part in [self, *self._split]:
-            part.handle = part.board = None
+        for group in [self, *self._split]:
+            group.handle = group.board = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +194,15 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Its number among those on this machine."""
+    """Number of this process among those on this machine."""
     local_size: int = 1
-    """How many are on this machine."""
+    """Number of processes on this machine."""
     connected_by: Mapping[str, str] | None = None
-    """MASTER_ADDR and MASTER_PORT, where all processes meet."""
+    """MASTER_ADDR and MASTER_PORT, at which all processes connect."""
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> "World":
-        """The world that torchrun or srun describe in the environment.
+        """Read the world that torchrun or srun describe in the environment.
 
         Raises:
             ConfigError: SLURM's nodes cannot be named.
@@ -225,11 +228,11 @@ class World:
 
     @property
     def name(self) -> str:
-        """Which process this is, for messages."""
+        """Name of this process, for messages."""
         return f"rank {self.rank} of {self.size} on {socket.gethostname()}"
 
     def device(self, name: str) -> torch.device:
-        """This process's device: on a machine with several GPUs each process has its own.
+        """Choose this process's device: on a machine with several GPUs each process has its own.
 
         Raises:
             ConfigError: there are fewer GPUs than processes on this machine, or one was named for all.
@@ -257,7 +260,7 @@ class World:
 
     @contextmanager
     def connected(self, device: torch.device) -> Iterator[Group]:
-        """All processes as a group while the block runs; none leaves before the others are through.
+        """Connect all processes to a group while the block runs; none leaves before the others are through.
 
         A process that fails breaks its connections, so that the others fail too instead of waiting;
         one that hangs is given up after `PEER_TIMEOUT_SECONDS`.
@@ -288,7 +291,7 @@ class World:
 
 
 def _rendezvous(world: World, timeout: timedelta) -> Any:
-    """A store for this start of the processes alone.
+    """Make a store for this start of the processes alone.
 
     torchrun keeps its store over restarts, and in it the addresses of processes that are gone, which
     gloo would connect to. So the first process names the start, and each of the others greets it under
@@ -300,29 +303,29 @@ def _rendezvous(world: World, timeout: timedelta) -> Any:
     hosts = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     port = int(address["MASTER_PORT"])
     store = c10d.TCPStore(address["MASTER_ADDR"], port, is_master=hosts, timeout=timeout)
-    mine = uuid.uuid4().hex
+    token = uuid.uuid4().hex
     if world.rank == 0:
-        store.set("saemill start", mine)
-        tokens = [store.get(f"{mine} {rank}").decode() for rank in range(1, world.size)]
-        store.set(f"{mine} answer", " ".join(tokens))
-        return c10d.PrefixStore(mine, store)
+        store.set("saemill start", token)
+        tokens = [store.get(f"{token} {rank}").decode() for rank in range(1, world.size)]
+        store.set(f"{token} answer", " ".join(tokens))
+        return c10d.PrefixStore(token, store)
     end = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < end:
         start = store.get("saemill start").decode()
-        store.set(f"{start} {world.rank}", mine)
-        if store.check([f"{start} answer"]) and mine in store.get(f"{start} answer").decode():
+        store.set(f"{start} {world.rank}", token)
+        if store.check([f"{start} answer"]) and token in store.get(f"{start} answer").decode():
             return c10d.PrefixStore(start, store)
         time.sleep(0.05)
     raise TimeoutError(f"the first process did not answer within {timeout}")
 
 
 def speak_for(world: World) -> None:
-    """Only the first process talks of progress."""
+    """Let only the first process show progress."""
     log.speaks = world.rank == 0
 
 
 def _tasks_here(environment: Mapping[str, str]) -> int:
-    """Tasks on this node, from SLURM's list of runs such as `2(x3),1`."""
+    """Read the number of tasks on this node from SLURM's list of runs such as `2(x3),1`."""
     per_node: list[int] = []
     for run in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
         n_tasks, _, n_nodes = run.rstrip(")").partition("(x")
@@ -331,7 +334,7 @@ def _tasks_here(environment: Mapping[str, str]) -> int:
 
 
 def _slurm_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
-    """The first node, and a port that follows from the job and step, unless the user names them."""
+    """Choose the first node, and a port that follows from the job and step, unless the user names them."""
     number = int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])
     port = environment.get("MASTER_PORT", str(20000 + number % 20000))
     if "MASTER_ADDR" in environment:

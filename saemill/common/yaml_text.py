@@ -12,7 +12,7 @@ import yaml
 from saemill.common.errors import ConfigError
 
 MOST_VALUES = 100_000
-"""In one file, aliases written out."""
+"""Most values in one file, aliases written out."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
         return self.construct_document(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """A group of settings; its keys are the words that stand there."""
+        """Read a group of settings; its keys are the words that stand there."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
@@ -40,12 +40,12 @@ class _Loader(yaml.SafeLoader):
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
     def construct_number(self, node: Any) -> Any:
-        """A number that its text says exactly, else the text."""
+        """Read a number that its text says exactly, else the text."""
         text = node.value
         for kind in (int, float):
             try:
                 number = kind(text)
-            except (TypeError, ValueError):  # no number, or one of more digits than Python takes
+            except (TypeError, ValueError):  # no number, or one of more digits than Python accepts
                 continue
             if str(number) == text:
                 return number
@@ -61,7 +61,7 @@ _Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_text)
 
 
 def parse(text: str, where: str) -> Any:
-    """The values that text in YAML stands for.
+    """Parse YAML.
 
     Args:
         text: the YAML.
@@ -83,13 +83,13 @@ def parse(text: str, where: str) -> Any:
 
 
 def _n_values(node: Any, known: dict[int, int]) -> int:
-    """How many values a node stands for, each alias counted with all it stands for."""
+    """Count the values that a node stands for, each alias counted with all it stands for."""
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = MOST_VALUES + 1  # what holds itself has no end
-    parts = (
-        [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+    children = (
+        [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
     )
-    n = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(_n_values(part, known) for part in parts)
+    n = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(_n_values(child, known) for child in children)
     known[id(node)] = n
     return n

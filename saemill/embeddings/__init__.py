@@ -1,6 +1,6 @@
-"""Embeddings that were computed elsewhere, or are computed here: another way into an ActivationStore.
+"""Embeddings that were computed elsewhere, or are computed here: another source of an ActivationStore.
 
-The way of a vector, from its file to its shard:
+The path of a vector, from its file to its shard:
 
 run.py         `saemill import-activations`: stored vectors, checked, → passages → shards
 embed.py       `saemill embed`: texts → an encoder → the same
@@ -8,6 +8,6 @@ sources.py     which files or dataset a name means
 tables.py      vectors, ids and texts out of columns: parquet, arrow, json lines, `datasets`
 arrays.py      vectors out of .npy, .npz, raw rows, .pt and safetensors
 texts.py       texts from another file, joined by id or by order
-rows.py        some rows on their way, and what a vector is made into: normalized, rounded
+rows.py        a batch of rows, and the stored form of a vector: normalized, rounded
 store.py       the store: its passages, then the shards of its one site by the cache's writer
 """

@@ -36,7 +36,7 @@ class Matrix(Protocol):
 
     @abstractmethod
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop."""
+        """Read rows start..stop."""
 
 
 class ArraySource:
@@ -65,11 +65,11 @@ class ArraySource:
                 )
 
     def fingerprint(self) -> str:
-        """A hash of the files."""
+        """Hash the files."""
         return fingerprint_files(self.files)
 
     def batches(self, start: int) -> Iterator[Rows]:
-        """Rows of the matrices."""
+        """Read the matrices' rows from number `start` on."""
         n_before = 0
         for file, matrix in zip(self.files, self.matrices, strict=True):
             at_once = max(1, BATCH_BYTES // (matrix.width * matrix.dtype.itemsize))
@@ -122,7 +122,7 @@ class _Stream:
         self.file, self.offset, self.n_rows, self.width, self.dtype = file, offset, n_rows, width, dtype
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop, read into memory of their own: the file is not mapped."""
+        """Read rows start..stop into memory of their own: the file is not mapped."""
         row_bytes = self.width * self.dtype.itemsize
         self.file.seek(self.offset + start * row_bytes)
         content = self.file.read((stop - start) * row_bytes)
@@ -139,20 +139,20 @@ class _Tensor:
         self.n_rows, self.width = tensor.shape
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop, copied."""
+        """Copy rows start..stop."""
         return self.tensor[start:stop].clone()
 
 
 class _Slice:
     """A tensor of a safetensors file."""
 
-    def __init__(self, part: Any, dtype: torch.dtype) -> None:
-        self.part, self.dtype = part, dtype
-        self.n_rows, self.width = part.get_shape()
+    def __init__(self, tensor_slice: Any, dtype: torch.dtype) -> None:
+        self.tensor_slice, self.dtype = tensor_slice, dtype
+        self.n_rows, self.width = tensor_slice.get_shape()
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop."""
-        rows: Tensor = self.part[start:stop]
+        """Read rows start..stop."""
+        rows: Tensor = self.tensor_slice[start:stop]
         return rows
 
 
@@ -178,7 +178,8 @@ def _npz(file: Path, key: str | None) -> Matrix:
 
 
 def _array_in(stream: IO[bytes], n_bytes: int, file: Path) -> Matrix:
-    """The array of numpy's format in a stream of `n_bytes`, whose rows are then read one after the other."""
+    """Open the array of numpy's format in a stream of `n_bytes`, whose rows are then read one after the
+    other."""
     major, _ = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
     shape, column_major, dtype = read_header(stream)
@@ -213,22 +214,22 @@ def _pt(file: Path, key: str | None) -> Matrix:
 
 def _safetensors(file: Path, key: str | None) -> Matrix:
     opened: Any = safe_open(str(file), "pt")
-    part = opened.get_slice(_choose(file, list(opened.keys()), key))
+    tensor_slice = opened.get_slice(_choose(file, list(opened.keys()), key))
     names = {"F16": "fp16", "BF16": "bf16", "F32": "fp32", "F64": "fp64"}
-    _check_matrix(file, part.get_shape(), part.get_dtype(), part.get_dtype() in names)
-    return _Slice(part, RAW_DTYPES[names[part.get_dtype()]])
+    _check_matrix(file, tensor_slice.get_shape(), tensor_slice.get_dtype(), tensor_slice.get_dtype() in names)
+    return _Slice(tensor_slice, RAW_DTYPES[names[tensor_slice.get_dtype()]])
 
 
 def _choose(file: Path, names: list[str], key: str | None) -> str:
-    """Which array of a file."""
+    """Choose the array of a file."""
     if key in names:
         return str(key)
     if key is None and len(names) == 1:
         return names[0]
-    found = (", ".join(names[:20]) + (", …" if len(names) > 20 else "")) or "none"
+    listed = (", ".join(names[:20]) + (", …" if len(names) > 20 else "")) or "none"
     if key is None:
-        raise ConfigError(f"{file} must hold one array, or the one that --column names; it holds {found}")
-    raise ConfigError(f"{file} has no array {key!r}; it holds {found}")
+        raise ConfigError(f"{file} must hold one array, or the one that --column names; it holds {listed}")
+    raise ConfigError(f"{file} has no array {key!r}; it holds {listed}")
 
 
 def _check_matrix(file: Path, shape: Sequence[int], dtype: object, is_float: bool) -> None:

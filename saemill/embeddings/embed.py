@@ -28,7 +28,7 @@ from saemill.embeddings.store import Plan, check_numbers, describe, fill, make_p
 from saemill.embeddings.tables import Table, choose_column, strings
 
 GROUP_BATCHES = 8
-"""Batches that are given to the encoder at once; it sorts their texts by length, to pad less."""
+"""Batches that the encoder gets at once; it sorts their texts by length, to pad less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,30 +43,30 @@ class EmbedConfig:
     """Folder of the activation store."""
     text_column: str = "text"
     id_column: str | None = None
-    """By default `id`, if there is one."""
+    """Column of ids; by default `id`, if there is one."""
     subset: str | None = None
     """The hub dataset's configuration."""
     split: str | None = None
-    """By default train."""
+    """Split of the dataset; by default train."""
     revision: str | None = None
     """The hub dataset's revision."""
     model_revision: str | None = None
     prompt: str | None = None
-    """Put before each text, as some encoders want it."""
+    """Text put before each text, as some encoders want it."""
     normalize: bool = False
-    """Divide each vector by its length."""
+    """Whether each vector is divided by its length."""
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
-    """How vectors are stored."""
+    """Stored type of the vectors."""
     model_dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
-    """What the model computes in, whatever its weights are stored as."""
+    """Type that the model computes in, whatever its weights are stored as."""
     site: str = "embedding"
-    """What they are called in the store."""
+    """Name of the vectors in the store."""
     batch_size: int = 32
     """Texts per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
     max_rows: int | None = None
-    """Take only so many texts, the first ones."""
+    """Most texts to embed, the first ones."""
     held_out_fraction: float = 0.1
     """Share of the texts, chosen by a hash of them, that training never sees."""
     shard_rows: int | None = None
@@ -77,14 +77,14 @@ class EmbedConfig:
         check_numbers(self.held_out_fraction, **numbers)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the passages and vectors. A batch's padding changes a vector's last
-        bits, so its size is one."""
+        """Collect the settings that decide the passages and vectors. The batch size is one: a batch's padding
+        changes a vector's last bits."""
         skip = ("dataset", "out", "model", "device", "shard_rows", "dtype")
         return {key: value for key, value in settings.plain(self).items() if key not in skip}
 
 
 def run(config: EmbedConfig) -> ActivationStore:
-    """Embed texts into `config.out`; the texts are kept there.
+    """Embed texts into `config.out`; the texts are stored there too.
 
     Raises:
         ConfigError: sentence-transformers is not installed, or settings that fit neither the texts nor
@@ -122,7 +122,7 @@ def run(config: EmbedConfig) -> ActivationStore:
 
 
 def _plan(config: EmbedConfig, table: Table, fingerprint: str) -> Plan:
-    """What is to be in the store.
+    """Plan the store's content.
 
     Args:
         config: of the command.
@@ -163,7 +163,7 @@ def _load(config: EmbedConfig, device: torch.device) -> Any:
 
 
 def _fingerprint(model: Any) -> str:
-    """A hash of the weights, and the library's version, whose pooling is a part of the model."""
+    """Hash the weights, and the version of the library, whose pooling is a part of the model."""
     digest = xxhash.xxh3_64(version("sentence-transformers").encode())
     for name, values in model.state_dict().items():
         digest.update(name.encode())
@@ -178,19 +178,19 @@ def _copy(
     writer: PassageWriter,
     worker: Worker,
 ) -> str:
-    """Add all texts to the passages; by what the held-out ones are chosen."""
+    """Add all texts to the passages. Return what the held-out ones are chosen by."""
     text_column, id_column = columns
     assert text_column is not None
     start = 0
     with progress("read", max_rows, "texts") as advance:
-        for part in table.read([name for name in columns if name is not None], 0):
+        for batch in table.read([name for name in columns if name is not None], 0):
             worker.check_stop()
-            kept = part if max_rows is None else part.slice(0, max_rows - start)
-            texts = strings(kept[text_column], text_column, start)
-            ids = None if id_column is None else strings(kept[id_column], id_column, start)
+            rows = batch if max_rows is None else batch.slice(0, max_rows - start)
+            texts = strings(rows[text_column], text_column, start)
+            ids = None if id_column is None else strings(rows[id_column], id_column, start)
             writer.add(ids, texts, [text.encode() for text in texts])
-            start += len(kept)
-            advance(len(kept))
+            start += len(rows)
+            advance(len(rows))
             if start == max_rows:
                 break
     return "texts"
@@ -198,7 +198,7 @@ def _copy(
 
 @dataclass(frozen=True, slots=True)
 class _Encoder:
-    """Vectors of passages, from the model."""
+    """An encoder of passages: texts to vectors, by the model."""
 
     model: Any
     passages: PassageStore
@@ -207,8 +207,8 @@ class _Encoder:
     prompt: str | None
 
     def batches(self, start: int) -> Iterator[Rows]:
-        """The rows from `start` on, the first of a shard. Groups begin at each shard's first row, so that
-        a shard's bytes do not depend on which shards were computed before it."""
+        """Compute the rows from `start` on, the first row of a shard. Groups begin at each shard's first row,
+        so that a shard's bytes do not depend on which shards were computed before it."""
         n_at_once = GROUP_BATCHES * self.batch_size
         for shard in range(start, self.passages.n_rows, self.shard_rows):
             end = min(shard + self.shard_rows, self.passages.n_rows)

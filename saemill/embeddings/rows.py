@@ -1,4 +1,4 @@
-"""Rows of a source on their way: vectors with their ids and texts, and what is asked of the vectors."""
+"""Batches of a source's rows: vectors with their ids and texts, and the checks and stored form of vectors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from saemill.common.stores.rounding import largest, not_finite, rounded
 
 @contextmanager
 def reading(file: Path | str) -> Iterator[None]:
-    """While the block runs, what a library says of a file that it cannot read becomes a sentence.
+    """Turn a library's error on a file that it cannot read, while the block runs, into a sentence.
 
     Libraries have errors of any kind for damaged files, so the block shall hold little but their calls.
 
@@ -36,9 +36,9 @@ class Rows:
     """Some rows of a source, in its order."""
 
     start: int
-    """The number of the first one in the whole source."""
+    """Number of the first row in the whole source."""
     x_TD: Tensor
-    """In the source's own type, on the CPU."""
+    """Vectors [T, D] in the source's own type, on the CPU."""
     ids: list[str] | None = None
     texts: list[str] | None = None
 
@@ -48,26 +48,26 @@ class Source(Protocol):
 
     name: str
     site: str
-    """What the vectors are called there."""
+    """Name of the vectors in the store."""
     has_ids: bool
     has_texts: bool
 
     def fingerprint(self) -> str:
-        """Identifies the content."""
+        """Identify the content."""
 
     def batches(self, start: int) -> Iterator[Rows]:
-        """The rows from number `start` on, in order, a few MiB at a time."""
+        """Read the rows from number `start` on, in order, a few MiB at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a vector is made into."""
+    """The stored form of a vector: its type, and whether it is normalized."""
 
     dtype: torch.dtype
     normalize: bool
 
     def of(self, rows: Rows) -> Tensor:
-        """Vectors as they are stored. [T, D] in `dtype`.
+        """Convert vectors to their stored form. [T, D] in `dtype`.
 
         Raises:
             DataError: a value is NaN, infinite or beyond the type, or a vector to be normalized is

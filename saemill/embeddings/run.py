@@ -36,33 +36,33 @@ class ImportConfig:
     out: Path
     """Folder of the activation store."""
     column: str | None = None
-    """Of the vectors; by default `embedding`, or the only column of float lists. In npz, pt and safetensors
-    the name of the array."""
+    """Column of the vectors; by default `embedding`, or the only column of float lists. In npz, pt and
+    safetensors the name of the array."""
     site: str | None = None
-    """What the vectors are called in the store; by default as the column, else `embedding`."""
+    """Name of the vectors in the store; by default as the column, else `embedding`."""
     id_column: str | None = None
-    """By default `id`, if there is one."""
+    """Column of ids; by default `id`, if there is one."""
     text_column: str | None = None
-    """By default `text`, if there is one."""
+    """Column of texts; by default `text`, if there is one."""
     texts: str | None = None
-    """A table of texts: joined by id, or by order where the embeddings have no ids."""
+    """Table of texts: joined by id, or by order where the embeddings have no ids."""
     normalize: bool = False
-    """Divide each vector by its length."""
+    """Whether each vector is divided by its length."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """How vectors are stored; by default exactly as they come, but float64, JSON and normalized vectors as
-    fp32."""
+    """Stored type of the vectors; by default exactly as they come, but float64, JSON and normalized vectors
+    as fp32."""
     width: int | None = None
-    """Of raw rows."""
+    """Width of raw rows."""
     raw_dtype: Literal["fp32", "fp16", "bf16", "fp64"] | None = None
-    """Of raw rows."""
+    """Type of raw rows."""
     subset: str | None = None
     """The hub dataset's configuration."""
     split: str | None = None
-    """Of a dataset; by default train."""
+    """Split of a dataset; by default train."""
     revision: str | None = None
     """The hub dataset's revision."""
     max_rows: int | None = None
-    """Take only so many rows, the first ones."""
+    """Most rows to import, the first ones."""
     held_out_fraction: float = 0.1
     """Share of the rows, chosen by a hash of their text (without texts, of the id or the vector itself),
     that training never sees."""
@@ -74,7 +74,7 @@ class ImportConfig:
         check_numbers(self.held_out_fraction, **numbers)
 
     def identity(self) -> dict[str, object]:
-        """The settings that decide the passages and vectors."""
+        """Collect the settings that decide the passages and vectors."""
         skip = ("source", "out", "texts", "shard_rows", "dtype")
         return {key: value for key, value in settings.plain(self).items() if key not in skip}
 
@@ -135,8 +135,8 @@ def _open(config: ImportConfig) -> tuple[Source, Table | None]:
 def _dtype(config: ImportConfig, first: Rows) -> torch.dtype:
     if config.dtype is not None:
         return DTYPES[config.dtype]
-    kept = first.x_TD.dtype in DTYPES.values() and not config.normalize
-    return first.x_TD.dtype if kept else torch.float32
+    is_unchanged = first.x_TD.dtype in DTYPES.values() and not config.normalize
+    return first.x_TD.dtype if is_unchanged else torch.float32
 
 
 def _plan(config: ImportConfig, source: Source, table: Table | None, form: Form) -> Plan:
@@ -156,7 +156,7 @@ def _plan(config: ImportConfig, source: Source, table: Table | None, form: Form)
 
 @dataclass(frozen=True, slots=True)
 class _Checking:
-    """The first pass over the source: every row is checked, its id and text are kept."""
+    """A first pass over the source: every row is checked, and its id and text go to the passages."""
 
     config: ImportConfig
     source: Source
@@ -165,7 +165,7 @@ class _Checking:
     worker: Worker
 
     def write(self, writer: PassageWriter) -> str:
-        """Add a passage per row; by what the held-out ones were chosen."""
+        """Write a passage per row. Return what the held-out ones are chosen by."""
         config, hashed = self.config, "vectors"
         scratch = self.worker.partial()
         longer = config.max_rows is not None
@@ -174,9 +174,9 @@ class _Checking:
             for rows in _limited(self.source, 0, config.max_rows):
                 self.worker.check_stop()
                 self.form.of(rows)
-                ids, found = texts.of(rows)
-                hashed = "texts" if found else "ids" if ids else "vectors"
-                writer.add(ids, found, _bytes(found or ids or rows.x_TD))
+                ids, row_texts = texts.of(rows)
+                hashed = "texts" if row_texts else "ids" if ids else "vectors"
+                writer.add(ids, row_texts, _bytes(row_texts or ids or rows.x_TD))
                 advance(len(rows.x_TD))
         texts.finish()
         scratch.unlink(missing_ok=True)
@@ -184,14 +184,14 @@ class _Checking:
 
 
 def _bytes(values: list[str] | Tensor) -> list[bytes]:
-    """What tells one row from another."""
+    """Return the bytes that distinguish a row from others."""
     if isinstance(values, Tensor):
         return [row.tobytes() for row in values.contiguous().view(torch.uint8).numpy()]
     return [value.encode() for value in values]
 
 
 def _limited(source: Source, start: int, max_rows: int | None) -> Iterator[Rows]:
-    """The source's rows from `start` on, up to `max_rows` of the whole."""
+    """Read the source's rows from `start` on, up to `max_rows` of the whole."""
     for rows in source.batches(start):
         n_left = len(rows.x_TD) if max_rows is None else max_rows - rows.start
         if n_left < len(rows.x_TD):

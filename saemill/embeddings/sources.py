@@ -21,12 +21,12 @@ TABLES: dict[str, Callable[[str, list[Path]], Table]] = {
     "jsonl": JsonTable,
 }
 SAVED = ("state.json", "dataset_dict.json")
-"""What tells a folder that `datasets` saved."""
+"""Files by which a folder that `datasets` saved is recognised."""
 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Which rows are meant, and what of them."""
+    """A selection: the rows that are meant, and which of their columns."""
 
     name: str
     """File, folder, glob or hub id."""
@@ -78,7 +78,7 @@ def open_table(name: str) -> Table:
 
 
 def open_hub(where: Where) -> Table:
-    """A saved dataset or one of the hub as a table."""
+    """Open a saved dataset, or a dataset of the hub, as a table."""
     dataset, fingerprint = open_dataset(
         where.name,
         subset=where.subset,
@@ -94,7 +94,7 @@ def _table_source(table: Table, where: Where) -> Source:
 
 
 def is_dataset(name: str) -> bool:
-    """Whether a name means a folder that `datasets` saved, or a hub id."""
+    """Tell whether a name means a folder that `datasets` saved, or a hub id."""
     path = Path(name)
     if path.exists() or glob.has_magic(name):
         return any((path / file).exists() for file in SAVED)
@@ -103,7 +103,7 @@ def is_dataset(name: str) -> bool:
 
 
 def find_files(name: str) -> list[Path]:
-    """The files of a name, in natural order: part 2 before part 10.
+    """List the files of a name, in natural order: part 2 before part 10.
 
     Raises:
         ConfigError: there are none.
@@ -112,22 +112,23 @@ def find_files(name: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in KINDS]
-        if not found:
+        files = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in KINDS]
+        if not files:
             raise ConfigError(
                 f"{name} holds no embeddings; known are {', '.join(KINDS)}, or raw rows by a glob"
             )
     else:
         # Path.glob takes no pattern of an absolute path.
-        found = [file for file in map(Path, glob.glob(name, recursive=True)) if file.is_file()]  # noqa: PTH207
-        if not found:
+        files = [file for file in map(Path, glob.glob(name, recursive=True)) if file.is_file()]  # noqa: PTH207
+        if not files:
             raise ConfigError(f"no file or folder {name}")
-    return sorted(found, key=_natural)
+    return sorted(files, key=_natural)
 
 
 def _natural(path: Path) -> list[Any]:
-    """Numbers in a name compare as numbers."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
+    """Make a sort key in which numbers in a name compare as numbers."""
+    pieces = re.split(r"(\d+)", str(path))
+    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in pieces]
 
 
 def _suffix(file: Path) -> str:

@@ -38,19 +38,19 @@ from saemill.embeddings.rows import Form, Rows
 
 SHARD_BYTES = 1 << 26
 SHARD_ROWS = 1 << 16
-"""A shard of a new store has so many bytes or rows, what is less, unless told otherwise."""
+"""Largest shard of a new store, in bytes and in rows; the smaller of the two applies by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to be in the store."""
+    """The planned content of the store."""
 
     out: Path
     site: str
     source: dict[str, Any]
-    """`name` and `fingerprint` of what the passages come from."""
+    """`name` and `fingerprint` of the passages' source."""
     settings: dict[str, Any]
-    """Of the user; with the source they decide the content."""
+    """Settings of the user; with the source they decide the content."""
     held_out_fraction: float
     shard_rows: int | None
     form: Form
@@ -63,12 +63,12 @@ class Plan:
 
     @property
     def source_hash(self) -> str:
-        """A hash of the source and of the user's settings."""
+        """Hash of the source and of the user's settings."""
         return durable.hash_json([self.source["fingerprint"], self.settings])
 
 
 def describe(passages: PassageStore) -> str:
-    """How many passages there are."""
+    """Describe how many passages there are."""
     manifest = passages.manifest
     note = "" if manifest.n_held_out_rows else " (raise --held-out-fraction to assess)"
     return f"{counted(passages.n_rows, 'passage')}, {manifest.n_held_out_rows:,} held out{note}"
@@ -88,20 +88,20 @@ def check_numbers(held_out_fraction: float, **counts: int | None) -> None:
 
 
 def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], str]) -> PassageStore:
-    """The passages of the store: those that are there, or new ones.
+    """Return the passages of the store: those on disk, or new ones.
 
     Args:
         plan: what they are to be.
         worker: this process, holding the claim on the store.
-        write: adds all of them to a writer; says by what their sides were chosen.
+        write: adds all of them to a writer; returns what their sides were chosen by.
 
     Raises:
         ConfigError: the folder holds others, or the store there was made of others.
         StoreError: it holds other things.
     """
-    folder, there = plan.out / "passages", known_settings(plan.out)
-    _check_folder(plan, there)
-    if _whole(folder, there):
+    folder, existing = plan.out / "passages", known_settings(plan.out)
+    _check_folder(plan, existing)
+    if _whole(folder, existing):
         return PassageStore(folder)
     if folder.exists():
         say(f"{folder} is damaged, unfinished or of another store, and is written again")
@@ -111,7 +111,7 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
     if writer.n_rows == 0:
         raise DataError(f"{plan.source['name']} holds no passages")
     writer.finish({"hashed": hashed, "source": plan.source, "settings": plan.settings})
-    if there and PassageStore(partial).fingerprint != there.passages_fingerprint:
+    if existing and PassageStore(partial).fingerprint != existing.passages_fingerprint:
         raise _of_others(plan)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
@@ -119,29 +119,29 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
     return PassageStore(folder)
 
 
-def _whole(folder: Path, there: StoreSettings | None) -> bool:
-    """Whether all passages are there, undamaged, and those of the store."""
+def _whole(folder: Path, existing: StoreSettings | None) -> bool:
+    """Tell whether all passages are there, undamaged, and belong to the store."""
     passages = records.if_whole(lambda: PassageStore(folder))
     if passages is None:
         return False
-    is_ours = there is None or there.passages_fingerprint == passages.fingerprint
-    return is_ours and not passages.problems(hashes=True)
+    is_same = existing is None or existing.passages_fingerprint == passages.fingerprint
+    return is_same and not passages.problems(hashes=True)
 
 
-def _check_folder(plan: Plan, there: StoreSettings | None) -> None:
+def _check_folder(plan: Plan, existing: StoreSettings | None) -> None:
     """Refuse a folder that holds anything but the beginning of this store."""
     begun = _manifest(plan.out / "passages")
-    parts = {"passages"}
-    if there or begun:
-        parts |= {"zarr.json", SITES, *sites_in(plan.out)}
+    names = {"passages"}
+    if existing or begun:
+        names |= {"zarr.json", SITES, *sites_in(plan.out)}
     for path in plan.out.glob("*"):
         is_claims = path.name == CLAIMS and holds_only_claims(path)
-        if not (is_claims or path.name in parts):
+        if not (is_claims or path.name in names):
             raise StoreError(f"{plan.out} holds other files ({path.name}); choose a new folder")
-    if there and there.kind != EMBEDDINGS:
+    if existing and existing.kind != EMBEDDINGS:
         raise ConfigError(f"{plan.out} holds activations of a language model; choose another folder")
-    if there and (begun is None or begun.fingerprint != there.passages_fingerprint):
-        if there.source_hash != plan.source_hash:
+    if existing and (begun is None or begun.fingerprint != existing.passages_fingerprint):
+        if existing.source_hash != plan.source_hash:
             raise _of_others(plan)
         return
     if begun is None:
@@ -155,8 +155,8 @@ def _check_folder(plan: Plan, there: StoreSettings | None) -> None:
 
 
 def _of_others(plan: Plan) -> ConfigError:
-    """What is said where the passages in the folder cannot tell what they were made of, but the store knows
-    by their hashes that it was something else."""
+    """Make the error for passages in the folder that cannot say what they were made of, where the store's
+    hashes show that it was something else."""
     return ConfigError(
         f"the list of the passages in {plan.out} is damaged or another store's, and {plan.source['name']} "
         "with these settings does not give it again byte by byte: the store was made of another source, with "
@@ -166,14 +166,14 @@ def _of_others(plan: Plan) -> ConfigError:
 
 
 def _manifest(folder: Path) -> PassageManifest | None:
-    """What passages that are there were made of, if their manifest is whole."""
+    """Read the manifest of the passages on disk; None unless it is whole."""
     return records.if_whole(lambda: records.read(folder / "manifest.json", PassageManifest, ""))
 
 
 def open_store(
     plan: Plan, passages: PassageStore, width: int, worker: Worker
 ) -> tuple[ActivationStore, SiteWriter]:
-    """The store with its array, made where they are missing.
+    """Open the store with its array; both are made where they are missing.
 
     Raises:
         ConfigError: it was made with other settings, or the disk is too small.
@@ -194,14 +194,14 @@ def open_store(
         "model_fingerprint": plan.made_by["model_fingerprint"],
         "mask": settings.plain(NO_MASK),
     }
-    there = known_settings(plan.out)
-    check_same_store(plan.out, there, identity)
-    if there is None:
+    existing = known_settings(plan.out)
+    check_same_store(plan.out, existing, identity)
+    if existing is None:
         _check_disk(plan, -(-passages.n_rows // shard_rows) * shard_rows * row_bytes)
         versions = {name: version(name) for name in ("saemill", "torch", "zarr")}
         made_by = {key: plan.made_by[key] for key in ("model", "revision")} | {"versions": versions}
-        there = StoreSettings.made(identity, **made_by)
-    write_group(plan.out, there, worker)
+        existing = StoreSettings.made(identity, **made_by)
+    write_group(plan.out, existing, worker)
     store = ActivationStore(plan.out)
     return store, SiteWriter(store, Site(plan.site, width), dtype, worker)
 
@@ -223,7 +223,7 @@ def fill(
     worker: Worker,
     claim: Claim,
 ) -> str:
-    """Write the shards that are missing or damaged; what was done.
+    """Write the shards that are missing or damaged. Return a sentence on what was done.
 
     Args:
         store: the store.
@@ -241,10 +241,8 @@ def fill(
     missing = writer.lacking()
     n_missing = sum(map(store.shard_length, missing))
     if 0 < len(missing) < store.n_shards:
-        n_there = store.n_shards - len(missing)
-        say(
-            f"{n_there:,} of {counted(store.n_shards, 'shard')} are there, continuing with shard {missing[0]}"
-        )
+        n_done = store.n_shards - len(missing)
+        say(f"{n_done:,} of {counted(store.n_shards, 'shard')} are there, continuing with shard {missing[0]}")
     if missing:
         reader = _Reader(form, batches)
         with progress("write", store.n_tokens, "passages", store.n_tokens - n_missing) as advance:
@@ -262,7 +260,7 @@ def fill(
 
 
 class _Reader:
-    """Goes through the rows of a source once, and starts again where shards are left out."""
+    """A reader of a source's rows: it goes through them once, and starts again where shards are left out."""
 
     def __init__(self, form: Form, batches: Callable[[int], Iterator[Rows]]) -> None:
         self.form, self.batches = form, batches
@@ -271,7 +269,7 @@ class _Reader:
         self._left: Tensor | None = None
 
     def fill(self, x_TD: Tensor, start: int) -> Iterator[int]:
-        """Read rows `start` on into all of x_TD; yields how many came at a time."""
+        """Read rows `start` on into all of x_TD; yield how many came at a time."""
         if start != self._position:
             self._stream, self._position, self._left = self.batches(start), start, None
         n_filled = 0
@@ -281,9 +279,9 @@ class _Reader:
                 if rows is None:
                     raise DataError(f"the source ends at row {self._position:,}; it has changed meanwhile")
                 self._left = self.form.of(rows)
-            taken = self._left[: len(x_TD) - n_filled]
-            x_TD[n_filled : n_filled + len(taken)] = taken
-            self._left = self._left[len(taken) :] if len(taken) < len(self._left) else None
-            n_filled += len(taken)
-            self._position += len(taken)
-            yield len(taken)
+            chunk = self._left[: len(x_TD) - n_filled]
+            x_TD[n_filled : n_filled + len(chunk)] = chunk
+            self._left = self._left[len(chunk) :] if len(chunk) < len(self._left) else None
+            n_filled += len(chunk)
+            self._position += len(chunk)
+            yield len(chunk)

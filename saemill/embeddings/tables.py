@@ -20,7 +20,7 @@ from saemill.common.errors import ConfigError, DataError
 from saemill.embeddings.rows import Rows, reading
 
 BATCH_ROWS = 2048
-"""Rows read at once; of a vector of 4,096 floats these are 32 MiB."""
+"""Rows read at once: of vectors of 4,096 floats, 32 MiB."""
 READ_BYTES = 1 << 20
 KINDS = {
     ".parquet": "parquet",
@@ -38,13 +38,13 @@ class Table(Protocol):
     columns: list[str]
 
     def schema(self) -> pa.Schema:
-        """Types of the columns."""
+        """Return the columns' types."""
 
     def fingerprint(self) -> str:
-        """Identifies the content."""
+        """Identify the content."""
 
     def read(self, columns: list[str], start: int) -> Iterator[pa.Table]:
-        """Rows from number `start` on, at most `BATCH_ROWS` at a time."""
+        """Read rows from number `start` on, at most `BATCH_ROWS` at a time."""
 
 
 class ParquetTable:
@@ -56,12 +56,12 @@ class ParquetTable:
             self.columns = self.schema().names
 
     def schema(self) -> pa.Schema:
-        """Of the first file."""
+        """Return the types of the first file's columns."""
         with reading(self.files[0]):
             return self._open(self.files[0]).schema_arrow
 
     def fingerprint(self) -> str:
-        """A hash of the files."""
+        """Hash the files."""
         return fingerprint_files(self.files)
 
     def _open(self, file: Path) -> pq.ParquetFile:
@@ -70,7 +70,7 @@ class ParquetTable:
             return pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
 
     def read(self, columns: list[str], start: int) -> Iterator[pa.Table]:
-        """Row groups before `start` are not read."""
+        """Read rows; row groups before `start` are not read."""
         for path in self.files:
             with reading(path), self._open(path) as file:
                 check_columns(path, file.schema_arrow.names, columns)
@@ -93,11 +93,11 @@ class ArrowTable:
             self.columns = self.schema().names
 
     def schema(self) -> pa.Schema:
-        """Of the first file."""
+        """Return the types of the first file's columns."""
         return self._open(self.files[0])[0]
 
     def fingerprint(self) -> str:
-        """A hash of the files."""
+        """Hash the files."""
         return fingerprint_files(self.files)
 
     def _open(self, path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
@@ -111,7 +111,7 @@ class ArrowTable:
             return stream.schema, iter(stream)
 
     def read(self, columns: list[str], start: int) -> Iterator[pa.Table]:
-        """Record batches before `start` are mapped, not read."""
+        """Read rows; record batches before `start` are mapped, not read."""
         for path in self.files:
             with reading(path):
                 schema, batches = self._open(path)
@@ -135,13 +135,13 @@ class JsonTable:
         self.columns = list(first)
 
     def schema(self) -> pa.Schema:
-        """What the first row looks like; numbers in lists are float64."""
+        """Infer the types from the first row; numbers in lists are float64."""
         first = next(self._objects(0))
         vectors, others = pa.list_(pa.float64()), pa.string()
         return pa.schema([(n, vectors if isinstance(v, list) else others) for n, v in first.items()])
 
     def fingerprint(self) -> str:
-        """A hash of the files."""
+        """Hash the files."""
         return fingerprint_files(self.files)
 
     def _objects(self, start: int) -> Iterator[dict[str, Any]]:
@@ -155,7 +155,7 @@ class JsonTable:
             yield value
 
     def read(self, columns: list[str], start: int) -> Iterator[pa.Table]:
-        """Lines before `start` are passed over unparsed."""
+        """Read rows; lines before `start` are skipped unparsed."""
         objects = self._objects(start)
         while rows := list(islice(objects, BATCH_ROWS)):
             for i, row in enumerate(rows):
@@ -165,7 +165,7 @@ class JsonTable:
 
 
 def _lines(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
-    """Each line that is not blank, with its place."""
+    """Read each line that is not blank, with its place."""
     for file in files:
         opened = gzip.open if file.suffix == ".gz" else open
         with reading(file), opened(file, "rt", encoding="utf-8") as lines:
@@ -175,7 +175,7 @@ def _lines(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
 
 
 def _array(values: list[Any], name: str, start: int) -> pa.Array:
-    """Values of JSON as a column: lists of numbers as float64, texts and whole numbers as texts."""
+    """Convert values of JSON to a column: lists of numbers to float64, texts and whole numbers to texts."""
     if any(isinstance(value, list) for value in values):
         return _vectors_of(values, start)
     texts = []
@@ -192,7 +192,7 @@ def _array(values: list[Any], name: str, start: int) -> pa.Array:
 def _vectors_of(values: list[Any], start: int) -> pa.Array:
     try:
         if any(type(number) is bool for value in values if isinstance(value, list) for number in value):
-            raise TypeError  # which Arrow would take for 0 or 1
+            raise TypeError  # which Arrow would convert to 0 or 1
         return pa.array(values, pa.list_(pa.float64()))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         for i, value in enumerate(values):
@@ -210,15 +210,15 @@ class DatasetTable:
         self._dataset, self._fingerprint = dataset.with_format("arrow"), fingerprint
 
     def schema(self) -> pa.Schema:
-        """As Arrow types."""
+        """Return the columns' Arrow types."""
         return self._dataset.features.arrow_schema
 
     def fingerprint(self) -> str:
-        """As `tokenize` has it."""
+        """Return the dataset's fingerprint, as `tokenize` defines it."""
         return self._fingerprint
 
     def read(self, columns: list[str], start: int) -> Iterator[pa.Table]:
-        """Slices of the dataset."""
+        """Read slices of the dataset."""
         for first in range(start, len(self._dataset), BATCH_ROWS):
             with reading(self.name):
                 table = self._dataset.select_columns(columns)[first : first + BATCH_ROWS]
@@ -227,7 +227,7 @@ class DatasetTable:
 
 
 def fingerprint_files(files: Sequence[Path]) -> str:
-    """A hash of some files' names and contents."""
+    """Hash some files' names and contents."""
     return durable.hash_json([[file.name, durable.hash_file(file)] for file in files])
 
 
@@ -245,7 +245,7 @@ class TableSource:
     """Vectors, ids and texts of a table.
 
     Args:
-        table: it.
+        table: the table.
         column: of the vectors; by default `embedding`, or the only column of float lists.
         id_column: by default `id`, if there is one.
         text_column: by default `text`, if there is one.
@@ -260,7 +260,7 @@ class TableSource:
         self.table, self.name = table, table.name
         self.site = column or _vector_column(table)
         optional = {"id": id_column, "text": text_column}
-        chosen = {what: choose_column(table, what, given) for what, given in optional.items()}
+        chosen = {what: choose_column(table, what, asked) for what, asked in optional.items()}
         self.id_column, self.text_column = chosen["id"], chosen["text"]
         self.has_ids, self.has_texts = self.id_column is not None, self.text_column is not None
         if self.site not in table.columns:
@@ -268,25 +268,25 @@ class TableSource:
         self.width: int | None = None
 
     def fingerprint(self) -> str:
-        """Of the table."""
+        """Return the table's fingerprint."""
         return self.table.fingerprint()
 
     def batches(self, start: int) -> Iterator[Rows]:
-        """Rows of the table."""
+        """Read the table's rows from number `start` on."""
         columns = [name for name in (self.site, self.id_column, self.text_column) if name is not None]
-        for part in self.table.read(list(dict.fromkeys(columns)), start):
-            if len(part) == 0:
+        for rows in self.table.read(list(dict.fromkeys(columns)), start):
+            if len(rows) == 0:
                 continue
-            x_TD = self._vectors(part[self.site].combine_chunks(), start)
+            x_TD = self._vectors(rows[self.site].combine_chunks(), start)
             ids, texts = (
-                None if name is None else strings(part[name], name, start)
+                None if name is None else strings(rows[name], name, start)
                 for name in (self.id_column, self.text_column)
             )
             yield Rows(start, x_TD, ids, texts)
-            start += len(part)
+            start += len(rows)
 
     def _vectors(self, column: pa.Array, start: int) -> Tensor:
-        """A column of lists as [T, D]."""
+        """Convert a column of lists to [T, D]."""
         column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         if isinstance(column, pa.ExtensionArray):
             column = column.storage
@@ -314,42 +314,42 @@ class TableSource:
 
 
 def _lengths(column: pa.Array) -> np.ndarray[Any, Any]:
-    """Length of each list."""
+    """Return the length of each list."""
     if isinstance(column, pa.FixedSizeListArray):
         return np.full(len(column), column.type.list_size)
     return np.asarray(pc.list_value_length(column))
 
 
 def is_vectors(kind: pa.DataType) -> bool:
-    """Whether a type is a list of floats."""
+    """Tell whether a type is a list of floats."""
     kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return any(is_list(kind) for is_list in lists) and pa.types.is_floating(kind.value_type)
 
 
 def _vector_column(table: Table) -> str:
-    found = [field.name for field in table.schema() if is_vectors(field.type)]
-    if "embedding" in found or len(found) == 1:
-        return "embedding" if "embedding" in found else found[0]
-    which = f"several columns of float lists ({', '.join(found)})" if found else "no column of float lists"
+    names = [field.name for field in table.schema() if is_vectors(field.type)]
+    if "embedding" in names or len(names) == 1:
+        return "embedding" if "embedding" in names else names[0]
+    which = f"several columns of float lists ({', '.join(names)})" if names else "no column of float lists"
     raise ConfigError(
         f"{table.name} has {which}; its columns are {', '.join(table.columns)}. Name one with --column"
     )
 
 
-def choose_column(table: Table, what: str, given: str | None) -> str | None:
-    """The column of ids or texts: the one that is named, or one of the usual name, or none.
+def choose_column(table: Table, what: str, chosen: str | None) -> str | None:
+    """Choose the column of ids or texts: the one that is named, or one of the usual name, or none.
 
     Raises:
         ConfigError: the table lacks the one that is named.
     """
-    if given is not None and given not in table.columns:
-        raise ConfigError(f"{table.name} has no column {given!r}; it has {', '.join(table.columns)}")
-    return given or (what if what in table.columns else None)
+    if chosen is not None and chosen not in table.columns:
+        raise ConfigError(f"{table.name} has no column {chosen!r}; it has {', '.join(table.columns)}")
+    return chosen or (what if what in table.columns else None)
 
 
 def strings(column: pa.ChunkedArray, name: str, start: int) -> list[str]:
-    """Ids or texts as strings.
+    """Convert ids or texts to strings.
 
     Raises:
         DataError: one is missing, or they are neither texts nor whole numbers.

@@ -11,28 +11,28 @@ from saemill.embeddings.tables import Table, choose_column, strings
 
 
 class Texts(Protocol):
-    """Says what the rows' ids and texts are."""
+    """The ids and texts of rows that come in order."""
 
     def of(self, rows: Rows) -> tuple[list[str] | None, list[str] | None]:
-        """Ids and texts of some rows, which come in order."""
+        """Return the ids and texts of the next rows."""
 
     def finish(self) -> None:
-        """Called after the last row."""
+        """Check what is left over; called after the last row."""
 
 
 class OwnTexts:
-    """What the rows themselves say."""
+    """Ids and texts of the rows themselves."""
 
     def of(self, rows: Rows) -> tuple[list[str] | None, list[str] | None]:
-        """The rows' own."""
+        """Return the rows' own ids and texts."""
         return rows.ids, rows.texts
 
     def finish(self) -> None:
-        """Nothing is left over."""
+        """Accept: nothing is left over."""
 
 
 class TextsById:
-    """Texts of a table by their ids, which are kept in a file meanwhile and not in memory.
+    """Texts of a table by their ids, which are held in a file meanwhile and not in memory.
 
     Args:
         table: of ids and texts.
@@ -60,22 +60,22 @@ class TextsById:
                 raise DataError(f"the id {pair[0]} occurs twice in {self.table.name}") from None
 
     def of(self, rows: Rows) -> tuple[list[str] | None, list[str] | None]:
-        """The texts of the rows' ids.
+        """Look up the texts of the rows' ids.
 
         Raises:
             DataError: an id has no text.
         """
         assert rows.ids is not None
-        found = []
+        row_texts = []
         for i, id_ in enumerate(rows.ids):
             text = self._database.execute("SELECT text FROM texts WHERE id = ?", [id_]).fetchone()
             if text is None:
                 raise DataError(f"row {rows.start + i:,} has the id {id_}, which {self.table.name} lacks")
-            found.append(text[0])
-        return rows.ids, found
+            row_texts.append(text[0])
+        return rows.ids, row_texts
 
     def finish(self) -> None:
-        """Texts of other ids may be left."""
+        """Accept texts that are left over: they belong to other ids."""
         self._database.close()
 
 
@@ -86,16 +86,16 @@ class TextsByOrder:
         table: of the texts.
         id_column: of the ids there, if it has any.
         text_column: of the texts.
-        may_be_longer: whether only the first embeddings are taken.
+        may_be_longer: whether only the first embeddings are imported.
     """
 
     def __init__(self, table: Table, id_column: str | None, text_column: str, may_be_longer: bool) -> None:
         self.table, self.may_be_longer, self.has_ids = table, may_be_longer, id_column is not None
-        parts = _pairs(table, id_column or text_column, text_column)
-        self._pairs = (pair for part in parts for pair in part)
+        batches = _pairs(table, id_column or text_column, text_column)
+        self._pairs = (pair for batch in batches for pair in batch)
 
     def of(self, rows: Rows) -> tuple[list[str] | None, list[str] | None]:
-        """The next texts.
+        """Return the next texts.
 
         Raises:
             DataError: there are too few.
@@ -119,10 +119,10 @@ class TextsByOrder:
 
 def _pairs(table: Table, id_column: str, text_column: str) -> Iterator[list[tuple[str, str]]]:
     start = 0
-    for part in table.read(list(dict.fromkeys([id_column, text_column])), 0):
-        ids, texts = (strings(part[name], name, start) for name in (id_column, text_column))
+    for rows in table.read(list(dict.fromkeys([id_column, text_column])), 0):
+        ids, texts = (strings(rows[name], name, start) for name in (id_column, text_column))
         yield list(zip(ids, texts, strict=True))
-        start += len(part)
+        start += len(rows)
 
 
 def join(
@@ -133,15 +133,15 @@ def join(
     scratch: Path,
     may_be_longer: bool,
 ) -> Texts:
-    """What says the texts of a source.
+    """Choose where the texts of a source come from.
 
     Args:
         source: the embeddings.
-        table: of their texts, if those are elsewhere; texts of the source's own are not taken then.
+        table: of their texts, if those are elsewhere; texts of the source's own are not used then.
         id_column: there, if it has one of this name, else `id`.
         text_column: there; by default `text`.
         scratch: a file for what does not belong in memory.
-        may_be_longer: whether only the first embeddings are taken.
+        may_be_longer: whether only the first embeddings are imported.
 
     Raises:
         ConfigError: the table has no texts, or no ids where the embeddings have some.

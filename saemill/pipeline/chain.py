@@ -289,7 +289,7 @@ def _owes_wandb(run: Path) -> bool:
     """Whether wandb lacks something of a run that is logged to it."""
     if not (run / runs.WANDB).exists():
         return False
-    return not set(record.told(run).runs) <= set(record.logged(run).ended)
+    return not set(record.settings(run).runs) <= set(record.logged(run).ended)
 
 
 def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:

@@ -1,6 +1,6 @@
 """Stage 1: documents become packed rows of token ids.
 
-The way of a document, from its file to its rows:
+The path of a document, from its file to its rows:
 
 run.py         the stage: source → tokens → rows → a TokenStore, in its place
 source.py      documents out of any dataset: a hub id, files, a saved dataset

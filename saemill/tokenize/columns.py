@@ -12,7 +12,7 @@ import datasets
 from saemill.common.errors import ConfigError, DataError
 
 IDS = ("input_ids", "tokens")
-"""Columns that are looked for where there is none of texts."""
+"""Columns that are tried where there is no column of texts."""
 MASK = "attention_mask"
 TEXTS = ("string", "large_string", "string_view", "null")
 LISTS = (datasets.List, datasets.LargeList)
@@ -24,50 +24,51 @@ CHAT = (
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Where the documents are."""
+    """The column that holds the documents."""
 
     name: str
     holds_ids: bool
-    """Rows of token ids, not texts."""
+    """Whether its rows are token ids, not texts."""
     masked: bool
-    """An attention mask stands beside the ids."""
+    """Whether an attention mask stands beside the ids."""
 
     @property
     def needed(self) -> list[str]:
-        """The columns that are read."""
+        """Names of the columns that are read."""
         return [self.name, *([MASK] if self.masked else [])]
 
 
 def choose(features: Any, text_column: str, dataset: str) -> Column:
-    """The column of documents.
+    """Choose the column of documents.
 
     Args:
         features: the columns' types, as `datasets` has them.
-        text_column: the one to take; where it is absent, a column of token ids is taken.
+        text_column: the one to read; where it is absent, a column of token ids is read.
         dataset: its name, for messages.
 
     Raises:
         ConfigError: there is no such column, or it holds neither texts nor token ids.
     """
-    found = text_column if text_column in features else None
-    found = found or next((name for name in IDS if name in features and _may_be_ids(features[name])), None)
-    if found is None:
+    column = text_column if text_column in features else None
+    column = column or next((name for name in IDS if name in features and _may_be_ids(features[name])), None)
+    if column is None:
         chat = f" {CHAT}." if "messages" in features or "conversations" in features else ""
         raise ConfigError(
             f"{dataset} has no column {text_column!r}; it has {', '.join(features)}. Name one with "
             f"--text-column.{chat}"
         )
-    feature = features[found]
-    holds_ids = _is_list_of(feature, "int") or (found in IDS and _may_be_ids(feature))
+    feature = features[column]
+    holds_ids = _is_list_of(feature, "int") or (column in IDS and _may_be_ids(feature))
     if not holds_ids and not _may_be_text(feature):
         raise ConfigError(
-            f"column {found!r} of {dataset} holds {_told(feature)}, not texts. {_advice(features, found)}"
+            f"column {column!r} of {dataset} holds {_description(feature)}, not texts. "
+            f"{_advice(features, column)}"
         )
-    return Column(found, holds_ids, holds_ids and MASK in features)
+    return Column(column, holds_ids, holds_ids and MASK in features)
 
 
 def text_of(value: Any, where: str) -> str:
-    """A document's text; null is an empty one.
+    """Return a document's text; null is an empty one.
 
     Raises:
         DataError: it is no text, or none that UTF-8 can hold.
@@ -89,39 +90,39 @@ def text_of(value: Any, where: str) -> str:
 
 
 def _may_be_text(feature: Any) -> bool:
-    """Whether the type is text, or one that leaves it to each value."""
+    """Tell whether the type is text, or one that leaves it to each value."""
     if isinstance(feature, datasets.Value):
         return feature.dtype in TEXTS
     return isinstance(feature, datasets.Json)
 
 
 def _may_be_ids(feature: Any) -> bool:
-    """Whether a column that is named as ids are may hold some; each row is checked when it is read."""
+    """Tell whether a column that is named as ids are may hold some. Each row is checked when it is read."""
     return not _may_be_text(feature) or isinstance(feature, datasets.Json)
 
 
 def _is_list_of(feature: Any, kind: str) -> bool:
-    """Whether the type is a list of numbers of a kind (`int`, `float`)."""
+    """Tell whether the type is a list of numbers of a kind (`int`, `float`)."""
     inner = feature.feature if isinstance(feature, LISTS) else None
     return isinstance(inner, datasets.Value) and inner.dtype.removeprefix("u").startswith(kind)
 
 
-def _told(feature: Any) -> str:
-    """What a column of this type holds, in words."""
+def _description(feature: Any) -> str:
+    """Describe what a column of this type holds."""
     if _is_chat(feature):
         return "chat messages"
     if isinstance(feature, LISTS):
-        return f"lists of {_told(feature.feature)}"
+        return f"lists of {_description(feature.feature)}"
     if isinstance(feature, dict):
         return f"groups of fields ({', '.join(feature)})"
     if isinstance(feature, datasets.ClassLabel):
         return "numbers of classes"
     if not isinstance(feature, datasets.Value):
         return f"values of the type {type(feature).__name__}"
-    words = {"string": "texts", "bool": "true and false", "binary": "bytes", "large_binary": "bytes"}
+    names = {"string": "texts", "bool": "true and false", "binary": "bytes", "large_binary": "bytes"}
     kind = feature.dtype
-    if kind in words:
-        return words[kind]
+    if kind in names:
+        return names[kind]
     dates = kind.startswith(("timestamp", "date", "time", "duration"))
     return f"dates ({kind})" if dates else f"numbers ({kind})"
 
@@ -131,9 +132,9 @@ def _is_chat(feature: Any) -> bool:
     return isinstance(inner, dict) and bool({"role", "from"} & set(inner))
 
 
-def _advice(features: Any, found: str) -> str:
-    """What to do in place of a column that holds no texts."""
-    if _is_chat(features[found]):
+def _advice(features: Any, column: str) -> str:
+    """Advise what to do in place of a column that holds no texts."""
+    if _is_chat(features[column]):
         return f"{CHAT}."
     texts = [
         name

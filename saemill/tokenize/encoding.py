@@ -14,7 +14,7 @@ from saemill.tokenize.source import Batch
 def encode(
     batches: Iterator[Batch], tokenizer: Any, name: str, revision: str | None, num_proc: int
 ) -> Iterator[Batch]:
-    """The batches with their `input_ids`, in order.
+    """Tokenize the batches: yield them with their `input_ids`, in order.
 
     Args:
         batches: of texts, or of ids, which stay as they are.

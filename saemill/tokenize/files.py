@@ -34,46 +34,46 @@ COMPRESSED: dict[str, tuple[str, bytes]] = {
     ".xz": ("xz", b"\xfd7zXZ\x00"),
     ".zst": ("zstandard", b"\x28\xb5\x2f\xfd"),
 }
-"""By suffix: the compression's name and what its files begin with."""
+"""Compressions by suffix: name, and the bytes that such files begin with."""
 BROKEN = (EOFError, OSError, lzma.LZMAError, zstandard.ZstdError)
 CUT_OFF = "its compressed data ends too early; get it anew"
 READ_BYTES = 1 << 20
 
 
 def data_files(path: Path) -> list[Path]:
-    """The file, or those of a known kind below the folder."""
+    """List the file, or the files of a known kind below the folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sorted(file for file in files if suffix_of(file) in KINDS)
 
 
 def suffix_of(file: Path) -> str:
-    """The last suffix that is not a compression's."""
+    """Return the last suffix that is not a compression's."""
     suffixes = [s.lower() for s in file.suffixes if s.lower() not in COMPRESSED]
     return suffixes[-1] if suffixes else ""
 
 
 def kind_of(path: Path) -> str:
-    """The one kind of all files.
+    """Return the one kind of all files.
 
     Raises:
         ConfigError: there are several, or none that is known.
     """
     kinds = {KINDS[suffix_of(file)] for file in data_files(path)}
     if len(kinds) != 1:
-        found = f"several kinds ({', '.join(sorted(kinds))})" if kinds else "none of them"
-        raise ConfigError(f"{path} must hold files of one kind out of {', '.join(KINDS)}; found {found}")
+        got = f"several kinds ({', '.join(sorted(kinds))})" if kinds else "none of them"
+        raise ConfigError(f"{path} must hold files of one kind out of {', '.join(KINDS)}; found {got}")
     return kinds.pop()
 
 
 def fingerprint_local(path: Path) -> str:
-    """A hash of the names and contents of a local dataset's files."""
+    """Hash the names and contents of a local dataset's files."""
     folder = path if path.is_dir() else path.parent
     files = data_files(path) or [file for file in path.rglob("*") if file.is_file()]
     return durable.hash_folder(folder, files)
 
 
 def check_whole(path: Path) -> None:
-    """Refuse zstandard files that are cut off: libraries read them as far as they go, without a word.
+    """Refuse zstandard files that are cut off: libraries read them as far as they go, without an error.
 
     Raises:
         DataError: naming the file.
@@ -84,7 +84,7 @@ def check_whole(path: Path) -> None:
 
 
 def _fault_of_zstandard(file: Path) -> str | None:
-    """What is wrong with a zstandard file, be it of one frame or of several."""
+    """Describe what is wrong with a zstandard file, of one frame or of several; None if nothing is."""
     frame: Any = None
     with file.open("rb") as raw:
         try:
@@ -101,8 +101,8 @@ def _fault_of_zstandard(file: Path) -> str | None:
 
 
 def fault_of(file: Path) -> str | None:
-    """Why a file cannot be read, with the line where there is one and what to do; None where nothing is
-    found."""
+    """Describe why a file cannot be read, with the line where there is one and the repair; None where no
+    cause is known."""
     kind = KINDS[suffix_of(file)]
     try:
         if fault := _fault_of_name(file):
@@ -123,7 +123,7 @@ def fault_of(file: Path) -> str | None:
 
 
 def _fault_of_name(file: Path) -> str | None:
-    """Content of another kind than the name's suffixes tell."""
+    """Describe content of another kind than the name's suffixes say; None if the kinds agree."""
     with file.open("rb") as raw:
         start = raw.read(8)
     if not start:
@@ -146,7 +146,7 @@ def _fault_of_name(file: Path) -> str | None:
 
 
 def opened(file: Path) -> BinaryIO:
-    """A file for reading, decompressed by its suffix."""
+    """Open a file for reading, decompressed by its suffix."""
     if file.suffix.lower() == ".zst":
         stream: Any = zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True)
         return io.BufferedReader(stream)
@@ -157,7 +157,7 @@ def opened(file: Path) -> BinaryIO:
 
 
 def _fault_of_text(file: Path, kind: str) -> str | None:
-    """The first line of a file of text that cannot be read."""
+    """Describe why the first bad line of a text file cannot be read; None if all lines can."""
     in_lines = kind == "json" and not _is_one_value(file)
     number = 0
     with opened(file) as stream:
@@ -175,13 +175,13 @@ def _fault_of_text(file: Path, kind: str) -> str | None:
 
 
 def _is_one_value(file: Path) -> bool:
-    """Whether a JSON file is one list, rather than an object per line."""
+    """Tell whether a JSON file is one list, rather than an object per line."""
     with opened(file) as stream:
         return stream.read(READ_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def csv_columns(path: Path, kind: str) -> list[str]:
-    """The columns' names in the first file, as pandas gives them.
+    """Read the columns' names from the first file, as pandas gives them.
 
     Raises:
         DataError: no header, a name twice, or a first row of another length than the header.
@@ -206,10 +206,10 @@ def csv_columns(path: Path, kind: str) -> list[str]:
 
 @contextmanager
 def reading_file(file: Path) -> Iterator[None]:
-    """While the block runs, a file that cannot be read becomes an error that says why."""
+    """Turn an error of reading a file, while the block runs, into one that says why."""
     try:
         yield
     except (ValueError, csv.Error, *BROKEN) as error:
-        if isinstance(error, OSError) and (told := durable.explained(error)):
-            raise DataError(told) from error
+        if isinstance(error, OSError) and (message := durable.explained(error)):
+            raise DataError(message) from error
         raise DataError(f"cannot read {file}: {fault_of(file) or error}") from error

@@ -13,15 +13,15 @@ from saemill.common.stores.permutation import combine
 
 
 def is_held_out(text_hash: int, fraction: float) -> bool:
-    """Whether the fraction holds a document out."""
+    """Tell whether the fraction holds a document out."""
     return combine(text_hash) < fraction * 2**64
 
 
 def chosen_for_a_row(documents: Iterable[tuple[int, int]], n_needed: int) -> frozenset[int]:
-    """Hashes of documents to hold out so that there is one row of them.
+    """Choose hashes of documents to hold out so that they fill one row.
 
-    They are taken in the order of their hashes until they fill a row. One that would leave less than half of
-    all tokens, or less than a row, to train on is passed over.
+    Documents are chosen in the order of their hashes until they fill a row. A document is skipped if it would
+    leave less than half of all tokens, or less than a row, to train on.
 
     Args:
         documents: (hash, number of tokens) of each; copies of a text go together.
@@ -45,7 +45,7 @@ def chosen_for_a_row(documents: Iterable[tuple[int, int]], n_needed: int) -> fro
 
 
 def largest_fraction(documents: Iterable[tuple[int, int]], n_needed: int) -> float:
-    """The largest fraction, rounded down, that leaves a row to train on; 0 where none does.
+    """Compute the largest fraction, rounded down, that leaves a row to train on; 0 where none does.
 
     Args:
         documents: (hash, number of tokens) of each.

@@ -9,7 +9,7 @@ from saemill.common.stores.tokens import TokenizerInfo
 
 
 def ids_of(value: Any, where: str) -> list[int]:
-    """A row's ids. Whole numbers that are written as floats (5.0) are taken.
+    """Read a row's ids. Whole numbers that are written as floats (5.0) are accepted.
 
     Args:
         value: what the dataset holds.
@@ -30,20 +30,20 @@ def ids_of(value: Any, where: str) -> list[int]:
 
 
 def _shown(value: Any) -> str:
-    """A value as messages show it."""
+    """Shorten a value for messages."""
     return "null" if value is None else f"{value!r:.60}"
 
 
 def masked(ids: list[int], mask: Any, where: str) -> list[int]:
-    """The ids at which the row's attention mask is 1.
+    """Select the ids at which the row's attention mask is 1.
 
     Raises:
         DataError: the mask has another length, or other values than 0 and 1.
     """
     if not isinstance(mask, list) or len(mask) != len(ids):
-        found = f"{len(mask)} values" if isinstance(mask, list) else _shown(mask)
+        got = f"{len(mask)} values" if isinstance(mask, list) else _shown(mask)
         raise DataError(
-            f"{where} has {len(ids)} ids, but its attention_mask is {found}; mend that row, or leave the "
+            f"{where} has {len(ids)} ids, but its attention_mask is {got}; mend that row, or leave the "
             "column out"
         )
     if other := [value for value in mask if value not in (0, 1)]:
@@ -72,7 +72,7 @@ def check_ids(ids: list[int], vocab_size: int, where: str) -> None:
 
 
 def n_padding(ids: list[int], info: TokenizerInfo) -> tuple[int, int]:
-    """How many ids at the start and at the end of a row are padding.
+    """Count the ids at the start and at the end of a row that are padding.
 
     Where padding and separator are one token, a single one is a separator, and so is the last before the
     text or the first after it.
@@ -91,7 +91,7 @@ def n_padding(ids: list[int], info: TokenizerInfo) -> tuple[int, int]:
 
 
 def unframed(ids: list[int], info: TokenizerInfo) -> list[int]:
-    """The ids without the frame and the separators that a row may carry at its ends."""
+    """Cut off the frame and the separators that a row may carry at its ends."""
     start, stop = 0, len(ids)
     n_prefix, n_suffix = len(info.prefix_ids), len(info.suffix_ids)
     if n_prefix and tuple(ids[:n_prefix]) == info.prefix_ids:
@@ -107,19 +107,19 @@ def unframed(ids: list[int], info: TokenizerInfo) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """What `survey` found."""
+    """The result of `survey`."""
 
     common: int | None
-    """How many ids every row has that is not empty; None where they differ."""
+    """Number of ids that every row has that is not empty; None where they differ."""
     why: str = ""
-    """Which row shows that they differ."""
+    """Reason why rows differ, or count as padded; it names a row where one shows it."""
 
 
 def survey(rows: Iterable[tuple[str, list[int]]], info: TokenizerInfo) -> Lengths:
-    """Whether all rows are full: equally long, none of them padded.
+    """Measure rows: how long they are, and whether all are full, equally long and none of them padded.
 
-    Where padding and separator are one token, a few rows that end in two are no proof: the rows are taken
-    for padded where most of them are.
+    Where padding and separator are one token, a few rows that end in two are no proof: the rows count
+    as padded where most of them are.
 
     Args:
         rows: (where, ids) of each.

@@ -8,7 +8,7 @@ from saemill.common.stores.tokens import TokenizerInfo
 
 @dataclass(slots=True)
 class RowPacker:
-    """Fills rows of `ctx_len` with documents, each followed by the separator."""
+    """A packer of rows of `ctx_len` ids: documents one after the other, each followed by the separator."""
 
     ctx_len: int
     tokenizer: TokenizerInfo

@@ -39,7 +39,7 @@ CONTENT = {
     "tokenizer",
     "manifest.json",
 }
-"""The names in a token store's folder."""
+"""Names in a token store's folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,18 +59,18 @@ class TokenizeConfig:
     ctx_len: int | None = None
     """Tokens per row; by default 512, or of rows of ids that are all equally long their length."""
     max_tokens: int | None = None
-    """Stop after this many tokens (whole rows: rounded down to a multiple of ctx_len)."""
+    """Most tokens to write (whole rows: rounded down to a multiple of ctx_len)."""
     streaming: bool = False
-    """Read as a stream: nothing is downloaded beyond what `max_tokens` needs."""
+    """Whether the dataset is read as a stream: nothing is downloaded beyond what `max_tokens` needs."""
     shuffle_seed: int | None = 42
-    """Seed of the documents' order; none keeps the source's order."""
+    """Seed of the documents' order; None keeps the source's order."""
     held_out_fraction: float = 0.05
     """Share of documents, chosen by a hash of their text, that training never sees; where it gives no row,
     a few more."""
     repack: bool = False
-    """Pack rows of ids anew even where all have `ctx_len` ids."""
+    """Whether rows of ids are packed anew even where all have `ctx_len` ids."""
     num_proc: int = 1
-    """Processes that tokenize."""
+    """Number of processes that tokenize."""
     revision: str | None = None
     """The hub dataset's revision."""
     tokenizer_revision: str | None = None
@@ -87,7 +87,7 @@ class TokenizeConfig:
             raise ConfigError(f"max_tokens must be at least one row of {least}, got {self.max_tokens}")
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the store's content."""
+        """Collect the settings that decide the store's content."""
         return {k: v for k, v in settings.plain(self).items() if k not in ("out", "num_proc")}
 
 
@@ -181,7 +181,7 @@ def _write(
 
 
 def _made_of(config: TokenizeConfig, source: Source) -> dict[str, Any]:
-    """What the store's manifest says of where it comes from."""
+    """Collect what the store's manifest says of its source."""
     return {
         "source": {"name": config.dataset, "fingerprint": source.fingerprint, "column": source.column.name},
         "settings": config.identity(),
@@ -203,7 +203,7 @@ def _fill(config: TokenizeConfig, writer: Writer, tokenizer: Any) -> None:
 
 
 def _rows(config: TokenizeConfig, info: TokenizerInfo, source: Source) -> tuple[int, str, list[str]]:
-    """How long rows are, what a document is, and why.
+    """Choose the rows' length and what a document is, and say why.
 
     Raises:
         ConfigError: texts, and the setting to pack rows of ids.
@@ -218,17 +218,17 @@ def _rows(config: TokenizeConfig, info: TokenizerInfo, source: Source) -> tuple[
     lengths = survey(source.rows_of_ids(), info)
     ctx_len = config.ctx_len or lengths.common or CTX_LEN
     if lengths.common == ctx_len:
-        kept = (
+        note = (
             "The dataset's rows are kept as they are, and a document, for the held-out split and the "
             "intervals, is one row; --repack packs them anew."
         )
-        return ctx_len, "kept row", [kept]
+        return ctx_len, "kept row", [note]
     why = lengths.why or f"they have {lengths.common} ids, not {ctx_len}"
     return ctx_len, "row of ids", [f"The rows of ids are packed anew: {why}. {packed}"]
 
 
 def _notes(writer: Writer) -> list[str]:
-    """What the user should know of the rows."""
+    """List what the user should know of the rows."""
     notes = []
     if writer.n_padding:
         notes.append(
@@ -241,7 +241,7 @@ def _notes(writer: Writer) -> list[str]:
         return notes
     sides = zip(writer.n_tokens, writer.document_held_out, strict=True)
     if n_held := sum(n for n, out in sides if out):
-        longest = n_held + writer.ctx_len - writer.room
+        longest = n_held + writer.ctx_len - writer.row_capacity
         notes.append(
             f"No row is held out: the documents held out have {n_held:,} tokens. Lower --ctx-len to "
             f"{longest} or less, give more text, or assess on another store (`saemill assess --tokens`)."
@@ -255,13 +255,14 @@ def _notes(writer: Writer) -> list[str]:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a process that was killed, or an earlier pass, left."""
+    """Remove what a killed process, or an earlier pass, left behind."""
     for left in folder.iterdir() if folder.exists() else ():
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _publish(config: TokenizeConfig, partial: Path) -> None:
-    """Give the written store its place: that of a damaged one too, unless another process did meanwhile."""
+    """Move the written store to its place, also over a damaged store, unless another process did so
+    meanwhile."""
     try:
         partial.replace(config.out)
     except OSError:
@@ -277,16 +278,16 @@ def _publish(config: TokenizeConfig, partial: Path) -> None:
 
 
 def _damaged(config: TokenizeConfig) -> Path:
-    """Where a damaged store is while the new one takes its place."""
+    """Name the path of a damaged store while the new one takes its place."""
     return config.out.with_name(config.out.name + ".partial-damaged")
 
 
 def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None) -> TokenStore | None:
-    """The store at the output, if there is one made of the same source with the same settings.
+    """Open the store at the output, if there is one made of the same source with the same settings.
 
     Args:
         config: the settings.
-        tell: takes the sentence on a store that is damaged and will be made anew.
+        tell: called with the sentence on a store that is damaged and will be made anew.
 
     Raises:
         ConfigError: there is one of other settings, or of a source that has changed since.
@@ -308,7 +309,7 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
         if (config.out / "manifest.json").is_file():
             bad = str(error).removesuffix(REPAIR).splitlines()
     if bad:
-        _check_ours(config.out)
+        _check_replaceable(config.out)
     if bad and tell:
         tell("\n".join([f"{config.out} is damaged, and made anew:", *(f"  {line.strip()}" for line in bad)]))
     return None if bad else store
@@ -317,16 +318,16 @@ def _finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None)
 def _check_version(out: Path) -> None:
     """Refuse a store of another version."""
     manifest = records.if_whole(lambda: durable.read_json(out / "manifest.json"))
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if isinstance(found, str) and found.startswith("saemill tokens ") and found != FORMAT:
+    made_as = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(made_as, str) and made_as.startswith("saemill tokens ") and made_as != FORMAT:
         raise StoreError(
-            f"{out} was made by another version of saemill ({found!r:.80}, not {FORMAT!r}); choose another "
+            f"{out} was made by another version of saemill ({made_as!r:.80}, not {FORMAT!r}); choose another "
             "output folder, or remove that one"
         )
 
 
-def _check_ours(out: Path) -> None:
-    """Refuse to put a store in place of a folder that holds anything but one that is damaged."""
+def _check_replaceable(out: Path) -> None:
+    """Refuse to put a store in place of a folder that holds anything but a damaged store."""
     names = {path.name for path in out.iterdir()}
     if names - CONTENT or len(CONTENT - names) > 1:
         other = ", ".join(sorted(names - CONTENT)[:3])
@@ -337,8 +338,8 @@ def _check_ours(out: Path) -> None:
 
 
 def _check_made_alike(config: TokenizeConfig, manifest: TokenManifest) -> None:
-    """Refuse a store of other settings, or of a local source that has changed since; a hub's is fixed by its
-    revision."""
+    """Refuse a store of other settings, or of a local source that has changed since. A hub's source is fixed
+    by its revision."""
     identity = config.identity()
     if config.ctx_len == manifest.ctx_len:  # as it may have been found in the rows
         identity.pop("ctx_len")

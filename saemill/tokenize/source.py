@@ -35,7 +35,7 @@ BATCH_DOCUMENTS = 512
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some documents: their numbers in the source, and their texts or their token ids."""
+    """A batch of documents: their numbers in the source, and their texts or their token ids."""
 
     source_index: list[int]
     texts: list[str] | None
@@ -53,7 +53,7 @@ class Source:
     streaming: bool
 
     def batches(self, shuffle_seed: int | None) -> Iterator[Batch]:
-        """All documents, in the order of the keyed shuffle (none: in the source's order).
+        """Read all documents, in the order of the keyed shuffle (no seed: in the source's order).
 
         A stream is shuffled within a buffer of 10,000 documents.
 
@@ -71,13 +71,13 @@ class Source:
                 yield Batch(index, texts, None)
 
     def rows_of_ids(self) -> Iterator[tuple[str, list[int]]]:
-        """Each row's place, for messages, and its ids; of a stream the first batch, of a dataset all."""
+        """Read each row's place, for messages, and its ids: of a stream the first batch, of a dataset all."""
         rows = self._shuffled(None)
         for number, example in islice(rows, BATCH_DOCUMENTS) if self.streaming else rows:
             yield self.where(number), self._ids(number, example)
 
     def where(self, number: int) -> str:
-        """What messages call a row."""
+        """Name a row for messages."""
         return f"row {number} of {self.name} (column {self.column.name})"
 
     def _ids(self, number: int, example: dict[str, Any]) -> list[int]:
@@ -100,7 +100,7 @@ class Source:
 
 
 def _examples(dataset: Iterable[Any], name: str) -> Iterator[dict[str, Any]]:
-    """The rows; what a library says of a file that it cannot read is told with the file's name."""
+    """Read the rows. A library's error on a file that it cannot read is repeated with the file's name."""
     rows = iter(dataset)
     while True:
         with _reading(name):
@@ -112,7 +112,7 @@ def _examples(dataset: Iterable[Any], name: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """While the block runs, an error of the library that reads becomes one of ours.
+    """Turn an error of the library that reads, while the block runs, into one of ours.
 
     Decompressors, parsers and Arrow raise errors of many kinds, some of them no more than `Exception`.
     """
@@ -121,14 +121,14 @@ def _reading(name: str) -> Iterator[None]:
     except SaemillError:
         raise
     except Exception as error:
-        raise _told(name, error) from error
+        raise _fault(name, error) from error
 
 
-def _told(name: str, error: Exception) -> SaemillError:
-    """The file that is at fault, and why; or what the library said."""
+def _fault(name: str, error: Exception) -> SaemillError:
+    """Name the file that is at fault and why; where it is not known, repeat what the library said."""
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         assert isinstance(error.__cause__, Exception)
-        return _told(name, error.__cause__)
+        return _fault(name, error.__cause__)
     if isinstance(error, OSError) and (disk := durable.explained(error)):
         return DiskError(disk)
     if "Dataset scripts are no longer supported" in str(error) or "trust_remote_code" in str(error):
@@ -145,7 +145,7 @@ def _told(name: str, error: Exception) -> SaemillError:
 
 
 def shuffled_stream(items: Iterable[T], seed: int, buffer_items: int) -> Iterator[T]:
-    """The items in a keyed order: each new one takes the place in the buffer of one that leaves.
+    """Yield the items in a keyed order: each new one takes the place in the buffer of one that leaves.
 
     A stream that fits into the buffer comes in the order of `permutation`. (`datasets` shuffles the
     files of a stream as well, after which a document's number in the source is unknown.)
@@ -175,7 +175,7 @@ def open_source(
         name: hub id, or a local file or folder (parquet, jsonl, csv, arrow, txt, or a
             `save_to_disk` folder).
         text_column: the column of texts; where it is absent but `input_ids` or `tokens` is present, the
-            dataset is taken as tokenized already.
+            dataset counts as tokenized already.
 
     Raises:
         ConfigError: no such file, kind, split or column, or a column that holds no documents.
@@ -192,7 +192,7 @@ def open_source(
 
 
 def _features(dataset: Any, name: str) -> Any:
-    """The columns' types; a stream that does not tell them is asked for its first row."""
+    """Read the columns' types. Where a stream does not state them, its first row is read."""
     if dataset.features is not None:
         return dataset.features
     first = next(_examples(dataset, name), None)
@@ -238,16 +238,16 @@ def check_path(name: str) -> None:
 
 
 def _load(shown: str, *arguments: Any, **options: Any) -> Any:
-    """`datasets.load_dataset`, its failures told with the dataset's name."""
+    """Call `datasets.load_dataset`; errors name the dataset."""
     try:
         return datasets.load_dataset(*arguments, **options)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise _told(shown, error) from error
+        raise _fault(shown, error) from error
     except Exception as error:
-        told = _told(shown, error)
-        if isinstance(error, OSError | ValueError) and str(told).startswith(f"cannot read {shown}: {error}"):
+        fault = _fault(shown, error)
+        if isinstance(error, OSError | ValueError) and str(fault).startswith(f"cannot read {shown}: {error}"):
             raise ConfigError(f"cannot open {shown}: {error}") from error
-        raise told from error
+        raise fault from error
 
 
 def _open_local(path: Path, subset: str | None, split: str, streaming: bool) -> Any:
@@ -266,8 +266,8 @@ def _open_local(path: Path, subset: str | None, split: str, streaming: bool) -> 
 
 
 def _options(path: Path, kind: str) -> dict[str, Any]:
-    """How files of a kind are read: a blank line ends a document; what csv holds is text, `NA` and `001`
-    among it."""
+    """Choose how files of a kind are read: a blank line ends a document; all that csv holds is text, `NA` and
+    `001` too."""
     if kind == "text":
         return {"sample_by": "paragraph", "encoding": "utf-8-sig"}
     if kind not in DELIMITERS:
@@ -277,7 +277,7 @@ def _options(path: Path, kind: str) -> dict[str, Any]:
 
 
 def _load_saved(path: Path, subset: str | None, split: str) -> Any:
-    """One split of a `save_to_disk` folder; a flag that chooses nothing is refused."""
+    """Load one split of a `save_to_disk` folder. A flag that chooses nothing is refused."""
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # of json, of Arrow and of its own

@@ -23,12 +23,12 @@ from saemill.tokenize.source import Batch, Source
 
 SHARD_TOKENS = 1 << 24
 DOCUMENTS = ("text", "row of ids", "kept row")
-"""What a document is: a text; a row of token ids, packed anew; such a row, kept as it is."""
+"""Kinds of documents: a text; a row of token ids, packed anew; such a row, kept as it is."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Writer:
-    """Puts train and held-out documents into rows of their own and writes full shards."""
+    """A writer that puts train and held-out documents into rows of their own and writes full shards."""
 
     path: Path
     source: Source
@@ -37,13 +37,13 @@ class Writer:
     max_tokens: int | None
     held_out_fraction: float
     document: str
-    """One of `DOCUMENTS`."""
+    """Kind of document, one of `DOCUMENTS`."""
     chosen: frozenset[int] = frozenset()
     """Hashes of documents that are held out whatever the fraction."""
     n_rows: int = 0
     n_empty: int = 0
     n_padding: int = 0
-    """Ids that were left out as padding."""
+    """Number of ids that were left out as padding."""
     n_used_ids: int = 0
     rows: list[NDArray[Any]] = field(default_factory=list)
     held_out: list[bool] = field(default_factory=list)
@@ -53,11 +53,12 @@ class Writer:
     document_held_out: list[bool] = field(default_factory=list)
     text_hash: list[int] = field(default_factory=list)
     n_tokens: list[int] = field(default_factory=list)
-    """Of each document, its separator among them."""
+    """Tokens of each document, its separator among them."""
     first_ids: set[int] = field(default_factory=set)
-    """Of rows that are kept."""
+    """First ids of the rows that are kept as they are."""
     all_framed: list[bool] = field(default_factory=lambda: [True, True])
-    """Whether all rows that are kept begin with the tokenizer's prefix; end with its suffix."""
+    """Whether all rows that are kept begin with the tokenizer's prefix, and whether all end with its
+    suffix."""
     packers: dict[bool, RowPacker] = field(init=False)
     dtype: torch.dtype = field(init=False)
     shard_rows: int = field(init=False)
@@ -71,11 +72,11 @@ class Writer:
         self.shard_rows = max(1, SHARD_TOKENS // self.ctx_len)
 
     def add(self, batch: Batch) -> bool:
-        """Pack a tokenized batch; True when `max_tokens` is reached."""
+        """Pack a tokenized batch. Return True when `max_tokens` is reached."""
         assert batch.input_ids is not None
-        for i, given in enumerate(batch.input_ids):
+        for i, row in enumerate(batch.input_ids):
             text = batch.texts[i] if batch.texts is not None else None
-            ids = self._content(given, batch.source_index[i]) if text is None else given
+            ids = self._content(row, batch.source_index[i]) if text is None else row
             if not ids or (text is not None and not text.strip()):
                 self.n_empty += 1
                 continue
@@ -87,23 +88,24 @@ class Writer:
         return False
 
     def _content(self, ids: list[int], number: int) -> list[int]:
-        """What is packed, or kept, of a row of a tokenized dataset; nothing of one of padding alone."""
+        """Return the ids of a tokenized dataset's row that go into the store; none of a row of padding
+        alone."""
         where = self.source.where(number)
         check_ids(ids, self.info.vocab_size, where)
         left, right = (0, 0) if self.source.column.masked else n_padding(ids, self.info)
         if self.document == "kept row" and len(ids) == self.ctx_len and left + right < self.ctx_len:
             return ids
         self.n_padding += left + right
-        found = unframed(ids[left : len(ids) - right], self.info)
-        if self.document == "kept row" and found:
+        content = unframed(ids[left : len(ids) - right], self.info)
+        if self.document == "kept row" and content:
             raise DataError(
                 f"{where} has {len(ids)} ids, but the rows before it {self.ctx_len} each, and they are kept "
                 "as they are; say --repack to pack all rows anew"
             )
-        return found
+        return content
 
     def _begin(self, text_hash: int, number: int) -> bool:
-        """Note a document; whether it is held out."""
+        """Note a document. Return whether it is held out."""
         held_out = text_hash in self.chosen or is_held_out(text_hash, self.held_out_fraction)
         self.source_index.append(number)
         self.document_held_out.append(held_out)
@@ -153,32 +155,32 @@ class Writer:
         self.rows = []
 
     @property
-    def room(self) -> int:
-        """Tokens of documents that fill a row."""
+    def row_capacity(self) -> int:
+        """Number of document tokens that fill a row."""
         if self.document == "kept row":
             return self.ctx_len
         return self.ctx_len - len(self.info.prefix_ids) - len(self.info.suffix_ids)
 
     def to_hold_out(self) -> frozenset[int]:
-        """Documents to hold out, in another pass, where no held-out row came about in this."""
+        """Choose documents to hold out in another pass, where this one filled no held-out row."""
         if self.held_out_fraction == 0 or any(self.held_out):
             return frozenset()
         held = {h for h, out in zip(self.text_hash, self.document_held_out, strict=True) if out}
-        chosen = chosen_for_a_row(zip(self.text_hash, self.n_tokens, strict=True), self.room)
+        chosen = chosen_for_a_row(zip(self.text_hash, self.n_tokens, strict=True), self.row_capacity)
         return frozenset() if chosen <= held else chosen
 
     def check(self) -> None:
-        """Refuse what leaves nothing to train on.
+        """Refuse tokens that leave nothing to train on.
 
         Raises:
             DataError: with the numbers, and the settings that leave something.
         """
         name = self.source.name
-        n_found = counted(len(self.source_index) + self.n_empty, "document")
+        documents = counted(len(self.source_index) + self.n_empty, "document")
         if self.n_empty:
-            n_found += f" ({self.n_empty} of them empty)"
+            documents += f" ({self.n_empty} of them empty)"
         if not self.source_index:
-            raise DataError(f"{name} has no text: {n_found}")
+            raise DataError(f"{name} has no text: {documents}")
         if not all(self.held_out):
             return
         if self.n_rows and self.n_rows == self._max_rows():
@@ -189,17 +191,17 @@ class Writer:
         sides = zip(self.n_tokens, self.document_held_out, strict=True)
         n_train = sum(n for n, out in sides if not out)
         total = sum(self.n_tokens)
-        if total < self.room:
-            longest = (n_train or total) + self.ctx_len - self.room
+        if total < self.row_capacity:
+            longest = (n_train or total) + self.ctx_len - self.row_capacity
             also = "" if n_train else " and --held-out-fraction to 0"
             raise DataError(
-                f"{name} has too little text for one row of {self.ctx_len} tokens: {n_found}, {total} "
+                f"{name} has too little text for one row of {self.ctx_len} tokens: {documents}, {total} "
                 f"tokens; lower --ctx-len to {longest} or less{also}, or give more text"
             )
-        most = largest_fraction(zip(self.text_hash, self.n_tokens, strict=True), self.room)
+        most = largest_fraction(zip(self.text_hash, self.n_tokens, strict=True), self.row_capacity)
         raise DataError(
             f"nothing is left to train on: with a share of {self.held_out_fraction} held out, "
-            f"{sum(self.document_held_out)} of {n_found} are, and the others have {n_train} tokens, which "
+            f"{sum(self.document_held_out)} of {documents} are, and the others have {n_train} tokens, which "
             f"fill no row of {self.ctx_len}; lower --held-out-fraction to {most:g} or less"
         )
 
@@ -229,15 +231,15 @@ class Writer:
             held_out_R=np.array(self.held_out),
             segments=segments,
             documents=cut_documents(documents, segments, self.n_rows * self.ctx_len),
-            tokenizer=self._found_info(),
+            tokenizer=self._tokenizer_info(),
             extra={"document": self.document, "n_used_ids": self.n_used_ids}
             | {"n_empty_documents": self.n_empty, "n_padding_tokens": self.n_padding}
             | extra,
         )
 
-    def _found_info(self) -> TokenizerInfo:
-        """The tokenizer, with the frame that the rows have: of rows that are kept the tokenizer's own only
-        where all have it."""
+    def _tokenizer_info(self) -> TokenizerInfo:
+        """Describe the tokenizer with the frame that the rows have. Of rows that are kept as they are, the
+        frame is the tokenizer's own only where all have it."""
         if self.document != "kept row":
             return self.info
         prefix = self.info.prefix_ids if self.all_framed[0] else ()

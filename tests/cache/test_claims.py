@@ -99,7 +99,7 @@ def test_any_order_of_taking_releasing_and_dying(steps: list[tuple[str, int]]) -
         for step, i in steps:
             worker = workers[i]
             if step == "take":
-                claim = worker.take("shard-7")
+                claim = worker.claim("shard-7")
                 assert (claim is None) == bool(held)
                 if claim:
                     held[i] = claim
@@ -112,7 +112,7 @@ def test_any_order_of_taking_releasing_and_dying(steps: list[tuple[str, int]]) -
                 workers[i] = Worker(path, threading.Event()).__enter__()
             elif step == "join":
                 with Worker(path, threading.Event()) as other:
-                    assert other.take("shard-8")
+                    assert other.claim("shard-8")
             for claim in held.values():
                 claim.check()
         for worker in workers:
@@ -125,14 +125,14 @@ def test_a_silent_worker_expires_by_the_file_systems_clock(
 ) -> None:
     """Oracle: 120 s since its file was touched; this machine's clock, which is a day off, has no say."""
     there, here = workers(), workers()
-    lost = there.take("shard-1")
+    lost = there.claim("shard-1")
     assert lost
     monkeypatch.setattr(time, "time", lambda: 0.0)
     fall_silent(there, 115)
-    assert here.take("shard-1") is None
+    assert here.claim("shard-1") is None
     assert here.holders(["shard-1"]) == f"process {os.getpid()} on {lost.worker.owner.host}"
     fall_silent(there, 121)
-    claim = here.take("shard-1")
+    claim = here.claim("shard-1")
     assert claim
     claim.check()
     with pytest.raises(Lost, match="shard-1 was taken over by another worker"):
@@ -160,25 +160,25 @@ def test_the_heartbeat_keeps_a_worker_alive(workers: Callable[[], Worker], tmp_p
     there._left = ticks = Ticks()
     with there:
         there.file.write_text(json.dumps(durable.read_json(there.file) | {"machine": "another"}))
-        assert there.take("shard-1")
+        assert there.claim("shard-1")
         now = here._now()
         os.utime(there.file, (now - 2000, now - 2000))
         wait_until(lambda: there.file.stat().st_mtime > now - 1)
-        assert here.take("shard-1") is None
+        assert here.claim("shard-1") is None
         assert ticks.asked == {120 / 24}
         fall_silent(there, 121)
-        assert here.take("shard-1")
+        assert here.claim("shard-1")
 
 
 def test_a_process_of_another_machine_is_not_judged_by_its_number(workers: Callable[[], Worker]) -> None:
     """Oracle: a process number that is not in use here; on this machine it is dead at once."""
     there, here = workers(), workers()
-    assert there.take("shard-1")
+    assert there.claim("shard-1")
     content = durable.read_json(there.file) | {"pid": 2**22 + 1}
     there.file.write_text(json.dumps(content | {"machine": "another"}))
-    assert here.take("shard-1") is None
+    assert here.claim("shard-1") is None
     there.file.write_text(json.dumps(content))
-    assert here.take("shard-1")
+    assert here.claim("shard-1")
 
 
 def test_a_killed_process_is_dead_at_once_and_leaves_nothing(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ from pathlib import Path
 from saemill.cache.claims.worker import Worker
 worker = Worker(Path(sys.argv[1]), threading.Event()).__enter__()
 worker.partial().write_text("half")
-print(bool(worker.take("shard-1")), flush=True)
+print(bool(worker.claim("shard-1")), flush=True)
 sys.stdin.read()
 """
     folder = tmp_path / "claims"
@@ -198,12 +198,12 @@ sys.stdin.read()
         assert process.stdout
         assert process.stdout.readline() == "True\n"
         with Worker(folder, threading.Event()) as worker:
-            assert worker.take("shard-1") is None
+            assert worker.claim("shard-1") is None
         assert len(list(folder.iterdir())) == 3
         process.kill()
         wait_until(lambda: owner._started(process.pid) in ("ended", None))
         with Worker(folder, threading.Event()) as worker:
-            assert worker.take("shard-1")
+            assert worker.claim("shard-1")
         assert not folder.exists()
 
 
@@ -220,24 +220,24 @@ Worker(Path(sys.argv[1]), threading.Event()).__enter__()
 """
         assert subprocess.run([sys.executable, "-c", code, str(folder)], env=ENVIRONMENT).returncode == 9
         with Worker(folder, threading.Event()) as worker:
-            assert worker.take("store")
+            assert worker.claim("store")
         assert not folder.exists()
 
 
 def test_a_worker_that_was_taken_for_dead_goes_on_as_a_new_one(workers: Callable[[], Worker]) -> None:
     """Oracle: its file was removed; its old claim is lost, and it can make new ones."""
     there, here = workers(), workers()
-    old = there.take("shard-1")
+    old = there.claim("shard-1")
     assert old
     fall_silent(there, 1000)
     workers()
     assert not there.file.exists()
     with pytest.raises(Lost):
         old.check()
-    claim = there.take("shard-1")
+    claim = there.claim("shard-1")
     assert claim
     claim.check()
-    assert here.take("shard-1") is None
+    assert here.claim("shard-1") is None
 
 
 def test_waiting_is_told_and_ends_with_a_signal(
@@ -246,7 +246,7 @@ def test_waiting_is_told_and_ends_with_a_signal(
     """Oracle: this process's number; the event that a signal sets, here when the wait is told, on which
     whoever waits raises."""
     there, here = workers(), workers()
-    assert there.take("store")
+    assert there.claim("store")
     said: list[str] = []
 
     def say(text: str) -> None:
@@ -262,7 +262,7 @@ def test_waiting_is_told_and_ends_with_a_signal(
 def one_shard(store: ActivationStore, worker: Worker, values_TD: torch.Tensor) -> SiteWriter:
     """Write shard 1 of site `a` under a claim."""
     writer = SiteWriter(store, Site("a", 8), torch.float32, worker)
-    claim = worker.take("shard-1")
+    claim = worker.claim("shard-1")
     assert claim
     writer.write(1, values_TD, claim)
     claim.release()
@@ -320,7 +320,7 @@ def stopped_at(moment: int, store: ActivationStore, values: torch.Tensor, others
             patch.setattr(holder, name, step)
 
         writer = SiteWriter(store, Site("a", 8), torch.float32, late)
-        claim = late.take("shard-1")
+        claim = late.claim("shard-1")
         assert claim
         for holder, name in ((os, "link"), (os, "fsync"), (Path, "replace"), (Path, "unlink"),
                              (Path, "exists"), (Path, "stat"), (Path, "samefile")):  # fmt: skip

@@ -61,7 +61,7 @@ def n_commits(out: Path) -> int:
 def kept_back(out: Path) -> Iterator[None]:
     """While the block runs this process has a shard's claim, so that nobody can finish the store."""
     with Worker(out / "claims", threading.Event()) as here:
-        claim = here.take("shard-30")
+        claim = here.claim("shard-30")
         assert claim
         yield
         claim.release()

@@ -13,12 +13,12 @@ WORKER = re.compile(r"\.?(?P<worker>worker-[0-9a-f]{16})(\.|$)")
 
 
 def claim_path(folder: Path, name: str, generation: int) -> Path:
-    """The file that is a claim."""
+    """Name the file of one generation of a claim."""
     return folder / f"{name}.{generation}"
 
 
 def claims_on(folder: Path, name: str) -> dict[int, Seen]:
-    """The claims on a name, by generation."""
+    """List the claims on a name, by generation."""
     claims = {}
     for path in folder.glob(f"{name}.*"):
         if (match := CLAIM.fullmatch(path.name)) and (seen := Seen.at(path)):
@@ -27,13 +27,13 @@ def claims_on(folder: Path, name: str) -> dict[int, Seen]:
 
 
 def worker_of(path: Path) -> str | None:
-    """The name of the worker's file that a file is, or is a partial of."""
+    """Give the name of the worker's file that a file is, or is a partial of."""
     match = WORKER.match(path.name)
     return match and match["worker"]
 
 
 def holds_only_claims(folder: Path) -> bool:
-    """Whether nothing else than workers' files and claims is in a folder."""
+    """Tell whether a folder holds only workers' files and claims."""
     return all(CLAIM.fullmatch(path.name) or worker_of(path) for path in folder.iterdir())
 
 

@@ -13,26 +13,27 @@ from pydantic import ValidationError
 from saemill.common.records import Record
 
 EXPIRY_SECONDS = 120.0
-"""A worker not heard of for so long is dead; longer than the 60 s for which NFS clients keep a file's
-time. SAEMILL_CLAIM_SECONDS overrides it."""
+"""Seconds without a sign of life after which a worker counts as dead; longer than the 60 s for which NFS
+clients keep a file's time. SAEMILL_CLAIM_SECONDS overrides it."""
 
 
 class Owner(Record):
-    """What a worker's file says. It decides no number and has no checksum: a damaged one expires."""
+    """The content of a worker's file. It decides no number and has no checksum: a damaged one expires."""
 
     token: str
-    """Random; no two workers share it."""
+    """Random text; no two workers share it."""
     host: str
     machine: str | None
-    """Within it a process number means one process; None if this system does not tell."""
+    """Name of a machine within which a process number means one process; None if this system does not
+    tell."""
     pid: int
     started: str | None
-    """When the process started, since numbers are used again."""
+    """Start of the process, since process numbers are used again."""
     expiry_seconds: float
 
     @classmethod
     def here(cls) -> "Owner":
-        """This process, under a new token."""
+        """Describe this process, under a new token."""
         seconds = float(os.environ.get("SAEMILL_CLAIM_SECONDS", EXPIRY_SECONDS))
         pid = os.getpid()
         return cls(
@@ -45,7 +46,7 @@ class Owner(Record):
         )
 
     def is_gone(self) -> bool:
-        """Whether its process ran on this machine and has ended."""
+        """Tell whether its process ran on this machine and has ended."""
         if self.machine is None or self.machine != _machine():
             return False
         try:
@@ -62,7 +63,7 @@ class Owner(Record):
 
 @cache
 def _machine() -> str | None:
-    """Names a boot of a machine and a namespace of processes in it, containers apart."""
+    """Name a boot of this machine and its namespace of processes, containers apart."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -71,7 +72,8 @@ def _machine() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """A process's start in clock ticks since boot; `ended` if nobody waited for it yet; None if unknown."""
+    """Read a process's start, in clock ticks since boot; `ended` if nobody has waited for it yet; None if
+    unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -84,9 +86,9 @@ class Seen:
     """A worker's file or claim as it was a moment ago."""
 
     owner: Owner | None
-    """None if the content was lost in a crash of the machine."""
+    """Worker that the file names; None if the content was lost in a crash of the machine."""
     time: float
-    """When it was touched last, in seconds by the file system's clock."""
+    """Time of the last touch, in seconds by the file system's clock."""
 
     @classmethod
     def at(cls, path: Path) -> "Seen | None":
@@ -103,12 +105,12 @@ class Seen:
             raise
 
     def is_dead(self, now: float) -> bool:
-        """Whether its worker is dead; `now` was taken before this look."""
+        """Tell whether its worker is dead. `now` was read before this look."""
         if self.owner is None:
             return now - self.time > EXPIRY_SECONDS
         return self.owner.is_gone() or now - self.time > self.owner.expiry_seconds
 
     @property
     def token(self) -> str | None:
-        """Its worker's."""
+        """Token of its worker."""
         return self.owner.token if self.owner else None

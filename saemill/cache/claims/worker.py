@@ -15,7 +15,7 @@ from saemill.common.log import say
 
 
 class Lost(Exception):
-    """Another worker has taken over the claim; what was done under it is to be discarded."""
+    """Another worker has taken over the claim: discard what was done under it."""
 
 
 class Claim:
@@ -27,7 +27,7 @@ class Claim:
         self.token = worker.owner.token
 
     def check(self) -> None:
-        """Make sure that it still holds.
+        """Make sure that the claim still holds.
 
         Raises:
             Lost: it does not.
@@ -37,8 +37,8 @@ class Claim:
             raise Lost(f"{self.name} was taken over by another worker")
 
     def check_alone(self) -> None:
-        """As `check`, just after it was made: a lower one made at the same time, by a worker that saw no
-        claim at all, is a reason to step back too.
+        """Check as `check` does, just after the claim was made. A lower claim made at the same time, by a
+        worker that saw no claim at all, is a reason to step back too.
 
         Raises:
             Lost: it does not hold.
@@ -49,8 +49,8 @@ class Claim:
             raise Lost(f"{self.name} was claimed by another worker at the same time")
 
     def release(self) -> None:
-        """Let others have it; the dead ones that it took over go first, so that it is the highest to
-        the end."""
+        """Release the claim. The dead claims that it took over go first, so that it is the highest to the
+        end."""
         for generation, token in (self.before | {self.generation: self.token}).items():
             path = claim_path(self.worker.folder, self.name, generation)
             seen = Seen.at(path)
@@ -60,7 +60,7 @@ class Claim:
 
 
 class Worker:
-    """This process among those that work in one place; used as a context.
+    """A process among those that work in one place: this one; used as a context.
 
     Args:
         folder: the one that they share; made here, and removed by the last to leave.
@@ -95,7 +95,7 @@ class Worker:
             self.folder.rmdir()
 
     def _register(self) -> None:
-        """Make this worker's file: at first, and again where others took it for dead and removed it."""
+        """Make this worker's file: at the start, and again where others took it for dead and removed it."""
         self.owner = Owner.here()
         self.file = self.folder / f"worker-{self.owner.token}"
         while not self.file.exists():
@@ -113,7 +113,7 @@ class Worker:
                 os.utime(self.file)
 
     def _now(self) -> float:
-        """The time by the file system's clock, in seconds."""
+        """Read the time by the file system's clock, in seconds."""
         try:
             os.utime(self.file)
             return self.file.stat().st_mtime
@@ -122,14 +122,14 @@ class Worker:
             return self._now()
 
     def partial(self) -> Path:
-        """A new place for something unfinished; it is cleared away when the worker leaves or dies."""
+        """Name a new path for something unfinished; it is cleared away when the worker leaves or dies."""
         return self.folder / f"{self.file.name}.partial-{next(self._numbers)}"
 
     def tokens(self, name: str) -> dict[int, str | None]:
-        """Whose the claims on a name are, by generation."""
+        """Read whose the claims on a name are, by generation."""
         return {generation: seen.token for generation, seen in claims_on(self.folder, name).items()}
 
-    def take(self, name: str) -> Claim | None:
+    def claim(self, name: str) -> Claim | None:
         """Claim a name; None if a living worker has it, or several reached for it at once."""
         now = self._now()
         claims = claims_on(self.folder, name)
@@ -139,7 +139,7 @@ class Worker:
         claim = Claim(self, name, max(claims, default=-1) + 1, before)
         self.claims.add(claim)
         try:
-            # NFS may report that the file exists after it made it itself: the check tells.
+            # NFS may report that the file exists after it made it itself: the check decides.
             with suppress(FileExistsError):
                 os.link(self.file, claim.path)
             claim.check_alone()
@@ -159,7 +159,7 @@ class Worker:
                 what it had begun.
         """
         n_waits = 0
-        while (claim := self.take(name)) is None:
+        while (claim := self.claim(name)) is None:
             self.wait(n_waits, f"waiting for {self.holders([name]) or 'others'}")
             n_waits += 1
         try:
@@ -180,35 +180,36 @@ class Worker:
             claim.release()
 
     def wait(self, n_waits: int, why: str) -> None:
-        """The wait after `n_waits` others in a row: from 50 ms doubling to 5 s; a long one is announced."""
+        """Wait, after `n_waits` other waits in a row: from 50 ms doubling to 5 s. A long wait is
+        announced."""
         if n_waits == 4:
             say(why)
         self.stop.wait(min(0.05 * 2**n_waits, 5.0))
         self.check_stop()
 
     def check_stop(self) -> None:
-        """Raises `Interrupted` if a signal came."""
+        """Raise `Interrupted` if a signal came."""
         if self.stop.is_set():
             raise Interrupted("stopped by a signal; the same command continues")
 
     def holders(self, names: list[str]) -> str:
-        """Who holds the claims on these names, in words; empty if nobody does."""
+        """Name the holders of the claims on these names, in words; empty if there are none."""
         owners = (claims[max(claims)].owner for name in names if (claims := claims_on(self.folder, name)))
         return ", ".join(sorted({str(owner) for owner in owners if owner}))
 
     def is_alone(self) -> bool:
-        """Whether no other living worker is registered here."""
+        """Tell whether no other living worker is registered here."""
         now = self._now()
         others = [file for file in self.folder.glob("worker-*") if worker_of(file) == file.name]
         looks = [Seen.at(file) for file in others if file != self.file]
         return all(seen is None or seen.is_dead(now) for seen in looks)
 
     def _sweep(self) -> None:
-        """Remove what dead workers left."""
+        """Remove the files of dead workers."""
         now = self._now()
         for path in sorted(self.folder.iterdir()):
             if match := CLAIM.fullmatch(path.name):
-                if (seen := Seen.at(path)) and seen.is_dead(now) and (claim := self.take(match["name"])):
+                if (seen := Seen.at(path)) and seen.is_dead(now) and (claim := self.claim(match["name"])):
                     claim.release()
             elif name := worker_of(path):
                 seen = Seen.at(self.folder / name)

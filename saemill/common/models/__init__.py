@@ -1,8 +1,8 @@
 """Transformers, looked into. Nothing outside imports transformers, but for what generates and embeds.
 
-structure.py      where a model keeps its parts
+structure.py      where a model has its blocks, embeddings and limits
 architecture.py   modules, blocks, widths and limits, from the config alone
 sites.py          a module's output, read and replaced
 tokenizer.py      the tokenizer, and the frame it puts around a row
-model.py          LanguageModel: activations captured, or changed on the way
+model.py          LanguageModel: activations captured, or changed within a forward pass
 """

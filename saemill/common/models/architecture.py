@@ -22,13 +22,13 @@ from saemill.common.models.structure import (
 from saemill.common.stores.site_records import Site
 
 SHAPE = (2, 3)
-"""Rows and tokens of the pass that looks for sites."""
+"""Rows and tokens of the forward pass that finds the sites."""
 
 MOST_LAYERS = 10_000
-"""More than any model has."""
+"""Number of layers that no model exceeds."""
 
 Output = tuple[int, ...] | str
-"""The shape of a module's output, or what it is if it is no tensor of numbers."""
+"""Shape of a module's output, or its kind if it is no tensor of numbers."""
 
 
 class Architecture:
@@ -71,7 +71,7 @@ class Architecture:
         return self._blocks
 
     def resolve(self, layers: tuple[int, ...], patterns: tuple[str, ...]) -> list[Site]:
-        """The sites that layers and globs name, in the model's order.
+        """Resolve layers and globs to sites, in the model's order.
 
         Args:
             layers: block numbers; negative ones count from the last.
@@ -102,14 +102,14 @@ class Architecture:
         return self.blocks[layer]
 
     def _no_sites(self, bad: list[str]) -> str:
-        """What is wrong with modules that are no sites, and which sites are near."""
-        told = "; ".join(f"{name} {self._behaviour(name)}" for name in bad[:3])
+        """Describe what is wrong with modules that are no sites, and which sites are near."""
+        details = "; ".join(f"{name} {self._behaviour(name)}" for name in bad[:3])
         more = f"; and {len(bad) - 3} others" if len(bad) > 3 else ""
         near = sorted(self.widths, key=lambda site: -_n_shared(site, bad[0]))
         if self._is_encoder_decoder:
             more += f". {self.name} is an encoder-decoder model, of which only the encoder is run"
         return (
-            f"{', '.join(bad[:3])} does not give one vector per token: {told}{more}; name other modules, "
+            f"{', '.join(bad[:3])} does not give one vector per token: {details}{more}; name other modules, "
             f"such as {_some(near, 4)}"
         )
 
@@ -128,16 +128,16 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a model takes."""
+    """The limits of a model's input."""
 
     n_ids: int
-    """Token ids that it can look up."""
+    """Number of token ids that it can look up."""
     row_length: int | None
-    """Tokens in a row; None: any number."""
+    """Most tokens in a row; None: any number."""
 
 
 def limits_of(config: Any) -> Limits:
-    """What a model takes, by its transformers config.
+    """Find the limits of a model's input from its transformers config.
 
     Raises:
         ConfigError: the model cannot be built.
@@ -147,7 +147,7 @@ def limits_of(config: Any) -> Limits:
 
 
 def check_row_length(limits: Limits, name: str, ctx_len: int) -> None:
-    """Refuse rows longer than a model takes.
+    """Refuse rows longer than a model accepts.
 
     Args:
         limits: of the model.
@@ -166,7 +166,8 @@ def check_row_length(limits: Limits, name: str, ctx_len: int) -> None:
 
 
 def _built(config: Any) -> Any:
-    """The model on the meta device; in bf16, which every kernel of mixture-of-experts models takes."""
+    """Build the model on the meta device; in bf16, which every kernel of mixture-of-experts models
+    accepts."""
     name = getattr(config, "_name_or_path", "") or config.model_type
     n_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(n_layers, int) and n_layers > MOST_LAYERS:  # their modules alone would fill the memory
@@ -178,10 +179,10 @@ def _built(config: Any) -> Any:
 
 
 def _run(config: Any) -> tuple[Any, dict[str, list[Output]]]:
-    """The model, and what each module gave in a pass over a few tokens, per call.
+    """Build the model and run it over a few tokens. Return it, and each module's outputs, one per call.
 
-    Some models look for the padding id among the tokens, whose values are not there; only then it is
-    taken away.
+    Some models look for the padding id among the tokens, which have no values on the meta device. Only if
+    that fails the padding id is removed.
 
     Raises:
         ConfigError: the model cannot be run so.
@@ -189,31 +190,31 @@ def _run(config: Any) -> tuple[Any, dict[str, list[Output]]]:
     model = _built(config)
     for has_pad in (True, False):
         if not has_pad:
-            for part in model.modules():
-                if isinstance(part, transformers.PreTrainedModel):
-                    part.config.pad_token_id = None
+            for module in model.modules():
+                if isinstance(module, transformers.PreTrainedModel):
+                    module.config.pad_token_id = None
         try:
             return model, _outputs(model)
         except Exception as error:  # whatever a model's code raises where it lacks what it needs
             last = error
-    told = " ".join(str(last).split())[:200]
+    message = " ".join(str(last).split())[:200]
     raise ConfigError(
         f"{type(model).__name__} cannot be run on token ids alone, before its weights are loaded, to find "
-        f"its sites ({type(last).__name__}: {told}). Models of images or sound, and those whose course "
+        f"its sites ({type(last).__name__}: {message}). Models of images or sound, and those whose course "
         "depends on the tokens' values, are not supported; choose a language model"
     ) from last
 
 
 def _outputs(model: Any) -> dict[str, list[Output]]:
-    """What each module gives in a pass over a few tokens, per call."""
-    found: dict[str, list[Output]] = {}
+    """Run the model over a few tokens. Return each module's outputs, one per call."""
+    outputs: dict[str, list[Output]] = {}
     handles = []
 
     def record(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             first = first_output(output)
             is_vector = isinstance(first, torch.Tensor) and first.is_floating_point()
-            found.setdefault(name, []).append(
+            outputs.setdefault(name, []).append(
                 tuple(first.shape) if is_vector else f"a {type(first).__name__}"
             )
 
@@ -228,11 +229,11 @@ def _outputs(model: Any) -> dict[str, list[Output]]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return outputs
 
 
 def _width(outputs: list[Output]) -> int | None:
-    """The width of a module's output, if it runs once and gives one vector per token."""
+    """Return the width of a module's output, if it runs once and gives one vector per token."""
     match outputs:
         case [(n_rows, n_tokens, int() as width)] if (n_rows, n_tokens) == SHAPE:
             return width
@@ -244,12 +245,12 @@ def _is_container(module: torch.nn.Module) -> bool:
 
 
 def _n_shared(a: str, b: str) -> int:
-    """How many parts two paths share at their beginning."""
+    """Count the names that two paths share at their beginning."""
     pairs = zip(a.split("."), b.split("."), strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(a.count("."), b.count(".")) + 1)
 
 
 def _some(names: list[str], n: int = 8) -> str:
-    """The first names, and how many there are."""
+    """List the first names, and say how many there are."""
     more = f", … ({len(names)} in all)" if len(names) > n else ""
     return ", ".join(names[:n]) + more if names else "none"

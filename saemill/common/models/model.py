@@ -24,18 +24,18 @@ Head = Literal["causal", "masked"]
 
 
 class _Enough(Exception):
-    """Ends a forward pass after the last site needed."""
+    """The end of a forward pass after the last site needed."""
 
 
 def choose_model_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type the model computes in; `auto` is bf16 on a GPU and fp32 on a CPU."""
+    """Choose the type the model computes in; `auto` is bf16 on a GPU and fp32 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def fingerprint_model(name: str, revision: str | None) -> str:
-    """Identifies a model's weights: a hash of the files of a local folder, else the hub's commit."""
+    """Identify a model's weights: by a hash of the files of a local folder, else by the hub's commit."""
     folder = Path(name)
     if folder.is_dir():
         weights = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
@@ -45,7 +45,7 @@ def fingerprint_model(name: str, revision: str | None) -> str:
 
 
 def fingerprint_weights(name: str) -> str | None:
-    """Identifies the weights in a local folder's safetensors whatever files they lie in: a hash of every
+    """Identify the weights in a local folder's safetensors whatever files they lie in: by a hash of every
     tensor's name, type, shape and content. None where there are none."""
     tensors = []
     for file in sorted(Path(name).glob("*.safetensors")):
@@ -105,7 +105,7 @@ class LanguageModel:
         self.tuple_sites: set[str] = set()
 
     def _load(self, how: dict[str, Any]) -> tuple[Any, list[str]]:
-        """The model, and the names of its weights that the checkpoint lacks."""
+        """Load the model. Return it, and the names of its weights that the checkpoint lacks."""
         loaders: dict[Head | None, Any] = {
             None: transformers.AutoModel,
             "causal": _multimodal_class(self.config) or transformers.AutoModelForCausalLM,
@@ -121,7 +121,7 @@ class LanguageModel:
         check_fit(self.config, self.name, tokens)
 
     def capture(self, ids_RS: Tensor, sites: list[str], attention_RS: Tensor | None) -> dict[str, Tensor]:
-        """Activations at `sites`, from a forward pass that stops after the last of them.
+        """Capture activations at `sites`, in a forward pass that stops after the last of them.
 
         They are copies, as some models add to a module's output in place (Falcon: to its MLP's).
 
@@ -132,12 +132,12 @@ class LanguageModel:
 
         Returns: per site [R, S, D] in the model's dtype, on its device.
         """
-        found: dict[str, Tensor] = {}
+        captured: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:
             def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                found[name] = first_output(output).clone()
-                if len(found) == len(sites):
+                captured[name] = first_output(output).clone()
+                if len(captured) == len(sites):
                     raise _Enough
 
             return hook
@@ -151,16 +151,16 @@ class LanguageModel:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return captured
 
     def logits(self, ids_RS: Tensor, attention_RS: Tensor | None) -> Tensor:
-        """Logits of the LM head, [R, S, vocabulary]; inside `splice` those of the changed model."""
+        """Compute logits of the LM head, [R, S, vocabulary]; inside `splice` those of the changed model."""
         with torch.inference_mode():
             output: Tensor = self._forward(self.model, ids_RS, attention_RS).logits
         return output
 
     def sees_later_tokens(self, ids_RS: Tensor) -> bool:
-        """Whether the logits at a position depend on tokens after it, as in a bidirectional model.
+        """Tell whether the logits at a position depend on tokens after it, as in a bidirectional model.
 
         The tokens in the later half of the first row are exchanged for others, and the logits of its first
         half compared. How much they change where the tokens of another row are exchanged is rounding:
@@ -170,12 +170,12 @@ class LanguageModel:
             ids_RS: token ids, int64, one row or more.
         """
         ids_1S = ids_RS[:1]
-        n_kept = ids_1S.shape[1] // 2
+        n_first = ids_1S.shape[1] // 2
         others_1S = (ids_1S + 1) % self.n_ids
-        changed_1S = torch.cat([ids_1S[:, :n_kept], others_1S[:, n_kept:]], 1)
+        changed_1S = torch.cat([ids_1S[:, :n_first], others_1S[:, n_first:]], 1)
 
         def first_half(row_1S: Tensor, beside_1S: Tensor) -> Tensor:
-            return self.logits(torch.cat([row_1S, beside_1S]), None)[0, :n_kept].double()
+            return self.logits(torch.cat([row_1S, beside_1S]), None)[0, :n_first].double()
 
         plain = first_half(ids_1S, ids_1S)
         rounding = (first_half(ids_1S, others_1S) - plain).norm()
@@ -184,7 +184,7 @@ class LanguageModel:
 
     @contextmanager
     def splice(self, site: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """While the block runs, the activation x_RSD at `site` is replaced by `edit(x_RSD)`."""
+        """Replace the activation x_RSD at `site` by `edit(x_RSD)` while the block runs."""
 
         def note(_module: Any, _inputs: Any, output: Any) -> None:
             if isinstance(output, tuple):
@@ -199,7 +199,8 @@ class LanguageModel:
 
     @contextmanager
     def skip_blocks_before(self, site: str) -> Iterator[None]:
-        """While the block runs, transformer blocks before `site` hand their input on uncomputed.
+        """Skip the transformer blocks before `site` while the block runs: they hand their input on
+        uncomputed.
 
         For use with a `splice` that replaces the whole residual stream after a block: in almost all
         models nothing before it then matters. Where the site is no block nothing is skipped. Not for
@@ -229,7 +230,7 @@ class LanguageModel:
 
 
 def attention_of(ids_RS: Tensor, tokenizer: TokenizerInfo) -> Tensor | None:
-    """The attention mask of an encoder's rows (0 on padding); None for decoders, rows being full.
+    """Compute the attention mask of an encoder's rows (0 on padding); None for decoders, whose rows are full.
 
     A decoder's padding id is often its separator, so it says nothing there.
     """
@@ -263,7 +264,8 @@ def check_fit(config: Any, name: str, tokens: TokenStore) -> None:
 
 
 def _as_text(tokens: TokenStore, token_id: int) -> str:
-    """The token that an id stands for, in brackets; nothing where the store's tokenizer cannot tell."""
+    """Return the token that an id stands for, in brackets; nothing where the store's tokenizer cannot
+    tell."""
     try:
         with loading("tokenizer", str(tokens.path / "tokenizer")):
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
@@ -275,7 +277,7 @@ def _as_text(tokens: TokenStore, token_id: int) -> str:
 
 
 def check_8bit(in_8bit: bool, device: torch.device) -> None:
-    """Refuse 8-bit weights where they cannot be.
+    """Refuse 8-bit weights where they cannot be used.
 
     Raises:
         ConfigError: the device is not CUDA, or bitsandbytes is not installed.
@@ -293,7 +295,7 @@ def _as_8bit(device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def _no_bar_of_weights() -> Iterator[None]:
-    """Without transformers' bar for weights read from the disk; the hub's for downloads stays."""
+    """Hide transformers' bar for weights read from the disk; the hub's for downloads stays."""
     if not transformers.utils.logging.is_progress_bar_enabled():
         yield
         return
@@ -306,7 +308,7 @@ def _no_bar_of_weights() -> Iterator[None]:
 
 
 def _head_of(config: Any) -> Head | None:
-    """Which LM head the checkpoint's architecture has; an encoder-decoder model's is not supported."""
+    """Find which LM head the checkpoint's architecture has; an encoder-decoder model's is not supported."""
     names = config.architectures or []
     if any("MaskedLM" in name or name.endswith("ForPreTraining") for name in names):
         return "masked"
@@ -316,6 +318,6 @@ def _head_of(config: Any) -> Head | None:
 
 
 def _multimodal_class(config: Any) -> Any:
-    """The class of a multimodal checkpoint that writes text; None if it is something else."""
+    """Find the class of a multimodal checkpoint that writes text; None if it is something else."""
     names = [name for name in config.architectures or [] if name.endswith("ForConditionalGeneration")]
     return getattr(transformers, names[0], None) if names and not is_encoder_decoder(config) else None

@@ -17,7 +17,7 @@ from saemill.common.hub import loading
 
 
 def load_model_config(name: str, revision: str | None) -> Any:
-    """The transformers config of a model by hub id or local folder.
+    """Load the transformers config of a model by hub id or local folder.
 
     Raises:
         ConfigError: it cannot be found.
@@ -27,14 +27,14 @@ def load_model_config(name: str, revision: str | None) -> Any:
 
 
 def first_output(output: Any) -> Any:
-    """A module's activation: its output, or the first part of an output with several."""
+    """Return a module's activation: its output, or the first item of an output with several."""
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
 def replacing(module: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the block runs, the module's activation x is replaced by `change(x)`; the rest of an output
-    with several parts stays."""
+    """Replace the module's activation x by `change(x)` while the block runs; the other items of an output
+    with several stay."""
 
     def hook(_module: Any, _inputs: Any, output: Any) -> Any:
         changed = change(first_output(output))

@@ -1,4 +1,4 @@
-"""Where a transformer keeps its parts: found by structure, as each family has names of its own.
+"""Where a transformer has its blocks and embeddings, by structure: each family has names of its own.
 
 A multimodal model's text runs through its language tower, an encoder-decoder model's through its encoder
 alone; other models are run as a whole.
@@ -11,35 +11,36 @@ import transformers
 from torch import nn
 
 TABLES = ("pos", "wpe")
-"""What the names of modules that embed positions hold."""
+"""Substrings of the names of modules that embed positions."""
 
 
 def base_of(model: Any) -> Any:
-    """The model without its LM head: paths of its modules name sites.
+    """Return the model without its LM head: paths of its modules name sites.
 
-    Where the class of a model with a head names no base (Llama 4's text model), it is its one part that is
+    Where the class of a model with a head names no base (Llama 4's text model), it is its one child that is
     a model itself.
     """
     base = model.base_model
     if base is model and model.get_output_embeddings() is not None:
-        parts = [part for part in model.children() if isinstance(part, transformers.PreTrainedModel)]
-        if len(parts) == 1:
-            return parts[0]
+        models = [child for child in model.children() if isinstance(child, transformers.PreTrainedModel)]
+        if len(models) == 1:
+            return models[0]
     return base
 
 
 def is_encoder_decoder(config: Any) -> bool:
-    """Whether a model of this config has an encoder that reads and a decoder that writes."""
+    """Tell whether a model of this config has an encoder that reads and a decoder that writes."""
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def reader_of(base: Any) -> Any:
-    """The part of a base model that is run on tokens: an encoder, or the whole."""
+    """Return the module of a base model that is run on tokens: an encoder, or the whole."""
     return base.get_encoder() if is_encoder_decoder(base.config) else base
 
 
 def text_tower(base: Any) -> tuple[str, Any]:
-    """The part that reads text, and its path: a multimodal model's language tower, an encoder, the whole."""
+    """Return the module that reads text, and its path: a multimodal model's language tower, an encoder, the
+    whole."""
     reader = reader_of(base)
     text = base.config.get_text_config()
     if reader is base and text is not base.config:
@@ -50,8 +51,8 @@ def text_tower(base: Any) -> tuple[str, Any]:
 
 
 def block_names(base: Any) -> list[str]:
-    """Paths of the transformer blocks: the outermost ModuleList of the text tower with one member per
-    hidden layer.
+    """List the paths of the transformer blocks: the outermost ModuleList of the text tower with one member
+    per hidden layer.
 
     Models without such a list have none: those whose layers share one module, and those that keep all
     layers' attention in one list and all layers' MLPs in another.
@@ -61,9 +62,9 @@ def block_names(base: Any) -> list[str]:
         return []
     above, tower = text_tower(base)
     for path, module in tower.named_modules():
-        lists = {name: part for name, part in module.named_children() if _is_list(part, n_layers)}
+        lists = {name: child for name, child in module.named_children() if _is_list(child, n_layers)}
         if lists:
-            sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in lists.items()}
+            sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in lists.items()}
             largest = max(sizes, key=lambda name: sizes[name])
             if sizes[largest] < 0.9 * sum(sizes.values()):
                 return []
@@ -76,7 +77,7 @@ def _is_list(module: nn.Module, length: int) -> bool:
 
 
 def n_ids_of(base: Any) -> int:
-    """How many token ids the model can look up."""
+    """Count the token ids that the model can look up."""
     try:
         return int(base.get_input_embeddings().num_embeddings)
     except (NotImplementedError, AttributeError):
@@ -84,20 +85,20 @@ def n_ids_of(base: Any) -> int:
 
 
 def longest_row_of(base: Any) -> int | None:
-    """How many tokens the model takes in a row; None if any number.
+    """Find the most tokens that the model accepts in a row; None if any number.
 
     Where positions are looked up, as many as the table has left: RoBERTa's and its kin's positions begin
     after the padding id, OPT's and BART's after an offset of 2.
     """
     config = base.config.get_text_config()
-    told = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-    limits = [limit for limit in told if isinstance(limit, int) and limit > 0]  # XLNet's is -1
+    configured = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    limits = [limit for limit in configured if isinstance(limit, int) and limit > 0]  # XLNet's is -1
     return min([*limits, *_position_limits(text_tower(base)[1])], default=None)
 
 
 def _position_limits(tower: nn.Module) -> Iterator[int]:
     for path, table in tower.named_modules():
         name = path.rpartition(".")[2].lower()
-        if isinstance(table, nn.Embedding) and any(part in name for part in TABLES) and "rel" not in name:
+        if isinstance(table, nn.Embedding) and any(word in name for word in TABLES) and "rel" not in name:
             first = 0 if table.padding_idx is None else table.padding_idx + 1
             yield table.num_embeddings - first - getattr(table, "offset", 0)

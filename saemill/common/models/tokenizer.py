@@ -15,11 +15,11 @@ from saemill.common.models.architecture import limits_of
 from saemill.common.stores.tokens import TokenizerInfo
 
 UNLIMITED = 1 << 30
-"""Tokenizers without a limit of their own report a number beyond this."""
+"""Limit beyond which a tokenizer's own means none: that is how tokenizers without one report it."""
 
 
 def load_tokenizer(name: str, revision: str | None) -> tuple[Any, TokenizerInfo]:
-    """A tokenizer by hub id or local folder, and what later stages need to know of it.
+    """Load a tokenizer by hub id or local folder, with the facts that later stages need of it.
 
     Raises:
         ConfigError: it cannot be loaded, or it has no token to put between documents.
@@ -60,7 +60,7 @@ def _load(name: str, revision: str | None) -> Any:
 
 @contextmanager
 def _without_code() -> Iterator[None]:
-    """While the block runs, a refusal to run a repository's own code is told without Python's words."""
+    """Repeat a refusal to run a repository's own code, while the block runs, without Python's words."""
     try:
         yield
     except ValueError as error:
@@ -74,7 +74,7 @@ def _without_code() -> Iterator[None]:
 
 
 def frame_of(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the tokenizer's own template puts before and after a text.
+    """Find the ids that the tokenizer's own template puts before and after a text.
 
     Learnt from words of its own vocabulary, two that give different ids, and checked on the empty text.
 
@@ -98,7 +98,7 @@ def frame_of(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _frames(tokenizer: Any) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """What is put around each word of the vocabulary whose ids are known again between them."""
+    """Find what is put around each word of the vocabulary whose ids are recognised between them."""
     special, seen = set(tokenizer.all_special_ids), set()
     for token in sorted(set(tokenizer.get_vocab().values()) - special):
         word = tokenizer.decode([token])
@@ -119,7 +119,7 @@ def _frames(tokenizer: Any) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """xxh3 of the tokenizer's serialisation (its vocabulary for tokenizers without one)."""
+    """Compute xxh3 of the tokenizer's serialisation (its vocabulary for tokenizers without one)."""
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # these two belong to a call, not to the tokenizer
         tokenizer.backend_tokenizer.no_padding()
@@ -132,13 +132,13 @@ def hash_tokenizer(tokenizer: Any) -> str:
 def check_tokenizer(info: TokenizerInfo, model: str, revision: str | None, allow_other: bool) -> None:
     """Refuse tokens of another tokenizer than the one that comes with a model.
 
-    Where none can be loaded with the model, that is said, and the tokens are taken as they are.
+    Where none can be loaded with the model, the user is warned, and the tokens are accepted.
 
     Args:
         info: what made the tokens.
         model: hub id or local folder.
         revision: the hub model's revision.
-        allow_other: take another tokenizer's tokens.
+        allow_other: accept another tokenizer's tokens.
 
     Raises:
         ConfigError: the tokenizer is another one, or it is not and `allow_other` has no effect.
@@ -161,7 +161,7 @@ def check_tokenizer(info: TokenizerInfo, model: str, revision: str | None, allow
 
 
 def check_ctx_len(ctx_len: int, tokenizer: Any, info: TokenizerInfo, revision: str | None) -> None:
-    """Refuse rows longer than the tokenizer, or the model in the same place, can take.
+    """Refuse rows longer than the tokenizer, or the model in the same place, accepts.
 
     Raises:
         ConfigError: naming the limit and whose it is.
@@ -174,7 +174,7 @@ def check_ctx_len(ctx_len: int, tokenizer: Any, info: TokenizerInfo, revision: s
     except (OSError, ValueError):
         config = None  # a tokenizer without a model beside it
     if config is not None:
-        with suppress(ConfigError):  # what cannot be built is no matter of the tokens
+        with suppress(ConfigError):  # a model that cannot be built says nothing about the tokens
             limits["the longest row of the model beside it"] = limits_of(config).row_length or UNLIMITED
     for source, limit in limits.items():
         if limit < UNLIMITED and ctx_len > limit:

@@ -3,6 +3,6 @@
 parts.py      shape, provenance and tensors
 topk.py       the k largest of a row, exactly
 sae.py        Sae: encode, decode, save, load
-formats/      as files: ours, and other tools'
+formats/      as files: saemill's, and other tools'
 of_run.py     in the folder of the run that trained it
 """

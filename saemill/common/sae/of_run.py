@@ -27,7 +27,7 @@ def check(folder: Path, cfg: str, record: Path) -> None:
 
 
 def load(folder: Path, name: str, record: Finished, device: str | torch.device = "cpu") -> Sae:
-    """A variant's SAE; of one that diverged the weights need not be finite.
+    """Load a variant's SAE; of one that diverged the weights need not be finite.
 
     Raises:
         StoreError: it is damaged, or another than the run's record answers for.

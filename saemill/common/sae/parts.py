@@ -1,4 +1,4 @@
-"""The parts of a TopK SAE: what files of any format hold, and `Sae` is made of."""
+"""The config and tensors of a TopK SAE, as files of any format hold them and `Sae` is made of."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +14,13 @@ class SaeConfig:
     """Shape and provenance of one SAE."""
 
     d_in: int
-    """D, length of the activation vectors."""
+    """Length D of the activation vectors."""
     num_latents: int
-    """F."""
+    """Number F of latents."""
     k: int
     """Most latents active per token."""
     provenance: dict[str, Any]
-    """Where it came from: site, model, training settings, versions."""
+    """Origin of the SAE: site, model, training settings, versions."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.num_latents:
@@ -33,17 +33,17 @@ class Parts:
 
     config: SaeConfig
     W_enc: Tensor
-    """[F, D]."""
+    """Encoder weights [F, D]."""
     b_enc: Tensor
-    """[F]."""
+    """Encoder bias [F]."""
     W_dec: Tensor
-    """[F, D]."""
+    """Decoder weights [F, D], a row per latent."""
     b_dec: Tensor
-    """[D]."""
+    """Decoder bias [D]."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The tensors by name."""
+        """Tensors by name."""
         return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
 
     def check_finite(self, where: str, kind: type[SaemillError]) -> None:
@@ -56,5 +56,5 @@ class Parts:
         for name, weights in self.weights.items():
             n_bad = weights.numel() - int(weights.isfinite().sum())
             if n_bad:
-                told = f"{counted(n_bad, 'value')} of {name} {'is' if n_bad == 1 else 'are'} NaN or infinite"
-                raise kind(f"{where} is of no use: {told}")
+                count = f"{counted(n_bad, 'value')} of {name} {'is' if n_bad == 1 else 'are'} NaN or infinite"
+                raise kind(f"{where} is of no use: {count}")

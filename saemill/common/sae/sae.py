@@ -26,20 +26,20 @@ class Encoded(NamedTuple):
     """The active latents of some tokens."""
 
     top_acts: Tensor
-    """[..., k], 0 or more, in no particular order; a 0 is an unused slot."""
+    """Activations [..., k], 0 or more, in no particular order; a 0 is an unused slot."""
     top_indices: Tensor
-    """int64 [..., k], the latents' numbers."""
+    """Numbers of the latents, int64 [..., k]."""
 
 
 class SaeOutput(NamedTuple):
     """A reconstruction and the latents it is made of."""
 
     reconstruction: Tensor
-    """[..., D]."""
+    """Reconstruction x̂ [..., D]."""
     top_acts: Tensor
-    """[..., k]."""
+    """Activations of the latents [..., k]."""
     top_indices: Tensor
-    """int64 [..., k]."""
+    """Numbers of the latents, int64 [..., k]."""
 
 
 class Sae(nn.Module):
@@ -60,16 +60,16 @@ class Sae(nn.Module):
 
     @classmethod
     def of(cls, parts: Parts) -> "Sae":
-        """The SAE that is made of these parts."""
+        """Make the SAE of a config and tensors."""
         return cls(parts.config, parts.W_enc, parts.b_enc, parts.W_dec, parts.b_dec)
 
     @property
     def parts(self) -> Parts:
-        """What a file holds of it."""
+        """Config and tensors, as a file holds them."""
         return Parts(self.config, self.W_enc, self.b_enc, self.W_dec, self.b_dec)
 
     def pre_acts(self, x: Tensor | ArrayLike) -> Tensor:
-        """W_enc (x − b_dec) + b_enc. x: [..., D] → [..., F], in the weights' dtype.
+        """Compute W_enc (x − b_dec) + b_enc. x: [..., D] → [..., F], in the weights' dtype.
 
         Anything but a tensor (a numpy array, lists of numbers) is copied to the weights' device.
 
@@ -91,7 +91,7 @@ class Sae(nn.Module):
             raise DataError(f"activations must be a tensor or an array of numbers: {error}") from error
 
     def encode(self, x: Tensor | ArrayLike) -> Encoded:
-        """The k largest pre-activations of each token, negative ones set to 0.
+        """Select the k largest pre-activations of each token, negative ones set to 0.
 
         Args:
             x: [..., D], a tensor or what numpy takes for an array.
@@ -106,7 +106,7 @@ class Sae(nn.Module):
         return Encoded(values.view(shape), indices.view(shape))
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
-        """x̂ from active latents. [..., k] and int64 [..., k] → [..., D].
+        """Decode active latents to x̂. [..., k] and int64 [..., k] → [..., D].
 
         Raises:
             DataError: weights are not finite.
@@ -126,7 +126,8 @@ class Sae(nn.Module):
         return decoded
 
     def _check_if_not_finite(self, result: Tensor) -> None:
-        """Where a result is not finite, tell whether it is the weights'; what comes of x is the caller's."""
+        """Refuse weights that are not finite, where a result is not. A result may also fail to be finite
+        through x: that is the caller's."""
         if not result.isfinite().all():
             self.parts.check_finite("the SAE", DataError)
 

@@ -6,11 +6,11 @@ from torch import Tensor
 FAN_OUT = 4
 """Entries per group of candidates."""
 SMALL = 512
-"""Rows no longer than this are selected from directly."""
+"""Length of a row up to which the k largest are selected directly."""
 
 
 def topk(pre_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row after ReLU, exactly, in no particular order.
+    """Select the k largest entries of each row after ReLU, exactly, in no particular order.
 
     A row is cut into F/4 strided groups of 4. The k largest entries lie in the k groups with the
     largest maxima: were one's group not among them, k other groups would each hold something larger.
@@ -34,7 +34,7 @@ def topk(pre_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(bits_TN: Tensor, k: int) -> Tensor:
-    """Places of the k largest integers of each row, negative ones counted as 0. int64 [T, k]."""
+    """Find the places of the k largest integers of each row, negative ones counted as 0. int64 [T, k]."""
     n = bits_TN.shape[1]
     n_groups = n // FAN_OUT
     if n <= SMALL or n % FAN_OUT or n_groups < 2 * k:
@@ -47,7 +47,7 @@ def _largest(bits_TN: Tensor, k: int) -> Tensor:
 
 
 def _partition(bits_TN: Tensor, k: int) -> Tensor:
-    """As `_largest`, by partitioning keys of the entry's bits above its place in the row."""
+    """Select as `_largest` does, by partitioning keys of the entry's bits above its place in the row."""
     n = bits_TN.shape[1]
     narrow = bits_TN.dtype == torch.int16 and n <= 1 << 16
     dtype, shift = (torch.int32, 16) if narrow else (torch.int64, 32)

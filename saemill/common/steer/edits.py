@@ -17,13 +17,13 @@ from saemill.common.sae.sae import Encoded
 
 @dataclass(frozen=True, slots=True)
 class LatentEdit:
-    """An edit that says which latents it touches, so that `splice` can refuse those an SAE lacks."""
+    """An edit that names the latents it changes, so that `splice` can refuse those an SAE lacks."""
 
     latents: tuple[int, ...]
     change: Callable[[Encoded], Encoded]
 
     def __call__(self, codes: Encoded) -> Encoded:
-        """The codes after the edit."""
+        """Return the codes after the edit."""
         return self.change(codes)
 
 
@@ -69,7 +69,7 @@ def steer(latent: int, amount: float) -> LatentEdit:
 
 
 def _with_slot(codes: Encoded, latent: int, value: float) -> Encoded:
-    """One more slot per token. [..., k] → [..., k + 1]."""
+    """Append one slot per token. [..., k] → [..., k + 1]."""
 
     def appended(values: Tensor, last: float) -> Tensor:
         return torch.cat([values, torch.full_like(values[..., :1], last)], -1)

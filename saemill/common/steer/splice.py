@@ -23,8 +23,8 @@ from saemill.common.steer.edits import LatentEdit
 from saemill.common.steer.substitute import Edit, Substitute
 
 Where = Callable[[Tensor, Tensor], Tensor]
-"""Token ids and positions, int64 [B, S] → bool [B, S]. A position counts the tokens before, in the cache
-too, without padding; that of padding is -1."""
+"""Function that chooses positions: token ids and positions, int64 [B, S] → bool [B, S]. A position counts the
+tokens before, in the cache too, without padding; that of padding is -1."""
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def splice(
     keep_error: bool = True,
     where: Where | Tensor | None = None,
 ) -> "Iterator[Spliced]":
-    """While the block runs, `model` computes on with the activations that `sae` makes at `site`.
+    """Replace the activations at `site`, while the block runs, by those that `sae` makes of them.
 
     Works with gradients, in `generate` with or without a cache, and inside other splices; where two are
     at one site, the second sees what the first made.
@@ -50,7 +50,7 @@ def splice(
             leaves them, to watch, or to splice the reconstruction in as it is.
         keep_error: add what the SAE does not reconstruct, x − x̂, to the edited reconstruction.
         where: positions to splice: a function of token ids and positions, or bool [B, S] for forward
-            passes of that shape. None: those that the SAE was trained on, as far as its folder tells
+            passes of that shape. None: those that the SAE was trained on, as far as its folder says
             (without special tokens and the first position, by default); else all. Never padding.
 
     Yields: what fired, of the latest forward pass.
@@ -84,7 +84,7 @@ def splice(
 
 
 class Spliced:
-    """What fired at a spliced site, in the latest forward pass.
+    """The codes at a spliced site, in the latest forward pass.
 
     With gradients on, `torch.autograd.grad(metric, spliced.top_acts)` is the effect of each active latent
     on the metric through the decoder, to first order.
@@ -98,21 +98,21 @@ class Spliced:
         self._where = where
         self._arguments: dict[str, Any] = {}
         self._depth = 0
-        """Calls that have begun and not ended: a head calls its base."""
+        """Number of calls that have begun and not ended: a head calls its base."""
 
     @property
     def top_acts(self) -> Tensor:
-        """[B, S, k], before the edit; a 0 is an unused slot."""
+        """Activations of the latents, [B, S, k], before the edit; a 0 is an unused slot."""
         return self._fired()[0].top_acts
 
     @property
     def top_indices(self) -> Tensor:
-        """int64 [B, S, k], the latents' numbers."""
+        """Numbers of the latents, int64 [B, S, k]."""
         return self._fired()[0].top_indices
 
     @property
     def where(self) -> Tensor:
-        """bool [B, S]: the positions that were spliced."""
+        """Positions that were spliced, bool [B, S]."""
         return self._fired()[1]
 
     def _fired(self) -> tuple[Encoded, Tensor]:
@@ -124,18 +124,18 @@ class Spliced:
         return self._substitute.fired
 
     def _begin(self, arguments: dict[str, Any]) -> None:
-        """A forward pass begins, or the head calls its base model.
+        """Note that a forward pass begins, or that the head calls its base model.
 
-        What the outermost call was given counts: not every head hands the attention mask on (RWKV's).
+        The outermost call's arguments count: not every head passes the attention mask on (RWKV's does not).
         """
-        given = {name: value for name, value in arguments.items() if value is not None}
+        named = {name: value for name, value in arguments.items() if value is not None}
         if self._depth == 0:
             self._arguments, self._substitute.fired = {}, None
-        self._arguments = given | self._arguments
+        self._arguments = named | self._arguments
         self._depth += 1
 
     def _end(self, *_: Any) -> None:
-        """A call is over, also by an error."""
+        """Note that a call is over, also by an error."""
         self._depth = max(0, self._depth - 1)
 
     def _change(self, x_BSD: Tensor) -> Tensor:
@@ -144,11 +144,11 @@ class Spliced:
 
     def _check(self, x: Any) -> None:
         """Refuse an activation that the SAE is not made for."""
-        given = self._arguments.get("input_ids", self._arguments.get("inputs_embeds"))
-        if given is None:
+        inputs = self._arguments.get("input_ids", self._arguments.get("inputs_embeds"))
+        if inputs is None:
             raise ConfigError("call the model as a whole, with input_ids or inputs_embeds, not a part of it")
-        tokens = given.shape[:2]
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3 or x.shape[:2] != tokens:
+        shape = inputs.shape[:2]
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3 or x.shape[:2] != shape:
             raise ConfigError(f"{self.site} does not give one vector per token; name another module")
         if x.shape[-1] != (width := self.sae.config.d_in):
             raise ConfigError(
@@ -163,7 +163,7 @@ class Spliced:
             raise ConfigError(f"{self.site} runs more than once in a forward pass; name another module")
 
     def _positions(self, x_BSD: Tensor) -> Tensor:
-        """Which positions to splice. bool [B, S]."""
+        """Choose the positions to splice. bool [B, S]."""
         position_BS = positions(self._arguments, x_BSD)
         if isinstance(self._where, Tensor):
             where_BS = self._where.to(x_BSD.device)
@@ -185,23 +185,23 @@ class Spliced:
 
 
 def positions(arguments: dict[str, Any], x_BSD: Tensor) -> Tensor:
-    """How many tokens come before each one, padding not counted; -1 for padding. int64 [B, S].
+    """Count the tokens before each one, padding left out; -1 for padding. int64 [B, S].
 
     Args:
         arguments: what the base model was called with.
         x_BSD: an activation of that pass.
 
     Raises:
-        ConfigError: the model keeps a cache that does not tell its length.
+        ConfigError: the model keeps a cache without a known length.
     """
     n_rows, n_positions = x_BSD.shape[:2]
-    attention, given = arguments.get("attention_mask"), arguments.get("position_ids")
+    attention, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
     if isinstance(attention, Tensor) and attention.dim() == 2:
         attended = attention.to(x_BSD.device) > 0
         position_BS = (attended.long().cumsum(1) - 1).masked_fill(~attended, -1)
         return position_BS[:, -n_positions:]
-    if isinstance(given, Tensor) and given.dim() == 2:
-        return given.to(x_BSD.device).expand(n_rows, -1)
+    if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
+        return position_ids.to(x_BSD.device).expand(n_rows, -1)
     if arguments.get("cache_params") is not None:
         raise ConfigError(
             "the model's cache does not tell how many tokens it holds, and so neither the positions; "
@@ -215,14 +215,14 @@ def positions(arguments: dict[str, Any], x_BSD: Tensor) -> Tensor:
 def _by_name(
     signature: inspect.Signature, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call by their names, those that its signature does not name among them."""
+    """Bind the arguments of a call to their names, those that its signature does not name included."""
     bound = signature.bind_partial(*arguments, **named).arguments
-    rest = [name for name, taken in signature.parameters.items() if taken.kind is taken.VAR_KEYWORD]
+    rest = [name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
     return bound | (bound.pop(rest[0], {}) if rest else {})
 
 
 def _find_site(base: Any, site: str | None, sae: Sae) -> str:
-    """The path of the site's module.
+    """Find the path of the site's module.
 
     Raises:
         ConfigError: it is not known, or the model has no such module.
@@ -243,11 +243,11 @@ def _find_site(base: Any, site: str | None, sae: Sae) -> str:
 
 
 def _edits(edit: Edit | Sequence[Edit] | None, sae: Sae) -> Sequence[Edit]:
-    """The edits in order, their latents checked."""
+    """List the edits in order, their latents checked."""
     edits = [] if edit is None else [edit] if callable(edit) else list(edit)
     n_latents = sae.config.num_latents
-    for one in edits:
-        latents = one.latents if isinstance(one, LatentEdit) else ()
+    for each in edits:
+        latents = each.latents if isinstance(each, LatentEdit) else ()
         if bad := [latent for latent in latents if not 0 <= latent < n_latents]:
             raise ConfigError(
                 f"latents must be in 0..{n_latents - 1} of an SAE with {counted(n_latents, 'latent')}, "
@@ -257,7 +257,7 @@ def _edits(edit: Edit | Sequence[Edit] | None, sae: Sae) -> Sequence[Edit]:
 
 
 def _trained_on(sae: Sae) -> Where:
-    """The positions that the SAE's training saw; all where its files do not tell."""
+    """Choose the positions that the SAE's training saw; all where its files do not say."""
     left_out = sae.config.provenance.get("left_out")
     if left_out is None:
         return lambda ids_BS, _: torch.ones_like(ids_BS, dtype=torch.bool)

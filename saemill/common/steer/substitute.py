@@ -16,7 +16,8 @@ from saemill.common.errors import ConfigError
 from saemill.common.sae.sae import Encoded, Sae
 
 Edit = Callable[[Encoded], tuple[Tensor, Tensor]]
-"""top_acts, top_indices [B, S, k] → the same, [B, S, any k]. It may change what it is given in place."""
+"""Change of codes: top_acts, top_indices [B, S, k] → the same, [B, S, any k]. It may change its arguments in
+place."""
 
 
 class Substitute:
@@ -31,10 +32,10 @@ class Substitute:
     def __init__(self, sae: Sae, edits: Sequence[Edit] = (), *, keep_error: bool = False) -> None:
         self.sae, self.edits, self.keep_error = sae, edits, keep_error
         self.fired: tuple[Encoded, Tensor] | None = None
-        """Of the latest activation: the codes before the edits, and where it was replaced."""
+        """Codes of the latest activation, before the edits, and bool [B, S]: where it was replaced."""
 
     def __call__(self, x_BSD: Tensor, where_BS: Tensor) -> Tensor:
-        """x' at some positions, x at the others. [B, S, D], in the dtype of x.
+        """Compute x' at some positions and x at the others. [B, S, D], in the dtype of x.
 
         Args:
             x_BSD: the activation.
@@ -59,12 +60,12 @@ class Substitute:
 
 
 def substitute(x_BSD: Tensor, other_BSD: Tensor, where_BS: Tensor) -> Tensor:
-    """The activation, with another's vectors at some positions, in its own dtype. where_BS: bool."""
+    """Replace the activation's vectors at some positions by another's, in its own dtype. where_BS: bool."""
     return torch.where(where_BS[..., None], other_BSD.to(x_BSD.dtype), x_BSD)
 
 
 def _decodable(edited: Any, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-    """What an edit returned, if it can be decoded."""
+    """Return what an edit returned, if it can be decoded."""
     match edited:
         case (Tensor() as acts, Tensor() as indices) if (
             acts.shape == indices.shape and acts.shape[:-1] == x_BSD.shape[:-1]

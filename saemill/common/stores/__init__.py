@@ -6,11 +6,11 @@ passages.py       PassageStore: what each row of an embedding store is
 activations.py    ActivationStore: one array per site, over tokens or passages
 site_records.py   its JSON: settings, sites, commits, manifests
 shards.py         a raw Zarr array that memory-maps
-rounding.py       values → the type that a store keeps them in: the one lossy act
+rounding.py       values → the type that a store holds: the one lossy act
 permutation.py    the order of rows in a shard, and every other shuffle
 statistics.py     moments of a site
 mask.py           which positions count
 columns.py        Parquet
 runs.py           a run's folder
-assessments.py    what `saemill assess` found
+assessments.py    the results of `saemill assess`
 """

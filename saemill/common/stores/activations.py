@@ -52,7 +52,7 @@ SHUFFLE_KEY = 0x5AE
 
 
 def describe_site(settings: StoreSettings, n_tokens: int, site: str, width: int) -> dict[str, Any]:
-    """What the `zarr.json` of a site's array says."""
+    """Describe a site's array, as its `zarr.json` does."""
     attributes = {"site": site, "order": "permuted within each shard; see saemill"}
     return described((n_tokens, width), settings.shard_tokens, settings.torch_dtype, attributes)
 
@@ -78,7 +78,7 @@ class ActivationStore:
         self.permutation = lru_cache(16)(self._permutation)
 
     def _open_text(self) -> TokenStore | PassageStore:
-        """What is at each address: a token, or a passage."""
+        """Open the tokens, or the passages, that the addresses name."""
         holds_embeddings = self.settings.kind == EMBEDDINGS
         text: TokenStore | PassageStore
         known: str | None
@@ -93,13 +93,13 @@ class ActivationStore:
                 raise StoreError(f"{text.path} is of another store")
         except StoreError as error:
             what = "list of the passages" if holds_embeddings else "copy of the tokens"
-            told = str(error).removesuffix(REPAIR).rstrip().removesuffix(".")
-            raise StoreError(f"the {what} in {self.path} is damaged: {told}. {REPAIR}") from error
+            message = str(error).removesuffix(REPAIR).rstrip().removesuffix(".")
+            raise StoreError(f"the {what} in {self.path} is damaged: {message}. {REPAIR}") from error
         return text
 
     @property
     def tokens(self) -> TokenStore:
-        """The tokens that were cached.
+        """Tokens that were cached.
 
         Raises:
             StoreError: the store holds embeddings of passages, which have none.
@@ -115,7 +115,7 @@ class ActivationStore:
 
     @property
     def unfinished(self) -> dict[str, int]:
-        """Sites that are not finished: name → shards committed."""
+        """Shards committed, by the name of each unfinished site."""
         return {
             name: len(list((self.path / name).glob("commits/*.json")))
             for name in sites_in(self.path)
@@ -124,13 +124,13 @@ class ActivationStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the content: settings and tokens, or passages. A store that was published with names
-        in place of paths kept the one it had, so that SAEs trained on it still know it."""
+        """Hash of the content: settings and tokens, or passages. A store that was published with names in
+        place of paths has its original fingerprint, so that SAEs trained on it still match it."""
         settings = self.settings.model_dump(mode="json", exclude={"fingerprint", "source_hash"})
         return self.settings.fingerprint or durable.hash_json([settings, self.text.fingerprint])
 
     def record(self, name: str) -> SiteRecord:
-        """What is known of a site, finished or not.
+        """Read the record of a site, finished or not.
 
         Raises:
             StoreError: nothing is, or its record is damaged or of another store.
@@ -141,41 +141,41 @@ class ActivationStore:
         return record
 
     def manifest(self, record: SiteRecord) -> SiteManifest:
-        """The manifest of a finished site.
+        """Read the manifest of a finished site.
 
         Raises:
             StoreError: it is missing, damaged, or another site's.
         """
         folder = self.path / record.site
-        found = records.read(folder / "manifest.json", SiteManifest, REPAIR)
-        self._check_owner(folder / "manifest.json", found, record.site)
+        manifest = records.read(folder / "manifest.json", SiteManifest, REPAIR)
+        self._check_owner(folder / "manifest.json", manifest, record.site)
         lengths = [self.shard_length(shard) for shard in range(self.n_shards)]
-        if found.width != record.width or [shard.n_tokens for shard in found.shards] != lengths:
+        if manifest.width != record.width or [shard.n_tokens for shard in manifest.shards] != lengths:
             raise StoreError(f"{folder}/manifest.json lists other shards than there are. {REPAIR}")
-        return found
+        return manifest
 
     def commit(self, site: str, shard: int) -> Commit:
-        """The record of one shard of a site.
+        """Read the record of one shard of a site.
 
         Raises:
             StoreError: it is missing, damaged, or another shard's.
         """
         file = self.path / site / "commits" / f"{shard}.json"
-        found = records.read(file, Commit, REPAIR)
-        self._check_owner(file, found, site)
-        if (found.shard, found.n_tokens) != (shard, self.shard_length(shard)):
-            raise StoreError(f"{file} is the record of shard {found.shard}. {REPAIR}")
-        return found
+        commit = records.read(file, Commit, REPAIR)
+        self._check_owner(file, commit, site)
+        if (commit.shard, commit.n_tokens) != (shard, self.shard_length(shard)):
+            raise StoreError(f"{file} is the record of shard {commit.shard}. {REPAIR}")
+        return commit
 
-    def _check_owner(self, file: Path, found: SiteManifest | Commit, site: str) -> None:
+    def _check_owner(self, file: Path, record: SiteManifest | Commit, site: str) -> None:
         """Refuse a record of another site, whose folder may have been renamed."""
-        if found.store != self.settings.identity:
+        if record.store != self.settings.identity:
             raise StoreError(f"{file} is of another store, or of other settings. {REPAIR}")
-        if found.site != site:
-            raise StoreError(f"{file} is of the site {found.site!r}; name folders as they were. {REPAIR}")
+        if record.site != site:
+            raise StoreError(f"{file} is of the site {record.site!r}; name folders as they were. {REPAIR}")
 
     def site(self, name: str) -> "SiteArray":
-        """A finished site's array.
+        """Open a finished site's array.
 
         Raises:
             StoreError: there is no such site (the message lists those there), or it is damaged.
@@ -190,39 +190,39 @@ class ActivationStore:
         return SiteArray(self, name)
 
     def read(self, site: str, start: int, stop: int) -> Tensor:
-        """Activations of the addresses start..stop, in address order.
+        """Read activations of the addresses start..stop, in address order.
 
         Returns: [stop - start, D] in the stored dtype; every block read is checked.
         """
         return self.site(site).read(start, stop)
 
     def shard_length(self, shard: int) -> int:
-        """Tokens in a shard."""
+        """Count the tokens in a shard."""
         return min(self.shard_tokens, self.n_tokens - shard * self.shard_tokens)
 
     def rows_of(self, shard: int) -> range:
-        """The rows whose tokens, or the passages that, lie in a shard."""
+        """List the rows whose tokens, or the passages that, lie in a shard."""
         first = shard * self.shard_tokens // self.ctx_len
         return range(first, first + self.shard_length(shard) // self.ctx_len)
 
     @property
     def n_shards(self) -> int:
-        """Shards per site."""
+        """Number of shards per site."""
         return -(-self.n_tokens // self.shard_tokens)
 
     def _permutation(self, shard: int) -> NDArray[np.int64]:
-        """Address within the shard of each place in it. int64 [tokens in the shard]."""
+        """Compute the address within the shard of each place in it. int64 [tokens in the shard]."""
         return permutation(self.shard_length(shard), SHUFFLE_KEY, shard)
 
     def keep(self, shard: int, mask: MaskConfig, held_out: bool) -> NDArray[np.bool_]:
-        """Which places of a shard count: unmasked, and in held-out rows or not as asked.
+        """Choose the places of a shard that count: unmasked, and in held-out rows or not, by `held_out`.
 
         Returns: bool [tokens in the shard], in stored order.
         """
         return self.keep_addresses(shard, mask, held_out)[self.permutation(shard)]
 
     def keep_addresses(self, shard: int, mask: MaskConfig, held_out: bool) -> NDArray[np.bool_]:
-        """As `keep`, in address order."""
+        """Choose as `keep` does, in address order."""
         rows = self.rows_of(shard)
         keep_RS = self.text.keep(rows.start, rows.stop, mask)
         keep_RS &= (self.text.held_out_R[rows.start : rows.stop] == held_out)[:, None]
@@ -248,7 +248,7 @@ class SiteArray:
         return self.manifest.statistics.statistics()
 
     def statistics_under(self, mask: MaskConfig) -> Statistics:
-        """Moments under another mask: read from the store's manifest, or one pass over the site."""
+        """Compute moments under another mask: from the store's manifest, or in one pass over the site."""
         if mask == self.store.mask:
             return self.statistics
         moments = Moments(self.width)
@@ -263,7 +263,7 @@ class SiteArray:
         return [decode_array(shard.block_hashes, "u8") for shard in self.manifest.shards]
 
     def block(self, shard: int, block: int) -> NDArray[Any]:
-        """One block of stored rows, compared with its hash; a view of the mapped file.
+        """Read one block of stored rows, compared with its hash; a view of the mapped file.
 
         Raises:
             StoreError: the content is not what was written.
@@ -277,18 +277,18 @@ class SiteArray:
         return rows
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Activations of addresses start..stop in address order, [stop - start, D]."""
+        """Read activations of addresses start..stop in address order, [stop - start, D]."""
         if not 0 <= start <= stop <= self.store.n_tokens:
             raise IndexError(f"addresses must be within 0..{self.store.n_tokens}, got {start}..{stop}")
         size = self.store.shard_tokens
-        parts = [np.empty((0, self.width), self.array.dtype)]
+        pieces = [np.empty((0, self.width), self.array.dtype)]
         for shard in range(start // size, -(-stop // size)):
             first, last = max(start - shard * size, 0), min(stop - shard * size, size)
-            parts.append(self.gather(shard, np.arange(first, last)))
-        return as_tensor(np.concatenate(parts), self.dtype)
+            pieces.append(self.gather(shard, np.arange(first, last)))
+        return as_tensor(np.concatenate(pieces), self.dtype)
 
     def gather(self, shard: int, offsets: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows of one shard by their addresses' offsets in it, each block that is read checked.
+        """Read rows of one shard by their addresses' offsets in it; each block that is read is checked.
 
         Returns: [len(offsets), D] in the array's dtype.
         """
@@ -299,6 +299,6 @@ class SiteArray:
         )
         out = np.empty((len(offsets), self.width), self.array.dtype)
         for block in np.flatnonzero(np.diff(edges)):
-            here = order[edges[block] : edges[block + 1]]
-            out[here] = self.block(shard, int(block))[places[here] - block * BLOCK_TOKENS]
+            in_block = order[edges[block] : edges[block + 1]]
+            out[in_block] = self.block(shard, int(block))[places[in_block] - block * BLOCK_TOKENS]
         return out

@@ -23,9 +23,9 @@ class Figure(Record):
     lo: float | None = None
     hi: float | None = None
     reason: str | None = None
-    """Why there is no value, or no interval."""
+    """Reason why there is no value, or no interval."""
     distinguishable: bool | None = None
-    """Of a difference: whether 0 lies outside its interval."""
+    """Whether 0 lies outside the interval, of a difference."""
 
     @model_validator(mode="after")
     def _null_has_a_reason(self) -> "Figure":
@@ -41,7 +41,7 @@ class Check(Record):
     value: float | None
     threshold: str
     passed: bool | None
-    """None where it is unknown."""
+    """Outcome; None where it is unknown."""
     reason: str | None = None
 
 
@@ -62,7 +62,7 @@ class Entry(Record):
 
 
 class OtherDocuments(Record):
-    """The best variant on documents that had no part in choosing it."""
+    """The best variant on documents that played no role in choosing it."""
 
     chosen_by: Literal["fvu", "delta_ce"]
     n_documents_chosen_on: Count
@@ -72,20 +72,20 @@ class OtherDocuments(Record):
 
 
 class Place(Record):
-    """What is to be known of a site's evaluation rows."""
+    """Distances and zeros of a site's evaluation rows."""
 
     n_zero: Count
-    """Zero vectors."""
+    """Number of zero vectors."""
     n_far: Count
-    """Rows more than ten times as far from the cached mean as the median training row."""
+    """Number of rows more than ten times as far from the cached mean as the median training row."""
     largest_ratio: float | None
-    """The largest distance over that median; None where the median is 0."""
+    """Ratio of the largest distance to that median; None where the median is 0."""
     unheld: tuple[Count, ...]
     """Dimensions that the stored type cannot hold."""
 
 
 class Data(Record):
-    """What was measured on."""
+    """The data that was measured on."""
 
     chosen: str
     tokens_fingerprint: Hash
@@ -159,16 +159,16 @@ class Assessment(Record):
     versions: dict[str, str]
     seconds: float
     files: tuple[File, ...]
-    """The others of the folder that belong to it: the report, sums per document, latents."""
+    """Other files of the folder that belong to the assessment: the report, sums per document, latents."""
 
 
 def checked(values: Mapping[str, Any]) -> Assessment:
-    """The record of these values."""
+    """Make the record of these values."""
     return Assessment.model_validate_json(json.dumps(values, allow_nan=False))
 
 
 def load(folder: Path) -> Assessment:
-    """The assessment in a folder.
+    """Load the assessment in a folder.
 
     Raises:
         MissingError: there is none.
@@ -178,20 +178,20 @@ def load(folder: Path) -> Assessment:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """As `load`, as plain values."""
+    """Read an assessment as `load` does, as plain values."""
     return load(folder).model_dump(mode="json")
 
 
 def problems(folder: Path) -> list[str]:
-    """Each file of the assessment in a folder that is missing or of other content; in a run's own folder
-    also that it is of other SAEs than the run's.
+    """List each file of the assessment in a folder that is missing or of other content; in a run's own
+    folder, also whether it is of other SAEs than the run's.
 
     Raises:
         MissingError, StoreError: as `load`.
     """
-    found = load(folder)
-    bad = records.problems(folder, found.files)
-    of_run = found.settings.get("tokens") is None and (folder / runs.FINISHED).exists()
-    if of_run and durable.hash_file(folder / runs.FINISHED) != found.of:
+    assessment = load(folder)
+    bad = records.problems(folder, assessment.files)
+    of_run = assessment.settings.get("tokens") is None and (folder / runs.FINISHED).exists()
+    if of_run and durable.hash_file(folder / runs.FINISHED) != assessment.of:
         bad.append(f"{folder / FILE} is of other SAEs than {folder / runs.FINISHED} tells of")
     return bad

@@ -13,12 +13,12 @@ from saemill.common.errors import StoreError
 def read_table(
     path: Path, schema: pa.Schema, repair: str, columns: Sequence[str] | None = None, group: int | None = None
 ) -> pa.Table:
-    """Some columns of a Parquet file.
+    """Read some columns of a Parquet file.
 
     Args:
         path: the file.
         schema: the columns that it must have, with their types, in any order.
-        repair: the sentence that tells what to do, put at the end of messages.
+        repair: the sentence on what to do, put at the end of messages.
         columns: those wanted; by default all of the schema.
         group: the row group wanted; by default all.
 
@@ -29,13 +29,13 @@ def read_table(
     names = list(columns or schema.names)
     try:
         with durable.reading(path, repair), pq.ParquetFile(path) as file:
-            found = file.schema_arrow
+            actual = file.schema_arrow
             for field in schema:
-                if len(found.get_all_field_indices(field.name)) != 1:
+                if len(actual.get_all_field_indices(field.name)) != 1:
                     raise StoreError(f"{path} is damaged: it has no column {field.name!r}. {repair}")
-                if found.field(field.name).type != field.type:
-                    told = f"its column {field.name!r} holds {found.field(field.name).type}"
-                    raise StoreError(f"{path} is damaged: {told}, expected {field.type}. {repair}")
+                if actual.field(field.name).type != field.type:
+                    difference = f"its column {field.name!r} holds {actual.field(field.name).type}"
+                    raise StoreError(f"{path} is damaged: {difference}, expected {field.type}. {repair}")
             table = file.read(names) if group is None else file.read_row_group(group, names)
     except StoreError:
         raise

@@ -15,10 +15,10 @@ class MaskConfig:
     """Positions left out of statistics, training and evaluation."""
 
     special_tokens: bool = True
-    """Leave out the tokenizer's special tokens: separators, BOS, padding, [CLS], [SEP]."""
+    """Whether the tokenizer's special tokens are left out: separators, BOS, padding, [CLS], [SEP]."""
     first_positions: int = 1
-    """Leave out this many positions at the start of each row. Decoders without a BOS token put an
-    attention sink there whose norm is far from that of any other position."""
+    """Number of positions left out at the start of each row. Decoders without a BOS token put an attention
+    sink there whose norm is far from that of any other position."""
     token_ids: tuple[int, ...] = ()
     """Further token ids to leave out."""
 
@@ -28,7 +28,7 @@ class MaskConfig:
         settings.at_least(self, 0, "token_ids")
 
     def check(self, n_ids: int, ctx_len: int) -> None:
-        """Refuse a mask that cannot be meant for some tokens.
+        """Refuse a mask that cannot be meant for these tokens.
 
         Args:
             n_ids: how many ids their tokenizer has.
@@ -49,11 +49,11 @@ class MaskConfig:
             )
 
     def ids(self, special_ids: tuple[int, ...]) -> list[int]:
-        """The token ids left out, those of a tokenizer's special tokens included."""
+        """List the token ids left out, those of a tokenizer's special tokens included."""
         return sorted({*self.token_ids, *(special_ids if self.special_tokens else ())})
 
     def keep(self, tokens_RS: NDArray[Any], special_ids: tuple[int, ...]) -> NDArray[np.bool_]:
-        """Which positions count.
+        """Choose the positions that count.
 
         Args:
             tokens_RS: token ids.

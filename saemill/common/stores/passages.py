@@ -30,9 +30,9 @@ FORMAT: Final = "saemill passages 2"
 FILE = "passages.parquet"
 REPAIR = "Run the command that made the store (`saemill import-activations`, `saemill embed`) again."
 GROUP_ROWS = 1024
-"""Passages per row group of the file: what is read to show one of them."""
+"""Passages per row group of the file: as many are read to show one of them."""
 NO_MASK = MaskConfig(special_tokens=False, first_positions=0)
-"""A passage has neither positions nor tokens that could be left out."""
+"""Mask of passages, which have neither positions nor tokens that could be left out."""
 SCHEMA = pa.schema(
     [("id", pa.string()), ("text", pa.string()), ("text_hash", pa.uint64()), ("held_out", pa.bool_())]
 )
@@ -52,12 +52,12 @@ class PassageManifest(Record):
     n_rows: Positive
     n_held_out_rows: Count
     hashed: Literal["texts", "ids", "vectors"]
-    """What the held-out passages were chosen by a hash of."""
+    """Basis of the hash that chose the held-out passages."""
     source: Source
     settings: PassageSettings
     versions: dict[str, str]
     files: tuple[records.File, ...]
-    """`passages.parquet` alone."""
+    """List with `passages.parquet` alone."""
     fingerprint: str
 
 
@@ -67,7 +67,7 @@ class PassageStore:
 
     Args:
         path: the folder.
-        repair: the sentence that tells what to do about damage.
+        repair: the sentence on what to do about damage.
 
     Raises:
         StoreError: the folder is missing, unfinished or damaged (the hash of the passages' file is compared
@@ -76,7 +76,7 @@ class PassageStore:
 
     ctx_len = 1
     unit, row, document = "passage", "passage", "distinct passage"
-    """What messages call an address, a row, and a text of its own."""
+    """Words of messages for an address, a row, and a text of its own."""
 
     def __init__(self, path: Path | str, repair: str = REPAIR) -> None:
         self.path, self.repair = Path(path), repair
@@ -94,7 +94,7 @@ class PassageStore:
 
     @cached_property
     def _file(self) -> Path:
-        """The passages' file, after its hash was compared."""
+        """Path of the passages' file, after its hash was compared."""
         if bad := self.problems(hashes=True):
             raise StoreError(f"{bad[0]}. {self.repair}")
         return self.path / FILE
@@ -112,27 +112,27 @@ class PassageStore:
 
     @property
     def held_out_R(self) -> NDArray[np.bool_]:
-        """Which passages training never sees. bool [n_rows]."""
+        """Passages that training never sees, bool [n_rows]."""
         return self._sides[1]
 
     @cached_property
     def _distinct(self) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
-        """The distinct texts: hash, first passage with it; and the text of each passage."""
+        """Distinct texts: hash, first passage with it; and the text of each passage."""
         hashes, first, document = np.unique(self._sides[0], return_index=True, return_inverse=True)
         return hashes, first, document
 
     @cached_property
     def documents(self) -> pa.Table:
-        """One line per distinct text: text_hash, start (its first passage), held_out."""
+        """Table with one line per distinct text: text_hash, start (its first passage), held_out."""
         hashes, first, _ = self._distinct
         return pa.table({"text_hash": hashes, "start": first, "held_out": self.held_out_R[first]})
 
     def document_of(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The text (line of `documents`) of each passage; copies share one. Same shape, int64."""
+        """Look up the text (line of `documents`) of each passage; copies share one. Same shape, int64."""
         return self._distinct[2][addresses]
 
     def keep(self, start: int, stop: int, mask: MaskConfig) -> NDArray[np.bool_]:
-        """Which of some rows' positions count: all. bool [stop - start, 1].
+        """Choose the positions of some rows that count: all. bool [stop - start, 1].
 
         Raises:
             ConfigError: a mask that leaves out positions or tokens, which passages do not have.
@@ -142,11 +142,11 @@ class PassageStore:
         return np.ones((stop - start, 1), bool)
 
     def texts(self, start: int, stop: int) -> list[str | None]:
-        """The texts of passages start..stop."""
+        """Read the texts of passages start..stop."""
         return [self.passage(address)[1] for address in range(start, stop)]
 
     def passage(self, address: int) -> tuple[str | None, str | None]:
-        """Id and text of a passage; None where there is none."""
+        """Read id and text of a passage; None where there is none."""
         group, row = divmod(address, GROUP_ROWS)
         ids, texts = self._group(group)
         return ids[row].as_py(), texts[row].as_py()
@@ -156,7 +156,7 @@ class PassageStore:
         return table["id"], table["text"]
 
     def provenance(self, _mask: MaskConfig) -> dict[str, Any]:
-        """What an SAE tells of what it was trained on; nothing is masked."""
+        """Collect what an SAE records of its training data; nothing is masked."""
         return {
             "dataset": self.manifest.source.name,
             "normalized": self.manifest.settings.normalize,
@@ -164,7 +164,7 @@ class PassageStore:
 
     @property
     def how_held_out(self) -> str:
-        """How the held-out passages were chosen."""
+        """Sentence on how the held-out passages were chosen."""
         fraction, by = self.manifest.settings.held_out_fraction, self.manifest.hashed
         return (
             f"those held out when the store was made ({fraction:.0%}, chosen by a hash of their {by}); "
@@ -174,12 +174,12 @@ class PassageStore:
     hint_to_hold_out = "make the store with --held-out-fraction above 0"
 
     def problems(self, hashes: bool) -> list[str]:
-        """Each file that is missing, of the wrong size or, with `hashes`, of other content."""
+        """List each file that is missing, of the wrong size or, with `hashes`, of other content."""
         return records.problems(self.path, self.manifest.files, hashes)
 
 
 class PassageWriter:
-    """Writes the passages of a store one batch after the other, in whole row groups.
+    """A writer of a store's passages, one batch after the other, in whole row groups.
 
     Args:
         path: a new folder.
@@ -200,7 +200,7 @@ class PassageWriter:
         Args:
             ids: what they are called, if they are.
             texts: their texts, if they are known.
-            hashed: what tells one from another; equal ones come on the same side.
+            hashed: bytes that distinguish one from another; equal ones come on the same side.
         """
         hashes = [xxhash.xxh3_64_intdigest(value) for value in hashed]
         held_out = [combine(value) / 2**64 < self.fraction for value in hashes]

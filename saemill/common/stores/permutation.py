@@ -13,7 +13,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix(value: int) -> int:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit integers."""
+    """Apply SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit integers."""
     value = (value + _GOLDEN) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -21,15 +21,15 @@ def mix(value: int) -> int:
 
 
 def combine(*key: int) -> int:
-    """One 64-bit seed from a sequence of integers; order matters."""
+    """Combine a sequence of integers into one 64-bit seed; order matters."""
     seed = 0
-    for part in key:
-        seed = mix(seed ^ mix(part & _MASK))
+    for value in key:
+        seed = mix(seed ^ mix(value & _MASK))
     return seed
 
 
 def hashes(n: int, *key: int) -> NDArray[np.uint64]:
-    """`n` 64-bit hashes, number i being `mix(combine(key) + i)`.
+    """Compute `n` 64-bit hashes, number i being `mix(combine(key) + i)`.
 
     Returns: uint64 [n].
     """
@@ -41,7 +41,7 @@ def hashes(n: int, *key: int) -> NDArray[np.uint64]:
 
 
 def permutation(n: int, *key: int) -> NDArray[np.int64]:
-    """The permutation of 0..n-1 that sorts `hashes(n, *key)`.
+    """Compute the permutation of 0..n-1 that sorts `hashes(n, *key)`.
 
     Returns: int64 [n]; entry j is the element that comes to place j.
     """
@@ -49,7 +49,7 @@ def permutation(n: int, *key: int) -> NDArray[np.int64]:
 
 
 def inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The inverse permutation: entry i is the place to which element i came. int64 [n]."""
+    """Invert a permutation: entry i is the place to which element i came. int64 [n]."""
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
     return places

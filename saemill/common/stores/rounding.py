@@ -1,7 +1,7 @@
-"""The one lossy act of a store: values are rounded to the type that it keeps them in.
+"""The one lossy act of a store: values are rounded to the type that it stores.
 
 bf16 keeps fp32's range and 8 bits of a value. fp16 keeps 11 bits and ends at 65,504: what is beyond becomes
-infinite, so whoever rounds asks `not_finite` afterwards and refuses what is.
+infinite, so the caller of a rounding function looks with `not_finite` afterwards and refuses such values.
 """
 
 import torch
@@ -19,17 +19,17 @@ def round_into(stored: Tensor, x: Tensor) -> None:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values rounded as `round_into` does, in memory of their own if the type differs."""
+    """Round values as `round_into` does, in memory of their own if the type differs."""
     return x.to(dtype)
 
 
 def not_finite(x: Tensor) -> Tensor | None:
-    """Which values are NaN or infinite, as those beyond the stored type are. bool of x's shape, or None if
-    none is."""
+    """Find values that are NaN or infinite, as those beyond the stored type are. bool of x's shape, or None
+    if none is."""
     finite = torch.isfinite(x)
     return None if bool(finite.all()) else ~finite
 
 
 def largest(dtype: torch.dtype) -> float:
-    """The largest value of a type."""
+    """Return the largest value of a type."""
     return torch.finfo(dtype).max

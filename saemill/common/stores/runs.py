@@ -10,7 +10,7 @@
 `saemill assess` adds its files, for which `final_assessment.json` answers.
 
 Every record names the run that it is of, a hash of what `identity.json` holds, so that those of two runs
-cannot be taken for one another. Checkpoints are in `train.checkpoint`.
+cannot be confused. Checkpoints are in `train.checkpoint`.
 """
 
 from pathlib import Path
@@ -30,21 +30,21 @@ HALVING = "halving.json"
 CHECKPOINT = "checkpoint.json"
 FINISHED = "finished.json"
 WANDB, WANDB_LOGGED = "wandb.json", "wandb-logged.json"
-"""What the process that talks to wandb is told, and how far it came."""
+"""Names of the settings for the process that talks to wandb, and of the record of its progress."""
 WANDB_FOLDER, TENSORBOARD = "wandb", "tensorboard"
 PROFILE = "profile.json.gz"
 CARD = "README.md"
-"""Of a run that came from the hub."""
+"""Name of the model card, of a run that came from the hub."""
 ASSESSMENT = "final_assessment.json"
 REPORT = "report.html"
 LATENTS = "latents.parquet"
-"""How each latent fired."""
+"""Name of the table of each latent's firing."""
 DOCUMENTS, DOCUMENTS_MODEL = "documents.parquet", "documents_model.parquet"
-"""Sums per document, of the activations and of the model's losses."""
+"""Names of the sums per document, of the activations and of the model's losses."""
 ANEW = "The same `saemill train` with --no-resume trains the run anew."
 CHECKPOINTS = "checkpoint-"
-"""How the names of checkpoints' folders begin."""
-TAKEN = (
+"""Beginning of the names of checkpoints' folders."""
+RESERVED = (
     *(IDENTITY, CONFIG, METRICS, HALVING, CHECKPOINT, FINISHED),
     *(WANDB, WANDB_LOGGED, WANDB_FOLDER, TENSORBOARD, PROFILE, CARD),
     *(ASSESSMENT, REPORT, LATENTS, DOCUMENTS, DOCUMENTS_MODEL),
@@ -55,7 +55,7 @@ MOST_NAME_BYTES = 200
 
 def _of_a_variant(name: str) -> str:
     """Refuse the name of a variant that is one of the run's own files, or that no terminal should show."""
-    own = name.casefold() in {taken.casefold() for taken in TAKEN}
+    own = name.casefold() in {reserved.casefold() for reserved in RESERVED}
     if own or name.casefold().startswith((CHECKPOINTS, "on-")):
         raise ValueError(f"must be none of a run's own files and folders, got {name!r}")
     if not name.isprintable() or name != name.strip() or len(name.encode()) > MOST_NAME_BYTES:
@@ -64,7 +64,7 @@ def _of_a_variant(name: str) -> str:
 
 
 VariantName = Annotated[Name, AfterValidator(_of_a_variant)]
-"""The name of a variant, which is that of its folder in the run."""
+"""Name of a variant, which is that of its folder in the run."""
 
 
 def check_variant_name(name: str) -> None:
@@ -76,7 +76,9 @@ def check_variant_name(name: str) -> None:
     try:
         TypeAdapter(VariantName).validate_python(name)
     except ValidationError as error:
-        raise ConfigError(f"the name of a variant {records.told(error)}; name it otherwise") from error
+        raise ConfigError(
+            f"the name of a variant {records.first_finding(error)}; name it otherwise"
+        ) from error
 
 
 class Identity(Record):
@@ -84,32 +86,32 @@ class Identity(Record):
 
     format: Literal["saemill run 2"] = "saemill run 2"
     settings: dict[str, JsonValue]
-    """Those that decide the result."""
+    """Settings that decide the result."""
     acts_fingerprint: str
-    """Of the activations that are trained on."""
+    """Fingerprint of the activations that are trained on."""
     config: Hash
-    """xxh3 of `config.yaml`."""
+    """Hash (xxh3) of `config.yaml`."""
 
     @property
     def content(self) -> dict[str, Any]:
-        """What the run is, with the activations among the settings."""
+        """Settings that decide the result, with the activations among them."""
         return self.settings | {"acts_fingerprint": self.acts_fingerprint}
 
     @property
     def run(self) -> str:
-        """The hash by which the run's other records name it."""
+        """Hash by which the run's other records name it."""
         return durable.hash_json(self.content)
 
 
 class Lost(Record):
-    """What a look of halving says of a variant that it stopped."""
+    """The state of a variant when a look of halving stopped it."""
 
     value: float | None
-    """Its metric; none where it diverged."""
+    """Value of its metric; None where it diverged."""
     best: float | None
-    """The best of the variants that it competed with."""
+    """Best value of the variants that it competed with."""
     cfg: Hash
-    """The checksum of its SAE's cfg.json."""
+    """Checksum of its SAE's cfg.json."""
 
 
 class Look(Record):
@@ -142,23 +144,23 @@ class Finished(Record):
     format: Literal["saemill finished run 2"] = "saemill finished run 2"
     run: Hash
     variants: tuple[VariantName, ...]
-    """In the run's order."""
+    """Names of the variants in the run's order."""
     cfgs: dict[VariantName, Hash]
     """Checksums of the SAEs' cfg.json, which hold those of their weights."""
     acts: str
-    """Where the activations were."""
+    """Path of the activations."""
     steps: Positive
     tokens: Positive
     seconds: float
     peak_rss_bytes: Count
-    """Of the process that took most."""
+    """Peak memory of the process that used most."""
     diverged: dict[VariantName, Count]
-    """The steps at which they did."""
+    """Steps at which variants diverged."""
     stopped: dict[VariantName, Stopped]
     mask: MaskConfig
     """Positions that were left out."""
     files: tuple[File, ...]
-    """What else it answers for: the log, and halving's record. None where they were not published."""
+    """Other files that it answers for: the log, and halving's record. None where they were not published."""
 
     @model_validator(mode="after")
     def _agrees(self) -> "Finished":
@@ -172,12 +174,12 @@ class Finished(Record):
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run, finished or not, one whose identity was lost among them."""
+    """Tell whether a folder is a run, finished or not, also one whose identity was lost."""
     return any((folder / name).exists() for name in (IDENTITY, CHECKPOINT, FINISHED))
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a folder holds a finished run, by the file that is written last."""
+    """Tell whether a folder holds a finished run, by the file that is written last."""
     return (folder / FINISHED).exists()
 
 
@@ -204,9 +206,9 @@ def finished(folder: Path) -> Finished:
     repair = f"The SAEs can be loaded one by one. {ANEW}"
     if not path.exists():
         repair = "Finish the run with `saemill train`."
-    found = records.read(path, Finished, repair)
-    check_run(path, found.run, folder, repair)
-    return found
+    record = records.read(path, Finished, repair)
+    check_run(path, record.run, folder, repair)
+    return record
 
 
 def looks(folder: Path) -> tuple[Look, ...]:
@@ -218,9 +220,9 @@ def looks(folder: Path) -> tuple[Look, ...]:
     path = folder / HALVING
     if not path.exists():
         return ()
-    found = records.read(path, Looks, ANEW)
-    check_run(path, found.run, folder, ANEW)
-    return found.looks
+    record = records.read(path, Looks, ANEW)
+    check_run(path, record.run, folder, ANEW)
+    return record.looks
 
 
 def check_run(path: Path, run: str, folder: Path, repair: str) -> None:

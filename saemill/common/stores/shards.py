@@ -23,12 +23,12 @@ from saemill.common import durable, records
 from saemill.common.errors import StoreError
 
 MAPPED_SHARDS = 1024
-"""Shards kept mapped at once per array; the kernel allows 65,530 maps per process by default."""
+"""Number of shards mapped at once per array; the kernel allows 65,530 maps per process by default."""
 DAMAGED = "zarr.json is damaged"
 
 
 class _Part(BaseModel):
-    """What is read of an array's zarr.json; all else in it must be what `described` says."""
+    """A part of an array's zarr.json that is read; all else in it must be what `described` says."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -54,7 +54,7 @@ class _Description(_Part):
 def described(
     shape: tuple[int, int], shard_rows: int, dtype: torch.dtype, attributes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What `zarr.json` says of an array in the raw layout."""
+    """Describe an array in the raw layout, as `zarr.json` does."""
     stored = torch.uint16 if dtype is torch.bfloat16 else dtype
     codec = {"name": "bytes"} | ({"configuration": {"endian": "little"}} if stored.itemsize > 1 else {})
     return {
@@ -70,17 +70,17 @@ def described(
     }
 
 
-def differences(found: Any, wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where a description lacks something or says something else; what it says beyond that is left alone."""
-    if not isinstance(found, dict):
-        return [f"{prefix.rstrip('.') or 'its content'} is {found!r:.80}"]
-    told: list[str] = []
+def differences(actual: Any, wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List where a description lacks an entry or has another value; further entries are ignored."""
+    if not isinstance(actual, dict):
+        return [f"{prefix.rstrip('.') or 'its content'} is {actual!r:.80}"]
+    lines: list[str] = []
     for key, value in wanted.items():
         if key == "attributes":
-            told += differences(found.get(key), value, "attributes.")
-        elif durable.hash_json(found.get(key)) != durable.hash_json(value):
-            told.append(f"{prefix}{key} is {found.get(key)!r:.80}, expected {value!r:.80}")
-    return told
+            lines += differences(actual.get(key), value, "attributes.")
+        elif durable.hash_json(actual.get(key)) != durable.hash_json(value):
+            lines.append(f"{prefix}{key} is {actual.get(key)!r:.80}, expected {value!r:.80}")
+    return lines
 
 
 class ShardedArray:
@@ -88,8 +88,8 @@ class ShardedArray:
 
     Args:
         path: the array's folder, holding `zarr.json` and `c/`.
-        repair: the sentence that tells what to do about damage, put at the end of messages.
-        check: is given the rows of a shard that is read for the first time, and raises if they are bad.
+        repair: the sentence on what to do about damage, put at the end of messages.
+        check: called with a shard's number and rows when it is first read; it raises if they are bad.
 
     Raises:
         StoreError: there is no such array, or it is not in the raw layout.
@@ -101,13 +101,15 @@ class ShardedArray:
         self.path, self.repair, self.check = path, repair, check
         self.meta = durable.read_json(path / "zarr.json", repair)
         try:
-            found = _Description.model_validate_json(json.dumps(self.meta))
+            description = _Description.model_validate_json(json.dumps(self.meta))
         except ValidationError as error:
-            raise StoreError(f"{path}/{DAMAGED}: {records.told(error)}. {repair}".rstrip()) from error
-        self.n_rows, self.width = found.shape
-        self.shard_rows = found.chunk_grid.configuration.chunk_shape[0]
-        self.torch_dtype: torch.dtype = getattr(torch, found.attributes.torch_dtype)
-        self.expect(described(found.shape, self.shard_rows, self.torch_dtype, {}))
+            raise StoreError(
+                f"{path}/{DAMAGED}: {records.first_finding(error)}. {repair}".rstrip()
+            ) from error
+        self.n_rows, self.width = description.shape
+        self.shard_rows = description.chunk_grid.configuration.chunk_shape[0]
+        self.torch_dtype: torch.dtype = getattr(torch, description.attributes.torch_dtype)
+        self.expect(described(description.shape, self.shard_rows, self.torch_dtype, {}))
         self.dtype = np.dtype(self.meta["data_type"])
         self.n_shards = math.ceil(self.n_rows / self.shard_rows)
         self.shard_bytes = self.shard_rows * self.width * self.dtype.itemsize
@@ -115,7 +117,7 @@ class ShardedArray:
         self._checked: set[int] = set()
 
     def expect(self, description: Mapping[str, Any]) -> None:
-        """Make sure that `zarr.json` says what is known of the array.
+        """Make sure that `zarr.json` agrees with what is known of the array.
 
         Args:
             description: as `described` makes it.
@@ -123,8 +125,8 @@ class ShardedArray:
         Raises:
             StoreError: naming what it says instead.
         """
-        if told := differences(self.meta, description):
-            raise StoreError(f"{self.path}/{DAMAGED}: {'; '.join(told)}. {self.repair}".rstrip())
+        if lines := differences(self.meta, description):
+            raise StoreError(f"{self.path}/{DAMAGED}: {'; '.join(lines)}. {self.repair}".rstrip())
 
     @classmethod
     def create(
@@ -146,11 +148,11 @@ class ShardedArray:
         return cls(path)
 
     def shard_path(self, shard: int) -> Path:
-        """The file of one shard."""
+        """Name the file of one shard."""
         return self.path / "c" / str(shard) / "0"
 
     def rows_in(self, shard: int) -> int:
-        """Rows of a shard; the last may be short, though its file is padded to full size."""
+        """Count the rows of a shard; the last may be short, though its file is padded to full size."""
         return int(min(self.shard_rows, self.n_rows - shard * self.shard_rows))
 
     def write_shard(self, shard: int, rows_TD: NDArray[Any], file: Path | None = None) -> None:
@@ -172,7 +174,8 @@ class ShardedArray:
         self._checked.discard(shard)
 
     def problem(self, shard: int, xxh3: str | None = None) -> str | None:
-        """What is wrong with a shard's file by its size and, where one is given, by its hash, or None."""
+        """Describe what is wrong with a shard's file by its size and, with `xxh3`, by its hash; None if
+        nothing is."""
         return durable.problem(self.shard_path(shard), self.shard_bytes, xxh3)
 
     def check_sizes(self) -> None:
@@ -200,7 +203,7 @@ class ShardedArray:
         return mapped[: self.rows_in(shard)].view(np.ndarray)
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows start..stop in stored order, copied. [stop - start, width] of `self.dtype`."""
+        """Read rows start..stop in stored order, copied. [stop - start, width] of `self.dtype`."""
         if not 0 <= start <= stop <= self.n_rows:
             raise IndexError(f"rows must be within 0..{self.n_rows}, got {start}..{stop}")
         out = np.empty((stop - start, self.width), self.dtype)
@@ -214,11 +217,11 @@ class ShardedArray:
 
 
 def as_tensor(values: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
-    """The same memory as a torch tensor; uint16 becomes bfloat16 where `dtype` says so."""
+    """View the same memory as a torch tensor; uint16 becomes bfloat16 where `dtype` says so."""
     tensor = torch.from_numpy(values)
     return tensor.view(dtype) if tensor.dtype != dtype else tensor
 
 
 def as_numpy(values: torch.Tensor) -> NDArray[Any]:
-    """The same memory as a numpy array; bfloat16, unknown to numpy, becomes uint16."""
+    """View the same memory as a numpy array; bfloat16, unknown to numpy, becomes uint16."""
     return values.view(torch.uint16).numpy() if values.dtype is torch.bfloat16 else values.numpy()

@@ -31,10 +31,10 @@ from saemill.common.stores.statistics import Moments, Statistics
 
 FORMAT: Final = "saemill activations 2"
 EMBEDDINGS = "embeddings"
-"""The `kind` of a store that holds passages in place of tokens."""
+"""Kind (`kind`) of a store that holds passages in place of tokens."""
 TEXT_FOLDERS = ("tokens", "passages")
 SITES = "sites"
-"""The folder of the sites' records."""
+"""Folder of the sites' records."""
 RESERVED = (*TEXT_FOLDERS, SITES, "claims", "zarr.json")
 """Names in a store's folder that no site has."""
 BLOCK_TOKENS = 256
@@ -42,7 +42,7 @@ BLOCK_TOKENS = 256
 REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GROUP = {"zarr_format": 3, "node_type": "group"}
-"""What makes a store's `zarr.json` that of a Zarr group."""
+"""Entries that make a store's `zarr.json` that of a Zarr group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +50,18 @@ class Site:
     """A place in the model."""
 
     name: str
-    """Module path in the base model."""
+    """Path of the module in the base model."""
     width: int
-    """D, the length of one activation vector there."""
+    """Length D of one activation vector there."""
 
 
 def encode_array(values: NDArray[Any]) -> str:
-    """A little-endian array as base64 text for JSON."""
+    """Encode a little-endian array as base64 text for JSON."""
     return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
 
 
 def decode_array(text: str, dtype: str) -> NDArray[Any]:
-    """The array that `encode_array` wrote.
+    """Decode the array that `encode_array` wrote.
 
     Raises:
         ValueError: the text is none.
@@ -70,14 +70,14 @@ def decode_array(text: str, dtype: str) -> NDArray[Any]:
 
 
 def hash_blocks(rows_TD: NDArray[Any]) -> NDArray[np.uint64]:
-    """xxh3 of each block of 256 rows; the last block may be short. uint64 [n_blocks]."""
+    """Compute xxh3 of each block of 256 rows; the last block may be short. uint64 [n_blocks]."""
     starts = range(0, len(rows_TD), BLOCK_TOKENS)
     hashed = [xxhash.xxh3_64_intdigest(rows_TD[i : i + BLOCK_TOKENS].data) for i in starts]
     return np.array(hashed, np.uint64)
 
 
 def site_name(name: str) -> str:
-    """Refuse what cannot be a site's name: a path, or the name of another part of a store.
+    """Refuse what cannot be a site's name: a path, or another name in a store's folder.
 
     Raises:
         ValueError: it cannot.
@@ -97,45 +97,46 @@ SiteName = Annotated[str, AfterValidator(site_name)]
 Doubles = Annotated[str, AfterValidator(_finite)]
 """Finite float64 values in base64."""
 Distances = dict[int, Count]
-"""As `Statistics.distances`."""
+"""Counts as in `Statistics.distances`."""
 
 
 def _check_lengths(width: int, *vectors: str) -> None:
     for vector in vectors:
-        if (found := len(decode_array(vector, "f8"))) != width:
-            raise ValueError(f"a vector has {found:,} values, expected {width:,}")
+        if (n_values := len(decode_array(vector, "f8"))) != width:
+            raise ValueError(f"a vector has {n_values:,} values, expected {width:,}")
 
 
 class StoreSettings(Record):
-    """What decides a store's content site by site, and what made it."""
+    """The settings that decide a store's content site by site, and the origin of that content."""
 
     format: Literal["saemill activations 2"] = FORMAT
     kind: Literal["tokens", "embeddings"] = "tokens"
     tokens_fingerprint: str | None = None
-    """Of the token store whose rows were cached."""
+    """Fingerprint of the token store whose rows were cached."""
     passages_fingerprint: str | None = None
-    """Of the passages, where `kind` is embeddings."""
+    """Fingerprint of the passages, where `kind` is embeddings."""
     source_hash: Hash | None = None
-    """Of embeddings: of what they were made of, and of the settings that decided them. The passages' manifest
-    has both in full; by this they are known where it is damaged."""
+    """Hash of the source of embeddings and of the settings that decided them. The passages' manifest has both
+    in full; by this hash they are known where that is damaged."""
     n_rows: Positive
     shard_tokens: Positive
     dtype: Literal["bf16", "fp16", "fp32"]
-    """How activations are stored."""
+    """Stored type of the activations."""
     model_dtype: Literal["bfloat16", "float16", "float32"] | None
-    """What the model computed in."""
+    """Type that the model computed in."""
     load_in_8bit: bool | None = None
     model_fingerprint: str | None
     mask: MaskConfig
-    """What statistics, training and assessment leave out unless told otherwise."""
+    """Positions that statistics, training and assessment leave out by default."""
     model: str | None
     """Hub id or local folder."""
     revision: str | None
     weights_fingerprint: str | None = None
-    """Of the weights of a local folder, whatever files hold them."""
+    """Fingerprint of the weights of a local folder, whatever files hold them."""
     versions: dict[str, str]
     fingerprint: str | None = None
-    """The store's, if it was published with names in place of paths; SAEs trained on it know it by this."""
+    """Fingerprint of the store, if it was published with names in place of paths; SAEs trained on it know it
+    by this."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -146,17 +147,18 @@ class StoreSettings(Record):
 
     @classmethod
     def made(cls, identity: Mapping[str, Any], **made_by: Any) -> "StoreSettings":
-        """Settings from plain values: what decides the content, and what made it."""
+        """Make settings from plain values: those that decide the content, and those that say what made it."""
         return cls.model_validate_json(json.dumps({**identity, **made_by}))
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """How activations are stored."""
+        """Stored type of the activations."""
         return DTYPES[self.dtype]
 
     @cached_property
     def identity(self) -> str:
-        """A hash of what decides the content; each record of a shard or site names the store's by it."""
+        """Hash of the settings that decide the content; each record of a shard or site names the store's by
+        it."""
         made_by = {"source_hash", "model", "revision", "weights_fingerprint", "versions", "fingerprint"}
         return durable.hash_json(self.model_dump(mode="json", exclude=made_by))
 
@@ -167,7 +169,7 @@ class SiteRecord(Record):
     format: Literal["saemill site 2"] = "saemill site 2"
     site: SiteName
     width: Positive
-    """D, values per token."""
+    """Number D of values per token."""
     settings: StoreSettings
 
 
@@ -176,7 +178,7 @@ class Commit(Record):
 
     format: Literal["saemill shard 2"] = "saemill shard 2"
     store: Hash
-    """`StoreSettings.identity`."""
+    """Identity of the store, `StoreSettings.identity`."""
     site: SiteName
     shard: Count
     width: Positive
@@ -184,13 +186,13 @@ class Commit(Record):
     bytes: Positive
     xxh3: Hash
     block_hashes: str
-    """uint64 [n_blocks] in base64: xxh3 of each block of rows."""
+    """Hashes (xxh3) of the blocks of rows: uint64 [n_blocks] in base64."""
     n_counted: Count
-    """Training positions."""
+    """Number of training positions."""
     mean: Doubles
-    """float64 [width]."""
+    """Mean of the training positions, float64 [width]."""
     deviations: Doubles
-    """float64 [width]: summed squared deviations from the mean."""
+    """Squared deviations from the mean, summed: float64 [width]."""
     distances: Distances
 
     @model_validator(mode="after")
@@ -202,14 +204,14 @@ class Commit(Record):
         return self
 
     def entry(self) -> "Shard":
-        """What the site's manifest repeats."""
+        """Make the entry of the shard in the site's manifest."""
         return Shard(n_tokens=self.n_tokens, bytes=self.bytes, xxh3=self.xxh3, block_hashes=self.block_hashes)
 
 
 def _check_blocks(block_hashes: str, n_tokens: int) -> None:
-    found, expected = len(decode_array(block_hashes, "u8")), math.ceil(n_tokens / BLOCK_TOKENS)
-    if found != expected:
-        raise ValueError(f"{found:,} blocks have a hash, expected {expected:,}")
+    n_hashes, expected = len(decode_array(block_hashes, "u8")), math.ceil(n_tokens / BLOCK_TOKENS)
+    if n_hashes != expected:
+        raise ValueError(f"{n_hashes:,} blocks have a hash, expected {expected:,}")
 
 
 class Shard(Record):
@@ -237,7 +239,7 @@ class SiteStatistics(Record):
 
     @classmethod
     def of(cls, moments: Moments) -> "SiteStatistics":
-        """The record of some moments.
+        """Make the record of some moments.
 
         Raises:
             StoreError: no row was counted.
@@ -252,7 +254,7 @@ class SiteStatistics(Record):
         )
 
     def statistics(self) -> Statistics:
-        """The statistics that were recorded."""
+        """Return the statistics that were recorded."""
         mean_D, variance_D = (
             torch.from_numpy(decode_array(text, "f8").copy()) for text in (self.mean, self.variance)
         )
@@ -264,7 +266,7 @@ class SiteManifest(Record):
 
     format: Literal["saemill finished site 2"] = "saemill finished site 2"
     store: Hash
-    """`StoreSettings.identity`."""
+    """Identity of the store, `StoreSettings.identity`."""
     site: SiteName
     width: Positive
     statistics: SiteStatistics
@@ -283,18 +285,18 @@ class SiteManifest(Record):
 
 
 def group_of(settings: StoreSettings) -> dict[str, Any]:
-    """The content of a store's `zarr.json`."""
+    """Make the content of a store's `zarr.json`."""
     return {**GROUP, "attributes": {"saemill": records.content(settings)}}
 
 
 def read_settings(path: Path) -> StoreSettings:
-    """The settings of the activation store in a folder.
+    """Read the settings of the activation store in a folder.
 
     Raises:
         MissingError: there is none.
         StoreError: they are damaged, or of another version.
     """
-    hub.check_here(path)
+    hub.check_local(path)
     file = path / "zarr.json"
     try:
         meta = durable.read_json(file, REPAIR)
@@ -311,19 +313,19 @@ def read_settings(path: Path) -> StoreSettings:
 
 
 def sites_in(path: Path) -> list[str]:
-    """The names of the sites that a store's folder has records or folders of, finished or not."""
+    """List the sites that a store's folder has records or folders of, finished or not."""
     names = {file.stem for file in path.glob(f"{SITES}/*.json")}
     names |= {folder.parent.name for folder in path.glob("*/commits")}
     return sorted(name for name in names if not name.startswith(".") and name not in RESERVED)
 
 
 def record_path(path: Path, site: str) -> Path:
-    """The file of a site's record in the store at `path`."""
+    """Name the file of a site's record in the store at `path`."""
     return path / SITES / f"{site}.json"
 
 
 def read_site(path: Path, name: str) -> SiteRecord:
-    """The record of a site of the store at `path`.
+    """Read the record of a site of the store at `path`.
 
     Raises:
         MissingError: the store has no such site.
@@ -337,13 +339,14 @@ def read_site(path: Path, name: str) -> SiteRecord:
 
 
 def known_settings(path: Path) -> StoreSettings | None:
-    """The settings of a store, from a site's record where its `zarr.json` is lost; None if no copy is left.
+    """Read the settings of a store, from a site's record where its `zarr.json` is lost; None if no copy is
+    left.
 
     Raises:
         DiskError: a file cannot be read.
     """
-    if found := records.if_whole(lambda: read_settings(path)):
-        return found
+    if settings := records.if_whole(lambda: read_settings(path)):
+        return settings
     for name in sites_in(path):
         if site := records.if_whole(partial(read_site, path, name)):
             return site.settings

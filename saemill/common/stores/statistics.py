@@ -1,4 +1,4 @@
-"""Moments of a site's activations, summed part by part while they are written, and what they warn of."""
+"""Moments of a site's activations, summed shard by shard as they are written, and warnings from them."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from saemill.common.errors import StoreError
 from saemill.common.log import counted
 
 FAR = 10.0
-"""A row counts as far where it is more than so many medians away from the mean."""
+"""Number of medians away from the mean beyond which a row counts as far."""
 UNHELD = 0.01
-"""A dimension is not held where rounding makes so large a share of its variance, or a larger one."""
+"""Share of a dimension's variance made by rounding from which on the dimension is not held."""
 MOST_NAMED = 8
-"""Dimensions named in a message."""
+"""Number of dimensions named in a message, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +25,15 @@ class Statistics:
     """First and second moments of a site's activations over the training positions."""
 
     n_tokens: int
-    """Positions counted: not masked, not held out."""
+    """Number of positions counted: not masked, not held out."""
     mean_D: Tensor
-    """float64 [D]."""
+    """Mean, float64 [D]."""
     variance_D: Tensor
-    """float64 [D], with divisor n_tokens."""
+    """Variance, float64 [D], with divisor n_tokens."""
     mean_squared_norm: float
     """Mean of the squared Euclidean length, mean not removed."""
     distances: Mapping[int, int]
-    """How many of them are how far from the mean: step → count, as `Moments.distances`."""
+    """Counts of positions by their distance from the mean: step → count, as in `Moments.distances`."""
 
     @property
     def total_variance(self) -> float:
@@ -42,7 +42,7 @@ class Statistics:
 
     @property
     def median_distance(self) -> float:
-        """Of the positions from the mean, to within a tenth; 0 where there are none."""
+        """Median distance of the positions from the mean, to within a tenth; 0 where there are none."""
         below, half = 0, sum(self.distances.values()) / 2
         for step in sorted(self.distances):
             below += self.distances[step]
@@ -52,34 +52,34 @@ class Statistics:
 
     @property
     def largest_distance(self) -> float:
-        """Of the positions from the mean, to within a tenth; 0 where there are none."""
+        """Largest distance of a position from the mean, to within a tenth; 0 where there are none."""
         return middle_of(max(self.distances)) if self.distances else 0.0
 
     def share_beyond(self, factor: float) -> float:
-        """Share of the positions that are further from the mean than `factor` medians."""
+        """Compute the share of the positions that are further from the mean than `factor` medians."""
         limit = factor * self.median_distance
         far = sum(count for step, count in self.distances.items() if middle_of(step) > limit)
         return far / self.n_tokens
 
 
 class Moments:
-    """Count, mean and squared deviations of chosen rows, in float64; parts merge exactly enough
-    for any mean (Chan, Golub and LeVeque 1979)."""
+    """Count, mean and squared deviations of chosen rows, in float64. Moments of several sets merge exactly
+    enough for any mean (Chan, Golub and LeVeque 1979)."""
 
     def __init__(self, width: int) -> None:
         self.n = 0
         self.mean_D = np.zeros(width)
         self.deviations_D = np.zeros(width)
         self.distances: Counter[int] = Counter()
-        """Rows by their distance from the mean of those added with them: step s counts the distances in
-        [2^(s/4), 2^((s+1)/4)); distances of 0 are left out."""
+        """Counts of rows by their distance from the mean of the rows added with them: step s counts the
+        distances in [2^(s/4), 2^((s+1)/4)). Distances of 0 are left out."""
 
     def add(self, x_TD: Tensor) -> None:
         """Count the rows of x_TD."""
-        for part in torch.split(x_TD, 8192):
-            if len(part) == 0:
+        for chunk_TD in torch.split(x_TD, 8192):
+            if len(chunk_TD) == 0:
                 continue
-            rows = part.double().numpy()
+            rows = chunk_TD.double().numpy()
             mean = rows.mean(0)
             squares = np.square(rows - mean)
             self.merge(len(rows), mean, squares.sum(0), _steps(squares.sum(1)))
@@ -102,7 +102,7 @@ class Moments:
         self.n = total
 
     def statistics(self) -> Statistics:
-        """The moments as statistics.
+        """Compute statistics from the moments.
 
         Raises:
             StoreError: no row was counted.
@@ -123,19 +123,20 @@ STEPS_PER_OCTAVE = 4
 
 
 def _steps(squares_T: NDArray[np.float64]) -> dict[int, int]:
-    """How many of some squared distances fall into each step."""
+    """Count how many of some squared distances fall into each step."""
     positive = squares_T[squares_T > 0]
     steps = np.floor(np.log2(positive) * (STEPS_PER_OCTAVE / 2)).astype(np.int64)
-    return dict(zip(*(part.tolist() for part in np.unique(steps, return_counts=True)), strict=True))
+    return dict(zip(*(values.tolist() for values in np.unique(steps, return_counts=True)), strict=True))
 
 
 def middle_of(step: int) -> float:
-    """The distance that stands for those of a step."""
+    """Compute the distance that represents a step."""
     return float(2 ** ((step + 0.5) / STEPS_PER_OCTAVE))
 
 
 def rounding_shares(statistics: Statistics, dtype: torch.dtype) -> Tensor:
-    """Share of each dimension's stored variance that its rounding to `dtype` makes. float64 [D], 0 to 1.
+    """Compute the share of each dimension's stored variance that its rounding to `dtype` makes. float64 [D],
+    0 to 1.
 
     Near a value m the numbers of a type with p significant bits lie u = 2^(⌊log2 m⌋ + 1 − p) apart. Values
     that spread over some of those steps have a rounding error that is uniform in ±u/2, of the variance u²/12
@@ -155,14 +156,15 @@ def rounding_shares(statistics: Statistics, dtype: torch.dtype) -> Tensor:
 
 
 def unheld(statistics: Statistics, dtype: torch.dtype) -> list[int]:
-    """The dimensions that a stored type cannot hold: those whose `rounding_shares` reach `UNHELD`."""
+    """List the dimensions that a stored type cannot hold: those whose `rounding_shares` reach `UNHELD`."""
     if statistics.n_tokens < 2:
         return []  # one row has no variance
     return (rounding_shares(statistics, dtype) >= UNHELD).nonzero().flatten().tolist()
 
 
-def told_unheld(site: str, statistics: Statistics, dtype: torch.dtype) -> str | None:
-    """A sentence on the dimensions that the stored type cannot hold, and the cure; None if there are none."""
+def unheld_warning(site: str, statistics: Statistics, dtype: torch.dtype) -> str | None:
+    """Write a sentence on the dimensions that the stored type cannot hold, and the cure; None if there are
+    none."""
     lost = unheld(statistics, dtype)
     if not lost:
         return None
@@ -184,8 +186,9 @@ def told_unheld(site: str, statistics: Statistics, dtype: torch.dtype) -> str | 
     )
 
 
-def told_far(site: str, statistics: Statistics, unit: str) -> str | None:
-    """A sentence on rows that are much further from the mean than the others; None where there are none.
+def far_warning(site: str, statistics: Statistics, unit: str) -> str | None:
+    """Write a sentence on rows that are much further from the mean than the others; None where there are
+    none.
 
     Args:
         site: what the rows belong to.
@@ -205,5 +208,6 @@ def told_far(site: str, statistics: Statistics, unit: str) -> str | None:
 
 
 def warnings(site: str, statistics: Statistics, dtype: torch.dtype, unit: str) -> list[str]:
-    """What whoever trains on a site should know: `told_unheld` and `told_far`, as far as there is any."""
-    return [told for told in (told_unheld(site, statistics, dtype), told_far(site, statistics, unit)) if told]
+    """List the sentences for whoever trains on a site: on dimensions that are not held and on far rows."""
+    sentences = unheld_warning(site, statistics, dtype), far_warning(site, statistics, unit)
+    return [sentence for sentence in sentences if sentence]

@@ -22,7 +22,7 @@ from saemill.common.stores.tokens import (
 )
 
 COPIED = ("document", "n_used_ids", "source", "settings", "versions")
-"""Fields of the manifest that a copy of a store's first rows keeps."""
+"""Fields of the manifest that a copy of a store's first rows repeats."""
 
 
 def write_token_store(
@@ -97,9 +97,9 @@ def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
         shutil.copytree(store.tokenizer_folder, partial / "tokenizer")
     starts, numbers = store.segments
     end = n_rows * store.ctx_len
-    kept = starts < end
-    segments = pa.table({"start": starts[kept], "document": numbers[kept]})
-    kept_fields = {name: getattr(store.manifest, name) for name in COPIED}
+    copied = starts < end
+    segments = pa.table({"start": starts[copied], "document": numbers[copied]})
+    fields = {name: getattr(store.manifest, name) for name in COPIED}
     write_token_store(
         partial,
         tokens=tokens,
@@ -107,7 +107,7 @@ def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
         segments=segments,
         documents=cut_documents(store.documents, segments, end),
         tokenizer=store.tokenizer,
-        extra=kept_fields | {"parent_fingerprint": store.fingerprint},
+        extra=fields | {"parent_fingerprint": store.fingerprint},
     )
     partial.replace(path)
     durable.sync_folder(path.parent)
@@ -115,7 +115,7 @@ def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
 
 
 def cut_documents(documents: pa.Table, segments: pa.Table, end: int) -> pa.Table:
-    """The documents up to the last in `segments`, with `start` and `n_tokens` taken from there.
+    """Keep the documents up to the last in `segments`, their `start` and `n_tokens` computed from it.
 
     Args:
         documents: one line per document, at least as many as `segments` mentions.

@@ -45,7 +45,7 @@ TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class TokenizerInfo(Record):
-    """What later stages need to know of the tokenizer."""
+    """The facts on the tokenizer that later stages need."""
 
     name: str
     """Hub id or local folder."""
@@ -66,13 +66,13 @@ class TokenizerInfo(Record):
 
 
 class Source(Record):
-    """What tokens or passages were made of."""
+    """The source of tokens or passages."""
 
     name: str
     """Hub id or local path."""
     fingerprint: str
     column: str | None = None
-    """Of the texts, or `input_ids`."""
+    """Column of the texts, or `input_ids`."""
 
 
 class Settings(Record):
@@ -90,20 +90,20 @@ class TokenManifest(Record):
     n_rows: Positive
     ctx_len: Positive
     n_documents: Count
-    """Those of which a token was kept."""
+    """Number of documents of which a token was kept."""
     n_held_out_rows: Count
     n_empty_documents: Count = 0
     n_padding_tokens: Count = 0
-    """Ids at the ends of rows that were left out as padding."""
+    """Number of ids at the ends of rows that were left out as padding."""
     document: Literal["text", "row of ids", "kept row"]
-    """What a document is: a text; a row of token ids, packed anew; such a row, kept as it is."""
+    """Kind of document: a text; a row of token ids, packed anew; such a row, kept as it is."""
     n_used_ids: Annotated[int, Field(ge=1, le=1 << 32)]
     """One more than the largest id in any row."""
     source: Source
     settings: Settings
     versions: dict[str, str]
     parent_fingerprint: str | None = None
-    """Of a copy: the fingerprint of the store that its rows come from."""
+    """Fingerprint of the store that the rows come from, of a copy."""
     tokenizer: TokenizerInfo
     files: tuple[records.File, ...]
     fingerprint: str
@@ -122,7 +122,7 @@ class TokenManifest(Record):
 
 
 def read_manifest(path: Path, repair: str) -> TokenManifest:
-    """The manifest of the token store in a folder.
+    """Read the manifest of the token store in a folder.
 
     Raises:
         MissingError: there is none.
@@ -145,18 +145,18 @@ class TokenStore:
 
     Args:
         path: the folder.
-        repair: the sentence that tells what to do about damage.
+        repair: the sentence on what to do about damage.
 
     Raises:
         StoreError: the folder is missing, unfinished or damaged; later, that a file that is read is.
     """
 
     unit, row, document = "token", "row", "document"
-    """What messages call an address, a row, and a text of its own."""
+    """Words of messages for an address, a row, and a text of its own."""
 
     def __init__(self, path: Path | str, repair: str = REPAIR) -> None:
         self.path, self.repair = Path(path), repair
-        hub.check_here(self.path)
+        hub.check_local(self.path)
         self.manifest = read_manifest(self.path, repair)
         self.n_rows, self.ctx_len = self.manifest.n_rows, self.manifest.ctx_len
         self.n_tokens = self.n_rows * self.ctx_len
@@ -167,11 +167,11 @@ class TokenStore:
         for name in DESCRIPTIONS:
             self._checked(name)
         self.ids = self._array("tokens", self.ctx_len)
-        """The rows' token ids, shard by shard."""
+        """Token ids of the rows, shard by shard."""
         self._held_out = self._array("held_out", 1)
 
     def _array(self, name: str, width: int) -> ShardedArray:
-        """An array whose shards are all there and listed, each hashed when it is first read."""
+        """Open an array whose shards are all there and listed; each is hashed when it is first read."""
 
         def check(shard: int, rows: NDArray[Any]) -> None:
             file = array.shard_path(shard)
@@ -199,7 +199,7 @@ class TokenStore:
         return array
 
     def _checked(self, name: str) -> Path:
-        """The path of a listed file, after its hash was compared."""
+        """Compare a listed file with its hash. Return its path."""
         file = self.path / name
         if problem := self._files[name].problem(self.path):
             raise StoreError(f"{file}: {problem}. {self.repair}")
@@ -207,18 +207,18 @@ class TokenStore:
 
     @cached_property
     def tokenizer_folder(self) -> Path:
-        """The folder that the tokenizer is loaded from, its files checked."""
+        """Folder that the tokenizer is loaded from, its files checked."""
         for name in self._files:
             if name.startswith("tokenizer/"):
                 self._checked(name)
         return self.path / "tokenizer"
 
     def rows(self, start: int, stop: int) -> NDArray[Any]:
-        """Token ids of rows start..stop. Unsigned [stop - start, ctx_len]."""
+        """Read token ids of rows start..stop. Unsigned [stop - start, ctx_len]."""
         return self.ids.read(start, stop)
 
     def keep(self, start: int, stop: int, mask: MaskConfig) -> NDArray[np.bool_]:
-        """Which positions of rows start..stop count. bool [stop - start, ctx_len].
+        """Choose the positions of rows start..stop that count. bool [stop - start, ctx_len].
 
         Raises:
             ConfigError: the mask cannot be meant for these tokens.
@@ -228,7 +228,7 @@ class TokenStore:
 
     @cached_property
     def held_out_R(self) -> NDArray[np.bool_]:
-        """Which rows hold held-out documents. bool [n_rows]."""
+        """Rows that hold held-out documents, bool [n_rows]."""
         held_out_R = self._held_out.read(0, self.n_rows)[:, 0].astype(bool)
         if held_out_R.sum() != self.manifest.n_held_out_rows:
             raise StoreError(
@@ -238,12 +238,12 @@ class TokenStore:
 
     @cached_property
     def documents(self) -> pa.Table:
-        """One line per document: source_index, start, n_tokens, held_out, text_hash."""
+        """Table with one line per document: source_index, start, n_tokens, held_out, text_hash."""
         return read_table(self._checked("documents.parquet"), DOCUMENTS, self.repair)
 
     @cached_property
     def segments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The pieces of documents by address: where each starts, and its document. int64 each."""
+        """Pieces of documents by address: where each starts, and its document. int64 each."""
         table = read_table(self._checked("segments.parquet"), SEGMENTS, self.repair)
         starts, documents = table["start"].to_numpy(), table["document"].to_numpy()
         ascends = len(starts) > 0 and bool((np.diff(starts) > 0).all())
@@ -252,7 +252,7 @@ class TokenStore:
         return starts, documents
 
     def check_content(self) -> None:
-        """Read all that has a rule beyond its hash.
+        """Check what the hashes do not cover: the rules on the arrays' and tables' content.
 
         Raises:
             StoreError: something does not fit.
@@ -268,7 +268,7 @@ class TokenStore:
             )
 
     def document_of(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The document (line of `documents`) that each address belongs to. Same shape, int64."""
+        """Look up the document (line of `documents`) that each address belongs to. Same shape, int64."""
         starts, documents = self.segments
         return documents[np.searchsorted(starts, addresses, side="right") - 1]
 
@@ -278,11 +278,11 @@ class TokenStore:
         return self.manifest.n_used_ids
 
     def problems(self, hashes: bool) -> list[str]:
-        """Each file that is missing, of the wrong size or, with `hashes`, of other content."""
+        """List each file that is missing, of the wrong size or, with `hashes`, of other content."""
         return records.problems(self.path, self.manifest.files, hashes)
 
     def provenance(self, mask: MaskConfig) -> dict[str, Any]:
-        """What an SAE tells of what it was trained on."""
+        """Collect what an SAE records of its training data."""
         return {
             "dataset": self.manifest.source.name,
             "ctx_len": self.ctx_len,
@@ -295,7 +295,7 @@ class TokenStore:
 
     @property
     def how_held_out(self) -> str:
-        """How the held-out rows were chosen, and what a document is."""
+        """Sentence on how the held-out rows were chosen, and on what a document is."""
         held_out = self.documents["held_out"]
         n_held_out, n = int(pc.sum(held_out).as_py() or 0), len(held_out)
         of_text = self.manifest.document == "text"

@@ -4,7 +4,7 @@ process.py     how a stage starts that process, and ends it within a bounded tim
 key.py         whether wandb would ask for an API key
 track.py       what runs in it, by hand or for a stage
 follow.py      metrics.jsonl, while training writes it
-assessment.py  what `saemill assess` found
+assessment.py  the results of `saemill assess`
 runs.py        one wandb run per variant, in a group
 record.py      wandb.json: what the runs are; wandb-logged.json: how far it came
 

@@ -14,11 +14,11 @@ from saemill.common.stores import assessments
 from saemill.common.stores.runs import ASSESSMENT, LATENTS, METRICS, REPORT, WANDB
 from saemill.common.tracking.follow import catch_up, state
 from saemill.common.tracking.process import new_id
-from saemill.common.tracking.record import Assessed, Told
+from saemill.common.tracking.record import Assessed, WandbSettings
 from saemill.common.tracking.runs import Runs, log_artifact, start, values
 
 N_BINS = 64
-"""Of the histograms of density."""
+"""Number of bins of the histograms of density."""
 FILES = (ASSESSMENT, REPORT, LATENTS)
 
 
@@ -34,10 +34,10 @@ def log_assessment(folder: Path, out: Path) -> None:
     if bad := assessments.problems(out):
         raise StoreError("\n".join([*bad, assessments.REPAIR]))
     runs = Runs(folder)
-    known = dict(runs.told.assessments)
+    known = dict(runs.settings.assessments)
     known[prefix] = Assessed(id=known[prefix].id if prefix in known else new_id(), folder=str(out))
-    runs.told = runs.told.model_copy(update={"assessments": known})
-    records.write(folder / WANDB, runs.told)
+    runs.settings = runs.settings.model_copy(update={"assessments": known})
+    records.write(folder / WANDB, runs.settings)
     catch_up(folder, runs)
     densities = _densities(out / LATENTS)
     summaries = _summaries(folder, known)
@@ -51,54 +51,55 @@ def log_assessment(folder: Path, out: Path) -> None:
             run.log(shown, step=max(run.starting_step, summary["tokens"] + 1))
     for name, run in runs.open.items():
         run.finish(exit_code=int(summaries[name]["state"] == "diverged"))
-    _log_table(folder, out, prefix, assessment, runs.told)
+    _log_table(folder, out, prefix, assessment, runs.settings)
 
 
 def _summaries(folder: Path, known: dict[str, Assessed]) -> dict[str, dict[str, Any]]:
-    """Each variant's whole summary: how training ended, and all that was assessed.
+    """Collect each variant's whole summary: how training ended, and all that was assessed.
 
     Where a run is offline, `wandb sync` leaves of its summary what the last process wrote.
     """
-    found: dict[str, dict[str, Any]] = {}
+    summaries: dict[str, dict[str, Any]] = {}
     for line in (folder / METRICS).read_text().splitlines():
         record = json.loads(line)
         for name in record["variants"]:
-            found[name] = values(record, name)
-    for name, summary in found.items():
+            summaries[name] = values(record, name)
+    for name, summary in summaries.items():
         summary |= state(folder, name)
     for prefix, entry in known.items():
         folder_of = Path(entry.folder)
         variants = assessments.read(folder_of)["variants"] if (folder_of / assessments.FILE).exists() else []
         for place, variant in enumerate(variants):
             for key, value in _summary(variant, place + 1).items():
-                found[variant["name"]][f"{prefix}/{key}"] = value
-    return found
+                summaries[variant["name"]][f"{prefix}/{key}"] = value
+    return summaries
 
 
 def _summary(entry: dict[str, Any], place: int) -> dict[str, Any]:
-    """A variant's figures with the ends of their intervals, and its verdict."""
-    found: dict[str, Any] = {"verdict": entry["verdict"], "place": place}
+    """Collect a variant's figures with the ends of their intervals, and its verdict."""
+    summary: dict[str, Any] = {"verdict": entry["verdict"], "place": place}
     if entry["not_measured"]:
-        return found | {"not_measured": entry["not_measured"]}
+        return summary | {"not_measured": entry["not_measured"]}
     for name, figure in entry["metrics"].items():
         if isinstance(figure["value"], int | float):
-            found[name] = figure["value"]
+            summary[name] = figure["value"]
             if figure["lo"] is not None:
-                found |= {f"{name}_lo": figure["lo"], f"{name}_hi": figure["hi"]}
+                summary |= {f"{name}_lo": figure["lo"], f"{name}_hi": figure["hi"]}
         elif figure["value"] is None:
-            found[f"{name}_reason"] = figure["reason"]
-    return found
+            summary[f"{name}_reason"] = figure["reason"]
+    return summary
 
 
 def _densities(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Share of tokens on which each latent fired, by variant."""
+    """Compute the share of tokens on which each latent fired, by variant."""
     table = pq.read_table(path, columns=["variant", "density"])
     names, density = np.array(table["variant"]), table["density"].to_numpy()
     return {str(name): density[names == name] for name in np.unique(names)}
 
 
 def _histogram(density: NDArray[np.float64], n_tokens: int) -> Any:
-    """log10 of the latents' densities; those that never fired are at the left end, 1 / (2 tokens)."""
+    """Count log10 of the latents' densities in bins; latents that never fired are at the left end, 1 / (2
+    tokens)."""
     import wandb
 
     least = 1 / (2 * max(1, n_tokens))
@@ -106,23 +107,27 @@ def _histogram(density: NDArray[np.float64], n_tokens: int) -> Any:
     return wandb.Histogram(np_histogram=np.histogram(np.log10(np.maximum(density, least)), edges))
 
 
-def _log_table(folder: Path, out: Path, prefix: str, assessment: dict[str, Any], told: Told) -> None:
-    """A run of the group for the assessment as a whole: the table of variants, and the page."""
+def _log_table(
+    folder: Path, out: Path, prefix: str, assessment: dict[str, Any], settings: WandbSettings
+) -> None:
+    """Log a run of the group for the assessment as a whole: the table of variants, and the page."""
     import wandb
 
     name = "assessment" if prefix == "assess" else f"assessment {prefix}"
     config = {key: assessment[key] for key in ("data", "thresholds", "versions")}
-    run = start(folder, told, name, told.assessments[prefix].id, "assess", config, quiet=True)
+    run = start(folder, settings, name, settings.assessments[prefix].id, "assess", config, quiet=True)
     run.summary["best_variant"] = assessment["best_variant"]
     page = wandb.Html(str(out / REPORT), inject=False)
     run.log({f"{prefix}/variants": _table(assessment), f"{prefix}/report": page})
-    if told.artifacts:
-        log_artifact(run, f"{told.group}-{told.prefix}{name}", "assessment", [out / file for file in FILES])
+    if settings.artifacts:
+        log_artifact(
+            run, f"{settings.group}-{settings.prefix}{name}", "assessment", [out / file for file in FILES]
+        )
     run.finish()
 
 
 def _table(assessment: dict[str, Any]) -> Any:
-    """A row per variant, best first, then what nobody trained."""
+    """Make a table with a row per variant, best first, then the baselines that were not trained."""
     import wandb
 
     entries = assessment["variants"] + assessment["controls"]

@@ -19,11 +19,11 @@ Record = dict[str, Any]
 
 
 class End(Protocol):
-    """Whether the stage that writes the folder has ended."""
+    """The end of the stage that writes the folder."""
 
     @property
     def word(self) -> str | None:
-        """How it ended; none while it runs."""
+        """Word on how it ended; None while it runs."""
 
 
 def follow(folder: Path, end: End, quiet: bool = False) -> None:
@@ -31,7 +31,7 @@ def follow(folder: Path, end: End, quiet: bool = False) -> None:
 
     Args:
         folder: of the run.
-        end: tells when the training has ended.
+        end: whether the training has ended.
         quiet: without figures of the machine, where training does not run on it now.
     """
     runs = Runs(folder, quiet)
@@ -41,8 +41,8 @@ def follow(folder: Path, end: End, quiet: bool = False) -> None:
 
 
 def catch_up(folder: Path, runs: Runs) -> None:
-    """Log what wandb did not take while the run was trained, if there is such."""
-    missing = [name for name in runs.told.runs if name not in runs.ended]
+    """Log what wandb did not receive while the run was trained."""
+    missing = [name for name in runs.settings.runs if name not in runs.ended]
     if missing:
         lines = (folder / METRICS).read_text().splitlines()
         log_due(folder, runs, map(json.loads, lines))
@@ -50,15 +50,15 @@ def catch_up(folder: Path, runs: Runs) -> None:
         end_variant(folder, runs, name, "finished")
 
 
-def log_due(folder: Path, runs: Runs, found: Iterable[Record]) -> None:
+def log_due(folder: Path, runs: Runs, lines: Iterable[Record]) -> None:
     """Log the records that are due, and each variant's last; end the runs of those that were stopped."""
     last: Record = {"variants": {}}
-    for record in found:
+    for record in lines:
         if stopped := [name for name in last["variants"] if name not in record["variants"]]:
             runs.log(last)
             for name in stopped:
                 end_variant(folder, runs, name, "finished")
-        if record["step"] % runs.told.log_frequency == 0:
+        if record["step"] % runs.settings.log_frequency == 0:
             runs.log(record)
         last = record
     if last["variants"]:
@@ -66,7 +66,7 @@ def log_due(folder: Path, runs: Runs, found: Iterable[Record]) -> None:
 
 
 def records(path: Path, end: End) -> Iterator[Record]:
-    """The lines of a file that is being written, until `end` has a word and all are read.
+    """Read the lines of a file that is being written, until the stage has ended and all lines are read.
 
     Training that goes on from a checkpoint puts another file in its place; that is read from its start.
     """
@@ -87,18 +87,18 @@ def records(path: Path, end: End) -> Iterator[Record]:
 
 
 def end_variant(folder: Path, runs: Runs, name: str, word: str) -> None:
-    """End a variant's run, with its state: trained, stopped, diverged, or what became of all."""
+    """End a variant's run, with its state: trained, stopped or diverged, or how the whole stage ended."""
     if name not in runs.open:
         return
     if word != "finished":
         runs.end(name, word, is_last=False, state=word)
         return
-    found = state(folder, name)
-    runs.end(name, "diverged" if found["state"] == "diverged" else word, is_last=True, **found)
+    summary = state(folder, name)
+    runs.end(name, "diverged" if summary["state"] == "diverged" else word, is_last=True, **summary)
 
 
 def state(folder: Path, name: str) -> dict[str, Any]:
-    """How a variant whose SAE is written ended."""
+    """Describe how a variant whose SAE is written ended, in entries of its wandb summary."""
     provenance = durable.read_json(folder / name / "cfg.json")["saemill"]
     if provenance["diverged_at_step"] is not None:
         return {"state": "diverged", "diverged_at_step": provenance["diverged_at_step"]}
@@ -107,7 +107,7 @@ def state(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _stopped(folder: Path) -> dict[str, dict[str, Any]]:
-    """What halving says of the variants that it stopped."""
+    """Read halving's records of the variants that it stopped."""
     return {
         name: {"stopped_at_step": look.step, "stopped_value": lost.value, "best_then": lost.best}
         for look in looks(folder)

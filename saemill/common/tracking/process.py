@@ -15,19 +15,19 @@ from saemill.common.errors import ConfigError, Interrupted
 from saemill.common.log import say
 from saemill.common.stores.runs import WANDB, WANDB_FOLDER
 from saemill.common.tracking import record
-from saemill.common.tracking.record import Entry, Told
+from saemill.common.tracking.record import Entry, WandbSettings
 
 LOG = "saemill.log"
-"""What the process prints, in wandb's folder."""
+"""Name of the log of what the process prints, in wandb's folder."""
 END_SECONDS = 60.0
-"""Most that a stage waits for wandb at its end."""
+"""Seconds, at most, that a stage waits for wandb at its end."""
 STOP_SECONDS = 10.0
-"""Most that it waits when a signal stopped it: a scheduler kills what takes long."""
+"""Seconds, at most, that it waits when a signal stopped it: a scheduler kills what takes long."""
 ARTIFACT_BYTES_PER_SECOND = 10e6
-"""With artifacts the wait at the end is longer by their size at this rate."""
+"""Rate, in bytes per second, of the longer wait at the end where artifacts are sent."""
 CHECK_SECONDS = 30.0
 OFFLINE = ("offline", "dryrun", "disabled")
-"""wandb's modes that need no key."""
+"""Modes of wandb that need no key."""
 QUIET_SECONDS = 5.0
 
 
@@ -50,7 +50,7 @@ def check() -> None:
             timeout=CHECK_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return  # the process that logs will tell
+        return  # the process that logs will report it
     if done.returncode:
         why = done.stderr.strip().rpartition("\n")[2]
         raise ConfigError(done.stdout.strip() or f"wandb does not start: {why}; leave out --log-to-wandb")
@@ -65,25 +65,26 @@ def write_record(folder: Path, settings: Mapping[str, Any], configs: Mapping[str
             artifacts.
         configs: variant name → its config.
     """
-    known = record.told(folder) if (folder / WANDB).exists() else None
+    known = record.settings(folder) if (folder / WANDB).exists() else None
     ids = {name: entry.id for name, entry in known.runs.items()} if known else {}
     entries = {
         name: Entry(id=ids.get(name) or new_id(), config=record.plain(config))
         for name, config in configs.items()
     }
     assessments = known.assessments if known else {}
-    records.write(folder / WANDB, Told(**settings, runs=entries, assessments=assessments))
+    records.write(folder / WANDB, WandbSettings(**settings, runs=entries, assessments=assessments))
 
 
 def new_id() -> str:
-    """Of a wandb run."""
+    """Make the id of a wandb run."""
     return uuid.uuid4().hex[:8]
 
 
 class Wandb:
-    """The process at work: started at once, ended within a bounded time; of neither does anything fail.
+    """The process that talks to wandb: started at once, ended within a bounded time. The stage does not fail
+    where one of these does.
 
-    As a context manager it tells the process how the block ended.
+    As a context manager it sends the process a word on how the block ended.
 
     Args:
         folder: of the run, whose metrics are followed.
@@ -115,7 +116,7 @@ class Wandb:
         self.end(word, self.end_seconds if kind is None else STOP_SECONDS)
 
     def end(self, word: str, most_seconds: float) -> None:
-        """Tell how the stage ended; after `most_seconds` the process is ended."""
+        """Tell the process how the stage ended; after `most_seconds` it is killed."""
         try:
             self.process.communicate(f"{word}\n".encode(), timeout=QUIET_SECONDS)
         except subprocess.TimeoutExpired:
@@ -130,7 +131,7 @@ class Wandb:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             return
-        if self.process.returncode < 0:  # any other failure it told itself
+        if self.process.returncode < 0:  # any other failure it reported itself
             say(
                 f"wandb's process was killed by signal {-self.process.returncode}; "
                 f"{self.later} sends what is missing"
@@ -138,5 +139,5 @@ class Wandb:
 
 
 def _environment() -> dict[str, str]:
-    """Modules are found there as here, whatever started this process."""
+    """Copy the environment with this process's module path, so that modules are found there as here."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -1,4 +1,4 @@
-"""What the process that talks to wandb is told, `wandb.json`, and how far it came, `wandb-logged.json`."""
+"""Settings for the process that talks to wandb, `wandb.json`, and its progress, `wandb-logged.json`."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class Entry(Record):
     """The wandb run of a variant."""
 
     id: str
-    """wandb's."""
+    """Id of the wandb run."""
     config: dict[str, JsonValue]
 
 
@@ -27,11 +27,11 @@ class Assessed(Record):
     """An assessment that was logged."""
 
     id: str
-    """Of its own wandb run."""
+    """Id of the assessment's own wandb run."""
     folder: str
 
 
-class Told(Record):
+class WandbSettings(Record):
     """`wandb.json`."""
 
     format: Literal["saemill wandb 2"] = "saemill wandb 2"
@@ -39,14 +39,14 @@ class Told(Record):
     entity: str | None
     group: str
     prefix: str
-    """Of the names of wandb's runs."""
+    """Prefix of the names of wandb's runs."""
     log_frequency: Positive
-    """Steps."""
+    """Training steps between logged records."""
     artifacts: bool
     runs: dict[Name, Entry]
-    """By variant."""
+    """Wandb runs by variant."""
     assessments: dict[str, Assessed]
-    """By the prefix of their figures."""
+    """Assessments by the prefix of their figures."""
 
 
 class Logged(Record):
@@ -54,19 +54,19 @@ class Logged(Record):
 
     format: Literal["saemill wandb log 2"] = "saemill wandb log 2"
     tokens: int = -1
-    """Those of the last line of metrics.jsonl that went to wandb."""
+    """Training tokens at the last line of metrics.jsonl that went to wandb."""
     ended: tuple[Name, ...] = ()
-    """Variants whose runs have all that training tells."""
+    """Variants whose wandb runs have all of training."""
 
 
-def told(folder: Path) -> Told:
+def settings(folder: Path) -> WandbSettings:
     """Read `wandb.json`.
 
     Raises:
         MissingError: the run was not logged to wandb.
         StoreError: it is damaged.
     """
-    return records.read(folder / WANDB, Told, REPAIR)
+    return records.read(folder / WANDB, WandbSettings, REPAIR)
 
 
 def logged(folder: Path) -> Logged:
@@ -81,14 +81,14 @@ def logged(folder: Path) -> Logged:
         return Logged()
 
 
-def note(folder: Path, found: Logged) -> None:
-    """Write `wandb-logged.json`: whole or absent for any reader, but not flushed to disk each time."""
+def note(folder: Path, progress: Logged) -> None:
+    """Write `wandb-logged.json`, whole or not at all for any reader, but not flushed to disk each time."""
     partial = folder / f".{WANDB_LOGGED}.partial"
-    partial.write_text(json.dumps(records.content(found)) + "\n")
+    partial.write_text(json.dumps(records.content(progress)) + "\n")
     partial.replace(folder / WANDB_LOGGED)
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as JSON has it: lists in place of tuples."""
+    """Convert a config to what JSON has: lists in place of tuples."""
     values: dict[str, Any] = json.loads(json.dumps(config))
     return values

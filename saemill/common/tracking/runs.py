@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from saemill.common.tracking import record
-from saemill.common.tracking.record import Logged, Told
+from saemill.common.tracking.record import Logged, WandbSettings
 
 EXIT_CODES = {"finished": 0, "interrupted": 75}
 UNSAFE = re.compile(r"[^\w.-]+")
-"""What the name of an artifact may not hold."""
+"""Characters that the name of an artifact may not hold."""
 
 
 class Runs:
@@ -23,21 +23,21 @@ class Runs:
 
     def __init__(self, folder: Path, quiet: bool = False) -> None:
         self.folder, self.quiet = folder, quiet
-        self.told = record.told(folder)
+        self.settings = record.settings(folder)
         self.open: dict[str, Any] = {}
         logged = record.logged(folder)
         self.logged_tokens = logged.tokens
-        """Those of the last line that went to wandb, here or in an earlier process."""
+        """Training tokens at the last line that went to wandb, here or in an earlier process."""
         self.ended = list(logged.ended)
-        """Variants whose runs have all that training tells."""
+        """Variants whose wandb runs have all of training."""
         self._next_tokens: dict[str, int] = {}
 
     def run(self, name: str) -> Any:
-        """A variant's run, begun or gone on with."""
+        """Open a variant's wandb run, new or resumed."""
         if name not in self.open:
-            entry = self.told.runs[name]
+            entry = self.settings.runs[name]
             quiet = self.quiet or bool(self.open)
-            run = start(self.folder, self.told, name, entry.id, "train", entry.config, quiet)
+            run = start(self.folder, self.settings, name, entry.id, "train", entry.config, quiet)
             run.define_metric("tokens")
             run.define_metric("*", step_metric="tokens")
             self.open[name] = run
@@ -58,7 +58,7 @@ class Runs:
         self._note()
 
     def _note(self) -> None:
-        """Say how far it came."""
+        """Record the progress in `wandb-logged.json`."""
         record.note(self.folder, Logged(tokens=self.logged_tokens, ended=tuple(self.ended)))
 
     def end(self, name: str, word: str, is_last: bool, **summary: Any) -> None:
@@ -74,7 +74,7 @@ class Runs:
         run.summary.update(summary)
         if word == "interrupted":
             run.mark_preempting()
-        elif is_last and self.told.artifacts:
+        elif is_last and self.settings.artifacts:
             self._log_sae(run, name)
         run.finish(exit_code=EXIT_CODES.get(word, 1))
         if is_last:
@@ -83,19 +83,20 @@ class Runs:
 
     def _log_sae(self, run: Any, name: str) -> None:
         sae = self.folder / name
-        title = f"{self.told.group}-{self.told.prefix}{name}"
+        title = f"{self.settings.group}-{self.settings.prefix}{name}"
         log_artifact(run, title, "sae", [sae / "cfg.json", sae / "sae.safetensors"])
 
 
 def values(record: dict[str, Any], name: str) -> dict[str, Any]:
-    """A variant's part of a line of metrics.jsonl; what it has no value of is left out."""
+    """Select a variant's values from a line of metrics.jsonl, with the values that all share; None is left
+    out."""
     flat = {key: value for key, value in record.items() if key != "variants"} | record["variants"][name]
     return {key: value for key, value in flat.items() if value is not None}
 
 
 def start(
     folder: Path,
-    told: Told,
+    settings: WandbSettings,
     name: str,
     run_id: str,
     job_type: str,
@@ -106,7 +107,7 @@ def start(
 
     Args:
         folder: of the run; wandb's files are in `wandb` there.
-        told: the content of `wandb.json`.
+        settings: the content of `wandb.json`.
         name: that is shown.
         run_id: wandb's.
         job_type: train or assess.
@@ -116,10 +117,10 @@ def start(
     import wandb
 
     return wandb.init(
-        project=told.project,
-        entity=told.entity,
-        group=told.group,
-        name=told.prefix + name,
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        name=settings.prefix + name,
         id=run_id,
         job_type=job_type,
         resume="allow",

@@ -1,6 +1,6 @@
 """What `saemill track` does: it reads what a run's folder holds, and talks to wandb.
 
-By hand it looks into the folder to know when training has finished. A stage that starts it tells it through
+By hand it looks into the folder to know when training has finished. A stage that starts it says so through
 its standard input; when that ends it ends too, a bounded time later, so nothing is left where a stage was
 killed.
 """
@@ -23,7 +23,7 @@ from saemill.common.tracking.follow import POLL_SECONDS, End, follow
 
 
 class Parent:
-    """How the stage that started this process ended; none while it runs."""
+    """The end of the stage that started this process, as it says on standard input; none while it runs."""
 
     def __init__(self) -> None:
         self.word: str | None = None
@@ -52,14 +52,14 @@ class Watch:
         self._ids = self._read_ids()
 
     def _read_ids(self) -> list[str]:
-        """The ids of the run's wandb runs; none while training begins anew."""
+        """Read the ids of the run's wandb runs; none while training begins anew."""
         if not (self.run / runs.WANDB).exists():
             return []
-        return [entry.id for entry in record.told(self.run).runs.values()]
+        return [entry.id for entry in record.settings(self.run).runs.values()]
 
     @property
     def word(self) -> str | None:
-        """How training ended, `interrupted` where it may go on; none while it is waited for.
+        """Word on how training ended, `interrupted` where it may go on; None while it is waited for.
 
         Raises:
             StoreError: it began anew, in other wandb runs.
@@ -97,7 +97,7 @@ def track(run: Path, waits: bool, assessment: Path | None) -> None:
     process.check()
     with stop_on_signal() as stop:
         _send(run, assessment, Watch(run, stop, waits), stop)
-    logged = record.told(run)
+    logged = record.settings(run)
     n_variants = counted(len(logged.runs), "variant")
     say(f"{run}: {n_variants} logged to wandb, project {logged.project}, group {logged.group}")
     if stop.is_set() and not runs.is_finished(run):
@@ -107,21 +107,21 @@ def track(run: Path, waits: bool, assessment: Path | None) -> None:
 
 
 def track_for_stage(run: Path, assessment: Path | None) -> None:
-    """As `track`, for the stage that started this process and waits for it no longer than it will."""
-    # Ctrl-C and a scheduler's signals reach every process of a job; the stage tells when to end.
+    """Track as `track` does, for the stage that started this process, which waits a bounded time for it."""
+    # Ctrl-C and a scheduler's signals reach every process of a job; the stage says when to end.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     _send(run, assessment, Parent(), None)
 
 
 def _send(run: Path, assessment: Path | None, end: End, stop: threading.Event | None) -> None:
-    """Log a run or an assessment. A failure of wandb's is told once, and ends this process alone.
+    """Log a run or an assessment. A failure of wandb's is reported once, and ends this process alone.
 
     Args:
         run: the folder of the run.
         assessment: that of the assessment to send; without one the metrics are sent.
         end: when to stop reading metrics.
-        stop: set by a signal; none where a stage waits, which tells it all.
+        stop: set by a signal; None where a stage waits, which says on standard input when to end.
     """
     (run / "wandb").mkdir(exist_ok=True)
     with (run / "wandb" / process.LOG).open("a") as log:
@@ -157,7 +157,7 @@ def _lock(log: TextIO, run: Path, stop: threading.Event | None) -> None:
 
 
 def _has_lock(log: TextIO) -> bool:
-    """Lock the log, if no other process has; True too where the file system knows no locks."""
+    """Lock the log, if no other process has. Return True too where the file system knows no locks."""
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

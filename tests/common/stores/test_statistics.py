@@ -7,10 +7,10 @@ import torch
 from saemill.common.stores.statistics import (
     Moments,
     Statistics,
+    far_warning,
     rounding_shares,
-    told_far,
-    told_unheld,
     unheld,
+    unheld_warning,
 )
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -59,7 +59,7 @@ def test_planted_dimensions_are_named_and_no_others(dtype: torch.dtype) -> None:
     assert found.variance_D[5] == 0
     assert found.variance_D[7] > 100 * x_TD[:, 7].var()
     assert unheld(found, dtype) == [2, 5, 7]
-    told = told_unheld("a", found, dtype)
+    told = unheld_warning("a", found, dtype)
     assert told is not None
     assert "3 dimensions of 12 (2, 5, 7)" in told
     assert "(up to 100%)" in told
@@ -71,21 +71,21 @@ def test_what_is_held_is_not_told() -> None:
     """Oracle: normal columns whose means are up to ten deviations away, in the coarsest type."""
     x_TD = torch.randn(5_000, 8, generator=torch.Generator().manual_seed(2)) + torch.arange(-4, 4) * 2.5
     for scale in (1e-25, 1.0, 1e18):
-        assert told_unheld("a", statistics_of((x_TD * scale).bfloat16()), torch.bfloat16) is None
+        assert unheld_warning("a", statistics_of((x_TD * scale).bfloat16()), torch.bfloat16) is None
 
 
 def test_rows_that_are_much_longer_are_told() -> None:
     """Oracle: how many rows were planted, and numpy's median and largest distance."""
     generator = np.random.default_rng(0)
     x_TD = generator.standard_normal((4_000, 16))
-    assert told_far("a", statistics_of(torch.from_numpy(x_TD)), "token") is None
+    assert far_warning("a", statistics_of(torch.from_numpy(x_TD)), "token") is None
     x_TD[::400] *= 100
     distances_T = np.linalg.norm(x_TD - x_TD.mean(0), axis=1)
     found = statistics_of(torch.from_numpy(x_TD))
     ratio = distances_T.max() / np.median(distances_T)
     assert found.share_beyond(10) == 10 / 4_000
     assert found.largest_distance / found.median_distance == pytest.approx(ratio, rel=0.2)
-    told = told_far("a", found, "passage")
+    told = far_warning("a", found, "passage")
     assert told is not None
     assert told.startswith("a: 0.25% of the passages are more than 10 times as far")
     assert "--normalize" in told

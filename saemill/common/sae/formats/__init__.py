@@ -1,7 +1,7 @@
 """SAEs as files: saemill's own, which is sparsify's layout, and those of SAELens and dictionary_learning.
 
-Each format is a module: `read` gives the parts of an SAE or refuses, naming the field that has no place in
-one; `write` makes files that the tool itself loads.
+Each format is a module. `read` returns the tensors of an SAE, or refuses and names the field that has no
+place in one; `write` makes files that the tool itself loads.
 
     sparsify.py, saelens.py, dictionary_learning.py   the formats
     checks.py   what each asks of its files
@@ -24,7 +24,7 @@ READERS = {
     saelens.WEIGHTS: saelens.read,
     dictionary_learning.WEIGHTS: dictionary_learning.read,
 }
-"""A format is recognised by the name of its file of weights."""
+"""Readers by the name of the file of weights, by which a format is recognised."""
 
 
 def load(folder: Path | str) -> Parts:
@@ -46,21 +46,22 @@ def load(folder: Path | str) -> Parts:
 
 
 def read(folder: Path) -> Parts:
-    """As `load`, on this machine, whatever the weights' values are.
+    """Read an SAE as `load` does, on this machine, whatever the weights' values are.
 
     Raises:
         StoreError, ConfigError: as `load`.
     """
-    found = [name for name in READERS if (folder / name).is_file()]
-    if not found:
+    present = [name for name in READERS if (folder / name).is_file()]
+    if not present:
         raise StoreError(f"{folder} holds no SAE: {_instead(folder)}")
-    if len(found) > 1:
-        raise StoreError(f"{folder} holds the weights of several formats, {' and '.join(found)}; part them")
-    return READERS[found[0]](folder)
+    if len(present) > 1:
+        raise StoreError(f"{folder} holds the weights of several formats, {' and '.join(present)}; part them")
+    return READERS[present[0]](folder)
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with the files of an SAE on this machine, of any of the formats; nothing if it loads."""
+    """List what is wrong with the files of an SAE on this machine, of any of the formats; nothing if it
+    loads."""
     try:
         load(folder)
     except SaemillError as error:
@@ -69,7 +70,7 @@ def problems(folder: Path) -> list[str]:
 
 
 def _instead(folder: Path) -> str:
-    """What is there in place of an SAE, and what to name instead."""
+    """Describe what is there in place of an SAE, and what to name instead."""
     if folder.is_file():
         return f"it is a file; name the folder that it is in, {folder.parent}"
     if not folder.exists():
@@ -89,7 +90,7 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None) -> Non
     Args:
         name: one of `NAMES`.
         folder: where to; created.
-        hook: the SAE's site in TransformerLens' terms; None where it has no name there. Sparsify keeps none.
+        hook: the SAE's site in TransformerLens' terms; None where it has no name there. Sparsify stores none.
 
     Raises:
         ConfigError: no such format.

@@ -1,4 +1,4 @@
-"""What every format's reader asks of the files before it takes them for a TopK SAE."""
+"""Checks that every format's reader makes before it accepts files as a TopK SAE."""
 
 import json
 import math
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError, DiskError, StoreError
-from saemill.common.records import Count, Positive, told
+from saemill.common.records import Count, Positive, first_finding
 
 MOST_SIZE = 1 << 31
-"""Of d_in, num_latents and k."""
+"""Limit on d_in, num_latents and k."""
 
 
 class Provenance(BaseModel):
-    """Types of what saemill itself reads of an SAE's provenance; there may be more in it."""
+    """Types of the fields of an SAE's provenance that saemill itself reads; there may be more fields."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -39,7 +39,7 @@ class Provenance(BaseModel):
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """An SAE's config. NaN and infinity, which other tools write, become text: they are no JSON.
+    """Read an SAE's config. NaN and infinity, which other tools write, become text: they are no JSON.
 
     Raises:
         StoreError: the file is missing, cannot be read, or holds no JSON object.
@@ -62,12 +62,12 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def _float(text: str) -> float | str:
-    """A number of JSON; one beyond what a float holds stays text."""
+    """Read a number of JSON; one beyond what a float holds stays text."""
     return number if math.isfinite(number := float(text)) else text
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
+    """Read the tensors of a safetensors file, on the CPU.
 
     Raises:
         StoreError: it is damaged.
@@ -84,7 +84,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def first_line(error: Exception) -> str:
-    """Of a library's message, or its kind where it has none."""
+    """Return the first line of a library's message, or its kind where it has none."""
     return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
@@ -108,7 +108,7 @@ def expect(config: Mapping[str, Any], field: str, wanted: Any, default: Any, why
 
 
 def count(config: Mapping[str, Any], field: str, file: Path) -> int:
-    """A whole number of 1 or more.
+    """Return a field that must be a whole number of 1 or more.
 
     Raises:
         StoreError: the field is missing or something else.
@@ -120,7 +120,7 @@ def count(config: Mapping[str, Any], field: str, file: Path) -> int:
 
 
 def text(config: Mapping[str, Any], field: str, file: Path) -> str | None:
-    """A text, or None where there is none.
+    """Return a field that must be text, or None where it is absent.
 
     Raises:
         StoreError: the field is something else.
@@ -132,7 +132,7 @@ def text(config: Mapping[str, Any], field: str, file: Path) -> str | None:
 
 
 def flag(config: Mapping[str, Any], field: str, default: bool, file: Path) -> bool:
-    """True or false.
+    """Return a field that must be true or false.
 
     Raises:
         StoreError: the field is something else.
@@ -144,7 +144,7 @@ def flag(config: Mapping[str, Any], field: str, default: bool, file: Path) -> bo
 
 
 def group(config: Mapping[str, Any], field: str, file: Path) -> dict[str, Any]:
-    """A group of settings, empty where there is none.
+    """Return a field that must be a group of settings, empty where it is absent.
 
     Raises:
         StoreError: the field is something else.
@@ -161,10 +161,10 @@ def check_weights(
     shapes: Mapping[str, tuple[int, ...]],
     optional: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """Refuse weights that the config does not tell of.
+    """Refuse weights that do not agree with the config.
 
     Args:
-        file: theirs.
+        file: the file that they are from.
         weights: by name.
         shapes: what must be there, by name.
         optional: names of what may be there beside it.
@@ -190,7 +190,7 @@ def check_weights(
 
 
 def _of_one_dtype(weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The same numbers in the widest of their types. torch computes with none of 8 bits."""
+    """Convert weights to the widest of their types. torch computes with none of 8 bits."""
     wide = [torch.float32 if w.element_size() == 1 else w.dtype for w in weights.values()]
     dtype = wide[0]
     for other in wide[1:]:
@@ -205,21 +205,23 @@ def _of_one_dtype(weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor
 
 
 def provenance(name: str, config: Mapping[str, Any], own: Any, file: Path, **known: Any) -> dict[str, Any]:
-    """Where an SAE came from.
+    """Collect where an SAE came from.
 
     Args:
         name: of the format.
-        config: as it was read; kept whole.
-        own: what saemill wrote there, if saemill made the file; it is all that is kept then.
+        config: as it was read; stored whole.
+        own: what saemill wrote there, if saemill made the file; nothing else is stored then.
         file: the config's.
         known: site, model and so on; None is left out.
 
     Raises:
         StoreError: what saemill reads of it is of another type.
     """
-    found = own if isinstance(own, dict) else {key: v for key, v in known.items() if v is not None}
+    origin = own if isinstance(own, dict) else {key: v for key, v in known.items() if v is not None}
     try:
-        Provenance.model_validate(found)
+        Provenance.model_validate(origin)
     except ValidationError as error:
-        raise StoreError(f"{file} tells of the SAE's origin what it cannot: {told(error)}") from error
-    return dict(found) if found is own else found | {"imported": {"format": name, "config": dict(config)}}
+        raise StoreError(
+            f"{file} tells of the SAE's origin what it cannot: {first_finding(error)}"
+        ) from error
+    return dict(origin) if origin is own else origin | {"imported": {"format": name, "config": dict(config)}}

@@ -33,10 +33,10 @@ CLASS = "AutoEncoderTopK"
 
 
 def read(folder: Path) -> Parts:
-    """The SAE of a folder, on the CPU, in the dtype of its file. Nothing but tensors is unpickled.
+    """Read the SAE of a folder, on the CPU, in the dtype of its file. Nothing but tensors is unpickled.
 
     Raises:
-        StoreError, ConfigError: as `formats.load` tells.
+        StoreError, ConfigError: as `formats.load`.
     """
     file = folder / "config.json"
     whole = read_config(file)
@@ -65,14 +65,14 @@ def read(folder: Path) -> Parts:
         "model": text(trainer, "lm_name", file),
         "ctx_len": count(buffer, "ctx_len", file) if buffer.get("ctx_len") is not None else None,
     }
-    told = provenance("dictionary_learning", whole, whole.get("saemill"), file, **known)
-    config = SaeConfig(d_in=d_in, num_latents=num_latents, k=k, provenance=told)
+    origin = provenance("dictionary_learning", whole, whole.get("saemill"), file, **known)
+    config = SaeConfig(d_in=d_in, num_latents=num_latents, k=k, provenance=origin)
     W_enc, b_enc, W_dec, b_dec = weights.values()
     return Parts(config, W_enc, b_enc, W_dec.T.contiguous(), b_dec)
 
 
 def _state(file: Path) -> dict[str, Tensor]:
-    """The tensors of an `ae.pt`."""
+    """Read the tensors of an `ae.pt`."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -92,7 +92,8 @@ def _state(file: Path) -> dict[str, Tensor]:
 
 
 def _hook_name(submodule_name: str | None) -> str | None:
-    """TransformerLens' name of a submodule that is named as dictionary_learning's demo does."""
+    """Translate a submodule's name, written as dictionary_learning's demo writes it, to TransformerLens'
+    name."""
     match = re.fullmatch(r"(resid_post|mlp_out|attn_out)_layer_(\d+)", submodule_name or "")
     return f"blocks.{match[2]}.hook_{match[1]}" if match else None
 
@@ -114,8 +115,8 @@ def write(parts: Parts, folder: Path, hook: Hook | None) -> None:
 
 
 def _config(parts: Parts, hook: Hook | None) -> dict[str, Any]:
-    told = parts.config.provenance
-    site = told.get("site")
+    origin = parts.config.provenance
+    site = origin.get("site")
     trainer = {
         "trainer_class": "TopKTrainer",
         "dict_class": CLASS,
@@ -123,8 +124,8 @@ def _config(parts: Parts, hook: Hook | None) -> dict[str, Any]:
         "dict_size": parts.config.num_latents,
         "k": parts.config.k,
         "layer": hook.layer if hook else layer_of(site or ""),
-        "lm_name": told.get("model"),
+        "lm_name": origin.get("model"),
         "submodule_name": f"{hook.kind}_layer_{hook.layer}" if hook else site,
     }
-    buffer = {"d_submodule": parts.config.d_in, "io": "out", "ctx_len": told.get("ctx_len")}
-    return {"trainer": trainer, "buffer": buffer, "saemill": told}
+    buffer = {"d_submodule": parts.config.d_in, "io": "out", "ctx_len": origin.get("ctx_len")}
+    return {"trainer": trainer, "buffer": buffer, "saemill": origin}

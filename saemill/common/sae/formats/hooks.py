@@ -15,13 +15,13 @@ class Hook(NamedTuple):
     """A place in TransformerLens' terms."""
 
     layer: int
-    """The block's number."""
+    """Number of the block."""
     kind: Kind
-    """After the block, or what its attention or its MLP adds."""
+    """Point in the block: after it, or the output that its attention or its MLP adds."""
 
     @property
     def name(self) -> str:
-        """As TransformerLens writes it."""
+        """Name as TransformerLens writes it."""
         return f"blocks.{self.layer}.hook_{self.kind}"
 
 
@@ -29,9 +29,9 @@ class Block(NamedTuple):
     """Modules of one transformer block, by their path in the base model."""
 
     path: str
-    """Of the block, `{}` for its number."""
+    """Path of the block, `{}` for its number."""
     attn_out: str
-    """Of the module whose output is what attention adds to the residual stream, below the block."""
+    """Path, below the block, of the module whose output is what attention adds to the residual stream."""
     mlp_out: str
 
 
@@ -53,16 +53,16 @@ BLOCKS = {
     "gemma3_text": _SANDWICH,
     "olmo2": _SANDWICH,
 }
-"""By transformers' `model_type`; each was checked against TransformerLens (test_hooks.py)."""
+"""Blocks by transformers' `model_type`; each was checked against TransformerLens (test_hooks.py)."""
 
 
 def hook_of(site: str, model_type: str) -> Hook | None:
-    """The hook that sees a site's activations; None where there is none, or the model is not known."""
+    """Find the hook that sees a site's activations; None where there is none, or the model is not known."""
     return next((hook for place, hook in _places(model_type, site) if place == site), None)
 
 
 def site_of(name: str, model_type: str) -> str | None:
-    """The site of a hook, given as TransformerLens writes it; None where it has none.
+    """Find the site of a hook that is written as TransformerLens writes it; None where it has none.
 
     What enters block n is what leaves block n - 1.
     """
@@ -72,13 +72,13 @@ def site_of(name: str, model_type: str) -> str | None:
 
 
 def layer_of(site: str) -> int | None:
-    """The number of the block in a module path: the first number in it."""
+    """Find the number of the block in a module path: the first number in it."""
     match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site)
     return int(match[1]) if match else None
 
 
 def _places(model_type: str, name: str) -> list[tuple[str, Hook]]:
-    """The sites of the block that a name is in, each with its hook."""
+    """List the sites of the block that a name is in, each with its hook."""
     block, layer = BLOCKS.get(model_type), layer_of(name)
     if block is None or layer is None:
         return []

@@ -14,7 +14,7 @@ from saemill.common.sae.formats import dictionary_learning, saelens, sparsify
 
 WEIGHTS = (sparsify.WEIGHTS, saelens.WEIGHTS, dictionary_learning.WEIGHTS)
 BESIDE = ("cfg.json", "config.json", saelens.SCALER)
-"""What a format may keep beside its weights."""
+"""Files that a format may have beside its weights."""
 
 
 def fetch(address: str) -> Path:
@@ -38,14 +38,14 @@ def fetch(address: str) -> Path:
         files = _files(place)
     folder = _choose(files, uri.path_in_repo, address)
     beside = {str(folder / name) for name in (*WEIGHTS, *BESIDE)}
-    above = str(folder.parent / "config.json")  # where sparsify tells of the run
+    above = str(folder.parent / "config.json")  # sparsify's config of the run
     wanted = [glob.escape(file) for file in files if file in beside or file == above]
     with hub.asking(address):
         return Path(snapshot_download(**place, allow_patterns=wanted)) / folder
 
 
 def _files(place: dict[str, str]) -> list[str]:
-    """Paths of a repository's files; offline, of those that were downloaded."""
+    """List the paths of a repository's files; offline, of those that were downloaded."""
     from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 
     if not is_offline_mode():
@@ -55,7 +55,7 @@ def _files(place: dict[str, str]) -> list[str]:
 
 
 def _choose(files: Collection[str], path: str, address: str) -> PurePosixPath:
-    """The folder of the SAE that is meant: at `path`, or the only one below it."""
+    """Choose the folder of the SAE that is meant: at `path`, or the only one below it."""
     from huggingface_hub import is_offline_mode
 
     folders = sorted({PurePosixPath(f).parent for f in files if PurePosixPath(f).name in WEIGHTS})

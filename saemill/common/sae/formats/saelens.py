@@ -33,20 +33,21 @@ from saemill.common.sae.parts import Parts, SaeConfig
 WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
 LARGEST = 1e30
-"""Of the factor on activations that can be folded."""
+"""Largest factor on activations that can be folded."""
 VERSION = "6.54.12"
-"""Whose layout is written. SAELens takes a config without a version for one of before 6.0."""
+"""Version of SAELens whose layout is written. SAELens reads a config without a version as one of before
+6.0."""
 
 
 def read(folder: Path) -> Parts:
-    """The SAE of a folder, on the CPU, in the dtype of its file.
+    """Read the SAE of a folder, on the CPU, in the dtype of its file.
 
     Raises:
-        StoreError, ConfigError: as `formats.load` tells.
+        StoreError, ConfigError: as `formats.load`.
     """
     file = folder / "cfg.json"
-    given = read_config(file)
-    cfg = _since_6(given, file)
+    raw = read_config(file)
+    cfg = _since_6(raw, file)
     expect(cfg, "architecture", "topk", "standard", "only TopK SAEs can be represented", file)
     expect(
         cfg, "reshape_activations", "none", "none", "it takes attention heads, not one vector per token", file
@@ -68,13 +69,13 @@ def read(folder: Path) -> Parts:
         d_in=d_in,
         num_latents=d_sae,
         k=count(cfg, "k", file),
-        provenance=provenance("saelens", given, metadata.get("saemill"), file, **known),
+        provenance=provenance("saelens", raw, metadata.get("saemill"), file, **known),
     )
     return Parts(config, *_folded(weights, centred, rescaled, scale))
 
 
 def _since_6(cfg: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A config of an SAELens before 6.0 in today's terms."""
+    """Translate a config of an SAELens before 6.0 to today's terms."""
     if "metadata" in cfg:
         return cfg
     old = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
@@ -91,7 +92,7 @@ def _since_6(cfg: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _input_scale(folder: Path, normalization: str) -> float:
-    """What activations are multiplied by before the SAE sees them."""
+    """Find the factor by which activations are multiplied before the SAE sees them."""
     if normalization == "none":
         return 1.0
     field = f"{folder / 'cfg.json'}: normalize_activations is {normalization!r:.80}"
@@ -110,7 +111,10 @@ def _input_scale(folder: Path, normalization: str) -> float:
 
 
 def _folded(weights: dict[str, Tensor], centred: bool, rescaled: bool, scale: float) -> tuple[Tensor, ...]:
-    """W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] of the `Sae` that computes the same."""
+    """Fold SAELens' other linear steps into the weights.
+
+    Returns: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] of the `Sae` that computes the same.
+    """
     dtype = weights["W_enc"].dtype
     W_enc, b_enc = weights["W_enc"].T.double() * scale, weights["b_enc"].double()
     W_dec, b_dec = weights["W_dec"].double() / scale, weights["b_dec"].double() / scale
@@ -129,17 +133,17 @@ def write(parts: Parts, folder: Path, hook: Hook | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with durable.replacing(folder / WEIGHTS, sum(w.nbytes for w in weights.values())) as partial:
         save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial)
-    told = parts.config.provenance
+    origin = parts.config.provenance
     metadata = {
         "sae_lens_version": VERSION,
-        "model_name": told.get("model"),
+        "model_name": origin.get("model"),
         "model_class_name": "HookedTransformer" if hook else None,
         "hook_name": hook.name if hook else None,
         "hook_head_index": None,
-        "dataset_path": told.get("dataset"),
-        "context_size": told.get("ctx_len"),
-        "prepend_bos": told.get("prepend_bos"),
-        "saemill": told,
+        "dataset_path": origin.get("dataset"),
+        "context_size": origin.get("ctx_len"),
+        "prepend_bos": origin.get("prepend_bos"),
+        "saemill": origin,
     }
     cfg = {
         "architecture": "topk",

@@ -1,6 +1,6 @@
 """The seal of an SAE that saemill saved: hashes of its two files, in the `saemill` part of `cfg.json`.
 
-sparsify, which reads the same files, passes over that part, and leaves it out when it saves. So whoever
+sparsify, which reads the same files, ignores that part, and leaves it out when it saves. So whoever
 changes an SAE with it takes off the seal, and the weights' note of it (`MADE_BY`) as well.
 """
 
@@ -18,7 +18,7 @@ from saemill.common.records import Count, Hash, Record
 KEY = "seal"
 OWN = "saemill"
 MADE_BY = {"made_by": OWN}
-"""Metadata of the file of weights, which tell that a seal must be there."""
+"""Metadata of the file of weights, which say that a seal must be there."""
 REPAIR = (
     "Get it again from where it came from; `saemill train` with --no-resume trains a run anew. To take it as "
     f"it is, remove {OWN!r} from cfg.json and save the tensors anew, without metadata."
@@ -26,16 +26,16 @@ REPAIR = (
 
 
 class Seal(Record):
-    """What `cfg.json` tells of the SAE's files; its checksum is that of the whole config."""
+    """The part of `cfg.json` on the SAE's files; its checksum is that of the whole config."""
 
     format: Literal["saemill SAE 2"] = "saemill SAE 2"
     bytes: Count
-    """Of the weights."""
+    """Size of the file of weights."""
     xxh3: Hash
 
 
 def seal(cfg: Mapping[str, Any], n_bytes: int, xxh3: str) -> dict[str, Any]:
-    """A config with the seal on it and on the weights.
+    """Put a seal on a config, for it and the weights.
 
     Args:
         cfg: its fields, saemill's own under `saemill`.
@@ -43,21 +43,22 @@ def seal(cfg: Mapping[str, Any], n_bytes: int, xxh3: str) -> dict[str, Any]:
         xxh3: of the same.
     """
     own = {key: value for key, value in cfg[OWN].items() if key != KEY}
-    told = Seal(bytes=n_bytes, xxh3=xxh3).model_dump(mode="json")
+    fields = Seal(bytes=n_bytes, xxh3=xxh3).model_dump(mode="json")
     # As it will be read: names become text, tuples lists.
-    plain: dict[str, Any] = json.loads(json.dumps({**cfg, OWN: own | {KEY: told}}, allow_nan=False))
+    plain: dict[str, Any] = json.loads(json.dumps({**cfg, OWN: own | {KEY: fields}}, allow_nan=False))
     plain[OWN][KEY][records.CHECKSUM] = durable.hash_json(plain)
     return plain
 
 
 def sealed_again(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that was changed on purpose, with a seal that fits; the weights are the same."""
-    told = cfg[OWN][KEY]
-    return seal(cfg, told["bytes"], told["xxh3"])
+    """Put a new seal on a config that was changed on purpose; the weights are the same."""
+    fields = cfg[OWN][KEY]
+    return seal(cfg, fields["bytes"], fields["xxh3"])
 
 
 def checked(cfg: Mapping[str, Any], folder: Path, weights: Path) -> dict[str, Any] | None:
-    """What saemill wrote under `saemill`, without the seal, which is checked; None where it sealed nothing.
+    """Check the seal and return what saemill wrote under `saemill`, without the seal; None where nothing was
+    sealed.
 
     Args:
         cfg: the content of `cfg.json`.
@@ -69,31 +70,31 @@ def checked(cfg: Mapping[str, Any], folder: Path, weights: Path) -> dict[str, An
     """
     own = cfg.get(OWN)
     if not isinstance(own, dict) or KEY not in own:
-        if _is_ours(weights):
+        if _is_made_by_saemill(weights):
             raise StoreError(
                 f"{folder / 'cfg.json'} is damaged: it has lost the hashes that saemill wrote. {REPAIR}"
             )
         return None
-    told = _checked_config(cfg, folder)
-    if problem := durable.problem(weights, told.bytes, told.xxh3):
+    sealed = _checked_config(cfg, folder)
+    if problem := durable.problem(weights, sealed.bytes, sealed.xxh3):
         raise StoreError(f"{weights} is damaged: {problem}. {REPAIR}")
     return {key: value for key, value in own.items() if key != KEY}
 
 
 def _checked_config(cfg: Mapping[str, Any], folder: Path) -> Seal:
-    """The seal, if the config is as it was written."""
+    """Return the seal, if the config is as it was written."""
     where = str(folder / "cfg.json")
-    told = cfg[OWN][KEY]
-    if not isinstance(told, dict) or records.CHECKSUM not in told:
+    written = cfg[OWN][KEY]
+    if not isinstance(written, dict) or records.CHECKSUM not in written:
         raise StoreError(f"{where} is damaged: its seal is none. {REPAIR}")
-    fields = {key: value for key, value in told.items() if key != records.CHECKSUM}
-    if durable.hash_json({**cfg, OWN: cfg[OWN] | {KEY: fields}}) != told[records.CHECKSUM]:
+    fields = {key: value for key, value in written.items() if key != records.CHECKSUM}
+    if durable.hash_json({**cfg, OWN: cfg[OWN] | {KEY: fields}}) != written[records.CHECKSUM]:
         raise StoreError(f"{where} is damaged: its content differs from its checksum. {REPAIR}")
     return records.parse(records.sealed(fields), Seal, where, REPAIR)
 
 
 def checksum(folder: Path) -> str:
-    """The checksum of an SAE's config, by which the record of its run knows it.
+    """Return the checksum of an SAE's config, by which the record of its run knows it.
 
     Raises:
         MissingError: there is no config.
@@ -106,10 +107,10 @@ def checksum(folder: Path) -> str:
     return str(cfg[OWN][KEY][records.CHECKSUM])
 
 
-def _is_ours(weights: Path) -> bool:
-    """Whether saemill wrote a file of weights, by its metadata."""
+def _is_made_by_saemill(weights: Path) -> bool:
+    """Tell whether saemill wrote a file of weights, by its metadata."""
     try:
         with safe_open(weights, "pt") as file:
             return (file.metadata() or {}).items() >= MADE_BY.items()
-    except Exception:  # of whatever kind the library's is: the reader of the tensors will tell
+    except Exception:  # of any kind: the reader of the tensors will report it
         return False

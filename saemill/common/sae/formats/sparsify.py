@@ -40,14 +40,14 @@ REFUSED: tuple[tuple[str, Any, Any, str], ...] = (
     ("skip_connection", False, False, "it adds a linear map of its input (W_skip) to the reconstruction"),
     ("signed", False, False, "its latents may be negative"),
 )
-"""Field, the value that can be represented, what its absence means, what others mean."""
+"""Checks of a config: field, the value that can be represented, what its absence means, what others mean."""
 
 
 def read(folder: Path) -> Parts:
-    """The SAE of a folder, on the CPU, in the dtype of its file.
+    """Read the SAE of a folder, on the CPU, in the dtype of its file.
 
     Raises:
-        StoreError, ConfigError: as `formats.load` tells.
+        StoreError, ConfigError: as `formats.load`.
     """
     file = folder / "cfg.json"
     cfg = read_config(file)
@@ -73,7 +73,7 @@ def read(folder: Path) -> Parts:
 
 
 def check(folder: Path) -> None:
-    """Refuse an SAE of saemill's whose files are not as they were written.
+    """Refuse an SAE that saemill saved and whose files are not as they were written.
 
     Raises:
         StoreError: they are not, or one is missing.
@@ -84,7 +84,8 @@ def check(folder: Path) -> None:
 
 
 def _known(folder: Path) -> dict[str, Any]:
-    """What sparsify tells beside the SAE: its folder's name is the site, the run's config is above it."""
+    """Collect what sparsify stores beside the SAE: its folder's name is the site, the run's config is above
+    it."""
     site = folder.name if layer_of(folder.name) is not None else None
     file = folder.parent / "config.json"
     run = read_config(file) if site and file.is_file() else {}
