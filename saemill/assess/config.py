@@ -69,11 +69,12 @@ class AssessConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the assessment is written."""
+        """Return the folder that the assessment is written to."""
         return self.out or (self.run if self.tokens is None else self.run / f"on-{self.tokens.name}")
 
     def is_done(self) -> bool:
-        """Whether the folder holds, whole, the assessment of this run, on this text, by these settings."""
+        """Tell whether the folder holds, whole, the assessment of this run, on this text, by these
+        settings."""
         try:
             assessment = assessments.read(self.folder)
             is_whole = not assessments.problems(self.folder)
@@ -86,7 +87,7 @@ class AssessConfig:
         return is_whole and (assessment["settings"], assessment["of"]) == (self.identity(), of)
 
     def of(self) -> str:
-        """A hash of what is assessed: the run, whose SAEs know their store, and the tokens if they are named.
+        """Hash what is assessed: the run, whose SAEs know their store, and the tokens if they are named.
 
         Raises:
             FileNotFoundError: the run or the tokens are unfinished.
@@ -97,6 +98,6 @@ class AssessConfig:
         return durable.hash_json([run, TokenStore(self.tokens).fingerprint])
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the result, but for the run."""
+        """List the settings that decide the result, except the run."""
         skip = ("run", "acts", "model", "out", "device", "log_to_wandb")
         return {key: value for key, value in settings.plain(self).items() if key not in skip}

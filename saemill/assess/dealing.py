@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def dealt(label: str, batches: Sequence[Addresses], everyone: Group, units: str) -> Iterator[Addresses]:
-    """This process's part of the batches, while progress is shown, scaled to all of them, in `units`."""
+    """Yield this process's share of the batches. Progress is shown scaled to all of them, in `units`."""
     mine = batches[everyone.slice_of(len(batches))]
     n_tokens, n_mine = (sum(batch.size for batch in some) for some in (batches, mine))
     n_done = 0
@@ -32,6 +32,6 @@ def dealt(label: str, batches: Sequence[Addresses], everyone: Group, units: str)
 
 
 def for_each(names: Sequence[str], figure: Callable[[str], Result], everyone: Group) -> dict[str, Result]:
-    """`figure(name)` of every name, each computed by one process and shared with all."""
+    """Compute `figure(name)` of every name, each on one process, and share the results with all."""
     mine = {name: figure(name) for name in names[everyone.slice_of(len(names))]}
     return {name: result for theirs in everyone.all_gather_objects(mine) for name, result in theirs.items()}

@@ -36,18 +36,18 @@ class Measured:
     """A latent that fires on a smaller share of the tokens counts as dead."""
 
     def only(self, names: Iterable[str]) -> "Measured":
-        """The figures of some of the SAEs."""
+        """Keep the figures of some of the SAEs."""
         losses = self.splicing if isinstance(self.splicing, str) else self.splicing.only(names)
         return replace(self, reconstruction=self.reconstruction.only(names), splicing=losses)
 
     def entries(self) -> list[Entry]:
-        """One entry per SAE, in the order in which they were given."""
+        """List one entry per SAE, in the order of the run."""
         saes = self.reconstruction.saes
         metrics = for_each(list(saes), self._metrics, self.reconstruction.evalset.everyone)
         return [self._entry(name, sae, metrics[name]) for name, sae in saes.items()]
 
     def ranking(self, left_out: dict[str, tuple[Sae, str]]) -> list[Entry]:
-        """The entries, best first, each compared with the best.
+        """Sort the entries, best first, each compared with the best.
 
         Args:
             left_out: variants that were not measured, each with the reason; they come last.
@@ -68,7 +68,7 @@ class Measured:
         return entries
 
     def on_other_documents(self, best: str) -> dict[str, Any]:
-        """The best variant's figures on documents that had no part in choosing it."""
+        """Compute the best variant's figures on documents that had no part in choosing it."""
         split, chosen_by = self._split, "fvu"
         metrics = self.reconstruction.metrics(best, split.reported_on)
         if isinstance(self.splicing, Splicing):
@@ -84,7 +84,8 @@ class Measured:
         }
 
     def data(self, best: str) -> dict[str, Any]:
-        """What was measured on, with sentences on what the figures do not show; `best` names a variant."""
+        """Describe the data measured on, with sentences on what the figures do not show; `best` names a
+        variant."""
         evalset, losses = self.reconstruction.evalset, self.splicing
         places = {site: self.reconstruction.place(site) for site in evalset.sites}
         return {
@@ -104,7 +105,7 @@ class Measured:
         }
 
     def notes(self, site: str, best: str) -> list[str]:
-        """Sentences on what the figures at a site do not show."""
+        """List sentences on what the figures at a site do not show."""
         measured, evalset = self.reconstruction, self.reconstruction.evalset
         array, unit = evalset.arrays[site], evalset.text.unit
         place, unheld = measured.place(site), told_unheld(site, array.statistics, array.dtype)
@@ -150,7 +151,7 @@ class Measured:
 
     @property
     def _unseen(self) -> str | None:
-        """Why latents that fire may look dead, if they may."""
+        """Say why latents that fire may look dead, if they may."""
         n, unit = self.reconstruction.n_tokens, self.reconstruction.evalset.text.unit
         if not 0 < n * self.dead_share < 1:
             return None
@@ -178,11 +179,11 @@ class Measured:
 
     @property
     def _losses(self) -> Splicing | None:
-        """Where the losses are, if there are any that mean something."""
+        """Return the losses, if there are any that mean something."""
         return self.splicing if isinstance(self.splicing, Splicing) and not self.splicing.no_loss else None
 
     def _loss(self, name: str) -> float:
-        """What the best variant is chosen by: ΔCE, or FVU where there are no losses."""
+        """Compute what the best variant is chosen by: ΔCE, or FVU where there are no losses."""
         if self.reconstruction.unusable(name):
             return math.inf
         if self._losses:
@@ -205,8 +206,8 @@ class Measured:
         }
 
     def _versus(self, name: str, best: str) -> dict[str, Figure]:
-        """Differences to the best variant, value minus the best's, over the same documents: those that
-        had no part in choosing it."""
+        """Compute differences to the best variant, value minus the best's, over the same documents: those
+        that had no part in choosing it."""
         sums, sites = self.reconstruction.sums, self.reconstruction.sites
         differences: dict[str, Figure] = {}
         if sites[name] == sites[best]:

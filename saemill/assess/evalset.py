@@ -43,7 +43,7 @@ class Rows:
 
 
 def is_cached(store: ActivationStore, other: TokenStore | None) -> bool:
-    """Whether the activations of the evaluation tokens are in the store; `other` may be its own tokens."""
+    """Tell whether the store has the activations of the evaluation tokens; `other` may be its own tokens."""
     return other is None or other.fingerprint == store.settings.tokens_fingerprint
 
 
@@ -119,20 +119,20 @@ class EvalSet:
             self.n_seen_documents = len(self._seen)
 
     def at(self, site: str, whose: str) -> "EvalSet":
-        """The same tokens at one site alone; `whose` stands beside the progress of measuring."""
+        """Narrow the same tokens to one site; `whose` stands beside the progress of measuring."""
         narrowed = copy(self)
         narrowed.sites, narrowed.arrays, narrowed.whose = [site], {site: self.arrays[site]}, whose
         return narrowed
 
     @property
     def tokens(self) -> TokenStore:
-        """The rows' tokens, which a model reads."""
+        """Return the token store of the rows, which a model reads."""
         assert isinstance(self.text, TokenStore)
         return self.text
 
     @property
     def description(self) -> str:
-        """How these tokens were chosen."""
+        """Describe how these tokens were chosen."""
         if self.cached:
             return self.text.how_held_out
         if self.n_seen_documents == 0:
@@ -148,20 +148,20 @@ class EvalSet:
         return np.flatnonzero(np.isin(self.tokens.documents["text_hash"].to_numpy(), hashes))
 
     def chunks(self, max_tokens: int) -> Iterator[Chunk]:
-        """This process's part of the first `max_tokens` unmasked tokens, in address order."""
+        """Read this process's share of the first `max_tokens` unmasked tokens, in address order."""
         return self._chunks(f"reconstruct{self.whose}", (True,), max_tokens)
 
     def context_chunks(self, max_tokens: int) -> Iterator[Chunk]:
-        """This process's part of the tokens to look for contexts in: of the cache all rows, trained
-        ones included."""
+        """Read this process's share of the tokens to look for contexts in. Of a cache these are all rows,
+        trained ones included."""
         return self._chunks("search contexts", (False, True), max_tokens)
 
     def training_chunks(self, max_tokens: int) -> Iterator[Chunk]:
-        """The first cached tokens that training saw, the same for every process."""
+        """Read the first cached tokens that training saw, the same for every process."""
         return map(self._read, _limited(self._cached_batches((False,)), max_tokens))
 
     def rows(self, max_tokens: int) -> Iterator[Rows]:
-        """This process's part of the first rows, at most `max_tokens` tokens of them (one row at least)."""
+        """Read this process's share of the first rows: at most `max_tokens` tokens, and one row at least."""
         batches = list(self._row_batches(self.rows_R[: max(1, max_tokens // self.tokens.ctx_len)]))
         for addresses_RS in dealt(f"splice{self.whose}", batches, self.everyone, "tokens"):
             yield self._rows(addresses_RS)
@@ -173,7 +173,7 @@ class EvalSet:
             yield read(addresses_T)
 
     def _cached_batches(self, held_out: tuple[bool, ...]) -> Iterator[Addresses]:
-        """Unmasked tokens of the cache, each batch from one shard."""
+        """List unmasked tokens of the cache, each batch from one shard."""
         for shard in range(self.store.n_shards):
             keep = [self.store.keep_addresses(shard, self.mask, side) for side in held_out]
             addresses = np.flatnonzero(np.logical_or.reduce(keep)) + shard * self.store.shard_tokens
@@ -181,7 +181,7 @@ class EvalSet:
                 yield addresses[start : start + CHUNK_TOKENS]
 
     def _computed_batches(self) -> Iterator[Addresses]:
-        """Unmasked tokens of as many rows as one forward pass takes."""
+        """List unmasked tokens, in batches of as many rows as one forward pass takes."""
         for addresses_RS in self._row_batches(self.rows_R):
             rows = self._rows(addresses_RS)
             yield rows.addresses_RS[rows.keep_RS]
@@ -194,14 +194,14 @@ class EvalSet:
         return numbers_R[:, None] * self.tokens.ctx_len + np.arange(self.tokens.ctx_len)
 
     def _read(self, addresses_T: Addresses) -> Chunk:
-        """Tokens of one shard, from the cache."""
+        """Read tokens of one shard from the cache."""
         shard = int(addresses_T[0]) // self.store.shard_tokens
         offsets = addresses_T - shard * self.store.shard_tokens
         x = {n: as_tensor(array.gather(shard, offsets), array.dtype) for n, array in self.arrays.items()}
         return Chunk(addresses_T, x)
 
     def _compute(self, addresses_T: Addresses) -> Chunk:
-        """Tokens of some rows, from one forward pass."""
+        """Compute the activations of tokens of some rows in one forward pass."""
         assert self.model is not None
         rows = self._rows(self._row_addresses(np.unique(addresses_T // self.tokens.ctx_len)))
         attention = attention_of(rows.ids_RS, self.tokens.tokenizer)
@@ -225,13 +225,13 @@ class EvalSet:
         return Rows(torch.from_numpy(ids.astype(np.int64)), keep, addresses_RS)
 
     def units(self, addresses: NDArray[np.int64]) -> NDArray[Any]:
-        """The unit of resampling of each address: its document's text hash, copies count once."""
+        """Return the unit of resampling of each address: its document's text hash. Copies count once."""
         hashes: NDArray[Any] = self.text.documents["text_hash"].to_numpy()
         return hashes[self.text.document_of(addresses)]
 
 
 def _limited(batches: Iterable[Addresses], max_tokens: int) -> list[Addresses]:
-    """The first batches, the last one cut, with `max_tokens` tokens at most; none is empty."""
+    """Cut batches to `max_tokens` tokens in all; none is empty."""
     limited, left = [], max_tokens
     for batch in batches:
         if len(batch):

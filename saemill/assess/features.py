@@ -53,7 +53,7 @@ class Passage:
 def describe_latents(
     config: AssessConfig, name: str, sae: Sae, reconstruction: Reconstruction
 ) -> dict[str, Any]:
-    """Some latents of a variant: how often they fire, and where most.
+    """Describe some latents of a variant: how often they fire, and where most.
 
     Args:
         config: says which latents, and how many contexts of each.
@@ -105,7 +105,7 @@ def check_latents(asked: tuple[int, ...], widths: list[int]) -> None:
 
 
 def choose_latents(live: NDArray[np.bool_], asked: tuple[int, ...], n_random: int) -> list[int]:
-    """The latents to show: those asked for, then live ones drawn at random (never hand-picked)."""
+    """Choose the latents to show: those asked for, then live ones drawn at random (never hand-picked)."""
     candidates = np.flatnonzero(live)
     drawn = np.random.default_rng(SEED).permutation(candidates)[:n_random]
     return list(dict.fromkeys([*asked, *drawn.tolist()]))
@@ -120,7 +120,7 @@ def top_addresses(
     n_contexts: int,
     everyone: Group,
 ) -> dict[int, list[tuple[float, int]]]:
-    """The strongest activations of some latents, at most one per document.
+    """Find the strongest activations of some latents, at most one per document.
 
     Args:
         chunks: activations that this process searches.
@@ -177,7 +177,7 @@ class Reader:
             )
 
     def context(self, activation: float, address: int) -> Context:
-        """The token at an address with its neighbours in the same row and document."""
+        """Show the token at an address with its neighbours in the same row and document."""
         row, position = divmod(address, self.tokens.ctx_len)
         start = max(0, position - CONTEXT_TOKENS)
         stop = min(self.tokens.ctx_len, position + CONTEXT_TOKENS + 1)
@@ -203,5 +203,5 @@ class PassageReader:
         self.passages = passages
 
     def context(self, activation: float, address: int) -> Passage:
-        """The passage at an address, whole."""
+        """Show the passage at an address, whole."""
         return Passage(activation, address, *self.passages.passage(address))

@@ -25,7 +25,7 @@ SAME_ACTIVATIONS = 0.05
 def load_model(
     named: str | None, store: ActivationStore, other: TokenStore | None, device: torch.device
 ) -> LanguageModel:
-    """The model, in the type that it was cached with.
+    """Load the model in the dtype that it was cached with.
 
     Args:
         named: another name of it; None for the one that was cached.
@@ -45,7 +45,7 @@ def load_model(
 
 
 def _named(named: str | None, store: ActivationStore) -> tuple[str, str | None]:
-    """Name and revision of the model: those that were cached, unless another name is given."""
+    """Return the name and revision of the model: those that were cached, unless another name is given."""
     name = named or str(store.settings.model)
     return name, store.settings.revision if name == store.settings.model else None
 
@@ -93,7 +93,7 @@ def _check_activations(model: LanguageModel, store: ActivationStore) -> None:
 
 
 def _agree(x_TD: torch.Tensor, cached_TD: torch.Tensor) -> bool:
-    """Whether most tokens' activations are the same but for rounding; an attention sink, larger than all
+    """Tell whether most tokens' activations are the same but for rounding. An attention sink, larger than all
     others together, counts as one token."""
     if x_TD.shape != cached_TD.shape:
         return False

@@ -90,7 +90,7 @@ def _take(out: Path, held: ExitStack) -> None:
 
 
 def _logs_to_wandb(config: AssessConfig) -> bool:
-    """Whether the assessment goes to wandb.
+    """Tell whether the assessment goes to wandb.
 
     Raises:
         ConfigError: it cannot.

@@ -63,23 +63,23 @@ class DocumentSums:
                 self.rows[document] = row if known is None else known + row
 
     def only(self, names: list[str]) -> "DocumentSums":
-        """Some of the sums, in this order."""
+        """Keep some of the sums, in this order."""
         places = [self.names.index(name) for name in names]
         return DocumentSums(names, {document: row[places] for document, row in self.rows.items()})
 
     def beside(self, other: "DocumentSums") -> "DocumentSums":
-        """These sums and then the other's, which are of the same documents."""
+        """Join these sums with the other's, which are of the same documents."""
         rows = {document: np.concatenate([row, other.rows[document]]) for document, row in self.rows.items()}
         return DocumentSums(self.names + other.names, rows)
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """One sum for every document, in ascending order of document. [n_documents]."""
+        """Return one sum for every document, in ascending order of document. [n_documents]."""
         place = self.names.index(name)
         return np.array([self.rows[document][place] for document in self.documents])
 
     @property
     def documents(self) -> list[int]:
-        """All documents, ascending."""
+        """List all documents, ascending."""
         return sorted(self.rows)
 
 
@@ -99,8 +99,8 @@ class Bootstrap:
         self.weights = generator.poisson(1.0, shape).astype(np.float32)
 
     def figure(self, ratio: Ratio) -> Figure:
-        """Σ above / Σ below over the documents, with its 95% interval; null, or without an interval, where
-        it has no meaning: never NaN, nor what rounding makes of 0 / 0."""
+        """Compute Σ above / Σ below over the documents, with its 95% interval. Where it has no meaning it is
+        null or without an interval: never NaN, nor what rounding makes of 0 / 0."""
         above, below = ratio.above[self.among], ratio.below[self.among]
         total_above, total_below = float(above.sum()), float(below.sum())
         if not (np.isfinite(total_above) and np.isfinite(total_below)):
@@ -119,7 +119,7 @@ class Bootstrap:
         return {"value": value, "lo": float(lo), "hi": float(hi)}
 
     def figures(self, ratios: dict[str, Ratio]) -> dict[str, Figure]:
-        """Each of some named ratios."""
+        """Compute each of some named ratios."""
         return {name: self.figure(ratio) for name, ratio in ratios.items()}
 
 
@@ -142,18 +142,19 @@ class Split:
         self.reported_on = Bootstrap(~odd | self.overlap, thing)
 
     def loss(self, ratio: Ratio) -> float:
-        """Σ above / Σ below over the documents on which the best is chosen; infinite where undefined."""
+        """Compute Σ above / Σ below over the documents on which the best is chosen; infinite where
+        undefined."""
         above, below = (float(column[self.chosen_on].sum()) for column in (ratio.above, ratio.below))
         return above / below if below > 0 and np.isfinite(above) else np.inf
 
 
 def absent(reason: str) -> Figure:
-    """A figure that was not or could not be computed."""
+    """Return a figure that was not or could not be computed."""
     return {"value": None, "reason": reason}
 
 
 def number(figure: Figure, digits: int = 3) -> str:
-    """A figure's value, or an en dash."""
+    """Format a figure's value, or an en dash."""
     value = figure["value"]
     if value is None:
         return "–"

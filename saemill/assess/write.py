@@ -19,7 +19,7 @@ from saemill.common.stores.runs import DOCUMENTS, DOCUMENTS_MODEL, LATENTS, REPO
 
 
 def write(out: Path, values: dict[str, Any], measured: Measured) -> dict[str, Any]:
-    """The verdict, the report, and the sums and firing counts they follow from: all of them or none.
+    """Write the verdict, the report, and the sums and firing counts they follow from: all of them or none.
 
     Whole files are beside their places before the first takes its own; the old verdict goes before that, the
     new one comes last.
@@ -53,7 +53,7 @@ def write(out: Path, values: dict[str, Any], measured: Measured) -> dict[str, An
 
 
 def _latents_table(reconstruction: Reconstruction) -> pa.Table:
-    """How every latent of every variant fired."""
+    """Tabulate how every latent of every variant fired."""
     tables = [
         pa.table(
             {

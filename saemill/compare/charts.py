@@ -39,7 +39,7 @@ class Square:
 
 
 def square(names: Sequence[str], shares: Mapping[tuple[str, str], float]) -> Square | None:
-    """The shared share of every two dictionaries, as a matrix; None for a single pair.
+    """Lay out the shared share of every two dictionaries as a matrix; None for a single pair.
 
     Args:
         names: of the dictionaries.
@@ -80,7 +80,7 @@ class Distribution:
 
 
 def distribution(name: str, matched: Mapping[str, Any], chance: Mapping[str, Any]) -> Distribution:
-    """Where the marks of one pair are.
+    """Lay out the marks of one pair.
 
     Args:
         name: of the pair.
@@ -108,7 +108,7 @@ def distribution(name: str, matched: Mapping[str, Any], chance: Mapping[str, Any
 
 
 def _curve(shares: Mapping[str, float]) -> str:
-    """Points of the shares against the threshold, from 0.3 to 0.95."""
+    """Draw the points of the shares against the threshold, from 0.3 to 0.95."""
     return " ".join(
         f"{330 + (float(t) - 0.3) * 400:.0f},{105 - 95 * share:.1f}" for t, share in shares.items()
     )

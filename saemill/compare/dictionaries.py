@@ -30,7 +30,7 @@ class Dictionary:
     provenance: dict[str, Any]
 
     def load(self, device: torch.device) -> Sae:
-        """The SAE.
+        """Load the SAE.
 
         Raises:
             StoreError: it was damaged meanwhile.
@@ -38,13 +38,13 @@ class Dictionary:
         return Sae.load(self.path, device)
 
     def rows(self, which: Rows, device: torch.device) -> Tensor:
-        """Its latents' directions, fp32 [F, D], of unit length; a row of zeros stays one."""
+        """Read its latents' directions, fp32 [F, D], of unit length; a row of zeros stays one."""
         sae = self.load(device)
         weights = sae.W_dec if which == "decoder" else sae.W_enc
         return torch.nn.functional.normalize(weights.detach().float(), dim=1)
 
     def traits(self) -> dict[str, Any]:
-        """What its config tells of where it came from, and with which settings it was trained."""
+        """Read from its config where it came from, and with which settings it was trained."""
         told = {key: self.provenance.get(key) for key in ("model", "dataset", "site")}
         variant = dict(self.provenance.get("variant") or {})
         variant.pop("name", None)
@@ -52,13 +52,13 @@ class Dictionary:
 
 
 def differing(a: Dictionary, b: Dictionary) -> list[str]:
-    """The traits in which two SAEs differ, sorted; of one that another tool trained few are known."""
+    """List the traits in which two SAEs differ, sorted. Of an SAE of another tool few are known."""
     of_a, of_b = a.traits(), b.traits()
     return sorted(key for key in of_a.keys() & of_b.keys() if of_a[key] != of_b[key])
 
 
 def find(paths: Iterable[Path]) -> list[Dictionary]:
-    """The SAEs that folders of SAEs and of runs hold.
+    """Find the SAEs in folders of SAEs and of runs.
 
     Raises:
         StoreError: a folder is neither, or its run is not finished.
@@ -77,7 +77,7 @@ def find(paths: Iterable[Path]) -> list[Dictionary]:
 
 
 def pairs(dictionaries: list[Dictionary], any_width: bool) -> list[tuple[Dictionary, Dictionary]]:
-    """All pairs whose directions are of one length; what is left out is said.
+    """List all pairs whose directions are of one length, and report how many are left out.
 
     Args:
         any_width: take every pair: it is not directions that are compared.
@@ -99,7 +99,7 @@ def pairs(dictionaries: list[Dictionary], any_width: bool) -> list[tuple[Diction
 
 
 def _variants(path: Path) -> list[Path] | None:
-    """The SAEs of a finished run that did not diverge and were not stopped early; None for no run."""
+    """List the SAEs of a finished run that did not diverge and were not stopped early; None for no run."""
     if not runs.is_run(path):
         return None
     if not runs.is_finished(path):
@@ -117,7 +117,7 @@ def _variants(path: Path) -> list[Path] | None:
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The ends of the paths, of as many parts as make them differ."""
+    """Name folders by the ends of their paths, as long as it takes to tell them apart."""
     parts = [folder.resolve().parts for folder in folders]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-n:]) for part in parts]

@@ -51,7 +51,7 @@ class Matched:
         return cls(a, b, match(blocks, n_a, n_b, assign), by_chance)
 
     def entry(self, threshold: float) -> dict[str, Any]:
-        """The pair as it is told in comparison.json."""
+        """Summarise the pair for comparison.json."""
         found = _figures(self.sides, threshold)
         chance = {kind: _figures(sides, threshold) for kind, sides in self.chance.items()}
         return {
@@ -67,18 +67,18 @@ class Matched:
         }
 
     def table(self) -> pa.Table:
-        """A row per latent of either dictionary: its nearest in the other, and its match."""
+        """Tabulate a row per latent of either dictionary: its nearest in the other, and its match."""
         ways = ((self.a, self.b, self.sides[0]), (self.b, self.a, self.sides[1]))
         return pa.concat_tables([_rows(own, other, side) for own, other, side in ways])
 
 
 def _adjusted(value: float, by_chance: float) -> float | None:
-    """0 for what chance gives, 1 for the same dictionary; None where chance matches all."""
+    """Rescale a similarity to 0 for chance and 1 for the same dictionary; None where chance matches all."""
     return (value - by_chance) / (1 - by_chance) if by_chance < 1 else None
 
 
 def _figures(sides: tuple[Side, Side], threshold: float) -> dict[str, Any]:
-    """What a matching comes to; shares are of the smaller set."""
+    """Summarise a matching; shares are of the smaller set."""
     smaller = min(sides, key=lambda side: len(side.nearest))
     mutual = smaller.nearest_similarity[smaller.mutual]
     n = len(smaller.nearest)
@@ -105,7 +105,7 @@ def _assigned(similarity: NDArray[np.float32] | None, threshold: float) -> dict[
 
 
 def _distribution(similarity: NDArray[np.float32], n: int) -> dict[str, Any]:
-    """Quantiles, a histogram over `EDGES`, and the share of n latents above each of `THRESHOLDS`."""
+    """Compute quantiles, a histogram over `EDGES`, and the share of n latents above each of `THRESHOLDS`."""
     at = QUANTILES if len(similarity) else ()
     return {
         "quantiles": {str(q): float(np.quantile(similarity, q)) for q in at},

@@ -134,7 +134,7 @@ def _check_sizes(dictionaries: list[Dictionary], limit: int) -> None:
 
 
 def _encode(stores: Stores, dictionaries: list[Dictionary], device: torch.device) -> dict[str, Codes]:
-    """Every SAE's codes on the stores' tokens, by its name."""
+    """Compute every SAE's codes on the stores' tokens, by its name."""
     stores.check(dictionaries)
     codes = {}
     with progress("encode", len(dictionaries), "SAEs") as advance:
@@ -169,7 +169,7 @@ def _match(
 
 
 def _live(dictionary: Dictionary, codes: Mapping[str, Codes]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The latents that are compared: all, or those that fire where tokens are given."""
+    """List the latents that are compared: all, or those that fire where there are tokens."""
     if dictionary.name not in codes:
         return np.arange(dictionary.num_latents)
     live = codes[dictionary.name].live
@@ -181,7 +181,7 @@ def _live(dictionary: Dictionary, codes: Mapping[str, Codes]) -> np.ndarray[Any,
 
 
 def _correlation(matched: Matched, codes: Mapping[str, Codes]) -> dict[str, float]:
-    """How the codes of latents that are each other's nearest correlate: mean and median."""
+    """Correlate the codes of latents that are each other's nearest: mean and median."""
     side = matched.sides[0]
     own, other = matched.a.numbers[side.mutual], matched.b.numbers[side.nearest[side.mutual]]
     found = of_pairs(codes[matched.a.name].standardised(own), codes[matched.b.name].standardised(other))
@@ -200,7 +200,7 @@ def _describe(dictionary: Dictionary) -> dict[str, Any]:
 
 
 def _notes(every: list[tuple[Dictionary, Dictionary]], by: str) -> list[str]:
-    """What the reader should know of the pairs."""
+    """List what the reader should know of the pairs."""
     notes = [
         f"some pairs differ in the {key}: a direction need not mean the same in both; "
         "--by activations compares what latents do"

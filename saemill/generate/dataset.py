@@ -18,7 +18,7 @@ Decode = Callable[[list[int]], str]
 
 
 def rows_of(ids: list[list[int]], first: int, decode: Decode) -> pa.Table:
-    """Samples first, first + 1, … as a table."""
+    """Tabulate samples first, first + 1, …."""
     columns = {
         "text": list(map(decode, ids)),
         "input_ids": ids,
@@ -46,7 +46,7 @@ class Parts:
         self._count(table)
 
     def tables(self) -> Iterator[pa.Table]:
-        """The batches, in order.
+        """Read the batches, in order.
 
         Raises:
             StoreError: a file is damaged, or one is missing before another.
@@ -70,7 +70,7 @@ class Parts:
 
 
 def trimmed(tables: Iterator[pa.Table], n_tokens: int, decode: Decode) -> Iterator[pa.Table]:
-    """The first samples, `n_tokens` in all; the last one is cut, and its text is that of the ids left."""
+    """Cut the first samples to `n_tokens` in all. The last one's text is that of the ids left."""
     left = n_tokens
     for table in tables:
         ends = np.cumsum(table["n_tokens"].to_numpy())

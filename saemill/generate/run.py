@@ -75,7 +75,7 @@ class GenerateConfig:
             raise ConfigError(f"model must list models of different last names, got {', '.join(self.model)}")
 
     def named(self) -> dict[str, str]:
-        """Model by the name of its dataset."""
+        """Map the names of the datasets to their models."""
         return {Path(model).absolute().name: model for model in self.model}
 
 
@@ -121,7 +121,7 @@ class _Source:
     fingerprint: str
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, special tokens written out."""
+        """Decode ids to text, special tokens written out."""
         text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return text
 
@@ -182,7 +182,7 @@ def _source(model: str, config: GenerateConfig) -> _Source:
 
 
 def _identity(config: GenerateConfig, dtype: torch.dtype, sources: Mapping[str, _Source]) -> dict[str, Any]:
-    """The settings that decide the samples; `batch_size` and `device` change no more than rounding."""
+    """List the settings that decide the samples; `batch_size` and `device` change no more than rounding."""
     left_out = ("out", "batch_size", "device")
     chosen = {key: value for key, value in settings.plain(config).items() if key not in left_out}
     fingerprints = {name: source.fingerprint for name, source in sources.items()}
@@ -190,7 +190,7 @@ def _identity(config: GenerateConfig, dtype: torch.dtype, sources: Mapping[str, 
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest of a finished output.
+    """Read the manifest of a finished output; None where there is no output.
 
     Raises:
         ConfigError: it was made with other settings, or holds something else.
@@ -215,7 +215,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
 
 
 def _claim(partial: Path, identity: dict[str, Any]) -> None:
-    """Begin, or go on with what was begun with the same settings.
+    """Begin, or continue what was begun with the same settings.
 
     Raises:
         ConfigError: it was begun with others.

@@ -27,7 +27,7 @@ U_BITS = 48
 
 
 def uniforms(name: str, seed: int, first: int, n_samples: int, max_tokens: int) -> Tensor:
-    """The random numbers of samples first, first + 1, …, by Philox (Salmon et al. 2011).
+    """Draw the random numbers of samples first, first + 1, …, by Philox (Salmon et al. 2011).
 
     Args:
         name: of the model; two models' numbers are independent, a copy's under another name are too.
@@ -52,7 +52,7 @@ class Frame:
 
 
 def frame_of(tokenizer: Any, model_config: Any, name: str, stop_at_eos: bool) -> Frame:
-    """BOS, or EOS where there is none, to begin with; every EOS that tokenizer and config name to end.
+    """Choose BOS, or EOS where there is none, to begin with, and every EOS of tokenizer and config to end.
 
     Raises:
         ConfigError: there is neither.
@@ -106,7 +106,7 @@ class Sampler(LogitsProcessor):  # type: ignore[misc]
         self.warpers = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Choose. input_ids: [R, 1 + tokens sampled so far]; scores: fp32 [R, W].
+        """Choose a token. input_ids: [R, 1 + tokens sampled so far]; scores: fp32 [R, W].
 
         Returns: [R, W], 0 for the chosen token, -inf for all others.
         """
@@ -132,7 +132,7 @@ def sample(
     top_p: float,
     stop: threading.Event,
 ) -> list[list[int]]:
-    """Samples of a causal model, as ids without the start and the end.
+    """Sample texts from a causal model, as ids without the start and the end.
 
     Args:
         model: with its LM head.

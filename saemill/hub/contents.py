@@ -42,14 +42,14 @@ class Contents:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Path in the repository → bytes, of every file."""
+        """Map the path in the repository of every file to its bytes."""
         files = {file for pattern in self.as_they_are for file in self.folder.glob(pattern)}
         found = {str(file.relative_to(self.folder)): file.stat().st_size for file in files}
         return found | {name: len(content) for name, content in self.written.items()}
 
 
 def contents_of(path: Path, place: str, variants: Sequence[str]) -> Contents:
-    """What is uploaded of a folder.
+    """Choose what is uploaded of a folder.
 
     Args:
         path: a run, a token store or an activation store.
@@ -73,7 +73,7 @@ def contents_of(path: Path, place: str, variants: Sequence[str]) -> Contents:
 
 
 def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
-    """A finished run: its SAEs, how they were made and what they were found to be."""
+    """Choose the files of a finished run: its SAEs, how they were made, and their assessment."""
     if not runs.is_finished(path):
         raise StoreError(f"the run {path} is unfinished; finish it with `saemill train`")
     if damaged := settings_problems(path):
@@ -114,7 +114,7 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
 
 
 def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[str, Any] | None:
-    """The run's assessment, if there is one; it answers for those of its files that are uploaded.
+    """Read the run's assessment, if there is one, listing those of its files that are uploaded.
 
     Raises:
         StoreError: a file of it is damaged, or it is of other SAEs.
@@ -136,7 +136,7 @@ def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[
 
 
 def _sae(folder: Path, cfg: str, run: Path) -> dict[str, Any]:
-    """The config of an SAE whose files are as they were written."""
+    """Read the config of an SAE whose files are as they were written."""
     for file in ("cfg.json", WEIGHTS):
         if not (folder / file).is_file():
             raise StoreError(f"{folder / file} is missing; leave the variant out with --variant")
@@ -182,13 +182,13 @@ def _passage_files(store: PassageStore, names: Names) -> dict[str, bytes]:
 
 
 def _token_globs(store: TokenStore) -> tuple[str, ...]:
-    """All files of a token store but its manifest."""
+    """List all files of a token store but its manifest."""
     listed = [glob.escape(file.path) for file in store.manifest.files if "/c/" not in file.path]
     return (*listed, "tokens/c/*/0", "held_out/c/*/0")
 
 
 def _token_files(store: TokenStore, names: Names) -> dict[str, bytes]:
-    """The manifest, and what of the tokenizer names a path, whose hash is then another one."""
+    """Write the manifest, and the tokenizer files that name a path, whose hash then changes."""
     written, files = {}, []
     for entry in store.manifest.files:
         file = store.path / entry.path

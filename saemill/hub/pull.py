@@ -49,7 +49,7 @@ def _interrupted(out: Path) -> bool:
 
 
 def _type(repo: str, uri: Any) -> str:
-    """Model or dataset: by the address, or what of both is there."""
+    """Tell whether it is a model or a dataset: by the address, or by which of them there is."""
     from huggingface_hub import HfApi
 
     if uri.type == "dataset" or repo.removeprefix(hub.SCHEME).startswith("models/"):

@@ -117,7 +117,7 @@ class Chain:
 
     @property
     def finds_places(self) -> bool:
-        """Whether any folder is not named, but found by content."""
+        """Tell whether any folder is not named, but found by content."""
         return any(getattr(config, "out", None) == UNKNOWN for config in self.configs.values())
 
     def __call__(self) -> Path:
@@ -155,7 +155,7 @@ class Chain:
             join(sections, "train", "assess")
 
     def _place(self, kind: str, name: str, content: Any) -> Path:
-        """Where a result of this content is, or shall be."""
+        """Return the folder where a result of this content is, or will be."""
         path = Path(name)
         title = path.name.split(".")[0] if path.is_file() else path.name
         return self.folder / kind / f"{title}-{durable.hash_json(content)[:8]}"
@@ -200,7 +200,7 @@ class Chain:
         return config.run
 
     def _mending(self, stage: Callable[[], object]) -> None:
-        """Do a stage; where it finds the activations damaged, cache what is, and do it again.
+        """Run a stage; where it finds the activations damaged, cache those again, and run it again.
 
         Of several processes one alone finds it, and the others fail with it: the next command mends.
         """
@@ -218,7 +218,7 @@ class Chain:
             stage()
 
     def _write_down(self, run: Path) -> None:
-        """All settings and folders, beside the run, so that they hold from anywhere."""
+        """Write all settings and folders beside the run, so that they hold from anywhere."""
         if World.here().rank == 0:
             configs = self.configs | {"train": replace(self.configs["train"], resume=True)}
             if "assess" in configs:
@@ -270,7 +270,7 @@ FOLDERS = {"tokenize": {"out"}, "cache": {"out", "tokens"}, "train": {"out", "ac
 
 
 def content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
-    """What decides the tokens: settings, the text of a local dataset, the tokenizer."""
+    """List what decides the tokens: settings, the text of a local dataset, the tokenizer."""
     content = config.identity()
     if Path(config.dataset).exists():
         content["dataset_hash"] = fingerprint_local(Path(config.dataset))
@@ -279,14 +279,14 @@ def content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
 
 
 def _here(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings in which what is named and lies on this machine is named by its whole path."""
+    """Replace local datasets, tokenizers and models in the settings by their absolute paths."""
     named = {name: values.get(name) for name in ("dataset", "tokenizer", "model")}
     there = {name: str(Path(v).absolute()) for name, v in named.items() if v and Path(str(v)).exists()}
     return {**values, **there}
 
 
 def _owes_wandb(run: Path) -> bool:
-    """Whether wandb lacks something of a run that is logged to it."""
+    """Tell whether wandb lacks something of a run that is logged to it."""
     if not (run / runs.WANDB).exists():
         return False
     return not set(record.told(run).runs) <= set(record.logged(run).ended)
@@ -305,12 +305,13 @@ def _sites(config: CacheConfig) -> list[Site]:
 
 
 def _damaged(acts: Path) -> Path:
-    """The file that says that a store of activations is to be looked through, though it has all sites."""
+    """Return the file whose presence says that an activation store must be checked, though it has all
+    sites."""
     return acts.with_name(f"{acts.name}.damaged")
 
 
 def _has_sites(path: Path, content: dict[str, Any], names: list[str]) -> bool:
-    """Whether a store of this content holds finished sites, by their sizes; their blocks are checked as
+    """Tell whether a store of this content holds finished sites, by their sizes. Their blocks are checked as
     they are read."""
     try:
         store = ActivationStore(path)

@@ -166,7 +166,7 @@ def run(file: Path, targets: tuple[str, ...] = (), sources: tuple[str, ...] = ()
 
 
 def _read(file: Path) -> Sections:
-    """The file's sections; those without effect are refused."""
+    """Read the file's sections; refuse those without effect."""
     sections = settings.read_sections(file)
     for name in ("run", "slurm"):
         if name in sections:
@@ -179,7 +179,7 @@ def _read(file: Path) -> Sections:
 
 
 def _comparing(config: MatrixConfig, section: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Settings for the comparisons, checked; None for none."""
+    """Check the settings for the comparisons; None for no comparison."""
     if not config.compare:
         if section:
             raise ConfigError("the section compare has no effect with matrix.compare false; leave one out")
@@ -213,7 +213,7 @@ def _choose(kind: str, names: tuple[str, ...], known: Mapping[str, Any]) -> list
 
 
 def _assessed(config: MatrixConfig, sections: Sections) -> dict[str, Path | None]:
-    """The folder of each pair's assessment, by the pair's name; None for those not done."""
+    """Map each pair's name to the folder of its assessment; None for those not done."""
     found: dict[str, Path | None] = {}
     tokens = sections.get("assess", {}).get("tokens")
     for name in (f"{target}--{source}" for target in config.targets for source in config.sources):
@@ -234,7 +234,7 @@ class Pair:
 
     @classmethod
     def of(cls, config: MatrixConfig, sections: Sections, target: str, source: str) -> "Pair":
-        """The pair's pipeline, checked."""
+        """Build the pair's pipeline, checked."""
         name = f"{target}--{source}"
         model = settings.build(Target, config.targets[target], f"matrix.targets.{target}")
         text = settings.build(Source, config.sources[source], f"matrix.sources.{source}")
@@ -265,11 +265,11 @@ class Pair:
 
     @property
     def record(self) -> Path:
-        """Written when the pair is done."""
+        """Return the file that is written when the pair is done."""
         return self.chain.folder / "runs" / f"{self.name}.done.json"
 
     def is_done(self) -> bool:
-        """Whether this very pair is trained and assessed, its stores deleted or not."""
+        """Tell whether this very pair is trained and assessed, its stores deleted or not."""
         if not self.record.exists():
             return False
         repair = "Remove it; what was done is found again, but deleted stores are made anew."
@@ -282,7 +282,7 @@ class Pair:
         return True
 
     def run(self, world: World) -> str | None:
-        """Run the pipeline and note it down.
+        """Run the pipeline and record that it is done.
 
         Returns: why it failed, or None. Several processes fail together.
         """
@@ -310,7 +310,7 @@ class Pair:
 
 
 def _given(config: Any, names: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The settings that are not left open; of `names`, or all."""
+    """Keep the settings that are not left open; of `names`, or all."""
     every = {field.name: getattr(config, field.name) for field in fields(config)}
     return {
         name: value for name, value in every.items() if value is not None and (not names or name in names)
@@ -318,13 +318,13 @@ def _given(config: Any, names: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _merge(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A pair's own settings before those that all share."""
+    """Let a pair's own settings override those that all share."""
     replaced = {name for group in ONE_OF if set(group) & set(own) for name in group}
     return {**{name: value for name, value in shared.items() if name not in replaced}, **own}
 
 
 def _content(chain: Chain) -> str:
-    """A hash of the text, the tokenizer, the weights and all settings that decide a pair's result."""
+    """Hash the text, the tokenizer, the weights and all settings that decide a pair's result."""
     tokenize, cache, train, assess = (chain.configs[stage] for stage in STAGES)
     skipped = ("tokens", "out", "batch_size", "device")
     caching = {key: value for key, value in settings.plain(cache).items() if key not in skipped}

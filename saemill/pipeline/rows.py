@@ -17,8 +17,8 @@ READ_ROWS = 4096
 
 
 def check_rows(tokens: TokenStore, configs: dict[str, Any], batch_given: bool) -> dict[str, Any]:
-    """Settings that the rows allow, by stage: without an assessment where nothing is held out, and with a
-    smaller batch where a default one is more than there is. Both are said.
+    """Fit the settings to the rows: no assessment where nothing is held out, and a smaller batch where a
+    default one is more than there is. Both are reported.
 
     Args:
         tokens: the rows.
@@ -48,7 +48,7 @@ def check_rows(tokens: TokenStore, configs: dict[str, Any], batch_given: bool) -
 
 
 def _n_rows(tokens: TokenStore, cache: CacheConfig | None) -> int:
-    """Rows that will be cached."""
+    """Count the rows that will be cached."""
     limit = cache.max_tokens if cache else None
     return tokens.n_rows if limit is None else min(tokens.n_rows, limit // tokens.ctx_len)
 
@@ -56,7 +56,7 @@ def _n_rows(tokens: TokenStore, cache: CacheConfig | None) -> int:
 def _fitted(
     config: TrainConfig, tokens: TokenStore, cache: CacheConfig | None, n_rows: int, batch_given: bool
 ) -> TrainConfig:
-    """Settings of a training that has one step at least."""
+    """Fit the settings of a training that has one step at least."""
     if config.max_tokens is not None and config.max_tokens >= config.step_tokens:
         return config
     mask = config.mask or (cache.mask if cache else None) or MaskConfig()
@@ -84,7 +84,7 @@ def _fitted(
 
 
 def _n_kept(tokens: TokenStore, mask: MaskConfig, n_rows: int, enough: int) -> int:
-    """Training tokens that the mask leaves, counted until there are enough."""
+    """Count the training tokens that the mask leaves, until there are enough."""
     n_kept = 0
     for start in range(0, n_rows, READ_ROWS):
         end = min(start + READ_ROWS, n_rows)

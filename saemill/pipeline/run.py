@@ -105,7 +105,7 @@ def _refuse_end_to_end(sections: Sections) -> None:
 
 
 def _complete_tokenize(sections: Sections) -> None:
-    """The tokenizer is the model's own, if none is named; the dataset must be."""
+    """Fill in the tokenizer, which is the model's own if none is named; the dataset must be named."""
     values = sections["tokenize"]
     if values.get("dataset") is None:
         raise ConfigError("name a dataset: saemill run MODEL DATASET, or tokenize.dataset in the config")

@@ -28,7 +28,7 @@ MADE = {"cache": "manifest.json", "train": "zarr.json", "assess": runs.IDENTITY}
 
 
 def stages_of(sections: Sections, where: str) -> list[str]:
-    """The stages there are; refuses none, or a gap between them.
+    """List the stages; refuse none, or a gap between them.
 
     Args:
         sections: of a config.
@@ -47,7 +47,7 @@ def stages_of(sections: Sections, where: str) -> list[str]:
 
 
 def join(sections: Sections, before: str, after: str) -> Path | None:
-    """One folder between two stages, whichever of them names it; None if neither does.
+    """Join two stages by one folder, whichever of them names it; None if neither does.
 
     Raises:
         ConfigError: they name different ones.
@@ -67,7 +67,7 @@ def join(sections: Sections, before: str, after: str) -> Path | None:
 
 
 def absolute(config: Any) -> Any:
-    """A config whose folders do not depend on the one we are in."""
+    """Make the folders of a config independent of the current one."""
     values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
     return replace(config, **{name: v.absolute() for name, v in values.items() if isinstance(v, Path)})
 

@@ -80,7 +80,7 @@ def write(
 
 
 def _cells(assessed: Mapping[str, Path | None]) -> dict[Cell, list[dict[str, Any]]]:
-    """The assessments of the pairs that are done, seeds together."""
+    """Group the assessments of the pairs that are done, seeds together."""
     cells: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
     for name, folder in assessed.items():
         if folder is None:
@@ -95,8 +95,8 @@ def _cells(assessed: Mapping[str, Path | None]) -> dict[Cell, list[dict[str, Any
 
 
 def _spread(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """Mean over seeds and their standard deviation; None, with the reason, where a seed lacks the figure.
-    The deviation is None where there is one seed."""
+    """Compute the mean over seeds and their standard deviation. Where a seed lacks the figure both are None,
+    with the reason; the deviation is None where there is one seed."""
     figures = [entry["metrics"][metric] for entry in entries]
     values = [figure["value"] for figure in figures]
     if any(value is None for value in values):
@@ -106,7 +106,7 @@ def _spread(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
 
 
 def _compare(out: Path, cells: list[dict[str, Any]], comparing: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The SAEs of one kind of one target, matched with one another over seeds and sources."""
+    """Match the SAEs of one kind of one target with one another over seeds and sources."""
     families: dict[tuple[str, str], list[str]] = defaultdict(list)
     for cell in cells:
         families[cell["target"], cell["kind"]] += cell["saes"]
@@ -133,7 +133,8 @@ def _compare(out: Path, cells: list[dict[str, Any]], comparing: Mapping[str, Any
 
 
 def _shared(pairs: list[dict[str, Any]], over: str) -> float | None:
-    """Mean share of latents that are shared, of pairs that differ in the source, the seed or both alone."""
+    """Compute the mean share of shared latents, of pairs that differ in the source, the seed or both
+    alone."""
     sources, seeds = ("dataset" in OVER[over], "seed" in OVER[over])
     values = [
         (pair["assignment"] or pair["mutual_nearest"])["share_above"]
@@ -170,7 +171,7 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def _reasons(found: dict[str, Any]) -> list[str]:
-    """Why figures of the table are missing."""
+    """Say why figures of the table are missing."""
     lines = (
         f"no {name} of {cell['target']}, {cell['source']}, {cell['kind']}: {cell['metrics'][name]['reason']}"
         for cell in found["cells"]

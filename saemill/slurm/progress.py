@@ -15,7 +15,7 @@ from saemill.train.config import TrainConfig
 
 
 def by_stage(folder: Path, run: Path) -> dict[str, list[str]]:
-    """A few lines per stage, in the pipeline's order.
+    """Write a few lines per stage, in the pipeline's order.
 
     Args:
         folder: of the run's jobs; its config.yaml names the stages and their outputs.
@@ -77,7 +77,7 @@ def _trained(config: TrainConfig) -> str:
 
 
 def _last_step(metrics: Path) -> int | None:
-    """The step of the last line; the line that is being written is no JSON yet.
+    """Read the step of the last whole line: a line that is being written is no JSON yet.
 
     Raises:
         StoreError: the line is none that was logged.
@@ -97,7 +97,7 @@ def _last_step(metrics: Path) -> int | None:
 
 
 def _n_steps(config: TrainConfig) -> int | None:
-    """Steps of the run; not told where a mask of its own makes the epoch another than the store's."""
+    """Count the steps of the run; None where a mask of its own makes the epoch differ from the store's."""
     n_tokens = config.max_tokens
     if n_tokens is None and config.mask is None and (config.acts / "zarr.json").exists():
         store = ActivationStore(config.acts)

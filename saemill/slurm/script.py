@@ -43,7 +43,7 @@ fi
 
 
 def script(stage: str, job: JobConfig, folder: Path, name: str, work: Path) -> str:
-    """The text of a stage's script.
+    """Write the text of a stage's script.
 
     Args:
         stage: its name.
@@ -66,7 +66,7 @@ def script(stage: str, job: JobConfig, folder: Path, name: str, work: Path) -> s
 
 
 def _directives(stage: str, job: JobConfig, folder: Path, name: str, work: Path) -> list[str]:
-    """What follows #SBATCH; the user's own options come first, so that none takes the place of ours."""
+    """List what follows #SBATCH. The user's own options come first, so that none overrides ours."""
     nodes, ntasks = job.nodes or 1, job.ntasks or 1
     log = f"{folder}/{stage}-".replace("%", "%%") + ("%A_%a.log" if stage == "cache" else "%j.log")
     lines = list(job.options or ())
@@ -87,12 +87,12 @@ def _directives(stage: str, job: JobConfig, folder: Path, name: str, work: Path)
 
 
 def _step(job: JobConfig) -> list[str]:
-    """The options of srun. It does not take over cpus-per-task; and one process that has saved and left
+    """List the options of srun. It does not inherit cpus-per-task; and one process that has saved and left
     must not end the others while they save."""
     cpus = [f"--cpus-per-task={job.cpus}"] if job.cpus else []
     return [f"--ntasks={job.ntasks or 1}", *cpus, "--kill-on-bad-exit=0"]
 
 
 def _in_directive(value: str) -> str:
-    """A value as sbatch reads it: it knows quotes, but not the shell's way of leaving one."""
+    """Quote a value as sbatch reads it: it knows quotes, but not the shell's escapes."""
     return f'"{value}"' if any(character in value for character in " '#") else value

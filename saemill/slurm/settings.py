@@ -115,7 +115,7 @@ class SlurmConfig(JobConfig):
             _check_job(self.job(stage), stage)
 
     def job(self, stage: str) -> JobConfig:
-        """What the jobs of one stage ask for: its own settings before those for all."""
+        """Build what the jobs of one stage ask for: its own settings before those for all."""
         own = getattr(self, stage)
         chosen: dict[str, Any] = {}
         for name in (setting.name for setting in fields(JobConfig)):
@@ -126,7 +126,7 @@ class SlurmConfig(JobConfig):
 
 
 def seconds(time: str) -> int:
-    """A time limit in SLURM's notation.
+    """Parse a time limit in SLURM's notation, into seconds.
 
     Raises:
         ConfigError: it is none, or a bare number: YAML reads 4:00:00 without quotes as 14400, which

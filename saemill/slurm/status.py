@@ -14,7 +14,7 @@ MOST_LOGS = 3
 
 
 def status(run: Path) -> str:
-    """Lines per stage: its jobs, if any, and how far it is; then the logs of failed jobs.
+    """Describe each stage: its jobs, if any, and how far it is; then the logs of failed jobs.
 
     Raises:
         StoreError: nothing is known of such a run.
@@ -35,7 +35,7 @@ def status(run: Path) -> str:
 
 
 def _jobs(jobs: list[Job]) -> str:
-    """`12 RUNNING`; of an array `13_[0-3]: 3 COMPLETED, 1 FAILED (exit code 2)`."""
+    """Summarise jobs: `12 RUNNING`; of an array `13_[0-3]: 3 COMPLETED, 1 FAILED (exit code 2)`."""
     if not jobs:
         return ""
     if len(jobs) == 1:

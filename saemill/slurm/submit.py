@@ -24,7 +24,7 @@ from saemill.slurm.states import JOBS, Entry, Jobs, submitted
 
 
 def jobs_folder(run: Path) -> Path:
-    """Where scripts, logs and exit codes of a run's jobs are: beside it, as `train` wants the run's folder
+    """Return the folder of a run's scripts, logs and exit codes: beside it, as `train` wants the run's folder
     for itself."""
     return run.with_name(f"{run.name}.jobs")
 
@@ -43,19 +43,19 @@ class Plan:
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> "Plan":
-        """What submitting the pipeline from this folder means."""
+        """Plan what submitting the pipeline from this folder means."""
         folder = jobs_folder(pipeline.run)
         place = (folder.absolute(), pipeline.run.name, Path.cwd())
         scripts = {stage: script(stage, pipeline.slurm.job(stage), *place) for stage in pipeline.stages}
         return cls(folder, pipeline.plain(), scripts, pipeline.slurm.job("cache").workers or 1)
 
     def command(self, stage: str, after: str | None) -> list[str]:
-        """How a stage's script is submitted; `after` is the job that must have ended well before."""
+        """Return the command that submits a stage's script, after the job `after` has ended well."""
         waiting = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
         return ["sbatch", "--parsable", *waiting, str(self.folder / f"{stage}.sh")]
 
     def __str__(self) -> str:
-        """The scripts, and the commands that would submit them."""
+        """Show the scripts, and the commands that would submit them."""
         parts, before = [], None
         for stage, text in self.scripts.items():
             parts.append(f"# {' '.join(self.command(stage, before and f'<{before}>'))}\n{text}")
