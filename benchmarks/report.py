@@ -13,7 +13,7 @@ PACKAGES = ("saemill", "torch", "transformers", "zarr")
 
 
 def machine(versions: Mapping[str, str] | None = None, gpus: Iterable[str] = ()) -> str:
-    """The machine, the versions and the date, in one line.
+    """Describe the machine, the versions and the date, in one line.
 
     Args:
         versions: by package; by default those that are installed here.
@@ -31,6 +31,6 @@ def machine(versions: Mapping[str, str] | None = None, gpus: Iterable[str] = ())
 
 
 def table(head: list[str], rows: list[list[str]], n_text: int = 2) -> list[str]:
-    """A Markdown table, by lines; the first `n_text` columns are text, the others numbers."""
+    """Render a Markdown table, by lines; the first `n_text` columns are text, the others numbers."""
     rule = "|" + "---|" * n_text + "--:|" * (len(head) - n_text)
     return ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows), ""]

@@ -77,7 +77,7 @@ class Measured:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """In their order."""
+    """List the files of the shards in their order."""
     return sorted((path / SITE / "c").glob("*/0"), key=lambda file: int(file.parent.name))
 
 
@@ -91,7 +91,7 @@ def evict(path: Path) -> None:
 
 
 def disk_bytes() -> int:
-    """Bytes that this process has fetched from the disk so far."""
+    """Count the bytes that this process has fetched from the disk so far."""
     counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(counts["read_bytes"])
 
@@ -108,7 +108,7 @@ def timed(batches: Iterator[object]) -> Measured:
 
 
 def plain(task: Task) -> Measured:
-    """All shards, from first to last byte."""
+    """Read all shards, from first to last byte."""
     files = shard_files(task.path)
     piece_bytes = PIECE_ROWS * ActivationStore(task.path).site(SITE).width * 2
     local = threading.local()
@@ -131,7 +131,7 @@ def plain(task: Task) -> Measured:
 
 
 def loader_of(task: Task) -> Loader:
-    """The training loader over the store."""
+    """Open the training loader over the store."""
     torch.set_num_threads(1)
     stream.READERS = task.n_readers
     sizes = {"batch_tokens": task.batch_tokens, "buffer_tokens": task.buffer_tokens}
@@ -139,18 +139,19 @@ def loader_of(task: Task) -> Loader:
 
 
 def epoch(loader: Loader) -> Iterator[torch.Tensor]:
-    """The whole batches of the first epoch."""
+    """Read the whole batches of the first epoch."""
     return (loader.batch(i)[SITE] for i in range(loader.epoch_tokens // loader.batch_tokens))
 
 
 def loaded(task: Task) -> Measured:
-    """An epoch of batches from the loader."""
+    """Read an epoch of batches from the loader."""
     with closing(loader_of(task)) as loader:
         return timed(epoch(loader))
 
 
 def mixed(task: Task) -> dict[str, dict[str, float]]:
-    """How batches mix: of the loader, of rows in their stored order, and of rows in the order of the text."""
+    """Measure how batches mix: of the loader, of rows in their stored order, and of rows in the order of the
+    text."""
     with closing(loader_of(task)) as loader:
         shuffled = np.concatenate([stores.addresses(x_TD) for x_TD in epoch(loader)])
         store = loader.store
@@ -171,7 +172,8 @@ def mixed(task: Task) -> dict[str, dict[str, float]]:
 
 
 def parts(task: Task) -> dict[str, float]:
-    """Seconds per GiB of each part of the loader's work, by one thread: the medians of some warm windows."""
+    """Measure the seconds per GiB of each share of the loader's work, by one thread: the medians of some warm
+    windows."""
     torch.set_num_threads(1)
     store = ActivationStore(task.path)
     per_shard, n_blocks = store.shard_tokens // BLOCK_TOKENS, task.buffer_tokens // BLOCK_TOKENS
@@ -186,7 +188,8 @@ def parts(task: Task) -> dict[str, float]:
 
 
 def window_parts(site: SiteArray, blocks: list[tuple[int, int]], batch_tokens: int) -> dict[str, float]:
-    """The parts on one window's blocks, one after another. A buffer is new when it is first written."""
+    """Time each share of the loader's work on one window's blocks. A buffer is new when it is first
+    written."""
     rows = [site.array.shard(s)[b * BLOCK_TOKENS : (b + 1) * BLOCK_TOKENS] for s, b in blocks]
     n_rows = len(rows) * BLOCK_TOKENS
     buffer, shuffled = (np.empty((n_rows, site.width), site.array.dtype) for _ in range(2))
@@ -225,13 +228,13 @@ def window_parts(site: SiteArray, blocks: list[tuple[int, int]], batch_tokens: i
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a process of its own, so that no other map or buffer is in the way."""
+    """Run work in a process of its own, so that no other map or buffer is in the way."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """All ways, in turns."""
+    """Measure all kinds of reading, in turns."""
     sizes = {"batch_tokens": args.batch, "buffer_tokens": args.buffer}
     passes: list[dict[str, Any]] = []
     for turn in range(args.rounds):
@@ -250,7 +253,7 @@ def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 
 def speed_table(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
-    """Rates, their ratio round by round, and what they took."""
+    """Render rates, their ratio round by round, and what they took."""
     gib = found["bytes"] / GIB
 
     def values(cache: str, readers: int, way: str, key: str) -> list[float]:
@@ -280,7 +283,7 @@ def speed_table(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
 
 
 def mixing_table(found: dict[str, Any]) -> list[str]:
-    """The figures of `mixing`, by order."""
+    """Render the figures of `mixing`, by order."""
     columns = {
         "same": "other rows of a row's document in its batch",
         "next": "rows of it in the next batch",
@@ -295,7 +298,7 @@ def mixing_table(found: dict[str, Any]) -> list[str]:
 
 
 def report(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
-    """All tables."""
+    """Render all tables."""
     n_documents = args.tokens // DOCUMENT_TOKENS
     lines = [machine(), ""]
     lines += [
@@ -311,7 +314,7 @@ def report(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line, checked."""
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

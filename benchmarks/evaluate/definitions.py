@@ -37,7 +37,7 @@ class Choices:
 
     @property
     def counted(self) -> str:
-        """The place where figures are counted and, but for these choices, activations replaced."""
+        """Return the place where figures are counted and, but for these choices, activations replaced."""
         return "ordinary" if self.first_positions else "kept"
 
 
@@ -97,13 +97,13 @@ class Site:
         self.x_RSD = torch.cat([model.capture(ids, [site], None)[site].float() for ids in batches])
 
     def x(self, choices: Choices) -> Tensor:
-        """Activations at the positions that count. fp32 [T, D]."""
+        """Return the activations at the positions that count. fp32 [T, D]."""
         x_TD = self.x_RSD[self.places[choices.counted]]
         return x_TD.to(self.stored).float() if choices.rounded else x_TD
 
     def run(self, saes: dict[str, Sae]) -> dict[str, Loss]:
-        """Losses as the model is ("clean"), and with zeros or an SAE's reconstruction ("zero everywhere",
-        "NAME kept", …)."""
+        """Compute losses as the model is ("clean"), and with zeros or an SAE's reconstruction ("zero
+        everywhere", "NAME kept", …)."""
         edits: dict[str, Edit] = {"zero": torch.zeros_like} | {n: _edit(sae) for n, sae in saes.items()}
         found: dict[str, list[tuple[Tensor, Tensor]]] = {"clean": []}
         for start in range(0, len(self.ids_RS), self.batch_rows):
@@ -130,7 +130,7 @@ def _edit(sae: Sae) -> Edit:
 
 
 def _loss(clean: Tensor, edited: Tensor, ids_RS: Tensor) -> tuple[Tensor, Tensor]:
-    """From log probabilities [R, S, W]."""
+    """Compute cross-entropy and KL from log probabilities [R, S, W]."""
     ce_RS = torch.full(ids_RS.shape, torch.nan, dtype=torch.float64)
     ce_RS[:, :-1] = -edited[:, :-1].gather(-1, ids_RS[:, 1:, None])[..., 0].double()
     return ce_RS, (clean.exp() * (clean - edited)).sum(-1).double()
@@ -138,7 +138,8 @@ def _loss(clean: Tensor, edited: Tensor, ids_RS: Tensor) -> tuple[Tensor, Tensor
 
 @torch.inference_mode()
 def reconstruction(site: Site, sae: Sae, choices: Choices) -> Figures:
-    """Figures of one SAE on the activations alone; `mse` is ‖x − x̂‖² per token, as SAELens has it."""
+    """Compute figures of one SAE on the activations alone; `mse` is ‖x − x̂‖² per token, as SAELens has
+    it."""
     x_TD = site.x(choices)
     output, acts, indices = sae(x_TD)
     x, error = x_TD.double(), (x_TD - output).double()
@@ -155,7 +156,7 @@ def reconstruction(site: Site, sae: Sae, choices: Choices) -> Figures:
 
 
 def losses(site: Site, found: dict[str, Loss], name: str, choices: Choices) -> Figures:
-    """Figures of one SAE, of those that `Site.run` was given, in the model."""
+    """Compute figures of one SAE, of those that `Site.run` was given, in the model."""
     replaced = "everywhere" if choices.special_replaced else choices.counted
     zeroed = "everywhere" if choices.zeros_everywhere else choices.counted
     spliced = found[f"{name} {replaced}"]
@@ -176,7 +177,7 @@ def losses(site: Site, found: dict[str, Loss], name: str, choices: Choices) -> F
 
 @torch.inference_mode()
 def by_rows(site: Site, sae: Sae) -> dict[str, Figures]:
-    """What SAELens and SAEBench form from batches of rows: figures that depend on the batch."""
+    """Compute what SAELens and SAEBench form from batches of rows: figures that depend on the batch."""
     parts = site.places["ordinary"].split(site.batch_rows)
     batches = [x[part] for x, part in zip(site.x_RSD.split(site.batch_rows), parts, strict=True)]
     outputs = [sae(x_TD).reconstruction for x_TD in batches]
@@ -199,8 +200,8 @@ def by_rows(site: Site, sae: Sae) -> dict[str, Figures]:
 
 @torch.inference_mode()
 def by_tokens(site: Site, sae: Sae, batch_tokens: int) -> dict[str, Figures]:
-    """What sparsify and dictionary_learning form from batches of tokens, those that saemill counts: means
-    of each batch's figure."""
+    """Compute what sparsify and dictionary_learning form from batches of tokens, those that saemill counts:
+    means of each batch's figure."""
     fvu, parts = [], []
     for x in site.x(Choices()).split(batch_tokens):
         output, acts, _ = sae(x)

@@ -50,15 +50,15 @@ class Rows:
         self.model = TransformerBridge.boot_transformers(asked["model"], device="cpu", tokenizer=tokenizer)
 
     def hook_error(self, hook: str, x_RSD: Tensor) -> float:
-        """Largest difference between a hook's activations of the first rows and those given, over the
-        root mean square of these."""
+        """Compute the largest difference between a hook's activations of the first rows and those given, over
+        the root mean square of these."""
         with torch.no_grad():
             _, cache = self.model.run_with_cache(self.ids_RS[: len(x_RSD)], names_filter=[hook])
         return float((cache[hook] - x_RSD).abs().max() / x_RSD.square().mean().sqrt())
 
     def store(self, sae: Any) -> Any:
-        """The rows as both tools read them. Their passes read on where the one before ended, so each must
-        take all rows."""
+        """Wrap the rows as both tools read them. Their passes read on where the one before ended, so each
+        must take all rows."""
         dataset = Dataset.from_dict({"input_ids": self.ids_RS.tolist()})
         options = {"context_size": self.ids_RS.shape[1], "streaming": False}
         return ActivationsStore.from_sae(self.model, sae, dataset, total_tokens=len(dataset), **options)
@@ -69,7 +69,7 @@ class Rows:
 
 
 def saelens(folder: str, rows: Rows) -> Figures:
-    """`run_evals` with everything on."""
+    """Run SAELens' `run_evals` with everything on."""
     sae = SAE.load_from_disk(folder)
     config = evals.get_eval_everything_config(**rows.batches())
     found = evals.run_evals(
@@ -84,7 +84,7 @@ def saelens(folder: str, rows: Rows) -> Figures:
 
 
 def saebench(folder: str, rows: Rows, exclude: bool) -> Figures:
-    """`run_evals` of the core evaluation. `exclude`: special tokens keep their activations."""
+    """Run SAEBench's `run_evals` of the core evaluation. `exclude`: special tokens keep their activations."""
     _, sae, _ = load_and_format_sae("here", SAE.load_from_disk(folder), "cpu")
     told = {"compute_featurewise_density_statistics": True} if exclude else {}
     for name in ("kl", "ce_loss", *(["l2_norms", "sparsity_metrics", "variance_metrics"] * exclude)):
@@ -95,7 +95,7 @@ def saebench(folder: str, rows: Rows, exclude: bool) -> Figures:
 
 
 def flat(metrics: dict[str, dict[str, float]], features: dict[str, list[float]]) -> Figures:
-    """Their groups joined; of the latents, the share that never fired; what splicing costs."""
+    """Join groups of figures; of the latents, the share that never fired; what splicing costs."""
     found = {name: value for group in metrics.values() for name, value in group.items()}
     if density := features.get("feature_density"):
         found["never_fired"] = float(np.mean(np.array(density) == 0))
@@ -104,21 +104,21 @@ def flat(metrics: dict[str, dict[str, float]], features: dict[str, list[float]])
 
 
 def sparsify(folder: str, batches: list[Tensor]) -> Figures:
-    """The mean over batches of the FVU that its forward pass returns."""
+    """Compute the mean over batches of the FVU that its forward pass returns."""
     sae = SparseCoder.load_from_disk(folder)
     with torch.no_grad():
         return {"fvu": float(np.mean([sae(x_TD).fvu.item() for x_TD in batches]))}
 
 
 def dictionary_learning(folder: str, batches: list[Tensor]) -> Figures:
-    """`evaluate` on activations."""
+    """Run dictionary_learning's `evaluate` on activations."""
     sae, _ = load_dictionary(folder, "cpu")
     found: Figures = evaluate(sae, iter(batches), n_batches=len(batches))
     return found
 
 
 def evaluate_all(variant: dict[str, str], rows: Rows, batch_tokens: int) -> dict[str, Figures]:
-    """One SAE through every package."""
+    """Evaluate one SAE by every package."""
     batches = list(torch.from_numpy(np.load(variant["x"])).split(batch_tokens))
     return {
         "saelens": saelens(variant["saelens"], rows),
@@ -130,7 +130,7 @@ def evaluate_all(variant: dict[str, str], rows: Rows, batch_tokens: int) -> dict
 
 
 def main(folder: Path) -> None:
-    """Every variant that was not evaluated yet."""
+    """Evaluate every variant that was not evaluated yet."""
     asked, theirs = json.loads((folder / "asked.json").read_text()), folder / "theirs"
     torch.set_num_threads(asked["threads"])
     rows = Rows(folder, asked)

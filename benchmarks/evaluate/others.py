@@ -95,14 +95,14 @@ class Run:
 
     @cached_property
     def saes(self) -> dict[str, Sae]:
-        """The variants that `saemill assess` measures."""
+        """Load the variants that `saemill assess` measures."""
         left_out = {*self.finished["diverged"], *self.finished["stopped"]}
         names = [name for name in self.finished["variants"] if name not in left_out]
         return {name: Sae.load(self.folder / name) for name in names}
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """By name, those of the run's SAEs."""
+        """Open the sites of the run's SAEs, by name."""
         ids_RS = torch.from_numpy(self.tokens.rows(0, self.tokens.n_rows).astype(np.int64))
         mask = config.build(MaskConfig, self.finished["mask"], "mask")
         special_ids = self.tokens.tokenizer.special_ids
@@ -114,7 +114,7 @@ class Run:
 
     @cached_property
     def hooks(self) -> dict[str, Hook]:
-        """By site, in TransformerLens' terms."""
+        """Name the hooks of the sites in TransformerLens' terms, by site."""
         model_type, found = self.model.config.model_type, {}
         for sae in self.saes.values():
             site = sae.config.provenance["site"]
@@ -129,7 +129,7 @@ class Run:
 
 
 def check_unseen(run: Run) -> None:
-    """`saemill assess` leaves out documents that training saw; the others cannot."""
+    """Refuse documents that training saw: `saemill assess` leaves them out, the others cannot."""
     trained = run.store.tokens.documents
     known = trained["text_hash"].to_numpy()[~trained["held_out"].to_numpy(zero_copy_only=False)]
     if seen := int(np.isin(run.tokens.documents["text_hash"].to_numpy(), known).sum()):
@@ -137,7 +137,7 @@ def check_unseen(run: Run) -> None:
 
 
 def ours(run: Run, out: Path) -> dict[str, Any]:
-    """`saemill assess` on the rows."""
+    """Run `saemill assess` on the rows."""
     path = out / "assessment" / "final_assessment.json"
     if not path.exists():
         everything = {"max_tokens": run.tokens.n_tokens, "model_tokens": run.tokens.n_tokens}
@@ -152,7 +152,7 @@ def ours(run: Run, out: Path) -> dict[str, Any]:
 
 
 def hand_over(run: Run, out: Path) -> None:
-    """What the others need: the rows, activations of them, and the SAEs in each one's format."""
+    """Write what the others need: the rows, activations of them, and the SAEs in each one's format."""
     asked: dict[str, Any] = {
         "model": run.model.name, "tokenizer": str((run.tokens.tokenizer_folder).absolute()),
         "special_ids": list(run.tokens.tokenizer.special_ids), "batch_rows": BATCH_ROWS,
@@ -178,7 +178,7 @@ def hand_over(run: Run, out: Path) -> None:
 
 @contextmanager
 def evaluating(out: Path, python: Path) -> Iterator[None]:
-    """While the block runs, the others evaluate in their own environment, if they have not yet."""
+    """Let the others evaluate in their own environment while the block runs, if they have not yet."""
     if (out / "about.json").exists():
         yield
         return
@@ -200,7 +200,8 @@ def evaluating(out: Path, python: Path) -> Iterator[None]:
 
 
 def by_definitions(run: Run, out: Path) -> dict[str, Any]:
-    """Per variant: saemill's way to SAELens' figures, and what the others form from the same tensors."""
+    """Compute per variant the steps from saemill's to SAELens' figures, and what the others form from the
+    same tensors."""
     path = out / "recomputed.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if found:
@@ -225,12 +226,12 @@ def by_definitions(run: Run, out: Path) -> dict[str, Any]:
 
 
 def difference(a: float, b: float) -> float:
-    """Relative; of two zeros none."""
+    """Compute the relative difference; of two zeros it is 0."""
     return abs(a - b) / max(abs(a), abs(b), 1e-12)
 
 
 def as_theirs(entry: dict[str, Any], d: int) -> dict[str, dict[str, float]]:
-    """A variant's figures in `final_assessment.json` by SAELens' names and in its units."""
+    """Return a variant's figures in `final_assessment.json` by SAELens' names and in its units."""
     found = {}
     for name, mine in OURS.items():
         figure = entry["metrics"][mine]
@@ -244,7 +245,7 @@ def number(value: float) -> str:
 
 
 def rest(a: float, b: float) -> str:
-    """The relative difference, as a cell."""
+    """Format the relative difference, as a cell."""
     return f"{difference(a, b):.0e}" if a != b else "0"
 
 
@@ -254,7 +255,7 @@ def with_interval(figure: dict[str, float]) -> str:
 
 
 def beside_table(mine: dict[str, dict[str, float]], theirs: dict[str, Figures]) -> list[str]:
-    """What each says of one variant."""
+    """Render what each says of one variant."""
     tools = ("saelens", "saebench", REPLACED)
     rows = [
         [name, OURS[name], with_interval(figure)]
@@ -266,7 +267,8 @@ def beside_table(mine: dict[str, dict[str, float]], theirs: dict[str, Figures]) 
 
 
 def steps_table(steps: dict[str, Figures], theirs: Figures) -> list[str]:
-    """From saemill's definition to SAELens', one choice after another; empty where it changes nothing."""
+    """Render the figures from saemill's definition to SAELens', one choice after another; empty where it
+    changes nothing."""
     rows = []
     for name in OURS:
         values = [figures[name] for figures in steps.values()]
@@ -277,7 +279,7 @@ def steps_table(steps: dict[str, Figures], theirs: Figures) -> list[str]:
 
 
 def formulas_table(variant: dict[str, Any]) -> list[str]:
-    """Figures of other definitions: what each tool says, and its formula from saemill's tensors."""
+    """Render figures of other definitions: what each tool says, and its formula from saemill's tensors."""
     mine = {name: number(figure["value"]) for name, figure in variant["ours"].items()}
     mine["fvu"] = number(1 - variant["ours"]["explained_variance"]["value"])
     rows = []
@@ -334,7 +336,7 @@ def main() -> None:
 
 
 def report(run: Run, raw: dict[str, Any]) -> list[str]:
-    """All tables."""
+    """Render all tables."""
     versions = {name: version(name) for name in ("saemill", "transformers")} | raw["versions"]
     data, rows = raw["data"], run.tokens
     errors = ", ".join(f"{hook} {error:.0e}" for hook, error in raw["hook_error"].items())

@@ -30,7 +30,7 @@ class Measured:
 
 
 def measure(out: Path, name: str, command: str) -> Measured:
-    """Run a command; its wall time and the largest memory it held.
+    """Run a command; measure its wall time and the largest memory it held.
 
     The measurement is kept in `out`, so that a benchmark that was cut off goes on at its next stage.
     """
@@ -49,7 +49,7 @@ def measure(out: Path, name: str, command: str) -> Measured:
 
 
 def last_metrics(run: Path) -> dict[str, float]:
-    """The last line of a run's metrics and its summary."""
+    """Read the last line of a run's metrics and its summary."""
     finished = json.loads((run / "finished.json").read_text())
     return {"tokens": finished["tokens"], "seconds": finished["seconds"]}
 
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def write(out: Path, stages: list[Measured], forward: dict[str, float]) -> None:
-    """The tables as Markdown."""
+    """Write the tables as Markdown."""
     lines = [machine(), "", "| stage | seconds | peak memory, MiB |", "|---|--:|--:|"]
     lines += [f"| {stage.name} | {stage.seconds:,.1f} | {stage.peak_mib:,.0f} |" for stage in stages]
     many, one = last_metrics(out / "run"), last_metrics(out / "single")
@@ -112,7 +112,7 @@ def write(out: Path, stages: list[Measured], forward: dict[str, float]) -> None:
 
 
 def assessment_table(assessment: dict) -> list[str]:  # type: ignore[type-arg]
-    """The variants, best first, with 95% intervals."""
+    """Render the variants, best first, with 95% intervals."""
 
     def cell(figure: dict) -> str:  # type: ignore[type-arg]
         if figure["value"] is None:

@@ -53,7 +53,7 @@ class Way:
 
 
 def ways(args: argparse.Namespace) -> list[tuple[Way, Way]]:
-    """Each way beside one process with the same variants."""
+    """List each setting beside one process with the same variants."""
     found = []
     for n in args.processes:
         for name, n_variants, data, latents in (
@@ -87,7 +87,7 @@ class Traffic:
 
 @torch.no_grad()
 def work(args: argparse.Namespace, way: Way) -> None:
-    """One process: train and measure; the first writes what it found."""
+    """Train and measure in one process; the first writes the result."""
     torch.set_num_threads(1)
     here, traffic = World.here(), Traffic()
     store = ActivationStore(args.acts)
@@ -127,7 +127,7 @@ def work(args: argparse.Namespace, way: Way) -> None:
 
 
 def run(args: argparse.Namespace, way: Way) -> dict[str, float]:
-    """Measure one way in processes of its own."""
+    """Measure one setting in processes of its own."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "found.json"
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace, way: Way) -> dict[str, float]:
 
 
 def formula(args: argparse.Namespace, way: Way, d: int) -> float:
-    """Bytes that one process takes in per step."""
+    """Compute the bytes that one process takes in per step."""
     n_tokens, k = args.batch, args.k
     n, of_tokens, of_latents = way.n_variants, way.data_ranks, way.latent_ranks
     exchanged = (of_tokens - 1) / of_tokens * n_tokens * (4 * d + 16 * k)
@@ -187,7 +187,7 @@ def main() -> None:
 
 
 def table(args: argparse.Namespace) -> str:
-    """All ways, in turns, as Markdown."""
+    """Measure all settings, in turns, and render them as Markdown."""
     pairs = ways(args)
     found: dict[Way, list[dict[str, float]]] = {way: [] for pair in pairs for way in pair}
     for _ in range(args.rounds):

@@ -43,7 +43,7 @@ class Job:
     options: dict[str, Any]
 
     def compile(self, architecture: int) -> Any:
-        """The compiled kernel, its pointers and integers multiples of 16 as in training."""
+        """Compile the kernel, its pointers and integers multiples of 16 as in training."""
         names = self.kernel.arg_names
         signature = {name: f"*{kind}" for name, kind in self.pointers.items()}
         signature |= dict.fromkeys(self.integers, "i32")
@@ -142,7 +142,7 @@ def update_job(d: int, optimizer: str, moment: str, aux: bool = False, inputs: s
 
 
 def jobs() -> Iterator[Job]:
-    """Every kernel, in the forms that training uses."""
+    """List every kernel, in the forms that training uses."""
     for d, f, k in SHAPES:
         yield select_job(f, k, torch.bfloat16)
         yield residual_job(d, k, torch.bfloat16)

@@ -51,7 +51,7 @@ class Setting:
 
 
 def inputs(setting: Setting, n_batches: int = 4) -> list[Tensor]:
-    """Batches x_TD in training units."""
+    """Make batches x_TD in training units."""
     generator = torch.Generator().manual_seed(2**31 + 7)  # no seed of a variant
     directions = torch.nn.functional.normalize(torch.randn(4096, setting.d, generator=generator), dim=1)
     x = 0.02 * torch.randn(n_batches * setting.n_tokens, setting.d, generator=generator)
@@ -64,7 +64,7 @@ def inputs(setting: Setting, n_batches: int = 4) -> list[Tensor]:
 
 
 def bank_of(setting: Setting, sample_TD: Tensor) -> Bank:
-    """Variants that differ in their seed; some latents dead if asked for."""
+    """Make variants that differ in their seed; some latents dead if asked for."""
     lr = auto_lr(setting.n_latents, setting.d, 1000)
     k_aux = setting.d // 2
     names = range(setting.n_variants)
@@ -86,7 +86,7 @@ def bank_of(setting: Setting, sample_TD: Tensor) -> Bank:
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call."""
+    """Measure the median time of a call."""
     times = []
     for _ in range(repeats):
         synchronize(device)
@@ -104,7 +104,7 @@ def synchronize(device: torch.device) -> None:
 
 @torch.no_grad()
 def measure(setting: Setting) -> dict[str, float]:
-    """Milliseconds of a step, of its parts and of its limits; tokens/s; peak memory in MiB."""
+    """Measure milliseconds of a step, of its regions and of its limits; tokens/s; peak memory in MiB."""
     torch.set_num_threads(setting.n_threads)
     batches = inputs(setting)
     bank = bank_of(setting, batches[0])
@@ -141,7 +141,7 @@ def measure(setting: Setting) -> dict[str, float]:
 
 
 def limits(setting: Setting, w_enc_FD: Tensor, x_TD: Tensor) -> tuple[float, float]:
-    """Seconds of the dense product alone, and of the bytes a step must move, per variant."""
+    """Measure the seconds of the dense product alone, and of the bytes a step must move, per variant."""
     x_TD, w_enc_FD = x_TD.to(setting.dtype), w_enc_FD.to(setting.dtype)
     rows = min(1024, setting.n_tokens)
     out = torch.empty(rows, setting.n_latents, dtype=setting.dtype, device=setting.device)

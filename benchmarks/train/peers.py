@@ -29,7 +29,7 @@ Results = dict[str, dict[int, list[dict[str, Any]]]]
 
 
 def speed(args: argparse.Namespace, entries: dict[str, Entry]) -> Results:
-    """A few steps of each contestant, interleaved."""
+    """Run a few steps of each contestant, interleaved."""
     found: Results = {name: {t: [] for t in args.threads} for name in entries}
     for turn in range(args.rounds):
         for threads in args.threads:
@@ -45,7 +45,7 @@ def goal(args: argparse.Namespace, threads: int) -> dict[str, Any]:
 
 
 def curves(args: argparse.Namespace, entries: dict[str, Entry]) -> dict[str, dict[str, Any]]:
-    """One run of `--tokens` for each, evaluated after an 8th, a quarter, half and all of it."""
+    """Run `--tokens` tokens of each, evaluated after an 8th, a quarter, half and all of them."""
     if not args.tokens:
         return {}
     steps = args.tokens // args.batch
@@ -57,7 +57,7 @@ def curves(args: argparse.Namespace, entries: dict[str, Entry]) -> dict[str, dic
 def equal_seconds(
     args: argparse.Namespace, entries: dict[str, Entry], found: Results
 ) -> dict[str, dict[str, Any]]:
-    """One run of as many steps as fit into `--seconds`, evaluated at its end."""
+    """Run as many steps as fit into `--seconds`, evaluated at their end."""
     if not args.seconds:
         return {}
     threads = args.threads[0]
@@ -91,7 +91,7 @@ def speed_table(args: argparse.Namespace, entries: dict[str, Entry], found: Resu
 def quality_table(
     by_tokens: dict[str, dict[str, Any]], by_seconds: dict[str, dict[str, Any]], seconds: float
 ) -> list[str]:
-    """Held-out FVU at equal tokens, with the seconds each point took, and at equal seconds."""
+    """Render held-out FVU at equal tokens, with the seconds each point took, and at equal seconds."""
     first = next(iter(by_tokens.values()), {"curve": []})
     points = [point["tokens"] for point in first["curve"]]
     head = ["contestant", "settings", *(f"FVU at {tokens:,} tokens (s)" for tokens in points)]

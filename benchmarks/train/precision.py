@@ -18,7 +18,7 @@ PRECISIONS, STATES = ("fp32", "bf16"), ("fp32", "bf16", "8bit")
 
 
 def train(args: argparse.Namespace, precision: str) -> dict[str, dict[str, float]]:
-    """The last metrics of each variant, all trained together."""
+    """Train each variant, all together. Returns: their last metrics."""
     variants = tuple(
         {"k": k, "num_latents": args.latents, "optimizer_state": state, "name": f"{state}-{k}"}
         for k in args.k

@@ -26,7 +26,7 @@ the planted directions as its decoder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the rows come from."""
+    """Add the arguments that say where the rows come from."""
     parser.add_argument("--width", type=int, default=768, help="D of planted rows")
     parser.add_argument("--rows", type=int, default=262_144, help="training rows; read again after the end")
     parser.add_argument("--held-out", type=int, default=8192, help="held-out rows")
@@ -74,7 +74,7 @@ def write(folder: Path, chunks: Iterator[tuple[str, Tensor]], args: argparse.Nam
 
 
 def planted(args: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
-    """Chunks of planted rows: the held-out ones, then the training ones."""
+    """Draw chunks of planted rows: the held-out ones, then the training ones."""
     generator = torch.Generator().manual_seed(SEED)
     directions = torch.randn(DIRECTIONS, args.width, generator=generator)
     directions /= directions.norm(dim=1, keepdim=True)
@@ -89,7 +89,8 @@ def planted(args: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
 
 
 def stored(args: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
-    """Chunks of a store's held-out rows in their order, then of its training rows as training sees them."""
+    """Read chunks of a store's held-out rows in their order, then of its training rows as training sees
+    them."""
     store = ActivationStore(args.acts)
     site = store.site(args.site)
     for shard in range(store.n_shards):

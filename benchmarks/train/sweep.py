@@ -20,7 +20,7 @@ from benchmarks.train.contest import Entry
 
 
 def runs_of(entry: Entry, goals: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
-    """The (k, lr) pairs by process."""
+    """Group the (k, lr) pairs by process."""
     if entry.together == "all":
         return [goals]
     if entry.together == "lr":
@@ -31,7 +31,7 @@ def runs_of(entry: Entry, goals: list[tuple[str, str]]) -> list[list[tuple[str, 
 def one_round(
     args: argparse.Namespace, entry: Entry, name: str, goals: list[tuple[str, str]]
 ) -> dict[str, Any]:
-    """All variants of a contestant, one process after another."""
+    """Run all variants of a contestant, one process after another."""
     results = []
     for part, group in enumerate(runs_of(entry, goals)):
         options = {

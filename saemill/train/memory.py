@@ -16,7 +16,8 @@ CPU = torch.device("cpu")
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
-    """As `torch.zeros`; on a CPU in huge pages, where Linux has them. Pages never touched take no memory."""
+    """Make a tensor as `torch.zeros`; on a CPU in huge pages, where Linux has them. Pages never touched take
+    no memory."""
     n_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or n_bytes < LEAST_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(*shape, dtype=dtype, device=device)

@@ -94,7 +94,7 @@ def _train(
     stop: Event,
     held: ExitStack,
 ) -> Trainer:
-    """Train from look to look of halving, if there is any, with the variants that are left.
+    """Train from rung to rung of halving, if there is any, with the variants that are left.
 
     wandb follows until `held` is closed, which is after the SAEs are written.
 
@@ -129,7 +129,7 @@ def _train(
 
 
 def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, end: int) -> None:
-    """Look at step `end`: write the SAEs of the worse halves as they are, and go on without them."""
+    """Stop variants at step `end`: write the SAEs of the worse halves as they are, and go on without them."""
     losers = halving.choose(trainer.scores(halving.metric))
     mine = save_saes(config.out, trainer, trainer.loader.store, set(losers))
     written = trainer.everyone.all_gather_objects(mine)  # all are on disk before the record says so
@@ -175,7 +175,7 @@ def _place(
 
 
 def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
-    """The settings with the store's site where none is named and the store has one alone."""
+    """Fill in the store's site where none is named and the store has one alone."""
     if config.site or any("site" in entry for entry in config.variants):
         return config
     if len(store.sites) != 1:
@@ -254,7 +254,7 @@ def _check_profile(trainer: Trainer, end: int) -> None:
 
 
 def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
-    """How many steps there are, and the learning rate over them; `units` is what the store holds."""
+    """Plan the steps and the learning rate over them; `units` is what the store holds."""
     step_tokens = config.step_tokens
     n_tokens = config.max_tokens or (config.epochs or 1) * epoch_tokens
     n_steps = n_tokens // step_tokens
@@ -289,7 +289,7 @@ def _check_mse(config: TrainConfig, store: ActivationStore, variants: list[Varia
 
 
 def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of the encoder's product: bf16 wherever `auto` finds hardware that is fast at it."""
+    """Choose the dtype of the encoder's product: bf16 wherever `auto` finds hardware that is fast at it."""
     if name == "auto":
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
@@ -313,7 +313,7 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def _start_sinks(config: TrainConfig, trainer: Trainer, opened: ExitStack) -> list[Sink]:
-    """What shows the metrics; they are closed with `opened`."""
+    """Start what shows the metrics; the sinks are closed with `opened`."""
     step_tokens = config.step_tokens
     n_steps = trainer.schedule.n_steps
     units = f"{trainer.loader.store.text.unit}s"

@@ -42,7 +42,7 @@ def follow(config: TrainConfig, trainer: Trainer, variants: Sequence[Variant], h
 
 
 def _shared(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
-    """The run's settings, with what was left open as it was decided."""
+    """List the run's settings, with what was left open as it was decided."""
     settings = {key: value for key, value in config.identity().items() if key not in OF_VARIANTS}
     schedule, learner = trainer.schedule, trainer.learners[0]
     return settings | {
@@ -61,7 +61,7 @@ def _shared(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
 
 
 def _store(store: ActivationStore) -> dict[str, Any]:
-    """What was trained on."""
+    """Describe what was trained on."""
     told = store.settings
     return {
         "model": told.model,

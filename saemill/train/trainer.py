@@ -72,7 +72,7 @@ class Trainer:
 
     @property
     def learners(self) -> list[Learner]:
-        """Those of this process."""
+        """List the learners of this process."""
         return [learner for bank in self.banks for learner in bank.learners]
 
     def resume(self) -> None:
@@ -113,14 +113,14 @@ class Trainer:
             learner.totals.open_window()
 
     def scores(self, metric: str) -> dict[str, float | None]:
-        """A metric of every variant of the run over the last steps, on all processes."""
+        """Return a metric of every variant of the run over the last steps, on all processes."""
         mine = {learner.variant.name: learner.score(metric) for learner in self.learners}
         return {
             name: score for each in self.everyone.all_gather_objects(mine) for name, score in each.items()
         }
 
     def _after_step(self, stopped: bool, end: int) -> None:
-        """Log, save and stop, where it is time for it."""
+        """Log, save and stop where it is time for it."""
         finished = self.step == end
         if self.step % self.log_every == 0 or finished:
             self._log()

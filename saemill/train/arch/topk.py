@@ -27,12 +27,12 @@ class TopK:
 
     @property
     def rule(self) -> Largest:
-        """How pre-activations become codes."""
+        """Return the rule by which pre-activations become codes."""
         return Largest(self.k)
 
     @property
     def auxiliary(self) -> Auxiliary | None:
-        """What dead latents learn."""
+        """Return what dead latents learn; None where AuxK is off."""
         return Auxiliary(self.k_aux, self.auxk_alpha) if self.auxk_alpha else None
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:

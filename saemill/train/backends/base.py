@@ -89,7 +89,7 @@ class Auxiliary(NamedTuple):
     """Weight of its squared error beside the reconstruction's."""
 
     def share(self, dead: Dead) -> float:
-        """How much of the weight counts: less where fewer latents are dead than could be active."""
+        """Compute how much of the weight counts: less where fewer latents are dead than could be active."""
         return min(1.0, dead.n_in_team / self.k)
 
 
@@ -109,11 +109,11 @@ class Architecture(Protocol):
 
     @property
     def rule(self) -> Largest:
-        """How pre-activations become codes."""
+        """Return the rule by which pre-activations become codes."""
 
     @property
     def auxiliary(self) -> Auxiliary | None:
-        """What dead latents learn; None where nothing."""
+        """Return what dead latents learn; None where they learn nothing."""
 
     def loss(self, p: Parameters, x_TD: Tensor, dead: Dead, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition, which `plain` differentiates and tests compare with."""
@@ -130,7 +130,7 @@ class Rates(NamedTuple):
 
     @property
     def grad_scale(self) -> float:
-        """∂L/∂(½ e²): the factor of e in the gradient at x̂."""
+        """Return gs = ∂L/∂(½ e²): the factor of e in the gradient at x̂."""
         return 2 * self.per_square
 
 

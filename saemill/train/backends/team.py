@@ -30,11 +30,11 @@ class Team(NamedTuple):
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for the team."""
+        """Tell whether this process speaks for the team."""
         return self.tokens.rank == self.latents.rank == 0
 
     def among_all(self, val_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of this process's candidates are among the K best of all the team's.
+        """Tell which of this process's candidates are among the K best of all the team's.
 
         Args:
             val_TK: 0 or more; each process's K best latents for the same tokens, in any order.

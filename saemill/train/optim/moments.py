@@ -40,7 +40,8 @@ def _table(n_entries: int) -> Tensor:
 
 
 def _noise(like: Tensor, step: int, first_row: int) -> Tensor:
-    """Uniform in [0, 1), of `like`'s shape; another part of the table for each step and block."""
+    """Return numbers uniform in [0, 1), of `like`'s shape, from another place in the table for each step and
+    block."""
     table = _table(max(NOISE_ENTRIES, 2 * like.numel()))
     start = combine(step, first_row) % (len(table) - like.numel() + 1)
     return table[start : start + like.numel()].view_as(like).to(like.device)
@@ -53,11 +54,11 @@ class Float32Moment:
         self.value = zeros(*leaf.shape, device=leaf.device)
 
     def read(self, rows: slice) -> Tensor:
-        """Give the rows themselves: what is done to them is kept."""
+        """Return the rows themselves: a change of them changes the moment."""
         return self.value[rows]
 
     def write(self, rows: slice, value: Tensor, step: int) -> None:
-        """Do nothing: `read` gave the memory itself."""
+        """Do nothing: `read` returned the memory itself."""
 
     def tensors(self) -> list[Tensor]:
         """List what a checkpoint needs."""

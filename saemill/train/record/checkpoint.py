@@ -40,7 +40,7 @@ class Part(Record):
 
     @property
     def path(self) -> Path:
-        """Below the checkpoint's folder."""
+        """Return the file's path below the checkpoint's folder."""
         return Path(self.variant) / f"{self.start}-{self.stop}.pt"
 
 
@@ -138,7 +138,7 @@ def load(folder: Path, learners: list[Learner], everyone: Group) -> Checkpoint |
 
 
 def read(folder: Path) -> Checkpoint | None:
-    """The record of a run's checkpoint; none where there is none.
+    """Read the record of a run's checkpoint; None where there is none.
 
     Raises:
         StoreError: it is damaged, or of another run.
@@ -151,7 +151,7 @@ def read(folder: Path) -> Checkpoint | None:
 
 
 def problems(folder: Path, record: Checkpoint) -> Iterator[str]:
-    """Each bad file of a checkpoint."""
+    """List each bad file of a checkpoint."""
     for part in record.parts:
         file = File(path=str(part.path), bytes=part.bytes, xxh3=part.xxh3)
         for line in records.problems(folder / record.folder, [file]):
@@ -180,7 +180,7 @@ def _load_learner(there: Path, record: Checkpoint, learner: Learner) -> None:
 
 
 def _read(file: Path, part: Part) -> dict[str, Any]:
-    """The content of a file that is as it was written; torch itself does not look at mapped bytes."""
+    """Load a file whose content is as it was written; torch itself does not check mapped bytes."""
     if not file.is_file():
         raise StoreError(f"{file}: file is missing. {ANEW}")
     if file.stat().st_size != part.bytes or durable.hash_file(file) != part.xxh3:

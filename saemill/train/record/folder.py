@@ -55,11 +55,11 @@ class Folder:
 
     @property
     def run(self) -> str:
-        """The hash by which the run's records name it."""
+        """Return the hash by which the run's records name it."""
         return self.identity.run
 
     def is_finished(self) -> bool:
-        """Whether the run is complete already, and is not to be trained anew.
+        """Tell whether the run is complete already, and is not to be trained anew.
 
         Raises:
             ConfigError: the folder holds another run, or what was asked for needs a new training.
@@ -118,8 +118,8 @@ class Folder:
         settings.check_same(found.content, self.identity.content, self.path)
 
     def _is_named(self) -> bool:
-        """Whether another file than the identity, which is lost, says that the folder is this run's: a record
-        that names its run; where there is none yet, the settings beside it."""
+        """Tell whether another file than the identity, which is lost, says that the folder is this run's.
+        That is a record that names its run; where there is none yet, the settings beside it."""
         named: set[str] = set()
         for name, kind in NAMING.items():
             if record := records.if_whole(partial(records.read, self.path / name, kind, "")):
@@ -127,7 +127,7 @@ class Folder:
         return self.run in named if named else self._has_these_settings()
 
     def _has_these_settings(self) -> bool:
-        """Whether `config.yaml` is of the settings that decide this run's result."""
+        """Tell whether `config.yaml` is of the settings that decide this run's result."""
         try:
             found = settings.resolve(TrainConfig, "train", {}, self.path / CONFIG)
         except ConfigError:
@@ -146,7 +146,7 @@ class Folder:
                 checkpoint.remove(self.path)
 
     def _write(self) -> None:
-        """The identity first: it makes the folder a run."""
+        """Write the identity first, which makes the folder a run, then the settings."""
         records.write(self.path / IDENTITY, self.identity)
         durable.write_bytes(self.path / CONFIG, [self._yaml])
 

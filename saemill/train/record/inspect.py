@@ -16,7 +16,7 @@ SAME = "The same `saemill train` writes it again."
 
 
 def problems(run: Path) -> list[str]:
-    """Each bad file of a run, finished or not, with what repairs it.
+    """List each bad file of a run, finished or not, with what repairs it.
 
     Files of other tools (wandb's, TensorBoard's, a profile) are not looked at, nor is the assessment, which
     answers for itself.
@@ -30,7 +30,7 @@ def problems(run: Path) -> list[str]:
 
 
 def settings_problems(run: Path) -> list[str]:
-    """What is wrong with a run's two files of settings."""
+    """List the problems of a run's two files of settings."""
     try:
         identity = runs.identity(run)
     except StoreError as error:
@@ -44,7 +44,7 @@ def settings_problems(run: Path) -> list[str]:
 
 
 def _finished(run: Path) -> list[str]:
-    """Of a finished run: the record, the SAEs, and the other files that it answers for."""
+    """List the problems of a finished run: the record, the SAEs, and the other files that it lists."""
     try:
         record = runs.finished(run)
     except StoreError as error:
@@ -56,7 +56,8 @@ def _finished(run: Path) -> list[str]:
 
 
 def _unfinished(run: Path) -> list[str]:
-    """Of a run that goes on: its checkpoint, the log up to it, and the SAEs that were stopped early."""
+    """List the problems of a run that goes on: its checkpoint, the log up to it, and the SAEs stopped
+    early."""
     found = stopped_problems(run)
     try:
         record = checkpoint.read(run)
@@ -70,7 +71,7 @@ def _unfinished(run: Path) -> list[str]:
 
 
 def stopped_problems(run: Path) -> list[str]:
-    """What is wrong with halving's record, and with the SAEs that it answers for."""
+    """List the problems of halving's record, and of the SAEs that it lists."""
     found = []
     try:
         for look in runs.looks(run):
@@ -82,12 +83,13 @@ def stopped_problems(run: Path) -> list[str]:
 
 
 def _sae(folder: Path, cfg: str, record: Path) -> list[str]:
-    """What is wrong with an SAE's two files, or that the record tells of another SAE."""
+    """List the problems of an SAE's two files; one is that the record names another SAE."""
     return _told(partial(of_run.check, folder, cfg, record)) or _told(partial(sparsify.check, folder))
 
 
 def _log(path: Path, kept: File) -> list[str]:
-    """The log up to the checkpoint; lines after it are written again when the run goes on."""
+    """List the problems of the log up to the checkpoint. Lines after it are written again when the run goes
+    on."""
     if not path.exists():
         return [f"{path}: file is missing. The same `saemill train` goes on without it."]
     with path.open("rb") as file:
@@ -101,7 +103,7 @@ def _log(path: Path, kept: File) -> list[str]:
 
 
 def _told(check: partial[None]) -> list[str]:
-    """The message of the error that a check raises, if it does."""
+    """Return the message of the error that a check raises, if it does."""
     try:
         check()
     except StoreError as error:

@@ -59,14 +59,14 @@ class JsonlSink:
         self.n_bytes += len(line)
 
     def synced(self) -> File:
-        """Flush all lines to disk; what a checkpoint is to say of them."""
+        """Flush all lines to disk. Returns: what a checkpoint records of them."""
         with durable.writing(self.path):
             os.fsync(self.file.fileno())
         return self.entry
 
     @property
     def entry(self) -> File:
-        """The file as it is."""
+        """Return the file's size and hash as they are now."""
         return File(path=self.path.name, bytes=self.n_bytes, xxh3=self.digest.hexdigest())
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class JsonlSink:
 
 
 def _kept(path: Path, kept: File) -> bytes:
-    """What the file held at the checkpoint."""
+    """Read what the file held at the checkpoint."""
     if not path.exists():
         say(f"{path} is gone; the run goes on, with the log from here on")
         return b""

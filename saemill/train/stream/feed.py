@@ -24,7 +24,7 @@ class Feed:
         self._ahead: dict[int, dict[str, Tensor]] = {}
 
     def batch(self, i: int) -> dict[str, Tensor]:
-        """Batch number i: per site [T, D] in the stored dtype."""
+        """Return batch number i: per site [T, D] in the stored dtype."""
         if self._stream is None:
             return self.loader.batch(i)
         self.prefetch(i)

@@ -83,14 +83,14 @@ class Loader:
         self._windows: dict[tuple[int, int], Future[Mapping[str, Tensor]]] = {}
 
     def batch(self, i: int) -> dict[str, Tensor]:
-        """Batch number i.
+        """Read batch number i.
 
         Returns: per site [T, D] in the stored dtype, on the CPU.
         """
         return self.stretch(i * self.batch_tokens, (i + 1) * self.batch_tokens)
 
     def stretch(self, position: int, end: int) -> dict[str, Tensor]:
-        """The stream from one position to another, per site [end - position, D]."""
+        """Read the stream from one position to another, per site [end - position, D]."""
         parts: dict[str, list[Tensor]] = {name: [] for name in self.sites}
         while position < end:
             epoch, offset = divmod(position, self.epoch_tokens)
@@ -114,7 +114,7 @@ class Loader:
         self._readers.shutdown(cancel_futures=True)
 
     def _window(self, epoch: int, window: int) -> Mapping[str, Tensor]:
-        """A window's shuffled rows; the next one starts to be read in the background."""
+        """Return a window's shuffled rows; the next one starts to be read in the background."""
         n_windows = len(self._epoch(epoch).window_starts) - 1
         following = (epoch, window + 1) if window + 1 < n_windows else (epoch + 1, 0)
         for key in ((epoch, window), following):

@@ -55,7 +55,7 @@ class Halving:
             raise ConfigError("halving has no effect: no two variants share a site and k; leave it out")
 
     def read(self) -> list[Look]:
-        """The looks that are past, from the record.
+        """Read the past rungs from the record.
 
         Raises:
             StoreError: it is damaged, or of another run.
@@ -69,7 +69,7 @@ class Halving:
 
     @property
     def stopped(self) -> dict[str, Stopped]:
-        """Variants stopped so far."""
+        """Return the variants stopped so far."""
         return {
             name: Stopped(step=look.step, metric=self.metric, value=lost.value, best=lost.best)
             for look in self.past
@@ -78,17 +78,17 @@ class Halving:
 
     @property
     def cfgs(self) -> dict[str, str]:
-        """The checksums of their SAEs' cfg.json."""
+        """Return the checksums of their SAEs' cfg.json."""
         return {name: lost.cfg for look in self.past for name, lost in look.stopped.items()}
 
     @property
     def alive(self) -> list[Variant]:
-        """Those that go on."""
+        """List the variants that go on."""
         return [variant for variant in self.variants if variant.name not in self.stopped]
 
     @property
     def ends(self) -> list[int]:
-        """Steps at which to look, those past left out, and the last step."""
+        """List the steps of the rungs, those past left out, and the last step."""
         done = {look.step for look in self.past}
         return [*(step for step in self._looks if step not in done), self.n_steps]
 
@@ -97,7 +97,7 @@ class Halving:
         return [self.n_steps >> i for i in range(self.n_looks, 0, -1)]
 
     def choose(self, scores: dict[str, float | None]) -> dict[str, Loser]:
-        """The variants to stop.
+        """Choose the variants to stop.
 
         Args:
             scores: the metric of every variant that is alive; None where it diverged.
@@ -113,7 +113,7 @@ class Halving:
         return found
 
     def stop(self, step: int, losers: dict[str, Loser], cfgs: dict[str, str]) -> None:
-        """Note the look and its outcome; durable when it returns.
+        """Record the rung and its outcome; durable when it returns.
 
         Args:
             step: of the look.
@@ -134,12 +134,12 @@ class Halving:
 
 
 def window(end: int) -> int:
-    """The first step that counts for a look at step `end`."""
+    """Return the first step that counts for a rung at step `end`."""
     return end - max(1, end // 10)
 
 
 def groups(variants: list[Variant]) -> list[list[Variant]]:
-    """Variants that compete: of one site and k, in the run's order."""
+    """Group variants that compete: those of one site and k, in the run's order."""
     found: dict[tuple[str, int], list[Variant]] = {}
     for variant in variants:
         found.setdefault((variant.site, variant.k), []).append(variant)
@@ -147,7 +147,7 @@ def groups(variants: list[Variant]) -> list[list[Variant]]:
 
 
 def _finite(value: float | None) -> float | None:
-    """None where the number is none."""
+    """Return the value, None where it is not finite."""
     return value if value is not None and math.isfinite(value) else None
 
 

@@ -40,16 +40,16 @@ class Placement:
 
     @property
     def team_size(self) -> int:
-        """Processes per team."""
+        """Return the number of processes per team."""
         return self.data_ranks * self.latent_ranks
 
     def state_bytes(self, widths: Mapping[str, int]) -> int:
-        """What the fullest process holds of weights and moments on a GPU."""
+        """Estimate the bytes of weights and moments on a GPU of the fullest process."""
         held = [sum(state_bytes(v, widths[v.site]) for v in hand) for hand in self.teams]
         return -(-max(held) // self.latent_ranks)
 
     def team_of(self, everyone: Group) -> Team:
-        """This process's place; ranks next to each other share a batch, where most is exchanged."""
+        """Split off this process's team. Ranks next to each other share a batch, where most is exchanged."""
         size = self.team_size
         firsts = range(0, len(self.teams) * size, size)
         same_tokens = [
@@ -65,7 +65,7 @@ class Placement:
         return Team(tokens=everyone.split(same_latents), latents=everyone.split(same_tokens))
 
     def describe(self) -> str:
-        """For the plan."""
+        """Describe the placement for the plan."""
         n_processes = len(self.teams) * self.team_size
         if n_processes == 1:
             return "1 process"
@@ -81,7 +81,7 @@ class Placement:
 
 
 def cost(variant: Variant, width: int) -> float:
-    """What a step of the variant takes, in arbitrary units."""
+    """Estimate what a step of the variant takes, in arbitrary units."""
     return width * (variant.num_latents + LATENTS_PER_ACTIVE * variant.k)
 
 
@@ -98,7 +98,7 @@ def deal(variants: list[Variant], widths: Mapping[str, int], n_teams: int) -> li
 
 
 def state_bytes(variant: Variant, width: int) -> int:
-    """Weights, moments and copies of one variant on a GPU."""
+    """Estimate the bytes of weights, moments and copies of one variant on a GPU."""
     per_moment = {"fp32": 4, "bf16": 2, "8bit": 1}[variant.optimizer_state]
     n_moments = 2 if variant.optimizer == "adam" else 1
     return 2 * variant.num_latents * width * (4 + 2 + n_moments * per_moment)
@@ -157,7 +157,7 @@ def choose(
 
 
 def _that_fit(placements: list[Placement], widths: Mapping[str, int], room_bytes: int) -> list[Placement]:
-    """Those whose weights and moments leave some of the device free for the step."""
+    """Keep the placements whose weights and moments leave some of the device free for the step."""
     needed = {placement: placement.state_bytes(widths) for placement in placements}
     fitting = [placement for placement in placements if needed[placement] < ROOM_SHARE * room_bytes]
     if not fitting:
@@ -180,6 +180,6 @@ def _placement(
 
 
 def _seconds(placement: Placement) -> float:
-    """Estimated time of a step, in units of the whole work on one process."""
+    """Estimate the time of a step, in units of the whole work on one process."""
     overhead = TEAM_OVERHEAD * math.log2(placement.team_size)
     return max(placement.loads) / placement.team_size * (1 + overhead)

@@ -52,13 +52,13 @@ def each(pieces: Sequence[Piece], work: Callable[[Piece, int], None], most: int 
 
 
 def number() -> int:
-    """Threads that pieces are shared out among."""
+    """Return the number of threads that pieces are shared out among."""
     return _held or torch.get_num_threads()
 
 
 @contextmanager
 def one_in_torch() -> Iterator[None]:
-    """Torch's operations take one thread, here and in threads that are new; pieces take all."""
+    """Let torch's operations take one thread, here and in threads that are new; pieces take all."""
     global _held
     held, in_torch = _held, torch.get_num_threads()
     _held = number()

@@ -25,7 +25,7 @@ import numba
 
 
 def _cache() -> str:
-    """Where compiled loops are kept: a folder for each version of all these files.
+    """Make the folder of compiled loops: one for each version of all these files.
 
     numba itself looks for changes in the file of each function alone, not in those of what it calls.
     """

@@ -13,7 +13,7 @@ PIECE_BYTES = 1 << 20
 
 
 def fold_bias(w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor) -> Tensor:
-    """As `codes.fold_bias`, with b and the sums in float32."""
+    """Compute `sparse.fold_bias` with b and the sums in float32."""
     bias_F = torch.empty_like(b_enc_F)
     arrays = [array(tensor) for tensor in (w_enc_FD, b_enc_F, bias_F)]
     pieces = list(chunks(len(w_enc_FD), w_enc_FD[0].nbytes, PIECE_BYTES))

@@ -17,7 +17,7 @@ def residual(
     dot_TK: Tensor,
     sse_T: Tensor,
 ) -> None:
-    """e = Σ val · W_dec[idx] + b − x; ⟨e, W_dec[idx]⟩; ‖e‖², all of the error as it is stored.
+    """Compute e = Σ val · W_dec[idx] + b − x, ⟨e, W_dec[idx]⟩ and ‖e‖², all of the error as it is stored.
 
     Args:
         val_TK, idx_TK: float32 and int64.

@@ -79,13 +79,14 @@ def _select(scores, steps_x, norms_x, steps_w, norms_w, rows, weights, bias, val
 
 @njit(**COMPILED)
 def _error(step_w, norm_w, length):
-    """The bound of a score's error, in units of the token's step; `length` is the token's in these units."""
+    """Compute the bound of a score's error, in units of the token's step; `length` is the token's in these
+    units."""
     return np.float32(N_SIGMA / 12**0.5) * np.sqrt(norm_w * norm_w + step_w * step_w * length * length)
 
 
 @njit(**COMPILED)
 def _group_size(n_latents, k):
-    """Latents per group: more make fewer groups, but more of those looked at hold nothing."""
+    """Choose the latents per group: more make fewer groups, but more of those searched hold nothing."""
     group = MOST_PER_GROUP
     while group > 1 and n_latents < GROUPS_PER_CODE * k * group:
         group //= 2
@@ -94,7 +95,8 @@ def _group_size(n_latents, k):
 
 @njit(**COMPILED)
 def _group_maxima(scores, steps, bias, per_step, group, maxima):
-    """The largest score of each group: latents LANES apart, so that a vector works on as many groups."""
+    """Find the largest score of each group. Its latents are LANES apart, so that a vector holds as many
+    groups."""
     for first in range(0, len(scores), group * LANES):
         largest = maxima[first // group : first // group + LANES]
         largest[:] = -np.inf
@@ -106,7 +108,7 @@ def _group_maxima(scores, steps, bias, per_step, group, maxima):
 
 @njit(**COMPILED)
 def _above(scores, steps, bias, per_step, group, maxima, least, found, score):
-    """List the latents whose score is no less than `least`, and their scores; how many."""
+    """List the latents whose score is no less than `least`, and their scores. Returns: how many."""
     n, m, block = 0, 0, group * LANES
     groups = found[len(found) - len(maxima) :]
     for j in range(len(maxima)):  # no branch: which groups these are is hard to foretell
@@ -124,7 +126,7 @@ def _above(scores, steps, bias, per_step, group, maxima, least, found, score):
 
 @njit(**COMPILED)
 def _likely_first(found, score, n, likely):
-    """Bring the latents with scores of `likely` or more to the front; how many."""
+    """Bring the latents with scores of `likely` or more to the front. Returns: how many."""
     m = 0
     for i in range(n):
         is_likely = score[i] >= likely
@@ -136,7 +138,8 @@ def _likely_first(found, score, n, likely):
 
 @njit(**COMPILED)
 def _possible(found, score, m, n, bound, steps, norms, length):
-    """Of the latents from m to n leave those that may reach the bound, right behind m; how many in all."""
+    """Move, of the latents from m to n, those that may reach the bound right behind m. Returns: how many in
+    all."""
     last = m
     for i in range(m, n):
         f = found[i]
@@ -148,7 +151,7 @@ def _possible(found, score, m, n, bound, steps, norms, length):
 
 @njit(**COMPILED)
 def _score(x, weights, bias, found, score, first, last):
-    """Exact pre-activations of some latents, four at a time to fetch several rows at once."""
+    """Compute exact pre-activations of some latents, four at a time to fetch several rows at once."""
     i = first
     while i + 4 <= last:
         w0, w1 = weights[found[i]], weights[found[i + 1]]
@@ -168,7 +171,7 @@ def _score(x, weights, bias, found, score, first, last):
 
 @njit(**COMPILED)
 def _keep(found, score, n, k, val, idx):
-    """The k largest of n scores above 0; of equal ones those found first."""
+    """Keep the k largest of n scores above 0; of equal ones the first."""
     low, high = kth(score, n, k, ALL_BITS)
     n_ties = k - count(score, n, high)
     m = 0

@@ -38,7 +38,7 @@ def hyper_values(
     weight_decay: float = 0.0,
     healthy: float = 1.0,
 ) -> list[float]:
-    """The vector's values for one step of one variant.
+    """Compute the vector's values for one step of one variant.
 
     Args:
         lr: of this step.

@@ -133,7 +133,7 @@ def update_kernel(
     CHUNK: tl.constexpr,
     ADAM: tl.constexpr,
 ):
-    """One program per latent, those with the most pairs first."""
+    """Update one latent per program, those with the most pairs first."""
     if tl.load(hyper_ptr + HEALTHY) == 0:
         return
     latent = tl.load(latents_ptr + tl.program_id(0))
@@ -206,7 +206,7 @@ def update_kernel(
 
 
 def launch(d: int, chunk_pairs: int, optimizer: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`update_kernel`'s constants and launch options: one warp, so that sums need no barrier."""
+    """Return `update_kernel`'s constants and launch options: one warp, so that sums need no barrier."""
     block = min(BLOCK, triton.next_power_of_2(d))
     constants = {"D": d, "BLOCK": block, "UNROLL": 4, "CHUNK": chunk_pairs, "ADAM": optimizer == "adam"}
     return constants, {"num_warps": 1, **NUMERICS}
@@ -228,7 +228,7 @@ def update_rows(
     seed: Tensor | None = None,
     aux: AuxGradients | None = None,
 ) -> None:
-    """One optimizer step of one SAE's latents, in place; nothing where hyper's HEALTHY is 0.
+    """Take one optimizer step of one SAE's latents, in place; nothing where hyper's HEALTHY is 0.
 
     `adam` is torch.optim.AdamW on w_enc and torch.optim.Adam on b_enc and w_dec; `sgd` is
     torch.optim.SGD on all three, whose first buffer is the gradient (a zero buffer gives just that), with
@@ -329,7 +329,7 @@ def _check_moments(moments: Moments, rows: tuple[int, ...], optimizer: str) -> N
 def decoder_bias_gradient(
     e_TD: Tensor, db_enc_F: Tensor, w_enc_FD: Tensor, hyper: Tensor, n_shards: int = 1
 ) -> Tensor:
-    """gs · Σ_t e / n − db_enc · W_enc: the gradient of b, which the encoder's input has subtracted.
+    """Compute gs · Σ_t e / n − db_enc · W_enc: the gradient of b, which the encoder's input has subtracted.
 
     To be called before `update_rows`, which overwrites `w_enc_FD`.
 
