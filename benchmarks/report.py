@@ -25,9 +25,9 @@ def machine(versions: Mapping[str, str] | None = None, gpus: Iterable[str] = ())
     flags = [flag for flag in FLAGS if flag in facts.get("flags", "").split()]
     cpu = facts.get("model name", platform.processor())
     versions = versions or {name: version(name) for name in PACKAGES}
-    parts = [*sorted(gpus), f"{os.cpu_count()} cores of {cpu} ({', '.join(flags)})"]
-    parts += [f"{name} {number}" for name, number in versions.items()]
-    return f"{'; '.join(parts)}; {date.today().isoformat()}"
+    items = [*sorted(gpus), f"{os.cpu_count()} cores of {cpu} ({', '.join(flags)})"]
+    items += [f"{name} {number}" for name, number in versions.items()]
+    return f"{'; '.join(items)}; {date.today().isoformat()}"
 
 
 def table(head: list[str], rows: list[list[str]], n_text: int = 2) -> list[str]:

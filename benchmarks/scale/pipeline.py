@@ -34,9 +34,9 @@ def measure(out: Path, name: str, command: str) -> Measured:
 
     The measurement is kept in `out`, so that a benchmark that was cut off goes on at its next stage.
     """
-    kept = out / f"{name}.json"
-    if kept.exists():
-        return Measured(**json.loads(kept.read_text()))
+    file = out / f"{name}.json"
+    if file.exists():
+        return Measured(**json.loads(file.read_text()))
     print(f"\n$ {command}", flush=True)
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", *shlex.split(command)])
@@ -44,7 +44,7 @@ def measure(out: Path, name: str, command: str) -> Measured:
     if status != 0:
         raise SystemExit(f"{name} failed with status {status}")
     measured = Measured(name, time.perf_counter() - start, usage.ru_maxrss / 1024)
-    kept.write_text(json.dumps(asdict(measured)))
+    file.write_text(json.dumps(asdict(measured)))
     return measured
 
 

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, entry: Entry, name: str, options: dict[str, An
         shared |= {"device": args.device, "out": path.absolute()} | options
         extra = LONG if entry.module == "saemill" and "warmup" in options else []
         command = [python, "-m", f"benchmarks.train.contestants.{entry.module}", *entry.arguments, *extra]
-        command += [part for key, value in shared.items() for part in (f"--{key}", str(value))]
+        command += [word for key, value in shared.items() for word in (f"--{key}", str(value))]
         print(name, flush=True)
         threads = str(options["threads"])
         offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
@@ -117,10 +117,12 @@ def median_of(results: list[dict[str, Any]], key: str) -> float:
     return statistics.median(result[key] for result in results)
 
 
-def rate_cells(results: list[dict[str, Any]], ours: list[dict[str, Any]] | None, key: str) -> tuple[str, str]:
+def rate_cells(
+    results: list[dict[str, Any]], saemill_results: list[dict[str, Any]] | None, key: str
+) -> tuple[str, str]:
     """Format a contestant's rate, and its share of saemill's."""
     rate = median_of(results, key)
-    return f"{rate:,.0f}", f"{rate / median_of(ours, key):.2f}" if ours else "–"
+    return f"{rate:,.0f}", f"{rate / median_of(saemill_results, key):.2f}" if saemill_results else "–"
 
 
 def memory_cell(results: list[dict[str, Any]]) -> str:

@@ -52,17 +52,17 @@ def make(folder: Path, args: argparse.Namespace) -> str:
 
 def write(folder: Path, chunks: Iterator[tuple[str, Tensor]], args: argparse.Namespace) -> None:
     """Write chunks of rows for "train" and "held_out", each file full or cut to what there is."""
-    wanted = {"held_out": args.held_out, "train": args.rows}
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+    n_rows = {"held_out": args.held_out, "train": args.rows}
+    rows_by_name: dict[str, list[np.ndarray]] = {name: [] for name in n_rows}
     moments: Moments | None = None
     for name, x_TD in chunks:
-        have = sum(map(len, parts[name]))
-        x_TD = x_TD.float()[: wanted[name] - have]
-        parts[name].append(x_TD.numpy())
+        have = sum(map(len, rows_by_name[name]))
+        x_TD = x_TD.float()[: n_rows[name] - have]
+        rows_by_name[name].append(x_TD.numpy())
         if name == "train":
             moments = moments or Moments(x_TD.shape[1])
             moments.add(x_TD)
-    for name, arrays in parts.items():
+    for name, arrays in rows_by_name.items():
         np.save(folder / f"{name}.npy", np.concatenate(arrays))
     assert moments is not None
     statistics = moments.statistics()

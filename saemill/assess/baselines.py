@@ -1,4 +1,4 @@
-"""Baselines: two dictionaries that nobody trained, of the best variant's k, to hold its figures against.
+"""Baselines of the best variant's figures: a random dictionary and PCA, of the same k.
 
 Both are SAEs, fitted to cached training tokens and measured like any other on the evaluation tokens:
 

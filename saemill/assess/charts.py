@@ -15,7 +15,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 560, 300, 70, 40
 NEVER_COLOUR = "#999999"
 
 Tick = tuple[float, str]
-"""Its pixel and its label."""
+"""Pixel and label of a tick."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Mark:
     x: float
     y: float
     ends: tuple[float, float] | None
-    """Of its interval's bar, if it has an interval."""
+    """Pixels of the ends of its interval's bar, if it has an interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def _ends(axis: _LogAxis, figure: Figure) -> tuple[float, float] | None:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One of a histogram's."""
+    """One bar of a histogram."""
 
     x: float
     y: str
@@ -122,7 +122,7 @@ def densities(assessment: dict[str, Any], densities: Mapping[str, NDArray[np.flo
     """Lay out a histogram of log10 density per variant, never-firing latents in a bar of their own.
 
     Args:
-        assessment: tells the variants and their order.
+        assessment: names the variants, in their order.
         densities: variant → share of tokens on which each latent fired, [F].
     """
     low = math.floor(math.log10(1 / max(2, assessment["data"]["n_tokens"])))

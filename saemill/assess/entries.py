@@ -1,4 +1,4 @@
-"""What the assessment says of each variant: its figures, its checks, how far it is from the best."""
+"""The entry of each variant in the assessment: its figures, its checks, how far it is from the best."""
 
 import math
 from collections.abc import Iterable
@@ -116,7 +116,7 @@ class Measured:
                 "others"
             )
         if place["n_far"]:
-            names = [name for name, of in measured.sites.items() if of == site]
+            names = [name for name, its_site in measured.sites.items() if its_site == site]
             name = best if best in names else names[0]
             metrics = measured.metrics(name, self._split.all)
             without, error, variance = (number(metrics[what]) for what in FAR_METRICS)
@@ -146,7 +146,7 @@ class Measured:
         }
 
     @property
-    def _thing(self) -> str:
+    def _noun(self) -> str:
         return self.reconstruction.evalset.text.document
 
     @property
@@ -161,11 +161,11 @@ class Measured:
 
     @cached_property
     def _split(self) -> Split:
-        return Split(self.reconstruction.sums.documents, self._thing)
+        return Split(self.reconstruction.sums.documents, self._noun)
 
     @cached_property
     def _model_split(self) -> Split:
-        return Split([] if isinstance(self.splicing, str) else self.splicing.sums.documents, self._thing)
+        return Split([] if isinstance(self.splicing, str) else self.splicing.sums.documents, self._noun)
 
     def _metrics(self, name: str) -> dict[str, Figure]:
         metrics = self.reconstruction.metrics(name, self._split.all) | self._latent_metrics(name)
@@ -219,8 +219,8 @@ class Measured:
             difference = sums.column(f"{name}/ce") - sums.column(f"{best}/ce")
             ratio = Ratio(difference, sums.column("n"))
             differences["delta_ce"] = self._model_split.reported_on.figure(ratio)
-        for one in (name, best):
-            if reason := self.reconstruction.unusable(one):
+        for variant in (name, best):
+            if reason := self.reconstruction.unusable(variant):
                 differences = dict.fromkeys(differences, absent(reason))
         for figure in differences.values():
             if figure.get("lo") is not None:

@@ -64,17 +64,18 @@ def check_tokens(store: ActivationStore, other: TokenStore | None, with_model: b
                 f"{store.path} has no held-out {store.text.row}s; {store.text.hint_to_hold_out}"
             )
         return
-    mine, theirs = other.tokenizer, store.tokens.tokenizer
-    if mine.hash != theirs.hash:
+    tokenizer, cached_tokenizer = other.tokenizer, store.tokens.tokenizer
+    if tokenizer.hash != cached_tokenizer.hash:
         raise ConfigError(
-            f"{other.path} was made with the tokenizer {mine.name!r}, the activations with "
-            f"{theirs.name!r}; tokenize the text with the latter"
+            f"{other.path} was made with the tokenizer {tokenizer.name!r}, the activations with "
+            f"{cached_tokenizer.name!r}; tokenize the text with the latter"
         )
-    document, of_training = other.manifest.document, store.tokens.manifest.document
-    if document != of_training:  # hashes of texts, of rows and of rows without their frame do not compare
+    document, trained_document = other.manifest.document, store.tokens.manifest.document
+    # Hashes of texts, of rows and of rows without their frame do not compare.
+    if document != trained_document:
         raise ConfigError(
-            f"a document of {other.path} is a {document}, one of the activations' tokens a {of_training}, so "
-            "those that training saw cannot be told; make the tokens in the same way"
+            f"a document of {other.path} is a {document}, one of the activations' tokens a "
+            f"{trained_document}, so those that training saw cannot be told; make the tokens in the same way"
         )
     if not with_model:
         raise ConfigError("activations of other tokens need the model; leave out --no-model")
@@ -105,7 +106,7 @@ class EvalSet:
         everyone: Group,
     ) -> None:
         self.store, self.model, self.mask, self.sites = store, model, mask, sites
-        self.batch_rows, self.everyone, self.whose = batch_rows, everyone, ""
+        self.batch_rows, self.everyone, self.label_suffix = batch_rows, everyone, ""
         self.arrays = {name: store.site(name) for name in sites}
         self.cached = is_cached(store, other)
         self.text = store.text if self.cached or other is None else other
@@ -118,10 +119,11 @@ class EvalSet:
             self._seen = self._seen_documents()
             self.n_seen_documents = len(self._seen)
 
-    def at(self, site: str, whose: str) -> "EvalSet":
-        """Narrow the same tokens to one site; `whose` stands beside the progress of measuring."""
+    def at(self, site: str, label_suffix: str) -> "EvalSet":
+        """Narrow the same tokens to one site; `label_suffix` stands beside the progress of measuring."""
         narrowed = copy(self)
-        narrowed.sites, narrowed.arrays, narrowed.whose = [site], {site: self.arrays[site]}, whose
+        narrowed.sites, narrowed.arrays = [site], {site: self.arrays[site]}
+        narrowed.label_suffix = label_suffix
         return narrowed
 
     @property
@@ -149,7 +151,7 @@ class EvalSet:
 
     def chunks(self, max_tokens: int) -> Iterator[Chunk]:
         """Read this process's share of the first `max_tokens` unmasked tokens, in address order."""
-        return self._chunks(f"reconstruct{self.whose}", (True,), max_tokens)
+        return self._chunks(f"reconstruct{self.label_suffix}", (True,), max_tokens)
 
     def context_chunks(self, max_tokens: int) -> Iterator[Chunk]:
         """Read this process's share of the tokens to look for contexts in. Of a cache these are all rows,
@@ -163,7 +165,7 @@ class EvalSet:
     def rows(self, max_tokens: int) -> Iterator[Rows]:
         """Read this process's share of the first rows: at most `max_tokens` tokens, and one row at least."""
         batches = list(self._row_batches(self.rows_R[: max(1, max_tokens // self.tokens.ctx_len)]))
-        for addresses_RS in dealt(f"splice{self.whose}", batches, self.everyone, "tokens"):
+        for addresses_RS in dealt(f"splice{self.label_suffix}", batches, self.everyone, "tokens"):
             yield self._rows(addresses_RS)
 
     def _chunks(self, label: str, held_out: tuple[bool, ...], max_tokens: int) -> Iterator[Chunk]:

@@ -71,11 +71,11 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
 def _left_out(finished: runs.Finished) -> dict[str, str]:
     """List the variants that are not worth measuring, each with the reason."""
     reasons = {name: f"diverged at step {step:,}" for name, step in finished.diverged.items()}
-    for name, look in finished.stopped.items():
-        value = "diverged" if look.value is None else f"{look.metric} {look.value:.4g}"
-        reasons[name] = f"stopped by halving at step {look.step:,}: {value}"
-        if look.best is not None:
-            reasons[name] += f", the best {look.best:.4g}"
+    for name, stopped in finished.stopped.items():
+        value = "diverged" if stopped.value is None else f"{stopped.metric} {stopped.value:.4g}"
+        reasons[name] = f"stopped by halving at step {stopped.step:,}: {value}"
+        if stopped.best is not None:
+            reasons[name] += f", the best {stopped.best:.4g}"
     return reasons
 
 

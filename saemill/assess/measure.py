@@ -49,9 +49,9 @@ def measure(
     entries = trained.ranking(left_out)
     best = saes[entries[0]["name"]]
     site = site_of(best)
-    beside = evalset.at(site, " controls")
-    baselines = fit_baselines(best, site, beside)
-    return trained, entries, _pass(config, baselines, beside, model, why_no_loss, known=trained)
+    site_evalset = evalset.at(site, " controls")
+    baselines = fit_baselines(best, site, site_evalset)
+    return trained, entries, _pass(config, baselines, site_evalset, model, why_no_loss, known=trained)
 
 
 def site_of(sae: Sae) -> str:

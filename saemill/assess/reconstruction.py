@@ -50,8 +50,8 @@ class Reconstruction:
         saes: variant name → SAE, in the activations' own units.
         sites: variant name → site.
         evalset: where the tokens come from.
-        known: of the same tokens, with these sites among its own: what it says of the activations
-            themselves is not counted again.
+        known: a reconstruction of the same tokens that covers these sites. Its sums over the activations
+            themselves are used again.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class Reconstruction:
         }
         statistics = {site: array.statistics for site, array in evalset.arrays.items()}
         self.spread: dict[str, Spread] = (
-            known.spread if known else {site: Spread(of) for site, of in statistics.items()}
+            known.spread
+            if known
+            else {site: Spread(site_statistics) for site, site_statistics in statistics.items()}
         )
         self.n_tokens: int = known.n_tokens if known else 0
 
@@ -121,7 +123,7 @@ class Reconstruction:
                 self._add_spread(site, spread)
         self.sums.merge(everyone)
         if self.known is not None:
-            self.sums = self.known.sums.only(self._own_columns()).beside(self.sums)
+            self.sums = self.known.sums.only(self._own_columns()).concat(self.sums)
         for firing in self.firing.values():
             everyone.all_reduce(firing.count_F)
             everyone.all_reduce(firing.sum_F)

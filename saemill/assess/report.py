@@ -30,7 +30,7 @@ UNTRAINED = (
     "below the line, not trained: a random dictionary of the best's size and k, and PCA with k directions"
 )
 PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
-"""Of a passage, in a line of the terminal and on the page; the JSON has all of it."""
+"""Characters shown of a passage, in a line of the terminal and on the page; the JSON has all of it."""
 
 
 def interval(figure: Figure) -> str:
@@ -68,16 +68,16 @@ def _columns(assessment: dict[str, Any]) -> dict[str, str]:
 
 def _best(assessment: dict[str, Any]) -> str:
     """Describe the best variant with its figures on the documents that it was not chosen on."""
-    other, thing = assessment["best_on_other_documents"], assessment["data"]["document"]
+    other, noun = assessment["best_on_other_documents"], assessment["data"]["document"]
     figures = [
         f"{COLUMNS[name]} {number(figure)}" + (f" ({interval(figure)})" if interval(figure) else "")
         for name, figure in other["metrics"].items()
         if name in ("fvu", "delta_ce") and figure["value"] is not None
     ]
     where = (
-        f"chosen and reported on the same {thing}s, which are too few to halve"
+        f"chosen and reported on the same {noun}s, which are too few to halve"
         if other["overlap"]
-        else f"chosen on {counted(other['n_documents_chosen_on'], thing)}; "
+        else f"chosen on {counted(other['n_documents_chosen_on'], noun)}; "
         f"on {counted(other['n_documents'], 'other')} {', '.join(figures)}"
     )
     return f"{assessment['best_variant']}, {where}"

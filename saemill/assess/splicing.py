@@ -70,7 +70,7 @@ class Splicing:
         evalset: rows to run on.
         model: with its LM head; see `check_mask_token`.
         no_loss: why losses mean nothing here; KL divergences are counted all the same.
-        known: of the same rows, with these sites among its own: its losses without an SAE are not counted
+        known: a splicing of the same rows that covers these sites. Its losses without an SAE are used
             again.
     """
 
@@ -110,10 +110,10 @@ class Splicing:
         self.sums.merge(everyone)
         self.n_tokens = sum(everyone.all_gather_objects(self.n_tokens))
         if self.known is not None:
-            self.sums = self.known.sums.only(self._own_columns()).beside(self.sums)
+            self.sums = self.known.sums.only(self._own_columns()).concat(self.sums)
             return self
-        of_all = everyone.all_gather_objects(self.identity)
-        self.identity = {site: nats for theirs in reversed(of_all) for site, nats in theirs.items()}
+        gathered = everyone.all_gather_objects(self.identity)
+        self.identity = {site: nats for identity in reversed(gathered) for site, nats in identity.items()}
         return self
 
     def only(self, names: Iterable[str]) -> "Splicing":

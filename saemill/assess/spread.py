@@ -18,7 +18,7 @@ class _DocumentRows:
 
     n: int
     mean_D: NDArray[np.float64]
-    """Their mean, from the cached one."""
+    """Their mean minus the cached one."""
     squares: float
     """Σ of their squared distances from their own mean."""
 
@@ -38,14 +38,14 @@ class Spread:
     rows that are all alike is 0 and not what rounding leaves of it.
 
     Args:
-        statistics: of the site.
+        statistics: those of the site.
     """
 
     def __init__(self, statistics: Statistics) -> None:
         self.centre_D = statistics.mean_D
         self.median = statistics.median_distance
         self.largest = 0.0
-        """Of the rows' distances from the cached mean."""
+        """Largest distance of a row from the cached mean."""
         self.n_zero = 0
         """Rows that are zero vectors."""
         self._rows: dict[tuple[int, bool], _DocumentRows] = {}

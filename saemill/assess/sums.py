@@ -56,8 +56,8 @@ class DocumentSums:
 
     def merge(self, everyone: Group) -> None:
         """Add up the sums of all processes; a document that one of them has alone keeps its bits."""
-        of_all, self.rows = everyone.all_gather_objects(self.rows), {}
-        for rows in of_all:
+        gathered, self.rows = everyone.all_gather_objects(self.rows), {}
+        for rows in gathered:
             for document, row in rows.items():
                 known = self.rows.get(document)
                 self.rows[document] = row if known is None else known + row
@@ -67,7 +67,7 @@ class DocumentSums:
         places = [self.names.index(name) for name in names]
         return DocumentSums(names, {document: row[places] for document, row in self.rows.items()})
 
-    def beside(self, other: "DocumentSums") -> "DocumentSums":
+    def concat(self, other: "DocumentSums") -> "DocumentSums":
         """Join these sums with the other's, which are of the same documents."""
         rows = {document: np.concatenate([row, other.rows[document]]) for document, row in self.rows.items()}
         return DocumentSums(self.names + other.names, rows)
@@ -88,11 +88,11 @@ class Bootstrap:
 
     Args:
         among: bool [n_documents], the documents that count.
-        thing: what messages call a document.
+        noun: what messages call a document.
     """
 
-    def __init__(self, among: NDArray[np.bool_], thing: str = "document") -> None:
-        self.among, self.n_documents, self.thing = among, int(among.sum()), thing
+    def __init__(self, among: NDArray[np.bool_], noun: str = "document") -> None:
+        self.among, self.n_documents, self.noun = among, int(among.sum()), noun
         self.enough = self.n_documents >= LEAST_DOCUMENTS
         generator = np.random.default_rng(SEED)
         shape = (N_DRAWS, self.n_documents if self.enough else 0)
@@ -109,11 +109,11 @@ class Bootstrap:
             return absent(ratio.undefined)
         value = total_above / total_below
         if not self.enough:
-            reason = f"only {counted(self.n_documents, self.thing)}; an interval needs {LEAST_DOCUMENTS}"
+            reason = f"only {counted(self.n_documents, self.noun)}; an interval needs {LEAST_DOCUMENTS}"
             return {"value": value, "lo": None, "hi": None, "reason": reason}
         drawn_above, drawn_below = self.weights @ above, self.weights @ below
         if n_undefined := int((drawn_below <= 0).sum()):
-            reason = f"in {n_undefined:,} of {N_DRAWS:,} draws of {self.thing}s {ratio.undefined}"
+            reason = f"in {n_undefined:,} of {N_DRAWS:,} draws of {self.noun}s {ratio.undefined}"
             return {"value": value, "lo": None, "hi": None, "reason": reason}
         lo, hi = np.percentile(drawn_above / drawn_below, [2.5, 97.5])
         return {"value": value, "lo": float(lo), "hi": float(hi)}
@@ -126,20 +126,20 @@ class Bootstrap:
 class Split:
     """Some documents, in one half of which the best variant is chosen and in the other reported.
 
-    What is chosen for its figures looks better on the same documents than it is. A bit of the text's
-    hash tells the halves; where one would be empty, both are all documents.
+    A variant chosen for its figures looks better on the same documents than it is. A bit of the text's
+    hash separates the halves; where one would be empty, both are all documents.
 
     Args:
         documents: their text hashes, ascending.
-        thing: what messages call a document.
+        noun: what messages call a document.
     """
 
-    def __init__(self, documents: list[int], thing: str = "document") -> None:
+    def __init__(self, documents: list[int], noun: str = "document") -> None:
         odd = np.array(documents, np.uint64) % 2 == 1
         self.overlap = bool(odd.all() or not odd.any())
         self.chosen_on = odd | self.overlap
-        self.all = Bootstrap(odd | True, thing)
-        self.reported_on = Bootstrap(~odd | self.overlap, thing)
+        self.all = Bootstrap(odd | True, noun)
+        self.reported_on = Bootstrap(~odd | self.overlap, noun)
 
     def loss(self, ratio: Ratio) -> float:
         """Compute Σ above / Σ below over the documents on which the best is chosen; infinite where

@@ -96,7 +96,7 @@ def order(entries: list[dict[str, Any]], losses: Mapping[str, float]) -> list[di
 
     def key(entry: dict[str, Any]) -> tuple[bool, int, float]:
         loss = losses.get(entry["name"], math.inf)
-        passed = sum(check["passed"] is True for check in entry["checks"])
-        return entry["not_measured"] is not None, -passed, loss if math.isfinite(loss) else math.inf
+        n_passed = sum(check["passed"] is True for check in entry["checks"])
+        return entry["not_measured"] is not None, -n_passed, loss if math.isfinite(loss) else math.inf
 
     return sorted(entries, key=key)

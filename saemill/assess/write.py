@@ -33,9 +33,11 @@ def write(out: Path, values: dict[str, Any], measured: Measured) -> dict[str, An
     tables = {name: _sums_table(table) for name, table in sums.items()}
     tables[LATENTS] = _latents_table(measured.reconstruction)
     densities = {name: measured.reconstruction.density(name) for name in measured.reconstruction.saes}
-    with ExitStack() as held:  # which closes the last opened first
-        verdict = held.enter_context(durable.replacing(out / assessments.FILE))
-        partials = {name: held.enter_context(durable.replacing(out / name)) for name in [*tables, REPORT]}
+    with ExitStack() as replacements:  # which closes the last opened first
+        verdict = replacements.enter_context(durable.replacing(out / assessments.FILE))
+        partials = {
+            name: replacements.enter_context(durable.replacing(out / name)) for name in [*tables, REPORT]
+        }
         for name, table in tables.items():
             with durable.writing(out / name, table.nbytes):
                 pq.write_table(table, partials[name])

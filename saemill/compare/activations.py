@@ -110,11 +110,11 @@ class Stores:
         """Compute an SAE's codes on the held-out tokens, in the order of the text."""
         store, sae = self._store_of(dictionary), dictionary.load(device)
         site = store.site(dictionary.provenance["site"])
-        parts = []
+        blocks = []
         for shard, offsets in self._held_out(store):
             x_TD = as_tensor(site.gather(shard, offsets), site.dtype)
-            parts += [_encode(sae, part_TD.to(device)) for part_TD in torch.split(x_TD, ROWS_AT_ONCE)]
-        return Codes(scipy.sparse.csr_array(scipy.sparse.vstack(parts)))
+            blocks += [_encode(sae, rows_TD.to(device)) for rows_TD in torch.split(x_TD, ROWS_AT_ONCE)]
+        return Codes(scipy.sparse.csr_array(scipy.sparse.vstack(blocks)))
 
     def _held_out(self, store: ActivationStore) -> Iterator[tuple[int, NDArray[np.int64]]]:
         left = self.max_tokens

@@ -7,7 +7,7 @@ from typing import Any
 SIZE = 44
 """Pixels of a square in the matrix."""
 SKIPPED_BINS = 16
-"""Of a histogram from -1 to 1: its axis begins at -0.2, with what is below it there."""
+"""Bins of a histogram from -1 to 1 that the first bar sums: the axis begins at -0.2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def square(names: Sequence[str], shares: Mapping[tuple[str, str], float]) -> Squ
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One of a histogram's."""
+    """One bar of a histogram."""
 
     x: str
     width: str
@@ -87,8 +87,8 @@ def distribution(name: str, matched: Mapping[str, Any], chance: Mapping[str, Any
         matched: its `histogram`, the number of latents in each bin, and its `shares` by threshold.
         chance: the same of what chance gives.
     """
-    of_both = [matched["histogram"], chance["histogram"]]
-    counts, by_chance = ([sum(h[: SKIPPED_BINS + 1]), *h[SKIPPED_BINS + 1 :]] for h in of_both)
+    histograms = [matched["histogram"], chance["histogram"]]
+    counts, by_chance = ([sum(h[: SKIPPED_BINS + 1]), *h[SKIPPED_BINS + 1 :]] for h in histograms)
     top, width = max(1, *counts, *by_chance), 270 / len(counts)
     bars = [
         Bar(

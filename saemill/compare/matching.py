@@ -18,9 +18,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 BLOCK_ROWS = 512
-"""Rows of the similarities that are there at once, unless an assignment needs all."""
+"""Rows of the similarities in memory at once, unless an assignment needs all."""
 Blocks = Callable[[], Iterable[Tensor]]
-"""Gives the similarities from the start, some rows at a time: fp32 [rows, F of B]."""
+"""Iterates over the similarities from the start, some rows at a time: fp32 [rows, F of B]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _nearest(
         along = block.max(1)
         a_best.append(along.values.cpu())
         a_to_b.append(along.indices.cpu())
-        values, indices = (part.cpu() for part in block.max(0))
+        values, indices = (column.cpu() for column in block.max(0))
         better = values > b_best
         b_best = torch.where(better, values, b_best)
         b_to_a = torch.where(better, indices + first, b_to_a)

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from saemill.compare.matching import Blocks, Side, match
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(6, 20))
-"""Where the curve of shared latents is told: 0.3, 0.35, …, 0.95."""
+"""Thresholds of the curve of shared latents: 0.3, 0.35, …, 0.95."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 EDGES = np.linspace(-1, 1, 41)
-"""Of the histograms' bins."""
+"""Edges of the histograms' bins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +52,24 @@ class Matched:
 
     def entry(self, threshold: float) -> dict[str, Any]:
         """Summarise the pair for comparison.json."""
-        found = _figures(self.sides, threshold)
+        result = _figures(self.sides, threshold)
         chance = {kind: _figures(sides, threshold) for kind, sides in self.chance.items()}
         return {
             "a": self.a.name,
             "b": self.b.name,
             "n_latents": [len(self.a.numbers), len(self.b.numbers)],
-            **found,
+            **result,
             "chance": chance,
             "mean_max_adjusted": [
                 {kind: _adjusted(value, figures["mean_max"][i]) for kind, figures in chance.items()}
-                for i, value in enumerate(found["mean_max"])
+                for i, value in enumerate(result["mean_max"])
             ],
         }
 
     def table(self) -> pa.Table:
         """Tabulate a row per latent of either dictionary: its nearest in the other, and its match."""
-        ways = ((self.a, self.b, self.sides[0]), (self.b, self.a, self.sides[1]))
-        return pa.concat_tables([_rows(own, other, side) for own, other, side in ways])
+        directions = ((self.a, self.b, self.sides[0]), (self.b, self.a, self.sides[1]))
+        return pa.concat_tables([_rows(own, other, side) for own, other, side in directions])
 
 
 def _adjusted(value: float, by_chance: float) -> float | None:

@@ -26,7 +26,7 @@ def cells(entry: dict[str, Any]) -> list[str]:
     """Format a pair's figures in the order of `COLUMNS`. Chance is that of the last kind, the harder one."""
     chance = list(entry["chance"].values())[-1]
     assigned, by_chance = entry["assignment"], chance["assignment"]
-    adjusted = [list(way.values())[-1] for way in entry["mean_max_adjusted"]]
+    adjusted = [list(direction.values())[-1] for direction in entry["mean_max_adjusted"]]
     values = [
         *entry["mean_max"],
         np.mean(chance["mean_max"]),
@@ -58,11 +58,11 @@ def _spread(values: tuple[str, ...]) -> str:
 
 def _group_rows(comparison: dict[str, Any]) -> list[list[str]]:
     """List what differs, how many pairs, and the figures without those of chance."""
-    kept = [i for i, title in enumerate(COLUMNS) if title != "chance"]
+    shown = [i for i, title in enumerate(COLUMNS) if title != "chance"]
     rows = []
     for name, entries in groups(comparison).items():
         columns = list(zip(*entries, strict=True))
-        rows.append([name, str(len(entries)), *(_spread(columns[i]) for i in kept)])
+        rows.append([name, str(len(entries)), *(_spread(columns[i]) for i in shown)])
     return rows
 
 

@@ -150,15 +150,16 @@ def _match(
     latents = [Latents(d.name, _live(d, codes)) for d in (a, b)]
     chance: dict[str, Blocks]
     if config.by == "activations":
-        of_a, of_b = (
-            codes[d.name].standardised(part.numbers) for d, part in zip((a, b), latents, strict=True)
+        columns_a, columns_b = (
+            codes[d.name].standardised(chosen.numbers) for d, chosen in zip((a, b), latents, strict=True)
         )
         shifted = codes[b.name].shifted().standardised(latents[1].numbers)
-        blocks, chance = correlations(of_a, of_b), {"shifted_tokens": correlations(of_a, shifted)}
+        blocks = correlations(columns_a, columns_b)
+        chance = {"shifted_tokens": correlations(columns_a, shifted)}
     else:
         a_FD, b_FD = (
-            d.rows(config.by, device)[torch.from_numpy(part.numbers).to(device)]
-            for d, part in zip((a, b), latents, strict=True)
+            d.rows(config.by, device)[torch.from_numpy(chosen.numbers).to(device)]
+            for d, chosen in zip((a, b), latents, strict=True)
         )
         blocks = cosines(a_FD, b_FD)
         chance = {
@@ -184,18 +185,18 @@ def _correlation(matched: Matched, codes: Mapping[str, Codes]) -> dict[str, floa
     """Correlate the codes of latents that are each other's nearest: mean and median."""
     side = matched.sides[0]
     own, other = matched.a.numbers[side.mutual], matched.b.numbers[side.nearest[side.mutual]]
-    found = of_pairs(codes[matched.a.name].standardised(own), codes[matched.b.name].standardised(other))
-    return {"n": len(found), "mean": float(found.mean()), "median": float(np.median(found))}
+    values = of_pairs(codes[matched.a.name].standardised(own), codes[matched.b.name].standardised(other))
+    return {"n": len(values), "mean": float(values.mean()), "median": float(np.median(values))}
 
 
 def _describe(dictionary: Dictionary) -> dict[str, Any]:
-    told = {key: dictionary.provenance.get(key) for key in ("site", "model", "dataset")}
+    origin = {key: dictionary.provenance.get(key) for key in ("site", "model", "dataset")}
     return {
         "name": dictionary.name,
         "path": str(dictionary.path),
         "d_in": dictionary.d_in,
         "num_latents": dictionary.num_latents,
-        **told,
+        **origin,
     }
 
 

@@ -46,7 +46,7 @@ class Frame:
     """Where a model's samples begin and end."""
 
     start_id: int
-    """The id that is given and not sampled."""
+    """The id that a sample begins with; it is not sampled."""
     end_ids: tuple[int, ...]
     """A sample ends before the first of them; empty: it goes on to its full length."""
 
@@ -92,7 +92,7 @@ def check_causal(model: LanguageModel, name: str, start_id: int) -> None:
 
 
 class Sampler(LogitsProcessor):  # type: ignore[misc]
-    """Leaves of each row of logits the one token that the sample's random number chooses.
+    """Keeps of each row of logits the one token that the sample's random number chooses.
 
     Args:
         u_RS: float64 [samples, max_tokens].

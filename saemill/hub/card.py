@@ -15,7 +15,7 @@ from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
 
 ORDER = ["library_name", "tags", "base_model", "datasets"]
-"""Of the fields that come first."""
+"""Fields that come first."""
 TAGS = ["sparse-autoencoder", "sae", "topk", "interpretability"]
 COLUMNS = {
     "fvu": "FVU",
@@ -43,7 +43,7 @@ def model_card(
     """
     provenance = next(iter(saes.values()))["saemill"]
     sites = list(dict.fromkeys(cfg["saemill"]["site"] for cfg in saes.values()))
-    parts = [
+    sections = [
         front_matter(
             ModelCardData(
                 library_name="saemill",
@@ -64,9 +64,9 @@ def model_card(
         _recipe(saes, finished, provenance),
         "The settings that decide the result, as `saemill train` takes them (also in `config.yaml`); what is "
         "not listed is saemill's default:",
-        code("yaml", yaml.safe_dump({"train": _given(identity)}, sort_keys=False)),
+        code("yaml", yaml.safe_dump({"train": _without_unset(identity)}, sort_keys=False)),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def _what(provenance: Mapping[str, Any], sites: Sequence[str]) -> str:
@@ -90,13 +90,13 @@ def front_matter(data: CardData) -> str:
     return f"---\n{data.to_yaml(original_order=ORDER)}\n---"
 
 
-def keep_metadata(card: str, there: Mapping[str, Any]) -> str:
+def keep_metadata(card: str, metadata: Mapping[str, Any]) -> str:
     """Add to a card the fields of another's metadata that it has not itself."""
-    kept = RepoCard(card)
-    for name, value in there.items():
-        if name not in kept.data:
-            kept.data[name] = value
-    return str(kept)
+    repo_card = RepoCard(card)
+    for name, value in metadata.items():
+        if name not in repo_card.data:
+            repo_card.data[name] = value
+    return str(repo_card)
 
 
 def code(language: str, text: str) -> str:
@@ -274,10 +274,10 @@ def _recipe(
         masked.append(f"the first {f'{n} positions' if n > 1 else 'position'} of each row")
     masked += [f"token {token}" for token in mask["token_ids"]]
     revision = f" at revision {span(provenance['revision'])}" if provenance["revision"] else ""
-    rows_of = f", rows of {provenance['ctx_len']} tokens" if "ctx_len" in provenance else ""
+    row_length = f", rows of {provenance['ctx_len']} tokens" if "ctx_len" in provenance else ""
     lines = [
         *([["model", f"{span(provenance['model'])}{revision}"]] if provenance["model"] else []),
-        ["text", f"{span(provenance['dataset'])}{rows_of}"],
+        ["text", f"{span(provenance['dataset'])}{row_length}"],
         ["left out of training", ", ".join(masked) or "nothing"],
         [
             "passages" if "normalized" in provenance else "tokens",
@@ -290,7 +290,7 @@ def _recipe(
     return rows([["", ""], *lines])
 
 
-def _given(identity: Mapping[str, Any]) -> dict[str, Any]:
+def _without_unset(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Keep the settings that say something."""
     return {
         key: value

@@ -1,4 +1,4 @@
-"""What a repository shall hold of a run or a store: which files, as they are or without paths, and a card."""
+"""The files of a repository of a run or a store, as they are or without paths, and its card."""
 
 import glob
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from saemill.train.record.inspect import settings_problems
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """What a repository shall hold."""
+    """The files of a repository."""
 
     repo_type: str
     """model or dataset."""
@@ -44,8 +44,8 @@ class Contents:
     def sizes(self) -> dict[str, int]:
         """Map the path in the repository of every file to its bytes."""
         files = {file for pattern in self.as_they_are for file in self.folder.glob(pattern)}
-        found = {str(file.relative_to(self.folder)): file.stat().st_size for file in files}
-        return found | {name: len(content) for name, content in self.written.items()}
+        sizes = {str(file.relative_to(self.folder)): file.stat().st_size for file in files}
+        return sizes | {name: len(content) for name, content in self.written.items()}
 
 
 def contents_of(path: Path, place: str, variants: Sequence[str]) -> Contents:
@@ -82,19 +82,19 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     for name in chosen:
         if name not in finished.variants:
             raise ConfigError(f"{path} has no variant {name!r}; {nearest(name, finished.variants)}")
-    kept = tuple(name for name in finished.variants if not chosen or name in chosen)
-    saes = {name: _sae(path / name, finished.cfgs[name], path) for name in kept}
+    variants = tuple(name for name in finished.variants if not chosen or name in chosen)
+    saes = {name: _sae(path / name, finished.cfgs[name], path) for name in variants}
     names = Names(yaml.safe_load((path / runs.CONFIG).read_bytes()), finished.model_dump(), saes)
-    named = [runs.CONFIG, runs.REPORT]
-    written = {name: names.content(path / name) for name in named if (path / name).is_file()}
+    text_files = [runs.CONFIG, runs.REPORT]
+    written = {name: names.content(path / name) for name in text_files if (path / name).is_file()}
     saes = {name: seal.sealed_again(names.of(cfg)) for name, cfg in saes.items()}
     written |= {f"{name}/cfg.json": as_json(cfg) for name, cfg in saes.items()}
-    told = finished.model_copy(
+    uploaded = finished.model_copy(
         update={
-            "variants": kept,
+            "variants": variants,
             "cfgs": {name: cfg[seal.OWN][seal.KEY][records.CHECKSUM] for name, cfg in saes.items()},
-            "diverged": {name: step for name, step in finished.diverged.items() if name in kept},
-            "stopped": {name: look for name, look in finished.stopped.items() if name in kept},
+            "diverged": {name: step for name, step in finished.diverged.items() if name in variants},
+            "stopped": {name: stop for name, stop in finished.stopped.items() if name in variants},
             "acts": names.of(finished.acts),
             "files": (),
         }
@@ -102,14 +102,14 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     identity = identity.model_copy(update={"config": durable.hash_bytes(written[runs.CONFIG])})
     written |= {
         runs.IDENTITY: as_json(records.content(identity)),
-        runs.FINISHED: as_json(records.content(told)),
+        runs.FINISHED: as_json(records.content(uploaded)),
     }
     assessed = _assessment(path, names, written)
-    card = model_card(place, saes, told.model_dump(mode="json"), identity.content, assessed)
+    card = model_card(place, saes, uploaded.model_dump(mode="json"), identity.content, assessed)
     written |= {runs.CARD: card.encode()}
     if assessed:
         written |= {assessments.FILE: as_json(records.content(assessments.checked(assessed)))}
-    weights = tuple(f"{name}/{WEIGHTS}" for name in kept)
+    weights = tuple(f"{name}/{WEIGHTS}" for name in variants)
     return Contents(repo_type="model", folder=path, as_they_are=weights, written=written)
 
 
@@ -123,10 +123,10 @@ def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[
         return None
     if bad := assessments.problems(path):
         raise StoreError("\n".join([*bad, assessments.REPAIR]))
-    told: dict[str, Any] = names.of(assessments.read(path))
-    uploaded = [entry["path"] for entry in told["files"] if entry["path"] in written]
+    assessment: dict[str, Any] = names.of(assessments.read(path))
+    uploaded = [entry["path"] for entry in assessment["files"] if entry["path"] in written]
     contents = {name: written[name] for name in uploaded}
-    return told | {
+    return assessment | {
         "of": durable.hash_bytes(written[runs.FINISHED]),
         "files": [
             {"path": name, "bytes": len(content), "xxh3": durable.hash_bytes(content)}

@@ -1,4 +1,4 @@
-"""What would tell of this machine, a path, becomes a name before it is uploaded."""
+"""Names in place of the paths of this machine, in what is uploaded."""
 
 import html
 import json
@@ -46,7 +46,7 @@ class Names:
 
     def in_text(self, text: str) -> str:
         """Put names in place of the paths in a text or HTML."""
-        return self._paths.sub(lambda found: self._names[found[0]], text)
+        return self._paths.sub(lambda match: self._names[match[0]], text)
 
     def content(self, file: Path) -> bytes:
         """Read a JSON, YAML or HTML file as it is uploaded; byte for byte the same if no path is in it."""
@@ -54,12 +54,12 @@ class Names:
         if file.suffix == ".html":
             return self.in_text(raw.decode()).encode()
         value = yaml.safe_load(raw) if file.suffix == ".yaml" else durable.read_json(file)
-        named = self.of(value)
-        if named == value:
+        renamed = self.of(value)
+        if renamed == value:
             return raw
         if file.suffix == ".yaml":
-            return yaml.safe_dump(named, sort_keys=False).encode()
-        return as_json(named)
+            return yaml.safe_dump(renamed, sort_keys=False).encode()
+        return as_json(renamed)
 
 
 def as_json(value: Any) -> bytes:

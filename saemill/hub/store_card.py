@@ -25,7 +25,7 @@ def tokens_card(repo: str, store: TokenStore, names: Names) -> str:
     """
     manifest = names.record(store.manifest)
     source = manifest.source.name
-    parts = [
+    sections = [
         _front_matter("tokens"),
         f"# Tokens of {PurePath(source).name}",
         f"{counted(store.n_rows, 'full row')} of {store.ctx_len} token ids, packed by saemill "
@@ -41,7 +41,7 @@ def tokens_card(repo: str, store: TokenStore, names: Names) -> str:
             "held_out = store.held_out_R  # bool [rows]: never trained on",
         ),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
@@ -57,7 +57,7 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
     sites = [store.site(name) for name in store.sites]
     shards = ["shards", f"{store.n_shards:,} of {store.shard_tokens:,} {text.unit}s per site"]
     first, n = sites[0], min(store.n_tokens, 1024)
-    parts = [
+    sections = [
         _front_matter("activations"),
         f"# {title}",
         what,
@@ -75,7 +75,7 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
         "`saemill train acts` trains on it. It is Zarr v3, which other readers take as well: rows lie "
         "shuffled within each shard, by a permutation that saemill computes, and bf16 is kept as uint16.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def _of_a_model(settings: StoreSettings) -> tuple[str, str]:

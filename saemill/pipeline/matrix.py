@@ -45,7 +45,7 @@ OF_A_PAIR = {
 }
 """Settings that follow from the pair, and cannot be shared."""
 ONE_OF = (("layers", "sites", "layer_stride"), ("expansion_factor", "num_latents"))
-"""What a target chooses takes the place of all of these."""
+"""Groups of settings; one that a target sets replaces its whole group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,7 @@ class MatrixConfig:
 def run(file: Path, targets: tuple[str, ...] = (), sources: tuple[str, ...] = ()) -> Path:
     """Run every pair that is not done, then sum up and compare what is there.
 
-    A pair that fails is told, and the others go on.
+    A pair that fails is reported, and the others go on.
 
     Args:
         file: a YAML file with the section matrix and those that all pairs share.
@@ -214,13 +214,13 @@ def _choose(kind: str, names: tuple[str, ...], known: Mapping[str, Any]) -> list
 
 def _assessed(config: MatrixConfig, sections: Sections) -> dict[str, Path | None]:
     """Map each pair's name to the folder of its assessment; None for those not done."""
-    found: dict[str, Path | None] = {}
+    folders: dict[str, Path | None] = {}
     tokens = sections.get("assess", {}).get("tokens")
     for name in (f"{target}--{source}" for target in config.targets for source in config.sources):
         run = config.out / "runs" / name
         is_done = run.with_name(f"{name}.done.json").exists()
-        found[name] = (run / f"on-{Path(tokens).name}" if tokens else run) if is_done else None
-    return found
+        folders[name] = (run / f"on-{Path(tokens).name}" if tokens else run) if is_done else None
+    return folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,14 +241,15 @@ class Pair:
         stores, run = config.out / "stores" / name, config.out / "runs" / name
         own = {
             "tokenize": {
-                **_given(text), "tokenizer": model.tokenizer or model.model, "out": stores / "tokens",
+                **_without_unset(text), "tokenizer": model.tokenizer or model.model, "out": stores / "tokens",
             },
             "cache": {
-                **_given(model, ("model", "revision", "layers", "sites", "layer_stride")),
+                **_without_unset(model, ("model", "revision", "layers", "sites", "layer_stride")),
                 "out": stores / "acts",
             },
             "train": {
-                **_given(model, ("expansion_factor", "num_latents")), "seeds": config.seeds, "out": run,
+                **_without_unset(model, ("expansion_factor", "num_latents")),
+                "seeds": config.seeds, "out": run,
             },
             "assess": {},
         }  # fmt: skip
@@ -309,7 +310,7 @@ class Pair:
                 shutil.rmtree(folder)
 
 
-def _given(config: Any, names: tuple[str, ...] = ()) -> dict[str, Any]:
+def _without_unset(config: Any, names: tuple[str, ...] = ()) -> dict[str, Any]:
     """Keep the settings that are not left open; of `names`, or all."""
     every = {field.name: getattr(config, field.name) for field in fields(config)}
     return {

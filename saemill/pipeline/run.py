@@ -60,8 +60,8 @@ def run(
     speak_for(World.here())
     sections: Sections = {stage: {} for stage in STAGES}
     if file:  # which may hold sections of other commands too
-        found = settings.read_sections(file)
-        sections = {name: values for name, values in found.items() if name in (*STAGES, "run")}
+        file_sections = settings.read_sections(file)
+        sections = {name: values for name, values in file_sections.items() if name in (*STAGES, "run")}
     sets = tuple(sets)
     own_device = {item.partition("=")[0] for item in sets}
     flags = {name: value for name, value in flags.items() if name != "device"} | {
@@ -69,10 +69,10 @@ def run(
         for stage in STAGES[1:]
         if stage in sections and f"{stage}.device" not in own_device
     }
-    told = {"cache.model": model, "tokenize.dataset": dataset, **flags}
+    all_flags = {"cache.model": model, "tokenize.dataset": dataset, **flags}
     present = [*sections, "run"]
-    _refuse_other_sections(present, told, sets)
-    settings.override(sections, told, sets)
+    _refuse_other_sections(present, all_flags, sets)
+    settings.override(sections, all_flags, sets)
     section = sections.pop("run", {})
     own = settings.build(RunConfig, section, "run")
     _refuse_end_to_end(sections)
@@ -85,8 +85,8 @@ def run(
 
 
 def _refuse_other_sections(present: list[str], flags: Mapping[str, Any], sets: Iterable[str]) -> None:
-    given = [name for name, value in flags.items() if value is not None]
-    for name in [*given, *(item.partition("=")[0] for item in sets)]:
+    flagged = [name for name, value in flags.items() if value is not None]
+    for name in [*flagged, *(item.partition("=")[0] for item in sets)]:
         stage = name.partition(".")[0]
         if stage not in (*STAGES, "run"):
             raise ConfigError(f"--set takes stage.key=value here, got {name!r}: train.k=32, for instance")

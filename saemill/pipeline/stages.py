@@ -52,8 +52,8 @@ def join(sections: Sections, before: str, after: str) -> Path | None:
     Raises:
         ConfigError: they name different ones.
     """
-    named = {"out": sections[before].get("out"), READS[after]: sections[after].get(READS[after])}
-    out, read = named.values()
+    folders = {"out": sections[before].get("out"), READS[after]: sections[after].get(READS[after])}
+    out, read = folders.values()
     if out is None and read is None:
         return None
     if out is not None and read is not None and Path(out).absolute() != Path(read).absolute():

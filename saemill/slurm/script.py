@@ -70,8 +70,10 @@ def _directives(stage: str, job: JobConfig, folder: Path, name: str, work: Path)
     nodes, ntasks = job.nodes or 1, job.ntasks or 1
     log = f"{folder}/{stage}-".replace("%", "%%") + ("%A_%a.log" if stage == "cache" else "%j.log")
     lines = list(job.options or ())
-    named = {option: getattr(job, option) for option in ("partition", "account", "qos", "constraint", "time")}
-    lines += [f"--{option}={_in_directive(value)}" for option, value in named.items() if value]
+    requested = {
+        option: getattr(job, option) for option in ("partition", "account", "qos", "constraint", "time")
+    }
+    lines += [f"--{option}={_in_directive(value)}" for option, value in requested.items() if value]
     lines += [f"--job-name={_in_directive(f'{name}-{stage}')}", f"--chdir={_in_directive(str(work))}"]
     lines += [f"--output={_in_directive(log)}", "--open-mode=append"]
     lines += [f"--nodes={nodes}", f"--ntasks={ntasks}"]

@@ -132,14 +132,14 @@ def seconds(time: str) -> int:
         ConfigError: it is none, or a bare number: YAML reads 4:00:00 without quotes as 14400, which
             SLURM would take for minutes.
     """
-    found = TIME.fullmatch(time)
-    if not found or time.isdigit():
+    match = TIME.fullmatch(time)
+    if not match or time.isdigit():
         raise ConfigError(f"time must be as '4:00:00' or '2-00:00:00', in quotes; got {shown(time)}")
-    days, *rest = found.groups()
-    parts = [int(part) for part in rest if part is not None]
-    if days is None and len(parts) == 2:
-        parts.insert(0, 0)  # SLURM reads 30:00 as minutes, but 1-12:30 as hours
-    hours, minutes, remaining = parts + [0] * (3 - len(parts))
+    days, *rest = match.groups()
+    numbers = [int(number) for number in rest if number is not None]
+    if days is None and len(numbers) == 2:
+        numbers.insert(0, 0)  # SLURM reads 30:00 as minutes, but 1-12:30 as hours
+    hours, minutes, remaining = numbers + [0] * (3 - len(numbers))
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + remaining
 
 

@@ -1,4 +1,4 @@
-"""What became of jobs: asked of squeue, then sacct, then the exit codes that the scripts leave."""
+"""The states of jobs: from squeue, then sacct, then the exit codes that the scripts leave."""
 
 import getpass
 import shutil
@@ -97,12 +97,12 @@ def submitted(folder: Path) -> list[Job]:
     names = [(entry.stage, id) for entry in entries for id in _ids(entry)]
     queued = _queued()
     ended = _accounted([id for _, id in names if id not in queued])
-    found = []
+    jobs = []
     for stage, id in names:
         job = Job(stage, id, folder)
         state, reason = queued.get(id) or (ended.get(id) or _by_exit_code(job), "")
-        found.append(Job(stage, id, folder, state, reason))
-    return found
+        jobs.append(Job(stage, id, folder, state, reason))
+    return jobs
 
 
 def _ids(entry: Entry) -> list[str]:
@@ -123,8 +123,8 @@ def _queued() -> dict[str, tuple[str, str]]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise StoreError(f"squeue does not tell of the jobs: {done.stderr.strip()}; try again later")
-    parts = [line.split("|", 2) for line in done.stdout.splitlines()]
-    return {id: (state, reason if state == "PENDING" else "") for id, state, reason in parts}
+    rows = [line.split("|", 2) for line in done.stdout.splitlines()]
+    return {id: (state, reason if state == "PENDING" else "") for id, state, reason in rows}
 
 
 def _accounted(ids: Sequence[str]) -> dict[str, str]:
@@ -133,8 +133,8 @@ def _accounted(ids: Sequence[str]) -> dict[str, str]:
         return {}
     command = ["sacct", "-n", "-P", "-X", "-j", ",".join(ids), "-o", "JobID,State"]
     done = subprocess.run(command, capture_output=True, text=True)
-    parts = [line.split("|") for line in done.stdout.splitlines()] if done.returncode == 0 else []
-    return {id: state.split()[0] for id, state in parts}  # CANCELLED by 1000
+    rows = [line.split("|") for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    return {id: state.split()[0] for id, state in rows}  # CANCELLED by 1000
 
 
 def _by_exit_code(job: Job) -> str:

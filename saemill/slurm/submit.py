@@ -56,11 +56,11 @@ class Plan:
 
     def __str__(self) -> str:
         """Show the scripts, and the commands that would submit them."""
-        parts, before = [], None
+        texts, before = [], None
         for stage, text in self.scripts.items():
-            parts.append(f"# {' '.join(self.command(stage, before and f'<{before}>'))}\n{text}")
+            texts.append(f"# {' '.join(self.command(stage, before and f'<{before}>'))}\n{text}")
             before = stage
-        return "\n".join(parts)
+        return "\n".join(texts)
 
 
 def run(file: Path, dry_run: bool = False) -> None:
@@ -98,10 +98,10 @@ def _tasks(entry: Entry) -> str:
 def _refuse_alive(folder: Path) -> None:
     alive = [job for job in submitted(folder) if job.alive]
     if alive:
-        named = ", ".join(f"{job.id} ({job.stage}, {job.state})" for job in alive)
+        names = ", ".join(f"{job.id} ({job.stage}, {job.state})" for job in alive)
         ids = " ".join(dict.fromkeys(job.id.split("_")[0] for job in alive))
         raise StoreError(
-            f"jobs of {folder} are alive: {named}; wait for them, or end them with scancel {ids}"
+            f"jobs of {folder} are alive: {names}; wait for them, or end them with scancel {ids}"
         )
 
 

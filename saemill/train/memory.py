@@ -1,4 +1,4 @@
-"""Memory that is kept from step to step, in huge pages.
+"""Memory that lives from step to step, in huge pages.
 
 A step fetches rows from all over the weights. Of pages of 4 KiB a processor remembers only some, and waits to
 learn where the others lie; of huge ones, 2 MiB, it remembers all.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 LEAST_BYTES = 1 << 22
-"""Less is left to torch."""
+"""Bytes from which huge pages are used; smaller tensors are torch's."""
 CPU = torch.device("cpu")
 
 

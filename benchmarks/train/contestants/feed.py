@@ -197,7 +197,7 @@ def max_rss() -> int:
 
 def parse_goals(text: str) -> list[Goal]:
     """Parse `32:auto,64:3e-4` into goals."""
-    pairs = [part.split(":") for part in text.split(",")]
+    pairs = [goal.split(":") for goal in text.split(",")]
     return [Goal(int(k), None if lr == "auto" else float(lr)) for k, lr in pairs]
 
 

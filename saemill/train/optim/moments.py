@@ -1,4 +1,4 @@
-"""How Adam's moments are kept between steps: in float32, bfloat16 or 8 bits per weight.
+"""Adam's moments between steps, in float32, bfloat16 or 8 bits per weight.
 
 A moment moves by a small share of itself per step, which may be less than the spacing of short
 formats: rounded to the nearest it would never move. So what is written is rounded
@@ -26,7 +26,7 @@ class LogCodes(NamedTuple):
     n: int
     """The largest code, of that magnitude."""
     octaves: int
-    """From it down to code 0."""
+    """Octaves from it down to code 0."""
     least: int
     """The code of all that is smaller."""
 
@@ -48,7 +48,7 @@ def _noise(like: Tensor, step: int, first_row: int) -> Tensor:
 
 
 class Float32Moment:
-    """As it is. [F, D] or [F]."""
+    """A moment in float32. [F, D] or [F]."""
 
     def __init__(self, leaf: Tensor) -> None:
         self.value = zeros(*leaf.shape, device=leaf.device)
@@ -136,8 +136,8 @@ class EightBitMoment:
 Moment = Float32Moment | Bfloat16Moment | EightBitMoment
 
 
-def moment(leaf: Tensor, kept: str, signed: bool) -> Moment:
-    """Make the storage of a moment of `leaf`: fp32, bf16 or 8bit; biases are always kept in float32."""
-    if kept == "fp32" or leaf.dim() == 1:
+def moment(leaf: Tensor, moment_format: str, signed: bool) -> Moment:
+    """Make the storage of a moment of `leaf`: fp32, bf16 or 8bit; those of biases are always float32."""
+    if moment_format == "fp32" or leaf.dim() == 1:
         return Float32Moment(leaf)
-    return Bfloat16Moment(leaf) if kept == "bf16" else EightBitMoment(leaf, signed)
+    return Bfloat16Moment(leaf) if moment_format == "bf16" else EightBitMoment(leaf, signed)

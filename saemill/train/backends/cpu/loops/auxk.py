@@ -1,4 +1,4 @@
-"""AuxK's activations and the gradients of its pre-activations: what is kept, in place, among zeros."""
+"""AuxK's activations and the gradients of its pre-activations: those that stay, in place, among zeros."""
 
 import numpy as np
 import torch
@@ -11,9 +11,9 @@ from saemill.train.backends.cpu.loops.numbers import COMPILED, array, put, wide
 from saemill.train.backends.cpu.threads import each
 
 PIECE_BYTES = 1 << 20
-"""Of the rows that a thread takes at a time."""
+"""Bytes of the rows that a thread works on at a time."""
 PIECE_COLUMNS = 512
-"""The same, where sums run over rows."""
+"""Columns that a thread works on at a time, where sums run over rows."""
 
 
 def keep_largest(pre_TS: Tensor, k: int) -> Tensor:

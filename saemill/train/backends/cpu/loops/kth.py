@@ -8,7 +8,7 @@ from saemill.train.backends.cpu.loops.numbers import COMPILED, bits_of, float_of
 ALL_BITS = np.uint32(0xFFFFFFFF)
 BFLOAT16_BITS = np.uint32(0xFFFF0000)
 STEPS = 9
-"""For a bound that need not be sharp."""
+"""Bisection steps for a bound that need not be sharp."""
 
 
 @njit(**COMPILED)

@@ -26,7 +26,7 @@ from saemill.train.memory import zeros
 LEAST_COLUMNS = 256
 """Shorter rows are not to be quantised: their errors are sums of few."""
 SPREAD = 0.1
-"""Of the angles, in radians, to both sides."""
+"""Spread of the angles, in radians, to both sides."""
 TINY = 1e-30
 """Rows without a larger entry count as 0."""
 LEVELS = 127
@@ -46,12 +46,12 @@ class Quantised(NamedTuple):
 
     def rows(self, some: slice) -> "Quantised":
         """Select some of the rows."""
-        return Quantised(*(of_rows[some] for of_rows in self))
+        return Quantised(*(per_row[some] for per_row in self))
 
     def fill(self, rows_ND: Tensor) -> None:
         """Quantise as many rows, float32 or bfloat16, into this memory."""
         rotation = _rotation(rows_ND.shape[1], self.codes_ND.shape[1])
-        _quantise(array(rows_ND), *rotation, *(array(of_rows) for of_rows in self))
+        _quantise(array(rows_ND), *rotation, *(array(per_row) for per_row in self))
 
 
 def empty(n_rows: int, d: int) -> Quantised:

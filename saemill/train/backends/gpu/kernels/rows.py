@@ -309,21 +309,21 @@ def _check_moments(moments: Moments, rows: tuple[int, ...], optimizer: str) -> N
     """Refuse moments of different kinds, and those that the optimizer lacks or has not."""
     if (moments.v_enc_FD is None) == (optimizer == "adam"):
         raise ValueError("Adam needs the second moments, SGD has none")
-    kept = moments.m_enc_FD.dtype
+    dtype = moments.m_enc_FD.dtype
     expect("m_enc_FD", moments.m_enc_FD, MOMENT_DTYPES, rows)
-    in_8bit = kept == torch.int8
-    named, blocks = moments._asdict(), (rows[0], triton.cdiv(rows[1], BLOCK))
+    in_8bit = dtype == torch.int8
+    tensors, blocks = moments._asdict(), (rows[0], triton.cdiv(rows[1], BLOCK))
     for name in ("m_enc", "m_dec", "v_enc", "v_dec"):
-        moment, scale = named[f"{name}_FD"], named[f"{name}_scale_FB"]
+        moment, scale = tensors[f"{name}_FD"], tensors[f"{name}_scale_FB"]
         if moment is not None:
-            expect(f"{name}_FD", moment, (torch.uint8 if in_8bit and name[0] == "v" else kept,), rows)
+            expect(f"{name}_FD", moment, (torch.uint8 if in_8bit and name[0] == "v" else dtype,), rows)
         if (scale is not None) != (in_8bit and moment is not None):
             raise ValueError(f"{name}_scale_FB goes with moments in 8 bits, and these need it")
         if scale is not None:
             expect(f"{name}_scale_FB", scale, (torch.float32,), blocks)
     for name in ("m_b_F", "v_b_F"):
-        if named[name] is not None:
-            expect(name, named[name], (torch.float32,), rows[:1])
+        if tensors[name] is not None:
+            expect(name, tensors[name], (torch.float32,), rows[:1])
 
 
 def decoder_bias_gradient(
@@ -335,10 +335,10 @@ def decoder_bias_gradient(
 
     Args:
         e_TD: of `residual`.
-        db_enc_F: of `latent_sums`, AuxK's part included.
+        db_enc_F: of `latent_sums`, AuxK's gradient included.
         w_enc_FD: float32.
         hyper: float32 [len(Hyper)].
-        n_shards: n processes hold parts of the latents; their results add up to the gradient.
+        n_shards: n processes share out the latents; their results add up to the gradient.
 
     Returns: float32 [D].
     """

@@ -52,7 +52,7 @@ class AuxGradients(NamedTuple):
     b_S: Tensor
     """float32."""
     dec_SD: Tensor
-    """float32, without its part along the decoder row."""
+    """float32, without its component along the decoder row."""
 
 
 class LatentSums(NamedTuple):

@@ -20,9 +20,9 @@ INFINITY_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0
 MAX_CANDIDATES = 1 << 15
 """Two counts share one 32-bit scan."""
 MAX_ROW_BYTES = 1 << 17
-"""Of a row that 16 warps hold without spilling."""
+"""Bytes of a row that 16 warps hold without spilling."""
 SLAB_BYTES = 1 << 16
-"""Longer rows are read in slabs of so much."""
+"""Bytes of the slabs in which longer rows are read."""
 
 
 @triton.jit
