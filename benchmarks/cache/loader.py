@@ -172,8 +172,7 @@ def mixed(task: Task) -> dict[str, dict[str, float]]:
 
 
 def work_seconds(task: Task) -> dict[str, float]:
-    """Measure the seconds per GiB of each share of the loader's work, by one thread: the medians of some warm
-    windows."""
+    """Measure the seconds per GiB of each piece of the loader's work, by one thread: medians of windows."""
     torch.set_num_threads(1)
     store = ActivationStore(task.path)
     per_shard, n_blocks = store.shard_tokens // BLOCK_TOKENS, task.buffer_tokens // BLOCK_TOKENS
@@ -308,7 +307,8 @@ def report(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
     lines = [machine(), ""]
     lines += [
         f"{args.tokens:,} rows of D {args.width} in bf16, {results['bytes'] / GIB:.2f} GiB, in "
-        f"{n_documents:,} documents of {DOCUMENT_TOKENS}; {args.batch:,} rows per batch, a window of {args.buffer:,}; "
+        f"{n_documents:,} documents of {DOCUMENT_TOKENS}; {args.batch:,} rows per batch, a window of "
+        f"{args.buffer:,}; "
         f"{args.rounds} rounds, medians. Load of the machine at the end: {os.getloadavg()[0]:.1f}.",
         "",
     ]

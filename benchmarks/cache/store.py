@@ -1,4 +1,4 @@
-"""A store whose rows tell their own addresses, written through saemill's writers without a model.
+"""A store whose rows hold their own addresses, written through saemill's writers without a model.
 
 Two rows of 256 tokens count as a document. The first four values of an activation are the digits of its
 address in base 256, which bf16 holds exactly; the others are random.

@@ -23,11 +23,11 @@ class AssessConfig:
     model: str | None = None
     """Hub id or local folder; by default the one that was cached."""
     with_model: bool = True
-    """Run the model with the SAEs spliced in; false leaves out the losses."""
+    """Whether the model is run with the SAEs spliced in; false leaves out the losses."""
     tokens: Path | None = None
-    """Assess on this token store instead of the held-out rows."""
+    """Token store to assess on instead of the held-out rows."""
     out: Path | None = None
-    """Where to write; by default the run's folder, or `on-<name>` in it for other tokens."""
+    """Folder to write; by default the run's folder, or `on-<name>` in it for other tokens."""
     max_tokens: int = 1_000_000
     """Most tokens for reconstruction and firing."""
     model_tokens: int = 100_000
@@ -36,7 +36,7 @@ class AssessConfig:
     """Rows per forward pass."""
     device: str = "auto"
     dead_percentage_threshold: float = 0.0005
-    """A latent that fires on a smaller share of the tokens counts as dead."""
+    """Share of the tokens; a latent that fires on fewer counts as dead."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     latents: tuple[int, ...] = ()
     """Latents of the shown variant whose contexts are wanted, beside random live ones."""
@@ -49,7 +49,7 @@ class AssessConfig:
     context_tokens: int = 500_000
     """Most tokens searched for contexts."""
     log_to_wandb: bool | None = None
-    """Add the assessment to the run's wandb runs; by default where training logged to wandb."""
+    """Whether the assessment goes to the run's wandb runs; by default where training logged to wandb."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "model_tokens", "batch_size", "n_contexts", "context_tokens"):

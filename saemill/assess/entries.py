@@ -33,7 +33,7 @@ class Measured:
     """The losses, or why there are none."""
     thresholds: Thresholds
     dead_share: float
-    """A latent that fires on a smaller share of the tokens counts as dead."""
+    """Share of the tokens; a latent that fires on fewer counts as dead."""
 
     def only(self, names: Iterable[str]) -> "Measured":
         """Keep the figures of some of the SAEs."""

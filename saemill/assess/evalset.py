@@ -88,7 +88,7 @@ class EvalSet:
         store: the activations that training read.
         other: assess on these tokens instead of the store's held-out rows. Documents that training
             saw (the same text) are left out.
-        model: needed for other tokens, whose activations are computed on the way.
+        model: needed for other tokens, whose activations are computed.
         mask: positions left out.
         sites: where activations are wanted.
         batch_rows: rows per forward pass.

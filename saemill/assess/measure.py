@@ -2,7 +2,7 @@
 
 Where all SAEs are of one shape, so are the best's baselines, whichever it is: they are fitted beforehand
 and everything is measured in one pass. Of several shapes the best is known only after a first pass; a
-second then measures its two baselines alone, and takes from the first what does not depend on an SAE: the
+second then measures its two baselines alone, and reuses from the first what does not depend on an SAE: the
 variance of the activations, the losses of the untouched model, of zeros and of the mean.
 """
 

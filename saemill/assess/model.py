@@ -30,11 +30,11 @@ def load_model(
     Args:
         other_name: another name of it; None for the one that was cached.
         store: its activations.
-        other: tokens that it must be able to take.
+        other: tokens that it must be able to read.
         device: where it runs.
 
     Raises:
-        ConfigError: it cannot be loaded, or cannot take the other tokens.
+        ConfigError: it cannot be loaded, or cannot read the other tokens.
     """
     name, revision = _name_and_revision(other_name, store)
     if other is not None:

@@ -15,7 +15,7 @@ class Thresholds:
     """What a healthy SAE reaches."""
 
     min_loss_recovered: float = 0.60
-    """Against zero-ablation."""
+    """Least loss recovered, against zero-ablation."""
     min_l0: float = 20.0
     max_l0: float = 200.0
     max_dead_fraction: float = 0.20

@@ -21,8 +21,8 @@ from saemill.common.stores.runs import DOCUMENTS, DOCUMENTS_MODEL, LATENTS, REPO
 def write(out: Path, values: dict[str, Any], measured: Measured) -> dict[str, Any]:
     """Write the verdict, the report, and the sums and firing counts they follow from: all of them or none.
 
-    Whole files are beside their places before the first takes its own; the old verdict goes before that, the
-    new one comes last.
+    All files are complete under temporary names before the first is renamed. The old verdict is removed
+    before that, and the new one comes last.
 
     Returns: the content of `final_assessment.json`.
     """

@@ -80,7 +80,7 @@ def pairs(dictionaries: list[Dictionary], any_width: bool) -> list[tuple[Diction
     """List all pairs whose directions are of one length, and report how many are left out.
 
     Args:
-        any_width: take every pair: it is not directions that are compared.
+        any_width: list every pair, since it is not directions that are compared.
 
     Raises:
         ConfigError: no pair is left.

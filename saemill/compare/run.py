@@ -35,21 +35,21 @@ class CompareConfig:
     saes: tuple[Path, ...]
     """Folders of SAEs, in any format that `Sae.load` reads, and of finished runs, for all of their SAEs."""
     out: Path | None = None
-    """Where comparison.json, matches.parquet and report.html go; by default nothing is written."""
+    """Folder for comparison.json, matches.parquet and report.html; by default nothing is written."""
     by: Literal["decoder", "encoder", "activations"] = "decoder"
     """Similarity of two latents: the cosine of their rows, or the correlation of their codes."""
     matching: Literal["assignment", "nearest"] = "assignment"
-    """Find the best one-to-one assignment, or only nearest latents."""
+    """The best one-to-one assignment, or only nearest latents."""
     assignment_limit: int | None = None
-    """Most latents of either dictionary for an assignment; 16,384 where not given."""
+    """Most latents of either dictionary for an assignment; by default 16,384."""
     threshold: float = 0.7
     """Similarity above which two matched latents count as shared."""
     acts: tuple[Path, ...] = ()
     """Activation stores, one per model, whose held-out tokens tell which latents fire and when."""
     max_tokens: int | None = None
-    """Most of these tokens; 131,072 where not given."""
+    """Most of these tokens; by default 131,072."""
     seed: int = 0
-    """Of the random dictionaries."""
+    """Seed of the random dictionaries."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
 
     Raises:
         StoreError: a folder holds no SAE, or its run is not finished.
-        ConfigError: dictionaries that cannot be compared this way.
+        ConfigError: dictionaries that cannot be compared by this similarity.
     """
     device = choose_device(config.device)
     if config.out is not None:

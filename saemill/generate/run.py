@@ -41,15 +41,15 @@ class GenerateConfig:
     n_samples: int | None = None
     """Samples per model, before all datasets are cut to the smallest."""
     tokens_per_dataset: int | None = None
-    """In place of `n_samples`: sample until each model has so many tokens, and cut to them."""
+    """Tokens per dataset, in place of `n_samples`: each model is sampled until it has them."""
     max_tokens: int = 256
     """Most tokens per sample."""
     seed: int = 42
     temperature: float = 1.0
     top_p: float = 0.9
-    """Only the most probable tokens that sum to this are sampled; 1 is the model's whole distribution."""
+    """Probability of the most probable tokens that are sampled; 1 is the model's whole distribution."""
     stop_at_eos: bool = True
-    """A sample ends before an EOS; false: each has `max_tokens` tokens, EOS among them."""
+    """Whether a sample ends before an EOS; false: each has `max_tokens` tokens, EOS among them."""
     batch_size: int = 32
     """Samples at once, and per file while the command runs."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -219,7 +219,7 @@ def _claim(partial: Path, identity: dict[str, Any]) -> None:
 
     Raises:
         ConfigError: it was begun with others.
-        StoreError: with which cannot be told.
+        StoreError: the record of its settings is damaged.
     """
     file, repair = partial / "identity.json", f"Remove {partial} to sample again."
     if file.exists() or (partial / "parts").exists():

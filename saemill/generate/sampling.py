@@ -97,7 +97,7 @@ class Sampler(LogitsProcessor):  # type: ignore[misc]
     Args:
         u_RS: float64 [samples, max_tokens].
         temperature: divides the logits.
-        top_p: the most probable tokens that sum to this are kept (Holtzman et al. 2020).
+        top_p: the most probable tokens that sum to this stay (Holtzman et al. 2020).
         stop: when set, the next token raises `Interrupted`.
     """
 

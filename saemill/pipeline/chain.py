@@ -11,7 +11,7 @@ So a second pipeline with another k finds its tokens and activations and goes st
 with another layer adds it to the store, and what was interrupted goes on where it was.
 
 Tokens that are found again are compared with their hashes. Activations, which are too many, are compared as
-they are read: where training or the assessment finds them damaged, they are looked through and mended, and
+they are read: where training or the assessment finds them damaged, they are checked and repaired, and
 the stage goes on. Until then a file beside the store, <store>.damaged, says so.
 """
 
@@ -264,7 +264,7 @@ class Chain:
             return
         try:
             identity = runs.identity(config.out)
-        except StoreError:  # training writes it again where other records tell whose the folder is
+        except StoreError:  # training writes it again where other records name the run
             return
         settings.check_same(identity.content, config.identity(), config.out)
 

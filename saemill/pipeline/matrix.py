@@ -85,7 +85,7 @@ class Done(Record):
 
     format: Literal["saemill matrix 2"] = "saemill matrix 2"
     content: Hash
-    """Of its text, weights and settings."""
+    """Hash of its text, weights and settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ class MatrixConfig:
     delete: tuple[Literal["tokens", "acts"], ...] = ()
     """Which stores of a pair are deleted when it is assessed; a pair that is done stays done without."""
     compare: bool = True
-    """Match the dictionaries of different seeds and sources at the end, by the section compare."""
+    """Whether dictionaries of different seeds and sources are matched at the end, by the section compare."""
 
     def __post_init__(self) -> None:
         settings.at_least(self, 0, "seeds")

@@ -48,7 +48,7 @@ def run(
         model: hub id or local folder; None takes the file's.
         dataset: hub id, or local file or folder; None takes the file's.
         flags: settings by dotted name (`train.k`), and `device` for all stages that have one; None means
-            not given.
+            not set.
         file: a YAML file with a section per stage; without it, all four stages run.
         sets: `stage.key=value` strings.
 

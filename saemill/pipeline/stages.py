@@ -13,7 +13,7 @@ from saemill.tokenize.run import CTX_LEN, TokenizeConfig
 from saemill.train.config import TrainConfig, check_batch
 
 Sections = dict[str, dict[str, Any]]
-"""Settings as given, by stage."""
+"""Settings of the user, by stage."""
 
 CONFIGS: dict[str, Any] = {
     "tokenize": TokenizeConfig,

@@ -43,7 +43,7 @@ SET_HERE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobConfig:
-    """What jobs ask for. What a stage leaves open is as the section says for all stages."""
+    """Resources that jobs ask for. A setting that a stage leaves open is that of the section."""
 
     partition: str | None = None
     account: str | None = None
@@ -54,7 +54,7 @@ class JobConfig:
     cpus: int | None = None
     """CPUs per process; also the number of threads of each."""
     memory: str | None = None
-    """Per node: 64G."""
+    """Memory per node: 64G."""
     gpus: int | None = None
     """GPUs per node, one for each process there; tokenize uses none."""
     workers: int | None = None
@@ -73,9 +73,9 @@ class JobConfig:
     requeue: bool | None = None
     """Whether a preempted, stopped or timed-out job starts again [true]."""
     signal_seconds: int | None = None
-    """So long before its limit a job of cache or train is told to save [120]."""
+    """Seconds before its limit at which a job of cache or train is signalled to save [120]."""
     most_requeues: int | None = None
-    """A job of cache or train that was started again so often stays ended [100]."""
+    """Most restarts of a job of cache or train [100]."""
 
     def __post_init__(self) -> None:
         for name in ("cpus", "workers", "nodes", "ntasks", "signal_seconds", "most_requeues"):

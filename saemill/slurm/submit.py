@@ -3,7 +3,7 @@
 Plain sbatch and bash, not a library such as submitit that pickles functions: the scripts can be read, kept
 and submitted again by hand; each stage has resources of its own and waits for another kind of job; cache
 is an array; and our exit code decides on a restart. The stages resume by themselves, so to submit the
-same config again is the way on after any failure: a finished stage says so and ends at once.
+same config again continues after any failure: a finished stage says so and ends at once.
 """
 
 import shutil

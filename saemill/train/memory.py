@@ -24,6 +24,6 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device 
     try:
         pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them, or too little memory, of which torch tells better
+    except OSError:  # a kernel without them, or too little memory, for which torch has the better message
         return torch.zeros(*shape, dtype=dtype)
     return torch.frombuffer(pages, dtype=dtype).view(shape)

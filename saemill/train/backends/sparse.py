@@ -1,4 +1,4 @@
-"""A step that touches active pairs (token, latent) alone, as loops for CPUs and kernels for GPUs take it.
+"""A step that touches active pairs (token, latent) alone, as loops for CPUs and kernels for GPUs compute it.
 
 It has two passes. The first goes over tokens: the encoder's product in chunks, the k largest pre-activations,
 then reconstruction, error e = x̂ − x, and ⟨e, decoder row⟩ of each active latent. The second goes over

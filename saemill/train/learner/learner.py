@@ -78,7 +78,7 @@ class Learner:
         Args:
             batch: from the backend; the loss is the mean over its tokens.
             lr_factor: the schedule's factor on the peak rate.
-            step: its number, kept where the loss is not finite.
+            step: its number, recorded where the loss is not finite.
         """
         n_tokens, variant = len(batch.x_TD), self.variant
         self.optimizer.begin_step()

@@ -2,7 +2,7 @@
 
 A moment moves by a small share of itself per step, which may be less than the spacing of short
 formats: rounded to the nearest it would never move. So what is written is rounded
-up or down at random with the mean kept, by a table of noise read from a place that depends on the
+up or down at random without bias, by a table of noise read from a place that depends on the
 step and the row: the same run gives the same result, killed and resumed or not.
 """
 

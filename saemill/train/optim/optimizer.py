@@ -20,7 +20,7 @@ class Adam:
 
     Args:
         parameters: by name, float32; changed in place.
-        kept: format of the moments of weights: fp32, bf16 or 8bit.
+        moment_format: format of the moments of weights: fp32, bf16 or 8bit.
         betas: β₁ and β₂.
     """
 

@@ -131,7 +131,7 @@ def load(folder: Path, learners: list[Learner], everyone: Group) -> Checkpoint |
     Raises:
         StoreError: a file is missing or damaged, or the checkpoint is another run's.
     """
-    # One process looks for all: what the others see of a network's file system may be older.
+    # One process reads for all: what the others see of a network's file system may be older.
     record = everyone.first(lambda: read(folder))
     if record is None:
         return None

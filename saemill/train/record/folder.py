@@ -63,7 +63,7 @@ class Folder:
 
         Raises:
             ConfigError: the folder holds another run, or what was asked for needs a new training.
-            StoreError: it holds anything else, or a part of the finished run is damaged.
+            StoreError: it holds anything else, or a file of the finished run is damaged.
         """
         settings.check_folder(self.path)
         self._check()

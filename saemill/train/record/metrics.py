@@ -150,8 +150,8 @@ class TensorBoardSink:
 
     Args:
         folder: where the events go.
-        after_tokens: training tokens that the run goes on from; TensorBoard then hides what an earlier process
-            wrote of later ones.
+        after_tokens: training tokens that the run goes on from; TensorBoard then hides what an earlier
+            process wrote of later ones.
     """
 
     def __init__(self, folder: Path, after_tokens: int) -> None:

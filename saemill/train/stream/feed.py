@@ -12,7 +12,7 @@ class Feed:
     """The loader's batches, in order, on `device`.
 
     On a GPU a batch goes through one of two page-locked buffers per site, on a stream of its own, in
-    its stored dtype: half the bytes of float32. On a CPU it is passed on as it is.
+    its stored dtype: half the bytes of float32. On a CPU it is returned as it is.
     """
 
     def __init__(self, loader: Loader, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """Successive halving: the worse half of like variants is stopped early, its time goes to the rest.
 
-Rules (Jamieson & Talwalkar 2016, with the run's own schedule kept):
+Rules (Jamieson & Talwalkar 2016, with the schedule of the whole run):
 
 - R rungs, at 1/2^R, …, 1/4, 1/2 of the run's steps.
 - Variants compete within one site and one k: FVU at another site or k says nothing.

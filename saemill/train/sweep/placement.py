@@ -19,7 +19,7 @@ LATENTS_PER_ACTIVE = 90
 """A step's cost per active latent, in latents of the encoder's product: 0.196 s for 6,144 of these and
 0.09 s for the rest at k = 32 (docs/performance.md)."""
 TEAM_OVERHEAD = 0.3
-"""What a step takes in a team of two above its even share of one process's step, and once more with each
+"""Time that a step takes in a team of two above its even share of one process's step, and once more with each
 doubling (docs/scaling.md)."""
 MEMORY_SHARE = 0.85
 """Largest share of a device's memory for weights and moments; the rest is for batches and pre-activations."""

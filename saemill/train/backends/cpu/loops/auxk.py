@@ -18,7 +18,7 @@ PIECE_COLUMNS = 512
 
 def keep_largest(pre_TS: Tensor, k: int) -> Tensor:
     """Rectify the k largest entries of each row, as `Sparse.keep_largest`, in place; of equal entries the
-    first are kept.
+    first stay.
 
     Args:
         pre_TS: float32 or bfloat16.

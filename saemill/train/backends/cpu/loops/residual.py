@@ -35,7 +35,7 @@ def _residual(val, idx, x, w_dec, b, e, dots, sse):
     row = np.empty(x.shape[1], np.float32)
     for t in range(n_tokens):
         row[:] = b - x[t]
-        for i in range(0, fours, 4):  # several rows on their way at once
+        for i in range(0, fours, 4):  # several rows are fetched at once
             v0, v1, v2, v3 = val[t, i], val[t, i + 1], val[t, i + 2], val[t, i + 3]
             w0, w1 = w_dec[idx[t, i]], w_dec[idx[t, i + 1]]
             w2, w3 = w_dec[idx[t, i + 2]], w_dec[idx[t, i + 3]]

@@ -75,7 +75,7 @@ def _sort_pairs(val, idx, dots, gs, tokens, vals, dvals, offsets, db_enc, along,
 def gradients(
     batch: Batch, e_TD: Tensor, pairs: Pairs, block: slice, w_dec_FD: Tensor, b_D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of a block of rows of w_enc and of w_dec, the latter without its component along them.
+    """Compute the gradients of a block of rows of w_enc and w_dec, the latter orthogonal to w_dec.
 
     The inputs are those of the product, in its dtype, and so is the error.
     """
@@ -98,7 +98,7 @@ def _gradients(x, e, tokens, vals, dvals, offsets, db_enc, along, w_dec, b, grad
             dec[d] = -along[f] * w[d]
         first, last = offsets[f], offsets[f + 1]
         fours = first + (last - first) // 4 * 4
-        for p in range(first, fours, 4):  # several rows on their way at once
+        for p in range(first, fours, 4):  # several rows are fetched at once
             t0, t1, t2, t3 = tokens[p], tokens[p + 1], tokens[p + 2], tokens[p + 3]
             a0, a1, a2, a3 = dvals[p], dvals[p + 1], dvals[p + 2], dvals[p + 3]
             v0, v1, v2, v3 = vals[p], vals[p + 1], vals[p + 2], vals[p + 3]

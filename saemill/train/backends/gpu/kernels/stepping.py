@@ -24,7 +24,7 @@ N1, N2 = tl.constexpr(FIRST.n), tl.constexpr(SECOND.n)
 PER_OCTAVE1, PER_OCTAVE2 = tl.constexpr(FIRST.n / FIRST.octaves), tl.constexpr(SECOND.n / SECOND.octaves)
 LEAST1, LEAST2 = tl.constexpr(FIRST.least), tl.constexpr(SECOND.least)
 SMALLEST = tl.constexpr(2.0**-126)
-"""Normal float32: of anything smaller the logarithm is not told apart."""
+"""The smallest normal float32; the logarithm of anything smaller is replaced by its logarithm."""
 
 
 @triton.jit
