@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 
 
 def benchmarks() -> Iterator[tuple[str, str]]:
-    """What each benchmark measures and its command: the first line of its docstring, and the first in it
+    """List what each benchmark measures and its command: the first line of its docstring, and the first in it
     that starts with its own `python -m`. Modules without one are run by others, or not at all."""
     for file in sorted(HERE.glob("*/[!_]*.py")):
         text = ast.get_docstring(ast.parse(file.read_text())) or ""

@@ -13,7 +13,7 @@ PACKAGES = ("saemill", "torch", "transformers", "zarr")
 
 
 def machine(versions: Mapping[str, str] | None = None, gpus: Iterable[str] = ()) -> str:
-    """The machine, the versions and the date, in one line.
+    """Describe the machine, the versions and the date, in one line.
 
     Args:
         versions: by package; by default those that are installed here.
@@ -25,12 +25,12 @@ def machine(versions: Mapping[str, str] | None = None, gpus: Iterable[str] = ())
     flags = [flag for flag in FLAGS if flag in facts.get("flags", "").split()]
     cpu = facts.get("model name", platform.processor())
     versions = versions or {name: version(name) for name in PACKAGES}
-    parts = [*sorted(gpus), f"{os.cpu_count()} cores of {cpu} ({', '.join(flags)})"]
-    parts += [f"{name} {number}" for name, number in versions.items()]
-    return f"{'; '.join(parts)}; {date.today().isoformat()}"
+    items = [*sorted(gpus), f"{os.cpu_count()} cores of {cpu} ({', '.join(flags)})"]
+    items += [f"{name} {number}" for name, number in versions.items()]
+    return f"{'; '.join(items)}; {date.today().isoformat()}"
 
 
 def table(head: list[str], rows: list[list[str]], n_text: int = 2) -> list[str]:
-    """A Markdown table, by lines; the first `n_text` columns are text, the others numbers."""
+    """Render a Markdown table, by lines; the first `n_text` columns are text, the others numbers."""
     rule = "|" + "---|" * n_text + "--:|" * (len(head) - n_text)
     return ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows), ""]

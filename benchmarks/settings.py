@@ -10,7 +10,7 @@ OWN_OF_PEERS = ROOT / ".venv-peers" / "bin" / "python"
 
 
 def keep_settings(args: argparse.Namespace) -> None:
-    """Results of other settings must not be mixed in: finished runs in `out` are not run again."""
+    """Refuse to mix results of different settings: finished runs in `out` are not run again."""
     args.out.mkdir(parents=True, exist_ok=True)
     path, skip = args.out / "settings.json", ("out", "contestants", "rounds", "peers_python")
     now = {key: str(value) for key, value in vars(args).items() if key not in skip}

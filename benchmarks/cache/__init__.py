@@ -3,6 +3,6 @@
 forward.py   caching beside the bare forward pass
 loader.py    the training loader beside plain sequential reads, and how well its batches mix
 
-store.py     the store that it reads, whose rows tell their addresses
+store.py     the store that it reads, whose rows hold their addresses
 mixing.py    figures of how batches mix
 """

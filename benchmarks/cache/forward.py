@@ -22,7 +22,7 @@ BATCH_ROWS = 16
 
 
 def bare_seconds(model: LanguageModel, store: TokenStore, site: str, n_rows: int) -> float:
-    """Forward passes over the first rows, nothing kept."""
+    """Time forward passes over the first rows; nothing is kept."""
     start = time.perf_counter()
     for row in range(0, n_rows, BATCH_ROWS):
         ids = torch.from_numpy(store.rows(row, min(row + BATCH_ROWS, n_rows)).astype("int64"))
@@ -31,7 +31,7 @@ def bare_seconds(model: LanguageModel, store: TokenStore, site: str, n_rows: int
 
 
 def cache_seconds(args: argparse.Namespace, n_tokens: int) -> float:
-    """`saemill cache` of one site into a fresh folder, model loading included."""
+    """Time `saemill cache` of one site into a fresh folder, model loading included."""
     folder = Path(tempfile.mkdtemp(dir=Path(args.out).parent))
     start = time.perf_counter()
     cache(

@@ -47,8 +47,8 @@ from saemill.train.stream.loader import Loader
 
 PIECE_ROWS = 4096
 """Rows per plain read."""
-N_PARTS = 3
-"""Windows of which the parts of the loader's work are timed."""
+N_WINDOWS = 3
+"""Windows of which the loader's work is timed."""
 GIB = 2**30
 
 
@@ -77,7 +77,7 @@ class Measured:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """In their order."""
+    """List the files of the shards in their order."""
     return sorted((path / SITE / "c").glob("*/0"), key=lambda file: int(file.parent.name))
 
 
@@ -91,7 +91,7 @@ def evict(path: Path) -> None:
 
 
 def disk_bytes() -> int:
-    """Bytes that this process has fetched from the disk so far."""
+    """Count the bytes that this process has fetched from the disk so far."""
     counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(counts["read_bytes"])
 
@@ -108,7 +108,7 @@ def timed(batches: Iterator[object]) -> Measured:
 
 
 def plain(task: Task) -> Measured:
-    """All shards, from first to last byte."""
+    """Read all shards, from first to last byte."""
     files = shard_files(task.path)
     piece_bytes = PIECE_ROWS * ActivationStore(task.path).site(SITE).width * 2
     local = threading.local()
@@ -131,7 +131,7 @@ def plain(task: Task) -> Measured:
 
 
 def loader_of(task: Task) -> Loader:
-    """The training loader over the store."""
+    """Open the training loader over the store."""
     torch.set_num_threads(1)
     stream.READERS = task.n_readers
     sizes = {"batch_tokens": task.batch_tokens, "buffer_tokens": task.buffer_tokens}
@@ -139,18 +139,19 @@ def loader_of(task: Task) -> Loader:
 
 
 def epoch(loader: Loader) -> Iterator[torch.Tensor]:
-    """The whole batches of the first epoch."""
+    """Read the whole batches of the first epoch."""
     return (loader.batch(i)[SITE] for i in range(loader.epoch_tokens // loader.batch_tokens))
 
 
 def loaded(task: Task) -> Measured:
-    """An epoch of batches from the loader."""
+    """Read an epoch of batches from the loader."""
     with closing(loader_of(task)) as loader:
         return timed(epoch(loader))
 
 
 def mixed(task: Task) -> dict[str, dict[str, float]]:
-    """How batches mix: of the loader, of rows in their stored order, and of rows in the order of the text."""
+    """Measure how batches mix: of the loader, of rows in their stored order, and of rows in the order of the
+    text."""
     with closing(loader_of(task)) as loader:
         shuffled = np.concatenate([stores.addresses(x_TD) for x_TD in epoch(loader)])
         store = loader.store
@@ -160,33 +161,34 @@ def mixed(task: Task) -> dict[str, dict[str, float]]:
     stored = np.concatenate([s * size + store.permutation(s) for s in range(store.n_shards)])
     orders = {"the loader": shuffled, "stored order": stored, "order of the text": np.arange(store.n_tokens)}
     cut = len(shuffled)
-    found = {
+    figures = {
         name: mixing.measure(order[:cut].reshape(-1, task.batch_tokens)) for name, order in orders.items()
     }
-    found["a full shuffle, expected"] = mixing.of_full_shuffle(store.n_tokens, task.batch_tokens)
-    found["the loader, expected"] = mixing.of_windows(
+    figures["a full shuffle, expected"] = mixing.of_full_shuffle(store.n_tokens, task.batch_tokens)
+    figures["the loader, expected"] = mixing.of_windows(
         store.n_tokens, size, task.batch_tokens, task.buffer_tokens
     )
-    return found
+    return figures
 
 
-def parts(task: Task) -> dict[str, float]:
-    """Seconds per GiB of each part of the loader's work, by one thread: the medians of some warm windows."""
+def work_seconds(task: Task) -> dict[str, float]:
+    """Measure the seconds per GiB of each piece of the loader's work, by one thread: medians of windows."""
     torch.set_num_threads(1)
     store = ActivationStore(task.path)
     per_shard, n_blocks = store.shard_tokens // BLOCK_TOKENS, task.buffer_tokens // BLOCK_TOKENS
     order = permutation(store.n_shards * per_shard, 0)
     windows = [order[i : i + n_blocks] for i in range(0, len(order) - n_blocks + 1, n_blocks)]
     site = store.site(SITE)
-    found = [
-        window_parts(site, [divmod(int(number), per_shard) for number in window], task.batch_tokens)
-        for window in windows[:N_PARTS]
+    timings = [
+        window_seconds(site, [divmod(int(number), per_shard) for number in window], task.batch_tokens)
+        for window in windows[:N_WINDOWS]
     ]
-    return {name: statistics.median(window[name] for window in found) for name in found[0]}
+    return {name: statistics.median(window[name] for window in timings) for name in timings[0]}
 
 
-def window_parts(site: SiteArray, blocks: list[tuple[int, int]], batch_tokens: int) -> dict[str, float]:
-    """The parts on one window's blocks, one after another. A buffer is new when it is first written."""
+def window_seconds(site: SiteArray, blocks: list[tuple[int, int]], batch_tokens: int) -> dict[str, float]:
+    """Time each piece of the loader's work on one window's blocks. A buffer is new when it is first
+    written."""
     rows = [site.array.shard(s)[b * BLOCK_TOKENS : (b + 1) * BLOCK_TOKENS] for s, b in blocks]
     n_rows = len(rows) * BLOCK_TOKENS
     buffer, shuffled = (np.empty((n_rows, site.width), site.array.dtype) for _ in range(2))
@@ -225,51 +227,56 @@ def window_parts(site: SiteArray, blocks: list[tuple[int, int]], batch_tokens: i
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a process of its own, so that no other map or buffer is in the way."""
+    """Run work in a process of its own, so that no other map or buffer is in the way."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """All ways, in turns."""
+    """Measure all kinds of reading, in turns."""
     sizes = {"batch_tokens": args.batch, "buffer_tokens": args.buffer}
     passes: list[dict[str, Any]] = []
     for turn in range(args.rounds):
         for n_readers in args.readers:
             task = Task(path, n_readers=n_readers, **sizes)
             for cache in ("cold", "warm"):
-                for way in (plain, loaded):
+                for reader in (plain, loaded):
                     if cache == "cold":
                         evict(path)
-                    print(f"round {turn + 1}, {cache}, {n_readers} readers, {way.__name__}", flush=True)
-                    about = {"turn": turn, "cache": cache, "readers": n_readers, "way": way.__name__}
-                    passes.append(about | asdict(alone(way, task)))
+                    print(f"round {turn + 1}, {cache}, {n_readers} readers, {reader.__name__}", flush=True)
+                    about = {"turn": turn, "cache": cache, "readers": n_readers, "way": reader.__name__}
+                    passes.append(about | asdict(alone(reader, task)))
     task = Task(path, n_readers=1, **sizes)
     n_bytes = sum(file.stat().st_size for file in shard_files(path))
-    return {"bytes": n_bytes, "passes": passes, "parts": alone(parts, task), "mixing": alone(mixed, task)}
+    return {
+        "bytes": n_bytes,
+        "passes": passes,
+        "parts": alone(work_seconds, task),
+        "mixing": alone(mixed, task),
+    }
 
 
-def speed_table(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
-    """Rates, their ratio round by round, and what they took."""
-    gib = found["bytes"] / GIB
+def speed_table(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
+    """Render rates, their ratio round by round, and what they took."""
+    gib = results["bytes"] / GIB
 
-    def values(cache: str, readers: int, way: str, key: str) -> list[float]:
-        chosen = {"cache": cache, "readers": readers, "way": way}
-        return [p[key] for p in found["passes"] if chosen.items() <= p.items()]
+    def values(cache: str, readers: int, reader: str, key: str) -> list[float]:
+        chosen = {"cache": cache, "readers": readers, "way": reader}
+        return [p[key] for p in results["passes"] if chosen.items() <= p.items()]
 
     rows = []
     for cache in ("cold", "warm"):
         alone_s = values(cache, args.readers[0], "plain", "seconds")
         for n in args.readers:
-            seconds = {way: values(cache, n, way, "seconds") for way in ("plain", "loaded")}
-            rates = [f"{gib * 1024 / statistics.median(seconds[way]):,.0f}" for way in seconds]
+            seconds = {reader: values(cache, n, reader, "seconds") for reader in ("plain", "loaded")}
+            rates = [f"{gib * 1024 / statistics.median(seconds[reader]):,.0f}" for reader in seconds]
             ratios = [
                 sorted(p / own for p, own in zip(reads, seconds["loaded"], strict=True))
                 for reads in (seconds["plain"], alone_s)
             ]
             cells = [f"{statistics.median(r):.2f} ({r[0]:.2f}–{r[-1]:.2f})" for r in ratios]
-            cpu_s = [statistics.median(values(cache, n, way, "cpu_s")) / gib for way in seconds]
-            disk = [statistics.median(values(cache, n, w, "disk_bytes")) / found["bytes"] for w in seconds]
+            cpu_s = [statistics.median(values(cache, n, reader, "cpu_s")) / gib for reader in seconds]
+            disk = [statistics.median(values(cache, n, w, "disk_bytes")) / results["bytes"] for w in seconds]
             first_s = statistics.median(values(cache, n, "loaded", "first_s"))
             shares = " / ".join(f"{share:.0%}" for share in disk)
             cpu = " / ".join(f"{spent:.2f}" for spent in cpu_s)
@@ -279,8 +286,8 @@ def speed_table(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     return table([*head, "CPU-s per GiB, plain / loader", "from disk, plain / loader"], rows, 1)
 
 
-def mixing_table(found: dict[str, Any]) -> list[str]:
-    """The figures of `mixing`, by order."""
+def mixing_table(results: dict[str, Any]) -> list[str]:
+    """Render the figures of `mixing`, by order."""
     columns = {
         "same": "other rows of a row's document in its batch",
         "next": "rows of it in the next batch",
@@ -289,29 +296,30 @@ def mixing_table(found: dict[str, Any]) -> list[str]:
     }
     rows = [
         [name, *(f"{figures[key]:,.3f}" if key in figures else "" for key in columns)]
-        for name, figures in found["mixing"].items()
+        for name, figures in results["mixing"].items()
     ]
     return table(["order of rows", *columns.values()], rows, 1)
 
 
-def report(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
-    """All tables."""
+def report(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
+    """Render all tables."""
     n_documents = args.tokens // DOCUMENT_TOKENS
     lines = [machine(), ""]
     lines += [
-        f"{args.tokens:,} rows of D {args.width} in bf16, {found['bytes'] / GIB:.2f} GiB, in {n_documents:,} "
-        f"documents of {DOCUMENT_TOKENS}; {args.batch:,} rows per batch, a window of {args.buffer:,}; "
+        f"{args.tokens:,} rows of D {args.width} in bf16, {results['bytes'] / GIB:.2f} GiB, in "
+        f"{n_documents:,} documents of {DOCUMENT_TOKENS}; {args.batch:,} rows per batch, a window of "
+        f"{args.buffer:,}; "
         f"{args.rounds} rounds, medians. Load of the machine at the end: {os.getloadavg()[0]:.1f}.",
         "",
     ]
-    lines += speed_table(args, found)
-    rows = [[name, f"{seconds:.2f}"] for name, seconds in found["parts"].items()]
+    lines += speed_table(args, results)
+    rows = [[name, f"{seconds:.2f}"] for name, seconds in results["parts"].items()]
     lines += table(["the loader's work on a warm window, one thread", "s per GiB"], rows, 1)
-    return lines + mixing_table(found)
+    return lines + mixing_table(results)
 
 
 def parse() -> argparse.Namespace:
-    """The command line, checked."""
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -336,10 +344,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         path = alone(stores.make, Path(folder), args.tokens, args.width)
-        found = measure(args, path)
-    lines = report(args, found)
+        results = measure(args, path)
+    lines = report(args, results)
     (args.out / "results.md").write_text("\n".join(lines))
-    (args.out / "results.json").write_text(json.dumps(found, indent=1))
+    (args.out / "results.json").write_text(json.dumps(results, indent=1))
     print("\n".join(lines))
 
 

@@ -19,7 +19,7 @@ Figures = dict[str, float]
 
 
 def measure(address_BT: NDArray[Any]) -> Figures:
-    """Figures of consecutive batches, their means.
+    """Compute figures of consecutive batches, their means.
 
     Args:
         address_BT: the addresses in each batch, int64 [batches, T].
@@ -40,7 +40,7 @@ def measure(address_BT: NDArray[Any]) -> Figures:
 
 
 def of_full_shuffle(n_rows: int, batch_tokens: int) -> Figures:
-    """What a shuffle of all rows gives in the mean."""
+    """Compute what a shuffle of all rows gives in the mean."""
     n, t, others = n_rows, batch_tokens, DOCUMENT_TOKENS - 1
     absent = np.prod(1 - t / (n - np.arange(DOCUMENT_TOKENS)))
     return {
@@ -52,8 +52,8 @@ def of_full_shuffle(n_rows: int, batch_tokens: int) -> Figures:
 
 
 def of_windows(n_rows: int, shard_tokens: int, batch_tokens: int, buffer_tokens: int) -> Figures:
-    """What is expected of rows permuted within shards, whose blocks are shuffled in windows: the partners
-    of a full shuffle, and those of the same block."""
+    """Compute what is expected of rows permuted within shards, whose blocks are shuffled in windows: the
+    partners of a full shuffle, and those of the same block."""
     in_block = (BLOCK_TOKENS - 1) * (DOCUMENT_TOKENS - 1) / shard_tokens
     same = of_full_shuffle(n_rows, batch_tokens)["same"] + in_block * batch_tokens / buffer_tokens
     return {"same": same}

@@ -1,4 +1,4 @@
-"""A store whose rows tell their own addresses, written through saemill's writers without a model.
+"""A store whose rows hold their own addresses, written through saemill's writers without a model.
 
 Two rows of 256 tokens count as a document. The first four values of an activation are the digits of its
 address in base 256, which bf16 holds exactly; the others are random.
@@ -77,7 +77,7 @@ def make(folder: Path, n_tokens: int, width: int) -> Path:
 
 
 def _tokens(folder: Path, n_rows: int) -> TokenStore:
-    """Rows of random ids, none held out."""
+    """Write rows of random ids, none held out."""
     ids_RS = np.random.default_rng(0).integers(1, 8192, (n_rows, CTX_LEN))
     pq.write_table(pa.table({"input_ids": list(ids_RS)}), folder / "ids.parquet")
     return tokenize(
@@ -92,12 +92,12 @@ def _tokens(folder: Path, n_rows: int) -> TokenStore:
 
 
 def _digits(first: int, n: int) -> Tensor:
-    """The digits of the addresses first..first + n. bf16 [n, N_DIGITS]."""
+    """Compute the digits of the addresses first..first + n. bf16 [n, N_DIGITS]."""
     address_T = torch.arange(first, first + n)
     return torch.stack([address_T // 256**i % 256 for i in range(N_DIGITS)], dim=1).bfloat16()
 
 
 def addresses(x_TD: Tensor) -> NDArray[Any]:
-    """The addresses of stored rows. int64 [T]."""
+    """Read the addresses of stored rows. int64 [T]."""
     digits = x_TD[:, :N_DIGITS].to(torch.int64).numpy()
     return digits @ 256 ** np.arange(N_DIGITS)

@@ -37,7 +37,7 @@ class Choices:
 
     @property
     def counted(self) -> str:
-        """The place where figures are counted and, but for these choices, activations replaced."""
+        """Return the place where figures are counted and, but for these choices, activations replaced."""
         return "ordinary" if self.first_positions else "kept"
 
 
@@ -90,36 +90,38 @@ class Site:
         self.model, self.site, self.ids_RS, self.stored = model, site, ids_RS, stored
         self.batch_rows = batch_rows
         ordinary = MaskConfig(first_positions=0).keep(ids_RS.numpy(), special_ids)
-        kept = mask.keep(ids_RS.numpy(), special_ids)
-        masks = (kept, ordinary, np.ones_like(kept))
-        self.places = {place: torch.from_numpy(there) for place, there in zip(PLACES, masks, strict=True)}
+        unmasked = mask.keep(ids_RS.numpy(), special_ids)
+        masks = (unmasked, ordinary, np.ones_like(unmasked))
+        self.places = {
+            place: torch.from_numpy(positions) for place, positions in zip(PLACES, masks, strict=True)
+        }
         batches = ids_RS.split(batch_rows)
         self.x_RSD = torch.cat([model.capture(ids, [site], None)[site].float() for ids in batches])
 
     def x(self, choices: Choices) -> Tensor:
-        """Activations at the positions that count. fp32 [T, D]."""
+        """Return the activations at the positions that count. fp32 [T, D]."""
         x_TD = self.x_RSD[self.places[choices.counted]]
         return x_TD.to(self.stored).float() if choices.rounded else x_TD
 
     def run(self, saes: dict[str, Sae]) -> dict[str, Loss]:
-        """Losses as the model is ("clean"), and with zeros or an SAE's reconstruction ("zero everywhere",
-        "NAME kept", …)."""
+        """Compute losses as the model is ("clean"), and with zeros or an SAE's reconstruction ("zero
+        everywhere", "NAME kept", …)."""
         edits: dict[str, Edit] = {"zero": torch.zeros_like} | {n: _edit(sae) for n, sae in saes.items()}
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {"clean": []}
+        passes: dict[str, list[tuple[Tensor, Tensor]]] = {"clean": []}
         for start in range(0, len(self.ids_RS), self.batch_rows):
             rows = slice(start, start + self.batch_rows)
             clean = self.model.logits(self.ids_RS[rows], None).float().log_softmax(-1)
-            found["clean"].append(_loss(clean, clean, self.ids_RS[rows]))
+            passes["clean"].append(_loss(clean, clean, self.ids_RS[rows]))
             for what, edit in edits.items():
-                for place, there_RS in self.places.items():
-                    logits = self._edited(rows, edit, there_RS[rows])
+                for place, replaced_RS in self.places.items():
+                    logits = self._edited(rows, edit, replaced_RS[rows])
                     loss = _loss(clean, logits.float().log_softmax(-1), self.ids_RS[rows])
-                    found.setdefault(f"{what} {place}", []).append(loss)
-        return {key: Loss(*map(torch.cat, zip(*parts, strict=True))) for key, parts in found.items()}
+                    passes.setdefault(f"{what} {place}", []).append(loss)
+        return {key: Loss(*map(torch.cat, zip(*batches, strict=True))) for key, batches in passes.items()}
 
-    def _edited(self, rows: slice, edit: Edit, there_RS: Tensor) -> Tensor:
+    def _edited(self, rows: slice, edit: Edit, replaced_RS: Tensor) -> Tensor:
         def change(x_RSD: Tensor) -> Tensor:
-            return torch.where(there_RS[..., None], edit(x_RSD), x_RSD)
+            return torch.where(replaced_RS[..., None], edit(x_RSD), x_RSD)
 
         with self.model.splice(self.site, change):
             return self.model.logits(self.ids_RS[rows], None)
@@ -130,7 +132,7 @@ def _edit(sae: Sae) -> Edit:
 
 
 def _loss(clean: Tensor, edited: Tensor, ids_RS: Tensor) -> tuple[Tensor, Tensor]:
-    """From log probabilities [R, S, W]."""
+    """Compute cross-entropy and KL from log probabilities [R, S, W]."""
     ce_RS = torch.full(ids_RS.shape, torch.nan, dtype=torch.float64)
     ce_RS[:, :-1] = -edited[:, :-1].gather(-1, ids_RS[:, 1:, None])[..., 0].double()
     return ce_RS, (clean.exp() * (clean - edited)).sum(-1).double()
@@ -138,7 +140,8 @@ def _loss(clean: Tensor, edited: Tensor, ids_RS: Tensor) -> tuple[Tensor, Tensor
 
 @torch.inference_mode()
 def reconstruction(site: Site, sae: Sae, choices: Choices) -> Figures:
-    """Figures of one SAE on the activations alone; `mse` is ‖x − x̂‖² per token, as SAELens has it."""
+    """Compute figures of one SAE on the activations alone; `mse` is ‖x − x̂‖² per token, as SAELens has
+    it."""
     x_TD = site.x(choices)
     output, acts, indices = sae(x_TD)
     x, error = x_TD.double(), (x_TD - output).double()
@@ -154,16 +157,16 @@ def reconstruction(site: Site, sae: Sae, choices: Choices) -> Figures:
     }
 
 
-def losses(site: Site, found: dict[str, Loss], name: str, choices: Choices) -> Figures:
-    """Figures of one SAE, of those that `Site.run` was given, in the model."""
+def losses(site: Site, passes: dict[str, Loss], name: str, choices: Choices) -> Figures:
+    """Compute figures of one SAE, of those that `Site.run` was given, in the model."""
     replaced = "everywhere" if choices.special_replaced else choices.counted
     zeroed = "everywhere" if choices.zeros_everywhere else choices.counted
-    spliced = found[f"{name} {replaced}"]
+    spliced = passes[f"{name} {replaced}"]
     counted = site.places[choices.counted]
     predicted = counted.clone()
     predicted[:, -1] = False
-    passes = (found["clean"], spliced, found[f"zero {zeroed}"])
-    without, with_sae, ablated = (float(loss.ce_RS[predicted].mean()) for loss in passes)
+    counted_passes = (passes["clean"], spliced, passes[f"zero {zeroed}"])
+    without, with_sae, ablated = (float(loss.ce_RS[predicted].mean()) for loss in counted_passes)
     return {
         "ce_loss_without_sae": without,
         "ce_loss_with_sae": with_sae,
@@ -176,9 +179,9 @@ def losses(site: Site, found: dict[str, Loss], name: str, choices: Choices) -> F
 
 @torch.inference_mode()
 def by_rows(site: Site, sae: Sae) -> dict[str, Figures]:
-    """What SAELens and SAEBench form from batches of rows: figures that depend on the batch."""
-    parts = site.places["ordinary"].split(site.batch_rows)
-    batches = [x[part] for x, part in zip(site.x_RSD.split(site.batch_rows), parts, strict=True)]
+    """Compute what SAELens and SAEBench form from batches of rows: figures that depend on the batch."""
+    masks = site.places["ordinary"].split(site.batch_rows)
+    batches = [x[mask] for x, mask in zip(site.x_RSD.split(site.batch_rows), masks, strict=True)]
     outputs = [sae(x_TD).reconstruction for x_TD in batches]
     errors = [(x - y).double().square().sum(1) for x, y in zip(batches, outputs, strict=True)]
     spreads = [(x - x.mean(0)).double().square().sum(1) for x in batches]
@@ -199,15 +202,15 @@ def by_rows(site: Site, sae: Sae) -> dict[str, Figures]:
 
 @torch.inference_mode()
 def by_tokens(site: Site, sae: Sae, batch_tokens: int) -> dict[str, Figures]:
-    """What sparsify and dictionary_learning form from batches of tokens, those that saemill counts: means
-    of each batch's figure."""
-    fvu, parts = [], []
+    """Compute what sparsify and dictionary_learning form from batches of tokens, those that saemill counts:
+    means of each batch's figure."""
+    fvu, by_batch = [], []
     for x in site.x(Choices()).split(batch_tokens):
         output, acts, _ = sae(x)
         error = (x - output).double()
         norms = [torch.linalg.vector_norm(y, dim=1) for y in (x, output)]
         fvu.append(error.square().sum() / (x - x.mean(0)).double().square().sum())
-        parts.append(
+        by_batch.append(
             {
                 "frac_variance_explained": 1 - error.var(0).sum() / x.double().var(0).sum(),
                 "cossim": ((x * output).sum(1) / (norms[0] * norms[1])).double().mean(),
@@ -216,5 +219,5 @@ def by_tokens(site: Site, sae: Sae, batch_tokens: int) -> dict[str, Figures]:
                 "l0": (acts > 0).sum(1).double().mean(),
             }
         )
-    means = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+    means = {name: float(np.mean([figures[name] for figures in by_batch])) for name in by_batch[0]}
     return {"sparsify": {"fvu": float(np.mean(fvu))}, "dictionary_learning": means}

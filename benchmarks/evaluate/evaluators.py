@@ -42,23 +42,23 @@ PACKAGES = ("sae-lens", "sae-bench", "transformer-lens", "eai-sparsify", "dictio
 class Rows:
     """The model and the rows that SAELens and SAEBench evaluate on."""
 
-    def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, request: dict[str, Any]) -> None:
         self.ids_RS = torch.from_numpy(np.load(folder / "tokens.npy"))
-        self.special_ids, self.batch_rows = asked["special_ids"], asked["batch_rows"]
+        self.special_ids, self.batch_rows = request["special_ids"], request["batch_rows"]
         self.n_batches = len(self.ids_RS) // self.batch_rows
-        tokenizer = transformers.AutoTokenizer.from_pretrained(asked["tokenizer"])
-        self.model = TransformerBridge.boot_transformers(asked["model"], device="cpu", tokenizer=tokenizer)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(request["tokenizer"])
+        self.model = TransformerBridge.boot_transformers(request["model"], device="cpu", tokenizer=tokenizer)
 
     def hook_error(self, hook: str, x_RSD: Tensor) -> float:
-        """Largest difference between a hook's activations of the first rows and those given, over the
-        root mean square of these."""
+        """Compute the largest difference between a hook's activations of the first rows and those given, over
+        the root mean square of these."""
         with torch.no_grad():
             _, cache = self.model.run_with_cache(self.ids_RS[: len(x_RSD)], names_filter=[hook])
         return float((cache[hook] - x_RSD).abs().max() / x_RSD.square().mean().sqrt())
 
     def store(self, sae: Any) -> Any:
-        """The rows as both tools read them. Their passes read on where the one before ended, so each must
-        take all rows."""
+        """Wrap the rows as both tools read them. Their passes read on where the one before ended, so each
+        must take all rows."""
         dataset = Dataset.from_dict({"input_ids": self.ids_RS.tolist()})
         options = {"context_size": self.ids_RS.shape[1], "streaming": False}
         return ActivationsStore.from_sae(self.model, sae, dataset, total_tokens=len(dataset), **options)
@@ -69,10 +69,10 @@ class Rows:
 
 
 def saelens(folder: str, rows: Rows) -> Figures:
-    """`run_evals` with everything on."""
+    """Run SAELens' `run_evals` with everything on."""
     sae = SAE.load_from_disk(folder)
     config = evals.get_eval_everything_config(**rows.batches())
-    found = evals.run_evals(
+    groups = evals.run_evals(
         sae,
         rows.store(sae),
         rows.model,
@@ -80,45 +80,45 @@ def saelens(folder: str, rows: Rows) -> Figures:
         config,
         exclude_special_tokens=rows.special_ids,
     )
-    return flat(*found)
+    return flat(*groups)
 
 
 def saebench(folder: str, rows: Rows, exclude: bool) -> Figures:
-    """`run_evals` of the core evaluation. `exclude`: special tokens keep their activations."""
+    """Run SAEBench's `run_evals` of the core evaluation. `exclude`: special tokens keep their activations."""
     _, sae, _ = load_and_format_sae("here", SAE.load_from_disk(folder), "cpu")
-    told = {"compute_featurewise_density_statistics": True} if exclude else {}
+    options = {"compute_featurewise_density_statistics": True} if exclude else {}
     for name in ("kl", "ce_loss", *(["l2_norms", "sparsity_metrics", "variance_metrics"] * exclude)):
-        told[f"compute_{name}"] = True
-    config = CoreEvalConfig(exclude_special_tokens_from_reconstruction=exclude, **rows.batches(), **told)
+        options[f"compute_{name}"] = True
+    config = CoreEvalConfig(exclude_special_tokens_from_reconstruction=exclude, **rows.batches(), **options)
     store = rows.store(sae)
     return flat(*saebench_core.run_evals(sae, store, rows.model, config, ignore_tokens=set(rows.special_ids)))
 
 
 def flat(metrics: dict[str, dict[str, float]], features: dict[str, list[float]]) -> Figures:
-    """Their groups joined; of the latents, the share that never fired; what splicing costs."""
-    found = {name: value for group in metrics.values() for name, value in group.items()}
+    """Join groups of figures; of the latents, the share that never fired; what splicing costs."""
+    figures = {name: value for group in metrics.values() for name, value in group.items()}
     if density := features.get("feature_density"):
-        found["never_fired"] = float(np.mean(np.array(density) == 0))
-    found["delta_ce"] = found["ce_loss_with_sae"] - found["ce_loss_without_sae"]
-    return found
+        figures["never_fired"] = float(np.mean(np.array(density) == 0))
+    figures["delta_ce"] = figures["ce_loss_with_sae"] - figures["ce_loss_without_sae"]
+    return figures
 
 
 def sparsify(folder: str, batches: list[Tensor]) -> Figures:
-    """The mean over batches of the FVU that its forward pass returns."""
+    """Compute the mean over batches of the FVU that its forward pass returns."""
     sae = SparseCoder.load_from_disk(folder)
     with torch.no_grad():
         return {"fvu": float(np.mean([sae(x_TD).fvu.item() for x_TD in batches]))}
 
 
 def dictionary_learning(folder: str, batches: list[Tensor]) -> Figures:
-    """`evaluate` on activations."""
+    """Run dictionary_learning's `evaluate` on activations."""
     sae, _ = load_dictionary(folder, "cpu")
-    found: Figures = evaluate(sae, iter(batches), n_batches=len(batches))
-    return found
+    figures: Figures = evaluate(sae, iter(batches), n_batches=len(batches))
+    return figures
 
 
 def evaluate_all(variant: dict[str, str], rows: Rows, batch_tokens: int) -> dict[str, Figures]:
-    """One SAE through every package."""
+    """Evaluate one SAE by every package."""
     batches = list(torch.from_numpy(np.load(variant["x"])).split(batch_tokens))
     return {
         "saelens": saelens(variant["saelens"], rows),
@@ -130,18 +130,19 @@ def evaluate_all(variant: dict[str, str], rows: Rows, batch_tokens: int) -> dict
 
 
 def main(folder: Path) -> None:
-    """Every variant that was not evaluated yet."""
-    asked, theirs = json.loads((folder / "asked.json").read_text()), folder / "theirs"
-    torch.set_num_threads(asked["threads"])
-    rows = Rows(folder, asked)
-    theirs.mkdir(exist_ok=True)
-    for name, variant in asked["variants"].items():
-        if not (theirs / f"{name}.json").exists():
+    """Evaluate every variant that was not evaluated yet."""
+    request, results = json.loads((folder / "asked.json").read_text()), folder / "theirs"
+    torch.set_num_threads(request["threads"])
+    rows = Rows(folder, request)
+    results.mkdir(exist_ok=True)
+    for name, variant in request["variants"].items():
+        if not (results / f"{name}.json").exists():
             print(name, flush=True)
-            found = evaluate_all(variant, rows, asked["batch_tokens"])
-            (theirs / f"{name}.json").write_text(json.dumps(found, indent=1))
+            figures = evaluate_all(variant, rows, request["batch_tokens"])
+            (results / f"{name}.json").write_text(json.dumps(figures, indent=1))
     errors = {
-        hook: rows.hook_error(hook, torch.from_numpy(np.load(file))) for hook, file in asked["hooks"].items()
+        hook: rows.hook_error(hook, torch.from_numpy(np.load(file)))
+        for hook, file in request["hooks"].items()
     }
     about = {"versions": {name: version(name) for name in PACKAGES}, "hook_error": errors}
     (folder / "about.json").write_text(json.dumps(about))

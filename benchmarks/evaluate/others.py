@@ -95,49 +95,49 @@ class Run:
 
     @cached_property
     def saes(self) -> dict[str, Sae]:
-        """The variants that `saemill assess` measures."""
+        """Load the variants that `saemill assess` measures."""
         left_out = {*self.finished["diverged"], *self.finished["stopped"]}
         names = [name for name in self.finished["variants"] if name not in left_out]
         return {name: Sae.load(self.folder / name) for name in names}
 
     @cached_property
     def sites(self) -> dict[str, Site]:
-        """By name, those of the run's SAEs."""
+        """Open the sites of the run's SAEs, by name."""
         ids_RS = torch.from_numpy(self.tokens.rows(0, self.tokens.n_rows).astype(np.int64))
         mask = config.build(MaskConfig, self.finished["mask"], "mask")
         special_ids = self.tokens.tokenizer.special_ids
-        found = {}
+        sites = {}
         for site in self.hooks:
             stored = self.store.site(site).dtype
-            found[site] = Site(self.model, site, ids_RS, mask, special_ids, stored, BATCH_ROWS)
-        return found
+            sites[site] = Site(self.model, site, ids_RS, mask, special_ids, stored, BATCH_ROWS)
+        return sites
 
     @cached_property
     def hooks(self) -> dict[str, Hook]:
-        """By site, in TransformerLens' terms."""
-        model_type, found = self.model.config.model_type, {}
+        """Name the hooks of the sites in TransformerLens' terms, by site."""
+        model_type, hooks = self.model.config.model_type, {}
         for sae in self.saes.values():
             site = sae.config.provenance["site"]
             hook = hook_of(site, model_type)
             if hook is None:
                 raise SystemExit(f"TransformerLens has no hook for {site} of {model_type}")
-            found[site] = hook
-        return found
+            hooks[site] = hook
+        return hooks
 
     def site_of(self, sae: Sae) -> Site:
         return self.sites[sae.config.provenance["site"]]
 
 
 def check_unseen(run: Run) -> None:
-    """`saemill assess` leaves out documents that training saw; the others cannot."""
+    """Refuse documents that training saw: `saemill assess` leaves them out, the others cannot."""
     trained = run.store.tokens.documents
     known = trained["text_hash"].to_numpy()[~trained["held_out"].to_numpy(zero_copy_only=False)]
     if seen := int(np.isin(run.tokens.documents["text_hash"].to_numpy(), known).sum()):
         raise SystemExit(f"training saw {seen} documents of these rows; take rows of other text")
 
 
-def ours(run: Run, out: Path) -> dict[str, Any]:
-    """`saemill assess` on the rows."""
+def own_assessment(run: Run, out: Path) -> dict[str, Any]:
+    """Run `saemill assess` on the rows."""
     path = out / "assessment" / "final_assessment.json"
     if not path.exists():
         everything = {"max_tokens": run.tokens.n_tokens, "model_tokens": run.tokens.n_tokens}
@@ -147,13 +147,13 @@ def ours(run: Run, out: Path) -> dict[str, Any]:
                 batch_size=BATCH_ROWS, device="cpu", n_latents=0, **everything,
             )
         )  # fmt: skip
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    assessment: dict[str, Any] = json.loads(path.read_text())
+    return assessment
 
 
-def hand_over(run: Run, out: Path) -> None:
-    """What the others need: the rows, activations of them, and the SAEs in each one's format."""
-    asked: dict[str, Any] = {
+def write_request(run: Run, out: Path) -> None:
+    """Write what the others need: the rows, activations of them, and the SAEs in each one's format."""
+    request: dict[str, Any] = {
         "model": run.model.name, "tokenizer": str((run.tokens.tokenizer_folder).absolute()),
         "special_ids": list(run.tokens.tokenizer.special_ids), "batch_rows": BATCH_ROWS,
         "batch_tokens": BATCH_TOKENS, "threads": torch.get_num_threads(), "hooks": {}, "variants": {},
@@ -161,10 +161,10 @@ def hand_over(run: Run, out: Path) -> None:
     np.save(out / "tokens.npy", next(iter(run.sites.values())).ids_RS.numpy())
     for name, site in run.sites.items():
         hook = run.hooks[name]
-        first, kept = ((out / f"{what}-{name}.npy").absolute() for what in ("first", "x"))
+        first, counted = ((out / f"{what}-{name}.npy").absolute() for what in ("first", "x"))
         np.save(first, site.x_RSD[:FIRST_ROWS].numpy())
-        np.save(kept, site.x(STEPS["saemill"]).numpy())
-        asked["hooks"][hook.name] = str(first)
+        np.save(counted, site.x(STEPS["saemill"]).numpy())
+        request["hooks"][hook.name] = str(first)
         for variant, sae in run.saes.items():
             if run.site_of(sae) is site:
                 folders = {
@@ -172,13 +172,15 @@ def hand_over(run: Run, out: Path) -> None:
                 }
                 for format, folder in folders.items():
                     formats.save(sae.parts, format, folder, hook)
-                asked["variants"][variant] = {"x": str(kept)} | {f: str(path) for f, path in folders.items()}
-    (out / "asked.json").write_text(json.dumps(asked))
+                request["variants"][variant] = {"x": str(counted)} | {
+                    f: str(path) for f, path in folders.items()
+                }
+    (out / "asked.json").write_text(json.dumps(request))
 
 
 @contextmanager
 def evaluating(out: Path, python: Path) -> Iterator[None]:
-    """While the block runs, the others evaluate in their own environment, if they have not yet."""
+    """Let the others evaluate in their own environment while the block runs, if they have not yet."""
     if (out / "about.json").exists():
         yield
         return
@@ -200,15 +202,16 @@ def evaluating(out: Path, python: Path) -> Iterator[None]:
 
 
 def by_definitions(run: Run, out: Path) -> dict[str, Any]:
-    """Per variant: saemill's way to SAELens' figures, and what the others form from the same tensors."""
+    """Compute per variant the steps from saemill's to SAELens' figures, and what the others form from the
+    same tensors."""
     path = out / "recomputed.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if found:
-        return found
+    recomputed: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if recomputed:
+        return recomputed
     for site in run.sites.values():
-        mine = {name: sae for name, sae in run.saes.items() if run.site_of(sae) is site}
-        passes = site.run(mine)
-        for name, sae in mine.items():
+        site_saes = {name: sae for name, sae in run.saes.items() if run.site_of(sae) is site}
+        passes = site.run(site_saes)
+        for name, sae in site_saes.items():
             steps = {
                 step: definitions.reconstruction(site, sae, choices)
                 | definitions.losses(site, passes, name, choices)
@@ -219,24 +222,24 @@ def by_definitions(run: Run, out: Path) -> dict[str, Any]:
             others[REPLACED] = {
                 key: replaced[key] for key in ("ce_loss_with_sae", "delta_ce", "kl_div_with_sae")
             }
-            found[name] = {"steps": steps, "others": others}
-    path.write_text(json.dumps(found, indent=1))
-    return found
+            recomputed[name] = {"steps": steps, "others": others}
+    path.write_text(json.dumps(recomputed, indent=1))
+    return recomputed
 
 
 def difference(a: float, b: float) -> float:
-    """Relative; of two zeros none."""
+    """Compute the relative difference; of two zeros it is 0."""
     return abs(a - b) / max(abs(a), abs(b), 1e-12)
 
 
-def as_theirs(entry: dict[str, Any], d: int) -> dict[str, dict[str, float]]:
-    """A variant's figures in `final_assessment.json` by SAELens' names and in its units."""
-    found = {}
-    for name, mine in OURS.items():
-        figure = entry["metrics"][mine]
+def in_saelens_terms(entry: dict[str, Any], d: int) -> dict[str, dict[str, float]]:
+    """Return a variant's figures in `final_assessment.json` by SAELens' names and in its units."""
+    figures = {}
+    for name, own_name in OURS.items():
+        figure = entry["metrics"][own_name]
         scale = d if name == "mse" else 1
-        found[name] = {key: scale * v for key, v in figure.items() if key != "reason" and v is not None}
-    return found
+        figures[name] = {key: scale * v for key, v in figure.items() if key != "reason" and v is not None}
+    return figures
 
 
 def number(value: float) -> str:
@@ -244,7 +247,7 @@ def number(value: float) -> str:
 
 
 def rest(a: float, b: float) -> str:
-    """The relative difference, as a cell."""
+    """Format the relative difference, as a cell."""
     return f"{difference(a, b):.0e}" if a != b else "0"
 
 
@@ -253,39 +256,40 @@ def with_interval(figure: dict[str, float]) -> str:
     return number(figure["value"]) + interval
 
 
-def beside_table(mine: dict[str, dict[str, float]], theirs: dict[str, Figures]) -> list[str]:
-    """What each says of one variant."""
+def comparison_table(own: dict[str, dict[str, float]], others: dict[str, Figures]) -> list[str]:
+    """Render what each says of one variant."""
     tools = ("saelens", "saebench", REPLACED)
     rows = [
         [name, OURS[name], with_interval(figure)]
-        + [number(theirs[tool][name]) if name in theirs[tool] else "" for tool in tools]
-        for name, figure in mine.items()
+        + [number(others[tool][name]) if name in others[tool] else "" for tool in tools]
+        for name, figure in own.items()
     ]
     head = ["their name", "saemill's", "saemill assess (95%)", "SAELens", "SAEBench core"]
     return table([*head, "SAEBench core, special tokens replaced"], rows)
 
 
-def steps_table(steps: dict[str, Figures], theirs: Figures) -> list[str]:
-    """From saemill's definition to SAELens', one choice after another; empty where it changes nothing."""
+def steps_table(steps: dict[str, Figures], saelens: Figures) -> list[str]:
+    """Render the figures from saemill's definition to SAELens', one choice after another; empty where it
+    changes nothing."""
     rows = []
     for name in OURS:
         values = [figures[name] for figures in steps.values()]
         cells = [number(values[0])]
         cells += [number(b) if difference(a, b) > 1e-9 else "" for a, b in pairwise(values)]
-        rows.append([name, OURS[name], *cells, number(theirs[name]), rest(values[-1], theirs[name])])
+        rows.append([name, OURS[name], *cells, number(saelens[name]), rest(values[-1], saelens[name])])
     return table(["their name", "saemill's", *steps, "SAELens", "left (relative)"], rows)
 
 
 def formulas_table(variant: dict[str, Any]) -> list[str]:
-    """Figures of other definitions: what each tool says, and its formula from saemill's tensors."""
-    mine = {name: number(figure["value"]) for name, figure in variant["ours"].items()}
-    mine["fvu"] = number(1 - variant["ours"]["explained_variance"]["value"])
+    """Render figures of other definitions: what each tool says, and its formula from saemill's tensors."""
+    own = {name: number(figure["value"]) for name, figure in variant["ours"].items()}
+    own["fvu"] = number(1 - variant["ours"]["explained_variance"]["value"])
     rows = []
     for tool, figures in variant["others"].items():
         for name, value in figures.items():
-            said = variant["theirs"][tool][name]
-            nearest = mine.get(NEAREST.get(name, name), "")
-            rows.append([tool, name, nearest, number(said), number(value), rest(value, said)])
+            reported = variant["theirs"][tool][name]
+            nearest = own.get(NEAREST.get(name, name), "")
+            rows.append([tool, name, nearest, number(reported), number(value), rest(value, reported)])
     head = ["tool", "figure", "saemill assess", "the tool", "its formula, saemill's tensors"]
     return table([*head, "left (relative)"], rows)
 
@@ -316,17 +320,17 @@ def main() -> None:
     run = Run(args.run, TokenStore(cut) if cut.exists() else copy_rows(store, n_rows, cut), args.model)
     print("; ".join(f"{site} is {hook.name}" for site, hook in run.hooks.items()), flush=True)
     check_unseen(run)
-    hand_over(run, args.out)
+    write_request(run, args.out)
     with evaluating(args.out, args.peers_python):
-        assessment = ours(run, args.out)
+        assessment = own_assessment(run, args.out)
         recomputed = by_definitions(run, args.out)
     raw: dict[str, Any] = json.loads((args.out / "about.json").read_text())
     raw |= {"data": assessment["data"], "variants": {}}
     for entry in assessment["variants"]:
         if (name := entry["name"]) in run.saes:
-            mine = as_theirs(entry, run.saes[name].config.d_in)
-            theirs = json.loads((args.out / "theirs" / f"{name}.json").read_text())
-            raw["variants"][name] = {"ours": mine, "theirs": theirs} | recomputed[name]
+            own = in_saelens_terms(entry, run.saes[name].config.d_in)
+            others = json.loads((args.out / "theirs" / f"{name}.json").read_text())
+            raw["variants"][name] = {"ours": own, "theirs": others} | recomputed[name]
     (args.out / "results.json").write_text(json.dumps(raw, indent=1))
     lines = report(run, raw)
     (args.out / "results.md").write_text("\n".join(lines))
@@ -334,7 +338,7 @@ def main() -> None:
 
 
 def report(run: Run, raw: dict[str, Any]) -> list[str]:
-    """All tables."""
+    """Render all tables."""
     versions = {name: version(name) for name in ("saemill", "transformers")} | raw["versions"]
     data, rows = raw["data"], run.tokens
     errors = ", ".join(f"{hook} {error:.0e}" for hook, error in raw["hook_error"].items())
@@ -346,13 +350,13 @@ def report(run: Run, raw: dict[str, Any]) -> list[str]:
         "",
     ]
     for name, variant in raw["variants"].items():
-        theirs = variant["theirs"]
-        ours = {key: figure["value"] for key, figure in variant["ours"].items()}
-        apart = max(difference(ours[key], value) for key, value in variant["steps"]["saemill"].items())
-        same = theirs["saelens"].keys() & theirs["saebench"].keys() - variant["others"]["saebench"].keys()
-        between = max(difference(theirs["saelens"][key], theirs["saebench"][key]) for key in same)
-        lines += [f"### {name}", "", *beside_table(variant["ours"], theirs)]
-        lines += steps_table(variant["steps"], theirs["saelens"])
+        others = variant["theirs"]
+        own = {key: figure["value"] for key, figure in variant["ours"].items()}
+        apart = max(difference(own[key], value) for key, value in variant["steps"]["saemill"].items())
+        same = others["saelens"].keys() & others["saebench"].keys() - variant["others"]["saebench"].keys()
+        between = max(difference(others["saelens"][key], others["saebench"][key]) for key in same)
+        lines += [f"### {name}", "", *comparison_table(variant["ours"], others)]
+        lines += steps_table(variant["steps"], others["saelens"])
         lines += [f"The first step and `saemill assess` differ by at most {apart:.0e} (relative).", ""]
         lines += formulas_table(variant)
         lines += [f"SAEBench's other figures differ from SAELens' by at most {between:.0e} (relative).", ""]

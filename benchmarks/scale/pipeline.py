@@ -30,13 +30,13 @@ class Measured:
 
 
 def measure(out: Path, name: str, command: str) -> Measured:
-    """Run a command; its wall time and the largest memory it held.
+    """Run a command; measure its wall time and the largest memory it held.
 
     The measurement is kept in `out`, so that a benchmark that was cut off goes on at its next stage.
     """
-    kept = out / f"{name}.json"
-    if kept.exists():
-        return Measured(**json.loads(kept.read_text()))
+    file = out / f"{name}.json"
+    if file.exists():
+        return Measured(**json.loads(file.read_text()))
     print(f"\n$ {command}", flush=True)
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", *shlex.split(command)])
@@ -44,12 +44,12 @@ def measure(out: Path, name: str, command: str) -> Measured:
     if status != 0:
         raise SystemExit(f"{name} failed with status {status}")
     measured = Measured(name, time.perf_counter() - start, usage.ru_maxrss / 1024)
-    kept.write_text(json.dumps(asdict(measured)))
+    file.write_text(json.dumps(asdict(measured)))
     return measured
 
 
 def last_metrics(run: Path) -> dict[str, float]:
-    """The last line of a run's metrics and its summary."""
+    """Read the last line of a run's metrics and its summary."""
     finished = json.loads((run / "finished.json").read_text())
     return {"tokens": finished["tokens"], "seconds": finished["seconds"]}
 
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def write(out: Path, stages: list[Measured], forward: dict[str, float]) -> None:
-    """The tables as Markdown."""
+    """Write the tables as Markdown."""
     lines = [machine(), "", "| stage | seconds | peak memory, MiB |", "|---|--:|--:|"]
     lines += [f"| {stage.name} | {stage.seconds:,.1f} | {stage.peak_mib:,.0f} |" for stage in stages]
     many, one = last_metrics(out / "run"), last_metrics(out / "single")
@@ -112,7 +112,7 @@ def write(out: Path, stages: list[Measured], forward: dict[str, float]) -> None:
 
 
 def assessment_table(assessment: dict) -> list[str]:  # type: ignore[type-arg]
-    """The variants, best first, with 95% intervals."""
+    """Render the variants, best first, with 95% intervals."""
 
     def cell(figure: dict) -> str:  # type: ignore[type-arg]
         if figure["value"] is None:

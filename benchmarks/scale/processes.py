@@ -42,8 +42,8 @@ WARMUP_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to spread n processes."""
+class Setting:
+    """One setting of n processes: how variants, latents and tokens are spread over them."""
 
     name: str
     n_processes: int
@@ -52,17 +52,17 @@ class Way:
     latent_ranks: int
 
 
-def ways(args: argparse.Namespace) -> list[tuple[Way, Way]]:
-    """Each way beside one process with the same variants."""
-    found = []
+def settings(args: argparse.Namespace) -> list[tuple[Setting, Setting]]:
+    """List each setting beside one process with the same variants."""
+    pairs = []
     for n in args.processes:
         for name, n_variants, data, latents in (
             ("variants dealt", args.many, 1, 1),
             ("latents split", args.few, 1, n),
             ("tokens split", args.few, n, 1),
         ):
-            found.append((Way(name, n, n_variants, data, latents), Way(name, 1, n_variants, 1, 1)))
-    return found
+            pairs.append((Setting(name, n, n_variants, data, latents), Setting(name, 1, n_variants, 1, 1)))
+    return pairs
 
 
 class Traffic:
@@ -86,8 +86,8 @@ class Traffic:
 
 
 @torch.no_grad()
-def work(args: argparse.Namespace, way: Way) -> None:
-    """One process: train and measure; the first writes what it found."""
+def work(args: argparse.Namespace, setting: Setting) -> None:
+    """Train and measure in one process; the first writes the result."""
     torch.set_num_threads(1)
     here, traffic = World.here(), Traffic()
     store = ActivationStore(args.acts)
@@ -95,17 +95,17 @@ def work(args: argparse.Namespace, way: Way) -> None:
     lr = auto_lr(args.latents, d, 1000)
     variants = [
         Variant(name=f"v{i}", site=args.site, k=args.k, num_latents=args.latents, lr=lr, seed=i, k_aux=d // 2)
-        for i in range(way.n_variants)
+        for i in range(setting.n_variants)
     ]
     loader = Loader(store, [args.site], store.mask, batch_tokens=args.batch, buffer_tokens=65_536, seed=0)
     with here.connected(torch.device("cpu")) as everyone, closing(loader):
-        placement = choose(variants, {args.site: d}, everyone.size, way.data_ranks, way.latent_ranks)
+        placement = choose(variants, {args.site: d}, everyone.size, setting.data_ranks, setting.latent_ranks)
         cpu = torch.device("cpu")
         backend = make_backend("numba", choose_product_dtype("auto", cpu), placement.team_of(everyone))
-        mine = placement.teams[everyone.rank // placement.team_size]
+        own_variants = placement.teams[everyone.rank // placement.team_size]
         scaling = scaling_of(store, args.site, store.mask, cpu)
         sample = scaling.standardise(loader.batch(0)[args.site])
-        learners = [Learner(variant, scaling, backend, sample, 10**9) for variant in mine]
+        learners = [Learner(variant, scaling, backend, sample, 10**9) for variant in own_variants]
         bank = Bank(args.site, scaling, backend, learners)
         steps, waits, n_bytes = [], [], 0.0
         for i in range(WARMUP_STEPS + args.steps):
@@ -116,42 +116,42 @@ def work(args: argparse.Namespace, way: Way) -> None:
             everyone.barrier()
             steps.append(time.perf_counter() - start)
             n_bytes = traffic.n_bytes - before
-        found = {
+        result = {
             "step_s": statistics.median(steps[WARMUP_STEPS:]),
             "wait_s": statistics.median(waits[WARMUP_STEPS:]),
             "bytes": n_bytes,
             "d": d,
         }
         if everyone.rank == 0:
-            Path(args.result).write_text(json.dumps(found))
+            Path(args.result).write_text(json.dumps(result))
 
 
-def run(args: argparse.Namespace, way: Way) -> dict[str, float]:
-    """Measure one way in processes of its own."""
+def run(args: argparse.Namespace, setting: Setting) -> dict[str, float]:
+    """Measure one setting in processes of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "found.json"
-        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        numbers = (way.n_processes, way.n_variants, way.data_ranks, way.latent_ranks)
+        result_file = Path(folder) / "found.json"
+        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        numbers = (setting.n_processes, setting.n_variants, setting.data_ranks, setting.latent_ranks)
         options = [
             f"--{name}={getattr(args, name)}" for name in ("acts", "site", "latents", "k", "batch", "steps")
         ]
         subprocess.run(
             [
-                sys.executable, "-m", "torch.distributed.run", *meeting,
-                "--nproc-per-node", str(way.n_processes), "-m", "benchmarks.scale.processes",
-                *options, "--way", ",".join(map(str, numbers)), "--result", str(result),
+                sys.executable, "-m", "torch.distributed.run", *rendezvous,
+                "--nproc-per-node", str(setting.n_processes), "-m", "benchmarks.scale.processes",
+                *options, "--way", ",".join(map(str, numbers)), "--result", str(result_file),
             ],
             check=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        found: dict[str, float] = json.loads(result.read_text())
-        return found
+        result: dict[str, float] = json.loads(result_file.read_text())
+        return result
 
 
-def formula(args: argparse.Namespace, way: Way, d: int) -> float:
-    """Bytes that one process takes in per step."""
+def formula(args: argparse.Namespace, setting: Setting, d: int) -> float:
+    """Compute the bytes that one process takes in per step."""
     n_tokens, k = args.batch, args.k
-    n, of_tokens, of_latents = way.n_variants, way.data_ranks, way.latent_ranks
+    n, of_tokens, of_latents = setting.n_variants, setting.data_ranks, setting.latent_ranks
     exchanged = (of_tokens - 1) / of_tokens * n_tokens * (4 * d + 16 * k)
     candidates = (of_latents - 1) * n_tokens * 4 * k
     summed = 2 * (of_latents - 1) / of_latents * 4 * n_tokens * d
@@ -178,7 +178,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.way:
         n_processes, n_variants, data, latents = map(int, args.way.split(","))
-        work(args, Way("", n_processes, n_variants, data, latents))
+        work(args, Setting("", n_processes, n_variants, data, latents))
         return
     text = table(args)
     print(text)
@@ -187,12 +187,12 @@ def main() -> None:
 
 
 def table(args: argparse.Namespace) -> str:
-    """All ways, in turns, as Markdown."""
-    pairs = ways(args)
-    found: dict[Way, list[dict[str, float]]] = {way: [] for pair in pairs for way in pair}
+    """Measure all settings, in turns, and render them as Markdown."""
+    pairs = settings(args)
+    results: dict[Setting, list[dict[str, float]]] = {setting: [] for pair in pairs for setting in pair}
     for _ in range(args.rounds):
-        for way in found:
-            found[way].append(run(args, way))
+        for setting in results:
+            results[setting].append(run(args, setting))
     lines = [
         machine(),
         "",
@@ -203,15 +203,15 @@ def table(args: argparse.Namespace) -> str:
         "| MiB taken in per step | by formula |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for way, alone in pairs:
-        step_s, alone_s = (statistics.median(r["step_s"] for r in found[w]) for w in (way, alone))
-        wait_s = statistics.median(r["wait_s"] for r in found[way])
-        last = found[way][-1]
-        expected = formula(args, way, int(last["d"]))
+    for setting, alone in pairs:
+        step_s, alone_s = (statistics.median(r["step_s"] for r in results[w]) for w in (setting, alone))
+        wait_s = statistics.median(r["wait_s"] for r in results[setting])
+        last = results[setting][-1]
+        expected = formula(args, setting, int(last["d"]))
         lines.append(
-            f"| {way.name} | {way.n_processes} | {way.n_variants} "
+            f"| {setting.name} | {setting.n_processes} | {setting.n_variants} "
             f"| {step_s * 1e3:,.0f} | {alone_s * 1e3:,.0f} "
-            f"| {alone_s / step_s / way.n_processes:.0%} | {wait_s / step_s:.1%} "
+            f"| {alone_s / step_s / setting.n_processes:.0%} | {wait_s / step_s:.1%} "
             f"| {last['bytes'] / 2**20:.2f} | {expected / 2**20:.2f} |"
         )
     return "\n".join(lines) + "\n"

@@ -43,7 +43,7 @@ class Job:
     options: dict[str, Any]
 
     def compile(self, architecture: int) -> Any:
-        """The compiled kernel, its pointers and integers multiples of 16 as in training."""
+        """Compile the kernel, its pointers and integers multiples of 16 as in training."""
         names = self.kernel.arg_names
         signature = {name: f"*{kind}" for name, kind in self.pointers.items()}
         signature |= dict.fromkeys(self.integers, "i32")
@@ -79,13 +79,13 @@ def measure(job: Job, architecture: int) -> Resources:
         file.flush()
         command = [str(BIN / "cuobjdump"), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = {k: int(n) for k, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout + text.stderr)}
+    counts = {k: int(n) for k, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout + text.stderr)}
     return Resources(
         job.name,
         architecture,
         job.options["num_warps"],
-        found["REG"],
-        found["STACK"] + found["LOCAL"],
+        counts["REG"],
+        counts["STACK"] + counts["LOCAL"],
         compiled.metadata.shared,
         compiled.asm["ptx"].count("bar.sync"),
     )
@@ -142,7 +142,7 @@ def update_job(d: int, optimizer: str, moment: str, aux: bool = False, inputs: s
 
 
 def jobs() -> Iterator[Job]:
-    """Every kernel, in the forms that training uses."""
+    """List every kernel, in the forms that training uses."""
     for d, f, k in SHAPES:
         yield select_job(f, k, torch.bfloat16)
         yield residual_job(d, k, torch.bfloat16)
@@ -166,15 +166,15 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
     print(f"{'kernel':37} sm warps registers spills shared barriers", flush=True)
-    found = []
+    resources = []
     for job in jobs():
         for architecture in ARCHITECTURES:
             r = measure(job, architecture)
-            found.append(asdict(r))
+            resources.append(asdict(r))
             numbers = f"{r.architecture} {r.n_warps:5} {r.registers:9} {r.spill_bytes:6}"
             print(f"{r.kernel:37} {numbers} {r.shared_bytes:6} {r.barriers:8}", flush=True)
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1))
+        args.out.write_text(json.dumps(resources, indent=1))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Setting:
 
 
 def inputs(setting: Setting, n_batches: int = 4) -> list[Tensor]:
-    """Batches x_TD in training units."""
+    """Make batches x_TD in training units."""
     generator = torch.Generator().manual_seed(2**31 + 7)  # no seed of a variant
     directions = torch.nn.functional.normalize(torch.randn(4096, setting.d, generator=generator), dim=1)
     x = 0.02 * torch.randn(n_batches * setting.n_tokens, setting.d, generator=generator)
@@ -64,7 +64,7 @@ def inputs(setting: Setting, n_batches: int = 4) -> list[Tensor]:
 
 
 def bank_of(setting: Setting, sample_TD: Tensor) -> Bank:
-    """Variants that differ in their seed; some latents dead if asked for."""
+    """Make variants that differ in their seed; some latents dead if asked for."""
     lr = auto_lr(setting.n_latents, setting.d, 1000)
     k_aux = setting.d // 2
     names = range(setting.n_variants)
@@ -86,7 +86,7 @@ def bank_of(setting: Setting, sample_TD: Tensor) -> Bank:
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call."""
+    """Measure the median time of a call."""
     times = []
     for _ in range(repeats):
         synchronize(device)
@@ -104,7 +104,7 @@ def synchronize(device: torch.device) -> None:
 
 @torch.no_grad()
 def measure(setting: Setting) -> dict[str, float]:
-    """Milliseconds of a step, of its parts and of its limits; tokens/s; peak memory in MiB."""
+    """Measure milliseconds of a step, of its regions and of its limits; tokens/s; peak memory in MiB."""
     torch.set_num_threads(setting.n_threads)
     batches = inputs(setting)
     bank = bank_of(setting, batches[0])
@@ -125,7 +125,7 @@ def measure(setting: Setting) -> dict[str, float]:
         for _ in range(3):
             step()
     events = {event.key: event.cpu_time_total for event in profiler.key_averages()}
-    parts = {name: events.get(PREFIX + name, 0.0) / 3e3 for name in REGIONS}
+    region_ms = {name: events.get(PREFIX + name, 0.0) / 3e3 for name in REGIONS}
     product_s, bytes_s = limits(setting, bank.learners[0].weights.product_FD, batches[0])
     limit_s = max(product_s, bytes_s) * setting.n_variants
     return {
@@ -136,26 +136,26 @@ def measure(setting: Setting) -> dict[str, float]:
         "limit: bytes, ms": bytes_s * setting.n_variants * 1e3,
         "share of the limit": limit_s / step_s,
         "peak MiB": peak_mib,
-        **{f"{name}, ms": spent for name, spent in parts.items() if spent},
+        **{f"{name}, ms": spent for name, spent in region_ms.items() if spent},
     }
 
 
 def limits(setting: Setting, w_enc_FD: Tensor, x_TD: Tensor) -> tuple[float, float]:
-    """Seconds of the dense product alone, and of the bytes a step must move, per variant."""
+    """Measure the seconds of the dense product alone, and of the bytes a step must move, per variant."""
     x_TD, w_enc_FD = x_TD.to(setting.dtype), w_enc_FD.to(setting.dtype)
     rows = min(1024, setting.n_tokens)
     out = torch.empty(rows, setting.n_latents, dtype=setting.dtype, device=setting.device)
-    part_s = seconds(lambda: torch.mm(x_TD[:rows], w_enc_FD.T, out=out), setting.device, 7)
+    product_s = seconds(lambda: torch.mm(x_TD[:rows], w_enc_FD.T, out=out), setting.device, 7)
     source = torch.zeros(1 << 26, device=setting.device)
     target = torch.ones_like(source)
     copy_s = seconds(lambda: target.copy_(source), setting.device, 7)
     bytes_per_s = 2 * source.nbytes / copy_s
     n_bytes = 28 * 2 * setting.d * setting.n_latents + 16 * 2 * setting.n_tokens * setting.k * setting.d
-    return part_s * setting.n_tokens / rows, n_bytes / bytes_per_s
+    return product_s * setting.n_tokens / rows, n_bytes / bytes_per_s
 
 
 def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [int(number) for number in text.split(",")]
 
 
 def main() -> None:
@@ -185,9 +185,9 @@ def main() -> None:
     ]  # fmt: skip
     # A process of its own for each, so that peak memory is its own.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        found = list(pool.map(measure, settings))
+        results = list(pool.map(measure, settings))
     titles = [f"F {s.n_latents}, k {s.k}, {s.n_threads} threads" for s in settings]
-    columns = dict(zip(titles, found, strict=True))
+    columns = dict(zip(titles, results, strict=True))
     what = f"T {args.tokens}, D {args.d}, {args.variants} variants, {dtype}, {kernels}"
     text = f"{machine()}\n\n{what}\n\n{table(columns)}\n"
     print(text)

@@ -58,7 +58,7 @@ CONTESTANTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What both benchmarks take."""
+    """Add the arguments that both benchmarks take."""
     parser.add_argument("--contestants", help="comma-separated; all by default: " + ", ".join(CONTESTANTS))
     parser.add_argument("--latents", type=int, default=6144)
     parser.add_argument("--batch", type=int, default=4096, help="tokens per step")
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Entry]:
-    """The contestants of this run, by name."""
+    """Choose the contestants of this run, by name."""
     names = args.contestants.split(",") if args.contestants else list(CONTESTANTS)
     unknown = [name for name in names if name not in CONTESTANTS]
     if unknown:
@@ -80,7 +80,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Entry]:
 
 
 def run(args: argparse.Namespace, entry: Entry, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """One process of a contestant; what it reported. A finished run is not run again."""
+    """Run one process of a contestant. Returns: what it reported. A finished run is not run again."""
     path = args.out / "runs" / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, entry: Entry, name: str, options: dict[str, An
         shared |= {"device": args.device, "out": path.absolute()} | options
         extra = LONG if entry.module == "saemill" and "warmup" in options else []
         command = [python, "-m", f"benchmarks.train.contestants.{entry.module}", *entry.arguments, *extra]
-        command += [part for key, value in shared.items() for part in (f"--{key}", str(value))]
+        command += [word for key, value in shared.items() for word in (f"--{key}", str(value))]
         print(name, flush=True)
         threads = str(options["threads"])
         offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, entry: Entry, name: str, options: dict[str, An
 
 
 def machine(results: Iterable[dict[str, Any]]) -> str:
-    """The machine, the versions of what ran, and the date."""
+    """Describe the machine, the versions of what ran, and the date."""
     versions: dict[str, str] = {}
     gpus = set()
     for result in results:
@@ -113,18 +113,20 @@ def machine(results: Iterable[dict[str, Any]]) -> str:
 
 
 def median_of(results: list[dict[str, Any]], key: str) -> float:
-    """The median over rounds."""
+    """Compute the median over rounds."""
     return statistics.median(result[key] for result in results)
 
 
-def rate_cells(results: list[dict[str, Any]], ours: list[dict[str, Any]] | None, key: str) -> tuple[str, str]:
-    """A contestant's rate, and its share of saemill's."""
+def rate_cells(
+    results: list[dict[str, Any]], saemill_results: list[dict[str, Any]] | None, key: str
+) -> tuple[str, str]:
+    """Format a contestant's rate, and its share of saemill's."""
     rate = median_of(results, key)
-    return f"{rate:,.0f}", f"{rate / median_of(ours, key):.2f}" if ours else "–"
+    return f"{rate:,.0f}", f"{rate / median_of(saemill_results, key):.2f}" if saemill_results else "–"
 
 
 def memory_cell(results: list[dict[str, Any]]) -> str:
-    """Peak memory in MiB: of the process, that after its imports, and of the GPU if there is one."""
+    """Format peak memory in MiB: of the process, that after its imports, and of the GPU if there is one."""
     mib = [max(r[key] for r in results) / 2**20 for key in ("peak_rss_bytes", "rss_after_import_bytes")]
     gpu = max(r["cuda_peak_bytes"] for r in results) / 2**20
     return f"{mib[0]:,.0f} ({mib[1]:,.0f})" + (f", GPU {gpu:,.0f}" if gpu else "")

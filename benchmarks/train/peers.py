@@ -29,15 +29,15 @@ Results = dict[str, dict[int, list[dict[str, Any]]]]
 
 
 def speed(args: argparse.Namespace, entries: dict[str, Entry]) -> Results:
-    """A few steps of each contestant, interleaved."""
-    found: Results = {name: {t: [] for t in args.threads} for name in entries}
+    """Run a few steps of each contestant, interleaved."""
+    speeds: Results = {name: {t: [] for t in args.threads} for name in entries}
     for turn in range(args.rounds):
         for threads in args.threads:
             for name, entry in entries.items():
                 options = goal(args, threads) | {"steps": args.steps, "warmup": args.warmup}
                 result = contest.run(args, entry, f"speed-{name}-t{threads}-r{turn}", options)
-                found[name][threads].append(result)
-    return found
+                speeds[name][threads].append(result)
+    return speeds
 
 
 def goal(args: argparse.Namespace, threads: int) -> dict[str, Any]:
@@ -45,31 +45,31 @@ def goal(args: argparse.Namespace, threads: int) -> dict[str, Any]:
 
 
 def curves(args: argparse.Namespace, entries: dict[str, Entry]) -> dict[str, dict[str, Any]]:
-    """One run of `--tokens` for each, evaluated after an 8th, a quarter, half and all of it."""
+    """Run `--tokens` tokens of each, evaluated after an 8th, a quarter, half and all of them."""
     if not args.tokens:
         return {}
     steps = args.tokens // args.batch
-    at = ",".join(str(max(1, steps // part)) for part in (8, 4, 2, 1))
+    at = ",".join(str(max(1, steps // divisor)) for divisor in (8, 4, 2, 1))
     options = goal(args, args.threads[0]) | {"steps": steps, "eval-steps": at}
     return {name: contest.run(args, entry, f"tokens-{name}", options) for name, entry in entries.items()}
 
 
 def equal_seconds(
-    args: argparse.Namespace, entries: dict[str, Entry], found: Results
+    args: argparse.Namespace, entries: dict[str, Entry], speeds: Results
 ) -> dict[str, dict[str, Any]]:
-    """One run of as many steps as fit into `--seconds`, evaluated at its end."""
+    """Run as many steps as fit into `--seconds`, evaluated at their end."""
     if not args.seconds:
         return {}
     threads = args.threads[0]
     results = {}
     for name, entry in entries.items():
-        steps = max(1, int(args.seconds / contest.median_of(found[name][threads], "median_step_seconds")))
+        steps = max(1, int(args.seconds / contest.median_of(speeds[name][threads], "median_step_seconds")))
         options = goal(args, threads) | {"steps": steps, "eval-steps": steps}
         results[name] = contest.run(args, entry, f"seconds-{name}", options)
     return results
 
 
-def speed_table(args: argparse.Namespace, entries: dict[str, Entry], found: Results) -> list[str]:
+def speed_table(args: argparse.Namespace, entries: dict[str, Entry], speeds: Results) -> list[str]:
     head = ["contestant", "settings"]
     for threads in args.threads:
         head += [f"tokens/s, {threads} thread{'s' * (threads > 1)} (range)", "of saemill's"]
@@ -77,13 +77,13 @@ def speed_table(args: argparse.Namespace, entries: dict[str, Entry], found: Resu
     lines = []
     for name, entry in entries.items():
         cells = [name, entry.setting]
-        for threads, results in found[name].items():
+        for threads, results in speeds[name].items():
             rates = sorted(result["tokens_per_s"] for result in results)
-            ours = found.get("saemill", {}).get(threads)
-            rate, share = contest.rate_cells(results, ours, "tokens_per_s")
+            saemill_results = speeds.get("saemill", {}).get(threads)
+            rate, share = contest.rate_cells(results, saemill_results, "tokens_per_s")
             cells += [f"{rate} ({rates[0]:,.0f}–{rates[-1]:,.0f})", share]
-            cells += contest.rate_cells(results, ours, "tokens_per_cpu_s")
-        cells.append(contest.memory_cell(found[name][args.threads[0]]))
+            cells += contest.rate_cells(results, saemill_results, "tokens_per_cpu_s")
+        cells.append(contest.memory_cell(speeds[name][args.threads[0]]))
         lines.append(cells)
     return table([*head, "peak MiB (after imports)"], lines)
 
@@ -91,7 +91,7 @@ def speed_table(args: argparse.Namespace, entries: dict[str, Entry], found: Resu
 def quality_table(
     by_tokens: dict[str, dict[str, Any]], by_seconds: dict[str, dict[str, Any]], seconds: float
 ) -> list[str]:
-    """Held-out FVU at equal tokens, with the seconds each point took, and at equal seconds."""
+    """Render held-out FVU at equal tokens, with the seconds each point took, and at equal seconds."""
     first = next(iter(by_tokens.values()), {"curve": []})
     points = [point["tokens"] for point in first["curve"]]
     head = ["contestant", "settings", *(f"FVU at {tokens:,} tokens (s)" for tokens in points)]
@@ -116,7 +116,9 @@ def parse() -> argparse.Namespace:
     rows.add_arguments(parser)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--lr", default="auto", help="for all that use Adam; auto: each one's default")
-    parser.add_argument("--threads", default="1,2", type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument(
+        "--threads", default="1,2", type=lambda text: [int(number) for number in text.split(",")]
+    )
     parser.add_argument("--tokens", type=int, default=0, help="of the runs at equal tokens")
     parser.add_argument("--seconds", type=float, default=0, help="of the runs at equal seconds")
     parser.add_argument("--dead-share", type=float, default=0.0, help="latents kept dead, so that AuxK runs")
@@ -128,19 +130,19 @@ def main() -> None:
     keep_settings(args)
     words = rows.make(args.out / "rows", args)
     entries = contest.chosen(args)
-    found = speed(args, entries)
+    speeds = speed(args, entries)
     by_tokens = curves(args, entries)
-    by_seconds = equal_seconds(args, entries, found)
-    everything = [r for runs in found.values() for results in runs.values() for r in results]
+    by_seconds = equal_seconds(args, entries, speeds)
+    everything = [r for runs in speeds.values() for results in runs.values() for r in results]
     lines = [contest.machine(everything), ""]
     dead = f"; {args.dead_share:.0%} of the latents kept dead, AuxK running" if args.dead_share else ""
     lines += [f"{args.latents:,} latents, k {args.k}, {args.batch:,} tokens per step, {words}{dead}.", ""]
     lines += [f"Learning rate: {args.lr}. {args.rounds} rounds of {args.steps} steps.", ""]
-    lines += speed_table(args, entries, found)
+    lines += speed_table(args, entries, speeds)
     if by_tokens or by_seconds:
         lines += quality_table(by_tokens, by_seconds, args.seconds)
     (args.out / "results.md").write_text("\n".join(lines))
-    raw = {"speed": found, "tokens": by_tokens, "seconds": by_seconds}
+    raw = {"speed": speeds, "tokens": by_tokens, "seconds": by_seconds}
     (args.out / "results.json").write_text(json.dumps(raw))
     print("\n".join(lines))
 

@@ -18,7 +18,7 @@ PRECISIONS, STATES = ("fp32", "bf16"), ("fp32", "bf16", "8bit")
 
 
 def train(args: argparse.Namespace, precision: str) -> dict[str, dict[str, float]]:
-    """The last metrics of each variant, all trained together."""
+    """Train each variant, all together. Returns: their last metrics."""
     variants = tuple(
         {"k": k, "num_latents": args.latents, "optimizer_state": state, "name": f"{state}-{k}"}
         for k in args.k
@@ -27,10 +27,10 @@ def train(args: argparse.Namespace, precision: str) -> dict[str, dict[str, float
     out = args.out / precision
     settings: dict[str, Any] = {"acts": args.acts, "out": out, "site": (args.site,), "variants": variants}
     run(TrainConfig(**settings, max_tokens=args.tokens, precision=precision, log_every=10))
-    found: dict[str, dict[str, float]] = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])[
+    metrics: dict[str, dict[str, float]] = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])[
         "variants"
     ]
-    return found
+    return metrics
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128 * 4096)
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
-    found = {precision: train(args, precision) for precision in PRECISIONS}
+    metrics = {precision: train(args, precision) for precision in PRECISIONS}
     lines = [machine(), "", f"{args.latents} latents, {args.tokens:,} tokens, lr auto", ""]
     lines += ["| product | moments | " + " | ".join(f"FVU, k {k}" for k in args.k) + " |"]
     lines += ["|---|---|" + "--:|" * len(args.k)]
@@ -50,7 +50,7 @@ def main() -> None:
         for state in STATES:
             cells = []
             for k in args.k:
-                fvu, exact = found[precision][f"{state}-{k}"]["fvu"], found["fp32"][f"fp32-{k}"]["fvu"]
+                fvu, exact = metrics[precision][f"{state}-{k}"]["fvu"], metrics["fp32"][f"fp32-{k}"]["fvu"]
                 cells.append(f"{fvu:.5f} ({fvu / exact - 1:+.2%})")
             lines.append(f"| {precision} | {state} | " + " | ".join(cells) + " |")
     (args.out / "results.md").write_text("\n".join(lines) + "\n")

@@ -26,7 +26,7 @@ the planted directions as its decoder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the rows come from."""
+    """Add the arguments that say where the rows come from."""
     parser.add_argument("--width", type=int, default=768, help="D of planted rows")
     parser.add_argument("--rows", type=int, default=262_144, help="training rows; read again after the end")
     parser.add_argument("--held-out", type=int, default=8192, help="held-out rows")
@@ -52,17 +52,17 @@ def make(folder: Path, args: argparse.Namespace) -> str:
 
 def write(folder: Path, chunks: Iterator[tuple[str, Tensor]], args: argparse.Namespace) -> None:
     """Write chunks of rows for "train" and "held_out", each file full or cut to what there is."""
-    wanted = {"held_out": args.held_out, "train": args.rows}
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+    n_rows = {"held_out": args.held_out, "train": args.rows}
+    rows_by_name: dict[str, list[np.ndarray]] = {name: [] for name in n_rows}
     moments: Moments | None = None
     for name, x_TD in chunks:
-        have = sum(map(len, parts[name]))
-        x_TD = x_TD.float()[: wanted[name] - have]
-        parts[name].append(x_TD.numpy())
+        have = sum(map(len, rows_by_name[name]))
+        x_TD = x_TD.float()[: n_rows[name] - have]
+        rows_by_name[name].append(x_TD.numpy())
         if name == "train":
             moments = moments or Moments(x_TD.shape[1])
             moments.add(x_TD)
-    for name, arrays in parts.items():
+    for name, arrays in rows_by_name.items():
         np.save(folder / f"{name}.npy", np.concatenate(arrays))
     assert moments is not None
     statistics = moments.statistics()
@@ -74,7 +74,7 @@ def write(folder: Path, chunks: Iterator[tuple[str, Tensor]], args: argparse.Nam
 
 
 def planted(args: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
-    """Chunks of planted rows: the held-out ones, then the training ones."""
+    """Draw chunks of planted rows: the held-out ones, then the training ones."""
     generator = torch.Generator().manual_seed(SEED)
     directions = torch.randn(DIRECTIONS, args.width, generator=generator)
     directions /= directions.norm(dim=1, keepdim=True)
@@ -89,7 +89,8 @@ def planted(args: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
 
 
 def stored(args: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
-    """Chunks of a store's held-out rows in their order, then of its training rows as training sees them."""
+    """Read chunks of a store's held-out rows in their order, then of its training rows as training sees
+    them."""
     store = ActivationStore(args.acts)
     site = store.site(args.site)
     for shard in range(store.n_shards):

@@ -20,7 +20,7 @@ from benchmarks.train.contest import Entry
 
 
 def runs_of(entry: Entry, goals: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
-    """The (k, lr) pairs by process."""
+    """Group the (k, lr) pairs by process."""
     if entry.together == "all":
         return [goals]
     if entry.together == "lr":
@@ -31,16 +31,16 @@ def runs_of(entry: Entry, goals: list[tuple[str, str]]) -> list[list[tuple[str, 
 def one_round(
     args: argparse.Namespace, entry: Entry, name: str, goals: list[tuple[str, str]]
 ) -> dict[str, Any]:
-    """All variants of a contestant, one process after another."""
+    """Run all variants of a contestant, one process after another."""
     results = []
-    for part, group in enumerate(runs_of(entry, goals)):
+    for number, group in enumerate(runs_of(entry, goals)):
         options = {
             "goals": ",".join(":".join(goal) for goal in group),
             "threads": args.threads,
             "steps": args.steps,
             "warmup": args.warmup,
         }
-        results.append(contest.run(args, entry, f"{name}-p{part}", options))
+        results.append(contest.run(args, entry, f"{name}-p{number}", options))
     rates = {
         key: len(goals) / sum(1 / result[key] for result in results)
         for key in ("tokens_per_s", "tokens_per_cpu_s")
@@ -67,27 +67,27 @@ def main() -> None:
     words = rows.make(args.out / "rows", args)
     entries = contest.chosen(args)
     goals = list(product(args.k.split(","), args.lr.split(",")))
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in entries}
+    by_contestant: dict[str, list[dict[str, Any]]] = {name: [] for name in entries}
     for turn in range(args.rounds):
         for name, entry in entries.items():
-            found[name].append(one_round(args, entry, f"{name}-r{turn}", goals))
-    lines = [contest.machine(r for results in found.values() for r in results), ""]
+            by_contestant[name].append(one_round(args, entry, f"{name}-r{turn}", goals))
+    lines = [contest.machine(r for results in by_contestant.values() for r in results), ""]
     lines += [
         f"{len(goals)} SAEs of {args.latents:,} latents (k {args.k} × lr {args.lr}), {args.batch:,} tokens "
         f"per step, {args.threads} threads, {words}; {args.rounds} rounds of {args.steps} steps.",
         "",
     ]
     cells = []
-    for name, results in found.items():
+    for name, results in by_contestant.items():
         cells.append([name, entries[name].setting, str(results[0]["runs"])])
         for key in ("tokens_per_s", "tokens_per_cpu_s"):
-            cells[-1] += contest.rate_cells(results, found.get("saemill"), key)
+            cells[-1] += contest.rate_cells(results, by_contestant.get("saemill"), key)
         cells[-1].append(contest.memory_cell(results))
     head = ["contestant", "settings", "trainings", "variant-tokens/s", "of saemill's"]
     head += ["variant-tokens/CPU-s", "of saemill's"]
     lines += table([*head, "peak MiB of a process (after imports)"], cells)
     (args.out / "results.md").write_text("\n".join(lines))
-    (args.out / "results.json").write_text(json.dumps(found))
+    (args.out / "results.json").write_text(json.dumps(by_contestant))
     print("\n".join(lines))
 
 

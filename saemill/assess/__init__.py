@@ -4,15 +4,15 @@ config.py           the settings
 run.py              a run → an assessment on disk
 inputs.py           the run's SAEs, their activations, the model
 model.py            the model, checked to be the one that was cached
-evalset.py          which tokens: held out, or other text
-dealing.py          which of them this process takes
+evalset.py          the tokens: held out, or other text
+dealing.py          this process's share of them
 measure.py          the passes over the tokens
-baselines.py        two dictionaries that nobody trained
+baselines.py        a random dictionary and PCA
 reconstruction.py   FVU, cosine, L0, density, absorption
 spread.py           the variance of the activations, and rows far from all others
-splicing.py         what the model loses
+splicing.py         the losses of the model with an SAE spliced in
 sums.py             sums per document → figures with intervals
-entries.py          what is said of each variant
+entries.py          the entry of each variant
 verdict.py          thresholds, order, the best
 features.py         where a latent fires most, as text
 report.py           the table; the page, whose template is report.html

@@ -1,4 +1,4 @@
-"""Baselines: two dictionaries that nobody trained, of the best variant's k, to hold its figures against.
+"""Baselines of the best variant's figures: a random dictionary and PCA, of the same k.
 
 Both are SAEs, fitted to cached training tokens and measured like any other on the evaluation tokens:
 
@@ -21,7 +21,7 @@ SEED = 12
 
 
 def fit_baselines(best: Sae, site: str, evalset: EvalSet) -> dict[str, Sae]:
-    """The random dictionary and the PCA of an SAE's k, by name; every process fits them alike.
+    """Fit the random dictionary and the PCA of an SAE's k, alike on every process; by name.
 
     Args:
         best: says k, the number of latents, and the device.
@@ -55,7 +55,7 @@ def fit_baselines(best: Sae, site: str, evalset: EvalSet) -> dict[str, Sae]:
 
 
 def _sae(rows_FD: Tensor, mean_D: Tensor, k: int, site: str) -> Sae:
-    """An SAE with the same rows to encode and to decode."""
+    """Build an SAE with the same rows as encoder and decoder."""
     n, d = rows_FD.shape
     provenance = {"site": site, "tokens_trained": 0, "diverged_at_step": None}
     config = SaeConfig(d_in=d, num_latents=n, k=k, provenance=provenance)

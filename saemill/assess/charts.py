@@ -15,7 +15,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 560, 300, 70, 40
 NEVER_COLOUR = "#999999"
 
 Tick = tuple[float, str]
-"""Its pixel and its label."""
+"""Pixel and label of a tick."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,13 @@ class _LogAxis:
     end: float
 
     def at(self, value: float) -> float:
-        """The pixel of a value; values beyond the axis are drawn at its end."""
+        """Compute the pixel of a value; values beyond the axis are drawn at its end."""
         clipped = min(max(value, self.low), self.high)
         share = math.log(clipped / self.low) / math.log(self.high / self.low)
         return round(self.start + (self.end - self.start) * share, 1)
 
     def ticks(self) -> list[float]:
-        """1, 2 and 5 times powers of ten."""
+        """List 1, 2 and 5 times powers of ten."""
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         return [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
 
@@ -46,7 +46,7 @@ class Mark:
     x: float
     y: float
     ends: tuple[float, float] | None
-    """Of its interval's bar, if it has an interval."""
+    """Pixels of the ends of its interval's bar, if it has an interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Chart:
 
 
 def against_l0(assessment: dict[str, Any], metric: str) -> Chart | None:
-    """A metric against L0, one line per site and width; None if no variant has the figure."""
+    """Lay out a metric against L0, one line per site and width; None if no variant has the figure."""
     series: dict[str, list[tuple[float, Figure]]] = {}
     for entry in assessment["variants"]:
         figure, l0 = entry["metrics"][metric], entry["metrics"]["l0"]["value"]
@@ -101,7 +101,7 @@ def _ends(axis: _LogAxis, figure: Figure) -> tuple[float, float] | None:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One of a histogram's."""
+    """One bar of a histogram."""
 
     x: float
     y: str
@@ -119,10 +119,10 @@ class Histogram:
 
 
 def densities(assessment: dict[str, Any], densities: Mapping[str, NDArray[np.float64]]) -> list[Histogram]:
-    """A histogram of log10 density per variant, never-firing latents in a bar of their own.
+    """Lay out a histogram of log10 density per variant, never-firing latents in a bar of their own.
 
     Args:
-        assessment: tells the variants and their order.
+        assessment: names the variants, in their order.
         densities: variant → share of tokens on which each latent fired, [F].
     """
     low = math.floor(math.log10(1 / max(2, assessment["data"]["n_tokens"])))

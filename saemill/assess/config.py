@@ -23,11 +23,11 @@ class AssessConfig:
     model: str | None = None
     """Hub id or local folder; by default the one that was cached."""
     with_model: bool = True
-    """Run the model with the SAEs spliced in; false leaves out the losses."""
+    """Whether the model is run with the SAEs spliced in; false leaves out the losses."""
     tokens: Path | None = None
-    """Assess on this token store instead of the held-out rows."""
+    """Token store to assess on instead of the held-out rows."""
     out: Path | None = None
-    """Where to write; by default the run's folder, or `on-<name>` in it for other tokens."""
+    """Folder to write; by default the run's folder, or `on-<name>` in it for other tokens."""
     max_tokens: int = 1_000_000
     """Most tokens for reconstruction and firing."""
     model_tokens: int = 100_000
@@ -36,7 +36,7 @@ class AssessConfig:
     """Rows per forward pass."""
     device: str = "auto"
     dead_percentage_threshold: float = 0.0005
-    """A latent that fires on a smaller share of the tokens counts as dead."""
+    """Share of the tokens; a latent that fires on fewer counts as dead."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     latents: tuple[int, ...] = ()
     """Latents of the shown variant whose contexts are wanted, beside random live ones."""
@@ -49,7 +49,7 @@ class AssessConfig:
     context_tokens: int = 500_000
     """Most tokens searched for contexts."""
     log_to_wandb: bool | None = None
-    """Add the assessment to the run's wandb runs; by default where training logged to wandb."""
+    """Whether the assessment goes to the run's wandb runs; by default where training logged to wandb."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "model_tokens", "batch_size", "n_contexts", "context_tokens"):
@@ -69,11 +69,12 @@ class AssessConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the assessment is written."""
+        """Return the folder that the assessment is written to."""
         return self.out or (self.run if self.tokens is None else self.run / f"on-{self.tokens.name}")
 
     def is_done(self) -> bool:
-        """Whether the folder holds, whole, the assessment of this run, on this text, by these settings."""
+        """Tell whether the folder holds, whole, the assessment of this run, on this text, by these
+        settings."""
         try:
             assessment = assessments.read(self.folder)
             is_whole = not assessments.problems(self.folder)
@@ -86,7 +87,7 @@ class AssessConfig:
         return is_whole and (assessment["settings"], assessment["of"]) == (self.identity(), of)
 
     def of(self) -> str:
-        """A hash of what is assessed: the run, whose SAEs know their store, and the tokens if they are named.
+        """Hash what is assessed: the run, whose SAEs know their store, and the tokens if they are named.
 
         Raises:
             FileNotFoundError: the run or the tokens are unfinished.
@@ -97,6 +98,6 @@ class AssessConfig:
         return durable.hash_json([run, TokenStore(self.tokens).fingerprint])
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the result, but for the run."""
+        """List the settings that decide the result, except the run."""
         skip = ("run", "acts", "model", "out", "device", "log_to_wandb")
         return {key: value for key, value in settings.plain(self).items() if key not in skip}

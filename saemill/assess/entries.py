@@ -1,4 +1,4 @@
-"""What the assessment says of each variant: its figures, its checks, how far it is from the best."""
+"""The entry of each variant in the assessment: its figures, its checks, how far it is from the best."""
 
 import math
 from collections.abc import Iterable
@@ -33,21 +33,21 @@ class Measured:
     """The losses, or why there are none."""
     thresholds: Thresholds
     dead_share: float
-    """A latent that fires on a smaller share of the tokens counts as dead."""
+    """Share of the tokens; a latent that fires on fewer counts as dead."""
 
     def only(self, names: Iterable[str]) -> "Measured":
-        """The figures of some of the SAEs."""
+        """Keep the figures of some of the SAEs."""
         losses = self.splicing if isinstance(self.splicing, str) else self.splicing.only(names)
         return replace(self, reconstruction=self.reconstruction.only(names), splicing=losses)
 
     def entries(self) -> list[Entry]:
-        """One entry per SAE, in the order in which they were given."""
+        """List one entry per SAE, in the order of the run."""
         saes = self.reconstruction.saes
         metrics = for_each(list(saes), self._metrics, self.reconstruction.evalset.everyone)
         return [self._entry(name, sae, metrics[name]) for name, sae in saes.items()]
 
     def ranking(self, left_out: dict[str, tuple[Sae, str]]) -> list[Entry]:
-        """The entries, best first, each compared with the best.
+        """Sort the entries, best first, each compared with the best.
 
         Args:
             left_out: variants that were not measured, each with the reason; they come last.
@@ -68,7 +68,7 @@ class Measured:
         return entries
 
     def on_other_documents(self, best: str) -> dict[str, Any]:
-        """The best variant's figures on documents that had no part in choosing it."""
+        """Compute the best variant's figures on documents that had no part in choosing it."""
         split, chosen_by = self._split, "fvu"
         metrics = self.reconstruction.metrics(best, split.reported_on)
         if isinstance(self.splicing, Splicing):
@@ -84,7 +84,8 @@ class Measured:
         }
 
     def data(self, best: str) -> dict[str, Any]:
-        """What was measured on, with sentences on what the figures do not show; `best` names a variant."""
+        """Describe the data measured on, with sentences on what the figures do not show; `best` names a
+        variant."""
         evalset, losses = self.reconstruction.evalset, self.splicing
         places = {site: self.reconstruction.place(site) for site in evalset.sites}
         return {
@@ -104,7 +105,7 @@ class Measured:
         }
 
     def notes(self, site: str, best: str) -> list[str]:
-        """Sentences on what the figures at a site do not show."""
+        """List sentences on what the figures at a site do not show."""
         measured, evalset = self.reconstruction, self.reconstruction.evalset
         array, unit = evalset.arrays[site], evalset.text.unit
         place, unheld = measured.place(site), unheld_warning(site, array.statistics, array.dtype)
@@ -115,7 +116,7 @@ class Measured:
                 "others"
             )
         if place["n_far"]:
-            names = [name for name, of in measured.sites.items() if of == site]
+            names = [name for name, its_site in measured.sites.items() if its_site == site]
             name = best if best in names else names[0]
             metrics = measured.metrics(name, self._split.all)
             without, error, variance = (number(metrics[what]) for what in FAR_METRICS)
@@ -145,12 +146,12 @@ class Measured:
         }
 
     @property
-    def _thing(self) -> str:
+    def _noun(self) -> str:
         return self.reconstruction.evalset.text.document
 
     @property
     def _unseen(self) -> str | None:
-        """Why latents that fire may look dead, if they may."""
+        """Say why latents that fire may look dead, if they may."""
         n, unit = self.reconstruction.n_tokens, self.reconstruction.evalset.text.unit
         if not 0 < n * self.dead_share < 1:
             return None
@@ -160,11 +161,11 @@ class Measured:
 
     @cached_property
     def _split(self) -> Split:
-        return Split(self.reconstruction.sums.documents, self._thing)
+        return Split(self.reconstruction.sums.documents, self._noun)
 
     @cached_property
     def _model_split(self) -> Split:
-        return Split([] if isinstance(self.splicing, str) else self.splicing.sums.documents, self._thing)
+        return Split([] if isinstance(self.splicing, str) else self.splicing.sums.documents, self._noun)
 
     def _metrics(self, name: str) -> dict[str, Figure]:
         metrics = self.reconstruction.metrics(name, self._split.all) | self._latent_metrics(name)
@@ -178,11 +179,11 @@ class Measured:
 
     @property
     def _losses(self) -> Splicing | None:
-        """Where the losses are, if there are any that mean something."""
+        """Return the losses, if there are any that mean something."""
         return self.splicing if isinstance(self.splicing, Splicing) and not self.splicing.no_loss else None
 
     def _loss(self, name: str) -> float:
-        """What the best variant is chosen by: ΔCE, or FVU where there are no losses."""
+        """Compute what the best variant is chosen by: ΔCE, or FVU where there are no losses."""
         if self.reconstruction.unusable(name):
             return math.inf
         if self._losses:
@@ -205,8 +206,8 @@ class Measured:
         }
 
     def _versus(self, name: str, best: str) -> dict[str, Figure]:
-        """Differences to the best variant, value minus the best's, over the same documents: those that
-        had no part in choosing it."""
+        """Compute differences to the best variant, value minus the best's, over the same documents: those
+        that had no part in choosing it."""
         sums, sites = self.reconstruction.sums, self.reconstruction.sites
         differences: dict[str, Figure] = {}
         if sites[name] == sites[best]:
@@ -218,8 +219,8 @@ class Measured:
             difference = sums.column(f"{name}/ce") - sums.column(f"{best}/ce")
             ratio = Ratio(difference, sums.column("n"))
             differences["delta_ce"] = self._model_split.reported_on.figure(ratio)
-        for one in (name, best):
-            if reason := self.reconstruction.unusable(one):
+        for variant in (name, best):
+            if reason := self.reconstruction.unusable(variant):
                 differences = dict.fromkeys(differences, absent(reason))
         for figure in differences.values():
             if figure.get("lo") is not None:

@@ -43,7 +43,7 @@ class Rows:
 
 
 def is_cached(store: ActivationStore, other: TokenStore | None) -> bool:
-    """Whether the activations of the evaluation tokens are in the store; `other` may be its own tokens."""
+    """Tell whether the store has the activations of the evaluation tokens; `other` may be its own tokens."""
     return other is None or other.fingerprint == store.settings.tokens_fingerprint
 
 
@@ -64,17 +64,18 @@ def check_tokens(store: ActivationStore, other: TokenStore | None, with_model: b
                 f"{store.path} has no held-out {store.text.row}s; {store.text.hint_to_hold_out}"
             )
         return
-    mine, theirs = other.tokenizer, store.tokens.tokenizer
-    if mine.hash != theirs.hash:
+    tokenizer, cached_tokenizer = other.tokenizer, store.tokens.tokenizer
+    if tokenizer.hash != cached_tokenizer.hash:
         raise ConfigError(
-            f"{other.path} was made with the tokenizer {mine.name!r}, the activations with "
-            f"{theirs.name!r}; tokenize the text with the latter"
+            f"{other.path} was made with the tokenizer {tokenizer.name!r}, the activations with "
+            f"{cached_tokenizer.name!r}; tokenize the text with the latter"
         )
-    document, of_training = other.manifest.document, store.tokens.manifest.document
-    if document != of_training:  # hashes of texts, of rows and of rows without their frame do not compare
+    document, trained_document = other.manifest.document, store.tokens.manifest.document
+    # Hashes of texts, of rows and of rows without their frame do not compare.
+    if document != trained_document:
         raise ConfigError(
-            f"a document of {other.path} is a {document}, one of the activations' tokens a {of_training}, so "
-            "those that training saw cannot be told; make the tokens in the same way"
+            f"a document of {other.path} is a {document}, one of the activations' tokens a "
+            f"{trained_document}, so those that training saw cannot be told; make the tokens in the same way"
         )
     if not with_model:
         raise ConfigError("activations of other tokens need the model; leave out --no-model")
@@ -87,7 +88,7 @@ class EvalSet:
         store: the activations that training read.
         other: assess on these tokens instead of the store's held-out rows. Documents that training
             saw (the same text) are left out.
-        model: needed for other tokens, whose activations are computed on the way.
+        model: needed for other tokens, whose activations are computed.
         mask: positions left out.
         sites: where activations are wanted.
         batch_rows: rows per forward pass.
@@ -105,7 +106,7 @@ class EvalSet:
         everyone: Group,
     ) -> None:
         self.store, self.model, self.mask, self.sites = store, model, mask, sites
-        self.batch_rows, self.everyone, self.whose = batch_rows, everyone, ""
+        self.batch_rows, self.everyone, self.label_suffix = batch_rows, everyone, ""
         self.arrays = {name: store.site(name) for name in sites}
         self.cached = is_cached(store, other)
         self.text = store.text if self.cached or other is None else other
@@ -118,21 +119,22 @@ class EvalSet:
             self._seen = self._seen_documents()
             self.n_seen_documents = len(self._seen)
 
-    def at(self, site: str, whose: str) -> "EvalSet":
-        """The same tokens at one site alone; `whose` stands beside the progress of measuring."""
+    def at(self, site: str, label_suffix: str) -> "EvalSet":
+        """Narrow the same tokens to one site; `label_suffix` stands beside the progress of measuring."""
         narrowed = copy(self)
-        narrowed.sites, narrowed.arrays, narrowed.whose = [site], {site: self.arrays[site]}, whose
+        narrowed.sites, narrowed.arrays = [site], {site: self.arrays[site]}
+        narrowed.label_suffix = label_suffix
         return narrowed
 
     @property
     def tokens(self) -> TokenStore:
-        """The rows' tokens, which a model reads."""
+        """Return the token store of the rows, which a model reads."""
         assert isinstance(self.text, TokenStore)
         return self.text
 
     @property
     def description(self) -> str:
-        """How these tokens were chosen."""
+        """Describe how these tokens were chosen."""
         if self.cached:
             return self.text.how_held_out
         if self.n_seen_documents == 0:
@@ -148,22 +150,22 @@ class EvalSet:
         return np.flatnonzero(np.isin(self.tokens.documents["text_hash"].to_numpy(), hashes))
 
     def chunks(self, max_tokens: int) -> Iterator[Chunk]:
-        """This process's part of the first `max_tokens` unmasked tokens, in address order."""
-        return self._chunks(f"reconstruct{self.whose}", (True,), max_tokens)
+        """Read this process's share of the first `max_tokens` unmasked tokens, in address order."""
+        return self._chunks(f"reconstruct{self.label_suffix}", (True,), max_tokens)
 
     def context_chunks(self, max_tokens: int) -> Iterator[Chunk]:
-        """This process's part of the tokens to look for contexts in: of the cache all rows, trained
-        ones included."""
+        """Read this process's share of the tokens to look for contexts in. Of a cache these are all rows,
+        trained ones included."""
         return self._chunks("search contexts", (False, True), max_tokens)
 
     def training_chunks(self, max_tokens: int) -> Iterator[Chunk]:
-        """The first cached tokens that training saw, the same for every process."""
+        """Read the first cached tokens that training saw, the same for every process."""
         return map(self._read, _limited(self._cached_batches((False,)), max_tokens))
 
     def rows(self, max_tokens: int) -> Iterator[Rows]:
-        """This process's part of the first rows, at most `max_tokens` tokens of them (one row at least)."""
+        """Read this process's share of the first rows: at most `max_tokens` tokens, and one row at least."""
         batches = list(self._row_batches(self.rows_R[: max(1, max_tokens // self.tokens.ctx_len)]))
-        for addresses_RS in dealt(f"splice{self.whose}", batches, self.everyone, "tokens"):
+        for addresses_RS in dealt(f"splice{self.label_suffix}", batches, self.everyone, "tokens"):
             yield self._rows(addresses_RS)
 
     def _chunks(self, label: str, held_out: tuple[bool, ...], max_tokens: int) -> Iterator[Chunk]:
@@ -173,7 +175,7 @@ class EvalSet:
             yield read(addresses_T)
 
     def _cached_batches(self, held_out: tuple[bool, ...]) -> Iterator[Addresses]:
-        """Unmasked tokens of the cache, each batch from one shard."""
+        """List unmasked tokens of the cache, each batch from one shard."""
         for shard in range(self.store.n_shards):
             keep = [self.store.keep_addresses(shard, self.mask, side) for side in held_out]
             addresses = np.flatnonzero(np.logical_or.reduce(keep)) + shard * self.store.shard_tokens
@@ -181,7 +183,7 @@ class EvalSet:
                 yield addresses[start : start + CHUNK_TOKENS]
 
     def _computed_batches(self) -> Iterator[Addresses]:
-        """Unmasked tokens of as many rows as one forward pass takes."""
+        """List unmasked tokens, in batches of as many rows as one forward pass takes."""
         for addresses_RS in self._row_batches(self.rows_R):
             rows = self._rows(addresses_RS)
             yield rows.addresses_RS[rows.keep_RS]
@@ -194,14 +196,14 @@ class EvalSet:
         return numbers_R[:, None] * self.tokens.ctx_len + np.arange(self.tokens.ctx_len)
 
     def _read(self, addresses_T: Addresses) -> Chunk:
-        """Tokens of one shard, from the cache."""
+        """Read tokens of one shard from the cache."""
         shard = int(addresses_T[0]) // self.store.shard_tokens
         offsets = addresses_T - shard * self.store.shard_tokens
         x = {n: as_tensor(array.gather(shard, offsets), array.dtype) for n, array in self.arrays.items()}
         return Chunk(addresses_T, x)
 
     def _compute(self, addresses_T: Addresses) -> Chunk:
-        """Tokens of some rows, from one forward pass."""
+        """Compute the activations of tokens of some rows in one forward pass."""
         assert self.model is not None
         rows = self._rows(self._row_addresses(np.unique(addresses_T // self.tokens.ctx_len)))
         attention = attention_of(rows.ids_RS, self.tokens.tokenizer)
@@ -225,13 +227,13 @@ class EvalSet:
         return Rows(torch.from_numpy(ids.astype(np.int64)), keep, addresses_RS)
 
     def units(self, addresses: NDArray[np.int64]) -> NDArray[Any]:
-        """The unit of resampling of each address: its document's text hash, copies count once."""
+        """Return the unit of resampling of each address: its document's text hash. Copies count once."""
         hashes: NDArray[Any] = self.text.documents["text_hash"].to_numpy()
         return hashes[self.text.document_of(addresses)]
 
 
 def _limited(batches: Iterable[Addresses], max_tokens: int) -> list[Addresses]:
-    """The first batches, the last one cut, with `max_tokens` tokens at most; none is empty."""
+    """Cut batches to `max_tokens` tokens in all; none is empty."""
     limited, left = [], max_tokens
     for batch in batches:
         if len(batch):

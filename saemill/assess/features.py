@@ -53,11 +53,11 @@ class Passage:
 def describe_latents(
     config: AssessConfig, name: str, sae: Sae, reconstruction: Reconstruction
 ) -> dict[str, Any]:
-    """Some latents of a variant: how often they fire, and where most.
+    """Describe some latents of a variant: how often they fire, and where most.
 
     Args:
-        config: says which latents, and how many contexts of each.
-        name: of the variant.
+        config: which latents, and how many contexts of each.
+        name: the variant's name.
         sae: the variant.
         reconstruction: how it fired on the evaluation tokens.
     """
@@ -88,27 +88,27 @@ def describe_latents(
     }
 
 
-def check_latents(asked: tuple[int, ...], widths: list[int]) -> None:
+def check_latents(requested: tuple[int, ...], widths: list[int]) -> None:
     """Refuse latents that not every SAE that may be shown has.
 
     Args:
-        asked: the latents' numbers.
+        requested: the latents' numbers.
         widths: how many latents each of those SAEs has.
 
     Raises:
         ConfigError: naming the latents that do not exist.
     """
-    bad = [latent for latent in asked if not 0 <= latent < min(widths)]
+    bad = [latent for latent in requested if not 0 <= latent < min(widths)]
     if bad:
         advice = "; name the variant they belong to with --variant" if len(set(widths)) > 1 else ""
         raise ConfigError(f"latents must be in 0..{min(widths) - 1}, got {', '.join(map(str, bad))}{advice}")
 
 
-def choose_latents(live: NDArray[np.bool_], asked: tuple[int, ...], n_random: int) -> list[int]:
-    """The latents to show: those asked for, then live ones drawn at random (never hand-picked)."""
+def choose_latents(live: NDArray[np.bool_], requested: tuple[int, ...], n_random: int) -> list[int]:
+    """Choose the latents to show: those asked for, then live ones drawn at random (never hand-picked)."""
     candidates = np.flatnonzero(live)
     drawn = np.random.default_rng(SEED).permutation(candidates)[:n_random]
-    return list(dict.fromkeys([*asked, *drawn.tolist()]))
+    return list(dict.fromkeys([*requested, *drawn.tolist()]))
 
 
 def top_addresses(
@@ -120,7 +120,7 @@ def top_addresses(
     n_contexts: int,
     everyone: Group,
 ) -> dict[int, list[tuple[float, int]]]:
-    """The strongest activations of some latents, at most one per document.
+    """Find the strongest activations of some latents, at most one per document.
 
     Args:
         chunks: activations that this process searches.
@@ -132,11 +132,11 @@ def top_addresses(
     Returns: latent → (activation, address), strongest first.
     """
     best: dict[int, Strongest] = {latent: {} for latent in latents}
-    wanted = torch.tensor(sorted(latents))
+    requested = torch.tensor(sorted(latents))
     with torch.inference_mode():
         for chunk in chunks:
             codes = sae.encode(chunk.x[site].to(sae.W_enc.device, torch.float32))
-            hit = torch.isin(codes.top_indices, wanted.to(codes.top_indices.device)) & (codes.top_acts > 0)
+            hit = torch.isin(codes.top_indices, requested.to(codes.top_indices.device)) & (codes.top_acts > 0)
             hit &= torch.isfinite(codes.top_acts)
             token, slot = (axis.cpu().numpy() for axis in hit.nonzero(as_tuple=True))
             acts = codes.top_acts.cpu().numpy()[token, slot]
@@ -148,8 +148,8 @@ def top_addresses(
                 for i in here[np.argsort(-acts[here], kind="stable")][: 4 * n_contexts]:
                     _merge(best[int(latent)], {int(documents[i]): (float(acts[i]), int(addresses[i]))})
                 _cut(best[int(latent)], n_contexts)
-    for theirs in everyone.all_gather_objects(best):
-        for latent, strongest in theirs.items():
+    for process_best in everyone.all_gather_objects(best):
+        for latent, strongest in process_best.items():
             _merge(best[latent], strongest)
     return {latent: sorted(top.values(), reverse=True)[:n_contexts] for latent, top in best.items()}
 
@@ -177,7 +177,7 @@ class Reader:
             )
 
     def context(self, activation: float, address: int) -> Context:
-        """The token at an address with its neighbours in the same row and document."""
+        """Show the token at an address with its neighbours in the same row and document."""
         row, position = divmod(address, self.tokens.ctx_len)
         start = max(0, position - CONTEXT_TOKENS)
         stop = min(self.tokens.ctx_len, position + CONTEXT_TOKENS + 1)
@@ -203,5 +203,5 @@ class PassageReader:
         self.passages = passages
 
     def context(self, activation: float, address: int) -> Passage:
-        """The passage at an address, whole."""
+        """Show the passage at an address, whole."""
         return Passage(activation, address, *self.passages.passage(address))

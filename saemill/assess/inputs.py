@@ -34,7 +34,7 @@ class Trained:
 
     @property
     def sites(self) -> dict[str, str]:
-        """Variant name → site."""
+        """Map variant names to sites."""
         return {name: sae.config.provenance["site"] for name, sae in self.saes.items()}
 
 
@@ -69,18 +69,18 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
 
 
 def _left_out(finished: runs.Finished) -> dict[str, str]:
-    """Variants that are not worth measuring, and why."""
+    """List the variants that are not worth measuring, each with the reason."""
     reasons = {name: f"diverged at step {step:,}" for name, step in finished.diverged.items()}
-    for name, look in finished.stopped.items():
-        value = "diverged" if look.value is None else f"{look.metric} {look.value:.4g}"
-        reasons[name] = f"stopped by halving at step {look.step:,}: {value}"
-        if look.best is not None:
-            reasons[name] += f", the best {look.best:.4g}"
+    for name, stopped in finished.stopped.items():
+        value = "diverged" if stopped.value is None else f"{stopped.metric} {stopped.value:.4g}"
+        reasons[name] = f"stopped by halving at step {stopped.step:,}: {value}"
+        if stopped.best is not None:
+            reasons[name] += f", the best {stopped.best:.4g}"
     return reasons
 
 
 def open_tokens(config: AssessConfig, trained: Trained) -> TokenStore | None:
-    """The tokens that are named instead of the held-out rows, if they are.
+    """Open the tokens that are named instead of the held-out rows, if any are.
 
     Raises:
         ConfigError: they do not fit the run, or no row is held out.
@@ -99,7 +99,7 @@ def open_tokens(config: AssessConfig, trained: Trained) -> TokenStore | None:
 def open_model(
     config: AssessConfig, trained: Trained, other: TokenStore | None, device: torch.device
 ) -> tuple[LanguageModel | None, str | None]:
-    """The model, if one is run, and by what it is known to be the one that was cached.
+    """Load the model, if one is run, and say what shows that it is the one that was cached.
 
     Raises:
         ConfigError: it is another one, or cannot be loaded.
@@ -111,7 +111,7 @@ def open_model(
 
 
 def no_loss(model: LanguageModel, evalset: EvalSet) -> str | None:
-    """Why next-token losses of a model mean nothing, if it sees the tokens that it is to predict."""
+    """Say why next-token losses of a model mean nothing, if it sees the tokens that it is to predict."""
     row = int(evalset.rows_R[0])
     ids_RS = torch.from_numpy(evalset.tokens.rows(row, row + 1).astype(np.int64))
     if model.head == "causal" and model.sees_later_tokens(ids_RS):

@@ -2,7 +2,7 @@
 
 Where all SAEs are of one shape, so are the best's baselines, whichever it is: they are fitted beforehand
 and everything is measured in one pass. Of several shapes the best is known only after a first pass; a
-second then measures its two baselines alone, and takes from the first what does not depend on an SAE: the
+second then measures its two baselines alone, and reuses from the first what does not depend on an SAE: the
 variance of the activations, the losses of the untouched model, of zeros and of the mean.
 """
 
@@ -49,18 +49,19 @@ def measure(
     entries = trained.ranking(left_out)
     best = saes[entries[0]["name"]]
     site = site_of(best)
-    beside = evalset.at(site, " controls")
-    baselines = fit_baselines(best, site, beside)
-    return trained, entries, _pass(config, baselines, beside, model, why_no_loss, known=trained)
+    site_evalset = evalset.at(site, " controls")
+    baselines = fit_baselines(best, site, site_evalset)
+    return trained, entries, _pass(config, baselines, site_evalset, model, why_no_loss, known=trained)
 
 
 def site_of(sae: Sae) -> str:
-    """Where an SAE of a run belongs."""
+    """Return the site that an SAE of a run belongs to."""
     return str(sae.config.provenance["site"])
 
 
 def _certain_baselines(saes: dict[str, Sae], evalset: EvalSet) -> dict[str, Sae]:
-    """The best's baselines, if they are the same whichever SAE it is, and share no name with one."""
+    """Fit the best variant's baselines ahead, if they are the same whichever it is and share no name with an
+    SAE."""
     sae, *others = saes.values()
     if any(_shape(other) != _shape(sae) for other in others):
         return {}
@@ -69,7 +70,7 @@ def _certain_baselines(saes: dict[str, Sae], evalset: EvalSet) -> dict[str, Sae]
 
 
 def _shape(sae: Sae) -> tuple[str, int, int]:
-    """What the baselines of an SAE depend on."""
+    """Return what the baselines of an SAE depend on."""
     return site_of(sae), sae.config.k, sae.config.num_latents
 
 
@@ -81,7 +82,7 @@ def _pass(
     why_no_loss: str | None,
     known: Measured | None = None,
 ) -> Measured:
-    """Some SAEs on the evaluation tokens; the losses, or why there are none.
+    """Measure some SAEs on the evaluation tokens; the losses, or why there are none.
 
     Args:
         known: what another pass over the same tokens said of the activations and of the model.
@@ -101,7 +102,7 @@ def _pass(
 
 
 def _losses(evalset: EvalSet, model: LanguageModel | None) -> str | None:
-    """Why there are no losses, if there are none."""
+    """Say why there are no losses, if there are none."""
     if isinstance(evalset.text, PassageStore):
         return "embeddings have no language model"
     if model is None:

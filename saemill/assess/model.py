@@ -23,20 +23,20 @@ SAME_ACTIVATIONS = 0.05
 
 
 def load_model(
-    named: str | None, store: ActivationStore, other: TokenStore | None, device: torch.device
+    other_name: str | None, store: ActivationStore, other: TokenStore | None, device: torch.device
 ) -> LanguageModel:
-    """The model, in the type that it was cached with.
+    """Load the model in the dtype that it was cached with.
 
     Args:
-        named: another name of it; None for the one that was cached.
+        other_name: another name of it; None for the one that was cached.
         store: its activations.
-        other: tokens that it must be able to take.
+        other: tokens that it must be able to read.
         device: where it runs.
 
     Raises:
-        ConfigError: it cannot be loaded, or cannot take the other tokens.
+        ConfigError: it cannot be loaded, or cannot read the other tokens.
     """
-    name, revision = _named(named, store)
+    name, revision = _name_and_revision(other_name, store)
     if other is not None:
         check_fit(load_model_config(name, revision), name, other)
     dtype = getattr(torch, str(store.settings.model_dtype))
@@ -44,13 +44,13 @@ def load_model(
     return LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True, in_8bit=in_8bit)
 
 
-def _named(named: str | None, store: ActivationStore) -> tuple[str, str | None]:
-    """Name and revision of the model: those that were cached, unless another name is given."""
-    name = named or str(store.settings.model)
+def _name_and_revision(other_name: str | None, store: ActivationStore) -> tuple[str, str | None]:
+    """Return the name and revision of the model: those that were cached, unless another name is given."""
+    name = other_name or str(store.settings.model)
     return name, store.settings.revision if name == store.settings.model else None
 
 
-def check_model(named: str | None, model: LanguageModel, store: ActivationStore) -> str:
+def check_model(other_name: str | None, model: LanguageModel, store: ActivationStore) -> str:
     """Refuse another model than the one that was cached; arguments as of `load_model`.
 
     Returns: what was compared. A hub id then and a folder now, and the like, have only activations in common.
@@ -58,7 +58,7 @@ def check_model(named: str | None, model: LanguageModel, store: ActivationStore)
     Raises:
         ConfigError: its weights or its activations differ.
     """
-    name, revision = _named(named, store)
+    name, revision = _name_and_revision(other_name, store)
     if fingerprint_model(name, revision) == store.settings.model_fingerprint:
         return "the very files that were cached"
     cached, here = store.settings.weights_fingerprint, fingerprint_weights(name)
@@ -93,7 +93,7 @@ def _check_activations(model: LanguageModel, store: ActivationStore) -> None:
 
 
 def _agree(x_TD: torch.Tensor, cached_TD: torch.Tensor) -> bool:
-    """Whether most tokens' activations are the same but for rounding; an attention sink, larger than all
+    """Tell whether most tokens' activations are the same but for rounding. An attention sink, larger than all
     others together, counts as one token."""
     if x_TD.shape != cached_TD.shape:
         return False

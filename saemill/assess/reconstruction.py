@@ -50,8 +50,8 @@ class Reconstruction:
         saes: variant name → SAE, in the activations' own units.
         sites: variant name → site.
         evalset: where the tokens come from.
-        known: of the same tokens, with these sites among its own: what it says of the activations
-            themselves is not counted again.
+        known: a reconstruction of the same tokens that covers these sites. Its sums over the activations
+            themselves are used again.
     """
 
     def __init__(
@@ -71,12 +71,14 @@ class Reconstruction:
         }
         statistics = {site: array.statistics for site, array in evalset.arrays.items()}
         self.spread: dict[str, Spread] = (
-            known.spread if known else {site: Spread(of) for site, of in statistics.items()}
+            known.spread
+            if known
+            else {site: Spread(site_statistics) for site, site_statistics in statistics.items()}
         )
         self.n_tokens: int = known.n_tokens if known else 0
 
     def _own_columns(self) -> list[str]:
-        """The sums that are of the activations, whoever reconstructs them."""
+        """Name the sums that are of the activations, whichever SAE reconstructs them."""
         return ["n", *(f"{site}/{what}" for site in self.evalset.sites for what in PER_SITE)]
 
     def run(self, chunks: Iterable[Chunk]) -> "Reconstruction":
@@ -93,7 +95,7 @@ class Reconstruction:
         return self
 
     def only(self, names: Iterable[str]) -> "Reconstruction":
-        """The figures of some of the SAEs."""
+        """Keep the figures of some of the SAEs."""
         some = copy(self)
         some.saes = {name: self.saes[name] for name in names}
         some.sites = {name: self.sites[name] for name in some.saes}
@@ -104,7 +106,7 @@ class Reconstruction:
     def _activations(
         self, chunk: Chunk, units: NDArray[Any]
     ) -> tuple[dict[str, Any], dict[str, NDArray[np.bool_]]]:
-        """Values per token of the activations themselves, and which of each site's are far."""
+        """Compute values per token of the activations themselves, and which of each site's are far."""
         if self.known:
             return {}, {site: self.spread[site].far(x_TD) for site, x_TD in chunk.x.items()}
         self.n_tokens += len(units)
@@ -121,14 +123,14 @@ class Reconstruction:
                 self._add_spread(site, spread)
         self.sums.merge(everyone)
         if self.known is not None:
-            self.sums = self.known.sums.only(self._own_columns()).beside(self.sums)
+            self.sums = self.known.sums.only(self._own_columns()).concat(self.sums)
         for firing in self.firing.values():
             everyone.all_reduce(firing.count_F)
             everyone.all_reduce(firing.sum_F)
             firing.max_F = torch.stack(everyone.all_gather_objects(firing.max_F)).amax(0)
 
     def _add_spread(self, site: str, spread: Spread) -> None:
-        """How this process's rows of a site lie around the mean of all processes' rows."""
+        """Add how this process's rows of a site lie around the mean of all processes' rows."""
         everyone, near, far = self.evalset.everyone, (False,), (True,)
         spread.merge(everyone)
         for what, (documents, sums) in {
@@ -140,8 +142,8 @@ class Reconstruction:
             self.sums.add(documents, {f"{site}/{what}": sums})
 
     def _variant(self, name: str, sae: Sae, x_TD: Tensor, far_T: NDArray[np.bool_]) -> dict[str, Any]:
-        """Values per token. Rows go through the SAE in float32; what is squared or divided is float64,
-        which holds the square of any float32 without overflow or underflow."""
+        """Compute values per token. Rows go through the SAE in float32; what is squared or divided is
+        float64, which holds the square of any float32 without overflow or underflow."""
         columns: dict[str, list[Tensor]] = {what: [] for what in PER_VARIANT}
         device = sae.W_enc.device
         for some_TD, some_far_T in zip(
@@ -163,13 +165,13 @@ class Reconstruction:
         return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in columns.items()}
 
     def unusable(self, name: str) -> str | None:
-        """Why a variant has no figures at all: its reconstructions are not all numbers."""
+        """Say why a variant has no figures at all: its reconstructions are not all finite."""
         n_bad = int(self.sums.column(f"{name}/not_finite").sum())
         unit = self.evalset.text.unit
         return f"x̂ is not finite on {n_bad:,} of {counted(self.n_tokens, unit)}" if n_bad else None
 
     def ratios(self, name: str) -> dict[str, Ratio]:
-        """fvu, mse, cosine, norm ratio and L0 of one variant, and what far rows have to do with fvu.
+        """Compute fvu, mse, cosine, norm ratio and L0 of one variant, and the share of far rows in fvu.
 
         fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖²; mse is per dimension. Zero vectors have no direction: cosine and norm
         ratio are means over the others; where x̂ alone is zero both count as 0.
@@ -198,7 +200,7 @@ class Reconstruction:
         }
 
     def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
-        """The `ratios` of one variant as figures, and its explained variance."""
+        """Compute the `ratios` of one variant as figures, and its explained variance."""
         ratios = self.ratios(name)
         figures = bootstrap.figures(ratios)
         if not self.n_far(self.sites[name]):
@@ -210,11 +212,12 @@ class Reconstruction:
         return figures
 
     def n_far(self, site: str) -> int:
-        """Rows that are more than `FAR` times as far from the cached mean as the median training row."""
+        """Count rows that are more than `FAR` times as far from the cached mean as the median training
+        row."""
         return int(self.sums.column(f"{site}/n_far").sum())
 
     def place(self, site: str) -> dict[str, Any]:
-        """What is to be known of a site's rows, for `final_assessment.json`."""
+        """Summarise a site's rows for `final_assessment.json`."""
         array, spread = self.evalset.arrays[site], self.spread[site]
         return {
             "n_zero": spread.n_zero,
@@ -224,26 +227,26 @@ class Reconstruction:
         }
 
     def density(self, name: str) -> NDArray[np.float64]:
-        """Share of tokens on which each latent was active. [F]."""
+        """Compute the share of tokens on which each latent was active. [F]."""
         return self.firing[name].count_F.numpy() / max(1, self.n_tokens)
 
     def live(self, name: str, least_share: float) -> NDArray[np.bool_]:
-        """Which latents fired, and on at least that share of the tokens. [F]."""
+        """Tell which latents fired, and on at least that share of the tokens. bool [F]."""
         return self.density(name) >= max(least_share, 1 / max(1, self.n_tokens))
 
 
 def _columns(names: Iterable[str]) -> list[str]:
-    """The sums that are of these SAEs."""
+    """Name the sums that are of these SAEs."""
     return [f"{name}/{what}" for name in names for what in PER_VARIANT]
 
 
 def _quotient(above_T: Tensor, below_T: Tensor) -> Tensor:
-    """Quotients, and 0 where the divisor is."""
+    """Divide, with 0 where the divisor is 0."""
     return torch.where(below_T > 0, above_T / below_T, 0.0)
 
 
 def complement(figure: Figure) -> Figure:
-    """1 − figure, the interval turned over."""
+    """Compute 1 − figure; the interval is turned over."""
     turned = {key: 1 - value for key, value in figure.items() if key != "reason" and value is not None}
     if "lo" in turned:
         turned["lo"], turned["hi"] = turned["hi"], turned["lo"]
@@ -251,7 +254,7 @@ def complement(figure: Figure) -> Figure:
 
 
 def absorption(rows_FD: Tensor) -> Figure:
-    """Mean over decoder rows of the largest cosine to another row; lower is better.
+    """Compute the mean over decoder rows of the largest cosine to another row; lower is better.
 
     Args:
         rows_FD: decoder rows of the live latents; zero rows, which have no direction, are left out.
@@ -272,6 +275,6 @@ def absorption(rows_FD: Tensor) -> Figure:
 
 
 def random_absorption(rows_FD: Tensor) -> Figure:
-    """What `absorption` reads on as many random directions: no dictionary can tell less."""
+    """Compute `absorption` of as many random directions: what is seen without any structure."""
     generator = torch.Generator().manual_seed(0)
     return absorption(torch.randn(rows_FD.shape, generator=generator).to(rows_FD.device))

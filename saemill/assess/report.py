@@ -30,11 +30,11 @@ UNTRAINED = (
     "below the line, not trained: a random dictionary of the best's size and k, and PCA with k directions"
 )
 PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
-"""Of a passage, in a line of the terminal and on the page; the JSON has all of it."""
+"""Characters shown of a passage, in a line of the terminal and on the page; the JSON has all of it."""
 
 
 def interval(figure: Figure) -> str:
-    """A figure's 95% interval, or nothing."""
+    """Format a figure's 95% interval; empty where it has none."""
     if figure.get("lo") is None or figure["lo"] == figure["hi"]:
         return ""
     digits = 1 if abs(figure["hi"]) >= 10 else 3
@@ -42,7 +42,7 @@ def interval(figure: Figure) -> str:
 
 
 def table(assessment: dict[str, Any]) -> str:
-    """The variants as a text table, best first."""
+    """Render the variants as a text table, best first."""
     data, columns = assessment["data"], _columns(assessment)
     shown = Table(title=f"{counted(data['n_tokens'], data['unit'])}: {data['chosen']}")
     shown.add_column("variant", no_wrap=True)
@@ -61,30 +61,31 @@ def table(assessment: dict[str, Any]) -> str:
 
 
 def _columns(assessment: dict[str, Any]) -> dict[str, str]:
-    """The columns of the tables: embeddings have no losses."""
+    """Choose the columns of the tables: embeddings have no losses."""
     losses = ("delta_ce", "loss_recovered") if assessment["data"]["unit"] == "passage" else ()
     return {name: title for name, title in COLUMNS.items() if name not in losses}
 
 
 def _best(assessment: dict[str, Any]) -> str:
-    """The best variant with its figures on the documents that it was not chosen on."""
-    other, thing = assessment["best_on_other_documents"], assessment["data"]["document"]
+    """Describe the best variant with its figures on the documents that it was not chosen on."""
+    other, noun = assessment["best_on_other_documents"], assessment["data"]["document"]
     figures = [
         f"{COLUMNS[name]} {number(figure)}" + (f" ({interval(figure)})" if interval(figure) else "")
         for name, figure in other["metrics"].items()
         if name in ("fvu", "delta_ce") and figure["value"] is not None
     ]
     where = (
-        f"chosen and reported on the same {thing}s, which are too few to halve"
+        f"chosen and reported on the same {noun}s, which are too few to halve"
         if other["overlap"]
-        else f"chosen on {counted(other['n_documents_chosen_on'], thing)}; "
+        else f"chosen on {counted(other['n_documents_chosen_on'], noun)}; "
         f"on {counted(other['n_documents'], 'other')} {', '.join(figures)}"
     )
     return f"{assessment['best_variant']}, {where}"
 
 
 def _notes(assessment: dict[str, Any]) -> list[str]:
-    """What the tables do not show: figures that are null or without interval, checks judged otherwise."""
+    """List what the tables do not show: figures that are null or without interval, checks judged
+    otherwise."""
     variants = assessment["variants"]
     lines = list(assessment["data"]["notes"])
     lines += [f"{entry['name']}: {entry['not_measured']}" for entry in variants if entry["not_measured"]]
@@ -108,7 +109,7 @@ def _notes(assessment: dict[str, Any]) -> list[str]:
 
 
 def contexts_text(features: dict[str, Any], n_latents: int, n_contexts: int) -> str:
-    """Some latents with the snippets where they fire most; nothing where none is shown."""
+    """Render some latents with the snippets where they fire most; empty where none is shown."""
     if not features["latents"]:
         return ""
     lines = [f"where latents of {features['variant']} fire most ({features['searched']}):"]
@@ -124,7 +125,7 @@ def contexts_text(features: dict[str, Any], n_latents: int, n_contexts: int) -> 
 
 
 def _line(context: dict[str, Any]) -> str:
-    """A context in one line: a token between its neighbours, or the start of a passage."""
+    """Render a context in one line: a token between its neighbours, or the start of a passage."""
     if "text" in context:
         shown = " ".join((context["text"] or "").split())
         return f"[{_name(context)}] {shown[:PASSAGE_LETTERS]}{'…' if len(shown) > PASSAGE_LETTERS else ''}"
@@ -133,7 +134,7 @@ def _line(context: dict[str, Any]) -> str:
 
 
 def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, NDArray[np.float64]]) -> None:
-    """One HTML page with no scripts and nothing to fetch: tables, charts, contexts.
+    """Write one HTML page with no scripts and nothing to fetch: tables, charts, contexts.
 
     Args:
         path: the file.
@@ -161,5 +162,5 @@ def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, N
 
 
 def _name(passage: dict[str, Any]) -> str:
-    """A passage's id, or its number in the source."""
+    """Return a passage's id, or its number in the source."""
     return f"passage {passage['address']}" if passage["id"] is None else str(passage["id"])

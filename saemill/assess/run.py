@@ -39,15 +39,17 @@ def run(config: AssessConfig) -> dict[str, Any]:
     world = World.here()
     speak_for(world)
     device = world.device(config.device)
-    with world.connected(device) as everyone, ExitStack() as held:
-        return _assess(config, device, everyone, held)
+    with world.connected(device) as everyone, ExitStack() as resources:
+        return _assess(config, device, everyone, resources)
 
 
-def _assess(config: AssessConfig, device: torch.device, everyone: Group, held: ExitStack) -> dict[str, Any]:
+def _assess(
+    config: AssessConfig, device: torch.device, everyone: Group, resources: ExitStack
+) -> dict[str, Any]:
     started = time.perf_counter()
     trained = open_run(config, device)
     other = open_tokens(config, trained)
-    of, out = config.of(), config.folder
+    content_hash, out = config.of(), config.folder
     settings.check_folder(out)
     to_wandb = everyone.first(lambda: _logs_to_wandb(config))
     model, model_check = open_model(config, trained, other, device)
@@ -55,14 +57,14 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group, held: E
     evalset = EvalSet(trained.store, other, model, trained.mask, sites, config.batch_size, everyone)
     if model is not None:
         check_mask_token(model, evalset.tokens)
-    everyone.first(lambda: _take(out, held))
+    everyone.first(lambda: _lock(out, resources))
     measured, entries, baselines = measure(config, trained.saes, trained.left_out, evalset, model)
     best = entries[0]["name"]
     shown = config.variant or best
     assessment: dict[str, Any] = {
         "format": assessments.FORMAT,
         "settings": config.identity(),
-        "of": of,
+        "of": content_hash,
         "data": measured.data(best) | {"model_check": model_check},
         "thresholds": settings.plain(config.thresholds),
         "best_variant": best,
@@ -82,15 +84,15 @@ def _assess(config: AssessConfig, device: torch.device, everyone: Group, held: E
     return assessment
 
 
-def _take(out: Path, held: ExitStack) -> None:
-    """Make the folder this assessment's own; clear away what a killed one left of its files."""
-    held.enter_context(durable.exclusive(out))
-    for litter in out.glob(durable.PARTIAL):
-        litter.unlink()
+def _lock(out: Path, resources: ExitStack) -> None:
+    """Lock the folder, and remove the files that a killed assessment left half written."""
+    resources.enter_context(durable.exclusive(out))
+    for leftover in out.glob(durable.PARTIAL):
+        leftover.unlink()
 
 
 def _logs_to_wandb(config: AssessConfig) -> bool:
-    """Whether the assessment goes to wandb.
+    """Tell whether the assessment goes to wandb.
 
     Raises:
         ConfigError: it cannot.
@@ -101,13 +103,13 @@ def _logs_to_wandb(config: AssessConfig) -> bool:
             f"log_to_wandb: {config.run} was not logged to wandb ({runs.WANDB} is missing); "
             "train with --log-to-wandb"
         )
-    wanted = logged if config.log_to_wandb is None else config.log_to_wandb
-    if wanted:
+    enabled = logged if config.log_to_wandb is None else config.log_to_wandb
+    if enabled:
         wandb.check()
-    return wanted
+    return enabled
 
 
 def _log_to_wandb(run: Path, out: Path) -> None:
-    """Hand over what was written; wait for it, but not for long."""
+    """Log what was written; wait for it, but not for long."""
     with wandb.Wandb(run, assessment=out):
         pass

@@ -70,7 +70,7 @@ class Splicing:
         evalset: rows to run on.
         model: with its LM head; see `check_mask_token`.
         no_loss: why losses mean nothing here; KL divergences are counted all the same.
-        known: of the same rows, with these sites among its own: its losses without an SAE are not counted
+        known: a splicing of the same rows that covers these sites. Its losses without an SAE are used
             again.
     """
 
@@ -94,11 +94,11 @@ class Splicing:
         self.n_tokens = 0
 
     def _own_columns(self) -> list[str]:
-        """The sums that are of the model, without any SAE."""
+        """Name the sums that are of the model, without any SAE."""
         return ["n", "clean", *(f"{site}/{what}" for site in self.evalset.sites for what in ("zero", "mean"))]
 
     def run(self, max_tokens: int) -> "Splicing":
-        """Count this process's part of the rows up to `max_tokens`, then add up those of all processes.
+        """Count this process's share of the rows up to `max_tokens`, then add up those of all processes.
 
         Raises:
             DataError: splicing the true activation changes the loss.
@@ -110,14 +110,14 @@ class Splicing:
         self.sums.merge(everyone)
         self.n_tokens = sum(everyone.all_gather_objects(self.n_tokens))
         if self.known is not None:
-            self.sums = self.known.sums.only(self._own_columns()).beside(self.sums)
+            self.sums = self.known.sums.only(self._own_columns()).concat(self.sums)
             return self
-        of_all = everyone.all_gather_objects(self.identity)
-        self.identity = {site: nats for theirs in reversed(of_all) for site, nats in theirs.items()}
+        gathered = everyone.all_gather_objects(self.identity)
+        self.identity = {site: nats for identity in reversed(gathered) for site, nats in identity.items()}
         return self
 
     def only(self, names: Iterable[str]) -> "Splicing":
-        """The figures of some of the SAEs."""
+        """Keep the figures of some of the SAEs."""
         some = copy(self)
         some.saes = {name: self.saes[name] for name in names}
         some.sites = {name: self.sites[name] for name in some.saes}
@@ -144,7 +144,7 @@ class Splicing:
         self.sums.add(units, columns)
 
     def _clean(self, batch: _Batch) -> Tensor:
-        """Log probabilities [T, W] of the untouched model; the sites' activations are kept."""
+        """Compute log probabilities [T, W] of the untouched model; the sites' activations are kept."""
         with ExitStack() as stack:
             for site in self.evalset.sites:
                 stack.enter_context(self.model.splice(site, partial(_note, batch.activations, site)))
@@ -153,7 +153,7 @@ class Splicing:
         return clean
 
     def _without_saes(self, batch: _Batch, clean: Tensor) -> dict[str, NDArray[np.float64]]:
-        """Losses per token of the untouched model, and with zeros and with the mean at each site."""
+        """Compute losses per token of the untouched model, and with zeros and with the mean at each site."""
         columns = {"n": np.ones(len(batch.target_T)), "clean": _ce(clean, batch.target_T)}
         for site in self.evalset.sites:
             if site not in self.identity:
@@ -166,13 +166,13 @@ class Splicing:
         return columns
 
     def _changed(self, batch: _Batch, site: str, changed_RSD: Tensor) -> Tensor:
-        """Log probabilities [T, W] of the model with other activations at the site."""
+        """Compute log probabilities [T, W] of the model with other activations at the site."""
         skip = self.model.skip_blocks_before(site) if site in self.skippable else nullcontext()
         with skip, self.model.splice(site, lambda _: changed_RSD):
             return _log_probs(self.model.logits(batch.ids_RS, batch.attention_RS), batch.counted_RS)
 
     def _task(self, rows: Rows) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
-        """Input ids, targets, and the positions at which the loss is counted; each [R, S]."""
+        """Build input ids, targets, and the positions at which the loss is counted; each [R, S]."""
         if self.model.head == "causal":
             target = rows.ids_RS.roll(-1, 1)
             counted = rows.keep_RS.copy()
@@ -205,7 +205,7 @@ class Splicing:
             )
 
     def ratios(self, name: str) -> dict[str, Ratio]:
-        """Losses in nats per token, ΔCE, KL and loss recovered of one variant."""
+        """Compute losses in nats per token, ΔCE, KL and loss recovered of one variant."""
         n, clean = self.sums.column("n"), self.sums.column("clean")
         site = self.sites[name]
         zero, mean = (self.sums.column(f"{site}/{what}") for what in ("zero", "mean"))
@@ -224,7 +224,7 @@ class Splicing:
         }
 
     def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
-        """The `ratios` of one variant as figures; without losses where they mean nothing."""
+        """Compute the `ratios` of one variant as figures; without losses where they mean nothing."""
         figures = bootstrap.figures(self.ratios(name))
         return figures | {what: absent(self.no_loss) for what in figures if self.no_loss and what != "kl"}
 
@@ -234,12 +234,12 @@ METRICS = ("delta_ce", "kl", "loss_recovered", "loss_recovered_from_mean", "ce_c
 
 
 def absent_metrics(reason: str) -> dict[str, Figure]:
-    """The figures of `Splicing.ratios` where no model was run."""
+    """Return the figures of `Splicing.ratios` where no model was run."""
     return {name: absent(reason) for name in METRICS}
 
 
 def _columns(names: Iterable[str]) -> list[str]:
-    """The sums that are of these SAEs."""
+    """Name the sums that are of these SAEs."""
     return [f"{name}/{what}" for name in names for what in ("ce", "kl")]
 
 
@@ -249,7 +249,7 @@ def _note(activations: dict[str, Tensor], site: str, x_RSD: Tensor) -> Tensor:
 
 
 def _log_probs(logits_RSW: Tensor, counted_RS: Tensor) -> Tensor:
-    """log softmax in float32 at the counted positions. [T, vocabulary]."""
+    """Compute log softmax in float32 at the counted positions. [T, vocabulary]."""
     return logits_RSW[counted_RS.to(logits_RSW.device)].float().log_softmax(-1)
 
 
@@ -258,6 +258,6 @@ def _ce(log_probs: Tensor, target_T: Tensor) -> NDArray[np.float64]:
 
 
 def _kl(clean: Tensor, spliced: Tensor) -> NDArray[np.float64]:
-    """KL(p ‖ p_spliced) per token from log probabilities [T, W]; tokens of no probability add 0."""
+    """Compute KL(p ‖ p_spliced) per token from log probabilities [T, W]; tokens of no probability add 0."""
     p = clean.exp()
     return torch.where(p > 0, p * (clean - spliced), 0.0).sum(-1, dtype=torch.float64).cpu().numpy()

@@ -18,7 +18,7 @@ class _DocumentRows:
 
     n: int
     mean_D: NDArray[np.float64]
-    """Their mean, from the cached one."""
+    """Their mean minus the cached one."""
     squares: float
     """Σ of their squared distances from their own mean."""
 
@@ -38,14 +38,14 @@ class Spread:
     rows that are all alike is 0 and not what rounding leaves of it.
 
     Args:
-        statistics: of the site.
+        statistics: those of the site.
     """
 
     def __init__(self, statistics: Statistics) -> None:
         self.centre_D = statistics.mean_D
         self.median = statistics.median_distance
         self.largest = 0.0
-        """Of the rows' distances from the cached mean."""
+        """Largest distance of a row from the cached mean."""
         self.n_zero = 0
         """Rows that are zero vectors."""
         self._rows: dict[tuple[int, bool], _DocumentRows] = {}
@@ -73,11 +73,12 @@ class Spread:
         return far_T.numpy()
 
     def far(self, x_TD: Tensor) -> NDArray[np.bool_]:
-        """Which of some rows are far, as `add` returns it, without counting them."""
+        """Tell which rows are far, as `add` returns it, without counting them."""
         return self._far(x_TD.double())[2].numpy()
 
     def _far(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows from the cached mean [T, D], their distances from it [T], and whether they are far [T]."""
+        """Return rows from the cached mean [T, D], their distances from it [T], and whether they are far
+        [T]."""
         centred_TD = x_TD - self.centre_D
         distance_T = torch.linalg.vector_norm(centred_TD, dim=1)
         return centred_TD, distance_T, distance_T > (FAR * self.median if self.median else torch.inf)
@@ -110,7 +111,7 @@ class Spread:
     def squares(
         self, everyone: Group, counted: tuple[bool, ...], around: tuple[bool, ...]
     ) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
-        """This process's sums of squared distances, document by document; call after `merge`.
+        """Compute this process's sums of squared distances, document by document; call after `merge`.
 
         Args:
             everyone: the processes, whose rows make the mean.
@@ -133,12 +134,12 @@ class Spread:
         return np.array([document for document, _ in chosen], np.uint64), np.array(sums)
 
     def _alike(self, around: tuple[bool, ...]) -> bool:
-        """Whether rows of all processes are equal, exactly."""
+        """Tell whether rows of all processes are equal, exactly."""
         ends = [self._ends[far] for far in around if far in self._ends]
         lows, highs = [low for low, _ in ends], [high for _, high in ends]
         return not ends or bool((torch.stack(lows).amin(0) == torch.stack(highs).amax(0)).all())
 
     def n_far(self) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
-        """This process's documents with far rows, and how many each has."""
+        """List this process's documents with far rows, and how many each has."""
         n_by_document = {document: rows.n for (document, far), rows in self._rows.items() if far}
         return np.array(list(n_by_document), np.uint64), np.array(list(n_by_document.values()), np.float64)

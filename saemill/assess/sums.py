@@ -56,30 +56,30 @@ class DocumentSums:
 
     def merge(self, everyone: Group) -> None:
         """Add up the sums of all processes; a document that one of them has alone keeps its bits."""
-        of_all, self.rows = everyone.all_gather_objects(self.rows), {}
-        for rows in of_all:
+        gathered, self.rows = everyone.all_gather_objects(self.rows), {}
+        for rows in gathered:
             for document, row in rows.items():
                 known = self.rows.get(document)
                 self.rows[document] = row if known is None else known + row
 
     def only(self, names: list[str]) -> "DocumentSums":
-        """Some of the sums, in this order."""
+        """Keep some of the sums, in this order."""
         places = [self.names.index(name) for name in names]
         return DocumentSums(names, {document: row[places] for document, row in self.rows.items()})
 
-    def beside(self, other: "DocumentSums") -> "DocumentSums":
-        """These sums and then the other's, which are of the same documents."""
+    def concat(self, other: "DocumentSums") -> "DocumentSums":
+        """Join these sums with the other's, which are of the same documents."""
         rows = {document: np.concatenate([row, other.rows[document]]) for document, row in self.rows.items()}
         return DocumentSums(self.names + other.names, rows)
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """One sum for every document, in ascending order of document. [n_documents]."""
+        """Return one sum for every document, in ascending order of document. [n_documents]."""
         place = self.names.index(name)
         return np.array([self.rows[document][place] for document in self.documents])
 
     @property
     def documents(self) -> list[int]:
-        """All documents, ascending."""
+        """List all documents, ascending."""
         return sorted(self.rows)
 
 
@@ -88,19 +88,19 @@ class Bootstrap:
 
     Args:
         among: bool [n_documents], the documents that count.
-        thing: what messages call a document.
+        noun: what messages call a document.
     """
 
-    def __init__(self, among: NDArray[np.bool_], thing: str = "document") -> None:
-        self.among, self.n_documents, self.thing = among, int(among.sum()), thing
+    def __init__(self, among: NDArray[np.bool_], noun: str = "document") -> None:
+        self.among, self.n_documents, self.noun = among, int(among.sum()), noun
         self.enough = self.n_documents >= LEAST_DOCUMENTS
         generator = np.random.default_rng(SEED)
         shape = (N_DRAWS, self.n_documents if self.enough else 0)
         self.weights = generator.poisson(1.0, shape).astype(np.float32)
 
     def figure(self, ratio: Ratio) -> Figure:
-        """Σ above / Σ below over the documents, with its 95% interval; null, or without an interval, where
-        it has no meaning: never NaN, nor what rounding makes of 0 / 0."""
+        """Compute Σ above / Σ below over the documents, with its 95% interval. Where it has no meaning it is
+        null or without an interval: never NaN, nor what rounding makes of 0 / 0."""
         above, below = ratio.above[self.among], ratio.below[self.among]
         total_above, total_below = float(above.sum()), float(below.sum())
         if not (np.isfinite(total_above) and np.isfinite(total_below)):
@@ -109,51 +109,52 @@ class Bootstrap:
             return absent(ratio.undefined)
         value = total_above / total_below
         if not self.enough:
-            reason = f"only {counted(self.n_documents, self.thing)}; an interval needs {LEAST_DOCUMENTS}"
+            reason = f"only {counted(self.n_documents, self.noun)}; an interval needs {LEAST_DOCUMENTS}"
             return {"value": value, "lo": None, "hi": None, "reason": reason}
         drawn_above, drawn_below = self.weights @ above, self.weights @ below
         if n_undefined := int((drawn_below <= 0).sum()):
-            reason = f"in {n_undefined:,} of {N_DRAWS:,} draws of {self.thing}s {ratio.undefined}"
+            reason = f"in {n_undefined:,} of {N_DRAWS:,} draws of {self.noun}s {ratio.undefined}"
             return {"value": value, "lo": None, "hi": None, "reason": reason}
         lo, hi = np.percentile(drawn_above / drawn_below, [2.5, 97.5])
         return {"value": value, "lo": float(lo), "hi": float(hi)}
 
     def figures(self, ratios: dict[str, Ratio]) -> dict[str, Figure]:
-        """Each of some named ratios."""
+        """Compute each of some named ratios."""
         return {name: self.figure(ratio) for name, ratio in ratios.items()}
 
 
 class Split:
     """Some documents, in one half of which the best variant is chosen and in the other reported.
 
-    What is chosen for its figures looks better on the same documents than it is. A bit of the text's
-    hash tells the halves; where one would be empty, both are all documents.
+    A variant chosen for its figures looks better on the same documents than it is. A bit of the text's
+    hash separates the halves; where one would be empty, both are all documents.
 
     Args:
         documents: their text hashes, ascending.
-        thing: what messages call a document.
+        noun: what messages call a document.
     """
 
-    def __init__(self, documents: list[int], thing: str = "document") -> None:
+    def __init__(self, documents: list[int], noun: str = "document") -> None:
         odd = np.array(documents, np.uint64) % 2 == 1
         self.overlap = bool(odd.all() or not odd.any())
         self.chosen_on = odd | self.overlap
-        self.all = Bootstrap(odd | True, thing)
-        self.reported_on = Bootstrap(~odd | self.overlap, thing)
+        self.all = Bootstrap(odd | True, noun)
+        self.reported_on = Bootstrap(~odd | self.overlap, noun)
 
     def loss(self, ratio: Ratio) -> float:
-        """Σ above / Σ below over the documents on which the best is chosen; infinite where undefined."""
+        """Compute Σ above / Σ below over the documents on which the best is chosen; infinite where
+        undefined."""
         above, below = (float(column[self.chosen_on].sum()) for column in (ratio.above, ratio.below))
         return above / below if below > 0 and np.isfinite(above) else np.inf
 
 
 def absent(reason: str) -> Figure:
-    """A figure that was not or could not be computed."""
+    """Return a figure that was not or could not be computed."""
     return {"value": None, "reason": reason}
 
 
 def number(figure: Figure, digits: int = 3) -> str:
-    """A figure's value, or an en dash."""
+    """Format a figure's value, or an en dash."""
     value = figure["value"]
     if value is None:
         return "–"

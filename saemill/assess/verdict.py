@@ -15,7 +15,7 @@ class Thresholds:
     """What a healthy SAE reaches."""
 
     min_loss_recovered: float = 0.60
-    """Against zero-ablation."""
+    """Least loss recovered, against zero-ablation."""
     min_l0: float = 20.0
     max_l0: float = 200.0
     max_dead_fraction: float = 0.20
@@ -38,7 +38,7 @@ Where the random baseline took the place of the threshold of absorption, `reason
 
 
 def checks(metrics: dict[str, Figure], thresholds: Thresholds, unseen: str | None = None) -> list[Check]:
-    """The four health checks of one variant.
+    """Run the four health checks of one variant.
 
     No SAE is failed for an absorption that as many random directions show as well: in a narrow space
     that is more than the threshold. Nor is one failed for latents that look dead on too few tokens.
@@ -78,7 +78,7 @@ def _check(name: str, figure: Figure, low: float | None, high: float | None) -> 
 
 
 def summary(results: list[Check]) -> str:
-    """`passed 2/3, 1 unknown`: a check whose figure is null is neither passed nor failed."""
+    """Summarise as `passed 2/3, 1 unknown`. A check whose figure is null is neither passed nor failed."""
     n_known = sum(check["passed"] is not None for check in results)
     if n_known == 0:
         return "unknown"
@@ -87,7 +87,7 @@ def summary(results: list[Check]) -> str:
 
 
 def order(entries: list[dict[str, Any]], losses: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Variants best first: more checks passed, then the smaller loss.
+    """Sort variants best first: more checks passed, then the smaller loss.
 
     Args:
         entries: the variants.
@@ -96,7 +96,7 @@ def order(entries: list[dict[str, Any]], losses: Mapping[str, float]) -> list[di
 
     def key(entry: dict[str, Any]) -> tuple[bool, int, float]:
         loss = losses.get(entry["name"], math.inf)
-        passed = sum(check["passed"] is True for check in entry["checks"])
-        return entry["not_measured"] is not None, -passed, loss if math.isfinite(loss) else math.inf
+        n_passed = sum(check["passed"] is True for check in entry["checks"])
+        return entry["not_measured"] is not None, -n_passed, loss if math.isfinite(loss) else math.inf
 
     return sorted(entries, key=key)

@@ -19,10 +19,10 @@ from saemill.common.stores.runs import DOCUMENTS, DOCUMENTS_MODEL, LATENTS, REPO
 
 
 def write(out: Path, values: dict[str, Any], measured: Measured) -> dict[str, Any]:
-    """The verdict, the report, and the sums and firing counts they follow from: all of them or none.
+    """Write the verdict, the report, and the sums and firing counts they follow from: all of them or none.
 
-    Whole files are beside their places before the first takes its own; the old verdict goes before that, the
-    new one comes last.
+    All files are complete under temporary names before the first is renamed. The old verdict is removed
+    before that, and the new one comes last.
 
     Returns: the content of `final_assessment.json`.
     """
@@ -33,9 +33,11 @@ def write(out: Path, values: dict[str, Any], measured: Measured) -> dict[str, An
     tables = {name: _sums_table(table) for name, table in sums.items()}
     tables[LATENTS] = _latents_table(measured.reconstruction)
     densities = {name: measured.reconstruction.density(name) for name in measured.reconstruction.saes}
-    with ExitStack() as held:  # which closes the last opened first
-        verdict = held.enter_context(durable.replacing(out / assessments.FILE))
-        partials = {name: held.enter_context(durable.replacing(out / name)) for name in [*tables, REPORT]}
+    with ExitStack() as replacements:  # which closes the last opened first
+        verdict = replacements.enter_context(durable.replacing(out / assessments.FILE))
+        partials = {
+            name: replacements.enter_context(durable.replacing(out / name)) for name in [*tables, REPORT]
+        }
         for name, table in tables.items():
             with durable.writing(out / name, table.nbytes):
                 pq.write_table(table, partials[name])
@@ -53,7 +55,7 @@ def write(out: Path, values: dict[str, Any], measured: Measured) -> dict[str, An
 
 
 def _latents_table(reconstruction: Reconstruction) -> pa.Table:
-    """How every latent of every variant fired."""
+    """Tabulate how every latent of every variant fired."""
     tables = [
         pa.table(
             {

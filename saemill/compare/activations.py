@@ -31,12 +31,12 @@ class Codes:
 
     @property
     def live(self) -> NDArray[np.int64]:
-        """Latents active on `MIN_FIRINGS` tokens or more."""
+        """List latents active on `MIN_FIRINGS` tokens or more."""
         firings_F = np.bincount(self.acts_TF.indices, minlength=self.acts_TF.shape[1])
         return np.flatnonzero(firings_F >= MIN_FIRINGS)
 
     def standardised(self, latents: NDArray[np.int64]) -> "Columns":
-        """Some latents' codes with what their correlations need."""
+        """Return some latents' codes with what their correlations need."""
         acts_TL = scipy.sparse.csc_array(self.acts_TF)[:, latents]
         n = acts_TL.shape[0]
         mean_L = np.asarray(acts_TL.sum(0)).ravel() / n
@@ -44,7 +44,7 @@ class Codes:
         return Columns(acts_TL, mean_L, np.sqrt(np.maximum(squares_L - mean_L**2, np.finfo(float).tiny)))
 
     def shifted(self) -> "Codes":
-        """The same codes, half of the tokens later: as dense, and about nothing that the others are about."""
+        """Shift the codes by half of the tokens: as dense, and unrelated to the codes of the same tokens."""
         half = self.acts_TF.shape[0] // 2
         return Codes(scipy.sparse.csr_array(scipy.sparse.vstack([self.acts_TF[half:], self.acts_TF[:half]])))
 
@@ -59,7 +59,8 @@ class Columns:
 
 
 def correlations(a: Columns, b: Columns) -> Blocks:
-    """Pearson correlations of latents' codes, over all tokens, those where neither is active included."""
+    """Compute Pearson correlations of latents' codes over all tokens, those where neither is active
+    included."""
 
     def blocks() -> Iterator[torch.Tensor]:
         b_TL = scipy.sparse.csr_array(b.acts_TL)
@@ -75,7 +76,7 @@ def correlations(a: Columns, b: Columns) -> Blocks:
 
 
 def of_pairs(a: Columns, b: Columns) -> NDArray[np.float64]:
-    """Correlation of each latent of `a` with the one of `b` in the same place."""
+    """Compute the correlation of each latent of `a` with the one of `b` in the same place."""
     products_L = np.asarray((a.acts_TL * b.acts_TL).sum(0)).ravel() / a.acts_TL.shape[0]
     correlation: NDArray[np.float64] = (products_L - a.mean_L * b.mean_L) / (a.deviation_L * b.deviation_L)
     return correlation
@@ -106,14 +107,14 @@ class Stores:
             self._store_of(dictionary)
 
     def codes(self, dictionary: Dictionary, device: torch.device) -> Codes:
-        """An SAE's codes on the held-out tokens, in the order of the text."""
+        """Compute an SAE's codes on the held-out tokens, in the order of the text."""
         store, sae = self._store_of(dictionary), dictionary.load(device)
         site = store.site(dictionary.provenance["site"])
-        parts = []
+        blocks = []
         for shard, offsets in self._held_out(store):
             x_TD = as_tensor(site.gather(shard, offsets), site.dtype)
-            parts += [_encode(sae, part_TD.to(device)) for part_TD in torch.split(x_TD, ROWS_AT_ONCE)]
-        return Codes(scipy.sparse.csr_array(scipy.sparse.vstack(parts)))
+            blocks += [_encode(sae, rows_TD.to(device)) for rows_TD in torch.split(x_TD, ROWS_AT_ONCE)]
+        return Codes(scipy.sparse.csr_array(scipy.sparse.vstack(blocks)))
 
     def _held_out(self, store: ActivationStore) -> Iterator[tuple[int, NDArray[np.int64]]]:
         left = self.max_tokens
@@ -124,7 +125,7 @@ class Stores:
             left -= len(offsets)
 
     def _store_of(self, dictionary: Dictionary) -> ActivationStore:
-        """The store with the SAE's site, of its model if the SAE tells which that is."""
+        """Find the store with the SAE's site, of its model if the SAE says which that is."""
         site, model = (dictionary.provenance.get(key) for key in ("site", "model_fingerprint"))
         for store in self.stores:
             if site in store.sites and model in (None, store.settings.model_fingerprint):

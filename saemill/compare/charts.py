@@ -7,7 +7,7 @@ from typing import Any
 SIZE = 44
 """Pixels of a square in the matrix."""
 SKIPPED_BINS = 16
-"""Of a histogram from -1 to 1: its axis begins at -0.2, with what is below it there."""
+"""Bins of a histogram from -1 to 1 that the first bar sums: the axis begins at -0.2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Square:
 
 
 def square(names: Sequence[str], shares: Mapping[tuple[str, str], float]) -> Square | None:
-    """The shared share of every two dictionaries, as a matrix; None for a single pair.
+    """Lay out the shared share of every two dictionaries as a matrix; None for a single pair.
 
     Args:
         names: of the dictionaries.
@@ -58,7 +58,7 @@ def square(names: Sequence[str], shares: Mapping[tuple[str, str], float]) -> Squ
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One of a histogram's."""
+    """One bar of a histogram."""
 
     x: str
     width: str
@@ -80,15 +80,15 @@ class Distribution:
 
 
 def distribution(name: str, matched: Mapping[str, Any], chance: Mapping[str, Any]) -> Distribution:
-    """Where the marks of one pair are.
+    """Lay out the marks of one pair.
 
     Args:
         name: of the pair.
         matched: its `histogram`, the number of latents in each bin, and its `shares` by threshold.
         chance: the same of what chance gives.
     """
-    of_both = [matched["histogram"], chance["histogram"]]
-    counts, by_chance = ([sum(h[: SKIPPED_BINS + 1]), *h[SKIPPED_BINS + 1 :]] for h in of_both)
+    histograms = [matched["histogram"], chance["histogram"]]
+    counts, by_chance = ([sum(h[: SKIPPED_BINS + 1]), *h[SKIPPED_BINS + 1 :]] for h in histograms)
     top, width = max(1, *counts, *by_chance), 270 / len(counts)
     bars = [
         Bar(
@@ -108,7 +108,7 @@ def distribution(name: str, matched: Mapping[str, Any], chance: Mapping[str, Any
 
 
 def _curve(shares: Mapping[str, float]) -> str:
-    """Points of the shares against the threshold, from 0.3 to 0.95."""
+    """Draw the points of the shares against the threshold, from 0.3 to 0.95."""
     return " ".join(
         f"{330 + (float(t) - 0.3) * 400:.0f},{105 - 95 * share:.1f}" for t, share in shares.items()
     )

@@ -20,7 +20,7 @@ Rows = Literal["decoder", "encoder"]
 
 @dataclass(frozen=True, slots=True)
 class Dictionary:
-    """One SAE, by what its config tells; the weights are read when they are needed."""
+    """One SAE, as its config describes it; the weights are read when they are needed."""
 
     name: str
     """The end of its path, as long as it takes to tell it from the others."""
@@ -30,7 +30,7 @@ class Dictionary:
     provenance: dict[str, Any]
 
     def load(self, device: torch.device) -> Sae:
-        """The SAE.
+        """Load the SAE.
 
         Raises:
             StoreError: it was damaged meanwhile.
@@ -38,27 +38,27 @@ class Dictionary:
         return Sae.load(self.path, device)
 
     def rows(self, which: Rows, device: torch.device) -> Tensor:
-        """Its latents' directions, fp32 [F, D], of unit length; a row of zeros stays one."""
+        """Read its latents' directions, fp32 [F, D], of unit length; a row of zeros stays one."""
         sae = self.load(device)
         weights = sae.W_dec if which == "decoder" else sae.W_enc
         return torch.nn.functional.normalize(weights.detach().float(), dim=1)
 
     def traits(self) -> dict[str, Any]:
-        """What its config tells of where it came from, and with which settings it was trained."""
-        told = {key: self.provenance.get(key) for key in ("model", "dataset", "site")}
+        """Read from its config where it came from, and with which settings it was trained."""
+        origin = {key: self.provenance.get(key) for key in ("model", "dataset", "site")}
         variant = dict(self.provenance.get("variant") or {})
         variant.pop("name", None)
-        return told | variant | {"num_latents": self.num_latents}
+        return origin | variant | {"num_latents": self.num_latents}
 
 
 def differing(a: Dictionary, b: Dictionary) -> list[str]:
-    """The traits in which two SAEs differ, sorted; of one that another tool trained few are known."""
-    of_a, of_b = a.traits(), b.traits()
-    return sorted(key for key in of_a.keys() & of_b.keys() if of_a[key] != of_b[key])
+    """List the traits in which two SAEs differ, sorted. Of an SAE of another tool few are known."""
+    traits_a, traits_b = a.traits(), b.traits()
+    return sorted(key for key in traits_a.keys() & traits_b.keys() if traits_a[key] != traits_b[key])
 
 
 def find(paths: Iterable[Path]) -> list[Dictionary]:
-    """The SAEs that folders of SAEs and of runs hold.
+    """Find the SAEs in folders of SAEs and of runs.
 
     Raises:
         StoreError: a folder is neither, or its run is not finished.
@@ -69,37 +69,37 @@ def find(paths: Iterable[Path]) -> list[Dictionary]:
         raise ConfigError("an SAE is named twice; a run's folder stands for all of its SAEs")
     if len(folders) < 2:
         raise ConfigError(f"two SAEs or more are needed, got {', '.join(map(str, folders)) or 'none'}")
-    found = []
+    dictionaries = []
     for name, folder in zip(_names(folders), folders, strict=True):
         config = Sae.load(folder).config
-        found.append(Dictionary(name, folder, config.d_in, config.num_latents, config.provenance))
-    return found
+        dictionaries.append(Dictionary(name, folder, config.d_in, config.num_latents, config.provenance))
+    return dictionaries
 
 
 def pairs(dictionaries: list[Dictionary], any_width: bool) -> list[tuple[Dictionary, Dictionary]]:
-    """All pairs whose directions are of one length; what is left out is said.
+    """List all pairs whose directions are of one length, and report how many are left out.
 
     Args:
-        any_width: take every pair: it is not directions that are compared.
+        any_width: list every pair, since it is not directions that are compared.
 
     Raises:
         ConfigError: no pair is left.
     """
     every = list(combinations(dictionaries, 2))
-    kept = [(a, b) for a, b in every if any_width or a.d_in == b.d_in]
-    if not kept:
+    comparable = [(a, b) for a, b in every if any_width or a.d_in == b.d_in]
+    if not comparable:
         widths = ", ".join(f"{d.name} has {d.d_in}" for d in dictionaries)
         raise ConfigError(
             f"directions of different lengths (d_in) have no cosine: {widths}; "
             "compare what they do on the same tokens, by --by activations"
         )
-    if len(kept) < len(every):
-        say(f"left out: {len(every) - len(kept)} of {len(every)} pairs, whose d_in differ")
-    return kept
+    if len(comparable) < len(every):
+        say(f"left out: {len(every) - len(comparable)} of {len(every)} pairs, whose d_in differ")
+    return comparable
 
 
 def _variants(path: Path) -> list[Path] | None:
-    """The SAEs of a finished run that did not diverge and were not stopped early; None for no run."""
+    """List the SAEs of a finished run that did not diverge and were not stopped early; None for no run."""
     if not runs.is_run(path):
         return None
     if not runs.is_finished(path):
@@ -110,17 +110,17 @@ def _variants(path: Path) -> list[Path] | None:
     left_out = {**finished.diverged, **finished.stopped}
     if left_out:
         say(f"left out of {path}: {', '.join(left_out)}, diverged or stopped early")
-    kept = [name for name in finished.variants if name not in left_out]
-    for name in kept:
+    names = [name for name in finished.variants if name not in left_out]
+    for name in names:
         of_run.check(path / name, finished.cfgs[name], path / runs.FINISHED)
-    return [path / name for name in kept]
+    return [path / name for name in names]
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The ends of the paths, of as many parts as make them differ."""
-    parts = [folder.resolve().parts for folder in folders]
-    for n in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-n:]) for part in parts]
+    """Name folders by the ends of their paths, as long as it takes to tell them apart."""
+    paths = [folder.resolve().parts for folder in folders]
+    for n in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-n:]) for path in paths]
         if len(set(names)) == len(names):
             return names
     raise AssertionError("different paths have different names")

@@ -18,9 +18,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 BLOCK_ROWS = 512
-"""Rows of the similarities that are there at once, unless an assignment needs all."""
+"""Rows of the similarities in memory at once, unless an assignment needs all."""
 Blocks = Callable[[], Iterable[Tensor]]
-"""Gives the similarities from the start, some rows at a time: fp32 [rows, F of B]."""
+"""Iterates over the similarities from the start, some rows at a time: fp32 [rows, F of B]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Side:
 
 
 def cosines(a_FD: Tensor, b_FD: Tensor) -> Blocks:
-    """Cosines of rows of unit length."""
+    """Compute cosines of rows of unit length."""
     return lambda: ((rows @ b_FD.T).clamp(-1, 1) for rows in torch.split(a_FD, BLOCK_ROWS))
 
 
@@ -65,7 +65,7 @@ def match(blocks: Blocks, n_a: int, n_b: int, assign: bool) -> tuple[Side, Side]
 def _nearest(
     blocks: Blocks, n_b: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
-    """For every latent of A the nearest of B and its similarity, and back; the first one of equals."""
+    """Find for every latent of A the nearest of B and its similarity, and back; the first one of equals."""
     a_best: list[Tensor] = []
     a_to_b: list[Tensor] = []
     b_best = torch.full((n_b,), -torch.inf)
@@ -75,7 +75,7 @@ def _nearest(
         along = block.max(1)
         a_best.append(along.values.cpu())
         a_to_b.append(along.indices.cpu())
-        values, indices = (part.cpu() for part in block.max(0))
+        values, indices = (column.cpu() for column in block.max(0))
         better = values > b_best
         b_best = torch.where(better, values, b_best)
         b_to_a = torch.where(better, indices + first, b_to_a)
@@ -86,7 +86,7 @@ def _nearest(
 def _assign(
     blocks: Blocks, n_a: int, n_b: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Rows, columns and similarities of the best one-to-one matching.
+    """Return rows, columns and similarities of the best one-to-one matching.
 
     Scipy's solver (Crouse 2016) copies a matrix that has more rows than columns, or that it is to
     maximise over; so it gets the negative, with the smaller set along the rows.

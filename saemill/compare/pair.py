@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from saemill.compare.matching import Blocks, Side, match
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(6, 20))
-"""Where the curve of shared latents is told: 0.3, 0.35, …, 0.95."""
+"""Thresholds of the curve of shared latents: 0.3, 0.35, …, 0.95."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 EDGES = np.linspace(-1, 1, 41)
-"""Of the histograms' bins."""
+"""Edges of the histograms' bins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,34 +51,34 @@ class Matched:
         return cls(a, b, match(blocks, n_a, n_b, assign), by_chance)
 
     def entry(self, threshold: float) -> dict[str, Any]:
-        """The pair as it is told in comparison.json."""
-        found = _figures(self.sides, threshold)
+        """Summarise the pair for comparison.json."""
+        result = _figures(self.sides, threshold)
         chance = {kind: _figures(sides, threshold) for kind, sides in self.chance.items()}
         return {
             "a": self.a.name,
             "b": self.b.name,
             "n_latents": [len(self.a.numbers), len(self.b.numbers)],
-            **found,
+            **result,
             "chance": chance,
             "mean_max_adjusted": [
                 {kind: _adjusted(value, figures["mean_max"][i]) for kind, figures in chance.items()}
-                for i, value in enumerate(found["mean_max"])
+                for i, value in enumerate(result["mean_max"])
             ],
         }
 
     def table(self) -> pa.Table:
-        """A row per latent of either dictionary: its nearest in the other, and its match."""
-        ways = ((self.a, self.b, self.sides[0]), (self.b, self.a, self.sides[1]))
-        return pa.concat_tables([_rows(own, other, side) for own, other, side in ways])
+        """Tabulate a row per latent of either dictionary: its nearest in the other, and its match."""
+        directions = ((self.a, self.b, self.sides[0]), (self.b, self.a, self.sides[1]))
+        return pa.concat_tables([_rows(own, other, side) for own, other, side in directions])
 
 
 def _adjusted(value: float, by_chance: float) -> float | None:
-    """0 for what chance gives, 1 for the same dictionary; None where chance matches all."""
+    """Rescale a similarity to 0 for chance and 1 for the same dictionary; None where chance matches all."""
     return (value - by_chance) / (1 - by_chance) if by_chance < 1 else None
 
 
 def _figures(sides: tuple[Side, Side], threshold: float) -> dict[str, Any]:
-    """What a matching comes to; shares are of the smaller set."""
+    """Summarise a matching; shares are of the smaller set."""
     smaller = min(sides, key=lambda side: len(side.nearest))
     mutual = smaller.nearest_similarity[smaller.mutual]
     n = len(smaller.nearest)
@@ -105,7 +105,7 @@ def _assigned(similarity: NDArray[np.float32] | None, threshold: float) -> dict[
 
 
 def _distribution(similarity: NDArray[np.float32], n: int) -> dict[str, Any]:
-    """Quantiles, a histogram over `EDGES`, and the share of n latents above each of `THRESHOLDS`."""
+    """Compute quantiles, a histogram over `EDGES`, and the share of n latents above each of `THRESHOLDS`."""
     at = QUANTILES if len(similarity) else ()
     return {
         "quantiles": {str(q): float(np.quantile(similarity, q)) for q in at},

@@ -7,12 +7,12 @@ from saemill.common.stores.permutation import combine
 
 
 def isotropic(rows_FD: Tensor, seed: int) -> Tensor:
-    """As many unit rows in directions drawn evenly. fp32 [F, D]."""
+    """Draw as many unit rows in directions drawn evenly. fp32 [F, D]."""
     return torch.nn.functional.normalize(_drawn(rows_FD, seed), dim=1).float()
 
 
 def same_covariance(rows_FD: Tensor, seed: int) -> Tensor:
-    """As many unit rows, drawn from a Gaussian with the second moments Σ r rᵀ / F of these. fp32 [F, D].
+    """Draw as many unit rows from a Gaussian with the second moments Σ r rᵀ / F of these. fp32 [F, D].
 
     A dictionary whose rows keep to few directions is matched by chance more often; so is this one.
     """
@@ -22,6 +22,6 @@ def same_covariance(rows_FD: Tensor, seed: int) -> Tensor:
 
 
 def _drawn(rows_FD: Tensor, seed: int) -> Tensor:
-    """Gaussian numbers, float64, of a stream that no dictionary begins with."""
+    """Draw Gaussian numbers, float64, of a stream that no dictionary begins with."""
     generator = torch.Generator().manual_seed(combine(seed, 0xC0FFEE) >> 1)
     return torch.randn(rows_FD.shape, generator=generator, dtype=torch.float64).to(rows_FD.device)

@@ -23,10 +23,10 @@ CHANCE_COLOUR = "#999999"
 
 
 def cells(entry: dict[str, Any]) -> list[str]:
-    """A pair's figures, in the order of `COLUMNS`; chance is that of the last kind, the harder one."""
+    """Format a pair's figures in the order of `COLUMNS`. Chance is that of the last kind, the harder one."""
     chance = list(entry["chance"].values())[-1]
     assigned, by_chance = entry["assignment"], chance["assignment"]
-    adjusted = [list(way.values())[-1] for way in entry["mean_max_adjusted"]]
+    adjusted = [list(direction.values())[-1] for direction in entry["mean_max_adjusted"]]
     values = [
         *entry["mean_max"],
         np.mean(chance["mean_max"]),
@@ -40,7 +40,7 @@ def cells(entry: dict[str, Any]) -> list[str]:
 
 
 def groups(comparison: dict[str, Any]) -> dict[str, list[list[str]]]:
-    """Pairs by what their SAEs differ in: of each figure the mean and the range, as `cells` has them."""
+    """Group pairs by what their SAEs differ in, each pair as `cells` formats it."""
     by_difference: dict[str, list[list[str]]] = {}
     for entry in comparison["pairs"]:
         by_difference.setdefault(", ".join(entry["differs_in"]) or "nothing", []).append(cells(entry))
@@ -48,7 +48,7 @@ def groups(comparison: dict[str, Any]) -> dict[str, list[list[str]]]:
 
 
 def _spread(values: tuple[str, ...]) -> str:
-    """`0.132 (0.114–0.146)`."""
+    """Format the mean and the range, `0.132 (0.114–0.146)`."""
     if "–" in values:
         return "–"
     numbers = [float(value) for value in values]
@@ -57,23 +57,23 @@ def _spread(values: tuple[str, ...]) -> str:
 
 
 def _group_rows(comparison: dict[str, Any]) -> list[list[str]]:
-    """What differs, how many pairs, and the figures without those of chance."""
-    kept = [i for i, title in enumerate(COLUMNS) if title != "chance"]
+    """List what differs, how many pairs, and the figures without those of chance."""
+    shown = [i for i, title in enumerate(COLUMNS) if title != "chance"]
     rows = []
     for name, entries in groups(comparison).items():
         columns = list(zip(*entries, strict=True))
-        rows.append([name, str(len(entries)), *(_spread(columns[i]) for i in kept)])
+        rows.append([name, str(len(entries)), *(_spread(columns[i]) for i in shown)])
     return rows
 
 
 def _shared(entry: dict[str, Any]) -> dict[str, Any]:
-    """The one-to-one matching: the assignment, or mutual nearest latents."""
+    """Return the one-to-one matching: the assignment, or mutual nearest latents."""
     chosen: dict[str, Any] = entry["assignment"] or entry["mutual_nearest"]
     return chosen
 
 
 def legend(comparison: dict[str, Any]) -> list[str]:
-    """What the columns mean."""
+    """Explain what the columns mean."""
     settings = comparison["settings"]
     similarity = {
         "decoder": "cosine of decoder rows",
@@ -97,7 +97,7 @@ def legend(comparison: dict[str, Any]) -> list[str]:
 
 
 def table(comparison: dict[str, Any]) -> str:
-    """The pairs as a text table."""
+    """Render the pairs as a text table."""
     shown = Table()
     for title in ("A", "B", "latents"):
         shown.add_column(title, no_wrap=True, justify="right" if title == "latents" else "left")
@@ -123,7 +123,7 @@ def _sizes(entry: dict[str, Any]) -> str:
 
 
 def write_html(path: Path, comparison: dict[str, Any]) -> None:
-    """The page: the table, all pairs as a matrix, each pair's distribution."""
+    """Write the page: the table, all pairs as a matrix, each pair's distribution."""
     pairs = comparison["pairs"]
     write_page(
         path,
@@ -140,11 +140,11 @@ def write_html(path: Path, comparison: dict[str, Any]) -> None:
 
 
 def _shares(pairs: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """The shared share of every two dictionaries, by their names."""
+    """Map the names of every two dictionaries to their shared share."""
     return {(entry["a"], entry["b"]): _shared(entry)["share_above"] for entry in pairs}
 
 
 def _distribution(entry: dict[str, Any]) -> charts.Distribution:
-    """A pair's similarities beside those of chance."""
+    """Lay out a pair's similarities beside those of chance."""
     chance = list(entry["chance"].values())[-1]
     return charts.distribution(f"{entry['a']} – {entry['b']}", _shared(entry), _shared(chance))

@@ -35,21 +35,21 @@ class CompareConfig:
     saes: tuple[Path, ...]
     """Folders of SAEs, in any format that `Sae.load` reads, and of finished runs, for all of their SAEs."""
     out: Path | None = None
-    """Where comparison.json, matches.parquet and report.html go; by default nothing is written."""
+    """Folder for comparison.json, matches.parquet and report.html; by default nothing is written."""
     by: Literal["decoder", "encoder", "activations"] = "decoder"
     """Similarity of two latents: the cosine of their rows, or the correlation of their codes."""
     matching: Literal["assignment", "nearest"] = "assignment"
-    """Find the best one-to-one assignment, or only nearest latents."""
+    """The best one-to-one assignment, or only nearest latents."""
     assignment_limit: int | None = None
-    """Most latents of either dictionary for an assignment; 16,384 where not given."""
+    """Most latents of either dictionary for an assignment; by default 16,384."""
     threshold: float = 0.7
     """Similarity above which two matched latents count as shared."""
     acts: tuple[Path, ...] = ()
     """Activation stores, one per model, whose held-out tokens tell which latents fire and when."""
     max_tokens: int | None = None
-    """Most of these tokens; 131,072 where not given."""
+    """Most of these tokens; by default 131,072."""
     seed: int = 0
-    """Of the random dictionaries."""
+    """Seed of the random dictionaries."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
 
     Raises:
         StoreError: a folder holds no SAE, or its run is not finished.
-        ConfigError: dictionaries that cannot be compared this way.
+        ConfigError: dictionaries that cannot be compared by this similarity.
     """
     device = choose_device(config.device)
     if config.out is not None:
@@ -134,7 +134,7 @@ def _check_sizes(dictionaries: list[Dictionary], limit: int) -> None:
 
 
 def _encode(stores: Stores, dictionaries: list[Dictionary], device: torch.device) -> dict[str, Codes]:
-    """Every SAE's codes on the stores' tokens, by its name."""
+    """Compute every SAE's codes on the stores' tokens, by its name."""
     stores.check(dictionaries)
     codes = {}
     with progress("encode", len(dictionaries), "SAEs") as advance:
@@ -150,15 +150,16 @@ def _match(
     latents = [Latents(d.name, _live(d, codes)) for d in (a, b)]
     chance: dict[str, Blocks]
     if config.by == "activations":
-        of_a, of_b = (
-            codes[d.name].standardised(part.numbers) for d, part in zip((a, b), latents, strict=True)
+        columns_a, columns_b = (
+            codes[d.name].standardised(chosen.numbers) for d, chosen in zip((a, b), latents, strict=True)
         )
         shifted = codes[b.name].shifted().standardised(latents[1].numbers)
-        blocks, chance = correlations(of_a, of_b), {"shifted_tokens": correlations(of_a, shifted)}
+        blocks = correlations(columns_a, columns_b)
+        chance = {"shifted_tokens": correlations(columns_a, shifted)}
     else:
         a_FD, b_FD = (
-            d.rows(config.by, device)[torch.from_numpy(part.numbers).to(device)]
-            for d, part in zip((a, b), latents, strict=True)
+            d.rows(config.by, device)[torch.from_numpy(chosen.numbers).to(device)]
+            for d, chosen in zip((a, b), latents, strict=True)
         )
         blocks = cosines(a_FD, b_FD)
         chance = {
@@ -169,7 +170,7 @@ def _match(
 
 
 def _live(dictionary: Dictionary, codes: Mapping[str, Codes]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The latents that are compared: all, or those that fire where tokens are given."""
+    """List the latents that are compared: all, or those that fire where there are tokens."""
     if dictionary.name not in codes:
         return np.arange(dictionary.num_latents)
     live = codes[dictionary.name].live
@@ -181,26 +182,26 @@ def _live(dictionary: Dictionary, codes: Mapping[str, Codes]) -> np.ndarray[Any,
 
 
 def _correlation(matched: Matched, codes: Mapping[str, Codes]) -> dict[str, float]:
-    """How the codes of latents that are each other's nearest correlate: mean and median."""
+    """Correlate the codes of latents that are each other's nearest: mean and median."""
     side = matched.sides[0]
     own, other = matched.a.numbers[side.mutual], matched.b.numbers[side.nearest[side.mutual]]
-    found = of_pairs(codes[matched.a.name].standardised(own), codes[matched.b.name].standardised(other))
-    return {"n": len(found), "mean": float(found.mean()), "median": float(np.median(found))}
+    values = of_pairs(codes[matched.a.name].standardised(own), codes[matched.b.name].standardised(other))
+    return {"n": len(values), "mean": float(values.mean()), "median": float(np.median(values))}
 
 
 def _describe(dictionary: Dictionary) -> dict[str, Any]:
-    told = {key: dictionary.provenance.get(key) for key in ("site", "model", "dataset")}
+    origin = {key: dictionary.provenance.get(key) for key in ("site", "model", "dataset")}
     return {
         "name": dictionary.name,
         "path": str(dictionary.path),
         "d_in": dictionary.d_in,
         "num_latents": dictionary.num_latents,
-        **told,
+        **origin,
     }
 
 
 def _notes(every: list[tuple[Dictionary, Dictionary]], by: str) -> list[str]:
-    """What the reader should know of the pairs."""
+    """List what the reader should know of the pairs."""
     notes = [
         f"some pairs differ in the {key}: a direction need not mean the same in both; "
         "--by activations compares what latents do"

@@ -1,4 +1,4 @@
-"""Samples on disk: parts while they are made, one parquet file per model in the end."""
+"""Samples on disk: a file per batch while they are made, one parquet file per model in the end."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ Decode = Callable[[list[int]], str]
 
 
 def rows_of(ids: list[list[int]], first: int, decode: Decode) -> pa.Table:
-    """Samples first, first + 1, … as a table."""
+    """Tabulate samples first, first + 1, …."""
     columns = {
         "text": list(map(decode, ids)),
         "input_ids": ids,
@@ -28,8 +28,8 @@ def rows_of(ids: list[list[int]], first: int, decode: Decode) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
-class Parts:
-    """The batches of one model that are finished, a file each, named by its first sample and its hash."""
+class Batches:
+    """The finished batches of one model, a file each, named by its first sample and its hash."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,19 +46,19 @@ class Parts:
         self._count(table)
 
     def tables(self) -> Iterator[pa.Table]:
-        """The batches, in order.
+        """Read the batches, in order.
 
         Raises:
             StoreError: a file is damaged, or one is missing before another.
         """
         first, files = 0, sorted(self.folder.glob("[0-9]*.parquet"))
         for file in files:
-            number, _, wanted = file.stem.partition("-")
+            number, _, recorded = file.stem.partition("-")
             if number != f"{first:010}":
                 raise StoreError(
                     f"samples {first:,} and following are missing in {self.folder}; remove it to sample again"
                 )
-            if durable.hash_file(file) != wanted:
+            if durable.hash_file(file) != recorded:
                 raise StoreError(f"{file} is damaged; remove {self.folder} to sample again")
             table = pq.read_table(file, schema=SCHEMA)
             first += len(table)
@@ -70,7 +70,7 @@ class Parts:
 
 
 def trimmed(tables: Iterator[pa.Table], n_tokens: int, decode: Decode) -> Iterator[pa.Table]:
-    """The first samples, `n_tokens` in all; the last one is cut, and its text is that of the ids left."""
+    """Cut the first samples to `n_tokens` in all. The last one's text is that of the ids left."""
     left = n_tokens
     for table in tables:
         ends = np.cumsum(table["n_tokens"].to_numpy())

@@ -21,11 +21,11 @@ from saemill.common.models.model import LanguageModel, choose_model_dtype, finge
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import load_tokenizer
 from saemill.common.signals import stop_on_signal
-from saemill.generate.dataset import Parts, rows_of, trimmed, write
+from saemill.generate.dataset import Batches, rows_of, trimmed, write
 from saemill.generate.sampling import Frame, check_causal, frame_of, sample, uniforms
 
 EMPTY_SAMPLES = 100
-"""A model none of whose first samples has a token will not fill a dataset."""
+"""Samples after which a model is refused if all of them are empty."""
 MANIFEST = "manifest.yaml"
 """Not JSON, so that `saemill tokenize` takes the whole folder, where all data files are parquet."""
 
@@ -41,15 +41,15 @@ class GenerateConfig:
     n_samples: int | None = None
     """Samples per model, before all datasets are cut to the smallest."""
     tokens_per_dataset: int | None = None
-    """In place of `n_samples`: sample until each model has so many tokens, and cut to them."""
+    """Tokens per dataset, in place of `n_samples`: each model is sampled until it has them."""
     max_tokens: int = 256
     """Most tokens per sample."""
     seed: int = 42
     temperature: float = 1.0
     top_p: float = 0.9
-    """Only the most probable tokens that sum to this are sampled; 1 is the model's whole distribution."""
+    """Probability of the most probable tokens that are sampled; 1 is the model's whole distribution."""
     stop_at_eos: bool = True
-    """A sample ends before an EOS; false: each has `max_tokens` tokens, EOS among them."""
+    """Whether a sample ends before an EOS; false: each has `max_tokens` tokens, EOS among them."""
     batch_size: int = 32
     """Samples at once, and per file while the command runs."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -75,19 +75,19 @@ class GenerateConfig:
             raise ConfigError(f"model must list models of different last names, got {', '.join(self.model)}")
 
     def named(self) -> dict[str, str]:
-        """Model by the name of its dataset."""
+        """Map the names of the datasets to their models."""
         return {Path(model).absolute().name: model for model in self.model}
 
 
 class Begun(records.Record):
-    """`identity.json` of samples that are being made: what they must be continued with."""
+    """`identity.json` of samples that are being made: the settings that they must be continued with."""
 
     format: Literal["saemill samples begun 2"] = "saemill samples begun 2"
     settings: dict[str, Any]
 
 
 class Dataset(records.Record):
-    """One model's samples, as the manifest tells of them."""
+    """One model's samples, as the manifest lists them."""
 
     file: records.Name
     model: str
@@ -105,7 +105,7 @@ class Manifest(records.Record):
 
     format: Literal["saemill samples 2"] = "saemill samples 2"
     tokens_per_dataset: records.Positive
-    """Of each."""
+    """Tokens of each dataset."""
     datasets: tuple[Dataset, ...]
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -121,7 +121,7 @@ class _Source:
     fingerprint: str
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, special tokens written out."""
+        """Decode ids to text, special tokens written out."""
         text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return text
 
@@ -136,7 +136,7 @@ def run(config: GenerateConfig) -> Manifest:
 
     Raises:
         ConfigError: settings that do not fit a model, or an output made with others.
-        StoreError: another process is at it, or what it left is damaged.
+        StoreError: another process is sampling, or what it left is damaged.
         DataError: a model that gives no tokens.
         DiskError: the disk is full.
         Interrupted: a signal came.
@@ -149,17 +149,17 @@ def run(config: GenerateConfig) -> Manifest:
     partial = config.out.absolute().with_name(config.out.absolute().name + ".partial")
     with durable.exclusive(partial), stop_on_signal() as stop:
         if manifest := _finished(config.out, identity):
-            said = f"{config.out} is finished already"
+            outcome = f"{config.out} is finished already"
         else:
             _claim(partial, identity)
-            parts = {}
+            batches = {}
             for name, source in sources.items():
-                parts[name] = Parts(partial / "parts" / name)
-                _fill(parts[name], source, name, config, dtype, device, stop)
-            manifest = _finish(config, identity, sources, parts, partial)
-            said = str(config.out)
+                batches[name] = Batches(partial / "parts" / name)
+                _fill(batches[name], source, name, config, dtype, device, stop)
+            manifest = _finish(config, identity, sources, batches, partial)
+            outcome = str(config.out)
         shutil.rmtree(partial)
-    say(f"{said}: {_summary(manifest)}")
+    say(f"{outcome}: {_summary(manifest)}")
     return manifest
 
 
@@ -169,8 +169,8 @@ def _source(model: str, config: GenerateConfig) -> _Source:
     if not any(
         "CausalLM" in name or name.endswith("LMHeadModel") for name in model_config.architectures or []
     ):
-        found = ", ".join(model_config.architectures or ["a config that names no architecture"])
-        raise ConfigError(f"{model!r} is no causal language model, but {found}; name one that is")
+        architectures = ", ".join(model_config.architectures or ["a config that names no architecture"])
+        raise ConfigError(f"{model!r} is no causal language model, but {architectures}; name one that is")
     tokenizer, _ = load_tokenizer(model, config.revision)
     limit = limits_of(model_config).row_length
     if limit is not None and config.max_tokens > limit:
@@ -182,7 +182,7 @@ def _source(model: str, config: GenerateConfig) -> _Source:
 
 
 def _identity(config: GenerateConfig, dtype: torch.dtype, sources: Mapping[str, _Source]) -> dict[str, Any]:
-    """The settings that decide the samples; `batch_size` and `device` change no more than rounding."""
+    """List the settings that decide the samples; `batch_size` and `device` change no more than rounding."""
     left_out = ("out", "batch_size", "device")
     chosen = {key: value for key, value in settings.plain(config).items() if key not in left_out}
     fingerprints = {name: source.fingerprint for name, source in sources.items()}
@@ -190,7 +190,7 @@ def _identity(config: GenerateConfig, dtype: torch.dtype, sources: Mapping[str, 
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest of a finished output.
+    """Read the manifest of a finished output; None where there is no output.
 
     Raises:
         ConfigError: it was made with other settings, or holds something else.
@@ -215,11 +215,11 @@ def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:
 
 
 def _claim(partial: Path, identity: dict[str, Any]) -> None:
-    """Begin, or go on with what was begun with the same settings.
+    """Begin, or continue what was begun with the same settings.
 
     Raises:
         ConfigError: it was begun with others.
-        StoreError: with which cannot be told.
+        StoreError: the record of its settings is damaged.
     """
     file, repair = partial / "identity.json", f"Remove {partial} to sample again."
     if file.exists() or (partial / "parts").exists():
@@ -230,7 +230,7 @@ def _claim(partial: Path, identity: dict[str, Any]) -> None:
 
 
 def _fill(
-    parts: Parts,
+    batches: Batches,
     source: _Source,
     name: str,
     config: GenerateConfig,
@@ -242,35 +242,36 @@ def _fill(
 
     def missing() -> int:
         if config.n_samples is not None:
-            return config.n_samples - parts.n_samples
+            return config.n_samples - batches.n_samples
         assert config.tokens_per_dataset is not None
-        return config.batch_size if parts.n_tokens < config.tokens_per_dataset else 0
+        return config.batch_size if batches.n_tokens < config.tokens_per_dataset else 0
 
     if missing() <= 0:
         return
-    if parts.n_samples:
-        say(f"{name}: continued after {counted(parts.n_samples, 'sample')}")
+    if batches.n_samples:
+        say(f"{name}: continued after {counted(batches.n_samples, 'sample')}")
     model = LanguageModel(source.model, revision=config.revision, dtype=dtype, device=device, with_head=True)
     check_causal(model, source.model, source.frame.start_id)
     total, unit, done = (
-        (config.n_samples, "samples", parts.n_samples)
+        (config.n_samples, "samples", batches.n_samples)
         if config.n_samples
-        else (config.tokens_per_dataset, "tokens", parts.n_tokens)
+        else (config.tokens_per_dataset, "tokens", batches.n_tokens)
     )
     with progress(f"generate {name}", total, unit, done) as advance:
         while (n := min(missing(), config.batch_size)) > 0:
-            u_RS = uniforms(name, config.seed, parts.n_samples, n, config.max_tokens)
+            u_RS = uniforms(name, config.seed, batches.n_samples, n, config.max_tokens)
             try:
                 ids = sample(model, source.frame, u_RS, config.temperature, config.top_p, stop)
             except Interrupted:
                 raise Interrupted(
-                    f"stopped with {counted(parts.n_samples, 'sample')} of {name}; the same command continues"
+                    f"stopped with {counted(batches.n_samples, 'sample')} of {name}; the same command "
+                    "continues"
                 ) from None
-            parts.add(rows_of(ids, parts.n_samples, source.decode))
-            if parts.n_tokens == 0 and parts.n_samples >= EMPTY_SAMPLES:
+            batches.add(rows_of(ids, batches.n_samples, source.decode))
+            if batches.n_tokens == 0 and batches.n_samples >= EMPTY_SAMPLES:
                 raise DataError(
-                    f"{parts.n_samples} samples of {name} are all empty: it puts EOS first; remove "
-                    f"{parts.folder.parent.parent} and say --no-stop-at-eos"
+                    f"{batches.n_samples} samples of {name} are all empty: it puts EOS first; remove "
+                    f"{batches.folder.parent.parent} and say --no-stop-at-eos"
                 )
             advance(n if unit == "samples" else sum(map(len, ids)))
 
@@ -279,11 +280,11 @@ def _finish(
     config: GenerateConfig,
     identity: dict[str, Any],
     sources: Mapping[str, _Source],
-    parts: Mapping[str, Parts],
+    batches: Mapping[str, Batches],
     partial: Path,
 ) -> Manifest:
     """Cut all datasets to one number of tokens, and let the output appear."""
-    n_tokens = config.tokens_per_dataset or min(part.n_tokens for part in parts.values())
+    n_tokens = config.tokens_per_dataset or min(model_batches.n_tokens for model_batches in batches.values())
     if n_tokens == 0:
         raise DataError(
             f"all samples of a model are empty: it puts EOS first; remove {partial}, and ask for more "
@@ -294,14 +295,14 @@ def _finish(
     datasets = []
     for name, source in sources.items():
         file = finished / f"{name}.parquet"
-        n_samples = write(file, trimmed(parts[name].tables(), n_tokens, source.decode))
+        n_samples = write(file, trimmed(batches[name].tables(), n_tokens, source.decode))
         datasets.append(
             Dataset(
                 file=file.name,
                 model=source.model,
                 n_samples=n_samples,
-                n_samples_generated=parts[name].n_samples,
-                n_tokens_generated=parts[name].n_tokens,
+                n_samples_generated=batches[name].n_samples,
+                n_tokens_generated=batches[name].n_tokens,
                 start_id=source.frame.start_id,
                 end_ids=source.frame.end_ids,
                 bytes=file.stat().st_size,

@@ -27,7 +27,7 @@ U_BITS = 48
 
 
 def uniforms(name: str, seed: int, first: int, n_samples: int, max_tokens: int) -> Tensor:
-    """The random numbers of samples first, first + 1, …, by Philox (Salmon et al. 2011).
+    """Draw the random numbers of samples first, first + 1, …, by Philox (Salmon et al. 2011).
 
     Args:
         name: of the model; two models' numbers are independent, a copy's under another name are too.
@@ -46,13 +46,13 @@ class Frame:
     """Where a model's samples begin and end."""
 
     start_id: int
-    """The id that is given and not sampled."""
+    """The id that a sample begins with; it is not sampled."""
     end_ids: tuple[int, ...]
     """A sample ends before the first of them; empty: it goes on to its full length."""
 
 
 def frame_of(tokenizer: Any, model_config: Any, name: str, stop_at_eos: bool) -> Frame:
-    """BOS, or EOS where there is none, to begin with; every EOS that tokenizer and config name to end.
+    """Choose BOS, or EOS where there is none, to begin with, and every EOS of tokenizer and config to end.
 
     Raises:
         ConfigError: there is neither.
@@ -92,12 +92,12 @@ def check_causal(model: LanguageModel, name: str, start_id: int) -> None:
 
 
 class Sampler(LogitsProcessor):  # type: ignore[misc]
-    """Leaves of each row of logits the one token that the sample's random number chooses.
+    """Keeps of each row of logits the one token that the sample's random number chooses.
 
     Args:
         u_RS: float64 [samples, max_tokens].
         temperature: divides the logits.
-        top_p: the most probable tokens that sum to this are kept (Holtzman et al. 2020).
+        top_p: the most probable tokens that sum to this stay (Holtzman et al. 2020).
         stop: when set, the next token raises `Interrupted`.
     """
 
@@ -106,7 +106,7 @@ class Sampler(LogitsProcessor):  # type: ignore[misc]
         self.warpers = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Choose. input_ids: [R, 1 + tokens sampled so far]; scores: fp32 [R, W].
+        """Choose a token. input_ids: [R, 1 + tokens sampled so far]; scores: fp32 [R, W].
 
         Returns: [R, W], 0 for the chosen token, -inf for all others.
         """
@@ -132,7 +132,7 @@ def sample(
     top_p: float,
     stop: threading.Event,
 ) -> list[list[int]]:
-    """Samples of a causal model, as ids without the start and the end.
+    """Sample texts from a causal model, as ids without the start and the end.
 
     Args:
         model: with its LM head.

@@ -15,7 +15,7 @@ from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
 
 ORDER = ["library_name", "tags", "base_model", "datasets"]
-"""Of the fields that come first."""
+"""Fields that come first."""
 TAGS = ["sparse-autoencoder", "sae", "topk", "interpretability"]
 COLUMNS = {
     "fvu": "FVU",
@@ -33,7 +33,7 @@ def model_card(
     identity: Mapping[str, Any],
     assessment: Mapping[str, Any] | None,
 ) -> str:
-    """The card, as Markdown with YAML before it.
+    """Render the card, as Markdown with YAML before it.
 
     Args:
         repo: where it will be: `user/repo`, or `user/repo@branch`.
@@ -43,7 +43,7 @@ def model_card(
     """
     provenance = next(iter(saes.values()))["saemill"]
     sites = list(dict.fromkeys(cfg["saemill"]["site"] for cfg in saes.values()))
-    parts = [
+    sections = [
         front_matter(
             ModelCardData(
                 library_name="saemill",
@@ -64,13 +64,13 @@ def model_card(
         _recipe(saes, finished, provenance),
         "The settings that decide the result, as `saemill train` takes them (also in `config.yaml`); what is "
         "not listed is saemill's default:",
-        code("yaml", yaml.safe_dump({"train": _given(identity)}, sort_keys=False)),
+        code("yaml", yaml.safe_dump({"train": _without_unset(identity)}, sort_keys=False)),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def _what(provenance: Mapping[str, Any], sites: Sequence[str]) -> str:
-    """What the SAEs were trained on, and what they take."""
+    """Say what the SAEs were trained on, and what they take."""
     by = f"trained by saemill {provenance['versions']['saemill']} on {provenance['tokens_trained']:,}"
     if "normalized" in provenance:
         form = "of unit length" if provenance["normalized"] else "as they were stored"
@@ -86,28 +86,28 @@ def _what(provenance: Mapping[str, Any], sites: Sequence[str]) -> str:
 
 
 def front_matter(data: CardData) -> str:
-    """The card's metadata as YAML; a field that is None is left out."""
+    """Render the card's metadata as YAML; a field that is None is left out."""
     return f"---\n{data.to_yaml(original_order=ORDER)}\n---"
 
 
-def keep_metadata(card: str, there: Mapping[str, Any]) -> str:
-    """A card with the fields of another's metadata that it has not itself."""
-    kept = RepoCard(card)
-    for name, value in there.items():
-        if name not in kept.data:
-            kept.data[name] = value
-    return str(kept)
+def keep_metadata(card: str, metadata: Mapping[str, Any]) -> str:
+    """Add to a card the fields of another's metadata that it has not itself."""
+    repo_card = RepoCard(card)
+    for name, value in metadata.items():
+        if name not in repo_card.data:
+            repo_card.data[name] = value
+    return str(repo_card)
 
 
 def code(language: str, text: str) -> str:
-    """A block of code, whatever is in it."""
+    """Render a block of code, whatever is in it."""
     text = printable(text.rstrip())
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def span(name: str) -> str:
-    """A name as code within a line, whatever is in it."""
+    """Render a name as code within a line, whatever is in it."""
     text = _one_line(name)
     fence = "`" * (_longest_run(text) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -115,7 +115,7 @@ def span(name: str) -> str:
 
 
 def words(name: str) -> str:
-    """A name within a line as plain words: none of it is Markdown or HTML."""
+    """Render a name within a line as plain words: none of it is Markdown or HTML."""
     return re.sub(r"([\\`*_\[\]<>&|~])", r"\\\1", _one_line(name))
 
 
@@ -124,12 +124,12 @@ def _one_line(name: str) -> str:
 
 
 def _longest_run(text: str) -> int:
-    """Of backticks."""
+    """Count the backticks of the longest run of them."""
     return max(map(len, re.findall("`+", text)), default=0)
 
 
 def rows(lines: Sequence[Sequence[str]]) -> str:
-    """A table; the first line is its head. A bar in a cell is no end of it."""
+    """Render a table; the first line is its head. A bar in a cell does not end it."""
     head, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rest))
 
@@ -145,7 +145,7 @@ def _code(names: Sequence[str]) -> str:
 def _variants(
     saes: Mapping[str, Mapping[str, Any]], finished: Mapping[str, Any], assessment: Mapping[str, Any] | None
 ) -> str:
-    """The table of them all, best first where they were assessed."""
+    """Render the table of all variants, best first where they were assessed."""
     head = ["variant", "site", "k", "latents"]
     shapes = {n: [span(c["saemill"]["site"]), str(c["k"]), f"{c['num_latents']:,}"] for n, c in saes.items()}
     if assessment is None:
@@ -162,7 +162,7 @@ def _variants(
 
 
 def _reasons(entries: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
-    """Why figures of the table are missing."""
+    """Say why figures of the table are missing."""
     reasons = dict.fromkeys(
         f"{title}: {entry['metrics'][name]['reason']}."
         for entry in entries
@@ -180,7 +180,7 @@ def _state(name: str, finished: Mapping[str, Any]) -> str:
 
 
 def _figures(metrics: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
-    """Values with their intervals, where they have one."""
+    """Format values with their intervals, where they have one."""
     intervals = {name: interval(metrics[name]) for name in columns}
     return [number(metrics[n]) + (f" ({intervals[n]})" if intervals[n] else "") for n in columns]
 
@@ -210,14 +210,14 @@ def _how_measured(assessment: Mapping[str, Any]) -> list[str]:
 def _best(
     saes: Mapping[str, Mapping[str, Any]], finished: Mapping[str, Any], assessment: Mapping[str, Any] | None
 ) -> str:
-    """The variant that the examples load: the best, or one that was trained to the end."""
+    """Choose the variant that the examples load: the best, or one that was trained to the end."""
     order: list[str] = [entry["name"] for entry in assessment["variants"]] if assessment else []
     order += [name for name in saes if name not in finished["diverged"] | finished["stopped"]]
     return next(name for name in [*order, *saes] if name in saes)
 
 
 def _load(repo: str, variant: str) -> str:
-    """How each tool reads one of the SAEs."""
+    """Show how each tool reads one of the SAEs."""
     address = f"hf://{repo}/{variant}"
     from_hub = f"load_from_hub({_quoted(repo)}, hookpoint={_quoted(variant)})"
     if "@" in repo:  # it knows no branches
@@ -259,7 +259,7 @@ def _load(repo: str, variant: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A name as Python and JSON write it."""
+    """Quote a name as Python and JSON write it."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -274,10 +274,10 @@ def _recipe(
         masked.append(f"the first {f'{n} positions' if n > 1 else 'position'} of each row")
     masked += [f"token {token}" for token in mask["token_ids"]]
     revision = f" at revision {span(provenance['revision'])}" if provenance["revision"] else ""
-    rows_of = f", rows of {provenance['ctx_len']} tokens" if "ctx_len" in provenance else ""
+    row_length = f", rows of {provenance['ctx_len']} tokens" if "ctx_len" in provenance else ""
     lines = [
         *([["model", f"{span(provenance['model'])}{revision}"]] if provenance["model"] else []),
-        ["text", f"{span(provenance['dataset'])}{rows_of}"],
+        ["text", f"{span(provenance['dataset'])}{row_length}"],
         ["left out of training", ", ".join(masked) or "nothing"],
         [
             "passages" if "normalized" in provenance else "tokens",
@@ -290,8 +290,8 @@ def _recipe(
     return rows([["", ""], *lines])
 
 
-def _given(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that say something."""
+def _without_unset(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the settings that say something."""
     return {
         key: value
         for key, value in identity.items()

@@ -1,4 +1,4 @@
-"""What a repository shall hold of a run or a store: which files, as they are or without paths, and a card."""
+"""The files of a repository of a run or a store, as they are or without paths, and its card."""
 
 import glob
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from saemill.train.record.inspect import settings_problems
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """What a repository shall hold."""
+    """The files of a repository."""
 
     repo_type: str
     """model or dataset."""
@@ -42,14 +42,14 @@ class Contents:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Path in the repository → bytes, of every file."""
+        """Map the path in the repository of every file to its bytes."""
         files = {file for pattern in self.as_they_are for file in self.folder.glob(pattern)}
-        found = {str(file.relative_to(self.folder)): file.stat().st_size for file in files}
-        return found | {name: len(content) for name, content in self.written.items()}
+        sizes = {str(file.relative_to(self.folder)): file.stat().st_size for file in files}
+        return sizes | {name: len(content) for name, content in self.written.items()}
 
 
 def contents_of(path: Path, place: str, variants: Sequence[str]) -> Contents:
-    """What is uploaded of a folder.
+    """Choose what is uploaded of a folder.
 
     Args:
         path: a run, a token store or an activation store.
@@ -73,7 +73,7 @@ def contents_of(path: Path, place: str, variants: Sequence[str]) -> Contents:
 
 
 def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
-    """A finished run: its SAEs, how they were made and what they were found to be."""
+    """Choose the files of a finished run: its SAEs, how they were made, and their assessment."""
     if not runs.is_finished(path):
         raise StoreError(f"the run {path} is unfinished; finish it with `saemill train`")
     if damaged := settings_problems(path):
@@ -82,19 +82,19 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     for name in chosen:
         if name not in finished.variants:
             raise ConfigError(f"{path} has no variant {name!r}; {nearest(name, finished.variants)}")
-    kept = tuple(name for name in finished.variants if not chosen or name in chosen)
-    saes = {name: _sae(path / name, finished.cfgs[name], path) for name in kept}
+    variants = tuple(name for name in finished.variants if not chosen or name in chosen)
+    saes = {name: _sae(path / name, finished.cfgs[name], path) for name in variants}
     names = Names(yaml.safe_load((path / runs.CONFIG).read_bytes()), finished.model_dump(), saes)
-    named = [runs.CONFIG, runs.REPORT]
-    written = {name: names.content(path / name) for name in named if (path / name).is_file()}
+    text_files = [runs.CONFIG, runs.REPORT]
+    written = {name: names.content(path / name) for name in text_files if (path / name).is_file()}
     saes = {name: seal.sealed_again(names.of(cfg)) for name, cfg in saes.items()}
     written |= {f"{name}/cfg.json": as_json(cfg) for name, cfg in saes.items()}
-    told = finished.model_copy(
+    uploaded = finished.model_copy(
         update={
-            "variants": kept,
+            "variants": variants,
             "cfgs": {name: cfg[seal.OWN][seal.KEY][records.CHECKSUM] for name, cfg in saes.items()},
-            "diverged": {name: step for name, step in finished.diverged.items() if name in kept},
-            "stopped": {name: look for name, look in finished.stopped.items() if name in kept},
+            "diverged": {name: step for name, step in finished.diverged.items() if name in variants},
+            "stopped": {name: stop for name, stop in finished.stopped.items() if name in variants},
             "acts": names.of(finished.acts),
             "files": (),
         }
@@ -102,19 +102,19 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     identity = identity.model_copy(update={"config": durable.hash_bytes(written[runs.CONFIG])})
     written |= {
         runs.IDENTITY: as_json(records.content(identity)),
-        runs.FINISHED: as_json(records.content(told)),
+        runs.FINISHED: as_json(records.content(uploaded)),
     }
     assessed = _assessment(path, names, written)
-    card = model_card(place, saes, told.model_dump(mode="json"), identity.content, assessed)
+    card = model_card(place, saes, uploaded.model_dump(mode="json"), identity.content, assessed)
     written |= {runs.CARD: card.encode()}
     if assessed:
         written |= {assessments.FILE: as_json(records.content(assessments.checked(assessed)))}
-    weights = tuple(f"{name}/{WEIGHTS}" for name in kept)
+    weights = tuple(f"{name}/{WEIGHTS}" for name in variants)
     return Contents(repo_type="model", folder=path, as_they_are=weights, written=written)
 
 
 def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[str, Any] | None:
-    """The run's assessment, if there is one; it answers for those of its files that are uploaded.
+    """Read the run's assessment, if there is one, listing those of its files that are uploaded.
 
     Raises:
         StoreError: a file of it is damaged, or it is of other SAEs.
@@ -123,10 +123,10 @@ def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[
         return None
     if bad := assessments.problems(path):
         raise StoreError("\n".join([*bad, assessments.REPAIR]))
-    told: dict[str, Any] = names.of(assessments.read(path))
-    uploaded = [entry["path"] for entry in told["files"] if entry["path"] in written]
+    assessment: dict[str, Any] = names.of(assessments.read(path))
+    uploaded = [entry["path"] for entry in assessment["files"] if entry["path"] in written]
     contents = {name: written[name] for name in uploaded}
-    return told | {
+    return assessment | {
         "of": durable.hash_bytes(written[runs.FINISHED]),
         "files": [
             {"path": name, "bytes": len(content), "xxh3": durable.hash_bytes(content)}
@@ -136,7 +136,7 @@ def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[
 
 
 def _sae(folder: Path, cfg: str, run: Path) -> dict[str, Any]:
-    """The config of an SAE whose files are as they were written."""
+    """Read the config of an SAE whose files are as they were written."""
     for file in ("cfg.json", WEIGHTS):
         if not (folder / file).is_file():
             raise StoreError(f"{folder / file} is missing; leave the variant out with --variant")
@@ -182,13 +182,13 @@ def _passage_files(store: PassageStore, names: Names) -> dict[str, bytes]:
 
 
 def _token_globs(store: TokenStore) -> tuple[str, ...]:
-    """All files of a token store but its manifest."""
+    """List all files of a token store but its manifest."""
     listed = [glob.escape(file.path) for file in store.manifest.files if "/c/" not in file.path]
     return (*listed, "tokens/c/*/0", "held_out/c/*/0")
 
 
 def _token_files(store: TokenStore, names: Names) -> dict[str, bytes]:
-    """The manifest, and what of the tokenizer names a path, whose hash is then another one."""
+    """Write the manifest, and the tokenizer files that name a path, whose hash then changes."""
     written, files = {}, []
     for entry in store.manifest.files:
         file = store.path / entry.path

@@ -1,4 +1,4 @@
-"""What would tell of this machine, a path, becomes a name before it is uploaded."""
+"""Names in place of the paths of this machine, in what is uploaded."""
 
 import html
 import json
@@ -33,7 +33,7 @@ class Names:
         self._paths = re.compile(rf"(?<![\w.])(?:{choice})(?![\w-])" if choice else r"(?!)")
 
     def of(self, value: Any) -> Any:
-        """A JSON or YAML value with names in place of the paths."""
+        """Put names in place of the paths in a JSON or YAML value."""
         if isinstance(value, dict):
             return {key: self.of(item) for key, item in value.items()}
         if isinstance(value, list):
@@ -41,34 +41,34 @@ class Names:
         return self.in_text(value) if isinstance(value, str) else value
 
     def record(self, record: R) -> R:
-        """A record with names in place of the paths."""
+        """Put names in place of the paths in a record."""
         return type(record).model_validate_json(json.dumps(self.of(record.model_dump(mode="json"))))
 
     def in_text(self, text: str) -> str:
-        """A text or HTML with names in place of the paths."""
-        return self._paths.sub(lambda found: self._names[found[0]], text)
+        """Put names in place of the paths in a text or HTML."""
+        return self._paths.sub(lambda match: self._names[match[0]], text)
 
     def content(self, file: Path) -> bytes:
-        """A JSON, YAML or HTML file as it is uploaded; byte for byte the same if no path is in it."""
+        """Read a JSON, YAML or HTML file as it is uploaded; byte for byte the same if no path is in it."""
         raw = file.read_bytes()
         if file.suffix == ".html":
             return self.in_text(raw.decode()).encode()
         value = yaml.safe_load(raw) if file.suffix == ".yaml" else durable.read_json(file)
-        named = self.of(value)
-        if named == value:
+        renamed = self.of(value)
+        if renamed == value:
             return raw
         if file.suffix == ".yaml":
-            return yaml.safe_dump(named, sort_keys=False).encode()
-        return as_json(named)
+            return yaml.safe_dump(renamed, sort_keys=False).encode()
+        return as_json(renamed)
 
 
 def as_json(value: Any) -> bytes:
-    """A JSON file's content, as saemill writes it."""
+    """Write a JSON file's content, as saemill writes it."""
     return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a JSON or YAML value but the keys."""
+    """List every text in a JSON or YAML value but the keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -38,8 +38,8 @@ def pull(repo: str, out: Path) -> None:
         place = {"repo_id": uri.id, "revision": uri.revision, "repo_type": _type(repo, uri)}
         _check_kind(repo, place)
         snapshot_download(**place, local_dir=out, ignore_patterns=[".gitattributes"])
-    if found := problems(out):
-        raise StoreError("\n".join([*found, f"Remove {out} and pull again."]))
+    if damage := problems(out):
+        raise StoreError("\n".join([*damage, f"Remove {out} and pull again."]))
     shutil.rmtree(out / LEFT_BY_THE_HUB)
     say(describe(out))
 
@@ -49,16 +49,16 @@ def _interrupted(out: Path) -> bool:
 
 
 def _type(repo: str, uri: Any) -> str:
-    """Model or dataset: by the address, or what of both is there."""
+    """Tell whether it is a model or a dataset: by the address, or by which of them there is."""
     from huggingface_hub import HfApi
 
     if uri.type == "dataset" or repo.removeprefix(hub.SCHEME).startswith("models/"):
         return str(uri.type)
     api = HfApi()
-    there = [kind for kind in ("model", "dataset") if api.repo_exists(uri.id, repo_type=kind)]
-    if len(there) > 1:
+    kinds = [kind for kind in ("model", "dataset") if api.repo_exists(uri.id, repo_type=kind)]
+    if len(kinds) > 1:
         raise ConfigError(f"{repo} is a model and a dataset; say models/{uri.id} or datasets/{uri.id}")
-    return there[0] if there else "model"
+    return kinds[0] if kinds else "model"
 
 
 def _check_kind(repo: str, place: dict[str, Any]) -> None:

@@ -25,10 +25,10 @@ def push(
     message: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Upload a run, a token store or an activation store, with a card that tells of it.
+    """Upload a run, a token store or an activation store, with a card that describes it.
 
-    Absolute paths in settings are uploaded as names. A push that was interrupted goes on where it was when
-    it is run again: what the hub has is not sent twice.
+    Absolute paths in settings are uploaded as names. A push that was interrupted
+    continues when it is run again: what the hub has is not sent twice.
 
     Args:
         path: the folder.
@@ -55,8 +55,8 @@ def push(
     _check_may_push()
     with hub.asking(repo):
         contents = _open(contents, repo, private, revision)
-    if contents.repo_type == "dataset" and (found := problems(path)):
-        raise StoreError("\n".join(found))
+    if contents.repo_type == "dataset" and (damage := problems(path)):
+        raise StoreError("\n".join(damage))
     say(f"{path} to {contents.repo_type} {place}: {_total(contents)}")
     with hub.asking(repo):
         _send(contents, repo, revision, message or f"Upload {path.absolute().name} with saemill")
@@ -79,16 +79,16 @@ def _open(contents: Contents, repo: str, private: bool, revision: str | None) ->
     """
     from huggingface_hub import HfApi, metadata_load
 
-    api, there = HfApi(), {"repo_id": repo, "repo_type": contents.repo_type}
-    api.create_repo(**there, private=private or None, exist_ok=True)
-    if private and not api.repo_info(**there).private:
+    api, repository = HfApi(), {"repo_id": repo, "repo_type": contents.repo_type}
+    api.create_repo(**repository, private=private or None, exist_ok=True)
+    if private and not api.repo_info(**repository).private:
         raise ConfigError(f"{repo} is there and public; make it private on its page, or leave --private out")
     if revision:  # a new branch begins without what main holds
-        first = api.list_repo_commits(**there)[-1].commit_id
-        api.create_branch(**there, branch=revision, revision=first, exist_ok=True)
-    files = api.list_repo_files(**there, revision=revision)
-    parts = {file for file in files if Path(file).name in (WEIGHTS, "zarr.json")}
-    stale = sorted(parts - set(contents.sizes))
+        first = api.list_repo_commits(**repository)[-1].commit_id
+        api.create_branch(**repository, branch=revision, revision=first, exist_ok=True)
+    files = api.list_repo_files(**repository, revision=revision)
+    stored = {file for file in files if Path(file).name in (WEIGHTS, "zarr.json")}
+    stale = sorted(stored - set(contents.sizes))
     if stale:
         raise ConfigError(
             f"{repo} holds more than is pushed now, which would seem to belong to it: {', '.join(stale[:5])}"
@@ -97,7 +97,7 @@ def _open(contents: Contents, repo: str, private: bool, revision: str | None) ->
         )
     if runs.CARD not in files:
         return contents
-    added = metadata_load(api.hf_hub_download(**there, revision=revision, filename=runs.CARD)) or {}
+    added = metadata_load(api.hf_hub_download(**repository, revision=revision, filename=runs.CARD)) or {}
     card = keep_metadata(contents.written[runs.CARD].decode(), added)
     return replace(contents, written={**contents.written, runs.CARD: card.encode()})
 
@@ -106,16 +106,16 @@ def _send(contents: Contents, repo: str, revision: str | None, message: str) -> 
     """Upload the large files, in one commit or several, then in one what makes them readable."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    api, there = HfApi(), {"repo_id": repo, "repo_type": contents.repo_type, "revision": revision}
+    api, repository = HfApi(), {"repo_id": repo, "repo_type": contents.repo_type, "revision": revision}
     api.upload_folder(
-        **there,
+        **repository,
         folder_path=contents.folder,
         allow_patterns=list(contents.as_they_are),
         ignore_patterns=list(contents.written),
         commit_message=f"{message}: files",
     )
     operations = [CommitOperationAdd(name, content) for name, content in contents.written.items()]
-    api.create_commit(**there, operations=operations, commit_message=message)
+    api.create_commit(**repository, operations=operations, commit_message=message)
 
 
 def _listing(contents: Contents, place: str) -> str:

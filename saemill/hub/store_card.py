@@ -16,7 +16,7 @@ SITE_HEAD = ["site", "shape", "stored as", "MiB", "mean squared norm"]
 
 
 def tokens_card(repo: str, store: TokenStore, names: Names) -> str:
-    """The card of a token store.
+    """Render the card of a token store.
 
     Args:
         repo: where it will be: `user/repo`, or `user/repo@branch`.
@@ -25,7 +25,7 @@ def tokens_card(repo: str, store: TokenStore, names: Names) -> str:
     """
     manifest = names.record(store.manifest)
     source = manifest.source.name
-    parts = [
+    sections = [
         _front_matter("tokens"),
         f"# Tokens of {PurePath(source).name}",
         f"{counted(store.n_rows, 'full row')} of {store.ctx_len} token ids, packed by saemill "
@@ -41,11 +41,11 @@ def tokens_card(repo: str, store: TokenStore, names: Names) -> str:
             "held_out = store.held_out_R  # bool [rows]: never trained on",
         ),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
-    """The card of an activation store; arguments as of `tokens_card`."""
+    """Render the card of an activation store; arguments as of `tokens_card`."""
     settings, text = names.record(store.settings), store.text
     if isinstance(text, TokenStore):
         title, what = _of_a_model(settings)
@@ -57,7 +57,7 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
     sites = [store.site(name) for name in store.sites]
     shards = ["shards", f"{store.n_shards:,} of {store.shard_tokens:,} {text.unit}s per site"]
     first, n = sites[0], min(store.n_tokens, 1024)
-    parts = [
+    sections = [
         _front_matter("activations"),
         f"# {title}",
         what,
@@ -75,11 +75,11 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
         "`saemill train acts` trains on it. It is Zarr v3, which other readers take as well: rows lie "
         "shuffled within each shard, by a permutation that saemill computes, and bf16 is kept as uint16.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def _of_a_model(settings: StoreSettings) -> tuple[str, str]:
-    """The title of a language model's activations, and what they are."""
+    """Write the title of a language model's activations, and what they are."""
     version = settings.versions.get("saemill", "")
     return (
         f"Activations of {PurePath(str(settings.model)).name}",
@@ -89,7 +89,7 @@ def _of_a_model(settings: StoreSettings) -> tuple[str, str]:
 
 
 def _of_passages(settings: StoreSettings, source: str) -> tuple[str, str]:
-    """The title of embeddings, and what they are."""
+    """Write the title of embeddings, and what they are."""
     by = f"by `{settings.model}`, " if settings.model else ""
     version = settings.versions.get("saemill", "")
     return (
@@ -99,7 +99,8 @@ def _of_passages(settings: StoreSettings, source: str) -> tuple[str, str]:
 
 
 def _front_matter(kind: str) -> str:
-    """`viewer: false`: the hub would show the lists of documents as if they were the data."""
+    """Render the metadata. Without `viewer: false` the hub would show the lists of documents as if they were
+    the data."""
     return front_matter(DatasetCardData(tags=["saemill", "interpretability", kind], viewer=False))
 
 
@@ -114,7 +115,7 @@ def _site_line(site: SiteArray, dtype: str) -> list[str]:
 
 
 def _model_lines(settings: StoreSettings) -> list[list[str]]:
-    """The model and the type that it computed in, as far as there are."""
+    """List the model and the type that it computed in, as far as there are."""
     revision = f" at `{settings.revision}`" if settings.revision else ""
     lines = [["model", f"`{settings.model}`{revision}"]] if settings.model else []
     return lines + ([["computed in", settings.model_dtype]] if settings.model_dtype else [])

@@ -11,7 +11,7 @@ So a second pipeline with another k finds its tokens and activations and goes st
 with another layer adds it to the store, and what was interrupted goes on where it was.
 
 Tokens that are found again are compared with their hashes. Activations, which are too many, are compared as
-they are read: where training or the assessment finds them damaged, they are looked through and mended, and
+they are read: where training or the assessment finds them damaged, they are checked and repaired, and
 the stage goes on. Until then a file beside the store, <store>.damaged, says so.
 """
 
@@ -64,7 +64,7 @@ from saemill.train.run import run as train
 from saemill.train.sweep.variants import Variant, of_config
 
 UNKNOWN = Path("not known yet")
-"""Stands for a folder that is found when the stage before it has run."""
+"""Placeholder of a folder that is known when the stage before it has run."""
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ class Chain:
 
     Raises:
         ConfigError: settings that are wrong, contradict one another or do not fit the model. What can be
-            told without reading the data is told here.
+            checked without reading the data is checked here.
     """
 
     sections: InitVar[Sections]
@@ -88,10 +88,10 @@ class Chain:
     where: str = "the config"
     configs: dict[str, Any] = field(init=False)
     """Settings by stage; folders are filled in as they become known."""
-    batch_given: bool = field(init=False)
+    batch_is_set: bool = field(init=False)
     """Whether the size of a batch is the user's choice."""
     variants: list[Variant] = field(init=False, default_factory=list)
-    """What will be trained, as far as it can be told before; learning rates are not final."""
+    """What will be trained, as far as it is known before; learning rates are not final."""
 
     def __post_init__(self, sections: Sections) -> None:
         sections = {stage: _here(sections[stage]) for stage in stages_of(sections, self.where)}
@@ -106,7 +106,7 @@ class Chain:
         check_input(first, self.configs[first])
         if first == "tokenize":
             check_path(self.configs[first].dataset)
-        self.batch_given = sections.get("train", {}).get("batch_size") is not None
+        self.batch_is_set = sections.get("train", {}).get("batch_size") is not None
         check_amounts(self.configs)
         if "cache" in self.configs:
             self._check_model(self.configs["cache"])
@@ -117,7 +117,7 @@ class Chain:
 
     @property
     def finds_places(self) -> bool:
-        """Whether any folder is not named, but found by content."""
+        """Tell whether any folder is not named, but found by content."""
         return any(getattr(config, "out", None) == UNKNOWN for config in self.configs.values())
 
     def __call__(self) -> Path:
@@ -155,7 +155,7 @@ class Chain:
             join(sections, "train", "assess")
 
     def _place(self, kind: str, name: str, content: Any) -> Path:
-        """Where a result of this content is, or shall be."""
+        """Return the folder where a result of this content is, or will be."""
         path = Path(name)
         title = path.name.split(".")[0] if path.is_file() else path.name
         return self.folder / kind / f"{title}-{durable.hash_json(content)[:8]}"
@@ -189,18 +189,18 @@ class Chain:
             config = replace(config, out=self._place("runs", str(store.settings.model), content))
         self.configs["train"] = config
         self._write_down(config.out)
-        self._mending(lambda: train(config))
+        self._with_repair(lambda: train(config))
         return config.out
 
     def _assess(self, config: AssessConfig) -> Path:
         if config.is_done() and not _owes_wandb(config.run):
             say(f"{config.folder / runs.ASSESSMENT} is there already")
         else:
-            self._mending(lambda: assess(config))
+            self._with_repair(lambda: assess(config))
         return config.run
 
-    def _mending(self, stage: Callable[[], object]) -> None:
-        """Do a stage; where it finds the activations damaged, cache what is, and do it again.
+    def _with_repair(self, stage: Callable[[], object]) -> None:
+        """Run a stage; where it finds the activations damaged, cache those again, and run it again.
 
         Of several processes one alone finds it, and the others fail with it: the next command mends.
         """
@@ -218,7 +218,7 @@ class Chain:
             stage()
 
     def _write_down(self, run: Path) -> None:
-        """All settings and folders, beside the run, so that they hold from anywhere."""
+        """Write all settings and folders beside the run, so that they hold from anywhere."""
         if World.here().rank == 0:
             configs = self.configs | {"train": replace(self.configs["train"], resume=True)}
             if "assess" in configs:
@@ -230,7 +230,7 @@ class Chain:
     def _check_rows(self, tokens: TokenStore) -> None:
         """Fit the settings to the rows there are, and refuse a folder that holds another run, before anything
         is cached."""
-        self.configs = check_rows(tokens, self.configs, self.batch_given)
+        self.configs = check_rows(tokens, self.configs, self.batch_is_set)
         if "train" in self.configs:
             check_batch(self.configs["train"].batch_size, tokens.ctx_len)
             self._check_run(self.configs["train"])
@@ -245,13 +245,17 @@ class Chain:
         if "train" not in self.configs:
             return
         training: TrainConfig = self.configs["train"]
-        named = [*training.site, *(str(entry["site"]) for entry in training.variants if "site" in entry)]
-        if not named:
+        train_sites = [
+            *training.site,
+            *(str(entry["site"]) for entry in training.variants if "site" in entry),
+        ]
+        if not train_sites:
             training = self.configs["train"] = replace(training, site=tuple(widths))
-        if set(named) <= set(widths):  # others may be in a store that is named
-            self.variants = of_config(training, {name: widths[name] for name in named or widths}, n_steps=1)
+        if set(train_sites) <= set(widths):  # others may be in a store that is named
+            trained_widths = {name: widths[name] for name in train_sites or widths}
+            self.variants = of_config(training, trained_widths, n_steps=1)
         elif config.out == UNKNOWN:
-            other = next(name for name in named if name not in widths)
+            other = next(name for name in train_sites if name not in widths)
             raise ConfigError(f"train.site {other!r} is not cached; {settings.nearest(other, widths)}")
 
     def _check_run(self, config: TrainConfig) -> None:
@@ -259,10 +263,10 @@ class Chain:
         if config.out == UNKNOWN or not (config.out / runs.IDENTITY).exists():
             return
         try:
-            found = runs.identity(config.out)
-        except StoreError:  # training writes it again where other records tell whose the folder is
+            identity = runs.identity(config.out)
+        except StoreError:  # training writes it again where other records name the run
             return
-        settings.check_same(found.content, config.identity(), config.out)
+        settings.check_same(identity.content, config.identity(), config.out)
 
 
 FOLDERS = {"tokenize": {"out"}, "cache": {"out", "tokens"}, "train": {"out", "acts"}, "assess": {"run"}}
@@ -270,7 +274,7 @@ FOLDERS = {"tokenize": {"out"}, "cache": {"out", "tokens"}, "train": {"out", "ac
 
 
 def content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
-    """What decides the tokens: settings, the text of a local dataset, the tokenizer."""
+    """List what decides the tokens: settings, the text of a local dataset, the tokenizer."""
     content = config.identity()
     if Path(config.dataset).exists():
         content["dataset_hash"] = fingerprint_local(Path(config.dataset))
@@ -279,14 +283,14 @@ def content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
 
 
 def _here(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings in which what is named and lies on this machine is named by its whole path."""
-    named = {name: values.get(name) for name in ("dataset", "tokenizer", "model")}
-    there = {name: str(Path(v).absolute()) for name, v in named.items() if v and Path(str(v)).exists()}
-    return {**values, **there}
+    """Replace local datasets, tokenizers and models in the settings by their absolute paths."""
+    candidates = {name: values.get(name) for name in ("dataset", "tokenizer", "model")}
+    local = {name: str(Path(v).absolute()) for name, v in candidates.items() if v and Path(str(v)).exists()}
+    return {**values, **local}
 
 
 def _owes_wandb(run: Path) -> bool:
-    """Whether wandb lacks something of a run that is logged to it."""
+    """Tell whether wandb lacks something of a run that is logged to it."""
     if not (run / runs.WANDB).exists():
         return False
     return not set(record.settings(run).runs) <= set(record.logged(run).ended)
@@ -305,12 +309,13 @@ def _sites(config: CacheConfig) -> list[Site]:
 
 
 def _damaged(acts: Path) -> Path:
-    """The file that says that a store of activations is to be looked through, though it has all sites."""
+    """Return the file whose presence says that an activation store must be checked, though it has all
+    sites."""
     return acts.with_name(f"{acts.name}.damaged")
 
 
 def _has_sites(path: Path, content: dict[str, Any], names: list[str]) -> bool:
-    """Whether a store of this content holds finished sites, by their sizes; their blocks are checked as
+    """Tell whether a store of this content holds finished sites, by their sizes. Their blocks are checked as
     they are read."""
     try:
         store = ActivationStore(path)
@@ -318,8 +323,8 @@ def _has_sites(path: Path, content: dict[str, Any], names: list[str]) -> bool:
             store.site(name)
     except StoreError:
         return False
-    settings_there = store.settings.model_dump(mode="json")
-    if any(settings_there.get(name) != value for name, value in content.items()):
+    store_settings = store.settings.model_dump(mode="json")
+    if any(store_settings.get(name) != value for name, value in content.items()):
         return False
     say(f"{path} has {', '.join(names)} already")
     return True

@@ -45,7 +45,7 @@ OF_A_PAIR = {
 }
 """Settings that follow from the pair, and cannot be shared."""
 ONE_OF = (("layers", "sites", "layer_stride"), ("expansion_factor", "num_latents"))
-"""What a target chooses takes the place of all of these."""
+"""Groups of settings; one that a target sets replaces its whole group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class Done(Record):
 
     format: Literal["saemill matrix 2"] = "saemill matrix 2"
     content: Hash
-    """Of its text, weights and settings."""
+    """Hash of its text, weights and settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ class MatrixConfig:
     delete: tuple[Literal["tokens", "acts"], ...] = ()
     """Which stores of a pair are deleted when it is assessed; a pair that is done stays done without."""
     compare: bool = True
-    """Match the dictionaries of different seeds and sources at the end, by the section compare."""
+    """Whether dictionaries of different seeds and sources are matched at the end, by the section compare."""
 
     def __post_init__(self) -> None:
         settings.at_least(self, 0, "seeds")
@@ -123,7 +123,7 @@ class MatrixConfig:
 def run(file: Path, targets: tuple[str, ...] = (), sources: tuple[str, ...] = ()) -> Path:
     """Run every pair that is not done, then sum up and compare what is there.
 
-    A pair that fails is told, and the others go on.
+    A pair that fails is reported, and the others go on.
 
     Args:
         file: a YAML file with the section matrix and those that all pairs share.
@@ -166,7 +166,7 @@ def run(file: Path, targets: tuple[str, ...] = (), sources: tuple[str, ...] = ()
 
 
 def _read(file: Path) -> Sections:
-    """The file's sections; those without effect are refused."""
+    """Read the file's sections; refuse those without effect."""
     sections = settings.read_sections(file)
     for name in ("run", "slurm"):
         if name in sections:
@@ -179,7 +179,7 @@ def _read(file: Path) -> Sections:
 
 
 def _comparing(config: MatrixConfig, section: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Settings for the comparisons, checked; None for none."""
+    """Check the settings for the comparisons; None for no comparison."""
     if not config.compare:
         if section:
             raise ConfigError("the section compare has no effect with matrix.compare false; leave one out")
@@ -213,14 +213,14 @@ def _choose(kind: str, names: tuple[str, ...], known: Mapping[str, Any]) -> list
 
 
 def _assessed(config: MatrixConfig, sections: Sections) -> dict[str, Path | None]:
-    """The folder of each pair's assessment, by the pair's name; None for those not done."""
-    found: dict[str, Path | None] = {}
+    """Map each pair's name to the folder of its assessment; None for those not done."""
+    folders: dict[str, Path | None] = {}
     tokens = sections.get("assess", {}).get("tokens")
     for name in (f"{target}--{source}" for target in config.targets for source in config.sources):
         run = config.out / "runs" / name
         is_done = run.with_name(f"{name}.done.json").exists()
-        found[name] = (run / f"on-{Path(tokens).name}" if tokens else run) if is_done else None
-    return found
+        folders[name] = (run / f"on-{Path(tokens).name}" if tokens else run) if is_done else None
+    return folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,21 +234,22 @@ class Pair:
 
     @classmethod
     def of(cls, config: MatrixConfig, sections: Sections, target: str, source: str) -> "Pair":
-        """The pair's pipeline, checked."""
+        """Build the pair's pipeline, checked."""
         name = f"{target}--{source}"
         model = settings.build(Target, config.targets[target], f"matrix.targets.{target}")
         text = settings.build(Source, config.sources[source], f"matrix.sources.{source}")
         stores, run = config.out / "stores" / name, config.out / "runs" / name
         own = {
             "tokenize": {
-                **_given(text), "tokenizer": model.tokenizer or model.model, "out": stores / "tokens",
+                **_without_unset(text), "tokenizer": model.tokenizer or model.model, "out": stores / "tokens",
             },
             "cache": {
-                **_given(model, ("model", "revision", "layers", "sites", "layer_stride")),
+                **_without_unset(model, ("model", "revision", "layers", "sites", "layer_stride")),
                 "out": stores / "acts",
             },
             "train": {
-                **_given(model, ("expansion_factor", "num_latents")), "seeds": config.seeds, "out": run,
+                **_without_unset(model, ("expansion_factor", "num_latents")),
+                "seeds": config.seeds, "out": run,
             },
             "assess": {},
         }  # fmt: skip
@@ -265,11 +266,11 @@ class Pair:
 
     @property
     def record(self) -> Path:
-        """Written when the pair is done."""
+        """Return the file that is written when the pair is done."""
         return self.chain.folder / "runs" / f"{self.name}.done.json"
 
     def is_done(self) -> bool:
-        """Whether this very pair is trained and assessed, its stores deleted or not."""
+        """Tell whether this very pair is trained and assessed, its stores deleted or not."""
         if not self.record.exists():
             return False
         repair = "Remove it; what was done is found again, but deleted stores are made anew."
@@ -282,7 +283,7 @@ class Pair:
         return True
 
     def run(self, world: World) -> str | None:
-        """Run the pipeline and note it down.
+        """Run the pipeline and record that it is done.
 
         Returns: why it failed, or None. Several processes fail together.
         """
@@ -309,8 +310,8 @@ class Pair:
                 shutil.rmtree(folder)
 
 
-def _given(config: Any, names: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The settings that are not left open; of `names`, or all."""
+def _without_unset(config: Any, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Keep the settings that are not left open; of `names`, or all."""
     every = {field.name: getattr(config, field.name) for field in fields(config)}
     return {
         name: value for name, value in every.items() if value is not None and (not names or name in names)
@@ -318,13 +319,13 @@ def _given(config: Any, names: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _merge(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A pair's own settings before those that all share."""
+    """Let a pair's own settings override those that all share."""
     replaced = {name for group in ONE_OF if set(group) & set(own) for name in group}
     return {**{name: value for name, value in shared.items() if name not in replaced}, **own}
 
 
 def _content(chain: Chain) -> str:
-    """A hash of the text, the tokenizer, the weights and all settings that decide a pair's result."""
+    """Hash the text, the tokenizer, the weights and all settings that decide a pair's result."""
     tokenize, cache, train, assess = (chain.configs[stage] for stage in STAGES)
     skipped = ("tokens", "out", "batch_size", "device")
     caching = {key: value for key, value in settings.plain(cache).items() if key not in skipped}

@@ -1,4 +1,4 @@
-"""Whether a token store has enough rows to train and to assess on, told before anything is cached."""
+"""The check, before anything is cached, that a token store has enough rows to train and to assess on."""
 
 import math
 from dataclasses import replace
@@ -12,18 +12,18 @@ from saemill.common.stores.tokens import TokenStore
 from saemill.train.config import MOST_SEQUENCES, TrainConfig
 
 FEWEST_STEPS = 8
-"""Of a run whose batch is chosen to fit a short text."""
+"""Steps of a run whose batch is chosen to fit a short text."""
 READ_ROWS = 4096
 
 
-def check_rows(tokens: TokenStore, configs: dict[str, Any], batch_given: bool) -> dict[str, Any]:
-    """Settings that the rows allow, by stage: without an assessment where nothing is held out, and with a
-    smaller batch where a default one is more than there is. Both are said.
+def check_rows(tokens: TokenStore, configs: dict[str, Any], batch_is_set: bool) -> dict[str, Any]:
+    """Fit the settings to the rows: no assessment where nothing is held out, and a smaller batch where a
+    default one is more than there is. Both are reported.
 
     Args:
         tokens: the rows.
         configs: of the stages.
-        batch_given: whether the user named the size of a batch.
+        batch_is_set: whether the user named the size of a batch.
 
     Raises:
         ConfigError: there is nothing to train on, or less than one step of it.
@@ -36,7 +36,7 @@ def check_rows(tokens: TokenStore, configs: dict[str, Any], batch_given: bool) -
                 f"all {n_rows:,} rows of {tokens.path} are held out, none is left to train on; lower "
                 "--held-out-fraction (0 trains on all of them), or take more documents"
             )
-        training = _fitted(configs["train"], tokens, configs.get("cache"), n_rows, batch_given)
+        training = _fitted(configs["train"], tokens, configs.get("cache"), n_rows, batch_is_set)
         configs = configs | {"train": training}
     if "assess" in configs and configs["assess"].tokens is None and n_held_out == 0:
         say(
@@ -48,24 +48,24 @@ def check_rows(tokens: TokenStore, configs: dict[str, Any], batch_given: bool) -
 
 
 def _n_rows(tokens: TokenStore, cache: CacheConfig | None) -> int:
-    """Rows that will be cached."""
+    """Count the rows that will be cached."""
     limit = cache.max_tokens if cache else None
     return tokens.n_rows if limit is None else min(tokens.n_rows, limit // tokens.ctx_len)
 
 
 def _fitted(
-    config: TrainConfig, tokens: TokenStore, cache: CacheConfig | None, n_rows: int, batch_given: bool
+    config: TrainConfig, tokens: TokenStore, cache: CacheConfig | None, n_rows: int, batch_is_set: bool
 ) -> TrainConfig:
-    """Settings of a training that has one step at least."""
+    """Fit the settings of a training that has one step at least."""
     if config.max_tokens is not None and config.max_tokens >= config.step_tokens:
         return config
     mask = config.mask or (cache.mask if cache else None) or MaskConfig()
-    n_epoch = _n_kept(tokens, mask, n_rows, config.step_tokens)
+    n_epoch = _n_unmasked(tokens, mask, n_rows, config.step_tokens)
     n_tokens = config.max_tokens or (config.epochs or 1) * n_epoch
     if n_tokens >= config.step_tokens:
         return config
     batch = n_tokens // config.grad_acc_steps // FEWEST_STEPS
-    if not batch_given and batch > min(MOST_SEQUENCES, tokens.ctx_len):
+    if not batch_is_set and batch > min(MOST_SEQUENCES, tokens.ctx_len):
         batch = 2 ** int(math.log2(batch))
         if batch > min(MOST_SEQUENCES, tokens.ctx_len):
             say(
@@ -83,14 +83,14 @@ def _fitted(
     )
 
 
-def _n_kept(tokens: TokenStore, mask: MaskConfig, n_rows: int, enough: int) -> int:
-    """Training tokens that the mask leaves, counted until there are enough."""
-    n_kept = 0
+def _n_unmasked(tokens: TokenStore, mask: MaskConfig, n_rows: int, enough: int) -> int:
+    """Count the training tokens that the mask leaves, until there are enough."""
+    n_unmasked = 0
     for start in range(0, n_rows, READ_ROWS):
         end = min(start + READ_ROWS, n_rows)
-        n_kept += int(tokens.keep(start, end, mask)[~tokens.held_out_R[start:end]].sum())
-        if n_kept >= enough:
+        n_unmasked += int(tokens.keep(start, end, mask)[~tokens.held_out_R[start:end]].sum())
+        if n_unmasked >= enough:
             break
-    if n_kept == 0:
+    if n_unmasked == 0:
         raise ConfigError(f"the mask leaves no token of the training rows of {tokens.path}; take out less")
-    return n_kept
+    return n_unmasked

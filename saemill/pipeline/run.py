@@ -48,7 +48,7 @@ def run(
         model: hub id or local folder; None takes the file's.
         dataset: hub id, or local file or folder; None takes the file's.
         flags: settings by dotted name (`train.k`), and `device` for all stages that have one; None means
-            not given.
+            not set.
         file: a YAML file with a section per stage; without it, all four stages run.
         sets: `stage.key=value` strings.
 
@@ -60,8 +60,8 @@ def run(
     speak_for(World.here())
     sections: Sections = {stage: {} for stage in STAGES}
     if file:  # which may hold sections of other commands too
-        found = settings.read_sections(file)
-        sections = {name: values for name, values in found.items() if name in (*STAGES, "run")}
+        file_sections = settings.read_sections(file)
+        sections = {name: values for name, values in file_sections.items() if name in (*STAGES, "run")}
     sets = tuple(sets)
     own_device = {item.partition("=")[0] for item in sets}
     flags = {name: value for name, value in flags.items() if name != "device"} | {
@@ -69,10 +69,10 @@ def run(
         for stage in STAGES[1:]
         if stage in sections and f"{stage}.device" not in own_device
     }
-    told = {"cache.model": model, "tokenize.dataset": dataset, **flags}
+    all_flags = {"cache.model": model, "tokenize.dataset": dataset, **flags}
     present = [*sections, "run"]
-    _refuse_other_sections(present, told, sets)
-    settings.override(sections, told, sets)
+    _refuse_other_sections(present, all_flags, sets)
+    settings.override(sections, all_flags, sets)
     section = sections.pop("run", {})
     own = settings.build(RunConfig, section, "run")
     _refuse_end_to_end(sections)
@@ -85,8 +85,8 @@ def run(
 
 
 def _refuse_other_sections(present: list[str], flags: Mapping[str, Any], sets: Iterable[str]) -> None:
-    given = [name for name, value in flags.items() if value is not None]
-    for name in [*given, *(item.partition("=")[0] for item in sets)]:
+    flagged = [name for name, value in flags.items() if value is not None]
+    for name in [*flagged, *(item.partition("=")[0] for item in sets)]:
         stage = name.partition(".")[0]
         if stage not in (*STAGES, "run"):
             raise ConfigError(f"--set takes stage.key=value here, got {name!r}: train.k=32, for instance")
@@ -105,7 +105,7 @@ def _refuse_end_to_end(sections: Sections) -> None:
 
 
 def _complete_tokenize(sections: Sections) -> None:
-    """The tokenizer is the model's own, if none is named; the dataset must be."""
+    """Fill in the tokenizer, which is the model's own if none is named; the dataset must be named."""
     values = sections["tokenize"]
     if values.get("dataset") is None:
         raise ConfigError("name a dataset: saemill run MODEL DATASET, or tokenize.dataset in the config")

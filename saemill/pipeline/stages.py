@@ -13,7 +13,7 @@ from saemill.tokenize.run import CTX_LEN, TokenizeConfig
 from saemill.train.config import TrainConfig, check_batch
 
 Sections = dict[str, dict[str, Any]]
-"""Settings as given, by stage."""
+"""Settings of the user, by stage."""
 
 CONFIGS: dict[str, Any] = {
     "tokenize": TokenizeConfig,
@@ -28,7 +28,7 @@ MADE = {"cache": "manifest.json", "train": "zarr.json", "assess": runs.IDENTITY}
 
 
 def stages_of(sections: Sections, where: str) -> list[str]:
-    """The stages there are; refuses none, or a gap between them.
+    """List the stages; refuse none, or a gap between them.
 
     Args:
         sections: of a config.
@@ -47,13 +47,13 @@ def stages_of(sections: Sections, where: str) -> list[str]:
 
 
 def join(sections: Sections, before: str, after: str) -> Path | None:
-    """One folder between two stages, whichever of them names it; None if neither does.
+    """Join two stages by one folder, whichever of them names it; None if neither does.
 
     Raises:
         ConfigError: they name different ones.
     """
-    named = {"out": sections[before].get("out"), READS[after]: sections[after].get(READS[after])}
-    out, read = named.values()
+    folders = {"out": sections[before].get("out"), READS[after]: sections[after].get(READS[after])}
+    out, read = folders.values()
     if out is None and read is None:
         return None
     if out is not None and read is not None and Path(out).absolute() != Path(read).absolute():
@@ -67,7 +67,7 @@ def join(sections: Sections, before: str, after: str) -> Path | None:
 
 
 def absolute(config: Any) -> Any:
-    """A config whose folders do not depend on the one we are in."""
+    """Make the folders of a config independent of the current one."""
     values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
     return replace(config, **{name: v.absolute() for name, v in values.items() if isinstance(v, Path)})
 

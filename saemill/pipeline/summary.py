@@ -1,4 +1,4 @@
-"""What a matrix comes to: each cell over its seeds, and how alike the dictionaries are."""
+"""The results of a matrix: each cell over its seeds, and how alike the dictionaries are."""
 
 import io
 import re
@@ -24,8 +24,8 @@ OVER = {
     "sources_and_seeds": ("dataset", "seed"),
     "sources": ("dataset",),
 }
-"""In what two SAEs differ. Those of one seed begin alike, so what a source changes is told by the second
-beside the first, not by the third."""
+"""Traits in which two SAEs differ. SAEs of one seed begin alike, so the effect of a source is the second
+beside the first, not the third."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def write(
             None leaves it.
     """
     cells = _cells(assessed)
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "cells": [
             {
                 "target": cell.target,
@@ -71,16 +71,19 @@ def write(
         "missing": [name for name, folder in assessed.items() if folder is None],
         "comparisons": None,
     }
-    durable.write_json(out / "matrix.json", found)  # also if the comparisons fail
+    durable.write_json(out / "matrix.json", summary)  # also if the comparisons fail
     if comparing is not None:
-        found["comparisons"] = _compare(out, found["cells"], comparing)
-        durable.write_json(out / "matrix.json", found)
-    say(_text(found))
-    say(f"{out / 'matrix.json'} written" + (f"; not done: {', '.join(m)}" if (m := found["missing"]) else ""))
+        summary["comparisons"] = _compare(out, summary["cells"], comparing)
+        durable.write_json(out / "matrix.json", summary)
+    say(_text(summary))
+    say(
+        f"{out / 'matrix.json'} written"
+        + (f"; not done: {', '.join(m)}" if (m := summary["missing"]) else "")
+    )
 
 
 def _cells(assessed: Mapping[str, Path | None]) -> dict[Cell, list[dict[str, Any]]]:
-    """The assessments of the pairs that are done, seeds together."""
+    """Group the assessments of the pairs that are done, seeds together."""
     cells: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
     for name, folder in assessed.items():
         if folder is None:
@@ -95,8 +98,8 @@ def _cells(assessed: Mapping[str, Path | None]) -> dict[Cell, list[dict[str, Any
 
 
 def _spread(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """Mean over seeds and their standard deviation; None, with the reason, where a seed lacks the figure.
-    The deviation is None where there is one seed."""
+    """Compute the mean over seeds and their standard deviation. Where a seed lacks the figure both are None,
+    with the reason; the deviation is None where there is one seed."""
     figures = [entry["metrics"][metric] for entry in entries]
     values = [figure["value"] for figure in figures]
     if any(value is None for value in values):
@@ -106,19 +109,19 @@ def _spread(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
 
 
 def _compare(out: Path, cells: list[dict[str, Any]], comparing: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The SAEs of one kind of one target, matched with one another over seeds and sources."""
+    """Match the SAEs of one kind of one target with one another over seeds and sources."""
     families: dict[tuple[str, str], list[str]] = defaultdict(list)
     for cell in cells:
         families[cell["target"], cell["kind"]] += cell["saes"]
-    told = []
+    comparisons = []
     for (target, kind), saes in families.items():
         if len(saes) < 2:
             continue
         folder = Path("compare") / f"{target}-{kind}"
-        given = {**comparing, "saes": [out / name for name in saes], "out": out / folder}
-        config = settings.build(CompareConfig, given, "compare")
-        found = compare(config)["pairs"]
-        told.append(
+        section = {**comparing, "saes": [out / name for name in saes], "out": out / folder}
+        config = settings.build(CompareConfig, section, "compare")
+        pairs = compare(config)["pairs"]
+        comparisons.append(
             {
                 "target": target,
                 "kind": kind,
@@ -126,14 +129,15 @@ def _compare(out: Path, cells: list[dict[str, Any]], comparing: Mapping[str, Any
                 "threshold": config.threshold,
                 "by": config.by,
                 "matching": config.matching,
-                "shared": {over: _shared(found, over) for over in OVER},
+                "shared": {over: _shared(pairs, over) for over in OVER},
             }
         )
-    return told
+    return comparisons
 
 
 def _shared(pairs: list[dict[str, Any]], over: str) -> float | None:
-    """Mean share of latents that are shared, of pairs that differ in the source, the seed or both alone."""
+    """Compute the mean share of shared latents, of pairs that differ in the source, the seed or both
+    alone."""
     sources, seeds = ("dataset" in OVER[over], "seed" in OVER[over])
     values = [
         (pair["assignment"] or pair["mutual_nearest"])["share_above"]
@@ -147,13 +151,13 @@ def _sources_differ(pair: dict[str, Any]) -> bool:
     return Path(pair["a"]).parent != Path(pair["b"]).parent
 
 
-def _text(found: dict[str, Any]) -> str:
+def _text(summary: dict[str, Any]) -> str:
     table = Table("target", "source", "SAEs", "seeds", *METRICS, title="mean ± sd over seeds")
-    for cell in found["cells"]:
+    for cell in summary["cells"]:
         figures = (_figure(**cell["metrics"][name]) for name in METRICS)
         table.add_row(cell["target"], cell["source"], cell["kind"], str(cell["n_seeds"]), *figures)
     tables = [table]
-    if comparisons := found["comparisons"]:
+    if comparisons := summary["comparisons"]:
         by, threshold = comparisons[0]["by"], comparisons[0]["threshold"]
         how = {"assignment": "matched one to one", "nearest": "mutual nearest"}[comparisons[0]["matching"]]
         alike = Table(
@@ -166,14 +170,14 @@ def _text(found: dict[str, Any]) -> str:
         tables.append(alike)
     terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
     terminal.print(*tables, sep="\n")
-    return "\n".join([terminal.export_text().rstrip(), *_reasons(found)])
+    return "\n".join([terminal.export_text().rstrip(), *_reasons(summary)])
 
 
-def _reasons(found: dict[str, Any]) -> list[str]:
-    """Why figures of the table are missing."""
+def _reasons(summary: dict[str, Any]) -> list[str]:
+    """Say why figures of the table are missing."""
     lines = (
         f"no {name} of {cell['target']}, {cell['source']}, {cell['kind']}: {cell['metrics'][name]['reason']}"
-        for cell in found["cells"]
+        for cell in summary["cells"]
         for name in METRICS
         if cell["metrics"][name]["mean"] is None
     )

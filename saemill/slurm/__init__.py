@@ -4,7 +4,7 @@ settings.py   the section slurm of a config
 pipeline.py   a config as stages and jobs
 script.py     a stage's batch script
 submit.py     scripts → jobs that wait for one another
-states.py     what became of jobs
+states.py     the states of jobs
 progress.py   how far each stage is
 status.py     both, and the log of what failed
 """

@@ -16,7 +16,7 @@ from saemill.slurm.settings import SlurmConfig
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """The stages of one config file, in their order, and how SLURM shall run them."""
+    """The stages of one config file, in their order, and how SLURM runs them."""
 
     stages: dict[str, Any]
     """Each one's config, whole."""
@@ -24,7 +24,7 @@ class Pipeline:
 
     @classmethod
     def read(cls, file: Path) -> "Pipeline":
-        """The pipeline of a config file; a folder that one of two neighbours names is filled in.
+        """Read the pipeline of a config file. A folder that one of two neighbours names is filled in.
 
         Raises:
             ConfigError: a section is missing or wrong, or neighbours name different folders.
@@ -46,7 +46,7 @@ class Pipeline:
 
     @property
     def run(self) -> Path:
-        """The folder that names the whole: the run, or the last store where nothing is trained."""
+        """Return the folder that names the whole: the run, or the last store where nothing is trained."""
         if "assess" in self.stages:
             return Path(self.stages["assess"].run)
         return Path(next(reversed(self.stages.values())).out)
@@ -60,17 +60,17 @@ class Pipeline:
         first, config = next(iter(self.stages.items()))
         check_input(first, config)
         if first == "cache" and "train" in self.stages:
-            check_rows(TokenStore(config.tokens), self.stages, batch_given=True)
+            check_rows(TokenStore(config.tokens), self.stages, batch_is_set=True)
 
     def plain(self) -> dict[str, Any]:
-        """All settings, defaults included, as `--config` reads them; their folders as seen from anywhere."""
+        """List all settings, defaults included, as `--config` reads them; folders are absolute."""
         stages = {stage: settings.plain(absolute(config)) for stage, config in self.stages.items()}
-        return stages | {"slurm": _given(settings.plain(self.slurm))}
+        return stages | {"slurm": _without_unset(settings.plain(self.slurm))}
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are not left open, without groups that have none."""
-    inner = {name: _given(v) if isinstance(v, dict) else v for name, v in values.items()}
+def _without_unset(values: dict[str, Any]) -> dict[str, Any]:
+    """Keep the settings that are not left open, without groups that have none."""
+    inner = {name: _without_unset(v) if isinstance(v, dict) else v for name, v in values.items()}
     return {name: value for name, value in inner.items() if value not in (None, {})}
 
 

@@ -1,4 +1,4 @@
-"""How far each stage is, told by what it has written; SLURM is not asked."""
+"""How far each stage is, by what it has written; SLURM is not asked."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from saemill.train.config import TrainConfig
 
 
 def by_stage(folder: Path, run: Path) -> dict[str, list[str]]:
-    """A few lines per stage, in the pipeline's order.
+    """Write a few lines per stage, in the pipeline's order.
 
     Args:
         folder: of the run's jobs; its config.yaml names the stages and their outputs.
@@ -39,13 +39,13 @@ def by_stage(folder: Path, run: Path) -> dict[str, list[str]]:
             f"{run} is no run of `saemill train`, and {folder} holds no jobs of `saemill submit`; name the "
             "run's folder (`saemill show` tells of stores)"
         )
-    told = {
+    lines_by_stage = {
         "tokenize": [_tokenized(tokens)] if tokens else [],
         "cache": _cached(acts) if acts else [],
         "train": [_trained(configs["train"])] if "train" in configs else [],
         "assess": [_assessed(configs["assess"])] if "assess" in configs else [],
     }
-    return {stage: lines for stage, lines in told.items() if lines}
+    return {stage: lines for stage, lines in lines_by_stage.items() if lines}
 
 
 def _tokenized(out: Path) -> str:
@@ -71,13 +71,13 @@ def _trained(config: TrainConfig) -> str:
         return f"finished, {runs.finished(config.out).steps:,} steps"
     step, n_steps = _last_step(config.out / runs.METRICS), _n_steps(config)
     if step is None:
-        there = (config.out / runs.IDENTITY).exists()
-        return "no step logged yet" if there else f"nothing in {config.out}"
+        begun = (config.out / runs.IDENTITY).exists()
+        return "no step logged yet" if begun else f"nothing in {config.out}"
     return f"step {step:,}" + (f" of {n_steps:,}" if n_steps else "")
 
 
 def _last_step(metrics: Path) -> int | None:
-    """The step of the last line; the line that is being written is no JSON yet.
+    """Read the step of the last whole line: a line that is being written is no JSON yet.
 
     Raises:
         StoreError: the line is none that was logged.
@@ -97,7 +97,7 @@ def _last_step(metrics: Path) -> int | None:
 
 
 def _n_steps(config: TrainConfig) -> int | None:
-    """Steps of the run; not told where a mask of its own makes the epoch another than the store's."""
+    """Count the steps of the run; None where a mask of its own makes the epoch differ from the store's."""
     n_tokens = config.max_tokens
     if n_tokens is None and config.mask is None and (config.acts / "zarr.json").exists():
         store = ActivationStore(config.acts)

@@ -43,7 +43,7 @@ fi
 
 
 def script(stage: str, job: JobConfig, folder: Path, name: str, work: Path) -> str:
-    """The text of a stage's script.
+    """Write the text of a stage's script.
 
     Args:
         stage: its name.
@@ -66,12 +66,14 @@ def script(stage: str, job: JobConfig, folder: Path, name: str, work: Path) -> s
 
 
 def _directives(stage: str, job: JobConfig, folder: Path, name: str, work: Path) -> list[str]:
-    """What follows #SBATCH; the user's own options come first, so that none takes the place of ours."""
+    """List what follows #SBATCH. The user's own options come first, so that none overrides ours."""
     nodes, ntasks = job.nodes or 1, job.ntasks or 1
     log = f"{folder}/{stage}-".replace("%", "%%") + ("%A_%a.log" if stage == "cache" else "%j.log")
     lines = list(job.options or ())
-    named = {option: getattr(job, option) for option in ("partition", "account", "qos", "constraint", "time")}
-    lines += [f"--{option}={_in_directive(value)}" for option, value in named.items() if value]
+    requested = {
+        option: getattr(job, option) for option in ("partition", "account", "qos", "constraint", "time")
+    }
+    lines += [f"--{option}={_in_directive(value)}" for option, value in requested.items() if value]
     lines += [f"--job-name={_in_directive(f'{name}-{stage}')}", f"--chdir={_in_directive(str(work))}"]
     lines += [f"--output={_in_directive(log)}", "--open-mode=append"]
     lines += [f"--nodes={nodes}", f"--ntasks={ntasks}"]
@@ -87,12 +89,12 @@ def _directives(stage: str, job: JobConfig, folder: Path, name: str, work: Path)
 
 
 def _step(job: JobConfig) -> list[str]:
-    """The options of srun. It does not take over cpus-per-task; and one process that has saved and left
+    """List the options of srun. It does not inherit cpus-per-task; and one process that has saved and left
     must not end the others while they save."""
     cpus = [f"--cpus-per-task={job.cpus}"] if job.cpus else []
     return [f"--ntasks={job.ntasks or 1}", *cpus, "--kill-on-bad-exit=0"]
 
 
 def _in_directive(value: str) -> str:
-    """A value as sbatch reads it: it knows quotes, but not the shell's way of leaving one."""
+    """Quote a value as sbatch reads it: it knows quotes, but not the shell's escapes."""
     return f'"{value}"' if any(character in value for character in " '#") else value

@@ -43,7 +43,7 @@ SET_HERE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobConfig:
-    """What jobs ask for. What a stage leaves open is as the section says for all stages."""
+    """Resources that jobs ask for. A setting that a stage leaves open is that of the section."""
 
     partition: str | None = None
     account: str | None = None
@@ -54,7 +54,7 @@ class JobConfig:
     cpus: int | None = None
     """CPUs per process; also the number of threads of each."""
     memory: str | None = None
-    """Per node: 64G."""
+    """Memory per node: 64G."""
     gpus: int | None = None
     """GPUs per node, one for each process there; tokenize uses none."""
     workers: int | None = None
@@ -73,9 +73,9 @@ class JobConfig:
     requeue: bool | None = None
     """Whether a preempted, stopped or timed-out job starts again [true]."""
     signal_seconds: int | None = None
-    """So long before its limit a job of cache or train is told to save [120]."""
+    """Seconds before its limit at which a job of cache or train is signalled to save [120]."""
     most_requeues: int | None = None
-    """A job of cache or train that was started again so often stays ended [100]."""
+    """Most restarts of a job of cache or train [100]."""
 
     def __post_init__(self) -> None:
         for name in ("cpus", "workers", "nodes", "ntasks", "signal_seconds", "most_requeues"):
@@ -115,7 +115,7 @@ class SlurmConfig(JobConfig):
             _check_job(self.job(stage), stage)
 
     def job(self, stage: str) -> JobConfig:
-        """What the jobs of one stage ask for: its own settings before those for all."""
+        """Build what the jobs of one stage ask for: its own settings before those for all."""
         own = getattr(self, stage)
         chosen: dict[str, Any] = {}
         for name in (setting.name for setting in fields(JobConfig)):
@@ -126,20 +126,20 @@ class SlurmConfig(JobConfig):
 
 
 def seconds(time: str) -> int:
-    """A time limit in SLURM's notation.
+    """Parse a time limit in SLURM's notation, into seconds.
 
     Raises:
         ConfigError: it is none, or a bare number: YAML reads 4:00:00 without quotes as 14400, which
             SLURM would take for minutes.
     """
-    found = TIME.fullmatch(time)
-    if not found or time.isdigit():
+    match = TIME.fullmatch(time)
+    if not match or time.isdigit():
         raise ConfigError(f"time must be as '4:00:00' or '2-00:00:00', in quotes; got {shown(time)}")
-    days, *rest = found.groups()
-    parts = [int(part) for part in rest if part is not None]
-    if days is None and len(parts) == 2:
-        parts.insert(0, 0)  # SLURM reads 30:00 as minutes, but 1-12:30 as hours
-    hours, minutes, remaining = parts + [0] * (3 - len(parts))
+    days, *rest = match.groups()
+    numbers = [int(number) for number in rest if number is not None]
+    if days is None and len(numbers) == 2:
+        numbers.insert(0, 0)  # SLURM reads 30:00 as minutes, but 1-12:30 as hours
+    hours, minutes, remaining = numbers + [0] * (3 - len(numbers))
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + remaining
 
 

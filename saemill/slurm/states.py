@@ -1,4 +1,4 @@
-"""What became of jobs: asked of squeue, then sacct, then the exit codes that the scripts leave."""
+"""The states of jobs: from squeue, then sacct, then the exit codes that the scripts leave."""
 
 import getpass
 import shutil
@@ -56,36 +56,36 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What it printed, in all its starts."""
+        """Return the file of what it printed, in all its starts."""
         return self.folder / f"{self.stage}-{self.id}.log"
 
     @property
     def exit_code(self) -> int | None:
-        """How its script ended last, as the script wrote it."""
+        """Read the exit code of its script's last end, as the script wrote it."""
         file = self.folder / f"{self.stage}-{self.id}.exit"
         text = file.read_text().strip() if file.exists() else ""
         return int(text) if text.isdecimal() else None
 
     @property
     def phrase(self) -> str:
-        """Its state with what belongs to it: why it waits, how its script ended."""
+        """Describe its state: why it waits, or how its script ended."""
         if self.reason:
             return f"{self.state} ({self.reason})"
         return f"{self.state} (exit code {self.exit_code})" if self.failed and self.exit_code else self.state
 
     @property
     def failed(self) -> bool:
-        """Whether it ran and did not come to its end; a cancelled one that never ran has no log."""
+        """Tell whether it ran and did not come to its end; a cancelled one that never ran has no log."""
         return self.state in ENDED and self.state != "COMPLETED" and self.log.exists()
 
     @property
     def alive(self) -> bool:
-        """Whether it runs, or may run yet."""
+        """Tell whether it runs, or may run yet."""
         return self.state not in ENDED
 
 
 def submitted(folder: Path) -> list[Job]:
-    """The jobs of the last submission, each with its present state; none if there was none.
+    """List the jobs of the last submission, each with its present state; none if there was none.
 
     Raises:
         StoreError: its record is damaged, or SLURM does not answer.
@@ -97,12 +97,12 @@ def submitted(folder: Path) -> list[Job]:
     names = [(entry.stage, id) for entry in entries for id in _ids(entry)]
     queued = _queued()
     ended = _accounted([id for _, id in names if id not in queued])
-    found = []
+    jobs = []
     for stage, id in names:
         job = Job(stage, id, folder)
         state, reason = queued.get(id) or (ended.get(id) or _by_exit_code(job), "")
-        found.append(Job(stage, id, folder, state, reason))
-    return found
+        jobs.append(Job(stage, id, folder, state, reason))
+    return jobs
 
 
 def _ids(entry: Entry) -> list[str]:
@@ -112,7 +112,7 @@ def _ids(entry: Entry) -> list[str]:
 
 
 def _queued() -> dict[str, tuple[str, str]]:
-    """State and reason of the user's jobs that SLURM remembers, for minutes after their end too.
+    """Ask squeue for state and reason of the user's jobs, which it remembers for minutes after their end.
 
     Raises:
         StoreError: SLURM does not answer; not to know a job is not to know that it has ended.
@@ -123,22 +123,22 @@ def _queued() -> dict[str, tuple[str, str]]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise StoreError(f"squeue does not tell of the jobs: {done.stderr.strip()}; try again later")
-    parts = [line.split("|", 2) for line in done.stdout.splitlines()]
-    return {id: (state, reason if state == "PENDING" else "") for id, state, reason in parts}
+    rows = [line.split("|", 2) for line in done.stdout.splitlines()]
+    return {id: (state, reason if state == "PENDING" else "") for id, state, reason in rows}
 
 
 def _accounted(ids: Sequence[str]) -> dict[str, str]:
-    """States by SLURM's accounting; none where that is off."""
+    """Ask SLURM's accounting for states; none where that is off."""
     if not ids or not shutil.which("sacct"):
         return {}
     command = ["sacct", "-n", "-P", "-X", "-j", ",".join(ids), "-o", "JobID,State"]
     done = subprocess.run(command, capture_output=True, text=True)
-    parts = [line.split("|") for line in done.stdout.splitlines()] if done.returncode == 0 else []
-    return {id: state.split()[0] for id, state in parts}  # CANCELLED by 1000
+    rows = [line.split("|") for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    return {id: state.split()[0] for id, state in rows}  # CANCELLED by 1000
 
 
 def _by_exit_code(job: Job) -> str:
-    """The state of a job that SLURM has forgotten."""
+    """Return the state of a job that SLURM has forgotten, by its exit code."""
     if job.exit_code is None:
         return "GONE" if job.log.exists() else "CANCELLED"
     return "FAILED" if job.exit_code else "COMPLETED"

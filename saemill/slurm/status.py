@@ -8,21 +8,21 @@ from saemill.slurm.states import Job, submitted
 from saemill.slurm.submit import jobs_folder
 
 LOG_LINES = 12
-"""Shown of a failed job's log."""
+"""Lines shown of a failed job's log."""
 MOST_LOGS = 3
 """Logs shown; the tasks of an array often fail alike."""
 
 
 def status(run: Path) -> str:
-    """Lines per stage: its jobs, if any, and how far it is; then the logs of failed jobs.
+    """Describe each stage: its jobs, if any, and how far it is; then the logs of failed jobs.
 
     Raises:
         StoreError: nothing is known of such a run.
     """
     folder = jobs_folder(run)
-    told, jobs = by_stage(folder, run), submitted(folder)
+    progress_by_stage, jobs = by_stage(folder, run), submitted(folder)
     lines = [f"run {run}" + ("" if jobs else ": no jobs were submitted")]
-    for stage, progress in told.items():
+    for stage, progress in progress_by_stage.items():
         left = _jobs([job for job in jobs if job.stage == stage])
         lines.append(f"  {stage:9} {left:48}{progress[0]}" if jobs else f"  {stage:9} {progress[0]}")
         lines += [" " * (60 if jobs else 12) + more for more in progress[1:]]
@@ -35,7 +35,7 @@ def status(run: Path) -> str:
 
 
 def _jobs(jobs: list[Job]) -> str:
-    """`12 RUNNING`; of an array `13_[0-3]: 3 COMPLETED, 1 FAILED (exit code 2)`."""
+    """Summarise jobs: `12 RUNNING`; of an array `13_[0-3]: 3 COMPLETED, 1 FAILED (exit code 2)`."""
     if not jobs:
         return ""
     if len(jobs) == 1:

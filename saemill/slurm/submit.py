@@ -3,7 +3,7 @@
 Plain sbatch and bash, not a library such as submitit that pickles functions: the scripts can be read, kept
 and submitted again by hand; each stage has resources of its own and waits for another kind of job; cache
 is an array; and our exit code decides on a restart. The stages resume by themselves, so to submit the
-same config again is the way on after any failure: a finished stage says so and ends at once.
+same config again continues after any failure: a finished stage says so and ends at once.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from saemill.slurm.states import JOBS, Entry, Jobs, submitted
 
 
 def jobs_folder(run: Path) -> Path:
-    """Where scripts, logs and exit codes of a run's jobs are: beside it, as `train` wants the run's folder
+    """Return the folder of a run's scripts, logs and exit codes: beside it, as `train` wants the run's folder
     for itself."""
     return run.with_name(f"{run.name}.jobs")
 
@@ -43,24 +43,24 @@ class Plan:
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> "Plan":
-        """What submitting the pipeline from this folder means."""
+        """Plan what submitting the pipeline from this folder means."""
         folder = jobs_folder(pipeline.run)
         place = (folder.absolute(), pipeline.run.name, Path.cwd())
         scripts = {stage: script(stage, pipeline.slurm.job(stage), *place) for stage in pipeline.stages}
         return cls(folder, pipeline.plain(), scripts, pipeline.slurm.job("cache").workers or 1)
 
     def command(self, stage: str, after: str | None) -> list[str]:
-        """How a stage's script is submitted; `after` is the job that must have ended well before."""
+        """Return the command that submits a stage's script, after the job `after` has ended well."""
         waiting = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
         return ["sbatch", "--parsable", *waiting, str(self.folder / f"{stage}.sh")]
 
     def __str__(self) -> str:
-        """The scripts, and the commands that would submit them."""
-        parts, before = [], None
+        """Show the scripts, and the commands that would submit them."""
+        texts, before = [], None
         for stage, text in self.scripts.items():
-            parts.append(f"# {' '.join(self.command(stage, before and f'<{before}>'))}\n{text}")
+            texts.append(f"# {' '.join(self.command(stage, before and f'<{before}>'))}\n{text}")
             before = stage
-        return "\n".join(parts)
+        return "\n".join(texts)
 
 
 def run(file: Path, dry_run: bool = False) -> None:
@@ -98,10 +98,10 @@ def _tasks(entry: Entry) -> str:
 def _refuse_alive(folder: Path) -> None:
     alive = [job for job in submitted(folder) if job.alive]
     if alive:
-        named = ", ".join(f"{job.id} ({job.stage}, {job.state})" for job in alive)
+        names = ", ".join(f"{job.id} ({job.stage}, {job.state})" for job in alive)
         ids = " ".join(dict.fromkeys(job.id.split("_")[0] for job in alive))
         raise StoreError(
-            f"jobs of {folder} are alive: {named}; wait for them, or end them with scancel {ids}"
+            f"jobs of {folder} are alive: {names}; wait for them, or end them with scancel {ids}"
         )
 
 

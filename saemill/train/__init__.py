@@ -4,10 +4,13 @@ config.py     the settings
 run.py        settings → a trainer → SAEs on disk
 trainer.py    the loop
 export.py     what a finished run leaves
+tracking.py   what wandb gets of a run
 sweep/        which SAEs, on which process, for how long
 stream/       the store → batch i on the device
 learner/      SAEs in training
-backends/     who computes their steps
+arch/         what an SAE is
+objective/    what is minimised
+backends/     how their steps are computed
 optim/        Adam, SGD, moments
 record/       checkpoints, metrics, the run's folder
 profile.py    where the time of a step goes

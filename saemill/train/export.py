@@ -35,18 +35,17 @@ def export(
     Returns: the SAEs' folders, in the run's order.
     """
     everyone = trainer.everyone
-    mine = save_saes(out, trainer, store, set(trainer.names))
+    own_cfgs = save_saes(out, trainer, store, set(trainer.names))
     diverged = {
         learner.variant.name: step
         for learner in trainer.learners
         if (step := int(learner.diverged_step)) >= 0
     }
     peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    shared = everyone.all_gather_objects(
-        (diverged, mine, peak_rss_bytes)
-    )  # every SAE is on disk when this returns
-    steps = {name: step for part, _, _ in shared for name, step in part.items()}
-    cfgs = halving.cfgs | {name: cfg for _, part, _ in shared for name, cfg in part.items()}
+    # Every SAE is on disk when this returns.
+    shared = everyone.all_gather_objects((diverged, own_cfgs, peak_rss_bytes))
+    steps = {name: step for own_steps, _, _ in shared for name, step in own_steps.items()}
+    cfgs = halving.cfgs | {name: cfg for _, written, _ in shared for name, cfg in written.items()}
     names = [variant.name for variant in variants]
     if trainer.log is not None:
         halved = [File.of(out, HALVING)] if halving.past else []

@@ -33,7 +33,7 @@ SKIPPED_STEPS, PROFILED_STEPS = 3, 8
 
 
 def region(name: str) -> AbstractContextManager[object]:
-    """Mark a block of code as one of `REGIONS`, for a profiler if one is at work."""
+    """Mark a block of code as one of `REGIONS`, for a profiler if one is running."""
     if not _profiler_enabled():  # a mark costs 6 µs
         return nullcontext()
     return torch.profiler.record_function(PREFIX + name)
@@ -41,7 +41,7 @@ def region(name: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def profiling(folder: Path, device: torch.device) -> Iterator[torch.profiler.profile]:
-    """A profiler of a run's steps; its `step` is to be called after each.
+    """Profile a run's steps; the profiler's `step` is to be called after each.
 
     The first steps are left out. After `PROFILED_STEPS` more it writes `profile.json.gz`, for
     chrome://tracing or Perfetto, into `folder` and prints the table.
@@ -62,7 +62,7 @@ def profiling(folder: Path, device: torch.device) -> Iterator[torch.profiler.pro
 
 
 def table(profiler: torch.profiler.profile, device: torch.device) -> str:
-    """Print milliseconds per step of each region, on the CPU and on the device."""
+    """Render milliseconds per step of each region, on the CPU and on the device."""
     events = {event.key: event for event in profiler.key_averages()}
     step_us = sum(e.cpu_time_total for key, e in events.items() if key.startswith("ProfilerStep"))
     step_ms = step_us / PROFILED_STEPS / 1e3

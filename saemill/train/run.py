@@ -38,9 +38,9 @@ from saemill.train.trainer import Trainer
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
 FEW_STEPS = 100
-"""Below it the plan says that more may help."""
+"""Steps below which the plan says that more may help."""
 SAMPLE_TOKENS = 8192
-"""From which the initial gain and the geometric median are computed, whatever the batch size."""
+"""Tokens from which the initial gain and the geometric median are computed, whatever the batch size."""
 
 
 def run(config: TrainConfig) -> list[Path]:
@@ -65,7 +65,7 @@ def run(config: TrainConfig) -> list[Path]:
         stop_on_signal() as stop,
         world.connected(device) as everyone,
         closing(_loader(config, store)) as loader,
-        ExitStack() as held,
+        ExitStack() as resources,
     ):
         schedule = _schedule(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
@@ -78,8 +78,8 @@ def run(config: TrainConfig) -> list[Path]:
         if everyone.first(folder.is_finished):
             return [config.out / variant.name for variant in variants]
         everyone.first(lambda: check_machine(config))
-        everyone.first(lambda: folder.take(held))
-        trainer = _train(config, folder.run, loader, schedule, halving, everyone, device, stop, held)
+        everyone.first(lambda: folder.lock(resources))
+        trainer = _train(config, folder.run, loader, schedule, halving, everyone, device, stop, resources)
         return export(config.out, variants, store, trainer, halving)
 
 
@@ -92,11 +92,11 @@ def _train(
     everyone: Group,
     device: torch.device,
     stop: Event,
-    held: ExitStack,
+    resources: ExitStack,
 ) -> Trainer:
-    """Train from look to look of halving, if there is any, with the variants that are left.
+    """Train from rung to rung of halving, if there is any, with the variants that are left.
 
-    wandb follows until `held` is closed, which is after the SAEs are written.
+    wandb follows until `resources` is closed, which is after the SAEs are written.
 
     Returns: the trainer at its end.
     """
@@ -119,7 +119,7 @@ def _train(
                     open_sinks.enter_context(closing(log))
                     sinks = _start_sinks(config, trainer, open_sinks)
                     if config.log_to_wandb:
-                        follow(config, trainer, halving.variants, held)
+                        follow(config, trainer, halving.variants, resources)
             trainer.log, trainer.sinks = log, sinks
             trainer.profile = config.profile and end == ends[0]
             trainer.run(end)
@@ -129,11 +129,11 @@ def _train(
 
 
 def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, end: int) -> None:
-    """Look at step `end`: write the SAEs of the worse halves as they are, and go on without them."""
+    """Stop variants at step `end`: write the SAEs of the worse halves as they are, and go on without them."""
     losers = halving.choose(trainer.scores(halving.metric))
-    mine = save_saes(config.out, trainer, trainer.loader.store, set(losers))
-    written = trainer.everyone.all_gather_objects(mine)  # all are on disk before the record says so
-    cfgs = {name: cfg for part in written for name, cfg in part.items()}
+    own_cfgs = save_saes(config.out, trainer, trainer.loader.store, set(losers))
+    written = trainer.everyone.all_gather_objects(own_cfgs)  # all are on disk before the record says so
+    cfgs = {name: cfg for process_cfgs in written for name, cfg in process_cfgs.items()}
     trainer.everyone.first(lambda: halving.stop(end, losers, cfgs))
     halving.past = trainer.everyone.all_gather_objects(halving.past)[0]
     trainer.banks.clear()  # their memory is free before the next are made
@@ -154,7 +154,7 @@ def _place(
             f"{config.step_tokens} tokens per step cannot be shared by data_ranks {config.data_ranks}"
         )
     on_gpu = device.type == "cuda"
-    room_bytes = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
     latent_ranks = config.latent_ranks
     if kernels_of(config.kernels, device) == "torch":
         latent_ranks = 1
@@ -170,12 +170,12 @@ def _place(
         config.data_ranks,
         latent_ranks,
         idle_allowed=idle_allowed,
-        room_bytes=room_bytes,
+        memory_bytes=memory_bytes,
     )
 
 
 def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
-    """The settings with the store's site where none is named and the store has one alone."""
+    """Fill in the store's site where none is named and the store has one alone."""
     if config.site or any("site" in entry for entry in config.variants):
         return config
     if len(store.sites) != 1:
@@ -185,8 +185,8 @@ def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
 
 
 def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
-    named = [str(entry["site"]) for entry in config.variants if "site" in entry]
-    sites = list(dict.fromkeys([*config.site, *named]))
+    variant_sites = [str(entry["site"]) for entry in config.variants if "site" in entry]
+    sites = list(dict.fromkeys([*config.site, *variant_sites]))
     return Loader(
         store,
         sites,
@@ -254,7 +254,7 @@ def _check_profile(trainer: Trainer, end: int) -> None:
 
 
 def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
-    """How many steps there are, and the learning rate over them; `units` is what the store holds."""
+    """Plan the steps and the learning rate over them; `units` is what the store holds."""
     step_tokens = config.step_tokens
     n_tokens = config.max_tokens or (config.epochs or 1) * epoch_tokens
     n_steps = n_tokens // step_tokens
@@ -289,7 +289,7 @@ def _check_mse(config: TrainConfig, store: ActivationStore, variants: list[Varia
 
 
 def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of the encoder's product: bf16 wherever `auto` finds hardware that is fast at it."""
+    """Choose the dtype of the encoder's product: bf16 wherever `auto` finds hardware that is fast at it."""
     if name == "auto":
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
@@ -313,7 +313,7 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def _start_sinks(config: TrainConfig, trainer: Trainer, opened: ExitStack) -> list[Sink]:
-    """What shows the metrics; they are closed with `opened`."""
+    """Start what shows the metrics; the sinks are closed with `opened`."""
     step_tokens = config.step_tokens
     n_steps = trainer.schedule.n_steps
     units = f"{trainer.loader.store.text.unit}s"
@@ -328,7 +328,7 @@ def _start_sinks(config: TrainConfig, trainer: Trainer, opened: ExitStack) -> li
 def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, store: ActivationStore) -> None:
     """Say what is going to be done, and what may go wrong."""
     if trainer.everyone.rank > 0:
-        return  # which may be without a variant after a look
+        return  # which may be without a variant after a rung
     n_steps = trainer.schedule.n_steps
     n_tokens = n_steps * config.step_tokens
     epochs = n_tokens / trainer.loader.epoch_tokens

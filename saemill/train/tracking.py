@@ -1,4 +1,4 @@
-"""What wandb is told of a run: where it belongs, and each variant's config."""
+"""What wandb gets of a run: where it belongs, and each variant's config."""
 
 import os
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ OF_VARIANTS = ("site", "k", "expansion_factor", "num_latents", "lr", "seeds", "v
 BYTES_PER_WEIGHT = 4
 
 
-def follow(config: TrainConfig, trainer: Trainer, variants: Sequence[Variant], held: ExitStack) -> None:
-    """Start the process that logs to wandb; it ends with `held`, when the SAEs are on disk."""
+def follow(config: TrainConfig, trainer: Trainer, variants: Sequence[Variant], resources: ExitStack) -> None:
+    """Start the process that logs to wandb; it ends with `resources`, when the SAEs are on disk."""
     store = trainer.loader.store
     widths = {variant.name: store.site(variant.site).width for variant in variants}
     folder = config.out.absolute().name
@@ -38,11 +38,11 @@ def follow(config: TrainConfig, trainer: Trainer, variants: Sequence[Variant], h
     write_record(config.out, settings, configs)
     n_weights = sum(2 * variant.num_latents * widths[variant.name] for variant in variants)
     n_bytes = BYTES_PER_WEIGHT * n_weights if config.wandb_artifacts else 0
-    held.enter_context(Wandb(config.out, artifact_bytes=n_bytes))
+    resources.enter_context(Wandb(config.out, artifact_bytes=n_bytes))
 
 
 def _shared(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
-    """The run's settings, with what was left open as it was decided."""
+    """List the run's settings, with what was left open as it was decided."""
     settings = {key: value for key, value in config.identity().items() if key not in OF_VARIANTS}
     schedule, learner = trainer.schedule, trainer.learners[0]
     return settings | {
@@ -61,23 +61,23 @@ def _shared(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
 
 
 def _store(store: ActivationStore) -> dict[str, Any]:
-    """What was trained on."""
-    told = store.settings
+    """Describe what was trained on."""
+    settings = store.settings
     return {
-        "model": told.model,
-        "model_revision": told.revision,
+        "model": settings.model,
+        "model_revision": settings.revision,
         "dataset": store.text.manifest.source.name,
         "tokenizer": store.tokens.tokenizer.name if isinstance(store.text, TokenStore) else None,
         "ctx_len": store.ctx_len,
         "store": {
             "path": str(store.path.absolute()),
-            "dtype": told.dtype,
-            "model_dtype": told.model_dtype,
+            "dtype": settings.dtype,
+            "model_dtype": settings.model_dtype,
             "n_tokens": store.n_tokens,
             "n_held_out_rows": store.text.manifest.n_held_out_rows,
             "fingerprint": store.fingerprint,
             "tokens_fingerprint": store.text.fingerprint,
-            "model_fingerprint": told.model_fingerprint,
+            "model_fingerprint": settings.model_fingerprint,
         },
     }
 

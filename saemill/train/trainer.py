@@ -25,7 +25,7 @@ from saemill.train.sweep.halving import window
 from saemill.train.sweep.schedule import Schedule
 
 Metrics = dict[str, dict[str, float | None]]
-"""Of some variants, by name."""
+"""Metrics of variants, by name."""
 
 
 @dataclass(slots=True)
@@ -34,9 +34,9 @@ class Trainer:
 
     loader: Loader
     feed: Feed
-    """Its batches on the device."""
+    """The loader's batches, on the device."""
     banks: list[Bank]
-    """Those of this process."""
+    """Banks of this process."""
     names: list[str]
     """All variants of the run, in its order."""
     schedule: Schedule
@@ -45,26 +45,26 @@ class Trainer:
     save_every: int
     """Steps between checkpoints."""
     folder: Path
-    """Of the run: checkpoints and profiles go there."""
+    """Folder of the run, for checkpoints and profiles."""
     device: torch.device
     stop: threading.Event
-    """When set, the run saves and ends after the step in hand."""
+    """Event: when set, the run saves and ends after the step in hand."""
     everyone: Group = ONE
     """All processes of the run; the first logs for all."""
     team: Team = ALONE
-    """Those that train the same variants."""
+    """Processes that train the same variants."""
     run_hash: str = ""
-    """By which the run's records name it."""
+    """Hash by which the run's records name it."""
     log: JsonlSink | None = None
     """`metrics.jsonl`, on the first process."""
     sinks: list[Sink] = field(default_factory=list)
-    """What else takes the metrics."""
+    """Other sinks of the metrics."""
     logged: File | None = None
     """The log as the checkpoint that the run goes on from knows it."""
     step: int = 0
     """Steps done."""
     seconds: float = 0.0
-    """Time spent in them, earlier runs included."""
+    """Time spent in them, in seconds, earlier runs included."""
     profile: bool = False
     """Whether to write where the time goes beside the checkpoint."""
     _mark: tuple[int, float] = (0, 0.0)
@@ -72,7 +72,7 @@ class Trainer:
 
     @property
     def learners(self) -> list[Learner]:
-        """Those of this process."""
+        """List the learners of this process."""
         return [learner for bank in self.banks for learner in bank.learners]
 
     def resume(self) -> None:
@@ -105,22 +105,24 @@ class Trainer:
                     profiler.step()
 
     def _profiler(self) -> AbstractContextManager[torch.profiler.profile | None]:
-        wanted = self.profile and self.everyone.rank == 0
-        return profiling(self.folder, self.device) if wanted else nullcontext()
+        enabled = self.profile and self.everyone.rank == 0
+        return profiling(self.folder, self.device) if enabled else nullcontext()
 
     def _open_windows(self) -> None:
         for learner in self.learners:
             learner.totals.open_window()
 
     def scores(self, metric: str) -> dict[str, float | None]:
-        """A metric of every variant of the run over the last steps, on all processes."""
-        mine = {learner.variant.name: learner.score(metric) for learner in self.learners}
+        """Return a metric of every variant of the run over the last steps, on all processes."""
+        own_scores = {learner.variant.name: learner.score(metric) for learner in self.learners}
         return {
-            name: score for each in self.everyone.all_gather_objects(mine) for name, score in each.items()
+            name: score
+            for each in self.everyone.all_gather_objects(own_scores)
+            for name, score in each.items()
         }
 
     def _after_step(self, stopped: bool, end: int) -> None:
-        """Log, save and stop, where it is time for it."""
+        """Log, save and stop where it is time for it."""
         finished = self.step == end
         if self.step % self.log_every == 0 or finished:
             self._log()
@@ -153,8 +155,8 @@ class Trainer:
             for bank in self.banks
             for learner in bank.freeze_diverged()
         ]
-        mine = self._metrics()
-        shared = self.everyone.all_gather_objects((mine, diverged) if self.team.is_first else ({}, []))
+        own_metrics = self._metrics()
+        shared = self.everyone.all_gather_objects((own_metrics, diverged) if self.team.is_first else ({}, []))
         for message in itertools.chain(*(messages for _, messages in shared)):
             say(message)
         every = {name: metrics for each, _ in shared for name, metrics in each.items()}

@@ -52,8 +52,8 @@ class Contestant(ABC):
 
     @property
     def short_warmup(self) -> int:
-        """A 20th of the run, at most 1,000 steps: what packages whose default is 1,000 get, as their
-        own value would never reach its peak in a run as short as these."""
+        """Return a 20th of the run, at most 1,000 steps. Packages whose default is 1,000 get it, as their own
+        value would never reach its peak in a run as short as these."""
         return min(1000, self.args.steps // 20)
 
     @abstractmethod
@@ -61,20 +61,20 @@ class Contestant(ABC):
         """Build the SAEs and train them on all batches."""
 
     def saes(self) -> AbstractContextManager[list[Reconstruct]]:
-        """The SAEs as they would be saved now, each as x_TD → x̂_TD in the data's own units."""
+        """Give the SAEs as they would be saved now, each as x_TD → x̂_TD in the data's own units."""
         return nullcontext(self.reconstructions())
 
     def reconstructions(self) -> list[Reconstruct]:
-        """The same without a context; needed where `saes` is not replaced."""
+        """Return the same without a context; needed where `saes` is not replaced."""
         return []
 
     @abstractmethod
     def keep_dead(self, first: bool) -> None:
-        """Before each step: set the counters of `self.dead`; the first time also shrink their rows."""
+        """Set, before each step, the counters of `self.dead`; the first time also shrink their rows."""
 
     @abstractmethod
     def auxk(self) -> list[float]:
-        """The last auxiliary loss of each SAE."""
+        """Return the last auxiliary loss of each SAE."""
 
 
 class Feed:
@@ -117,7 +117,7 @@ class Feed:
         return x_TD
 
     def finish(self) -> None:
-        """After training: count the last step of a loop that asked for no batch beyond its last.
+        """Count, after training, the last step of a loop that asked for no batch beyond its last.
 
         What such a loop does at its end (saving, summaries) is no step: the last one counts as the
         median.
@@ -152,7 +152,7 @@ class Feed:
             torch.cuda.synchronize()
 
     def evaluate(self) -> None:
-        """FVU on the held-out rows, for each SAE, in float32 whatever it is trained in."""
+        """Compute FVU on the held-out rows, for each SAE, in float32 whatever it is trained in."""
         self.peak_rss = self.peak_rss or max_rss()
         exact = torch.autocast(self.args.device, enabled=False)
         with torch.no_grad(), exact, self.contestant.saes() as saes:
@@ -172,7 +172,7 @@ class Feed:
 
 
 def read_batch(path: Path, i: int, batch: int) -> Tensor:
-    """Batch i of the file, from its start again after its end. The mapping is let go at once, so that
+    """Read batch i of the file, from its start again after its end. The mapping is closed at once, so that
     pages of the file do not count as memory of the process."""
     rows = np.load(path, mmap_mode="r")
     start = i * batch % max(batch, len(rows) // batch * batch)
@@ -180,14 +180,14 @@ def read_batch(path: Path, i: int, batch: int) -> Tensor:
 
 
 def load_statistics(folder: Path) -> tuple[Tensor, float]:
-    """Mean [D] and total variance of the training rows."""
+    """Load the mean [D] and total variance of the training rows."""
     with np.load(folder / "statistics.npz") as saved:
         return torch.from_numpy(saved["mean"]).float(), float(saved["variance"])
 
 
 def max_rss() -> int:
-    """Peak memory of this process in bytes. Linux keeps in ru_maxrss what the parent had held when it
-    started the process; VmHWM begins anew."""
+    """Return the peak memory of this process in bytes. Linux keeps in ru_maxrss what the parent had held when
+    it started the process; VmHWM begins anew."""
     status = Path("/proc/self/status")
     if status.exists():
         (peak,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -196,13 +196,13 @@ def max_rss() -> int:
 
 
 def parse_goals(text: str) -> list[Goal]:
-    """`32:auto,64:3e-4` → goals."""
-    pairs = [part.split(":") for part in text.split(",")]
+    """Parse `32:auto,64:3e-4` into goals."""
+    pairs = [goal.split(":") for goal in text.split(",")]
     return [Goal(int(k), None if lr == "auto" else float(lr)) for k, lr in pairs]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments all contestants take; each adds its own."""
+    """Make a parser of the arguments all contestants take; each adds its own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True, help="folder made by benchmarks.train.rows")
     parser.add_argument("--latents", type=int, required=True)

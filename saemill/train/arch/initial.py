@@ -39,7 +39,7 @@ def best_gain(sample_TD: Tensor, p: Parameters, k: int, team: Team) -> Tensor:
         encode(sample_TD[chunk], p.w_enc_FD, bias_F, k, scratch_TF)
         for chunk in chunks(n_tokens, 1, len(scratch_TF))
     ]
-    own, _ = own_codes(Codes(*(torch.cat(part) for part in zip(*codes, strict=True))), team)
+    own, _ = own_codes(Codes(*(torch.cat(pieces) for pieces in zip(*codes, strict=True))), team)
     e_TD = team.latents.all_reduce(decode(own, p.w_dec_FD)).add_(p.b_D).sub_(sample_TD)
     raw_TD = e_TD.add_(sample_TD).sub_(p.b_D)
     return ((sample_TD - p.b_D) * raw_TD).sum() / raw_TD.square().sum().clamp(min=1e-12)

@@ -16,7 +16,7 @@ from saemill.train.backends.team import Team
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """One SAE's settings, and what they mean."""
+    """One SAE's settings and its definition."""
 
     k: int
     """Active latents per token."""
@@ -27,12 +27,12 @@ class TopK:
 
     @property
     def rule(self) -> Largest:
-        """How pre-activations become codes."""
+        """Return the rule by which pre-activations become codes."""
         return Largest(self.k)
 
     @property
     def auxiliary(self) -> Auxiliary | None:
-        """What dead latents learn."""
+        """Return what dead latents learn; None where AuxK is off."""
         return Auxiliary(self.k_aux, self.auxk_alpha) if self.auxk_alpha else None
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
@@ -56,7 +56,7 @@ class TopK:
         Args:
             p: leaves of autograd, float32 or float64.
             x_TD: tokens, of the same dtype.
-            dead: which latents are.
+            dead: the latents that are dead.
             dtype: the encoder's product is rounded to it.
         """
         bias_F = p.b_enc_F - p.w_enc_FD @ p.b_D

@@ -1,11 +1,11 @@
-"""Who computes a step.
+"""How a step is computed.
 
-codes.py      tokens → codes → residuals
-auxk.py       what dead latents learn from them
-rows.py       gradients → optimizer → weights, latent by latent
-passes.py     the choice: torch's operations, or
-cpu/          loops for a CPU, compiled by numba
-gpu/          kernels for a GPU, in Triton
-team.py       what the processes of one team agree on
-threads.py    pieces of a step shared out among threads
+base.py     the inputs and results of a step, and the protocol of a backend
+choose.py   which backend computes
+plain.py    autograd of the definition, on any device
+sparse.py   a step that touches active pairs alone, for
+cpu/        loops for a CPU, compiled by numba
+gpu/        kernels for a GPU, in Triton
+auxk.py     the gradients of dead latents
+team.py     the processes that share a step
 """

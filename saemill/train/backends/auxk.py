@@ -1,4 +1,4 @@
-"""AuxK (Gao et al. 2024, A.2): the rows of dead latents learn to reconstruct what the living leave over."""
+"""AuxK (Gao et al. 2024, A.2): the rows of dead latents learn to reconstruct the residual."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +16,7 @@ CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}
 """Most bytes of pre-activations at once. Larger pieces of a CPU's memory go back to the system in every step,
 which then hands out new pages."""
 LEAST_TOKENS = 512
-"""Of a chunk, whatever its bytes: each adds to gradients of all dead rows."""
+"""Fewest tokens of a chunk, whatever its bytes: each adds to gradients of all dead rows."""
 
 
 class DeadRows(NamedTuple):
@@ -27,7 +27,7 @@ class DeadRows(NamedTuple):
     w_enc_SD: Tensor
     b_enc_S: Tensor
     w_dec_SD: Tensor
-    """Without its part along each row."""
+    """Without its component along each row."""
 
 
 def auxk(
@@ -40,9 +40,9 @@ def auxk(
     The gradient reaches the encoder and the decoder of the dead latents, and b through the encoder.
 
     Args:
-        backend: who computes it.
+        backend: computes it.
         batch: T tokens; where the team splits them, this process's.
-        forward: of the same tokens.
+        forward: results of the same tokens.
         dead: at least one in the whole team.
         weights: of the SAE.
         k: latents per token; all of the dead ones if there are fewer.
@@ -87,6 +87,6 @@ def _activations(backend: "Sparse", pre_tS: Tensor, k: int, n_dead: int) -> Tens
     n_here = pre_tS.shape[1]
     k_here = min(k, n_here)
     values, places = topk(pre_tS, k_here) if k_here < n_here else (pre_tS.relu_(), None)
-    mine, _ = backend.team.among_all(pad(values, (0, k - k_here)))
-    values = values.where(mine[:, :k_here], 0)
+    chosen, _ = backend.team.among_all(pad(values, (0, k - k_here)))
+    values = values.where(chosen[:, :k_here], 0)
     return values if places is None else torch.zeros_like(pre_tS).scatter_(1, places, values)

@@ -1,4 +1,4 @@
-"""What a step needs and what it gives, whoever computes it; and what a backend is.
+"""The inputs and results of a step, and the protocol of a backend.
 
 A backend has one `step`: one SAE, one batch, one optimizer step in place. Notation: x_TD inputs (centred and
 scaled), b_D = b_dec − centre, pre = (x − b) W_encᵀ + b_enc, codes val_TK of latents idx_TK,
@@ -43,9 +43,9 @@ class Weights(NamedTuple):
     def refresh(self, rows: slice = slice(None)) -> None:
         """Make some latents' copies anew."""
         w_enc_FD, _, w_dec_FD, _ = self.parameters
-        for copy_FD, of_FD in ((self.product_FD, w_enc_FD), (self.gathered_FD, w_dec_FD)):
-            if copy_FD.dtype != of_FD.dtype:
-                copy_FD[rows].copy_(of_FD[rows])
+        for copy_FD, master_FD in ((self.product_FD, w_enc_FD), (self.gathered_FD, w_dec_FD)):
+            if copy_FD.dtype != master_FD.dtype:
+                copy_FD[rows].copy_(master_FD[rows])
         if self.quantised_FD is not None:
             self.quantised_FD.rows(rows).fill(self.product_FD[rows])
 
@@ -89,7 +89,7 @@ class Auxiliary(NamedTuple):
     """Weight of its squared error beside the reconstruction's."""
 
     def share(self, dead: Dead) -> float:
-        """How much of the weight counts: less where fewer latents are dead than could be active."""
+        """Compute how much of the weight counts: less where fewer latents are dead than could be active."""
         return min(1.0, dead.n_in_team / self.k)
 
 
@@ -109,11 +109,11 @@ class Architecture(Protocol):
 
     @property
     def rule(self) -> Largest:
-        """How pre-activations become codes."""
+        """Return the rule by which pre-activations become codes."""
 
     @property
     def auxiliary(self) -> Auxiliary | None:
-        """What dead latents learn; None where nothing."""
+        """Return what dead latents learn; None where they learn nothing."""
 
     def loss(self, p: Parameters, x_TD: Tensor, dead: Dead, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition, which `plain` differentiates and tests compare with."""
@@ -130,7 +130,7 @@ class Rates(NamedTuple):
 
     @property
     def grad_scale(self) -> float:
-        """∂L/∂(½ e²): the factor of e in the gradient at x̂."""
+        """Return gs = ∂L/∂(½ e²): the factor of e in the gradient at x̂."""
         return 2 * self.per_square
 
 
@@ -140,7 +140,7 @@ class Sums(NamedTuple):
     sse: Tensor
     """Σ e², float32; not finite where the SAE has diverged."""
     aux_loss: Tensor
-    """AuxK's part of the loss, float32."""
+    """AuxK's term of the loss, float32."""
     n_active: Tensor
     """Codes above 0."""
     fired_F: Tensor
@@ -148,12 +148,12 @@ class Sums(NamedTuple):
 
 
 class Backend(Protocol):
-    """Who computes a step. Scratch memory belongs to it, and its team: the processes that share the work."""
+    """Computes steps. It has scratch memory, and a team: the processes that share the work."""
 
     name: str
-    """As `--kernels` calls it."""
+    """Name, as `--kernels` takes it."""
     dtype: torch.dtype
-    """Of the encoder's product."""
+    """Dtype of the encoder's product."""
     team: Team
 
     def weights(self, n_latents: int, d: int, device: torch.device) -> Weights:
@@ -179,7 +179,7 @@ class Backend(Protocol):
             weights: changed, copies included.
             architecture: of the SAE.
             optimizer: of its parameters; its step has begun.
-            dead: which of its latents are.
+            dead: the dead ones of its latents.
             healthy: bool []; where it is false, or the squared error is not finite, nothing is changed.
             rates: of this step.
         """

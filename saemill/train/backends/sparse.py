@@ -1,11 +1,11 @@
-"""A step that touches active pairs (token, latent) alone, as loops for CPUs and kernels for GPUs take it.
+"""A step that touches active pairs (token, latent) alone, as loops for CPUs and kernels for GPUs compute it.
 
 It has two passes. The first goes over tokens: the encoder's product in chunks, the k largest pre-activations,
 then reconstruction, error e = x̂ − x, and ⟨e, decoder row⟩ of each active latent. The second goes over
 latents, each from its gradient to its new weights:
 
     dval_tk   = gs ⟨e_t, W_dec[f]⟩ where val > 0,   gs = ∂L/∂(½ e²)
-    dW_dec[f] = gs Σ val e_t, less its part along the unit row W_dec[f], which renorming would undo
+    dW_dec[f] = gs Σ val e_t, less its component along the unit row W_dec[f], which renorming would undo
     dW_enc[f] = Σ dval_tk (x_t − b),   db_enc[f] = Σ dval_tk,   db = gs Σ_t e_t − db_enc · W_enc
 
 Nothing of size tokens × latents and no gradient of size latents × D is ever in memory.
@@ -56,7 +56,7 @@ class Forward(NamedTuple):
 
 
 class Sparse(ABC):
-    """The order of a step's passes; how each is computed is told by `Cpu` and `Gpu`."""
+    """The order of a step's passes; `Cpu` and `Gpu` say how each is computed."""
 
     def __init__(self, dtype: torch.dtype, team: Team = ALONE) -> None:
         self.dtype, self.team = dtype, team
@@ -152,8 +152,8 @@ def own_codes(codes: Codes, team: Team) -> tuple[Codes, Tensor]:
     if team.latents.size == 1:
         return codes, (codes.val_TK > 0).sum()
     with region("exchange"):
-        mine_TK, n_active = team.among_all(codes.val_TK)
-    return Codes(codes.val_TK.where(mine_TK, 0), codes.idx_TK.where(mine_TK, 0)), n_active
+        chosen_TK, n_active = team.among_all(codes.val_TK)
+    return Codes(codes.val_TK.where(chosen_TK, 0), codes.idx_TK.where(chosen_TK, 0)), n_active
 
 
 def residual_of_team(codes: Codes, batch: Batch, weights: Weights, team: Team) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
-"""A team: the processes that train the same variants, each on its part of the tokens and latents.
+"""A team: the processes that train the same variants, each on its share of the tokens and latents.
 
 Latents are split first: a process holds some rows of the encoder and decoder with their moments, finds
 its own best latents of each token, and the team agrees which of them are among the k best of all. What
 each decodes is added up; from there on every gradient, update and norm belongs to one process.
 
-Tokens are split by replicas: each sees its part of the batch, then residuals and codes are exchanged in
+Tokens are split by replicas: each sees its share of the batch, then residuals and codes are exchanged in
 place of gradients, T·(D + 3K) numbers where gradients would be 2·F·D, and every replica makes the whole
 update. So replicas stay equal bit by bit.
 """
@@ -21,20 +21,20 @@ ONE = Group([0], 0)
 
 
 class Team(NamedTuple):
-    """Where this process stands in it. A team of one is the default."""
+    """The two groups of a team that this process belongs to. A team of one is the default."""
 
     tokens: Group = ONE
-    """Those with the same latents and other tokens."""
+    """Processes with the same latents and other tokens."""
     latents: Group = ONE
-    """Those with the same tokens and other latents."""
+    """Processes with the same tokens and other latents."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for the team."""
+        """Tell whether this process speaks for the team."""
         return self.tokens.rank == self.latents.rank == 0
 
     def among_all(self, val_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of this process's candidates are among the K best of all the team's.
+        """Tell which of this process's candidates are among the K best of all the team's.
 
         Args:
             val_TK: 0 or more; each process's K best latents for the same tokens, in any order.

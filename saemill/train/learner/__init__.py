@@ -1,6 +1,6 @@
 """SAEs in training.
 
 learner.py    one: its parameters, optimizer, dead latents and sums
-totals.py     what a learner's steps came to
+totals.py     sums over a learner's steps
 bank.py       those of one site, stepped over one batch
 """

@@ -9,7 +9,7 @@ from saemill.train.profile import region
 from saemill.train.stream.scaling import Scaling
 
 DEAD_EVERY_STEPS = 4
-"""Steps between two looks for dead latents: each makes the host wait for the device."""
+"""Steps between two searches for dead latents: each makes the host wait for the device."""
 
 
 class Bank:
@@ -18,7 +18,7 @@ class Bank:
     Args:
         site: its name.
         scaling: the site's units.
-        backend: who computes their steps.
+        backend: computes their steps.
         learners: all of this site and process.
     """
 

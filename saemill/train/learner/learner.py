@@ -27,8 +27,8 @@ class Learner:
     Args:
         variant: its settings.
         scaling: of its site; `centre_D` on the device.
-        backend: who computes its steps. Where its team splits the latents, every tensor with an F holds
-            this process's, `rows` of all.
+        backend: computes its steps. Where its team splits the latents, every tensor with an F holds
+            the `rows` of this process alone.
         sample_TD: training activations for the initial gain and the geometric median, in training units.
         dead_after_tokens: a latent that has not fired for so many tokens is dead.
     """
@@ -78,7 +78,7 @@ class Learner:
         Args:
             batch: from the backend; the loss is the mean over its tokens.
             lr_factor: the schedule's factor on the peak rate.
-            step: its number, kept where the loss is not finite.
+            step: its number, recorded where the loss is not finite.
         """
         n_tokens, variant = len(batch.x_TD), self.variant
         self.optimizer.begin_step()
@@ -95,7 +95,7 @@ class Learner:
             self.idle_tokens_F.copy_(torch.where(sums.fired_F, 0, self.idle_tokens_F + n_tokens))
 
     def find_dead(self) -> None:
-        """Look for the latents that are dead now; `Bank.count_dead` is to be called next."""
+        """Find the latents that are dead now; `Bank.count_dead` is to be called next."""
         torch.gt(self.idle_tokens_F, self.dead_after_tokens, out=self.dead_F)
 
     def dead_fraction(self) -> float:
@@ -133,6 +133,6 @@ class Learner:
         """List the state for a checkpoint: tensors with a row per latent, and whole ones."""
         w_enc_FD, b_enc_F, w_dec_FD, b_D = self.parameters
         moments = self.optimizer.tensors()
-        of_latents = [tensor for name in ("w_enc", "b_enc", "w_dec") for tensor in moments[name]]
-        rows = [w_enc_FD, b_enc_F, w_dec_FD, self.idle_tokens_F, self.dead_F, *of_latents]
+        row_moments = [tensor for name in ("w_enc", "b_enc", "w_dec") for tensor in moments[name]]
+        rows = [w_enc_FD, b_enc_F, w_dec_FD, self.idle_tokens_F, self.dead_F, *row_moments]
         return rows, [b_D, self.diverged_step, self.totals.values, *moments["b"]]

@@ -1,4 +1,4 @@
-"""What a learner's steps came to, summed on its device: since the last log line, and over a window."""
+"""Sums over a learner's steps, on its device: since the last log line, and over a window."""
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ class Totals:
 
     def add(self, n_tokens: int, sse: Tensor, loss: Tensor, auxk: Tensor, n_active: Tensor) -> None:
         """Count one batch."""
-        of_batch = [sse, loss, auxk, n_active]
-        self.values[:, :4] += torch.stack([value.double() for value in of_batch])
+        batch_sums = [sse, loss, auxk, n_active]
+        self.values[:, :4] += torch.stack([value.double() for value in batch_sums])
         self.values[:, 4] += n_tokens
         self.values[:, 5] += 1
 

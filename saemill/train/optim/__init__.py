@@ -1,5 +1,5 @@
 """Optimizers that step a block of rows.
 
 optimizer.py    Adam and SGD
-moments.py      how Adam's moments are kept between steps
+moments.py      Adam's moments between steps, in their formats
 """

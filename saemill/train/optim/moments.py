@@ -1,8 +1,8 @@
-"""How Adam's moments are kept between steps: in float32, bfloat16 or 8 bits per weight.
+"""Adam's moments between steps, in float32, bfloat16 or 8 bits per weight.
 
 A moment moves by a small share of itself per step, which may be less than the spacing of short
 formats: rounded to the nearest it would never move. So what is written is rounded
-up or down at random with the mean kept, by a table of noise read from a place that depends on the
+up or down at random without bias, by a table of noise read from a place that depends on the
 step and the row: the same run gives the same result, killed and resumed or not.
 """
 
@@ -26,7 +26,7 @@ class LogCodes(NamedTuple):
     n: int
     """The largest code, of that magnitude."""
     octaves: int
-    """From it down to code 0."""
+    """Octaves from it down to code 0."""
     least: int
     """The code of all that is smaller."""
 
@@ -40,24 +40,25 @@ def _table(n_entries: int) -> Tensor:
 
 
 def _noise(like: Tensor, step: int, first_row: int) -> Tensor:
-    """Uniform in [0, 1), of `like`'s shape; another part of the table for each step and block."""
+    """Return numbers uniform in [0, 1), of `like`'s shape, from another place in the table for each step and
+    block."""
     table = _table(max(NOISE_ENTRIES, 2 * like.numel()))
     start = combine(step, first_row) % (len(table) - like.numel() + 1)
     return table[start : start + like.numel()].view_as(like).to(like.device)
 
 
 class Float32Moment:
-    """As it is. [F, D] or [F]."""
+    """A moment in float32. [F, D] or [F]."""
 
     def __init__(self, leaf: Tensor) -> None:
         self.value = zeros(*leaf.shape, device=leaf.device)
 
     def read(self, rows: slice) -> Tensor:
-        """Give the rows themselves: what is done to them is kept."""
+        """Return the rows themselves: a change of them changes the moment."""
         return self.value[rows]
 
     def write(self, rows: slice, value: Tensor, step: int) -> None:
-        """Do nothing: `read` gave the memory itself."""
+        """Do nothing: `read` returned the memory itself."""
 
     def tensors(self) -> list[Tensor]:
         """List what a checkpoint needs."""
@@ -135,8 +136,8 @@ class EightBitMoment:
 Moment = Float32Moment | Bfloat16Moment | EightBitMoment
 
 
-def moment(leaf: Tensor, kept: str, signed: bool) -> Moment:
-    """Make the storage of a moment of `leaf`: fp32, bf16 or 8bit; biases are always kept in float32."""
-    if kept == "fp32" or leaf.dim() == 1:
+def moment(leaf: Tensor, moment_format: str, signed: bool) -> Moment:
+    """Make the storage of a moment of `leaf`: fp32, bf16 or 8bit; those of biases are always float32."""
+    if moment_format == "fp32" or leaf.dim() == 1:
         return Float32Moment(leaf)
-    return Bfloat16Moment(leaf) if kept == "bf16" else EightBitMoment(leaf, signed)
+    return Bfloat16Moment(leaf) if moment_format == "bf16" else EightBitMoment(leaf, signed)

@@ -20,19 +20,22 @@ class Adam:
 
     Args:
         parameters: by name, float32; changed in place.
-        kept: how the moments of weights are kept: fp32, bf16 or 8bit.
+        moment_format: format of the moments of weights: fp32, bf16 or 8bit.
         betas: β₁ and β₂.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], kept: str = "fp32", betas: tuple[float, float] = ADAM_BETAS
+        self,
+        parameters: Mapping[str, Tensor],
+        moment_format: str = "fp32",
+        betas: tuple[float, float] = ADAM_BETAS,
     ) -> None:
-        self.parameters, self.kept, self.betas = parameters, kept, betas
-        self.first = {name: moment(p, kept, signed=True) for name, p in parameters.items()}
-        self.second = {name: moment(p, kept, signed=False) for name, p in parameters.items()}
+        self.parameters, self.moment_format, self.betas = parameters, moment_format, betas
+        self.first = {name: moment(p, moment_format, signed=True) for name, p in parameters.items()}
+        self.second = {name: moment(p, moment_format, signed=False) for name, p in parameters.items()}
         self.n_steps = 0
         self.count = torch.zeros((), device=next(iter(parameters.values())).device)
-        """The same on the device."""
+        """`n_steps` on the device."""
 
     def begin_step(self) -> None:
         """Count a step; every row is then updated once."""
@@ -96,4 +99,4 @@ class Sgd:
 
 
 Optimizer = Adam | Sgd
-"""That of one SAE."""
+"""The optimizer of one SAE."""

@@ -2,7 +2,6 @@
 
 folder.py       the run's folder, locked before anything in it changes
 metrics.py      metrics.jsonl, console, TensorBoard
-wandb.py        what wandb is told of a run
 checkpoint.py   kill and resume
 inspect.py      whether a run is whole
 """

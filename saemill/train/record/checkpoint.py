@@ -27,7 +27,7 @@ from saemill.train.learner.learner import Learner
 from saemill.train.record.metrics import JsonlSink
 
 
-class Part(Record):
+class LatentsFile(Record):
     """A file: some latents of a variant."""
 
     variant: VariantName
@@ -40,7 +40,7 @@ class Part(Record):
 
     @property
     def path(self) -> Path:
-        """Below the checkpoint's folder."""
+        """Return the file's path below the checkpoint's folder."""
         return Path(self.variant) / f"{self.start}-{self.stop}.pt"
 
 
@@ -52,8 +52,8 @@ class Checkpoint(Record):
     step: Positive
     """Steps done."""
     seconds: float
-    """Time spent in them."""
-    parts: tuple[Part, ...]
+    """Time spent in them, in seconds."""
+    parts: tuple[LatentsFile, ...]
     metrics: File
     """The log as it was then; it may have grown since."""
 
@@ -77,7 +77,7 @@ def save(
     The stream needs no state beyond `step`; the training step draws no random numbers.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         run: the hash that names it.
         step: the number of steps done.
         learners: this process's.
@@ -88,36 +88,39 @@ def save(
     Raises:
         DiskError: the disk is full; the checkpoint before counts.
     """
-    there = folder / f"{CHECKPOINTS}{step}"
-    mine = [_save_learner(there, learner) for learner in learners if learner.backend.team.tokens.rank == 0]
-    parts = [
-        part for of_process in everyone.all_gather_objects(mine) for part in of_process
-    ]  # the record follows the last file
+    checkpoint_folder = folder / f"{CHECKPOINTS}{step}"
+    own_files = [
+        _save_learner(checkpoint_folder, learner)
+        for learner in learners
+        if learner.backend.team.tokens.rank == 0
+    ]
+    # The record follows the last file.
+    files = [file for process_files in everyone.all_gather_objects(own_files) for file in process_files]
     if log is not None:
-        record = Checkpoint(run=run, step=step, seconds=seconds, parts=tuple(parts), metrics=log.synced())
+        record = Checkpoint(run=run, step=step, seconds=seconds, parts=tuple(files), metrics=log.synced())
         records.write(folder / CHECKPOINT, record)
         _remove_others(folder, record.folder)
 
 
-def _save_learner(there: Path, learner: Learner) -> Part:
+def _save_learner(checkpoint_folder: Path, learner: Learner) -> LatentsFile:
     rows, whole = learner.checkpoint_tensors()
-    name, held = learner.variant.name, learner.rows
+    name, latents = learner.variant.name, learner.rows
     state = {
         "variant": name,
-        "start": held.start,
-        "stop": held.stop,
+        "start": latents.start,
+        "stop": latents.stop,
         "rows": rows,
         "whole": whole,
         "n_steps": learner.optimizer.n_steps,
         "frozen": learner.frozen,
     }
-    path = there / name / f"{held.start}-{held.stop}.pt"
+    path = checkpoint_folder / name / f"{latents.start}-{latents.stop}.pt"
     n_bytes = sum(tensor.nbytes for tensor in (*rows, *whole))
     with durable.replacing(path, n_bytes) as partial:
         with partial.open("wb") as file:  # torch's own opening of a path hides why writing fails
             torch.save(state, file)
         size, xxh3 = partial.stat().st_size, durable.hash_file(partial)
-    return Part(variant=name, start=held.start, stop=held.stop, bytes=size, xxh3=xxh3)
+    return LatentsFile(variant=name, start=latents.start, stop=latents.stop, bytes=size, xxh3=xxh3)
 
 
 def load(folder: Path, learners: list[Learner], everyone: Group) -> Checkpoint | None:
@@ -128,7 +131,7 @@ def load(folder: Path, learners: list[Learner], everyone: Group) -> Checkpoint |
     Raises:
         StoreError: a file is missing or damaged, or the checkpoint is another run's.
     """
-    # One process looks for all: what the others see of a network's file system may be older.
+    # One process reads for all: what the others see of a network's file system may be older.
     record = everyone.first(lambda: read(folder))
     if record is None:
         return None
@@ -138,7 +141,7 @@ def load(folder: Path, learners: list[Learner], everyone: Group) -> Checkpoint |
 
 
 def read(folder: Path) -> Checkpoint | None:
-    """The record of a run's checkpoint; none where there is none.
+    """Read the record of a run's checkpoint; None where there is none.
 
     Raises:
         StoreError: it is damaged, or of another run.
@@ -151,52 +154,56 @@ def read(folder: Path) -> Checkpoint | None:
 
 
 def problems(folder: Path, record: Checkpoint) -> Iterator[str]:
-    """Each bad file of a checkpoint."""
-    for part in record.parts:
-        file = File(path=str(part.path), bytes=part.bytes, xxh3=part.xxh3)
+    """List each bad file of a checkpoint."""
+    for entry in record.parts:
+        file = File(path=str(entry.path), bytes=entry.bytes, xxh3=entry.xxh3)
         for line in records.problems(folder / record.folder, [file]):
             yield f"{line}. {ANEW}"
 
 
-def _load_learner(there: Path, record: Checkpoint, learner: Learner) -> None:
-    mine, missing = learner.rows, learner.rows.stop - learner.rows.start
+def _load_learner(checkpoint_folder: Path, record: Checkpoint, learner: Learner) -> None:
+    own, missing = learner.rows, learner.rows.stop - learner.rows.start
     rows, whole = learner.checkpoint_tensors()
-    for part in record.parts:
-        first, last = max(part.start, mine.start), min(part.stop, mine.stop)
-        if part.variant != learner.variant.name or first >= last:
+    for entry in record.parts:
+        first, last = max(entry.start, own.start), min(entry.stop, own.stop)
+        if entry.variant != learner.variant.name or first >= last:
             continue
-        file = there / part.path
-        state = _read(file, part)
+        file = checkpoint_folder / entry.path
+        state = _read(file, entry)
         _copy(
-            [tensor[first - mine.start : last - mine.start] for tensor in rows],
-            [tensor[first - part.start : last - part.start] for tensor in state["rows"]],
+            [tensor[first - own.start : last - own.start] for tensor in rows],
+            [tensor[first - entry.start : last - entry.start] for tensor in state["rows"]],
             file,
         )
         _copy(whole, state["whole"], file)
         learner.optimizer.n_steps, learner.frozen = state["n_steps"], state["frozen"]
         missing -= last - first
     if missing:
-        raise StoreError(f"{missing:,} latents are missing in the checkpoint {there}. {ANEW}")
+        raise StoreError(f"{missing:,} latents are missing in the checkpoint {checkpoint_folder}. {ANEW}")
 
 
-def _read(file: Path, part: Part) -> dict[str, Any]:
-    """The content of a file that is as it was written; torch itself does not look at mapped bytes."""
+def _read(file: Path, entry: LatentsFile) -> dict[str, Any]:
+    """Load a file whose content is as it was written; torch itself does not check mapped bytes."""
     if not file.is_file():
         raise StoreError(f"{file}: file is missing. {ANEW}")
-    if file.stat().st_size != part.bytes or durable.hash_file(file) != part.xxh3:
+    if file.stat().st_size != entry.bytes or durable.hash_file(file) != entry.xxh3:
         raise StoreError(f"{file} is damaged: its content differs from its hash. {ANEW}")
     state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    if (state.get("variant"), state.get("start"), state.get("stop")) != (part.variant, part.start, part.stop):
+    if (state.get("variant"), state.get("start"), state.get("stop")) != (
+        entry.variant,
+        entry.start,
+        entry.stop,
+    ):
         raise StoreError(f"{file} holds other latents than {CHECKPOINT} says. {ANEW}")
     return state
 
 
 def _copy(into: list[Tensor], saved: list[Tensor], file: Path) -> None:
-    mine, theirs = ([(tensor.shape, tensor.dtype) for tensor in kept] for kept in (into, saved))
-    if mine != theirs:
+    layout, saved_layout = ([(x.shape, x.dtype) for x in tensors] for tensors in (into, saved))
+    if layout != saved_layout:
         raise StoreError(f"the checkpoint {file} was written by another version of saemill. {ANEW}")
-    for tensor, kept in zip(into, saved, strict=True):
-        tensor.copy_(kept)
+    for tensor, saved_tensor in zip(into, saved, strict=True):
+        tensor.copy_(saved_tensor)
 
 
 def tidy(folder: Path) -> None:
@@ -215,7 +222,7 @@ def remove(folder: Path) -> None:
     _remove_others(folder, None)
 
 
-def _remove_others(folder: Path, kept: str | None) -> None:
+def _remove_others(folder: Path, current: str | None) -> None:
     for other in folder.glob(f"{CHECKPOINTS}*"):
-        if other.name != kept:
+        if other.name != current:
             shutil.rmtree(other)

@@ -55,15 +55,15 @@ class Folder:
 
     @property
     def run(self) -> str:
-        """The hash by which the run's records name it."""
+        """Return the hash by which the run's records name it."""
         return self.identity.run
 
     def is_finished(self) -> bool:
-        """Whether the run is complete already, and is not to be trained anew.
+        """Tell whether the run is complete already, and is not to be trained anew.
 
         Raises:
             ConfigError: the folder holds another run, or what was asked for needs a new training.
-            StoreError: it holds anything else, or a part of the finished run is damaged.
+            StoreError: it holds anything else, or a file of the finished run is damaged.
         """
         settings.check_folder(self.path)
         self._check()
@@ -75,39 +75,39 @@ class Folder:
                 "anew with --no-resume"
             )
         self._repair()
-        if found := inspect.problems(self.path):
-            raise StoreError(f"{self.path} is finished but damaged: {'; '.join(found)}")
+        if problems := inspect.problems(self.path):
+            raise StoreError(f"{self.path} is finished but damaged: {'; '.join(problems)}")
         n_variants = len(runs.finished(self.path).variants)
         say(f"{self.path} is finished already: {counted(n_variants, 'variant')} (--no-resume trains anew)")
         return True
 
-    def take(self, held: ExitStack) -> None:
-        """Make the folder this run's own until `held` is closed.
+    def lock(self, resources: ExitStack) -> None:
+        """Make the folder this run's own until `resources` is closed.
 
         Raises:
             StoreError: another process is training in it, or what was written before is damaged.
             ConfigError: another run was begun in it meanwhile.
         """
-        held.enter_context(durable.exclusive(self.path))
+        resources.enter_context(durable.exclusive(self.path))
         self._check()
         if not self.config.resume:
             self._clear()
         self._write()
         checkpoint.tidy(self.path)
-        if found := inspect.stopped_problems(self.path):
-            raise StoreError("; ".join(found))
+        if problems := inspect.stopped_problems(self.path):
+            raise StoreError("; ".join(problems))
 
     def _check(self) -> None:
         """Refuse a folder that is not this run's, or not empty."""
         if not self.path.exists():
             return
-        there = set(self.path.iterdir()) - set(self.path.glob(durable.PARTIAL))
+        entries = set(self.path.iterdir()) - set(self.path.glob(durable.PARTIAL))
         if not runs.is_run(self.path):
-            if there:
+            if entries:
                 raise StoreError(f"{self.path} holds other files; choose a new folder")
             return
         try:
-            found = runs.identity(self.path)
+            identity = runs.identity(self.path)
         except StoreError as error:
             if not self._is_named():
                 raise StoreError(
@@ -115,24 +115,24 @@ class Folder:
                     "use those that it was made with, or another folder"
                 ) from error
             return
-        settings.check_same(found.content, self.identity.content, self.path)
+        settings.check_same(identity.content, self.identity.content, self.path)
 
     def _is_named(self) -> bool:
-        """Whether another file than the identity, which is lost, says that the folder is this run's: a record
-        that names its run; where there is none yet, the settings beside it."""
-        named: set[str] = set()
+        """Tell whether another file than the identity, which is lost, says that the folder is this run's.
+        That is a record that names its run; where there is none yet, the settings beside it."""
+        run_hashes: set[str] = set()
         for name, kind in NAMING.items():
             if record := records.if_whole(partial(records.read, self.path / name, kind, "")):
-                named.add(record.run)
-        return self.run in named if named else self._has_these_settings()
+                run_hashes.add(record.run)
+        return self.run in run_hashes if run_hashes else self._has_these_settings()
 
     def _has_these_settings(self) -> bool:
-        """Whether `config.yaml` is of the settings that decide this run's result."""
+        """Tell whether `config.yaml` is of the settings that decide this run's result."""
         try:
-            found = settings.resolve(TrainConfig, "train", {}, self.path / CONFIG)
+            config = settings.resolve(TrainConfig, "train", {}, self.path / CONFIG)
         except ConfigError:
             return False
-        return found.identity() == self.config.identity()
+        return config.identity() == self.config.identity()
 
     def _repair(self) -> None:
         """Write again what is known of a finished run, and remove what a crash left behind its end."""
@@ -146,7 +146,7 @@ class Folder:
                 checkpoint.remove(self.path)
 
     def _write(self) -> None:
-        """The identity first: it makes the folder a run."""
+        """Write the identity first, which makes the folder a run, then the settings."""
         records.write(self.path / IDENTITY, self.identity)
         durable.write_bytes(self.path / CONFIG, [self._yaml])
 

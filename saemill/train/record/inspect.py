@@ -16,21 +16,21 @@ SAME = "The same `saemill train` writes it again."
 
 
 def problems(run: Path) -> list[str]:
-    """Each bad file of a run, finished or not, with what repairs it.
+    """List each bad file of a run, finished or not, with what repairs it.
 
-    Files of other tools (wandb's, TensorBoard's, a profile) are not looked at, nor is the assessment, which
-    answers for itself.
+    Files of other tools (wandb's, TensorBoard's, a profile) are not checked, nor is the assessment, which
+    has its own check.
 
     Args:
         run: its folder.
     """
-    found = settings_problems(run)
-    found += _finished(run) if runs.is_finished(run) else _unfinished(run)
-    return list(dict.fromkeys(found))
+    lines = settings_problems(run)
+    lines += _finished(run) if runs.is_finished(run) else _unfinished(run)
+    return list(dict.fromkeys(lines))
 
 
 def settings_problems(run: Path) -> list[str]:
-    """What is wrong with a run's two files of settings."""
+    """List the problems of a run's two files of settings."""
     try:
         identity = runs.identity(run)
     except StoreError as error:
@@ -44,55 +44,59 @@ def settings_problems(run: Path) -> list[str]:
 
 
 def _finished(run: Path) -> list[str]:
-    """Of a finished run: the record, the SAEs, and the other files that it answers for."""
+    """List the problems of a finished run: the record, the SAEs, and the other files that it lists."""
     try:
         record = runs.finished(run)
     except StoreError as error:
         return [str(error)]
-    found = [f"{line}. {ANEW}" for line in records.problems(run, record.files)]
+    lines = [f"{line}. {ANEW}" for line in records.problems(run, record.files)]
     for name, cfg in record.cfgs.items():
-        found += _sae(run / name, cfg, run / FINISHED)
-    return found
+        lines += _sae(run / name, cfg, run / FINISHED)
+    return lines
 
 
 def _unfinished(run: Path) -> list[str]:
-    """Of a run that goes on: its checkpoint, the log up to it, and the SAEs that were stopped early."""
-    found = stopped_problems(run)
+    """List the problems of a run that goes on: its checkpoint, the log up to it, and the SAEs stopped
+    early."""
+    lines = stopped_problems(run)
     try:
         record = checkpoint.read(run)
     except StoreError as error:
-        return [*found, str(error)]
+        return [*lines, str(error)]
     if record is not None:
-        return [*found, *checkpoint.problems(run, record), *_log(run / METRICS, record.metrics)]
+        return [*lines, *checkpoint.problems(run, record), *_log(run / METRICS, record.metrics)]
     if any(run.glob(f"{CHECKPOINTS}*")):
-        found.append(f"{run / CHECKPOINT}: file is missing. The same `saemill train` begins anew.")
-    return found
+        lines.append(f"{run / CHECKPOINT}: file is missing. The same `saemill train` begins anew.")
+    return lines
 
 
 def stopped_problems(run: Path) -> list[str]:
-    """What is wrong with halving's record, and with the SAEs that it answers for."""
-    found = []
+    """List the problems of halving's record, and of the SAEs that it lists."""
+    lines = []
     try:
-        for look in runs.looks(run):
-            for name, lost in look.stopped.items():
-                found += _sae(run / name, lost.cfg, run / HALVING)
+        for rung in runs.looks(run):
+            for name, lost in rung.stopped.items():
+                lines += _sae(run / name, lost.cfg, run / HALVING)
     except StoreError as error:
-        found.append(str(error))
-    return found
+        lines.append(str(error))
+    return lines
 
 
 def _sae(folder: Path, cfg: str, record: Path) -> list[str]:
-    """What is wrong with an SAE's two files, or that the record tells of another SAE."""
-    return _told(partial(of_run.check, folder, cfg, record)) or _told(partial(sparsify.check, folder))
+    """List the problems of an SAE's two files; one is that the record names another SAE."""
+    return _message_of(partial(of_run.check, folder, cfg, record)) or _message_of(
+        partial(sparsify.check, folder)
+    )
 
 
-def _log(path: Path, kept: File) -> list[str]:
-    """The log up to the checkpoint; lines after it are written again when the run goes on."""
+def _log(path: Path, expected: File) -> list[str]:
+    """List the problems of the log up to the checkpoint. Lines after it are written again when the run goes
+    on."""
     if not path.exists():
         return [f"{path}: file is missing. The same `saemill train` goes on without it."]
     with path.open("rb") as file:
-        content = file.read(kept.bytes)
-    if len(content) == kept.bytes and durable.hash_bytes(content) == kept.xxh3:
+        content = file.read(expected.bytes)
+    if len(content) == expected.bytes and durable.hash_bytes(content) == expected.xxh3:
         return []
     return [
         f"{path} is damaged: its lines up to the checkpoint differ from their hash. Move it away; the same "
@@ -100,8 +104,8 @@ def _log(path: Path, kept: File) -> list[str]:
     ]
 
 
-def _told(check: partial[None]) -> list[str]:
-    """The message of the error that a check raises, if it does."""
+def _message_of(check: partial[None]) -> list[str]:
+    """Return the message of the error that a check raises, if it does."""
     try:
         check()
     except StoreError as error:

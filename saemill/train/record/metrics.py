@@ -35,7 +35,7 @@ class JsonlSink:
 
     Args:
         path: the file.
-        kept: what the checkpoint that the run goes on from says of it; lines after it are dropped. None
+        logged: what the checkpoint that the run goes on from says of it; lines after it are dropped. None
             begins a new file.
 
     Raises:
@@ -43,8 +43,8 @@ class JsonlSink:
         DiskError: the disk is full; the file is as it was.
     """
 
-    def __init__(self, path: Path, kept: File | None) -> None:
-        content = b"" if kept is None else _kept(path, kept)
+    def __init__(self, path: Path, logged: File | None) -> None:
+        content = b"" if logged is None else _logged_content(path, logged)
         self.path, self.n_bytes, self.digest = path, len(content), xxhash.xxh3_64(content)
         durable.write_bytes(path, [content])
         self.file = path.open("ab")
@@ -59,14 +59,14 @@ class JsonlSink:
         self.n_bytes += len(line)
 
     def synced(self) -> File:
-        """Flush all lines to disk; what a checkpoint is to say of them."""
+        """Flush all lines to disk. Returns: what a checkpoint records of them."""
         with durable.writing(self.path):
             os.fsync(self.file.fileno())
         return self.entry
 
     @property
     def entry(self) -> File:
-        """The file as it is."""
+        """Return the file's size and hash as they are now."""
         return File(path=self.path.name, bytes=self.n_bytes, xxh3=self.digest.hexdigest())
 
     def close(self) -> None:
@@ -76,13 +76,13 @@ class JsonlSink:
             self.file.close()
 
 
-def _kept(path: Path, kept: File) -> bytes:
-    """What the file held at the checkpoint."""
+def _logged_content(path: Path, logged: File) -> bytes:
+    """Read what the file held at the checkpoint."""
     if not path.exists():
         say(f"{path} is gone; the run goes on, with the log from here on")
         return b""
-    content = path.read_bytes()[: kept.bytes]
-    if len(content) < kept.bytes or durable.hash_bytes(content) != kept.xxh3:
+    content = path.read_bytes()[: logged.bytes]
+    if len(content) < logged.bytes or durable.hash_bytes(content) != logged.xxh3:
         raise StoreError(
             f"{path} is damaged: its lines up to the checkpoint differ from their hash. Nothing else is "
             "lost: move the file away, and the same command goes on, with the log from there on"
@@ -150,8 +150,8 @@ class TensorBoardSink:
 
     Args:
         folder: where the events go.
-        after_tokens: those that the run goes on from; TensorBoard then hides what an earlier process
-            wrote of later ones.
+        after_tokens: training tokens that the run goes on from; TensorBoard then hides what an earlier
+            process wrote of later ones.
     """
 
     def __init__(self, folder: Path, after_tokens: int) -> None:

@@ -2,4 +2,5 @@
 
 loader.py     shards → a shuffling buffer → batches
 feed.py       batches on the device, one ahead
+scaling.py    the units of training
 """

@@ -12,7 +12,7 @@ class Feed:
     """The loader's batches, in order, on `device`.
 
     On a GPU a batch goes through one of two page-locked buffers per site, on a stream of its own, in
-    its stored dtype: half the bytes of float32. On a CPU it is passed on as it is.
+    its stored dtype: half the bytes of float32. On a CPU it is returned as it is.
     """
 
     def __init__(self, loader: Loader, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class Feed:
         self._ahead: dict[int, dict[str, Tensor]] = {}
 
     def batch(self, i: int) -> dict[str, Tensor]:
-        """Batch number i: per site [T, D] in the stored dtype."""
+        """Return batch number i: per site [T, D] in the stored dtype."""
         if self._stream is None:
             return self.loader.batch(i)
         self.prefetch(i)

@@ -45,7 +45,7 @@ class Loader:
         mask: positions left out; held-out rows always are.
         batch_tokens: T.
         buffer_tokens: rows per window, masked ones included; rounded down to whole blocks.
-        seed: of the order.
+        seed: decides the order.
 
     Raises:
         StoreError: a site is missing or damaged, or nothing is left to train on.
@@ -70,10 +70,10 @@ class Loader:
         keeps = [store.keep(shard, mask, held_out=False) for shard in range(store.n_shards)]
         self._keep_bits = [np.packbits(keep) for keep in keeps]
         edges = [np.arange(0, len(keep), BLOCK_TOKENS) for keep in keeps]
-        self.kept_per_block = np.concatenate(
+        self.unmasked_per_block = np.concatenate(
             [np.add.reduceat(keep, edge, dtype=np.int64) for keep, edge in zip(keeps, edges, strict=True)]
         )
-        self.epoch_tokens = int(self.kept_per_block.sum())
+        self.epoch_tokens = int(self.unmasked_per_block.sum())
         if self.epoch_tokens == 0:
             what = "passage is" if store.text.unit == "passage" else "position is masked or"
             raise StoreError(f"{store.path}: every {what} held out; nothing to train on")
@@ -83,15 +83,15 @@ class Loader:
         self._windows: dict[tuple[int, int], Future[Mapping[str, Tensor]]] = {}
 
     def batch(self, i: int) -> dict[str, Tensor]:
-        """Batch number i.
+        """Read batch number i.
 
         Returns: per site [T, D] in the stored dtype, on the CPU.
         """
         return self.stretch(i * self.batch_tokens, (i + 1) * self.batch_tokens)
 
     def stretch(self, position: int, end: int) -> dict[str, Tensor]:
-        """The stream from one position to another, per site [end - position, D]."""
-        parts: dict[str, list[Tensor]] = {name: [] for name in self.sites}
+        """Read the stream from one position to another, per site [end - position, D]."""
+        pieces: dict[str, list[Tensor]] = {name: [] for name in self.sites}
         while position < end:
             epoch, offset = divmod(position, self.epoch_tokens)
             starts = self._epoch(epoch).window_starts
@@ -99,9 +99,9 @@ class Loader:
             stop = min(offset + end - position, int(starts[window + 1]))
             rows = self._window(epoch, window)
             for name in self.sites:
-                parts[name].append(rows[name][offset - starts[window] : stop - starts[window]])
+                pieces[name].append(rows[name][offset - starts[window] : stop - starts[window]])
             position += stop - offset
-        return {name: torch.cat(found) for name, found in parts.items()}
+        return {name: torch.cat(tensors) for name, tensors in pieces.items()}
 
     def restrict(self, sites: list[str]) -> None:
         """Read these of the sites only from now on; the stream's order does not depend on them."""
@@ -114,7 +114,7 @@ class Loader:
         self._readers.shutdown(cancel_futures=True)
 
     def _window(self, epoch: int, window: int) -> Mapping[str, Tensor]:
-        """A window's shuffled rows; the next one starts to be read in the background."""
+        """Return a window's shuffled rows; the next one starts to be read in the background."""
         n_windows = len(self._epoch(epoch).window_starts) - 1
         following = (epoch, window + 1) if window + 1 < n_windows else (epoch + 1, 0)
         for key in ((epoch, window), following):
@@ -126,22 +126,22 @@ class Loader:
         return self._windows[epoch, window].result()
 
     def _plan_epoch(self, epoch: int) -> _Epoch:
-        blocks = permutation(len(self.kept_per_block), self.seed, BLOCK_ORDER, epoch)
-        kept = np.concatenate([[0], np.cumsum(self.kept_per_block[blocks])])
+        blocks = permutation(len(self.unmasked_per_block), self.seed, BLOCK_ORDER, epoch)
+        positions = np.concatenate([[0], np.cumsum(self.unmasked_per_block[blocks])])
         edges = np.append(np.arange(0, len(blocks), self.blocks_per_window), len(blocks))
-        starts = kept[edges]
+        starts = positions[edges]
         return _Epoch(blocks, starts)
 
     def _read_window(self, epoch: int, window: int) -> Mapping[str, Tensor]:
         plan = self._epoch(epoch)
         first = window * self.blocks_per_window
         blocks = plan.blocks[first : first + self.blocks_per_window]
-        ends = np.cumsum(self.kept_per_block[blocks])
-        n_kept = int(ends[-1])
-        order = permutation(n_kept, self.seed, ROW_ORDER, epoch, window)
+        ends = np.cumsum(self.unmasked_per_block[blocks])
+        n_rows = int(ends[-1])
+        order = permutation(n_rows, self.seed, ROW_ORDER, epoch, window)
         rows: dict[str, Tensor] = {}
         for name, site in self.sites.items():
-            buffer = np.empty((n_kept, site.width), site.array.dtype)
+            buffer = np.empty((n_rows, site.width), site.array.dtype)
             jobs = zip(blocks, [0, *ends[:-1]], ends, strict=True)
             list(self._readers.map(lambda job, n=name, b=buffer: self._read_block(n, b, *job), jobs))
             shuffled = np.empty_like(buffer)

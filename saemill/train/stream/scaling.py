@@ -10,7 +10,7 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 
 MOST_SCALE = 1e37
-"""Of the factor between activations and training units, and of its inverse."""
+"""Largest factor between activations and training units, and largest inverse of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
 """Successive halving: the worse half of like variants is stopped early, its time goes to the rest.
 
-Rules (Jamieson & Talwalkar 2016, with the run's own schedule kept):
+Rules (Jamieson & Talwalkar 2016, with the schedule of the whole run):
 
-- R looks, at 1/2^R, …, 1/4, 1/2 of the run's steps.
+- R rungs, at 1/2^R, …, 1/4, 1/2 of the run's steps.
 - Variants compete within one site and one k: FVU at another site or k says nothing.
-- What counts is the metric over the tenth of the steps before the look, on the training stream, which is
+- What counts is the metric over the tenth of the steps before the rung, on the training stream, which is
   the same for all. Of n variants the ceil(n / 2) with the lowest value go on; a variant that diverged
   comes last, of equals the one that is named first goes on. One alone is never stopped.
 - What is stopped is written as it is then, with its step; the rest is dealt to the processes anew.
@@ -22,102 +22,106 @@ from saemill.common.stores.runs import ANEW, HALVING, Look, Looks, Lost, Stopped
 from saemill.train.sweep.variants import Variant
 
 Loser = tuple[float | None, float | None]
-"""A variant's metric, and the best of its group; none where it diverged."""
+"""A variant's metric, and the best of its group; None where it diverged."""
 LEAST_STEPS = 10
-"""Before the first look."""
+"""Fewest steps before the first rung."""
 
 
 @dataclass(slots=True)
 class Halving:
-    """The looks of one run, and what was stopped at those that are past."""
+    """The rungs of one run, and the variants stopped at past ones."""
 
     folder: Path
-    """Of the run, where the record is kept."""
+    """Folder of the run, for the record."""
     run: str
     """The hash that names the run."""
     variants: list[Variant]
-    """All of the run."""
+    """All variants of the run."""
     n_steps: int
-    n_looks: int
+    n_rungs: int
     metric: str
     past: list[Look] = field(default_factory=list)
-    """The looks that were taken."""
+    """Rungs that are past."""
 
     def __post_init__(self) -> None:
-        if self.n_looks == 0:
+        if self.n_rungs == 0:
             return
-        if self.n_steps >> self.n_looks < LEAST_STEPS:
+        if self.n_steps >> self.n_rungs < LEAST_STEPS:
             raise ConfigError(
-                f"halving {self.n_looks} looks first at step {self.n_steps >> self.n_looks} of "
+                f"halving {self.n_rungs} looks first at step {self.n_steps >> self.n_rungs} of "
                 f"{self.n_steps}, {LEAST_STEPS} are the least; lower --halving or train longer"
             )
         if all(len(group) < 2 for group in groups(self.variants)):
             raise ConfigError("halving has no effect: no two variants share a site and k; leave it out")
 
     def read(self) -> list[Look]:
-        """The looks that are past, from the record.
+        """Read the past rungs from the record.
 
         Raises:
             StoreError: it is damaged, or of another run.
         """
         past = list(runs.looks(self.folder))
         known = {variant.name for variant in self.variants}
-        steps, names = [look.step for look in past], [name for look in past for name in look.stopped]
-        if steps != self._looks[: len(past)] or not known.issuperset(names) or len(set(names)) < len(names):
+        steps, names = [rung.step for rung in past], [name for rung in past for name in rung.stopped]
+        if (
+            steps != self._rung_steps[: len(past)]
+            or not known.issuperset(names)
+            or len(set(names)) < len(names)
+        ):
             raise StoreError(f"{self.folder / HALVING} does not fit the run's settings. {ANEW}")
         return past
 
     @property
     def stopped(self) -> dict[str, Stopped]:
-        """Variants stopped so far."""
+        """Return the variants stopped so far."""
         return {
-            name: Stopped(step=look.step, metric=self.metric, value=lost.value, best=lost.best)
-            for look in self.past
-            for name, lost in look.stopped.items()
+            name: Stopped(step=rung.step, metric=self.metric, value=lost.value, best=lost.best)
+            for rung in self.past
+            for name, lost in rung.stopped.items()
         }
 
     @property
     def cfgs(self) -> dict[str, str]:
-        """The checksums of their SAEs' cfg.json."""
-        return {name: lost.cfg for look in self.past for name, lost in look.stopped.items()}
+        """Return the checksums of their SAEs' cfg.json."""
+        return {name: lost.cfg for rung in self.past for name, lost in rung.stopped.items()}
 
     @property
     def alive(self) -> list[Variant]:
-        """Those that go on."""
+        """List the variants that go on."""
         return [variant for variant in self.variants if variant.name not in self.stopped]
 
     @property
     def ends(self) -> list[int]:
-        """Steps at which to look, those past left out, and the last step."""
-        done = {look.step for look in self.past}
-        return [*(step for step in self._looks if step not in done), self.n_steps]
+        """List the steps of the rungs, those past left out, and the last step."""
+        done = {rung.step for rung in self.past}
+        return [*(step for step in self._rung_steps if step not in done), self.n_steps]
 
     @property
-    def _looks(self) -> list[int]:
-        return [self.n_steps >> i for i in range(self.n_looks, 0, -1)]
+    def _rung_steps(self) -> list[int]:
+        return [self.n_steps >> i for i in range(self.n_rungs, 0, -1)]
 
     def choose(self, scores: dict[str, float | None]) -> dict[str, Loser]:
-        """The variants to stop.
+        """Choose the variants to stop.
 
         Args:
             scores: the metric of every variant that is alive; None where it diverged.
 
         Returns: per variant its value, and the best of its group.
         """
-        found = {}
+        losers = {}
         for group in groups(self.alive):
             ordered = sorted(group, key=lambda v: _last_if_none(scores[v.name]))
             best = scores[ordered[0].name]
             for variant in ordered[-(-len(group) // 2) :]:
-                found[variant.name] = scores[variant.name], best
-        return found
+                losers[variant.name] = scores[variant.name], best
+        return losers
 
     def stop(self, step: int, losers: dict[str, Loser], cfgs: dict[str, str]) -> None:
-        """Note the look and its outcome; durable when it returns.
+        """Record the rung and its outcome; durable when it returns.
 
         Args:
-            step: of the look.
-            losers: as `choose` found them.
+            step: the rung's.
+            losers: as `choose` returns them.
             cfgs: the checksums of their SAEs' cfg.json.
         """
         stopped = {
@@ -127,27 +131,27 @@ class Halving:
         self.past.append(Look(step=step, stopped=stopped))
         records.write(self.folder / HALVING, Looks(run=self.run, looks=tuple(self.past)))
         if losers:
-            named = ", ".join(
+            names = ", ".join(
                 f"{name} ({self.metric} {_shown(lost.value)})" for name, lost in stopped.items()
             )
-            say(f"halving at step {step:,}: {named} stopped, {len(self.alive)} go on")
+            say(f"halving at step {step:,}: {names} stopped, {len(self.alive)} go on")
 
 
 def window(end: int) -> int:
-    """The first step that counts for a look at step `end`."""
+    """Return the first step that counts for a rung at step `end`."""
     return end - max(1, end // 10)
 
 
 def groups(variants: list[Variant]) -> list[list[Variant]]:
-    """Variants that compete: of one site and k, in the run's order."""
-    found: dict[tuple[str, int], list[Variant]] = {}
+    """Group variants that compete: those of one site and k, in the run's order."""
+    by_site_and_k: dict[tuple[str, int], list[Variant]] = {}
     for variant in variants:
-        found.setdefault((variant.site, variant.k), []).append(variant)
-    return list(found.values())
+        by_site_and_k.setdefault((variant.site, variant.k), []).append(variant)
+    return list(by_site_and_k.values())
 
 
 def _finite(value: float | None) -> float | None:
-    """None where the number is none."""
+    """Return the value, None where it is not finite."""
     return value if value is not None and math.isfinite(value) else None
 
 

@@ -1,7 +1,7 @@
 """Where a run's SAEs are trained: which variants each trains, and with whom.
 
 Teams share out the variants, the costliest first, each to the team with the least to do; no gradient
-crosses between teams. Within a team `latent_ranks` processes hold the latents of each SAE in parts, and
+crosses between teams. Within a team `latent_ranks` processes share out the latents of each SAE, and
 `data_ranks` such sets share out the tokens of each batch.
 """
 
@@ -19,10 +19,10 @@ LATENTS_PER_ACTIVE = 90
 """A step's cost per active latent, in latents of the encoder's product: 0.196 s for 6,144 of these and
 0.09 s for the rest at k = 32 (docs/performance.md)."""
 TEAM_OVERHEAD = 0.3
-"""What a step takes in a team of two above its even share of one process's step, and once more with each
+"""Time that a step takes in a team of two above its even share of one process's step, and once more with each
 doubling (docs/scaling.md)."""
-ROOM_SHARE = 0.85
-"""Most of a device's memory for weights and moments; the rest is for batches and pre-activations."""
+MEMORY_SHARE = 0.85
+"""Largest share of a device's memory for weights and moments; the rest is for batches and pre-activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Placement:
     """One way to spread a run over n_teams · data_ranks · latent_ranks processes."""
 
     variants: tuple[Variant, ...]
-    """All of the run, in its order."""
+    """All variants of the run, in its order."""
     teams: tuple[tuple[Variant, ...], ...]
     """The variants of each team, in the run's order."""
     loads: tuple[float, ...]
@@ -40,16 +40,16 @@ class Placement:
 
     @property
     def team_size(self) -> int:
-        """Processes per team."""
+        """Return the number of processes per team."""
         return self.data_ranks * self.latent_ranks
 
     def state_bytes(self, widths: Mapping[str, int]) -> int:
-        """What the fullest process holds of weights and moments on a GPU."""
-        held = [sum(state_bytes(v, widths[v.site]) for v in hand) for hand in self.teams]
-        return -(-max(held) // self.latent_ranks)
+        """Estimate the bytes of weights and moments on a GPU of the fullest process."""
+        team_bytes = [sum(state_bytes(v, widths[v.site]) for v in team) for team in self.teams]
+        return -(-max(team_bytes) // self.latent_ranks)
 
     def team_of(self, everyone: Group) -> Team:
-        """This process's place; ranks next to each other share a batch, where most is exchanged."""
+        """Split off this process's team. Ranks next to each other share a batch, where most is exchanged."""
         size = self.team_size
         firsts = range(0, len(self.teams) * size, size)
         same_tokens = [
@@ -65,7 +65,7 @@ class Placement:
         return Team(tokens=everyone.split(same_latents), latents=everyone.split(same_tokens))
 
     def describe(self) -> str:
-        """For the plan."""
+        """Describe the placement for the plan."""
         n_processes = len(self.teams) * self.team_size
         if n_processes == 1:
             return "1 process"
@@ -81,24 +81,24 @@ class Placement:
 
 
 def cost(variant: Variant, width: int) -> float:
-    """What a step of the variant takes, in arbitrary units."""
+    """Estimate what a step of the variant takes, in arbitrary units."""
     return width * (variant.num_latents + LATENTS_PER_ACTIVE * variant.k)
 
 
 def deal(variants: list[Variant], widths: Mapping[str, int], n_teams: int) -> list[list[Variant]]:
     """Share out variants: longest first, to the least laden (Graham 1969)."""
     costs = {variant.name: cost(variant, widths[variant.site]) for variant in variants}
-    hands: list[list[str]] = [[] for _ in range(n_teams)]
+    teams: list[list[str]] = [[] for _ in range(n_teams)]
     loads = [0.0] * n_teams
     for variant in sorted(variants, key=lambda v: -costs[v.name]):
         least = loads.index(min(loads))
-        hands[least].append(variant.name)
+        teams[least].append(variant.name)
         loads[least] += costs[variant.name]
-    return [[variant for variant in variants if variant.name in hand] for hand in hands]
+    return [[variant for variant in variants if variant.name in team] for team in teams]
 
 
 def state_bytes(variant: Variant, width: int) -> int:
-    """Weights, moments and copies of one variant on a GPU."""
+    """Estimate the bytes of weights, moments and copies of one variant on a GPU."""
     per_moment = {"fp32": 4, "bf16": 2, "8bit": 1}[variant.optimizer_state]
     n_moments = 2 if variant.optimizer == "adam" else 1
     return 2 * variant.num_latents * width * (4 + 2 + n_moments * per_moment)
@@ -112,7 +112,7 @@ def choose(
     latent_ranks: int | None = None,
     *,
     idle_allowed: bool = False,
-    room_bytes: int | None = None,
+    memory_bytes: int | None = None,
 ) -> Placement:
     """Choose the placement with the least time per step by estimate, among those the user's numbers allow.
 
@@ -123,7 +123,7 @@ def choose(
         data_ranks: processes that share a batch's tokens; None leaves it open: 1.
         latent_ranks: processes that share an SAE's latents; None leaves it open.
         idle_allowed: whether there may be teams without a variant, as when some were stopped.
-        room_bytes: memory of each process's device; None where it is not known to be a limit.
+        memory_bytes: memory of each process's device; None where it is not known to be a limit.
 
     Raises:
         ConfigError: no placement fits the numbers, the variants, or the memory.
@@ -151,19 +151,19 @@ def choose(
             f"{n_teams} teams for {counted(len(variants), 'variant')}: some would idle; "
             "start fewer processes, or raise --latent-ranks or --data-ranks"
         )
-    if room_bytes is not None:
-        working = _that_fit(working, widths, room_bytes)
+    if memory_bytes is not None:
+        working = _that_fit(working, widths, memory_bytes)
     return min(working, key=_seconds)
 
 
-def _that_fit(placements: list[Placement], widths: Mapping[str, int], room_bytes: int) -> list[Placement]:
-    """Those whose weights and moments leave some of the device free for the step."""
+def _that_fit(placements: list[Placement], widths: Mapping[str, int], memory_bytes: int) -> list[Placement]:
+    """Keep the placements whose weights and moments leave some of the device free for the step."""
     needed = {placement: placement.state_bytes(widths) for placement in placements}
-    fitting = [placement for placement in placements if needed[placement] < ROOM_SHARE * room_bytes]
+    fitting = [placement for placement in placements if needed[placement] < MEMORY_SHARE * memory_bytes]
     if not fitting:
         raise ConfigError(
             f"the variants need {min(needed.values()) / 2**30:.1f} GiB per process, its device has "
-            f"{room_bytes / 2**30:.1f} GiB; start more processes, or use --optimizer-state bf16"
+            f"{memory_bytes / 2**30:.1f} GiB; start more processes, or use --optimizer-state bf16"
         )
     return fitting
 
@@ -171,15 +171,19 @@ def _that_fit(placements: list[Placement], widths: Mapping[str, int], room_bytes
 def _placement(
     variants: list[Variant], widths: Mapping[str, int], n_processes: int, data: int, shards: int
 ) -> Placement:
-    hands = deal(variants, widths, n_processes // (data * shards))
-    costs = [sum(cost(variant, widths[variant.site]) for variant in hand) for hand in hands]
+    teams = deal(variants, widths, n_processes // (data * shards))
+    costs = [sum(cost(variant, widths[variant.site]) for variant in team) for team in teams]
     total = sum(costs)
     return Placement(
-        tuple(variants), tuple(map(tuple, hands)), tuple(part / total for part in costs), data, shards
+        tuple(variants),
+        tuple(map(tuple, teams)),
+        tuple(team_cost / total for team_cost in costs),
+        data,
+        shards,
     )
 
 
 def _seconds(placement: Placement) -> float:
-    """Estimated time of a step, in units of the whole work on one process."""
+    """Estimate the time of a step, in units of the whole work on one process."""
     overhead = TEAM_OVERHEAD * math.log2(placement.team_size)
     return max(placement.loads) / placement.team_size * (1 + overhead)

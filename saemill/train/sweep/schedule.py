@@ -15,7 +15,7 @@ class Schedule:
     decay_steps: int
 
     def factor(self, step: int) -> float:
-        """The factor for step 0, 1, … n_steps - 1."""
+        """Compute the factor for step 0, 1, … n_steps - 1."""
         factor = min(1.0, (step + 1) / (self.warmup_steps + 1))
         left = self.n_steps - step
         if self.decay == "none" or left > self.decay_steps:

@@ -88,11 +88,11 @@ def test_a_spread_has_k_latents_in_each_part_and_fits_the_memory() -> None:
     large = variants_of([1000, 1000])
     one = 2 * 1000 * 1000 * 14
     assert large[0].optimizer_state == "fp32"
-    placement = choose(large, {"a": 1000}, 4, room_bytes=2 * one)
+    placement = choose(large, {"a": 1000}, 4, memory_bytes=2 * one)
     assert (len(placement.teams), placement.latent_ranks) == (2, 2)
-    assert choose(large, {"a": 1000}, 2, room_bytes=2 * one).latent_ranks == 1
+    assert choose(large, {"a": 1000}, 2, memory_bytes=2 * one).latent_ranks == 1
     with pytest.raises(ConfigError, match=r"need 0.0 GiB per process, its device has 0.0 GiB; start more"):
-        choose(large, {"a": 1000}, 2, room_bytes=one)
+        choose(large, {"a": 1000}, 2, memory_bytes=one)
 
 
 def run(command: list[str]) -> None:

@@ -1,1 +1,1 @@
-"""A step on a CPU: `compiled.py` strings together the `loops/`, which numba compiles."""
+"""A step on a CPU: `backend.py` and `update.py` run the `loops/`, which numba compiles, by `threads.py`."""

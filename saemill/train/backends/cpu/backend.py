@@ -27,7 +27,7 @@ CHUNK_TOKENS = 1024
 CHUNK_BYTES = 1 << 26
 """Most bytes of a thread's scores: a shorter chunk reads the weights too often."""
 SCORE_BYTES = 4
-"""Of a score; a pre-activation takes no more."""
+"""Bytes of a score; a pre-activation takes no more."""
 
 
 def multiplies_8_bits(d: int) -> bool:

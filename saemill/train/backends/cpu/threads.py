@@ -1,4 +1,4 @@
-"""Independent pieces of a step, shared out among the threads that torch was given.
+"""Independent pieces of a step, shared out among torch's threads.
 
 Each thread works its pieces alone, with torch's own operations in one thread, so that none waits for
 another inside an operation, and what a piece gives does not depend on the number of threads.
@@ -17,8 +17,8 @@ from typing import TypeVar
 import torch
 
 Piece = TypeVar("Piece")
-_held: int | None = None
-"""Torch's number of threads while it has one."""
+_outer_threads: int | None = None
+"""Torch's number of threads before `one_in_torch` set it to one."""
 
 
 def each(pieces: Sequence[Piece], work: Callable[[Piece, int], None], most: int | None = None) -> None:
@@ -52,22 +52,22 @@ def each(pieces: Sequence[Piece], work: Callable[[Piece, int], None], most: int 
 
 
 def number() -> int:
-    """Threads that pieces are shared out among."""
-    return _held or torch.get_num_threads()
+    """Return the number of threads that pieces are shared out among."""
+    return _outer_threads or torch.get_num_threads()
 
 
 @contextmanager
 def one_in_torch() -> Iterator[None]:
-    """Torch's operations take one thread, here and in threads that are new; pieces take all."""
-    global _held
-    held, in_torch = _held, torch.get_num_threads()
-    _held = number()
+    """Let torch's operations take one thread, here and in threads that are new; pieces take all."""
+    global _outer_threads
+    outer, n_torch = _outer_threads, torch.get_num_threads()
+    _outer_threads = number()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(in_torch)
-        _held = held
+        torch.set_num_threads(n_torch)
+        _outer_threads = outer
 
 
 @lru_cache(maxsize=1)

@@ -74,13 +74,13 @@ def _update(
     optimizer.update("b_enc", slice(None), db_enc_F, rates.lr)
 
     def step(piece: tuple[slice, slice], _thread: int) -> None:
-        block, of_dead = piece
+        block, dead_slice = piece
         with region("backward"):
             grad_enc, grad_dec = gradients(batch, e_TD, pairs, block, w_dec_FD, b_D)
             if dead is not None:
-                places = dead.dead_S[of_dead] - block.start
-                grad_enc.index_add_(0, places, dead.w_enc_SD[of_dead])
-                grad_dec.index_add_(0, places, dead.w_dec_SD[of_dead])
+                places = dead.dead_S[dead_slice] - block.start
+                grad_enc.index_add_(0, places, dead.w_enc_SD[dead_slice])
+                grad_dec.index_add_(0, places, dead.w_dec_SD[dead_slice])
         with region("optimizer"):
             optimizer.update("w_enc", block, grad_enc, rates.lr, rates.weight_decay)
             optimizer.update("w_dec", block, grad_dec, rates.lr)
@@ -89,11 +89,11 @@ def _update(
             weights.refresh(block)
 
     blocks = list(chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES))
-    each(list(zip(blocks, _dead_of(blocks, dead), strict=True)), step)
+    each(list(zip(blocks, _dead_slices(blocks, dead), strict=True)), step)
     optimizer.update("b", slice(None), db_D, rates.lr)
 
 
-def _dead_of(blocks: list[slice], dead: DeadRows | None) -> list[slice]:
+def _dead_slices(blocks: list[slice], dead: DeadRows | None) -> list[slice]:
     """Find which of the dead latents' rows lie in each block."""
     if dead is None:
         return [slice(0)] * len(blocks)

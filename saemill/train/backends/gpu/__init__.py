@@ -1,1 +1,1 @@
-"""A step on a GPU: `fused.py` strings together the `kernels/`, in Triton."""
+"""A step on a GPU: `backend.py` runs the `kernels/`, in Triton."""

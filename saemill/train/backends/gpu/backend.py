@@ -126,7 +126,7 @@ class Gpu(Sparse):
             copied = self.dtype != torch.float32
             copies = (weights.product_FD, weights.gathered_FD) if copied else (None, None)
             seed = None
-            if isinstance(optimizer, Adam) and optimizer.kept != "fp32":
+            if isinstance(optimizer, Adam) and optimizer.moment_format != "fp32":
                 seed = optimizer.count.int().view(1)
             update_rows(
                 Latents(w_enc_FD, b_enc_F, w_dec_FD, *copies),

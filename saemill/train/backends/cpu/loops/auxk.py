@@ -1,4 +1,4 @@
-"""AuxK's activations and the gradients of its pre-activations: what is kept, in place, among zeros."""
+"""AuxK's activations and the gradients of its pre-activations: those that stay, in place, among zeros."""
 
 import numpy as np
 import torch
@@ -11,13 +11,14 @@ from saemill.train.backends.cpu.loops.numbers import COMPILED, array, put, wide
 from saemill.train.backends.cpu.threads import each
 
 PIECE_BYTES = 1 << 20
-"""Of the rows that a thread takes at a time."""
+"""Bytes of the rows that a thread works on at a time."""
 PIECE_COLUMNS = 512
-"""The same, where sums run over rows."""
+"""Columns that a thread works on at a time, where sums run over rows."""
 
 
 def keep_largest(pre_TS: Tensor, k: int) -> Tensor:
-    """As `auxk.keep_largest`, in place; of equal entries the first are kept.
+    """Rectify the k largest entries of each row, as `Sparse.keep_largest`, in place; of equal entries the
+    first stay.
 
     Args:
         pre_TS: float32 or bfloat16.
@@ -45,7 +46,7 @@ def _keep_largest(rows, k, mask):
 
 
 def keep_active(dpre_TS: Tensor, acts_TS: Tensor) -> Tensor:
-    """As `auxk.keep_active`."""
+    """Set the gradients of inactive latents to 0, as `Sparse.keep_active`."""
     sums_S = torch.zeros(dpre_TS.shape[1])
     dpre, acts, sums = array(dpre_TS), array(acts_TS), array(sums_S)
     pieces = list(chunks(len(sums), 1, PIECE_COLUMNS))
@@ -65,14 +66,14 @@ def _keep_active(dpre, acts, sums, first, last):
 
 @njit(**COMPILED)
 def _store(row, numbers, least):
-    """Numbers of no less than a bound, zeros in place of the others."""
+    """Store numbers of no less than a bound, and zeros in place of the others."""
     for s in range(len(row)):
         put(row, s, numbers[s] if numbers[s] >= least else np.float32(0))
 
 
 @njit(**COMPILED)
 def _last_of_ties(numbers, n_kept, low, high):
-    """The place up to which the numbers between two bounds are kept."""
+    """Find the place up to which the numbers between two bounds are kept."""
     for s in range(len(numbers)):
         if low <= numbers[s] < high:
             n_kept -= 1

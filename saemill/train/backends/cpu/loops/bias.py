@@ -9,15 +9,15 @@ from saemill.train.backends.cpu.loops.numbers import COMPILED, array, dot
 from saemill.train.backends.cpu.threads import each
 
 PIECE_BYTES = 1 << 20
-"""Of the rows that a thread takes at a time."""
+"""Bytes of the rows that a thread works on at a time."""
 
 
 def fold_bias(w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor) -> Tensor:
-    """As `codes.fold_bias`, with b and the sums in float32."""
+    """Compute `sparse.fold_bias` with b and the sums in float32."""
     bias_F = torch.empty_like(b_enc_F)
     arrays = [array(tensor) for tensor in (w_enc_FD, b_enc_F, bias_F)]
     pieces = list(chunks(len(w_enc_FD), w_enc_FD[0].nbytes, PIECE_BYTES))
-    each(pieces, lambda piece, _: _fold_bias(*(of_latents[piece] for of_latents in arrays), array(b_D)))
+    each(pieces, lambda piece, _: _fold_bias(*(per_latent[piece] for per_latent in arrays), array(b_D)))
     return bias_F
 
 

@@ -8,13 +8,13 @@ from saemill.train.backends.cpu.loops.numbers import COMPILED, bits_of, float_of
 ALL_BITS = np.uint32(0xFFFFFFFF)
 BFLOAT16_BITS = np.uint32(0xFFFF0000)
 STEPS = 9
-"""For a bound that need not be sharp."""
+"""Bisection steps for a bound that need not be sharp."""
 
 
 @njit(**COMPILED)
 def count(numbers, n, bound):
-    """How many of the first n numbers reach the bound; float32, exact up to 2^24, since numba would make
-    integers 64 bits wide."""
+    """Count which of the first n numbers reach the bound. In float32, exact up to 2^24, since numba would
+    make integers 64 bits wide."""
     total = np.float32(0)
     for i in range(n):
         total += np.float32(1) if numbers[i] >= bound else np.float32(0)
@@ -23,7 +23,8 @@ def count(numbers, n, bound):
 
 @njit(**COMPILED)
 def nearly_kth(numbers, n, k, low):
-    """A bound that k of the first n numbers reach, close below the k-th largest; `low` if fewer reach it."""
+    """Find a bound that k of the first n numbers reach, close below the k-th largest; `low` if fewer reach
+    it."""
     high = max(low, largest(numbers, n))
     for _ in range(STEPS):
         middle = (low + high) * np.float32(0.5)
@@ -36,7 +37,7 @@ def nearly_kth(numbers, n, k, low):
 
 @njit(**COMPILED)
 def kth(numbers, n, k, mask):
-    """Bounds (low, high) around the k-th largest of n numbers; 0 stands for those below it.
+    """Find bounds (low, high) around the k-th largest of n numbers; 0 stands for those below it.
 
     Fewer than k reach `high`. Just k reach `low`, or it is 0, or between the two lies one number, which
     several entries share. `mask` has the bits that the numbers may use: fewer are searched sooner.

@@ -19,18 +19,18 @@ COMPILED: dict[str, Any] = {
 
 @intrinsic
 def float_of(context, bits):
-    """A uint32 as the float32 with the same bits."""
+    """Convert a uint32 to the float32 with the same bits."""
     return types.float32(types.uint32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())
 
 
 @intrinsic
 def bits_of(context, number):
-    """A float32 as the uint32 with the same bits."""
+    """Convert a float32 to the uint32 with the same bits."""
     return types.uint32(types.float32), lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
 
 
 def wide(number):
-    """An entry of a row, float32 or the bits of a bfloat16, as float32."""
+    """Convert an entry of a row, float32 or the bits of a bfloat16, to float32."""
 
 
 @overload(wide, inline="always")
@@ -64,7 +64,8 @@ def _put(row, place, number):
 
 @njit(**COMPILED)
 def largest(numbers, n):
-    """The largest of the first n float32, 0 at least; of their bits, whose maxima alone become vectors."""
+    """Find the largest of the first n float32, 0 at least. It compares their bits: only maxima of integers
+    are vectorised."""
     most = np.int32(0)
     for i in range(n):
         most = max(most, np.int32(bits_of(numbers[i])))
@@ -73,7 +74,7 @@ def largest(numbers, n):
 
 @njit(**COMPILED)
 def magnitude(row):
-    """The largest magnitude of a float32 row."""
+    """Find the largest magnitude of a float32 row."""
     most = np.int32(0)
     for i in range(len(row)):
         most = max(most, np.int32(bits_of(row[i]) & np.uint32(0x7FFFFFFF)))
@@ -82,7 +83,7 @@ def magnitude(row):
 
 @njit(**COMPILED)
 def dot(a, b):
-    """⟨a, b⟩ in float32."""
+    """Compute ⟨a, b⟩ in float32."""
     total = np.float32(0)
     for i in range(len(a)):
         total += wide(a[i]) * wide(b[i])
@@ -90,7 +91,7 @@ def dot(a, b):
 
 
 def array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The tensor's memory for a loop; bfloat16 as its bits. Loops read rows without gaps."""
+    """View the tensor's memory as an array for a loop; bfloat16 as its bits. Loops read rows without gaps."""
     if not tensor.is_contiguous():
         raise ValueError(f"a loop needs a tensor without gaps, got strides {tensor.stride()}")
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -26,7 +26,7 @@ from saemill.train.memory import zeros
 LEAST_COLUMNS = 256
 """Shorter rows are not to be quantised: their errors are sums of few."""
 SPREAD = 0.1
-"""Of the angles, in radians, to both sides."""
+"""Spread of the angles, in radians, to both sides."""
 TINY = 1e-30
 """Rows without a larger entry count as 0."""
 LEVELS = 127
@@ -46,22 +46,22 @@ class Quantised(NamedTuple):
 
     def rows(self, some: slice) -> "Quantised":
         """Select some of the rows."""
-        return Quantised(*(of_rows[some] for of_rows in self))
+        return Quantised(*(per_row[some] for per_row in self))
 
     def fill(self, rows_ND: Tensor) -> None:
         """Quantise as many rows, float32 or bfloat16, into this memory."""
         rotation = _rotation(rows_ND.shape[1], self.codes_ND.shape[1])
-        _quantise(array(rows_ND), *rotation, *(array(of_rows) for of_rows in self))
+        _quantise(array(rows_ND), *rotation, *(array(per_row) for per_row in self))
 
 
 def empty(n_rows: int, d: int) -> Quantised:
-    """Memory for quantised rows of length d."""
+    """Make memory for quantised rows of length d."""
     padded = -(-d // COLUMNS) * COLUMNS
     return Quantised(zeros(n_rows, padded, dtype=torch.int8), torch.zeros(n_rows), torch.zeros(n_rows))
 
 
 def quantise(rows_ND: Tensor) -> Quantised:
-    """Rows, float32 or bfloat16, rotated and rounded."""
+    """Rotate and round rows, float32 or bfloat16."""
     made = empty(*rows_ND.shape)
     made.fill(rows_ND)
     return made
@@ -69,7 +69,8 @@ def quantise(rows_ND: Tensor) -> Quantised:
 
 @lru_cache
 def _rotation(d: int, padded: int) -> tuple[np.ndarray[Any, Any], ...]:
-    """Signs [d], and the butterflies' cosines and sines [passes, padded / 2]; the same in every run."""
+    """Draw the signs [d], and the butterflies' cosines and sines [passes, padded / 2]; the same in every
+    run."""
     random = np.random.default_rng(0)
     signs = random.integers(0, 2, d) * 2 - 1
     n_passes = 2 * (padded.bit_length() // 2 + 1)
@@ -98,7 +99,7 @@ def _quantise(rows, signs, cosines, sines, codes, steps, norms):
 
 @njit(**COMPILED)
 def _butterflies(row, cosines, sines, out):
-    """Neighbours' sums into the first half, their differences into the second."""
+    """Write neighbours' sums into the first half, their differences into the second."""
     half = len(row) // 2
     for i in range(half):
         a, b = row[2 * i], row[2 * i + 1]

@@ -17,7 +17,7 @@ def residual(
     dot_TK: Tensor,
     sse_T: Tensor,
 ) -> None:
-    """e = Σ val · W_dec[idx] + b − x; ⟨e, W_dec[idx]⟩; ‖e‖², all of the error as it is stored.
+    """Compute e = Σ val · W_dec[idx] + b − x, ⟨e, W_dec[idx]⟩ and ‖e‖², all of the error as it is stored.
 
     Args:
         val_TK, idx_TK: float32 and int64.
@@ -35,7 +35,7 @@ def _residual(val, idx, x, w_dec, b, e, dots, sse):
     row = np.empty(x.shape[1], np.float32)
     for t in range(n_tokens):
         row[:] = b - x[t]
-        for i in range(0, fours, 4):  # several rows on their way at once
+        for i in range(0, fours, 4):  # several rows are fetched at once
             v0, v1, v2, v3 = val[t, i], val[t, i + 1], val[t, i + 2], val[t, i + 3]
             w0, w1 = w_dec[idx[t, i]], w_dec[idx[t, i + 1]]
             w2, w3 = w_dec[idx[t, i + 2]], w_dec[idx[t, i + 3]]

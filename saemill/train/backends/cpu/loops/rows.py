@@ -24,7 +24,7 @@ class Pairs(NamedTuple):
     db_enc_F: Tensor
     """Σ dval."""
     along_F: Tensor
-    """Σ val · ⟨g, W_dec[f]⟩: the decoder gradient's part along its row."""
+    """Σ val · ⟨g, W_dec[f]⟩: the decoder gradient's component along its row."""
     fired_F: Tensor
     """bool: some val > 0."""
 
@@ -75,16 +75,16 @@ def _sort_pairs(val, idx, dots, gs, tokens, vals, dvals, offsets, db_enc, along,
 def gradients(
     batch: Batch, e_TD: Tensor, pairs: Pairs, block: slice, w_dec_FD: Tensor, b_D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of a block of rows of w_enc and of w_dec, the latter without its part along them.
+    """Compute the gradients of a block of rows of w_enc and w_dec, the latter orthogonal to w_dec.
 
     The inputs are those of the product, in its dtype, and so is the error.
     """
     grad_enc, grad_dec = torch.empty_like(w_dec_FD[block]), torch.empty_like(w_dec_FD[block])
     sorted_P = (array(pairs.token_P), array(pairs.val_P), array(pairs.dval_P))
-    of_latents = (pairs.offsets_F[block.start : block.stop + 1], pairs.db_enc_F[block], pairs.along_F[block])
+    per_latent = (pairs.offsets_F[block.start : block.stop + 1], pairs.db_enc_F[block], pairs.along_F[block])
     _gradients(
         *(array(batch.product_TD), array(e_TD), *sorted_P),
-        *(array(tensor) for tensor in (*of_latents, w_dec_FD[block], b_D, grad_enc, grad_dec)),
+        *(array(tensor) for tensor in (*per_latent, w_dec_FD[block], b_D, grad_enc, grad_dec)),
     )
     return grad_enc, grad_dec
 
@@ -98,7 +98,7 @@ def _gradients(x, e, tokens, vals, dvals, offsets, db_enc, along, w_dec, b, grad
             dec[d] = -along[f] * w[d]
         first, last = offsets[f], offsets[f + 1]
         fours = first + (last - first) // 4 * 4
-        for p in range(first, fours, 4):  # several rows on their way at once
+        for p in range(first, fours, 4):  # several rows are fetched at once
             t0, t1, t2, t3 = tokens[p], tokens[p + 1], tokens[p + 2], tokens[p + 3]
             a0, a1, a2, a3 = dvals[p], dvals[p + 1], dvals[p + 2], dvals[p + 3]
             v0, v1, v2, v3 = vals[p], vals[p + 1], vals[p + 2], vals[p + 3]

@@ -2,7 +2,7 @@
 
 With the score u_f of a latent, in units of the token's step, and its error's bound ε_f (`N_SIGMA` standard
 deviations of `quantise`), a latent is among the k largest only if u_f + ε_f reaches the k-th largest
-pre-activation. Groups of latents are looked at first, by their largest score: the k-th largest of these is a
+pre-activation. Groups of latents are searched first, by their largest score: the k-th largest of these is a
 lower bound of the k-th largest score. What is left, about 1.5 k latents, is scored exactly, as
 ⟨x, W_enc[f]⟩ from the rows themselves with sums in float32, the likely ones first, since a k-th largest
 exact score spares some of the rest.
@@ -20,7 +20,7 @@ N_SIGMA = 8.0
 """The chance of a larger error is about 1e-15 for a pair of token and latent."""
 MOST_PER_GROUP = 16
 GROUPS_PER_CODE = 8
-"""At least so many groups for each of the k codes: of fewer, most would be looked at."""
+"""Fewest groups for each of the k codes: of fewer, most would be searched."""
 LANES = 128
 """Groups that are worked on together."""
 
@@ -56,7 +56,7 @@ def _select(scores, steps_x, norms_x, steps_w, norms_w, rows, weights, bias, val
     n_latents, k = scores.shape[1], val.shape[1]
     group = _group_size(n_latents, k)
     maxima = np.empty(-(-n_latents // (group * LANES)) * LANES, np.float32)
-    found = np.empty(n_latents + len(maxima), np.int64)  # at its end the groups that are looked at
+    candidates = np.empty(n_latents + len(maxima), np.int64)  # at its end the groups searched
     score = np.empty(n_latents, np.float32)
     x = np.empty(rows.shape[1], np.float32)
     widest_step, longest = np.max(steps_w), np.max(norms_w)
@@ -66,26 +66,27 @@ def _select(scores, steps_x, norms_x, steps_w, norms_w, rows, weights, bias, val
         _group_maxima(scores[t], steps_w, bias, per_step, group, maxima)
         least = nearly_kth(maxima, len(maxima), k, np.float32(0))
         least -= 2 * _error(widest_step, longest, length)
-        n = _above(scores[t], steps_w, bias, per_step, group, maxima, least, found, score)
+        n = _above(scores[t], steps_w, bias, per_step, group, maxima, least, candidates, score)
         for i in range(len(x)):
             x[i] = wide(rows[t, i])
-        m = _likely_first(found, score, n, nearly_kth(score, n, k, least))
-        _score(x, weights, bias, found, score, 0, m)
+        m = _likely_first(candidates, score, n, nearly_kth(score, n, k, least))
+        _score(x, weights, bias, candidates, score, 0, m)
         bound = nearly_kth(score, m, k, np.float32(0)) * per_step
-        n = _possible(found, score, m, n, bound, steps_w, norms_w, length)
-        _score(x, weights, bias, found, score, m, n)
-        _keep(found, score, n, k, val[t], idx[t])
+        n = _possible(candidates, score, m, n, bound, steps_w, norms_w, length)
+        _score(x, weights, bias, candidates, score, m, n)
+        _keep(candidates, score, n, k, val[t], idx[t])
 
 
 @njit(**COMPILED)
 def _error(step_w, norm_w, length):
-    """The bound of a score's error, in units of the token's step; `length` is the token's in these units."""
+    """Compute the bound of a score's error, in units of the token's step; `length` is the token's in these
+    units."""
     return np.float32(N_SIGMA / 12**0.5) * np.sqrt(norm_w * norm_w + step_w * step_w * length * length)
 
 
 @njit(**COMPILED)
 def _group_size(n_latents, k):
-    """Latents per group: more make fewer groups, but more of those looked at hold nothing."""
+    """Choose the latents per group: more make fewer groups, but more of those searched hold nothing."""
     group = MOST_PER_GROUP
     while group > 1 and n_latents < GROUPS_PER_CODE * k * group:
         group //= 2
@@ -94,7 +95,8 @@ def _group_size(n_latents, k):
 
 @njit(**COMPILED)
 def _group_maxima(scores, steps, bias, per_step, group, maxima):
-    """The largest score of each group: latents LANES apart, so that a vector works on as many groups."""
+    """Find the largest score of each group. Its latents are LANES apart, so that a vector holds as many
+    groups."""
     for first in range(0, len(scores), group * LANES):
         largest = maxima[first // group : first // group + LANES]
         largest[:] = -np.inf
@@ -105,10 +107,10 @@ def _group_maxima(scores, steps, bias, per_step, group, maxima):
 
 
 @njit(**COMPILED)
-def _above(scores, steps, bias, per_step, group, maxima, least, found, score):
-    """List the latents whose score is no less than `least`, and their scores; how many."""
+def _above(scores, steps, bias, per_step, group, maxima, least, candidates, score):
+    """List the latents whose score is no less than `least`, and their scores. Returns: how many."""
     n, m, block = 0, 0, group * LANES
-    groups = found[len(found) - len(maxima) :]
+    groups = candidates[len(candidates) - len(maxima) :]
     for j in range(len(maxima)):  # no branch: which groups these are is hard to foretell
         groups[m] = j
         m += 1 if maxima[j] >= least else 0
@@ -116,59 +118,61 @@ def _above(scores, steps, bias, per_step, group, maxima, least, found, score):
         first = groups[i] // LANES * block + groups[i] % LANES
         for f in range(first, min(first + block, len(scores)), LANES):
             number = np.float32(scores[f]) * steps[f] + bias[f] * per_step
-            found[n] = f
+            candidates[n] = f
             score[n] = number
             n += 1 if number >= least else 0
     return n
 
 
 @njit(**COMPILED)
-def _likely_first(found, score, n, likely):
-    """Bring the latents with scores of `likely` or more to the front; how many."""
+def _likely_first(candidates, score, n, likely):
+    """Bring the latents with scores of `likely` or more to the front. Returns: how many."""
     m = 0
     for i in range(n):
         is_likely = score[i] >= likely
-        found[i], found[m] = found[m], found[i]  # harmless where it is not likely: nor is the one at m
+        # Harmless where it is not likely: nor is the one at m.
+        candidates[i], candidates[m] = candidates[m], candidates[i]
         score[i], score[m] = score[m], score[i]
         m += 1 if is_likely else 0
     return m
 
 
 @njit(**COMPILED)
-def _possible(found, score, m, n, bound, steps, norms, length):
-    """Of the latents from m to n leave those that may reach the bound, right behind m; how many in all."""
+def _possible(candidates, score, m, n, bound, steps, norms, length):
+    """Move, of the latents from m to n, those that may reach the bound right behind m. Returns: how many in
+    all."""
     last = m
     for i in range(m, n):
-        f = found[i]
+        f = candidates[i]
         if score[i] + _error(steps[f], norms[f], length) >= bound:
-            found[last] = f
+            candidates[last] = f
             last += 1
     return last
 
 
 @njit(**COMPILED)
-def _score(x, weights, bias, found, score, first, last):
-    """Exact pre-activations of some latents, four at a time to fetch several rows at once."""
+def _score(x, weights, bias, candidates, score, first, last):
+    """Compute exact pre-activations of some latents, four at a time to fetch several rows at once."""
     i = first
     while i + 4 <= last:
-        w0, w1 = weights[found[i]], weights[found[i + 1]]
-        w2, w3 = weights[found[i + 2]], weights[found[i + 3]]
+        w0, w1 = weights[candidates[i]], weights[candidates[i + 1]]
+        w2, w3 = weights[candidates[i + 2]], weights[candidates[i + 3]]
         s0 = s1 = s2 = s3 = np.float32(0)
         for d in range(len(x)):
             s0 += x[d] * wide(w0[d])
             s1 += x[d] * wide(w1[d])
             s2 += x[d] * wide(w2[d])
             s3 += x[d] * wide(w3[d])
-        score[i], score[i + 1] = s0 + bias[found[i]], s1 + bias[found[i + 1]]
-        score[i + 2], score[i + 3] = s2 + bias[found[i + 2]], s3 + bias[found[i + 3]]
+        score[i], score[i + 1] = s0 + bias[candidates[i]], s1 + bias[candidates[i + 1]]
+        score[i + 2], score[i + 3] = s2 + bias[candidates[i + 2]], s3 + bias[candidates[i + 3]]
         i += 4
     for j in range(i, last):
-        score[j] = dot(x, weights[found[j]]) + bias[found[j]]
+        score[j] = dot(x, weights[candidates[j]]) + bias[candidates[j]]
 
 
 @njit(**COMPILED)
-def _keep(found, score, n, k, val, idx):
-    """The k largest of n scores above 0; of equal ones those found first."""
+def _keep(candidates, score, n, k, val, idx):
+    """Keep the k largest of n scores above 0; of equal ones the first."""
     low, high = kth(score, n, k, ALL_BITS)
     n_ties = k - count(score, n, high)
     m = 0
@@ -177,7 +181,7 @@ def _keep(found, score, n, k, val, idx):
         if score[i] > 0 and score[i] >= low and m < k and (not tied or n_ties > 0):
             n_ties -= np.int64(tied)
             val[m] = score[i]
-            idx[m] = found[i]
+            idx[m] = candidates[i]
             m += 1
     val[m:] = 0
     idx[m:] = 0

@@ -1,6 +1,6 @@
 """The training step's kernels for CUDA, in Triton: select → residual → segments → rows.
 
-`codes.py` and `rows.py` define the same arithmetic in plain torch; `fused.py` calls these in their place.
+`arch/` defines the same arithmetic in plain torch; `gpu/backend.py` calls these kernels.
 What is fused here, and why:
 
 - `select`: the k largest pre-activations of each token in one read of the row.

@@ -1,16 +1,13 @@
-"""What the kernels take: refused here with a sentence, since a kernel would read past the end in silence.
-
-And what all launches share.
-"""
+"""Checks of the kernels' arguments, since a kernel would read past the end in silence; and launch options."""
 
 import torch
 from torch import Tensor
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of activations and of the weights that are gathered."""
+"""Dtypes of activations and of the weights that are gathered."""
 
 NUMERICS = {"enable_fp_fusion": True}
-"""Said outright: Triton 3.10 changes the default, and with it the last bits."""
+"""Set explicitly: Triton 3.10 changes the default, and with it the last bits."""
 
 
 def expect(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:

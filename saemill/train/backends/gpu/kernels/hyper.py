@@ -8,7 +8,7 @@ class Hyper(IntEnum):
 
     LR = 0
     BETA1 = 1
-    """For SGD the momentum."""
+    """β₁ of Adam, momentum of SGD."""
     BETA2 = 2
     EPS = 3
     CORRECTION1 = 4
@@ -18,7 +18,7 @@ class Hyper(IntEnum):
     GRADIENT_SCALE = 6
     """∂L/∂x̂ = gradient scale · e."""
     WEIGHT_DECAY = 7
-    """Of w_enc, decoupled."""
+    """Weight decay of w_enc, decoupled."""
     HEALTHY = 8
     """0: the variant has diverged, nothing is changed."""
     REST1 = 9
@@ -38,13 +38,13 @@ def hyper_values(
     weight_decay: float = 0.0,
     healthy: float = 1.0,
 ) -> list[float]:
-    """The vector's values for one step of one variant.
+    """Compute the vector's values for one step of one variant.
 
     Args:
         lr: of this step.
         step: t, from 1.
         gradient_scale: ∂L/∂x̂ = gradient_scale · e.
-        beta1: for SGD the momentum.
+        beta1: β₁ of Adam, momentum of SGD.
     """
     if step < 1:
         raise ValueError(f"step counts from 1, got {step}")

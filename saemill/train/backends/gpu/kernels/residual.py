@@ -31,7 +31,7 @@ def residual_kernel(
     K_PADDED: tl.constexpr,
     PANEL: tl.constexpr,
 ):
-    """One program per token. `dot` takes the rounded error, as every later sum does."""
+    """Decode one token per program. `dot` takes the rounded error, as every later sum does."""
     token = tl.program_id(0).to(tl.int64)
     slots = tl.arange(0, K_PADDED)
     active = slots < K
@@ -56,7 +56,7 @@ def residual_kernel(
 
 
 def launch(d: int, k: int) -> tuple[dict[str, int], dict[str, Any]]:
-    """The kernel's constants and its launch options: at most 8,192 weights at a time."""
+    """Return the kernel's constants and its launch options: at most 8,192 weights at a time."""
     k_padded = triton.next_power_of_2(k)
     panel = min(128, 8192 // k_padded, triton.next_power_of_2(d))
     constants = {"D": d, "K": k, "K_PADDED": k_padded, "PANEL": panel}
@@ -66,7 +66,7 @@ def launch(d: int, k: int) -> tuple[dict[str, int], dict[str, Any]]:
 def residual(
     val_TK: Tensor, idx_TK: Tensor, w_dec_FD: Tensor, b_D: Tensor, x_TD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The reconstruction's error, its product with each active decoder row, and its square.
+    """Compute the reconstruction's error, its product with each active decoder row, and its square.
 
     e = Σ_k val · w_dec[idx] + b − x is summed in float32 and stored in the dtype of `x_TD`, unscaled;
     dot = ⟨e as stored, w_dec[idx]⟩; sse = Σ_d e² before rounding. Indices are not checked.

@@ -133,7 +133,7 @@ def update_kernel(
     CHUNK: tl.constexpr,
     ADAM: tl.constexpr,
 ):
-    """One program per latent, those with the most pairs first."""
+    """Update one latent per program, those with the most pairs first."""
     if tl.load(hyper_ptr + HEALTHY) == 0:
         return
     latent = tl.load(latents_ptr + tl.program_id(0))
@@ -206,7 +206,7 @@ def update_kernel(
 
 
 def launch(d: int, chunk_pairs: int, optimizer: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`update_kernel`'s constants and launch options: one warp, so that sums need no barrier."""
+    """Return `update_kernel`'s constants and launch options: one warp, so that sums need no barrier."""
     block = min(BLOCK, triton.next_power_of_2(d))
     constants = {"D": d, "BLOCK": block, "UNROLL": 4, "CHUNK": chunk_pairs, "ADAM": optimizer == "adam"}
     return constants, {"num_warps": 1, **NUMERICS}
@@ -228,7 +228,7 @@ def update_rows(
     seed: Tensor | None = None,
     aux: AuxGradients | None = None,
 ) -> None:
-    """One optimizer step of one SAE's latents, in place; nothing where hyper's HEALTHY is 0.
+    """Take one optimizer step of one SAE's latents, in place; nothing where hyper's HEALTHY is 0.
 
     `adam` is torch.optim.AdamW on w_enc and torch.optim.Adam on b_enc and w_dec; `sgd` is
     torch.optim.SGD on all three, whose first buffer is the gradient (a zero buffer gives just that), with
@@ -309,36 +309,36 @@ def _check_moments(moments: Moments, rows: tuple[int, ...], optimizer: str) -> N
     """Refuse moments of different kinds, and those that the optimizer lacks or has not."""
     if (moments.v_enc_FD is None) == (optimizer == "adam"):
         raise ValueError("Adam needs the second moments, SGD has none")
-    kept = moments.m_enc_FD.dtype
+    dtype = moments.m_enc_FD.dtype
     expect("m_enc_FD", moments.m_enc_FD, MOMENT_DTYPES, rows)
-    in_8bit = kept == torch.int8
-    named, blocks = moments._asdict(), (rows[0], triton.cdiv(rows[1], BLOCK))
+    in_8bit = dtype == torch.int8
+    tensors, blocks = moments._asdict(), (rows[0], triton.cdiv(rows[1], BLOCK))
     for name in ("m_enc", "m_dec", "v_enc", "v_dec"):
-        moment, scale = named[f"{name}_FD"], named[f"{name}_scale_FB"]
+        moment, scale = tensors[f"{name}_FD"], tensors[f"{name}_scale_FB"]
         if moment is not None:
-            expect(f"{name}_FD", moment, (torch.uint8 if in_8bit and name[0] == "v" else kept,), rows)
+            expect(f"{name}_FD", moment, (torch.uint8 if in_8bit and name[0] == "v" else dtype,), rows)
         if (scale is not None) != (in_8bit and moment is not None):
             raise ValueError(f"{name}_scale_FB goes with moments in 8 bits, and these need it")
         if scale is not None:
             expect(f"{name}_scale_FB", scale, (torch.float32,), blocks)
     for name in ("m_b_F", "v_b_F"):
-        if named[name] is not None:
-            expect(name, named[name], (torch.float32,), rows[:1])
+        if tensors[name] is not None:
+            expect(name, tensors[name], (torch.float32,), rows[:1])
 
 
 def decoder_bias_gradient(
     e_TD: Tensor, db_enc_F: Tensor, w_enc_FD: Tensor, hyper: Tensor, n_shards: int = 1
 ) -> Tensor:
-    """gs · Σ_t e / n − db_enc · W_enc: the gradient of b, which the encoder's input has subtracted.
+    """Compute gs · Σ_t e / n − db_enc · W_enc: the gradient of b, which the encoder's input has subtracted.
 
     To be called before `update_rows`, which overwrites `w_enc_FD`.
 
     Args:
         e_TD: of `residual`.
-        db_enc_F: of `latent_sums`, AuxK's part included.
+        db_enc_F: of `latent_sums`, AuxK's gradient included.
         w_enc_FD: float32.
         hyper: float32 [len(Hyper)].
-        n_shards: n processes hold parts of the latents; their results add up to the gradient.
+        n_shards: n processes share out the latents; their results add up to the gradient.
 
     Returns: float32 [D].
     """

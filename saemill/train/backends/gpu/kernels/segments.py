@@ -52,7 +52,7 @@ class AuxGradients(NamedTuple):
     b_S: Tensor
     """float32."""
     dec_SD: Tensor
-    """float32, without its part along the decoder row."""
+    """float32, without its component along the decoder row."""
 
 
 class LatentSums(NamedTuple):
@@ -107,7 +107,7 @@ def segments(idx_TK: Tensor, n_latents: int, chunk_pairs: int = CHUNK_PAIRS) -> 
 
 @triton.jit
 def code_gradient(val, dot):
-    """The gradient of a code: nothing flows where it was rectified."""
+    """Compute the gradient of a code: nothing flows where it was rectified."""
     return tl.where(val > 0, dot, 0.0)
 
 
@@ -127,7 +127,7 @@ def latent_sums_kernel(
     fired_ptr,
     BLOCK: tl.constexpr,
 ):
-    """One program per latent, those with the most pairs first."""
+    """Sum over the pairs of one latent per program, those with the most pairs first."""
     latent = tl.load(latents_ptr + tl.program_id(0))
     start = tl.load(starts_ptr + latent)
     end = tl.load(starts_ptr + latent + 1)
@@ -170,7 +170,7 @@ def gather_rows(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Σ dval · x_t and Σ val · e_t over the pairs from start to end, in one block of columns."""
+    """Sum dval · x_t and val · e_t over the pairs from start to end, in one block of columns."""
     sum_enc = tl.zeros((BLOCK,), tl.float32)
     sum_dec = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, end, UNROLL):
@@ -206,7 +206,7 @@ def chunk_sums_kernel(
     UNROLL: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program per chunk of a hot latent and panel; those past the last chunk leave at once."""
+    """Sum one chunk of a hot latent and panel per program; those past the last chunk return at once."""
     chunk = tl.program_id(0)
     if chunk < tl.load(n_chunks_ptr):
         latent = tl.load(chunk_latent_ptr + chunk)
@@ -226,7 +226,7 @@ LATENT_SUMS_LAUNCH: tuple[dict[str, int], dict[str, Any]] = ({"BLOCK": 256}, {"n
 
 
 def chunk_sums_launch(d: int, chunk_pairs: int) -> tuple[dict[str, int], dict[str, Any]]:
-    """The kernel's constants and its launch options."""
+    """Return the kernel's constants and its launch options."""
     panel = min(256, triton.next_power_of_2(d))
     return {"D": d, "PANEL": panel, "UNROLL": 8, "CHUNK": chunk_pairs}, {"num_warps": 2, **NUMERICS}
 
@@ -234,7 +234,7 @@ def chunk_sums_launch(d: int, chunk_pairs: int) -> tuple[dict[str, int], dict[st
 def latent_sums(
     val_TK: Tensor, dot_TK: Tensor, pairs: Segments, hyper: Tensor, aux: AuxGradients | None = None
 ) -> LatentSums:
-    """Sums over each latent's pairs of what `residual` found; dval = dot where val > 0, else 0.
+    """Sum over each latent's pairs what `residual` computed; dval = dot where val > 0, else 0.
 
     Args:
         val_TK, dot_TK: float32, of `select` and `residual`.
@@ -264,7 +264,7 @@ def latent_sums(
 
 
 def chunk_sums(pairs: Segments, val_TK: Tensor, dot_TK: Tensor, x_TD: Tensor, e_TD: Tensor) -> Tensor:
-    """Σ dval · x_t and Σ val · e_t over each chunk of the hot latents.
+    """Sum dval · x_t and val · e_t over each chunk of the hot latents.
 
     Args:
         pairs: of the batch.

@@ -20,14 +20,14 @@ INFINITY_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0
 MAX_CANDIDATES = 1 << 15
 """Two counts share one 32-bit scan."""
 MAX_ROW_BYTES = 1 << 17
-"""Of a row that 16 warps hold without spilling."""
+"""Bytes of a row that 16 warps hold without spilling."""
 SLAB_BYTES = 1 << 16
-"""Longer rows are read in slabs of so much."""
+"""Bytes of the slabs in which longer rows are read."""
 
 
 @triton.jit
 def ordered_key(bits, WIDTH: tl.constexpr, INFINITY: tl.constexpr):
-    """Float bits as int32 that sort as the values do: both zeros equal, every NaN above infinity."""
+    """Map float bits to int32 that sort as the values do: both zeros equal, every NaN above infinity."""
     LARGEST: tl.constexpr = (1 << (WIDTH - 1)) - 1
     wide = bits.to(tl.int32)
     magnitude = wide & LARGEST
@@ -37,7 +37,7 @@ def ordered_key(bits, WIDTH: tl.constexpr, INFINITY: tl.constexpr):
 
 @triton.jit
 def rectified(key, WIDTH: tl.constexpr, INFINITY: tl.constexpr):
-    """The value of a key as float32: 0 where it is negative, NaN where it was."""
+    """Compute the value of a key as float32: 0 where it is negative, NaN where it was."""
     positive = tl.maximum(key, 0)
     if WIDTH == 32:
         value = positive.to(tl.float32, bitcast=True)
@@ -50,7 +50,8 @@ def rectified(key, WIDTH: tl.constexpr, INFINITY: tl.constexpr):
 
 @triton.jit
 def largest(key, K: tl.constexpr, WIDTH: tl.constexpr):
-    """Which are the K largest of a vector, ties to the lowest place; and the place of each among them."""
+    """Find the K largest of a vector, ties to the lowest place. Returns: which they are, and the place of
+    each among them."""
     LOWEST: tl.constexpr = -(1 << (WIDTH - 1))
     threshold = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= K, 0, LOWEST)
     step = 1 << (WIDTH - 2)
@@ -82,7 +83,7 @@ def select_kernel(
     WIDTH: tl.constexpr,
     INFINITY: tl.constexpr,
 ):
-    """One program per token."""
+    """Select the codes of one token per program."""
     PADDING: tl.constexpr = -(1 << (WIDTH - 1))
     token = tl.program_id(0).to(tl.int64)
     row_ptr = bits_ptr + token * F
@@ -115,7 +116,7 @@ def select_kernel(
 
 
 def launch(n_latents: int, k: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, Any]]:
-    """The kernel's constants and its launch options.
+    """Return the kernel's constants and its launch options.
 
     The group size balances the number of groups, F/G, against that of candidates, k·G.
     """
@@ -141,7 +142,7 @@ def launch(n_latents: int, k: int, dtype: torch.dtype) -> tuple[dict[str, int], 
 
 
 def select(pre_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row, exactly and rectified, in ascending order of index.
+    """Select the k largest entries of each row, exactly and rectified, in ascending order of index.
 
     Entries that tie for the last places are taken from the lowest index on; −0 and 0 tie. NaN counts as
     larger than everything, whatever its sign (as in torch.topk), and stays NaN in `val`, so that the

@@ -24,12 +24,12 @@ N1, N2 = tl.constexpr(FIRST.n), tl.constexpr(SECOND.n)
 PER_OCTAVE1, PER_OCTAVE2 = tl.constexpr(FIRST.n / FIRST.octaves), tl.constexpr(SECOND.n / SECOND.octaves)
 LEAST1, LEAST2 = tl.constexpr(FIRST.least), tl.constexpr(SECOND.least)
 SMALLEST = tl.constexpr(2.0**-126)
-"""Normal float32: of anything smaller the logarithm is not told apart."""
+"""The smallest normal float32; the logarithm of anything smaller is replaced by its logarithm."""
 
 
 @triton.jit
 def mixed(h):
-    """A 32-bit hash (lowbias32, Wellons 2018)."""
+    """Hash 32 bits (lowbias32, Wellons 2018)."""
     h = h ^ (h >> 16)
     h = h * 0x7FEB352D
     h = h ^ (h >> 15)
@@ -39,14 +39,14 @@ def mixed(h):
 
 @triton.jit
 def random_bits(row_hash, column, SECOND: tl.constexpr):
-    """16 random bits per column; others for the second moment than for the first."""
+    """Draw 16 random bits per column; others for the second moment than for the first."""
     h = mixed(row_hash + column.to(tl.uint32) * 0x9E3779B9)
     return h >> 16 if SECOND else h & 0xFFFF
 
 
 @triton.jit
 def load_moment(ptrs, scale_ptr, block, mask, SECOND: tl.constexpr):
-    """A moment in float32; 8-bit codes as in `EightBitMoment`, with one scale for all lanes."""
+    """Load a moment in float32; 8-bit codes as in `EightBitMoment`, with one scale for all lanes."""
     moment = tl.load(ptrs, mask=mask, other=0).to(tl.float32)
     if scale_ptr is not None:
         N: tl.constexpr = N2 if SECOND else N1
@@ -58,7 +58,8 @@ def load_moment(ptrs, scale_ptr, block, mask, SECOND: tl.constexpr):
 
 @triton.jit
 def store_moment(ptrs, scale_ptr, block, moment, row_hash, column, mask, SECOND: tl.constexpr):
-    """Store in float32, bfloat16 or 8 bits, the latter two randomly rounded. Masked lanes must be 0."""
+    """Store a moment in float32, bfloat16 or 8 bits, the latter two randomly rounded. Masked lanes must be
+    0."""
     if scale_ptr is not None:
         N: tl.constexpr = N2 if SECOND else N1
         PER_OCTAVE: tl.constexpr = PER_OCTAVE2 if SECOND else PER_OCTAVE1
@@ -80,7 +81,7 @@ def store_moment(ptrs, scale_ptr, block, moment, row_hash, column, mask, SECOND:
 
 @triton.jit
 def stepped(w, g, m_ptrs, v_ptrs, m_scale_ptr, v_scale_ptr, row_hash, lanes, rates, ADAM: tl.constexpr):
-    """The weights after torch.optim's Adam or SGD with momentum, without decay; moments in place.
+    """Step weights by torch.optim's Adam or SGD with momentum, without decay; moments in place.
 
     `lanes` are their columns, which of them there are, and the place of their scales. `w` and `g` must be 0
     in the others.
@@ -103,7 +104,7 @@ def stepped(w, g, m_ptrs, v_ptrs, m_scale_ptr, v_scale_ptr, row_hash, lanes, rat
 
 @triton.jit
 def load_rates(hyper_ptr):
-    """What `stepped` needs of the step's numbers."""
+    """Load what `stepped` needs of the step's numbers."""
     lr, eps = tl.load(hyper_ptr + LR), tl.load(hyper_ptr + EPS)
     beta1, rest1 = tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + REST1)
     beta2, rest2 = tl.load(hyper_ptr + BETA2), tl.load(hyper_ptr + REST2)
