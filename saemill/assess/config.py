@@ -14,12 +14,12 @@ class Thresholds:
     """What a healthy SAE reaches."""
 
     min_loss_recovered: float = setting(
-        0.60, "Least share of the loss recovered, against zero-ablation", least=-1, most=LARGEST
+        0.60, "Least loss recovered of a healthy SAE, against zero-ablation", least=-1, most=LARGEST
     )
-    min_l0: float = setting(20.0, "Least active latents per token", least=0, most=LARGEST)
-    max_l0: float = setting(200.0, "Most active latents per token", least=0, most=LARGEST)
-    max_dead_fraction: float = setting(0.20, "Largest share of dead latents")
-    max_absorption: float = setting(0.25, "Largest absorption")
+    min_l0: float = setting(20.0, "Fewest active latents per token of a healthy SAE", least=0, most=LARGEST)
+    max_l0: float = setting(200.0, "Most active latents per token of a healthy SAE", least=0, most=LARGEST)
+    max_dead_fraction: float = setting(0.20, "Largest share of dead latents of a healthy SAE")
+    max_absorption: float = setting(0.25, "Largest absorption of a healthy SAE")
 
     def __post_init__(self) -> None:
         check(self)

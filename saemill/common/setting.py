@@ -17,7 +17,7 @@ from saemill.common.errors import ConfigError
 T = TypeVar("T")
 KEY = "setting"
 """Of a field's metadata."""
-DEVICE = "cpu, cuda, cuda:1, …"
+DEVICE = "Device: cpu, cuda, cuda:1, …"
 """The help of the setting `device`, which all stages that compute have."""
 SHORTENED = 100_000
 """From this whole number on, round thousands are written with a suffix: 500k, 1M."""
@@ -45,7 +45,7 @@ class Setting:
     """The interval of its number, as in `[0, 1)`."""
 
     def problem(self, number: float) -> str:
-        """What the number must be and is not; empty if it may be so."""
+        """Say what the number must be and is not; empty if it may be so."""
         if self.within:
             low, high = (float(end) for end in self.within[1:-1].split(","))
             excluded = {"(": low}.get(self.within[0]), {")": high}.get(self.within[-1])
@@ -57,7 +57,7 @@ class Setting:
 
 
 def about(help: str, **marks: Any) -> dict[str, Setting]:
-    """The metadata of a field without a default: `out: Path = field(metadata=about("Folder to write"))`.
+    """Make the metadata of a field without a default: `out: Path = field(metadata=about("Folder to write"))`.
 
     Args:
         help: what it is, with its unit.
@@ -67,20 +67,20 @@ def about(help: str, **marks: Any) -> dict[str, Setting]:
 
 
 def setting(default: T, help: str, **marks: Any) -> T:
-    """A field with a default, and what is known of it; see `about`."""
+    """Make a field with a default, and what is known of it; see `about`."""
     made: T = field(default=default, metadata=about(help, **marks))
     return made
 
 
-def like(config: Any, name: str, **changes: Any) -> Any:
-    """A field for one value of another config's setting, with its default and bounds.
+def like(cls: Any, name: str, **changes: Any) -> Any:
+    """Make a field for one value of another config's setting, with its default, help and bounds.
 
     Args:
-        config: the other config.
+        cls: the other config.
         name: of its setting. Of one that forms a grid, the default is the first value.
         changes: marks that differ, and `default`; `dataclasses.MISSING` for one that must be given.
     """
-    default, marks = default_of(config, name), of(config)[name]
+    default, marks = default_of(cls, name), of(cls)[name]
     if "default" in changes:
         default = changes.pop("default")
     elif marks.axis is not None:
@@ -88,23 +88,23 @@ def like(config: Any, name: str, **changes: Any) -> Any:
     return field(default=default, metadata={KEY: dataclasses.replace(marks, axis=None, **changes)})
 
 
-def default_of(config: Any, name: str) -> Any:
+def default_of(cls: Any, name: str) -> Any:
     """Find the default of a setting; `dataclasses.MISSING` for one that must be given."""
-    return next(item.default for item in dataclasses.fields(config) if item.name == name)
+    return next(item.default for item in dataclasses.fields(cls) if item.name == name)
 
 
-def of(config: Any) -> dict[str, Setting]:
-    """What is known of a config's settings, by name; of a plain field only that it decides the result."""
-    return {item.name: item.metadata.get(KEY, Setting("")) for item in dataclasses.fields(config)}
+def of(cls: Any) -> dict[str, Setting]:
+    """List what is known of the settings of a config or its class; of a plain field, that it decides."""
+    return {item.name: item.metadata.get(KEY, Setting("")) for item in dataclasses.fields(cls)}
 
 
-def axes(config: Any) -> dict[str, str]:
-    """The settings whose lists form a grid, with what stands before their values in a variant's name."""
-    return {name: marks.axis for name, marks in of(config).items() if marks.axis is not None}
+def axes(cls: Any) -> dict[str, str]:
+    """List the settings whose values form a grid, with what stands before each value in a variant's name."""
+    return {name: marks.axis for name, marks in of(cls).items() if marks.axis is not None}
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The settings that decide the result, as plain values."""
+    """Collect the settings that decide the result, as plain values."""
     known = of(config)
     return {name: value for name, value in plain(config).items() if known[name].decides}
 
@@ -123,7 +123,7 @@ def check(config: Any) -> None:
 
 
 def written(value: Any) -> str:
-    """A default as help shows it: 32, 0.8,0.95, 500k, on; empty for one that says nothing."""
+    """Write a default as help shows it: 32, 0.8,0.95, 500k, on; empty for one that says nothing."""
     if isinstance(value, bool):
         return "on" if value else ""
     if isinstance(value, tuple):

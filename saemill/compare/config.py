@@ -18,7 +18,7 @@ class CompareConfig:
     out: Path | None = setting(None, "Folder for a report", by_default="none")
     """Gets comparison.json, matches.parquet and report.html."""
     by: Literal["decoder", "encoder", "activations"] = setting(
-        "decoder", "What tells how alike two latents are", metavar="WHAT"
+        "decoder", "What latents are compared by", metavar="WHAT"
     )
     """The cosine of their rows, or the correlation of their codes."""
     matching: Literal["assignment", "nearest"] = setting(

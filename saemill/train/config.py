@@ -50,7 +50,7 @@ class TrainConfig:
     """More than the store has means several epochs."""
     epochs: int | None = setting(None, "Passes over the store, in place of max-tokens", least=1)
     """1 if neither is given."""
-    optimizer: Literal["adam", "sgd"] = setting("adam", "What steps the weights")
+    optimizer: Literal["adam", "sgd"] = setting("adam", "Optimizer")
     optimizer_state: Literal["fp32", "bf16", "8bit"] = setting(
         "fp32", "How Adam's moments are kept", metavar="TYPE"
     )
@@ -114,7 +114,7 @@ class TrainConfig:
     )
     """See `sweep.halving`."""
     halving_metric: Literal["fvu", "loss", "dead_fraction"] | None = setting(
-        None, "By which the worse half is chosen", by_default="fvu"
+        None, "Figure that tells the worse half", by_default="fvu"
     )
     data_ranks: int | None = setting(
         None,
