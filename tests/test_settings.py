@@ -11,8 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saemill.assess.run import AssessConfig
-from saemill.assess.verdict import Thresholds
+from saemill.assess.config import AssessConfig, Thresholds
 from saemill.cache.run import CacheConfig
 from saemill.common import config, yaml_text
 from saemill.common.config import SECTIONS, build, plain, read_sections, resolve

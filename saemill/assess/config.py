@@ -1,67 +1,67 @@
-"""The settings of the stage, and what of them decides its result."""
+"""The settings of `saemill assess`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saemill.assess.verdict import Thresholds
-from saemill.common import config as settings
-from saemill.common import durable
-from saemill.common.errors import ConfigError, StoreError
-from saemill.common.stores import assessments, runs
-from saemill.common.stores.tokens import TokenStore
+from saemill.common.config import LARGEST
+from saemill.common.errors import ConfigError
+from saemill.common.setting import DEVICE, about, check, identity, setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """What a healthy SAE reaches."""
+
+    min_loss_recovered: float = setting(
+        0.60, "Least loss recovered of a healthy SAE, against zero-ablation", least=-1, most=LARGEST
+    )
+    min_l0: float = setting(20.0, "Fewest active latents per token of a healthy SAE", least=0, most=LARGEST)
+    max_l0: float = setting(200.0, "Most active latents per token of a healthy SAE", least=0, most=LARGEST)
+    max_dead_fraction: float = setting(0.20, "Largest share of dead latents of a healthy SAE")
+    max_absorption: float = setting(0.25, "Largest absorption of a healthy SAE")
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("min_loss_recovered", "max_dead_fraction", "max_absorption"):
+            if not getattr(self, name) <= 1 or (name.startswith("max") and getattr(self, name) < 0):
+                raise ConfigError(f"{name} must be a share, at most 1, got {getattr(self, name)}")
+        if self.min_l0 > self.max_l0:
+            raise ConfigError(f"min_l0 must be at most max_l0 ({self.max_l0}), got {self.min_l0}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssessConfig:
     """Settings of the stage."""
 
-    run: Path
-    """Folder of a finished run."""
-    acts: Path | None = None
-    """The activation store, if it is no longer where training read it."""
-    model: str | None = None
-    """Hub id or local folder; by default the one that was cached."""
-    with_model: bool = True
-    """Whether the model is run with the SAEs spliced in; false leaves out the losses."""
-    tokens: Path | None = None
-    """Token store to assess on instead of the held-out rows."""
-    out: Path | None = None
-    """Folder to write; by default the run's folder, or `on-<name>` in it for other tokens."""
-    max_tokens: int = 1_000_000
-    """Most tokens for reconstruction and firing."""
-    model_tokens: int = 100_000
-    """Most tokens for the losses, in whole rows."""
-    batch_size: int = 8
-    """Rows per forward pass."""
-    device: str = "auto"
-    dead_percentage_threshold: float = 0.0005
-    """Share of the tokens; a latent that fires on fewer counts as dead."""
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    latents: tuple[int, ...] = ()
-    """Latents of the shown variant whose contexts are wanted, beside random live ones."""
-    variant: str | None = None
-    """The variant whose latents are shown; by default the best."""
-    n_latents: int = 12
-    """Random live latents shown."""
-    n_contexts: int = 8
-    """Contexts per latent, at most one per document."""
-    context_tokens: int = 500_000
-    """Most tokens searched for contexts."""
-    log_to_wandb: bool | None = None
-    """Whether the assessment goes to the run's wandb runs; by default where training logged to wandb."""
+    run: Path = field(metadata=about("A folder made by `saemill train`", decides=False))
+    acts: Path | None = setting(None, "The activation store, if it moved", decides=False)
+    model: str | None = setting(None, "The model, if not where it was cached from", decides=False)
+    with_model: bool = setting(True, "Measure losses with the SAE spliced into the model")
+    tokens: Path | None = setting(None, "Assess on this token store, not the held-out rows")
+    out: Path | None = setting(None, "Where to write", by_default="the run's folder", decides=False)
+    """By default `on-<name>` in the run's folder for other tokens."""
+    max_tokens: int = setting(1_000_000, "Most tokens for reconstruction and firing", least=1)
+    model_tokens: int = setting(100_000, "Most tokens for the losses, in whole rows", least=1)
+    batch_size: int = setting(8, "Rows per forward pass", metavar="ROWS", least=1)
+    device: str = setting("auto", DEVICE, decides=False)
+    dead_percentage_threshold: float = setting(
+        0.0005, "A latent active on a smaller share of tokens is dead", within="[0, 1)"
+    )
+    thresholds: Thresholds = setting(Thresholds(), "What a healthy SAE reaches")
+    latents: tuple[int, ...] = setting(
+        (), "Latents to show beside random ones", metavar="I,J", least=0, most=LARGEST
+    )
+    variant: str | None = setting(None, "Whose latents are shown", by_default="the best")
+    n_latents: int = setting(12, "Random live latents to show", least=0)
+    n_contexts: int = setting(8, "Contexts per latent, at most one per document", least=1)
+    context_tokens: int = setting(500_000, "Most tokens searched for contexts", least=1)
+    log_to_wandb: bool | None = setting(
+        None, "Add it to the run's wandb runs", by_default="as the run was", decides=False
+    )
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "model_tokens", "batch_size", "n_contexts", "context_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if not 0 <= self.dead_percentage_threshold < 1:
-            raise ConfigError(
-                f"dead_percentage_threshold must be in [0, 1), got {self.dead_percentage_threshold}"
-            )
-        settings.at_least(self, 0, "latents")
-        if self.n_latents < 0:
-            raise ConfigError(f"n_latents must be 0 or more, got {self.n_latents}")
+        check(self)
         if self.variant is not None and self.n_latents == 0 and not self.latents:
             raise ConfigError("variant has no effect where no latent is shown; leave it out")
         if self.model is not None and not self.with_model and self.tokens is None:
@@ -72,32 +72,6 @@ class AssessConfig:
         """Return the folder that the assessment is written to."""
         return self.out or (self.run if self.tokens is None else self.run / f"on-{self.tokens.name}")
 
-    def is_done(self) -> bool:
-        """Tell whether the folder holds, whole, the assessment of this run, on this text, by these
-        settings."""
-        try:
-            assessment = assessments.read(self.folder)
-            is_whole = not assessments.problems(self.folder)
-        except StoreError:  # assessed again, it is whole
-            return False
-        try:
-            of = self.of()
-        except FileNotFoundError:
-            return False
-        return is_whole and (assessment["settings"], assessment["of"]) == (self.identity(), of)
-
-    def of(self) -> str:
-        """Hash what is assessed: the run, whose SAEs know their store, and the tokens if they are named.
-
-        Raises:
-            FileNotFoundError: the run or the tokens are unfinished.
-        """
-        run = durable.hash_file(self.run / runs.FINISHED)
-        if self.tokens is None:
-            return run
-        return durable.hash_json([run, TokenStore(self.tokens).fingerprint])
-
     def identity(self) -> dict[str, Any]:
-        """List the settings that decide the result, except the run."""
-        skip = ("run", "acts", "model", "out", "device", "log_to_wandb")
-        return {key: value for key, value in settings.plain(self).items() if key not in skip}
+        """Collect the settings that decide the result, but for the run."""
+        return identity(self)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from saemill.assess import verdict
+from saemill.assess.config import Thresholds
 from saemill.assess.dealing import for_each
 from saemill.assess.reconstruction import FAR_METRICS, Reconstruction, absorption, random_absorption
 from saemill.assess.splicing import Splicing, absent_metrics
 from saemill.assess.sums import Figure, Ratio, Split, absent, number
-from saemill.assess.verdict import Thresholds
 from saemill.common import config as settings
 from saemill.common.log import counted
 from saemill.common.sae.sae import Sae

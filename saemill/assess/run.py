@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from saemill.assess.config import AssessConfig as AssessConfig
+from saemill.assess.done import hash_of
 from saemill.assess.evalset import EvalSet
 from saemill.assess.features import describe_latents
 from saemill.assess.inputs import open_model, open_run, open_tokens
@@ -49,7 +50,7 @@ def _assess(
     started = time.perf_counter()
     trained = open_run(config, device)
     other = open_tokens(config, trained)
-    content_hash, out = config.of(), config.folder
+    content_hash, out = hash_of(config), config.folder
     settings.check_folder(out)
     to_wandb = everyone.first(lambda: _logs_to_wandb(config))
     model, model_check = open_model(config, trained, other, device)

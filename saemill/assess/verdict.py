@@ -2,34 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from saemill.assess.config import Thresholds
 from saemill.assess.sums import NOT_FINITE, Figure
-from saemill.common import config as settings
-from saemill.common.errors import ConfigError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Thresholds:
-    """What a healthy SAE reaches."""
-
-    min_loss_recovered: float = 0.60
-    """Least loss recovered, against zero-ablation."""
-    min_l0: float = 20.0
-    max_l0: float = 200.0
-    max_dead_fraction: float = 0.20
-    max_absorption: float = 0.25
-
-    def __post_init__(self) -> None:
-        settings.at_least(self, 0, "min_l0", "max_l0")
-        settings.at_least(self, -1, "min_loss_recovered")
-        for name in ("min_loss_recovered", "max_dead_fraction", "max_absorption"):
-            if not getattr(self, name) <= 1 or (name.startswith("max") and getattr(self, name) < 0):
-                raise ConfigError(f"{name} must be a share, at most 1, got {getattr(self, name)}")
-        if self.min_l0 > self.max_l0:
-            raise ConfigError(f"min_l0 must be at most max_l0 ({self.max_l0}), got {self.min_l0}")
-
 
 Check = dict[str, Any]
 """`name`, `value`, `threshold`, `passed`: true, false, or null with a `reason`.

@@ -1,11 +1,12 @@
-"""The settings of `saemill cache`."""
+"""The settings of `saemill cache`. What is left open is as in the store that is added to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from saemill.common import elsewhere
 from saemill.common.errors import ConfigError
+from saemill.common.setting import DEVICE, about, check, setting
 from saemill.common.stores.mask import MaskConfig
 
 
@@ -13,49 +14,48 @@ from saemill.common.stores.mask import MaskConfig
 class CacheConfig:
     """Settings of the stage."""
 
-    tokens: Path
-    """A token store."""
-    model: str
-    """Hub id or local folder."""
-    out: Path
-    """Folder of the activation store, new or to be added to."""
-    layers: tuple[int, ...] = ()
-    """Blocks whose outgoing residual stream is cached; -1 is the last."""
-    sites: tuple[str, ...] = ()
-    """Globs over module paths, and `residual.<layer>`."""
-    layer_stride: int | None = None
-    """Stride over blocks, from block 0: in place of `layers` and `sites`."""
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Stored type of activations; by default as the store that is added to, else bf16."""
-    model_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Type that the model computes in; auto: as for the store that is added to, else bf16 on a GPU and fp32
-    on a CPU."""
-    max_tokens: int | None = None
-    """Most tokens to cache, from the first rows on; by default as many as are in the store that is added to,
-    else all."""
-    batch_size: int = 16
-    """Rows per forward pass."""
-    shard_tokens: int | None = None
-    """Tokens per shard file, rounded down to whole rows (one at least); by default as the store that is
-    added to, else 65,536."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, …"""
-    revision: str | None = None
-    """The hub model's revision."""
-    mask: MaskConfig | None = None
-    """Positions that statistics, training and assessment leave out; nothing is left out on disk. By
-    default as the store that is added to, else those of `MaskConfig`."""
-    allow_other_tokenizer: bool = False
-    """Whether tokens of another tokenizer than the one that comes with the model are accepted."""
-    load_in_8bit: bool | None = None
-    """Whether the model's weights are loaded as 8-bit integers, with bitsandbytes on a CUDA device; by
-    default as for the store that is added to, else not."""
+    tokens: Path = field(metadata=about("A folder made by `saemill tokenize`", decides=False))
+    model: str = field(metadata=about("Hub id or folder of the model"))
+    out: Path = field(metadata=about("Activation store, new or to be added to", decides=False))
+    layers: tuple[int, ...] = setting(
+        (), "Residual stream after these blocks: 2,4; -1 is the last", metavar="I,J"
+    )
+    sites: tuple[str, ...] = setting(
+        (), "Globs over module paths and residual.N: 'layers.*.mlp'", metavar="GLOBS"
+    )
+    layer_stride: int | None = setting(None, "Every N-th block, from block 0", least=1)
+    """In place of `layers` and `sites`."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = setting(
+        None, "Type of the stored activations", by_default="the store's, or bf16", metavar="TYPE"
+    )
+    model_dtype: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto",
+        "Type the model computes in",
+        by_default="auto: the store's, or bf16 on a GPU, fp32 on a CPU",
+        metavar="TYPE",
+    )
+    max_tokens: int | None = setting(
+        None, "Cache only the first rows, at most so many tokens", by_default="the store's, or all"
+    )
+    batch_size: int = setting(16, "Rows per forward pass", metavar="ROWS", decides=False, least=1)
+    shard_tokens: int | None = setting(
+        None, "Tokens per shard file, in whole rows", by_default="the store's, or 65536", least=1
+    )
+    device: str = setting("auto", DEVICE, decides=False)
+    revision: str | None = setting(None, "The hub model's revision", metavar="REV")
+    mask: MaskConfig | None = setting(
+        None,
+        "Positions that statistics, training and assessment leave out",
+        by_default="the store's, or those of `MaskConfig`",
+    )
+    """Nothing is left out on disk."""
+    allow_other_tokenizer: bool = setting(False, "Take tokens of another tokenizer than the model's")
+    load_in_8bit: bool | None = setting(
+        None, "Weights as 8-bit integers, by bitsandbytes on CUDA", by_default="the store's, or off"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "shard_tokens", "layer_stride"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {value}")
+        check(self)
         chosen = [name for name in ("layers", "sites", "layer_stride") if getattr(self, name)]
         if not chosen:
             raise ConfigError(

@@ -1,37 +1,171 @@
-"""What flags of several commands share: their types, and how a stage's config is made of them."""
+"""Flags from settings: a command names which it has, in its order; what they are the config says.
 
+    @command(TrainConfig, "train", argument("acts"), "site", OUT, "k", …)
+    def train(config: TrainConfig) -> None: …
+
+`--config` and `--set`, which reach every setting, come last.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+
+from saemill.common import setting
+from saemill.common.config import resolve
 
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file with a section per command.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, dots reach inside.")
 ]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+METAVARS = {int: "N", float: "X", str: "NAME"}
+"""What stands for a value of a type, and for a list of them with `,…` behind it."""
 
 
-def option(text: str, metavar: str = "N", *names: str) -> Any:
-    """A flag whose value the config parses; one of a list is annotated `list[str] | None`."""
-    return typer.Option(*names, help=text, metavar=metavar)
+def option(text: str, metavar: str) -> Any:
+    """Make a flag of a command that has no config."""
+    return typer.Option(help=text, metavar=metavar)
 
 
-def collected(values: dict[str, Any]) -> dict[str, Any]:
-    """A command's arguments, lists with all that their flags named, as the config parses them."""
-    return {name: _joined(value) if isinstance(value, list) else value for name, value in values.items()}
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A setting as a word of the command line."""
+
+    setting: str
+    """Its name; dots reach into groups."""
+    names: tuple[str, ...] = ()
+    """Of the flag; by default as the setting, with dashes. A switch whose name is given cannot be off."""
+    help: str | None = None
+    """In place of the setting's own."""
+    by_default: str | None = None
+    """In place of the setting's own."""
+    is_argument: bool = False
 
 
-def _joined(values: list[Any]) -> str | None:
-    return ",".join(map(str, values)) or None
+def flag(setting: str, *names: str, help: str | None = None, by_default: str | None = None) -> Flag:
+    """Make a flag that is not called as its setting is, or means less than it."""
+    return Flag(setting, names, help, by_default)
 
 
-def resolved(cls: Any, section: str, values: dict[str, Any]) -> Any:
-    """A stage's config from a command's arguments."""
-    import dataclasses
+def argument(setting: str) -> Flag:
+    """Make a setting that is given without the name of a flag."""
+    return Flag(setting, is_argument=True)
 
-    from saemill.common.config import resolve
 
-    fields = {field.name for field in dataclasses.fields(cls)}
-    given = {name: value for name, value in values.items() if name.split(".")[0] in fields}
-    return resolve(cls, section, collected(given), values["config"], values["set_"] or ())
+OUT = flag("out", "-o", "--out")
+
+
+def command(
+    cls: Any, section: str, *flags: str | Flag
+) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Give a command flags; it is called with the config that they make.
+
+    Args:
+        cls: the config's dataclass.
+        section: of a YAML file.
+        flags: the settings that have one, in the order of the help.
+    """
+
+    def decorate(function: Callable[[Any], None]) -> Callable[..., None]:
+        @with_flags(cls, *flags)
+        def called(*, flags: Mapping[str, Any], config: Config = None, set_: Sets = None) -> None:
+            function(resolve(cls, section, flags, config, set_ or ()))
+
+        called.__name__, called.__doc__ = function.__name__, function.__doc__
+        return called
+
+    return decorate
+
+
+def with_flags(configs: Any, *flags: str | Flag) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Put flags into a function's signature, in the place of its parameter `flags`, which gets their values.
+
+    Args:
+        configs: a config, or some by name; the settings' names begin with it.
+        flags: see `command`. None of their values means not given.
+    """
+    settings = [item if isinstance(item, Flag) else Flag(item) for item in flags]
+    by_parameter = {item.setting.rpartition(".")[2]: item for item in settings}
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        def called(**values: Any) -> None:
+            told = {item.setting: _joined(values.pop(name)) for name, item in by_parameter.items()}
+            function(flags=told, **values)
+
+        called.__name__, called.__doc__ = function.__name__, function.__doc__
+        parameters: dict[str, inspect.Parameter] = {}
+        for own in inspect.signature(function).parameters.values():
+            if own.name == "flags":
+                parameters |= {name: _parameter(name, configs, item) for name, item in by_parameter.items()}
+            else:
+                parameters[own.name] = own
+        called.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+        return called
+
+    return decorate
+
+
+def _joined(value: Any) -> Any:
+    """Join the values of a list as the config parses them; paths not, for a comma may be in one."""
+    if not isinstance(value, list):
+        return value
+    if any(isinstance(item, Path) for item in value):
+        return tuple(value)
+    return ",".join(value) or None
+
+
+def _parameter(name: str, configs: Any, item: Flag) -> inspect.Parameter:
+    """Make the parameter that typer makes a flag or an argument of."""
+    config, (*groups, last) = configs, item.setting.split(".")
+    for group in groups:
+        config = config[group] if isinstance(config, Mapping) else _hints(config)[group]
+    hint, marks = _given(_hints(config)[last]), _known(config)[last]
+    by_default = marks.by_default if item.by_default is None else item.by_default
+    if by_default is None:
+        by_default = setting.written(setting.default_of(config, last))
+    text = f"{marks.help if item.help is None else item.help}{_choices(hint)}"
+    text = f"{text} [{by_default}]." if by_default else f"{text}."
+    if item.is_argument:
+        info = typer.Argument(help=text)
+    else:
+        info = typer.Option(*item.names, help=text, metavar=marks.metavar or _metavar(hint))
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[_parsed(hint) | None, info]
+    )
+
+
+_hints, _known = cache(get_type_hints), cache(setting.of)
+
+
+def _given(hint: Any) -> Any:
+    """Return the type of a setting that is not left open."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    return kinds[0] if get_origin(hint) in (Union, UnionType) and len(kinds) == 1 else hint
+
+
+def _parsed(hint: Any) -> Any:
+    """Return the type that typer parses: that of switches and paths; all other text the config parses."""
+    if get_origin(hint) is tuple:
+        return list[Path] if get_args(hint)[0] is Path else list[str]
+    return hint if hint in (bool, Path) else str
+
+
+def _choices(hint: Any) -> str:
+    """List the words that a setting may be, for the end of its help."""
+    if get_origin(hint) is not Literal:
+        return ""
+    *others, last = get_args(hint)
+    return f": {', '.join(others)} or {last}"
+
+
+def _metavar(hint: Any) -> str | None:
+    """Choose what stands for the value in help; None for what typer says itself."""
+    if get_origin(hint) is tuple:
+        first, last = _metavar(get_args(hint)[0]), get_args(hint)[-1]
+        return f"{first},{'…' if last is Ellipsis else first}"
+    return None if hint in (bool, Path) else METAVARS.get(hint, "NAME")

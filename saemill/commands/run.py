@@ -1,132 +1,69 @@
 """The whole pipeline as one command: run; and many of them: matrix."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from saemill.commands.flags import Config, collected, option
+from saemill.assess.config import AssessConfig
+from saemill.cache.config import CacheConfig
+from saemill.commands.flags import Config, flag, option, with_flags
+from saemill.common.setting import DEVICE
+from saemill.pipeline.config import RunConfig
+from saemill.tokenize.config import TokenizeConfig
+from saemill.train.config import TrainConfig
 
-SETTINGS = {
-    "tokenizer": ("tokenize.tokenizer",),
-    "split": ("tokenize.split",),
-    "subset": ("tokenize.subset",),
-    "text_column": ("tokenize.text_column",),
-    "ctx_len": ("tokenize.ctx_len",),
-    "max_tokens": ("tokenize.max_tokens",),
-    "streaming": ("tokenize.streaming",),
-    "shuffle_seed": ("tokenize.shuffle_seed",),
-    "held_out_fraction": ("tokenize.held_out_fraction",),
-    "repack": ("tokenize.repack",),
-    "num_proc": ("tokenize.num_proc",),
-    "revision": ("cache.revision",),
-    "layers": ("cache.layers",),
-    "layer_stride": ("cache.layer_stride",),
-    "sites": ("cache.sites",),
-    "load_in_8bit": ("cache.load_in_8bit",),
-    "k": ("train.k",),
-    "expansion_factor": ("train.expansion_factor",),
-    "num_latents": ("train.num_latents",),
-    "lr": ("train.lr",),
-    "seeds": ("train.seeds",),
-    "batch_size": ("train.batch_size",),
-    "grad_acc_steps": ("train.grad_acc_steps",),
-    "epochs": ("train.epochs",),
-    "optimizer": ("train.optimizer",),
-    "weight_decay": ("train.weight_decay",),
-    "warmup_steps": ("train.warmup_steps",),
-    "auxk_alpha": ("train.auxk_alpha",),
-    "dead_after_tokens": ("train.dead_after_tokens",),
-    "loss": ("train.loss",),
-    "save_every": ("train.save_every",),
-    "resume": ("train.resume",),
-    "log_to_wandb": ("train.log_to_wandb",),
-    "wandb_project": ("train.wandb_project",),
-    "wandb_log_frequency": ("train.log_every",),
-    "dead_percentage_threshold": ("assess.dead_percentage_threshold",),
-    "device": ("device",),
-    "save_dir": ("run.save_dir",),
-    "run_name": ("run.run_name",),
+CONFIGS = {
+    "tokenize": TokenizeConfig,
+    "cache": CacheConfig,
+    "train": TrainConfig,
+    "assess": AssessConfig,
+    "run": RunConfig,
 }
-"""What each flag sets; any other setting goes by `--set stage.key=value`."""
+FLAGS = (
+    *("cache.layers", "cache.layer_stride"),
+    flag("cache.sites", "--sites", "--hookpoints"),
+    *("train.k", "train.expansion_factor", "train.num_latents"),
+    flag("train.seeds", "--seeds", "--init-seeds"),
+    "train.lr",
+    flag("tokenize.max_tokens", help="Tokens to read and cache", by_default="all of the dataset"),
+    flag("train.epochs", help="Passes of training over them", by_default="1"),
+    "tokenize.ctx_len",
+    flag("train.batch_size", help="Tokens, not rows, per batch"),
+    "train.grad_acc_steps",
+    *("tokenize.split", "tokenize.subset", "tokenize.text_column", "tokenize.streaming"),
+    *("tokenize.held_out_fraction", "tokenize.shuffle_seed"),
+    flag("tokenize.repack", "--repack"),
+    flag("tokenize.num_proc", "--num-proc", "--data-preprocessing-num-proc"),
+    flag("tokenize.tokenizer", by_default="the model's own"),
+    "cache.revision",
+    flag("cache.load_in_8bit", by_default="off"),
+    flag("train.loss", "--loss", "--loss-fn"),
+    *("train.optimizer", "train.weight_decay"),
+    flag("train.warmup_steps", "--warmup-steps", "--lr-warmup-steps"),
+    "train.auxk_alpha",
+    flag("train.dead_after_tokens", "--dead-after-tokens", "--dead-feature-threshold"),
+    flag(
+        "assess.dead_percentage_threshold",
+        help="A latent active on a smaller share of tokens is dead when assessed",
+    ),
+    *("train.save_every", "run.save_dir", "run.run_name", "train.resume"),
+    *("train.log_to_wandb", "train.wandb_project"),
+    flag("train.log_every", "--wandb-log-frequency", help="Steps between log lines, there and here"),
+)
+"""What `run` has flags for, in the order of its help; any other setting goes by `--set stage.key=value`."""
 
 
+@with_flags(CONFIGS, *FLAGS)
 def run(
+    *,
     model: Annotated[
         str | None, typer.Argument(help="Hub id or folder of the model; or a config file, alone.")
     ] = None,
     dataset: Annotated[str | None, typer.Argument(help="Hub id, file or folder of the text.")] = None,
-    layers: Annotated[
-        list[str] | None, option("Residual stream after these blocks: 2,4; -1 is the last.", "I,J")
-    ] = None,
-    layer_stride: Annotated[str | None, option("Every N-th block, from block 0.")] = None,
-    sites: Annotated[
-        list[str] | None,
-        option("Globs over module paths: 'layers.*.mlp'.", "GLOBS", "--sites", "--hookpoints"),
-    ] = None,
-    k: Annotated[list[str] | None, option("Active latents per token [32].", "K,…")] = None,
-    expansion_factor: Annotated[list[str] | None, option("Latents as multiples of D [8].", "N,…")] = None,
-    num_latents: Annotated[list[str] | None, option("Latents, in place of the factor.", "N,…")] = None,
-    seeds: Annotated[
-        list[str] | None, option("Seeds of the initial weights [0].", "N,…", "--seeds", "--init-seeds")
-    ] = None,
-    lr: Annotated[list[str] | None, option("Peak learning rates [auto].", "LR,…")] = None,
-    max_tokens: Annotated[str | None, option("Tokens to read and cache [all of the dataset].")] = None,
-    epochs: Annotated[str | None, option("Passes of training over them [1].")] = None,
-    ctx_len: Annotated[
-        str | None, option("Tokens per row [512, or the length of the rows of ids, where all have one].")
-    ] = None,
-    batch_size: Annotated[str | None, option("Tokens, not rows, per batch [4096].")] = None,
-    grad_acc_steps: Annotated[str | None, option("Batches per optimizer step [1].")] = None,
-    split: Annotated[str | None, option("Split of the dataset [train].", "NAME")] = None,
-    subset: Annotated[str | None, option("The hub dataset's configuration.", "NAME")] = None,
-    text_column: Annotated[str | None, option("Column that holds the text [text].", "NAME")] = None,
-    streaming: Annotated[bool | None, typer.Option(help="Read no more than max-tokens needs.")] = None,
-    held_out_fraction: Annotated[str | None, option("Share of documents to assess on [0.05].", "X")] = None,
-    shuffle_seed: Annotated[str | None, option("Order of the documents [42].")] = None,
-    repack: Annotated[
-        bool | None, typer.Option("--repack", help="Pack rows of ids anew, even where all have ctx-len.")
-    ] = None,
-    num_proc: Annotated[
-        str | None, option("Processes that tokenize [1].", "N", "--num-proc", "--data-preprocessing-num-proc")
-    ] = None,
-    tokenizer: Annotated[str | None, option("Hub id or folder [the model's own].", "NAME")] = None,
-    revision: Annotated[str | None, option("The hub model's revision.", "REV")] = None,
-    load_in_8bit: Annotated[bool | None, typer.Option(help="Model in 8 bit: bitsandbytes, CUDA.")] = None,
-    loss: Annotated[str | None, option("fvu or mse [fvu].", "KIND", "--loss", "--loss-fn")] = None,
-    optimizer: Annotated[str | None, option("adam or sgd [adam].", "NAME")] = None,
-    weight_decay: Annotated[str | None, option("Of the encoder's weights [0].", "X")] = None,
-    warmup_steps: Annotated[
-        str | None,
-        option("Steps of warm-up [a 20th of the run].", "N", "--warmup-steps", "--lr-warmup-steps"),
-    ] = None,
-    auxk_alpha: Annotated[str | None, option("Weight of the loss on dead latents [1/32].", "X")] = None,
-    dead_after_tokens: Annotated[
-        str | None,
-        option(
-            "Dead in training after so many idle tokens [a 10th of the run].",
-            "N",
-            "--dead-after-tokens",
-            "--dead-feature-threshold",
-        ),
-    ] = None,
-    dead_percentage_threshold: Annotated[
-        str | None, option("Dead when assessed below this share of tokens [0.0005].", "X")
-    ] = None,
-    save_every: Annotated[str | None, option("Steps between checkpoints [1000].")] = None,
-    save_dir: Annotated[
-        str | None, option("Folder of tokens, activations and runs [saemill-out].", "DIR")
-    ] = None,
-    run_name: Annotated[
-        str | None, option("The run's folder in it, and wandb's group [by content].", "NAME")
-    ] = None,
-    resume: Annotated[bool | None, typer.Option(help="Off trains anew.")] = None,
-    log_to_wandb: Annotated[bool | None, typer.Option(help="One wandb run per variant, in a group.")] = None,
-    wandb_project: Annotated[str | None, option("The project [saemill].", "NAME")] = None,
-    wandb_log_frequency: Annotated[
-        str | None, option("Steps between log lines, there and here [10].")
-    ] = None,
-    device: Annotated[str | None, option("auto, cpu, cuda, cuda:1, …", "NAME")] = None,
+    flags: Mapping[str, Any],
+    device: Annotated[str | None, option(f"{DEVICE} [auto].", "NAME")] = None,
     config: Config = None,
     set_: Annotated[
         list[str] | None,
@@ -146,10 +83,8 @@ def run(
     """
     from saemill.pipeline.run import run as run_all
 
-    values = collected(locals())
     file, named = _config_file(model, dataset, config)
-    flags = {target: values[name] for name, targets in SETTINGS.items() for target in targets}
-    run_all(named, dataset, flags, file, set_ or ())
+    run_all(named, dataset, {**flags, "device": device}, file, set_ or ())
 
 
 def _config_file(

@@ -329,26 +329,6 @@ def count(value: Any) -> int:
     return number.numerator
 
 
-def at_least(config: Any, least: float, *names: str) -> None:
-    """Refuse settings that are less, NaN, or beyond what 64 bits hold; of a list each. Those left open pass.
-
-    Args:
-        config: the settings.
-        least: the smallest that is taken.
-        names: of the settings.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    for name in names:
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not least <= number <= LARGEST:
-                raise ConfigError(
-                    f"{name} must be {least} or more, and at most 2^63 - 1, got {shown(number)}"
-                )
-
-
 def plain(config: Any) -> dict[str, Any]:
     """A config as plain YAML and JSON values."""
 

@@ -1,10 +1,9 @@
 """`saemill compare`: every two dictionaries of some SAEs and runs, matched latent by latent."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +16,7 @@ from saemill.common.device import choose_device
 from saemill.common.errors import ConfigError
 from saemill.common.log import progress, say
 from saemill.compare.activations import MIN_FIRINGS, Codes, Stores, correlations, of_pairs
+from saemill.compare.config import CompareConfig as CompareConfig
 from saemill.compare.dictionaries import Dictionary, differing, find, pairs
 from saemill.compare.matching import Blocks, cosines
 from saemill.compare.pair import Latents, Matched
@@ -26,50 +26,6 @@ from saemill.compare.report import table, write_html
 FORMAT = "saemill comparison 1"
 ASSIGNMENT_LIMIT = 1 << 14
 MAX_TOKENS = 1 << 17
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompareConfig:
-    """Settings of the command."""
-
-    saes: tuple[Path, ...]
-    """Folders of SAEs, in any format that `Sae.load` reads, and of finished runs, for all of their SAEs."""
-    out: Path | None = None
-    """Folder for comparison.json, matches.parquet and report.html; by default nothing is written."""
-    by: Literal["decoder", "encoder", "activations"] = "decoder"
-    """Similarity of two latents: the cosine of their rows, or the correlation of their codes."""
-    matching: Literal["assignment", "nearest"] = "assignment"
-    """The best one-to-one assignment, or only nearest latents."""
-    assignment_limit: int | None = None
-    """Most latents of either dictionary for an assignment; by default 16,384."""
-    threshold: float = 0.7
-    """Similarity above which two matched latents count as shared."""
-    acts: tuple[Path, ...] = ()
-    """Activation stores, one per model, whose held-out tokens tell which latents fire and when."""
-    max_tokens: int | None = None
-    """Most of these tokens; by default 131,072."""
-    seed: int = 0
-    """Seed of the random dictionaries."""
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("assignment_limit", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {value}")
-        settings.at_least(self, 0, "seed")
-        if not -1 <= self.threshold < 1:
-            raise ConfigError(f"threshold must be in [-1, 1), got {self.threshold}")
-        if self.by == "activations" and not self.acts:
-            raise ConfigError(
-                "--by activations needs the activations of some tokens; name stores with --acts"
-            )
-        if self.max_tokens is not None and not self.acts:
-            raise ConfigError("max_tokens has no effect without acts; leave it out")
-        if self.by == "activations" and self.seed:
-            raise ConfigError("seed has no effect with --by activations; leave it out")
-        if self.assignment_limit is not None and self.matching == "nearest":
-            raise ConfigError("assignment_limit has no effect with matching nearest; leave it out")
 
 
 def run(config: CompareConfig) -> dict[str, Any]:

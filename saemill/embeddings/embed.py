@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import xxhash
@@ -22,65 +21,14 @@ from saemill.common.stores.shards import as_numpy
 from saemill.common.stores.site_records import DTYPES
 from saemill.common.stores.statistics import warnings
 from saemill.common.world import World, speak_for
+from saemill.embeddings.config import EmbedConfig as EmbedConfig
 from saemill.embeddings.rows import Form, Rows
 from saemill.embeddings.sources import Where, open_hub
-from saemill.embeddings.store import Plan, check_numbers, describe, fill, make_passages, open_store
+from saemill.embeddings.store import Plan, describe, fill, make_passages, open_store
 from saemill.embeddings.tables import Table, choose_column, strings
 
 GROUP_BATCHES = 8
 """Batches that the encoder gets at once; it sorts their texts by length, to pad less."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmbedConfig:
-    """Settings of the command."""
-
-    dataset: str
-    """Hub id, or local file or folder (parquet, jsonl(.gz), csv, arrow, txt, `save_to_disk`)."""
-    model: str
-    """Hub id or local folder of a sentence-transformers model."""
-    out: Path
-    """Folder of the activation store."""
-    text_column: str = "text"
-    id_column: str | None = None
-    """Column of ids; by default `id`, if there is one."""
-    subset: str | None = None
-    """The hub dataset's configuration."""
-    split: str | None = None
-    """Split of the dataset; by default train."""
-    revision: str | None = None
-    """The hub dataset's revision."""
-    model_revision: str | None = None
-    prompt: str | None = None
-    """Text put before each text, as some encoders want it."""
-    normalize: bool = False
-    """Whether each vector is divided by its length."""
-    dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
-    """Stored type of the vectors."""
-    model_dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
-    """Type that the model computes in, whatever its weights are stored as."""
-    site: str = "embedding"
-    """Name of the vectors in the store."""
-    batch_size: int = 32
-    """Texts per forward pass."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, …"""
-    max_rows: int | None = None
-    """Most texts to embed, the first ones."""
-    held_out_fraction: float = 0.1
-    """Share of the texts, chosen by a hash of them, that training never sees."""
-    shard_rows: int | None = None
-    """Rows per shard file; by default 64 MiB of them, at most 65,536."""
-
-    def __post_init__(self) -> None:
-        numbers = {"max_rows": self.max_rows, "shard_rows": self.shard_rows, "batch_size": self.batch_size}
-        check_numbers(self.held_out_fraction, **numbers)
-
-    def identity(self) -> dict[str, Any]:
-        """Collect the settings that decide the passages and vectors. The batch size is one: a batch's padding
-        changes a vector's last bits."""
-        skip = ("dataset", "out", "model", "device", "shard_rows", "dtype")
-        return {key: value for key, value in settings.plain(self).items() if key not in skip}
 
 
 def run(config: EmbedConfig) -> ActivationStore:

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,64 +17,12 @@ from saemill.common.stores.passages import PassageWriter
 from saemill.common.stores.site_records import DTYPES
 from saemill.common.stores.statistics import warnings
 from saemill.common.world import World, speak_for
+from saemill.embeddings.config import ImportConfig as ImportConfig
 from saemill.embeddings.rows import Form, Rows, Source
 from saemill.embeddings.sources import Where, open_source, open_table
-from saemill.embeddings.store import Plan, check_numbers, describe, fill, make_passages, open_store
+from saemill.embeddings.store import Plan, describe, fill, make_passages, open_store
 from saemill.embeddings.tables import Table
 from saemill.embeddings.texts import join
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportConfig:
-    """Settings of the command."""
-
-    source: str
-    """File, folder or glob (parquet, arrow, jsonl(.gz), npy, npz, pt, safetensors, raw rows), a folder that
-    `datasets` saved, or a hub id."""
-    out: Path
-    """Folder of the activation store."""
-    column: str | None = None
-    """Column of the vectors; by default `embedding`, or the only column of float lists. In npz, pt and
-    safetensors the name of the array."""
-    site: str | None = None
-    """Name of the vectors in the store; by default as the column, else `embedding`."""
-    id_column: str | None = None
-    """Column of ids; by default `id`, if there is one."""
-    text_column: str | None = None
-    """Column of texts; by default `text`, if there is one."""
-    texts: str | None = None
-    """Table of texts: joined by id, or by order where the embeddings have no ids."""
-    normalize: bool = False
-    """Whether each vector is divided by its length."""
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Stored type of the vectors; by default exactly as they come, but float64, JSON and normalized vectors
-    as fp32."""
-    width: int | None = None
-    """Width of raw rows."""
-    raw_dtype: Literal["fp32", "fp16", "bf16", "fp64"] | None = None
-    """Type of raw rows."""
-    subset: str | None = None
-    """The hub dataset's configuration."""
-    split: str | None = None
-    """Split of a dataset; by default train."""
-    revision: str | None = None
-    """The hub dataset's revision."""
-    max_rows: int | None = None
-    """Most rows to import, the first ones."""
-    held_out_fraction: float = 0.1
-    """Share of the rows, chosen by a hash of their text (without texts, of the id or the vector itself),
-    that training never sees."""
-    shard_rows: int | None = None
-    """Rows per shard file; by default 64 MiB of them, at most 65,536."""
-
-    def __post_init__(self) -> None:
-        numbers = {"max_rows": self.max_rows, "shard_rows": self.shard_rows, "width": self.width}
-        check_numbers(self.held_out_fraction, **numbers)
-
-    def identity(self) -> dict[str, object]:
-        """Collect the settings that decide the passages and vectors."""
-        skip = ("source", "out", "texts", "shard_rows", "dtype")
-        return {key: value for key, value in settings.plain(self).items() if key not in skip}
 
 
 def run(config: ImportConfig) -> ActivationStore:

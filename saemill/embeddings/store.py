@@ -74,19 +74,6 @@ def describe(passages: PassageStore) -> str:
     return f"{counted(passages.n_rows, 'passage')}, {manifest.n_held_out_rows:,} held out{note}"
 
 
-def check_numbers(held_out_fraction: float, **counts: int | None) -> None:
-    """Refuse numbers out of range.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    if not 0 <= held_out_fraction < 1:
-        raise ConfigError(f"held_out_fraction must be in [0, 1), got {held_out_fraction}")
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be 1 or more, got {value}")
-
-
 def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], str]) -> PassageStore:
     """Return the passages of the store: those on disk, or new ones.
 

@@ -20,7 +20,9 @@ from saemill.common.models.architecture import limits_of
 from saemill.common.models.model import LanguageModel, choose_model_dtype, fingerprint_model
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import load_tokenizer
+from saemill.common.setting import identity
 from saemill.common.signals import stop_on_signal
+from saemill.generate.config import GenerateConfig as GenerateConfig
 from saemill.generate.dataset import Batches, rows_of, trimmed, write
 from saemill.generate.sampling import Frame, check_causal, frame_of, sample, uniforms
 
@@ -28,55 +30,6 @@ EMPTY_SAMPLES = 100
 """Samples after which a model is refused if all of them are empty."""
 MANIFEST = "manifest.yaml"
 """Not JSON, so that `saemill tokenize` takes the whole folder, where all data files are parquet."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig:
-    """Settings of the command."""
-
-    model: tuple[str, ...]
-    """Hub ids or local folders of causal models; a file is named by the last part."""
-    out: Path
-    """Folder to write."""
-    n_samples: int | None = None
-    """Samples per model, before all datasets are cut to the smallest."""
-    tokens_per_dataset: int | None = None
-    """Tokens per dataset, in place of `n_samples`: each model is sampled until it has them."""
-    max_tokens: int = 256
-    """Most tokens per sample."""
-    seed: int = 42
-    temperature: float = 1.0
-    top_p: float = 0.9
-    """Probability of the most probable tokens that are sampled; 1 is the model's whole distribution."""
-    stop_at_eos: bool = True
-    """Whether a sample ends before an EOS; false: each has `max_tokens` tokens, EOS among them."""
-    batch_size: int = 32
-    """Samples at once, and per file while the command runs."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Type the model computes in: bf16 on a GPU, fp32 on a CPU."""
-    device: str = "auto"
-    revision: str | None = None
-    """The hub models' revision."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_samples", "tokens_per_dataset", "max_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {value}")
-        if (self.n_samples is None) == (self.tokens_per_dataset is None):
-            raise ConfigError("give one of n_samples and tokens_per_dataset: how much text is wanted")
-        settings.at_least(self, 0, "seed")
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"temperature must be more than 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
-        names = list(self.named())
-        if len(names) < len(self.model) or not names:
-            raise ConfigError(f"model must list models of different last names, got {', '.join(self.model)}")
-
-    def named(self) -> dict[str, str]:
-        """Map the names of the datasets to their models."""
-        return {Path(model).absolute().name: model for model in self.model}
 
 
 class Begun(records.Record):
@@ -182,11 +135,9 @@ def _source(model: str, config: GenerateConfig) -> _Source:
 
 
 def _identity(config: GenerateConfig, dtype: torch.dtype, sources: Mapping[str, _Source]) -> dict[str, Any]:
-    """List the settings that decide the samples; `batch_size` and `device` change no more than rounding."""
-    left_out = ("out", "batch_size", "device")
-    chosen = {key: value for key, value in settings.plain(config).items() if key not in left_out}
+    """The settings that decide the samples; `batch_size` and `device` change no more than rounding."""
     fingerprints = {name: source.fingerprint for name, source in sources.items()}
-    return chosen | {"dtype": str(dtype).removeprefix("torch."), "fingerprints": fingerprints}
+    return identity(config) | {"dtype": str(dtype).removeprefix("torch."), "fingerprints": fingerprints}
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> Manifest | None:

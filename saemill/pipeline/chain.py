@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import yaml
 
-from saemill.assess.run import AssessConfig
+from saemill.assess.config import AssessConfig
+from saemill.assess.done import is_done
 from saemill.assess.run import run as assess
 from saemill.cache.config import CacheConfig
 from saemill.cache.plan import content_of, sites_of
@@ -193,7 +194,7 @@ class Chain:
         return config.out
 
     def _assess(self, config: AssessConfig) -> Path:
-        if config.is_done() and not _owes_wandb(config.run):
+        if is_done(config) and not _owes_wandb(config.run):
             say(f"{config.folder / runs.ASSESSMENT} is there already")
         else:
             self._with_repair(lambda: assess(config))

@@ -17,25 +17,30 @@ in `<out>/runs/<target>--<source>`, all layers, k, widths and seeds trained at o
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from saemill.cache.config import CacheConfig
 from saemill.common import config as settings
 from saemill.common import durable, records
-from saemill.common.config import STAGES, nearest
+from saemill.common.config import LARGEST, STAGES, nearest
 from saemill.common.errors import ConfigError, Interrupted, SaemillError, StoreError
 from saemill.common.log import say
 from saemill.common.models.model import fingerprint_model
 from saemill.common.records import Hash, Record
+from saemill.common.setting import about, check, identity, like, setting
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World, speak_for
-from saemill.compare.run import ASSIGNMENT_LIMIT, CompareConfig
+from saemill.compare.config import CompareConfig
+from saemill.compare.run import ASSIGNMENT_LIMIT
 from saemill.pipeline.chain import Chain, content_of_tokens
 from saemill.pipeline.stages import Sections
 from saemill.pipeline.summary import write as write_summary
+from saemill.tokenize.config import TokenizeConfig
+from saemill.train.config import TrainConfig
 
 OF_A_PAIR = {
     "tokenize": ("dataset", "tokenizer", "out"),
@@ -52,32 +57,29 @@ ONE_OF = (("layers", "sites", "layer_stride"), ("expansion_factor", "num_latents
 class Target:
     """A model whose activations are cached; what is left out is as in the shared sections."""
 
-    model: str
-    """Hub id or local folder."""
-    revision: str | None = None
-    tokenizer: str | None = None
-    """By default the model's own."""
-    layers: tuple[int, ...] | None = None
-    sites: tuple[str, ...] | None = None
-    layer_stride: int | None = None
-    expansion_factor: tuple[int, ...] | None = None
-    num_latents: tuple[int, ...] | None = None
+    model: str = like(CacheConfig, "model")
+    revision: str | None = like(CacheConfig, "revision")
+    tokenizer: str | None = setting(None, "Hub id or folder of the tokenizer", by_default="the model's own")
+    layers: tuple[int, ...] | None = like(CacheConfig, "layers", default=None)
+    sites: tuple[str, ...] | None = like(CacheConfig, "sites", default=None)
+    layer_stride: int | None = like(CacheConfig, "layer_stride", most=LARGEST)
+    expansion_factor: tuple[int, ...] | None = like(TrainConfig, "expansion_factor", default=None)
+    num_latents: tuple[int, ...] | None = like(TrainConfig, "num_latents", default=None)
 
     def __post_init__(self) -> None:
-        settings.at_least(self, 1, "layer_stride", "expansion_factor", "num_latents")
+        check(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A dataset that the models read; what is left out is as in the shared section tokenize."""
 
-    dataset: str
-    """Hub id, or local file or folder."""
-    subset: str | None = None
-    split: str | None = None
-    text_column: str | None = None
-    revision: str | None = None
-    max_tokens: int | None = None
+    dataset: str = like(TokenizeConfig, "dataset")
+    subset: str | None = like(TokenizeConfig, "subset")
+    split: str | None = like(TokenizeConfig, "split", default=None)
+    text_column: str | None = like(TokenizeConfig, "text_column", default=None)
+    revision: str | None = like(TokenizeConfig, "revision")
+    max_tokens: int | None = like(TokenizeConfig, "max_tokens")
 
 
 class Done(Record):
@@ -92,21 +94,23 @@ class Done(Record):
 class MatrixConfig:
     """The section `matrix`."""
 
-    out: Path
-    """Folder of stores, runs and the summary; its name is the group in wandb."""
-    targets: Mapping[str, Any]
-    """Settings of `Target` by a name of one's own."""
-    sources: Mapping[str, Any]
-    """Settings of `Source` by a name of one's own."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of the initial weights, trained side by side."""
-    delete: tuple[Literal["tokens", "acts"], ...] = ()
-    """Which stores of a pair are deleted when it is assessed; a pair that is done stays done without."""
-    compare: bool = True
-    """Whether dictionaries of different seeds and sources are matched at the end, by the section compare."""
+    out: Path = field(
+        metadata=about("Folder of stores, runs and the summary; its name is the group in wandb")
+    )
+    targets: Mapping[str, Any] = field(metadata=about("Settings of `Target` by a name of one's own"))
+    sources: Mapping[str, Any] = field(metadata=about("Settings of `Source` by a name of one's own"))
+    seeds: tuple[int, ...] = setting(
+        (0,), "Seeds of the initial weights, trained side by side", least=0, most=LARGEST
+    )
+    delete: tuple[Literal["tokens", "acts"], ...] = setting(
+        (), "Which stores of a pair are deleted when it is assessed; a pair that is done stays done without"
+    )
+    compare: bool = setting(
+        True, "Match the dictionaries of different seeds and sources at the end, by the section compare"
+    )
 
     def __post_init__(self) -> None:
-        settings.at_least(self, 0, "seeds")
+        check(self)
         if not self.seeds:
             raise ConfigError("matrix.seeds is empty; name one at least")
         for kind in ("targets", "sources"):
@@ -327,12 +331,10 @@ def _merge(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 def _content(chain: Chain) -> str:
     """Hash the text, the tokenizer, the weights and all settings that decide a pair's result."""
     tokenize, cache, train, assess = (chain.configs[stage] for stage in STAGES)
-    skipped = ("tokens", "out", "batch_size", "device")
-    caching = {key: value for key, value in settings.plain(cache).items() if key not in skipped}
     return durable.hash_json(
         [
             content_of_tokens(tokenize),
-            caching,
+            identity(cache),
             fingerprint_model(cache.model, cache.revision),
             train.identity(),
             assess.identity(),

@@ -1,38 +1,16 @@
 """`saemill run`: a model and a dataset, or a config file, through all stages."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saemill.common import config as settings
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
-from saemill.common.records import single
 from saemill.common.world import World, speak_for
 from saemill.pipeline.chain import Chain
+from saemill.pipeline.config import RunConfig as RunConfig
 from saemill.pipeline.stages import Sections
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
-    """The section `run`: where results are that the stages' settings do not name."""
-
-    save_dir: Path = Path("saemill-out")
-    """Folder of tokens, activations and runs."""
-    run_name: str | None = None
-    """Name of the run's folder in it, and of the group in wandb; by default by content."""
-
-    def __post_init__(self) -> None:
-        if self.run_name is None:
-            return
-        try:
-            single(self.run_name)
-        except ValueError:
-            raise ConfigError(
-                "run_name must be the name of a folder, without slashes and not beginning with a dot; got "
-                f"{self.run_name!r}"
-            ) from None
 
 
 def run(

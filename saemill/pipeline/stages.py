@@ -4,12 +4,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from saemill.assess.run import AssessConfig
+from saemill.assess.config import AssessConfig
 from saemill.cache.config import CacheConfig
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
 from saemill.common.stores import runs
-from saemill.tokenize.run import CTX_LEN, TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
+from saemill.tokenize.run import CTX_LEN
 from saemill.train.config import TrainConfig, check_batch
 
 Sections = dict[str, dict[str, Any]]

@@ -15,7 +15,7 @@ from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.log import console, say
 from saemill.common.stores import assessments
-from saemill.compare.run import CompareConfig
+from saemill.compare.config import CompareConfig
 from saemill.compare.run import run as compare
 
 METRICS = ("fvu", "delta_ce", "loss_recovered", "dead_fraction")

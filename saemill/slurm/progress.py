@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from saemill.assess.run import AssessConfig
+from saemill.assess.config import AssessConfig
 from saemill.common import config as settings
 from saemill.common.errors import StoreError
 from saemill.common.log import counted

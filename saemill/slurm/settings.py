@@ -1,11 +1,12 @@
 """The section `slurm` of a config: what the jobs of each stage ask for."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from saemill.common.config import STAGES, shown
 from saemill.common.errors import ConfigError
+from saemill.common.setting import check, setting
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?")
 MEMORY = re.compile(r"\d+[KMGT]")
@@ -45,45 +46,46 @@ SET_HERE = {
 class JobConfig:
     """Resources that jobs ask for. A setting that a stage leaves open is that of the section."""
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    time: str | None = None
-    """Limit of each job, in quotes: '4:00:00', '2-00:00:00'; by default the partition's."""
-    cpus: int | None = None
-    """CPUs per process; also the number of threads of each."""
-    memory: str | None = None
-    """Memory per node: 64G."""
-    gpus: int | None = None
-    """GPUs per node, one for each process there; tokenize uses none."""
-    workers: int | None = None
-    """Tasks of cache's job array [1]; they share the shards between them."""
-    nodes: int | None = None
-    """Nodes of train or assess [1]."""
-    ntasks: int | None = None
-    """Processes of train or assess on all nodes together [1]."""
-    setup: str | None = None
-    """Shell lines before the command: `module load cuda`, `source venv/bin/activate`."""
-    python: str | None = None
-    """What runs saemill, as shell words: `python`, `apptainer exec --nv saemill.sif python`; by default
-    the Python that ran submit."""
-    options: tuple[str, ...] | None = None
-    """Further options of sbatch: [--exclusive, --mail-type=FAIL]."""
-    requeue: bool | None = None
-    """Whether a preempted, stopped or timed-out job starts again [true]."""
-    signal_seconds: int | None = None
-    """Seconds before its limit at which a job of cache or train is signalled to save [120]."""
-    most_requeues: int | None = None
-    """Most restarts of a job of cache or train [100]."""
+    partition: str | None = setting(None, "sbatch's partition")
+    account: str | None = setting(None, "sbatch's account")
+    qos: str | None = setting(None, "sbatch's qos")
+    constraint: str | None = setting(None, "sbatch's constraint")
+    time: str | None = setting(
+        None, "Limit of each job, in quotes: '4:00:00', '2-00:00:00'", by_default="the partition's"
+    )
+    cpus: int | None = setting(None, "CPUs per process, and threads of each", least=1)
+    memory: str | None = setting(None, "Memory per node: 64G")
+    gpus: int | None = setting(None, "GPUs per node, one for each process there; tokenize uses none", least=0)
+    workers: int | None = setting(
+        None, "Tasks of cache's job array, which share out the shards", by_default="1", least=1
+    )
+    nodes: int | None = setting(None, "Nodes of train or assess", by_default="1", least=1)
+    ntasks: int | None = setting(
+        None, "Processes of train or assess on all nodes together", by_default="1", least=1
+    )
+    setup: str | None = setting(
+        None, "Shell lines before the command: `module load cuda`, `source venv/bin/activate`"
+    )
+    python: str | None = setting(
+        None,
+        "What runs saemill, as shell words: `python`, `apptainer exec --nv saemill.sif python`",
+        by_default="the Python that ran submit",
+    )
+    options: tuple[str, ...] | None = setting(
+        None, "Further options of sbatch: [--exclusive, --mail-type=FAIL]"
+    )
+    requeue: bool | None = setting(
+        None, "Whether a preempted, stopped or timed-out job starts again", by_default="true"
+    )
+    signal_seconds: int | None = setting(
+        None, "Seconds before its limit at which a job of cache or train saves", by_default="120", least=1
+    )
+    most_requeues: int | None = setting(
+        None, "Times that a job of cache or train is started again", by_default="100", least=1
+    )
 
     def __post_init__(self) -> None:
-        for name in ("cpus", "workers", "nodes", "ntasks", "signal_seconds", "most_requeues"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {value}")
-        if self.gpus is not None and self.gpus < 0:
-            raise ConfigError(f"gpus must be 0 or more, got {self.gpus}")
+        check(self)
         if self.time is not None and seconds(self.time) == 0:
             raise ConfigError(f"time must be longer than nothing, got {self.time}")
         if self.memory is not None and not MEMORY.fullmatch(self.memory):
@@ -98,10 +100,10 @@ class JobConfig:
 class SlurmConfig(JobConfig):
     """The section: settings for all stages, and a group of each stage's own, which come first."""
 
-    tokenize: JobConfig = field(default_factory=JobConfig)
-    cache: JobConfig = field(default_factory=JobConfig)
-    train: JobConfig = field(default_factory=JobConfig)
-    assess: JobConfig = field(default_factory=JobConfig)
+    tokenize: JobConfig = setting(JobConfig(), "Of tokenize alone")
+    cache: JobConfig = setting(JobConfig(), "Of cache alone")
+    train: JobConfig = setting(JobConfig(), "Of train alone")
+    assess: JobConfig = setting(JobConfig(), "Of assess alone")
 
     def __post_init__(self) -> None:
         # Not super(): a slotted dataclass is made anew by its decorator, which super() does not see.
@@ -118,7 +120,7 @@ class SlurmConfig(JobConfig):
         """Build what the jobs of one stage ask for: its own settings before those for all."""
         own = getattr(self, stage)
         chosen: dict[str, Any] = {}
-        for name in (setting.name for setting in fields(JobConfig)):
+        for name in (field.name for field in fields(JobConfig)):
             if stage in ONLY_FOR.get(name, STAGES):
                 value = getattr(own, name)
                 chosen[name] = getattr(self, name) if value is None else value

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from saemill.common.stores.tokens import (
     TokenStore,
     read_manifest,
 )
+from saemill.tokenize.config import TokenizeConfig as TokenizeConfig
 from saemill.tokenize.encoding import encode
 from saemill.tokenize.files import fingerprint_local
 from saemill.tokenize.ids import survey
@@ -40,55 +40,6 @@ CONTENT = {
     "manifest.json",
 }
 """Names in a token store's folder."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizeConfig:
-    """Settings of the stage."""
-
-    dataset: str
-    """Hub id, or local file or folder (parquet, jsonl(.gz), csv, arrow, txt, `save_to_disk`)."""
-    tokenizer: str
-    """Hub id or local folder of the tokenizer."""
-    out: Path
-    """Folder to write."""
-    subset: str | None = None
-    """The hub dataset's configuration."""
-    split: str = "train"
-    text_column: str = "text"
-    ctx_len: int | None = None
-    """Tokens per row; by default 512, or of rows of ids that are all equally long their length."""
-    max_tokens: int | None = None
-    """Most tokens to write (whole rows: rounded down to a multiple of ctx_len)."""
-    streaming: bool = False
-    """Whether the dataset is read as a stream: nothing is downloaded beyond what `max_tokens` needs."""
-    shuffle_seed: int | None = 42
-    """Seed of the documents' order; None keeps the source's order."""
-    held_out_fraction: float = 0.05
-    """Share of documents, chosen by a hash of their text, that training never sees; where it gives no row,
-    a few more."""
-    repack: bool = False
-    """Whether rows of ids are packed anew even where all have `ctx_len` ids."""
-    num_proc: int = 1
-    """Number of processes that tokenize."""
-    revision: str | None = None
-    """The hub dataset's revision."""
-    tokenizer_revision: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("ctx_len", "num_proc"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {value}")
-        if not 0 <= self.held_out_fraction < 1:
-            raise ConfigError(f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}")
-        settings.at_least(self, 0, "shuffle_seed")
-        least = self.ctx_len or 1
-        if self.max_tokens is not None and self.max_tokens < least:
-            raise ConfigError(f"max_tokens must be at least one row of {least}, got {self.max_tokens}")
-
-    def identity(self) -> dict[str, Any]:
-        """Collect the settings that decide the store's content."""
-        return {k: v for k, v in settings.plain(self).items() if k not in ("out", "num_proc")}
 
 
 def run(config: TokenizeConfig) -> TokenStore:

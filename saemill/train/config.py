@@ -1,12 +1,13 @@
 """The settings of `saemill train`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from saemill.common import config as settings
+from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
+from saemill.common.setting import DEVICE, about, check, identity, setting
 from saemill.common.stores.mask import MaskConfig
 
 ADAM_BETAS = (0.8, 0.95)
@@ -20,121 +21,140 @@ MOST_SEQUENCES = 512
 class TrainConfig:
     """Settings of the stage. Lists form a grid: every combination is a variant."""
 
-    acts: Path
-    """An activation store."""
-    out: Path
-    """Folder of the run."""
-    site: tuple[str, ...] = ()
-    """Sites to train on; required unless each of `variants` names its own."""
-    k: tuple[int, ...] = (32,)
-    """Active latents per token."""
-    expansion_factor: tuple[int, ...] = ()
-    """Number of latents as multiples of D; 8 if `num_latents` is not given either."""
-    num_latents: tuple[int, ...] = ()
-    """Numbers of latents; they override `expansion_factor`."""
-    lr: tuple[Literal["auto"] | float, ...] = ("auto",)
-    """Peak learning rates; auto: by width, number of latents and steps (`variants.auto_lr`), for adam."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of the initial weights."""
-    variants: tuple[Mapping[str, Any], ...] = ()
-    """Variants listed one by one, each with any of: site, k, num_latents, expansion_factor, lr,
-    seed, optimizer, optimizer_state, adam_betas, weight_decay, auxk_alpha, k_aux, loss, b_dec_init, name."""
-    batch_size: int = 4096
-    """Tokens per batch."""
-    grad_acc_steps: int = 1
-    """Batches per optimizer step. No more memory is needed than for the activations: latents are
-    computed in chunks in any case."""
-    max_tokens: int | None = None
-    """Tokens to train on; more than the store has means several epochs."""
-    epochs: int | None = None
-    """Passes over the store, in place of `max_tokens`; 1 if neither is given."""
-    optimizer: Literal["adam", "sgd"] = "adam"
-    optimizer_state: Literal["fp32", "bf16", "8bit"] = "fp32"
-    """How Adam's moments are kept: 8, 4 or 2 bytes per weight."""
-    adam_betas: tuple[float, float] = ADAM_BETAS
-    """By how much Adam's two moments are kept at each step."""
-    weight_decay: float = 0.0
-    warmup_steps: int | None = None
-    """Optimizer steps of linear warm-up; by default a 20th of the run, at most 1,000."""
-    lr_decay: Literal["none", "linear", "cosine"] = "linear"
-    """How the rate falls to 0 at the end."""
-    lr_decay_fraction: float | None = None
-    """Share of the run over which it falls; by default 0.2."""
-    auxk_alpha: float = 1 / 32
-    k_aux: int | None = None
-    """Dead latents per token in the auxiliary loss; by default D / 2."""
-    dead_after_tokens: int | None = None
-    """A latent is dead after so many tokens without firing; by default a 10th of the run, at most
-    10,000,000."""
-    loss: Literal["fvu", "mse"] = "fvu"
+    acts: Path = field(metadata=about("A folder made by `saemill cache`", decides=False))
+    out: Path = field(metadata=about("Folder of the run", decides=False))
+    site: tuple[str, ...] = setting(
+        (), "Site to train on; repeat or separate by commas", metavar="SITE,…", axis=""
+    )
+    """Required unless each of `variants` names its own."""
+    k: tuple[int, ...] = setting(
+        (32,), "Active latents per token", metavar="K,…", axis="k", least=1, most=LARGEST
+    )
+    expansion_factor: tuple[int, ...] = setting(
+        (), "Latents as multiples of D", by_default="8", axis="", least=1, most=LARGEST
+    )
+    num_latents: tuple[int, ...] = setting(
+        (), "Latents, in place of the factor", axis="f", least=1, most=LARGEST
+    )
+    lr: tuple[Literal["auto"] | float, ...] = setting(
+        ("auto",), "Peak learning rates; auto goes by width, latents and steps", metavar="LR,…", axis="lr"
+    )
+    """auto is for adam: `variants.auto_lr`."""
+    seeds: tuple[int, ...] = setting((0,), "Seeds of the initial weights", axis="s", least=0, most=LARGEST)
+    variants: tuple[Mapping[str, Any], ...] = setting((), "Variants listed one by one")
+    """Each with any of the settings of `variants.Variant`, or expansion_factor."""
+    batch_size: int = setting(4096, "Tokens per batch", least=1)
+    grad_acc_steps: int = setting(1, "Batches per optimizer step", least=1)
+    """No more memory is needed than for the activations: latents are computed in chunks in any case."""
+    max_tokens: int | None = setting(None, "Tokens to train on", by_default="one epoch", least=1)
+    """More than the store has means several epochs."""
+    epochs: int | None = setting(None, "Passes over the store, in place of max-tokens", least=1)
+    """1 if neither is given."""
+    optimizer: Literal["adam", "sgd"] = setting("adam", "Optimizer")
+    optimizer_state: Literal["fp32", "bf16", "8bit"] = setting(
+        "fp32", "How Adam's moments are kept", metavar="TYPE"
+    )
+    """8, 4 or 2 bytes per weight."""
+    adam_betas: tuple[float, float] = setting(ADAM_BETAS, "β₁ and β₂ of Adam")
+    weight_decay: float = setting(0.0, "Decoupled weight decay of the encoder", least=0, most=LARGEST)
+    """The decoder's rows have unit length and do not decay."""
+    warmup_steps: int | None = setting(
+        None, "Optimizer steps of linear warm-up", by_default="a 20th of the run, at most 1000", least=0
+    )
+    lr_decay: Literal["none", "linear", "cosine"] = setting(
+        "linear", "How the rate falls to 0 at the end", metavar="KIND"
+    )
+    lr_decay_fraction: float | None = setting(
+        None, "Share of the run over which it falls", by_default="0.2", within="[0, 1]"
+    )
+    auxk_alpha: float = setting(
+        1 / 32,
+        "Weight of the auxiliary loss, which revives dead latents; 0 turns it off",
+        by_default="1/32",
+        least=0,
+        most=LARGEST,
+    )
+    k_aux: int | None = setting(
+        None, "Dead latents per token in the auxiliary loss", by_default="D/2", least=1, most=LARGEST
+    )
+    dead_after_tokens: int | None = setting(
+        None,
+        "Tokens without firing after which a latent is dead",
+        by_default="a 10th of the run, at most 10M",
+        least=1,
+    )
+    loss: Literal["fvu", "mse"] = setting("fvu", "What is minimised", metavar="KIND")
     """fvu: squared error over the site's cached variance; mse: per dimension, in the activations'
     own units. Under Adam the two differ by no more than rounding."""
-    b_dec_init: Literal["mean", "geometric_median"] = "mean"
-    save_every: int = 1000
-    """Steps between checkpoints."""
-    log_every: int = 10
-    """Steps between log lines."""
-    buffer_tokens: int = 262_144
-    """Rows of the shuffling buffer, in whole blocks of 256; two of them are in memory per site, three
-    while one is being filled."""
-    shuffle_seed: int = 0
-    """Seed of the stream's order."""
-    mask: MaskConfig | None = None
-    """Positions left out; by default those of the store."""
-    device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the encoder's product; auto: bf16 on a GPU and on CPUs with bf16 instructions."""
-    kernels: Literal["auto", "torch", "numba", "triton"] = "auto"
-    """What makes a step: loops compiled by numba on a CPU, Triton's kernels on a GPU; elsewhere torch, the
-    definition by autograd. They differ by rounding."""
-    resume: bool = True
-    """Go on from the run's checkpoint, if there is one; false starts anew."""
-    halving: int = 0
-    """Times that the worse half of the variants of each site and k is stopped (`train.halving`)."""
-    halving_metric: Literal["fvu", "loss", "dead_fraction"] | None = None
-    """By which; fvu by default."""
-    data_ranks: int | None = None
-    """Of several processes, how many share out each batch's tokens; 1 by default."""
-    latent_ranks: int | None = None
-    """How many share out each SAE's latents; by default chosen by the estimated time of a step."""
-    profile: bool = False
-    """Write a trace of some steps and a table of where their time goes."""
-    log_to_wandb: bool = False
-    """One wandb run per variant, in a group."""
-    wandb_project: str | None = None
-    """By default WANDB_PROJECT of the environment, else saemill."""
-    wandb_entity: str | None = None
-    """User or team; by default WANDB_ENTITY, else wandb's own default."""
-    run_name: str | None = None
-    """Name of the run in wandb (the variants' group); by default the output folder's."""
-    wandb_log_frequency: int | None = None
-    """Steps between points in wandb, a multiple of `log_every`, which is the default."""
-    wandb_artifacts: bool = False
-    """Upload each SAE as an artifact."""
-    log_to_tensorboard: bool = False
-    """Write events for TensorBoard, a folder per variant."""
+    b_dec_init: Literal["mean", "geometric_median"] = setting(
+        "mean", "Start of the decoder's bias", metavar="KIND"
+    )
+    save_every: int = setting(1000, "Steps between checkpoints", decides=False, least=1)
+    log_every: int = setting(10, "Steps between log lines", decides=False, least=1)
+    buffer_tokens: int = setting(262_144, "Tokens of the shuffling buffer, in whole blocks of 256", least=1)
+    """Two buffers are in memory per site, three while one is being filled."""
+    shuffle_seed: int = setting(0, "Seed of the stream's order", least=0, most=LARGEST)
+    mask: MaskConfig | None = setting(None, "Positions left out", by_default="those of the store")
+    device: str = setting("auto", DEVICE, decides=False)
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto",
+        "Type of the encoder's product",
+        by_default="auto: bf16 where the hardware is fast at it",
+        metavar="TYPE",
+    )
+    """bf16 is fast on a GPU and on CPUs with bf16 instructions."""
+    kernels: Literal["auto", "torch", "numba", "triton"] = setting(
+        "auto", "What computes a step", by_default="auto: the fastest installed", decides=False
+    )
+    """Loops compiled by numba on a CPU, Triton's kernels on a GPU; elsewhere torch, the definition by
+    autograd. They differ by rounding."""
+    resume: bool = setting(True, "Go on from the run's checkpoint; off starts anew", decides=False)
+    halving: int = setting(
+        0, "Times that the worse half of each site and k is stopped early", by_default="0", least=0
+    )
+    """See `sweep.halving`."""
+    halving_metric: Literal["fvu", "loss", "dead_fraction"] | None = setting(
+        None, "Figure that tells the worse half", by_default="fvu"
+    )
+    data_ranks: int | None = setting(
+        None,
+        "Of several processes, how many share each batch's tokens",
+        by_default="1",
+        decides=False,
+        least=1,
+    )
+    latent_ranks: int | None = setting(
+        None,
+        "Of several processes, how many share each SAE's latents",
+        by_default="by the estimated time of a step",
+        decides=False,
+        least=1,
+    )
+    profile: bool = setting(
+        False, "Show where the time of a step goes; write a trace of some steps", decides=False
+    )
+    log_to_wandb: bool = setting(False, "One wandb run per variant, in a group", decides=False)
+    wandb_project: str | None = setting(
+        None, "The project in wandb", by_default="WANDB_PROJECT, or saemill", decides=False
+    )
+    wandb_entity: str | None = setting(
+        None, "User or team in wandb", by_default="WANDB_ENTITY, or wandb's default", decides=False
+    )
+    run_name: str | None = setting(
+        None, "The variants' group in wandb", by_default="the folder's name", decides=False
+    )
+    wandb_log_frequency: int | None = setting(
+        None,
+        "Steps between points in wandb, a multiple of log-every",
+        by_default="log-every",
+        decides=False,
+        least=1,
+    )
+    wandb_artifacts: bool = setting(False, "Upload each SAE as an artifact", decides=False)
+    log_to_tensorboard: bool = setting(False, "Events for TensorBoard, in RUN/tensorboard", decides=False)
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "grad_acc_steps",
-            "save_every",
-            "log_every",
-            "buffer_tokens",
-            "max_tokens",
-            "epochs",
-            "dead_after_tokens",
-            "data_ranks",
-            "latent_ranks",
-            "wandb_log_frequency",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {value}")
-        settings.at_least(self, 1, "k", "expansion_factor", "num_latents", "k_aux")
-        settings.at_least(self, 0, "seeds", "shuffle_seed", "weight_decay", "auxk_alpha")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ConfigError(f"lr_decay_fraction must be in [0, 1], got {self.lr_decay_fraction}")
+        check(self)
         no_wandb = not self.log_to_wandb
         without_effect = {
             "lr_decay_fraction": (self.lr_decay == "none", "with lr_decay none"),
@@ -157,10 +177,6 @@ class TrainConfig:
             )
         if self.max_tokens is not None and self.epochs is not None:
             raise ConfigError("give max_tokens or epochs, not both")
-        if self.halving < 0:
-            raise ConfigError(f"halving must be 0 or more, got {self.halving}")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ConfigError(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
 
     @property
     def decay_fraction(self) -> float:
@@ -174,27 +190,10 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result."""
-        skip = (
-            "out",
-            "acts",
-            "device",
-            "kernels",
-            "resume",
-            "save_every",
-            "log_every",
-            "data_ranks",
-            "latent_ranks",
-            "profile",
-            "log_to_wandb",
-            "wandb_project",
-            "wandb_entity",
-            "run_name",
-            "wandb_log_frequency",
-            "wandb_artifacts",
-            "log_to_tensorboard",
-        )
-        overridden = ("expansion_factor",) if self.num_latents else ()
-        return {k: v for k, v in settings.plain(self).items() if k not in (*skip, *overridden)}
+        decisive = identity(self)
+        if self.num_latents:
+            del decisive["expansion_factor"]
+        return decisive
 
 
 def check_batch(batch_size: int, ctx_len: int) -> None:

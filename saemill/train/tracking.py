@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from saemill.common.config import plain
+from saemill.common.setting import axes
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.tracking.process import Wandb, write_record
@@ -14,7 +15,7 @@ from saemill.train.config import TrainConfig
 from saemill.train.sweep.variants import Variant, describe
 from saemill.train.trainer import Trainer
 
-OF_VARIANTS = ("site", "k", "expansion_factor", "num_latents", "lr", "seeds", "variants")
+OF_VARIANTS = (*axes(TrainConfig), "variants")
 """Settings that are lists for the run, and one value in each variant."""
 BYTES_PER_WEIGHT = 4
 

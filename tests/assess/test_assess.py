@@ -21,6 +21,7 @@ from texts import bert_tokenizer, random_texts
 
 from saemill import splice
 from saemill.assess import model as assess_model
+from saemill.assess.done import is_done
 from saemill.assess.evalset import EvalSet
 from saemill.assess.report import contexts_text
 from saemill.assess.run import AssessConfig, run
@@ -244,12 +245,12 @@ def test_an_assessment_on_text_that_was_replaced_is_not_current(
             TokenizeConfig(dataset=str(file), tokenizer=tokenizer_folder, out=tmp_path / "other", ctx_len=32)
         )
         config = brief(causal, tmp_path / "o", tokens=tmp_path / "other")
-        assert not config.is_done()
+        assert not is_done(config)
         fingerprint = TokenStore(tmp_path / "other").fingerprint
         assert run(config)["data"]["tokens_fingerprint"] == fingerprint
-        assert config.is_done()
+        assert is_done(config)
     shutil.rmtree(tmp_path / "other")
-    assert not config.is_done()
+    assert not is_done(config)
 
 
 def test_diverged_variants_are_listed_not_measured(causal: Pipeline, tmp_path: Path) -> None:

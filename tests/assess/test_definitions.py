@@ -23,10 +23,11 @@ from reconstructions import (
 from stores import make_store
 
 from saemill.assess.baselines import fit_baselines
+from saemill.assess.config import Thresholds
 from saemill.assess.features import Reader, check_latents, choose_latents, top_addresses
 from saemill.assess.reconstruction import absorption
 from saemill.assess.sums import Bootstrap, DocumentSums, Ratio, Split
-from saemill.assess.verdict import Thresholds, checks, order, summary
+from saemill.assess.verdict import checks, order, summary
 from saemill.common.errors import ConfigError
 from saemill.common.stores.activations import ActivationStore
 

@@ -13,11 +13,12 @@ from reconstructions import ALONE, D, evalset, held_out, random_sae, reconstruct
 from stores import make_store
 
 from saemill.assess.baselines import fit_baselines
+from saemill.assess.config import Thresholds
 from saemill.assess.reconstruction import Reconstruction, absorption
 from saemill.assess.splicing import Splicing, _kl
 from saemill.assess.spread import Spread
 from saemill.assess.sums import N_DRAWS, Bootstrap, DocumentSums, Ratio, Split
-from saemill.assess.verdict import Thresholds, checks, summary
+from saemill.assess.verdict import checks, summary
 from saemill.common.stores.statistics import Statistics
 
 SCALES = [1e-25, 1e-8, 1.0, 1e8, 1e18]

@@ -15,6 +15,7 @@ import transformers
 from mutations import changed_bytes
 from pipeline import Pipeline
 
+from saemill.assess.done import is_done
 from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.common import durable, records
@@ -174,9 +175,9 @@ def test_a_damaged_assessment_is_found_and_made_again(
     (tmp_path / "out").mkdir()
     for file in (small / "kept").iterdir():
         (tmp_path / "out" / file.name).write_bytes(file.read_bytes())
-    assert config.is_done()
+    assert is_done(config)
     changed(tmp_path / "out" / name, how)
-    assert not config.is_done()
+    assert not is_done(config)
     if name == assessments.FILE:
         with pytest.raises(
             MissingError if how == "missing" else StoreError, match="Run `saemill assess` again"

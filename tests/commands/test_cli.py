@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from saemill import cli
 from saemill.assess.run import AssessConfig
 from saemill.cache.run import CacheConfig
-from saemill.commands.run import SETTINGS
+from saemill.commands.flags import Flag
+from saemill.commands.run import FLAGS
 from saemill.commands.words import Words
 from saemill.common.log import console, printable, say
 from saemill.compare.run import CompareConfig
@@ -53,10 +54,10 @@ def test_every_list_collects(command: str) -> None:
 def test_every_list_of_run_collects() -> None:
     """Oracle: as above, by what each flag sets."""
     options = {p.name: p for p in COMMANDS["run"].params}
-    for name, targets in SETTINGS.items():
-        section, _, setting = targets[0].partition(".")
+    for flag in FLAGS:
+        section, _, name = (flag.setting if isinstance(flag, Flag) else flag).partition(".")
         if section in CONFIGS:
-            assert options[name].multiple == is_list(CONFIGS[section], setting), name
+            assert options[name].multiple == is_list(CONFIGS[section], name), name
 
 
 def told(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> Any:

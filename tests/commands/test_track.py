@@ -56,7 +56,7 @@ class Deaf:
 @pytest.fixture
 def unlogged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training that meant to log to wandb, and whose process for it did nothing."""
-    monkeypatch.setattr("saemill.train.record.wandb.Wandb", Deaf)
+    monkeypatch.setattr("saemill.train.tracking.Wandb", Deaf)
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:

@@ -1,31 +1,33 @@
 """Which positions count: the mask is applied when activations are read, never when they are written."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from saemill.common import config as settings
+from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
+from saemill.common.setting import check, setting
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskConfig:
     """Positions left out of statistics, training and evaluation."""
 
-    special_tokens: bool = True
-    """Whether the tokenizer's special tokens are left out: separators, BOS, padding, [CLS], [SEP]."""
-    first_positions: int = 1
-    """Number of positions left out at the start of each row. Decoders without a BOS token put an attention
-    sink there whose norm is far from that of any other position."""
-    token_ids: tuple[int, ...] = ()
-    """Further token ids to leave out."""
+    special_tokens: bool = setting(
+        True, "Leave out the tokenizer's special tokens: separators, BOS, padding, [CLS], [SEP]"
+    )
+    first_positions: int = setting(1, "Positions left out at the start of each row", least=0)
+    """Decoders without a BOS token put an attention sink there whose norm is far from that of any other
+    position."""
+    token_ids: tuple[int, ...] = setting((), "Further token ids to leave out", least=0, most=LARGEST)
 
     def __post_init__(self) -> None:
-        if self.first_positions < 0:
-            raise ConfigError(f"first_positions must be 0 or more, got {self.first_positions}")
-        settings.at_least(self, 0, "token_ids")
+        check(self)
 
     def check(self, n_ids: int, ctx_len: int) -> None:
         """Refuse a mask that cannot be meant for these tokens.
@@ -61,6 +63,8 @@ class MaskConfig:
 
         Returns: bool [R, S].
         """
+        import numpy as np  # not above: settings are read for the command line's help, which is quick
+
         keep_RS = ~np.isin(tokens_RS, self.ids(special_ids))
         keep_RS[:, : self.first_positions] = False
         return keep_RS

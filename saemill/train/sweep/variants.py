@@ -3,22 +3,28 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal, get_args, get_type_hints
 
 from saemill.common.config import build, coerce
 from saemill.common.errors import ConfigError
+from saemill.common.setting import axes as axes_of
+from saemill.common.setting import check, default_of, like, written
 from saemill.common.stores.runs import check_variant_name
 from saemill.train.config import ADAM_BETAS, TrainConfig
 
 ADAM_ALONE = ("optimizer_state", "adam_betas")
 """Settings without effect on another optimizer."""
+ONE_OF_GRID = {"seeds": "seed"}
+"""What one value of a list is called, where it has another name than the list."""
+IN_EVERY_NAME = ("site", "k", "expansion_factor", "num_latents", "seed")
+"""Axes of the grid that the name of every variant shows; the widths as the number of latents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One SAE to be trained, all settings resolved."""
+    """One SAE to be trained, all settings resolved: those of `TrainConfig` that it has one value of."""
 
     name: str
     """Unique in the run; the name of its folder, so none of the run's own files."""
@@ -29,19 +35,14 @@ class Variant:
     """Peak learning rate."""
     seed: int = 0
     """Seed of the initial decoder."""
-    optimizer: Literal["adam", "sgd"] = "adam"
-    optimizer_state: Literal["fp32", "bf16", "8bit"] = "fp32"
-    """How Adam's moments are kept: 8, 4 or 2 bytes per weight."""
-    adam_betas: tuple[float, float] = ADAM_BETAS
-    """By how much they are kept at each step."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of the encoder's weights; the decoder's rows have unit length."""
-    auxk_alpha: float = 1 / 32
-    """Weight of the auxiliary loss; 0 turns it off."""
-    k_aux: int
-    """Dead latents that reconstruct the residual of each token."""
-    loss: Literal["fvu", "mse"] = "fvu"
-    b_dec_init: Literal["mean", "geometric_median"] = "mean"
+    optimizer: Literal["adam", "sgd"] = like(TrainConfig, "optimizer")
+    optimizer_state: Literal["fp32", "bf16", "8bit"] = like(TrainConfig, "optimizer_state")
+    adam_betas: tuple[float, float] = like(TrainConfig, "adam_betas")
+    weight_decay: float = like(TrainConfig, "weight_decay", most=None)
+    auxk_alpha: float = like(TrainConfig, "auxk_alpha", most=None)
+    k_aux: int = like(TrainConfig, "k_aux", most=None, default=MISSING)
+    loss: Literal["fvu", "mse"] = like(TrainConfig, "loss")
+    b_dec_init: Literal["mean", "geometric_median"] = like(TrainConfig, "b_dec_init")
 
     def __post_init__(self) -> None:
         check_variant_name(self.name)
@@ -55,11 +56,7 @@ class Variant:
             raise ConfigError("adam_betas have an effect with adam only; leave them out")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ConfigError(f"adam_betas must be two numbers from 0 to below 1, got {self.adam_betas}")
-        for name in ("weight_decay", "auxk_alpha"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.k_aux < 1:
-            raise ConfigError(f"k_aux must be 1 or more, got {self.k_aux}")
+        check(self)
 
 
 def auto_lr(num_latents: int, d: int, n_steps: int) -> float:
@@ -84,25 +81,14 @@ def of_config(config: TrainConfig, widths: Mapping[str, int], n_steps: int) -> l
     Raises:
         ConfigError: contradicting, unknown or missing settings; a site without a variant.
     """
-    shared = (
-        "optimizer",
-        "optimizer_state",
-        "adam_betas",
-        "weight_decay",
-        "auxk_alpha",
-        "k_aux",
-        "loss",
-        "b_dec_init",
-    )
-    axes = {
-        "site": config.site,
-        "k": config.k,
-        "expansion_factor": () if config.num_latents else config.expansion_factor or (8,),
-        "num_latents": config.num_latents,
-        "lr": config.lr,
-        "seed": config.seeds,
+    axes = {ONE_OF_GRID.get(name, name): getattr(config, name) for name in axes_of(TrainConfig)}
+    axes["expansion_factor"] = () if config.num_latents else config.expansion_factor or (8,)
+    shared = {field.name for field in dataclasses.fields(config)} - axes.keys()
+    common = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(Variant)
+        if field.name in shared
     }
-    common = {name: getattr(config, name) for name in shared}
     variants = resolve(common, axes, config.variants, widths, n_steps)
     for site in widths:
         if all(variant.site != site for variant in variants):
@@ -121,8 +107,8 @@ def resolve(
 
     Args:
         common: settings shared by all variants.
-        axes: lists of `site`, `k`, `expansion_factor`, `num_latents`, `lr`, `seed`; empty ones are
-            left out. Every combination is a variant.
+        axes: lists of `site`, `k`, `expansion_factor`, `num_latents`, `lr`, `seed` and other settings
+            of a variant; empty ones are left out. Every combination is a variant.
         explicit: variants listed one by one; what one leaves out comes from `common` and from
             axes with a single value. With it, no combinations are formed.
         widths: D of each site.
@@ -183,17 +169,25 @@ def _variant(entry: dict[str, Any], widths: Mapping[str, int], where: str, n_ste
     entry.pop("expansion_factor", None)
     if entry.get("k_aux") is None:
         entry["k_aux"] = max(1, d // 2)
-    n = coerce(entry["num_latents"], int, f"{where}.num_latents")
-    k, seed = (coerce(entry.get(key, 0), int, f"{where}.{key}") for key in ("k", "seed"))
-    lr = coerce(entry.get("lr", "auto"), Literal["auto"] | float, f"{where}.lr")
-    name = f"{site}-k{k}-f{n}-s{seed}"
-    if lr == "auto":
+    k, n, seed = (coerce(entry.get(key, 0), int, f"{where}.{key}") for key in ("k", "num_latents", "seed"))
+    name = f"{site}-k{k}-f{n}-s{seed}" + "".join(_apart(entry, where))
+    if entry.get("lr", "auto") == "auto":
         if entry.get("optimizer", "adam") != "adam":
             raise ConfigError("lr auto is known for adam only; give --lr for sgd")
         entry["lr"] = auto_lr(n, d, n_steps)
-    else:
-        name += f"-lr{lr:g}"
     return build(Variant, {"name": name, **entry}, where)
+
+
+def _apart(entry: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Yield what tells a variant apart by name: its values on axes that not every name shows, where they are
+    not as by default."""
+    hints = get_type_hints(TrainConfig)
+    for name, sign in axes_of(TrainConfig).items():
+        if ONE_OF_GRID.get(name, name) not in IN_EVERY_NAME:
+            kind, default = get_args(hints[name])[0], default_of(TrainConfig, name)[0]
+            value = coerce(entry.get(name, default), kind, f"{where}.{name}")
+            if value != default:
+                yield f"-{sign}{written(value)}"
 
 
 def describe(variant: Variant) -> dict[str, Any]:
