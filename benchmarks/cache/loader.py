@@ -171,7 +171,7 @@ def mixed(task: Task) -> dict[str, dict[str, float]]:
 
 
 def parts(task: Task) -> dict[str, float]:
-    """Seconds per GiB of each part of the loader's work, by one thread: the medians of some warm windows."""
+    """CPU seconds per GiB of each part of the loader's work, by one thread: medians of some warm windows."""
     torch.set_num_threads(1)
     store = ActivationStore(task.path)
     per_shard, n_blocks = store.shard_tokens // BLOCK_TOKENS, task.buffer_tokens // BLOCK_TOKENS
@@ -208,9 +208,9 @@ def window_parts(site: SiteArray, blocks: list[tuple[int, int]], batch_tokens: i
             torch.cat([as_tensor(shuffled, site.dtype)[start : start + batch_tokens]])
 
     def seconds_per_gib(work: Callable[[], None]) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        return (time.perf_counter() - start) * GIB / buffer.nbytes
+        return (time.process_time() - start) * GIB / buffer.nbytes
 
     works = {
         "hash each block, its pages mapped for the first time": check,
@@ -306,7 +306,7 @@ def report(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     ]
     lines += speed_table(args, found)
     rows = [[name, f"{seconds:.2f}"] for name, seconds in found["parts"].items()]
-    lines += table(["the loader's work on a warm window, one thread", "s per GiB"], rows, 1)
+    lines += table(["the loader's work on a warm window, one thread", "CPU-s per GiB"], rows, 1)
     return lines + mixing_table(found)
 
 
