@@ -172,7 +172,8 @@ def mixed(task: Task) -> dict[str, dict[str, float]]:
 
 
 def work_seconds(task: Task) -> dict[str, float]:
-    """Measure the seconds per GiB of each piece of the loader's work, by one thread: medians of windows."""
+    """Measure the CPU seconds per GiB of each piece of the loader's work, by one thread: medians of warm
+    windows."""
     torch.set_num_threads(1)
     store = ActivationStore(task.path)
     per_shard, n_blocks = store.shard_tokens // BLOCK_TOKENS, task.buffer_tokens // BLOCK_TOKENS
@@ -210,9 +211,9 @@ def window_seconds(site: SiteArray, blocks: list[tuple[int, int]], batch_tokens:
             torch.cat([as_tensor(shuffled, site.dtype)[start : start + batch_tokens]])
 
     def seconds_per_gib(work: Callable[[], None]) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        return (time.perf_counter() - start) * GIB / buffer.nbytes
+        return (time.process_time() - start) * GIB / buffer.nbytes
 
     works = {
         "hash each block, its pages mapped for the first time": check,
@@ -314,7 +315,7 @@ def report(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
     ]
     lines += speed_table(args, results)
     rows = [[name, f"{seconds:.2f}"] for name, seconds in results["parts"].items()]
-    lines += table(["the loader's work on a warm window, one thread", "s per GiB"], rows, 1)
+    lines += table(["the loader's work on a warm window, one thread", "CPU-s per GiB"], rows, 1)
     return lines + mixing_table(results)
 
 
