@@ -36,7 +36,7 @@ class Threads(Group):
         super().__init__([0, 1], rank)
         self.board = meeting
 
-    def share(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any) -> list[Any]:
         """As the group's own."""
         self.board.values[self.rank] = value
         self.board.shared.set()
