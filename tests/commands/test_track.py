@@ -17,7 +17,7 @@ from wandb_files import written
 
 from saemill.common.errors import ConfigError, Interrupted, StoreError
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.runs import FINISHED
+from saemill.common.stores.runs import FINISHED, WANDB, WANDB_LOGGED
 from saemill.common.tracking import process
 from saemill.common.tracking.follow import records
 from saemill.common.tracking.track import Watch, track
@@ -103,7 +103,7 @@ def test_a_run_is_followed_by_hand_while_it_trains(
         one_step(self)
         if self.step == 11:
             followers.append(start(str(out), "--follow"))
-            wait_until(lambda: (out / process.LOGGED).exists() and len(steps(out)) == 2)
+            wait_until(lambda: (out / WANDB_LOGGED).exists() and len(steps(out)) == 2)
             assert followers[0].poll() is None
 
     monkeypatch.setattr(Trainer, "_one_step", waiting)
@@ -182,7 +182,7 @@ def test_a_watch_ends_with_the_run_a_signal_or_another_training(
     assert Watch(out, stop, waits=False).word == "interrupted"
     stop.set()
     assert watch.word == "interrupted"
-    (out / process.RECORD).unlink()
+    (out / WANDB).unlink()
     with pytest.raises(StoreError, match="is trained anew meanwhile"):
         _ = watch.word
 
