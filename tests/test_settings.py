@@ -1,4 +1,5 @@
-"""All stages' settings, whatever is put into them: refused in words, or taken as what they say."""
+"""All stages' settings, whatever is put into them: refused in words, or taken as what they say; what of them
+decides a result; and the page that lists them."""
 
 import dataclasses
 import math
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from saemill.assess.config import AssessConfig, Thresholds
 from saemill.cache.run import CacheConfig
-from saemill.common import config, yaml_text
+from saemill.common import config, durable, setting, yaml_text
 from saemill.common.config import SECTIONS, build, plain, read_sections, resolve
 from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.stores.mask import MaskConfig
@@ -102,6 +103,66 @@ def test_no_stage_takes_nan_in_python_either(kind: Any) -> None:
         if get_type_hints(kind)[field.name] in (float, float | None):
             with pytest.raises(ConfigError):
                 dataclasses.replace(made, **{field.name: math.nan})
+
+
+IDENTITIES: list[tuple[Any, dict[str, Any], str]] = [
+    (TokenizeConfig, {}, "5e27581ab03f693a"),
+    (TokenizeConfig, {"ctx_len": 64, "shuffle_seed": None, "num_proc": 3}, "c4b56b93b948428e"),
+    (CacheConfig, {}, "8581ee4ac3e5940c"),
+    (CacheConfig, {"dtype": "fp16", "mask": {"first_positions": 2}, "batch_size": 3}, "8afe5e12561ce16f"),
+    (TrainConfig, {}, "8d7f1cf06d266e41"),
+    (
+        TrainConfig,
+        {
+            "site": ["s"], "k": [4, 8], "num_latents": [64], "lr": ["auto", 1e-3], "adam_betas": [0.9, 0.99],
+            "k_aux": 7, "lr_decay": "cosine", "save_every": 5, "log_to_wandb": True, "run_name": "x",
+            "precision": "bf16", "mask": {"token_ids": [3]}, "kernels": "torch",
+        },
+        "ecf886f502c53c5c",
+    ),
+    (AssessConfig, {}, "9a34810332f8fdc4"),
+    (
+        AssessConfig,
+        {"thresholds": {"min_l0": 3}, "tokens": "t", "latents": [1, 2], "out": "x", "device": "cpu"},
+        "940c835fb17f669d",
+    ),
+    (EmbedConfig, {}, "53b4e6e0a4d104cc"),
+    (EmbedConfig, {"prompt": "p", "batch_size": 8, "dtype": "bf16", "max_rows": 9}, "3306371ba5e72920"),
+    (ImportConfig, {}, "5b20fe001e440c2f"),
+    (ImportConfig, {"normalize": True, "width": 3, "shard_rows": 5, "texts": "t"}, "99fb165aca635200"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "changed", "expected"), IDENTITIES)
+def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expected: str) -> None:
+    """Oracle: hashes of what the first version wrote to `identity.json`; with another one no store or run
+    that is there could be continued."""
+    made = build(kind, {**LEAST[kind], **changed})
+    found = made.identity() if hasattr(made, "identity") else setting.identity(made)
+    assert durable.hash_json(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (TokenizeConfig, "out num_proc"),
+        (CacheConfig, "tokens out batch_size device"),
+        (
+            TrainConfig,
+            "acts out save_every log_every device kernels resume data_ranks latent_ranks profile "
+            "log_to_wandb wandb_project wandb_entity run_name wandb_log_frequency wandb_artifacts "
+            "log_to_tensorboard",
+        ),
+        (AssessConfig, "run acts model out device log_to_wandb"),
+        (ImportConfig, "source out texts dtype shard_rows"),
+        (EmbedConfig, "dataset model out dtype device shard_rows"),
+        (GenerateConfig, "out batch_size device"),
+    ],
+)
+def test_what_decides_nothing(kind: Any, expected: str) -> None:
+    """Oracle: the list by hand: where things are, how fast they go, and what is told of them. Inputs are in
+    identities by their content, types of storage in those of stores."""
+    assert {name for name, marks in setting.of(kind).items() if not marks.decides} == set(expected.split())
 
 
 SEEDS = [(TokenizeConfig, "shuffle_seed"), (TrainConfig, "shuffle_seed"), (TrainConfig, "seeds"),
@@ -258,3 +319,38 @@ def test_long_numbers_take_no_time() -> None:
     for text in ("1e999999999", "1e-999999999", "9" * 10**7, "0." + "0" * 10**7 + "1", "1e" + "9" * 100):
         with pytest.raises(ValueError):
             config.count(text)
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+GROUPS: Mapping[str, Mapping[str, Any]] = {
+    "cache": {"mask": MaskConfig}, "assess": {"thresholds": Thresholds},
+    "matrix": {"targets": Target, "sources": Source},
+}  # fmt: skip
+"""What is inside a setting of a section; `train.mask` is as `cache.mask`, `slurm.train` as `slurm`."""
+
+
+def rows(name: str, kind: Any) -> list[str]:
+    """A section's heading and table."""
+    lines = [f"\n## {name}\n", "| setting | by default | what it is |", "|---|---|---|"]
+    for field in dataclasses.fields(kind):
+        text, by_default = setting.describe(kind, field.name)
+        if field.default is False or field.default is dataclasses.MISSING:
+            by_default = "must be given" if field.default else "off"
+        lines.append(f"| `{field.name}` | {by_default} | {text} |")
+    return lines
+
+
+def page() -> str:
+    """docs/settings.md, as the settings say it."""
+    lines = [PAGE.read_text().split("\n## ")[0].rstrip()]
+    for section, kind in OF_SECTION.items():
+        lines += rows(section, kind)
+        for group, inner in GROUPS.get(section, {}).items():
+            lines += rows(f"{section}.{group}", inner)
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_lists_the_settings() -> None:
+    """Oracle: the settings themselves; `python -c 'import test_settings as t; t.PAGE.write_text(t.page())'`
+    in this folder writes the page anew."""
+    assert page() == PAGE.read_text()

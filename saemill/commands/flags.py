@@ -9,10 +9,8 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -123,29 +121,19 @@ def _parameter(name: str, configs: Any, item: Flag) -> inspect.Parameter:
     """Make the parameter that typer makes a flag or an argument of."""
     config, (*groups, last) = configs, item.setting.split(".")
     for group in groups:
-        config = config[group] if isinstance(config, Mapping) else _hints(config)[group]
-    hint, marks = _given(_hints(config)[last]), _known(config)[last]
-    by_default = marks.by_default if item.by_default is None else item.by_default
-    if by_default is None:
-        by_default = setting.written(setting.default_of(config, last))
-    text = f"{marks.help if item.help is None else item.help}{_choices(hint)}"
+        config = config[group] if isinstance(config, Mapping) else setting.types(config)[group]
+    hint, (text, by_default) = setting.type_of(config, last), setting.describe(config, last)
+    text = text if item.help is None else item.help
+    by_default = by_default if item.by_default is None else item.by_default
     text = f"{text} [{by_default}]." if by_default else f"{text}."
     if item.is_argument:
         info = typer.Argument(help=text)
     else:
-        info = typer.Option(*item.names, help=text, metavar=marks.metavar or _metavar(hint))
+        metavar = setting.of(config)[last].metavar or _metavar(hint)
+        info = typer.Option(*item.names, help=text, metavar=metavar)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[_parsed(hint) | None, info]
     )
-
-
-_hints, _known = cache(get_type_hints), cache(setting.of)
-
-
-def _given(hint: Any) -> Any:
-    """Return the type of a setting that is not left open."""
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    return kinds[0] if get_origin(hint) in (Union, UnionType) and len(kinds) == 1 else hint
 
 
 def _parsed(hint: Any) -> Any:
@@ -153,14 +141,6 @@ def _parsed(hint: Any) -> Any:
     if get_origin(hint) is tuple:
         return list[Path] if get_args(hint)[0] is Path else list[str]
     return hint if hint in (bool, Path) else str
-
-
-def _choices(hint: Any) -> str:
-    """List the words that a setting may be, for the end of its help."""
-    if get_origin(hint) is not Literal:
-        return ""
-    *others, last = get_args(hint)
-    return f": {', '.join(others)} or {last}"
 
 
 def _metavar(hint: Any) -> str | None:

@@ -1,7 +1,8 @@
 """What stages share. It imports none of them.
 
-config.py       settings: defaults < file < flags          yaml_text.py    YAML, strictly
-errors.py       what a user can repair                     elsewhere.py    other tools' words
+setting.py      what is said of a setting, once            config.py       defaults < file < flags
+errors.py       what a user can repair                     yaml_text.py    YAML, strictly
+elsewhere.py    other tools' words
 durable.py      files that are whole or absent             records.py      typed JSON with a checksum
 log.py          what the user sees                         page.py         a report's HTML
 world.py        the processes of a run                     signals.py      asked to stop

@@ -9,7 +9,9 @@ decides a result (`identity`), and which lists form a grid (`axes`). Any frozen 
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from saemill.common.config import LARGEST, SUFFIXES, plain, shown
 from saemill.common.errors import ConfigError
@@ -56,6 +58,10 @@ class Setting:
         return f"{self.least} or more" + (f", and at most {most}" if self.most is not None else "")
 
 
+PLAIN = Setting("")
+"""What is known of a field that says nothing."""
+
+
 def about(help: str, **marks: Any) -> dict[str, Setting]:
     """Make the metadata of a field without a default: `out: Path = field(metadata=about("Folder to write"))`.
 
@@ -80,7 +86,7 @@ def like(cls: Any, name: str, **changes: Any) -> Any:
         name: of its setting. Of one that forms a grid, the default is the first value.
         changes: marks that differ, and `default`; `dataclasses.MISSING` for one that must be given.
     """
-    default, marks = default_of(cls, name), of(cls)[name]
+    default, marks = default_of(cls, name), _marks(cls.__dataclass_fields__[name])
     if "default" in changes:
         default = changes.pop("default")
     elif marks.axis is not None:
@@ -90,12 +96,17 @@ def like(cls: Any, name: str, **changes: Any) -> Any:
 
 def default_of(cls: Any, name: str) -> Any:
     """Find the default of a setting; `dataclasses.MISSING` for one that must be given."""
-    return next(item.default for item in dataclasses.fields(cls) if item.name == name)
+    return cls.__dataclass_fields__[name].default
 
 
 def of(cls: Any) -> dict[str, Setting]:
     """List what is known of the settings of a config or its class; of a plain field, that it decides."""
-    return {item.name: item.metadata.get(KEY, Setting("")) for item in dataclasses.fields(cls)}
+    return {item.name: _marks(item) for item in dataclasses.fields(cls)}
+
+
+def _marks(item: Any) -> Setting:
+    marks: Setting = item.metadata.get(KEY, PLAIN)
+    return marks
 
 
 def axes(cls: Any) -> dict[str, str]:
@@ -120,6 +131,27 @@ def check(config: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and (problem := marks.problem(number)):
                 raise ConfigError(f"{name} must be {problem}, got {shown(number)}")
+
+
+types = cache(get_type_hints)
+"""The types of a config's settings, by name."""
+
+
+def type_of(cls: Any, name: str) -> Any:
+    """Find the type of a setting that is not left open."""
+    hint = types(cls)[name]
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    return kinds[0] if get_origin(hint) in (Union, UnionType) and len(kinds) == 1 else hint
+
+
+def describe(cls: Any, name: str) -> tuple[str, str]:
+    """Say what a setting is, its choices included, and what holds by default, as help and docs say it."""
+    marks, hint = _marks(cls.__dataclass_fields__[name]), type_of(cls, name)
+    by_default = written(default_of(cls, name)) if marks.by_default is None else marks.by_default
+    if get_origin(hint) is not Literal:
+        return marks.help, by_default
+    *others, last = get_args(hint)
+    return f"{marks.help}: {', '.join(others)} or {last}", by_default
 
 
 def written(value: Any) -> str:

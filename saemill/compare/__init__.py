@@ -1,5 +1,6 @@
 """Dictionaries beside one another: what two SAEs have in common, latent by latent.
 
+config.py        the settings
 run.py           `saemill compare`: all pairs
 dictionaries.py  folders → SAEs, two by two
 activations.py   SAEs → their codes on the same tokens

@@ -4,6 +4,7 @@ The path of a vector, from its file to its shard:
 
 run.py         `saemill import-activations`: stored vectors, checked, → passages → shards
 embed.py       `saemill embed`: texts → an encoder → the same
+config.py      the settings of both
 sources.py     which files or dataset a name means
 tables.py      vectors, ids and texts out of columns: parquet, arrow, json lines, `datasets`
 arrays.py      vectors out of .npy, .npz, raw rows, .pt and safetensors

@@ -24,7 +24,7 @@ class GenerateConfig:
     )
     max_tokens: int = setting(256, "Most tokens per sample", least=1)
     seed: int = setting(42, "Seed of the samples", least=0, most=LARGEST)
-    temperature: float = setting(1.0, "Divides the logits", by_default="1.0")
+    temperature: float = setting(1.0, "Divides the logits")
     top_p: float = setting(
         0.9, "Sample from the most probable tokens that sum to this; 1 from all", within="(0, 1]"
     )

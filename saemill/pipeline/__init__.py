@@ -3,6 +3,7 @@
 stages.py     the stages of a config, and the folders that join them
 rows.py       whether there are enough rows
 chain.py      all on this machine, each result found again by content
+config.py     the section run
 run.py        `saemill run`: a model and a dataset, or a config
 matrix.py     `saemill matrix`: models × datasets × seeds
 summary.py    the results of a matrix

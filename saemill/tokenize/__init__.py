@@ -10,6 +10,7 @@ packing.py     documents → full rows
 
 What each of these asks:
 
+config.py      the settings
 files.py       which local files there are, and which one is at fault
 columns.py     which column holds the documents
 ids.py         rows that are tokenized already: checked, without frame and padding

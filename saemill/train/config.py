@@ -109,9 +109,7 @@ class TrainConfig:
     """Loops compiled by numba on a CPU, Triton's kernels on a GPU; elsewhere torch, the definition by
     autograd. They differ by rounding."""
     resume: bool = setting(True, "Go on from the run's checkpoint; off starts anew", decides=False)
-    halving: int = setting(
-        0, "Times that the worse half of each site and k is stopped early", by_default="0", least=0
-    )
+    halving: int = setting(0, "Times that the worse half of each site and k is stopped early", least=0)
     """See `sweep.halving`."""
     halving_metric: Literal["fvu", "loss", "dead_fraction"] | None = setting(
         None, "Figure that tells the worse half", by_default="fvu"
