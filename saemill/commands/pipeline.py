@@ -127,7 +127,7 @@ def demo(
         "demo-run"
     ),
 ) -> None:
-    """The whole pipeline on a small language model and public-domain text that ship with saemill."""
+    """Run the whole pipeline on a small language model and public-domain text that ship with saemill."""
     from saemill.demo import run
 
     run(out)

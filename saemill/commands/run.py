@@ -90,7 +90,7 @@ def run(
 def _config_file(
     model: str | None, dataset: str | None, config: Path | None
 ) -> tuple[Path | None, str | None]:
-    """The config file and the model: `saemill run CONFIG.yaml` has the former in the latter's place."""
+    """Tell the config file from the model: `saemill run CONFIG.yaml` has the former in the latter's place."""
     if model and dataset is None and Path(model).suffix in (".yaml", ".yml"):
         if config:
             raise typer.BadParameter(f"two config files: {model} and {config}; name one")

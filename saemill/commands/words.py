@@ -60,7 +60,7 @@ class Words:
         self.n_arguments = 0 if takes_all else len(arguments)
 
     def rewritten(self, args: list[str]) -> list[str]:
-        """The words with `--k 4 8` as `--k 4 --k 8`, and `--switch false` as `--no-switch`."""
+        """Rewrite the words: `--k 4 8` as `--k 4 --k 8`, and `--switch false` as `--no-switch`."""
         words: list[str] = []
         option, name, n_values, n_arguments = None, "", 0, 0
         for place, arg in enumerate(args):
@@ -100,7 +100,7 @@ class Words:
 
 
 def _switched(option: Any, name: str, word: str) -> str | None:
-    """The switch for `--log_to_wandb true`; None if the word says neither, or the switch cannot be off."""
+    """Find the switch for `--log_to_wandb true`; None if the word is neither, or the switch cannot be off."""
     if word.lower() == "true":
         return name
     off = option.secondary_opts
@@ -123,7 +123,7 @@ def _refuse_twice(params: list[Any]) -> None:
 
 
 def _explained(error: Any, command: Any, ctx: Any) -> Any:
-    """The error with what the word is here, if another tool has it; else with the near flags alone."""
+    """Complete the error with what another tool's word is here, else with the near flags alone."""
     message = str(error.format_message())
     if type(error).__name__ == "NoSuchOption":
         word = str(error.option_name)

@@ -50,7 +50,7 @@ KINDS = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The phrase that helps after a misspelt name: the near ones, or all of them."""
+    """Make the phrase that helps after a misspelt name: the near ones, or all of them."""
     known = sorted(known)
     if near := elsewhere.near(name, known):
         return f"did you mean {', '.join(near)}?"
@@ -134,7 +134,7 @@ def _put(target: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def read_sections(file: Path) -> dict[str, dict[str, Any]]:
-    """The sections of a YAML file; the names of their settings with underscores.
+    """Read the sections of a YAML file; the names of their settings with underscores.
 
     Raises:
         ConfigError: the file cannot be read, or holds other things than sections of settings.
@@ -161,7 +161,7 @@ def read_sections(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _spelt_alike(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Settings by their names with underscores; refuses two spellings of one."""
+    """Name settings with underscores; refuse two spellings of one."""
     found: dict[str, Any] = {}
     for raw, value in values.items():
         name = str(raw).replace("-", "_")
@@ -180,13 +180,13 @@ def read_section(file: Path, section: str) -> dict[str, Any]:
 
 
 def _known(name: str, known: Iterable[str]) -> str:
-    """What helps after a name that is not known: what another tool's word means here, or the near ones."""
+    """Say what helps after an unknown name: what another tool's word means here, or the near ones."""
     known = list(known)
     return elsewhere.answer(name) or nearest(name, known)
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """A dataclass from a mapping, strictly: unknown and missing keys are errors.
+    """Make a dataclass of a mapping, strictly: unknown and missing keys are errors.
 
     Args:
         values: field name to value; dashes in names are read as underscores.
@@ -287,14 +287,14 @@ def _bounded(number: int, name: str) -> int:
 
 
 def _nameable(text: str) -> str:
-    """The text, if the system could take it as a name; ValueError otherwise."""
+    """Return the text, if the system could take it as a name; ValueError otherwise."""
     if b"\0" in os.fsencode(text):
         raise ValueError(text)
     return text
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it, cut where it is long."""
+    """Show a value as messages do, cut where it is long."""
     try:
         text = repr(value)
     except ValueError:  # a whole number of more digits than Python writes
@@ -303,14 +303,14 @@ def shown(value: Any) -> str:
 
 
 def _kind(hint: Any) -> str:
-    """What a setting must be, in words."""
+    """Say what a setting must be."""
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
     return KINDS[hint]
 
 
 def count(value: Any) -> int:
-    """A whole number from 2000000, '2_000_000', '2e6' or '2M'; ValueError otherwise."""
+    """Read a whole number from 2000000, '2_000_000', '2e6' or '2M'; ValueError otherwise."""
     if not isinstance(value, str | int | float):
         raise ValueError(value)
     text = str(value).strip()
@@ -330,7 +330,7 @@ def count(value: Any) -> int:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A config as plain YAML and JSON values."""
+    """Turn a config into plain YAML and JSON values."""
 
     def convert(value: Any) -> Any:
         if isinstance(value, dict):
@@ -360,7 +360,7 @@ def check_folder(path: Path) -> None:
 
 
 def as_yaml(section: str, values: Mapping[str, Any]) -> bytes:
-    """The content of a YAML file with one section, which `--config` reads back."""
+    """Write the content of a YAML file with one section, which `--config` reads back."""
     return yaml.safe_dump({section: dict(values)}, sort_keys=False).encode()
 
 

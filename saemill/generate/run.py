@@ -135,7 +135,7 @@ def _source(model: str, config: GenerateConfig) -> _Source:
 
 
 def _identity(config: GenerateConfig, dtype: torch.dtype, sources: Mapping[str, _Source]) -> dict[str, Any]:
-    """The settings that decide the samples; `batch_size` and `device` change no more than rounding."""
+    """Collect the settings that decide the samples; `batch_size` and `device` change rounding alone."""
     fingerprints = {name: source.fingerprint for name, source in sources.items()}
     return identity(config) | {"dtype": str(dtype).removeprefix("torch."), "fingerprints": fingerprints}
 

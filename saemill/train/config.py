@@ -187,7 +187,7 @@ class TrainConfig:
         return self.batch_size * self.grad_acc_steps
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the result."""
+        """Collect the settings that decide the result."""
         decisive = identity(self)
         if self.num_latents:
             del decisive["expansion_factor"]

@@ -138,7 +138,7 @@ def resolve(
 
 
 def _inherited(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What a variant takes from the run: not Adam's settings where it names another optimizer itself."""
+    """Collect what a variant takes from the run: not Adam's settings where it names another optimizer."""
     other = entry.get("optimizer", "adam") != "adam"
     return {name: value for name, value in common.items() if not (other and name in ADAM_ALONE)}
 
@@ -191,5 +191,5 @@ def _apart(entry: Mapping[str, Any], where: str) -> Iterator[str]:
 
 
 def describe(variant: Variant) -> dict[str, Any]:
-    """A variant's settings as plain values."""
+    """Turn a variant's settings into plain values."""
     return dataclasses.asdict(variant)
