@@ -43,7 +43,7 @@ for function in (
 
 
 def main() -> None:
-    """Run the command line; errors that a user can repair are told without a traceback."""
+    """Run the command line; errors that a user can repair are printed without a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         sys.exit(app(standalone_mode=False))
@@ -60,9 +60,9 @@ def main() -> None:
     except OSError as error:
         from saemill.common import durable
 
-        if not (told := durable.explained(error)):
+        if not (explanation := durable.explained(error)):
             raise
-        _fail(told)
+        _fail(explanation)
     except Exception:
         if where := _of_rank():
             print(f"failed{where}:", file=sys.stderr)
@@ -70,10 +70,10 @@ def main() -> None:
 
 
 def _refuse(error: Any) -> NoReturn:
-    """Tell of words that are no command of ours; without any, the help was shown already."""
-    if told := error.format_message():
+    """Print why words are no command of ours; without any, the help was shown already."""
+    if message := error.format_message():
         usage = error.ctx.get_usage() if error.ctx else ""
-        print(log.printable(f"{usage}\nerror: {told}".strip()), file=sys.stderr)
+        print(log.printable(f"{usage}\nerror: {message}".strip()), file=sys.stderr)
     sys.exit(2)
 
 
@@ -83,7 +83,7 @@ def _fail(problem: str) -> NoReturn:
 
 
 def _of_rank() -> str:
-    """Which of several processes this is."""
+    """Name this process, if there are several."""
     from saemill.common.world import World
 
     try:

@@ -22,7 +22,7 @@ Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, dots reach inside.")
 ]
 METAVARS = {int: "N", float: "X", str: "NAME"}
-"""What stands for a value of a type, and for a list of them with `,…` behind it."""
+"""What stands for a value in help, by type; a list of them has `,…` behind it."""
 
 
 def option(text: str, metavar: str) -> Any:
@@ -37,7 +37,8 @@ class Flag:
     setting: str
     """Its name; dots reach into groups."""
     names: tuple[str, ...] = ()
-    """Of the flag; by default as the setting, with dashes. A switch whose name is given cannot be off."""
+    """Names of the flag; by default the setting's, with dashes. A switch with names of its own has no
+    off-switch beside those."""
     help: str | None = None
     """In place of the setting's own."""
     by_default: str | None = None
@@ -92,8 +93,8 @@ def with_flags(configs: Any, *flags: str | Flag) -> Callable[[Callable[..., None
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         def called(**values: Any) -> None:
-            told = {item.setting: _joined(values.pop(name)) for name, item in by_parameter.items()}
-            function(flags=told, **values)
+            given = {item.setting: _joined(values.pop(name)) for name, item in by_parameter.items()}
+            function(flags=given, **values)
 
         called.__name__, called.__doc__ = function.__name__, function.__doc__
         parameters: dict[str, inspect.Parameter] = {}

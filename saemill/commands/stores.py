@@ -23,7 +23,7 @@ def verify(
     from saemill.common.log import say
     from saemill.show import problems
 
-    found = problems(path)
-    say("\n".join(found) if found else f"{path}: every file has its size and hash")
-    if found:
+    damaged = problems(path)
+    say("\n".join(damaged) if damaged else f"{path}: every file has its size and hash")
+    if damaged:
         raise typer.Exit(1)

@@ -19,7 +19,7 @@ class Command(TyperCommand):
     """A command whose flags are collected or refused when they are given twice.
 
     A list takes `--k 4 --k 8`, `--k 4,8` and, as in sparsify and saetrain, `--k 4 8`; a switch takes
-    `--log_to_wandb true`. A word that another tool has is told what it is here.
+    `--log_to_wandb true`. For a word of another tool, the error says what it is here.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -33,7 +33,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The commands; `saemill MODEL DATASET`, as sparsify is called, is told the command for it."""
+    """The commands. `saemill MODEL DATASET`, as sparsify is called, is answered with the command for it."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command, or say which one is near."""
@@ -93,14 +93,14 @@ class Words:
         return arg.startswith("--") or arg in self.options
 
     def _goes_on(self, before: str, arg: str, n_arguments: int) -> bool:
-        """Whether a word belongs to the list before it: a number after numbers, or any once the arguments
-        are there."""
+        """Tell whether a word belongs to the list before it: a number after numbers, or any once the
+        arguments are there."""
         numbers = _is_number(before.rpartition("=")[2]) and _is_number(arg)
         return numbers or (self.n_arguments > 0 and n_arguments >= self.n_arguments)
 
 
 def _switched(option: Any, name: str, word: str) -> str | None:
-    """Find the switch for `--log_to_wandb true`; None if the word is neither, or the switch cannot be off."""
+    """Find the switch for `--log_to_wandb true`; None if the word is neither, or there is no off-switch."""
     if word.lower() == "true":
         return name
     off = option.secondary_opts
@@ -123,7 +123,7 @@ def _refuse_twice(params: list[Any]) -> None:
 
 
 def _explained(error: Any, command: Any, ctx: Any) -> Any:
-    """Complete the error with what another tool's word is here, else with the near flags alone."""
+    """Add to an error what the word is here, if another tool has it, else the near flags."""
     message = str(error.format_message())
     if type(error).__name__ == "NoSuchOption":
         word = str(error.option_name)
@@ -141,7 +141,7 @@ def _explained(error: Any, command: Any, ctx: Any) -> Any:
 
 
 def _in_other_command(word: str, ctx: Any) -> str | None:
-    """Which other commands have the flag."""
+    """Say which other commands have the flag."""
     flag = word.replace("_", "-")
     commands = getattr(ctx.parent.command, "commands", {}) if ctx.parent else {}
     having = [name for name, other in commands.items() if any(flag in param.opts for param in other.params)]

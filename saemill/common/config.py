@@ -50,7 +50,7 @@ KINDS = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Make the phrase that helps after a misspelt name: the near ones, or all of them."""
+    """Phrase what helps after a misspelt name: the near ones, or all of them."""
     known = sorted(known)
     if near := elsewhere.near(name, known):
         return f"did you mean {', '.join(near)}?"
@@ -99,26 +99,26 @@ def override(target: dict[str, Any], flags: Mapping[str, Any], sets: Iterable[st
     Raises:
         ConfigError: one setting is given twice, by them or within `--set`.
     """
-    told: dict[str, str] = {}
+    given: dict[str, str] = {}
     for item in sets:
         key, separator, value = item.partition("=")
         if not separator:
             raise ConfigError(f"--set takes key=value, got {item!r}")
-        _tell(told, key, f"--set {item}")
+        _note(given, key, f"--set {item}")
         _put(target, key, yaml_text.parse(value, f"--set {item}"))
     for key, value in flags.items():
         if value is not None:
-            _tell(told, key, f"the flag for {key}, {shown(value)}")
+            _note(given, key, f"the flag for {key}, {shown(value)}")
             _put(target, key, value)
 
 
-def _tell(told: dict[str, str], key: str, how: str) -> None:
+def _note(given: dict[str, str], key: str, how: str) -> None:
     """Note down how a setting is given; refuse a second time, or one for a group and one inside it."""
     key = key.replace("-", "_")
-    for other, before in told.items():
+    for other, before in given.items():
         if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
             raise ConfigError(f"{key} is given twice, by {before} and by {how}; leave one out")
-    told[key] = how
+    given[key] = how
 
 
 def _put(target: dict[str, Any], dotted: str, value: Any) -> None:
@@ -161,18 +161,18 @@ def read_sections(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _spelt_alike(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Name settings with underscores; refuse two spellings of one."""
-    found: dict[str, Any] = {}
+    """Spell the names of settings with underscores; refuse two spellings of one."""
+    respelt: dict[str, Any] = {}
     for raw, value in values.items():
         name = str(raw).replace("-", "_")
-        if name in found:
+        if name in respelt:
             raise ConfigError(f"{where}.{name} is given twice, with dashes and underscores; leave one out")
-        found[name] = value
-    return found
+        respelt[name] = value
+    return respelt
 
 
 def read_section(file: Path, section: str) -> dict[str, Any]:
-    """One section of a YAML file."""
+    """Read one section of a YAML file."""
     content = read_sections(file)
     if section not in content:
         raise ConfigError(f"{file} has no section {section!r}; it has {', '.join(content) or 'none'}")
@@ -180,13 +180,13 @@ def read_section(file: Path, section: str) -> dict[str, Any]:
 
 
 def _known(name: str, known: Iterable[str]) -> str:
-    """Say what helps after an unknown name: what another tool's word means here, or the near ones."""
+    """Phrase what helps after an unknown name: what another tool's word means here, or the near ones."""
     known = list(known)
     return elsewhere.answer(name) or nearest(name, known)
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Make a dataclass of a mapping, strictly: unknown and missing keys are errors.
+    """Build a dataclass from a mapping, strictly: unknown and missing keys are errors.
 
     Args:
         values: field name to value; dashes in names are read as underscores.
@@ -271,7 +271,7 @@ def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
             return _nameable(str(value))
         if hint is Path and isinstance(value, str | Path) and str(value) != "":
             path = Path(_nameable(str(value)))
-            if all(len(os.fsencode(part)) <= LONGEST_NAME_BYTES for part in path.parts):
+            if all(len(os.fsencode(name)) <= LONGEST_NAME_BYTES for name in path.parts):
                 return path
     except ConfigError:
         raise
@@ -294,7 +294,7 @@ def _nameable(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Show a value as messages do, cut where it is long."""
+    """Write a value as messages show it, cut where it is long."""
     try:
         text = repr(value)
     except ValueError:  # a whole number of more digits than Python writes
@@ -310,7 +310,7 @@ def _kind(hint: Any) -> str:
 
 
 def count(value: Any) -> int:
-    """Read a whole number from 2000000, '2_000_000', '2e6' or '2M'; ValueError otherwise."""
+    """Parse a whole number from 2000000, '2_000_000', '2e6' or '2M'; ValueError otherwise."""
     if not isinstance(value, str | int | float):
         raise ValueError(value)
     text = str(value).strip()
@@ -364,15 +364,15 @@ def as_yaml(section: str, values: Mapping[str, Any]) -> bytes:
     return yaml.safe_dump({section: dict(values)}, sort_keys=False).encode()
 
 
-def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+def check_same(existing: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
     """Refuse to go on in a place that was made with other settings, naming the keys that differ.
 
     Raises:
-        ConfigError: some key of `wanted` has another value in `found`.
+        ConfigError: some key of `wanted` has another value in `existing`.
     """
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    differing = [key for key in wanted if existing.get(key) != wanted[key]]
     if differing:
-        lines = "\n".join(f"  {key}: there {found.get(key)!r}, now {wanted[key]!r}" for key in differing)
+        lines = "\n".join(f"  {key}: there {existing.get(key)!r}, now {wanted[key]!r}" for key in differing)
         raise ConfigError(
             f"{path} was made with other settings:\n{lines}\n"
             "Use the same settings, another output folder, or remove that one."

@@ -60,7 +60,7 @@ class Variant:
 
 
 def auto_lr(num_latents: int, d: int, n_steps: int) -> float:
-    """Adam's peak rate: 0.08/√D · √(2^12 / F) · (100 / steps)^0.3, at most 0.16/√D.
+    """Compute Adam's peak rate: 0.08/√D · √(2^12 / F) · (100 / steps)^0.3, at most 0.16/√D.
 
     Rows have unit length, so a weight is about 1/√D; with √F as in Gao et al. 2024 (figure 3). The last
     factor was fitted on the residual streams of two models at 32 to 460 steps; at Gao's 60,000 steps
@@ -71,7 +71,7 @@ def auto_lr(num_latents: int, d: int, n_steps: int) -> float:
 
 
 def of_config(config: TrainConfig, widths: Mapping[str, int], n_steps: int) -> list[Variant]:
-    """All variants of a run.
+    """List all variants of a run.
 
     Args:
         config: of the run.
@@ -83,12 +83,8 @@ def of_config(config: TrainConfig, widths: Mapping[str, int], n_steps: int) -> l
     """
     axes = {ONE_OF_GRID.get(name, name): getattr(config, name) for name in axes_of(TrainConfig)}
     axes["expansion_factor"] = () if config.num_latents else config.expansion_factor or (8,)
-    shared = {field.name for field in dataclasses.fields(config)} - axes.keys()
-    common = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(Variant)
-        if field.name in shared
-    }
+    own = [field.name for field in dataclasses.fields(Variant) if field.name != "name"]
+    common = {name: getattr(config, name) for name in own if name not in axes}
     variants = resolve(common, axes, config.variants, widths, n_steps)
     for site in widths:
         if all(variant.site != site for variant in variants):
@@ -103,7 +99,7 @@ def resolve(
     widths: Mapping[str, int],
     n_steps: int,
 ) -> list[Variant]:
-    """All variants of a run.
+    """List all variants of a run.
 
     Args:
         common: settings shared by all variants.
@@ -191,5 +187,5 @@ def _apart(entry: Mapping[str, Any], where: str) -> Iterator[str]:
 
 
 def describe(variant: Variant) -> dict[str, Any]:
-    """Turn a variant's settings into plain values."""
+    """Return a variant's settings as plain values."""
     return dataclasses.asdict(variant)
