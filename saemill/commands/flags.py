@@ -130,7 +130,7 @@ def _parameter(name: str, configs: Any, item: Flag) -> inspect.Parameter:
     if item.is_argument:
         info = typer.Argument(help=text)
     else:
-        metavar = setting.of(config)[last].metavar or _metavar(hint)
+        metavar = setting.marks_of(config, last).metavar or _metavar(hint)
         info = typer.Option(*item.names, help=text, metavar=metavar)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[_parsed(hint) | None, info]

@@ -86,7 +86,7 @@ def like(cls: Any, name: str, **changes: Any) -> Any:
         name: of its setting. Of one that forms a grid, the default is the first value.
         changes: marks that differ, and `default`; `dataclasses.MISSING` for one that must be given.
     """
-    default, marks = default_of(cls, name), _marks(cls.__dataclass_fields__[name])
+    default, marks = default_of(cls, name), marks_of(cls, name)
     if "default" in changes:
         default = changes.pop("default")
     elif marks.axis is not None:
@@ -101,11 +101,12 @@ def default_of(cls: Any, name: str) -> Any:
 
 def of(cls: Any) -> dict[str, Setting]:
     """List what is known of the settings of a config or its class; of a plain field, that it decides."""
-    return {item.name: _marks(item) for item in dataclasses.fields(cls)}
+    return {item.name: marks_of(cls, item.name) for item in dataclasses.fields(cls)}
 
 
-def _marks(item: Any) -> Setting:
-    marks: Setting = item.metadata.get(KEY, PLAIN)
+def marks_of(cls: Any, name: str) -> Setting:
+    """Find what is known of one setting."""
+    marks: Setting = cls.__dataclass_fields__[name].metadata.get(KEY, PLAIN)
     return marks
 
 
@@ -146,7 +147,7 @@ def type_of(cls: Any, name: str) -> Any:
 
 def describe(cls: Any, name: str) -> tuple[str, str]:
     """Say what a setting is, its choices included, and what holds by default, as help and docs say it."""
-    marks, hint = _marks(cls.__dataclass_fields__[name]), type_of(cls, name)
+    marks, hint = marks_of(cls, name), type_of(cls, name)
     by_default = written(default_of(cls, name)) if marks.by_default is None else marks.by_default
     if get_origin(hint) is not Literal:
         return marks.help, by_default
