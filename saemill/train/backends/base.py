@@ -115,6 +115,9 @@ class Architecture(Protocol):
     def auxiliary(self) -> Auxiliary | None:
         """Return what dead latents learn; None where they learn nothing."""
 
+    def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
+        """Fill in where the parameters start; `b_D` is there already."""
+
     def loss(self, p: Parameters, x_TD: Tensor, dead: Dead, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition, which `plain` differentiates and tests compare with."""
 
@@ -142,7 +145,7 @@ class Sums(NamedTuple):
     aux_loss: Tensor
     """AuxK's term of the loss, float32."""
     n_active: Tensor
-    """Codes above 0."""
+    """Number of codes that are not 0."""
     fired_F: Tensor
     """bool, which latents had one."""
 

@@ -94,7 +94,7 @@ def _zero_sums(p: Parameters) -> Sums:
 
 def _added(sums: Sums, losses: Losses, per_square: float) -> Sums:
     """Count a chunk."""
-    active_TF = losses.codes_TF.detach() > 0
+    active_TF = losses.codes_TF.detach() != 0
     return Sums(
         sums.sse + losses.sse.detach(),
         sums.aux_loss + losses.aux.detach() * per_square,

@@ -21,7 +21,7 @@ from torch.nn.functional import embedding_bag
 
 from saemill.common.sae.topk import topk
 from saemill.train.backends.auxk import DeadRows, auxk
-from saemill.train.backends.base import Architecture, Batch, Dead, Rates, Sums, Weights
+from saemill.train.backends.base import Architecture, Batch, Dead, Largest, Rates, Sums, Weights
 from saemill.train.backends.team import ALONE, Team
 from saemill.train.optim.optimizer import Optimizer
 from saemill.train.profile import region
@@ -102,7 +102,9 @@ class Sparse(ABC):
         """Go forward over this process's own tokens, backward over the whole batch, as `Backend.step`."""
         n_tokens = len(batch.x_TD)
         own = batch.tokens(self.team.tokens.slice_of(n_tokens))
-        forward = self.forward(own, weights, architecture.rule.k)
+        if not isinstance(rule := architecture.rule, Largest):
+            raise TypeError(f"no passes for codes by {type(rule).__name__}; kernels torch have them")
+        forward = self.forward(own, weights, rule.k)
         dead_rows, aux_loss = None, torch.zeros((), device=batch.x_TD.device)
         if (aux := architecture.auxiliary) is not None and dead.n_in_team > 0:
             scale = aux.alpha * rates.per_square * aux.share(dead)

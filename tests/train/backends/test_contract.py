@@ -7,6 +7,7 @@ torch.optim.AdamW or SGD, and renormalised rows.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -99,8 +100,8 @@ def learner_of(case: Case, kernels: str) -> Learner:
     return learner
 
 
-def oracle(learner: Learner, x_TD: Tensor) -> tuple[list[Tensor], list[Tensor], float]:
-    """Gradients, parameters after the step, and the loss, from the definition."""
+def oracle(learner: Learner, x_TD: Tensor) -> tuple[list[Tensor], list[Tensor], float, Tensor]:
+    """Gradients, parameters after the step, the loss and which codes are active, from the definition."""
     variant, d = learner.variant, x_TD.shape[1]
     leaves = [p.detach().double().cpu().requires_grad_() for p in learner.parameters]
     dead = Dead(learner.dead.latents_S.cpu(), learner.dead.n_in_team)
@@ -120,7 +121,7 @@ def oracle(learner: Learner, x_TD: Tensor) -> tuple[list[Tensor], list[Tensor], 
         optimizer = torch.optim.SGD([w_enc, b_enc, w_dec, b], LR, momentum=0.9)
     optimizer.step()
     w_dec.data /= w_dec.data.norm(dim=1, keepdim=True)
-    return gradients, [leaf.detach() for leaf in leaves], loss.item()
+    return gradients, [leaf.detach() for leaf in leaves], loss.item(), losses.codes_TF != 0
 
 
 def stepped(learner: Learner, x_TD: Tensor) -> tuple[list[Tensor], float]:
@@ -143,7 +144,7 @@ def test_a_step_is_that_of_the_definition(kernels: str, case: Case, monkeypatch:
     (x_TD,) = planted(1, case.t, case.d, learner.parameters.b_D.device)
     if case.spoil == "one token over again":
         x_TD[:] = x_TD[0]
-    gradients, after, loss = oracle(learner, x_TD)
+    gradients, after, loss, active_TF = oracle(learner, x_TD)
     found, found_loss = stepped(learner, x_TD)
     tolerance = TOLERANCE[case.dtype]
     assert found_loss == pytest.approx(loss, rel=tolerance)
@@ -155,6 +156,8 @@ def test_a_step_is_that_of_the_definition(kernels: str, case: Case, monkeypatch:
             torch.testing.assert_close(mine, exact, rtol=tolerance, atol=bound)
     if case.dtype == torch.float32:
         check_updates(learner, gradients, after)
+        assert learner.totals.window()["l0"] == pytest.approx(float(active_TF.sum()) / case.t)
+        assert torch.equal(learner.idle_tokens_F.cpu() == 0, active_TF.any(0))
     lengths = learner.parameters.w_dec_FD.norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=1e-5, atol=0)
 
@@ -209,3 +212,12 @@ def test_a_step_that_is_not_healthy_changes_nothing(kernels: str) -> None:
     stepped(learner, x_TD)
     assert int(learner.diverged_step) == 0
     assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters, strict=True))
+
+
+@pytest.mark.parametrize("kernels", BACKENDS[1:])
+def test_a_rule_without_passes_is_refused(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the error, in place of a step by another rule."""
+    learner = learner_of(Case(), kernels)
+    monkeypatch.setattr(TopK, "rule", NamedTuple("Odd", [("k", int)])(4))
+    with pytest.raises(TypeError, match="no passes for codes by Odd"):
+        stepped(learner, planted(1, 23, 12, learner.parameters.b_D.device)[0])
