@@ -137,6 +137,25 @@ class Rates(NamedTuple):
         return 2 * self.per_square
 
 
+class Task(NamedTuple):
+    """One optimizer step of one SAE."""
+
+    batch: Batch
+    """From the backend's `prepare`; the loss is the mean over its tokens."""
+    weights: Weights
+    """Those of the SAE, changed in place, copies included."""
+    architecture: Architecture
+    """Definition and rules of the SAE."""
+    optimizer: Optimizer
+    """That of its parameters; its step has begun."""
+    dead: Dead
+    """Its latents that have not fired for long."""
+    healthy: Tensor
+    """bool []; where it is false, or the squared error is not finite, nothing is changed."""
+    rates: Rates
+    """Numbers of this step."""
+
+
 class Sums(NamedTuple):
     """What a step did, over all tokens of the team."""
 
@@ -165,27 +184,8 @@ class Backend(Protocol):
     def prepare(self, x_TD: Tensor) -> Batch:
         """Make the copies of a batch, once for all SAEs of its site."""
 
-    def step(
-        self,
-        batch: Batch,
-        weights: Weights,
-        architecture: Architecture,
-        optimizer: Optimizer,
-        dead: Dead,
-        healthy: Tensor,
-        rates: Rates,
-    ) -> Sums:
-        """Take one optimizer step of one SAE, in place.
-
-        Args:
-            batch: from `prepare`; the loss is the mean over its tokens.
-            weights: changed, copies included.
-            architecture: of the SAE.
-            optimizer: of its parameters; its step has begun.
-            dead: the dead ones of its latents.
-            healthy: bool []; where it is false, or the squared error is not finite, nothing is changed.
-            rates: of this step.
-        """
+    def step(self, task: Task) -> Sums:
+        """Take one optimizer step of one SAE, in place."""
 
 
 def chunks(n_rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from saemill.train.backends.base import (
-    Architecture,
     Batch,
-    Dead,
     Losses,
     Parameters,
     Rates,
     Sums,
+    Task,
     Weights,
     chunks,
 )
@@ -53,23 +52,15 @@ class Plain:
         """Take a batch as it is: the loss rounds what it multiplies."""
         return Batch(x_TD, x_TD)
 
-    def step(
-        self,
-        batch: Batch,
-        weights: Weights,
-        architecture: Architecture,
-        optimizer: Optimizer,
-        dead: Dead,
-        healthy: Tensor,
-        rates: Rates,
-    ) -> Sums:
+    def step(self, task: Task) -> Sums:
         """Differentiate the loss and take an optimizer step, as `Backend.step`."""
+        batch, weights, rates = task.batch, task.weights, task.rates
         own = batch.tokens(self.team.tokens.slice_of(len(batch.x_TD)))
         leaves = Parameters(*(weight.detach().requires_grad_() for weight in weights.parameters))
         sums, tokens = _zero_sums(leaves), self.team.tokens
         for chunk in chunks(len(own.x_TD), len(leaves.b_enc_F) * 4, _chunk_bytes(own.x_TD.device)):
             with region("backward"), torch.enable_grad():
-                losses = architecture.loss(leaves, own.x_TD[chunk], dead, self.dtype)
+                losses = task.architecture.loss(leaves, own.x_TD[chunk], task.dead, self.dtype)
                 ((losses.sse + losses.aux) * rates.per_square).backward()  # type: ignore[no-untyped-call]
             sums = _added(sums, losses, rates.per_square)
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
@@ -77,9 +68,9 @@ class Plain:
             for over_tokens in (*gradients, sums.sse, sums.aux_loss, sums.n_active):
                 tokens.all_reduce(over_tokens)
             fired_F = tokens.all_reduce(sums.fired_F.int()) > 0
-        if healthy & torch.isfinite(sums.sse):
+        if task.healthy & torch.isfinite(sums.sse):
             with region("optimizer"):
-                _update(weights.parameters, Parameters(*gradients), optimizer, rates)
+                _update(weights.parameters, Parameters(*gradients), task.optimizer, rates)
         return sums._replace(fired_F=fired_F)
 
 

@@ -21,9 +21,8 @@ from torch.nn.functional import embedding_bag
 
 from saemill.common.sae.topk import topk
 from saemill.train.backends.auxk import DeadRows, auxk
-from saemill.train.backends.base import Architecture, Batch, Dead, Largest, Rates, Sums, Weights
+from saemill.train.backends.base import Batch, Largest, Sums, Task, Weights
 from saemill.train.backends.team import ALONE, Team
-from saemill.train.optim.optimizer import Optimizer
 from saemill.train.profile import region
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
@@ -74,45 +73,28 @@ class Sparse(ABC):
         """Set, in place, the gradients of inactive latents to 0; sum them over tokens, float32 [S]."""
 
     @abstractmethod
-    def update(
-        self,
-        batch: Batch,
-        forward: Forward,
-        dead: DeadRows | None,
-        weights: Weights,
-        optimizer: Optimizer,
-        healthy: Tensor,
-        rates: Rates,
-    ) -> Tensor:
-        """Take one optimizer step of all parameters, in place, unless not healthy.
+    def update(self, task: Task, forward: Forward, dead: DeadRows | None) -> Tensor:
+        """Take the task's optimizer step, in place, with AuxK's gradients added.
 
         Returns: bool [F], which latents fired.
         """
 
-    def step(
-        self,
-        batch: Batch,
-        weights: Weights,
-        architecture: Architecture,
-        optimizer: Optimizer,
-        dead: Dead,
-        healthy: Tensor,
-        rates: Rates,
-    ) -> Sums:
+    def step(self, task: Task) -> Sums:
         """Go forward over this process's own tokens, backward over the whole batch, as `Backend.step`."""
+        batch, weights, architecture = task.batch, task.weights, task.architecture
         n_tokens = len(batch.x_TD)
         own = batch.tokens(self.team.tokens.slice_of(n_tokens))
         if not isinstance(rule := architecture.rule, Largest):
             raise TypeError(f"no passes for codes by {type(rule).__name__}; kernels torch have them")
         forward = self.forward(own, weights, rule.k)
         dead_rows, aux_loss = None, torch.zeros((), device=batch.x_TD.device)
-        if (aux := architecture.auxiliary) is not None and dead.n_in_team > 0:
-            scale = aux.alpha * rates.per_square * aux.share(dead)
+        if (aux := architecture.auxiliary) is not None and task.dead.n_in_team > 0:
+            scale = aux.alpha * task.rates.per_square * aux.share(task.dead)
             with region("auxk"):
-                dead_rows, aux_loss = auxk(self, own, forward, dead, weights, aux.k, scale)
+                dead_rows, aux_loss = auxk(self, own, forward, task.dead, weights, aux.k, scale)
         forward = gather(forward, n_tokens, self.team)
-        healthy = healthy & torch.isfinite(forward.sse)
-        fired_F = self.update(batch, forward, dead_rows, weights, optimizer, healthy, rates)
+        task = task._replace(healthy=task.healthy & torch.isfinite(forward.sse))
+        fired_F = self.update(task, forward, dead_rows)
         return Sums(forward.sse, aux_loss, forward.n_active, fired_F)
 
 

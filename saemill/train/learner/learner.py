@@ -12,7 +12,7 @@ from torch import Tensor
 from saemill.common.sae.parts import Parts, SaeConfig
 from saemill.train.arch import initial
 from saemill.train.arch.topk import TopK
-from saemill.train.backends.base import Backend, Batch, Dead, Rates
+from saemill.train.backends.base import Backend, Batch, Dead, Rates, Task
 from saemill.train.learner.totals import Totals
 from saemill.train.objective.squared_error import per_square
 from saemill.train.optim.optimizer import Adam, Optimizer, Sgd
@@ -84,9 +84,8 @@ class Learner:
         self.optimizer.begin_step()
         rates = Rates(self.per_square / n_tokens, variant.lr * lr_factor, variant.weight_decay)
         healthy = self.diverged_step < 0
-        sums = self.backend.step(
-            batch, self.weights, self.architecture, self.optimizer, self.dead, healthy, rates
-        )
+        task = Task(batch, self.weights, self.architecture, self.optimizer, self.dead, healthy, rates)
+        sums = self.backend.step(task)
         with region("count"):
             diverges = healthy & ~torch.isfinite(sums.sse)
             self.diverged_step.copy_(torch.where(diverges, step, self.diverged_step))

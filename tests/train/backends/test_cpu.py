@@ -17,7 +17,8 @@ from steps import make_bank, planted, silence, train
 from torch import Tensor
 
 from saemill.common.errors import ConfigError
-from saemill.train.backends.base import Batch, Parameters, Rates, Weights
+from saemill.train.arch.topk import TopK
+from saemill.train.backends.base import Batch, Dead, Parameters, Rates, Task, Weights
 from saemill.train.backends.choose import choose_kernels
 from saemill.train.backends.cpu import backend as cpu
 from saemill.train.backends.cpu import loops, update
@@ -323,7 +324,9 @@ def test_threads_do_not_change_the_result(
             batch = backend.prepare(planted(1, T, D)[0])
             forward = backend.forward(batch, weights, 6)
             rates, healthy = Rates(0.05, 1e-2, 0.0), torch.tensor(True)
-            backend.update(batch, forward, None, weights, optimizer, healthy, rates)
+            dead = Dead(torch.zeros(0, dtype=torch.int64), 0)
+            task = Task(batch, weights, TopK(6, 0.0, 1), optimizer, dead, healthy, rates)
+            backend.update(task, forward, None)
             assert torch.get_num_threads() == n_threads
         finally:
             torch.set_num_threads(before)

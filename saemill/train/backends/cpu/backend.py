@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saemill.train.backends.auxk import DeadRows
-from saemill.train.backends.base import Batch, Parameters, Rates, Weights, chunks
+from saemill.train.backends.base import Batch, Parameters, Task, Weights, chunks
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
 from saemill.train.backends.cpu.loops.bias import fold_bias
 from saemill.train.backends.cpu.loops.quantise import LEAST_COLUMNS, empty
@@ -20,7 +20,6 @@ from saemill.train.backends.cpu.update import update
 from saemill.train.backends.sparse import Codes, Forward, Sparse, encode, own_codes, residual_of_team
 from saemill.train.backends.team import ALONE, Team
 from saemill.train.memory import zeros
-from saemill.train.optim.optimizer import Optimizer
 from saemill.train.profile import region
 
 CHUNK_TOKENS = 1024
@@ -129,18 +128,9 @@ class Cpu(Sparse):
         return keep_active(dpre_TS, acts_TS)
 
     @one_in_torch()
-    def update(
-        self,
-        batch: Batch,
-        forward: Forward,
-        dead: DeadRows | None,
-        weights: Weights,
-        optimizer: Optimizer,
-        healthy: Tensor,
-        rates: Rates,
-    ) -> Tensor:
+    def update(self, task: Task, forward: Forward, dead: DeadRows | None) -> Tensor:
         """Take one optimizer step, as `Sparse.update`."""
-        return update(batch, forward, dead, weights, optimizer, healthy, rates, self.team)
+        return update(task, forward, dead, self.team)
 
 
 def _pieces(n_tokens: int, most_tokens: int) -> list[slice]:

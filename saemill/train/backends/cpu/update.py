@@ -11,59 +11,37 @@ import torch
 from torch import Tensor
 
 from saemill.train.backends.auxk import DeadRows
-from saemill.train.backends.base import Batch, Rates, Weights, chunks
+from saemill.train.backends.base import Task, chunks
 from saemill.train.backends.cpu.loops.rows import Pairs, gradients, sort_pairs
 from saemill.train.backends.cpu.threads import each
 from saemill.train.backends.sparse import Forward
 from saemill.train.backends.team import Team
-from saemill.train.optim.optimizer import Optimizer
 from saemill.train.profile import region
 
 BLOCK_BYTES = 1 << 20
 """Bytes of each tensor in a block; about a dozen of them are in use at once."""
 
 
-def update(
-    batch: Batch,
-    forward: Forward,
-    dead: DeadRows | None,
-    weights: Weights,
-    optimizer: Optimizer,
-    healthy: Tensor,
-    rates: Rates,
-    team: Team,
-) -> Tensor:
+def update(task: Task, forward: Forward, dead: DeadRows | None, team: Team) -> Tensor:
     """Take one optimizer step of all parameters, in place.
 
     Args:
-        batch: T tokens.
+        task: what to step, over T tokens; nothing is changed where it is not healthy.
         forward: of the same batch.
         dead: AuxK's gradients, to be added.
-        weights: changed in place, copies included.
-        optimizer: of these parameters; its step has begun.
-        healthy: bool; where it is false nothing is changed.
-        rates: of this step.
         team: where it splits the latents, weights and codes are this process's.
 
     Returns: bool [F], which latents fired.
     """
     with region("sort"):
-        pairs = sort_pairs(forward, len(weights.parameters.w_enc_FD), rates.grad_scale)
-    if healthy:
-        _update(batch, forward.e_TD, pairs, dead, weights, optimizer, rates, team)
+        pairs = sort_pairs(forward, len(task.weights.parameters.w_enc_FD), task.rates.grad_scale)
+    if task.healthy:
+        _update(task, forward.e_TD, pairs, dead, team)
     return pairs.fired_F
 
 
-def _update(
-    batch: Batch,
-    e_TD: Tensor,
-    pairs: Pairs,
-    dead: DeadRows | None,
-    weights: Weights,
-    optimizer: Optimizer,
-    rates: Rates,
-    team: Team,
-) -> None:
+def _update(task: Task, e_TD: Tensor, pairs: Pairs, dead: DeadRows | None, team: Team) -> None:
+    weights, optimizer, rates = task.weights, task.optimizer, task.rates
     w_enc_FD, _, w_dec_FD, b_D = weights.parameters
     db_enc_F = pairs.db_enc_F
     if dead is not None:
@@ -76,7 +54,7 @@ def _update(
     def step(piece: tuple[slice, slice], _thread: int) -> None:
         block, dead_slice = piece
         with region("backward"):
-            grad_enc, grad_dec = gradients(batch, e_TD, pairs, block, w_dec_FD, b_D)
+            grad_enc, grad_dec = gradients(task.batch, e_TD, pairs, block, w_dec_FD, b_D)
             if dead is not None:
                 places = dead.dead_S[dead_slice] - block.start
                 grad_enc.index_add_(0, places, dead.w_enc_SD[dead_slice])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saemill.common.sae.topk import topk
 from saemill.train.backends.auxk import DeadRows
-from saemill.train.backends.base import Batch, Parameters, Rates, Weights, chunks
+from saemill.train.backends.base import Batch, Parameters, Rates, Task, Weights, chunks
 from saemill.train.backends.gpu.kernels.hyper import Hyper, hyper_values
 from saemill.train.backends.gpu.kernels.residual import residual
 from saemill.train.backends.gpu.kernels.rows import Latents, Moments, decoder_bias_gradient, update_rows
@@ -100,21 +100,13 @@ class Gpu(Sparse):
         """Set the gradients of inactive latents to 0, as `Sparse.keep_active`."""
         return dpre_TS.mul_(acts_TS > 0).float().sum(0)
 
-    def update(
-        self,
-        batch: Batch,
-        forward: Forward,
-        dead: DeadRows | None,
-        weights: Weights,
-        optimizer: Optimizer,
-        healthy: Tensor,
-        rates: Rates,
-    ) -> Tensor:
+    def update(self, task: Task, forward: Forward, dead: DeadRows | None) -> Tensor:
         """Take one optimizer step, as `Sparse.update`; nothing is read back to the host."""
+        weights, optimizer, healthy = task.weights, task.optimizer, task.healthy
         w_enc_FD, b_enc_F, w_dec_FD, b_D = weights.parameters
         n_latents = len(w_enc_FD)
         (val_TK, idx_TK), e_TD, dot_TK = forward.codes, forward.e_TD, forward.dot_TK
-        hyper = _hyper(rates, optimizer, w_enc_FD.device)
+        hyper = _hyper(task.rates, optimizer, w_enc_FD.device)
         hyper[Hyper.HEALTHY] = healthy
         aux = None if dead is None else _aux(dead, n_latents)
         with region("sort"):
@@ -131,7 +123,7 @@ class Gpu(Sparse):
             update_rows(
                 Latents(w_enc_FD, b_enc_F, w_dec_FD, *copies),
                 _moments(optimizer),
-                *(batch.product_TD, e_TD, val_TK, dot_TK, b_D, pairs, sums, hyper),
+                *(task.batch.product_TD, e_TD, val_TK, dot_TK, b_D, pairs, sums, hyper),
                 optimizer="adam" if isinstance(optimizer, Adam) else "sgd",
                 seed=seed,
                 aux=aux,
