@@ -17,17 +17,17 @@ from stores import files_of, make_embeddings, make_tokens
 from saemill.cache import run as cache_run
 from saemill.cache import token_copy
 from saemill.cache.claims.worker import Worker
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores import passages
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import SiteManifest
 from saemill.common.stores.tokens import TokenStore
-from saemill.embeddings.run import ImportConfig
+from saemill.embeddings.config import ImportConfig
 from saemill.embeddings.run import run as import_activations
 from saemill.show import describe, problems
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
 CTX_LEN, N_ROWS = 16, 24

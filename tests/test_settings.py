@@ -13,19 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saemill.assess.config import AssessConfig, Thresholds
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.common import config, durable, setting, yaml_text
 from saemill.common.config import SECTIONS, build, plain, read_sections, resolve
 from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.stores.mask import MaskConfig
-from saemill.compare.run import CompareConfig
-from saemill.embeddings.embed import EmbedConfig
-from saemill.embeddings.run import ImportConfig
-from saemill.generate.run import GenerateConfig
+from saemill.compare.config import CompareConfig
+from saemill.embeddings.config import EmbedConfig, ImportConfig
+from saemill.generate.config import GenerateConfig
+from saemill.pipeline.config import RunConfig
 from saemill.pipeline.matrix import MatrixConfig, Source, Target
-from saemill.pipeline.run import RunConfig
 from saemill.slurm.settings import JobConfig, SlurmConfig
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.train.config import TrainConfig
 
 LEAST: dict[Any, dict[str, Any]] = {

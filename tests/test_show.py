@@ -12,7 +12,7 @@ from assessments import write_assessment
 from typer.testing import CliRunner, Result
 
 from saemill import Sae, cli
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common import records
 from saemill.common.errors import StoreError
@@ -22,7 +22,7 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.tokens import TokenStore
 from saemill.show import problems
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
 

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 import saemill
-from saemill.assess.run import AssessConfig
-from saemill.cache.run import CacheConfig
+from saemill.assess.config import AssessConfig
+from saemill.cache.config import CacheConfig
 from saemill.common.config import STAGES, build, resolve
 from saemill.pipeline.matrix import MatrixConfig, Source, Target
 from saemill.slurm.settings import SlurmConfig
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.train.config import TrainConfig
 
 ROOT = Path(saemill.__file__).parent

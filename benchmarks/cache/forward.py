@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common.models.model import LanguageModel
 from saemill.common.stores.tokens import TokenStore

@@ -26,7 +26,7 @@ from saemill.common.stores.site_records import Site, StoreSettings
 from saemill.common.stores.token_writer import copy_rows
 from saemill.common.stores.tokens import TokenStore
 from saemill.demo import MODEL
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
 SITE = "addressed"

@@ -30,7 +30,7 @@ from benchmarks.evaluate import definitions
 from benchmarks.evaluate.definitions import SPECIAL_REPLACED, STEPS, Figures, Site
 from benchmarks.report import machine, table
 from benchmarks.settings import OWN_OF_PEERS, ROOT, keep_settings
-from saemill.assess.run import AssessConfig
+from saemill.assess.config import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.common import config
 from saemill.common.models.model import LanguageModel

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from saemill.assess.config import AssessConfig as AssessConfig
+from saemill.assess.config import AssessConfig
 from saemill.assess.done import hash_of
 from saemill.assess.evalset import EvalSet
 from saemill.assess.features import describe_latents

@@ -16,7 +16,7 @@ from saemill.common.device import choose_device
 from saemill.common.errors import ConfigError
 from saemill.common.log import progress, say
 from saemill.compare.activations import MIN_FIRINGS, Codes, Stores, correlations, of_pairs
-from saemill.compare.config import CompareConfig as CompareConfig
+from saemill.compare.config import CompareConfig
 from saemill.compare.dictionaries import Dictionary, differing, find, pairs
 from saemill.compare.matching import Blocks, cosines
 from saemill.compare.pair import Latents, Matched

@@ -4,15 +4,15 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
+from saemill.assess.config import AssessConfig
 from saemill.assess.report import contexts_text
-from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common.config import resolve
 from saemill.common.log import duration, say
 from saemill.common.stores.runs import REPORT
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train

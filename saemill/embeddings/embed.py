@@ -21,7 +21,7 @@ from saemill.common.stores.shards import as_numpy
 from saemill.common.stores.site_records import DTYPES
 from saemill.common.stores.statistics import warnings
 from saemill.common.world import World, speak_for
-from saemill.embeddings.config import EmbedConfig as EmbedConfig
+from saemill.embeddings.config import EmbedConfig
 from saemill.embeddings.rows import Form, Rows
 from saemill.embeddings.sources import Where, open_hub
 from saemill.embeddings.store import Plan, describe, fill, make_passages, open_store

@@ -17,7 +17,7 @@ from saemill.common.stores.passages import PassageWriter
 from saemill.common.stores.site_records import DTYPES
 from saemill.common.stores.statistics import warnings
 from saemill.common.world import World, speak_for
-from saemill.embeddings.config import ImportConfig as ImportConfig
+from saemill.embeddings.config import ImportConfig
 from saemill.embeddings.rows import Form, Rows, Source
 from saemill.embeddings.sources import Where, open_source, open_table
 from saemill.embeddings.store import Plan, describe, fill, make_passages, open_store

@@ -22,7 +22,7 @@ from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import load_tokenizer
 from saemill.common.setting import identity
 from saemill.common.signals import stop_on_signal
-from saemill.generate.config import GenerateConfig as GenerateConfig
+from saemill.generate.config import GenerateConfig
 from saemill.generate.dataset import Batches, rows_of, trimmed, write
 from saemill.generate.sampling import Frame, check_causal, frame_of, sample, uniforms
 

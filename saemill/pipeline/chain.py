@@ -55,8 +55,8 @@ from saemill.pipeline.stages import (
     join,
     stages_of,
 )
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.files import fingerprint_local
-from saemill.tokenize.run import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 from saemill.tokenize.source import check_path
 from saemill.train.config import TrainConfig, check_batch

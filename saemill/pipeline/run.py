@@ -9,7 +9,7 @@ from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
 from saemill.common.world import World, speak_for
 from saemill.pipeline.chain import Chain
-from saemill.pipeline.config import RunConfig as RunConfig
+from saemill.pipeline.config import RunConfig
 from saemill.pipeline.stages import Sections
 
 

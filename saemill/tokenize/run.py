@@ -21,7 +21,7 @@ from saemill.common.stores.tokens import (
     TokenStore,
     read_manifest,
 )
-from saemill.tokenize.config import TokenizeConfig as TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.encoding import encode
 from saemill.tokenize.files import fingerprint_local
 from saemill.tokenize.ids import survey

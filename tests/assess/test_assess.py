@@ -21,15 +21,16 @@ from texts import bert_tokenizer, random_texts
 
 from saemill import splice
 from saemill.assess import model as assess_model
+from saemill.assess.config import AssessConfig
 from saemill.assess.done import is_done
 from saemill.assess.evalset import EvalSet
 from saemill.assess.report import contexts_text
-from saemill.assess.run import AssessConfig, run
+from saemill.assess.run import run
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.tokens import TokenStore
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train

@@ -16,7 +16,7 @@ from waiting import LIMIT_SECONDS
 
 import saemill
 from saemill.cli import app
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
 PACKAGE = str(Path(saemill.__file__).parents[1])

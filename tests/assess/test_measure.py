@@ -8,8 +8,9 @@ import pytest
 from pipeline import Pipeline
 
 from saemill.assess import measure
+from saemill.assess.config import AssessConfig
 from saemill.assess.evalset import EvalSet
-from saemill.assess.run import AssessConfig, run
+from saemill.assess.run import run
 from saemill.common.models.model import LanguageModel
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from saemill.assess import model as assess_model
 from saemill.assess.run import run
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common import durable, records
 from saemill.common.errors import ConfigError

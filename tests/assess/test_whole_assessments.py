@@ -15,13 +15,13 @@ import transformers
 from mutations import changed_bytes
 from pipeline import Pipeline
 
+from saemill.assess.config import AssessConfig
 from saemill.assess.done import is_done
-from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.common import durable, records
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.stores import assessments
-from saemill.embeddings.run import ImportConfig
+from saemill.embeddings.config import ImportConfig
 from saemill.embeddings.run import run as take
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train

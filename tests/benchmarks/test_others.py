@@ -14,7 +14,7 @@ from pipeline import Pipeline
 from texts import random_texts
 
 from saemill.demo import MODEL
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
 CTX_LEN = 32

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.cache import run as cache_run
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.common.errors import ConfigError
 from saemill.common.stores.activations import SHUFFLE_KEY, ActivationStore
 from saemill.common.stores.mask import MaskConfig

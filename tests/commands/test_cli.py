@@ -13,18 +13,17 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from saemill import cli
-from saemill.assess.run import AssessConfig
-from saemill.cache.run import CacheConfig
+from saemill.assess.config import AssessConfig
+from saemill.cache.config import CacheConfig
 from saemill.commands.flags import Flag
 from saemill.commands.run import FLAGS
 from saemill.commands.words import Words
 from saemill.common.log import console, printable, say
-from saemill.compare.run import CompareConfig
-from saemill.embeddings.embed import EmbedConfig
-from saemill.embeddings.run import ImportConfig
-from saemill.generate.run import GenerateConfig
+from saemill.compare.config import CompareConfig
+from saemill.embeddings.config import EmbedConfig, ImportConfig
+from saemill.generate.config import GenerateConfig
 from saemill.pipeline.stages import CONFIGS
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.train.config import TrainConfig
 
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]

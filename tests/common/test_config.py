@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from saemill.common import config
 from saemill.common.config import as_yaml, build, check_folder, check_same, count, plain, resolve
 from saemill.common.errors import ConfigError
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 from saemill import ActivationStore, Sae, SaeConfig, cli
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae.formats import sparsify
+from saemill.compare.config import CompareConfig
 from saemill.compare.matching import cosines, match
 from saemill.compare.random_rows import isotropic, same_covariance
-from saemill.compare.run import CompareConfig, run
+from saemill.compare.run import run
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
 
@@ -81,7 +82,7 @@ def test_a_permuted_copy_is_matched_exactly(tmp_path: Path) -> None:
     """Oracle: the permutation; scaled rows, other biases and more than one block change nothing."""
     w_FD = random_rows(700, 24, 0)
     order = torch.randperm(700, generator=torch.Generator().manual_seed(1))
-    a, b = save(tmp_path / "a", w_FD), save(tmp_path / "b", 3 * w_FD[order], torch.randn(700, 24))
+    a, b = save(tmp_path / "a", w_FD), save(tmp_path / "b", 3 * w_FD[order], random_rows(700, 24, 2))
     comparison = compared(a, b, out=tmp_path / "out")
     (entry,) = comparison["pairs"]
     assert entry["mean_max"] == pytest.approx([1, 1], abs=1e-6)

@@ -15,7 +15,8 @@ from texts import bert_tokenizer
 from saemill.common.errors import ConfigError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
-from saemill.embeddings.embed import EmbedConfig, run
+from saemill.embeddings.config import EmbedConfig
+from saemill.embeddings.embed import run
 from saemill.show import describe
 
 TEXTS = [f"the cat number {i} sat on {'a mat ' * (i % 7)}while dogs ran" for i in range(50)]

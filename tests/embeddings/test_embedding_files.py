@@ -19,8 +19,9 @@ from embedding_files import X, write_all
 from mutations import changed_bytes
 
 from saemill.common.errors import SaemillError
+from saemill.embeddings.config import ImportConfig
 from saemill.embeddings.rows import Form
-from saemill.embeddings.run import ImportConfig, run
+from saemill.embeddings.run import run
 from saemill.embeddings.sources import Where, open_source
 
 N_MUTATIONS = 30

@@ -10,8 +10,8 @@ from importing import table, taken
 from typer.testing import CliRunner
 
 from saemill import cli
+from saemill.assess.config import AssessConfig
 from saemill.assess.report import contexts_text
-from saemill.assess.run import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.sae.sae import Sae

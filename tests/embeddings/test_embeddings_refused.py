@@ -18,7 +18,7 @@ from launching import ENVIRONMENT
 from stores import make_tokens
 from waiting import wait_until
 
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common.errors import ConfigError, DataError, SaemillError, StoreError
 from saemill.common.stores.activations import ActivationStore

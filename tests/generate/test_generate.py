@@ -23,7 +23,7 @@ from saemill.generate import run as module
 from saemill.generate.dataset import rows_of, trimmed
 from saemill.generate.run import run
 from saemill.generate.sampling import Frame, Sampler, frame_of, sample, uniforms
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
 

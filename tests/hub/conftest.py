@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pipeline import Pipeline
 
-from saemill.assess.run import AssessConfig
+from saemill.assess.config import AssessConfig
 from saemill.assess.run import run as assess
 
 

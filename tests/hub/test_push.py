@@ -16,7 +16,7 @@ from pushed import OF_A_RUN, SAE_FILES, VARIANTS, metadata
 from saes import check_same
 
 from saemill import ActivationStore, Sae, TokenStore
-from saemill.assess.run import AssessConfig
+from saemill.assess.config import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.common import durable
 from saemill.common.errors import ConfigError

@@ -12,7 +12,7 @@ from texts import random_texts
 from saemill.common.errors import ConfigError, StoreError
 from saemill.pipeline import chain
 from saemill.pipeline.matrix import run
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
 

@@ -10,12 +10,12 @@ import transformers
 from typer.testing import CliRunner
 
 from saemill import cli
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.commands.flags import Flag
 from saemill.commands.run import FLAGS
 from saemill.common.errors import ConfigError
 from saemill.common.models import model as models
-from saemill.pipeline.run import RunConfig
+from saemill.pipeline.config import RunConfig
 from saemill.pipeline.stages import CONFIGS
 
 

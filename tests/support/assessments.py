@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline import Pipeline
 
-from saemill.assess.run import AssessConfig
+from saemill.assess.config import AssessConfig
 from saemill.common import records
 from saemill.common.stores import assessments
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.cache import run as cache_run
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.tokens import TokenStore
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
 N_ROWS, CTX_LEN, SHARD, BATCH = 150, 32, 512, 5

@@ -9,7 +9,7 @@ import torch
 
 from saemill.common.models.model import LanguageModel
 from saemill.demo import MODEL
-from saemill.generate.run import GenerateConfig
+from saemill.generate.config import GenerateConfig
 
 NEVER = threading.Event()
 

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from saemill.common.stores.activations import ActivationStore
-from saemill.embeddings.run import ImportConfig, run
+from saemill.embeddings.config import ImportConfig
+from saemill.embeddings.run import run
 
 Floats = NDArray[np.floating[Any]]
 

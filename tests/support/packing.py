@@ -13,7 +13,8 @@ from texts import random_texts
 
 from saemill.common.stores.permutation import combine
 from saemill.common.stores.tokens import TokenStore
-from saemill.tokenize.run import TokenizeConfig, run
+from saemill.tokenize.config import TokenizeConfig
+from saemill.tokenize.run import run
 
 TEXTS = [*random_texts(60, seed=3, words=40), 'Zeile „eins“, "zwei"\nthird\tline', "naïve, 𝛼 ≤ β; it's"]
 Rows = list[tuple[list[int], list[int]]]

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from saemill.cache.run import CacheConfig
+from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train

@@ -21,7 +21,7 @@ from saemill.common.stores.site_records import Site, StoreSettings
 from saemill.common.stores.token_writer import cut_documents, write_token_store
 from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 from saemill.demo import MODEL
-from saemill.embeddings.run import ImportConfig
+from saemill.embeddings.config import ImportConfig
 from saemill.embeddings.run import run as import_activations
 
 INFO = TokenizerInfo(

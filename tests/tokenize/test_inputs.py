@@ -15,7 +15,8 @@ from packing import TEXTS, check_documents, check_rows, in_folder, jsonl, tokeni
 
 from saemill.common.errors import ConfigError, DataError, SaemillError
 from saemill.common.stores.permutation import permutation
-from saemill.tokenize.run import TokenizeConfig, run
+from saemill.tokenize.config import TokenizeConfig
+from saemill.tokenize.run import run
 
 
 def with_columns(texts: list[str]) -> pa.Table:

@@ -15,8 +15,9 @@ from texts import random_texts
 from saemill.common.errors import ConfigError, DataError
 from saemill.common.stores.token_writer import copy_rows
 from saemill.common.stores.tokens import TokenizerInfo, TokenStore
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.ids import n_padding, survey, unframed
-from saemill.tokenize.run import TokenizeConfig, run
+from saemill.tokenize.run import run
 
 PAD = 3
 

@@ -15,8 +15,9 @@ from texts import random_texts
 from saemill.common.errors import DataError
 from saemill.common.stores.permutation import combine
 from saemill.common.stores.tokens import TokenStore
+from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.held_out import chosen_for_a_row, is_held_out, largest_fraction
-from saemill.tokenize.run import TokenizeConfig, run
+from saemill.tokenize.run import run
 
 
 def tokenize(folder: Path, texts: list[str], tokenizer: str, **values: Any) -> TokenStore:

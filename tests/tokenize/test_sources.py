@@ -19,7 +19,8 @@ import pytest
 import zstandard
 
 from saemill.common.errors import ConfigError, DataError, SaemillError
-from saemill.tokenize.run import TokenizeConfig, run
+from saemill.tokenize.config import TokenizeConfig
+from saemill.tokenize.run import run
 from saemill.tokenize.source import open_source
 
 DOCUMENTS = "".join(json.dumps({"text": f"text {i}", "n": i}) + "\n" for i in range(9)).encode()

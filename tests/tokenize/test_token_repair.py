@@ -13,7 +13,8 @@ from texts import random_texts
 import saemill.tokenize.run as stage
 from saemill.common.errors import ConfigError, DiskError, StoreError
 from saemill.common.stores.tokens import TokenStore
-from saemill.tokenize.run import TokenizeConfig, run
+from saemill.tokenize.config import TokenizeConfig
+from saemill.tokenize.run import run
 
 Damage = Callable[[Path], object]
 

@@ -21,7 +21,7 @@ from saemill.common import durable
 from saemill.common.errors import StoreError
 from saemill.common.stores.tokens import TokenStore
 from saemill.tokenize import writer
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 
 
 def stop(*_: Any, **__: Any) -> None:

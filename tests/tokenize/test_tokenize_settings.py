@@ -11,7 +11,7 @@ from packing import TEXTS, jsonl, tokenize, word_tokenizer
 import saemill.tokenize.run as stage
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores.tokens import TokenStore
-from saemill.tokenize.run import TokenizeConfig
+from saemill.tokenize.config import TokenizeConfig
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from saemill.train.profile import PROFILED_STEPS
 from saemill.train.record.checkpoint import Checkpoint
 from saemill.train.run import run
 from saemill.train.sweep.variants import auto_lr, resolve
-from saemill.train.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -234,16 +233,7 @@ def test_a_checkpoint_of_other_shapes_is_told(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the sentence, where torch would spread one number over the row."""
-    one_step = Trainer._one_step
-
-    def failing(self: Trainer) -> None:
-        if self.step == 9:
-            raise KeyboardInterrupt
-        one_step(self)
-
-    monkeypatch.setattr(Trainer, "_one_step", failing)
-    with pytest.raises(KeyboardInterrupt):
-        run(config(store, tmp_path / "r"))
+    killed_at(9, config(store, tmp_path / "r"), monkeypatch)
     file = next((tmp_path / "r").glob("checkpoint-7/*/*.pt"))
     state = torch.load(file, weights_only=True)
     state["rows"][0] = state["rows"][0][:, :1]
@@ -401,17 +391,7 @@ def test_short_moments_survive_a_kill_bit_by_bit(
     """Oracle: the same run without a stop."""
     settings: dict[str, Any] = {"k": (2,), "num_latents": (48,), "optimizer_state": state}
     run(config(store, tmp_path / "whole", **settings))
-    one_step = Trainer._one_step
-
-    def failing(self: Trainer) -> None:
-        if self.step == 9:
-            raise KeyboardInterrupt
-        one_step(self)
-
-    monkeypatch.setattr(Trainer, "_one_step", failing)
-    with pytest.raises(KeyboardInterrupt):
-        run(config(store, tmp_path / "cut", **settings))
-    monkeypatch.setattr(Trainer, "_one_step", one_step)
+    killed_at(9, config(store, tmp_path / "cut", **settings), monkeypatch)
     run(config(store, tmp_path / "cut", **settings))
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 

@@ -28,6 +28,12 @@ class Parameters(NamedTuple):
     b_D: Tensor
     """b_dec − centre."""
 
+    @classmethod
+    def zeros(cls, n_latents: int, d: int, device: torch.device) -> "Parameters":
+        """Make their memory in torch's own allocator."""
+        shapes = (n_latents, d), (n_latents,), (n_latents, d), (d,)
+        return cls(*(torch.zeros(shape, device=device) for shape in shapes))
+
 
 class Weights(NamedTuple):
     """Parameters, with the copies that a backend's products read."""

@@ -44,9 +44,8 @@ class Plain:
 
     def weights(self, n_latents: int, d: int, device: torch.device) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`; there are no copies."""
-        w_enc_FD, w_dec_FD = (torch.zeros(n_latents, d, device=device) for _ in range(2))
-        b_enc_F, b_D = torch.zeros(n_latents, device=device), torch.zeros(d, device=device)
-        return Weights(Parameters(w_enc_FD, b_enc_F, w_dec_FD, b_D), w_enc_FD, w_dec_FD)
+        parameters = Parameters.zeros(n_latents, d, device)
+        return Weights(parameters, parameters.w_enc_FD, parameters.w_dec_FD)
 
     def prepare(self, x_TD: Tensor) -> Batch:
         """Take a batch as it is: the loss rounds what it multiplies."""

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from saemill.common.errors import ConfigError
 from saemill.common.models.tokenizer import check_ctx_len, frame_of, load_tokenizer
 from saemill.common.stores.tokens import TokenizerInfo
-from saemill.tokenize.run import TokenizeConfig, run
+from saemill.tokenize.config import TokenizeConfig
+from saemill.tokenize.run import run
 
 
 def fast(model: Any, template: str | None, specials: dict[str, int], pre: Any, **named: str) -> Any:

@@ -14,7 +14,7 @@ from waiting import LIMIT_SECONDS
 from wandb_files import Written, written
 from wandb_server import server
 
-from saemill.assess.run import AssessConfig
+from saemill.assess.config import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.common.errors import ConfigError, Interrupted
 from saemill.common.stores.activations import ActivationStore

@@ -39,13 +39,9 @@ class Gpu(Sparse):
 
     def weights(self, n_latents: int, d: int, device: torch.device) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`."""
-        w_enc_FD, w_dec_FD = (torch.zeros(n_latents, d, device=device) for _ in range(2))
-        b_enc_F, b_D = torch.zeros(n_latents, device=device), torch.zeros(d, device=device)
-        return Weights(
-            Parameters(w_enc_FD, b_enc_F, w_dec_FD, b_D),
-            w_enc_FD if self.dtype == torch.float32 else torch.zeros_like(w_enc_FD, dtype=self.dtype),
-            w_dec_FD if self.dtype == torch.float32 else torch.zeros_like(w_dec_FD, dtype=self.dtype),
-        )
+        parameters = Parameters.zeros(n_latents, d, device)
+        # `to` gives float32 weights back as they are: there they are their own copies.
+        return Weights(parameters, parameters.w_enc_FD.to(self.dtype), parameters.w_dec_FD.to(self.dtype))
 
     def prepare(self, x_TD: Tensor) -> Batch:
         """Round a batch for products, as `Backend.prepare`."""
