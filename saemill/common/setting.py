@@ -45,6 +45,8 @@ class Setting:
     """The largest number, beside `least`."""
     within: str = ""
     """The interval of its number, as in `[0, 1)`."""
+    only: tuple[str, ...] = ()
+    """The architectures that it has an effect on; empty for all."""
 
     def problem(self, number: float) -> str:
         """Say what the number must be and is not; empty if it may be so."""

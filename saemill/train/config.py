@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
-from saemill.common.setting import DEVICE, about, check, identity, setting
+from saemill.common.setting import DEVICE, about, check, default_of, identity, of, setting
 from saemill.common.stores.mask import MaskConfig
 
 ADAM_BETAS = (0.8, 0.95)
@@ -15,6 +15,12 @@ ADAM_BETAS = (0.8, 0.95)
 
 MOST_SEQUENCES = 512
 """No more make a batch where batches are counted in sequences."""
+
+Architecture = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "relu", "gated"]
+BY_K = ("topk", "batchtopk", "matryoshka")
+"""Architectures that keep a given number of latents."""
+BY_L1 = ("relu", "gated")
+"""Architectures whose codes are kept small by a penalty on their sum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +33,97 @@ class TrainConfig:
         (), "Site to train on; repeat or separate by commas", metavar="SITE,…", axis=""
     )
     """Required unless each of `variants` names its own."""
-    k: tuple[int, ...] = setting(
-        (32,), "Active latents per token", metavar="K,…", axis="k", least=1, most=LARGEST
+    architecture: tuple[Architecture, ...] = setting(
+        ("topk",), "Architectures of the SAEs", metavar="NAME,…", axis=""
+    )
+    """See docs/architectures.md."""
+    k: tuple[int | float, ...] = setting(
+        (32,), "Active latents per token", metavar="K,…", axis="k", least=1, most=LARGEST, only=BY_K
+    )
+    """On the average of a batch with batchtopk, where it may be a fraction."""
+    k_anneal_steps: int = setting(
+        0, "Steps over which k falls from D to its value", least=0, only=("topk", "batchtopk")
+    )
+    multi_topk: bool = setting(
+        False, "Fit the 4 k largest codes as well, with an eighth of the weight", only=("topk",)
+    )
+    """As sparsify's setting of the name."""
+    nested_k: tuple[int, ...] = setting(
+        (), "Smaller numbers of codes that are to fit as well", metavar="K,…", least=1, only=("topk",)
+    )
+    """One SAE for several k: the mean of the squared errors is minimised (HierarchicalTopK)."""
+    prefixes: tuple[int | float, ...] = setting(
+        (),
+        "Prefixes of the latents that are to fit alone, as numbers of latents or shares of F",
+        by_default="1/32, 3/32, 7/32, 15/32 of F, and all",
+        metavar="N,…",
+        least=0,
+        only=("matryoshka",),
+    )
+    """Numbers below 1 are shares; all latents are always the last prefix."""
+    matryoshka_rule: Literal["batchtopk", "topk"] = setting(
+        "batchtopk", "How its latents are chosen", metavar="RULE", only=("matryoshka",)
+    )
+    target_l0: tuple[float, ...] = setting(
+        (),
+        "Active latents per token that the penalty leads to",
+        by_default="32",
+        metavar="L0,…",
+        axis="target",
+        least=1,
+        only=("jumprelu",),
+    )
+    l0_coefficient: tuple[float, ...] = setting(
+        (),
+        "Weight of the number of active latents, in place of a target",
+        metavar="X,…",
+        axis="l0c",
+        least=0,
+        only=("jumprelu",),
+    )
+    """Of the loss FVU + x · L0."""
+    sparsity_penalty: Literal["step", "tanh"] = setting(
+        "step",
+        "What is penalised: whether a latent is active, or tanh of 4 times its code",
+        metavar="KIND",
+        only=("jumprelu",),
+    )
+    bandwidth: float | None = setting(
+        None,
+        "Width around a threshold in which it learns",
+        by_default="0.001 √D",
+        least=1e-6,
+        only=("jumprelu",),
+    )
+    """ε of the straight-through gradient, in training units."""
+    preact_coefficient: float = setting(
+        0.0, "Weight of how far dead latents are below their threshold", least=0, only=("jumprelu",)
+    )
+    """Anthropic's pre-activation loss, 3e-6 there."""
+    most_density: float | None = setting(
+        None,
+        "Share of tokens above which a latent is penalised for firing",
+        within="(0, 1]",
+        by_default="no bound",
+        only=("jumprelu",),
+    )
+    l1_coefficient: tuple[float, ...] = setting(
+        (0.05,), "Weight of the sum of the codes", metavar="X,…", axis="l1c", least=0, only=BY_L1
+    )
+    """Of the loss FVU + x · Σ f, with f in units in which E‖x‖² = 1."""
+    lp_norm: float = setting(1.0, "Power of the codes in the penalty", least=0.1, most=2, only=("relu",))
+    decoder_rows: Literal["unit", "free"] = setting(
+        "unit",
+        "Whether decoder rows are of unit length, or free with their norms in the penalty",
+        metavar="KIND",
+        only=("relu",),
+    )
+    penalty_warmup_steps: int | None = setting(
+        None,
+        "Steps over which the penalty rises to its weight",
+        by_default="a 10th of the run",
+        least=0,
+        only=("jumprelu", *BY_L1),
     )
     expansion_factor: tuple[int, ...] = setting(
         (), "Latents as multiples of D", by_default="8", axis="", least=1, most=LARGEST
@@ -73,9 +168,15 @@ class TrainConfig:
         by_default="1/32",
         least=0,
         most=LARGEST,
+        only=BY_K,
     )
     k_aux: int | None = setting(
-        None, "Dead latents per token in the auxiliary loss", by_default="D/2", least=1, most=LARGEST
+        None,
+        "Dead latents per token in the auxiliary loss",
+        by_default="D/2",
+        least=1,
+        most=LARGEST,
+        only=BY_K,
     )
     dead_after_tokens: int | None = setting(
         None,
@@ -166,6 +267,7 @@ class TrainConfig:
         for name, (idle, why) in without_effect.items():
             if idle and getattr(self, name) is not None:
                 raise ConfigError(f"{name} has no effect {why}; leave it out")
+        self._check_architectures()
         if self.wandb_artifacts and no_wandb:
             raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
         if self.wandb_log_frequency is not None and self.wandb_log_frequency % self.log_every:
@@ -175,6 +277,14 @@ class TrainConfig:
             )
         if self.max_tokens is not None and self.epochs is not None:
             raise ConfigError("give max_tokens or epochs, not both")
+
+    def _check_architectures(self) -> None:
+        """Refuse settings that have an effect on none of the run's architectures."""
+        named = [entry["architecture"] for entry in self.variants if "architecture" in entry]
+        for name, marks in of(TrainConfig).items():
+            is_default = getattr(self, name) == default_of(TrainConfig, name)
+            if marks.only and not is_default and not set(marks.only) & {*self.architecture, *named}:
+                raise ConfigError(no_effect(name, self.architecture[0]))
 
     @property
     def decay_fraction(self) -> float:
@@ -192,6 +302,18 @@ class TrainConfig:
         if self.num_latents:
             del decisive["expansion_factor"]
         return decisive
+
+
+def no_effect(name: str, architecture: str) -> str:
+    """Say that a setting has no effect on an architecture, and what has."""
+    instead = {
+        ("k", "jumprelu"): "use target_l0",
+        **{("k", one): "use l1_coefficient" for one in BY_L1},
+        **{("target_l0", one): "use k" for one in BY_K},
+        **{("target_l0", one): "use l1_coefficient" for one in BY_L1},
+        ("l1_coefficient", "jumprelu"): "use target_l0, or l0_coefficient",
+    }
+    return f"{name} has no effect with {architecture}; {instead.get((name, architecture), 'leave it out')}"
 
 
 def check_batch(batch_size: int, ctx_len: int) -> None:

@@ -11,6 +11,43 @@ CHUNK_BYTES = {"cpu": 1 << 24}
 """Most bytes of pre-activations at once: what stays in a CPU's last cache."""
 MOST_CHUNK_BYTES = 1 << 29
 """The same on other devices: what fills a GPU."""
+CUTOFF_RANKS = 4
+"""Latents of a token, as a multiple of those wanted on the average, among which a common cutoff is sought."""
+START_L0 = 64
+"""Active latents per token at the start, where a penalty and no number decides how many there are."""
+
+
+def annealed(start: float, end: float, step: int, n_steps: int) -> float:
+    """Compute what a number is at a step, that goes from its start to its end by equal factors."""
+    if step >= n_steps or start <= end:
+        return end
+    return float(start * (end / start) ** (step / n_steps))
+
+
+def tied(p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, k: int, team: Team) -> None:
+    """Fill in random unit rows as the decoder, and as the encoder times the gain that fits best.
+
+    Args:
+        p: `b_D` is there already; where the team splits the latents, this process's.
+        n_latents: F of the whole SAE.
+        seed: of the rows.
+        sample_TD: training activations in training units.
+        k: active latents per token with which the gain is found.
+        team: the processes that share the SAE.
+    """
+    rows_FD = unit_rows(n_latents, len(p.b_D), seed)[team.latents.slice_of(n_latents)]
+    p.w_dec_FD.copy_(rows_FD)
+    p.w_enc_FD.copy_(p.w_dec_FD)
+    p.w_enc_FD.mul_(best_gain(sample_TD, p, k, team))
+
+
+def cutoff(sample_TD: Tensor, p: Parameters, k: int, team: Team) -> float:
+    """Find the pre-activation that k latents per token pass on the sample's average, 0 if fewer are above 0."""
+    k = min(k, team.latents.size * len(p.w_enc_FD))
+    largest_TK = _codes(sample_TD, p, min(CUTOFF_RANKS * k, len(p.w_enc_FD))).val_TK
+    every = team.latents.all_gather(largest_TK, team.latents.size * len(largest_TK)).flatten()
+    n_kept = k * len(sample_TD)
+    return float(every.kthvalue(max(1, len(every) - n_kept + 1)).values)
 
 
 def unit_rows(n_latents: int, d: int, seed: int) -> Tensor:
@@ -31,6 +68,14 @@ def best_gain(sample_TD: Tensor, p: Parameters, k: int, team: Team) -> Tensor:
         k: active latents per token.
         team: the processes that share the SAE.
     """
+    own, _ = own_codes(_codes(sample_TD, p, k), team)
+    e_TD = team.latents.all_reduce(decode(own, p.w_dec_FD)).add_(p.b_D).sub_(sample_TD)
+    raw_TD = e_TD.add_(sample_TD).sub_(p.b_D)
+    return ((sample_TD - p.b_D) * raw_TD).sum() / raw_TD.square().sum().clamp(min=1e-12)
+
+
+def _codes(sample_TD: Tensor, p: Parameters, k: int) -> Codes:
+    """Find the k largest pre-activations of each token among this process's latents."""
     n_latents, n_tokens = len(p.w_enc_FD), len(sample_TD)
     bias_F = fold_bias(p.w_enc_FD, p.b_enc_F, p.b_D)
     chunk_bytes = CHUNK_BYTES.get(sample_TD.device.type, MOST_CHUNK_BYTES)
@@ -39,10 +84,7 @@ def best_gain(sample_TD: Tensor, p: Parameters, k: int, team: Team) -> Tensor:
         encode(sample_TD[chunk], p.w_enc_FD, bias_F, k, scratch_TF)
         for chunk in chunks(n_tokens, 1, len(scratch_TF))
     ]
-    own, _ = own_codes(Codes(*(torch.cat(pieces) for pieces in zip(*codes, strict=True))), team)
-    e_TD = team.latents.all_reduce(decode(own, p.w_dec_FD)).add_(p.b_D).sub_(sample_TD)
-    raw_TD = e_TD.add_(sample_TD).sub_(p.b_D)
-    return ((sample_TD - p.b_D) * raw_TD).sum() / raw_TD.square().sum().clamp(min=1e-12)
+    return Codes(*(torch.cat(pieces) for pieces in zip(*codes, strict=True)))
 
 
 def geometric_median(x_TD: Tensor, n_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

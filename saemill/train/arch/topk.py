@@ -1,17 +1,25 @@
 """TopK (Gao et al. 2024): of each token the k largest pre-activations, rectified; AuxK for dead latents.
 
 f = ReLU(TopK_k(W_enc (x − b) + b_enc)),   x̂ = W_decᵀ f + b,   the rows of W_dec of unit length
+
+Two further losses are of the same codes. Multi-TopK fits the 4k largest as well, with weight 1/8 (sparsify).
+HierarchicalTopK fits the largest of several k alike, so that one SAE serves for all of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from saemill.common.sae.topk import topk
-from saemill.train.arch import initial
-from saemill.train.backends.base import Auxiliary, Dead, Largest, Losses, Parameters
+from saemill.train.arch import dense, initial
+from saemill.train.backends.base import Auxiliary, Groups, Inference, Largest, Losses, Parameters, Seen
+from saemill.train.backends.plain import pre_activations
 from saemill.train.backends.team import Team
+
+MULTI = 4
+"""Times k that multi-TopK fits as well."""
+MULTI_WEIGHT = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +28,38 @@ class TopK:
 
     k: int
     """Active latents per token."""
-    auxk_alpha: float
-    """Weight of AuxK; 0 turns it off."""
-    k_aux: int
-    """Dead latents that reconstruct the residual of each token."""
+    auxiliary: Auxiliary | None = None
+    """AuxK; None where dead latents learn nothing."""
+    nested_k: tuple[int, ...] = ()
+    """Smaller numbers of codes that fit as well, ascending."""
+    multi: bool = False
+    """Whether the 4 k largest fit as well."""
+    k_start: int = 0
+    """k at step 0, beyond k where it is annealed."""
+    anneal_steps: int = 0
+    """Steps until it is k."""
+
+    further = ()
+    unit_rows = True
 
     @property
-    def rule(self) -> Largest:
+    def groups(self) -> Groups | None:
+        """Return the numbers of codes that are to fit."""
+        if self.multi:
+            return Groups((self.k, MULTI * self.k), (1.0, MULTI_WEIGHT), by_rank=True, shown=0)
+        if not self.nested_k:
+            return None
+        ends = (*(k for k in self.nested_k if k < self.k), self.k)
+        return Groups(ends, (1 / len(ends),) * len(ends), by_rank=True, shown=len(ends) - 1)
+
+    def at(self, step: int) -> Self:
+        """Return it with the k of a step."""
+        k = initial.annealed(self.k_start, self.k, step, self.anneal_steps)
+        return self if k == self.k else replace(self, k=round(k))
+
+    def rule(self, p: Parameters) -> Largest:
         """Return the rule by which pre-activations become codes."""
-        return Largest(self.k)
-
-    @property
-    def auxiliary(self) -> Auxiliary | None:
-        """Return what dead latents learn; None where AuxK is off."""
-        return Auxiliary(self.k_aux, self.auxk_alpha) if self.auxk_alpha else None
+        return Largest(self.groups.ends[-1] if self.groups else self.k)
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
         """Start from random unit rows, the encoder as their transpose times the gain that fits best.
@@ -45,33 +71,22 @@ class TopK:
             sample_TD: training activations in training units.
             team: the processes that share the SAE.
         """
-        rows_FD = initial.unit_rows(n_latents, len(p.b_D), seed)[team.latents.slice_of(n_latents)]
-        p.w_dec_FD.copy_(rows_FD)
-        p.w_enc_FD.copy_(p.w_dec_FD)
-        p.w_enc_FD.mul_(initial.best_gain(sample_TD, p, self.k, team))
+        initial.tied(p, n_latents, seed, sample_TD, self.k, team)
 
-    def loss(self, p: Parameters, x_TD: Tensor, dead: Dead, dtype: torch.dtype) -> Losses:
+    def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition.
 
         Args:
             p: leaves of autograd, float32 or float64.
             x_TD: tokens, of the same dtype.
-            dead: the latents that are dead.
+            seen: the latents that are dead.
             dtype: the encoder's product is rounded to it.
         """
-        bias_F = p.b_enc_F - p.w_enc_FD @ p.b_D
-        pre_TF = torch.addmm(bias_F.to(dtype), x_TD.to(dtype), p.w_enc_FD.to(dtype).T).to(x_TD.dtype)
-        codes_TF = _keep_largest(pre_TF, self.k)
-        e_TD = codes_TF @ p.w_dec_FD + p.b_D - x_TD
-        aux = x_TD.new_zeros(())
-        if (auxiliary := self.auxiliary) is not None and dead.n_in_team > 0:
-            codes_TS = _keep_largest(pre_TF[:, dead.latents_S], min(auxiliary.k, dead.n_in_team))
-            difference_TD = codes_TS @ p.w_dec_FD[dead.latents_S] + e_TD.detach()
-            aux = auxiliary.alpha * auxiliary.share(dead) * difference_TD.square().sum()
-        return Losses(e_TD.square().sum(), aux, codes_TF)
+        pre_TF = pre_activations(p, x_TD, dtype)
+        codes_TF = dense.keep_largest(pre_TF, self.rule(p).k)
+        return dense.grouped(self.groups, self.auxiliary, p, pre_TF, codes_TF, x_TD, seen)
 
-
-def _keep_largest(pre_TF: Tensor, k: int) -> Tensor:
-    """Rectify the k largest entries of each row, in their places among zeros."""
-    values, places = topk(pre_TF, k)
-    return torch.zeros_like(pre_TF).scatter(1, places, values)
+    def inference(self, p: Parameters, cutoff: float) -> Inference:
+        """Return the form in which the SAE is used: itself."""
+        ks = self.groups.ends if self.groups and not self.multi else ()
+        return Inference(self.k, None, p.w_enc_FD, p.b_enc_F, p.w_dec_FD, ks)

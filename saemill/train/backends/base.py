@@ -5,8 +5,9 @@ scaled), b_D = b_dec − centre, pre = (x − b) W_encᵀ + b_enc, codes val_TK 
 x̂ = val · W_dec[idx] + b, e = x̂ − x.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,21 +19,45 @@ if TYPE_CHECKING:
     from saemill.train.backends.cpu.loops.quantise import Quantised
 
 
+NONE: Mapping[str, Tensor] = MappingProxyType({})
+"""No tensors."""
+
+
 class Parameters(NamedTuple):
     """One SAE's parameters in training units, float32. Where a team splits the latents, this process's."""
 
     w_enc_FD: Tensor
     b_enc_F: Tensor
     w_dec_FD: Tensor
-    """Rows of unit length."""
+    """Rows of unit length, unless the architecture leaves them free."""
     b_D: Tensor
     """b_dec − centre."""
+    further_F: Mapping[str, Tensor] = NONE
+    """Parameters that the architecture has beside these, one number per latent, by name."""
 
     @classmethod
-    def zeros(cls, n_latents: int, d: int, device: torch.device) -> "Parameters":
+    def zeros(
+        cls, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()
+    ) -> "Parameters":
         """Make their memory in torch's own allocator."""
         shapes = (n_latents, d), (n_latents,), (n_latents, d), (d,)
-        return cls(*(torch.zeros(shape, device=device) for shape in shapes))
+        own_F = {name: torch.zeros(n_latents, device=device) for name in further}
+        return cls(*(torch.zeros(shape, device=device) for shape in shapes), own_F)
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor]) -> "Parameters":
+        """Make them of tensors by name, as `named` gives them."""
+        further = {name: tensor for name, tensor in named.items() if name not in NAMES}
+        return cls(*(named[name] for name in NAMES), further)
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """Return all by name."""
+        return {**dict(zip(NAMES, self[:4], strict=True)), **self.further_F}
+
+
+NAMES = ("w_enc", "b_enc", "w_dec", "b")
+"""Names of the parameters that every SAE has."""
 
 
 class Weights(NamedTuple):
@@ -48,7 +73,7 @@ class Weights(NamedTuple):
 
     def refresh(self, rows: slice = slice(None)) -> None:
         """Make some latents' copies anew."""
-        w_enc_FD, _, w_dec_FD, _ = self.parameters
+        w_enc_FD, w_dec_FD = self.parameters.w_enc_FD, self.parameters.w_dec_FD
         for copy_FD, master_FD in ((self.product_FD, w_enc_FD), (self.gathered_FD, w_dec_FD)):
             if copy_FD.dtype != master_FD.dtype:
                 copy_FD[rows].copy_(master_FD[rows])
@@ -87,6 +112,37 @@ class Largest(NamedTuple):
     k: int
 
 
+class BatchLargest(NamedTuple):
+    """The rule of BatchTopK: the k · T largest pre-activations of a batch, rectified."""
+
+    k: float
+    """Mean number per token."""
+
+
+class Above(NamedTuple):
+    """The rule of thresholds: pre-activations above those of their latents."""
+
+    threshold_F: Tensor
+    bandwidth: float = 0.0
+    """Width around a threshold in which pre-activations count for its gradient."""
+
+
+Rule = Largest | BatchLargest | Above
+"""How pre-activations become codes."""
+
+
+class Groups(NamedTuple):
+    """Codes in nested groups: each reconstructs alone, and the squared errors are summed with weights."""
+
+    ends: tuple[int, ...]
+    """Ascending: group g holds what lies below ends[g]."""
+    weights: tuple[float, ...]
+    by_rank: bool
+    """Whether ends count a token's codes by size, and not latents by number."""
+    shown: int
+    """The group whose error is reported as the SAE's."""
+
+
 class Auxiliary(NamedTuple):
     """AuxK (Gao et al. 2024, A.2): the `k` most active dead latents of each token fit the residual."""
 
@@ -99,33 +155,80 @@ class Auxiliary(NamedTuple):
         return min(1.0, dead.n_in_team / self.k)
 
 
+class Seen(NamedTuple):
+    """What a loss must know of the whole batch, of which it sees some tokens."""
+
+    dead: Dead
+    n_tokens: int
+    """Tokens of the batch."""
+    cutoff: Tensor | None = None
+    """Of `BatchLargest`: the smallest pre-activation that is kept, float32 []."""
+    count_F: Tensor | None = None
+    """Of `Above`: on how many tokens each latent is active, float32."""
+
+
 class Losses(NamedTuple):
     """What an architecture's `loss` computes of some tokens. Gradients flow through the first two."""
 
-    sse: Tensor
-    """Σ e²."""
+    error: Tensor
+    """The squared error that is minimised: Σ e², of prefixes their weighted sum."""
     aux: Tensor
-    """AuxK's Σ (ê + e)², times alpha and share."""
+    """What is added to it: AuxK, penalties."""
     codes_TF: Tensor
     """The codes, 0 where a latent is not active."""
+    sse: Tensor | None = None
+    """Σ e² that is reported; None where it is `error`."""
+    sse_G: Tensor | None = None
+    """Σ e² of each group; None where there is one."""
+
+
+class Inference(NamedTuple):
+    """The form in which an SAE is used after training, in training units."""
+
+    k: int | None
+    """Largest pre-activations that are kept; None where thresholds say which."""
+    threshold_F: Tensor | None
+    """Pre-activations above these are kept; None with k."""
+    w_enc_FD: Tensor
+    b_enc_F: Tensor
+    w_dec_FD: Tensor
+    ks: tuple[int, ...] = ()
+    """Numbers of codes, ascending, k last, that it serves for; empty where k is the only one."""
 
 
 class Architecture(Protocol):
     """What a backend knows of an SAE's architecture: its definition, and the rules that have fast passes."""
 
     @property
-    def rule(self) -> Largest:
-        """Return the rule by which pre-activations become codes."""
+    def further(self) -> tuple[str, ...]:
+        """Return the names of its further parameters."""
+
+    @property
+    def unit_rows(self) -> bool:
+        """Tell whether decoder rows are kept at unit length."""
 
     @property
     def auxiliary(self) -> Auxiliary | None:
         """Return what dead latents learn; None where they learn nothing."""
 
+    @property
+    def groups(self) -> Groups | None:
+        """Return the groups of codes that are to fit alone; None where there is one."""
+
+    def at(self, step: int) -> Self:
+        """Return it with the values of a step: what is annealed or warms up."""
+
+    def rule(self, p: Parameters) -> Rule:
+        """Return the rule by which pre-activations become codes."""
+
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
         """Fill in where the parameters start; `b_D` is there already."""
 
-    def loss(self, p: Parameters, x_TD: Tensor, dead: Dead, dtype: torch.dtype) -> Losses:
+    def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition, which `plain` differentiates and tests compare with."""
+
+    def inference(self, p: Parameters, cutoff: float) -> Inference:
+        """Return the form in which the SAE is used; `cutoff` is the moving average of `BatchLargest`'s."""
 
 
 class Rates(NamedTuple):
@@ -168,11 +271,17 @@ class Sums(NamedTuple):
     sse: Tensor
     """Σ e², float32; not finite where the SAE has diverged."""
     aux_loss: Tensor
-    """AuxK's term of the loss, float32."""
+    """What AuxK and penalties add to the loss, float32."""
     n_active: Tensor
     """Number of codes that are not 0."""
     fired_F: Tensor
     """bool, which latents had one."""
+    error: Tensor | None = None
+    """The weighted sum of the groups' Σ e², float32; None where there is one group, of which it is `sse`."""
+    sse_G: Tensor | None = None
+    """Σ e² of each group, float32; None where there is one."""
+    cutoff: Tensor | None = None
+    """The smallest pre-activation that was kept, float32 []; None where the rule has none."""
 
 
 class Backend(Protocol):
@@ -184,8 +293,8 @@ class Backend(Protocol):
     """Dtype of the encoder's product."""
     team: Team
 
-    def weights(self, n_latents: int, d: int, device: torch.device) -> Weights:
-        """Make the memory of one SAE, all zeros."""
+    def weights(self, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()) -> Weights:
+        """Make the memory of one SAE, all zeros; `further` names parameters as `Parameters` has them."""
 
     def prepare(self, x_TD: Tensor) -> Batch:
         """Make the copies of a batch, once for all SAEs of its site."""

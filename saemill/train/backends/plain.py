@@ -4,27 +4,34 @@ It is the definition that the other backends are compared with. It is also what 
 kernels of its own gets: tokens go in chunks, so that no more than one chunk's [T, F] is in memory.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from saemill.train.backends.base import (
+    Above,
     Batch,
+    BatchLargest,
     Losses,
     Parameters,
-    Rates,
+    Seen,
     Sums,
     Task,
     Weights,
     chunks,
 )
+from saemill.train.backends.cutoff import Best
 from saemill.train.backends.team import ALONE, Team
-from saemill.train.optim.optimizer import Optimizer
 from saemill.train.profile import region
 
 CHUNK_BYTES = {"cpu": 1 << 24}
 """Most bytes of a chunk's pre-activations: on a CPU what stays in its last cache."""
 MOST_CHUNK_BYTES = 1 << 28
 """The same on other devices; autograd keeps some of them."""
+
+BELOW = 1 - 1e-6
+"""Times the cutoff: computed again, the pre-activation that it is may differ in its last bits."""
 
 
 class Plain:
@@ -42,9 +49,9 @@ class Plain:
             raise ValueError("plain splits no latents")
         self.dtype, self.team = dtype, team
 
-    def weights(self, n_latents: int, d: int, device: torch.device) -> Weights:
+    def weights(self, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`; there are no copies."""
-        parameters = Parameters.zeros(n_latents, d, device)
+        parameters = Parameters.zeros(n_latents, d, device, further)
         return Weights(parameters, parameters.w_enc_FD, parameters.w_dec_FD)
 
     def prepare(self, x_TD: Tensor) -> Batch:
@@ -55,51 +62,93 @@ class Plain:
         """Differentiate the loss and take an optimizer step, as `Backend.step`."""
         batch, weights, rates = task.batch, task.weights, task.rates
         own = batch.tokens(self.team.tokens.slice_of(len(batch.x_TD)))
-        leaves = Parameters(*(weight.detach().requires_grad_() for weight in weights.parameters))
-        sums, tokens = _zero_sums(leaves), self.team.tokens
-        for chunk in chunks(len(own.x_TD), len(leaves.b_enc_F) * 4, _chunk_bytes(own.x_TD.device)):
+        named = {name: p.detach().requires_grad_() for name, p in weights.parameters.named.items()}
+        leaves = Parameters.of(named)
+        seen = self._look(task, own.x_TD)
+        sums, tokens = _zero_sums(leaves, task), self.team.tokens
+        for chunk in self._chunks(own.x_TD, leaves):
             with region("backward"), torch.enable_grad():
-                losses = task.architecture.loss(leaves, own.x_TD[chunk], task.dead, self.dtype)
-                ((losses.sse + losses.aux) * rates.per_square).backward()  # type: ignore[no-untyped-call]
+                losses = task.architecture.loss(leaves, own.x_TD[chunk], seen, self.dtype)
+                ((losses.error + losses.aux) * rates.per_square).backward()  # type: ignore[no-untyped-call]
             sums = _added(sums, losses, rates.per_square)
-        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        gradients = {
+            name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in named.items()
+        }
         with region("exchange"):
-            for over_tokens in (*gradients, sums.sse, sums.aux_loss, sums.n_active):
+            for over_tokens in (*gradients.values(), *_numbers(sums)):
                 tokens.all_reduce(over_tokens)
             fired_F = tokens.all_reduce(sums.fired_F.int()) > 0
         if task.healthy & torch.isfinite(sums.sse):
             with region("optimizer"):
-                _update(weights.parameters, Parameters(*gradients), task.optimizer, rates)
-        return sums._replace(fired_F=fired_F)
+                _update(task, gradients)
+        return sums._replace(fired_F=fired_F, cutoff=seen.cutoff)
+
+    def _chunks(self, x_TD: Tensor, p: Parameters) -> Iterator[slice]:
+        chunk_bytes = CHUNK_BYTES.get(x_TD.device.type, MOST_CHUNK_BYTES)
+        return chunks(len(x_TD), len(p.b_enc_F) * 4, chunk_bytes)
+
+    def _look(self, task: Task, x_TD: Tensor) -> Seen:
+        """Find what the loss of each chunk must know of the whole batch, by a forward pass before."""
+        p, n_tokens = task.weights.parameters, len(task.batch.x_TD)
+        rule, seen = task.architecture.rule(p), Seen(task.dead, n_tokens)
+        if isinstance(rule, BatchLargest):
+            best = Best(round(rule.k * n_tokens), x_TD.device)
+            for chunk in self._chunks(x_TD, p):
+                best.add(pre_activations(p, x_TD[chunk], self.dtype).flatten())
+            return seen._replace(cutoff=best.cutoff(self.team) * BELOW)
+        if isinstance(rule, Above):
+            count_F = torch.zeros_like(p.b_enc_F)
+            for chunk in self._chunks(x_TD, p):
+                count_F += (pre_activations(p, x_TD[chunk], self.dtype) > rule.threshold_F).sum(0)
+            return seen._replace(count_F=self.team.tokens.all_reduce(count_F))
+        return seen
 
 
-def _chunk_bytes(device: torch.device) -> int:
-    return CHUNK_BYTES.get(device.type, MOST_CHUNK_BYTES)
+def pre_activations(p: Parameters, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute W_enc (x − b) + b_enc, the product rounded to `dtype`. [T, F], in x's dtype; differentiable."""
+    bias_F = p.b_enc_F - p.w_enc_FD @ p.b_D
+    return torch.addmm(bias_F.to(dtype), x_TD.to(dtype), p.w_enc_FD.to(dtype).T).to(x_TD.dtype)
 
 
-def _zero_sums(p: Parameters) -> Sums:
-    zero = torch.zeros((), device=p.b_D.device)
-    return Sums(zero, zero.clone(), zero.long(), torch.zeros_like(p.b_enc_F, dtype=torch.bool))
+def _zero_sums(p: Parameters, task: Task) -> Sums:
+    zero, groups = torch.zeros((), device=p.b_D.device), task.architecture.groups
+    sums = Sums(zero, zero.clone(), zero.long(), torch.zeros_like(p.b_enc_F, dtype=torch.bool))
+    if groups is None:
+        return sums
+    return sums._replace(error=zero.clone(), sse_G=zero.new_zeros(len(groups.ends)))
+
+
+def _numbers(sums: Sums) -> list[Tensor]:
+    """List the sums that processes add up."""
+    return [s for s in (sums.sse, sums.aux_loss, sums.n_active, sums.error, sums.sse_G) if s is not None]
 
 
 def _added(sums: Sums, losses: Losses, per_square: float) -> Sums:
     """Count a chunk."""
     active_TF = losses.codes_TF.detach() != 0
-    return Sums(
-        sums.sse + losses.sse.detach(),
-        sums.aux_loss + losses.aux.detach() * per_square,
-        sums.n_active + active_TF.sum(),
-        sums.fired_F | active_TF.any(0),
+    shown = losses.error if losses.sse is None else losses.sse
+    return sums._replace(
+        sse=sums.sse + shown.detach(),
+        aux_loss=sums.aux_loss + losses.aux.detach() * per_square,
+        n_active=sums.n_active + active_TF.sum(),
+        fired_F=sums.fired_F | active_TF.any(0),
+        error=None if sums.error is None else sums.error + losses.error.detach(),
+        sse_G=_sum(sums.sse_G, losses.sse_G),
     )
 
 
-def _update(p: Parameters, gradients: Parameters, optimizer: Optimizer, rates: Rates) -> None:
-    """Step all parameters; the decoder's rows stay of unit length, so their gradient is projected."""
-    along_F1 = (gradients.w_dec_FD * p.w_dec_FD).sum(1, keepdim=True)
-    gradients.w_dec_FD.addcmul_(along_F1, p.w_dec_FD, value=-1)
-    every = slice(0, len(p.b_enc_F))
-    optimizer.update("w_enc", every, gradients.w_enc_FD, rates.lr, rates.weight_decay)
-    optimizer.update("b_enc", every, gradients.b_enc_F, rates.lr)
-    optimizer.update("w_dec", every, gradients.w_dec_FD, rates.lr)
-    optimizer.update("b", slice(0, len(p.b_D)), gradients.b_D, rates.lr)
-    p.w_dec_FD.div_(torch.linalg.vector_norm(p.w_dec_FD, dim=1, keepdim=True))
+def _sum(so_far: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return None if so_far is None or more is None else so_far + more.detach()
+
+
+def _update(task: Task, gradients: dict[str, Tensor]) -> None:
+    """Step all parameters. Where decoder rows stay of unit length, their gradient is projected."""
+    w_dec_FD, rates, unit = task.weights.parameters.w_dec_FD, task.rates, task.architecture.unit_rows
+    if unit:
+        along_F1 = (gradients["w_dec"] * w_dec_FD).sum(1, keepdim=True)
+        gradients["w_dec"].addcmul_(along_F1, w_dec_FD, value=-1)
+    for name, gradient in gradients.items():
+        decay = rates.weight_decay if name == "w_enc" else 0.0
+        task.optimizer.update(name, slice(0, len(gradient)), gradient, rates.lr, decay)
+    if unit:
+        w_dec_FD.div_(torch.linalg.vector_norm(w_dec_FD, dim=1, keepdim=True))

@@ -84,7 +84,7 @@ class Sparse(ABC):
         batch, weights, architecture = task.batch, task.weights, task.architecture
         n_tokens = len(batch.x_TD)
         own = batch.tokens(self.team.tokens.slice_of(n_tokens))
-        if not isinstance(rule := architecture.rule, Largest):
+        if not isinstance(rule := architecture.rule(weights.parameters), Largest):
             raise TypeError(f"no passes for codes by {type(rule).__name__}; kernels torch have them")
         forward = self.forward(own, weights, rule.k)
         dead_rows, aux_loss = None, torch.zeros((), device=batch.x_TD.device)

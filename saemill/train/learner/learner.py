@@ -11,9 +11,9 @@ from torch import Tensor
 
 from saemill.common.sae.parts import Parts, SaeConfig
 from saemill.train.arch import initial
-from saemill.train.arch.topk import TopK
+from saemill.train.arch.choose import architecture_of
 from saemill.train.backends.base import Backend, Batch, Dead, Rates, Task
-from saemill.train.learner.totals import Totals
+from saemill.train.learner.totals import CutoffAverage, Totals
 from saemill.train.objective.squared_error import per_square
 from saemill.train.optim.optimizer import Adam, Optimizer, Sgd
 from saemill.train.profile import region
@@ -42,13 +42,13 @@ class Learner:
         dead_after_tokens: int,
     ) -> None:
         self.variant, self.scaling, self.backend = variant, scaling, backend
-        self.architecture = TopK(variant.k, variant.auxk_alpha, variant.k_aux)
         self.dead_after_tokens = dead_after_tokens
         d, device = len(scaling.centre_D), scaling.centre_D.device
+        self.architecture = architecture_of(variant, d)
         self.per_square = per_square(variant.loss, d, scaling.scale)
         self.rows = backend.team.latents.slice_of(variant.num_latents)
         n_rows = self.rows.stop - self.rows.start
-        self.weights = backend.weights(n_rows, d, device)
+        self.weights = backend.weights(n_rows, d, device, self.architecture.further)
         self.parameters = self.weights.parameters
         if variant.b_dec_init == "geometric_median":
             self.parameters.b_D.copy_(initial.geometric_median(sample_TD))
@@ -63,11 +63,12 @@ class Learner:
         """The step at which the loss was not finite, −1 where it is."""
         self.frozen = False
         """Whether steps are left out, since it has diverged."""
-        self.totals = Totals(d, device)
+        self.totals = Totals(d, device, self.architecture.groups)
+        self.cutoff = CutoffAverage(device)
         self.weights.refresh()
 
     def _optimizer(self) -> Optimizer:
-        named = dict(zip(("w_enc", "b_enc", "w_dec", "b"), self.parameters, strict=True))
+        named = self.parameters.named
         if self.variant.optimizer == "sgd":
             return Sgd(named)
         return Adam(named, self.variant.optimizer_state, self.variant.adam_betas)
@@ -84,13 +85,17 @@ class Learner:
         self.optimizer.begin_step()
         rates = Rates(self.per_square / n_tokens, variant.lr * lr_factor, variant.weight_decay)
         healthy = self.diverged_step < 0
-        task = Task(batch, self.weights, self.architecture, self.optimizer, self.dead, healthy, rates)
+        architecture = self.architecture.at(step)
+        task = Task(batch, self.weights, architecture, self.optimizer, self.dead, healthy, rates)
         sums = self.backend.step(task)
         with region("count"):
             diverges = healthy & ~torch.isfinite(sums.sse)
             self.diverged_step.copy_(torch.where(diverges, step, self.diverged_step))
-            loss = sums.sse * rates.per_square + sums.aux_loss
-            self.totals.add(n_tokens, sums.sse, loss, sums.aux_loss, sums.n_active)
+            error = sums.sse if sums.error is None else sums.error
+            loss = error * rates.per_square + sums.aux_loss
+            self.totals.add(n_tokens, sums.sse, loss, sums.aux_loss, sums.n_active, sums.sse_G)
+            if sums.cutoff is not None:
+                self.cutoff.add(sums.cutoff, healthy)
             self.idle_tokens_F.copy_(torch.where(sums.fired_F, 0, self.idle_tokens_F + n_tokens))
 
     def find_dead(self) -> None:
@@ -116,22 +121,37 @@ class Learner:
         team, variant, scaling = self.backend.team, self.variant, self.scaling
         if team.tokens.rank > 0:
             return None
-        w_enc, b_enc, w_dec, b = (parameter.clone() for parameter in self.parameters)
-        if team.latents.size > 1:
-            w_enc, b_enc, w_dec, b = w_enc.cpu(), b_enc.cpu(), w_dec.cpu(), b.cpu()
-        w_enc_FD, b_enc_F, w_dec_FD = (
-            team.latents.gather(rows, variant.num_latents) for rows in (w_enc, b_enc / scaling.scale, w_dec)
-        )
-        if w_enc_FD is None or b_enc_F is None or w_dec_FD is None:
+        form = self.architecture.inference(self.parameters, self.cutoff.value)
+        own = {"W_enc": form.w_enc_FD, "b_enc": form.b_enc_F / scaling.scale, "W_dec": form.w_dec_FD}
+        if form.threshold_F is not None:
+            own["threshold"] = form.threshold_F / scaling.scale
+        whole = {name: self._gathered(rows) for name, rows in own.items()}
+        weights = {name: tensor for name, tensor in whole.items() if tensor is not None}
+        if not weights:
             return None
-        config = SaeConfig(d_in=len(b), num_latents=variant.num_latents, k=variant.k, provenance=provenance)
-        b_dec = b / scaling.scale + scaling.centre_D.to(b.device)
-        return Parts(config, w_enc_FD, b_enc_F, w_dec_FD, b_dec)
+        is_matryoshka = variant.architecture == "matryoshka"
+        config = SaeConfig(
+            d_in=len(scaling.centre_D),
+            num_latents=variant.num_latents,
+            k=form.k,
+            provenance=provenance,
+            architecture=variant.architecture,
+            prefixes=variant.prefixes if is_matryoshka else (),
+            ks=form.ks,
+        )
+        b_dec = (self.parameters.b_D / scaling.scale).to(weights["W_enc"].device)
+        return Parts(config, b_dec=b_dec + scaling.centre_D.to(b_dec.device), **weights)
+
+    def _gathered(self, rows: Tensor) -> Tensor | None:
+        """Put together what the team has of a tensor with a row per latent, on its first process; on the CPU
+        where latents are split."""
+        group = self.backend.team.latents
+        return group.gather(rows.clone() if group.size == 1 else rows.cpu(), self.variant.num_latents)
 
     def checkpoint_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """List the state for a checkpoint: tensors with a row per latent, and whole ones."""
-        w_enc_FD, b_enc_F, w_dec_FD, b_D = self.parameters
-        moments = self.optimizer.tensors()
-        row_moments = [tensor for name in ("w_enc", "b_enc", "w_dec") for tensor in moments[name]]
-        rows = [w_enc_FD, b_enc_F, w_dec_FD, self.idle_tokens_F, self.dead_F, *row_moments]
-        return rows, [b_D, self.diverged_step, self.totals.values, *moments["b"]]
+        by_name, moments = self.parameters.named, self.optimizer.tensors()
+        b_D, b_moments = by_name.pop("b"), moments.pop("b")
+        row_moments = [tensor for name in by_name for tensor in moments[name]]
+        rows = [*by_name.values(), self.idle_tokens_F, self.dead_F, *row_moments]
+        return rows, [b_D, self.diverged_step, self.totals.values, self.cutoff.sums, *b_moments]

@@ -143,11 +143,13 @@ def window(end: int) -> int:
 
 
 def groups(variants: list[Variant]) -> list[list[Variant]]:
-    """Group variants that compete: those of one site and k, in the run's order."""
-    by_site_and_k: dict[tuple[str, int], list[Variant]] = {}
+    """Group variants that compete, in the run's order: those of one site, architecture, and k or penalty."""
+    alike: dict[tuple[object, ...], list[Variant]] = {}
     for variant in variants:
-        by_site_and_k.setdefault((variant.site, variant.k), []).append(variant)
-    return list(by_site_and_k.values())
+        v = variant
+        budget = v.k, v.target_l0, v.l0_coefficient, v.l1_coefficient
+        alike.setdefault((v.site, v.architecture, *budget), []).append(variant)
+    return list(alike.values())
 
 
 def _finite(value: float | None) -> float | None:

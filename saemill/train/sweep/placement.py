@@ -82,7 +82,7 @@ class Placement:
 
 def cost(variant: Variant, width: int) -> float:
     """Estimate what a step of the variant takes, in arbitrary units."""
-    return width * (variant.num_latents + LATENTS_PER_ACTIVE * variant.k)
+    return width * (variant.num_latents + LATENTS_PER_ACTIVE * variant.l0)
 
 
 def deal(variants: list[Variant], widths: Mapping[str, int], n_teams: int) -> list[list[Variant]]:
@@ -136,7 +136,7 @@ def choose(
             f"data_ranks {data} × latent_ranks {latent_ranks or 1} does not divide the number of processes, "
             f"{n_processes}; give others, or start another number"
         )
-    wide = [shards for shards in fitting if all(v.num_latents // shards >= v.k for v in variants)]
+    wide = [shards for shards in fitting if all(v.num_latents // shards >= v.l0 for v in variants)]
     if not wide:
         raise ConfigError(
             f"in {fitting[0]} parts some SAE has fewer than k latents in each; lower --latent-ranks"

@@ -4,22 +4,26 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from saemill.common.config import build, coerce
 from saemill.common.errors import ConfigError
 from saemill.common.setting import axes as axes_of
-from saemill.common.setting import check, default_of, like, written
+from saemill.common.setting import check, default_of, like, marks_of, written
 from saemill.common.stores.runs import check_variant_name
-from saemill.train.config import ADAM_BETAS, TrainConfig
+from saemill.train.config import ADAM_BETAS, Architecture, TrainConfig, no_effect
 
 ADAM_ALONE = ("optimizer_state", "adam_betas")
 """Settings without effect on another optimizer."""
 ONE_OF_GRID = {"seeds": "seed"}
 """What one value of a list is called, where it has another name than the list."""
-IN_EVERY_NAME = ("site", "k", "expansion_factor", "num_latents", "seed")
+IN_EVERY_NAME = ("site", "architecture", "k", "expansion_factor", "num_latents", "seed")
 """Axes of the grid that the name of every variant shows; the widths as the number of latents."""
+PREFIX_SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
+"""Matryoshka's prefixes, as shares of the latents, beside all of them (dictionary_learning's groups)."""
+TARGET_L0 = 32.0
+"""Active latents per token that JumpReLU leads to by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +33,9 @@ class Variant:
     name: str
     """Unique in the run; the name of its folder, so none of the run's own files."""
     site: str
-    k: int
+    architecture: Architecture = like(TrainConfig, "architecture")
+    k: int | float | None = like(TrainConfig, "k", default=None)
+    """None with an architecture that has none; so are other settings that it has not."""
     num_latents: int
     lr: float
     """Peak learning rate."""
@@ -40,14 +46,29 @@ class Variant:
     adam_betas: tuple[float, float] = like(TrainConfig, "adam_betas")
     weight_decay: float = like(TrainConfig, "weight_decay", most=None)
     auxk_alpha: float = like(TrainConfig, "auxk_alpha", most=None)
-    k_aux: int = like(TrainConfig, "k_aux", most=None, default=MISSING)
+    k_aux: int | None = like(TrainConfig, "k_aux", most=None)
+    k_anneal_steps: int = like(TrainConfig, "k_anneal_steps")
+    multi_topk: bool = like(TrainConfig, "multi_topk")
+    nested_k: tuple[int, ...] = like(TrainConfig, "nested_k")
+    prefixes: tuple[int, ...] = like(TrainConfig, "prefixes")
+    """Ascending, `num_latents` last."""
+    matryoshka_rule: Literal["batchtopk", "topk"] = like(TrainConfig, "matryoshka_rule")
+    target_l0: float | None = like(TrainConfig, "target_l0", default=None)
+    l0_coefficient: float | None = like(TrainConfig, "l0_coefficient", default=None)
+    sparsity_penalty: Literal["step", "tanh"] = like(TrainConfig, "sparsity_penalty")
+    bandwidth: float | None = like(TrainConfig, "bandwidth")
+    preact_coefficient: float = like(TrainConfig, "preact_coefficient")
+    most_density: float | None = like(TrainConfig, "most_density")
+    l1_coefficient: float | None = like(TrainConfig, "l1_coefficient", default=None)
+    lp_norm: float = like(TrainConfig, "lp_norm")
+    decoder_rows: Literal["unit", "free"] = like(TrainConfig, "decoder_rows")
+    penalty_warmup_steps: int | None = like(TrainConfig, "penalty_warmup_steps")
     loss: Literal["fvu", "mse"] = like(TrainConfig, "loss")
     b_dec_init: Literal["mean", "geometric_median"] = like(TrainConfig, "b_dec_init")
 
     def __post_init__(self) -> None:
         check_variant_name(self.name)
-        if not 1 <= self.k <= self.num_latents:
-            raise ConfigError(f"k must be in 1..{self.num_latents} (the number of latents), got {self.k}")
+        self._check_l0()
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr must be positive, got {self.lr}")
         if self.optimizer != "adam" and self.optimizer_state != "fp32":
@@ -57,6 +78,28 @@ class Variant:
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ConfigError(f"adam_betas must be two numbers from 0 to below 1, got {self.adam_betas}")
         check(self)
+
+    @property
+    def l0(self) -> float:
+        """Active latents per token that it is meant to have; a guess where a penalty decides."""
+        return self.k or self.target_l0 or TARGET_L0
+
+    def _check_l0(self) -> None:
+        """Refuse numbers of active latents that F latents cannot have, or the architecture cannot."""
+        n = self.num_latents
+        for name in ("k", "target_l0"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= n:
+                raise ConfigError(f"{name} must be in 1..{n} (the number of latents), got {value}")
+        per_token = self.architecture == "topk" or self.matryoshka_rule == "topk"
+        if self.k is not None and self.k != round(self.k) and per_token:
+            raise ConfigError(
+                f"k is a whole number of each token's latents, got {self.k}; batchtopk takes a mean"
+            )
+        if self.multi_topk and 4 * (self.k or 0) > n:
+            raise ConfigError(
+                f"multi_topk fits 4 k latents, more than the {n} there are; lower k, or leave it out"
+            )
 
 
 def auto_lr(num_latents: int, d: int, n_steps: int) -> float:
@@ -121,7 +164,7 @@ def resolve(
         single = {name: values[0] for name, values in axes.items() if len(values) == 1}
         entries = [_fill_in(dict(entry), single, axes) for entry in explicit]
     else:
-        entries = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        entries = list(_grid(axes))
     variants = [
         _variant({**_inherited(common, entry), **entry}, widths, f"variants[{i}]", n_steps)
         for i, entry in enumerate(entries)
@@ -133,16 +176,39 @@ def resolve(
     return variants
 
 
+def _grid(axes: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """Yield every combination of values: of each architecture with those that have an effect on it."""
+    for architecture in axes["architecture"]:
+        own = {name: values for name, values in axes.items() if applies(name, architecture)}
+        own["architecture"] = (architecture,)
+        for values in itertools.product(*own.values()):
+            yield dict(zip(own, values, strict=True))
+
+
+def applies(name: str, architecture: str) -> bool:
+    """Tell whether a setting has an effect on an architecture."""
+    listed = {one: name for name, one in ONE_OF_GRID.items()}.get(name, name)
+    only = marks_of(TrainConfig, listed).only
+    return not only or architecture in only
+
+
 def _inherited(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """Collect what a variant takes from the run: not Adam's settings where it names another optimizer."""
-    other = entry.get("optimizer", "adam") != "adam"
-    return {name: value for name, value in common.items() if not (other and name in ADAM_ALONE)}
+    other, architecture = entry.get("optimizer", "adam") != "adam", entry.get("architecture", "topk")
+    return {
+        name: value
+        for name, value in common.items()
+        if not (other and name in ADAM_ALONE) and applies(name, architecture)
+    }
 
 
 def _fill_in(entry: dict[str, Any], single: dict[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
     width_given = {"expansion_factor", "num_latents"} & set(entry)
+    architecture = entry.setdefault("architecture", single.get("architecture", "topk"))
     for name in axes:
         if name in entry or (width_given and name in ("expansion_factor", "num_latents")):
+            continue
+        if not applies(name, architecture):
             continue
         if name not in single:
             raise ConfigError(f"variant {entry} gives no {name}, and the run has several")
@@ -163,10 +229,9 @@ def _variant(entry: dict[str, Any], widths: Mapping[str, int], where: str, n_ste
             raise ConfigError(f"expansion_factor must be 1 or more, got {factor}")
         entry["num_latents"] = d * factor
     entry.pop("expansion_factor", None)
-    if entry.get("k_aux") is None:
-        entry["k_aux"] = max(1, d // 2)
-    k, n, seed = (coerce(entry.get(key, 0), int, f"{where}.{key}") for key in ("k", "num_latents", "seed"))
-    name = f"{site}-k{k}-f{n}-s{seed}" + "".join(_apart(entry, where))
+    n, seed = (coerce(entry.get(key, 0), int, f"{where}.{key}") for key in ("num_latents", "seed"))
+    _complete(entry, d, n, n_steps, where)
+    name = f"{site}{_kind(entry, where)}-f{n}-s{seed}" + "".join(_apart(entry, where))
     if entry.get("lr", "auto") == "auto":
         if entry.get("optimizer", "adam") != "adam":
             raise ConfigError("lr auto is known for adam only; give --lr for sgd")
@@ -174,14 +239,68 @@ def _variant(entry: dict[str, Any], widths: Mapping[str, int], where: str, n_ste
     return build(Variant, {"name": name, **entry}, where)
 
 
+def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where: str) -> None:
+    """Fill in the defaults of an entry's architecture, in place.
+
+    Raises:
+        ConfigError: it has settings that have no effect on its architecture.
+    """
+    architecture = entry.get("architecture", "topk")
+    for name in entry:
+        if name in Variant.__dataclass_fields__ and not applies(name, architecture):
+            raise ConfigError(no_effect(name, architecture))
+    if applies("k", architecture):
+        entry.setdefault("k", default_of(TrainConfig, "k")[0])
+        if entry.get("k_aux") is None:
+            entry["k_aux"] = max(1, d // 2)
+    if applies("prefixes", architecture):
+        prefixes = entry.get("prefixes") or PREFIX_SHARES
+        entry["prefixes"] = _prefixes(
+            coerce(prefixes, tuple[int | float, ...], f"{where}.prefixes"), n_latents
+        )
+    if applies("target_l0", architecture):
+        if entry.get("target_l0") is not None and entry.get("l0_coefficient") is not None:
+            raise ConfigError("give target_l0 or l0_coefficient, not both")
+        if entry.get("l0_coefficient") is None:
+            entry["target_l0"] = entry.get("target_l0") or TARGET_L0
+            if entry.get("sparsity_penalty") == "tanh":
+                raise ConfigError("sparsity_penalty tanh leads to no target_l0; give l0_coefficient")
+    if applies("l1_coefficient", architecture) and entry.get("l1_coefficient") is None:
+        entry["l1_coefficient"] = default_of(TrainConfig, "l1_coefficient")[0]
+    if applies("penalty_warmup_steps", architecture) and entry.get("penalty_warmup_steps") is None:
+        entry["penalty_warmup_steps"] = n_steps // 10
+
+
+def _prefixes(given: tuple[int | float, ...], n_latents: int) -> tuple[int, ...]:
+    """Turn shares into numbers of latents, with all latents as the last."""
+    prefixes = tuple(max(1, round(p * n_latents)) if p < 1 else round(p) for p in given)
+    if prefixes[-1] != n_latents:
+        prefixes = (*prefixes, n_latents)
+    if any(p != round(p) for p in given if p >= 1) or list(prefixes) != sorted(set(prefixes)):
+        raise ConfigError(
+            "prefixes must be whole numbers of latents or shares below 1, ascending up to all of "
+            f"{n_latents}, got {','.join(map(written, given))}"
+        )
+    return prefixes
+
+
+def _kind(entry: Mapping[str, Any], where: str) -> str:
+    """Phrase the architecture and its k, as names of variants show them."""
+    architecture = entry.get("architecture", "topk")
+    text = "" if architecture == "topk" else f"-{architecture}"
+    if "k" in entry:
+        text += f"-k{written(coerce(entry['k'], int | float, f'{where}.k'))}"
+    return text
+
+
 def _apart(entry: Mapping[str, Any], where: str) -> Iterator[str]:
     """Yield what tells a variant apart by name: its values on axes that not every name shows, where they are
     not as by default."""
     hints = get_type_hints(TrainConfig)
     for name, sign in axes_of(TrainConfig).items():
-        if ONE_OF_GRID.get(name, name) not in IN_EVERY_NAME:
-            kind, default = get_args(hints[name])[0], default_of(TrainConfig, name)[0]
-            value = coerce(entry.get(name, default), kind, f"{where}.{name}")
+        if ONE_OF_GRID.get(name, name) not in IN_EVERY_NAME and entry.get(name) is not None:
+            kind, default = get_args(hints[name])[0], (*default_of(TrainConfig, name), None)[0]
+            value = coerce(entry[name], kind, f"{where}.{name}")
             if value != default:
                 yield f"-{sign}{written(value)}"
 

@@ -15,8 +15,9 @@ from steps import GPU, make_bank, planted
 from torch import Tensor
 
 from saemill.train.arch.topk import TopK
-from saemill.train.backends.base import Dead, Parameters
+from saemill.train.backends.base import Above, Auxiliary, BatchLargest, Dead, Losses, Parameters, Seen
 from saemill.train.backends.cpu import backend as cpu
+from saemill.train.config import BY_K
 from saemill.train.learner.learner import Learner
 from saemill.train.optim.optimizer import ADAM_EPS
 from saemill.train.sweep.variants import Variant
@@ -34,7 +35,7 @@ class Case:
     t: int = 23
     d: int = 12
     f: int = 40
-    k: int = 4
+    k: float = 4
     n_dead: int = 0
     dtype: torch.dtype = torch.float32
     optimizer: str = "adam"
@@ -43,6 +44,9 @@ class Case:
     k_aux: int = 6
     spoil: str = ""
     """What is odd about the weights or the batch."""
+    architecture: str = "topk"
+    settings: tuple[tuple[str, object], ...] = ()
+    """Of the architecture, beside k."""
 
 
 CASES = {
@@ -62,6 +66,38 @@ CASES = {
     "tokens alike": Case(spoil="one token over again"),
     "bfloat16": Case(t=64, d=32, f=64, dtype=torch.bfloat16),
     "bfloat16, dead": Case(t=64, d=32, f=64, dtype=torch.bfloat16, n_dead=20),
+    "multi-topk": Case(settings=(("multi_topk", True),), n_dead=4),
+    "nested k": Case(k=9, settings=(("nested_k", (2, 5)),), n_dead=4),
+    "batchtopk": Case(architecture="batchtopk", n_dead=4),
+    "batchtopk, a fraction": Case(architecture="batchtopk", k=2.6),
+    "batchtopk, odd shape": Case(architecture="batchtopk", t=33, d=17, f=101, k=9),
+    "batchtopk, fewer above 0": Case(architecture="batchtopk", k=30),
+    "batchtopk, latents alike": Case(architecture="batchtopk", k=6, spoil="ties"),
+    "batchtopk, a latent for all tokens": Case(architecture="batchtopk", spoil="hot"),
+    "matryoshka": Case(architecture="matryoshka", settings=(("prefixes", (5, 17, 40)),), n_dead=4),
+    "matryoshka, topk": Case(
+        architecture="matryoshka", settings=(("prefixes", (1, 40)), ("matryoshka_rule", "topk"))
+    ),
+    "jumprelu": Case(architecture="jumprelu", settings=(("target_l0", 3.0), ("bandwidth", 0.2))),
+    "jumprelu, dense and dead": Case(
+        architecture="jumprelu",
+        n_dead=4,
+        settings=(
+            ("l0_coefficient", 0.03),
+            ("bandwidth", 0.3),
+            ("most_density", 0.1),
+            ("preact_coefficient", 0.01),
+        ),
+    ),
+    "jumprelu, tanh": Case(
+        architecture="jumprelu",
+        settings=(("l0_coefficient", 0.03), ("bandwidth", 0.3), ("sparsity_penalty", "tanh")),
+    ),
+    "relu": Case(architecture="relu", settings=(("l1_coefficient", 0.05),)),
+    "relu, free rows": Case(
+        architecture="relu", settings=(("l1_coefficient", 0.05), ("lp_norm", 0.7), ("decoder_rows", "free"))
+    ),
+    "gated": Case(architecture="gated", settings=(("l1_coefficient", 0.05),)),
 }
 
 TOLERANCE = {
@@ -75,8 +111,10 @@ def learner_of(case: Case, kernels: str) -> Learner:
     """A learner with weights that are not those of a start."""
     device = GPU if kernels == "triton" else torch.device("cpu")
     variant = Variant(
-        name="v", site="s", k=case.k, num_latents=case.f, lr=LR, k_aux=case.k_aux, loss=case.loss,  # type: ignore[arg-type]
-        optimizer=case.optimizer, weight_decay=case.weight_decay,  # type: ignore[arg-type]
+        name="v", site="s", architecture=case.architecture,  # type: ignore[arg-type]
+        k=case.k if case.architecture in BY_K else None,
+        num_latents=case.f, lr=LR, k_aux=case.k_aux, loss=case.loss,  # type: ignore[arg-type]
+        optimizer=case.optimizer, weight_decay=case.weight_decay, **dict(case.settings),  # type: ignore[arg-type]
     )  # fmt: skip
     bank = make_bank(
         [variant], planted(1, 50, case.d, device)[0], kernels=kernels.split()[0], dtype=case.dtype
@@ -94,37 +132,61 @@ def learner_of(case: Case, kernels: str) -> Learner:
     elif case.spoil == "ties":
         p.w_enc_FD[1::2], p.b_enc_F[1::2] = p.w_enc_FD[::2], p.b_enc_F[::2]
         p.w_dec_FD[1::2] = p.w_dec_FD[::2]
+    for name, own_F in p.further_F.items():
+        if name == "threshold":
+            own_F.copy_((0.5 + torch.rand(case.f, generator=generator)) / case.d**0.5)
+        else:
+            own_F.copy_(0.3 * torch.randn(case.f, generator=generator))
     learner.weights.refresh()
     dead_S = torch.randperm(case.f, generator=generator)[: case.n_dead].sort().values.to(device)
     learner.dead = Dead(dead_S, case.n_dead)
     return learner
 
 
-def oracle(learner: Learner, x_TD: Tensor) -> tuple[list[Tensor], list[Tensor], float, Tensor]:
-    """Gradients, parameters after the step, the loss and which codes are active, from the definition."""
-    variant, d = learner.variant, x_TD.shape[1]
-    leaves = [p.detach().double().cpu().requires_grad_() for p in learner.parameters]
-    dead = Dead(learner.dead.latents_S.cpu(), learner.dead.n_in_team)
-    losses = learner.architecture.loss(Parameters(*leaves), x_TD.double().cpu(), dead, torch.float64)
-    loss = (losses.sse + losses.aux) / (len(x_TD) * d)
+def seen(learner: Learner, p: Parameters, x_TD: Tensor) -> Seen:
+    """What the loss must know of the whole batch, from dense pre-activations."""
+    pre_TF = (x_TD - p.b_D) @ p.w_enc_FD.T + p.b_enc_F
+    known = Seen(Dead(learner.dead.latents_S.cpu(), learner.dead.n_in_team), len(x_TD))
+    rule = learner.architecture.rule(p)
+    if isinstance(rule, BatchLargest):
+        best = pre_TF.clamp(min=0).flatten().sort(descending=True).values
+        # Less than it by more than a product's rounding.
+        return known._replace(cutoff=best[round(rule.k * len(x_TD)) - 1].detach() * (1 - 1e-9))
+    if isinstance(rule, Above):
+        return known._replace(count_F=(pre_TF > rule.threshold_F).sum(0).double().detach())
+    return known
+
+
+def oracle(learner: Learner, x_TD: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], float, Losses]:
+    """Gradients and parameters after the step by name, the loss, and its parts, from the definition."""
+    variant, d, unit = learner.variant, x_TD.shape[1], learner.architecture.unit_rows
+    leaves = {
+        name: p.detach().double().cpu().requires_grad_() for name, p in learner.parameters.named.items()
+    }
+    p, x_TD = Parameters.of(leaves), x_TD.double().cpu()
+    losses = learner.architecture.loss(p, x_TD, seen(learner, p, x_TD), torch.float64)
+    loss = (losses.error + losses.aux) / (len(x_TD) * d)
     loss.backward()  # type: ignore[no-untyped-call]
-    w_enc, b_enc, w_dec, b = leaves
-    assert w_dec.grad is not None
-    w_dec.grad -= (w_dec.grad * w_dec).sum(1, keepdim=True) * w_dec.detach()
-    gradients = [leaf.grad.detach().clone() for leaf in leaves if leaf.grad is not None]
-    groups = [{"params": [w_enc], "weight_decay": variant.weight_decay}, {"params": [b_enc, w_dec, b]}]
+    w_dec = p.w_dec_FD
+    if unit:
+        assert w_dec.grad is not None
+        w_dec.grad -= (w_dec.grad * w_dec).sum(1, keepdim=True) * w_dec.detach()
+    gradients = {name: leaf.grad.detach().clone() for name, leaf in leaves.items() if leaf.grad is not None}
+    others = [leaf for name, leaf in leaves.items() if name != "w_enc"]
+    groups = [{"params": [p.w_enc_FD], "weight_decay": variant.weight_decay}, {"params": others}]
     if variant.optimizer == "adam":
         betas, eps = variant.adam_betas, ADAM_EPS
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, LR, betas, eps, weight_decay=0.0)
     else:
-        w_enc.data *= 1 - LR * variant.weight_decay
-        optimizer = torch.optim.SGD([w_enc, b_enc, w_dec, b], LR, momentum=0.9)
+        p.w_enc_FD.data *= 1 - LR * variant.weight_decay
+        optimizer = torch.optim.SGD([p.w_enc_FD, *others], LR, momentum=0.9)
     optimizer.step()
-    w_dec.data /= w_dec.data.norm(dim=1, keepdim=True)
-    return gradients, [leaf.detach() for leaf in leaves], loss.item(), losses.codes_TF != 0
+    if unit:
+        w_dec.data /= w_dec.data.norm(dim=1, keepdim=True)
+    return gradients, {name: leaf.detach() for name, leaf in leaves.items()}, loss.item(), losses
 
 
-def stepped(learner: Learner, x_TD: Tensor) -> tuple[list[Tensor], float]:
+def stepped(learner: Learner, x_TD: Tensor) -> tuple[dict[str, Tensor], float]:
     """Gradients as the optimizer saw them, from its first moment, and the loss of the step."""
     with torch.no_grad():
         learner.step(learner.backend.prepare(x_TD), 1.0, 0)
@@ -132,7 +194,7 @@ def stepped(learner: Learner, x_TD: Tensor) -> tuple[list[Tensor], float]:
     moments = learner.optimizer.tensors()
     loss = learner.totals.window()["loss"]
     assert loss is not None
-    return [moments[name][0].double().cpu() / keep for name in ("w_enc", "b_enc", "w_dec", "b")], loss
+    return {name: moments[name][0].double().cpu() / keep for name in learner.parameters.named}, loss
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -144,11 +206,13 @@ def test_a_step_is_that_of_the_definition(kernels: str, case: Case, monkeypatch:
     (x_TD,) = planted(1, case.t, case.d, learner.parameters.b_D.device)
     if case.spoil == "one token over again":
         x_TD[:] = x_TD[0]
-    gradients, after, loss, active_TF = oracle(learner, x_TD)
+    gradients, after, loss, losses = oracle(learner, x_TD)
     found, found_loss = stepped(learner, x_TD)
     tolerance = TOLERANCE[case.dtype]
     assert found_loss == pytest.approx(loss, rel=tolerance)
-    for mine, exact in zip(found, gradients, strict=True):
+    assert found.keys() == gradients.keys()
+    for name, exact in gradients.items():
+        mine = found[name]
         if case.dtype == torch.bfloat16:
             assert float((mine - exact).norm() / exact.norm()) < tolerance
         else:
@@ -156,15 +220,28 @@ def test_a_step_is_that_of_the_definition(kernels: str, case: Case, monkeypatch:
             torch.testing.assert_close(mine, exact, rtol=tolerance, atol=bound)
     if case.dtype == torch.float32:
         check_updates(learner, gradients, after)
-        assert learner.totals.window()["l0"] == pytest.approx(float(active_TF.sum()) / case.t)
-        assert torch.equal(learner.idle_tokens_F.cpu() == 0, active_TF.any(0))
-    lengths = learner.parameters.w_dec_FD.norm(dim=1)
-    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=1e-5, atol=0)
+        check_sums(learner, losses, case)
+    if learner.architecture.unit_rows:
+        lengths = learner.parameters.w_dec_FD.norm(dim=1)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=1e-5, atol=0)
 
 
-def check_updates(learner: Learner, gradients: list[Tensor], after: list[Tensor]) -> None:
+def check_sums(learner: Learner, losses: Losses, case: Case) -> None:
+    """Compare what is counted: active codes, latents that fired, and the error of each group."""
+    active_TF, means = losses.codes_TF != 0, learner.totals.window()
+    assert means["l0"] == pytest.approx(float(active_TF.sum()) / case.t)
+    assert torch.equal(learner.idle_tokens_F.cpu() == 0, active_TF.any(0))
+    squares = losses.error if losses.sse is None else losses.sse
+    assert means["fvu"] == pytest.approx(squares.item() / (case.t * case.d), rel=1e-4)
+    if losses.sse_G is not None:
+        each = [means[name] for name in learner.totals.group_names]
+        assert each == pytest.approx((losses.sse_G / (case.t * case.d)).tolist(), rel=1e-4)
+
+
+def check_updates(learner: Learner, gradients: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     """Compare new parameters, but where Adam's first step is the sign of a gradient that is nearly 0."""
-    for mine, exact, gradient in zip(learner.parameters, after, gradients, strict=True):
+    for name, gradient in gradients.items():
+        mine, exact = learner.parameters.named[name], after[name]
         sure = gradient.abs() > 1e-3 * gradient.abs().max()
         torch.testing.assert_close(mine.double().cpu()[sure], exact[sure], rtol=1e-3, atol=2e-5)
 
@@ -184,8 +261,9 @@ def test_the_definition_is_topk_with_auxk(n_dead: int) -> None:
         return torch.relu(pre * torch.zeros_like(pre).scatter(1, pre.topk(k).indices, 1.0))
 
     def mine(*p: Tensor) -> Tensor:
-        losses = TopK(k, 1 / 8, k_aux).loss(Parameters(*p), x, Dead(dead_S, n_dead), torch.float64)
-        return losses.sse + losses.aux
+        architecture = TopK(k, Auxiliary(k_aux, 1 / 8))
+        losses = architecture.loss(Parameters(*p), x, Seen(Dead(dead_S, n_dead), t), torch.float64)
+        return losses.error + losses.aux
 
     def theirs(w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b: Tensor) -> Tensor:
         e = codes(w_enc, b_enc, b, k) @ w_dec + b - x
@@ -208,16 +286,17 @@ def test_a_step_that_is_not_healthy_changes_nothing(kernels: str) -> None:
     learner = learner_of(replace(Case(), n_dead=5), kernels)
     (x_TD,) = planted(1, 23, 12, learner.parameters.b_D.device)
     x_TD[2, 3] = torch.nan
-    before = [parameter.clone() for parameter in learner.parameters]
+    before = [parameter.clone() for parameter in learner.parameters.named.values()]
     stepped(learner, x_TD)
     assert int(learner.diverged_step) == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters.named.values(), strict=True))
 
 
 @pytest.mark.parametrize("kernels", BACKENDS[1:])
 def test_a_rule_without_passes_is_refused(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the error, in place of a step by another rule."""
     learner = learner_of(Case(), kernels)
-    monkeypatch.setattr(TopK, "rule", NamedTuple("Odd", [("k", int)])(4))
+    odd = NamedTuple("Odd", [("k", int)])(4)
+    monkeypatch.setattr(TopK, "rule", lambda self, p: odd)
     with pytest.raises(TypeError, match="no passes for codes by Odd"):
         stepped(learner, planted(1, 23, 12, learner.parameters.b_D.device)[0])

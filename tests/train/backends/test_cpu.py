@@ -325,7 +325,7 @@ def test_threads_do_not_change_the_result(
             forward = backend.forward(batch, weights, 6)
             rates, healthy = Rates(0.05, 1e-2, 0.0), torch.tensor(True)
             dead = Dead(torch.zeros(0, dtype=torch.int64), 0)
-            task = Task(batch, weights, TopK(6, 0.0, 1), optimizer, dead, healthy, rates)
+            task = Task(batch, weights, TopK(6), optimizer, dead, healthy, rates)
             backend.update(task, forward, None)
             assert torch.get_num_threads() == n_threads
         finally:

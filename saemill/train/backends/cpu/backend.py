@@ -48,10 +48,11 @@ class Cpu(Sparse):
         super().__init__(dtype, team)
         self._scratch = torch.empty(0, 0, dtype=torch.uint8)
 
-    def weights(self, n_latents: int, d: int, device: torch.device) -> Weights:
+    def weights(self, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`."""
         w_enc_FD, w_dec_FD = zeros(n_latents, d), zeros(n_latents, d)
-        parameters = Parameters(w_enc_FD, torch.zeros(n_latents), w_dec_FD, torch.zeros(d))
+        own_F = {name: torch.zeros(n_latents) for name in further}
+        parameters = Parameters(w_enc_FD, torch.zeros(n_latents), w_dec_FD, torch.zeros(d), own_F)
         product_FD = w_enc_FD if self.dtype == torch.float32 else zeros(n_latents, d, dtype=self.dtype)
         quantised = empty(n_latents, d) if multiplies_8_bits(d) else None
         return Weights(parameters, product_FD, w_dec_FD, quantised)
@@ -71,7 +72,7 @@ class Cpu(Sparse):
     @one_in_torch()
     def forward(self, batch: Batch, weights: Weights, k: int) -> Forward:
         """Encode and reconstruct; the codes' values are float32 sums, not rounded to the product's dtype."""
-        n_tokens, (_, b_enc_F, w_dec_FD, b_D) = len(batch.x_TD), weights.parameters
+        n_tokens, (_, b_enc_F, w_dec_FD, b_D, _) = len(batch.x_TD), weights.parameters
         bias_F = fold_bias(weights.product_FD, b_enc_F, b_D)
         codes = Codes(torch.empty(n_tokens, k), torch.empty(n_tokens, k, dtype=torch.int64))
         e_TD, dot_TK = torch.empty_like(batch.product_TD), torch.empty(n_tokens, k)

@@ -42,7 +42,7 @@ def update(task: Task, forward: Forward, dead: DeadRows | None, team: Team) -> T
 
 def _update(task: Task, e_TD: Tensor, pairs: Pairs, dead: DeadRows | None, team: Team) -> None:
     weights, optimizer, rates = task.weights, task.optimizer, task.rates
-    w_enc_FD, _, w_dec_FD, b_D = weights.parameters
+    w_enc_FD, _, w_dec_FD, b_D, _ = weights.parameters
     db_enc_F = pairs.db_enc_F
     if dead is not None:
         db_enc_F = db_enc_F.index_add(0, dead.dead_S, dead.b_enc_S)

@@ -37,9 +37,9 @@ class Gpu(Sparse):
         super().__init__(dtype, team)
         self._scratch = torch.empty(0, dtype=dtype)
 
-    def weights(self, n_latents: int, d: int, device: torch.device) -> Weights:
+    def weights(self, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`."""
-        parameters = Parameters.zeros(n_latents, d, device)
+        parameters = Parameters.zeros(n_latents, d, device, further)
         # `to` gives float32 weights back as they are: there they are their own copies.
         return Weights(parameters, parameters.w_enc_FD.to(self.dtype), parameters.w_dec_FD.to(self.dtype))
 
@@ -53,7 +53,7 @@ class Gpu(Sparse):
         One gather of decoder rows gives the residual and its products with the rows; where the team splits
         the latents, the residual is known only after a sum over the team, so both are made in torch.
         """
-        product_TD, (_, b_enc_F, _, b_D) = batch.product_TD, weights.parameters
+        product_TD, (_, b_enc_F, _, b_D, _) = batch.product_TD, weights.parameters
         n_tokens, device = len(product_TD), product_TD.device
         bias_F = fold_bias(weights.product_FD, b_enc_F, b_D)
         bias = bias_F.to(self.dtype)
@@ -99,7 +99,7 @@ class Gpu(Sparse):
     def update(self, task: Task, forward: Forward, dead: DeadRows | None) -> Tensor:
         """Take one optimizer step, as `Sparse.update`; nothing is read back to the host."""
         weights, optimizer, healthy = task.weights, task.optimizer, task.healthy
-        w_enc_FD, b_enc_F, w_dec_FD, b_D = weights.parameters
+        w_enc_FD, b_enc_F, w_dec_FD, b_D, _ = weights.parameters
         n_latents = len(w_enc_FD)
         (val_TK, idx_TK), e_TD, dot_TK = forward.codes, forward.e_TD, forward.dot_TK
         hyper = _hyper(task.rates, optimizer, w_enc_FD.device)

@@ -1,0 +1,46 @@
+"""From a variant's settings to its architecture."""
+
+from saemill.train.arch.batchtopk import BatchTopK
+from saemill.train.arch.gated import Gated
+from saemill.train.arch.jumprelu import JumpRelu
+from saemill.train.arch.relu import Relu
+from saemill.train.arch.topk import TopK
+from saemill.train.backends.base import Architecture, Auxiliary
+from saemill.train.sweep.variants import Variant
+
+TARGET_WEIGHT = 1.0
+"""Weight of (L0/L0* − 1)² beside FVU, as in dictionary_learning."""
+BANDWIDTH = 0.001
+"""ε of JumpReLU where E‖x‖² = 1 (arXiv 2408.05147)."""
+
+
+def architecture_of(variant: Variant, d: int) -> Architecture:
+    """Make the architecture of a variant.
+
+    Args:
+        variant: its settings, those that its architecture has resolved.
+        d: width of its site.
+    """
+    v, name = variant, variant.architecture
+    warmup_steps = v.penalty_warmup_steps or 0
+    if name == "relu":
+        return Relu(v.l1_coefficient or 0.0, v.lp_norm, v.decoder_rows == "unit", warmup_steps)
+    if name == "gated":
+        return Gated(v.l1_coefficient or 0.0, warmup_steps)
+    if name == "jumprelu":
+        coefficient = TARGET_WEIGHT if v.l0_coefficient is None else v.l0_coefficient
+        return JumpRelu(
+            bandwidth=v.bandwidth or BANDWIDTH,
+            target_l0=v.target_l0,
+            coefficient=coefficient,
+            penalty=v.sparsity_penalty,
+            preact=v.preact_coefficient,
+            most_density=v.most_density,
+            warmup_steps=warmup_steps,
+        )
+    auxiliary = Auxiliary(v.k_aux or 1, v.auxk_alpha) if v.auxk_alpha else None
+    k_start, k = (min(d, v.num_latents) if v.k_anneal_steps else 0), v.k or 0
+    if name == "topk":
+        return TopK(round(k), auxiliary, v.nested_k, v.multi_topk, k_start, v.k_anneal_steps)
+    of_each_token = name == "matryoshka" and v.matryoshka_rule == "topk"
+    return BatchTopK(k, auxiliary, v.prefixes, of_each_token, k_start, v.k_anneal_steps)

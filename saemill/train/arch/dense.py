@@ -1,0 +1,63 @@
+"""What the definitions of several architectures share: dense operations, differentiable."""
+
+import torch
+from torch import Tensor
+
+from saemill.common.sae.topk import topk
+from saemill.train.backends.base import Auxiliary, Groups, Losses, Parameters, Seen
+
+
+def keep_largest(pre_TF: Tensor, k: int) -> Tensor:
+    """Rectify the k largest entries of each row, in their places among zeros."""
+    values, places = topk(pre_TF, k)
+    return torch.zeros_like(pre_TF).scatter(1, places, values)
+
+
+def keep_from(pre_TF: Tensor, cutoff: Tensor) -> Tensor:
+    """Keep the entries above 0 that reach the cutoff, among zeros."""
+    return torch.where((pre_TF >= cutoff) & (pre_TF > 0), pre_TF, 0)
+
+
+def auxk(auxiliary: Auxiliary | None, p: Parameters, pre_TF: Tensor, e_TD: Tensor, seen: Seen) -> Tensor:
+    """Compute AuxK's loss (Gao et al. 2024, A.2): alpha · share · Σ (ê + e)², ê from the dead latents alone.
+
+    Args:
+        auxiliary: its numbers; None gives 0.
+        p, pre_TF: parameters and pre-activations.
+        e_TD: x̂ − x, no gradient flows through it.
+        seen: with the dead latents.
+    """
+    if auxiliary is None or seen.dead.n_in_team == 0:
+        return e_TD.new_zeros(())
+    dead_S = seen.dead.latents_S
+    codes_TS = keep_largest(pre_TF[:, dead_S], min(auxiliary.k, seen.dead.n_in_team))
+    difference_TD = codes_TS @ p.w_dec_FD[dead_S] + e_TD.detach()
+    return auxiliary.alpha * auxiliary.share(seen.dead) * difference_TD.square().sum()
+
+
+def grouped(
+    groups: Groups | None,
+    auxiliary: Auxiliary | None,
+    p: Parameters,
+    pre_TF: Tensor,
+    codes_TF: Tensor,
+    x_TD: Tensor,
+    seen: Seen,
+) -> Losses:
+    """Compute the squared error of the codes, with that of each group where there are several, and AuxK.
+
+    AuxK fits what the group that is shown leaves. The codes of that group are those that count as active.
+    """
+    if groups is None:
+        e_TD = codes_TF @ p.w_dec_FD + p.b_D - x_TD
+        return Losses(e_TD.square().sum(), auxk(auxiliary, p, pre_TF, e_TD, seen), codes_TF)
+    if groups.by_rank:
+        place_TF = codes_TF.detach().argsort(stable=True, dim=1, descending=True).argsort(1)
+    else:
+        place_TF = torch.arange(codes_TF.shape[1], device=x_TD.device).expand_as(codes_TF)
+    kept = [torch.where(place_TF < end, codes_TF, 0) for end in groups.ends]
+    errors = [codes @ p.w_dec_FD + p.b_D - x_TD for codes in kept]
+    sse_G = torch.stack([e_TD.square().sum() for e_TD in errors])
+    aux = auxk(auxiliary, p, pre_TF, errors[groups.shown], seen)
+    error = sse_G @ sse_G.new_tensor(groups.weights)
+    return Losses(error, aux, kept[groups.shown], sse_G[groups.shown], sse_G)

@@ -1,0 +1,65 @@
+"""Gated (Rajamanoharan et al. 2024, arXiv 2404.16014): one path says which latents are active, another how much.
+
+π = W_enc (x − b) + b_enc,   f = 1[π > 0] · ReLU(exp(r) · W_enc (x − b) + b_mag)
+loss = FVU + λ · Σ ReLU(π) + ‖x − x̂(ReLU(π))‖²/D,   the last with the decoder detached
+
+Codes in the penalty are in units in which E‖x‖² = 1.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from saemill.train.arch import initial
+from saemill.train.backends.base import Above, Inference, Losses, Parameters, Seen
+from saemill.train.backends.plain import pre_activations
+from saemill.train.backends.team import Team
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """One SAE's settings and its definition."""
+
+    coefficient: float
+    """Weight of the penalty, in the units of FVU."""
+    warmup_steps: int = 0
+    """Steps over which the penalty rises."""
+
+    further = ("r_mag", "b_mag")
+    unit_rows = True
+    auxiliary = None
+    groups = None
+
+    def at(self, step: int) -> Self:
+        """Return it with the penalty's weight of a step."""
+        share = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self if share == 1 else replace(self, coefficient=self.coefficient * share)
+
+    def rule(self, p: Parameters) -> Above:
+        """Return the rule by which pre-activations, those of the gate, become codes."""
+        return Above(torch.zeros_like(p.b_enc_F))
+
+    def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
+        """Start as TopK does, with a bias of the gate that `START_L0` latents per token pass."""
+        initial.tied(p, n_latents, seed, sample_TD, initial.START_L0, team)
+        p.b_enc_F.fill_(-initial.cutoff(sample_TD, p, initial.START_L0, team))
+
+    def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
+        """Compute the loss densely: the definition."""
+        d, gate_TF = x_TD.shape[1], pre_activations(p, x_TD, dtype)
+        linear_TF = gate_TF - p.b_enc_F
+        r_F, b_mag_F = p.further_F["r_mag"], p.further_F["b_mag"]
+        codes_TF = torch.where(gate_TF > 0, torch.relu(r_F.exp() * linear_TF + b_mag_F), 0)
+        e_TD = codes_TF @ p.w_dec_FD + p.b_D - x_TD
+        open_TF = torch.relu(gate_TF)
+        gate_e_TD = open_TF @ p.w_dec_FD.detach() + p.b_D.detach() - x_TD
+        penalty = self.coefficient * d**0.5 * open_TF.sum()
+        return Losses(e_TD.square().sum(), gate_e_TD.square().sum() + penalty, codes_TF)
+
+    def inference(self, p: Parameters, cutoff: float) -> Inference:
+        """Return the form in which the SAE is used: the gate is a threshold on the magnitude."""
+        factor_F, b_mag_F = p.further_F["r_mag"].exp(), p.further_F["b_mag"]
+        threshold_F = (b_mag_F - factor_F * p.b_enc_F).clamp(min=0)
+        return Inference(None, threshold_F, p.w_enc_FD * factor_F[:, None], b_mag_F, p.w_dec_FD)

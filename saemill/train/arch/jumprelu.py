@@ -1,0 +1,96 @@
+"""JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435): a latent is active above its own threshold.
+
+f = z · 1[z > θ],   z = W_enc (x − b) + b_enc,   θ ≥ 0 learnt by straight-through gradients of width ε:
+
+    ∂f/∂θ = −θ/ε · K((z − θ)/ε),   ∂1[z > θ]/∂θ = −1/ε · K((z − θ)/ε),   K(u) = 1[|u| < 1/2]
+
+The loss is FVU plus a penalty: λ · L0; or (L0/L0* − 1)², which leads to a target L0* and acts as a λ of
+2 (L0/L0* − 1)/L0* on this batch (as in dictionary_learning); or λ · Σ tanh(4 f) (Anthropic, January 2025).
+In it codes, θ and ε are in units in which E‖x‖² = 1, and λ means the same at every width. θ is kept in these
+units too, since the size of Adam's step does not follow a parameter's unit.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from saemill.train.arch import initial
+from saemill.train.backends.base import Above, Inference, Losses, Parameters, Seen
+from saemill.train.backends.plain import pre_activations
+from saemill.train.backends.team import Team
+
+
+@dataclass(frozen=True, slots=True)
+class JumpRelu:
+    """One SAE's settings and its definition."""
+
+    bandwidth: float
+    """ε, where E‖x‖² = 1."""
+    target_l0: float | None
+    """Active latents per token to be reached; None with a coefficient."""
+    coefficient: float
+    """Weight of the penalty, in the units of FVU; with a target of its square."""
+    penalty: Literal["step", "tanh"] = "step"
+    preact: float = 0.0
+    """Weight of how far dead latents are below their threshold."""
+    most_density: float | None = None
+    """Share of tokens above which a latent's firing is penalised; None without bound."""
+    warmup_steps: int = 0
+    """Steps over which the penalty rises."""
+
+    further = ("threshold",)
+    unit_rows = True
+    auxiliary = None
+    groups = None
+
+    def at(self, step: int) -> Self:
+        """Return it with the penalty's weight of a step."""
+        share = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self if share == 1 else replace(self, coefficient=self.coefficient * share)
+
+    def rule(self, p: Parameters) -> Above:
+        """Return the rule by which pre-activations become codes."""
+        unit = p.w_dec_FD.shape[1] ** 0.5
+        return Above(p.further_F["threshold"] * unit, self.bandwidth * unit)
+
+    def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
+        """Start as TopK does, with one threshold for all that `START_L0` latents per token pass."""
+        n_active = round(self.target_l0 or initial.START_L0)
+        initial.tied(p, n_latents, seed, sample_TD, n_active, team)
+        threshold = initial.cutoff(sample_TD, p, n_active, team)
+        p.further_F["threshold"].fill_(threshold / sample_TD.shape[1] ** 0.5)
+
+    def weights_F(self, seen: Seen, d: int) -> Tensor:
+        """Compute what one more token on which a latent is active adds to the loss, in squared units."""
+        assert seen.count_F is not None
+        weight_F = torch.full_like(seen.count_F, self.coefficient * d)
+        if self.target_l0 is not None:
+            l0 = seen.count_F.sum() / seen.n_tokens
+            weight_F *= 2 * (l0 / self.target_l0 - 1) / self.target_l0
+        if self.most_density is not None:
+            weight_F += self.coefficient * d * (seen.count_F > self.most_density * seen.n_tokens)
+        return weight_F
+
+    def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
+        """Compute the loss densely: the definition; `seen` has how often latents are active in the batch."""
+        d, pre_TF = x_TD.shape[1], pre_activations(p, x_TD, dtype)
+        theta_F, width = p.further_F["threshold"] * d**0.5, self.bandwidth * d**0.5
+        active_TF = (pre_TF > theta_F).to(pre_TF.dtype).detach()
+        near_TF = ((pre_TF - theta_F).abs() < width / 2).to(pre_TF.dtype).detach() / width
+        moved_F = theta_F - theta_F.detach()  # 0, with the gradient of θ
+        codes_TF = pre_TF * active_TF - theta_F.detach() * near_TF * moved_F
+        e_TD = codes_TF @ p.w_dec_FD + p.b_D - x_TD
+        if self.penalty == "tanh":
+            aux = self.coefficient * d * torch.tanh(4 * codes_TF / d**0.5).sum()
+        else:
+            aux = ((active_TF - near_TF * moved_F) * self.weights_F(seen, d)).sum()
+        dead_S = seen.dead.latents_S
+        below_TS = torch.relu(theta_F[dead_S] - pre_TF[:, dead_S])
+        return Losses(e_TD.square().sum(), aux + self.preact * d**0.5 * below_TS.sum(), codes_TF)
+
+    def inference(self, p: Parameters, cutoff: float) -> Inference:
+        """Return the form in which the SAE is used: itself."""
+        threshold_F = self.rule(p).threshold_F.clamp(min=0)
+        return Inference(None, threshold_F, p.w_enc_FD, p.b_enc_F, p.w_dec_FD)

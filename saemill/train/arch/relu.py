@@ -1,0 +1,66 @@
+"""ReLU with an L1 penalty (Bricken et al. 2023; Anthropic, April 2024).
+
+f = ReLU(W_enc (x − b) + b_enc),   loss = FVU + λ · Σ f^p
+
+Decoder rows are of unit length, or free with their norms in the penalty, Σ (f · ‖W_dec‖)^p. Codes in the
+penalty are in units in which E‖x‖² = 1, so that λ means the same at every width.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from saemill.train.arch import initial
+from saemill.train.backends.base import Above, Inference, Losses, Parameters, Seen
+from saemill.train.backends.plain import pre_activations
+from saemill.train.backends.team import Team
+
+
+@dataclass(frozen=True, slots=True)
+class Relu:
+    """One SAE's settings and its definition."""
+
+    coefficient: float
+    """Weight of the penalty, in the units of FVU."""
+    power: float = 1.0
+    """p, of each code in the penalty."""
+    unit_rows: bool = True
+    """Whether decoder rows are kept at unit length."""
+    warmup_steps: int = 0
+    """Steps over which the penalty rises."""
+
+    further = ()
+    auxiliary = None
+    groups = None
+
+    def at(self, step: int) -> Self:
+        """Return it with the penalty's weight of a step."""
+        share = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self if share == 1 else replace(self, coefficient=self.coefficient * share)
+
+    def rule(self, p: Parameters) -> Above:
+        """Return the rule by which pre-activations become codes."""
+        return Above(torch.zeros_like(p.b_enc_F))
+
+    def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
+        """Start as TopK does, with a bias that `START_L0` latents per token pass."""
+        initial.tied(p, n_latents, seed, sample_TD, initial.START_L0, team)
+        p.b_enc_F.fill_(-initial.cutoff(sample_TD, p, initial.START_L0, team))
+
+    def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
+        """Compute the loss densely: the definition."""
+        d, codes_TF = x_TD.shape[1], torch.relu(pre_activations(p, x_TD, dtype))
+        e_TD = codes_TF @ p.w_dec_FD + p.b_D - x_TD
+        size_F = p.w_dec_FD.norm(dim=1) / d**0.5
+        active_TF = codes_TF > 0  # x^p has no slope at 0
+        sizes_TF = torch.where(active_TF, codes_TF, 1) * size_F
+        penalty = torch.where(active_TF, sizes_TF**self.power, 0).sum()
+        return Losses(e_TD.square().sum(), self.coefficient * d * penalty, codes_TF)
+
+    def inference(self, p: Parameters, cutoff: float) -> Inference:
+        """Return the form in which the SAE is used: thresholds of 0, and rows of unit length."""
+        norm_F = p.w_dec_FD.norm(dim=1).clamp(min=1e-12)
+        w_enc_FD, w_dec_FD = p.w_enc_FD * norm_F[:, None], p.w_dec_FD / norm_F[:, None]
+        return Inference(None, torch.zeros_like(norm_F), w_enc_FD, p.b_enc_F * norm_F, w_dec_FD)
