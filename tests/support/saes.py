@@ -1,6 +1,7 @@
 """An SAE of random weights, and whether another tool computes the same with it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,26 @@ def make_sae(d: int = 12, f: int = 40, k: int = 5) -> Sae:
     w_dec = torch.nn.functional.normalize(torch.randn(f, d), dim=1)
     config = SaeConfig(d_in=d, num_latents=f, k=k, provenance={"site": "layers.1"})
     return Sae(config, torch.randn(f, d), torch.randn(f), w_dec, torch.randn(d))
+
+
+def make_threshold_sae(
+    architecture: str = "jumprelu", d: int = 12, f: int = 40, provenance: dict[str, Any] | None = None
+) -> Sae:
+    """The same weights with thresholds: of its own for each latent, one for all, or 0, as the architecture
+    has them. Matryoshka prefixes are at a quarter, a half and all."""
+    parts = make_sae(d, f).parts
+    generator = torch.Generator().manual_seed(1)
+    threshold = {
+        "relu": torch.zeros(f),
+        "batchtopk": torch.full((f,), 1.7),
+        "matryoshka": torch.full((f,), 1.7),
+    }.get(architecture, 3 * torch.rand(f, generator=generator))
+    prefixes = (f // 4, f // 2, f) if architecture == "matryoshka" else ()
+    config = SaeConfig(
+        d_in=d, num_latents=f, k=None, provenance=provenance or {"site": "layers.1"},
+        architecture=architecture, prefixes=prefixes,
+    )  # fmt: skip
+    return Sae(config, parts.W_enc, parts.b_enc, parts.W_dec, parts.b_dec, threshold)
 
 
 def ours(sae: Sae, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,12 +1,22 @@
-"""The config and tensors of a TopK SAE, as files of any format hold them and `Sae` is made of."""
+"""The config and tensors of an SAE, as files of any format hold them and `Sae` is made of.
+
+However it was trained, a finished SAE chooses its latents in one of two ways: the k largest of each token
+(`k`), or all above a threshold of their own (`threshold`). A ReLU is the threshold 0, BatchTopK one threshold
+for all, and the gate of a Gated SAE is a threshold on its magnitude (`formats.gated`).
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.log import counted
+
+BY_K = ("topk", "matryoshka")
+BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu", "relu", "gated")
+ARCHITECTURES = tuple(dict.fromkeys(BY_K + BY_THRESHOLD))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,14 +27,44 @@ class SaeConfig:
     """Length D of the activation vectors."""
     num_latents: int
     """Number F of latents."""
-    k: int
-    """Most latents active per token."""
+    k: int | None
+    """Most latents active per token; None where each latent has a threshold."""
     provenance: dict[str, Any]
     """Origin of the SAE: site, model, training settings, versions."""
+    architecture: str = "topk"
+    """Name of what it was trained as, one of `ARCHITECTURES`."""
+    prefixes: tuple[int, ...] = ()
+    """Numbers of latents that are each an SAE, ascending, of a Matryoshka SAE; the last is num_latents."""
+    ks: tuple[int, ...] = ()
+    """Numbers of active latents that it was trained for, ascending, where they are several; the last is k."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= self.num_latents:
+        if self.architecture not in ARCHITECTURES:
+            raise ConfigError(
+                f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r:.80}"
+            )
+        if self.k is None and self.architecture not in BY_THRESHOLD:
+            raise ConfigError(f"k must be in 1..num_latents ({self.num_latents}) of a TopK SAE, got None")
+        if self.k is not None and self.architecture not in BY_K:
+            raise ConfigError(
+                f"k must be None where latents have thresholds ({self.architecture}), got {self.k}"
+            )
+        if self.k is not None and not 1 <= self.k <= self.num_latents:
             raise ConfigError(f"k must be in 1..num_latents ({self.num_latents}), got {self.k}")
+        if (self.architecture == "matryoshka") != bool(self.prefixes):
+            raise ConfigError(
+                "prefixes must be there of a Matryoshka SAE and of no other, "
+                f"got {self.prefixes} of {self.architecture}"
+            )
+        _check_ascending("prefixes", self.prefixes, "num_latents", self.num_latents)
+        _check_ascending("ks", self.ks, "k", self.k)
+
+
+def _check_ascending(name: str, values: tuple[int, ...], of: str, last: int | None) -> None:
+    """Refuse values that do not rise from 1 or more to the last one that they must reach."""
+    rising = all(low < high for low, high in zip((0, *values), values, strict=False))
+    if values and not (rising and values[-1] == last):
+        raise ConfigError(f"{name} must rise from 1 or more to {of} ({last}), got {values}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +80,41 @@ class Parts:
     """Decoder weights [F, D], a row per latent."""
     b_dec: Tensor
     """Decoder bias [D]."""
+    threshold: Tensor | None = None
+    """Pre-activations above which latents are active, float32 [F], 0 or more; there where k is None."""
+
+    def __post_init__(self) -> None:
+        if (self.threshold is None) != (self.config.k is not None):
+            raise ConfigError(
+                f"threshold must be given exactly where k is None, got k {self.config.k} and "
+                f"{'no threshold' if self.threshold is None else 'one'}"
+            )
+        if self.threshold is not None:
+            self._check_threshold(self.threshold)
+
+    def _check_threshold(self, threshold_F: Tensor) -> None:
+        """Refuse thresholds that are none; a NaN, which a run that diverged leaves, is for `check_finite`."""
+        got, wanted = tuple(threshold_F.shape), (self.config.num_latents,)
+        if got != wanted or threshold_F.dtype != torch.float32:
+            raise ConfigError(f"threshold must be float32 {wanted}, got {threshold_F.dtype} {got}")
+        if threshold_F.is_meta:
+            return
+        if n_bad := int((threshold_F < 0).sum()):
+            raise ConfigError(
+                f"threshold must be 0 or more, got {counted(n_bad, 'negative value')}, {threshold_F.min():g} "
+                "the least; with a ReLU before it a negative one is the same as 0"
+            )
+        if self.config.architecture == "relu" and bool((threshold_F > 0).any()):
+            raise ConfigError(
+                f"threshold must be 0 of a ReLU SAE, got up to {threshold_F.max():g}; "
+                "its architecture is jumprelu"
+            )
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """Tensors by name."""
-        return {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        weights = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        return weights if self.threshold is None else weights | {"threshold": self.threshold}
 
     def check_finite(self, where: str, kind: type[SaemillError]) -> None:
         """Refuse weights with NaN or infinite values.

@@ -1,14 +1,19 @@
-"""The meaning of a sparse autoencoder: TopK after Gao et al. 2024, and its files on disk.
+"""The meaning of a sparse autoencoder, and its files on disk.
 
-    f = ReLU(TopK_k(W_enc (x − b_dec) + b_enc)),    x̂ = W_decᵀ f + b_dec
+    z = W_enc (x − b_dec) + b_enc,    x̂ = W_decᵀ f + b_dec
+
+    f = ReLU(TopK_k(z)),    after Gao et al. 2024, or
+    f = z · 1[z > θ],       a threshold per latent: JumpReLU, and in other values ReLU, BatchTopK and Gated
 
 A saved SAE takes activations as the model produces them: the scale and the centre that training
 used are folded into the biases. The folder holds `cfg.json` and `sae.safetensors`, in the layout
 that sparsify reads; `common.sae.formats` has that and the layouts of other tools.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 from urllib.parse import quote
 
 import numpy as np
@@ -16,8 +21,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from saemill.common.errors import DataError
+from saemill.common.errors import ConfigError, DataError
 from saemill.common.sae import formats
+from saemill.common.sae.above import above
 from saemill.common.sae.parts import Parts, SaeConfig
 from saemill.common.sae.topk import topk
 
@@ -26,7 +32,10 @@ class Encoded(NamedTuple):
     """The active latents of some tokens."""
 
     top_acts: Tensor
-    """Activations [..., k], 0 or more, in no particular order; a 0 is an unused slot."""
+    """Activations [..., k], 0 or more, in no particular order; a 0 is an unused slot.
+
+    Of an SAE with thresholds, k is the largest number of active latents among these tokens, at least 1.
+    """
     top_indices: Tensor
     """Numbers of the latents, int64 [..., k]."""
 
@@ -43,30 +52,94 @@ class SaeOutput(NamedTuple):
 
 
 class Sae(nn.Module):
-    """A TopK sparse autoencoder. Its weights need no gradient unless asked for: `sae.requires_grad_()`.
+    """A sparse autoencoder. Its weights need no gradient unless asked for: `sae.requires_grad_()`.
 
     Args:
         config: its shape.
         W_enc: [F, D]; b_enc: [F]; W_dec: [F, D], its rows of unit length if saemill trained it; b_dec: [D].
+        threshold: float32 [F], exactly where the config has no k. It stays float32 whatever the SAE is
+            converted to.
+
+    Raises:
+        ConfigError: the threshold is missing, too many, of another shape, or negative.
     """
 
-    def __init__(self, config: SaeConfig, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
+    def __init__(
+        self,
+        config: SaeConfig,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor | None = None,
+    ) -> None:
         super().__init__()
+        Parts(config, W_enc, b_enc, W_dec, b_dec, threshold)  # which checks the threshold
         self.config = config
         self.W_enc = nn.Parameter(W_enc, requires_grad=False)
         self.b_enc = nn.Parameter(b_enc, requires_grad=False)
         self.W_dec = nn.Parameter(W_dec, requires_grad=False)
         self.b_dec = nn.Parameter(b_dec, requires_grad=False)
+        self.threshold = None if threshold is None else nn.Parameter(threshold, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert or move the weights. A threshold that is rounded lets other latents through: it is only
+        moved."""
+        exact = None if self.threshold is None else self.threshold.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.threshold is not None and exact is not None:
+            self.threshold.data = exact.to(self.W_enc.device)
+        return self
 
     @classmethod
     def of(cls, parts: Parts) -> "Sae":
         """Make the SAE of a config and tensors."""
-        return cls(parts.config, parts.W_enc, parts.b_enc, parts.W_dec, parts.b_dec)
+        return cls(parts.config, parts.W_enc, parts.b_enc, parts.W_dec, parts.b_dec, parts.threshold)
 
     @property
     def parts(self) -> Parts:
         """Config and tensors, as a file holds them."""
-        return Parts(self.config, self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        return Parts(self.config, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold)
+
+    def prefix(self, n: int) -> "Sae":
+        """Cut a Matryoshka SAE to its first n latents.
+
+        With thresholds its codes are the whole SAE's, those of the other latents left out. With k they are
+        the k largest of the n, so that more of these may be active than in the whole SAE.
+
+        Raises:
+            ConfigError: it was not trained to be cut there.
+        """
+        prefixes = self.config.prefixes
+        if n not in prefixes:
+            known = f"one of {', '.join(map(str, prefixes))}" if prefixes else "of a Matryoshka SAE"
+            raise ConfigError(f"the prefix must be {known}, got {n} of a {self.config.architecture} SAE")
+        k, ks = self.config.k, self.config.ks
+        if k is not None and n < k:
+            k, ks = n, (*(each for each in ks if each < n), n) if ks else ()
+        config = replace(self.config, num_latents=n, k=k, ks=ks, prefixes=prefixes[: prefixes.index(n) + 1])
+        threshold = None if self.threshold is None else self.threshold[:n].data
+        W_enc, b_enc, W_dec = (weights[:n].data for weights in (self.W_enc, self.b_enc, self.W_dec))
+        return Sae(config, W_enc, b_enc, W_dec, self.b_dec.data, threshold)
+
+    def at_k(self, k: int) -> "Sae":
+        """Take another number of active latents, of those that the SAE was trained for.
+
+        Raises:
+            ConfigError: it was not trained for this one.
+        """
+        ks = self.config.ks
+        if k not in ks:
+            known = f"one of {', '.join(map(str, ks))}" if ks else "of an SAE that was trained for several"
+            raise ConfigError(f"k must be {known}, got {k} of an SAE with k {self.config.k}")
+        config = replace(self.config, k=k, ks=ks[: ks.index(k) + 1])
+        return Sae(config, *(w.data for w in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)))
+
+    @property
+    def cuts(self) -> dict[str, "Sae"]:
+        """The SAEs within this one, itself left out, by name: at each prefix, and at each k."""
+        prefixes, ks = self.config.prefixes[:-1], self.config.ks[:-1]
+        return {f"first {n}": self.prefix(n) for n in prefixes} | {f"k {k}": self.at_k(k) for k in ks}
 
     def pre_acts(self, x: Tensor | ArrayLike) -> Tensor:
         """Compute W_enc (x − b_dec) + b_enc. x: [..., D] → [..., F], in the weights' dtype.
@@ -91,7 +164,8 @@ class Sae(nn.Module):
             raise DataError(f"activations must be a tensor or an array of numbers: {error}") from error
 
     def encode(self, x: Tensor | ArrayLike) -> Encoded:
-        """Select the k largest pre-activations of each token, negative ones set to 0.
+        """Select the active latents of each token: the k largest pre-activations, negative ones set to 0, or
+        those above their thresholds.
 
         Args:
             x: [..., D], a tensor or what numpy takes for an array.
@@ -99,10 +173,19 @@ class Sae(nn.Module):
         Raises:
             DataError: as `pre_acts`, or weights are not finite.
         """
-        pre = self.pre_acts(x)
-        values, indices = topk(pre.flatten(0, -2) if pre.dim() > 1 else pre[None], self.config.k)
+        return self.select(self.pre_acts(x))
+
+    def select(self, pre: Tensor) -> Encoded:
+        """Select the active latents of pre-activations [..., F], as `encode` does."""
+        pre_TF = pre.flatten(0, -2) if pre.dim() > 1 else pre[None]
+        if self.threshold is None:
+            assert self.config.k is not None
+            values, indices = topk(pre_TF, self.config.k)
+        else:
+            self._check_if_not_finite(self.threshold)
+            values, indices = above(pre_TF, self.threshold)
         self._check_if_not_finite(values)
-        shape = (*pre.shape[:-1], self.config.k)
+        shape = (*pre.shape[:-1], values.shape[-1])
         return Encoded(values.view(shape), indices.view(shape))
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
@@ -137,13 +220,13 @@ class Sae(nn.Module):
         return SaeOutput(self.decode(*encoded), *encoded)
 
     def save(self, folder: Path | str) -> None:
-        """Write `cfg.json` and `sae.safetensors`, in sparsify's layout.
+        """Write `cfg.json` and `sae.safetensors`, of a TopK SAE in sparsify's layout.
 
         Raises:
             DataError: weights are not finite.
             DiskError: the disk is full, or the folder may not be written to.
         """
-        formats.save(self.parts, "sparsify", Path(folder))
+        formats.save_own(self.parts, Path(folder))
 
     @classmethod
     def load(cls, folder: Path | str, device: str | torch.device = "cpu") -> "Sae":
@@ -157,8 +240,8 @@ class Sae(nn.Module):
         Raises:
             StoreError: the folder holds no SAE, a file of it is missing or damaged, weights do not fit the
                 config, or they are not finite.
-            ConfigError: it holds an SAE that is no TopK SAE of raw activations; the hub has no such
-                repository, or cannot be asked.
+            ConfigError: it holds an SAE that cannot be represented; the hub has no such repository, or cannot
+                be asked.
         """
         return cls.of(formats.load(folder)).to(device)
 

@@ -199,17 +199,18 @@ def test_export_and_import_give_the_same_sae(tmp_path: Path, name: str, dtype: t
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("sparsify", {"activation": "groupmax"}, "activation must be 'topk', got 'groupmax'"),
+        ("sparsify", {"activation": "groupmax"}, "activation must be one of topk, jumprelu, got 'groupmax'"),
         ("sparsify", {"transcode": True}, "transcode must be False"),
         ("sparsify", {"skip_connection": True}, "skip_connection must be False"),
         ("sparsify", {"k": 0}, "k must be a whole number of 1 or more, got 0"),
         ("sparsify", {"num_latents": 39}, r"encoder.weight must be \(39, 12\)"),
-        ("saelens", {"architecture": "jumprelu"}, "architecture must be 'topk', got 'jumprelu'"),
+        ("saelens", {"architecture": "abstopk"}, "architecture must be one of topk, .*got 'abstopk'"),
+        ("saelens", {"architecture": "transcoder"}, "architecture must be one of .*got 'transcoder'"),
         ("saelens", {"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
         ("saelens", {"normalize_activations": "constant_norm_rescale"}, "is 'constant_norm_rescale'"),
         ("saelens", {"normalize_activations": "expected_average_only_in"}, "scaling_factor is not there"),
         ("saelens", {"reshape_activations": "hook_z"}, "reshape_activations must be 'none'"),
-        ("dictionary_learning", {"dict_class": "BatchTopKSAE"}, "dict_class must be 'AutoEncoderTopK'"),
+        ("dictionary_learning", {"dict_class": "AutoEncoderNew"}, "dict_class must be one of .*got 'Auto"),
         ("dictionary_learning", {"k": 6}, "ae.pt: k must be 6 by the config beside it, got 5"),
     ],
 )  # fmt: skip
@@ -229,7 +230,7 @@ def test_what_has_no_place_is_refused(
 @pytest.mark.parametrize(
     ("old", "message"),
     [
-        ({"activation_fn_str": "relu"}, "architecture must be 'topk', got 'standard'"),
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn must be 'relu', got 'tanh-relu'"),
         ({"normalize_activations": True}, "normalize_activations is 'expected_average_only_in'"),
         ({"hook_point": "blocks.1.attn.hook_z"}, "reshape_activations must be 'none', got 'hook_z'"),
         ({"activation_fn_kwargs": {}}, "k must be a whole number of 1 or more, got None"),

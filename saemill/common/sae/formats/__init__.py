@@ -4,7 +4,9 @@ Each format is a module. `read` returns the tensors of an SAE, or refuses and na
 place in one; `write` makes files that the tool itself loads.
 
     sparsify.py, saelens.py, dictionary_learning.py   the formats
+    dictionary_classes.py   the classes of the last
     checks.py   what each asks of its files
+    folding.py  their ways of choosing latents, as thresholds
     seal.py     the hashes of an SAE that saemill saved
     hooks.py    sites in TransformerLens' terms
     hub.py      the SAE that hf://user/repo/folder names
@@ -84,6 +86,16 @@ def _instead(folder: Path) -> str:
     return f"one of {', '.join(READERS)} is missing"
 
 
+def save_own(parts: Parts, folder: Path) -> None:
+    """Write an SAE as saemill keeps it: in sparsify's layout, with thresholds where it has them.
+
+    Raises:
+        DataError, DiskError: as `save`.
+    """
+    parts.check_finite("the SAE", DataError)
+    sparsify.write(parts, folder)
+
+
 def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None) -> None:
     """Write an SAE for another tool.
 
@@ -93,12 +105,17 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None) -> Non
         hook: the SAE's site in TransformerLens' terms; None where it has no name there. Sparsify stores none.
 
     Raises:
-        ConfigError: no such format.
+        ConfigError: no such format, or it has no SAEs of this kind.
         DataError: weights are not finite.
         DiskError: the disk is full, or the folder may not be written to.
     """
     parts.check_finite("the SAE", DataError)
     if name == "sparsify":
+        if parts.threshold is not None:
+            raise ConfigError(
+                f"sparsify has SAEs with k alone, got a {parts.config.architecture} SAE, whose latents have "
+                "thresholds; export it as saelens or dictionary_learning"
+            )
         sparsify.write(parts, folder)
     elif name == "saelens":
         saelens.write(parts, folder, hook)

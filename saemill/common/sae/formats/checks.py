@@ -1,8 +1,8 @@
-"""Checks that every format's reader makes before it accepts files as a TopK SAE."""
+"""Checks that every format's reader makes before it accepts files as an SAE."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from saemill.common import durable
 from saemill.common.errors import ConfigError, DiskError, StoreError
 from saemill.common.records import Count, Positive, first_finding
+from saemill.common.sae.parts import SaeConfig
 
 MOST_SIZE = 1 << 31
 """Limit on d_in, num_latents and k."""
@@ -31,6 +32,7 @@ class Provenance(BaseModel):
     ctx_len: Positive | None = None
     prepend_bos: bool | None = None
     hook_name: str | None = None
+    k: Positive | None = None
     acts_fingerprint: str | None = None
     tokens_trained: Count | None = None
     diverged_at_step: Count | None = None
@@ -119,6 +121,52 @@ def count(config: Mapping[str, Any], field: str, file: Path) -> int:
     return got
 
 
+def counts(config: Mapping[str, Any], field: str, file: Path) -> tuple[int, ...]:
+    """Return a field that must be a list of whole numbers of 1 or more, empty where it is absent.
+
+    Raises:
+        StoreError: the field is something else.
+    """
+    got = config.get(field)
+    if got is not None and not isinstance(got, list):
+        raise StoreError(f"{file}: {field} must be a list of whole numbers, got {got!r:.80}")
+    return tuple(count({field: each}, field, file) for each in got or ())
+
+
+def traits(config: Mapping[str, Any], architecture: str, file: Path) -> dict[str, Any]:
+    """Return what saemill notes of an SAE beside what its tool does, as arguments of `SaeConfig`.
+
+    Args:
+        config: the settings that it is noted among.
+        architecture: what the SAE is where nothing is noted.
+        file: the config's.
+    """
+    return {
+        "architecture": text(config, "architecture", file) or architecture,
+        "prefixes": counts(config, "prefixes", file),
+        "ks": counts(config, "ks", file),
+    }
+
+
+def noted(config: SaeConfig, architecture: str) -> dict[str, Any]:
+    """Return what `traits` reads, of an SAE that is by its tool's own fields an `architecture`."""
+    notes = {"prefixes": list(config.prefixes), "ks": list(config.ks)}
+    own = {} if config.architecture == architecture else {"architecture": config.architecture}
+    return own | {name: values for name, values in notes.items() if values}
+
+
+def one_of(config: Mapping[str, Any], field: str, known: Collection[str], default: str, file: Path) -> str:
+    """Return a field that must be one of some names.
+
+    Raises:
+        ConfigError: it is another one: the SAE cannot be represented.
+    """
+    got = config.get(field, default)
+    if got not in known:
+        raise ConfigError(f"{file}: {field} must be one of {', '.join(known)}, got {got!r:.80}")
+    return str(got)
+
+
 def text(config: Mapping[str, Any], field: str, file: Path) -> str | None:
     """Return a field that must be text, or None where it is absent.
 
@@ -167,7 +215,7 @@ def check_weights(
         file: the file that they are from.
         weights: by name.
         shapes: what must be there, by name.
-        optional: names of what may be there beside it.
+        optional: names of what may be there beside it, and is not converted.
 
     Returns: the weights of `shapes`, of one dtype: the widest of the file, float32 for 8 bits and less.
 
@@ -176,17 +224,27 @@ def check_weights(
         ConfigError: there is one more, so that the SAE computes something else.
     """
     for name, shape in shapes.items():
-        got = tuple(weights[name].shape) if name in weights else "nothing"
-        if got != shape:
-            raise StoreError(f"{file}: {name} must be {shape} by the config beside it, got {got}")
-        plain = weights[name].layout == torch.strided and weights[name].device.type == "cpu"
-        if not plain or not weights[name].is_floating_point():
-            raise StoreError(f"{file}: {name} must hold floating-point numbers, got {weights[name].dtype}")
+        check_shape(file, weights, name, shape)
     if more := sorted(set(weights) - set(shapes) - set(optional)):
         raise ConfigError(
-            f"{file}: {', '.join(more)} must be absent from a TopK SAE; it cannot be represented"
+            f"{file}: {', '.join(more)} must be absent from an SAE of this kind; it cannot be represented"
         )
     return _of_one_dtype({name: weights[name] for name in shapes}, file)
+
+
+def check_shape(file: Path, weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor that must be there, of a shape and of floating-point numbers.
+
+    Raises:
+        StoreError: it is missing or something else.
+    """
+    got = tuple(weights[name].shape) if name in weights else "nothing"
+    if got != shape:
+        raise StoreError(f"{file}: {name} must be {shape} by the config beside it, got {got}")
+    plain = weights[name].layout == torch.strided and weights[name].device.type == "cpu"
+    if not plain or not weights[name].is_floating_point():
+        raise StoreError(f"{file}: {name} must hold floating-point numbers, got {weights[name].dtype}")
+    return weights[name]
 
 
 def _of_one_dtype(weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:

@@ -1,9 +1,6 @@
 """dictionary_learning's layout (0.1): `config.json`, `ae.pt`, a pickled dict of tensors.
 
-    encoder.weight [F, D]   encoder.bias [F]   decoder.weight [D, F]   b_dec [D]   k int32 []   threshold []
-
-Its `AutoEncoderTopK` has the encoder of `Sae`. `threshold`, the running mean of the smallest active latent,
-serves `encode(x, use_threshold=True)` alone: it is dropped when read, and written as -1, which means unset.
+The config names one of its classes (`dictionary_classes`), whose tensors the dict holds.
 """
 
 import re
@@ -15,21 +12,29 @@ from torch import Tensor
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError, DiskError, StoreError
+from saemill.common.sae.formats import dictionary_classes as classes
 from saemill.common.sae.formats.checks import (
-    check_weights,
     count,
-    expect,
     first_line,
     group,
+    noted,
+    one_of,
     provenance,
     read_config,
     text,
+    traits,
 )
 from saemill.common.sae.formats.hooks import Hook, layer_of
 from saemill.common.sae.parts import Parts, SaeConfig
 
 WEIGHTS = "ae.pt"
-CLASS = "AutoEncoderTopK"
+TRAINERS = {
+    classes.TOPK: "TopKTrainer",
+    classes.BATCHTOPK: "BatchTopKTrainer",
+    classes.MATRYOSHKA: "MatryoshkaBatchTopKTrainer",
+    classes.JUMPRELU: "JumpReluTrainer",
+    classes.RELU: "StandardTrainer",
+}
 
 
 def read(folder: Path) -> Parts:
@@ -43,32 +48,39 @@ def read(folder: Path) -> Parts:
     trainer = whole.get("trainer")
     if not isinstance(trainer, dict):
         raise StoreError(f"{file}: trainer must be a group of settings, got {trainer!r:.80}")
-    expect(trainer, "dict_class", CLASS, None, "only TopK SAEs can be represented", file)
+    kind = one_of(trainer, "dict_class", classes.ARCHITECTURES, "", file)
     state = _state(folder / WEIGHTS)
     d_in, num_latents = count(trainer, "activation_dim", file), count(trainer, "dict_size", file)
-    k = count(trainer, "k", file)
-    if "k" in state and state["k"].numel() != 1:
-        raise StoreError(f"{folder / WEIGHTS}: k must be one number, got {tuple(state['k'].shape)}")
-    if "k" in state and (got := state["k"].item()) != k:
-        raise StoreError(f"{folder / WEIGHTS}: k must be {k} by the config beside it, got {got}")
-    wide, narrow = (num_latents, d_in), (d_in,)
-    shapes = {
-        "encoder.weight": wide,
-        "encoder.bias": wide[:1],
-        "decoder.weight": wide[::-1],
-        "b_dec": narrow,
-    }
-    weights = check_weights(folder / WEIGHTS, state, shapes, optional=("k", "threshold"))
+    k = _k(folder / WEIGHTS, state, trainer, file) if kind in classes.WITH_K else None
+    tensors = classes.read(folder / WEIGHTS, state, kind, d_in, num_latents)
+    noted_traits = traits(trainer, classes.ARCHITECTURES[kind], file)
+    if kind == classes.MATRYOSHKA:
+        noted_traits["prefixes"] = classes.prefixes(folder / WEIGHTS, state, num_latents)
     buffer = group(whole, "buffer", file)
     known = {
         "hook_name": _hook_name(text(trainer, "submodule_name", file)),
         "model": text(trainer, "lm_name", file),
         "ctx_len": count(buffer, "ctx_len", file) if buffer.get("ctx_len") is not None else None,
+        "k": k if kind != classes.TOPK else None,
     }
-    origin = provenance("dictionary_learning", whole, whole.get("saemill"), file, **known)
-    config = SaeConfig(d_in=d_in, num_latents=num_latents, k=k, provenance=origin)
-    W_enc, b_enc, W_dec, b_dec = weights.values()
-    return Parts(config, W_enc, b_enc, W_dec.T.contiguous(), b_dec)
+    config = SaeConfig(
+        d_in=d_in,
+        num_latents=num_latents,
+        k=k if kind == classes.TOPK else None,
+        provenance=provenance("dictionary_learning", whole, whole.get("saemill"), file, **known),
+        **noted_traits,
+    )
+    return Parts(config, *tensors)
+
+
+def _k(weights: Path, state: dict[str, Tensor], trainer: dict[str, Any], file: Path) -> int:
+    """Read the number of active latents, which both files hold."""
+    k = count(trainer, "k", file)
+    if "k" in state and state["k"].numel() != 1:
+        raise StoreError(f"{weights}: k must be one number, got {tuple(state['k'].shape)}")
+    if "k" in state and (got := state["k"].item()) != k:
+        raise StoreError(f"{weights}: k must be {k} by the config beside it, got {got}")
+    return k
 
 
 def _state(file: Path) -> dict[str, Tensor]:
@@ -100,32 +112,37 @@ def _hook_name(submodule_name: str | None) -> str | None:
 
 def write(parts: Parts, folder: Path, hook: Hook | None) -> None:
     """Write `config.json` and `ae.pt`."""
-    weights = {
-        "encoder.weight": parts.W_enc,
-        "encoder.bias": parts.b_enc,
-        "decoder.weight": parts.W_dec.T,
-        "b_dec": parts.b_dec,
-    }
-    state = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
-    state |= {"k": torch.tensor(parts.config.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
+    trained_k = _trained_k(parts.config)
+    kind, state = classes.write(parts, trained_k)
     folder.mkdir(parents=True, exist_ok=True)
     with durable.replacing(folder / WEIGHTS) as partial, partial.open("wb") as opened:
         torch.save(state, opened)  # to an opened file, whose errors tell of a full disk
-    durable.write_json(folder / "config.json", _config(parts, hook))
+    durable.write_json(folder / "config.json", _config(parts.config, kind, trained_k, hook))
 
 
-def _config(parts: Parts, hook: Hook | None) -> dict[str, Any]:
-    origin = parts.config.provenance
+def _trained_k(config: SaeConfig) -> int | None:
+    """Find the mean number of active latents that an SAE was trained for, where its origin tells it."""
+    variant = config.provenance.get("variant") or {}
+    k = config.provenance.get("k", variant.get("k"))
+    is_count = isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= config.num_latents
+    return k if is_count else None
+
+
+def _config(config: SaeConfig, kind: str, trained_k: int | None, hook: Hook | None) -> dict[str, Any]:
+    origin = config.provenance
     site = origin.get("site")
+    known = "prefixes" if kind == classes.MATRYOSHKA else ""  # the file of weights has them
+    notes = {key: value for key, value in noted(config, classes.ARCHITECTURES[kind]).items() if key != known}
     trainer = {
-        "trainer_class": "TopKTrainer",
-        "dict_class": CLASS,
-        "activation_dim": parts.config.d_in,
-        "dict_size": parts.config.num_latents,
-        "k": parts.config.k,
+        "trainer_class": TRAINERS[kind],
+        "dict_class": kind,
+        "activation_dim": config.d_in,
+        "dict_size": config.num_latents,
+        **({"k": config.k or trained_k} if kind in classes.WITH_K else {}),
+        **notes,
         "layer": hook.layer if hook else layer_of(site or ""),
         "lm_name": origin.get("model"),
         "submodule_name": f"{hook.kind}_layer_{hook.layer}" if hook else site,
     }
-    buffer = {"d_submodule": parts.config.d_in, "io": "out", "ctx_len": origin.get("ctx_len")}
+    buffer = {"d_submodule": config.d_in, "io": "out", "ctx_len": origin.get("ctx_len")}
     return {"trainer": trainer, "buffer": buffer, "saemill": origin}

@@ -1,8 +1,9 @@
 """SAELens' layout (6.54): `cfg.json`, `sae_weights.safetensors`.
 
-    W_enc [D, F]   b_enc [F]   W_dec [F, D]   b_dec [D]
+    W_enc [D, F]   b_enc [F]   W_dec [F, D]   b_dec [D]   threshold [F] (jumprelu)
+    b_gate, b_mag, r_mag [F] in place of b_enc (gated)   topk_threshold float64 [] (batchtopk in training)
 
-What its TopK SAE does beside the encoder of `Sae` is linear and is folded into the weights when read:
+What its SAEs do beside the encoder of `Sae` is linear and is folded into the weights when read:
 `rescale_acts_by_decoder_norm`, `apply_b_dec_to_input` false, and the factor that a checkpoint in
 mid-training multiplies activations by (`expected_average_only_in`, in `activation_scaler.json`). A norm
 computed from each activation is not, and is refused.
@@ -11,22 +12,29 @@ computed from each activation is not, and is refused.
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError
 from saemill.common.sae.formats.checks import (
+    check_shape,
     check_weights,
     count,
+    counts,
     expect,
     flag,
     group,
+    noted,
+    one_of,
     provenance,
     read_config,
     read_tensors,
     text,
+    traits,
 )
+from saemill.common.sae.formats.folding import gated, non_negative, unit_rows
 from saemill.common.sae.formats.hooks import Hook
 from saemill.common.sae.parts import Parts, SaeConfig
 
@@ -34,6 +42,24 @@ WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
 LARGEST = 1e30
 """Largest factor on activations that can be folded."""
+MATRYOSHKA = "matryoshka_batchtopk"
+NAMES = {
+    "topk": "topk",
+    "batchtopk": "batchtopk",
+    MATRYOSHKA: "matryoshka",
+    "jumprelu": "jumprelu",
+    "standard": "relu",
+    "gated": "gated",
+}
+"""`SaeConfig.architecture` by SAELens' name."""
+BIASES = dict.fromkeys(NAMES, ("b_enc",)) | {"gated": ("b_gate", "b_mag", "r_mag")}
+"""Tensors [F] beside the weights, by architecture."""
+IN_TRAINING = ("batchtopk", MATRYOSHKA)
+"""Architectures that a checkpoint alone has: a finished SAE is jumprelu."""
+RESCALED = ("topk", *IN_TRAINING)
+"""Architectures that have `rescale_acts_by_decoder_norm`."""
+TRAITS = "saemill_traits"
+"""Field of the metadata with what SAELens has no word for."""
 VERSION = "6.54.12"
 """Version of SAELens whose layout is written. SAELens reads a config without a version as one of before
 6.0."""
@@ -48,16 +74,21 @@ def read(folder: Path) -> Parts:
     file = folder / "cfg.json"
     raw = read_config(file)
     cfg = _since_6(raw, file)
-    expect(cfg, "architecture", "topk", "standard", "only TopK SAEs can be represented", file)
+    kind = one_of(cfg, "architecture", BIASES, "standard", file)
     expect(
         cfg, "reshape_activations", "none", "none", "it takes attention heads, not one vector per token", file
     )
+    config = _config(cfg, raw, kind, file)
+    weights = _weights(folder / WEIGHTS, kind, config)
     scale = _input_scale(folder, cfg.get("normalize_activations") or "none")
     centred = flag(cfg, "apply_b_dec_to_input", True, file)
-    rescaled = flag(cfg, "rescale_acts_by_decoder_norm", False, file)
-    d_in, d_sae = count(cfg, "d_in", file), count(cfg, "d_sae", file)
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    weights = check_weights(folder / WEIGHTS, read_tensors(folder / WEIGHTS), shapes)
+    rescaled = kind in RESCALED and flag(cfg, "rescale_acts_by_decoder_norm", False, file)
+    W_enc, b_enc, W_dec, b_dec, threshold = _folded(weights, centred, rescaled, scale)
+    return Parts(config, W_enc, b_enc, W_dec, b_dec, None if kind == "topk" else non_negative(threshold))
+
+
+def _config(cfg: dict[str, Any], raw: dict[str, Any], kind: str, file: Path) -> SaeConfig:
+    """Read shape and origin of an SAE, and what it was trained as."""
     metadata = group(cfg, "metadata", file)
     known = {
         "hook_name": text(metadata, "hook_name", file),
@@ -65,13 +96,52 @@ def read(folder: Path) -> Parts:
         "dataset": text(metadata, "dataset_path", file),
         "ctx_len": count(metadata, "context_size", file) if metadata.get("context_size") else None,
     }
-    config = SaeConfig(
-        d_in=d_in,
-        num_latents=d_sae,
-        k=count(cfg, "k", file),
+    noted_traits = group(metadata, TRAITS, file)
+    return SaeConfig(
+        d_in=count(cfg, "d_in", file),
+        num_latents=count(cfg, "d_sae", file),
+        k=count(cfg, "k", file) if kind == "topk" else None,
         provenance=provenance("saelens", raw, metadata.get("saemill"), file, **known),
+        **(
+            traits(noted_traits, NAMES[kind], file)
+            if noted_traits
+            else _trained_as(cfg, metadata, kind, file)
+        ),
     )
-    return Parts(config, *_folded(weights, centred, rescaled, scale))
+
+
+def _trained_as(cfg: dict[str, Any], metadata: dict[str, Any], kind: str, file: Path) -> dict[str, Any]:
+    """Read what an SAE was trained as; of a finished jumprelu one, its metadata tell.
+
+    Returns: arguments of `SaeConfig`.
+    """
+    trained_as = text(metadata, "training_architecture", file) if kind == "jumprelu" else kind
+    if trained_as not in IN_TRAINING:
+        return {"architecture": NAMES[kind]}
+    details = group(metadata, "training_architecture_details", file) | cfg
+    prefixes = counts(details, "matryoshka_widths", file) if trained_as == MATRYOSHKA else ()
+    return {"architecture": "matryoshka" if prefixes else "batchtopk", "prefixes": prefixes}
+
+
+def _weights(file: Path, kind: str, config: SaeConfig) -> dict[str, Tensor]:
+    """Read the tensors of an SAE; of a Gated one, its encoder with the gate folded into a threshold.
+
+    Returns: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] in the dtype of the file, threshold [F] or [].
+    """
+    d, f = config.d_in, config.num_latents
+    found = read_tensors(file)
+    shapes = {"W_enc": (d, f), "W_dec": (f, d), "b_dec": (d,)} | dict.fromkeys(BIASES[kind], (f,))
+    thresholds = {"jumprelu": ("threshold", (f,))} | dict.fromkeys(IN_TRAINING, ("topk_threshold", ()))
+    name, shape = thresholds.get(kind, ("", ()))
+    weights = check_weights(file, found, shapes, optional=(name,))
+    weights["W_enc"] = weights["W_enc"].T
+    threshold = check_shape(file, found, name, shape) if name else torch.zeros(f)
+    if kind == "gated":
+        gate = [weights.pop(bias) for bias in BIASES["gated"]]
+        dtype = weights["W_enc"].dtype
+        W_enc, b_enc, threshold = gated(weights["W_enc"].double(), *(bias.double() for bias in gate))
+        weights |= {"W_enc": W_enc.to(dtype), "b_enc": b_enc.to(dtype)}
+    return weights | {"threshold": threshold}
 
 
 def _since_6(cfg: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -83,6 +153,8 @@ def _since_6(cfg: dict[str, Any], file: Path) -> dict[str, Any]:
     if cfg.get("activation_fn") == "topk":
         k = group(cfg, "activation_fn_kwargs", file).get("k", cfg.get("k"))
         cfg |= {"architecture": "topk", "k": k}
+    else:
+        expect(cfg, "activation_fn", "relu", "relu", "SAELens itself reads it as a ReLU by now", file)
     normalized = cfg.get("normalize_activations")
     if isinstance(normalized, bool):
         cfg["normalize_activations"] = "expected_average_only_in" if normalized else "none"
@@ -113,27 +185,51 @@ def _input_scale(folder: Path, normalization: str) -> float:
 def _folded(weights: dict[str, Tensor], centred: bool, rescaled: bool, scale: float) -> tuple[Tensor, ...]:
     """Fold SAELens' other linear steps into the weights.
 
-    Returns: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] of the `Sae` that computes the same.
+    Returns: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D], threshold [F] of the `Sae` that computes the
+    same.
     """
     dtype = weights["W_enc"].dtype
-    W_enc, b_enc = weights["W_enc"].T.double() * scale, weights["b_enc"].double()
+    W_enc, b_enc = weights["W_enc"].double() * scale, weights["b_enc"].double()
     W_dec, b_dec = weights["W_dec"].double() / scale, weights["b_dec"].double() / scale
+    threshold = weights["threshold"].double().expand(len(b_enc))
     if not centred:
         b_enc = b_enc + W_enc @ b_dec
     if rescaled:
-        # As SAELens itself folds them; the bound keeps latents without a decoder finite.
-        norms = W_dec.norm(dim=1).clamp(min=1e-8)
-        W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
-    return tuple(w.to(dtype).contiguous() for w in (W_enc, b_enc, W_dec, b_dec))
+        W_enc, b_enc, W_dec = unit_rows(W_enc, b_enc, W_dec)
+        threshold = threshold / scale  # which was of activations with the length of rows before the factor
+    return (*(w.to(dtype).contiguous() for w in (W_enc, b_enc, W_dec, b_dec)), threshold)
 
 
 def write(parts: Parts, folder: Path, hook: Hook | None) -> None:
-    """Write `cfg.json` and `sae_weights.safetensors` as SAELens saves an SAE for inference."""
+    """Write `cfg.json` and `sae_weights.safetensors` as SAELens saves an SAE for inference: one with
+    thresholds as JumpReLU, or as standard where it was trained with a ReLU."""
+    config = parts.config
     weights = {"W_enc": parts.W_enc.T, "b_enc": parts.b_enc, "W_dec": parts.W_dec, "b_dec": parts.b_dec}
+    kind = "topk" if parts.threshold is None else "standard" if config.architecture == "relu" else "jumprelu"
+    if kind == "jumprelu" and parts.threshold is not None:
+        weights["threshold"] = parts.threshold
     folder.mkdir(parents=True, exist_ok=True)
     with durable.replacing(folder / WEIGHTS, sum(w.nbytes for w in weights.values())) as partial:
         save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial)
-    origin = parts.config.provenance
+    cfg = {
+        "architecture": kind,
+        "d_in": config.d_in,
+        "d_sae": config.num_latents,
+        **({"k": config.k} if kind == "topk" else {}),
+        "dtype": str(parts.W_enc.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        **({"rescale_acts_by_decoder_norm": False} if kind == "topk" else {}),
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": _metadata(config, kind, hook),
+    }
+    durable.write_json(folder / "cfg.json", cfg)
+
+
+def _metadata(config: SaeConfig, kind: str, hook: Hook | None) -> dict[str, Any]:
+    """Describe an SAE's origin in SAELens' terms, as far as it is known."""
+    origin = config.provenance
     metadata = {
         "sae_lens_version": VERSION,
         "model_name": origin.get("model"),
@@ -143,19 +239,7 @@ def write(parts: Parts, folder: Path, hook: Hook | None) -> None:
         "dataset_path": origin.get("dataset"),
         "context_size": origin.get("ctx_len"),
         "prepend_bos": origin.get("prepend_bos"),
+        TRAITS: noted(config, NAMES[kind]) or None,
         "saemill": origin,
     }
-    cfg = {
-        "architecture": "topk",
-        "d_in": parts.config.d_in,
-        "d_sae": parts.config.num_latents,
-        "k": parts.config.k,
-        "dtype": str(parts.W_enc.dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "rescale_acts_by_decoder_norm": False,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {key: value for key, value in metadata.items() if value is not None},
-    }
-    durable.write_json(folder / "cfg.json", cfg)
+    return {key: value for key, value in metadata.items() if value is not None}

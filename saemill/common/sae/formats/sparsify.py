@@ -1,9 +1,10 @@
 """sparsify's layout (eai-sparsify 1.3), and saemill's own: `cfg.json`, `sae.safetensors`.
 
-    encoder.weight [F, D]   encoder.bias [F]   W_dec [F, D]   b_dec [D]
+    encoder.weight [F, D]   encoder.bias [F]   W_dec [F, D]   b_dec [D]   threshold float32 [F]
 
 Its encoder is the one of `Sae`. `num_latents` 0 stands for d_in × expansion_factor. What saemill wrote
-carries a seal (`seal`), which is checked.
+carries a seal (`seal`), which is checked. `activation` "jumprelu", with `threshold` and no `k`, is saemill's
+own: sparsify has TopK alone, and its loader refuses a tensor that it does not know.
 """
 
 from pathlib import Path
@@ -17,20 +18,24 @@ from saemill.common.errors import StoreError
 from saemill.common.records import CHECKSUM
 from saemill.common.sae.formats import seal
 from saemill.common.sae.formats.checks import (
+    check_shape,
     check_weights,
     count,
     expect,
+    noted,
+    one_of,
     provenance,
     read_config,
     read_tensors,
     text,
+    traits,
 )
 from saemill.common.sae.formats.hooks import layer_of
 from saemill.common.sae.parts import Parts, SaeConfig
 
 WEIGHTS = "sae.safetensors"
+JUMPRELU = "jumprelu"
 REFUSED: tuple[tuple[str, Any, Any, str], ...] = (
-    ("activation", "topk", "topk", "its latents are chosen in another way"),
     (
         "transcode",
         False,
@@ -60,16 +65,22 @@ def read(folder: Path) -> Parts:
         num_latents = count(cfg, "num_latents", file)
     else:
         num_latents = d_in * count(cfg, "expansion_factor", file)
+    activation = one_of(cfg, "activation", ("topk", JUMPRELU), "topk", file)
+    has_threshold = activation == JUMPRELU
     config = SaeConfig(
         d_in=d_in,
         num_latents=num_latents,
-        k=count(cfg, "k", file),
+        k=None if has_threshold else count(cfg, "k", file),
         provenance=provenance("sparsify", cfg, own, file, **_known(folder)),
+        **traits(cfg, activation, file),
     )
     weights = read_tensors(folder / WEIGHTS)
     wide, narrow = (num_latents, d_in), (d_in,)
     shapes = {"encoder.weight": wide, "encoder.bias": wide[:1], "W_dec": wide, "b_dec": narrow}
-    return Parts(config, *check_weights(folder / WEIGHTS, weights, shapes).values())
+    optional = ("threshold",) if has_threshold else ()
+    W_enc, b_enc, W_dec, b_dec = check_weights(folder / WEIGHTS, weights, shapes, optional).values()
+    threshold = check_shape(folder / WEIGHTS, weights, "threshold", wide[:1]) if has_threshold else None
+    return Parts(config, W_enc, b_enc, W_dec, b_dec, threshold)
 
 
 def check(folder: Path) -> None:
@@ -104,6 +115,8 @@ def write(parts: Parts, folder: Path) -> str:
         "W_dec": parts.W_dec,
         "b_dec": parts.b_dec,
     }
+    if parts.threshold is not None:
+        weights["threshold"] = parts.threshold
     folder.mkdir(parents=True, exist_ok=True)
     with durable.replacing(folder / WEIGHTS, sum(w.nbytes for w in weights.values())) as partial:
         plain = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
@@ -111,16 +124,18 @@ def write(parts: Parts, folder: Path) -> str:
         n_bytes, xxh3 = partial.stat().st_size, durable.hash_file(partial)
     config = parts.config
     norms = parts.W_dec.detach().float().norm(dim=1)
+    activation = "topk" if parts.threshold is None else JUMPRELU
     cfg = {
-        "activation": "topk",
+        "activation": activation,
         "expansion_factor": config.num_latents / config.d_in,
         "normalize_decoder": bool(torch.allclose(norms, torch.ones_like(norms), atol=1e-2)),
         "num_latents": config.num_latents,
-        "k": config.k,
+        **({} if config.k is None else {"k": config.k}),
         "multi_topk": False,
         "skip_connection": False,
         "transcode": False,
         "d_in": config.d_in,
+        **noted(config, activation),
         "saemill": config.provenance,
     }
     sealed = seal.seal(cfg, n_bytes, xxh3)
