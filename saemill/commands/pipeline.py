@@ -67,7 +67,10 @@ def cache(config: CacheConfig) -> None:
     argument("acts"),
     "site",
     OUT,
-    *("k", "expansion_factor", "num_latents", "lr", "seeds"),
+    *("architecture", "k", "expansion_factor", "num_latents", "lr", "seeds"),
+    *("k_anneal_steps", "multi_topk", "nested_k", "prefixes", "matryoshka_rule"),
+    *("target_l0", "l0_coefficient", "sparsity_penalty", "bandwidth", "preact_coefficient", "most_density"),
+    *("l1_coefficient", "lp_norm", "decoder_rows", "penalty_warmup_steps"),
     *("batch_size", "max_tokens", "epochs", "grad_acc_steps"),
     *("optimizer", "optimizer_state", "adam_betas", "weight_decay"),
     *("warmup_steps", "lr_decay", "lr_decay_fraction"),
@@ -81,12 +84,13 @@ def cache(config: CacheConfig) -> None:
     *("device", "precision", "kernels"),
 )
 def train(config: TrainConfig) -> None:
-    """Train many TopK SAEs at once over one shuffled stream of cached activations.
+    """Train many SAEs at once over one shuffled stream of cached activations.
 
     Lists form a grid; a config file may list variants one by one. SIGTERM or Ctrl-C saves a
     checkpoint and exits with code 75; the same command continues.
 
     Example: `saemill train acts --site layers.4 --k 16,32,64 --expansion-factor 8,32 -o runs/first`
+    Example: `saemill train acts --architecture topk,batchtopk,jumprelu --k 32 --target-l0 32 -o runs/mixed`
     """
     from saemill.train.run import run
 

@@ -24,7 +24,7 @@ CONFIGS = {
 FLAGS = (
     *("cache.layers", "cache.layer_stride"),
     flag("cache.sites", "--sites", "--hookpoints"),
-    *("train.k", "train.expansion_factor", "train.num_latents"),
+    *("train.architecture", "train.k", "train.target_l0", "train.expansion_factor", "train.num_latents"),
     flag("train.seeds", "--seeds", "--init-seeds"),
     "train.lr",
     flag("tokenize.max_tokens", help="Tokens to read and cache", by_default="all of the dataset"),

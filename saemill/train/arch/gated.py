@@ -1,4 +1,4 @@
-"""Gated (Rajamanoharan et al. 2024, arXiv 2404.16014): one path says which latents are active, another how much.
+"""Gated (Rajamanoharan et al. 2024, arXiv 2404.16014): one path says which latents are active, one how much.
 
 π = W_enc (x − b) + b_enc,   f = 1[π > 0] · ReLU(exp(r) · W_enc (x − b) + b_mag)
 loss = FVU + λ · Σ ReLU(π) + ‖x − x̂(ReLU(π))‖²/D,   the last with the decoder detached

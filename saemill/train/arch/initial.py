@@ -42,7 +42,7 @@ def tied(p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, k: int, te
 
 
 def cutoff(sample_TD: Tensor, p: Parameters, k: int, team: Team) -> float:
-    """Find the pre-activation that k latents per token pass on the sample's average, 0 if fewer are above 0."""
+    """Find the pre-activation that k latents per token pass on the average, 0 if fewer are above 0."""
     k = min(k, team.latents.size * len(p.w_enc_FD))
     largest_TK = _codes(sample_TD, p, min(CUTOFF_RANKS * k, len(p.w_enc_FD))).val_TK
     every = team.latents.all_gather(largest_TK, team.latents.size * len(largest_TK)).flatten()

@@ -40,15 +40,15 @@ class Parameters(NamedTuple):
         cls, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()
     ) -> "Parameters":
         """Make their memory in torch's own allocator."""
-        shapes = (n_latents, d), (n_latents,), (n_latents, d), (d,)
-        own_F = {name: torch.zeros(n_latents, device=device) for name in further}
-        return cls(*(torch.zeros(shape, device=device) for shape in shapes), own_F)
+        shapes = {"w_enc": (n_latents, d), "b_enc": (n_latents,), "w_dec": (n_latents, d), "b": (d,)}
+        shapes |= {name: (n_latents,) for name in further}
+        return cls.of({name: torch.zeros(shape, device=device) for name, shape in shapes.items()})
 
     @classmethod
     def of(cls, named: Mapping[str, Tensor]) -> "Parameters":
         """Make them of tensors by name, as `named` gives them."""
         further = {name: tensor for name, tensor in named.items() if name not in NAMES}
-        return cls(*(named[name] for name in NAMES), further)
+        return cls(named["w_enc"], named["b_enc"], named["w_dec"], named["b"], further)
 
     @property
     def named(self) -> dict[str, Tensor]:

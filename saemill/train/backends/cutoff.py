@@ -23,7 +23,7 @@ class Best:
         self.values = both if len(both) <= self.n else both.topk(self.n, sorted=False).values
 
     def cutoff(self, team: Team) -> Tensor:
-        """Find the smallest of the n largest of all that the team has seen; 0 if there are fewer. float32 []."""
+        """Find the smallest of the n largest that the team has seen; 0 if there are fewer. float32 []."""
         best = self.values
         for group in (team.latents, team.tokens):
             if group.size > 1:

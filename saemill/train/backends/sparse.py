@@ -22,6 +22,7 @@ from torch.nn.functional import embedding_bag
 from saemill.common.sae.topk import topk
 from saemill.train.backends.auxk import DeadRows, auxk
 from saemill.train.backends.base import Batch, Largest, Sums, Task, Weights
+from saemill.train.backends.plain import Plain
 from saemill.train.backends.team import ALONE, Team
 from saemill.train.profile import region
 
@@ -82,10 +83,11 @@ class Sparse(ABC):
     def step(self, task: Task) -> Sums:
         """Go forward over this process's own tokens, backward over the whole batch, as `Backend.step`."""
         batch, weights, architecture = task.batch, task.weights, task.architecture
+        rule = architecture.rule(weights.parameters)
+        if not isinstance(rule, Largest) or architecture.groups:
+            return self._dense_step(task)
         n_tokens = len(batch.x_TD)
         own = batch.tokens(self.team.tokens.slice_of(n_tokens))
-        if not isinstance(rule := architecture.rule(weights.parameters), Largest):
-            raise TypeError(f"no passes for codes by {type(rule).__name__}; kernels torch have them")
         forward = self.forward(own, weights, rule.k)
         dead_rows, aux_loss = None, torch.zeros((), device=batch.x_TD.device)
         if (aux := architecture.auxiliary) is not None and task.dead.n_in_team > 0:
@@ -96,6 +98,13 @@ class Sparse(ABC):
         task = task._replace(healthy=task.healthy & torch.isfinite(forward.sse))
         fired_F = self.update(task, forward, dead_rows)
         return Sums(forward.sse, aux_loss, forward.n_active, fired_F)
+
+    def _dense_step(self, task: Task) -> Sums:
+        """Take a step by autograd of the definition: where codes are so dense that passes over pairs would be
+        slower."""
+        sums = Plain(self.dtype, self.team).step(task)
+        task.weights.refresh()
+        return sums
 
 
 def fold_bias(w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor) -> Tensor:
