@@ -187,8 +187,7 @@ def _grid(axes: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
 
 def applies(name: str, architecture: str) -> bool:
     """Tell whether a setting has an effect on an architecture."""
-    listed = {one: name for name, one in ONE_OF_GRID.items()}.get(name, name)
-    only = marks_of(TrainConfig, listed).only
+    only = marks_of(Variant, name).only if name in Variant.__dataclass_fields__ else ()
     return not only or architecture in only
 
 
@@ -247,7 +246,7 @@ def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where
     """
     architecture = entry.get("architecture", "topk")
     for name in entry:
-        if name in Variant.__dataclass_fields__ and not applies(name, architecture):
+        if not applies(name, architecture):
             raise ConfigError(no_effect(name, architecture))
     if applies("k", architecture):
         entry.setdefault("k", default_of(TrainConfig, "k")[0])
