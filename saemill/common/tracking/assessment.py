@@ -87,6 +87,8 @@ def _summary(entry: dict[str, Any], place: int) -> dict[str, Any]:
                 summary |= {f"{name}_lo": figure["lo"], f"{name}_hi": figure["hi"]}
         elif figure["value"] is None:
             summary[f"{name}_reason"] = figure["reason"]
+    for cut in entry.get("cuts", ()):
+        summary |= {f"{name}, {cut['name']}": figure["value"] for name, figure in cut["metrics"].items()}
     return summary
 
 
