@@ -166,6 +166,34 @@ def test_a_checkpoint_with_its_factor_is_folded(tmp_path: Path) -> None:
         check_same(Sae.load(scaled), x_TD, Path(f"{folded}.npz"))
 
 
+OLD = {
+    "hook_point": "blocks.1.hook_resid_pre", "d_in": 12, "d_sae": 40, "dtype": "torch.float32",
+    "activation_fn_str": "relu", "normalize_activations": False, "model_name": "gpt2-small",
+    "context_size": 128, "dataset_path": "text",
+}  # fmt: skip
+"""A config of SAELens before 6.0, which had no architecture at first."""
+
+
+def test_older_configs_of_saelens_are_read_alike(tmp_path: Path) -> None:
+    """Oracle: SAELens' own reading of a config of before 6.0."""
+    require_peers()
+    x_TD = some_activations(tmp_path)
+    places = {
+        "first": ("relu", {}),
+        "standard": ("relu", {"architecture": "standard", "apply_b_dec_to_input": False}),
+        "jumprelu": ("jumprelu", {"architecture": "jumprelu"}),
+    }
+    for name, (architecture, more) in places.items():
+        formats.save(make_threshold_sae(architecture).parts, "saelens", tmp_path / name)
+        (tmp_path / name / "cfg.json").write_text(json.dumps(OLD | more))
+    run_in_peers(tmp_path, *(encoding("saelens", tmp_path / name, tmp_path / "x.npy") for name in places))
+    for name, (architecture, _) in places.items():
+        sae = Sae.load(tmp_path / name)
+        check_same(sae, x_TD, tmp_path / f"{name}.npz")
+        assert sae.config.architecture == architecture
+        assert sae.config.provenance["hook_name"] == "blocks.1.hook_resid_pre"
+
+
 def test_sparsify_does_not_load_an_sae_with_thresholds(tmp_path: Path) -> None:
     """Oracle: sparsify's own loader, which names the activation; and the message of an export."""
     require_peers()
