@@ -59,6 +59,16 @@ class SaeConfig:
         _check_ascending("prefixes", self.prefixes, "num_latents", self.num_latents)
         _check_ascending("ks", self.ks, "k", self.k)
 
+    @property
+    def described(self) -> str:
+        """Choice of latents and their number, in words: `k 32, 6,144 latents`."""
+        words = [] if self.architecture == "topk" else [self.architecture]
+        words += [] if self.k is None else [f"k {self.k}"]
+        words += [f"{self.num_latents:,} latents"]
+        words += [f"prefixes {', '.join(f'{n:,}' for n in self.prefixes)}"] if self.prefixes else []
+        words += [f"also k {', '.join(map(str, self.ks[:-1]))}"] if self.ks[:-1] else []
+        return ", ".join(words)
+
 
 def _check_ascending(name: str, values: tuple[int, ...], of: str, last: int | None) -> None:
     """Refuse values that do not rise from 1 or more to the last one that they must reach."""

@@ -126,7 +126,7 @@ def test_their_saes_compute_the_same_here(tmp_path: Path) -> None:
     made = [job | {"folder": tmp_path / name} for name, job in THEIRS.items()]
     made.append(
         {"do": "make_dictionary_learning", "folder": tmp_path / "dictionary_learning", "d_in": 12,
-         "num_latents": 40, "k": 5}
+         "num_latents": 40, "k": 5, "threshold_start_step": 0}
     )  # fmt: skip
     folders = [tmp_path / name for name in THEIRS] + [tmp_path / "dictionary_learning" / "trainer_0"]
     formats_ = [name.split("/")[0] for name in THEIRS] + ["dictionary_learning"]
