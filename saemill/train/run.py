@@ -163,6 +163,13 @@ def _place(
                 f"latent_ranks {config.latent_ranks}: kernels torch do not split an SAE's latents; leave it "
                 "out, or train with kernels numba on CPUs, triton on GPUs"
             )
+    if any(variant.multi_topk or variant.nested_k for variant in variants):
+        if (config.latent_ranks or 1) > 1:
+            raise ConfigError(
+                f"latent_ranks {config.latent_ranks}: multi_topk and nested_k need all latents of an SAE in "
+                "one process; leave it out"
+            )
+        latent_ranks = 1
     return choose(
         variants,
         widths,

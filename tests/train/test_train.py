@@ -29,11 +29,17 @@ from saemill.train.sweep.variants import auto_lr, resolve
 
 @pytest.mark.parametrize(
     "changes",
-    [{"kernels": "torch"}, {"kernels": "numba"}, {"kernels": "numba", "precision": "bf16"}],
+    [
+        {"kernels": "torch"},
+        {"kernels": "numba"},
+        {"kernels": "numba", "precision": "bf16"},
+        {"architecture": ("batchtopk", "matryoshka", "jumprelu", "relu", "gated"), "target_l0": (4.0,)},
+        {"k": (4,), "nested_k": (1, 2), "k_anneal_steps": 12},
+    ],
     ids=str,
 )
 def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(
-    changes: dict[str, str], store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the same run without a stop, bit by bit: weights and metrics."""
     run(config(store, tmp_path / "whole", **changes))
