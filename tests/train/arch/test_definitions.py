@@ -137,7 +137,7 @@ class Step(torch.autograd.Function):
 
 @pytest.mark.parametrize("target", [None, 4.0])
 def test_jumprelu(weights: dict[str, Tensor], target: float | None) -> None:
-    """Oracle: arXiv 2407.14435, equations 10 to 12, by autograd functions; a target as dictionary_learning's."""
+    """Oracle: arXiv 2407.14435, equations 10 to 12, by autograd functions; a target as in other trainers."""
     width, lam = 0.4, 0.07
     theta = weights["threshold"] * D**0.5
     pre = (weights["x"] - weights["b"]) @ weights["w_enc"].T + weights["b_enc"]
