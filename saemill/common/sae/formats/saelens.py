@@ -28,7 +28,7 @@ from saemill.common.sae.formats.checks import (
     text,
 )
 from saemill.common.sae.formats.hooks import Hook
-from saemill.common.sae.parts import Parts, SaeConfig
+from saemill.common.sae.parts import Parts, SaeConfig, apart
 
 WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
@@ -132,7 +132,7 @@ def write(parts: Parts, folder: Path, hook: Hook | None) -> None:
     weights = {"W_enc": parts.W_enc.T, "b_enc": parts.b_enc, "W_dec": parts.W_dec, "b_dec": parts.b_dec}
     folder.mkdir(parents=True, exist_ok=True)
     with durable.replacing(folder / WEIGHTS, sum(w.nbytes for w in weights.values())) as partial:
-        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial)
+        save_file(apart(weights), partial)
     origin = parts.config.provenance
     metadata = {
         "sae_lens_version": VERSION,
