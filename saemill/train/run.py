@@ -343,10 +343,10 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
     dead_after_tokens = trainer.learners[0].dead_after_tokens
     say(
         f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {placement.describe()}; products in "
-        f"{str(backend.dtype).removeprefix('torch.')} by {backend.name}; {n_steps:,} steps, {n_tokens:,} "
-        f"{unit}s ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
-        f"{dead_after_tokens:,} {unit}s; {store.text.manifest.n_held_out_rows:,} {store.text.row}s "
-        "held out"
+        f"{str(backend.dtype).removeprefix('torch.')} by {backend.name}; {counted(n_steps, 'step')}, "
+        f"{counted(n_tokens, unit)} ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
+        f"{counted(dead_after_tokens, unit)}; "
+        f"{counted(store.text.manifest.n_held_out_rows, store.text.row)} held out"
     )
     for array in map(store.site, trainer.loader.sites):
         for warning in warnings(array.name, array.statistics, array.dtype, unit):
@@ -354,6 +354,6 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")
     if n_steps < FEW_STEPS:
-        say(f"{counted(n_steps, 'step')} are few to learn in: more epochs or a smaller batch may help much")
+        say(f"few steps to learn in ({n_steps}): more epochs or a smaller batch may help much")
     if trainer.step:
         say(f"continuing after step {trainer.step:,}")
