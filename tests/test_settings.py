@@ -17,7 +17,7 @@ from saemill.cache.config import CacheConfig
 from saemill.common import config, durable, setting, yaml_text
 from saemill.common.config import SECTIONS, build, plain, read_sections, resolve
 from saemill.common.errors import ConfigError, SaemillError
-from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.mask import MaskConfig, TrainingMask
 from saemill.compare.config import CompareConfig
 from saemill.embeddings.config import EmbedConfig, ImportConfig
 from saemill.generate.config import GenerateConfig
@@ -322,10 +322,10 @@ def test_long_numbers_take_no_time() -> None:
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 GROUPS: Mapping[str, Mapping[str, Any]] = {
-    "cache": {"mask": MaskConfig}, "assess": {"thresholds": Thresholds},
+    "cache": {"mask": MaskConfig}, "train": {"mask": TrainingMask}, "assess": {"thresholds": Thresholds},
     "matrix": {"targets": Target, "sources": Source},
 }  # fmt: skip
-"""What is inside a setting of a section; `train.mask` is as `cache.mask`, `slurm.train` as `slurm`."""
+"""What is inside a setting of a section; `slurm.train` is as `slurm`."""
 
 
 def rows(name: str, kind: Any) -> list[str]:

@@ -55,6 +55,17 @@ class Statistics:
         """Largest distance of a position from the mean, to within a tenth; 0 where there are none."""
         return middle_of(max(self.distances)) if self.distances else 0.0
 
+    def without(self, left_out: "Statistics") -> "Statistics":
+        """Compute the statistics of these positions without some of them. How far the others are from their
+        mean is not known then: `distances` is empty."""
+        n = self.n_tokens - left_out.n_tokens
+        shift_D = left_out.mean_D - self.mean_D
+        mean_D = self.mean_D - shift_D * (left_out.n_tokens / n)
+        deviations_D = self.variance_D * self.n_tokens - left_out.variance_D * left_out.n_tokens
+        deviations_D -= shift_D.square() * (left_out.n_tokens * self.n_tokens / n)
+        variance_D = (deviations_D / n).clamp(min=0)
+        return Statistics(n, mean_D, variance_D, float((variance_D + mean_D.square()).sum()), {})
+
     def share_beyond(self, factor: float) -> float:
         """Compute the share of the positions that are further from the mean than `factor` medians."""
         limit = factor * self.median_distance
