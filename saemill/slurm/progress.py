@@ -112,8 +112,8 @@ def _n_steps(config: TrainConfig) -> int | None:
 
 def _n_long(config: TrainConfig, site: SiteArray) -> int:
     """Count the rows that training leaves out at a site since they are too long, as far as norms are kept."""
-    sketch, most_medians = site.sketch, config.mask.most_medians
-    return sketch.n_beyond(most_medians * sketch.median) if sketch and most_medians else 0
+    sketch, norm_over_median = site.sketch, config.mask.norm_over_median
+    return sketch.n_beyond(norm_over_median * sketch.median) if sketch and norm_over_median else 0
 
 
 def _assessed(config: AssessConfig) -> str:

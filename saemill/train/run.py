@@ -191,7 +191,7 @@ def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
         store,
         sites,
         config.mask.positions(store.mask),
-        most_medians=config.mask.most_medians,
+        norm_over_median=config.mask.norm_over_median,
         batch_tokens=config.step_tokens,
         buffer_tokens=config.buffer_tokens,
         seed=config.shuffle_seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
@@ -81,9 +81,9 @@ class TrainingMask:
     special_tokens: bool | None = like(MaskConfig, "special_tokens", **OF_STORE)
     first_positions: int | None = like(MaskConfig, "first_positions", **OF_STORE)
     token_ids: tuple[int, ...] | None = like(MaskConfig, "token_ids", **OF_STORE)
-    norm_over_median: Literal["off"] | float = setting(
+    norm_over_median: float | None = setting(
         10.0,
-        "Leave out tokens whose norm is more than so many times the median norm at a site of the run; or off",
+        "Leave out tokens whose norm is more than so many times the median at a site of the run; or none",
         least=1,
         most=1e6,
     )
@@ -97,8 +97,3 @@ class TrainingMask:
         """Choose the positions left out of training, by the store's mask and what is given here."""
         given = {field.name: getattr(self, field.name) for field in fields(of_store)}
         return replace(of_store, **{name: value for name, value in given.items() if value is not None})
-
-    @property
-    def most_medians(self) -> float | None:
-        """Number of medians beyond which a norm is too long; None where none is."""
-        return None if self.norm_over_median == "off" else float(self.norm_over_median)

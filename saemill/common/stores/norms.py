@@ -15,6 +15,8 @@ from torch import Tensor
 N_BINS = 0x7F80
 """Number of finite bfloat16 numbers from 0 on; the bits of each are its bin."""
 LARGEST_NORM = torch.finfo(torch.bfloat16).max
+SMALLEST_NORM = torch.finfo(torch.bfloat16).smallest_normal
+"""Smallest norm that is told to within 0.4%."""
 CHUNK_ROWS = 512
 """Rows converted at a time: they stay in a core's cache, which is ten times as fast as 8,192 are."""
 

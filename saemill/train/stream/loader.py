@@ -3,7 +3,8 @@
 Blocks of 256 stored rows, each from a keyed permutation of one shard already, are visited in a keyed
 order over the whole store; every `buffer_tokens` of them form a window, whose rows that are trained on
 (`rows`) are shuffled again. The stream is the windows of epoch 0, then of epoch 1, …; batch i is its
-positions i·T to (i+1)·T. So resuming needs one integer, and memory is two windows per site (three while one is filled).
+positions i·T to (i+1)·T. So resuming needs one integer, and memory is two windows per site (three while
+one is filled).
 """
 
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ class _Epoch:
     blocks: NDArray[np.int64]
     window_starts: NDArray[np.int64]
     long_before: NDArray[np.int64]
-    """Number of rows left out for their norm in the windows before each one."""
+    """Number of rows left out for their norm in the windows before each one, and at last in all."""
 
 
 class Loader:
@@ -45,7 +46,7 @@ class Loader:
         store: where they are read.
         sites: names of finished sites.
         mask: positions left out; held-out rows always are.
-        most_medians: rows whose norm is more than so many medians at one of the sites are left out; None
+        norm_over_median: rows whose norm is more than so many medians at one of the sites are left out; None
             leaves out none.
         batch_tokens: T.
         buffer_tokens: rows per window, masked ones included; rounded down to whole blocks.
@@ -62,7 +63,7 @@ class Loader:
         sites: list[str],
         mask: MaskConfig,
         *,
-        most_medians: float | None = None,
+        norm_over_median: float | None = None,
         batch_tokens: int,
         buffer_tokens: int,
         seed: int,
@@ -73,7 +74,7 @@ class Loader:
         self.batch_tokens, self.seed = batch_tokens, seed
         self.blocks_per_window = max(1, buffer_tokens // BLOCK_TOKENS)
         self.blocks_per_shard = -(-store.shard_tokens // BLOCK_TOKENS)
-        self.rows = TrainingRows(store, self.every_site, mask, most_medians)
+        self.rows = TrainingRows(store, self.every_site, mask, norm_over_median)
         self.kept_per_block = np.concatenate([self._per_block(shard) for shard in range(store.n_shards)])
         self.epoch_tokens = self.rows.n_tokens
         self._epoch = lru_cache(2)(self._plan_epoch)
@@ -108,13 +109,13 @@ class Loader:
         return {name: torch.cat(tensors) for name, tensors in pieces.items()}
 
     def n_left_out(self, position: int) -> int:
-        """Count the rows left out for their norm in the windows that end before a position of the stream."""
-        if not self.rows.n_long:
+        """Count the rows left out for their norm in the windows that the stream up to a position is of."""
+        if not self.rows.n_long or position == 0:
             return 0
-        epoch, offset = divmod(position, self.epoch_tokens)
+        epoch, offset = divmod(position - 1, self.epoch_tokens)
         plan = self._epoch(epoch)
         window = int(np.searchsorted(plan.window_starts, offset, side="right")) - 1
-        return epoch * self.rows.n_long + int(plan.long_before[window])
+        return epoch * self.rows.n_long + int(plan.long_before[window + 1])
 
     def restrict(self, sites: list[str]) -> None:
         """Read these of the sites only from now on; the stream's order does not depend on them."""

@@ -17,7 +17,7 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.stores.activations import ActivationStore, SiteArray
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.norms import NormSketch, norms_from
+from saemill.common.stores.norms import SMALLEST_NORM, NormSketch, norms_from
 from saemill.common.stores.shards import as_tensor
 from saemill.common.stores.statistics import Moments, Statistics
 
@@ -32,7 +32,7 @@ class TrainingRows:
         store: where they are.
         sites: all sites of the run, by name.
         mask: positions left out; held-out rows always are.
-        most_medians: norms of more than so many medians of a site are too long; None where none is. The
+        norm_over_median: norms of more than so many medians of a site are too long; None where none is. The
             median is that of the store's training positions, by its own mask.
 
     Raises:
@@ -45,17 +45,17 @@ class TrainingRows:
         store: ActivationStore,
         sites: Mapping[str, SiteArray],
         mask: MaskConfig,
-        most_medians: float | None,
+        norm_over_median: float | None,
     ) -> None:
-        self.store, self.sites, self.mask, self.most_medians = store, sites, mask, most_medians
+        self.store, self.sites, self.mask, self.norm_over_median = store, sites, mask, norm_over_median
         kept = (store.keep(shard, mask, held_out=False) for shard in range(store.n_shards))
         self._bits = [np.packbits(keep) for keep in kept]
         self.long: dict[int, NDArray[np.int64]] = {}
         """Places of the rows left out since they are too long at some site, by shard."""
         self.n_long_at = dict.fromkeys(sites, 0)
         """Number of rows that are too long at each site."""
-        if most_medians is not None:
-            self._leave_out_long(most_medians)
+        if norm_over_median is not None:
+            self._leave_out_long(norm_over_median)
         self.n_long = sum(map(len, self.long.values()))
         """Number of rows left out since they are too long at some site."""
         self.n_tokens = sum(int(np.bitwise_count(bits).sum()) for bits in self._bits)
@@ -82,21 +82,21 @@ class TrainingRows:
         sites = ", ".join(f"{n:,} at {name}" for name, n in self.n_long_at.items() if n)
         return (
             f"{counted(self.n_long, self.store.text.unit)} ({100 * share:.2g}%) of more than "
-            f"{self.most_medians:g} times the median norm left out: {sites}"
+            f"{self.norm_over_median:g} times the median norm left out: {sites}"
         )
 
-    def _leave_out_long(self, most_medians: float) -> None:
+    def _leave_out_long(self, norm_over_median: float) -> None:
         """Take the rows whose norm is too long at some site out of those that are kept."""
         limits: dict[str, float] = {}
         for name, array in self.sites.items():
             sketch = array.sketch or self._counted_now(array)
-            limit = most_medians * sketch.median
+            limit = max(norm_over_median * sketch.median, SMALLEST_NORM)
             n_beyond = sketch.n_beyond(limit)
-            if sketch.median == 0 and n_beyond:
+            if sketch.median < SMALLEST_NORM and n_beyond:
                 raise ConfigError(
                     f"half of the {self.store.text.unit}s at {name} are 0 in all dimensions, and so is the "
-                    "median norm: none tells which are too long; turn that off with --set "
-                    "train.mask.norm_over_median=off"
+                    "median norm, which then does not tell what is too long; train on all of them with --set "
+                    "train.mask.norm_over_median=none"
                 )
             if n_beyond or self.mask != self.store.mask:
                 limits[name] = limit
@@ -118,8 +118,8 @@ class TrainingRows:
     def _counted_now(self, array: SiteArray) -> NormSketch:
         """Count the norms of a site whose records have none: in one pass over it."""
         say(
-            f"{array.name}: its records hold no norms, as those of earlier versions, so all its shards are read "
-            "for them now; the command that made the store, run again, records them"
+            f"{array.name}: its records hold no norms, as those of earlier versions; all its shards are read "
+            "for them now, and at each training until the command that made the store is run again"
         )
         sketch = NormSketch()
         for shard in range(self.store.n_shards):
