@@ -47,7 +47,8 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
         if existed:  # else another worker may be about to put a good one there
             file.unlink(missing_ok=True)
     if manifest and is_whole and not _agrees(writer, manifest):
-        say(f"{writer.manifest_path} tells of other shards than their records, or less, and is written again")
+        if manifest.statistics.lengths is not None:
+            say(f"{writer.manifest_path} tells of other shards than their records and is written again")
         is_whole = False
     if not is_whole:
         writer.manifest_path.unlink(missing_ok=True)

@@ -213,8 +213,8 @@ def far_warning(site: str, statistics: Statistics, unit: str) -> str | None:
     cure = "; import them with --normalize, or leave them out" if unit == "passage" else ""
     return (
         f"{site}: {100 * share:.2g}% of the {unit}s are more than {FAR:g} times as far from the mean as the "
-        f"median {unit}, up to {largest:,.0f} times: squared errors, and so the SAEs, are mostly about "
-        f"them{cure}"
+        f"median {unit}, up to {largest:,.0f} times: squared errors, and so SAEs that are trained on "
+        f"them, are mostly about them{cure}"
     )
 
 
