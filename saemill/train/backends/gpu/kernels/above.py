@@ -44,8 +44,8 @@ def above_kernel(
 
 def launch(n_latents: int) -> tuple[dict[str, int], dict[str, Any]]:
     """Return the kernel's constants and its launch options."""
-    block = min(2048, triton.next_power_of_2(n_latents))
-    return {"BLOCK": block}, {"num_warps": 4 if block >= 1024 else 1, **NUMERICS}
+    block = min(1024, triton.next_power_of_2(n_latents))
+    return {"BLOCK": block}, {"num_warps": 4 if block == 1024 else 1, **NUMERICS}
 
 
 def above(pre_TF: Tensor, floor_F: Tensor, val_TK: Tensor, idx_TK: Tensor, n_T: Tensor) -> None:

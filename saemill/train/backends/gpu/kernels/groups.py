@@ -104,7 +104,8 @@ def groups_kernel(
 def launch(d: int, n_groups: int, shown: int) -> tuple[dict[str, int], dict[str, Any]]:
     """Return the kernel's constants and its launch options."""
     width = triton.next_power_of_2(d)
-    constants = {"D": d, "WIDTH": width, "GROUPS": n_groups, "SHOWN": shown, "SLOTS": 4}
+    n_rows = 4 if n_groups == 1 else 2  # registers: what the next smaller group needs is kept beside the rows
+    constants = {"D": d, "WIDTH": width, "GROUPS": n_groups, "SHOWN": shown, "SLOTS": n_rows}
     return constants, {"num_warps": min(MAX_WARPS, max(1, width // WARP_COLUMNS)), **NUMERICS}
 
 
