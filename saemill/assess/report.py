@@ -48,11 +48,15 @@ def table(assessment: dict[str, Any]) -> str:
     data, columns = assessment["data"], _columns(assessment)
     shown = Table(title=f"{counted(data['n_tokens'], data['unit'])}: {data['chosen']}")
     shown.add_column("variant", no_wrap=True)
+    several = are_several(assessment["variants"])
+    if several:
+        shown.add_column("architecture", no_wrap=True)
     for title in columns.values():
         shown.add_column(title, justify="right", no_wrap=True)
     shown.add_column("verdict", no_wrap=True)
     for entry in assessment["variants"] + assessment["controls"]:
-        values = [number(entry["metrics"][name]) for name in columns]
+        values = [entry.get("architecture", "topk")] if several else []
+        values += [number(entry["metrics"][name]) for name in columns]
         shown.add_row(entry["name"], *values, entry["verdict"])
         if entry is assessment["variants"][-1]:
             shown.add_section()

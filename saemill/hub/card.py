@@ -57,8 +57,7 @@ def model_card(
         f"{counted(len(saes), f'{kinds.adjective(saes)}sparse autoencoder')} of {_what(provenance, sites)} "
         f"{kinds.formula(saes)}, x̂ = W_decᵀ f + b_dec.",
         "## Variants",
-        _variants(saes, finished, assessment),
-        *_within(saes, assessment),
+        *_variants(saes, finished, assessment),
         *(_how_measured(assessment) if assessment else ()),
         "## Load",
         _load(repo, best := _best(saes, finished, assessment), kinds.has_k(saes[best])),
@@ -71,9 +70,9 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _within(saes: Mapping[str, Mapping[str, Any]], assessment: Mapping[str, Any] | None) -> list[str]:
+def _within(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Render the table of the SAEs within the SAEs; nothing where there are none."""
-    lines = cuts([entry for entry in assessment["variants"] if entry["name"] in saes]) if assessment else []
+    lines = cuts(entries)
     if not lines:
         return []
     about = (
@@ -158,8 +157,8 @@ def _code(names: Sequence[str]) -> str:
 
 def _variants(
     saes: Mapping[str, Mapping[str, Any]], finished: Mapping[str, Any], assessment: Mapping[str, Any] | None
-) -> str:
-    """Render the table of all variants, best first where they were assessed."""
+) -> list[str]:
+    """Render the table of all variants, best first where they were assessed, and that of the SAEs within."""
     several = kinds.architectures(saes) != ["topk"]
     head = ["variant", "site", *(["architecture"] if several else []), "k", "latents"]
     shapes = {
@@ -174,14 +173,15 @@ def _variants(
     if assessment is None:
         lines = [[span(name), *shape, _state(name, finished)] for name, shape in shapes.items()]
         note = "**Not assessed.** Nothing is known here of how well they reconstruct: `saemill assess`."
-        return f"{note}\n\n{rows([[*head, 'state'], *lines])}"
+        return [note, rows([[*head, "state"], *lines])]
     entries = [entry for entry in assessment["variants"] if entry["name"] in saes]
     columns = {c: t for c, t in COLUMNS.items() if any(e["metrics"][c]["value"] is not None for e in entries)}
     lines = [
         [span(entry["name"]), *shapes[entry["name"]], *_figures(entry["metrics"], columns), entry["verdict"]]
         for entry in entries
     ]
-    return "\n\n".join([rows([[*head, *columns.values(), "verdict"], *lines]), *_reasons(entries, columns)])
+    table = rows([[*head, *columns.values(), "verdict"], *lines])
+    return [table, *_reasons(entries, columns), *_within(entries)]
 
 
 def _reasons(entries: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
@@ -300,6 +300,8 @@ def _recipe(
         n = mask["first_positions"]
         masked.append(f"the first {f'{n} positions' if n > 1 else 'position'} of each row")
     masked += [f"token {token}" for token in mask["token_ids"]]
+    if n_long := finished["n_long_tokens"]:
+        masked.append(f"{n_long:,} of more than {finished['norm_over_median']:g} times the median norm")
     revision = f" at revision {span(provenance['revision'])}" if provenance["revision"] else ""
     row_length = f", rows of {provenance['ctx_len']} tokens" if "ctx_len" in provenance else ""
     lines = [

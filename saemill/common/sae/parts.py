@@ -5,6 +5,7 @@ However it was trained, a finished SAE chooses its latents in one of two ways: t
 for all, and the gate of a Gated SAE is a threshold on its magnitude (`formats.gated`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,3 +139,16 @@ class Parts:
             if n_bad:
                 count = f"{counted(n_bad, 'value')} of {name} {'is' if n_bad == 1 else 'are'} NaN or infinite"
                 raise kind(f"{where} is of no use: {count}")
+
+
+def apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights as safetensors takes them: on the CPU, contiguous, none in another's memory (as those
+    of an encoder tied to its decoder are)."""
+    own: dict[str, Tensor] = {}
+    taken = set()
+    for name, weight in weights.items():
+        plain = weight.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        own[name] = plain.clone() if place in taken else plain
+        taken.add(place)
+    return own

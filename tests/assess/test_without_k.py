@@ -124,6 +124,7 @@ def test_a_run_is_assessed_beside_controls_of_its_mean_l0(
     for place, figures in (("first 32", cut["metrics"]), ("whole", entries[K2]["metrics"])):
         (line,) = [line for line in printed.splitlines() if place in line]
         assert f"{figures['fvu']['value']:.3f}" in line
+    assert all(words in printed for words in ("┃ architecture", "│ jumprelu", "│ matryoshka"))
     page = (tmp_path / "run" / "report.html").read_text()
     for words in ("SAEs within an SAE", "first 32", "<th>architecture</th>", "mean L0 as k", ">jumprelu<"):
         assert words in page
