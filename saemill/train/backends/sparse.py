@@ -142,6 +142,7 @@ class Sparse(ABC):
         forward = self._nan_unless_finite(gather(forward, n_tokens, self.team))
         if isinstance(aux, Pull) and task.dead.n_in_team > 0:
             dead_rows, aux_loss = pull(forward.codes, task, aux.weight * task.rates.per_square)
+            aux_loss = self.team.latents.all_reduce(aux_loss)
         seen = Seen(task.dead, n_tokens, forward.n_active, forward.cutoff)
         with region("slopes"):
             slopes = architecture.slopes(
