@@ -18,7 +18,6 @@ from saemill.hub.contents import contents_of
 from saemill.show import describe, problems
 from saemill.train.points import points_of
 from saemill.train.run import run
-from saemill.train.trainer import Trainer
 
 ONE: dict[str, Any] = {"k": (2,), "num_latents": (48,)}
 
@@ -157,4 +156,3 @@ def test_what_diverged_is_kept_as_it_is(store: ActivationStore, tmp_path: Path) 
 def test_a_variant_is_not_called_as_their_folder(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises((StoreError, ValueError), match="the name of a variant must be"):
         run(config(store, tmp_path / "r", variants=({"k": 2, "num_latents": 48, "name": "steps"},), **ONE))
-    assert Trainer.__dataclass_fields__["points"].default is None
