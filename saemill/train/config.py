@@ -8,7 +8,7 @@ from typing import Any, Literal
 from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
 from saemill.common.setting import DEVICE, about, check, default_of, identity, of, setting
-from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.mask import TrainingMask
 
 ADAM_BETAS = (0.8, 0.95)
 """FVU was lower than with Adam's own (0.9, 0.999) wherever both were tried: `docs/performance-log.md`."""
@@ -232,7 +232,9 @@ class TrainConfig:
     buffer_tokens: int = setting(262_144, "Tokens of the shuffling buffer, in whole blocks of 256", least=1)
     """Two buffers are in memory per site, three while one is being filled."""
     shuffle_seed: int = setting(0, "Seed of the stream's order", least=0, most=LARGEST)
-    mask: MaskConfig | None = setting(None, "Positions left out", by_default="those of the store")
+    mask: TrainingMask = setting(
+        TrainingMask(), "Positions and tokens left out", by_default="those of the store, and far longer ones"
+    )
     device: str = setting("auto", DEVICE, decides=False)
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto",
@@ -368,9 +370,11 @@ def check_batch(batch_size: int, ctx_len: int) -> None:
         ConfigError: it was.
     """
     most = min(ctx_len, MOST_SEQUENCES)
-    if batch_size <= most and ctx_len > 1:
-        raise ConfigError(
-            f"batch_size counts tokens, and {batch_size} are no more than one row of {ctx_len}; for "
-            f"{batch_size} rows, as sparsify counts, say {batch_size * ctx_len}; if tokens are meant, take "
-            f"more than {most}"
-        )
+    if batch_size > most or ctx_len == 1:
+        return
+    n_rows = batch_size if batch_size * ctx_len > most else 2
+    raise ConfigError(
+        f"batch_size counts tokens, and {batch_size} of them fill no more than one row of {ctx_len}; for "
+        f"{n_rows} rows, as sparsify counts, say {n_rows * ctx_len}; if tokens are meant, take more than "
+        f"{most}"
+    )

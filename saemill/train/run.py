@@ -73,7 +73,7 @@ def run(config: TrainConfig) -> list[Path]:
         schedule = _schedule(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps)
-        _check_mse(config, store, variants)
+        _check_mse(loader, variants)
         _place(config, store, variants, everyone, device)
         folder = Folder(config, store.fingerprint)
         metric = config.halving_metric or "fvu"
@@ -174,6 +174,13 @@ def _place(
                 f"latent_ranks {config.latent_ranks}: kernels torch do not split an SAE's latents; leave it "
                 "out, or train with kernels numba on CPUs, triton on GPUs"
             )
+    if any(variant.multi_topk or variant.nested_k for variant in variants):
+        if (config.latent_ranks or 1) > 1:
+            raise ConfigError(
+                f"latent_ranks {config.latent_ranks}: multi_topk and nested_k need all latents of an SAE in "
+                "one process; leave it out"
+            )
+        latent_ranks = 1
     return choose(
         variants,
         widths,
@@ -201,7 +208,8 @@ def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
     return Loader(
         store,
         sites,
-        config.mask or store.mask,
+        config.mask.positions(store.mask),
+        norm_over_median=config.mask.norm_over_median,
         batch_tokens=config.step_tokens,
         buffer_tokens=config.buffer_tokens,
         seed=config.shuffle_seed,
@@ -227,7 +235,6 @@ def _build(
     variants = list(placement.teams[everyone.rank // placement.team_size])
     # Sums of bf16 products stay in float32, as on a CPU.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    store, mask = loader.store, config.mask or loader.store.mask
     n_tokens = schedule.n_steps * config.step_tokens
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
     dtype = choose_product_dtype(config.precision, device)
@@ -236,7 +243,7 @@ def _build(
     sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
     banks = []
     for site in loader.sites:
-        scaling = scaling_of(store, site, mask, device)
+        scaling = scaling_of(loader.rows, site, device)
         sample_TD = scaling.standardise(sample[site].to(device))
         learners = [
             Learner(variant, scaling, backend, sample_TD, dead_after)
@@ -294,10 +301,10 @@ def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
     )
 
 
-def _check_mse(config: TrainConfig, store: ActivationStore, variants: list[Variant]) -> None:
+def _check_mse(loader: Loader, variants: list[Variant]) -> None:
     """Refuse a loss in units of which float32 does not hold the squares."""
     for site in {variant.site for variant in variants if variant.loss == "mse"}:
-        variance = store.site(site).statistics_under(config.mask or store.mask).total_variance
+        variance = loader.rows.statistics(site).total_variance
         if not MOST_SCALE**-0.75 < variance < MOST_SCALE**0.75:
             raise ConfigError(
                 f"loss mse is in the units of the activations at {site}, whose variance is {variance:.0e}: "
@@ -353,17 +360,21 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
     dead_after_tokens = trainer.learners[0].dead_after_tokens
     say(
         f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {placement.describe()}; products in "
-        f"{str(backend.dtype).removeprefix('torch.')} by {backend.name}; {n_steps:,} steps, {n_tokens:,} "
-        f"{unit}s ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
-        f"{dead_after_tokens:,} {unit}s; {store.text.manifest.n_held_out_rows:,} {store.text.row}s "
-        f"held out{trainer.watch.plan.describe() if trainer.watch else ''}"
+        f"{str(backend.dtype).removeprefix('torch.')} by {backend.name}; {counted(n_steps, 'step')}, "
+        f"{counted(n_tokens, unit)} ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
+        f"{counted(dead_after_tokens, unit)}; "
+        f"{counted(store.text.manifest.n_held_out_rows, store.text.row)} held out"
+        f"{trainer.watch.plan.describe() if trainer.watch else ''}"
     )
+    rows = trainer.loader.rows
+    if long := rows.describe_long():
+        say(long)
     for array in map(store.site, trainer.loader.sites):
-        for warning in warnings(array.name, array.statistics, array.dtype, unit):
+        for warning in warnings(array.name, rows.statistics(array.name), array.dtype, unit):
             say(warning)
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")
     if n_steps < FEW_STEPS:
-        say(f"{counted(n_steps, 'step')} are few to learn in: more epochs or a smaller batch may help much")
+        say(f"few steps to learn in ({n_steps}): more epochs or a smaller batch may help much")
     if trainer.step:
         say(f"continuing after step {trainer.step:,}")

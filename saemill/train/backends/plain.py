@@ -95,12 +95,13 @@ class Plain:
             best = Best(round(rule.k * n_tokens), x_TD.device)
             for chunk in self._chunks(x_TD, p):
                 best.add(pre_activations(p, x_TD[chunk], self.dtype).flatten())
-            return seen._replace(cutoff=best.cutoff(self.team) * BELOW)
+            return seen._replace(cutoff=best.cutoff(self.team)[0] * BELOW)
         if isinstance(rule, Above):
             count_F = torch.zeros_like(p.b_enc_F)
             for chunk in self._chunks(x_TD, p):
                 count_F += (pre_activations(p, x_TD[chunk], self.dtype) > rule.threshold_F).sum(0)
-            return seen._replace(count_F=self.team.tokens.all_reduce(count_F))
+            count_F = self.team.tokens.all_reduce(count_F)
+            return seen._replace(count_F=count_F, n_active=count_F.sum())
         return seen
 
 

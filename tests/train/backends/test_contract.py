@@ -7,7 +7,6 @@ torch.optim.AdamW or SGD, and renormalised rows.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from steps import GPU, make_bank, planted
 from torch import Tensor
 
 from saemill.train.arch.topk import TopK
+from saemill.train.backends import sparse
 from saemill.train.backends.base import Above, Auxiliary, BatchLargest, Dead, Losses, Parameters, Seen
 from saemill.train.backends.cpu import backend as cpu
 from saemill.train.config import BY_K
@@ -153,7 +153,8 @@ def seen(learner: Learner, p: Parameters, x_TD: Tensor) -> Seen:
         # Less than it by more than a product's rounding.
         return known._replace(cutoff=best[round(rule.k * len(x_TD)) - 1].detach() * (1 - 1e-9))
     if isinstance(rule, Above):
-        return known._replace(count_F=(pre_TF > rule.threshold_F).sum(0).double().detach())
+        count_F = (pre_TF > rule.threshold_F).sum(0).double().detach()
+        return known._replace(count_F=count_F, n_active=count_F.sum())
     return known
 
 
@@ -202,6 +203,7 @@ def stepped(learner: Learner, x_TD: Tensor) -> tuple[dict[str, Tensor], float]:
 def test_a_step_is_that_of_the_definition(kernels: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: float64 autograd of `loss`, torch.optim."""
     monkeypatch.setattr(cpu, "multiplies_8_bits", lambda d: kernels == "numba 8-bit")
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 2.0)  # no step is dense, though few latents make a share large
     learner = learner_of(case, kernels)
     (x_TD,) = planted(1, case.t, case.d, learner.parameters.b_D.device)
     if case.spoil == "one token over again":
@@ -292,11 +294,15 @@ def test_a_step_that_is_not_healthy_changes_nothing(kernels: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters.named.values(), strict=True))
 
 
-@pytest.mark.parametrize("kernels", BACKENDS[1:])
-def test_a_rule_without_passes_is_refused(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the error, in place of a step by another rule."""
-    learner = learner_of(Case(), kernels)
-    odd = NamedTuple("Odd", [("k", int)])(4)
-    monkeypatch.setattr(TopK, "rule", lambda self, p: odd)
-    with pytest.raises(TypeError, match="no passes for codes by Odd"):
-        stepped(learner, planted(1, 23, 12, learner.parameters.b_D.device)[0])
+@pytest.mark.parametrize("name", ["jumprelu", "batchtopk", "gated"])
+def test_a_dense_step_is_that_of_plain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: `Plain` with the same weights, bit by bit; copies of the weights follow."""
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 0.0)
+    learners = [learner_of(CASES[name], kernels) for kernels in ("torch", "numba")]
+    for learner in learners:
+        stepped(learner, planted(1, 23, 12)[0])
+    plain, dense = learners
+    for name, parameter in plain.parameters.named.items():
+        assert torch.equal(parameter, dense.parameters.named[name])
+    assert torch.equal(dense.weights.product_FD, dense.parameters.w_enc_FD)
+    assert plain.totals.window() == dense.totals.window()
