@@ -13,6 +13,13 @@ from saemill.common.stores.mask import TrainingMask
 ADAM_BETAS = (0.8, 0.95)
 """FVU was lower than with Adam's own (0.9, 0.999) wherever both were tried: `docs/performance-log.md`."""
 
+MULTIPLES = (
+    ("wandb_log_frequency", "log_every"),
+    ("eval_every", "log_every"),
+    ("eval_losses_every", "log_every"),
+    ("eval_losses_every", "eval_every"),
+)
+"""Steps between events that come with others, and the steps between those."""
 MOST_SEQUENCES = 512
 """No more make a batch where batches are counted in sequences."""
 
@@ -192,6 +199,36 @@ class TrainConfig:
     )
     save_every: int = setting(1000, "Steps between checkpoints", decides=False, least=1)
     log_every: int = setting(10, "Steps between log lines", decides=False, least=1)
+    eval_every: int | None = setting(
+        None,
+        "Steps between measurements on held-out rows, a multiple of log-every; 0 for none",
+        by_default="a 10th of the run, at least 500",
+        decides=False,
+        least=0,
+    )
+    """SAEs are measured as they will be used: with thresholds where they will have them. By default
+    none in runs of fewer steps than that, and none of a store without held-out rows."""
+    eval_tokens: int | None = setting(
+        None, "Most held-out tokens to measure on", by_default="8192", decides=False, least=1
+    )
+    eval_losses_every: int | None = setting(
+        None,
+        "Steps between measurements of the model's losses with each SAE spliced in, a multiple of eval-every",
+        by_default="none",
+        decides=False,
+        least=1,
+    )
+    """Measured at the end as well."""
+    eval_losses_tokens: int | None = setting(
+        None, "Most tokens for these losses, in whole rows", by_default="4096", decides=False, least=1
+    )
+    model: str | None = setting(
+        None, "The model, if not where it was cached from; for eval-losses-every", decides=False
+    )
+    n_checkpoints: int = setting(
+        0, "SAEs to keep of each variant on the way, evenly spaced", decides=False, least=0
+    )
+    """In RUN/steps/<step>, each a run that can be assessed."""
     buffer_tokens: int = setting(262_144, "Tokens of the shuffling buffer, in whole blocks of 256", least=1)
     """Two buffers are in memory per site, three while one is being filled."""
     shuffle_seed: int = setting(0, "Seed of the stream's order", least=0, most=LARGEST)
@@ -265,6 +302,10 @@ class TrainConfig:
             "run_name": (no_wandb, "without log_to_wandb"),
             "wandb_log_frequency": (no_wandb, "without log_to_wandb"),
             "halving_metric": (self.halving == 0, "without halving"),
+            "eval_tokens": (self.eval_every == 0, "with eval_every 0"),
+            "eval_losses_every": (self.eval_every == 0, "with eval_every 0"),
+            "eval_losses_tokens": (self.eval_losses_every is None, "without eval_losses_every"),
+            "model": (self.eval_losses_every is None, "without eval_losses_every"),
         }
         for name, (idle, why) in without_effect.items():
             if idle and getattr(self, name) is not None:
@@ -272,11 +313,10 @@ class TrainConfig:
         self._check_architectures()
         if self.wandb_artifacts and no_wandb:
             raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
-        if self.wandb_log_frequency is not None and self.wandb_log_frequency % self.log_every:
-            raise ConfigError(
-                f"wandb_log_frequency must be a multiple of log_every ({self.log_every} steps), "
-                f"got {self.wandb_log_frequency}"
-            )
+        for name, base in MULTIPLES:
+            value, of_steps = getattr(self, name), getattr(self, base)
+            if value and of_steps and value % of_steps:
+                raise ConfigError(f"{name} must be a multiple of {base} ({of_steps} steps), got {value}")
         if self.max_tokens is not None and self.epochs is not None:
             raise ConfigError("give max_tokens or epochs, not both")
 

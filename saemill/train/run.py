@@ -22,6 +22,7 @@ from saemill.train.config import TrainConfig, check_batch
 from saemill.train.export import export, save_saes
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
+from saemill.train.points import Points, points_of
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.record.folder import Folder
 from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
@@ -34,6 +35,8 @@ from saemill.train.sweep.schedule import Schedule
 from saemill.train.sweep.variants import Variant, of_config
 from saemill.train.tracking import follow
 from saemill.train.trainer import Trainer
+from saemill.train.watch.plan import plan_of
+from saemill.train.watch.watch import Watch
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
@@ -75,11 +78,15 @@ def run(config: TrainConfig) -> list[Path]:
         folder = Folder(config, store.fingerprint)
         metric = config.halving_metric or "fvu"
         halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
+        watch = _watch(config, loader, schedule)
+        points = points_of(config.out, config.n_checkpoints, schedule.n_steps)
         if everyone.first(folder.is_finished):
             return [config.out / variant.name for variant in variants]
         everyone.first(lambda: check_machine(config))
         everyone.first(lambda: folder.lock(resources))
-        trainer = _train(config, folder.run, loader, schedule, halving, everyone, device, stop, resources)
+        trainer = _train(
+            config, folder.run, loader, schedule, halving, watch, points, everyone, device, stop, resources
+        )
         return export(config.out, variants, store, trainer, halving)
 
 
@@ -89,6 +96,8 @@ def _train(
     loader: Loader,
     schedule: Schedule,
     halving: Halving,
+    watch: Watch | None,
+    points: Points,
     everyone: Group,
     device: torch.device,
     stop: Event,
@@ -109,7 +118,9 @@ def _train(
             idle_allowed = bool(halving.past)
             placement = _place(config, loader.store, halving.alive, everyone, device, idle_allowed)
             trainer = _build(config, loader, schedule, placement, everyone, device, stop)
-            trainer.run_hash = run_hash
+            trainer.run_hash, trainer.watch, trainer.points = run_hash, watch, points
+            if watch is not None:
+                everyone.together(partial(watch.prepare, trainer.learners))
             trainer.resume()
             if end == ends[0]:
                 _check_profile(trainer, end)
@@ -203,6 +214,12 @@ def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
         buffer_tokens=config.buffer_tokens,
         seed=config.shuffle_seed,
     )
+
+
+def _watch(config: TrainConfig, loader: Loader, schedule: Schedule) -> Watch | None:
+    """Plan the measurements on held-out text, if there are to be any."""
+    plan = plan_of(config, loader.store, loader.mask, schedule.n_steps)
+    return Watch(plan, loader.store, loader.mask, config.model) if plan else None
 
 
 def _build(
@@ -347,6 +364,7 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
         f"{counted(n_tokens, unit)} ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
         f"{counted(dead_after_tokens, unit)}; "
         f"{counted(store.text.manifest.n_held_out_rows, store.text.row)} held out"
+        f"{trainer.watch.plan.describe() if trainer.watch else ''}"
     )
     rows = trainer.loader.rows
     if long := rows.describe_long():
