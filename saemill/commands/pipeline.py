@@ -73,7 +73,7 @@ def cache(config: CacheConfig) -> None:
     *("l1_coefficient", "lp_norm", "decoder_rows", "penalty_warmup_steps"),
     *("batch_size", "max_tokens", "epochs", "grad_acc_steps"),
     *("optimizer", "optimizer_state", "adam_betas", "weight_decay"),
-    *("warmup_steps", "lr_decay", "lr_decay_fraction"),
+    *("warmup_steps", "lr_schedule", "lr_end", "lr_cycles", "lr_decay", "lr_decay_fraction"),
     *("auxk_alpha", "k_aux", "dead_after_tokens", "loss", "b_dec_init"),
     *("buffer_tokens", "shuffle_seed", "save_every", "log_every", "resume"),
     flag("profile", "--profile"),

@@ -21,6 +21,8 @@ BY_K = ("topk", "batchtopk", "matryoshka")
 """Architectures that keep a given number of latents."""
 BY_L1 = ("relu", "gated")
 """Architectures whose codes are kept small by a penalty on their sum."""
+LrSchedule = Literal["constant", "linear", "cosine", "cosine_restarts"]
+LrDecay = Literal["none", "linear", "cosine"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,9 +158,17 @@ class TrainConfig:
     warmup_steps: int | None = setting(
         None, "Optimizer steps of linear warm-up", by_default="a 20th of the run, at most 1000", least=0
     )
-    lr_decay: Literal["none", "linear", "cosine"] = setting(
-        "linear", "How the rate falls to 0 at the end", metavar="KIND"
+    lr_schedule: LrSchedule = setting(
+        "constant", "How the rate goes between warm-up and final decay", metavar="KIND"
     )
+    lr_end: float | None = setting(
+        None,
+        "Share of the peak rate at which linear and cosine schedules end",
+        by_default="0.1, and 0 with lr-decay none",
+        within="[0, 1]",
+    )
+    lr_cycles: int | None = setting(None, "Times that cosine_restarts goes down", by_default="2", least=1)
+    lr_decay: LrDecay = setting("linear", "How the rate falls to 0 at the end", metavar="KIND")
     lr_decay_fraction: float | None = setting(
         None, "Share of the run over which it falls", by_default="0.2", within="[0, 1]"
     )
@@ -256,6 +266,8 @@ class TrainConfig:
         check(self)
         no_wandb = not self.log_to_wandb
         without_effect = {
+            "lr_end": (self.lr_schedule == "constant", "with lr_schedule constant"),
+            "lr_cycles": (self.lr_schedule != "cosine_restarts", "without lr_schedule cosine_restarts"),
             "lr_decay_fraction": (self.lr_decay == "none", "with lr_decay none"),
             "k_aux": (self.auxk_alpha == 0 and not self.variants, "with auxk_alpha 0"),
             "wandb_project": (no_wandb, "without log_to_wandb"),
@@ -267,6 +279,8 @@ class TrainConfig:
         for name, (idle, why) in without_effect.items():
             if idle and getattr(self, name) is not None:
                 raise ConfigError(f"{name} has no effect {why}; leave it out")
+        if self.lr_end == 0 and self.lr_decay != "none":
+            raise ConfigError(f"lr_decay {self.lr_decay} has no effect with lr_end 0; say lr_decay none")
         self._check_architectures()
         if self.wandb_artifacts and no_wandb:
             raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
@@ -290,6 +304,13 @@ class TrainConfig:
     def decay_fraction(self) -> float:
         """`lr_decay_fraction` with its default."""
         return 0.2 if self.lr_decay_fraction is None else self.lr_decay_fraction
+
+    @property
+    def course_end(self) -> float:
+        """`lr_end` with its default; 1 where the rate is constant."""
+        if self.lr_schedule == "constant":
+            return 1.0
+        return (0.0 if self.lr_decay == "none" else 0.1) if self.lr_end is None else self.lr_end
 
     @property
     def step_tokens(self) -> int:

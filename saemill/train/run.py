@@ -269,12 +269,22 @@ def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
             f"warmup_steps must be fewer than the run's {n_steps:,} steps, got {warmup:,}; "
             "lower --warmup-steps or train longer"
         )
-    return Schedule(
+    schedule = Schedule(
         n_steps=n_steps,
         warmup_steps=min(MOST_WARMUP_STEPS, n_steps // 20) if warmup is None else warmup,
         decay=config.lr_decay,
         decay_steps=round(config.decay_fraction * n_steps),
+        course=config.lr_schedule,
+        end=config.course_end,
+        n_cycles=(config.lr_cycles or 2) if config.lr_schedule == "cosine_restarts" else 1,
     )
+    if config.lr_schedule != "constant" and schedule.course_steps < schedule.n_cycles:
+        raise ConfigError(
+            f"lr_schedule {config.lr_schedule} has {max(0, schedule.course_steps):,} of the run's {n_steps:,} "
+            f"steps between warm-up and decay, and needs {schedule.n_cycles:,} or more; lower warmup_steps, "
+            "lr_decay_fraction or lr_cycles, or train longer"
+        )
+    return schedule
 
 
 def _check_mse(config: TrainConfig, store: ActivationStore, variants: list[Variant]) -> None:
