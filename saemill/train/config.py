@@ -23,6 +23,9 @@ BY_L1 = ("relu", "gated")
 """Architectures whose codes are kept small by a penalty on their sum."""
 LrSchedule = Literal["constant", "linear", "cosine", "cosine_restarts"]
 LrDecay = Literal["none", "linear", "cosine"]
+OptimizerName = Literal["adam", "sgd", "signum", "muon"]
+ADAMW_DECAY = 0.01
+"""Weight decay of adamw by default, torch's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +139,7 @@ class TrainConfig:
     lr: tuple[Literal["auto"] | float, ...] = setting(
         ("auto",), "Peak learning rates; auto goes by width, latents and steps", metavar="LR,…", axis="lr"
     )
-    """auto is for adam: `variants.auto_lr`."""
+    """auto is for all but sgd: `variants.auto_lr`."""
     seeds: tuple[int, ...] = setting((0,), "Seeds of the initial weights", axis="s", least=0, most=LARGEST)
     variants: tuple[Mapping[str, Any], ...] = setting((), "Variants listed one by one")
     """Each with any of the settings of `variants.Variant`, or expansion_factor."""
@@ -147,14 +150,27 @@ class TrainConfig:
     """More than the store has means several epochs."""
     epochs: int | None = setting(None, "Passes over the store, in place of max-tokens", least=1)
     """1 if neither is given."""
-    optimizer: Literal["adam", "sgd"] = setting("adam", "Optimizer")
+    optimizer: OptimizerName | Literal["adamw"] = setting("adam", "Optimizer", metavar="NAME")
+    """adamw is adam with weight decay."""
     optimizer_state: Literal["fp32", "bf16", "8bit"] = setting(
         "fp32", "How Adam's moments are kept", metavar="TYPE"
     )
     """8, 4 or 2 bytes per weight."""
     adam_betas: tuple[float, float] = setting(ADAM_BETAS, "β₁ and β₂ of Adam")
-    weight_decay: float = setting(0.0, "Decoupled weight decay of the encoder", least=0, most=LARGEST)
+    weight_decay: float | None = setting(
+        None,
+        "Decoupled weight decay of the encoder",
+        by_default="0, with adamw 0.01",
+        least=0,
+        most=LARGEST,
+    )
     """The decoder's rows have unit length and do not decay."""
+    weight_average: float | None = setting(
+        None,
+        "Share of a moving average of the weights that a step keeps, as 0.999; the SAE has the average",
+        by_default="off",
+        within="(0, 1)",
+    )
     warmup_steps: int | None = setting(
         None, "Optimizer steps of linear warm-up", by_default="a 20th of the run, at most 1000", least=0
     )

@@ -150,5 +150,6 @@ def _update(task: Task, gradients: dict[str, Tensor]) -> None:
     for name, gradient in gradients.items():
         decay = rates.weight_decay if name == "w_enc" else 0.0
         task.optimizer.update(name, slice(0, len(gradient)), gradient, rates.lr, decay)
+    task.optimizer.end_step()
     if unit:
         w_dec_FD.div_(torch.linalg.vector_norm(w_dec_FD, dim=1, keepdim=True))
