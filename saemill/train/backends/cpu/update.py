@@ -69,6 +69,10 @@ def _update(task: Task, e_TD: Tensor, pairs: Pairs, dead: DeadRows | None, team:
     blocks = list(chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES))
     each(list(zip(blocks, _dead_slices(blocks, dead), strict=True)), step)
     optimizer.update("b", slice(None), db_D, rates.lr)
+    if optimizer.end_step():
+        with region("optimizer"):
+            w_dec_FD.div_(torch.linalg.vector_norm(w_dec_FD, dim=1, keepdim=True))
+            weights.refresh()
 
 
 def _dead_slices(blocks: list[slice], dead: DeadRows | None) -> list[slice]:
