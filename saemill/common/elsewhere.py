@@ -246,7 +246,9 @@ SAELENS = {
     ),
     "l0_warm_up_steps": PENALTY_WARMUP,
     "target_l0": Setting("`--target-l0`", "a list; with jumprelu, 32 by default"),
-    "pre_act_loss_coefficient": Setting("`--set train.preact_coefficient=`", "with jumprelu, of dead latents"),
+    "pre_act_loss_coefficient": Setting(
+        "`--set train.preact_coefficient=`", "with jumprelu, of dead latents"
+    ),
     "jumprelu_init_threshold": Setting("", "the threshold that the target L0 passes at the start"),
     "jumprelu_bandwidth": BANDWIDTH,
     "jumprelu_sparsity_loss_mode": Setting(

@@ -135,7 +135,9 @@ def test_their_words_get_an_answer(arguments: tuple[str, ...], told: str) -> Non
     assert told in output(*arguments)
 
 
-@pytest.mark.parametrize("name", ["l1_warm_up_steps", "n_checkpoints", "begin_batch_token", "micro_acc_steps"])
+@pytest.mark.parametrize(
+    "name", ["l1_warm_up_steps", "n_checkpoints", "begin_batch_token", "micro_acc_steps"]
+)
 def test_their_settings_get_an_answer(name: str) -> None:
     """Oracle: the table's words in the error of a config file."""
     with pytest.raises(ConfigError, match=re.escape(str(elsewhere.answer(name)))):

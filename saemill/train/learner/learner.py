@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saemill.common.sae.parts import Parts, SaeConfig
 from saemill.train.arch import initial
-from saemill.train.learner.architecture import architecture_of
 from saemill.train.backends.base import Backend, Batch, Dead, Parameters, Rates, Task
+from saemill.train.learner.architecture import architecture_of
 from saemill.train.learner.totals import CutoffAverage, Totals
 from saemill.train.objective.squared_error import per_square
 from saemill.train.optim.average import WeightAverage

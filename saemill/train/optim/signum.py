@@ -24,7 +24,7 @@ class Signum:
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.parameters = parameters
-        self.z = {name: zeros(*p.shape, device=p.device).copy_(p) for name, p in parameters.items()}
+        self.z = {name: zeros(*p.shape, device=p.device) for name, p in parameters.items()}
         self.n_steps = 0
         self.rates = torch.zeros(2, dtype=torch.float64)
         """The largest rate so far, and the sum of its squares at every step."""
@@ -32,7 +32,10 @@ class Signum:
         """Weight of this step's z in the average."""
 
     def begin_step(self, lr: float) -> None:
-        """Count a step; every row is then updated once."""
+        """Count a step; every row is then updated once. z begins where the parameters are at the first."""
+        if self.n_steps == 0:
+            for name, z in self.z.items():
+                z.copy_(self.parameters[name])
         self.n_steps += 1
         largest = max(lr, float(self.rates[0]))
         self.rates.copy_(torch.tensor([largest, float(self.rates[1]) + largest**2]))

@@ -217,9 +217,7 @@ def _inherited(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
     if optimizer == "signum":
         without = (*without, "weight_average")
     return {
-        name: value
-        for name, value in common.items()
-        if name not in without and applies(name, architecture)
+        name: value for name, value in common.items() if name not in without and applies(name, architecture)
     }
 
 

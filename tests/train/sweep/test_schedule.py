@@ -57,7 +57,9 @@ def of_torch(schedule: Schedule) -> list[float]:
         ("cosine_restarts", 0.1, 4),
     ],
 )
-def test_the_factors_are_torchs(course: Any, end: float, n_cycles: int, warmup_steps: int, decay: Any) -> None:
+def test_the_factors_are_torchs(
+    course: Any, end: float, n_cycles: int, warmup_steps: int, decay: Any
+) -> None:
     """Oracle: LinearLR, CosineAnnealingLR and CosineAnnealingWarmRestarts of torch, one after another."""
     n_steps = warmup_steps + 80 + (20 if decay == "linear" else 0)
     schedule = Schedule(n_steps, warmup_steps, decay, 20, course, end, n_cycles)
