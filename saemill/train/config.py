@@ -165,6 +165,12 @@ class TrainConfig:
         most=LARGEST,
     )
     """The decoder's rows have unit length and do not decay."""
+    clip_grad_norm: float | None = setting(
+        None,
+        "Norm of the gradient of all parameters to which a larger one is brought",
+        by_default="off",
+        within="(0, inf)",
+    )
     weight_average: float | None = setting(
         None,
         "Share of a moving average of the weights that a step keeps, as 0.999; the SAE has the average",

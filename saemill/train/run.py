@@ -280,8 +280,8 @@ def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
     )
     if config.lr_schedule != "constant" and schedule.course_steps < schedule.n_cycles:
         raise ConfigError(
-            f"lr_schedule {config.lr_schedule} has {max(0, schedule.course_steps):,} of the run's {n_steps:,} "
-            f"steps between warm-up and decay, and needs {schedule.n_cycles:,} or more; lower warmup_steps, "
+            f"lr_schedule {config.lr_schedule} needs {schedule.n_cycles:,} steps from warm-up to decay, and "
+            f"has {max(0, schedule.course_steps):,} of the run's {n_steps:,}; lower warmup_steps, "
             "lr_decay_fraction or lr_cycles, or train longer"
         )
     return schedule

@@ -18,6 +18,7 @@ from saemill.train.arch import dense, initial
 from saemill.train.backends.base import (
     Auxiliary,
     BatchLargest,
+    Codes,
     Groups,
     Inference,
     Largest,
@@ -25,6 +26,7 @@ from saemill.train.backends.base import (
     Parameters,
     Rule,
     Seen,
+    Slopes,
 )
 from saemill.train.backends.plain import pre_activations
 from saemill.train.backends.team import Team
@@ -77,6 +79,25 @@ class BatchTopK:
         else:
             codes_TF = dense.keep_from(pre_TF, seen.cutoff)
         return dense.grouped(self.groups, self.auxiliary, p, pre_TF, codes_TF, x_TD, seen)
+
+    def codes(self, p: Parameters, found: Codes) -> Codes:
+        """Return what the rule found: the codes themselves."""
+        return found
+
+    def held_codes(self, codes: Codes) -> None:
+        """Return None: there is no second reconstruction."""
+
+    def slopes(
+        self,
+        p: Parameters,
+        codes: Codes,
+        seen: Seen,
+        dot_TK: Tensor,
+        held_dot_TK: Tensor | None,
+        per_square: float,
+    ) -> Slopes:
+        """Compute the gradient at the pre-activations: that of the codes where they are not 0."""
+        return Slopes((dot_TK * (2 * per_square)).where(codes.val_TK > 0, 0))
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: with one threshold, or as TopK."""

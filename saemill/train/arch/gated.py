@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from saemill.train.arch import initial
-from saemill.train.backends.base import Above, Inference, Losses, Parameters, Seen
+from saemill.train.backends.base import (
+    Above,
+    Codes,
+    Inference,
+    Losses,
+    Parameters,
+    Seen,
+    Slopes,
+)
 from saemill.train.backends.plain import pre_activations
 from saemill.train.backends.team import Team
 
@@ -57,6 +65,44 @@ class Gated:
         gate_e_TD = open_TF @ p.w_dec_FD.detach() + p.b_D.detach() - x_TD
         penalty = self.coefficient * d**0.5 * open_TF.sum()
         return Losses(e_TD.square().sum(), gate_e_TD.square().sum() + penalty, codes_TF)
+
+    def codes(self, p: Parameters, found: Codes) -> Codes:
+        """Compute the magnitudes where the gate is open."""
+        magnitude_TK = self._magnitude(p, found.val_TK, found.idx_TK)
+        return found._replace(val_TK=magnitude_TK.relu().where(found.used_TK, 0), pre_TK=found.val_TK)
+
+    def _magnitude(self, p: Parameters, gate_TK: Tensor, idx_TK: Tensor) -> Tensor:
+        r_F, b_mag_F = p.further_F["r_mag"], p.further_F["b_mag"]
+        return r_F.exp()[idx_TK] * (gate_TK - p.b_enc_F[idx_TK]) + b_mag_F[idx_TK]
+
+    def held_codes(self, codes: Codes) -> Codes:
+        """Return the gate's pre-activations as codes."""
+        assert codes.pre_TK is not None
+        return codes._replace(val_TK=codes.pre_TK)
+
+    def slopes(
+        self,
+        p: Parameters,
+        codes: Codes,
+        seen: Seen,
+        dot_TK: Tensor,
+        held_dot_TK: Tensor | None,
+        per_square: float,
+    ) -> Slopes:
+        """Compute the gradients of both paths, as `loss` has them."""
+        assert codes.pre_TK is not None and held_dot_TK is not None
+        idx_TK, gate_TK, n_latents = codes.idx_TK, codes.pre_TK, len(p.b_enc_F)
+        weight = self.coefficient * p.w_dec_FD.shape[1] ** 0.5 * per_square
+        dgate_TK = (held_dot_TK * (2 * per_square) + weight).where(codes.used_TK, 0)
+        dmag_TK = (dot_TK * (2 * per_square)).where(codes.val_TK > 0, 0)
+        dlinear_TK = dmag_TK * p.further_F["r_mag"].exp()[idx_TK]
+        dr_TK = dlinear_TK * (gate_TK - p.b_enc_F[idx_TK])
+        further_F = {
+            "r_mag": codes.by_latent(dr_TK, n_latents),
+            "b_mag": codes.by_latent(dmag_TK, n_latents),
+        }
+        db_enc_F = codes.by_latent(dgate_TK, n_latents)
+        return Slopes(dlinear_TK + dgate_TK, further_F, db_enc_F, aux_loss=weight * gate_TK.sum())
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: the gate is a threshold on the magnitude."""

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from saemill.train.backends.base import Parameters, chunks
-from saemill.train.backends.sparse import Codes, decode, encode, fold_bias, own_codes
+from saemill.train.backends.base import Codes, Parameters, chunks
+from saemill.train.backends.sparse import decode, encode, fold_bias, own_codes
 from saemill.train.backends.team import Team
 
 CHUNK_BYTES = {"cpu": 1 << 24}
@@ -84,7 +84,7 @@ def _codes(sample_TD: Tensor, p: Parameters, k: int) -> Codes:
         encode(sample_TD[chunk], p.w_enc_FD, bias_F, k, scratch_TF)
         for chunk in chunks(n_tokens, 1, len(scratch_TF))
     ]
-    return Codes(*(torch.cat(pieces) for pieces in zip(*codes, strict=True)))
+    return Codes(torch.cat([some.val_TK for some in codes]), torch.cat([some.idx_TK for some in codes]))
 
 
 def geometric_median(x_TD: Tensor, n_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from saemill.train.arch import initial
-from saemill.train.backends.base import Above, Inference, Losses, Parameters, Seen
+from saemill.train.backends.base import (
+    Above,
+    Codes,
+    Inference,
+    Losses,
+    Parameters,
+    Pull,
+    Seen,
+    Slopes,
+)
 from saemill.train.backends.plain import pre_activations
 from saemill.train.backends.team import Team
 
@@ -42,8 +51,12 @@ class JumpRelu:
 
     further = ("threshold",)
     unit_rows = True
-    auxiliary = None
     groups = None
+
+    @property
+    def auxiliary(self) -> Pull | None:
+        """Return what dead latents learn."""
+        return Pull(self.preact) if self.preact else None
 
     def at(self, step: int) -> Self:
         """Return it with the penalty's weight of a step."""
@@ -64,10 +77,10 @@ class JumpRelu:
 
     def weights_F(self, seen: Seen, d: int) -> Tensor:
         """Compute what one more token on which a latent is active adds to the loss, in squared units."""
-        assert seen.count_F is not None
+        assert seen.count_F is not None and seen.n_active is not None
         weight_F = torch.full_like(seen.count_F, self.coefficient * d)
         if self.target_l0 is not None:
-            l0 = seen.count_F.sum() / seen.n_tokens
+            l0 = seen.n_active / seen.n_tokens
             weight_F *= 2 * (l0 / self.target_l0 - 1) / self.target_l0
         if self.most_density is not None:
             weight_F += self.coefficient * d * (seen.count_F > self.most_density * seen.n_tokens)
@@ -89,6 +102,46 @@ class JumpRelu:
         dead_S = seen.dead.latents_S
         below_TS = torch.relu(theta_F[dead_S] - pre_TF[:, dead_S])
         return Losses(e_TD.square().sum(), aux + self.preact * d**0.5 * below_TS.sum(), codes_TF)
+
+    def codes(self, p: Parameters, found: Codes) -> Codes:
+        """Keep what is above its threshold, of all within the bandwidth."""
+        pre_TK = found.val_TK
+        active_TK = (pre_TK > self.rule(p).threshold_F[found.idx_TK]) & found.used_TK
+        return found._replace(val_TK=pre_TK.where(active_TK, 0), pre_TK=pre_TK)
+
+    def held_codes(self, codes: Codes) -> None:
+        """Return None: there is no second reconstruction."""
+
+    def slopes(
+        self,
+        p: Parameters,
+        codes: Codes,
+        seen: Seen,
+        dot_TK: Tensor,
+        held_dot_TK: Tensor | None,
+        per_square: float,
+    ) -> Slopes:
+        """Compute the gradients at pre-activations and thresholds, as `loss` has them."""
+        rule, unit = self.rule(p), p.w_dec_FD.shape[1] ** 0.5
+        assert codes.pre_TK is not None
+        theta_TK, active_TK = rule.threshold_F[codes.idx_TK], codes.val_TK > 0
+        near_TK = ((codes.pre_TK - theta_TK).abs() < rule.bandwidth / 2) & codes.used_TK
+        n_latents, dcode_TK = len(p.b_enc_F), dot_TK * (2 * per_square)
+        count_F = codes.by_latent(active_TK.float(), n_latents)
+        at_theta_TK = torch.zeros_like(dcode_TK)
+        if self.penalty == "tanh":
+            tanh_TK, weight = torch.tanh(4 * codes.val_TK / unit), self.coefficient * unit * per_square
+            dcode_TK = dcode_TK + 4 * weight * (1 - tanh_TK.square())
+            aux_loss = weight * unit * tanh_TK.sum()
+        else:
+            weight_F = self.weights_F(seen._replace(count_F=count_F), p.w_dec_FD.shape[1]) * per_square
+            at_theta_TK, aux_loss = weight_F[codes.idx_TK], (weight_F * count_F).sum()
+        dtheta_TK = (theta_TK * dcode_TK + at_theta_TK).where(near_TK, 0) / -rule.bandwidth
+        dtheta_F = codes.by_latent(dtheta_TK, n_latents)
+        if self.preact:
+            dead_S = seen.dead.latents_S
+            dtheta_F[dead_S] += self.preact * unit * per_square * (seen.n_tokens - count_F[dead_S])
+        return Slopes(dcode_TK.where(active_TK, 0), {"threshold": dtheta_F * unit}, aux_loss=aux_loss)
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: itself."""

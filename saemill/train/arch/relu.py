@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from saemill.train.arch import initial
-from saemill.train.backends.base import Above, Inference, Losses, Parameters, Seen
+from saemill.train.backends.base import (
+    Above,
+    Codes,
+    Inference,
+    Losses,
+    Parameters,
+    Seen,
+    Slopes,
+)
 from saemill.train.backends.plain import pre_activations
 from saemill.train.backends.team import Team
 
@@ -58,6 +66,34 @@ class Relu:
         sizes_TF = torch.where(active_TF, codes_TF, 1) * size_F
         penalty = torch.where(active_TF, sizes_TF**self.power, 0).sum()
         return Losses(e_TD.square().sum(), self.coefficient * d * penalty, codes_TF)
+
+    def codes(self, p: Parameters, found: Codes) -> Codes:
+        """Return what the rule found: the codes themselves."""
+        return found
+
+    def held_codes(self, codes: Codes) -> None:
+        """Return None: there is no second reconstruction."""
+
+    def slopes(
+        self,
+        p: Parameters,
+        codes: Codes,
+        seen: Seen,
+        dot_TK: Tensor,
+        held_dot_TK: Tensor | None,
+        per_square: float,
+    ) -> Slopes:
+        """Compute the gradient at the pre-activations, and on the norms of free rows, as `loss` has them."""
+        val_TK, n_latents, d = codes.val_TK, len(p.b_enc_F), p.w_dec_FD.shape[1]
+        norm_F, active_TK = p.w_dec_FD.norm(dim=1), val_TK > 0
+        weight, norm_TK = self.coefficient * d * per_square, norm_F[codes.idx_TK] / d**0.5
+        size_TK = (val_TK * norm_TK).where(active_TK, 1)
+        penalty_TK = weight * (size_TK**self.power).where(active_TK, 0)
+        dval_TK = dot_TK * (2 * per_square) + self.power * penalty_TK / val_TK.where(active_TK, 1)
+        toward_F = None
+        if not self.unit_rows:
+            toward_F = self.power * codes.by_latent(penalty_TK, n_latents) / norm_F.square()
+        return Slopes(dval_TK.where(active_TK, 0), toward_F=toward_F, aux_loss=penalty_TK.sum())
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: thresholds of 0, and rows of unit length."""

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from saemill.train.arch import dense, initial
-from saemill.train.backends.base import Auxiliary, Groups, Inference, Largest, Losses, Parameters, Seen
+from saemill.train.backends.base import (
+    Auxiliary,
+    Codes,
+    Groups,
+    Inference,
+    Largest,
+    Losses,
+    Parameters,
+    Seen,
+    Slopes,
+)
 from saemill.train.backends.plain import pre_activations
 from saemill.train.backends.team import Team
 
@@ -85,6 +95,25 @@ class TopK:
         pre_TF = pre_activations(p, x_TD, dtype)
         codes_TF = dense.keep_largest(pre_TF, self.rule(p).k)
         return dense.grouped(self.groups, self.auxiliary, p, pre_TF, codes_TF, x_TD, seen)
+
+    def codes(self, p: Parameters, found: Codes) -> Codes:
+        """Return what the rule found: the codes themselves."""
+        return found
+
+    def held_codes(self, codes: Codes) -> None:
+        """Return None: there is no second reconstruction."""
+
+    def slopes(
+        self,
+        p: Parameters,
+        codes: Codes,
+        seen: Seen,
+        dot_TK: Tensor,
+        held_dot_TK: Tensor | None,
+        per_square: float,
+    ) -> Slopes:
+        """Compute the gradient at the pre-activations: that of the codes where they are not 0."""
+        return Slopes((dot_TK * (2 * per_square)).where(codes.val_TK > 0, 0))
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: itself."""

@@ -1,4 +1,4 @@
-"""AuxK (Gao et al. 2024, A.2): the rows of dead latents learn to reconstruct the residual."""
+"""What dead latents learn: AuxK, by which they fit the residual; or a pull up to their thresholds."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saemill.common.sae.topk import topk
-from saemill.train.backends.base import Batch, Dead, Weights, chunks
+from saemill.train.backends.base import Above, Batch, Codes, Dead, Task, Weights, chunks
 
 if TYPE_CHECKING:
     from saemill.train.backends.sparse import Forward, Sparse
@@ -76,6 +76,39 @@ def auxk(
     twice = 2 * scale
     rows = DeadRows(dead_S, grad_enc_SD.mul_(twice), grad_bias_S.mul_(twice), grad_dec_SD.mul_(twice))
     return rows, squares * scale
+
+
+def pull(codes: Codes, task: Task, scale: float) -> tuple[DeadRows, Tensor]:
+    """Draw dead latents up to their thresholds: scale · √D · Σ ReLU(θ − z), at the pre-activations.
+
+    On a token below the threshold the gradient at z is −scale, whatever z is. So it is that of all tokens,
+    less the few that are active, and no product of dead rows is needed. `slopes` has that at θ.
+
+    Args:
+        codes: of the whole batch.
+        task: with the whole batch, and dead latents.
+        scale: weight of the loss.
+
+    Returns: the gradients, and the loss of this process's latents.
+    """
+    p, dead_S, x_TD = task.weights.parameters, task.dead.latents_S, task.batch.x_TD
+    rule, scale = task.architecture.rule(p), scale * x_TD.shape[1] ** 0.5
+    assert isinstance(rule, Above) and codes.pre_TK is not None
+    above_TK = (codes.val_TK > 0).float()
+    n_below_S = len(x_TD) - codes.by_latent(above_TK, len(p.b_enc_F))[dead_S]
+    active_F = torch.zeros_like(p.b_enc_F, dtype=torch.bool).index_fill_(0, dead_S, True)
+    dead_TK = above_TK * active_F[codes.idx_TK.long()]
+    x_all_D, w_enc_SD = x_TD.sum(0), p.w_enc_FD[dead_S]
+    x_SD = x_all_D.expand_as(w_enc_SD).clone()
+    tokens_P, slots_P = dead_TK.nonzero(as_tuple=True)
+    place_F = torch.zeros_like(p.b_enc_F, dtype=torch.int64).index_copy_(
+        0, dead_S, torch.arange(len(dead_S), device=dead_S.device)
+    )
+    x_SD.index_add_(0, place_F[codes.idx_TK[tokens_P, slots_P].long()], x_TD[tokens_P], alpha=-1)
+    z_S = (x_SD * w_enc_SD).sum(1) + n_below_S * (p.b_enc_F[dead_S] - w_enc_SD @ p.b_D)
+    loss = (n_below_S * rule.threshold_F[dead_S] - z_S).sum() * scale
+    grad_SD = (x_SD - n_below_S[:, None] * p.b_D).mul_(-scale)
+    return DeadRows(dead_S, grad_SD, n_below_S * -scale, torch.zeros_like(grad_SD)), loss
 
 
 def _activations(backend: "Sparse", pre_tS: Tensor, k: int, n_dead: int) -> Tensor:

@@ -161,10 +161,19 @@ class Seen(NamedTuple):
     dead: Dead
     n_tokens: int
     """Tokens of the batch."""
+    n_active: Tensor | None = None
+    """Of `Above`: codes that are active, of all latents."""
     cutoff: Tensor | None = None
     """Of `BatchLargest`: the smallest pre-activation that is kept, float32 []."""
     count_F: Tensor | None = None
     """Of `Above`: on how many tokens each latent is active, float32."""
+
+
+class Pull(NamedTuple):
+    """The pre-activation loss (Anthropic, January 2025): dead latents are drawn up to their thresholds θ."""
+
+    weight: float
+    """Of √D · Σ ReLU(θ − z) beside the squared error: θ and z are in units in which E‖x‖² = D."""
 
 
 class Losses(NamedTuple):
@@ -180,6 +189,82 @@ class Losses(NamedTuple):
     """Σ e² that is reported; None where it is `error`."""
     sse_G: Tensor | None = None
     """Σ e² of each group; None where there is one."""
+
+
+class Codes(NamedTuple):
+    """The active latents of some tokens, in slots."""
+
+    val_TK: Tensor
+    """float32, 0 or more; 0 is an unused slot, or a latent that is not active."""
+    idx_TK: Tensor
+    """int64, or int32 on a GPU: latents' numbers."""
+    pre_TK: Tensor | None = None
+    """float32, the pre-activations of the slots; None where they are the codes."""
+    n_T: Tensor | None = None
+    """int64, slots in use; None where all are."""
+
+    @property
+    def used_TK(self) -> Tensor:
+        """Tell which slots are in use."""
+        places_K = torch.arange(self.val_TK.shape[1], device=self.val_TK.device)
+        every = torch.ones_like(self.val_TK, dtype=torch.bool)
+        return every if self.n_T is None else places_K < self.n_T[:, None]
+
+    def where(self, kept_TK: Tensor) -> "Codes":
+        """Keep some slots; the others are 0 at latent 0."""
+        return self._replace(val_TK=self.val_TK.where(kept_TK, 0), idx_TK=self.idx_TK.where(kept_TK, 0))
+
+    def reaching(self, cutoff: Tensor) -> "Codes":
+        """Keep the codes that reach a cutoff, at the front, in their order."""
+        kept_TK = (self.val_TK >= cutoff) & (self.val_TK > 0)
+        n_T = kept_TK.sum(1)
+        n_slots = slots(int(n_T.max()))
+        order_TK = (~kept_TK).to(torch.int8).argsort(dim=1, stable=True)[:, :n_slots]
+        gathered = Codes(self.val_TK.gather(1, order_TK), self.idx_TK.gather(1, order_TK), n_T=n_T)
+        return gathered.where(gathered.used_TK)
+
+    def by_group(self, groups: "Groups") -> "Codes":
+        """Put the codes in the order of their groups: by size, or by latent."""
+        key_TK = -self.val_TK if groups.by_rank else self.idx_TK.where(self.val_TK > 0, LAST)
+        order_TK = key_TK.argsort(dim=1, stable=True)
+        return self._replace(val_TK=self.val_TK.gather(1, order_TK), idx_TK=self.idx_TK.gather(1, order_TK))
+
+    def group_TK(self, groups: "Groups") -> Tensor:
+        """Find the group of each slot, the smallest that holds it. int64."""
+        ends_G = torch.tensor(groups.ends, device=self.val_TK.device)
+        if not groups.by_rank:
+            return torch.bucketize(self.idx_TK.long(), ends_G, right=True)
+        places_K = torch.arange(self.val_TK.shape[1], device=self.val_TK.device)
+        return torch.bucketize(places_K, ends_G, right=True).expand_as(self.val_TK)
+
+    def by_latent(self, numbers_TK: Tensor, n_latents: int) -> Tensor:
+        """Sum numbers of slots, 0 where unused, over the tokens of each latent. float32 [F]."""
+        sums_F = numbers_TK.new_zeros(n_latents)
+        return sums_F.index_add_(0, self.idx_TK.flatten().long(), numbers_TK.flatten())
+
+
+LAST = 2**31 - 1
+"""Behind all latents."""
+
+
+def slots(n: int) -> int:
+    """Round a number of slots up: loops take four at a time, and must not sum in another order for more."""
+    return max(4, -(-n // 4) * 4)
+
+
+class Slopes(NamedTuple):
+    """The gradient of the loss at the codes, seen from the parameters; scaled as the loss is."""
+
+    dpre_TK: Tensor
+    """At the pre-activations, of slots."""
+    further_F: Mapping[str, Tensor] = NONE
+    """Of the further parameters."""
+    db_enc_F: Tensor | None = None
+    """Of b_enc; None where it is the sum of dpre."""
+    toward_F: Tensor | None = None
+    """What a penalty adds to the gradient of a free decoder row, times the row; None without."""
+    aux_loss: Tensor | None = None
+    """What penalties add to the loss, of this process's latents; None without."""
 
 
 class Inference(NamedTuple):
@@ -208,7 +293,7 @@ class Architecture(Protocol):
         """Tell whether decoder rows are kept at unit length."""
 
     @property
-    def auxiliary(self) -> Auxiliary | None:
+    def auxiliary(self) -> Auxiliary | Pull | None:
         """Return what dead latents learn; None where they learn nothing."""
 
     @property
@@ -227,6 +312,33 @@ class Architecture(Protocol):
     def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition, which `plain` differentiates and tests compare with."""
 
+    def codes(self, p: Parameters, found: Codes) -> Codes:
+        """Turn pre-activations that the rule found into codes; `Above` finds those within its bandwidth."""
+
+    def held_codes(self, codes: Codes) -> Codes | None:
+        """Return codes whose squared error, with the decoder held fixed, is a further loss; None without."""
+
+    def slopes(
+        self,
+        p: Parameters,
+        codes: Codes,
+        seen: Seen,
+        dot_TK: Tensor,
+        held_dot_TK: Tensor | None,
+        per_square: float,
+    ) -> Slopes:
+        """Compute the gradient at the pre-activations and at further parameters: what fast passes need of
+        `loss`.
+
+        Args:
+            p: parameters.
+            codes: of the whole batch.
+            seen: of the whole batch.
+            dot_TK: ⟨e_t, W_dec[f]⟩ of each slot.
+            held_dot_TK: the same of `held_codes`.
+            per_square: what one squared unit of e adds to the loss.
+        """
+
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used; `cutoff` is the moving average of `BatchLargest`'s."""
 
@@ -239,6 +351,8 @@ class Rates(NamedTuple):
     lr: float
     weight_decay: float
     """Decoupled, of w_enc alone."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of all parameters; None without bound."""
 
     @property
     def grad_scale(self) -> float:

@@ -22,12 +22,13 @@ class Best:
         both = torch.cat([self.values, numbers[numbers > 0].float()])
         self.values = both if len(both) <= self.n else both.topk(self.n, sorted=False).values
 
-    def cutoff(self, team: Team) -> Tensor:
-        """Find the smallest of the n largest that the team has seen; 0 if there are fewer. float32 []."""
+    def cutoff(self, team: Team) -> tuple[Tensor, int]:
+        """Find the smallest of the n largest that the team saw, 0 if there are fewer; and how many there are."""
         best = self.values
         for group in (team.latents, team.tokens):
             if group.size > 1:
                 padded = best.new_zeros(self.n)
                 padded[: len(best)] = best
                 best = group.all_gather(padded, group.size * self.n).topk(self.n, sorted=False).values
-        return best.min() if len(best) == self.n else best.new_zeros(())
+                best = best[best > 0]
+        return (best.min() if len(best) == self.n else best.new_zeros(())), len(best)

@@ -23,6 +23,7 @@ from saemill.train.backends.base import (
 )
 from saemill.train.backends.cutoff import Best
 from saemill.train.backends.team import ALONE, Team
+from saemill.train.optim.clipping import shrinkage
 from saemill.train.profile import region
 
 CHUNK_BYTES = {"cpu": 1 << 24}
@@ -95,12 +96,13 @@ class Plain:
             best = Best(round(rule.k * n_tokens), x_TD.device)
             for chunk in self._chunks(x_TD, p):
                 best.add(pre_activations(p, x_TD[chunk], self.dtype).flatten())
-            return seen._replace(cutoff=best.cutoff(self.team) * BELOW)
+            return seen._replace(cutoff=best.cutoff(self.team)[0] * BELOW)
         if isinstance(rule, Above):
             count_F = torch.zeros_like(p.b_enc_F)
             for chunk in self._chunks(x_TD, p):
                 count_F += (pre_activations(p, x_TD[chunk], self.dtype) > rule.threshold_F).sum(0)
-            return seen._replace(count_F=self.team.tokens.all_reduce(count_F))
+            count_F = self.team.tokens.all_reduce(count_F)
+            return seen._replace(count_F=count_F, n_active=count_F.sum())
         return seen
 
 
@@ -147,6 +149,10 @@ def _update(task: Task, gradients: dict[str, Tensor]) -> None:
     if unit:
         along_F1 = (gradients["w_dec"] * w_dec_FD).sum(1, keepdim=True)
         gradients["w_dec"].addcmul_(along_F1, w_dec_FD, value=-1)
+    if rates.clip_norm is not None:
+        squares = sum(float(torch.linalg.vector_norm(gradient)) ** 2 for gradient in gradients.values())
+        for gradient in gradients.values():
+            gradient.mul_(shrinkage(squares, rates.clip_norm))
     for name, gradient in gradients.items():
         decay = rates.weight_decay if name == "w_enc" else 0.0
         task.optimizer.update(name, slice(0, len(gradient)), gradient, rates.lr, decay)

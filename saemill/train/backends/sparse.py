@@ -1,41 +1,58 @@
 """A step that touches active pairs (token, latent) alone, as loops for CPUs and kernels for GPUs compute it.
 
-It has two passes. The first goes over tokens: the encoder's product in chunks, the k largest pre-activations,
-then reconstruction, error e = x̂ − x, and ⟨e, decoder row⟩ of each active latent. The second goes over
+It has two passes. The first goes over tokens: the encoder's product in chunks, the pre-activations that the
+rule keeps, then reconstruction, error e = x̂ − x, and ⟨e, decoder row⟩ of each pair. The second goes over
 latents, each from its gradient to its new weights:
 
-    dval_tk   = gs ⟨e_t, W_dec[f]⟩ where val > 0,   gs = ∂L/∂(½ e²)
-    dW_dec[f] = gs Σ val e_t, less its component along the unit row W_dec[f], which renorming would undo
-    dW_enc[f] = Σ dval_tk (x_t − b),   db_enc[f] = Σ dval_tk,   db = gs Σ_t e_t − db_enc · W_enc
+    dval_tk   = gs ⟨e_t, W_dec[f]⟩,   gs = ∂L/∂(½ e²);   dpre_tk from it by the architecture's `slopes`
+    dW_dec[f] = gs Σ val e_t, less its component along a unit row W_dec[f], which renorming would undo
+    dW_enc[f] = Σ dpre_tk (x_t − b),   db_enc[f] = Σ dpre_tk,   db = gs Σ_t e_t − Σ_f (Σ dpre_tk) W_enc[f]
 
-Nothing of size tokens × latents and no gradient of size latents × D is ever in memory.
+Where codes are in groups that fit alone, e_t is for each pair the weighted sum of the errors of all groups
+that hold it. Nothing of size tokens × latents and no gradient of size latents × D is ever in memory.
 """
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
 from saemill.common.sae.topk import topk
-from saemill.train.backends.auxk import DeadRows, auxk
-from saemill.train.backends.base import Batch, Largest, Sums, Task, Weights
+from saemill.train.backends.auxk import DeadRows, auxk, pull
+from saemill.train.backends.base import (
+    Above,
+    Auxiliary,
+    Batch,
+    Codes,
+    Groups,
+    Largest,
+    Pull,
+    Rule,
+    Seen,
+    Slopes,
+    Sums,
+    Task,
+    Weights,
+)
+from saemill.train.backends.cutoff import Best
 from saemill.train.backends.plain import Plain
 from saemill.train.backends.team import ALONE, Team
 from saemill.train.profile import region
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
 
-
-class Codes(NamedTuple):
-    """The active latents of some tokens."""
-
-    val_TK: Tensor
-    """float32, 0 or more."""
-    idx_TK: Tensor
-    """int64, or int32 on a GPU: latents' numbers."""
+DENSE_SHARE = 1 / 12
+"""Share of the latents, active on a token on average, from which a step is dense."""
+SAMPLE_TOKENS = 64
+"""Tokens of a batch on which its cutoff is guessed."""
+SAMPLE_RANKS = 2
+"""Times k that the guess lets through."""
+LEAST_FLOOR = 1e-3
+"""A guess that is no larger is lowered to 0."""
 
 
 class Forward(NamedTuple):
@@ -44,15 +61,25 @@ class Forward(NamedTuple):
     codes: Codes
     """0 where another process of the team has the latent."""
     e_TD: Tensor
-    """x̂ − x, in the product's dtype."""
+    """x̂ − x of all codes, or of the group that is shown, in the product's dtype."""
     dot_TK: Tensor
-    """⟨e_t, W_dec[idx_tk]⟩, float32."""
+    """⟨e_t, W_dec[idx_tk]⟩, float32; with the row of `rows_GTD` where there are groups."""
     sse: Tensor
     """Σ e², float32."""
     n_active: Tensor
     """Codes above 0, those on other processes included."""
     bias_F: Tensor
     """From `fold_bias`."""
+    cutoff: Tensor | None = None
+    """The smallest pre-activation that is kept, float32 []; None where the rule has none."""
+    rows_GTD: Tensor | None = None
+    """The weighted errors of each group and of those that hold it, summed; None without groups."""
+    sse_G: Tensor | None = None
+    """Σ e² of each group, float32; None without groups."""
+    held_dot_TK: Tensor | None = None
+    """As dot_TK, of the reconstruction from `held_codes`; None without."""
+    held_sse: Tensor | None = None
+    """Its Σ e², float32."""
 
 
 class Sparse(ABC):
@@ -62,8 +89,28 @@ class Sparse(ABC):
         self.dtype, self.team = dtype, team
 
     @abstractmethod
-    def forward(self, batch: Batch, weights: Weights, k: int) -> Forward:
-        """Encode some tokens and reconstruct them. T tokens, k active latents per token."""
+    def bias(self, weights: Weights) -> Tensor:
+        """Compute `fold_bias` of the weights that the product uses; not finite where a weight is not."""
+
+    @abstractmethod
+    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
+        """Find the k largest pre-activations of each token, rectified."""
+
+    @abstractmethod
+    def above(
+        self, batch: Batch, weights: Weights, bias_F: Tensor, floor_F: Tensor, most_codes: float
+    ) -> Codes | None:
+        """Find pre-activations above the floors of their latents; None where they are more than so many."""
+
+    @abstractmethod
+    def reconstruct(self, codes: Codes, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """Decode codes. Returns: e_TD, dot_TK and sse, as `Forward` has them."""
+
+    @abstractmethod
+    def reconstruct_groups(
+        self, codes: Codes, groups: Groups, batch: Batch, weights: Weights
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decode codes group by group. Returns: e_TD, dot_TK, sse_G and rows_GTD, as `Forward` has them."""
 
     @abstractmethod
     def keep_largest(self, pre_TS: Tensor, k: int) -> Tensor:
@@ -74,30 +121,123 @@ class Sparse(ABC):
         """Set, in place, the gradients of inactive latents to 0; sum them over tokens, float32 [S]."""
 
     @abstractmethod
-    def update(self, task: Task, forward: Forward, dead: DeadRows | None) -> Tensor:
-        """Take the task's optimizer step, in place, with AuxK's gradients added.
+    def update(self, task: Task, forward: Forward, slopes: Slopes, dead: DeadRows | None) -> Tensor:
+        """Take the task's optimizer step, in place, with the gradients of dead latents added.
 
         Returns: bool [F], which latents fired.
         """
 
     def step(self, task: Task) -> Sums:
         """Go forward over this process's own tokens, backward over the whole batch, as `Backend.step`."""
-        batch, weights, architecture = task.batch, task.weights, task.architecture
-        rule = architecture.rule(weights.parameters)
-        if not isinstance(rule, Largest) or architecture.groups:
+        architecture, p, n_tokens = task.architecture, task.weights.parameters, len(task.batch.x_TD)
+        own = task.batch.tokens(self.team.tokens.slice_of(n_tokens))
+        forward = self._forward(own, task)
+        if forward is None:
             return self._dense_step(task)
-        n_tokens = len(batch.x_TD)
-        own = batch.tokens(self.team.tokens.slice_of(n_tokens))
-        forward = self.forward(own, weights, rule.k)
-        dead_rows, aux_loss = None, torch.zeros((), device=batch.x_TD.device)
-        if (aux := architecture.auxiliary) is not None and task.dead.n_in_team > 0:
+        dead_rows, aux_loss = None, torch.zeros((), device=own.x_TD.device)
+        if isinstance(aux := architecture.auxiliary, Auxiliary) and task.dead.n_in_team > 0:
             scale = aux.alpha * task.rates.per_square * aux.share(task.dead)
             with region("auxk"):
-                dead_rows, aux_loss = auxk(self, own, forward, task.dead, weights, aux.k, scale)
-        forward = gather(forward, n_tokens, self.team)
+                dead_rows, aux_loss = auxk(self, own, forward, task.dead, task.weights, aux.k, scale)
+        forward = self._nan_unless_finite(gather(forward, n_tokens, self.team))
+        if isinstance(aux, Pull) and task.dead.n_in_team > 0:
+            dead_rows, aux_loss = pull(forward.codes, task, aux.weight * task.rates.per_square)
+        seen = Seen(task.dead, n_tokens, forward.n_active, forward.cutoff)
+        with region("slopes"):
+            slopes = architecture.slopes(
+                p, forward.codes, seen, forward.dot_TK, forward.held_dot_TK, task.rates.per_square
+            )
         task = task._replace(healthy=task.healthy & torch.isfinite(forward.sse))
-        fired_F = self.update(task, forward, dead_rows)
-        return Sums(forward.sse, aux_loss, forward.n_active, fired_F)
+        fired_F = self.update(task, forward, slopes, dead_rows)
+        if slopes.aux_loss is not None:
+            aux_loss = aux_loss + self.team.latents.all_reduce(slopes.aux_loss)
+        if forward.held_sse is not None:
+            aux_loss = aux_loss + forward.held_sse * task.rates.per_square
+        sums = Sums(forward.sse, aux_loss, forward.n_active, fired_F, cutoff=forward.cutoff)
+        if architecture.groups is None or forward.sse_G is None:
+            return sums
+        error = forward.sse_G @ forward.sse_G.new_tensor(architecture.groups.weights)
+        return sums._replace(error=error, sse_G=forward.sse_G)
+
+    def _forward(self, own: Batch, task: Task) -> Forward | None:
+        """Encode and reconstruct this process's tokens; None where that had better be dense."""
+        weights, architecture, p = task.weights, task.architecture, task.weights.parameters
+        bias_F, rule, cutoff = self.bias(weights), architecture.rule(p), None
+        if isinstance(rule, Largest):
+            found: Codes | None = self.largest(own, weights, bias_F, rule.k)
+        elif isinstance(rule, Above):
+            found = self._above(own, weights, bias_F, rule.threshold_F - rule.bandwidth / 2)
+        else:
+            found, cutoff = self._batch_largest(own, weights, bias_F, round(rule.k * len(task.batch.x_TD)))
+        if found is None:
+            return None
+        codes, n_active = self._own_codes(architecture.codes(p, found), rule)
+        if (groups := architecture.groups) is None:
+            e_TD, dot_TK, sse = self.reconstruct(codes, own, weights)
+            forward = Forward(codes, e_TD, dot_TK, sse, n_active, bias_F, cutoff)
+        else:
+            codes = codes.by_group(groups)
+            e_TD, dot_TK, sse_G, rows_GTD = self.reconstruct_groups(codes, groups, own, weights)
+            sse, n_active = sse_G[groups.shown], self._n_shown(codes, groups, n_active)
+            forward = Forward(codes, e_TD, dot_TK, sse, n_active, bias_F, cutoff, rows_GTD, sse_G)
+        if (held := architecture.held_codes(codes)) is None:
+            return forward
+        _, held_dot_TK, held_sse = self.reconstruct(held, own, weights)
+        return forward._replace(held_dot_TK=held_dot_TK, held_sse=held_sse)
+
+    def _nan_unless_finite(self, forward: Forward) -> Forward:
+        """Make the error NaN where a weight is not finite: no comparison finds its latent."""
+        n_infinite = self.team.latents.all_reduce((~torch.isfinite(forward.bias_F)).sum())
+        return forward._replace(sse=forward.sse.where(n_infinite == 0, torch.nan))
+
+    def _own_codes(self, codes: Codes, rule: Rule) -> tuple[Codes, Tensor]:
+        """Keep what is among the team's k largest, where those are asked for; count the codes of the team."""
+        if isinstance(rule, Largest):
+            return own_codes(codes, self.team)
+        return codes, self.team.latents.all_reduce((codes.val_TK > 0).sum())
+
+    def _n_shown(self, codes: Codes, groups: Groups, n_active: Tensor) -> Tensor:
+        """Count the codes above 0 in the group that is shown."""
+        return n_active if not groups.by_rank else (codes.val_TK[:, : groups.ends[groups.shown]] > 0).sum()
+
+    def _above(self, own: Batch, weights: Weights, bias_F: Tensor, floor_F: Tensor) -> Codes | None:
+        """Find pre-activations above floors; None where all processes had better take a dense step."""
+        may_be_dense = self.team.latents.size == 1
+        most = DENSE_SHARE * len(bias_F) * len(own.x_TD) if may_be_dense else float("inf")
+        codes = self.above(own, weights, bias_F, floor_F, most)
+        return None if self.team.tokens.any(codes is None) else codes
+
+    def _batch_largest(
+        self, own: Batch, weights: Weights, bias_F: Tensor, n_kept: int
+    ) -> tuple[Codes | None, Tensor]:
+        """Find the pre-activations among the n largest of the whole batch, and the smallest of them.
+
+        Those above a guess are found first; a guess that lets fewer through is lowered, so the result does
+        not depend on it.
+        """
+        floor = self._guess(own, weights, bias_F, n_kept)
+        while True:
+            codes = self._above(own, weights, bias_F, torch.full_like(bias_F, floor))
+            if codes is None:
+                return None, bias_F.new_zeros(())
+            best = Best(n_kept, bias_F.device)
+            best.add(codes.val_TK.flatten())
+            cutoff, n_best = best.cutoff(self.team)
+            if n_best == n_kept or floor == 0:
+                return codes.reaching(cutoff), cutoff
+            floor = floor / 2 if floor > LEAST_FLOOR else 0.0
+
+    def _guess(self, own: Batch, weights: Weights, bias_F: Tensor, n_kept: int) -> float:
+        """Guess a floor that more than n pre-activations of the batch pass, from some of its tokens."""
+        rows_TD = own.product_TD[:: max(1, len(own.x_TD) // SAMPLE_TOKENS)]
+        pre_TF = torch.addmm(bias_F.to(self.dtype), rows_TD, weights.product_FD.T).float()
+        n_tokens = len(own.x_TD) * self.team.tokens.size
+        n_sampled = max(1, round(SAMPLE_RANKS * n_kept * len(rows_TD) / n_tokens / self.team.latents.size))
+        floor = pre_TF.flatten().topk(min(n_sampled, pre_TF.numel())).values[-1].clamp(min=0)
+        floors = floor[None]
+        for group in (self.team.latents, self.team.tokens):
+            floors = group.all_gather(floors, len(floors) * group.size)
+        return float(floors.min())
 
     def _dense_step(self, task: Task) -> Sums:
         """Take a step by autograd of the definition: where codes are so dense that passes over pairs would be
@@ -146,7 +286,7 @@ def own_codes(codes: Codes, team: Team) -> tuple[Codes, Tensor]:
         return codes, (codes.val_TK > 0).sum()
     with region("exchange"):
         chosen_TK, n_active = team.among_all(codes.val_TK)
-    return Codes(codes.val_TK.where(chosen_TK, 0), codes.idx_TK.where(chosen_TK, 0)), n_active
+    return codes.where(chosen_TK), n_active
 
 
 def residual_of_team(codes: Codes, batch: Batch, weights: Weights, team: Team) -> tuple[Tensor, Tensor]:
@@ -154,6 +294,25 @@ def residual_of_team(codes: Codes, batch: Batch, weights: Weights, team: Team) -
     w_dec_FD, b_D = weights.parameters.w_dec_FD, weights.parameters.b_D
     e_TD = team.latents.all_reduce(decode(codes, w_dec_FD)).add_(b_D).sub_(batch.x_TD)
     return e_TD, row_dots(e_TD, codes.idx_TK, w_dec_FD)
+
+
+def groups_of_team(
+    codes: Codes, groups: Groups, batch: Batch, weights: Weights, team: Team
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute `Sparse.reconstruct_groups` in float32, where latents are split."""
+    w_dec_FD, b_D = weights.parameters.w_dec_FD, weights.parameters.b_D
+    group_TK = codes.group_TK(groups)
+    errors = [
+        team.latents.all_reduce(decode(codes.where(group_TK <= g), w_dec_FD)).add_(b_D).sub_(batch.x_TD)
+        for g in range(len(groups.ends))
+    ]
+    sse_G = torch.stack([e_TD.square().sum() for e_TD in errors])
+    weighted = torch.stack([w * e_TD for w, e_TD in zip(groups.weights, errors, strict=True)])
+    rows_GTD = weighted.flip(0).cumsum(0).flip(0)
+    dot_TK = codes.val_TK.new_zeros(codes.val_TK.shape)
+    for g, rows_TD in enumerate(rows_GTD):
+        dot_TK += row_dots(rows_TD, codes.idx_TK, w_dec_FD).where(group_TK == g, 0)
+    return errors[groups.shown], dot_TK, sse_G, rows_GTD
 
 
 def row_dots(e_TD: Tensor, idx_TK: Tensor, w_dec_FD: Tensor) -> Tensor:
@@ -173,12 +332,34 @@ def row_dots(e_TD: Tensor, idx_TK: Tensor, w_dec_FD: Tensor) -> Tensor:
 
 def gather(forward: Forward, n_tokens: int, team: Team) -> Forward:
     """Put together what every replica saw of its share of a batch of T tokens."""
-    if team.tokens.size == 1:
+    group = team.tokens
+    if group.size == 1:
         return forward
-    (val_TK, idx_TK), e_TD, dot_TK, sse, n_active, bias_F = forward
+
+    def joined(share_T: Tensor) -> Tensor:
+        return group.all_gather(share_T, n_tokens)
+
+    def slotted(share_TK: Tensor) -> Tensor:
+        return joined(pad(share_TK, (0, n_slots - share_TK.shape[1])))
+
+    def if_any(work: Callable[[Tensor], Tensor], share: Tensor | None) -> Tensor | None:
+        return None if share is None else work(share)
+
     with region("exchange"):
-        val_TK, idx_TK, e_TD, dot_TK = (
-            team.tokens.all_gather(share_T, n_tokens) for share_T in (val_TK, idx_TK, e_TD, dot_TK)
+        val_TK, idx_TK, pre_TK, n_T = forward.codes
+        n_slots = val_TK.shape[1]
+        if n_T is not None:  # as many as the token with the most codes has
+            n_slots = int(group.all_gather(torch.tensor([n_slots]), group.size).max())
+        codes = Codes(slotted(val_TK), slotted(idx_TK), if_any(slotted, pre_TK), if_any(joined, n_T))
+        rows_GTD = forward.rows_GTD
+        return forward._replace(
+            codes=codes,
+            e_TD=joined(forward.e_TD),
+            dot_TK=slotted(forward.dot_TK),
+            sse=group.all_reduce(forward.sse),
+            n_active=group.all_reduce(forward.n_active),
+            rows_GTD=None if rows_GTD is None else torch.stack([joined(rows_TD) for rows_TD in rows_GTD]),
+            sse_G=if_any(group.all_reduce, forward.sse_G),
+            held_dot_TK=if_any(slotted, forward.held_dot_TK),
+            held_sse=if_any(group.all_reduce, forward.held_sse),
         )
-        sse, n_active = team.tokens.all_reduce(sse), team.tokens.all_reduce(n_active)
-    return Forward(Codes(val_TK, idx_TK), e_TD, dot_TK, sse, n_active, bias_F)

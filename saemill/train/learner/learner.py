@@ -91,8 +91,9 @@ class Learner:
             step: its number, recorded where the loss is not finite.
         """
         n_tokens, variant = len(batch.x_TD), self.variant
-        rates = Rates(self.per_square / n_tokens, variant.lr * lr_factor, variant.weight_decay)
-        self.optimizer.begin_step(rates.lr)
+        lr, per_square = variant.lr * lr_factor, self.per_square / n_tokens
+        rates = Rates(per_square, lr, variant.weight_decay, variant.clip_grad_norm)
+        self.optimizer.begin_step(lr)
         healthy = self.diverged_step < 0
         architecture = self.architecture.at(step)
         task = Task(batch, self.weights, architecture, self.optimizer, self.dead, healthy, rates)

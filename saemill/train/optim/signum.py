@@ -1,4 +1,4 @@
-"""Sign steps with schedule-free averaging (Bernstein et al. 2018; Defazio et al. 2024), as sparsify uses them.
+"""Sign steps with schedule-free averaging (Bernstein et al. 2018; Defazio et al. 2024), as in sparsify.
 
 Three sequences: z takes the steps, x is the average of z, and gradients are taken at y between the two:
 

@@ -23,6 +23,11 @@ from saemill.train.config import (
 
 ADAM_ALONE = ("optimizer_state", "adam_betas")
 """Settings without effect on another optimizer."""
+WITHOUT_SIGNUM = {
+    "weight_average": "which averages weights itself",
+    "clip_grad_norm": "whose steps are as large as the rate",
+}
+"""Settings without effect on signum, and why."""
 ONE_OF_GRID = {"seeds": "seed"}
 """What one value of a list is called, where it has another name than the list."""
 IN_EVERY_NAME = ("site", "architecture", "k", "expansion_factor", "num_latents", "seed")
@@ -52,6 +57,7 @@ class Variant:
     optimizer_state: Literal["fp32", "bf16", "8bit"] = like(TrainConfig, "optimizer_state")
     adam_betas: tuple[float, float] = like(TrainConfig, "adam_betas")
     weight_decay: float = like(TrainConfig, "weight_decay", default=0.0, most=None)
+    clip_grad_norm: float | None = like(TrainConfig, "clip_grad_norm")
     weight_average: float | None = like(TrainConfig, "weight_average")
     auxk_alpha: float = like(TrainConfig, "auxk_alpha", most=None)
     k_aux: int | None = like(TrainConfig, "k_aux", most=None)
@@ -83,8 +89,9 @@ class Variant:
             raise ConfigError(f"optimizer_state {self.optimizer_state} has an effect with adam only")
         if self.optimizer != "adam" and self.adam_betas != ADAM_BETAS:
             raise ConfigError("adam_betas have an effect with adam only; leave them out")
-        if self.optimizer == "signum" and self.weight_average is not None:
-            raise ConfigError("weight_average has no effect with signum, which averages weights itself")
+        for name, why in WITHOUT_SIGNUM.items():
+            if self.optimizer == "signum" and getattr(self, name) is not None:
+                raise ConfigError(f"{name} has no effect with signum, {why}; leave it out")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ConfigError(f"adam_betas must be two numbers from 0 to below 1, got {self.adam_betas}")
         check(self)
@@ -215,7 +222,7 @@ def _inherited(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
     optimizer, architecture = entry.get("optimizer", "adam"), entry.get("architecture", "topk")
     without = () if optimizer in ("adam", "adamw") else ADAM_ALONE
     if optimizer == "signum":
-        without = (*without, "weight_average")
+        without = (*without, *WITHOUT_SIGNUM)
     return {
         name: value for name, value in common.items() if name not in without and applies(name, architecture)
     }

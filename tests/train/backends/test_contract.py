@@ -7,7 +7,7 @@ torch.optim.AdamW or SGD, and renormalised rows.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from steps import GPU, make_bank, planted
 from torch import Tensor
 
 from saemill.train.arch.topk import TopK
+from saemill.train.backends import sparse
 from saemill.train.backends.base import Above, Auxiliary, BatchLargest, Dead, Losses, Parameters, Seen
 from saemill.train.backends.cpu import backend as cpu
 from saemill.train.config import BY_K
@@ -42,6 +43,8 @@ class Case:
     optimizer: str = "adam"
     loss: str = "fvu"
     weight_decay: float = 0.0
+    clip: float | None = None
+    """Norm that gradients are clipped to."""
     k_aux: int = 6
     spoil: str = ""
     """What is odd about the weights or the batch."""
@@ -64,6 +67,10 @@ CASES = {
     "signum": Case(optimizer="signum", n_dead=4, weight_decay=0.2),
     "muon": Case(optimizer="muon", n_dead=4, weight_decay=0.2),
     "muon, fewer latents than columns": Case(optimizer="muon", t=40, d=60, f=30),
+    "clipped": Case(clip=0.05, n_dead=4),
+    "clipped, sgd": Case(clip=0.05, optimizer="sgd", n_dead=4, t=40, d=300, f=70),
+    "clipped, muon": Case(clip=0.05, optimizer="muon"),
+    "of a smaller norm than is clipped": Case(clip=50.0, optimizer="sgd"),
     "a latent for all tokens": Case(spoil="hot"),
     "a latent for none": Case(spoil="cold"),
     "latents alike": Case(spoil="ties", k=6),
@@ -101,6 +108,9 @@ CASES = {
     "relu, free rows": Case(
         architecture="relu", settings=(("l1_coefficient", 0.05), ("lp_norm", 0.7), ("decoder_rows", "free"))
     ),
+    "jumprelu, clipped": Case(
+        architecture="jumprelu", clip=0.01, settings=(("target_l0", 3.0), ("bandwidth", 0.2)), optimizer="sgd"
+    ),
     "gated": Case(architecture="gated", settings=(("l1_coefficient", 0.05),)),
 }
 
@@ -118,7 +128,7 @@ def learner_of(case: Case, kernels: str) -> Learner:
         name="v", site="s", architecture=case.architecture,  # type: ignore[arg-type]
         k=case.k if case.architecture in BY_K else None,
         num_latents=case.f, lr=LR, k_aux=case.k_aux, loss=case.loss,  # type: ignore[arg-type]
-        optimizer=case.optimizer, weight_decay=case.weight_decay, **dict(case.settings),  # type: ignore[arg-type]
+        optimizer=case.optimizer, weight_decay=case.weight_decay, clip_grad_norm=case.clip, **dict(case.settings),  # type: ignore[arg-type]
     )  # fmt: skip
     bank = make_bank(
         [variant], planted(1, 50, case.d, device)[0], kernels=kernels.split()[0], dtype=case.dtype
@@ -157,7 +167,8 @@ def seen(learner: Learner, p: Parameters, x_TD: Tensor) -> Seen:
         # Less than it by more than a product's rounding.
         return known._replace(cutoff=best[round(rule.k * len(x_TD)) - 1].detach() * (1 - 1e-9))
     if isinstance(rule, Above):
-        return known._replace(count_F=(pre_TF > rule.threshold_F).sum(0).double().detach())
+        count_F = (pre_TF > rule.threshold_F).sum(0).double().detach()
+        return known._replace(count_F=count_F, n_active=count_F.sum())
     return known
 
 
@@ -175,6 +186,9 @@ def oracle(learner: Learner, x_TD: Tensor) -> tuple[dict[str, Tensor], dict[str,
     if unit:
         assert w_dec.grad is not None
         w_dec.grad -= (w_dec.grad * w_dec).sum(1, keepdim=True) * w_dec.detach()
+    if variant.clip_grad_norm is not None:
+        norm = torch.nn.utils.clip_grad_norm_(leaves.values(), variant.clip_grad_norm)
+        assert (norm > variant.clip_grad_norm) == (variant.clip_grad_norm < 1), "one case does, one does not"
     gradients = {name: leaf.grad.detach().clone() for name, leaf in leaves.items() if leaf.grad is not None}
     step_by_torch(variant, leaves)
     if unit:
@@ -220,6 +234,7 @@ def stepped(learner: Learner, x_TD: Tensor) -> tuple[dict[str, Tensor], float]:
 def test_a_step_is_that_of_the_definition(kernels: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: float64 autograd of `loss`, torch.optim."""
     monkeypatch.setattr(cpu, "multiplies_8_bits", lambda d: kernels == "numba 8-bit")
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 2.0)  # no step is dense, though few latents make a share large
     learner = learner_of(case, kernels)
     (x_TD,) = planted(1, case.t, case.d, learner.parameters.b_D.device)
     if case.spoil == "one token over again":
@@ -314,11 +329,15 @@ def test_a_step_that_is_not_healthy_changes_nothing(kernels: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters.named.values(), strict=True))
 
 
-@pytest.mark.parametrize("kernels", BACKENDS[1:])
-def test_a_rule_without_passes_is_refused(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the error, in place of a step by another rule."""
-    learner = learner_of(Case(), kernels)
-    odd = NamedTuple("Odd", [("k", int)])(4)
-    monkeypatch.setattr(TopK, "rule", lambda self, p: odd)
-    with pytest.raises(TypeError, match="no passes for codes by Odd"):
-        stepped(learner, planted(1, 23, 12, learner.parameters.b_D.device)[0])
+@pytest.mark.parametrize("name", ["jumprelu", "batchtopk", "gated"])
+def test_a_dense_step_is_that_of_plain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: `Plain` with the same weights, bit by bit; copies of the weights follow."""
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 0.0)
+    learners = [learner_of(CASES[name], kernels) for kernels in ("torch", "numba")]
+    for learner in learners:
+        stepped(learner, planted(1, 23, 12)[0])
+    plain, dense = learners
+    for name, parameter in plain.parameters.named.items():
+        assert torch.equal(parameter, dense.parameters.named[name])
+    assert torch.equal(dense.weights.product_FD, dense.parameters.w_enc_FD)
+    assert plain.totals.window() == dense.totals.window()

@@ -5,19 +5,34 @@ which latents are scored exactly; elsewhere the product is torch's. The inputs a
 in the product's dtype; sums are float32.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from saemill.common.sae.topk import topk
 from saemill.train.backends.auxk import DeadRows
-from saemill.train.backends.base import Batch, Parameters, Task, Weights, chunks
+from saemill.train.backends.base import (
+    Batch,
+    Codes,
+    Groups,
+    Parameters,
+    Slopes,
+    Task,
+    Weights,
+    chunks,
+    slots,
+)
+from saemill.train.backends.cpu.loops.above import above, above_by_scores
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
 from saemill.train.backends.cpu.loops.bias import fold_bias
-from saemill.train.backends.cpu.loops.quantise import LEAST_COLUMNS, empty
-from saemill.train.backends.cpu.loops.residual import residual
+from saemill.train.backends.cpu.loops.quantise import LEAST_COLUMNS, Quantised, empty
+from saemill.train.backends.cpu.loops.residual import residual, residual_of_groups
+from saemill.train.backends.cpu.loops.rows import slots_used
 from saemill.train.backends.cpu.loops.select import select
 from saemill.train.backends.cpu.threads import each, number, one_in_torch
 from saemill.train.backends.cpu.update import update
-from saemill.train.backends.sparse import Codes, Forward, Sparse, encode, own_codes, residual_of_team
+from saemill.train.backends.sparse import Forward, Sparse, groups_of_team, residual_of_team
 from saemill.train.backends.team import ALONE, Team
 from saemill.train.memory import zeros
 from saemill.train.profile import region
@@ -47,6 +62,7 @@ class Cpu(Sparse):
     def __init__(self, dtype: torch.dtype, team: Team = ALONE) -> None:
         super().__init__(dtype, team)
         self._scratch = torch.empty(0, 0, dtype=torch.uint8)
+        self._n_slots = 128
 
     def weights(self, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`."""
@@ -70,45 +86,129 @@ class Cpu(Sparse):
         return Batch(x_TD, product_TD, quantised)
 
     @one_in_torch()
-    def forward(self, batch: Batch, weights: Weights, k: int) -> Forward:
-        """Encode and reconstruct; the codes' values are float32 sums, not rounded to the product's dtype."""
-        n_tokens, (_, b_enc_F, w_dec_FD, b_D, _) = len(batch.x_TD), weights.parameters
-        bias_F = fold_bias(weights.product_FD, b_enc_F, b_D)
+    def bias(self, weights: Weights) -> Tensor:
+        """Compute it with sums in float32, as `Sparse.bias`."""
+        return fold_bias(weights.product_FD, weights.parameters.b_enc_F, weights.parameters.b_D)
+
+    @one_in_torch()
+    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
+        """Find codes, as `Sparse.largest`; they are float32 sums, not rounded to the product's dtype."""
+        n_tokens = len(batch.x_TD)
         codes = Codes(torch.empty(n_tokens, k), torch.empty(n_tokens, k, dtype=torch.int64))
-        e_TD, dot_TK = torch.empty_like(batch.product_TD), torch.empty(n_tokens, k)
-        sse_T = torch.empty(n_tokens)
-        most_tokens = max(1, CHUNK_BYTES // (SCORE_BYTES * len(w_dec_FD)))
-        pieces = _pieces(n_tokens, min(CHUNK_TOKENS, most_tokens))
-        scratch_NB = self._scratch_for(len(w_dec_FD))
 
-        def find_codes(piece: slice, thread: int) -> None:
-            here = Codes(codes.val_TK[piece], codes.idx_TK[piece])
-            _encode(batch.tokens(piece), weights, bias_F, here, scratch_NB[thread])
-
-        def reconstruct(piece: slice, _thread: int) -> None:
+        def find(piece: slice, scores_TF: Tensor) -> None:
             val_TK, idx_TK = codes.val_TK[piece], codes.idx_TK[piece]
-            results = e_TD[piece], dot_TK[piece], sse_T[piece]
-            with region("decode"):
-                residual(val_TK, idx_TK, batch.x_TD[piece], w_dec_FD, b_D, *results)
+            if scores_TF.dtype == torch.int32:
+                select(scores_TF, *_rows(batch, weights, piece), bias_F, val_TK, idx_TK)
+            else:
+                values_TK, idx_TK[:] = topk(scores_TF, k)
+                val_TK.copy_(values_TK)
 
-        each(pieces, find_codes, len(scratch_NB))
-        codes, n_active = own_codes(codes, self.team)
-        if self.team.latents.size == 1:
-            # A pass of its own: the scores would drive the decoder out of the cache.
-            each(pieces, reconstruct)
-        else:
-            with region("decode"):
-                e, dot_TK = residual_of_team(codes, batch, weights, self.team)
-                sse_T, e_TD = e.square().sum(1), e.to(e_TD.dtype)
-        sse = self._nan_unless_finite(sse_T.sum(), weights, bias_F)
-        return Forward(codes, e_TD, dot_TK, sse, n_active, bias_F)
+        self._score(batch, weights, bias_F, find)
+        return codes
 
-    def _nan_unless_finite(self, sse: Tensor, weights: Weights, bias_F: Tensor) -> Tensor:
-        """Make the error NaN where a weight is not finite, which no comparison of 8-bit scores finds."""
-        if weights.quantised_FD is None:
-            return sse
-        n_infinite = (~torch.isfinite(weights.quantised_FD.norm_N + bias_F)).sum()
-        return sse.where(self.team.latents.all_reduce(n_infinite) == 0, torch.nan)
+    @one_in_torch()
+    def above(
+        self, batch: Batch, weights: Weights, bias_F: Tensor, floor_F: Tensor, most_codes: float
+    ) -> Codes | None:
+        """Find pre-activations above floors, as `Sparse.above`; values as in `largest`.
+
+        Memory is made for as many slots as the last call needed, and for more where they do not do.
+        """
+        n_tokens, n_slots = len(batch.x_TD), min(self._n_slots, len(bias_F))
+        codes = Codes(
+            torch.zeros(n_tokens, n_slots),
+            torch.zeros(n_tokens, n_slots, dtype=torch.int64),
+            n_T=(n_T := torch.empty(n_tokens, dtype=torch.int64)),
+        )
+
+        def find(piece: slice, scores_TF: Tensor) -> None:
+            filled = codes.val_TK[piece], codes.idx_TK[piece], n_T[piece]
+            if scores_TF.dtype == torch.int32:
+                above_by_scores(scores_TF, *_rows(batch, weights, piece), bias_F, floor_F, *filled)
+            else:
+                above(scores_TF, floor_F, *filled)
+
+        self._score(batch, weights, bias_F, find)
+        if int(n_T.sum()) > most_codes:
+            return None
+        needed = slots(int(n_T.max()))
+        if needed > n_slots and n_slots < len(bias_F):
+            self._n_slots = needed * 5 // 4
+            return self.above(batch, weights, bias_F, floor_F, most_codes)
+        val_TK, idx_TK = codes.val_TK[:, :needed].contiguous(), codes.idx_TK[:, :needed].contiguous()
+        return Codes(val_TK, idx_TK, n_T=n_T)
+
+    def _score(
+        self, batch: Batch, weights: Weights, bias_F: Tensor, take: Callable[[slice, Tensor], None]
+    ) -> None:
+        """Multiply tokens with all latents, and let `take` have the results of each piece of them.
+
+        These are 8-bit scores, int32, where the machine has them; else pre-activations in the product's
+        dtype.
+        """
+        n_tokens, n_latents = len(batch.x_TD), len(bias_F)
+        scratch_NB, bias = self._scratch_for(n_latents), bias_F.to(self.dtype)
+        tokens, latents = batch.quantised_TD, weights.quantised_FD
+
+        def score(piece: slice, thread: int) -> None:
+            n_here = piece.stop - piece.start
+            dtype = self.dtype if latents is None else torch.int32
+            scores = scratch_NB[thread][: n_here * n_latents * dtype.itemsize].view(dtype)
+            scores_TF = scores.view(n_here, n_latents)
+            with region("encode"):
+                if tokens is not None and latents is not None:
+                    torch._int_mm(tokens.codes_ND[piece], latents.codes_ND.T, out=scores_TF)
+                else:
+                    torch.addmm(bias, batch.product_TD[piece], weights.product_FD.T, out=scores_TF)
+            with region("top-k"):
+                take(piece, scores_TF)
+
+        most_tokens = max(1, CHUNK_BYTES // (SCORE_BYTES * n_latents))
+        each(_pieces(n_tokens, min(CHUNK_TOKENS, most_tokens)), score, len(scratch_NB))
+
+    @one_in_torch()
+    def reconstruct(self, codes: Codes, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """Decode, as `Sparse.reconstruct`, in a pass of its own: scores would drive rows out of the cache."""
+        p, n_tokens = weights.parameters, len(batch.x_TD)
+        if self.team.latents.size > 1:
+            with region("decode"):
+                e_TD, dot_TK = residual_of_team(codes, batch, weights, self.team)
+                return e_TD.to(self.dtype), dot_TK, e_TD.square().sum()
+        e_TD, dot_TK = torch.empty_like(batch.product_TD), torch.zeros_like(codes.val_TK)
+        sse_T, used_T = torch.empty(n_tokens), slots_used(codes)
+
+        def decode(piece: slice, _thread: int) -> None:
+            inputs = codes.val_TK[piece], codes.idx_TK[piece], used_T[piece], batch.x_TD[piece]
+            with region("decode"):
+                residual(*inputs, p.w_dec_FD, p.b_D, e_TD[piece], dot_TK[piece], sse_T[piece])
+
+        each(_pieces(n_tokens, CHUNK_TOKENS), decode)
+        return e_TD, dot_TK, sse_T.sum()
+
+    @one_in_torch()
+    def reconstruct_groups(
+        self, codes: Codes, groups: Groups, batch: Batch, weights: Weights
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decode group by group, as `Sparse.reconstruct_groups`."""
+        if self.team.latents.size > 1:
+            e_TD, dot_TK, sse_G, rows_GTD = groups_of_team(codes, groups, batch, weights, self.team)
+            return e_TD.to(self.dtype), dot_TK, sse_G, rows_GTD.to(self.dtype)
+        p, n_tokens, weights_G = weights.parameters, len(batch.x_TD), torch.tensor(groups.weights)
+        group_TK = codes.group_TK(groups).where(codes.used_TK, len(weights_G))
+        ends_TG = torch.stack([(group_TK <= g).sum(1) for g in range(len(weights_G))], 1)
+        e_TD, dot_TK = torch.empty_like(batch.product_TD), torch.zeros_like(codes.val_TK)
+        rows_GTD = e_TD.new_empty(len(weights_G), *e_TD.shape)
+        sse_TG = torch.empty(n_tokens, len(weights_G))
+
+        def decode(piece: slice, _thread: int) -> None:
+            inputs = codes.val_TK[piece], codes.idx_TK[piece], ends_TG[piece], weights_G, batch.x_TD[piece]
+            filled = e_TD[piece], dot_TK[piece], sse_TG[piece], rows_GTD
+            with region("decode"):
+                residual_of_groups(*inputs, p.w_dec_FD, p.b_D, groups.shown, piece.start, *filled)
+
+        each(_pieces(n_tokens, CHUNK_TOKENS), decode)
+        return e_TD, dot_TK, sse_TG.sum(0), rows_GTD
 
     def _scratch_for(self, n_latents: int) -> Tensor:
         """Keep memory for each thread's scores or pre-activations, uint8 [threads, bytes].
@@ -129,9 +229,9 @@ class Cpu(Sparse):
         return keep_active(dpre_TS, acts_TS)
 
     @one_in_torch()
-    def update(self, task: Task, forward: Forward, dead: DeadRows | None) -> Tensor:
+    def update(self, task: Task, forward: Forward, slopes: Slopes, dead: DeadRows | None) -> Tensor:
         """Take one optimizer step, as `Sparse.update`."""
-        return update(task, forward, dead, self.team)
+        return update(task, forward, slopes, dead, self.team)
 
 
 def _pieces(n_tokens: int, most_tokens: int) -> list[slice]:
@@ -140,18 +240,8 @@ def _pieces(n_tokens: int, most_tokens: int) -> list[slice]:
     return list(chunks(n_tokens, 1, min(most_tokens, share)))
 
 
-def _encode(batch: Batch, weights: Weights, bias_F: Tensor, codes: Codes, scratch_B: Tensor) -> None:
-    """Fill in the codes of a chunk."""
-    (val_TK, idx_TK), rows_TD, product_FD = codes, batch.product_TD, weights.product_FD
-    tokens, latents = batch.quantised_TD, weights.quantised_FD
-    n_tokens, n_latents = len(rows_TD), len(product_FD)
-    if tokens is None or latents is None:
-        n_entries = n_tokens * n_latents
-        pre_TF = scratch_B[: n_entries * rows_TD.itemsize].view(rows_TD.dtype).view(n_tokens, n_latents)
-        val_TK[:], idx_TK[:] = encode(rows_TD, product_FD, bias_F, val_TK.shape[1], pre_TF)
-        return
-    scores_TF = scratch_B[: n_tokens * n_latents * SCORE_BYTES].view(torch.int32).view(n_tokens, n_latents)
-    with region("encode"):
-        torch._int_mm(tokens.codes_ND, latents.codes_ND.T, out=scores_TF)
-    with region("top-k"):
-        select(scores_TF, tokens, latents, rows_TD, product_FD, bias_F, val_TK, idx_TK)
+def _rows(batch: Batch, weights: Weights, piece: slice) -> tuple[Quantised, Quantised, Tensor, Tensor]:
+    """Return what 8-bit scores of a piece were made from: quantised tokens and latents, and their rows."""
+    assert batch.quantised_TD is not None and weights.quantised_FD is not None
+    tokens = batch.quantised_TD.rows(piece)
+    return tokens, weights.quantised_FD, batch.product_TD[piece], weights.product_FD

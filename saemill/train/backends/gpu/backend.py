@@ -8,15 +8,27 @@ from torch import Tensor
 
 from saemill.common.sae.topk import topk
 from saemill.train.backends.auxk import DeadRows
-from saemill.train.backends.base import Batch, Parameters, Rates, Task, Weights, chunks
+from saemill.train.backends.base import (
+    Batch,
+    Codes,
+    Groups,
+    Largest,
+    Parameters,
+    Rates,
+    Slopes,
+    Sums,
+    Task,
+    Weights,
+    chunks,
+)
 from saemill.train.backends.gpu.kernels.hyper import Hyper, hyper_values
 from saemill.train.backends.gpu.kernels.residual import residual
 from saemill.train.backends.gpu.kernels.rows import Latents, Moments, decoder_bias_gradient, update_rows
 from saemill.train.backends.gpu.kernels.segments import AuxGradients, latent_sums, segments
 from saemill.train.backends.gpu.kernels.select import select
-from saemill.train.backends.sparse import Codes, Forward, Sparse, fold_bias, own_codes, residual_of_team
+from saemill.train.backends.sparse import Forward, Sparse, fold_bias, residual_of_team
 from saemill.train.backends.team import ALONE, Team
-from saemill.train.optim.optimizer import ADAM_EPS, SGD_MOMENTUM, Adam, Optimizer
+from saemill.train.optim.optimizer import ADAM_EPS, SGD_MOMENTUM, Adam, Sgd
 from saemill.train.profile import region
 
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
@@ -47,16 +59,22 @@ class Gpu(Sparse):
         """Round a batch for products, as `Backend.prepare`."""
         return Batch(x_TD, x_TD.to(self.dtype))
 
-    def forward(self, batch: Batch, weights: Weights, k: int) -> Forward:
-        """Encode and reconstruct; idx_TK is int32, ascending, ties going to the lowest latent.
+    def step(self, task: Task) -> Sums:
+        """Take a step, as `Backend.step`; dense where there are no kernels yet."""
+        architecture, p = task.architecture, task.weights.parameters
+        steps_rows = isinstance(task.optimizer, Adam | Sgd) and task.rates.clip_norm is None
+        if architecture.groups or not isinstance(architecture.rule(p), Largest) or not steps_rows:
+            return self._dense_step(task)
+        return super().step(task)
 
-        One gather of decoder rows gives the residual and its products with the rows; where the team splits
-        the latents, the residual is known only after a sum over the team, so both are made in torch.
-        """
-        product_TD, (_, b_enc_F, _, b_D, _) = batch.product_TD, weights.parameters
-        n_tokens, device = len(product_TD), product_TD.device
-        bias_F = fold_bias(weights.product_FD, b_enc_F, b_D)
-        bias = bias_F.to(self.dtype)
+    def bias(self, weights: Weights) -> Tensor:
+        """Compute it, as `Sparse.bias`."""
+        return fold_bias(weights.product_FD, weights.parameters.b_enc_F, weights.parameters.b_D)
+
+    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
+        """Find codes, as `Sparse.largest`; idx_TK is int32, ascending, ties going to the lowest latent."""
+        product_TD, device, bias = batch.product_TD, bias_F.device, bias_F.to(self.dtype)
+        n_tokens = len(product_TD)
         val_TK = torch.empty(n_tokens, k, device=device)
         idx_TK = torch.empty(n_tokens, k, dtype=torch.int32, device=device)
         scratch_TF = self._scratch_for(len(bias_F), device)
@@ -67,16 +85,34 @@ class Gpu(Sparse):
                 torch.addmm(bias, rows_TD, weights.product_FD.T, out=pre_TF)
             with region("top-k"):
                 val_TK[chunk], idx_TK[chunk] = select(pre_TF, k)
-        codes, n_active = own_codes(Codes(val_TK, idx_TK), self.team)
+        return Codes(val_TK, idx_TK)
+
+    def above(
+        self, batch: Batch, weights: Weights, bias_F: Tensor, floor_F: Tensor, most_codes: float
+    ) -> Codes | None:
+        """Find pre-activations above floors, as `Sparse.above`."""
+        raise NotImplementedError
+
+    def reconstruct_groups(
+        self, codes: Codes, groups: Groups, batch: Batch, weights: Weights
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decode group by group, as `Sparse.reconstruct_groups`."""
+        raise NotImplementedError
+
+    def reconstruct(self, codes: Codes, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """Decode, as `Sparse.reconstruct`: one gather of decoder rows gives the residual and its products.
+
+        Where the team splits the latents, the residual is known only after a sum over the team, so both are
+        made in torch.
+        """
         with region("decode"):
             if self.team.latents.size > 1:
-                wide = Codes(codes.val_TK, codes.idx_TK.long())
+                wide = codes._replace(idx_TK=codes.idx_TK.long())
                 e_TD, dot_TK = residual_of_team(wide, batch, weights, self.team)
-                sse, e_TD = e_TD.square().sum(), e_TD.to(self.dtype)
-            else:
-                e_TD, dot_TK, sse_T = residual(*codes, weights.gathered_FD, b_D, product_TD)
-                sse = sse_T.sum()
-        return Forward(codes, e_TD, dot_TK, sse, n_active, bias_F)
+                return e_TD.to(self.dtype), dot_TK, e_TD.square().sum()
+            b_D, product_TD = weights.parameters.b_D, batch.product_TD
+            e_TD, dot_TK, sse_T = residual(codes.val_TK, codes.idx_TK, weights.gathered_FD, b_D, product_TD)
+            return e_TD, dot_TK, sse_T.sum()
 
     def _scratch_for(self, n_latents: int, device: torch.device) -> Tensor:
         """Keep memory for a chunk's pre-activations, [T, F]."""
@@ -96,12 +132,13 @@ class Gpu(Sparse):
         """Set the gradients of inactive latents to 0, as `Sparse.keep_active`."""
         return dpre_TS.mul_(acts_TS > 0).float().sum(0)
 
-    def update(self, task: Task, forward: Forward, dead: DeadRows | None) -> Tensor:
+    def update(self, task: Task, forward: Forward, slopes: Slopes, dead: DeadRows | None) -> Tensor:
         """Take one optimizer step, as `Sparse.update`; nothing is read back to the host."""
         weights, optimizer, healthy = task.weights, task.optimizer, task.healthy
+        assert isinstance(optimizer, Adam | Sgd)
         w_enc_FD, b_enc_F, w_dec_FD, b_D, _ = weights.parameters
         n_latents = len(w_enc_FD)
-        (val_TK, idx_TK), e_TD, dot_TK = forward.codes, forward.e_TD, forward.dot_TK
+        val_TK, idx_TK, e_TD, dot_TK = *forward.codes[:2], forward.e_TD, forward.dot_TK
         hyper = _hyper(task.rates, optimizer, w_enc_FD.device)
         hyper[Hyper.HEALTHY] = healthy
         aux = None if dead is None else _aux(dead, n_latents)
@@ -130,7 +167,7 @@ class Gpu(Sparse):
         return sums.fired_F
 
 
-def _hyper(rates: Rates, optimizer: Optimizer, device: torch.device) -> Tensor:
+def _hyper(rates: Rates, optimizer: Adam | Sgd, device: torch.device) -> Tensor:
     """Put the numbers of a step where the kernels read them, without waiting. float32 [len(Hyper)]."""
     betas = optimizer.betas if isinstance(optimizer, Adam) else (SGD_MOMENTUM, 0.0)
     values = hyper_values(
@@ -145,7 +182,7 @@ def _hyper(rates: Rates, optimizer: Optimizer, device: torch.device) -> Tensor:
     return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def _moments(optimizer: Optimizer) -> Moments:
+def _moments(optimizer: Adam | Sgd) -> Moments:
     """List the optimizer's state of the latents as the kernels take it: w_enc, b_enc, w_dec."""
     if isinstance(optimizer, Adam):
         names = ("w_enc", "b_enc", "w_dec")

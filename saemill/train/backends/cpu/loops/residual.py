@@ -10,6 +10,7 @@ from saemill.train.backends.cpu.loops.numbers import COMPILED, array, dot, put, 
 def residual(
     val_TK: Tensor,
     idx_TK: Tensor,
+    n_T: Tensor,
     x_TD: Tensor,
     w_dec_FD: Tensor,
     b_D: Tensor,
@@ -20,43 +21,111 @@ def residual(
     """Compute e = Σ val · W_dec[idx] + b − x, ⟨e, W_dec[idx]⟩ and ‖e‖², all of the error as it is stored.
 
     Args:
-        val_TK, idx_TK: float32 and int64.
+        val_TK, idx_TK, n_T: float32 and int64; the slots in use.
         x_TD, w_dec_FD, b_D: float32.
         e_TD: float32 or bfloat16, filled.
         dot_TK, sse_T: float32, filled.
     """
-    _residual(*(array(tensor) for tensor in (val_TK, idx_TK, x_TD, w_dec_FD, b_D, e_TD, dot_TK, sse_T)))
+    _residual(*(array(tensor) for tensor in (val_TK, idx_TK, n_T, x_TD, w_dec_FD, b_D, e_TD, dot_TK, sse_T)))
+
+
+def residual_of_groups(
+    val_TK: Tensor,
+    idx_TK: Tensor,
+    ends_TG: Tensor,
+    weights_G: Tensor,
+    x_TD: Tensor,
+    w_dec_FD: Tensor,
+    b_D: Tensor,
+    shown: int,
+    first_token: int,
+    e_TD: Tensor,
+    dot_TK: Tensor,
+    sse_TG: Tensor,
+    rows_GTD: Tensor,
+) -> None:
+    """Compute the error of each group of codes, and for each the weighted sum of those of all that hold it.
+
+    Args:
+        val_TK, idx_TK: float32 and int64, in the order of the groups.
+        ends_TG: int64; group g decodes the slots before ends[t, g].
+        weights_G: float32, of the groups' errors.
+        x_TD, w_dec_FD, b_D: float32.
+        shown: the group whose error e_TD is.
+        first_token: the place of the first token in rows_GTD, which has the whole batch.
+        e_TD: float32 or bfloat16, filled.
+        dot_TK, sse_TG: float32, filled.
+        rows_GTD: the same dtype as e_TD, filled from first_token on.
+    """
+    arrays = (array(tensor) for tensor in (val_TK, idx_TK, ends_TG, weights_G, x_TD, w_dec_FD, b_D))
+    filled = (array(tensor) for tensor in (e_TD, dot_TK, sse_TG, rows_GTD))
+    _residual_of_groups(*arrays, shown, first_token, *filled)
 
 
 @njit(**COMPILED)
-def _residual(val, idx, x, w_dec, b, e, dots, sse):
-    n_tokens, k = val.shape
-    fours = k // 4 * 4
+def _residual(val, idx, n_used, x, w_dec, b, e, dots, sse):
     row = np.empty(x.shape[1], np.float32)
-    for t in range(n_tokens):
+    for t in range(len(x)):
         row[:] = b - x[t]
-        for i in range(0, fours, 4):  # several rows are fetched at once
-            v0, v1, v2, v3 = val[t, i], val[t, i + 1], val[t, i + 2], val[t, i + 3]
-            w0, w1 = w_dec[idx[t, i]], w_dec[idx[t, i + 1]]
-            w2, w3 = w_dec[idx[t, i + 2]], w_dec[idx[t, i + 3]]
-            for d in range(len(row)):
-                row[d] += v0 * w0[d] + v1 * w1[d] + v2 * w2[d] + v3 * w3[d]
-        for i in range(fours, k):
-            row += val[t, i] * w_dec[idx[t, i]]
+        _add(row, val[t], idx[t], 0, n_used[t], w_dec)
         for d in range(len(row)):
             put(e[t], d, row[d])
         for d in range(len(row)):
             row[d] = wide(e[t, d])
         sse[t] = dot(row, row)
-        for i in range(0, fours, 4):
-            w0, w1 = w_dec[idx[t, i]], w_dec[idx[t, i + 1]]
-            w2, w3 = w_dec[idx[t, i + 2]], w_dec[idx[t, i + 3]]
-            s0 = s1 = s2 = s3 = np.float32(0)
+        _products(row, idx[t], 0, n_used[t], w_dec, dots[t])
+
+
+@njit(**COMPILED)
+def _residual_of_groups(val, idx, ends, weights, x, w_dec, b, shown, place, e, dots, sse, rows):
+    row, total = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
+    errors = np.empty((len(weights), x.shape[1]), np.float32)
+    for t in range(len(x)):
+        row[:] = b - x[t]
+        first = 0
+        for g in range(len(weights)):
+            _add(row, val[t], idx[t], first, ends[t, g], w_dec)
+            first = ends[t, g]
+            errors[g, :] = row
+            sse[t, g] = dot(row, row)
+        for d in range(len(row)):
+            put(e[t], d, errors[shown, d])
+        total[:] = 0
+        for g in range(len(weights) - 1, -1, -1):
             for d in range(len(row)):
-                s0 += row[d] * w0[d]
-                s1 += row[d] * w1[d]
-                s2 += row[d] * w2[d]
-                s3 += row[d] * w3[d]
-            dots[t, i], dots[t, i + 1], dots[t, i + 2], dots[t, i + 3] = s0, s1, s2, s3
-        for i in range(fours, k):
-            dots[t, i] = dot(row, w_dec[idx[t, i]])
+                total[d] += weights[g] * errors[g, d]
+                put(rows[g, place + t], d, total[d])
+            for d in range(len(row)):
+                row[d] = wide(rows[g, place + t, d])
+            first = ends[t, g - 1] if g > 0 else 0
+            _products(row, idx[t], first, ends[t, g], w_dec, dots[t])
+
+
+@njit(**COMPILED)
+def _add(row, val, idx, first, last, w_dec):
+    """Add val · W_dec[idx] of some slots to a row."""
+    fours = first + (last - first) // 4 * 4
+    for i in range(first, fours, 4):  # several rows are fetched at once
+        v0, v1, v2, v3 = val[i], val[i + 1], val[i + 2], val[i + 3]
+        w0, w1, w2, w3 = w_dec[idx[i]], w_dec[idx[i + 1]], w_dec[idx[i + 2]], w_dec[idx[i + 3]]
+        for d in range(len(row)):
+            row[d] += v0 * w0[d] + v1 * w1[d] + v2 * w2[d] + v3 * w3[d]
+    for i in range(fours, last):
+        row += val[i] * w_dec[idx[i]]
+
+
+@njit(**COMPILED)
+def _products(row, idx, first, last, w_dec, dots):
+    """Compute ⟨row, W_dec[idx]⟩ of some slots."""
+    fours = first + (last - first) // 4 * 4
+    for i in range(first, fours, 4):
+        w0, w1, w2, w3 = w_dec[idx[i]], w_dec[idx[i + 1]], w_dec[idx[i + 2]], w_dec[idx[i + 3]]
+        s0 = s1 = s2 = s3 = np.float32(0)
+        for d in range(len(row)):
+            s0 += row[d] * w0[d]
+            s1 += row[d] * w1[d]
+            s2 += row[d] * w2[d]
+            s3 += row[d] * w3[d]
+        dots[i], dots[i + 1], dots[i + 2], dots[i + 3] = s0, s1, s2, s3
+    for i in range(fours, last):
+        dots[i] = dot(row, w_dec[idx[i]])
