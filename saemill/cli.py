@@ -45,6 +45,7 @@ for function in (
 def main() -> None:
     """Run the command line; errors that a user can repair are printed without a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    log.tame_other_packages()
     try:
         sys.exit(app(standalone_mode=False))
     except UsageError as error:

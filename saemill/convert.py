@@ -37,10 +37,7 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
     hook = _hook(site, provenance.get("model"), revision) if name != "sparsify" else None
     with _new(out) as partial:
         formats.save(sae.parts, name, partial, hook)
-    say(
-        f"{out}: {name}, k {sae.config.k}, {sae.config.num_latents:,} latents"
-        + (f", {hook.name}" if hook else "")
-    )
+    say(f"{out}: {name}, {sae.config.described}" + (f", {hook.name}" if hook else ""))
 
 
 def _hook(site: str | None, model: str | None, revision: str | None) -> Hook | None:
@@ -83,7 +80,7 @@ def import_(path: Path | str, out: Path, model: str | None = None) -> None:
     with _new(out) as partial:
         sae.save(partial)
     where = provenance.get("site") or provenance.get("hook_name") or "a site that its files do not tell"
-    say(f"{out}: k {sae.config.k}, {sae.config.num_latents:,} latents, {where}")
+    say(f"{out}: {sae.config.described}, {where}")
 
 
 def _site(hook_name: str, model: str) -> str:

@@ -140,9 +140,7 @@ def _describe_sae(path: Path) -> str:
     config = sae.config
     provenance = config.provenance
     of = " of ".join(str(provenance[key]) for key in ("site", "model") if provenance.get(key))
-    return f"SAE {path}: k {config.k}, {config.num_latents:,} latents, D {config.d_in:,}" + (
-        f", {of}" if of else ""
-    )
+    return f"SAE {path}: {config.described}, D {config.d_in:,}" + (f", {of}" if of else "")
 
 
 def problems(path: Path) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from assessments import write_assessment
+from saes import make_threshold_sae
 from typer.testing import CliRunner, Result
 
 from saemill import Sae, cli
@@ -136,6 +137,10 @@ def test_an_sae_is_told_and_verified(tmp_path: Path) -> None:
     w_FD = torch.randn(16, 8)
     Sae(config, w_FD, torch.zeros(16), w_FD.clone(), torch.zeros(8)).save(tmp_path)
     assert saemill("show", tmp_path).stdout == f"SAE {tmp_path}: k 2, 16 latents, D 8, layers.1 of m\n"
+    make_threshold_sae("matryoshka").save(tmp_path / "other")
+    assert saemill("show", tmp_path / "other").stdout == (
+        f"SAE {tmp_path / 'other'}: matryoshka, 40 latents, prefixes 10, 20, 40, D 12, layers.1\n"
+    )
     assert saemill("verify", tmp_path).exit_code == 0
     weights = bytearray((tmp_path / "sae.safetensors").read_bytes())
     weights[-1] ^= 1

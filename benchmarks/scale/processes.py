@@ -152,7 +152,8 @@ def formula(args: argparse.Namespace, setting: Setting, d: int) -> float:
     """Compute the bytes that one process takes in per step."""
     n_tokens, k = args.batch, args.k
     n, of_tokens, of_latents = setting.n_variants, setting.data_ranks, setting.latent_ranks
-    exchanged = (of_tokens - 1) / of_tokens * n_tokens * (4 * d + 16 * k)
+    error_bytes = choose_product_dtype("auto", torch.device("cpu")).itemsize
+    exchanged = (of_tokens - 1) / of_tokens * n_tokens * (error_bytes * d + 16 * k)
     candidates = (of_latents - 1) * n_tokens * 4 * k
     summed = 2 * (of_latents - 1) / of_latents * 4 * n_tokens * d
     return n * (exchanged + (candidates + summed) / of_tokens)

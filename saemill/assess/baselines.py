@@ -1,5 +1,6 @@
 """Baselines of the best variant's figures: a random dictionary and PCA, of the same k.
 
+Where its latents have thresholds, k is its mean L0, rounded: a choice per token that is as large on average.
 Both are SAEs, fitted to cached training tokens and measured like any other on the evaluation tokens:
 
 - random: as many latents, unit decoder rows drawn at random, the encoder their transpose; one gain for
@@ -20,11 +21,12 @@ FIT_TOKENS = 1 << 16
 SEED = 12
 
 
-def fit_baselines(best: Sae, site: str, evalset: EvalSet) -> dict[str, Sae]:
-    """Fit the random dictionary and the PCA of an SAE's k, alike on every process; by name.
+def fit_baselines(best: Sae, k: int, site: str, evalset: EvalSet) -> dict[str, Sae]:
+    """Fit the random dictionary and the PCA beside an SAE, alike on every process; by name.
 
     Args:
-        best: says k, the number of latents, and the device.
+        best: says the number of latents, and the device.
+        k: how many latents are active per token.
         site: whose activations they reconstruct.
         evalset: gives cached tokens of the site that training saw.
     """
@@ -35,7 +37,7 @@ def fit_baselines(best: Sae, site: str, evalset: EvalSet) -> dict[str, Sae]:
     scale = (statistics.total_variance / config.d_in) ** 0.5
     generator = torch.Generator().manual_seed(SEED)
     drawn_FD = torch.randn(config.num_latents, config.d_in, generator=generator).to(device)
-    random = _sae(torch.nn.functional.normalize(drawn_FD, dim=1), mean_D, config.k, site)
+    random = _sae(torch.nn.functional.normalize(drawn_FD, dim=1), mean_D, k, site)
     covariance_DD = torch.zeros(config.d_in, config.d_in, dtype=torch.float64, device=device)
     moments = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.inference_mode():
@@ -47,9 +49,9 @@ def fit_baselines(best: Sae, site: str, evalset: EvalSet) -> dict[str, Sae]:
                 moments += torch.stack([(centred_TD * y_TD).sum(), y_TD.square().sum()]).double()
     if moments[1] > 0:
         random.W_dec.data *= float(moments[0] / moments[1])
-    v_KD = torch.linalg.eigh(covariance_DD).eigenvectors.T.flip(0)[: config.k].float()
+    v_KD = torch.linalg.eigh(covariance_DD).eigenvectors.T.flip(0)[:k].float()
     return {
-        f"random-k{config.k}-f{config.num_latents}": random,
+        f"random-k{k}-f{config.num_latents}": random,
         f"pca-k{len(v_KD)}": _sae(torch.cat([v_KD, -v_KD]), mean_D, len(v_KD), site),
     }
 

@@ -51,7 +51,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """The variants of one site and width, by L0."""
+    """The variants of one site, width and architecture, by L0."""
 
     name: str
     colour: str
@@ -71,12 +71,16 @@ class Chart:
 
 
 def against_l0(assessment: dict[str, Any], metric: str) -> Chart | None:
-    """Lay out a metric against L0, one line per site and width; None if no variant has the figure."""
+    """Lay out a metric against L0, one line per site, width and architecture;
+    None if no variant has the figure."""
     series: dict[str, list[tuple[float, Figure]]] = {}
     for entry in assessment["variants"]:
         figure, l0 = entry["metrics"][metric], entry["metrics"]["l0"]["value"]
         if (figure["value"] or 0) > 0 and (l0 or 0) > 0:
-            series.setdefault(f"{entry['site']}, {entry['num_latents']:,} latents", []).append((l0, figure))
+            architecture = entry.get("architecture", "topk")
+            kind = "" if architecture == "topk" else f" ({architecture})"
+            name = f"{entry['site']}, {entry['num_latents']:,} latents{kind}"
+            series.setdefault(name, []).append((l0, figure))
     if not series:
         return None
     xs = [l0 for points in series.values() for l0, _ in points]

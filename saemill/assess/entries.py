@@ -136,6 +136,7 @@ class Measured:
             "name": name,
             "site": provenance["site"],
             "k": sae.config.k,
+            "architecture": sae.config.architecture,
             "num_latents": sae.config.num_latents,
             "tokens_trained": provenance["tokens_trained"],
             "diverged_at_step": provenance["diverged_at_step"],
@@ -143,7 +144,21 @@ class Measured:
             "metrics": metrics,
             "checks": checks,
             "verdict": verdict.summary(checks),
+            "cuts": self._cuts(name),
         }
+
+    def _cuts(self, name: str) -> list[dict[str, Any]]:
+        """List the SAEs within one, with their figures; none of one that was not measured."""
+        cuts = self.reconstruction.cuts.get(name, {})
+        return [
+            {
+                "name": cut_name,
+                "num_latents": cut.config.num_latents,
+                "k": cut.config.k,
+                "metrics": self.reconstruction.cut_metrics(name, cut_name, self._split.all),
+            }
+            for cut_name, cut in cuts.items()
+        ]
 
     @property
     def _noun(self) -> str:

@@ -1,9 +1,10 @@
 """The passes over the evaluation tokens: all SAEs of the run, and the baselines of the best.
 
-Where all SAEs are of one shape, so are the best's baselines, whichever it is: they are fitted beforehand
-and everything is measured in one pass. Of several shapes the best is known only after a first pass; a
-second then measures its two baselines alone, and reuses from the first what does not depend on an SAE: the
-variance of the activations, the losses of the untouched model, of zeros and of the mean.
+Where all SAEs are of one shape with one k, so are the best's baselines, whichever it is: they are fitted
+beforehand and everything is measured in one pass. Of several shapes the best is known only after a first
+pass, and so is the mean L0 of one without a k. A second then measures its two baselines alone, and reuses
+from the first what does not depend on an SAE: the variance of the activations, the losses of the untouched
+model, of zeros and of the mean.
 """
 
 from saemill.assess.baselines import fit_baselines
@@ -50,8 +51,13 @@ def measure(
     best = saes[entries[0]["name"]]
     site = site_of(best)
     site_evalset = evalset.at(site, " controls")
-    baselines = fit_baselines(best, site, site_evalset)
+    baselines = fit_baselines(best, best.config.k or mean_k(entries[0]), site, site_evalset)
     return trained, entries, _pass(config, baselines, site_evalset, model, why_no_loss, known=trained)
+
+
+def mean_k(entry: Entry) -> int:
+    """Return how many latents of an SAE with thresholds are active per token: its L0, rounded, at least 1."""
+    return max(1, round(entry["metrics"]["l0"]["value"] or 0))
 
 
 def site_of(sae: Sae) -> str:
@@ -63,13 +69,14 @@ def _certain_baselines(saes: dict[str, Sae], evalset: EvalSet) -> dict[str, Sae]
     """Fit the best variant's baselines ahead, if they are the same whichever it is and share no name with an
     SAE."""
     sae, *others = saes.values()
-    if any(_shape(other) != _shape(sae) for other in others):
+    k = sae.config.k
+    if k is None or any(_shape(other) != _shape(sae) for other in others):
         return {}
-    baselines = fit_baselines(sae, site_of(sae), evalset)
+    baselines = fit_baselines(sae, k, site_of(sae), evalset)
     return {} if baselines.keys() & saes.keys() else baselines
 
 
-def _shape(sae: Sae) -> tuple[str, int, int]:
+def _shape(sae: Sae) -> tuple[str, int | None, int]:
     """Return what the baselines of an SAE depend on."""
     return site_of(sae), sae.config.k, sae.config.num_latents
 

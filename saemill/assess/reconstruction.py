@@ -1,6 +1,7 @@
 """How well each SAE reconstructs held-out activations, and how its latents fire."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,11 @@ from saemill.assess.evalset import Chunk, EvalSet
 from saemill.assess.spread import Spread
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
-from saemill.common.sae.sae import Sae, SaeOutput
+from saemill.common.sae.sae import Encoded, Sae
 from saemill.common.stores.statistics import FAR, unheld
 
 PER_VARIANT = ("sse", "sse_far", "cosine", "norm_ratio", "l0", "not_finite")
+PER_CUT = ("sse", "l0")
 PER_SITE = ("squares", "squares_near", "squares_far", "n_far", "n_not_zero")
 FAR_METRICS = ("fvu_without_far", "far_error_share", "far_variance_share")
 ROWS_AT_ONCE = 2048
@@ -34,10 +36,10 @@ class Firing:
     max_F: Tensor
     """float32, its largest activation."""
 
-    def add(self, output: SaeOutput) -> None:
+    def add(self, codes: Encoded) -> None:
         """Count some tokens."""
-        active = output.top_acts > 0
-        latents, acts = output.top_indices[active].cpu(), output.top_acts[active].cpu()
+        active = codes.top_acts > 0
+        latents, acts = codes.top_indices[active].cpu(), codes.top_acts[active].cpu()
         self.count_F += torch.bincount(latents, minlength=len(self.count_F))
         self.sum_F.index_add_(0, latents, acts.double())
         self.max_F.scatter_reduce_(0, latents, acts, "amax")
@@ -62,7 +64,9 @@ class Reconstruction:
         known: "Reconstruction | None" = None,
     ) -> None:
         self.saes, self.sites, self.evalset, self.known = saes, sites, evalset, known
-        self.sums = DocumentSums(_columns(saes) if known else self._own_columns() + _columns(saes))
+        self.cuts = {name: sae.cuts for name, sae in saes.items()}
+        own = [] if known else self._own_columns()
+        self.sums = DocumentSums(own + _columns(self.cuts))
         self.firing = {
             name: Firing(
                 torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.float64), torch.zeros(n)
@@ -100,7 +104,8 @@ class Reconstruction:
         some.saes = {name: self.saes[name] for name in names}
         some.sites = {name: self.sites[name] for name in some.saes}
         some.firing = {name: self.firing[name] for name in some.saes}
-        some.sums = self.sums.only(self._own_columns() + _columns(some.saes))
+        some.cuts = {name: self.cuts[name] for name in some.saes}
+        some.sums = self.sums.only(self._own_columns() + _columns(some.cuts))
         return some
 
     def _activations(
@@ -144,13 +149,14 @@ class Reconstruction:
     def _variant(self, name: str, sae: Sae, x_TD: Tensor, far_T: NDArray[np.bool_]) -> dict[str, Any]:
         """Compute values per token. Rows go through the SAE in float32; what is squared or divided is
         float64, which holds the square of any float32 without overflow or underflow."""
-        columns: dict[str, list[Tensor]] = {what: [] for what in PER_VARIANT}
+        columns: dict[str, list[Tensor]] = defaultdict(list)
         device = sae.W_enc.device
         for some_TD, some_far_T in zip(
             torch.split(x_TD, ROWS_AT_ONCE), torch.split(torch.from_numpy(far_T), ROWS_AT_ONCE), strict=True
         ):
-            output = sae(some_TD.to(device, torch.float32))
-            x, r = some_TD.to(device, torch.float64), output.reconstruction.double()
+            pre_TF = sae.pre_acts(some_TD.to(device, torch.float32))
+            codes = sae.select(pre_TF)
+            x, r = some_TD.to(device, torch.float64), sae.decode(*codes).double()
             bad = ~torch.isfinite(r).all(1)
             r = torch.where(bad[:, None], 0.0, r)
             sse = (r - x).square().sum(1)
@@ -160,8 +166,12 @@ class Reconstruction:
             columns["cosine"].append(_quotient((x * r).sum(1), x_norm * r_norm))
             columns["norm_ratio"].append(_quotient(r_norm, x_norm))
             columns["not_finite"].append(bad)
-            columns["l0"].append((output.top_acts > 0).sum(1))
-            self.firing[name].add(output)
+            columns["l0"].append((codes.top_acts > 0).sum(1))
+            self.firing[name].add(codes)
+            for cut_name, cut in self.cuts[name].items():
+                cut_codes = cut.select(pre_TF[:, : cut.config.num_latents])
+                columns[f"{cut_name}/sse"].append((cut.decode(*cut_codes).double() - x).square().sum(1))
+                columns[f"{cut_name}/l0"].append((cut_codes.top_acts > 0).sum(1))
         return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in columns.items()}
 
     def unusable(self, name: str) -> str | None:
@@ -177,15 +187,10 @@ class Reconstruction:
         ratio are means over the others; where x̂ alone is zero both count as 0.
         """
         site, unit = self.sites[name], self.evalset.text.unit
-        n = self.sums.column("n")
+        n, alike = self.sums.column("n"), self._alike
         sse, sse_far, cosine, norm_ratio, l0, _ = (self.sums.column(f"{name}/{what}") for what in PER_VARIANT)
         squares, squares_near, squares_far, _, n_not_zero = (
             self.sums.column(f"{site}/{what}") for what in PER_SITE
-        )
-        alike = (
-            f"the {unit}s are all alike: there is no variance to explain"
-            if self.n_tokens > 1
-            else f"one {unit} has no variance to explain"
         )
         zeros = f"every {unit} is a zero vector"
         return {
@@ -198,6 +203,20 @@ class Reconstruction:
             "far_error_share": Ratio(sse_far, sse, "there is no error"),
             "far_variance_share": Ratio(squares_far, squares, alike),
         }
+
+    @property
+    def _alike(self) -> str:
+        """Say why there is no FVU where there is none."""
+        unit = self.evalset.text.unit
+        if self.n_tokens > 1:
+            return f"the {unit}s are all alike: there is no variance to explain"
+        return f"one {unit} has no variance to explain"
+
+    def cut_metrics(self, name: str, cut: str, bootstrap: Bootstrap) -> dict[str, Figure]:
+        """Compute fvu and L0 of an SAE within a variant as figures."""
+        sse, l0 = (self.sums.column(f"{name}/{cut}/{what}") for what in PER_CUT)
+        squares, n = self.sums.column(f"{self.sites[name]}/squares"), self.sums.column("n")
+        return bootstrap.figures({"fvu": Ratio(sse, squares, self._alike), "l0": Ratio(l0, n)})
 
     def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
         """Compute the `ratios` of one variant as figures, and its explained variance."""
@@ -235,9 +254,13 @@ class Reconstruction:
         return self.density(name) >= max(least_share, 1 / max(1, self.n_tokens))
 
 
-def _columns(names: Iterable[str]) -> list[str]:
-    """Name the sums that are of these SAEs."""
-    return [f"{name}/{what}" for name in names for what in PER_VARIANT]
+def _columns(cuts: Mapping[str, Iterable[str]]) -> list[str]:
+    """Name the sums that are of some SAEs. cuts: by each SAE's name, those of the SAEs within it."""
+    columns = []
+    for name, within in cuts.items():
+        columns += [f"{name}/{what}" for what in PER_VARIANT]
+        columns += [f"{name}/{cut}/{what}" for cut in within for what in PER_CUT]
+    return columns
 
 
 def _quotient(above_T: Tensor, below_T: Tensor) -> Tensor:

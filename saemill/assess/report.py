@@ -1,7 +1,7 @@
 """The assessment for people: a table for the terminal, and one self-contained HTML page."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ CHARTS = {"fvu": "FVU", "delta_ce": "ΔCE, nats per token"}
 UNTRAINED = (
     "below the line, not trained: a random dictionary of the best's size and k, and PCA with k directions"
 )
+BY_MEAN_L0 = "; k is the best's mean L0, rounded"
+CUT_COLUMNS = ("variant", "of it", "FVU", "L0")
 PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
 """Characters shown of a passage, in a line of the terminal and on the page; the JSON has all of it."""
 
@@ -46,18 +48,64 @@ def table(assessment: dict[str, Any]) -> str:
     data, columns = assessment["data"], _columns(assessment)
     shown = Table(title=f"{counted(data['n_tokens'], data['unit'])}: {data['chosen']}")
     shown.add_column("variant", no_wrap=True)
+    several = are_several(assessment["variants"])
+    if several:
+        shown.add_column("architecture", no_wrap=True)
     for title in columns.values():
         shown.add_column(title, justify="right", no_wrap=True)
     shown.add_column("verdict", no_wrap=True)
     for entry in assessment["variants"] + assessment["controls"]:
-        values = [number(entry["metrics"][name]) for name in columns]
+        values = [entry.get("architecture", "topk")] if several else []
+        values += [number(entry["metrics"][name]) for name in columns]
         shown.add_row(entry["name"], *values, entry["verdict"])
         if entry is assessment["variants"][-1]:
             shown.add_section()
     terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
     terminal.print(shown)
-    lines = [terminal.export_text().rstrip(), UNTRAINED, f"best: {_best(assessment)}"]
-    return "\n".join(lines + _notes(assessment))
+    lines = [terminal.export_text().rstrip(), _untrained(assessment), f"best: {_best(assessment)}"]
+    return "\n".join(lines + _cuts_text(assessment) + _notes(assessment))
+
+
+def _untrained(assessment: dict[str, Any]) -> str:
+    """Say what is beside the variants."""
+    return UNTRAINED + (BY_MEAN_L0 if assessment["variants"][0]["k"] is None else "")
+
+
+def cuts(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """List the SAEs within some variants, in the columns of `CUT_COLUMNS`: at each prefix and each k, and
+    whole."""
+    with_cuts = [entry for entry in entries if entry.get("cuts")]
+    return [
+        [entry["name"], cut["name"], *_fvu_and_l0(cut["metrics"])]
+        for entry in with_cuts
+        for cut in [*entry["cuts"], {"name": "whole", "metrics": entry["metrics"]}]
+    ]
+
+
+def _fvu_and_l0(metrics: Mapping[str, Figure]) -> list[str]:
+    """Format two figures with their intervals, where they have one."""
+    figures = [metrics[name] for name in ("fvu", "l0")]
+    return [number(figure) + (f" ({interval(figure)})" if interval(figure) else "") for figure in figures]
+
+
+def _cuts_text(assessment: dict[str, Any]) -> list[str]:
+    """Render the SAEs within the variants as a text table; nothing where there are none."""
+    rows = cuts(assessment["variants"])
+    if not rows:
+        return []
+    shown = Table(title="SAEs within an SAE")
+    for title in CUT_COLUMNS:
+        shown.add_column(title, no_wrap=True, justify="left" if title in CUT_COLUMNS[:2] else "right")
+    for row in rows:
+        shown.add_row(*row)
+    terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
+    terminal.print(shown)
+    return [terminal.export_text().rstrip()]
+
+
+def are_several(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether tables need a column with what each SAE was trained as: where one is not TopK."""
+    return any(entry.get("architecture", "topk") != "topk" for entry in entries)
 
 
 def _columns(assessment: dict[str, Any]) -> dict[str, str]:
@@ -150,6 +198,10 @@ def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, N
         columns=_columns(assessment),
         variants=assessment["variants"],
         baselines=assessment["controls"],
+        architectures=are_several(assessment["variants"]),
+        by_mean_l0=assessment["variants"][0]["k"] is None,
+        cuts=cuts(assessment["variants"]),
+        cut_columns=CUT_COLUMNS,
         charts={title: charts.against_l0(assessment, metric) for metric, title in CHARTS.items()},
         densities=charts.densities(assessment, densities),
         features=assessment["features"],

@@ -95,8 +95,10 @@ class Words:
     def _goes_on(self, before: str, arg: str, n_arguments: int) -> bool:
         """Tell whether a word belongs to the list before it: a number after numbers, or any once the
         arguments are there."""
-        numbers = _is_number(before.rpartition("=")[2]) and _is_number(arg)
-        return numbers or (self.n_arguments > 0 and n_arguments >= self.n_arguments)
+        if _is_number(arg) and _is_number(before.rpartition("=")[2]):
+            return True
+        may_be_a_flag = arg.startswith("-") and not _is_number(arg)
+        return not may_be_a_flag and n_arguments >= self.n_arguments > 0
 
 
 def _switched(option: Any, name: str, word: str) -> str | None:

@@ -268,9 +268,9 @@ def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
         if hint is float and isinstance(value, str | int | float) and math.isfinite(number := float(value)):
             return number
         if hint is str and isinstance(value, str | int | float):
-            return _nameable(str(value))
+            return _nameable(str(value), name)
         if hint is Path and isinstance(value, str | Path) and str(value) != "":
-            path = Path(_nameable(str(value)))
+            path = Path(_nameable(str(value), name))
             if all(len(os.fsencode(name)) <= LONGEST_NAME_BYTES for name in path.parts):
                 return path
     except ConfigError:
@@ -286,9 +286,17 @@ def _bounded(number: int, name: str) -> int:
     return number
 
 
-def _nameable(text: str) -> str:
-    """Return the text, if the system could take it as a name; ValueError otherwise."""
-    if b"\0" in os.fsencode(text):
+def _nameable(text: str, name: str) -> str:
+    """Return the text, if the system could take it as a name; ValueError otherwise.
+
+    Raises:
+        ConfigError: it has bytes that no UTF-8 has, which could not be written down.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} must be UTF-8, got {shown(text)}; rename it") from None
+    if "\0" in text:
         raise ValueError(text)
     return text
 

@@ -1,8 +1,10 @@
 """What the user sees: sentences on stdout, progress on stderr (bars on a terminal, else lines)."""
 
+import logging
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +31,21 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(
         lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text
     )
+
+
+class PrintableRecord(logging.LogRecord):
+    """A record of any package's log whose message is printable."""
+
+    def getMessage(self) -> str:
+        """Return the message as a terminal may show it."""
+        return printable(super().getMessage())
+
+
+def tame_other_packages() -> None:
+    """Make what other packages log and warn printable too: it may name files and quote texts."""
+    logging.setLogRecordFactory(PrintableRecord)
+    written = warnings.formatwarning
+    warnings.formatwarning = lambda *about, **more: printable(written(*about, **more))
 
 
 def say(text: str) -> None:

@@ -151,10 +151,13 @@ def describe(cls: Any, name: str) -> tuple[str, str]:
     """Say what a setting is, its choices included, and what holds by default, as help and docs say it."""
     marks, hint = marks_of(cls, name), type_of(cls, name)
     by_default = written(default_of(cls, name)) if marks.by_default is None else marks.by_default
-    if get_origin(hint) is not Literal:
+    is_list = get_origin(hint) is tuple
+    kind = get_args(hint)[0] if is_list else hint
+    if get_origin(kind) is not Literal:
         return marks.help, by_default
-    *others, last = get_args(hint)
-    return f"{marks.help}: {', '.join(others)} or {last}", by_default
+    *others, last = get_args(kind)
+    choices = f"one or more of {', '.join((*others, last))}" if is_list else f"{', '.join(others)} or {last}"
+    return f"{marks.help}: {choices}", by_default
 
 
 def written(value: Any) -> str:

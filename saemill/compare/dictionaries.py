@@ -27,6 +27,8 @@ class Dictionary:
     path: Path
     d_in: int
     num_latents: int
+    architecture: str
+    """What it was trained as, of `SaeConfig.architecture`."""
     provenance: dict[str, Any]
 
     def load(self, device: torch.device) -> Sae:
@@ -48,7 +50,7 @@ class Dictionary:
         origin = {key: self.provenance.get(key) for key in ("model", "dataset", "site")}
         variant = dict(self.provenance.get("variant") or {})
         variant.pop("name", None)
-        return origin | variant | {"num_latents": self.num_latents}
+        return origin | variant | {"num_latents": self.num_latents, "architecture": self.architecture}
 
 
 def differing(a: Dictionary, b: Dictionary) -> list[str]:
@@ -72,7 +74,8 @@ def find(paths: Iterable[Path]) -> list[Dictionary]:
     dictionaries = []
     for name, folder in zip(_names(folders), folders, strict=True):
         config = Sae.load(folder).config
-        dictionaries.append(Dictionary(name, folder, config.d_in, config.num_latents, config.provenance))
+        shape = config.d_in, config.num_latents, config.architecture
+        dictionaries.append(Dictionary(name, folder, *shape, config.provenance))
     return dictionaries
 
 

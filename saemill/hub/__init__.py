@@ -3,6 +3,7 @@
 push.py         a run or a store → a repository
 contents.py     which files, and which of them without paths
 card.py         the page of a run
+kinds.py        what its SAEs are, in words
 store_card.py   the page of a store
 names.py        paths of this machine → names
 pull.py         a repository → a folder, checked

@@ -9,14 +9,15 @@ from typing import Any
 import yaml
 from huggingface_hub import CardData, ModelCardData, RepoCard
 
-from saemill.assess.report import interval
+from saemill.assess.report import CUT_COLUMNS, cuts, interval
 from saemill.assess.sums import number
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
+from saemill.hub import kinds
 
 ORDER = ["library_name", "tags", "base_model", "datasets"]
 """Fields that come first."""
-TAGS = ["sparse-autoencoder", "sae", "topk", "interpretability"]
+TAGS = ["sparse-autoencoder", "sae"]
 COLUMNS = {
     "fvu": "FVU",
     "l0": "L0",
@@ -47,19 +48,19 @@ def model_card(
         front_matter(
             ModelCardData(
                 library_name="saemill",
-                tags=TAGS,
+                tags=[*TAGS, *kinds.architectures(saes), "interpretability"],
                 base_model=provenance["model"] if is_id(provenance["model"] or "") else None,
                 datasets=[provenance["dataset"]] if is_id(provenance["dataset"]) else None,
             )
         ),
         f"# Sparse autoencoders of {words(_short(provenance['model'] or provenance['dataset']))}",
-        f"{counted(len(saes), 'TopK sparse autoencoder')} of {_what(provenance, sites)} "
-        "f = ReLU(TopK(W_enc (x − b_dec) + b_enc)), x̂ = W_decᵀ f + b_dec.",
+        f"{counted(len(saes), f'{kinds.adjective(saes)}sparse autoencoder')} of {_what(provenance, sites)} "
+        f"{kinds.formula(saes)}, x̂ = W_decᵀ f + b_dec.",
         "## Variants",
-        _variants(saes, finished, assessment),
+        *_variants(saes, finished, assessment),
         *(_how_measured(assessment) if assessment else ()),
         "## Load",
-        _load(repo, _best(saes, finished, assessment)),
+        _load(repo, best := _best(saes, finished, assessment), kinds.has_k(saes[best])),
         "## Recipe",
         _recipe(saes, finished, provenance),
         "The settings that decide the result, as `saemill train` takes them (also in `config.yaml`); what is "
@@ -67,6 +68,18 @@ def model_card(
         code("yaml", yaml.safe_dump({"train": _without_unset(identity)}, sort_keys=False)),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _within(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Render the table of the SAEs within the SAEs; nothing where there are none."""
+    lines = cuts(entries)
+    if not lines:
+        return []
+    about = (
+        "The first latents of a Matryoshka SAE are an SAE themselves, `sae.prefix(n)`; one that was trained "
+        "for several k is used at another by `sae.at_k(k)`:"
+    )
+    return [about, rows([CUT_COLUMNS, *([span(name), *cells] for name, *cells in lines)])]
 
 
 def _what(provenance: Mapping[str, Any], sites: Sequence[str]) -> str:
@@ -144,21 +157,31 @@ def _code(names: Sequence[str]) -> str:
 
 def _variants(
     saes: Mapping[str, Mapping[str, Any]], finished: Mapping[str, Any], assessment: Mapping[str, Any] | None
-) -> str:
-    """Render the table of all variants, best first where they were assessed."""
-    head = ["variant", "site", "k", "latents"]
-    shapes = {n: [span(c["saemill"]["site"]), str(c["k"]), f"{c['num_latents']:,}"] for n, c in saes.items()}
+) -> list[str]:
+    """Render the table of all variants, best first where they were assessed, and that of the SAEs within."""
+    several = kinds.architectures(saes) != ["topk"]
+    head = ["variant", "site", *(["architecture"] if several else []), "k", "latents"]
+    shapes = {
+        name: [
+            span(cfg["saemill"]["site"]),
+            *([kinds.architecture(cfg)] if several else []),
+            str(cfg.get("k", "–")),
+            f"{cfg['num_latents']:,}",
+        ]
+        for name, cfg in saes.items()
+    }
     if assessment is None:
         lines = [[span(name), *shape, _state(name, finished)] for name, shape in shapes.items()]
         note = "**Not assessed.** Nothing is known here of how well they reconstruct: `saemill assess`."
-        return f"{note}\n\n{rows([[*head, 'state'], *lines])}"
+        return [note, rows([[*head, "state"], *lines])]
     entries = [entry for entry in assessment["variants"] if entry["name"] in saes]
     columns = {c: t for c, t in COLUMNS.items() if any(e["metrics"][c]["value"] is not None for e in entries)}
     lines = [
         [span(entry["name"]), *shapes[entry["name"]], *_figures(entry["metrics"], columns), entry["verdict"]]
         for entry in entries
     ]
-    return "\n\n".join([rows([[*head, *columns.values(), "verdict"], *lines]), *_reasons(entries, columns)])
+    table = rows([[*head, *columns.values(), "verdict"], *lines])
+    return [table, *_reasons(entries, columns), *_within(entries)]
 
 
 def _reasons(entries: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
@@ -216,12 +239,20 @@ def _best(
     return next(name for name in [*order, *saes] if name in saes)
 
 
-def _load(repo: str, variant: str) -> str:
-    """Show how each tool reads one of the SAEs."""
-    address = f"hf://{repo}/{variant}"
+def _sparsify(repo: str, variant: str) -> list[str]:
+    """Show how sparsify reads one of the SAEs."""
     from_hub = f"load_from_hub({_quoted(repo)}, hookpoint={_quoted(variant)})"
     if "@" in repo:  # it knows no branches
         from_hub = f"load_from_disk({_quoted(f'run/{variant}')})  # after `saemill pull {repo} -o run`"
+    return [
+        "With sparsify, which has the same layout:",
+        code("python", f"from sparsify import SparseCoder\n\nsae = SparseCoder.{from_hub}"),
+    ]
+
+
+def _load(repo: str, variant: str, has_k: bool) -> str:
+    """Show how each tool reads one of the SAEs; sparsify has those with a k alone."""
+    address = f"hf://{repo}/{variant}"
     return "\n\n".join(
         [
             "`x` holds activations [T, D], fp32. With saemill:",
@@ -232,11 +263,7 @@ def _load(repo: str, variant: str) -> str:
                 "top_acts, top_indices = sae.encode(x)  # [T, k] each\n"
                 "reconstruction = sae.decode(top_acts, top_indices)  # [T, D]",
             ),
-            "With sparsify, which has the same layout:",
-            code(
-                "python",
-                f"from sparsify import SparseCoder\n\nsae = SparseCoder.{from_hub}",
-            ),
+            *(_sparsify(repo, variant) if has_k else ()),
             "With SAELens and dictionary_learning, after an export:",
             code(
                 "",

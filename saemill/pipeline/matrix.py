@@ -103,7 +103,7 @@ class MatrixConfig:
         (0,), "Seeds of the initial weights, trained side by side", least=0, most=LARGEST
     )
     delete: tuple[Literal["tokens", "acts"], ...] = setting(
-        (), "Which stores of a pair are deleted when it is assessed; a pair that is done stays done without"
+        (), "Stores of a pair to delete once it is assessed (it stays done)"
     )
     compare: bool = setting(
         True, "Match the dictionaries of different seeds and sources at the end, by the section compare"

@@ -64,10 +64,12 @@ def _fitted(
     n_tokens = config.max_tokens or (config.epochs or 1) * n_epoch
     if n_tokens >= config.step_tokens:
         return config
-    batch = n_tokens // config.grad_acc_steps // FEWEST_STEPS
-    if not batch_is_set and batch > min(MOST_SEQUENCES, tokens.ctx_len):
+    sequences = min(MOST_SEQUENCES, tokens.ctx_len)
+    largest = n_tokens // config.grad_acc_steps
+    batch = largest // FEWEST_STEPS
+    if not batch_is_set and batch > sequences:
         batch = 2 ** int(math.log2(batch))
-        if batch > min(MOST_SEQUENCES, tokens.ctx_len):
+        if batch > sequences:
             say(
                 f"{n_tokens:,} training tokens are less than one step of {config.step_tokens:,}: trained in "
                 f"batches of {batch:,}"
@@ -77,9 +79,9 @@ def _fitted(
     advice = (
         f"raise train.max_tokens to {config.step_tokens}" if config.max_tokens else f"say --epochs {more}"
     )
+    lower = f", or lower --batch-size, to {sequences + 1} .. {largest}" if largest > sequences else ""
     raise ConfigError(
-        f"{n_tokens:,} training tokens are less than one step of {config.step_tokens:,}; {advice}, or lower "
-        "--batch-size"
+        f"{n_tokens:,} training tokens are less than one step of {config.step_tokens:,}; {advice}{lower}"
     )
 
 

@@ -99,7 +99,15 @@ def check_amounts(configs: dict[str, Any]) -> None:
     tokenize, train = configs.get("tokenize"), configs.get("train")
     if tokenize is None or train is None:
         return
-    check_batch(train.batch_size, tokenize.ctx_len or CTX_LEN)
+    try:
+        check_batch(train.batch_size, tokenize.ctx_len or CTX_LEN)
+    except ConfigError as error:
+        if tokenize.ctx_len is not None:
+            raise
+        raise ConfigError(
+            f"{error}. Rows have {CTX_LEN} tokens unless tokenize.ctx_len says otherwise: name it for a "
+            "dataset of ids in rows of another length"
+        ) from None
     limits = [configs[stage].max_tokens for stage in ("tokenize", "cache")]
     n_tokens = min((limit for limit in limits if limit is not None), default=None)
     n_trained = train.max_tokens or (n_tokens and n_tokens * (train.epochs or 1))

@@ -121,8 +121,8 @@ def _write(
     if chosen := writer.to_hold_out():
         writer = written(chosen)
         notes.append(
-            f"The share of {config.held_out_fraction:g} gave no held-out row, so "
-            f"{counted(len(chosen), 'document')} more, of the smallest hashes, are held out."
+            f"The share of {config.held_out_fraction:g} gave no held-out row: of the smallest hashes, "
+            f"{counted(len(chosen), 'document')} more held out."
         )
     writer.check()
     notes += _notes(writer)

@@ -371,9 +371,11 @@ def check_batch(batch_size: int, ctx_len: int) -> None:
         ConfigError: it was.
     """
     most = min(ctx_len, MOST_SEQUENCES)
-    if batch_size <= most and ctx_len > 1:
-        raise ConfigError(
-            f"batch_size counts tokens, and {batch_size} are no more than one row of {ctx_len}; for "
-            f"{batch_size} rows, as sparsify counts, say {batch_size * ctx_len}; if tokens are meant, take "
-            f"more than {most}"
-        )
+    if batch_size > most or ctx_len == 1:
+        return
+    n_rows = batch_size if batch_size * ctx_len > most else 2
+    raise ConfigError(
+        f"batch_size counts tokens, and {batch_size} of them fill no more than one row of {ctx_len}; for "
+        f"{n_rows} rows, as sparsify counts, say {n_rows * ctx_len}; if tokens are meant, take more than "
+        f"{most}"
+    )

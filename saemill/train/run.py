@@ -37,6 +37,8 @@ from saemill.train.trainer import Trainer
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
+WITHOUT_KERNELS = "signum, muon and clip_grad_norm"
+"""What a GPU's kernels do not compute."""
 FEW_STEPS = 100
 """Steps below which the plan says that more may help."""
 SAMPLE_TOKENS = 8192
@@ -155,23 +157,38 @@ def _place(
         )
     on_gpu = device.type == "cuda"
     memory_bytes = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
-    latent_ranks = config.latent_ranks
-    if kernels_of(config.kernels, device) == "torch":
-        latent_ranks = 1
-        if (config.latent_ranks or 1) > 1:
-            raise ConfigError(
-                f"latent_ranks {config.latent_ranks}: kernels torch do not split an SAE's latents; leave it "
-                "out, or train with kernels numba on CPUs, triton on GPUs"
-            )
     return choose(
         variants,
         widths,
         everyone.size,
         config.data_ranks,
-        latent_ranks,
+        _latent_ranks(config, variants, device),
         idle_allowed=idle_allowed,
         memory_bytes=memory_bytes,
     )
+
+
+def _latent_ranks(config: TrainConfig, variants: list[Variant], device: torch.device) -> int | None:
+    """Find how many processes may share an SAE's latents: as many as the user says, or one where some variant
+    needs them whole."""
+    kernels, whole = kernels_of(config.kernels, device), ""
+    if kernels == "torch":
+        whole = (
+            "kernels torch do not split an SAE's latents; leave it out, or train with kernels numba on CPUs, "
+            "triton on GPUs"
+        )
+    elif any(variant.multi_topk or variant.nested_k for variant in variants):
+        whole = "multi_topk and nested_k need all latents of an SAE in one process; leave it out"
+    elif kernels == "triton" and any(map(_is_stepped_by_torch, variants)):
+        whole = f"on a GPU {WITHOUT_KERNELS} need all latents of an SAE in one process; leave it out"
+    if whole and (config.latent_ranks or 1) > 1:
+        raise ConfigError(f"latent_ranks {config.latent_ranks}: {whole}")
+    return 1 if whole else config.latent_ranks
+
+
+def _is_stepped_by_torch(variant: Variant) -> bool:
+    """Tell whether a GPU has no kernels for how a variant's weights are stepped."""
+    return variant.optimizer in ("signum", "muon") or variant.clip_grad_norm is not None
 
 
 def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
@@ -346,17 +363,19 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
     dead_after_tokens = trainer.learners[0].dead_after_tokens
     say(
         f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {placement.describe()}; products in "
-        f"{str(backend.dtype).removeprefix('torch.')} by {backend.name}; {n_steps:,} steps, {n_tokens:,} "
-        f"{unit}s ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
-        f"{dead_after_tokens:,} {unit}s; {store.text.manifest.n_held_out_rows:,} {store.text.row}s "
-        "held out"
+        f"{str(backend.dtype).removeprefix('torch.')} by {backend.name}; {counted(n_steps, 'step')}, "
+        f"{counted(n_tokens, unit)} ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
+        f"{counted(dead_after_tokens, unit)}; "
+        f"{counted(store.text.manifest.n_held_out_rows, store.text.row)} held out"
     )
     for array in map(store.site, trainer.loader.sites):
         for warning in warnings(array.name, array.statistics, array.dtype, unit):
             say(warning)
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")
+    if backend.name == "triton" and any(map(_is_stepped_by_torch, placement.variants)):
+        say(f"steps with {WITHOUT_KERNELS} are made by torch on a GPU, more slowly than by Triton's kernels")
     if n_steps < FEW_STEPS:
-        say(f"{counted(n_steps, 'step')} are few to learn in: more epochs or a smaller batch may help much")
+        say(f"few steps to learn in ({n_steps}): more epochs or a smaller batch may help much")
     if trainer.step:
         say(f"continuing after step {trainer.step:,}")

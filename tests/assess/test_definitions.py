@@ -77,7 +77,7 @@ def test_controls_are_a_random_dictionary_and_pca(tmp_path: Path) -> None:
     mixing = torch.randn(D, D, generator=torch.Generator().manual_seed(5)) * torch.linspace(3, 0.1, D)
     values = torch.randn(400 * 16, D, generator=torch.Generator().manual_seed(6)) @ mixing.T + 7
     store = make_store(tmp_path, 400, 16, D, 1000, values_TD=values)
-    found = fit_baselines(random_sae(0, k=3, f=24), "a", evalset(store))
+    found = fit_baselines(random_sae(0, k=3, f=24), 3, "a", evalset(store))
     assert list(found) == ["random-k3-f24", "pca-k3"]
     addresses = [
         row * 16 + p

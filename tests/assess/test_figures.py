@@ -70,7 +70,7 @@ def test_controls_do_not_depend_on_the_scale(tmp_path: Path, scale: float) -> No
         small = make_store(tmp_path / name, 64, 16, D, 500, values_TD=values_of(64 * 16) * factor)
         x_TD = small.read("a", 0, 100)
         with torch.no_grad():
-            saes = fit_baselines(random_sae(0), "a", evalset(small)).values()
+            saes = fit_baselines(random_sae(0), 3, "a", evalset(small)).values()
             found.append([sae(x_TD).reconstruction.double() / factor for sae in saes])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3)

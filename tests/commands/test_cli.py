@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -114,6 +115,7 @@ def test_a_flag_and_a_set_of_one_setting_are_refused() -> None:
         ("--log_to_wandb M D", "--log-to-wandb M D"),
         ("M D -- --k 4", "M D -- --k 4"),
         ("M D --set a=1 --k", "M D --set a=1 --k"),
+        ("M D --k 8 -o out", "M D --k 8 -o out"),
     ],
 )
 def test_words_as_other_tools_write_them(words: str, expected: str) -> None:
@@ -147,6 +149,18 @@ def test_no_error_steers_the_terminal(
     assert left.value.code == 2
     told = capfd.readouterr().err
     assert "error: " in told
+    assert all(character in "\n\t" or character.isprintable() for character in told)
+
+
+def test_nothing_that_datasets_logs_steers_the_terminal(tmp_path: Path, tokenizer_folder: str) -> None:
+    """Oracle: as above, of all that a process tells: `datasets` logs the name of a file it cannot read."""
+    file = tmp_path / f"{ESCAPES[:-2]}.jsonl"
+    file.write_text('{"text": ')
+    words = ["tokenize", str(file), "--tokenizer", tokenizer_folder, "-o", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-m", "saemill", *words], capture_output=True)
+    told = done.stderr.decode().replace("\rGenerating", "Generating")
+    assert "Failed to load JSON from file" in told
+    assert told.count("\\x1b[31mred") == 2
     assert all(character in "\n\t" or character.isprintable() for character in told)
 
 

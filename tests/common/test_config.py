@@ -1,6 +1,7 @@
 """Settings: from YAML, `--set` and flags into dataclasses, strictly."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -206,6 +207,14 @@ def test_bad_count(value: Any) -> None:
 def test_tuple(value: Any, expected: tuple[int, ...]) -> None:
     """Oracle: the tuple written out by hand."""
     assert made(sizes=value).sizes == expected
+
+
+@pytest.mark.parametrize("name", ["name", "out"])
+def test_bytes_that_no_utf8_has_are_refused(name: str) -> None:
+    """Oracle: what Python makes of such a name on the command line; it could not be written into a config."""
+    with pytest.raises(ConfigError) as caught:
+        made(**{name: os.fsdecode(b"a/n\xe9")})
+    assert str(caught.value) == f"train.{name} must be UTF-8, got 'a/n\\udce9'; rename it"
 
 
 def test_tuple_of_names_has_no_spaces() -> None:

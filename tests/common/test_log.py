@@ -1,9 +1,11 @@
 """Progress: lines where stderr is no terminal, a bar where it is one."""
 
+import logging
 import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -75,3 +77,18 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "tokens/s" in text
     assert "━" in text
     assert "20 of 20" not in text
+
+
+def test_what_other_packages_log_and_warn_is_printable(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Oracle: the texts by hand; a record's arguments are written out with it."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    factory = logging.getLogRecordFactory()
+    try:
+        log.tame_other_packages()
+        logging.getLogger("other").error("of %s", "\x1b[31mred")
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert caplog.messages == ["of \\x1b[31mred"]
+    assert "UserWarning: of \\x07" in warnings.formatwarning("of \a", UserWarning, "a.py", 1)

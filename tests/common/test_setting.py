@@ -22,6 +22,7 @@ class Jump:
     bandwidth: tuple[float, ...] = setting((0.001,), "Width of the kernel", axis="bw", least=0)
     start: float = setting(0.1, "Threshold at the start", within="(0, 1]")
     sparsity: Literal["step", "tanh"] = setting("step", "What counts latents")
+    kernels: tuple[Literal["box", "bump"], ...] = setting(("box",), "Shape of the kernel", axis="")
 
     def __post_init__(self) -> None:
         check(self)
@@ -51,7 +52,7 @@ app = typer.Typer(add_completion=False)
     Toy,
     "train",
     argument("acts"),
-    *("seed", "jump.bandwidth", "jump.sparsity"),
+    *("seed", "jump.bandwidth", "jump.sparsity", "jump.kernels"),
     flag("every", "-e", "--every", help="Steps"),
     flag("is_quiet", "--quiet"),
 )
@@ -70,15 +71,16 @@ def told(*words: str) -> Toy:
 def test_flags_and_their_help_come_from_the_settings() -> None:
     """Oracle: names, what stands for a value, and help, by hand, in the order of the command's list."""
     params = typer.main.get_command(app).params
-    assert [(*param.opts, param.metavar, param.help) for param in params[:6]] == [
+    assert [(*param.opts, param.metavar, param.help) for param in params[:7]] == [
         ("acts", None, "Where from."),
         ("--seed", "N", "Seed [500k]."),
         ("--bandwidth", "X,…", "Width of the kernel [0.001]."),
         ("--sparsity", "NAME", "What counts latents: step or tanh [step]."),
+        ("--kernels", "NAME,…", "Shape of the kernel: one or more of box, bump [box]."),
         ("-e", "--every", "N", "Steps [a tenth]."),
         ("--quiet", None, "Say nothing."),
     ]
-    assert [param.opts for param in params[6:]] == [["--config"], ["--set"]]
+    assert [param.opts for param in params[7:]] == [["--config"], ["--set"]]
 
 
 def test_words_become_settings() -> None:
@@ -97,13 +99,14 @@ def test_set_reaches_what_has_no_flag() -> None:
 def test_identity_is_what_decides() -> None:
     """Oracle: the settings by hand, a group whole; a plain field decides."""
     assert identity(Toy(acts=Path("a"), every=5)) == {
-        "seed": 500_000, "jump": {"bandwidth": [0.001], "start": 0.1, "sparsity": "step"}, "unmarked": 3,
+        "seed": 500_000, "jump": {"bandwidth": [0.001], "start": 0.1, "sparsity": "step", "kernels": ["box"]},
+        "unmarked": 3,
     }  # fmt: skip
 
 
 def test_axes() -> None:
-    """Oracle: the one list whose values form a grid, with its sign in a name."""
-    assert (axes(Jump), axes(Toy)) == ({"bandwidth": "bw"}, {})
+    """Oracle: the lists whose values form a grid, with their signs in a name."""
+    assert (axes(Jump), axes(Toy)) == ({"bandwidth": "bw", "kernels": ""}, {})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import Pipeline
+from replaced import run_of_other_saes
 from stores import make_store
 from typer.testing import CliRunner
 
@@ -197,13 +198,20 @@ def runs(
 
 def dense(sae: Sae, x_TD: torch.Tensor) -> np.ndarray[Any, Any]:
     acts_TK, indices_TK = sae.encode(x_TD)
-    codes_TF = torch.zeros(len(x_TD), sae.config.num_latents).scatter(1, indices_TK, acts_TK)
+    codes_TF = torch.zeros(len(x_TD), sae.config.num_latents).scatter_add(1, indices_TK, acts_TK)
     return codes_TF.detach().double().numpy()
 
 
-def test_runs_are_compared_by_what_their_latents_do(runs: Pipeline, tmp_path: Path) -> None:
-    """Oracle: numpy's corrcoef of dense codes on the held-out tokens."""
+@pytest.mark.parametrize("threshold", [None, 1.0])
+def test_runs_are_compared_by_what_their_latents_do(
+    runs: Pipeline, tmp_path: Path, threshold: float | None
+) -> None:
+    """Oracle: numpy's corrcoef of dense codes on the held-out tokens, by a k or by thresholds."""
     seeds = runs.out.parent / "seeds"
+    if threshold is not None:
+        names = [folder.name for folder in seeds.iterdir() if folder.is_dir()]
+        run_of_other_saes(seeds, tmp_path / "seeds", {name: {"threshold": threshold} for name in names})
+        seeds = tmp_path / "seeds"
     arguments = ["compare", seeds, "--by", "activations", "--acts", runs.acts, "-o", tmp_path / "out"]
     result = CliRunner().invoke(cli.app, list(map(str, arguments)), catch_exceptions=False)
     assert "correlation of codes" in result.output

@@ -3,13 +3,17 @@
 import shutil
 from pathlib import Path
 
+import torch
 import yaml
 from command_line import call
 from hub import Hub
 from pipeline import Pipeline
 from pushed import VARIANTS, metadata
+from replaced import run_of_other_saes
 
 from saemill import Sae
+from saemill.assess.config import AssessConfig
+from saemill.assess.run import run as assess
 from saemill.common import durable, records
 from saemill.common.sae.formats import seal
 from saemill.common.stores import runs
@@ -90,3 +94,44 @@ def test_a_run_that_was_not_assessed_says_so(made: Pipeline, tmp_path: Path) -> 
     told = call("push", run, "user/saes", "--dry-run")
     assert [line for line in told.splitlines() if line.endswith("| diverged at step 7 |")]
     assert f'Sae.load("hf://user/saes/{VARIANTS[1]}")' in told
+
+
+def test_saes_of_several_architectures_go_there_and_back(made: Pipeline, hub: Hub, tmp_path: Path) -> None:
+    """Oracle: the run's own SAEs, loaded from the hub; `final_assessment.json`; and the words of the card
+    that do not fit them all, which are left out of it."""
+    matryoshka = {"threshold": 0.8, "architecture": "matryoshka", "prefixes": (32, 128)}
+    run = tmp_path / "run"
+    saes = run_of_other_saes(made.out, run, {VARIANTS[0]: matryoshka, VARIANTS[1]: {"ks": (4, 16)}})
+    assess(AssessConfig(run=run, device="cpu", max_tokens=4096, model_tokens=2048, n_latents=0))
+    call("push", run, "user/saes")
+    for name, wanted in saes.items():
+        found = Sae.load(f"hf://user/saes/{name}")
+        assert (found.config.architecture, found.config.prefixes) == (
+            wanted.config.architecture,
+            wanted.config.prefixes,
+        )
+        assert all(torch.equal(found.get_parameter(n), w) for n, w in wanted.named_parameters())
+    raw = hub.files("user/saes")["README.md"]
+    card = raw.decode()
+    assert {"topk", "matryoshka"} <= set(metadata(raw)["tags"])
+    assert "\n2 sparse autoencoders of " in card
+    assert "f = ReLU(TopK(W_enc (x − b_dec) + b_enc)) where there is a k, else f = z · 1[z > θ]" in card
+    assert f"| `{VARIANTS[0]}` | `layers.1` | matryoshka | – | 128 |" in card
+    assessment = durable.read_json(run / "final_assessment.json")
+    entries = {entry["name"]: entry for entry in assessment["variants"]}
+    for name, cut in ((VARIANTS[0], "first 32"), (VARIANTS[1], "k 4")):
+        (told,) = entries[name]["cuts"]
+        for place, figures in ((cut, told["metrics"]), ("whole", entries[name]["metrics"])):
+            assert f"| `{name}` | {place} | {figures['fvu']['value']:.3f}" in card
+    assert ("SparseCoder" in card) == (assessment["best_variant"] == VARIANTS[1])
+
+
+def test_the_card_of_saes_with_thresholds_does_not_send_to_sparsify(made: Pipeline, tmp_path: Path) -> None:
+    """Oracle: what sparsify loads: no SAE without a k."""
+    run_of_other_saes(made.out, tmp_path / "run", {name: {"threshold": 0.8} for name in VARIANTS})
+    card = call("push", tmp_path / "run", "user/saes", "--dry-run")
+    assert "\n2 JumpReLU sparse autoencoders of " in card
+    assert "x̂ = W_decᵀ f + b_dec" in card
+    assert "TopK" not in card
+    assert "SparseCoder" not in card
+    assert "--format saelens" in card

@@ -218,7 +218,7 @@ def test_other_text_under_the_same_name_is_refused(file: Path) -> None:
         ("compare", {"out": "o"}, r"compare\.out follows from the matrix"),
         ("compare", {"assignment_limit": 70}, "SAEs of 96 latents, more than the 70"),
         ("train", {"k": [80]}, r"k must be in 1..64"),
-        ("train", {"batch_size": 2}, "batch_size counts tokens, and 2 are no more than one row"),
+        ("train", {"batch_size": 2}, "batch_size counts tokens, and 2 of them fill no more than one row"),
     ],
 )
 def test_wrong_settings_of_any_pair_are_told_before_the_first(

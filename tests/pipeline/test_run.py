@@ -119,7 +119,7 @@ def test_assessed_anew_when_trained_anew(
         ),
         (
             {"train.batch_size": "1M"},
-            r"training tokens are less than one step of 1,000,000; say --epochs \d+",
+            r"less than one step of 1,000,000; say --epochs \d+, or lower --batch-size, to 33 \.\. \d+$",
         ),
     ],
 )
@@ -131,6 +131,21 @@ def test_refused_before_anything_is_cached(
     with pytest.raises((ConfigError, DataError), match=message):
         run(tiny_models["neox"], str(corpus), SMALL | {"tokenize.tokenizer": tokenizer_folder} | flags)
     assert done == []
+
+
+def test_a_text_of_one_row_is_told_epochs_alone(
+    work: Path, tiny_models: dict[str, str], tokenizer_folder: str, done: list[str]
+) -> None:
+    """Oracle: by hand, the one row's 31 tokens beside its first, in which no batch of more than a row fits;
+    the advice works."""
+    (work / "short.txt").write_text("the " * 50)
+    flags = SMALL | {"tokenize.tokenizer": tokenizer_folder, "tokenize.held_out_fraction": "0"}
+    del flags["train.batch_size"]
+    with pytest.raises(ConfigError, match=r"^31 training tokens .* of 4,096; say --epochs 133$"):
+        run(tiny_models["neox"], "short.txt", flags)
+    assert done == []
+    path = run(tiny_models["neox"], "short.txt", flags | {"train.epochs": "133"})
+    assert json.loads((path / "finished.json").read_text())["steps"] == 1
 
 
 def test_without_held_out_rows_all_but_the_assessment_is_done(
@@ -222,7 +237,15 @@ def test_a_device_is_for_the_stages_that_there_are(
             "rows have 256 tokens, but .* takes at most 128",
         ),
         ({"cache.load_in_8bit": "true", "cache.device": "cpu"}, "load_in_8bit needs a CUDA device, got cpu"),
-        ({"train.batch_size": "32"}, "32 are no more than one row of 32; for 32 rows"),
+        (
+            {"train.batch_size": "32"},
+            "32 of them fill no more than one row of 32; for 32 rows, as .*, say 1024",
+        ),
+        ({"train.batch_size": "1"}, "one row of 32; for 2 rows, as sparsify counts, say 64"),
+        (
+            {"train.batch_size": "256", "tokenize.ctx_len": "none"},
+            "one row of 512.*unless tokenize.ctx_len says otherwise",
+        ),
         (
             {"tokenize.max_tokens": "1k", "train.batch_size": "2k"},
             "at most 1,000 training tokens are less than",

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -107,43 +108,48 @@ def make_saelens(
     training: bool = False,
     save: str = "save_model",
     metadata: dict[str, Any] | None = None,
+    architecture: str = "topk",
     **config: Any,
 ) -> None:
-    from sae_lens import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.registry import get_sae_class, get_sae_training_class
     from sae_lens.saes.sae import SAEMetadata
 
-    made = TopKTrainingSAEConfig(**config) if training else TopKSAEConfig(**config)
+    sae_class, config_class = (get_sae_training_class if training else get_sae_class)(architecture)
+    made = config_class(**config)
     made.metadata = SAEMetadata(**(metadata or {}))
-    sae = TopKTrainingSAE(made) if training else TopKSAE(made)
+    sae = sae_class(made)
     randomize(sae, 2)
+    if hasattr(sae, "topk_threshold"):
+        sae.topk_threshold.fill_(0.7)
     getattr(sae, save)(folder)
 
 
 def make_scaled_saelens(folder: str, folded: str, factor: float, **config: Any) -> None:
     """A checkpoint with the factor beside it, and the SAE that SAELens itself makes of both."""
-    from sae_lens import SAE
+    from sae_lens import TrainingSAE
     from sae_lens.training.activation_scaler import ActivationScaler
 
     make_saelens(folder, training=True, normalize_activations="expected_average_only_in", **config)
     ActivationScaler(factor).save(str(Path(folder) / "activation_scaler.json"))
-    sae = SAE.load_from_disk(folder)
+    sae = TrainingSAE.load_from_disk(folder)
     sae.fold_activation_norm_scaling_factor(factor)
-    sae.fold_W_dec_norm()
-    sae.cfg.rescale_acts_by_decoder_norm = False
-    sae.save_model(folded)
+    sae.save_inference_model(folded)
 
 
-def make_dictionary_learning(folder: str, d_in: int, num_latents: int, k: int) -> None:
+def make_dictionary_learning(
+    folder: str, d_in: int, num_latents: int, trainer: str = "top_k.TopKTrainer", **more: Any
+) -> None:
     """What its own training leaves after two steps, with a submodule named as in its demo."""
     without_their_data()
-    from dictionary_learning.trainers.top_k import TopKTrainer
     from dictionary_learning.training import trainSAE
 
+    module, _, name = trainer.rpartition(".")
     config = {
-        "trainer": TopKTrainer, "steps": 2, "activation_dim": d_in, "dict_size": num_latents, "k": k,
+        "trainer": getattr(import_module(f"dictionary_learning.trainers.{module}"), name), "steps": 2,
+        "activation_dim": d_in, "dict_size": num_latents,
         "layer": 1, "lm_name": "EleutherAI/pythia-160m", "submodule_name": "resid_post_layer_1",
-        "threshold_start_step": 0, "warmup_steps": 0, "device": "cpu", "seed": 0, "lr": 0.1,
-    }  # fmt: skip
+        "warmup_steps": 0, "device": "cpu", "seed": 0, "lr": 0.1,
+    } | more  # fmt: skip
     generator = torch.Generator().manual_seed(3)
     batches = iter([3 * torch.randn(64, d_in, generator=generator) + 1 for _ in range(3)])
     trainSAE(batches, [config], 2, save_dir=folder, device="cpu")

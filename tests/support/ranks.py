@@ -23,6 +23,7 @@ from saemill.train.sweep.variants import Variant
 
 D, F, T, STEPS = 16, 101, 63, 6
 BASE = Variant(name="v", site="a", k=4, num_latents=F, lr=1e-2, k_aux=8, auxk_alpha=0.5)
+OTHER = replace(BASE, k=None, k_aux=None)
 KINDS = {
     "adam": BASE,
     "small": replace(BASE, num_latents=51, k=2, k_aux=2),
@@ -32,6 +33,13 @@ KINDS = {
     "no auxk": replace(BASE, auxk_alpha=0.0, weight_decay=0.1),
     "clipped": replace(BASE, optimizer="sgd", clip_grad_norm=0.02, weight_average=0.5),
     "muon": replace(BASE, optimizer="muon"),
+    "batchtopk": replace(BASE, architecture="batchtopk"),
+    "matryoshka": replace(BASE, architecture="matryoshka", prefixes=(7, 40, F)),
+    "jumprelu": replace(
+        OTHER, architecture="jumprelu", target_l0=5.0, bandwidth=0.1, preact_coefficient=0.01
+    ),
+    "relu": replace(OTHER, architecture="relu", l1_coefficient=0.02, decoder_rows="free"),
+    "gated": replace(OTHER, architecture="gated", l1_coefficient=0.02),
     "diverging": replace(BASE, lr=1e30),
     "spoilt": replace(BASE, seed=6),
 }

@@ -44,7 +44,7 @@ def ours(sae: Sae, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents [T, F] and reconstructions [T, D]."""
     with torch.no_grad():
         reconstruction, acts, indices = sae(x_TD)
-    return torch.zeros(len(x_TD), sae.config.num_latents).scatter(1, indices, acts), reconstruction
+    return torch.zeros(len(x_TD), sae.config.num_latents).scatter_add(1, indices, acts), reconstruction
 
 
 def check_same(sae: Sae, x_TD: torch.Tensor, theirs: Path) -> None:

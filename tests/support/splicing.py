@@ -30,8 +30,10 @@ def seeded_sae(seed: int = 0, d: int = D, **provenance: Any) -> Sae:
 
 
 def dense(sae: Sae, x: Tensor) -> Tensor:
-    """Oracle: relu(TopK(W (x − b_dec) + b)), in full. [..., F]."""
+    """Oracle: relu(TopK(W (x − b_dec) + b)), or what is above the thresholds, in full. [..., F]."""
     pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    if sae.threshold is not None:
+        return pre * (pre > sae.threshold)
     return torch.relu(pre * torch.zeros_like(pre).scatter(-1, pre.topk(K).indices, 1.0))
 
 

@@ -5,6 +5,7 @@ However it was trained, a finished SAE chooses its latents in one of two ways: t
 for all, and the gate of a Gated SAE is a threshold on its magnitude (`formats.gated`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,16 @@ class SaeConfig:
             )
         _check_ascending("prefixes", self.prefixes, "num_latents", self.num_latents)
         _check_ascending("ks", self.ks, "k", self.k)
+
+    @property
+    def described(self) -> str:
+        """Choice of latents and their number, in words: `k 32, 6,144 latents`."""
+        words = [] if self.architecture == "topk" else [self.architecture]
+        words += [] if self.k is None else [f"k {self.k}"]
+        words += [f"{self.num_latents:,} latents"]
+        words += [f"prefixes {', '.join(f'{n:,}' for n in self.prefixes)}"] if self.prefixes else []
+        words += [f"also k {', '.join(map(str, self.ks[:-1]))}"] if self.ks[:-1] else []
+        return ", ".join(words)
 
 
 def _check_ascending(name: str, values: tuple[int, ...], of: str, last: int | None) -> None:
@@ -128,3 +139,16 @@ class Parts:
             if n_bad:
                 count = f"{counted(n_bad, 'value')} of {name} {'is' if n_bad == 1 else 'are'} NaN or infinite"
                 raise kind(f"{where} is of no use: {count}")
+
+
+def apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights as safetensors takes them: on the CPU, contiguous, none in another's memory (as those
+    of an encoder tied to its decoder are)."""
+    own: dict[str, Tensor] = {}
+    taken = set()
+    for name, weight in weights.items():
+        plain = weight.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        own[name] = plain.clone() if place in taken else plain
+        taken.add(place)
+    return own

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from saemill.common import durable, records
 from saemill.common.records import Count, File, Hash, Name, Positive, Record
@@ -45,12 +45,24 @@ class Check(Record):
     reason: str | None = None
 
 
+class Cut(Record):
+    """An SAE within a variant: of its first latents alone, or of another k."""
+
+    name: str
+    num_latents: Positive
+    k: Positive | None
+    metrics: dict[str, Figure]
+
+
 class Entry(Record):
     """One variant."""
 
     name: Name
     site: str
-    k: Positive
+    k: Positive | None
+    """Most latents active per token; None where latents have thresholds."""
+    architecture: str = "topk"
+    """What it was trained as. It and `cuts` are left out where they are the default."""
     num_latents: Positive
     tokens_trained: Count
     diverged_at_step: Count | None
@@ -59,6 +71,13 @@ class Entry(Record):
     checks: tuple[Check, ...]
     verdict: str
     versus_best: dict[str, Figure] | None = None
+    cuts: tuple[Cut, ...] = ()
+    """SAEs within it, where there are any."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        left_out = {name for name in ("architecture", "cuts") if getattr(self, name) in ("topk", ())}
+        return {name: value for name, value in serialize(self).items() if name not in left_out}
 
 
 class OtherDocuments(Record):

@@ -37,6 +37,7 @@ def read_table(
                     difference = f"its column {field.name!r} holds {actual.field(field.name).type}"
                     raise StoreError(f"{path} is damaged: {difference}, expected {field.type}. {repair}")
             table = file.read(names) if group is None else file.read_row_group(group, names)
+            table.validate(full=True)  # texts that are no UTF-8 too
     except StoreError:
         raise
     except (pa.ArrowException, ValueError, IndexError, OverflowError, MemoryError) as error:

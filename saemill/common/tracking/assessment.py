@@ -80,7 +80,10 @@ def _summary(entry: dict[str, Any], place: int) -> dict[str, Any]:
     summary: dict[str, Any] = {"verdict": entry["verdict"], "place": place}
     if entry["not_measured"]:
         return summary | {"not_measured": entry["not_measured"]}
-    for name, figure in entry["metrics"].items():
+    figures = dict(entry["metrics"])
+    for cut in entry.get("cuts", ()):
+        figures |= {f"{name}, {cut['name']}": figure for name, figure in cut["metrics"].items()}
+    for name, figure in figures.items():
         if isinstance(figure["value"], int | float):
             summary[name] = figure["value"]
             if figure["lo"] is not None:

@@ -90,7 +90,8 @@ class Gated:
         per_square: float,
     ) -> Slopes:
         """Compute the gradients of both paths, as `loss` has them."""
-        assert codes.pre_TK is not None and held_dot_TK is not None
+        assert codes.pre_TK is not None
+        assert held_dot_TK is not None
         idx_TK, gate_TK, n_latents = codes.idx_TK, codes.pre_TK, len(p.b_enc_F)
         weight = self.coefficient * p.w_dec_FD.shape[1] ** 0.5 * per_square
         dgate_TK = (held_dot_TK * (2 * per_square) + weight).where(codes.used_TK, 0)

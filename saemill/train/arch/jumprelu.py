@@ -77,7 +77,8 @@ class JumpRelu:
 
     def weights_F(self, seen: Seen, d: int) -> Tensor:
         """Compute what one more token on which a latent is active adds to the loss, in squared units."""
-        assert seen.count_F is not None and seen.n_active is not None
+        assert seen.count_F is not None
+        assert seen.n_active is not None
         weight_F = torch.full_like(seen.count_F, self.coefficient * d)
         if self.target_l0 is not None:
             l0 = seen.n_active / seen.n_tokens

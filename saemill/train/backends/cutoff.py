@@ -23,7 +23,7 @@ class Best:
         self.values = both if len(both) <= self.n else both.topk(self.n, sorted=False).values
 
     def cutoff(self, team: Team) -> tuple[Tensor, int]:
-        """Find the smallest of the n largest that the team saw, 0 if there are fewer; and how many there are."""
+        """Find the smallest of the n largest that the team saw, 0 if there are fewer; and their number."""
         best = self.values
         for group in (team.latents, team.tokens):
             if group.size > 1:

@@ -113,6 +113,14 @@ class Variant:
             raise ConfigError(
                 f"k is a whole number of each token's latents, got {self.k}; batchtopk takes a mean"
             )
+        if self.nested_k and (
+            list(self.nested_k) != sorted({*self.nested_k}) or self.nested_k[-1] >= (self.k or 0)
+        ):
+            raise ConfigError(
+                f"nested_k must be ascending and below k ({self.k}), got {written(self.nested_k)}"
+            )
+        if self.nested_k and self.multi_topk:
+            raise ConfigError("give nested_k or multi_topk, not both")
         if self.multi_topk and 4 * (self.k or 0) > n:
             raise ConfigError(
                 f"multi_topk fits 4 k latents, more than the {n} there are; lower k, or leave it out"
@@ -204,7 +212,7 @@ def resolve(
 
 def _grid(axes: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Yield every combination of values: of each architecture with those that have an effect on it."""
-    for architecture in axes["architecture"]:
+    for architecture in axes.get("architecture", ("topk",)):
         own = {name: values for name, values in axes.items() if applies(name, architecture)}
         own["architecture"] = (architecture,)
         for values in itertools.product(*own.values()):

@@ -1,6 +1,7 @@
 """SAEs to and from other tools; the oracle is the tool itself, run in its own environment."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,25 @@ def sae_for(x_TD: torch.Tensor, num_latents: int, k: int) -> Sae:
     w_dec_FD = torch.nn.functional.normalize(torch.randn(num_latents, x_TD.shape[1]), dim=1)
     config = SaeConfig(d_in=x_TD.shape[1], num_latents=num_latents, k=k, provenance=PROVENANCE)
     return Sae(config, w_dec_FD * 0.9, torch.randn(num_latents), w_dec_FD, x_TD.mean(0))
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_weights_in_one_memory_are_written_apart(tmp_path: Path, name: str) -> None:
+    """Oracle: the weights themselves, of an SAE whose encoder is its decoder; and of an `ae.pt` in which two
+    tensors share a storage, written in each format."""
+    sae = make_sae()
+    rows = sae.parts.W_dec
+    tied = replace(sae.parts, W_enc=rows, b_enc=rows[:, 0])
+    formats.save(tied, name, tmp_path / "tied", Hook(1, "resid_post"))
+    formats.save(sae.parts, "dictionary_learning", tmp_path / "theirs", Hook(1, "resid_post"))
+    file = tmp_path / "theirs" / "ae.pt"
+    state = torch.load(file)
+    torch.save(state | {"encoder.bias": state["encoder.weight"].view(-1)[:40]}, file)
+    shared = Sae.load(tmp_path / "theirs").parts
+    formats.save(shared, name, tmp_path / "shared", Hook(1, "resid_post"))
+    for parts, folder in ((tied, "tied"), (shared, "shared")):
+        for key, found in Sae.load(tmp_path / folder).parts.weights.items():
+            assert torch.equal(found, parts.weights[key]), key
 
 
 def test_exported_saes_compute_the_same_in_each_tool(tmp_path: Path) -> None:
@@ -126,7 +146,7 @@ def test_their_saes_compute_the_same_here(tmp_path: Path) -> None:
     made = [job | {"folder": tmp_path / name} for name, job in THEIRS.items()]
     made.append(
         {"do": "make_dictionary_learning", "folder": tmp_path / "dictionary_learning", "d_in": 12,
-         "num_latents": 40, "k": 5}
+         "num_latents": 40, "k": 5, "threshold_start_step": 0}
     )  # fmt: skip
     folders = [tmp_path / name for name in THEIRS] + [tmp_path / "dictionary_learning" / "trainer_0"]
     formats_ = [name.split("/")[0] for name in THEIRS] + ["dictionary_learning"]

@@ -10,9 +10,10 @@ from saes import make_sae, make_threshold_sae
 from safetensors.torch import load_file
 
 from saemill import Sae, SaeConfig
+from saemill.common import durable
 from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.sae import formats
-from saemill.common.sae.formats import sparsify
+from saemill.common.sae.formats import seal, sparsify
 from saemill.common.sae.parts import BY_THRESHOLD, Parts
 
 
@@ -160,6 +161,26 @@ def test_configs_that_contradict_themselves_are_refused(changes: dict[str, Any],
     """Oracle: the messages."""
     with pytest.raises(ConfigError, match=message):
         replace(make_sae().config, **changes)
+
+
+def test_files_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
+    """Oracle: the message names the folder and the field, or the tensor."""
+    make_threshold_sae("matryoshka").save(tmp_path)
+    cfg = sparsify.read_config(tmp_path / "cfg.json")
+    for changes, message in (
+        ({"prefixes": [20, 39]}, r"prefixes must rise from 1 or more to num_latents \(40\), got \(20, 39\)"),
+        ({"prefixes": "20"}, "prefixes must be a list of whole numbers, got '20'"),
+        ({"prefixes": [20, 40.0]}, "prefixes must be a whole number of 1 or more, got 40.0"),
+        ({"architecture": "topk"}, "k must be in 1..num_latents .* of a TopK SAE, got None"),
+        ({"activation": "topk"}, "k must be a whole number of 1 or more, got None"),
+        ({"activation": "topk", "k": 5}, "threshold must be absent from an SAE of this kind"),
+        ({"activation": "relu"}, "activation must be one of topk, jumprelu, got 'relu'"),
+        ({"architecture": "relu", "prefixes": []}, "threshold must be 0 of a ReLU SAE, got up to 1.7"),
+    ):
+        durable.write_json(tmp_path / "cfg.json", seal.sealed_again({**cfg, **changes}))
+        with pytest.raises((ConfigError, StoreError), match=message) as caught:
+            Sae.load(tmp_path)
+        assert str(tmp_path) in str(caught.value)
 
 
 def test_a_prefix_is_the_codes_below_it() -> None:

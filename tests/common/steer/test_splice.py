@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from replaced import with_thresholds
 from splicing import (
     BLOCKS,
     CAUSAL,
@@ -90,6 +91,7 @@ EDITS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
     "scale": (scale(3, -2.5), lambda f: torch.cat([f[..., :3], -2.5 * f[..., 3:4], f[..., 4:]], -1)),
     "clamp": (clamp(3, 7.0), lambda f: f.index_fill(-1, torch.tensor([3]), 7.0)),
     "steer": (steer(3, -4.0), lambda f: f - 4.0 * torch.nn.functional.one_hot(torch.tensor(3), F)),
+    "latent 0": ([scale(0, 2.0), steer(0, 1.5)], lambda f: torch.cat([2 * f[..., :1] + 1.5, f[..., 1:]], -1)),
     "several": (
         [ablate(8), clamp(3, 7.0), steer(3, 1.0)],
         lambda f: f.index_fill(-1, torch.tensor([8]), 0).index_fill(-1, torch.tensor([3]), 8.0),
@@ -98,11 +100,16 @@ EDITS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
 }
 
 
+@pytest.mark.parametrize("threshold", [None, 0.2])
 @pytest.mark.parametrize("keep_error", [True, False])
 @pytest.mark.parametrize("name", EDITS)
-def test_edits_are_those_of_the_dense_codes(name: str, keep_error: bool, models: dict[str, Any]) -> None:
-    """Oracle: x + (f' − f) W_dec, or f' W_dec + b_dec, with dense codes f edited by indexing."""
+def test_edits_are_those_of_the_dense_codes(
+    name: str, keep_error: bool, threshold: float | None, models: dict[str, Any]
+) -> None:
+    """Oracle: x + (f' − f) W_dec, or f' W_dec + b_dec, with dense codes f edited by indexing. An SAE with
+    thresholds has unused slots, which are of latent 0."""
     model, sae = models["neox"], seeded_sae()
+    sae = sae if threshold is None else with_thresholds(sae, threshold)
     edit, change = EDITS[name]
     with torch.no_grad():
         x_BSD = at(model, "layers.1", lambda: model(IDS))
@@ -114,8 +121,9 @@ def test_edits_are_those_of_the_dense_codes(name: str, keep_error: bool, models:
         with splice(model, "layers.1", sae, edit, keep_error=keep_error) as spliced:
             found = at(model, "layers.1", lambda: model(IDS))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        fired = torch.zeros_like(f_BSF).scatter(-1, spliced.top_indices, spliced.top_acts)
+        fired = torch.zeros_like(f_BSF).scatter_add(-1, spliced.top_indices, spliced.top_acts)
         torch.testing.assert_close(fired, f_BSF)
+        assert threshold is None or (spliced.top_acts == 0).any()
 
 
 def test_ablation_takes_the_latents_part_away(models: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from saemill.common.errors import ConfigError, Interrupted
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.runs import WANDB_LOGGED
 from saemill.common.tracking import process
+from saemill.common.tracking.assessment import _summary
 from saemill.train.config import TrainConfig
 from saemill.train.run import run
 from saemill.train.trainer import Trainer
@@ -352,6 +353,19 @@ def test_an_assessment_goes_to_the_runs_of_its_variants(acts: Path, tmp_path: Pa
     n_files = len(list(out.glob("wandb/offline-run-*")))
     assess(AssessConfig(run=out, device="cpu", with_model=False, n_latents=0, log_to_wandb=False))
     assert len(list(out.glob("wandb/offline-run-*"))) == n_files
+
+
+def test_the_figures_of_saes_within_one_go_along() -> None:
+    """Oracle: the entry of such an SAE."""
+    figures = {"fvu": {"value": 0.5, "lo": 0.4, "hi": 0.6}, "l0": {"value": 3.0, "lo": None}}
+    entry = {
+        "verdict": "passed 1/1", "not_measured": None, "metrics": {"fvu": figures["l0"]},
+        "cuts": [{"name": "first 32", "num_latents": 32, "k": None, "metrics": figures}],
+    }  # fmt: skip
+    assert _summary(entry, 2) == {
+        "verdict": "passed 1/1", "place": 2, "fvu": 3.0, "fvu, first 32": 0.5, "fvu, first 32_lo": 0.4,
+        "fvu, first 32_hi": 0.6, "l0, first 32": 3.0,
+    }  # fmt: skip
 
 
 def test_an_assessment_of_a_run_without_wandb(acts: Path) -> None:

@@ -128,7 +128,8 @@ def learner_of(case: Case, kernels: str) -> Learner:
         name="v", site="s", architecture=case.architecture,  # type: ignore[arg-type]
         k=case.k if case.architecture in BY_K else None,
         num_latents=case.f, lr=LR, k_aux=case.k_aux, loss=case.loss,  # type: ignore[arg-type]
-        optimizer=case.optimizer, weight_decay=case.weight_decay, clip_grad_norm=case.clip, **dict(case.settings),  # type: ignore[arg-type]
+        optimizer=case.optimizer, weight_decay=case.weight_decay, clip_grad_norm=case.clip,  # type: ignore[arg-type]
+        **dict(case.settings),  # type: ignore[arg-type]
     )  # fmt: skip
     bank = make_bank(
         [variant], planted(1, 50, case.d, device)[0], kernels=kernels.split()[0], dtype=case.dtype

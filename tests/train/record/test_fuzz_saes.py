@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from mutations import changed_bytes, changed_json
-from saes import make_sae
+from saes import make_sae, make_threshold_sae
 from safetensors.torch import load_file, save_file
 from stores import files_of
 
@@ -34,8 +34,10 @@ def use(folder: Path) -> None:
     sae = Sae.load(folder)
     sae(torch.ones(2, sae.config.d_in))
     out = folder.with_name("out")
-    for name in formats.NAMES:
-        formats.save(sae.parts, name, out, Hook(1, "resid_post"))
+    for cut in (sae, *sae.cuts.values()):
+        cut.save(out)
+        for name in formats.NAMES if cut.threshold is None else formats.NAMES[1:]:
+            formats.save(cut.parts, name, out, Hook(1, "resid_post"))
     shutil.rmtree(out)
 
 
@@ -86,10 +88,22 @@ def tried(folder: Path, calls: list[Callable[[Path], Any]], seed: int) -> dict[s
     return counts
 
 
+WITH_K = {"site": "layers.1", "variant": {"name": "a", "k": 5}}
+SAES = {
+    "topk": make_sae(),
+    **{name: make_threshold_sae(name, provenance=WITH_K) for name in ("jumprelu", "matryoshka")},
+}
+
+
 @pytest.mark.parametrize("name", formats.NAMES)
-def test_saes_changed_at_random(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("architecture", SAES)
+def test_saes_changed_at_random(tmp_path: Path, architecture: str, name: str) -> None:
     """Oracle: saemill's own errors are all that comes out; many changes are refused, some harmless."""
-    formats.save(make_sae().parts, name, tmp_path / "layers.3", Hook(1, "resid_post"))
+    parts = SAES[architecture].parts
+    if name == "sparsify":
+        formats.save_own(parts, tmp_path / "layers.3")
+    else:
+        formats.save(parts, name, tmp_path / "layers.3", Hook(1, "resid_post"))
     if name == "sparsify":
         (tmp_path / "config.json").write_text('{"model": "m", "dataset": "d", "ctx_len": 9}')
     counts = tried(tmp_path / "layers.3", [use], 1)

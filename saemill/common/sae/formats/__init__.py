@@ -58,7 +58,12 @@ def read(folder: Path) -> Parts:
         raise StoreError(f"{folder} holds no SAE: {_instead(folder)}")
     if len(present) > 1:
         raise StoreError(f"{folder} holds the weights of several formats, {' and '.join(present)}; part them")
-    return READERS[present[0]](folder)
+    try:
+        return READERS[present[0]](folder)
+    except ConfigError as error:
+        if str(folder) in str(error):
+            raise
+        raise ConfigError(f"{folder}: {error}") from error  # of what contradicts itself, wherever it is from
 
 
 def problems(folder: Path) -> list[str]:

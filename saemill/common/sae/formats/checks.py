@@ -162,9 +162,9 @@ def one_of(config: Mapping[str, Any], field: str, known: Collection[str], defaul
         ConfigError: it is another one: the SAE cannot be represented.
     """
     got = config.get(field, default)
-    if got not in known:
+    if not isinstance(got, str) or got not in known:
         raise ConfigError(f"{file}: {field} must be one of {', '.join(known)}, got {got!r:.80}")
-    return str(got)
+    return got
 
 
 def text(config: Mapping[str, Any], field: str, file: Path) -> str | None:

@@ -36,7 +36,7 @@ from saemill.common.sae.formats.checks import (
 )
 from saemill.common.sae.formats.folding import gated, non_negative, unit_rows
 from saemill.common.sae.formats.hooks import Hook
-from saemill.common.sae.parts import Parts, SaeConfig
+from saemill.common.sae.parts import Parts, SaeConfig, apart
 
 WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
@@ -210,7 +210,7 @@ def write(parts: Parts, folder: Path, hook: Hook | None) -> None:
         weights["threshold"] = parts.threshold
     folder.mkdir(parents=True, exist_ok=True)
     with durable.replacing(folder / WEIGHTS, sum(w.nbytes for w in weights.values())) as partial:
-        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial)
+        save_file(apart(weights), partial)
     cfg = {
         "architecture": kind,
         "d_in": config.d_in,

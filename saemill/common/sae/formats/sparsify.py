@@ -31,7 +31,7 @@ from saemill.common.sae.formats.checks import (
     traits,
 )
 from saemill.common.sae.formats.hooks import layer_of
-from saemill.common.sae.parts import Parts, SaeConfig
+from saemill.common.sae.parts import Parts, SaeConfig, apart
 
 WEIGHTS = "sae.safetensors"
 JUMPRELU = "jumprelu"
@@ -119,8 +119,7 @@ def write(parts: Parts, folder: Path) -> str:
         weights["threshold"] = parts.threshold
     folder.mkdir(parents=True, exist_ok=True)
     with durable.replacing(folder / WEIGHTS, sum(w.nbytes for w in weights.values())) as partial:
-        plain = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
-        save_file(plain, partial, seal.MADE_BY)
+        save_file(apart(weights), partial, seal.MADE_BY)
         n_bytes, xxh3 = partial.stat().st_size, durable.hash_file(partial)
     config = parts.config
     norms = parts.W_dec.detach().float().norm(dim=1)

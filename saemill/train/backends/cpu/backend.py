@@ -242,6 +242,7 @@ def _pieces(n_tokens: int, most_tokens: int) -> list[slice]:
 
 def _rows(batch: Batch, weights: Weights, piece: slice) -> tuple[Quantised, Quantised, Tensor, Tensor]:
     """Return what 8-bit scores of a piece were made from: quantised tokens and latents, and their rows."""
-    assert batch.quantised_TD is not None and weights.quantised_FD is not None
+    assert batch.quantised_TD is not None
+    assert weights.quantised_FD is not None
     tokens = batch.quantised_TD.rows(piece)
     return tokens, weights.quantised_FD, batch.product_TD[piece], weights.product_FD
