@@ -11,6 +11,7 @@ from training import config, files, killed_at
 from saemill.common.errors import ConfigError
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
+from saemill.train.config import ADAM_BETAS
 from saemill.train.learner.learner import Learner
 from saemill.train.run import run
 from saemill.train.sweep.variants import Variant, resolve
@@ -109,10 +110,33 @@ def test_adamw_is_adam_with_weight_decay() -> None:
         variant_of(optimizer="adamw", weight_decay=0)
 
 
+def test_automatic_rates() -> None:
+    """Oracle: sparsify's rate of signum, 5e-3 / √(F / 2^14); twice Adam's for Muon; none for SGD."""
+    assert variant_of(optimizer="signum").lr == pytest.approx(5e-3 / (64 / 2**14) ** 0.5)
+    assert variant_of(optimizer="muon").lr == pytest.approx(2 * variant_of().lr)
+    with pytest.raises(ConfigError, match="lr auto is not known for sgd; give --lr"):
+        variant_of(optimizer="sgd")
+
+
+def test_variants_take_of_the_run_what_their_optimizer_has() -> None:
+    """Oracle: by hand: an average and clipping of the run are not signum's."""
+    common = {"weight_average": 0.9, "clip_grad_norm": 1.0, "adam_betas": (0.9, 0.99)}
+    entries = ({"optimizer": "signum"}, {"optimizer": "muon"}, {"optimizer": "adamw"})
+    signum, muon, adamw = resolve(
+        common, {"site": ("a",), "num_latents": (64,)}, tuple({"name": e["optimizer"], **e} for e in entries),
+        {"a": 16}, 100,
+    )  # fmt: skip
+    assert (signum.weight_average, signum.clip_grad_norm, signum.adam_betas) == (None, None, ADAM_BETAS)
+    assert (muon.weight_average, muon.clip_grad_norm, muon.adam_betas) == (0.9, 1.0, ADAM_BETAS)
+    assert (adamw.weight_average, adamw.adam_betas, adamw.weight_decay) == (0.9, (0.9, 0.99), 0.01)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (SIGNUM | {"weight_average": 0.9}, "weight_average has no effect with signum"),
+        (SIGNUM | {"clip_grad_norm": 1.0}, "clip_grad_norm has no effect with signum, whose steps"),
+        ({"clip_grad_norm": 0.0}, r"clip_grad_norm must be in \(0, inf\), got 0"),
         ({"weight_average": 1.0}, r"weight_average must be in \(0, 1\), got 1"),
         (MUON | {"adam_betas": (0.9, 0.999)}, "adam_betas have an effect with adam only"),
     ],

@@ -23,6 +23,8 @@ from saemill.train.config import (
 
 ADAM_ALONE = ("optimizer_state", "adam_betas")
 """Settings without effect on another optimizer."""
+MUON_OVER_ADAM = 2.0
+"""Muon's best rates over Adam's, measured: docs/performance-log.md."""
 WITHOUT_SIGNUM = {
     "weight_average": "which averages weights itself",
     "clip_grad_norm": "whose steps are as large as the rate",
@@ -144,7 +146,8 @@ def _auto_lr(optimizer: str, num_latents: int, d: int, n_steps: int) -> float:
         raise ConfigError("lr auto is not known for sgd; give --lr")
     if optimizer == "signum":
         return 5e-3 * math.sqrt(2**14 / num_latents)
-    return 2e-3 if optimizer == "muon" else auto_lr(num_latents, d, n_steps)
+    of_adam = auto_lr(num_latents, d, n_steps)
+    return MUON_OVER_ADAM * of_adam if optimizer == "muon" else of_adam
 
 
 def of_config(config: TrainConfig, widths: Mapping[str, int], n_steps: int) -> list[Variant]:
