@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from crashes import Crash, bury, crash_at, file_hashes
 from stores import files_of, make_embeddings, make_tokens
+from without_norms import forget_norms
 
 from saemill.cache import run as cache_run
 from saemill.cache import token_copy
@@ -414,3 +415,20 @@ def test_passages_of_another_store_are_made_again(imported: tuple[Path, Any], tm
         ActivationStore(copy)
     make(copy)
     assert file_hashes(copy) == file_hashes(whole)
+
+
+def test_norms_are_recorded_in_a_store_of_before_they_were(
+    cached: tuple[Path, Any], imported: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the store as it is made today, file by file; no shard is computed again, and a site whose
+    manifest is lost beside that is mended too."""
+    monkeypatch.setattr(cache_run, "LanguageModel", None)
+    for number, (whole, make) in enumerate((cached, imported)):
+        old = forget_norms(ActivationStore(whole), tmp_path / str(number)).path
+        assert problems(old) == []
+        make(old)
+        assert file_hashes(old) == file_hashes(whole)
+    lost = forget_norms(ActivationStore(cached[0]), tmp_path / "lost").path
+    (lost / "layers.1" / "manifest.json").unlink()
+    cached[1](lost)
+    assert file_hashes(lost) == file_hashes(cached[0])

@@ -17,7 +17,7 @@ from saemill.cache.config import CacheConfig
 from saemill.common import config, durable, setting, yaml_text
 from saemill.common.config import SECTIONS, build, plain, read_sections, resolve
 from saemill.common.errors import ConfigError, SaemillError
-from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.mask import MaskConfig, TrainingMask
 from saemill.compare.config import CompareConfig
 from saemill.embeddings.config import EmbedConfig, ImportConfig
 from saemill.generate.config import GenerateConfig
@@ -109,7 +109,7 @@ IDENTITIES: list[tuple[Any, dict[str, Any], str]] = [
     (TokenizeConfig, {"ctx_len": 64, "shuffle_seed": None, "num_proc": 3}, "c4b56b93b948428e"),
     (CacheConfig, {}, "8581ee4ac3e5940c"),
     (CacheConfig, {"dtype": "fp16", "mask": {"first_positions": 2}, "batch_size": 3}, "8afe5e12561ce16f"),
-    (TrainConfig, {}, "99a4d8bb373a27a0"),
+    (TrainConfig, {}, "3adc399400efbc88"),
     (
         TrainConfig,
         {
@@ -117,7 +117,7 @@ IDENTITIES: list[tuple[Any, dict[str, Any], str]] = [
             "k_aux": 7, "lr_decay": "cosine", "save_every": 5, "log_to_wandb": True, "run_name": "x",
             "precision": "bf16", "mask": {"token_ids": [3]}, "kernels": "torch",
         },
-        "9ddb3ad8ae3d76f6",
+        "5937af24ee6853eb",
     ),
     (AssessConfig, {}, "9a34810332f8fdc4"),
     (
@@ -322,10 +322,10 @@ def test_long_numbers_take_no_time() -> None:
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 GROUPS: Mapping[str, Mapping[str, Any]] = {
-    "cache": {"mask": MaskConfig}, "assess": {"thresholds": Thresholds},
+    "cache": {"mask": MaskConfig}, "train": {"mask": TrainingMask}, "assess": {"thresholds": Thresholds},
     "matrix": {"targets": Target, "sources": Source},
 }  # fmt: skip
-"""What is inside a setting of a section; `train.mask` is as `cache.mask`, `slurm.train` as `slurm`."""
+"""What is inside a setting of a section; `slurm.train` is as `slurm`."""
 
 
 def rows(name: str, kind: Any) -> list[str]:

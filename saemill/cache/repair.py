@@ -5,7 +5,7 @@ import numpy as np
 from saemill.cache.folder import put
 from saemill.cache.writer import SiteWriter
 from saemill.common import records
-from saemill.common.log import say
+from saemill.common.log import counted, say
 from saemill.common.stores.shards import as_tensor
 from saemill.common.stores.site_records import Commit, SiteManifest
 
@@ -28,6 +28,8 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
     """
     hashes = writer.manifest_path.exists()
     manifest = writer.manifest()
+    if manifest is None or manifest.statistics.lengths is None:
+        _add_norms(writer)
     is_whole = manifest is not None
     if hashes and not is_whole:
         say(f"{writer.manifest_path} was damaged and is written again")
@@ -45,15 +47,30 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
         if existed:  # else another worker may be about to put a good one there
             file.unlink(missing_ok=True)
     if manifest and is_whole and not _agrees(writer, manifest):
-        say(f"{writer.manifest_path} tells of other shards than their records and is written again")
+        if manifest.statistics.lengths is not None:
+            say(f"{writer.manifest_path} tells of other shards than their records and is written again")
         is_whole = False
     if not is_whole:
         writer.manifest_path.unlink(missing_ok=True)
 
 
+def _add_norms(writer: SiteWriter) -> None:
+    """Write the records of shards anew that were made before saemill kept norms, from the shards' files."""
+    commits = [commit for shard in range(writer.store.n_shards) if (commit := writer.commit(shard))]
+    old = [commit for commit in commits if commit.norms is None and _holds(writer, commit.shard, commit.xxh3)]
+    if old:
+        say(f"{writer.site.name}: the norms of {counted(len(old), 'shard')} are computed once and recorded")
+    for commit in old:
+        writer.worker.check_stop()
+        record = _record_again(writer, commit.shard, commit.xxh3)
+        put(writer.commit_path(commit.shard), records.content(record), writer.worker)
+
+
 def _agrees(writer: SiteWriter, manifest: SiteManifest) -> bool:
     """Tell whether a manifest repeats the shards' records. Each may be whole by itself and still be of
-    another time: one was brought back from a backup."""
+    another time: one was brought back from a backup, or is of before saemill kept norms."""
+    if manifest.statistics.lengths is None:
+        return False
     commits = (writer.commit(shard) for shard in range(writer.store.n_shards))
     return all(
         commit is not None and commit.entry() == entry

@@ -14,6 +14,7 @@ from saemill.common import durable, records
 from saemill.common.errors import DataError, DiskError, StoreError
 from saemill.common.log import say
 from saemill.common.stores.activations import ActivationStore, describe_site
+from saemill.common.stores.norms import NormSketch, norms_of
 from saemill.common.stores.rounding import largest, not_finite
 from saemill.common.stores.shards import ShardedArray, as_numpy
 from saemill.common.stores.site_records import (
@@ -113,6 +114,8 @@ class SiteWriter:
         moments = Moments(self.site.width)
         keep = self.store.keep(shard, self.store.mask, held_out=False)
         moments.add(permuted_TD[torch.from_numpy(keep)])
+        norms_T, sketch = norms_of(permuted_TD), NormSketch()
+        sketch.add(norms_T[keep])
         return Commit(
             store=self.identity,
             site=self.site.name,
@@ -126,6 +129,8 @@ class SiteWriter:
             mean=encode_array(moments.mean_D),
             deviations=encode_array(moments.deviations_D),
             distances=dict(sorted(moments.distances.items())),
+            norms=encode_array(norms_T),
+            lengths=sketch.counts,
         )
 
     def _publish(self, shard: int, data: Path, record: Path) -> None:
@@ -172,18 +177,23 @@ class SiteWriter:
     def _merged(self) -> SiteManifest | None:
         """Merge the commits into the manifest; None if a commit is missing or damaged, or its shard is."""
         moments, shards = Moments(self.site.width), []
+        sketch: NormSketch | None = NormSketch()
         for shard in range(self.store.n_shards):
             commit = self.commit(shard)
             if commit is None or self.array.problem(shard):
                 return None
             mean_D, deviations_D = (decode_array(text, "f8") for text in (commit.mean, commit.deviations))
             moments.merge(commit.n_counted, mean_D, deviations_D, commit.distances)
+            if commit.lengths is None or sketch is None:
+                sketch = None
+            else:
+                sketch.merge(NormSketch(commit.lengths))
             shards.append(commit.entry())
         return SiteManifest(
             store=self.identity,
             site=self.site.name,
             width=self.site.width,
-            statistics=SiteStatistics.of(moments),
+            statistics=SiteStatistics.of(moments, sketch),
             shards=tuple(shards),
         )
 

@@ -300,6 +300,8 @@ def _recipe(
         n = mask["first_positions"]
         masked.append(f"the first {f'{n} positions' if n > 1 else 'position'} of each row")
     masked += [f"token {token}" for token in mask["token_ids"]]
+    if n_long := finished["n_long_tokens"]:
+        masked.append(f"{n_long:,} of more than {finished['norm_over_median']:g} times the median norm")
     revision = f" at revision {span(provenance['revision'])}" if provenance["revision"] else ""
     row_length = f", rows of {provenance['ctx_len']} tokens" if "ctx_len" in provenance else ""
     lines = [

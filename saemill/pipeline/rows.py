@@ -59,7 +59,7 @@ def _fitted(
     """Fit the settings of a training that has one step at least."""
     if config.max_tokens is not None and config.max_tokens >= config.step_tokens:
         return config
-    mask = config.mask or (cache.mask if cache else None) or MaskConfig()
+    mask = config.mask.positions((cache.mask if cache else None) or MaskConfig())
     n_epoch = _n_unmasked(tokens, mask, n_rows, config.step_tokens)
     n_tokens = config.max_tokens or (config.epochs or 1) * n_epoch
     if n_tokens >= config.step_tokens:

@@ -8,7 +8,7 @@ from saemill.common import config as settings
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
 from saemill.common.stores import assessments, runs
-from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.activations import ActivationStore, SiteArray
 from saemill.common.stores.tokens import TokenStore
 from saemill.slurm.pipeline import Pipeline
 from saemill.train.config import TrainConfig
@@ -97,12 +97,23 @@ def _last_step(metrics: Path) -> int | None:
 
 
 def _n_steps(config: TrainConfig) -> int | None:
-    """Count the steps of the run; None where a mask of its own makes the epoch differ from the store's."""
+    """Count the steps of the run; None where a mask of its own, or tokens that are too long, make the epoch
+    differ from the store's."""
     n_tokens = config.max_tokens
-    if n_tokens is None and config.mask is None and (config.acts / "zarr.json").exists():
+    if n_tokens is None and (config.acts / "zarr.json").exists():
         store = ActivationStore(config.acts)
-        n_tokens = (config.epochs or 1) * store.site(store.sites[0]).statistics.n_tokens
+        sites = [store.site(name) for name in config.site or store.sites[:1]]
+        if config.mask.positions(store.mask) == store.mask and not any(
+            _n_long(config, site) for site in sites
+        ):
+            n_tokens = (config.epochs or 1) * sites[0].statistics.n_tokens
     return None if n_tokens is None else n_tokens // config.step_tokens
+
+
+def _n_long(config: TrainConfig, site: SiteArray) -> int:
+    """Count the rows that training leaves out at a site since they are too long, as far as norms are kept."""
+    sketch, norm_over_median = site.sketch, config.mask.norm_over_median
+    return sketch.n_beyond(norm_over_median * sketch.median) if sketch and norm_over_median else 0
 
 
 def _assessed(config: AssessConfig) -> str:

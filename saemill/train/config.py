@@ -8,7 +8,7 @@ from typing import Any, Literal
 from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
 from saemill.common.setting import DEVICE, about, check, default_of, identity, of, setting
-from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.mask import TrainingMask
 
 ADAM_BETAS = (0.8, 0.95)
 """FVU was lower than with Adam's own (0.9, 0.999) wherever both were tried: `docs/performance-log.md`."""
@@ -227,7 +227,9 @@ class TrainConfig:
     buffer_tokens: int = setting(262_144, "Tokens of the shuffling buffer, in whole blocks of 256", least=1)
     """Two buffers are in memory per site, three while one is being filled."""
     shuffle_seed: int = setting(0, "Seed of the stream's order", least=0, most=LARGEST)
-    mask: MaskConfig | None = setting(None, "Positions left out", by_default="those of the store")
+    mask: TrainingMask = setting(
+        TrainingMask(), "Positions and tokens left out", by_default="those of the store, and far longer ones"
+    )
     device: str = setting("auto", DEVICE, decides=False)
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto",

@@ -61,6 +61,8 @@ def export(
             diverged={name: steps[name] for name in names if name in steps},
             stopped=halving.stopped,
             mask=trainer.loader.mask,
+            norm_over_median=trainer.loader.rows.norm_over_median,
+            n_long_tokens=trainer.loader.rows.n_long,
             files=(trainer.log.entry, *halved),
         )
         records.write(out / FINISHED, finished)
@@ -85,6 +87,7 @@ def save_saes(out: Path, trainer: Trainer, store: ActivationStore, names: set[st
             "model": store.settings.model,
             "revision": store.settings.revision,
             **store.text.provenance(mask),
+            "norm_over_median": trainer.loader.rows.norm_over_median,
             "model_fingerprint": store.settings.model_fingerprint,
             "acts_fingerprint": store.fingerprint,
             "tokens_trained": trainer.step * trainer.loader.batch_tokens,

@@ -72,7 +72,7 @@ def run(config: TrainConfig) -> list[Path]:
         schedule = _schedule(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps)
-        _check_mse(config, store, variants)
+        _check_mse(loader, variants)
         _place(config, store, variants, everyone, device)
         folder = Folder(config, store.fingerprint)
         metric = config.halving_metric or "fvu"
@@ -207,7 +207,8 @@ def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
     return Loader(
         store,
         sites,
-        config.mask or store.mask,
+        config.mask.positions(store.mask),
+        norm_over_median=config.mask.norm_over_median,
         batch_tokens=config.step_tokens,
         buffer_tokens=config.buffer_tokens,
         seed=config.shuffle_seed,
@@ -227,7 +228,6 @@ def _build(
     variants = list(placement.teams[everyone.rank // placement.team_size])
     # Sums of bf16 products stay in float32, as on a CPU.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    store, mask = loader.store, config.mask or loader.store.mask
     n_tokens = schedule.n_steps * config.step_tokens
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
     dtype = choose_product_dtype(config.precision, device)
@@ -236,7 +236,7 @@ def _build(
     sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
     banks = []
     for site in loader.sites:
-        scaling = scaling_of(store, site, mask, device)
+        scaling = scaling_of(loader.rows, site, device)
         sample_TD = scaling.standardise(sample[site].to(device))
         learners = [
             Learner(variant, scaling, backend, sample_TD, dead_after)
@@ -304,10 +304,10 @@ def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
     return schedule
 
 
-def _check_mse(config: TrainConfig, store: ActivationStore, variants: list[Variant]) -> None:
+def _check_mse(loader: Loader, variants: list[Variant]) -> None:
     """Refuse a loss in units of which float32 does not hold the squares."""
     for site in {variant.site for variant in variants if variant.loss == "mse"}:
-        variance = store.site(site).statistics_under(config.mask or store.mask).total_variance
+        variance = loader.rows.statistics(site).total_variance
         if not MOST_SCALE**-0.75 < variance < MOST_SCALE**0.75:
             raise ConfigError(
                 f"loss mse is in the units of the activations at {site}, whose variance is {variance:.0e}: "
@@ -368,8 +368,11 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
         f"{counted(dead_after_tokens, unit)}; "
         f"{counted(store.text.manifest.n_held_out_rows, store.text.row)} held out"
     )
+    rows = trainer.loader.rows
+    if long := rows.describe_long():
+        say(long)
     for array in map(store.site, trainer.loader.sites):
-        for warning in warnings(array.name, array.statistics, array.dtype, unit):
+        for warning in warnings(array.name, rows.statistics(array.name), array.dtype, unit):
             say(warning)
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")

@@ -47,7 +47,8 @@ def _shared(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
     settings = {key: value for key, value in config.identity().items() if key not in OF_VARIANTS}
     schedule, learner = trainer.schedule, trainer.learners[0]
     return settings | {
-        "mask": settings["mask"] or plain(trainer.loader.store.mask),
+        "mask": settings["mask"] | plain(trainer.loader.mask),
+        "n_long_tokens": trainer.loader.rows.n_long,
         "n_steps": schedule.n_steps,
         "n_tokens": schedule.n_steps * config.step_tokens,
         "step_tokens": config.step_tokens,

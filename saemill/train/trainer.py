@@ -163,6 +163,7 @@ class Trainer:
         record: Record = {
             "step": self.step,
             "tokens": self.step * self.loader.batch_tokens,
+            "left_out": self.loader.n_left_out(self.step * self.loader.batch_tokens),
             "tokens_per_s": n_tokens / (self.seconds - seconds_before),
             "seconds": self.seconds,
             "variants": {name: every[name] for name in self.names},

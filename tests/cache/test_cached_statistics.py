@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_statistics_under_another_mask(
     """Oracle: numpy over the positions of that mask, counted token by token."""
     left_out = {*mask.token_ids, *([tokens.tokenizer.separator_id] if mask.special_tokens else [])}
     keep = kept(tokens, mask.first_positions, left_out)
-    found = made.site("layers.1").statistics_under(mask)
+    found = made.site("layers.1").statistics_over(partial(made.keep, mask=mask, held_out=False))
     assert_moments(found, truth["layers.1"].bfloat16().double().numpy()[keep])
     assert found.n_tokens != made.site("layers.1").statistics.n_tokens
 
@@ -79,7 +80,6 @@ def test_the_stores_own_mask_is_a_setting(
     keep = kept(tokens, 4, {5})
     site = store.site("layers.1")
     assert_moments(site.statistics, truth["layers.1"].bfloat16().double().numpy()[keep])
-    assert site.statistics_under(mask) is site.statistics
     assert torch.equal(site.read(0, 4800), truth["layers.1"].to(torch.bfloat16))
 
 
@@ -88,10 +88,14 @@ def test_nothing_to_count_is_refused(made: ActivationStore) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ConfigError, match=f"less than the {CTX_LEN} tokens of a row, got {CTX_LEN}"):
-            made.site("layers.0").statistics_under(MaskConfig(first_positions=CTX_LEN))
+            made.site("layers.0").statistics_over(
+                partial(made.keep, mask=MaskConfig(first_positions=CTX_LEN), held_out=False)
+            )
         every_id = tuple(range(made.tokens.tokenizer.vocab_size))
         with pytest.raises(StoreError, match="every position is masked or held out"):
-            made.site("layers.0").statistics_under(MaskConfig(token_ids=every_id))
+            made.site("layers.0").statistics_over(
+                partial(made.keep, mask=MaskConfig(token_ids=every_id), held_out=False)
+            )
 
 
 @pytest.mark.parametrize(

@@ -81,12 +81,14 @@ def make_store(
     d: int,
     shard_tokens: int,
     values_TD: torch.Tensor | None = None,
+    b_TD: torch.Tensor | None = None,
 ) -> ActivationStore:
-    """An activation store with sites `a` and `b` = a + 1, float32.
+    """An activation store with sites `a` and `b`, float32.
 
     Args:
         values_TD: values of site a by address; by default dimensions 0 and 1 tell the address
             (a // 256, a % 256) and the others are random.
+        b_TD: those of site b; by default those of a, plus 1.
     """
     acts = path / "acts"
     tokens = make_tokens(acts / "tokens", n_rows, ctx_len, parent="a token store")
@@ -110,11 +112,11 @@ def make_store(
         address = torch.arange(store.n_tokens)
         values_TD[:, 0], values_TD[:, 1] = (address // 256).float(), (address % 256).float()
     with Worker(acts / "claims", threading.Event()) as worker, worker.hold("store") as claim:
-        for name, offset in (("a", 0.0), ("b", 1.0)):
+        for name, site_TD in (("a", values_TD), ("b", values_TD + 1 if b_TD is None else b_TD)):
             writer = SiteWriter(store, Site(name, d), torch.float32, worker)
             for shard in range(store.n_shards):
                 start = shard * store.shard_tokens
-                writer.write(shard, values_TD[start : start + store.shard_length(shard)] + offset, claim)
+                writer.write(shard, site_TD[start : start + store.shard_length(shard)], claim)
             writer.finish()
     return store
 

@@ -9,6 +9,7 @@ shards.py         a raw Zarr array that memory-maps
 rounding.py       values → the type that a store holds: the one lossy act
 permutation.py    the order of rows in a shard, and every other shuffle
 statistics.py     moments of a site
+norms.py          norms of a site's rows, and counts of them
 mask.py           which positions count
 columns.py        Parquet
 runs.py           a run's folder

@@ -16,6 +16,7 @@ Place and address: the row stored at place `p` of a shard is the token of addres
 All sites share the permutation. Where the store holds embeddings, a passage takes a token's place.
 """
 
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
 from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.norms import NormSketch, norms_of
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.permutation import inverse, permutation
 from saemill.common.stores.shards import ShardedArray, as_tensor, described
@@ -241,22 +243,51 @@ class SiteArray:
         self.dtype = self.array.torch_dtype
         self.manifest = store.manifest(record)
         self.array.check_sizes()
+        self._computed_norms: dict[int, NDArray[np.uint16]] = {}
 
     @cached_property
     def statistics(self) -> Statistics:
         """Moments over the training positions by the store's own mask."""
         return self.manifest.statistics.statistics()
 
-    def statistics_under(self, mask: MaskConfig) -> Statistics:
-        """Compute moments under another mask: from the store's manifest, or in one pass over the site."""
-        if mask == self.store.mask:
-            return self.statistics
+    @property
+    def sketch(self) -> NormSketch | None:
+        """Norms of the training positions by the store's own mask; None where no record has them."""
+        lengths = self.manifest.statistics.lengths
+        return None if lengths is None else NormSketch(lengths)
+
+    def norms(self, shard: int) -> NDArray[np.uint16]:
+        """Read the norms of a shard's rows from its record, or compute them where that has none.
+
+        Returns: bits as of `norms_of` [tokens in the shard], in stored order.
+        """
+        commit = self.store.commit(self.name, shard)
+        if commit.xxh3 != self.manifest.shards[shard].xxh3:
+            raise StoreError(
+                f"{self.store.path / self.name}: the record of shard {shard} is of another shard than the "
+                f"manifest's. {REPAIR}"
+            )
+        if commit.norms is not None:
+            return decode_array(commit.norms, "u2")
+        if shard not in self._computed_norms:
+            self._computed_norms[shard] = norms_of(as_tensor(self._rows(shard), self.dtype))
+        return self._computed_norms[shard]
+
+    def statistics_over(self, keep: Callable[[int], NDArray[np.bool_]]) -> Statistics:
+        """Compute moments of chosen rows, in one pass over the site.
+
+        Args:
+            keep: chooses places of the shard of a number, in stored order.
+        """
         moments = Moments(self.width)
         for shard in range(self.store.n_shards):
-            keep = self.store.keep(shard, mask, held_out=False)
-            rows = np.concatenate([self.block(shard, b) for b in range(-(-len(keep) // BLOCK_TOKENS))])
-            moments.add(as_tensor(rows[keep], self.dtype))
+            moments.add(as_tensor(self._rows(shard)[keep(shard)], self.dtype))
         return moments.statistics()
+
+    def _rows(self, shard: int) -> NDArray[Any]:
+        """Read all rows of a shard, block by block, each compared with its hash."""
+        n_blocks = -(-self.store.shard_length(shard) // BLOCK_TOKENS)
+        return np.concatenate([self.block(shard, block) for block in range(n_blocks)])
 
     @cached_property
     def _hashes(self) -> list[NDArray[np.uint64]]:
@@ -292,12 +323,18 @@ class SiteArray:
 
         Returns: [len(offsets), D] in the array's dtype.
         """
-        places = inverse(self.store.permutation(shard))[offsets]
+        return self.at_places(shard, inverse(self.store.permutation(shard))[offsets])
+
+    def at_places(self, shard: int, places: NDArray[np.int64]) -> NDArray[Any]:
+        """Read rows of one shard by their places in it; each block that is read is checked.
+
+        Returns: [len(places), D] in the array's dtype.
+        """
         order = np.argsort(places)
         edges = np.searchsorted(
             places[order], np.arange(0, self.store.shard_tokens + BLOCK_TOKENS, BLOCK_TOKENS)
         )
-        out = np.empty((len(offsets), self.width), self.array.dtype)
+        out = np.empty((len(places), self.width), self.array.dtype)
         for block in np.flatnonzero(np.diff(edges)):
             in_block = order[edges[block] : edges[block + 1]]
             out[in_block] = self.block(shard, int(block))[places[in_block] - block * BLOCK_TOKENS]

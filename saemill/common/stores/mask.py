@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
-from saemill.common.setting import check, setting
+from saemill.common.setting import check, like, setting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,3 +68,32 @@ class MaskConfig:
         keep_RS = ~np.isin(tokens_RS, self.ids(special_ids))
         keep_RS[:, : self.first_positions] = False
         return keep_RS
+
+
+OF_STORE: dict[str, Any] = {"default": None, "by_default": "the store's"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingMask:
+    """What training leaves out: positions, each setting as in the store's mask unless it is given here, and
+    tokens whose activations are far longer than those of others."""
+
+    special_tokens: bool | None = like(MaskConfig, "special_tokens", **OF_STORE)
+    first_positions: int | None = like(MaskConfig, "first_positions", **OF_STORE)
+    token_ids: tuple[int, ...] | None = like(MaskConfig, "token_ids", **OF_STORE)
+    norm_over_median: float | None = setting(
+        10.0,
+        "Leave out tokens whose norm is more than so many times the median at a site of the run; or none",
+        least=1,
+        most=1e6,
+    )
+    """Some models put rows of a hundred times the usual norm at positions that no rule names. Their squares
+    would be most of the error that is minimised."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def positions(self, of_store: MaskConfig) -> MaskConfig:
+        """Choose the positions left out of training, by the store's mask and what is given here."""
+        given = {field.name: getattr(self, field.name) for field in fields(of_store)}
+        return replace(of_store, **{name: value for name, value in given.items() if value is not None})

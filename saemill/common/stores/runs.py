@@ -159,6 +159,10 @@ class Finished(Record):
     stopped: dict[VariantName, Stopped]
     mask: MaskConfig
     """Positions that were left out."""
+    norm_over_median: float | None = None
+    """Number of medians beyond which a norm was too long; None where none was."""
+    n_long_tokens: Count = 0
+    """Number of the store's training tokens left out for their norm, counted once."""
     files: tuple[File, ...]
     """Other files that it answers for: the log, and halving's record. None where they were not published."""
 

@@ -27,6 +27,7 @@ from saemill.common import durable, hub, records
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.records import Count, Hash, Positive, Record
 from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.norms import N_BINS, NormSketch
 from saemill.common.stores.statistics import Moments, Statistics
 
 FORMAT: Final = "saemill activations 2"
@@ -98,6 +99,8 @@ Doubles = Annotated[str, AfterValidator(_finite)]
 """Finite float64 values in base64."""
 Distances = dict[int, Count]
 """Counts as in `Statistics.distances`."""
+Lengths = dict[Annotated[int, Field(ge=0, lt=N_BINS)], Positive]
+"""Counts as in `NormSketch.counts`."""
 
 
 def _check_lengths(width: int, *vectors: str) -> None:
@@ -194,6 +197,11 @@ class Commit(Record):
     deviations: Doubles
     """Squared deviations from the mean, summed: float64 [width]."""
     distances: Distances
+    norms: str | None = None
+    """Norm of each row in stored order, as the bits of its bfloat16: uint16 [n_tokens] in base64. None in
+    records of before saemill kept them."""
+    lengths: Lengths | None = None
+    """Counts of training positions by those bits. None where `norms` is."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -201,11 +209,24 @@ class Commit(Record):
         _check_blocks(self.block_hashes, self.n_tokens)
         if not sum(self.distances.values()) <= self.n_counted <= self.n_tokens:
             raise ValueError("more positions are counted than there are")
+        _check_norms(self.norms, self.lengths, self.n_tokens, self.n_counted)
         return self
 
     def entry(self) -> "Shard":
         """Make the entry of the shard in the site's manifest."""
         return Shard(n_tokens=self.n_tokens, bytes=self.bytes, xxh3=self.xxh3, block_hashes=self.block_hashes)
+
+
+def _check_norms(norms: str | None, lengths: Lengths | None, n_tokens: int, n_counted: int) -> None:
+    if norms is None or lengths is None:
+        if (norms is None) != (lengths is None):
+            raise ValueError("norms and lengths must both be there, or neither")
+        return
+    bits_T = decode_array(norms, "u2")
+    if len(bits_T) != n_tokens or not (bits_T < N_BINS).all():
+        raise ValueError(f"{len(bits_T):,} rows have a norm, expected {n_tokens:,} finite ones")
+    if sum(lengths.values()) != n_counted:
+        raise ValueError("other rows are counted by norm than otherwise")
 
 
 def _check_blocks(block_hashes: str, n_tokens: int) -> None:
@@ -236,10 +257,12 @@ class SiteStatistics(Record):
     variance: Doubles
     mean_squared_norm: Annotated[float, Field(ge=0)]
     distances: Distances
+    lengths: Lengths | None = None
+    """Counts by norm. None where a shard was recorded before saemill kept norms."""
 
     @classmethod
-    def of(cls, moments: Moments) -> "SiteStatistics":
-        """Make the record of some moments.
+    def of(cls, moments: Moments, sketch: NormSketch | None) -> "SiteStatistics":
+        """Make the record of some moments, and of the same rows' norms if those are known.
 
         Raises:
             StoreError: no row was counted.
@@ -251,6 +274,7 @@ class SiteStatistics(Record):
             variance=encode_array(np.asarray(statistics.variance_D)),
             mean_squared_norm=statistics.mean_squared_norm,
             distances=dict(statistics.distances),
+            lengths=sketch.counts if sketch else None,
         )
 
     def statistics(self) -> Statistics:
@@ -281,6 +305,8 @@ class SiteManifest(Record):
         n_tokens = sum(shard.n_tokens for shard in self.shards)
         if not sum(statistics.distances.values()) <= statistics.n_tokens <= n_tokens:
             raise ValueError("more positions are counted than there are")
+        if statistics.lengths is not None and sum(statistics.lengths.values()) != statistics.n_tokens:
+            raise ValueError("other rows are counted by norm than otherwise")
         return self
 
 

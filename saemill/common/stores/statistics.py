@@ -55,6 +55,17 @@ class Statistics:
         """Largest distance of a position from the mean, to within a tenth; 0 where there are none."""
         return middle_of(max(self.distances)) if self.distances else 0.0
 
+    def without(self, left_out: "Statistics") -> "Statistics":
+        """Compute the statistics of these positions without some of them. How far the others are from their
+        mean is not known then: `distances` is empty."""
+        n = self.n_tokens - left_out.n_tokens
+        shift_D = left_out.mean_D - self.mean_D
+        mean_D = self.mean_D - shift_D * (left_out.n_tokens / n)
+        deviations_D = self.variance_D * self.n_tokens - left_out.variance_D * left_out.n_tokens
+        deviations_D -= shift_D.square() * (left_out.n_tokens * self.n_tokens / n)
+        variance_D = (deviations_D / n).clamp(min=0)
+        return Statistics(n, mean_D, variance_D, float((variance_D + mean_D.square()).sum()), {})
+
     def share_beyond(self, factor: float) -> float:
         """Compute the share of the positions that are further from the mean than `factor` medians."""
         limit = factor * self.median_distance
@@ -202,8 +213,8 @@ def far_warning(site: str, statistics: Statistics, unit: str) -> str | None:
     cure = "; import them with --normalize, or leave them out" if unit == "passage" else ""
     return (
         f"{site}: {100 * share:.2g}% of the {unit}s are more than {FAR:g} times as far from the mean as the "
-        f"median {unit}, up to {largest:,.0f} times: squared errors, and so the SAEs, are mostly about "
-        f"them{cure}"
+        f"median {unit}, up to {largest:,.0f} times: squared errors, and so SAEs that are trained on "
+        f"them, are mostly about them{cure}"
     )
 
 

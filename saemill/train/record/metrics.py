@@ -17,7 +17,10 @@ from saemill.common.log import LINE_SECONDS, console, duration, printable, say
 from saemill.common.records import File
 
 Record = dict[str, Any]
-"""step, tokens, tokens_per_s, seconds, and `variants`: name → fvu, loss, auxk, l0, dead_fraction, lr."""
+"""step, tokens, left_out, tokens_per_s, seconds, and `variants`: name → fvu, loss, auxk, l0,
+dead_fraction, lr.
+
+`left_out` counts the tokens that were passed over for their norm in the stream's windows so far."""
 
 
 class Sink(Protocol):

@@ -1,9 +1,10 @@
 """The stream: shuffled batches over memory-mapped shards, batch i a pure function of (seed, store, i).
 
 Blocks of 256 stored rows, each from a keyed permutation of one shard already, are visited in a keyed
-order over the whole store; every `buffer_tokens` of them form a window, whose unmasked rows are
-shuffled again. The stream is the windows of epoch 0, then of epoch 1, …; batch i is its positions
-i·T to (i+1)·T. So resuming needs one integer, and memory is two windows per site (three while one is filled).
+order over the whole store; every `buffer_tokens` of them form a window, whose rows that are trained on
+(`rows`) are shuffled again. The stream is the windows of epoch 0, then of epoch 1, …; batch i is its
+positions i·T to (i+1)·T. So resuming needs one integer, and memory is two windows per site (three while
+one is filled).
 """
 
 from collections.abc import Mapping
@@ -17,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saemill.common.errors import StoreError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.permutation import permutation
 from saemill.common.stores.shards import as_tensor
 from saemill.common.stores.site_records import BLOCK_TOKENS
+from saemill.train.stream.rows import TrainingRows
 
 BLOCK_ORDER, ROW_ORDER = 1, 2
 READERS = 4
@@ -34,6 +35,8 @@ class _Epoch:
 
     blocks: NDArray[np.int64]
     window_starts: NDArray[np.int64]
+    long_before: NDArray[np.int64]
+    """Number of rows left out for their norm in the windows before each one, and at last in all."""
 
 
 class Loader:
@@ -43,12 +46,15 @@ class Loader:
         store: where they are read.
         sites: names of finished sites.
         mask: positions left out; held-out rows always are.
+        norm_over_median: rows whose norm is more than so many medians at one of the sites are left out; None
+            leaves out none.
         batch_tokens: T.
         buffer_tokens: rows per window, masked ones included; rounded down to whole blocks.
         seed: decides the order.
 
     Raises:
         StoreError: a site is missing or damaged, or nothing is left to train on.
+        ConfigError: the median norm at a site is 0.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class Loader:
         sites: list[str],
         mask: MaskConfig,
         *,
+        norm_over_median: float | None = None,
         batch_tokens: int,
         buffer_tokens: int,
         seed: int,
@@ -67,20 +74,18 @@ class Loader:
         self.batch_tokens, self.seed = batch_tokens, seed
         self.blocks_per_window = max(1, buffer_tokens // BLOCK_TOKENS)
         self.blocks_per_shard = -(-store.shard_tokens // BLOCK_TOKENS)
-        keeps = [store.keep(shard, mask, held_out=False) for shard in range(store.n_shards)]
-        self._keep_bits = [np.packbits(keep) for keep in keeps]
-        edges = [np.arange(0, len(keep), BLOCK_TOKENS) for keep in keeps]
-        self.unmasked_per_block = np.concatenate(
-            [np.add.reduceat(keep, edge, dtype=np.int64) for keep, edge in zip(keeps, edges, strict=True)]
-        )
-        self.epoch_tokens = int(self.unmasked_per_block.sum())
-        if self.epoch_tokens == 0:
-            what = "passage is" if store.text.unit == "passage" else "position is masked or"
-            raise StoreError(f"{store.path}: every {what} held out; nothing to train on")
+        self.rows = TrainingRows(store, self.every_site, mask, norm_over_median)
+        self.kept_per_block = np.concatenate([self._per_block(shard) for shard in range(store.n_shards)])
+        self.epoch_tokens = self.rows.n_tokens
         self._epoch = lru_cache(2)(self._plan_epoch)
         self._pool = ThreadPoolExecutor(1, "saemill-window")
         self._readers = ThreadPoolExecutor(READERS, "saemill-read")
         self._windows: dict[tuple[int, int], Future[Mapping[str, Tensor]]] = {}
+
+    def _per_block(self, shard: int) -> NDArray[np.int64]:
+        """Count the rows of each block of a shard that are trained on."""
+        keep = self.rows.keep(shard)
+        return np.add.reduceat(keep, np.arange(0, len(keep), BLOCK_TOKENS), dtype=np.int64)
 
     def batch(self, i: int) -> dict[str, Tensor]:
         """Read batch number i.
@@ -102,6 +107,15 @@ class Loader:
                 pieces[name].append(rows[name][offset - starts[window] : stop - starts[window]])
             position += stop - offset
         return {name: torch.cat(tensors) for name, tensors in pieces.items()}
+
+    def n_left_out(self, position: int) -> int:
+        """Count the rows left out for their norm in the windows that the stream up to a position is of."""
+        if not self.rows.n_long or position == 0:
+            return 0
+        epoch, offset = divmod(position - 1, self.epoch_tokens)
+        plan = self._epoch(epoch)
+        window = int(np.searchsorted(plan.window_starts, offset, side="right")) - 1
+        return epoch * self.rows.n_long + int(plan.long_before[window + 1])
 
     def restrict(self, sites: list[str]) -> None:
         """Read these of the sites only from now on; the stream's order does not depend on them."""
@@ -126,17 +140,26 @@ class Loader:
         return self._windows[epoch, window].result()
 
     def _plan_epoch(self, epoch: int) -> _Epoch:
-        blocks = permutation(len(self.unmasked_per_block), self.seed, BLOCK_ORDER, epoch)
-        positions = np.concatenate([[0], np.cumsum(self.unmasked_per_block[blocks])])
+        blocks = permutation(len(self.kept_per_block), self.seed, BLOCK_ORDER, epoch)
         edges = np.append(np.arange(0, len(blocks), self.blocks_per_window), len(blocks))
-        starts = positions[edges]
-        return _Epoch(blocks, starts)
+        starts, long_before = (
+            np.concatenate([[0], np.cumsum(per_block[blocks])])[edges]
+            for per_block in (self.kept_per_block, self._long_per_block())
+        )
+        return _Epoch(blocks, starts, long_before)
+
+    def _long_per_block(self) -> NDArray[np.int64]:
+        """Count the rows of each block that are left out for their norm."""
+        counts = np.zeros_like(self.kept_per_block)
+        for shard, places in self.rows.long.items():
+            np.add.at(counts, shard * self.blocks_per_shard + places // BLOCK_TOKENS, 1)
+        return counts
 
     def _read_window(self, epoch: int, window: int) -> Mapping[str, Tensor]:
         plan = self._epoch(epoch)
         first = window * self.blocks_per_window
         blocks = plan.blocks[first : first + self.blocks_per_window]
-        ends = np.cumsum(self.unmasked_per_block[blocks])
+        ends = np.cumsum(self.kept_per_block[blocks])
         n_rows = int(ends[-1])
         order = permutation(n_rows, self.seed, ROW_ORDER, epoch, window)
         rows: dict[str, Tensor] = {}
@@ -150,10 +173,9 @@ class Loader:
         return rows
 
     def _read_block(self, site: str, buffer: NDArray[Any], number: int, start: int, end: int) -> None:
-        """Copy a block's unmasked rows to buffer[start:end]."""
+        """Copy a block's rows that are trained on to buffer[start:end]."""
         shard, block = divmod(int(number), self.blocks_per_shard)
         rows = self.sites[site].block(shard, block)
-        first_bit = block * BLOCK_TOKENS
-        bits = self._keep_bits[shard][first_bit // 8 : (first_bit + len(rows) + 7) // 8]
-        keep = np.unpackbits(bits, count=len(rows)).astype(bool)
+        first = block * BLOCK_TOKENS
+        keep = self.rows.keep_places(shard, first, first + len(rows))
         np.compress(keep, rows, axis=0, out=buffer[start:end])

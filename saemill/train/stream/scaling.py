@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from saemill.common.errors import StoreError
-from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.mask import MaskConfig
+from saemill.train.stream.rows import TrainingRows
 
 MOST_SCALE = 1e37
 """Largest factor between activations and training units, and largest inverse of it."""
@@ -27,13 +26,13 @@ class Scaling:
         return (x_TD.float() - self.centre_D).mul_(self.scale)
 
 
-def scaling_of(store: ActivationStore, site: str, mask: MaskConfig, device: torch.device) -> Scaling:
-    """Take centre and scale from a site's statistics.
+def scaling_of(rows: TrainingRows, site: str, device: torch.device) -> Scaling:
+    """Take centre and scale from the statistics of a site's rows that are trained on.
 
     Raises:
         StoreError: the activations are all alike, or at a scale that float32 does not reach.
     """
-    statistics = store.site(site).statistics_under(mask)
+    statistics = rows.statistics(site)
     if not statistics.total_variance > 0:
         raise StoreError(f"the activations at {site} are all alike: nothing to train on")
     scale = (len(statistics.mean_D) / statistics.total_variance) ** 0.5

@@ -9,11 +9,12 @@ from cpu_weights import DTYPES, weights_of
 from steps import make_bank, planted, silence, train
 
 from saemill.train.arch.topk import TopK
-from saemill.train.backends.base import Dead, Rates, Task
+from saemill.train.backends.base import Dead, Rates, Slopes, Task
 from saemill.train.backends.cpu import backend as cpu
 from saemill.train.backends.cpu import update
 from saemill.train.backends.cpu.loops.quantise import LEAST_COLUMNS
 from saemill.train.backends.cpu.threads import each, number, one_in_torch
+from saemill.train.backends.sparse import Forward
 from saemill.train.learner.bank import Bank
 from saemill.train.optim.optimizer import Adam
 from saemill.train.sweep.variants import Variant
@@ -71,21 +72,23 @@ def test_threads_do_not_change_the_result(
         weights = weights_of(F, D, dtype, 4)
         parameters = weights.parameters
         parameters.b_D.zero_()
-        optimizer = Adam(dict(zip(("w_enc", "b_enc", "w_dec", "b"), parameters, strict=True)), "bf16")
+        optimizer = Adam(parameters.named, "bf16")
         optimizer.begin_step(0.1)
         backend = cpu.Cpu(dtype)
         torch.set_num_threads(n_threads)
         try:
             batch = backend.prepare(planted(1, T, D)[0])
-            forward = backend.forward(batch, weights, 6)
+            codes = backend.largest(batch, weights, backend.bias(weights), 6)
+            e_TD, dot_TK, sse = backend.reconstruct(codes, batch, weights)
+            forward = Forward(codes, e_TD, dot_TK, sse, (codes.val_TK > 0).sum(), backend.bias(weights))
             rates, healthy = Rates(0.05, 1e-2, 0.0), torch.tensor(True)
             dead = Dead(torch.zeros(0, dtype=torch.int64), 0)
             task = Task(batch, weights, TopK(6), optimizer, dead, healthy, rates)
-            backend.update(task, forward, None)
+            backend.update(task, forward, Slopes(0.1 * dot_TK.where(codes.val_TK > 0, 0)), None)
             assert torch.get_num_threads() == n_threads
         finally:
             torch.set_num_threads(before)
-        found.append([*forward.codes, forward.e_TD, forward.dot_TK, parameters.w_enc_FD, parameters.w_dec_FD])
+        found.append([*codes[:2], forward.e_TD, forward.dot_TK, parameters.w_enc_FD, parameters.w_dec_FD])
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
 

@@ -12,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saemill.train.backends.base import Batch
+from saemill.train.backends.base import Batch, Codes, Slopes
 from saemill.train.backends.cpu import loops
+from saemill.train.backends.cpu.loops.above import above, above_by_scores
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
 from saemill.train.backends.cpu.loops.numbers import largest, magnitude
 from saemill.train.backends.cpu.loops.quantise import Quantised, quantise
-from saemill.train.backends.cpu.loops.residual import residual
+from saemill.train.backends.cpu.loops.residual import residual, residual_of_groups
 from saemill.train.backends.cpu.loops.rows import gradients, sort_pairs
 from saemill.train.backends.cpu.loops.select import select
-from saemill.train.backends.sparse import Codes, Forward, decode
+from saemill.train.backends.sparse import Forward, decode
 
 
 def read(rows: Quantised) -> Tensor:
@@ -122,25 +123,102 @@ def test_codes_are_those_of_the_whole_product(
         assert len(set(active)) == len(active)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 30), st.integers(1, 300), st.integers(1, 400), st.sampled_from(DTYPES),
+    st.sampled_from(["plain", "alike", "far", "zero tokens"]), st.integers(0, 99),
+)  # fmt: skip
+def test_all_above_their_floors_are_found(
+    t: int, d: int, f: int, dtype: torch.dtype, kind: str, seed: int
+) -> None:
+    """Oracle: the product in float32, from 8-bit scores and from the product itself; more than there is room
+    for are counted, and fill the room."""
+    x_TD = torch.randn(t, d, generator=made(seed)).to(dtype)
+    w_FD = torch.randn(f, d, generator=made(seed + 1)).to(dtype)
+    bias_F, floor_F = torch.randn(2, f, generator=made(seed + 2))
+    if kind == "alike":
+        w_FD = w_FD[torch.arange(f) % max(1, f // 7)]
+    elif kind == "far":
+        floor_F = floor_F + 2 * d**0.5
+    elif kind == "zero tokens":
+        x_TD[::2] = 0
+    pre_TF = x_TD.float() @ w_FD.float().T + bias_F
+    margin_TF = pre_TF - floor_F
+    tokens, latents = quantise(x_TD), quantise(w_FD)
+    scores_TF = torch.mm(tokens.codes_ND.int(), latents.codes_ND.int().T)
+    for n_slots in (f, max(1, f // 3)):
+        for by_scores in (True, False):
+            val_TK, idx_TK = torch.zeros(t, n_slots), torch.zeros(t, n_slots, dtype=torch.int64)
+            n_T = torch.full((t,), -1)
+            if by_scores:
+                filled = val_TK, idx_TK, n_T
+                above_by_scores(scores_TF, tokens, latents, x_TD, w_FD, bias_F, floor_F, *filled)
+            else:
+                above(pre_TF, floor_F, val_TK, idx_TK, n_T)
+            sure_T, possible_T = (margin_TF > 1e-3).sum(1), (margin_TF > -1e-3).sum(1)
+            assert ((sure_T <= n_T) & (n_T <= possible_T)).all()
+            used_TK = torch.arange(n_slots) < n_T[:, None]
+            torch.testing.assert_close(
+                pre_TF.gather(1, idx_TK)[used_TK], val_TK[used_TK], rtol=1e-4, atol=1e-4
+            )
+            assert (margin_TF.gather(1, idx_TK)[used_TK] > -1e-3).all()
+            for row, n in zip(idx_TK, n_T.clamp(max=n_slots), strict=True):
+                assert len(set(row[:n].tolist())) == n
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 40), st.integers(1, 30), st.integers(1, 4), st.integers(0, 99))
+def test_errors_of_groups_are_those_of_torch(t: int, d: int, k: int, n_groups: int, seed: int) -> None:
+    """Oracle: dense products in float32: each group's error, and the weighted sum over those that hold it."""
+    (_, _, w_dec_FD, b_D, _), weights_G = (
+        weights_of(50, d, torch.float32, seed).parameters,
+        torch.rand(n_groups),
+    )
+    x_TD, val_TK = torch.randn(t, d, generator=made(seed)), torch.rand(t, k, generator=made(seed))
+    idx_TK = torch.randint(0, 50, (t, k), generator=made(seed))
+    ends_TG = torch.randint(0, k + 1, (t, n_groups), generator=made(seed)).sort(1).values
+    e_TD, dot_TK = torch.empty(t, d), torch.zeros(t, k)
+    sse_TG, rows_GTD = torch.empty(t, n_groups), torch.zeros(n_groups, t + 2, d)
+    shown, inputs = n_groups - 1, (val_TK, idx_TK, ends_TG, weights_G, x_TD, w_dec_FD, b_D)
+    residual_of_groups(*inputs, shown, 2, e_TD, dot_TK, sse_TG, rows_GTD)
+    places_K, errors = torch.arange(k), []
+    for g in range(n_groups):
+        kept = Codes(val_TK.where(places_K < ends_TG[:, g, None], 0), idx_TK)
+        errors.append(decode(kept, w_dec_FD) + b_D - x_TD)
+        torch.testing.assert_close(sse_TG[:, g], errors[g].square().sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(e_TD, errors[shown], rtol=1e-4, atol=1e-4)
+    for g in range(n_groups):
+        rows_TD = sum(weights_G[h] * errors[h] for h in range(g, n_groups))
+        torch.testing.assert_close(rows_GTD[g, 2:], rows_TD, rtol=1e-4, atol=1e-4)
+        first = ends_TG[:, g - 1, None] if g else 0
+        in_group = (places_K >= first) & (places_K < ends_TG[:, g, None])
+        dots = (w_dec_FD[idx_TK] * rows_GTD[g, 2:, None]).sum(2)
+        torch.testing.assert_close(dot_TK[in_group], dots[in_group], rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 50), st.integers(1, 13), st.integers(0, 99))
 def test_residuals_are_those_of_torch(t: int, d: int, f: int, k: int, seed: int) -> None:
     """Oracle: dense products in float32; in bfloat16 the error is its nearest, and the rest of it."""
-    k, (_, _, w_dec_FD, b_D) = min(k, f), weights_of(f, d, torch.float32, seed).parameters
+    k, (_, _, w_dec_FD, b_D, _) = min(k, f), weights_of(f, d, torch.float32, seed).parameters
     x_TD = torch.randn(t, d, generator=made(seed))
     idx_TK = torch.rand(t, f, generator=made(seed)).topk(k).indices
-    here = Codes(torch.rand(t, k, generator=made(seed)), idx_TK)
-    expected = decode(here, w_dec_FD) + b_D - x_TD
+    val_TK, used_T = (
+        torch.rand(t, k, generator=made(seed)),
+        torch.randint(0, k + 1, (t,), generator=made(seed)),
+    )
+    here = Codes(val_TK, idx_TK, n_T=used_T)
+    expected = decode(Codes(val_TK.where(here.used_TK, 0), idx_TK), w_dec_FD) + b_D - x_TD
     for dtype in DTYPES:
-        e_TD, dot_TK, sse_T = torch.empty(t, d, dtype=dtype), torch.empty(t, k), torch.empty(t)
-        residual(*here, x_TD, w_dec_FD, b_D, e_TD, dot_TK, sse_T)
+        e_TD, dot_TK, sse_T = torch.empty(t, d, dtype=dtype), torch.zeros(t, k), torch.empty(t)
+        residual(val_TK, idx_TK, used_T, x_TD, w_dec_FD, b_D, e_TD, dot_TK, sse_T)
         if dtype == torch.bfloat16:
             near = expected.bfloat16().float()
             torch.testing.assert_close(e_TD.float(), near, rtol=2**-7, atol=1e-6)
         else:
             torch.testing.assert_close(e_TD, expected, rtol=1e-5, atol=1e-5)
         dots = (w_dec_FD[idx_TK] * e_TD.float()[:, None]).sum(2)
-        torch.testing.assert_close(dot_TK, dots, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dot_TK, dots.where(here.used_TK, 0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(sse_T, e_TD.float().square().sum(1), rtol=1e-5, atol=1e-6)
 
 
@@ -151,7 +229,8 @@ def test_numbers_are_rounded_to_the_nearest_bfloat16() -> None:
     x_TD = -torch.cat([x, ties])[None]
     e_TD, ones = torch.empty(x_TD.shape, dtype=torch.bfloat16), torch.ones(1, 1)
     nothing, zeros = torch.zeros_like(x_TD), torch.zeros(1, 1, dtype=torch.int64)
-    residual(ones, zeros, x_TD, nothing, nothing[0], e_TD, torch.empty(1, 1), torch.empty(1))
+    used_T = torch.ones(1, dtype=torch.int64)
+    residual(ones, zeros, used_T, x_TD, nothing, nothing[0], e_TD, torch.empty(1, 1), torch.empty(1))
     assert torch.equal(e_TD.isnan(), x_TD.isnan())
     assert torch.equal(e_TD[~e_TD.isnan()], (-x_TD)[~e_TD.isnan()].bfloat16())
 
@@ -160,14 +239,15 @@ def test_numbers_are_rounded_to_the_nearest_bfloat16() -> None:
 def test_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
     """Oracle: dense products of the codes and their gradients; latents without any, and hot ones."""
     t, d, f, k, gs = 90, 37, 50, 5, 0.3
-    (_, _, w_dec_FD, b_D), generator = weights_of(f, d, dtype, 0).parameters, made(5)
+    (_, _, w_dec_FD, b_D, _), generator = weights_of(f, d, dtype, 0).parameters, made(5)
     x_TD = torch.randn(t, d, generator=generator).to(dtype).float()
     idx_TK = torch.rand(t, f // 2, generator=generator).topk(k).indices
     idx_TK[:, 0] = f - 1
     val_TK = (torch.rand(t, k, generator=generator) - 0.2).relu()
     e_TD, dot_TK = torch.randn(t, d, generator=generator).to(dtype), torch.randn(t, k, generator=generator)
     rest = (torch.tensor(0.0), torch.tensor(0), torch.zeros(f))
-    pairs = sort_pairs(Forward(Codes(val_TK, idx_TK), e_TD, dot_TK, *rest), f, gs)
+    forward = Forward(Codes(val_TK, idx_TK), e_TD, dot_TK, *rest)
+    pairs = sort_pairs(forward, Slopes((gs * dot_TK).where(val_TK > 0, 0)), None, f, gs)
     val_TF, dval_TF, dot_TF = (
         torch.zeros(t, f).scatter(1, idx_TK, gs * of_pair_TK)
         for of_pair_TK in (val_TK, dot_TK * (val_TK > 0), dot_TK)
@@ -176,7 +256,7 @@ def test_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
     assert pairs.offsets_F.diff().tolist() == n_pairs.tolist()
     assert torch.equal(pairs.fired_F, n_pairs > 0)
     along_F = (val_TF * dot_TF).sum(0) / gs
-    torch.testing.assert_close(pairs.db_enc_F, dval_TF.sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pairs.dpre_F, dval_TF.sum(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(pairs.along_F, along_F, rtol=1e-5, atol=1e-5)
     for f_ in (0, f // 3, f - 1):
         tokens = pairs.token_P[pairs.offsets_F[f_] : pairs.offsets_F[f_ + 1]]
@@ -185,7 +265,7 @@ def test_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
     dec_FD = val_TF.T @ e_TD.float() - along_F[:, None] * w_dec_FD
     batch = Batch(x_TD, x_TD.to(dtype))
     for block in (slice(0, 20), slice(20, f)):
-        grad_enc, grad_dec = gradients(batch, e_TD, pairs, block, w_dec_FD, b_D)
+        grad_enc, grad_dec = gradients(batch, e_TD, pairs, block, w_dec_FD, b_D, -pairs.along_F)
         torch.testing.assert_close(grad_enc, enc_FD[block], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(grad_dec, dec_FD[block], rtol=1e-4, atol=1e-4)
 
@@ -240,7 +320,8 @@ def test_a_nan_stays_one(bits: int) -> None:
     x_TD = torch.tensor([[bits, 0]], dtype=torch.int32).view(torch.float32)
     e_TD, zero = torch.empty(1, 2, dtype=torch.bfloat16), torch.zeros(1, 1)
     w_FD = torch.zeros(1, 2)
-    residual(zero, zero.long(), x_TD, w_FD, w_FD[0], e_TD, torch.empty(1, 1), torch.empty(1))
+    used_T = torch.ones(1, dtype=torch.int64)
+    residual(zero, zero.long(), used_T, x_TD, w_FD, w_FD[0], e_TD, torch.empty(1, 1), torch.empty(1))
     assert e_TD.isnan().tolist() == [[True, False]]
 
 

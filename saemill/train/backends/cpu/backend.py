@@ -153,7 +153,7 @@ class Cpu(Sparse):
 
         def score(piece: slice, thread: int) -> None:
             n_here = piece.stop - piece.start
-            dtype = self.dtype if latents is None else torch.int32
+            dtype = self.dtype if tokens is None or latents is None else torch.int32
             scores = scratch_NB[thread][: n_here * n_latents * dtype.itemsize].view(dtype)
             scores_TF = scores.view(n_here, n_latents)
             with region("encode"):
