@@ -63,7 +63,7 @@ class Gpu(Sparse):
         return Batch(x_TD, x_TD.to(self.dtype))
 
     def step(self, task: Task) -> Sums:
-        """Take a step, as `Backend.step`; dense with optimizers that no kernel has, and where it is clipped."""
+        """Take a step, as `Backend.step`; dense with optimizers that no kernel has, and if it is clipped."""
         if isinstance(task.optimizer, Adam | Sgd) and task.rates.clip_norm is None:
             return super().step(task)
         return self._dense_step(task)

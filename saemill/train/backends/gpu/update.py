@@ -117,6 +117,7 @@ def _with_dead(db_enc_F: Tensor, dead: DeadRows | None) -> Tensor:
 
 def _step_others(task: Task, gradients: dict[str, Tensor], hyper: Tensor) -> None:
     """Step parameters that no kernel does; as they were where the step is not healthy."""
+    assert isinstance(task.optimizer, Adam | Sgd)
     for name, grad in gradients.items():
         parameter = task.weights.parameters.named[name]
         before = parameter.clone()
