@@ -45,6 +45,15 @@ class TrainConfig:
         (), "Site to train on; repeat or separate by commas", metavar="SITE,…", axis=""
     )
     """Required unless each of `variants` names its own."""
+    target_site: tuple[str, ...] = setting(
+        (),
+        "Site that is predicted from SITE, which makes the SAEs transcoders; one for each SITE, in order",
+        metavar="SITE,…",
+    )
+    """Of the same store, such as the output of an MLP whose input is SITE."""
+    skip_connection: bool = setting(
+        False, "Give transcoders a linear map from SITE to the target, beside their latents"
+    )
     architecture: tuple[Architecture, ...] = setting(
         ("topk",), "Architectures of the SAEs", metavar="NAME,…", axis=""
     )
@@ -347,6 +356,7 @@ class TrainConfig:
         if self.lr_end == 0 and self.lr_decay != "none":
             raise ConfigError(f"lr_decay {self.lr_decay} has no effect with lr_end 0; say lr_decay none")
         self._check_architectures()
+        self._check_targets()
         if self.wandb_artifacts and no_wandb:
             raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
         for name, base in MULTIPLES:
@@ -363,6 +373,24 @@ class TrainConfig:
             is_default = getattr(self, name) == default_of(TrainConfig, name)
             if marks.only and not is_default and not set(marks.only) & {*self.architecture, *named}:
                 raise ConfigError(no_effect(name, self.architecture[0]))
+
+    def _check_targets(self) -> None:
+        """Refuse targets that do not go with the sites."""
+        if self.target_site and len(self.target_site) != len(self.site):
+            raise ConfigError(
+                f"target_site names one site for each of site, in order; got {len(self.target_site)} for "
+                f"{len(self.site)}"
+            )
+        if self.target_site and len(set(self.site)) < len(self.site):
+            raise ConfigError(
+                "with target_site each of site is named once; train other targets in other runs"
+            )
+        if (
+            self.skip_connection
+            and not self.target_site
+            and not any("target_site" in v for v in self.variants)
+        ):
+            raise ConfigError("skip_connection has no effect without target_site; leave it out, or name one")
 
     @property
     def decay_fraction(self) -> float:

@@ -17,6 +17,7 @@ from saemill.common.stores.runs import METRICS, TENSORBOARD
 from saemill.common.stores.statistics import warnings
 from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
+from saemill.train.backends.base import Backend
 from saemill.train.backends.choose import choose_kernels, kernels_of, make_backend
 from saemill.train.config import TrainConfig, check_batch
 from saemill.train.export import export, save_saes
@@ -40,7 +41,7 @@ from saemill.train.watch.watch import Watch
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
-WITHOUT_KERNELS = "signum, muon and clip_grad_norm"
+WITHOUT_KERNELS = "signum, muon, clip_grad_norm and targets of another width"
 """What a GPU's kernels do not compute."""
 FEW_STEPS = 100
 """Steps below which the plan says that more may help."""
@@ -161,7 +162,7 @@ def _place(
     idle_allowed: bool = False,
 ) -> Placement:
     """Place the variants on the processes."""
-    widths = {variant.site: store.site(variant.site).width for variant in variants}
+    widths = {site: store.site(site).width for variant in variants for site in variant.sites}
     if config.data_ranks and config.step_tokens < config.data_ranks:
         raise ConfigError(
             f"{config.step_tokens} tokens per step cannot be shared by data_ranks {config.data_ranks}"
@@ -173,13 +174,15 @@ def _place(
         widths,
         everyone.size,
         config.data_ranks,
-        _latent_ranks(config, variants, device),
+        _latent_ranks(config, store, variants, device),
         idle_allowed=idle_allowed,
         memory_bytes=memory_bytes,
     )
 
 
-def _latent_ranks(config: TrainConfig, variants: list[Variant], device: torch.device) -> int | None:
+def _latent_ranks(
+    config: TrainConfig, store: ActivationStore, variants: list[Variant], device: torch.device
+) -> int | None:
     """Find how many processes may share an SAE's latents: as many as the user says, or one where some variant
     needs them whole."""
     kernels, whole = kernels_of(config.kernels, device), ""
@@ -190,16 +193,17 @@ def _latent_ranks(config: TrainConfig, variants: list[Variant], device: torch.de
         )
     elif any(variant.multi_topk or variant.nested_k for variant in variants):
         whole = "multi_topk and nested_k need all latents of an SAE in one process; leave it out"
-    elif kernels == "triton" and any(map(_is_stepped_by_torch, variants)):
+    elif kernels == "triton" and any(_is_stepped_by_torch(variant, store) for variant in variants):
         whole = f"on a GPU {WITHOUT_KERNELS} need all latents of an SAE in one process; leave it out"
     if whole and (config.latent_ranks or 1) > 1:
         raise ConfigError(f"latent_ranks {config.latent_ranks}: {whole}")
     return 1 if whole else config.latent_ranks
 
 
-def _is_stepped_by_torch(variant: Variant) -> bool:
+def _is_stepped_by_torch(variant: Variant, store: ActivationStore) -> bool:
     """Tell whether a GPU has no kernels for how a variant's weights are stepped."""
-    return variant.optimizer in ("signum", "muon") or variant.clip_grad_norm is not None
+    has_widths = len({store.site(site).width for site in variant.sites}) > 1
+    return has_widths or variant.optimizer in ("signum", "muon") or variant.clip_grad_norm is not None
 
 
 def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
@@ -213,8 +217,9 @@ def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
 
 
 def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
-    variant_sites = [str(entry["site"]) for entry in config.variants if "site" in entry]
-    sites = list(dict.fromkeys([*config.site, *variant_sites]))
+    names = ("site", "target_site")
+    variant_sites = [str(entry[name]) for entry in config.variants for name in names if entry.get(name)]
+    sites = list(dict.fromkeys([*config.site, *config.target_site, *variant_sites]))
     return Loader(
         store,
         sites,
@@ -249,18 +254,8 @@ def _build(
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
     dtype = choose_product_dtype(config.precision, device)
     backend = make_backend(choose_kernels(config.kernels, device), dtype, team)
-    loader.restrict(list(dict.fromkeys(variant.site for variant in variants)))
-    sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
-    banks = []
-    for site in loader.sites:
-        scaling = scaling_of(loader.rows, site, device)
-        sample_TD = scaling.standardise(sample[site].to(device))
-        learners = [
-            Learner(variant, scaling, backend, sample_TD, dead_after)
-            for variant in variants
-            if variant.site == site
-        ]
-        banks.append(Bank(site, scaling, backend, learners))
+    loader.restrict(list(dict.fromkeys(site for variant in variants for site in variant.sites)))
+    banks = _banks(loader, variants, backend, dead_after, device)
     return Trainer(
         loader=loader,
         feed=Feed(loader, device),
@@ -276,6 +271,27 @@ def _build(
         team=team,
         profile=config.profile,
     )
+
+
+def _banks(
+    loader: Loader, variants: list[Variant], backend: Backend, dead_after: int, device: torch.device
+) -> list[Bank]:
+    """Make the learners of this process, in a bank for each site, and for each pair of sites."""
+    stretch = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
+    scalings = {site: scaling_of(loader.rows, site, device) for site in loader.sites}
+    sample = {site: scalings[site].standardise(rows.to(device)) for site, rows in stretch.items()}
+    banks = []
+    for sites in dict.fromkeys(variant.sites for variant in variants):
+        site, target = sites[0], sites[1] if len(sites) > 1 else None
+        target_sample = None if target is None else (scalings[target], sample[target])
+        learners = [
+            Learner(variant, scalings[site], backend, sample[site], dead_after, target_sample)
+            for variant in variants
+            if variant.sites == sites
+        ]
+        target_units = None if target is None else (target, scalings[target])
+        banks.append(Bank(site, scalings[site], backend, learners, target_units))
+    return banks
 
 
 def _check_profile(trainer: Trainer, end: int) -> None:
@@ -323,7 +339,7 @@ def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
 
 def _check_mse(loader: Loader, variants: list[Variant]) -> None:
     """Refuse a loss in units of which float32 does not hold the squares."""
-    for site in {variant.site for variant in variants if variant.loss == "mse"}:
+    for site in {variant.sites[-1] for variant in variants if variant.loss == "mse"}:
         variance = loader.rows.statistics(site).total_variance
         if not MOST_SCALE**-0.75 < variance < MOST_SCALE**0.75:
             raise ConfigError(
@@ -394,7 +410,9 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
             say(warning)
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")
-    if backend.name == "triton" and any(map(_is_stepped_by_torch, placement.variants)):
+    if backend.name == "triton" and any(
+        _is_stepped_by_torch(variant, store) for variant in placement.variants
+    ):
         say(f"steps with {WITHOUT_KERNELS} are made by torch on a GPU, more slowly than by Triton's kernels")
     if n_steps < FEW_STEPS:
         say(f"few steps to learn in ({n_steps}): more epochs or a smaller batch may help much")

@@ -6,7 +6,7 @@ crosses between teams. Within a team `latent_ranks` processes share out the late
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from saemill.common.errors import ConfigError
@@ -45,7 +45,9 @@ class Placement:
 
     def state_bytes(self, widths: Mapping[str, int]) -> int:
         """Estimate the bytes of weights and moments on a GPU of the fullest process."""
-        team_bytes = [sum(state_bytes(v, widths[v.site]) for v in team) for team in self.teams]
+        team_bytes = [
+            sum(state_bytes(v, [widths[site] for site in v.sites]) for v in team) for team in self.teams
+        ]
         return -(-max(team_bytes) // self.latent_ranks)
 
     def team_of(self, everyone: Group) -> Team:
@@ -97,12 +99,18 @@ def deal(variants: list[Variant], widths: Mapping[str, int], n_teams: int) -> li
     return [[variant for variant in variants if variant.name in team] for team in teams]
 
 
-def state_bytes(variant: Variant, width: int) -> int:
-    """Estimate the bytes of weights, moments and copies of one variant on a GPU."""
+def state_bytes(variant: Variant, widths: Sequence[int]) -> int:
+    """Estimate the bytes of weights, moments and copies of one variant on a GPU.
+
+    Args:
+        variant: its settings.
+        widths: D of each of its sites.
+    """
     per_moment = {"fp32": 4, "bf16": 2, "8bit": 1}[variant.optimizer_state]
     n_moments = {"adam": 2, "sgd": 1, "signum": 1, "muon": 2}[variant.optimizer]
     n_averages = 0 if variant.weight_average is None else 1
-    return 2 * variant.num_latents * width * (4 + 2 + n_moments * per_moment + 4 * n_averages)
+    n_weights = variant.num_latents * (widths[0] + widths[-1])
+    return n_weights * (4 + 2 + n_moments * per_moment + 4 * n_averages)
 
 
 def choose(

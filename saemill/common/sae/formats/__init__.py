@@ -121,10 +121,17 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None) -> Non
                 f"sparsify has SAEs with k alone, got a {parts.config.architecture} SAE, whose latents have "
                 "thresholds; export it as saelens or dictionary_learning"
             )
+        if parts.config.d_out not in (None, parts.config.d_in):
+            raise ConfigError(
+                f"sparsify has transcoders between sites of one width, got {parts.config.d_in} and "
+                f"{parts.config.d_out}"
+            )
         sparsify.write(parts, folder)
     elif name == "saelens":
         saelens.write(parts, folder, hook)
     elif name == "dictionary_learning":
+        if parts.config.d_out is not None:
+            raise ConfigError("dictionary_learning has no transcoders; export it as sparsify or saelens")
         dictionary_learning.write(parts, folder, hook)
     else:
         raise ConfigError(f"format must be one of {', '.join(NAMES)}, got {name!r}")
