@@ -262,8 +262,8 @@ def _kind(parts: Parts) -> str:
         return "topk" if parts.threshold is None else "standard" if is_relu else "jumprelu"
     if parts.threshold is None:
         raise ConfigError(
-            "SAELens has no transcoders with k, but has those with thresholds; export it as sparsify, or train "
-            "one of batchtopk, jumprelu, relu or gated"
+            "SAELens has transcoders with thresholds, and none with k; export it as sparsify, or train one "
+            "of batchtopk, jumprelu, relu or gated"
         )
     skip = "" if parts.W_skip is None else "skip_"
     return f"{'' if is_relu else 'jumprelu_'}{skip}transcoder"
