@@ -121,6 +121,7 @@ CASES |= {
     for name in ("as usual", "clipped", "matryoshka", "gated", "jumprelu, dense and dead")
 }
 CASES["transcoder, bfloat16, dead"] = replace(CASES["bfloat16, dead"], d_out=32, t=80)
+CASES["skip transcoder, bfloat16"] = replace(CASES["bfloat16"], d_out=32, t=80, has_skip=True)
 CASES |= {
     f"skip transcoder, {name}": replace(CASES[name], d_out=CASES[name].d, has_skip=True)
     for name in (
@@ -128,7 +129,6 @@ CASES |= {
         "sgd",
         "clipped, sgd",
         "muon",
-        "bfloat16",
         "nested k",
         "gated",
         "relu, free rows",
