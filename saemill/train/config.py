@@ -235,6 +235,10 @@ class TrainConfig:
     loss: Literal["fvu", "mse"] = setting("fvu", "What is minimised", metavar="KIND")
     """fvu: squared error over the site's cached variance; mse: per dimension, in the activations'
     own units. Under Adam the two differ by no more than rounding."""
+    apply_b_dec_to_input: bool = setting(
+        True, "Subtract the decoder's bias from what the encoder reads; off, the encoder's has to do for both"
+    )
+    """SAELens' setting of the name. Transcoders subtract nothing."""
     b_dec_init: Literal["mean", "geometric_median"] = setting(
         "mean", "Start of the decoder's bias", metavar="KIND"
     )
@@ -385,12 +389,11 @@ class TrainConfig:
             raise ConfigError(
                 "with target_site each of site is named once; train other targets in other runs"
             )
-        if (
-            self.skip_connection
-            and not self.target_site
-            and not any("target_site" in v for v in self.variants)
-        ):
+        own = [bool(self.target_site or "target_site" in entry) for entry in self.variants or ({},)]
+        if self.skip_connection and not any(own):
             raise ConfigError("skip_connection has no effect without target_site; leave it out, or name one")
+        if not self.apply_b_dec_to_input and all(own):
+            raise ConfigError("apply_b_dec_to_input has no effect with target_site; leave it out")
 
     @property
     def decay_fraction(self) -> float:

@@ -114,6 +114,16 @@ class Sae(nn.Module):
         """Whether it predicts another site's activations, and does not reconstruct those that it reads."""
         return self.config.d_out is not None
 
+    @property
+    def site(self) -> str | None:
+        """Site that it reads, as far as its folder tells."""
+        return self.config.provenance.get("site")
+
+    @property
+    def target_site(self) -> str | None:
+        """Site that it reconstructs or predicts, as far as its folder tells."""
+        return self.config.provenance.get("target_site") if self.is_transcoder else self.site
+
     def prefix(self, n: int) -> "Sae":
         """Cut a Matryoshka SAE to its first n latents.
 

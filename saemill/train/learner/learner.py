@@ -66,7 +66,8 @@ class Learner:
         self.per_square = per_square(variant.loss, d_out, output.scale)
         self.rows = backend.team.latents.slice_of(variant.num_latents)
         n_rows = self.rows.stop - self.rows.start
-        shape = Shape(n_rows, d, d_out, self.architecture.further, variant.skip_connection, target is None)
+        is_centred = target is None and variant.apply_b_dec_to_input
+        shape = Shape(n_rows, d, d_out, self.architecture.further, variant.skip_connection, is_centred)
         self.weights = backend.weights(shape, device)
         self.parameters = self.weights.parameters
         self._start(Sample(sample_TD, sample_TD if target is None else target[1]))

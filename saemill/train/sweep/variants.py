@@ -84,6 +84,7 @@ class Variant:
     decoder_rows: Literal["unit", "free"] = like(TrainConfig, "decoder_rows")
     penalty_warmup_steps: int | None = like(TrainConfig, "penalty_warmup_steps")
     loss: Literal["fvu", "mse"] = like(TrainConfig, "loss")
+    apply_b_dec_to_input: bool = like(TrainConfig, "apply_b_dec_to_input")
     b_dec_init: Literal["mean", "geometric_median"] = like(TrainConfig, "b_dec_init")
 
     def __post_init__(self) -> None:
@@ -94,6 +95,8 @@ class Variant:
                 f"target_site must be another site than site, got {self.site} as both; without it an "
                 "SAE reconstructs its own site"
             )
+        if self.target_site is not None and not self.apply_b_dec_to_input:
+            raise ConfigError("apply_b_dec_to_input has no effect with target_site; leave it out")
         if self.skip_connection and self.target_site is None:
             raise ConfigError("skip_connection has no effect without target_site; leave it out, or name one")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -255,8 +258,7 @@ def _inherited(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
     without = () if optimizer in ("adam", "adamw") else ADAM_ALONE
     if optimizer == "signum":
         without = (*without, *WITHOUT_SIGNUM)
-    if entry.get("target_site") is None:
-        without = (*without, "skip_connection")
+    without = (*without, "skip_connection" if entry.get("target_site") is None else "apply_b_dec_to_input")
     return {
         name: value for name, value in common.items() if name not in without and applies(name, architecture)
     }
