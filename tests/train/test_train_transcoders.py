@@ -15,6 +15,7 @@ from watching import held_out, lines
 
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae.sae import Sae
+from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.train.arch.initial import regression
 from saemill.train.backends.base import Sample
@@ -49,8 +50,9 @@ def fvu(predicted: Tensor, y: Tensor) -> float:
 def test_it_learns_what_one_site_makes_of_the_other(
     pair: ActivationStore, tmp_path: Path, has_skip: bool
 ) -> None:
-    """Oracle: the linear regression on all training rows, by torch.linalg.lstsq, which latents improve on;
-    and the saved files in float64 on the rows that are held out, whose FVU the run logged."""
+    """Oracle: the mean, whose FVU is 1, and with W_skip the linear regression on all training rows by
+    torch.linalg.lstsq, on which latents improve; and the saved files in float64 on the rows that are held
+    out, whose FVU the run logged."""
     changes = TRANSCODERS | {"max_tokens": 256 * 150, "eval_every": 75, "log_every": 75, "eval_tokens": 300}
     (folder,) = run(config(pair, tmp_path / "r", skip_connection=has_skip, **changes))
     assert folder.name == f"a-to-b{'-skip' if has_skip else ''}-k4-f48-s0-lr0.003"
@@ -60,11 +62,11 @@ def test_it_learns_what_one_site_makes_of_the_other(
     ones = torch.ones(len(x), 1)
     linear = torch.cat([x, ones], 1) @ torch.linalg.lstsq(torch.cat([x, ones], 1), y).solution
     mine = fvu(sae(x).reconstruction, y)
-    assert mine < (0.5 if has_skip else 1.0) * fvu(linear, y)
+    assert mine < (0.5 * fvu(linear, y) if has_skip else 0.25)
     figures = lines(tmp_path / "r")[150][folder.name]
     held = {site: held_out(pair, site, 300).double() for site in "ab"}
     assert figures["eval_fvu"] == pytest.approx(fvu(sae(held["a"]).reconstruction, held["b"]), rel=1e-4)
-    assert figures["fvu"] == pytest.approx(mine, rel=0.1)
+    assert figures["fvu"] == pytest.approx(mine, rel=0.2)
     told = {name: sae.config.provenance[name] for name in ("site", "target_site")}
     assert told == {"site": "a", "target_site": "b"}
 
@@ -134,7 +136,7 @@ def test_refusals(pair: ActivationStore, tmp_path: Path, changes: dict[str, Any]
 def test_the_record_tells_of_the_pair(pair: ActivationStore, tmp_path: Path) -> None:
     """Oracle: the settings that were given, in the run's identity and the transcoder's config."""
     (folder,) = run(config(pair, tmp_path / "r", skip_connection=True, **TRANSCODERS))
-    identity = json.loads((tmp_path / "r" / "identity.json").read_text())
-    assert identity["content"]["target_site"] == ["b"]
+    content = runs.identity(tmp_path / "r").content
+    assert (content["target_site"], content["skip_connection"]) == (["b"], True)
     variant = json.loads((folder / "cfg.json").read_text())["saemill"]["variant"]
     assert (variant["target_site"], variant["skip_connection"]) == ("b", True)

@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_refused(models: dict[str, Any]) -> None:
             sae,
             "width 32, but those at layers.1.mlp.dense_h_to_4h",
         ),
-        ("layers.1.mlp.dense_h_to_4h", {}, sae, "width 32, but those at layers.1.mlp.dense_h_to_4h have 128"),
+        ("layers.1.mlp.dense_h_to_4h", {}, sae, "width 32, but those at layers.1.mlp.dense_h_to_4h have 64"),
         ("layers.1", {"read": "layers.0"}, seeded_sae(), "read is the site that a transcoder reads"),
         (None, {}, transcoder("neox", target_site=None), "does not tell its site"),
         (None, {}, transcoder("neox", site=None), "name it: .*read='layers.4'"),

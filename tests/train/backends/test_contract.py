@@ -54,6 +54,8 @@ class Case:
     d_out: int | None = None
     """Width of what a transcoder predicts; None of an SAE."""
     has_skip: bool = False
+    is_centred: bool = True
+    """Whether an SAE's encoder subtracts b."""
 
 
 CASES = {
@@ -135,6 +137,10 @@ CASES |= {
     )
 }
 CASES |= {
+    f"not centred, {name}": replace(CASES[name], is_centred=False)
+    for name in ("few dead", "jumprelu, dense and dead", "clipped, sgd")
+}
+CASES |= {
     f"to another width, {name}": replace(CASES[name], d_out=19, has_skip=has_skip)
     for name in ("many dead", "mse, decay", "batchtopk", "matryoshka", "jumprelu", "jumprelu, tanh", "gated")
     for has_skip in (name in ("batchtopk", "gated"),)
@@ -154,6 +160,7 @@ def learner_of(case: Case, kernels: str) -> Learner:
         name="v", site="s", architecture=case.architecture,  # type: ignore[arg-type]
         k=case.k if case.architecture in BY_K else None,
         num_latents=case.f, lr=LR, k_aux=case.k_aux, loss=case.loss,  # type: ignore[arg-type]
+        apply_b_dec_to_input=case.is_centred,
         target_site=None if case.d_out is None else "t", skip_connection=case.has_skip,
         optimizer=case.optimizer, weight_decay=case.weight_decay, clip_grad_norm=case.clip,  # type: ignore[arg-type]
         **dict(case.settings),  # type: ignore[arg-type]
@@ -189,7 +196,8 @@ def learner_of(case: Case, kernels: str) -> Learner:
 
 def seen(learner: Learner, p: Parameters, x_TD: Tensor) -> Seen:
     """What the loss must know of the whole batch, from dense pre-activations."""
-    inputs_TD = x_TD if learner.variant.target_site else x_TD - p.b_D
+    is_centred = learner.variant.apply_b_dec_to_input and not learner.variant.target_site
+    inputs_TD = x_TD - p.b_D if is_centred else x_TD
     pre_TF = inputs_TD @ p.w_enc_FD.T + p.b_enc_F
     known = Seen(Dead(learner.dead.latents_S.cpu(), learner.dead.n_in_team), len(x_TD))
     rule = learner.architecture.rule(p)

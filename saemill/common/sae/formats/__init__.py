@@ -101,13 +101,14 @@ def save_own(parts: Parts, folder: Path) -> None:
     sparsify.write(parts, folder)
 
 
-def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None) -> None:
+def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None, target: Hook | None = None) -> None:
     """Write an SAE for another tool.
 
     Args:
         name: one of `NAMES`.
         folder: where to; created.
         hook: the SAE's site in TransformerLens' terms; None where it has no name there. Sparsify stores none.
+        target: that of the site that a transcoder predicts.
 
     Raises:
         ConfigError: no such format, or it has no SAEs of this kind.
@@ -128,7 +129,7 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None) -> Non
             )
         sparsify.write(parts, folder)
     elif name == "saelens":
-        saelens.write(parts, folder, hook)
+        saelens.write(parts, folder, hook, target)
     elif name == "dictionary_learning":
         if parts.config.d_out is not None:
             raise ConfigError("dictionary_learning has no transcoders; export it as sparsify or saelens")

@@ -224,7 +224,7 @@ def _folded(weights: dict[str, Tensor], centred: bool, rescaled: bool, scale: fl
     return (*(w.to(dtype).contiguous() for w in (W_enc, b_enc, W_dec, b_dec)), threshold)
 
 
-def write(parts: Parts, folder: Path, hook: Hook | None) -> None:
+def write(parts: Parts, folder: Path, hook: Hook | None, target: Hook | None = None) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` as SAELens saves an SAE for inference: one with
     thresholds as JumpReLU, or as standard where it was trained with a ReLU.
 
@@ -250,7 +250,7 @@ def write(parts: Parts, folder: Path, hook: Hook | None) -> None:
         **({"rescale_acts_by_decoder_norm": False} if kind == "topk" else {}),
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": _metadata(config, kind, hook),
+        "metadata": _metadata(config, kind, hook, target),
     }
     durable.write_json(folder / "cfg.json", cfg)
 
@@ -269,14 +269,15 @@ def _kind(parts: Parts) -> str:
     return f"{'' if is_relu else 'jumprelu_'}{skip}transcoder"
 
 
-def _metadata(config: SaeConfig, kind: str, hook: Hook | None) -> dict[str, Any]:
+def _metadata(config: SaeConfig, kind: str, hook: Hook | None, target: Hook | None) -> dict[str, Any]:
     """Describe an SAE's origin in SAELens' terms, as far as it is known."""
     origin = config.provenance
     metadata = {
         "sae_lens_version": VERSION,
         "model_name": origin.get("model"),
-        "model_class_name": "HookedTransformer" if hook else None,
+        "model_class_name": "HookedTransformer" if hook or target else None,
         "hook_name": hook.name if hook else None,
+        "hook_name_out": target.name if target else None,
         "hook_head_index": None,
         "dataset_path": origin.get("dataset"),
         "context_size": origin.get("ctx_len"),
