@@ -58,6 +58,7 @@ GROUND = {"config", "memory", "profile"}
 IN_TRAIN = {
     **{name: set[str]() for name in ("config", "profile")},
     "memory": set(),
+    "batch": set(),
     "stream": set(),
     "objective": set(),
     "optim": GROUND,
@@ -66,10 +67,25 @@ IN_TRAIN = {
     "sweep": GROUND | {"backends"},
     "learner": GROUND | {"optim", "backends", "arch", "sweep", "stream", "objective"},
     "record": GROUND | {"learner", "sweep"},
-    "trainer": GROUND | {"backends", "learner", "record", "stream", "sweep"},
+    "watch": GROUND | {"learner"},
+    "trainer": GROUND | {"backends", "learner", "record", "stream", "sweep", "watch"},
     "export": GROUND | {"record", "sweep", "trainer"},
+    "points": GROUND | {"export", "trainer"},
     "tracking": GROUND | {"sweep", "trainer"},
-    "run": GROUND | {"backends", "learner", "record", "stream", "sweep", "trainer", "export", "tracking"},
+    "run": GROUND
+    | {
+        "backends",
+        "learner",
+        "record",
+        "stream",
+        "sweep",
+        "watch",
+        "trainer",
+        "export",
+        "points",
+        "tracking",
+        "batch",
+    },
 }
 """The same within `train`: from the run down to the ground."""
 

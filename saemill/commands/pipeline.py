@@ -76,6 +76,7 @@ def cache(config: CacheConfig) -> None:
     *("warmup_steps", "lr_schedule", "lr_end", "lr_cycles", "lr_decay", "lr_decay_fraction"),
     *("auxk_alpha", "k_aux", "dead_after_tokens", "loss", "b_dec_init"),
     *("buffer_tokens", "shuffle_seed", "save_every", "log_every", "resume"),
+    *("eval_every", "eval_tokens", "eval_losses_every", "model", "n_checkpoints"),
     flag("profile", "--profile"),
     *("halving", "halving_metric", "data_ranks", "latent_ranks"),
     *("log_to_wandb", "wandb_project", "wandb_entity", "run_name", "wandb_log_frequency"),

@@ -197,12 +197,14 @@ SAELENS = {
         "`--dead-percentage-threshold`", "of the assessment; sparsify's flag of this name counts tokens"
     ),
     "feature_sampling_window": Setting("", "firing is counted over all tokens since the last one"),
-    "n_eval_batches": Setting("`--set assess.model_tokens=`", "in tokens, after the training"),
+    "n_eval_batches": Setting(
+        "`--set assess.model_tokens=`", "in tokens; while SAEs train, `--set train.eval_losses_tokens=`"
+    ),
     "eval_batch_size_prompts": Setting("`--set assess.batch_size=`", "rows"),
     "n_batches_for_norm_estimate": Setting("", "`saemill cache` knows mean and variance of all tokens"),
     "logger": Setting("", "its settings are flags of their own: `--log-to-wandb`, `--wandb-project`"),
     "n_checkpoints": Setting(
-        "`--save-every`", "steps between checkpoints to go on from; the last one is kept"
+        "`--n-checkpoints`", "SAEs kept on the way, as evenly spaced; each is a run that can be assessed"
     ),
     "checkpoint_path": Setting("`--save-dir`, `--run-name`", "checkpoints are in the run's folder"),
     "save_final_checkpoint": Setting("", "every SAE is written at the end"),
@@ -221,7 +223,9 @@ SAELENS = {
     "run_name": Setting("`--run-name`", "the run's folder, and its group in wandb"),
     "wandb_entity": Setting("`--set train.wandb_entity=`", "with `--log-to-wandb`"),
     "wandb_log_frequency": Setting("`--wandb-log-frequency`", "that of all logs"),
-    "eval_every_n_wandb_logs": Setting("", "SAEs are assessed after the training"),
+    "eval_every_n_wandb_logs": Setting(
+        "`--eval-every`", "steps; on held-out tokens, with `--set train.eval_losses_every=` in the model too"
+    ),
     # The training configs of their architectures
     "d_in": Setting("", "the site's width is found"),
     "d_sae": Setting("`--num-latents`", "a list, or `--expansion-factor`"),
@@ -291,7 +295,9 @@ DICTIONARY_LEARNING = {
     "use_wandb": Setting("`--log-to-wandb`", SAME),
     "wandb_entity": Setting("`--set train.wandb_entity=`", "with `--log-to-wandb`"),
     "wandb_project": Setting("`--wandb-project`", "with `--log-to-wandb`"),
-    "save_steps": Setting("`--save-every`", "checkpoints to go on from; the last one is kept"),
+    "save_steps": Setting(
+        "`--n-checkpoints`", "by their number; `--save-every` is of the checkpoints to go on from"
+    ),
     "save_dir": Setting("`--save-dir`", SAME),
     "log_steps": Setting("`--set train.log_every=`", SAME),
     "activations_split_by_head": Setting("", "sites give one vector per token"),

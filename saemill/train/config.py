@@ -13,9 +13,13 @@ from saemill.common.stores.mask import TrainingMask
 ADAM_BETAS = (0.8, 0.95)
 """FVU was lower than with Adam's own (0.9, 0.999) wherever both were tried: `docs/performance-log.md`."""
 
-MOST_SEQUENCES = 512
-"""No more make a batch where batches are counted in sequences."""
-
+MULTIPLES = (
+    ("wandb_log_frequency", "log_every"),
+    ("eval_every", "log_every"),
+    ("eval_losses_every", "log_every"),
+    ("eval_losses_every", "eval_every"),
+)
+"""Steps between events that come with others, and the steps between those."""
 Architecture = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "relu", "gated"]
 BY_K = ("topk", "batchtopk", "matryoshka")
 """Architectures that keep a given number of latents."""
@@ -224,6 +228,36 @@ class TrainConfig:
     )
     save_every: int = setting(1000, "Steps between checkpoints", decides=False, least=1)
     log_every: int = setting(10, "Steps between log lines", decides=False, least=1)
+    eval_every: int | None = setting(
+        None,
+        "Steps between measurements on held-out rows, a multiple of log-every; 0 for none",
+        by_default="a 10th of the run, at least 500",
+        decides=False,
+        least=0,
+    )
+    """SAEs are measured as they will be used: with thresholds where they will have them. By default
+    none in runs of fewer steps than that, and none of a store without held-out rows."""
+    eval_tokens: int | None = setting(
+        None, "Most held-out tokens to measure on", by_default="8192", decides=False, least=1
+    )
+    eval_losses_every: int | None = setting(
+        None,
+        "Steps between measurements of the model's losses with each SAE spliced in, a multiple of eval-every",
+        by_default="none",
+        decides=False,
+        least=1,
+    )
+    """Measured at the end as well."""
+    eval_losses_tokens: int | None = setting(
+        None, "Most tokens for these losses, in whole rows", by_default="4096", decides=False, least=1
+    )
+    model: str | None = setting(
+        None, "The model, if not where it was cached from; for eval-losses-every", decides=False
+    )
+    n_checkpoints: int = setting(
+        0, "SAEs to keep of each variant on the way, evenly spaced", decides=False, least=0
+    )
+    """In RUN/steps/<step>, each a run that can be assessed."""
     buffer_tokens: int = setting(262_144, "Tokens of the shuffling buffer, in whole blocks of 256", least=1)
     """Two buffers are in memory per site, three while one is being filled."""
     shuffle_seed: int = setting(0, "Seed of the stream's order", least=0, most=LARGEST)
@@ -299,6 +333,10 @@ class TrainConfig:
             "run_name": (no_wandb, "without log_to_wandb"),
             "wandb_log_frequency": (no_wandb, "without log_to_wandb"),
             "halving_metric": (self.halving == 0, "without halving"),
+            "eval_tokens": (self.eval_every == 0, "with eval_every 0"),
+            "eval_losses_every": (self.eval_every == 0, "with eval_every 0"),
+            "eval_losses_tokens": (self.eval_losses_every is None, "without eval_losses_every"),
+            "model": (self.eval_losses_every is None, "without eval_losses_every"),
         }
         for name, (idle, why) in without_effect.items():
             if idle and getattr(self, name) is not None:
@@ -308,11 +346,10 @@ class TrainConfig:
         self._check_architectures()
         if self.wandb_artifacts and no_wandb:
             raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
-        if self.wandb_log_frequency is not None and self.wandb_log_frequency % self.log_every:
-            raise ConfigError(
-                f"wandb_log_frequency must be a multiple of log_every ({self.log_every} steps), "
-                f"got {self.wandb_log_frequency}"
-            )
+        for name, base in MULTIPLES:
+            value, of_steps = getattr(self, name), getattr(self, base)
+            if value and of_steps and value % of_steps:
+                raise ConfigError(f"{name} must be a multiple of {base} ({of_steps} steps), got {value}")
         if self.max_tokens is not None and self.epochs is not None:
             raise ConfigError("give max_tokens or epochs, not both")
 
@@ -359,25 +396,3 @@ def no_effect(name: str, architecture: str) -> str:
         ("l1_coefficient", "jumprelu"): "use target_l0, or l0_coefficient",
     }
     return f"{name} has no effect with {architecture}; {instead.get((name, architecture), 'leave it out')}"
-
-
-def check_batch(batch_size: int, ctx_len: int) -> None:
-    """Refuse a batch that was surely meant in sequences, as sparsify counts them: it is no more than a row of
-    tokens, and no more than sequences come in.
-
-    Args:
-        batch_size: tokens per batch.
-        ctx_len: tokens per row; 1 where rows are passages.
-
-    Raises:
-        ConfigError: it was.
-    """
-    most = min(ctx_len, MOST_SEQUENCES)
-    if batch_size > most or ctx_len == 1:
-        return
-    n_rows = batch_size if batch_size * ctx_len > most else 2
-    raise ConfigError(
-        f"batch_size counts tokens, and {batch_size} of them fill no more than one row of {ctx_len}; for "
-        f"{n_rows} rows, as sparsify counts, say {n_rows * ctx_len}; if tokens are meant, take more than "
-        f"{most}"
-    )

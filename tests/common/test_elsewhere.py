@@ -136,7 +136,7 @@ def test_their_words_get_an_answer(arguments: tuple[str, ...], told: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["l1_warm_up_steps", "n_checkpoints", "begin_batch_token", "micro_acc_steps"]
+    "name", ["l1_warm_up_steps", "eval_every_n_wandb_logs", "begin_batch_token", "micro_acc_steps"]
 )
 def test_their_settings_get_an_answer(name: str) -> None:
     """Oracle: the table's words in the error of a config file."""

@@ -136,8 +136,13 @@ class Learner:
             return p
         return p._replace(w_dec_FD=p.w_dec_FD / torch.linalg.vector_norm(p.w_dec_FD, dim=1, keepdim=True))
 
-    def export(self, provenance: dict[str, Any]) -> Parts | None:
+    def export(self, provenance: dict[str, Any], *, copied: bool = True) -> Parts | None:
         """Fold the training units into the biases: the SAE in the activations' own.
+
+        Args:
+            provenance: what its config tells of its origin.
+            copied: whether it stays as it is when training goes on; without, it may share memory with the
+                parameters.
 
         Returns: the SAE on the team's first process, none on others; on the CPU where latents are split.
         """
@@ -149,7 +154,7 @@ class Learner:
         own = {"W_enc": form.w_enc_FD, "b_enc": form.b_enc_F / scaling.scale, "W_dec": form.w_dec_FD}
         if form.threshold_F is not None:
             own["threshold"] = form.threshold_F / scaling.scale
-        whole = {name: self._gathered(rows) for name, rows in own.items()}
+        whole = {name: self._gathered(rows, copied) for name, rows in own.items()}
         weights = {name: tensor for name, tensor in whole.items() if tensor is not None}
         if not weights:
             return None
@@ -166,11 +171,13 @@ class Learner:
         b_dec = (trained.b_D / scaling.scale).to(weights["W_enc"].device)
         return Parts(config, b_dec=b_dec + scaling.centre_D.to(b_dec.device), **weights)
 
-    def _gathered(self, rows: Tensor) -> Tensor | None:
+    def _gathered(self, rows: Tensor, copied: bool) -> Tensor | None:
         """Put together what the team has of a tensor with a row per latent, on its first process; on the CPU
         where latents are split."""
         group = self.backend.team.latents
-        return group.gather(rows.clone() if group.size == 1 else rows.cpu(), self.variant.num_latents)
+        if group.size == 1:
+            return rows.clone() if copied else rows
+        return group.gather(rows.cpu(), self.variant.num_latents)
 
     def checkpoint_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """List the state for a checkpoint: tensors with a row per latent, and whole ones."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import Group, World
-from saemill.train.sweep.placement import choose, cost, deal
+from saemill.train.sweep.placement import allowed_latent_ranks, choose, cost, deal
 from saemill.train.sweep.variants import Variant
 
 
@@ -316,3 +317,19 @@ def test_a_torchrun_environment_that_is_cut_is_told() -> None:
     """Oracle: the message names what is missing."""
     with pytest.raises(ConfigError, match=r"LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"):
         World.here({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+def test_what_needs_whole_saes_is_not_split() -> None:
+    """Oracle: by hand: on a GPU there are no kernels for signum, Muon and clipping; the loops of a CPU have
+    all of them."""
+    plain = Variant(name="v", site="a", k=4, num_latents=64, lr=1e-2, k_aux=8)
+    for changes in ({"optimizer": "signum"}, {"optimizer": "muon"}, {"clip_grad_norm": 1.0}):
+        variants = [plain, replace(plain, **changes)]  # type: ignore[arg-type]
+        assert allowed_latent_ranks(None, variants, "triton") == 1
+        assert allowed_latent_ranks(2, variants, "numba") == 2
+        with pytest.raises(
+            ConfigError, match="latent_ranks 2: on a GPU signum, muon and clip_grad_norm need"
+        ):
+            allowed_latent_ranks(2, variants, "triton")
+    assert allowed_latent_ranks(2, [plain], "triton") == 2
+    assert allowed_latent_ranks(None, [plain], "triton") is None
