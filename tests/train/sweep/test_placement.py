@@ -148,7 +148,7 @@ def check_trained_alike(found: dict[str, Any], expected: dict[str, Any], kind: s
     assert found["totals"] == pytest.approx(expected["totals"], rel=1e-3 if kind == "muon" else 1e-5)
     for name, weights in expected["weights"].items():
         if kind == "muon":  # its iteration's products are of bfloat16
-            assert float((found["weights"][name] - weights).norm() / weights.norm()) < 0.02
+            assert float((found["weights"][name] - weights).norm() / weights.norm()) < 0.05
         else:
             torch.testing.assert_close(found["weights"][name], weights, rtol=1e-3, atol=1e-5)
 
