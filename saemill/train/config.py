@@ -154,7 +154,9 @@ class TrainConfig:
     """More than the store has means several epochs."""
     epochs: int | None = setting(None, "Passes over the store, in place of max-tokens", least=1)
     """1 if neither is given."""
-    optimizer: OptimizerName | Literal["adamw"] = setting("adam", "Optimizer", metavar="NAME")
+    optimizer: Literal["adam", "adamw", "sgd", "signum", "muon"] = setting(
+        "adam", "Optimizer", metavar="NAME"
+    )
     """adamw is adam with weight decay."""
     optimizer_state: Literal["fp32", "bf16", "8bit"] = setting(
         "fp32", "How Adam's moments are kept", metavar="TYPE"

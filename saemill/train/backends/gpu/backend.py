@@ -63,10 +63,10 @@ class Gpu(Sparse):
         return Batch(x_TD, x_TD.to(self.dtype))
 
     def step(self, task: Task) -> Sums:
-        """Take a step, as `Backend.step`; dense where no kernel makes the optimizer's."""
-        if not isinstance(task.optimizer, Adam | Sgd) or task.rates.clip_norm is not None:
-            return self._dense_step(task)
-        return super().step(task)
+        """Take a step, as `Backend.step`; dense with optimizers that no kernel has, and if it is clipped."""
+        if isinstance(task.optimizer, Adam | Sgd) and task.rates.clip_norm is None:
+            return super().step(task)
+        return self._dense_step(task)
 
     def bias(self, weights: Weights) -> Tensor:
         """Compute it, as `Sparse.bias`."""

@@ -47,8 +47,8 @@ def update(task: Task, forward: Forward, slopes: Slopes, dead: DeadRows | None, 
             sums = sums._replace(toward_F=slopes.toward_F)
         if slopes.db_enc_F is not None:
             sums = sums._replace(db_enc_F=_with_dead(slopes.db_enc_F, dead))
-        _step_latents(task, optimizer, forward, dpre_TK, rows_GTD, pairs, sums, hyper, aux)
-        _step_others(task, optimizer, {"b": db_D, **slopes.further_F}, hyper)
+        _step_latents(task, forward, dpre_TK, rows_GTD, pairs, sums, hyper, aux)
+        _step_others(task, {"b": db_D, **slopes.further_F}, hyper)
     return sums.fired_F
 
 
@@ -67,7 +67,6 @@ def _sorted(
 
 def _step_latents(
     task: Task,
-    optimizer: Adam | Sgd,
     forward: Forward,
     dpre_TK: Tensor,
     rows_GTD: Tensor,
@@ -77,7 +76,8 @@ def _step_latents(
     aux: AuxGradients | None,
 ) -> None:
     """Step the rows and biases of all latents."""
-    weights, codes = task.weights, forward.codes
+    weights, optimizer, codes = task.weights, task.optimizer, forward.codes
+    assert isinstance(optimizer, Adam | Sgd)
     copied = weights.product_FD.dtype != torch.float32
     copies = (weights.product_FD, weights.gathered_FD) if copied else (None, None)
     seed = None
@@ -115,12 +115,13 @@ def _with_dead(db_enc_F: Tensor, dead: DeadRows | None) -> Tensor:
     return db_enc_F if dead is None else db_enc_F.index_add(0, dead.dead_S, dead.b_enc_S)
 
 
-def _step_others(task: Task, optimizer: Adam | Sgd, gradients: dict[str, Tensor], hyper: Tensor) -> None:
+def _step_others(task: Task, gradients: dict[str, Tensor], hyper: Tensor) -> None:
     """Step parameters that no kernel does; as they were where the step is not healthy."""
+    assert isinstance(task.optimizer, Adam | Sgd)
     for name, grad in gradients.items():
         parameter = task.weights.parameters.named[name]
         before = parameter.clone()
-        optimizer.update(name, slice(None), grad, hyper[Hyper.LR])
+        task.optimizer.update(name, slice(None), grad, hyper[Hyper.LR])
         parameter.copy_(torch.where(task.healthy, parameter, before))
 
 
