@@ -81,7 +81,7 @@ def test_a_killed_run_has_the_figures_of_an_uninterrupted_one(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the same run without a stop: the log but for times, all SAEs, those kept on the way too."""
-    changes: dict[str, Any] = ALL | {"save_every": 7, "k": (2,)}
+    changes: dict[str, Any] = ALL | {"save_every": 7}
     run(config(store, tmp_path / "whole", **changes))
     for step in (9, 17):
         killed_at(step, config(store, tmp_path / "cut", **changes), monkeypatch)
