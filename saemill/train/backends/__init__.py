@@ -7,5 +7,6 @@ sparse.py   a step that touches active pairs alone, for
 cpu/        loops for a CPU, compiled by numba
 gpu/        kernels for a GPU, in Triton
 auxk.py     the gradients of dead latents
+adding.py   sums by place, in one order
 team.py     the processes that share a step
 """

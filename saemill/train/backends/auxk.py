@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from saemill.common.sae.topk import topk
+from saemill.train.backends.adding import add_rows
 from saemill.train.backends.base import Above, Batch, Codes, Dead, Task, Weights, chunks
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def pull(codes: Codes, task: Task, scale: float) -> tuple[DeadRows, Tensor]:
     place_F = torch.zeros_like(p.b_enc_F, dtype=torch.int64).index_copy_(
         0, dead_S, torch.arange(len(dead_S), device=dead_S.device)
     )
-    x_SD.index_add_(0, place_F[codes.idx_TK[tokens_P, slots_P].long()], x_TD[tokens_P], alpha=-1)
+    add_rows(x_SD, place_F[codes.idx_TK[tokens_P, slots_P].long()], -x_TD[tokens_P])
     z_S = (x_SD * w_enc_SD).sum(1) + n_below_S * (p.b_enc_F[dead_S] - w_enc_SD @ p.b_D)
     loss = (n_below_S * rule.threshold_F[dead_S] - z_S).sum() * scale
     grad_SD = (x_SD - n_below_S[:, None] * p.b_D).mul_(-scale)

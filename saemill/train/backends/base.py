@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from saemill.train.backends.adding import sum_by_place
 from saemill.train.backends.team import Team
 from saemill.train.optim.optimizer import Optimizer
 
@@ -239,8 +240,7 @@ class Codes(NamedTuple):
 
     def by_latent(self, numbers_TK: Tensor, n_latents: int) -> Tensor:
         """Sum numbers of slots, 0 where unused, over the tokens of each latent. float32 [F]."""
-        sums_F = numbers_TK.new_zeros(n_latents)
-        return sums_F.index_add_(0, self.idx_TK.flatten().long(), numbers_TK.flatten())
+        return sum_by_place(numbers_TK.flatten(), self.idx_TK.flatten().long(), n_latents)
 
 
 LAST = 2**31 - 1
@@ -351,6 +351,8 @@ class Rates(NamedTuple):
     lr: float
     weight_decay: float
     """Decoupled, of w_enc alone."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of all parameters; None without bound."""
 
     @property
     def grad_scale(self) -> float:

@@ -18,6 +18,7 @@ from saemill.train.arch.topk import TopK
 from saemill.train.backends import auxk
 from saemill.train.backends.base import Dead
 from saemill.train.backends.gpu import backend as gpu
+from saemill.train.backends.gpu import update
 from saemill.train.backends.gpu.kernels.hyper import Hyper
 from saemill.train.backends.gpu.kernels.select import select_kernel
 from saemill.train.learner.bank import Bank
@@ -94,7 +95,7 @@ def test_a_step_makes_no_host_wait(variant: Variant, n_dead: int, monkeypatch: p
     monkeypatch.setitem(auxk.CHUNK_BYTES, "meta", 1 << 20)
     monkeypatch.setattr(auxk, "topk", lambda pre, k: tuple(pre.topk(k, sorted=False)))
     monkeypatch.setattr(gpu, "topk", lambda pre, k: tuple(pre.topk(k, sorted=False)))
-    monkeypatch.setattr(gpu, "_hyper", lambda *_: torch.zeros(len(Hyper), device=meta))
+    monkeypatch.setattr(update, "_hyper", lambda *_: torch.zeros(len(Hyper), device=meta))
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
     monkeypatch.setattr(type(select_kernel), "run", lambda *_, **__: None)
     monkeypatch.setattr(TopK, "initialise", lambda *_: None)

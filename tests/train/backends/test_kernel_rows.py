@@ -75,7 +75,8 @@ class Trained:
         e, dot, _ = residual(val, idx, self.weights()[1], self.b, x)
         pairs = segments(idx, len(b_enc), self.chunk)
         now = hyper(number)
-        sums = latent_sums(val, dot, pairs, now, aux)
+        dpre = 0.37 * dot * (val > 0)
+        sums = latent_sums(val, dot, dpre, pairs, now, aux)
         db = decoder_bias_gradient(e, sums.db_enc_F, self.weights()[0].float(), now)
         mask = dense_codes(idx, torch.ones_like(val), len(b_enc))
         (torch.relu(pre * mask) @ dec + b).backward(0.37 * e.double())
@@ -83,7 +84,7 @@ class Trained:
         if aux is None:
             torch.testing.assert_close(db.double(), b.grad, rtol=1e-4, atol=1e-4)
         update_rows(
-            *(self.mine, self.moments, x, e, val, dot, self.b, pairs, sums, now),
+            *(self.mine, self.moments, x, e, val, dpre, self.b, pairs, sums, now),
             optimizer=self.optimizer,
             aux=aux,
         )
@@ -190,9 +191,10 @@ def one_update(
     if with_aux:
         slot = torch.arange(-9, f - 9, dtype=torch.int32).clamp(min=-1).to(DEVICE)
         aux = AuxGradients(slot, randn(3, d), randn(3), randn(3, d))
-    sums = latent_sums(val, dot, pairs, now, aux)
+    dpre = 0.37 * dot * (val > 0)
+    sums = latent_sums(val, dot, dpre, pairs, now, aux)
     place = None if seed is None else torch.tensor([seed], dtype=torch.int32, device=DEVICE)
-    inputs = (x, e, val, dot, randn(d), pairs, sums, now)
+    inputs = (x, e, val, dpre, randn(d), pairs, sums, now)
     update_rows(parameters, moments, *inputs, optimizer="adam", seed=place, aux=aux)
     return [tensor for tensor in (*parameters, *moments) if tensor is not None]
 
@@ -287,7 +289,7 @@ def test_update_refuses_state_that_does_not_fit() -> None:
     parameters = Latents(randn(4, 8), randn(4), unit_rows(4, 8), None, None)
     idx, val, dot = distinct(3, 4, 2), torch.rand(3, 2), randn(3, 2)
     pairs, x = segments(idx, 4), randn(3, 8)
-    sums = latent_sums(val, dot, pairs, hyper())
+    sums = latent_sums(val, dot, dot, pairs, hyper())
 
     def update(moments: Moments, optimizer: str, seed: Tensor | None = None) -> None:
         inputs = (x, x, val, dot, randn(8), pairs, sums, hyper())

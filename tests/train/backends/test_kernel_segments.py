@@ -65,39 +65,50 @@ def test_segments_refuse_int64() -> None:
         segments(distinct(2, 4, 1).long(), 4)
 
 
-def test_latent_sums_equal_scattered_sums() -> None:
-    """Oracle: float64 index_add over the unsorted pairs; one latent has more pairs than a block."""
+@pytest.mark.parametrize("n_shown", [None, 2])
+def test_latent_sums_equal_scattered_sums(n_shown: int | None) -> None:
+    """Oracle: float64 index_add over the unsorted pairs; one latent has more pairs than a block. Gradients
+    are where no code is, too."""
     f, k = 30, 3
     idx, val, dot = random_pairs(300, f, k, hot=4)
     val[idx == 9] = 0
+    dpre = randn(300, k)
     aux = AuxGradients(torch.full((f,), -1, dtype=torch.int32), randn(2, 5), randn(2), randn(2, 5))
     aux.slot_F[[29, 7]] = torch.tensor([0, 1], dtype=torch.int32)
     aux = aux._replace(slot_F=aux.slot_F.to(DEVICE))
-    found = latent_sums(val, dot, segments(idx, f), hyper(), aux)
+    found = latent_sums(val, dot, dpre, segments(idx, f), hyper(), aux, n_shown)
 
     def scattered(values: Tensor) -> Tensor:
         total = torch.zeros(f, dtype=torch.float64, device=DEVICE)
         return total.index_add(0, idx.flatten().long(), values.double().flatten())
 
-    dval = scattered(dot * (val > 0))
-    db = 0.37 * dval
+    db = scattered(dpre)
     db[[29, 7]] += aux.b_S
-    for mine, expected in ((found.dval_F, dval), (found.along_F, scattered(val * dot)), (found.db_enc_F, db)):
+    toward = -0.37 * scattered(val * dot)
+    assert found.toward_F is not None
+    for mine, expected in ((found.dpre_F, scattered(dpre)), (found.toward_F, toward), (found.db_enc_F, db)):
         torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found.fired_F, scattered(val) > 0)
+    shown = val * (torch.arange(k, device=DEVICE) < (n_shown or k))
+    assert torch.equal(found.fired_F, scattered(shown) > 0)
+    assert n_shown is None or not torch.equal(found.fired_F, scattered(val) > 0)
 
 
-def test_chunk_sums_add_up_to_the_latents_gradients() -> None:
-    """Oracle: float64 products of the dense codes with inputs and errors, for the hot latents."""
+@pytest.mark.parametrize("n_groups", [1, 3])
+def test_chunk_sums_add_up_to_the_latents_gradients(n_groups: int) -> None:
+    """Oracle: float64 products of the dense codes with inputs and errors, for the hot latents; with groups
+    those of each group apart."""
     f, k, d, n_tokens = 12, 3, 300, 40
-    idx, val, dot = random_pairs(n_tokens, f, k, hot=4)
-    x, e = randn(n_tokens, d, dtype=BF16), randn(n_tokens, d, dtype=BF16)
+    idx, val, dpre = random_pairs(n_tokens, f, k, hot=4)
+    x, e = randn(n_tokens, d, dtype=BF16), randn(n_groups * n_tokens, d, dtype=BF16)
+    group = torch.randint(0, n_groups, idx.shape, device=DEVICE)
+    row = (group * n_tokens + torch.arange(n_tokens, device=DEVICE)[:, None]).int()
     pairs = segments(idx, f, 8)
-    partial = chunk_sums(pairs, val, dot, x, e)[: int(pairs.n_chunks)].double()
+    partial = chunk_sums(pairs, val, dpre, x, e, row if n_groups > 1 else None)
+    partial = partial[: int(pairs.n_chunks)].double()
     latent = pairs.chunk_latent_C[: int(pairs.n_chunks)].long()
     found = torch.zeros(f, 2, d, dtype=torch.float64, device=DEVICE).index_add(0, latent, partial)
-    dense, ddense = dense_codes(idx, val, f), dense_codes(idx, dot * (val > 0), f)
-    expected = torch.stack((ddense.T @ x.double(), dense.T @ e.double()), 1)
+    codes = torch.cat([dense_codes(idx, val * (group == g), f) for g in range(n_groups)])
+    expected = torch.stack((dense_codes(idx, dpre, f).T @ x.double(), codes.T @ e.double()), 1)
     hot = (pairs.starts[1:] - pairs.starts[:-1]) > 8
     assert 0 < int(hot.sum()) < f
     torch.testing.assert_close(found, expected * hot[:, None, None], rtol=1e-5, atol=1e-5)

@@ -1,1 +1,1 @@
-"""A step on a GPU: `backend.py` runs the `kernels/`, in Triton."""
+"""A step on a GPU: `backend.py` and `update.py` run the `kernels/`, in Triton."""

@@ -1,7 +1,10 @@
 """`Gpu`: a step in Triton's kernels.
 
-The residual is kept in the product's dtype, unscaled; sums are float32. The host never waits.
+The residual is kept in the product's dtype, unscaled; sums are float32. For the k largest of each token the
+host never waits; for thresholds and batch-wide cutoffs it waits for the number of codes.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,23 +15,22 @@ from saemill.train.backends.base import (
     Batch,
     Codes,
     Groups,
-    Largest,
     Parameters,
-    Rates,
     Slopes,
     Sums,
     Task,
     Weights,
     chunks,
+    slots,
 )
-from saemill.train.backends.gpu.kernels.hyper import Hyper, hyper_values
-from saemill.train.backends.gpu.kernels.residual import residual
-from saemill.train.backends.gpu.kernels.rows import Latents, Moments, decoder_bias_gradient, update_rows
-from saemill.train.backends.gpu.kernels.segments import AuxGradients, latent_sums, segments
+from saemill.train.backends.gpu.kernels.above import above
+from saemill.train.backends.gpu.kernels.groups import residual_of_groups
+from saemill.train.backends.gpu.kernels.residual import MAX_K, residual
 from saemill.train.backends.gpu.kernels.select import select
-from saemill.train.backends.sparse import Forward, Sparse, fold_bias, residual_of_team
+from saemill.train.backends.gpu.update import update
+from saemill.train.backends.sparse import Forward, Sparse, fold_bias, groups_of_team, residual_of_team
 from saemill.train.backends.team import ALONE, Team
-from saemill.train.optim.optimizer import ADAM_EPS, SGD_MOMENTUM, Adam, Optimizer
+from saemill.train.optim.optimizer import Adam, Sgd
 from saemill.train.profile import region
 
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
@@ -48,6 +50,7 @@ class Gpu(Sparse):
     def __init__(self, dtype: torch.dtype, team: Team = ALONE) -> None:
         super().__init__(dtype, team)
         self._scratch = torch.empty(0, dtype=dtype)
+        self._n_slots = 128
 
     def weights(self, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`."""
@@ -60,11 +63,10 @@ class Gpu(Sparse):
         return Batch(x_TD, x_TD.to(self.dtype))
 
     def step(self, task: Task) -> Sums:
-        """Take a step, as `Backend.step`; dense where there are no kernels yet."""
-        architecture, p = task.architecture, task.weights.parameters
-        if architecture.groups or not isinstance(architecture.rule(p), Largest):
-            return self._dense_step(task)
-        return super().step(task)
+        """Take a step, as `Backend.step`; dense with optimizers that no kernel has, and if it is clipped."""
+        if isinstance(task.optimizer, Adam | Sgd) and task.rates.clip_norm is None:
+            return super().step(task)
+        return self._dense_step(task)
 
     def bias(self, weights: Weights) -> Tensor:
         """Compute it, as `Sparse.bias`."""
@@ -72,16 +74,10 @@ class Gpu(Sparse):
 
     def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
         """Find codes, as `Sparse.largest`; idx_TK is int32, ascending, ties going to the lowest latent."""
-        product_TD, device, bias = batch.product_TD, bias_F.device, bias_F.to(self.dtype)
-        n_tokens = len(product_TD)
+        n_tokens, device = len(batch.x_TD), bias_F.device
         val_TK = torch.empty(n_tokens, k, device=device)
         idx_TK = torch.empty(n_tokens, k, dtype=torch.int32, device=device)
-        scratch_TF = self._scratch_for(len(bias_F), device)
-        for chunk in chunks(n_tokens, 1, len(scratch_TF)):
-            with region("encode"):
-                rows_TD = product_TD[chunk]
-                pre_TF = scratch_TF[: len(rows_TD)]
-                torch.addmm(bias, rows_TD, weights.product_FD.T, out=pre_TF)
+        for chunk, pre_TF in self._pre_activations(batch, weights, bias_F):
             with region("top-k"):
                 val_TK[chunk], idx_TK[chunk] = select(pre_TF, k)
         return Codes(val_TK, idx_TK)
@@ -89,29 +85,77 @@ class Gpu(Sparse):
     def above(
         self, batch: Batch, weights: Weights, bias_F: Tensor, floor_F: Tensor, most_codes: float
     ) -> Codes | None:
-        """Find pre-activations above floors, as `Sparse.above`."""
-        raise NotImplementedError
+        """Find pre-activations above floors, as `Sparse.above`; idx_TK as in `largest`.
+
+        Memory is made for as many slots as the last call needed, and for more where they do not do. The host
+        waits once, for how many there are.
+        """
+        n_tokens, device, n_slots = len(batch.x_TD), bias_F.device, min(self._n_slots, len(bias_F))
+        val_TK = torch.zeros(n_tokens, n_slots, device=device)
+        idx_TK = torch.zeros(n_tokens, n_slots, dtype=torch.int32, device=device)
+        n_T = torch.empty(n_tokens, dtype=torch.int64, device=device)
+        for chunk, pre_TF in self._pre_activations(batch, weights, bias_F):
+            with region("top-k"):
+                above(pre_TF, floor_F, val_TK[chunk], idx_TK[chunk], n_T[chunk])
+        n_codes, n_most = torch.stack((n_T.sum(), n_T.max())).tolist()
+        if n_codes > most_codes:
+            return None
+        needed = slots(n_most)
+        if n_most > n_slots:
+            self._n_slots = needed * 5 // 4
+            return self.above(batch, weights, bias_F, floor_F, most_codes)
+        return Codes(val_TK[:, :needed].contiguous(), idx_TK[:, :needed].contiguous(), n_T=n_T)
+
+    def _pre_activations(
+        self, batch: Batch, weights: Weights, bias_F: Tensor
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Multiply some tokens at a time with all latents, in memory that the next ones will take."""
+        bias, scratch_TF = bias_F.to(self.dtype), self._scratch_for(len(bias_F), bias_F.device)
+        for chunk in chunks(len(batch.x_TD), 1, len(scratch_TF)):
+            with region("encode"):
+                rows_TD = batch.product_TD[chunk]
+                pre_TF = scratch_TF[: len(rows_TD)]
+                torch.addmm(bias, rows_TD, weights.product_FD.T, out=pre_TF)
+            yield chunk, pre_TF
+
+    def reconstruct(self, codes: Codes, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """Decode, as `Sparse.reconstruct`: one gather of decoder rows gives the residual and its products.
+
+        Where tokens have other numbers of codes, or very many, rows are gathered a few at a time, twice.
+        Where the team splits the latents, the residual is known only after a sum over the team, so both are
+        made in torch.
+        """
+        val_TK, idx_TK, _, n_T = codes
+        with region("decode"):
+            if self.team.latents.size > 1:
+                e_TD, dot_TK = residual_of_team(_wide(codes), batch, weights, self.team)
+                return e_TD.to(self.dtype), dot_TK, e_TD.square().sum()
+            decoder = weights.gathered_FD, weights.parameters.b_D, batch.product_TD
+            if n_T is None and val_TK.shape[1] <= MAX_K:
+                e_TD, dot_TK, sse_T = residual(val_TK, idx_TK, *decoder)
+                return e_TD, dot_TK, sse_T.sum()
+            ends_T = torch.full_like(idx_TK[:, 0], val_TK.shape[1]) if n_T is None else n_T.int()
+            e_TD, dot_TK, sse_T1, _ = residual_of_groups(val_TK, idx_TK, ends_T[:, None], None, 0, *decoder)
+            return e_TD, dot_TK, sse_T1.sum()
 
     def reconstruct_groups(
         self, codes: Codes, groups: Groups, batch: Batch, weights: Weights
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Decode group by group, as `Sparse.reconstruct_groups`."""
-        raise NotImplementedError
-
-    def reconstruct(self, codes: Codes, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-        """Decode, as `Sparse.reconstruct`: one gather of decoder rows gives the residual and its products.
-
-        Where the team splits the latents, the residual is known only after a sum over the team, so both are
-        made in torch.
-        """
         with region("decode"):
             if self.team.latents.size > 1:
-                wide = codes._replace(idx_TK=codes.idx_TK.long())
-                e_TD, dot_TK = residual_of_team(wide, batch, weights, self.team)
-                return e_TD.to(self.dtype), dot_TK, e_TD.square().sum()
-            b_D, product_TD = weights.parameters.b_D, batch.product_TD
-            e_TD, dot_TK, sse_T = residual(codes.val_TK, codes.idx_TK, weights.gathered_FD, b_D, product_TD)
-            return e_TD, dot_TK, sse_T.sum()
+                found = groups_of_team(_wide(codes), groups, batch, weights, self.team)
+                return found[0].to(self.dtype), *found[1:3], found[3].to(self.dtype)
+            n_groups = len(groups.ends)
+            group_TK = codes.group_TK(groups).where(codes.val_TK > 0, n_groups)
+            ends_TG = torch.stack([(group_TK <= g).sum(1, dtype=torch.int32) for g in range(n_groups)], 1)
+            weights_G = torch.tensor(groups.weights, device=ends_TG.device)
+            decoder = weights.gathered_FD, weights.parameters.b_D, batch.product_TD
+            e_TD, dot_TK, sse_TG, rows_GTD = residual_of_groups(
+                codes.val_TK, codes.idx_TK, ends_TG, weights_G, groups.shown, *decoder
+            )
+            assert rows_GTD is not None
+            return e_TD, dot_TK, sse_TG.sum(0), rows_GTD
 
     def _scratch_for(self, n_latents: int, device: torch.device) -> Tensor:
         """Keep memory for a chunk's pre-activations, [T, F]."""
@@ -133,66 +177,9 @@ class Gpu(Sparse):
 
     def update(self, task: Task, forward: Forward, slopes: Slopes, dead: DeadRows | None) -> Tensor:
         """Take one optimizer step, as `Sparse.update`; nothing is read back to the host."""
-        weights, optimizer, healthy = task.weights, task.optimizer, task.healthy
-        w_enc_FD, b_enc_F, w_dec_FD, b_D, _ = weights.parameters
-        n_latents = len(w_enc_FD)
-        val_TK, idx_TK, e_TD, dot_TK = *forward.codes[:2], forward.e_TD, forward.dot_TK
-        hyper = _hyper(task.rates, optimizer, w_enc_FD.device)
-        hyper[Hyper.HEALTHY] = healthy
-        aux = None if dead is None else _aux(dead, n_latents)
-        with region("sort"):
-            pairs = segments(torch.where(val_TK > 0, idx_TK, n_latents), n_latents)
-            sums = latent_sums(val_TK, dot_TK, pairs, hyper, aux)
-        with region("optimizer"):
-            db_D = decoder_bias_gradient(e_TD, sums.db_enc_F, w_enc_FD, hyper, self.team.latents.size)
-            self.team.latents.all_reduce(db_D)
-            copied = self.dtype != torch.float32
-            copies = (weights.product_FD, weights.gathered_FD) if copied else (None, None)
-            seed = None
-            if isinstance(optimizer, Adam) and optimizer.moment_format != "fp32":
-                seed = optimizer.count.int().view(1)
-            update_rows(
-                Latents(w_enc_FD, b_enc_F, w_dec_FD, *copies),
-                _moments(optimizer),
-                *(task.batch.product_TD, e_TD, val_TK, dot_TK, b_D, pairs, sums, hyper),
-                optimizer="adam" if isinstance(optimizer, Adam) else "sgd",
-                seed=seed,
-                aux=aux,
-            )
-            before_D = b_D.clone()
-            optimizer.update("b", slice(None), db_D, hyper[Hyper.LR])
-            b_D.copy_(torch.where(healthy, b_D, before_D))
-        return sums.fired_F
+        return update(task, forward, slopes, dead, self.team)
 
 
-def _hyper(rates: Rates, optimizer: Optimizer, device: torch.device) -> Tensor:
-    """Put the numbers of a step where the kernels read them, without waiting. float32 [len(Hyper)]."""
-    betas = optimizer.betas if isinstance(optimizer, Adam) else (SGD_MOMENTUM, 0.0)
-    values = hyper_values(
-        lr=rates.lr,
-        step=optimizer.n_steps,
-        gradient_scale=rates.grad_scale,
-        beta1=betas[0],
-        beta2=betas[1],
-        eps=ADAM_EPS,
-        weight_decay=rates.weight_decay,
-    )
-    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-def _moments(optimizer: Optimizer) -> Moments:
-    """List the optimizer's state of the latents as the kernels take it: w_enc, b_enc, w_dec."""
-    if isinstance(optimizer, Adam):
-        names = ("w_enc", "b_enc", "w_dec")
-        state = [kind[name].tensors() for kind in (optimizer.first, optimizer.second) for name in names]
-        scales = [tensors[1] for tensors in state if len(tensors) == 2]  # of w_enc and w_dec, in 8 bits
-        return Moments(*(tensors[0] for tensors in state), *scales)
-    momentum = optimizer.momentum
-    return Moments(momentum["w_enc"], momentum["b_enc"], momentum["w_dec"], None, None, None)
-
-
-def _aux(dead: DeadRows, n_latents: int) -> AuxGradients:
-    """Note where in AuxK's gradients a latent's row lies."""
-    slot_F = torch.full((n_latents,), -1, dtype=torch.int32, device=dead.dead_S.device)
-    slot_F[dead.dead_S] = torch.arange(len(dead.dead_S), dtype=torch.int32, device=slot_F.device)
-    return AuxGradients(slot_F, dead.w_enc_SD, dead.b_enc_S, dead.w_dec_SD)
+def _wide(codes: Codes) -> Codes:
+    """Give latents numbers of 64 bits, which torch's operations ask for."""
+    return codes._replace(idx_TK=codes.idx_TK.long())

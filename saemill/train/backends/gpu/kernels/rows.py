@@ -4,16 +4,17 @@ A program gathers the inputs and errors of its latent's tokens, block by block, 
 encoder bias and decoder row in place. Rows without pairs are stepped too: moments decay and weights move
 on, as in torch.optim.
 
-A row's length is known only after its last block; then the row, which is still in the cache, is read once
-more and renormalised.
+A row's length is known only after its last block; then a row that is to be of unit length, and is still in
+the cache, is read once more and renormalised.
 
-With gs the gradient scale and the sums over the latent's pairs (t, val, dval):
+With gs the gradient scale and the sums over the latent's pairs (t, val, dpre):
 
-    g_enc = gs (Σ dval x_t − (Σ dval) b) + aux,   g_b = gs Σ dval + aux,
-    g_dec = gs (Σ val e_t − (Σ val dot) w_dec) + aux.
+    g_enc = Σ dpre x_t − (Σ dpre) b + aux,   g_b = Σ dpre + aux,
+    g_dec = gs Σ val e + toward · w_dec + aux.
 
-The coefficient Σ val · dot is ⟨Σ val e, w_dec⟩ with the weights that `residual` gathered. If these are
-bfloat16, about 5e-5 of the gradient's length stays parallel to the row; the renorming removes its effect.
+For rows of unit length `toward` is −gs Σ val · dot, which is −gs ⟨Σ val e, w_dec⟩ with the weights that
+`residual` gathered. If these are bfloat16, about 5e-5 of the gradient's length stays parallel to the row;
+the renorming removes its effect. Rows that are not renormed may have a penalty in its place.
 """
 
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ class Latents(NamedTuple):
     w_enc_FD: Tensor
     b_enc_F: Tensor
     w_dec_FD: Tensor
-    """Rows of unit length."""
+    """Rows of unit length, unless they are free."""
     copy_enc_FD: Tensor | None
     """bfloat16 copy for the encoder's product, written anew; None where float32 is multiplied."""
     copy_dec_FD: Tensor | None
@@ -98,13 +99,14 @@ def update_kernel(
     first_chunk_ptr,
     order_ptr,
     val_ptr,
-    dot_ptr,
+    dpre_ptr,
+    row_ptr,
     x_ptr,
     e_ptr,
     b_ptr,
     partial_ptr,
-    dval_ptr,
-    along_ptr,
+    dpre_sum_ptr,
+    toward_ptr,
     db_ptr,
     w_enc_ptr,
     b_enc_ptr,
@@ -132,6 +134,7 @@ def update_kernel(
     UNROLL: tl.constexpr,
     CHUNK: tl.constexpr,
     ADAM: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Update one latent per program, those with the most pairs first."""
     if tl.load(hyper_ptr + HEALTHY) == 0:
@@ -150,8 +153,7 @@ def update_kernel(
     b = stepped(b, db, m_b_ptr + place, v_b_ptr + place, None, None, lane, only, rates, ADAM)
     tl.store(b_enc_ptr + place, b)
 
-    dval = tl.load(dval_ptr + latent)
-    along = tl.load(along_ptr + latent)
+    dpre = tl.load(dpre_sum_ptr + latent)
     n_chunks = 0
     if end - start > CHUNK:
         n_chunks = (end - start + CHUNK - 1) // CHUNK
@@ -169,8 +171,9 @@ def update_kernel(
         inside = column < D
         at = latent.to(tl.int64) * D + column
         lanes = (column, inside, latent * ((D + BLOCK - 1) // BLOCK) + first // BLOCK)
+        where = (start, end, column, inside)
         g_enc, g_dec = gather_rows(
-            order_ptr, val_ptr, dot_ptr, x_ptr, e_ptr, start, end, column, inside, K, D, BLOCK, UNROLL
+            order_ptr, val_ptr, dpre_ptr, row_ptr, x_ptr, e_ptr, *where, K, D, BLOCK, UNROLL
         )
         if n_chunks > 0:
             partial = partial_ptr + tl.load(first_chunk_ptr + latent).to(tl.int64) * (2 * D) + column
@@ -182,7 +185,7 @@ def update_kernel(
 
         # The encoder's row is done before the decoder's is read: fewer registers, more warps.
         w = tl.load(w_enc_ptr + at, mask=inside, other=0.0)
-        g = scale * (g_enc - dval * tl.load(b_ptr + column, mask=inside, other=0.0))
+        g = g_enc - dpre * tl.load(b_ptr + column, mask=inside, other=0.0)
         if slot_ptr is not None:
             g += tl.load(aux_enc_ptr + aux_at, mask=has_aux, other=0.0)
         w *= shrink
@@ -193,32 +196,40 @@ def update_kernel(
             tl.store(copy_enc_ptr + at, w.to(copy_enc_ptr.dtype.element_ty), mask=inside)
 
         w = tl.load(w_dec_ptr + at, mask=inside, other=0.0)
-        g = scale * (g_dec - along * w)
+        g = scale * g_dec
+        if toward_ptr is not None:
+            g += tl.load(toward_ptr + latent) * w
         if slot_ptr is not None:
             g += tl.load(aux_dec_ptr + aux_at, mask=has_aux, other=0.0)
         m, v = m_dec_ptr + at, v_dec_ptr + at
         w = stepped(w, g, m, v, m_dec_scale_ptr, v_dec_scale_ptr, dec_hash, lanes, rates, ADAM)
         tl.store(w_dec_ptr + at, w, mask=inside)
-        row_squares += tl.sum(tl.where(inside, w * w, 0.0), 0)
+        if UNIT:
+            row_squares += tl.sum(tl.where(inside, w * w, 0.0), 0)
+        elif copy_dec_ptr is not None:
+            tl.store(copy_dec_ptr + at, w.to(copy_dec_ptr.dtype.element_ty), mask=inside)
 
-    tl.debug_barrier()
-    normalise(w_dec_ptr, copy_dec_ptr, latent, row_squares, D, BLOCK)  # the row is still in cache
+    if UNIT:
+        tl.debug_barrier()
+        normalise(w_dec_ptr, copy_dec_ptr, latent, row_squares, D, BLOCK)  # the row is still in cache
 
 
-def launch(d: int, chunk_pairs: int, optimizer: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def launch(
+    d: int, chunk_pairs: int, optimizer: str, unit: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return `update_kernel`'s constants and launch options: one warp, so that sums need no barrier."""
     block = min(BLOCK, triton.next_power_of_2(d))
-    constants = {"D": d, "BLOCK": block, "UNROLL": 4, "CHUNK": chunk_pairs, "ADAM": optimizer == "adam"}
-    return constants, {"num_warps": 1, **NUMERICS}
+    constants = {"D": d, "BLOCK": block, "UNROLL": 4, "CHUNK": chunk_pairs}
+    return constants | {"ADAM": optimizer == "adam", "UNIT": unit}, {"num_warps": 1, **NUMERICS}
 
 
 def update_rows(
     latents: Latents,
     moments: Moments,
     x_TD: Tensor,
-    e_TD: Tensor,
+    e_ND: Tensor,
     val_TK: Tensor,
-    dot_TK: Tensor,
+    dpre_TK: Tensor,
     b_D: Tensor,
     pairs: Segments,
     sums: LatentSums,
@@ -227,6 +238,8 @@ def update_rows(
     optimizer: str,
     seed: Tensor | None = None,
     aux: AuxGradients | None = None,
+    row_TK: Tensor | None = None,
+    unit: bool = True,
 ) -> None:
     """Take one optimizer step of one SAE's latents, in place; nothing where hyper's HEALTHY is 0.
 
@@ -239,8 +252,8 @@ def update_rows(
     Args:
         latents, moments: changed in place.
         x_TD: the batch in training units, float32, bfloat16 or float16.
-        e_TD: of `residual`.
-        val_TK, dot_TK: float32, of `select` and `residual`.
+        e_ND: errors, of `residual` or `residual_of_groups`.
+        val_TK, dpre_TK: float32, codes and the gradients at their pre-activations.
         b_D: float32, b_dec in the units of `x_TD`, as it was in the forward pass.
         pairs, sums: of the same batch; `sums` with the same `aux`.
         hyper: float32 [len(Hyper)], on the device.
@@ -248,6 +261,8 @@ def update_rows(
         seed: int32 [1] on the device, another for every step; for moments shorter than float32, and only
             there.
         aux: gradients to add to some latents' rows.
+        row_TK: int32, the row of `e_ND` that is the error of a pair; None where it is its token's.
+        unit: whether decoder rows are renormed.
 
     Raises:
         TypeError: another dtype.
@@ -257,15 +272,19 @@ def update_rows(
     _check(latents, moments, b_D, hyper, optimizer, seed, aux)
     n_latents, d = latents.w_enc_FD.shape
     expect("x_TD", x_TD, INPUT_DTYPES, (len(x_TD), d))
-    partial = chunk_sums(pairs, val_TK, dot_TK, x_TD, e_TD)
-    constants, options = launch(d, pairs.chunk_pairs, optimizer)
+    for name, sum_F in (("toward_F", sums.toward_F), ("db_enc_F", sums.db_enc_F)):
+        if sum_F is not None:
+            expect(name, sum_F, (torch.float32,), (n_latents,))
+    partial = chunk_sums(pairs, val_TK, dpre_TK, x_TD, e_ND, row_TK)
+    constants, options = launch(d, pairs.chunk_pairs, optimizer, unit)
     if optimizer == "sgd":  # never reads v: any pointer will do
         moments = moments._replace(v_enc_FD=moments.m_enc_FD, v_b_F=moments.m_b_F, v_dec_FD=moments.m_dec_FD)
     extra = (aux.slot_F, aux.enc_SD, aux.dec_SD) if aux else (None, None, None)
     with torch.cuda.device_of(x_TD):
         update_kernel[(n_latents,)](
             *(pairs.latents_F, pairs.starts, pairs.first_chunk_F, pairs.order_P),
-            *(val_TK, dot_TK, x_TD, e_TD, b_D, partial, sums.dval_F, sums.along_F, sums.db_enc_F),
+            *(val_TK, dpre_TK, row_TK, x_TD, e_ND, b_D, partial),
+            *(sums.dpre_F, sums.toward_F, sums.db_enc_F),
             *latents,
             *moments,
             *extra,
@@ -334,8 +353,8 @@ def decoder_bias_gradient(
     To be called before `update_rows`, which overwrites `w_enc_FD`.
 
     Args:
-        e_TD: of `residual`.
-        db_enc_F: of `latent_sums`, AuxK's gradient included.
+        e_TD: of `residual`; with groups the first's row of weighted errors.
+        db_enc_F: of `latent_sums`, Σ dpre, AuxK's gradient included.
         w_enc_FD: float32.
         hyper: float32 [len(Hyper)].
         n_shards: n processes share out the latents; their results add up to the gradient.

@@ -4,6 +4,9 @@ A pair is numbered p = t·K + k, as it lies in idx_TK. One stable sort brings th
 together in the order of their tokens, so every sum below has a fixed order. A latent with more than
 CHUNK_PAIRS pairs is hot: its sums of rows are made chunk by chunk by several programs and added up, in
 order, by the program that updates it.
+
+Where codes are in groups that fit alone, a pair's error is not its token's but that of its group on the
+token: row g·T + t of the errors, which `row_TK` says.
 """
 
 from typing import Any, NamedTuple
@@ -58,12 +61,13 @@ class AuxGradients(NamedTuple):
 class LatentSums(NamedTuple):
     """Sums of numbers over each latent's pairs."""
 
-    dval_F: Tensor
-    """float32: Σ dval, unscaled."""
-    along_F: Tensor
-    """float32: Σ val · dot = ⟨Σ val · e, w_dec⟩, unscaled."""
+    dpre_F: Tensor
+    """float32: Σ dpre."""
+    toward_F: Tensor | None
+    """float32: what is added to a decoder row's gradient, times the row. Of unit rows −gs · Σ val · dot =
+    −gs · ⟨Σ val · e, w_dec⟩, which takes away the component along the row. None adds nothing."""
     db_enc_F: Tensor
-    """float32: gradient of b_enc, gs · Σ dval + aux."""
+    """float32: gradient of b_enc, Σ dpre + aux."""
     fired_F: Tensor
     """bool: some val > 0."""
 
@@ -106,32 +110,29 @@ def segments(idx_TK: Tensor, n_latents: int, chunk_pairs: int = CHUNK_PAIRS) -> 
 
 
 @triton.jit
-def code_gradient(val, dot):
-    """Compute the gradient of a code: nothing flows where it was rectified."""
-    return tl.where(val > 0, dot, 0.0)
-
-
-@triton.jit
 def latent_sums_kernel(
     latents_ptr,
     starts_ptr,
     order_ptr,
     val_ptr,
     dot_ptr,
+    dpre_ptr,
     hyper_ptr,
     slot_ptr,
     aux_b_ptr,
-    dval_ptr,
-    along_ptr,
+    dpre_sum_ptr,
+    toward_ptr,
     db_ptr,
     fired_ptr,
+    K,
+    n_shown,
     BLOCK: tl.constexpr,
 ):
     """Sum over the pairs of one latent per program, those with the most pairs first."""
     latent = tl.load(latents_ptr + tl.program_id(0))
     start = tl.load(starts_ptr + latent)
     end = tl.load(starts_ptr + latent + 1)
-    dvals = tl.zeros((BLOCK,), tl.float32)
+    dpres = tl.zeros((BLOCK,), tl.float32)
     alongs = tl.zeros((BLOCK,), tl.float32)
     fired = tl.zeros((BLOCK,), tl.int32)
     for first in range(start, end, BLOCK):
@@ -139,17 +140,21 @@ def latent_sums_kernel(
         inside = at < end
         pair = tl.load(order_ptr + at, mask=inside, other=0)
         val = tl.load(val_ptr + pair, mask=inside, other=0.0)
-        dot = tl.load(dot_ptr + pair, mask=inside, other=0.0)
-        dvals += code_gradient(val, dot)
-        alongs += val * dot
-        fired |= (val > 0).to(tl.int32)
-    dval = tl.sum(dvals, 0)
-    db = dval * tl.load(hyper_ptr + GRADIENT_SCALE)
+        dpres += tl.load(dpre_ptr + pair, mask=inside, other=0.0)
+        if dot_ptr is not None:
+            alongs += val * tl.load(dot_ptr + pair, mask=inside, other=0.0)
+        shown = val > 0
+        if n_shown is not None:
+            shown = shown & (pair % K < n_shown)
+        fired |= shown.to(tl.int32)
+    dpre = tl.sum(dpres, 0)
+    db = dpre
     if slot_ptr is not None:
         slot = tl.load(slot_ptr + latent)
         db += tl.load(aux_b_ptr + slot, mask=slot >= 0, other=0.0)
-    tl.store(dval_ptr + latent, dval)
-    tl.store(along_ptr + latent, tl.sum(alongs, 0))
+    tl.store(dpre_sum_ptr + latent, dpre)
+    if dot_ptr is not None:
+        tl.store(toward_ptr + latent, -tl.load(hyper_ptr + GRADIENT_SCALE) * tl.sum(alongs, 0))
     tl.store(db_ptr + latent, db)
     tl.store(fired_ptr + latent, tl.max(fired, 0).to(tl.int8))
 
@@ -158,7 +163,8 @@ def latent_sums_kernel(
 def gather_rows(
     order_ptr,
     val_ptr,
-    dot_ptr,
+    dpre_ptr,
+    row_ptr,
     x_ptr,
     e_ptr,
     start,
@@ -170,7 +176,7 @@ def gather_rows(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Sum dval · x_t and val · e_t over the pairs from start to end, in one block of columns."""
+    """Sum dpre · x_t and val · e over the pairs from start to end, in one block of columns."""
     sum_enc = tl.zeros((BLOCK,), tl.float32)
     sum_dec = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, end, UNROLL):
@@ -178,12 +184,15 @@ def gather_rows(
         present = at < end
         pair = tl.load(order_ptr + at, mask=present, other=0)
         val = tl.load(val_ptr + pair, mask=present, other=0.0)
-        dval = code_gradient(val, tl.load(dot_ptr + pair, mask=present, other=0.0))
+        dpre = tl.load(dpre_ptr + pair, mask=present, other=0.0)
         rows = (pair // K).to(tl.int64)[:, None] * D + column[None, :]
         mask = present[:, None] & inside[None, :]
         x = tl.load(x_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+        if row_ptr is not None:
+            row = tl.load(row_ptr + pair, mask=present, other=0)
+            rows = row.to(tl.int64)[:, None] * D + column[None, :]
         e = tl.load(e_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-        sum_enc += tl.sum(dval[:, None] * x, 0)
+        sum_enc += tl.sum(dpre[:, None] * x, 0)
         sum_dec += tl.sum(val[:, None] * e, 0)
     return sum_enc, sum_dec
 
@@ -196,7 +205,8 @@ def chunk_sums_kernel(
     n_chunks_ptr,
     order_ptr,
     val_ptr,
-    dot_ptr,
+    dpre_ptr,
+    row_ptr,
     x_ptr,
     e_ptr,
     partial_ptr,
@@ -214,8 +224,9 @@ def chunk_sums_kernel(
         end = tl.minimum(start + CHUNK, tl.load(starts_ptr + latent + 1))
         column = tl.program_id(1) * PANEL + tl.arange(0, PANEL)
         inside = column < D
+        where = (start, end, column, inside)
         sum_enc, sum_dec = gather_rows(
-            order_ptr, val_ptr, dot_ptr, x_ptr, e_ptr, start, end, column, inside, K, D, PANEL, UNROLL
+            order_ptr, val_ptr, dpre_ptr, row_ptr, x_ptr, e_ptr, *where, K, D, PANEL, UNROLL
         )
         at = chunk.to(tl.int64) * (2 * D) + column
         tl.store(partial_ptr + at, sum_enc, mask=inside)
@@ -232,44 +243,64 @@ def chunk_sums_launch(d: int, chunk_pairs: int) -> tuple[dict[str, int], dict[st
 
 
 def latent_sums(
-    val_TK: Tensor, dot_TK: Tensor, pairs: Segments, hyper: Tensor, aux: AuxGradients | None = None
+    val_TK: Tensor,
+    dot_TK: Tensor | None,
+    dpre_TK: Tensor,
+    pairs: Segments,
+    hyper: Tensor,
+    aux: AuxGradients | None = None,
+    n_shown: int | None = None,
 ) -> LatentSums:
-    """Sum over each latent's pairs what `residual` computed; dval = dot where val > 0, else 0.
+    """Sum over each latent's pairs.
 
     Args:
-        val_TK, dot_TK: float32, of `select` and `residual`.
+        val_TK: float32, the codes.
+        dot_TK: float32, of `residual`; None where decoder rows are not of unit length.
+        dpre_TK: float32, gradients at the pre-activations, scaled.
         pairs: of the same batch.
         hyper: see `hyper.Hyper`; only the gradient scale is read.
         aux: gradients to add to b_enc's.
+        n_shown: codes in later slots than so many do not count as fired; None counts all.
 
     Raises:
         TypeError: another dtype.
         ValueError: shapes that do not agree, or a tensor with gaps.
     """
     n_pairs, n_latents = len(pairs.order_P), len(pairs.latents_F)
-    for name, tensor in (("val_TK", val_TK), ("dot_TK", dot_TK)):
-        expect(name, tensor, (torch.float32,), (n_pairs // pairs.k, pairs.k))
+    for name, tensor in (("val_TK", val_TK), ("dot_TK", dot_TK), ("dpre_TK", dpre_TK)):
+        if tensor is not None:
+            expect(name, tensor, (torch.float32,), (n_pairs // pairs.k, pairs.k))
     expect("hyper", hyper, (torch.float32,), (len(Hyper),))
     slot_F, b_S = (aux.slot_F, aux.b_S) if aux else (None, None)
     if aux:
         expect("aux.slot_F", aux.slot_F, (torch.int32,), (n_latents,))
         expect("aux.b_S", aux.b_S, (torch.float32,), (len(aux.b_S),))
-    dval_F, along_F, db_enc_F = (torch.empty(n_latents, device=val_TK.device) for _ in range(3))
+    dpre_F, db_enc_F = (torch.empty(n_latents, device=val_TK.device) for _ in range(2))
+    toward_F = None if dot_TK is None else torch.empty_like(dpre_F)
     fired_F = torch.empty(n_latents, dtype=torch.int8, device=val_TK.device)
-    inputs = (pairs.latents_F, pairs.starts, pairs.order_P, val_TK, dot_TK, hyper, slot_F, b_S)
+    inputs = (pairs.latents_F, pairs.starts, pairs.order_P, val_TK, dot_TK, dpre_TK, hyper, slot_F, b_S)
+    filled = (dpre_F, toward_F, db_enc_F, fired_F)
     constants, options = LATENT_SUMS_LAUNCH
     with torch.cuda.device_of(val_TK):
-        latent_sums_kernel[(n_latents,)](*inputs, dval_F, along_F, db_enc_F, fired_F, **constants, **options)
-    return LatentSums(dval_F, along_F, db_enc_F, fired_F.view(torch.bool))
+        latent_sums_kernel[(n_latents,)](*inputs, *filled, pairs.k, n_shown, **constants, **options)
+    return LatentSums(dpre_F, toward_F, db_enc_F, fired_F.view(torch.bool))
 
 
-def chunk_sums(pairs: Segments, val_TK: Tensor, dot_TK: Tensor, x_TD: Tensor, e_TD: Tensor) -> Tensor:
-    """Sum dval · x_t and val · e_t over each chunk of the hot latents.
+def chunk_sums(
+    pairs: Segments,
+    val_TK: Tensor,
+    dpre_TK: Tensor,
+    x_TD: Tensor,
+    e_ND: Tensor,
+    row_TK: Tensor | None = None,
+) -> Tensor:
+    """Sum dpre · x_t and val · e over each chunk of the hot latents.
 
     Args:
         pairs: of the batch.
-        val_TK, dot_TK: float32.
-        x_TD, e_TD: float32, bfloat16 or float16.
+        val_TK, dpre_TK: float32.
+        x_TD, e_ND: float32, bfloat16 or float16.
+        row_TK: int32, the row of `e_ND` that is the error of a pair; None where it is its token's.
 
     Returns: float32 [C, 2, D]; chunks not in use are left as they were allocated.
 
@@ -278,15 +309,18 @@ def chunk_sums(pairs: Segments, val_TK: Tensor, dot_TK: Tensor, x_TD: Tensor, e_
         ValueError: shapes that do not agree, or a tensor with gaps.
     """
     n_tokens, d = x_TD.shape
-    for name, tensor in (("val_TK", val_TK), ("dot_TK", dot_TK)):
+    for name, tensor in (("val_TK", val_TK), ("dpre_TK", dpre_TK)):
         expect(name, tensor, (torch.float32,), (n_tokens, pairs.k))
-    for name, tensor in (("x_TD", x_TD), ("e_TD", e_TD)):
-        expect(name, tensor, INPUT_DTYPES, (n_tokens, d))
+    expect("x_TD", x_TD, INPUT_DTYPES, (n_tokens, d))
+    expect("e_ND", e_ND, INPUT_DTYPES, (n_tokens if row_TK is None else len(e_ND), d))
+    if row_TK is not None:
+        expect("row_TK", row_TK, (torch.int32,), (n_tokens, pairs.k))
     capacity = len(pairs.chunk_latent_C)
     partial = torch.empty(capacity, 2, d, device=x_TD.device)
     constants, options = chunk_sums_launch(d, pairs.chunk_pairs)
     table = (pairs.starts, pairs.first_chunk_F, pairs.chunk_latent_C, pairs.n_chunks, pairs.order_P)
+    inputs = (val_TK, dpre_TK, row_TK, x_TD, e_ND)
     grid = (capacity, triton.cdiv(d, constants["PANEL"]))
     with torch.cuda.device_of(x_TD):
-        chunk_sums_kernel[grid](*table, val_TK, dot_TK, x_TD, e_TD, partial, pairs.k, **constants, **options)
+        chunk_sums_kernel[grid](*table, *inputs, partial, pairs.k, **constants, **options)
     return partial
