@@ -42,8 +42,7 @@ from saemill.train.sweep.schedule import Schedule
 from saemill.train.sweep.variants import Variant, of_config
 from saemill.train.tracking import follow
 from saemill.train.trainer import Trainer
-from saemill.train.watch.plan import plan_of
-from saemill.train.watch.watch import Watch
+from saemill.train.watch.watch import Watch, watch_of
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
@@ -85,7 +84,7 @@ def run(config: TrainConfig) -> list[Path]:
         folder = Folder(config, store.fingerprint)
         metric = config.halving_metric or "fvu"
         halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
-        watch = _watch(config, loader, schedule)
+        watch = watch_of(config, store, loader.mask, schedule.n_steps)
         points = points_of(config.out, config.n_checkpoints, schedule.n_steps)
         if everyone.first(folder.is_finished):
             return [config.out / variant.name for variant in variants]
@@ -206,12 +205,6 @@ def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
         buffer_tokens=config.buffer_tokens,
         seed=config.shuffle_seed,
     )
-
-
-def _watch(config: TrainConfig, loader: Loader, schedule: Schedule) -> Watch | None:
-    """Plan the measurements on held-out text, if there are to be any."""
-    plan = plan_of(config, loader.store, loader.mask, schedule.n_steps)
-    return Watch(plan, loader.store, loader.mask, config.model) if plan else None
 
 
 def _build(
