@@ -119,7 +119,7 @@ def _of_passages(store: ActivationStore, passages: PassageStore) -> list[str]:
 def _describe_run(path: Path) -> str:
     if not runs.is_finished(path):
         state = "a checkpoint to go on from" if (path / runs.CHECKPOINT).exists() else "no checkpoint yet"
-        return f"run {path}: unfinished, {state}"
+        return "\n".join([f"run {path}: unfinished, {state}", *_points(path)])
     finished = runs.finished(path)
     lines = [
         f"run {path}: {counted(len(finished.variants), 'SAE')}, {finished.tokens:,} tokens in "
@@ -132,7 +132,13 @@ def _describe_run(path: Path) -> str:
     notes = {name: f"diverged at step {step:,}" for name, step in finished.diverged.items()}
     notes |= {name: f"stopped by halving at step {look.step:,}" for name, look in finished.stopped.items()}
     lines += [f"  {n}  {notes.get(n) or verdicts.get(n, 'not assessed')}" for n in finished.variants]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_points(path)])
+
+
+def _points(path: Path) -> list[str]:
+    """Tell which SAEs a run kept on the way, in a line, if it kept any."""
+    steps = [f"{int(point.name):,}" for point in runs.points(path)]
+    return [f"  kept on the way, in {runs.STEPS}/: after {', '.join(steps)} steps"] if steps else []
 
 
 def _describe_sae(path: Path) -> str:

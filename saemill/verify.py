@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
-from saemill.common.stores import assessments
+from saemill.common.stores import assessments, runs
 from saemill.common.stores.activations import ActivationStore, describe_site
 from saemill.common.stores.passages import REPAIR as REPAIR_PASSAGES
 from saemill.common.stores.passages import PassageStore
@@ -121,10 +121,17 @@ def _shard_problems(
 
 
 def run_problems(path: Path) -> list[str]:
-    """List what is wrong with a run and its assessment, a line for each bad file, with the repair."""
+    """List what is wrong with a run, the SAEs that it kept on the way, and all assessments: a line for each
+    bad file, with the repair."""
     lines = inspect.problems(path)
     try:
         assessed = assessments.problems(path) if (path / assessments.FILE).exists() else []
+        lines += [f"{line}. {assessments.REPAIR}" for line in assessed]
     except StoreError as error:
-        return [*lines, str(error)]
-    return [*lines, *(f"{line}. {assessments.REPAIR}" for line in assessed)]
+        lines.append(str(error))
+    for point in runs.points(path):
+        if runs.is_finished(point):
+            lines += run_problems(point)
+        else:
+            lines.append(f"{point / runs.FINISHED}: {durable.MISSING}. Remove {point}, or train anew.")
+    return lines

@@ -109,7 +109,7 @@ IDENTITIES: list[tuple[Any, dict[str, Any], str]] = [
     (TokenizeConfig, {"ctx_len": 64, "shuffle_seed": None, "num_proc": 3}, "c4b56b93b948428e"),
     (CacheConfig, {}, "8581ee4ac3e5940c"),
     (CacheConfig, {"dtype": "fp16", "mask": {"first_positions": 2}, "batch_size": 3}, "8afe5e12561ce16f"),
-    (TrainConfig, {}, "32385648137280ff"),
+    (TrainConfig, {}, "3adc399400efbc88"),
     (
         TrainConfig,
         {
@@ -117,7 +117,7 @@ IDENTITIES: list[tuple[Any, dict[str, Any], str]] = [
             "k_aux": 7, "lr_decay": "cosine", "save_every": 5, "log_to_wandb": True, "run_name": "x",
             "precision": "bf16", "mask": {"token_ids": [3]}, "kernels": "torch",
         },
-        "ccfe2adb07a5750a",
+        "5937af24ee6853eb",
     ),
     (AssessConfig, {}, "9a34810332f8fdc4"),
     (
@@ -148,7 +148,8 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
         (CacheConfig, "tokens out batch_size device"),
         (
             TrainConfig,
-            "acts out save_every log_every device kernels resume data_ranks latent_ranks profile "
+            "acts out save_every log_every eval_every eval_tokens eval_losses_every eval_losses_tokens model "
+            "n_checkpoints device kernels resume data_ranks latent_ranks profile "
             "log_to_wandb wandb_project wandb_entity run_name wandb_log_frequency wandb_artifacts "
             "log_to_tensorboard",
         ),

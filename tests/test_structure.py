@@ -66,10 +66,24 @@ IN_TRAIN = {
     "sweep": GROUND | {"backends"},
     "learner": GROUND | {"optim", "backends", "arch", "sweep", "stream", "objective"},
     "record": GROUND | {"learner", "sweep"},
-    "trainer": GROUND | {"backends", "learner", "record", "stream", "sweep"},
+    "watch": GROUND | {"learner"},
+    "trainer": GROUND | {"backends", "learner", "record", "stream", "sweep", "watch"},
     "export": GROUND | {"record", "sweep", "trainer"},
+    "points": GROUND | {"export", "trainer"},
     "tracking": GROUND | {"sweep", "trainer"},
-    "run": GROUND | {"backends", "learner", "record", "stream", "sweep", "trainer", "export", "tracking"},
+    "run": GROUND
+    | {
+        "backends",
+        "learner",
+        "record",
+        "stream",
+        "sweep",
+        "watch",
+        "trainer",
+        "export",
+        "points",
+        "tracking",
+    },
 }
 """The same within `train`: from the run down to the ground."""
 

@@ -4,7 +4,6 @@ config.py           the settings
 run.py              a run → an assessment on disk
 done.py             whether it is there already
 inputs.py           the run's SAEs, their activations, the model
-model.py            the model, checked to be the one that was cached
 evalset.py          the tokens: held out, or other text
 dealing.py          this process's share of them
 measure.py          the passes over the tokens

@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from saemill.assess import features
 from saemill.assess.config import AssessConfig
-from saemill.assess.evalset import EvalSet, check_tokens
-from saemill.assess.model import check_model, load_model
+from saemill.assess.evalset import check_tokens
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
+from saemill.common.models.cached import check_model, load_model
 from saemill.common.models.model import LanguageModel
 from saemill.common.sae import of_run
 from saemill.common.sae.sae import Sae
@@ -108,12 +107,3 @@ def open_model(
         return None, None
     model = load_model(config.model, trained.store, other, device)
     return model, check_model(config.model, model, trained.store)
-
-
-def no_loss(model: LanguageModel, evalset: EvalSet) -> str | None:
-    """Say why next-token losses of a model mean nothing, if it sees the tokens that it is to predict."""
-    row = int(evalset.rows_R[0])
-    ids_RS = torch.from_numpy(evalset.tokens.rows(row, row + 1).astype(np.int64))
-    if model.head == "causal" and model.sees_later_tokens(ids_RS):
-        return f"{model.name} sees the tokens after each position, so it has no next-token loss"
-    return None

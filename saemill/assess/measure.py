@@ -11,12 +11,12 @@ from saemill.assess.baselines import fit_baselines
 from saemill.assess.config import AssessConfig
 from saemill.assess.entries import Entry, Measured
 from saemill.assess.evalset import EvalSet
-from saemill.assess.inputs import no_loss
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.splicing import Splicing
 from saemill.common.errors import ConfigError
 from saemill.common.models.model import LanguageModel
 from saemill.common.sae.sae import Sae
+from saemill.common.steer.losses import no_loss
 from saemill.common.stores.passages import PassageStore
 
 
@@ -41,7 +41,7 @@ def measure(
     Raises:
         ConfigError: no token is left to measure on.
     """
-    why_no_loss = None if model is None else no_loss(model, evalset)
+    why_no_loss = None if model is None else no_loss(model, evalset.tokens, int(evalset.rows_R[0]))
     if baselines := _certain_baselines(saes, evalset):
         both = _pass(config, saes | baselines, evalset, model, why_no_loss)
         trained = both.only(saes)

@@ -15,12 +15,12 @@ from saemill.assess.features import describe_latents
 from saemill.assess.inputs import open_model, open_run, open_tokens
 from saemill.assess.measure import measure
 from saemill.assess.report import table
-from saemill.assess.splicing import check_mask_token
 from saemill.assess.write import write
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.errors import ConfigError
 from saemill.common.log import duration, say
+from saemill.common.steer.losses import check_mask_token
 from saemill.common.stores import assessments, runs
 from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for

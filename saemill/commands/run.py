@@ -49,6 +49,7 @@ FLAGS = (
         help="A latent active on a smaller share of tokens is dead when assessed",
     ),
     *("train.save_every", "run.save_dir", "run.run_name", "train.resume"),
+    *("train.eval_every", "train.n_checkpoints"),
     *("train.log_to_wandb", "train.wandb_project"),
     flag("train.log_every", "--wandb-log-frequency", help="Steps between log lines, there and here"),
 )

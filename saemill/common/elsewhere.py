@@ -20,10 +20,13 @@ class Setting(NamedTuple):
 
 
 SAME = "the same"
-NO_MULTI = "TopK alone is trained here"
 BY_PROCESSES = "several processes share out the SAEs, or split large ones, by themselves"
 OFFLINE = "activations are cached once, and every SAE reads them"
-OF_TRAINING = Setting("", NO_MULTI)
+PREFIXES = Setting("`--set train.prefixes=`", "numbers of latents, or shares of F")
+L1 = "of the loss FVU + x · Σ f, in units in which E‖x‖² = 1; with relu and gated"
+PENALTY_WARMUP = Setting("`--set train.penalty_warmup_steps=`", "a 10th of the run by default")
+BANDWIDTH = Setting("`--set train.bandwidth=`", "where E‖x‖² = 1; with jumprelu")
+ANNEALING = Setting("", "the penalty's power is the same over the whole run: `--set train.lp_norm=`")
 
 SPARSIFY = {
     "model": Setting("`MODEL`", "the first argument of `saemill run`; a folder as well as a hub id"),
@@ -67,9 +70,15 @@ SPARSIFY = {
     "expansion_factor": Setting("`--expansion-factor`", "a list; 8 by default, theirs 32"),
     "num_latents": Setting("`--num-latents`", "a list; it overrides the expansion factor"),
     "init_seeds": Setting("`--seeds`", "theirs works too"),
-    "activation": Setting("", "topk alone; groupmax is not there"),
-    "normalize_decoder": Setting("", "always: the decoder's rows have unit length"),
-    "multi_topk": OF_TRAINING,
+    "activation": Setting(
+        "`--architecture`",
+        "topk, and batchtopk, matryoshka, jumprelu, relu and gated, which sparsify has not; groupmax is not "
+        "there",
+    ),
+    "normalize_decoder": Setting(
+        "", "always; with relu alone rows may be free: `--set train.decoder_rows=free`"
+    ),
+    "multi_topk": Setting("`--set train.multi_topk=true`", SAME),
     "skip_connection": Setting("", "transcoders are not there"),
     "transcode": Setting("", "transcoders are not there"),
     "loss_fn": Setting(
@@ -78,16 +87,19 @@ SPARSIFY = {
     ),
     "optimizer": Setting(
         "`--optimizer`",
-        "adam or sgd, no signum, no muon; adam's memories are shorter than theirs, which are "
-        "`--set train.adam_betas=0.9,0.999`",
+        "adam by default, theirs signum; adam's memories are shorter than theirs, which are "
+        "`--set train.adam_betas=0.9,0.999`; adamw is adam with weight decay",
     ),
-    "lr": Setting("`--lr`", "a list; the automatic rate also goes by D and by the number of steps"),
+    "lr": Setting("`--lr`", "a list; adam's automatic rate also goes by D and by the number of steps"),
     "lr_warmup_steps": Setting(
         "`--warmup-steps`",
-        "theirs works too; a twentieth of the run by default, with decay over the last fifth",
+        "theirs works too; a twentieth of the run by default, with decay over the last fifth, whatever the "
+        "optimizer; signum's rate is constant there, which is 0 with `--set train.lr_decay=none`",
     ),
     "weight_decay": Setting("`--weight-decay`", "decoupled, of the encoder"),
-    "k_decay_steps": Setting("", "k stays as it is"),
+    "k_decay_steps": Setting(
+        "`--set train.k_anneal_steps=`", "by equal factors from D; theirs by equal differences from 10 D"
+    ),
     "auxk_alpha": Setting("`--auxk-alpha`", "1/32 by default, theirs 0"),
     "dead_feature_threshold": Setting(
         "`--dead-after-tokens`", "theirs works too; a tenth of the run, at most 10M"
@@ -113,7 +125,11 @@ SPARSIFY = {
 
 SAELENS = {
     # LanguageModelSAERunnerConfig
-    "sae": Setting("", "its settings are flags of their own: `--k`, `--num-latents`"),
+    "sae": Setting(
+        "`--architecture`",
+        "topk, batchtopk, matryoshka, jumprelu, gated, and relu for their standard; settings are flags of "
+        "their own: `--k`, `--target-l0`, `--num-latents`",
+    ),
     "model_name": Setting("`MODEL`", "the first argument of `saemill run`: a hub id or folder"),
     "model_class_name": Setting("", "models are loaded by transformers' AutoModel"),
     "model_kwargs": Setting(
@@ -163,22 +179,32 @@ SAELENS = {
     "adam_beta1": Setting("`--set train.adam_betas=0.9,0.999`", "both; by default 0.8,0.95"),
     "adam_beta2": Setting("`--set train.adam_betas=0.9,0.999`", "both; by default 0.8,0.95"),
     "lr": Setting("`--lr`", "a list; automatic by default"),
-    "lr_scheduler_name": Setting("`--set train.lr_decay=`", "none, linear or cosine"),
-    "lr_warm_up_steps": Setting("`--warmup-steps`", SAME),
-    "lr_end": Setting("", "the rate falls to 0"),
-    "lr_decay_steps": Setting("`--set train.lr_decay_fraction=`", "as a share of the run"),
-    "n_restart_cycles": Setting("", "the rate falls once"),
+    "lr_scheduler_name": Setting(
+        "`--set train.lr_schedule=`",
+        "constant, cosine for cosineannealing, cosine_restarts for cosineannealingwarmrestarts, or linear",
+    ),
+    "lr_warm_up_steps": Setting("`--warmup-steps`", "the peak comes a step later"),
+    "lr_end": Setting("`--set train.lr_end=`", "as a share of the peak rate; 0.1 by default, as theirs"),
+    "lr_decay_steps": Setting(
+        "`--set train.lr_decay_fraction=`",
+        "as a share of the run, 0.2 by default; without decay `--set train.lr_decay=none`",
+    ),
+    "n_restart_cycles": Setting(
+        "`--set train.lr_cycles=`", "with cosine_restarts; of equal length, where theirs end with a rest"
+    ),
     "dead_feature_window": Setting("`--dead-after-tokens`", "in tokens"),
     "dead_feature_threshold": Setting(
         "`--dead-percentage-threshold`", "of the assessment; sparsify's flag of this name counts tokens"
     ),
     "feature_sampling_window": Setting("", "firing is counted over all tokens since the last one"),
-    "n_eval_batches": Setting("`--set assess.model_tokens=`", "in tokens, after the training"),
+    "n_eval_batches": Setting(
+        "`--set assess.model_tokens=`", "in tokens; while SAEs train, `--set train.eval_losses_tokens=`"
+    ),
     "eval_batch_size_prompts": Setting("`--set assess.batch_size=`", "rows"),
     "n_batches_for_norm_estimate": Setting("", "`saemill cache` knows mean and variance of all tokens"),
     "logger": Setting("", "its settings are flags of their own: `--log-to-wandb`, `--wandb-project`"),
     "n_checkpoints": Setting(
-        "`--save-every`", "steps between checkpoints to go on from; the last one is kept"
+        "`--n-checkpoints`", "SAEs kept on the way, as evenly spaced; each is a run that can be assessed"
     ),
     "checkpoint_path": Setting("`--save-dir`, `--run-name`", "checkpoints are in the run's folder"),
     "save_final_checkpoint": Setting("", "every SAE is written at the end"),
@@ -197,11 +223,13 @@ SAELENS = {
     "run_name": Setting("`--run-name`", "the run's folder, and its group in wandb"),
     "wandb_entity": Setting("`--set train.wandb_entity=`", "with `--log-to-wandb`"),
     "wandb_log_frequency": Setting("`--wandb-log-frequency`", "that of all logs"),
-    "eval_every_n_wandb_logs": Setting("", "SAEs are assessed after the training"),
+    "eval_every_n_wandb_logs": Setting(
+        "`--eval-every`", "steps; on held-out tokens, with `--set train.eval_losses_every=` in the model too"
+    ),
     # The training configs of their architectures
     "d_in": Setting("", "the site's width is found"),
     "d_sae": Setting("`--num-latents`", "a list, or `--expansion-factor`"),
-    "k": Setting("`--k`", "a list"),
+    "k": Setting("`--k`", "a list; a fraction with batchtopk"),
     "apply_b_dec_to_input": Setting("", "always"),
     "normalize_activations": Setting("", "always; folded into the saved weights"),
     "reshape_activations": Setting("", "sites give one vector per token"),
@@ -210,22 +238,28 @@ SAELENS = {
     "use_sparse_activations": Setting("", "always"),
     "rescale_acts_by_decoder_norm": Setting("", "the decoder's rows have unit length"),
     "aux_loss_coefficient": Setting("`--auxk-alpha`", "here it is in units of the variance"),
-    "topk_threshold_lr": OF_TRAINING,
-    "matryoshka_widths": Setting("`--prefixes`", "numbers of latents, or shares of F"),
-    "detach_matryoshka_losses": OF_TRAINING,
-    "use_matryoshka_aux_loss": OF_TRAINING,
-    "l1_coefficient": Setting("`--l1-coefficient`", "of the loss FVU + x · Σ f, in units in which E‖x‖² = 1"),
-    "lp_norm": Setting("`--lp-norm`", "with relu"),
-    "l1_warm_up_steps": Setting("`--penalty-warmup-steps`", "a 10th of the run by default"),
-    "l0_coefficient": Setting("`--l0-coefficient`", "of the loss FVU + x · L0; or `--target-l0`"),
-    "l0_warm_up_steps": Setting("`--penalty-warmup-steps`", "a 10th of the run by default"),
-    "target_l0": Setting("`--target-l0`", "with jumprelu"),
-    "pre_act_loss_coefficient": Setting("`--preact-coefficient`", "with jumprelu"),
+    "topk_threshold_lr": Setting("", "0.01, as theirs; the first steps weigh alike"),
+    "matryoshka_widths": PREFIXES,
+    "detach_matryoshka_losses": Setting("", "the error of every prefix moves all of its latents"),
+    "use_matryoshka_aux_loss": Setting("", "dead latents fit the residual of all latents"),
+    "l1_coefficient": Setting("`--set train.l1_coefficient=`", L1),
+    "lp_norm": Setting("`--set train.lp_norm=`", "with relu"),
+    "l1_warm_up_steps": PENALTY_WARMUP,
+    "l0_coefficient": Setting(
+        "`--set train.l0_coefficient=`", "of the loss FVU + x · L0; by default a target: `--target-l0`"
+    ),
+    "l0_warm_up_steps": PENALTY_WARMUP,
+    "target_l0": Setting("`--target-l0`", "a list; with jumprelu, 32 by default"),
+    "pre_act_loss_coefficient": Setting(
+        "`--set train.preact_coefficient=`", "with jumprelu, of dead latents"
+    ),
     "jumprelu_init_threshold": Setting("", "the threshold that the target L0 passes at the start"),
-    "jumprelu_bandwidth": Setting("`--bandwidth`", "where E‖x‖² = 1"),
-    "jumprelu_sparsity_loss_mode": Setting("`--sparsity-penalty`", "step or tanh"),
+    "jumprelu_bandwidth": BANDWIDTH,
+    "jumprelu_sparsity_loss_mode": Setting(
+        "`--set train.sparsity_penalty=`", "step or tanh; their quadratic is what `--target-l0` does"
+    ),
     "jumprelu_tanh_scale": Setting("", "4, as in Anthropic's"),
-    "jumprelu_ste_to_input": OF_TRAINING,
+    "jumprelu_ste_to_input": Setting("", "the straight-through gradient is that of the thresholds alone"),
     # PretokenizeRunnerConfig and CacheActivationsRunnerConfig
     "tokenizer_name": Setting("`--tokenizer`", "by default the model's own"),
     "dataset_name": Setting("`--subset`", "the hub dataset's configuration"),
@@ -251,13 +285,19 @@ DICTIONARY_LEARNING = {
     # trainSAE
     "data": Setting("`saemill train ACTS`", "a store that `saemill cache` made"),
     "trainer_configs": Setting(
-        "`--k`, `--num-latents`, `--lr`, `--seeds`", "lists, or `variants:` in a config file"
+        "`--architecture`, `--k`, `--num-latents`, `--lr`, `--seeds`",
+        "lists, or `variants:` in a config file",
+    ),
+    "trainer": Setting(
+        "`--architecture`", "topk, batchtopk, matryoshka, jumprelu, relu for their standard, gated for gdm"
     ),
     "steps": Setting("`--max-tokens`, `--epochs`", "by tokens"),
     "use_wandb": Setting("`--log-to-wandb`", SAME),
     "wandb_entity": Setting("`--set train.wandb_entity=`", "with `--log-to-wandb`"),
     "wandb_project": Setting("`--wandb-project`", "with `--log-to-wandb`"),
-    "save_steps": Setting("`--save-every`", "checkpoints to go on from; the last one is kept"),
+    "save_steps": Setting(
+        "`--n-checkpoints`", "by their number; `--save-every` is of the checkpoints to go on from"
+    ),
     "save_dir": Setting("`--save-dir`", SAME),
     "log_steps": Setting("`--set train.log_every=`", SAME),
     "activations_split_by_head": Setting("", "sites give one vector per token"),
@@ -273,18 +313,33 @@ DICTIONARY_LEARNING = {
     "k": Setting("`--k`", "a list"),
     "layer": Setting("`--layers`", SAME),
     "lm_name": Setting("`MODEL`", "the first argument of `saemill run`"),
-    "dict_class": OF_TRAINING,
+    "dict_class": Setting("`--architecture`", "it says what is trained and what comes out"),
     "lr": Setting("`--lr`", "a list; automatic by default"),
     "auxk_alpha": Setting("`--auxk-alpha`", SAME),
     "warmup_steps": Setting("`--warmup-steps`", SAME),
     "decay_start": Setting("`--set train.lr_decay_fraction=`", "as a share of the run, from its end"),
-    "threshold_beta": OF_TRAINING,
-    "threshold_start_step": OF_TRAINING,
+    "threshold_beta": Setting("", "0.99, where theirs is 0.999; the first steps weigh alike"),
+    "threshold_start_step": Setting("", "the threshold is averaged from the first step on"),
+    "group_fractions": Setting(
+        "`--set train.prefixes=`", "where the groups end: the sums of theirs; by default their groups"
+    ),
+    "group_weights": Setting("", "all prefixes weigh alike"),
+    "target_l0": Setting("`--target-l0`", "a list; 32 by default, theirs 20"),
+    "bandwidth": BANDWIDTH,
+    "sparsity_penalty": Setting(
+        "", "1, their default; `--set train.sparsity_penalty=` is the kind of penalty, not its weight"
+    ),
     "seed": Setting("`--seeds`", "a list"),
     "wandb_name": Setting("`--run-name`", "the group of the runs"),
     "submodule_name": Setting("`--sites`", "the module's path below the base model"),
-    "l1_penalty": Setting("`--l1-coefficient`", "of the loss FVU + x · Σ f, in units in which E‖x‖² = 1"),
-    "sparsity_warmup_steps": Setting("`--penalty-warmup-steps`", "a 10th of the run by default"),
+    "l1_penalty": Setting("`--set train.l1_coefficient=`", L1),
+    "initial_sparsity_penalty": Setting("`--set train.l1_coefficient=`", L1),
+    "sparsity_function": Setting("`--set train.lp_norm=`", "the power in Lp^p; with relu"),
+    "p_start": Setting("`--set train.lp_norm=`", "the same over the whole run"),
+    **dict.fromkeys(
+        ("p_end", "anneal_start", "anneal_end", "n_sparsity_updates", "sparsity_queue_length"), ANNEALING
+    ),
+    "sparsity_warmup_steps": PENALTY_WARMUP,
     "resample_steps": Setting("", "the auxiliary loss revives dead latents: `--auxk-alpha`"),
     # ActivationBuffer
     "model": Setting("`MODEL`", "the first argument of `saemill run`"),

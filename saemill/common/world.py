@@ -159,6 +159,17 @@ class Group:
         self.first(lambda: results.append(function()))
         return results[0] if results else None
 
+    def together(self, function: Callable[[], None]) -> None:
+        """Call `function` on every process at once; where it ends with an error, that is raised on all."""
+        failed: SaemillError | None = None
+        try:
+            function()
+        except SaemillError as error:
+            failed = error
+        failures = [each for each in self.all_gather_objects(failed) if each is not None]
+        if failures:
+            raise failures[0]
+
     def any(self, flag: bool) -> bool:
         """Tell whether the flag is true on some process."""
         return bool(self.all_reduce(torch.tensor(int(flag))))

@@ -4,10 +4,12 @@ config.py     the settings
 run.py        settings → a trainer → SAEs on disk
 trainer.py    the loop
 export.py     what a finished run leaves
+points.py     SAEs kept on the way
 tracking.py   what wandb gets of a run
 sweep/        which SAEs, on which process, for how long
 stream/       the store → batch i on the device
 learner/      SAEs in training
+watch/        measured on held-out text meanwhile
 arch/         what an SAE is
 objective/    what is minimised
 backends/     how their steps are computed

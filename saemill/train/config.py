@@ -13,6 +13,13 @@ from saemill.common.stores.mask import TrainingMask
 ADAM_BETAS = (0.8, 0.95)
 """FVU was lower than with Adam's own (0.9, 0.999) wherever both were tried: `docs/performance-log.md`."""
 
+MULTIPLES = (
+    ("wandb_log_frequency", "log_every"),
+    ("eval_every", "log_every"),
+    ("eval_losses_every", "log_every"),
+    ("eval_losses_every", "eval_every"),
+)
+"""Steps between events that come with others, and the steps between those."""
 MOST_SEQUENCES = 512
 """No more make a batch where batches are counted in sequences."""
 
@@ -21,6 +28,11 @@ BY_K = ("topk", "batchtopk", "matryoshka")
 """Architectures that keep a given number of latents."""
 BY_L1 = ("relu", "gated")
 """Architectures whose codes are kept small by a penalty on their sum."""
+LrSchedule = Literal["constant", "linear", "cosine", "cosine_restarts"]
+LrDecay = Literal["none", "linear", "cosine"]
+OptimizerName = Literal["adam", "sgd", "signum", "muon"]
+ADAMW_DECAY = 0.01
+"""Weight decay of adamw by default, torch's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +146,7 @@ class TrainConfig:
     lr: tuple[Literal["auto"] | float, ...] = setting(
         ("auto",), "Peak learning rates; auto goes by width, latents and steps", metavar="LR,…", axis="lr"
     )
-    """auto is for adam: `variants.auto_lr`."""
+    """auto is for all but sgd: `variants.auto_lr`."""
     seeds: tuple[int, ...] = setting((0,), "Seeds of the initial weights", axis="s", least=0, most=LARGEST)
     variants: tuple[Mapping[str, Any], ...] = setting((), "Variants listed one by one")
     """Each with any of the settings of `variants.Variant`, or expansion_factor."""
@@ -145,20 +157,47 @@ class TrainConfig:
     """More than the store has means several epochs."""
     epochs: int | None = setting(None, "Passes over the store, in place of max-tokens", least=1)
     """1 if neither is given."""
-    optimizer: Literal["adam", "sgd"] = setting("adam", "Optimizer")
+    optimizer: OptimizerName | Literal["adamw"] = setting("adam", "Optimizer", metavar="NAME")
+    """adamw is adam with weight decay."""
     optimizer_state: Literal["fp32", "bf16", "8bit"] = setting(
         "fp32", "How Adam's moments are kept", metavar="TYPE"
     )
     """8, 4 or 2 bytes per weight."""
     adam_betas: tuple[float, float] = setting(ADAM_BETAS, "β₁ and β₂ of Adam")
-    weight_decay: float = setting(0.0, "Decoupled weight decay of the encoder", least=0, most=LARGEST)
+    weight_decay: float | None = setting(
+        None,
+        "Decoupled weight decay of the encoder",
+        by_default="0, with adamw 0.01",
+        least=0,
+        most=LARGEST,
+    )
     """The decoder's rows have unit length and do not decay."""
+    clip_grad_norm: float | None = setting(
+        None,
+        "Norm of the gradient of all parameters to which a larger one is brought",
+        by_default="off",
+        within="(0, inf)",
+    )
+    weight_average: float | None = setting(
+        None,
+        "Share of a moving average of the weights that a step keeps, as 0.999; the SAE has the average",
+        by_default="off",
+        within="(0, 1)",
+    )
     warmup_steps: int | None = setting(
         None, "Optimizer steps of linear warm-up", by_default="a 20th of the run, at most 1000", least=0
     )
-    lr_decay: Literal["none", "linear", "cosine"] = setting(
-        "linear", "How the rate falls to 0 at the end", metavar="KIND"
+    lr_schedule: LrSchedule = setting(
+        "constant", "How the rate goes between warm-up and final decay", metavar="KIND"
     )
+    lr_end: float | None = setting(
+        None,
+        "Share of the peak rate at which linear and cosine schedules end",
+        by_default="0.1, and 0 with lr-decay none",
+        within="[0, 1]",
+    )
+    lr_cycles: int | None = setting(None, "Times that cosine_restarts goes down", by_default="2", least=1)
+    lr_decay: LrDecay = setting("linear", "How the rate falls to 0 at the end", metavar="KIND")
     lr_decay_fraction: float | None = setting(
         None, "Share of the run over which it falls", by_default="0.2", within="[0, 1]"
     )
@@ -192,6 +231,36 @@ class TrainConfig:
     )
     save_every: int = setting(1000, "Steps between checkpoints", decides=False, least=1)
     log_every: int = setting(10, "Steps between log lines", decides=False, least=1)
+    eval_every: int | None = setting(
+        None,
+        "Steps between measurements on held-out rows, a multiple of log-every; 0 for none",
+        by_default="a 10th of the run, at least 500",
+        decides=False,
+        least=0,
+    )
+    """SAEs are measured as they will be used: with thresholds where they will have them. By default
+    none in runs of fewer steps than that, and none of a store without held-out rows."""
+    eval_tokens: int | None = setting(
+        None, "Most held-out tokens to measure on", by_default="8192", decides=False, least=1
+    )
+    eval_losses_every: int | None = setting(
+        None,
+        "Steps between measurements of the model's losses with each SAE spliced in, a multiple of eval-every",
+        by_default="none",
+        decides=False,
+        least=1,
+    )
+    """Measured at the end as well."""
+    eval_losses_tokens: int | None = setting(
+        None, "Most tokens for these losses, in whole rows", by_default="4096", decides=False, least=1
+    )
+    model: str | None = setting(
+        None, "The model, if not where it was cached from; for eval-losses-every", decides=False
+    )
+    n_checkpoints: int = setting(
+        0, "SAEs to keep of each variant on the way, evenly spaced", decides=False, least=0
+    )
+    """In RUN/steps/<step>, each a run that can be assessed."""
     buffer_tokens: int = setting(262_144, "Tokens of the shuffling buffer, in whole blocks of 256", least=1)
     """Two buffers are in memory per site, three while one is being filled."""
     shuffle_seed: int = setting(0, "Seed of the stream's order", least=0, most=LARGEST)
@@ -258,6 +327,8 @@ class TrainConfig:
         check(self)
         no_wandb = not self.log_to_wandb
         without_effect = {
+            "lr_end": (self.lr_schedule == "constant", "with lr_schedule constant"),
+            "lr_cycles": (self.lr_schedule != "cosine_restarts", "without lr_schedule cosine_restarts"),
             "lr_decay_fraction": (self.lr_decay == "none", "with lr_decay none"),
             "k_aux": (self.auxk_alpha == 0 and not self.variants, "with auxk_alpha 0"),
             "wandb_project": (no_wandb, "without log_to_wandb"),
@@ -265,18 +336,23 @@ class TrainConfig:
             "run_name": (no_wandb, "without log_to_wandb"),
             "wandb_log_frequency": (no_wandb, "without log_to_wandb"),
             "halving_metric": (self.halving == 0, "without halving"),
+            "eval_tokens": (self.eval_every == 0, "with eval_every 0"),
+            "eval_losses_every": (self.eval_every == 0, "with eval_every 0"),
+            "eval_losses_tokens": (self.eval_losses_every is None, "without eval_losses_every"),
+            "model": (self.eval_losses_every is None, "without eval_losses_every"),
         }
         for name, (idle, why) in without_effect.items():
             if idle and getattr(self, name) is not None:
                 raise ConfigError(f"{name} has no effect {why}; leave it out")
+        if self.lr_end == 0 and self.lr_decay != "none":
+            raise ConfigError(f"lr_decay {self.lr_decay} has no effect with lr_end 0; say lr_decay none")
         self._check_architectures()
         if self.wandb_artifacts and no_wandb:
             raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
-        if self.wandb_log_frequency is not None and self.wandb_log_frequency % self.log_every:
-            raise ConfigError(
-                f"wandb_log_frequency must be a multiple of log_every ({self.log_every} steps), "
-                f"got {self.wandb_log_frequency}"
-            )
+        for name, base in MULTIPLES:
+            value, of_steps = getattr(self, name), getattr(self, base)
+            if value and of_steps and value % of_steps:
+                raise ConfigError(f"{name} must be a multiple of {base} ({of_steps} steps), got {value}")
         if self.max_tokens is not None and self.epochs is not None:
             raise ConfigError("give max_tokens or epochs, not both")
 
@@ -292,6 +368,13 @@ class TrainConfig:
     def decay_fraction(self) -> float:
         """`lr_decay_fraction` with its default."""
         return 0.2 if self.lr_decay_fraction is None else self.lr_decay_fraction
+
+    @property
+    def course_end(self) -> float:
+        """`lr_end` with its default; 1 where the rate is constant."""
+        if self.lr_schedule == "constant":
+            return 1.0
+        return (0.0 if self.lr_decay == "none" else 0.1) if self.lr_end is None else self.lr_end
 
     @property
     def step_tokens(self) -> int:

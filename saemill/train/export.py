@@ -9,7 +9,7 @@ from saemill.common.log import counted, duration, say
 from saemill.common.records import File
 from saemill.common.sae.formats import sparsify
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.runs import FINISHED, HALVING, Finished
+from saemill.common.stores.runs import FINISHED, HALVING, Finished, Stopped
 from saemill.train.record import checkpoint
 from saemill.train.sweep.halving import Halving
 from saemill.train.sweep.variants import Variant, describe
@@ -34,41 +34,55 @@ def export(
 
     Returns: the SAEs' folders, in the run's order.
     """
-    everyone = trainer.everyone
-    own_cfgs = save_saes(out, trainer, store, set(trainer.names))
-    diverged = {
+    names = [variant.name for variant in variants]
+    own_cfgs = halving.cfgs | save_saes(out, trainer, store, set(trainer.names))
+    finished = finished_of(trainer, names, own_cfgs, halving.stopped)
+    if trainer.log is not None:
+        halved = [File.of(out, HALVING)] if halving.past else []
+        files = (trainer.log.entry, *halved)
+        records.write(out / FINISHED, finished.model_copy(update={"files": files}))
+        checkpoint.remove(out)
+    say(f"{out}: {counted(len(variants), 'SAE')}, trained in {duration(trainer.seconds)}")
+    return [out / variant.name for variant in variants]
+
+
+def finished_of(
+    trainer: Trainer, names: list[str], own_cfgs: dict[str, str], stopped: dict[str, Stopped]
+) -> Finished:
+    """Describe what a run has come to. All processes call it together, when they have written their SAEs; all
+    SAEs are on disk when it returns.
+
+    Args:
+        trainer: as it is now.
+        names: of the variants.
+        own_cfgs: the checksums of the cfg.json of those that this process knows of, by variant.
+        stopped: the variants that were stopped early.
+    """
+    own_steps = {
         learner.variant.name: step
         for learner in trainer.learners
         if (step := int(learner.diverged_step)) >= 0
     }
     peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # Every SAE is on disk when this returns.
-    shared = everyone.all_gather_objects((diverged, own_cfgs, peak_rss_bytes))
-    steps = {name: step for own_steps, _, _ in shared for name, step in own_steps.items()}
-    cfgs = halving.cfgs | {name: cfg for _, written, _ in shared for name, cfg in written.items()}
-    names = [variant.name for variant in variants]
-    if trainer.log is not None:
-        halved = [File.of(out, HALVING)] if halving.past else []
-        finished = Finished(
-            run=trainer.run_hash,
-            variants=tuple(names),
-            cfgs={name: cfgs[name] for name in names},
-            acts=str(store.path.absolute()),
-            steps=trainer.step,
-            tokens=trainer.step * trainer.loader.batch_tokens,
-            seconds=trainer.seconds,
-            peak_rss_bytes=max(peak for _, _, peak in shared),
-            diverged={name: steps[name] for name in names if name in steps},
-            stopped=halving.stopped,
-            mask=trainer.loader.mask,
-            norm_over_median=trainer.loader.rows.norm_over_median,
-            n_long_tokens=trainer.loader.rows.n_long,
-            files=(trainer.log.entry, *halved),
-        )
-        records.write(out / FINISHED, finished)
-        checkpoint.remove(out)
-    say(f"{out}: {counted(len(variants), 'SAE')}, trained in {duration(trainer.seconds)}")
-    return [out / variant.name for variant in variants]
+    shared = trainer.everyone.all_gather_objects((own_steps, own_cfgs, peak_rss_bytes))
+    steps = {name: step for diverged, _, _ in shared for name, step in diverged.items()}
+    cfgs = {name: cfg for _, written, _ in shared for name, cfg in written.items()}
+    return Finished(
+        run=trainer.run_hash,
+        variants=tuple(names),
+        cfgs={name: cfgs[name] for name in names},
+        acts=str(trainer.loader.store.path.absolute()),
+        steps=trainer.step,
+        tokens=trainer.step * trainer.loader.batch_tokens,
+        seconds=trainer.seconds,
+        peak_rss_bytes=max(peak for _, _, peak in shared),
+        diverged={name: steps[name] for name in names if name in steps},
+        stopped=stopped,
+        mask=trainer.loader.mask,
+        norm_over_median=trainer.loader.rows.norm_over_median,
+        n_long_tokens=trainer.loader.rows.n_long,
+        files=(),
+    )
 
 
 def save_saes(out: Path, trainer: Trainer, store: ActivationStore, names: set[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ REGIONS = {
     "auxk": "dead latents on the residual",
     "sort": "active pairs by latent",
     "backward": "gradients of a block of rows",
-    "optimizer": "Adam or SGD, renormalisation",
+    "optimizer": "the optimizer's step, renormalisation",
     "count": "sums for the log, idle tokens of the latents",
     "wait for processes": "until all have done the step",
     "logging": "log lines, checkpoints",

@@ -22,6 +22,7 @@ from saemill.train.config import TrainConfig, check_batch
 from saemill.train.export import export, save_saes
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
+from saemill.train.points import Points, points_of
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.record.folder import Folder
 from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
@@ -34,9 +35,13 @@ from saemill.train.sweep.schedule import Schedule
 from saemill.train.sweep.variants import Variant, of_config
 from saemill.train.tracking import follow
 from saemill.train.trainer import Trainer
+from saemill.train.watch.plan import plan_of
+from saemill.train.watch.watch import Watch
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
+WITHOUT_KERNELS = "signum, muon and clip_grad_norm"
+"""What a GPU's kernels do not compute."""
 FEW_STEPS = 100
 """Steps below which the plan says that more may help."""
 SAMPLE_TOKENS = 8192
@@ -75,11 +80,15 @@ def run(config: TrainConfig) -> list[Path]:
         folder = Folder(config, store.fingerprint)
         metric = config.halving_metric or "fvu"
         halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
+        watch = _watch(config, loader, schedule)
+        points = points_of(config.out, config.n_checkpoints, schedule.n_steps)
         if everyone.first(folder.is_finished):
             return [config.out / variant.name for variant in variants]
         everyone.first(lambda: check_machine(config))
         everyone.first(lambda: folder.lock(resources))
-        trainer = _train(config, folder.run, loader, schedule, halving, everyone, device, stop, resources)
+        trainer = _train(
+            config, folder.run, loader, schedule, halving, watch, points, everyone, device, stop, resources
+        )
         return export(config.out, variants, store, trainer, halving)
 
 
@@ -89,6 +98,8 @@ def _train(
     loader: Loader,
     schedule: Schedule,
     halving: Halving,
+    watch: Watch | None,
+    points: Points,
     everyone: Group,
     device: torch.device,
     stop: Event,
@@ -109,7 +120,9 @@ def _train(
             idle_allowed = bool(halving.past)
             placement = _place(config, loader.store, halving.alive, everyone, device, idle_allowed)
             trainer = _build(config, loader, schedule, placement, everyone, device, stop)
-            trainer.run_hash = run_hash
+            trainer.run_hash, trainer.watch, trainer.points = run_hash, watch, points
+            if watch is not None:
+                everyone.together(partial(watch.prepare, trainer.learners))
             trainer.resume()
             if end == ends[0]:
                 _check_profile(trainer, end)
@@ -155,30 +168,38 @@ def _place(
         )
     on_gpu = device.type == "cuda"
     memory_bytes = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
-    latent_ranks = config.latent_ranks
-    if kernels_of(config.kernels, device) == "torch":
-        latent_ranks = 1
-        if (config.latent_ranks or 1) > 1:
-            raise ConfigError(
-                f"latent_ranks {config.latent_ranks}: kernels torch do not split an SAE's latents; leave it "
-                "out, or train with kernels numba on CPUs, triton on GPUs"
-            )
-    if any(variant.multi_topk or variant.nested_k for variant in variants):
-        if (config.latent_ranks or 1) > 1:
-            raise ConfigError(
-                f"latent_ranks {config.latent_ranks}: multi_topk and nested_k need all latents of an SAE in "
-                "one process; leave it out"
-            )
-        latent_ranks = 1
     return choose(
         variants,
         widths,
         everyone.size,
         config.data_ranks,
-        latent_ranks,
+        _latent_ranks(config, variants, device),
         idle_allowed=idle_allowed,
         memory_bytes=memory_bytes,
     )
+
+
+def _latent_ranks(config: TrainConfig, variants: list[Variant], device: torch.device) -> int | None:
+    """Find how many processes may share an SAE's latents: as many as the user says, or one where some variant
+    needs them whole."""
+    kernels, whole = kernels_of(config.kernels, device), ""
+    if kernels == "torch":
+        whole = (
+            "kernels torch do not split an SAE's latents; leave it out, or train with kernels numba on CPUs, "
+            "triton on GPUs"
+        )
+    elif any(variant.multi_topk or variant.nested_k for variant in variants):
+        whole = "multi_topk and nested_k need all latents of an SAE in one process; leave it out"
+    elif kernels == "triton" and any(map(_is_stepped_by_torch, variants)):
+        whole = f"on a GPU {WITHOUT_KERNELS} need all latents of an SAE in one process; leave it out"
+    if whole and (config.latent_ranks or 1) > 1:
+        raise ConfigError(f"latent_ranks {config.latent_ranks}: {whole}")
+    return 1 if whole else config.latent_ranks
+
+
+def _is_stepped_by_torch(variant: Variant) -> bool:
+    """Tell whether a GPU has no kernels for how a variant's weights are stepped."""
+    return variant.optimizer in ("signum", "muon") or variant.clip_grad_norm is not None
 
 
 def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
@@ -203,6 +224,12 @@ def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
         buffer_tokens=config.buffer_tokens,
         seed=config.shuffle_seed,
     )
+
+
+def _watch(config: TrainConfig, loader: Loader, schedule: Schedule) -> Watch | None:
+    """Plan the measurements on held-out text, if there are to be any."""
+    plan = plan_of(config, loader.store, loader.mask, schedule.n_steps)
+    return Watch(plan, loader.store, loader.mask, config.model) if plan else None
 
 
 def _build(
@@ -276,12 +303,22 @@ def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
             f"warmup_steps must be fewer than the run's {n_steps:,} steps, got {warmup:,}; "
             "lower --warmup-steps or train longer"
         )
-    return Schedule(
+    schedule = Schedule(
         n_steps=n_steps,
         warmup_steps=min(MOST_WARMUP_STEPS, n_steps // 20) if warmup is None else warmup,
         decay=config.lr_decay,
         decay_steps=round(config.decay_fraction * n_steps),
+        course=config.lr_schedule,
+        end=config.course_end,
+        n_cycles=(config.lr_cycles or 2) if config.lr_schedule == "cosine_restarts" else 1,
     )
+    if config.lr_schedule != "constant" and schedule.course_steps < schedule.n_cycles:
+        raise ConfigError(
+            f"lr_schedule {config.lr_schedule} needs {schedule.n_cycles:,} steps from warm-up to decay, and "
+            f"has {max(0, schedule.course_steps):,} of the run's {n_steps:,}; lower warmup_steps, "
+            "lr_decay_fraction or lr_cycles, or train longer"
+        )
+    return schedule
 
 
 def _check_mse(loader: Loader, variants: list[Variant]) -> None:
@@ -347,6 +384,7 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
         f"{counted(n_tokens, unit)} ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
         f"{counted(dead_after_tokens, unit)}; "
         f"{counted(store.text.manifest.n_held_out_rows, store.text.row)} held out"
+        f"{trainer.watch.plan.describe() if trainer.watch else ''}"
     )
     rows = trainer.loader.rows
     if long := rows.describe_long():
@@ -356,6 +394,8 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
             say(warning)
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")
+    if backend.name == "triton" and any(map(_is_stepped_by_torch, placement.variants)):
+        say(f"steps with {WITHOUT_KERNELS} are made by torch on a GPU, more slowly than by Triton's kernels")
     if n_steps < FEW_STEPS:
         say(f"few steps to learn in ({n_steps}): more epochs or a smaller batch may help much")
     if trainer.step:

@@ -53,6 +53,8 @@ def _shared(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
         "n_tokens": schedule.n_steps * config.step_tokens,
         "step_tokens": config.step_tokens,
         "warmup_steps": schedule.warmup_steps,
+        "lr_end": schedule.end,
+        "lr_cycles": schedule.n_cycles,
         "lr_decay_fraction": config.decay_fraction,
         "dead_after_tokens": learner.dead_after_tokens,
         "precision": str(learner.backend.dtype).removeprefix("torch."),

@@ -6,6 +6,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -23,9 +24,17 @@ from saemill.train.stream.feed import Feed
 from saemill.train.stream.loader import Loader
 from saemill.train.sweep.halving import window
 from saemill.train.sweep.schedule import Schedule
+from saemill.train.watch.watch import Watch
 
 Metrics = dict[str, dict[str, float | None]]
 """Metrics of variants, by name."""
+
+
+class Points(Protocol):
+    """Writes the SAEs as they are after some steps of a run."""
+
+    def after_step(self, trainer: "Trainer") -> None:
+        """Write them, if it is time for it. All processes call it together."""
 
 
 @dataclass(slots=True)
@@ -65,6 +74,10 @@ class Trainer:
     """Steps done."""
     seconds: float = 0.0
     """Time spent in them, in seconds, earlier runs included."""
+    watch: Watch | None = None
+    """Measurements on held-out text."""
+    points: Points | None = None
+    """What keeps SAEs on the way."""
     profile: bool = False
     """Whether to write where the time goes beside the checkpoint."""
     _mark: tuple[int, float] = (0, 0.0)
@@ -125,7 +138,9 @@ class Trainer:
         """Log, save and stop where it is time for it."""
         finished = self.step == end
         if self.step % self.log_every == 0 or finished:
-            self._log()
+            self._log(finished)
+        if self.points is not None:
+            self.points.after_step(self)
         if self.step % self.save_every == 0 or finished or stopped:
             checkpoint.save(
                 self.folder, self.run_hash, self.step, self.learners, self.seconds, self.everyone, self.log
@@ -145,7 +160,7 @@ class Trainer:
         if self.step < self.schedule.n_steps:
             self.feed.prefetch(self.step)
 
-    def _log(self) -> None:
+    def _log(self, is_last: bool) -> None:
         step_before, seconds_before = self._mark
         self._mark = self.step, self.seconds
         n_tokens = (self.step - step_before) * self.loader.batch_tokens
@@ -156,6 +171,11 @@ class Trainer:
             for learner in bank.freeze_diverged()
         ]
         own_metrics = self._metrics()
+        if self.watch is not None:
+            step_seconds = (self.seconds - seconds_before) / (self.step - step_before)
+            measured = self.watch.measure(self.learners, self.step, is_last, step_seconds)
+            for name, figures in measured.items():
+                own_metrics[name] |= figures
         shared = self.everyone.all_gather_objects((own_metrics, diverged) if self.team.is_first else ({}, []))
         for message in itertools.chain(*(messages for _, messages in shared)):
             say(message)

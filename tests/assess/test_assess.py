@@ -20,13 +20,13 @@ from stores import make_tokens
 from texts import bert_tokenizer, random_texts
 
 from saemill import splice
-from saemill.assess import model as assess_model
 from saemill.assess.config import AssessConfig
 from saemill.assess.done import is_done
 from saemill.assess.evalset import EvalSet
 from saemill.assess.report import contexts_text
 from saemill.assess.run import run
 from saemill.common.errors import ConfigError, StoreError
+from saemill.common.models import cached
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.tokens import TokenStore
@@ -195,7 +195,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     tokenizer_folder: str,
 ) -> None:
     """Oracle: no model is ever loaded."""
-    monkeypatch.setattr(assess_model, "LanguageModel", lambda *_, **__: pytest.fail("loaded the model"))
+    monkeypatch.setattr(cached, "LanguageModel", lambda *_, **__: pytest.fail("loaded the model"))
     with pytest.raises(ConfigError, match=r"latents must be in 0\.\.127, got 5000"):
         run(AssessConfig(run=causal.out, latents=(3, 5000)))
     with pytest.raises(StoreError, match="is not a finished token store"):

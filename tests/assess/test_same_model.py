@@ -15,12 +15,12 @@ from reconstructions import (
 )
 from safetensors.torch import load_file, save_file
 
-from saemill.assess import model as assess_model
 from saemill.assess.run import run
 from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common import durable, records
 from saemill.common.errors import ConfigError
+from saemill.common.models import cached
 from saemill.common.records import Record
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import (
@@ -130,7 +130,7 @@ def test_an_attention_sink_does_not_hide_another_model() -> None:
     x_TD = torch.randn(32, D, generator=torch.Generator().manual_seed(0))
     x_TD[0] *= 1000
     y_TD = torch.cat([x_TD[:1], x_TD[1:] * 1.5])
-    assert float((x_TD - y_TD).norm() / x_TD.norm()) < assess_model.SAME_ACTIVATIONS
-    assert not assess_model._agree(y_TD, x_TD)
-    assert assess_model._agree(x_TD * 1.01, x_TD)
-    assert not assess_model._agree(x_TD[:, :4], x_TD)
+    assert float((x_TD - y_TD).norm() / x_TD.norm()) < cached.SAME_ACTIVATIONS
+    assert not cached._agree(y_TD, x_TD)
+    assert cached._agree(x_TD * 1.01, x_TD)
+    assert not cached._agree(x_TD[:, :4], x_TD)

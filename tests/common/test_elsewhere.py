@@ -42,8 +42,12 @@ from sparsify.__main__ import RunConfig
 kinds = ("TopK", "BatchTopK", "Standard", "Gated", "JumpReLU", "MatryoshkaBatchTopK")
 folder = Path(importlib.util.find_spec("dictionary_learning").submodule_search_locations[0])
 theirs = arguments(folder / "training.py", "trainSAE") | arguments(folder / "buffer.py", "ActivationBuffer")
-theirs |= arguments(folder / "trainers" / "top_k.py", "TopKTrainer")
-theirs |= arguments(folder / "trainers" / "standard.py", "StandardTrainer")
+for file, trainer in (
+    ("top_k", "TopK"), ("standard", "Standard"), ("batch_top_k", "BatchTopK"), ("p_anneal", "PAnneal"),
+    ("matryoshka_batch_top_k", "MatryoshkaBatchTopK"), ("jumprelu", "JumpRelu"), ("gdm", "GatedSAE"),
+    ("gated_anneal", "GatedAnneal"),
+):
+    theirs |= arguments(folder / "trainers" / f"{file}.py", f"{trainer}Trainer")
 print(json.dumps({
     "sparsify": of(SparseCoderConfig, RunConfig),
     "SAELens": of(LanguageModelSAERunnerConfig, LoggingConfig, PretokenizeRunnerConfig,
@@ -114,7 +118,8 @@ def output(*arguments: str) -> str:
         (("run", "--attn_implementation", "eager"), "attn_implementation of sparsify has no equal here"),
         (("run", "--micro_acc_steps=2"), "has no equal here: latents are computed in chunks in any case"),
         (("train", "a", "--d_sae", "64"), "d_sae of SAELens is `--num-latents` here"),
-        (("run", "--l1_coefficient", "5"), "TopK needs no penalty"),
+        (("run", "--l1_warm_up_steps", "5"), "is `--set train.penalty_warmup_steps=` here"),
+        (("run", "--lr_scheduler_name", "constant"), "is `--set train.lr_schedule=` here: constant, cosine"),
         (("run", "--begin_batch_token", "bos"), "rows are framed as the model's tokenizer frames a text"),
         (("run", "--n", "4"), "no option --n; see"),
         (("train", "a", "--ka", "4"), "did you mean --k?"),
@@ -130,7 +135,9 @@ def test_their_words_get_an_answer(arguments: tuple[str, ...], told: str) -> Non
     assert told in output(*arguments)
 
 
-@pytest.mark.parametrize("name", ["l1_coefficient", "n_checkpoints", "begin_batch_token", "micro_acc_steps"])
+@pytest.mark.parametrize(
+    "name", ["l1_warm_up_steps", "eval_every_n_wandb_logs", "begin_batch_token", "micro_acc_steps"]
+)
 def test_their_settings_get_an_answer(name: str) -> None:
     """Oracle: the table's words in the error of a config file."""
     with pytest.raises(ConfigError, match=re.escape(str(elsewhere.answer(name)))):

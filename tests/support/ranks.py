@@ -31,6 +31,8 @@ KINDS = {
     "sgd": replace(BASE, optimizer="sgd"),
     "geometric median": replace(BASE, b_dec_init="geometric_median", seed=5),
     "no auxk": replace(BASE, auxk_alpha=0.0, weight_decay=0.1),
+    "clipped": replace(BASE, optimizer="sgd", clip_grad_norm=0.02, weight_average=0.5),
+    "muon": replace(BASE, optimizer="muon"),
     "batchtopk": replace(BASE, architecture="batchtopk"),
     "matryoshka": replace(BASE, architecture="matryoshka", prefixes=(7, 40, F)),
     "jumprelu": replace(

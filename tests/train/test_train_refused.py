@@ -24,7 +24,7 @@ from saemill.train.run import run
         ({"k": (100,)}, "k must be in"),
         ({"max_tokens": 100}, "less than one step"),
         ({"lr": (-1.0,)}, "lr must be positive"),
-        ({"optimizer": "sgd", "lr": ("auto",)}, "known for adam only"),
+        ({"optimizer": "sgd", "lr": ("auto",)}, "not known for sgd; give --lr"),
         ({"epochs": 2}, "not both"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"run_name": "x"}, "no effect without log_to_wandb"),

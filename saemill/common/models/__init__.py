@@ -5,4 +5,5 @@ architecture.py   modules, blocks, widths and limits, from the config alone
 sites.py          a module's output, read and replaced
 tokenizer.py      the tokenizer, and the frame it puts around a row
 model.py          LanguageModel: activations captured, or changed within a forward pass
+cached.py         the model of a store, checked to be the one that was cached
 """

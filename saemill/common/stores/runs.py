@@ -5,6 +5,7 @@
     metrics.jsonl   the log
     halving.json    the variants that were stopped early
     <variant>/      an SAE
+    steps/<step>/   a finished run of its own: the SAEs as they were then; steps/latest is the last of them
     finished.json   written last: what the run came to; it answers for the SAEs and the log
 
 `saemill assess` adds its files, for which `final_assessment.json` answers.
@@ -32,6 +33,8 @@ FINISHED = "finished.json"
 WANDB, WANDB_LOGGED = "wandb.json", "wandb-logged.json"
 """Names of the settings for the process that talks to wandb, and of the record of its progress."""
 WANDB_FOLDER, TENSORBOARD = "wandb", "tensorboard"
+STEPS, LATEST = "steps", "latest"
+"""Names of the folder of SAEs that were kept on the way, and of the link to the last ones in it."""
 PROFILE = "profile.json.gz"
 CARD = "README.md"
 """Name of the model card, of a run that came from the hub."""
@@ -46,7 +49,7 @@ CHECKPOINTS = "checkpoint-"
 """Beginning of the names of checkpoints' folders."""
 RESERVED = (
     *(IDENTITY, CONFIG, METRICS, HALVING, CHECKPOINT, FINISHED),
-    *(WANDB, WANDB_LOGGED, WANDB_FOLDER, TENSORBOARD, PROFILE, CARD),
+    *(WANDB, WANDB_LOGGED, WANDB_FOLDER, TENSORBOARD, STEPS, PROFILE, CARD),
     *(ASSESSMENT, REPORT, LATENTS, DOCUMENTS, DOCUMENTS_MODEL),
 )
 """Names in a run's folder that no variant may have."""
@@ -185,6 +188,12 @@ def is_run(folder: Path) -> bool:
 def is_finished(folder: Path) -> bool:
     """Tell whether a folder holds a finished run, by the file that is written last."""
     return (folder / FINISHED).exists()
+
+
+def points(folder: Path) -> list[Path]:
+    """List the folders of SAEs that were kept on the way, in the order of their steps."""
+    found = [place for place in (folder / STEPS).glob("*") if place.name.isdecimal()]
+    return sorted(found, key=lambda place: int(place.name))
 
 
 def identity(folder: Path) -> Identity:

@@ -13,6 +13,8 @@ from saemill.common.stores.runs import METRICS, looks
 from saemill.common.tracking.runs import Runs
 
 POLL_SECONDS = 0.5
+EVAL = "eval_"
+"""Beginning of the names of figures on held-out text."""
 
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
@@ -51,18 +53,24 @@ def catch_up(folder: Path, runs: Runs) -> None:
 
 
 def log_due(folder: Path, runs: Runs, lines: Iterable[Record]) -> None:
-    """Log the records that are due, and each variant's last; end the runs of those that were stopped."""
+    """Log the records that are due, those with figures on held-out text, and each variant's last; end the
+    runs of those that were stopped."""
     last: Record = {"variants": {}}
     for record in lines:
         if stopped := [name for name in last["variants"] if name not in record["variants"]]:
             runs.log(last)
             for name in stopped:
                 end_variant(folder, runs, name, "finished")
-        if record["step"] % runs.settings.log_frequency == 0:
+        if record["step"] % runs.settings.log_frequency == 0 or _has_held_out(record):
             runs.log(record)
         last = record
     if last["variants"]:
         runs.log(last)
+
+
+def _has_held_out(record: Record) -> bool:
+    """Tell whether a record has figures on held-out text, which are few: each of them is logged."""
+    return any(key.startswith(EVAL) for metrics in record["variants"].values() for key in metrics)
 
 
 def records(path: Path, end: End) -> Iterator[Record]:

@@ -15,6 +15,13 @@ CUTOFF_RANKS = 4
 """Latents of a token, as a multiple of those wanted on the average, among which a common cutoff is sought."""
 START_L0 = 64
 """Active latents per token at the start, where a penalty and no number decides how many there are."""
+LEAST_SHARE = 16
+"""At most one latent in so many is active then."""
+
+
+def start_l0(n_latents: int) -> int:
+    """Choose how many latents of a token are active at the start, where no number says so."""
+    return max(1, min(START_L0, n_latents // LEAST_SHARE))
 
 
 def annealed(start: float, end: float, step: int, n_steps: int) -> float:
@@ -43,11 +50,18 @@ def tied(p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, k: int, te
 
 def cutoff(sample_TD: Tensor, p: Parameters, k: int, team: Team) -> float:
     """Find the pre-activation that k latents per token pass on the average, 0 if fewer are above 0."""
-    k = min(k, team.latents.size * len(p.w_enc_FD))
-    largest_TK = _codes(sample_TD, p, min(CUTOFF_RANKS * k, len(p.w_enc_FD))).val_TK
-    every = team.latents.all_gather(largest_TK, team.latents.size * len(largest_TK)).flatten()
-    n_kept = k * len(sample_TD)
-    return float(every.kthvalue(max(1, len(every) - n_kept + 1)).values)
+    group, n_tokens = team.latents, len(sample_TD)
+    n_ranks = min(
+        CUTOFF_RANKS * k, min(group.all_gather(torch.tensor([len(p.w_enc_FD)]), group.size).tolist())
+    )
+    own_TK = _codes(sample_TD, p, n_ranks).val_TK
+    every = group.all_gather(own_TK, group.size * n_tokens).view(group.size, n_tokens, n_ranks)
+    # Of each token as many as one process alone would look at.
+    every = (
+        every.transpose(0, 1).flatten(1).topk(min(CUTOFF_RANKS * k, group.size * n_ranks)).values.flatten()
+    )
+    n_kept = min(k * n_tokens, len(every))
+    return float(every.kthvalue(len(every) - n_kept + 1).values)
 
 
 def unit_rows(n_latents: int, d: int, seed: int) -> Tensor:

@@ -69,8 +69,8 @@ class JumpRelu:
         return Above(p.further_F["threshold"] * unit, self.bandwidth * unit)
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
-        """Start as TopK does, with one threshold for all that `START_L0` latents per token pass."""
-        n_active = round(self.target_l0 or initial.START_L0)
+        """Start as TopK does, with one threshold for all that `initial.start_l0` latents per token pass."""
+        n_active = round(self.target_l0 or initial.start_l0(n_latents))
         initial.tied(p, n_latents, seed, sample_TD, n_active, team)
         threshold = initial.cutoff(sample_TD, p, n_active, team)
         p.further_F["threshold"].fill_(threshold / sample_TD.shape[1] ** 0.5)

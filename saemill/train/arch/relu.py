@@ -53,9 +53,10 @@ class Relu:
         return Above(torch.zeros_like(p.b_enc_F))
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
-        """Start as TopK does, with a bias that `START_L0` latents per token pass."""
-        initial.tied(p, n_latents, seed, sample_TD, initial.START_L0, team)
-        p.b_enc_F.fill_(-initial.cutoff(sample_TD, p, initial.START_L0, team))
+        """Start as TopK does, with a bias that `initial.start_l0` latents per token pass."""
+        n_active = initial.start_l0(n_latents)
+        initial.tied(p, n_latents, seed, sample_TD, n_active, team)
+        p.b_enc_F.fill_(-initial.cutoff(sample_TD, p, n_active, team))
 
     def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition."""

@@ -351,6 +351,8 @@ class Rates(NamedTuple):
     lr: float
     weight_decay: float
     """Decoupled, of w_enc alone."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of all parameters; None without bound."""
 
     @property
     def grad_scale(self) -> float:

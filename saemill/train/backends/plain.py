@@ -23,6 +23,7 @@ from saemill.train.backends.base import (
 )
 from saemill.train.backends.cutoff import Best
 from saemill.train.backends.team import ALONE, Team
+from saemill.train.optim.clipping import shrinkage
 from saemill.train.profile import region
 
 CHUNK_BYTES = {"cpu": 1 << 24}
@@ -148,8 +149,13 @@ def _update(task: Task, gradients: dict[str, Tensor]) -> None:
     if unit:
         along_F1 = (gradients["w_dec"] * w_dec_FD).sum(1, keepdim=True)
         gradients["w_dec"].addcmul_(along_F1, w_dec_FD, value=-1)
+    if rates.clip_norm is not None:
+        squares = sum(float(torch.linalg.vector_norm(gradient)) ** 2 for gradient in gradients.values())
+        for gradient in gradients.values():
+            gradient.mul_(shrinkage(squares, rates.clip_norm))
     for name, gradient in gradients.items():
         decay = rates.weight_decay if name == "w_enc" else 0.0
         task.optimizer.update(name, slice(0, len(gradient)), gradient, rates.lr, decay)
+    task.optimizer.end_step()
     if unit:
         w_dec_FD.div_(torch.linalg.vector_norm(w_dec_FD, dim=1, keepdim=True))

@@ -141,8 +141,8 @@ class Sparse(ABC):
                 dead_rows, aux_loss = auxk(self, own, forward, task.dead, task.weights, aux.k, scale)
         forward = self._nan_unless_finite(gather(forward, n_tokens, self.team))
         if isinstance(aux, Pull) and task.dead.n_in_team > 0:
-            dead_rows, aux_loss = pull(forward.codes, task, aux.weight * task.rates.per_square)
-            aux_loss = self.team.latents.all_reduce(aux_loss)
+            dead_rows, own_loss = pull(forward.codes, task, aux.weight * task.rates.per_square)
+            aux_loss = self.team.latents.all_reduce(own_loss)
         seen = Seen(task.dead, n_tokens, forward.n_active, forward.cutoff)
         with region("slopes"):
             slopes = architecture.slopes(

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from saemill.common.sae.parts import Parts, SaeConfig
 from saemill.train.arch import initial
-from saemill.train.backends.base import Backend, Batch, Dead, Rates, Task
+from saemill.train.backends.base import Backend, Batch, Dead, Parameters, Rates, Task
 from saemill.train.learner.architecture import architecture_of
 from saemill.train.learner.totals import CutoffAverage, Totals
 from saemill.train.objective.squared_error import per_square
+from saemill.train.optim.average import WeightAverage
+from saemill.train.optim.muon import Muon
 from saemill.train.optim.optimizer import Adam, Optimizer, Sgd
+from saemill.train.optim.signum import Signum
 from saemill.train.profile import region
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.variants import Variant
@@ -56,6 +59,8 @@ class Learner:
             self.parameters, variant.num_latents, variant.seed, sample_TD, backend.team
         )
         self.optimizer = self._optimizer()
+        decay = variant.weight_average
+        self.average = None if decay is None else WeightAverage(self.parameters.named, decay)
         self.idle_tokens_F = torch.zeros(n_rows, dtype=torch.int64, device=device)
         self.dead_F = torch.zeros(n_rows, dtype=torch.bool, device=device)
         self.dead = Dead(torch.zeros(0, dtype=torch.int64, device=device), 0)
@@ -68,10 +73,14 @@ class Learner:
         self.weights.refresh()
 
     def _optimizer(self) -> Optimizer:
-        named = self.parameters.named
-        if self.variant.optimizer == "sgd":
+        named, variant = self.parameters.named, self.variant
+        if variant.optimizer == "sgd":
             return Sgd(named)
-        return Adam(named, self.variant.optimizer_state, self.variant.adam_betas)
+        if variant.optimizer == "signum":
+            return Signum(named)
+        if variant.optimizer == "muon":
+            return Muon(named, variant.num_latents, self.backend.team.latents)
+        return Adam(named, variant.optimizer_state, variant.adam_betas)
 
     def step(self, batch: Batch, lr_factor: float, step: int) -> None:
         """Take one optimizer step; on a GPU the host waits for nothing.
@@ -82,12 +91,16 @@ class Learner:
             step: its number, recorded where the loss is not finite.
         """
         n_tokens, variant = len(batch.x_TD), self.variant
-        self.optimizer.begin_step()
-        rates = Rates(self.per_square / n_tokens, variant.lr * lr_factor, variant.weight_decay)
+        lr, per_square = variant.lr * lr_factor, self.per_square / n_tokens
+        rates = Rates(per_square, lr, variant.weight_decay, variant.clip_grad_norm)
+        self.optimizer.begin_step(lr)
         healthy = self.diverged_step < 0
         architecture = self.architecture.at(step)
         task = Task(batch, self.weights, architecture, self.optimizer, self.dead, healthy, rates)
         sums = self.backend.step(task)
+        if self.average is not None:
+            with region("optimizer"):
+                self.average.add(self.optimizer.n_steps)
         with region("count"):
             diverges = healthy & ~torch.isfinite(sums.sse)
             self.diverged_step.copy_(torch.where(diverges, step, self.diverged_step))
@@ -113,19 +126,35 @@ class Learner:
             return None
         return self.dead_fraction() if metric == "dead_fraction" else self.totals.window()[metric]
 
-    def export(self, provenance: dict[str, Any]) -> Parts | None:
+    def trained(self) -> Parameters:
+        """Return the weights that the SAE has after training: averages, where there are any."""
+        averages = self.optimizer.averages() if self.average is None else self.average.values
+        if averages is None:
+            return self.parameters
+        p = Parameters.of(averages)
+        if not self.architecture.unit_rows:
+            return p
+        return p._replace(w_dec_FD=p.w_dec_FD / torch.linalg.vector_norm(p.w_dec_FD, dim=1, keepdim=True))
+
+    def export(self, provenance: dict[str, Any], *, copied: bool = True) -> Parts | None:
         """Fold the training units into the biases: the SAE in the activations' own.
+
+        Args:
+            provenance: what its config tells of its origin.
+            copied: whether it stays as it is when training goes on; without, it may share memory with the
+                parameters.
 
         Returns: the SAE on the team's first process, none on others; on the CPU where latents are split.
         """
         team, variant, scaling = self.backend.team, self.variant, self.scaling
         if team.tokens.rank > 0:
             return None
-        form = self.architecture.inference(self.parameters, self.cutoff.value)
+        trained = self.trained()
+        form = self.architecture.inference(trained, self.cutoff.value)
         own = {"W_enc": form.w_enc_FD, "b_enc": form.b_enc_F / scaling.scale, "W_dec": form.w_dec_FD}
         if form.threshold_F is not None:
             own["threshold"] = form.threshold_F / scaling.scale
-        whole = {name: self._gathered(rows) for name, rows in own.items()}
+        whole = {name: self._gathered(rows, copied) for name, rows in own.items()}
         weights = {name: tensor for name, tensor in whole.items() if tensor is not None}
         if not weights:
             return None
@@ -139,18 +168,22 @@ class Learner:
             prefixes=variant.prefixes if is_matryoshka else (),
             ks=form.ks,
         )
-        b_dec = (self.parameters.b_D / scaling.scale).to(weights["W_enc"].device)
+        b_dec = (trained.b_D / scaling.scale).to(weights["W_enc"].device)
         return Parts(config, b_dec=b_dec + scaling.centre_D.to(b_dec.device), **weights)
 
-    def _gathered(self, rows: Tensor) -> Tensor | None:
+    def _gathered(self, rows: Tensor, copied: bool) -> Tensor | None:
         """Put together what the team has of a tensor with a row per latent, on its first process; on the CPU
         where latents are split."""
         group = self.backend.team.latents
-        return group.gather(rows.clone() if group.size == 1 else rows.cpu(), self.variant.num_latents)
+        if group.size == 1:
+            return rows.clone() if copied else rows
+        return group.gather(rows.cpu(), self.variant.num_latents)
 
     def checkpoint_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """List the state for a checkpoint: tensors with a row per latent, and whole ones."""
         by_name, moments = self.parameters.named, self.optimizer.tensors()
+        if self.average is not None:
+            moments = {name: [*moments[name], value] for name, value in self.average.values.items()}
         b_D, b_moments = by_name.pop("b"), moments.pop("b")
         row_moments = [tensor for name in by_name for tensor in moments[name]]
         rows = [*by_name.values(), self.idle_tokens_F, self.dead_F, *row_moments]

@@ -1,6 +1,7 @@
 """Optimizers that step one block of rows at a time, right where its gradient was made."""
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,31 @@ ADAM_EPS = 1e-10
 """The loss is a mean over tokens and dimensions, so its gradients are small: torch's default of
 1e-8 would slow rare latents."""
 SGD_MOMENTUM = 0.9
+
+
+class Optimizer(Protocol):
+    """The optimizer of one SAE: `begin_step`, an `update` of every row in any order, `end_step`."""
+
+    n_steps: int
+    """Steps begun."""
+
+    def begin_step(self, lr: float) -> None:
+        """Count a step, whose rate this is."""
+
+    def update(self, name: str, rows: slice, grad: Tensor, lr: float, weight_decay: float = 0.0) -> None:
+        """Step rows of a parameter along their gradient, in place."""
+
+    def end_step(self) -> bool:
+        """Step what needs the gradients of all rows.
+
+        Returns: whether weights were changed, whose copies and lengths are then to be renewed.
+        """
+
+    def averages(self) -> Mapping[str, Tensor] | None:
+        """Compute the weights that the SAE has after training; None where they are those in training."""
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """List what a checkpoint needs beside `n_steps`, by parameter."""
 
 
 class Adam:
@@ -37,7 +63,7 @@ class Adam:
         self.count = torch.zeros((), device=next(iter(parameters.values())).device)
         """`n_steps` on the device."""
 
-    def begin_step(self) -> None:
+    def begin_step(self, lr: float) -> None:
         """Count a step; every row is then updated once."""
         self.n_steps += 1
         self.count.fill_(self.n_steps)
@@ -65,6 +91,13 @@ class Adam:
         self.first[name].write(rows, first, self.n_steps)
         self.second[name].write(rows, second, self.n_steps)
 
+    def end_step(self) -> bool:
+        """Do nothing: every row is stepped already."""
+        return False
+
+    def averages(self) -> None:
+        """Return none: the weights are used as they are."""
+
     def tensors(self) -> dict[str, list[Tensor]]:
         """List what a checkpoint needs beside `n_steps`, by parameter."""
         return {name: [*self.first[name].tensors(), *self.second[name].tensors()] for name in self.first}
@@ -78,7 +111,7 @@ class Sgd:
         self.momentum = {name: zeros(*p.shape, device=p.device) for name, p in parameters.items()}
         self.n_steps = 0
 
-    def begin_step(self) -> None:
+    def begin_step(self, lr: float) -> None:
         """Count a step; every row is then updated once."""
         self.n_steps += 1
 
@@ -93,10 +126,13 @@ class Sgd:
         else:
             weights.add_(along, alpha=-lr)
 
+    def end_step(self) -> bool:
+        """Do nothing: every row is stepped already."""
+        return False
+
+    def averages(self) -> None:
+        """Return none: the weights are used as they are."""
+
     def tensors(self) -> dict[str, list[Tensor]]:
         """List what a checkpoint needs beside `n_steps`, by parameter."""
         return {name: [momentum] for name, momentum in self.momentum.items()}
-
-
-Optimizer = Adam | Sgd
-"""The optimizer of one SAE."""

@@ -17,6 +17,7 @@ from saemill.common.stores.runs import (
     HALVING,
     IDENTITY,
     METRICS,
+    STEPS,
     TENSORBOARD,
     WANDB,
     WANDB_LOGGED,
@@ -94,6 +95,8 @@ class Folder:
             self._clear()
         self._write()
         checkpoint.tidy(self.path)
+        for leftover in (self.path / STEPS).glob(durable.PARTIAL):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if problems := inspect.stopped_problems(self.path):
             raise StoreError("; ".join(problems))
 
@@ -156,4 +159,5 @@ class Folder:
             (self.path / name).unlink(missing_ok=True)
         checkpoint.remove(self.path)
         (self.path / METRICS).unlink(missing_ok=True)
-        shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
+        for folder in (STEPS, TENSORBOARD):
+            shutil.rmtree(self.path / folder, ignore_errors=True)

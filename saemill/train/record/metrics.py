@@ -18,7 +18,7 @@ from saemill.common.records import File
 
 Record = dict[str, Any]
 """step, tokens, left_out, tokens_per_s, seconds, and `variants`: name → fvu, loss, auxk, l0,
-dead_fraction, lr.
+dead_fraction, lr; where they were measured on held-out text, eval_fvu and others beside them (`watch`).
 
 `left_out` counts the tokens that were passed over for their norm in the stream's windows so far."""
 
@@ -94,7 +94,8 @@ def _logged_content(path: Path, logged: File) -> bytes:
 
 
 class ConsoleSink:
-    """A live table on a terminal, else a line per variant at most every ten seconds."""
+    """A live table on a terminal, else a line per variant at most every ten seconds; with the latest figures
+    on held-out text, if there are any."""
 
     def __init__(self, n_steps: int, max_tokens: int, units: str = "tokens") -> None:
         self.n_steps, self.max_tokens, self.units = n_steps, max_tokens, units
@@ -103,9 +104,13 @@ class ConsoleSink:
             self.live = Live(console=console(stderr=True), auto_refresh=False)
             self.live.start()
         self.shown = 0.0
+        self.held_out: dict[str, Record] = {}
+        """Latest figures on held-out text, by variant."""
 
     def log(self, record: Record) -> None:
         """Show the newest values."""
+        for name, m in record["variants"].items():
+            self.held_out.setdefault(name, {}).update({key: m[key] for key in EVAL_COLUMNS if key in m})
         if self.live:
             self.live.update(self._table(record), refresh=True)
         elif record["step"] == self.n_steps or time.monotonic() - self.shown > LINE_SECONDS:
@@ -119,22 +124,28 @@ class ConsoleSink:
             f"{record['tokens_per_s']:,.0f} {self.units}/s, {duration(left)} left"
         )
 
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        measured = {key for figures in self.held_out.values() for key in figures}
+        return (*COLUMNS, *(key for key in EVAL_COLUMNS if key in measured))
+
     def _rows(self, record: Record) -> list[list[str]]:
-        return [
-            [printable(name), *("–" if m[key] is None else f"{m[key]:.4g}" for key in COLUMNS)]
-            for name, m in record["variants"].items()
-        ]
+        rows = []
+        for name, m in record["variants"].items():
+            values = ((m | self.held_out[name]).get(key) for key in self._columns)
+            rows.append([printable(name), *("–" if value is None else f"{value:.4g}" for value in values)])
+        return rows
 
     def _lines(self, record: Record) -> list[str]:
         width = max(len(name) for name in record["variants"])
         return [
             f"  {row[0]:{width}}  "
-            + "  ".join(f"{key} {value}" for key, value in zip(COLUMNS, row[1:], strict=True))
+            + "  ".join(f"{key} {value}" for key, value in zip(self._columns, row[1:], strict=True))
             for row in self._rows(record)
         ]
 
     def _table(self, record: Record) -> Table:
-        table = Table("variant", *COLUMNS, title=self._title(record))
+        table = Table("variant", *self._columns, title=self._title(record))
         for row in self._rows(record):
             table.add_row(*row)
         return table
@@ -146,6 +157,7 @@ class ConsoleSink:
 
 
 COLUMNS = ("fvu", "auxk", "l0", "dead_fraction", "lr")
+EVAL_COLUMNS = ("eval_fvu", "eval_l0", "eval_delta_ce", "eval_loss_recovered")
 
 
 class TensorBoardSink:

@@ -100,8 +100,9 @@ def deal(variants: list[Variant], widths: Mapping[str, int], n_teams: int) -> li
 def state_bytes(variant: Variant, width: int) -> int:
     """Estimate the bytes of weights, moments and copies of one variant on a GPU."""
     per_moment = {"fp32": 4, "bf16": 2, "8bit": 1}[variant.optimizer_state]
-    n_moments = 2 if variant.optimizer == "adam" else 1
-    return 2 * variant.num_latents * width * (4 + 2 + n_moments * per_moment)
+    n_moments = {"adam": 2, "sgd": 1, "signum": 1, "muon": 2}[variant.optimizer]
+    n_averages = 0 if variant.weight_average is None else 1
+    return 2 * variant.num_latents * width * (4 + 2 + n_moments * per_moment + 4 * n_averages)
 
 
 def choose(

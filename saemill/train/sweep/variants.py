@@ -12,10 +12,24 @@ from saemill.common.errors import ConfigError
 from saemill.common.setting import axes as axes_of
 from saemill.common.setting import check, default_of, like, marks_of, written
 from saemill.common.stores.runs import check_variant_name
-from saemill.train.config import ADAM_BETAS, Architecture, TrainConfig, no_effect
+from saemill.train.config import (
+    ADAM_BETAS,
+    ADAMW_DECAY,
+    Architecture,
+    OptimizerName,
+    TrainConfig,
+    no_effect,
+)
 
 ADAM_ALONE = ("optimizer_state", "adam_betas")
 """Settings without effect on another optimizer."""
+MUON_OVER_ADAM = 2.0
+"""Muon's best rates over Adam's, measured: docs/performance-log.md."""
+WITHOUT_SIGNUM = {
+    "weight_average": "which averages weights itself",
+    "clip_grad_norm": "whose steps are as large as the rate",
+}
+"""Settings without effect on signum, and why."""
 ONE_OF_GRID = {"seeds": "seed"}
 """What one value of a list is called, where it has another name than the list."""
 IN_EVERY_NAME = ("site", "architecture", "k", "expansion_factor", "num_latents", "seed")
@@ -41,10 +55,12 @@ class Variant:
     """Peak learning rate."""
     seed: int = 0
     """Seed of the initial decoder."""
-    optimizer: Literal["adam", "sgd"] = like(TrainConfig, "optimizer")
+    optimizer: OptimizerName = like(TrainConfig, "optimizer")
     optimizer_state: Literal["fp32", "bf16", "8bit"] = like(TrainConfig, "optimizer_state")
     adam_betas: tuple[float, float] = like(TrainConfig, "adam_betas")
-    weight_decay: float = like(TrainConfig, "weight_decay", most=None)
+    weight_decay: float = like(TrainConfig, "weight_decay", default=0.0, most=None)
+    clip_grad_norm: float | None = like(TrainConfig, "clip_grad_norm")
+    weight_average: float | None = like(TrainConfig, "weight_average")
     auxk_alpha: float = like(TrainConfig, "auxk_alpha", most=None)
     k_aux: int | None = like(TrainConfig, "k_aux", most=None)
     k_anneal_steps: int = like(TrainConfig, "k_anneal_steps")
@@ -75,6 +91,9 @@ class Variant:
             raise ConfigError(f"optimizer_state {self.optimizer_state} has an effect with adam only")
         if self.optimizer != "adam" and self.adam_betas != ADAM_BETAS:
             raise ConfigError("adam_betas have an effect with adam only; leave them out")
+        for name, why in WITHOUT_SIGNUM.items():
+            if self.optimizer == "signum" and getattr(self, name) is not None:
+                raise ConfigError(f"{name} has no effect with signum, {why}; leave it out")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ConfigError(f"adam_betas must be two numbers from 0 to below 1, got {self.adam_betas}")
         check(self)
@@ -119,6 +138,16 @@ def auto_lr(num_latents: int, d: int, n_steps: int) -> float:
     """
     share = 0.08 * math.sqrt(2**12 / num_latents) * math.pow(100 / n_steps, 0.3)
     return min(0.16, share) / math.sqrt(d)
+
+
+def _auto_lr(optimizer: str, num_latents: int, d: int, n_steps: int) -> float:
+    """Compute an optimizer's peak rate."""
+    if optimizer == "sgd":
+        raise ConfigError("lr auto is not known for sgd; give --lr")
+    if optimizer == "signum":
+        return 5e-3 * math.sqrt(2**14 / num_latents)
+    of_adam = auto_lr(num_latents, d, n_steps)
+    return MUON_OVER_ADAM * of_adam if optimizer == "muon" else of_adam
 
 
 def of_config(config: TrainConfig, widths: Mapping[str, int], n_steps: int) -> list[Variant]:
@@ -200,12 +229,13 @@ def applies(name: str, architecture: str) -> bool:
 
 
 def _inherited(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect what a variant takes from the run: not Adam's settings where it names another optimizer."""
-    other, architecture = entry.get("optimizer", "adam") != "adam", entry.get("architecture", "topk")
+    """Collect what a variant takes from the run: not what an optimizer that it names does without."""
+    optimizer, architecture = entry.get("optimizer", "adam"), entry.get("architecture", "topk")
+    without = () if optimizer in ("adam", "adamw") else ADAM_ALONE
+    if optimizer == "signum":
+        without = (*without, *WITHOUT_SIGNUM)
     return {
-        name: value
-        for name, value in common.items()
-        if not (other and name in ADAM_ALONE) and applies(name, architecture)
+        name: value for name, value in common.items() if name not in without and applies(name, architecture)
     }
 
 
@@ -239,10 +269,9 @@ def _variant(entry: dict[str, Any], widths: Mapping[str, int], where: str, n_ste
     n, seed = (coerce(entry.get(key, 0), int, f"{where}.{key}") for key in ("num_latents", "seed"))
     _complete(entry, d, n, n_steps, where)
     name = f"{site}{_kind(entry, where)}-f{n}-s{seed}" + "".join(_apart(entry, where))
+    _name_adam(entry)
     if entry.get("lr", "auto") == "auto":
-        if entry.get("optimizer", "adam") != "adam":
-            raise ConfigError("lr auto is known for adam only; give --lr for sgd")
-        entry["lr"] = auto_lr(n, d, n_steps)
+        entry["lr"] = _auto_lr(entry.get("optimizer", "adam"), n, d, n_steps)
     return build(Variant, {"name": name, **entry}, where)
 
 
@@ -276,6 +305,17 @@ def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where
         entry["l1_coefficient"] = default_of(TrainConfig, "l1_coefficient")[0]
     if applies("penalty_warmup_steps", architecture) and entry.get("penalty_warmup_steps") is None:
         entry["penalty_warmup_steps"] = n_steps // 10
+
+
+def _name_adam(entry: dict[str, Any]) -> None:
+    """Fill in the weight decay of an entry, in place, and call adamw what it is: adam with some."""
+    is_adamw = entry.get("optimizer") == "adamw"
+    if entry.get("weight_decay") is None:
+        entry["weight_decay"] = ADAMW_DECAY if is_adamw else 0.0
+    if is_adamw:
+        if entry["weight_decay"] == 0:
+            raise ConfigError("adamw with weight_decay 0 is adam; say adam, or leave weight_decay out")
+        entry["optimizer"] = "adam"
 
 
 def _prefixes(given: tuple[int | float, ...], n_latents: int) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ def test_threads_do_not_change_the_result(
         parameters = weights.parameters
         parameters.b_D.zero_()
         optimizer = Adam(parameters.named, "bf16")
-        optimizer.begin_step()
+        optimizer.begin_step(0.1)
         backend = cpu.Cpu(dtype)
         torch.set_num_threads(n_threads)
         try:

@@ -64,7 +64,7 @@ def test_adam_with_short_moments_stays_near_adam(
         grad = (torch.randn(64, 50) + 0.5) * scales
         exact.grad = grad.clone()
         oracle.step()
-        mine.begin_step()
+        mine.begin_step(1e-3)
         mine.update("w", slice(0, 40), grad[:40], 1e-3)
         mine.update("w", slice(40, 64), grad[40:], 1e-3)
     moved = (exact.detach() - start).norm()

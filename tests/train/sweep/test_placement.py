@@ -144,9 +144,12 @@ def check_trained_alike(found: dict[str, Any], expected: dict[str, Any], kind: s
         assert found["diverged"] == expected["diverged"] != []
         return
     assert found["n_dead"] == expected["n_dead"]
-    assert found["totals"] == pytest.approx(expected["totals"], rel=1e-5)
+    assert found["totals"] == pytest.approx(expected["totals"], rel=1e-3 if kind == "muon" else 1e-5)
     for name, weights in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], weights, rtol=1e-3, atol=1e-5)
+        if kind == "muon":  # its iteration's products are of bfloat16
+            assert float((found["weights"][name] - weights).norm() / weights.norm()) < 0.02
+        else:
+            torch.testing.assert_close(found["weights"][name], weights, rtol=1e-3, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

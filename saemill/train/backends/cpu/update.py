@@ -6,16 +6,19 @@ once.
 """
 
 import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saemill.train.backends.auxk import DeadRows
-from saemill.train.backends.base import Slopes, Task, chunks
+from saemill.train.backends.base import Slopes, Task, Weights, chunks
 from saemill.train.backends.cpu.loops.rows import Pairs, gradients, sort_pairs
 from saemill.train.backends.cpu.threads import each
 from saemill.train.backends.sparse import Forward
 from saemill.train.backends.team import Team
+from saemill.train.optim.clipping import shrinkage
 from saemill.train.profile import region
 
 BLOCK_BYTES = 1 << 20
@@ -46,7 +49,7 @@ def _update(
     task: Task, forward: Forward, slopes: Slopes, pairs: Pairs, dead: DeadRows | None, team: Team
 ) -> None:
     weights, optimizer, rates, unit = task.weights, task.optimizer, task.rates, task.architecture.unit_rows
-    w_enc_FD, _, w_dec_FD, b_D, _ = weights.parameters
+    w_enc_FD = weights.parameters.w_enc_FD
     dpre_F, db_enc_F = pairs.dpre_F, pairs.dpre_F if slopes.db_enc_F is None else slopes.db_enc_F
     if dead is not None:
         dpre_F = dpre_F.index_add(0, dead.dead_S, dead.b_enc_S)
@@ -58,31 +61,83 @@ def _update(
     toward_F = -pairs.along_F if unit else slopes.toward_F
     if toward_F is None:
         toward_F = torch.zeros_like(dpre_F)
-    every = slice(0, len(dpre_F))
-    optimizer.update("b_enc", every, db_enc_F, rates.lr)
-    for name, grad_F in slopes.further_F.items():
-        optimizer.update(name, every, grad_F, rates.lr)
-    error_ND = errors_GTD.flatten(0, 1)
+    rows = Rows(task, errors_GTD.flatten(0, 1), pairs, toward_F, dead)
+    blocks = list(chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES))
+    pieces = list(zip(blocks, _dead_slices(blocks, dead), strict=True))
+    vectors = {"b_enc": db_enc_F, **slopes.further_F}
+    shrink = 1.0
+    if rates.clip_norm is not None:
+        with region("backward"):
+            shrink = shrinkage(_squares(rows, pieces, vectors, db_D, team), rates.clip_norm)
+    for name, grad_F in vectors.items():
+        optimizer.update(name, slice(0, len(grad_F)), grad_F * shrink, rates.lr)
 
     def step(piece: tuple[slice, slice], _thread: int) -> None:
-        block, dead_slice = piece
         with region("backward"):
-            grad_enc, grad_dec = gradients(task.batch, error_ND, pairs, block, w_dec_FD, b_D, toward_F)
-            if dead is not None:
-                places = dead.dead_S[dead_slice] - block.start
-                grad_enc.index_add_(0, places, dead.w_enc_SD[dead_slice])
-                grad_dec.index_add_(0, places, dead.w_dec_SD[dead_slice])
+            grad_enc, grad_dec = rows.gradients(piece, shrink)
         with region("optimizer"):
-            optimizer.update("w_enc", block, grad_enc, rates.lr, rates.weight_decay)
-            optimizer.update("w_dec", block, grad_dec, rates.lr)
-            if unit:
-                rows = w_dec_FD[block]
-                rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-            weights.refresh(block)
+            optimizer.update("w_enc", piece[0], grad_enc, rates.lr, rates.weight_decay)
+            optimizer.update("w_dec", piece[0], grad_dec, rates.lr)
+            _renew(weights, piece[0], unit)
 
-    blocks = list(chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES))
-    each(list(zip(blocks, _dead_slices(blocks, dead), strict=True)), step)
-    optimizer.update("b", slice(None), db_D, rates.lr)
+    each(pieces, step)
+    optimizer.update("b", slice(None), db_D * shrink, rates.lr)
+    if optimizer.end_step():
+        with region("optimizer"):
+            _renew(weights, slice(None), unit)
+
+
+class Rows(NamedTuple):
+    """What the gradients of rows of w_enc and w_dec are made of."""
+
+    task: Task
+    error_ND: Tensor
+    """Errors of all groups, one below the other."""
+    pairs: Pairs
+    toward_F: Tensor
+    """What the gradient of a decoder row has beside the errors, times the row."""
+    dead: DeadRows | None
+
+    def gradients(self, piece: tuple[slice, slice], shrink: float) -> tuple[Tensor, Tensor]:
+        """Compute those of a block, times a factor.
+
+        Args:
+            piece: the block, and its share of the dead latents.
+            shrink: the factor.
+        """
+        (block, dead_slice), dead, p = piece, self.dead, self.task.weights.parameters
+        made = gradients(self.task.batch, self.error_ND, self.pairs, block, p.w_dec_FD, p.b_D, self.toward_F)
+        if dead is not None:
+            places = dead.dead_S[dead_slice] - block.start
+            for grad, dead_SD in zip(made, (dead.w_enc_SD, dead.w_dec_SD), strict=True):
+                grad.index_add_(0, places, dead_SD[dead_slice])
+        if shrink != 1:
+            for grad in made:
+                grad.mul_(shrink)
+        return made
+
+
+def _squares(
+    rows: Rows, pieces: list[tuple[slice, slice]], vectors: Mapping[str, Tensor], db_D: Tensor, team: Team
+) -> float:
+    """Sum the squares of all gradients, by a pass over the rows that keeps none of them."""
+    square_N = torch.zeros(len(pieces), dtype=torch.float64)
+
+    def count(numbered: tuple[int, tuple[slice, slice]], _thread: int) -> None:
+        i, piece = numbered
+        square_N[i] = sum(float(torch.linalg.vector_norm(grad)) ** 2 for grad in rows.gradients(piece, 1.0))
+
+    each(list(enumerate(pieces)), count)
+    total = square_N.sum() + sum(float(torch.linalg.vector_norm(grad_F)) ** 2 for grad_F in vectors.values())
+    return float(team.latents.all_reduce(total)) + float(torch.linalg.vector_norm(db_D)) ** 2
+
+
+def _renew(weights: Weights, block: slice, unit: bool) -> None:
+    """Follow rows that were stepped: to unit length, where decoder rows are so, and in the copies."""
+    if unit:
+        rows_FD = weights.parameters.w_dec_FD[block]
+        rows_FD.div_(torch.linalg.vector_norm(rows_FD, dim=1, keepdim=True))
+    weights.refresh(block)
 
 
 def _dead_slices(blocks: list[slice], dead: DeadRows | None) -> list[slice]:

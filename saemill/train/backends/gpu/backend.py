@@ -17,6 +17,7 @@ from saemill.train.backends.base import (
     Groups,
     Parameters,
     Slopes,
+    Sums,
     Task,
     Weights,
     chunks,
@@ -29,6 +30,7 @@ from saemill.train.backends.gpu.kernels.select import select
 from saemill.train.backends.gpu.update import update
 from saemill.train.backends.sparse import Forward, Sparse, fold_bias, groups_of_team, residual_of_team
 from saemill.train.backends.team import ALONE, Team
+from saemill.train.optim.optimizer import Adam, Sgd
 from saemill.train.profile import region
 
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
@@ -62,6 +64,12 @@ class Gpu(Sparse):
     def prepare(self, x_TD: Tensor) -> Batch:
         """Round a batch for products, as `Backend.prepare`."""
         return Batch(x_TD, x_TD.to(self.dtype))
+
+    def step(self, task: Task) -> Sums:
+        """Take a step, as `Backend.step`; dense with optimizers that no kernel has, and if it is clipped."""
+        if isinstance(task.optimizer, Adam | Sgd) and task.rates.clip_norm is None:
+            return super().step(task)
+        return self._dense_step(task)
 
     def bias(self, weights: Weights) -> Tensor:
         """Compute it, as `Sparse.bias`."""

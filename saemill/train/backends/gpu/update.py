@@ -16,7 +16,7 @@ from saemill.train.backends.gpu.kernels.segments import (
 )
 from saemill.train.backends.sparse import Forward
 from saemill.train.backends.team import Team
-from saemill.train.optim.optimizer import ADAM_EPS, SGD_MOMENTUM, Adam, Optimizer
+from saemill.train.optim.optimizer import ADAM_EPS, SGD_MOMENTUM, Adam, Sgd
 from saemill.train.profile import region
 
 
@@ -33,6 +33,7 @@ def update(task: Task, forward: Forward, slopes: Slopes, dead: DeadRows | None, 
     Returns: bool [F], which latents fired.
     """
     optimizer, p = task.optimizer, task.weights.parameters
+    assert isinstance(optimizer, Adam | Sgd)
     hyper = _hyper(task.rates, optimizer, p.b_D.device)
     hyper[Hyper.HEALTHY] = task.healthy
     aux, dpre_TK = None if dead is None else _aux(dead, len(p.b_enc_F)), slopes.dpre_TK.contiguous()
@@ -76,6 +77,7 @@ def _step_latents(
 ) -> None:
     """Step the rows and biases of all latents."""
     weights, optimizer, codes = task.weights, task.optimizer, forward.codes
+    assert isinstance(optimizer, Adam | Sgd)
     copied = weights.product_FD.dtype != torch.float32
     copies = (weights.product_FD, weights.gathered_FD) if copied else (None, None)
     seed = None
@@ -115,6 +117,7 @@ def _with_dead(db_enc_F: Tensor, dead: DeadRows | None) -> Tensor:
 
 def _step_others(task: Task, gradients: dict[str, Tensor], hyper: Tensor) -> None:
     """Step parameters that no kernel does; as they were where the step is not healthy."""
+    assert isinstance(task.optimizer, Adam | Sgd)
     for name, grad in gradients.items():
         parameter = task.weights.parameters.named[name]
         before = parameter.clone()
@@ -122,7 +125,7 @@ def _step_others(task: Task, gradients: dict[str, Tensor], hyper: Tensor) -> Non
         parameter.copy_(torch.where(task.healthy, parameter, before))
 
 
-def _hyper(rates: Rates, optimizer: Optimizer, device: torch.device) -> Tensor:
+def _hyper(rates: Rates, optimizer: Adam | Sgd, device: torch.device) -> Tensor:
     """Put the numbers of a step where the kernels read them, without waiting. float32 [len(Hyper)]."""
     betas = optimizer.betas if isinstance(optimizer, Adam) else (SGD_MOMENTUM, 0.0)
     values = hyper_values(
@@ -137,7 +140,7 @@ def _hyper(rates: Rates, optimizer: Optimizer, device: torch.device) -> Tensor:
     return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def _moments(optimizer: Optimizer) -> Moments:
+def _moments(optimizer: Adam | Sgd) -> Moments:
     """List the optimizer's state of the latents as the kernels take it: w_enc, b_enc, w_dec."""
     if isinstance(optimizer, Adam):
         names = ("w_enc", "b_enc", "w_dec")

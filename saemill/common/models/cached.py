@@ -1,4 +1,4 @@
-"""The model that an assessment runs: loaded as it was cached, and checked to be the same."""
+"""The model whose activations are in a store: loaded as it was cached, and checked to be the same."""
 
 from pathlib import Path
 

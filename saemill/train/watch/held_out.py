@@ -1,0 +1,103 @@
+"""How well an SAE, in the form in which it will be used, reconstructs held-out activations.
+
+The tokens are the first of the store that are held out and unmasked, with which `saemill assess` begins too;
+the definitions are the same. They are read once, past the training stream, which they leave as it is.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.shards import as_tensor
+
+MOST_BYTES = 1 << 28
+"""Most bytes of pre-activations at once."""
+
+Figures = dict[str, float | None]
+"""Figures by name; None where there is none."""
+NAMES = ("eval_fvu", "eval_l0", "eval_dead_fraction")
+"""What is measured of every SAE."""
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over tokens of an SAE, or of one within it."""
+
+    sae: Sae
+    fired_F: Tensor
+    """bool, which latents were active."""
+    sse: float = 0.0
+    n_active: int = 0
+
+    def add(self, pre_TF: Tensor, x_TD: Tensor) -> None:
+        """Count some tokens. What is squared is float64."""
+        codes = self.sae.select(pre_TF[:, : self.sae.config.num_latents])
+        error_TD = self.sae.decode(*codes).double() - x_TD.double()
+        active = codes.top_acts > 0
+        self.sse += float(error_TD.square().sum())
+        self.n_active += int(active.sum())
+        self.fired_F[codes.top_indices[active]] = True
+
+    def figures(self, suffix: str, squares: float, n_tokens: int) -> Figures:
+        """Compute the means."""
+        n_latents = self.sae.config.num_latents
+        values = (
+            self.sse / squares if squares > 0 else None,
+            self.n_active / n_tokens,
+            1 - int(self.fired_F.sum()) / n_latents,
+        )
+        return {name + suffix: value for name, value in zip(NAMES, values, strict=True)}
+
+
+class HeldOut:
+    """Some held-out activations of one site, in memory as they are stored.
+
+    Args:
+        store: where they are read.
+        site: its name.
+        mask: positions left out.
+        max_tokens: how many, at most.
+    """
+
+    def __init__(self, store: ActivationStore, site: str, mask: MaskConfig, max_tokens: int) -> None:
+        array, pieces, left = store.site(site), [], max_tokens
+        for shard in range(store.n_shards):
+            offsets = np.flatnonzero(store.keep_addresses(shard, mask, held_out=True))[:left]
+            if len(offsets):
+                pieces.append(as_tensor(array.gather(shard, offsets), array.dtype))
+                left -= len(offsets)
+            if left == 0:
+                break
+        self.x_TD = torch.cat(pieces) if pieces else torch.empty(0, array.width, dtype=array.dtype)
+        x_TD = self.x_TD.double()
+        self.squares = float((x_TD - x_TD.mean(0)).square().sum()) if len(x_TD) else 0.0
+        """Σ‖x − x̄‖²."""
+
+    def measure(self, sae: Sae) -> Figures:
+        """Measure an SAE, and those within it: a Matryoshka's prefixes, and other numbers of active latents.
+
+        Returns: `NAMES`, and the same with `_f<latents>` or `_k<k>` behind them.
+        """
+        device = sae.W_enc.device
+        config = sae.config
+        parts = {f"_f{n}": sae.prefix(n) for n in config.prefixes[:-1]}
+        parts |= {f"_k{k}": sae.at_k(k) for k in config.ks[:-1]}
+        sums = {
+            suffix: _Sums(part, torch.zeros(part.config.num_latents, dtype=torch.bool, device=device))
+            for suffix, part in {"": sae, **parts}.items()
+        }
+        n_at_once = max(1, MOST_BYTES // (4 * config.num_latents))
+        for some_TD in torch.split(self.x_TD, n_at_once):
+            x_TD = some_TD.to(device, torch.float32)
+            pre_TF = sae.pre_acts(x_TD)
+            for each in sums.values():
+                each.add(pre_TF, x_TD)
+        figures: Figures = {}
+        for suffix, each in sums.items():
+            figures |= each.figures(suffix, self.squares, len(self.x_TD))
+        return figures
