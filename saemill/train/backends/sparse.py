@@ -181,7 +181,8 @@ class Sparse(ABC):
         else:
             codes = codes.by_group(groups)
             e_TD, dot_TK, sse_G, rows_GTD = self.reconstruct_groups(codes, groups, own, weights)
-            sse, n_active = sse_G[groups.shown], self._n_shown(codes, groups, n_active)
+            # A copy, since processes add both up in place.
+            sse, n_active = sse_G[groups.shown].clone(), self._n_shown(codes, groups, n_active)
             forward = Forward(codes, e_TD, dot_TK, sse, n_active, bias_F, cutoff, rows_GTD, sse_G, groups)
         if (held := architecture.held_codes(codes)) is None:
             return forward
