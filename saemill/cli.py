@@ -22,7 +22,7 @@ app = typer.Typer(
     },
     help="""Cache a transformer's activations once, train many sparse autoencoders over them.
 
-**tokenize** a text dataset → **cache** activations → **train** a grid of TopK SAEs → **assess** them.
+**tokenize** a text dataset → **cache** activations → **train** a grid of SAEs → **assess** them.
 
 Try it: `saemill demo`. Flags may be written with dashes or underscores; counts as `2M`, `512k`, `1e6`;
 lists as `--k 16,32`, `--k 16 32` or `--k 16 --k 32`.""",

@@ -58,6 +58,7 @@ GROUND = {"config", "memory", "profile"}
 IN_TRAIN = {
     **{name: set[str]() for name in ("config", "profile")},
     "memory": set(),
+    "batch": set(),
     "stream": set(),
     "objective": set(),
     "optim": GROUND,
@@ -83,6 +84,7 @@ IN_TRAIN = {
         "export",
         "points",
         "tracking",
+        "batch",
     },
 }
 """The same within `train`: from the run down to the ground."""

@@ -177,9 +177,6 @@ def jobs() -> Iterator[Job]:
     for d, f, k in SHAPES:
         yield select_job(f, k, torch.bfloat16)
         yield residual_job(d, k, torch.bfloat16)
-        yield above_job(f, torch.bfloat16)
-        yield groups_job(d, 1)
-        yield groups_job(d, 5)
     yield select_job(24576, 32, torch.float32)
     yield select_job(131072, 64, torch.bfloat16)
     yield select_job(8192, 512, torch.bfloat16)
@@ -190,7 +187,11 @@ def jobs() -> Iterator[Job]:
     yield latent_sums_job()
     yield latent_sums_job(free=True)
     yield latent_sums_job(by_rank=True)
+    for f in sorted({f for _, f, _ in SHAPES}):
+        yield above_job(f, torch.bfloat16)
     for d in sorted({d for d, _, _ in SHAPES}):
+        yield groups_job(d, 1)
+        yield groups_job(d, 5)
         yield chunk_sums_job(d)
         yield chunk_sums_job(d, grouped=True)
         yield update_job(d, "adam", "fp32")

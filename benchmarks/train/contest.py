@@ -1,4 +1,4 @@
-"""What `peers` and `sweep` share: the contestants, their runs as separate processes, the cells of tables."""
+"""What `peers`, `members`, `sweep` and `quality` share: the contestants, their runs as separate processes, the cells of tables."""
 
 import argparse
 import json
@@ -14,6 +14,8 @@ from typing import Any
 from benchmarks import report
 from benchmarks.settings import OWN_OF_PEERS, ROOT
 
+MEMBERS = ("topk", "batchtopk", "matryoshka", "jumprelu", "relu", "gated")
+"""Architectures, by saemill's names."""
 LONG = ["--dead-after", "10000000"]
 """For a few timed steps: latents count as dead as late as in a long run, and as with all peers."""
 
@@ -29,18 +31,21 @@ class Entry:
     together: str
     """Which SAEs train in one process: all, those of one lr, or one at a time."""
     devices: tuple[str, ...] = ("cpu", "cuda")
+    members: tuple[str, ...] = MEMBERS
+    """The architectures that it has."""
 
 
 CONTESTANTS = {
     "saemill": Entry("saemill", (), "defaults", "all"),
-    "sparsify-signum": Entry("sparsify", (), "defaults", "one"),
-    "sparsify-adam": Entry("sparsify", ("--optimizer", "adam"), "Adam", "one"),
+    "sparsify-signum": Entry("sparsify", (), "defaults", "one", members=("topk",)),
+    "sparsify-adam": Entry("sparsify", ("--optimizer", "adam"), "Adam", "one", members=("topk",)),
     "sparsify-autocast": Entry(
         "sparsify",
         ("--optimizer", "adam", "--autocast"),
         "Adam, bf16 autocast put around its loop",
         "one",
         ("cpu",),
+        ("topk",),
     ),
     "saelens": Entry("saelens", (), "defaults (fp32)", "lr"),
     "saelens-bf16": Entry("saelens", ("--autocast", "--b-dec", "mean"), "bf16 autocast, b_dec = mean", "lr"),
@@ -49,6 +54,7 @@ CONTESTANTS = {
         ("--autocast", "--sparse", "--b-dec", "mean"),
         "bf16 autocast, sparse activations, no norm rescaling, b_dec = mean",
         "lr",
+        members=("topk",),
     ),
     "dictionary_learning": Entry("dictionary_learning", (), "defaults (fp32)", "all"),
     "dictionary_learning-bf16": Entry(
@@ -84,6 +90,7 @@ def run(args: argparse.Namespace, entry: Entry, name: str, options: dict[str, An
     path = args.out / "runs" / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
+        options = {key: value for key, value in options.items() if value is not None}
         python = sys.executable if entry.module == "saemill" else str(args.peers_python)
         shared = {"data": args.out.absolute() / "rows", "latents": args.latents, "batch": args.batch}
         shared |= {"device": args.device, "out": path.absolute()} | options

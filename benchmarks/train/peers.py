@@ -41,7 +41,7 @@ def speed(args: argparse.Namespace, entries: dict[str, Entry]) -> Results:
 
 
 def goal(args: argparse.Namespace, threads: int) -> dict[str, Any]:
-    return {"goals": f"{args.k}:{args.lr}", "threads": threads, "dead-share": args.dead_share}
+    return {"goals": f"topk:{args.k}:{args.lr}", "threads": threads, "dead-share": args.dead_share}
 
 
 def curves(args: argparse.Namespace, entries: dict[str, Entry]) -> dict[str, dict[str, Any]]:

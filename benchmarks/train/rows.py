@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from saemill.common.stores.activations import ActivationStore, Moments
+from saemill.common.stores.mask import TrainingMask
 from saemill.common.stores.shards import as_tensor
 from saemill.train.stream.loader import Loader
 
@@ -96,7 +97,15 @@ def stored(args: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
     for shard in range(store.n_shards):
         offsets = np.flatnonzero(store.keep_addresses(shard, store.mask, held_out=True))
         yield "held_out", as_tensor(site.gather(shard, offsets), site.dtype)
-    loader = Loader(store, [args.site], store.mask, batch_tokens=CHUNK, buffer_tokens=262_144, seed=0)
+    loader = Loader(
+        store,
+        [args.site],
+        store.mask,
+        norm_over_median=TrainingMask().norm_over_median,
+        batch_tokens=CHUNK,
+        buffer_tokens=262_144,
+        seed=0,
+    )
     for i in range(min(args.rows, loader.epoch_tokens) // CHUNK):
         yield "train", loader.batch(i)[args.site]
     loader.close()

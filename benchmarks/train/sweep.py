@@ -18,35 +18,36 @@ from benchmarks.settings import keep_settings
 from benchmarks.train import contest, rows
 from benchmarks.train.contest import Entry
 
+Goal = tuple[str, str, str]
+"""Architecture, level and lr of an SAE, as the contestants take them."""
 
-def runs_of(entry: Entry, goals: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
-    """Group the (k, lr) pairs by process."""
+
+def runs_of(entry: Entry, goals: list[Goal]) -> list[list[Goal]]:
+    """Group the SAEs by process."""
     if entry.together == "all":
         return [goals]
     if entry.together == "lr":
-        return [[goal for goal in goals if goal[1] == lr] for lr in dict.fromkeys(lr for _, lr in goals)]
+        rates = dict.fromkeys(lr for _, _, lr in goals)
+        return [[goal for goal in goals if goal[2] == lr] for lr in rates]
     return [[goal] for goal in goals]
 
 
 def one_round(
-    args: argparse.Namespace, entry: Entry, name: str, goals: list[tuple[str, str]]
+    args: argparse.Namespace, entry: Entry, name: str, goals: list[Goal], **further: Any
 ) -> dict[str, Any]:
-    """Run all variants of a contestant, one process after another."""
+    """Run all variants of a contestant, one process after another; `further` are options of each."""
     results = []
     for number, group in enumerate(runs_of(entry, goals)):
-        options = {
-            "goals": ",".join(":".join(goal) for goal in group),
-            "threads": args.threads,
-            "steps": args.steps,
-            "warmup": args.warmup,
-        }
+        options = {"goals": ",".join(":".join(goal) for goal in group), "threads": args.threads}
+        options |= {"steps": args.steps, "warmup": args.warmup} | further
         results.append(contest.run(args, entry, f"{name}-p{number}", options))
     rates = {
         key: len(goals) / sum(1 / result[key] for result in results)
         for key in ("tokens_per_s", "tokens_per_cpu_s")
     }
     peaks = {key: max(r[key] for r in results) for key in ("peak_rss_bytes", "cuda_peak_bytes")}
-    return results[0] | rates | peaks | {"runs": len(results)}
+    l0 = [value for result in results for point in result["curve"][-1:] for value in point["l0"]]
+    return results[0] | rates | peaks | {"runs": len(results), "l0": l0}
 
 
 def parse() -> argparse.Namespace:
@@ -66,7 +67,7 @@ def main() -> None:
     keep_settings(args)
     words = rows.make(args.out / "rows", args)
     entries = contest.chosen(args)
-    goals = list(product(args.k.split(","), args.lr.split(",")))
+    goals = list(product(["topk"], args.k.split(","), args.lr.split(",")))
     by_contestant: dict[str, list[dict[str, Any]]] = {name: [] for name in entries}
     for turn in range(args.rounds):
         for name, entry in entries.items():

@@ -59,7 +59,8 @@ from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.files import fingerprint_local
 from saemill.tokenize.run import run as tokenize
 from saemill.tokenize.source import check_path
-from saemill.train.config import TrainConfig, check_batch
+from saemill.train.batch import check_batch
+from saemill.train.config import TrainConfig
 from saemill.train.run import check_machine
 from saemill.train.run import run as train
 from saemill.train.sweep.variants import Variant, of_config

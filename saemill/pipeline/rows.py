@@ -9,7 +9,8 @@ from saemill.common.errors import ConfigError
 from saemill.common.log import say
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.tokens import TokenStore
-from saemill.train.config import MOST_SEQUENCES, TrainConfig
+from saemill.train.batch import MOST_SEQUENCES
+from saemill.train.config import TrainConfig
 
 FEWEST_STEPS = 8
 """Steps of a run whose batch is chosen to fit a short text."""

@@ -11,7 +11,8 @@ from saemill.common.errors import ConfigError
 from saemill.common.stores import runs
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import CTX_LEN
-from saemill.train.config import TrainConfig, check_batch
+from saemill.train.batch import check_batch
+from saemill.train.config import TrainConfig
 
 Sections = dict[str, dict[str, Any]]
 """Settings of the user, by stage."""

@@ -1,6 +1,7 @@
 """Stage 3: one shuffled stream of activations trains many SAEs at once.
 
 config.py     the settings
+batch.py      batches are counted in tokens
 run.py        settings → a trainer → SAEs on disk
 trainer.py    the loop
 export.py     what a finished run leaves
@@ -13,7 +14,7 @@ watch/        measured on held-out text meanwhile
 arch/         what an SAE is
 objective/    what is minimised
 backends/     how their steps are computed
-optim/        Adam, SGD, moments
+optim/        how weights are stepped and averaged
 record/       checkpoints, metrics, the run's folder
 profile.py    where the time of a step goes
 memory.py     huge pages

@@ -20,9 +20,6 @@ MULTIPLES = (
     ("eval_losses_every", "eval_every"),
 )
 """Steps between events that come with others, and the steps between those."""
-MOST_SEQUENCES = 512
-"""No more make a batch where batches are counted in sequences."""
-
 Architecture = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "relu", "gated"]
 BY_K = ("topk", "batchtopk", "matryoshka")
 """Architectures that keep a given number of latents."""
@@ -166,7 +163,9 @@ class TrainConfig:
     """More than the store has means several epochs."""
     epochs: int | None = setting(None, "Passes over the store, in place of max-tokens", least=1)
     """1 if neither is given."""
-    optimizer: OptimizerName | Literal["adamw"] = setting("adam", "Optimizer", metavar="NAME")
+    optimizer: Literal["adam", "adamw", "sgd", "signum", "muon"] = setting(
+        "adam", "Optimizer", metavar="NAME"
+    )
     """adamw is adam with weight decay."""
     optimizer_state: Literal["fp32", "bf16", "8bit"] = setting(
         "fp32", "How Adam's moments are kept", metavar="TYPE"
@@ -430,25 +429,3 @@ def no_effect(name: str, architecture: str) -> str:
         ("l1_coefficient", "jumprelu"): "use target_l0, or l0_coefficient",
     }
     return f"{name} has no effect with {architecture}; {instead.get((name, architecture), 'leave it out')}"
-
-
-def check_batch(batch_size: int, ctx_len: int) -> None:
-    """Refuse a batch that was surely meant in sequences, as sparsify counts them: it is no more than a row of
-    tokens, and no more than sequences come in.
-
-    Args:
-        batch_size: tokens per batch.
-        ctx_len: tokens per row; 1 where rows are passages.
-
-    Raises:
-        ConfigError: it was.
-    """
-    most = min(ctx_len, MOST_SEQUENCES)
-    if batch_size > most or ctx_len == 1:
-        return
-    n_rows = batch_size if batch_size * ctx_len > most else 2
-    raise ConfigError(
-        f"batch_size counts tokens, and {batch_size} of them fill no more than one row of {ctx_len}; for "
-        f"{n_rows} rows, as sparsify counts, say {n_rows * ctx_len}; if tokens are meant, take more than "
-        f"{most}"
-    )

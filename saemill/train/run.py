@@ -19,7 +19,8 @@ from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
 from saemill.train.backends.base import Backend
 from saemill.train.backends.choose import choose_kernels, kernels_of, make_backend
-from saemill.train.config import TrainConfig, check_batch
+from saemill.train.batch import check_batch
+from saemill.train.config import TrainConfig
 from saemill.train.export import export, save_saes
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
@@ -31,18 +32,21 @@ from saemill.train.stream.feed import Feed
 from saemill.train.stream.loader import Loader
 from saemill.train.stream.scaling import MOST_SCALE, scaling_of
 from saemill.train.sweep.halving import Halving
-from saemill.train.sweep.placement import Placement, choose
+from saemill.train.sweep.placement import (
+    WITHOUT_KERNELS,
+    Placement,
+    allowed_latent_ranks,
+    choose,
+    is_stepped_by_torch,
+)
 from saemill.train.sweep.schedule import Schedule
 from saemill.train.sweep.variants import Variant, of_config
 from saemill.train.tracking import follow
 from saemill.train.trainer import Trainer
-from saemill.train.watch.plan import plan_of
-from saemill.train.watch.watch import Watch
+from saemill.train.watch.watch import Watch, watch_of
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
-WITHOUT_KERNELS = "signum, muon, clip_grad_norm and targets of another width"
-"""What a GPU's kernels do not compute."""
 FEW_STEPS = 100
 """Steps below which the plan says that more may help."""
 SAMPLE_TOKENS = 8192
@@ -81,7 +85,7 @@ def run(config: TrainConfig) -> list[Path]:
         folder = Folder(config, store.fingerprint)
         metric = config.halving_metric or "fvu"
         halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
-        watch = _watch(config, loader, schedule)
+        watch = watch_of(config, store, loader.mask, schedule.n_steps)
         points = points_of(config.out, config.n_checkpoints, schedule.n_steps)
         if everyone.first(folder.is_finished):
             return [config.out / variant.name for variant in variants]
@@ -174,36 +178,10 @@ def _place(
         widths,
         everyone.size,
         config.data_ranks,
-        _latent_ranks(config, store, variants, device),
+        allowed_latent_ranks(config.latent_ranks, variants, kernels_of(config.kernels, device), widths),
         idle_allowed=idle_allowed,
         memory_bytes=memory_bytes,
     )
-
-
-def _latent_ranks(
-    config: TrainConfig, store: ActivationStore, variants: list[Variant], device: torch.device
-) -> int | None:
-    """Find how many processes may share an SAE's latents: as many as the user says, or one where some variant
-    needs them whole."""
-    kernels, whole = kernels_of(config.kernels, device), ""
-    if kernels == "torch":
-        whole = (
-            "kernels torch do not split an SAE's latents; leave it out, or train with kernels numba on CPUs, "
-            "triton on GPUs"
-        )
-    elif any(variant.multi_topk or variant.nested_k for variant in variants):
-        whole = "multi_topk and nested_k need all latents of an SAE in one process; leave it out"
-    elif kernels == "triton" and any(_is_stepped_by_torch(variant, store) for variant in variants):
-        whole = f"on a GPU {WITHOUT_KERNELS} need all latents of an SAE in one process; leave it out"
-    if whole and (config.latent_ranks or 1) > 1:
-        raise ConfigError(f"latent_ranks {config.latent_ranks}: {whole}")
-    return 1 if whole else config.latent_ranks
-
-
-def _is_stepped_by_torch(variant: Variant, store: ActivationStore) -> bool:
-    """Tell whether a GPU has no kernels for how a variant's weights are stepped."""
-    has_widths = len({store.site(site).width for site in variant.sites}) > 1
-    return has_widths or variant.optimizer in ("signum", "muon") or variant.clip_grad_norm is not None
 
 
 def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
@@ -229,12 +207,6 @@ def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
         buffer_tokens=config.buffer_tokens,
         seed=config.shuffle_seed,
     )
-
-
-def _watch(config: TrainConfig, loader: Loader, schedule: Schedule) -> Watch | None:
-    """Plan the measurements on held-out text, if there are to be any."""
-    plan = plan_of(config, loader.store, loader.mask, schedule.n_steps)
-    return Watch(plan, loader.store, loader.mask, config.model) if plan else None
 
 
 def _build(
@@ -411,7 +383,7 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")
     if backend.name == "triton" and any(
-        _is_stepped_by_torch(variant, store) for variant in placement.variants
+        is_stepped_by_torch(v, {site: store.site(site).width for site in v.sites}) for v in placement.variants
     ):
         say(f"steps with {WITHOUT_KERNELS} are made by torch on a GPU, more slowly than by Triton's kernels")
     if n_steps < FEW_STEPS:

@@ -31,7 +31,7 @@ KINDS = {
     "sgd": replace(BASE, optimizer="sgd"),
     "geometric median": replace(BASE, b_dec_init="geometric_median", seed=5),
     "no auxk": replace(BASE, auxk_alpha=0.0, weight_decay=0.1),
-    "clipped": replace(BASE, optimizer="sgd", clip_grad_norm=0.02, weight_average=0.5),
+    "clipped": replace(BASE, optimizer="sgd", lr=5.0, clip_grad_norm=0.02, weight_average=0.5),
     "muon": replace(BASE, optimizer="muon"),
     "batchtopk": replace(BASE, architecture="batchtopk"),
     "matryoshka": replace(BASE, architecture="matryoshka", prefixes=(7, 40, F)),
@@ -48,7 +48,7 @@ KINDS = {
     "diverging": replace(BASE, lr=1e30),
     "spoilt": replace(BASE, seed=6),
 }
-OF_TRITON = ("small", "batchtopk", "jumprelu")  # its interpreter is slow
+OF_TRITON = ("small", "batchtopk", "matryoshka", "jumprelu")  # its interpreter is slow
 
 
 def train(kind: str, team: Team, kernels: str) -> dict[str, Any]:

@@ -24,7 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Reconstruct = Callable[[Tensor], Tensor]
+Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""x_TD → x̂_TD, and how many latents are active, int64 [T]; both in the data's own units."""
+PREFIX_SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)
+"""Matryoshka's prefixes, of all latents: dictionary_learning's groups, for every package."""
+START_TOKENS = 1024
+"""Tokens from which the biases of --start-l0 are found."""
 SHRINK = 0.01
 """Encoder rows of latents that are to be dead are made this much shorter, so that they do not win."""
 
@@ -33,9 +38,17 @@ SHRINK = 0.01
 class Goal:
     """One SAE to be trained."""
 
-    k: int
+    member: str
+    """Its architecture, by saemill's name."""
+    level: float
+    """What decides how many latents are active: k, a target, or the weight of a penalty."""
     lr: float | None
     """None: the package's own default."""
+
+    @property
+    def k(self) -> int:
+        """Return the level of an architecture that has a k."""
+        return round(self.level)
 
 
 class Contestant(ABC):
@@ -56,12 +69,16 @@ class Contestant(ABC):
         value would never reach its peak in a run as short as these."""
         return min(1000, self.args.steps // 20)
 
+    def first_rows(self) -> Tensor:
+        """Read the tokens from which the biases of --start-l0 are found."""
+        return read_batch(self.args.data / "train.npy", 0, START_TOKENS).to(self.args.device)
+
     @abstractmethod
     def train(self, feed: "Feed") -> None:
-        """Build the SAEs and train them on all batches."""
+        """Build the SAEs and train them on all batches; write them where --save says."""
 
     def saes(self) -> AbstractContextManager[list[Reconstruct]]:
-        """Give the SAEs as they would be saved now, each as x_TD → x̂_TD in the data's own units."""
+        """Give the SAEs as they would be saved now."""
         return nullcontext(self.reconstructions())
 
     def reconstructions(self) -> list[Reconstruct]:
@@ -152,23 +169,26 @@ class Feed:
             torch.cuda.synchronize()
 
     def evaluate(self) -> None:
-        """Compute FVU on the held-out rows, for each SAE, in float32 whatever it is trained in."""
+        """Compute FVU and L0 on the held-out rows, for each SAE, in float32 whatever it is trained in."""
         self.peak_rss = self.peak_rss or max_rss()
         exact = torch.autocast(self.args.device, enabled=False)
         with torch.no_grad(), exact, self.contestant.saes() as saes:
-            fvu = [self._fvu(sae) for sae in saes]
+            fvu, l0 = zip(*(self._figures(sae) for sae in saes), strict=True)
         tokens, seconds = self.step * self.args.batch, sum(self.step_seconds)
-        self.curve.append({"step": self.step, "tokens": tokens, "seconds": seconds, "fvu": fvu})
+        point = {"step": self.step, "tokens": tokens, "seconds": seconds, "fvu": fvu, "l0": l0}
+        self.curve.append(point)
 
-    def _fvu(self, reconstruct: Reconstruct) -> float:
+    def _figures(self, reconstruct: Reconstruct) -> tuple[float, float]:
         path = self.args.data / "held_out.npy"
         held_out = torch.from_numpy(np.load(path))
-        error = torch.zeros((), dtype=torch.float64)
+        error, n_active = torch.zeros((), dtype=torch.float64), 0
         for x_TD in held_out.split(2048):
             x_TD = x_TD.to(self.args.device)
-            error += (reconstruct(x_TD).float() - x_TD).double().square().sum().cpu()
+            reconstruction_TD, n_active_T = reconstruct(x_TD)
+            error += (reconstruction_TD.float() - x_TD).double().square().sum().cpu()
+            n_active += int(n_active_T.sum())
         spread = (held_out.double() - held_out.double().mean(0)).square().sum()
-        return float(error / spread)
+        return float(error / spread), n_active / len(held_out)
 
 
 def read_batch(path: Path, i: int, batch: int) -> Tensor:
@@ -196,9 +216,19 @@ def max_rss() -> int:
 
 
 def parse_goals(text: str) -> list[Goal]:
-    """Parse `32:auto,64:3e-4` into goals."""
-    pairs = [goal.split(":") for goal in text.split(",")]
-    return [Goal(int(k), None if lr == "auto" else float(lr)) for k, lr in pairs]
+    """Parse `topk:32:auto,relu:0.05:3e-4` into goals."""
+    parts = [goal.split(":") for goal in text.split(",")]
+    return [Goal(member, float(level), None if lr == "auto" else float(lr)) for member, level, lr in parts]
+
+
+def prefixes(n_latents: int) -> list[int]:
+    """List Matryoshka's prefixes, in latents."""
+    return [max(1, round(share * n_latents)) for share in PREFIX_SHARES]
+
+
+def passed_by(pre_TF: Tensor, n_active: float) -> float:
+    """Find the pre-activation that `n_active` latents per token pass on the average."""
+    return float(pre_TF.flatten().topk(round(n_active * len(pre_TF))).values[-1])
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -206,12 +236,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True, help="folder made by benchmarks.train.rows")
     parser.add_argument("--latents", type=int, required=True)
-    parser.add_argument("--goals", type=parse_goals, required=True, help="k:lr, …; lr may be auto")
+    parser.add_argument("--goals", type=parse_goals, required=True, help="member:level:lr, …; lr may be auto")
     parser.add_argument("--batch", type=int, default=4096, help="tokens per step")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--warmup", type=int, default=0, help="first steps that the median leaves out")
     parser.add_argument("--eval-steps", default="", help="evaluate after these steps")
     parser.add_argument("--dead-share", type=float, default=0.0)
+    parser.add_argument("--start-l0", type=float, help="active latents at the start, where a penalty decides")
+    parser.add_argument("--save", type=Path, help="folder for the SAEs, in the package's own format")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)

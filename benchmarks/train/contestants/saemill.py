@@ -1,8 +1,20 @@
-"""saemill: a `Bank` stepped as `train/trainer.py` does; the default recipe."""
+"""saemill: a `Bank` stepped as `train/trainer.py` does; the default recipe. It saves none: `saemill train` does."""
+
+from typing import Any
 
 import torch
 
-from benchmarks.train.contestants.feed import SHRINK, Contestant, Feed, Reconstruct, main, parser, read_batch
+from benchmarks.train.contestants.feed import (
+    SHRINK,
+    Contestant,
+    Feed,
+    Goal,
+    Reconstruct,
+    main,
+    parser,
+    passed_by,
+    read_batch,
+)
 from saemill.common.sae.sae import Sae
 from saemill.train.backends.choose import choose_kernels, make_backend
 from saemill.train.learner.bank import Bank
@@ -10,25 +22,21 @@ from saemill.train.learner.learner import Learner
 from saemill.train.run import MOST_DEAD_AFTER_TOKENS, SAMPLE_TOKENS, choose_product_dtype
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.schedule import Schedule
-from saemill.train.sweep.variants import Variant, auto_lr
+from saemill.train.sweep.variants import resolve
+
+LEVELS = {"jumprelu": "target_l0", "relu": "l1_coefficient", "gated": "l1_coefficient"}
+"""What decides how many latents are active; k in the others."""
 
 
 class Saemill(Contestant):
     packages = ("saemill",)
 
     def train(self, feed: Feed) -> None:
+        if self.args.save:
+            raise SystemExit("saemill's SAEs are saved by `saemill train`")
         args, n_steps = self.args, self.args.steps
-        variants = [
-            Variant(
-                name=str(i),
-                site="x",
-                k=goal.k,
-                num_latents=self.latents,
-                lr=goal.lr or auto_lr(self.latents, self.d, n_steps),
-                k_aux=self.d // 2,
-            )
-            for i, goal in enumerate(self.goals)
-        ]
+        entries = tuple(self._entry(i, goal) for i, goal in enumerate(self.goals))
+        variants = resolve({}, {}, entries, {"x": self.d}, n_steps)
         # The cached statistics of the site, which an activation store has.
         device = torch.device(args.device)
         scaling = Scaling(self.mean_D.to(device), (self.d / self.variance) ** 0.5)
@@ -37,15 +45,44 @@ class Saemill(Contestant):
         dead_after = args.dead_after or min(MOST_DEAD_AFTER_TOKENS, n_steps * args.batch // 10)
         with torch.no_grad():
             learners = [Learner(variant, scaling, backend, sample_TD, dead_after) for variant in variants]
+            if args.start_l0:
+                x_TD = scaling.standardise(self.first_rows())
+                for learner in learners:
+                    self._start(learner, x_TD, args.start_l0)
             self.bank = Bank("x", scaling, backend, learners)
             schedule = Schedule(n_steps, self.short_warmup, "linear", round(0.2 * n_steps))
             for step, x_TD in enumerate(feed):
                 self.bank.step(x_TD, schedule.factor(step), step)
 
+    def _entry(self, number: int, goal: Goal) -> dict[str, Any]:
+        level = goal.k if goal.level == goal.k else goal.level
+        return {
+            "name": str(number),
+            "site": "x",
+            "architecture": goal.member,
+            LEVELS.get(goal.member, "k"): level,
+            "num_latents": self.latents,
+            "lr": goal.lr or "auto",
+        }
+
+    def _start(self, learner: Learner, x_TD: torch.Tensor, n_active: float) -> None:
+        """Let a penalty's latents start with so many of them active. JumpReLU starts at its target anyway."""
+        if learner.variant.architecture in ("relu", "gated"):
+            p = learner.parameters
+            pre_TF = torch.addmm(p.b_enc_F, x_TD - p.b_D, p.w_enc_FD.T)
+            p.b_enc_F.sub_(passed_by(pre_TF, n_active))
+            learner.weights.refresh()
+
     def reconstructions(self) -> list[Reconstruct]:
         exported = [learner.export({}) for learner in self.bank.learners]
-        saes = [Sae.of(parts) for parts in exported if parts is not None]
-        return [lambda x_TD, sae=sae: sae(x_TD).reconstruction for sae in saes]
+        return [self._reconstruct(Sae.of(parts)) for parts in exported if parts is not None]
+
+    def _reconstruct(self, sae: Sae) -> Reconstruct:
+        def reconstruct(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            output = sae(x_TD)
+            return output.reconstruction, (output.top_acts > 0).sum(1)
+
+        return reconstruct
 
     def keep_dead(self, first: bool) -> None:
         for learner in self.bank.learners:

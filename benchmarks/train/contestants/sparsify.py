@@ -76,6 +76,9 @@ class Sparsify(Contestant):
             model.feed = feed
             with torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
                 self.trainer.fit()
+        if args.save:
+            with self.saes():
+                self.sae.save_to_disk(args.save / "0")
 
     def _note_auxk(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.last_auxk = output.auxk_loss.detach()
@@ -89,9 +92,9 @@ class Sparsify(Contestant):
         for optimizer in averaged:
             optimizer.train()
 
-    def _reconstruct(self, x_TD: Tensor) -> Tensor:
+    def _reconstruct(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         encoded = self.sae.encode(x_TD)
-        return self.sae.decode(encoded.top_acts, encoded.top_indices)
+        return self.sae.decode(encoded.top_acts, encoded.top_indices), (encoded.top_acts > 0).sum(1)
 
     def keep_dead(self, first: bool) -> None:
         if first:

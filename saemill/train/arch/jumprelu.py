@@ -77,7 +77,7 @@ class JumpRelu:
         p.further_F["threshold"].fill_(threshold / p.w_dec_FD.shape[1] ** 0.5)
 
     def weights_F(self, seen: Seen, d: int) -> Tensor:
-        """Compute what one more token on which a latent is active adds to the loss, in squared units."""
+        """Compute what one more token on which a latent is active adds to the loss."""
         assert seen.count_F is not None
         assert seen.n_active is not None
         weight_F = torch.full_like(seen.count_F, self.coefficient * d)
@@ -87,6 +87,20 @@ class JumpRelu:
         if self.most_density is not None:
             weight_F += self.coefficient * d * (seen.count_F > self.most_density * seen.n_tokens)
         return weight_F
+
+    def _penalty(self, own_count_F: Tensor, seen: Seen, d: int) -> Tensor:
+        """Compute the penalty of some latents on some tokens, their part of the batch's, in squared units."""
+        assert seen.count_F is not None
+        assert seen.n_active is not None
+        n_own, penalty = own_count_F.sum(), self.coefficient * d
+        if self.target_l0 is None:
+            total = penalty * n_own
+        else:
+            distance = seen.n_active / seen.n_tokens / self.target_l0 - 1
+            total = penalty * seen.n_tokens * distance.square() * n_own / seen.n_active.clamp(min=1)
+        if self.most_density is not None:
+            total = total + penalty * own_count_F[seen.count_F > self.most_density * seen.n_tokens].sum()
+        return total
 
     def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition; `seen` has how often latents are active in the batch."""
@@ -100,7 +114,9 @@ class JumpRelu:
         if self.penalty == "tanh":
             aux = self.coefficient * d * torch.tanh(4 * codes_TF / d**0.5).sum()
         else:
-            aux = ((active_TF - near_TF * moved_F) * self.weights_F(seen, d)).sum()
+            step_TF = active_TF - near_TF * moved_F
+            linear = (step_TF * self.weights_F(seen, d)).sum()
+            aux = linear - linear.detach() + self._penalty(active_TF.sum(0), seen, d)
         dead_S = seen.dead.latents_S
         below_TS = torch.relu(theta_F[dead_S] - pre_TF[:, dead_S])
         return Losses(e_TD.square().sum(), aux + self.preact * d**0.5 * below_TS.sum(), codes_TF)
@@ -136,8 +152,9 @@ class JumpRelu:
             dcode_TK = dcode_TK + 4 * weight * (1 - tanh_TK.square())
             aux_loss = weight * unit * tanh_TK.sum()
         else:
-            weight_F = self.weights_F(seen._replace(count_F=count_F), p.w_dec_FD.shape[1]) * per_square
-            at_theta_TK, aux_loss = weight_F[codes.idx_TK], (weight_F * count_F).sum()
+            counted, d = seen._replace(count_F=count_F), p.w_dec_FD.shape[1]
+            at_theta_TK = (self.weights_F(counted, d) * per_square)[codes.idx_TK]
+            aux_loss = self._penalty(count_F, counted, d) * per_square
         dtheta_TK = (theta_TK * dcode_TK + at_theta_TK).where(near_TK, 0) / -rule.bandwidth
         dtheta_F = codes.by_latent(dtheta_TK, n_latents)
         if self.preact:

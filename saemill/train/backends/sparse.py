@@ -80,6 +80,8 @@ class Forward(NamedTuple):
     """The weighted errors of each group and of those that hold it, summed; None without groups."""
     sse_G: Tensor | None = None
     """Σ e² of each group, float32; None without groups."""
+    groups: Groups | None = None
+    """The groups, by numbers of this process's latents; None without."""
     held_dot_TK: Tensor | None = None
     """As dot_TK, of the reconstruction from `held_codes`; None without."""
     held_sse: Tensor | None = None
@@ -177,14 +179,15 @@ class Sparse(ABC):
         if found is None:
             return None
         codes, n_active = self._own_codes(architecture.codes(p, found), rule)
-        if (groups := architecture.groups) is None:
+        if (groups := self._own_groups(architecture.groups)) is None:
             e_TD, dot_TK, sse = self.reconstruct(codes, own, weights)
             forward = Forward(codes, e_TD, dot_TK, sse, n_active, bias_F, cutoff)
         else:
             codes = codes.by_group(groups)
             e_TD, dot_TK, sse_G, rows_GTD = self.reconstruct_groups(codes, groups, own, weights)
-            sse, n_active = sse_G[groups.shown], self._n_shown(codes, groups, n_active)
-            forward = Forward(codes, e_TD, dot_TK, sse, n_active, bias_F, cutoff, rows_GTD, sse_G)
+            # A copy, since processes add both up in place.
+            sse, n_active = sse_G[groups.shown].clone(), self._n_shown(codes, groups, n_active)
+            forward = Forward(codes, e_TD, dot_TK, sse, n_active, bias_F, cutoff, rows_GTD, sse_G, groups)
         if (held := architecture.held_codes(codes)) is None:
             return forward
         _, held_dot_TK, held_sse = self.reconstruct(held, own, weights)
@@ -200,6 +203,15 @@ class Sparse(ABC):
         if isinstance(rule, Largest):
             return own_codes(codes, self.team)
         return codes, self.team.latents.all_reduce((codes.val_TK > 0).sum())
+
+    def _own_groups(self, groups: Groups | None) -> Groups | None:
+        """Count where groups of latents end among those of this process."""
+        if groups is None or groups.by_rank:
+            return groups
+        own = self.team.latents.slice_of(groups.ends[-1])
+        return groups._replace(
+            ends=tuple(min(max(end, own.start), own.stop) - own.start for end in groups.ends)
+        )
 
     def _n_shown(self, codes: Codes, groups: Groups, n_active: Tensor) -> Tensor:
         """Count the codes above 0 in the group that is shown."""

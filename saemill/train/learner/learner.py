@@ -106,7 +106,7 @@ class Learner:
         return Adam(named, variant.optimizer_state, variant.adam_betas)
 
     def step(self, batch: Batch, lr_factor: float, step: int) -> None:
-        """Take one optimizer step; on a GPU the host waits for nothing.
+        """Take one optimizer step; on a GPU the host waits for nothing with TopK.
 
         Args:
             batch: from the backend; the loss is the mean over its tokens.

@@ -5,8 +5,10 @@ from torch import Tensor
 
 from saemill.train.backends.base import Groups
 
-CUTOFF_DECAY = 0.99
-"""Share of the moving average of the cutoff that a step keeps; younger averages weigh all steps in."""
+CUTOFF_SHARE = 0.1
+"""Share of the steps so far that the cutoff's average looks back on."""
+MOST_CUTOFF_STEPS = 1000
+"""Steps that it looks back on at most."""
 
 
 class Totals:
@@ -73,25 +75,24 @@ class Totals:
 class CutoffAverage:
     """The moving average of BatchTopK's cutoff, which is its threshold after training.
 
+    It looks back on a share of the steps so far: the cutoff moves fast at first, and slowly later.
+
     Args:
         device: where it trains.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        """The weighted sum, and the sum of the weights."""
+        """The average, and the number of steps that it has seen."""
 
     def add(self, cutoff: Tensor, healthy: Tensor) -> None:
         """Count a step, where it was healthy."""
-        kept = self.sums * CUTOFF_DECAY + (1 - CUTOFF_DECAY) * torch.stack([cutoff.double(), self._one])
-        self.sums.copy_(torch.where(healthy, kept, self.sums))
-
-    @property
-    def _one(self) -> Tensor:
-        return self.sums.new_ones(())
+        average, n_steps = self.sums
+        span = ((n_steps + 1) * CUTOFF_SHARE).clamp(1, MOST_CUTOFF_STEPS)
+        moved = torch.stack([average + (cutoff.double() - average) / span, n_steps + 1])
+        self.sums.copy_(torch.where(healthy, moved, self.sums))
 
     @property
     def value(self) -> float:
         """Return the average, 0 before the first step."""
-        total, weight = self.sums.tolist()
-        return total / weight if weight else 0.0
+        return float(self.sums[0])

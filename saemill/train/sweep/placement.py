@@ -21,6 +21,8 @@ LATENTS_PER_ACTIVE = 90
 TEAM_OVERHEAD = 0.3
 """Time that a step takes in a team of two above its even share of one process's step, and once more with each
 doubling (docs/scaling.md)."""
+WITHOUT_KERNELS = "signum, muon, clip_grad_norm and targets of another width"
+"""What a GPU's kernels do not compute."""
 MEMORY_SHARE = 0.85
 """Largest share of a device's memory for weights and moments; the rest is for batches and pre-activations."""
 
@@ -111,6 +113,43 @@ def state_bytes(variant: Variant, widths: Sequence[int]) -> int:
     n_averages = 0 if variant.weight_average is None else 1
     n_weights = variant.num_latents * (widths[0] + widths[-1])
     return n_weights * (4 + 2 + n_moments * per_moment + 4 * n_averages)
+
+
+def allowed_latent_ranks(
+    asked: int | None, variants: list[Variant], kernels: str, widths: Mapping[str, int]
+) -> int | None:
+    """Find how many processes may share an SAE's latents: as many as are asked for, or one where some variant
+    needs them whole.
+
+    Args:
+        asked: by the user; None leaves it open.
+        variants: all of the run.
+        kernels: torch, numba or triton.
+        widths: D of each site.
+
+    Raises:
+        ConfigError: more are asked for than may be.
+    """
+    whole = ""
+    if kernels == "torch":
+        whole = (
+            "kernels torch do not split an SAE's latents; leave it out, or train with kernels numba on CPUs, "
+            "triton on GPUs"
+        )
+    elif any(variant.multi_topk or variant.nested_k for variant in variants):
+        whole = "multi_topk and nested_k need all latents of an SAE in one process; leave it out"
+    elif kernels == "triton" and any(is_stepped_by_torch(v, widths) for v in variants):
+        whole = f"on a GPU {WITHOUT_KERNELS} need all latents of an SAE in one process; leave it out"
+    if whole and (asked or 1) > 1:
+        raise ConfigError(f"latent_ranks {asked}: {whole}")
+    return 1 if whole else asked
+
+
+def is_stepped_by_torch(variant: Variant, widths: Mapping[str, int]) -> bool:
+    """Tell whether a GPU has no kernels for how a variant's weights are stepped; `widths` has D of its sites."""
+    if len({widths[site] for site in variant.sites}) > 1:
+        return True
+    return variant.optimizer in ("signum", "muon") or variant.clip_grad_norm is not None
 
 
 def choose(

@@ -12,7 +12,7 @@ TOKENS, LOSSES_TOKENS = 8192, 4096
 """Tokens to measure on where nobody says how many."""
 TIMES_PER_RUN = 10
 LEAST_STEPS = 500
-"""Fewest steps between measurements where nobody says how many: so they take about a 100th of the time."""
+"""Fewest steps between measurements where nobody says how many: so they take less than 1% of the time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,10 @@ from saemill.common.sae.parts import Parts
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
+from saemill.train.config import TrainConfig
 from saemill.train.learner.learner import Learner
 from saemill.train.watch.held_out import NAMES, Figures, HeldOut
-from saemill.train.watch.plan import Plan
+from saemill.train.watch.plan import Plan, plan_of
 
 if TYPE_CHECKING:
     from saemill.train.watch.losses import Losses
@@ -111,3 +112,13 @@ class Watch:
             f"measured on {counted(n_tokens, f'held-out {self.store.text.unit}')}{what}: {seconds:.2g} s, as "
             f"long as {seconds / step_seconds:.1f} steps; every {every:,} steps that is {share:.1%} more time"
         )
+
+
+def watch_of(config: TrainConfig, store: ActivationStore, mask: MaskConfig, n_steps: int) -> Watch | None:
+    """Plan the measurements of a run, if there are to be any; see `plan_of`.
+
+    Raises:
+        ConfigError: what is asked for cannot be measured.
+    """
+    plan = plan_of(config, store, mask, n_steps)
+    return Watch(plan, store, mask, config.model) if plan else None

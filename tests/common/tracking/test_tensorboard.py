@@ -26,18 +26,26 @@ def test_events_are_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         tmp_path, n_rows=256, ctx_len=32, d=D, shard_tokens=2048, values_TD=structured(256 * 32)
     )
     out = tmp_path / "r"
-    settings: dict[str, Any] = {"k": (4, 8), "num_latents": (48,), "log_to_tensorboard": True}
+    settings: dict[str, Any] = {
+        "k": (4, 8),
+        "num_latents": (48,),
+        "log_to_tensorboard": True,
+        "eval_every": 10,
+    }
     killed_at(17, config(store, out, **settings), monkeypatch)
     folders = run(config(store, out, **settings))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 5
     for folder in folders:
         found = scalars(out / "tensorboard" / folder.name)
-        assert set(found) == {"fvu", "loss", "auxk", "l0", "dead_fraction", "lr", "tokens_per_s"}
+        measured = {"eval_fvu", "eval_l0", "eval_dead_fraction"}
+        assert set(found) == {"fvu", "loss", "auxk", "l0", "dead_fraction", "lr", "tokens_per_s"} | measured
+        assert len(found["eval_fvu"]) == 3
         for tag in set(found) - {"tokens_per_s"}:
             assert found[tag] == [
                 (line["tokens"], pytest.approx(line["variants"][folder.name][tag], rel=1e-6))
                 for line in lines
+                if tag in line["variants"][folder.name]
             ]
 
 

@@ -5,7 +5,7 @@ torch.optim.AdamW or SGD, and renormalised rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -117,6 +117,31 @@ CASES = {
         architecture="jumprelu", clip=0.01, settings=(("target_l0", 3.0), ("bandwidth", 0.2)), optimizer="sgd"
     ),
     "gated": Case(architecture="gated", settings=(("l1_coefficient", 0.05),)),
+    "matryoshka, topk, fewer above 0": Case(
+        architecture="matryoshka",
+        k=30,
+        settings=(("prefixes", (5, 17, 40)), ("matryoshka_rule", "topk")),
+    ),
+    "bfloat16, batchtopk": Case(architecture="batchtopk", t=64, d=32, f=64, k=8, dtype=torch.bfloat16),
+    "bfloat16, matryoshka": Case(
+        architecture="matryoshka",
+        t=64,
+        d=32,
+        f=64,
+        dtype=torch.bfloat16,
+        settings=(("prefixes", (8, 24, 64)), ("matryoshka_rule", "topk")),
+    ),
+    "bfloat16, relu, free rows": Case(
+        architecture="relu",
+        t=32,
+        d=32,
+        f=64,
+        dtype=torch.bfloat16,
+        settings=(("l1_coefficient", 0.05), ("decoder_rows", "free")),
+    ),
+    "bfloat16, gated": Case(
+        architecture="gated", t=32, d=32, f=64, dtype=torch.bfloat16, settings=(("l1_coefficient", 0.05),)
+    ),
 }
 CASES |= {
     f"transcoder, {name}": replace(CASES[name], d_out=CASES[name].d)
@@ -366,10 +391,14 @@ def test_the_definition_is_topk_with_auxk(n_dead: int) -> None:
         torch.testing.assert_close(a, b_)
 
 
+@pytest.mark.parametrize("name", ["few dead", "matryoshka", "jumprelu, dense and dead", "gated"])
 @pytest.mark.parametrize("kernels", BACKENDS)
-def test_a_step_that_is_not_healthy_changes_nothing(kernels: str) -> None:
+def test_a_step_that_is_not_healthy_changes_nothing(
+    kernels: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: the parameters from before, bit by bit; NaN in the batch."""
-    learner = learner_of(replace(Case(), n_dead=5), kernels)
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 2.0)
+    learner = learner_of(CASES[name], kernels)
     (x_TD,) = planted(1, 23, 12, learner.parameters.b_D.device)
     x_TD[2, 3] = torch.nan
     before = [parameter.clone() for parameter in learner.parameters.named.values()]

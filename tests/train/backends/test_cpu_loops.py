@@ -247,7 +247,7 @@ def test_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
     e_TD, dot_TK = torch.randn(t, d, generator=generator).to(dtype), torch.randn(t, k, generator=generator)
     rest = (torch.tensor(0.0), torch.tensor(0), torch.zeros(f))
     forward = Forward(Codes(val_TK, idx_TK), e_TD, dot_TK, *rest)
-    pairs = sort_pairs(forward, Slopes((gs * dot_TK).where(val_TK > 0, 0)), None, f, gs)
+    pairs = sort_pairs(forward, Slopes((gs * dot_TK).where(val_TK > 0, 0)), f, gs)
     val_TF, dval_TF, dot_TF = (
         torch.zeros(t, f).scatter(1, idx_TK, gs * of_pair_TK)
         for of_pair_TK in (val_TK, dot_TK * (val_TK > 0), dot_TK)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from saemill.train.arch.topk import TopK
-from saemill.train.backends import auxk
+from saemill.train.backends import auxk, sparse
 from saemill.train.backends.base import Dead
 from saemill.train.backends.gpu import backend as gpu
 from saemill.train.backends.gpu import update
@@ -65,6 +65,41 @@ def test_8_bit_moments_go_on_bit_by_bit() -> None:
             made.step(data[1], 1.0, 1)
     for expected, found in zip(mine.checkpoint_tensors(), theirs.checkpoint_tensors(), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+JUMPRELU = replace(
+    BASE, architecture="jumprelu", k=None, k_aux=None, target_l0=5.0, bandwidth=0.2, preact_coefficient=0.01
+)
+
+
+def test_more_codes_than_there_is_room_for_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the same step with room for all from the start, bit by bit."""
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 2.0)
+    (x_TD,) = planted(1, T, D, GPU)
+    wide = train(bank([JUMPRELU]), [x_TD]).learners[0]
+    assert wide.totals.window()["l0"] > 1
+    monkeypatch.setattr(gpu, "FIRST_SLOTS", 1)
+    narrow = train(bank([JUMPRELU]), [x_TD]).learners[0]
+    for name, parameter in wide.parameters.named.items():
+        assert torch.equal(parameter, narrow.parameters.named[name])
+    assert narrow.totals.window() == wide.totals.window()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_with_dense_codes_is_that_of_torch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: `Plain` on the same device, bit by bit; the copies of the weights follow."""
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 0.0)
+    (x_TD,) = planted(1, T, D, GPU)
+    plain, dense = (
+        train(make_bank([JUMPRELU], x_TD, kernels=kernels, dtype=dtype), [x_TD]).learners[0]
+        for kernels in ("torch", "triton")
+    )
+    for name, parameter in plain.parameters.named.items():
+        assert torch.equal(parameter, dense.parameters.named[name])
+    assert torch.equal(dense.weights.product_FD, dense.parameters.w_enc_FD.to(dtype))
+    assert torch.equal(dense.weights.gathered_FD, dense.parameters.w_dec_FD.to(dtype))
 
 
 class OnlyThere(TorchDispatchMode):

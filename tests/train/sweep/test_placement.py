@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import Group, World
-from saemill.train.sweep.placement import choose, cost, deal
+from saemill.train.sweep.placement import allowed_latent_ranks, choose, cost, deal
 from saemill.train.sweep.variants import Variant
 
 
@@ -144,10 +145,10 @@ def check_trained_alike(found: dict[str, Any], expected: dict[str, Any], kind: s
         assert found["diverged"] == expected["diverged"] != []
         return
     assert found["n_dead"] == expected["n_dead"]
-    assert found["totals"] == pytest.approx(expected["totals"], rel=1e-3 if kind == "muon" else 1e-5)
+    assert found["totals"] == pytest.approx(expected["totals"], rel=5e-3 if kind == "muon" else 1e-5)
     for name, weights in expected["weights"].items():
         if kind == "muon":  # its iteration's products are of bfloat16
-            assert float((found["weights"][name] - weights).norm() / weights.norm()) < 0.02
+            assert float((found["weights"][name] - weights).norm() / weights.norm()) < 0.05
         else:
             torch.testing.assert_close(found["weights"][name], weights, rtol=1e-3, atol=1e-5)
 
@@ -316,3 +317,24 @@ def test_a_torchrun_environment_that_is_cut_is_told() -> None:
     """Oracle: the message names what is missing."""
     with pytest.raises(ConfigError, match=r"LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"):
         World.here({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+WIDTHS = {"a": 16, "b": 24, "c": 16}
+
+
+def test_what_needs_whole_saes_is_not_split() -> None:
+    """Oracle: by hand: on a GPU there are no kernels for signum, Muon, clipping, and targets of another width;
+    the loops of a CPU have all of them."""
+    plain = Variant(name="v", site="a", k=4, num_latents=64, lr=1e-2, k_aux=8)
+    changed = ({"optimizer": "signum"}, {"optimizer": "muon"}, {"clip_grad_norm": 1.0}, {"target_site": "b"})
+    for changes in changed:
+        variants = [plain, replace(plain, **changes)]  # type: ignore[arg-type]
+        assert allowed_latent_ranks(None, variants, "triton", WIDTHS) == 1
+        assert allowed_latent_ranks(2, variants, "numba", WIDTHS) == 2
+        with pytest.raises(
+            ConfigError, match="latent_ranks 2: on a GPU signum, muon, clip_grad_norm and targets"
+        ):
+            allowed_latent_ranks(2, variants, "triton", WIDTHS)
+    alike = [plain, replace(plain, target_site="c")]
+    assert allowed_latent_ranks(2, alike, "triton", WIDTHS) == 2
+    assert allowed_latent_ranks(None, [plain], "triton", WIDTHS) is None

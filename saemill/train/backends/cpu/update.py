@@ -38,8 +38,8 @@ def update(task: Task, forward: Forward, slopes: Slopes, dead: DeadRows | None, 
     Returns: bool [F], which latents fired.
     """
     with region("sort"):
-        n_latents, groups = len(task.weights.parameters.w_enc_FD), task.architecture.groups
-        pairs = sort_pairs(forward, slopes, groups, n_latents, task.rates.grad_scale)
+        n_latents = len(task.weights.parameters.w_enc_FD)
+        pairs = sort_pairs(forward, slopes, n_latents, task.rates.grad_scale)
     if task.healthy:
         _update(task, forward, slopes, pairs, dead, team)
     return pairs.fired_F

@@ -37,6 +37,9 @@ from saemill.train.profile import region
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
 """Most bytes of pre-activations at once: what fills a GPU; less in Triton's interpreter."""
 
+FIRST_SLOTS = 128
+"""Codes above floors that a token has room for at first."""
+
 
 class Gpu(Sparse):
     """Kernels for GPUs: no atomics, so the same inputs give the same bits.
@@ -51,7 +54,7 @@ class Gpu(Sparse):
     def __init__(self, dtype: torch.dtype, team: Team = ALONE) -> None:
         super().__init__(dtype, team)
         self._scratch = torch.empty(0, dtype=dtype)
-        self._n_slots = 128
+        self._n_slots = FIRST_SLOTS
 
     def weights(self, shape: Shape, device: torch.device) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`."""

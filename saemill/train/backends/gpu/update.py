@@ -59,7 +59,7 @@ def _sorted(
     dot_TK = forward.dot_TK if task.architecture.unit_rows else None
     counts_TK = (val_TK > 0) | (dpre_TK != 0)
     pairs = segments(torch.where(counts_TK, forward.codes.idx_TK, n_latents), n_latents)
-    groups = task.architecture.groups
+    groups = forward.groups
     n_shown = groups.ends[groups.shown] if groups and groups.by_rank else None
     return pairs, latent_sums(val_TK, dot_TK, dpre_TK, pairs, hyper, aux, n_shown)
 
@@ -96,7 +96,7 @@ def _step_latents(
         optimizer="adam" if isinstance(optimizer, Adam) else "sgd",
         seed=seed,
         aux=aux,
-        row_TK=_error_rows(codes, task.architecture.groups),
+        row_TK=_error_rows(codes, forward.groups),
         unit=task.architecture.unit_rows,
     )
 

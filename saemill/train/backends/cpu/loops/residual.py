@@ -68,10 +68,7 @@ def _residual(val, idx, n_used, x, w_dec, b, e, dots, sse):
     for t in range(len(x)):
         row[:] = b - x[t]
         _add(row, val[t], idx[t], 0, n_used[t], w_dec)
-        for d in range(len(row)):
-            put(e[t], d, row[d])
-        for d in range(len(row)):
-            row[d] = wide(e[t, d])
+        _round(row, e[t])
         sse[t] = dot(row, row)
         _products(row, idx[t], 0, n_used[t], w_dec, dots[t])
 
@@ -88,17 +85,24 @@ def _residual_of_groups(val, idx, ends, weights, x, w_dec, b, shown, place, e, d
             first = ends[t, g]
             errors[g, :] = row
             sse[t, g] = dot(row, row)
-        for d in range(len(row)):
-            put(e[t], d, errors[shown, d])
+        row[:] = errors[shown]
+        _round(row, e[t])
         total[:] = 0
         for g in range(len(weights) - 1, -1, -1):
-            for d in range(len(row)):
-                total[d] += weights[g] * errors[g, d]
-                put(rows[g, place + t], d, total[d])
-            for d in range(len(row)):
-                row[d] = wide(rows[g, place + t, d])
+            total += weights[g] * errors[g]
+            row[:] = total
+            _round(row, rows[g, place + t])
             first = ends[t, g - 1] if g > 0 else 0
             _products(row, idx[t], first, ends[t, g], w_dec, dots[t])
+
+
+@njit(**COMPILED)
+def _round(row, stored):
+    """Store a row, and give it the values that are stored."""
+    for d in range(len(row)):
+        put(stored, d, row[d])
+    for d in range(len(row)):
+        row[d] = wide(stored[d])
 
 
 @njit(**COMPILED)

@@ -7,7 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from saemill.train.backends.base import Batch, Codes, Groups, Parameters, Slopes
+from saemill.train.backends.base import Batch, Codes, Parameters, Slopes
 from saemill.train.backends.cpu.loops.numbers import COMPILED, array, wide
 from saemill.train.backends.sparse import Forward
 
@@ -31,9 +31,9 @@ class Pairs(NamedTuple):
     """bool: some val > 0."""
 
 
-def sort_pairs(forward: Forward, slopes: Slopes, groups: Groups | None, n_latents: int, gs: float) -> Pairs:
+def sort_pairs(forward: Forward, slopes: Slopes, n_latents: int, gs: float) -> Pairs:
     """Order a batch's pairs by latent, by counting; those without code and gradient are left out."""
-    codes, n_pairs = forward.codes, forward.codes.idx_TK.numel()
+    codes, groups, n_pairs = forward.codes, forward.groups, forward.codes.idx_TK.numel()
     pairs = Pairs(
         token_P=(token_P := torch.empty(n_pairs, dtype=torch.int64)),
         row_P=token_P if groups is None else torch.empty(n_pairs, dtype=torch.int64),
