@@ -44,7 +44,6 @@ KINDS = {
     "skip transcoder": replace(
         OTHER, architecture="gated", l1_coefficient=0.02, target_site="t", skip_connection=True
     ),
-    "skip transcoder, muon": replace(BASE, optimizer="muon", target_site="t", skip_connection=True),
     "diverging": replace(BASE, lr=1e30),
     "spoilt": replace(BASE, seed=6),
 }

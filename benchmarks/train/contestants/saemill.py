@@ -1,4 +1,4 @@
-"""saemill: a `Bank` stepped as `train/trainer.py` does; the default recipe. It saves none: `saemill train` does."""
+"""saemill: a `Bank` stepped as `train/trainer.py` does; the default recipe. It saves none."""
 
 from typing import Any
 

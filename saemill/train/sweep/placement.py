@@ -146,7 +146,12 @@ def allowed_latent_ranks(
 
 
 def is_stepped_by_torch(variant: Variant, widths: Mapping[str, int]) -> bool:
-    """Tell whether a GPU has no kernels for how a variant's weights are stepped; `widths` has D of its sites."""
+    """Tell whether a GPU has no kernels for how a variant's weights are stepped.
+
+    Args:
+        variant: its settings.
+        widths: D of its sites.
+    """
     if len({widths[site] for site in variant.sites}) > 1:
         return True
     return variant.optimizer in ("signum", "muon") or variant.clip_grad_norm is not None

@@ -5,7 +5,7 @@ torch.optim.AdamW or SGD, and renormalised rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 

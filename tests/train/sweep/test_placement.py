@@ -323,8 +323,8 @@ WIDTHS = {"a": 16, "b": 24, "c": 16}
 
 
 def test_what_needs_whole_saes_is_not_split() -> None:
-    """Oracle: by hand: on a GPU there are no kernels for signum, Muon, clipping, and targets of another width;
-    the loops of a CPU have all of them."""
+    """Oracle: by hand: on a GPU there are no kernels for signum, Muon, clipping, and targets of another
+    width; the loops of a CPU have all of them."""
     plain = Variant(name="v", site="a", k=4, num_latents=64, lr=1e-2, k_aux=8)
     changed = ({"optimizer": "signum"}, {"optimizer": "muon"}, {"clip_grad_norm": 1.0}, {"target_site": "b"})
     for changes in changed:
