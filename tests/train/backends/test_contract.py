@@ -147,8 +147,8 @@ CASES |= {
     f"transcoder, {name}": replace(CASES[name], d_out=CASES[name].d)
     for name in ("as usual", "clipped", "matryoshka", "gated", "jumprelu, dense and dead")
 }
-CASES["transcoder, bfloat16, dead"] = replace(CASES["bfloat16, dead"], d_out=32, t=80)
-CASES["skip transcoder, bfloat16"] = replace(CASES["bfloat16"], d_out=32, t=80, has_skip=True)
+CASES["transcoder, bfloat16, dead"] = replace(CASES["bfloat16, dead"], d_out=32, t=56)
+CASES["skip transcoder, bfloat16"] = replace(CASES["bfloat16"], d_out=32, t=56, has_skip=True)
 CASES |= {
     f"skip transcoder, {name}": replace(CASES[name], d_out=CASES[name].d, has_skip=True)
     for name in (
