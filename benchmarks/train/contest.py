@@ -1,4 +1,4 @@
-"""What `peers`, `members`, `sweep` and `quality` share: the contestants, their runs as separate processes, the cells of tables."""
+"""What `peers`, `members`, `sweep` and `quality` share: contestants, their processes, cells of tables."""
 
 import argparse
 import json

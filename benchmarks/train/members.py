@@ -62,7 +62,9 @@ def measure(args: argparse.Namespace, entries: dict[str, Entry]) -> Results:
     return results
 
 
-def subject_table(args: argparse.Namespace, subject: str, by_threads: dict[int, dict[str, Rounds]]) -> list[str]:
+def subject_table(
+    args: argparse.Namespace, subject: str, by_threads: dict[int, dict[str, Rounds]]
+) -> list[str]:
     """Render what was measured of one member, or of the mixed sweep."""
     head, unit = ["contestant", "settings"], "variant-tokens" if subject == MIXED else "tokens"
     for n in by_threads:
@@ -120,7 +122,9 @@ def main() -> None:
     keep_settings(args)
     words = rows.make(args.out / "rows", args)
     results = measure(args, contest.chosen(args))
-    every = [r for by_n in results.values() for by_name in by_n.values() for rs in by_name.values() for r in rs]
+    every = [
+        r for by_n in results.values() for by_name in by_n.values() for rs in by_name.values() for r in rs
+    ]
     lines = [contest.machine(every), ""]
     lines += [
         f"{args.latents:,} latents, L0 {args.l0}, {args.batch:,} tokens per step, lr {args.lr}, {words}; "

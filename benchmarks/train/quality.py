@@ -8,13 +8,13 @@ measured by one yardstick: `saemill assess` on the files that each package saved
 
 Recipes are each package's own: saemill's defaults; sparsify's defaults; dictionary_learning's demo (unit
 norm, lr 3e-4, decay over the last fifth); SAELens' defaults with its normalisation of activations, b_dec
-started at the mean, and JumpReLU in Anthropic's setting. Warm-ups that are longer than the run become shares of
-it (the contestants say which).
+started at the mean, and JumpReLU in Anthropic's setting. Warm-ups that are longer than the run become shares
+of it (the contestants say which).
 
 With a k, `--l0` is it. Where a penalty decides, each package gets a list of weights that is to span these L0
 (`--levels saelens.relu=1,3,10` replaces one); saemill's and dictionary_learning's JumpReLU take a target.
-Compared is at equal L0, as it was measured: an SAE within 5% of it, or between its two neighbours, linearly in
-log L0 (`benchmarks/train/equal_l0.py`). "–" where a package's SAEs do not reach an L0.
+Compared is at equal measured L0: an SAE within 5% of it, or between two neighbours, linearly in log L0
+(`benchmarks/train/equal_l0.py`). "–" where a package's SAEs do not reach an L0: add levels.
 
 Runs and assessments that are finished in DIR are not run again, also after a change of `--levels`. The result
 is `DIR/results.md`, raw figures in `DIR/results.json`.

@@ -44,7 +44,11 @@ class Trained:
 
 def lines(args: argparse.Namespace, words: str, every: list[Trained]) -> list[str]:
     """Render the report."""
-    head = [machine(), "", f"{args.latents:,} latents, {args.tokens:,} tokens of {words}, {args.batch:,} per "]
+    head = [
+        machine(),
+        "",
+        f"{args.latents:,} latents, {args.tokens:,} tokens of {words}, {args.batch:,} per ",
+    ]
     head[-1] += f"step, {args.threads} threads. Brackets are 95% intervals over documents."
     found = {
         (member, l0): at_l0(every, member, l0, args.contestants) for member in args.members for l0 in args.l0

@@ -18,7 +18,6 @@ from benchmarks.settings import keep_settings
 from benchmarks.train import contest, rows
 from benchmarks.train.contest import Entry
 
-
 Goal = tuple[str, str, str]
 """Architecture, level and lr of an SAE, as the contestants take them."""
 

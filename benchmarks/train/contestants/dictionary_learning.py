@@ -131,6 +131,8 @@ class DictionaryLearning(Contestant):
     @torch.no_grad()
     def _start(self, member: str, ae: Any, n_active: float) -> None:
         """Let a penalty's latents start with so many of them active."""
+        if self.args.demo:
+            raise SystemExit("--start-l0 is for activations as they are, which --demo normalises")
         x_TD = self.first_rows()
         if member == "jumprelu":
             ae.threshold.fill_(passed_by(x_TD @ ae.W_enc + ae.b_enc, n_active))

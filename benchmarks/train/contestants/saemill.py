@@ -1,4 +1,4 @@
-"""saemill: a `Bank` stepped as `train/trainer.py` does; the default recipe. It saves none: `saemill train` does."""
+"""saemill: a `Bank` stepped as `train/trainer.py` does; the default recipe. It saves none."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from saemill.train.learner.learner import Learner
 from saemill.train.run import MOST_DEAD_AFTER_TOKENS, SAMPLE_TOKENS, choose_product_dtype
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.schedule import Schedule
-from saemill.train.sweep.variants import Variant, resolve
+from saemill.train.sweep.variants import resolve
 
 LEVELS = {"jumprelu": "target_l0", "relu": "l1_coefficient", "gated": "l1_coefficient"}
 """What decides how many latents are active; k in the others."""
