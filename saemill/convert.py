@@ -33,10 +33,13 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
     provenance = sae.config.provenance
     if model:
         provenance |= {"model": model, "revision": None}
-    site, revision = provenance.get("site"), provenance.get("revision")
-    hook = _hook(site, provenance.get("model"), revision) if name != "sparsify" else None
+    revision = provenance.get("revision")
+    hook, target = None, None
+    if name != "sparsify":
+        hook = _hook(sae.site, provenance.get("model"), revision)
+        target = _hook(sae.target_site, provenance.get("model"), revision) if sae.is_transcoder else None
     with _new(out) as partial:
-        formats.save(sae.parts, name, partial, hook)
+        formats.save(sae.parts, name, partial, hook, target)
     say(f"{out}: {name}, {sae.config.described}" + (f", {hook.name}" if hook else ""))
 
 

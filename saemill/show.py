@@ -145,8 +145,12 @@ def _describe_sae(path: Path) -> str:
     sae = formats.load(path)
     config = sae.config
     provenance = config.provenance
-    of = " of ".join(str(provenance[key]) for key in ("site", "model") if provenance.get(key))
-    return f"SAE {path}: {config.described}, D {config.d_in:,}" + (f", {of}" if of else "")
+    width, places = f"{config.d_in:,}", [provenance.get("site")]
+    if config.d_out is not None:
+        width, places = f"{width} to {config.d_out:,}", [*places, provenance.get("target_site")]
+    place = " to ".join(str(site) for site in places if site)
+    of = " of ".join(str(part) for part in (place, provenance.get("model")) if part)
+    return f"SAE {path}: {config.described}, D {width}" + (f", {of}" if of else "")
 
 
 def problems(path: Path) -> list[str]:

@@ -30,15 +30,15 @@ def fit_baselines(best: Sae, k: int, site: str, evalset: EvalSet) -> dict[str, S
         site: whose activations they reconstruct.
         evalset: gives cached tokens of the site that training saw.
     """
-    config, device = best.config, best.W_enc.device
+    config, device, d = best.config, best.W_enc.device, len(best.b_dec)
     statistics = evalset.arrays[site].statistics
     mean_D = statistics.mean_D.to(device, torch.float32)
     # Squares of very large or small activations are beyond float32; these are of about 1.
-    scale = (statistics.total_variance / config.d_in) ** 0.5
+    scale = (statistics.total_variance / d) ** 0.5
     generator = torch.Generator().manual_seed(SEED)
-    drawn_FD = torch.randn(config.num_latents, config.d_in, generator=generator).to(device)
+    drawn_FD = torch.randn(config.num_latents, d, generator=generator).to(device)
     random = _sae(torch.nn.functional.normalize(drawn_FD, dim=1), mean_D, k, site)
-    covariance_DD = torch.zeros(config.d_in, config.d_in, dtype=torch.float64, device=device)
+    covariance_DD = torch.zeros(d, d, dtype=torch.float64, device=device)
     moments = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.inference_mode():
         for chunk in evalset.training_chunks(FIT_TOKENS):

@@ -135,6 +135,7 @@ class Measured:
         return {
             "name": name,
             "site": provenance["site"],
+            "target_site": provenance.get("target_site"),
             "k": sae.config.k,
             "architecture": sae.config.architecture,
             "num_latents": sae.config.num_latents,

@@ -68,7 +68,7 @@ def describe_latents(
     if reconstruction.unusable(name):
         latents = []  # its activations are no numbers
     chunks = evalset.context_chunks(config.context_tokens) if latents else ()
-    text, site, unit = evalset.text, reconstruction.sites[name], f"{evalset.text.unit}s"
+    text, site, unit = evalset.text, str(sae.site), f"{evalset.text.unit}s"
     among = f" of the cache, training {text.row}s included" if evalset.cached else " of the evaluation tokens"
     top = top_addresses(chunks, site, sae, latents, text, config.n_contexts, evalset.everyone)
     reader = PassageReader(text) if isinstance(text, PassageStore) else Reader(text)

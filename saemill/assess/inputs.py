@@ -32,9 +32,10 @@ class Trained:
     mask: MaskConfig
 
     @property
-    def sites(self) -> dict[str, str]:
-        """Map variant names to sites."""
-        return {name: sae.config.provenance["site"] for name, sae in self.saes.items()}
+    def sites(self) -> list[str]:
+        """List the sites that SAEs reconstruct or predict, and those that transcoders read."""
+        every = (site for sae in self.saes.values() for site in (sae.target_site, sae.site))
+        return list(dict.fromkeys(str(site) for site in every))
 
 
 def open_run(config: AssessConfig, device: torch.device) -> Trained:

@@ -61,8 +61,8 @@ def mean_k(entry: Entry) -> int:
 
 
 def site_of(sae: Sae) -> str:
-    """Return the site that an SAE of a run belongs to."""
-    return str(sae.config.provenance["site"])
+    """Return the site that an SAE of a run reconstructs, or a transcoder predicts."""
+    return str(sae.target_site)
 
 
 def _certain_baselines(saes: dict[str, Sae], evalset: EvalSet) -> dict[str, Sae]:

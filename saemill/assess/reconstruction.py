@@ -1,4 +1,4 @@
-"""How well each SAE reconstructs held-out activations, and how its latents fire."""
+"""How well each SAE reconstructs held-out activations, or predicts them, and how its latents fire."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -50,7 +50,7 @@ class Reconstruction:
 
     Args:
         saes: variant name → SAE, in the activations' own units.
-        sites: variant name → site.
+        sites: variant name → site that is reconstructed or predicted.
         evalset: where the tokens come from.
         known: a reconstruction of the same tokens that covers these sites. Its sums over the activations
             themselves are used again.
@@ -66,7 +66,7 @@ class Reconstruction:
         self.saes, self.sites, self.evalset, self.known = saes, sites, evalset, known
         self.cuts = {name: sae.cuts for name, sae in saes.items()}
         own = [] if known else self._own_columns()
-        self.sums = DocumentSums(own + _columns(self.cuts))
+        self.sums = DocumentSums(own + _columns(saes))
         self.firing = {
             name: Firing(
                 torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.float64), torch.zeros(n)
@@ -93,7 +93,7 @@ class Reconstruction:
                 columns, far = self._activations(chunk, units)
                 for name, sae in self.saes.items():
                     site = self.sites[name]
-                    columns |= self._variant(name, sae, chunk.x[site], far[site])
+                    columns |= self._variant(name, sae, chunk.x[str(sae.site)], chunk.x[site], far[site])
                 self.sums.add(units, columns)
         self._merge()
         return self
@@ -105,7 +105,7 @@ class Reconstruction:
         some.sites = {name: self.sites[name] for name in some.saes}
         some.firing = {name: self.firing[name] for name in some.saes}
         some.cuts = {name: self.cuts[name] for name in some.saes}
-        some.sums = self.sums.only(self._own_columns() + _columns(some.cuts))
+        some.sums = self.sums.only(self._own_columns() + _columns(some.saes))
         return some
 
     def _activations(
@@ -146,17 +146,19 @@ class Reconstruction:
         }.items():
             self.sums.add(documents, {f"{site}/{what}": sums})
 
-    def _variant(self, name: str, sae: Sae, x_TD: Tensor, far_T: NDArray[np.bool_]) -> dict[str, Any]:
+    def _variant(
+        self, name: str, sae: Sae, read_TD: Tensor, x_TD: Tensor, far_T: NDArray[np.bool_]
+    ) -> dict[str, Any]:
         """Compute values per token. Rows go through the SAE in float32; what is squared or divided is
         float64, which holds the square of any float32 without overflow or underflow."""
         columns: dict[str, list[Tensor]] = defaultdict(list)
         device = sae.W_enc.device
-        for some_TD, some_far_T in zip(
-            torch.split(x_TD, ROWS_AT_ONCE), torch.split(torch.from_numpy(far_T), ROWS_AT_ONCE), strict=True
-        ):
-            pre_TF = sae.pre_acts(some_TD.to(device, torch.float32))
+        pieces = (torch.split(rows, ROWS_AT_ONCE) for rows in (read_TD, x_TD, torch.from_numpy(far_T)))
+        for some_read_TD, some_TD, some_far_T in zip(*pieces, strict=True):
+            read = some_read_TD.to(device, torch.float32)
+            pre_TF = sae.pre_acts(read)
             codes = sae.select(pre_TF)
-            x, r = some_TD.to(device, torch.float64), sae.decode(*codes).double()
+            x, r = some_TD.to(device, torch.float64), sae.decode(*codes, read).double()
             bad = ~torch.isfinite(r).all(1)
             r = torch.where(bad[:, None], 0.0, r)
             sse = (r - x).square().sum(1)
@@ -168,11 +170,21 @@ class Reconstruction:
             columns["not_finite"].append(bad)
             columns["l0"].append((codes.top_acts > 0).sum(1))
             self.firing[name].add(codes)
+            if sae.W_skip is not None:
+                columns["sse_skip"].append(self._left_by_skip(sae, some_read_TD, x))
             for cut_name, cut in self.cuts[name].items():
                 cut_codes = cut.select(pre_TF[:, : cut.config.num_latents])
-                columns[f"{cut_name}/sse"].append((cut.decode(*cut_codes).double() - x).square().sum(1))
+                columns[f"{cut_name}/sse"].append((cut.decode(*cut_codes, read).double() - x).square().sum(1))
                 columns[f"{cut_name}/l0"].append((cut_codes.top_acts > 0).sum(1))
         return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in columns.items()}
+
+    def _left_by_skip(self, sae: Sae, read_TD: Tensor, y_TD: Tensor) -> Tensor:
+        """Compute the squared error of W_skip alone, around the cached means. float64 [T]."""
+        assert sae.W_skip is not None
+        means = (self.evalset.arrays[str(site)].statistics.mean_D for site in (sae.site, sae.target_site))
+        rows = (read_TD.to(y_TD), y_TD)
+        centred, y = (some_TD - mean_D.to(y_TD) for some_TD, mean_D in zip(rows, means, strict=True))
+        return (y - centred @ sae.W_skip.double().T).square().sum(1)
 
     def unusable(self, name: str) -> str | None:
         """Say why a variant has no figures at all: its reconstructions are not all finite."""
@@ -184,7 +196,8 @@ class Reconstruction:
         """Compute fvu, mse, cosine, norm ratio and L0 of one variant, and the share of far rows in fvu.
 
         fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖²; mse is per dimension. Zero vectors have no direction: cosine and norm
-        ratio are means over the others; where x̂ alone is zero both count as 0.
+        ratio are means over the others; where x̂ alone is zero both count as 0. Of a skip transcoder
+        fvu_skip is what its linear map alone leaves.
         """
         site, unit = self.sites[name], self.evalset.text.unit
         n, alike = self.sums.column("n"), self._alike
@@ -192,10 +205,13 @@ class Reconstruction:
         squares, squares_near, squares_far, _, n_not_zero = (
             self.sums.column(f"{site}/{what}") for what in PER_SITE
         )
-        zeros = f"every {unit} is a zero vector"
-        return {
+        zeros, sae = f"every {unit} is a zero vector", self.saes[name]
+        skip = {}
+        if sae.W_skip is not None:
+            skip = {"fvu_skip": Ratio(self.sums.column(f"{name}/sse_skip"), squares, alike)}
+        return skip | {
             "fvu": Ratio(sse, squares, alike),
-            "mse": Ratio(sse, n * self.saes[name].config.d_in),
+            "mse": Ratio(sse, n * len(sae.b_dec)),
             "cosine": Ratio(cosine, n_not_zero, zeros),
             "norm_ratio": Ratio(norm_ratio, n_not_zero, zeros),
             "l0": Ratio(l0, n),
@@ -254,12 +270,13 @@ class Reconstruction:
         return self.density(name) >= max(least_share, 1 / max(1, self.n_tokens))
 
 
-def _columns(cuts: Mapping[str, Iterable[str]]) -> list[str]:
-    """Name the sums that are of some SAEs. cuts: by each SAE's name, those of the SAEs within it."""
+def _columns(saes: Mapping[str, Sae]) -> list[str]:
+    """Name the sums that are of some SAEs."""
     columns = []
-    for name, within in cuts.items():
+    for name, sae in saes.items():
         columns += [f"{name}/{what}" for what in PER_VARIANT]
-        columns += [f"{name}/{cut}/{what}" for cut in within for what in PER_CUT]
+        columns += [f"{name}/sse_skip"] if sae.W_skip is not None else []
+        columns += [f"{name}/{cut}/{what}" for cut in sae.cuts for what in PER_CUT]
     return columns
 
 

@@ -54,8 +54,7 @@ def _assess(
     settings.check_folder(out)
     to_wandb = everyone.first(lambda: _logs_to_wandb(config))
     model, model_check = open_model(config, trained, other, device)
-    sites = list(dict.fromkeys(trained.sites.values()))
-    evalset = EvalSet(trained.store, other, model, trained.mask, sites, config.batch_size, everyone)
+    evalset = EvalSet(trained.store, other, model, trained.mask, trained.sites, config.batch_size, everyone)
     if model is not None:
         check_mask_token(model, evalset.tokens)
     everyone.first(lambda: _lock(out, resources))

@@ -1,4 +1,4 @@
-"""What the model loses when a site's activations are replaced by their reconstructions.
+"""What the model loses when a site's activations are replaced by their reconstructions, or predictions.
 
 The activation is replaced by the SAE's reconstruction, by zeros, by the cached mean, or (as a check) by
 itself; where, and what is counted, `common.steer.losses` says.
@@ -28,7 +28,7 @@ class Splicing:
 
     Args:
         saes: variant name → SAE.
-        sites: variant name → site.
+        sites: variant name → site whose activations are replaced.
         evalset: rows to run on.
         model: with its LM head; see `common.steer.losses.check_mask_token`.
         no_loss: why losses mean nothing here; KL divergences are counted all the same.
@@ -100,7 +100,8 @@ class Splicing:
         columns = {} if self.known else self._without_saes(task, clean)
         for name, sae in self.saes.items():
             site = self.sites[name]
-            instead_RSD = Substitute(sae)(task.activations[site], task.keep_RS)
+            read_RSD = task.activations[str(sae.site)]
+            instead_RSD = Substitute(sae)(task.activations[site], task.keep_RS, read_RSD)
             spliced = self.passes.changed(task, site, instead_RSD)
             columns[f"{name}/ce"] = cross_entropy(spliced, task.target_T)
             columns[f"{name}/kl"] = _kl(clean, spliced)

@@ -66,6 +66,8 @@ def cache(config: CacheConfig) -> None:
     "train",
     argument("acts"),
     "site",
+    "target_site",
+    "skip_connection",
     OUT,
     *("architecture", "k", "expansion_factor", "num_latents", "lr", "seeds"),
     *("k_anneal_steps", "multi_topk", "nested_k", "prefixes", "matryoshka_rule"),

@@ -26,6 +26,9 @@ PREFIXES = Setting("`--set train.prefixes=`", "numbers of latents, or shares of 
 L1 = "of the loss FVU + x · Σ f, in units in which E‖x‖² = 1; with relu and gated"
 PENALTY_WARMUP = Setting("`--set train.penalty_warmup_steps=`", "a 10th of the run by default")
 BANDWIDTH = Setting("`--set train.bandwidth=`", "where E‖x‖² = 1; with jumprelu")
+TARGET_SITE = Setting(
+    "`--set train.target_site=`", "the output that is predicted; `--set train.site=` is the module before it"
+)
 ANNEALING = Setting("", "the penalty's power is the same over the whole run: `--set train.lp_norm=`")
 
 SPARSIFY = {
@@ -79,8 +82,8 @@ SPARSIFY = {
         "", "always; with relu alone rows may be free: `--set train.decoder_rows=free`"
     ),
     "multi_topk": Setting("`--set train.multi_topk=true`", SAME),
-    "skip_connection": Setting("", "transcoders are not there"),
-    "transcode": Setting("", "transcoders are not there"),
+    "skip_connection": Setting("`--set train.skip_connection=true`", "of transcoders"),
+    "transcode": TARGET_SITE,
     "loss_fn": Setting(
         "`--loss`",
         "theirs works too: fvu, mse; ce and kl train through the model, not on cached activations",
@@ -230,7 +233,7 @@ SAELENS = {
     "d_in": Setting("", "the site's width is found"),
     "d_sae": Setting("`--num-latents`", "a list, or `--expansion-factor`"),
     "k": Setting("`--k`", "a list; a fraction with batchtopk"),
-    "apply_b_dec_to_input": Setting("", "always"),
+    "apply_b_dec_to_input": Setting("`--set train.apply_b_dec_to_input=`", SAME),
     "normalize_activations": Setting("", "always; folded into the saved weights"),
     "reshape_activations": Setting("", "sites give one vector per token"),
     "metadata": Setting("", "each SAE's cfg.json tells how it was made"),
@@ -301,7 +304,7 @@ DICTIONARY_LEARNING = {
     "save_dir": Setting("`--save-dir`", SAME),
     "log_steps": Setting("`--set train.log_every=`", SAME),
     "activations_split_by_head": Setting("", "sites give one vector per token"),
-    "transcoder": Setting("", "transcoders are not there"),
+    "transcoder": TARGET_SITE,
     "run_cfg": Setting("", "each run's folder holds all settings"),
     "normalize_activations": Setting("", "always; folded into the saved weights"),
     "verbose": Setting("", "progress is on stderr"),

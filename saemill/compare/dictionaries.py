@@ -26,6 +26,8 @@ class Dictionary:
     """The end of its path, as long as it takes to tell it from the others."""
     path: Path
     d_in: int
+    d_out: int
+    """Length of its decoder rows, which is not d_in of some transcoders."""
     num_latents: int
     architecture: str
     """What it was trained as, of `SaeConfig.architecture`."""
@@ -74,8 +76,8 @@ def find(paths: Iterable[Path]) -> list[Dictionary]:
     dictionaries = []
     for name, folder in zip(_names(folders), folders, strict=True):
         config = Sae.load(folder).config
-        shape = config.d_in, config.num_latents, config.architecture
-        dictionaries.append(Dictionary(name, folder, *shape, config.provenance))
+        shape = config.d_in, config.d_out or config.d_in, config.num_latents
+        dictionaries.append(Dictionary(name, folder, *shape, config.architecture, config.provenance))
     return dictionaries
 
 
@@ -89,7 +91,7 @@ def pairs(dictionaries: list[Dictionary], any_width: bool) -> list[tuple[Diction
         ConfigError: no pair is left.
     """
     every = list(combinations(dictionaries, 2))
-    comparable = [(a, b) for a, b in every if any_width or a.d_in == b.d_in]
+    comparable = [(a, b) for a, b in every if any_width or (a.d_in, a.d_out) == (b.d_in, b.d_out)]
     if not comparable:
         widths = ", ".join(f"{d.name} has {d.d_in}" for d in dictionaries)
         raise ConfigError(

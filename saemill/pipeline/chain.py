@@ -249,7 +249,8 @@ class Chain:
         training: TrainConfig = self.configs["train"]
         train_sites = [
             *training.site,
-            *(str(entry["site"]) for entry in training.variants if "site" in entry),
+            *training.target_site,
+            *(str(entry[key]) for entry in training.variants for key in SITES if entry.get(key)),
         ]
         if not train_sites:
             training = self.configs["train"] = replace(training, site=tuple(widths))
@@ -271,6 +272,8 @@ class Chain:
         settings.check_same(identity.content, config.identity(), config.out)
 
 
+SITES = ("site", "target_site")
+"""Settings of a variant that name what it is trained on."""
 FOLDERS = {"tokenize": {"out"}, "cache": {"out", "tokens"}, "train": {"out", "acts"}, "assess": {"run"}}
 """Settings that name folders between stages."""
 

@@ -42,6 +42,15 @@ class TrainConfig:
         (), "Site to train on; repeat or separate by commas", metavar="SITE,…", axis=""
     )
     """Required unless each of `variants` names its own."""
+    target_site: tuple[str, ...] = setting(
+        (),
+        "Site that is predicted from SITE, which makes the SAEs transcoders; one for each SITE, in order",
+        metavar="SITE,…",
+    )
+    """Of the same store, such as the output of an MLP whose input is SITE."""
+    skip_connection: bool = setting(
+        False, "Give transcoders a linear map from SITE to the target, beside their latents"
+    )
     architecture: tuple[Architecture, ...] = setting(
         ("topk",), "Architectures of the SAEs", metavar="NAME,…", axis=""
     )
@@ -225,6 +234,10 @@ class TrainConfig:
     loss: Literal["fvu", "mse"] = setting("fvu", "What is minimised", metavar="KIND")
     """fvu: squared error over the site's cached variance; mse: per dimension, in the activations'
     own units. Under Adam the two differ by no more than rounding."""
+    apply_b_dec_to_input: bool = setting(
+        True, "Subtract the decoder's bias from what the encoder reads; off, the encoder's has to do for both"
+    )
+    """SAELens' setting of the name. Transcoders subtract nothing."""
     b_dec_init: Literal["mean", "geometric_median"] = setting(
         "mean", "Start of the decoder's bias", metavar="KIND"
     )
@@ -346,6 +359,7 @@ class TrainConfig:
         if self.lr_end == 0 and self.lr_decay != "none":
             raise ConfigError(f"lr_decay {self.lr_decay} has no effect with lr_end 0; say lr_decay none")
         self._check_architectures()
+        self._check_targets()
         if self.wandb_artifacts and no_wandb:
             raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
         for name, base in MULTIPLES:
@@ -362,6 +376,23 @@ class TrainConfig:
             is_default = getattr(self, name) == default_of(TrainConfig, name)
             if marks.only and not is_default and not set(marks.only) & {*self.architecture, *named}:
                 raise ConfigError(no_effect(name, self.architecture[0]))
+
+    def _check_targets(self) -> None:
+        """Refuse targets that do not go with the sites."""
+        if self.target_site and len(self.target_site) != len(self.site):
+            raise ConfigError(
+                f"target_site names one site for each of site, in order; got {len(self.target_site)} for "
+                f"{len(self.site)}"
+            )
+        if self.target_site and len(set(self.site)) < len(self.site):
+            raise ConfigError(
+                "with target_site each of site is named once; train other targets in other runs"
+            )
+        own = [bool(self.target_site or "target_site" in entry) for entry in self.variants or ({},)]
+        if self.skip_connection and not any(own):
+            raise ConfigError("skip_connection has no effect without target_site; leave it out, or name one")
+        if not self.apply_b_dec_to_input and all(own):
+            raise ConfigError("apply_b_dec_to_input has no effect with target_site; leave it out")
 
     @property
     def decay_fraction(self) -> float:

@@ -98,6 +98,7 @@ def save_saes(out: Path, trainer: Trainer, store: ActivationStore, names: set[st
         provenance = {
             "variant": describe(variant),
             "site": variant.site,
+            **({} if variant.target_site is None else {"target_site": variant.target_site}),
             "model": store.settings.model,
             "revision": store.settings.revision,
             **store.text.provenance(mask),

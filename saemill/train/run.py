@@ -17,6 +17,7 @@ from saemill.common.stores.runs import METRICS, TENSORBOARD
 from saemill.common.stores.statistics import warnings
 from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
+from saemill.train.backends.base import Backend
 from saemill.train.backends.choose import choose_kernels, kernels_of, make_backend
 from saemill.train.batch import check_batch
 from saemill.train.config import TrainConfig
@@ -165,7 +166,7 @@ def _place(
     idle_allowed: bool = False,
 ) -> Placement:
     """Place the variants on the processes."""
-    widths = {variant.site: store.site(variant.site).width for variant in variants}
+    widths = {site: store.site(site).width for variant in variants for site in variant.sites}
     if config.data_ranks and config.step_tokens < config.data_ranks:
         raise ConfigError(
             f"{config.step_tokens} tokens per step cannot be shared by data_ranks {config.data_ranks}"
@@ -177,7 +178,7 @@ def _place(
         widths,
         everyone.size,
         config.data_ranks,
-        allowed_latent_ranks(config.latent_ranks, variants, kernels_of(config.kernels, device)),
+        allowed_latent_ranks(config.latent_ranks, variants, kernels_of(config.kernels, device), widths),
         idle_allowed=idle_allowed,
         memory_bytes=memory_bytes,
     )
@@ -194,8 +195,9 @@ def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
 
 
 def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
-    variant_sites = [str(entry["site"]) for entry in config.variants if "site" in entry]
-    sites = list(dict.fromkeys([*config.site, *variant_sites]))
+    names = ("site", "target_site")
+    variant_sites = [str(entry[name]) for entry in config.variants for name in names if entry.get(name)]
+    sites = list(dict.fromkeys([*config.site, *config.target_site, *variant_sites]))
     return Loader(
         store,
         sites,
@@ -224,18 +226,8 @@ def _build(
     dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
     dtype = choose_product_dtype(config.precision, device)
     backend = make_backend(choose_kernels(config.kernels, device), dtype, team)
-    loader.restrict(list(dict.fromkeys(variant.site for variant in variants)))
-    sample = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
-    banks = []
-    for site in loader.sites:
-        scaling = scaling_of(loader.rows, site, device)
-        sample_TD = scaling.standardise(sample[site].to(device))
-        learners = [
-            Learner(variant, scaling, backend, sample_TD, dead_after)
-            for variant in variants
-            if variant.site == site
-        ]
-        banks.append(Bank(site, scaling, backend, learners))
+    loader.restrict(list(dict.fromkeys(site for variant in variants for site in variant.sites)))
+    banks = _banks(loader, variants, backend, dead_after, device)
     return Trainer(
         loader=loader,
         feed=Feed(loader, device),
@@ -251,6 +243,27 @@ def _build(
         team=team,
         profile=config.profile,
     )
+
+
+def _banks(
+    loader: Loader, variants: list[Variant], backend: Backend, dead_after: int, device: torch.device
+) -> list[Bank]:
+    """Make the learners of this process, in a bank for each site, and for each pair of sites."""
+    stretch = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
+    scalings = {site: scaling_of(loader.rows, site, device) for site in loader.sites}
+    sample = {site: scalings[site].standardise(rows.to(device)) for site, rows in stretch.items()}
+    banks = []
+    for sites in dict.fromkeys(variant.sites for variant in variants):
+        site, target = sites[0], sites[1] if len(sites) > 1 else None
+        target_sample = None if target is None else (scalings[target], sample[target])
+        learners = [
+            Learner(variant, scalings[site], backend, sample[site], dead_after, target_sample)
+            for variant in variants
+            if variant.sites == sites
+        ]
+        target_units = None if target is None else (target, scalings[target])
+        banks.append(Bank(site, scalings[site], backend, learners, target_units))
+    return banks
 
 
 def _check_profile(trainer: Trainer, end: int) -> None:
@@ -298,7 +311,7 @@ def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
 
 def _check_mse(loader: Loader, variants: list[Variant]) -> None:
     """Refuse a loss in units of which float32 does not hold the squares."""
-    for site in {variant.site for variant in variants if variant.loss == "mse"}:
+    for site in {variant.sites[-1] for variant in variants if variant.loss == "mse"}:
         variance = loader.rows.statistics(site).total_variance
         if not MOST_SCALE**-0.75 < variance < MOST_SCALE**0.75:
             raise ConfigError(
@@ -369,7 +382,9 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
             say(warning)
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")
-    if backend.name == "triton" and any(map(is_stepped_by_torch, placement.variants)):
+    if backend.name == "triton" and any(
+        is_stepped_by_torch(v, {site: store.site(site).width for site in v.sites}) for v in placement.variants
+    ):
         say(f"steps with {WITHOUT_KERNELS} are made by torch on a GPU, more slowly than by Triton's kernels")
     if n_steps < FEW_STEPS:
         say(f"few steps to learn in ({n_steps}): more epochs or a smaller batch may help much")

@@ -37,7 +37,10 @@ def follow(config: TrainConfig, trainer: Trainer, variants: Sequence[Variant], r
     shared = {**_shared(config, trainer), **_store(store), "versions": _versions()}
     configs = {v.name: {**shared, **describe(v), **_shape(v, store, widths[v.name])} for v in variants}
     write_record(config.out, settings, configs)
-    n_weights = sum(2 * variant.num_latents * widths[variant.name] for variant in variants)
+    n_weights = sum(
+        variant.num_latents * sum(store.site(site).width for site in (variant.sites[0], variant.sites[-1]))
+        for variant in variants
+    )
     n_bytes = BYTES_PER_WEIGHT * n_weights if config.wandb_artifacts else 0
     resources.enter_context(Wandb(config.out, artifact_bytes=n_bytes))
 
@@ -90,7 +93,7 @@ def _shape(variant: Variant, store: ActivationStore, width: int) -> dict[str, An
     return {
         "d_in": width,
         "expansion_factor": variant.num_latents / width,
-        "site_variance": store.site(variant.site).statistics.total_variance,
+        "site_variance": store.site(variant.sites[-1]).statistics.total_variance,
     }
 
 

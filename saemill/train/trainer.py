@@ -155,7 +155,8 @@ class Trainer:
         with region("wait for data"):
             batch = self.feed.batch(self.step)
         for bank in self.banks:
-            bank.step(batch[bank.site], self.schedule.factor(self.step), self.step)
+            target_TE = None if bank.target is None else batch[bank.target[0]]
+            bank.step(batch[bank.site], self.schedule.factor(self.step), self.step, target_TE)
         self.step += 1
         if self.step < self.schedule.n_steps:
             self.feed.prefetch(self.step)

@@ -76,6 +76,8 @@ def encode(format: str, folder: str, x: str, out: str) -> None:
         else:
             latents = sae.encode(x_TD)
             reconstruction = sae.decode(latents)
+        if getattr(sae, "W_skip", None) is not None:
+            reconstruction = forward(sae, x_TD)  # which alone adds it
         if not getattr(sae.cfg if format.startswith("sparsify") else None, "multi_topk", False):
             assert torch.equal(forward(sae, x_TD), reconstruction)  # multi_topk's forward pass takes 4k
     told = json.dumps(sae.cfg.metadata.to_dict()) if format == "saelens" else ""

@@ -14,14 +14,14 @@ if "triton" in sys.argv:  # read when triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from steps import make_bank
+from steps import make_bank, outputs
 
 from saemill.common.world import Group, World
 from saemill.train.backends.team import Team
 from saemill.train.sweep.placement import choose
 from saemill.train.sweep.variants import Variant
 
-D, F, T, STEPS = 16, 101, 63, 6
+D, E, F, T, STEPS = 16, 13, 101, 63, 6
 BASE = Variant(name="v", site="a", k=4, num_latents=F, lr=1e-2, k_aux=8, auxk_alpha=0.5)
 OTHER = replace(BASE, k=None, k_aux=None)
 KINDS = {
@@ -40,6 +40,10 @@ KINDS = {
     ),
     "relu": replace(OTHER, architecture="relu", l1_coefficient=0.02, decoder_rows="free"),
     "gated": replace(OTHER, architecture="gated", l1_coefficient=0.02),
+    "transcoder": replace(BASE, target_site="t"),
+    "skip transcoder": replace(
+        OTHER, architecture="gated", l1_coefficient=0.02, target_site="t", skip_connection=True
+    ),
     "diverging": replace(BASE, lr=1e30),
     "spoilt": replace(BASE, seed=6),
 }
@@ -55,14 +59,21 @@ def train(kind: str, team: Team, kernels: str) -> dict[str, Any]:
         picks = torch.randint(0, 30, (T, 3), generator=torch.Generator().manual_seed(i))
         return directions[picks].sum(1)
 
-    bank = make_bank([variant], batch(99), kernels=kernels, dead_after=2 * T, team=team)
+    def target(x_TD: torch.Tensor) -> torch.Tensor | None:
+        return None if variant.target_site is None else outputs(x_TD, E)
+
+    sample = batch(99)
+    bank = make_bank(
+        [variant], sample, kernels=kernels, dead_after=2 * T, team=team, sample_TE=target(sample)
+    )
     (learner,) = bank.learners
     if kind == "spoilt" and learner.rows.start == 0:
         learner.parameters.w_enc_FD[0, 0] = torch.nan  # on one process alone
         learner.weights.refresh()
     with torch.no_grad():
         for step in range(5 if kind == "small" else STEPS):
-            bank.step(batch(step), 1.0, step)
+            x_TD = batch(step)
+            bank.step(x_TD, 1.0, step, target(x_TD))
     diverged = bank.freeze_diverged()
     dead = learner.dead_fraction()
     parts = learner.export({})

@@ -1,5 +1,6 @@
 """An SAE of random weights, and whether another tool computes the same with it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,21 @@ def make_threshold_sae(
         architecture=architecture, prefixes=prefixes,
     )  # fmt: skip
     return Sae(config, parts.W_enc, parts.b_enc, parts.W_dec, parts.b_dec, threshold)
+
+
+def make_transcoder(
+    architecture: str = "topk", *, has_skip: bool = False, d: int = 12, e: int = 12, f: int = 40
+) -> Sae:
+    """Random weights that read D and predict E, with k or thresholds as the architecture has them."""
+    base = make_sae(d, f) if architecture == "topk" else make_threshold_sae(architecture, d, f)
+    generator = torch.Generator().manual_seed(2)
+    W_dec = torch.nn.functional.normalize(torch.randn(f, e, generator=generator), dim=1)
+    W_skip = torch.randn(e, d, generator=generator) if has_skip else None
+    config = replace(
+        base.config, d_out=e, provenance={"site": "layers.1.norm", "target_site": "layers.1.mlp"}
+    )
+    b_dec = torch.randn(e, generator=generator)
+    return Sae.of(replace(base.parts, config=config, W_dec=W_dec, b_dec=b_dec, W_skip=W_skip))
 
 
 def ours(sae: Sae, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

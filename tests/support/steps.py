@@ -23,6 +23,16 @@ def planted(n_batches: int, n_tokens: int, d: int, device: torch.device | str = 
     return list((directions[picks].sum(2) + noise).to(device))
 
 
+def outputs(x_TD: Tensor, d_out: int) -> Tensor:
+    """What a small network makes of rows, part of it linear: for a transcoder to predict. [T, E]."""
+    generator, d = torch.Generator().manual_seed(78), x_TD.shape[1]
+    first, second, linear = (
+        torch.randn(shape, generator=generator).to(x_TD) / shape[0] ** 0.5
+        for shape in ((d, 2 * d), (2 * d, d_out), (d, d_out))
+    )
+    return torch.relu(x_TD @ first) @ second + 0.5 * x_TD @ linear
+
+
 def make_bank(
     variants: list[Variant],
     sample_TD: Tensor,
@@ -32,12 +42,16 @@ def make_bank(
     dead_after: int = 10**9,
     scaling: Scaling | None = None,
     team: Team = ALONE,
+    sample_TE: Tensor | None = None,
 ) -> Bank:
-    """The learners of some variants, all of one site; by default in the rows' own units."""
+    """The learners of some variants, all of one site, or transcoders; by default in the rows' own units."""
     scaling = scaling or Scaling(torch.zeros(sample_TD.shape[1], device=sample_TD.device), 1.0)
     backend = make_backend(kernels, dtype, team)
-    learners = [Learner(variant, scaling, backend, sample_TD, dead_after) for variant in variants]
-    return Bank("s", scaling, backend, learners)
+    target = None
+    if sample_TE is not None:
+        target = (Scaling(torch.zeros(sample_TE.shape[1], device=sample_TE.device), 1.0), sample_TE)
+    learners = [Learner(variant, scaling, backend, sample_TD, dead_after, target) for variant in variants]
+    return Bank("s", scaling, backend, learners, target and ("t", target[0]))
 
 
 def silence(bank: Bank, share: float = 0.25) -> Bank:

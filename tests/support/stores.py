@@ -88,7 +88,7 @@ def make_store(
     Args:
         values_TD: values of site a by address; by default dimensions 0 and 1 tell the address
             (a // 256, a % 256) and the others are random.
-        b_TD: those of site b; by default those of a, plus 1.
+        b_TD: those of site b, of any width; by default those of a, plus 1.
     """
     acts = path / "acts"
     tokens = make_tokens(acts / "tokens", n_rows, ctx_len, parent="a token store")
@@ -113,7 +113,7 @@ def make_store(
         values_TD[:, 0], values_TD[:, 1] = (address // 256).float(), (address % 256).float()
     with Worker(acts / "claims", threading.Event()) as worker, worker.hold("store") as claim:
         for name, site_TD in (("a", values_TD), ("b", values_TD + 1 if b_TD is None else b_TD)):
-            writer = SiteWriter(store, Site(name, d), torch.float32, worker)
+            writer = SiteWriter(store, Site(name, site_TD.shape[1]), torch.float32, worker)
             for shard in range(store.n_shards):
                 start = shard * store.shard_tokens
                 writer.write(shard, site_TD[start : start + store.shard_length(shard)], claim)

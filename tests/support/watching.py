@@ -12,10 +12,14 @@ from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 
 
-def dense_codes(sae: Sae, x_TD: Tensor, n_latents: int | None = None, k: int | None = None) -> Tensor:
-    """Oracle: the codes of an SAE in full, [T, F], float64; of its first latents, or the k largest."""
+def dense_codes(
+    sae: Sae, x_TD: Tensor, n_latents: int | None = None, k: int | None = None, *, centred: bool = True
+) -> Tensor:
+    """Oracle: the codes of an SAE in full, [T, F], float64; of its first latents, or the k largest; perhaps
+    without b_dec, as a transcoder has them."""
     w = {name: weights.double()[:n_latents] for name, weights in sae.parts.weights.items() if name != "b_dec"}
-    pre_TF = (x_TD.double() - sae.b_dec.double()) @ w["W_enc"].T + w["b_enc"]
+    x_TD = x_TD.double() - sae.b_dec.double() if centred else x_TD.double()
+    pre_TF = x_TD @ w["W_enc"].T + w["b_enc"]
     if "threshold" in w:
         return torch.where(pre_TF > w["threshold"], pre_TF, 0.0)
     assert sae.config.k is not None

@@ -3,6 +3,8 @@
 However it was trained, a finished SAE chooses its latents in one of two ways: the k largest of each token
 (`k`), or all above a threshold of their own (`threshold`). A ReLU is the threshold 0, BatchTopK one threshold
 for all, and the gate of a Gated SAE is a threshold on its magnitude (`formats.gated`).
+
+A transcoder is an SAE that predicts what another site has from what it reads at its own.
 """
 
 from collections.abc import Mapping
@@ -38,6 +40,8 @@ class SaeConfig:
     """Numbers of latents that are each an SAE, ascending, of a Matryoshka SAE; the last is num_latents."""
     ks: tuple[int, ...] = ()
     """Numbers of active latents that it was trained for, ascending, where they are several; the last is k."""
+    d_out: int | None = None
+    """Length E of the vectors that a transcoder predicts from those that it reads; None of an SAE."""
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -63,7 +67,8 @@ class SaeConfig:
     @property
     def described(self) -> str:
         """Choice of latents and their number, in words: `k 32, 6,144 latents`."""
-        words = [] if self.architecture == "topk" else [self.architecture]
+        words = [] if self.d_out is None else ["transcoder"]
+        words += [] if self.architecture == "topk" else [self.architecture]
         words += [] if self.k is None else [f"k {self.k}"]
         words += [f"{self.num_latents:,} latents"]
         words += [f"prefixes {', '.join(f'{n:,}' for n in self.prefixes)}"] if self.prefixes else []
@@ -88,11 +93,13 @@ class Parts:
     b_enc: Tensor
     """Encoder bias [F]."""
     W_dec: Tensor
-    """Decoder weights [F, D], a row per latent."""
+    """Decoder weights [F, D], a row per latent; [F, E] of a transcoder."""
     b_dec: Tensor
-    """Decoder bias [D]."""
+    """Decoder bias [D]; [E] of a transcoder."""
     threshold: Tensor | None = None
     """Pre-activations above which latents are active, float32 [F], 0 or more; there where k is None."""
+    W_skip: Tensor | None = None
+    """Linear map [E, D] of a transcoder, beside its latents; None without."""
 
     def __post_init__(self) -> None:
         if (self.threshold is None) != (self.config.k is not None):
@@ -102,6 +109,8 @@ class Parts:
             )
         if self.threshold is not None:
             self._check_threshold(self.threshold)
+        if self.W_skip is not None and self.config.d_out is None:
+            raise ConfigError("W_skip must be absent from an SAE: it would reconstruct by itself")
 
     def _check_threshold(self, threshold_F: Tensor) -> None:
         """Refuse thresholds that are none; a NaN, which a run that diverged leaves, is for `check_finite`."""
@@ -125,7 +134,8 @@ class Parts:
     def weights(self) -> dict[str, Tensor]:
         """Tensors by name."""
         weights = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
-        return weights if self.threshold is None else weights | {"threshold": self.threshold}
+        optional = {"threshold": self.threshold, "W_skip": self.W_skip}
+        return weights | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
     def check_finite(self, where: str, kind: type[SaemillError]) -> None:
         """Refuse weights with NaN or infinite values.

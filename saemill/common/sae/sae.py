@@ -5,6 +5,11 @@
     f = ReLU(TopK_k(z)),    after Gao et al. 2024, or
     f = z · 1[z > θ],       a threshold per latent: JumpReLU, and in other values ReLU, BatchTopK and Gated
 
+A transcoder predicts the activations y of another site from x. It subtracts nothing from x, and may have a
+linear map beside its latents:
+
+    z = W_enc x + b_enc,    ŷ = W_decᵀ f + b_dec + W_skip x
+
 A saved SAE takes activations as the model produces them: the scale and the centre that training
 used are folded into the biases. The folder holds `cfg.json` and `sae.safetensors`, in the layout
 that sparsify reads; `common.sae.formats` has that and the layouts of other tools.
@@ -44,7 +49,7 @@ class SaeOutput(NamedTuple):
     """A reconstruction and the latents it is made of."""
 
     reconstruction: Tensor
-    """Reconstruction x̂ [..., D]."""
+    """Reconstruction x̂ [..., D]; of a transcoder its prediction ŷ [..., E]."""
     top_acts: Tensor
     """Activations of the latents [..., k]."""
     top_indices: Tensor
@@ -59,6 +64,7 @@ class Sae(nn.Module):
         W_enc: [F, D]; b_enc: [F]; W_dec: [F, D], its rows of unit length if saemill trained it; b_dec: [D].
         threshold: float32 [F], exactly where the config has no k. It stays float32 whatever the SAE is
             converted to.
+        W_skip: [E, D] of a skip transcoder, whose W_dec is [F, E] and b_dec [E], as every transcoder's.
 
     Raises:
         ConfigError: the threshold is missing, too many, of another shape, or negative.
@@ -72,15 +78,17 @@ class Sae(nn.Module):
         W_dec: Tensor,
         b_dec: Tensor,
         threshold: Tensor | None = None,
+        W_skip: Tensor | None = None,
     ) -> None:
         super().__init__()
-        Parts(config, W_enc, b_enc, W_dec, b_dec, threshold)  # which checks the threshold
+        Parts(config, W_enc, b_enc, W_dec, b_dec, threshold, W_skip)  # which checks what is optional
         self.config = config
         self.W_enc = nn.Parameter(W_enc, requires_grad=False)
         self.b_enc = nn.Parameter(b_enc, requires_grad=False)
         self.W_dec = nn.Parameter(W_dec, requires_grad=False)
         self.b_dec = nn.Parameter(b_dec, requires_grad=False)
         self.threshold = None if threshold is None else nn.Parameter(threshold, requires_grad=False)
+        self.W_skip = None if W_skip is None else nn.Parameter(W_skip, requires_grad=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert or move the weights. A threshold that is rounded lets other latents through: it is only
@@ -94,12 +102,27 @@ class Sae(nn.Module):
     @classmethod
     def of(cls, parts: Parts) -> "Sae":
         """Make the SAE of a config and tensors."""
-        return cls(parts.config, parts.W_enc, parts.b_enc, parts.W_dec, parts.b_dec, parts.threshold)
+        return cls(parts.config, **parts.weights)
 
     @property
     def parts(self) -> Parts:
         """Config and tensors, as a file holds them."""
-        return Parts(self.config, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold)
+        return Parts(self.config, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold, self.W_skip)
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it predicts another site's activations, and does not reconstruct those that it reads."""
+        return self.config.d_out is not None
+
+    @property
+    def site(self) -> str | None:
+        """Site that it reads, as far as its folder tells."""
+        return self.config.provenance.get("site")
+
+    @property
+    def target_site(self) -> str | None:
+        """Site that it reconstructs or predicts, as far as its folder tells."""
+        return self.config.provenance.get("target_site") if self.is_transcoder else self.site
 
     def prefix(self, n: int) -> "Sae":
         """Cut a Matryoshka SAE to its first n latents.
@@ -120,7 +143,8 @@ class Sae(nn.Module):
         config = replace(self.config, num_latents=n, k=k, ks=ks, prefixes=prefixes[: prefixes.index(n) + 1])
         threshold = None if self.threshold is None else self.threshold[:n].data
         W_enc, b_enc, W_dec = (weights[:n].data for weights in (self.W_enc, self.b_enc, self.W_dec))
-        return Sae(config, W_enc, b_enc, W_dec, self.b_dec.data, threshold)
+        W_skip = None if self.W_skip is None else self.W_skip.data
+        return Sae(config, W_enc, b_enc, W_dec, self.b_dec.data, threshold, W_skip)
 
     def at_k(self, k: int) -> "Sae":
         """Take another number of active latents, of those that the SAE was trained for.
@@ -133,7 +157,7 @@ class Sae(nn.Module):
             known = f"one of {', '.join(map(str, ks))}" if ks else "of an SAE that was trained for several"
             raise ConfigError(f"k must be {known}, got {k} of an SAE with k {self.config.k}")
         config = replace(self.config, k=k, ks=ks[: ks.index(k) + 1])
-        return Sae(config, *(w.data for w in (self.W_enc, self.b_enc, self.W_dec, self.b_dec)))
+        return Sae(config, **{name: weights.data for name, weights in self.parts.weights.items()})
 
     @property
     def cuts(self) -> dict[str, "Sae"]:
@@ -142,7 +166,8 @@ class Sae(nn.Module):
         return {f"first {n}": self.prefix(n) for n in prefixes} | {f"k {k}": self.at_k(k) for k in ks}
 
     def pre_acts(self, x: Tensor | ArrayLike) -> Tensor:
-        """Compute W_enc (x − b_dec) + b_enc. x: [..., D] → [..., F], in the weights' dtype.
+        """Compute W_enc (x − b_dec) + b_enc, of a transcoder W_enc x + b_enc. x: [..., D] → [..., F], in the
+        weights' dtype.
 
         Anything but a tensor (a numpy array, lists of numbers) is copied to the weights' device.
 
@@ -155,7 +180,8 @@ class Sae(nn.Module):
                 f"activations must have {self.config.d_in:,} values each, the last axis; got the shape "
                 f"{tuple(x.shape)}"
             )
-        return nn.functional.linear(x.to(self.W_enc.dtype) - self.b_dec, self.W_enc, self.b_enc)
+        x = x.to(self.W_enc.dtype)
+        return nn.functional.linear(x if self.is_transcoder else x - self.b_dec, self.W_enc, self.b_enc)
 
     def _tensor(self, x: ArrayLike) -> Tensor:
         try:
@@ -188,13 +214,29 @@ class Sae(nn.Module):
         shape = (*pre.shape[:-1], values.shape[-1])
         return Encoded(values.view(shape), indices.view(shape))
 
-    def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
-        """Decode active latents to x̂. [..., k] and int64 [..., k] → [..., D].
+    def decode(self, top_acts: Tensor, top_indices: Tensor, x: Tensor | None = None) -> Tensor:
+        """Decode active latents to x̂, or to a transcoder's ŷ. [..., k] and int64 [..., k] → [..., D], or
+        [..., E].
+
+        Args:
+            top_acts, top_indices: of `encode`.
+            x: what was encoded, [..., D]; needed by a transcoder with W_skip, and by no other.
 
         Raises:
             DataError: weights are not finite.
+            ConfigError: x is missing.
         """
-        shape = (*top_acts.shape[:-1], self.config.d_in)
+        decoded = self._decode(top_acts, top_indices)
+        if self.W_skip is not None:
+            if x is None:
+                raise ConfigError("a transcoder with W_skip decodes with its input: decode(acts, indices, x)")
+            decoded = decoded + nn.functional.linear(x.to(self.W_skip.dtype), self.W_skip)
+        self._check_if_not_finite(decoded)
+        return decoded
+
+    def _decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
+        """Decode active latents, without W_skip."""
+        shape = (*top_acts.shape[:-1], len(self.b_dec))
         if top_acts.numel() == 0:
             return self.b_dec.expand(shape).clone()
         k = top_acts.shape[-1]
@@ -204,9 +246,7 @@ class Sae(nn.Module):
             per_sample_weights=top_acts.reshape(-1, k).to(self.W_dec.dtype),
             mode="sum",
         )
-        decoded = bags.view(shape) + self.b_dec
-        self._check_if_not_finite(decoded)
-        return decoded
+        return bags.view(shape) + self.b_dec
 
     def _check_if_not_finite(self, result: Tensor) -> None:
         """Refuse weights that are not finite, where a result is not. A result may also fail to be finite
@@ -217,7 +257,7 @@ class Sae(nn.Module):
     def forward(self, x: Tensor) -> SaeOutput:
         """Encode and decode. x: [..., D]."""
         encoded = self.encode(x)
-        return SaeOutput(self.decode(*encoded), *encoded)
+        return SaeOutput(self.decode(*encoded, x), *encoded)
 
     def save(self, folder: Path | str) -> None:
         """Write `cfg.json` and `sae.safetensors`, of a TopK SAE in sparsify's layout.

@@ -6,7 +6,7 @@ With the error kept only the edit reaches the model. Without, and without an edi
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,15 +36,20 @@ def splice(
     *,
     keep_error: bool = True,
     where: Where | Tensor | None = None,
+    read: str | None = None,
 ) -> "Iterator[Spliced]":
     """Replace the activations at `site`, while the block runs, by those that `sae` makes of them.
+
+    A transcoder makes them of what the model has at another site, so that it takes the place of what lies
+    between the two: of an MLP, say.
 
     Works with gradients, in `generate` with or without a cache, and inside other splices; where two are
     at one site, the second sees what the first made.
 
     Args:
         model: a HuggingFace transformer, with or without a head, on the SAE's device.
-        site: module path in the base model, or `residual.4`; None for the one that the SAE was trained at.
+        site: module path in the base model, or `residual.4`; None for the one that the SAE was trained at, or
+            that the transcoder was trained to predict.
         sae: of any format that `Sae.load` reads.
         edit: of the latents: `ablate`, `scale`, `clamp`, `steer`, a function, or several in order. None
             leaves them, to watch, or to splice the reconstruction in as it is.
@@ -52,6 +57,8 @@ def splice(
         where: positions to splice: a function of token ids and positions, or bool [B, S] for forward
             passes of that shape. None: those that the SAE was trained on, as far as its folder says
             (without special tokens and the first position, by default); else all. Never padding.
+        read: the site that a transcoder reads, which runs before `site`; None for the one that it was
+            trained at.
 
     Yields: what fired, of the latest forward pass.
 
@@ -62,9 +69,14 @@ def splice(
     if not isinstance(getattr(model, "base_model", None), torch.nn.Module):
         raise ConfigError(f"model must be a HuggingFace transformer, got {type(model).__name__}")
     base = base_of(model)
-    name = _find_site(base, site, sae)
-    edits = _edits(edit, sae)
-    spliced = Spliced(sae, edits, keep_error, _trained_on(sae) if where is None else where, name)
+    origin, edits = sae.config.provenance, _edits(edit, sae)
+    own = origin.get("site"), origin.get("hook_name")
+    predicted = origin.get("target_site"), origin.get("hook_name_out")
+    if read is not None and not sae.is_transcoder:
+        raise ConfigError(f"read is the site that a transcoder reads, got {read!r} with an SAE; leave it out")
+    name = _find_site(base, site, predicted if sae.is_transcoder else own)
+    read_name = _find_site(base, read, own, "read=") if sae.is_transcoder else None
+    spliced = Spliced(sae, edits, keep_error, _trained_on(sae) if where is None else where, name, read_name)
 
     def begin(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         spliced._begin(_by_name(inspect.signature(module.forward), arguments, named))
@@ -75,7 +87,10 @@ def splice(
         handles.append(called.register_forward_pre_hook(begin, with_kwargs=True))
         handles.append(called.register_forward_hook(spliced._end, always_call=True))
     try:
-        with replacing(base.get_submodule(name), spliced._change):
+        with ExitStack() as hooks:
+            if read_name is not None:
+                hooks.enter_context(replacing(base.get_submodule(read_name), spliced._read))
+            hooks.enter_context(replacing(base.get_submodule(name), spliced._change))
             yield spliced
     finally:
         for handle in handles:
@@ -91,9 +106,17 @@ class Spliced:
     """
 
     def __init__(
-        self, sae: Sae, edits: Sequence[Edit], keep_error: bool, where: Where | Tensor, site: str
+        self,
+        sae: Sae,
+        edits: Sequence[Edit],
+        keep_error: bool,
+        where: Where | Tensor,
+        site: str,
+        read_site: str | None = None,
     ) -> None:
-        self.sae, self.site = sae, site
+        self.sae, self.site, self.read_site = sae, site, read_site
+        self._read_BSD: Tensor | None = None
+        """What a transcoder reads, of this forward pass."""
         self._substitute = Substitute(sae, edits, keep_error=keep_error)
         self._where = where
         self._arguments: dict[str, Any] = {}
@@ -130,7 +153,7 @@ class Spliced:
         """
         named = {name: value for name, value in arguments.items() if value is not None}
         if self._depth == 0:
-            self._arguments, self._substitute.fired = {}, None
+            self._arguments, self._substitute.fired, self._read_BSD = {}, None, None
         self._arguments = named | self._arguments
         self._depth += 1
 
@@ -138,21 +161,32 @@ class Spliced:
         """Note that a call is over, also by an error."""
         self._depth = max(0, self._depth - 1)
 
-    def _change(self, x_BSD: Tensor) -> Tensor:
-        self._check(x_BSD)
-        return self._substitute(x_BSD, self._positions(x_BSD))
+    def _read(self, x_BSD: Tensor) -> Tensor:
+        """Note what a transcoder reads, and leave it."""
+        assert self.read_site is not None
+        self._check(x_BSD, self.read_site, self.sae.config.d_in)
+        self._read_BSD = x_BSD
+        return x_BSD
 
-    def _check(self, x: Any) -> None:
+    def _change(self, x_BSD: Tensor) -> Tensor:
+        self._check(x_BSD, self.site, len(self.sae.b_dec))
+        if self.read_site is not None and self._read_BSD is None:
+            raise ConfigError(
+                f"{self.site} runs before {self.read_site}, which the transcoder reads; name others"
+            )
+        return self._substitute(x_BSD, self._positions(x_BSD), self._read_BSD)
+
+    def _check(self, x: Any, site: str, width: int) -> None:
         """Refuse an activation that the SAE is not made for."""
         inputs = self._arguments.get("input_ids", self._arguments.get("inputs_embeds"))
         if inputs is None:
             raise ConfigError("call the model as a whole, with input_ids or inputs_embeds, not a part of it")
         shape = inputs.shape[:2]
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3 or x.shape[:2] != shape:
-            raise ConfigError(f"{self.site} does not give one vector per token; name another module")
-        if x.shape[-1] != (width := self.sae.config.d_in):
+            raise ConfigError(f"{site} does not give one vector per token; name another module")
+        if x.shape[-1] != width:
             raise ConfigError(
-                f"the SAE takes activations of width {width}, but those at {self.site} have {x.shape[-1]}; "
+                f"the SAE takes activations of width {width}, but those at {site} have {x.shape[-1]}; "
                 "it belongs to another site or model"
             )
         if x.device != (device := self.sae.W_enc.device):
@@ -160,7 +194,7 @@ class Spliced:
                 f"the SAE is on {device}, the model on {x.device}; move it: sae.to({str(x.device)!r})"
             )
         if self._substitute.fired is not None:
-            raise ConfigError(f"{self.site} runs more than once in a forward pass; name another module")
+            raise ConfigError(f"{site} runs more than once in a forward pass; name another module")
 
     def _positions(self, x_BSD: Tensor) -> Tensor:
         """Choose the positions to splice. bool [B, S]."""
@@ -221,17 +255,25 @@ def _by_name(
     return bound | (bound.pop(rest[0], {}) if rest else {})
 
 
-def _find_site(base: Any, site: str | None, sae: Sae) -> str:
-    """Find the path of the site's module.
+def _find_site(base: Any, site: str | None, known: tuple[str | None, str | None], argument: str = "") -> str:
+    """Find the path of a site's module.
+
+    Args:
+        base: the base model.
+        site: as the user named it; None for the one that the SAE tells.
+        known: the site that it tells, and the hook.
+        argument: by which the user names it.
 
     Raises:
         ConfigError: it is not known, or the model has no such module.
     """
-    provenance = sae.config.provenance
     if site is None:
-        site = provenance.get("site") or site_of(provenance.get("hook_name") or "", base.config.model_type)
+        site = known[0] or site_of(known[1] or "", base.config.model_type)
     if site is None:
-        raise ConfigError("the SAE does not tell its site; name it: splice(model, 'layers.4', sae)")
+        example = (
+            "splice(model, None, sae, read='layers.4')" if argument else "splice(model, 'layers.4', sae)"
+        )
+        raise ConfigError(f"the SAE does not tell its site; name it: {example}")
     blocks = {f"residual.{i}": block for i, block in enumerate(block_names(base))}
     modules = [name for name, _ in base.named_modules() if name]
     name = blocks.get(site, site)

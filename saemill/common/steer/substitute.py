@@ -1,5 +1,7 @@
 """What takes an activation's place at a site: an SAE's reconstruction, after an edit or as it is.
 
+A transcoder encodes x at one site, and what it decodes to takes the place of the activation at another.
+
     f = encode(x)    f' = edit(f)    x' = x + decode(f') − decode(f)    with the error kept
                                      x' = decode(f')                    without
 
@@ -34,17 +36,19 @@ class Substitute:
         self.fired: tuple[Encoded, Tensor] | None = None
         """Codes of the latest activation, before the edits, and bool [B, S]: where it was replaced."""
 
-    def __call__(self, x_BSD: Tensor, where_BS: Tensor) -> Tensor:
+    def __call__(self, x_BSD: Tensor, where_BS: Tensor, read_BSD: Tensor | None = None) -> Tensor:
         """Compute x' at some positions and x at the others. [B, S, D], in the dtype of x.
 
         Args:
-            x_BSD: the activation.
+            x_BSD: the activation whose place is taken.
             where_BS: bool, the positions.
+            read_BSD: the activation that a transcoder encodes; None of an SAE, which encodes x.
 
         Raises:
             ConfigError: an edit returned what cannot be decoded.
         """
-        codes = self.sae.encode(x_BSD)
+        read_BSD = x_BSD if read_BSD is None else read_BSD
+        codes = self.sae.encode(read_BSD)
         # What is watched lies between the codes and the edits: its gradient is of the edits' path alone.
         watched = Encoded(codes.top_acts.clone(), codes.top_indices)
         if torch.is_grad_enabled() and not watched.top_acts.requires_grad:
@@ -53,9 +57,9 @@ class Substitute:
         edited: tuple[Tensor, Tensor] = Encoded(watched.top_acts.clone(), watched.top_indices.clone())
         for edit in self.edits:
             edited = _decodable(edit(Encoded(*edited)), x_BSD)
-        changed_BSD = self.sae.decode(*edited)
+        changed_BSD = self.sae.decode(*edited, read_BSD)
         if self.keep_error:
-            changed_BSD = x_BSD + (changed_BSD - self.sae.decode(*codes))
+            changed_BSD = x_BSD + (changed_BSD - self.sae.decode(*codes, read_BSD))
         return substitute(x_BSD, changed_BSD, where_BS)
 
 

@@ -59,6 +59,8 @@ class Entry(Record):
 
     name: Name
     site: str
+    target_site: str | None = None
+    """Site that a transcoder predicts; left out of an SAE."""
     k: Positive | None
     """Most latents active per token; None where latents have thresholds."""
     architecture: str = "topk"
@@ -76,7 +78,8 @@ class Entry(Record):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        left_out = {name for name in ("architecture", "cuts") if getattr(self, name) in ("topk", ())}
+        optional = {"architecture": "topk", "cuts": (), "target_site": None}
+        left_out = {name for name, default in optional.items() if getattr(self, name) == default}
         return {name: value for name, value in serialize(self).items() if name not in left_out}
 
 

@@ -25,6 +25,7 @@ from saemill.train.backends.base import (
     Losses,
     Parameters,
     Rule,
+    Sample,
     Seen,
     Slopes,
 )
@@ -67,18 +68,18 @@ class BatchTopK:
         """Return the rule by which pre-activations become codes."""
         return Largest(round(self.k)) if self.of_each_token else BatchLargest(self.k)
 
-    def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
+    def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does."""
-        initial.tied(p, n_latents, seed, sample_TD, max(1, round(self.k)), team)
+        initial.tied(p, n_latents, seed, sample, max(1, round(self.k)), team)
 
-    def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
+    def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition; `seen` has the batch's cutoff."""
         pre_TF = pre_activations(p, x_TD, dtype)
         if seen.cutoff is None:
             codes_TF = dense.keep_largest(pre_TF, round(self.k))
         else:
             codes_TF = dense.keep_from(pre_TF, seen.cutoff)
-        return dense.grouped(self.groups, self.auxiliary, p, pre_TF, codes_TF, x_TD, seen)
+        return dense.grouped(self.groups, self.auxiliary, p, pre_TF, codes_TF, y_TE, seen)
 
     def codes(self, p: Parameters, found: Codes) -> Codes:
         """Return what the rule found: the codes themselves."""

@@ -24,7 +24,7 @@ def auxk(auxiliary: Auxiliary | None, p: Parameters, pre_TF: Tensor, e_TD: Tenso
     Args:
         auxiliary: its numbers; None gives 0.
         p, pre_TF: parameters and pre-activations.
-        e_TD: x̂ − x, no gradient flows through it.
+        e_TD: the error, no gradient flows through it.
         seen: with the dead latents.
     """
     if auxiliary is None or seen.dead.n_in_team == 0:
@@ -41,7 +41,7 @@ def grouped(
     p: Parameters,
     pre_TF: Tensor,
     codes_TF: Tensor,
-    x_TD: Tensor,
+    y_TE: Tensor,
     seen: Seen,
 ) -> Losses:
     """Compute the squared error of the codes, with that of each group where there are several, and AuxK.
@@ -49,14 +49,14 @@ def grouped(
     AuxK fits what the group that is shown leaves. The codes of that group are those that count as active.
     """
     if groups is None:
-        e_TD = codes_TF @ p.w_dec_FD + p.b_D - x_TD
+        e_TD = codes_TF @ p.w_dec_FD + p.b_D - y_TE
         return Losses(e_TD.square().sum(), auxk(auxiliary, p, pre_TF, e_TD, seen), codes_TF)
     if groups.by_rank:
         place_TF = codes_TF.detach().argsort(stable=True, dim=1, descending=True).argsort(1)
     else:
-        place_TF = torch.arange(codes_TF.shape[1], device=x_TD.device).expand_as(codes_TF)
+        place_TF = torch.arange(codes_TF.shape[1], device=y_TE.device).expand_as(codes_TF)
     kept = [torch.where(place_TF < end, codes_TF, 0) for end in groups.ends]
-    errors = [codes @ p.w_dec_FD + p.b_D - x_TD for codes in kept]
+    errors = [codes @ p.w_dec_FD + p.b_D - y_TE for codes in kept]
     sse_G = torch.stack([e_TD.square().sum() for e_TD in errors])
     aux = auxk(auxiliary, p, pre_TF, errors[groups.shown], seen)
     error = sse_G @ sse_G.new_tensor(groups.weights)

@@ -19,6 +19,7 @@ from saemill.train.backends.base import (
     Inference,
     Losses,
     Parameters,
+    Sample,
     Seen,
     Slopes,
 )
@@ -49,21 +50,21 @@ class Gated:
         """Return the rule by which pre-activations, those of the gate, become codes."""
         return Above(torch.zeros_like(p.b_enc_F))
 
-    def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
+    def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does, with a bias of the gate that `initial.start_l0` latents per token pass."""
         n_active = initial.start_l0(n_latents)
-        initial.tied(p, n_latents, seed, sample_TD, n_active, team)
-        p.b_enc_F.fill_(-initial.cutoff(sample_TD, p, n_active, team))
+        initial.tied(p, n_latents, seed, sample, n_active, team)
+        p.b_enc_F.fill_(-initial.cutoff(sample, p, n_active, team))
 
-    def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
+    def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition."""
-        d, gate_TF = x_TD.shape[1], pre_activations(p, x_TD, dtype)
+        d, gate_TF = y_TE.shape[1], pre_activations(p, x_TD, dtype)
         linear_TF = gate_TF - p.b_enc_F
         r_F, b_mag_F = p.further_F["r_mag"], p.further_F["b_mag"]
         codes_TF = torch.where(gate_TF > 0, torch.relu(r_F.exp() * linear_TF + b_mag_F), 0)
-        e_TD = codes_TF @ p.w_dec_FD + p.b_D - x_TD
+        e_TD = codes_TF @ p.w_dec_FD + p.b_D - y_TE
         open_TF = torch.relu(gate_TF)
-        gate_e_TD = open_TF @ p.w_dec_FD.detach() + p.b_D.detach() - x_TD
+        gate_e_TD = open_TF @ p.w_dec_FD.detach() + p.b_D.detach() - y_TE.detach()
         penalty = self.coefficient * d**0.5 * open_TF.sum()
         return Losses(e_TD.square().sum(), gate_e_TD.square().sum() + penalty, codes_TF)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from saemill.train.backends.base import Codes, Parameters, chunks
+from saemill.train.backends.base import Codes, Parameters, Sample, chunks
 from saemill.train.backends.sparse import decode, encode, fold_bias, own_codes
 from saemill.train.backends.team import Team
 
@@ -17,6 +17,8 @@ START_L0 = 64
 """Active latents per token at the start, where a penalty and no number decides how many there are."""
 LEAST_SHARE = 16
 """At most one latent in so many is active then."""
+RIDGE = 1e-2
+"""What a regression adds to the variance of each dimension, which is 1 on the average."""
 
 
 def start_l0(n_latents: int) -> int:
@@ -31,30 +33,47 @@ def annealed(start: float, end: float, step: int, n_steps: int) -> float:
     return float(start * (end / start) ** (step / n_steps))
 
 
-def tied(p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, k: int, team: Team) -> None:
+def tied(p: Parameters, n_latents: int, seed: int, sample: Sample, k: int, team: Team) -> None:
     """Fill in random unit rows as the decoder, and as the encoder times the gain that fits best.
+
+    Where y is to be predicted from x, the encoder looks for what its rows are in x: by y ≈ R x their products
+    with R.
 
     Args:
         p: `b_D` is there already; where the team splits the latents, this process's.
         n_latents: F of the whole SAE.
         seed: of the rows.
-        sample_TD: training activations in training units.
+        sample: training activations in training units.
         k: active latents per token with which the gain is found.
         team: the processes that share the SAE.
     """
     rows_FD = unit_rows(n_latents, len(p.b_D), seed)[team.latents.slice_of(n_latents)]
     p.w_dec_FD.copy_(rows_FD)
-    p.w_enc_FD.copy_(p.w_dec_FD)
-    p.w_enc_FD.mul_(best_gain(sample_TD, p, k, team))
+    is_same = sample.y_TE is sample.x_TD
+    p.w_enc_FD.copy_(p.w_dec_FD if is_same else p.w_dec_FD @ regression(sample))
+    p.w_enc_FD.mul_(best_gain(sample, p, k, team))
 
 
-def cutoff(sample_TD: Tensor, p: Parameters, k: int, team: Team) -> float:
+def regression(sample: Sample) -> Tensor:
+    """Compute the matrix of the linear map from x that predicts y best, by least squares. [E, D]
+
+    A little is added to the variance of each dimension (ridge regression): where tokens are few, or lie in
+    fewer dimensions than D, it would else learn noise.
+    """
+    x_TD, y_TE = (rows.double() for rows in sample)
+    gram_DD = x_TD.T @ x_TD
+    gram_DD.diagonal().add_(RIDGE * len(x_TD))
+    map_DE: Tensor = torch.linalg.solve(gram_DD, x_TD.T @ y_TE)
+    return map_DE.T.float()
+
+
+def cutoff(sample: Sample, p: Parameters, k: int, team: Team) -> float:
     """Find the pre-activation that k latents per token pass on the average, 0 if fewer are above 0."""
-    group, n_tokens = team.latents, len(sample_TD)
+    group, n_tokens = team.latents, len(sample.x_TD)
     n_ranks = min(
         CUTOFF_RANKS * k, min(group.all_gather(torch.tensor([len(p.w_enc_FD)]), group.size).tolist())
     )
-    own_TK = _codes(sample_TD, p, n_ranks).val_TK
+    own_TK = _codes(sample.x_TD, p, n_ranks).val_TK
     every = group.all_gather(own_TK, group.size * n_tokens).view(group.size, n_tokens, n_ranks)
     # Of each token as many as one process alone would look at.
     every = (
@@ -70,28 +89,28 @@ def unit_rows(n_latents: int, d: int, seed: int) -> Tensor:
     return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
-def best_gain(sample_TD: Tensor, p: Parameters, k: int, team: Team) -> Tensor:
+def best_gain(sample: Sample, p: Parameters, k: int, team: Team) -> Tensor:
     """Compute the factor on the encoder with which the first reconstructions fit best, by least squares.
 
     Without it k unit directions, each with its full projection, overshoot the more the larger k is,
     and the first steps only undo that.
 
     Args:
-        sample_TD: training activations in training units.
+        sample: training activations in training units.
         p: with `b_enc_F` 0; where the team splits the latents, this process's.
         k: active latents per token.
         team: the processes that share the SAE.
     """
-    own, _ = own_codes(_codes(sample_TD, p, k), team)
-    e_TD = team.latents.all_reduce(decode(own, p.w_dec_FD)).add_(p.b_D).sub_(sample_TD)
-    raw_TD = e_TD.add_(sample_TD).sub_(p.b_D)
-    return ((sample_TD - p.b_D) * raw_TD).sum() / raw_TD.square().sum().clamp(min=1e-12)
+    own, _ = own_codes(_codes(sample.x_TD, p, k), team)
+    e_TD = team.latents.all_reduce(decode(own, p.w_dec_FD)).add_(p.b_D).sub_(sample.y_TE)
+    raw_TD = e_TD.add_(sample.y_TE).sub_(p.b_D)
+    return ((sample.y_TE - p.b_D) * raw_TD).sum() / raw_TD.square().sum().clamp(min=1e-12)
 
 
 def _codes(sample_TD: Tensor, p: Parameters, k: int) -> Codes:
     """Find the k largest pre-activations of each token among this process's latents."""
     n_latents, n_tokens = len(p.w_enc_FD), len(sample_TD)
-    bias_F = fold_bias(p.w_enc_FD, p.b_enc_F, p.b_D)
+    bias_F = fold_bias(p.w_enc_FD, p.b_enc_F, p.offset_D)
     chunk_bytes = CHUNK_BYTES.get(sample_TD.device.type, MOST_CHUNK_BYTES)
     scratch_TF = sample_TD.new_empty(max(1, chunk_bytes // (n_latents * sample_TD.itemsize)), n_latents)
     codes = [

@@ -24,6 +24,7 @@ from saemill.train.backends.base import (
     Losses,
     Parameters,
     Pull,
+    Sample,
     Seen,
     Slopes,
 )
@@ -68,12 +69,12 @@ class JumpRelu:
         unit = p.w_dec_FD.shape[1] ** 0.5
         return Above(p.further_F["threshold"] * unit, self.bandwidth * unit)
 
-    def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
+    def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does, with one threshold for all that `initial.start_l0` latents per token pass."""
         n_active = round(self.target_l0 or initial.start_l0(n_latents))
-        initial.tied(p, n_latents, seed, sample_TD, n_active, team)
-        threshold = initial.cutoff(sample_TD, p, n_active, team)
-        p.further_F["threshold"].fill_(threshold / sample_TD.shape[1] ** 0.5)
+        initial.tied(p, n_latents, seed, sample, n_active, team)
+        threshold = initial.cutoff(sample, p, n_active, team)
+        p.further_F["threshold"].fill_(threshold / p.w_dec_FD.shape[1] ** 0.5)
 
     def weights_F(self, seen: Seen, d: int) -> Tensor:
         """Compute what one more token on which a latent is active adds to the loss."""
@@ -101,15 +102,15 @@ class JumpRelu:
             total = total + penalty * own_count_F[seen.count_F > self.most_density * seen.n_tokens].sum()
         return total
 
-    def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
+    def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition; `seen` has how often latents are active in the batch."""
-        d, pre_TF = x_TD.shape[1], pre_activations(p, x_TD, dtype)
+        d, pre_TF = y_TE.shape[1], pre_activations(p, x_TD, dtype)
         theta_F, width = p.further_F["threshold"] * d**0.5, self.bandwidth * d**0.5
         active_TF = (pre_TF > theta_F).to(pre_TF.dtype).detach()
         near_TF = ((pre_TF - theta_F).abs() < width / 2).to(pre_TF.dtype).detach() / width
         moved_F = theta_F - theta_F.detach()  # 0, with the gradient of θ
         codes_TF = pre_TF * active_TF - theta_F.detach() * near_TF * moved_F
-        e_TD = codes_TF @ p.w_dec_FD + p.b_D - x_TD
+        e_TD = codes_TF @ p.w_dec_FD + p.b_D - y_TE
         if self.penalty == "tanh":
             aux = self.coefficient * d * torch.tanh(4 * codes_TF / d**0.5).sum()
         else:

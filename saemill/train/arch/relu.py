@@ -19,6 +19,7 @@ from saemill.train.backends.base import (
     Inference,
     Losses,
     Parameters,
+    Sample,
     Seen,
     Slopes,
 )
@@ -52,16 +53,16 @@ class Relu:
         """Return the rule by which pre-activations become codes."""
         return Above(torch.zeros_like(p.b_enc_F))
 
-    def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
+    def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does, with a bias that `initial.start_l0` latents per token pass."""
         n_active = initial.start_l0(n_latents)
-        initial.tied(p, n_latents, seed, sample_TD, n_active, team)
-        p.b_enc_F.fill_(-initial.cutoff(sample_TD, p, n_active, team))
+        initial.tied(p, n_latents, seed, sample, n_active, team)
+        p.b_enc_F.fill_(-initial.cutoff(sample, p, n_active, team))
 
-    def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
+    def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition."""
-        d, codes_TF = x_TD.shape[1], torch.relu(pre_activations(p, x_TD, dtype))
-        e_TD = codes_TF @ p.w_dec_FD + p.b_D - x_TD
+        d, codes_TF = y_TE.shape[1], torch.relu(pre_activations(p, x_TD, dtype))
+        e_TD = codes_TF @ p.w_dec_FD + p.b_D - y_TE
         size_F = p.w_dec_FD.norm(dim=1) / d**0.5
         active_TF = codes_TF > 0  # x^p has no slope at 0
         sizes_TF = torch.where(active_TF, codes_TF, 1) * size_F

@@ -21,6 +21,7 @@ from saemill.train.backends.base import (
     Largest,
     Losses,
     Parameters,
+    Sample,
     Seen,
     Slopes,
 )
@@ -71,30 +72,31 @@ class TopK:
         """Return the rule by which pre-activations become codes."""
         return Largest(self.groups.ends[-1] if self.groups else self.k)
 
-    def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
+    def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start from random unit rows, the encoder as their transpose times the gain that fits best.
 
         Args:
             p: filled, but for `b_D`, which is there already; where the team splits the latents, its share.
             n_latents: F of the whole SAE.
             seed: of the rows.
-            sample_TD: training activations in training units.
+            sample: training activations in training units.
             team: the processes that share the SAE.
         """
-        initial.tied(p, n_latents, seed, sample_TD, self.k, team)
+        initial.tied(p, n_latents, seed, sample, self.k, team)
 
-    def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
+    def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition.
 
         Args:
             p: leaves of autograd, float32 or float64.
             x_TD: tokens, of the same dtype.
+            y_TE: what their latents are to predict; x itself of an SAE.
             seen: the latents that are dead.
             dtype: the encoder's product is rounded to it.
         """
         pre_TF = pre_activations(p, x_TD, dtype)
         codes_TF = dense.keep_largest(pre_TF, self.rule(p).k)
-        return dense.grouped(self.groups, self.auxiliary, p, pre_TF, codes_TF, x_TD, seen)
+        return dense.grouped(self.groups, self.auxiliary, p, pre_TF, codes_TF, y_TE, seen)
 
     def codes(self, p: Parameters, found: Codes) -> Codes:
         """Return what the rule found: the codes themselves."""

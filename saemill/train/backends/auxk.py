@@ -56,13 +56,15 @@ def auxk(
     e_TD, bias_S = forward.e_TD, forward.bias_F[dead_S].to(dtype)
     w_enc_SD, w_dec_SD = weights.product_FD[dead_S], weights.parameters.w_dec_FD[dead_S]
     rounded_SD = w_dec_SD.to(dtype)
-    grad_enc_SD, grad_dec_SD = torch.zeros_like(w_dec_SD), torch.zeros_like(w_dec_SD)
+    grad_enc_SD, grad_dec_SD = torch.zeros_like(w_enc_SD, dtype=torch.float32), torch.zeros_like(w_dec_SD)
     grad_bias_S, squares = torch.zeros_like(w_dec_SD[:, 0]), torch.zeros_like(forward.sse)
     row_bytes = dead.n_in_team * dtype.itemsize  # the same on every process: they exchange in each chunk
     for chunk in chunks(len(e_TD), row_bytes, max(CHUNK_BYTES[e_TD.device.type], LEAST_TOKENS * row_bytes)):
         pre_tS = torch.addmm(bias_S, product_TD[chunk], w_enc_SD.T)
         acts_tS = _activations(backend, pre_tS, k, dead.n_in_team)
-        once_tD = e_TD[chunk].to(dtype) if team.latents.rank == 0 else torch.zeros_like(product_TD[chunk])
+        once_tD = (
+            e_TD[chunk].to(dtype) if team.latents.rank == 0 else torch.zeros_like(e_TD[chunk], dtype=dtype)
+        )
         difference_tD = team.latents.all_reduce(torch.addmm(once_tD, acts_tS, rounded_SD))
         squares += torch.linalg.vector_norm(difference_tD, dim=1, dtype=torch.float32).square().sum()
         grad_dec_SD += acts_tS.T @ difference_tD
@@ -71,7 +73,7 @@ def auxk(
         grad_enc_SD += dpre_tS.T @ product_TD[chunk]
     for over_tokens in (grad_enc_SD, grad_dec_SD, grad_bias_S, squares):
         team.tokens.all_reduce(over_tokens)
-    grad_enc_SD.addr_(grad_bias_S, weights.parameters.b_D, alpha=-1)
+    grad_enc_SD.addr_(grad_bias_S, weights.parameters.offset_D, alpha=-1)
     along_S1 = (grad_dec_SD * w_dec_SD).sum(1, keepdim=True)
     grad_dec_SD.addcmul_(along_S1, w_dec_SD, value=-1)
     twice = 2 * scale
@@ -93,7 +95,7 @@ def pull(codes: Codes, task: Task, scale: float) -> tuple[DeadRows, Tensor]:
     Returns: the gradients, and the loss of this process's latents.
     """
     p, dead_S, x_TD = task.weights.parameters, task.dead.latents_S, task.batch.x_TD
-    rule, scale = task.architecture.rule(p), scale * x_TD.shape[1] ** 0.5
+    rule, scale = task.architecture.rule(p), scale * p.w_dec_FD.shape[1] ** 0.5
     assert isinstance(rule, Above)
     above_TK = (codes.val_TK > 0).float()
     n_below_S = len(x_TD) - codes.by_latent(above_TK, len(p.b_enc_F))[dead_S]
@@ -106,10 +108,10 @@ def pull(codes: Codes, task: Task, scale: float) -> tuple[DeadRows, Tensor]:
         0, dead_S, torch.arange(len(dead_S), device=dead_S.device)
     )
     add_rows(x_SD, place_F[codes.idx_TK[tokens_P, slots_P].long()], -x_TD[tokens_P])
-    z_S = (x_SD * w_enc_SD).sum(1) + n_below_S * (p.b_enc_F[dead_S] - w_enc_SD @ p.b_D)
+    z_S = (x_SD * w_enc_SD).sum(1) + n_below_S * (p.b_enc_F[dead_S] - w_enc_SD @ p.offset_D)
     loss = (n_below_S * rule.threshold_F[dead_S] - z_S).sum() * scale
-    grad_SD = (x_SD - n_below_S[:, None] * p.b_D).mul_(-scale)
-    return DeadRows(dead_S, grad_SD, n_below_S * -scale, torch.zeros_like(grad_SD)), loss
+    grad_SD = (x_SD - n_below_S[:, None] * p.offset_D).mul_(-scale)
+    return DeadRows(dead_S, grad_SD, n_below_S * -scale, torch.zeros_like(p.w_dec_FD[dead_S])), loss
 
 
 def _activations(backend: "Sparse", pre_tS: Tensor, k: int, n_dead: int) -> Tensor:

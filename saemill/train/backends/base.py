@@ -3,6 +3,9 @@
 A backend has one `step`: one SAE, one batch, one optimizer step in place. Notation: x_TD inputs (centred and
 scaled), b_D = b_dec − centre, pre = (x − b) W_encᵀ + b_enc, codes val_TK of latents idx_TK,
 x̂ = val · W_dec[idx] + b, e = x̂ − x.
+
+A transcoder predicts y_TE, activations of another site in units of their own: pre = x W_encᵀ + b_enc,
+ŷ = val · W_dec[idx] + b + W_skip x, e = ŷ − y. Where D and E differ, what is called D of a decoder is E.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,30 +38,64 @@ class Parameters(NamedTuple):
     """b_dec − centre."""
     further_F: Mapping[str, Tensor] = NONE
     """Parameters that the architecture has beside these, one number per latent, by name."""
+    w_skip_ED: Tensor | None = None
+    """The linear map from x that is added to the prediction; None without."""
+    is_centred: bool = True
+    """Whether the encoder takes x − b, and not x."""
 
     @classmethod
-    def zeros(
-        cls, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()
-    ) -> "Parameters":
+    def zeros(cls, shape: "Shape", device: torch.device) -> "Parameters":
         """Make their memory in torch's own allocator."""
-        shapes = {"w_enc": (n_latents, d), "b_enc": (n_latents,), "w_dec": (n_latents, d), "b": (d,)}
-        shapes |= {name: (n_latents,) for name in further}
-        return cls.of({name: torch.zeros(shape, device=device) for name, shape in shapes.items()})
+        return cls.of({name: torch.zeros(s, device=device) for name, s in shape.of_each.items()}, shape)
 
     @classmethod
-    def of(cls, named: Mapping[str, Tensor]) -> "Parameters":
+    def of(cls, named: Mapping[str, Tensor], like: "Parameters | Shape") -> "Parameters":
         """Make them of tensors by name, as `named` gives them."""
-        further = {name: tensor for name, tensor in named.items() if name not in NAMES}
-        return cls(named["w_enc"], named["b_enc"], named["w_dec"], named["b"], further)
+        further = {name: tensor for name, tensor in named.items() if name not in (*NAMES, SKIP)}
+        w_enc, b_enc, w_dec, b = (named[name] for name in NAMES)
+        return cls(w_enc, b_enc, w_dec, b, further, named.get(SKIP), like.is_centred)
 
     @property
     def named(self) -> dict[str, Tensor]:
         """Return all by name."""
-        return {**dict(zip(NAMES, self[:4], strict=True)), **self.further_F}
+        skip = {} if self.w_skip_ED is None else {SKIP: self.w_skip_ED}
+        return {**dict(zip(NAMES, self[:4], strict=True)), **self.further_F, **skip}
+
+    @property
+    def offset_D(self) -> Tensor:
+        """Return what the encoder subtracts from x: b, or zeros."""
+        return self.b_D if self.is_centred else self.w_enc_FD.new_zeros(self.w_enc_FD.shape[1])
 
 
 NAMES = ("w_enc", "b_enc", "w_dec", "b")
 """Names of the parameters that every SAE has."""
+SKIP = "w_skip"
+"""Name of W_skip."""
+WHOLE = ("b", SKIP)
+"""Names of the parameters that have no row per latent."""
+
+
+class Shape(NamedTuple):
+    """What an SAE's parameters are."""
+
+    n_latents: int
+    """Where a team splits the latents, this process's."""
+    d: int
+    """Width of the inputs."""
+    d_out: int
+    """Width of what is predicted."""
+    further: tuple[str, ...] = ()
+    """Names of parameters as `Parameters.further_F` has them."""
+    has_skip: bool = False
+    is_centred: bool = True
+    """As `Parameters.is_centred`."""
+
+    @property
+    def of_each(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each parameter by name."""
+        f, d, e = self.n_latents, self.d, self.d_out
+        own = {"w_enc": (f, d), "b_enc": (f,), "w_dec": (f, e), "b": (e,)}
+        return own | dict.fromkeys(self.further, (f,)) | ({SKIP: (e, d)} if self.has_skip else {})
 
 
 class Weights(NamedTuple):
@@ -91,11 +128,33 @@ class Batch(NamedTuple):
     """The same in the product's dtype."""
     quantised_TD: "Quantised | None" = None
     """The same in 8 bits, where those choose the candidates."""
+    y_TE: Tensor | None = None
+    """What a transcoder predicts, float32; None of an SAE, which reconstructs x."""
+
+    @property
+    def target_TE(self) -> Tensor:
+        """Return what is to be reconstructed or predicted."""
+        return self.x_TD if self.y_TE is None else self.y_TE
 
     def tokens(self, some: slice) -> "Batch":
         """Select some of the tokens."""
         quantised = None if self.quantised_TD is None else self.quantised_TD.rows(some)
-        return Batch(self.x_TD[some], self.product_TD[some], quantised)
+        y_TE = None if self.y_TE is None else self.y_TE[some]
+        return Batch(self.x_TD[some], self.product_TD[some], quantised, y_TE)
+
+    def less_skip(self, p: Parameters) -> "Batch":
+        """Take what W_skip predicts off the target: what is left is for the latents to predict."""
+        if p.w_skip_ED is None:
+            return self
+        return self._replace(y_TE=torch.addmm(self.target_TE, self.x_TD, p.w_skip_ED.T, alpha=-1))
+
+
+class Sample(NamedTuple):
+    """Some tokens by which parameters start, in training units, float32."""
+
+    x_TD: Tensor
+    y_TE: Tensor
+    """What is to be predicted; x itself of an SAE."""
 
 
 class Dead(NamedTuple):
@@ -306,11 +365,14 @@ class Architecture(Protocol):
     def rule(self, p: Parameters) -> Rule:
         """Return the rule by which pre-activations become codes."""
 
-    def initialise(self, p: Parameters, n_latents: int, seed: int, sample_TD: Tensor, team: Team) -> None:
-        """Fill in where the parameters start; `b_D` is there already."""
+    def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
+        """Fill in where the parameters start; `b_D` and `w_skip_ED` are there already."""
 
-    def loss(self, p: Parameters, x_TD: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
-        """Compute the loss densely: the definition, which `plain` differentiates and tests compare with."""
+    def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
+        """Compute the loss densely: the definition, which `plain` differentiates and tests compare with.
+
+        y is what the latents are to predict: x itself of an SAE; with W_skip what that leaves.
+        """
 
     def codes(self, p: Parameters, found: Codes) -> Codes:
         """Turn pre-activations that the rule found into codes; `Above` finds those within its bandwidth."""
@@ -407,11 +469,11 @@ class Backend(Protocol):
     """Dtype of the encoder's product."""
     team: Team
 
-    def weights(self, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()) -> Weights:
-        """Make the memory of one SAE, all zeros; `further` names parameters as `Parameters` has them."""
+    def weights(self, shape: Shape, device: torch.device) -> Weights:
+        """Make the memory of one SAE, all zeros."""
 
-    def prepare(self, x_TD: Tensor) -> Batch:
-        """Make the copies of a batch, once for all SAEs of its site."""
+    def prepare(self, x_TD: Tensor, y_TE: Tensor | None = None) -> Batch:
+        """Make the copies of a batch, once for all SAEs of its site; `y_TE` as `Batch` has it."""
 
     def step(self, task: Task) -> Sums:
         """Take one optimizer step of one SAE, in place."""

@@ -16,6 +16,7 @@ from saemill.train.backends.base import (
     Losses,
     Parameters,
     Seen,
+    Shape,
     Sums,
     Task,
     Weights,
@@ -50,26 +51,27 @@ class Plain:
             raise ValueError("plain splits no latents")
         self.dtype, self.team = dtype, team
 
-    def weights(self, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()) -> Weights:
+    def weights(self, shape: Shape, device: torch.device) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`; there are no copies."""
-        parameters = Parameters.zeros(n_latents, d, device, further)
+        parameters = Parameters.zeros(shape, device)
         return Weights(parameters, parameters.w_enc_FD, parameters.w_dec_FD)
 
-    def prepare(self, x_TD: Tensor) -> Batch:
+    def prepare(self, x_TD: Tensor, y_TE: Tensor | None = None) -> Batch:
         """Take a batch as it is: the loss rounds what it multiplies."""
-        return Batch(x_TD, x_TD)
+        return Batch(x_TD, x_TD, y_TE=y_TE)
 
     def step(self, task: Task) -> Sums:
         """Differentiate the loss and take an optimizer step, as `Backend.step`."""
         batch, weights, rates = task.batch, task.weights, task.rates
         own = batch.tokens(self.team.tokens.slice_of(len(batch.x_TD)))
         named = {name: p.detach().requires_grad_() for name, p in weights.parameters.named.items()}
-        leaves = Parameters.of(named)
+        leaves = Parameters.of(named, weights.parameters)
         seen = self._look(task, own.x_TD)
         sums, tokens = _zero_sums(leaves, task), self.team.tokens
         for chunk in self._chunks(own.x_TD, leaves):
             with region("backward"), torch.enable_grad():
-                losses = task.architecture.loss(leaves, own.x_TD[chunk], seen, self.dtype)
+                some = own.tokens(chunk).less_skip(leaves)
+                losses = task.architecture.loss(leaves, some.x_TD, some.target_TE, seen, self.dtype)
                 ((losses.error + losses.aux) * rates.per_square).backward()  # type: ignore[no-untyped-call]
             sums = _added(sums, losses, rates.per_square)
         gradients = {
@@ -107,8 +109,9 @@ class Plain:
 
 
 def pre_activations(p: Parameters, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute W_enc (x − b) + b_enc, the product rounded to `dtype`. [T, F], in x's dtype; differentiable."""
-    bias_F = p.b_enc_F - p.w_enc_FD @ p.b_D
+    """Compute W_enc (x − b) + b_enc, the product rounded to `dtype`; W_enc x + b_enc where nothing is
+    subtracted. [T, F], in x's dtype; differentiable."""
+    bias_F = p.b_enc_F - p.w_enc_FD @ p.offset_D
     return torch.addmm(bias_F.to(dtype), x_TD.to(dtype), p.w_enc_FD.to(dtype).T).to(x_TD.dtype)
 
 

@@ -8,6 +8,9 @@ latents, each from its gradient to its new weights:
     dW_dec[f] = gs Σ val e_t, less its component along a unit row W_dec[f], which renorming would undo
     dW_enc[f] = Σ dpre_tk (x_t − b),   db_enc[f] = Σ dpre_tk,   db = gs Σ_t e_t − Σ_f (Σ dpre_tk) W_enc[f]
 
+Where the encoder subtracts no b, the terms of b in the last line but one and in db are missing. W_skip, whose
+part of the prediction is taken off the target before the first pass, has the dense gradient gs Σ_t e_t x_tᵀ.
+
 Where codes are in groups that fit alone, e_t is for each pair the weighted sum of the errors of all groups
 that hold it. Nothing of size tokens × latents and no gradient of size latents × D is ever in memory.
 """
@@ -24,6 +27,7 @@ from torch.nn.functional import embedding_bag, pad
 from saemill.common.sae.topk import topk
 from saemill.train.backends.auxk import DeadRows, auxk, pull
 from saemill.train.backends.base import (
+    SKIP,
     Above,
     Auxiliary,
     Batch,
@@ -132,7 +136,7 @@ class Sparse(ABC):
     def step(self, task: Task) -> Sums:
         """Go forward over this process's own tokens, backward over the whole batch, as `Backend.step`."""
         architecture, p, n_tokens = task.architecture, task.weights.parameters, len(task.batch.x_TD)
-        own = task.batch.tokens(self.team.tokens.slice_of(n_tokens))
+        own = task.batch.tokens(self.team.tokens.slice_of(n_tokens)).less_skip(p)
         forward = self._forward(own, task)
         if forward is None:
             return self._dense_step(task)
@@ -305,7 +309,7 @@ def own_codes(codes: Codes, team: Team) -> tuple[Codes, Tensor]:
 def residual_of_team(codes: Codes, batch: Batch, weights: Weights, team: Team) -> tuple[Tensor, Tensor]:
     """Compute e and ⟨e_t, W_dec[idx_tk]⟩, float32, where latents are split: x̂ is one sum over the team."""
     w_dec_FD, b_D = weights.parameters.w_dec_FD, weights.parameters.b_D
-    e_TD = team.latents.all_reduce(decode(codes, w_dec_FD)).add_(b_D).sub_(batch.x_TD)
+    e_TD = team.latents.all_reduce(decode(codes, w_dec_FD)).add_(b_D).sub_(batch.target_TE)
     return e_TD, row_dots(e_TD, codes.idx_TK, w_dec_FD)
 
 
@@ -316,7 +320,7 @@ def groups_of_team(
     w_dec_FD, b_D = weights.parameters.w_dec_FD, weights.parameters.b_D
     group_TK = codes.group_TK(groups)
     errors = [
-        team.latents.all_reduce(decode(codes.where(group_TK <= g), w_dec_FD)).add_(b_D).sub_(batch.x_TD)
+        team.latents.all_reduce(decode(codes.where(group_TK <= g), w_dec_FD)).add_(b_D).sub_(batch.target_TE)
         for g in range(len(groups.ends))
     ]
     sse_G = torch.stack([e_TD.square().sum() for e_TD in errors])
@@ -341,6 +345,26 @@ def row_dots(e_TD: Tensor, idx_TK: Tensor, w_dec_FD: Tensor) -> Tensor:
     )
     dots: Tensor = torch.sparse.sampled_addmm(wanted, e_TD, w_dec_FD.T, beta=0.0)
     return dots.values().view(n_tokens, k)
+
+
+def gradients_of_whole(task: Task, e_TD: Tensor, dpre_F: Tensor, team: Team) -> dict[str, Tensor]:
+    """Compute the gradients of the parameters without a row per latent: of b, and of W_skip where it is.
+
+    Args:
+        task: with the whole batch; w_enc is as it was in the forward pass.
+        e_TD: errors of the whole batch, with groups the weighted sums of all of them.
+        dpre_F: Σ dpre of this process's latents, float32, that of dead ones included.
+        team: where it splits the latents, each part of b's gradient is summed over it.
+    """
+    p, scale = task.weights.parameters, task.rates.grad_scale
+    db_D = e_TD.sum(0, dtype=torch.float32).mul_(scale)
+    if p.is_centred:
+        db_D.div_(team.latents.size).sub_(dpre_F @ p.w_enc_FD)
+        team.latents.all_reduce(db_D)
+    if p.w_skip_ED is None:
+        return {"b": db_D}
+    x_TD = task.batch.product_TD
+    return {"b": db_D, SKIP: (e_TD.T @ x_TD.to(e_TD.dtype)).float().mul_(scale)}
 
 
 def gather(forward: Forward, n_tokens: int, team: Team) -> Forward:

@@ -1,4 +1,7 @@
-"""The learners of one site: each batch is standardised, rounded and quantised once for all of them."""
+"""The learners of one site, or of one pair of sites.
+
+Each batch is standardised, rounded and quantised once for all of them.
+"""
 
 import torch
 from torch import Tensor
@@ -13,33 +16,46 @@ DEAD_EVERY_STEPS = 4
 
 
 class Bank:
-    """Learners of one site, each trained as if alone.
+    """Learners of one site, or of transcoders from it to one other site, each trained as if alone.
 
     Args:
         site: its name.
         scaling: the site's units.
         backend: computes their steps.
-        learners: all of this site and process.
+        learners: all of this site, target and process.
+        target: name of the site that transcoders predict, and its units.
     """
 
-    def __init__(self, site: str, scaling: Scaling, backend: Backend, learners: list[Learner]) -> None:
+    def __init__(
+        self,
+        site: str,
+        scaling: Scaling,
+        backend: Backend,
+        learners: list[Learner],
+        target: tuple[str, Scaling] | None = None,
+    ) -> None:
         self.site, self.scaling, self.backend, self.learners = site, scaling, backend, learners
+        self.target = target
 
-    def step(self, stored_TD: Tensor, lr_factor: float, step: int) -> None:
+    def step(self, stored_TD: Tensor, lr_factor: float, step: int, target_TE: Tensor | None = None) -> None:
         """Take one optimizer step of every learner that has not diverged.
 
         Args:
             stored_TD: a batch as it is stored, on the device; the loss is the mean over its tokens.
             lr_factor: the schedule's factor on each learner's peak rate.
             step: its number.
+            target_TE: the same tokens at the target site, as they are stored; None of SAEs.
         """
         with region("copy"):
             x_TD = self.scaling.standardise(stored_TD)
+            y_TE = None
+            if self.target is not None and target_TE is not None:
+                y_TE = self.target[1].standardise(target_TE)
         if step % DEAD_EVERY_STEPS == 0:
             for learner in self.learners:
                 learner.find_dead()
             self.count_dead()
-        batch = self.backend.prepare(x_TD)
+        batch = self.backend.prepare(x_TD, y_TE)
         for learner in self.learners:
             if not learner.frozen:
                 learner.step(batch, lr_factor, step)

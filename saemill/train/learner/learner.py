@@ -1,6 +1,6 @@
 """One SAE in training: parameters, optimizer, dead latents, sums.
 
-Parameters live in training units (`stream.scaling`). `export` folds these into the biases, so that a saved
+Parameters live in training units (`stream.scaling`). `export` folds these into the weights, so that a saved
 SAE takes activations as they are.
 """
 
@@ -11,9 +11,20 @@ from torch import Tensor
 
 from saemill.common.sae.parts import Parts, SaeConfig
 from saemill.train.arch import initial
-from saemill.train.backends.base import Backend, Batch, Dead, Parameters, Rates, Task
+from saemill.train.backends.base import (
+    WHOLE,
+    Backend,
+    Batch,
+    Dead,
+    Parameters,
+    Rates,
+    Sample,
+    Shape,
+    Task,
+)
 from saemill.train.learner.architecture import architecture_of
 from saemill.train.learner.totals import CutoffAverage, Totals
+from saemill.train.learner.units import rows_of, whole_of
 from saemill.train.objective.squared_error import per_square
 from saemill.train.optim.average import WeightAverage
 from saemill.train.optim.muon import Muon
@@ -34,6 +45,7 @@ class Learner:
             the `rows` of this process alone.
         sample_TD: training activations for the initial gain and the geometric median, in training units.
         dead_after_tokens: a latent that has not fired for so many tokens is dead.
+        target: of a transcoder the units of the site that it predicts, and the same tokens there in these.
     """
 
     def __init__(
@@ -43,21 +55,22 @@ class Learner:
         backend: Backend,
         sample_TD: Tensor,
         dead_after_tokens: int,
+        target: tuple[Scaling, Tensor] | None = None,
     ) -> None:
         self.variant, self.scaling, self.backend = variant, scaling, backend
+        self.target_scaling = None if target is None else target[0]
         self.dead_after_tokens = dead_after_tokens
-        d, device = len(scaling.centre_D), scaling.centre_D.device
+        output = self.target_scaling or scaling
+        d, d_out, device = len(scaling.centre_D), len(output.centre_D), scaling.centre_D.device
         self.architecture = architecture_of(variant, d)
-        self.per_square = per_square(variant.loss, d, scaling.scale)
+        self.per_square = per_square(variant.loss, d_out, output.scale)
         self.rows = backend.team.latents.slice_of(variant.num_latents)
         n_rows = self.rows.stop - self.rows.start
-        self.weights = backend.weights(n_rows, d, device, self.architecture.further)
+        is_centred = target is None and variant.apply_b_dec_to_input
+        shape = Shape(n_rows, d, d_out, self.architecture.further, variant.skip_connection, is_centred)
+        self.weights = backend.weights(shape, device)
         self.parameters = self.weights.parameters
-        if variant.b_dec_init == "geometric_median":
-            self.parameters.b_D.copy_(initial.geometric_median(sample_TD))
-        self.architecture.initialise(
-            self.parameters, variant.num_latents, variant.seed, sample_TD, backend.team
-        )
+        self._start(Sample(sample_TD, sample_TD if target is None else target[1]))
         self.optimizer = self._optimizer()
         decay = variant.weight_average
         self.average = None if decay is None else WeightAverage(self.parameters.named, decay)
@@ -68,9 +81,19 @@ class Learner:
         """The step at which the loss was not finite, −1 where it is."""
         self.frozen = False
         """Whether steps are left out, since it has diverged."""
-        self.totals = Totals(d, device, self.architecture.groups)
+        self.totals = Totals(d_out, device, self.architecture.groups)
         self.cutoff = CutoffAverage(device)
         self.weights.refresh()
+
+    def _start(self, sample: Sample) -> None:
+        """Fill in where the parameters start: W_skip, and the others for what it leaves."""
+        p, variant = self.parameters, self.variant
+        if p.w_skip_ED is not None:
+            p.w_skip_ED.copy_(initial.regression(sample))
+            sample = sample._replace(y_TE=sample.y_TE - sample.x_TD @ p.w_skip_ED.T)
+        if variant.b_dec_init == "geometric_median":
+            p.b_D.copy_(initial.geometric_median(sample.y_TE))
+        self.architecture.initialise(p, variant.num_latents, variant.seed, sample, self.backend.team)
 
     def _optimizer(self) -> Optimizer:
         named, variant = self.parameters.named, self.variant
@@ -79,7 +102,7 @@ class Learner:
         if variant.optimizer == "signum":
             return Signum(named)
         if variant.optimizer == "muon":
-            return Muon(named, variant.num_latents, self.backend.team.latents)
+            return Muon(named, variant.num_latents, self.backend.team.latents, WHOLE)
         return Adam(named, variant.optimizer_state, variant.adam_betas)
 
     def step(self, batch: Batch, lr_factor: float, step: int) -> None:
@@ -131,13 +154,13 @@ class Learner:
         averages = self.optimizer.averages() if self.average is None else self.average.values
         if averages is None:
             return self.parameters
-        p = Parameters.of(averages)
+        p = Parameters.of(averages, self.parameters)
         if not self.architecture.unit_rows:
             return p
         return p._replace(w_dec_FD=p.w_dec_FD / torch.linalg.vector_norm(p.w_dec_FD, dim=1, keepdim=True))
 
     def export(self, provenance: dict[str, Any], *, copied: bool = True) -> Parts | None:
-        """Fold the training units into the biases: the SAE in the activations' own.
+        """Fold the training units into the weights: the SAE in the activations' own.
 
         Args:
             provenance: what its config tells of its origin.
@@ -151,9 +174,7 @@ class Learner:
             return None
         trained = self.trained()
         form = self.architecture.inference(trained, self.cutoff.value)
-        own = {"W_enc": form.w_enc_FD, "b_enc": form.b_enc_F / scaling.scale, "W_dec": form.w_dec_FD}
-        if form.threshold_F is not None:
-            own["threshold"] = form.threshold_F / scaling.scale
+        own = rows_of(form, trained, scaling, self.target_scaling)
         whole = {name: self._gathered(rows, copied) for name, rows in own.items()}
         weights = {name: tensor for name, tensor in whole.items() if tensor is not None}
         if not weights:
@@ -161,6 +182,7 @@ class Learner:
         is_matryoshka = variant.architecture == "matryoshka"
         config = SaeConfig(
             d_in=len(scaling.centre_D),
+            d_out=None if self.target_scaling is None else len(self.target_scaling.centre_D),
             num_latents=variant.num_latents,
             k=form.k,
             provenance=provenance,
@@ -168,8 +190,8 @@ class Learner:
             prefixes=variant.prefixes if is_matryoshka else (),
             ks=form.ks,
         )
-        b_dec = (trained.b_D / scaling.scale).to(weights["W_enc"].device)
-        return Parts(config, b_dec=b_dec + scaling.centre_D.to(b_dec.device), **weights)
+        others, device = whole_of(trained, scaling, self.target_scaling), weights["W_enc"].device
+        return Parts(config, **weights, **{name: tensor.to(device) for name, tensor in others.items()})
 
     def _gathered(self, rows: Tensor, copied: bool) -> Tensor | None:
         """Put together what the team has of a tensor with a row per latent, on its first process; on the CPU
@@ -184,7 +206,9 @@ class Learner:
         by_name, moments = self.parameters.named, self.optimizer.tensors()
         if self.average is not None:
             moments = {name: [*moments[name], value] for name, value in self.average.values.items()}
-        b_D, b_moments = by_name.pop("b"), moments.pop("b")
-        row_moments = [tensor for name in by_name for tensor in moments[name]]
-        rows = [*by_name.values(), self.idle_tokens_F, self.dead_F, *row_moments]
-        return rows, [b_D, self.diverged_step, self.totals.values, self.cutoff.sums, *b_moments]
+        whole = [name for name in WHOLE if name in by_name]
+        own = [name for name in by_name if name not in whole]
+        row_moments, whole_moments = ([t for name in names for t in moments[name]] for names in (own, whole))
+        rows = [*(by_name[name] for name in own), self.idle_tokens_F, self.dead_F, *row_moments]
+        numbers = [self.diverged_step, self.totals.values, self.cutoff.sums]
+        return rows, [*(by_name[name] for name in whole), *numbers, *whole_moments]

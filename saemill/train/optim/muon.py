@@ -5,7 +5,7 @@ steps (Liu et al. 2025); thresholds and biases are stepped by Adam itself, at th
 torch.optim.Muon computes it with adjust_lr_fn="match_rms_adamw", and as sparsify does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: singular values end between 0.7 and 1.2, and get there quickly."""
 N_ITERATIONS = 5
+ONE = Group([0], 0)
 SMALLEST_NORM = 1e-7
 STEP_RMS = 0.2
 """Root mean square of a step's entries, over the rate."""
@@ -27,13 +28,17 @@ class Muon:
     """Nesterov momentum of matrices, orthogonalised; weight decay is decoupled.
 
     Args:
-        parameters: by name, float32; changed in place. Of matrices [F, D] this process's rows.
+        parameters: by name, float32; changed in place. Of matrices [F, D] this process's rows; those of
+            `whole` are in whole on every process.
         n_latents: F of the whole SAE.
         group: the processes that share the rows.
+        whole: names of parameters that have no row per latent.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], n_latents: int, group: Group) -> None:
-        self.parameters, self.n_latents, self.group = parameters, n_latents, group
+    def __init__(
+        self, parameters: Mapping[str, Tensor], n_latents: int, group: Group, whole: Collection[str] = ()
+    ) -> None:
+        self.parameters, self.n_latents, self.group, self.whole = parameters, n_latents, group, whole
         matrices = {name: p for name, p in parameters.items() if p.dim() == 2}
         self.vectors = Adam({name: p for name, p in parameters.items() if p.dim() == 1})
         self.momentum = {name: zeros(*p.shape, device=p.device) for name, p in matrices.items()}
@@ -69,9 +74,10 @@ class Muon:
         """Step the matrices."""
         for name, direction_FD in self.direction.items():
             p = self.parameters[name]
-            scale = STEP_RMS * max(self.n_latents, p.shape[1]) ** 0.5
+            n_rows, group = (len(p), ONE) if name in self.whole else (self.n_latents, self.group)
+            scale = STEP_RMS * max(n_rows, p.shape[1]) ** 0.5
             p.mul_(1 - self.lr * self.decay[name])
-            p.sub_(orthogonalised(direction_FD, self.n_latents, self.group), alpha=self.lr * scale)
+            p.sub_(orthogonalised(direction_FD, n_rows, group), alpha=self.lr * scale)
         return True
 
     def averages(self) -> None:

@@ -1,4 +1,7 @@
-"""Training units: x̃ = (x − centre) · scale with E‖x̃‖² = D, one centre and one scale per site."""
+"""Training units: x̃ = (x − centre) · scale with E‖x̃‖² = D, one centre and one scale per site.
+
+A transcoder has two: its input's, and those of the site that it predicts.
+"""
 
 from dataclasses import dataclass
 

@@ -143,12 +143,13 @@ def window(end: int) -> int:
 
 
 def groups(variants: list[Variant]) -> list[list[Variant]]:
-    """Group variants that compete, in the run's order: those of one site, architecture, and k or penalty."""
+    """Group variants that compete, in the run's order: those of one site and target, architecture, and k or
+    penalty."""
     alike: dict[tuple[object, ...], list[Variant]] = {}
     for variant in variants:
         v = variant
         budget = v.k, v.target_l0, v.l0_coefficient, v.l1_coefficient
-        alike.setdefault((v.site, v.architecture, *budget), []).append(variant)
+        alike.setdefault((v.sites, v.architecture, *budget), []).append(variant)
     return list(alike.values())
 
 

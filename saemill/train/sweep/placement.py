@@ -6,7 +6,7 @@ crosses between teams. Within a team `latent_ranks` processes share out the late
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from saemill.common.errors import ConfigError
@@ -21,7 +21,7 @@ LATENTS_PER_ACTIVE = 90
 TEAM_OVERHEAD = 0.3
 """Time that a step takes in a team of two above its even share of one process's step, and once more with each
 doubling (docs/scaling.md)."""
-WITHOUT_KERNELS = "signum, muon and clip_grad_norm"
+WITHOUT_KERNELS = "signum, muon, clip_grad_norm and targets of another width"
 """What a GPU's kernels do not compute."""
 MEMORY_SHARE = 0.85
 """Largest share of a device's memory for weights and moments; the rest is for batches and pre-activations."""
@@ -47,7 +47,9 @@ class Placement:
 
     def state_bytes(self, widths: Mapping[str, int]) -> int:
         """Estimate the bytes of weights and moments on a GPU of the fullest process."""
-        team_bytes = [sum(state_bytes(v, widths[v.site]) for v in team) for team in self.teams]
+        team_bytes = [
+            sum(state_bytes(v, [widths[site] for site in v.sites]) for v in team) for team in self.teams
+        ]
         return -(-max(team_bytes) // self.latent_ranks)
 
     def team_of(self, everyone: Group) -> Team:
@@ -99,15 +101,23 @@ def deal(variants: list[Variant], widths: Mapping[str, int], n_teams: int) -> li
     return [[variant for variant in variants if variant.name in team] for team in teams]
 
 
-def state_bytes(variant: Variant, width: int) -> int:
-    """Estimate the bytes of weights, moments and copies of one variant on a GPU."""
+def state_bytes(variant: Variant, widths: Sequence[int]) -> int:
+    """Estimate the bytes of weights, moments and copies of one variant on a GPU.
+
+    Args:
+        variant: its settings.
+        widths: D of each of its sites.
+    """
     per_moment = {"fp32": 4, "bf16": 2, "8bit": 1}[variant.optimizer_state]
     n_moments = {"adam": 2, "sgd": 1, "signum": 1, "muon": 2}[variant.optimizer]
     n_averages = 0 if variant.weight_average is None else 1
-    return 2 * variant.num_latents * width * (4 + 2 + n_moments * per_moment + 4 * n_averages)
+    n_weights = variant.num_latents * (widths[0] + widths[-1])
+    return n_weights * (4 + 2 + n_moments * per_moment + 4 * n_averages)
 
 
-def allowed_latent_ranks(asked: int | None, variants: list[Variant], kernels: str) -> int | None:
+def allowed_latent_ranks(
+    asked: int | None, variants: list[Variant], kernels: str, widths: Mapping[str, int]
+) -> int | None:
     """Find how many processes may share an SAE's latents: as many as are asked for, or one where some variant
     needs them whole.
 
@@ -115,6 +125,7 @@ def allowed_latent_ranks(asked: int | None, variants: list[Variant], kernels: st
         asked: by the user; None leaves it open.
         variants: all of the run.
         kernels: torch, numba or triton.
+        widths: D of each site.
 
     Raises:
         ConfigError: more are asked for than may be.
@@ -127,15 +138,22 @@ def allowed_latent_ranks(asked: int | None, variants: list[Variant], kernels: st
         )
     elif any(variant.multi_topk or variant.nested_k for variant in variants):
         whole = "multi_topk and nested_k need all latents of an SAE in one process; leave it out"
-    elif kernels == "triton" and any(map(is_stepped_by_torch, variants)):
+    elif kernels == "triton" and any(is_stepped_by_torch(v, widths) for v in variants):
         whole = f"on a GPU {WITHOUT_KERNELS} need all latents of an SAE in one process; leave it out"
     if whole and (asked or 1) > 1:
         raise ConfigError(f"latent_ranks {asked}: {whole}")
     return 1 if whole else asked
 
 
-def is_stepped_by_torch(variant: Variant) -> bool:
-    """Tell whether a GPU has no kernels for how a variant's weights are stepped."""
+def is_stepped_by_torch(variant: Variant, widths: Mapping[str, int]) -> bool:
+    """Tell whether a GPU has no kernels for how a variant's weights are stepped.
+
+    Args:
+        variant: its settings.
+        widths: D of its sites.
+    """
+    if len({widths[site] for site in variant.sites}) > 1:
+        return True
     return variant.optimizer in ("signum", "muon") or variant.clip_grad_norm is not None
 
 

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_type_hints
 
 from saemill.common.config import build, coerce
@@ -47,6 +48,9 @@ class Variant:
     name: str
     """Unique in the run; the name of its folder, so none of the run's own files."""
     site: str
+    target_site: str | None = None
+    """Site that is predicted; None of an SAE, which reconstructs its own."""
+    skip_connection: bool = like(TrainConfig, "skip_connection")
     architecture: Architecture = like(TrainConfig, "architecture")
     k: int | float | None = like(TrainConfig, "k", default=None)
     """None with an architecture that has none; so are other settings that it has not."""
@@ -80,11 +84,21 @@ class Variant:
     decoder_rows: Literal["unit", "free"] = like(TrainConfig, "decoder_rows")
     penalty_warmup_steps: int | None = like(TrainConfig, "penalty_warmup_steps")
     loss: Literal["fvu", "mse"] = like(TrainConfig, "loss")
+    apply_b_dec_to_input: bool = like(TrainConfig, "apply_b_dec_to_input")
     b_dec_init: Literal["mean", "geometric_median"] = like(TrainConfig, "b_dec_init")
 
     def __post_init__(self) -> None:
         check_variant_name(self.name)
         self._check_l0()
+        if self.target_site == self.site:
+            raise ConfigError(
+                f"target_site must be another site than site, got {self.site} as both; without it an "
+                "SAE reconstructs its own site"
+            )
+        if self.target_site is not None and not self.apply_b_dec_to_input:
+            raise ConfigError("apply_b_dec_to_input has no effect with target_site; leave it out")
+        if self.skip_connection and self.target_site is None:
+            raise ConfigError("skip_connection has no effect without target_site; leave it out, or name one")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr must be positive, got {self.lr}")
         if self.optimizer != "adam" and self.optimizer_state != "fp32":
@@ -97,6 +111,11 @@ class Variant:
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ConfigError(f"adam_betas must be two numbers from 0 to below 1, got {self.adam_betas}")
         check(self)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Sites that it is trained on."""
+        return (self.site,) if self.target_site is None else (self.site, self.target_site)
 
     @property
     def l0(self) -> float:
@@ -163,11 +182,12 @@ def of_config(config: TrainConfig, widths: Mapping[str, int], n_steps: int) -> l
     """
     axes = {ONE_OF_GRID.get(name, name): getattr(config, name) for name in axes_of(TrainConfig)}
     axes["expansion_factor"] = () if config.num_latents else config.expansion_factor or (8,)
-    own = [field.name for field in dataclasses.fields(Variant) if field.name != "name"]
+    own = [field.name for field in dataclasses.fields(Variant) if field.name not in ("name", "target_site")]
     common = {name: getattr(config, name) for name in own if name not in axes}
-    variants = resolve(common, axes, config.variants, widths, n_steps)
+    targets = dict(zip(config.site, config.target_site, strict=False))
+    variants = resolve(common, axes, config.variants, widths, n_steps, targets)
     for site in widths:
-        if all(variant.site != site for variant in variants):
+        if all(site not in variant.sites for variant in variants):
             raise ConfigError(f"no variant is of site {site}; leave it out")
     return variants
 
@@ -178,6 +198,7 @@ def resolve(
     explicit: tuple[Mapping[str, Any], ...],
     widths: Mapping[str, int],
     n_steps: int,
+    targets: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Variant]:
     """List all variants of a run.
 
@@ -189,6 +210,7 @@ def resolve(
             axes with a single value. With it, no combinations are formed.
         widths: D of each site.
         n_steps: of the run.
+        targets: the site that is predicted, of those sites that are transcoders'.
 
     Raises:
         ConfigError: contradicting, unknown or missing settings; two variants alike.
@@ -202,6 +224,8 @@ def resolve(
         entries = [_fill_in(dict(entry), single, axes) for entry in explicit]
     else:
         entries = list(_grid(axes))
+    for entry in entries:
+        entry.setdefault("target_site", targets.get(entry["site"]))
     variants = [
         _variant({**_inherited(common, entry), **entry}, widths, f"variants[{i}]", n_steps)
         for i, entry in enumerate(entries)
@@ -234,6 +258,7 @@ def _inherited(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
     without = () if optimizer in ("adam", "adamw") else ADAM_ALONE
     if optimizer == "signum":
         without = (*without, *WITHOUT_SIGNUM)
+    without = (*without, "skip_connection" if entry.get("target_site") is None else "apply_b_dec_to_input")
     return {
         name: value for name, value in common.items() if name not in without and applies(name, architecture)
     }
@@ -254,7 +279,7 @@ def _fill_in(entry: dict[str, Any], single: dict[str, Any], axes: Mapping[str, A
 
 
 def _variant(entry: dict[str, Any], widths: Mapping[str, int], where: str, n_steps: int) -> Variant:
-    site = entry["site"]
+    site, target = entry["site"], entry.get("target_site")
     if site not in widths:
         raise ConfigError(f"variant of site {site!r}: name the site with --site too")
     d = widths[site]
@@ -268,7 +293,8 @@ def _variant(entry: dict[str, Any], widths: Mapping[str, int], where: str, n_ste
     entry.pop("expansion_factor", None)
     n, seed = (coerce(entry.get(key, 0), int, f"{where}.{key}") for key in ("num_latents", "seed"))
     _complete(entry, d, n, n_steps, where)
-    name = f"{site}{_kind(entry, where)}-f{n}-s{seed}" + "".join(_apart(entry, where))
+    to = "" if target is None else f"-to-{target}{'-skip' if entry.get('skip_connection') else ''}"
+    name = f"{site}{to}{_kind(entry, where)}-f{n}-s{seed}" + "".join(_apart(entry, where))
     _name_adam(entry)
     if entry.get("lr", "auto") == "auto":
         entry["lr"] = _auto_lr(entry.get("optimizer", "adam"), n, d, n_steps)

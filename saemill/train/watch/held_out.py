@@ -1,4 +1,4 @@
-"""How well an SAE, in the form in which it will be used, reconstructs held-out activations.
+"""How well an SAE, in the form in which it will be used, reconstructs held-out activations, or predicts them.
 
 The tokens are the first of the store that are held out and unmasked, with which `saemill assess` begins too;
 the definitions are the same. They are read once, past the training stream, which they leave as it is.
@@ -34,10 +34,10 @@ class _Sums:
     sse: float = 0.0
     n_active: int = 0
 
-    def add(self, pre_TF: Tensor, x_TD: Tensor) -> None:
+    def add(self, pre_TF: Tensor, x_TD: Tensor, target_TD: Tensor) -> None:
         """Count some tokens. What is squared is float64."""
         codes = self.sae.select(pre_TF[:, : self.sae.config.num_latents])
-        error_TD = self.sae.decode(*codes).double() - x_TD.double()
+        error_TD = self.sae.decode(*codes, x_TD).double() - target_TD.double()
         active = codes.top_acts > 0
         self.sse += float(error_TD.square().sum())
         self.n_active += int(active.sum())
@@ -55,28 +55,24 @@ class _Sums:
 
 
 class HeldOut:
-    """Some held-out activations of one site, in memory as they are stored.
+    """Some held-out activations of one site, or of one and of that which is predicted from it, in memory as
+    they are stored.
 
     Args:
         store: where they are read.
-        site: its name.
+        sites: their names.
         mask: positions left out.
         max_tokens: how many, at most.
     """
 
-    def __init__(self, store: ActivationStore, site: str, mask: MaskConfig, max_tokens: int) -> None:
-        array, pieces, left = store.site(site), [], max_tokens
-        for shard in range(store.n_shards):
-            offsets = np.flatnonzero(store.keep_addresses(shard, mask, held_out=True))[:left]
-            if len(offsets):
-                pieces.append(as_tensor(array.gather(shard, offsets), array.dtype))
-                left -= len(offsets)
-            if left == 0:
-                break
-        self.x_TD = torch.cat(pieces) if pieces else torch.empty(0, array.width, dtype=array.dtype)
-        x_TD = self.x_TD.double()
-        self.squares = float((x_TD - x_TD.mean(0)).square().sum()) if len(x_TD) else 0.0
-        """Σ‖x − x̄‖²."""
+    def __init__(
+        self, store: ActivationStore, sites: tuple[str, ...], mask: MaskConfig, max_tokens: int
+    ) -> None:
+        read = {site: _read(store, site, mask, max_tokens) for site in sites}
+        self.x_TD, self.target_TD = read[sites[0]], read[sites[-1]]
+        target_TD = self.target_TD.double()
+        self.squares = float((target_TD - target_TD.mean(0)).square().sum()) if len(target_TD) else 0.0
+        """Σ‖y − ȳ‖², with y = x of an SAE."""
 
     def measure(self, sae: Sae) -> Figures:
         """Measure an SAE, and those within it: a Matryoshka's prefixes, and other numbers of active latents.
@@ -92,12 +88,26 @@ class HeldOut:
             for suffix, part in {"": sae, **parts}.items()
         }
         n_at_once = max(1, MOST_BYTES // (4 * config.num_latents))
-        for some_TD in torch.split(self.x_TD, n_at_once):
-            x_TD = some_TD.to(device, torch.float32)
+        pieces = (torch.split(rows_TD, n_at_once) for rows_TD in (self.x_TD, self.target_TD))
+        for piece in zip(*pieces, strict=True):
+            x_TD, target_TD = (rows_TD.to(device, torch.float32) for rows_TD in piece)
             pre_TF = sae.pre_acts(x_TD)
             for each in sums.values():
-                each.add(pre_TF, x_TD)
+                each.add(pre_TF, x_TD, target_TD)
         figures: Figures = {}
         for suffix, each in sums.items():
             figures |= each.figures(suffix, self.squares, len(self.x_TD))
         return figures
+
+
+def _read(store: ActivationStore, site: str, mask: MaskConfig, max_tokens: int) -> Tensor:
+    """Read the first held-out tokens of a site that are not masked. [T, D], as they are stored."""
+    array, pieces, left = store.site(site), [], max_tokens
+    for shard in range(store.n_shards):
+        offsets = np.flatnonzero(store.keep_addresses(shard, mask, held_out=True))[:left]
+        if len(offsets):
+            pieces.append(as_tensor(array.gather(shard, offsets), array.dtype))
+            left -= len(offsets)
+        if left == 0:
+            break
+    return torch.cat(pieces) if pieces else torch.empty(0, array.width, dtype=array.dtype)

@@ -68,7 +68,7 @@ class Losses:
         self.clean = 0.0
         """Nats in all of the untouched model."""
         self.zero: dict[str, float] = {}
-        """Those with zeros at a site."""
+        """Those with zeros at a site, the one that is predicted of a transcoder."""
 
     def _batches(self) -> Iterator[NDArray[np.int64]]:
         n_rows = max(1, TOKENS_AT_ONCE // self.store.ctx_len)
@@ -81,17 +81,18 @@ class Losses:
         addresses_RS = rows_R[:, None] * tokens.ctx_len + np.arange(tokens.ctx_len)
         return self.passes.task(torch.from_numpy(ids_RS.astype(np.int64)), keep_RS, addresses_RS)
 
-    def prepare(self, site: str) -> None:
-        """Compute what does not depend on an SAE, if it is not there.
+    def prepare(self, sites: tuple[str, ...]) -> None:
+        """Compute what does not depend on an SAE, if it is not there: with the activations of its sites.
 
         Raises:
             DataError: splicing the true activation changes the loss.
         """
-        if site in self.zero:
+        site, missing = sites[-1], set(sites) - self.tasks[0].activations.keys()
+        if site in self.zero and not missing:
             return
         self.clean, zero = 0.0, 0.0
         for task in self.tasks:
-            clean_T = cross_entropy(self.passes.clean(task, [site]), task.target_T)
+            clean_T = cross_entropy(self.passes.clean(task, sites), task.target_T)
             self.passes.check_identity(site, task, clean_T)
             x_RSD = task.activations[site]
             instead_RSD = substitute(x_RSD, torch.zeros_like(x_RSD), task.keep_RS)
@@ -99,11 +100,13 @@ class Losses:
             zero += float(cross_entropy(self.passes.changed(task, site, instead_RSD), task.target_T).sum())
         self.zero[site] = zero
 
-    def measure(self, site: str, sae: Sae) -> Figures:
-        """Measure an SAE at its site. Where zeros cost no loss there is none to recover."""
-        sae, spliced = sae.to(self.model.device), 0.0
+    def measure(self, sites: tuple[str, ...], sae: Sae) -> Figures:
+        """Measure an SAE at its site, a transcoder in the place of the second of its two. Where zeros cost no
+        loss there is none to recover."""
+        sae, spliced, site = sae.to(self.model.device), 0.0, sites[-1]
         for task in self.tasks:
-            instead_RSD = Substitute(sae)(task.activations[site], task.keep_RS)
+            read_RSD = task.activations[sites[0]]
+            instead_RSD = Substitute(sae)(task.activations[site], task.keep_RS, read_RSD)
             changed = self.passes.changed(task, site, instead_RSD)
             spliced += float(cross_entropy(changed, task.target_T).sum())
         zero = self.zero[site]

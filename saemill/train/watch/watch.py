@@ -35,7 +35,7 @@ class Watch:
 
     def __init__(self, plan: Plan, store: ActivationStore, mask: MaskConfig, model: str | None) -> None:
         self.plan, self.store, self.mask, self.model = plan, store, mask, model
-        self._held_out: dict[str, HeldOut] = {}
+        self._held_out: dict[tuple[str, ...], HeldOut] = {}
         self._losses: Losses | None = None
         self._told: set[bool] = set()
 
@@ -48,8 +48,8 @@ class Watch:
             ConfigError: all held-out tokens are masked; the model is another one, or has no losses.
         """
         own = [learner for learner in learners if learner.backend.team.is_first]
-        for site in {learner.variant.site for learner in own} - self._held_out.keys():
-            self._held_out[site] = HeldOut(self.store, site, self.mask, self.plan.n_tokens)
+        for sites in {learner.variant.sites for learner in own} - self._held_out.keys():
+            self._held_out[sites] = HeldOut(self.store, sites, self.mask, self.plan.n_tokens)
         if not own or self.plan.losses_every is None:
             return
         if self._losses is None:
@@ -57,8 +57,8 @@ class Watch:
 
             device = own[0].parameters.b_D.device
             self._losses = Losses(self.store, self.mask, self.model, self.plan.losses_tokens, device)
-        for site in self._held_out:
-            self._losses.prepare(site)
+        for sites in self._held_out:
+            self._losses.prepare(sites)
 
     def measure(
         self, learners: list[Learner], step: int, is_last: bool, step_seconds: float
@@ -81,18 +81,18 @@ class Watch:
             if learner.frozen:
                 figures[learner.variant.name] = dict.fromkeys(NAMES)
             elif parts := learner.export({}, copied=False):
-                figures[learner.variant.name] = self._of(learner.variant.site, parts, has_losses)
+                figures[learner.variant.name] = self._of(learner.variant.sites, parts, has_losses)
         self._tell(has_losses, time.perf_counter() - started, step_seconds)
         return figures
 
-    def _of(self, site: str, parts: Parts, has_losses: bool) -> Figures:
+    def _of(self, sites: tuple[str, ...], parts: Parts, has_losses: bool) -> Figures:
         """Measure one SAE; one whose weights overflowed in the last step has no figures."""
         if not all(bool(weights.isfinite().all()) for weights in parts.weights.values()):
             return dict.fromkeys(NAMES)
         sae = Sae.of(parts)
-        figures = self._held_out[site].measure(sae)
+        figures = self._held_out[sites].measure(sae)
         if has_losses and self._losses is not None:
-            figures |= self._losses.measure(site, sae)
+            figures |= self._losses.measure(sites, sae)
         return {
             name: value if value is not None and math.isfinite(value) else None
             for name, value in figures.items()

@@ -13,7 +13,7 @@ from saemill.train.arch.gated import Gated
 from saemill.train.arch.jumprelu import JumpRelu
 from saemill.train.arch.relu import Relu
 from saemill.train.arch.topk import TopK
-from saemill.train.backends.base import Dead, Parameters, Seen
+from saemill.train.backends.base import Dead, Parameters, Seen, Shape
 
 T, D, F = 19, 6, 30
 NONE_DEAD = Dead(torch.zeros(0, dtype=torch.int64), 0)
@@ -56,7 +56,8 @@ def same(
         for _ in range(2)
     )
     known = Seen(NONE_DEAD, T)._replace(**seen)
-    losses = architecture.loss(Parameters.of(found), x, known, torch.float64)
+    p = Parameters.of(found, Shape(F, D, D))
+    losses = architecture.loss(p, x, x, known, torch.float64)
     mine, other = losses.error + losses.aux, formula(x, **expected)
     torch.testing.assert_close(mine, other)
     mine.backward()

@@ -5,13 +5,13 @@ torch.optim.AdamW or SGD, and renormalised rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-from steps import GPU, make_bank, planted
+from steps import GPU, make_bank, outputs, planted
 from torch import Tensor
 
 from saemill.train.arch.topk import TopK
@@ -51,6 +51,11 @@ class Case:
     architecture: str = "topk"
     settings: tuple[tuple[str, object], ...] = ()
     """Of the architecture, beside k."""
+    d_out: int | None = None
+    """Width of what a transcoder predicts; None of an SAE."""
+    has_skip: bool = False
+    is_centred: bool = True
+    """Whether an SAE's encoder subtracts b."""
 
 
 CASES = {
@@ -138,6 +143,33 @@ CASES = {
         architecture="gated", t=32, d=32, f=64, dtype=torch.bfloat16, settings=(("l1_coefficient", 0.05),)
     ),
 }
+CASES |= {
+    f"transcoder, {name}": replace(CASES[name], d_out=CASES[name].d)
+    for name in ("as usual", "clipped", "matryoshka", "gated", "jumprelu, dense and dead")
+}
+CASES["transcoder, bfloat16, dead"] = replace(CASES["bfloat16, dead"], d_out=32, t=80)
+CASES["skip transcoder, bfloat16"] = replace(CASES["bfloat16"], d_out=32, t=80, has_skip=True)
+CASES |= {
+    f"skip transcoder, {name}": replace(CASES[name], d_out=CASES[name].d, has_skip=True)
+    for name in (
+        "few dead",
+        "sgd",
+        "clipped, sgd",
+        "muon",
+        "nested k",
+        "gated",
+        "relu, free rows",
+    )
+}
+CASES |= {
+    f"not centred, {name}": replace(CASES[name], is_centred=False)
+    for name in ("few dead", "jumprelu, dense and dead", "clipped, sgd")
+}
+CASES |= {
+    f"to another width, {name}": replace(CASES[name], d_out=19, has_skip=has_skip)
+    for name in ("many dead", "mse, decay", "batchtopk", "matryoshka", "jumprelu", "jumprelu, tanh", "gated")
+    for has_skip in (name in ("batchtopk", "gated"),)
+}
 
 TOLERANCE = {
     torch.float32: 1e-4,  # sums of float32 products in another order than float64's
@@ -153,18 +185,22 @@ def learner_of(case: Case, kernels: str) -> Learner:
         name="v", site="s", architecture=case.architecture,  # type: ignore[arg-type]
         k=case.k if case.architecture in BY_K else None,
         num_latents=case.f, lr=LR, k_aux=case.k_aux, loss=case.loss,  # type: ignore[arg-type]
+        apply_b_dec_to_input=case.is_centred,
+        target_site=None if case.d_out is None else "t", skip_connection=case.has_skip,
         optimizer=case.optimizer, weight_decay=case.weight_decay, clip_grad_norm=case.clip,  # type: ignore[arg-type]
         **dict(case.settings),  # type: ignore[arg-type]
     )  # fmt: skip
-    bank = make_bank(
-        [variant], planted(1, 50, case.d, device)[0], kernels=kernels.split()[0], dtype=case.dtype
-    )
+    sample_TD = planted(1, 50, case.d, device)[0]
+    sample_TE = None if case.d_out is None else outputs(sample_TD, case.d_out)
+    bank = make_bank([variant], sample_TD, kernels=kernels.split()[0], dtype=case.dtype, sample_TE=sample_TE)
     (learner,) = bank.learners
     generator = torch.Generator().manual_seed(3)
     p = learner.parameters
     p.w_enc_FD.copy_(torch.randn(case.f, case.d, generator=generator) / case.d**0.5)
     p.b_enc_F.copy_(0.1 * torch.randn(case.f, generator=generator))
-    p.b_D.copy_(0.3 * torch.randn(case.d, generator=generator))
+    p.b_D.copy_(0.3 * torch.randn(len(p.b_D), generator=generator))
+    if p.w_skip_ED is not None:
+        p.w_skip_ED.copy_(torch.randn(p.w_skip_ED.shape, generator=generator) / case.d)
     if case.spoil == "hot":
         p.b_enc_F[3] = 9
     elif case.spoil == "cold":
@@ -185,7 +221,9 @@ def learner_of(case: Case, kernels: str) -> Learner:
 
 def seen(learner: Learner, p: Parameters, x_TD: Tensor) -> Seen:
     """What the loss must know of the whole batch, from dense pre-activations."""
-    pre_TF = (x_TD - p.b_D) @ p.w_enc_FD.T + p.b_enc_F
+    is_centred = learner.variant.apply_b_dec_to_input and not learner.variant.target_site
+    inputs_TD = x_TD - p.b_D if is_centred else x_TD
+    pre_TF = inputs_TD @ p.w_enc_FD.T + p.b_enc_F
     known = Seen(Dead(learner.dead.latents_S.cpu(), learner.dead.n_in_team), len(x_TD))
     rule = learner.architecture.rule(p)
     if isinstance(rule, BatchLargest):
@@ -198,15 +236,20 @@ def seen(learner: Learner, p: Parameters, x_TD: Tensor) -> Seen:
     return known
 
 
-def oracle(learner: Learner, x_TD: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], float, Losses]:
+def oracle(
+    learner: Learner, x_TD: Tensor, y_TE: Tensor | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], float, Losses]:
     """Gradients and parameters after the step by name, the loss, and its parts, from the definition."""
-    variant, d, unit = learner.variant, x_TD.shape[1], learner.architecture.unit_rows
+    variant, unit = learner.variant, learner.architecture.unit_rows
     leaves = {
         name: p.detach().double().cpu().requires_grad_() for name, p in learner.parameters.named.items()
     }
-    p, x_TD = Parameters.of(leaves), x_TD.double().cpu()
-    losses = learner.architecture.loss(p, x_TD, seen(learner, p, x_TD), torch.float64)
-    loss = (losses.error + losses.aux) / (len(x_TD) * d)
+    p, x_TD = Parameters.of(leaves, learner.parameters), x_TD.double().cpu()
+    target_TE = x_TD if y_TE is None else y_TE.double().cpu()
+    if "w_skip" in leaves:
+        target_TE = target_TE - x_TD @ leaves["w_skip"].T
+    losses = learner.architecture.loss(p, x_TD, target_TE, seen(learner, p, x_TD), torch.float64)
+    loss = (losses.error + losses.aux) / target_TE.numel()
     loss.backward()  # type: ignore[no-untyped-call]
     w_dec = p.w_dec_FD
     if unit:
@@ -240,10 +283,10 @@ def step_by_torch(variant: Variant, leaves: dict[str, Tensor]) -> None:
         torch.optim.Muon(matrices, LR, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
 
 
-def stepped(learner: Learner, x_TD: Tensor) -> tuple[dict[str, Tensor], float]:
+def stepped(learner: Learner, x_TD: Tensor, y_TE: Tensor | None = None) -> tuple[dict[str, Tensor], float]:
     """Gradients as the optimizer saw them, from its first moment, and the loss of the step."""
     with torch.no_grad():
-        learner.step(learner.backend.prepare(x_TD), 1.0, 0)
+        learner.step(learner.backend.prepare(x_TD, y_TE), 1.0, 0)
     of_vector = 1.0 if learner.variant.optimizer == "sgd" else 1 - learner.variant.adam_betas[0]
     of_matrix = 1 - MUON_MOMENTUM if learner.variant.optimizer == "muon" else of_vector
     moments = learner.optimizer.tensors()
@@ -265,8 +308,9 @@ def test_a_step_is_that_of_the_definition(kernels: str, case: Case, monkeypatch:
     (x_TD,) = planted(1, case.t, case.d, learner.parameters.b_D.device)
     if case.spoil == "one token over again":
         x_TD[:] = x_TD[0]
-    gradients, after, loss, losses = oracle(learner, x_TD)
-    found, found_loss = stepped(learner, x_TD)
+    y_TE = None if case.d_out is None else outputs(x_TD, case.d_out)
+    gradients, after, loss, losses = oracle(learner, x_TD, y_TE)
+    found, found_loss = stepped(learner, x_TD, y_TE)
     tolerance = TOLERANCE[case.dtype]
     assert found_loss == pytest.approx(loss, rel=tolerance)
     assert found.keys() == gradients.keys()
@@ -289,14 +333,18 @@ def test_a_step_is_that_of_the_definition(kernels: str, case: Case, monkeypatch:
 
 def check_sums(learner: Learner, losses: Losses, case: Case) -> None:
     """Compare what is counted: active codes, latents that fired, and the error of each group."""
-    active_TF, means = losses.codes_TF != 0, learner.totals.window()
+    active_TF, means, n_values = (
+        losses.codes_TF != 0,
+        learner.totals.window(),
+        case.t * (case.d_out or case.d),
+    )
     assert means["l0"] == pytest.approx(float(active_TF.sum()) / case.t)
     assert torch.equal(learner.idle_tokens_F.cpu() == 0, active_TF.any(0))
     squares = losses.error if losses.sse is None else losses.sse
-    assert means["fvu"] == pytest.approx(squares.item() / (case.t * case.d), rel=1e-4)
+    assert means["fvu"] == pytest.approx(squares.item() / n_values, rel=1e-4)
     if losses.sse_G is not None:
         each = [means[name] for name in learner.totals.group_names]
-        assert each == pytest.approx((losses.sse_G / (case.t * case.d)).tolist(), rel=1e-4)
+        assert each == pytest.approx((losses.sse_G / n_values).tolist(), rel=1e-4)
 
 
 def check_updates(learner: Learner, gradients: dict[str, Tensor], after: dict[str, Tensor]) -> None:
@@ -325,7 +373,7 @@ def test_the_definition_is_topk_with_auxk(n_dead: int) -> None:
 
     def mine(*p: Tensor) -> Tensor:
         architecture = TopK(k, Auxiliary(k_aux, 1 / 8))
-        losses = architecture.loss(Parameters(*p), x, Seen(Dead(dead_S, n_dead), t), torch.float64)
+        losses = architecture.loss(Parameters(*p), x, x, Seen(Dead(dead_S, n_dead), t), torch.float64)
         return losses.error + losses.aux
 
     def theirs(w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b: Tensor) -> Tensor:

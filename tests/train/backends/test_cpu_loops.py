@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saemill.train.backends.base import Batch, Codes, Slopes
+from saemill.train.backends.base import Batch, Codes, Parameters, Slopes
 from saemill.train.backends.cpu import loops
 from saemill.train.backends.cpu.loops.above import above, above_by_scores
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
@@ -170,7 +170,7 @@ def test_all_above_their_floors_are_found(
 @given(st.integers(1, 20), st.integers(1, 40), st.integers(1, 30), st.integers(1, 4), st.integers(0, 99))
 def test_errors_of_groups_are_those_of_torch(t: int, d: int, k: int, n_groups: int, seed: int) -> None:
     """Oracle: dense products in float32: each group's error, and the weighted sum over those that hold it."""
-    (_, _, w_dec_FD, b_D, _), weights_G = (
+    (_, _, w_dec_FD, b_D, *_), weights_G = (
         weights_of(50, d, torch.float32, seed).parameters,
         torch.rand(n_groups),
     )
@@ -200,7 +200,7 @@ def test_errors_of_groups_are_those_of_torch(t: int, d: int, k: int, n_groups: i
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 50), st.integers(1, 13), st.integers(0, 99))
 def test_residuals_are_those_of_torch(t: int, d: int, f: int, k: int, seed: int) -> None:
     """Oracle: dense products in float32; in bfloat16 the error is its nearest, and the rest of it."""
-    k, (_, _, w_dec_FD, b_D, _) = min(k, f), weights_of(f, d, torch.float32, seed).parameters
+    k, (_, _, w_dec_FD, b_D, *_) = min(k, f), weights_of(f, d, torch.float32, seed).parameters
     x_TD = torch.randn(t, d, generator=made(seed))
     idx_TK = torch.rand(t, f, generator=made(seed)).topk(k).indices
     val_TK, used_T = (
@@ -239,7 +239,7 @@ def test_numbers_are_rounded_to_the_nearest_bfloat16() -> None:
 def test_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
     """Oracle: dense products of the codes and their gradients; latents without any, and hot ones."""
     t, d, f, k, gs = 90, 37, 50, 5, 0.3
-    (_, _, w_dec_FD, b_D, _), generator = weights_of(f, d, dtype, 0).parameters, made(5)
+    (_, _, w_dec_FD, b_D, *_), generator = weights_of(f, d, dtype, 0).parameters, made(5)
     x_TD = torch.randn(t, d, generator=generator).to(dtype).float()
     idx_TK = torch.rand(t, f // 2, generator=generator).topk(k).indices
     idx_TK[:, 0] = f - 1
@@ -263,9 +263,9 @@ def test_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
         assert tokens.tolist() == val_TF[:, f_].nonzero()[:, 0].tolist()
     enc_FD = dval_TF.T @ x_TD - dval_TF.sum(0)[:, None] * b_D
     dec_FD = val_TF.T @ e_TD.float() - along_F[:, None] * w_dec_FD
-    batch = Batch(x_TD, x_TD.to(dtype))
+    batch, p = Batch(x_TD, x_TD.to(dtype)), Parameters(w_dec_FD, torch.zeros(f), w_dec_FD, b_D)
     for block in (slice(0, 20), slice(20, f)):
-        grad_enc, grad_dec = gradients(batch, e_TD, pairs, block, w_dec_FD, b_D, -pairs.along_F)
+        grad_enc, grad_dec = gradients(batch, e_TD, pairs, block, p, -pairs.along_F)
         torch.testing.assert_close(grad_enc, enc_FD[block], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(grad_dec, dec_FD[block], rtol=1e-4, atol=1e-4)
 

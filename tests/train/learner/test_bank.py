@@ -50,7 +50,7 @@ def test_idle_counters_count_tokens_since_a_latent_fired() -> None:
     expected = torch.zeros(F, dtype=torch.int64)
     with torch.no_grad():
         for step, x in enumerate(batches(4)):
-            w_enc, b_enc, _, b, _ = learner.parameters
+            w_enc, b_enc, _, b, *_ = learner.parameters
             pre = (x - b) @ w_enc.T + b_enc
             kept = torch.zeros_like(pre).scatter(1, pre.topk(BASE.k).indices, 1.0) * pre
             fired = (kept > 0).any(0)
@@ -96,7 +96,7 @@ def test_export_gives_the_same_sae_in_the_activations_own_units() -> None:
     (learner,) = train(make_bank([BASE], inside, scaling=scaling), raw).learners
     parts = learner.export({})
     assert parts is not None
-    w_enc, b_enc, w_dec, b, _ = learner.parameters
+    w_enc, b_enc, w_dec, b, *_ = learner.parameters
     active = encode(inside, w_enc, fold_bias(w_enc, b_enc, b), BASE.k, torch.empty(T, F))
     expected = (decode(active, w_dec) + b) / scaling.scale + scaling.centre_D
     output = Sae.of(parts)(raw[0])

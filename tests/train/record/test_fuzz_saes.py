@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from mutations import changed_bytes, changed_json
-from saes import make_sae, make_threshold_sae
+from saes import make_sae, make_threshold_sae, make_transcoder
 from safetensors.torch import load_file, save_file
 from stores import files_of
 
@@ -29,6 +29,15 @@ N = int(os.environ.get("SAEMILL_FUZZ", "120"))
 """Changes per kind of folder."""
 
 
+def exported(sae: Sae) -> tuple[str, ...]:
+    """The formats that have SAEs of its kind."""
+    if not sae.is_transcoder:
+        return formats.NAMES if sae.threshold is None else formats.NAMES[1:]
+    if sae.threshold is not None:
+        return ("saelens",)
+    return ("sparsify",) if sae.config.d_out == sae.config.d_in else ()
+
+
 def use(folder: Path) -> None:
     """Load an SAE and do with it what the tools do."""
     sae = Sae.load(folder)
@@ -36,7 +45,7 @@ def use(folder: Path) -> None:
     out = folder.with_name("out")
     for cut in (sae, *sae.cuts.values()):
         cut.save(out)
-        for name in formats.NAMES if cut.threshold is None else formats.NAMES[1:]:
+        for name in exported(cut):
             formats.save(cut.parts, name, out, Hook(1, "resid_post"))
     shutil.rmtree(out)
 
@@ -91,12 +100,16 @@ def tried(folder: Path, calls: list[Callable[[Path], Any]], seed: int) -> dict[s
 WITH_K = {"site": "layers.1", "variant": {"name": "a", "k": 5}}
 SAES = {
     "topk": make_sae(),
+    "transcoder": make_transcoder(has_skip=True),
+    "transcoder of thresholds": make_transcoder("jumprelu", has_skip=True, e=7),
     **{name: make_threshold_sae(name, provenance=WITH_K) for name in ("jumprelu", "matryoshka")},
 }
 
 
-@pytest.mark.parametrize("name", formats.NAMES)
-@pytest.mark.parametrize("architecture", SAES)
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [(one, name) for one, sae in SAES.items() for name in sorted({"sparsify", *exported(sae)})],
+)
 def test_saes_changed_at_random(tmp_path: Path, architecture: str, name: str) -> None:
     """Oracle: saemill's own errors are all that comes out; many changes are refused, some harmless."""
     parts = SAES[architecture].parts

@@ -12,9 +12,9 @@ import transformers
 from assessments import brief, entry
 from pipeline import Pipeline
 from safetensors.torch import load_file, save_file
-from splicing import by_hand
+from splicing import at, by_hand
 from torch import Tensor
-from watching import dense_codes, lines
+from watching import dense_codes, held_out, lines
 
 from saemill.assess.run import run as assess
 from saemill.cache.config import CacheConfig
@@ -46,21 +46,32 @@ def config(causal: Pipeline, out: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**settings | changes)
 
 
-def by_transformers(causal: Pipeline, sae: Sae) -> tuple[float, float]:
-    """Oracle: ΔCE and loss recovered by a hook of torch, the SAE dense, on the first held-out rows."""
+def by_transformers(
+    causal: Pipeline, sae: Sae, transcoded: tuple[str, str] | None = None
+) -> tuple[float, float]:
+    """Oracle: ΔCE and loss recovered by a hook of torch, the SAE dense, on the first held-out rows; of a
+    transcoder in the place of the second of its sites, from what the first has."""
     store = ActivationStore(causal.acts)
     rows = np.flatnonzero(store.text.held_out_R)[:N_ROWS]
     ids = torch.from_numpy(np.concatenate([store.tokens.rows(r, r + 1) for r in rows]).astype(np.int64))
     keep = torch.from_numpy(store.mask.keep(ids.numpy(), store.tokens.tokenizer.special_ids))
     model = transformers.AutoModelForCausalLM.from_pretrained(causal.model).eval()
+    site = transcoded[1] if transcoded else causal.site
+    with torch.no_grad():
+        read = at(model, transcoded[0] if transcoded else site, lambda: model(ids))
 
     def nats(change: Any) -> Tensor:
         with torch.no_grad():
-            logits = by_hand(model, causal.site, change, lambda: model(ids).logits)
+            logits = by_hand(model, site, change, lambda: model(ids).logits)
         every = torch.nn.functional.cross_entropy(
             logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
         )
         return every[keep[:, :-1]].double().mean()
+
+    def predicted(y: Tensor) -> Tensor:
+        codes, x = dense_codes(sae, read.flatten(0, 1), centred=False), read.double()
+        decoded = (codes @ sae.W_dec.double() + sae.b_dec.double()).view(y.shape) + x @ sae.W_skip.double().T
+        return torch.where(keep[..., None], decoded.to(y.dtype), y)
 
     def spliced(x: Tensor) -> Tensor:
         codes = dense_codes(sae, x.flatten(0, 1))
@@ -68,7 +79,12 @@ def by_transformers(causal: Pipeline, sae: Sae) -> tuple[float, float]:
         return torch.where(keep[..., None], decoded, x)
 
     clean, zero, with_sae = (
-        nats(change) for change in (lambda x: x, lambda x: torch.where(keep[..., None], 0.0, x), spliced)
+        nats(change)
+        for change in (
+            lambda x: x,
+            lambda x: torch.where(keep[..., None], 0.0, x),
+            predicted if transcoded else spliced,
+        )
     )
     return float(with_sae - clean), float((zero - with_sae) / (zero - clean))
 
@@ -94,6 +110,30 @@ def test_losses_are_those_of_transformers(causal: Pipeline, tmp_path: Path, arch
         metrics = entry(assess(settings), 4)["metrics"]
         assert metrics["delta_ce"]["value"] == pytest.approx(figures["eval_delta_ce"], rel=1e-4)
         assert metrics["loss_recovered"]["value"] == pytest.approx(figures["eval_loss_recovered"], rel=1e-4)
+
+
+def test_a_transcoder_takes_the_place_of_an_mlp(causal: Pipeline, tmp_path: Path) -> None:
+    """Oracle: transformers with a hook that puts the dense prediction in the place of the MLP's output; the
+    store's activations for the FVU, and for that of W_skip alone. `saemill assess` finds the same."""
+    sites = ("layers.1.post_attention_layernorm", "layers.1.mlp")
+    acts = tmp_path / "acts"
+    cache(CacheConfig(tokens=causal.tokens, model=causal.model, out=acts, sites=sites, device="cpu"))
+    changes: dict[str, Any] = {"acts": acts, "site": sites[:1], "target_site": sites[1:]}
+    (folder,) = run(config(causal, tmp_path / "r", skip_connection=True, **changes))
+    figures, sae = lines(tmp_path / "r")[30][folder.name], Sae.load(folder)
+    expected = by_transformers(causal, sae, sites)
+    assert (figures["eval_delta_ce"], figures["eval_loss_recovered"]) == pytest.approx(expected, rel=1e-3)
+    settings = replace(brief(causal, tmp_path / "o"), run=tmp_path / "r", model_tokens=N_ROWS * 32)
+    metrics = entry(assess(settings), 4)["metrics"]
+    assert metrics["delta_ce"]["value"] == pytest.approx(figures["eval_delta_ce"], rel=1e-4)
+    store = ActivationStore(acts)
+    x, y = (held_out(store, site, 10**6).double() for site in sites)
+    x_mean, y_mean = (store.site(site).statistics.mean_D for site in sites)
+    squares, wide = (y - y.mean(0)).square().sum(), sae.double()
+    skip = (y - y_mean - (x - x_mean) @ wide.W_skip.T).square().sum() / squares
+    whole = (y - wide(x).reconstruction).square().sum() / squares
+    assert metrics["fvu_skip"]["value"] == pytest.approx(float(skip), rel=1e-4)
+    assert metrics["fvu"]["value"] == pytest.approx(float(whole), rel=1e-4)
 
 
 def test_an_sae_kept_on_the_way_is_assessed_as_a_run(causal: Pipeline, tmp_path: Path) -> None:

@@ -101,13 +101,14 @@ def save_own(parts: Parts, folder: Path) -> None:
     sparsify.write(parts, folder)
 
 
-def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None) -> None:
+def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None, target: Hook | None = None) -> None:
     """Write an SAE for another tool.
 
     Args:
         name: one of `NAMES`.
         folder: where to; created.
         hook: the SAE's site in TransformerLens' terms; None where it has no name there. Sparsify stores none.
+        target: that of the site that a transcoder predicts.
 
     Raises:
         ConfigError: no such format, or it has no SAEs of this kind.
@@ -121,10 +122,17 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None) -> Non
                 f"sparsify has SAEs with k alone, got a {parts.config.architecture} SAE, whose latents have "
                 "thresholds; export it as saelens or dictionary_learning"
             )
+        if parts.config.d_out not in (None, parts.config.d_in):
+            raise ConfigError(
+                f"sparsify has transcoders between sites of one width, got {parts.config.d_in} and "
+                f"{parts.config.d_out}"
+            )
         sparsify.write(parts, folder)
     elif name == "saelens":
-        saelens.write(parts, folder, hook)
+        saelens.write(parts, folder, hook, target)
     elif name == "dictionary_learning":
+        if parts.config.d_out is not None:
+            raise ConfigError("dictionary_learning has no transcoders; export it as sparsify or saelens")
         dictionary_learning.write(parts, folder, hook)
     else:
         raise ConfigError(f"format must be one of {', '.join(NAMES)}, got {name!r}")

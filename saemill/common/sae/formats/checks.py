@@ -26,6 +26,7 @@ class Provenance(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     site: str | None = None
+    target_site: str | None = None
     model: str | None = None
     revision: str | None = None
     dataset: str | None = None

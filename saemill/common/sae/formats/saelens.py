@@ -2,6 +2,7 @@
 
     W_enc [D, F]   b_enc [F]   W_dec [F, D]   b_dec [D]   threshold [F] (jumprelu)
     b_gate, b_mag, r_mag [F] in place of b_enc (gated)   topk_threshold float64 [] (batchtopk in training)
+    W_dec [F, E]   b_dec [E]   W_skip [E, D] (transcoders, which subtract no b_dec)
 
 What its SAEs do beside the encoder of `Sae` is linear and is folded into the weights when read:
 `rescale_acts_by_decoder_norm`, `apply_b_dec_to_input` false, and the factor that a checkpoint in
@@ -50,10 +51,15 @@ NAMES = {
     "jumprelu": "jumprelu",
     "standard": "relu",
     "gated": "gated",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
 }
 """`SaeConfig.architecture` by SAELens' name."""
 BIASES = dict.fromkeys(NAMES, ("b_enc",)) | {"gated": ("b_gate", "b_mag", "r_mag")}
 """Tensors [F] beside the weights, by architecture."""
+TRANSCODERS = tuple(name for name in NAMES if name.endswith("transcoder"))
 IN_TRAINING = ("batchtopk", MATRYOSHKA)
 """Architectures that a checkpoint alone has: a finished SAE is jumprelu."""
 RESCALED = ("topk", *IN_TRAINING)
@@ -80,6 +86,8 @@ def read(folder: Path) -> Parts:
     )
     config = _config(cfg, raw, kind, file)
     weights = _weights(folder / WEIGHTS, kind, config)
+    if kind in TRANSCODERS:
+        return _transcoder(config, weights, cfg, file)
     scale = _input_scale(folder, cfg.get("normalize_activations") or "none")
     centred = flag(cfg, "apply_b_dec_to_input", True, file)
     rescaled = kind in RESCALED and flag(cfg, "rescale_acts_by_decoder_norm", False, file)
@@ -87,11 +95,21 @@ def read(folder: Path) -> Parts:
     return Parts(config, W_enc, b_enc, W_dec, b_dec, None if kind == "topk" else non_negative(threshold))
 
 
+def _transcoder(config: SaeConfig, weights: dict[str, Tensor], cfg: dict[str, Any], file: Path) -> Parts:
+    """Make a transcoder, which has nothing to be folded."""
+    why = "a transcoder's input and output are in units of their own"
+    expect(cfg, "normalize_activations", "none", "none", why, file)
+    threshold = non_negative(weights.pop("threshold").expand(config.num_latents))
+    own = {name: weight.contiguous() for name, weight in weights.items()}
+    return Parts(config, **own, threshold=threshold)
+
+
 def _config(cfg: dict[str, Any], raw: dict[str, Any], kind: str, file: Path) -> SaeConfig:
     """Read shape and origin of an SAE, and what it was trained as."""
     metadata = group(cfg, "metadata", file)
     known = {
         "hook_name": text(metadata, "hook_name", file),
+        "hook_name_out": text(metadata, "hook_name_out", file),
         "model": text(metadata, "model_name", file),
         "dataset": text(metadata, "dataset_path", file),
         "ctx_len": count(metadata, "context_size", file) if metadata.get("context_size") else None,
@@ -99,6 +117,7 @@ def _config(cfg: dict[str, Any], raw: dict[str, Any], kind: str, file: Path) -> 
     noted_traits = group(metadata, TRAITS, file)
     return SaeConfig(
         d_in=count(cfg, "d_in", file),
+        d_out=count(cfg, "d_out", file) if kind in TRANSCODERS else None,
         num_latents=count(cfg, "d_sae", file),
         k=count(cfg, "k", file) if kind == "topk" else None,
         provenance=provenance("saelens", raw, metadata.get("saemill"), file, **known),
@@ -126,13 +145,18 @@ def _trained_as(cfg: dict[str, Any], metadata: dict[str, Any], kind: str, file: 
 def _weights(file: Path, kind: str, config: SaeConfig) -> dict[str, Tensor]:
     """Read the tensors of an SAE; of a Gated one, its encoder with the gate folded into a threshold.
 
-    Returns: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D] in the dtype of the file, threshold [F] or [].
+    Returns: W_enc [F, D], b_enc [F], W_dec [F, E], b_dec [E], W_skip [E, D] where it is, in the dtype of the
+    file; threshold [F] or [].
     """
-    d, f = config.d_in, config.num_latents
+    d, f, e = config.d_in, config.num_latents, config.d_out or config.d_in
     found = read_tensors(file)
-    shapes = {"W_enc": (d, f), "W_dec": (f, d), "b_dec": (d,)} | dict.fromkeys(BIASES[kind], (f,))
-    thresholds = {"jumprelu": ("threshold", (f,))} | dict.fromkeys(IN_TRAINING, ("topk_threshold", ()))
-    name, shape = thresholds.get(kind, ("", ()))
+    shapes = {"W_enc": (d, f), "W_dec": (f, e), "b_dec": (e,)} | dict.fromkeys(BIASES[kind], (f,))
+    shapes |= {"W_skip": (e, d)} if "skip" in kind else {}
+    name, shape = "", tuple[int, ...]()
+    if kind in IN_TRAINING:
+        name = "topk_threshold"
+    elif kind.startswith("jumprelu"):
+        name, shape = "threshold", (f,)
     weights = check_weights(file, found, shapes, optional=(name,))
     weights["W_enc"] = weights["W_enc"].T
     threshold = check_shape(file, found, name, shape) if name else torch.zeros(f)
@@ -200,41 +224,60 @@ def _folded(weights: dict[str, Tensor], centred: bool, rescaled: bool, scale: fl
     return (*(w.to(dtype).contiguous() for w in (W_enc, b_enc, W_dec, b_dec)), threshold)
 
 
-def write(parts: Parts, folder: Path, hook: Hook | None) -> None:
+def write(parts: Parts, folder: Path, hook: Hook | None, target: Hook | None = None) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` as SAELens saves an SAE for inference: one with
-    thresholds as JumpReLU, or as standard where it was trained with a ReLU."""
-    config = parts.config
-    weights = {"W_enc": parts.W_enc.T, "b_enc": parts.b_enc, "W_dec": parts.W_dec, "b_dec": parts.b_dec}
-    kind = "topk" if parts.threshold is None else "standard" if config.architecture == "relu" else "jumprelu"
-    if kind == "jumprelu" and parts.threshold is not None:
-        weights["threshold"] = parts.threshold
+    thresholds as JumpReLU, or as standard where it was trained with a ReLU.
+
+    Raises:
+        ConfigError: it is a transcoder with k.
+    """
+    config, kind = parts.config, _kind(parts)
+    weights = {**parts.weights, "W_enc": parts.W_enc.T}
+    if not kind.startswith("jumprelu"):
+        weights.pop("threshold", None)
     folder.mkdir(parents=True, exist_ok=True)
     with durable.replacing(folder / WEIGHTS, sum(w.nbytes for w in weights.values())) as partial:
         save_file(apart(weights), partial)
     cfg = {
         "architecture": kind,
         "d_in": config.d_in,
+        **({} if config.d_out is None else {"d_out": config.d_out}),
         "d_sae": config.num_latents,
         **({"k": config.k} if kind == "topk" else {}),
         "dtype": str(parts.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": config.d_out is None,
         **({"rescale_acts_by_decoder_norm": False} if kind == "topk" else {}),
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": _metadata(config, kind, hook),
+        "metadata": _metadata(config, kind, hook, target),
     }
     durable.write_json(folder / "cfg.json", cfg)
 
 
-def _metadata(config: SaeConfig, kind: str, hook: Hook | None) -> dict[str, Any]:
+def _kind(parts: Parts) -> str:
+    """Choose SAELens' architecture."""
+    is_relu = parts.config.architecture == "relu"
+    if parts.config.d_out is None:
+        return "topk" if parts.threshold is None else "standard" if is_relu else "jumprelu"
+    if parts.threshold is None:
+        raise ConfigError(
+            "SAELens has transcoders with thresholds, and none with k; export it as sparsify, or train one "
+            "of batchtopk, jumprelu, relu or gated"
+        )
+    skip = "" if parts.W_skip is None else "skip_"
+    return f"{'' if is_relu else 'jumprelu_'}{skip}transcoder"
+
+
+def _metadata(config: SaeConfig, kind: str, hook: Hook | None, target: Hook | None) -> dict[str, Any]:
     """Describe an SAE's origin in SAELens' terms, as far as it is known."""
     origin = config.provenance
     metadata = {
         "sae_lens_version": VERSION,
         "model_name": origin.get("model"),
-        "model_class_name": "HookedTransformer" if hook else None,
+        "model_class_name": "HookedTransformer" if hook or target else None,
         "hook_name": hook.name if hook else None,
+        "hook_name_out": target.name if target else None,
         "hook_head_index": None,
         "dataset_path": origin.get("dataset"),
         "context_size": origin.get("ctx_len"),

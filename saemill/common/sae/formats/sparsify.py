@@ -1,10 +1,13 @@
 """sparsify's layout (eai-sparsify 1.3), and saemill's own: `cfg.json`, `sae.safetensors`.
 
     encoder.weight [F, D]   encoder.bias [F]   W_dec [F, D]   b_dec [D]   threshold float32 [F]
+    W_skip [D, D] (skip_connection)
 
 Its encoder is the one of `Sae`. `num_latents` 0 stands for d_in × expansion_factor. What saemill wrote
-carries a seal (`seal`), which is checked. `activation` "jumprelu", with `threshold` and no `k`, is saemill's
-own: sparsify has TopK alone, and its loader refuses a tensor that it does not know.
+carries a seal (`seal`), which is checked. With `transcode` it predicts a module's output from its input.
+
+Two things are saemill's own. `activation` "jumprelu", with `threshold` and no `k`: sparsify has TopK alone,
+and its loader refuses a tensor that it does not know. `d_out`, of a transcoder: its E, which may not be D.
 """
 
 from pathlib import Path
@@ -22,6 +25,7 @@ from saemill.common.sae.formats.checks import (
     check_weights,
     count,
     expect,
+    flag,
     noted,
     one_of,
     provenance,
@@ -35,16 +39,8 @@ from saemill.common.sae.parts import Parts, SaeConfig, apart
 
 WEIGHTS = "sae.safetensors"
 JUMPRELU = "jumprelu"
-REFUSED: tuple[tuple[str, Any, Any, str], ...] = (
-    (
-        "transcode",
-        False,
-        False,
-        "it predicts a module's output from its input, with no b_dec before encoding",
-    ),
-    ("skip_connection", False, False, "it adds a linear map of its input (W_skip) to the reconstruction"),
-    ("signed", False, False, "its latents may be negative"),
-)
+REFUSED: tuple[tuple[str, Any, Any, str], ...] = (("signed", False, False, "its latents may be negative"),)
+SKIP = "it adds a linear map of its input (W_skip) to the reconstruction of the same"
 """Checks of a config: field, the value that can be represented, what its absence means, what others mean."""
 
 
@@ -67,20 +63,28 @@ def read(folder: Path) -> Parts:
         num_latents = d_in * count(cfg, "expansion_factor", file)
     activation = one_of(cfg, "activation", ("topk", JUMPRELU), "topk", file)
     has_threshold = activation == JUMPRELU
+    is_transcoder, has_skip = flag(cfg, "transcode", False, file), flag(cfg, "skip_connection", False, file)
+    if not is_transcoder:
+        expect(cfg, "skip_connection", False, False, SKIP, file)
+    d_out = count(cfg, "d_out", file) if is_transcoder and "d_out" in cfg else d_in
     config = SaeConfig(
         d_in=d_in,
+        d_out=d_out if is_transcoder else None,
         num_latents=num_latents,
         k=None if has_threshold else count(cfg, "k", file),
-        provenance=provenance("sparsify", cfg, own, file, **_known(folder)),
+        provenance=provenance("sparsify", cfg, own, file, **_known(folder, is_transcoder)),
         **traits(cfg, activation, file),
     )
     weights = read_tensors(folder / WEIGHTS)
-    wide, narrow = (num_latents, d_in), (d_in,)
-    shapes = {"encoder.weight": wide, "encoder.bias": wide[:1], "W_dec": wide, "b_dec": narrow}
+    shapes = {"encoder.weight": (num_latents, d_in), "encoder.bias": (num_latents,)}
+    shapes |= {"W_dec": (num_latents, d_out), "b_dec": (d_out,)}
+    shapes |= {"W_skip": (d_out, d_in)} if has_skip else {}
     optional = ("threshold",) if has_threshold else ()
-    W_enc, b_enc, W_dec, b_dec = check_weights(folder / WEIGHTS, weights, shapes, optional).values()
-    threshold = check_shape(folder / WEIGHTS, weights, "threshold", wide[:1]) if has_threshold else None
-    return Parts(config, W_enc, b_enc, W_dec, b_dec, threshold)
+    W_enc, b_enc, W_dec, b_dec, *skip = check_weights(folder / WEIGHTS, weights, shapes, optional).values()
+    threshold = None
+    if has_threshold:
+        threshold = check_shape(folder / WEIGHTS, weights, "threshold", (num_latents,))
+    return Parts(config, W_enc, b_enc, W_dec, b_dec, threshold, *skip)
 
 
 def check(folder: Path) -> None:
@@ -94,13 +98,15 @@ def check(folder: Path) -> None:
     seal.checked(read_config(folder / "cfg.json"), folder, folder / WEIGHTS)
 
 
-def _known(folder: Path) -> dict[str, Any]:
-    """Collect what sparsify stores beside the SAE: its folder's name is the site, the run's config is above
-    it."""
+def _known(folder: Path, is_transcoder: bool) -> dict[str, Any]:
+    """Collect what sparsify stores beside the SAE: its folder's name is the site, of a transcoder the one
+    that it predicts; the run's config is above it."""
     site = folder.name if layer_of(folder.name) is not None else None
     file = folder.parent / "config.json"
     run = read_config(file) if site and file.is_file() else {}
-    known = {"site": site} | {name: text(run, name, file) for name in ("model", "dataset")}
+    known = {"target_site" if is_transcoder else "site": site} | {
+        name: text(run, name, file) for name in ("model", "dataset")
+    }
     return known | {"ctx_len": count(run, "ctx_len", file) if "ctx_len" in run else None}
 
 
@@ -115,8 +121,8 @@ def write(parts: Parts, folder: Path) -> str:
         "W_dec": parts.W_dec,
         "b_dec": parts.b_dec,
     }
-    if parts.threshold is not None:
-        weights["threshold"] = parts.threshold
+    optional = {"threshold": parts.threshold, "W_skip": parts.W_skip}
+    weights |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     folder.mkdir(parents=True, exist_ok=True)
     with durable.replacing(folder / WEIGHTS, sum(w.nbytes for w in weights.values())) as partial:
         save_file(apart(weights), partial, seal.MADE_BY)
@@ -131,9 +137,10 @@ def write(parts: Parts, folder: Path) -> str:
         "num_latents": config.num_latents,
         **({} if config.k is None else {"k": config.k}),
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": parts.W_skip is not None,
+        "transcode": config.d_out is not None,
         "d_in": config.d_in,
+        **({} if config.d_out is None else {"d_out": config.d_out}),
         **noted(config, activation),
         "saemill": config.provenance,
     }

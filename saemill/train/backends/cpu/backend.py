@@ -17,6 +17,7 @@ from saemill.train.backends.base import (
     Codes,
     Groups,
     Parameters,
+    Shape,
     Slopes,
     Task,
     Weights,
@@ -64,31 +65,30 @@ class Cpu(Sparse):
         self._scratch = torch.empty(0, 0, dtype=torch.uint8)
         self._n_slots = 128
 
-    def weights(self, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()) -> Weights:
+    def weights(self, shape: Shape, device: torch.device) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`."""
-        w_enc_FD, w_dec_FD = zeros(n_latents, d), zeros(n_latents, d)
-        own_F = {name: torch.zeros(n_latents) for name in further}
-        parameters = Parameters(w_enc_FD, torch.zeros(n_latents), w_dec_FD, torch.zeros(d), own_F)
+        parameters = Parameters.of({name: zeros(*s) for name, s in shape.of_each.items()}, shape)
+        (n_latents, d), w_enc_FD = (shape.n_latents, shape.d), parameters.w_enc_FD
         product_FD = w_enc_FD if self.dtype == torch.float32 else zeros(n_latents, d, dtype=self.dtype)
         quantised = empty(n_latents, d) if multiplies_8_bits(d) else None
-        return Weights(parameters, product_FD, w_dec_FD, quantised)
+        return Weights(parameters, product_FD, parameters.w_dec_FD, quantised)
 
     @one_in_torch()
-    def prepare(self, x_TD: Tensor) -> Batch:
+    def prepare(self, x_TD: Tensor, y_TE: Tensor | None = None) -> Batch:
         """Make the copies that this machine's product needs, as `Backend.prepare`."""
         product_TD = x_TD.to(self.dtype)
         if not multiplies_8_bits(x_TD.shape[1]):
-            return Batch(x_TD, product_TD)
+            return Batch(x_TD, product_TD, y_TE=y_TE)
         quantised = empty(*x_TD.shape)
         with region("copy"):
             pieces = _pieces(len(x_TD), CHUNK_TOKENS)
             each(pieces, lambda piece, _: quantised.rows(piece).fill(product_TD[piece]))
-        return Batch(x_TD, product_TD, quantised)
+        return Batch(x_TD, product_TD, quantised, y_TE)
 
     @one_in_torch()
     def bias(self, weights: Weights) -> Tensor:
         """Compute it with sums in float32, as `Sparse.bias`."""
-        return fold_bias(weights.product_FD, weights.parameters.b_enc_F, weights.parameters.b_D)
+        return fold_bias(weights.product_FD, weights.parameters.b_enc_F, weights.parameters.offset_D)
 
     @one_in_torch()
     def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
@@ -170,16 +170,16 @@ class Cpu(Sparse):
     @one_in_torch()
     def reconstruct(self, codes: Codes, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
         """Decode, as `Sparse.reconstruct`, in a pass of its own: scores would drive rows out of the cache."""
-        p, n_tokens = weights.parameters, len(batch.x_TD)
+        p, n_tokens, target_TD = weights.parameters, len(batch.x_TD), batch.target_TE
         if self.team.latents.size > 1:
             with region("decode"):
                 e_TD, dot_TK = residual_of_team(codes, batch, weights, self.team)
                 return e_TD.to(self.dtype), dot_TK, e_TD.square().sum()
-        e_TD, dot_TK = torch.empty_like(batch.product_TD), torch.zeros_like(codes.val_TK)
+        e_TD, dot_TK = torch.empty_like(batch.target_TE, dtype=self.dtype), torch.zeros_like(codes.val_TK)
         sse_T, used_T = torch.empty(n_tokens), slots_used(codes)
 
         def decode(piece: slice, _thread: int) -> None:
-            inputs = codes.val_TK[piece], codes.idx_TK[piece], used_T[piece], batch.x_TD[piece]
+            inputs = codes.val_TK[piece], codes.idx_TK[piece], used_T[piece], target_TD[piece]
             with region("decode"):
                 residual(*inputs, p.w_dec_FD, p.b_D, e_TD[piece], dot_TK[piece], sse_T[piece])
 
@@ -197,12 +197,18 @@ class Cpu(Sparse):
         p, n_tokens, weights_G = weights.parameters, len(batch.x_TD), torch.tensor(groups.weights)
         group_TK = codes.group_TK(groups).where(codes.val_TK > 0, len(weights_G))
         ends_TG = torch.stack([(group_TK <= g).sum(1) for g in range(len(weights_G))], 1)
-        e_TD, dot_TK = torch.empty_like(batch.product_TD), torch.zeros_like(codes.val_TK)
+        e_TD, dot_TK = torch.empty_like(batch.target_TE, dtype=self.dtype), torch.zeros_like(codes.val_TK)
         rows_GTD = e_TD.new_empty(len(weights_G), *e_TD.shape)
         sse_TG = torch.empty(n_tokens, len(weights_G))
 
         def decode(piece: slice, _thread: int) -> None:
-            inputs = codes.val_TK[piece], codes.idx_TK[piece], ends_TG[piece], weights_G, batch.x_TD[piece]
+            inputs = (
+                codes.val_TK[piece],
+                codes.idx_TK[piece],
+                ends_TG[piece],
+                weights_G,
+                batch.target_TE[piece],
+            )
             filled = e_TD[piece], dot_TK[piece], sse_TG[piece], rows_GTD
             with region("decode"):
                 residual_of_groups(*inputs, p.w_dec_FD, p.b_D, groups.shown, piece.start, *filled)

@@ -16,7 +16,7 @@ from saemill.train.backends.auxk import DeadRows
 from saemill.train.backends.base import Slopes, Task, Weights, chunks
 from saemill.train.backends.cpu.loops.rows import Pairs, gradients, sort_pairs
 from saemill.train.backends.cpu.threads import each
-from saemill.train.backends.sparse import Forward
+from saemill.train.backends.sparse import Forward, gradients_of_whole
 from saemill.train.backends.team import Team
 from saemill.train.optim.clipping import shrinkage
 from saemill.train.profile import region
@@ -55,9 +55,7 @@ def _update(
         dpre_F = dpre_F.index_add(0, dead.dead_S, dead.b_enc_S)
         db_enc_F = db_enc_F.index_add(0, dead.dead_S, dead.b_enc_S)
     errors_GTD = forward.e_TD[None] if forward.rows_GTD is None else forward.rows_GTD
-    per_shard = rates.grad_scale / team.latents.size
-    db_D = errors_GTD[0].sum(0, dtype=torch.float32).mul_(per_shard).sub_(dpre_F @ w_enc_FD)
-    team.latents.all_reduce(db_D)
+    whole = gradients_of_whole(task, errors_GTD[0], dpre_F, team)
     toward_F = -pairs.along_F if unit else slopes.toward_F
     if toward_F is None:
         toward_F = torch.zeros_like(dpre_F)
@@ -68,7 +66,7 @@ def _update(
     shrink = 1.0
     if rates.clip_norm is not None:
         with region("backward"):
-            shrink = shrinkage(_squares(rows, pieces, vectors, db_D, team), rates.clip_norm)
+            shrink = shrinkage(_squares(rows, pieces, vectors, whole, team), rates.clip_norm)
     for name, grad_F in vectors.items():
         optimizer.update(name, slice(0, len(grad_F)), grad_F * shrink, rates.lr)
 
@@ -81,7 +79,8 @@ def _update(
             _renew(weights, piece[0], unit)
 
     each(pieces, step)
-    optimizer.update("b", slice(None), db_D * shrink, rates.lr)
+    for name, grad in whole.items():
+        optimizer.update(name, slice(None), grad * shrink, rates.lr)
     if optimizer.end_step():
         with region("optimizer"):
             _renew(weights, slice(None), unit)
@@ -106,7 +105,7 @@ class Rows(NamedTuple):
             shrink: the factor.
         """
         (block, dead_slice), dead, p = piece, self.dead, self.task.weights.parameters
-        made = gradients(self.task.batch, self.error_ND, self.pairs, block, p.w_dec_FD, p.b_D, self.toward_F)
+        made = gradients(self.task.batch, self.error_ND, self.pairs, block, p, self.toward_F)
         if dead is not None:
             places = dead.dead_S[dead_slice] - block.start
             for grad, dead_SD in zip(made, (dead.w_enc_SD, dead.w_dec_SD), strict=True):
@@ -118,7 +117,11 @@ class Rows(NamedTuple):
 
 
 def _squares(
-    rows: Rows, pieces: list[tuple[slice, slice]], vectors: Mapping[str, Tensor], db_D: Tensor, team: Team
+    rows: Rows,
+    pieces: list[tuple[slice, slice]],
+    vectors: Mapping[str, Tensor],
+    whole: Mapping[str, Tensor],
+    team: Team,
 ) -> float:
     """Sum the squares of all gradients, by a pass over the rows that keeps none of them."""
     square_N = torch.zeros(len(pieces), dtype=torch.float64)
@@ -129,7 +132,8 @@ def _squares(
 
     each(list(enumerate(pieces)), count)
     total = square_N.sum() + sum(float(torch.linalg.vector_norm(grad_F)) ** 2 for grad_F in vectors.values())
-    return float(team.latents.all_reduce(total)) + float(torch.linalg.vector_norm(db_D)) ** 2
+    of_all = sum(float(torch.linalg.vector_norm(grad)) ** 2 for grad in whole.values())
+    return float(team.latents.all_reduce(total)) + of_all
 
 
 def _renew(weights: Weights, block: slice, unit: bool) -> None:

@@ -16,6 +16,7 @@ from saemill.train.backends.base import (
     Codes,
     Groups,
     Parameters,
+    Shape,
     Slopes,
     Sums,
     Task,
@@ -55,25 +56,28 @@ class Gpu(Sparse):
         self._scratch = torch.empty(0, dtype=dtype)
         self._n_slots = FIRST_SLOTS
 
-    def weights(self, n_latents: int, d: int, device: torch.device, further: tuple[str, ...] = ()) -> Weights:
+    def weights(self, shape: Shape, device: torch.device) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`."""
-        parameters = Parameters.zeros(n_latents, d, device, further)
+        parameters = Parameters.zeros(shape, device)
         # `to` gives float32 weights back as they are: there they are their own copies.
         return Weights(parameters, parameters.w_enc_FD.to(self.dtype), parameters.w_dec_FD.to(self.dtype))
 
-    def prepare(self, x_TD: Tensor) -> Batch:
+    def prepare(self, x_TD: Tensor, y_TE: Tensor | None = None) -> Batch:
         """Round a batch for products, as `Backend.prepare`."""
-        return Batch(x_TD, x_TD.to(self.dtype))
+        return Batch(x_TD, x_TD.to(self.dtype), y_TE=y_TE)
 
     def step(self, task: Task) -> Sums:
-        """Take a step, as `Backend.step`; dense with optimizers that no kernel has, and if it is clipped."""
-        if isinstance(task.optimizer, Adam | Sgd) and task.rates.clip_norm is None:
+        """Take a step, as `Backend.step`; dense where there is no kernel for it: with other optimizers, if it
+        is clipped, and where x and what is predicted differ in width."""
+        p = task.weights.parameters
+        has_kernels = isinstance(task.optimizer, Adam | Sgd) and task.rates.clip_norm is None
+        if has_kernels and p.w_enc_FD.shape == p.w_dec_FD.shape:
             return super().step(task)
         return self._dense_step(task)
 
     def bias(self, weights: Weights) -> Tensor:
         """Compute it, as `Sparse.bias`."""
-        return fold_bias(weights.product_FD, weights.parameters.b_enc_F, weights.parameters.b_D)
+        return fold_bias(weights.product_FD, weights.parameters.b_enc_F, weights.parameters.offset_D)
 
     def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
         """Find codes, as `Sparse.largest`; idx_TK is int32, ascending, ties going to the lowest latent."""
@@ -133,7 +137,7 @@ class Gpu(Sparse):
             if self.team.latents.size > 1:
                 e_TD, dot_TK = residual_of_team(_wide(codes), batch, weights, self.team)
                 return e_TD.to(self.dtype), dot_TK, e_TD.square().sum()
-            decoder = weights.gathered_FD, weights.parameters.b_D, batch.product_TD
+            decoder = weights.gathered_FD, weights.parameters.b_D, self._target(batch)
             if n_T is None and val_TK.shape[1] <= MAX_K:
                 e_TD, dot_TK, sse_T = residual(val_TK, idx_TK, *decoder)
                 return e_TD, dot_TK, sse_T.sum()
@@ -153,12 +157,16 @@ class Gpu(Sparse):
             group_TK = codes.group_TK(groups).where(codes.val_TK > 0, n_groups)
             ends_TG = torch.stack([(group_TK <= g).sum(1, dtype=torch.int32) for g in range(n_groups)], 1)
             weights_G = torch.tensor(groups.weights, device=ends_TG.device)
-            decoder = weights.gathered_FD, weights.parameters.b_D, batch.product_TD
+            decoder = weights.gathered_FD, weights.parameters.b_D, self._target(batch)
             e_TD, dot_TK, sse_TG, rows_GTD = residual_of_groups(
                 codes.val_TK, codes.idx_TK, ends_TG, weights_G, groups.shown, *decoder
             )
             assert rows_GTD is not None
             return e_TD, dot_TK, sse_TG.sum(0), rows_GTD
+
+    def _target(self, batch: Batch) -> Tensor:
+        """Return what is to be reconstructed or predicted, in the product's dtype."""
+        return batch.product_TD if batch.y_TE is None else batch.y_TE.to(self.dtype)
 
     def _scratch_for(self, n_latents: int, device: torch.device) -> Tensor:
         """Keep memory for a chunk's pre-activations, [T, F]."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from saemill.train.backends.auxk import DeadRows
 from saemill.train.backends.base import Codes, Groups, Rates, Slopes, Task
 from saemill.train.backends.gpu.kernels.hyper import Hyper, hyper_values
-from saemill.train.backends.gpu.kernels.rows import Latents, Moments, decoder_bias_gradient, update_rows
+from saemill.train.backends.gpu.kernels.rows import Latents, Moments, update_rows
 from saemill.train.backends.gpu.kernels.segments import (
     AuxGradients,
     LatentSums,
@@ -14,7 +14,7 @@ from saemill.train.backends.gpu.kernels.segments import (
     latent_sums,
     segments,
 )
-from saemill.train.backends.sparse import Forward
+from saemill.train.backends.sparse import Forward, gradients_of_whole
 from saemill.train.backends.team import Team
 from saemill.train.optim.optimizer import ADAM_EPS, SGD_MOMENTUM, Adam, Sgd
 from saemill.train.profile import region
@@ -41,14 +41,13 @@ def update(task: Task, forward: Forward, slopes: Slopes, dead: DeadRows | None, 
         pairs, sums = _sorted(task, forward, dpre_TK, hyper, aux)
     with region("optimizer"):
         rows_GTD = forward.e_TD[None] if forward.rows_GTD is None else forward.rows_GTD
-        db_D = decoder_bias_gradient(rows_GTD[0], sums.db_enc_F, p.w_enc_FD, hyper, team.latents.size)
-        team.latents.all_reduce(db_D)
+        whole = gradients_of_whole(task, rows_GTD[0], sums.db_enc_F, team)
         if not task.architecture.unit_rows:
             sums = sums._replace(toward_F=slopes.toward_F)
         if slopes.db_enc_F is not None:
             sums = sums._replace(db_enc_F=_with_dead(slopes.db_enc_F, dead))
         _step_latents(task, forward, dpre_TK, rows_GTD, pairs, sums, hyper, aux)
-        _step_others(task, {"b": db_D, **slopes.further_F}, hyper)
+        _step_others(task, whole | dict(slopes.further_F), hyper)
     return sums.fired_F
 
 
@@ -90,7 +89,7 @@ def _step_latents(
         rows_GTD.flatten(0, 1),
         codes.val_TK,
         dpre_TK,
-        weights.parameters.b_D,
+        weights.parameters.offset_D,
         pairs,
         sums,
         hyper,

@@ -7,7 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from saemill.train.backends.base import Batch, Codes, Slopes
+from saemill.train.backends.base import Batch, Codes, Parameters, Slopes
 from saemill.train.backends.cpu.loops.numbers import COMPILED, array, wide
 from saemill.train.backends.sparse import Forward
 
@@ -93,8 +93,7 @@ def gradients(
     error_ND: Tensor,
     pairs: Pairs,
     block: slice,
-    w_dec_FD: Tensor,
-    b_D: Tensor,
+    p: Parameters,
     toward_F: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of a block of rows of w_enc and w_dec.
@@ -102,12 +101,12 @@ def gradients(
     The inputs are those of the product, in its dtype, and so are the errors; to a decoder row's gradient
     comes `toward_F` times the row.
     """
-    grad_enc, grad_dec = torch.empty_like(w_dec_FD[block]), torch.empty_like(w_dec_FD[block])
+    grad_enc, grad_dec = torch.empty_like(p.w_enc_FD[block]), torch.empty_like(p.w_dec_FD[block])
     sorted_P = (array(pairs.token_P), array(pairs.row_P), array(pairs.val_P), array(pairs.dpre_P))
     per_latent = (pairs.offsets_F[block.start : block.stop + 1], pairs.dpre_F[block], toward_F[block])
     _gradients(
         *(array(batch.product_TD), array(error_ND), *sorted_P),
-        *(array(tensor) for tensor in (*per_latent, w_dec_FD[block], b_D, grad_enc, grad_dec)),
+        *(array(tensor) for tensor in (*per_latent, p.w_dec_FD[block], p.offset_D, grad_enc, grad_dec)),
     )
     return grad_enc, grad_dec
 
@@ -118,6 +117,7 @@ def _gradients(x, e, tokens, rows, vals, dpres, offsets, sums, toward, w_dec, b,
         enc, dec, w = grad_enc[f], grad_dec[f], w_dec[f]
         for d in range(len(b)):
             enc[d] = -sums[f] * b[d]
+        for d in range(len(w)):
             dec[d] = toward[f] * w[d]
         first, last = offsets[f], offsets[f + 1]
         fours = first + (last - first) // 4 * 4
@@ -129,9 +129,11 @@ def _gradients(x, e, tokens, rows, vals, dpres, offsets, sums, toward, w_dec, b,
             e0, e1, e2, e3 = e[rows[p]], e[rows[p + 1]], e[rows[p + 2]], e[rows[p + 3]]
             for d in range(len(b)):
                 enc[d] += a0 * wide(x0[d]) + a1 * wide(x1[d]) + a2 * wide(x2[d]) + a3 * wide(x3[d])
+            for d in range(len(w)):
                 dec[d] += v0 * wide(e0[d]) + v1 * wide(e1[d]) + v2 * wide(e2[d]) + v3 * wide(e3[d])
         for p in range(fours, last):
             xt, et, a, v = x[tokens[p]], e[rows[p]], dpres[p], vals[p]
             for d in range(len(b)):
                 enc[d] += a * wide(xt[d])
+            for d in range(len(w)):
                 dec[d] += v * wide(et[d])

@@ -246,15 +246,14 @@ def update_rows(
     `adam` is torch.optim.AdamW on w_enc and torch.optim.Adam on b_enc and w_dec; `sgd` is
     torch.optim.SGD on all three, whose first buffer is the gradient (a zero buffer gives just that), with
     AdamW's decay of w_enc.
-    Micro-batches are joined before: one call per step. The gradient of b needs w_enc as it was before
-    (`decoder_bias_gradient`).
+    Micro-batches are joined before: one call per step. The gradient of b needs w_enc as it was before.
 
     Args:
         latents, moments: changed in place.
         x_TD: the batch in training units, float32, bfloat16 or float16.
         e_ND: errors, of `residual` or `residual_of_groups`.
         val_TK, dpre_TK: float32, codes and the gradients at their pre-activations.
-        b_D: float32, b_dec in the units of `x_TD`, as it was in the forward pass.
+        b_D: float32, what the encoder subtracts from `x_TD`, as it was in the forward pass.
         pairs, sums: of the same batch; `sums` with the same `aux`.
         hyper: float32 [len(Hyper)], on the device.
         optimizer: "adam" or "sgd".
@@ -343,23 +342,3 @@ def _check_moments(moments: Moments, rows: tuple[int, ...], optimizer: str) -> N
     for name in ("m_b_F", "v_b_F"):
         if tensors[name] is not None:
             expect(name, tensors[name], (torch.float32,), rows[:1])
-
-
-def decoder_bias_gradient(
-    e_TD: Tensor, db_enc_F: Tensor, w_enc_FD: Tensor, hyper: Tensor, n_shards: int = 1
-) -> Tensor:
-    """Compute gs · Σ_t e / n − db_enc · W_enc: the gradient of b, which the encoder's input has subtracted.
-
-    To be called before `update_rows`, which overwrites `w_enc_FD`.
-
-    Args:
-        e_TD: of `residual`; with groups the first's row of weighted errors.
-        db_enc_F: of `latent_sums`, Σ dpre, AuxK's gradient included.
-        w_enc_FD: float32.
-        hyper: float32 [len(Hyper)].
-        n_shards: n processes share out the latents; their results add up to the gradient.
-
-    Returns: float32 [D].
-    """
-    per_shard = hyper[Hyper.GRADIENT_SCALE] / n_shards
-    return per_shard * e_TD.sum(0, dtype=torch.float32) - db_enc_F @ w_enc_FD
