@@ -74,7 +74,7 @@ def command(text: str, words: dict[str, str]) -> list[str]:
         ),
         (
             f"run M D --tokenizer T {SMALL} --layers 1 --batch-size 256 --optimizer sgd",
-            "give (--lr) for sgd",
+            "sgd; give (--lr)",
             f"run M D --tokenizer T {SMALL} --layers 1 --batch-size 256 --optimizer sgd {{}} 0.01",
         ),
         (

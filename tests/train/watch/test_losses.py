@@ -99,7 +99,9 @@ def test_losses_are_those_of_transformers(causal: Pipeline, tmp_path: Path, arch
     for step, place in ((20, tmp_path / "r/steps/20" / folder.name), (30, folder)):
         figures = found[step][folder.name]
         expected = by_transformers(causal, Sae.load(place))
-        assert (figures["eval_delta_ce"], figures["eval_loss_recovered"]) == pytest.approx(expected, rel=1e-3)
+        assert (figures["eval_delta_ce"], figures["eval_loss_recovered"]) == pytest.approx(
+            expected, rel=1e-3, abs=1e-6
+        )
     assert {step for step, variants in found.items() if "eval_delta_ce" in variants[folder.name]} == {
         10, 20, 30,
     }  # fmt: skip
