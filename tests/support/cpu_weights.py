@@ -2,8 +2,9 @@
 
 import torch
 
-from saemill.train.backends.base import Parameters, Weights
+from saemill.train.backends.base import Weights
 from saemill.train.backends.cpu.loops.quantise import empty
+from saemill.train.backends.parameters import Parameters
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -20,11 +20,11 @@ from saemill.train.backends.base import (
     Inference,
     Largest,
     Losses,
-    Parameters,
     Sample,
     Seen,
     Slopes,
 )
+from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.plain import pre_activations
 from saemill.train.backends.team import Team
 

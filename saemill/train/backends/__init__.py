@@ -1,6 +1,7 @@
 """How a step is computed.
 
 base.py     the inputs and results of a step, and the protocol of a backend
+parameters.py  those of one SAE, by name
 choose.py   which backend computes
 plain.py    autograd of the definition, on any device
 sparse.py   a step that touches active pairs alone, for

@@ -9,20 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saemill.train.backends.base import (
-    Above,
-    Batch,
-    BatchLargest,
-    Losses,
-    Parameters,
-    Seen,
-    Shape,
-    Sums,
-    Task,
-    Weights,
-    chunks,
-)
+from saemill.train.backends.base import Above, Batch, BatchLargest, Losses, Seen, Sums, Task, Weights, chunks
 from saemill.train.backends.cutoff import Best
+from saemill.train.backends.parameters import Parameters, Shape
 from saemill.train.backends.team import ALONE, Team
 from saemill.train.optim.clipping import shrinkage
 from saemill.train.profile import region

@@ -27,7 +27,6 @@ from torch.nn.functional import embedding_bag, pad
 from saemill.common.sae.topk import topk
 from saemill.train.backends.auxk import DeadRows, auxk, pull
 from saemill.train.backends.base import (
-    SKIP,
     Above,
     Auxiliary,
     Batch,
@@ -43,6 +42,7 @@ from saemill.train.backends.base import (
     Weights,
 )
 from saemill.train.backends.cutoff import Best
+from saemill.train.backends.parameters import SKIP
 from saemill.train.backends.plain import Plain
 from saemill.train.backends.team import ALONE, Team
 from saemill.train.profile import region

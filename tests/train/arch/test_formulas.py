@@ -13,7 +13,8 @@ from saemill.train.arch.gated import Gated
 from saemill.train.arch.jumprelu import JumpRelu
 from saemill.train.arch.relu import Relu
 from saemill.train.arch.topk import TopK
-from saemill.train.backends.base import Dead, Parameters, Seen, Shape
+from saemill.train.backends.base import Dead, Seen
+from saemill.train.backends.parameters import Parameters, Shape
 
 T, D, F = 19, 6, 30
 NONE_DEAD = Dead(torch.zeros(0, dtype=torch.int64), 0)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saemill.train.backends.base import Batch, Codes, Parameters, Slopes
+from saemill.train.backends.base import Batch, Codes, Slopes
 from saemill.train.backends.cpu import loops
 from saemill.train.backends.cpu.loops.above import above, above_by_scores
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
@@ -21,6 +21,7 @@ from saemill.train.backends.cpu.loops.quantise import Quantised, quantise
 from saemill.train.backends.cpu.loops.residual import residual, residual_of_groups
 from saemill.train.backends.cpu.loops.rows import gradients, sort_pairs
 from saemill.train.backends.cpu.loops.select import select
+from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.sparse import Forward, decode
 
 

@@ -12,18 +12,7 @@ from torch import Tensor
 
 from saemill.common.sae.topk import topk
 from saemill.train.backends.auxk import DeadRows
-from saemill.train.backends.base import (
-    Batch,
-    Codes,
-    Groups,
-    Parameters,
-    Shape,
-    Slopes,
-    Task,
-    Weights,
-    chunks,
-    slots,
-)
+from saemill.train.backends.base import Batch, Codes, Groups, Slopes, Task, Weights, chunks, slots
 from saemill.train.backends.cpu.loops.above import above, above_by_scores
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
 from saemill.train.backends.cpu.loops.bias import fold_bias
@@ -33,6 +22,7 @@ from saemill.train.backends.cpu.loops.rows import slots_used
 from saemill.train.backends.cpu.loops.select import select
 from saemill.train.backends.cpu.threads import each, number, one_in_torch
 from saemill.train.backends.cpu.update import update
+from saemill.train.backends.parameters import Parameters, Shape
 from saemill.train.backends.sparse import Forward, Sparse, groups_of_team, residual_of_team
 from saemill.train.backends.team import ALONE, Team
 from saemill.train.memory import zeros

@@ -11,24 +11,13 @@ from torch import Tensor
 
 from saemill.common.sae.topk import topk
 from saemill.train.backends.auxk import DeadRows
-from saemill.train.backends.base import (
-    Batch,
-    Codes,
-    Groups,
-    Parameters,
-    Shape,
-    Slopes,
-    Sums,
-    Task,
-    Weights,
-    chunks,
-    slots,
-)
+from saemill.train.backends.base import Batch, Codes, Groups, Slopes, Sums, Task, Weights, chunks, slots
 from saemill.train.backends.gpu.kernels.above import above
 from saemill.train.backends.gpu.kernels.groups import residual_of_groups
 from saemill.train.backends.gpu.kernels.residual import MAX_K, residual
 from saemill.train.backends.gpu.kernels.select import select
 from saemill.train.backends.gpu.update import update
+from saemill.train.backends.parameters import Parameters, Shape
 from saemill.train.backends.sparse import Forward, Sparse, fold_bias, groups_of_team, residual_of_team
 from saemill.train.backends.team import ALONE, Team
 from saemill.train.optim.optimizer import Adam, Sgd

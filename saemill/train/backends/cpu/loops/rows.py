@@ -7,8 +7,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from saemill.train.backends.base import Batch, Codes, Parameters, Slopes
+from saemill.train.backends.base import Batch, Codes, Slopes
 from saemill.train.backends.cpu.loops.numbers import COMPILED, array, wide
+from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.sparse import Forward
 
 
