@@ -93,7 +93,8 @@ class Reconstruction:
                 columns, far = self._activations(chunk, units)
                 for name, sae in self.saes.items():
                     site = self.sites[name]
-                    columns |= self._variant(name, sae, chunk.x[str(sae.site)], chunk.x[site], far[site])
+                    x_TD = chunk.x[str(sae.site) if sae.is_transcoder else site]
+                    columns |= self._variant(name, sae, x_TD, chunk.x[site], far[site])
                 self.sums.add(units, columns)
         self._merge()
         return self
