@@ -2,7 +2,8 @@
 
 Where a penalty decides, L0 is what comes out; with thresholds it is near k. FVU and the like change about
 linearly with log L0 between neighbours, so a figure and the ends of its interval are interpolated in that.
-Beyond the first and the last SAE, or across a gap, there is no figure.
+An SAE is left out if another has a lower FVU with no more active latents: too large a weight of a penalty can
+raise both. Beyond the first and the last SAE, or across a gap, there is no figure.
 """
 
 import math
@@ -32,7 +33,7 @@ class Found(NamedTuple):
 
 def at(points: list[Point], l0: float) -> Found | None:
     """Find the figures at an L0; None where the points do not reach it."""
-    points = sorted((point for point in points if point.l0 > 0), key=lambda point: point.l0)
+    points = best([point for point in points if point.l0 > 0])
     if not points:
         return None
     nearest = min(points, key=lambda point: abs(math.log(point.l0 / l0)))
@@ -46,6 +47,15 @@ def at(points: list[Point], l0: float) -> Found | None:
     share = math.log(l0 / low.l0) / math.log(high.l0 / low.l0)
     metrics = {name: between(low.metrics[name], high.metrics[name], share) for name in low.metrics}
     return Found(metrics, f"between {low.l0:.1f} and {high.l0:.1f}")
+
+
+def best(points: list[Point]) -> list[Point]:
+    """Leave out what another point beats in both L0 and FVU. Returns: the others by L0."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.l0, point.metrics["fvu"]["value"])):
+        if not kept or point.metrics["fvu"]["value"] < kept[-1].metrics["fvu"]["value"]:
+            kept.append(point)
+    return kept
 
 
 def between(low: dict[str, Any], high: dict[str, Any], share: float) -> dict[str, Any]:

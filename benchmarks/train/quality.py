@@ -48,13 +48,13 @@ PEERS = {
     "dictionary_learning": Entry("dictionary_learning", ("--demo",), "its demo's recipe", "all"),
 }
 LEVELS = {
-    "saemill.relu": (0.02, 0.05, 0.1, 0.2, 0.4, 0.8),
-    "saemill.gated": (0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
-    "saelens.jumprelu": (0.3, 1, 3, 10, 30, 100),
-    "saelens.relu": (0.3, 1, 2, 5, 10, 20),
-    "saelens.gated": (0.3, 1, 2, 5, 10, 20),
-    "dictionary_learning.relu": (0.012, 0.03, 0.06, 0.12, 0.25, 0.5),
-    "dictionary_learning.gated": (0.012, 0.03, 0.06, 0.12, 0.25, 0.5),
+    "saemill.relu": (0.01, 0.02, 0.04, 0.07, 0.12, 0.2),
+    "saemill.gated": (0.02, 0.04, 0.07, 0.12, 0.2, 0.35),
+    "saelens.jumprelu": (0.05, 0.12, 0.3, 0.7, 1.5, 3),
+    "saelens.relu": (0.5, 0.8, 1.3, 2, 3.5, 6),
+    "saelens.gated": (0.8, 1.3, 2, 3.5, 6, 10),
+    "dictionary_learning.relu": (0.02, 0.035, 0.06, 0.1, 0.18, 0.3),
+    "dictionary_learning.gated": (0.02, 0.04, 0.08, 0.15, 0.25, 0.4),
 }
 """Weights of penalties, by contestant and architecture; the others take the L0 themselves."""
 SETTINGS = {"jumprelu": "target_l0", "relu": "l1_coefficient", "gated": "l1_coefficient"}
@@ -83,7 +83,8 @@ def train_saemill(args: argparse.Namespace) -> dict[str, list[Trained]]:
         command = [sys.executable, "-m", "saemill", "train", str(args.acts), "--config", str(config)]
         print(out.name, flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
-        subprocess.run([*command, "-o", str(out)], env=environment, check=True)
+        if status := subprocess.run([*command, "-o", str(out)], env=environment).returncode:
+            raise SystemExit(f"saemill train ended with status {status}")
     seconds = runs.finished(out).seconds / len(variants)
     return {
         member: [

@@ -33,6 +33,12 @@ def test_figures_between_two_saes() -> None:
     assert found.how == "between 20.0 and 40.0"
 
 
+def test_an_sae_that_another_beats_is_left_out() -> None:
+    """Oracle: the figures without it."""
+    worse = Point(25, {"fvu": {"value": 9.0}})
+    assert at([*points(40, 20), worse], 30) == at(points(40, 20), 30)
+
+
 def test_an_sae_near_an_l0_is_taken_as_it_is() -> None:
     """Oracle: that SAE's own figures."""
     near = points(31, 60)
