@@ -29,14 +29,14 @@ class Gated:
     """Steps over which the penalty rises."""
 
     further = ("r_mag", "b_mag")
+    has_gate = True
     unit_rows = True
     auxiliary = None
     groups = None
 
     def at(self, step: int) -> Self:
         """Return it with the penalty's weight of a step."""
-        share = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return self if share == 1 else replace(self, coefficient=self.coefficient * share)
+        return replace(self, coefficient=initial.warmed(self.coefficient, step, self.warmup_steps))
 
     def rule(self, p: Parameters) -> Above:
         """Return the rule by which pre-activations, those of the gate, become codes."""
@@ -44,9 +44,7 @@ class Gated:
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does, with a bias of the gate that `initial.start_l0` latents per token pass."""
-        n_active = initial.start_l0(n_latents)
-        initial.tied(p, n_latents, seed, sample, n_active, team)
-        p.b_enc_F.fill_(-initial.cutoff(sample, p, n_active, team))
+        initial.tied_with_bias(p, n_latents, seed, sample, team)
 
     def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition."""
@@ -68,11 +66,6 @@ class Gated:
     def _magnitude(self, p: Parameters, gate_TK: Tensor, idx_TK: Tensor) -> Tensor:
         r_F, b_mag_F = p.further_F["r_mag"], p.further_F["b_mag"]
         return r_F.exp()[idx_TK] * (gate_TK - p.b_enc_F[idx_TK]) + b_mag_F[idx_TK]
-
-    def held_codes(self, codes: Codes) -> Codes:
-        """Return the gate's pre-activations as codes."""
-        assert codes.pre_TK is not None
-        return codes._replace(val_TK=codes.pre_TK)
 
     def slopes(
         self,

@@ -34,6 +34,11 @@ def annealed(start: float, end: float, step: int, n_steps: int) -> float:
     return float(start * (end / start) ** (step / n_steps))
 
 
+def warmed(weight: float, step: int, n_steps: int) -> float:
+    """Compute a weight at a step, that rises by equal steps until it is whole."""
+    return weight * min(1.0, (step + 1) / n_steps) if n_steps else weight
+
+
 def tied(p: Parameters, n_latents: int, seed: int, sample: Sample, k: int, team: Team) -> None:
     """Fill in random unit rows as the decoder, and as the encoder times the gain that fits best.
 
@@ -82,6 +87,13 @@ def cutoff(sample: Sample, p: Parameters, k: int, team: Team) -> float:
     )
     n_kept = min(k * n_tokens, len(every))
     return float(every.kthvalue(len(every) - n_kept + 1).values)
+
+
+def tied_with_bias(p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
+    """Fill in as `tied`, and the encoder's bias so that `start_l0` latents per token are above 0."""
+    n_active = start_l0(n_latents)
+    tied(p, n_latents, seed, sample, n_active, team)
+    p.b_enc_F.fill_(-cutoff(sample, p, n_active, team))
 
 
 def unit_rows(n_latents: int, d: int, seed: int) -> Tensor:

@@ -42,6 +42,7 @@ class JumpRelu:
     """Steps over which the penalty rises."""
 
     further = ("threshold",)
+    has_gate = False
     unit_rows = True
     groups = None
 
@@ -52,8 +53,7 @@ class JumpRelu:
 
     def at(self, step: int) -> Self:
         """Return it with the penalty's weight of a step."""
-        share = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return self if share == 1 else replace(self, coefficient=self.coefficient * share)
+        return replace(self, coefficient=initial.warmed(self.coefficient, step, self.warmup_steps))
 
     def rule(self, p: Parameters) -> Above:
         """Return the rule by which pre-activations become codes."""
@@ -117,9 +117,6 @@ class JumpRelu:
         pre_TK = found.val_TK
         active_TK = (pre_TK > self.rule(p).threshold_F[found.idx_TK]) & found.used_TK
         return found._replace(val_TK=pre_TK.where(active_TK, 0), pre_TK=pre_TK)
-
-    def held_codes(self, codes: Codes) -> None:
-        """Return None: there is no second reconstruction."""
 
     def slopes(
         self,

@@ -33,13 +33,13 @@ class Relu:
     """Steps over which the penalty rises."""
 
     further = ()
+    has_gate = False
     auxiliary = None
     groups = None
 
     def at(self, step: int) -> Self:
         """Return it with the penalty's weight of a step."""
-        share = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return self if share == 1 else replace(self, coefficient=self.coefficient * share)
+        return replace(self, coefficient=initial.warmed(self.coefficient, step, self.warmup_steps))
 
     def rule(self, p: Parameters) -> Above:
         """Return the rule by which pre-activations become codes."""
@@ -47,9 +47,7 @@ class Relu:
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does, with a bias that `initial.start_l0` latents per token pass."""
-        n_active = initial.start_l0(n_latents)
-        initial.tied(p, n_latents, seed, sample, n_active, team)
-        p.b_enc_F.fill_(-initial.cutoff(sample, p, n_active, team))
+        initial.tied_with_bias(p, n_latents, seed, sample, team)
 
     def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition."""
@@ -64,9 +62,6 @@ class Relu:
     def codes(self, p: Parameters, found: Codes) -> Codes:
         """Return what the rule found: the codes themselves."""
         return found
-
-    def held_codes(self, codes: Codes) -> None:
-        """Return None: there is no second reconstruction."""
 
     def slopes(
         self,

@@ -51,6 +51,7 @@ class TopK:
     """Steps until it is k."""
 
     further = ()
+    has_gate = False
     unit_rows = True
 
     @property
@@ -101,9 +102,6 @@ class TopK:
     def codes(self, p: Parameters, found: Codes) -> Codes:
         """Return what the rule found: the codes themselves."""
         return found
-
-    def held_codes(self, codes: Codes) -> None:
-        """Return None: there is no second reconstruction."""
 
     def slopes(
         self,

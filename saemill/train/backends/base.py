@@ -273,6 +273,11 @@ class Architecture(Protocol):
         """Return the names of its further parameters."""
 
     @property
+    def has_gate(self) -> bool:
+        """Tell whether the squared error of its pre-activations as codes, with the decoder held fixed, is a
+        further loss."""
+
+    @property
     def unit_rows(self) -> bool:
         """Tell whether decoder rows are kept at unit length."""
 
@@ -302,9 +307,6 @@ class Architecture(Protocol):
     def codes(self, p: Parameters, found: Codes) -> Codes:
         """Turn pre-activations that the rule found into codes; `Above` finds those within its bandwidth."""
 
-    def held_codes(self, codes: Codes) -> Codes | None:
-        """Return codes whose squared error, with the decoder held fixed, is a further loss; None without."""
-
     def slopes(
         self,
         p: Parameters,
@@ -322,7 +324,7 @@ class Architecture(Protocol):
             codes: of the whole batch.
             seen: of the whole batch.
             dot_TK: ⟨e_t, W_dec[f]⟩ of each slot.
-            held_dot_TK: the same of `held_codes`.
+            held_dot_TK: the same of the gate's pre-activations as codes; None without a gate.
             per_square: what one squared unit of e adds to the loss.
         """
 

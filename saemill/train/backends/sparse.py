@@ -83,7 +83,7 @@ class Forward(NamedTuple):
     groups: Groups | None = None
     """The groups, by numbers of this process's latents; None without."""
     held_dot_TK: Tensor | None = None
-    """As dot_TK, of the reconstruction from `held_codes`; None without."""
+    """As dot_TK, of the reconstruction from a gate's pre-activations; None without."""
     held_sse: Tensor | None = None
     """Its Σ e², float32."""
 
@@ -188,8 +188,9 @@ class Sparse(ABC):
             # A copy, since processes add both up in place.
             sse, n_active = sse_G[groups.shown].clone(), self._n_shown(codes, groups, n_active)
             forward = Forward(codes, e_TD, dot_TK, sse, n_active, bias_F, cutoff, rows_GTD, sse_G, groups)
-        if (held := architecture.held_codes(codes)) is None:
+        if not architecture.has_gate or codes.pre_TK is None:
             return forward
+        held = codes._replace(val_TK=codes.pre_TK)
         _, held_dot_TK, held_sse = self.reconstruct(held, own, weights)
         return forward._replace(held_dot_TK=held_dot_TK, held_sse=held_sse)
 
