@@ -4,7 +4,7 @@ from saemill.train.arch.batchtopk import BatchTopK
 from saemill.train.arch.gated import Gated
 from saemill.train.arch.jumprelu import JumpRelu
 from saemill.train.arch.relu import Relu
-from saemill.train.arch.topk import TopK
+from saemill.train.arch.topk import MULTI, TopK
 from saemill.train.backends.base import Architecture, Auxiliary
 from saemill.train.sweep.variants import Variant
 
@@ -39,7 +39,10 @@ def architecture_of(variant: Variant, d: int) -> Architecture:
             warmup_steps=warmup_steps,
         )
     auxiliary = Auxiliary(v.k_aux or 1, v.auxk_alpha) if v.auxk_alpha else None
-    k_start, k = (min(d, v.num_latents) if v.k_anneal_steps else 0), v.k or 0
+    k_start, k = (
+        (min(d, v.num_latents // (MULTI if v.multi_topk else 1)) if v.k_anneal_steps else 0),
+        v.k or 0,
+    )
     if name == "topk":
         return TopK(round(k), auxiliary, v.nested_k, v.multi_topk, k_start, v.k_anneal_steps)
     of_each_token = name == "matryoshka" and v.matryoshka_rule == "topk"

@@ -189,7 +189,11 @@ def choose(
             f"data_ranks {data} × latent_ranks {latent_ranks or 1} does not divide the number of processes, "
             f"{n_processes}; give others, or start another number"
         )
-    wide = [shards for shards in fitting if all(v.num_latents // shards >= v.l0 for v in variants)]
+    wide = [
+        shards
+        for shards in fitting
+        if all(v.num_latents // shards >= _most_codes(v, widths) for v in variants)
+    ]
     if not wide:
         raise ConfigError(
             f"in {fitting[0]} parts some SAE has fewer than k latents in each; lower --latent-ranks"
@@ -207,6 +211,11 @@ def choose(
     if memory_bytes is not None:
         working = _that_fit(working, widths, memory_bytes)
     return min(working, key=_seconds)
+
+
+def _most_codes(variant: Variant, widths: Mapping[str, int]) -> float:
+    """Return the most active latents per token that a variant asks each process for: annealed, k starts at D."""
+    return max(widths[variant.site], variant.l0) if variant.k_anneal_steps else variant.l0
 
 
 def _that_fit(placements: list[Placement], widths: Mapping[str, int], memory_bytes: int) -> list[Placement]:

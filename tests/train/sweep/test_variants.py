@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from saemill.common.errors import ConfigError
+from saemill.train.backends.base import Groups
 from saemill.train.config import TrainConfig
+from saemill.train.learner.architecture import architecture_of
 from saemill.train.sweep.variants import Variant, of_config
 
 D, F = 16, 64
@@ -92,3 +94,10 @@ def test_what_does_not_go_together_is_refused(settings: dict[str, Any], message:
     """Oracle: the message."""
     with pytest.raises(ConfigError, match=message):
         variants(**settings)
+
+
+def test_an_annealed_k_asks_for_no_more_latents_than_there_are() -> None:
+    """Oracle: F, by hand: k starts at D, and multi-TopK finds four times as many codes."""
+    (variant,) = variants(k=(2,), multi_topk=True, k_anneal_steps=9, num_latents=(24,))
+    architecture = architecture_of(variant, D)
+    assert architecture.at(0).groups == Groups((6, 24), (1.0, 1 / 8), by_rank=True, shown=0)
