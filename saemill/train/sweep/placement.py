@@ -214,7 +214,7 @@ def choose(
 
 
 def _most_codes(variant: Variant, widths: Mapping[str, int]) -> float:
-    """Return the most active latents per token that a variant asks each process for: annealed, k starts at D."""
+    """Return the most active latents that a token may have: where k is annealed, it starts at D."""
     return max(widths[variant.site], variant.l0) if variant.k_anneal_steps else variant.l0
 
 
