@@ -1,6 +1,8 @@
 """Stage 3: one shuffled stream of activations trains many SAEs at once.
 
 config.py     the settings
+checks.py     those that do not go together
+architectures.py  names of the architectures
 batch.py      batches are counted in tokens
 run.py        settings → a trainer → SAEs on disk
 trainer.py    the loop

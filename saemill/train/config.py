@@ -6,25 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saemill.common.config import LARGEST
-from saemill.common.errors import ConfigError
-from saemill.common.setting import DEVICE, about, check, default_of, identity, of, setting
+from saemill.common.setting import DEVICE, about, check, identity, setting
 from saemill.common.stores.mask import TrainingMask
+from saemill.train import checks
+from saemill.train.architectures import BY_K, BY_L1, Architecture
 
 ADAM_BETAS = (0.8, 0.95)
 """FVU was lower than with Adam's own (0.9, 0.999) wherever both were tried: `docs/performance-log.md`."""
 
-MULTIPLES = (
-    ("wandb_log_frequency", "log_every"),
-    ("eval_every", "log_every"),
-    ("eval_losses_every", "log_every"),
-    ("eval_losses_every", "eval_every"),
-)
-"""Steps between events that come with others, and the steps between those."""
-Architecture = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "relu", "gated"]
-BY_K = ("topk", "batchtopk", "matryoshka")
-"""Architectures that keep a given number of latents."""
-BY_L1 = ("relu", "gated")
-"""Architectures whose codes are kept small by a penalty on their sum."""
 LrSchedule = Literal["constant", "linear", "cosine", "cosine_restarts"]
 LrDecay = Literal["none", "linear", "cosine"]
 OptimizerName = Literal["adam", "sgd", "signum", "muon"]
@@ -337,62 +326,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        no_wandb = not self.log_to_wandb
-        without_effect = {
-            "lr_end": (self.lr_schedule == "constant", "with lr_schedule constant"),
-            "lr_cycles": (self.lr_schedule != "cosine_restarts", "without lr_schedule cosine_restarts"),
-            "lr_decay_fraction": (self.lr_decay == "none", "with lr_decay none"),
-            "k_aux": (self.auxk_alpha == 0 and not self.variants, "with auxk_alpha 0"),
-            "wandb_project": (no_wandb, "without log_to_wandb"),
-            "wandb_entity": (no_wandb, "without log_to_wandb"),
-            "run_name": (no_wandb, "without log_to_wandb"),
-            "wandb_log_frequency": (no_wandb, "without log_to_wandb"),
-            "halving_metric": (self.halving == 0, "without halving"),
-            "eval_tokens": (self.eval_every == 0, "with eval_every 0"),
-            "eval_losses_every": (self.eval_every == 0, "with eval_every 0"),
-            "eval_losses_tokens": (self.eval_losses_every is None, "without eval_losses_every"),
-            "model": (self.eval_losses_every is None, "without eval_losses_every"),
-        }
-        for name, (idle, why) in without_effect.items():
-            if idle and getattr(self, name) is not None:
-                raise ConfigError(f"{name} has no effect {why}; leave it out")
-        if self.lr_end == 0 and self.lr_decay != "none":
-            raise ConfigError(f"lr_decay {self.lr_decay} has no effect with lr_end 0; say lr_decay none")
-        self._check_architectures()
-        self._check_targets()
-        if self.wandb_artifacts and no_wandb:
-            raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
-        for name, base in MULTIPLES:
-            value, of_steps = getattr(self, name), getattr(self, base)
-            if value and of_steps and value % of_steps:
-                raise ConfigError(f"{name} must be a multiple of {base} ({of_steps} steps), got {value}")
-        if self.max_tokens is not None and self.epochs is not None:
-            raise ConfigError("give max_tokens or epochs, not both")
-
-    def _check_architectures(self) -> None:
-        """Refuse settings that have an effect on none of the run's architectures."""
-        named = [entry["architecture"] for entry in self.variants if "architecture" in entry]
-        for name, marks in of(TrainConfig).items():
-            is_default = getattr(self, name) == default_of(TrainConfig, name)
-            if marks.only and not is_default and not set(marks.only) & {*self.architecture, *named}:
-                raise ConfigError(no_effect(name, self.architecture[0]))
-
-    def _check_targets(self) -> None:
-        """Refuse targets that do not go with the sites."""
-        if self.target_site and len(self.target_site) != len(self.site):
-            raise ConfigError(
-                f"target_site names one site for each of site, in order; got {len(self.target_site)} for "
-                f"{len(self.site)}"
-            )
-        if self.target_site and len(set(self.site)) < len(self.site):
-            raise ConfigError(
-                "with target_site each of site is named once; train other targets in other runs"
-            )
-        own = [bool(self.target_site or "target_site" in entry) for entry in self.variants or ({},)]
-        if self.skip_connection and not any(own):
-            raise ConfigError("skip_connection has no effect without target_site; leave it out, or name one")
-        if not self.apply_b_dec_to_input and all(own):
-            raise ConfigError("apply_b_dec_to_input has no effect with target_site; leave it out")
+        checks.together(self)
 
     @property
     def decay_fraction(self) -> float:
@@ -417,15 +351,3 @@ class TrainConfig:
         if self.num_latents:
             del decisive["expansion_factor"]
         return decisive
-
-
-def no_effect(name: str, architecture: str) -> str:
-    """Say that a setting has no effect on an architecture, and what has."""
-    instead = {
-        ("k", "jumprelu"): "use target_l0",
-        **{("k", one): "use l1_coefficient" for one in BY_L1},
-        **{("target_l0", one): "use k" for one in BY_K},
-        **{("target_l0", one): "use l1_coefficient" for one in BY_L1},
-        ("l1_coefficient", "jumprelu"): "use target_l0, or l0_coefficient",
-    }
-    return f"{name} has no effect with {architecture}; {instead.get((name, architecture), 'leave it out')}"

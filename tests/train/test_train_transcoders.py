@@ -18,7 +18,7 @@ from saemill.common.sae.sae import Sae
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.train.arch.initial import regression
-from saemill.train.backends.base import Sample
+from saemill.train.backends.architecture import Sample
 from saemill.train.run import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from saemill.common.sae.topk import topk
-from saemill.train.backends.base import Auxiliary, Groups, Losses, Seen
+from saemill.train.backends.architecture import Auxiliary, Losses, Seen
+from saemill.train.backends.codes import Groups
 from saemill.train.backends.parameters import Parameters
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from saemill.train.arch import initial
-from saemill.train.backends.base import Above, Codes, Inference, Losses, Sample, Seen, Slopes
+from saemill.train.backends.architecture import Inference, Losses, Sample, Seen, Slopes
+from saemill.train.backends.codes import Above, Codes
 from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.plain import pre_activations
 from saemill.train.backends.team import Team

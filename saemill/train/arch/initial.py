@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from saemill.train.backends.base import Codes, Sample, chunks
+from saemill.train.backends.architecture import Sample
+from saemill.train.backends.base import chunks
+from saemill.train.backends.codes import Codes
 from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.sparse import decode, encode, fold_bias, own_codes
 from saemill.train.backends.team import Team

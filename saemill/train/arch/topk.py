@@ -13,17 +13,8 @@ import torch
 from torch import Tensor
 
 from saemill.train.arch import dense, initial
-from saemill.train.backends.base import (
-    Auxiliary,
-    Codes,
-    Groups,
-    Inference,
-    Largest,
-    Losses,
-    Sample,
-    Seen,
-    Slopes,
-)
+from saemill.train.backends.architecture import Auxiliary, Inference, Losses, Sample, Seen, Slopes
+from saemill.train.backends.codes import Codes, Groups, Largest
 from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.plain import pre_activations
 from saemill.train.backends.team import Team

@@ -1,6 +1,8 @@
 """How a step is computed.
 
 base.py     the inputs and results of a step, and the protocol of a backend
+architecture.py  what it asks of an architecture
+codes.py    rules, and the codes that they leave
 parameters.py  those of one SAE, by name
 choose.py   which backend computes
 plain.py    autograd of the definition, on any device

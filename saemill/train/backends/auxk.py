@@ -8,7 +8,9 @@ from torch.nn.functional import pad
 
 from saemill.common.sae.topk import topk
 from saemill.train.backends.adding import add_rows
-from saemill.train.backends.base import Above, Batch, Codes, Dead, Task, Weights, chunks
+from saemill.train.backends.architecture import Dead
+from saemill.train.backends.base import Batch, Task, Weights, chunks
+from saemill.train.backends.codes import Above, Codes
 
 if TYPE_CHECKING:
     from saemill.train.backends.sparse import Forward, Sparse

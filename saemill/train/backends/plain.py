@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saemill.train.backends.base import Above, Batch, BatchLargest, Losses, Seen, Sums, Task, Weights, chunks
+from saemill.train.backends.architecture import Losses, Seen
+from saemill.train.backends.base import Batch, Sums, Task, Weights, chunks
+from saemill.train.backends.codes import Above, BatchLargest
 from saemill.train.backends.cutoff import Best
 from saemill.train.backends.parameters import Parameters, Shape
 from saemill.train.backends.team import ALONE, Team

@@ -25,22 +25,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from saemill.common.sae.topk import topk
+from saemill.train.backends.architecture import Auxiliary, Pull, Seen, Slopes
 from saemill.train.backends.auxk import DeadRows, auxk, pull
-from saemill.train.backends.base import (
-    Above,
-    Auxiliary,
-    Batch,
-    Codes,
-    Groups,
-    Largest,
-    Pull,
-    Rule,
-    Seen,
-    Slopes,
-    Sums,
-    Task,
-    Weights,
-)
+from saemill.train.backends.base import Batch, Sums, Task, Weights
+from saemill.train.backends.codes import Above, Codes, Groups, Largest, Rule
 from saemill.train.backends.cutoff import Best
 from saemill.train.backends.parameters import SKIP
 from saemill.train.backends.plain import Plain

@@ -5,7 +5,7 @@ from saemill.train.arch.gated import Gated
 from saemill.train.arch.jumprelu import JumpRelu
 from saemill.train.arch.relu import Relu
 from saemill.train.arch.topk import MULTI, TopK
-from saemill.train.backends.base import Architecture, Auxiliary
+from saemill.train.backends.architecture import Architecture, Auxiliary
 from saemill.train.sweep.variants import Variant
 
 TARGET_WEIGHT = 1.0

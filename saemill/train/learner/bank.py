@@ -6,7 +6,8 @@ Each batch is standardised, rounded and quantised once for all of them.
 import torch
 from torch import Tensor
 
-from saemill.train.backends.base import Backend, Dead
+from saemill.train.backends.architecture import Dead
+from saemill.train.backends.base import Backend
 from saemill.train.learner.learner import Learner
 from saemill.train.profile import region
 from saemill.train.stream.scaling import Scaling

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from saemill.common.sae.parts import Parts, SaeConfig
 from saemill.train.arch import initial
-from saemill.train.backends.base import Backend, Batch, Dead, Rates, Sample, Task
+from saemill.train.backends.architecture import Dead, Sample
+from saemill.train.backends.base import Backend, Batch, Rates, Task
 from saemill.train.backends.parameters import WHOLE, Parameters, Shape
 from saemill.train.learner.architecture import architecture_of
 from saemill.train.learner.totals import CutoffAverage, Totals

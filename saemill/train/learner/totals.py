@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from saemill.train.backends.base import Groups
+from saemill.train.backends.codes import Groups
 
 CUTOFF_SHARE = 0.1
 """Share of the steps so far that the cutoff's average looks back on."""

@@ -11,7 +11,7 @@ the last two with W_enc and W_skip as they are saved; thresholds go with b_enc.
 import torch
 from torch import Tensor
 
-from saemill.train.backends.base import Inference
+from saemill.train.backends.architecture import Inference
 from saemill.train.backends.parameters import Parameters
 from saemill.train.stream.scaling import Scaling
 

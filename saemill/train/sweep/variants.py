@@ -13,14 +13,8 @@ from saemill.common.errors import ConfigError
 from saemill.common.setting import axes as axes_of
 from saemill.common.setting import check, default_of, like, marks_of, written
 from saemill.common.stores.runs import check_variant_name
-from saemill.train.config import (
-    ADAM_BETAS,
-    ADAMW_DECAY,
-    Architecture,
-    OptimizerName,
-    TrainConfig,
-    no_effect,
-)
+from saemill.train.architectures import Architecture, no_effect
+from saemill.train.config import ADAM_BETAS, ADAMW_DECAY, OptimizerName, TrainConfig
 
 ADAM_ALONE = ("optimizer_state", "adam_betas")
 """Settings without effect on another optimizer."""

@@ -13,7 +13,7 @@ from saemill.train.arch.gated import Gated
 from saemill.train.arch.jumprelu import JumpRelu
 from saemill.train.arch.relu import Relu
 from saemill.train.arch.topk import TopK
-from saemill.train.backends.base import Dead, Seen
+from saemill.train.backends.architecture import Dead, Seen
 from saemill.train.backends.parameters import Parameters, Shape
 
 T, D, F = 19, 6, 30

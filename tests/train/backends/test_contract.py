@@ -15,11 +15,12 @@ from steps import GPU, make_bank, outputs, planted
 from torch import Tensor
 
 from saemill.train.arch.topk import TopK
+from saemill.train.architectures import BY_K
 from saemill.train.backends import sparse
-from saemill.train.backends.base import Above, Auxiliary, BatchLargest, Dead, Losses, Seen
+from saemill.train.backends.architecture import Auxiliary, Dead, Losses, Seen
+from saemill.train.backends.codes import Above, BatchLargest
 from saemill.train.backends.cpu import backend as cpu
 from saemill.train.backends.parameters import Parameters
-from saemill.train.config import BY_K
 from saemill.train.learner.learner import Learner
 from saemill.train.optim.muon import MOMENTUM as MUON_MOMENTUM
 from saemill.train.optim.optimizer import ADAM_EPS

@@ -9,7 +9,8 @@ from cpu_weights import DTYPES, weights_of
 from steps import make_bank, planted, silence, train
 
 from saemill.train.arch.topk import TopK
-from saemill.train.backends.base import Dead, Rates, Slopes, Task
+from saemill.train.backends.architecture import Dead, Slopes
+from saemill.train.backends.base import Rates, Task
 from saemill.train.backends.cpu import backend as cpu
 from saemill.train.backends.cpu import update
 from saemill.train.backends.cpu.loops.quantise import LEAST_COLUMNS

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saemill.train.backends.base import Batch, Codes, Slopes
+from saemill.train.backends.architecture import Slopes
+from saemill.train.backends.base import Batch
+from saemill.train.backends.codes import Codes
 from saemill.train.backends.cpu import loops
 from saemill.train.backends.cpu.loops.above import above, above_by_scores
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from saemill.train.arch.topk import TopK
 from saemill.train.backends import auxk, sparse
-from saemill.train.backends.base import Dead
+from saemill.train.backends.architecture import Dead
 from saemill.train.backends.gpu import backend as gpu
 from saemill.train.backends.gpu import update
 from saemill.train.backends.gpu.kernels.hyper import Hyper

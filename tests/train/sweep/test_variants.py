@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from saemill.common.errors import ConfigError
-from saemill.train.backends.base import Groups
+from saemill.train.backends.codes import Groups
 from saemill.train.config import TrainConfig
 from saemill.train.learner.architecture import architecture_of
 from saemill.train.sweep.variants import Variant, of_config

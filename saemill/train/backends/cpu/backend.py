@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from saemill.common.sae.topk import topk
+from saemill.train.backends.architecture import Slopes
 from saemill.train.backends.auxk import DeadRows
-from saemill.train.backends.base import Batch, Codes, Groups, Slopes, Task, Weights, chunks, slots
+from saemill.train.backends.base import Batch, Task, Weights, chunks
+from saemill.train.backends.codes import Codes, Groups, slots
 from saemill.train.backends.cpu.loops.above import above, above_by_scores
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
 from saemill.train.backends.cpu.loops.bias import fold_bias

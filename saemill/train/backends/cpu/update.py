@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saemill.train.backends.architecture import Slopes
 from saemill.train.backends.auxk import DeadRows
-from saemill.train.backends.base import Slopes, Task, Weights, chunks
+from saemill.train.backends.base import Task, Weights, chunks
 from saemill.train.backends.cpu.loops.rows import Pairs, gradients, sort_pairs
 from saemill.train.backends.cpu.threads import each
 from saemill.train.backends.sparse import Forward, gradients_of_whole

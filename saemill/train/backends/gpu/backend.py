@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from saemill.common.sae.topk import topk
+from saemill.train.backends.architecture import Slopes
 from saemill.train.backends.auxk import DeadRows
-from saemill.train.backends.base import Batch, Codes, Groups, Slopes, Sums, Task, Weights, chunks, slots
+from saemill.train.backends.base import Batch, Sums, Task, Weights, chunks
+from saemill.train.backends.codes import Codes, Groups, slots
 from saemill.train.backends.gpu.kernels.above import above
 from saemill.train.backends.gpu.kernels.groups import residual_of_groups
 from saemill.train.backends.gpu.kernels.residual import MAX_K, residual

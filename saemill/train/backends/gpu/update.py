@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from saemill.train.backends.architecture import Slopes
 from saemill.train.backends.auxk import DeadRows
-from saemill.train.backends.base import Codes, Groups, Rates, Slopes, Task
+from saemill.train.backends.base import Rates, Task
+from saemill.train.backends.codes import Codes, Groups
 from saemill.train.backends.gpu.kernels.hyper import Hyper, hyper_values
 from saemill.train.backends.gpu.kernels.rows import Latents, Moments, update_rows
 from saemill.train.backends.gpu.kernels.segments import (

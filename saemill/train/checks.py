@@ -1,0 +1,78 @@
+"""Settings of `saemill train` that do not go together."""
+
+from typing import TYPE_CHECKING
+
+from saemill.common.errors import ConfigError
+from saemill.common.setting import default_of, of
+from saemill.train.architectures import no_effect
+
+if TYPE_CHECKING:
+    from saemill.train.config import TrainConfig
+
+MULTIPLES = (
+    ("wandb_log_frequency", "log_every"),
+    ("eval_every", "log_every"),
+    ("eval_losses_every", "log_every"),
+    ("eval_losses_every", "eval_every"),
+)
+"""Steps between events that come with others, and the steps between those."""
+
+
+def together(config: "TrainConfig") -> None:
+    """Refuse settings that contradict each other or have no effect."""
+    no_wandb = not config.log_to_wandb
+    without_effect = {
+        "lr_end": (config.lr_schedule == "constant", "with lr_schedule constant"),
+        "lr_cycles": (config.lr_schedule != "cosine_restarts", "without lr_schedule cosine_restarts"),
+        "lr_decay_fraction": (config.lr_decay == "none", "with lr_decay none"),
+        "k_aux": (config.auxk_alpha == 0 and not config.variants, "with auxk_alpha 0"),
+        "wandb_project": (no_wandb, "without log_to_wandb"),
+        "wandb_entity": (no_wandb, "without log_to_wandb"),
+        "run_name": (no_wandb, "without log_to_wandb"),
+        "wandb_log_frequency": (no_wandb, "without log_to_wandb"),
+        "halving_metric": (config.halving == 0, "without halving"),
+        "eval_tokens": (config.eval_every == 0, "with eval_every 0"),
+        "eval_losses_every": (config.eval_every == 0, "with eval_every 0"),
+        "eval_losses_tokens": (config.eval_losses_every is None, "without eval_losses_every"),
+        "model": (config.eval_losses_every is None, "without eval_losses_every"),
+    }
+    for name, (idle, why) in without_effect.items():
+        if idle and getattr(config, name) is not None:
+            raise ConfigError(f"{name} has no effect {why}; leave it out")
+    if config.lr_end == 0 and config.lr_decay != "none":
+        raise ConfigError(f"lr_decay {config.lr_decay} has no effect with lr_end 0; say lr_decay none")
+    _architectures(config)
+    _targets(config)
+    if config.wandb_artifacts and no_wandb:
+        raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
+    for name, base in MULTIPLES:
+        value, of_steps = getattr(config, name), getattr(config, base)
+        if value and of_steps and value % of_steps:
+            raise ConfigError(f"{name} must be a multiple of {base} ({of_steps} steps), got {value}")
+    if config.max_tokens is not None and config.epochs is not None:
+        raise ConfigError("give max_tokens or epochs, not both")
+
+
+def _architectures(config: "TrainConfig") -> None:
+    """Refuse settings that have an effect on none of the run's architectures."""
+    named = [entry["architecture"] for entry in config.variants if "architecture" in entry]
+    for name, marks in of(type(config)).items():
+        is_default = getattr(config, name) == default_of(type(config), name)
+        if marks.only and not is_default and not set(marks.only) & {*config.architecture, *named}:
+            raise ConfigError(no_effect(name, config.architecture[0]))
+
+
+def _targets(config: "TrainConfig") -> None:
+    """Refuse targets that do not go with the sites."""
+    if config.target_site and len(config.target_site) != len(config.site):
+        raise ConfigError(
+            f"target_site names one site for each of site, in order; got {len(config.target_site)} for "
+            f"{len(config.site)}"
+        )
+    if config.target_site and len(set(config.site)) < len(config.site):
+        raise ConfigError("with target_site each of site is named once; train other targets in other runs")
+    own = [bool(config.target_site or "target_site" in entry) for entry in config.variants or ({},)]
+    if config.skip_connection and not any(own):
+        raise ConfigError("skip_connection has no effect without target_site; leave it out, or name one")
+    if not config.apply_b_dec_to_input and all(own):
+        raise ConfigError("apply_b_dec_to_input has no effect with target_site; leave it out")
