@@ -54,20 +54,21 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "__init__": {"common"},
 }
 """What each file or folder of the package imports beside itself."""
-GROUND = {"architectures", "config", "memory", "profile"}
+GROUND = {"architectures", "config", "losses", "memory", "profile"}
 IN_TRAIN = {
     "architectures": set(),
+    "losses": set(),
     "checks": {"architectures", "config"},
-    "config": {"architectures", "checks"},
+    "config": {"architectures", "checks", "losses"},
     "profile": set(),
     "memory": set(),
     "batch": set(),
     "stream": set(),
-    "objective": set(),
+    "objective": GROUND,
     "optim": GROUND,
-    "backends": GROUND | {"optim"},
+    "backends": GROUND | {"optim", "objective"},
     "arch": GROUND | {"optim", "backends"},
-    "sweep": GROUND | {"backends"},
+    "sweep": GROUND | {"backends", "checks"},
     "learner": GROUND | {"optim", "backends", "arch", "sweep", "stream", "objective"},
     "record": GROUND | {"learner", "sweep"},
     "watch": GROUND | {"learner"},

@@ -69,7 +69,7 @@ def cache(config: CacheConfig) -> None:
     "target_site",
     "skip_connection",
     OUT,
-    *("architecture", "k", "expansion_factor", "num_latents", "lr", "seeds"),
+    *("init_from", "architecture", "k", "expansion_factor", "num_latents", "lr", "seeds"),
     *("k_anneal_steps", "multi_topk", "nested_k", "prefixes", "matryoshka_rule"),
     *("target_l0", "l0_coefficient", "sparsity_penalty", "bandwidth", "preact_coefficient", "most_density"),
     *("l1_coefficient", "lp_norm", "decoder_rows", "penalty_warmup_steps"),

@@ -63,6 +63,9 @@ from saemill.train.batch import check_batch
 from saemill.train.config import TrainConfig
 from saemill.train.run import check_machine
 from saemill.train.run import run as train
+from saemill.train.sweep.sources import identity as identity_of
+from saemill.train.sweep.sources import sites_of as started_at
+from saemill.train.sweep.sources import sources_of
 from saemill.train.sweep.variants import Variant, of_config
 
 UNKNOWN = Path("not known yet")
@@ -252,11 +255,12 @@ class Chain:
             *training.target_site,
             *(str(entry[key]) for entry in training.variants for key in SITES if entry.get(key)),
         ]
+        sources = sources_of(training)
         if not train_sites:
-            training = self.configs["train"] = replace(training, site=tuple(widths))
+            training = self.configs["train"] = replace(training, site=started_at(sources) or tuple(widths))
         if set(train_sites) <= set(widths):  # others may be in a store that is named
             trained_widths = {name: widths[name] for name in train_sites or widths}
-            self.variants = of_config(training, trained_widths, n_steps=1)
+            self.variants = of_config(training, trained_widths, n_steps=1, sources=sources)
         elif config.out == UNKNOWN:
             other = next(name for name in train_sites if name not in widths)
             raise ConfigError(f"train.site {other!r} is not cached; {settings.nearest(other, widths)}")
@@ -269,7 +273,8 @@ class Chain:
             identity = runs.identity(config.out)
         except StoreError:  # training writes it again where other records name the run
             return
-        settings.check_same(identity.content, config.identity(), config.out)
+        wanted = {"init_from": None, **identity_of(config, sources_of(config))}
+        settings.check_same(identity.content, wanted, config.out)
 
 
 SITES = ("site", "target_site")
@@ -288,8 +293,8 @@ def content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
 
 
 def _here(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace local datasets, tokenizers and models in the settings by their absolute paths."""
-    candidates = {name: values.get(name) for name in ("dataset", "tokenizer", "model")}
+    """Replace local datasets, tokenizers, models and SAEs in the settings by their absolute paths."""
+    candidates = {name: values.get(name) for name in ("dataset", "tokenizer", "model", "init_from")}
     local = {name: str(Path(v).absolute()) for name, v in candidates.items() if v and Path(str(v)).exists()}
     return {**values, **local}
 

@@ -34,14 +34,20 @@ def together(config: "TrainConfig") -> None:
         "eval_tokens": (config.eval_every == 0, "with eval_every 0"),
         "eval_losses_every": (config.eval_every == 0, "with eval_every 0"),
         "eval_losses_tokens": (config.eval_losses_every is None, "without eval_losses_every"),
-        "model": (config.eval_losses_every is None, "without eval_losses_every"),
+        "model": (
+            config.eval_losses_every is None and not config.runs_model,
+            "without eval_losses_every or a loss of the model",
+        ),
     }
     for name, (idle, why) in without_effect.items():
         if idle and getattr(config, name) is not None:
             raise ConfigError(f"{name} has no effect {why}; leave it out")
     if config.lr_end == 0 and config.lr_decay != "none":
         raise ConfigError(f"lr_decay {config.lr_decay} has no effect with lr_end 0; say lr_decay none")
-    _architectures(config)
+    if config.init_from is None:
+        of_architectures(config, config.architectures)
+    else:
+        _starts(config)
     _targets(config)
     if config.wandb_artifacts and no_wandb:
         raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
@@ -53,13 +59,25 @@ def together(config: "TrainConfig") -> None:
         raise ConfigError("give max_tokens or epochs, not both")
 
 
-def _architectures(config: "TrainConfig") -> None:
-    """Refuse settings that have an effect on none of the run's architectures."""
+def of_architectures(config: "TrainConfig", names: tuple[str, ...]) -> None:
+    """Refuse settings that have an effect on none of the run's architectures.
+
+    Args:
+        config: of the run.
+        names: the architectures, beside those that listed variants name.
+    """
     named = [entry["architecture"] for entry in config.variants if "architecture" in entry]
     for name, marks in of(type(config)).items():
         is_default = getattr(config, name) == default_of(type(config), name)
-        if marks.only and not is_default and not set(marks.only) & {*config.architecture, *named}:
-            raise ConfigError(no_effect(name, config.architecture[0]))
+        if marks.only and not is_default and not set(marks.only) & {*names, *named}:
+            raise ConfigError(no_effect(name, names[0]))
+
+
+def _starts(config: "TrainConfig") -> None:
+    """Refuse settings of a random start, where SAEs start from others."""
+    for name in ("seeds", "b_dec_init"):
+        if getattr(config, name) != default_of(type(config), name):
+            raise ConfigError(f"{name} has no effect with init_from, which has the weights; leave it out")
 
 
 def _targets(config: "TrainConfig") -> None:
