@@ -79,6 +79,8 @@ class Forward(NamedTuple):
 class Sparse(ABC):
     """The order of a step's passes; `Cpu` and `Gpu` say how each is computed."""
 
+    name: str
+
     def __init__(self, dtype: torch.dtype, team: Team = ALONE) -> None:
         self.dtype, self.team = dtype, team
 
