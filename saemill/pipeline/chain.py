@@ -59,7 +59,7 @@ from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.files import fingerprint_local
 from saemill.tokenize.run import run as tokenize
 from saemill.tokenize.source import check_path
-from saemill.train.batch import check_batch
+from saemill.train.batch import check_batch, rows_per_batch
 from saemill.train.config import TrainConfig
 from saemill.train.run import check_machine
 from saemill.train.run import run as train
@@ -237,7 +237,10 @@ class Chain:
         is cached."""
         self.configs = check_rows(tokens, self.configs, self.batch_is_set)
         if "train" in self.configs:
-            check_batch(self.configs["train"].batch_size, tokens.ctx_len)
+            training: TrainConfig = self.configs["train"]
+            check_batch(training.batch_size, tokens.ctx_len)
+            if training.runs_model:
+                rows_per_batch(training.step_tokens, tokens.ctx_len)
             self._check_run(self.configs["train"])
 
     def _check_model(self, config: CacheConfig) -> None:

@@ -6,6 +6,7 @@ architectures.py  names of the architectures
 losses.py     names of what is minimised
 batch.py      batches are counted in tokens
 run.py        settings → a trainer → SAEs on disk
+inputs.py     sites, stream, model
 trainer.py    the loop
 export.py     what a finished run leaves
 points.py     SAEs kept on the way

@@ -26,3 +26,18 @@ def check_batch(batch_size: int, ctx_len: int) -> None:
         f"{n_rows} rows, as sparsify counts, say {n_rows * ctx_len}; if tokens are meant, take more than "
         f"{most}"
     )
+
+
+def rows_per_batch(batch_tokens: int, ctx_len: int) -> int:
+    """Count the rows of a batch.
+
+    Raises:
+        ConfigError: it is no whole number of them.
+    """
+    if batch_tokens % ctx_len:
+        n_rows = max(1, round(batch_tokens / ctx_len))
+        raise ConfigError(
+            f"a loss of the model needs batches of whole rows, of {ctx_len} tokens each; {batch_tokens:,} "
+            f"are no whole number of rows: say batch_size {n_rows * ctx_len} for {n_rows}"
+        )
+    return batch_tokens // ctx_len

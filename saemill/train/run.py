@@ -1,8 +1,6 @@
 """`saemill train`: from settings to banks, the loop, and the SAEs on disk."""
 
-import itertools
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +15,6 @@ from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.runs import METRICS, TENSORBOARD
 from saemill.common.stores.statistics import warnings
-from saemill.common.stores.tokens import TokenStore
 from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
 from saemill.train.backends.base import Backend
@@ -25,6 +22,7 @@ from saemill.train.backends.choose import choose_kernels, kernels_of, make_backe
 from saemill.train.batch import check_batch
 from saemill.train.config import TrainConfig
 from saemill.train.export import export, save_saes
+from saemill.train.inputs import check_mse, load_model_loss, open_stream, with_site
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
 from saemill.train.losses import IN_MODEL
@@ -34,7 +32,7 @@ from saemill.train.record.folder import Folder
 from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from saemill.train.stream.feed import Feed
 from saemill.train.stream.loader import Loader
-from saemill.train.stream.scaling import MOST_SCALE, scaling_of
+from saemill.train.stream.scaling import scaling_of
 from saemill.train.stream.whole_rows import WholeRows
 from saemill.train.sweep.halving import Halving
 from saemill.train.sweep.placement import (
@@ -45,7 +43,7 @@ from saemill.train.sweep.placement import (
     is_stepped_by_torch,
 )
 from saemill.train.sweep.schedule import Schedule
-from saemill.train.sweep.sources import Sources, sites_of, sources_of
+from saemill.train.sweep.sources import sources_of
 from saemill.train.sweep.variants import Variant, of_config
 from saemill.train.tracking import follow
 from saemill.train.trainer import Trainer
@@ -80,17 +78,17 @@ def run(config: TrainConfig) -> list[Path]:
     store = ActivationStore(config.acts)
     check_batch(config.batch_size, store.ctx_len)
     sources = sources_of(config)
-    config = _with_site(config, store, sources)
+    config = with_site(config, store, sources)
     with (
         stop_on_signal() as stop,
         world.connected(device) as everyone,
-        closing(_loader(config, store, sources)) as loader,
+        closing(open_stream(config, store, sources)) as loader,
         ExitStack() as resources,
     ):
         schedule = _schedule(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps, sources)
-        _check_mse(loader, variants)
+        check_mse(loader, variants)
         _place(config, store, variants, everyone, device)
         folder = Folder(config, store.fingerprint, sources)
         metric = config.halving_metric or "fvu"
@@ -129,7 +127,7 @@ def _train(
     halving.past = everyone.first(halving.read)
     log: JsonlSink | None = None
     sinks: list[Sink] = []
-    ends, above = halving.ends, _model_loss(config, loader.store, everyone, device)
+    ends, above = halving.ends, load_model_loss(config, loader.store, everyone, device)
     with ExitStack() as open_sinks:
         for end in ends:
             idle_allowed = bool(halving.past)
@@ -165,19 +163,6 @@ def _say_start(trainer: Trainer, watch: Watch) -> None:
         for name, measured in figures.items():
             known = (f"{key} {value:.4g}" for key, value in measured.items() if value is not None)
             say(f"{name} starts at {', '.join(known)}")
-
-
-def _model_loss(
-    config: TrainConfig, store: ActivationStore, everyone: Group, device: torch.device
-) -> "ModelLoss | None":
-    """Load the model on every process, if a loss is its."""
-    if not config.runs_model:
-        return None
-    from saemill.train.objective.model import ModelLoss  # imports transformers
-
-    loaded: list[ModelLoss] = []
-    everyone.together(lambda: loaded.append(ModelLoss(store, config.model, device)))
-    return loaded[0]
 
 
 def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, end: int) -> None:
@@ -220,38 +205,6 @@ def _place(
         allowed_latent_ranks(config.latent_ranks, variants, kernels_of(config.kernels, device), widths),
         idle_allowed=idle_allowed,
         memory_bytes=memory_bytes,
-    )
-
-
-def _with_site(config: TrainConfig, store: ActivationStore, sources: Sources) -> TrainConfig:
-    """Fill in the sites of what SAEs start from, or the store's one, where none is named."""
-    if config.site or any("site" in entry for entry in config.variants):
-        return config
-    if of_sources := sites_of(sources):
-        return replace(config, site=of_sources)
-    if len(store.sites) != 1:
-        has = f"it has {', '.join(store.sites)}" if store.sites else "none of it is finished"
-        raise ConfigError(f"name a site of {store.path} with --site; {has}")
-    return replace(config, site=tuple(store.sites))
-
-
-def _loader(config: TrainConfig, store: ActivationStore, sources: Sources) -> Loader | WholeRows:
-    """Open the stream: of tokens, or where a loss is the model's of whole rows."""
-    if config.runs_model and not isinstance(store.text, TokenStore):
-        raise ConfigError("loss: embeddings have no language model; take fvu or mse")
-    names = ("site", "target_site")
-    variant_sites = [str(entry[name]) for entry in config.variants for name in names if entry.get(name)]
-    predicted = [] if config.target_site else [s.sites[1:] for each in sources.values() for s in each]
-    sites = [*config.site, *config.target_site, *variant_sites, *itertools.chain(*predicted)]
-    sites = list(dict.fromkeys(sites))
-    return (WholeRows if config.runs_model else Loader)(
-        store,
-        sites,
-        config.mask.positions(store.mask),
-        norm_over_median=config.mask.norm_over_median,
-        batch_tokens=config.step_tokens,
-        buffer_tokens=config.buffer_tokens,
-        seed=config.shuffle_seed,
     )
 
 
@@ -360,17 +313,6 @@ def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
             "lr_decay_fraction or lr_cycles, or train longer"
         )
     return schedule
-
-
-def _check_mse(loader: Loader | WholeRows, variants: list[Variant]) -> None:
-    """Refuse a loss in units of which float32 does not hold the squares."""
-    for site in {variant.sites[-1] for variant in variants if variant.loss in ("mse", "mse+kl")}:
-        variance = loader.rows.statistics(site).total_variance
-        if not MOST_SCALE**-0.75 < variance < MOST_SCALE**0.75:
-            raise ConfigError(
-                f"mse is in the units of the activations at {site}, whose variance is {variance:.0e}: "
-                "its gradient is beyond float32; use loss fvu"
-            )
 
 
 def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub import Hub
 from training import D, config, files, killed_at, structured_store
 
 from saemill.common.errors import ConfigError, StoreError
@@ -169,6 +170,15 @@ def test_an_export_of_another_tool(store: ActivationStore, tmp_path: Path) -> No
     assert folder.name == "a-jumprelu-f24-s0-target4-lr0.003"
     with pytest.raises(ConfigError, match="does not tell the target_l0"):
         run(started(store, tmp_path / "other", place, site=("a",)))
+
+
+def test_an_sae_on_the_hub(store: ActivationStore, source: Path, hub: Hub, tmp_path: Path) -> None:
+    """Oracle: the run from the same SAE in a folder, by its identity."""
+    name = "a-k4-f48-s0-lr0.003"
+    hub.put_folder("user/saes", source / name)
+    out = tmp_path / "run"
+    run(started(store, out, "hf://user/saes", site=("a",), max_tokens=256 * 2))
+    run(started(store, out, source / name, site=("a",), max_tokens=256 * 2))
 
 
 def test_bad_input(store: ActivationStore, source: Path, tmp_path: Path) -> None:

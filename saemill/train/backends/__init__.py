@@ -9,6 +9,7 @@ plain.py    autograd of the definition, on any device
 sparse.py   a step that touches active pairs alone, for
 cpu/        loops for a CPU, compiled by numba
 gpu/        kernels for a GPU, in Triton
+from_output.py  a gradient at x̂ → that of the codes
 auxk.py     the gradients of dead latents
 adding.py   sums by place, in one order
 team.py     the processes that share a step

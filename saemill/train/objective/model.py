@@ -28,6 +28,10 @@ TOKENS_AT_ONCE = 2048
 """Tokens of a forward and backward pass, in whole rows; one row at least."""
 
 
+LEAST_NATS = 1e-9
+"""KL that counts as none: it is divided by."""
+
+
 class ModelLoss:
     """The model of a store.
 
@@ -160,5 +164,5 @@ class InModel(NamedTuple):
         gradient_TE = own_TE / self.scale
         if self.kind in WITHOUT_SQUARES:
             return AtOutput(gradient_TE, 0.0, nats, nats)
-        weight = squared / nats.clamp(min=torch.finfo(nats.dtype).tiny)
+        weight = squared / nats.clamp(min=LEAST_NATS)
         return AtOutput(gradient_TE * (weight / 2), 0.5, (squared + weight * nats) / 2, nats)

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saemill.common.errors import ConfigError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.permutation import inverse, permutation
 from saemill.common.stores.shards import as_tensor
+from saemill.train.batch import rows_per_batch
 from saemill.train.stream.rows import TrainingRows
 
 SHARD_ORDER, ROW_ORDER = 3, 4
@@ -83,7 +83,7 @@ class WholeRows:
         seed: int,
     ) -> None:
         self.store, self.mask, self.seed = store, mask, seed
-        self.batch_tokens, self.n_rows = batch_tokens, _rows_per_batch(batch_tokens, store.ctx_len)
+        self.batch_tokens, self.n_rows = batch_tokens, rows_per_batch(batch_tokens, store.ctx_len)
         self.every_site = {name: store.site(name) for name in sites}
         self.sites = self.every_site
         self.rows = TrainingRows(store, self.every_site, mask, norm_over_median)
@@ -96,6 +96,8 @@ class WholeRows:
         self._epoch = lru_cache(2)(self._plan_epoch)
         self._pool = ThreadPoolExecutor(1, "saemill-window")
         self._windows: dict[tuple[int, int], Future[_Window]] = {}
+        self._texts: dict[int, Text] = {}
+        """Those of the latest batches, by number: the windows that they were in may be gone."""
 
     def batch(self, i: int) -> dict[str, Tensor]:
         """Read batch number i.
@@ -111,17 +113,15 @@ class WholeRows:
 
     def text(self, i: int) -> Text:
         """Return the tokens of batch number i."""
-        pieces = list(self._pieces(i * self.n_rows, (i + 1) * self.n_rows))
-        return Text(
-            torch.cat([window.text.ids_RS[some] for window, some in pieces]),
-            torch.cat([window.text.keep_RS[some] for window, some in pieces]),
-        )
+        if i not in self._texts:
+            self._texts[i] = _text_of(self._pieces(i * self.n_rows, (i + 1) * self.n_rows))
+        return self._texts[i]
 
     def stretch(self, position: int, end: int) -> dict[str, Tensor]:
         """Read the activations that are trained on of the rows that tokens `position` to `end` of the stream
         lie in, per site [T, D]."""
         first, last = position // self.store.ctx_len, -(-end // self.store.ctx_len)
-        pieces = list(self._pieces(first, last))
+        pieces = self._pieces(first, last)
         return {
             name: torch.cat([w.rows[name][some][w.text.keep_RS[some]] for w, some in pieces])
             for name in self.sites
@@ -207,22 +207,17 @@ class WholeRows:
         return own
 
 
+def _text_of(pieces: list[tuple[_Window, slice]]) -> Text:
+    """Put the tokens of some rows together."""
+    texts = [window.text for window, _ in pieces]
+    ids, keep = (
+        [rows[some] for rows, (_, some) in zip(each, pieces, strict=True)]
+        for each in zip(*texts, strict=True)
+    )
+    return Text(torch.cat(ids), torch.cat(keep))
+
+
 def _of(values_R: NDArray[np.bool_], store: ActivationStore, shard: int) -> NDArray[np.bool_]:
     """Select the values of a shard's rows."""
     rows = store.rows_of(shard)
     return values_R[rows.start : rows.stop]
-
-
-def _rows_per_batch(batch_tokens: int, ctx_len: int) -> int:
-    """Count the rows of a batch.
-
-    Raises:
-        ConfigError: it is no whole number of them.
-    """
-    if batch_tokens % ctx_len:
-        n_rows = max(1, round(batch_tokens / ctx_len))
-        raise ConfigError(
-            f"a loss of the model needs batches of whole rows, of {ctx_len} tokens each; {batch_tokens:,} "
-            f"are no whole number of rows: say batch_size {n_rows * ctx_len} for {n_rows}"
-        )
-    return batch_tokens // ctx_len

@@ -86,6 +86,8 @@ def _at(place: str) -> Iterator[Source]:
             )
         record = runs.finished(folder)
         left_out = record.diverged.keys() | record.stopped.keys()
+        if left_out >= set(record.variants):
+            raise ConfigError(f"all SAEs of {folder} diverged or stopped early; name one of them, RUN/SAE")
         if left_out:
             say(
                 f"{folder}: {', '.join(sorted(left_out))} diverged or stopped early, and nothing starts there"

@@ -1,7 +1,6 @@
 """Variants: the SAEs that one run trains, as a grid of lists or an explicit list."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ from typing import Any, Literal, get_args, get_type_hints
 from saemill.common.config import build, coerce
 from saemill.common.errors import ConfigError
 from saemill.common.setting import axes as axes_of
-from saemill.common.setting import check, default_of, like, marks_of, written
+from saemill.common.setting import check, default_of, like, written
 from saemill.common.stores.runs import check_variant_name
 from saemill.train.architectures import Architecture, no_effect
 from saemill.train.checks import of_architectures
 from saemill.train.config import ADAM_BETAS, ADAMW_DECAY, BY_DEFAULT, OptimizerName, TrainConfig
 from saemill.train.losses import WITHOUT_SQUARES, Loss
-from saemill.train.sweep.sources import Source, Sources, chosen, fill_in, one_of
+from saemill.train.sweep.grid import applies, entries_of
+from saemill.train.sweep.sources import Source, Sources, fill_in
 
 ADAM_ALONE = ("optimizer_state", "adam_betas")
 """Settings without effect on another optimizer."""
@@ -238,7 +238,7 @@ def resolve(
         ConfigError: contradicting, unknown or missing settings; two variants alike.
     """
     variants = []
-    for i, (entry, source) in enumerate(_entries(axes, explicit, sources, of_run)):
+    for i, (entry, source) in enumerate(entries_of(axes, explicit, sources, of_run)):
         predicted = None if source is None else (*source.sites, None, None)[1]
         entry.setdefault("target_site", targets.get(entry["site"], predicted))
         if source is not None:
@@ -253,57 +253,6 @@ def resolve(
     return variants
 
 
-def _entries(
-    axes: Mapping[str, tuple[Any, ...]],
-    explicit: tuple[Mapping[str, Any], ...],
-    sources: Sources,
-    of_run: tuple[Source, ...],
-) -> list[tuple[dict[str, Any], Source | None]]:
-    """List what variants are told to be, and what each starts from; arguments as of `resolve`."""
-    axes = {name: values for name, values in axes.items() if values}
-    if explicit:
-        for name, values in axes.items():
-            if len(values) > 1 and name != "site":
-                raise ConfigError(f"variants are listed one by one; give one {name} for them, got {values}")
-        single = {name: values[0] for name, values in axes.items() if len(values) == 1}
-        started = [_start(dict(entry), sources, of_run, single) for entry in explicit]
-        return [(_fill_in(entry, single, axes), source) for entry, source in started]
-    if not of_run:
-        return [(entry, None) for entry in _grid(axes)]
-    return [
-        (entry, source)
-        for source in chosen(of_run, axes.get("site", ()))
-        for entry in _grid(_axes_from(source, axes, is_alone=len(of_run) == 1))
-    ]
-
-
-def _axes_from(source: Source, axes: Mapping[str, tuple[Any, ...]], is_alone: bool) -> dict[str, Any]:
-    """Fill in the axes that a source tells: its architecture, and its site unless one SAE is to start at
-    others."""
-    own = {"architecture": (source.config.architecture,), **axes}
-    if "site" not in axes or not is_alone:
-        own["site"] = source.sites[:1]
-    return {"site": own.pop("site"), **own}
-
-
-def _start(
-    entry: dict[str, Any], sources: Sources, of_run: tuple[Source, ...], single: Mapping[str, Any]
-) -> tuple[dict[str, Any], Source | None]:
-    """Find what a listed variant starts from, and fill in what tells it apart.
-
-    Returns: the entry, and the SAE; None where it starts from random directions.
-    """
-    own = entry.get("init_from")
-    candidates = sources[str(own)] if own else of_run
-    if not candidates:
-        return entry, None
-    source = one_of(candidates, {"site": single.get("site"), **entry})
-    entry.setdefault("architecture", single.get("architecture", source.config.architecture))
-    if "site" not in entry and "site" not in single and source.sites:
-        entry["site"] = source.sites[0]
-    return entry, source
-
-
 def _width(widths: Mapping[str, int], site: str) -> int:
     """Return the width of a site.
 
@@ -313,21 +262,6 @@ def _width(widths: Mapping[str, int], site: str) -> int:
     if site not in widths:
         raise ConfigError(f"variant of site {site!r}: name the site with --site too")
     return widths[site]
-
-
-def _grid(axes: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
-    """Yield every combination of values: of each architecture with those that have an effect on it."""
-    for architecture in axes.get("architecture", ("topk",)):
-        own = {name: values for name, values in axes.items() if applies(name, architecture)}
-        own["architecture"] = (architecture,)
-        for values in itertools.product(*own.values()):
-            yield dict(zip(own, values, strict=True))
-
-
-def applies(name: str, architecture: str) -> bool:
-    """Tell whether a setting has an effect on an architecture."""
-    only = marks_of(Variant, name).only if name in Variant.__dataclass_fields__ else ()
-    return not only or architecture in only
 
 
 def _inherited(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,20 +274,6 @@ def _inherited(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
     return {
         name: value for name, value in common.items() if name not in without and applies(name, architecture)
     }
-
-
-def _fill_in(entry: dict[str, Any], single: dict[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
-    width_given = {"expansion_factor", "num_latents"} & set(entry)
-    architecture = entry.setdefault("architecture", single.get("architecture", "topk"))
-    for name in axes:
-        if name in entry or (width_given and name in ("expansion_factor", "num_latents")):
-            continue
-        if not applies(name, architecture):
-            continue
-        if name not in single:
-            raise ConfigError(f"variant {entry} gives no {name}, and the run has several")
-        entry[name] = single[name]
-    return entry
 
 
 def _variant(entry: dict[str, Any], widths: Mapping[str, int], where: str, n_steps: int) -> Variant:

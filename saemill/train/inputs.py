@@ -1,0 +1,77 @@
+"""What a run reads: the sites that it trains on, the stream over them, and the model where a loss is its."""
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from saemill.common.errors import ConfigError
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.tokens import TokenStore
+from saemill.common.world import Group
+from saemill.train.config import TrainConfig
+from saemill.train.stream.loader import Loader
+from saemill.train.stream.scaling import MOST_SCALE
+from saemill.train.stream.whole_rows import WholeRows
+from saemill.train.sweep.sources import Sources, sites_of
+from saemill.train.sweep.variants import Variant
+
+if TYPE_CHECKING:
+    from saemill.train.objective.model import ModelLoss
+
+
+def with_site(config: TrainConfig, store: ActivationStore, sources: Sources) -> TrainConfig:
+    """Fill in the sites of what SAEs start from, or the store's one, where none is named."""
+    if config.site or any("site" in entry for entry in config.variants):
+        return config
+    if of_sources := sites_of(sources):
+        return replace(config, site=of_sources)
+    if len(store.sites) != 1:
+        has = f"it has {', '.join(store.sites)}" if store.sites else "none of it is finished"
+        raise ConfigError(f"name a site of {store.path} with --site; {has}")
+    return replace(config, site=tuple(store.sites))
+
+
+def open_stream(config: TrainConfig, store: ActivationStore, sources: Sources) -> Loader | WholeRows:
+    """Open the stream: of tokens, or where a loss is the model's of whole rows."""
+    if config.runs_model and not isinstance(store.text, TokenStore):
+        raise ConfigError("loss: embeddings have no language model; take fvu or mse")
+    names = ("site", "target_site")
+    variant_sites = [str(entry[name]) for entry in config.variants for name in names if entry.get(name)]
+    predicted = [] if config.target_site else [s.sites[1:] for each in sources.values() for s in each]
+    sites = [*config.site, *config.target_site, *variant_sites, *itertools.chain(*predicted)]
+    sites = list(dict.fromkeys(sites))
+    return (WholeRows if config.runs_model else Loader)(
+        store,
+        sites,
+        config.mask.positions(store.mask),
+        norm_over_median=config.mask.norm_over_median,
+        batch_tokens=config.step_tokens,
+        buffer_tokens=config.buffer_tokens,
+        seed=config.shuffle_seed,
+    )
+
+
+def load_model_loss(
+    config: TrainConfig, store: ActivationStore, everyone: Group, device: torch.device
+) -> "ModelLoss | None":
+    """Load the model on every process, if a loss is its."""
+    if not config.runs_model:
+        return None
+    from saemill.train.objective.model import ModelLoss  # imports transformers
+
+    loaded: list[ModelLoss] = []
+    everyone.together(lambda: loaded.append(ModelLoss(store, config.model, device)))
+    return loaded[0]
+
+
+def check_mse(loader: Loader | WholeRows, variants: list[Variant]) -> None:
+    """Refuse a loss in units of which float32 does not hold the squares."""
+    for site in {variant.sites[-1] for variant in variants if variant.loss in ("mse", "mse+kl")}:
+        variance = loader.rows.statistics(site).total_variance
+        if not MOST_SCALE**-0.75 < variance < MOST_SCALE**0.75:
+            raise ConfigError(
+                f"mse is in the units of the activations at {site}, whose variance is {variance:.0e}: "
+                "its gradient is beyond float32; use loss fvu"
+            )
