@@ -41,7 +41,7 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
         target = _hook(sae.target_site, provenance.get("model"), revision) if sae.is_transcoder else None
     with new(out) as partial:
         formats.save(sae.parts, name, partial, hook, target)
-    places = " to ".join(place.name for place in (hook, target) if place)
+    places = " → ".join(place.name for place in (hook, target) if place)
     say(f"{out}: {name}, {sae.config.described}" + (f", {places}" if places else ""))
 
 
@@ -95,7 +95,7 @@ def import_(path: Path | str, out: Path, model: str | None = None) -> None:
     with new(out) as partial:
         sae.save(partial)
     places = [place for end, name in hooks.items() if (place := provenance.get(end) or name)]
-    where = " to ".join(places) or "a site that its files do not tell"
+    where = " → ".join(places) or "a site that its files do not tell"
     say(f"{out}: {sae.config.described}, {where}")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from saemill.common.errors import ConfigError, DataError, SaemillError, StoreError
 from saemill.common.hub import SCHEME, is_id
 from saemill.common.sae.formats import circuit_tracer, dictionary_learning, hub, saelens, sparsify
+from saemill.common.sae.formats.circuit_tracer import layers_in
 from saemill.common.sae.formats.hooks import Hook
 from saemill.common.sae.parts import Parts
 
@@ -66,9 +67,14 @@ def read(folder: Path) -> Parts:
         raise ConfigError(f"{folder}: {error}") from error  # of what contradicts itself, wherever it is from
 
 
+def is_layer(path: Path) -> bool:
+    """Tell whether a path is the file of a layer in a circuit-tracer set."""
+    return circuit_tracer.layer_of(path) is not None and path.is_file()
+
+
 def _reader(folder: Path) -> Callable[[Path], Parts]:
     """Recognise a format."""
-    if circuit_tracer.layer_of(folder) is not None and folder.is_file():
+    if is_layer(folder):
         return circuit_tracer.read
     present = [name for name in READERS if (folder / name).is_file()]
     if not present:
@@ -97,7 +103,7 @@ def _instead(folder: Path) -> str:
         return f"there is no such folder{on_hub}"
     depths = ("*", "*/*")
     found = {str(file.parent) for name in READERS for at in depths for file in folder.glob(f"{at}/{name}")}
-    if inside := sorted(found) or [str(file) for file in circuit_tracer.layers_in(folder)]:
+    if inside := sorted(found) or [str(file) for file in layers_in(folder)]:
         listed = ", ".join(inside[:8])
         return f"name one of the SAEs in it: {listed}{', …' if len(inside) > 8 else ''}"
     return f"one of {', '.join(READERS)} is missing"
