@@ -6,6 +6,8 @@ from saemill.common import hub
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
 from saemill.common.sae import formats
+from saemill.common.sae.formats.circuit_tracer import layers_in
+from saemill.common.sae.parts import place
 from saemill.common.stores import assessments, runs, tokens
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
@@ -33,13 +35,13 @@ def describe(path: Path) -> str:
 
 
 def kind_of(path: Path) -> str | None:
-    """Name the kind of a folder that saemill made; None for a file or folder within a store or run, and for
-    anything else."""
+    """Name the kind of a folder that saemill made, or of a transcoder's file in a set; None for a file or
+    folder within a store or run, and for anything else."""
     hub.check_local(path)
     if runs.is_run(path):
         return "run"
     names = {file.name for file in path.glob("*")}
-    if names & {"cfg.json", *formats.READERS}:
+    if names & {"cfg.json", *formats.READERS} or formats.is_layer(path):
         return "SAE"
     if names & {"commits", "passages.parquet"}:
         return None
@@ -59,7 +61,9 @@ def hint(path: Path) -> str:
     if (path / "passages.parquet").exists():
         return f": these are the passages of {path.parent}; name that"
     inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and kind_of(folder))
-    return f"; did you mean {', '.join(inside)}?" if inside else ""
+    if inside := inside or [str(file) for file in layers_in(path)]:
+        return f"; did you mean {', '.join(inside[:8])}{', …' if len(inside) > 8 else ''}?"
+    return ""
 
 
 def _describe_tokens(store: TokenStore) -> str:
@@ -145,11 +149,8 @@ def _describe_sae(path: Path) -> str:
     sae = formats.load(path)
     config = sae.config
     provenance = config.provenance
-    width, places = f"{config.d_in:,}", [provenance.get("site")]
-    if config.d_out is not None:
-        width, places = f"{width} to {config.d_out:,}", [*places, provenance.get("target_site")]
-    place = " to ".join(str(site) for site in places if site)
-    of = " of ".join(str(part) for part in (place, provenance.get("model")) if part)
+    width = f"{config.d_in:,}" + ("" if config.d_out is None else f" → {config.d_out:,}")
+    of = " of ".join(part for part in (place(provenance), provenance.get("model")) if part)
     return f"SAE {path}: {config.described}, D {width}" + (f", {of}" if of else "")
 
 

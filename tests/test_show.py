@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from assessments import write_assessment
-from saes import make_threshold_sae
+from saes import make_threshold_sae, make_transcoder
 from typer.testing import CliRunner, Result
 
 from saemill import Sae, cli
@@ -140,6 +140,10 @@ def test_an_sae_is_told_and_verified(tmp_path: Path) -> None:
     make_threshold_sae("matryoshka").save(tmp_path / "other")
     assert saemill("show", tmp_path / "other").stdout == (
         f"SAE {tmp_path / 'other'}: matryoshka, 40 latents, prefixes 10, 20, 40, D 12, layers.1\n"
+    )
+    make_transcoder(e=7).save(tmp_path / "of-two")
+    assert saemill("show", tmp_path / "of-two").stdout == (
+        f"SAE {tmp_path / 'of-two'}: transcoder, k 5, 40 latents, D 12 → 7, layers.1.norm → layers.1.mlp\n"
     )
     assert saemill("verify", tmp_path).exit_code == 0
     weights = bytearray((tmp_path / "sae.safetensors").read_bytes())

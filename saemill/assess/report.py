@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from saemill.assess import charts
@@ -16,6 +17,7 @@ from saemill.common.page import write_page
 
 COLUMNS = {
     "fvu": "FVU",
+    "fvu_skip": "of W_skip",
     "delta_ce": "ΔCE nats",
     "loss_recovered": "loss rec.",
     "l0": "L0",
@@ -24,6 +26,8 @@ COLUMNS = {
     "absorption": "absorption",
     "absorption_random": "(random)",
 }
+ABSENT: Figure = {"value": None}
+"""Figure that an SAE of another kind has not."""
 CHARTS = {"fvu": "FVU", "delta_ce": "ΔCE, nats per token"}
 """Metrics that the page draws against L0."""
 UNTRAINED = (
@@ -47,7 +51,7 @@ def table(assessment: dict[str, Any]) -> str:
     """Render the variants as a text table, best first."""
     data, columns = assessment["data"], _columns(assessment)
     shown = Table(title=f"{counted(data['n_tokens'], data['unit'])}: {data['chosen']}")
-    shown.add_column("variant", no_wrap=True)
+    shown.add_column("variant", overflow="fold")  # long names take a second line, not the figures' room
     several = are_several(assessment["variants"])
     if several:
         shown.add_column("architecture", no_wrap=True)
@@ -56,7 +60,7 @@ def table(assessment: dict[str, Any]) -> str:
     shown.add_column("verdict", no_wrap=True)
     for entry in assessment["variants"] + assessment["controls"]:
         values = [entry.get("architecture", "topk")] if several else []
-        values += [number(entry["metrics"][name]) for name in columns]
+        values += [number(entry["metrics"].get(name, ABSENT)) for name in columns]
         shown.add_row(entry["name"], *values, entry["verdict"])
         if entry is assessment["variants"][-1]:
             shown.add_section()
@@ -95,7 +99,11 @@ def _cuts_text(assessment: dict[str, Any]) -> list[str]:
         return []
     shown = Table(title="SAEs within an SAE")
     for title in CUT_COLUMNS:
-        shown.add_column(title, no_wrap=True, justify="left" if title in CUT_COLUMNS[:2] else "right")
+        is_name = title == CUT_COLUMNS[0]
+        justify: JustifyMethod = "left" if title in CUT_COLUMNS[:2] else "right"
+        shown.add_column(
+            title, no_wrap=not is_name, overflow="fold" if is_name else "ellipsis", justify=justify
+        )
     for row in rows:
         shown.add_row(*row)
     terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
@@ -109,9 +117,10 @@ def are_several(entries: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _columns(assessment: dict[str, Any]) -> dict[str, str]:
-    """Choose the columns of the tables: embeddings have no losses."""
-    losses = ("delta_ce", "loss_recovered") if assessment["data"]["unit"] == "passage" else ()
-    return {name: title for name, title in COLUMNS.items() if name not in losses}
+    """Choose the columns of the tables: embeddings have no losses, and few SAEs a skip connection."""
+    absent = ["delta_ce", "loss_recovered"] if assessment["data"]["unit"] == "passage" else []
+    absent += [] if any("fvu_skip" in entry["metrics"] for entry in assessment["variants"]) else ["fvu_skip"]
+    return {name: title for name, title in COLUMNS.items() if name not in absent}
 
 
 def _best(assessment: dict[str, Any]) -> str:
@@ -149,7 +158,7 @@ def _notes(assessment: dict[str, Any]) -> list[str]:
     titles: dict[tuple[str, str], dict[str, None]] = {}
     for entry in measured:
         for name, title in _columns(assessment).items():
-            figure = entry["metrics"][name]
+            figure = entry["metrics"].get(name, ABSENT)
             if figure.get("reason") and not (figure["value"] is None and name in unknown):
                 lacking = "no" if figure["value"] is None else "no interval for"
                 titles.setdefault((lacking, figure["reason"]), {})[title] = None
@@ -199,6 +208,8 @@ def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, N
         variants=assessment["variants"],
         baselines=assessment["controls"],
         architectures=are_several(assessment["variants"]),
+        transcoders=any(entry.get("target_site") for entry in assessment["variants"]),
+        absent=ABSENT,
         by_mean_l0=assessment["variants"][0]["k"] is None,
         cuts=cuts(assessment["variants"]),
         cut_columns=CUT_COLUMNS,

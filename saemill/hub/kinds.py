@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from saemill.common.log import counted
+
 Cfg = Mapping[str, Any]
 """Content of a `cfg.json`."""
 ADJECTIVES = {
@@ -13,11 +15,10 @@ ADJECTIVES = {
     "relu": "ReLU ",
     "gated": "Gated ",
 }
-FORMULAS = {
-    True: "f = ReLU(TopK(W_enc (x − b_dec) + b_enc))",
-    False: "f = z · 1[z > θ] with z = W_enc (x − b_dec) + b_enc and a threshold θ per latent",
+TAKES = {
+    "sparse autoencoder": "the SAEs take it as the model produces it",
+    "transcoder": "a transcoder takes the first as the model produces it, and predicts the second",
 }
-"""Choice of the active latents, by whether an SAE has a k."""
 
 
 def architecture(cfg: Cfg) -> str:
@@ -41,9 +42,64 @@ def has_k(cfg: Cfg) -> bool:
     return "k" in cfg
 
 
+def is_transcoder(cfg: Cfg) -> bool:
+    """Tell whether it predicts another site than it reads."""
+    return bool(cfg["transcode"])
+
+
+def _counts(saes: Mapping[str, Cfg]) -> dict[str, int]:
+    """Count the SAEs and the transcoders, each if there is one."""
+    n_transcoders = sum(map(is_transcoder, saes.values()))
+    counts = {"sparse autoencoder": len(saes) - n_transcoders, "transcoder": n_transcoders}
+    return {noun: n for noun, n in counts.items() if n}
+
+
+def title(saes: Mapping[str, Cfg]) -> str:
+    """Name what the SAEs are."""
+    return " and ".join(f"{noun}s" for noun in _counts(saes)).capitalize()
+
+
+def number(saes: Mapping[str, Cfg]) -> str:
+    """Write how many they are, and what."""
+    return " and ".join(counted(n, f"{adjective(saes)}{noun}") for noun, n in _counts(saes).items())
+
+
+def tags(saes: Mapping[str, Cfg]) -> list[str]:
+    """List the hub's tags that say what the SAEs are."""
+    return [*(["transcoder"] if "transcoder" in _counts(saes) else []), *architectures(saes)]
+
+
+def takes(saes: Mapping[str, Cfg]) -> str:
+    """Say what the SAEs do with the activations of their sites."""
+    return "; ".join(TAKES[noun] for noun in _counts(saes))
+
+
 def formula(saes: Mapping[str, Cfg]) -> str:
-    """Write how the SAEs choose their active latents."""
+    """Write how the SAEs choose their active latents, and what they make of them."""
+    transcoders = {name: cfg for name, cfg in saes.items() if is_transcoder(cfg)}
+    if 0 < len(transcoders) < len(saes):
+        others = {name: cfg for name, cfg in saes.items() if name not in transcoders}
+        return f"an SAE {formula(others)}; a transcoder {formula(transcoders)}"
+    z = "W_enc x + b_enc" if transcoders else "W_enc (x − b_dec) + b_enc"
     used = {has_k(cfg) for cfg in saes.values()}
-    if len(used) == 1:
-        return FORMULAS[used.pop()]
-    return f"{FORMULAS[True]} where there is a k, else {FORMULAS[False]}"
+    with_k = f"f = ReLU(TopK({z}))"
+    with_thresholds = f"f = z · 1[z > θ] with z = {z} and a threshold θ per latent"
+    codes = with_k if used == {True} else with_thresholds
+    if len(used) == 2:
+        codes = f"{with_k} where there is a k, else {with_thresholds}"
+    skips = {cfg["skip_connection"] for cfg in saes.values()}
+    skip = (
+        " + W_skip x" if skips == {True} else " + W_skip x where there is a W_skip" if True in skips else ""
+    )
+    return f"{codes}, {'ŷ' if transcoders else 'x̂'} = W_decᵀ f + b_dec{skip}"
+
+
+def tools(cfg: Cfg) -> list[str]:
+    """List the other tools that have an SAE of this kind."""
+    of_one_width = cfg.get("d_out", cfg["d_in"]) == cfg["d_in"]
+    has = {
+        "sparsify": has_k(cfg) and of_one_width,
+        "saelens": not (is_transcoder(cfg) and has_k(cfg)),
+        "dictionary_learning": not is_transcoder(cfg),
+    }
+    return [tool for tool, does in has.items() if does]

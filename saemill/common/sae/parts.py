@@ -76,6 +76,16 @@ class SaeConfig:
         return ", ".join(words)
 
 
+def place(origin: Mapping[str, Any]) -> str | None:
+    """Write where an SAE belongs: its site, or the site that a transcoder reads and the one that it predicts,
+    `layers.3.norm → layers.3.mlp`.
+
+    Args:
+        origin: what has the fields `site` and, of a transcoder, `target_site`; either may be unknown.
+    """
+    return " → ".join(filter(None, (origin.get("site"), origin.get("target_site")))) or None
+
+
 def _check_ascending(name: str, values: tuple[int, ...], of: str, last: int | None) -> None:
     """Refuse values that do not rise from 1 or more to the last one that they must reach."""
     rising = all(low < high for low, high in zip((0, *values), values, strict=False))
