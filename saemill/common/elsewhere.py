@@ -25,7 +25,9 @@ OFFLINE = "activations are cached once, and every SAE reads them"
 PREFIXES = Setting("`--set train.prefixes=`", "numbers of latents, or shares of F")
 L1 = "of the loss FVU + x · Σ f, in units in which E‖x‖² = 1; with relu and gated"
 PENALTY_WARMUP = Setting("`--set train.penalty_warmup_steps=`", "a 10th of the run by default")
-BANDWIDTH = Setting("`--set train.bandwidth=`", "where E‖x‖² = 1; with jumprelu")
+BANDWIDTH = Setting(
+    "`--set train.bandwidth=`", "where E‖x‖² = 1; half of each threshold by default; with jumprelu"
+)
 TARGET_SITE = Setting(
     "`--set train.target_site=`", "the output that is predicted; `--set train.site=` is the module before it"
 )
@@ -254,7 +256,7 @@ SAELENS = {
     "l0_warm_up_steps": PENALTY_WARMUP,
     "target_l0": Setting("`--target-l0`", "a list; with jumprelu, 32 by default"),
     "pre_act_loss_coefficient": Setting(
-        "`--set train.preact_coefficient=`", "with jumprelu, of dead latents"
+        "`--set train.preact_coefficient=`", "with jumprelu, of dead latents, in AuxK's place"
     ),
     "jumprelu_init_threshold": Setting("", "the threshold that the target L0 passes at the start"),
     "jumprelu_bandwidth": BANDWIDTH,
@@ -330,7 +332,7 @@ DICTIONARY_LEARNING = {
     "target_l0": Setting("`--target-l0`", "a list; 32 by default, theirs 20"),
     "bandwidth": BANDWIDTH,
     "sparsity_penalty": Setting(
-        "", "1, their default; `--set train.sparsity_penalty=` is the kind of penalty, not its weight"
+        "", "2, theirs 1; `--set train.sparsity_penalty=` is the kind of penalty, not its weight"
     ),
     "seed": Setting("`--seeds`", "a list"),
     "wandb_name": Setting("`--run-name`", "the group of the runs"),

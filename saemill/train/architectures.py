@@ -5,6 +5,8 @@ from typing import Literal
 Architecture = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "relu", "gated"]
 BY_K = ("topk", "batchtopk", "matryoshka")
 """Architectures that keep a given number of latents."""
+WITH_AUXK = (*BY_K, "jumprelu")
+"""Architectures whose dead latents fit the residual."""
 BY_L1 = ("relu", "gated")
 """Architectures whose codes are kept small by a penalty on their sum."""
 

@@ -9,7 +9,7 @@ from saemill.common.config import LARGEST
 from saemill.common.setting import DEVICE, about, check, identity, setting
 from saemill.common.stores.mask import TrainingMask
 from saemill.train import checks
-from saemill.train.architectures import BY_K, BY_L1, Architecture
+from saemill.train.architectures import BY_K, BY_L1, WITH_AUXK, Architecture
 from saemill.train.losses import IN_MODEL, Loss
 
 ADAM_BETAS = (0.8, 0.95)
@@ -116,14 +116,17 @@ class TrainConfig:
     )
     bandwidth: float | None = setting(
         None,
-        "Width around a threshold in which it learns",
-        by_default="0.001 √D",
+        "Width around a threshold in which it learns, in units in which E‖x‖² = 1",
+        by_default="half of the threshold",
         least=1e-6,
         only=("jumprelu",),
     )
-    """ε of the straight-through gradient, in training units."""
+    """ε of the straight-through gradient, one for all latents."""
     preact_coefficient: float = setting(
-        0.0, "Weight of how far dead latents are below their threshold", least=0, only=("jumprelu",)
+        0.0,
+        "Weight of how far dead latents are below their threshold, which they learn in place of auxk_alpha's",
+        least=0,
+        only=("jumprelu",),
     )
     """Anthropic's pre-activation loss, 3e-6 there."""
     most_density: float | None = setting(
@@ -234,7 +237,7 @@ class TrainConfig:
         by_default="1/32",
         least=0,
         most=LARGEST,
-        only=BY_K,
+        only=WITH_AUXK,
     )
     k_aux: int | None = setting(
         None,
@@ -242,7 +245,7 @@ class TrainConfig:
         by_default="D/2",
         least=1,
         most=LARGEST,
-        only=BY_K,
+        only=WITH_AUXK,
     )
     dead_after_tokens: int | None = setting(
         None,

@@ -25,8 +25,13 @@ class Above(NamedTuple):
     """The rule of thresholds: pre-activations above those of their latents."""
 
     threshold_F: Tensor
-    bandwidth: float = 0.0
-    """Width around a threshold in which pre-activations count for its gradient."""
+    bandwidth_F: Tensor
+    """Widths around the thresholds in which pre-activations count for their gradients; 0 where none does."""
+
+    @property
+    def floor_F(self) -> Tensor:
+        """Return the pre-activations from which a step looks at a latent."""
+        return self.threshold_F - self.bandwidth_F / 2
 
 
 Rule = Largest | BatchLargest | Above

@@ -172,7 +172,7 @@ class Sparse(ABC):
         if isinstance(rule, Largest):
             found: Codes | None = self.largest(own, weights, bias_F, rule.k)
         elif isinstance(rule, Above):
-            found = self._above(own, weights, bias_F, rule.threshold_F - rule.bandwidth / 2)
+            found = self._above(own, weights, bias_F, rule.floor_F)
         else:
             found, cutoff = self._batch_largest(own, weights, bias_F, round(rule.k * len(task.batch.x_TD)))
         if found is None:

@@ -389,8 +389,8 @@ def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where
             raise ConfigError(no_effect(name, architecture))
     if applies("k", architecture):
         entry.setdefault("k", BY_DEFAULT["k"])
-        if entry.get("k_aux") is None:
-            entry["k_aux"] = max(1, d // 2)
+    if applies("k_aux", architecture) and entry.get("k_aux") is None:
+        entry["k_aux"] = max(1, d // 2)
     if applies("prefixes", architecture):
         prefixes = entry.get("prefixes") or PREFIX_SHARES
         entry["prefixes"] = _prefixes(

@@ -96,6 +96,9 @@ CASES = {
         architecture="matryoshka", settings=(("prefixes", (1, 40)), ("matryoshka_rule", "topk"))
     ),
     "jumprelu": Case(architecture="jumprelu", settings=(("target_l0", 3.0), ("bandwidth", 0.2))),
+    "jumprelu, a share of the thresholds, dead": Case(
+        architecture="jumprelu", n_dead=4, settings=(("target_l0", 3.0),)
+    ),
     "jumprelu, dense and dead": Case(
         architecture="jumprelu",
         n_dead=4,

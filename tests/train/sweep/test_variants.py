@@ -33,7 +33,7 @@ def test_each_architecture_has_its_own_axes() -> None:
     ]
     topk, jumprelu, relu = every[0], every[4], every[6]
     assert (topk.k_aux, topk.target_l0, topk.l1_coefficient) == (D // 2, None, None)
-    assert (jumprelu.k, jumprelu.k_aux, jumprelu.penalty_warmup_steps) == (None, None, 10)
+    assert (jumprelu.k, jumprelu.k_aux, jumprelu.penalty_warmup_steps) == (None, D // 2, 10)
     assert (relu.l1_coefficient, relu.k) == (
         TrainConfig.__dataclass_fields__["l1_coefficient"].default[0],
         None,
