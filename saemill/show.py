@@ -82,7 +82,7 @@ def _describe_activations(store: ActivationStore) -> str:
     lines += _of_passages(store, store.text) if isinstance(store.text, PassageStore) else _of_tokens(store)
     lines.append(f"  fingerprint {store.fingerprint}")
     for name in store.sites:
-        site = store.site(name)
+        site = store.array(name)
         statistics = site.statistics
         lines.append(
             f"  {name}: D {site.width}, {site.array.n_shards * site.array.shard_bytes / 2**20:,.1f} MiB, "
