@@ -131,6 +131,11 @@ class Variant:
             raise ConfigError(
                 f"target_site has no effect on a crosscoder, {self.site}, which predicts no other site"
             )
+        if self.decoder_rows == "free":
+            raise ConfigError(
+                "decoder_rows free is not there for crosscoders, whose rows are of unit length over all sites; "
+                "leave it out"
+            )
         if self.loss == "mse":
             raise ConfigError(
                 "loss mse is in the units of one site, and a crosscoder has several; use loss fvu"
