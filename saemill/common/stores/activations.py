@@ -133,14 +133,19 @@ class ActivationStore:
             if not (self.path / name / "manifest.json").exists()
         }
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Hash of the content: settings and tokens, or passages; with a store beside, of both. A store that
         was published with names in place of paths has its original fingerprint, so that SAEs trained on it
         still match it."""
-        settings = self.settings.model_dump(mode="json", exclude={"fingerprint", "source_hash"})
-        own = self.settings.fingerprint or durable.hash_json([settings, self.text.fingerprint])
+        own = self.own_fingerprint
         return own if self.beside is None else durable.hash_json([own, self.beside.fingerprint])
+
+    @cached_property
+    def own_fingerprint(self) -> str:
+        """Hash of the content without that of the store beside."""
+        settings = self.settings.model_dump(mode="json", exclude={"fingerprint", "source_hash"})
+        return self.settings.fingerprint or durable.hash_json([settings, self.text.fingerprint])
 
     def record(self, name: str) -> SiteRecord:
         """Read the record of a site, finished or not.

@@ -103,7 +103,7 @@ def check_beside(store: "ActivationStore", other: "ActivationStore") -> None:
     Raises:
         ConfigError: naming what differs.
     """
-    if store.fingerprint == other.fingerprint:
+    if store.own_fingerprint == other.own_fingerprint:
         raise ConfigError(
             f"{store.path} and {other.path} are the same store; join its own sites, as layers.2+layers.4"
         )

@@ -133,8 +133,8 @@ class Variant:
             )
         if self.decoder_rows == "free":
             raise ConfigError(
-                "decoder_rows free is not there for crosscoders, whose rows are of unit length over all sites; "
-                "leave it out"
+                "decoder_rows free is not there for crosscoders, whose rows are of unit length over all their "
+                "sites; leave it out"
             )
         if self.loss == "mse":
             raise ConfigError(
