@@ -252,7 +252,7 @@ def test_a_second_store_without_use(
 def test_damage_in_either_store_is_found(store: ActivationStore, tmp_path: Path) -> None:
     """Oracle: a byte of the second store's site that is changed behind its back."""
     other = make_store(tmp_path, values_TD=structured(256 * 32), model="chat", **SHAPE)
-    shard = next((other.path / "a" / "c").rglob("0"))
+    shard = other.path / "a" / "c" / "0" / "0"
     content = bytearray(shard.read_bytes())
     content[1000] ^= 1
     shard.write_bytes(content)

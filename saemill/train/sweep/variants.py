@@ -133,7 +133,7 @@ class Variant:
             )
         if self.decoder_rows == "free":
             raise ConfigError(
-                "decoder_rows free is not there for crosscoders, whose rows are of unit length over all their "
+                "decoder_rows free is not there for crosscoders, whose rows are of unit length over all "
                 "sites; leave it out"
             )
         if self.loss == "mse":
