@@ -34,11 +34,13 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "pipeline": {"common", "compare", *STAGES},
     "slurm": {"common", "pipeline", "train", "assess"},
     "hub": {"common", "show", "train", "assess"},
+    "diff": {"common", "train", "assess"},
     "commands": {
         *(
             "common",
             "generate",
             "compare",
+            "diff",
             "embeddings",
             "convert",
             "show",
