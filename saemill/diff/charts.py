@@ -33,16 +33,17 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Latents by relative norm, kinds on top of each other; the height is the root of the number, so that few
+    """Latents by a figure, kinds on top of each other; the height is the root of the number, so that few
     show beside many."""
 
     bars: list[Bar]
-    ticks: list[tuple[str, str]]
+    y_ticks: list[tuple[str, str]]
     """y in pixels, and the number there."""
+    x_ticks: list[tuple[str, str]]
 
 
-def histogram(counts: Mapping[str, Sequence[int]]) -> Histogram:
-    """Lay out the numbers of latents of each kind in bins from 0 to 1."""
+def histogram(counts: Mapping[str, Sequence[int]], span: tuple[float, float]) -> Histogram:
+    """Lay out the numbers of latents of each kind in bins of equal width over a span."""
     n_bins = len(next(iter(counts.values())))
     totals = [sum(of_kind[i] for of_kind in counts.values()) for i in range(n_bins)]
     most = max(1, *totals)
@@ -67,7 +68,11 @@ def histogram(counts: Mapping[str, Sequence[int]]) -> Histogram:
                 )
             below += n
     steps = sorted({0, *(round(most * share) for share in (0.04, 0.25, 0.5625, 1))})
-    return Histogram(bars, [(f"{y(step):.1f}", f"{step:,}") for step in steps])
+    x_ticks = [
+        (f"{LEFT + share * (WIDTH - LEFT - 12):.1f}", f"{span[0] + share * (span[1] - span[0]):g}")
+        for share in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    return Histogram(bars, [(f"{y(step):.1f}", f"{step:,}") for step in steps], x_ticks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,8 @@ KINDS = {
     "rare": f"active on fewer than {MIN_FIRINGS} of the tokens: nothing can be told",
 }
 """Kinds of latents, and what each means; those of one side alone first."""
+TURNED = "turned"
+"""Name of the shared latents that are shown since the cosine of their parts is low."""
 Column = NDArray[np.float64]
 
 
@@ -53,7 +55,7 @@ class Latents:
     count: NDArray[np.int64]
     """Tokens on which it is active."""
     norms: tuple[Column, Column]
-    """Lengths of the two parts of its decoder row, in training units."""
+    """Lengths of the two parts of its decoder row: what a code of 1 adds to each side, in training units."""
     energy: Column
     """Share of what all latents add, Σ f² ‖W‖² by the longer part."""
     cosine: Column
@@ -136,6 +138,11 @@ class Latents:
         """List the latents of a kind that add most to the activations."""
         of_kind = np.flatnonzero(self.kinds == kind)
         return [int(i) for i in of_kind[np.argsort(-self.energy[of_kind], kind="stable")][:n]]
+
+    def turned(self, n: int) -> list[int]:
+        """List the shared latents whose two parts point furthest apart."""
+        shared = np.flatnonzero((self.kinds == "shared") & np.isfinite(self.cosine))
+        return [int(i) for i in shared[np.argsort(self.cosine[shared], kind="stable")][:n]]
 
 
 def _quotient(above: Column, below: Column) -> Column:

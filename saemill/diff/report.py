@@ -15,8 +15,10 @@ from saemill.common.page import write_page
 from saemill.common.records import File
 from saemill.common.stores import diffs
 from saemill.diff import charts
-from saemill.diff.latents import KINDS, Latents
+from saemill.diff.latents import KINDS, TURNED, Latents
 
+GROUPS = KINDS | {TURNED: "shared, but the two parts of the decoder row point furthest apart"}
+"""Groups of latents that the page shows, and what each is."""
 PAGE_LETTERS = 400
 """Letters of a passage that the page shows."""
 
@@ -88,10 +90,10 @@ def _write_page(path: Path, diff: diffs.Diff, latents: Latents) -> None:
             (kind, charts.COLOURS[kind], count, count / n, named(KINDS[kind], diff))
             for kind, count in diff.kinds.items()
         ],
-        histogram=charts.histogram(diff.histogram),
+        relative_norms=charts.histogram(diff.relative_norms, (0, 1)),
+        cosines=charts.histogram(diff.cosines, (-1, 1)),
         scatter=charts.scatter(_exclusive(latents)),
         groups=_groups(diff),
-        size=(charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.BOTTOM),
         counted=counted,
         figure=_figure,
         page_letters=PAGE_LETTERS,
@@ -110,10 +112,10 @@ def _exclusive(latents: Latents) -> list[tuple[int, str, float, float]]:
 
 
 def _groups(diff: diffs.Diff) -> list[tuple[str, str, list[diffs.Shown]]]:
-    """Group the latents that are shown by kind: the kind, what it is, and its latents."""
+    """Group the latents that are shown: the group's name, what it is, and its latents."""
     groups = [
-        (kind, named(KINDS[kind], diff), [shown for shown in diff.shown if shown.kind == kind])
-        for kind in KINDS
+        (name, named(what, diff), [shown for shown in diff.shown if shown.group == name])
+        for name, what in GROUPS.items()
     ]
     return [group for group in groups if group[2]]
 

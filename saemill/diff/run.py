@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from saemill.assess.evalset import EvalSet, check_tokens
 from saemill.assess.features import PassageReader, Reader, top_addresses
@@ -24,14 +25,14 @@ from saemill.common.stores.joined import BESIDE
 from saemill.common.stores.passages import PassageStore
 from saemill.common.world import Group, World
 from saemill.diff.config import DiffConfig, crosscoder_of
-from saemill.diff.latents import KINDS, Latents
+from saemill.diff.latents import KINDS, TURNED, Latents
 from saemill.diff.measure import Sides, Sums
 from saemill.diff.report import table, write
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
 
 BINS = 20
-"""Bars of the histogram of relative norms."""
+"""Bars of a histogram."""
 
 
 def run(config: DiffConfig, training: Mapping[str, Any]) -> diffs.Diff:
@@ -127,7 +128,7 @@ def _measure(
     if int(sums.n_tokens) == 0:
         raise ConfigError(f"{store.path}: every held-out {store.text.unit} is masked; nothing to measure on")
     latents = Latents.of(sums)
-    kinds, relative = latents.kinds, latents.relative_norm
+    kinds = latents.kinds
     diff = diffs.Diff(
         of=of,
         settings=identity(config),
@@ -138,15 +139,22 @@ def _measure(
         n_tokens=int(sums.n_tokens),
         l0=sums.l0,
         kinds={kind: int((kinds == kind).sum()) for kind in KINDS},
-        histogram={
-            kind: tuple(np.histogram(relative[kinds == kind], BINS, (0, 1))[0].tolist()) for kind in KINDS
-        },
+        relative_norms=_counts(kinds, latents.relative_norm, (0, 1)),
+        cosines=_counts(kinds, latents.cosine, (-1, 1)),
         shown=_shown(config, evalset, sides, latents),
         notes=_notes(sides),
         versions={package: version(package) for package in ("saemill", "torch")},
         files=(),
     )
     return diff, latents
+
+
+def _counts(
+    kinds: NDArray[np.str_], values: NDArray[np.float64], span: tuple[float, float]
+) -> dict[str, tuple[int, ...]]:
+    """Count the latents of each kind in bins; those without a value are left out."""
+    counted = {kind: values[(kinds == kind) & np.isfinite(values)].clip(*span) for kind in KINDS}
+    return {kind: tuple(np.histogram(some, BINS, span)[0].tolist()) for kind, some in counted.items()}
 
 
 def _sides(store: ActivationStore, sae: Sae, sums: Sums) -> tuple[diffs.Side, diffs.Side]:
@@ -184,13 +192,11 @@ def _notes(sides: Sides) -> tuple[str, ...]:
 
 
 def _shown(config: DiffConfig, evalset: EvalSet, sides: Sides, latents: Latents) -> tuple[diffs.Shown, ...]:
-    """Describe the latents of each kind that add most, with the places where each fires most."""
-    chosen = {
-        latent: kind
-        for kind in KINDS
-        if kind != "rare"
-        for latent in latents.strongest(kind, config.n_latents)
-    }
+    """Describe the latents of each kind that add most, and those that turned most, with the places where each
+    fires most."""
+    groups = {kind: latents.strongest(kind, config.n_latents) for kind in KINDS if kind != "rare"}
+    groups[TURNED] = latents.turned(config.n_latents)
+    chosen = {latent: group for group, some in groups.items() for latent in some}
     text = evalset.text
     chunks = evalset.context_chunks(config.context_tokens) if chosen and config.n_contexts else ()
     top = top_addresses(
@@ -199,7 +205,7 @@ def _shown(config: DiffConfig, evalset: EvalSet, sides: Sides, latents: Latents)
     reader = PassageReader(text) if isinstance(text, PassageStore) else Reader(text)
     figures = latents.table()
     shown = []
-    for latent, kind in chosen.items():
+    for latent, group in chosen.items():
         row = {key: values[0] for key, values in figures.slice(latent, 1).to_pydict().items()}
         numbers = {
             key: float(value) if np.isfinite(value) else None
@@ -207,5 +213,5 @@ def _shown(config: DiffConfig, evalset: EvalSet, sides: Sides, latents: Latents)
             if key not in ("latent", "kind")
         }
         contexts = tuple(plain(reader.context(*entry)) for entry in top[latent])
-        shown.append(diffs.Shown(latent=latent, kind=kind, figures=numbers, contexts=contexts))
+        shown.append(diffs.Shown(latent=latent, group=group, figures=numbers, contexts=contexts))
     return tuple(shown)

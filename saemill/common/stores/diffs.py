@@ -35,7 +35,8 @@ class Shown(Record):
     """A latent that the page shows."""
 
     latent: Count
-    kind: str
+    group: str
+    """Kind of the latent, or why it is shown beside others of its kind."""
     figures: dict[str, float | None]
     contexts: tuple[dict[str, Any], ...]
 
@@ -58,8 +59,10 @@ class Diff(Record):
     l0: float
     kinds: dict[str, Count]
     """Number of latents of each kind."""
-    histogram: dict[str, tuple[Count, ...]]
+    relative_norms: dict[str, tuple[Count, ...]]
     """Latents by relative norm, in bins of equal width from 0 to 1, of each kind."""
+    cosines: dict[str, tuple[Count, ...]]
+    """Latents by the cosine of their parts, in bins of equal width from -1 to 1, of each kind."""
     shown: tuple[Shown, ...]
     notes: tuple[str, ...]
     versions: dict[str, str]
