@@ -35,11 +35,13 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "pipeline": {"common", "compare", *STAGES},
     "slurm": {"common", "pipeline", "train", "assess"},
     "hub": {"common", "show", "train", "assess"},
+    "diff": {"common", "train", "assess"},
     "commands": {
         *(
             "common",
             "generate",
             "compare",
+            "diff",
             "embeddings",
             "convert",
             "transcoder_set",

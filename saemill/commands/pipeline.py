@@ -66,6 +66,7 @@ def cache(config: CacheConfig) -> None:
     "train",
     argument("acts"),
     "site",
+    "with_acts",
     "target_site",
     "skip_connection",
     OUT,

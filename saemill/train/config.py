@@ -31,10 +31,21 @@ class TrainConfig:
 
     acts: Path = field(metadata=about("A folder made by `saemill cache`", decides=False))
     out: Path = field(metadata=about("Folder of the run", decides=False))
-    site: tuple[str, ...] = setting(
-        (), "Site to train on; repeat or separate by commas", metavar="SITE,…", axis=""
+    with_acts: Path | None = setting(
+        None,
+        "A store of another model's activations at the same tokens, whose sites are called with.SITE",
+        by_default="none",
+        decides=False,
     )
-    """Required unless each of `variants` names its own."""
+    """For crosscoders of two models: `site` names what they join."""
+    site: tuple[str, ...] = setting(
+        (),
+        "Site to train on, or several joined by + for a crosscoder; repeat or separate by commas",
+        metavar="SITE,…",
+        axis="",
+    )
+    """Required unless each of `variants` names its own. `layers.2+layers.4` joins sites of one store,
+    `layers.4+with.layers.4` those of two models."""
     target_site: tuple[str, ...] = setting(
         (),
         "Site that is predicted from SITE, which makes the SAEs transcoders; one for each SITE, in order",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saemill.common.sae.parts import Parts, SaeConfig
+from saemill.common.sae.parts import Joined, Parts, SaeConfig
 from saemill.train.arch import initial
 from saemill.train.backends.architecture import Dead, Sample
 from saemill.train.backends.base import Backend, Batch, Rates, Task
@@ -204,6 +204,9 @@ class Learner:
             architecture=variant.architecture,
             prefixes=variant.prefixes if is_matryoshka else (),
             ks=form.ks,
+            joined=tuple(
+                Joined(site, *part) for site, part in zip(variant.parts, scaling.parts, strict=False)
+            ),
         )
         others, device = whole_of(trained, scaling, self.target_scaling), weights["W_enc"].device
         return Parts(config, **weights, **{name: tensor.to(device) for name, tensor in others.items()})

@@ -12,6 +12,7 @@ from saemill.common.config import build, coerce
 from saemill.common.errors import ConfigError
 from saemill.common.setting import axes as axes_of
 from saemill.common.setting import check, default_of, like, marks_of, written
+from saemill.common.stores.joined import parts_of
 from saemill.common.stores.runs import check_variant_name
 from saemill.train.architectures import Architecture, no_effect
 from saemill.train.checks import of_architectures
@@ -48,6 +49,7 @@ class Variant:
     name: str
     """Unique in the run; the name of its folder, so none of the run's own files."""
     site: str
+    """Several joined by + of a crosscoder."""
     target_site: str | None = None
     """Site that is predicted; None of an SAE, which reconstructs its own."""
     skip_connection: bool = like(TrainConfig, "skip_connection")
@@ -99,6 +101,8 @@ class Variant:
                 f"target_site must be another site than site, got {self.site} as both; without it an "
                 "SAE reconstructs its own site"
             )
+        if len(self.parts) > 1:
+            self._check_joined()
         if self.target_site is not None and not self.apply_b_dec_to_input:
             raise ConfigError("apply_b_dec_to_input has no effect with target_site; leave it out")
         if self.skip_connection and self.target_site is None:
@@ -124,14 +128,38 @@ class Variant:
         check(self)
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Sites that it joins; one alone of an SAE."""
+        return parts_of(self.site)
+
+    @property
     def sites(self) -> tuple[str, ...]:
-        """Sites that it is trained on."""
+        """Sites that it is trained on; joined ones count as one."""
         return (self.site,) if self.target_site is None else (self.site, self.target_site)
 
     @property
     def l0(self) -> float:
         """Active latents per token that it is meant to have; a guess where a penalty decides."""
         return self.k or self.target_l0 or TARGET_L0
+
+    def _check_joined(self) -> None:
+        """Refuse settings that have no meaning for a crosscoder."""
+        if self.target_site is not None:
+            raise ConfigError(
+                f"target_site has no effect on a crosscoder, {self.site}, which predicts no other site"
+            )
+        if self.decoder_rows == "free":
+            raise ConfigError(
+                "decoder_rows free is not there for crosscoders, whose rows are of unit length over all "
+                "sites; leave it out"
+            )
+        if self.loss != "fvu":
+            what = "in the units" if self.loss == "mse" else "of the model with the activation"
+            raise ConfigError(
+                f"loss {self.loss} is {what} of one site, and a crosscoder has several; use loss fvu"
+            )
+        if self.init_from is not None:
+            raise ConfigError(f"init_from has no effect on a crosscoder, {self.site}; leave it out")
 
     def _check_l0(self) -> None:
         """Refuse numbers of active latents that F latents cannot have, or the architecture cannot."""

@@ -134,6 +134,11 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None, target
         DiskError: the disk is full, or the folder may not be written to.
     """
     parts.check_finite("the SAE", DataError)
+    if parts.config.joined:
+        sites = " and ".join(part.site for part in parts.config.joined)
+        raise ConfigError(
+            f"{name} cannot say that an SAE is a crosscoder, over {sites}; it is loaded with Sae.load"
+        )
     if name == "sparsify":
         if parts.threshold is not None:
             raise ConfigError(
