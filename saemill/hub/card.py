@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import CardData, ModelCardData, RepoCard
 
-from saemill.assess.report import CUT_COLUMNS, cuts, interval
+from saemill.assess.report import cuts, interval
 from saemill.assess.sums import number
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
@@ -60,7 +60,7 @@ def model_card(
         *_variants(saes, finished, assessment),
         *(_how_measured(assessment) if assessment else ()),
         "## Load",
-        _load(repo, best := _best(saes, finished, assessment), kinds.has_k(saes[best])),
+        _load(repo, best := _best(saes, finished, assessment), saes[best]),
         "## Recipe",
         _recipe(saes, finished, provenance),
         "The settings that decide the result, as `saemill train` takes them (also in `config.yaml`); what is "
@@ -72,14 +72,14 @@ def model_card(
 
 def _within(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Render the table of the SAEs within the SAEs; nothing where there are none."""
-    lines = cuts(entries)
+    titles, *lines = cuts(entries) or [[]]
     if not lines:
         return []
     about = (
         "The first latents of a Matryoshka SAE are an SAE themselves, `sae.prefix(n)`; one that was trained "
-        "for several k is used at another by `sae.at_k(k)`:"
+        "for several k is used at another by `sae.at_k(k)`; a crosscoder has figures at each of its sites:"
     )
-    return [about, rows([CUT_COLUMNS, *([span(name), *cells] for name, *cells in lines)])]
+    return [about, rows([titles, *([span(name), *cells] for name, *cells in lines)])]
 
 
 def _what(provenance: Mapping[str, Any], sites: Sequence[str]) -> str:
@@ -250,12 +250,14 @@ def _sparsify(repo: str, variant: str) -> list[str]:
     ]
 
 
-def _load(repo: str, variant: str, has_k: bool) -> str:
-    """Show how each tool reads one of the SAEs; sparsify has those with a k alone."""
-    address = f"hf://{repo}/{variant}"
+def _load(repo: str, variant: str, cfg: Mapping[str, Any]) -> str:
+    """Show how each tool reads one of the SAEs; sparsify has those with a k alone, and none a crosscoder."""
+    address, joined = f"hf://{repo}/{variant}", cfg.get("joined", ())
+    sites = " and ".join(span(part["site"]) for part in joined)
+    side_by_side = f", those of {sites} side by side" if joined else ""
     return "\n\n".join(
         [
-            "`x` holds activations [T, D], fp32. With saemill:",
+            f"`x` holds activations [T, D]{side_by_side}, fp32. With saemill:",
             code(
                 "python",
                 "from saemill import Sae\n\n"
@@ -263,26 +265,32 @@ def _load(repo: str, variant: str, has_k: bool) -> str:
                 "top_acts, top_indices = sae.encode(x)  # [T, k] each\n"
                 "reconstruction = sae.decode(top_acts, top_indices)  # [T, D]",
             ),
-            *(_sparsify(repo, variant) if has_k else ()),
-            "With SAELens and dictionary_learning, after an export:",
-            code(
-                "",
-                f"saemill export {shlex.quote(address)} --format saelens -o for-saelens\n"
-                f"saemill export {shlex.quote(address)} --format dictionary_learning "
-                "-o for-dictionary-learning",
-            ),
-            code(
-                "python",
-                'from sae_lens import SAE\n\nsae = SAE.load_from_disk("for-saelens")',
-            ),
-            code(
-                "python",
-                "from dictionary_learning.utils import load_dictionary\n\n"
-                'sae, config = load_dictionary("for-dictionary-learning", device="cpu")',
-            ),
+            *(_sparsify(repo, variant) if kinds.has_k(cfg) and not joined else ()),
+            *(() if joined else _exported(address)),
             f"`saemill pull {repo} -o run` fetches the whole run.",
         ]
     )
+
+
+def _exported(address: str) -> list[str]:
+    """Show how the tools read an SAE that is exported for them."""
+    return [
+        "With SAELens and dictionary_learning, after an export:",
+        code(
+            "",
+            f"saemill export {shlex.quote(address)} --format saelens -o for-saelens\n"
+            f"saemill export {shlex.quote(address)} --format dictionary_learning -o for-dictionary-learning",
+        ),
+        code(
+            "python",
+            'from sae_lens import SAE\n\nsae = SAE.load_from_disk("for-saelens")',
+        ),
+        code(
+            "python",
+            "from dictionary_learning.utils import load_dictionary\n\n"
+            'sae, config = load_dictionary("for-dictionary-learning", device="cpu")',
+        ),
+    ]
 
 
 def _quoted(text: str) -> str:
