@@ -19,6 +19,7 @@ from saemill.common.config import SECTIONS, build, plain, read_sections, resolve
 from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.stores.mask import MaskConfig, TrainingMask
 from saemill.compare.config import CompareConfig
+from saemill.diff.config import DiffConfig
 from saemill.embeddings.config import EmbedConfig, ImportConfig
 from saemill.generate.config import GenerateConfig
 from saemill.pipeline.config import RunConfig
@@ -35,6 +36,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     Thresholds: {},
     MaskConfig: {},
     CompareConfig: {"saes": ["a"]},
+    DiffConfig: {"out": "o"},
     GenerateConfig: {"model": ["m"], "out": "o", "n_samples": 1},
     EmbedConfig: {"dataset": "d", "model": "m", "out": "o"},
     ImportConfig: {"source": "s", "out": "o"},
@@ -277,6 +279,7 @@ OF_SECTION: Mapping[str, Any] = {
     "tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig,
     "import-activations": ImportConfig, "embed": EmbedConfig, "run": RunConfig, "slurm": SlurmConfig,
     "matrix": MatrixConfig, "generate": GenerateConfig, "compare": CompareConfig,
+    "diff": DiffConfig,
 }  # fmt: skip
 
 

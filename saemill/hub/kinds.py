@@ -95,7 +95,9 @@ def formula(saes: Mapping[str, Cfg]) -> str:
 
 
 def tools(cfg: Cfg) -> list[str]:
-    """List the other tools that have an SAE of this kind."""
+    """List the other tools that have an SAE of this kind; none has a crosscoder."""
+    if cfg.get("joined"):
+        return []
     of_one_width = cfg.get("d_out", cfg["d_in"]) == cfg["d_in"]
     has = {
         "sparsify": has_k(cfg) and of_one_width,
