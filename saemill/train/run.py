@@ -149,12 +149,22 @@ def _train(
                     sinks = _start_sinks(config, trainer, open_sinks)
                     if config.log_to_wandb:
                         follow(config, trainer, halving.variants, resources)
+                if watch is not None and trainer.step == 0:
+                    _say_start(trainer, watch)
             trainer.log, trainer.sinks = log, sinks
             trainer.profile = config.profile and end == ends[0]
             trainer.run(end)
             if end < schedule.n_steps:
                 _halve(config, halving, trainer, end)
     return trainer
+
+
+def _say_start(trainer: Trainer, watch: Watch) -> None:
+    """Say how good the SAEs are that training starts from, where they are finished ones."""
+    for figures in trainer.everyone.all_gather_objects(watch.at_start(trainer.learners)):
+        for name, measured in figures.items():
+            known = (f"{key} {value:.4g}" for key, value in measured.items() if value is not None)
+            say(f"{name} starts at {', '.join(known)}")
 
 
 def _model_loss(

@@ -66,6 +66,15 @@ class Watch:
         for sites in self._held_out:
             self._losses.prepare(sites)
 
+    def at_start(self, learners: list[Learner]) -> Mapping[str, Figures]:
+        """Measure the SAEs that start from finished ones, before the first step; with the model where it is
+        run later. Arguments and result as of `measure`."""
+        return {
+            learner.variant.name: self._of(learner.variant.sites, parts, self.plan.losses_every is not None)
+            for learner in learners
+            if learner.variant.init_from is not None and (parts := learner.export({}, copied=False))
+        }
+
     def measure(
         self, learners: list[Learner], step: int, is_last: bool, step_seconds: float
     ) -> Mapping[str, Figures]:
