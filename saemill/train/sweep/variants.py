@@ -76,6 +76,7 @@ class Variant:
     l1_coefficient: float | None = like(TrainConfig, "l1_coefficient", default=None)
     lp_norm: float = like(TrainConfig, "lp_norm")
     decoder_rows: Literal["unit", "free"] = like(TrainConfig, "decoder_rows")
+    resample_at: tuple[int, ...] = like(TrainConfig, "resample_at")
     penalty_warmup_steps: int | None = like(TrainConfig, "penalty_warmup_steps")
     loss: Literal["fvu", "mse"] = like(TrainConfig, "loss")
     apply_b_dec_to_input: bool = like(TrainConfig, "apply_b_dec_to_input")
@@ -325,6 +326,11 @@ def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where
         entry["l1_coefficient"] = default_of(TrainConfig, "l1_coefficient")[0]
     if applies("penalty_warmup_steps", architecture) and entry.get("penalty_warmup_steps") is None:
         entry["penalty_warmup_steps"] = n_steps // 10
+    resample_at = coerce(entry.get("resample_at", ()), tuple[int, ...], f"{where}.resample_at")
+    if late := [step for step in resample_at if step >= n_steps]:
+        raise ConfigError(
+            f"resample_at {late[0]:,} is not before the run's end, after {n_steps:,} steps; lower it"
+        )
 
 
 def _name_adam(entry: dict[str, Any]) -> None:
