@@ -79,8 +79,7 @@ SPARSIFY = {
     "init_seeds": Setting("`--seeds`", "theirs works too"),
     "activation": Setting(
         "`--architecture`",
-        "topk, and batchtopk, matryoshka, jumprelu, relu and gated, which sparsify has not; groupmax is not "
-        "there",
+        "topk and groupmax, and batchtopk, matryoshka, jumprelu, relu and gated, which sparsify has not",
     ),
     "normalize_decoder": Setting(
         "", "always; with relu alone rows may be free: `--set train.decoder_rows=free`"

@@ -9,15 +9,19 @@ ADJECTIVES = {
     "topk": "TopK ",
     "batchtopk": "BatchTopK ",
     "matryoshka": "Matryoshka ",
+    "groupmax": "GroupMax ",
     "jumprelu": "JumpReLU ",
     "relu": "ReLU ",
     "gated": "Gated ",
 }
 FORMULAS = {
-    True: "f = ReLU(TopK(W_enc (x − b_dec) + b_enc))",
-    False: "f = z · 1[z > θ] with z = W_enc (x − b_dec) + b_enc and a threshold θ per latent",
+    "groupmax": "f = ReLU(z) where it is the largest of its group of F/k, with z = W_enc (x − b_dec) + b_enc",
+    "topk": "f = ReLU(TopK(W_enc (x − b_dec) + b_enc))",
+    "threshold": "f = z · 1[z > θ] with z = W_enc (x − b_dec) + b_enc and a threshold θ per latent",
 }
-"""Choice of the active latents, by whether an SAE has a k."""
+"""Choice of the active latents, by kind."""
+WHERE = {"groupmax": "{} of GroupMax", "topk": "{} where there is a k", "threshold": "else {}"}
+"""The same of SAEs beside those of another kind."""
 
 
 def architecture(cfg: Cfg) -> str:
@@ -43,7 +47,14 @@ def has_k(cfg: Cfg) -> bool:
 
 def formula(saes: Mapping[str, Cfg]) -> str:
     """Write how the SAEs choose their active latents."""
-    used = {has_k(cfg) for cfg in saes.values()}
+    used = {_kind(cfg) for cfg in saes.values()}
     if len(used) == 1:
         return FORMULAS[used.pop()]
-    return f"{FORMULAS[True]} where there is a k, else {FORMULAS[False]}"
+    return ", ".join(WHERE[kind].format(FORMULAS[kind]) for kind in FORMULAS if kind in used)
+
+
+def _kind(cfg: Cfg) -> str:
+    """Return the kind of an SAE, of `FORMULAS`."""
+    if not has_k(cfg):
+        return "threshold"
+    return "groupmax" if architecture(cfg) == "groupmax" else "topk"

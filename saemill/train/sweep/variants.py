@@ -124,10 +124,15 @@ class Variant:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= n:
                 raise ConfigError(f"{name} must be in 1..{n} (the number of latents), got {value}")
-        per_token = self.architecture == "topk" or self.matryoshka_rule == "topk"
+        per_token = self.architecture in ("topk", "groupmax") or self.matryoshka_rule == "topk"
         if self.k is not None and self.k != round(self.k) and per_token:
             raise ConfigError(
                 f"k is a whole number of each token's latents, got {self.k}; batchtopk takes a mean"
+            )
+        if self.architecture == "groupmax" and n % round(self.k or 1):
+            raise ConfigError(
+                f"k must divide the number of latents of groupmax, which has k groups of equal size; got k "
+                f"{self.k} and {n} latents"
             )
         if self.nested_k and (
             list(self.nested_k) != sorted({*self.nested_k}) or self.nested_k[-1] >= (self.k or 0)
