@@ -107,7 +107,7 @@ def test_groups_hold_all_latents() -> None:
     """Oracle: the message, which names both numbers; a k that divides them is taken."""
     assert variants(architecture=("groupmax",), k=(16,))[0].name == "a-groupmax-k16-f64-s0"
     with pytest.raises(
-        ConfigError, match="k must divide the number of latents of groupmax, .* got k 7 and 64"
+        ConfigError, match=r"k must divide the number of latents of groupmax, .* got k 7 and 64"
     ):
         variants(architecture=("groupmax",), k=(7,))
     with pytest.raises(ConfigError, match=r"got 2\.5; batchtopk takes a mean"):
