@@ -367,8 +367,8 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
     backend, unit = trainer.banks[0].backend, store.text.unit
     dead_after_tokens = trainer.learners[0].dead_after_tokens
     say(
-        f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {placement.describe()}; products in "
-        f"{str(backend.dtype).removeprefix('torch.')} by {backend.name}; {counted(n_steps, 'step')}, "
+        f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {placement.describe()}; "
+        f"{backend.describe()}; {counted(n_steps, 'step')}, "
         f"{counted(n_tokens, unit)} ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
         f"{counted(dead_after_tokens, unit)}; "
         f"{counted(store.text.manifest.n_held_out_rows, store.text.row)} held out"

@@ -138,6 +138,9 @@ class Backend(Protocol):
     """Dtype of the encoder's product."""
     team: Team
 
+    def describe(self) -> str:
+        """Describe how it multiplies, once it has made weights: "products in float32 by numba"."""
+
     def weights(self, shape: Shape, device: torch.device) -> Weights:
         """Make the memory of one SAE, all zeros."""
 
@@ -153,3 +156,8 @@ def chunks(n_rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
     n_chunks = max(1, -(-n_rows // max(1, chunk_bytes // row_bytes)))
     step = max(1, -(-n_rows // n_chunks))
     return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+
+
+def described(dtype: torch.dtype, name: str) -> str:
+    """Describe products by their dtype and the name of the backend, as `Backend.describe` begins."""
+    return f"products in {str(dtype).removeprefix('torch.')} by {name}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saemill.train.backends.architecture import Losses, Seen
-from saemill.train.backends.base import Batch, Sums, Task, Weights, chunks
+from saemill.train.backends.base import Batch, Sums, Task, Weights, chunks, described
 from saemill.train.backends.codes import Above, BatchLargest
 from saemill.train.backends.cutoff import Best
 from saemill.train.backends.parameters import Parameters, Shape
@@ -41,6 +41,10 @@ class Plain:
         if team.latents.size > 1:
             raise ValueError("plain splits no latents")
         self.dtype, self.team = dtype, team
+
+    def describe(self) -> str:
+        """Describe how it multiplies, as `Backend.describe`."""
+        return described(self.dtype, self.name)
 
     def weights(self, shape: Shape, device: torch.device) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`; there are no copies."""

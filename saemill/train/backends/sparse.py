@@ -27,7 +27,7 @@ from torch.nn.functional import embedding_bag, pad
 from saemill.common.sae.topk import topk
 from saemill.train.backends.architecture import Auxiliary, Pull, Seen, Slopes
 from saemill.train.backends.auxk import DeadRows, auxk, pull
-from saemill.train.backends.base import Batch, Sums, Task, Weights
+from saemill.train.backends.base import Batch, Sums, Task, Weights, described
 from saemill.train.backends.codes import Above, Codes, Groups, Largest, LargestOfGroups, Rule
 from saemill.train.backends.cutoff import Best
 from saemill.train.backends.parameters import SKIP
@@ -79,6 +79,8 @@ class Forward(NamedTuple):
 class Sparse(ABC):
     """The order of a step's passes; `Cpu` and `Gpu` say how each is computed."""
 
+    name: str
+
     def __init__(self, dtype: torch.dtype, team: Team = ALONE) -> None:
         self.dtype, self.team = dtype, team
 
@@ -124,6 +126,10 @@ class Sparse(ABC):
 
         Returns: bool [F], which latents fired.
         """
+
+    def describe(self) -> str:
+        """Describe how it multiplies, as `Backend.describe`."""
+        return described(self.dtype, self.name)
 
     def step(self, task: Task) -> Sums:
         """Go forward over this process's own tokens, backward over the whole batch, as `Backend.step`."""

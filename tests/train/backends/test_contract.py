@@ -310,7 +310,7 @@ def stepped(learner: Learner, x_TD: Tensor, y_TE: Tensor | None = None) -> tuple
 @pytest.mark.parametrize("kernels", BACKENDS)
 def test_a_step_is_that_of_the_definition(kernels: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: float64 autograd of `loss`, torch.optim."""
-    monkeypatch.setattr(cpu, "multiplies_8_bits", lambda d: kernels == "numba 8-bit")
+    monkeypatch.setattr(cpu, "chooses_by_8_bits", lambda *shape: kernels == "numba 8-bit")
     monkeypatch.setattr(sparse, "DENSE_SHARE", 2.0)  # no step is dense, though few latents make a share large
     learner = learner_of(case, kernels)
     (x_TD,) = planted(1, case.t, case.d, learner.parameters.b_D.device)

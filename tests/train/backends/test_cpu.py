@@ -13,7 +13,6 @@ from saemill.train.backends.architecture import Dead, Slopes
 from saemill.train.backends.base import Rates, Task
 from saemill.train.backends.cpu import backend as cpu
 from saemill.train.backends.cpu import update
-from saemill.train.backends.cpu.loops.quantise import LEAST_COLUMNS
 from saemill.train.backends.cpu.threads import each, number, one_in_torch
 from saemill.train.backends.sparse import Forward
 from saemill.train.learner.bank import Bank
@@ -34,7 +33,7 @@ def trained(variants: list[Variant], dtype: torch.dtype, kernels: str, n_steps: 
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to multiply, whatever this CPU is fast at."""
     kind: str = request.param
-    monkeypatch.setattr(cpu, "multiplies_8_bits", lambda d: kind == "8-bit")
+    monkeypatch.setattr(cpu, "chooses_by_8_bits", lambda *shape: kind == "8-bit")
     return kind
 
 
@@ -161,9 +160,3 @@ def test_weights_that_are_not_finite_are_found(spoilt: str, value: float, produc
     with torch.no_grad():
         bank.step(planted(1, T, D)[0], 1.0, 5)
     assert int(learner.diverged_step) == 5
-
-
-def test_rows_with_few_columns_are_not_quantised() -> None:
-    """Oracle: the bound on the error holds for sums of many; `LEAST_COLUMNS` is its least."""
-    assert not cpu.multiplies_8_bits(LEAST_COLUMNS - 1)
-    assert cpu.multiplies_8_bits(LEAST_COLUMNS) == torch.cpu._is_vnni_supported()

@@ -1,8 +1,8 @@
 """`Cpu`: a step in loops that numba compiles.
 
-Where the CPU multiplies 8-bit integers fast, the product is made of these, and its result only chooses
-which latents are scored exactly; elsewhere the product is torch's. The inputs and the residual are gathered
-in the product's dtype; sums are float32.
+Where 8-bit products are the faster way (`product.py`), the product is made of these, and its result only
+chooses which latents are scored exactly; elsewhere the product is torch's. The inputs and the residual are
+gathered in the product's dtype; sums are float32.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,11 @@ from saemill.train.backends.codes import Codes, Groups, slots
 from saemill.train.backends.cpu.loops.above import above, above_by_scores
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
 from saemill.train.backends.cpu.loops.bias import fold_bias
-from saemill.train.backends.cpu.loops.quantise import LEAST_COLUMNS, Quantised, empty
+from saemill.train.backends.cpu.loops.quantise import Quantised, empty
 from saemill.train.backends.cpu.loops.residual import residual, residual_of_groups
 from saemill.train.backends.cpu.loops.rows import slots_used
 from saemill.train.backends.cpu.loops.select import select
+from saemill.train.backends.cpu.product import chooses_by_8_bits
 from saemill.train.backends.cpu.threads import each, number, one_in_torch
 from saemill.train.backends.cpu.update import update
 from saemill.train.backends.parameters import Parameters, Shape
@@ -36,11 +37,6 @@ CHUNK_BYTES = 1 << 26
 """Most bytes of a thread's scores: a shorter chunk reads the weights too often."""
 SCORE_BYTES = 4
 """Bytes of a score; a pre-activation takes no more."""
-
-
-def multiplies_8_bits(d: int) -> bool:
-    """Tell whether this CPU sums 8-bit products by one instruction, and rows have enough columns for them."""
-    return d >= LEAST_COLUMNS and bool(torch.cpu._is_vnni_supported())
 
 
 class Cpu(Sparse):
@@ -57,20 +53,29 @@ class Cpu(Sparse):
         super().__init__(dtype, team)
         self._scratch = torch.empty(0, 0, dtype=torch.uint8)
         self._n_slots = 128
+        self._by_8_bits: set[tuple[int, int]] = set()
+        """Latents and columns of the SAEs whose codes 8-bit products choose."""
+
+    def describe(self) -> str:
+        """Describe how it multiplies, as `Backend.describe`."""
+        widths = ", ".join(f"{n_latents:,}" for n_latents in sorted({n for n, _ in self._by_8_bits}))
+        return super().describe() + (f", codes of {widths} latents from 8-bit products" if widths else "")
 
     def weights(self, shape: Shape, device: torch.device) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`."""
         parameters = Parameters.of({name: zeros(*s) for name, s in shape.of_each.items()}, shape)
         (n_latents, d), w_enc_FD = (shape.n_latents, shape.d), parameters.w_enc_FD
         product_FD = w_enc_FD if self.dtype == torch.float32 else zeros(n_latents, d, dtype=self.dtype)
-        quantised = empty(n_latents, d) if multiplies_8_bits(d) else None
-        return Weights(parameters, product_FD, parameters.w_dec_FD, quantised)
+        if not chooses_by_8_bits(n_latents, d, self.dtype):
+            return Weights(parameters, product_FD, parameters.w_dec_FD)
+        self._by_8_bits.add((n_latents, d))
+        return Weights(parameters, product_FD, parameters.w_dec_FD, empty(n_latents, d))
 
     @one_in_torch()
     def prepare(self, x_TD: Tensor, y_TE: Tensor | None = None) -> Batch:
-        """Make the copies that this machine's product needs, as `Backend.prepare`."""
+        """Make the copies that the products of the SAEs need, as `Backend.prepare`."""
         product_TD = x_TD.to(self.dtype)
-        if not multiplies_8_bits(x_TD.shape[1]):
+        if x_TD.shape[1] not in {d for _, d in self._by_8_bits}:
             return Batch(x_TD, product_TD, y_TE=y_TE)
         quantised = empty(*x_TD.shape)
         with region("copy"):

@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 import numba
+from platformdirs import user_cache_path
 
 
 def _cache() -> str:
@@ -31,12 +32,11 @@ def _cache() -> str:
     """
     files = sorted(Path(__file__).parent.glob("*.py"))
     version = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "saemill" / f"loops-{version}"
+    folder = user_cache_path("saemill") / f"loops-{version}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, RuntimeError):  # nothing can be kept
+    except OSError:  # nothing can be kept
         return tempfile.mkdtemp(prefix="saemill-loops-")
     return str(folder)
 
