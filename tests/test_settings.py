@@ -111,7 +111,7 @@ IDENTITIES: list[tuple[Any, dict[str, Any], str]] = [
     (TokenizeConfig, {"ctx_len": 64, "shuffle_seed": None, "num_proc": 3}, "c4b56b93b948428e"),
     (CacheConfig, {}, "8581ee4ac3e5940c"),
     (CacheConfig, {"dtype": "fp16", "mask": {"first_positions": 2}, "batch_size": 3}, "8afe5e12561ce16f"),
-    (TrainConfig, {}, "042d6f02c217b5d2"),
+    (TrainConfig, {}, "88eebca923b7c47d"),
     (
         TrainConfig,
         {
@@ -119,7 +119,7 @@ IDENTITIES: list[tuple[Any, dict[str, Any], str]] = [
             "k_aux": 7, "lr_decay": "cosine", "save_every": 5, "log_to_wandb": True, "run_name": "x",
             "precision": "bf16", "mask": {"token_ids": [3]}, "kernels": "torch",
         },
-        "11a2a99876cd0d06",
+        "d19ab9db1fed1e99",
     ),
     (AssessConfig, {}, "9a34810332f8fdc4"),
     (

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from saemill.common import saelens_5
+
 
 class Setting(NamedTuple):
     """A setting of another tool."""
@@ -77,8 +79,7 @@ SPARSIFY = {
     "init_seeds": Setting("`--seeds`", "theirs works too"),
     "activation": Setting(
         "`--architecture`",
-        "topk, and batchtopk, matryoshka, jumprelu, relu and gated, which sparsify has not; groupmax is not "
-        "there",
+        "topk and groupmax, and batchtopk, matryoshka, jumprelu, relu and gated, which sparsify has not",
     ),
     "normalize_decoder": Setting(
         "", "always; with relu alone rows may be free: `--set train.decoder_rows=free`"
@@ -283,6 +284,7 @@ SAELENS = {
     "model_batch_size": Setting("`--set cache.batch_size=`", "rows per forward pass"),
     "new_cached_activations_path": Setting("`saemill cache -o`", "or `--save-dir`"),
     "buffer_size_gb": Setting("`--set cache.shard_tokens=`", "in tokens"),
+    **{name: Setting(*row) for name, row in saelens_5.ROWS.items()},
 }
 """SAELens' settings, of all its runners and of the SAEs it trains."""
 
@@ -345,7 +347,10 @@ DICTIONARY_LEARNING = {
         ("p_end", "anneal_start", "anneal_end", "n_sparsity_updates", "sparsity_queue_length"), ANNEALING
     ),
     "sparsity_warmup_steps": PENALTY_WARMUP,
-    "resample_steps": Setting("", "the auxiliary loss revives dead latents: `--auxk-alpha`"),
+    "resample_steps": Setting(
+        "`--set train.resample_at=`",
+        "the steps themselves, where theirs is the number between two; with relu",
+    ),
     # ActivationBuffer
     "model": Setting("`MODEL`", "the first argument of `saemill run`"),
     "submodule": Setting("`--sites`", "`--sites layers.6.mlp`"),

@@ -164,6 +164,15 @@ class TrainConfig:
         metavar="KIND",
         only=("relu",),
     )
+    resample_at: tuple[int, ...] = setting(
+        (),
+        "Steps at which dead latents begin again from tokens that are badly reconstructed",
+        by_default="none",
+        metavar="STEP,…",
+        least=1,
+        only=("relu",),
+    )
+    """As in Bricken et al. 2023: `learner.resampling`."""
     penalty_warmup_steps: int | None = setting(
         None,
         "Steps over which the penalty rises to its weight",

@@ -1,8 +1,9 @@
 """The config and tensors of an SAE, as files of any format hold them and `Sae` is made of.
 
-However it was trained, a finished SAE chooses its latents in one of two ways: the k largest of each token
-(`k`), or all above a threshold of their own (`threshold`). A ReLU is the threshold 0, BatchTopK one threshold
-for all, and the gate of a Gated SAE is a threshold on its magnitude (`formats.gated`).
+However it was trained, a finished SAE chooses its latents in one of three ways: the k largest of each token
+(`k`), the largest of each of k groups (`k` of a `groupmax`), or all above a threshold of their own
+(`threshold`). A ReLU is the threshold 0, BatchTopK one threshold for all, and the gate of a Gated SAE is a
+threshold on its magnitude (`formats.gated`).
 
 A transcoder is an SAE that predicts what another site has from what it reads at its own. A crosscoder is one
 that reads and reconstructs several sites at once, side by side in one vector.
@@ -19,7 +20,7 @@ from torch import Tensor
 from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.log import counted
 
-BY_K = ("topk", "matryoshka")
+BY_K = ("topk", "matryoshka", "groupmax")
 BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu", "relu", "gated")
 ARCHITECTURES = tuple(dict.fromkeys(BY_K + BY_THRESHOLD))
 
@@ -72,6 +73,10 @@ class SaeConfig:
             )
         if self.k is not None and not 1 <= self.k <= self.num_latents:
             raise ConfigError(f"k must be in 1..num_latents ({self.num_latents}), got {self.k}")
+        if self.architecture == "groupmax" and self.num_latents % (self.k or 1):
+            raise ConfigError(
+                f"k must divide num_latents ({self.num_latents}) of a GroupMax SAE, got {self.k}"
+            )
         if (self.architecture == "matryoshka") != bool(self.prefixes):
             raise ConfigError(
                 "prefixes must be there of a Matryoshka SAE and of no other, "

@@ -10,9 +10,8 @@ In it codes, θ and ε are in units in which E‖x‖² = 1, and λ means the sa
 units too, since the size of Adam's step does not follow a parameter's unit.
 
 ε is a share of each latent's own θ, unless it is given. Thresholds fall with the width D and with L0, and so
-does the spacing of pre-activations near them; one share fits all. In too narrow a band there are too few
-tokens to learn from: a threshold walks at random then, and a latent whose threshold gets beyond all tokens
-is dead.
+does the spacing of pre-activations near them; one share fits all. A band too narrow holds too few tokens to
+learn from: a threshold walks at random then, and a latent whose threshold gets beyond all tokens is dead.
 """
 
 from dataclasses import dataclass, replace

@@ -14,6 +14,13 @@ class Largest(NamedTuple):
     k: int
 
 
+class LargestOfGroups(NamedTuple):
+    """The rule of GroupMax: of each of k groups of F/k consecutive latents the largest pre-activation,
+    rectified."""
+
+    k: int
+
+
 class BatchLargest(NamedTuple):
     """The rule of BatchTopK: the k · T largest pre-activations of a batch, rectified."""
 
@@ -34,7 +41,7 @@ class Above(NamedTuple):
         return self.threshold_F - self.bandwidth_F / 2
 
 
-Rule = Largest | BatchLargest | Above
+Rule = Largest | LargestOfGroups | BatchLargest | Above
 """How pre-activations become codes."""
 
 

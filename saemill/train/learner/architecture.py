@@ -2,6 +2,7 @@
 
 from saemill.train.arch.batchtopk import BatchTopK
 from saemill.train.arch.gated import Gated
+from saemill.train.arch.groupmax import GroupMax
 from saemill.train.arch.jumprelu import JumpRelu
 from saemill.train.arch.relu import Relu
 from saemill.train.arch.topk import MULTI, TopK
@@ -42,6 +43,8 @@ def architecture_of(variant: Variant, d: int) -> Architecture:
         (min(d, v.num_latents // (MULTI if v.multi_topk else 1)) if v.k_anneal_steps else 0),
         v.k or 0,
     )
+    if name == "groupmax":
+        return GroupMax(round(k), auxiliary)
     if name == "topk":
         return TopK(round(k), auxiliary, v.nested_k, v.multi_topk, k_start, v.k_anneal_steps)
     of_each_token = name == "matryoshka" and v.matryoshka_rule == "topk"

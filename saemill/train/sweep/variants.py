@@ -88,6 +88,7 @@ class Variant:
     l1_coefficient: float | None = like(TrainConfig, "l1_coefficient", default=None)
     lp_norm: float = like(TrainConfig, "lp_norm")
     decoder_rows: Literal["unit", "free"] = like(TrainConfig, "decoder_rows")
+    resample_at: tuple[int, ...] = like(TrainConfig, "resample_at")
     penalty_warmup_steps: int | None = like(TrainConfig, "penalty_warmup_steps")
     loss: Loss = like(TrainConfig, "loss")
     apply_b_dec_to_input: bool = like(TrainConfig, "apply_b_dec_to_input")
@@ -168,10 +169,15 @@ class Variant:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= n:
                 raise ConfigError(f"{name} must be in 1..{n} (the number of latents), got {value}")
-        per_token = self.architecture == "topk" or self.matryoshka_rule == "topk"
+        per_token = self.architecture in ("topk", "groupmax") or self.matryoshka_rule == "topk"
         if self.k is not None and self.k != round(self.k) and per_token:
             raise ConfigError(
                 f"k is a whole number of each token's latents, got {self.k}; batchtopk takes a mean"
+            )
+        if self.architecture == "groupmax" and n % round(self.k or 1):
+            raise ConfigError(
+                f"k must divide the number of latents of groupmax, which has k groups of equal size; got k "
+                f"{self.k} and {n} latents"
             )
         if self.nested_k and (
             list(self.nested_k) != sorted({*self.nested_k}) or self.nested_k[-1] >= (self.k or 0)
@@ -435,6 +441,11 @@ def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where
         entry["l1_coefficient"] = BY_DEFAULT["l1_coefficient"]
     if applies("penalty_warmup_steps", architecture) and entry.get("penalty_warmup_steps") is None:
         entry["penalty_warmup_steps"] = n_steps // 10
+    resample_at = coerce(entry.get("resample_at", ()), tuple[int, ...], f"{where}.resample_at")
+    if late := [step for step in resample_at if step >= n_steps]:
+        raise ConfigError(
+            f"resample_at {late[0]:,} is not before the run's end, after {n_steps:,} steps; lower it"
+        )
 
 
 def _name_adam(entry: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saemill.train.arch.batchtopk import BatchTopK
 from saemill.train.arch.gated import Gated
+from saemill.train.arch.groupmax import GroupMax
 from saemill.train.arch.jumprelu import JumpRelu
 from saemill.train.arch.relu import Relu
 from saemill.train.arch.topk import TopK
@@ -103,6 +104,17 @@ def test_several_k(weights: dict[str, Tensor]) -> None:
 
     same(weights, TopK(5, nested_k=(2,)), (), lambda x, **p: (error(2, x, **p) + error(5, x, **p)) / 2)
     same(weights, TopK(3, multi=True), (), lambda x, **p: error(3, x, **p) + error(12, x, **p) / 8)
+
+
+def test_groupmax(weights: dict[str, Tensor]) -> None:
+    """Oracle: sparsify's activation: the maximum of each of k equal slices of the latents, rectified."""
+
+    def formula(x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b: Tensor) -> Tensor:
+        pre = torch.relu((x - b) @ w_enc.T + b_enc)
+        largest = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in pre.split(F // 5, 1)], 1)
+        return (x - (pre * (pre == largest)) @ w_dec - b).square().sum()
+
+    same(weights, GroupMax(5), (), formula)
 
 
 class Jump(torch.autograd.Function):

@@ -151,6 +151,8 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None, target
                 f"{parts.config.d_out}"
             )
         sparsify.write(parts, folder)
+    elif parts.config.architecture == "groupmax" and name in NAMES:
+        raise ConfigError(f"{name} has no GroupMax; export it as sparsify")
     elif name == "saelens":
         saelens.write(parts, folder, hook, target)
     elif name == "dictionary_learning":
