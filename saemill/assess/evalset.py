@@ -15,9 +15,10 @@ from saemill.common.errors import ConfigError, DataError
 from saemill.common.log import counted
 from saemill.common.models.model import LanguageModel, attention_of
 from saemill.common.stores.activations import ActivationStore, SiteArray
-from saemill.common.stores.joined import BESIDE, JoinedSite, is_joined, parts_of
+from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.shards import as_tensor
+from saemill.common.stores.site_names import BESIDE, is_joined, parts_of
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import Group
 

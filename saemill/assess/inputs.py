@@ -16,9 +16,9 @@ from saemill.common.sae import of_run
 from saemill.common.sae.sae import Sae
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.joined import parts_of
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.site_names import parts_of
 from saemill.common.stores.tokens import TokenStore
 
 

@@ -16,7 +16,7 @@ from saemill.assess.spread import Spread
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
 from saemill.common.sae.sae import Encoded, Sae
-from saemill.common.stores.joined import is_joined, parts_of
+from saemill.common.stores.site_names import is_joined, parts_of
 from saemill.common.stores.statistics import FAR, Statistics, unheld
 
 PER_VARIANT = ("sse", "sse_far", "cosine", "norm_ratio", "l0", "not_finite")

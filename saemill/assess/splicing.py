@@ -18,7 +18,7 @@ from saemill.common.models.model import LanguageModel
 from saemill.common.sae.sae import Sae
 from saemill.common.steer.losses import Passes, Task, cross_entropy
 from saemill.common.steer.substitute import Substitute, substitute
-from saemill.common.stores.joined import BESIDE, is_joined, parts_of
+from saemill.common.stores.site_names import BESIDE, is_joined, parts_of
 
 NOTHING_LOST = "{what} at {site} cost the model no loss, so there is none to recover"
 """Why there is no loss recovered where the model does as well or better without the site."""

@@ -8,7 +8,7 @@ from typing import Any
 from saemill.common.config import build, override, read_section
 from saemill.common.errors import ConfigError
 from saemill.common.setting import about, axes, check, setting
-from saemill.common.stores.joined import BESIDE, JOINT, parts_of
+from saemill.common.stores.site_names import BESIDE, JOINT, parts_of
 from saemill.train.config import TrainConfig
 
 ARCHITECTURE = "batchtopk"

@@ -21,8 +21,8 @@ from saemill.common.sae.sae import Sae
 from saemill.common.setting import identity
 from saemill.common.stores import diffs, runs
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.joined import BESIDE
 from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.site_names import BESIDE
 from saemill.common.world import Group, World
 from saemill.diff.config import DiffConfig, crosscoder_of
 from saemill.diff.latents import KINDS, TURNED, Latents

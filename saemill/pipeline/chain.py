@@ -40,7 +40,7 @@ from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.joined import parts_of
+from saemill.common.stores.site_names import parts_of
 from saemill.common.stores.site_records import REPAIR, Site
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.tracking import record

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from saemill.common.errors import ConfigError
 from saemill.common.setting import default_of, of
-from saemill.common.stores.joined import BESIDE, JOINT, is_joined, parts_of
+from saemill.common.stores.site_names import BESIDE, JOINT, is_joined, parts_of
 from saemill.train.architectures import no_effect
 
 if TYPE_CHECKING:

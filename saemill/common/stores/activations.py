@@ -28,7 +28,7 @@ from torch import Tensor
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
-from saemill.common.stores import joined
+from saemill.common.stores import joined, site_names
 from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.norms import NormSketch, norms_of
@@ -199,8 +199,8 @@ class ActivationStore:
             StoreError: there is no such site (the message lists those there), or it is damaged.
             ConfigError: sites that cannot be joined.
         """
-        if joined.is_joined(name):
-            return JoinedSite(name, {part: self.array(part) for part in joined.parts_of(name)})
+        if site_names.is_joined(name):
+            return JoinedSite(name, {part: self.array(part) for part in site_names.parts_of(name)})
         return self.array(name)
 
     def array(self, name: str) -> "SiteArray":
@@ -209,8 +209,8 @@ class ActivationStore:
         Raises:
             StoreError: there is no such site (the message lists those there), or it is damaged.
         """
-        if self.beside is not None and name.startswith(joined.BESIDE):
-            return self.beside.array(name.removeprefix(joined.BESIDE))
+        if self.beside is not None and name.startswith(site_names.BESIDE):
+            return self.beside.array(name.removeprefix(site_names.BESIDE))
         if name not in self.sites:
             state = "unfinished" if name in self.unfinished else "not in the store"
             finished = ", ".join(self.sites) or "none"

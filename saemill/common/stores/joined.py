@@ -1,8 +1,5 @@
 """Sites joined: the activations of the same tokens at several sites, side by side, as one site of their own.
 
-    layers.2+layers.4         two sites of one store
-    layers.4+with.layers.4    a site of a store, and one of the store beside it: of another model
-
 A store beside another holds the same tokens in the same places, so one address and one order serve both.
 """
 
@@ -22,31 +19,6 @@ from saemill.common.stores.statistics import Statistics
 
 if TYPE_CHECKING:
     from saemill.common.stores.activations import ActivationStore, SiteArray
-
-JOINT = "+"
-"""What stands between the names of joined sites."""
-BESIDE = "with."
-"""What the names of sites of the store beside begin with."""
-
-
-def parts_of(site: str) -> tuple[str, ...]:
-    """List the sites that a name joins; one alone of a plain site.
-
-    Raises:
-        ConfigError: a name is missing, or one is there twice.
-    """
-    parts = tuple(site.split(JOINT))
-    if not all(part.removeprefix(BESIDE) for part in parts):
-        raise ConfigError(f"site {site!r} lacks a name beside a +; join sites as layers.2+layers.4")
-    if len(set(parts)) < len(parts):
-        twice = next(part for part in parts if parts.count(part) > 1)
-        raise ConfigError(f"site {site} joins {twice} with itself; name other sites beside it")
-    return parts
-
-
-def is_joined(site: str) -> bool:
-    """Tell whether a name is that of several sites."""
-    return JOINT in site
 
 
 class JoinedSite:

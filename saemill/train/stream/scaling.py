@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saemill.common.errors import StoreError
-from saemill.common.stores.joined import parts_of
+from saemill.common.stores.site_names import parts_of
 from saemill.common.stores.statistics import Statistics
 from saemill.train.stream.rows import TrainingRows
 

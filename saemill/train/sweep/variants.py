@@ -12,8 +12,8 @@ from saemill.common.config import build, coerce
 from saemill.common.errors import ConfigError
 from saemill.common.setting import axes as axes_of
 from saemill.common.setting import check, default_of, like, marks_of, written
-from saemill.common.stores.joined import parts_of
 from saemill.common.stores.runs import check_variant_name
+from saemill.common.stores.site_names import parts_of
 from saemill.train.architectures import Architecture, no_effect
 from saemill.train.checks import of_architectures
 from saemill.train.config import ADAM_BETAS, ADAMW_DECAY, BY_DEFAULT, OptimizerName, TrainConfig
