@@ -83,6 +83,7 @@ IN_TRAIN = {
     "run": GROUND
     | {
         "backends",
+        "objective",
         "learner",
         "record",
         "stream",
