@@ -29,18 +29,22 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "demo": {"common", *STAGES},
     "embeddings": {"common", "tokenize", "cache"},
     "convert": {"common"},
+    "transcoder_set": {"common", "convert"},
     "verify": {"common", "train"},
     "show": {"common", "verify"},
     "pipeline": {"common", "compare", *STAGES},
     "slurm": {"common", "pipeline", "train", "assess"},
     "hub": {"common", "show", "train", "assess"},
+    "diff": {"common", "train", "assess"},
     "commands": {
         *(
             "common",
             "generate",
             "compare",
+            "diff",
             "embeddings",
             "convert",
+            "transcoder_set",
             "show",
             "demo",
             "pipeline",
@@ -80,6 +84,7 @@ IN_TRAIN = {
     "run": GROUND
     | {
         "backends",
+        "objective",
         "learner",
         "record",
         "stream",
@@ -91,7 +96,6 @@ IN_TRAIN = {
         "tracking",
         "batch",
         "inputs",
-        "objective",
     },
 }
 """The same within `train`: from the run down to the ground."""

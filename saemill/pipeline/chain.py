@@ -40,6 +40,7 @@ from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.site_names import parts_of
 from saemill.common.stores.site_records import REPAIR, Site
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.tracking import record
@@ -189,7 +190,7 @@ class Chain:
 
     def _train(self, config: TrainConfig) -> Path:
         if config.out == UNKNOWN:
-            store = ActivationStore(config.acts)
+            store = ActivationStore(config.acts, config.with_acts)
             content = [config.identity(), store.fingerprint]
             config = replace(config, out=self._place("runs", str(store.settings.model), content))
         self.configs["train"] = config
@@ -261,11 +262,13 @@ class Chain:
         sources = sources_of(training)
         if not train_sites:
             training = self.configs["train"] = replace(training, site=started_at(sources) or tuple(widths))
-        if set(train_sites) <= set(widths):  # others may be in a store that is named
-            trained_widths = {name: widths[name] for name in train_sites or widths}
+        parts = {name: parts_of(name) for name in train_sites or widths}
+        others = [part for every in parts.values() for part in every if part not in widths]
+        if not others:  # they may be in a store that is named
+            trained_widths = {name: sum(widths[part] for part in every) for name, every in parts.items()}
             self.variants = of_config(training, trained_widths, n_steps=1, sources=sources)
-        elif config.out == UNKNOWN:
-            other = next(name for name in train_sites if name not in widths)
+        elif config.out == UNKNOWN and training.with_acts is None:
+            other = others[0]
             raise ConfigError(f"train.site {other!r} is not cached; {settings.nearest(other, widths)}")
 
     def _check_run(self, config: TrainConfig) -> None:

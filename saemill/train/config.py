@@ -9,7 +9,7 @@ from saemill.common.config import LARGEST
 from saemill.common.setting import DEVICE, about, check, identity, setting
 from saemill.common.stores.mask import TrainingMask
 from saemill.train import checks
-from saemill.train.architectures import BY_K, BY_L1, Architecture
+from saemill.train.architectures import BY_K, BY_L1, WITH_AUXK, Architecture
 from saemill.train.losses import IN_MODEL, Loss
 
 ADAM_BETAS = (0.8, 0.95)
@@ -31,10 +31,21 @@ class TrainConfig:
 
     acts: Path = field(metadata=about("A folder made by `saemill cache`", decides=False))
     out: Path = field(metadata=about("Folder of the run", decides=False))
-    site: tuple[str, ...] = setting(
-        (), "Site to train on; repeat or separate by commas", metavar="SITE,…", axis=""
+    with_acts: Path | None = setting(
+        None,
+        "A store of another model's activations at the same tokens, whose sites are called with.SITE",
+        by_default="none",
+        decides=False,
     )
-    """Required unless each of `variants` names its own."""
+    """For crosscoders of two models: `site` names what they join."""
+    site: tuple[str, ...] = setting(
+        (),
+        "Site to train on, or several joined by + for a crosscoder; repeat or separate by commas",
+        metavar="SITE,…",
+        axis="",
+    )
+    """Required unless each of `variants` names its own. `layers.2+layers.4` joins sites of one store,
+    `layers.4+with.layers.4` those of two models."""
     target_site: tuple[str, ...] = setting(
         (),
         "Site that is predicted from SITE, which makes the SAEs transcoders; one for each SITE, in order",
@@ -116,14 +127,17 @@ class TrainConfig:
     )
     bandwidth: float | None = setting(
         None,
-        "Width around a threshold in which it learns",
-        by_default="0.001 √D",
+        "Width around a threshold in which it learns, in units in which E‖x‖² = 1",
+        by_default="half of the threshold",
         least=1e-6,
         only=("jumprelu",),
     )
-    """ε of the straight-through gradient, in training units."""
+    """ε of the straight-through gradient, one for all latents."""
     preact_coefficient: float = setting(
-        0.0, "Weight of how far dead latents are below their threshold", least=0, only=("jumprelu",)
+        0.0,
+        "Weight of how far dead latents are below their threshold, which they learn in place of auxk_alpha's",
+        least=0,
+        only=("jumprelu",),
     )
     """Anthropic's pre-activation loss, 3e-6 there."""
     most_density: float | None = setting(
@@ -150,6 +164,15 @@ class TrainConfig:
         metavar="KIND",
         only=("relu",),
     )
+    resample_at: tuple[int, ...] = setting(
+        (),
+        "Steps at which dead latents begin again from tokens that are badly reconstructed",
+        by_default="none",
+        metavar="STEP,…",
+        least=1,
+        only=("relu",),
+    )
+    """As in Bricken et al. 2023: `learner.resampling`."""
     penalty_warmup_steps: int | None = setting(
         None,
         "Steps over which the penalty rises to its weight",
@@ -234,7 +257,7 @@ class TrainConfig:
         by_default="1/32",
         least=0,
         most=LARGEST,
-        only=BY_K,
+        only=WITH_AUXK,
     )
     k_aux: int | None = setting(
         None,
@@ -242,7 +265,7 @@ class TrainConfig:
         by_default="D/2",
         least=1,
         most=LARGEST,
-        only=BY_K,
+        only=WITH_AUXK,
     )
     dead_after_tokens: int | None = setting(
         None,

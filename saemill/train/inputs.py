@@ -68,7 +68,8 @@ def load_model_loss(
 
 def check_mse(loader: Loader | WholeRows, variants: list[Variant]) -> None:
     """Refuse a loss in units of which float32 does not hold the squares."""
-    for site in {variant.sites[-1] for variant in variants if variant.loss in ("mse", "mse+kl")}:
+    mse = {variant.sites[-1] for variant in variants if variant.loss in ("mse", "mse+kl")}  # none is joined
+    for site in mse:
         variance = loader.rows.statistics(site).total_variance
         if not MOST_SCALE**-0.75 < variance < MOST_SCALE**0.75:
             raise ConfigError(

@@ -75,7 +75,7 @@ def run(config: TrainConfig) -> list[Path]:
     world = World.here()
     speak_for(world)
     device = world.device(config.device)
-    store = ActivationStore(config.acts)
+    store = ActivationStore(config.acts, config.with_acts)
     check_batch(config.batch_size, store.ctx_len)
     sources = sources_of(config)
     config = with_site(config, store, sources)
@@ -372,8 +372,8 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
     rows = trainer.loader.rows
     if long := rows.describe_long():
         say(long)
-    for array in map(store.site, trainer.loader.sites):
-        for warning in warnings(array.name, rows.statistics(array.name), array.dtype, unit):
+    for name, array in rows.sites.items():
+        for warning in warnings(name, rows.statistics(name), array.dtype, unit):
             say(warning)
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")

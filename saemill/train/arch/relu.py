@@ -44,7 +44,8 @@ class Relu:
 
     def rule(self, p: Parameters) -> Above:
         """Return the rule by which pre-activations become codes."""
-        return Above(torch.zeros_like(p.b_enc_F))
+        zeros_F = torch.zeros_like(p.b_enc_F)
+        return Above(zeros_F, zeros_F)
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does, with a bias that `initial.start_l0` latents per token pass."""

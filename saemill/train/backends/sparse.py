@@ -28,7 +28,7 @@ from saemill.common.sae.topk import topk
 from saemill.train.backends.architecture import Auxiliary, Pull, Seen, Slopes
 from saemill.train.backends.auxk import DeadRows, auxk, pull
 from saemill.train.backends.base import Batch, Sums, Task, Weights, described
-from saemill.train.backends.codes import Above, Codes, Groups, Largest, Rule
+from saemill.train.backends.codes import Above, Codes, Groups, Largest, LargestOfGroups, Rule
 from saemill.train.backends.cutoff import Best
 from saemill.train.backends.from_output import row_dots, with_objective
 from saemill.train.backends.parameters import SKIP
@@ -92,6 +92,10 @@ class Sparse(ABC):
     @abstractmethod
     def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
         """Find the k largest pre-activations of each token, rectified."""
+
+    @abstractmethod
+    def largest_of_groups(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
+        """Find the largest pre-activation of each of k groups of latents, rectified."""
 
     @abstractmethod
     def above(
@@ -171,8 +175,10 @@ class Sparse(ABC):
         bias_F, rule, cutoff = self.bias(weights), architecture.rule(p), None
         if isinstance(rule, Largest):
             found: Codes | None = self.largest(own, weights, bias_F, rule.k)
+        elif isinstance(rule, LargestOfGroups):
+            found = self.largest_of_groups(own, weights, bias_F, rule.k)
         elif isinstance(rule, Above):
-            found = self._above(own, weights, bias_F, rule.threshold_F - rule.bandwidth / 2)
+            found = self._above(own, weights, bias_F, rule.floor_F)
         else:
             found, cutoff = self._batch_largest(own, weights, bias_F, round(rule.k * len(task.batch.x_TD)))
         if found is None:

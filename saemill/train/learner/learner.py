@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saemill.common.sae.parts import Parts, SaeConfig
+from saemill.common.sae.parts import Joined, Parts, SaeConfig
 from saemill.train.arch import initial
 from saemill.train.backends.architecture import Dead, Sample
 from saemill.train.backends.base import Backend, Batch, Rates, Task
 from saemill.train.backends.parameters import WHOLE, Parameters, Shape
 from saemill.train.learner.architecture import architecture_of
+from saemill.train.learner.resampling import resample
 from saemill.train.learner.totals import CutoffAverage, Totals
 from saemill.train.learner.units import fill_whole, form_of, rows_of, whole_of
 from saemill.train.losses import IN_MODEL, nats_name
@@ -124,6 +125,9 @@ class Learner:
             passages: the rows of text of the batch; None where no loss is the model's.
         """
         n_tokens, variant = len(batch.x_TD), self.variant
+        if step in variant.resample_at and self.diverged_step < 0:
+            with region("resample"):
+                resample(self, batch, step)
         lr, per_square = variant.lr * lr_factor, self.per_square / n_tokens
         rates = Rates(per_square, lr, variant.weight_decay, variant.clip_grad_norm)
         self.optimizer.begin_step(lr)
@@ -152,6 +156,15 @@ class Learner:
     def find_dead(self) -> None:
         """Find the latents that are dead now; `Bank.count_dead` is to be called next."""
         torch.gt(self.idle_tokens_F, self.dead_after_tokens, out=self.dead_F)
+
+    def begin_again(self, rows_S: Tensor) -> None:
+        """Follow rows of encoder and decoder that were replaced: copies, optimizer, averages and counters."""
+        for name in ("w_enc", "b_enc", "w_dec"):
+            self.optimizer.forget(name, rows_S)
+            if self.average is not None:
+                self.average.forget(name, rows_S)
+        self.idle_tokens_F[rows_S] = 0
+        self.weights.refresh()
 
     def dead_fraction(self) -> float:
         """Compute the share of latents that are dead by the trainer's counter."""
@@ -204,6 +217,9 @@ class Learner:
             architecture=variant.architecture,
             prefixes=variant.prefixes if is_matryoshka else (),
             ks=form.ks,
+            joined=tuple(
+                Joined(site, *part) for site, part in zip(variant.parts, scaling.parts, strict=False)
+            ),
         )
         others, device = whole_of(trained, scaling, self.target_scaling), weights["W_enc"].device
         return Parts(config, **weights, **{name: tensor.to(device) for name, tensor in others.items()})

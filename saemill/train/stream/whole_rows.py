@@ -84,7 +84,7 @@ class WholeRows:
     ) -> None:
         self.store, self.mask, self.seed = store, mask, seed
         self.batch_tokens, self.n_rows = batch_tokens, rows_per_batch(batch_tokens, store.ctx_len)
-        self.every_site = {name: store.site(name) for name in sites}
+        self.every_site = {name: store.array(name) for name in sites}
         self.sites = self.every_site
         self.rows = TrainingRows(store, self.every_site, mask, norm_over_median)
         self.shards_per_window = max(1, buffer_tokens // store.shard_tokens)

@@ -1,4 +1,4 @@
-"""What each variant of a run is told to be, in combinations of lists or one by one, and what it starts from."""
+"""What each variant of a run is told to be, in combinations of lists or one by one, and its start."""
 
 import itertools
 from collections.abc import Iterator, Mapping

@@ -254,6 +254,8 @@ def _unknown(source: Source, name: str) -> Any:
 def _check_shape(entry: Mapping[str, Any], source: Source, d: int, e: int) -> None:
     """Refuse an SAE of another width than the sites', or of another number of latents than is asked for."""
     config, target, address = source.config, entry.get("target_site"), source.address
+    if config.joined:
+        raise ConfigError(f"{address} is a crosscoder; start from an SAE or a transcoder, of one site")
     if (config.d_out is None) != (target is None):
         advice = "leave target_site out" if target else "say which site it predicts with target_site"
         raise ConfigError(f"{address} is {'an SAE' if target else 'a transcoder'}; {advice}")
@@ -275,7 +277,7 @@ def _check_shape(entry: Mapping[str, Any], source: Source, d: int, e: int) -> No
 def _check_kind(architecture: Architecture, source: Source) -> None:
     """Refuse an architecture in which the source cannot be written."""
     config, own = source.config, source.config.architecture
-    among_k = architecture in BY_K and own in BY_K
+    among_k = {architecture, own} <= {*BY_K} - {"groupmax"}
     if not (architecture == own or among_k or (architecture in OF_THRESHOLDS and config.k is None)):
         raise ConfigError(
             f"{source.address} is a {own} SAE, which cannot be written as {architecture}; leave architecture "

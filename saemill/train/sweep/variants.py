@@ -12,6 +12,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.setting import axes as axes_of
 from saemill.common.setting import check, default_of, like, written
 from saemill.common.stores.runs import check_variant_name
+from saemill.common.stores.site_names import parts_of
 from saemill.train.architectures import Architecture, no_effect
 from saemill.train.checks import of_architectures
 from saemill.train.config import ADAM_BETAS, ADAMW_DECAY, BY_DEFAULT, OptimizerName, TrainConfig
@@ -48,6 +49,7 @@ class Variant:
     name: str
     """Unique in the run; the name of its folder, so none of the run's own files."""
     site: str
+    """Several joined by + of a crosscoder."""
     target_site: str | None = None
     """Site that is predicted; None of an SAE, which reconstructs its own."""
     skip_connection: bool = like(TrainConfig, "skip_connection")
@@ -86,6 +88,7 @@ class Variant:
     l1_coefficient: float | None = like(TrainConfig, "l1_coefficient", default=None)
     lp_norm: float = like(TrainConfig, "lp_norm")
     decoder_rows: Literal["unit", "free"] = like(TrainConfig, "decoder_rows")
+    resample_at: tuple[int, ...] = like(TrainConfig, "resample_at")
     penalty_warmup_steps: int | None = like(TrainConfig, "penalty_warmup_steps")
     loss: Loss = like(TrainConfig, "loss")
     apply_b_dec_to_input: bool = like(TrainConfig, "apply_b_dec_to_input")
@@ -99,6 +102,8 @@ class Variant:
                 f"target_site must be another site than site, got {self.site} as both; without it an "
                 "SAE reconstructs its own site"
             )
+        if len(self.parts) > 1:
+            self._check_joined()
         if self.target_site is not None and not self.apply_b_dec_to_input:
             raise ConfigError("apply_b_dec_to_input has no effect with target_site; leave it out")
         if self.skip_connection and self.target_site is None:
@@ -124,14 +129,38 @@ class Variant:
         check(self)
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Sites that it joins; one alone of an SAE."""
+        return parts_of(self.site)
+
+    @property
     def sites(self) -> tuple[str, ...]:
-        """Sites that it is trained on."""
+        """Sites that it is trained on; joined ones count as one."""
         return (self.site,) if self.target_site is None else (self.site, self.target_site)
 
     @property
     def l0(self) -> float:
         """Active latents per token that it is meant to have; a guess where a penalty decides."""
         return self.k or self.target_l0 or TARGET_L0
+
+    def _check_joined(self) -> None:
+        """Refuse settings that have no meaning for a crosscoder."""
+        if self.target_site is not None:
+            raise ConfigError(
+                f"target_site has no effect on a crosscoder, {self.site}, which predicts no other site"
+            )
+        if self.decoder_rows == "free":
+            raise ConfigError(
+                "decoder_rows free is not there for crosscoders, whose rows are of unit length over all "
+                "sites; leave it out"
+            )
+        if self.loss != "fvu":
+            what = "in the units" if self.loss == "mse" else "of the model with the activation"
+            raise ConfigError(
+                f"loss {self.loss} is {what} of one site, and a crosscoder has several; use loss fvu"
+            )
+        if self.init_from is not None:
+            raise ConfigError(f"init_from has no effect on a crosscoder, {self.site}; leave it out")
 
     def _check_l0(self) -> None:
         """Refuse numbers of active latents that F latents cannot have, or the architecture cannot."""
@@ -140,10 +169,15 @@ class Variant:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= n:
                 raise ConfigError(f"{name} must be in 1..{n} (the number of latents), got {value}")
-        per_token = self.architecture == "topk" or self.matryoshka_rule == "topk"
+        per_token = self.architecture in ("topk", "groupmax") or self.matryoshka_rule == "topk"
         if self.k is not None and self.k != round(self.k) and per_token:
             raise ConfigError(
                 f"k is a whole number of each token's latents, got {self.k}; batchtopk takes a mean"
+            )
+        if self.architecture == "groupmax" and n % round(self.k or 1):
+            raise ConfigError(
+                f"k must divide the number of latents of groupmax, which has k groups of equal size; got k "
+                f"{self.k} and {n} latents"
             )
         if self.nested_k and (
             list(self.nested_k) != sorted({*self.nested_k}) or self.nested_k[-1] >= (self.k or 0)
@@ -309,8 +343,8 @@ def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where
             raise ConfigError(no_effect(name, architecture))
     if applies("k", architecture):
         entry.setdefault("k", BY_DEFAULT["k"])
-        if entry.get("k_aux") is None:
-            entry["k_aux"] = max(1, d // 2)
+    if applies("k_aux", architecture) and entry.get("k_aux") is None:
+        entry["k_aux"] = max(1, d // 2)
     if applies("prefixes", architecture):
         prefixes = entry.get("prefixes") or PREFIX_SHARES
         entry["prefixes"] = _prefixes(
@@ -327,6 +361,11 @@ def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where
         entry["l1_coefficient"] = BY_DEFAULT["l1_coefficient"]
     if applies("penalty_warmup_steps", architecture) and entry.get("penalty_warmup_steps") is None:
         entry["penalty_warmup_steps"] = n_steps // 10
+    resample_at = coerce(entry.get("resample_at", ()), tuple[int, ...], f"{where}.resample_at")
+    if late := [step for step in resample_at if step >= n_steps]:
+        raise ConfigError(
+            f"resample_at {late[0]:,} is not before the run's end, after {n_steps:,} steps; lower it"
+        )
 
 
 def _name_adam(entry: dict[str, Any]) -> None:

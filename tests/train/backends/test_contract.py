@@ -91,11 +91,17 @@ CASES = {
     "batchtopk, fewer above 0": Case(architecture="batchtopk", k=30),
     "batchtopk, latents alike": Case(architecture="batchtopk", k=6, spoil="ties"),
     "batchtopk, a latent for all tokens": Case(architecture="batchtopk", spoil="hot"),
+    "groupmax": Case(architecture="groupmax", k=5, n_dead=4),
+    "groupmax, odd shape": Case(architecture="groupmax", k=7, t=33, d=17, f=91),
+    "bfloat16, groupmax": Case(architecture="groupmax", t=64, d=32, f=64, k=8, dtype=torch.bfloat16),
     "matryoshka": Case(architecture="matryoshka", settings=(("prefixes", (5, 17, 40)),), n_dead=4),
     "matryoshka, topk": Case(
         architecture="matryoshka", settings=(("prefixes", (1, 40)), ("matryoshka_rule", "topk"))
     ),
     "jumprelu": Case(architecture="jumprelu", settings=(("target_l0", 3.0), ("bandwidth", 0.2))),
+    "jumprelu, a share of the thresholds, dead": Case(
+        architecture="jumprelu", n_dead=4, settings=(("target_l0", 3.0),)
+    ),
     "jumprelu, dense and dead": Case(
         architecture="jumprelu",
         n_dead=4,

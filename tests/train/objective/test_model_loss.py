@@ -144,7 +144,7 @@ def oracle(
         w_dec = leaves["w_dec"]
         assert w_dec.grad is not None
         w_dec.grad -= (w_dec.grad * w_dec).sum(1, keepdim=True) * w_dec.detach()
-    return float(total), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return float(total.detach()), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
 CASES: dict[str, dict[str, Any]] = {
