@@ -150,12 +150,12 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
         (CacheConfig, "tokens out batch_size device"),
         (
             TrainConfig,
-            "acts out save_every log_every eval_every eval_tokens eval_losses_every eval_losses_tokens model "
+            "acts with_acts out save_every log_every eval_every eval_tokens eval_losses_every eval_losses_tokens model "
             "n_checkpoints device kernels resume data_ranks latent_ranks profile "
             "log_to_wandb wandb_project wandb_entity run_name wandb_log_frequency wandb_artifacts "
             "log_to_tensorboard",
         ),
-        (AssessConfig, "run acts model out device log_to_wandb"),
+        (AssessConfig, "run acts with_acts model out device log_to_wandb"),
         (ImportConfig, "source out texts dtype shard_rows"),
         (EmbedConfig, "dataset model out dtype device shard_rows"),
         (GenerateConfig, "out batch_size device"),
