@@ -28,12 +28,13 @@ class TrainConfig:
     acts: Path = field(metadata=about("A folder made by `saemill cache`", decides=False))
     out: Path = field(metadata=about("Folder of the run", decides=False))
     site: tuple[str, ...] = setting(
-        (), "Site to train on; repeat or separate by commas", metavar="SITE,…", axis=""
+        (), "Site to train on, or a glob; repeat or separate by commas", metavar="SITE,…", axis=""
     )
     """Required unless each of `variants` names its own."""
     target_site: tuple[str, ...] = setting(
         (),
-        "Site that is predicted from SITE, which makes the SAEs transcoders; one for each SITE, in order",
+        "Site that is predicted from SITE, which makes the SAEs transcoders; one for each SITE, in order; a "
+        "glob for a glob",
         metavar="SITE,…",
     )
     """Of the same store, such as the output of an MLP whose input is SITE."""

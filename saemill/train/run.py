@@ -28,6 +28,7 @@ from saemill.train.points import Points, points_of
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.record.folder import Folder
 from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
+from saemill.train.sites import with_sites
 from saemill.train.stream.feed import Feed
 from saemill.train.stream.loader import Loader
 from saemill.train.stream.scaling import MOST_SCALE, scaling_of
@@ -185,9 +186,9 @@ def _place(
 
 
 def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
-    """Fill in the store's site where none is named and the store has one alone."""
+    """Fill in the sites that globs match, and the store's own where none is named and it has one alone."""
     if config.site or any("site" in entry for entry in config.variants):
-        return config
+        return with_sites(config, store.sites)
     if len(store.sites) != 1:
         has = f"it has {', '.join(store.sites)}" if store.sites else "none of it is finished"
         raise ConfigError(f"name a site of {store.path} with --site; {has}")
