@@ -36,7 +36,7 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
         provenance |= {"model": model, "revision": None}
     revision = provenance.get("revision")
     hook, target = None, None
-    if name != "sparsify":
+    if name != "sparsify" and not sae.config.joined:  # which no format takes
         hook = _hook(sae.site, provenance.get("model"), revision)
         target = _hook(sae.target_site, provenance.get("model"), revision) if sae.is_transcoder else None
     with new(out) as partial:

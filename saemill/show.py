@@ -8,16 +8,16 @@ from saemill.common.log import counted
 from saemill.common.sae import formats
 from saemill.common.sae.formats.circuit_tracer import layers_in
 from saemill.common.sae.parts import place
-from saemill.common.stores import assessments, runs, tokens
+from saemill.common.stores import assessments, diffs, runs, tokens
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.site_records import REPAIR, sites_in
 from saemill.common.stores.tokens import TokenStore
-from saemill.verify import activations_problems, run_problems, tokens_problems
+from saemill.verify import activations_problems, diff_problems, run_problems, tokens_problems
 
 
 def describe(path: Path) -> str:
-    """Describe a token store, an activation store, a run or an SAE in a few lines.
+    """Describe a token store, an activation store, a run, an SAE or a diff in a few lines.
 
     Raises:
         StoreError: the folder is none of them, or is damaged.
@@ -27,11 +27,13 @@ def describe(path: Path) -> str:
         return _describe_run(path)
     if kind == "SAE":
         return _describe_sae(path)
+    if kind == "diff":
+        return _describe_diff(path)
     if kind == "activation store":
         return _describe_activations(ActivationStore(path))
     if kind == "token store":
         return _describe_tokens(TokenStore(path))
-    raise StoreError(f"{path} is no token store, activation store, run or SAE{hint(path)}")
+    raise StoreError(f"{path} is no token store, activation store, run, SAE or diff{hint(path)}")
 
 
 def kind_of(path: Path) -> str | None:
@@ -41,6 +43,8 @@ def kind_of(path: Path) -> str | None:
     if runs.is_run(path):
         return "run"
     names = {file.name for file in path.glob("*")}
+    if diffs.FILE in names:
+        return "diff"
     if names & {"cfg.json", *formats.READERS} or formats.is_layer(path):
         return "SAE"
     if names & {"commits", "passages.parquet"}:
@@ -86,7 +90,7 @@ def _describe_activations(store: ActivationStore) -> str:
     lines += _of_passages(store, store.text) if isinstance(store.text, PassageStore) else _of_tokens(store)
     lines.append(f"  fingerprint {store.fingerprint}")
     for name in store.sites:
-        site = store.site(name)
+        site = store.array(name)
         statistics = site.statistics
         lines.append(
             f"  {name}: D {site.width}, {site.array.n_shards * site.array.shard_bytes / 2**20:,.1f} MiB, "
@@ -154,8 +158,21 @@ def _describe_sae(path: Path) -> str:
     return f"SAE {path}: {config.described}, D {width}" + (f", {of}" if of else "")
 
 
+def _describe_diff(path: Path) -> str:
+    found = diffs.read(path)
+    sides = " and ".join(f"{side.name} (FVU {side.fvu:.3f})" for side in found.sides)
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in found.kinds.items() if n)
+    return "\n".join(
+        [
+            f"diff {path}: {sides}",
+            f"  {found.described}: {kinds}",
+            f"  measured on {counted(found.n_tokens, f'held-out {found.unit}')}",
+        ]
+    )
+
+
 def problems(path: Path) -> list[str]:
-    """List each bad file of a store, a run or an SAE, by size and hash, with the advice.
+    """List each bad file of a store, a run, an SAE or a diff, by size and hash, with the advice.
 
     Raises:
         StoreError: the folder is none of them.
@@ -167,8 +184,10 @@ def problems(path: Path) -> list[str]:
         return formats.problems(path)
     if kind == "token store":
         lines, repair = tokens_problems(path), tokens.REPAIR
+    elif kind == "diff":
+        return [*run_problems(path / diffs.RUN), *diff_problems(path)]
     elif kind == "activation store":
         lines, repair = activations_problems(path), REPAIR
     else:
-        raise StoreError(f"{path} is no token store, activation store, run or SAE{hint(path)}")
+        raise StoreError(f"{path} is no token store, activation store, run, SAE or diff{hint(path)}")
     return [*lines, repair] if lines else []

@@ -273,7 +273,7 @@ def test_errors_are_told_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == (f"error: {tmp_path} is no token store, activation store, run or SAE\n")
+    assert done.stderr == (f"error: {tmp_path} is no token store, activation store, run, SAE or diff\n")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_errors_are_told_without_a_traceback(tmp_path: Path) -> None:
         ),
         (
             ["verify", "no-store"],
-            "no-store is no token store, activation store, run or SAE: there is no such",
+            "no-store is no token store, activation store, run, SAE or diff: there is no such",
         ),
     ],
 )

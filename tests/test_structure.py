@@ -35,11 +35,13 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "pipeline": {"common", "compare", *STAGES},
     "slurm": {"common", "pipeline", "train", "assess"},
     "hub": {"common", "show", "train", "assess"},
+    "diff": {"common", "train", "assess"},
     "commands": {
         *(
             "common",
             "generate",
             "compare",
+            "diff",
             "embeddings",
             "convert",
             "transcoder_set",
@@ -56,21 +58,22 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "__init__": {"common"},
 }
 """What each file or folder of the package imports beside itself."""
-GROUND = {"architectures", "config", "memory", "profile"}
+GROUND = {"architectures", "config", "losses", "memory", "profile"}
 IN_TRAIN = {
     "architectures": set(),
+    "losses": set(),
     "checks": {"architectures", "config"},
-    "config": {"architectures", "checks"},
+    "config": {"architectures", "checks", "losses"},
     "sites": {"config"},
     "profile": set(),
     "memory": set(),
     "batch": set(),
     "stream": set(),
-    "objective": set(),
+    "objective": GROUND,
     "optim": GROUND,
-    "backends": GROUND | {"optim"},
+    "backends": GROUND | {"optim", "objective"},
     "arch": GROUND | {"optim", "backends"},
-    "sweep": GROUND | {"backends"},
+    "sweep": GROUND | {"backends", "checks"},
     "learner": GROUND | {"optim", "backends", "arch", "sweep", "stream", "objective"},
     "record": GROUND | {"learner", "sweep"},
     "watch": GROUND | {"learner"},
@@ -81,6 +84,7 @@ IN_TRAIN = {
     "run": GROUND
     | {
         "backends",
+        "objective",
         "learner",
         "record",
         "stream",

@@ -34,7 +34,10 @@ UNTRAINED = (
     "below the line, not trained: a random dictionary of the best's size and k, and PCA with k directions"
 )
 BY_MEAN_L0 = "; k is the best's mean L0, rounded"
-CUT_COLUMNS = ("variant", "of it", "FVU", "L0")
+CUT_COLUMNS = {"fvu": "FVU", "l0": "L0"}
+"""Metrics of SAEs within an SAE."""
+AT_SITES = {"delta_ce": "ΔCE nats"}
+"""Those of a crosscoder at each of its sites, beside these."""
 PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
 """Characters shown of a passage, in a line of the terminal and on the page; the JSON has all of it."""
 
@@ -76,31 +79,35 @@ def _untrained(assessment: dict[str, Any]) -> str:
 
 
 def cuts(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """List the SAEs within some variants, in the columns of `CUT_COLUMNS`: at each prefix and each k, and
-    whole."""
+    """List the SAEs within some variants, below the titles of the columns: at each prefix and each k, a
+    crosscoder at each of its sites, and whole. Empty where there are none."""
     with_cuts = [entry for entry in entries if entry.get("cuts")]
-    return [
-        [entry["name"], cut["name"], *_fvu_and_l0(cut["metrics"])]
+    known = {name for entry in with_cuts for cut in entry["cuts"] for name in cut["metrics"]}
+    columns = CUT_COLUMNS | {name: title for name, title in AT_SITES.items() if name in known}
+    rows = [
+        [entry["name"], cut["name"], *(_with_interval(cut["metrics"].get(name)) for name in columns)]
         for entry in with_cuts
         for cut in [*entry["cuts"], {"name": "whole", "metrics": entry["metrics"]}]
     ]
+    return [["variant", "of it", *columns.values()], *rows] if rows else []
 
 
-def _fvu_and_l0(metrics: Mapping[str, Figure]) -> list[str]:
-    """Format two figures with their intervals, where they have one."""
-    figures = [metrics[name] for name in ("fvu", "l0")]
-    return [number(figure) + (f" ({interval(figure)})" if interval(figure) else "") for figure in figures]
+def _with_interval(figure: Figure | None) -> str:
+    """Format a figure with its interval, where it has one; an en dash where there is none."""
+    if figure is None:
+        return "–"
+    return number(figure) + (f" ({interval(figure)})" if interval(figure) else "")
 
 
 def _cuts_text(assessment: dict[str, Any]) -> list[str]:
     """Render the SAEs within the variants as a text table; nothing where there are none."""
-    rows = cuts(assessment["variants"])
+    titles, *rows = cuts(assessment["variants"]) or [[]]
     if not rows:
         return []
     shown = Table(title="SAEs within an SAE")
-    for title in CUT_COLUMNS:
-        is_name = title == CUT_COLUMNS[0]
-        justify: JustifyMethod = "left" if title in CUT_COLUMNS[:2] else "right"
+    for i, title in enumerate(titles):
+        is_name = i == 0
+        justify: JustifyMethod = "left" if i < 2 else "right"
         shown.add_column(
             title, no_wrap=not is_name, overflow="fold" if is_name else "ellipsis", justify=justify
         )
@@ -212,7 +219,6 @@ def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, N
         absent=ABSENT,
         by_mean_l0=assessment["variants"][0]["k"] is None,
         cuts=cuts(assessment["variants"]),
-        cut_columns=CUT_COLUMNS,
         charts={title: charts.against_l0(assessment, metric) for metric, title in CHARTS.items()},
         densities=charts.densities(assessment, densities),
         features=assessment["features"],

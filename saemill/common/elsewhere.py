@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from saemill.common import saelens_5
+
 
 class Setting(NamedTuple):
     """A setting of another tool."""
@@ -25,7 +27,9 @@ OFFLINE = "activations are cached once, and every SAE reads them"
 PREFIXES = Setting("`--set train.prefixes=`", "numbers of latents, or shares of F")
 L1 = "of the loss FVU + x · Σ f, in units in which E‖x‖² = 1; with relu and gated"
 PENALTY_WARMUP = Setting("`--set train.penalty_warmup_steps=`", "a 10th of the run by default")
-BANDWIDTH = Setting("`--set train.bandwidth=`", "where E‖x‖² = 1; with jumprelu")
+BANDWIDTH = Setting(
+    "`--set train.bandwidth=`", "where E‖x‖² = 1; half of each threshold by default; with jumprelu"
+)
 TARGET_SITE = Setting(
     "`--set train.target_site=`", "the output that is predicted; `--set train.site=` is the module before it"
 )
@@ -75,8 +79,7 @@ SPARSIFY = {
     "init_seeds": Setting("`--seeds`", "theirs works too"),
     "activation": Setting(
         "`--architecture`",
-        "topk, and batchtopk, matryoshka, jumprelu, relu and gated, which sparsify has not; groupmax is not "
-        "there",
+        "topk and groupmax, and batchtopk, matryoshka, jumprelu, relu and gated, which sparsify has not",
     ),
     "normalize_decoder": Setting(
         "", "always; with relu alone rows may be free: `--set train.decoder_rows=free`"
@@ -254,7 +257,7 @@ SAELENS = {
     "l0_warm_up_steps": PENALTY_WARMUP,
     "target_l0": Setting("`--target-l0`", "a list; with jumprelu, 32 by default"),
     "pre_act_loss_coefficient": Setting(
-        "`--set train.preact_coefficient=`", "with jumprelu, of dead latents"
+        "`--set train.preact_coefficient=`", "with jumprelu, of dead latents, in AuxK's place"
     ),
     "jumprelu_init_threshold": Setting("", "the threshold that the target L0 passes at the start"),
     "jumprelu_bandwidth": BANDWIDTH,
@@ -281,6 +284,7 @@ SAELENS = {
     "model_batch_size": Setting("`--set cache.batch_size=`", "rows per forward pass"),
     "new_cached_activations_path": Setting("`saemill cache -o`", "or `--save-dir`"),
     "buffer_size_gb": Setting("`--set cache.shard_tokens=`", "in tokens"),
+    **{name: Setting(*row) for name, row in saelens_5.ROWS.items()},
 }
 """SAELens' settings, of all its runners and of the SAEs it trains."""
 
@@ -330,7 +334,7 @@ DICTIONARY_LEARNING = {
     "target_l0": Setting("`--target-l0`", "a list; 32 by default, theirs 20"),
     "bandwidth": BANDWIDTH,
     "sparsity_penalty": Setting(
-        "", "1, their default; `--set train.sparsity_penalty=` is the kind of penalty, not its weight"
+        "", "2, theirs 1; `--set train.sparsity_penalty=` is the kind of penalty, not its weight"
     ),
     "seed": Setting("`--seeds`", "a list"),
     "wandb_name": Setting("`--run-name`", "the group of the runs"),
@@ -343,7 +347,10 @@ DICTIONARY_LEARNING = {
         ("p_end", "anneal_start", "anneal_end", "n_sparsity_updates", "sparsity_queue_length"), ANNEALING
     ),
     "sparsity_warmup_steps": PENALTY_WARMUP,
-    "resample_steps": Setting("", "the auxiliary loss revives dead latents: `--auxk-alpha`"),
+    "resample_steps": Setting(
+        "`--set train.resample_at=`",
+        "the steps themselves, where theirs is the number between two; with relu",
+    ),
     # ActivationBuffer
     "model": Setting("`MODEL`", "the first argument of `saemill run`"),
     "submodule": Setting("`--sites`", "`--sites layers.6.mlp`"),

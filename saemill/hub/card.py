@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import CardData, ModelCardData, RepoCard
 
-from saemill.assess.report import CUT_COLUMNS, cuts, interval
+from saemill.assess.report import cuts, interval
 from saemill.assess.sums import number
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
@@ -71,14 +71,14 @@ def model_card(
 
 def _within(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Render the table of the SAEs within the SAEs; nothing where there are none."""
-    lines = cuts(entries)
+    titles, *lines = cuts(entries) or [[]]
     if not lines:
         return []
     about = (
         "The first latents of a Matryoshka SAE are an SAE themselves, `sae.prefix(n)`; one that was trained "
-        "for several k is used at another by `sae.at_k(k)`:"
+        "for several k is used at another by `sae.at_k(k)`; a crosscoder has figures at each of its sites:"
     )
-    return [about, rows([CUT_COLUMNS, *([span(name), *cells] for name, *cells in lines)])]
+    return [about, rows([titles, *([span(name), *cells] for name, *cells in lines)])]
 
 
 def _place(cfg: Mapping[str, Any]) -> str:
@@ -253,7 +253,9 @@ def _sparsify(repo: str, variant: str) -> list[str]:
 
 def _load(repo: str, variant: str, cfg: Mapping[str, Any]) -> str:
     """Show how each tool that has SAEs of the kind reads one."""
-    address = f"hf://{repo}/{variant}"
+    address, joined = f"hf://{repo}/{variant}", cfg.get("joined", ())
+    sites = " and ".join(span(part["site"]) for part in joined)
+    side_by_side = f", those of {sites} side by side" if joined else ""
     tools = kinds.tools(cfg)
     decode = "reconstruction = sae.decode(top_acts, top_indices)  # [T, D]"
     if kinds.is_transcoder(cfg):
@@ -261,7 +263,7 @@ def _load(repo: str, variant: str, cfg: Mapping[str, Any]) -> str:
     exported = [tool for tool in tools if tool in EXAMPLES]
     return "\n\n".join(
         [
-            "`x` holds activations [T, D], fp32. With saemill:",
+            f"`x` holds activations [T, D]{side_by_side}, fp32. With saemill:",
             code(
                 "python",
                 "from saemill import Sae\n\n"

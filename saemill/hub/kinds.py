@@ -11,6 +11,7 @@ ADJECTIVES = {
     "topk": "TopK ",
     "batchtopk": "BatchTopK ",
     "matryoshka": "Matryoshka ",
+    "groupmax": "GroupMax ",
     "jumprelu": "JumpReLU ",
     "relu": "ReLU ",
     "gated": "Gated ",
@@ -19,6 +20,14 @@ TAKES = {
     "sparse autoencoder": "the SAEs take it as the model produces it",
     "transcoder": "a transcoder takes the first as the model produces it, and predicts the second",
 }
+FORMULAS = {
+    "groupmax": "f = ReLU(z) where it is the largest of its group of F/k, with z = {z}",
+    "topk": "f = ReLU(TopK({z}))",
+    "threshold": "f = z · 1[z > θ] with z = {z} and a threshold θ per latent",
+}
+"""Choice of the active latents, by kind."""
+WHERE = {"groupmax": "{} of GroupMax", "topk": "{} where there is a k", "threshold": "else {}"}
+"""The same of SAEs beside those of another kind."""
 
 
 def architecture(cfg: Cfg) -> str:
@@ -81,12 +90,11 @@ def formula(saes: Mapping[str, Cfg]) -> str:
         others = {name: cfg for name, cfg in saes.items() if name not in transcoders}
         return f"an SAE {formula(others)}; a transcoder {formula(transcoders)}"
     z = "W_enc x + b_enc" if transcoders else "W_enc (x − b_dec) + b_enc"
-    used = {has_k(cfg) for cfg in saes.values()}
-    with_k = f"f = ReLU(TopK({z}))"
-    with_thresholds = f"f = z · 1[z > θ] with z = {z} and a threshold θ per latent"
-    codes = with_k if used == {True} else with_thresholds
-    if len(used) == 2:
-        codes = f"{with_k} where there is a k, else {with_thresholds}"
+    used = {_kind(cfg) for cfg in saes.values()}
+    of_kind = {kind: words.format(z=z) for kind, words in FORMULAS.items() if kind in used}
+    codes = ", ".join(
+        words if len(used) == 1 else WHERE[kind].format(words) for kind, words in of_kind.items()
+    )
     skips = {cfg["skip_connection"] for cfg in saes.values()}
     skip = (
         " + W_skip x" if skips == {True} else " + W_skip x where there is a W_skip" if True in skips else ""
@@ -95,11 +103,20 @@ def formula(saes: Mapping[str, Cfg]) -> str:
 
 
 def tools(cfg: Cfg) -> list[str]:
-    """List the other tools that have an SAE of this kind."""
+    """List the other tools that have an SAE of this kind; none has a crosscoder."""
+    if cfg.get("joined"):
+        return []
     of_one_width = cfg.get("d_out", cfg["d_in"]) == cfg["d_in"]
     has = {
         "sparsify": has_k(cfg) and of_one_width,
-        "saelens": not (is_transcoder(cfg) and has_k(cfg)),
-        "dictionary_learning": not is_transcoder(cfg),
+        "saelens": not (is_transcoder(cfg) and has_k(cfg)) and _kind(cfg) != "groupmax",
+        "dictionary_learning": not is_transcoder(cfg) and _kind(cfg) != "groupmax",
     }
     return [tool for tool, does in has.items() if does]
+
+
+def _kind(cfg: Cfg) -> str:
+    """Return the kind of an SAE, of `FORMULAS`."""
+    if not has_k(cfg):
+        return "threshold"
+    return "groupmax" if architecture(cfg) == "groupmax" else "topk"

@@ -2,9 +2,11 @@
 
 from typing import Literal
 
-Architecture = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "relu", "gated"]
-BY_K = ("topk", "batchtopk", "matryoshka")
+Architecture = Literal["topk", "batchtopk", "matryoshka", "groupmax", "jumprelu", "relu", "gated"]
+BY_K = ("topk", "batchtopk", "matryoshka", "groupmax")
 """Architectures that keep a given number of latents."""
+WITH_AUXK = (*BY_K, "jumprelu")
+"""Architectures whose dead latents fit the residual."""
 BY_L1 = ("relu", "gated")
 """Architectures whose codes are kept small by a penalty on their sum."""
 

@@ -39,6 +39,7 @@ KINDS = {
         OTHER, architecture="jumprelu", target_l0=5.0, bandwidth=0.1, preact_coefficient=0.01
     ),
     "relu": replace(OTHER, architecture="relu", l1_coefficient=0.02, decoder_rows="free"),
+    "relu, resampled": replace(OTHER, architecture="relu", l1_coefficient=0.1, resample_at=(4, 5)),
     "gated": replace(OTHER, architecture="gated", l1_coefficient=0.02),
     "transcoder": replace(BASE, target_site="t"),
     "skip transcoder": replace(

@@ -23,6 +23,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "muon, average": MUON | {"weight_average": 0.9},
     "adam, average, cosine": {"weight_average": 0.9, "lr_schedule": "cosine"},
     "jumprelu, average": {"architecture": ("jumprelu",), "k": (32,), "weight_average": 0.9},
+    "relu, resampled, average": {
+        "architecture": ("relu",),
+        "k": (32,),
+        "resample_at": (6, 12),
+        "l1_coefficient": (0.5,),
+        "weight_average": 0.9,
+    },
+    "relu, resampled, muon": MUON
+    | {"architecture": ("relu",), "k": (32,), "resample_at": (6, 12), "l1_coefficient": (0.5,)},
     "jumprelu, signum": SIGNUM | {"architecture": ("jumprelu",), "k": (32,), "target_l0": (4.0,)},
 }
 

@@ -31,7 +31,10 @@ from saemill.train.sweep.variants import auto_lr, resolve
         {"kernels": "torch"},
         {"kernels": "numba"},
         {"kernels": "numba", "precision": "bf16"},
-        {"architecture": ("batchtopk", "matryoshka", "jumprelu", "relu", "gated"), "target_l0": (4.0,)},
+        {
+            "architecture": ("batchtopk", "matryoshka", "groupmax", "jumprelu", "relu", "gated"),
+            "target_l0": (4.0,),
+        },
         {"k": (4,), "nested_k": (1, 2), "k_anneal_steps": 12},
     ],
     ids=str,

@@ -3,6 +3,7 @@
     z = W_enc (x − b_dec) + b_enc,    x̂ = W_decᵀ f + b_dec
 
     f = ReLU(TopK_k(z)),    after Gao et al. 2024, or
+    f = ReLU(z) where it is the largest of its group, of k groups of consecutive latents: GroupMax, or
     f = z · 1[z > θ],       a threshold per latent: JumpReLU, and in other values ReLU, BatchTopK and Gated
 
 A transcoder predicts the activations y of another site from x. It subtracts nothing from x, and may have a
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from saemill.common.errors import ConfigError, DataError
 from saemill.common.sae import formats
 from saemill.common.sae.above import above
+from saemill.common.sae.groupmax import groupmax
 from saemill.common.sae.parts import Parts, SaeConfig
 from saemill.common.sae.topk import topk
 
@@ -190,8 +192,8 @@ class Sae(nn.Module):
             raise DataError(f"activations must be a tensor or an array of numbers: {error}") from error
 
     def encode(self, x: Tensor | ArrayLike) -> Encoded:
-        """Select the active latents of each token: the k largest pre-activations, negative ones set to 0, or
-        those above their thresholds.
+        """Select the active latents of each token: the k largest pre-activations, or the largest of each of k
+        groups, negative ones set to 0, or those above their thresholds.
 
         Args:
             x: [..., D], a tensor or what numpy takes for an array.
@@ -206,7 +208,8 @@ class Sae(nn.Module):
         pre_TF = pre.flatten(0, -2) if pre.dim() > 1 else pre[None]
         if self.threshold is None:
             assert self.config.k is not None
-            values, indices = topk(pre_TF, self.config.k)
+            choose = groupmax if self.config.architecture == "groupmax" else topk
+            values, indices = choose(pre_TF, self.config.k)
         else:
             self._check_if_not_finite(self.threshold)
             values, indices = above(pre_TF, self.threshold)

@@ -41,7 +41,8 @@ class Gated:
 
     def rule(self, p: Parameters) -> Above:
         """Return the rule by which pre-activations, those of the gate, become codes."""
-        return Above(torch.zeros_like(p.b_enc_F))
+        zeros_F = torch.zeros_like(p.b_enc_F)
+        return Above(zeros_F, zeros_F)
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does, with a bias of the gate that `initial.start_l0` latents per token pass."""
@@ -98,3 +99,11 @@ class Gated:
         factor_F, b_mag_F = p.further_F["r_mag"].exp(), p.further_F["b_mag"]
         threshold_F = (b_mag_F - factor_F * p.b_enc_F).clamp(min=0)
         return Inference(None, threshold_F, p.w_enc_FD * factor_F[:, None], b_mag_F, p.w_dec_FD)
+
+    def restore(self, p: Parameters, form: Inference) -> None:
+        """Start as a finished SAE with thresholds: with r = 0 the gate is open where z − θ > 0. Which r its
+        training ended with is not known afterwards; none changes what it computes."""
+        assert form.threshold_F is not None
+        initial.restored(p, form)
+        p.b_enc_F.copy_(form.b_enc_F - form.threshold_F)
+        p.further_F["b_mag"].copy_(form.b_enc_F)

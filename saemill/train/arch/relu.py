@@ -44,7 +44,8 @@ class Relu:
 
     def rule(self, p: Parameters) -> Above:
         """Return the rule by which pre-activations become codes."""
-        return Above(torch.zeros_like(p.b_enc_F))
+        zeros_F = torch.zeros_like(p.b_enc_F)
+        return Above(zeros_F, zeros_F)
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does, with a bias that `initial.start_l0` latents per token pass."""
@@ -90,3 +91,7 @@ class Relu:
         norm_F = p.w_dec_FD.norm(dim=1).clamp(min=1e-12)
         w_enc_FD, w_dec_FD = p.w_enc_FD * norm_F[:, None], p.w_dec_FD / norm_F[:, None]
         return Inference(None, torch.zeros_like(norm_F), w_enc_FD, p.b_enc_F * norm_F, w_dec_FD)
+
+    def restore(self, p: Parameters, form: Inference) -> None:
+        """Start as a finished SAE."""
+        initial.restored(p, form)

@@ -14,6 +14,13 @@ class Largest(NamedTuple):
     k: int
 
 
+class LargestOfGroups(NamedTuple):
+    """The rule of GroupMax: of each of k groups of F/k consecutive latents the largest pre-activation,
+    rectified."""
+
+    k: int
+
+
 class BatchLargest(NamedTuple):
     """The rule of BatchTopK: the k · T largest pre-activations of a batch, rectified."""
 
@@ -25,11 +32,16 @@ class Above(NamedTuple):
     """The rule of thresholds: pre-activations above those of their latents."""
 
     threshold_F: Tensor
-    bandwidth: float = 0.0
-    """Width around a threshold in which pre-activations count for its gradient."""
+    bandwidth_F: Tensor
+    """Widths around the thresholds in which pre-activations count for their gradients; 0 where none does."""
+
+    @property
+    def floor_F(self) -> Tensor:
+        """Return the pre-activations from which a step looks at a latent."""
+        return self.threshold_F - self.bandwidth_F / 2
 
 
-Rule = Largest | BatchLargest | Above
+Rule = Largest | LargestOfGroups | BatchLargest | Above
 """How pre-activations become codes."""
 
 

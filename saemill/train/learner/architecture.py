@@ -2,16 +2,16 @@
 
 from saemill.train.arch.batchtopk import BatchTopK
 from saemill.train.arch.gated import Gated
+from saemill.train.arch.groupmax import GroupMax
 from saemill.train.arch.jumprelu import JumpRelu
 from saemill.train.arch.relu import Relu
 from saemill.train.arch.topk import MULTI, TopK
-from saemill.train.backends.architecture import Architecture, Auxiliary
+from saemill.train.backends.architecture import Architecture, Auxiliary, Pull
 from saemill.train.sweep.variants import Variant
 
-TARGET_WEIGHT = 1.0
-"""Weight of (L0/L0* − 1)² beside FVU, as in dictionary_learning."""
-BANDWIDTH = 0.001
-"""ε of JumpReLU where E‖x‖² = 1 (arXiv 2408.05147)."""
+TARGET_WEIGHT = 2.0
+"""Weight of (L0/L0* − 1)² beside FVU, at which L0 ends 1 to 3% above its target; with dictionary_learning's 1
+it is 4%, with 4 FVU is higher: docs/recipes.md."""
 
 
 def architecture_of(variant: Variant, d: int) -> Architecture:
@@ -23,6 +23,7 @@ def architecture_of(variant: Variant, d: int) -> Architecture:
     """
     v, name = variant, variant.architecture
     warmup_steps = v.penalty_warmup_steps or 0
+    auxiliary = Auxiliary(v.k_aux or 1, v.auxk_alpha) if v.auxk_alpha else None
     if name == "relu":
         return Relu(v.l1_coefficient or 0.0, v.lp_norm, v.decoder_rows == "unit", warmup_steps)
     if name == "gated":
@@ -30,19 +31,20 @@ def architecture_of(variant: Variant, d: int) -> Architecture:
     if name == "jumprelu":
         coefficient = TARGET_WEIGHT if v.l0_coefficient is None else v.l0_coefficient
         return JumpRelu(
-            bandwidth=v.bandwidth or BANDWIDTH,
+            bandwidth=v.bandwidth,
             target_l0=v.target_l0,
             coefficient=coefficient,
             penalty=v.sparsity_penalty,
-            preact=v.preact_coefficient,
+            auxiliary=Pull(v.preact_coefficient) if v.preact_coefficient else auxiliary,
             most_density=v.most_density,
             warmup_steps=warmup_steps,
         )
-    auxiliary = Auxiliary(v.k_aux or 1, v.auxk_alpha) if v.auxk_alpha else None
     k_start, k = (
         (min(d, v.num_latents // (MULTI if v.multi_topk else 1)) if v.k_anneal_steps else 0),
         v.k or 0,
     )
+    if name == "groupmax":
+        return GroupMax(round(k), auxiliary)
     if name == "topk":
         return TopK(round(k), auxiliary, v.nested_k, v.multi_topk, k_start, v.k_anneal_steps)
     of_each_token = name == "matryoshka" and v.matryoshka_rule == "topk"

@@ -24,3 +24,7 @@ class WeightAverage:
         weight = (1 - self.decay) / (1 - self.decay**n_steps)
         for name, value in self.values.items():
             value.lerp_(self.parameters[name], weight)
+
+    def forget(self, name: str, rows_S: Tensor) -> None:
+        """Begin anew with rows that were replaced: what they were before counts no more."""
+        self.values[name][rows_S] = self.parameters[name][rows_S]

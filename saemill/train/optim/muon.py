@@ -80,6 +80,13 @@ class Muon:
             p.sub_(orthogonalised(direction_FD, n_rows, group), alpha=self.lr * scale)
         return True
 
+    def forget(self, name: str, rows_S: Tensor) -> None:
+        """Begin anew with rows that were replaced: their momentum is 0."""
+        if name in self.momentum:
+            self.momentum[name][rows_S] = 0
+        else:
+            self.vectors.forget(name, rows_S)
+
     def averages(self) -> None:
         """Return none: the weights are used as they are."""
 

@@ -34,6 +34,9 @@ class Optimizer(Protocol):
         Returns: whether weights were changed, whose copies and lengths are then to be renewed.
         """
 
+    def forget(self, name: str, rows_S: Tensor) -> None:
+        """Begin anew with rows of a parameter that were replaced; int64 numbers."""
+
     def averages(self) -> Mapping[str, Tensor] | None:
         """Compute the weights that the SAE has after training; None where they are those in training."""
 
@@ -95,6 +98,11 @@ class Adam:
         """Do nothing: every row is stepped already."""
         return False
 
+    def forget(self, name: str, rows_S: Tensor) -> None:
+        """Begin anew with rows that were replaced: their moments are 0."""
+        for tensor in (*self.first[name].tensors(), *self.second[name].tensors()):
+            tensor[rows_S] = 0
+
     def averages(self) -> None:
         """Return none: the weights are used as they are."""
 
@@ -129,6 +137,10 @@ class Sgd:
     def end_step(self) -> bool:
         """Do nothing: every row is stepped already."""
         return False
+
+    def forget(self, name: str, rows_S: Tensor) -> None:
+        """Begin anew with rows that were replaced: their momentum is 0."""
+        self.momentum[name][rows_S] = 0
 
     def averages(self) -> None:
         """Return none: the weights are used as they are."""

@@ -55,6 +55,10 @@ class Signum:
         """Do nothing: every row is stepped already."""
         return False
 
+    def forget(self, name: str, rows_S: Tensor) -> None:
+        """Begin anew with rows that were replaced: z and the average are where they are."""
+        self.z[name][rows_S] = self.parameters[name][rows_S]
+
     def averages(self) -> dict[str, Tensor]:
         """Compute x."""
         return {name: p.lerp(self.z[name], 1 - 1 / MOMENTUM) for name, p in self.parameters.items()}

@@ -219,7 +219,7 @@ def test_export_and_import_give_the_same_sae(tmp_path: Path, name: str, dtype: t
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("sparsify", {"activation": "groupmax"}, "activation must be one of topk, jumprelu, got 'groupmax'"),
+        ("sparsify", {"activation": "maxout"}, "activation must be one of topk, groupmax, jumprelu, got"),
         ("sparsify", {"transcode": 1}, "transcode must be true or false, got 1"),
         ("sparsify", {"transcode": True, "d_out": 13}, r"W_dec must be \(40, 13\)"),
         ("sparsify", {"transcode": True, "skip_connection": True}, r"W_skip must be \(12, 12\)"),

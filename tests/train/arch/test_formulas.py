@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saemill.train.arch.batchtopk import BatchTopK
 from saemill.train.arch.gated import Gated
+from saemill.train.arch.groupmax import GroupMax
 from saemill.train.arch.jumprelu import JumpRelu
 from saemill.train.arch.relu import Relu
 from saemill.train.arch.topk import TopK
@@ -105,11 +106,22 @@ def test_several_k(weights: dict[str, Tensor]) -> None:
     same(weights, TopK(3, multi=True), (), lambda x, **p: error(3, x, **p) + error(12, x, **p) / 8)
 
 
+def test_groupmax(weights: dict[str, Tensor]) -> None:
+    """Oracle: sparsify's activation: the maximum of each of k equal slices of the latents, rectified."""
+
+    def formula(x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b: Tensor) -> Tensor:
+        pre = torch.relu((x - b) @ w_enc.T + b_enc)
+        largest = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in pre.split(F // 5, 1)], 1)
+        return (x - (pre * (pre == largest)) @ w_dec - b).square().sum()
+
+    same(weights, GroupMax(5), (), formula)
+
+
 class Jump(torch.autograd.Function):
     """z · 1[z > θ] with the paper's pseudo-derivative of θ (equation 11)."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, theta: Tensor, width: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, theta: Tensor, width: Tensor) -> Tensor:
         ctx.save_for_backward(z, theta)
         ctx.width = width
         return z * (z > theta)
@@ -125,7 +137,7 @@ class Step(torch.autograd.Function):
     """1[z > θ] with the paper's pseudo-derivative of θ (equation 12)."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, theta: Tensor, width: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, theta: Tensor, width: Tensor) -> Tensor:
         ctx.save_for_backward(z, theta)
         ctx.width = width
         return (z > theta).to(z.dtype)
@@ -138,10 +150,15 @@ class Step(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("target", [None, 4.0])
-def test_jumprelu(weights: dict[str, Tensor], target: float | None) -> None:
-    """Oracle: arXiv 2407.14435, equations 10 to 12, by autograd functions; a target as in other trainers."""
-    width, lam = 0.4, 0.07
+@pytest.mark.parametrize("bandwidth", [None, 0.4])
+def test_jumprelu(weights: dict[str, Tensor], target: float | None, bandwidth: float | None) -> None:
+    """Oracle: arXiv 2407.14435, equations 10 to 12, by autograd functions; a target as in other trainers. The
+    kernel is half as wide as each threshold, where it has no width of its own."""
+    lam = 0.07
+    weights["threshold"][3] = 0
     theta = weights["threshold"] * D**0.5
+    width_F = theta / 2 if bandwidth is None else torch.full_like(theta, bandwidth * D**0.5)
+    width_F[3] = width_F[3].clamp(min=0.001 * D**0.5)
     pre = (weights["x"] - weights["b"]) @ weights["w_enc"].T + weights["b_enc"]
     count_F = (pre > theta).double().sum(0)
 
@@ -149,14 +166,14 @@ def test_jumprelu(weights: dict[str, Tensor], target: float | None) -> None:
         x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b: Tensor, threshold: Tensor
     ) -> Tensor:
         z, theta = (x - b) @ w_enc.T + b_enc, threshold * D**0.5
-        codes = Jump.apply(z, theta, width * D**0.5)  # type: ignore[no-untyped-call]
-        steps = Step.apply(z, theta, width * D**0.5)  # type: ignore[no-untyped-call]
+        codes = Jump.apply(z, theta, width_F)  # type: ignore[no-untyped-call]
+        steps = Step.apply(z, theta, width_F)  # type: ignore[no-untyped-call]
         error = (x - codes @ w_dec - b).square().sum()
         if target is None:
             return error + lam * D * steps.sum()
         return error + T * D * lam * (steps.sum() / T / target - 1).square()
 
-    architecture = JumpRelu(width, target, lam)
+    architecture = JumpRelu(bandwidth, target, lam)
     same(weights, architecture, ("threshold",), formula, count_F=count_F, n_active=count_F.sum())
 
 

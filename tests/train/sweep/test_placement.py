@@ -324,7 +324,7 @@ WIDTHS = {"a": 16, "b": 24, "c": 16}
 
 def test_what_needs_whole_saes_is_not_split() -> None:
     """Oracle: by hand: on a GPU there are no kernels for signum, Muon, clipping, and targets of another
-    width; the loops of a CPU have all of them."""
+    width; the loops of a CPU have all of them. Groups of latents are nowhere split."""
     plain = Variant(name="v", site="a", k=4, num_latents=64, lr=1e-2, k_aux=8)
     changed = ({"optimizer": "signum"}, {"optimizer": "muon"}, {"clip_grad_norm": 1.0}, {"target_site": "b"})
     for changes in changed:
@@ -338,3 +338,9 @@ def test_what_needs_whole_saes_is_not_split() -> None:
     alike = [plain, replace(plain, target_site="c")]
     assert allowed_latent_ranks(2, alike, "triton", WIDTHS) == 2
     assert allowed_latent_ranks(None, [plain], "triton", WIDTHS) is None
+    grouped = [plain, replace(plain, architecture="groupmax")]
+    assert allowed_latent_ranks(None, grouped, "numba", WIDTHS) == 1
+    with pytest.raises(
+        ConfigError, match="latent_ranks 2: multi_topk, nested_k and groupmax need all latents"
+    ):
+        allowed_latent_ranks(2, grouped, "numba", WIDTHS)

@@ -33,7 +33,7 @@ def test_each_architecture_has_its_own_axes() -> None:
     ]
     topk, jumprelu, relu = every[0], every[4], every[6]
     assert (topk.k_aux, topk.target_l0, topk.l1_coefficient) == (D // 2, None, None)
-    assert (jumprelu.k, jumprelu.k_aux, jumprelu.penalty_warmup_steps) == (None, None, 10)
+    assert (jumprelu.k, jumprelu.k_aux, jumprelu.penalty_warmup_steps) == (None, D // 2, 10)
     assert (relu.l1_coefficient, relu.k) == (
         TrainConfig.__dataclass_fields__["l1_coefficient"].default[0],
         None,
@@ -101,3 +101,24 @@ def test_an_annealed_k_asks_for_no_more_latents_than_there_are() -> None:
     (variant,) = variants(k=(2,), multi_topk=True, k_anneal_steps=9, num_latents=(24,))
     architecture = architecture_of(variant, D)
     assert architecture.at(0).groups == Groups((6, 24), (1.0, 1 / 8), by_rank=True, shown=0)
+
+
+def test_groups_hold_all_latents() -> None:
+    """Oracle: the message, which names both numbers; a k that divides them is taken."""
+    assert variants(architecture=("groupmax",), k=(16,))[0].name == "a-groupmax-k16-f64-s0"
+    with pytest.raises(
+        ConfigError, match=r"k must divide the number of latents of groupmax, .* got k 7 and 64"
+    ):
+        variants(architecture=("groupmax",), k=(7,))
+    with pytest.raises(ConfigError, match=r"got 2\.5; batchtopk takes a mean"):
+        variants(architecture=("groupmax",), k=(2.5,))
+
+
+def test_dead_latents_begin_again_within_the_run() -> None:
+    """Oracle: the message; relu alone takes the steps."""
+    relu, topk = variants(architecture=("relu", "topk"), resample_at=(50, 99))
+    assert (relu.resample_at, topk.resample_at) == ((50, 99), ())
+    with pytest.raises(ConfigError, match="resample_at 100 is not before the run's end, after 100 steps"):
+        variants(architecture=("relu",), resample_at=(50, 100))
+    with pytest.raises(ConfigError, match="resample_at has no effect with topk"):
+        variants(resample_at=(50,))

@@ -134,6 +134,11 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None, target
         DiskError: the disk is full, or the folder may not be written to.
     """
     parts.check_finite("the SAE", DataError)
+    if parts.config.joined:
+        sites = " and ".join(part.site for part in parts.config.joined)
+        raise ConfigError(
+            f"{name} cannot say that an SAE is a crosscoder, over {sites}; it is loaded with Sae.load"
+        )
     if name == "sparsify":
         if parts.threshold is not None:
             raise ConfigError(
@@ -146,6 +151,8 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None, target
                 f"{parts.config.d_out}"
             )
         sparsify.write(parts, folder)
+    elif parts.config.architecture == "groupmax" and name in NAMES:
+        raise ConfigError(f"{name} has no GroupMax; export it as sparsify")
     elif name == "saelens":
         saelens.write(parts, folder, hook, target)
     elif name == "dictionary_learning":

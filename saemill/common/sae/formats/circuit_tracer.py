@@ -195,6 +195,8 @@ def check(transcoders: Sequence[Parts]) -> None:
     """
     first = transcoders[0]
     for layer, parts in enumerate(transcoders):
+        if parts.config.architecture == "groupmax":
+            raise ConfigError(f"{NAME} has no GroupMax, got one at layer {layer}; export it as sparsify")
         if parts.config.d_out != parts.config.d_in:
             raise ConfigError(
                 f"{NAME} has transcoders between sites of one width, got {parts.config.d_in} and "

@@ -6,10 +6,13 @@
 Its encoder is the one of `Sae`. `num_latents` 0 stands for d_in × expansion_factor. What saemill wrote
 carries a seal (`seal`), which is checked. With `transcode` it predicts a module's output from its input.
 
-Two things are saemill's own. `activation` "jumprelu", with `threshold` and no `k`: sparsify has TopK alone,
-and its loader refuses a tensor that it does not know. `d_out`, of a transcoder: its E, which may not be D.
+`activation` is "topk" or "groupmax". Three things are saemill's own. `activation` "jumprelu", with
+`threshold` and no `k`: sparsify has no thresholds, and its loader refuses a tensor that it does not know.
+`d_out`, of a transcoder: its E, which may not be D. `joined`, of a crosscoder: the sites whose vectors follow
+each other in its input, with widths and scales.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from saemill.common.sae.formats.checks import (
     count,
     expect,
     flag,
+    joined,
     noted,
     one_of,
     provenance,
@@ -61,7 +65,7 @@ def read(folder: Path) -> Parts:
         num_latents = count(cfg, "num_latents", file)
     else:
         num_latents = d_in * count(cfg, "expansion_factor", file)
-    activation = one_of(cfg, "activation", ("topk", JUMPRELU), "topk", file)
+    activation = one_of(cfg, "activation", ("topk", "groupmax", JUMPRELU), "topk", file)
     has_threshold = activation == JUMPRELU
     is_transcoder, has_skip = flag(cfg, "transcode", False, file), flag(cfg, "skip_connection", False, file)
     if not is_transcoder:
@@ -73,6 +77,7 @@ def read(folder: Path) -> Parts:
         num_latents=num_latents,
         k=None if has_threshold else count(cfg, "k", file),
         provenance=provenance("sparsify", cfg, own, file, **_known(folder, is_transcoder)),
+        joined=joined(cfg, file),
         **traits(cfg, activation, file),
     )
     weights = read_tensors(folder / WEIGHTS)
@@ -129,7 +134,8 @@ def write(parts: Parts, folder: Path) -> str:
         n_bytes, xxh3 = partial.stat().st_size, durable.hash_file(partial)
     config = parts.config
     norms = parts.W_dec.detach().float().norm(dim=1)
-    activation = "topk" if parts.threshold is None else JUMPRELU
+    by_k = "groupmax" if config.architecture == "groupmax" else "topk"
+    activation = by_k if parts.threshold is None else JUMPRELU
     cfg = {
         "activation": activation,
         "expansion_factor": config.num_latents / config.d_in,
@@ -141,6 +147,7 @@ def write(parts: Parts, folder: Path) -> str:
         "transcode": config.d_out is not None,
         "d_in": config.d_in,
         **({} if config.d_out is None else {"d_out": config.d_out}),
+        **({"joined": [asdict(part) for part in config.joined]} if config.joined else {}),
         **noted(config, activation),
         "saemill": config.provenance,
     }

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from saemill.common.sae.groupmax import groupmax
 from saemill.common.sae.topk import topk
 from saemill.train.backends.architecture import Slopes
 from saemill.train.backends.auxk import DeadRows
@@ -102,6 +103,23 @@ class Cpu(Sparse):
                 val_TK.copy_(values_TK)
 
         self._score(batch, weights, bias_F, find)
+        return codes
+
+    @one_in_torch()
+    def largest_of_groups(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
+        """Find codes, as `Sparse.largest_of_groups`, of pre-activations rounded to the product's dtype."""
+        n_tokens, n_latents, bias = len(batch.x_TD), len(bias_F), bias_F.to(self.dtype)
+        codes = Codes(torch.empty(n_tokens, k), torch.empty(n_tokens, k, dtype=torch.int64))
+
+        def find(piece: slice, _thread: int) -> None:
+            with region("encode"):
+                pre_TF = torch.addmm(bias, batch.product_TD[piece], weights.product_FD.T)
+            with region("top-k"):
+                values_TK, codes.idx_TK[piece] = groupmax(pre_TF, k)
+                codes.val_TK[piece] = values_TK
+
+        most_tokens = max(1, CHUNK_BYTES // (self.dtype.itemsize * n_latents))
+        each(_pieces(n_tokens, min(CHUNK_TOKENS, most_tokens)), find)
         return codes
 
     @one_in_torch()

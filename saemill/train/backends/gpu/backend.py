@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saemill.common.sae.groupmax import groupmax
 from saemill.common.sae.topk import topk
 from saemill.train.backends.architecture import Slopes
 from saemill.train.backends.auxk import DeadRows
@@ -78,6 +79,16 @@ class Gpu(Sparse):
         for chunk, pre_TF in self._pre_activations(batch, weights, bias_F):
             with region("top-k"):
                 val_TK[chunk], idx_TK[chunk] = select(pre_TF, k)
+        return Codes(val_TK, idx_TK)
+
+    def largest_of_groups(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
+        """Find codes by torch's own maxima, as `Sparse.largest_of_groups`; idx_TK is int32."""
+        n_tokens, device = len(batch.x_TD), bias_F.device
+        val_TK = torch.empty(n_tokens, k, device=device)
+        idx_TK = torch.empty(n_tokens, k, dtype=torch.int32, device=device)
+        for chunk, pre_TF in self._pre_activations(batch, weights, bias_F):
+            with region("top-k"):
+                val_TK[chunk], idx_TK[chunk] = groupmax(pre_TF, k)
         return Codes(val_TK, idx_TK)
 
     def above(
