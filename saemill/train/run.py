@@ -225,7 +225,7 @@ def _place(
 
 
 def _with_site(config: TrainConfig, store: ActivationStore, sources: Sources) -> TrainConfig:
-    """Fill in sites: those that globs match; of what SAEs start from, or the store's one, where none is named."""
+    """Fill in sites: what globs match; where none is named, those of what SAEs start from, or the only one."""
     if config.site or any("site" in entry for entry in config.variants):
         return with_sites(config, store.sites)
     if of_sources := sites_of(sources):
