@@ -66,7 +66,8 @@ bench-pipeline: $(VENV)/ready
 bench-others: $(VENV)/ready $(VENV)-peers/ready
 	$(BIN)/python -m benchmarks.evaluate.others '$(RUN)' '$(TOKENS)' -o bench-run/others
 
-# sparsify, SAELens, SAEBench and dictionary_learning, which tests and benchmarks run beside saemill.
+# sparsify, SAELens, SAEBench, dictionary_learning and circuit-tracer, which tests and benchmarks run beside
+# saemill.
 $(VENV)-peers/ready: peers-requirements.txt
 	$(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/pip install --quiet '$(TORCH)'

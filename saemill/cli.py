@@ -36,7 +36,7 @@ for function in (
     tracking.track,
     *(exchange.export, exchange.import_),
     *(hub.push, hub.pull),
-    *(studies.generate, studies.compare),
+    *(studies.generate, studies.compare, studies.diff),
     *(cluster.submit, cluster.status),
 ):
     app.command(function.__name__.strip("_").replace("_", "-"), cls=Command)(function)

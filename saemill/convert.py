@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError
@@ -19,7 +20,7 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
 
     Args:
         path: an SAE's folder, or hf://user/repo/folder.
-        name: the format.
+        name: the format; not circuit-tracer, whose sets `saemill.transcoder_set` writes.
         out: where to; a new or empty folder.
         model: hub id or folder of the model, if not where it was cached from.
 
@@ -28,19 +29,20 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
         ConfigError: an unknown format, an output in use, or a model that cannot be found.
         DiskError: the disk is full, or the folder may not be written to.
     """
-    _check_new(out)
+    check_new(out)
     sae = Sae.load(path)
     provenance = sae.config.provenance
     if model:
         provenance |= {"model": model, "revision": None}
     revision = provenance.get("revision")
     hook, target = None, None
-    if name != "sparsify":
+    if name != "sparsify" and not sae.config.joined:  # which no format takes
         hook = _hook(sae.site, provenance.get("model"), revision)
         target = _hook(sae.target_site, provenance.get("model"), revision) if sae.is_transcoder else None
-    with _new(out) as partial:
+    with new(out) as partial:
         formats.save(sae.parts, name, partial, hook, target)
-    say(f"{out}: {name}, {sae.config.described}" + (f", {hook.name}" if hook else ""))
+    places = " → ".join(place.name for place in (hook, target) if place)
+    say(f"{out}: {name}, {sae.config.described}" + (f", {places}" if places else ""))
 
 
 def _hook(site: str | None, model: str | None, revision: str | None) -> Hook | None:
@@ -48,23 +50,33 @@ def _hook(site: str | None, model: str | None, revision: str | None) -> Hook | N
     if site is None or model is None:
         say("no hook name is written: the SAE's folder does not tell its site and model")
         return None
-    try:
-        model_type = load_model_config(model, revision).model_type
-    except ConfigError as error:
-        raise ConfigError(
-            f"the config of the SAE's model names its sites; name it with --model. {error}"
-        ) from error
+    model_type = config_of(model, revision).model_type
     hook = hook_of(site, model_type)
     if hook is None:
         say(f"no hook name is written: TransformerLens has none for {site} of {model_type}")
     return hook
 
 
+def config_of(model: str, revision: str | None) -> Any:
+    """Load the config of an SAE's model.
+
+    Raises:
+        ConfigError: it cannot be found where the SAE says that it is.
+    """
+    try:
+        return load_model_config(model, revision)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the config of the SAE's model names its sites; name it with --model. {error}"
+        ) from error
+
+
 def import_(path: Path | str, out: Path, model: str | None = None) -> None:
     """Write another tool's SAE as saemill saves its own.
 
     Args:
-        path: a folder of any of the formats, or hf://user/repo/folder.
+        path: a folder of any of the formats, or hf://user/repo/folder; of a circuit-tracer set the file of a
+            layer.
         out: where to; a new or empty folder.
         model: hub id or folder of the model; its config decides which site the SAE's hook is.
 
@@ -73,16 +85,17 @@ def import_(path: Path | str, out: Path, model: str | None = None) -> None:
         DiskError: the disk is full, or the folder may not be written to.
         ConfigError: the SAE cannot be represented, an output in use, or a hook that is no site of the model.
     """
-    _check_new(out)
+    check_new(out)
     sae = Sae.load(path)
     provenance = sae.config.provenance
+    hooks = {"site": provenance.get("hook_name")}
+    hooks |= {"target_site": provenance.get("hook_name_out")} if sae.is_transcoder else {}
     if model:
-        provenance |= {"model": model}
-        if hook_name := provenance.get("hook_name"):
-            provenance["site"] = _site(hook_name, model)
-    with _new(out) as partial:
+        provenance |= {"model": model} | {end: _site(name, model) for end, name in hooks.items() if name}
+    with new(out) as partial:
         sae.save(partial)
-    where = provenance.get("site") or provenance.get("hook_name") or "a site that its files do not tell"
+    places = [place for end, name in hooks.items() if (place := provenance.get(end) or name)]
+    where = " → ".join(places) or "a site that its files do not tell"
     say(f"{out}: {sae.config.described}, {where}")
 
 
@@ -96,14 +109,18 @@ def _site(hook_name: str, model: str) -> str:
     return site
 
 
-def _check_new(out: Path) -> None:
-    """Refuse an output that holds anything but what a crash left of a file."""
+def check_new(out: Path) -> None:
+    """Refuse an output that holds anything but what a crash left of a file.
+
+    Raises:
+        ConfigError: it does.
+    """
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(out.glob(durable.PARTIAL))):
         raise ConfigError(f"the output must be a new or an empty folder, got {out}; name another")
 
 
 @contextmanager
-def _new(out: Path) -> Iterator[Path]:
+def new(out: Path) -> Iterator[Path]:
     """Yield a folder beside `out` to write to, which takes its place when the block ends well.
 
     A crash leaves the folder beside it, which the next call with the same `out` empties.

@@ -6,16 +6,18 @@ from saemill.common import hub
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
 from saemill.common.sae import formats
-from saemill.common.stores import assessments, runs, tokens
+from saemill.common.sae.formats.circuit_tracer import layers_in
+from saemill.common.sae.parts import place
+from saemill.common.stores import assessments, diffs, runs, tokens
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.site_records import REPAIR, sites_in
 from saemill.common.stores.tokens import TokenStore
-from saemill.verify import activations_problems, run_problems, tokens_problems
+from saemill.verify import activations_problems, diff_problems, run_problems, tokens_problems
 
 
 def describe(path: Path) -> str:
-    """Describe a token store, an activation store, a run or an SAE in a few lines.
+    """Describe a token store, an activation store, a run, an SAE or a diff in a few lines.
 
     Raises:
         StoreError: the folder is none of them, or is damaged.
@@ -25,21 +27,25 @@ def describe(path: Path) -> str:
         return _describe_run(path)
     if kind == "SAE":
         return _describe_sae(path)
+    if kind == "diff":
+        return _describe_diff(path)
     if kind == "activation store":
         return _describe_activations(ActivationStore(path))
     if kind == "token store":
         return _describe_tokens(TokenStore(path))
-    raise StoreError(f"{path} is no token store, activation store, run or SAE{hint(path)}")
+    raise StoreError(f"{path} is no token store, activation store, run, SAE or diff{hint(path)}")
 
 
 def kind_of(path: Path) -> str | None:
-    """Name the kind of a folder that saemill made; None for a file or folder within a store or run, and for
-    anything else."""
+    """Name the kind of a folder that saemill made, or of a transcoder's file in a set; None for a file or
+    folder within a store or run, and for anything else."""
     hub.check_local(path)
     if runs.is_run(path):
         return "run"
     names = {file.name for file in path.glob("*")}
-    if names & {"cfg.json", *formats.READERS}:
+    if diffs.FILE in names:
+        return "diff"
+    if names & {"cfg.json", *formats.READERS} or formats.is_layer(path):
         return "SAE"
     if names & {"commits", "passages.parquet"}:
         return None
@@ -59,7 +65,9 @@ def hint(path: Path) -> str:
     if (path / "passages.parquet").exists():
         return f": these are the passages of {path.parent}; name that"
     inside = sorted(str(folder) for folder in path.iterdir() if folder.is_dir() and kind_of(folder))
-    return f"; did you mean {', '.join(inside)}?" if inside else ""
+    if inside := inside or [str(file) for file in layers_in(path)]:
+        return f"; did you mean {', '.join(inside[:8])}{', …' if len(inside) > 8 else ''}?"
+    return ""
 
 
 def _describe_tokens(store: TokenStore) -> str:
@@ -82,7 +90,7 @@ def _describe_activations(store: ActivationStore) -> str:
     lines += _of_passages(store, store.text) if isinstance(store.text, PassageStore) else _of_tokens(store)
     lines.append(f"  fingerprint {store.fingerprint}")
     for name in store.sites:
-        site = store.site(name)
+        site = store.array(name)
         statistics = site.statistics
         lines.append(
             f"  {name}: D {site.width}, {site.array.n_shards * site.array.shard_bytes / 2**20:,.1f} MiB, "
@@ -145,16 +153,26 @@ def _describe_sae(path: Path) -> str:
     sae = formats.load(path)
     config = sae.config
     provenance = config.provenance
-    width, places = f"{config.d_in:,}", [provenance.get("site")]
-    if config.d_out is not None:
-        width, places = f"{width} to {config.d_out:,}", [*places, provenance.get("target_site")]
-    place = " to ".join(str(site) for site in places if site)
-    of = " of ".join(str(part) for part in (place, provenance.get("model")) if part)
+    width = f"{config.d_in:,}" + ("" if config.d_out is None else f" → {config.d_out:,}")
+    of = " of ".join(part for part in (place(provenance), provenance.get("model")) if part)
     return f"SAE {path}: {config.described}, D {width}" + (f", {of}" if of else "")
 
 
+def _describe_diff(path: Path) -> str:
+    found = diffs.read(path)
+    sides = " and ".join(f"{side.name} (FVU {side.fvu:.3f})" for side in found.sides)
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in found.kinds.items() if n)
+    return "\n".join(
+        [
+            f"diff {path}: {sides}",
+            f"  {found.described}: {kinds}",
+            f"  measured on {counted(found.n_tokens, f'held-out {found.unit}')}",
+        ]
+    )
+
+
 def problems(path: Path) -> list[str]:
-    """List each bad file of a store, a run or an SAE, by size and hash, with the advice.
+    """List each bad file of a store, a run, an SAE or a diff, by size and hash, with the advice.
 
     Raises:
         StoreError: the folder is none of them.
@@ -166,8 +184,10 @@ def problems(path: Path) -> list[str]:
         return formats.problems(path)
     if kind == "token store":
         lines, repair = tokens_problems(path), tokens.REPAIR
+    elif kind == "diff":
+        return [*run_problems(path / diffs.RUN), *diff_problems(path)]
     elif kind == "activation store":
         lines, repair = activations_problems(path), REPAIR
     else:
-        raise StoreError(f"{path} is no token store, activation store, run or SAE{hint(path)}")
+        raise StoreError(f"{path} is no token store, activation store, run, SAE or diff{hint(path)}")
     return [*lines, repair] if lines else []

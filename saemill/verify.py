@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
-from saemill.common.stores import assessments, runs
+from saemill.common.stores import assessments, diffs, runs
 from saemill.common.stores.activations import ActivationStore, describe_site
 from saemill.common.stores.passages import REPAIR as REPAIR_PASSAGES
 from saemill.common.stores.passages import PassageStore
@@ -135,3 +135,11 @@ def run_problems(path: Path) -> list[str]:
         else:
             lines.append(f"{point / runs.FINISHED}: {durable.MISSING}. Remove {point}, or train anew.")
     return lines
+
+
+def diff_problems(path: Path) -> list[str]:
+    """List what is wrong with the files of a diff, its run left out: a line for each, with the repair."""
+    try:
+        return diffs.problems(path)
+    except StoreError as error:
+        return [str(error)]

@@ -19,6 +19,7 @@ from saemill.common.config import SECTIONS, build, plain, read_sections, resolve
 from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.stores.mask import MaskConfig, TrainingMask
 from saemill.compare.config import CompareConfig
+from saemill.diff.config import DiffConfig
 from saemill.embeddings.config import EmbedConfig, ImportConfig
 from saemill.generate.config import GenerateConfig
 from saemill.pipeline.config import RunConfig
@@ -35,6 +36,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     Thresholds: {},
     MaskConfig: {},
     CompareConfig: {"saes": ["a"]},
+    DiffConfig: {"out": "o"},
     GenerateConfig: {"model": ["m"], "out": "o", "n_samples": 1},
     EmbedConfig: {"dataset": "d", "model": "m", "out": "o"},
     ImportConfig: {"source": "s", "out": "o"},
@@ -148,12 +150,12 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
         (CacheConfig, "tokens out batch_size device"),
         (
             TrainConfig,
-            "acts out save_every log_every eval_every eval_tokens eval_losses_every eval_losses_tokens model "
-            "n_checkpoints device kernels resume data_ranks latent_ranks profile "
+            "acts out with_acts init_from save_every log_every eval_every eval_tokens eval_losses_every "
+            "eval_losses_tokens model n_checkpoints device kernels resume data_ranks latent_ranks profile "
             "log_to_wandb wandb_project wandb_entity run_name wandb_log_frequency wandb_artifacts "
             "log_to_tensorboard",
         ),
-        (AssessConfig, "run acts model out device log_to_wandb"),
+        (AssessConfig, "run acts with_acts model out device log_to_wandb"),
         (ImportConfig, "source out texts dtype shard_rows"),
         (EmbedConfig, "dataset model out dtype device shard_rows"),
         (GenerateConfig, "out batch_size device"),
@@ -277,6 +279,7 @@ OF_SECTION: Mapping[str, Any] = {
     "tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig,
     "import-activations": ImportConfig, "embed": EmbedConfig, "run": RunConfig, "slurm": SlurmConfig,
     "matrix": MatrixConfig, "generate": GenerateConfig, "compare": CompareConfig,
+    "diff": DiffConfig,
 }  # fmt: skip
 
 

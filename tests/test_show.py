@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from assessments import write_assessment
-from saes import make_threshold_sae
+from saes import make_threshold_sae, make_transcoder
 from typer.testing import CliRunner, Result
 
 from saemill import Sae, cli
@@ -141,6 +141,10 @@ def test_an_sae_is_told_and_verified(tmp_path: Path) -> None:
     assert saemill("show", tmp_path / "other").stdout == (
         f"SAE {tmp_path / 'other'}: matryoshka, 40 latents, prefixes 10, 20, 40, D 12, layers.1\n"
     )
+    make_transcoder(e=7).save(tmp_path / "of-two")
+    assert saemill("show", tmp_path / "of-two").stdout == (
+        f"SAE {tmp_path / 'of-two'}: transcoder, k 5, 40 latents, D 12 → 7, layers.1.norm → layers.1.mlp\n"
+    )
     assert saemill("verify", tmp_path).exit_code == 0
     weights = bytearray((tmp_path / "sae.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -269,7 +273,7 @@ def test_errors_are_told_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == (f"error: {tmp_path} is no token store, activation store, run or SAE\n")
+    assert done.stderr == (f"error: {tmp_path} is no token store, activation store, run, SAE or diff\n")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +291,7 @@ def test_errors_are_told_without_a_traceback(tmp_path: Path) -> None:
         ),
         (
             ["verify", "no-store"],
-            "no-store is no token store, activation store, run or SAE: there is no such",
+            "no-store is no token store, activation store, run, SAE or diff: there is no such",
         ),
     ],
 )

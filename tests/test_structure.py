@@ -29,18 +29,22 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "demo": {"common", *STAGES},
     "embeddings": {"common", "tokenize", "cache"},
     "convert": {"common"},
+    "transcoder_set": {"common", "convert"},
     "verify": {"common", "train"},
     "show": {"common", "verify"},
     "pipeline": {"common", "compare", *STAGES},
     "slurm": {"common", "pipeline", "train", "assess"},
     "hub": {"common", "show", "train", "assess"},
+    "diff": {"common", "train", "assess"},
     "commands": {
         *(
             "common",
             "generate",
             "compare",
+            "diff",
             "embeddings",
             "convert",
+            "transcoder_set",
             "show",
             "demo",
             "pipeline",
@@ -54,20 +58,21 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "__init__": {"common"},
 }
 """What each file or folder of the package imports beside itself."""
-GROUND = {"architectures", "config", "memory", "profile"}
+GROUND = {"architectures", "config", "losses", "memory", "profile"}
 IN_TRAIN = {
     "architectures": set(),
+    "losses": set(),
     "checks": {"architectures", "config"},
-    "config": {"architectures", "checks"},
+    "config": {"architectures", "checks", "losses"},
     "profile": set(),
     "memory": set(),
     "batch": set(),
     "stream": set(),
-    "objective": set(),
+    "objective": GROUND,
     "optim": GROUND,
-    "backends": GROUND | {"optim"},
+    "backends": GROUND | {"optim", "objective"},
     "arch": GROUND | {"optim", "backends"},
-    "sweep": GROUND | {"backends"},
+    "sweep": GROUND | {"backends", "checks"},
     "learner": GROUND | {"optim", "backends", "arch", "sweep", "stream", "objective"},
     "record": GROUND | {"learner", "sweep"},
     "watch": GROUND | {"learner"},
@@ -78,6 +83,7 @@ IN_TRAIN = {
     "run": GROUND
     | {
         "backends",
+        "objective",
         "learner",
         "record",
         "stream",

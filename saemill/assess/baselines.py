@@ -33,11 +33,14 @@ def fit_baselines(best: Sae, k: int, site: str, evalset: EvalSet) -> dict[str, S
     config, device, d = best.config, best.W_enc.device, len(best.b_dec)
     statistics = evalset.arrays[site].statistics
     mean_D = statistics.mean_D.to(device, torch.float32)
-    # Squares of very large or small activations are beyond float32; these are of about 1.
-    scale = (statistics.total_variance / d) ** 0.5
+    # Squares of very large or small activations are beyond float32; these are of about 1. Joined sites are
+    # each in their own units, as the SAE's error is.
+    units_D = evalset.factors.get(site)
+    scale = (statistics.total_variance / d) ** 0.5 if units_D is None else (1 / units_D).to(mean_D)
     generator = torch.Generator().manual_seed(SEED)
     drawn_FD = torch.randn(config.num_latents, d, generator=generator).to(device)
-    random = _sae(torch.nn.functional.normalize(drawn_FD, dim=1), mean_D, k, site)
+    stretch = 1.0 if units_D is None else scale
+    random = _sae(torch.nn.functional.normalize(drawn_FD, dim=1), mean_D, k, site, stretch)
     covariance_DD = torch.zeros(d, d, dtype=torch.float64, device=device)
     moments = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.inference_mode():
@@ -52,13 +55,14 @@ def fit_baselines(best: Sae, k: int, site: str, evalset: EvalSet) -> dict[str, S
     v_KD = torch.linalg.eigh(covariance_DD).eigenvectors.T.flip(0)[:k].float()
     return {
         f"random-k{k}-f{config.num_latents}": random,
-        f"pca-k{len(v_KD)}": _sae(torch.cat([v_KD, -v_KD]), mean_D, len(v_KD), site),
+        f"pca-k{len(v_KD)}": _sae(torch.cat([v_KD, -v_KD]), mean_D, len(v_KD), site, stretch),
     }
 
 
-def _sae(rows_FD: Tensor, mean_D: Tensor, k: int, site: str) -> Sae:
-    """Build an SAE with the same rows as encoder and decoder."""
+def _sae(rows_FD: Tensor, mean_D: Tensor, k: int, site: str, stretch: Tensor | float) -> Sae:
+    """Build an SAE with the same rows as encoder and decoder, in units that are `stretch` of the
+    activations'."""
     n, d = rows_FD.shape
     provenance = {"site": site, "tokens_trained": 0, "diverged_at_step": None}
     config = SaeConfig(d_in=d, num_latents=n, k=k, provenance=provenance)
-    return Sae(config, rows_FD.clone(), rows_FD.new_zeros(n), rows_FD.clone(), mean_D)
+    return Sae(config, rows_FD / stretch, rows_FD.new_zeros(n), rows_FD * stretch, mean_D)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from saemill.assess.sums import Figure
 from saemill.common.page import PALETTE
+from saemill.common.sae.parts import place
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 560, 300, 70, 40
 NEVER_COLOUR = "#999999"
@@ -79,7 +80,7 @@ def against_l0(assessment: dict[str, Any], metric: str) -> Chart | None:
         if (figure["value"] or 0) > 0 and (l0 or 0) > 0:
             architecture = entry.get("architecture", "topk")
             kind = "" if architecture == "topk" else f" ({architecture})"
-            name = f"{entry['site']}, {entry['num_latents']:,} latents{kind}"
+            name = f"{place(entry)}, {entry['num_latents']:,} latents{kind}"
             series.setdefault(name, []).append((l0, figure))
     if not series:
         return None

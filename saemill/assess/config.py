@@ -36,6 +36,9 @@ class AssessConfig:
 
     run: Path = field(metadata=about("A folder made by `saemill train`", decides=False))
     acts: Path | None = setting(None, "The activation store, if it moved", decides=False)
+    with_acts: Path | None = setting(
+        None, "The second model's activation store of a crosscoder, if it moved", decides=False
+    )
     model: str | None = setting(None, "The model, if not where it was cached from", decides=False)
     with_model: bool = setting(True, "Measure losses with the SAE spliced into the model")
     tokens: Path | None = setting(None, "Assess on this token store, not the held-out rows")

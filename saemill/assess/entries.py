@@ -159,7 +159,20 @@ class Measured:
                 "metrics": self.reconstruction.cut_metrics(name, cut_name, self._split.all),
             }
             for cut_name, cut in cuts.items()
-        ]
+        ] + [self._at(name, part) for part in self.reconstruction.parts.get(name, ())]
+
+    def _at(self, name: str, part: str) -> dict[str, Any]:
+        """Describe a crosscoder at one of its sites: what it leaves there, and what that costs the model."""
+        config, split = self.reconstruction.saes[name].config, self._split.all
+        metrics = self.reconstruction.part_metrics(name, part, split)
+        metrics["l0"] = split.figure(self.reconstruction.ratios(name)["l0"])
+        if isinstance(self.splicing, Splicing):
+            metrics |= self.splicing.part_metrics(name, part, self._model_split.all)
+        else:
+            metrics["delta_ce"] = absent(self.splicing)
+        if reason := self.reconstruction.unusable(name):
+            metrics = dict.fromkeys(metrics, absent(reason))
+        return {"name": f"at {part}", "num_latents": config.num_latents, "k": config.k, "metrics": metrics}
 
     @property
     def _noun(self) -> str:
@@ -195,7 +208,10 @@ class Measured:
 
     @property
     def _losses(self) -> Splicing | None:
-        """Return the losses, if there are any that mean something."""
+        """Return the losses, if there are any that mean something, of all variants: a crosscoder has none of
+        its own."""
+        if any(self.reconstruction.parts.values()):
+            return None
         return self.splicing if isinstance(self.splicing, Splicing) and not self.splicing.no_loss else None
 
     def _loss(self, name: str) -> float:

@@ -14,9 +14,11 @@ from saemill.assess.dealing import Addresses, dealt
 from saemill.common.errors import ConfigError, DataError
 from saemill.common.log import counted
 from saemill.common.models.model import LanguageModel, attention_of
-from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.shards import as_tensor
+from saemill.common.stores.site_names import BESIDE, is_joined, parts_of
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import Group
 
@@ -40,6 +42,18 @@ class Rows:
     keep_RS: NDArray[np.bool_]
     """Unmasked positions of documents that training did not see."""
     addresses_RS: Addresses
+
+
+def factors_of(array: SiteArray | JoinedSite) -> Tensor:
+    """Compute the factor of each dimension with which every site that is joined varies as much as it has
+    dimensions. float64 [D]"""
+    factors = [
+        torch.full(
+            (part.width,), (part.width / (part.statistics.total_variance or part.width)) ** 0.5
+        ).double()
+        for part in array.parts.values()
+    ]
+    return torch.cat(factors)
 
 
 def is_cached(store: ActivationStore, other: TokenStore | None) -> bool:
@@ -108,6 +122,8 @@ class EvalSet:
         self.store, self.model, self.mask, self.sites = store, model, mask, sites
         self.batch_rows, self.everyone, self.label_suffix = batch_rows, everyone, ""
         self.arrays = {name: store.site(name) for name in sites}
+        self.factors = {name: factors_of(array) for name, array in self.arrays.items() if is_joined(name)}
+        """Of joined sites, what brings each dimension to its own site's units: float64 [D]."""
         self.cached = is_cached(store, other)
         self.text = store.text if self.cached or other is None else other
         self.n_seen_documents = 0
@@ -125,6 +141,11 @@ class EvalSet:
         narrowed.sites, narrowed.arrays = [site], {site: self.arrays[site]}
         narrowed.label_suffix = label_suffix
         return narrowed
+
+    @property
+    def model_sites(self) -> list[str]:
+        """List the sites of the model that was cached: neither joined ones, nor those of a second model."""
+        return [site for site in self.sites if not is_joined(site) and not site.startswith(BESIDE)]
 
     @property
     def tokens(self) -> TokenStore:
@@ -207,9 +228,15 @@ class EvalSet:
         assert self.model is not None
         rows = self._rows(self._row_addresses(np.unique(addresses_T // self.tokens.ctx_len)))
         attention = attention_of(rows.ids_RS, self.tokens.tokenizer)
-        captured = self.model.capture(rows.ids_RS, self.sites, attention)
+        parts = {name: parts_of(name) for name in self.sites}
+        captured = self.model.capture(
+            rows.ids_RS, list({p for each in parts.values() for p in each}), attention
+        )
         places = torch.from_numpy(np.searchsorted(rows.addresses_RS.reshape(-1), addresses_T))
-        x = {n: captured[n].cpu().flatten(0, 1)[places].to(array.dtype) for n, array in self.arrays.items()}
+        x = {
+            name: torch.cat([captured[p].cpu().flatten(0, 1)[places] for p in parts[name]], 1).to(array.dtype)
+            for name, array in self.arrays.items()
+        }
         for site, x_TD in x.items():
             if n_bad := int((~torch.isfinite(x_TD)).any(1).sum()):
                 raise DataError(

@@ -7,7 +7,7 @@ import torch
 
 from saemill.assess import features
 from saemill.assess.config import AssessConfig
-from saemill.assess.evalset import check_tokens
+from saemill.assess.evalset import check_tokens, is_cached
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.models.cached import check_model, load_model
@@ -18,6 +18,7 @@ from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.site_names import parts_of
 from saemill.common.stores.tokens import TokenStore
 
 
@@ -33,9 +34,10 @@ class Trained:
 
     @property
     def sites(self) -> list[str]:
-        """List the sites that SAEs reconstruct or predict, and those that transcoders read."""
-        every = (site for sae in self.saes.values() for site in (sae.target_site, sae.site))
-        return list(dict.fromkeys(str(site) for site in every))
+        """List the sites that SAEs reconstruct or predict, and those that transcoders read; of crosscoders
+        those that they join as well, one by one."""
+        every = (str(site) for sae in self.saes.values() for site in (sae.target_site, sae.site))
+        return list(dict.fromkeys(name for site in every for name in (site, *parts_of(site))))
 
 
 def open_run(config: AssessConfig, device: torch.device) -> Trained:
@@ -53,7 +55,7 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
     path = config.acts or Path(finished.acts)
     if not path.exists():
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
-    store = ActivationStore(path)
+    store = ActivationStore(path, _beside(config, finished))
     saes = {name: of_run.load(config.run, name, finished, device) for name in finished.variants}
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
@@ -66,6 +68,18 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
     may_be_shown = saes.values() if config.variant is None else [saes[config.variant]]
     features.check_latents(config.latents, [sae.config.num_latents for sae in may_be_shown])
     return Trained(store, saes, left_out, finished.mask)
+
+
+def _beside(config: AssessConfig, finished: runs.Finished) -> Path | None:
+    """Find the store of the second model, of a run on two."""
+    if finished.with_acts is None:
+        if config.with_acts is not None:
+            raise ConfigError("with_acts has no effect on a run on one model; leave it out")
+        return None
+    path = config.with_acts or Path(finished.with_acts)
+    if not path.exists():
+        raise StoreError(f"the run's second activations are no longer at {path}; say where with --with-acts")
+    return path
 
 
 def _left_out(finished: runs.Finished) -> dict[str, str]:
@@ -92,6 +106,10 @@ def open_tokens(config: AssessConfig, trained: Trained) -> TokenStore | None:
                     f"{name} has no effect on embeddings, which have no language model; leave it out"
                 )
     other = TokenStore(config.tokens) if config.tokens else None
+    if trained.store.beside is not None and other is not None and not is_cached(trained.store, other):
+        raise ConfigError(
+            "tokens: a crosscoder of two models is measured on tokens that both have cached; leave it out"
+        )
     check_tokens(trained.store, other, config.with_model)
     return other
 

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from saemill.assess.spread import Spread
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
 from saemill.common.sae.sae import Encoded, Sae
-from saemill.common.stores.statistics import FAR, unheld
+from saemill.common.stores.site_names import is_joined, parts_of
+from saemill.common.stores.statistics import FAR, Statistics, unheld
 
 PER_VARIANT = ("sse", "sse_far", "cosine", "norm_ratio", "l0", "not_finite")
 PER_CUT = ("sse", "l0")
@@ -65,25 +66,45 @@ class Reconstruction:
     ) -> None:
         self.saes, self.sites, self.evalset, self.known = saes, sites, evalset, known
         self.cuts = {name: sae.cuts for name, sae in saes.items()}
+        self.parts = {name: parts_of(sites[name]) if sae.config.joined else () for name, sae in saes.items()}
+        """Variant name → the sites that a crosscoder joins."""
         own = [] if known else self._own_columns()
-        self.sums = DocumentSums(own + _columns(saes))
+        self.sums = DocumentSums(own + self._columns(saes))
         self.firing = {
             name: Firing(
                 torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.float64), torch.zeros(n)
             )
             for name, n in ((name, sae.config.num_latents) for name, sae in saes.items())
         }
-        statistics = {site: array.statistics for site, array in evalset.arrays.items()}
         self.spread: dict[str, Spread] = (
-            known.spread
-            if known
-            else {site: Spread(site_statistics) for site, site_statistics in statistics.items()}
+            known.spread if known else {site: Spread(self._statistics(site)) for site in evalset.sites}
         )
         self.n_tokens: int = known.n_tokens if known else 0
+
+    def _statistics(self, site: str) -> Statistics:
+        """Return a site's statistics, of joined ones in the units of each."""
+        statistics, units_D = self.evalset.arrays[site].statistics, self.evalset.factors.get(site)
+        if units_D is None:
+            return statistics
+        return replace(
+            statistics,
+            mean_D=statistics.mean_D * units_D,
+            variance_D=statistics.variance_D * units_D.square(),
+        )
 
     def _own_columns(self) -> list[str]:
         """Name the sums that are of the activations, whichever SAE reconstructs them."""
         return ["n", *(f"{site}/{what}" for site in self.evalset.sites for what in PER_SITE)]
+
+    def _columns(self, saes: Mapping[str, Sae]) -> list[str]:
+        """Name the sums that are of some SAEs."""
+        columns = []
+        for name, sae in saes.items():
+            columns += [f"{name}/{what}" for what in PER_VARIANT]
+            columns += [f"{name}/sse_skip"] if sae.W_skip is not None else []
+            columns += [f"{name}/{cut}/{what}" for cut in sae.cuts for what in PER_CUT]
+            columns += [f"{name}/at {part}/sse" for part in self.parts[name]]
+        return columns
 
     def run(self, chunks: Iterable[Chunk]) -> "Reconstruction":
         """Count this process's chunks, then add up what all processes counted."""
@@ -106,7 +127,8 @@ class Reconstruction:
         some.sites = {name: self.sites[name] for name in some.saes}
         some.firing = {name: self.firing[name] for name in some.saes}
         some.cuts = {name: self.cuts[name] for name in some.saes}
-        some.sums = self.sums.only(self._own_columns() + _columns(some.saes))
+        some.parts = {name: self.parts[name] for name in some.saes}
+        some.sums = self.sums.only(self._own_columns() + self._columns(some.saes))
         return some
 
     def _activations(
@@ -114,12 +136,19 @@ class Reconstruction:
     ) -> tuple[dict[str, Any], dict[str, NDArray[np.bool_]]]:
         """Compute values per token of the activations themselves, and which of each site's are far."""
         if self.known:
-            return {}, {site: self.spread[site].far(x_TD) for site, x_TD in chunk.x.items()}
+            return {}, {site: self.spread[site].far(self._scaled(site, x)) for site, x in chunk.x.items()}
         self.n_tokens += len(units)
         columns: dict[str, Any] = {"n": np.ones(len(units))}
         for site, x_TD in chunk.x.items():
             columns[f"{site}/n_not_zero"] = (x_TD != 0).any(1).numpy()
-        return columns, {site: self.spread[site].add(x_TD, units) for site, x_TD in chunk.x.items()}
+        return columns, {
+            site: self.spread[site].add(self._scaled(site, x_TD), units) for site, x_TD in chunk.x.items()
+        }
+
+    def _scaled(self, site: str, x_TD: Tensor) -> Tensor:
+        """Bring the rows of joined sites to the units of each, float64; those of one site are left alone."""
+        units_D = self.evalset.factors.get(site)
+        return x_TD if units_D is None else x_TD.double() * units_D.to(x_TD.device)
 
     def _merge(self) -> None:
         everyone = self.evalset.everyone
@@ -162,6 +191,10 @@ class Reconstruction:
             x, r = some_TD.to(device, torch.float64), sae.decode(*codes, read).double()
             bad = ~torch.isfinite(r).all(1)
             r = torch.where(bad[:, None], 0.0, r)
+            columns |= {
+                what: [*columns[what], values] for what, values in self._at_parts(name, r - x).items()
+            }
+            x, r = (self._scaled(self.sites[name], y) for y in (x, r))
             sse = (r - x).square().sum(1)
             x_norm, r_norm = (torch.linalg.vector_norm(y, dim=1) for y in (x, r))
             columns["sse"].append(sse)
@@ -175,9 +208,17 @@ class Reconstruction:
                 columns["sse_skip"].append(self._left_by_skip(sae, some_read_TD, x))
             for cut_name, cut in self.cuts[name].items():
                 cut_codes = cut.select(pre_TF[:, : cut.config.num_latents])
-                columns[f"{cut_name}/sse"].append((cut.decode(*cut_codes, read).double() - x).square().sum(1))
+                cut_r = self._scaled(self.sites[name], cut.decode(*cut_codes, read).double())
+                columns[f"{cut_name}/sse"].append((cut_r - x).square().sum(1))
                 columns[f"{cut_name}/l0"].append((cut_codes.top_acts > 0).sum(1))
         return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in columns.items()}
+
+    def _at_parts(self, name: str, error_TD: Tensor) -> dict[str, Tensor]:
+        """Compute the squared errors at each of the sites that a crosscoder joins. float64 [T] each."""
+        parts = self.parts[name]
+        widths = [self.evalset.store.site(part).width for part in parts]
+        errors = torch.split(error_TD, widths, 1) if parts else ()
+        return {f"at {part}/sse": e.square().sum(1) for part, e in zip(parts, errors, strict=True)}
 
     def _left_by_skip(self, sae: Sae, read_TD: Tensor, y_TD: Tensor) -> Tensor:
         """Compute the squared error of W_skip alone, around the cached means. float64 [T]."""
@@ -235,6 +276,11 @@ class Reconstruction:
         squares, n = self.sums.column(f"{self.sites[name]}/squares"), self.sums.column("n")
         return bootstrap.figures({"fvu": Ratio(sse, squares, self._alike), "l0": Ratio(l0, n)})
 
+    def part_metrics(self, name: str, part: str, bootstrap: Bootstrap) -> dict[str, Figure]:
+        """Compute fvu at one of the sites that a crosscoder joins as a figure."""
+        sse, squares = self.sums.column(f"{name}/at {part}/sse"), self.sums.column(f"{part}/squares")
+        return bootstrap.figures({"fvu": Ratio(sse, squares, self._alike)})
+
     def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
         """Compute the `ratios` of one variant as figures, and its explained variance."""
         ratios = self.ratios(name)
@@ -243,6 +289,9 @@ class Reconstruction:
             why = f"no {self.evalset.text.unit} is more than {FAR:g} times as far from the mean as the median"
             figures |= dict.fromkeys(FAR_METRICS, absent(why))
         figures["explained_variance"] = complement(figures["fvu"])
+        if is_joined(self.sites[name]):
+            figures["mse"] = absent("the sites of a crosscoder have units of their own")
+            figures |= dict.fromkeys(FAR_METRICS, absent("which rows are far is told for each site"))
         if reason := self.unusable(name):
             return dict.fromkeys(figures, absent(reason))
         return figures
@@ -269,16 +318,6 @@ class Reconstruction:
     def live(self, name: str, least_share: float) -> NDArray[np.bool_]:
         """Tell which latents fired, and on at least that share of the tokens. bool [F]."""
         return self.density(name) >= max(least_share, 1 / max(1, self.n_tokens))
-
-
-def _columns(saes: Mapping[str, Sae]) -> list[str]:
-    """Name the sums that are of some SAEs."""
-    columns = []
-    for name, sae in saes.items():
-        columns += [f"{name}/{what}" for what in PER_VARIANT]
-        columns += [f"{name}/sse_skip"] if sae.W_skip is not None else []
-        columns += [f"{name}/{cut}/{what}" for cut in sae.cuts for what in PER_CUT]
-    return columns
 
 
 def _quotient(above_T: Tensor, below_T: Tensor) -> Tensor:

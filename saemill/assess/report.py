@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from saemill.assess import charts
@@ -16,6 +17,7 @@ from saemill.common.page import write_page
 
 COLUMNS = {
     "fvu": "FVU",
+    "fvu_skip": "of W_skip",
     "delta_ce": "ΔCE nats",
     "loss_recovered": "loss rec.",
     "l0": "L0",
@@ -24,13 +26,18 @@ COLUMNS = {
     "absorption": "absorption",
     "absorption_random": "(random)",
 }
+ABSENT: Figure = {"value": None}
+"""Figure that an SAE of another kind has not."""
 CHARTS = {"fvu": "FVU", "delta_ce": "ΔCE, nats per token"}
 """Metrics that the page draws against L0."""
 UNTRAINED = (
     "below the line, not trained: a random dictionary of the best's size and k, and PCA with k directions"
 )
 BY_MEAN_L0 = "; k is the best's mean L0, rounded"
-CUT_COLUMNS = ("variant", "of it", "FVU", "L0")
+CUT_COLUMNS = {"fvu": "FVU", "l0": "L0"}
+"""Metrics of SAEs within an SAE."""
+AT_SITES = {"delta_ce": "ΔCE nats"}
+"""Those of a crosscoder at each of its sites, beside these."""
 PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
 """Characters shown of a passage, in a line of the terminal and on the page; the JSON has all of it."""
 
@@ -47,7 +54,7 @@ def table(assessment: dict[str, Any]) -> str:
     """Render the variants as a text table, best first."""
     data, columns = assessment["data"], _columns(assessment)
     shown = Table(title=f"{counted(data['n_tokens'], data['unit'])}: {data['chosen']}")
-    shown.add_column("variant", no_wrap=True)
+    shown.add_column("variant", overflow="fold")  # long names take a second line, not the figures' room
     several = are_several(assessment["variants"])
     if several:
         shown.add_column("architecture", no_wrap=True)
@@ -56,7 +63,7 @@ def table(assessment: dict[str, Any]) -> str:
     shown.add_column("verdict", no_wrap=True)
     for entry in assessment["variants"] + assessment["controls"]:
         values = [entry.get("architecture", "topk")] if several else []
-        values += [number(entry["metrics"][name]) for name in columns]
+        values += [number(entry["metrics"].get(name, ABSENT)) for name in columns]
         shown.add_row(entry["name"], *values, entry["verdict"])
         if entry is assessment["variants"][-1]:
             shown.add_section()
@@ -72,30 +79,38 @@ def _untrained(assessment: dict[str, Any]) -> str:
 
 
 def cuts(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """List the SAEs within some variants, in the columns of `CUT_COLUMNS`: at each prefix and each k, and
-    whole."""
+    """List the SAEs within some variants, below the titles of the columns: at each prefix and each k, a
+    crosscoder at each of its sites, and whole. Empty where there are none."""
     with_cuts = [entry for entry in entries if entry.get("cuts")]
-    return [
-        [entry["name"], cut["name"], *_fvu_and_l0(cut["metrics"])]
+    known = {name for entry in with_cuts for cut in entry["cuts"] for name in cut["metrics"]}
+    columns = CUT_COLUMNS | {name: title for name, title in AT_SITES.items() if name in known}
+    rows = [
+        [entry["name"], cut["name"], *(_with_interval(cut["metrics"].get(name)) for name in columns)]
         for entry in with_cuts
         for cut in [*entry["cuts"], {"name": "whole", "metrics": entry["metrics"]}]
     ]
+    return [["variant", "of it", *columns.values()], *rows] if rows else []
 
 
-def _fvu_and_l0(metrics: Mapping[str, Figure]) -> list[str]:
-    """Format two figures with their intervals, where they have one."""
-    figures = [metrics[name] for name in ("fvu", "l0")]
-    return [number(figure) + (f" ({interval(figure)})" if interval(figure) else "") for figure in figures]
+def _with_interval(figure: Figure | None) -> str:
+    """Format a figure with its interval, where it has one; an en dash where there is none."""
+    if figure is None:
+        return "–"
+    return number(figure) + (f" ({interval(figure)})" if interval(figure) else "")
 
 
 def _cuts_text(assessment: dict[str, Any]) -> list[str]:
     """Render the SAEs within the variants as a text table; nothing where there are none."""
-    rows = cuts(assessment["variants"])
+    titles, *rows = cuts(assessment["variants"]) or [[]]
     if not rows:
         return []
     shown = Table(title="SAEs within an SAE")
-    for title in CUT_COLUMNS:
-        shown.add_column(title, no_wrap=True, justify="left" if title in CUT_COLUMNS[:2] else "right")
+    for i, title in enumerate(titles):
+        is_name = i == 0
+        justify: JustifyMethod = "left" if i < 2 else "right"
+        shown.add_column(
+            title, no_wrap=not is_name, overflow="fold" if is_name else "ellipsis", justify=justify
+        )
     for row in rows:
         shown.add_row(*row)
     terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
@@ -109,9 +124,10 @@ def are_several(entries: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _columns(assessment: dict[str, Any]) -> dict[str, str]:
-    """Choose the columns of the tables: embeddings have no losses."""
-    losses = ("delta_ce", "loss_recovered") if assessment["data"]["unit"] == "passage" else ()
-    return {name: title for name, title in COLUMNS.items() if name not in losses}
+    """Choose the columns of the tables: embeddings have no losses, and few SAEs a skip connection."""
+    absent = ["delta_ce", "loss_recovered"] if assessment["data"]["unit"] == "passage" else []
+    absent += [] if any("fvu_skip" in entry["metrics"] for entry in assessment["variants"]) else ["fvu_skip"]
+    return {name: title for name, title in COLUMNS.items() if name not in absent}
 
 
 def _best(assessment: dict[str, Any]) -> str:
@@ -149,7 +165,7 @@ def _notes(assessment: dict[str, Any]) -> list[str]:
     titles: dict[tuple[str, str], dict[str, None]] = {}
     for entry in measured:
         for name, title in _columns(assessment).items():
-            figure = entry["metrics"][name]
+            figure = entry["metrics"].get(name, ABSENT)
             if figure.get("reason") and not (figure["value"] is None and name in unknown):
                 lacking = "no" if figure["value"] is None else "no interval for"
                 titles.setdefault((lacking, figure["reason"]), {})[title] = None
@@ -199,9 +215,10 @@ def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, N
         variants=assessment["variants"],
         baselines=assessment["controls"],
         architectures=are_several(assessment["variants"]),
+        transcoders=any(entry.get("target_site") for entry in assessment["variants"]),
+        absent=ABSENT,
         by_mean_l0=assessment["variants"][0]["k"] is None,
         cuts=cuts(assessment["variants"]),
-        cut_columns=CUT_COLUMNS,
         charts={title: charts.against_l0(assessment, metric) for metric, title in CHARTS.items()},
         densities=charts.densities(assessment, densities),
         features=assessment["features"],

@@ -18,9 +18,13 @@ from saemill.common.models.model import LanguageModel
 from saemill.common.sae.sae import Sae
 from saemill.common.steer.losses import Passes, Task, cross_entropy
 from saemill.common.steer.substitute import Substitute, substitute
+from saemill.common.stores.site_names import BESIDE, is_joined, parts_of
 
 NOTHING_LOST = "{what} at {site} cost the model no loss, so there is none to recover"
 """Why there is no loss recovered where the model does as well or better without the site."""
+SEVERAL = "a crosscoder reconstructs several sites, and is spliced in at one at a time"
+TWO_MODELS = "it takes the activations of two models to encode, and one is run"
+"""Why a crosscoder has no losses as a whole, and why none at its sites."""
 
 
 class Splicing:
@@ -47,18 +51,41 @@ class Splicing:
     ) -> None:
         self.saes, self.sites, self.evalset = saes, sites, evalset
         self.no_loss, self.known = no_loss, known
-        self.sums = DocumentSums(_columns(saes) if known else self._own_columns() + _columns(saes))
+        self.places = {name: self._places(site) for name, site in sites.items()}
+        """Variant name → the sites at which it is spliced in, one at a time, by what its sums are called."""
+        columns = self._columns(saes)
+        self.sums = DocumentSums(columns if known else self._own_columns() + columns)
         self.means = {
-            site: array.statistics.mean_D.float().to(model.device) for site, array in evalset.arrays.items()
+            site: evalset.arrays[site].statistics.mean_D.float().to(model.device)
+            for site in evalset.model_sites
         }
         self.passes: Passes = (
-            known.passes if known else Passes(model, evalset.tokens.tokenizer, evalset.sites)
+            known.passes if known else Passes(model, evalset.tokens.tokenizer, evalset.model_sites)
         )
         self.n_tokens = 0
 
     def _own_columns(self) -> list[str]:
         """Name the sums that are of the model, without any SAE."""
-        return ["n", "clean", *(f"{site}/{what}" for site in self.evalset.sites for what in ("zero", "mean"))]
+        return [
+            "n",
+            "clean",
+            *(f"{site}/{what}" for site in self.evalset.model_sites for what in ("zero", "mean")),
+        ]
+
+    def _places(self, site: str) -> dict[str, str]:
+        """List where what reconstructs a site is spliced in: there; of joined sites, where the model has all
+        of them, at each."""
+        if not is_joined(site):
+            return {"": site}
+        parts = parts_of(site)
+        is_of_one = not any(part.startswith(BESIDE) for part in parts)
+        return {f"at {part}/": part for part in parts if is_of_one and part in self.evalset.sites}
+
+    def _columns(self, names: Iterable[str]) -> list[str]:
+        """Name the sums that are of these SAEs."""
+        return [
+            f"{name}/{place}{what}" for name in names for place in self.places[name] for what in ("ce", "kl")
+        ]
 
     def run(self, max_tokens: int) -> "Splicing":
         """Count this process's share of the rows up to `max_tokens`, then add up those of all processes.
@@ -89,30 +116,41 @@ class Splicing:
         some = copy(self)
         some.saes = {name: self.saes[name] for name in names}
         some.sites = {name: self.sites[name] for name in some.saes}
-        some.sums = self.sums.only(self._own_columns() + _columns(some.saes))
+        some.places = {name: self.places[name] for name in some.saes}
+        some.sums = self.sums.only(self._own_columns() + self._columns(some.saes))
         return some
 
     def _rows(self, rows: Rows) -> None:
         task = self.passes.task(rows.ids_RS, rows.keep_RS, rows.addresses_RS)
         if not len(task.target_T):
             return
-        clean = self.passes.clean(task, self.evalset.sites)
+        clean = self.passes.clean(task, self.evalset.model_sites)
         columns = {} if self.known else self._without_saes(task, clean)
         for name, sae in self.saes.items():
-            site = self.sites[name]
-            read_RSD = task.activations[str(sae.site)]
-            instead_RSD = Substitute(sae)(task.activations[site], task.keep_RS, read_RSD)
-            spliced = self.passes.changed(task, site, instead_RSD)
-            columns[f"{name}/ce"] = cross_entropy(spliced, task.target_T)
-            columns[f"{name}/kl"] = _kl(clean, spliced)
+            for place, site in self.places[name].items():
+                spliced = self.passes.changed(task, site, self._instead(name, sae, task)[site])
+                columns[f"{name}/{place}ce"] = cross_entropy(spliced, task.target_T)
+                columns[f"{name}/{place}kl"] = _kl(clean, spliced)
         units = self.evalset.units(rows.addresses_RS[task.counted_RS.numpy()])
         self.n_tokens += len(units)
         self.sums.add(units, columns)
 
+    def _instead(self, name: str, sae: Sae, task: Task) -> dict[str, Tensor]:
+        """Compute what takes the place of the activations at each site of an SAE. [R, S, D]"""
+        site = self.sites[name]
+        if not is_joined(site):
+            read_RSD = task.activations[str(sae.site)]
+            return {site: Substitute(sae)(task.activations[site], task.keep_RS, read_RSD)}
+        own = {part: task.activations[part] for part in parts_of(site)}
+        together_RSD = torch.cat(list(own.values()), -1)
+        changed_RSD = Substitute(sae)(together_RSD, task.keep_RS)
+        widths = [x_RSD.shape[-1] for x_RSD in own.values()]
+        return dict(zip(own, torch.split(changed_RSD, widths, -1), strict=True))
+
     def _without_saes(self, task: Task, clean: Tensor) -> dict[str, NDArray[np.float64]]:
         """Compute losses per token of the untouched model, and with zeros and with the mean at each site."""
         columns = {"n": np.ones(len(task.target_T)), "clean": cross_entropy(clean, task.target_T)}
-        for site in self.evalset.sites:
+        for site in self.evalset.model_sites:
             self.passes.check_identity(site, task, columns["clean"])
             x_RSD, mean_D = task.activations[site], self.means[site]
             ablations = {"zero": torch.zeros_like(x_RSD), "mean": mean_D.to(x_RSD.dtype).expand_as(x_RSD)}
@@ -140,8 +178,22 @@ class Splicing:
             "ce_mean": Ratio(mean, n),
         }
 
+    def part_metrics(self, name: str, part: str, bootstrap: Bootstrap) -> dict[str, Figure]:
+        """Compute ΔCE of a crosscoder at one of its sites as a figure, with its part of the reconstruction in
+        the place of the activations there."""
+        if f"at {part}/" not in self.places[name]:
+            return {"delta_ce": absent(TWO_MODELS)}
+        if self.no_loss:
+            return {"delta_ce": absent(self.no_loss)}
+        n, clean = self.sums.column("n"), self.sums.column("clean")
+        ce = self.sums.column(f"{name}/at {part}/ce")
+        return {"delta_ce": bootstrap.figure(Ratio(ce - clean, n))}
+
     def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
-        """Compute the `ratios` of one variant as figures; without losses where they mean nothing."""
+        """Compute the `ratios` of one variant as figures; without losses where they mean nothing, and of a
+        crosscoder as a whole."""
+        if is_joined(self.sites[name]):
+            return absent_metrics(SEVERAL)
         figures = bootstrap.figures(self.ratios(name))
         return figures | {what: absent(self.no_loss) for what in figures if self.no_loss and what != "kl"}
 
@@ -153,11 +205,6 @@ METRICS = ("delta_ce", "kl", "loss_recovered", "loss_recovered_from_mean", "ce_c
 def absent_metrics(reason: str) -> dict[str, Figure]:
     """Return the figures of `Splicing.ratios` where no model was run."""
     return {name: absent(reason) for name in METRICS}
-
-
-def _columns(names: Iterable[str]) -> list[str]:
-    """Name the sums that are of these SAEs."""
-    return [f"{name}/{what}" for name in names for what in ("ce", "kl")]
 
 
 def _kl(clean: Tensor, spliced: Tensor) -> NDArray[np.float64]:

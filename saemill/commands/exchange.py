@@ -9,27 +9,45 @@ from saemill.commands.flags import option
 
 
 def export(
-    path: Annotated[str, typer.Argument(help="An SAE's folder: RUN/VARIANT, or hf://user/repo/VARIANT.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...",
+            help="An SAE's folder: RUN/VARIANT, or hf://user/repo/VARIANT. For circuit-tracer a run, or "
+            "several folders: a transcoder of each layer.",
+        ),
+    ],
     format_: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="sparsify, saelens or dictionary_learning.")
+        str,
+        typer.Option(
+            "--format", metavar="NAME", help="sparsify, saelens, dictionary_learning or circuit-tracer."
+        ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, new or empty.")],
     model: Annotated[str | None, option("The model, if not where it was cached from.", "NAME")] = None,
 ) -> None:
-    """Write an SAE in the format of another tool.
+    """Write an SAE in the format of another tool, or a set of transcoders for circuit-tracer.
 
-    Example: `saemill export runs/first/layers.8-k32-f6144-s0 --format saelens -o for-saelens`
+    Example: `saemill export runs/first/layers.8-k32-f6144-s0 --format saelens -o for-saelens`,
+    `saemill export runs/transcoders --format circuit-tracer -o set`
     """
-    from saemill.convert import export as write
+    from saemill import convert, transcoder_set
+    from saemill.common.errors import ConfigError
 
-    write(path, format_, out, model)
+    if format_ == "circuit-tracer":
+        transcoder_set.export(paths, out, model)
+    elif len(paths) > 1:
+        raise ConfigError(f"{format_} has a folder for each SAE, got {len(paths)} SAEs; export one at a time")
+    else:
+        convert.export(paths[0], format_, out, model)
 
 
 def import_(
     path: Annotated[
         str,
         typer.Argument(
-            help="An SAE of sparsify, SAELens or dictionary_learning: a folder, or hf://user/repo/…"
+            help="An SAE of sparsify, SAELens or dictionary_learning: a folder, or hf://user/repo/…; of a "
+            "circuit-tracer set the file of a layer."
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, new or empty.")],

@@ -7,7 +7,9 @@ import typer
 
 
 def show(
-    path: Annotated[Path, typer.Argument(help="A token store, an activation store, a run or an SAE.")],
+    path: Annotated[
+        Path, typer.Argument(help="A token store, an activation store, a run, an SAE or a diff.")
+    ],
 ) -> None:
     """Tell what is in a folder that saemill made."""
     from saemill.common.log import say
@@ -17,7 +19,9 @@ def show(
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="A token store, an activation store, a run or an SAE.")],
+    path: Annotated[
+        Path, typer.Argument(help="A token store, an activation store, a run, an SAE or a diff.")
+    ],
 ) -> None:
     """Check every file against its hash and name each bad one; exit code 1 if there are any."""
     from saemill.common.log import say

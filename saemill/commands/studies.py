@@ -1,8 +1,13 @@
-"""Studies of several models, texts and seeds: generate, compare."""
+"""Studies of several models, texts and seeds: generate, compare, diff."""
 
-from saemill.commands.flags import OUT, argument, command
+from collections.abc import Mapping
+from typing import Any
+
+from saemill.commands.flags import OUT, Config, Sets, argument, command, flag, with_flags
 from saemill.compare.config import CompareConfig
+from saemill.diff.config import DiffConfig
 from saemill.generate.config import GenerateConfig
+from saemill.train.config import TrainConfig
 
 
 @command(
@@ -42,3 +47,33 @@ def compare(config: CompareConfig) -> None:
     from saemill.compare.run import run
 
     run(config)
+
+
+@with_flags(
+    {"train": TrainConfig, "diff": DiffConfig},
+    argument("train.acts"),
+    argument("train.with_acts"),
+    flag("diff.out", "-o", "--out"),
+    flag("train.site", help="Site in both stores; of one store two, joined by +", by_default="the only one"),
+    flag("train.architecture", help="Architecture of the crosscoder", by_default="batchtopk"),
+    *("train.k", "train.target_l0", "train.expansion_factor", "train.num_latents", "train.lr"),
+    flag("train.seeds", "--seed", help="Seed of the initial weights"),
+    *("train.batch_size", "train.max_tokens", "train.epochs", "train.save_every", "train.resume"),
+    *("diff.measure_tokens", "diff.n_latents", "diff.n_contexts", "diff.context_tokens", "train.device"),
+)
+def diff(*, flags: Mapping[str, Any], config: Config = None, set_: Sets = None) -> None:
+    """Tell what two models share, and what one has alone: a crosscoder over both, its latents, a page.
+
+    Both stores hold the same tokens: `saemill cache` each model on them. Of every latent the page has the
+    relative norm, the cosine of its parts and latent scaling, and where it fires. With one store it compares
+    two of its sites. Any other setting of the training goes by `--set train.KEY=VALUE`. Killed at any moment,
+    the same command goes on.
+
+    Example: `saemill diff acts/base acts/chat --site layers.8 --k 64 -o diffs/chat`
+
+    Example: `saemill diff acts --site layers.2+layers.4 -o diffs/layers`
+    """
+    from saemill.diff.config import configs_of
+    from saemill.diff.run import run
+
+    run(*configs_of(flags, config, set_ or ()))

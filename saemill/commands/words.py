@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from saemill.common import elsewhere
+from saemill.common.config import STAGES
 from saemill.common.log import printable
 
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -143,8 +144,12 @@ def _explained(error: Any, command: Any, ctx: Any) -> Any:
 
 
 def _in_other_command(word: str, ctx: Any) -> str | None:
-    """Say which other commands have the flag."""
+    """Say which other commands have the flag, and how the command of all stages takes that of one."""
     flag = word.replace("_", "-")
     commands = getattr(ctx.parent.command, "commands", {}) if ctx.parent else {}
-    having = [name for name, other in commands.items() if any(flag in param.opts for param in other.params)]
-    return f"it is a flag of {', '.join(f'`saemill {name}`' for name in having)}" if having else None
+    having = {name: p.name for name, other in commands.items() for p in other.params if flag in p.opts}
+    if not having:
+        return None
+    advice = f"it is a flag of {', '.join(f'`saemill {name}`' for name in having)}"
+    stages = [f"--set {name}.{having[name]}=" for name in STAGES if name in having]
+    return f"{advice}; here it is {' or '.join(stages)}" if stages and ctx.command.name == "run" else advice

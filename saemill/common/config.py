@@ -30,6 +30,7 @@ SECTIONS = (
     "matrix",
     "generate",
     "compare",
+    "diff",
 )
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
 LARGEST = 2**63 - 1

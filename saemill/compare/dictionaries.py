@@ -49,7 +49,7 @@ class Dictionary:
 
     def traits(self) -> dict[str, Any]:
         """Read from its config where it came from, and with which settings it was trained."""
-        origin = {key: self.provenance.get(key) for key in ("model", "dataset", "site")}
+        origin = {key: self.provenance.get(key) for key in ("model", "dataset", "site", "target_site")}
         variant = dict(self.provenance.get("variant") or {})
         variant.pop("name", None)
         return origin | variant | {"num_latents": self.num_latents, "architecture": self.architecture}
@@ -93,7 +93,7 @@ def pairs(dictionaries: list[Dictionary], any_width: bool) -> list[tuple[Diction
     every = list(combinations(dictionaries, 2))
     comparable = [(a, b) for a, b in every if any_width or (a.d_in, a.d_out) == (b.d_in, b.d_out)]
     if not comparable:
-        widths = ", ".join(f"{d.name} has {d.d_in}" for d in dictionaries)
+        widths = ", ".join(f"{d.name} has {_widths(d)}" for d in dictionaries)
         raise ConfigError(
             f"directions of different lengths (d_in) have no cosine: {widths}; "
             "compare what they do on the same tokens, by --by activations"
@@ -101,6 +101,12 @@ def pairs(dictionaries: list[Dictionary], any_width: bool) -> list[tuple[Diction
     if len(comparable) < len(every):
         say(f"left out: {len(every) - len(comparable)} of {len(every)} pairs, whose d_in differ")
     return comparable
+
+
+def _widths(dictionary: Dictionary) -> str:
+    """Write the lengths of a dictionary's encoder and decoder rows."""
+    d_in, d_out = dictionary.d_in, dictionary.d_out
+    return f"{d_in}" if d_in == d_out else f"{d_in} → {d_out}"
 
 
 def _variants(path: Path) -> list[Path] | None:

@@ -146,7 +146,7 @@ def _correlation(matched: Matched, codes: Mapping[str, Codes]) -> dict[str, floa
 
 
 def _describe(dictionary: Dictionary) -> dict[str, Any]:
-    origin = {key: dictionary.provenance.get(key) for key in ("site", "model", "dataset")}
+    origin = {key: dictionary.provenance.get(key) for key in ("site", "target_site", "model", "dataset")}
     return {
         "name": dictionary.name,
         "path": str(dictionary.path),
@@ -161,7 +161,7 @@ def _notes(every: list[tuple[Dictionary, Dictionary]], by: str) -> list[str]:
     notes = [
         f"some pairs differ in the {key}: a direction need not mean the same in both; "
         "--by activations compares what latents do"
-        for key in ("model", "site")
+        for key in ("model", "site", "target_site")
         if by != "activations" and any(key in differing(a, b) for a, b in every)
     ]
     of_one_seed = [

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import CardData, ModelCardData, RepoCard
 
-from saemill.assess.report import CUT_COLUMNS, cuts, interval
+from saemill.assess.report import cuts, interval
 from saemill.assess.sums import number
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
@@ -43,24 +43,23 @@ def model_card(
         assessment: its `final_assessment.json`, if there is one.
     """
     provenance = next(iter(saes.values()))["saemill"]
-    sites = list(dict.fromkeys(cfg["saemill"]["site"] for cfg in saes.values()))
+    places = list(dict.fromkeys(_place(cfg) for cfg in saes.values()))
     sections = [
         front_matter(
             ModelCardData(
                 library_name="saemill",
-                tags=[*TAGS, *kinds.architectures(saes), "interpretability"],
+                tags=[*TAGS, *kinds.tags(saes), "interpretability"],
                 base_model=provenance["model"] if is_id(provenance["model"] or "") else None,
                 datasets=[provenance["dataset"]] if is_id(provenance["dataset"]) else None,
             )
         ),
-        f"# Sparse autoencoders of {words(_short(provenance['model'] or provenance['dataset']))}",
-        f"{counted(len(saes), f'{kinds.adjective(saes)}sparse autoencoder')} of {_what(provenance, sites)} "
-        f"{kinds.formula(saes)}, x̂ = W_decᵀ f + b_dec.",
+        f"# {kinds.title(saes)} of {words(_short(provenance['model'] or provenance['dataset']))}",
+        f"{kinds.number(saes)} of {_what(saes, places)} {kinds.formula(saes)}.",
         "## Variants",
         *_variants(saes, finished, assessment),
         *(_how_measured(assessment) if assessment else ()),
         "## Load",
-        _load(repo, best := _best(saes, finished, assessment), kinds.has_k(saes[best])),
+        _load(repo, best := _best(saes, finished, assessment), saes[best]),
         "## Recipe",
         _recipe(saes, finished, provenance),
         "The settings that decide the result, as `saemill train` takes them (also in `config.yaml`); what is "
@@ -72,18 +71,25 @@ def model_card(
 
 def _within(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Render the table of the SAEs within the SAEs; nothing where there are none."""
-    lines = cuts(entries)
+    titles, *lines = cuts(entries) or [[]]
     if not lines:
         return []
     about = (
         "The first latents of a Matryoshka SAE are an SAE themselves, `sae.prefix(n)`; one that was trained "
-        "for several k is used at another by `sae.at_k(k)`:"
+        "for several k is used at another by `sae.at_k(k)`; a crosscoder has figures at each of its sites:"
     )
-    return [about, rows([CUT_COLUMNS, *([span(name), *cells] for name, *cells in lines)])]
+    return [about, rows([titles, *([span(name), *cells] for name, *cells in lines)])]
 
 
-def _what(provenance: Mapping[str, Any], sites: Sequence[str]) -> str:
+def _place(cfg: Mapping[str, Any]) -> str:
+    """Write the site of an SAE as code, of a transcoder both of its sites."""
+    origin = cfg["saemill"]
+    return " → ".join(map(span, filter(None, (origin["site"], origin.get("target_site")))))
+
+
+def _what(saes: Mapping[str, Mapping[str, Any]], places: Sequence[str]) -> str:
     """Say what the SAEs were trained on, and what they take."""
+    provenance = next(iter(saes.values()))["saemill"]
     by = f"trained by saemill {provenance['versions']['saemill']} on {provenance['tokens_trained']:,}"
     if "normalized" in provenance:
         form = "of unit length" if provenance["normalized"] else "as they were stored"
@@ -92,9 +98,8 @@ def _what(provenance: Mapping[str, Any], sites: Sequence[str]) -> str:
             f"embeddings{who}, {by} passages of {span(provenance['dataset'])}. The SAEs take vectors {form}:"
         )
     return (
-        f"{span(provenance['model'])} at {_code(sites)}, {by} tokens of {span(provenance['dataset'])}. "
-        "A site is the output of that module of the base model (`AutoModel`); the SAEs take it as the model "
-        "produces it:"
+        f"{span(provenance['model'])} at {', '.join(places)}, {by} tokens of {span(provenance['dataset'])}. "
+        f"A site is the output of that module of the base model (`AutoModel`); {kinds.takes(saes)}:"
     )
 
 
@@ -151,10 +156,6 @@ def _short(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _code(names: Sequence[str]) -> str:
-    return ", ".join(map(span, names))
-
-
 def _variants(
     saes: Mapping[str, Mapping[str, Any]], finished: Mapping[str, Any], assessment: Mapping[str, Any] | None
 ) -> list[str]:
@@ -163,7 +164,7 @@ def _variants(
     head = ["variant", "site", *(["architecture"] if several else []), "k", "latents"]
     shapes = {
         name: [
-            span(cfg["saemill"]["site"]),
+            _place(cfg),
             *([kinds.architecture(cfg)] if several else []),
             str(cfg.get("k", "–")),
             f"{cfg['num_latents']:,}",
@@ -250,39 +251,52 @@ def _sparsify(repo: str, variant: str) -> list[str]:
     ]
 
 
-def _load(repo: str, variant: str, has_k: bool) -> str:
-    """Show how each tool reads one of the SAEs; sparsify has those with a k alone."""
-    address = f"hf://{repo}/{variant}"
+def _load(repo: str, variant: str, cfg: Mapping[str, Any]) -> str:
+    """Show how each tool that has SAEs of the kind reads one."""
+    address, joined = f"hf://{repo}/{variant}", cfg.get("joined", ())
+    sites = " and ".join(span(part["site"]) for part in joined)
+    side_by_side = f", those of {sites} side by side" if joined else ""
+    tools = kinds.tools(cfg)
+    decode = "reconstruction = sae.decode(top_acts, top_indices)  # [T, D]"
+    if kinds.is_transcoder(cfg):
+        decode = "prediction = sae.decode(top_acts, top_indices, x)  # [T, E]"
+    exported = [tool for tool in tools if tool in EXAMPLES]
     return "\n\n".join(
         [
-            "`x` holds activations [T, D], fp32. With saemill:",
+            f"`x` holds activations [T, D]{side_by_side}, fp32. With saemill:",
             code(
                 "python",
                 "from saemill import Sae\n\n"
                 f"sae = Sae.load({_quoted(address)})\n"
-                "top_acts, top_indices = sae.encode(x)  # [T, k] each\n"
-                "reconstruction = sae.decode(top_acts, top_indices)  # [T, D]",
+                "top_acts, top_indices = sae.encode(x)  # [T, k] each\n" + decode,
             ),
-            *(_sparsify(repo, variant) if has_k else ()),
-            "With SAELens and dictionary_learning, after an export:",
-            code(
-                "",
-                f"saemill export {shlex.quote(address)} --format saelens -o for-saelens\n"
-                f"saemill export {shlex.quote(address)} --format dictionary_learning "
-                "-o for-dictionary-learning",
-            ),
-            code(
-                "python",
-                'from sae_lens import SAE\n\nsae = SAE.load_from_disk("for-saelens")',
-            ),
-            code(
-                "python",
-                "from dictionary_learning.utils import load_dictionary\n\n"
-                'sae, config = load_dictionary("for-dictionary-learning", device="cpu")',
-            ),
+            *(_sparsify(repo, variant) if "sparsify" in tools else ()),
+            *(_exports(address, exported) if exported else ()),
             f"`saemill pull {repo} -o run` fetches the whole run.",
         ]
     )
+
+
+EXAMPLES = {
+    "saelens": 'from sae_lens import SAE\n\nsae = SAE.load_from_disk("for-saelens")',
+    "dictionary_learning": "from dictionary_learning.utils import load_dictionary\n\n"
+    'sae, config = load_dictionary("for-dictionary-learning", device="cpu")',
+}
+"""Code that loads an exported SAE, by the tool."""
+
+
+def _exports(address: str, tools: Sequence[str]) -> list[str]:
+    """Show how other tools read an SAE that was exported for them."""
+    exports = (
+        f"saemill export {shlex.quote(address)} --format {tool} -o for-{tool.replace('_', '-')}"
+        for tool in tools
+    )
+    named = {"saelens": "SAELens"}
+    return [
+        f"With {' and '.join(named.get(tool, tool) for tool in tools)}, after an export:",
+        code("", "\n".join(exports)),
+        *(code("python", EXAMPLES[tool]) for tool in tools),
+    ]
 
 
 def _quoted(text: str) -> str:

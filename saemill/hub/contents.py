@@ -96,6 +96,7 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
             "diverged": {name: step for name, step in finished.diverged.items() if name in variants},
             "stopped": {name: stop for name, stop in finished.stopped.items() if name in variants},
             "acts": names.of(finished.acts),
+            "with_acts": names.of(finished.with_acts),
             "files": (),
         }
     )

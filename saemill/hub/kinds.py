@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from saemill.common.log import counted
+
 Cfg = Mapping[str, Any]
 """Content of a `cfg.json`."""
 ADJECTIVES = {
@@ -14,10 +16,14 @@ ADJECTIVES = {
     "relu": "ReLU ",
     "gated": "Gated ",
 }
+TAKES = {
+    "sparse autoencoder": "the SAEs take it as the model produces it",
+    "transcoder": "a transcoder takes the first as the model produces it, and predicts the second",
+}
 FORMULAS = {
-    "groupmax": "f = ReLU(z) where it is the largest of its group of F/k, with z = W_enc (x − b_dec) + b_enc",
-    "topk": "f = ReLU(TopK(W_enc (x − b_dec) + b_enc))",
-    "threshold": "f = z · 1[z > θ] with z = W_enc (x − b_dec) + b_enc and a threshold θ per latent",
+    "groupmax": "f = ReLU(z) where it is the largest of its group of F/k, with z = {z}",
+    "topk": "f = ReLU(TopK({z}))",
+    "threshold": "f = z · 1[z > θ] with z = {z} and a threshold θ per latent",
 }
 """Choice of the active latents, by kind."""
 WHERE = {"groupmax": "{} of GroupMax", "topk": "{} where there is a k", "threshold": "else {}"}
@@ -45,12 +51,68 @@ def has_k(cfg: Cfg) -> bool:
     return "k" in cfg
 
 
+def is_transcoder(cfg: Cfg) -> bool:
+    """Tell whether it predicts another site than it reads."""
+    return bool(cfg["transcode"])
+
+
+def _counts(saes: Mapping[str, Cfg]) -> dict[str, int]:
+    """Count the SAEs and the transcoders, each if there is one."""
+    n_transcoders = sum(map(is_transcoder, saes.values()))
+    counts = {"sparse autoencoder": len(saes) - n_transcoders, "transcoder": n_transcoders}
+    return {noun: n for noun, n in counts.items() if n}
+
+
+def title(saes: Mapping[str, Cfg]) -> str:
+    """Name what the SAEs are."""
+    return " and ".join(f"{noun}s" for noun in _counts(saes)).capitalize()
+
+
+def number(saes: Mapping[str, Cfg]) -> str:
+    """Write how many they are, and what."""
+    return " and ".join(counted(n, f"{adjective(saes)}{noun}") for noun, n in _counts(saes).items())
+
+
+def tags(saes: Mapping[str, Cfg]) -> list[str]:
+    """List the hub's tags that say what the SAEs are."""
+    return [*(["transcoder"] if "transcoder" in _counts(saes) else []), *architectures(saes)]
+
+
+def takes(saes: Mapping[str, Cfg]) -> str:
+    """Say what the SAEs do with the activations of their sites."""
+    return "; ".join(TAKES[noun] for noun in _counts(saes))
+
+
 def formula(saes: Mapping[str, Cfg]) -> str:
-    """Write how the SAEs choose their active latents."""
+    """Write how the SAEs choose their active latents, and what they make of them."""
+    transcoders = {name: cfg for name, cfg in saes.items() if is_transcoder(cfg)}
+    if 0 < len(transcoders) < len(saes):
+        others = {name: cfg for name, cfg in saes.items() if name not in transcoders}
+        return f"an SAE {formula(others)}; a transcoder {formula(transcoders)}"
+    z = "W_enc x + b_enc" if transcoders else "W_enc (x − b_dec) + b_enc"
     used = {_kind(cfg) for cfg in saes.values()}
-    if len(used) == 1:
-        return FORMULAS[used.pop()]
-    return ", ".join(WHERE[kind].format(FORMULAS[kind]) for kind in FORMULAS if kind in used)
+    of_kind = {kind: words.format(z=z) for kind, words in FORMULAS.items() if kind in used}
+    codes = ", ".join(
+        words if len(used) == 1 else WHERE[kind].format(words) for kind, words in of_kind.items()
+    )
+    skips = {cfg["skip_connection"] for cfg in saes.values()}
+    skip = (
+        " + W_skip x" if skips == {True} else " + W_skip x where there is a W_skip" if True in skips else ""
+    )
+    return f"{codes}, {'ŷ' if transcoders else 'x̂'} = W_decᵀ f + b_dec{skip}"
+
+
+def tools(cfg: Cfg) -> list[str]:
+    """List the other tools that have an SAE of this kind; none has a crosscoder."""
+    if cfg.get("joined"):
+        return []
+    of_one_width = cfg.get("d_out", cfg["d_in"]) == cfg["d_in"]
+    has = {
+        "sparsify": has_k(cfg) and of_one_width,
+        "saelens": not (is_transcoder(cfg) and has_k(cfg)) and _kind(cfg) != "groupmax",
+        "dictionary_learning": not is_transcoder(cfg) and _kind(cfg) != "groupmax",
+    }
+    return [tool for tool, does in has.items() if does]
 
 
 def _kind(cfg: Cfg) -> str:

@@ -54,7 +54,7 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
     else:
         title, what = _of_passages(settings, names.in_text(text.manifest.source.name))
         lines, read = _passage_lines(text, names.record(text.manifest)), "store.text.texts(0, 16)"
-    sites = [store.site(name) for name in store.sites]
+    sites = [store.array(name) for name in store.sites]
     shards = ["shards", f"{store.n_shards:,} of {store.shard_tokens:,} {text.unit}s per site"]
     first, n = sites[0], min(store.n_tokens, 1024)
     sections = [

@@ -40,6 +40,7 @@ from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.site_names import parts_of
 from saemill.common.stores.site_records import REPAIR, Site
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.tracking import record
@@ -63,6 +64,9 @@ from saemill.train.batch import check_batch
 from saemill.train.config import TrainConfig
 from saemill.train.run import check_machine
 from saemill.train.run import run as train
+from saemill.train.sweep.sources import identity as identity_of
+from saemill.train.sweep.sources import sites_of as started_at
+from saemill.train.sweep.sources import sources_of
 from saemill.train.sweep.variants import Variant, of_config
 
 UNKNOWN = Path("not known yet")
@@ -186,7 +190,7 @@ class Chain:
 
     def _train(self, config: TrainConfig) -> Path:
         if config.out == UNKNOWN:
-            store = ActivationStore(config.acts)
+            store = ActivationStore(config.acts, config.with_acts)
             content = [config.identity(), store.fingerprint]
             config = replace(config, out=self._place("runs", str(store.settings.model), content))
         self.configs["train"] = config
@@ -252,13 +256,16 @@ class Chain:
             *training.target_site,
             *(str(entry[key]) for entry in training.variants for key in SITES if entry.get(key)),
         ]
+        sources = sources_of(training)
         if not train_sites:
-            training = self.configs["train"] = replace(training, site=tuple(widths))
-        if set(train_sites) <= set(widths):  # others may be in a store that is named
-            trained_widths = {name: widths[name] for name in train_sites or widths}
-            self.variants = of_config(training, trained_widths, n_steps=1)
-        elif config.out == UNKNOWN:
-            other = next(name for name in train_sites if name not in widths)
+            training = self.configs["train"] = replace(training, site=started_at(sources) or tuple(widths))
+        parts = {name: parts_of(name) for name in train_sites or widths}
+        others = [part for every in parts.values() for part in every if part not in widths]
+        if not others:  # they may be in a store that is named
+            trained_widths = {name: sum(widths[part] for part in every) for name, every in parts.items()}
+            self.variants = of_config(training, trained_widths, n_steps=1, sources=sources)
+        elif config.out == UNKNOWN and training.with_acts is None:
+            other = others[0]
             raise ConfigError(f"train.site {other!r} is not cached; {settings.nearest(other, widths)}")
 
     def _check_run(self, config: TrainConfig) -> None:
@@ -269,7 +276,8 @@ class Chain:
             identity = runs.identity(config.out)
         except StoreError:  # training writes it again where other records name the run
             return
-        settings.check_same(identity.content, config.identity(), config.out)
+        wanted = {"init_from": None, **identity_of(config, sources_of(config))}
+        settings.check_same(identity.content, wanted, config.out)
 
 
 SITES = ("site", "target_site")
@@ -288,8 +296,8 @@ def content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
 
 
 def _here(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace local datasets, tokenizers and models in the settings by their absolute paths."""
-    candidates = {name: values.get(name) for name in ("dataset", "tokenizer", "model")}
+    """Replace local datasets, tokenizers, models and SAEs in the settings by their absolute paths."""
+    candidates = {name: values.get(name) for name in ("dataset", "tokenizer", "model", "init_from")}
     local = {name: str(Path(v).absolute()) for name, v in candidates.items() if v and Path(str(v)).exists()}
     return {**values, **local}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from saemill.common import config as settings
 from saemill.common import durable
@@ -92,7 +92,7 @@ def _cells(assessed: Mapping[str, Path | None]) -> dict[Cell, list[dict[str, Any
         entries = assessments.read(folder)["variants"]
         for entry in sorted(entries, key=lambda entry: str(entry["name"])):
             if entry["not_measured"] is None:
-                kind = re.sub(r"-s\d+(?=-lr|$)", "", entry["name"])
+                kind = re.sub(r"-s\d+(?=-|$)", "", entry["name"])
                 cells[Cell(target, source, kind)].append(entry)
     return dict(cells)
 
@@ -152,16 +152,18 @@ def _sources_differ(pair: dict[str, Any]) -> bool:
 
 
 def _text(summary: dict[str, Any]) -> str:
-    table = Table("target", "source", "SAEs", "seeds", *METRICS, title="mean ± sd over seeds")
+    figures = (Column(name, no_wrap=True) for name in ("seeds", *METRICS))
+    table = Table("target", "source", _folding("SAEs"), *figures, title="mean ± sd over seeds")
     for cell in summary["cells"]:
-        figures = (_figure(**cell["metrics"][name]) for name in METRICS)
-        table.add_row(cell["target"], cell["source"], cell["kind"], str(cell["n_seeds"]), *figures)
+        values = (_figure(**cell["metrics"][name]) for name in METRICS)
+        table.add_row(cell["target"], cell["source"], cell["kind"], str(cell["n_seeds"]), *values)
     tables = [table]
     if comparisons := summary["comparisons"]:
         by, threshold = comparisons[0]["by"], comparisons[0]["threshold"]
         how = {"assignment": "matched one to one", "nearest": "mutual nearest"}[comparisons[0]["matching"]]
         alike = Table(
-            "target", "SAEs", *(f"other {name.replace('_', ' ')}" for name in OVER), "report",
+            "target", _folding("SAEs"), *(f"other {name.replace('_', ' ')}" for name in OVER),
+            _folding("report"),
             title=f"share of latents that are {how} with a similarity ({by}) above {threshold:g}",
         )  # fmt: skip
         for entry in comparisons:
@@ -171,6 +173,11 @@ def _text(summary: dict[str, Any]) -> str:
     terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
     terminal.print(*tables, sep="\n")
     return "\n".join([terminal.export_text().rstrip(), *_reasons(summary)])
+
+
+def _folding(title: str) -> Column:
+    """Make a column whose long names take lines, and not the figures' room."""
+    return Column(title, overflow="fold")
 
 
 def _reasons(summary: dict[str, Any]) -> list[str]:

@@ -101,11 +101,11 @@ def _n_steps(config: TrainConfig) -> int | None:
     differ from the store's."""
     n_tokens = config.max_tokens
     if n_tokens is None and (config.acts / "zarr.json").exists():
-        store = ActivationStore(config.acts)
-        sites = [store.site(name) for name in config.site or store.sites[:1]]
-        if config.mask.positions(store.mask) == store.mask and not any(
-            _n_long(config, site) for site in sites
-        ):
+        store = ActivationStore(config.acts, config.with_acts)
+        named = [store.site(name) for name in config.site or store.sites[:1]]
+        sites = [part for site in named for part in site.parts.values()]
+        mask = config.mask.positions(store.mask)
+        if not any(mask != site.store.mask or _n_long(config, site) for site in sites):
             n_tokens = (config.epochs or 1) * sites[0].statistics.n_tokens
     return None if n_tokens is None else n_tokens // config.step_tokens
 

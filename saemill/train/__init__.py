@@ -3,6 +3,7 @@
 config.py     the settings
 checks.py     those that do not go together
 architectures.py  names of the architectures
+losses.py     names of what is minimised
 batch.py      batches are counted in tokens
 run.py        settings → a trainer → SAEs on disk
 trainer.py    the loop

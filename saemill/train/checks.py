@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from saemill.common.errors import ConfigError
 from saemill.common.setting import default_of, of
+from saemill.common.stores.site_names import BESIDE, JOINT, is_joined, parts_of
 from saemill.train.architectures import no_effect
 
 if TYPE_CHECKING:
@@ -34,15 +35,22 @@ def together(config: "TrainConfig") -> None:
         "eval_tokens": (config.eval_every == 0, "with eval_every 0"),
         "eval_losses_every": (config.eval_every == 0, "with eval_every 0"),
         "eval_losses_tokens": (config.eval_losses_every is None, "without eval_losses_every"),
-        "model": (config.eval_losses_every is None, "without eval_losses_every"),
+        "model": (
+            config.eval_losses_every is None and not config.runs_model,
+            "without eval_losses_every or a loss of the model",
+        ),
     }
     for name, (idle, why) in without_effect.items():
         if idle and getattr(config, name) is not None:
             raise ConfigError(f"{name} has no effect {why}; leave it out")
     if config.lr_end == 0 and config.lr_decay != "none":
         raise ConfigError(f"lr_decay {config.lr_decay} has no effect with lr_end 0; say lr_decay none")
-    _architectures(config)
+    if config.init_from is None:
+        of_architectures(config, config.architectures)
+    else:
+        _starts(config)
     _targets(config)
+    _joined(config)
     if config.wandb_artifacts and no_wandb:
         raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
     for name, base in MULTIPLES:
@@ -53,13 +61,25 @@ def together(config: "TrainConfig") -> None:
         raise ConfigError("give max_tokens or epochs, not both")
 
 
-def _architectures(config: "TrainConfig") -> None:
-    """Refuse settings that have an effect on none of the run's architectures."""
+def of_architectures(config: "TrainConfig", names: tuple[str, ...]) -> None:
+    """Refuse settings that have an effect on none of the run's architectures.
+
+    Args:
+        config: of the run.
+        names: the architectures, beside those that listed variants name.
+    """
     named = [entry["architecture"] for entry in config.variants if "architecture" in entry]
     for name, marks in of(type(config)).items():
         is_default = getattr(config, name) == default_of(type(config), name)
-        if marks.only and not is_default and not set(marks.only) & {*config.architecture, *named}:
-            raise ConfigError(no_effect(name, config.architecture[0]))
+        if marks.only and not is_default and not set(marks.only) & {*names, *named}:
+            raise ConfigError(no_effect(name, names[0]))
+
+
+def _starts(config: "TrainConfig") -> None:
+    """Refuse settings of a random start, where SAEs start from others."""
+    for name in ("seeds", "b_dec_init"):
+        if getattr(config, name) != default_of(type(config), name):
+            raise ConfigError(f"{name} has no effect with init_from, which has the weights; leave it out")
 
 
 def _targets(config: "TrainConfig") -> None:
@@ -76,3 +96,32 @@ def _targets(config: "TrainConfig") -> None:
         raise ConfigError("skip_connection has no effect without target_site; leave it out, or name one")
     if not config.apply_b_dec_to_input and all(own):
         raise ConfigError("apply_b_dec_to_input has no effect with target_site; leave it out")
+
+
+def _joined(config: "TrainConfig") -> None:
+    """Refuse joined sites that name none, and settings that they have no meaning for."""
+    sites = [*config.site, *(str(entry["site"]) for entry in config.variants if entry.get("site"))]
+    joined = {site: parts_of(site) for site in sites}
+    of_beside = [site for site, parts in joined.items() if any(part.startswith(BESIDE) for part in parts)]
+    alone = [site for site in of_beside if len(joined[site]) == 1]
+    if alone and config.with_acts is not None:
+        raise ConfigError(
+            f"site {alone[0]} is of with_acts alone; train it from that store, or join it: "
+            f"{alone[0].removeprefix(BESIDE)}{JOINT}{alone[0]}"
+        )
+    if of_beside and not alone and config.with_acts is None:
+        raise ConfigError(
+            f"site {of_beside[0]} joins one of another store; name that with --with-acts, or join those of "
+            "one store, as layers.2+layers.4"
+        )
+    if config.with_acts is not None and not of_beside:
+        site = config.site[0] if config.site else "layers.4"
+        raise ConfigError(
+            "with_acts has no effect: no site of the run is of it; join one, as "
+            f"--site {site}{JOINT}{BESIDE}{site}"
+        )
+    if config.eval_losses_every is not None and any(map(is_joined, sites)):
+        raise ConfigError(
+            "eval_losses_every: a crosscoder reconstructs several sites, and no loss tells of all; leave "
+            "it out"
+        )

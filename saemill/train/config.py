@@ -10,9 +10,13 @@ from saemill.common.setting import DEVICE, about, check, identity, setting
 from saemill.common.stores.mask import TrainingMask
 from saemill.train import checks
 from saemill.train.architectures import BY_K, BY_L1, WITH_AUXK, Architecture
+from saemill.train.losses import IN_MODEL, Loss
 
 ADAM_BETAS = (0.8, 0.95)
 """FVU was lower than with Adam's own (0.9, 0.999) wherever both were tried: `docs/performance-log.md`."""
+
+BY_DEFAULT: dict[str, Any] = {"architecture": "topk", "k": 32, "l1_coefficient": 0.05}
+"""Values of what is left open, where SAEs start from random directions."""
 
 LrSchedule = Literal["constant", "linear", "cosine", "cosine_restarts"]
 LrDecay = Literal["none", "linear", "cosine"]
@@ -27,10 +31,21 @@ class TrainConfig:
 
     acts: Path = field(metadata=about("A folder made by `saemill cache`", decides=False))
     out: Path = field(metadata=about("Folder of the run", decides=False))
-    site: tuple[str, ...] = setting(
-        (), "Site to train on; repeat or separate by commas", metavar="SITE,…", axis=""
+    with_acts: Path | None = setting(
+        None,
+        "A store of another model's activations at the same tokens, whose sites are called with.SITE",
+        by_default="none",
+        decides=False,
     )
-    """Required unless each of `variants` names its own."""
+    """For crosscoders of two models: `site` names what they join."""
+    site: tuple[str, ...] = setting(
+        (),
+        "Site to train on, or several joined by + for a crosscoder; repeat or separate by commas",
+        metavar="SITE,…",
+        axis="",
+    )
+    """Required unless each of `variants` names its own. `layers.2+layers.4` joins sites of one store,
+    `layers.4+with.layers.4` those of two models."""
     target_site: tuple[str, ...] = setting(
         (),
         "Site that is predicted from SITE, which makes the SAEs transcoders; one for each SITE, in order",
@@ -40,12 +55,27 @@ class TrainConfig:
     skip_connection: bool = setting(
         False, "Give transcoders a linear map from SITE to the target, beside their latents"
     )
+    init_from: str | None = setting(
+        None,
+        "What SAEs start from: a run, an SAE of any format that is read, or hf://user/repo/folder",
+        by_default="random directions",
+        metavar="RUN|SAE",
+        decides=False,
+    )
+    """Its content decides, not its place: `sweep.sources.identity`."""
     architecture: tuple[Architecture, ...] = setting(
-        ("topk",), "Architectures of the SAEs", metavar="NAME,…", axis=""
+        (), "Architectures of the SAEs", by_default="topk, or as init-from has it", metavar="NAME,…", axis=""
     )
     """See docs/architectures.md."""
     k: tuple[int | float, ...] = setting(
-        (32,), "Active latents per token", metavar="K,…", axis="k", least=1, most=LARGEST, only=BY_K
+        (),
+        "Active latents per token",
+        by_default="32, or as init-from has it",
+        metavar="K,…",
+        axis="k",
+        least=1,
+        most=LARGEST,
+        only=BY_K,
     )
     """On the average of a batch with batchtopk, where it may be a fraction."""
     k_anneal_steps: int = setting(
@@ -74,7 +104,7 @@ class TrainConfig:
     target_l0: tuple[float, ...] = setting(
         (),
         "Active latents per token that the penalty leads to",
-        by_default="32",
+        by_default="32, or as init-from has it",
         metavar="L0,…",
         axis="target",
         least=1,
@@ -118,7 +148,13 @@ class TrainConfig:
         only=("jumprelu",),
     )
     l1_coefficient: tuple[float, ...] = setting(
-        (0.05,), "Weight of the sum of the codes", metavar="X,…", axis="l1c", least=0, only=BY_L1
+        (),
+        "Weight of the sum of the codes",
+        by_default="0.05, or as init-from has it",
+        metavar="X,…",
+        axis="l1c",
+        least=0,
+        only=BY_L1,
     )
     """Of the loss FVU + x · Σ f, with f in units in which E‖x‖² = 1."""
     lp_norm: float = setting(1.0, "Power of the codes in the penalty", least=0.1, most=2, only=("relu",))
@@ -145,7 +181,12 @@ class TrainConfig:
         only=("jumprelu", *BY_L1),
     )
     expansion_factor: tuple[int, ...] = setting(
-        (), "Latents as multiples of D", by_default="8", axis="", least=1, most=LARGEST
+        (),
+        "Latents as multiples of D",
+        by_default="8, or as init-from has it",
+        axis="",
+        least=1,
+        most=LARGEST,
     )
     num_latents: tuple[int, ...] = setting(
         (), "Latents, in place of the factor", axis="f", least=1, most=LARGEST
@@ -232,9 +273,9 @@ class TrainConfig:
         by_default="a 10th of the run, at most 10M",
         least=1,
     )
-    loss: Literal["fvu", "mse"] = setting("fvu", "What is minimised", metavar="KIND")
+    loss: Loss = setting("fvu", "What is minimised", metavar="KIND")
     """fvu: squared error over the site's cached variance; mse: per dimension, in the activations'
-    own units. Under Adam the two differ by no more than rounding."""
+    own units. Under Adam the two differ by no more than rounding. ce, kl and mse+kl: `objective.model`."""
     apply_b_dec_to_input: bool = setting(
         True, "Subtract the decoder's bias from what the encoder reads; off, the encoder's has to do for both"
     )
@@ -268,7 +309,9 @@ class TrainConfig:
         None, "Most tokens for these losses, in whole rows", by_default="4096", decides=False, least=1
     )
     model: str | None = setting(
-        None, "The model, if not where it was cached from; for eval-losses-every", decides=False
+        None,
+        "The model, if not where it was cached from; for eval-losses-every and losses of the model",
+        decides=False,
     )
     n_checkpoints: int = setting(
         0, "SAEs to keep of each variant on the way, evenly spaced", decides=False, least=0
@@ -341,6 +384,16 @@ class TrainConfig:
         checks.together(self)
 
     @property
+    def architectures(self) -> tuple[Architecture, ...]:
+        """`architecture` with its default; empty where it is that of what SAEs start from."""
+        return self.architecture or (() if self.init_from else ("topk",))
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the loss of some variant is the model's."""
+        return any(loss in IN_MODEL for loss in (self.loss, *(entry.get("loss") for entry in self.variants)))
+
+    @property
     def decay_fraction(self) -> float:
         """`lr_decay_fraction` with its default."""
         return 0.2 if self.lr_decay_fraction is None else self.lr_decay_fraction
@@ -360,6 +413,8 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """Collect the settings that decide the result."""
         decisive = identity(self)
+        if self.init_from is None:
+            decisive |= {name: [value] for name, value in BY_DEFAULT.items() if not decisive[name]}
         if self.num_latents:
             del decisive["expansion_factor"]
         return decisive

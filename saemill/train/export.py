@@ -3,6 +3,7 @@
 import resource
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from saemill.common import records
 from saemill.common.log import counted, duration, say
@@ -63,6 +64,7 @@ def finished_of(
         for learner in trainer.learners
         if (step := int(learner.diverged_step)) >= 0
     }
+    store = trainer.loader.store
     peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     shared = trainer.everyone.all_gather_objects((own_steps, own_cfgs, peak_rss_bytes))
     steps = {name: step for diverged, _, _ in shared for name, step in diverged.items()}
@@ -71,7 +73,8 @@ def finished_of(
         run=trainer.run_hash,
         variants=tuple(names),
         cfgs={name: cfgs[name] for name in names},
-        acts=str(trainer.loader.store.path.absolute()),
+        acts=str(store.path.absolute()),
+        with_acts=None if store.beside is None else str(store.beside.path.absolute()),
         steps=trainer.step,
         tokens=trainer.step * trainer.loader.batch_tokens,
         seconds=trainer.seconds,
@@ -104,6 +107,7 @@ def save_saes(out: Path, trainer: Trainer, store: ActivationStore, names: set[st
             **store.text.provenance(mask),
             "norm_over_median": trainer.loader.rows.norm_over_median,
             "model_fingerprint": store.settings.model_fingerprint,
+            **({} if store.beside is None else {"with": _model_of(store.beside)}),
             "acts_fingerprint": store.fingerprint,
             "tokens_trained": trainer.step * trainer.loader.batch_tokens,
             "input_scale": learner.scaling.scale,
@@ -113,3 +117,14 @@ def save_saes(out: Path, trainer: Trainer, store: ActivationStore, names: set[st
         if parts := learner.export(provenance):  # of one that diverged the weights need not be finite
             written[variant.name] = sparsify.write(parts, out / variant.name)
     return written
+
+
+def _model_of(store: ActivationStore) -> dict[str, Any]:
+    """Tell which model the sites called `with.` are of."""
+    settings = store.settings
+    return {
+        "model": settings.model,
+        "revision": settings.revision,
+        "model_fingerprint": settings.model_fingerprint,
+        "acts_fingerprint": store.fingerprint,
+    }

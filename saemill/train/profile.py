@@ -18,6 +18,7 @@ REGIONS = {
     "top-k": "the k largest pre-activations",
     "exchange": "candidates, codes and residuals of the team's other processes",
     "decode": "reconstruction, residual, gradient of the codes",
+    "model": "the model with the reconstruction in it, and the gradient there",
     "auxk": "dead latents on the residual",
     "sort": "active pairs by latent",
     "backward": "gradients of a block of rows",

@@ -1,11 +1,13 @@
 """`saemill train`: from settings to banks, the loop, and the SAEs on disk."""
 
+import itertools
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +17,7 @@ from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.runs import METRICS, TENSORBOARD
 from saemill.common.stores.statistics import warnings
+from saemill.common.stores.tokens import TokenStore
 from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
 from saemill.train.backends.base import Backend
@@ -24,6 +27,7 @@ from saemill.train.config import TrainConfig
 from saemill.train.export import export, save_saes
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
+from saemill.train.losses import IN_MODEL
 from saemill.train.points import Points, points_of
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.record.folder import Folder
@@ -31,6 +35,7 @@ from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoa
 from saemill.train.stream.feed import Feed
 from saemill.train.stream.loader import Loader
 from saemill.train.stream.scaling import MOST_SCALE, scaling_of
+from saemill.train.stream.whole_rows import WholeRows
 from saemill.train.sweep.halving import Halving
 from saemill.train.sweep.placement import (
     WITHOUT_KERNELS,
@@ -40,10 +45,14 @@ from saemill.train.sweep.placement import (
     is_stepped_by_torch,
 )
 from saemill.train.sweep.schedule import Schedule
+from saemill.train.sweep.sources import Sources, sites_of, sources_of
 from saemill.train.sweep.variants import Variant, of_config
 from saemill.train.tracking import follow
 from saemill.train.trainer import Trainer
 from saemill.train.watch.watch import Watch, watch_of
+
+if TYPE_CHECKING:
+    from saemill.train.objective.model import ModelLoss
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
 MOST_WARMUP_STEPS = 1000
@@ -68,21 +77,22 @@ def run(config: TrainConfig) -> list[Path]:
     world = World.here()
     speak_for(world)
     device = world.device(config.device)
-    store = ActivationStore(config.acts)
+    store = ActivationStore(config.acts, config.with_acts)
     check_batch(config.batch_size, store.ctx_len)
-    config = _with_site(config, store)
+    sources = sources_of(config)
+    config = _with_site(config, store, sources)
     with (
         stop_on_signal() as stop,
         world.connected(device) as everyone,
-        closing(_loader(config, store)) as loader,
+        closing(_loader(config, store, sources)) as loader,
         ExitStack() as resources,
     ):
         schedule = _schedule(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
-        variants = of_config(config, widths, schedule.n_steps)
+        variants = of_config(config, widths, schedule.n_steps, sources)
         _check_mse(loader, variants)
         _place(config, store, variants, everyone, device)
-        folder = Folder(config, store.fingerprint)
+        folder = Folder(config, store.fingerprint, sources)
         metric = config.halving_metric or "fvu"
         halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
         watch = watch_of(config, store, loader.mask, schedule.n_steps)
@@ -100,7 +110,7 @@ def run(config: TrainConfig) -> list[Path]:
 def _train(
     config: TrainConfig,
     run_hash: str,
-    loader: Loader,
+    loader: Loader | WholeRows,
     schedule: Schedule,
     halving: Halving,
     watch: Watch | None,
@@ -119,15 +129,16 @@ def _train(
     halving.past = everyone.first(halving.read)
     log: JsonlSink | None = None
     sinks: list[Sink] = []
-    ends = halving.ends
+    ends, above = halving.ends, _model_loss(config, loader.store, everyone, device)
     with ExitStack() as open_sinks:
         for end in ends:
             idle_allowed = bool(halving.past)
             placement = _place(config, loader.store, halving.alive, everyone, device, idle_allowed)
-            trainer = _build(config, loader, schedule, placement, everyone, device, stop)
+            trainer = _build(config, loader, schedule, placement, everyone, device, stop, above)
             trainer.run_hash, trainer.watch, trainer.points = run_hash, watch, points
             if watch is not None:
-                everyone.together(partial(watch.prepare, trainer.learners))
+                model = None if above is None else above.model
+                everyone.together(partial(watch.prepare, trainer.learners, model))
             trainer.resume()
             if end == ends[0]:
                 _check_profile(trainer, end)
@@ -138,12 +149,35 @@ def _train(
                     sinks = _start_sinks(config, trainer, open_sinks)
                     if config.log_to_wandb:
                         follow(config, trainer, halving.variants, resources)
+                if watch is not None and trainer.step == 0:
+                    _say_start(trainer, watch)
             trainer.log, trainer.sinks = log, sinks
             trainer.profile = config.profile and end == ends[0]
             trainer.run(end)
             if end < schedule.n_steps:
                 _halve(config, halving, trainer, end)
     return trainer
+
+
+def _say_start(trainer: Trainer, watch: Watch) -> None:
+    """Say how good the SAEs are that training starts from, where they are finished ones."""
+    for figures in trainer.everyone.all_gather_objects(watch.at_start(trainer.learners)):
+        for name, measured in figures.items():
+            known = (f"{key} {value:.4g}" for key, value in measured.items() if value is not None)
+            say(f"{name} starts at {', '.join(known)}")
+
+
+def _model_loss(
+    config: TrainConfig, store: ActivationStore, everyone: Group, device: torch.device
+) -> "ModelLoss | None":
+    """Load the model on every process, if a loss is its."""
+    if not config.runs_model:
+        return None
+    from saemill.train.objective.model import ModelLoss  # imports transformers
+
+    loaded: list[ModelLoss] = []
+    everyone.together(lambda: loaded.append(ModelLoss(store, config.model, device)))
+    return loaded[0]
 
 
 def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, end: int) -> None:
@@ -167,6 +201,11 @@ def _place(
 ) -> Placement:
     """Place the variants on the processes."""
     widths = {site: store.site(site).width for variant in variants for site in variant.sites}
+    if config.runs_model and (config.data_ranks or 1) > 1:
+        raise ConfigError(
+            f"data_ranks {config.data_ranks}: a loss of the model needs whole rows in one process; "
+            "leave it out"
+        )
     if config.data_ranks and config.step_tokens < config.data_ranks:
         raise ConfigError(
             f"{config.step_tokens} tokens per step cannot be shared by data_ranks {config.data_ranks}"
@@ -184,21 +223,28 @@ def _place(
     )
 
 
-def _with_site(config: TrainConfig, store: ActivationStore) -> TrainConfig:
-    """Fill in the store's site where none is named and the store has one alone."""
+def _with_site(config: TrainConfig, store: ActivationStore, sources: Sources) -> TrainConfig:
+    """Fill in the sites of what SAEs start from, or the store's one, where none is named."""
     if config.site or any("site" in entry for entry in config.variants):
         return config
+    if of_sources := sites_of(sources):
+        return replace(config, site=of_sources)
     if len(store.sites) != 1:
         has = f"it has {', '.join(store.sites)}" if store.sites else "none of it is finished"
         raise ConfigError(f"name a site of {store.path} with --site; {has}")
     return replace(config, site=tuple(store.sites))
 
 
-def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
+def _loader(config: TrainConfig, store: ActivationStore, sources: Sources) -> Loader | WholeRows:
+    """Open the stream: of tokens, or where a loss is the model's of whole rows."""
+    if config.runs_model and not isinstance(store.text, TokenStore):
+        raise ConfigError("loss: embeddings have no language model; take fvu or mse")
     names = ("site", "target_site")
     variant_sites = [str(entry[name]) for entry in config.variants for name in names if entry.get(name)]
-    sites = list(dict.fromkeys([*config.site, *config.target_site, *variant_sites]))
-    return Loader(
+    predicted = [] if config.target_site else [s.sites[1:] for each in sources.values() for s in each]
+    sites = [*config.site, *config.target_site, *variant_sites, *itertools.chain(*predicted)]
+    sites = list(dict.fromkeys(sites))
+    return (WholeRows if config.runs_model else Loader)(
         store,
         sites,
         config.mask.positions(store.mask),
@@ -211,12 +257,13 @@ def _loader(config: TrainConfig, store: ActivationStore) -> Loader:
 
 def _build(
     config: TrainConfig,
-    loader: Loader,
+    loader: Loader | WholeRows,
     schedule: Schedule,
     placement: Placement,
     everyone: Group,
     device: torch.device,
     stop: Event,
+    above: "ModelLoss | None",
 ) -> Trainer:
     team = placement.team_of(everyone)
     variants = list(placement.teams[everyone.rank // placement.team_size])
@@ -227,7 +274,7 @@ def _build(
     dtype = choose_product_dtype(config.precision, device)
     backend = make_backend(choose_kernels(config.kernels, device), dtype, team)
     loader.restrict(list(dict.fromkeys(site for variant in variants for site in variant.sites)))
-    banks = _banks(loader, variants, backend, dead_after, device)
+    banks = _banks(loader, variants, backend, dead_after, device, above)
     return Trainer(
         loader=loader,
         feed=Feed(loader, device),
@@ -246,7 +293,12 @@ def _build(
 
 
 def _banks(
-    loader: Loader, variants: list[Variant], backend: Backend, dead_after: int, device: torch.device
+    loader: Loader | WholeRows,
+    variants: list[Variant],
+    backend: Backend,
+    dead_after: int,
+    device: torch.device,
+    above: "ModelLoss | None",
 ) -> list[Bank]:
     """Make the learners of this process, in a bank for each site, and for each pair of sites."""
     stretch = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
@@ -262,7 +314,8 @@ def _banks(
             if variant.sites == sites
         ]
         target_units = None if target is None else (target, scalings[target])
-        banks.append(Bank(site, scalings[site], backend, learners, target_units))
+        in_model = above if any(learner.variant.loss in IN_MODEL for learner in learners) else None
+        banks.append(Bank(site, scalings[site], backend, learners, target_units, in_model))
     return banks
 
 
@@ -309,13 +362,14 @@ def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
     return schedule
 
 
-def _check_mse(loader: Loader, variants: list[Variant]) -> None:
+def _check_mse(loader: Loader | WholeRows, variants: list[Variant]) -> None:
     """Refuse a loss in units of which float32 does not hold the squares."""
-    for site in {variant.sites[-1] for variant in variants if variant.loss == "mse"}:
+    mse = {variant.sites[-1] for variant in variants if variant.loss in ("mse", "mse+kl")}  # none is joined
+    for site in mse:
         variance = loader.rows.statistics(site).total_variance
         if not MOST_SCALE**-0.75 < variance < MOST_SCALE**0.75:
             raise ConfigError(
-                f"loss mse is in the units of the activations at {site}, whose variance is {variance:.0e}: "
+                f"mse is in the units of the activations at {site}, whose variance is {variance:.0e}: "
                 "its gradient is beyond float32; use loss fvu"
             )
 
@@ -377,8 +431,8 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
     rows = trainer.loader.rows
     if long := rows.describe_long():
         say(long)
-    for array in map(store.site, trainer.loader.sites):
-        for warning in warnings(array.name, rows.statistics(array.name), array.dtype, unit):
+    for name, array in rows.sites.items():
+        for warning in warnings(name, rows.statistics(name), array.dtype, unit):
             say(warning)
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")

@@ -22,6 +22,7 @@ from saemill.train.record import checkpoint
 from saemill.train.record.metrics import JsonlSink, Record, Sink
 from saemill.train.stream.feed import Feed
 from saemill.train.stream.loader import Loader
+from saemill.train.stream.whole_rows import WholeRows
 from saemill.train.sweep.halving import window
 from saemill.train.sweep.schedule import Schedule
 from saemill.train.watch.watch import Watch
@@ -41,7 +42,7 @@ class Points(Protocol):
 class Trainer:
     """One training run over banks that share a stream."""
 
-    loader: Loader
+    loader: Loader | WholeRows
     feed: Feed
     """The loader's batches, on the device."""
     banks: list[Bank]
@@ -153,10 +154,10 @@ class Trainer:
 
     def _one_step(self) -> None:
         with region("wait for data"):
-            batch = self.feed.batch(self.step)
+            batch, text = self.feed.batch(self.step), self.feed.text(self.step)
         for bank in self.banks:
             target_TE = None if bank.target is None else batch[bank.target[0]]
-            bank.step(batch[bank.site], self.schedule.factor(self.step), self.step, target_TE)
+            bank.step(batch[bank.site], self.schedule.factor(self.step), self.step, target_TE, text)
         self.step += 1
         if self.step < self.schedule.n_steps:
             self.feed.prefetch(self.step)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import Pipeline
 from replaced import run_of_other_saes
+from saes import make_transcoder
 from stores import make_store
 from typer.testing import CliRunner
 
@@ -309,3 +310,21 @@ def test_the_report_shows_every_pair_and_fetches_nothing(runs: Pipeline, tmp_pat
             compared(seeds)
     finally:
         (seeds / "later.json").rename(seeds / "finished.json")
+
+
+def test_transcoders_of_one_site_differ_in_what_they_predict(tmp_path: Path) -> None:
+    """Oracle: their folders; lengths that differ at either end are told."""
+    a, b = make_transcoder(), make_transcoder()
+    b.config.provenance["target_site"] = "layers.2.mlp"
+    a.save(tmp_path / "a")
+    b.save(tmp_path / "b")
+    told = compared(tmp_path / "a", tmp_path / "b")
+    assert [d["target_site"] for d in told["dictionaries"]] == ["layers.1.mlp", "layers.2.mlp"]
+    assert told["pairs"][0]["differs_in"] == ["target_site"]
+    assert told["notes"] == [
+        "some pairs differ in the target_site: a direction need not mean the same in both; --by activations "
+        "compares what latents do"
+    ]
+    make_transcoder(e=7).save(tmp_path / "c")
+    with pytest.raises(ConfigError, match="a has 12, c has 12 → 7"):
+        compared(tmp_path / "a", tmp_path / "c")

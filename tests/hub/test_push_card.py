@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -17,6 +18,7 @@ from saemill.assess.run import run as assess
 from saemill.common import durable, records
 from saemill.common.sae.formats import seal
 from saemill.common.stores import runs
+from saemill.hub import kinds
 
 
 def test_the_card_tells_every_variant_with_its_figures(made: Pipeline, hub: Hub) -> None:
@@ -135,3 +137,43 @@ def test_the_card_of_saes_with_thresholds_does_not_send_to_sparsify(made: Pipeli
     assert "TopK" not in card
     assert "SparseCoder" not in card
     assert "--format saelens" in card
+
+
+def test_the_card_of_transcoders_tells_both_sites(made: Pipeline, tmp_path: Path) -> None:
+    """Oracle: what each tool has (docs/formats.md): no transcoder with k in SAELens, none in
+    dictionary_learning; and the formulas, of transcoders alone and beside an SAE."""
+    origins = {name: Sae.load(made.out / name).config.provenance for name in VARIANTS}
+    transcoders: dict[str, dict[str, Any]] = {
+        name: {"d_out": 32, "provenance": origin | {"target_site": "layers.1.mlp"}}
+        for name, origin in origins.items()
+    }
+    run_of_other_saes(made.out, tmp_path / "both", transcoders)
+    card = call("push", tmp_path / "both", "user/saes", "--dry-run")
+    assert "\n2 TopK transcoders of " in card
+    assert "at `layers.1` → `layers.1.mlp`, trained by" in card
+    assert f"| `{VARIANTS[0]}` | `layers.1` → `layers.1.mlp` | 2 | 128 |" in card
+    assert "predicts the second: f = ReLU(TopK(W_enc x + b_enc)), ŷ = W_decᵀ f + b_dec.\n" in card
+    assert "sae.decode(top_acts, top_indices, x)  # [T, E]" in card
+    assert "SparseCoder" in card
+    assert "saemill export" not in card
+    assert "transcoder" in metadata(card.partition("\n\n")[2].encode())["tags"]
+    run_of_other_saes(
+        made.out, tmp_path / "one", {VARIANTS[0]: transcoders[VARIANTS[0]] | {"threshold": 0.8}}
+    )
+    card = call("push", tmp_path / "one", "user/saes", "--variant", VARIANTS[0], "--dry-run")
+    assert "--format saelens" in card
+    assert "SparseCoder" not in card
+    assert "dictionary_learning" not in card
+    card = call("push", tmp_path / "one", "user/saes", "--dry-run")
+    assert "# Sparse autoencoders and transcoders of " in card
+    assert "\n1 sparse autoencoder and 1 transcoder of " in card
+    assert "x̂ = W_decᵀ f + b_dec; a transcoder f = z · 1[z > θ] with z = W_enc x + b_enc" in card
+
+
+def test_formulas_of_skip_connections() -> None:
+    """Oracle: the definition, ŷ = W_decᵀ f + b_dec + W_skip x."""
+    cfg = {"transcode": True, "k": 4, "d_in": 8, "d_out": 5, "skip_connection": True}
+    assert kinds.formula({"a": cfg}).endswith("ŷ = W_decᵀ f + b_dec + W_skip x")
+    mixed = kinds.formula({"a": cfg, "b": cfg | {"skip_connection": False}})
+    assert mixed.endswith("ŷ = W_decᵀ f + b_dec + W_skip x where there is a W_skip")
+    assert kinds.tools(cfg) == []

@@ -145,12 +145,15 @@ def test_stores_of_done_pairs_are_deleted_when_that_is_asked_later(file: Path, c
 
 
 def test_what_is_not_a_seed_is_told_apart(file: Path) -> None:
-    """Oracle: two rates and two seeds: two cells of two, and no comparison over rates."""
+    """Oracle: two rates, two architectures and two seeds: four cells of two, whatever stands behind the seed
+    in their names, and no comparison over anything else."""
     sections = yaml.safe_load(file.read_text())
-    sections["train"]["lr"] = ["auto", 1e-4]
+    sections["train"] |= {"lr": ["auto", 1e-4], "architecture": ["topk", "jumprelu"], "target_l0": [4]}
     out = run(write(file, sections), targets=("llama",), sources=("one",))
     found = json.loads((out / "matrix.json").read_text())
     assert [(c["kind"], c["n_seeds"]) for c in found["cells"]] == [
+        ("layers.1-jumprelu-f96-target4", 2),
+        ("layers.1-jumprelu-f96-target4-lr0.0001", 2),
         ("layers.1-k4-f96", 2),
         ("layers.1-k4-f96-lr0.0001", 2),
     ]

@@ -1,4 +1,5 @@
-"""Run by the peers' Python: what sparsify, SAELens, dictionary_learning and TransformerLens do with files.
+"""Run by the peers' Python: what sparsify, SAELens, dictionary_learning, circuit-tracer and TransformerLens
+do with files.
 
 `python in_peers.py` reads names of files: lists of jobs, each `{"do": one of JOBS, …}`. It answers each with
 a line of JSON: the traceback of what failed, or nothing. It knows nothing of saemill.
@@ -82,6 +83,21 @@ def encode(format: str, folder: str, x: str, out: str) -> None:
             assert torch.equal(forward(sae, x_TD), reconstruction)  # multi_topk's forward pass takes 4k
     told = json.dumps(sae.cfg.metadata.to_dict()) if format == "saelens" else ""
     np.savez(out, latents=latents.numpy(), reconstruction=reconstruction.numpy(), told=told)
+
+
+def load_set(folder: str, x: str, out: str) -> None:
+    """Latents [L, T, F] and predictions [L, T, D] of a set of transcoders, as circuit-tracer loads it."""
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_ENABLE_HF_TRANSFER = False  # which later versions have not
+    from circuit_tracer.utils.caching import load_transcoders_from_cache
+
+    transcoders, _ = load_transcoders_from_cache(folder)
+    x_LTD = torch.from_numpy(np.load(x))
+    with torch.no_grad():
+        latents = transcoders.encode(x_LTD)
+        predictions = transcoders.decode(latents, x_LTD)
+    np.savez(out, latents=latents.numpy(), predictions=predictions.numpy())
 
 
 def forward(sae: Any, x_TD: Tensor) -> Tensor:
@@ -211,8 +227,8 @@ def chunk_and_tokenize(texts: str, tokenizer: str, ctx_len: int, out: str) -> No
 JOBS = {
     job.__name__: job
     for job in (
-        encode, make_sparsify, make_saelens, make_scaled_saelens, make_dictionary_learning, hooks, splice,
-        pretokenize, chunk_and_tokenize,
+        encode, load_set, make_sparsify, make_saelens, make_scaled_saelens, make_dictionary_learning, hooks,
+        splice, pretokenize, chunk_and_tokenize,
     )
 }  # fmt: skip
 

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from saemill.train.backends.architecture import Dead, Seen
 from saemill.train.backends.choose import make_backend
+from saemill.train.backends.codes import Above, BatchLargest
+from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.team import ALONE, Team
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
@@ -69,3 +72,20 @@ def train(bank: Bank, batches: list[Tensor]) -> Bank:
         for step, x_TD in enumerate(batches):
             bank.step(x_TD, 1.0, step)
     return bank
+
+
+def seen(learner: Learner, p: Parameters, x_TD: Tensor) -> Seen:
+    """What the loss must know of the whole batch, from dense pre-activations."""
+    is_centred = learner.variant.apply_b_dec_to_input and not learner.variant.target_site
+    inputs_TD = x_TD - p.b_D if is_centred else x_TD
+    pre_TF = inputs_TD @ p.w_enc_FD.T + p.b_enc_F
+    known = Seen(Dead(learner.dead.latents_S.cpu(), learner.dead.n_in_team), len(x_TD))
+    rule = learner.architecture.rule(p)
+    if isinstance(rule, BatchLargest):
+        best = pre_TF.clamp(min=0).flatten().sort(descending=True).values
+        # Less than it by more than a product's rounding.
+        return known._replace(cutoff=best[round(rule.k * len(x_TD)) - 1].detach() * (1 - 1e-9))
+    if isinstance(rule, Above):
+        count_F = (pre_TF > rule.threshold_F).sum(0).double().detach()
+        return known._replace(count_F=count_F, n_active=count_F.sum())
+    return known

@@ -82,6 +82,8 @@ def make_store(
     shard_tokens: int,
     values_TD: torch.Tensor | None = None,
     b_TD: torch.Tensor | None = None,
+    seed: int = 0,
+    model: str = "none",
 ) -> ActivationStore:
     """An activation store with sites `a` and `b`, float32.
 
@@ -89,18 +91,20 @@ def make_store(
         values_TD: values of site a by address; by default dimensions 0 and 1 tell the address
             (a // 256, a % 256) and the others are random.
         b_TD: those of site b, of any width; by default those of a, plus 1.
+        seed: of the tokens.
+        model: what made the activations.
     """
     acts = path / "acts"
-    tokens = make_tokens(acts / "tokens", n_rows, ctx_len, parent="a token store")
+    tokens = make_tokens(acts / "tokens", n_rows, ctx_len, seed, parent="a token store")
     settings = StoreSettings(
         tokens_fingerprint=tokens.manifest.parent_fingerprint,
         n_rows=n_rows,
         shard_tokens=shard_tokens // ctx_len * ctx_len,
         dtype="fp32",
         model_dtype="float32",
-        model_fingerprint="none",
+        model_fingerprint=model,
         mask=MaskConfig(),
-        model="none",
+        model=model,
         revision=None,
         versions={"saemill": version("saemill")},
     )

@@ -153,9 +153,10 @@ class LanguageModel:
                 handle.remove()
         return captured
 
-    def logits(self, ids_RS: Tensor, attention_RS: Tensor | None) -> Tensor:
-        """Compute logits of the LM head, [R, S, vocabulary]; inside `splice` those of the changed model."""
-        with torch.inference_mode():
+    def logits(self, ids_RS: Tensor, attention_RS: Tensor | None, *, differentiable: bool = False) -> Tensor:
+        """Compute logits of the LM head, [R, S, vocabulary]; inside `splice` those of the changed model, from
+        which gradients flow to the changed activations if asked for."""
+        with torch.enable_grad() if differentiable else torch.inference_mode():
             output: Tensor = self._forward(self.model, ids_RS, attention_RS).logits
         return output
 
@@ -198,15 +199,15 @@ class LanguageModel:
             handle.remove()
 
     @contextmanager
-    def skip_blocks_before(self, site: str) -> Iterator[None]:
-        """Skip the transformer blocks before `site` while the block runs: they hand their input on
-        uncomputed.
+    def skip_blocks_to(self, site: str) -> Iterator[None]:
+        """Skip the transformer blocks up to `site`, its own included, while the block runs: they hand their
+        input on uncomputed.
 
         For use with a `splice` that replaces the whole residual stream after a block: in almost all
         models nothing before it then matters. Where the site is no block nothing is skipped. Not for
         models whose blocks return tuples; `tuple_sites` names the sites where a splice met one.
         """
-        before = self.blocks[: self.blocks.index(site)] if site in self.blocks else []
+        before = self.blocks[: self.blocks.index(site) + 1] if site in self.blocks else []
         skipped = [self.modules[name] for name in before]
 
         def hand_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor:

@@ -5,9 +5,11 @@ However it was trained, a finished SAE chooses its latents in one of three ways:
 (`threshold`). A ReLU is the threshold 0, BatchTopK one threshold for all, and the gate of a Gated SAE is a
 threshold on its magnitude (`formats.gated`).
 
-A transcoder is an SAE that predicts what another site has from what it reads at its own.
+A transcoder is an SAE that predicts what another site has from what it reads at its own. A crosscoder is one
+that reads and reconstructs several sites at once, side by side in one vector.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,18 @@ from saemill.common.log import counted
 BY_K = ("topk", "matryoshka", "groupmax")
 BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu", "relu", "gated")
 ARCHITECTURES = tuple(dict.fromkeys(BY_K + BY_THRESHOLD))
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """One of the sites that a crosscoder joins."""
+
+    site: str
+    """Name of the site; `with.<site>` of the second of two models."""
+    width: int
+    """Length of its activation vectors: its share of d_in."""
+    scale: float
+    """Factor that makes its activations' mean squared distance from their mean its width."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +57,8 @@ class SaeConfig:
     """Numbers of active latents that it was trained for, ascending, where they are several; the last is k."""
     d_out: int | None = None
     """Length E of the vectors that a transcoder predicts from those that it reads; None of an SAE."""
+    joined: tuple[Joined, ...] = ()
+    """Sites of a crosscoder in the order in which their vectors follow each other; empty of an SAE."""
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -68,17 +84,44 @@ class SaeConfig:
             )
         _check_ascending("prefixes", self.prefixes, "num_latents", self.num_latents)
         _check_ascending("ks", self.ks, "k", self.k)
+        self._check_joined()
+
+    def _check_joined(self) -> None:
+        """Refuse sites that do not make up d_in."""
+        if not self.joined:
+            return
+        names, widths = [part.site for part in self.joined], [part.width for part in self.joined]
+        if len(set(names)) < max(2, len(names)) or sum(widths) != self.d_in or min(widths) < 1:
+            raise ConfigError(
+                f"joined must be two or more sites whose widths add up to d_in ({self.d_in}), got "
+                f"{', '.join(f'{part.width} of {part.site!r:.80}' for part in self.joined)}"
+            )
+        if not all(0 < part.scale < math.inf for part in self.joined):
+            raise ConfigError(f"joined must have scales above 0, got {[part.scale for part in self.joined]}")
+        if self.d_out is not None:
+            raise ConfigError(f"joined must be empty of a transcoder, got {', '.join(names)}")
 
     @property
     def described(self) -> str:
         """Choice of latents and their number, in words: `k 32, 6,144 latents`."""
         words = [] if self.d_out is None else ["transcoder"]
+        words += ["crosscoder"] if self.joined else []
         words += [] if self.architecture == "topk" else [self.architecture]
         words += [] if self.k is None else [f"k {self.k}"]
         words += [f"{self.num_latents:,} latents"]
         words += [f"prefixes {', '.join(f'{n:,}' for n in self.prefixes)}"] if self.prefixes else []
         words += [f"also k {', '.join(map(str, self.ks[:-1]))}"] if self.ks[:-1] else []
         return ", ".join(words)
+
+
+def place(origin: Mapping[str, Any]) -> str | None:
+    """Write where an SAE belongs: its site, or the site that a transcoder reads and the one that it predicts,
+    `layers.3.norm → layers.3.mlp`.
+
+    Args:
+        origin: what has the fields `site` and, of a transcoder, `target_site`; either may be unknown.
+    """
+    return " → ".join(filter(None, (origin.get("site"), origin.get("target_site")))) or None
 
 
 def _check_ascending(name: str, values: tuple[int, ...], of: str, last: int | None) -> None:

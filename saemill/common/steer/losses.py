@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.common.errors import ConfigError, DataError
+from saemill.common.models.cached import check_model, load_model
 from saemill.common.models.model import LanguageModel, attention_of
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.permutation import hashes
 from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 
@@ -66,6 +68,32 @@ def no_loss(model: LanguageModel, tokens: TokenStore, row: int) -> str | None:
     return None
 
 
+def load_with_losses(
+    name: str | None, store: ActivationStore, device: torch.device, setting: str
+) -> LanguageModel:
+    """Load the model of a store, and refuse one whose losses mean nothing.
+
+    Args:
+        name: another name of it; None for the one that was cached.
+        store: its activations.
+        device: where it runs.
+        setting: what asks for the losses.
+
+    Raises:
+        ConfigError: it cannot be loaded, is another model, has no losses, or cannot be given its tokens.
+    """
+    model = load_model(name, store, None, device)
+    check_model(name, model, store)
+    check_mask_token(model, store.tokens)
+    held_out_R = store.tokens.held_out_R
+    why = no_loss(model, store.tokens, int(np.flatnonzero(held_out_R)[0]) if held_out_R.any() else 0)
+    if model.head is None:
+        why = f"{model.name} has no language-model head"
+    if why:
+        raise ConfigError(f"{setting}: {why}; leave it out")
+    return model
+
+
 class Passes:
     """Forward passes of a model, with its own activations and with others.
 
@@ -112,11 +140,19 @@ class Passes:
         self.skippable -= self.model.tuple_sites
         return clean
 
-    def changed(self, task: Task, site: str, changed_RSD: Tensor) -> Tensor:
-        """Compute log probabilities [T, W] of the model with other activations at the site."""
-        skip = self.model.skip_blocks_before(site) if site in self.skippable else nullcontext()
+    def changed(self, task: Task, site: str, changed_RSD: Tensor, *, differentiable: bool = False) -> Tensor:
+        """Compute log probabilities [T, W] of the model with other activations at the site.
+
+        Args:
+            task: the rows.
+            site: its name.
+            changed_RSD: the other activations.
+            differentiable: whether gradients may be asked for.
+        """
+        skip = self.model.skip_blocks_to(site) if site in self.skippable else nullcontext()
         with skip, self.model.splice(site, lambda _: changed_RSD):
-            return _log_probs(self.model.logits(task.ids_RS, task.attention_RS), task.counted_RS)
+            logits_RSW = self.model.logits(task.ids_RS, task.attention_RS, differentiable=differentiable)
+            return _log_probs(logits_RSW, task.counted_RS)
 
     def check_identity(self, site: str, task: Task, clean_T: NDArray[np.float64]) -> None:
         """Splice the true activation, once for a site; where that needs the blocks before it, skip them no

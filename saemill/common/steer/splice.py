@@ -68,6 +68,9 @@ def splice(
     """
     if not isinstance(getattr(model, "base_model", None), torch.nn.Module):
         raise ConfigError(f"model must be a HuggingFace transformer, got {type(model).__name__}")
+    if sae.config.joined:
+        sites = " and ".join(part.site for part in sae.config.joined)
+        raise ConfigError(f"a crosscoder takes the place of no one site, got one of {sites}; splice an SAE")
     base = base_of(model)
     origin, edits = sae.config.provenance, _edits(edit, sae)
     own = origin.get("site"), origin.get("hook_name")

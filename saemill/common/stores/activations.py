@@ -28,6 +28,8 @@ from torch import Tensor
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
+from saemill.common.stores import joined, site_names
+from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.norms import NormSketch, norms_of
 from saemill.common.stores.passages import PassageStore
@@ -64,12 +66,15 @@ class ActivationStore:
 
     Args:
         path: the folder.
+        beside: a store of another model's activations at the same tokens. Its sites are called
+            `with.<site>`; both masks count together.
 
     Raises:
         StoreError: the folder is no activation store, or its settings or tokens are damaged.
+        ConfigError: the store beside it has other tokens, or these in other places.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, beside: Path | str | None = None) -> None:
         self.path = Path(path)
         self.settings = read_settings(self.path)
         self.mask = self.settings.mask
@@ -78,6 +83,10 @@ class ActivationStore:
         self.n_tokens = self.text.n_tokens
         self.ctx_len = self.text.ctx_len
         self.permutation = lru_cache(16)(self._permutation)
+        self.beside = None if beside is None else ActivationStore(beside)
+        if self.beside is not None:
+            joined.check_beside(self, self.beside)
+            self.mask = joined.combined(self.mask, self.beside.mask)
 
     def _open_text(self) -> TokenStore | PassageStore:
         """Open the tokens, or the passages, that the addresses name."""
@@ -124,10 +133,17 @@ class ActivationStore:
             if not (self.path / name / "manifest.json").exists()
         }
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Hash of the content: settings and tokens, or passages. A store that was published with names in
-        place of paths has its original fingerprint, so that SAEs trained on it still match it."""
+        """Hash of the content: settings and tokens, or passages; with a store beside, of both. A store that
+        was published with names in place of paths has its original fingerprint, so that SAEs trained on it
+        still match it."""
+        own = self.own_fingerprint
+        return own if self.beside is None else durable.hash_json([own, self.beside.fingerprint])
+
+    @cached_property
+    def own_fingerprint(self) -> str:
+        """Hash of the content without that of the store beside."""
         settings = self.settings.model_dump(mode="json", exclude={"fingerprint", "source_hash"})
         return self.settings.fingerprint or durable.hash_json([settings, self.text.fingerprint])
 
@@ -176,12 +192,25 @@ class ActivationStore:
         if record.site != site:
             raise StoreError(f"{file} is of the site {record.site!r}; name folders as they were. {REPAIR}")
 
-    def site(self, name: str) -> "SiteArray":
-        """Open a finished site's array.
+    def site(self, name: str) -> "SiteArray | JoinedSite":
+        """Open a finished site, or several of them as one: `layers.2+layers.4`.
+
+        Raises:
+            StoreError: there is no such site (the message lists those there), or it is damaged.
+            ConfigError: sites that cannot be joined.
+        """
+        if site_names.is_joined(name):
+            return JoinedSite(name, {part: self.array(part) for part in site_names.parts_of(name)})
+        return self.array(name)
+
+    def array(self, name: str) -> "SiteArray":
+        """Open a finished site's array, of the store beside where its name begins with `with.`.
 
         Raises:
             StoreError: there is no such site (the message lists those there), or it is damaged.
         """
+        if self.beside is not None and name.startswith(site_names.BESIDE):
+            return self.beside.array(name.removeprefix(site_names.BESIDE))
         if name not in self.sites:
             state = "unfinished" if name in self.unfinished else "not in the store"
             finished = ", ".join(self.sites) or "none"
@@ -240,10 +269,15 @@ class SiteArray:
         self.width = record.width
         self.array = ShardedArray(store.path / name, REPAIR)
         self.array.expect(describe_site(store.settings, store.n_tokens, name, self.width))
-        self.dtype = self.array.torch_dtype
+        self.dtype, self.stored_dtype = self.array.torch_dtype, self.array.dtype
         self.manifest = store.manifest(record)
         self.array.check_sizes()
         self._computed_norms: dict[int, NDArray[np.uint16]] = {}
+
+    @property
+    def parts(self) -> "dict[str, SiteArray]":
+        """Sites that it is made of: itself."""
+        return {self.name: self}
 
     @cached_property
     def statistics(self) -> Statistics:

@@ -46,7 +46,7 @@ class Check(Record):
 
 
 class Cut(Record):
-    """An SAE within a variant: of its first latents alone, or of another k."""
+    """An SAE within a variant: of its first latents alone, of another k, or at one site of a crosscoder."""
 
     name: str
     num_latents: Positive

@@ -92,6 +92,11 @@ class PassageStore:
         self.fingerprint = self.manifest.fingerprint
         self._group = lru_cache(16)(self._read_group)
 
+    @property
+    def content(self) -> dict[str, str]:
+        """Hash of the file that says which passages there are, and which are held out."""
+        return {file.path: file.xxh3 for file in self.manifest.files}
+
     @cached_property
     def _file(self) -> Path:
         """Path of the passages' file, after its hash was compared."""

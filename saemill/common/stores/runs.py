@@ -152,6 +152,8 @@ class Finished(Record):
     """Checksums of the SAEs' cfg.json, which hold those of their weights."""
     acts: str
     """Path of the activations."""
+    with_acts: str | None = None
+    """Path of those of a second model; None of a run on one."""
     steps: Positive
     tokens: Positive
     seconds: float

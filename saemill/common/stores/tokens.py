@@ -273,6 +273,16 @@ class TokenStore:
         return documents[np.searchsorted(starts, addresses, side="right") - 1]
 
     @property
+    def content(self) -> dict[str, str]:
+        """Hashes of the files that say which tokens there are, and which rows are held out. Stores of the
+        same tokens share them, whatever the tokenizer is called."""
+        return {
+            name: file.xxh3
+            for name, file in self._files.items()
+            if name.startswith(("tokens/c/", "held_out/c/"))
+        }
+
+    @property
     def n_used_ids(self) -> int:
         """One more than the largest id in any row: a model needs no larger embedding."""
         return self.manifest.n_used_ids

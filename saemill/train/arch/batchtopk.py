@@ -93,3 +93,7 @@ class BatchTopK:
             return Inference(round(self.k), None, p.w_enc_FD, p.b_enc_F, p.w_dec_FD)
         threshold_F = torch.full_like(p.b_enc_F, cutoff)
         return Inference(None, threshold_F, p.w_enc_FD, p.b_enc_F, p.w_dec_FD)
+
+    def restore(self, p: Parameters, form: Inference) -> None:
+        """Start as a finished SAE. Its threshold is where the cutoff's average starts."""
+        initial.restored(p, form)

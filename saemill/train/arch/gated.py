@@ -99,3 +99,11 @@ class Gated:
         factor_F, b_mag_F = p.further_F["r_mag"].exp(), p.further_F["b_mag"]
         threshold_F = (b_mag_F - factor_F * p.b_enc_F).clamp(min=0)
         return Inference(None, threshold_F, p.w_enc_FD * factor_F[:, None], b_mag_F, p.w_dec_FD)
+
+    def restore(self, p: Parameters, form: Inference) -> None:
+        """Start as a finished SAE with thresholds: with r = 0 the gate is open where z − θ > 0. Which r its
+        training ended with is not known afterwards; none changes what it computes."""
+        assert form.threshold_F is not None
+        initial.restored(p, form)
+        p.b_enc_F.copy_(form.b_enc_F - form.threshold_F)
+        p.further_F["b_mag"].copy_(form.b_enc_F)

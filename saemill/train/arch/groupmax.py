@@ -47,6 +47,10 @@ class GroupMax:
         """Start as TopK does."""
         initial.tied(p, n_latents, seed, sample, self.k, team)
 
+    def restore(self, p: Parameters, form: Inference) -> None:
+        """Start as a finished SAE."""
+        initial.restored(p, form)
+
     def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition."""
         pre_TF = pre_activations(p, x_TD, dtype)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from saemill.train.backends.architecture import Sample
+from saemill.train.backends.architecture import Inference, Sample
 from saemill.train.backends.base import chunks
 from saemill.train.backends.codes import Codes
 from saemill.train.backends.parameters import Parameters
@@ -96,6 +96,13 @@ def tied_with_bias(p: Parameters, n_latents: int, seed: int, sample: Sample, tea
     n_active = start_l0(n_latents)
     tied(p, n_latents, seed, sample, n_active, team)
     p.b_enc_F.fill_(-cutoff(sample, p, n_active, team))
+
+
+def restored(p: Parameters, form: Inference) -> None:
+    """Fill in the weights and the encoder's bias of a finished SAE."""
+    p.w_enc_FD.copy_(form.w_enc_FD)
+    p.b_enc_F.copy_(form.b_enc_F)
+    p.w_dec_FD.copy_(form.w_dec_FD)
 
 
 def unit_rows(n_latents: int, d: int, seed: int) -> Tensor:

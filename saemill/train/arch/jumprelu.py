@@ -170,3 +170,9 @@ class JumpRelu:
         """Return the form in which the SAE is used: itself."""
         threshold_F = self.rule(p).threshold_F.clamp(min=0)
         return Inference(None, threshold_F, p.w_enc_FD, p.b_enc_F, p.w_dec_FD)
+
+    def restore(self, p: Parameters, form: Inference) -> None:
+        """Start as a finished SAE with thresholds."""
+        assert form.threshold_F is not None
+        initial.restored(p, form)
+        p.further_F["threshold"].copy_(form.threshold_F / p.w_dec_FD.shape[1] ** 0.5)

@@ -91,3 +91,7 @@ class Relu:
         norm_F = p.w_dec_FD.norm(dim=1).clamp(min=1e-12)
         w_enc_FD, w_dec_FD = p.w_enc_FD * norm_F[:, None], p.w_dec_FD / norm_F[:, None]
         return Inference(None, torch.zeros_like(norm_F), w_enc_FD, p.b_enc_F * norm_F, w_dec_FD)
+
+    def restore(self, p: Parameters, form: Inference) -> None:
+        """Start as a finished SAE."""
+        initial.restored(p, form)

@@ -110,3 +110,7 @@ class TopK:
         """Return the form in which the SAE is used: itself."""
         ks = self.groups.ends if self.groups and not self.multi else ()
         return Inference(self.k, None, p.w_enc_FD, p.b_enc_F, p.w_dec_FD, ks)
+
+    def restore(self, p: Parameters, form: Inference) -> None:
+        """Start as a finished SAE."""
+        initial.restored(p, form)

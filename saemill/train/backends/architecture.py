@@ -170,3 +170,6 @@ class Architecture(Protocol):
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used; `cutoff` is the moving average of `BatchLargest`'s."""
+
+    def restore(self, p: Parameters, form: Inference) -> None:
+        """Fill in parameters of which `inference` makes this form, with rows of unit length."""

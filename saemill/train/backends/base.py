@@ -17,6 +17,7 @@ from torch import Tensor
 from saemill.train.backends.architecture import Architecture, Dead
 from saemill.train.backends.parameters import Parameters, Shape
 from saemill.train.backends.team import Team
+from saemill.train.objective.at_output import AtOutput, Objective
 from saemill.train.optim.optimizer import Optimizer
 
 if TYPE_CHECKING:
@@ -108,6 +109,9 @@ class Task(NamedTuple):
     """bool []; where it is false, or the squared error is not finite, nothing is changed."""
     rates: Rates
     """Numbers of this step."""
+    objective: Objective | None = None
+    """What the loss is beside or in place of the squared error; None where that is all. It sees whole
+    batches: a team does not share out their tokens."""
 
 
 class Sums(NamedTuple):
@@ -127,6 +131,8 @@ class Sums(NamedTuple):
     """Σ e² of each group, float32; None where there is one."""
     cutoff: Tensor | None = None
     """The smallest pre-activation that was kept, float32 []; None where the rule has none."""
+    at_output: AtOutput | None = None
+    """What the objective found; None without one."""
 
 
 class Backend(Protocol):

@@ -15,6 +15,7 @@ from saemill.train.backends.codes import Above, BatchLargest
 from saemill.train.backends.cutoff import Best
 from saemill.train.backends.parameters import Parameters, Shape
 from saemill.train.backends.team import ALONE, Team
+from saemill.train.objective.at_output import AtOutput, Objective
 from saemill.train.optim.clipping import shrinkage
 from saemill.train.profile import region
 
@@ -63,11 +64,17 @@ class Plain:
         leaves = Parameters.of(named, weights.parameters)
         seen = self._look(task, own.x_TD)
         sums, tokens = _zero_sums(leaves, task), self.team.tokens
+        found = None if task.objective is None else self._at_output(task, task.objective, seen)
         for chunk in self._chunks(own.x_TD, leaves):
             with region("backward"), torch.enable_grad():
                 some = own.tokens(chunk).less_skip(leaves)
                 losses = task.architecture.loss(leaves, some.x_TD, some.target_TE, seen, self.dtype)
-                ((losses.error + losses.aux) * rates.per_square).backward()  # type: ignore[no-untyped-call]
+                loss = (losses.error + losses.aux) * rates.per_square
+                if found is not None:
+                    xhat_TE = output(leaves, losses.codes_TF, some.x_TD)
+                    loss = (losses.error * found.squares + losses.aux) * rates.per_square
+                    loss = loss + (xhat_TE * found.gradient_TE[chunk]).sum()
+                loss.backward()  # type: ignore[no-untyped-call]
             sums = _added(sums, losses, rates.per_square)
         gradients = {
             name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in named.items()
@@ -76,10 +83,28 @@ class Plain:
             for over_tokens in (*gradients.values(), *_numbers(sums)):
                 tokens.all_reduce(over_tokens)
             fired_F = tokens.all_reduce(sums.fired_F.int()) > 0
+        if found is not None:  # where the model overflows, nothing is changed either
+            sums = sums._replace(sse=sums.sse.where(torch.isfinite(found.nats), torch.nan))
         if task.healthy & torch.isfinite(sums.sse):
             with region("optimizer"):
                 _update(task, gradients)
-        return sums._replace(fired_F=fired_F, cutoff=seen.cutoff)
+        return sums._replace(fired_F=fired_F, cutoff=seen.cutoff, at_output=found)
+
+    def _at_output(self, task: Task, objective: Objective, seen: Seen) -> AtOutput:
+        """Let the objective see all reconstructions, by a forward pass before."""
+        p, batch, error = (
+            task.weights.parameters,
+            task.batch,
+            torch.zeros_like(task.healthy, dtype=torch.float),
+        )
+        xhat_TE = torch.empty_like(batch.target_TE)
+        for chunk in self._chunks(batch.x_TD, p):
+            some = batch.tokens(chunk).less_skip(p)
+            losses = task.architecture.loss(p, some.x_TD, some.target_TE, seen, self.dtype)
+            xhat_TE[chunk] = output(p, losses.codes_TF, some.x_TD)
+            error += losses.error
+        with region("model"):
+            return objective.at(xhat_TE, error * task.rates.per_square)
 
     def _chunks(self, x_TD: Tensor, p: Parameters) -> Iterator[slice]:
         chunk_bytes = CHUNK_BYTES.get(x_TD.device.type, MOST_CHUNK_BYTES)
@@ -101,6 +126,12 @@ class Plain:
             count_F = self.team.tokens.all_reduce(count_F)
             return seen._replace(count_F=count_F, n_active=count_F.sum())
         return seen
+
+
+def output(p: Parameters, codes_TF: Tensor, x_TD: Tensor) -> Tensor:
+    """Compute what codes decode to, with what W_skip adds. [T, E], differentiable."""
+    decoded_TE = codes_TF @ p.w_dec_FD + p.b_D
+    return decoded_TE if p.w_skip_ED is None else decoded_TE + x_TD @ p.w_skip_ED.T
 
 
 def pre_activations(p: Parameters, x_TD: Tensor, dtype: torch.dtype) -> Tensor:

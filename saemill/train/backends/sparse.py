@@ -33,6 +33,7 @@ from saemill.train.backends.cutoff import Best
 from saemill.train.backends.parameters import SKIP
 from saemill.train.backends.plain import Plain
 from saemill.train.backends.team import ALONE, Team
+from saemill.train.objective.at_output import AtOutput, Objective
 from saemill.train.profile import region
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
@@ -143,6 +144,10 @@ class Sparse(ABC):
             scale = aux.alpha * task.rates.per_square * aux.share(task.dead)
             with region("auxk"):
                 dead_rows, aux_loss = auxk(self, own, forward, task.dead, task.weights, aux.k, scale)
+        found = None
+        if task.objective is not None:
+            with region("model"):
+                forward, found = with_objective(forward, task, task.objective)
         forward = self._nan_unless_finite(gather(forward, n_tokens, self.team))
         if isinstance(aux, Pull) and task.dead.n_in_team > 0:
             dead_rows, own_loss = pull(forward.codes, task, aux.weight * task.rates.per_square)
@@ -158,7 +163,7 @@ class Sparse(ABC):
             aux_loss = aux_loss + self.team.latents.all_reduce(slopes.aux_loss)
         if forward.held_sse is not None:
             aux_loss = aux_loss + forward.held_sse * task.rates.per_square
-        sums = Sums(forward.sse, aux_loss, forward.n_active, fired_F, cutoff=forward.cutoff)
+        sums = Sums(forward.sse, aux_loss, forward.n_active, fired_F, cutoff=forward.cutoff, at_output=found)
         if architecture.groups is None or forward.sse_G is None:
             return sums
         error = forward.sse_G @ forward.sse_G.new_tensor(architecture.groups.weights)
@@ -263,6 +268,30 @@ class Sparse(ABC):
         sums = Plain(self.dtype, self.team).step(task)
         task.weights.refresh()
         return sums
+
+
+def with_objective(forward: Forward, task: Task, objective: Objective) -> tuple[Forward, AtOutput]:
+    """Put what the objective finds at x̂ in the place of the error: all that follows takes gradients from it.
+
+    Where ∂L/∂x̂ is g beside the weight w of the squared error, the step is that of an error w e + g/gs.
+    """
+    error = forward.sse
+    if forward.groups is not None and forward.sse_G is not None:
+        error = forward.sse_G @ forward.sse_G.new_tensor(forward.groups.weights)
+    xhat_TE = forward.e_TD.float() + task.batch.target_TE
+    found = objective.at(xhat_TE, error * task.rates.per_square)
+    own_TE, w_dec_FD = found.gradient_TE / task.rates.grad_scale, task.weights.parameters.w_dec_FD
+    dot_TK, rows_GTD = row_dots(own_TE, forward.codes.idx_TK.long(), w_dec_FD), forward.rows_GTD
+    if forward.groups is not None and rows_GTD is not None:
+        dot_TK = dot_TK.where(forward.codes.group_TK(forward.groups) <= forward.groups.shown, 0)
+        rows_GTD = rows_GTD * found.squares
+        rows_GTD[: forward.groups.shown + 1] += own_TE.to(rows_GTD.dtype)
+    return forward._replace(
+        e_TD=(forward.e_TD * found.squares).add_(own_TE.to(forward.e_TD.dtype)),
+        dot_TK=forward.dot_TK * found.squares + dot_TK,
+        sse=forward.sse.where(torch.isfinite(found.nats), torch.nan),
+        rows_GTD=rows_GTD,
+    ), found
 
 
 def fold_bias(w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor) -> Tensor:

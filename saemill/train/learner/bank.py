@@ -3,6 +3,8 @@
 Each batch is standardised, rounded and quantised once for all of them.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,10 @@ from saemill.train.backends.base import Backend
 from saemill.train.learner.learner import Learner
 from saemill.train.profile import region
 from saemill.train.stream.scaling import Scaling
+from saemill.train.stream.whole_rows import Text
+
+if TYPE_CHECKING:
+    from saemill.train.objective.model import ModelLoss, Passages
 
 DEAD_EVERY_STEPS = 4
 """Steps between two searches for dead latents: each makes the host wait for the device."""
@@ -25,6 +31,7 @@ class Bank:
         backend: computes their steps.
         learners: all of this site, target and process.
         target: name of the site that transcoders predict, and its units.
+        above: the model, where some learner's loss is its.
     """
 
     def __init__(
@@ -34,11 +41,19 @@ class Bank:
         backend: Backend,
         learners: list[Learner],
         target: tuple[str, Scaling] | None = None,
+        above: "ModelLoss | None" = None,
     ) -> None:
         self.site, self.scaling, self.backend, self.learners = site, scaling, backend, learners
-        self.target = target
+        self.target, self.above = target, above
 
-    def step(self, stored_TD: Tensor, lr_factor: float, step: int, target_TE: Tensor | None = None) -> None:
+    def step(
+        self,
+        stored_TD: Tensor,
+        lr_factor: float,
+        step: int,
+        target_TE: Tensor | None = None,
+        text: Text | None = None,
+    ) -> None:
         """Take one optimizer step of every learner that has not diverged.
 
         Args:
@@ -46,7 +61,15 @@ class Bank:
             lr_factor: the schedule's factor on each learner's peak rate.
             step: its number.
             target_TE: the same tokens at the target site, as they are stored; None of SAEs.
+            text: the rows that the batch is, with tokens that are not trained on; None where tokens are
+                shuffled.
         """
+        passages = None
+        if text is not None:
+            if self.above is not None:
+                passages = self._passages(self.above, text, stored_TD if target_TE is None else target_TE)
+            keep_T = text.keep_RS.flatten().to(stored_TD.device)
+            stored_TD, target_TE = stored_TD[keep_T], None if target_TE is None else target_TE[keep_T]
         with region("copy"):
             x_TD = self.scaling.standardise(stored_TD)
             y_TE = None
@@ -59,7 +82,15 @@ class Bank:
         batch = self.backend.prepare(x_TD, y_TE)
         for learner in self.learners:
             if not learner.frozen:
-                learner.step(batch, lr_factor, step)
+                learner.step(batch, lr_factor, step, passages)
+
+    def _passages(self, above: "ModelLoss", text: Text, y_TE: Tensor) -> "Passages":
+        """Make ready what the losses of the model need of a batch, once for all learners."""
+        from saemill.train.objective.model import Passages  # imports transformers
+
+        site = self.site if self.target is None else self.target[0]
+        above.check(site, *text)
+        return Passages(above, site, *text, y_TE)
 
     def count_dead(self) -> None:
         """List each learner's dead latents, and how many the team has, in one exchange for all."""

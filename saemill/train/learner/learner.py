@@ -4,12 +4,12 @@ Parameters live in training units (`stream.scaling`). `export` folds these into 
 SAE takes activations as they are.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from saemill.common.sae.parts import Parts, SaeConfig
+from saemill.common.sae.parts import Joined, Parts, SaeConfig
 from saemill.train.arch import initial
 from saemill.train.backends.architecture import Dead, Sample
 from saemill.train.backends.base import Backend, Batch, Rates, Task
@@ -17,7 +17,8 @@ from saemill.train.backends.parameters import WHOLE, Parameters, Shape
 from saemill.train.learner.architecture import architecture_of
 from saemill.train.learner.resampling import resample
 from saemill.train.learner.totals import CutoffAverage, Totals
-from saemill.train.learner.units import rows_of, whole_of
+from saemill.train.learner.units import fill_whole, form_of, rows_of, whole_of
+from saemill.train.losses import IN_MODEL, nats_name
 from saemill.train.objective.squared_error import per_square
 from saemill.train.optim.average import WeightAverage
 from saemill.train.optim.muon import Muon
@@ -25,7 +26,11 @@ from saemill.train.optim.optimizer import Adam, Optimizer, Sgd
 from saemill.train.optim.signum import Signum
 from saemill.train.profile import region
 from saemill.train.stream.scaling import Scaling
+from saemill.train.sweep.sources import read
 from saemill.train.sweep.variants import Variant
+
+if TYPE_CHECKING:
+    from saemill.train.objective.model import Passages
 
 
 class Learner:
@@ -63,7 +68,11 @@ class Learner:
         shape = Shape(n_rows, d, d_out, self.architecture.further, variant.skip_connection, is_centred)
         self.weights = backend.weights(shape, device)
         self.parameters = self.weights.parameters
-        self._start(Sample(sample_TD, sample_TD if target is None else target[1]))
+        self.cutoff = CutoffAverage(device)
+        if variant.init_from is None:
+            self._start(Sample(sample_TD, sample_TD if target is None else target[1]))
+        else:
+            self._start_from(read(variant.init_from, variant.init_content or ""))
         self.optimizer = self._optimizer()
         decay = variant.weight_average
         self.average = None if decay is None else WeightAverage(self.parameters.named, decay)
@@ -74,8 +83,7 @@ class Learner:
         """The step at which the loss was not finite, −1 where it is."""
         self.frozen = False
         """Whether steps are left out, since it has diverged."""
-        self.totals = Totals(d_out, device, self.architecture.groups)
-        self.cutoff = CutoffAverage(device)
+        self.totals = Totals(d_out, device, self.architecture.groups, nats_name(variant.loss))
         self.weights.refresh()
 
     def _start(self, sample: Sample) -> None:
@@ -88,6 +96,15 @@ class Learner:
             p.b_D.copy_(initial.geometric_median(sample.y_TE))
         self.architecture.initialise(p, variant.num_latents, variant.seed, sample, self.backend.team)
 
+    def _start_from(self, parts: Parts) -> None:
+        """Fill in the parameters of a finished SAE, in this run's units."""
+        p = self.parameters
+        fill_whole(p, parts, self.scaling, self.target_scaling)
+        form = form_of(p, parts, self.rows, self.scaling, self.target_scaling)
+        self.architecture.restore(p, form)
+        if form.threshold_F is not None:
+            self.cutoff.start(float(form.threshold_F[0]))
+
     def _optimizer(self) -> Optimizer:
         named, variant = self.parameters.named, self.variant
         if variant.optimizer == "sgd":
@@ -98,13 +115,14 @@ class Learner:
             return Muon(named, variant.num_latents, self.backend.team.latents, WHOLE)
         return Adam(named, variant.optimizer_state, variant.adam_betas)
 
-    def step(self, batch: Batch, lr_factor: float, step: int) -> None:
+    def step(self, batch: Batch, lr_factor: float, step: int, passages: "Passages | None" = None) -> None:
         """Take one optimizer step; on a GPU the host waits for nothing with TopK.
 
         Args:
             batch: from the backend; the loss is the mean over its tokens.
             lr_factor: the schedule's factor on the peak rate.
             step: its number, recorded where the loss is not finite.
+            passages: the rows of text of the batch; None where no loss is the model's.
         """
         n_tokens, variant = len(batch.x_TD), self.variant
         if step in variant.resample_at and self.diverged_step < 0:
@@ -116,6 +134,9 @@ class Learner:
         healthy = self.diverged_step < 0
         architecture = self.architecture.at(step)
         task = Task(batch, self.weights, architecture, self.optimizer, self.dead, healthy, rates)
+        if passages is not None and variant.loss in IN_MODEL:
+            of = self.target_scaling or self.scaling
+            task = task._replace(objective=passages.objective(variant.loss, of.scale, of.centre_D))
         sums = self.backend.step(task)
         if self.average is not None:
             with region("optimizer"):
@@ -124,8 +145,10 @@ class Learner:
             diverges = healthy & ~torch.isfinite(sums.sse)
             self.diverged_step.copy_(torch.where(diverges, step, self.diverged_step))
             error = sums.sse if sums.error is None else sums.error
-            loss = error * rates.per_square + sums.aux_loss
-            self.totals.add(n_tokens, sums.sse, loss, sums.aux_loss, sums.n_active, sums.sse_G)
+            found = sums.at_output
+            loss = (error * rates.per_square if found is None else found.loss) + sums.aux_loss
+            nats = None if found is None else found.nats
+            self.totals.add(n_tokens, sums.sse, loss, sums.aux_loss, sums.n_active, sums.sse_G, nats)
             if sums.cutoff is not None:
                 self.cutoff.add(sums.cutoff, healthy)
             self.idle_tokens_F.copy_(torch.where(sums.fired_F, 0, self.idle_tokens_F + n_tokens))
@@ -194,6 +217,9 @@ class Learner:
             architecture=variant.architecture,
             prefixes=variant.prefixes if is_matryoshka else (),
             ks=form.ks,
+            joined=tuple(
+                Joined(site, *part) for site, part in zip(variant.parts, scaling.parts, strict=False)
+            ),
         )
         others, device = whole_of(trained, scaling, self.target_scaling), weights["W_enc"].device
         return Parts(config, **weights, **{name: tensor.to(device) for name, tensor in others.items()})

@@ -7,6 +7,8 @@ from saemill.train.backends.codes import Groups
 
 CUTOFF_SHARE = 0.1
 """Share of the steps so far that the cutoff's average looks back on."""
+START_STEPS = 100
+"""Steps that a threshold counts for that a finished SAE brought: it is forgotten within tens of steps."""
 MOST_CUTOFF_STEPS = 1000
 """Steps that it looks back on at most."""
 
@@ -18,14 +20,19 @@ class Totals:
         d: width of the site.
         device: where it trains.
         groups: of codes that fit alone, each with an FVU of its own; None where there is one.
+        nats_name: name of the model's loss; empty where it is not minimised.
     """
 
-    def __init__(self, d: int, device: torch.device, groups: Groups | None = None) -> None:
+    def __init__(
+        self, d: int, device: torch.device, groups: Groups | None = None, nats_name: str = ""
+    ) -> None:
         self.d = d
         ends, sign = ((), "") if groups is None else (groups.ends, "k" if groups.by_rank else "f")
         self.group_names = [f"fvu_{sign}{end}" for end in ends]
         """Names of the groups' errors among the metrics."""
-        self.values = torch.zeros(2, 6 + len(ends), dtype=torch.float64, device=device)
+        self.n_groups, self.nats_names = len(ends), [nats_name] if nats_name else []
+        n_sums = 6 + len(ends) + len(self.nats_names)
+        self.values = torch.zeros(2, n_sums, dtype=torch.float64, device=device)
 
     def add(
         self,
@@ -35,6 +42,7 @@ class Totals:
         auxk: Tensor,
         n_active: Tensor,
         sse_G: Tensor | None = None,
+        nats: Tensor | None = None,
     ) -> None:
         """Count one batch."""
         batch_sums = [sse, loss, auxk, n_active]
@@ -42,7 +50,9 @@ class Totals:
         self.values[:, 4] += n_tokens
         self.values[:, 5] += 1
         if sse_G is not None:
-            self.values[:, 6:] += sse_G.double()
+            self.values[:, 6 : 6 + self.n_groups] += sse_G.double()
+        if nats is not None:
+            self.values[:, -1] += nats.double()
 
     def pop(self) -> dict[str, float | None]:
         """Compute the means since the last call, and start anew."""
@@ -60,15 +70,19 @@ class Totals:
 
     def _means(self, row: int) -> dict[str, float | None]:
         """Compute means; fvu is the squared error over the site's cached variance (D in training units)."""
-        sse, loss, auxk, active, n_tokens, n_steps, *sse_G = self.values[row].tolist()
+        sse, loss, auxk, active, n_tokens, n_steps, *rest = self.values[row].tolist()
+        sse_G, nats = rest[: self.n_groups], rest[self.n_groups :]
         if n_tokens == 0:
-            return dict.fromkeys(("fvu", "loss", "auxk", "l0", *self.group_names))
+            return dict.fromkeys(("fvu", "loss", "auxk", "l0", *self.group_names, *self.nats_names))
         return {
             "fvu": sse / (n_tokens * self.d),
             "loss": loss / n_steps,
             "auxk": auxk / n_steps,
             "l0": active / n_tokens,
             **{name: each / (n_tokens * self.d) for name, each in zip(self.group_names, sse_G, strict=True)},
+            **{
+                name: sum_of_steps / n_steps for name, sum_of_steps in zip(self.nats_names, nats, strict=True)
+            },
         }
 
 
@@ -84,6 +98,10 @@ class CutoffAverage:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         """The average, and the number of steps that it has seen."""
+
+    def start(self, threshold: float) -> None:
+        """Start at the threshold of a finished SAE, as after `START_STEPS` steps."""
+        self.sums.copy_(torch.tensor([threshold, START_STEPS]))
 
     def add(self, cutoff: Tensor, healthy: Tensor) -> None:
         """Count a step, where it was healthy."""

@@ -1,16 +1,20 @@
-"""From training units to the activations' own: what is to be saved takes and gives activations as they are.
+"""From training units to the activations' own and back: what is saved takes activations as they are.
 
 With x̃ = (x − c_x) s_x and ỹ = (y − c_y) s_y, which are the same of an SAE:
 
     an SAE         b_enc / s,   b_dec = b / s + c;   it subtracts b_dec from x
     a transcoder   (s_x/s_y) W_enc,   b_enc / s_y − W_enc c_x,   b_dec = b / s_y + c_y − W_skip c_x
 
-the last two with W_enc and W_skip as they are saved; thresholds go with b_enc.
+the last two with W_enc and W_skip as they are saved; thresholds go with b_enc. Where sites are joined, each
+with its own scale g s, an SAE is saved with g W_enc and W_dec / g, and b_dec = b / (g s) + c. A finished SAE
+that training starts from was made in units of its own, and goes the other way into those of this run.
 """
 
 import torch
 from torch import Tensor
 
+from saemill.common.sae.formats.folding import unit_rows
+from saemill.common.sae.parts import Parts
 from saemill.train.backends.architecture import Inference
 from saemill.train.backends.parameters import Parameters
 from saemill.train.stream.scaling import Scaling
@@ -26,24 +30,73 @@ def rows_of(form: Inference, p: Parameters, scaling: Scaling, target: Scaling | 
         target: units of what it predicts; None of an SAE.
     """
     own = {"W_enc": form.w_enc_FD, "b_enc": form.b_enc_F / (target or scaling).scale, "W_dec": form.w_dec_FD}
+    gain_D = scaling.gain_D
+    if gain_D is not None:
+        own |= {"W_enc": form.w_enc_FD * gain_D, "W_dec": form.w_dec_FD / gain_D}
     if form.threshold_F is not None:
         own["threshold"] = form.threshold_F / (target or scaling).scale
     if target is not None:
         own["W_enc"] = form.w_enc_FD * (scaling.scale / target.scale)
         own["b_enc"] = _shifted(own["b_enc"], own["W_enc"], -scaling.centre_D)
     elif not p.is_centred:
-        own["b_enc"] = _shifted(own["b_enc"], own["W_enc"], p.b_D / scaling.scale)
+        own["b_enc"] = _shifted(own["b_enc"], own["W_enc"], _offset(p, scaling))
     return own
 
 
 def whole_of(p: Parameters, scaling: Scaling, target: Scaling | None) -> dict[str, Tensor]:
     """Return the other tensors, as `rows_of`."""
     of = target or scaling
-    b_dec = p.b_D / of.scale + of.centre_D
+    b_dec = _offset(p, of) + of.centre_D
     if p.w_skip_ED is None:
         return {"b_dec": b_dec}
     W_skip = p.w_skip_ED * (scaling.scale / of.scale)
     return {"b_dec": _shifted(b_dec, W_skip, -scaling.centre_D), "W_skip": W_skip}
+
+
+def _offset(p: Parameters, scaling: Scaling) -> Tensor:
+    """Return the decoder's bias in the activations' units, around their mean."""
+    offset_D = p.b_D / scaling.scale
+    return offset_D if scaling.gain_D is None else offset_D / scaling.gain_D
+
+
+def fill_whole(p: Parameters, parts: Parts, scaling: Scaling, target: Scaling | None) -> None:
+    """Fill in the parameters without a row per latent from a finished SAE, of which `whole_of` makes these.
+
+    Args:
+        p: its parameters.
+        parts: the SAE, in the activations' own units.
+        scaling: units of what is read here.
+        target: units of what is predicted here; None of an SAE.
+    """
+    of, b_D = target or scaling, parts.b_dec.double()
+    if p.w_skip_ED is not None and parts.W_skip is not None:
+        W_skip = parts.W_skip.double()
+        b_D = b_D + W_skip @ scaling.centre_D.cpu().double()
+        p.w_skip_ED.copy_(W_skip * (of.scale / scaling.scale))
+    p.b_D.copy_((b_D - of.centre_D.cpu().double()) * of.scale)
+
+
+def form_of(p: Parameters, parts: Parts, rows: slice, scaling: Scaling, target: Scaling | None) -> Inference:
+    """Return some latents of a finished SAE in training units, of which `rows_of` makes these: float64, on
+    the CPU, with decoder rows of unit length.
+
+    Args:
+        p: with what `fill_whole` fills in.
+        parts: the SAE, in the activations' own units.
+        rows: the latents.
+        scaling, target: as of `fill_whole`.
+    """
+    W_enc, b_enc, W_dec = (weights[rows].double() for weights in (parts.W_enc, parts.b_enc, parts.W_dec))
+    length_F, scale = W_dec.norm(dim=1), (target or scaling).scale
+    W_enc, b_enc, W_dec = unit_rows(W_enc, b_enc, W_dec)
+    threshold_F = None if parts.threshold is None else parts.threshold[rows].double() * length_F * scale
+    if target is not None:
+        b_enc = b_enc + W_enc @ scaling.centre_D.cpu().double()
+    elif not p.is_centred:  # what an SAE subtracts from x is in b_enc here
+        b_enc = b_enc - W_enc @ (parts.b_dec.double() - scaling.centre_D.cpu().double())
+    if target is not None:
+        W_enc = W_enc * (target.scale / scaling.scale)
+    return Inference(parts.config.k, threshold_F, W_enc, b_enc * scale, W_dec)
 
 
 def _shifted(bias: Tensor, weights: Tensor, x: Tensor) -> Tensor:

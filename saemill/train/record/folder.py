@@ -28,6 +28,8 @@ from saemill.common.stores.runs import (
 from saemill.train.config import TrainConfig
 from saemill.train.record import checkpoint, inspect
 from saemill.train.record.checkpoint import Checkpoint
+from saemill.train.sweep.sources import Sources
+from saemill.train.sweep.sources import identity as identity_of
 
 NAMING: dict[str, type[Checkpoint] | type[Finished] | type[Looks]] = {
     CHECKPOINT: Checkpoint,
@@ -43,13 +45,14 @@ class Folder:
     Args:
         config: the run's settings.
         acts_fingerprint: of what it is trained on.
+        sources: what its SAEs start from.
     """
 
-    def __init__(self, config: TrainConfig, acts_fingerprint: str) -> None:
+    def __init__(self, config: TrainConfig, acts_fingerprint: str, sources: Sources) -> None:
         self.config, self.path = config, config.out
         self._yaml = settings.as_yaml("train", settings.plain(config))
         self.identity = Identity(
-            settings=json.loads(json.dumps(config.identity())),
+            settings=json.loads(json.dumps(identity_of(config, sources))),
             acts_fingerprint=acts_fingerprint,
             config=durable.hash_bytes(self._yaml),
         )
@@ -118,7 +121,8 @@ class Folder:
                     "use those that it was made with, or another folder"
                 ) from error
             return
-        settings.check_same(identity.content, self.identity.content, self.path)
+        wanted = {"init_from": None, **self.identity.content}
+        settings.check_same(identity.content, wanted, self.path)
 
     def _is_named(self) -> bool:
         """Tell whether another file than the identity, which is lost, says that the folder is this run's.
@@ -135,7 +139,7 @@ class Folder:
             config = settings.resolve(TrainConfig, "train", {}, self.path / CONFIG)
         except ConfigError:
             return False
-        return config.identity() == self.config.identity()
+        return config.identity() == self.config.identity() and config.init_from == self.config.init_from
 
     def _repair(self) -> None:
         """Write again what is known of a finished run, and remove what a crash left behind its end."""

@@ -105,12 +105,13 @@ class ConsoleSink:
             self.live.start()
         self.shown = 0.0
         self.held_out: dict[str, Record] = {}
-        """Latest figures on held-out text, by variant."""
+        """Latest figures that not all have, by variant: on held-out text, and of the model."""
 
     def log(self, record: Record) -> None:
         """Show the newest values."""
         for name, m in record["variants"].items():
-            self.held_out.setdefault(name, {}).update({key: m[key] for key in EVAL_COLUMNS if key in m})
+            some = (*EVAL_COLUMNS, *NATS_COLUMNS)
+            self.held_out.setdefault(name, {}).update({key: m[key] for key in some if key in m})
         if self.live:
             self.live.update(self._table(record), refresh=True)
         elif record["step"] == self.n_steps or time.monotonic() - self.shown > LINE_SECONDS:
@@ -127,7 +128,8 @@ class ConsoleSink:
     @property
     def _columns(self) -> tuple[str, ...]:
         measured = {key for figures in self.held_out.values() for key in figures}
-        return (*COLUMNS, *(key for key in EVAL_COLUMNS if key in measured))
+        nats = (key for key in NATS_COLUMNS if key in measured)
+        return (*COLUMNS[:1], *nats, *COLUMNS[1:], *(key for key in EVAL_COLUMNS if key in measured))
 
     def _rows(self, record: Record) -> list[list[str]]:
         rows = []
@@ -157,6 +159,8 @@ class ConsoleSink:
 
 
 COLUMNS = ("fvu", "auxk", "l0", "dead_fraction", "lr")
+NATS_COLUMNS = ("kl", "ce")
+"""Losses of the model, where they are minimised."""
 EVAL_COLUMNS = ("eval_fvu", "eval_l0", "eval_delta_ce", "eval_loss_recovered")
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from saemill.train.stream.loader import Loader
+from saemill.train.stream.whole_rows import Text, WholeRows
 
 
 class Feed:
@@ -15,7 +16,7 @@ class Feed:
     its stored dtype: half the bytes of float32. On a CPU it is returned as it is.
     """
 
-    def __init__(self, loader: Loader, device: torch.device) -> None:
+    def __init__(self, loader: Loader | WholeRows, device: torch.device) -> None:
         self.loader, self.device = loader, device
         cuda: Any = torch.cuda
         self._stream = cuda.Stream(device) if device.type == "cuda" else None
@@ -34,6 +35,10 @@ class Feed:
         for rows_TD in batch.values():
             rows_TD.record_stream(now)
         return batch
+
+    def text(self, i: int) -> Text | None:
+        """Return the rows of text that batch number i is; None where it is tokens of any."""
+        return self.loader.text(i) if isinstance(self.loader, WholeRows) else None
 
     def prefetch(self, i: int) -> None:
         """Start to copy batch number i; to be called when the work on the one before is under way."""

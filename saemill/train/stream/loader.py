@@ -44,7 +44,7 @@ class Loader:
 
     Args:
         store: where they are read.
-        sites: names of finished sites.
+        sites: names of finished sites, or of several joined.
         mask: positions left out; held-out rows always are.
         norm_over_median: rows whose norm is more than so many medians at one of the sites are left out; None
             leaves out none.
@@ -74,7 +74,8 @@ class Loader:
         self.batch_tokens, self.seed = batch_tokens, seed
         self.blocks_per_window = max(1, buffer_tokens // BLOCK_TOKENS)
         self.blocks_per_shard = -(-store.shard_tokens // BLOCK_TOKENS)
-        self.rows = TrainingRows(store, self.every_site, mask, norm_over_median)
+        parts = {name: part for site in self.every_site.values() for name, part in site.parts.items()}
+        self.rows = TrainingRows(store, parts, mask, norm_over_median)
         self.kept_per_block = np.concatenate([self._per_block(shard) for shard in range(store.n_shards)])
         self.epoch_tokens = self.rows.n_tokens
         self._epoch = lru_cache(2)(self._plan_epoch)
@@ -164,7 +165,7 @@ class Loader:
         order = permutation(n_rows, self.seed, ROW_ORDER, epoch, window)
         rows: dict[str, Tensor] = {}
         for name, site in self.sites.items():
-            buffer = np.empty((n_rows, site.width), site.array.dtype)
+            buffer = np.empty((n_rows, site.width), site.stored_dtype)
             jobs = zip(blocks, [0, *ends[:-1]], ends, strict=True)
             list(self._readers.map(lambda job, n=name, b=buffer: self._read_block(n, b, *job), jobs))
             shuffled = np.empty_like(buffer)

@@ -30,7 +30,7 @@ class TrainingRows:
 
     Args:
         store: where they are.
-        sites: all sites of the run, by name.
+        sites: all sites of the run, by name; those that are joined one by one.
         mask: positions left out; held-out rows always are.
         norm_over_median: norms of more than so many medians of a site are too long; None where none is. The
             median is that of the store's training positions, by its own mask.
@@ -98,7 +98,7 @@ class TrainingRows:
                     "median norm, which then does not tell what is too long; train on all of them with --set "
                     "train.mask.norm_over_median=none"
                 )
-            if n_beyond or self.mask != self.store.mask:
+            if n_beyond or self.mask != array.store.mask:
                 limits[name] = limit
         for shard in range(self.store.n_shards if limits else 0):
             self._leave_out_of(shard, limits)
@@ -123,14 +123,14 @@ class TrainingRows:
         )
         sketch = NormSketch()
         for shard in range(self.store.n_shards):
-            sketch.add(array.norms(shard)[self.store.keep(shard, self.store.mask, held_out=False)])
+            sketch.add(array.norms(shard)[self.store.keep(shard, array.store.mask, held_out=False)])
         return sketch
 
     def _statistics(self, site: str) -> Statistics:
         """Compute the moments of the rows that are trained on: those that the store keeps, less those of the
         rows left out for their norm, of which only the blocks that hold them are read."""
         array = self.sites[site]
-        if self.mask == self.store.mask:
+        if self.mask == array.store.mask:
             if not self.n_long:
                 return array.statistics
             rest = array.statistics.without(self._long_rows(array).statistics())

@@ -1,6 +1,7 @@
 """Which SAEs a run trains, on which process, and for how long.
 
 variants.py     lists → the SAEs
+sources.py      what they start from, where not from random directions
 placement.py    SAEs → processes
 schedule.py     the learning rate over the run
 halving.py      which stop early

@@ -13,6 +13,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.log import counted
 from saemill.common.world import Group
 from saemill.train.backends.team import Team
+from saemill.train.losses import IN_MODEL
 from saemill.train.sweep.variants import Variant
 
 LATENTS_PER_ACTIVE = 90
@@ -136,6 +137,8 @@ def allowed_latent_ranks(
             "kernels torch do not split an SAE's latents; leave it out, or train with kernels numba on CPUs, "
             "triton on GPUs"
         )
+    elif any(variant.loss in IN_MODEL for variant in variants):
+        whole = "a loss of the model needs all latents of an SAE in one process; leave it out"
     elif any(v.multi_topk or v.nested_k or v.architecture == "groupmax" for v in variants):
         whole = "multi_topk, nested_k and groupmax need all latents of an SAE in one process; leave it out"
     elif kernels == "triton" and any(is_stepped_by_torch(v, widths) for v in variants):

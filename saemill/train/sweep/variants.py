@@ -13,8 +13,12 @@ from saemill.common.errors import ConfigError
 from saemill.common.setting import axes as axes_of
 from saemill.common.setting import check, default_of, like, marks_of, written
 from saemill.common.stores.runs import check_variant_name
+from saemill.common.stores.site_names import parts_of
 from saemill.train.architectures import Architecture, no_effect
-from saemill.train.config import ADAM_BETAS, ADAMW_DECAY, OptimizerName, TrainConfig
+from saemill.train.checks import of_architectures
+from saemill.train.config import ADAM_BETAS, ADAMW_DECAY, BY_DEFAULT, OptimizerName, TrainConfig
+from saemill.train.losses import WITHOUT_SQUARES, Loss
+from saemill.train.sweep.sources import Source, Sources, chosen, fill_in, one_of
 
 ADAM_ALONE = ("optimizer_state", "adam_betas")
 """Settings without effect on another optimizer."""
@@ -27,6 +31,9 @@ WITHOUT_SIGNUM = {
 """Settings without effect on signum, and why."""
 ONE_OF_GRID = {"seeds": "seed"}
 """What one value of a list is called, where it has another name than the list."""
+NOT_SHARED = ("name", "target_site", "init_from", "init_content")
+"""Settings that a variant has by itself."""
+NO_SOURCES: Sources = MappingProxyType({})
 IN_EVERY_NAME = ("site", "architecture", "k", "expansion_factor", "num_latents", "seed")
 """Axes of the grid that the name of every variant shows; the widths as the number of latents."""
 PREFIX_SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
@@ -42,10 +49,15 @@ class Variant:
     name: str
     """Unique in the run; the name of its folder, so none of the run's own files."""
     site: str
+    """Several joined by + of a crosscoder."""
     target_site: str | None = None
     """Site that is predicted; None of an SAE, which reconstructs its own."""
     skip_connection: bool = like(TrainConfig, "skip_connection")
-    architecture: Architecture = like(TrainConfig, "architecture")
+    init_from: str | None = like(TrainConfig, "init_from")
+    """Place of one SAE."""
+    init_content: str | None = None
+    """Hash of that SAE, as `sources.content_of` makes it."""
+    architecture: Architecture = like(TrainConfig, "architecture", default="topk")
     k: int | float | None = like(TrainConfig, "k", default=None)
     """None with an architecture that has none; so are other settings that it has not."""
     num_latents: int
@@ -78,7 +90,7 @@ class Variant:
     decoder_rows: Literal["unit", "free"] = like(TrainConfig, "decoder_rows")
     resample_at: tuple[int, ...] = like(TrainConfig, "resample_at")
     penalty_warmup_steps: int | None = like(TrainConfig, "penalty_warmup_steps")
-    loss: Literal["fvu", "mse"] = like(TrainConfig, "loss")
+    loss: Loss = like(TrainConfig, "loss")
     apply_b_dec_to_input: bool = like(TrainConfig, "apply_b_dec_to_input")
     b_dec_init: Literal["mean", "geometric_median"] = like(TrainConfig, "b_dec_init")
 
@@ -90,6 +102,8 @@ class Variant:
                 f"target_site must be another site than site, got {self.site} as both; without it an "
                 "SAE reconstructs its own site"
             )
+        if len(self.parts) > 1:
+            self._check_joined()
         if self.target_site is not None and not self.apply_b_dec_to_input:
             raise ConfigError("apply_b_dec_to_input has no effect with target_site; leave it out")
         if self.skip_connection and self.target_site is None:
@@ -105,17 +119,48 @@ class Variant:
                 raise ConfigError(f"{name} has no effect with signum, {why}; leave it out")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ConfigError(f"adam_betas must be two numbers from 0 to below 1, got {self.adam_betas}")
+        if self.loss in WITHOUT_SQUARES and (
+            self.architecture == "matryoshka" or self.nested_k or self.multi_topk
+        ):
+            raise ConfigError(
+                f"loss {self.loss} is of one reconstruction, and matryoshka, nested_k and multi_topk have "
+                "several; take mse+kl, in which KL is that of the whole SAE"
+            )
         check(self)
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Sites that it joins; one alone of an SAE."""
+        return parts_of(self.site)
+
+    @property
     def sites(self) -> tuple[str, ...]:
-        """Sites that it is trained on."""
+        """Sites that it is trained on; joined ones count as one."""
         return (self.site,) if self.target_site is None else (self.site, self.target_site)
 
     @property
     def l0(self) -> float:
         """Active latents per token that it is meant to have; a guess where a penalty decides."""
         return self.k or self.target_l0 or TARGET_L0
+
+    def _check_joined(self) -> None:
+        """Refuse settings that have no meaning for a crosscoder."""
+        if self.target_site is not None:
+            raise ConfigError(
+                f"target_site has no effect on a crosscoder, {self.site}, which predicts no other site"
+            )
+        if self.decoder_rows == "free":
+            raise ConfigError(
+                "decoder_rows free is not there for crosscoders, whose rows are of unit length over all "
+                "sites; leave it out"
+            )
+        if self.loss != "fvu":
+            what = "in the units" if self.loss == "mse" else "of the model with the activation"
+            raise ConfigError(
+                f"loss {self.loss} is {what} of one site, and a crosscoder has several; use loss fvu"
+            )
+        if self.init_from is not None:
+            raise ConfigError(f"init_from has no effect on a crosscoder, {self.site}; leave it out")
 
     def _check_l0(self) -> None:
         """Refuse numbers of active latents that F latents cannot have, or the architecture cannot."""
@@ -169,23 +214,30 @@ def _auto_lr(optimizer: str, num_latents: int, d: int, n_steps: int) -> float:
     return MUON_OVER_ADAM * of_adam if optimizer == "muon" else of_adam
 
 
-def of_config(config: TrainConfig, widths: Mapping[str, int], n_steps: int) -> list[Variant]:
+def of_config(
+    config: TrainConfig, widths: Mapping[str, int], n_steps: int, sources: Sources = NO_SOURCES
+) -> list[Variant]:
     """List all variants of a run.
 
     Args:
         config: of the run.
         widths: D of each site.
         n_steps: of the run.
+        sources: what they start from, where not from random directions.
 
     Raises:
         ConfigError: contradicting, unknown or missing settings; a site without a variant.
     """
     axes = {ONE_OF_GRID.get(name, name): getattr(config, name) for name in axes_of(TrainConfig)}
-    axes["expansion_factor"] = () if config.num_latents else config.expansion_factor or (8,)
-    own = [field.name for field in dataclasses.fields(Variant) if field.name not in ("name", "target_site")]
+    if not (config.num_latents or config.init_from):
+        axes["expansion_factor"] = config.expansion_factor or (8,)
+    own = [field.name for field in dataclasses.fields(Variant) if field.name not in NOT_SHARED]
     common = {name: getattr(config, name) for name in own if name not in axes}
     targets = dict(zip(config.site, config.target_site, strict=False))
-    variants = resolve(common, axes, config.variants, widths, n_steps, targets)
+    of_run = sources.get(config.init_from or "", ())
+    if of_run:
+        of_architectures(config, config.architectures or tuple(s.config.architecture for s in of_run))
+    variants = resolve(common, axes, config.variants, widths, n_steps, targets, sources, of_run)
     for site in widths:
         if all(site not in variant.sites for variant in variants):
             raise ConfigError(f"no variant is of site {site}; leave it out")
@@ -199,6 +251,8 @@ def resolve(
     widths: Mapping[str, int],
     n_steps: int,
     targets: Mapping[str, str] = MappingProxyType({}),
+    sources: Sources = NO_SOURCES,
+    of_run: tuple[Source, ...] = (),
 ) -> list[Variant]:
     """List all variants of a run.
 
@@ -211,30 +265,88 @@ def resolve(
         widths: D of each site.
         n_steps: of the run.
         targets: the site that is predicted, of those sites that are transcoders'.
+        sources: what listed variants name to start from.
+        of_run: what the run starts from: each combination is a variant of each of these.
 
     Raises:
         ConfigError: contradicting, unknown or missing settings; two variants alike.
     """
+    variants = []
+    for i, (entry, source) in enumerate(_entries(axes, explicit, sources, of_run)):
+        predicted = None if source is None else (*source.sites, None, None)[1]
+        entry.setdefault("target_site", targets.get(entry["site"], predicted))
+        if source is not None:
+            d, e = (_width(widths, entry[name] or entry["site"]) for name in ("site", "target_site"))
+            fill_in(entry, source, common, d, e)
+        variants.append(_variant({**_inherited(common, entry), **entry}, widths, f"variants[{i}]", n_steps))
+    names = [variant.name for variant in variants]
+    for name in names:
+        if names.count(name) > 1:
+            how = "start from one SAE alone, RUN/NAME" if of_run else "name them apart"
+            raise ConfigError(f"two variants are called {name!r}; leave one out or {how}")
+    return variants
+
+
+def _entries(
+    axes: Mapping[str, tuple[Any, ...]],
+    explicit: tuple[Mapping[str, Any], ...],
+    sources: Sources,
+    of_run: tuple[Source, ...],
+) -> list[tuple[dict[str, Any], Source | None]]:
+    """List what variants are told to be, and what each starts from; arguments as of `resolve`."""
     axes = {name: values for name, values in axes.items() if values}
     if explicit:
         for name, values in axes.items():
             if len(values) > 1 and name != "site":
                 raise ConfigError(f"variants are listed one by one; give one {name} for them, got {values}")
         single = {name: values[0] for name, values in axes.items() if len(values) == 1}
-        entries = [_fill_in(dict(entry), single, axes) for entry in explicit]
-    else:
-        entries = list(_grid(axes))
-    for entry in entries:
-        entry.setdefault("target_site", targets.get(entry["site"]))
-    variants = [
-        _variant({**_inherited(common, entry), **entry}, widths, f"variants[{i}]", n_steps)
-        for i, entry in enumerate(entries)
+        started = [_start(dict(entry), sources, of_run, single) for entry in explicit]
+        return [(_fill_in(entry, single, axes), source) for entry, source in started]
+    if not of_run:
+        return [(entry, None) for entry in _grid(axes)]
+    return [
+        (entry, source)
+        for source in chosen(of_run, axes.get("site", ()))
+        for entry in _grid(_axes_from(source, axes, is_alone=len(of_run) == 1))
     ]
-    names = [variant.name for variant in variants]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"two variants are called {name!r}; leave one out or name them apart")
-    return variants
+
+
+def _axes_from(source: Source, axes: Mapping[str, tuple[Any, ...]], is_alone: bool) -> dict[str, Any]:
+    """Fill in the axes that a source tells: its architecture, and its site unless one SAE is to start at
+    others."""
+    own = {"architecture": (source.config.architecture,), **axes}
+    if "site" not in axes or not is_alone:
+        own["site"] = source.sites[:1]
+    return {"site": own.pop("site"), **own}
+
+
+def _start(
+    entry: dict[str, Any], sources: Sources, of_run: tuple[Source, ...], single: Mapping[str, Any]
+) -> tuple[dict[str, Any], Source | None]:
+    """Find what a listed variant starts from, and fill in what tells it apart.
+
+    Returns: the entry, and the SAE; None where it starts from random directions.
+    """
+    own = entry.get("init_from")
+    candidates = sources[str(own)] if own else of_run
+    if not candidates:
+        return entry, None
+    source = one_of(candidates, {"site": single.get("site"), **entry})
+    entry.setdefault("architecture", single.get("architecture", source.config.architecture))
+    if "site" not in entry and "site" not in single and source.sites:
+        entry["site"] = source.sites[0]
+    return entry, source
+
+
+def _width(widths: Mapping[str, int], site: str) -> int:
+    """Return the width of a site.
+
+    Raises:
+        ConfigError: it is none of the run's.
+    """
+    if site not in widths:
+        raise ConfigError(f"variant of site {site!r}: name the site with --site too")
+    return widths[site]
 
 
 def _grid(axes: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
@@ -280,9 +392,7 @@ def _fill_in(entry: dict[str, Any], single: dict[str, Any], axes: Mapping[str, A
 
 def _variant(entry: dict[str, Any], widths: Mapping[str, int], where: str, n_steps: int) -> Variant:
     site, target = entry["site"], entry.get("target_site")
-    if site not in widths:
-        raise ConfigError(f"variant of site {site!r}: name the site with --site too")
-    d = widths[site]
+    d = _width(widths, site)
     if entry.get("expansion_factor") is not None:
         if entry.get("num_latents") is not None:
             raise ConfigError(f"a variant has expansion_factor or num_latents, not both: {entry}")
@@ -312,7 +422,7 @@ def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where
         if not applies(name, architecture):
             raise ConfigError(no_effect(name, architecture))
     if applies("k", architecture):
-        entry.setdefault("k", default_of(TrainConfig, "k")[0])
+        entry.setdefault("k", BY_DEFAULT["k"])
     if applies("k_aux", architecture) and entry.get("k_aux") is None:
         entry["k_aux"] = max(1, d // 2)
     if applies("prefixes", architecture):
@@ -328,7 +438,7 @@ def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where
             if entry.get("sparsity_penalty") == "tanh":
                 raise ConfigError("sparsity_penalty tanh leads to no target_l0; give l0_coefficient")
     if applies("l1_coefficient", architecture) and entry.get("l1_coefficient") is None:
-        entry["l1_coefficient"] = default_of(TrainConfig, "l1_coefficient")[0]
+        entry["l1_coefficient"] = BY_DEFAULT["l1_coefficient"]
     if applies("penalty_warmup_steps", architecture) and entry.get("penalty_warmup_steps") is None:
         entry["penalty_warmup_steps"] = n_steps // 10
     resample_at = coerce(entry.get("resample_at", ()), tuple[int, ...], f"{where}.resample_at")
@@ -377,7 +487,10 @@ def _apart(entry: Mapping[str, Any], where: str) -> Iterator[str]:
     hints = get_type_hints(TrainConfig)
     for name, sign in axes_of(TrainConfig).items():
         if ONE_OF_GRID.get(name, name) not in IN_EVERY_NAME and entry.get(name) is not None:
-            kind, default = get_args(hints[name])[0], (*default_of(TrainConfig, name), None)[0]
+            kind, default = (
+                get_args(hints[name])[0],
+                (*default_of(TrainConfig, name), BY_DEFAULT.get(name))[0],
+            )
             value = coerce(entry[name], kind, f"{where}.{name}")
             if value != default:
                 yield f"-{sign}{written(value)}"

@@ -5,6 +5,7 @@ the definitions are the same. They are read once, past the training stream, whic
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.shards import as_tensor
 
+ONE = torch.ones(1, dtype=torch.float64)
 MOST_BYTES = 1 << 28
 """Most bytes of pre-activations at once."""
 
@@ -31,27 +33,49 @@ class _Sums:
     sae: Sae
     fired_F: Tensor
     """bool, which latents were active."""
-    sse: float = 0.0
+    sse_D: Tensor
+    """float64, squared errors by dimension."""
     n_active: int = 0
+
+    @classmethod
+    def of(cls, sae: Sae) -> "_Sums":
+        """Begin at 0."""
+        zeros = partial(torch.zeros, device=sae.W_enc.device)
+        return cls(
+            sae, zeros(sae.config.num_latents, dtype=torch.bool), zeros(len(sae.b_dec), dtype=torch.float64)
+        )
 
     def add(self, pre_TF: Tensor, x_TD: Tensor, target_TD: Tensor) -> None:
         """Count some tokens. What is squared is float64."""
         codes = self.sae.select(pre_TF[:, : self.sae.config.num_latents])
         error_TD = self.sae.decode(*codes, x_TD).double() - target_TD.double()
         active = codes.top_acts > 0
-        self.sse += float(error_TD.square().sum())
+        self.sse_D += error_TD.square().sum(0)
         self.n_active += int(active.sum())
         self.fired_F[codes.top_indices[active]] = True
 
-    def figures(self, suffix: str, squares: float, n_tokens: int) -> Figures:
-        """Compute the means."""
-        n_latents = self.sae.config.num_latents
+    def figures(self, suffix: str, squares_D: Tensor, n_tokens: int) -> Figures:
+        """Compute the means, with the FVU at each site of a crosscoder; its whole FVU counts each site in
+        its own units, as training does."""
+        config, sse_D = self.sae.config, self.sse_D.cpu()
+        units_D = torch.cat([torch.full((p.width,), p.scale**2).double() for p in config.joined] or [ONE])
         values = (
-            self.sse / squares if squares > 0 else None,
+            _share(sse_D * units_D, squares_D * units_D),
             self.n_active / n_tokens,
-            1 - int(self.fired_F.sum()) / n_latents,
+            1 - int(self.fired_F.sum()) / config.num_latents,
         )
-        return {name + suffix: value for name, value in zip(NAMES, values, strict=True)}
+        figures = {name + suffix: value for name, value in zip(NAMES, values, strict=True)}
+        start = 0
+        for part in config.joined:
+            own = slice(start, start + part.width)
+            figures[f"eval_fvu{suffix}_at_{part.site}"] = _share(sse_D[own], squares_D[own])
+            start += part.width
+        return figures
+
+
+def _share(errors_D: Tensor, squares_D: Tensor) -> float | None:
+    """Divide the sums; None where there is nothing to explain."""
+    return float(errors_D.sum() / squares_D.sum()) if squares_D.sum() > 0 else None
 
 
 class HeldOut:
@@ -71,22 +95,19 @@ class HeldOut:
         read = {site: _read(store, site, mask, max_tokens) for site in sites}
         self.x_TD, self.target_TD = read[sites[0]], read[sites[-1]]
         target_TD = self.target_TD.double()
-        self.squares = float((target_TD - target_TD.mean(0)).square().sum()) if len(target_TD) else 0.0
-        """Σ‖y − ȳ‖², with y = x of an SAE."""
+        self.squares_D = (target_TD - target_TD.mean(0)).square().sum(0)
+        """Σ(y − ȳ)² by dimension, with y = x of an SAE."""
 
     def measure(self, sae: Sae) -> Figures:
         """Measure an SAE, and those within it: a Matryoshka's prefixes, and other numbers of active latents.
 
-        Returns: `NAMES`, and the same with `_f<latents>` or `_k<k>` behind them.
+        Returns: `NAMES`, and the same with `_f<latents>` or `_k<k>` behind them; of a
+        crosscoder also `eval_fvu_at_<site>`.
         """
-        device = sae.W_enc.device
-        config = sae.config
+        device, config = sae.W_enc.device, sae.config
         parts = {f"_f{n}": sae.prefix(n) for n in config.prefixes[:-1]}
         parts |= {f"_k{k}": sae.at_k(k) for k in config.ks[:-1]}
-        sums = {
-            suffix: _Sums(part, torch.zeros(part.config.num_latents, dtype=torch.bool, device=device))
-            for suffix, part in {"": sae, **parts}.items()
-        }
+        sums = {suffix: _Sums.of(part) for suffix, part in {"": sae, **parts}.items()}
         n_at_once = max(1, MOST_BYTES // (4 * config.num_latents))
         pieces = (torch.split(rows_TD, n_at_once) for rows_TD in (self.x_TD, self.target_TD))
         for piece in zip(*pieces, strict=True):
@@ -96,7 +117,7 @@ class HeldOut:
                 each.add(pre_TF, x_TD, target_TD)
         figures: Figures = {}
         for suffix, each in sums.items():
-            figures |= each.figures(suffix, self.squares, len(self.x_TD))
+            figures |= each.figures(suffix, self.squares_D, len(self.x_TD))
         return figures
 
 

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from saemill.common.errors import ConfigError
-from saemill.common.models.cached import check_model, load_model
+from saemill.common.models.model import LanguageModel
 from saemill.common.sae.sae import Sae
-from saemill.common.steer.losses import Passes, Task, check_mask_token, cross_entropy, no_loss
+from saemill.common.steer.losses import Passes, Task, cross_entropy, load_with_losses
 from saemill.common.steer.substitute import Substitute, substitute
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
@@ -31,7 +31,7 @@ class Losses:
     Args:
         store: what is trained on.
         mask: positions left out.
-        model: its name, if it is not where it was cached from.
+        model: the model if it is loaded; its name, if it is not where it was cached from.
         max_tokens: how many tokens, at most, in whole rows; one row at least.
         device: where it runs.
 
@@ -43,20 +43,15 @@ class Losses:
         self,
         store: ActivationStore,
         mask: MaskConfig,
-        model: str | None,
+        model: LanguageModel | str | None,
         max_tokens: int,
         device: torch.device,
     ) -> None:
         self.store, self.mask, tokens = store, mask, store.tokens
         self.rows_R = np.flatnonzero(tokens.held_out_R)[: max(1, max_tokens // tokens.ctx_len)]
-        self.model = load_model(model, store, None, device)
-        check_model(model, self.model, store)
-        check_mask_token(self.model, tokens)
-        why = no_loss(self.model, tokens, int(self.rows_R[0]))
-        if self.model.head is None:
-            why = f"{self.model.name} has no language-model head"
-        if why:
-            raise ConfigError(f"eval_losses_every: {why}; leave it out")
+        if not isinstance(model, LanguageModel):
+            model = load_with_losses(model, store, device, "eval_losses_every")
+        self.model = model
         self.passes = Passes(self.model, tokens.tokenizer, store.sites)
         tasks = [self._task(rows_R) for rows_R in self._batches()]
         self.tasks = [task for task in tasks if len(task.target_T)]

@@ -20,6 +20,7 @@ from saemill.train.watch.held_out import NAMES, Figures, HeldOut
 from saemill.train.watch.plan import Plan, plan_of
 
 if TYPE_CHECKING:
+    from saemill.common.models.model import LanguageModel
     from saemill.train.watch.losses import Losses
 
 
@@ -39,9 +40,13 @@ class Watch:
         self._losses: Losses | None = None
         self._told: set[bool] = set()
 
-    def prepare(self, learners: list[Learner]) -> None:
+    def prepare(self, learners: list[Learner], model: "LanguageModel | None" = None) -> None:
         """Read what it takes to measure the SAEs that this process speaks for, and load the model, if that
         was not done before.
+
+        Args:
+            learners: this process's.
+            model: the store's, where training has loaded it.
 
         Raises:
             StoreError: the store is damaged.
@@ -56,9 +61,19 @@ class Watch:
             from saemill.train.watch.losses import Losses  # imports transformers
 
             device = own[0].parameters.b_D.device
-            self._losses = Losses(self.store, self.mask, self.model, self.plan.losses_tokens, device)
+            name_or_model = self.model if model is None else model
+            self._losses = Losses(self.store, self.mask, name_or_model, self.plan.losses_tokens, device)
         for sites in self._held_out:
             self._losses.prepare(sites)
+
+    def at_start(self, learners: list[Learner]) -> Mapping[str, Figures]:
+        """Measure the SAEs that start from finished ones, before the first step; with the model where it is
+        run later. Arguments and result as of `measure`."""
+        return {
+            learner.variant.name: self._of(learner.variant.sites, parts, self.plan.losses_every is not None)
+            for learner in learners
+            if learner.variant.init_from is not None and (parts := learner.export({}, copied=False))
+        }
 
     def measure(
         self, learners: list[Learner], step: int, is_last: bool, step_seconds: float

@@ -197,7 +197,7 @@ def test_a_spliced_value_is_what_later_blocks_see(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_before_a_replaced_residual_stream_need_not_run(
+def test_blocks_up_to_a_replaced_residual_stream_need_not_run(
     kind: str, headed: dict[str, LanguageModel]
 ) -> None:
     """Oracle: the logits with all blocks run; the calls of parts of each block; and the logits after."""
@@ -209,12 +209,12 @@ def test_blocks_before_a_replaced_residual_stream_need_not_run(
     with model.splice(f"{block}.1", lambda x: torch.linspace(-1, 1, x.numel()).view_as(x)):
         expected = model.logits(IDS, mask_for(kind))
         assert called == [0, 1, 2]
-        with model.skip_blocks_before(f"{block}.1"):
+        with model.skip_blocks_to(f"{block}.1"):
             assert torch.equal(model.logits(IDS, mask_for(kind)), expected)
-        assert called[3:] == [1, 2]
-        with model.skip_blocks_before(PARTS[kind][0]):
+        assert called[3:] == [2]
+        with model.skip_blocks_to(PARTS[kind][0]):
             assert torch.equal(model.logits(IDS, mask_for(kind)), expected)
-        assert called[5:] == [0, 1, 2]
+        assert called[4:] == [0, 1, 2]
     for handle in handles:
         handle.remove()
     assert not torch.equal(whole, expected)

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from steps import GPU, make_bank, outputs, planted
+from steps import GPU, make_bank, outputs, planted, seen
 from torch import Tensor
 
 from saemill.train.arch.topk import TopK
 from saemill.train.architectures import BY_K
 from saemill.train.backends import sparse
 from saemill.train.backends.architecture import Auxiliary, Dead, Losses, Seen
-from saemill.train.backends.codes import Above, BatchLargest
 from saemill.train.backends.cpu import backend as cpu
 from saemill.train.backends.parameters import Parameters
 from saemill.train.learner.learner import Learner
@@ -225,23 +224,6 @@ def learner_of(case: Case, kernels: str) -> Learner:
     dead_S = torch.randperm(case.f, generator=generator)[: case.n_dead].sort().values.to(device)
     learner.dead = Dead(dead_S, case.n_dead)
     return learner
-
-
-def seen(learner: Learner, p: Parameters, x_TD: Tensor) -> Seen:
-    """What the loss must know of the whole batch, from dense pre-activations."""
-    is_centred = learner.variant.apply_b_dec_to_input and not learner.variant.target_site
-    inputs_TD = x_TD - p.b_D if is_centred else x_TD
-    pre_TF = inputs_TD @ p.w_enc_FD.T + p.b_enc_F
-    known = Seen(Dead(learner.dead.latents_S.cpu(), learner.dead.n_in_team), len(x_TD))
-    rule = learner.architecture.rule(p)
-    if isinstance(rule, BatchLargest):
-        best = pre_TF.clamp(min=0).flatten().sort(descending=True).values
-        # Less than it by more than a product's rounding.
-        return known._replace(cutoff=best[round(rule.k * len(x_TD)) - 1].detach() * (1 - 1e-9))
-    if isinstance(rule, Above):
-        count_F = (pre_TF > rule.threshold_F).sum(0).double().detach()
-        return known._replace(count_F=count_F, n_active=count_F.sum())
-    return known
 
 
 def oracle(

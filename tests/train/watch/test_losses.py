@@ -16,7 +16,9 @@ from splicing import at, by_hand
 from torch import Tensor
 from watching import dense_codes, held_out, lines
 
+from saemill.assess.report import table
 from saemill.assess.run import run as assess
+from saemill.assess.sums import number
 from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common.errors import ConfigError
@@ -114,7 +116,8 @@ def test_losses_are_those_of_transformers(causal: Pipeline, tmp_path: Path, arch
 
 def test_a_transcoder_takes_the_place_of_an_mlp(causal: Pipeline, tmp_path: Path) -> None:
     """Oracle: transformers with a hook that puts the dense prediction in the place of the MLP's output; the
-    store's activations for the FVU, and for that of W_skip alone. `saemill assess` finds the same."""
+    store's activations for the FVU, and for that of W_skip alone. `saemill assess` finds the same, and its
+    tables tell it with both sites, however long a name is."""
     sites = ("layers.1.post_attention_layernorm", "layers.1.mlp")
     acts = tmp_path / "acts"
     cache(CacheConfig(tokens=causal.tokens, model=causal.model, out=acts, sites=sites, device="cpu"))
@@ -124,7 +127,8 @@ def test_a_transcoder_takes_the_place_of_an_mlp(causal: Pipeline, tmp_path: Path
     expected = by_transformers(causal, sae, sites)
     assert (figures["eval_delta_ce"], figures["eval_loss_recovered"]) == pytest.approx(expected, rel=1e-3)
     settings = replace(brief(causal, tmp_path / "o"), run=tmp_path / "r", model_tokens=N_ROWS * 32)
-    metrics = entry(assess(settings), 4)["metrics"]
+    assessment = assess(settings)
+    metrics = entry(assessment, 4)["metrics"]
     assert metrics["delta_ce"]["value"] == pytest.approx(figures["eval_delta_ce"], rel=1e-4)
     store = ActivationStore(acts)
     x, y = (held_out(store, site, 10**6).double() for site in sites)
@@ -134,6 +138,12 @@ def test_a_transcoder_takes_the_place_of_an_mlp(causal: Pipeline, tmp_path: Path
     whole = (y - wide(x).reconstruction).square().sum() / squares
     assert metrics["fvu_skip"]["value"] == pytest.approx(float(skip), rel=1e-4)
     assert metrics["fvu"]["value"] == pytest.approx(float(whole), rel=1e-4)
+    assessment["variants"][0]["name"] += 100 * "x"  # which takes lines, not the figures' room
+    printed, page = table(assessment), (tmp_path / "o" / "report.html").read_text()
+    assert f"│ {number(metrics['fvu'])} │ " in printed
+    assert f" {number(metrics['fvu_skip'])} │ " in printed
+    assert "layers.1.post_attention_layernorm → layers.1.mlp, " in page
+    assert f">{number(metrics['fvu_skip'])}<" in page
 
 
 def test_an_sae_kept_on_the_way_is_assessed_as_a_run(causal: Pipeline, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""SAEs as files: saemill's own, which is sparsify's layout, and those of SAELens and dictionary_learning.
+"""SAEs as files: saemill's own, which is sparsify's layout, and those of SAELens, dictionary_learning and
+circuit-tracer.
 
 Each format is a module. `read` returns the tensors of an SAE, or refuses and names the field that has no
 place in one; `write` makes files that the tool itself loads.
 
-    sparsify.py, saelens.py, dictionary_learning.py   the formats
+    sparsify.py, saelens.py, dictionary_learning.py   the formats, a folder for each SAE
+    circuit_tracer.py   a folder for a set of transcoders, a file for each of them
     dictionary_classes.py   the classes of the last
     checks.py   what each asks of its files
     folding.py  their ways of choosing latents, as thresholds
@@ -12,11 +14,13 @@ place in one; `write` makes files that the tool itself loads.
     hub.py      the SAE that hf://user/repo/folder names
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from saemill.common.errors import ConfigError, DataError, SaemillError, StoreError
 from saemill.common.hub import SCHEME, is_id
-from saemill.common.sae.formats import dictionary_learning, hub, saelens, sparsify
+from saemill.common.sae.formats import circuit_tracer, dictionary_learning, hub, saelens, sparsify
+from saemill.common.sae.formats.circuit_tracer import layers_in
 from saemill.common.sae.formats.hooks import Hook
 from saemill.common.sae.parts import Parts
 
@@ -33,7 +37,8 @@ def load(folder: Path | str) -> Parts:
     """Read an SAE of any of the formats.
 
     Args:
-        folder: on this machine, or `hf://user/repo[@revision][/folder]`.
+        folder: on this machine, or `hf://user/repo[@revision][/folder]`; of a circuit-tracer set the file of
+            a layer.
 
     Raises:
         StoreError: no file of weights, or several; a file is missing, is damaged or does not fit the config;
@@ -53,17 +58,30 @@ def read(folder: Path) -> Parts:
     Raises:
         StoreError, ConfigError: as `load`.
     """
+    reader = _reader(folder)
+    try:
+        return reader(folder)
+    except ConfigError as error:
+        if str(folder) in str(error):
+            raise
+        raise ConfigError(f"{folder}: {error}") from error  # of what contradicts itself, wherever it is from
+
+
+def is_layer(path: Path) -> bool:
+    """Tell whether a path is the file of a layer in a circuit-tracer set."""
+    return circuit_tracer.layer_of(path) is not None and path.is_file()
+
+
+def _reader(folder: Path) -> Callable[[Path], Parts]:
+    """Recognise a format."""
+    if is_layer(folder):
+        return circuit_tracer.read
     present = [name for name in READERS if (folder / name).is_file()]
     if not present:
         raise StoreError(f"{folder} holds no SAE: {_instead(folder)}")
     if len(present) > 1:
         raise StoreError(f"{folder} holds the weights of several formats, {' and '.join(present)}; part them")
-    try:
-        return READERS[present[0]](folder)
-    except ConfigError as error:
-        if str(folder) in str(error):
-            raise
-        raise ConfigError(f"{folder}: {error}") from error  # of what contradicts itself, wherever it is from
+    return READERS[present[0]]
 
 
 def problems(folder: Path) -> list[str]:
@@ -84,9 +102,9 @@ def _instead(folder: Path) -> str:
         on_hub = f"; an SAE on the hub is named {SCHEME}{folder}" if is_id(str(folder)) else ""
         return f"there is no such folder{on_hub}"
     depths = ("*", "*/*")
-    inside = {str(file.parent) for name in READERS for at in depths for file in folder.glob(f"{at}/{name}")}
-    if inside:
-        listed = ", ".join(sorted(inside)[:8])
+    found = {str(file.parent) for name in READERS for at in depths for file in folder.glob(f"{at}/{name}")}
+    if inside := sorted(found) or [str(file) for file in layers_in(folder)]:
+        listed = ", ".join(inside[:8])
         return f"name one of the SAEs in it: {listed}{', …' if len(inside) > 8 else ''}"
     return f"one of {', '.join(READERS)} is missing"
 
@@ -116,6 +134,11 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None, target
         DiskError: the disk is full, or the folder may not be written to.
     """
     parts.check_finite("the SAE", DataError)
+    if parts.config.joined:
+        sites = " and ".join(part.site for part in parts.config.joined)
+        raise ConfigError(
+            f"{name} cannot say that an SAE is a crosscoder, over {sites}; it is loaded with Sae.load"
+        )
     if name == "sparsify":
         if parts.threshold is not None:
             raise ConfigError(
@@ -137,4 +160,4 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None, target
             raise ConfigError("dictionary_learning has no transcoders; export it as sparsify or saelens")
         dictionary_learning.write(parts, folder, hook)
     else:
-        raise ConfigError(f"format must be one of {', '.join(NAMES)}, got {name!r}")
+        raise ConfigError(f"format must be one of {', '.join((*NAMES, circuit_tracer.NAME))}, got {name!r}")

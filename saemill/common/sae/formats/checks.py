@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError, DiskError, StoreError
 from saemill.common.records import Count, Positive, first_finding
-from saemill.common.sae.parts import SaeConfig
+from saemill.common.sae.parts import Joined, SaeConfig
 
 MOST_SIZE = 1 << 31
 """Limit on d_in, num_latents and k."""
@@ -147,6 +147,29 @@ def traits(config: Mapping[str, Any], architecture: str, file: Path) -> dict[str
         "prefixes": counts(config, "prefixes", file),
         "ks": counts(config, "ks", file),
     }
+
+
+class _Joined(BaseModel):
+    """Types of a site that a crosscoder joins."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    site: str
+    width: Positive
+    scale: float
+
+
+def joined(config: Mapping[str, Any], file: Path) -> tuple[Joined, ...]:
+    """Return the sites of a crosscoder, none where the field is absent.
+
+    Raises:
+        StoreError: the field is something else.
+    """
+    try:
+        found = TypeAdapter(list[_Joined]).validate_python(config.get("joined") or [])
+    except ValidationError as error:
+        raise StoreError(f"{file}: joined tells of sites what it cannot: {first_finding(error)}") from error
+    return tuple(Joined(each.site, each.width, each.scale) for each in found)
 
 
 def noted(config: SaeConfig, architecture: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from saemill.common.sae.formats.hooks import Hook, layer_of
 from saemill.common.sae.parts import Parts, SaeConfig
 
 WEIGHTS = "ae.pt"
+NAMED = ("resid_post", "mlp_out", "attn_out")
+"""Kinds of hooks that its demo has names for."""
 TRAINERS = {
     classes.TOPK: "TopKTrainer",
     classes.BATCHTOPK: "BatchTopKTrainer",
@@ -106,7 +108,7 @@ def _state(file: Path) -> dict[str, Tensor]:
 def _hook_name(submodule_name: str | None) -> str | None:
     """Translate a submodule's name, written as dictionary_learning's demo writes it, to TransformerLens'
     name."""
-    match = re.fullmatch(r"(resid_post|mlp_out|attn_out)_layer_(\d+)", submodule_name or "")
+    match = re.fullmatch(rf"({'|'.join(NAMED)})_layer_(\d+)", submodule_name or "")
     return f"blocks.{match[2]}.hook_{match[1]}" if match else None
 
 
@@ -142,7 +144,7 @@ def _config(config: SaeConfig, kind: str, trained_k: int | None, hook: Hook | No
         **notes,
         "layer": hook.layer if hook else layer_of(site or ""),
         "lm_name": origin.get("model"),
-        "submodule_name": f"{hook.kind}_layer_{hook.layer}" if hook else site,
+        "submodule_name": f"{hook.kind}_layer_{hook.layer}" if hook and hook.kind in NAMED else site,
     }
     buffer = {"d_submodule": config.d_in, "io": "out", "ctx_len": origin.get("ctx_len")}
     return {"trainer": trainer, "buffer": buffer, "saemill": origin}

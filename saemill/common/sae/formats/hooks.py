@@ -8,7 +8,7 @@ what is added. Models whose blocks end in a norm, such as BERT, have no residual
 import re
 from typing import Literal, NamedTuple
 
-Kind = Literal["resid_post", "attn_out", "mlp_out"]
+Kind = Literal["resid_post", "attn_out", "mlp_in", "mlp_out"]
 
 
 class Hook(NamedTuple):
@@ -17,12 +17,17 @@ class Hook(NamedTuple):
     layer: int
     """Number of the block."""
     kind: Kind
-    """Point in the block: after it, or the output that its attention or its MLP adds."""
+    """Point in the block: after it, what its MLP takes, or the output that its attention or its MLP adds."""
 
     @property
     def name(self) -> str:
         """Name as TransformerLens writes it."""
-        return f"blocks.{self.layer}.hook_{self.kind}"
+        return f"blocks.{self.layer}.{self.in_block}"
+
+    @property
+    def in_block(self) -> str:
+        """Name within the block."""
+        return "mlp.hook_in" if self.kind == "mlp_in" else f"hook_{self.kind}"
 
 
 class Block(NamedTuple):
@@ -33,16 +38,20 @@ class Block(NamedTuple):
     attn_out: str
     """Path, below the block, of the module whose output is what attention adds to the residual stream."""
     mlp_out: str
+    mlp_in: str | None
+    """The same of the norm whose output the MLP takes; None where it takes the residual stream."""
 
 
-_LLAMA = Block("layers.{}", "self_attn", "mlp")
-_SANDWICH = Block("layers.{}", "post_attention_layernorm", "post_feedforward_layernorm")
-_GPT2 = Block("h.{}", "attn", "mlp")
+_LLAMA = Block("layers.{}", "self_attn", "mlp", "post_attention_layernorm")
+_SANDWICH = Block(
+    "layers.{}", "post_attention_layernorm", "post_feedforward_layernorm", "pre_feedforward_layernorm"
+)
+_GPT2 = Block("h.{}", "attn", "mlp", "ln_2")
 BLOCKS = {
-    "gpt_neox": Block("layers.{}", "attention", "mlp"),
+    "gpt_neox": Block("layers.{}", "attention", "mlp", "post_attention_layernorm"),
     "gpt2": _GPT2,
     "gpt_neo": _GPT2,
-    "gptj": _GPT2,
+    "gptj": _GPT2._replace(mlp_in="ln_1"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -51,7 +60,7 @@ BLOCKS = {
     "phi3": _LLAMA,
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
-    "olmo2": _SANDWICH,
+    "olmo2": _SANDWICH._replace(mlp_in=None),
 }
 """Blocks by transformers' `model_type`; each was checked against TransformerLens (test_hooks.py)."""
 
@@ -83,8 +92,9 @@ def _places(model_type: str, name: str) -> list[tuple[str, Hook]]:
     if block is None or layer is None:
         return []
     path = block.path.format(layer)
-    return [
+    places = [
         (path, Hook(layer, "resid_post")),
         (f"{path}.{block.attn_out}", Hook(layer, "attn_out")),
         (f"{path}.{block.mlp_out}", Hook(layer, "mlp_out")),
     ]
+    return places + ([(f"{path}.{block.mlp_in}", Hook(layer, "mlp_in"))] if block.mlp_in else [])

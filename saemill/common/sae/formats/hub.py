@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from saemill.common import hub
 from saemill.common.errors import StoreError
-from saemill.common.sae.formats import dictionary_learning, saelens, sparsify
+from saemill.common.sae.formats import circuit_tracer, dictionary_learning, saelens, sparsify
 
 WEIGHTS = (sparsify.WEIGHTS, saelens.WEIGHTS, dictionary_learning.WEIGHTS)
 BESIDE = ("cfg.json", "config.json", saelens.SCALER)
@@ -24,7 +24,7 @@ def fetch(address: str) -> Path:
         address: as `common.hub.parse` reads it. The folder may be left out where the repository holds one
             SAE alone.
 
-    Returns: its folder, in the hub's cache.
+    Returns: its folder, or the file of a layer of a circuit-tracer set, in the hub's cache.
 
     Raises:
         StoreError: no SAE there, or several; the message names those that are.
@@ -36,12 +36,19 @@ def fetch(address: str) -> Path:
     place = {"repo_id": uri.id, "repo_type": uri.type, "revision": uri.revision}
     with hub.asking(uri.id):
         files = _files(place)
-    folder = _choose(files, uri.path_in_repo, address)
-    beside = {str(folder / name) for name in (*WEIGHTS, *BESIDE)}
-    above = str(folder.parent / "config.json")  # sparsify's config of the run
-    wanted = [glob.escape(file) for file in files if file in beside or file == above]
+    sae = _choose(files, uri.path_in_repo, address)
+    parts = _parts(sae)
+    wanted = [glob.escape(file) for file in files if file in parts]
     with hub.asking(address):
-        return Path(snapshot_download(**place, allow_patterns=wanted)) / folder
+        return Path(snapshot_download(**place, allow_patterns=wanted)) / sae
+
+
+def _parts(sae: PurePosixPath) -> set[str]:
+    """Name the files that an SAE may have."""
+    if circuit_tracer.layer_of(sae) is not None:
+        return {str(sae), str(sae.with_name(circuit_tracer.CONFIG))}
+    above = sae.parent / "config.json"  # sparsify's config of the run
+    return {str(above), *(str(sae / name) for name in (*WEIGHTS, *BESIDE))}
 
 
 def _files(place: dict[str, str]) -> list[str]:
@@ -55,19 +62,22 @@ def _files(place: dict[str, str]) -> list[str]:
 
 
 def _choose(files: Collection[str], path: str, address: str) -> PurePosixPath:
-    """Choose the folder of the SAE that is meant: at `path`, or the only one below it."""
+    """Choose the SAE that is meant, a folder or a layer's file: at `path`, or the only one below it."""
     from huggingface_hub import is_offline_mode
 
-    folders = sorted({PurePosixPath(f).parent for f in files if PurePosixPath(f).name in WEIGHTS})
-    below = [folder for folder in folders if folder.is_relative_to(path)]
-    if PurePosixPath(path) in folders:
+    paths = {PurePosixPath(file) for file in files}
+    layers = {file for file in paths if circuit_tracer.layer_of(file) is not None}
+    in_sets = {file for file in layers if file.with_name(circuit_tracer.CONFIG) in paths}
+    saes = sorted({file.parent for file in paths if file.name in WEIGHTS} | in_sets)
+    below = [sae for sae in saes if sae.is_relative_to(path)]
+    if PurePosixPath(path) in saes:
         return PurePosixPath(path)
     if len(below) == 1:
         return below[0]
-    names = ", ".join(map(str, (below or folders)[:8])) + (", …" if len(below or folders) > 8 else "")
+    names = ", ".join(map(str, (below or saes)[:8])) + (", …" if len(below or saes) > 8 else "")
     if below:
         raise StoreError(f"{address} holds {len(below)} SAEs; name one after the repository: {names}")
-    if not folders:
+    if not saes:
         raise StoreError(f"{address} holds no SAE: there is no {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}")
     known = "downloaded before" if is_offline_mode() else "there are"
     raise StoreError(f"{address} holds no SAE; {known}: {names}")

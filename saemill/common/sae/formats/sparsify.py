@@ -6,11 +6,13 @@
 Its encoder is the one of `Sae`. `num_latents` 0 stands for d_in × expansion_factor. What saemill wrote
 carries a seal (`seal`), which is checked. With `transcode` it predicts a module's output from its input.
 
-`activation` is "topk" or "groupmax". Two things are saemill's own. `activation` "jumprelu", with `threshold`
-and no `k`: sparsify has no thresholds, and its loader refuses a tensor that it does not know. `d_out`, of a
-transcoder: its E, which may not be D.
+`activation` is "topk" or "groupmax". Three things are saemill's own. `activation` "jumprelu", with
+`threshold` and no `k`: sparsify has no thresholds, and its loader refuses a tensor that it does not know.
+`d_out`, of a transcoder: its E, which may not be D. `joined`, of a crosscoder: the sites whose vectors follow
+each other in its input, with widths and scales.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from saemill.common.sae.formats.checks import (
     count,
     expect,
     flag,
+    joined,
     noted,
     one_of,
     provenance,
@@ -74,6 +77,7 @@ def read(folder: Path) -> Parts:
         num_latents=num_latents,
         k=None if has_threshold else count(cfg, "k", file),
         provenance=provenance("sparsify", cfg, own, file, **_known(folder, is_transcoder)),
+        joined=joined(cfg, file),
         **traits(cfg, activation, file),
     )
     weights = read_tensors(folder / WEIGHTS)
@@ -143,6 +147,7 @@ def write(parts: Parts, folder: Path) -> str:
         "transcode": config.d_out is not None,
         "d_in": config.d_in,
         **({} if config.d_out is None else {"d_out": config.d_out}),
+        **({"joined": [asdict(part) for part in config.joined]} if config.joined else {}),
         **noted(config, activation),
         "saemill": config.provenance,
     }

@@ -1,0 +1,127 @@
+"""`saemill export --format circuit-tracer`: transcoders of every layer of a model, as one set."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from saemill.common.errors import ConfigError
+from saemill.common.log import say
+from saemill.common.sae.formats import circuit_tracer
+from saemill.common.sae.formats.circuit_tracer import NAME
+from saemill.common.sae.formats.hooks import BLOCKS, Hook, hook_of
+from saemill.common.sae.sae import Sae
+from saemill.common.stores import runs
+from saemill.convert import check_new, config_of, new
+
+
+def export(paths: Sequence[str], out: Path, model: str | None = None) -> None:
+    """Write transcoders, one of each layer, as a set that circuit-tracer loads.
+
+    Args:
+        paths: runs, of which all that were trained to the end are taken, and folders of transcoders, here or
+            as hf://user/repo/folder.
+        out: where to; a new or empty folder.
+        model: hub id or folder of the model, if not where it was cached from.
+
+    Raises:
+        StoreError: no transcoder there, or a damaged one.
+        ConfigError: layers that are missing or there twice, transcoders of anything but MLPs, or that differ
+            in what a set has once; an output in use; a model that cannot be found.
+        DiskError: the disk is full, or the folder may not be written to.
+    """
+    check_new(out)
+    saes = {place: Sae.load(place) for path in paths for place in _places(path)}
+    model, revision = _model(saes, model)
+    config = config_of(model, revision)
+    by_layer = _by_layer(saes, config.model_type)
+    _check_all_there(by_layer, config.get_text_config().num_hidden_layers)
+    transcoders = [saes[by_layer[layer]] for layer in sorted(by_layer)]
+    with new(out) as partial:
+        circuit_tracer.write([sae.parts for sae in transcoders], partial, _output(transcoders[0]), model)
+    first = transcoders[0].config
+    say(f"{out}: a set for {NAME}, {len(transcoders)} layers, {first.described} each")
+    if first.k is not None:
+        say(
+            f"{NAME} reads k from a set on the hub alone, and takes transcoders of a local folder for ReLU "
+            f"ones: `hf upload USER/REPO {out}` puts the set there"
+        )
+
+
+def _places(path: str) -> list[str]:
+    """List the SAEs at a path: itself, or those of a run that were trained to the end."""
+    folder = Path(path)
+    if not runs.is_run(folder):
+        return [path]
+    finished = runs.finished(folder)
+    left_out = finished.stopped.keys() | finished.diverged.keys()
+    return [str(folder / name) for name in finished.variants if name not in left_out]
+
+
+def _model(saes: dict[str, Sae], model: str | None) -> tuple[str, str | None]:
+    """Find the one model of all transcoders, and its revision."""
+    if model:
+        return model, None
+    known = {
+        (sae.config.provenance.get("model"), sae.config.provenance.get("revision")) for sae in saes.values()
+    }
+    if len(known) > 1:
+        listed = ", ".join(sorted(str(name) for name, _ in known))
+        raise ConfigError(f"a set must be of one model, got transcoders of {listed}; name one with --model")
+    name, revision = next(iter(known), (None, None))
+    if name is None:
+        raise ConfigError("the folders do not tell of which model the transcoders are; name it with --model")
+    return name, revision
+
+
+def _by_layer(saes: dict[str, Sae], model_type: str) -> dict[int, str]:
+    """Find the layer of each transcoder."""
+    by_layer: dict[int, str] = {}
+    for place, sae in saes.items():
+        layer = _layer(place, sae, model_type)
+        if layer in by_layer:
+            raise ConfigError(
+                f"a set must have one transcoder per layer, got two for layer {layer}: {by_layer[layer]} and "
+                f"{place}; name the folders of those to export in place of the run"
+            )
+        by_layer[layer] = place
+    return by_layer
+
+
+def _layer(place: str, sae: Sae, model_type: str) -> int:
+    """Find the layer whose MLP a transcoder stands for, or refuse it."""
+    if not sae.is_transcoder:
+        raise ConfigError(f"{NAME} has transcoders, got {place}, an SAE of {sae.site}; leave it out")
+    reads, predicts = (hook_of(site or "", model_type) for site in (sae.site, sae.target_site))
+    if (
+        reads
+        and predicts
+        and (reads.kind, predicts.kind) == ("mlp_in", "mlp_out")
+        and reads.layer == predicts.layer
+    ):
+        return reads.layer
+    block = BLOCKS.get(model_type)
+    if block is None or block.mlp_in is None:
+        raise ConfigError(
+            f"{NAME} needs the place of a model's MLPs in TransformerLens' terms, which is not known of "
+            f"{model_type}; known are {', '.join(name for name in BLOCKS if BLOCKS[name].mlp_in)}"
+        )
+    path = block.path.format(0)
+    raise ConfigError(
+        f"{NAME} has transcoders of MLPs, in {model_type} from {path}.{block.mlp_in} to "
+        f"{path}.{block.mlp_out} and so on; got {place}, from {sae.site} to {sae.target_site}"
+    )
+
+
+def _check_all_there(by_layer: dict[int, Any], n_layers: int) -> None:
+    """Refuse a set that lacks layers."""
+    if missing := sorted(set(range(n_layers)) - by_layer.keys()):
+        raise ConfigError(
+            f"a set must have a transcoder for each of the model's {n_layers} layers, got none for "
+            f"{', '.join(map(str, missing))}; train them and name their folders too"
+        )
+
+
+def _output(sae: Sae) -> str:
+    """Name the hook of what is predicted. Where no norm follows the MLP the two names mean the same, and
+    circuit-tracer knows the MLP's own of more models."""
+    return "mlp.hook_out" if str(sae.target_site).endswith(".mlp") else Hook(0, "mlp_out").in_block

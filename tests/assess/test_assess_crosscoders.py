@@ -1,0 +1,174 @@
+"""Assessments of crosscoders: each site in its own units, and losses at one site at a time."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from reconstructions import ALONE
+from splicing import at, by_hand
+
+from saemill import Sae
+from saemill.assess.config import AssessConfig
+from saemill.assess.evalset import EvalSet
+from saemill.assess.run import run
+from saemill.cache.config import CacheConfig
+from saemill.cache.run import run as cache
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.stores.activations import ActivationStore
+from saemill.tokenize.config import TokenizeConfig
+from saemill.tokenize.run import run as tokenize
+from saemill.train.config import TrainConfig
+from saemill.train.run import run as train
+
+SITES = ("layers.0", "layers.2")
+JOINED = "layers.0+layers.2"
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path
+) -> Path:
+    """Two layers of a tiny model in `acts`, in `other` one of another seed's; a crosscoder and an SAE in
+    `run`."""
+    folder = tmp_path_factory.mktemp("crosscoders")
+    tokenize(
+        TokenizeConfig(
+            dataset=str(corpus), tokenizer=tokenizer_folder, out=folder / "tokens", ctx_len=32,
+            held_out_fraction=0.3,
+        )
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_models["neox"])
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.add_(0.02 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)))
+    model.save_pretrained(folder / "tuned")
+    transformers.AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder / "tuned")
+    for name, path, sites in (
+        ("acts", tiny_models["neox"], SITES),
+        ("other", str(folder / "tuned"), SITES[1:]),
+    ):
+        tokens = folder / "tokens"
+        cache(CacheConfig(tokens=tokens, model=path, out=folder / name, sites=sites, device="cpu"))
+    train(trained(folder, "run", site=(JOINED, "layers.2")))
+    return folder
+
+
+def trained(folder: Path, out: str, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "acts": folder / "acts", "out": folder / out, "k": (8,), "num_latents": (96,), "batch_size": 256,
+        "lr": (3e-3,), "epochs": 2, "device": "cpu", "precision": "fp32",
+    }  # fmt: skip
+    return TrainConfig(**settings | changes)
+
+
+def entry_of(assessment: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [each for each in assessment["variants"] if each["name"].startswith(f"{name}-")]
+    return dict(found)
+
+
+def test_figures_and_losses_equal_their_definitions(folder: Path, tiny_models: dict[str, str]) -> None:
+    """Oracle: float64 formulas over all held-out rows, each site scaled to the variance that the store
+    tells; transformers' own model, in which one site at a time is replaced by a hook. The SAE beside it has
+    the figures that it has in a run of its own."""
+    assessment = run(AssessConfig(run=folder / "run", device="cpu", model_tokens=10**6, n_latents=1))
+    found = entry_of(assessment, JOINED)
+    sae = Sae.load(folder / "run" / found["name"])
+    store = ActivationStore(folder / "acts")
+    keep = np.concatenate([store.keep_addresses(i, store.mask, held_out=True) for i in range(store.n_shards)])
+    x = {s: store.read(s, 0, store.n_tokens)[torch.from_numpy(keep)].float() for s in SITES}
+    error = (sae(torch.cat(list(x.values()), 1)).reconstruction - torch.cat(list(x.values()), 1)).double()
+    errors = dict(zip(SITES, torch.split(error, [32, 32], 1), strict=True))
+    above = below = 0.0
+    cuts = {cut["name"]: cut["metrics"] for cut in found["cuts"]}
+    for site in SITES:
+        sse = float(errors[site].square().sum())
+        squares = float((x[site].double() - x[site].double().mean(0)).square().sum())
+        assert cuts[f"at {site}"]["fvu"]["value"] == pytest.approx(sse / squares, rel=1e-5)
+        scale = 32 / store.site(site).statistics.total_variance
+        above, below = above + scale * sse, below + scale * squares
+    assert found["metrics"]["fvu"]["value"] == pytest.approx(above / below, rel=1e-5)
+    assert found["metrics"]["mse"]["value"] is None
+    assert "units of their own" in found["metrics"]["mse"]["reason"]
+    assert "spliced in at one at a time" in found["metrics"]["delta_ce"]["reason"]
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_models["neox"], dtype=torch.float32)
+    rows = np.flatnonzero(store.tokens.held_out_R)
+    ids = torch.from_numpy(np.concatenate([store.tokens.rows(r, r + 1) for r in rows]).astype(np.int64))
+    where = (ids != 0) & (torch.arange(32) >= 1)
+    counted = where[:, :-1]
+
+    def loss() -> float:
+        log_probs = model(ids).logits[:, :-1].log_softmax(-1)[counted]
+        return float(-log_probs.gather(1, ids[:, 1:][counted][:, None]).mean())
+
+    with torch.no_grad():
+        clean = loss()
+        own = {site: at(model, site, lambda: model(ids)) for site in SITES}
+        made = sae(torch.cat(list(own.values()), -1)).reconstruction
+        for site, part in zip(SITES, torch.split(made, [32, 32], -1), strict=True):
+            changed = torch.where(where[..., None], part, own[site])
+            cost = by_hand(model, site, lambda _, changed=changed: changed, loss) - clean
+            assert cuts[f"at {site}"]["delta_ce"]["value"] == pytest.approx(cost, rel=1e-3, abs=1e-5)
+    train(trained(folder, "alone", site=("layers.2",)))
+    alone = run(AssessConfig(run=folder / "alone", device="cpu", model_tokens=10**6, n_latents=0))
+    assert entry_of(alone, "layers.2")["metrics"] == entry_of(assessment, "layers.2")["metrics"]
+    page = (folder / "run" / "report.html").read_text()
+    assert "at layers.0" in page
+
+
+def test_crosscoders_alone_have_controls_in_their_units(folder: Path) -> None:
+    """Oracle: PCA explains more than random directions, and the crosscoder beats these; FVU chooses it."""
+    train(trained(folder, "pair", site=(JOINED,), k=(4, 8)))
+    assessment = run(AssessConfig(run=folder / "pair", device="cpu", with_model=False, n_latents=0))
+    assert assessment["best_on_other_documents"]["chosen_by"] == "fvu"
+    best = entry_of(assessment, f"{JOINED}-k8")
+    random, pca = (control["metrics"]["fvu"]["value"] for control in assessment["controls"])
+    assert best["metrics"]["fvu"]["value"] < random < 1
+    assert pca < random
+
+
+def test_two_models(folder: Path, tmp_path: Path) -> None:
+    """Oracle: a store that moved gives the figures that it gave before; what is unknown is said to be so."""
+    site = "layers.2+with.layers.2"
+    train(trained(folder, "two", site=(site,), with_acts=folder / "other"))
+    config = AssessConfig(run=folder / "two", device="cpu", model_tokens=500, n_latents=1)
+    found = entry_of(run(config), site)
+    assert [cut["name"] for cut in found["cuts"]] == ["at layers.2", "at with.layers.2"]
+    for cut in found["cuts"]:
+        assert 0 < cut["metrics"]["fvu"]["value"] < 1
+        assert "activations of two models" in cut["metrics"]["delta_ce"]["reason"]
+    (folder / "other").rename(tmp_path / "moved")
+    with pytest.raises(StoreError, match=r"second activations are no longer at .*; say where"):
+        run(config)
+    moved = replace(config, with_acts=tmp_path / "moved", out=tmp_path / "again")
+    assert entry_of(run(moved), site)["metrics"] == found["metrics"]
+    (tmp_path / "moved").rename(folder / "other")
+    with pytest.raises(ConfigError, match="with_acts has no effect on a run on one model"):
+        run(AssessConfig(run=folder / "run", with_acts=folder / "other"))
+
+
+def test_other_text_is_computed_for_all_sites(folder: Path, corpus: Path) -> None:
+    """Oracle: the FVU of the whole is a mean of those at its sites; cached rows are those of the sites, side
+    by side."""
+    store = ActivationStore(folder / "acts")
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()[:40]]
+    (folder / "more.jsonl").write_text("".join(json.dumps({"text": f"More {t}"}) + "\n" for t in texts))
+    tokenize(
+        TokenizeConfig(
+            dataset=str(folder / "more.jsonl"), tokenizer=store.tokens.tokenizer.name, out=folder / "more",
+            ctx_len=32, held_out_fraction=0.3,
+        )
+    )  # fmt: skip
+    assessment = run(AssessConfig(run=folder / "run", tokens=folder / "more", device="cpu", n_latents=0))
+    fvu = entry_of(assessment, JOINED)["metrics"]["fvu"]["value"]
+    assert 0 < fvu < 1
+    parts = [cut["metrics"]["fvu"]["value"] for cut in entry_of(assessment, JOINED)["cuts"]]
+    assert min(parts) < fvu < max(parts)
+    evalset = EvalSet(store, None, None, store.mask, [JOINED, *SITES], 4, ALONE)
+    chunk = next(iter(evalset.chunks(50)))
+    assert torch.equal(chunk.x[JOINED], torch.cat([chunk.x[site] for site in SITES], 1))
