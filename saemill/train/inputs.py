@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def with_site(config: TrainConfig, store: ActivationStore, sources: Sources) -> TrainConfig:
-    """Fill in sites: what globs match; where none is named, those of what SAEs start from, or the only one."""
+    """Fill in what globs match; where no site is named, those of what SAEs start from, or the only one."""
     if config.site or any("site" in entry for entry in config.variants):
         return with_sites(config, store.sites)
     if of_sources := sites_of(sources):
