@@ -159,15 +159,24 @@ def _counts(
 
 def _sides(store: ActivationStore, sae: Sae, sums: Sums) -> tuple[diffs.Side, diffs.Side]:
     """Name the two that are compared, and how well each is reconstructed."""
-    made = []
-    for part, fvu in zip(sae.config.joined, sums.fvu, strict=True):
-        is_beside = part.site.startswith(BESIDE)
-        of = store.beside if is_beside and store.beside is not None else store
-        model = of.settings.model
-        site = part.site.removeprefix(BESIDE) if is_beside else part.site
-        name = site if store.beside is None else f"{Path(str(model)).name} {site}"
-        made.append(diffs.Side(name=name, site=site, model=model, fvu=fvu))
-    return made[0], made[1]
+    stores = [store.beside if part.site.startswith(BESIDE) else store for part in sae.config.joined]
+    settings_of = [of.settings for of in stores if of is not None]
+    sites = [part.site.removeprefix(BESIDE) for part in sae.config.joined]
+    if store.beside is None:
+        names = sites
+    else:  # two checkpoints may lie in folders of one name, or be revisions of one model
+        forms = (
+            [Path(str(s.model)).name for s in settings_of],
+            [str(s.model) for s in settings_of],
+            [f"{s.model}@{s.revision}" for s in settings_of],
+        )
+        models = next((form for form in forms if form[0] != form[1]), ["A", "B"])
+        names = [f"{model} {site}" for model, site in zip(models, sites, strict=True)]
+    a, b = (
+        diffs.Side(name=name, site=site, model=of.model, fvu=fvu)
+        for name, site, of, fvu in zip(names, sites, settings_of, sums.fvu, strict=True)
+    )
+    return a, b
 
 
 def _notes(sides: Sides) -> tuple[str, ...]:

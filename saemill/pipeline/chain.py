@@ -64,6 +64,7 @@ from saemill.train.batch import check_batch, rows_per_batch
 from saemill.train.config import TrainConfig
 from saemill.train.run import check_machine
 from saemill.train.run import run as train
+from saemill.train.sites import with_sites
 from saemill.train.sweep.sources import identity as identity_of
 from saemill.train.sweep.sources import sites_of as started_at
 from saemill.train.sweep.sources import sources_of
@@ -254,6 +255,8 @@ class Chain:
         if "train" not in self.configs:
             return
         training: TrainConfig = self.configs["train"]
+        if config.out == UNKNOWN:  # else there may be more sites in the store, which training looks up
+            training = self.configs["train"] = with_sites(training, widths)
         train_sites = [
             *training.site,
             *training.target_site,

@@ -12,6 +12,7 @@ from saemill.common.stores.activations import ActivationStore, SiteArray
 from saemill.common.stores.tokens import TokenStore
 from saemill.slurm.pipeline import Pipeline
 from saemill.train.config import TrainConfig
+from saemill.train.sites import with_sites
 
 
 def by_stage(folder: Path, run: Path) -> dict[str, list[str]]:
@@ -102,7 +103,7 @@ def _n_steps(config: TrainConfig) -> int | None:
     n_tokens = config.max_tokens
     if n_tokens is None and (config.acts / "zarr.json").exists():
         store = ActivationStore(config.acts, config.with_acts)
-        named = [store.site(name) for name in config.site or store.sites[:1]]
+        named = [store.site(name) for name in with_sites(config, store.sites).site or store.sites[:1]]
         sites = [part for site in named for part in site.parts.values()]
         mask = config.mask.positions(store.mask)
         if not any(mask != site.store.mask or _n_long(config, site) for site in sites):

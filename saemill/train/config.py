@@ -40,7 +40,7 @@ class TrainConfig:
     """For crosscoders of two models: `site` names what they join."""
     site: tuple[str, ...] = setting(
         (),
-        "Site to train on, or several joined by + for a crosscoder; repeat or separate by commas",
+        "Site to train on, or a glob, or several joined by + for a crosscoder; repeat or separate by commas",
         metavar="SITE,…",
         axis="",
     )
@@ -48,7 +48,8 @@ class TrainConfig:
     `layers.4+with.layers.4` those of two models."""
     target_site: tuple[str, ...] = setting(
         (),
-        "Site that is predicted from SITE, which makes the SAEs transcoders; one for each SITE, in order",
+        "Site that is predicted from SITE, which makes the SAEs transcoders; one for each SITE, in order; a "
+        "glob for a glob",
         metavar="SITE,…",
     )
     """Of the same store, such as the output of an MLP whose input is SITE."""

@@ -11,6 +11,7 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import Group
 from saemill.train.config import TrainConfig
+from saemill.train.sites import with_sites
 from saemill.train.stream.loader import Loader
 from saemill.train.stream.scaling import MOST_SCALE
 from saemill.train.stream.whole_rows import WholeRows
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def with_site(config: TrainConfig, store: ActivationStore, sources: Sources) -> TrainConfig:
-    """Fill in the sites of what SAEs start from, or the store's one, where none is named."""
+    """Fill in what globs match; where no site is named, those of what SAEs start from, or the only one."""
     if config.site or any("site" in entry for entry in config.variants):
-        return config
+        return with_sites(config, store.sites)
     if of_sources := sites_of(sources):
         return replace(config, site=of_sources)
     if len(store.sites) != 1:

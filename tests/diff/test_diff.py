@@ -59,7 +59,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[ActivationStore, Act
     """Stores of both models, with the site a."""
     x_a, x_b, _, _ = planted()
     stores = [
-        make_store(tmp_path_factory.mktemp(name), values_TD=x_TD, model=name, **SHAPE)
+        make_store(tmp_path_factory.mktemp(name), values_TD=x_TD, model=f"{name}/hf", **SHAPE)
         for name, x_TD in (("base", x_a), ("chat", x_b))
     ]
     return stores[0], stores[1]
@@ -101,7 +101,7 @@ def test_planted_latents_are_found_and_told_apart(diffed: Path) -> None:
     diff = diffs.read(diffed)
     assert diff.kinds["A only"] >= N_ONLY - 1
     assert all(side.fvu < 0.15 for side in diff.sides)
-    assert [side.name for side in diff.sides] == ["base a", "chat a"]
+    assert [side.name for side in diff.sides] == ["base/hf a", "chat/hf a"]
 
 
 def test_the_page_shows_them_with_contexts(diffed: Path) -> None:

@@ -172,7 +172,7 @@ def test_the_card_of_transcoders_tells_both_sites(made: Pipeline, tmp_path: Path
 
 def test_formulas_of_skip_connections() -> None:
     """Oracle: the definition, ŷ = W_decᵀ f + b_dec + W_skip x."""
-    cfg = {"transcode": True, "k": 4, "d_in": 8, "d_out": 5, "skip_connection": True}
+    cfg = {"transcode": True, "activation": "topk", "k": 4, "d_in": 8, "d_out": 5, "skip_connection": True}
     assert kinds.formula({"a": cfg}).endswith("ŷ = W_decᵀ f + b_dec + W_skip x")
     mixed = kinds.formula({"a": cfg, "b": cfg | {"skip_connection": False}})
     assert mixed.endswith("ŷ = W_decᵀ f + b_dec + W_skip x where there is a W_skip")
