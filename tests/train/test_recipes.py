@@ -19,7 +19,7 @@ from saemill.train.sweep.variants import Variant, resolve
 SIGNUM: dict[str, Any] = {"optimizer": "signum", "lr": (1e-2,)}
 MUON: dict[str, Any] = {"optimizer": "muon", "lr": (1e-2,)}
 RESAMPLED: dict[str, Any] = {
-    "architecture": ("relu",), "k": (32,), "num_latents": (48,), "lr": (3e-2,), "l1_coefficient": (3.0,),
+    "architecture": ("relu",), "k": (), "num_latents": (48,), "lr": (3e-2,), "l1_coefficient": (3.0,),
     "penalty_warmup_steps": 0, "dead_after_tokens": 256, "resample_at": (6, 12),
 }  # fmt: skip
 """In torch with Adam 31 latents begin again at step 6, and 10 at step 12."""
@@ -27,10 +27,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "signum": SIGNUM,
     "muon, average": MUON | {"weight_average": 0.9},
     "adam, average, cosine": {"weight_average": 0.9, "lr_schedule": "cosine"},
-    "jumprelu, average": {"architecture": ("jumprelu",), "k": (32,), "weight_average": 0.9},
+    "jumprelu, average": {"architecture": ("jumprelu",), "k": (), "weight_average": 0.9},
     "relu, resampled, average": RESAMPLED | {"weight_average": 0.9},
     "relu, resampled, muon": MUON | RESAMPLED,
-    "jumprelu, signum": SIGNUM | {"architecture": ("jumprelu",), "k": (32,), "target_l0": (4.0,)},
+    "jumprelu, signum": SIGNUM | {"architecture": ("jumprelu",), "k": (), "target_l0": (4.0,)},
 }
 
 

@@ -106,7 +106,7 @@ def test_what_is_saved_reconstructs_every_site(
         "eval_every": 75, "eval_tokens": 300,
     }  # fmt: skip
     changes |= {} if architecture == "jumprelu" else {"target_l0": ()}
-    changes |= {"k": (32,)} if architecture in ("jumprelu", "gated") else {}
+    changes |= {"k": ()} if architecture in ("jumprelu", "gated") else {}
     (folder,) = run(config(store, tmp_path / "r", **changes))
     assert folder.name.startswith("a+b-")
     sae = Sae.load(folder).double()
@@ -202,7 +202,7 @@ def test_masks_of_two_stores_count_together() -> None:
         ({"site": ("a+with.a",)}, "joins one of another store; name that with --with-acts"),
         ({"loss": "mse"}, "loss mse is in the units of one site"),
         ({"target_site": ("a",)}, "target_site has no effect on a crosscoder"),
-        ({"decoder_rows": "free", "architecture": ("relu",), "k": (32,)}, "decoder_rows free"),
+        ({"decoder_rows": "free", "architecture": ("relu",), "k": ()}, "decoder_rows free"),
         ({"eval_losses_every": 10, "eval_every": 10, "log_every": 10}, "a crosscoder reconstructs several"),
     ],
 )
