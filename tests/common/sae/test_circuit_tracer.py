@@ -162,7 +162,10 @@ def test_what_a_set_cannot_hold_is_refused(tmp_path: Path, tiny_models: dict[str
     plain = make_transcoder(d=D, e=D + 1)
     plain.config.provenance.update(site="layers.0.post_attention_layernorm", target_site="layers.0.mlp")
     plain.save(tmp_path / "narrow")
+    parts = Sae.load(first).parts
+    Sae.of(replace(parts, config=replace(parts.config, architecture="groupmax"))).save(tmp_path / "groupmax")
     for given, message in (
+        ([tmp_path / "groupmax", second, third], "GroupMax"),
         ([first, second], "a transcoder for each of the model's 3 layers, got none for 2"),
         ([wide, second, third], "same number of latents, got 48 at layer 0 and 40 at layer 1"),
         ([skips, second, third], "same skip connection, got one at layer 0 and none at layer 1"),
