@@ -229,7 +229,9 @@ def of_config(
         ConfigError: contradicting, unknown or missing settings; a site without a variant.
     """
     axes = {ONE_OF_GRID.get(name, name): getattr(config, name) for name in axes_of(TrainConfig)}
-    if not (config.num_latents or config.init_from):
+    if config.num_latents:
+        axes["expansion_factor"] = ()
+    elif not config.init_from:
         axes["expansion_factor"] = config.expansion_factor or (8,)
     own = [field.name for field in dataclasses.fields(Variant) if field.name not in NOT_SHARED]
     common = {name: getattr(config, name) for name in own if name not in axes}
