@@ -11,7 +11,7 @@ from saemill.train.sweep.variants import Variant
 
 TARGET_WEIGHT = 2.0
 """Weight of (L0/L0* − 1)² beside FVU, at which L0 ends 1 to 3% above its target; with dictionary_learning's 1
-it is 4%, with 4 FVU is higher: docs/recipes.md."""
+it is 1% more, with 4 FVU is higher: docs/recipes.md."""
 
 
 def architecture_of(variant: Variant, d: int) -> Architecture:
