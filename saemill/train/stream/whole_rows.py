@@ -92,6 +92,8 @@ class WholeRows:
         self._own_rows = [
             np.array(store.rows_of(i))[~_of(held_out_R, store, i)] for i in range(store.n_shards)
         ]
+        for shard, own in enumerate(self._own_rows):  # a batch of rows without a token has no loss
+            self._own_rows[shard] = own[self.rows.keep(shard)[self._places(shard)].any(1)]
         self.epoch_tokens = sum(map(len, self._own_rows)) * store.ctx_len
         self._epoch = lru_cache(2)(self._plan_epoch)
         self._pool = ThreadPoolExecutor(1, "saemill-window")
