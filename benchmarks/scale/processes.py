@@ -36,7 +36,8 @@ from saemill.train.run import choose_product_dtype
 from saemill.train.stream.loader import Loader
 from saemill.train.stream.scaling import scaling_of
 from saemill.train.sweep.placement import choose
-from saemill.train.sweep.variants import Variant, auto_lr
+from saemill.train.sweep.variant import Variant
+from saemill.train.sweep.variants import auto_lr
 
 WARMUP_STEPS = 3
 

@@ -28,7 +28,8 @@ from saemill.train.learner.learner import Learner
 from saemill.train.profile import PREFIX, REGIONS
 from saemill.train.run import choose_product_dtype
 from saemill.train.stream.scaling import Scaling
-from saemill.train.sweep.variants import Variant, auto_lr
+from saemill.train.sweep.variant import Variant
+from saemill.train.sweep.variants import auto_lr
 
 WARMUP_STEPS = 3
 

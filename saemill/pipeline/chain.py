@@ -68,7 +68,8 @@ from saemill.train.sites import with_sites
 from saemill.train.sweep.sources import identity as identity_of
 from saemill.train.sweep.sources import sites_of as started_at
 from saemill.train.sweep.sources import sources_of
-from saemill.train.sweep.variants import Variant, of_config
+from saemill.train.sweep.variant import Variant
+from saemill.train.sweep.variants import of_config
 
 UNKNOWN = Path("not known yet")
 """Placeholder of a folder that is known when the stage before it has run."""

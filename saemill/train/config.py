@@ -198,7 +198,7 @@ class TrainConfig:
     """auto is for all but sgd: `variants.auto_lr`."""
     seeds: tuple[int, ...] = setting((0,), "Seeds of the initial weights", axis="s", least=0, most=LARGEST)
     variants: tuple[Mapping[str, Any], ...] = setting((), "Variants listed one by one")
-    """Each with any of the settings of `variants.Variant`, or expansion_factor."""
+    """Each with any of the settings of `variant.Variant`, or expansion_factor."""
     batch_size: int = setting(4096, "Tokens per batch", least=1)
     grad_acc_steps: int = setting(1, "Batches per optimizer step", least=1)
     """No more memory is needed than for the activations: latents are computed in chunks in any case."""

@@ -13,7 +13,8 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.runs import FINISHED, HALVING, Finished, Stopped
 from saemill.train.record import checkpoint
 from saemill.train.sweep.halving import Halving
-from saemill.train.sweep.variants import Variant, describe
+from saemill.train.sweep.variant import Variant
+from saemill.train.sweep.variants import describe
 from saemill.train.trainer import Trainer
 
 

@@ -16,7 +16,7 @@ from saemill.train.stream.loader import Loader
 from saemill.train.stream.scaling import MOST_SCALE
 from saemill.train.stream.whole_rows import WholeRows
 from saemill.train.sweep.sources import Sources, sites_of
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 if TYPE_CHECKING:
     from saemill.train.objective.model import ModelLoss

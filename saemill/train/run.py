@@ -44,7 +44,8 @@ from saemill.train.sweep.placement import (
 )
 from saemill.train.sweep.schedule import Schedule
 from saemill.train.sweep.sources import sources_of
-from saemill.train.sweep.variants import Variant, of_config
+from saemill.train.sweep.variant import Variant
+from saemill.train.sweep.variants import of_config
 from saemill.train.tracking import follow
 from saemill.train.trainer import Trainer
 from saemill.train.watch.watch import Watch, watch_of

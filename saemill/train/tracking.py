@@ -12,7 +12,8 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.tracking.process import Wandb, write_record
 from saemill.train.config import TrainConfig
-from saemill.train.sweep.variants import Variant, describe
+from saemill.train.sweep.variant import Variant
+from saemill.train.sweep.variants import describe
 from saemill.train.trainer import Trainer
 
 OF_VARIANTS = (*axes(TrainConfig), "variants")

@@ -19,7 +19,7 @@ from steps import make_bank, outputs
 from saemill.common.world import Group, World
 from saemill.train.backends.team import Team
 from saemill.train.sweep.placement import choose
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 D, E, F, T, STEPS = 16, 13, 101, 63, 6
 BASE = Variant(name="v", site="a", k=4, num_latents=F, lr=1e-2, k_aux=8, auxk_alpha=0.5)

@@ -11,7 +11,7 @@ from saemill.train.backends.team import ALONE, Team
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
 from saemill.train.stream.scaling import Scaling
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where kernels run: without a GPU in Triton's interpreter."""

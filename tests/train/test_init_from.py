@@ -20,7 +20,8 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.train.config import TrainConfig
 from saemill.train.run import run
 from saemill.train.sweep.sources import sources_of
-from saemill.train.sweep.variants import Variant, of_config
+from saemill.train.sweep.variant import Variant
+from saemill.train.sweep.variants import of_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,8 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.train.config import ADAM_BETAS
 from saemill.train.learner.learner import Learner
 from saemill.train.run import run
-from saemill.train.sweep.variants import Variant, resolve
+from saemill.train.sweep.variant import Variant
+from saemill.train.sweep.variants import resolve
 
 SIGNUM: dict[str, Any] = {"optimizer": "signum", "lr": (1e-2,)}
 MUON: dict[str, Any] = {"optimizer": "muon", "lr": (1e-2,)}

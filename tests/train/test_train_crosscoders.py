@@ -25,7 +25,7 @@ from saemill.common.stores.joined import combined
 from saemill.common.stores.mask import MaskConfig
 from saemill.train.run import run
 from saemill.train.stream.scaling import Scaling
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 E = 11

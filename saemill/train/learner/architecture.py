@@ -7,7 +7,7 @@ from saemill.train.arch.jumprelu import JumpRelu
 from saemill.train.arch.relu import Relu
 from saemill.train.arch.topk import MULTI, TopK
 from saemill.train.backends.architecture import Architecture, Auxiliary, Pull
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 TARGET_WEIGHT = 2.0
 """Weight of (L0/L0* − 1)² beside FVU, at which L0 ends 1 to 3% above its target; with dictionary_learning's 1

@@ -27,7 +27,7 @@ from saemill.train.optim.signum import Signum
 from saemill.train.profile import region
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.sources import read
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 if TYPE_CHECKING:
     from saemill.train.objective.model import Passages

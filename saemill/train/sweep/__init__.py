@@ -1,5 +1,6 @@
 """Which SAEs a run trains, on which process, and for how long.
 
+variant.py      one SAE, in settings
 variants.py     lists → the SAEs
 grid.py         combinations of lists, or what is listed
 sources.py      what they start from, where not from random directions

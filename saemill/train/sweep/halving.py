@@ -19,7 +19,7 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.common.stores import runs
 from saemill.common.stores.runs import ANEW, HALVING, Look, Looks, Lost, Stopped
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 Loser = tuple[float | None, float | None]
 """A variant's metric, and the best of its group; None where it diverged."""

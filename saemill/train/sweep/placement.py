@@ -14,7 +14,7 @@ from saemill.common.log import counted
 from saemill.common.world import Group
 from saemill.train.backends.team import Team
 from saemill.train.losses import IN_MODEL
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 LATENTS_PER_ACTIVE = 90
 """A step's cost per active latent, in latents of the encoder's product: 0.196 s for 6,144 of these and

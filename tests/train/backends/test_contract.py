@@ -23,7 +23,7 @@ from saemill.train.backends.parameters import Parameters
 from saemill.train.learner.learner import Learner
 from saemill.train.optim.muon import MOMENTUM as MUON_MOMENTUM
 from saemill.train.optim.optimizer import ADAM_EPS
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("one_thread")]
 

@@ -17,7 +17,7 @@ from saemill.train.backends.cpu.threads import each, number, one_in_torch
 from saemill.train.backends.sparse import Forward
 from saemill.train.learner.bank import Bank
 from saemill.train.optim.optimizer import Adam
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 D, F, T = 24, 280, 120
 BASE = Variant(name="v", site="s", k=6, num_latents=F, lr=3e-3, seed=0, k_aux=D // 2)

@@ -22,7 +22,7 @@ from saemill.train.backends.gpu import update
 from saemill.train.backends.gpu.kernels.hyper import Hyper
 from saemill.train.backends.gpu.kernels.select import select_kernel
 from saemill.train.learner.bank import Bank
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 pytestmark = pytest.mark.no_cover  # the interpreter is slow enough without being traced
 D, F, T = 12, 16, 6

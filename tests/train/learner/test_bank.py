@@ -12,7 +12,7 @@ from saemill.train.backends.sparse import decode, encode, fold_bias
 from saemill.train.learner.learner import Learner
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.schedule import Schedule
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 D, F, T = 16, 96, 128
 BASE = Variant(name="v", site="s", k=6, num_latents=F, lr=3e-3, seed=0, k_aux=D // 2)

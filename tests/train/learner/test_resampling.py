@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saemill.train.learner.learner import Learner
 from saemill.train.learner.resampling import _draw, resample
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 T, D, F = 64, 12, 40
 RELU = Variant(

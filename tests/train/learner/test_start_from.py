@@ -19,7 +19,7 @@ from saemill.train.learner.learner import Learner
 from saemill.train.learner.units import fill_whole, form_of
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep import sources
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 D, E, F, T = 12, 7, 30, 40
 GENERATOR = torch.Generator().manual_seed(5)

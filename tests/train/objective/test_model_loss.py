@@ -19,7 +19,7 @@ from saemill.train.losses import Loss
 from saemill.train.objective.model import ModelLoss
 from saemill.train.stream.scaling import Scaling
 from saemill.train.stream.whole_rows import Text, WholeRows
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ from steps import make_bank, planted, train
 from saemill.train.backends.cpu import update
 from saemill.train.learner.learner import Learner
 from saemill.train.optim.clipping import shrinkage
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 
 @pytest.mark.parametrize("most_norm", [1e-3, 1.0, 30.0])

@@ -1,7 +1,5 @@
 """The stream of whole rows: complete, shuffled by row, masked, and a pure function of (seed, store, i)."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from stores import make_store
@@ -34,7 +32,7 @@ def rows_of(batch: torch.Tensor) -> list[int]:
 
 
 def test_an_epoch_is_every_training_row_once(store: ActivationStore) -> None:
-    """Oracle: the rows that are not held out; their ids and masks by a plain loop; another order next time."""
+    """Oracle: the rows that are not held out; ids and masks by a plain loop; another order next time."""
     source = stream(store)
     wanted = [row for row in range(150) if not store.tokens.held_out_R[row]]
     n_batches = -(-len(wanted) // PER_BATCH)

@@ -18,7 +18,7 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.runs import Stopped
 from saemill.train.run import run
 from saemill.train.sweep.halving import Halving, window
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 RUN = "0123456789abcdef"
 

@@ -28,7 +28,7 @@ from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import Group, World
 from saemill.train.sweep.placement import allowed_latent_ranks, choose, cost, deal
-from saemill.train.sweep.variants import Variant
+from saemill.train.sweep.variant import Variant
 
 
 def variants_of(widths: list[int]) -> list[Variant]:

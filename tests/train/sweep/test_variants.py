@@ -8,7 +8,8 @@ from saemill.common.errors import ConfigError
 from saemill.train.backends.codes import Groups
 from saemill.train.config import TrainConfig
 from saemill.train.learner.architecture import architecture_of
-from saemill.train.sweep.variants import Variant, of_config
+from saemill.train.sweep.variant import Variant
+from saemill.train.sweep.variants import of_config
 
 D, F = 16, 64
 
