@@ -89,7 +89,7 @@ SPARSIFY = {
     "transcode": TARGET_SITE,
     "loss_fn": Setting(
         "`--loss`",
-        "theirs works too: fvu, mse; ce and kl train through the model, not on cached activations",
+        "theirs works too: fvu, mse, ce, kl; of the model only the blocks after the site run",
     ),
     "optimizer": Setting(
         "`--optimizer`",

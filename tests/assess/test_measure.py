@@ -40,9 +40,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     for owner, name in ((EvalSet, "chunks"), (EvalSet, "rows"), (LanguageModel, "logits")):
         plain = getattr(owner, name)
 
-        def counting(*arguments: Any, name: str = name, plain: Any = plain) -> Any:
+        def counting(*arguments: Any, name: str = name, plain: Any = plain, **named: Any) -> Any:
             counts[name] += 1
-            return plain(*arguments)
+            return plain(*arguments, **named)
 
         monkeypatch.setattr(owner, name, counting)
     return counts

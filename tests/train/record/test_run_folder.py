@@ -214,7 +214,7 @@ def test_mse_beyond_float32_is_refused(tmp_path: Path) -> None:
     """Oracle: the message: its gradient would be 0 or infinite in the activations' own units."""
     made = one_site(tmp_path, structured(64 * 32) * 1e-25)
     listed = ({"site": "a", "k": 2, "num_latents": 48, "loss": "mse"},)
-    with pytest.raises(ConfigError, match=r"loss mse .* use loss fvu"):
+    with pytest.raises(ConfigError, match=r"mse is in the units .* use loss fvu"):
         run(config(made, tmp_path / "r", variants=listed, **SMALL))
     assert not (tmp_path / "r").exists()
 
