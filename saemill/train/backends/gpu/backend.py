@@ -4,7 +4,7 @@ The residual is kept in the product's dtype, unscaled; sums are float32. For the
 host never waits; for thresholds and batch-wide cutoffs it waits for the number of codes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -73,22 +73,27 @@ class Gpu(Sparse):
 
     def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
         """Find codes, as `Sparse.largest`; idx_TK is int32, ascending, ties going to the lowest latent."""
-        n_tokens, device = len(batch.x_TD), bias_F.device
-        val_TK = torch.empty(n_tokens, k, device=device)
-        idx_TK = torch.empty(n_tokens, k, dtype=torch.int32, device=device)
-        for chunk, pre_TF in self._pre_activations(batch, weights, bias_F):
-            with region("top-k"):
-                val_TK[chunk], idx_TK[chunk] = select(pre_TF, k)
-        return Codes(val_TK, idx_TK)
+        return self._k_codes(batch, weights, bias_F, k, select)
 
     def largest_of_groups(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
         """Find codes by torch's own maxima, as `Sparse.largest_of_groups`; idx_TK is int32."""
+        return self._k_codes(batch, weights, bias_F, k, groupmax)
+
+    def _k_codes(
+        self,
+        batch: Batch,
+        weights: Weights,
+        bias_F: Tensor,
+        k: int,
+        choose: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    ) -> Codes:
+        """Find k codes of each token by what chooses them from pre-activations."""
         n_tokens, device = len(batch.x_TD), bias_F.device
         val_TK = torch.empty(n_tokens, k, device=device)
         idx_TK = torch.empty(n_tokens, k, dtype=torch.int32, device=device)
         for chunk, pre_TF in self._pre_activations(batch, weights, bias_F):
             with region("top-k"):
-                val_TK[chunk], idx_TK[chunk] = groupmax(pre_TF, k)
+                val_TK[chunk], idx_TK[chunk] = choose(pre_TF, k)
         return Codes(val_TK, idx_TK)
 
     def above(
