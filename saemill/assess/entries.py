@@ -8,18 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from saemill.assess import verdict
 from saemill.assess.config import Thresholds
 from saemill.assess.dealing import for_each
 from saemill.assess.reconstruction import FAR_METRICS, Reconstruction, absorption, random_absorption
-from saemill.assess.splicing import Splicing, absent_metrics
+from saemill.assess.splicing import SEVERAL, Splicing, absent_metrics
 from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.common import config as settings
 from saemill.common.log import counted
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.statistics import FAR, far_warning, unheld_warning
 
+DENSE = 0.1
+"""Share of the tokens; a latent that fires on more is dense."""
 Entry = dict[str, Any]
 """One variant in `final_assessment.json`."""
 
@@ -40,24 +43,30 @@ class Measured:
         losses = self.splicing if isinstance(self.splicing, str) else self.splicing.only(names)
         return replace(self, reconstruction=self.reconstruction.only(names), splicing=losses)
 
-    def entries(self) -> list[Entry]:
-        """List one entry per SAE, in the order of the run."""
-        saes = self.reconstruction.saes
-        metrics = for_each(list(saes), self._metrics, self.reconstruction.evalset.everyone)
-        return [self._entry(name, sae, metrics[name]) for name, sae in saes.items()]
+    def entries(self, beside: "Beside") -> list[Entry]:
+        """List one entry per SAE, in the order of the run, each compared with its baselines."""
+        saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
+        metrics = for_each(list(saes), self._metrics, everyone)
+        errors = for_each(list(saes), lambda name: self._error_checks(name, beside), everyone)
+        entries = []
+        for name, sae in saes.items():
+            latents = verdict.latent_checks(metrics[name], self.thresholds, self._unseen)
+            entries.append(self._entry(name, sae, metrics[name], errors[name] + latents))
+        return entries
 
-    def ranking(self, left_out: dict[str, tuple[Sae, str]]) -> list[Entry]:
-        """Sort the entries, best first, each compared with the best.
+    def ranking(self, left_out: dict[str, tuple[Sae, str]], beside: "Beside") -> list[Entry]:
+        """Sort the entries, best first, each compared with its baselines and with the best.
 
         Args:
             left_out: variants that were not measured, each with the reason; they come last.
+            beside: the baselines.
         """
         saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
-        entries = self.entries()
+        entries = self.entries(beside)
         for name, (sae, reason) in left_out.items():
             metrics = dict.fromkeys(entries[0]["metrics"], absent(reason))
             instead = {"not_measured": reason, "verdict": reason.partition(":")[0]}
-            entries.append(self._entry(name, sae, metrics) | instead)
+            entries.append(self._entry(name, sae, metrics, []) | instead)
         entries = verdict.order(entries, for_each(list(saes), self._loss, everyone))
         best = entries[0]["name"]
         others = [name for name in saes if name != best]
@@ -129,8 +138,35 @@ class Measured:
             notes.append(f"{far}. None of the {unit}s measured here is")
         return notes
 
-    def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure]) -> Entry:
-        checks = verdict.checks(metrics, self.thresholds, self._unseen)
+    def _error_checks(self, name: str, beside: "Beside") -> list[verdict.Check]:
+        """Check an SAE's errors against those of its baselines, on the same documents."""
+        checks = []
+        for kind, other in beside.of[name].items():
+            for metric, share in self._shares(name, other, beside.measured).items():
+                checks.append(verdict.error_check(metric, kind, other, share))
+        return checks
+
+    def _shares(self, name: str, other: str, untrained: "Measured") -> dict[str, Figure]:
+        """Compute FVU, and ΔCE where there are losses, as shares of those of a baseline."""
+        error, its_error = (
+            self.reconstruction.ratios(name)["fvu"],
+            untrained.reconstruction.ratios(other)["fvu"],
+        )
+        share = Ratio(error.above, its_error.above, f"{other} leaves no error")
+        shares = {"fvu": self._split.all.figure(share)}
+        losses, its_losses = self._losses, untrained._losses
+        if losses is None or its_losses is None:
+            shares |= {"delta_ce": absent(why)} if (why := self._why_no_losses) else {}
+        else:
+            cost, its_cost = losses.ratios(name)["delta_ce"], its_losses.ratios(other)["delta_ce"]
+            share = Ratio(cost.above, its_cost.above, f"{other} costs the model nothing")
+            shares["delta_ce"] = self._model_split.all.figure(share)
+        if reason := self.reconstruction.unusable(name) or untrained.reconstruction.unusable(other):
+            return dict.fromkeys(shares, absent(reason))
+        return shares
+
+    def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure], evidence: list[verdict.Check]) -> Entry:
+        checks = verdict.thresholds_checks(metrics, self.thresholds, self._unseen)
         provenance = sae.config.provenance
         return {
             "name": name,
@@ -143,8 +179,10 @@ class Measured:
             "diverged_at_step": provenance["diverged_at_step"],
             "not_measured": None,
             "metrics": metrics,
+            "evidence": evidence,
+            "verdict": verdict.conclude(evidence),
             "checks": checks,
-            "verdict": verdict.summary(checks),
+            "checks_passed": verdict.summary(checks),
             "cuts": self._cuts(name),
         }
 
@@ -214,6 +252,15 @@ class Measured:
             return None
         return self.splicing if isinstance(self.splicing, Splicing) and not self.splicing.no_loss else None
 
+    @property
+    def _why_no_losses(self) -> str | None:
+        """Say why there are no losses of tokens; embeddings are not asked for any."""
+        if self.reconstruction.evalset.text.unit == "passage":
+            return None
+        if isinstance(self.splicing, str):
+            return self.splicing
+        return self.splicing.no_loss or SEVERAL
+
     def _loss(self, name: str) -> float:
         """Compute what the best variant is chosen by: ΔCE, or FVU where there are no losses."""
         if self.reconstruction.unusable(name):
@@ -231,7 +278,8 @@ class Measured:
         return {
             "dead_fraction": {"value": float(1 - live.mean())},
             "never_fired": {"value": float((density == 0).mean())},
-            "dense_fraction": {"value": float((density > 0.1).mean())},
+            "dense_fraction": {"value": float((density > DENSE).mean())},
+            "dense_share": _dense_share(density),
             "density_quantiles": {"value": quantiles.tolist()},
             "absorption": absorption(rows_FD),
             "absorption_random": random_absorption(rows_FD),
@@ -258,3 +306,23 @@ class Measured:
             if figure.get("lo") is not None:
                 figure["distinguishable"] = not figure["lo"] <= 0 <= figure["hi"]
         return differences
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """The baselines that SAEs are compared with."""
+
+    measured: Measured
+    of: dict[str, dict[str, str]]
+    """Name of an SAE, or of one of these → kind → name."""
+
+
+def _dense_share(density_F: NDArray[np.float64]) -> Figure:
+    """Compute the share of all firings that are those of dense latents."""
+    if not density_F.any():
+        return absent("no latent fired")
+    if (mean := float(density_F.mean())) > DENSE / 2:
+        return absent(
+            f"on average a latent fires on {mean:.1%} of the tokens, so that dense ones are no sign"
+        )
+    return {"value": float(density_F[density_F > DENSE].sum() / density_F.sum())}

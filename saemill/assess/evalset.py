@@ -135,12 +135,11 @@ class EvalSet:
             self._seen = self._seen_documents()
             self.n_seen_documents = len(self._seen)
 
-    def at(self, site: str, label_suffix: str) -> "EvalSet":
-        """Narrow the same tokens to one site; `label_suffix` stands beside the progress of measuring."""
-        narrowed = copy(self)
-        narrowed.sites, narrowed.arrays = [site], {site: self.arrays[site]}
-        narrowed.label_suffix = label_suffix
-        return narrowed
+    def again(self, label_suffix: str) -> "EvalSet":
+        """Give the same tokens for another pass; `label_suffix` stands beside its progress."""
+        same = copy(self)
+        same.label_suffix = label_suffix
+        return same
 
     @property
     def model_sites(self) -> list[str]:

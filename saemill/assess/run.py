@@ -58,7 +58,7 @@ def _assess(
     if model is not None:
         check_mask_token(model, evalset.tokens)
     everyone.first(lambda: _lock(out, resources))
-    measured, entries, baselines = measure(config, trained.saes, trained.left_out, evalset, model)
+    measured, entries, controls = measure(config, trained.saes, trained.left_out, evalset, model)
     best = entries[0]["name"]
     shown = config.variant or best
     assessment: dict[str, Any] = {
@@ -70,7 +70,7 @@ def _assess(
         "best_variant": best,
         "best_on_other_documents": measured.on_other_documents(best),
         "variants": entries,
-        "controls": baselines.entries(),
+        "controls": controls,
         "features": describe_latents(config, shown, trained.saes[shown], measured.reconstruction),
         "n_processes": everyone.size,
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},

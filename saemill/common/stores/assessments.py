@@ -12,7 +12,7 @@ from saemill.common.records import Count, File, Hash, Name, Positive, Record
 from saemill.common.stores import runs
 
 FILE = runs.ASSESSMENT
-FORMAT = "saemill assessment 2"
+FORMAT = "saemill assessment 3"
 REPAIR = "Run `saemill assess` again."
 
 
@@ -35,7 +35,7 @@ class Figure(Record):
 
 
 class Check(Record):
-    """One check of the verdict."""
+    """One check: of the verdict, or of a threshold."""
 
     name: str
     value: float | None
@@ -43,6 +43,12 @@ class Check(Record):
     passed: bool | None
     """Outcome; None where it is unknown."""
     reason: str | None = None
+    metric: str | None = None
+    """Figure that it is about; only of the verdict."""
+    against: str | None = None
+    """Baseline that it compares with: the value is a share of that one's error."""
+    lo: float | None = None
+    hi: float | None = None
 
 
 class Cut(Record):
@@ -70,8 +76,13 @@ class Entry(Record):
     diverged_at_step: Count | None
     not_measured: str | None
     metrics: dict[str, Figure]
-    checks: tuple[Check, ...]
+    evidence: tuple[Check, ...]
+    """Checks of the verdict."""
     verdict: str
+    checks: tuple[Check, ...]
+    """Checks of the four thresholds."""
+    checks_passed: str
+    """Number of these that passed, of those that are known."""
     versus_best: dict[str, Figure] | None = None
     cuts: tuple[Cut, ...] = ()
     """SAEs within it, where there are any."""
@@ -167,7 +178,7 @@ class Features(Record):
 class Assessment(Record):
     """The whole of it."""
 
-    format: Literal["saemill assessment 2"] = "saemill assessment 2"
+    format: Literal["saemill assessment 3"] = "saemill assessment 3"
     settings: dict[str, Any]
     of: Hash
     data: Data
