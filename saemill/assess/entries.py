@@ -19,6 +19,7 @@ from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.common import config as settings
 from saemill.common.log import counted
 from saemill.common.sae.sae import Sae
+from saemill.common.stores.site_names import is_joined
 from saemill.common.stores.statistics import FAR, far_warning, unheld_warning
 
 DENSE = 0.1
@@ -154,13 +155,13 @@ class Measured:
         )
         share = Ratio(error.above, its_error.above, f"{other} leaves no error")
         shares = {"fvu": self._split.all.figure(share)}
-        losses, its_losses = self._losses, untrained._losses
-        if losses is None or its_losses is None:
-            shares |= {"delta_ce": absent(why)} if (why := self._why_no_losses) else {}
-        else:
-            cost, its_cost = losses.ratios(name)["delta_ce"], its_losses.ratios(other)["delta_ce"]
-            share = Ratio(cost.above, its_cost.above, f"{other} costs the model nothing")
-            shares["delta_ce"] = self._model_split.all.figure(share)
+        if self.reconstruction.evalset.text.unit == "token":
+            cost, its_cost = self._cost(name), untrained._cost(other)
+            if isinstance(cost, str) or isinstance(its_cost, str):
+                shares["delta_ce"] = absent(str(cost))
+            else:
+                share = Ratio(cost.above, its_cost.above, f"{other} costs the model nothing")
+                shares["delta_ce"] = self._model_split.all.figure(share)
         if reason := self.reconstruction.unusable(name) or untrained.reconstruction.unusable(other):
             return dict.fromkeys(shares, absent(reason))
         return shares
@@ -252,14 +253,13 @@ class Measured:
             return None
         return self.splicing if isinstance(self.splicing, Splicing) and not self.splicing.no_loss else None
 
-    @property
-    def _why_no_losses(self) -> str | None:
-        """Say why there are no losses of tokens; embeddings are not asked for any."""
-        if self.reconstruction.evalset.text.unit == "passage":
-            return None
+    def _cost(self, name: str) -> Ratio | str:
+        """Compute ΔCE of one SAE, or say why it has none."""
         if isinstance(self.splicing, str):
             return self.splicing
-        return self.splicing.no_loss or SEVERAL
+        if is_joined(self.reconstruction.sites[name]):
+            return SEVERAL
+        return self.splicing.no_loss or self.splicing.ratios(name)["delta_ce"]
 
     def _loss(self, name: str) -> float:
         """Compute what the best variant is chosen by: ΔCE, or FVU where there are no losses."""
@@ -322,7 +322,5 @@ def _dense_share(density_F: NDArray[np.float64]) -> Figure:
     if not density_F.any():
         return absent("no latent fired")
     if (mean := float(density_F.mean())) > DENSE / 2:
-        return absent(
-            f"on average a latent fires on {mean:.1%} of the tokens, so that dense ones are no sign"
-        )
+        return absent(f"on average a latent is active {mean:.1%} of the time, so that dense ones are no sign")
     return {"value": float(density_F[density_F > DENSE].sum() / density_F.sum())}

@@ -80,7 +80,7 @@ def test_every_k_has_its_baselines(made: Pipeline, tmp_path: Path, calls: dict[s
     names = ["random-k2-f128", "pca-k2", "random-k16-f128", "pca-k16"]
     assert [entry["name"] for entry in assessment["controls"]] == names
     for entry in assessment["variants"] + assessment["controls"]:
-        against = {check["against"] for check in entry["evidence"] if "against" in check}
+        against = {check["against"] for check in entry["evidence"] if check["against"]}
         assert against == {f"random-k{entry['k']}-f128", f"pca-k{entry['k']}"}
     assert calls == {"chunks": 1, "rows": 1, "logits": 3 + 4 + 2 + 4}
 

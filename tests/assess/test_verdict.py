@@ -116,5 +116,5 @@ def test_latents_that_are_dead_or_dense() -> None:
     assert (dead["passed"], dense_check["passed"]) == (False, False)
     unsure, _ = latent_checks(figures, Thresholds(), "too few tokens")
     assert (unsure["passed"], unsure["reason"]) == (None, "too few tokens")
-    assert "on average a latent fires on 20.0% of the tokens" in _dense_share(np.full(5, 0.2))["reason"]
+    assert "on average a latent is active 20.0% of the time" in _dense_share(np.full(5, 0.2))["reason"]
     assert _dense_share(np.zeros(3)) == {"value": None, "reason": "no latent fired"}

@@ -106,7 +106,7 @@ def test_figures_are_those_of_the_held_out_passages(planted: Path, tmp_path: Pat
         for name in ("loss_recovered", "delta_ce"):
             figure = entry["metrics"][name]
             assert (figure["value"], figure["reason"]) == (None, "embeddings have no language model")
-        assert entry["verdict"] == "passed, dead latents unknown"  # which cannot be told on so few passages
+        assert entry["verdict"].startswith("passed, dead latents")  # which so few passages do not tell
         assert entry["checks_passed"].endswith("/2, 2 unknown")
     for control in assessment["controls"]:
         assert control["verdict"].startswith("failed: FVU beside")
