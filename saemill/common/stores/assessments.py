@@ -194,6 +194,17 @@ class Assessment(Record):
     files: tuple[File, ...]
     """Other files of the folder that belong to the assessment: the report, sums per document, latents."""
 
+    def __getitem__(self, name: str) -> Entry:
+        """Return the entry of a variant or a control by its name.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
+        entries = {entry.name: entry for entry in (*self.variants, *self.controls)}
+        if name not in entries:
+            raise KeyError(f"{name!r}; there are {', '.join(entries)}")
+        return entries[name]
+
 
 def checked(values: Mapping[str, Any]) -> Assessment:
     """Make the record of these values."""
