@@ -65,7 +65,7 @@ def test_a_run_holds_its_saes_by_name(run: saemill.Run, work: Work) -> None:
         loaded = saemill.Sae.load(run.path / name)
         assert torch.equal(sae.W_dec, loaded.W_dec)
         assert sae.config == loaded.config
-    with pytest.raises(KeyError, match="it has|has layers"):
+    with pytest.raises(KeyError, match=r"has layers"):
         run["layers.2-k2-f64-s0"]
     assert run.acts.fingerprint == work.acts.fingerprint
     assert run.metrics[-1]["step"] == run.record.steps
@@ -110,9 +110,9 @@ def test_an_assessment_is_an_object(run: saemill.Run, work: Work) -> None:
 def test_settings_come_by_name_or_as_a_config(work: Work, tmp_path: Path) -> None:
     """Oracle: the message; no folder is made."""
     config = TrainConfig(acts=work.acts.path, out=tmp_path / "run", k=(2,))
-    with pytest.raises(ConfigError, match="unknown setting train.kk; did you mean k"):
+    with pytest.raises(ConfigError, match=r"unknown setting train\.kk; did you mean k"):
         saemill.train_saes(work.acts, tmp_path / "run", kk=3)
-    with pytest.raises(ConfigError, match="^lr beside a TrainConfig; put it into the config"):
+    with pytest.raises(ConfigError, match=r"^lr beside a TrainConfig; put it into the config"):
         saemill.train_saes(config, lr=1e-3)
     with pytest.raises(ConfigError, match="out"):
         saemill.train_saes(work.acts)

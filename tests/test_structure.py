@@ -30,6 +30,8 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "embeddings": {"common", "tokenize", "cache"},
     "convert": {"common"},
     "transcoder_set": {"common", "convert"},
+    "results": {"common"},
+    "stages": {"common", "results", *STAGES},
     "verify": {"common", "train"},
     "show": {"common", "verify"},
     "pipeline": {"common", "compare", *STAGES},
@@ -55,7 +57,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
     },
     "cli": {"common", "commands"},
     "__main__": {"cli"},
-    "__init__": {"common"},
+    "__init__": {"common", "results", "stages"},
 }
 """What each file or folder of the package imports beside itself."""
 GROUND = {"architectures", "config", "losses", "memory", "profile"}

@@ -101,24 +101,23 @@ def latent_checks(metrics: dict[str, Figure], thresholds: Thresholds, unseen: st
 
 
 def conclude(evidence: list[Check]) -> str:
-    """Conclude from the checks: `passed`, `failed: FVU beside PCA`, or `unknown`.
+    """Conclude from the checks: `passed`, `failed: FVU, dead latents`, or `unknown`.
 
     One that failed decides; without that, FVU beside the baselines must be known. Others that are not are
     named: `passed, ΔCE unknown`.
     """
-    if failed := [_title(check) for check in evidence if check["passed"] is False]:
-        return f"{FAILED}: {', '.join(failed)}"
-    unknown = {check["metric"] for check in evidence if check["passed"] is None}
-    if "fvu" in unknown or not evidence:
+    if failed := _titles(evidence, passed=False):
+        return f"{FAILED}: {failed}"
+    if not evidence or any(check["passed"] is None and check["metric"] == "fvu" for check in evidence):
         return UNKNOWN
-    lacking = [TITLES[metric] for metric in TITLES if metric in unknown]
-    return f"{PASSED}, {', '.join(lacking)} unknown" if lacking else PASSED
+    unknown = _titles(evidence, passed=None)
+    return f"{PASSED}, {unknown} unknown" if unknown else PASSED
 
 
-def _title(check: Check) -> str:
-    kind = check["name"].rpartition("_beside_")[2]
-    beside = f" beside {'random' if kind == 'random' else 'PCA'}" if kind in BESIDE else ""
-    return f"{TITLES[check['metric']]}{beside}"
+def _titles(evidence: list[Check], passed: bool | None) -> str:
+    """List what the checks of an outcome are about."""
+    metrics = {check["metric"] for check in evidence if check["passed"] is passed}
+    return ", ".join(title for metric, title in TITLES.items() if metric in metrics)
 
 
 def summary(results: list[Check]) -> str:
