@@ -248,7 +248,7 @@ class EvalSet:
     def _rows(self, addresses_RS: Addresses) -> Rows:
         numbers = addresses_RS[:, 0] // self.tokens.ctx_len
         ids = np.concatenate([self.tokens.rows(row, row + 1) for row in numbers])
-        keep = self.mask.keep(ids, self.tokens.tokenizer.special_ids)
+        keep = np.concatenate([self.tokens.keep(row, row + 1, self.mask) for row in numbers])
         if len(self._seen):
             keep &= ~np.isin(self.tokens.document_of(addresses_RS), self._seen)
         return Rows(torch.from_numpy(ids.astype(np.int64)), keep, addresses_RS)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,9 @@ import numpy as np
 from saemill.common import durable
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, DataError, DiskError, SaemillError
+from saemill.common.models.chat import Message
 from saemill.common.stores.permutation import combine, permutation
+from saemill.tokenize.chats import conversation_of
 from saemill.tokenize.columns import MASK, Column, choose, text_of
 from saemill.tokenize.files import (
     DELIMITERS,
@@ -35,11 +37,25 @@ BATCH_DOCUMENTS = 512
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch of documents: their numbers in the source, and their texts or their token ids."""
+    """A batch of documents: texts, conversations or token ids; what they lack is filled in later."""
 
+    origin: str
+    """Where they are from, for messages."""
     source_index: list[int]
-    texts: list[str] | None
-    input_ids: list[list[int]] | None
+    """Their numbers in the source."""
+    texts: list[str] | None = None
+    conversations: list[list[Message]] | None = None
+    input_ids: list[list[int]] | None = None
+    roles: list[list[str | None]] | None = None
+    """Of conversations, the role of the message that each id is of; None of one between messages."""
+    special: list[bool] | None = None
+    """Of texts and conversations, whether they write a special token out."""
+    labels: list[str] | None = None
+    """Names of their sources, of a column of these."""
+
+    def where(self, place: int) -> str:
+        """Name a document for messages."""
+        return f"row {self.source_index[place]} of {self.origin}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +78,28 @@ class Source:
         """
         documents = self._shuffled(shuffle_seed)
         while items := list(islice(documents, BATCH_DOCUMENTS)):
-            index = [number for number, _ in items]
+            batch = Batch(self.origin, [number for number, _ in items], labels=self._labels(items))
+            name = self.column.name
             if self.column.holds_ids:
-                yield Batch(index, None, [self._ids(number, example) for number, example in items])
+                yield replace(batch, input_ids=[self._ids(number, example) for number, example in items])
+            elif self.column.holds_chats:
+                chats = [conversation_of(example[name], self.where(number)) for number, example in items]
+                yield replace(batch, conversations=chats)
             else:
-                name = self.column.name
                 texts = [text_of(example[name], self.where(number)) for number, example in items]
-                yield Batch(index, texts, None)
+                yield replace(batch, texts=texts)
+
+    def _labels(self, items: list[tuple[int, dict[str, Any]]]) -> list[str] | None:
+        """Read the names of the documents' sources, if a column has them."""
+        if (column := self.column.source) is None:
+            return None
+        for number, example in items:
+            if not isinstance(example[column], str) or not example[column]:
+                raise DataError(
+                    f"row {number} of {self.name} names no source in its column {column}, but "
+                    f"{example[column]!r:.60}; mend that row, or leave --source-column out"
+                )
+        return [example[column] for _, example in items]
 
     def rows_of_ids(self) -> Iterator[tuple[str, list[int]]]:
         """Read each row's place, for messages, and its ids: of a stream the first batch, of a dataset all."""
@@ -78,7 +109,12 @@ class Source:
 
     def where(self, number: int) -> str:
         """Name a row for messages."""
-        return f"row {number} of {self.name} (column {self.column.name})"
+        return f"row {number} of {self.origin}"
+
+    @property
+    def origin(self) -> str:
+        """Dataset and column, for messages."""
+        return f"{self.name} (column {self.column.name})"
 
     def _ids(self, number: int, example: dict[str, Any]) -> list[int]:
         where = self.where(number)
@@ -168,6 +204,8 @@ def open_source(
     text_column: str,
     streaming: bool,
     revision: str | None,
+    chat_column: str | None = None,
+    source_column: str | None = None,
 ) -> Source:
     """Open a dataset and choose the column that holds the documents.
 
@@ -176,6 +214,8 @@ def open_source(
             `save_to_disk` folder).
         text_column: the column of texts; where it is absent but `input_ids` or `tokens` is present, the
             dataset counts as tokenized already.
+        chat_column: a column of conversations, to read in its place.
+        source_column: a column with the name of each document's source.
 
     Raises:
         ConfigError: no such file, kind, split or column, or a column that holds no documents.
@@ -184,7 +224,7 @@ def open_source(
     dataset, fingerprint = open_dataset(
         name, subset=subset, split=split, streaming=streaming, revision=revision
     )
-    column = choose(_features(dataset, name), text_column, name)
+    column = choose(_features(dataset, name), text_column, name, chat_column, source_column)
     if not streaming and len(dataset) == 0:
         raise DataError(f"{name} has no rows")
     # Other columns may hold pictures or sound, which nobody needs decoded.
