@@ -30,11 +30,12 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "embeddings": {"common", "tokenize", "cache"},
     "convert": {"common"},
     "transcoder_set": {"common", "convert"},
+    "token_export": {"common"},
     "verify": {"common", "train"},
     "show": {"common", "verify"},
     "pipeline": {"common", "compare", *STAGES},
     "slurm": {"common", "pipeline", "train", "assess"},
-    "hub": {"common", "show", "train", "assess"},
+    "hub": {"common", "show", "token_export", "train", "assess"},
     "diff": {"common", "train", "assess"},
     "commands": {
         *(
@@ -45,6 +46,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
             "embeddings",
             "convert",
             "transcoder_set",
+            "token_export",
             "show",
             "demo",
             "pipeline",

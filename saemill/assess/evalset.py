@@ -156,13 +156,14 @@ class EvalSet:
     @property
     def description(self) -> str:
         """Describe how these tokens were chosen."""
+        whose = f"; of these the tokens of {', '.join(self.mask.roles)} alone" if self.mask.roles else ""
         if self.cached:
-            return self.text.how_held_out
+            return f"{self.text.how_held_out}{whose}"
         if self.n_seen_documents == 0:
-            return f"the tokens of {self.tokens.path.name}, of whose documents training saw none"
+            return f"the tokens of {self.tokens.path.name}, of whose documents training saw none{whose}"
         return (
             f"the tokens of {self.tokens.path.name}, without {counted(self.n_seen_documents, 'document')} "
-            "whose text training saw"
+            f"whose text training saw{whose}"
         )
 
     def _seen_documents(self) -> NDArray[np.int64]:

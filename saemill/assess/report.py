@@ -36,6 +36,8 @@ UNTRAINED = (
 BY_MEAN_L0 = "; k is the best's mean L0, rounded"
 CUT_COLUMNS = {"fvu": "FVU", "l0": "L0"}
 """Metrics of SAEs within an SAE."""
+SOURCE_COLUMNS = CUT_COLUMNS | {"delta_ce": "ΔCE nats"}
+"""Metrics per source."""
 AT_SITES = {"delta_ce": "ΔCE nats"}
 """Those of a crosscoder at each of its sites, beside these."""
 PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
@@ -70,7 +72,11 @@ def table(assessment: dict[str, Any]) -> str:
     terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
     terminal.print(shown)
     lines = [terminal.export_text().rstrip(), _untrained(assessment), f"best: {_best(assessment)}"]
-    return "\n".join(lines + _cuts_text(assessment) + _notes(assessment))
+    of_parts = [
+        *_text_table("SAEs within an SAE", cuts(assessment["variants"])),
+        *_text_table("Figures per source", by_source(assessment["variants"])),
+    ]
+    return "\n".join([*lines, *of_parts, *_notes(assessment)])
 
 
 def _untrained(assessment: dict[str, Any]) -> str:
@@ -99,12 +105,23 @@ def _with_interval(figure: Figure | None) -> str:
     return number(figure) + (f" ({interval(figure)})" if interval(figure) else "")
 
 
-def _cuts_text(assessment: dict[str, Any]) -> list[str]:
-    """Render the SAEs within the variants as a text table; nothing where there are none."""
-    titles, *rows = cuts(assessment["variants"]) or [[]]
+def by_source(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """List the variants' figures on each source, below the titles of the columns; empty where there is one
+    source."""
+    rows = [
+        [entry["name"], source, *(_with_interval(metrics.get(name)) for name in SOURCE_COLUMNS)]
+        for entry in entries
+        for source, metrics in (entry.get("by_source") or {}).items()
+    ]
+    return [["variant", "source", *SOURCE_COLUMNS.values()], *rows] if rows else []
+
+
+def _text_table(title: str, titles_and_rows: list[list[str]]) -> list[str]:
+    """Render rows below the titles of their columns as a text table; nothing where there are none."""
+    titles, *rows = titles_and_rows or [[]]
     if not rows:
         return []
-    shown = Table(title="SAEs within an SAE")
+    shown = Table(title=title)
     for i, title in enumerate(titles):
         is_name = i == 0
         justify: JustifyMethod = "left" if i < 2 else "right"
@@ -219,6 +236,7 @@ def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, N
         absent=ABSENT,
         by_mean_l0=assessment["variants"][0]["k"] is None,
         cuts=cuts(assessment["variants"]),
+        by_source=by_source(assessment["variants"]),
         charts={title: charts.against_l0(assessment, metric) for metric, title in CHARTS.items()},
         densities=charts.densities(assessment, densities),
         features=assessment["features"],

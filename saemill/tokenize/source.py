@@ -1,5 +1,8 @@
 """Documents out of any dataset: a hub id, local files or folders, or already tokenized columns."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +16,7 @@ import numpy as np
 from saemill.common import durable
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, DataError, DiskError, SaemillError
+from saemill.common.log import say
 from saemill.common.models.chat import Message
 from saemill.common.stores.permutation import combine, permutation
 from saemill.tokenize.chats import conversation_of
@@ -27,6 +31,7 @@ from saemill.tokenize.files import (
     fingerprint_local,
     kind_of,
     suffix_of,
+    true_name,
 )
 from saemill.tokenize.ids import ids_of, masked
 
@@ -295,14 +300,27 @@ def _open_local(path: Path, subset: str | None, split: str, streaming: bool) -> 
         # The format that it was saved with (torch, numpy) is that of whoever saved it.
         saved = _load_saved(path, subset, split).with_format(None)
         return saved.to_iterable_dataset() if streaming else saved
+    shown, path = str(path), _rightly_named(path)
     kind = kind_of(path)
     check_whole(path)
     options = _options(path, kind) | {"split": split, "streaming": streaming}
     if path.is_dir():
-        return _load(str(path), str(path), subset, **options)
+        return _load(shown, str(path), subset, **options)
     if subset or split != "train":
-        raise ConfigError(f"the file {path} has neither subsets nor splits; leave the flags out")
-    return _load(str(path), "csv" if kind == "tsv" else kind, data_files=str(path), **options)
+        raise ConfigError(f"the file {shown} has neither subsets nor splits; leave the flags out")
+    return _load(shown, "csv" if kind == "tsv" else kind, data_files=str(path), **options)
+
+
+def _rightly_named(path: Path) -> Path:
+    """Return a file's path; of one whose name is not that of its content, a link with the right name, which
+    libraries go by. It is there as long as this process, which may read from it at any time."""
+    if not path.is_file() or (name := true_name(path)) == path.name:
+        return path
+    say(f"{path} is read as {name}, which it is by its first bytes")
+    folder = Path(tempfile.mkdtemp(prefix="saemill-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / name).symlink_to(path.absolute())
+    return folder / name
 
 
 def _options(path: Path, kind: str) -> dict[str, Any]:

@@ -296,7 +296,7 @@ class Writer:
             extra={"document": self.document, "n_used_ids": self.n_used_ids}
             | {"n_empty_documents": self.n_empty, "n_padding_tokens": self.n_padding}
             | {"n_special_documents": self.n_special, "roles": tuple(self.role_names)}
-            | {"sources": tuple(self.names)}
+            | {"sources": tuple(self.names), "document_start_id": self.document_start}
             | extra,
         )
 

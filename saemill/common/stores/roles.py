@@ -25,6 +25,7 @@ class RoleSpans:
     """
 
     def __init__(self, table: pa.Table, n_tokens: int, n_roles: int) -> None:
+        self.n_addresses = n_tokens
         self.starts, self.roles = table["start"].to_numpy(), table["role"].to_numpy()
         begins = len(self.starts) > 0 and self.starts[0] == 0
         if not begins or self.starts[-1] >= n_tokens or not (np.diff(self.starts) > 0).all():
@@ -36,6 +37,12 @@ class RoleSpans:
         """Look up the role at each address. Same shape, uint8."""
         found: NDArray[np.uint8] = self.roles[np.searchsorted(self.starts, addresses, side="right") - 1]
         return found
+
+    def n_tokens(self, n_roles: int) -> list[int]:
+        """Count the tokens of each role, those of none first."""
+        lengths = np.diff(np.append(self.starts, self.n_addresses))
+        counts = np.bincount(self.roles, lengths, n_roles + 1).astype(np.int64)
+        return [int(n) for n in counts]
 
     def until(self, end: int) -> pa.Table:
         """Return the spans that begin before an address."""

@@ -23,7 +23,10 @@ from saemill.common.stores.tokens import (
     TokenStore,
 )
 
-COPIED = ("document", "n_used_ids", "source", "settings", "versions", "roles", "sources", "mixed")
+COPIED = (
+    *("document", "document_start_id", "n_used_ids", "source", "settings", "versions"),
+    *("roles", "sources", "mixed"),
+)
 """Fields of the manifest that a copy of a store's first rows repeats."""
 
 
@@ -34,7 +37,7 @@ def write_token_store(
     held_out_R: NDArray[np.bool_],
     segments: pa.Table,
     documents: pa.Table,
-    roles: pa.Table | None,
+    roles: pa.Table | None = None,
     tokenizer: TokenizerInfo,
     extra: dict[str, Any],
 ) -> None:

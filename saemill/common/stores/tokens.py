@@ -105,6 +105,8 @@ class TokenManifest(Record):
     """Kind of document: a text; a row of token ids, packed anew; such a row, kept as it is."""
     n_used_ids: Annotated[int, Field(ge=1, le=1 << 32)]
     """One more than the largest id in any row."""
+    document_start_id: TokenId | None = None
+    """Id that each document begins with."""
     n_special_documents: Count = 0
     """Number of documents that write a special token out."""
     roles: tuple[str, ...] = ()
