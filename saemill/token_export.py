@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from numpy.typing import NDArray
 
 from saemill.common import config as settings
 from saemill.common import durable
@@ -22,7 +23,6 @@ from saemill.common.log import counted, say
 from saemill.common.stores.tokens import TokenStore
 
 METADATA = "sae_lens.json"
-READ_ROWS = 1024
 
 
 def export(path: Path, out: Path, held_out: bool) -> datasets.Dataset:
@@ -46,33 +46,41 @@ def export(path: Path, out: Path, held_out: bool) -> datasets.Dataset:
     rows_R = np.flatnonzero(store.held_out_R == held_out)
     if not len(rows_R):
         raise ConfigError(f"{path} has no {'held-out' if held_out else 'training'} row to export")
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=store.ctx_len)})
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for start in range(0, store.n_rows, READ_ROWS):
-            ids_RS = store.rows(start, min(start + READ_ROWS, store.n_rows))
-            for row in np.flatnonzero(store.held_out_R[start : start + READ_ROWS] == held_out):
-                yield {"input_ids": ids_RS[row].astype(np.int32)}
-
-    with durable.writing(out), tempfile.TemporaryDirectory() as scratch:
-        made = datasets.Dataset.from_generator(rows, features=features, cache_dir=scratch, split="train")
-        assert isinstance(made, datasets.Dataset)
-        made.set_format("torch", columns=["input_ids"])
-        partial = out.with_name(f"{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        made.save_to_disk(str(partial))
-        durable.write_bytes(partial / METADATA, [metadata(store)])
-        if out.exists():
-            out.rmdir()
-        partial.replace(out)
+    with durable.writing(out):
+        _save(store, rows_R, out)
     side = "held-out" if held_out else "training"
-    say(
-        f"{out}: {counted(len(rows_R), f'{side} row')} of {store.ctx_len} ids, for SAELens and sparsify"
-        + ("" if held_out else f"; {store.n_rows - len(rows_R):,} held-out rows left out")
-    )
+    left_out = "" if held_out else f"; {store.n_rows - len(rows_R):,} held-out rows left out"
+    say(f"{out}: {counted(len(rows_R), f'{side} row')} of {store.ctx_len} ids{left_out}")
     saved = datasets.load_from_disk(str(out))
     assert isinstance(saved, datasets.Dataset)
     return saved
+
+
+def _save(store: TokenStore, rows_R: NDArray[np.int64], out: Path) -> None:
+    """Save some rows as a dataset, whole or not at all."""
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=store.ctx_len)})
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row in rows_R:
+            yield {"input_ids": store.rows(row, row + 1)[0].astype(np.int32)}
+
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        made = datasets.Dataset.from_generator(
+            rows,
+            features=features,
+            cache_dir=scratch,
+            split=datasets.Split.TRAIN,
+            fingerprint=store.fingerprint,
+        )
+        made.set_format("torch", columns=["input_ids"])
+        made.save_to_disk(str(partial))
+    durable.write_bytes(partial / METADATA, [metadata(store)])
+    if out.exists():
+        out.rmdir()
+    partial.replace(out)
+    durable.sync_folder(out.absolute().parent)
 
 
 def metadata(store: TokenStore) -> bytes:

@@ -48,7 +48,6 @@ class Encoder:
         self.tokenizer = tokenizer
         self.specials = WrittenSpecials(tokenizer, encoding.rule)
         self.chat = ChatTemplate(tokenizer, encoding.template) if encoding.has_chats else None
-        self._plain = {"add_special_tokens": False, "verbose": False}
 
     def __call__(self, batch: Batch) -> Batch:
         """Tokenize a batch: the same with its `input_ids`; of conversations also `texts` and `roles`."""
@@ -57,9 +56,13 @@ class Encoder:
         if batch.texts is None:
             return batch
         special = [self.specials.check(text, batch.where(place)) for place, text in enumerate(batch.texts)]
-        as_text = any(special) and self.specials.rule == "text"
-        ids = self.tokenizer(batch.texts, split_special_tokens=as_text, **self._plain)["input_ids"]
+        ids = self._encoded(batch.texts, any(special) and self.specials.rule == "text")["input_ids"]
         return replace(batch, input_ids=ids, special=special)
+
+    def _encoded(self, text: str | list[str], as_text: bool, **options: Any) -> Any:
+        """Tokenize; special tokens that are written out as plain text, or as the tokenizer does of itself."""
+        split = {"split_special_tokens": True} if as_text else {}
+        return self.tokenizer(text, add_special_tokens=False, verbose=False, **split, **options)
 
     def _conversations(self, batch: Batch, conversations: list[list[Message]]) -> Batch:
         texts, ids, roles, special = [], [], [], []
@@ -81,12 +84,7 @@ class Encoder:
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         for start, stop, is_literal in literals:
-            encoded = self.tokenizer(
-                written.text[start:stop],
-                split_special_tokens=is_literal,
-                return_offsets_mapping=True,
-                **self._plain,
-            )
+            encoded = self._encoded(written.text[start:stop], is_literal, return_offsets_mapping=True)
             ids += encoded["input_ids"]
             offsets += [(start + first, start + last) for first, last in encoded["offset_mapping"]]
         return written.text, ids, _roles(offsets, written.spans)

@@ -17,11 +17,12 @@ CONTENT = {
     "held_out",
     "segments.parquet",
     "documents.parquet",
-    "roles.parquet",
     "tokenizer",
     "manifest.json",
 }
-"""Names in a token store's folder."""
+"""Names in every token store's folder."""
+OF_CHATS = {"roles.parquet"}
+"""Names in that of chats as well."""
 
 
 def empty(folder: Path) -> None:
@@ -99,8 +100,9 @@ def _check_version(out: Path) -> None:
 def _check_replaceable(out: Path) -> None:
     """Refuse to put a store in place of a folder that holds anything but a damaged store."""
     names = {path.name for path in out.iterdir()}
-    if names - CONTENT or len(CONTENT - names) > 1:
-        other = ", ".join(sorted(names - CONTENT)[:3])
+    others = names - CONTENT - OF_CHATS
+    if others or len(CONTENT - names) > 1:
+        other = ", ".join(sorted(others)[:3])
         raise StoreError(
             f"{out} is not a finished token store, and holds {other or 'parts of one'}; choose another "
             "output folder, or empty that one"
