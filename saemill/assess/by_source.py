@@ -1,9 +1,6 @@
 """Figures per source: the same sums, over the documents of one source at a time."""
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from saemill.assess.evalset import EvalSet
 from saemill.assess.reconstruction import Reconstruction
@@ -62,7 +59,7 @@ def sources_of(evalset: EvalSet) -> dict[int, str]:
 
 def _draws(known: dict[int, str], sums: DocumentSums, noun: str) -> dict[str, Bootstrap]:
     """Make the draws of each source's documents, in the order in which sources are first found."""
-    of_each: NDArray[Any] = np.array([known[document] for document in sums.documents] if known else [])
+    of_each = np.array([known[document] for document in sums.documents] if known else [], np.str_)
     names = dict.fromkeys(known.values())
     return {str(name): Bootstrap(of_each == name, noun) for name in names}
 

@@ -8,7 +8,6 @@ from typing import Any
 from saemill.common.errors import DataError
 from saemill.common.stores.tokens import TokenizerInfo
 
-
 RUN, FEWEST_ROWS = 4, 8
 """Times that an end of a row repeats an id that is taken for padding, and rows of which most must do so."""
 
@@ -165,9 +164,9 @@ def survey(rows: Iterable[tuple[str, list[int]]], info: TokenizerInfo) -> Length
     for (end, token), n in runs.items():
         if 2 * n > n_rows >= FEWEST_ROWS:
             raise DataError(
-                f"{n:,} of {n_rows:,} rows {end} with the id {token} {RUN} times or more, as if padded with it, "
-                "but it is not the tokenizer's padding; give the rows an attention_mask, or name a tokenizer "
-                "that has it as its pad_token"
+                f"{n:,} of {n_rows:,} rows {end} with the id {token} {RUN} times or more, as if padded with "
+                "it, but it is not the tokenizer's padding; give the rows an attention_mask, or name a "
+                "tokenizer that has it as its pad_token"
             )
     if 2 * n_padded > n_rows:
         return Lengths(None, f"{n_padded} of {n_rows} rows are padded")

@@ -76,13 +76,13 @@ def test_marks_of_a_template_are_the_assistants(tmp_path: Path, tokenizer_folder
     assert store.roles_of(0, store.n_rows).reshape(-1).tolist() == mask[: store.n_tokens]
 
 
-def test_sharegpt_parts_and_processes_make_the_same(
+def test_sharegpt_and_parts_make_the_same(
     tmp_path: Path, tokenizer_folder: str, chat_store: TokenStore
 ) -> None:
     """Oracle: the store of the same messages with role and content."""
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     theirs = [[{"from": names[m["role"]], "value": m["content"]} for m in chat] for chat in CHATS]
-    store = tokens(tmp_path / "a", tokenizer_folder, theirs, chat_column="conversations", num_proc=2)
+    store = tokens(tmp_path / "a", tokenizer_folder, theirs, chat_column="conversations")
     halves: list[Any] = [
         [
             {
