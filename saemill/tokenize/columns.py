@@ -103,7 +103,8 @@ def _of_chats(features: Any, chat_column: str, dataset: str) -> Column:
     if chat_column not in features:
         raise ConfigError(f"{dataset} has no column {chat_column!r}; {nearest(chat_column, features)}")
     feature = features[chat_column]
-    if not _is_chat(feature) and not isinstance(feature, datasets.Json):
+    messages = feature.feature if isinstance(feature, LISTS) else feature
+    if not _is_chat(feature) and not isinstance(messages, datasets.Json):  # which leaves it to each row
         raise ConfigError(
             f"column {chat_column!r} of {dataset} holds {_description(feature)}, not conversations: lists of "
             "messages, each with role and content, or from and value. Name another with --chat-column"

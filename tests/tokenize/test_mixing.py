@@ -114,7 +114,11 @@ def test_a_column_names_the_sources(tmp_path: Path, tokenizer_folder: str) -> No
     with pytest.raises(DataError, match=r"row 119 of .*names no source in its column origin"):
         run(
             TokenizeConfig(
-                dataset=str(broken), tokenizer=tokenizer_folder, out=tmp_path / "c", source_column="origin"
+                dataset=str(broken),
+                tokenizer=tokenizer_folder,
+                out=tmp_path / "c",
+                ctx_len=32,
+                source_column="origin",
             )
         )
 
@@ -135,7 +139,7 @@ def test_a_command_line_and_a_file_name_the_same_mix(
         3200,
     )
     told = call("tokenize", f"{two[0]}:0.7", f"{two[1]}:0.3", *shared, "-o", tmp_path / "b")
-    assert "Mixed: a.jsonl 70." in told
+    assert "of the tokens (70.00% asked), b.jsonl" in told
     listed = "".join(
         f"- {{dataset: {file}, share: {s}, name: {n}}}\n"
         for file, s, n in zip(two, (7, 3), "xy", strict=True)

@@ -80,7 +80,7 @@ class Entry(Record):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = {"architecture": "topk", "cuts": (), "by_source": {}, "target_site": None}
+        optional: dict[str, Any] = {"architecture": "topk", "cuts": (), "by_source": {}, "target_site": None}
         left_out = {name for name, default in optional.items() if getattr(self, name) == default}
         return {name: value for name, value in serialize(self).items() if name not in left_out}
 
