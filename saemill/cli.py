@@ -34,7 +34,7 @@ for function in (
     *(embeddings.import_activations, embeddings.embed),
     *(stores.show, stores.verify),
     tracking.track,
-    *(exchange.export, exchange.import_),
+    *(exchange.export, exchange.import_, exchange.export_tokens),
     *(hub.push, hub.pull),
     *(studies.generate, studies.compare, studies.diff),
     *(cluster.submit, cluster.status),

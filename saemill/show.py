@@ -78,10 +78,29 @@ def _describe_tokens(store: TokenStore) -> str:
             f"  {store.n_tokens:,} tokens: {counted(store.n_rows, 'row')} of {store.ctx_len}, "
             f"{manifest.n_held_out_rows:,} of them held out",
             f"  {counted(manifest.n_documents, 'document')} of {manifest.source.name}",
+            *_sources_of(store),
+            *_roles_of(store),
             f"  tokenizer {store.tokenizer.name} ({store.tokenizer.vocab_size:,} ids)",
             f"  fingerprint {store.fingerprint}",
         ]
     )
+
+
+def _sources_of(store: TokenStore) -> list[str]:
+    """Tell how many tokens are of each source, a line each, of a store of several."""
+    return [
+        f"    {name}: {n:,} tokens ({100 * n / store.n_tokens:.2f}%)"
+        for name, n in store.source_tokens.items()
+    ]
+
+
+def _roles_of(store: TokenStore) -> list[str]:
+    """Tell how many tokens are of each role, in a line, of a store of chats."""
+    if not store.manifest.roles:
+        return []
+    n_tokens = store.roles.n_tokens(len(store.manifest.roles))
+    told = [f"{name} {n:,}" for name, n in zip(("none", *store.manifest.roles), n_tokens, strict=True)]
+    return [f"  tokens by the role of their message: {', '.join(told)}"]
 
 
 def _describe_activations(store: ActivationStore) -> str:

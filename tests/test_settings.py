@@ -25,7 +25,7 @@ from saemill.generate.config import GenerateConfig
 from saemill.pipeline.config import RunConfig
 from saemill.pipeline.matrix import MatrixConfig, Source, Target
 from saemill.slurm.settings import JobConfig, SlurmConfig
-from saemill.tokenize.config import TokenizeConfig
+from saemill.tokenize.config import MixedDataset, TokenizeConfig
 from saemill.train.config import TrainConfig
 
 LEAST: dict[Any, dict[str, Any]] = {
@@ -44,6 +44,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     MatrixConfig: {"out": "o", "targets": {"a": {}}, "sources": {"b": {}}},
     Target: {"model": "m"},
     Source: {"dataset": "d"},
+    MixedDataset: {"dataset": "d", "share": 1},
     JobConfig: {},
     SlurmConfig: {},
 }
@@ -146,7 +147,7 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        (TokenizeConfig, "out num_proc"),
+        (TokenizeConfig, "out chat_template num_proc"),
         (CacheConfig, "tokens out batch_size device"),
         (
             TrainConfig,
@@ -326,7 +327,8 @@ def test_long_numbers_take_no_time() -> None:
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 GROUPS: Mapping[str, Mapping[str, Any]] = {
-    "cache": {"mask": MaskConfig}, "train": {"mask": TrainingMask}, "assess": {"thresholds": Thresholds},
+    "tokenize": {"mix": MixedDataset}, "cache": {"mask": MaskConfig}, "train": {"mask": TrainingMask},
+    "assess": {"thresholds": Thresholds},
     "matrix": {"targets": Target, "sources": Source},
 }  # fmt: skip
 """What is inside a setting of a section; `slurm.train` is as `slurm`."""

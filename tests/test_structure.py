@@ -32,11 +32,12 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "transcoder_set": {"common", "convert"},
     "results": {"common"},
     "stages": {"common", "results", *STAGES},
+    "token_export": {"common"},
     "verify": {"common", "train"},
     "show": {"common", "verify"},
     "pipeline": {"common", "compare", *STAGES},
     "slurm": {"common", "pipeline", "train", "assess"},
-    "hub": {"common", "show", "train", "assess"},
+    "hub": {"common", "show", "token_export", "train", "assess"},
     "diff": {"common", "train", "assess"},
     "commands": {
         *(
@@ -47,6 +48,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
             "embeddings",
             "convert",
             "transcoder_set",
+            "token_export",
             "show",
             "demo",
             "pipeline",

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from saemill.assess import verdict
+from saemill.assess.by_source import BySource
 from saemill.assess.config import Thresholds
 from saemill.assess.dealing import for_each
 from saemill.assess.reconstruction import FAR_METRICS, Reconstruction, absorption, random_absorption
@@ -185,6 +186,7 @@ class Measured:
             "checks": checks,
             "checks_passed": verdict.summary(checks),
             "cuts": self._cuts(name),
+            "by_source": self._by_source.figures(name) if name in self.reconstruction.saes else {},
         }
 
     def _cuts(self, name: str) -> list[dict[str, Any]]:
@@ -226,6 +228,10 @@ class Measured:
         least = math.ceil(1 / self.dead_share)
         rare = f"a latent that fires on {self.dead_share:.2%} of the {unit}s"
         return f"{rare} is seen on {least:,} or more, not {n:,}"
+
+    @cached_property
+    def _by_source(self) -> BySource:
+        return BySource(self.reconstruction, self.splicing, self._noun)
 
     @cached_property
     def _split(self) -> Split:

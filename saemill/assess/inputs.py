@@ -111,6 +111,8 @@ def open_tokens(config: AssessConfig, trained: Trained) -> TokenStore | None:
             "tokens: a crosscoder of two models is measured on tokens that both have cached; leave it out"
         )
     check_tokens(trained.store, other, config.with_model)
+    if other is not None:
+        trained.mask.check(other.tokenizer.vocab_size, other.ctx_len, other.manifest.roles)
     return other
 
 

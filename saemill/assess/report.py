@@ -33,6 +33,8 @@ CHARTS = {"fvu": "FVU", "delta_ce": "ΔCE, nats per token"}
 UNTRAINED = "below the line, not trained: random dictionaries, and PCA with k directions"
 CUT_COLUMNS = {"fvu": "FVU", "l0": "L0"}
 """Metrics of SAEs within an SAE."""
+SOURCE_COLUMNS = CUT_COLUMNS | {"delta_ce": "ΔCE nats"}
+"""Metrics per source."""
 AT_SITES = {"delta_ce": "ΔCE nats"}
 """Those of a crosscoder at each of its sites, beside these."""
 PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
@@ -67,7 +69,12 @@ def table(assessment: dict[str, Any]) -> str:
     terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
     terminal.print(shown)
     lines = [terminal.export_text().rstrip(), UNTRAINED, f"best: {_best(assessment)}"]
-    return "\n".join([*lines, *_cuts_text(assessment), thresholds(assessment), *_notes(assessment)])
+    of_parts = [
+        *_text_table("SAEs within an SAE", cuts(assessment["variants"])),
+        *_text_table("Figures per source", by_source(assessment["variants"])),
+    ]
+    return "
+".join([*lines, *of_parts, thresholds(assessment), *_notes(assessment)])
 
 
 def thresholds(assessment: Mapping[str, Any]) -> str:
@@ -104,12 +111,23 @@ def _with_interval(figure: Figure | None) -> str:
     return number(figure) + (f" ({interval(figure)})" if interval(figure) else "")
 
 
-def _cuts_text(assessment: dict[str, Any]) -> list[str]:
-    """Render the SAEs within the variants as a text table; nothing where there are none."""
-    titles, *rows = cuts(assessment["variants"]) or [[]]
+def by_source(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """List the variants' figures on each source, below the titles of the columns; empty where there is one
+    source."""
+    rows = [
+        [entry["name"], source, *(_with_interval(metrics.get(name)) for name in SOURCE_COLUMNS)]
+        for entry in entries
+        for source, metrics in (entry.get("by_source") or {}).items()
+    ]
+    return [["variant", "source", *SOURCE_COLUMNS.values()], *rows] if rows else []
+
+
+def _text_table(title: str, titles_and_rows: list[list[str]]) -> list[str]:
+    """Render rows below the titles of their columns as a text table; nothing where there are none."""
+    titles, *rows = titles_and_rows or [[]]
     if not rows:
         return []
-    shown = Table(title="SAEs within an SAE")
+    shown = Table(title=title)
     for i, title in enumerate(titles):
         is_name = i == 0
         justify: JustifyMethod = "left" if i < 2 else "right"
@@ -227,6 +245,7 @@ def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, N
         absent=ABSENT,
         thresholds=thresholds(assessment),
         cuts=cuts(assessment["variants"]),
+        by_source=by_source(assessment["variants"]),
         charts={title: charts.against_l0(assessment, metric) for metric, title in CHARTS.items()},
         densities=charts.densities(assessment, densities),
         features=assessment["features"],

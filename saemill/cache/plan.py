@@ -10,7 +10,7 @@ import torch
 from saemill.cache.config import CacheConfig
 from saemill.cache.folder import check_same_store, existing_settings
 from saemill.common import config as settings
-from saemill.common import durable
+from saemill.common import durable, setting
 from saemill.common.errors import ConfigError
 from saemill.common.log import counted
 from saemill.common.models.architecture import Architecture
@@ -128,7 +128,7 @@ def _identity(
         "model_dtype": model_dtype,
         "load_in_8bit": in_8bit or None,
         "model_fingerprint": fingerprint_model(config.model, config.revision),
-        "mask": settings.plain(mask),
+        "mask": setting.identity(mask),
     }
 
 

@@ -1,4 +1,4 @@
-"""SAEs to and from other tools: export, import."""
+"""SAEs and tokens to and from other tools: export, import, export-tokens."""
 
 from pathlib import Path
 from typing import Annotated
@@ -63,3 +63,35 @@ def import_(
     from saemill.convert import import_ as take
 
     take(path, out, model)
+
+
+def export_tokens(
+    tokens: Annotated[Path, typer.Argument(help="A token store.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="The held-out rows, in place of those that are trained on.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None, option("Upload it as a dataset too; created if it is not there.", "USER/REPO")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+) -> None:
+    """Write a token store's rows as a dataset that SAELens and sparsify train on.
+
+    It is a `save_to_disk` folder with the column `input_ids`, and SAELens' metadata of it.
+
+    Example: `saemill export-tokens tokens for-saelens`
+    """
+    from saemill import token_export
+    from saemill.common.errors import ConfigError
+    from saemill.hub.exported import push_exported
+    from saemill.hub.push import check_may_push, check_repo
+
+    if private and push_to_hub is None:
+        raise ConfigError("--private has no effect without --push-to-hub; leave it out")
+    if push_to_hub is not None:
+        check_repo(push_to_hub)
+        check_may_push()
+    rows = token_export.export(tokens, out, held_out)
+    if push_to_hub is not None:
+        push_exported(rows, out, push_to_hub, private)

@@ -150,7 +150,7 @@ SAELENS = {
     "dataset_trust_remote_code": Setting("", "datasets' scripts are not run"),
     "streaming": Setting("`--streaming`", "off by default; with `--max-tokens`"),
     "is_dataset_tokenized": Setting("`--text-column`", "name the column of the ids: input_ids"),
-    "use_chat_formatting": Setting("", "write the chats as text first"),
+    "use_chat_formatting": Setting("`--chat-column`", "and `--train-on assistant` for what it says alone"),
     "context_size": Setting("`--ctx-len`", SAME),
     "use_cached_activations": Setting(
         "", "always: `saemill cache`, or `saemill run`, which finds them again"
@@ -165,10 +165,12 @@ SAELENS = {
     ),
     "seqpos_slice": Setting("`--set cache.mask.first_positions=`", "positions left out at a row's start"),
     "disable_concat_sequences": Setting("", "rows are packed full; where documents start is kept"),
-    "sequence_separator_token": Setting("", "the tokenizer's own"),
+    "sequence_separator_token": Setting(
+        "`--separator`", "of `tokenize`; after each document, by default EOS"
+    ),
     "prepend_bos": Setting("", "rows are framed as the model's tokenizer frames a text"),
-    "begin_batch_token": Setting("", "rows are framed as the model's tokenizer frames a text"),
-    "begin_sequence_token": Setting("", "documents are joined by the tokenizer's separator"),
+    "begin_batch_token": Setting("`--row-start`", "of `tokenize`; by default the tokenizer's own"),
+    "begin_sequence_token": Setting("`--document-start`", "of `tokenize`; none by default, as theirs"),
     "exclude_special_tokens": Setting("`--set cache.mask.special_tokens=`", "true by default"),
     "device": Setting("`--device`", SAME),
     "llm_device": Setting("`--set cache.device=`", "the model is not in memory while SAEs are trained"),
@@ -277,7 +279,9 @@ SAELENS = {
     "shuffle": Setting("`--shuffle-seed`", "none keeps the documents' order; training is always shuffled"),
     "pretokenize_batch_size": Setting("", "texts are tokenized in batches in any case"),
     "save_path": Setting("`saemill tokenize -o`", "or `--save-dir`"),
-    "hf_repo_id": Setting("`saemill push`", "uploads what is made"),
+    "hf_repo_id": Setting(
+        "`saemill push`", "uploads what is made; `saemill export-tokens --push-to-hub` in their form"
+    ),
     "hf_num_shards": Setting("", "`saemill push` uploads shards as they are"),
     "hf_revision": Setting("`saemill push --revision`", "the branch"),
     "hf_is_private_repo": Setting("`saemill push --private`", SAME),

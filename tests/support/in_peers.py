@@ -224,11 +224,34 @@ def chunk_and_tokenize(texts: str, tokenizer: str, ctx_len: int, out: str) -> No
     chunks.save_to_disk(out)
 
 
+def read_rows_of_ids(folder: str, ctx_len: int, out: str) -> None:
+    """All rows of a dataset of ids, as SAELens' store of activations and sparsify's trainer read them."""
+    from types import SimpleNamespace
+
+    from datasets import Dataset
+    from sae_lens.training.activations_store import ActivationsStore
+
+    data = Dataset.load_from_disk(folder)
+    assert data.format["type"] == "torch"
+    store = ActivationsStore(
+        SimpleNamespace(tokenizer=None), data, streaming=False, hook_name="", hook_head_index=None,
+        context_size=ctx_len, d_in=1, n_batches_in_buffer=1, total_training_tokens=1, prepend_bos=True,
+        store_batch_size_prompts=1, train_batch_size_tokens=1, normalize_activations="none",
+        device=torch.device("cpu"), dtype="float32",
+    )  # fmt: skip
+    assert store.is_dataset_tokenized
+    assert store.tokens_column == "input_ids"
+    theirs = torch.stack(list(store._iterate_tokenized_sequences()))
+    loaded = torch.utils.data.DataLoader(data.with_format("torch"), batch_size=4)
+    sparsify = torch.cat([batch["input_ids"] for batch in loaded])
+    np.savez(out, saelens=theirs.numpy(), sparsify=sparsify.numpy())
+
+
 JOBS = {
     job.__name__: job
     for job in (
         encode, load_set, make_sparsify, make_saelens, make_scaled_saelens, make_dictionary_learning, hooks,
-        splice, pretokenize, chunk_and_tokenize,
+        splice, pretokenize, chunk_and_tokenize, read_rows_of_ids,
     )
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from saemill.common import durable, records
 from saemill.common.records import Count, File, Hash, Name, Positive, Record
@@ -70,7 +70,7 @@ class Entry(Record):
     k: Positive | None
     """Most latents active per token; None where latents have thresholds."""
     architecture: str = "topk"
-    """What it was trained as. It and `cuts` are left out where they are the default."""
+    """What it was trained as. It, `cuts` and `by_source` are left out where they are the default."""
     num_latents: Positive
     tokens_trained: Count
     diverged_at_step: Count | None
@@ -86,10 +86,12 @@ class Entry(Record):
     versus_best: dict[str, Figure] | None = None
     cuts: tuple[Cut, ...] = ()
     """SAEs within it, where there are any."""
+    by_source: dict[str, dict[str, Figure]] = Field(default_factory=dict)
+    """Figures on the documents of each source, where there are several."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = {"architecture": "topk", "cuts": (), "target_site": None}
+        optional: dict[str, Any] = {"architecture": "topk", "cuts": (), "by_source": {}, "target_site": None}
         left_out = {name for name, default in optional.items() if getattr(self, name) == default}
         return {name: value for name, value in serialize(self).items() if name not in left_out}
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_serializer, model_validator
 
-from saemill.common import durable, hub, records
+from saemill.common import durable, hub, records, setting
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.records import Count, Hash, Positive, Record
 from saemill.common.stores.mask import MaskConfig
@@ -140,6 +140,11 @@ class StoreSettings(Record):
     fingerprint: str | None = None
     """Fingerprint of the store, if it was published with names in place of paths; SAEs trained on it know it
     by this."""
+
+    @field_serializer("mask")
+    def _mask(self, mask: MaskConfig) -> dict[str, Any]:
+        """Leave out what came after stores that are on disk, so that their identities stay."""
+        return setting.identity(mask)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
