@@ -85,6 +85,47 @@ def encode(format: str, folder: str, x: str, out: str) -> None:
     np.savez(out, latents=latents.numpy(), reconstruction=reconstruction.numpy(), told=told)
 
 
+def encode_published(
+    loader: str,
+    repo: str,
+    folder: str,
+    x: str,
+    out: str,
+    factor: float | None = None,
+    n_heads: int | None = None,
+    **overrides: Any,
+) -> None:
+    """Latents [T, F] and reconstructions [T, D] of a published SAE, as SAELens loads it from its repository, of
+    which a copy is in the folder of that name."""
+    from sae_lens import SAE
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from safetensors import safe_open
+
+    def download(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
+        file = Path(repo_id) / subfolder / filename
+        if not file.exists():
+            raise loaders.EntryNotFoundError.__new__(loaders.EntryNotFoundError)
+        return str(file)
+
+    def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
+        with safe_open(Path(repo_id) / filename, "pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes = download, shapes
+    load = loaders.NAMED_PRETRAINED_SAE_LOADERS[loader]
+    made = load(repo, folder, "cpu", False, {"dtype": "float32"} | overrides)
+    sae: Any = SAE.from_pretrained(repo, folder, converter=lambda **_: made)
+    if factor is not None:
+        sae.fold_activation_norm_scaling_factor(factor)
+    x_TD = torch.from_numpy(np.load(x))
+    x_TD = x_TD if n_heads is None else x_TD.unflatten(1, (n_heads, -1))
+    with torch.no_grad():
+        latents = sae.encode(x_TD)
+        reconstruction = forward(sae, x_TD).flatten(1)
+    told = json.dumps({**sae.cfg.metadata.to_dict(), "d_out": getattr(sae.cfg, "d_out", None)})
+    np.savez(out, latents=latents.numpy(), reconstruction=reconstruction.numpy(), told=told)
+
+
 def load_set(folder: str, x: str, out: str) -> None:
     """Latents [L, T, F] and predictions [L, T, D] of a set of transcoders, as circuit-tracer loads it."""
     import huggingface_hub.constants
@@ -227,7 +268,7 @@ def chunk_and_tokenize(texts: str, tokenizer: str, ctx_len: int, out: str) -> No
 JOBS = {
     job.__name__: job
     for job in (
-        encode, load_set, make_sparsify, make_saelens, make_scaled_saelens, make_dictionary_learning, hooks,
+        encode, encode_published, load_set, make_sparsify, make_saelens, make_scaled_saelens, make_dictionary_learning, hooks,
         splice, pretokenize, chunk_and_tokenize,
     )
 }  # fmt: skip
