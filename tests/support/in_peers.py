@@ -95,8 +95,8 @@ def encode_published(
     n_heads: int | None = None,
     **overrides: Any,
 ) -> None:
-    """Latents [T, F] and reconstructions [T, D] of a published SAE, as SAELens loads it from its repository, of
-    which a copy is in the folder of that name."""
+    """Latents [T, F] and reconstructions [T, D] of a published SAE, as SAELens loads it from its
+    repository, of which a copy is in the folder of that name."""
     from sae_lens import SAE
     from sae_lens.loading import pretrained_sae_loaders as loaders
     from safetensors import safe_open
@@ -195,6 +195,42 @@ def make_scaled_saelens(folder: str, folded: str, factor: float, **config: Any) 
     sae.save_inference_model(folded)
 
 
+def make_whitened_saelens(folder: str, folded: str, **config: Any) -> None:
+    """A checkpoint with the whitening beside it, and the SAE that SAELens itself makes of both."""
+    from sae_lens import TrainingSAE
+    from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+
+    make_saelens(folder, training=True, normalize_activations="covariance_whitening", **config)
+    generator = torch.Generator().manual_seed(5)
+    d = config["d_in"]
+    matrix = torch.eye(d) + torch.randn(d, d, generator=generator) / 10
+    whitening = ActivationWhitening(torch.randn(d, generator=generator), matrix, matrix.inverse())
+    ActivationScaler(whitening=whitening).save(str(Path(folder) / "activation_scaler.json"))
+    sae = TrainingSAE.load_from_disk(folder)
+    sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+    sae.save_inference_model(folded)
+
+
+def make_dictionary(folder: str, kind: str, d_in: int, num_latents: int, norm_factor: float = 0.0) -> None:
+    """A class of dictionary_learning with random weights; with a factor, what later versions leave in
+    mid-training: biases in units of activations that were divided by it."""
+    without_their_data()
+    from dictionary_learning import dictionary
+
+    sae = getattr(dictionary, kind)(d_in, num_latents)
+    randomize(sae, 4)
+    trainer = {"dict_class": kind, "activation_dim": d_in, "dict_size": num_latents}
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "config.json").write_text(json.dumps({"trainer": trainer}))
+    state: dict[str, Any] = sae.state_dict()
+    if norm_factor:
+        sae.scale_biases(1 / norm_factor)
+        optimizer = torch.optim.Adam(sae.parameters()).state_dict()
+        state = {"step": 100, "ae": sae.state_dict(), "optimizer": optimizer, "config": trainer}
+        state["norm_factor"] = norm_factor
+    torch.save(state, Path(folder) / "ae.pt")
+
+
 def make_dictionary_learning(
     folder: str, d_in: int, num_latents: int, trainer: str = "top_k.TopKTrainer", **more: Any
 ) -> None:
@@ -268,7 +304,8 @@ def chunk_and_tokenize(texts: str, tokenizer: str, ctx_len: int, out: str) -> No
 JOBS = {
     job.__name__: job
     for job in (
-        encode, encode_published, load_set, make_sparsify, make_saelens, make_scaled_saelens, make_dictionary_learning, hooks,
+        encode, encode_published, load_set, make_sparsify, make_saelens, make_scaled_saelens,
+        make_whitened_saelens, make_dictionary, make_dictionary_learning, hooks,
         splice, pretokenize, chunk_and_tokenize,
     )
 }  # fmt: skip

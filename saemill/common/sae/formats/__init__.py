@@ -36,6 +36,7 @@ from saemill.common.sae.formats import (
     qwen_scope,
     saelens,
     sparsify,
+    tensor_files,
 )
 from saemill.common.sae.formats.hooks import Hook
 from saemill.common.sae.parts import Parts, SaeConfig
@@ -150,6 +151,9 @@ def _instead(place: Path) -> str:
     if not place.exists():
         on_hub = f"; an SAE on the hub is named {SCHEME}{place}" if is_id(str(place)) else ""
         return f"there is no such folder{on_hub}"
+    if tensor_files.is_pickle(place):
+        names = ", ".join(tensor_files.read_pickle(place))
+        return f"it is a pickle of {names:.200}, which are the names of no format with a file for each SAE"
     if place.is_file():
         return f"it is a file; name the folder that it is in, {place.parent}"
     if inside := hub.places_in(place):

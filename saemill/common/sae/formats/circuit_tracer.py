@@ -38,6 +38,8 @@ from saemill.common.sae.parts import Parts, SaeConfig, apart
 
 NAME = "circuit-tracer"
 CONFIG = "config.yaml"
+WANDB = ("wandb-config.yaml", "wanb-config.yaml")
+"""Configs of training, of which some published sets have one alone; the second is a slip of theirs."""
 WEIGHTS = "layer_{}.safetensors"
 """Name of a layer's file."""
 THRESHOLD = "activation_function.threshold"
@@ -101,6 +103,8 @@ def read(file: Path) -> Parts:
 
 def _read_config(file: Path) -> dict[str, Any]:
     """Read a set's config, but for the list of places of files that some have."""
+    if not file.is_file() and any(file.with_name(name).is_file() for name in WANDB):
+        return _without_config(file.parent)
     try:
         cfg = yaml_text.parse(file.read_text(encoding="utf-8"), str(file))
         json.dumps(cfg)  # as it will be kept
@@ -113,6 +117,14 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(cfg, dict):
         raise StoreError(f"{file} must hold settings, got {cfg!r:.80}")
     return {name: value for name, value in cfg.items() if name != "transcoders"}
+
+
+def _without_config(folder: Path) -> dict[str, Any]:
+    """Say what the configs of Hanna's other sets of Qwen 3 say, of one that has none."""
+    size = re.search(r"qwen3-([\d.]+)b", folder.absolute().as_posix())
+    model = {"model_name": f"Qwen/Qwen3-{size[1]}B"} if size else {}
+    hooks = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
+    return {"model_kind": "transcoder_set", "activation": "relu", **hooks, **model}
 
 
 def _own(file: Path) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def _places(files: Iterable[PurePath]) -> list[PurePath]:
     paths = set(files)
     saes = {file.parents[weights.count("/")] for weights in WEIGHTS for file in paths if file.match(weights)}
     layers = {file for file in paths if circuit_tracer.layer_of(file) is not None}
-    saes |= {file for file in layers if file.with_name(circuit_tracer.CONFIG) in paths}
+    configs = (circuit_tracer.CONFIG, *circuit_tracer.WANDB)
+    saes |= {file for file in layers if any(file.with_name(name) in paths for name in configs)}
     pickles = {file for file in paths if file.suffix in tensor_files.PICKLES}
     saes |= {file for file in pickles if file.name.endswith(qwen_scope.SUFFIX)}
     saes |= {file for file in pickles if _beside(file) in paths}
@@ -97,7 +98,8 @@ def _parts(sae: PurePath) -> set[str]:
     """Name the files that an SAE may have."""
     above = sae.parent / "config.json"  # sparsify's config of the run
     if sae.suffix == ".safetensors":
-        return {str(sae), str(above), str(sae.with_name(circuit_tracer.CONFIG))}
+        beside = (circuit_tracer.CONFIG, *circuit_tracer.WANDB)
+        return {str(sae), str(above), *(str(sae.with_name(name)) for name in beside)}
     if sae.suffix in tensor_files.PICKLES:
         return {str(sae), str(_beside(sae)), str(sae.parent.parent / "config.json")}
     return {str(above), *(str(sae / name) for name in (*WEIGHTS, llama_scope.WEIGHTS[0], *BESIDE))}

@@ -22,7 +22,8 @@ from saemill.common.sae.norms import LAYER_NORM
 from saemill.common.sae.parts import Parts, SaeConfig
 
 NAME = "openai"
-KEYS = {"pre_bias", "latent_bias", "encoder.weight"}
+KEYS = {"pre_bias", "latent_bias"}
+"""Names of tensors that no other format has."""
 STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 SETTINGS = ("activation", "activation_state_dict")
 SITES = {"resid_delta_attn": "attn_out", "resid_delta_mlp": "mlp_out", "resid_post_mlp": "resid_post",

@@ -1,6 +1,7 @@
 """Files of tensors, of any tool: safetensors, numpy's npz, and pickles, of which nothing but tensors and
 plain values is unpickled."""
 
+import errno
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,4 +143,6 @@ def _unread(error: OSError, file: Path) -> Exception:
     """Explain why a file was not read."""
     if isinstance(error, FileNotFoundError):
         return StoreError(f"{file.parent} holds no SAE: {file.name} is missing")
+    if error.errno == errno.EINVAL:  # a place beyond the end
+        return StoreError(f"{file} is damaged: it is cut off")
     return DiskError(durable.explained(error, file) or f"{file} cannot be read: {error.strerror}")
