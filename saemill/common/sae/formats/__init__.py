@@ -152,7 +152,7 @@ def _instead(place: Path) -> str:
         on_hub = f"; an SAE on the hub is named {SCHEME}{place}" if is_id(str(place)) else ""
         return f"there is no such folder{on_hub}"
     if tensor_files.is_pickle(place):
-        names = ", ".join(tensor_files.read_pickle(place))
+        names = ", ".join(sorted(tensor_files.names_in_pickle(place)))
         return f"it is a pickle of {names:.200}, which are the names of no format with a file for each SAE"
     if place.is_file():
         return f"it is a file; name the folder that it is in, {place.parent}"

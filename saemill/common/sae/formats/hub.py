@@ -120,9 +120,10 @@ def _choose(files: Collection[str], path: str, address: str) -> PurePath:
     from huggingface_hub import is_offline_mode
 
     saes = _places(map(PurePosixPath, files))
-    is_file = path in files and PurePosixPath(path).suffix in (".safetensors", *tensor_files.PICKLES)
-    if is_file or PurePosixPath(path) in saes:
-        return PurePosixPath(path)
+    named = PurePosixPath(path)
+    is_file = path in files and named.suffix in (".safetensors", *tensor_files.PICKLES)
+    if named in saes or (is_file and not any(named.match(weights) for weights in WEIGHTS)):
+        return named
     below = [sae for sae in saes if sae.is_relative_to(path)]
     if len(below) == 1:
         return below[0]

@@ -16,7 +16,7 @@ import torch
 
 from saemill.common.sae.formats.checks import check_weights, provenance
 from saemill.common.sae.formats.folding import Tensors, centred
-from saemill.common.sae.formats.tensor_files import is_pickle, read_pickle, sizes, tensors_of
+from saemill.common.sae.formats.tensor_files import names_in_pickle, read_pickle, sizes, tensors_of
 from saemill.common.sae.parts import Parts, SaeConfig
 
 NAME = "linear-layers"
@@ -28,7 +28,7 @@ OWNERS = {"DeepSeek-R1-Distill-Llama-8B": "deepseek-ai", "Llama": "meta-llama"}
 
 def holds(place: Path) -> bool:
     """Tell whether a file is of this format, by the names of its tensors."""
-    return is_pickle(place) and any(read_pickle(place).keys() == _names(*layers) for layers in LAYERS)
+    return names_in_pickle(place) in [_names(*layers) for layers in LAYERS]
 
 
 def _names(encoder: str, decoder: str) -> set[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saemill.common.errors import ConfigError
 from saemill.common.sae.formats.checks import check_weights, count, group, one_of, provenance
-from saemill.common.sae.formats.tensor_files import is_pickle, read_pickle, sizes
+from saemill.common.sae.formats.tensor_files import names_in_pickle, read_pickle, sizes
 from saemill.common.sae.norms import LAYER_NORM
 from saemill.common.sae.parts import Parts, SaeConfig
 
@@ -33,7 +33,7 @@ SITES = {"resid_delta_attn": "attn_out", "resid_delta_mlp": "mlp_out", "resid_po
 
 def holds(place: Path) -> bool:
     """Tell whether a file is of this format, by the names of its tensors."""
-    return is_pickle(place) and read_pickle(place).keys() >= KEYS
+    return names_in_pickle(place) >= KEYS
 
 
 def read(file: Path) -> Parts:

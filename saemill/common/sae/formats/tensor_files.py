@@ -65,15 +65,19 @@ def _float(array: Tensor) -> Tensor:
     return array.float() if array.dtype == torch.float64 else array
 
 
-def read_pickle(file: Path) -> dict[str, Any]:
+def read_pickle(file: Path, *, is_mapped: bool = False) -> dict[str, Any]:
     """Read a pickled dict of tensors and plain values, on the CPU.
+
+    Args:
+        file: the pickle.
+        is_mapped: leave tensors on disk, where only names are asked for.
 
     Raises:
         StoreError: it is missing or damaged, or is no such dict.
         DiskError: it cannot be read.
     """
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
     except OSError as error:
         raise _unread(error, file) from error
     except Exception as error:  # a pickle that is cut off or changed may raise anything
@@ -81,6 +85,17 @@ def read_pickle(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise StoreError(f"{file} must hold a dict of tensors, got {type(found).__name__}")
     return found
+
+
+def names_in_pickle(place: Path) -> frozenset[str]:
+    """List the names of what a pickle holds; none where a path is no pickle's by its name.
+
+    Raises:
+        StoreError, DiskError: as `read_pickle`.
+    """
+    if not is_pickle(place):
+        return frozenset()
+    return frozenset(read_pickle(place, is_mapped=zipfile.is_zipfile(place)))  # older ones cannot be mapped
 
 
 def is_pickle(place: Path) -> bool:
