@@ -230,25 +230,26 @@ def in_logarithms(file: Path) -> None:
 
 
 def test_older_configs_of_saelens_are_read_alike(tmp_path: Path) -> None:
-    """Oracle: SAELens' own reading of a config of before 6.0."""
+    """Oracle: SAELens' own reading of a config of before 6.0; and of the same thresholds, for their logarithms,
+    which its class in training alone still reads."""
     require_peers()
     x_TD = some_activations(tmp_path)
     places = {
         "first": ("relu", {}),
         "standard": ("relu", {"architecture": "standard", "apply_b_dec_to_input": False}),
         "jumprelu": ("jumprelu", {"architecture": "jumprelu"}),
-        "logarithm": ("jumprelu", {"architecture": "jumprelu"}),
     }
     for name, (architecture, more) in places.items():
         formats.save(make_threshold_sae(architecture).parts, "saelens", tmp_path / name)
         (tmp_path / name / "cfg.json").write_text(json.dumps(OLD | more))
-    in_logarithms(tmp_path / "logarithm" / saelens.WEIGHTS)
     run_in_peers(tmp_path, *(encoding("saelens", tmp_path / name, tmp_path / "x.npy") for name in places))
     for name, (architecture, _) in places.items():
         sae = Sae.load(tmp_path / name)
         check_same(sae, x_TD, tmp_path / f"{name}.npz")
         assert sae.config.architecture == architecture
         assert sae.config.provenance["hook_name"] == "blocks.1.hook_resid_pre"
+    in_logarithms(tmp_path / "jumprelu" / saelens.WEIGHTS)
+    check_same(Sae.load(tmp_path / "jumprelu"), x_TD, tmp_path / "jumprelu.npz")
 
 
 def test_sparsify_does_not_load_an_sae_with_thresholds(tmp_path: Path) -> None:
