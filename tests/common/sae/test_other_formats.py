@@ -230,7 +230,7 @@ def in_logarithms(file: Path) -> None:
 
 
 def test_older_configs_of_saelens_are_read_alike(tmp_path: Path) -> None:
-    """Oracle: SAELens' own reading of a config of before 6.0; and of the same thresholds, for their logarithms,
+    """Oracle: SAELens' own reading of a config of before 6.0; of the same thresholds for their logarithms,
     which its class in training alone still reads."""
     require_peers()
     x_TD = some_activations(tmp_path)
