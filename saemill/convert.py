@@ -71,14 +71,15 @@ def config_of(model: str, revision: str | None) -> Any:
         ) from error
 
 
-def import_(path: Path | str, out: Path, model: str | None = None) -> None:
+def import_(path: Path | str, out: Path, model: str | None = None, format: str | None = None) -> None:
     """Write another tool's SAE as saemill saves its own.
 
     Args:
-        path: a folder of any of the formats, or hf://user/repo/folder; of a circuit-tracer set the file of a
-            layer.
+        path: a folder of any of the formats, or hf://user/repo/folder; a file where the format has one for
+            each SAE.
         out: where to; a new or empty folder.
         model: hub id or folder of the model; its config decides which site the SAE's hook is.
+        format: name of the format, where the files are of several.
 
     Raises:
         StoreError: no SAE there, or a damaged one.
@@ -86,7 +87,7 @@ def import_(path: Path | str, out: Path, model: str | None = None) -> None:
         ConfigError: the SAE cannot be represented, an output in use, or a hook that is no site of the model.
     """
     check_new(out)
-    sae = Sae.load(path)
+    sae = Sae.load(path, format=format)
     provenance = sae.config.provenance
     hooks = {"site": provenance.get("hook_name")}
     hooks |= {"target_site": provenance.get("hook_name_out")} if sae.is_transcoder else {}

@@ -45,7 +45,7 @@ def kind_of(path: Path) -> str | None:
     names = {file.name for file in path.glob("*")}
     if diffs.FILE in names:
         return "diff"
-    if names & {"cfg.json", *formats.READERS} or formats.is_layer(path):
+    if formats.is_sae(path):
         return "SAE"
     if names & {"commits", "passages.parquet"}:
         return None

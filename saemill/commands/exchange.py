@@ -46,23 +46,33 @@ def import_(
     path: Annotated[
         str,
         typer.Argument(
-            help="An SAE of sparsify, SAELens or dictionary_learning: a folder, or hf://user/repo/…; of a "
-            "circuit-tracer set the file of a layer."
+            help="An SAE's folder, or hf://user/repo/…; its file where the format has one for each: a "
+            "layer of a circuit-tracer set, a pickle."
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, new or empty.")],
     model: Annotated[
         str | None, option("The model it was trained on; its config tells the SAE's site.", "NAME")
     ] = None,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="What it is, where its files could be of several formats: sparsify, saelens, "
+            "dictionary_learning, circuit-tracer, gemma-scope, gemma-scope-2, llama-scope, openai, "
+            "qwen-scope, linear-layers (Goodfire, DeepSeek-R1) or attention-z. Default: as recognised.",
+        ),
+    ] = None,
 ) -> None:
-    """Take over an SAE of another tool.
+    """Take over an SAE of another tool, or a published one.
 
     Example: `saemill import downloaded/blocks.8.hook_resid_post --model EleutherAI/pythia-160m -o sae`,
-    `saemill import hf://user/repo/layers.8 -o sae`
+    `saemill import hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 -o sae`
     """
     from saemill.convert import import_ as take
 
-    take(path, out, model)
+    take(path, out, model, format_)
 
 
 def export_tokens(

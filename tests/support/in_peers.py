@@ -85,6 +85,47 @@ def encode(format: str, folder: str, x: str, out: str) -> None:
     np.savez(out, latents=latents.numpy(), reconstruction=reconstruction.numpy(), told=told)
 
 
+def encode_published(
+    loader: str,
+    repo: str,
+    folder: str,
+    x: str,
+    out: str,
+    factor: float | None = None,
+    n_heads: int | None = None,
+    **overrides: Any,
+) -> None:
+    """Latents [T, F] and reconstructions [T, D] of a published SAE, as SAELens loads it from its
+    repository, of which a copy is in the folder of that name."""
+    from sae_lens import SAE
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from safetensors import safe_open
+
+    def download(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
+        file = Path(repo_id) / subfolder / filename
+        if not file.exists():
+            raise loaders.EntryNotFoundError.__new__(loaders.EntryNotFoundError)
+        return str(file)
+
+    def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
+        with safe_open(Path(repo_id) / filename, "pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes = download, shapes
+    load = loaders.NAMED_PRETRAINED_SAE_LOADERS[loader]
+    made = load(repo, folder, "cpu", False, {"dtype": "float32"} | overrides)
+    sae: Any = SAE.from_pretrained(repo, folder, converter=lambda **_: made)
+    if factor is not None:
+        sae.fold_activation_norm_scaling_factor(factor)
+    x_TD = torch.from_numpy(np.load(x))
+    x_TD = x_TD if n_heads is None else x_TD.unflatten(1, (n_heads, -1))
+    with torch.no_grad():
+        latents = sae.encode(x_TD)
+        reconstruction = forward(sae, x_TD).flatten(1)
+    told = json.dumps({**sae.cfg.metadata.to_dict(), "d_out": getattr(sae.cfg, "d_out", None)})
+    np.savez(out, latents=latents.numpy(), reconstruction=reconstruction.numpy(), told=told)
+
+
 def load_set(folder: str, x: str, out: str) -> None:
     """Latents [L, T, F] and predictions [L, T, D] of a set of transcoders, as circuit-tracer loads it."""
     import huggingface_hub.constants
@@ -152,6 +193,42 @@ def make_scaled_saelens(folder: str, folded: str, factor: float, **config: Any) 
     sae = TrainingSAE.load_from_disk(folder)
     sae.fold_activation_norm_scaling_factor(factor)
     sae.save_inference_model(folded)
+
+
+def make_whitened_saelens(folder: str, folded: str, **config: Any) -> None:
+    """A checkpoint with the whitening beside it, and the SAE that SAELens itself makes of both."""
+    from sae_lens import TrainingSAE
+    from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+
+    make_saelens(folder, training=True, normalize_activations="covariance_whitening", **config)
+    generator = torch.Generator().manual_seed(5)
+    d = config["d_in"]
+    matrix = torch.eye(d) + torch.randn(d, d, generator=generator) / 10
+    whitening = ActivationWhitening(torch.randn(d, generator=generator), matrix, matrix.inverse())
+    ActivationScaler(whitening=whitening).save(str(Path(folder) / "activation_scaler.json"))
+    sae = TrainingSAE.load_from_disk(folder)
+    sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+    sae.save_inference_model(folded)
+
+
+def make_dictionary(folder: str, kind: str, d_in: int, num_latents: int, norm_factor: float = 0.0) -> None:
+    """A class of dictionary_learning with random weights; with a factor, what later versions leave in
+    mid-training: biases in units of activations that were divided by it."""
+    without_their_data()
+    from dictionary_learning import dictionary
+
+    sae = getattr(dictionary, kind)(d_in, num_latents)
+    randomize(sae, 4)
+    trainer = {"dict_class": kind, "activation_dim": d_in, "dict_size": num_latents}
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "config.json").write_text(json.dumps({"trainer": trainer}))
+    state: dict[str, Any] = sae.state_dict()
+    if norm_factor:
+        sae.scale_biases(1 / norm_factor)
+        optimizer = torch.optim.Adam(sae.parameters()).state_dict()
+        state = {"step": 100, "ae": sae.state_dict(), "optimizer": optimizer, "config": trainer}
+        state["norm_factor"] = norm_factor
+    torch.save(state, Path(folder) / "ae.pt")
 
 
 def make_dictionary_learning(
@@ -250,7 +327,8 @@ def read_rows_of_ids(folder: str, ctx_len: int, out: str) -> None:
 JOBS = {
     job.__name__: job
     for job in (
-        encode, load_set, make_sparsify, make_saelens, make_scaled_saelens, make_dictionary_learning, hooks,
+        encode, encode_published, load_set, make_sparsify, make_saelens, make_scaled_saelens,
+        make_whitened_saelens, make_dictionary, make_dictionary_learning, hooks,
         splice, pretokenize, chunk_and_tokenize, read_rows_of_ids,
     )
 }  # fmt: skip

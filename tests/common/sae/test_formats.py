@@ -228,11 +228,13 @@ def test_export_and_import_give_the_same_sae(tmp_path: Path, name: str, dtype: t
         ("sparsify", {"num_latents": 39}, r"encoder.weight must be \(39, 12\)"),
         ("saelens", {"architecture": "abstopk"}, "architecture must be one of topk, .*got 'abstopk'"),
         ("saelens", {"architecture": "transcoder"}, "d_out must be a whole number of 1 or more"),
-        ("saelens", {"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
-        ("saelens", {"normalize_activations": "constant_norm_rescale"}, "is 'constant_norm_rescale'"),
+        ("saelens", {"architecture": "temporal"}, "architecture must be one of topk, .*got 'temporal'"),
+        ("saelens", {"architecture": "matching_pursuit"}, "must be one of topk, .*got 'matching_pursuit'"),
+        ("saelens", {"normalize_activations": "l2"}, "normalize_activations must be one of none, .*got 'l2'"),
+        ("saelens", {"normalize_activations": "covariance_whitening"}, "whitening.safetensors is not there"),
         ("saelens", {"normalize_activations": "expected_average_only_in"}, "scaling_factor is not there"),
-        ("saelens", {"reshape_activations": "hook_z"}, "reshape_activations must be 'none'"),
-        ("dictionary_learning", {"dict_class": "AutoEncoderNew"}, "dict_class must be one of .*got 'Auto"),
+        ("saelens", {"reshape_activations": "hook_q"}, "reshape_activations must be one of none, hook_z"),
+        ("dictionary_learning", {"dict_class": "IdentityDict"}, "dict_class must be one of .*got 'Ident"),
         ("dictionary_learning", {"k": 6}, "ae.pt: k must be 6 by the config beside it, got 5"),
     ],
 )  # fmt: skip
@@ -254,7 +256,6 @@ def test_what_has_no_place_is_refused(
     [
         ({"activation_fn_str": "tanh-relu"}, "activation_fn must be 'relu', got 'tanh-relu'"),
         ({"normalize_activations": True}, "normalize_activations is 'expected_average_only_in'"),
-        ({"hook_point": "blocks.1.attn.hook_z"}, "reshape_activations must be 'none', got 'hook_z'"),
         ({"activation_fn_kwargs": {}}, "k must be a whole number of 1 or more, got None"),
     ],
 )
