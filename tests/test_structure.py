@@ -36,6 +36,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "slurm": {"common", "pipeline", "train", "assess"},
     "hub": {"common", "show", "train", "assess"},
     "diff": {"common", "train", "assess"},
+    "latents": {"common", "convert"},
     "commands": {
         *(
             "common",
@@ -43,6 +44,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
             "compare",
             "diff",
             "embeddings",
+            "latents",
             "convert",
             "transcoder_set",
             "show",
