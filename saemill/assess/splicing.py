@@ -148,8 +148,8 @@ class Splicing:
         return dict(zip(own, torch.split(changed_RSD, widths, -1), strict=True))
 
     def _without_saes(self, task: Task, clean: Tensor) -> dict[str, NDArray[np.float64]]:
-        """Compute losses per token of the untouched model, and with zeros and with the mean at each site; with
-        zeros KL as well."""
+        """Compute losses per token of the untouched model, and with zeros (KL as well) and with the mean at
+        each site."""
         columns = {"n": np.ones(len(task.target_T)), "clean": cross_entropy(clean, task.target_T)}
         for site in self.evalset.model_sites:
             self.passes.check_identity(site, task, columns["clean"])

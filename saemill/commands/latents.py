@@ -14,13 +14,12 @@ from saemill.latents.config import ExportLatentsConfig
 def export_latents(config: ExportLatentsConfig) -> None:
     """Write what SAEs' latents do on the cached tokens for other tools' judges; the model is not run.
 
-    delphi explains and scores latents from its cache; saedashboard's batches are SAEDashboard's, which convert
-    to Neuronpedia; saebench's results are those of SAEBench's core and of SAELens' evals, from the figures of
-    `saemill assess`.
+    delphi explains and scores latents from its cache; batches of saedashboard convert to Neuronpedia;
+    saebench has the results of SAEBench's core and of SAELens' evals, from the figures of `saemill assess`.
 
     Example: `saemill export-latents runs/first --format delphi -o for-delphi`
 
-    Example: `saemill export-latents runs/first/layers.8-k32-f6144-s0 --format saedashboard --latents 0-99 -o show`
+    Example: `saemill export-latents runs/first/layers.8-k32-f6144-s0 --format saedashboard -o batches`
     """
     from saemill.latents.run import run
 

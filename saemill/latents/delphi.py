@@ -10,6 +10,7 @@ N counts the activations above 1e-5, in the order of the rows. Masked positions 
 there. An activation beyond float16's largest number is written as that, and the user is told how many were.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def write(
     tokens_RS = rows.ids(0, rows.n_rows).astype(np.int64)
     n_clipped = 0
     with progress(f"write {site}", len(codes.firsts), "files") as advance:
-        for part, (first, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for part, (first, stop) in enumerate(pairwise(edges)):
             content, n = _content(codes.take(part), rows, int(first), int(stop))
             n_clipped += n
             path = folder / site / f"{first}_{stop - 1}.safetensors"

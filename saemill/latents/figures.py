@@ -133,8 +133,8 @@ def scalars(sums: Sums) -> dict[str, dict[str, float]]:
     n = sums.n_tokens
     if not sums.inner:
         raise ConfigError(
-            "relative_reconstruction_bias is no number: reconstructions are at right angles to activations, or "
-            "zero; train the SAE again"
+            "relative_reconstruction_bias is no number: reconstructions are zero, or at right angles to "
+            "activations; train the SAE again"
         )
     return {
         "reconstruction_quality": {"explained_variance_legacy": sums.legacy / max(1, sums.n_legacy)},

@@ -51,8 +51,8 @@ def open_run(config: ExportLatentsConfig, device: torch.device) -> Opened:
         run, names = run.parent, (run.name,)
     if not runs.is_finished(run):
         raise StoreError(
-            f"{run} is no finished run ({runs.FINISHED} is missing): name one, or the folder of an SAE in it; "
-            "`saemill train` finishes a run"
+            f"{run} is no finished run ({runs.FINISHED} is missing): name one, or the folder of an SAE in it;"
+            " `saemill train` finishes a run"
         )
     finished = runs.finished(run)
     names = _measured(run, finished, names)
@@ -102,8 +102,8 @@ def _check_words(format: str, saes: dict[str, Sae]) -> None:
         if sae.config.joined:
             sites = " and ".join(part.site for part in sae.config.joined)
             raise ConfigError(
-                f"{format} has an SAE at one site, got {name}, a crosscoder over {sites}; `saemill assess` and "
-                "`saemill diff` show its latents. Name the other SAEs of the run one by one"
+                f"{format} has SAEs of one site, got {name}, a crosscoder over {sites}; `saemill assess` "
+                "shows its latents. Name the other SAEs of the run one by one"
             )
         if format == "saebench" and sae.is_transcoder:
             raise ConfigError(

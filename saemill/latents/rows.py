@@ -6,6 +6,7 @@ among those that are exported: where all are, from the first, it is the token's 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ class Rows:
         at_once = max(1, CHUNK_TOKENS // self.store.ctx_len)
         shard_R = self.numbers_R * self.store.ctx_len // self.store.shard_tokens
         edges = np.flatnonzero(np.diff(shard_R, prepend=-1, append=-1))
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in pairwise(edges):
             for first in range(start, stop, at_once):
                 yield first, self.numbers_R[first : min(first + at_once, stop)]
 

@@ -85,8 +85,8 @@ def _rows(config: ExportLatentsConfig, opened: Opened, ctx: int | None) -> Rows:
 
 def _say_written(config: ExportLatentsConfig, opened: Opened, name: str, n_latents: int, rows: Rows) -> None:
     say(
-        f"{opened.folder_of(name, config.out)}: {counted(n_latents, 'latent')} of {name} for {config.format}, "
-        f"on {counted(rows.n_rows, 'row')} of {rows.ctx} tokens"
+        f"{opened.folder_of(name, config.out)}: {counted(n_latents, 'latent')} of {name} for "
+        f"{config.format}, on {counted(rows.n_rows, 'row')} of {rows.ctx} tokens"
     )
 
 

@@ -1,9 +1,9 @@
 """Results in the files of SAEBench's core evaluation (0.6.0) and SAELens' evals (6.54), from an assessment.
 
 Their figures are saemill's where both mean the same (`IN_ASSESSMENT`), with the definitions of
-docs/assessment.md; `figures.py` computes those that an assessment does not have. SAEBench's schema wants every
-number, so a file is written only where all are known: what stands for "not measured" in its own files, −1, is
-written nowhere.
+docs/assessment.md; `figures.py` computes those that an assessment does not have. SAEBench's schema wants
+every number, so a file is written only where all are known: what stands for "not measured" in its own files,
+−1, is written nowhere.
 """
 
 import math
@@ -50,8 +50,8 @@ DEFINITIONS = {
     "another number, which grows with the activations' mean",
     "explained_variance_legacy": "mean over tokens of 1 - |x - xhat|^2 / |x - mean|^2, with the mean of all "
     "tokens, where SAEBench and SAELens take that of a batch",
-    "mse": "mean over tokens of |x - xhat|^2, summed over dimensions, as SAELens; SAEBench 0.6.0 divides it by "
-    "the tokens of a batch once more",
+    "mse": "mean over tokens of |x - xhat|^2, summed over dimensions, as SAELens; SAEBench 0.6.0 divides it "
+    "by the tokens of a batch once more",
     "relative_reconstruction_bias": "mean |xhat|^2 / mean x . xhat over all tokens",
     "kl_div_score": "1 - kl_div_with_sae / kl_div_with_ablation; ablation replaces activations by zeros",
     "ce_loss_score": "(ablation - sae) / (ablation - clean), in nats per token",
@@ -88,8 +88,8 @@ def check(opened: Opened) -> Assessment:
     """
     if not (opened.run / assessments.FILE).exists():
         raise StoreError(
-            f"{opened.run} has no {assessments.FILE}: the results are those of `saemill assess {opened.run}`; "
-            "run it first, with the model"
+            f"{opened.run} has no {assessments.FILE}, whose figures are written; run "
+            f"`saemill assess {opened.run}` first, with the model"
         )
     assessment = assessments.load(opened.run)
     if bad := assessments.problems(opened.run):
@@ -107,8 +107,8 @@ def _check_measured(run: Path, entry: Entry) -> None:
             figure = entry.metrics.get(ours)
             if figure is None:
                 raise ConfigError(
-                    f"{run / assessments.FILE} is of an earlier saemill: it has no {ours}, which SAEBench needs "
-                    f"as {theirs}; run `saemill assess {run}` again"
+                    f"{run / assessments.FILE} is of an earlier saemill: it has no {ours}, which SAEBench "
+                    f"needs as {theirs}; run `saemill assess {run}` again"
                 )
             if not isinstance(figure.value, float | int):
                 raise ConfigError(
@@ -129,8 +129,8 @@ def measure(opened: Opened, name: str, release: str, assessment: Assessment) -> 
     sums = figures.measure(sae, rows, int(assessment.settings["max_tokens"]))
     if sums.n_tokens != assessment.data.n_tokens:
         raise StoreError(
-            f"{opened.run / assessments.FILE} is of {assessment.data.n_tokens:,} tokens, and {store.path} has "
-            f"{sums.n_tokens:,} of them; run `saemill assess {opened.run}` again"
+            f"{opened.run / assessments.FILE} is of {assessment.data.n_tokens:,} tokens, and {store.path} "
+            f"has {sums.n_tokens:,} of them; run `saemill assess {opened.run}` again"
         )
     (entry,) = (each for each in assessment.variants if each.name == name)
     density_F = sums.fired_F / sums.n_tokens
@@ -161,8 +161,8 @@ def _metrics(entry: Entry, sums: Sums, d_in: int, assessment: Assessment) -> dic
     kl = groups["model_behavior_preservation"]
     if not kl["kl_div_with_ablation"] > 0:
         raise ConfigError(
-            f"kl_div_score is no number: zeros in place of the activations at {entry.site} change nothing that "
-            "the model predicts"
+            f"kl_div_score is no number: zeros in place of the activations at {entry.site} change nothing "
+            "that the model predicts"
         )
     kl["kl_div_score"] = 1 - kl["kl_div_with_sae"] / kl["kl_div_with_ablation"]
     groups["reconstruction_quality"]["mse"] *= d_in

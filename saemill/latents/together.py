@@ -1,7 +1,7 @@
 """What goes with a latent: other latents, and dimensions of the activations that the SAE reads.
 
-Measured on the first `MAX_TOKENS` unmasked tokens, those on which a latent is not active included: their codes
-are kept in memory, as sparse columns.
+Measured on the first `MAX_TOKENS` unmasked tokens, those on which a latent is not active included: their
+codes are kept in memory, as sparse columns.
 """
 
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ class Correlations:
         self.fires_F = np.diff(acts_TF.indptr) >= MIN_FIRINGS
 
     def of_latents(self, start: int, stop: int) -> list[Partners]:
-        """Find the latents that go most with those of the places start..stop in the list that was asked for."""
+        """Find the latents that go most with those of the places start..stop in the list asked for."""
         latents = self.counted.latents[start:stop]
         products_LF = (self.acts_TF[:, latents].T @ self.acts_TF).toarray()
         may_be_LF = np.repeat(self.fires_F[None], len(latents), 0)
