@@ -142,6 +142,10 @@ def entries(sae: Sae, rows: Rows, label: str, least: float = 0.0) -> Iterator[tu
         rows: the tokens.
         label: what is being done.
         least: as of `encode`.
+
+    Raises:
+        ConfigError: all tokens are masked.
+        DataError: an activation is not finite.
     """
     n_seen = 0
     with progress(label, rows.n_tokens, "tokens") as advance:
@@ -150,3 +154,5 @@ def entries(sae: Sae, rows: Rows, label: str, least: float = 0.0) -> Iterator[tu
             n_done = int(chunk.places_T[-1]) + 1
             advance(n_done - n_seen)
             n_seen = n_done
+    if not n_seen:
+        raise ConfigError(f"the mask leaves none of {rows.n_tokens:,} tokens; take more, by --max-tokens")

@@ -22,6 +22,7 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae.formats.hooks import layer_of
 from saemill.common.sae.sae import Sae
 from saemill.common.stores import assessments
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.assessments import Assessment, Entry
 from saemill.latents import figures
 from saemill.latents.figures import Sums
@@ -67,7 +68,7 @@ class Result:
     release: str
     name: str
     sae: Sae
-    store: Any
+    store: ActivationStore
     assessment: Assessment
     entry: Entry
     metrics: dict[str, dict[str, float]]
@@ -84,7 +85,7 @@ def check(opened: Opened) -> Assessment:
 
     Raises:
         StoreError: there is none, or it is of other SAEs or damaged.
-        ConfigError: losses were not measured.
+        ConfigError: losses were not measured, or it is of other tokens.
     """
     if not (opened.run / assessments.FILE).exists():
         raise StoreError(
@@ -94,6 +95,11 @@ def check(opened: Opened) -> Assessment:
     assessment = assessments.load(opened.run)
     if bad := assessments.problems(opened.run):
         raise StoreError("\n".join([*bad, assessments.REPAIR]))
+    if assessment.settings.get("tokens") is not None:
+        raise ConfigError(
+            f"{opened.run / assessments.FILE} is of other tokens than those that were cached; run "
+            f"`saemill assess {opened.run}` without --tokens"
+        )
     entries = {entry.name: entry for entry in assessment.variants}
     for name in opened.saes:
         _check_measured(opened.run, entries[name])

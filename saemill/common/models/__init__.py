@@ -6,4 +6,5 @@ sites.py          a module's output, read and replaced
 tokenizer.py      the tokenizer, and the frame it puts around a row
 model.py          LanguageModel: activations captured, or changed within a forward pass
 cached.py         the model of a store, checked to be the one that was cached
+unembedding.py    which tokens a direction of the residual stream writes, from two of the weights
 """

@@ -27,7 +27,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class NoUnembeddingError(ConfigError):
-    """A model has no unembedding that reads its residual stream through one norm."""
+    """A model has no unembedding that reads its residual stream through one norm, or none that is found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,9 @@ def load_unembedding(name: str, revision: str | None, n_ids: int) -> Unembedding
         n_ids: number of ids that the tokenizer has; rows beyond are padding.
 
     Raises:
-        NoUnembeddingError: the model has none, or one behind something else than a norm.
-        ConfigError: it cannot be found, or its weights are not in safetensors.
+        NoUnembeddingError: the model has none, or one behind something else than a norm; or its weights are
+            not in safetensors, or under other names.
+        ConfigError: it cannot be found.
     """
     skeleton = _skeleton(name, load_model_config(name, revision))
     paths = {id(module): path for path, module in skeleton.named_modules()}
@@ -67,10 +68,10 @@ def load_unembedding(name: str, revision: str | None, n_ids: int) -> Unembedding
     of_norm = {key: f"{paths[id(norm)]}.{key}" for key, _ in norm.named_parameters()}
     found = _read(name, revision, [*wanted, *of_norm.values()])
     if missing := [key for key in of_norm.values() if key not in found]:
-        raise ConfigError(f"the checkpoint {name!r} lacks weights: {', '.join(missing)}")
+        raise NoUnembeddingError(f"the checkpoint {name!r} lacks weights: {', '.join(missing)}")
     weight_VD = next((found[key] for key in wanted if key in found), None)
     if weight_VD is None:
-        raise ConfigError(f"the checkpoint {name!r} lacks weights: {wanted[0]}")
+        raise NoUnembeddingError(f"the checkpoint {name!r} lacks weights: {wanted[0]}")
     norm = norm.to_empty(device="cpu").float()
     norm.load_state_dict({key: found[path] for key, path in of_norm.items()})
     gamma_D, centres = _traits(norm, weight_VD.shape[1])
@@ -139,7 +140,7 @@ def _read(name: str, revision: str | None, wanted: Iterable[str]) -> dict[str, T
     Checkpoints may leave out the first parts of a path, as GPT-2's do, or have further ones.
 
     Raises:
-        ConfigError: it is not in safetensors, or two of its weights may be meant.
+        NoUnembeddingError: it is not in safetensors, or two of its weights may be meant.
     """
     parts = _parts(name, revision)
     found = {}
@@ -147,7 +148,7 @@ def _read(name: str, revision: str | None, wanted: Iterable[str]) -> dict[str, T
         keys = [key for key in parts if f".{path}".endswith(f".{key}") or key.endswith(f".{path}")]
         keys = [path] if path in parts else keys
         if len(keys) > 1:
-            raise ConfigError(f"the checkpoint {name!r} has several weights {path}: {', '.join(keys)}")
+            raise NoUnembeddingError(f"the checkpoint {name!r} has several weights {path}: {', '.join(keys)}")
         for key in keys:
             with safe_open(_file(name, revision, parts[key]), framework="pt") as weights:
                 found[path] = weights.get_tensor(key)
@@ -161,7 +162,7 @@ def _parts(name: str, revision: str | None) -> dict[str, str]:
         return where
     whole = _file(name, revision, WEIGHTS)
     if whole is None:
-        raise ConfigError(f"the weights of {name!r} are not in safetensors")
+        raise NoUnembeddingError(f"the weights of {name!r} are not in safetensors")
     with safe_open(whole, framework="pt") as weights:
         return dict.fromkeys(weights.keys(), WEIGHTS)
 
