@@ -102,25 +102,40 @@ def check(opened: Opened) -> Assessment:
         )
     entries = {entry.name: entry for entry in assessment.variants}
     for name in opened.saes:
-        _check_measured(opened.run, entries[name])
+        _in_assessment(entries[name])
     return assessment
 
 
-def _check_measured(run: Path, entry: Entry) -> None:
-    """Refuse an SAE without all the figures that SAEBench's schema has."""
-    for names in IN_ASSESSMENT.values():
-        for theirs, ours in names.items():
-            figure = entry.metrics.get(ours)
-            if figure is None:
-                raise ConfigError(
-                    f"{run / assessments.FILE} is of an earlier saemill: it has no {ours}, which SAEBench "
-                    f"needs as {theirs}; run `saemill assess {run}` again"
-                )
-            if not isinstance(figure.value, float | int):
-                raise ConfigError(
-                    f"SAEBench's file has a number for {theirs}, and {entry.name} has none: {figure.reason}. "
-                    f"Nothing is written; `saemill assess {run}` with the model measures losses"
-                )
+def _in_assessment(entry: Entry) -> dict[str, dict[str, float]]:
+    """Read the figures that an assessment has of an SAE, in SAELens' groups.
+
+    Raises:
+        ConfigError: one was not measured.
+    """
+    return {
+        group: {theirs: _number(entry, theirs, ours) for theirs, ours in names.items()}
+        for group, names in IN_ASSESSMENT.items()
+    }
+
+
+def _number(entry: Entry, theirs: str, ours: str) -> float:
+    """Read a figure of an SAE, which SAEBench's schema has as a number.
+
+    Raises:
+        ConfigError: it was not measured.
+    """
+    figure = entry.metrics.get(ours)
+    if figure is None:
+        raise ConfigError(
+            f"the assessment is of an earlier saemill: it has no {ours}, which SAEBench needs as {theirs}; "
+            "run `saemill assess` again"
+        )
+    if not isinstance(figure.value, float):
+        raise ConfigError(
+            f"SAEBench's file has a number for {theirs}, and {entry.name} has none: {figure.reason}. Nothing "
+            "is written; `saemill assess` with the model measures losses"
+        )
+    return figure.value
 
 
 def measure(opened: Opened, name: str, release: str, assessment: Assessment) -> Result:
@@ -158,10 +173,7 @@ def measure(opened: Opened, name: str, release: str, assessment: Assessment) -> 
 
 def _metrics(entry: Entry, sums: Sums, d_in: int, assessment: Assessment) -> dict[str, dict[str, float]]:
     """Bring all figures together in SAELens' groups."""
-    groups = {
-        group: {theirs: entry.metrics[ours].value for theirs, ours in names.items()}
-        for group, names in IN_ASSESSMENT.items()
-    }
+    groups = _in_assessment(entry)
     for group, content in figures.scalars(sums).items():
         groups[group] |= content
     kl = groups["model_behavior_preservation"]

@@ -103,7 +103,7 @@ def write(shown: Shown, latents: NDArray[np.int64], folder: Path) -> None:
 def _by_latent(codes: Entries, latents: NDArray[np.int64], ctx: int, n_tokens: int) -> Iterator[Firing]:
     """Divide codes by latent."""
     order = np.argsort(codes.latent_N, kind="stable")
-    latent_N, place_N, act_N = (column[order] for column in (codes.latent_N, codes.place_N, codes.act_N))
+    latent_N, place_N, act_N = codes.latent_N[order], codes.place_N[order], codes.act_N[order]
     starts, stops = np.searchsorted(latent_N, latents), np.searchsorted(latent_N, latents, side="right")
     for latent, start, stop in zip(latents, starts, stops, strict=True):
         yield Firing(int(latent), place_N[start:stop], act_N[start:stop].astype(np.float64), ctx, n_tokens)

@@ -131,4 +131,6 @@ def _deviation(moments: Moments, n: int) -> NDArray[np.float64]:
 
 def _quotient(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np.float64]:
     """Divide, with −∞ where the divisor is 0: no partner."""
-    return np.divide(above, below, out=np.full(above.shape, -np.inf), where=below > 0)
+    quotient = np.full(above.shape, -np.inf)
+    np.divide(above, below, out=quotient, where=below > 0)
+    return quotient
