@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from saemill.common import durable
 from saemill.common.device import choose_device
 from saemill.common.errors import ConfigError
@@ -47,7 +50,7 @@ def _for_delphi(config: ExportLatentsConfig, opened: Opened) -> None:
         for name, sae in opened.saes.items():
             folder = opened.folder_of(name, partial)
             delphi.write(sae, rows, latents[name], folder, model, config.n_splits)
-            _say_written(config, opened, name, len(latents[name]), rows)
+    _say_written(config, opened, latents, rows)
 
 
 def _for_saedashboard(config: ExportLatentsConfig, opened: Opened) -> None:
@@ -61,7 +64,7 @@ def _for_saedashboard(config: ExportLatentsConfig, opened: Opened) -> None:
         for name, sae in opened.saes.items():
             shown = Shown(sae, rows, places[name], vocabulary, unembeddings[name])
             saedashboard.write(shown, latents[name], opened.folder_of(name, partial))
-            _say_written(config, opened, name, len(latents[name]), rows)
+    _say_written(config, opened, latents, rows)
 
 
 def _for_saebench(config: ExportLatentsConfig, opened: Opened) -> None:
@@ -83,11 +86,14 @@ def _rows(config: ExportLatentsConfig, opened: Opened, ctx: int | None) -> Rows:
     return Rows(opened.store, opened.mask, max_tokens, ctx, config.held_out)
 
 
-def _say_written(config: ExportLatentsConfig, opened: Opened, name: str, n_latents: int, rows: Rows) -> None:
-    say(
-        f"{opened.folder_of(name, config.out)}: {counted(n_latents, 'latent')} of {name} for "
-        f"{config.format}, on {counted(rows.n_rows, 'row')} of {rows.ctx} tokens"
-    )
+def _say_written(
+    config: ExportLatentsConfig, opened: Opened, latents: dict[str, NDArray[np.int64]], rows: Rows
+) -> None:
+    for name, of_sae in latents.items():
+        say(
+            f"{opened.folder_of(name, config.out)}: {counted(len(of_sae), 'latent')} of {name} for "
+            f"{config.format}, on {counted(rows.n_rows, 'row')} of {rows.ctx} tokens"
+        )
 
 
 def _place(config: ExportLatentsConfig, opened: Opened, name: str) -> Place:
