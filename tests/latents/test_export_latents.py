@@ -22,7 +22,7 @@ from saemill.latents.config import ExportLatentsConfig
 from saemill.latents.run import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SAE = "layers.1-k16-f128-s0"
+SAE = "layers.1-k16-f128-s0-lr0.003"
 
 
 def export(trained: Pipeline, format: Any, out: Path, name: str = SAE, **settings: Any) -> None:
@@ -206,7 +206,9 @@ def test_saebench_loads_the_results(trained: Pipeline, tmp_path: Path) -> None:
         )
     )
     files = sorted((tmp_path / "e" / "core").glob("*.json"))
-    assert [file.name for file in files] == [f"set_layers.1-k{k}-f128-s0_eval_results.json" for k in (16, 2)]
+    assert [file.name for file in files] == [
+        f"set_layers.1-k{k}-f128-s0-lr0.003_eval_results.json" for k in (16, 2)
+    ]
     run_in_peers(tmp_path, {"do": "read_core", "files": files})
     found = json.loads(files[0].read_text())
     metrics = found["eval_result_metrics"]

@@ -69,14 +69,14 @@ def refused(config: ExportLatentsConfig, kind: type[SaemillError], words: str) -
 def test_what_is_no_run(trained: Path, tmp_path: Path) -> None:
     """Oracle: the messages; nothing is left behind."""
     refused(settings(tmp_path / "none"), StoreError, "is no finished run")
-    refused(settings(trained / "steps-of-it"), StoreError, "no SAE of the run; it has a-k2-f48-s0")
+    refused(settings(trained / "steps-of-it"), StoreError, "no SAE of the run; it has a-k2-f48-s0-lr0.003")
     refused(
         settings(trained, acts=tmp_path / "gone"), StoreError, "no longer at .*gone; say where with --acts"
     )
     refused(
         settings(trained, latents=("0-48",)),
         ConfigError,
-        r"must be in 0\.\.47 of a-k2-f48-s0, got 48",
+        r"must be in 0\.\.47 of a-k2-f48-s0-lr0.003, got 48",
     )
     refused(settings(trained, ctx=5), ConfigError, "ctx must divide the 32 tokens")
     other = make_store(tmp_path, n_rows=40, ctx_len=32, d=16, shard_tokens=640, seed=4)
@@ -122,7 +122,7 @@ def test_embeddings(tmp_path: Path) -> None:
 
 def change(trained: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     """Write an assessment of the run by hand."""
-    write_assessment(trained, {"a-k2-f48-s0": "healthy"})
+    write_assessment(trained, {"a-k2-f48-s0-lr0.003": "healthy"})
     values = json.loads((trained / assessments.FILE).read_text())
     values["of"] = durable.hash_file(trained / "finished.json")
     names = ("kl", "kl_zero", "loss_recovered", "ce_zero", "ce_spliced", "ce_clean", "explained_variance",
@@ -142,7 +142,9 @@ def test_assessments_that_lack_figures(trained: Path) -> None:
     missing = {"value": None, "reason": "no model was run"}
     change(trained, lambda values: values["variants"][0]["metrics"].update(ce_zero=missing))
     refused(
-        bench, ConfigError, "a number for ce_loss_with_ablation, and a-k2-f48-s0 has none: no model was run"
+        bench,
+        ConfigError,
+        "a number for ce_loss_with_ablation, and a-k2-f48-s0-lr0.003 has none: no model was run",
     )
     change(trained, lambda values: values.update(of="0" * 16))
     refused(bench, StoreError, "is of other SAEs than")
