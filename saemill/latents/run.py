@@ -69,11 +69,9 @@ def _for_saedashboard(config: ExportLatentsConfig, opened: Opened) -> None:
 
 def _for_saebench(config: ExportLatentsConfig, opened: Opened) -> None:
     assessment, release = saebench.check(opened), config.release or opened.run.name
+    results = [saebench.measure(opened, name, release, assessment) for name in opened.saes]
     with new(config.out) as partial:
-        of_saelens = [
-            saebench.write(saebench.measure(opened, name, release, assessment), partial)
-            for name in opened.saes
-        ]
+        of_saelens = [saebench.write(result, partial) for result in results]
         durable.write_json(partial / "saelens" / "all_eval_results.json", of_saelens)
     say(
         f"{config.out}: core evaluations of {counted(len(of_saelens), 'SAE')} for SAEBench in core, and for "

@@ -149,19 +149,18 @@ def check_feature(
     n_top = min(20, int((per_row > 0).sum()))
     values = [a["values"][a["qualifying_token_index"]] for a in top]
     np.testing.assert_allclose(values, per_row[:n_top], atol=2e-3)
-    rows = {tuple(np.round(row, 2)) for row in codes_RSF[..., latent]}
     samples = [a for a in shown if a["bin_min"] != -1]
     edges = np.linspace(0, acts_T.max(), 6)
-    shares = {round(a["bin_max"], 2): a["bin_contains"] for a in samples}
     for low, high in pairwise(edges):
         share = ((acts_T > low) & (acts_T <= high)).mean()
-        assert shares.get(round(float(high), 2), 0) == pytest.approx(share, abs=1e-9)
+        told = {a["bin_contains"] for a in samples if abs(a["bin_max"] - high) < 1e-3 * edges[-1]}
+        assert sorted(told) == pytest.approx([share] if share else [])
     for a in samples:
         value = a["values"][a["qualifying_token_index"]]
         assert a["bin_min"] - 2e-3 <= value <= a["bin_max"] + 2e-3
         assert value > 0
         assert len(a["tokens"]) == len(a["values"]) == 32
-        assert any(np.allclose(a["values"], row, atol=2e-2) for row in rows)
+        assert np.abs(codes_RSF[..., latent] - a["values"]).max(1).min() < 1e-3 * max(1, edges[-1])
     with np.errstate(invalid="ignore", divide="ignore"):
         to_latents = np.corrcoef(codes_TF, rowvar=False)[latent]
         to_inputs = [np.corrcoef(acts_T, column)[0, 1] for column in x_TD.T]
@@ -193,8 +192,8 @@ def test_saedashboard_names_the_tokens_that_latents_write(trained: Pipeline, tmp
         wanted = [piece if "\ufffd" in text else text for text, piece in zip(texts, pieces, strict=True)]
         assert feature[f"{sign}_str"] == wanted
     tokens = feature["activations"][0]["tokens"]
-    whole = tokenizer.decode(tokenizer.convert_tokens_to_ids(tokenizer.tokenize("".join(tokens))))
-    assert "".join(tokens) == whole
+    rows = ActivationStore(trained.acts).tokens.rows(0, 10)
+    assert "".join(tokens) in [tokenizer.decode(row.tolist()) for row in rows]
 
 
 def test_saebench_loads_the_results(trained: Pipeline, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from saemill.latents.run import run
 from saemill.train.run import run as train
 
 
-def settings(out: Path, format: Any = "delphi", **values: Any) -> ExportLatentsConfig:
+def settings(place: Path, format: Any = "delphi", **values: Any) -> ExportLatentsConfig:
     return ExportLatentsConfig(
-        **{"run": out, "format": format, "out": out.parent / "to", "device": "cpu"} | values
+        **{"run": place, "format": format, "out": place.parent / "to", "device": "cpu"} | values
     )
 
 

@@ -1,5 +1,6 @@
 """The unembedding with the final norm folded in, read without the rest of the model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_only_these_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(unembedding, "safe_open", noted)
     load_unembedding(str(tmp_path), None, 60)
-    where = transformers.utils.hub.json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    where = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     wanted = {where["weight_map"][key] for key in ("lm_head.weight", "model.norm.weight")}
     others = {where["weight_map"]["model.embed_tokens.weight"]}  # read in case the head is tied
     assert wanted <= set(opened) <= wanted | others
