@@ -6,7 +6,18 @@ from typing import Any, NoReturn
 
 import typer
 
-from saemill.commands import cluster, embeddings, exchange, hub, pipeline, run, stores, studies, tracking
+from saemill.commands import (
+    cluster,
+    embeddings,
+    exchange,
+    hub,
+    latents,
+    pipeline,
+    run,
+    stores,
+    studies,
+    tracking,
+)
 from saemill.commands.words import Command, Group, UsageError
 from saemill.common import log
 from saemill.common.errors import Interrupted, SaemillError
@@ -35,6 +46,7 @@ for function in (
     *(stores.show, stores.verify),
     tracking.track,
     *(exchange.export, exchange.import_, exchange.export_tokens),
+    latents.export_latents,
     *(hub.push, hub.pull),
     *(studies.generate, studies.compare, studies.diff),
     *(cluster.submit, cluster.status),

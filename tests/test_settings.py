@@ -22,6 +22,7 @@ from saemill.compare.config import CompareConfig
 from saemill.diff.config import DiffConfig
 from saemill.embeddings.config import EmbedConfig, ImportConfig
 from saemill.generate.config import GenerateConfig
+from saemill.latents.config import ExportLatentsConfig
 from saemill.pipeline.config import RunConfig
 from saemill.pipeline.matrix import MatrixConfig, Source, Target
 from saemill.slurm.settings import JobConfig, SlurmConfig
@@ -37,6 +38,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     MaskConfig: {},
     CompareConfig: {"saes": ["a"]},
     DiffConfig: {"out": "o"},
+    ExportLatentsConfig: {"run": "r", "format": "delphi", "out": "o"},
     GenerateConfig: {"model": ["m"], "out": "o", "n_samples": 1},
     EmbedConfig: {"dataset": "d", "model": "m", "out": "o"},
     ImportConfig: {"source": "s", "out": "o"},
@@ -280,7 +282,7 @@ OF_SECTION: Mapping[str, Any] = {
     "tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig,
     "import-activations": ImportConfig, "embed": EmbedConfig, "run": RunConfig, "slurm": SlurmConfig,
     "matrix": MatrixConfig, "generate": GenerateConfig, "compare": CompareConfig,
-    "diff": DiffConfig,
+    "diff": DiffConfig, "export-latents": ExportLatentsConfig,
 }  # fmt: skip
 
 

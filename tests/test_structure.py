@@ -39,6 +39,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "slurm": {"common", "pipeline", "train", "assess"},
     "hub": {"common", "show", "token_export", "train", "assess"},
     "diff": {"common", "train", "assess"},
+    "latents": {"common", "convert"},
     "commands": {
         *(
             "common",
@@ -46,6 +47,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
             "compare",
             "diff",
             "embeddings",
+            "latents",
             "convert",
             "transcoder_set",
             "token_export",

@@ -69,7 +69,7 @@ class Splicing:
         return [
             "n",
             "clean",
-            *(f"{site}/{what}" for site in self.evalset.model_sites for what in ("zero", "mean")),
+            *(f"{site}/{what}" for site in self.evalset.model_sites for what in ("zero", "mean", "zero_kl")),
         ]
 
     def _places(self, site: str) -> dict[str, str]:
@@ -148,7 +148,8 @@ class Splicing:
         return dict(zip(own, torch.split(changed_RSD, widths, -1), strict=True))
 
     def _without_saes(self, task: Task, clean: Tensor) -> dict[str, NDArray[np.float64]]:
-        """Compute losses per token of the untouched model, and with zeros and with the mean at each site."""
+        """Compute losses per token of the untouched model, and with zeros (KL as well) and with the mean at
+        each site."""
         columns = {"n": np.ones(len(task.target_T)), "clean": cross_entropy(clean, task.target_T)}
         for site in self.evalset.model_sites:
             self.passes.check_identity(site, task, columns["clean"])
@@ -157,6 +158,8 @@ class Splicing:
             for what, instead_RSD in ablations.items():
                 changed = self.passes.changed(task, site, substitute(x_RSD, instead_RSD, task.keep_RS))
                 columns[f"{site}/{what}"] = cross_entropy(changed, task.target_T)
+                if what == "zero":
+                    columns[f"{site}/zero_kl"] = _kl(clean, changed)
         return columns
 
     def ratios(self, name: str) -> dict[str, Ratio]:
@@ -168,6 +171,7 @@ class Splicing:
         return {
             "delta_ce": Ratio(ce - clean, n),
             "kl": Ratio(kl, n),
+            "kl_zero": Ratio(self.sums.column(f"{site}/zero_kl"), n),
             "loss_recovered": Ratio(zero - ce, zero - clean, NOTHING_LOST.format(what="zeros", site=site)),
             "loss_recovered_from_mean": Ratio(
                 mean - ce, mean - clean, NOTHING_LOST.format(what="the mean", site=site)
@@ -195,10 +199,12 @@ class Splicing:
         if is_joined(self.sites[name]):
             return absent_metrics(SEVERAL)
         figures = bootstrap.figures(self.ratios(name))
-        return figures | {what: absent(self.no_loss) for what in figures if self.no_loss and what != "kl"}
+        return figures | {what: absent(self.no_loss) for what in figures if self.no_loss and what not in KL}
 
 
-METRICS = ("delta_ce", "kl", "loss_recovered", "loss_recovered_from_mean", "ce_clean", "ce_spliced",
+KL = ("kl", "kl_zero")
+"""Figures that need no loss."""
+METRICS = ("delta_ce", *KL, "loss_recovered", "loss_recovered_from_mean", "ce_clean", "ce_spliced",
            "ce_zero", "ce_mean")  # fmt: skip
 
 

@@ -198,11 +198,12 @@ class _Losses(Splicing):
 
     def __init__(self, zero: float, spread: float = 0.0) -> None:
         self.sites, self.no_loss = {"v": "layers.1"}, None
-        self.sums = DocumentSums(["n", "clean", "layers.1/zero", "layers.1/mean", "v/ce", "v/kl"])
+        own = [f"layers.1/{what}" for what in ("zero", "mean", "zero_kl")]
+        self.sums = DocumentSums(["n", "clean", *own, "v/ce", "v/kl"])
         generator = np.random.default_rng(0)
         for document in range(40):
             noise = spread * generator.standard_normal()
-            row = [10, 30, 10 * zero + noise, 40, 35, 1]
+            row = [10, 30, 10 * zero + noise, 40, 20, 35, 1]
             self.sums.rows[document] = np.array(row, np.float64)
 
 
@@ -230,11 +231,12 @@ def test_where_zeros_cost_nothing_no_loss_is_recovered() -> None:
 
 
 def test_a_model_that_sees_its_targets_has_no_loss_but_a_divergence() -> None:
-    """Oracle: the reason everywhere but at the KL divergence."""
+    """Oracle: the reason everywhere but at the KL divergences."""
     losses = _Losses(5.0)
     losses.no_loss = "it looks ahead"
     figures = losses.metrics("v", Bootstrap(np.ones(40, bool)))
     assert figures.pop("kl")["value"] == pytest.approx(0.1)
+    assert figures.pop("kl_zero")["value"] == pytest.approx(2)
     assert list(figures.values()) == [{"value": None, "reason": "it looks ahead"}] * len(figures)
 
 

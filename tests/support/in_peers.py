@@ -1,5 +1,5 @@
-"""Run by the peers' Python: what sparsify, SAELens, dictionary_learning, circuit-tracer and TransformerLens
-do with files.
+"""Run by the peers' Python: what sparsify, SAELens, dictionary_learning, circuit-tracer, TransformerLens,
+delphi, SAEDashboard and SAEBench do with files.
 
 `python in_peers.py` reads names of files: lists of jobs, each `{"do": one of JOBS, …}`. It answers each with
 a line of JSON: the traceback of what failed, or nothing. It knows nothing of saemill.
@@ -139,6 +139,49 @@ def load_set(folder: str, x: str, out: str) -> None:
         latents = transcoders.encode(x_LTD)
         predictions = transcoders.decode(latents, x_LTD)
     np.savez(out, latents=latents.numpy(), predictions=predictions.numpy())
+
+
+def without_embedders() -> None:
+    """delphi imports these for other sources of examples, which are not used here."""
+    for name in ("faiss", "sentence_transformers", "blobfile", "orjson"):
+        sys.modules.setdefault(name, ModuleType(name)).__dict__.setdefault("SentenceTransformer", object)
+
+
+def read_delphi(folder: str, width: int, out: str) -> None:
+    """Tokens [R, S] and codes [R, S, F] of a latent cache of one site, as delphi's dataset has them."""
+    without_embedders()
+    from delphi.config import ConstructorConfig, SamplerConfig
+    from delphi.latents.loader import LatentDataset
+
+    data = LatentDataset(folder, SamplerConfig(), ConstructorConfig(), tokenizer=object())
+    codes = torch.zeros(*data.tokens.shape, width)
+    for buffer in data.buffers:
+        assert buffer.module_path == data.modules[0]
+        for latent in buffer:
+            row, pos, number = latent.activation_data.locations.T
+            assert bool((number == latent.latent.latent_index).all())
+            codes[row, pos, number] = latent.activation_data.activations.float()
+    np.savez(out, tokens=data.tokens.numpy(), codes=codes.numpy())
+
+
+def read_dashboards(files: list[str]) -> None:
+    """Batches go through SAEDashboard's own classes and come out as they were."""
+    from sae_dashboard.neuronpedia.neuronpedia_dashboard import NeuronpediaDashboardBatch
+
+    for file in files:
+        content = json.loads(Path(file).read_text())
+        assert NeuronpediaDashboardBatch(**content).to_dict() == content, file
+
+
+def read_core(files: list[str]) -> None:
+    """Results of SAEBench's core evaluation are what its own classes ask for."""
+    from pydantic import TypeAdapter
+    from sae_bench.evals.core.eval_output import CoreEvalOutput
+
+    for file in files:
+        content = json.loads(Path(file).read_text())
+        output = TypeAdapter(CoreEvalOutput).validate_python(content)
+        assert json.loads(output.to_json())["eval_result_metrics"] == content["eval_result_metrics"]
 
 
 def forward(sae: Any, x_TD: Tensor) -> Tensor:
@@ -329,7 +372,7 @@ JOBS = {
     for job in (
         encode, encode_published, load_set, make_sparsify, make_saelens, make_scaled_saelens,
         make_whitened_saelens, make_dictionary, make_dictionary_learning, hooks,
-        splice, pretokenize, chunk_and_tokenize, read_rows_of_ids,
+        splice, pretokenize, chunk_and_tokenize, read_rows_of_ids, read_delphi, read_dashboards, read_core,
     )
 }  # fmt: skip
 

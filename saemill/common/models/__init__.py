@@ -8,4 +8,5 @@ special_tokens.py  special tokens that a text writes out
 chat.py           conversations as text, by a chat template, with the place of each message
 model.py          LanguageModel: activations captured, or changed within a forward pass
 cached.py         the model of a store, checked to be the one that was cached
+unembedding.py    which tokens a direction of the residual stream writes, from two of the weights
 """

@@ -1,0 +1,26 @@
+"""Latents for judges and viewers of other tools: export-latents."""
+
+from saemill.commands.flags import OUT, argument, command
+from saemill.latents.config import ExportLatentsConfig
+
+
+@command(
+    ExportLatentsConfig,
+    "export-latents",
+    argument("run"),
+    *("format", OUT, "latents", "max_tokens", "ctx", "held_out", "n_splits", "release"),
+    *("model", "acts", "device"),
+)
+def export_latents(config: ExportLatentsConfig) -> None:
+    """Write what SAEs' latents do on the cached tokens for other tools' judges; the model is not run.
+
+    delphi explains and scores latents from its cache; batches of saedashboard convert to Neuronpedia;
+    saebench has the results of SAEBench's core and of SAELens' evals, from the figures of `saemill assess`.
+
+    Example: `saemill export-latents runs/first --format delphi -o for-delphi`
+
+    Example: `saemill export-latents runs/first/layers.8-k32-f6144-s0 --format saedashboard -o batches`
+    """
+    from saemill.latents.run import run
+
+    run(config)
