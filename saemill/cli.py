@@ -6,7 +6,18 @@ from typing import Any, NoReturn
 
 import typer
 
-from saemill.commands import cluster, embeddings, exchange, hub, pipeline, run, stores, studies, tracking
+from saemill.commands import (
+    cluster,
+    embeddings,
+    exchange,
+    hub,
+    models,
+    pipeline,
+    run,
+    stores,
+    studies,
+    tracking,
+)
 from saemill.commands.words import Command, Group, UsageError
 from saemill.common import log
 from saemill.common.errors import Interrupted, SaemillError
@@ -32,6 +43,7 @@ for function in (
     *(run.run, run.matrix),
     *(pipeline.tokenize, pipeline.cache, pipeline.train, pipeline.assess, pipeline.demo),
     *(embeddings.import_activations, embeddings.embed),
+    models.sites,
     *(stores.show, stores.verify),
     tracking.track,
     *(exchange.export, exchange.import_),

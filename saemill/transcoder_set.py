@@ -100,10 +100,10 @@ def _layer(place: str, sae: Sae, model_type: str) -> int:
     ):
         return reads.layer
     block = BLOCKS.get(model_type)
-    if block is None or block.mlp_in is None:
+    if block is None:
         raise ConfigError(
             f"{NAME} needs the place of a model's MLPs in TransformerLens' terms, which is not known of "
-            f"{model_type}; known are {', '.join(name for name in BLOCKS if BLOCKS[name].mlp_in)}"
+            f"{model_type}; known are {', '.join(BLOCKS)}"
         )
     path = block.path.format(0)
     raise ConfigError(

@@ -18,7 +18,7 @@ from saemill.common.models.model import check_8bit, check_fit, choose_model_dtyp
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.site_records import DTYPES, FORMAT, Site, StoreSettings
+from saemill.common.stores.site_records import DTYPES, FORMAT, Site, StoreSettings, site_path
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World
 
@@ -154,7 +154,7 @@ def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    n_written_bytes = sum(durable.folder_bytes(config.out / site.name / "c") for site in sites)
+    n_written_bytes = sum(durable.folder_bytes(site_path(config.out, site.name) / "c") for site in sites)
     missing = sum(needed.values()) - n_written_bytes
     if missing > free:
         raise ConfigError(

@@ -16,6 +16,7 @@ from saemill.common.models.model import (
 )
 from saemill.common.models.sites import load_model_config
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.site_names import module_of
 from saemill.common.stores.tokens import TokenStore
 
 SAME_ACTIVATIONS = 0.05
@@ -81,7 +82,7 @@ def check_model(other_name: str | None, model: LanguageModel, store: ActivationS
 def _check_activations(model: LanguageModel, store: ActivationStore) -> None:
     """Refuse a model that does not compute what was cached, at every site, on the first row."""
     model.check_tokens(store.tokens)
-    if missing := [site for site in store.sites if site not in model.modules]:
+    if missing := [site for site in store.sites if module_of(site) not in model.modules]:
         raise ConfigError(_another_model(model.name, f"it has no {missing[0]}"))
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))
     captured = model.capture(ids_RS, store.sites, attention_of(ids_RS, store.tokens.tokenizer))

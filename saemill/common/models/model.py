@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,9 @@ from saemill.common import durable
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
 from saemill.common.models.architecture import check_row_length, limits_of
-from saemill.common.models.sites import first_output, load_model_config, replacing
+from saemill.common.models.sites import load_model_config, replacing, watch
 from saemill.common.models.structure import base_of, block_names, is_encoder_decoder, n_ids_of, reader_of
+from saemill.common.stores.site_names import is_input, module_of
 from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 
 Head = Literal["causal", "masked"]
@@ -127,31 +129,32 @@ class LanguageModel:
 
         Args:
             ids_RS: token ids, int64.
-            sites: module paths in the base model.
+            sites: their names.
             attention_RS: 1 where a token may be attended to; None for all.
 
         Returns: per site [R, S, D] in the model's dtype, on its device.
         """
         captured: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Callable[..., None]:
-            def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                captured[name] = first_output(output).clone()
-                if len(captured) == len(sites):
-                    raise _Enough
+        def keep(name: str, x_RSD: Tensor) -> None:
+            captured[name] = x_RSD.clone()
+            if len(captured) == len(sites):
+                raise _Enough
 
-            return hook
-
-        handles = [self.modules[name].register_forward_hook(keep(name)) for name in sites]
+        handles = [watch(self.modules, name, partial(keep, name)) for name in sites]
         try:
-            with torch.inference_mode():
-                self._forward(reader_of(self.base), ids_RS, attention_RS)
+            self.run(ids_RS, attention_RS)
         except _Enough:
             pass
         finally:
             for handle in handles:
                 handle.remove()
         return captured
+
+    def run(self, ids_RS: Tensor, attention_RS: Tensor | None = None) -> None:
+        """Run the base model for what is seen on the way: of an encoder-decoder model the encoder."""
+        with torch.inference_mode():
+            self._forward(reader_of(self.base), ids_RS, attention_RS)
 
     def logits(self, ids_RS: Tensor, attention_RS: Tensor | None, *, differentiable: bool = False) -> Tensor:
         """Compute logits of the LM head, [R, S, vocabulary]; inside `splice` those of the changed model, from
@@ -191,24 +194,32 @@ class LanguageModel:
             if isinstance(output, tuple):
                 self.tuple_sites.add(site)
 
-        handle = self.modules[site].register_forward_hook(note)
+        before = self.blocks_to(site)
+        handles = [self.modules[name].register_forward_hook(note) for name in before[-1:]]
         try:
-            with replacing(self.modules[site], edit):
+            with replacing(self.modules, site, edit):
                 yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    def blocks_to(self, site: str) -> list[str]:
+        """List the transformer blocks that lie before a site, its own included where the site is what that
+        returns; none where the site is not the residual stream between blocks."""
+        if (block := module_of(site)) not in self.blocks:
+            return []
+        return self.blocks[: self.blocks.index(block) + (not is_input(site))]
 
     @contextmanager
     def skip_blocks_to(self, site: str) -> Iterator[None]:
-        """Skip the transformer blocks up to `site`, its own included, while the block runs: they hand their
-        input on uncomputed.
+        """Skip the transformer blocks up to `site` (`blocks_to`) while the block runs: they hand their input
+        on uncomputed.
 
-        For use with a `splice` that replaces the whole residual stream after a block: in almost all
+        For use with a `splice` that replaces the whole residual stream between blocks: in almost all
         models nothing before it then matters. Where the site is no block nothing is skipped. Not for
         models whose blocks return tuples; `tuple_sites` names the sites where a splice met one.
         """
-        before = self.blocks[: self.blocks.index(site) + 1] if site in self.blocks else []
-        skipped = [self.modules[name] for name in before]
+        skipped = [self.modules[name] for name in self.blocks_to(site)]
 
         def hand_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
             return hidden_states

@@ -28,6 +28,7 @@ from saemill.common.errors import MissingError, StoreError
 from saemill.common.records import Count, Hash, Positive, Record
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.norms import N_BINS, NormSketch
+from saemill.common.stores.site_names import folder_of, module_of, site_of_folder
 from saemill.common.stores.statistics import Moments, Statistics
 
 FORMAT: Final = "saemill activations 2"
@@ -51,7 +52,7 @@ class Site:
     """A place in the model."""
 
     name: str
-    """Path of the module in the base model."""
+    """Path of the module in the base model; with `:in` after it, what that takes."""
     width: int
     """Length D of one activation vector there."""
 
@@ -78,13 +79,16 @@ def hash_blocks(rows_TD: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def site_name(name: str) -> str:
-    """Refuse what cannot be a site's name: a path, or another name in a store's folder.
+    """Refuse what cannot be a site's name: a path, another name in a store's folder, or what folders' names
+    have in place of a colon.
 
     Raises:
         ValueError: it cannot.
     """
     if records.single(name) in RESERVED:
         raise ValueError(f"{name!r} is another part of a store")
+    if "~" in name or ":" in module_of(name):
+        raise ValueError(f"a site must be a module's path, or one with :in, got {name!r}")
     return name
 
 
@@ -166,6 +170,36 @@ class StoreSettings(Record):
         return durable.hash_json(self.model_dump(mode="json", exclude=made_by))
 
 
+class Role(Record):
+    """What is at a site, told by arithmetic on a few tokens (`common.models.roles`)."""
+
+    kind: Literal[
+        "residual", "holds_residual", "norm_of_residual", "added", "added_after_norm", "part", "within"
+    ]
+    module: str | None = None
+    """Path of the module that added last to the residual stream, that norms what is added, or that adds what
+    this is a part of, by `kind`."""
+    factor: float = 1.0
+    """What it is multiplied by before it is added."""
+    beside: tuple[str, ...] = ()
+    """Paths of the modules whose outputs are added in the same place."""
+
+    @property
+    def described(self) -> str:
+        """Say what it is, in words."""
+        times = "" if self.factor == 1 else f", times {self.factor:.3g}"
+        beside = f", together with {' and '.join(self.beside)}" if self.beside else ""
+        return {
+            "residual": "the residual stream",
+            "holds_residual": f"the whole residual stream, with what {self.module} adds to it",
+            "norm_of_residual": "a norm of the residual stream",
+            "added": f"added to the residual stream{times or ' as it is'}{beside}",
+            "added_after_norm": f"added to the residual stream after {self.module}{times}{beside}",
+            "part": f"a part of {self.module}, which is the sum of it{times} and {' and '.join(self.beside)}",
+            "within": f"within {self.module}",
+        }[self.kind]
+
+
 class SiteRecord(Record):
     """A site that the store has, finished or not."""
 
@@ -173,6 +207,8 @@ class SiteRecord(Record):
     site: SiteName
     width: Positive
     """Number D of values per token."""
+    role: Role | None = None
+    """What is there; None where arithmetic does not tell, and in records of before saemill looked."""
     settings: StoreSettings
 
 
@@ -293,6 +329,8 @@ class SiteManifest(Record):
     """Identity of the store, `StoreSettings.identity`."""
     site: SiteName
     width: Positive
+    role: Role | None = None
+    """As the site's record has it."""
     statistics: SiteStatistics
     shards: tuple[Shard, ...]
 
@@ -342,12 +380,19 @@ def sites_in(path: Path) -> list[str]:
     """List the sites that a store's folder has records or folders of, finished or not."""
     names = {file.stem for file in path.glob(f"{SITES}/*.json")}
     names |= {folder.parent.name for folder in path.glob("*/commits")}
-    return sorted(name for name in names if not name.startswith(".") and name not in RESERVED)
+    return sorted(
+        site_of_folder(name) for name in names if not name.startswith(".") and name not in RESERVED
+    )
 
 
 def record_path(path: Path, site: str) -> Path:
     """Name the file of a site's record in the store at `path`."""
-    return path / SITES / f"{site}.json"
+    return path / SITES / f"{folder_of(site)}.json"
+
+
+def site_path(path: Path, site: str) -> Path:
+    """Name the folder of a site's array in the store at `path`."""
+    return path / folder_of(site)
 
 
 def read_site(path: Path, name: str) -> SiteRecord:
