@@ -31,7 +31,13 @@ class Line(NamedTuple):
 
 
 def describe(
-    name: str, revision: str | None, *, globs: tuple[str, ...] = (), every: bool = False, check: bool = False
+    name: str,
+    revision: str | None,
+    *,
+    globs: tuple[str, ...] = (),
+    every: bool = False,
+    check: bool = False,
+    trust_remote_code: bool = False,
 ) -> str:
     """Describe the sites of a model.
 
@@ -41,25 +47,32 @@ def describe(
         globs: those to list; all by default.
         every: list each by its name, without a word on it.
         check: load the weights, run a few tokens, and say what is at each.
+        trust_remote_code: run code that the model brings.
 
     Raises:
         ConfigError: the model cannot be found or built, or has no such site.
     """
-    config = load_model_config(name, revision)
-    architecture = Architecture(config)
-    widths = {site.name: site.width for site in architecture.resolve((), globs)} if globs else architecture.widths
+    config = load_model_config(name, revision, trust_remote_code)
+    architecture = Architecture(config, trust_remote_code)
+    widths = (
+        {site.name: site.width for site in architecture.resolve((), globs)} if globs else architecture.widths
+    )
     if every:
         return "\n".join(f"{site}  {width}" for site, width in widths.items())
-    roles = _roles(name, revision, widths) if check else {}
+    roles = _roles(name, revision, widths, trust_remote_code) if check else {}
     lines = {site: _line(site, architecture, config.model_type, roles) for site in widths}
     return "\n".join([*_head(architecture), *_table(_grouped(lines))])
 
 
-def _roles(name: str, revision: str | None, sites: Iterable[str]) -> Mapping[str, Role | None]:
+def _roles(
+    name: str, revision: str | None, sites: Iterable[str], trust_remote_code: bool
+) -> Mapping[str, Role | None]:
     """Find what is at some sites of the real model, in a pass over ids that mean nothing."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_model_dtype("auto", device)
-    model = LanguageModel(name, revision=revision, dtype=dtype, device=device)
+    model = LanguageModel(
+        name, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     ids_RS = torch.randint(model.n_ids, (1, N_TOKENS), generator=torch.Generator().manual_seed(0))
     return roles_of(model, sites, ids_RS)
 
@@ -95,7 +108,9 @@ def _grouped(lines: Mapping[str, Line]) -> Iterator[Line]:
 def _ranges(numbers: list[int]) -> str:
     """Write whole numbers as 0…5, or as 0,2…5."""
     runs = [list(run) for _, run in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])]
-    return ",".join(str(a) if a == b else f"{a}…{b}" for (_, a), (_, b) in ((run[0], run[-1]) for run in runs))
+    return ",".join(
+        str(a) if a == b else f"{a}…{b}" for (_, a), (_, b) in ((run[0], run[-1]) for run in runs)
+    )
 
 
 def _table(lines: Iterable[Line]) -> list[str]:

@@ -18,6 +18,7 @@ from saemill.cache.repair import damaged, mend
 from saemill.cache.writer import SiteWriter
 from saemill.common.errors import DataError
 from saemill.common.log import counted, say
+from saemill.common.models.cached import how_cached
 from saemill.common.models.model import LanguageModel, fingerprint_weights
 from saemill.common.models.roles import roles_of
 from saemill.common.signals import stop_on_signal
@@ -84,6 +85,7 @@ def _new_settings(plan: Plan) -> StoreSettings:
         plan.identity,
         model=plan.config.model,
         revision=plan.config.revision,
+        trust_remote_code=plan.config.trust_remote_code or None,
         weights_fingerprint=fingerprint_weights(plan.config.model),
         versions={name: version(name) for name in ("saemill", "torch", "transformers", "zarr")},
     )
@@ -120,9 +122,8 @@ def _load(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker:
     model = LanguageModel(
         plan.config.model,
         revision=plan.config.revision,
-        dtype=getattr(torch, str(store.settings.model_dtype)),
         device=plan.device,
-        in_8bit=bool(store.settings.load_in_8bit),
+        **how_cached(store.settings),
     )
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype("int64"))
     sites = [site.name for site in plan.sites]

@@ -17,6 +17,9 @@ def sites(
         bool,
         typer.Option("--check", help="Run a few tokens through the weights, and say what is at each site."),
     ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
+    ] = False,
     revision: Annotated[str | None, option("The hub model's revision.", "REV")] = None,
 ) -> None:
     """List the sites of a model, where activations can be cached, with their widths.
@@ -30,4 +33,6 @@ def sites(
     from saemill.sites import describe
 
     chosen = tuple(glob for text in globs or () for glob in text.split(","))
-    say(describe(model, revision, globs=chosen, every=every, check=check))
+    say(
+        describe(model, revision, globs=chosen, every=every, check=check, trust_remote_code=trust_remote_code)
+    )

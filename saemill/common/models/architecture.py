@@ -16,6 +16,8 @@ from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
 from saemill.common.models.sites import watch
 from saemill.common.models.structure import (
+    base_class,
+    base_of,
     block_names,
     is_encoder_decoder,
     longest_row_of,
@@ -43,13 +45,14 @@ class Architecture:
 
     Args:
         config: the model's transformers config.
+        trust_remote_code: run code that the model brings.
 
     Raises:
         ConfigError: it cannot be built, or cannot be run on tokens alone.
     """
 
-    def __init__(self, config: Any) -> None:
-        model, looked = _run(config)
+    def __init__(self, config: Any, trust_remote_code: bool = False) -> None:
+        model, looked = _run(config, trust_remote_code)
         self._seen = looked.seen
         self.name = type(model).__name__
         self.classes = {name: type(module).__name__ for name, module in model.named_modules() if name}
@@ -155,13 +158,13 @@ class Limits:
     """Most tokens in a row; None: any number."""
 
 
-def limits_of(config: Any) -> Limits:
-    """Find the limits of a model's input from its transformers config.
+def limits_of(config: Any, trust_remote_code: bool = False) -> Limits:
+    """Find the limits of a model's input from its transformers config; arguments as of `Architecture`.
 
     Raises:
         ConfigError: the model cannot be built.
     """
-    base = _built(config)
+    base = _built(config, trust_remote_code)
     return Limits(n_ids_of(base), longest_row_of(base))
 
 
@@ -184,7 +187,7 @@ def check_row_length(limits: Limits, name: str, ctx_len: int) -> None:
         )
 
 
-def _built(config: Any) -> Any:
+def _built(config: Any, trust_remote_code: bool) -> Any:
     """Build the model on the meta device; in bf16, which every kernel of mixture-of-experts models
     accepts."""
     name = getattr(config, "_name_or_path", "") or config.model_type
@@ -192,12 +195,13 @@ def _built(config: Any) -> Any:
     if isinstance(n_layers, int) and n_layers > MOST_LAYERS:  # their modules alone would fill the memory
         raise ConfigError(f"the config of the model {name!r} is damaged: it says {n_layers:,} layers")
     with loading("model", name), torch.device("meta"):
-        return transformers.AutoModel.from_config(
-            copy.deepcopy(config), dtype=torch.bfloat16, trust_remote_code=False
-        ).eval()
+        model = base_class(config, trust_remote_code).from_config(
+            copy.deepcopy(config), dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+        )
+    return base_of(model.eval())
 
 
-def _run(config: Any) -> "tuple[Any, _Looked]":
+def _run(config: Any, trust_remote_code: bool) -> "tuple[Any, _Looked]":
     """Build the model and run it over a few tokens. Return it, and what is at each site.
 
     Some models look for the padding id among the tokens, which have no values on the meta device. Only if
@@ -206,7 +210,7 @@ def _run(config: Any) -> "tuple[Any, _Looked]":
     Raises:
         ConfigError: the model cannot be run so.
     """
-    model = _built(config)
+    model = _built(config, trust_remote_code)
     for has_pad in (True, False):
         if not has_pad:
             for module in model.modules():

@@ -209,7 +209,9 @@ class _Sums:
             return _Sum(whole, stream, ()) if self._is_sum(y_TD, base_TD, [], []) else None
         weight_TD = 1 / (y_TD.abs() + base_TD.abs()).clamp(min=1e-30)
         wanted = ((y_TD - base_TD) * weight_TD).flatten()
-        each = torch.stack([(term.x_TD * weight_TD).flatten() for term in terms]) if terms else wanted[None, :0]
+        each = (
+            torch.stack([(term.x_TD * weight_TD).flatten() for term in terms]) if terms else wanted[None, :0]
+        )
         chosen = torch.tensor(list(combinations(range(len(terms)), n)), dtype=torch.int64).view(-1, n)
         gram, along = each @ each.T if terms else each, each @ wanted if terms else wanted
         some, right = gram[chosen[:, :, None], chosen[:, None, :]], along[chosen]

@@ -20,14 +20,21 @@ from saemill.common.hub import loading
 from saemill.common.stores.site_names import is_input, module_of
 
 
-def load_model_config(name: str, revision: str | None) -> Any:
+def load_model_config(name: str, revision: str | None, trust_remote_code: bool = False) -> Any:
     """Load the transformers config of a model by hub id or local folder.
 
+    Args:
+        name: hub id or local folder.
+        revision: the hub's revision.
+        trust_remote_code: run code that the model brings.
+
     Raises:
-        ConfigError: it cannot be found.
+        ConfigError: it cannot be found, or brings code that may not be run.
     """
     with loading("model", name):
-        return transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
 def first_output(output: Any) -> Any:

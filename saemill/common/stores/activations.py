@@ -125,7 +125,9 @@ class ActivationStore:
     @property
     def sites(self) -> list[str]:
         """Names of the finished sites."""
-        return [name for name in sites_in(self.path) if (site_path(self.path, name) / "manifest.json").exists()]
+        return [
+            name for name in sites_in(self.path) if (site_path(self.path, name) / "manifest.json").exists()
+        ]
 
     @property
     def unfinished(self) -> dict[str, int]:
@@ -147,7 +149,7 @@ class ActivationStore:
     @cached_property
     def own_fingerprint(self) -> str:
         """Hash of the content without that of the store beside."""
-        settings = self.settings.model_dump(mode="json", exclude={"fingerprint", "source_hash"})
+        settings = self.settings.plain({"fingerprint", "source_hash"})
         return self.settings.fingerprint or durable.hash_json([settings, self.text.fingerprint])
 
     def record(self, name: str) -> SiteRecord:

@@ -43,6 +43,8 @@ BLOCK_TOKENS = 256
 """Rows per block: the unit of reading and of checksums."""
 REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LATER = ("attn_implementation", "trust_remote_code")
+"""Settings that the first stores had not."""
 GROUP = {"zarr_format": 3, "node_type": "group"}
 """Entries that make a store's `zarr.json` that of a Zarr group."""
 
@@ -132,6 +134,10 @@ class StoreSettings(Record):
     model_dtype: Literal["bfloat16", "float16", "float32"] | None
     """Type that the model computed in."""
     load_in_8bit: bool | None = None
+    attn_implementation: str | None = None
+    """How attention was computed, where it was chosen."""
+    trust_remote_code: bool | None = None
+    """Whether code of the model's own was run."""
     model_fingerprint: str | None
     mask: MaskConfig
     """Positions that statistics, training and assessment leave out by default."""
@@ -167,7 +173,13 @@ class StoreSettings(Record):
         """Hash of the settings that decide the content; each record of a shard or site names the store's by
         it."""
         made_by = {"source_hash", "model", "revision", "weights_fingerprint", "versions", "fingerprint"}
-        return durable.hash_json(self.model_dump(mode="json", exclude=made_by))
+        return durable.hash_json(self.plain(made_by | {"trust_remote_code"}))
+
+    def plain(self, left_out: set[str]) -> dict[str, Any]:
+        """Return the settings as JSON has them, without those named, and without those that came later where
+        they say nothing: of an older store nothing else is to follow than before."""
+        later = {name for name in LATER if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=left_out | later)
 
 
 class Role(Record):
@@ -380,9 +392,7 @@ def sites_in(path: Path) -> list[str]:
     """List the sites that a store's folder has records or folders of, finished or not."""
     names = {file.stem for file in path.glob(f"{SITES}/*.json")}
     names |= {folder.parent.name for folder in path.glob("*/commits")}
-    return sorted(
-        site_of_folder(name) for name in names if not name.startswith(".") and name not in RESERVED
-    )
+    return sorted(site_of_folder(name) for name in names if not name.startswith(".") and name not in RESERVED)
 
 
 def record_path(path: Path, site: str) -> Path:

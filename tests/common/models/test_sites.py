@@ -15,8 +15,14 @@ KINDS = ("neox", "llama", "gpt2", "bert")
 BLOCKS = {"neox": "layers", "llama": "layers", "gpt2": "h", "bert": "encoder.layer"}
 WIDTHS = {
     "neox": {"layers.0.attention": 32, "layers.1.mlp": 32, "layers.1.mlp.dense_h_to_4h": 64},
-    "llama": {"layers.0.self_attn": 32, "layers.1.mlp": 32, "layers.2.self_attn.k_proj": 16,
-              "layers.0.self_attn.o_proj:in": 32, "layers.1.mlp.down_proj:in": 64, "layers.2.mlp:in": 32},
+    "llama": {
+        "layers.0.self_attn": 32,
+        "layers.1.mlp": 32,
+        "layers.2.self_attn.k_proj": 16,
+        "layers.0.self_attn.o_proj:in": 32,
+        "layers.1.mlp.down_proj:in": 64,
+        "layers.2.mlp:in": 32,
+    },
     "gpt2": {"h.0.attn": 32, "h.1.mlp": 32, "h.2.mlp.c_fc": 128, "h.0.attn.c_attn": 96},
     "bert": {"encoder.layer.0.attention": 32, "encoder.layer.1.intermediate": 64, "embeddings": 32},
 }

@@ -9,6 +9,7 @@ import re
 from typing import Literal, NamedTuple
 
 from saemill.common.stores.site_names import INPUT
+from saemill.common.stores.site_records import Role
 
 Kind = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_out", "z", "post"]
 IN_BLOCK: dict[Kind, str] = {"mlp_in": "mlp.hook_in", "z": "attn.hook_z", "post": "mlp.hook_post"}
@@ -99,6 +100,18 @@ BLOCKS = {
 def hook_of(site: str, model_type: str) -> Hook | None:
     """Find the hook that sees a site's activations; None where there is none, or the model is not known."""
     return next((hook for place, hook in _places(model_type, site) if place == site), None)
+
+
+def denotes(hook: Hook, role: Role | None) -> bool:
+    """Tell whether a hook's name may be given to a site's activations, by what was found there: what
+    TransformerLens calls an output is what is added to the residual stream.
+
+    Args:
+        hook: of the site, by its name.
+        role: what is there; None where it is not known.
+    """
+    adds = hook.kind in ("attn_out", "mlp_out")
+    return role is None or not adds or (role.kind == "added" and role.factor == 1)
 
 
 def site_of(name: str, model_type: str) -> str | None:

@@ -81,9 +81,7 @@ def read(folder: Path) -> Parts:
     raw = read_config(file)
     cfg = _since_6(raw, file)
     kind = one_of(cfg, "architecture", BIASES, "standard", file)
-    expect(
-        cfg, "reshape_activations", "none", "none", "it takes attention heads, not one vector per token", file
-    )
+    one_of(cfg, "reshape_activations", ("none", "hook_z"), "none", file)  # heads: the SAE sees them joined
     config = _config(cfg, raw, kind, file)
     weights = _weights(folder / WEIGHTS, kind, config)
     if kind in TRANSCODERS:
@@ -249,7 +247,7 @@ def write(parts: Parts, folder: Path, hook: Hook | None, target: Hook | None = N
         "apply_b_dec_to_input": config.d_out is None,
         **({"rescale_acts_by_decoder_norm": False} if kind == "topk" else {}),
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if hook and hook.kind == "z" else "none",
         "metadata": _metadata(config, kind, hook, target),
     }
     durable.write_json(folder / "cfg.json", cfg)
