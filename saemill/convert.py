@@ -17,7 +17,7 @@ from saemill.common.records import first_finding
 from saemill.common.sae import formats
 from saemill.common.sae.formats.hooks import Hook, denotes, hook_of, site_of
 from saemill.common.sae.sae import Sae
-from saemill.common.stores.site_records import Role
+from saemill.common.stores.roles import Role
 
 
 def export(path: Path | str, name: str, out: Path, model: str | None = None) -> None:

@@ -17,8 +17,8 @@ from saemill.common.models.model import LanguageModel, choose_model_dtype
 from saemill.common.models.roles import N_TOKENS, roles_of
 from saemill.common.models.sites import load_model_config
 from saemill.common.sae.formats.hooks import hook_of
+from saemill.common.stores.roles import Role
 from saemill.common.stores.site_names import is_input, module_of
-from saemill.common.stores.site_records import Role
 
 
 class Line(NamedTuple):
@@ -129,5 +129,5 @@ def _head(architecture: Architecture) -> list[str]:
     return [
         f"{architecture.name}{tower}: {blocks}{counted(len(architecture.widths), 'site')}; no sites are at "
         f"{counted(n_others, 'module')}, without one vector per token of text",
-        "a module's name is what it returns, with :in what it takes; `cache --sites` takes globs: 'layers.*.mlp:in'",
+        "a module's name is what it returns, with :in what it takes; `saemill cache` takes globs of them",
     ]

@@ -112,8 +112,8 @@ class Measured:
         notes, rows = [unheld] if unheld else [], counted(measured.n_tokens, unit)
         if (role := array.role) and role.kind == "holds_residual":
             notes.append(
-                f"{site} holds the whole residual stream: where zeros or the mean take its place, that is gone "
-                f"too, and loss recovered counts it; what the module adds alone is at {role.module}"
+                f"{site} holds the whole residual stream: where zeros or the mean take its place that is "
+                f"gone too, and loss recovered counts it; what the module adds alone is at {role.module}"
             )
         if place["n_zero"]:
             notes.append(

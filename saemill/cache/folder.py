@@ -13,6 +13,7 @@ from saemill.common import config as settings
 from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
+from saemill.common.stores.site_names import folder_of
 from saemill.common.stores.site_records import (
     EMBEDDINGS,
     REPAIR,
@@ -25,7 +26,6 @@ from saemill.common.stores.site_records import (
     record_path,
     sites_in,
 )
-from saemill.common.stores.site_names import folder_of
 from saemill.common.stores.tokens import TokenStore
 
 

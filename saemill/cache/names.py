@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saemill.common.models.model import LanguageModel
 from saemill.common.models.roles import N_TOKENS
-from saemill.common.stores.site_records import Role
+from saemill.common.stores.roles import Role
 
 
 def warnings(model: LanguageModel, roles: Mapping[str, Role | None], ids_RS: Tensor) -> list[str]:

@@ -15,12 +15,12 @@ from saemill.common.errors import DataError, DiskError, StoreError
 from saemill.common.log import say
 from saemill.common.stores.activations import ActivationStore, describe_site
 from saemill.common.stores.norms import NormSketch, norms_of
+from saemill.common.stores.roles import Role
 from saemill.common.stores.rounding import largest, not_finite
 from saemill.common.stores.shards import ShardedArray, as_numpy
 from saemill.common.stores.site_records import (
     REPAIR,
     Commit,
-    Role,
     Site,
     SiteManifest,
     SiteRecord,

@@ -69,7 +69,7 @@ class Architecture:
         """Width at each site, in the model's order: where modules that run once take or give one vector per
         token."""
         self.same = {site: first for site, first in looked.same.items() if site in self.widths}
-        """The site that has the very same tensor, of those that are not the first or the outermost with it."""
+        """The site that has the very same tensor, of those that are not the outermost with it."""
 
     @property
     def blocks(self) -> list[str]:
@@ -114,8 +114,10 @@ class Architecture:
         matched = set(fnmatch.filter(self.modules, glob))
         matched |= {aliases[alias] for alias in fnmatch.filter(aliases, glob)}
         if not matched:
-            known = [*self.modules, *aliases]
-            raise ConfigError(f"no module of {self.name} matches {glob!r}; {nearest(glob, known)}")
+            near = nearest(glob, [*self.modules, *aliases])
+            if near.startswith("known"):
+                near = "`saemill sites MODEL` lists them"
+            raise ConfigError(f"no module of {self.name} matches {glob!r}; {near}")
         return {name + pattern.removeprefix(glob) for name in matched - (self._containers - {glob})}
 
     def _block(self, layer: int) -> str:

@@ -1,8 +1,8 @@
 """What is at a site: the residual stream, what is added to it, or something on the way to that.
 
-Names do not tell. GPT-2's MLP returns what is added to the residual stream; Gemma 2's is normed first, Granite's
-is multiplied by a number, and BLOOM's returns the whole stream. So a few tokens are run through each block,
-and the sums among its tensors are found:
+Names do not tell. What GPT-2's MLP returns is added to the residual stream; Gemma 2's is normed first,
+Granite's is multiplied by a number, and BLOOM's holds the whole stream. So a few tokens are run through each
+block, and the sums among its tensors are found:
 
     whole = stream + c · term (+ c' · term')        up to the rounding of the model's dtype
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from saemill.common.models.model import LanguageModel
 from saemill.common.models.sites import watch
 from saemill.common.models.structure import reader_of
+from saemill.common.stores.roles import Role
 from saemill.common.stores.site_names import INPUT, is_input, module_of
-from saemill.common.stores.site_records import Role
 
 N_TOKENS = 16
 """Tokens of a row that are looked at: what holds for each of their values holds everywhere."""

@@ -49,8 +49,8 @@ def splice(
 
     Args:
         model: a HuggingFace transformer, with or without a head, on the SAE's device.
-        site: module path in the base model, with `:in` for what the module takes, or `residual.4`; None for the one that the SAE was trained at, or
-            that the transcoder was trained to predict.
+        site: module path in the base model, with `:in` for what the module takes, or `residual.4`; None for
+            the one that the SAE was trained at, or that the transcoder was trained to predict.
         sae: of any format that `Sae.load` reads.
         edit: of the latents: `ablate`, `scale`, `clamp`, `steer`, a function, or several in order. None
             leaves them, to watch, or to splice the reconstruction in as it is.

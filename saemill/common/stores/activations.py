@@ -303,8 +303,8 @@ class SiteArray:
         commit = self.store.commit(self.name, shard)
         if commit.xxh3 != self.manifest.shards[shard].xxh3:
             raise StoreError(
-                f"{site_path(self.store.path, self.name)}: the record of shard {shard} is of another shard than the "
-                f"manifest's. {REPAIR}"
+                f"{site_path(self.store.path, self.name)}: the record of shard {shard} is of another shard "
+                f"than the manifest's. {REPAIR}"
             )
         if commit.norms is not None:
             return decode_array(commit.norms, "u2")

@@ -19,7 +19,7 @@ from saemill.common.stores.statistics import Statistics
 
 if TYPE_CHECKING:
     from saemill.common.stores.activations import ActivationStore, SiteArray
-    from saemill.common.stores.site_records import Role
+    from saemill.common.stores.roles import Role
 
 
 class JoinedSite:

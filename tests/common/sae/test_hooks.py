@@ -152,7 +152,7 @@ def test_hooks_see_the_sites_activations(tmp_path: Path, tokenizer_folder: str) 
             for site, hook in hooked.items():
                 value = torch.from_numpy(theirs[hook.name])
                 value = value.flatten(2) if hook.kind == "z" else value  # head by head
-                torch.testing.assert_close(seen[site], value, msg=lambda m, s=site: f"{model_type} {s}: {m}")
+                torch.testing.assert_close(seen[site], value)
             if BLOCKS[model_type].mlp_out != "mlp":
                 other = torch.from_numpy(theirs["blocks.1.hook_mlp_out"])
                 assert not torch.allclose(seen["layers.1.mlp"], other, rtol=0.1)

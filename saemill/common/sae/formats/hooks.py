@@ -8,8 +8,8 @@ what is added. Models whose blocks end in a norm, such as BERT, have no residual
 import re
 from typing import Literal, NamedTuple
 
+from saemill.common.stores.roles import Role
 from saemill.common.stores.site_names import INPUT
-from saemill.common.stores.site_records import Role
 
 Kind = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_out", "z", "post"]
 IN_BLOCK: dict[Kind, str] = {"mlp_in": "mlp.hook_in", "z": "attn.hook_z", "post": "mlp.hook_post"}
