@@ -34,10 +34,9 @@ from saemill.common.stores.statistics import Moments, Statistics
 
 FORMAT: Final = "saemill activations 2"
 EMBEDDINGS = "embeddings"
-"""Kind (`kind`) of a store that holds passages in place of tokens."""
+"""Kind of a store that holds passages."""
 TEXT_FOLDERS = ("tokens", "passages")
 SITES = "sites"
-"""Folder of the sites' records."""
 RESERVED = (*TEXT_FOLDERS, SITES, "claims", "zarr.json")
 """Names in a store's folder that no site has."""
 BLOCK_TOKENS = 256
@@ -55,7 +54,7 @@ class Site:
     """A place in the model."""
 
     name: str
-    """Path of the module in the base model; with `:in` after it, what that takes."""
+    """Path of the module in the base model, or that and `:in`."""
     width: int
     """Length D of one activation vector there."""
 
@@ -82,16 +81,15 @@ def hash_blocks(rows_TD: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def site_name(name: str) -> str:
-    """Refuse what cannot be a site's name: a path, another name in a store's folder, or what folders' names
-    have in place of a colon.
+    """Refuse what cannot be a site's name: a path, or what another part of a store is called.
 
     Raises:
         ValueError: it cannot.
     """
     if records.single(name) in RESERVED:
         raise ValueError(f"{name!r} is another part of a store")
-    if "~" in name or ":" in module_of(name):
-        raise ValueError(f"a site must be a module's path, or one with :in, got {name!r}")
+    if set("~:") & set(module_of(name)):
+        raise ValueError(f"must be a module's path, or one with :in, got {name!r}")
     return name
 
 
@@ -136,7 +134,6 @@ class StoreSettings(Record):
     """Type that the model computed in."""
     load_in_8bit: bool | None = None
     attn_implementation: str | None = None
-    """How attention was computed, where it was chosen."""
     trust_remote_code: bool | None = None
     """Whether code of the model's own was run."""
     model_fingerprint: str | None
@@ -177,10 +174,9 @@ class StoreSettings(Record):
         return durable.hash_json(self.plain(made_by | {"trust_remote_code"}))
 
     def plain(self, left_out: set[str]) -> dict[str, Any]:
-        """Return the settings as JSON has them, without those named, and without those that came later where
-        they say nothing: of an older store nothing else is to follow than before."""
-        later = {name for name in LATER if getattr(self, name) is None}
-        return self.model_dump(mode="json", exclude=left_out | later)
+        """Return the settings as JSON has them, but for some, and for those of `LATER` that say nothing."""
+        silent = {name for name in LATER if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=left_out | silent)
 
 
 class SiteRecord(Record):
@@ -191,7 +187,7 @@ class SiteRecord(Record):
     width: Positive
     """Number D of values per token."""
     role: Role | None = None
-    """What is there; None where arithmetic does not tell, and in records of before saemill looked."""
+    """None where arithmetic does not tell, and in records of before saemill looked."""
     settings: StoreSettings
 
 
@@ -313,7 +309,6 @@ class SiteManifest(Record):
     site: SiteName
     width: Positive
     role: Role | None = None
-    """As the site's record has it."""
     statistics: SiteStatistics
     shards: tuple[Shard, ...]
 
@@ -363,7 +358,7 @@ def sites_in(path: Path) -> list[str]:
     """List the sites that a store's folder has records or folders of, finished or not."""
     names = {file.stem for file in path.glob(f"{SITES}/*.json")}
     names |= {folder.parent.name for folder in path.glob("*/commits")}
-    return sorted(site_of_folder(name) for name in names if not name.startswith(".") and name not in RESERVED)
+    return sorted(site_of_folder(name) for name in names - {*RESERVED} if not name.startswith("."))
 
 
 def record_path(path: Path, site: str) -> Path:
