@@ -11,7 +11,7 @@ from saemill.common.sae.parts import place
 from saemill.common.stores import assessments, diffs, runs, tokens
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
-from saemill.common.stores.site_records import REPAIR, sites_in
+from saemill.common.stores.site_records import REPAIR, site_path, sites_in
 from saemill.common.stores.tokens import TokenStore
 from saemill.verify import activations_problems, diff_problems, run_problems, tokens_problems
 
@@ -115,10 +115,11 @@ def _describe_activations(store: ActivationStore) -> str:
             f"  {name}: D {site.width}, {site.array.n_shards * site.array.shard_bytes / 2**20:,.1f} MiB, "
             f"mean squared norm {statistics.mean_squared_norm:.4g}, "
             f"variance {statistics.total_variance:.4g} over {statistics.n_tokens:,} training {unit}s"
+            + (f"; {role.described}" if (role := site.role) else "")
         )
     for name, n_commits in store.unfinished.items():
-        if not (store.path / name).is_dir():
-            raise StoreError(f"{store.path / name}: folder is missing. {REPAIR}")
+        if not (folder := site_path(store.path, name)).is_dir():
+            raise StoreError(f"{folder}: folder is missing. {REPAIR}")
         lines.append(f"  {name}: unfinished, {n_commits} of {store.n_shards} shards")
     return "\n".join(lines)
 

@@ -150,7 +150,7 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
     ("kind", "expected"),
     [
         (TokenizeConfig, "out chat_template num_proc"),
-        (CacheConfig, "tokens out batch_size device"),
+        (CacheConfig, "tokens out batch_size device trust_remote_code"),
         (
             TrainConfig,
             "acts out with_acts init_from save_every log_every eval_every eval_tokens eval_losses_every "

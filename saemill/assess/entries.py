@@ -121,6 +121,11 @@ class Measured:
         array, unit = evalset.arrays[site], evalset.text.unit
         place, unheld = measured.place(site), unheld_warning(site, array.statistics, array.dtype)
         notes, rows = [unheld] if unheld else [], counted(measured.n_tokens, unit)
+        if (role := array.role) and role.kind == "holds_residual":
+            notes.append(
+                f"{site} holds the whole residual stream: where zeros or the mean take its place that is "
+                f"gone too, and loss recovered counts it; what the module adds alone is at {role.module}"
+            )
         if place["n_zero"]:
             notes.append(
                 f"{site}: {place['n_zero']:,} of {rows} are zero vectors; cosine and norm ratio are of the "

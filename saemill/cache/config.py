@@ -50,6 +50,11 @@ class CacheConfig:
     )
     """Nothing is left out on disk."""
     allow_other_tokenizer: bool = setting(False, "Take tokens of another tokenizer than the model's")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = setting(
+        None, "How attention is computed", by_default="the store's, or transformers' choice", metavar="NAME"
+    )
+    trust_remote_code: bool = setting(False, "Run code that the model brings", decides=False)
+    """The model's fingerprint has the code."""
     load_in_8bit: bool | None = setting(
         None, "Weights as 8-bit integers, by bitsandbytes on CUDA", by_default="the store's, or off"
     )

@@ -18,7 +18,7 @@ from saemill.common.models.model import check_8bit, check_fit, choose_model_dtyp
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.site_records import DTYPES, FORMAT, Site, StoreSettings
+from saemill.common.stores.site_records import DTYPES, FORMAT, Site, StoreSettings, site_path
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World
 
@@ -59,8 +59,8 @@ def make_plan(config: CacheConfig, world: World) -> Plan:
     existing = existing_settings(config.out, tokens)
     n_rows = _n_rows(config, tokens, existing)
     device = world.device(config.device)
-    model_config = load_model_config(config.model, config.revision)
-    check_fit(model_config, config.model, tokens)
+    model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
+    check_fit(model_config, config.model, tokens, config.trust_remote_code)
     check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
     sites = sites_of(config, model_config)
     identity = _identity(config, tokens, existing, n_rows, device)
@@ -81,7 +81,7 @@ def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
     Raises:
         ConfigError: a layer or a module that does not exist.
     """
-    architecture = Architecture(model_config)
+    architecture = Architecture(model_config, config.trust_remote_code)
     layers = config.layers
     if config.layer_stride and not (config.layers or config.sites):
         layers = tuple(range(0, len(architecture.blocks), config.layer_stride))
@@ -118,6 +118,7 @@ def _identity(
         model_dtype = str(existing.model_dtype)
     in_8bit = existing.load_in_8bit if existing and config.load_in_8bit is None else config.load_in_8bit
     mask = config.mask or (existing.mask if existing else MaskConfig())
+    attention = config.attn_implementation or (existing.attn_implementation if existing else None)
     return {
         "format": FORMAT,
         "kind": "tokens",
@@ -127,7 +128,8 @@ def _identity(
         "dtype": config.dtype or (existing.dtype if existing else "bf16"),
         "model_dtype": model_dtype,
         "load_in_8bit": in_8bit or None,
-        "model_fingerprint": fingerprint_model(config.model, config.revision),
+        **({"attn_implementation": attention} if attention else {}),
+        "model_fingerprint": fingerprint_model(config.model, config.revision, config.trust_remote_code),
         "mask": setting.identity(mask),
     }
 
@@ -154,7 +156,7 @@ def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    n_written_bytes = sum(durable.folder_bytes(config.out / site.name / "c") for site in sites)
+    n_written_bytes = sum(durable.folder_bytes(site_path(config.out, site.name) / "c") for site in sites)
     missing = sum(needed.values()) - n_written_bytes
     if missing > free:
         raise ConfigError(

@@ -18,7 +18,9 @@ from saemill.cache.repair import damaged, mend
 from saemill.cache.writer import SiteWriter
 from saemill.common.errors import DataError
 from saemill.common.log import counted, say
+from saemill.common.models.cached import how_cached
 from saemill.common.models.model import LanguageModel, fingerprint_weights
+from saemill.common.models.roles import roles_of
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import StoreSettings
@@ -83,6 +85,7 @@ def _new_settings(plan: Plan) -> StoreSettings:
         plan.identity,
         model=plan.config.model,
         revision=plan.config.revision,
+        trust_remote_code=plan.config.trust_remote_code or None,
         weights_fingerprint=fingerprint_weights(plan.config.model),
         versions={name: version(name) for name in ("saemill", "torch", "transformers", "zarr")},
     )
@@ -104,7 +107,7 @@ def _complete(
         if any(lacking.values()):
             _report_progress(store, lacking)
             n_missing += sum(map(len, lacking.values()))
-            model = model or _load(plan, store)
+            model = model or _load(plan, store, writers, worker)
             filling = Filling(store, writers, model, worker, world, plan.config.batch_size)
             filling.run()
             n_written += filling.n_written
@@ -113,20 +116,23 @@ def _complete(
                 return _done_sentence(n_missing, n_written)
 
 
-def _load(plan: Plan, store: ActivationStore) -> LanguageModel:
-    """Load the model, and warn where modules do not hold what their names say. The sites asked for are
-    compared with the finished ones too."""
+def _load(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker: Worker) -> LanguageModel:
+    """Load the model, write down what is at the sites, and warn where that is not what their names say. The
+    sites asked for are compared with the finished ones too."""
     model = LanguageModel(
         plan.config.model,
         revision=plan.config.revision,
-        dtype=getattr(torch, str(store.settings.model_dtype)),
         device=plan.device,
-        in_8bit=bool(store.settings.load_in_8bit),
+        **how_cached(store.settings),
     )
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype("int64"))
     sites = [site.name for site in plan.sites]
     finished = [name for name in store.sites if name not in sites]
-    for warning in names.warnings(model, sites + finished, ids_RS):
+    found = roles_of(model, sites + finished, ids_RS)
+    with worker.hold("store"):
+        for writer in writers:
+            writer.note(found[writer.site.name])
+    for warning in names.warnings(model, found, ids_RS):
         say(f"warning: {warning}")
     return model
 

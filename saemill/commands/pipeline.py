@@ -64,7 +64,8 @@ def tokenize(
     *("layers", "sites", "layer_stride", "dtype", "model_dtype"),
     *("max_tokens", "batch_size", "shard_tokens", "device"),
     flag("allow_other_tokenizer", "--allow-other-tokenizer"),
-    *("load_in_8bit", "revision"),
+    *("load_in_8bit", "attn_implementation", "revision"),
+    flag("trust_remote_code", "--trust-remote-code"),
 )
 def cache(config: CacheConfig) -> None:
     """Run a transformer over the rows once and store the activations of chosen sites.

@@ -41,6 +41,8 @@ FLAGS = (
     flag("tokenize.tokenizer", by_default="the model's own"),
     "cache.revision",
     flag("cache.load_in_8bit", by_default="off"),
+    flag("cache.attn_implementation", by_default="transformers' choice"),
+    flag("cache.trust_remote_code", "--trust-remote-code"),
     flag("train.loss", "--loss", "--loss-fn"),
     *("train.optimizer", "train.weight_decay"),
     flag("train.warmup_steps", "--warmup-steps", "--lr-warmup-steps"),

@@ -60,9 +60,7 @@ SPARSIFY = {
     "load_in_8bit": Setting(
         "`--load-in-8bit`", "the model while caching and assessing; needs CUDA and bitsandbytes"
     ),
-    "attn_implementation": Setting(
-        "", "transformers chooses the attention that the model and the device have"
-    ),
+    "attn_implementation": Setting("`--attn-implementation`", "of `cache` and `run`; assessed with the same"),
     "batch_size": Setting(
         "`--batch-size`",
         "**tokens, not sequences**: theirs × ctx_len; what is no more than a row and at most 512 is refused",

@@ -328,13 +328,15 @@ def _owes_wandb(run: Path) -> bool:
 def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
     """Refuse a tokenizer or rows that the model cannot take."""
     info = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)[1]
-    limits = limits_of(load_model_config(config.model, config.revision))
+    trusts = config.trust_remote_code
+    limits = limits_of(load_model_config(config.model, config.revision, trusts), trusts)
     check_row_length(limits, config.model, tokens.ctx_len or 1)  # 1: it may follow from rows not read yet
     check_tokenizer(info, config.model, config.revision, config.allow_other_tokenizer)
 
 
 def _sites(config: CacheConfig) -> list[Site]:
-    return sites_of(config, load_model_config(config.model, config.revision))
+    model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
+    return sites_of(config, model_config)
 
 
 def _damaged(acts: Path) -> Path:

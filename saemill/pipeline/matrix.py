@@ -335,7 +335,7 @@ def _content(chain: Chain) -> str:
         [
             content_of_tokens(tokenize),
             identity(cache),
-            fingerprint_model(cache.model, cache.revision),
+            fingerprint_model(cache.model, cache.revision, cache.trust_remote_code),
             train.identity(),
             assess.identity(),
             TokenStore(assess.tokens).fingerprint if assess.tokens else None,

@@ -304,7 +304,7 @@ def hooks(model: str, tokenizer: str, ids: str, names: list[str], out: str) -> N
     )
     with torch.no_grad():
         _, cache = bridge.run_with_cache(tokens)
-    np.savez(out, **{name: cache[name].numpy() for name in names})
+    np.savez(out, **{name: cache[name].numpy() for name in names if name in cache})
 
 
 def splice(folder: str, ids: str, out: str) -> None:

@@ -1,6 +1,7 @@
 """The model whose activations are in a store: loaded as it was cached, and checked to be the same."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from saemill.common.models.model import (
 )
 from saemill.common.models.sites import load_model_config
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.site_names import module_of
+from saemill.common.stores.site_records import StoreSettings
 from saemill.common.stores.tokens import TokenStore
 
 SAME_ACTIVATIONS = 0.05
@@ -25,7 +28,7 @@ SAME_ACTIVATIONS = 0.05
 def load_model(
     other_name: str | None, store: ActivationStore, other: TokenStore | None, device: torch.device
 ) -> LanguageModel:
-    """Load the model in the dtype that it was cached with.
+    """Load the model in the dtype, and in all else, that it was cached with.
 
     Args:
         other_name: another name of it; None for the one that was cached.
@@ -38,10 +41,19 @@ def load_model(
     """
     name, revision = _name_and_revision(other_name, store)
     if other is not None:
-        check_fit(load_model_config(name, revision), name, other)
-    dtype = getattr(torch, str(store.settings.model_dtype))
-    in_8bit = bool(store.settings.load_in_8bit)
-    return LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True, in_8bit=in_8bit)
+        trusts = bool(store.settings.trust_remote_code)
+        check_fit(load_model_config(name, revision, trusts), name, other, trusts)
+    return LanguageModel(name, revision=revision, device=device, with_head=True, **how_cached(store.settings))
+
+
+def how_cached(settings: StoreSettings) -> dict[str, Any]:
+    """Return how a store's model was loaded, as arguments of `LanguageModel`."""
+    return {
+        "dtype": getattr(torch, str(settings.model_dtype)),
+        "in_8bit": bool(settings.load_in_8bit),
+        "trust_remote_code": bool(settings.trust_remote_code),
+        "attn_implementation": settings.attn_implementation,
+    }
 
 
 def _name_and_revision(other_name: str | None, store: ActivationStore) -> tuple[str, str | None]:
@@ -59,7 +71,8 @@ def check_model(other_name: str | None, model: LanguageModel, store: ActivationS
         ConfigError: its weights or its activations differ.
     """
     name, revision = _name_and_revision(other_name, store)
-    if fingerprint_model(name, revision) == store.settings.model_fingerprint:
+    trusts = bool(store.settings.trust_remote_code)
+    if fingerprint_model(name, revision, trusts) == store.settings.model_fingerprint:
         return "the very files that were cached"
     cached, here = store.settings.weights_fingerprint, fingerprint_weights(name)
     is_known = cached is not None and here is not None
@@ -81,7 +94,7 @@ def check_model(other_name: str | None, model: LanguageModel, store: ActivationS
 def _check_activations(model: LanguageModel, store: ActivationStore) -> None:
     """Refuse a model that does not compute what was cached, at every site, on the first row."""
     model.check_tokens(store.tokens)
-    if missing := [site for site in store.sites if site not in model.modules]:
+    if missing := [site for site in store.sites if module_of(site) not in model.modules]:
         raise ConfigError(_another_model(model.name, f"it has no {missing[0]}"))
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))
     captured = model.capture(ids_RS, store.sites, attention_of(ids_RS, store.tokens.tokenizer))

@@ -19,6 +19,7 @@ from saemill.common.stores.statistics import Statistics
 
 if TYPE_CHECKING:
     from saemill.common.stores.activations import ActivationStore, SiteArray
+    from saemill.common.stores.site_roles import Role
 
 
 class JoinedSite:
@@ -35,6 +36,8 @@ class JoinedSite:
     def __init__(self, name: str, parts: "Mapping[str, SiteArray]") -> None:
         self.name, self.parts = name, parts
         self.width = sum(part.width for part in parts.values())
+        self.role: Role | None = None
+        """Each part has one of its own."""
         first, *others = parts.values()
         self.dtype, self.stored_dtype = first.dtype, first.stored_dtype
         if any(other.dtype != self.dtype for other in others):

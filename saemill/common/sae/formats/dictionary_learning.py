@@ -29,6 +29,7 @@ from saemill.common.sae.formats.checks import (
 from saemill.common.sae.formats.hooks import Hook, layer_of
 from saemill.common.sae.formats.tensor_files import read_pickle, tensors_of
 from saemill.common.sae.parts import Parts, SaeConfig
+from saemill.common.stores.site_names import is_input, module_of
 
 NAME = "dictionary_learning"
 WEIGHTS = "ae.pt"
@@ -151,6 +152,7 @@ def _config(config: SaeConfig, kind: str, trained_k: int | None, hook: Hook | No
     site = origin.get("site")
     known = "prefixes" if kind == classes.MATRYOSHKA else ""  # the file of weights has them
     notes = {key: value for key, value in noted(config, classes.ARCHITECTURES[kind]).items() if key != known}
+    named = f"{hook.kind}_layer_{hook.layer}" if hook and hook.kind in NAMED else None
     trainer = {
         "trainer_class": TRAINERS[kind],
         "dict_class": kind,
@@ -160,7 +162,8 @@ def _config(config: SaeConfig, kind: str, trained_k: int | None, hook: Hook | No
         **notes,
         "layer": hook.layer if hook else layer_of(site or ""),
         "lm_name": origin.get("model"),
-        "submodule_name": f"{hook.kind}_layer_{hook.layer}" if hook and hook.kind in NAMED else site,
+        "submodule_name": named or (site and module_of(site)),
     }
-    buffer = {"d_submodule": config.d_in, "io": "out", "ctx_len": origin.get("ctx_len")}
+    takes = not named and site is not None and is_input(site)
+    buffer = {"d_submodule": config.d_in, "io": "in" if takes else "out", "ctx_len": origin.get("ctx_len")}
     return {"trainer": trainer, "buffer": buffer, "saemill": origin}

@@ -221,7 +221,7 @@ def write(parts: Parts, folder: Path, hook: Hook | None, target: Hook | None = N
         "apply_b_dec_to_input": config.d_out is None,
         **({"rescale_acts_by_decoder_norm": False} if kind == "topk" else {}),
         "normalize_activations": config.norm or saelens_inputs.NONE,
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if hook and hook.kind == "z" else "none",
         "metadata": _metadata(config, kind, hook, target),
     }
     durable.write_json(folder / "cfg.json", cfg)
