@@ -73,8 +73,7 @@ def table(assessment: dict[str, Any]) -> str:
         *_text_table("SAEs within an SAE", cuts(assessment["variants"])),
         *_text_table("Figures per source", by_source(assessment["variants"])),
     ]
-    return "
-".join([*lines, *of_parts, thresholds(assessment), *_notes(assessment)])
+    return "\n".join([*lines, *of_parts, thresholds(assessment), *_notes(assessment)])
 
 
 def thresholds(assessment: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ passages.py       PassageStore: what each row of an embedding store is
 activations.py    ActivationStore: one array per site, over tokens or passages
 joined.py         several sites as one, of a store or of two
 site_names.py     what sites are called
-roles.py          what is at a site
+site_roles.py     what is at a site
 site_records.py   its JSON: settings, sites, commits, manifests
 shards.py         a raw Zarr array that memory-maps
 rounding.py       values → the type that a store holds: the one lossy act
