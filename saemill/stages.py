@@ -1,7 +1,7 @@
 """The stages from Python: settings by keyword, results as objects.
 
     tokens = tokenize_text("corpus.parquet", "tokens", tokenizer="gpt2")
-    acts = cache_activations(tokens, "acts", model="gpt2", layers=[6])
+    acts = cache_activations(tokens, "acts", model="gpt2", layers=[6])  # or a model in memory
     run = train_saes(acts, "runs/first", site="layers.6", k=[16, 32])
     assessment = assess_saes(run)
 
@@ -9,6 +9,8 @@ Each is what the command of its name does: the same settings (docs/settings.md),
 or gone on with when it is called again. Settings may come as the stage's config in place of keywords.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,16 +28,19 @@ if TYPE_CHECKING:
     from saemill.train.config import TrainConfig
 
 C = TypeVar("C")
+OF_A_NAMED_MODEL = ("revision", "model_dtype", "load_in_8bit", "trust_remote_code", "attn_implementation")
+"""Settings of how a model is loaded."""
 PathLike = Path | str
 
 
 def tokenize_text(
-    dataset: "PathLike | TokenizeConfig", out: PathLike | None = None, **settings: Any
+    dataset: "PathLike | TokenizeConfig | Any", out: PathLike | None = None, **settings: Any
 ) -> "TokenStore":
     """Turn documents into packed rows of token ids, as `saemill tokenize` does.
 
     Args:
-        dataset: a hub id, a file or a folder; or a config with all settings.
+        dataset: a hub id, a file or a folder; a list of texts, or a `Dataset`, `DatasetDict` or
+            `IterableDataset` of `datasets`, taken as it is; or a config with all settings.
         out: folder to write; a finished one is found again.
         settings: `tokenizer`, which is needed, and others by their names.
 
@@ -45,10 +50,13 @@ def tokenize_text(
         ConfigError: unknown settings, or such that do not fit the data.
         DataError: no text.
     """
+    from saemill.tokenize import memory
     from saemill.tokenize.config import TokenizeConfig
     from saemill.tokenize.run import run
 
-    return run(_config(TokenizeConfig, "tokenize", settings, dataset=dataset, out=out))
+    if isinstance(dataset, str | Path | TokenizeConfig):
+        return run(_config(TokenizeConfig, "tokenize", settings, dataset=dataset, out=out))
+    return run(_config(TokenizeConfig, "tokenize", settings, dataset=memory.NAME, out=out), dataset)
 
 
 def cache_activations(
@@ -59,7 +67,8 @@ def cache_activations(
     Args:
         tokens: the rows; or a config with all settings.
         out: activation store, new or to be added to.
-        settings: `model` and one of `layers`, `sites`, `layer_stride`, and others by their names.
+        settings: `model`, a name or a transformers model that is taken as it is, where it is; one of
+            `layers`, `sites`, `layer_stride`; and others by their names.
 
     Returns: the activations.
 
@@ -71,7 +80,14 @@ def cache_activations(
     from saemill.cache.config import CacheConfig
     from saemill.cache.run import run
 
-    return run(_config(CacheConfig, "cache", settings, tokens=tokens, out=out))
+    model, settings = _model_in(settings, *OF_A_NAMED_MODEL, "device")
+    if model is None:
+        return run(_config(CacheConfig, "cache", settings, tokens=tokens, out=out))
+    from saemill.common.models.model import name_of
+
+    config = _config(CacheConfig, "cache", settings | {"model": name_of(model)}, tokens=tokens, out=out)
+    with _evaluating(model):
+        return run(config, model)
 
 
 def train_saes(
@@ -107,7 +123,7 @@ def assess_saes(
     Args:
         run: the run; or a config with all settings.
         out: where to write the assessment and the report; by default the run's folder.
-        settings: by their names.
+        settings: by their names; `model` may be a transformers model in memory.
 
     Returns: the assessment; `assessment["layers.6-k16-f6144-s0"].metrics["fvu"].value` is a figure of it.
 
@@ -119,7 +135,42 @@ def assess_saes(
     from saemill.assess.run import run as run_stage
     from saemill.common.stores import assessments
 
-    return assessments.checked(run_stage(_config(AssessConfig, "assess", settings, run=run, out=out)))
+    model, settings = _model_in(settings, "with_model")
+    config = _config(AssessConfig, "assess", settings, run=run, out=out)
+    with _evaluating(model):
+        return assessments.checked(run_stage(config, model))
+
+
+def _model_in(settings: dict[str, Any], *without_effect: str) -> tuple[Any, dict[str, Any]]:
+    """Part a model in memory, if one is given, from the other settings; those without effect beside it are
+    refused.
+
+    Raises:
+        ConfigError: a setting has no effect on it.
+    """
+    model = settings.get("model")
+    if model is None or isinstance(model, str | Path):
+        return None, settings
+    if not hasattr(model, "state_dict") or not hasattr(model, "config"):
+        raise ConfigError(f"model must be a name or a transformers model, got {type(model).__name__}")
+    if named := [name for name in without_effect if name in settings]:
+        raise ConfigError(
+            f"{named[0]} has no effect beside a model in memory, which is as it is; leave it out"
+        )
+    return model, {name: value for name, value in settings.items() if name != "model"}
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Put a model in memory into evaluation mode while the block runs."""
+    was_training = model is not None and model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
 
 
 def _config(cls: type[C], section: str, settings: dict[str, Any], **own: Any) -> C:

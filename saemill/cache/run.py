@@ -4,6 +4,7 @@ A token's path continues in `fill`, then in `writer`.
 """
 
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from saemill.cache.writer import SiteWriter
 from saemill.common.errors import DataError
 from saemill.common.log import counted, say
 from saemill.common.models.cached import how_cached
-from saemill.common.models.model import LanguageModel, fingerprint_weights
+from saemill.common.models.model import IN_MEMORY, LanguageModel, fingerprint_weights
 from saemill.common.models.roles import roles_of
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
@@ -28,13 +29,17 @@ from saemill.common.stores.statistics import warnings
 from saemill.common.world import World, speak_for
 
 
-def run(config: CacheConfig) -> ActivationStore:
+def run(config: CacheConfig, model: Any = None) -> ActivationStore:
     """Cache the activations of the chosen sites into `config.out`.
 
     A store that exists is added to: sites that are missing are cached, shards and tokens that are
     missing or damaged are written again, and nothing else is touched. Settings left open are the store's.
     Any number of processes may do so at once: each shard is written by one of them, and each returns
     when the sites it was asked for are complete.
+
+    Args:
+        config: the settings.
+        model: the model itself, in evaluation mode, where it is in memory. `config.model` is its name then.
 
     Raises:
         ConfigError: settings that do not fit the model or the tokens, a store made with others, or
@@ -46,7 +51,7 @@ def run(config: CacheConfig) -> ActivationStore:
     world = World.here()
     speak_for(world)
     with stop_on_signal() as stop:
-        plan = make_plan(config, world)
+        plan = make_plan(config, world, model)
         with Worker(config.out / CLAIMS, stop) as worker:
             store, writers = _open(plan, worker)
             try:
@@ -83,10 +88,10 @@ def _new_settings(plan: Plan) -> StoreSettings:
     """Make the settings of a new store."""
     return StoreSettings.made(
         plan.identity,
-        model=plan.config.model,
+        model=plan.config.model + ("" if plan.given is None else IN_MEMORY),
         revision=plan.config.revision,
         trust_remote_code=plan.config.trust_remote_code or None,
-        weights_fingerprint=fingerprint_weights(plan.config.model),
+        weights_fingerprint=fingerprint_weights(plan.config.model) if plan.given is None else None,
         versions={name: version(name) for name in ("saemill", "torch", "transformers", "zarr")},
     )
 
@@ -123,6 +128,7 @@ def _load(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker:
         plan.config.model,
         revision=plan.config.revision,
         device=plan.device,
+        given=plan.given,
         **how_cached(store.settings),
     )
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype("int64"))

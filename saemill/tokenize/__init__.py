@@ -14,6 +14,7 @@ What each of these asks:
 
 config.py      the settings
 named.py       the datasets that a command line names
+memory.py      a dataset that is in memory already
 files.py       which local files there are, and which one is at fault
 columns.py     which column holds the documents
 chats.py       conversations: rows of messages, checked

@@ -10,6 +10,7 @@ from saemill.common.errors import ConfigError, DiskError, StoreError
 from saemill.common.stores.tokens import FORMAT, REPAIR, TokenManifest, TokenStore, read_manifest
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.files import fingerprint_local
+from saemill.tokenize.memory import Given
 
 CONTENT = {
     "zarr.json",
@@ -31,13 +32,13 @@ def empty(folder: Path) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def publish(config: TokenizeConfig, partial: Path) -> None:
+def publish(config: TokenizeConfig, given: Given | None, partial: Path) -> None:
     """Move the written store to its place, also over a damaged store, unless another process did so
     meanwhile."""
     try:
         partial.replace(config.out)
     except OSError:
-        if finished(config):
+        if finished(config, given):
             shutil.rmtree(partial)
             return
         if not config.out.is_dir():
@@ -53,11 +54,14 @@ def damaged(config: TokenizeConfig) -> Path:
     return config.out.with_name(config.out.name + ".partial-damaged")
 
 
-def finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None) -> TokenStore | None:
+def finished(
+    config: TokenizeConfig, given: Given | None = None, tell: Callable[[str], None] | None = None
+) -> TokenStore | None:
     """Open the store at the output, if there is one made of the same source with the same settings.
 
     Args:
         config: the settings.
+        given: the dataset, if it is in memory.
         tell: called with the sentence on a store that is damaged and will be made anew.
 
     Raises:
@@ -71,7 +75,7 @@ def finished(config: TokenizeConfig, tell: Callable[[str], None] | None = None) 
     store, bad = None, [f"manifest.json: {durable.MISSING}"]
     try:
         # First: where it can be read, no other corpus takes the place of this one, however damaged.
-        _check_made_alike(config, read_manifest(config.out, REPAIR))
+        _check_made_alike(config, given, read_manifest(config.out, REPAIR))
         store = TokenStore(config.out)
         bad = store.problems(hashes=True)
     except DiskError:  # what cannot be read now may be whole
@@ -109,7 +113,7 @@ def _check_replaceable(out: Path) -> None:
         )
 
 
-def _check_made_alike(config: TokenizeConfig, manifest: TokenManifest) -> None:
+def _check_made_alike(config: TokenizeConfig, given: Given | None, manifest: TokenManifest) -> None:
     """Refuse a store of other settings, or of a local source that has changed since. A hub's source is fixed
     by its revision."""
     existing = manifest.settings.model_dump(mode="json")
@@ -117,6 +121,16 @@ def _check_made_alike(config: TokenizeConfig, manifest: TokenManifest) -> None:
     if config.ctx_len == manifest.ctx_len:  # as it may have been found in the rows
         identity.pop("ctx_len")
     settings.check_same(existing, identity, config.out)
+    if given is not None and given.fingerprint is None:
+        raise ConfigError(
+            f"{config.out} is there, and a stream in memory cannot be compared with what it was made of; "
+            "open it as TokenStore, or choose another output folder"
+        )
+    if given is not None and given.fingerprint != manifest.source.fingerprint:
+        raise ConfigError(
+            f"{config.out} was made of another dataset than this one; choose another output folder, or "
+            "remove that one"
+        )
     for entry, known in zip(config.inputs, manifest.mixed or (manifest.source,), strict=True):
         source = Path(entry.dataset)
         if source.exists() and fingerprint_local(source) != known.fingerprint:

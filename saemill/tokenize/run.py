@@ -16,6 +16,7 @@ from saemill.common.stores.tokens import (
     TokenizerInfo,
     TokenStore,
 )
+from saemill.tokenize import memory
 from saemill.tokenize.config import TokenizeConfig, template_in
 from saemill.tokenize.encoding import Encoder, Encoders, Encoding
 from saemill.tokenize.ids import survey
@@ -29,19 +30,24 @@ CTX_LEN = 512
 """Tokens per row where neither settings nor data say otherwise."""
 
 
-def run(config: TokenizeConfig) -> TokenStore:
+def run(config: TokenizeConfig, dataset: Any = None) -> TokenStore:
     """Tokenize a dataset into `config.out`; a finished store with the same settings is returned.
 
     The store appears whole: it is written beside its place and renamed at the end. Of several processes
     that are to make the same store one does; the others wait for it. A finished store is compared with its
     hashes; one that is damaged is made anew and takes the damaged one's place.
 
+    Args:
+        config: the settings.
+        dataset: a dataset in memory, in place of the one that the settings name; see `memory.given`.
+
     Raises:
         ConfigError: settings that do not fit the data, or an output made with others.
         DataError: no text, or rows that hold neither text nor ids that the tokenizer has.
         DiskError: the disk is full.
     """
-    if store := finished(config, say):
+    given = None if dataset is None else memory.given(dataset, config)
+    if store := finished(config, given, say):
         say(f"{config.out} is finished already: {store.n_tokens:,} tokens in {store.n_rows:,} rows")
         return store
     for entry in config.inputs:
@@ -50,19 +56,19 @@ def run(config: TokenizeConfig) -> TokenStore:
     info = with_tokens(own, tokenizer, config.row_start, config.separator)
     if config.ctx_len is not None:
         check_ctx_len(config.ctx_len, tokenizer, info, config.tokenizer_revision)
-    sources = _open(config)
+    sources = _open(config, given)
     encoder = Encoder(_encoding(config, sources), tokenizer)
     beside = config.out.with_name(config.out.name + ".partial")
     notes: list[str] = []
     with durable.exclusive(beside, wait=True) as alone:
-        if not finished(config):  # by the process that was here
+        if not finished(config, given):  # by the process that was here
             # Where folders cannot be locked every process has one of its own, and the first to end wins.
             partial = beside if alone else beside.with_name(f"{beside.name}-{uuid4().hex}")
             shutil.rmtree(damaged(config), ignore_errors=True)  # by a process that was killed
             try:
                 with durable.writing(config.out):
                     notes = _write(config, partial, encoder, info, sources)
-                publish(config, partial)
+                publish(config, given, partial)
             except Exception:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -73,8 +79,8 @@ def run(config: TokenizeConfig) -> TokenStore:
     return store
 
 
-def _open(config: TokenizeConfig) -> list[Source]:
-    """Open the datasets.
+def _open(config: TokenizeConfig, given: memory.Given | None) -> list[Source]:
+    """Open the datasets, or the one that is in memory.
 
     Raises:
         ConfigError: rows of ids and texts are to be mixed, or a setting has no effect on what they hold.
@@ -89,6 +95,7 @@ def _open(config: TokenizeConfig) -> list[Source]:
             revision=entry.revision,
             chat_column=entry.chat_column,
             source_column=config.source_column,
+            given=given,
         )
         for entry in config.inputs
     ]

@@ -34,10 +34,13 @@ from saemill.tokenize.files import (
     true_name,
 )
 from saemill.tokenize.ids import ids_of, masked
+from saemill.tokenize.memory import Given
 
 T = TypeVar("T")
 SHUFFLE_BUFFER_DOCUMENTS = 10_000
 BATCH_DOCUMENTS = 512
+UNKNOWN = "a stream in memory"
+"""In the place of the hash of what is read once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,7 @@ def open_source(
     revision: str | None,
     chat_column: str | None = None,
     source_column: str | None = None,
+    given: Given | None = None,
 ) -> Source:
     """Open a dataset and choose the column that holds the documents.
 
@@ -221,14 +225,19 @@ def open_source(
             dataset counts as tokenized already.
         chat_column: a column of conversations, to read in its place.
         source_column: a column with the name of each document's source.
+        given: the dataset, if it is in memory.
 
     Raises:
         ConfigError: no such file, kind, split or column, or a column that holds no documents.
         DataError: the dataset is empty or cannot be read.
     """
-    dataset, fingerprint = open_dataset(
-        name, subset=subset, split=split, streaming=streaming, revision=revision
-    )
+    if given is not None:
+        dataset, fingerprint = given.dataset, given.fingerprint or UNKNOWN
+        streaming = given.fingerprint is None
+    else:
+        dataset, fingerprint = open_dataset(
+            name, subset=subset, split=split, streaming=streaming, revision=revision
+        )
     column = choose(_features(dataset, name), text_column, name, chat_column, source_column)
     if not streaming and len(dataset) == 0:
         raise DataError(f"{name} has no rows")

@@ -9,11 +9,14 @@ import torch
 from saemill.common.errors import ConfigError
 from saemill.common.log import say
 from saemill.common.models.model import (
+    IN_MEMORY,
     LanguageModel,
     attention_of,
     check_fit,
+    fingerprint_given,
     fingerprint_model,
     fingerprint_weights,
+    name_of,
 )
 from saemill.common.models.sites import load_model_config
 from saemill.common.stores.activations import ActivationStore
@@ -26,7 +29,11 @@ SAME_ACTIVATIONS = 0.05
 
 
 def load_model(
-    other_name: str | None, store: ActivationStore, other: TokenStore | None, device: torch.device
+    other_name: str | None,
+    store: ActivationStore,
+    other: TokenStore | None,
+    device: torch.device,
+    given: Any = None,
 ) -> LanguageModel:
     """Load the model in the dtype, and in all else, that it was cached with.
 
@@ -35,11 +42,24 @@ def load_model(
         store: its activations.
         other: tokens that it must be able to read.
         device: where it runs.
+        given: the model itself, where it is in memory.
 
     Raises:
         ConfigError: it cannot be loaded, or cannot read the other tokens.
     """
+    if given is not None:
+        model = LanguageModel(
+            name_of(given), revision=None, dtype=given.dtype, device=given.device, with_head=True, given=given
+        )
+        if other is not None:
+            model.check_tokens(other)
+        return model
     name, revision = _name_and_revision(other_name, store)
+    if name.endswith(IN_MEMORY):
+        raise ConfigError(
+            f"{store.path} was cached from a model in memory ({name.removesuffix(IN_MEMORY)}); name that "
+            "model with --model, or from Python give it as assess_saes(run, model=…)"
+        )
     if other is not None:
         trusts = bool(store.settings.trust_remote_code)
         check_fit(load_model_config(name, revision, trusts), name, other, trusts)
@@ -60,6 +80,20 @@ def _name_and_revision(other_name: str | None, store: ActivationStore) -> tuple[
     """Return the name and revision of the model: those that were cached, unless another name is given."""
     name = other_name or str(store.settings.model)
     return name, store.settings.revision if name == store.settings.model else None
+
+
+def check_given(model: LanguageModel, store: ActivationStore) -> str:
+    """Refuse another model in memory than the one that was cached, as `check_model` does.
+
+    Returns: what was compared.
+
+    Raises:
+        ConfigError: its activations differ.
+    """
+    if fingerprint_given(model.model) == store.settings.model_fingerprint:
+        return "the very model that was cached"
+    _check_activations(model, store)
+    return _compared(model.name, store)
 
 
 def check_model(other_name: str | None, model: LanguageModel, store: ActivationStore) -> str:
@@ -83,6 +117,11 @@ def check_model(other_name: str | None, model: LanguageModel, store: ActivationS
     _check_activations(model, store)
     if is_known:
         return "the weights that were cached, in other files"
+    return _compared(name, store)
+
+
+def _compared(name: str, store: ActivationStore) -> str:
+    """Say what could be compared where weights could not, and warn the user."""
     compared = (
         f"only the activations at {', '.join(store.sites)} could be compared with the model that was cached; "
         f"what {name} computes after them, the head included, could not"

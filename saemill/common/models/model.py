@@ -1,5 +1,6 @@
 """A transformer to look into: capture activations at sites, or run on with changed ones."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +31,10 @@ from saemill.common.stores.site_names import is_input, module_of
 from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 
 Head = Literal["causal", "masked"]
+IN_MEMORY = ", in memory"
+"""Words behind the name of a model that was given as an object."""
+OF_NO_WEIGHT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+"""Entries of a config that say where it is from, not what it computes; the type is each tensor's."""
 
 
 class _Enough(Exception):
@@ -53,6 +58,22 @@ def fingerprint_model(name: str, revision: str | None, trust_remote_code: bool =
         return durable.hash_folder(folder, [folder / "config.json", *files])
     config = load_model_config(name, revision, trust_remote_code)
     return durable.hash_json([name, getattr(config, "_commit_hash", None) or revision])
+
+
+def fingerprint_given(model: Any) -> str:
+    """Identify a model in memory: by a hash of its config and of every tensor's name, type, shape and
+    content."""
+    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in OF_NO_WEIGHT}
+    tensors = []
+    for key, values in model.state_dict().items():
+        content = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        tensors.append([key, str(values.dtype), list(values.shape), durable.hash_bytes(content)])
+    return durable.hash_json([json.dumps(config, default=str, sort_keys=True), *sorted(tensors)])
+
+
+def name_of(model: Any) -> str:
+    """Return the name that a model in memory was loaded by, or else its class's."""
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
 
 
 def fingerprint_weights(name: str) -> str | None:
@@ -80,6 +101,8 @@ class LanguageModel:
         in_8bit: weights as 8-bit integers, by bitsandbytes (Dettmers et al. 2022); see `check_8bit`.
         trust_remote_code: run code that the model brings.
         attn_implementation: how attention is computed, in transformers' words; None for its choice.
+        given: the model itself, in evaluation mode, where it is in memory: it is taken as it is, and the
+            arguments above say how.
 
     Raises:
         ConfigError: the model cannot be loaded.
@@ -96,13 +119,31 @@ class LanguageModel:
         in_8bit: bool = False,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
+        given: Any = None,
     ) -> None:
         self.name, self.revision, self.device = name, revision, device
         self.trust_remote_code = trust_remote_code
-        self.config = load_model_config(name, revision, trust_remote_code)
-        self.head: Head | None = _head_of(self.config) if with_head else None
+        self.head: Head | None = None
+        if given is None:
+            self.config = load_model_config(name, revision, trust_remote_code)
+            self._load_whole(dtype, with_head, in_8bit, attn_implementation)
+        else:
+            self.model, self.config = given, given.config
+            self.head = _head_of_given(given) if with_head else None
+        self.base = base_of(self.model)
+        self.modules = dict(self.base.named_modules())
+        self.blocks = block_names(self.base)
+        self.n_ids: int = n_ids_of(self.base)
+        self.tuple_sites: set[str] = set()
+
+    def _load_whole(
+        self, dtype: torch.dtype, with_head: bool, in_8bit: bool, attn_implementation: str | None
+    ) -> None:
+        """Load the model onto its device, with its head where it has one."""
+        self.head = _head_of(self.config) if with_head else None
+        name, device = self.name, self.device
         check_8bit(in_8bit, device)
-        how = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": revision}
+        how = {"dtype": dtype, "trust_remote_code": self.trust_remote_code, "revision": self.revision}
         how |= {"attn_implementation": attn_implementation} if attn_implementation else {}
         how |= _as_8bit(device) if in_8bit else {}
         self.model, missing = self._load(how)
@@ -116,11 +157,6 @@ class LanguageModel:
         if not in_8bit:  # such a model is where it was loaded, and cannot be moved
             self.model = self.model.to(device)
         self.model = self.model.eval().requires_grad_(False)
-        self.base = base_of(self.model)
-        self.modules = dict(self.base.named_modules())
-        self.blocks = block_names(self.base)
-        self.n_ids: int = n_ids_of(self.base)
-        self.tuple_sites: set[str] = set()
 
     def _load(self, how: dict[str, Any]) -> tuple[Any, list[str]]:
         """Load the model. Return it, and the names of its weights that the checkpoint lacks."""
@@ -343,6 +379,13 @@ def _head_of(config: Any) -> Head | None:
     if any("CausalLM" in name or name.endswith("LMHeadModel") for name in names) or _multimodal_class(config):
         return "causal"
     return None
+
+
+def _head_of_given(model: Any) -> Head | None:
+    """Find which LM head a model in memory has."""
+    if model.get_output_embeddings() is None or is_encoder_decoder(model.config):
+        return None
+    return "masked" if "MaskedLM" in type(model).__name__ else "causal"
 
 
 def _multimodal_class(config: Any) -> Any:
