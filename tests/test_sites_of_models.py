@@ -47,7 +47,7 @@ def test_globs_choose_what_is_listed(tmp_path: Path) -> None:
     assert list(lines_of(call("sites", folder, "--sites", "h.[02].mlp,h.*.attn.c_proj:in"))) == [
         "h.0…2.attn.c_proj:in", "h.0,2.mlp",
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match="did you mean h.0.mlp"):
+    with pytest.raises(ConfigError, match=r"did you mean h\.0\.mlp"):
         describe(folder, None, globs=("h.0.mpl",))
     with pytest.raises(ConfigError, match=r"no module of GPT2Model matches 'x'; `saemill sites MODEL` lists"):
         describe(folder, None, globs=("x",))

@@ -21,6 +21,7 @@ from saemill.common import durable, records
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import record_path
 from saemill.common.stores.tokens import TokenStore
+from saemill.convert import export
 from saemill.show import describe, problems
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
