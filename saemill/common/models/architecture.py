@@ -265,7 +265,7 @@ def _look(model: Any) -> _Looked:
 
 def _same(tensors: list[list[str]]) -> dict[str, str]:
     """Name the first of the sites, in each block, with one tensor; see `_Looked`."""
-    same = {}
+    same: dict[str, str] = {}
     for sites in tensors:
         by_layer: dict[str, list[str]] = {}
         for site in sorted(sites, key=lambda site: (is_input(site), site.count("."))):
