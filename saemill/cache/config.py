@@ -21,7 +21,7 @@ class CacheConfig:
         (), "Residual stream after these blocks: 2,4; -1 is the last", metavar="I,J"
     )
     sites: tuple[str, ...] = setting(
-        (), "Globs over module paths and residual.N: 'layers.*.mlp'", metavar="GLOBS"
+        (), "Globs over module paths and residual.N: 'layers.*.mlp', or 'layers.*.mlp:in'", metavar="GLOBS"
     )
     layer_stride: int | None = setting(None, "Every N-th block, from block 0", least=1)
     """In place of `layers` and `sites`."""

@@ -397,7 +397,10 @@ def of_hook(name: str) -> str | None:
     elif kind == "resid_pre" and int(layer):
         equivalent = f"the residual stream before block {layer} is --layers {int(layer) - 1}"
     else:
-        equivalent = "sites are module paths below transformers' base model, as in --sites 'layers.*.mlp'"
+        equivalent = (
+            "sites are module paths below transformers' base model, as in --sites 'layers.*.mlp'; "
+            "`saemill sites MODEL` tells which of them are hooks there"
+        )
     return f"{name} is a hook of TransformerLens; {equivalent}"
 
 

@@ -99,7 +99,8 @@ def _what(saes: Mapping[str, Mapping[str, Any]], places: Sequence[str]) -> str:
         )
     return (
         f"{span(provenance['model'])} at {', '.join(places)}, {by} tokens of {span(provenance['dataset'])}. "
-        f"A site is the output of that module of the base model (`AutoModel`); {kinds.takes(saes)}:"
+        "A site is the output of that module of the base model (`AutoModel`), with :in its input; "
+        f"{kinds.takes(saes)}:"
     )
 
 

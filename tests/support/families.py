@@ -99,6 +99,47 @@ OTHERS: dict[str, Any] = {
     "longformer": lambda: tf.LongformerConfig(**SHIFTED, attention_window=8),
 }  # fmt: skip
 
+BLOCKS = {
+    **dict.fromkeys(CAUSAL, "layers"), **dict.fromkeys(("gpt2", "gptj", "bloom", "falcon"), "h"),
+    **dict.fromkeys(("mpt", "rwkv"), "blocks"), "opt": "decoder.layers", "llava": "language_model.layers",
+    **dict.fromkeys(MASKED, "encoder.layer"), "distilbert": "transformer.layer", "modernbert": "layers",
+    "t5": "encoder.block", "bart": "encoder.layers",
+}  # fmt: skip
+"""Path of the blocks, below the base model."""
+BERT = {
+    "attention": "attention.output.dense", "attention.output": "attention.output.dense",
+    "output": "output.dense",
+}  # fmt: skip
+HOLDING = {
+    "bloom": {"self_attention": "self_attention.dense", "mlp": "mlp.dense_4h_to_h"},
+    "mpt": {"ffn": "ffn.down_proj"},
+    **dict.fromkeys(("esm", "bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta-v2"), BERT),
+    "mpnet": {"attention": "attention.attn", "output": "output.dense"},
+}
+"""Modules of a block that return the residual stream, and what adds to it, read in transformers' code."""
+SANDWICH = {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+NORMED = dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), SANDWICH)
+"""Modules whose output is normed before it is added, and the norms, read in transformers' code."""
+LLAMA = ("self_attn", "mlp")
+ADDED = {
+    "gpt_neox": ("attention", "mlp"), "gpt2": ("attn", "mlp"), "gptj": ("attn", "mlp"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe"), LLAMA),
+    **dict.fromkeys(("gpt_oss", "granite", "deepseek_v3", "llava"), LLAMA),
+    **dict.fromkeys(NORMED, tuple(SANDWICH.values())),
+    "granitemoeshared": ("self_attn", "block_sparse_moe", "shared_mlp"),
+    "llama4_text": ("self_attn", "feed_forward"), "opt": ("self_attn", "fc2"),
+    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"), "falcon": ("self_attention", "mlp"),
+    "mpt": ("attn", "ffn.down_proj"), "mamba": ("mixer",), "rwkv": ("attention", "feed_forward"),
+    "modernbert": ("attn", "mlp"), "esm": ("attention.output.dense", "output.dense"),
+}  # fmt: skip
+"""Modules whose outputs, added to what enters a block, are what leaves it."""
+ADDED_BEFORE_NORM = {
+    **dict.fromkeys(HOLDING.keys() - {"bloom", "mpt", "esm", "mpnet"}, tuple(dict.fromkeys(BERT.values()))),
+    "mpnet": ("attention.attn", "output.dense"), "distilbert": ("attention", "ffn"),
+}  # fmt: skip
+"""The same of blocks that norm each sum."""
+FACTOR = {"granite": 0.22, "granitemoeshared": 0.22}
+
 
 def make(family: str, folder: str) -> Any:
     """Save a model of random weights, with its LM head where the family has one."""

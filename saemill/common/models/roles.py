@@ -43,7 +43,8 @@ def roles_of(model: LanguageModel, sites: Iterable[str], ids_RS: Tensor) -> dict
 
     Returns: by site; None where it is not in a block, or no sum that it has a part in was found.
     """
-    wanted = {site: _block_of(module_of(site), model) for site in sites}
+    lists = block_lists(model.base)
+    wanted = {site: _block_of(module_of(site), lists) for site in sites}
     blocks = {block for block in wanted.values() if block is not None}
     seen = _seen(model, blocks, ids_RS[:1, :N_TOKENS])
     found = {block: _Sums(block, model, seen[block]) for block in blocks}
@@ -60,9 +61,9 @@ def block_lists(base: nn.Module) -> list[str]:
     return [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
 
 
-def _block_of(path: str, model: LanguageModel) -> str | None:
+def _block_of(path: str, lists: list[str]) -> str | None:
     """Find the block that a module is, or is in; None if it is in none."""
-    for above in block_lists(model.base):
+    for above in lists:
         if path.startswith(f"{above}."):
             return f"{above}.{path.removeprefix(f'{above}.').split('.')[0]}"
     return None

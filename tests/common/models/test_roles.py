@@ -17,39 +17,6 @@ from saemill.common.models.structure import base_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = torch.randint(4, 60, (2, 24), generator=torch.Generator().manual_seed(0))
-BERT = {
-    "attention": "attention.output.dense", "attention.output": "attention.output.dense",
-    "output": "output.dense",
-}  # fmt: skip
-HOLDING = {
-    "bloom": {"self_attention": "self_attention.dense", "mlp": "mlp.dense_4h_to_h"},
-    "mpt": {"ffn": "ffn.down_proj"},
-    **dict.fromkeys(("esm", "bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta-v2"), BERT),
-    "mpnet": {"attention": "attention.attn", "output": "output.dense"},
-}
-"""Modules of a block that return the residual stream, and what adds to it, read in transformers' code."""
-SANDWICH = {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
-NORMED = dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), SANDWICH)
-"""Modules whose output is normed before it is added, and the norms, read in transformers' code."""
-LLAMA = ("self_attn", "mlp")
-ADDED = {
-    "gpt_neox": ("attention", "mlp"), "gpt2": ("attn", "mlp"), "gptj": ("attn", "mlp"),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe"), LLAMA),
-    **dict.fromkeys(("gpt_oss", "granite", "deepseek_v3", "llava"), LLAMA),
-    **dict.fromkeys(NORMED, tuple(SANDWICH.values())),
-    "granitemoeshared": ("self_attn", "block_sparse_moe", "shared_mlp"),
-    "llama4_text": ("self_attn", "feed_forward"), "opt": ("self_attn", "fc2"),
-    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"), "falcon": ("self_attention", "mlp"),
-    "mpt": ("attn", "ffn.down_proj"), "mamba": ("mixer",), "rwkv": ("attention", "feed_forward"),
-    "modernbert": ("attn", "mlp"),
-}  # fmt: skip
-"""Modules whose outputs, added to what enters a block, are what leaves it."""
-ADDED_BEFORE_NORM = {
-    **dict.fromkeys(HOLDING.keys() - {"bloom", "mpt", "esm", "mpnet"}, tuple(dict.fromkeys(BERT.values()))),
-    "mpnet": ("attention.attn", "output.dense"), "distilbert": ("attention", "ffn"),
-}  # fmt: skip
-"""The same of blocks that norm each sum."""
-FACTOR = {"granite": 0.22, "granitemoeshared": 0.22}
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -59,16 +26,17 @@ def close(a: Tensor, b: Tensor) -> None:
 def by_name(folder: Path, family: str) -> tuple[str, dict[str, Any]]:
     """A block in the middle, and what is found at its sites and those of its neighbours."""
     architecture, model = Architecture(load_model_config(str(folder), None)), families.load(folder)
+    assert architecture.blocks[1] == f"{families.BLOCKS[family]}.1"
     return architecture.blocks[1], roles_of(model, architecture.widths, IDS)
 
 
-@pytest.mark.parametrize("family", [*ADDED, *ADDED_BEFORE_NORM])
+@pytest.mark.parametrize("family", [*families.ADDED, *families.ADDED_BEFORE_NORM])
 def test_what_is_added_is_found(family: str, made: Any) -> None:
     """Oracle: transformers' own block: what leaves it is what enters it and the outputs of these modules,
     times the config's factor; where sums are normed, what enters its last norm."""
     folder, whole = made(family)
     block, found = by_name(folder, family)
-    factor, names = FACTOR.get(family, 1), (ADDED | ADDED_BEFORE_NORM)[family]
+    factor, names = families.FACTOR.get(family, 1), (families.ADDED | families.ADDED_BEFORE_NORM)[family]
     own: dict[str, Tensor] = {}
     modules = dict(base_of(whole).get_submodule(block).named_modules())
     for name, module in modules.items():
@@ -87,7 +55,7 @@ def test_what_is_added_is_found(family: str, made: Any) -> None:
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
     outputs = [own[name].view_as(own[""]) for name in names]
-    if family in ADDED:
+    if family in families.ADDED:
         close(own[":in"] + factor * sum(outputs, torch.zeros_like(own[""])), own[""])
     else:
         norms = [name for name, module in modules.items() if isinstance(module, torch.nn.LayerNorm)]
@@ -108,7 +76,7 @@ def test_only_what_is_not_added_as_it_is_is_warned_of(family: str, made: Any) ->
     block, found = by_name(folder, family)
     outputs = {site: role for site, role in found.items() if not site.endswith(":in")}
     told = names.warnings(families.load(folder), outputs, IDS)
-    expected = HOLDING.get(family, {})
+    expected = families.HOLDING.get(family, {})
     holding = [line for line in told if "whole residual stream" in line]
     for name, part in expected.items():
         (line,) = [line for line in holding if line.startswith(f"{block}.{name} ")]
@@ -116,10 +84,32 @@ def test_only_what_is_not_added_as_it_is_is_warned_of(family: str, made: Any) ->
         assert f"{block}.{part}" in outputs
         assert outputs[f"{block}.{part}"].kind == "added"
     assert len(holding) == families.N_LAYERS * len(expected)
-    for name, norm in NORMED.get(family, {}).items():
+    for name, norm in families.NORMED.get(family, {}).items():
         (line,) = [line for line in told if line.startswith(f"{block}.{name} is normed")]
         assert line.endswith(f"at {block}.{norm}")
-    assert any(" is normed" in line for line in told) == (family in NORMED)
+    assert any(" is normed" in line for line in told) == (family in families.NORMED)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        (
+            "t5",
+            {
+                "layer.0": "holds_residual",
+                "layer.0.SelfAttention": "added",
+                "layer.1.DenseReluDense": "added",
+            },
+        ),
+        ("bart", {"self_attn": "added", "fc2": "added", "self_attn_layer_norm": "residual"}),
+    ],
+)
+def test_what_an_encoder_adds_is_found(family: str, expected: dict[str, str], made: Any) -> None:
+    """Oracle: transformers' code, read: T5's layers add what goes into them, BART norms each sum."""
+    folder, _ = made(family)
+    block = f"{families.BLOCKS[family]}.1"
+    found = roles_of(families.load(folder), [f"{block}.{name}" for name in expected], IDS)
+    assert {site.removeprefix(f"{block}."): role and role.kind for site, role in found.items()} == expected
 
 
 def test_a_part_of_the_feed_forward_is_found(made: Any) -> None:
