@@ -63,7 +63,7 @@ class TokenizeConfig:
     )
     special_tokens_in_text: Literal["text", "special", "refuse"] | None = setting(
         None,
-        "Special tokens written out in a text (`<|endoftext|>`): read as text, as the token, or refused",
+        "Special tokens written out in a text: read as text, as the token, or refused",
         by_default="text, or special where the tokenizer cannot",
         later=True,
     )

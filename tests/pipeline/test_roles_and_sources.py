@@ -36,7 +36,7 @@ def config(
     folder = tmp_path_factory.mktemp("chats")
     mix = tuple(
         MixedDataset(
-            dataset=str(chat_file(folder / f"{name}.jsonl", conversations(90, seed))), share=share, name=name
+            dataset=str(chat_file(folder / f"{name}.jsonl", conversations(170, seed))), share=share, name=name
         )
         for seed, (name, share) in enumerate({"ours": 2.0, "theirs": 1.0}.items())
     )
