@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from command_line import call
+
 
 def test_demo_trains_six_saes_and_shows_features(tmp_path: Path) -> None:
     """Oracle: reconstruction and losses improve with k; text snippets are shown; a second run is quick
@@ -21,6 +23,6 @@ def test_demo_trains_six_saes_and_shows_features(tmp_path: Path) -> None:
         assert by_k[-1]["metrics"]["fvu"]["value"] < 0.1
         assert by_k[-1]["metrics"]["loss_recovered"]["value"] > 0.95
     assert first.stdout.count("«") >= 10
-    second = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert second.stdout.count("finished already") == 2
-    assert "nothing to do" in second.stdout
+    second = call("demo", "-o", tmp_path / "demo")
+    assert second.count("finished already") == 2
+    assert "nothing to do" in second
