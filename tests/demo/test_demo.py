@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from command_line import call
+
 
 def test_demo_trains_six_saes_and_shows_features(tmp_path: Path) -> None:
     """Oracle: reconstruction and losses improve with k, all SAEs pass and what nobody trained fails; text
@@ -24,6 +26,6 @@ def test_demo_trains_six_saes_and_shows_features(tmp_path: Path) -> None:
     assert all(verdict.startswith("passed") for verdict in verdicts[0]), verdicts
     assert all(verdict.startswith("failed") for verdict in verdicts[1]), verdicts
     assert first.stdout.count("«") >= 10
-    second = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert second.stdout.count("finished already") == 2
-    assert "nothing to do" in second.stdout
+    second = call("demo", "-o", tmp_path / "demo")
+    assert second.count("finished already") == 2
+    assert "nothing to do" in second
