@@ -164,11 +164,11 @@ SAELENS = {
     "seqpos_slice": Setting("`--set cache.mask.first_positions=`", "positions left out at a row's start"),
     "disable_concat_sequences": Setting("", "rows are packed full; where documents start is kept"),
     "sequence_separator_token": Setting(
-        "`--separator`", "of `tokenize`; after each document, by default EOS"
+        "`--set tokenize.separator=`", "after each document, by default EOS"
     ),
     "prepend_bos": Setting("", "rows are framed as the model's tokenizer frames a text"),
-    "begin_batch_token": Setting("`--row-start`", "of `tokenize`; by default the tokenizer's own"),
-    "begin_sequence_token": Setting("`--document-start`", "of `tokenize`; none by default, as theirs"),
+    "begin_batch_token": Setting("`--set tokenize.row_start=`", "by default the tokenizer's own"),
+    "begin_sequence_token": Setting("`--set tokenize.document_start=`", "none by default, as theirs"),
     "exclude_special_tokens": Setting("`--set cache.mask.special_tokens=`", "true by default"),
     "device": Setting("`--device`", SAME),
     "llm_device": Setting("`--set cache.device=`", "the model is not in memory while SAEs are trained"),
