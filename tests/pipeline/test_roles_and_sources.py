@@ -112,7 +112,7 @@ def test_figures_per_source(config: TrainConfig, tiny_models: dict[str, str], ca
     """Oracle: FVU and L0 by dense tensors, over the assistant's held-out tokens of one source at a time; ΔCE
     of all documents is between those of the sources."""
     found = assess(
-        AssessConfig(run=config.out, model=tiny_models["neox"], device="cpu", model_tokens=10**6, n_latents=0)
+        AssessConfig(run=config.out, model=tiny_models["neox"], device="cpu", model_tokens=2000, n_latents=0)
     )
     store = ActivationStore(config.acts)
     wanted = theirs(store, held_out=True)
