@@ -301,11 +301,11 @@ def test_weights_that_the_config_does_not_tell_of_are_refused(tmp_path: Path) ->
 
 
 def test_a_broken_backup_and_foreign_pickles_are_refused(tmp_path: Path) -> None:
-    """Oracle: a dict as dictionary_learning writes in mid-training, of a factor that is none, and a pickle that
-    calls a function."""
+    """Oracle: a dict as dictionary_learning writes in mid-training, of a factor that is none, and a pickle
+    that calls a function."""
     formats.save(make_sae().parts, "dictionary_learning", tmp_path)
     torch.save({"step": 3, "ae": torch.load(tmp_path / "ae.pt"), "norm_factor": -2.0}, tmp_path / "ae.pt")
-    with pytest.raises(StoreError, match="backup in mid-training must hold .* above 0, got dict and -2"):
+    with pytest.raises(StoreError, match=r"mid-training must hold .* above 0, got dict and -2"):
         Sae.load(tmp_path)
     torch.save({"k": Path("x")}, tmp_path / "ae.pt")
     with pytest.raises(StoreError, match="holds no dict of tensors"):
