@@ -183,7 +183,7 @@ def test_saedashboard_names_the_tokens_that_latents_write(trained: Pipeline, tmp
     )
     row_D = Sae.load(trained.out / SAE).W_dec[7]
     with torch.no_grad():
-        plus, minus = model.embed_out(model.gpt_neox.final_layer_norm(torch.stack([row_D, -row_D])))
+        plus, minus = model.lm_head(model.gpt_neox.final_layer_norm(torch.stack([row_D, -row_D])))
     top = (plus - minus).topk(10).indices.tolist()
     bottom = (minus - plus).topk(10).indices.tolist()
     for sign, ids in (("pos", top), ("neg", bottom)):

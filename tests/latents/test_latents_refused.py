@@ -1,6 +1,5 @@
 """What no format has a word for, and settings without effect: refused before any work, in words."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def test_sites_in_no_layer(trained: Path) -> None:
 def test_crosscoders_and_transcoders(store: ActivationStore, tmp_path: Path) -> None:
     """Oracle: the messages name the SAE and the sites."""
     small: dict[str, Any] = {"k": (2,), "num_latents": (48,), "max_tokens": 1024}
-    train(config(store, tmp_path / "cross", site=("a+b",), architecture="batchtopk", **small))
+    train(config(store, tmp_path / "cross", site=("a+b",), architecture=("batchtopk",), **small))
     for format in ("delphi", "saedashboard", "saebench"):
         refused(settings(tmp_path / "cross", format), ConfigError, "a crosscoder over a and b")
     train(config(store, tmp_path / "trans", target_site=("b",), **small))
@@ -123,7 +122,7 @@ def test_embeddings(tmp_path: Path) -> None:
 def change(trained: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     """Write an assessment of the run by hand."""
     write_assessment(trained, {"a-k2-f48-s0-lr0.003": "healthy"})
-    values = json.loads((trained / assessments.FILE).read_text())
+    values = assessments.read(trained)
     values["of"] = durable.hash_file(trained / "finished.json")
     names = ("kl", "kl_zero", "loss_recovered", "ce_zero", "ce_spliced", "ce_clean", "explained_variance",
              "mse", "cosine", "norm_ratio", "l0")  # fmt: skip

@@ -6,7 +6,6 @@ subtracted where it is a LayerNorm, and multiplied by γ. What a direction adds 
 through the unembedding, up to the length; a constant added to all logits changes no probability.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,18 +61,18 @@ def load_unembedding(name: str, revision: str | None, n_ids: int) -> Unembedding
     """
     skeleton = _skeleton(name, load_model_config(name, revision))
     paths = {id(module): path for path, module in skeleton.named_modules()}
-    head, norm = skeleton.get_output_embeddings(), _final_norm(name, skeleton)
-    heads = [head, skeleton.get_input_embeddings()]  # whose weights the head has, where they are tied
-    wanted = [f"{paths[id(module)]}.weight" for module in heads]
-    of_norm = {key: f"{paths[id(norm)]}.{key}" for key, _ in norm.named_parameters()}
-    found = _read(name, revision, [*wanted, *of_norm.values()])
-    if missing := [key for key in of_norm.values() if key not in found]:
-        raise NoUnembeddingError(f"the checkpoint {name!r} lacks weights: {', '.join(missing)}")
-    weight_VD = next((found[key] for key in wanted if key in found), None)
-    if weight_VD is None:
-        raise NoUnembeddingError(f"the checkpoint {name!r} lacks weights: {wanted[0]}")
+    norm, weights = _final_norm(name, skeleton), Checkpoint(name, revision)
+    of_norm = {key: weights.read(f"{paths[id(norm)]}.{key}") for key, _ in norm.named_parameters()}
+    head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+    head_path, embedding_path = (f"{paths[id(module)]}.weight" for module in (head, embedding))
+    if weights.find(head_path):
+        weight_VD = weights.read(head_path)
+    elif skeleton.config.get_text_config().tie_word_embeddings:
+        weight_VD = weights.read(embedding_path)
+    else:
+        weight_VD = weights.read_renamed(head_path, tuple(head.weight.shape), embedding_path)
     norm = norm.to_empty(device="cpu").float()
-    norm.load_state_dict({key: found[path] for key, path in of_norm.items()})
+    norm.load_state_dict(of_norm)
     gamma_D, centres = _traits(norm, weight_VD.shape[1])
     weight_VD = weight_VD[:n_ids].float() * gamma_D
     return Unembedding(weight_VD - weight_VD.mean(0), centres)
@@ -134,41 +133,83 @@ def _traits(norm: nn.Module, width: int) -> tuple[Tensor, bool]:
     return (plus_D - minus_D) / (2 * x_D), bool(torch.allclose(moved_D, plus_D, rtol=1e-3, atol=1e-4))
 
 
-def _read(name: str, revision: str | None, wanted: Iterable[str]) -> dict[str, Tensor]:
-    """Read some weights of a checkpoint, as far as it has them.
-
-    Checkpoints may leave out the first parts of a path, as GPT-2's do, or have further ones.
+class Checkpoint:
+    """The weights of a model on disk or on the hub, of which some are read.
 
     Raises:
-        NoUnembeddingError: it is not in safetensors, or two of its weights may be meant.
+        NoUnembeddingError: they are not in safetensors.
     """
-    parts = _parts(name, revision)
-    found = {}
-    for path in wanted:
-        keys = [key for key in parts if f".{path}".endswith(f".{key}") or key.endswith(f".{path}")]
-        keys = [path] if path in parts else keys
+
+    def __init__(self, name: str, revision: str | None) -> None:
+        self.name, self.revision = name, revision
+        self.parts = self._parts()
+        """Names of the weights, each with the name of its file."""
+
+    def find(self, path: str) -> str | None:
+        """Find the name of a weight. Checkpoints may leave out the first parts of a path, as GPT-2's do, or
+        have further ones.
+
+        Raises:
+            NoUnembeddingError: two of the weights may be meant.
+        """
+        if path in self.parts:
+            return path
+        keys = [key for key in self.parts if f".{path}".endswith(f".{key}") or key.endswith(f".{path}")]
         if len(keys) > 1:
-            raise NoUnembeddingError(f"the checkpoint {name!r} has several weights {path}: {', '.join(keys)}")
-        for key in keys:
-            with safe_open(_file(name, revision, parts[key]), framework="pt") as weights:
-                found[path] = weights.get_tensor(key)
-    return found
+            raise NoUnembeddingError(
+                f"the checkpoint {self.name!r} has several weights {path}: {', '.join(keys)}"
+            )
+        return keys[0] if keys else None
 
+    def read(self, path: str) -> Tensor:
+        """Read a weight.
 
-def _parts(name: str, revision: str | None) -> dict[str, str]:
-    """List the weights of a checkpoint, each with the name of its file."""
-    if index := _file(name, revision, INDEX):
-        where: dict[str, str] = read_json(index)["weight_map"]
-        return where
-    whole = _file(name, revision, WEIGHTS)
-    if whole is None:
-        raise NoUnembeddingError(f"the weights of {name!r} are not in safetensors")
-    with safe_open(whole, framework="pt") as weights:
-        return dict.fromkeys(weights.keys(), WEIGHTS)
+        Raises:
+            NoUnembeddingError: there is none of this name.
+        """
+        key = self.find(path)
+        if key is None:
+            raise NoUnembeddingError(f"the checkpoint {self.name!r} lacks weights: {path}")
+        with safe_open(self._file(self.parts[key]), framework="pt") as weights:
+            found: Tensor = weights.get_tensor(key)
+        return found
 
+    def read_renamed(self, path: str, shape: tuple[int, ...], but: str) -> Tensor:
+        """Read a weight that transformers calls otherwise than the file: the one of this shape outside of the
+        blocks.
 
-def _file(name: str, revision: str | None, part: str) -> Path | None:
-    """Find a file of a checkpoint, from the hub if need be; None where it has no such file."""
-    with loading("model", name):
-        found = cached_file(name, part, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
+        Args:
+            path: its name in transformers.
+            shape: its shape.
+            but: a weight that may have the same shape.
+
+        Raises:
+            NoUnembeddingError: there is none, or several.
+        """
+        outside = [key for key in self.parts if not any(part.isdecimal() for part in key.split("."))]
+        keys = [key for key in outside if key != self.find(but) and self._shape(key) == shape]
+        if len(keys) != 1:
+            raise NoUnembeddingError(f"the checkpoint {self.name!r} lacks weights: {path}")
+        return self.read(keys[0])
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        with safe_open(self._file(self.parts[key]), framework="pt") as weights:
+            return tuple(weights.get_slice(key).get_shape())
+
+    def _parts(self) -> dict[str, str]:
+        if index := self._file(INDEX):
+            where: dict[str, str] = read_json(index)["weight_map"]
+            return where
+        whole = self._file(WEIGHTS)
+        if whole is None:
+            raise NoUnembeddingError(f"the weights of {self.name!r} are not in safetensors")
+        with safe_open(whole, framework="pt") as weights:
+            return dict.fromkeys(weights.keys(), WEIGHTS)
+
+    def _file(self, part: str) -> Path | None:
+        """Find a file, from the hub if need be; None where there is no such file."""
+        with loading("model", self.name):
+            found = cached_file(
+                self.name, part, revision=self.revision, _raise_exceptions_for_missing_entries=False
+            )
+        return None if found is None else Path(found)
