@@ -163,9 +163,7 @@ SAELENS = {
     ),
     "seqpos_slice": Setting("`--set cache.mask.first_positions=`", "positions left out at a row's start"),
     "disable_concat_sequences": Setting("", "rows are packed full; where documents start is kept"),
-    "sequence_separator_token": Setting(
-        "`--set tokenize.separator=`", "after each document, by default EOS"
-    ),
+    "sequence_separator_token": Setting("`--set tokenize.separator=`", "after each document, by default EOS"),
     "prepend_bos": Setting("", "rows are framed as the model's tokenizer frames a text"),
     "begin_batch_token": Setting("`--set tokenize.row_start=`", "by default the tokenizer's own"),
     "begin_sequence_token": Setting("`--set tokenize.document_start=`", "none by default, as theirs"),
