@@ -16,7 +16,7 @@ TOLD: dict[str, tuple[str | None, str, str | None]] = {
     "-res/": ("google/gemma-2-2b", "blocks.20.hook_resid_post", None),
     "-mlp/": ("google/gemma-2-2b", "blocks.20.hook_mlp_out", None),
     "-att/": ("google/gemma-2-2b", "blocks.20.attn.hook_z", None),
-    "-transcoders/": ("google/gemma-2-2b", "blocks.20.ln2.hook_normalized", "blocks.20.hook_mlp_out"),
+    "2b-pt-transcoders/": ("google/gemma-2-2b", "blocks.20.ln2.hook_normalized", "blocks.20.hook_mlp_out"),
     "scope-2-4b-pt/": ("google/gemma-3-4b-pt", "blocks.17.hook_resid_post", None),
     "scope-2-270m-pt/": ("google/gemma-3-270m", "blocks.5.attn.hook_z", None),
     "scope-2-4b-it/": ("google/gemma-3-4b-it", "blocks.5.mlp.hook_in", "blocks.5.hook_mlp_out"),
