@@ -30,7 +30,7 @@ def by_name(folder: Path, family: str) -> tuple[str, dict[str, Any]]:
     return architecture.blocks[1], roles_of(model, architecture.widths, IDS)
 
 
-@pytest.mark.parametrize("family", [*families.ADDED, *families.ADDED_BEFORE_NORM])
+@pytest.mark.parametrize("family", [*sorted(families.ADDED), *sorted(families.ADDED_BEFORE_NORM)])
 def test_what_is_added_is_found(family: str, made: Any) -> None:
     """Oracle: transformers' own block: what leaves it is what enters it and the outputs of these modules,
     times the config's factor; where sums are normed, what enters its last norm."""
