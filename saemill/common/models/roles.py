@@ -27,8 +27,8 @@ from saemill.common.stores.site_roles import Role
 
 N_TOKENS = 16
 """Tokens of a row that are looked at: what holds for each of their values holds everywhere."""
-SLACK = 8
-"""Roundings that a sum of three may be off by."""
+NO_WORSE = 2.0
+"""Ratio of squared errors up to which terms as they are fit as well as terms times the best factors."""
 N_TRIED = 3
 """Number of combinations of terms, those that fit best, whose fit is looked at value by value."""
 
@@ -218,20 +218,23 @@ class _Sums:
         some, right = gram[chosen[:, :, None], chosen[:, None, :]], along[chosen]
         factors = (torch.linalg.pinv(some, hermitian=True) @ right[..., None])[..., 0]
         for best in (-(factors * right).sum(1)).argsort()[:N_TRIED].tolist():
-            of = [terms[i] for i in chosen[best]]
-            for guess in ([1.0] * n, [float(f"{factor:.6g}") for factor in factors[best].tolist()]):
-                if self._is_sum(y_TD, base_TD, of, guess):
-                    return _Sum(whole, stream, tuple(zip(of, guess, strict=True)))
+            of, fitted, plain = chosen[best], factors[best], torch.ones_like(factors[best])
+            squares = [(wanted - guess @ each[of]).square().sum() for guess in (plain, fitted)]
+            guess = (plain if squares[0] <= NO_WORSE * squares[1] else fitted).tolist()
+            if self._is_sum(y_TD, base_TD, values := [terms[i] for i in of], guess):
+                return _Sum(whole, stream, tuple(zip(values, guess, strict=True)))
         return None
 
     def _is_sum(
         self, y_TD: Tensor, base_TD: Tensor, terms: Sequence[_Value], factors: Sequence[float]
     ) -> bool:
-        """Tell whether a value is a sum up to rounding, number by number."""
-        scaled = [factor * term.x_TD for term, factor in zip(terms, factors, strict=True)]
-        off_TD = y_TD - base_TD - sum(scaled, torch.zeros_like(y_TD))
-        size_TD = y_TD.abs() + base_TD.abs() + sum((x_TD.abs() for x_TD in scaled), torch.zeros_like(y_TD))
-        return bool((off_TD.abs() <= SLACK * self.eps * size_TD).all())
+        """Tell whether a value is a sum up to rounding, number by number: each product and each sum on the
+        way is off by half of eps of itself at most."""
+        off_TD, size_TD = y_TD - base_TD, y_TD.abs()
+        for term, factor in zip(terms, factors, strict=True):
+            off_TD = off_TD - factor * term.x_TD
+            size_TD = size_TD + base_TD.abs() / len(terms) + abs(factor) * term.x_TD.abs()
+        return bool((off_TD.abs() <= self.eps * size_TD).all())
 
     def _normed(self, term: _Value) -> list[tuple[str, _Value]]:
         """List the norms that return a term, each with what it takes."""

@@ -59,7 +59,7 @@ def test_own_code_is_run_when_it_is_trusted(
     """Oracle: transformers' Llama with the same weights; without the flag it is refused, and told by name."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     places = {name: place for name, place in PLACES.items() if has_base or name != "AutoModel"}
-    folder = own_model(tmp_path / "own", places, 400)
+    folder = own_model(tmp_path / "own", places, 8192)
     with pytest.raises(ConfigError, match=r"brings code of its own.*`saemill cache`.* --trust-remote-code"):
         describe(folder, None)
     assert "layers.0…2.mlp:in" in describe(folder, None, trust_remote_code=True)
@@ -83,7 +83,7 @@ def test_own_code_is_run_when_it_is_trusted(
 
 def test_code_is_part_of_what_a_model_is_known_by(tmp_path: Path) -> None:
     """Oracle: a model whose code has changed is another one, where code is run."""
-    folder = own_model(tmp_path / "own", PLACES, 400)
+    folder = own_model(tmp_path / "own", PLACES, 8192)
     untrusted, trusted = (fingerprint_model(folder, None, trusts) for trusts in (False, True))
     (tmp_path / "own" / "own.py").write_text(CODE + "\n")
     assert fingerprint_model(folder, None, False) == untrusted
