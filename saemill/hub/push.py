@@ -51,23 +51,28 @@ def push(
         say(contents.written[runs.CARD].decode())
         return
     check_may_push()
+    with hub.asking(repo):  # before the store is hashed, which may take long
+        contents = _open(contents, repo, private, revision)
     if contents.repo_type == "dataset" and (damage := problems(path)):
         raise StoreError("\n".join(damage))
     message = message or f"Upload {path.absolute().name} with saemill"
-    upload(contents, repo, private=private, revision=revision, message=message)
+    _upload(contents, repo, revision, message)
 
 
-def upload(
-    contents: Contents, repo: str, *, private: bool, message: str, revision: str | None = None
-) -> None:
-    """Upload files to a repository; arguments as of `push`. `check_may_push` comes first.
+def upload(contents: Contents, repo: str, *, private: bool, message: str) -> None:
+    """Upload files to a repository, which is made if it is not there. `check_may_push` comes first.
 
     Raises:
         ConfigError: the hub refuses.
     """
-    place = f"{repo}@{quote(revision, safe='')}" if revision else repo
     with hub.asking(repo):
-        contents = _open(contents, repo, private, revision)
+        contents = _open(contents, repo, private, None)
+    _upload(contents, repo, None, message)
+
+
+def _upload(contents: Contents, repo: str, revision: str | None, message: str) -> None:
+    """Upload files to a repository that is open."""
+    place = f"{repo}@{quote(revision, safe='')}" if revision else repo
     say(f"{contents.folder} to {contents.repo_type} {place}: {_total(contents)}")
     with hub.asking(repo):
         _send(contents, repo, revision, message)
