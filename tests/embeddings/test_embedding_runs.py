@@ -139,7 +139,9 @@ def test_what_needs_a_model_or_tokens_is_refused(planted: Path, tmp_path: Path) 
     with pytest.raises(StoreError, match="holds embeddings of passages, without tokens"):
         _ = ActivationStore(planted / "acts").tokens
     arguments = ["train", str(planted / "acts"), "--site", "embedding", "-o", str(tmp_path / "r")]
-    with pytest.raises(ConfigError, match="passages have no positions or tokens that a mask could leave out"):
+    with pytest.raises(
+        ConfigError, match="passages have no positions, tokens or roles that a mask could leave out"
+    ):
         CliRunner().invoke(cli.app, [*arguments, "--set", "mask.first_positions=1"], catch_exceptions=False)
     taken(planted / "x.parquet", tmp_path / "all", held_out_fraction=0)
     train(

@@ -31,6 +31,8 @@ from saemill.common.stores.site_records import Site
 SHAPE = (2, 3)
 """Rows and tokens of the forward pass that finds the sites."""
 
+POOLER = "pooler"
+"""Word in the names of modules that encoders have without a head and lack with one: no sites."""
 MOST_LAYERS = 10_000
 """Number of layers that no model exceeds."""
 
@@ -64,7 +66,7 @@ class Architecture:
         self._is_encoder_decoder = is_encoder_decoder(model.config)
         self.block_paths = block_names(model)
         """Paths of the transformer blocks; none where the model has no list of them."""
-        places = [site for name in self.modules for site in (name + INPUT, name)]
+        places = [site for name in self.modules if POOLER not in name for site in (name + INPUT, name)]
         self.widths = {site: width for site in places if (width := _width(self._seen.get(site, [])))}
         """Width at each site, in the model's order: where modules that run once take or give one vector per
         token."""

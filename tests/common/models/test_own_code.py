@@ -73,7 +73,7 @@ def test_own_code_is_run_when_it_is_trusted(
     model = load_model(None, store, None, torch.device("cpu"))
     assert check_model(None, model, store) == "the very files that were cached"
     assert type(model.model).__name__ == "OwnForCausalLM"
-    assert model.config._attn_implementation == "eager"
+    assert model.model.config._attn_implementation == "eager"
     ids = torch.from_numpy(store.tokens.rows(0, 2).astype("int64"))
     plain = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():

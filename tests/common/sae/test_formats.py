@@ -331,9 +331,9 @@ def test_outputs_and_hooks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     formats.save(sae.parts, "saelens", tmp_path / "z", Hook(1, "resid_post"))
     cfg = json.loads((tmp_path / "z" / "cfg.json").read_text())
     del cfg["metadata"]["saemill"]
-    cfg["metadata"]["hook_name"] = "blocks.1.attn.hook_z"
+    cfg["metadata"]["hook_name"] = "blocks.1.attn.hook_q"
     (tmp_path / "z" / "cfg.json").write_text(json.dumps(cfg))
-    with pytest.raises(ConfigError, match=r"no site of gpt_neox is TransformerLens' blocks.1.attn.hook_z"):
+    with pytest.raises(ConfigError, match=r"no site of gpt_neox is TransformerLens' blocks.1.attn.hook_q"):
         call("import", tmp_path / "z", "--model", MODEL, "-o", tmp_path / "out")
     sae.save(tmp_path / "z")
     with pytest.raises(StoreError, match="several formats"):
