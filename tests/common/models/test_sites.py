@@ -43,8 +43,8 @@ def architectures(tiny_models: dict[str, str]) -> dict[str, Architecture]:
 def test_widths_are_those_of_the_real_model(
     kind: str, architectures: dict[str, Architecture], tiny_models: dict[str, str]
 ) -> None:
-    """Oracle: hooks on the loaded weights, run on 4 rows of 7 tokens; and widths known by hand. Poolers, which
-    a model with its head lacks, are no sites."""
+    """Oracle: hooks on the loaded weights, run on 4 rows of 7 tokens; and widths known by hand. Poolers,
+    which a model with its head lacks, are no sites."""
     model = transformers.AutoModel.from_pretrained(tiny_models[kind]).eval()
     seen: dict[str, int] = {}
 
