@@ -45,10 +45,14 @@ class Measured:
         losses = self.splicing if isinstance(self.splicing, str) else self.splicing.only(names)
         return replace(self, reconstruction=self.reconstruction.only(names), splicing=losses)
 
+    def metrics(self) -> dict[str, dict[str, Figure]]:
+        """Compute the figures of each SAE."""
+        return for_each(list(self.reconstruction.saes), self._metrics, self.reconstruction.evalset.everyone)
+
     def entries(self, beside: "Beside") -> list[Entry]:
         """List one entry per SAE, in the order of the run, each compared with its baselines."""
         saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
-        metrics = for_each(list(saes), self._metrics, everyone)
+        metrics = self.metrics()
         errors = for_each(list(saes), lambda name: self._error_checks(name, beside), everyone)
         entries = []
         for name, sae in saes.items():
