@@ -166,3 +166,23 @@ def test_hooks_are_named_where_they_are_the_same_tensor(
     assert content["metadata"].get("hook_name") == hook
     assert content["reshape_activations"] == ("hook_z" if "hook_z" in str(hook) else "none")
     assert Sae.load(tmp_path / "saelens").site == site
+
+
+def test_an_ablation_that_takes_the_stream_away_is_noted(tokens: TokenStore, tmp_path: Path) -> None:
+    """Oracle: BLOOM's MLP adds what goes into it, in transformers' code; the part that it names does not."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 8192, "hidden_size": 32, "n_layer": 2, "n_head": 2}
+    transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).save_pretrained(tmp_path / "bloom")
+    acts = cache(
+        tokens, str(tmp_path / "bloom"), tmp_path / "acts", sites=("h.0.mlp", "h.0.mlp.dense_4h_to_h")
+    )
+    train(
+        TrainConfig(
+            acts=acts.path, out=tmp_path / "run", site=tuple(acts.sites), k=(4,), num_latents=(64,),
+            batch_size=256, max_tokens=512, device="cpu",
+        )
+    )  # fmt: skip
+    told = assess(AssessConfig(run=tmp_path / "run", device="cpu", max_tokens=512, n_latents=0))
+    (note,) = [note for note in told["data"]["notes"] if "residual stream" in note]
+    assert note.startswith("h.0.mlp holds the whole residual stream")
+    assert note.endswith("at h.0.mlp.dense_4h_to_h")
