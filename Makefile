@@ -20,16 +20,19 @@ WORKERS ?= 3
 PYTEST = SAEMILL_PEERS=$(abspath $(VENV)-peers) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	-n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test coverage tutorial bench bench-pipeline bench-others clean
+.PHONY: demo lint test coverage tutorial bench bench-pipeline bench-others clean
 
 demo: $(VENV)/ready
 	$(BIN)/saemill demo -o demo-run
 
-test: $(VENV)/ready $(VENV)-peers/ready
+# `make -j2 test` sets up both environments at a time, and checks the types beside the second.
+test: lint $(VENV)-peers/ready
+	$(PYTEST)
+
+lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST)
 
 # What the tests run of saemill, line by line: apart, since tracing makes the tests half as long again.
 coverage: $(VENV)/ready $(VENV)-peers/ready

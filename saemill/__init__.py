@@ -16,19 +16,44 @@ if TYPE_CHECKING:
     from saemill.common.steer.splice import splice as splice
     from saemill.common.stores.activations import ActivationStore as ActivationStore
     from saemill.common.stores.tokens import TokenStore as TokenStore
+    from saemill.results import Run as Run
+    from saemill.stages import assess_saes as assess_saes
+    from saemill.stages import cache_activations as cache_activations
+    from saemill.stages import tokenize_text as tokenize_text
+    from saemill.stages import train_saes as train_saes
 
-__all__ = ["ActivationStore", "Sae", "SaeConfig", "TokenStore", "ablate", "clamp", "scale", "splice", "steer"]
+__all__ = [
+    "ActivationStore",
+    "Run",
+    "Sae",
+    "SaeConfig",
+    "TokenStore",
+    "ablate",
+    "assess_saes",
+    "cache_activations",
+    "clamp",
+    "scale",
+    "splice",
+    "steer",
+    "tokenize_text",
+    "train_saes",
+]
 
 _HOMES = {
     "ActivationStore": "saemill.common.stores.activations",
+    "Run": "saemill.results",
     "Sae": "saemill.common.sae.sae",
     "SaeConfig": "saemill.common.sae.parts",
     "TokenStore": "saemill.common.stores.tokens",
     "ablate": "saemill.common.steer.edits",
+    "assess_saes": "saemill.stages",
+    "cache_activations": "saemill.stages",
     "clamp": "saemill.common.steer.edits",
     "scale": "saemill.common.steer.edits",
     "splice": "saemill.common.steer.splice",
     "steer": "saemill.common.steer.edits",
+    "tokenize_text": "saemill.stages",
+    "train_saes": "saemill.stages",
 }
 
 

@@ -1,18 +1,23 @@
 """`saemill export` and `saemill import`: SAEs to and from other tools."""
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from saemill.common import durable
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.common.models.sites import load_model_config
+from saemill.common.records import first_finding
 from saemill.common.sae import formats
-from saemill.common.sae.formats.hooks import Hook, hook_of, site_of
+from saemill.common.sae.formats.hooks import Hook, denotes, hook_of, site_of
 from saemill.common.sae.sae import Sae
+from saemill.common.stores.site_roles import Role
 
 
 def export(path: Path | str, name: str, out: Path, model: str | None = None) -> None:
@@ -34,51 +39,76 @@ def export(path: Path | str, name: str, out: Path, model: str | None = None) -> 
     provenance = sae.config.provenance
     if model:
         provenance |= {"model": model, "revision": None}
-    revision = provenance.get("revision")
     hook, target = None, None
     if name != "sparsify" and not sae.config.joined:  # which no format takes
-        hook = _hook(sae.site, provenance.get("model"), revision)
-        target = _hook(sae.target_site, provenance.get("model"), revision) if sae.is_transcoder else None
+        hook = _hook(sae.site, provenance)
+        target = _hook(sae.target_site, provenance) if sae.is_transcoder else None
     with new(out) as partial:
         formats.save(sae.parts, name, partial, hook, target)
     places = " → ".join(place.name for place in (hook, target) if place)
     say(f"{out}: {name}, {sae.config.described}" + (f", {places}" if places else ""))
 
 
-def _hook(site: str | None, model: str | None, revision: str | None) -> Hook | None:
+def _hook(site: str | None, provenance: Mapping[str, Any]) -> Hook | None:
     """Find the site's hook in TransformerLens' terms; where it has none, the user is warned."""
+    model = provenance.get("model")
     if site is None or model is None:
         say("no hook name is written: the SAE's folder does not tell its site and model")
         return None
-    model_type = config_of(model, revision).model_type
-    hook = hook_of(site, model_type)
+    config = config_of(model, provenance.get("revision"), bool(provenance.get("trust_remote_code")))
+    hook, role = hook_of(site, config.model_type), role_of(site, provenance)
     if hook is None:
-        say(f"no hook name is written: TransformerLens has none for {site} of {model_type}")
+        say(f"no hook name is written: TransformerLens has none for {site} of {config.model_type}")
+    elif not denotes(hook, role):
+        assert role is not None
+        say(
+            f"no hook name is written: {site} is {role.described}; TransformerLens' {hook.name} is what is "
+            "added as it is"
+        )
+        return None
     return hook
 
 
-def config_of(model: str, revision: str | None) -> Any:
-    """Load the config of an SAE's model.
+def role_of(site: str, provenance: Mapping[str, Any]) -> Role | None:
+    """Read what was found at a site of an SAE; None where its folder does not tell.
+
+    Raises:
+        StoreError: what the folder tells is damaged.
+    """
+    known = provenance.get("roles")
+    if not isinstance(known, dict) or site not in known:
+        return None
+    try:
+        return Role.model_validate_json(json.dumps(known[site]))
+    except ValidationError as error:
+        raise StoreError(
+            f"what the SAE's cfg.json tells of {site} is damaged: {first_finding(error)}"
+        ) from error
+
+
+def config_of(model: str, revision: str | None, trust_remote_code: bool = False) -> Any:
+    """Load the config of an SAE's model; arguments as of `load_model_config`.
 
     Raises:
         ConfigError: it cannot be found where the SAE says that it is.
     """
     try:
-        return load_model_config(model, revision)
+        return load_model_config(model, revision, trust_remote_code)
     except ConfigError as error:
         raise ConfigError(
             f"the config of the SAE's model names its sites; name it with --model. {error}"
         ) from error
 
 
-def import_(path: Path | str, out: Path, model: str | None = None) -> None:
+def import_(path: Path | str, out: Path, model: str | None = None, format: str | None = None) -> None:
     """Write another tool's SAE as saemill saves its own.
 
     Args:
-        path: a folder of any of the formats, or hf://user/repo/folder; of a circuit-tracer set the file of a
-            layer.
+        path: a folder of any of the formats, or hf://user/repo/folder; a file where the format has one for
+            each SAE.
         out: where to; a new or empty folder.
         model: hub id or folder of the model; its config decides which site the SAE's hook is.
+        format: name of the format, where the files are of several.
 
     Raises:
         StoreError: no SAE there, or a damaged one.
@@ -86,7 +116,7 @@ def import_(path: Path | str, out: Path, model: str | None = None) -> None:
         ConfigError: the SAE cannot be represented, an output in use, or a hook that is no site of the model.
     """
     check_new(out)
-    sae = Sae.load(path)
+    sae = Sae.load(path, format=format)
     provenance = sae.config.provenance
     hooks = {"site": provenance.get("hook_name")}
     hooks |= {"target_site": provenance.get("hook_name_out")} if sae.is_transcoder else {}

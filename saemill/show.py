@@ -11,7 +11,7 @@ from saemill.common.sae.parts import place
 from saemill.common.stores import assessments, diffs, runs, tokens
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
-from saemill.common.stores.site_records import REPAIR, sites_in
+from saemill.common.stores.site_records import REPAIR, site_path, sites_in
 from saemill.common.stores.tokens import TokenStore
 from saemill.verify import activations_problems, diff_problems, run_problems, tokens_problems
 
@@ -45,7 +45,7 @@ def kind_of(path: Path) -> str | None:
     names = {file.name for file in path.glob("*")}
     if diffs.FILE in names:
         return "diff"
-    if names & {"cfg.json", *formats.READERS} or formats.is_layer(path):
+    if formats.is_sae(path):
         return "SAE"
     if names & {"commits", "passages.parquet"}:
         return None
@@ -78,10 +78,29 @@ def _describe_tokens(store: TokenStore) -> str:
             f"  {store.n_tokens:,} tokens: {counted(store.n_rows, 'row')} of {store.ctx_len}, "
             f"{manifest.n_held_out_rows:,} of them held out",
             f"  {counted(manifest.n_documents, 'document')} of {manifest.source.name}",
+            *_sources_of(store),
+            *_roles_of(store),
             f"  tokenizer {store.tokenizer.name} ({store.tokenizer.vocab_size:,} ids)",
             f"  fingerprint {store.fingerprint}",
         ]
     )
+
+
+def _sources_of(store: TokenStore) -> list[str]:
+    """Tell how many tokens are of each source, a line each, of a store of several."""
+    return [
+        f"    {name}: {n:,} tokens ({100 * n / store.n_tokens:.2f}%)"
+        for name, n in store.source_tokens.items()
+    ]
+
+
+def _roles_of(store: TokenStore) -> list[str]:
+    """Tell how many tokens are of each role, in a line, of a store of chats."""
+    if not store.manifest.roles:
+        return []
+    n_tokens = store.roles.n_tokens(len(store.manifest.roles))
+    told = [f"{name} {n:,}" for name, n in zip(("none", *store.manifest.roles), n_tokens, strict=True)]
+    return [f"  tokens by the role of their message: {', '.join(told)}"]
 
 
 def _describe_activations(store: ActivationStore) -> str:
@@ -96,10 +115,11 @@ def _describe_activations(store: ActivationStore) -> str:
             f"  {name}: D {site.width}, {site.array.n_shards * site.array.shard_bytes / 2**20:,.1f} MiB, "
             f"mean squared norm {statistics.mean_squared_norm:.4g}, "
             f"variance {statistics.total_variance:.4g} over {statistics.n_tokens:,} training {unit}s"
+            + (f"; {role.described}" if (role := site.role) else "")
         )
     for name, n_commits in store.unfinished.items():
-        if not (store.path / name).is_dir():
-            raise StoreError(f"{store.path / name}: folder is missing. {REPAIR}")
+        if not (folder := site_path(store.path, name)).is_dir():
+            raise StoreError(f"{folder}: folder is missing. {REPAIR}")
         lines.append(f"  {name}: unfinished, {n_commits} of {store.n_shards} shards")
     return "\n".join(lines)
 

@@ -8,10 +8,10 @@ from saemill.common.errors import ConfigError
 from saemill.common.log import say
 from saemill.common.sae.formats import circuit_tracer
 from saemill.common.sae.formats.circuit_tracer import NAME
-from saemill.common.sae.formats.hooks import BLOCKS, Hook, hook_of
+from saemill.common.sae.formats.hooks import BLOCKS, Hook, denotes, hook_of
 from saemill.common.sae.sae import Sae
 from saemill.common.stores import runs
-from saemill.convert import check_new, config_of, new
+from saemill.convert import check_new, config_of, new, role_of
 
 
 def export(paths: Sequence[str], out: Path, model: str | None = None) -> None:
@@ -32,7 +32,8 @@ def export(paths: Sequence[str], out: Path, model: str | None = None) -> None:
     check_new(out)
     saes = {place: Sae.load(place) for path in paths for place in _places(path)}
     model, revision = _model(saes, model)
-    config = config_of(model, revision)
+    trusts = any(sae.config.provenance.get("trust_remote_code") for sae in saes.values())
+    config = config_of(model, revision, trusts)
     by_layer = _by_layer(saes, config.model_type)
     _check_all_there(by_layer, config.get_text_config().num_hidden_layers)
     transcoders = [saes[by_layer[layer]] for layer in sorted(by_layer)]
@@ -98,12 +99,18 @@ def _layer(place: str, sae: Sae, model_type: str) -> int:
         and (reads.kind, predicts.kind) == ("mlp_in", "mlp_out")
         and reads.layer == predicts.layer
     ):
+        target = str(sae.target_site)
+        if (role := role_of(target, sae.config.provenance)) and not denotes(predicts, role):
+            raise ConfigError(
+                f"{NAME} has transcoders that predict what an MLP adds to the residual stream as it is; got "
+                f"{place}, of {target}, which is {role.described}"
+            )
         return reads.layer
     block = BLOCKS.get(model_type)
-    if block is None or block.mlp_in is None:
+    if block is None:
         raise ConfigError(
             f"{NAME} needs the place of a model's MLPs in TransformerLens' terms, which is not known of "
-            f"{model_type}; known are {', '.join(name for name in BLOCKS if BLOCKS[name].mlp_in)}"
+            f"{model_type}; known are {', '.join(BLOCKS)}"
         )
     path = block.path.format(0)
     raise ConfigError(

@@ -18,6 +18,7 @@ from saemill.common.stores.site_records import (
     SiteManifest,
     known_settings,
     read_settings,
+    site_path,
     sites_in,
 )
 from saemill.common.stores.tokens import REPAIR as REPAIR_TOKENS
@@ -81,7 +82,7 @@ def activations_problems(path: Path) -> list[str]:
 
 def _site_problems(store: ActivationStore, name: str) -> list[str]:
     """List what is wrong with a site of a store whose settings and text are whole."""
-    findings, folder = Findings(), store.path / name
+    findings, folder = Findings(), site_path(store.path, name)
     record = findings.attempt(lambda: store.record(name))
     if not folder.is_dir():
         return [*findings, f"{folder}: folder is missing"]
@@ -106,7 +107,7 @@ def _shard_problems(
     store: ActivationStore, name: str, shard: int, manifest: SiteManifest | None
 ) -> list[str]:
     """List what is wrong with a shard and its record. Those that an unfinished site lacks are no damage."""
-    findings, folder = Findings(), store.path / name
+    findings, folder = Findings(), site_path(store.path, name)
     file = folder / "commits" / f"{shard}.json"
     commit: Commit | None = None
     if manifest or file.exists():

@@ -1,15 +1,15 @@
 """Small models and texts that several tests share; nothing is fetched."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from interpreting import interpret
 
-if not torch.cuda.is_available():  # kernels run in Triton's interpreter; read when triton is imported
-    os.environ["TRITON_INTERPRET"] = "1"
+if not torch.cuda.is_available():
+    interpret()
 
 import transformers
 from hub import Hub, take_for_the_hub

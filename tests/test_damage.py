@@ -152,7 +152,7 @@ def test_any_damaged_file_is_mended_by_the_command_that_made_it(
 
 
 METADATA = (
-    "zarr.json", "sites/layers.1.json", "layers.0/zarr.json", "layers.1/manifest.json",
+    "zarr.json", "sites/layers.0.json", "layers.0/zarr.json", "layers.1/manifest.json",
     "layers.0/commits/1.json", "tokens/manifest.json",
 )  # fmt: skip
 

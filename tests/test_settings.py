@@ -26,7 +26,7 @@ from saemill.latents.config import ExportLatentsConfig
 from saemill.pipeline.config import RunConfig
 from saemill.pipeline.matrix import MatrixConfig, Source, Target
 from saemill.slurm.settings import JobConfig, SlurmConfig
-from saemill.tokenize.config import TokenizeConfig
+from saemill.tokenize.config import MixedDataset, TokenizeConfig
 from saemill.train.config import TrainConfig
 
 LEAST: dict[Any, dict[str, Any]] = {
@@ -46,6 +46,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     MatrixConfig: {"out": "o", "targets": {"a": {}}, "sources": {"b": {}}},
     Target: {"model": "m"},
     Source: {"dataset": "d"},
+    MixedDataset: {"dataset": "d", "share": 1},
     JobConfig: {},
     SlurmConfig: {},
 }
@@ -111,8 +112,8 @@ def test_no_stage_takes_nan_in_python_either(kind: Any) -> None:
 IDENTITIES: list[tuple[Any, dict[str, Any], str]] = [
     (TokenizeConfig, {}, "5e27581ab03f693a"),
     (TokenizeConfig, {"ctx_len": 64, "shuffle_seed": None, "num_proc": 3}, "c4b56b93b948428e"),
-    (CacheConfig, {}, "8581ee4ac3e5940c"),
-    (CacheConfig, {"dtype": "fp16", "mask": {"first_positions": 2}, "batch_size": 3}, "8afe5e12561ce16f"),
+    (CacheConfig, {}, "c37e8ceb92eafc17"),
+    (CacheConfig, {"dtype": "fp16", "mask": {"first_positions": 2}, "batch_size": 3}, "7cdbb4b1b9ef4189"),
     (TrainConfig, {}, "88eebca923b7c47d"),
     (
         TrainConfig,
@@ -148,8 +149,8 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        (TokenizeConfig, "out num_proc"),
-        (CacheConfig, "tokens out batch_size device"),
+        (TokenizeConfig, "out chat_template num_proc"),
+        (CacheConfig, "tokens out batch_size device trust_remote_code"),
         (
             TrainConfig,
             "acts out with_acts init_from save_every log_every eval_every eval_tokens eval_losses_every "
@@ -328,7 +329,8 @@ def test_long_numbers_take_no_time() -> None:
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 GROUPS: Mapping[str, Mapping[str, Any]] = {
-    "cache": {"mask": MaskConfig}, "train": {"mask": TrainingMask}, "assess": {"thresholds": Thresholds},
+    "tokenize": {"mix": MixedDataset}, "cache": {"mask": MaskConfig}, "train": {"mask": TrainingMask},
+    "assess": {"thresholds": Thresholds},
     "matrix": {"targets": Target, "sources": Source},
 }  # fmt: skip
 """What is inside a setting of a section; `slurm.train` is as `slurm`."""

@@ -30,11 +30,15 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "embeddings": {"common", "tokenize", "cache"},
     "convert": {"common"},
     "transcoder_set": {"common", "convert"},
+    "results": {"common"},
+    "stages": {"common", "results", *STAGES},
+    "token_export": {"common"},
     "verify": {"common", "train"},
     "show": {"common", "verify"},
+    "sites": {"common"},
     "pipeline": {"common", "compare", *STAGES},
     "slurm": {"common", "pipeline", "train", "assess"},
-    "hub": {"common", "show", "train", "assess"},
+    "hub": {"common", "show", "token_export", "train", "assess"},
     "diff": {"common", "train", "assess"},
     "latents": {"common", "convert"},
     "commands": {
@@ -47,7 +51,9 @@ MAY_IMPORT = STAGES_AND_KIN | {
             "latents",
             "convert",
             "transcoder_set",
+            "token_export",
             "show",
+            "sites",
             "demo",
             "pipeline",
             "slurm",
@@ -57,7 +63,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
     },
     "cli": {"common", "commands"},
     "__main__": {"cli"},
-    "__init__": {"common"},
+    "__init__": {"common", "results", "stages"},
 }
 """What each file or folder of the package imports beside itself."""
 GROUND = {"architectures", "config", "losses", "memory", "profile"}

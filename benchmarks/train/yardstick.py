@@ -59,7 +59,7 @@ class Yardstick:
             except SaemillError as error:
                 found[name] = {"unusable": str(error)}
         if saes:
-            found |= {entry["name"]: self._figures(entry) for entry in self._entries(saes)}
+            found |= {name: self._figures(metrics) for name, metrics in self._metrics(saes).items()}
         return {name: found[name] for name in folders}
 
     def _load(self, folder: Path) -> Sae:
@@ -67,7 +67,7 @@ class Yardstick:
         origin = {"site": self.site, "tokens_trained": 0, "diverged_at_step": None}
         return Sae.of(replace(parts, config=replace(parts.config, provenance=origin)))
 
-    def _entries(self, saes: dict[str, Sae]) -> list[dict[str, Any]]:
+    def _metrics(self, saes: dict[str, Sae]) -> dict[str, dict[str, Any]]:
         """Measure as `saemill assess` does; what does not depend on an SAE only once."""
         sites = dict.fromkeys(saes, self.site)
         rows, losses = self.known or (None, None)
@@ -78,10 +78,10 @@ class Yardstick:
         self.known = self.known or (reconstruction, splicing)
         defaults = AssessConfig(run=Path())
         dead_share = defaults.dead_percentage_threshold
-        return Measured(reconstruction, splicing, defaults.thresholds, dead_share).entries()
+        return Measured(reconstruction, splicing, defaults.thresholds, dead_share).metrics()
 
-    def _figures(self, entry: dict[str, Any]) -> dict[str, Any]:
-        figures = {name: entry["metrics"][name] for name in FIGURES}
+    def _figures(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        figures = {name: metrics[name] for name in FIGURES}
         if figures["fvu"]["value"] is None:
             return {"unusable": figures["fvu"]["reason"]}
         return figures

@@ -12,6 +12,7 @@ reconstruction.py   FVU, cosine, L0, density, absorption
 spread.py           the variance of the activations, and rows far from all others
 splicing.py         the losses of the model with an SAE spliced in
 sums.py             sums per document → figures with intervals
+by_source.py        figures on the documents of each source
 entries.py          the entry of each variant
 verdict.py          thresholds, order, the best
 features.py         where a latent fires most, as text

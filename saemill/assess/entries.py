@@ -8,18 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from saemill.assess import verdict
+from saemill.assess.by_source import BySource
 from saemill.assess.config import Thresholds
 from saemill.assess.dealing import for_each
 from saemill.assess.reconstruction import FAR_METRICS, Reconstruction, absorption, random_absorption
-from saemill.assess.splicing import Splicing, absent_metrics
+from saemill.assess.splicing import SEVERAL, Splicing, absent_metrics
 from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.common import config as settings
 from saemill.common.log import counted
 from saemill.common.sae.sae import Sae
+from saemill.common.stores.site_names import is_joined
 from saemill.common.stores.statistics import FAR, far_warning, unheld_warning
 
+DENSE = 0.1
+"""Share of the tokens; a latent that fires on more is dense."""
 Entry = dict[str, Any]
 """One variant in `final_assessment.json`."""
 
@@ -40,24 +45,34 @@ class Measured:
         losses = self.splicing if isinstance(self.splicing, str) else self.splicing.only(names)
         return replace(self, reconstruction=self.reconstruction.only(names), splicing=losses)
 
-    def entries(self) -> list[Entry]:
-        """List one entry per SAE, in the order of the run."""
-        saes = self.reconstruction.saes
-        metrics = for_each(list(saes), self._metrics, self.reconstruction.evalset.everyone)
-        return [self._entry(name, sae, metrics[name]) for name, sae in saes.items()]
+    def metrics(self) -> dict[str, dict[str, Figure]]:
+        """Compute the figures of each SAE."""
+        return for_each(list(self.reconstruction.saes), self._metrics, self.reconstruction.evalset.everyone)
 
-    def ranking(self, left_out: dict[str, tuple[Sae, str]]) -> list[Entry]:
-        """Sort the entries, best first, each compared with the best.
+    def entries(self, beside: "Beside") -> list[Entry]:
+        """List one entry per SAE, in the order of the run, each compared with its baselines."""
+        saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
+        metrics = self.metrics()
+        errors = for_each(list(saes), lambda name: self._error_checks(name, beside), everyone)
+        entries = []
+        for name, sae in saes.items():
+            latents = verdict.latent_checks(metrics[name], self.thresholds, self._unseen)
+            entries.append(self._entry(name, sae, metrics[name], errors[name] + latents))
+        return entries
+
+    def ranking(self, left_out: dict[str, tuple[Sae, str]], beside: "Beside") -> list[Entry]:
+        """Sort the entries, best first, each compared with its baselines and with the best.
 
         Args:
             left_out: variants that were not measured, each with the reason; they come last.
+            beside: the baselines.
         """
         saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
-        entries = self.entries()
+        entries = self.entries(beside)
         for name, (sae, reason) in left_out.items():
             metrics = dict.fromkeys(entries[0]["metrics"], absent(reason))
             instead = {"not_measured": reason, "verdict": reason.partition(":")[0]}
-            entries.append(self._entry(name, sae, metrics) | instead)
+            entries.append(self._entry(name, sae, metrics, []) | instead)
         entries = verdict.order(entries, for_each(list(saes), self._loss, everyone))
         best = entries[0]["name"]
         others = [name for name in saes if name != best]
@@ -110,6 +125,11 @@ class Measured:
         array, unit = evalset.arrays[site], evalset.text.unit
         place, unheld = measured.place(site), unheld_warning(site, array.statistics, array.dtype)
         notes, rows = [unheld] if unheld else [], counted(measured.n_tokens, unit)
+        if (role := array.role) and role.kind == "holds_residual":
+            notes.append(
+                f"{site} holds the whole residual stream: where zeros or the mean take its place that is "
+                f"gone too, and loss recovered counts it; what the module adds alone is at {role.module}"
+            )
         if place["n_zero"]:
             notes.append(
                 f"{site}: {place['n_zero']:,} of {rows} are zero vectors; cosine and norm ratio are of the "
@@ -129,8 +149,35 @@ class Measured:
             notes.append(f"{far}. None of the {unit}s measured here is")
         return notes
 
-    def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure]) -> Entry:
-        checks = verdict.checks(metrics, self.thresholds, self._unseen)
+    def _error_checks(self, name: str, beside: "Beside") -> list[verdict.Check]:
+        """Check an SAE's errors against those of its baselines, on the same documents."""
+        checks = []
+        for kind, other in beside.of[name].items():
+            for metric, share in self._shares(name, other, beside.measured).items():
+                checks.append(verdict.error_check(metric, kind, other, share))
+        return checks
+
+    def _shares(self, name: str, other: str, untrained: "Measured") -> dict[str, Figure]:
+        """Compute FVU, and ΔCE where there are losses, as shares of those of a baseline."""
+        error, its_error = (
+            self.reconstruction.ratios(name)["fvu"],
+            untrained.reconstruction.ratios(other)["fvu"],
+        )
+        share = Ratio(error.above, its_error.above, f"{other} leaves no error")
+        shares = {"fvu": self._split.all.figure(share)}
+        if self.reconstruction.evalset.text.unit == "token":
+            cost, its_cost = self._cost(name), untrained._cost(other)
+            if isinstance(cost, str) or isinstance(its_cost, str):
+                shares["delta_ce"] = absent(str(cost))
+            else:
+                share = Ratio(cost.above, its_cost.above, f"{other} costs the model nothing")
+                shares["delta_ce"] = self._model_split.all.figure(share)
+        if reason := self.reconstruction.unusable(name) or untrained.reconstruction.unusable(other):
+            return dict.fromkeys(shares, absent(reason))
+        return shares
+
+    def _entry(self, name: str, sae: Sae, metrics: dict[str, Figure], evidence: list[verdict.Check]) -> Entry:
+        checks = verdict.thresholds_checks(metrics, self.thresholds, self._unseen)
         provenance = sae.config.provenance
         return {
             "name": name,
@@ -143,9 +190,12 @@ class Measured:
             "diverged_at_step": provenance["diverged_at_step"],
             "not_measured": None,
             "metrics": metrics,
+            "evidence": evidence,
+            "verdict": verdict.conclude(evidence),
             "checks": checks,
-            "verdict": verdict.summary(checks),
+            "checks_passed": verdict.summary(checks),
             "cuts": self._cuts(name),
+            "by_source": self._by_source.figures(name) if name in self.reconstruction.saes else {},
         }
 
     def _cuts(self, name: str) -> list[dict[str, Any]]:
@@ -189,6 +239,10 @@ class Measured:
         return f"{rare} is seen on {least:,} or more, not {n:,}"
 
     @cached_property
+    def _by_source(self) -> BySource:
+        return BySource(self.reconstruction, self.splicing, self._noun)
+
+    @cached_property
     def _split(self) -> Split:
         return Split(self.reconstruction.sums.documents, self._noun)
 
@@ -214,6 +268,14 @@ class Measured:
             return None
         return self.splicing if isinstance(self.splicing, Splicing) and not self.splicing.no_loss else None
 
+    def _cost(self, name: str) -> Ratio | str:
+        """Compute ΔCE of one SAE, or say why it has none."""
+        if isinstance(self.splicing, str):
+            return self.splicing
+        if is_joined(self.reconstruction.sites[name]):
+            return SEVERAL
+        return self.splicing.no_loss or self.splicing.ratios(name)["delta_ce"]
+
     def _loss(self, name: str) -> float:
         """Compute what the best variant is chosen by: ΔCE, or FVU where there are no losses."""
         if self.reconstruction.unusable(name):
@@ -231,7 +293,8 @@ class Measured:
         return {
             "dead_fraction": {"value": float(1 - live.mean())},
             "never_fired": {"value": float((density == 0).mean())},
-            "dense_fraction": {"value": float((density > 0.1).mean())},
+            "dense_fraction": {"value": float((density > DENSE).mean())},
+            "dense_share": _dense_share(density),
             "density_quantiles": {"value": quantiles.tolist()},
             "absorption": absorption(rows_FD),
             "absorption_random": random_absorption(rows_FD),
@@ -258,3 +321,21 @@ class Measured:
             if figure.get("lo") is not None:
                 figure["distinguishable"] = not figure["lo"] <= 0 <= figure["hi"]
         return differences
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """The baselines that SAEs are compared with."""
+
+    measured: Measured
+    of: dict[str, dict[str, str]]
+    """Name of an SAE, or of one of these → kind → name."""
+
+
+def _dense_share(density_F: NDArray[np.float64]) -> Figure:
+    """Compute the share of all firings that are those of dense latents."""
+    if not density_F.any():
+        return absent("no latent fired")
+    if (mean := float(density_F.mean())) > DENSE / 2:
+        return absent(f"on average a latent is active {mean:.1%} of the time, so that dense ones are no sign")
+    return {"value": float(density_F[density_F > DENSE].sum() / density_F.sum())}

@@ -135,12 +135,11 @@ class EvalSet:
             self._seen = self._seen_documents()
             self.n_seen_documents = len(self._seen)
 
-    def at(self, site: str, label_suffix: str) -> "EvalSet":
-        """Narrow the same tokens to one site; `label_suffix` stands beside the progress of measuring."""
-        narrowed = copy(self)
-        narrowed.sites, narrowed.arrays = [site], {site: self.arrays[site]}
-        narrowed.label_suffix = label_suffix
-        return narrowed
+    def again(self, label_suffix: str) -> "EvalSet":
+        """Give the same tokens for another pass; `label_suffix` stands beside its progress."""
+        same = copy(self)
+        same.label_suffix = label_suffix
+        return same
 
     @property
     def model_sites(self) -> list[str]:
@@ -156,13 +155,14 @@ class EvalSet:
     @property
     def description(self) -> str:
         """Describe how these tokens were chosen."""
+        whose = f"; of these the tokens of {', '.join(self.mask.roles)} alone" if self.mask.roles else ""
         if self.cached:
-            return self.text.how_held_out
+            return f"{self.text.how_held_out}{whose}"
         if self.n_seen_documents == 0:
-            return f"the tokens of {self.tokens.path.name}, of whose documents training saw none"
+            return f"the tokens of {self.tokens.path.name}, of whose documents training saw none{whose}"
         return (
             f"the tokens of {self.tokens.path.name}, without {counted(self.n_seen_documents, 'document')} "
-            "whose text training saw"
+            f"whose text training saw{whose}"
         )
 
     def _seen_documents(self) -> NDArray[np.int64]:
@@ -248,7 +248,7 @@ class EvalSet:
     def _rows(self, addresses_RS: Addresses) -> Rows:
         numbers = addresses_RS[:, 0] // self.tokens.ctx_len
         ids = np.concatenate([self.tokens.rows(row, row + 1) for row in numbers])
-        keep = self.mask.keep(ids, self.tokens.tokenizer.special_ids)
+        keep = np.concatenate([self.tokens.keep(row, row + 1, self.mask) for row in numbers])
         if len(self._seen):
             keep &= ~np.isin(self.tokens.document_of(addresses_RS), self._seen)
         return Rows(torch.from_numpy(ids.astype(np.int64)), keep, addresses_RS)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from saemill.assess.config import AssessConfig
 from saemill.assess.evalset import check_tokens, is_cached
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.models.cached import check_model, load_model
+from saemill.common.models.cached import check_given, check_model, load_model
 from saemill.common.models.model import LanguageModel
 from saemill.common.sae import of_run
 from saemill.common.sae.sae import Sae
@@ -111,18 +112,23 @@ def open_tokens(config: AssessConfig, trained: Trained) -> TokenStore | None:
             "tokens: a crosscoder of two models is measured on tokens that both have cached; leave it out"
         )
     check_tokens(trained.store, other, config.with_model)
+    if other is not None:
+        trained.mask.check(other.tokenizer.vocab_size, other.ctx_len, other.manifest.roles)
     return other
 
 
 def open_model(
-    config: AssessConfig, trained: Trained, other: TokenStore | None, device: torch.device
+    config: AssessConfig, trained: Trained, other: TokenStore | None, device: torch.device, given: Any = None
 ) -> tuple[LanguageModel | None, str | None]:
-    """Load the model, if one is run, and say what shows that it is the one that was cached.
+    """Load the model, if one is run, and say what shows that it is the one that was cached; `given` is the
+    model itself where it is in memory.
 
     Raises:
         ConfigError: it is another one, or cannot be loaded.
     """
     if not config.with_model or not isinstance(trained.store.text, TokenStore):
         return None, None
-    model = load_model(config.model, trained.store, other, device)
+    model = load_model(config.model, trained.store, other, device, given)
+    if given is not None:
+        return model, check_given(model, trained.store)
     return model, check_model(config.model, model, trained.store)

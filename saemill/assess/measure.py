@@ -1,15 +1,14 @@
-"""The passes over the evaluation tokens: all SAEs of the run, and the baselines of the best.
+"""The passes over the evaluation tokens: all SAEs of the run, and the baselines of each.
 
-Where all SAEs are of one shape with one k, so are the best's baselines, whichever it is: they are fitted
-beforehand and everything is measured in one pass. Of several shapes the best is known only after a first
-pass, and so is the mean L0 of one without a k. A second then measures its two baselines alone, and reuses
+Where every SAE has a k, the baselines are fitted beforehand and everything is measured in one pass. The mean
+L0 of one without is known only after a first pass. A second then measures the baselines alone, and reuses
 from the first what does not depend on an SAE: the variance of the activations, the losses of the untouched
 model, of zeros and of the mean.
 """
 
-from saemill.assess.baselines import fit_baselines
+from saemill.assess.baselines import fit_baselines, site_of
 from saemill.assess.config import AssessConfig
-from saemill.assess.entries import Entry, Measured
+from saemill.assess.entries import Beside, Entry, Measured
 from saemill.assess.evalset import EvalSet
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.splicing import Splicing
@@ -26,8 +25,8 @@ def measure(
     left_out: dict[str, tuple[Sae, str]],
     evalset: EvalSet,
     model: LanguageModel | None,
-) -> tuple[Measured, list[Entry], Measured]:
-    """Measure the SAEs of a run and the best's baselines.
+) -> tuple[Measured, list[Entry], list[Entry]]:
+    """Measure the SAEs of a run and their baselines.
 
     Args:
         config: how many tokens, and what counts as healthy.
@@ -36,49 +35,28 @@ def measure(
         evalset: the tokens.
         model: for the losses, if there are any.
 
-    Returns: the SAEs' figures, their entries (best first), the baselines' figures.
+    Returns: the SAEs' figures, their entries (best first), the baselines' entries.
 
     Raises:
         ConfigError: no token is left to measure on.
     """
     why_no_loss = None if model is None else no_loss(model, evalset.tokens, int(evalset.rows_R[0]))
-    if baselines := _certain_baselines(saes, evalset):
-        both = _pass(config, saes | baselines, evalset, model, why_no_loss)
-        trained = both.only(saes)
-        return trained, trained.ranking(left_out), both.only(baselines)
-    trained = _pass(config, saes, evalset, model, why_no_loss)
-    entries = trained.ranking(left_out)
-    best = saes[entries[0]["name"]]
-    site = site_of(best)
-    site_evalset = evalset.at(site, " controls")
-    baselines = fit_baselines(best, best.config.k or mean_k(entries[0]), site, site_evalset)
-    return trained, entries, _pass(config, baselines, site_evalset, model, why_no_loss, known=trained)
+    if _are_known(saes):
+        baselines = fit_baselines(saes, {}, evalset)
+        both = _pass(config, saes | baselines.saes, evalset, model, why_no_loss)
+        trained, untrained = both.only(saes), both.only(baselines.saes)
+    else:
+        trained = _pass(config, saes, evalset, model, why_no_loss)
+        again = evalset.again(" controls")
+        baselines = fit_baselines(saes, trained.reconstruction.mean_l0s(), again)
+        untrained = _pass(config, baselines.saes, again, model, why_no_loss, known=trained)
+    beside = Beside(untrained, baselines.of)
+    return trained, trained.ranking(left_out, beside), untrained.entries(beside)
 
 
-def mean_k(entry: Entry) -> int:
-    """Return how many latents of an SAE with thresholds are active per token: its L0, rounded, at least 1."""
-    return max(1, round(entry["metrics"]["l0"]["value"] or 0))
-
-
-def site_of(sae: Sae) -> str:
-    """Return the site that an SAE of a run reconstructs, or a transcoder predicts."""
-    return str(sae.target_site)
-
-
-def _certain_baselines(saes: dict[str, Sae], evalset: EvalSet) -> dict[str, Sae]:
-    """Fit the best variant's baselines ahead, if they are the same whichever it is and share no name with an
-    SAE."""
-    sae, *others = saes.values()
-    k = sae.config.k
-    if k is None or any(_shape(other) != _shape(sae) for other in others):
-        return {}
-    baselines = fit_baselines(sae, k, site_of(sae), evalset)
-    return {} if baselines.keys() & saes.keys() else baselines
-
-
-def _shape(sae: Sae) -> tuple[str, int | None, int]:
-    """Return what the baselines of an SAE depend on."""
-    return site_of(sae), sae.config.k, sae.config.num_latents
+def _are_known(saes: dict[str, Sae]) -> bool:
+    """Tell whether the SAEs' own k say which baselines they need."""
+    return all(sae.config.k is not None for sae in saes.values())
 
 
 def _pass(

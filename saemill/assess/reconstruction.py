@@ -311,6 +311,12 @@ class Reconstruction:
             "unheld": unheld(array.statistics, array.dtype),
         }
 
+    def mean_l0s(self) -> dict[str, float]:
+        """Compute the mean number of active latents of each SAE."""
+        return {
+            name: float(self.sums.column(f"{name}/l0").sum()) / max(1, self.n_tokens) for name in self.saes
+        }
+
     def density(self, name: str) -> NDArray[np.float64]:
         """Compute the share of tokens on which each latent was active. [F]."""
         return self.firing[name].count_F.numpy() / max(1, self.n_tokens)

@@ -30,12 +30,11 @@ ABSENT: Figure = {"value": None}
 """Figure that an SAE of another kind has not."""
 CHARTS = {"fvu": "FVU", "delta_ce": "ΔCE, nats per token"}
 """Metrics that the page draws against L0."""
-UNTRAINED = (
-    "below the line, not trained: a random dictionary of the best's size and k, and PCA with k directions"
-)
-BY_MEAN_L0 = "; k is the best's mean L0, rounded"
+UNTRAINED = "below the line, not trained: random dictionaries, and PCA with k directions"
 CUT_COLUMNS = {"fvu": "FVU", "l0": "L0"}
 """Metrics of SAEs within an SAE."""
+SOURCE_COLUMNS = CUT_COLUMNS | {"delta_ce": "ΔCE nats"}
+"""Metrics per source."""
 AT_SITES = {"delta_ce": "ΔCE nats"}
 """Those of a crosscoder at each of its sites, beside these."""
 PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
@@ -69,13 +68,25 @@ def table(assessment: dict[str, Any]) -> str:
             shown.add_section()
     terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
     terminal.print(shown)
-    lines = [terminal.export_text().rstrip(), _untrained(assessment), f"best: {_best(assessment)}"]
-    return "\n".join(lines + _cuts_text(assessment) + _notes(assessment))
+    lines = [terminal.export_text().rstrip(), UNTRAINED, f"best: {_best(assessment)}"]
+    of_parts = [
+        *_text_table("SAEs within an SAE", cuts(assessment["variants"])),
+        *_text_table("Figures per source", by_source(assessment["variants"])),
+    ]
+    return "\n".join([*lines, *of_parts, thresholds(assessment), *_notes(assessment)])
 
 
-def _untrained(assessment: dict[str, Any]) -> str:
-    """Say what is beside the variants."""
-    return UNTRAINED + (BY_MEAN_L0 if assessment["variants"][0]["k"] is None else "")
+def thresholds(assessment: Mapping[str, Any]) -> str:
+    """Say in a line how many of the four thresholds the best variant and its baselines reach."""
+    best, limits = assessment["variants"][0], assessment["thresholds"]
+    against = dict.fromkeys(check["against"] for check in best["evidence"] if check["against"])
+    passed = {entry["name"]: entry["checks_passed"] for entry in [best, *assessment["controls"]]}
+    reached = ", ".join(f"{name} {passed[name]}" for name in (best["name"], *against))
+    return (
+        f"thresholds, which decide nothing (loss recovered at least {limits['min_loss_recovered']:g}, L0 "
+        f"{limits['min_l0']:g} to {limits['max_l0']:g}, dead at most {limits['max_dead_fraction']:g}, "
+        f"absorption at most {limits['max_absorption']:g}): {reached}"
+    )
 
 
 def cuts(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -99,12 +110,23 @@ def _with_interval(figure: Figure | None) -> str:
     return number(figure) + (f" ({interval(figure)})" if interval(figure) else "")
 
 
-def _cuts_text(assessment: dict[str, Any]) -> list[str]:
-    """Render the SAEs within the variants as a text table; nothing where there are none."""
-    titles, *rows = cuts(assessment["variants"]) or [[]]
+def by_source(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """List the variants' figures on each source, below the titles of the columns; empty where there is one
+    source."""
+    rows = [
+        [entry["name"], source, *(_with_interval(metrics.get(name)) for name in SOURCE_COLUMNS)]
+        for entry in entries
+        for source, metrics in (entry.get("by_source") or {}).items()
+    ]
+    return [["variant", "source", *SOURCE_COLUMNS.values()], *rows] if rows else []
+
+
+def _text_table(title: str, titles_and_rows: list[list[str]]) -> list[str]:
+    """Render rows below the titles of their columns as a text table; nothing where there are none."""
+    titles, *rows = titles_and_rows or [[]]
     if not rows:
         return []
-    shown = Table(title="SAEs within an SAE")
+    shown = Table(title=title)
     for i, title in enumerate(titles):
         is_name = i == 0
         justify: JustifyMethod = "left" if i < 2 else "right"
@@ -155,13 +177,16 @@ def _notes(assessment: dict[str, Any]) -> list[str]:
     lines += [f"{entry['name']}: {entry['not_measured']}" for entry in variants if entry["not_measured"]]
     measured = [entry for entry in variants if not entry["not_measured"]]
     checks = [check for entry in measured for check in entry["checks"]]
-    lines += sorted({f"unknown: {c['name']}: {c['reason']}" for c in checks if c["passed"] is None})
+    evidence = [check for entry in measured for check in entry["evidence"]]
+    lines += sorted(
+        {f"unknown: {c['name']}: {c['reason']}" for c in (*evidence, *checks) if c["passed"] is None}
+    )
     if any(check["passed"] is not None and check.get("reason") for check in checks):
         lines.append(
             f"absorption: where as many random directions show more than "
             f"{assessment['thresholds']['max_absorption']:g}, it is judged against (random)"
         )
-    unknown = {check["name"] for check in checks if check["passed"] is None}
+    unknown = {check["name"] for check in (*evidence, *checks) if check["passed"] is None}
     titles: dict[tuple[str, str], dict[str, None]] = {}
     for entry in measured:
         for name, title in _columns(assessment).items():
@@ -217,8 +242,9 @@ def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, N
         architectures=are_several(assessment["variants"]),
         transcoders=any(entry.get("target_site") for entry in assessment["variants"]),
         absent=ABSENT,
-        by_mean_l0=assessment["variants"][0]["k"] is None,
+        thresholds=thresholds(assessment),
         cuts=cuts(assessment["variants"]),
+        by_source=by_source(assessment["variants"]),
         charts={title: charts.against_l0(assessment, metric) for metric, title in CHARTS.items()},
         densities=charts.densities(assessment, densities),
         features=assessment["features"],

@@ -26,10 +26,14 @@ from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
 
 
-def run(config: AssessConfig) -> dict[str, Any]:
+def run(config: AssessConfig, model: Any = None) -> dict[str, Any]:
     """Assess every variant of a run; write `final_assessment.json` and `report.html`.
 
     Of several processes each measures its share; the first one writes.
+
+    Args:
+        config: the settings.
+        model: the model itself, in evaluation mode, where it is in memory.
 
     Returns: the content of `final_assessment.json`, on every process.
 
@@ -41,11 +45,11 @@ def run(config: AssessConfig) -> dict[str, Any]:
     speak_for(world)
     device = world.device(config.device)
     with world.connected(device) as everyone, ExitStack() as resources:
-        return _assess(config, device, everyone, resources)
+        return _assess(config, device, everyone, resources, model)
 
 
 def _assess(
-    config: AssessConfig, device: torch.device, everyone: Group, resources: ExitStack
+    config: AssessConfig, device: torch.device, everyone: Group, resources: ExitStack, given: Any
 ) -> dict[str, Any]:
     started = time.perf_counter()
     trained = open_run(config, device)
@@ -53,12 +57,12 @@ def _assess(
     content_hash, out = hash_of(config), config.folder
     settings.check_folder(out)
     to_wandb = everyone.first(lambda: _logs_to_wandb(config))
-    model, model_check = open_model(config, trained, other, device)
+    model, model_check = open_model(config, trained, other, device, given)
     evalset = EvalSet(trained.store, other, model, trained.mask, trained.sites, config.batch_size, everyone)
     if model is not None:
         check_mask_token(model, evalset.tokens)
     everyone.first(lambda: _lock(out, resources))
-    measured, entries, baselines = measure(config, trained.saes, trained.left_out, evalset, model)
+    measured, entries, controls = measure(config, trained.saes, trained.left_out, evalset, model)
     best = entries[0]["name"]
     shown = config.variant or best
     assessment: dict[str, Any] = {
@@ -70,7 +74,7 @@ def _assess(
         "best_variant": best,
         "best_on_other_documents": measured.on_other_documents(best),
         "variants": entries,
-        "controls": baselines.entries(),
+        "controls": controls,
         "features": describe_latents(config, shown, trained.saes[shown], measured.reconstruction),
         "n_processes": everyone.size,
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},

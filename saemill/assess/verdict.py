@@ -1,4 +1,7 @@
-"""The health verdict: each variant against thresholds, the variants in order, the best one named."""
+"""The verdict: what speaks for each variant, beside dictionaries that nobody trained; the variants in order.
+
+Four thresholds are checked as well. They decide nothing, since a random dictionary may pass them.
+"""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +13,22 @@ from saemill.assess.sums import NOT_FINITE, Figure
 Check = dict[str, Any]
 """`name`, `value`, `threshold`, `passed`: true, false, or null with a `reason`.
 
-Where the random baseline took the place of the threshold of absorption, `reason` says so."""
+Where the random baseline took the place of the threshold of absorption, `reason` says so. A check of the
+verdict has `metric` too, and where it compares with a baseline `lo`, `hi` and `against`, its name."""
+
+MOST_OF_RANDOM, MOST_OF_PCA = 0.9, 1.0
+"""Most of a random dictionary's error, and of PCA's, that a trained SAE may leave."""
+MOST_OF_DENSE = 0.5
+"""Most of all firings that may be those of dense latents."""
+TITLES = {"fvu": "FVU", "delta_ce": "ΔCE", "dead_fraction": "dead latents", "dense_share": "dense latents"}
+BESIDE = {"random": "a random dictionary", "pca": "PCA"}
+PASSED, FAILED, UNKNOWN = "passed", "failed", "unknown"
 
 
-def checks(metrics: dict[str, Figure], thresholds: Thresholds, unseen: str | None = None) -> list[Check]:
-    """Run the four health checks of one variant.
+def thresholds_checks(
+    metrics: dict[str, Figure], thresholds: Thresholds, unseen: str | None = None
+) -> list[Check]:
+    """Check one variant against the four thresholds.
 
     No SAE is failed for an absorption that as many random directions show as well: in a narrow space
     that is more than the threshold. Nor is one failed for latents that look dead on too few tokens.
@@ -53,26 +67,82 @@ def _check(name: str, figure: Figure, low: float | None, high: float | None) -> 
     return check | {"passed": (low is None or value >= low) and (high is None or value <= high)}
 
 
+def error_check(metric: str, kind: str, against: str, figure: Figure) -> Check:
+    """Check that an SAE's error is surely below that of a baseline: the end of the interval counts.
+
+    Args:
+        metric: `fvu` or `delta_ce`.
+        kind: of the baseline, `random` or `pca`.
+        against: its name.
+        figure: the SAE's error as a share of the baseline's, over the same documents.
+    """
+    most = MOST_OF_RANDOM if kind == "random" else MOST_OF_PCA
+    check: Check = {"name": f"{metric}_beside_{kind}", "metric": metric, "against": against}
+    check |= {"threshold": f"below {most:g} of that of {BESIDE[kind]}"}
+    check |= {key: figure.get(key) for key in ("value", "lo", "hi")}
+    if check["hi"] is None:
+        return check | {"passed": None, "reason": figure["reason"]}
+    return check | {"passed": check["hi"] < most}
+
+
+def latent_checks(metrics: dict[str, Figure], thresholds: Thresholds, unseen: str | None) -> list[Check]:
+    """Check that few latents are dead, and that dense ones are not what fires most.
+
+    Args:
+        metrics: the variant's figures.
+        thresholds: how many may be dead.
+        unseen: why latents that fire may look dead.
+    """
+    dead = _check("dead_fraction", metrics["dead_fraction"], None, thresholds.max_dead_fraction)
+    if unseen and dead["passed"] is False:
+        dead |= {"passed": None, "reason": unseen}
+    dense = _check("dense_share", metrics["dense_share"], None, MOST_OF_DENSE)
+    return [check | {"metric": check["name"]} for check in (dead, dense)]
+
+
+def conclude(evidence: list[Check]) -> str:
+    """Conclude from the checks: `passed`, `failed: FVU, dead latents`, or `unknown`.
+
+    One that failed decides; without that, FVU beside the baselines must be known. Others that are not are
+    named: `passed, ΔCE unknown`.
+    """
+    if failed := _titles(evidence, passed=False):
+        return f"{FAILED}: {failed}"
+    if not evidence or any(check["passed"] is None and check["metric"] == "fvu" for check in evidence):
+        return UNKNOWN
+    unknown = _titles(evidence, passed=None)
+    return f"{PASSED}, {unknown} unknown" if unknown else PASSED
+
+
+def _titles(evidence: list[Check], passed: bool | None) -> str:
+    """List what the checks of an outcome are about."""
+    metrics = {check["metric"] for check in evidence if check["passed"] is passed}
+    return ", ".join(title for metric, title in TITLES.items() if metric in metrics)
+
+
 def summary(results: list[Check]) -> str:
-    """Summarise as `passed 2/3, 1 unknown`. A check whose figure is null is neither passed nor failed."""
+    """Summarise the thresholds as `2/3, 1 unknown`. A check whose figure is null is neither passed nor
+    failed."""
     n_known = sum(check["passed"] is not None for check in results)
     if n_known == 0:
-        return "unknown"
-    text = f"passed {sum(check['passed'] is True for check in results)}/{n_known}"
+        return UNKNOWN
+    text = f"{sum(check['passed'] is True for check in results)}/{n_known}"
     return text if n_known == len(results) else f"{text}, {len(results) - n_known} unknown"
 
 
 def order(entries: list[dict[str, Any]], losses: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Sort variants best first: more checks passed, then the smaller loss.
+    """Sort variants best first: those that pass, those of which too little is known, those that fail; of
+    these the smaller loss first.
 
     Args:
         entries: the variants.
         losses: name → loss; one that was not measured has none and comes last.
     """
 
-    def key(entry: dict[str, Any]) -> tuple[bool, int, float]:
+    def key(entry: dict[str, Any]) -> tuple[int, float]:
         loss = losses.get(entry["name"], math.inf)
-        n_passed = sum(check["passed"] is True for check in entry["checks"])
-        return entry["not_measured"] is not None, -n_passed, loss if math.isfinite(loss) else math.inf
+        place = [PASSED, UNKNOWN, FAILED].index(entry["verdict"].partition(",")[0].partition(":")[0])
+        return place, loss if math.isfinite(loss) else math.inf
 
-    return sorted(entries, key=key)
+    measured = [entry for entry in entries if entry["not_measured"] is None]
+    return sorted(measured, key=key) + [entry for entry in entries if entry["not_measured"] is not None]

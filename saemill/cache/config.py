@@ -21,7 +21,7 @@ class CacheConfig:
         (), "Residual stream after these blocks: 2,4; -1 is the last", metavar="I,J"
     )
     sites: tuple[str, ...] = setting(
-        (), "Globs over module paths and residual.N: 'layers.*.mlp'", metavar="GLOBS"
+        (), "Globs over module paths and residual.N: 'layers.*.mlp', or 'layers.*.mlp:in'", metavar="GLOBS"
     )
     layer_stride: int | None = setting(None, "Every N-th block, from block 0", least=1)
     """In place of `layers` and `sites`."""
@@ -50,6 +50,11 @@ class CacheConfig:
     )
     """Nothing is left out on disk."""
     allow_other_tokenizer: bool = setting(False, "Take tokens of another tokenizer than the model's")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = setting(
+        None, "How attention is computed", by_default="the store's, or transformers' choice", metavar="NAME"
+    )
+    trust_remote_code: bool = setting(False, "Run code that the model brings", decides=False)
+    """The model's fingerprint has the code."""
     load_in_8bit: bool | None = setting(
         None, "Weights as 8-bit integers, by bitsandbytes on CUDA", by_default="the store's, or off"
     )

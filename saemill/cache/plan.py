@@ -10,15 +10,21 @@ import torch
 from saemill.cache.config import CacheConfig
 from saemill.cache.folder import check_same_store, existing_settings
 from saemill.common import config as settings
-from saemill.common import durable
+from saemill.common import durable, setting
 from saemill.common.errors import ConfigError
 from saemill.common.log import counted
 from saemill.common.models.architecture import Architecture
-from saemill.common.models.model import check_8bit, check_fit, choose_model_dtype, fingerprint_model
+from saemill.common.models.model import (
+    check_8bit,
+    check_fit,
+    choose_model_dtype,
+    fingerprint_given,
+    fingerprint_model,
+)
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.site_records import DTYPES, FORMAT, Site, StoreSettings
+from saemill.common.stores.site_records import DTYPES, FORMAT, Site, StoreSettings, site_path
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World
 
@@ -40,6 +46,8 @@ class Plan:
     """Device that the model runs on."""
     summary: str
     """Rows, shards and bytes, as the user reads them."""
+    given: Any = None
+    """Model itself, where it is in memory."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -47,8 +55,9 @@ class Plan:
         return DTYPES[self.identity["dtype"]]
 
 
-def make_plan(config: CacheConfig, world: World) -> Plan:
-    """Work out what is to be cached; settings left open are those of the store that is added to.
+def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
+    """Work out what is to be cached; settings left open are those of the store that is added to. `given` is
+    the model itself where it is in memory.
 
     Raises:
         ConfigError: settings that do not fit the model or the tokens, a store made with others, or
@@ -58,17 +67,28 @@ def make_plan(config: CacheConfig, world: World) -> Plan:
     tokens = TokenStore(config.tokens)
     existing = existing_settings(config.out, tokens)
     n_rows = _n_rows(config, tokens, existing)
-    device = world.device(config.device)
-    model_config = load_model_config(config.model, config.revision)
-    check_fit(model_config, config.model, tokens)
+    if given is None:
+        device = world.device(config.device)
+        model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
+    else:
+        device, model_config = given.device, given.config
+    check_fit(model_config, config.model, tokens, config.trust_remote_code)
     check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
     sites = sites_of(config, model_config)
-    identity = _identity(config, tokens, existing, n_rows, device)
+    identity = _identity(config, tokens, existing, n_rows, device, given)
     check_8bit(bool(identity["load_in_8bit"]), device)
     _check_mask(tokens, settings.build(MaskConfig, identity["mask"], "mask"), n_rows)
     summary = _summary(config, identity, tokens.ctx_len, sites)
     check_same_store(config.out, existing, identity)
-    return Plan(config=config, tokens=tokens, sites=sites, identity=identity, device=device, summary=summary)
+    return Plan(
+        config=config,
+        tokens=tokens,
+        sites=sites,
+        identity=identity,
+        device=device,
+        summary=summary,
+        given=given,
+    )
 
 
 def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
@@ -81,7 +101,7 @@ def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
     Raises:
         ConfigError: a layer or a module that does not exist.
     """
-    architecture = Architecture(model_config)
+    architecture = Architecture(model_config, config.trust_remote_code)
     layers = config.layers
     if config.layer_stride and not (config.layers or config.sites):
         layers = tuple(range(0, len(architecture.blocks), config.layer_stride))
@@ -92,7 +112,7 @@ def content_of(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
     """Collect the settings that decide the content of a new store made with this config, but for its
     sites."""
     n_rows = _n_rows(config, tokens, None)
-    return _identity(config, tokens, None, n_rows, World.here().device(config.device))
+    return _identity(config, tokens, None, n_rows, World.here().device(config.device), None)
 
 
 def _n_rows(config: CacheConfig, tokens: TokenStore, existing: StoreSettings | None) -> int:
@@ -107,7 +127,12 @@ def _n_rows(config: CacheConfig, tokens: TokenStore, existing: StoreSettings | N
 
 
 def _identity(
-    config: CacheConfig, tokens: TokenStore, existing: StoreSettings | None, n_rows: int, device: torch.device
+    config: CacheConfig,
+    tokens: TokenStore,
+    existing: StoreSettings | None,
+    n_rows: int,
+    device: torch.device,
+    given: Any,
 ) -> dict[str, Any]:
     """Collect the settings that decide the store's content, site by site. Those that the user left open are
     the existing store's."""
@@ -116,8 +141,13 @@ def _identity(
     model_dtype = str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch.")
     if config.model_dtype == "auto" and existing:
         model_dtype = str(existing.model_dtype)
+    if given is None:
+        fingerprint = fingerprint_model(config.model, config.revision, config.trust_remote_code)
+    else:
+        fingerprint, model_dtype = fingerprint_given(given), str(given.dtype).removeprefix("torch.")
     in_8bit = existing.load_in_8bit if existing and config.load_in_8bit is None else config.load_in_8bit
     mask = config.mask or (existing.mask if existing else MaskConfig())
+    attention = config.attn_implementation or (existing.attn_implementation if existing else None)
     return {
         "format": FORMAT,
         "kind": "tokens",
@@ -127,8 +157,9 @@ def _identity(
         "dtype": config.dtype or (existing.dtype if existing else "bf16"),
         "model_dtype": model_dtype,
         "load_in_8bit": in_8bit or None,
-        "model_fingerprint": fingerprint_model(config.model, config.revision),
-        "mask": settings.plain(mask),
+        **({"attn_implementation": attention} if attention else {}),
+        "model_fingerprint": fingerprint,
+        "mask": setting.identity(mask),
     }
 
 
@@ -154,7 +185,7 @@ def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    n_written_bytes = sum(durable.folder_bytes(config.out / site.name / "c") for site in sites)
+    n_written_bytes = sum(durable.folder_bytes(site_path(config.out, site.name) / "c") for site in sites)
     missing = sum(needed.values()) - n_written_bytes
     if missing > free:
         raise ConfigError(

@@ -4,6 +4,7 @@ A token's path continues in `fill`, then in `writer`.
 """
 
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
@@ -18,7 +19,9 @@ from saemill.cache.repair import damaged, mend
 from saemill.cache.writer import SiteWriter
 from saemill.common.errors import DataError
 from saemill.common.log import counted, say
-from saemill.common.models.model import LanguageModel, fingerprint_weights
+from saemill.common.models.cached import how_cached
+from saemill.common.models.model import IN_MEMORY, LanguageModel, fingerprint_weights
+from saemill.common.models.roles import roles_of
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import StoreSettings
@@ -26,13 +29,17 @@ from saemill.common.stores.statistics import warnings
 from saemill.common.world import World, speak_for
 
 
-def run(config: CacheConfig) -> ActivationStore:
+def run(config: CacheConfig, model: Any = None) -> ActivationStore:
     """Cache the activations of the chosen sites into `config.out`.
 
     A store that exists is added to: sites that are missing are cached, shards and tokens that are
     missing or damaged are written again, and nothing else is touched. Settings left open are the store's.
     Any number of processes may do so at once: each shard is written by one of them, and each returns
     when the sites it was asked for are complete.
+
+    Args:
+        config: the settings.
+        model: the model itself, in evaluation mode, where it is in memory. `config.model` is its name then.
 
     Raises:
         ConfigError: settings that do not fit the model or the tokens, a store made with others, or
@@ -44,7 +51,7 @@ def run(config: CacheConfig) -> ActivationStore:
     world = World.here()
     speak_for(world)
     with stop_on_signal() as stop:
-        plan = make_plan(config, world)
+        plan = make_plan(config, world, model)
         with Worker(config.out / CLAIMS, stop) as worker:
             store, writers = _open(plan, worker)
             try:
@@ -81,9 +88,10 @@ def _new_settings(plan: Plan) -> StoreSettings:
     """Make the settings of a new store."""
     return StoreSettings.made(
         plan.identity,
-        model=plan.config.model,
+        model=plan.config.model + ("" if plan.given is None else IN_MEMORY),
         revision=plan.config.revision,
-        weights_fingerprint=fingerprint_weights(plan.config.model),
+        trust_remote_code=plan.config.trust_remote_code or None,
+        weights_fingerprint=fingerprint_weights(plan.config.model) if plan.given is None else None,
         versions={name: version(name) for name in ("saemill", "torch", "transformers", "zarr")},
     )
 
@@ -104,7 +112,7 @@ def _complete(
         if any(lacking.values()):
             _report_progress(store, lacking)
             n_missing += sum(map(len, lacking.values()))
-            model = model or _load(plan, store)
+            model = model or _load(plan, store, writers, worker)
             filling = Filling(store, writers, model, worker, world, plan.config.batch_size)
             filling.run()
             n_written += filling.n_written
@@ -113,20 +121,24 @@ def _complete(
                 return _done_sentence(n_missing, n_written)
 
 
-def _load(plan: Plan, store: ActivationStore) -> LanguageModel:
-    """Load the model, and warn where modules do not hold what their names say. The sites asked for are
-    compared with the finished ones too."""
+def _load(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker: Worker) -> LanguageModel:
+    """Load the model, write down what is at the sites, and warn where that is not what their names say. The
+    sites asked for are compared with the finished ones too."""
     model = LanguageModel(
         plan.config.model,
         revision=plan.config.revision,
-        dtype=getattr(torch, str(store.settings.model_dtype)),
         device=plan.device,
-        in_8bit=bool(store.settings.load_in_8bit),
+        given=plan.given,
+        **how_cached(store.settings),
     )
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype("int64"))
     sites = [site.name for site in plan.sites]
     finished = [name for name in store.sites if name not in sites]
-    for warning in names.warnings(model, sites + finished, ids_RS):
+    found = roles_of(model, sites + finished, ids_RS)
+    with worker.hold("store"):
+        for writer in writers:
+            writer.note(found[writer.site.name])
+    for warning in names.warnings(model, found, ids_RS):
         say(f"warning: {warning}")
     return model
 

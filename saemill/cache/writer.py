@@ -28,7 +28,9 @@ from saemill.common.stores.site_records import (
     encode_array,
     hash_blocks,
     record_path,
+    site_path,
 )
+from saemill.common.stores.site_roles import Role
 from saemill.common.stores.statistics import Moments
 
 COMMIT = re.compile(r"(0|[1-9]\d{0,17})\.json")
@@ -54,14 +56,28 @@ class SiteWriter:
 
     def __init__(self, store: ActivationStore, site: Site, dtype: torch.dtype, worker: Worker) -> None:
         self.store, self.site, self.dtype, self.worker = store, site, dtype, worker
-        self.path = store.path / site.name
+        self.path = site_path(store.path, site.name)
         self.identity = store.settings.identity
         """Identity of the store, by which its records name it."""
         self._check_owner()
-        self.known = SiteRecord(site=site.name, width=site.width, settings=store.settings)
-        if records.if_whole(lambda: store.record(site.name)) != self.known:
+        found = records.if_whole(lambda: store.record(site.name))
+        self.known = SiteRecord(
+            site=site.name, width=site.width, role=self._known_role(found), settings=store.settings
+        )
+        if found != self.known:
             put(record_path(store.path, site.name), records.content(self.known), self.worker)
         self.array = self._array()
+
+    def _known_role(self, found: SiteRecord | None) -> Role | None:
+        """Return what is at the site, from its record or, where that is damaged, from its manifest."""
+        kept = found or records.if_whole(lambda: records.read(self.manifest_path, SiteManifest, REPAIR))
+        return kept.role if kept else None
+
+    def note(self, role: Role | None) -> None:
+        """Write down what is at the site. The caller holds the claim on the store."""
+        if role != self.known.role:
+            self.known = self.known.model_copy(update={"role": role})
+            put(record_path(self.store.path, self.site.name), records.content(self.known), self.worker)
 
     def write(self, shard: int, x_TD: Tensor, claim: Claim) -> None:
         """Write and commit one shard.
@@ -193,6 +209,7 @@ class SiteWriter:
             store=self.identity,
             site=self.site.name,
             width=self.site.width,
+            role=self.known.role,
             statistics=SiteStatistics.of(moments, sketch),
             shards=tuple(shards),
         )

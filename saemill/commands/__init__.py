@@ -5,6 +5,7 @@ Heavy imports are inside the commands, so that `--help` is quick. `saemill.cli` 
     run.py          run, matrix: all stages at once
     pipeline.py     tokenize, cache, train, assess; demo
     embeddings.py   import-activations, embed
+    models.py       sites: where activations can be cached
     stores.py       show, verify
     tracking.py     track: a run to wandb
     exchange.py     export, import: SAEs of other tools

@@ -1,4 +1,4 @@
-"""SAEs to and from other tools: export, import."""
+"""SAEs and tokens to and from other tools: export, import, export-tokens."""
 
 from pathlib import Path
 from typing import Annotated
@@ -46,20 +46,62 @@ def import_(
     path: Annotated[
         str,
         typer.Argument(
-            help="An SAE of sparsify, SAELens or dictionary_learning: a folder, or hf://user/repo/…; of a "
-            "circuit-tracer set the file of a layer."
+            help="An SAE's folder, or hf://user/repo/…; its file where the format has one for each: a "
+            "layer of a circuit-tracer set, a pickle."
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, new or empty.")],
     model: Annotated[
         str | None, option("The model it was trained on; its config tells the SAE's site.", "NAME")
     ] = None,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="What it is, where its files could be of several formats: sparsify, saelens, "
+            "dictionary_learning, circuit-tracer, gemma-scope, gemma-scope-2, llama-scope, openai, "
+            "qwen-scope, linear-layers (Goodfire, DeepSeek-R1) or attention-z. Default: as recognised.",
+        ),
+    ] = None,
 ) -> None:
-    """Take over an SAE of another tool.
+    """Take over an SAE of another tool, or a published one.
 
     Example: `saemill import downloaded/blocks.8.hook_resid_post --model EleutherAI/pythia-160m -o sae`,
-    `saemill import hf://user/repo/layers.8 -o sae`
+    `saemill import hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 -o sae`
     """
     from saemill.convert import import_ as take
 
-    take(path, out, model)
+    take(path, out, model, format_)
+
+
+def export_tokens(
+    tokens: Annotated[Path, typer.Argument(help="A token store.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="The held-out rows, in place of those that are trained on.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None, option("Upload it as a dataset too; created if it is not there.", "USER/REPO")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+) -> None:
+    """Write a token store's rows as a dataset that SAELens and sparsify train on.
+
+    It is a `save_to_disk` folder with the column `input_ids`, and SAELens' metadata of it.
+
+    Example: `saemill export-tokens tokens for-saelens`
+    """
+    from saemill import token_export
+    from saemill.common.errors import ConfigError
+    from saemill.hub.exported import push_exported
+    from saemill.hub.push import check_may_push, check_repo
+
+    if private and push_to_hub is None:
+        raise ConfigError("--private has no effect without --push-to-hub; leave it out")
+    if push_to_hub is not None:
+        check_repo(push_to_hub)
+        check_may_push()
+    rows = token_export.export(tokens, out, held_out)
+    if push_to_hub is not None:
+        push_exported(rows, out, push_to_hub, private)

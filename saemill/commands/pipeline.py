@@ -1,38 +1,58 @@
 """The stages: tokenize, cache, train, assess; and all of them on what ships."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from saemill.assess.config import AssessConfig
 from saemill.cache.config import CacheConfig
-from saemill.commands.flags import OUT, argument, command, flag
+from saemill.commands.flags import OUT, Config, Sets, argument, command, flag, with_flags
 from saemill.tokenize.config import TokenizeConfig
 from saemill.train.config import TrainConfig
 
 
-@command(
+@with_flags(
     TokenizeConfig,
-    "tokenize",
-    argument("dataset"),
     OUT,
-    *("tokenizer", "subset", "split", "text_column"),
+    *("tokenizer", "subset", "split", "text_column", "chat_column", "chat_template", "source_column"),
+    *("special_tokens_in_text", "row_start", "document_start", "separator"),
     *("ctx_len", "max_tokens", "streaming", "shuffle_seed", "held_out_fraction"),
     flag("repack", "--repack"),
     *("num_proc", "revision", "tokenizer_revision"),
 )
-def tokenize(config: TokenizeConfig) -> None:
+def tokenize(
+    *,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Hub id, or file or folder: parquet, jsonl(.gz), csv, arrow, txt, `save_to_disk`. Several "
+            "with their shares, A:0.7 B:0.3, are mixed."
+        ),
+    ] = None,
+    mix: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with a list of datasets to mix: dataset, share, and what each needs."),
+    ] = None,
+    flags: Mapping[str, Any],
+    config: Config = None,
+    set_: Sets = None,
+) -> None:
     """Turn documents into packed rows of token ids.
 
     Documents are joined by the tokenizer's separator into full rows, framed as the model expects.
     Where each document starts, and which are held out, is kept.
 
     Example: `saemill tokenize corpus.jsonl.gz --tokenizer gpt2 --ctx-len 512 -o tokens`
+
+    Example: `saemill tokenize web.parquet:0.7 code.jsonl:0.3 --tokenizer gpt2 -o tokens`
     """
+    from saemill.common.config import resolve
+    from saemill.tokenize.named import named
     from saemill.tokenize.run import run
 
-    run(config)
+    run(resolve(TokenizeConfig, "tokenize", {**flags, **named(dataset or (), mix)}, config, set_ or ()))
 
 
 @command(
@@ -44,7 +64,8 @@ def tokenize(config: TokenizeConfig) -> None:
     *("layers", "sites", "layer_stride", "dtype", "model_dtype"),
     *("max_tokens", "batch_size", "shard_tokens", "device"),
     flag("allow_other_tokenizer", "--allow-other-tokenizer"),
-    *("load_in_8bit", "revision"),
+    *("load_in_8bit", "attn_implementation", "revision"),
+    flag("trust_remote_code", "--trust-remote-code"),
 )
 def cache(config: CacheConfig) -> None:
     """Run a transformer over the rows once and store the activations of chosen sites.
@@ -72,6 +93,7 @@ def cache(config: CacheConfig) -> None:
     OUT,
     *("init_from", "architecture", "k", "expansion_factor", "num_latents", "lr", "seeds"),
     *("k_anneal_steps", "multi_topk", "nested_k", "prefixes", "matryoshka_rule"),
+    flag("mask.roles", "--train-on"),
     *("target_l0", "l0_coefficient", "sparsity_penalty", "bandwidth", "preact_coefficient", "most_density"),
     *("l1_coefficient", "lp_norm", "decoder_rows", "penalty_warmup_steps"),
     *("batch_size", "max_tokens", "epochs", "grad_acc_steps"),

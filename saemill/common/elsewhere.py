@@ -60,9 +60,7 @@ SPARSIFY = {
     "load_in_8bit": Setting(
         "`--load-in-8bit`", "the model while caching and assessing; needs CUDA and bitsandbytes"
     ),
-    "attn_implementation": Setting(
-        "", "transformers chooses the attention that the model and the device have"
-    ),
+    "attn_implementation": Setting("`--attn-implementation`", "of `cache` and `run`; assessed with the same"),
     "batch_size": Setting(
         "`--batch-size`",
         "**tokens, not sequences**: theirs × ctx_len; what is no more than a row and at most 512 is refused",
@@ -150,7 +148,7 @@ SAELENS = {
     "dataset_trust_remote_code": Setting("", "datasets' scripts are not run"),
     "streaming": Setting("`--streaming`", "off by default; with `--max-tokens`"),
     "is_dataset_tokenized": Setting("`--text-column`", "name the column of the ids: input_ids"),
-    "use_chat_formatting": Setting("", "write the chats as text first"),
+    "use_chat_formatting": Setting("`--chat-column`", "and `--train-on assistant` for what it says alone"),
     "context_size": Setting("`--ctx-len`", SAME),
     "use_cached_activations": Setting(
         "", "always: `saemill cache`, or `saemill run`, which finds them again"
@@ -165,10 +163,10 @@ SAELENS = {
     ),
     "seqpos_slice": Setting("`--set cache.mask.first_positions=`", "positions left out at a row's start"),
     "disable_concat_sequences": Setting("", "rows are packed full; where documents start is kept"),
-    "sequence_separator_token": Setting("", "the tokenizer's own"),
+    "sequence_separator_token": Setting("`--set tokenize.separator=`", "after each document, by default EOS"),
     "prepend_bos": Setting("", "rows are framed as the model's tokenizer frames a text"),
-    "begin_batch_token": Setting("", "rows are framed as the model's tokenizer frames a text"),
-    "begin_sequence_token": Setting("", "documents are joined by the tokenizer's separator"),
+    "begin_batch_token": Setting("`--set tokenize.row_start=`", "by default the tokenizer's own"),
+    "begin_sequence_token": Setting("`--set tokenize.document_start=`", "none by default, as theirs"),
     "exclude_special_tokens": Setting("`--set cache.mask.special_tokens=`", "true by default"),
     "device": Setting("`--device`", SAME),
     "llm_device": Setting("`--set cache.device=`", "the model is not in memory while SAEs are trained"),
@@ -277,7 +275,9 @@ SAELENS = {
     "shuffle": Setting("`--shuffle-seed`", "none keeps the documents' order; training is always shuffled"),
     "pretokenize_batch_size": Setting("", "texts are tokenized in batches in any case"),
     "save_path": Setting("`saemill tokenize -o`", "or `--save-dir`"),
-    "hf_repo_id": Setting("`saemill push`", "uploads what is made"),
+    "hf_repo_id": Setting(
+        "`saemill push`", "uploads what is made; `saemill export-tokens --push-to-hub` in their form"
+    ),
     "hf_num_shards": Setting("", "`saemill push` uploads shards as they are"),
     "hf_revision": Setting("`saemill push --revision`", "the branch"),
     "hf_is_private_repo": Setting("`saemill push --private`", SAME),
@@ -395,7 +395,10 @@ def of_hook(name: str) -> str | None:
     elif kind == "resid_pre" and int(layer):
         equivalent = f"the residual stream before block {layer} is --layers {int(layer) - 1}"
     else:
-        equivalent = "sites are module paths below transformers' base model, as in --sites 'layers.*.mlp'"
+        equivalent = (
+            "sites are module paths below transformers' base model, as in --sites 'layers.*.mlp'; "
+            "`saemill sites MODEL` tells which of them are hooks there"
+        )
     return f"{name} is a hook of TransformerLens; {equivalent}"
 
 

@@ -37,8 +37,12 @@ def loading(what: str, name: str) -> Iterator[None]:
     except Exception as error:  # damaged files, and settings that cannot be, raise errors of any kind
         if "trust_remote_code" in str(error):
             raise ConfigError(
-                f"cannot load the {what} {name!r}: it brings code of its own, which saemill does not run; "
-                f"choose a {what} of a kind that transformers knows"
+                f"cannot load the {what} {name!r}: it brings code of its own, which is not run unasked; "
+                + (
+                    "read it, and give `saemill cache`, `sites` or `run` --trust-remote-code"
+                    if what == "model"
+                    else f"choose a {what} of a kind that transformers knows"
+                )
             ) from error
         if not isinstance(error, OSError | ValueError | ImportError):
             message = " ".join(str(error).split())[:300]

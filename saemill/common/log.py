@@ -1,4 +1,5 @@
-"""What the user sees: sentences on stdout, progress on stderr (bars on a terminal, else lines)."""
+"""What the user sees: sentences on stdout, progress on stderr (a bar on a terminal, in a notebook a line that
+is written over, else lines)."""
 
 import logging
 import re
@@ -18,6 +19,8 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\
 """Control characters, the marks that turn the direction of text, and halves of characters."""
 LINE_SECONDS = 10.0
 """Least time between two progress lines where stderr is no terminal."""
+NOTEBOOK_SECONDS = 0.5
+"""The same in a notebook, where a line takes the place of the one before."""
 speaks = True
 """Whether this process shows progress; of several, one does."""
 
@@ -109,16 +112,22 @@ def progress(label: str, total: int | None, unit: str, done: int = 0) -> Iterato
             return
         (task,) = bar.tasks
         shown = time.monotonic()
+        seconds, start, end = (NOTEBOOK_SECONDS, "\r", "") if _in_notebook() else (LINE_SECONDS, "", "\n")
 
         def advance(n: int) -> None:
             nonlocal shown
             bar.advance(number, n)
-            if time.monotonic() - shown >= LINE_SECONDS:
+            if time.monotonic() - shown >= seconds:
                 shown = time.monotonic()
-                print(_line(task, done), file=sys.stderr, flush=True)
+                print(start + _line(task, done), end=end, file=sys.stderr, flush=True)
 
         yield advance
-        print(_line(task, done), file=sys.stderr, flush=True)
+        print(start + _line(task, done), file=sys.stderr, flush=True)
+
+
+def _in_notebook() -> bool:
+    """Tell whether stderr is shown below a notebook's cell."""
+    return type(sys.stderr).__module__.startswith("ipykernel")
 
 
 def _line(task: Task, done_before: int) -> str:

@@ -47,6 +47,8 @@ class Setting:
     """The interval of its number, as in `[0, 1)`."""
     only: tuple[str, ...] = ()
     """The architectures that it has an effect on; empty for all."""
+    later: bool = False
+    """Whether it came after identities that are on disk: at its default it stands in none."""
 
     def problem(self, number: float) -> str:
         """Say what the number must be and is not; empty if it may be so."""
@@ -118,9 +120,15 @@ def axes(cls: Any) -> dict[str, str]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """Collect the settings that decide the result, as plain values."""
-    known = of(config)
-    return {name: value for name, value in plain(config).items() if known[name].decides}
+    """Collect the settings that decide the result, as plain values; of groups within it too."""
+    values = plain(config)
+    for name, marks in of(config).items():
+        value = getattr(config, name)
+        if not marks.decides or (marks.later and value == default_of(config, name)):
+            del values[name]
+        elif dataclasses.is_dataclass(value):
+            values[name] = identity(value)
+    return values
 
 
 def check(config: Any) -> None:

@@ -17,7 +17,7 @@ from saemill.cache.folder import check_same_store, write_group
 from saemill.cache.repair import damaged, mend
 from saemill.cache.writer import SiteWriter
 from saemill.common import config as settings
-from saemill.common import durable, records
+from saemill.common import durable, records, setting
 from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.stores.activations import ActivationStore
@@ -179,7 +179,7 @@ def open_store(
         "dtype": next(name for name, known in DTYPES.items() if known is dtype),
         "model_dtype": None,
         "model_fingerprint": plan.made_by["model_fingerprint"],
-        "mask": settings.plain(NO_MASK),
+        "mask": setting.identity(NO_MASK),
     }
     existing = known_settings(plan.out)
     check_same_store(plan.out, existing, identity)

@@ -99,7 +99,8 @@ def _what(saes: Mapping[str, Mapping[str, Any]], places: Sequence[str]) -> str:
         )
     return (
         f"{span(provenance['model'])} at {', '.join(places)}, {by} tokens of {span(provenance['dataset'])}. "
-        f"A site is the output of that module of the base model (`AutoModel`); {kinds.takes(saes)}:"
+        "A site is the output of that module of the base model (`AutoModel`), with :in its input; "
+        f"{kinds.takes(saes)}:"
     )
 
 
@@ -223,11 +224,10 @@ def _how_measured(assessment: Mapping[str, Any]) -> list[str]:
         + f"In brackets 95% intervals over {data['document']}s.",
         "FVU is the share of variance that is not reconstructed; ΔCE what splicing the SAE into the model "
         "costs it; loss recovered compares that with zeros in place of the activations; dead are latents "
-        f"active on fewer than {data['dead_percentage_threshold']:.2%} of the {unit}s. The verdict counts "
-        f"the checks passed: loss recovered at least {limits['min_loss_recovered']:g}, L0 "
-        f"{limits['min_l0']:g} to {limits['max_l0']:g}, dead at most {limits['max_dead_fraction']:g}, "
-        f"absorption at most {limits['max_absorption']:g} or what random directions show. More is in "
-        "`report.html` and `final_assessment.json`.",
+        f"active on fewer than {data['dead_percentage_threshold']:.2%} of the {unit}s. An SAE passes "
+        "if FVU and ΔCE are surely below 0.9 of a random dictionary's and below PCA's of the same k, at most "
+        f"{limits['max_dead_fraction']:.0%} of its latents are dead, and dense ones are not what fires most. "
+        "More is in `report.html` and `final_assessment.json`.",
     ]
 
 

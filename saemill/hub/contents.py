@@ -19,6 +19,7 @@ from saemill.common.sae.formats.sparsify import WEIGHTS, check
 from saemill.common.stores import assessments, runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.site_names import folder_of
 from saemill.common.stores.site_records import SITES, group_of
 from saemill.common.stores.tokens import TokenStore
 from saemill.hub.card import model_card
@@ -167,9 +168,9 @@ def _activations(path: Path, place: str) -> Contents:
     written["zarr.json"] = as_json(group_of(settings))
     for site in store.sites:
         known = store.record(site).model_copy(update={"settings": settings})
-        written[f"{SITES}/{site}.json"] = as_json(records.content(known))
+        written[f"{SITES}/{folder_of(site)}.json"] = as_json(records.content(known))
     per_site = ("zarr.json", "manifest.json", "c/*/0", "commits/*.json")
-    globs = [f"{site}/{file}" for site in store.sites for file in per_site]
+    globs = [f"{folder_of(site)}/{file}" for site in store.sites for file in per_site]
     of_text = _token_globs(text) if isinstance(text, TokenStore) else ("passages.parquet",)
     globs += [f"{kind}/{file}" for file in of_text]
     card = activations_card(place, store, names).encode()

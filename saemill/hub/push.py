@@ -43,27 +43,59 @@ def push(
         StoreError: the folder is nothing that saemill made, unfinished or damaged.
         ConfigError: unknown variants, or the hub refuses.
     """
-    uri = hub.parse(hub.SCHEME + repo)
-    if uri.path_in_repo or uri.revision or uri.type != "model":
-        raise ConfigError(f"repo must be user/repo, got {repo!r}; a branch is named with --revision")
+    check_repo(repo)
     place = f"{repo}@{quote(revision, safe='')}" if revision else repo
     contents = contents_of(path, place, variants)
     if dry_run:
         say(_listing(contents, place))
         say(contents.written[runs.CARD].decode())
         return
-    _check_may_push()
-    with hub.asking(repo):
+    check_may_push()
+    with hub.asking(repo):  # before the store is hashed, which may take long
         contents = _open(contents, repo, private, revision)
     if contents.repo_type == "dataset" and (damage := problems(path)):
         raise StoreError("\n".join(damage))
-    say(f"{path} to {contents.repo_type} {place}: {_total(contents)}")
+    message = message or f"Upload {path.absolute().name} with saemill"
+    _upload(contents, repo, revision, message)
+
+
+def upload(contents: Contents, repo: str, *, private: bool, message: str) -> None:
+    """Upload files to a repository, which is made if it is not there. `check_may_push` comes first.
+
+    Raises:
+        ConfigError: the hub refuses.
+    """
     with hub.asking(repo):
-        _send(contents, repo, revision, message or f"Upload {path.absolute().name} with saemill")
+        contents = _open(contents, repo, private, None)
+    _upload(contents, repo, None, message)
+
+
+def _upload(contents: Contents, repo: str, revision: str | None, message: str) -> None:
+    """Upload files to a repository that is open."""
+    place = f"{repo}@{quote(revision, safe='')}" if revision else repo
+    say(f"{contents.folder} to {contents.repo_type} {place}: {_total(contents)}")
+    with hub.asking(repo):
+        _send(contents, repo, revision, message)
     say(f"{hub.SCHEME}{'datasets/' if contents.repo_type == 'dataset' else ''}{place} is there")
 
 
-def _check_may_push() -> None:
+def check_repo(repo: str) -> None:
+    """Refuse what is no repository's name.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    uri = hub.parse(hub.SCHEME + repo)
+    if uri.path_in_repo or uri.revision or uri.type != "model":
+        raise ConfigError(f"repo must be user/repo, got {repo!r}; a branch is named with --revision")
+
+
+def check_may_push() -> None:
+    """Refuse to begin without a token of the hub, or offline.
+
+    Raises:
+        ConfigError: nothing can be pushed.
+    """
     from huggingface_hub import get_token, is_offline_mode
 
     if is_offline_mode():

@@ -84,7 +84,7 @@ def _of_a_model(settings: StoreSettings) -> tuple[str, str]:
     return (
         f"Activations of {PurePath(str(settings.model)).name}",
         f"Activations of `{settings.model}`, cached by saemill {version}, and the tokens that they belong "
-        "to. A site is the output of that module of the base model (`AutoModel`).",
+        "to. A site is the output of that module of the base model (`AutoModel`), or with :in its input.",
     )
 
 

@@ -113,7 +113,8 @@ class Chain:
         self.configs = {stage: settings.build(CONFIGS[stage], sections[stage], stage) for stage in sections}
         check_input(first, self.configs[first])
         if first == "tokenize":
-            check_path(self.configs[first].dataset)
+            for entry in self.configs[first].inputs:
+                check_path(entry.dataset)
         self.batch_is_set = sections.get("train", {}).get("batch_size") is not None
         check_amounts(self.configs)
         if "cache" in self.configs:
@@ -171,7 +172,7 @@ class Chain:
     def _tokenize(self, config: TokenizeConfig) -> Path:
         out = config.out
         if out == UNKNOWN:
-            out = self._place("tokens", config.dataset, content_of_tokens(config))
+            out = self._place("tokens", config.dataset or "mix", content_of_tokens(config))
 
         def made() -> dict[str, Any]:
             self._check_rows(tokenize(replace(config, out=out)))
@@ -296,16 +297,24 @@ FOLDERS = {"tokenize": {"out"}, "cache": {"out", "tokens"}, "train": {"out", "ac
 def content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
     """List what decides the tokens: settings, the text of a local dataset, the tokenizer."""
     content = config.identity()
-    if Path(config.dataset).exists():
-        content["dataset_hash"] = fingerprint_local(Path(config.dataset))
+    local = [Path(entry.dataset) for entry in config.inputs if Path(entry.dataset).exists()]
+    if config.dataset is not None and local:
+        content["dataset_hash"] = fingerprint_local(local[0])
+    elif local:
+        content["dataset_hashes"] = [fingerprint_local(path) for path in local]
     content["tokenizer_hash"] = load_tokenizer(config.tokenizer, config.tokenizer_revision)[1].hash
     return content
 
 
 def _here(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace local datasets, tokenizers, models and SAEs in the settings by their absolute paths."""
-    candidates = {name: values.get(name) for name in ("dataset", "tokenizer", "model", "init_from")}
-    local = {name: str(Path(v).absolute()) for name, v in candidates.items() if v and Path(str(v)).exists()}
+    """Replace local datasets, tokenizers, templates, models and SAEs in the settings by their absolute
+    paths."""
+    named = ("dataset", "tokenizer", "chat_template", "model", "init_from")
+    candidates = {name: values.get(name) for name in named}
+    there = {name: v for name, v in candidates.items() if v and Path(str(v)).exists()}
+    local: dict[str, Any] = {name: str(Path(v).absolute()) for name, v in there.items()}
+    if isinstance(values.get("mix"), list):
+        local["mix"] = [_here(entry) if isinstance(entry, dict) else entry for entry in values["mix"]]
     return {**values, **local}
 
 
@@ -319,13 +328,15 @@ def _owes_wandb(run: Path) -> bool:
 def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
     """Refuse a tokenizer or rows that the model cannot take."""
     info = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)[1]
-    limits = limits_of(load_model_config(config.model, config.revision))
+    trusts = config.trust_remote_code
+    limits = limits_of(load_model_config(config.model, config.revision, trusts), trusts)
     check_row_length(limits, config.model, tokens.ctx_len or 1)  # 1: it may follow from rows not read yet
     check_tokenizer(info, config.model, config.revision, config.allow_other_tokenizer)
 
 
 def _sites(config: CacheConfig) -> list[Site]:
-    return sites_of(config, load_model_config(config.model, config.revision))
+    model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
+    return sites_of(config, model_config)
 
 
 def _damaged(acts: Path) -> Path:

@@ -17,7 +17,7 @@ in `<out>/runs/<target>--<source>`, all layers, k, widths and seeds trained at o
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +74,7 @@ class Target:
 class Source:
     """A dataset that the models read; what is left out is as in the shared section tokenize."""
 
-    dataset: str = like(TokenizeConfig, "dataset")
+    dataset: str = like(TokenizeConfig, "dataset", default=MISSING)
     subset: str | None = like(TokenizeConfig, "subset")
     split: str | None = like(TokenizeConfig, "split", default=None)
     text_column: str | None = like(TokenizeConfig, "text_column", default=None)
@@ -335,7 +335,7 @@ def _content(chain: Chain) -> str:
         [
             content_of_tokens(tokenize),
             identity(cache),
-            fingerprint_model(cache.model, cache.revision),
+            fingerprint_model(cache.model, cache.revision, cache.trust_remote_code),
             train.identity(),
             assess.identity(),
             TokenStore(assess.tokens).fingerprint if assess.tokens else None,

@@ -58,9 +58,10 @@ def _fitted(
     config: TrainConfig, tokens: TokenStore, cache: CacheConfig | None, n_rows: int, batch_is_set: bool
 ) -> TrainConfig:
     """Fit the settings of a training that has one step at least."""
+    mask = config.mask.positions((cache.mask if cache else None) or MaskConfig())
+    mask.check(tokens.tokenizer.vocab_size, tokens.ctx_len, tokens.manifest.roles)
     if config.max_tokens is not None and config.max_tokens >= config.step_tokens:
         return config
-    mask = config.mask.positions((cache.mask if cache else None) or MaskConfig())
     n_epoch = _n_unmasked(tokens, mask, n_rows, config.step_tokens)
     n_tokens = config.max_tokens or (config.epochs or 1) * n_epoch
     if n_tokens >= config.step_tokens:

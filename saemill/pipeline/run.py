@@ -85,7 +85,7 @@ def _refuse_end_to_end(sections: Sections) -> None:
 def _complete_tokenize(sections: Sections) -> None:
     """Fill in the tokenizer, which is the model's own if none is named; the dataset must be named."""
     values = sections["tokenize"]
-    if values.get("dataset") is None:
+    if values.get("dataset") is None and not values.get("mix"):
         raise ConfigError("name a dataset: saemill run MODEL DATASET, or tokenize.dataset in the config")
     if values.get("tokenizer") is None:
         if (model := sections.get("cache", {}).get("model")) is None:

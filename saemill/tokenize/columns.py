@@ -4,11 +4,12 @@ A document is a text, or a row of token ids of a dataset that is tokenized alrea
 into text: what Python writes for a list or a number is nobody's document.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 
+from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, DataError
 
 IDS = ("input_ids", "tokens")
@@ -16,10 +17,7 @@ IDS = ("input_ids", "tokens")
 MASK = "attention_mask"
 TEXTS = ("string", "large_string", "string_view", "null")
 LISTS = (datasets.List, datasets.LargeList)
-CHAT = (
-    "Chat messages are not supported yet: write each conversation as one text into a column of its own, as "
-    "the model's chat template has it"
-)
+CHAT = "Read conversations with --chat-column {}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +29,61 @@ class Column:
     """Whether its rows are token ids, not texts."""
     masked: bool
     """Whether an attention mask stands beside the ids."""
+    holds_chats: bool = False
+    """Whether its rows are conversations."""
+    source: str | None = None
+    """Column that names each document's source."""
 
     @property
     def needed(self) -> list[str]:
         """Names of the columns that are read."""
-        return [self.name, *([MASK] if self.masked else [])]
+        return [self.name, *([MASK] if self.masked else []), *([self.source] if self.source else [])]
 
 
-def choose(features: Any, text_column: str, dataset: str) -> Column:
+def choose(
+    features: Any,
+    text_column: str,
+    dataset: str,
+    chat_column: str | None = None,
+    source_column: str | None = None,
+) -> Column:
     """Choose the column of documents.
 
     Args:
         features: the columns' types, as `datasets` has them.
         text_column: the one to read; where it is absent, a column of token ids is read.
         dataset: its name, for messages.
+        chat_column: one of conversations, to read in its place.
+        source_column: one that names each document's source.
 
     Raises:
-        ConfigError: there is no such column, or it holds neither texts nor token ids.
+        ConfigError: there is no such column, or it holds neither texts nor token ids, conversations or
+            sources.
     """
+    made = _of_documents(features, text_column, dataset, chat_column)
+    if source_column is None:
+        return made
+    if source_column not in features or source_column == made.name:
+        other = [name for name in features if name != made.name]
+        raise ConfigError(
+            f"{dataset} has no column of sources {source_column!r}; {nearest(source_column, other)}"
+        )
+    if not _may_be_text(features[source_column]):
+        raise ConfigError(
+            f"column {source_column!r} of {dataset} holds {_description(features[source_column])}, not the "
+            "names of sources; name another with --source-column, or leave it out"
+        )
+    return replace(made, source=source_column)
+
+
+def _of_documents(features: Any, text_column: str, dataset: str, chat_column: str | None) -> Column:
+    if chat_column is not None:
+        return _of_chats(features, chat_column, dataset)
     column = text_column if text_column in features else None
     column = column or next((name for name in IDS if name in features and _may_be_ids(features[name])), None)
     if column is None:
-        chat = f" {CHAT}." if "messages" in features or "conversations" in features else ""
+        chats = [name for name in features if _is_chat(features[name])]
+        chat = f" {CHAT.format(chats[0])}." if chats else ""
         raise ConfigError(
             f"{dataset} has no column {text_column!r}; it has {', '.join(features)}. Name one with "
             f"--text-column.{chat}"
@@ -65,6 +96,20 @@ def choose(features: Any, text_column: str, dataset: str) -> Column:
             f"{_advice(features, column)}"
         )
     return Column(column, holds_ids, holds_ids and MASK in features)
+
+
+def _of_chats(features: Any, chat_column: str, dataset: str) -> Column:
+    """Choose the column of conversations."""
+    if chat_column not in features:
+        raise ConfigError(f"{dataset} has no column {chat_column!r}; {nearest(chat_column, features)}")
+    feature = features[chat_column]
+    messages = feature.feature if isinstance(feature, LISTS) else feature
+    if not _is_chat(feature) and not isinstance(messages, datasets.Json):  # which leaves it to each row
+        raise ConfigError(
+            f"column {chat_column!r} of {dataset} holds {_description(feature)}, not conversations: lists of "
+            "messages, each with role and content, or from and value. Name another with --chat-column"
+        )
+    return Column(chat_column, holds_ids=False, masked=False, holds_chats=True)
 
 
 def text_of(value: Any, where: str) -> str:
@@ -135,7 +180,7 @@ def _is_chat(feature: Any) -> bool:
 def _advice(features: Any, column: str) -> str:
     """Advise what to do in place of a column that holds no texts."""
     if _is_chat(features[column]):
-        return f"{CHAT}."
+        return f"{CHAT.format(column)}."
     texts = [
         name
         for name, feature in features.items()

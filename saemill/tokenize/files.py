@@ -21,6 +21,7 @@ from saemill.common.errors import ConfigError, DataError
 KINDS = {
     ".parquet": "parquet",
     ".jsonl": "json",
+    ".ndjson": "json",
     ".json": "json",
     ".csv": "csv",
     ".tsv": "tsv",
@@ -35,6 +36,10 @@ COMPRESSED: dict[str, tuple[str, bytes]] = {
     ".zst": ("zstandard", b"\x28\xb5\x2f\xfd"),
 }
 """Compressions by suffix: name, and the bytes that such files begin with."""
+SKIPPABLE = b"\x2a\x4d\x18"
+"""Bytes of a zstandard frame without data, which may come first, after one that varies."""
+BINARY = {".parquet": b"PAR1", ".arrow": b"ARROW1"}
+"""Bytes that files of other kinds begin with, by suffix."""
 BROKEN = (EOFError, OSError, lzma.LZMAError, zstandard.ZstdError)
 CUT_OFF = "its compressed data ends too early; get it anew"
 READ_BYTES = 1 << 20
@@ -50,6 +55,22 @@ def suffix_of(file: Path) -> str:
     """Return the last suffix that is not a compression's."""
     suffixes = [s.lower() for s in file.suffixes if s.lower() not in COMPRESSED]
     return suffixes[-1] if suffixes else ""
+
+
+def true_name(file: Path) -> str:
+    """Name a file as its content says: the compression by its first bytes, and Parquet and Arrow by theirs.
+    The name stays where the content does not tell."""
+    with file.open("rb") as raw:
+        start = raw.read(8)
+    compression = next((s for s, (_, magic) in COMPRESSED.items() if start.startswith(magic)), "")
+    is_zst = file.suffix.lower() == ".zst" and start[1:4] == SKIPPABLE
+    if not start or is_zst or compression == file.suffix.lower() != "":
+        return file.name
+    plain = file.name.removesuffix(file.suffix) if file.suffix.lower() in COMPRESSED else file.name
+    binary = next((s for s, magic in BINARY.items() if start.startswith(magic)), None)
+    if binary is None or Path(plain).suffix.lower() == binary:
+        return f"{plain}{compression}"
+    return f"{Path(plain).stem}{binary}"
 
 
 def kind_of(path: Path) -> str:
@@ -130,14 +151,14 @@ def _fault_of_name(file: Path) -> str | None:
         return "it is empty; remove it, or get it anew"
     suffix = file.suffix.lower()
     if suffix in COMPRESSED and not start.startswith(COMPRESSED[suffix][1]):
-        if suffix == ".zst" and start[1:4] == b"\x2a\x4d\x18":  # a skippable frame
+        if suffix == ".zst" and start[1:4] == SKIPPABLE:
             return None
         return f"it is not compressed by {COMPRESSED[suffix][0]}; name it {file.stem}"
     if suffix not in COMPRESSED:
         for other, (name, magic) in COMPRESSED.items():
             if start.startswith(magic):
                 return f"it is compressed by {name}; name it {file.name}{other}"
-    for other, magic in ((".parquet", b"PAR1"), (".arrow", b"ARROW1")):
+    for other, magic in BINARY.items():
         if start.startswith(magic) and suffix != other:
             return f"it holds {other[1:]}; name it {file.stem}{other}"
     if suffix == ".parquet" and not start.startswith(b"PAR1"):

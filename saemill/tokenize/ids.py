@@ -1,11 +1,15 @@
 """Rows of token ids of a dataset that is tokenized already: checked, and freed of frame and padding."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from saemill.common.errors import DataError
 from saemill.common.stores.tokens import TokenizerInfo
+
+RUN, FEWEST_ROWS = 4, 8
+"""Times that an end of a row repeats an id that is taken for padding, and rows of which most must do so."""
 
 
 def ids_of(value: Any, where: str) -> list[int]:
@@ -71,13 +75,19 @@ def check_ids(ids: list[int], vocab_size: int, where: str) -> None:
         )
 
 
+def padding_of(info: TokenizerInfo) -> int | None:
+    """Return the id that rows are padded with: the padding token, or of a tokenizer without one the
+    separator."""
+    return info.separator_id if info.pad_id is None else info.pad_id
+
+
 def n_padding(ids: list[int], info: TokenizerInfo) -> tuple[int, int]:
     """Count the ids at the start and at the end of a row that are padding.
 
-    Where padding and separator are one token, a single one is a separator, and so is the last before the
-    text or the first after it.
+    Where padding and separator are one token, as of a tokenizer without a padding token, a single one is a
+    separator, and so is the last before the text or the first after it.
     """
-    pad = info.pad_id
+    pad = padding_of(info)
     if pad is None:
         return 0, 0
     n = len(ids)
@@ -105,6 +115,13 @@ def unframed(ids: list[int], info: TokenizerInfo) -> list[int]:
     return ids[start:stop]
 
 
+def _runs(ids: list[int], info: TokenizerInfo) -> Iterator[tuple[str, int]]:
+    """List the ends of a row that are one id several times, with the id, unless that is the padding."""
+    for end, edge in (("begin", ids[:RUN]), ("end", ids[-RUN:])):
+        if len(edge) == RUN and len(set(edge)) == 1 and edge[0] not in (info.pad_id, info.separator_id):
+            yield end, edge[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """The result of `survey`."""
@@ -124,9 +141,13 @@ def survey(rows: Iterable[tuple[str, list[int]]], info: TokenizerInfo) -> Length
     Args:
         rows: (where, ids) of each.
         info: the tokenizer.
+
+    Raises:
+        DataError: most rows begin, or end, with one id several times, which is not the tokenizer's padding.
     """
     common, n_rows, n_padded = None, 0, 0
-    ambiguous = info.pad_id in (info.separator_id, *info.prefix_ids)
+    ambiguous = padding_of(info) in (info.separator_id, *info.prefix_ids)
+    runs: Counter[tuple[str, int]] = Counter()
     for where, ids in rows:
         n_pad = sum(n_padding(ids, info))
         if n_pad == len(ids) and not (ambiguous and len(ids) == common):
@@ -139,6 +160,14 @@ def survey(rows: Iterable[tuple[str, list[int]]], info: TokenizerInfo) -> Length
         if len(ids) != common:
             return Lengths(None, f"{where} has {len(ids)} ids, an earlier one {common}")
         n_padded += n_pad > 0
+        runs.update(_runs(ids, info))
+    for (end, token), n in runs.items():
+        if 2 * n > n_rows >= FEWEST_ROWS:
+            raise DataError(
+                f"{n:,} of {n_rows:,} rows {end} with the id {token} {RUN} times or more, as if padded with "
+                "it, but it is not the tokenizer's padding; give the rows an attention_mask, or name a "
+                "tokenizer that has it as its pad_token"
+            )
     if 2 * n_padded > n_rows:
         return Lengths(None, f"{n_padded} of {n_rows} rows are padded")
     return Lengths(common)

@@ -1,8 +1,11 @@
 """Documents out of any dataset: a hub id, local files or folders, or already tokenized columns."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +16,10 @@ import numpy as np
 from saemill.common import durable
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, DataError, DiskError, SaemillError
+from saemill.common.log import say
+from saemill.common.models.chat import Message
 from saemill.common.stores.permutation import combine, permutation
+from saemill.tokenize.chats import conversation_of
 from saemill.tokenize.columns import MASK, Column, choose, text_of
 from saemill.tokenize.files import (
     DELIMITERS,
@@ -25,21 +31,39 @@ from saemill.tokenize.files import (
     fingerprint_local,
     kind_of,
     suffix_of,
+    true_name,
 )
 from saemill.tokenize.ids import ids_of, masked
+from saemill.tokenize.memory import Given
 
 T = TypeVar("T")
 SHUFFLE_BUFFER_DOCUMENTS = 10_000
 BATCH_DOCUMENTS = 512
+UNKNOWN = "a stream in memory"
+"""In the place of the hash of what is read once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch of documents: their numbers in the source, and their texts or their token ids."""
+    """A batch of documents: texts, conversations or token ids; what they lack is filled in later."""
 
+    origin: str
+    """Where they are from, for messages."""
     source_index: list[int]
-    texts: list[str] | None
-    input_ids: list[list[int]] | None
+    """Their numbers in the source."""
+    texts: list[str] | None = None
+    conversations: list[list[Message]] | None = None
+    input_ids: list[list[int]] | None = None
+    roles: list[list[str | None]] | None = None
+    """Of conversations, the role of the message that each id is of; None of one between messages."""
+    special: list[bool] | None = None
+    """Of texts and conversations, whether they write a special token out."""
+    labels: list[str] | None = None
+    """Names of their sources, of a column of these."""
+
+    def where(self, place: int) -> str:
+        """Name a document for messages."""
+        return f"row {self.source_index[place]} of {self.origin}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +86,28 @@ class Source:
         """
         documents = self._shuffled(shuffle_seed)
         while items := list(islice(documents, BATCH_DOCUMENTS)):
-            index = [number for number, _ in items]
+            batch = Batch(self.origin, [number for number, _ in items], labels=self._labels(items))
+            name = self.column.name
             if self.column.holds_ids:
-                yield Batch(index, None, [self._ids(number, example) for number, example in items])
+                yield replace(batch, input_ids=[self._ids(number, example) for number, example in items])
+            elif self.column.holds_chats:
+                chats = [conversation_of(example[name], self.where(number)) for number, example in items]
+                yield replace(batch, conversations=chats)
             else:
-                name = self.column.name
                 texts = [text_of(example[name], self.where(number)) for number, example in items]
-                yield Batch(index, texts, None)
+                yield replace(batch, texts=texts)
+
+    def _labels(self, items: list[tuple[int, dict[str, Any]]]) -> list[str] | None:
+        """Read the names of the documents' sources, if a column has them."""
+        if (column := self.column.source) is None:
+            return None
+        for number, example in items:
+            if not isinstance(example[column], str) or not example[column]:
+                raise DataError(
+                    f"row {number} of {self.name} names no source in its column {column}, but "
+                    f"{example[column]!r:.60}; mend that row, or leave --source-column out"
+                )
+        return [example[column] for _, example in items]
 
     def rows_of_ids(self) -> Iterator[tuple[str, list[int]]]:
         """Read each row's place, for messages, and its ids: of a stream the first batch, of a dataset all."""
@@ -78,7 +117,12 @@ class Source:
 
     def where(self, number: int) -> str:
         """Name a row for messages."""
-        return f"row {number} of {self.name} (column {self.column.name})"
+        return f"row {number} of {self.origin}"
+
+    @property
+    def origin(self) -> str:
+        """Dataset and column, for messages."""
+        return f"{self.name} (column {self.column.name})"
 
     def _ids(self, number: int, example: dict[str, Any]) -> list[int]:
         where = self.where(number)
@@ -168,6 +212,9 @@ def open_source(
     text_column: str,
     streaming: bool,
     revision: str | None,
+    chat_column: str | None = None,
+    source_column: str | None = None,
+    given: Given | None = None,
 ) -> Source:
     """Open a dataset and choose the column that holds the documents.
 
@@ -176,15 +223,22 @@ def open_source(
             `save_to_disk` folder).
         text_column: the column of texts; where it is absent but `input_ids` or `tokens` is present, the
             dataset counts as tokenized already.
+        chat_column: a column of conversations, to read in its place.
+        source_column: a column with the name of each document's source.
+        given: the dataset, if it is in memory.
 
     Raises:
         ConfigError: no such file, kind, split or column, or a column that holds no documents.
         DataError: the dataset is empty or cannot be read.
     """
-    dataset, fingerprint = open_dataset(
-        name, subset=subset, split=split, streaming=streaming, revision=revision
-    )
-    column = choose(_features(dataset, name), text_column, name)
+    if given is not None:
+        dataset, fingerprint = given.dataset, given.fingerprint or UNKNOWN
+        streaming = given.fingerprint is None
+    else:
+        dataset, fingerprint = open_dataset(
+            name, subset=subset, split=split, streaming=streaming, revision=revision
+        )
+    column = choose(_features(dataset, name), text_column, name, chat_column, source_column)
     if not streaming and len(dataset) == 0:
         raise DataError(f"{name} has no rows")
     # Other columns may hold pictures or sound, which nobody needs decoded.
@@ -255,14 +309,27 @@ def _open_local(path: Path, subset: str | None, split: str, streaming: bool) -> 
         # The format that it was saved with (torch, numpy) is that of whoever saved it.
         saved = _load_saved(path, subset, split).with_format(None)
         return saved.to_iterable_dataset() if streaming else saved
+    shown, path = str(path), _rightly_named(path)
     kind = kind_of(path)
     check_whole(path)
     options = _options(path, kind) | {"split": split, "streaming": streaming}
     if path.is_dir():
-        return _load(str(path), str(path), subset, **options)
+        return _load(shown, str(path), subset, **options)
     if subset or split != "train":
-        raise ConfigError(f"the file {path} has neither subsets nor splits; leave the flags out")
-    return _load(str(path), "csv" if kind == "tsv" else kind, data_files=str(path), **options)
+        raise ConfigError(f"the file {shown} has neither subsets nor splits; leave the flags out")
+    return _load(shown, "csv" if kind == "tsv" else kind, data_files=str(path), **options)
+
+
+def _rightly_named(path: Path) -> Path:
+    """Return a file's path; of one whose name is not that of its content, a link with the right name, which
+    libraries go by. It is there as long as this process, which may read from it at any time."""
+    if not path.is_file() or (name := true_name(path)) == path.name:
+        return path
+    say(f"{path} is read as {name}, which it is by its first bytes")
+    folder = Path(tempfile.mkdtemp(prefix="saemill-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / name).symlink_to(path.absolute())
+    return folder / name
 
 
 def _options(path: Path, kind: str) -> dict[str, Any]:

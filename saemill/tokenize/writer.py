@@ -1,6 +1,6 @@
 """Documents' token ids become rows, full shards and the tables of a TokenStore."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from saemill.common import durable
 from saemill.common.errors import DataError
 from saemill.common.log import counted
+from saemill.common.stores.roles import MOST_ROLES, RoleWriter
 from saemill.common.stores.shards import ShardedArray
 from saemill.common.stores.token_writer import cut_documents, write_token_store
-from saemill.common.stores.tokens import TokenizerInfo
+from saemill.common.stores.tokens import MOST_SOURCES, TokenizerInfo
 from saemill.tokenize.held_out import chosen_for_a_row, is_held_out, largest_fraction
 from saemill.tokenize.ids import check_ids, n_padding, unframed
-from saemill.tokenize.packing import RowPacker
-from saemill.tokenize.source import Batch, Source
+from saemill.tokenize.mixing import Document
+from saemill.tokenize.packing import Row, RowPacker
+from saemill.tokenize.source import Source
 
 SHARD_TOKENS = 1 << 24
 DOCUMENTS = ("text", "row of ids", "kept row")
@@ -31,29 +33,40 @@ class Writer:
     """A writer that puts train and held-out documents into rows of their own and writes full shards."""
 
     path: Path
-    source: Source
+    sources: list[Source]
+    names: list[str]
+    """Names of the sources, where figures are told by them; a column of names adds its own. Empty of one."""
     info: TokenizerInfo
     ctx_len: int
     max_tokens: int | None
     held_out_fraction: float
     document: str
     """Kind of document, one of `DOCUMENTS`."""
+    document_start: int | None = None
+    """Id that each document begins with."""
     chosen: frozenset[int] = frozenset()
     """Hashes of documents that are held out whatever the fraction."""
     n_rows: int = 0
     n_empty: int = 0
     n_padding: int = 0
     """Number of ids that were left out as padding."""
+    n_special: int = 0
+    """Number of documents that write a special token out."""
     n_used_ids: int = 0
     rows: list[NDArray[Any]] = field(default_factory=list)
     held_out: list[bool] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     source_index: list[int] = field(default_factory=list)
+    source: list[int] = field(default_factory=list)
+    """Number of each document's source in `names`."""
+    role_names: list[str] = field(default_factory=list)
+    """Roles of messages, in the order in which they come."""
+    roles: RoleWriter = field(default_factory=RoleWriter)
     document_held_out: list[bool] = field(default_factory=list)
     text_hash: list[int] = field(default_factory=list)
     n_tokens: list[int] = field(default_factory=list)
-    """Tokens of each document, its separator among them."""
+    """Tokens of each document, its separator and what it begins with among them."""
     first_ids: set[int] = field(default_factory=set)
     """First ids of the rows that are kept as they are."""
     all_framed: list[bool] = field(default_factory=lambda: [True, True])
@@ -65,34 +78,66 @@ class Writer:
     n_written_shards: int = 0
 
     def __post_init__(self) -> None:
-        self.packers = {side: RowPacker(self.ctx_len, self.info) for side in (False, True)}
+        has_chats = any(source.column.holds_chats for source in self.sources)
+        self.packers = {
+            side: RowPacker(self.ctx_len, self.info, self.document_start, has_chats) for side in (False, True)
+        }
         largest = self.info.vocab_size - 1
         types = (torch.uint8, torch.uint16, torch.uint32)
         self.dtype = next(t for t in types if largest <= torch.iinfo(t).max)
         self.shard_rows = max(1, SHARD_TOKENS // self.ctx_len)
 
-    def add(self, batch: Batch) -> bool:
-        """Pack a tokenized batch. Return True when `max_tokens` is reached."""
-        assert batch.input_ids is not None
-        for i, row in enumerate(batch.input_ids):
-            text = batch.texts[i] if batch.texts is not None else None
-            ids = self._content(row, batch.source_index[i]) if text is None else row
-            if not ids or (text is not None and not text.strip()):
-                self.n_empty += 1
-                continue
-            content = text.encode() if text is not None else np.asarray(ids, np.uint32).tobytes()
-            held_out = self._begin(xxhash.xxh3_64_intdigest(content), batch.source_index[i])
-            self._add_ids(ids, held_out)
-            if self.n_rows == self._max_rows():
-                return True
-        return False
+    @property
+    def is_full(self) -> bool:
+        """Whether `max_tokens` is reached."""
+        return self.max_tokens is not None and self.n_rows == self.max_tokens // self.ctx_len
 
-    def _content(self, ids: list[int], number: int) -> list[int]:
+    def add(self, document: Document) -> int:
+        """Pack a document. Return how many tokens it has; 0 of an empty one, which is counted alone."""
+        text = document.text
+        if text is None:
+            document = replace(document, ids=self._content(document))
+        elif document.roles:
+            document = self._conversation(document)
+        if not document.ids or (text is not None and not text.strip()):
+            self.n_empty += 1
+            return 0
+        content = text.encode() if text is not None else np.asarray(document.ids, np.uint32).tobytes()
+        self.n_special += document.is_special
+        held_out = self._begin(xxhash.xxh3_64_intdigest(content), document)
+        self._add_ids(document.ids, self._roles(document), held_out)
+        return self.n_tokens[-1]
+
+    def _conversation(self, document: Document) -> Document:
+        """Cut off the frame and the separator that a chat template writes, which rows have as well. The role
+        of the separator stays."""
+        prefix, separator, ids = self.info.prefix_ids, self.info.separator_id, document.ids
+        start = len(prefix) if tuple(ids[: len(prefix)]) == prefix else 0
+        stop = len(ids) - (ids[start:][-1:] == [separator])
+        return replace(document, ids=ids[start:stop], roles=document.roles[start:])
+
+    def _roles(self, document: Document) -> list[int]:
+        """List the numbers of the roles of a conversation's ids and of its separator."""
+        for role in dict.fromkeys(document.roles):
+            if role is not None and role not in self.role_names:
+                self.role_names.append(role)
+        if len(self.role_names) > MOST_ROLES:
+            raise DataError(
+                f"{self._where(document)} has messages of the {len(self.role_names):,}th role; at most "
+                f"{MOST_ROLES} are told apart: rename them in the dataset"
+            )
+        numbers = {role: number for number, role in enumerate(self.role_names, 1)}
+        return [0 if role is None else numbers[role] for role in document.roles]
+
+    def _where(self, document: Document) -> str:
+        return self.sources[document.source].where(document.source_index)
+
+    def _content(self, document: Document) -> list[int]:
         """Return the ids of a tokenized dataset's row that go into the store; none of a row of padding
         alone."""
-        where = self.source.where(number)
+        where, ids = self._where(document), document.ids
         check_ids(ids, self.info.vocab_size, where)
-        left, right = (0, 0) if self.source.column.masked else n_padding(ids, self.info)
+        left, right = (0, 0) if self.sources[document.source].column.masked else n_padding(ids, self.info)
         if self.document == "kept row" and len(ids) == self.ctx_len and left + right < self.ctx_len:
             return ids
         self.n_padding += left + right
@@ -104,26 +149,41 @@ class Writer:
             )
         return content
 
-    def _begin(self, text_hash: int, number: int) -> bool:
+    def _begin(self, text_hash: int, document: Document) -> bool:
         """Note a document. Return whether it is held out."""
         held_out = text_hash in self.chosen or is_held_out(text_hash, self.held_out_fraction)
-        self.source_index.append(number)
+        self.source_index.append(document.source_index)
+        self.source.append(self._source(document))
         self.document_held_out.append(held_out)
         self.text_hash.append(text_hash)
         return held_out
 
-    def _add_ids(self, ids: list[int], held_out: bool) -> None:
+    def _source(self, document: Document) -> int:
+        """Find the number of a document's source: its dataset's, or by the column of names."""
+        if document.label is None:
+            return document.source
+        if document.label not in self.names:
+            self.names.append(document.label)
+        if len(self.names) > MOST_SOURCES:
+            raise DataError(
+                f"{self._where(document)} has the {len(self.names):,}th source, {document.label!r:.40}; at "
+                f"most {MOST_SOURCES} are told apart: name another column with --source-column"
+            )
+        return self.names.index(document.label)
+
+    def _add_ids(self, ids: list[int], roles: list[int], held_out: bool) -> None:
         """Put the last document's ids into rows."""
         document = len(self.source_index) - 1
         if self.document == "kept row":
             self.n_tokens.append(len(ids))
             self._note_frame(ids)
-            self._add_row(ids, [(0, document)], held_out)
+            self._add_row(Row(ids, [(0, document)], []), held_out)
             return
-        self.n_tokens.append(len(ids) + 1)
-        for row, segments in self.packers[held_out].add(document, ids):
-            self._add_row(row, segments, held_out)
-            if self.n_rows == self._max_rows():
+        packer = self.packers[held_out]
+        self.n_tokens.append(packer.n_tokens(ids))
+        for row in packer.add(document, ids, roles):
+            self._add_row(row, held_out)
+            if self.is_full:
                 return
 
     def _note_frame(self, ids: list[int]) -> None:
@@ -132,16 +192,15 @@ class Writer:
         self.all_framed[0] &= tuple(ids[: len(prefix)]) == prefix
         self.all_framed[1] &= tuple(ids[len(ids) - len(suffix) :]) == suffix
 
-    def _max_rows(self) -> int | None:
-        return None if self.max_tokens is None else self.max_tokens // self.ctx_len
-
-    def _add_row(self, row: list[int], segments: list[tuple[int, int]], held_out: bool) -> None:
+    def _add_row(self, row: Row, held_out: bool) -> None:
         address = self.n_rows * self.ctx_len
-        self.starts += [address + position for position, _ in segments]
-        self.numbers += [document for _, document in segments]
-        self.rows.append(np.array(row, str(self.dtype).removeprefix("torch.")))
+        self.starts += [address + position for position, _ in row.segments]
+        self.numbers += [document for _, document in row.segments]
+        self.rows.append(np.array(row.ids, str(self.dtype).removeprefix("torch.")))
         self.held_out.append(held_out)
-        self.n_used_ids = max(self.n_used_ids, max(row) + 1)
+        if row.roles:
+            self.roles.add(row.roles)
+        self.n_used_ids = max(self.n_used_ids, max(row.ids) + 1)
         self.n_rows += 1
         if len(self.rows) == self.shard_rows:
             self._flush()
@@ -175,7 +234,7 @@ class Writer:
         Raises:
             DataError: with the numbers, and the settings that leave something.
         """
-        name = self.source.name
+        name = " and ".join(source.name for source in self.sources)
         documents = counted(len(self.source_index) + self.n_empty, "document")
         if self.n_empty:
             documents += f" ({self.n_empty} of them empty)"
@@ -183,7 +242,7 @@ class Writer:
             raise DataError(f"{name} has no text: {documents}")
         if not all(self.held_out):
             return
-        if self.n_rows and self.n_rows == self._max_rows():
+        if self.n_rows and self.is_full:
             raise DataError(
                 f"max_tokens is reached with {counted(self.n_rows, 'row')}, held out all: nothing is left to "
                 "train on; raise --max-tokens, or lower --held-out-fraction"
@@ -223,6 +282,7 @@ class Writer:
                 "source_index": self.source_index,
                 "held_out": self.document_held_out,
                 "text_hash": pa.array(self.text_hash, pa.uint64()),
+                "source": pa.array(self.source, pa.uint8()),
             }
         )
         write_token_store(
@@ -231,9 +291,12 @@ class Writer:
             held_out_R=np.array(self.held_out),
             segments=segments,
             documents=cut_documents(documents, segments, self.n_rows * self.ctx_len),
+            roles=self.roles.table() if self.role_names else None,
             tokenizer=self._tokenizer_info(),
             extra={"document": self.document, "n_used_ids": self.n_used_ids}
             | {"n_empty_documents": self.n_empty, "n_padding_tokens": self.n_padding}
+            | {"n_special_documents": self.n_special, "roles": tuple(self.role_names)}
+            | {"sources": tuple(self.names), "document_start_id": self.document_start}
             | extra,
         )
 

@@ -1,6 +1,7 @@
 """What a finished run leaves: a folder per SAE, and the record that makes the run finished."""
 
 import resource
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ def save_saes(out: Path, trainer: Trainer, store: ActivationStore, names: set[st
             **({} if variant.target_site is None else {"target_site": variant.target_site}),
             "model": store.settings.model,
             "revision": store.settings.revision,
+            **({"trust_remote_code": True} if store.settings.trust_remote_code else {}),
+            **({"roles": roles} if (roles := _roles(store, variant.sites)) else {}),
             **store.text.provenance(mask),
             "norm_over_median": trainer.loader.rows.norm_over_median,
             "model_fingerprint": store.settings.model_fingerprint,
@@ -118,6 +121,12 @@ def save_saes(out: Path, trainer: Trainer, store: ActivationStore, names: set[st
         if parts := learner.export(provenance):  # of one that diverged the weights need not be finite
             written[variant.name] = sparsify.write(parts, out / variant.name)
     return written
+
+
+def _roles(store: ActivationStore, sites: Iterable[str]) -> dict[str, Any]:
+    """Collect what is at a variant's sites, as far as it is known."""
+    arrays = {name: array for site in sites for name, array in store.site(site).parts.items()}
+    return {name: array.role.model_dump(mode="json") for name, array in arrays.items() if array.role}
 
 
 def _model_of(store: ActivationStore) -> dict[str, Any]:

@@ -371,8 +371,9 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
         f"{trainer.watch.plan.describe() if trainer.watch else ''}"
     )
     rows = trainer.loader.rows
-    if long := rows.describe_long():
-        say(long)
+    for left_out in (rows.describe_roles(), rows.describe_long()):
+        if left_out:
+            say(left_out)
     for name, array in rows.sites.items():
         for warning in warnings(name, rows.statistics(name), array.dtype, unit):
             say(warning)

@@ -98,9 +98,10 @@ def test_outputs_are_complete_and_strict_json(causal: Pipeline) -> None:
         for figure in found["metrics"].values():
             assert figure["value"] is not None or figure["reason"]
     assert entry(assessment, 16)["metrics"]["fvu"]["value"] < entry(assessment, 2)["metrics"]["fvu"]["value"]
-    random, pca = (control["metrics"]["fvu"]["value"] for control in assessment["controls"])
-    assert pca < random < 1
-    assert entry(assessment, 16)["metrics"]["fvu"]["value"] < random
+    controls = {control["name"]: control["metrics"]["fvu"]["value"] for control in assessment["controls"]}
+    assert list(controls) == ["random-k2-f128", "pca-k2", "random-k16-f128", "pca-k16"]
+    assert controls["pca-k16"] < controls["random-k16-f128"] < 1
+    assert entry(assessment, 16)["metrics"]["fvu"]["value"] < controls["random-k16-f128"]
     other = assessment["best_on_other_documents"]
     table = pq.read_table(causal.out / "documents_model.parquet").to_pandas()
     table = table[table["text_hash"] % 2 == 0]
@@ -124,7 +125,9 @@ def test_without_model_losses_are_null_with_the_reason(causal: Pipeline, tmp_pat
     assessment = run(AssessConfig(run=causal.out, with_model=False, device="cpu", out=tmp_path))
     figure = entry(assessment, 16)["metrics"]["loss_recovered"]
     assert (figure["value"], figure["reason"]) == (None, "run with --no-model")
-    assert entry(assessment, 16)["verdict"].endswith("1 unknown")
+    assert entry(assessment, 16)["checks_passed"].endswith("1 unknown")
+    costs = [check for check in entry(assessment, 16)["evidence"] if check["metric"] == "delta_ce"]
+    assert [(check["passed"], check["reason"]) for check in costs] == [(None, "run with --no-model")] * 2
 
 
 def test_other_tokens_leave_out_what_training_saw(

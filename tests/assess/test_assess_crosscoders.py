@@ -127,7 +127,10 @@ def test_crosscoders_alone_have_controls_in_their_units(folder: Path) -> None:
     assessment = run(AssessConfig(run=folder / "pair", device="cpu", with_model=False, n_latents=0))
     assert assessment["best_on_other_documents"]["chosen_by"] == "fvu"
     best = entry_of(assessment, f"{JOINED}-k8")
-    random, pca = (control["metrics"]["fvu"]["value"] for control in assessment["controls"])
+    controls = {control["name"]: control["metrics"]["fvu"]["value"] for control in assessment["controls"]}
+    random, pca = (
+        next(controls[n] for n in controls if n.startswith(kind)) for kind in ("random-k8", "pca-k8")
+    )
     assert best["metrics"]["fvu"]["value"] < random < 1
     assert pca < random
 

@@ -18,7 +18,7 @@ from saemill.assess.reconstruction import Reconstruction, absorption
 from saemill.assess.splicing import Splicing, _kl
 from saemill.assess.spread import Spread
 from saemill.assess.sums import N_DRAWS, Bootstrap, DocumentSums, Ratio, Split
-from saemill.assess.verdict import checks, summary
+from saemill.assess.verdict import summary, thresholds_checks
 from saemill.common.stores.statistics import Statistics
 
 SCALES = [1e-25, 1e-8, 1.0, 1e8, 1e18]
@@ -65,12 +65,13 @@ def test_figures_are_those_of_float64_at_any_scale(tmp_path: Path, scale: float)
 @pytest.mark.parametrize("scale", SCALES)
 def test_controls_do_not_depend_on_the_scale(tmp_path: Path, scale: float) -> None:
     """Oracle: the controls at scale 1: the same directions and gain, times the scale."""
-    found = []
+    found, at_site_a = [], random_sae(0)
+    at_site_a.config.provenance["site"] = "a"
     for name, factor in (("one", 1.0), ("other", scale)):
         small = make_store(tmp_path / name, 64, 16, D, 500, values_TD=values_of(64 * 16) * factor)
         x_TD = small.read("a", 0, 100)
         with torch.no_grad():
-            saes = fit_baselines(random_sae(0), 3, "a", evalset(small)).values()
+            saes = fit_baselines({"v": at_site_a}, {}, evalset(small)).saes.values()
             found.append([sae(x_TD).reconstruction.double() / factor for sae in saes])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3)
@@ -220,9 +221,9 @@ def test_where_zeros_cost_nothing_no_loss_is_recovered() -> None:
         figures |= {
             name: {"value": 0.0} for name in ("l0", "dead_fraction", "absorption", "absorption_random")
         }
-        found = checks(figures, Thresholds(min_l0=0))
+        found = thresholds_checks(figures, Thresholds(min_l0=0))
         assert (found[0]["passed"], found[0]["reason"]) == (None, told)
-        assert summary(found) == "passed 3/3, 1 unknown"
+        assert summary(found) == "3/3, 1 unknown"
     unsure = _Losses(3.05, spread=2.0).metrics("v", bootstrap)["loss_recovered"]
     assert unsure["value"] is not None
     assert unsure["lo"] is None
@@ -256,7 +257,7 @@ def test_a_check_of_no_number_is_unknown() -> None:
     figures: dict[str, Any] = {
         name: {"value": math.nan} for name in ("loss_recovered", "l0", "dead_fraction", "absorption")
     }
-    found = checks(figures | {"absorption_random": {"value": math.nan}}, Thresholds())
+    found = thresholds_checks(figures | {"absorption_random": {"value": math.nan}}, Thresholds())
     assert [check["passed"] for check in found] == [None] * 4
     assert summary(found) == "unknown"
 

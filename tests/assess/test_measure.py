@@ -66,21 +66,23 @@ def test_saes_of_one_shape_are_measured_with_the_baselines_in_one_pass(
     once = assessed(folder, tmp_path / "once")
     assert calls == {"chunks": 1, "rows": 1, "logits": 3 + 4 + 2 + 2}
     calls |= dict.fromkeys(calls, 0)
-    monkeypatch.setattr(measure, "_certain_baselines", lambda *_: {})
+    monkeypatch.setattr(measure, "_are_known", lambda _: False)
     assert assessed(folder, tmp_path / "twice") == once
     assert calls == {"chunks": 2, "rows": 2, "logits": 3 + 4 + 2 + 1 + 2}
     for name in ("documents.parquet", "documents_model.parquet", "latents.parquet"):
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
 
 
-def test_the_baselines_of_several_shapes_are_those_of_the_best(
-    made: Pipeline, tmp_path: Path, calls: dict[str, int]
-) -> None:
-    """Oracle: the best variant's k and number of latents; two passes, the second over its site alone."""
+def test_every_k_has_its_baselines(made: Pipeline, tmp_path: Path, calls: dict[str, int]) -> None:
+    """Oracle: the variants' k and number of latents; one pass over everything."""
     assessment = assessed(made.out, tmp_path)
-    assert assessment["variants"][0]["k"] == 16
-    assert [entry["name"] for entry in assessment["controls"]] == ["random-k16-f128", "pca-k16"]
-    assert calls == {"chunks": 2, "rows": 2, "logits": 3 + 4 + 2 + 1 + 2}
+    assert {entry["k"] for entry in assessment["variants"]} == {2, 16}
+    names = ["random-k2-f128", "pca-k2", "random-k16-f128", "pca-k16"]
+    assert [entry["name"] for entry in assessment["controls"]] == names
+    for entry in assessment["variants"] + assessment["controls"]:
+        against = {check["against"] for check in entry["evidence"] if check["against"]}
+        assert against == {f"random-k{entry['k']}-f128", f"pca-k{entry['k']}"}
+    assert calls == {"chunks": 1, "rows": 1, "logits": 3 + 4 + 2 + 4}
 
 
 def test_a_variant_may_have_the_name_of_a_baseline(made: Pipeline, tmp_path: Path) -> None:
@@ -94,4 +96,6 @@ def test_a_variant_may_have_the_name_of_a_baseline(made: Pipeline, tmp_path: Pat
     plain, odd = found
     assert odd["best_variant"] == "pca-k4"
     assert odd["variants"][0]["metrics"] == plain["variants"][0]["metrics"]
-    assert odd["controls"] == plain["controls"]
+    assert [entry["name"] for entry in odd["controls"]] == ["random-k4-f64", "pca-k4-untrained"]
+    for one, other in zip(odd["controls"], plain["controls"], strict=True):
+        assert one["metrics"] == other["metrics"]

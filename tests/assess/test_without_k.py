@@ -102,10 +102,10 @@ def test_a_run_is_assessed_beside_controls_of_its_mean_l0(
     run_of_other_saes(causal.out, tmp_path / "run", changes)
     assessment = assessed(tmp_path / "run")
     entries = {entry["name"]: entry for entry in assessment["variants"]}
-    best = assessment["variants"][0]
-    k = round(best["metrics"]["l0"]["value"])
-    assert [entry["name"] for entry in assessment["controls"]] == [f"random-k{k}-f128", f"pca-k{k}"]
-    assert [entry["k"] for entry in assessment["controls"]] == [k, k]
+    ks = sorted(round(entry["metrics"]["l0"]["value"]) for entry in assessment["variants"])
+    names = [name for k in ks for name in (f"random-k{k}-f128", f"pca-k{k}")]
+    assert [entry["name"] for entry in assessment["controls"]] == names
+    assert [entry["k"] for entry in assessment["controls"]] == [ks[0], ks[0], ks[1], ks[1]]
     assert [(entries[name]["k"], entries[name]["architecture"]) for name in (K2, K16)] == [
         (None, "matryoshka"),
         (None, "jumprelu"),
@@ -120,13 +120,13 @@ def test_a_run_is_assessed_beside_controls_of_its_mean_l0(
     columns = pq.read_table(tmp_path / "run" / "documents.parquet").column_names
     assert f"{K2}/first 32/sse" in columns
     printed = capsys.readouterr().out
-    assert "PCA with k directions; k is the best's mean L0, rounded" in printed
+    assert "random dictionaries, and PCA with k directions" in printed
     for place, figures in (("first 32", cut["metrics"]), ("whole", entries[K2]["metrics"])):
         (line,) = [line for line in printed.splitlines() if place in line]
         assert f"{figures['fvu']['value']:.3f}" in line
     assert all(words in printed for words in ("┃ architecture", "│ jumprelu", "│ matryoshka"))
     page = (tmp_path / "run" / "report.html").read_text()
-    for words in ("SAEs within an SAE", "first 32", "<th>architecture</th>", "mean L0 as k", ">jumprelu<"):
+    for words in ("SAEs within an SAE", "first 32", "<th>architecture</th>", ">jumprelu<"):
         assert words in page
 
 
@@ -135,7 +135,7 @@ def test_an_assessment_of_topk_saes_says_nothing_of_others(causal: Pipeline, tmp
     assessment = assessed(run_of_topk(causal, tmp_path))
     wanted = {
         "name", "site", "k", "num_latents", "tokens_trained", "diverged_at_step", "not_measured", "metrics",
-        "checks", "verdict", "versus_best",
+        "evidence", "verdict", "checks", "checks_passed", "versus_best",
     }  # fmt: skip
     assert all(set(entry) == wanted for entry in assessment["variants"] + assessment["controls"])
     page = (tmp_path / "run" / "report.html").read_text()

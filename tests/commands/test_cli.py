@@ -45,7 +45,7 @@ def test_every_list_collects(command: str) -> None:
     kind = OF_COMMAND[command]
     fields = {field.name for field in dataclasses.fields(kind)}
     options = {p.name: p for p in COMMANDS[command].params if p.param_type_name == "option"}
-    shared = fields & set(options)
+    shared = (fields & set(options)) - {"mix"}  # a file with the list
     assert len(shared) >= 5
     for name in shared:
         assert options[name].multiple == is_list(kind, name), name
@@ -56,7 +56,7 @@ def test_every_list_of_run_collects() -> None:
     options = {p.name: p for p in COMMANDS["run"].params}
     for flag in FLAGS:
         section, _, name = (flag.setting if isinstance(flag, Flag) else flag).partition(".")
-        if section in CONFIGS:
+        if section in CONFIGS and "." not in name:
             assert options[name].multiple == is_list(CONFIGS[section], name), name
 
 

@@ -115,12 +115,10 @@ def output(*arguments: str) -> str:
     ("arguments", "told"),
     [
         (("run", "--distribute_layers"), "distribute_layers of sparsify has no equal here: several"),
-        (("run", "--attn_implementation", "eager"), "attn_implementation of sparsify has no equal here"),
         (("run", "--micro_acc_steps=2"), "has no equal here: latents are computed in chunks in any case"),
         (("train", "a", "--d_sae", "64"), "d_sae of SAELens is `--num-latents` here"),
         (("run", "--l1_warm_up_steps", "5"), "is `--set train.penalty_warmup_steps=` here"),
         (("run", "--lr_scheduler_name", "constant"), "is `--set train.lr_schedule=` here: constant, cosine"),
-        (("run", "--begin_batch_token", "bos"), "rows are framed as the model's tokenizer frames a text"),
         (("run", "--n", "4"), "no option --n; see"),
         (("train", "a", "--ka", "4"), "did you mean --k?"),
         (("assess", "a", "--expansion-factor", "4"), "it is a flag of `saemill run`, `saemill train`"),

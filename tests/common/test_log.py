@@ -1,5 +1,6 @@
 """Progress: lines where stderr is no terminal, a bar where it is one."""
 
+import io
 import logging
 import os
 import re
@@ -92,3 +93,22 @@ def test_what_other_packages_log_and_warn_is_printable(
         logging.setLogRecordFactory(factory)
     assert caplog.messages == ["of \\x1b[31mred"]
     assert "UserWarning: of \\x07" in warnings.formatwarning("of \a", UserWarning, "a.py", 1)
+
+
+def test_a_notebook_gets_one_line_that_is_written_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the stream of an IPython kernel, known by its module; one line end, carriage returns before."""
+    kernel = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    monkeypatch.setattr(sys, "stderr", kernel)
+    monkeypatch.setattr(log, "NOTEBOOK_SECONDS", 0.0)
+    with log.progress("cache", 20, "tokens") as advance:
+        advance(10)
+        advance(10)
+    shown_over = kernel.getvalue().split("\r")
+    assert [line.split(" tokens")[0] for line in shown_over] == [
+        "",
+        "cache: 10 of 20",
+        *["cache: 20 of 20"] * 2,
+    ]
+    assert kernel.getvalue().count("\n") == 1

@@ -106,7 +106,10 @@ def test_figures_are_those_of_the_held_out_passages(planted: Path, tmp_path: Pat
         for name in ("loss_recovered", "delta_ce"):
             figure = entry["metrics"][name]
             assert (figure["value"], figure["reason"]) == (None, "embeddings have no language model")
-        assert entry["verdict"].endswith("/2, 2 unknown")  # nor can dead latents be told on so few passages
+        assert entry["verdict"].startswith("passed, dead latents")  # which so few passages do not tell
+        assert entry["checks_passed"].endswith("/2, 2 unknown")
+    for control in assessment["controls"]:
+        assert control["verdict"].startswith("failed: FVU")
     data = assessment["data"]
     assert data["unit"] == "passage"
     assert (
@@ -136,7 +139,9 @@ def test_what_needs_a_model_or_tokens_is_refused(planted: Path, tmp_path: Path) 
     with pytest.raises(StoreError, match="holds embeddings of passages, without tokens"):
         _ = ActivationStore(planted / "acts").tokens
     arguments = ["train", str(planted / "acts"), "--site", "embedding", "-o", str(tmp_path / "r")]
-    with pytest.raises(ConfigError, match="passages have no positions or tokens that a mask could leave out"):
+    with pytest.raises(
+        ConfigError, match="passages have no positions, tokens or roles that a mask could leave out"
+    ):
         CliRunner().invoke(cli.app, [*arguments, "--set", "mask.first_positions=1"], catch_exceptions=False)
     taken(planted / "x.parquet", tmp_path / "all", held_out_fraction=0)
     train(

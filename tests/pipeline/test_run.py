@@ -1,15 +1,14 @@
 """One command for the whole pipeline: what it finds again, mends and refuses."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from command_line import call
+from launching import finish, launch
 
 from saemill import ActivationStore
 from saemill.common.errors import ConfigError, DataError, StoreError
@@ -355,28 +354,22 @@ def test_a_damaged_identity_is_left_to_training(
         run(tiny_models["neox"], str(corpus), flags | {"train.k": "8"})
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_several_processes(
     work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path
 ) -> None:
     """Oracle: the SAEs that one process makes of the same, bit by bit. The two processes find stores that are
     damaged, one in a file that all of them open, and make them whole."""
     arguments = [
-        "-m", "saemill", "run", tiny_models["neox"], str(corpus), "--device", "cpu",
+        "run", tiny_models["neox"], str(corpus), "--device", "cpu",
         "--tokenizer", tokenizer_folder, "--ctx-len", "32", "--held-out-fraction", "0.3", "--layers", "1",
         "--k", "4", "8", "--num-latents", "64",
         "--batch-size", "256", "--run-name", "a", "--set", "assess.model_tokens=500",
         "--set", "assess.max_tokens=1000", "--set", "assess.n_latents=0",
     ]  # fmt: skip
-    torchrun = [
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "localhost:0",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for launcher, folder in (([], "one"), (torchrun, "two")):
-        if launcher:
-            damage_the_stores(Path("one"), Path(folder))
-        command = [sys.executable, *launcher, *arguments, "--save-dir", folder]
-        subprocess.run(command, check=True, env=environment)
+    call(*arguments, "--save-dir", "one")
+    damage_the_stores(Path("one"), Path("two"))
+    finish(launch(2, "-m", "saemill", *arguments, "--save-dir", "two"))
     names = json.loads(Path("one/runs/a/finished.json").read_text())["variants"]
     assert len(names) == 2
     for name in names:

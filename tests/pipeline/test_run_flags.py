@@ -13,6 +13,7 @@ from saemill import cli
 from saemill.cache.config import CacheConfig
 from saemill.commands.flags import Flag
 from saemill.commands.run import FLAGS
+from saemill.common import setting
 from saemill.common.errors import ConfigError
 from saemill.common.models import model as models
 from saemill.pipeline.config import RunConfig
@@ -72,8 +73,11 @@ def test_every_setting_that_a_flag_names_exists() -> None:
     """Oracle: the stages' own fields."""
     for flag in FLAGS:
         section, _, name = (flag.setting if isinstance(flag, Flag) else flag).partition(".")
-        known = {field.name for field in dataclasses.fields((CONFIGS | {"run": RunConfig})[section])}
-        assert name in known, flag
+        config: Any = (CONFIGS | {"run": RunConfig})[section]
+        *groups, last = name.split(".")
+        for group in groups:
+            config = setting.types(config)[group]
+        assert last in {field.name for field in dataclasses.fields(config)}, flag
 
 
 def test_8bit_goes_to_bitsandbytes(tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ def write_assessment(folder: Path, verdicts: Mapping[str, str]) -> None:
     variants = [
         {
             "name": name, "site": "s", "k": 1, "num_latents": 2, "tokens_trained": 3,
-            "diverged_at_step": None, "not_measured": "by hand", "metrics": {}, "checks": [],
-            "verdict": verdict,
+            "diverged_at_step": None, "not_measured": "by hand", "metrics": {}, "evidence": [], "checks": [],
+            "verdict": verdict, "checks_passed": "unknown",
         }
         for name, verdict in verdicts.items()
     ]  # fmt: skip

@@ -85,6 +85,47 @@ def encode(format: str, folder: str, x: str, out: str) -> None:
     np.savez(out, latents=latents.numpy(), reconstruction=reconstruction.numpy(), told=told)
 
 
+def encode_published(
+    loader: str,
+    repo: str,
+    folder: str,
+    x: str,
+    out: str,
+    factor: float | None = None,
+    n_heads: int | None = None,
+    **overrides: Any,
+) -> None:
+    """Latents [T, F] and reconstructions [T, D] of a published SAE, as SAELens loads it from its
+    repository, of which a copy is in the folder of that name."""
+    from sae_lens import SAE
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from safetensors import safe_open
+
+    def download(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
+        file = Path(repo_id) / subfolder / filename
+        if not file.exists():
+            raise loaders.EntryNotFoundError.__new__(loaders.EntryNotFoundError)
+        return str(file)
+
+    def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
+        with safe_open(Path(repo_id) / filename, "pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    loaders.hf_hub_download, loaders.get_safetensors_tensor_shapes = download, shapes
+    load = loaders.NAMED_PRETRAINED_SAE_LOADERS[loader]
+    made = load(repo, folder, "cpu", False, {"dtype": "float32"} | overrides)
+    sae: Any = SAE.from_pretrained(repo, folder, converter=lambda **_: made)
+    if factor is not None:
+        sae.fold_activation_norm_scaling_factor(factor)
+    x_TD = torch.from_numpy(np.load(x))
+    x_TD = x_TD if n_heads is None else x_TD.unflatten(1, (n_heads, -1))
+    with torch.no_grad():
+        latents = sae.encode(x_TD)
+        reconstruction = forward(sae, x_TD).flatten(1)
+    told = json.dumps({**sae.cfg.metadata.to_dict(), "d_out": getattr(sae.cfg, "d_out", None)})
+    np.savez(out, latents=latents.numpy(), reconstruction=reconstruction.numpy(), told=told)
+
+
 def load_set(folder: str, x: str, out: str) -> None:
     """Latents [L, T, F] and predictions [L, T, D] of a set of transcoders, as circuit-tracer loads it."""
     import huggingface_hub.constants
@@ -197,6 +238,42 @@ def make_scaled_saelens(folder: str, folded: str, factor: float, **config: Any) 
     sae.save_inference_model(folded)
 
 
+def make_whitened_saelens(folder: str, folded: str, **config: Any) -> None:
+    """A checkpoint with the whitening beside it, and the SAE that SAELens itself makes of both."""
+    from sae_lens import TrainingSAE
+    from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+
+    make_saelens(folder, training=True, normalize_activations="covariance_whitening", **config)
+    generator = torch.Generator().manual_seed(5)
+    d = config["d_in"]
+    matrix = torch.eye(d) + torch.randn(d, d, generator=generator) / 10
+    whitening = ActivationWhitening(torch.randn(d, generator=generator), matrix, matrix.inverse())
+    ActivationScaler(whitening=whitening).save(str(Path(folder) / "activation_scaler.json"))
+    sae = TrainingSAE.load_from_disk(folder)
+    sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+    sae.save_inference_model(folded)
+
+
+def make_dictionary(folder: str, kind: str, d_in: int, num_latents: int, norm_factor: float = 0.0) -> None:
+    """A class of dictionary_learning with random weights; with a factor, what later versions leave in
+    mid-training: biases in units of activations that were divided by it."""
+    without_their_data()
+    from dictionary_learning import dictionary
+
+    sae = getattr(dictionary, kind)(d_in, num_latents)
+    randomize(sae, 4)
+    trainer = {"dict_class": kind, "activation_dim": d_in, "dict_size": num_latents}
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "config.json").write_text(json.dumps({"trainer": trainer}))
+    state: dict[str, Any] = sae.state_dict()
+    if norm_factor:
+        sae.scale_biases(1 / norm_factor)
+        optimizer = torch.optim.Adam(sae.parameters()).state_dict()
+        state = {"step": 100, "ae": sae.state_dict(), "optimizer": optimizer, "config": trainer}
+        state["norm_factor"] = norm_factor
+    torch.save(state, Path(folder) / "ae.pt")
+
+
 def make_dictionary_learning(
     folder: str, d_in: int, num_latents: int, trainer: str = "top_k.TopKTrainer", **more: Any
 ) -> None:
@@ -227,7 +304,7 @@ def hooks(model: str, tokenizer: str, ids: str, names: list[str], out: str) -> N
     )
     with torch.no_grad():
         _, cache = bridge.run_with_cache(tokens)
-    np.savez(out, **{name: cache[name].numpy() for name in names})
+    np.savez(out, **{name: cache[name].numpy() for name in names if name in cache})
 
 
 def splice(folder: str, ids: str, out: str) -> None:
@@ -267,11 +344,35 @@ def chunk_and_tokenize(texts: str, tokenizer: str, ctx_len: int, out: str) -> No
     chunks.save_to_disk(out)
 
 
+def read_rows_of_ids(folder: str, ctx_len: int, out: str) -> None:
+    """All rows of a dataset of ids, as SAELens' store of activations and sparsify's trainer read them."""
+    from types import SimpleNamespace
+
+    from datasets import Dataset
+    from sae_lens.training.activations_store import ActivationsStore
+
+    data = Dataset.load_from_disk(folder)
+    assert data.format["type"] == "torch"
+    store = ActivationsStore(
+        SimpleNamespace(tokenizer=None), data, streaming=False, hook_name="", hook_head_index=None,
+        context_size=ctx_len, d_in=1, n_batches_in_buffer=1, total_training_tokens=1, prepend_bos=True,
+        store_batch_size_prompts=1, train_batch_size_tokens=1, normalize_activations="none",
+        device=torch.device("cpu"), dtype="float32",
+    )  # fmt: skip
+    assert store.is_dataset_tokenized
+    assert store.tokens_column == "input_ids"
+    theirs = torch.stack(list(store._iterate_tokenized_sequences()))
+    loaded = torch.utils.data.DataLoader(data.with_format("torch"), batch_size=4)
+    sparsify = torch.cat([batch["input_ids"] for batch in loaded])
+    np.savez(out, saelens=theirs.numpy(), sparsify=sparsify.numpy())
+
+
 JOBS = {
     job.__name__: job
     for job in (
-        encode, load_set, make_sparsify, make_saelens, make_scaled_saelens, make_dictionary_learning, hooks,
-        splice, pretokenize, chunk_and_tokenize, read_delphi, read_dashboards, read_core,
+        encode, encode_published, load_set, make_sparsify, make_saelens, make_scaled_saelens,
+        make_whitened_saelens, make_dictionary, make_dictionary_learning, hooks,
+        splice, pretokenize, chunk_and_tokenize, read_rows_of_ids, read_delphi, read_dashboards, read_core,
     )
 }  # fmt: skip
 

@@ -1,17 +1,19 @@
 """One process of several that train a bank as a team; the first writes what came out.
 
-Started by test_placement.py: `python ranks.py DATA_RANKS LATENT_RANKS OUT KERNELS…`, once per process or
-alone; each of KERNELS (torch, numba, triton in its interpreter) makes the steps in turn.
+Started by test_placement.py: `python ranks.py OUT SPREAD…`, once per process. Each SPREAD is
+`DATA_RANKSxLATENT_RANKS:KERNELS,…`, each of whose KERNELS (torch, numba, triton in its interpreter) makes
+the steps in turn.
 """
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-if "triton" in sys.argv:  # read when triton is imported
-    os.environ["TRITON_INTERPRET"] = "1"
+from interpreting import interpret
+
+if any("triton" in word for word in sys.argv):
+    interpret()
 
 import torch
 from steps import make_bank, outputs
@@ -88,16 +90,19 @@ def train(kind: str, team: Team, kernels: str) -> dict[str, Any]:
     }
 
 
-def main(data_ranks: int, latent_ranks: int, out: Path, *every: str) -> None:
-    world = World.here()
+def main(out: Path, *spreads: str) -> None:
+    world, found = World.here(), {}
     with world.connected(torch.device("cpu")) as everyone:
-        placement = choose([BASE], {"a": D}, everyone.size, data_ranks, latent_ranks)
-        team = placement.team_of(everyone)
-        found = {}
-        for kernels in every:
-            kinds = OF_TRITON if kernels == "triton" else KINDS
-            found[kernels] = {name: train(name, team, kernels) for name in kinds}
-            check_alike(everyone, found[kernels])
+        for spread in spreads:
+            ranks, _, every = spread.partition(":")
+            data_ranks, latent_ranks = map(int, ranks.split("x"))
+            placement = choose([BASE], {"a": D}, everyone.size, data_ranks, latent_ranks)
+            team = placement.team_of(everyone)
+            for kernels in every.split(","):
+                kinds = OF_TRITON if kernels == "triton" else KINDS
+                made = {name: train(name, team, kernels) for name in kinds}
+                check_alike(everyone, made)
+                found[ranks, kernels] = made
         if everyone.rank == 0:
             torch.save(found, out)
 
@@ -113,4 +118,4 @@ def check_alike(everyone: Group, found: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -110,6 +110,38 @@ def test_masks_that_are_none(tmp_path: Path, words: str, mask: Any, told: str) -
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_no_one_names_is_refused(tmp_path: Path, words: str, side: str) -> None:
+    """Oracle: a word as padding, which the message names; with a mask the rows are those before."""
+    ids = rows(30, most=16)
+    pads = [[9] * (24 - len(row)) for row in ids]
+    padded = [pad + row if side == "left" else row + pad for row, pad in zip(ids, pads, strict=True)]
+    end = "begin" if side == "left" else "end"
+    with pytest.raises(DataError, match=f"30 of 30 rows {end} with the id 9 4 times or more"):
+        tokenize(lines(tmp_path / "a.jsonl", padded), tmp_path / "out", words, ctx_len=8)
+    zeros = [[0] * len(pad) for pad in pads]
+    ones = [[1] * len(row) for row in ids]
+    masks = [z + o if side == "left" else o + z for z, o in zip(zeros, ones, strict=True)]
+    masked = lines(tmp_path / "b.jsonl", padded, attention_mask=masks)
+    found = tokenize(masked, tmp_path / "b", words, ctx_len=8)
+    wanted = tokenize(lines(tmp_path / "c.jsonl", ids), tmp_path / "c", words, ctx_len=8)
+    assert found.content == wanted.content
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_a_tokenizer_without_one_is_its_separator(tmp_path: Path, words: str, side: str) -> None:
+    """Oracle: the rows before they were padded."""
+    bare = transformers.AutoTokenizer.from_pretrained(words)
+    bare.pad_token = None
+    bare.save_pretrained(tmp_path / "bare")
+    ids = rows(30, most=16)
+    pads = [[1] * (24 - len(row)) for row in ids]
+    padded = [pad + row if side == "left" else row + pad for row, pad in zip(ids, pads, strict=True)]
+    found = tokenize(lines(tmp_path / "a.jsonl", padded), tmp_path / "a", str(tmp_path / "bare"), ctx_len=8)
+    wanted = tokenize(lines(tmp_path / "b.jsonl", ids), tmp_path / "b", str(tmp_path / "bare"), ctx_len=8)
+    assert found.content == wanted.content
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_without_a_mask_is_left_out(
     tmp_path: Path, words: str, side: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ from saemill.common.errors import StoreError
 from saemill.common.stores.tokens import TokenStore
 from saemill.tokenize import writer
 from saemill.tokenize.config import TokenizeConfig
+from saemill.tokenize.memory import Given
 
 
 def stop(*_: Any, **__: Any) -> None:
@@ -181,16 +182,16 @@ def test_two_processes_where_folders_cannot_be_locked(
 
     monkeypatch.setattr(fcntl, "flock", files_alone)
     file, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
-    publish, made = stage._publish, []
+    publish, made = stage.publish, []
 
-    def another_first(config: TokenizeConfig, partial: Path) -> None:
-        monkeypatch.setattr(stage, "_publish", publish)
+    def another_first(config: TokenizeConfig, given: Given | None, partial: Path) -> None:
+        monkeypatch.setattr(stage, "publish", publish)
         tokenize(file, out, tokenizer_folder)
         made.append((out / "manifest.json").stat().st_ino)
         assert partial.exists()
-        publish(config, partial)
+        publish(config, given, partial)
 
-    monkeypatch.setattr(stage, "_publish", another_first)
+    monkeypatch.setattr(stage, "publish", another_first)
     store = tokenize(file, out, tokenizer_folder)
     assert made == [(out / "manifest.json").stat().st_ino]
     assert store.problems(hashes=True) == []

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import call
+from launching import ENVIRONMENT
 from training import config, files, killed_at
 from waiting import wait_until
 
-from saemill.cli import app
 from saemill.common.errors import ConfigError
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
@@ -80,26 +80,33 @@ def test_kernels_differ_by_rounding_alone(
 
 def command(store: ActivationStore, out: Path) -> list[str]:
     return [
-        sys.executable, "-m", "saemill", "train", str(store.path), "--site", "a", "-o", str(out),
-        "--k", "2,8",
-        "--num_latents", "48", "--lr", "3e-3", "--batch-size", "64", "--max-tokens", "40k",
-        "--save-every", "10",
+        "train", str(store.path), "--site", "a", "-o", str(out), "--k", "2,8", "--num_latents", "48",
+        "--lr", "3e-3", "--batch-size", "64", "--max-tokens", "40k", "--save-every", "10",
         "--precision", "fp32", "--device", "cpu",
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def whole(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """An uninterrupted run by the command."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    call(*command(store, out))
+    return out
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
 def test_signals(
-    store: ActivationStore,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    number: signal.Signals,
-    code: int,
+    store: ActivationStore, whole: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     """Oracle: an uninterrupted run by the same command; SIGTERM saves and exits with 75."""
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    app(command(store, whole)[3:], standalone_mode=False)
-    process = subprocess.Popen(command(store, out), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "saemill", *command(store, out)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
     wait_until(lambda: (out / "checkpoint.json").exists(), process)
     process.send_signal(number)
     _, stderr = process.communicate()
@@ -108,12 +115,9 @@ def test_signals(
     if number == signal.SIGTERM:
         assert "same command continues" in stderr
         assert "Traceback" not in stderr
-    again = subprocess.run(command(store, out), check=True, capture_output=True, text=True)
-    assert "continuing after step" in again.stdout
+    assert "continuing after step" in call(*command(store, out))
     assert files(out) == files(whole)
-    capsys.readouterr()
-    app(command(store, out)[3:], standalone_mode=False)
-    assert "finished already" in capsys.readouterr().out
+    assert "finished already" in call(*command(store, out))
 
 
 def test_training_learns_and_more_latents_help(store: ActivationStore, tmp_path: Path) -> None:
@@ -219,8 +223,7 @@ train:
     - {{k: 4, expansion_factor: 3, seed: 1, auxk_alpha: 0, optimizer: sgd, lr: 0.1}}
 """
     )
-    arguments = ["train", "--config", str(file), "-o", str(tmp_path / "r")]
-    subprocess.run([sys.executable, "-m", "saemill", *arguments], check=True)
+    call("train", "--config", file, "-o", tmp_path / "r")
     listed = (
         {"k": 3, "num_latents": 48, "lr": 1e-3},
         {"k": 4, "num_latents": 48, "seed": 1, "auxk_alpha": 0.0, "optimizer": "sgd", "lr": 0.1},
@@ -229,8 +232,7 @@ train:
     settings["adam_betas"] = (0.9, 0.999)
     run(TrainConfig(out=tmp_path / "s", max_tokens=6000, variants=listed, **settings))
     assert files(tmp_path / "r") == files(tmp_path / "s")
-    again = ["train", "--config", str(tmp_path / "r" / "config.yaml"), "-o", str(tmp_path / "t")]
-    subprocess.run([sys.executable, "-m", "saemill", *again], check=True)
+    call("train", "--config", tmp_path / "r" / "config.yaml", "-o", tmp_path / "t")
     assert files(tmp_path / "t") == files(tmp_path / "r")
 
 
@@ -239,16 +241,7 @@ def test_config_yaml_reads_back(store: ActivationStore, tmp_path: Path) -> None:
     run(config(store, tmp_path / "r"))
     text = (tmp_path / "r" / "config.yaml").read_text()
     (tmp_path / "again.yaml").write_text(text)
-    arguments = [
-        "train",
-        str(store.path),
-        "--config",
-        str(tmp_path / "again.yaml"),
-        "-o",
-        str(tmp_path / "s"),
-    ]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    subprocess.run([sys.executable, "-m", "saemill", *arguments], check=True, env=environment)
+    call("train", store.path, "--config", tmp_path / "again.yaml", "-o", tmp_path / "s")
     assert files(tmp_path / "s") == files(tmp_path / "r")
 
 

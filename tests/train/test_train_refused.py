@@ -1,6 +1,5 @@
 """Training runs that are refused: before anything is written, or with what helps."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import torch
 from training import config, killed_at
 
+from saemill.cli import main
 from saemill.common import records
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores.activations import ActivationStore
@@ -107,14 +107,24 @@ def test_a_checkpoint_of_other_shapes_is_told(
         ("5", "must be a group of settings"),
     ],
 )
-def test_bad_variants_in_a_file(store: ActivationStore, tmp_path: Path, entry: str, message: str) -> None:
+def test_bad_variants_in_a_file(
+    store: ActivationStore,
+    tmp_path: Path,
+    entry: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Oracle: one line that says what is wrong, no traceback."""
     (tmp_path / "c.yaml").write_text(f"train: {{site: [a], variants: [{entry}]}}")
     arguments = ["train", str(store.path), "--config", str(tmp_path / "c.yaml"), "-o", str(tmp_path / "r")]
-    done = subprocess.run([sys.executable, "-m", "saemill", *arguments], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["saemill", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in told
+    assert "Traceback" not in told
 
 
 def test_profile_of_too_short_a_run_is_refused(store: ActivationStore, tmp_path: Path) -> None:

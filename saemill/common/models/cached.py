@@ -1,6 +1,7 @@
 """The model whose activations are in a store: loaded as it was cached, and checked to be the same."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,14 +9,19 @@ import torch
 from saemill.common.errors import ConfigError
 from saemill.common.log import say
 from saemill.common.models.model import (
+    IN_MEMORY,
     LanguageModel,
     attention_of,
     check_fit,
+    fingerprint_given,
     fingerprint_model,
     fingerprint_weights,
+    name_of,
 )
 from saemill.common.models.sites import load_model_config
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.site_names import module_of
+from saemill.common.stores.site_records import StoreSettings
 from saemill.common.stores.tokens import TokenStore
 
 SAME_ACTIVATIONS = 0.05
@@ -23,31 +29,71 @@ SAME_ACTIVATIONS = 0.05
 
 
 def load_model(
-    other_name: str | None, store: ActivationStore, other: TokenStore | None, device: torch.device
+    other_name: str | None,
+    store: ActivationStore,
+    other: TokenStore | None,
+    device: torch.device,
+    given: Any = None,
 ) -> LanguageModel:
-    """Load the model in the dtype that it was cached with.
+    """Load the model in the dtype, and in all else, that it was cached with.
 
     Args:
         other_name: another name of it; None for the one that was cached.
         store: its activations.
         other: tokens that it must be able to read.
         device: where it runs.
+        given: the model itself, where it is in memory.
 
     Raises:
         ConfigError: it cannot be loaded, or cannot read the other tokens.
     """
+    if given is not None:
+        model = LanguageModel(
+            name_of(given), revision=None, dtype=given.dtype, device=given.device, with_head=True, given=given
+        )
+        if other is not None:
+            model.check_tokens(other)
+        return model
     name, revision = _name_and_revision(other_name, store)
+    if name.endswith(IN_MEMORY):
+        raise ConfigError(
+            f"{store.path} was cached from a model in memory ({name.removesuffix(IN_MEMORY)}); name that "
+            "model with --model, or from Python give it as assess_saes(run, model=…)"
+        )
     if other is not None:
-        check_fit(load_model_config(name, revision), name, other)
-    dtype = getattr(torch, str(store.settings.model_dtype))
-    in_8bit = bool(store.settings.load_in_8bit)
-    return LanguageModel(name, revision=revision, dtype=dtype, device=device, with_head=True, in_8bit=in_8bit)
+        trusts = bool(store.settings.trust_remote_code)
+        check_fit(load_model_config(name, revision, trusts), name, other, trusts)
+    return LanguageModel(name, revision=revision, device=device, with_head=True, **how_cached(store.settings))
+
+
+def how_cached(settings: StoreSettings) -> dict[str, Any]:
+    """Return how a store's model was loaded, as arguments of `LanguageModel`."""
+    return {
+        "dtype": getattr(torch, str(settings.model_dtype)),
+        "in_8bit": bool(settings.load_in_8bit),
+        "trust_remote_code": bool(settings.trust_remote_code),
+        "attn_implementation": settings.attn_implementation,
+    }
 
 
 def _name_and_revision(other_name: str | None, store: ActivationStore) -> tuple[str, str | None]:
     """Return the name and revision of the model: those that were cached, unless another name is given."""
     name = other_name or str(store.settings.model)
     return name, store.settings.revision if name == store.settings.model else None
+
+
+def check_given(model: LanguageModel, store: ActivationStore) -> str:
+    """Refuse another model in memory than the one that was cached, as `check_model` does.
+
+    Returns: what was compared.
+
+    Raises:
+        ConfigError: its activations differ.
+    """
+    if fingerprint_given(model.model) == store.settings.model_fingerprint:
+        return "the very model that was cached"
+    _check_activations(model, store)
+    return _compared(model.name, store)
 
 
 def check_model(other_name: str | None, model: LanguageModel, store: ActivationStore) -> str:
@@ -59,7 +105,8 @@ def check_model(other_name: str | None, model: LanguageModel, store: ActivationS
         ConfigError: its weights or its activations differ.
     """
     name, revision = _name_and_revision(other_name, store)
-    if fingerprint_model(name, revision) == store.settings.model_fingerprint:
+    trusts = bool(store.settings.trust_remote_code)
+    if fingerprint_model(name, revision, trusts) == store.settings.model_fingerprint:
         return "the very files that were cached"
     cached, here = store.settings.weights_fingerprint, fingerprint_weights(name)
     is_known = cached is not None and here is not None
@@ -70,6 +117,11 @@ def check_model(other_name: str | None, model: LanguageModel, store: ActivationS
     _check_activations(model, store)
     if is_known:
         return "the weights that were cached, in other files"
+    return _compared(name, store)
+
+
+def _compared(name: str, store: ActivationStore) -> str:
+    """Say what could be compared where weights could not, and warn the user."""
     compared = (
         f"only the activations at {', '.join(store.sites)} could be compared with the model that was cached; "
         f"what {name} computes after them, the head included, could not"
@@ -81,7 +133,7 @@ def check_model(other_name: str | None, model: LanguageModel, store: ActivationS
 def _check_activations(model: LanguageModel, store: ActivationStore) -> None:
     """Refuse a model that does not compute what was cached, at every site, on the first row."""
     model.check_tokens(store.tokens)
-    if missing := [site for site in store.sites if site not in model.modules]:
+    if missing := [site for site in store.sites if module_of(site) not in model.modules]:
         raise ConfigError(_another_model(model.name, f"it has no {missing[0]}"))
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))
     captured = model.capture(ids_RS, store.sites, attention_of(ids_RS, store.tokens.tokenizer))

@@ -1,7 +1,9 @@
 """A transformer to look into: capture activations at sites, or run on with changed ones."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +18,23 @@ from saemill.common import durable
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
 from saemill.common.models.architecture import check_row_length, limits_of
-from saemill.common.models.sites import first_output, load_model_config, replacing
-from saemill.common.models.structure import base_of, block_names, is_encoder_decoder, n_ids_of, reader_of
+from saemill.common.models.sites import load_model_config, replacing, watch
+from saemill.common.models.structure import (
+    base_class,
+    base_of,
+    block_names,
+    is_encoder_decoder,
+    n_ids_of,
+    reader_of,
+)
+from saemill.common.stores.site_names import is_input, module_of
 from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 
 Head = Literal["causal", "masked"]
+IN_MEMORY = ", in memory"
+"""Words behind the name of a model that was given as an object."""
+OF_NO_WEIGHT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+"""Entries of a config that say where it is from, not what it computes; the type is each tensor's."""
 
 
 class _Enough(Exception):
@@ -34,14 +48,32 @@ def choose_model_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-def fingerprint_model(name: str, revision: str | None) -> str:
-    """Identify a model's weights: by a hash of the files of a local folder, else by the hub's commit."""
+def fingerprint_model(name: str, revision: str | None, trust_remote_code: bool = False) -> str:
+    """Identify a model's weights, and its own code where that is run: by a hash of the files of a local
+    folder, else by the hub's commit."""
     folder = Path(name)
     if folder.is_dir():
-        weights = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
-        return durable.hash_folder(folder, [folder / "config.json", *weights])
-    config = load_model_config(name, revision)
+        kinds = (".safetensors", ".bin", *((".py",) if trust_remote_code else ()))
+        files = [f for f in folder.iterdir() if f.suffix in kinds]
+        return durable.hash_folder(folder, [folder / "config.json", *files])
+    config = load_model_config(name, revision, trust_remote_code)
     return durable.hash_json([name, getattr(config, "_commit_hash", None) or revision])
+
+
+def fingerprint_given(model: Any) -> str:
+    """Identify a model in memory: by a hash of its config and of every tensor's name, type, shape and
+    content."""
+    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in OF_NO_WEIGHT}
+    tensors = []
+    for key, values in model.state_dict().items():
+        content = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        tensors.append([key, str(values.dtype), list(values.shape), durable.hash_bytes(content)])
+    return durable.hash_json([json.dumps(config, default=str, sort_keys=True), *sorted(tensors)])
+
+
+def name_of(model: Any) -> str:
+    """Return the name that a model in memory was loaded by, or else its class's."""
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
 
 
 def fingerprint_weights(name: str) -> str | None:
@@ -67,6 +99,10 @@ class LanguageModel:
         device: where it runs.
         with_head: load the LM head too, where the checkpoint has one (`head` says which).
         in_8bit: weights as 8-bit integers, by bitsandbytes (Dettmers et al. 2022); see `check_8bit`.
+        trust_remote_code: run code that the model brings.
+        attn_implementation: how attention is computed, in transformers' words; None for its choice.
+        given: the model itself, in evaluation mode, where it is in memory: it is taken as it is, and the
+            arguments above say how.
 
     Raises:
         ConfigError: the model cannot be loaded.
@@ -81,12 +117,35 @@ class LanguageModel:
         device: torch.device,
         with_head: bool = False,
         in_8bit: bool = False,
+        trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        given: Any = None,
     ) -> None:
         self.name, self.revision, self.device = name, revision, device
-        self.config = load_model_config(name, revision)
-        self.head: Head | None = _head_of(self.config) if with_head else None
+        self.trust_remote_code = trust_remote_code
+        self.head: Head | None = None
+        if given is None:
+            self.config = load_model_config(name, revision, trust_remote_code)
+            self._load_whole(dtype, with_head, in_8bit, attn_implementation)
+        else:
+            self.model, self.config = given, given.config
+            self.head = _head_of_given(given) if with_head else None
+        self.base = base_of(self.model)
+        self.modules = dict(self.base.named_modules())
+        self.blocks = block_names(self.base)
+        self.n_ids: int = n_ids_of(self.base)
+        self.tuple_sites: set[str] = set()
+
+    def _load_whole(
+        self, dtype: torch.dtype, with_head: bool, in_8bit: bool, attn_implementation: str | None
+    ) -> None:
+        """Load the model onto its device, with its head where it has one."""
+        self.head = _head_of(self.config) if with_head else None
+        name, device = self.name, self.device
         check_8bit(in_8bit, device)
-        how = {"dtype": dtype} | (_as_8bit(device) if in_8bit else {})
+        how = {"dtype": dtype, "trust_remote_code": self.trust_remote_code, "revision": self.revision}
+        how |= {"attn_implementation": attn_implementation} if attn_implementation else {}
+        how |= _as_8bit(device) if in_8bit else {}
         self.model, missing = self._load(how)
         if missing and self.head:
             self.head = None  # a checkpoint without the head that its class has
@@ -98,27 +157,21 @@ class LanguageModel:
         if not in_8bit:  # such a model is where it was loaded, and cannot be moved
             self.model = self.model.to(device)
         self.model = self.model.eval().requires_grad_(False)
-        self.base = base_of(self.model) if self.head else self.model
-        self.modules = dict(self.base.named_modules())
-        self.blocks = block_names(self.base)
-        self.n_ids: int = n_ids_of(self.base)
-        self.tuple_sites: set[str] = set()
 
     def _load(self, how: dict[str, Any]) -> tuple[Any, list[str]]:
         """Load the model. Return it, and the names of its weights that the checkpoint lacks."""
         loaders: dict[Head | None, Any] = {
-            None: transformers.AutoModel,
+            None: base_class(self.config, self.trust_remote_code),
             "causal": _multimodal_class(self.config) or transformers.AutoModelForCausalLM,
             "masked": transformers.AutoModelForMaskedLM,
         }
-        how = how | {"revision": self.revision, "trust_remote_code": False, "output_loading_info": True}
         with loading("model", self.name), _no_bar_of_weights():
-            model, info = loaders[self.head].from_pretrained(self.name, **how)
+            model, info = loaders[self.head].from_pretrained(self.name, output_loading_info=True, **how)
         return model, [key for key in info["missing_keys"] if "pooler" not in key]
 
     def check_tokens(self, tokens: TokenStore) -> None:
         """Refuse tokens that the model cannot take; see `check_fit`."""
-        check_fit(self.config, self.name, tokens)
+        check_fit(self.config, self.name, tokens, self.trust_remote_code)
 
     def capture(self, ids_RS: Tensor, sites: list[str], attention_RS: Tensor | None) -> dict[str, Tensor]:
         """Capture activations at `sites`, in a forward pass that stops after the last of them.
@@ -127,31 +180,32 @@ class LanguageModel:
 
         Args:
             ids_RS: token ids, int64.
-            sites: module paths in the base model.
+            sites: their names.
             attention_RS: 1 where a token may be attended to; None for all.
 
         Returns: per site [R, S, D] in the model's dtype, on its device.
         """
         captured: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Callable[..., None]:
-            def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                captured[name] = first_output(output).clone()
-                if len(captured) == len(sites):
-                    raise _Enough
+        def keep(name: str, x_RSD: Tensor) -> None:
+            captured[name] = x_RSD.clone()
+            if len(captured) == len(sites):
+                raise _Enough
 
-            return hook
-
-        handles = [self.modules[name].register_forward_hook(keep(name)) for name in sites]
+        handles = [watch(self.modules, name, partial(keep, name)) for name in sites]
         try:
-            with torch.inference_mode():
-                self._forward(reader_of(self.base), ids_RS, attention_RS)
+            self.run(ids_RS, attention_RS)
         except _Enough:
             pass
         finally:
             for handle in handles:
                 handle.remove()
         return captured
+
+    def run(self, ids_RS: Tensor, attention_RS: Tensor | None = None) -> None:
+        """Run the base model for what is seen on the way: of an encoder-decoder model the encoder."""
+        with torch.inference_mode():
+            self._forward(reader_of(self.base), ids_RS, attention_RS)
 
     def logits(self, ids_RS: Tensor, attention_RS: Tensor | None, *, differentiable: bool = False) -> Tensor:
         """Compute logits of the LM head, [R, S, vocabulary]; inside `splice` those of the changed model, from
@@ -191,24 +245,32 @@ class LanguageModel:
             if isinstance(output, tuple):
                 self.tuple_sites.add(site)
 
-        handle = self.modules[site].register_forward_hook(note)
+        before = self.blocks_to(site)
+        handles = [self.modules[name].register_forward_hook(note) for name in before[-1:]]
         try:
-            with replacing(self.modules[site], edit):
+            with replacing(self.modules, site, edit):
                 yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    def blocks_to(self, site: str) -> list[str]:
+        """List the transformer blocks that lie before a site, its own included where the site is what that
+        returns; none where the site is not the residual stream between blocks."""
+        if (block := module_of(site)) not in self.blocks:
+            return []
+        return self.blocks[: self.blocks.index(block) + (not is_input(site))]
 
     @contextmanager
     def skip_blocks_to(self, site: str) -> Iterator[None]:
-        """Skip the transformer blocks up to `site`, its own included, while the block runs: they hand their
-        input on uncomputed.
+        """Skip the transformer blocks up to `site` (`blocks_to`) while the block runs: they hand their input
+        on uncomputed.
 
-        For use with a `splice` that replaces the whole residual stream after a block: in almost all
+        For use with a `splice` that replaces the whole residual stream between blocks: in almost all
         models nothing before it then matters. Where the site is no block nothing is skipped. Not for
         models whose blocks return tuples; `tuple_sites` names the sites where a splice met one.
         """
-        before = self.blocks[: self.blocks.index(site) + 1] if site in self.blocks else []
-        skipped = [self.modules[name] for name in before]
+        skipped = [self.modules[name] for name in self.blocks_to(site)]
 
         def hand_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
             return hidden_states
@@ -240,7 +302,7 @@ def attention_of(ids_RS: Tensor, tokenizer: TokenizerInfo) -> Tensor | None:
     return (ids_RS != tokenizer.pad_id).long()
 
 
-def check_fit(config: Any, name: str, tokens: TokenStore) -> None:
+def check_fit(config: Any, name: str, tokens: TokenStore, trust_remote_code: bool = False) -> None:
     """Refuse tokens that a model cannot take: too large ids, or rows longer than its context.
 
     Ids that the tokenizer has beyond the model's, and no row holds, do no harm.
@@ -249,11 +311,12 @@ def check_fit(config: Any, name: str, tokens: TokenStore) -> None:
         config: the model's transformers config.
         name: hub id or local folder.
         tokens: the tokens.
+        trust_remote_code: run code that the model brings.
 
     Raises:
         ConfigError: naming both numbers, and the token.
     """
-    limits = limits_of(config)
+    limits = limits_of(config, trust_remote_code)
     check_row_length(limits, name, tokens.ctx_len)
     largest = tokens.n_used_ids - 1
     if largest >= limits.n_ids:
@@ -316,6 +379,13 @@ def _head_of(config: Any) -> Head | None:
     if any("CausalLM" in name or name.endswith("LMHeadModel") for name in names) or _multimodal_class(config):
         return "causal"
     return None
+
+
+def _head_of_given(model: Any) -> Head | None:
+    """Find which LM head a model in memory has."""
+    if model.get_output_embeddings() is None or is_encoder_decoder(model.config):
+        return None
+    return "masked" if "MaskedLM" in type(model).__name__ else "causal"
 
 
 def _multimodal_class(config: Any) -> Any:

@@ -14,6 +14,14 @@ TABLES = ("pos", "wpe")
 """Substrings of the names of modules that embed positions."""
 
 
+def base_class(config: Any, trust_remote_code: bool) -> Any:
+    """Choose the class of transformers that makes a model without its LM head, or with it where a model's own
+    code has no other."""
+    own = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
+    has_head_alone = "AutoModel" not in own and "AutoModelForCausalLM" in own
+    return transformers.AutoModelForCausalLM if has_head_alone else transformers.AutoModel
+
+
 def base_of(model: Any) -> Any:
     """Return the model without its LM head: paths of its modules name sites.
 

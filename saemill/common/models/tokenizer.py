@@ -47,6 +47,45 @@ def load_tokenizer(name: str, revision: str | None) -> tuple[Any, TokenizerInfo]
     )
 
 
+def token_id(token: int | str | None, tokenizer: Any, setting: str) -> int | None:
+    """Find the id that `bos`, `eos` or `sep` names; an id is itself, and None is none.
+
+    Raises:
+        ConfigError: the tokenizer has no such token.
+    """
+    if token is None:
+        return None
+    if isinstance(token, int):
+        if not 0 <= token <= max(tokenizer.get_vocab().values()):
+            raise ConfigError(f"{setting} must be an id of the tokenizer, got {token}")
+        return token
+    found: int | None = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "sep": tokenizer.sep_token_id,
+    }.get(token)
+    if found is None:
+        raise ConfigError(f"{setting} {token}: the tokenizer has no such token; name an id, or leave it out")
+    return found
+
+
+def with_tokens(
+    info: TokenizerInfo, tokenizer: Any, row_start: int | str | None, separator: int | str | None
+) -> TokenizerInfo:
+    """Replace what rows begin with and documents end with, unless that is `own`, the tokenizer's.
+
+    Raises:
+        ConfigError: the tokenizer has no such token.
+    """
+    changed: dict[str, Any] = {}
+    if row_start != "own":
+        first = token_id(row_start, tokenizer, "row_start")
+        changed["prefix_ids"] = () if first is None else (first,)
+    if separator != "own":
+        changed["separator_id"] = token_id(separator, tokenizer, "separator")
+    return info.model_copy(update=changed)
+
+
 def _load(name: str, revision: str | None) -> Any:
     with loading("tokenizer", name), _without_code():
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(

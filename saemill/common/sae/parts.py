@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.log import counted
+from saemill.common.sae.norms import NORMS
 
 BY_K = ("topk", "matryoshka", "groupmax")
 BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu", "relu", "gated")
@@ -59,6 +60,8 @@ class SaeConfig:
     """Length E of the vectors that a transcoder predicts from those that it reads; None of an SAE."""
     joined: tuple[Joined, ...] = ()
     """Sites of a crosscoder in the order in which their vectors follow each other; empty of an SAE."""
+    norm: str | None = None
+    """Norm that each vector goes through before it is encoded, one of `norms.NORMS`; None of most SAEs."""
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -85,6 +88,11 @@ class SaeConfig:
         _check_ascending("prefixes", self.prefixes, "num_latents", self.num_latents)
         _check_ascending("ks", self.ks, "k", self.k)
         self._check_joined()
+        if self.norm is not None and (self.norm not in NORMS or self.joined or self.d_out is not None):
+            raise ConfigError(
+                f"norm must be one of {', '.join(NORMS)} of an SAE of one site, and None of others, got "
+                f"{self.norm!r:.80}"
+            )
 
     def _check_joined(self) -> None:
         """Refuse sites that do not make up d_in."""
@@ -109,6 +117,7 @@ class SaeConfig:
         words += [] if self.architecture == "topk" else [self.architecture]
         words += [] if self.k is None else [f"k {self.k}"]
         words += [f"{self.num_latents:,} latents"]
+        words += [] if self.norm is None else [f"inputs normed ({self.norm})"]
         words += [f"prefixes {', '.join(f'{n:,}' for n in self.prefixes)}"] if self.prefixes else []
         words += [f"also k {', '.join(map(str, self.ks[:-1]))}"] if self.ks[:-1] else []
         return ", ".join(words)

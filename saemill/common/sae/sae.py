@@ -11,6 +11,8 @@ linear map beside its latents:
 
     z = W_enc x + b_enc,    ŷ = W_decᵀ f + b_dec + W_skip x
 
+Some other tools' SAEs take each x through a norm first, and what is decoded back through it (`norms`).
+
 A saved SAE takes activations as the model produces them: the scale and the centre that training
 used are folded into the biases. The folder holds `cfg.json` and `sae.safetensors`, in the layout
 that sparsify reads; `common.sae.formats` has that and the layouts of other tools.
@@ -31,6 +33,7 @@ from saemill.common.errors import ConfigError, DataError
 from saemill.common.sae import formats
 from saemill.common.sae.above import above
 from saemill.common.sae.groupmax import groupmax
+from saemill.common.sae.norms import normed
 from saemill.common.sae.parts import Parts, SaeConfig
 from saemill.common.sae.topk import topk
 
@@ -183,6 +186,7 @@ class Sae(nn.Module):
                 f"{tuple(x.shape)}"
             )
         x = x.to(self.W_enc.dtype)
+        x = x if self.config.norm is None else normed(x, self.config.norm).x
         return nn.functional.linear(x if self.is_transcoder else x - self.b_dec, self.W_enc, self.b_enc)
 
     def _tensor(self, x: ArrayLike) -> Tensor:
@@ -223,22 +227,25 @@ class Sae(nn.Module):
 
         Args:
             top_acts, top_indices: of `encode`.
-            x: what was encoded, [..., D]; needed by a transcoder with W_skip, and by no other.
+            x: what was encoded, [..., D]; needed by a transcoder with W_skip and by an SAE with a norm.
 
         Raises:
             DataError: weights are not finite.
             ConfigError: x is missing.
         """
-        decoded = self._decode(top_acts, top_indices)
-        if self.W_skip is not None:
-            if x is None:
-                raise ConfigError("a transcoder with W_skip decodes with its input: decode(acts, indices, x)")
+        decoded, norm = self._decode(top_acts, top_indices), self.config.norm
+        if x is None and (self.W_skip is not None or norm is not None):
+            kind = "a transcoder with W_skip" if norm is None else "an SAE with a norm"
+            raise ConfigError(f"{kind} decodes with its input: decode(acts, indices, x)")
+        if self.W_skip is not None and x is not None:
             decoded = decoded + nn.functional.linear(x.to(self.W_skip.dtype), self.W_skip)
+        if norm is not None and x is not None:
+            decoded = normed(x.to(decoded.dtype), norm).back(decoded)
         self._check_if_not_finite(decoded)
         return decoded
 
     def _decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
-        """Decode active latents, without W_skip."""
+        """Decode active latents, without W_skip or a norm."""
         shape = (*top_acts.shape[:-1], len(self.b_dec))
         if top_acts.numel() == 0:
             return self.b_dec.expand(shape).clone()
@@ -272,21 +279,23 @@ class Sae(nn.Module):
         formats.save_own(self.parts, Path(folder))
 
     @classmethod
-    def load(cls, folder: Path | str, device: str | torch.device = "cpu") -> "Sae":
-        """Read an SAE that saemill, sparsify, SAELens or dictionary_learning saved.
+    def load(cls, folder: Path | str, device: str | torch.device = "cpu", format: str | None = None) -> "Sae":
+        """Read an SAE that saemill or another tool saved, or a published one (docs/formats.md).
 
         Args:
             folder: on this machine, or on the hub: `hf://user/repo[@revision][/folder]`, where the folder
-                may be left out if the repository holds one SAE alone.
+                may be left out if the repository holds one SAE alone; a file where the format has one for
+                each SAE.
             device: where its weights go.
+            format: name of the format, where the files are of several.
 
         Raises:
             StoreError: the folder holds no SAE, a file of it is missing or damaged, weights do not fit the
                 config, or they are not finite.
             ConfigError: it holds an SAE that cannot be represented; the hub has no such repository, or cannot
-                be asked.
+                be asked; no such format.
         """
-        return cls.of(formats.load(folder)).to(device)
+        return cls.of(formats.load(folder, format)).to(device)
 
     @classmethod
     def from_pretrained(

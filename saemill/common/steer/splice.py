@@ -21,6 +21,7 @@ from saemill.common.sae.formats.hooks import site_of
 from saemill.common.sae.sae import Encoded, Sae
 from saemill.common.steer.edits import LatentEdit
 from saemill.common.steer.substitute import Edit, Substitute
+from saemill.common.stores.site_names import module_of
 
 Where = Callable[[Tensor, Tensor], Tensor]
 """Function that chooses positions: token ids and positions, int64 [B, S] → bool [B, S]. A position counts the
@@ -48,8 +49,8 @@ def splice(
 
     Args:
         model: a HuggingFace transformer, with or without a head, on the SAE's device.
-        site: module path in the base model, or `residual.4`; None for the one that the SAE was trained at, or
-            that the transcoder was trained to predict.
+        site: module path in the base model, with `:in` for what the module takes, or `residual.4`; None for
+            the one that the SAE was trained at, or that the transcoder was trained to predict.
         sae: of any format that `Sae.load` reads.
         edit: of the latents: `ablate`, `scale`, `clamp`, `steer`, a function, or several in order. None
             leaves them, to watch, or to splice the reconstruction in as it is.
@@ -72,6 +73,7 @@ def splice(
         sites = " and ".join(part.site for part in sae.config.joined)
         raise ConfigError(f"a crosscoder takes the place of no one site, got one of {sites}; splice an SAE")
     base = base_of(model)
+    modules = dict(base.named_modules())
     origin, edits = sae.config.provenance, _edits(edit, sae)
     own = origin.get("site"), origin.get("hook_name")
     predicted = origin.get("target_site"), origin.get("hook_name_out")
@@ -92,8 +94,8 @@ def splice(
     try:
         with ExitStack() as hooks:
             if read_name is not None:
-                hooks.enter_context(replacing(base.get_submodule(read_name), spliced._read))
-            hooks.enter_context(replacing(base.get_submodule(name), spliced._change))
+                hooks.enter_context(replacing(modules, read_name, spliced._read))
+            hooks.enter_context(replacing(modules, name, spliced._change))
             yield spliced
     finally:
         for handle in handles:
@@ -279,10 +281,11 @@ def _find_site(base: Any, site: str | None, known: tuple[str | None, str | None]
         raise ConfigError(f"the SAE does not tell its site; name it: {example}")
     blocks = {f"residual.{i}": block for i, block in enumerate(block_names(base))}
     modules = [name for name, _ in base.named_modules() if name]
-    name = blocks.get(site, site)
-    if name not in modules:
+    module = module_of(site)
+    name = blocks.get(module, module) + site.removeprefix(module)
+    if module_of(name) not in modules:
         raise ConfigError(
-            f"{type(base).__name__} has no module {site!r}; {nearest(site, [*modules, *blocks])}"
+            f"{type(base).__name__} has no module {module!r}; {nearest(module, [*modules, *blocks])}"
         )
     return name
 

@@ -6,6 +6,7 @@ passages.py       PassageStore: what each row of an embedding store is
 activations.py    ActivationStore: one array per site, over tokens or passages
 joined.py         several sites as one, of a store or of two
 site_names.py     what sites are called
+site_roles.py     what is at a site
 site_records.py   its JSON: settings, sites, commits, manifests
 shards.py         a raw Zarr array that memory-maps
 rounding.py       values → the type that a store holds: the one lossy act
@@ -13,6 +14,7 @@ permutation.py    the order of rows in a shard, and every other shuffle
 statistics.py     moments of a site
 norms.py          norms of a site's rows, and counts of them
 mask.py           which positions count
+roles.py          whose message each token of a chat is of
 columns.py        Parquet
 runs.py           a run's folder
 assessments.py    the results of `saemill assess`

@@ -11,6 +11,8 @@ Layout of the folder (a Zarr v3 group):
     <site>/commits/<shard>.json   written after the shard: size, hashes, sums
     <site>/manifest.json     written when all shards are there: the commits and statistics merged
 
+A site that is a module's input, `layers.4.mlp:in`, has the folder `layers.4.mlp~in`.
+
 Place and address: the row stored at place `p` of a shard is the token of address
 `shard * shard_tokens + permutation(n, SHUFFLE_KEY, shard)[p]`, n being the tokens in that shard.
 All sites share the permutation. Where the store holds embeddings, a passage takes a token's place.
@@ -47,6 +49,7 @@ from saemill.common.stores.site_records import (
     read_settings,
     read_site,
     record_path,
+    site_path,
     sites_in,
 )
 from saemill.common.stores.statistics import Moments, Statistics
@@ -122,15 +125,17 @@ class ActivationStore:
     @property
     def sites(self) -> list[str]:
         """Names of the finished sites."""
-        return [name for name in sites_in(self.path) if (self.path / name / "manifest.json").exists()]
+        return [
+            name for name in sites_in(self.path) if (site_path(self.path, name) / "manifest.json").exists()
+        ]
 
     @property
     def unfinished(self) -> dict[str, int]:
         """Shards committed, by the name of each unfinished site."""
         return {
-            name: len(list((self.path / name).glob("commits/*.json")))
+            name: len(list(site_path(self.path, name).glob("commits/*.json")))
             for name in sites_in(self.path)
-            if not (self.path / name / "manifest.json").exists()
+            if not (site_path(self.path, name) / "manifest.json").exists()
         }
 
     @property
@@ -144,7 +149,7 @@ class ActivationStore:
     @cached_property
     def own_fingerprint(self) -> str:
         """Hash of the content without that of the store beside."""
-        settings = self.settings.model_dump(mode="json", exclude={"fingerprint", "source_hash"})
+        settings = self.settings.plain({"fingerprint", "source_hash"})
         return self.settings.fingerprint or durable.hash_json([settings, self.text.fingerprint])
 
     def record(self, name: str) -> SiteRecord:
@@ -164,7 +169,7 @@ class ActivationStore:
         Raises:
             StoreError: it is missing, damaged, or another site's.
         """
-        folder = self.path / record.site
+        folder = site_path(self.path, record.site)
         manifest = records.read(folder / "manifest.json", SiteManifest, REPAIR)
         self._check_owner(folder / "manifest.json", manifest, record.site)
         lengths = [self.shard_length(shard) for shard in range(self.n_shards)]
@@ -178,7 +183,7 @@ class ActivationStore:
         Raises:
             StoreError: it is missing, damaged, or another shard's.
         """
-        file = self.path / site / "commits" / f"{shard}.json"
+        file = site_path(self.path, site) / "commits" / f"{shard}.json"
         commit = records.read(file, Commit, REPAIR)
         self._check_owner(file, commit, site)
         if (commit.shard, commit.n_tokens) != (shard, self.shard_length(shard)):
@@ -266,8 +271,8 @@ class SiteArray:
     def __init__(self, store: ActivationStore, name: str) -> None:
         self.store, self.name = store, name
         record = store.record(name)
-        self.width = record.width
-        self.array = ShardedArray(store.path / name, REPAIR)
+        self.width, self.role = record.width, record.role
+        self.array = ShardedArray(site_path(store.path, name), REPAIR)
         self.array.expect(describe_site(store.settings, store.n_tokens, name, self.width))
         self.dtype, self.stored_dtype = self.array.torch_dtype, self.array.dtype
         self.manifest = store.manifest(record)
@@ -298,8 +303,8 @@ class SiteArray:
         commit = self.store.commit(self.name, shard)
         if commit.xxh3 != self.manifest.shards[shard].xxh3:
             raise StoreError(
-                f"{self.store.path / self.name}: the record of shard {shard} is of another shard than the "
-                f"manifest's. {REPAIR}"
+                f"{site_path(self.store.path, self.name)}: the record of shard {shard} is of another shard "
+                f"than the manifest's. {REPAIR}"
             )
         if commit.norms is not None:
             return decode_array(commit.norms, "u2")

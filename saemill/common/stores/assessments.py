@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from saemill.common import durable, records
 from saemill.common.records import Count, File, Hash, Name, Positive, Record
 from saemill.common.stores import runs
 
 FILE = runs.ASSESSMENT
-FORMAT = "saemill assessment 2"
+FORMAT = "saemill assessment 3"
 REPAIR = "Run `saemill assess` again."
 
 
@@ -35,7 +35,7 @@ class Figure(Record):
 
 
 class Check(Record):
-    """One check of the verdict."""
+    """One check: of the verdict, or of a threshold."""
 
     name: str
     value: float | None
@@ -43,6 +43,12 @@ class Check(Record):
     passed: bool | None
     """Outcome; None where it is unknown."""
     reason: str | None = None
+    metric: str | None = None
+    """Figure that it is about; only of the verdict."""
+    against: str | None = None
+    """Baseline that it compares with: the value is a share of that one's error."""
+    lo: float | None = None
+    hi: float | None = None
 
 
 class Cut(Record):
@@ -64,21 +70,28 @@ class Entry(Record):
     k: Positive | None
     """Most latents active per token; None where latents have thresholds."""
     architecture: str = "topk"
-    """What it was trained as. It and `cuts` are left out where they are the default."""
+    """What it was trained as. It, `cuts` and `by_source` are left out where they are the default."""
     num_latents: Positive
     tokens_trained: Count
     diverged_at_step: Count | None
     not_measured: str | None
     metrics: dict[str, Figure]
-    checks: tuple[Check, ...]
+    evidence: tuple[Check, ...]
+    """Checks of the verdict."""
     verdict: str
+    checks: tuple[Check, ...]
+    """Checks of the four thresholds."""
+    checks_passed: str
+    """Number of these that passed, of those that are known."""
     versus_best: dict[str, Figure] | None = None
     cuts: tuple[Cut, ...] = ()
     """SAEs within it, where there are any."""
+    by_source: dict[str, dict[str, Figure]] = Field(default_factory=dict)
+    """Figures on the documents of each source, where there are several."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = {"architecture": "topk", "cuts": (), "target_site": None}
+        optional: dict[str, Any] = {"architecture": "topk", "cuts": (), "by_source": {}, "target_site": None}
         left_out = {name for name, default in optional.items() if getattr(self, name) == default}
         return {name: value for name, value in serialize(self).items() if name not in left_out}
 
@@ -167,7 +180,7 @@ class Features(Record):
 class Assessment(Record):
     """The whole of it."""
 
-    format: Literal["saemill assessment 2"] = "saemill assessment 2"
+    format: Literal["saemill assessment 3"] = "saemill assessment 3"
     settings: dict[str, Any]
     of: Hash
     data: Data
@@ -182,6 +195,17 @@ class Assessment(Record):
     seconds: float
     files: tuple[File, ...]
     """Other files of the folder that belong to the assessment: the report, sums per document, latents."""
+
+    def __getitem__(self, name: str) -> Entry:
+        """Return the entry of a variant or a control by its name.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
+        entries = {entry.name: entry for entry in (*self.variants, *self.controls)}
+        if name not in entries:
+            raise KeyError(f"{name!r}; there are {', '.join(entries)}")
+        return entries[name]
 
 
 def checked(values: Mapping[str, Any]) -> Assessment:

@@ -19,6 +19,7 @@ from saemill.common.stores.statistics import Statistics
 
 if TYPE_CHECKING:
     from saemill.common.stores.activations import ActivationStore, SiteArray
+    from saemill.common.stores.site_roles import Role
 
 
 class JoinedSite:
@@ -35,6 +36,8 @@ class JoinedSite:
     def __init__(self, name: str, parts: "Mapping[str, SiteArray]") -> None:
         self.name, self.parts = name, parts
         self.width = sum(part.width for part in parts.values())
+        self.role: Role | None = None
+        """Each part has one of its own."""
         first, *others = parts.values()
         self.dtype, self.stored_dtype = first.dtype, first.stored_dtype
         if any(other.dtype != self.dtype for other in others):
@@ -104,4 +107,16 @@ def combined(a: MaskConfig, b: MaskConfig) -> MaskConfig:
         special_tokens=a.special_tokens or b.special_tokens,
         first_positions=max(a.first_positions, b.first_positions),
         token_ids=tuple(sorted({*a.token_ids, *b.token_ids})) if b.token_ids else a.token_ids,
+        roles=_of_both(a.roles, b.roles),
     )
+
+
+def _of_both(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
+    """Choose the roles that count by both masks; none named is all."""
+    both = tuple(role for role in a if role in b) if a and b else a or b
+    if not both and a:
+        raise ConfigError(
+            f"the masks of the two stores count the roles {', '.join(a)} and {', '.join(b)}, which no token "
+            "has both of; cache one anew with the other's"
+        )
+    return both

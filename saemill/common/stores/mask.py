@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from saemill.common.config import LARGEST
+from saemill.common.config import LARGEST, nearest
 from saemill.common.errors import ConfigError
 from saemill.common.setting import check, like, setting
 
@@ -25,20 +25,37 @@ class MaskConfig:
     """Decoders without a BOS token put an attention sink there whose norm is far from that of any other
     position."""
     token_ids: tuple[int, ...] = setting((), "Further token ids to leave out", least=0, most=LARGEST)
+    roles: tuple[str, ...] = setting(
+        (),
+        "Roles of a chat (user, assistant, …) whose tokens alone count",
+        by_default="all tokens",
+        metavar="ROLE,…",
+        later=True,
+    )
 
     def __post_init__(self) -> None:
         check(self)
 
-    def check(self, n_ids: int, ctx_len: int) -> None:
+    def check(self, n_ids: int, ctx_len: int, roles: tuple[str, ...]) -> None:
         """Refuse a mask that cannot be meant for these tokens.
 
         Args:
             n_ids: how many ids their tokenizer has.
             ctx_len: tokens per row.
+            roles: those that the tokens are told apart by; none of what is no chat.
 
         Raises:
-            ConfigError: an id that no token has, or no position of a row left.
+            ConfigError: an id that no token has, a role that they do not have, or no position of a row left.
         """
+        if self.roles and not roles:
+            raise ConfigError(
+                f"roles (--train-on) {', '.join(self.roles)}: the store does not tell whose its tokens are; "
+                "make it of conversations with `saemill tokenize --chat-column`, or leave them out"
+            )
+        if unknown := [role for role in self.roles if role not in roles]:
+            raise ConfigError(
+                f"roles (--train-on): the tokens have no role {unknown[0]!r}; {nearest(unknown[0], roles)}"
+            )
         if bad := [token_id for token_id in self.token_ids if token_id >= n_ids]:
             raise ConfigError(
                 f"mask.token_ids must be in 0..{n_ids - 1}, the ids of the tokenizer, got "
@@ -81,6 +98,7 @@ class TrainingMask:
     special_tokens: bool | None = like(MaskConfig, "special_tokens", **OF_STORE)
     first_positions: int | None = like(MaskConfig, "first_positions", **OF_STORE)
     token_ids: tuple[int, ...] | None = like(MaskConfig, "token_ids", **OF_STORE)
+    roles: tuple[str, ...] | None = like(MaskConfig, "roles", **OF_STORE)
     norm_over_median: float | None = setting(
         10.0,
         "Leave out tokens whose norm is more than so many times the median at a site of the run; or none",

@@ -143,7 +143,7 @@ class PassageStore:
             ConfigError: a mask that leaves out positions or tokens, which passages do not have.
         """
         if mask != NO_MASK:
-            raise ConfigError("passages have no positions or tokens that a mask could leave out")
+            raise ConfigError("passages have no positions, tokens or roles that a mask could leave out")
         return np.ones((stop - start, 1), bool)
 
     def texts(self, start: int, stop: int) -> list[str | None]:

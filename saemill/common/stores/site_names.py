@@ -1,12 +1,17 @@
 """The names of sites: of one, of several that are joined, of the store beside.
 
-layers.2                  a site of a store
+layers.2                  a site of a store: what a module returns
+layers.2.mlp:in           what a module takes
 layers.2+layers.4         two of them, side by side
 layers.4+with.layers.4    a site of a store, and one of the store beside it: of another model
+
+On the disk a ~ stands for the colon, which not every file system and no URL takes: `layers.2.mlp~in`.
 """
 
 from saemill.common.errors import ConfigError
 
+INPUT = ":in"
+"""What the names of inputs end in."""
 JOINT = "+"
 """What stands between the names of joined sites."""
 BESIDE = "with."
@@ -31,3 +36,23 @@ def parts_of(site: str) -> tuple[str, ...]:
 def is_joined(site: str) -> bool:
     """Tell whether a name is that of several sites."""
     return JOINT in site
+
+
+def is_input(site: str) -> bool:
+    """Tell whether a site is what a module takes, not what it returns."""
+    return site.endswith(INPUT)
+
+
+def module_of(site: str) -> str:
+    """Return the path of the module that a site is at."""
+    return site.removesuffix(INPUT)
+
+
+def folder_of(site: str) -> str:
+    """Name the folder of a site, or of what is made from sites: a variant."""
+    return site.replace(":", "~")
+
+
+def site_of_folder(folder: str) -> str:
+    """Return the site whose folder has a name; the inverse of `folder_of`."""
+    return folder.replace("~", ":")

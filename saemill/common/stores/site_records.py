@@ -21,27 +21,30 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_serializer, model_validator
 
-from saemill.common import durable, hub, records
+from saemill.common import durable, hub, records, setting
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.records import Count, Hash, Positive, Record
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.norms import N_BINS, NormSketch
+from saemill.common.stores.site_names import folder_of, module_of, site_of_folder
+from saemill.common.stores.site_roles import Role
 from saemill.common.stores.statistics import Moments, Statistics
 
 FORMAT: Final = "saemill activations 2"
 EMBEDDINGS = "embeddings"
-"""Kind (`kind`) of a store that holds passages in place of tokens."""
+"""Kind of a store that holds passages."""
 TEXT_FOLDERS = ("tokens", "passages")
 SITES = "sites"
-"""Folder of the sites' records."""
 RESERVED = (*TEXT_FOLDERS, SITES, "claims", "zarr.json")
 """Names in a store's folder that no site has."""
 BLOCK_TOKENS = 256
 """Rows per block: the unit of reading and of checksums."""
 REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LATER = ("attn_implementation", "trust_remote_code")
+"""Settings that the first stores had not."""
 GROUP = {"zarr_format": 3, "node_type": "group"}
 """Entries that make a store's `zarr.json` that of a Zarr group."""
 
@@ -51,7 +54,7 @@ class Site:
     """A place in the model."""
 
     name: str
-    """Path of the module in the base model."""
+    """Path of the module in the base model, or that and `:in`."""
     width: int
     """Length D of one activation vector there."""
 
@@ -78,13 +81,15 @@ def hash_blocks(rows_TD: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def site_name(name: str) -> str:
-    """Refuse what cannot be a site's name: a path, or another name in a store's folder.
+    """Refuse what cannot be a site's name: a path, or what another part of a store is called.
 
     Raises:
         ValueError: it cannot.
     """
     if records.single(name) in RESERVED:
         raise ValueError(f"{name!r} is another part of a store")
+    if set("~:") & set(module_of(name)):
+        raise ValueError(f"must be a module's path, or one with :in, got {name!r}")
     return name
 
 
@@ -128,6 +133,9 @@ class StoreSettings(Record):
     model_dtype: Literal["bfloat16", "float16", "float32"] | None
     """Type that the model computed in."""
     load_in_8bit: bool | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool | None = None
+    """Whether code of the model's own was run."""
     model_fingerprint: str | None
     mask: MaskConfig
     """Positions that statistics, training and assessment leave out by default."""
@@ -140,6 +148,11 @@ class StoreSettings(Record):
     fingerprint: str | None = None
     """Fingerprint of the store, if it was published with names in place of paths; SAEs trained on it know it
     by this."""
+
+    @field_serializer("mask")
+    def _mask(self, mask: MaskConfig) -> dict[str, Any]:
+        """Leave out what came after stores that are on disk, so that their identities stay."""
+        return setting.identity(mask)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -163,7 +176,12 @@ class StoreSettings(Record):
         """Hash of the settings that decide the content; each record of a shard or site names the store's by
         it."""
         made_by = {"source_hash", "model", "revision", "weights_fingerprint", "versions", "fingerprint"}
-        return durable.hash_json(self.model_dump(mode="json", exclude=made_by))
+        return durable.hash_json(self.plain(made_by | {"trust_remote_code"}))
+
+    def plain(self, left_out: set[str]) -> dict[str, Any]:
+        """Return the settings as JSON has them, but for some, and for those of `LATER` that say nothing."""
+        silent = {name for name in LATER if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=left_out | silent)
 
 
 class SiteRecord(Record):
@@ -173,6 +191,8 @@ class SiteRecord(Record):
     site: SiteName
     width: Positive
     """Number D of values per token."""
+    role: Role | None = None
+    """None where arithmetic does not tell, and in records of before saemill looked."""
     settings: StoreSettings
 
 
@@ -293,6 +313,7 @@ class SiteManifest(Record):
     """Identity of the store, `StoreSettings.identity`."""
     site: SiteName
     width: Positive
+    role: Role | None = None
     statistics: SiteStatistics
     shards: tuple[Shard, ...]
 
@@ -342,12 +363,17 @@ def sites_in(path: Path) -> list[str]:
     """List the sites that a store's folder has records or folders of, finished or not."""
     names = {file.stem for file in path.glob(f"{SITES}/*.json")}
     names |= {folder.parent.name for folder in path.glob("*/commits")}
-    return sorted(name for name in names if not name.startswith(".") and name not in RESERVED)
+    return sorted(site_of_folder(name) for name in names - {*RESERVED} if not name.startswith("."))
 
 
 def record_path(path: Path, site: str) -> Path:
     """Name the file of a site's record in the store at `path`."""
-    return path / SITES / f"{site}.json"
+    return path / SITES / f"{folder_of(site)}.json"
+
+
+def site_path(path: Path, site: str) -> Path:
+    """Name the folder of a site's array in the store at `path`."""
+    return path / folder_of(site)
 
 
 def read_site(path: Path, name: str) -> SiteRecord:

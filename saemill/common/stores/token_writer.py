@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from saemill.common import durable, records
+from saemill.common.stores import roles as role_spans
 from saemill.common.stores.shards import ShardedArray
 from saemill.common.stores.tokens import (
     DOCUMENTS,
+    DOCUMENTS_OF_SOURCES,
     FORMAT,
     SEGMENTS,
     TokenizerInfo,
@@ -21,7 +23,10 @@ from saemill.common.stores.tokens import (
     TokenStore,
 )
 
-COPIED = ("document", "n_used_ids", "source", "settings", "versions")
+COPIED = (
+    *("document", "document_start_id", "n_used_ids", "source", "settings", "versions"),
+    *("roles", "sources", "mixed"),
+)
 """Fields of the manifest that a copy of a store's first rows repeats."""
 
 
@@ -32,6 +37,7 @@ def write_token_store(
     held_out_R: NDArray[np.bool_],
     segments: pa.Table,
     documents: pa.Table,
+    roles: pa.Table | None = None,
     tokenizer: TokenizerInfo,
     extra: dict[str, Any],
 ) -> None:
@@ -42,9 +48,11 @@ def write_token_store(
         tokens: the array at `path/tokens`, complete.
         held_out_R: bool [n_rows].
         segments: columns start, document (both int64), sorted by start.
-        documents: columns source_index, start, n_tokens, held_out, text_hash.
+        documents: columns source_index, start, n_tokens, held_out, text_hash; of several sources, source.
+        roles: columns start, role, sorted by start; None of what is no chat.
         tokenizer: what made the ids.
-        extra: further entries of the manifest (what a document is, `n_used_ids`, source, settings, versions).
+        extra: further entries of the manifest (what a document is, `n_used_ids`, source, settings, versions;
+            names of roles and sources, if there are any).
 
     Raises:
         StoreError: a token shard is missing or of the wrong size.
@@ -54,9 +62,13 @@ def write_token_store(
     held = ShardedArray.create(path / "held_out", (len(held_out_R), 1), len(held_out_R), torch.uint8, {})
     held.write_shard(0, held_out_R.astype(np.uint8)[:, None])
     _write_table(path / "segments.parquet", segments, SEGMENTS)
-    _write_table(path / "documents.parquet", documents, DOCUMENTS)
+    names = {name: list(extra[name]) for name in ("roles", "sources") if extra.get(name)}
+    schema = DOCUMENTS_OF_SOURCES if "sources" in names else DOCUMENTS
+    _write_table(path / "documents.parquet", documents, schema)
+    if roles is not None:
+        _write_table(path / role_spans.FILE, roles, role_spans.SCHEMA)
     files = records.listed(path)
-    content = {"files": [file.model_dump() for file in files], "tokenizer": tokenizer.model_dump()}
+    content = {"files": [file.model_dump() for file in files], "tokenizer": tokenizer.model_dump(), **names}
     manifest = TokenManifest(
         n_rows=tokens.n_rows,
         ctx_len=tokens.width,
@@ -106,6 +118,7 @@ def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
         held_out_R=store.held_out_R[:n_rows],
         segments=segments,
         documents=cut_documents(store.documents, segments, end),
+        roles=store.roles.until(end) if store.manifest.roles else None,
         tokenizer=store.tokenizer,
         extra=fields | {"parent_fingerprint": store.fingerprint},
     )

@@ -7,7 +7,8 @@ A token's address is `row * ctx_len + pos`. Layout of the folder:
     held_out/          Zarr array [n_rows, 1], 1 where the row holds held-out documents
     segments.parquet   start (address), document: each piece of a document within a row
     tokenizer/         the tokenizer itself, so that tokens can be shown as text anywhere
-    documents.parquet  source_index, start (address), n_tokens, held_out, text_hash
+    documents.parquet  source_index, start (address), n_tokens, held_out, text_hash, and the source of several
+    roles.parquet      of chats: start (address), role: whose message each token is of
     manifest.json      written last: sizes, hashes, tokenizer, source, settings
 """
 
@@ -24,8 +25,10 @@ from pydantic import ConfigDict, Field, JsonValue, model_validator
 from saemill.common import durable, hub, records
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.records import Count, Positive, Record
+from saemill.common.stores import roles as role_spans
 from saemill.common.stores.columns import read_table
 from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.roles import RoleSpans
 from saemill.common.stores.shards import ShardedArray
 
 FORMAT: Final = "saemill tokens 2"
@@ -41,6 +44,9 @@ DOCUMENTS = pa.schema(
         ("n_tokens", pa.int64()),
     ]
 )
+DOCUMENTS_OF_SOURCES = DOCUMENTS.append(pa.field("source", pa.uint8()))
+"""The same of several sources, each document with the number of its own."""
+MOST_SOURCES = 256
 TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
@@ -57,8 +63,8 @@ class TokenizerInfo(Record):
     """Ids that the model expects at a row's start ([CLS], BOS)."""
     suffix_ids: tuple[TokenId, ...]
     """Ids that the model expects at a row's end ([SEP])."""
-    separator_id: TokenId
-    """Id put after each document."""
+    separator_id: TokenId | None
+    """Id put after each document; None where none is."""
     special_ids: tuple[TokenId, ...]
     """All special token ids."""
     pad_id: TokenId | None
@@ -72,7 +78,7 @@ class Source(Record):
     """Hub id or local path."""
     fingerprint: str
     column: str | None = None
-    """Column of the texts, or `input_ids`."""
+    """Column of the texts, of the conversations, or `input_ids`."""
 
 
 class Settings(Record):
@@ -99,7 +105,18 @@ class TokenManifest(Record):
     """Kind of document: a text; a row of token ids, packed anew; such a row, kept as it is."""
     n_used_ids: Annotated[int, Field(ge=1, le=1 << 32)]
     """One more than the largest id in any row."""
+    document_start_id: TokenId | None = None
+    """Id that each document begins with."""
+    n_special_documents: Count = 0
+    """Number of documents that write a special token out."""
+    roles: tuple[str, ...] = ()
+    """Roles of the messages of a chat; `roles.parquet` numbers them from 1."""
+    sources: tuple[str, ...] = ()
+    """Names of the sources of the documents, where there are several; their column `source` numbers them."""
+    mixed: tuple[Source, ...] = ()
+    """The datasets that were mixed, one for each name."""
     source: Source
+    """The dataset; of several that were mixed, all of them in one."""
     settings: Settings
     versions: dict[str, str]
     parent_fingerprint: str | None = None
@@ -114,10 +131,16 @@ class TokenManifest(Record):
         if len(set(names)) < len(names):
             raise ValueError("a file is listed twice")
         needed = {*DESCRIPTIONS, "held_out/c/0/0", "segments.parquet", "documents.parquet"}
+        needed |= {role_spans.FILE} if self.roles else set()
         if missing := sorted(needed - set(names)):
             raise ValueError(f"{missing[0]} is not listed")
         if self.n_held_out_rows > self.n_rows:
             raise ValueError("more rows are held out than there are")
+        for name in ("roles", "sources"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} names one twice")
+        if self.mixed and len(self.mixed) != len(self.sources):
+            raise ValueError("sources must name each of the datasets that were mixed")
         return self
 
 
@@ -223,8 +246,27 @@ class TokenStore:
         Raises:
             ConfigError: the mask cannot be meant for these tokens.
         """
-        mask.check(self.tokenizer.vocab_size, self.ctx_len)
-        return mask.keep(self.rows(start, stop), self.tokenizer.special_ids)
+        mask.check(self.tokenizer.vocab_size, self.ctx_len, self.manifest.roles)
+        keep_RS = mask.keep(self.rows(start, stop), self.tokenizer.special_ids)
+        if mask.roles:
+            numbers = [self.manifest.roles.index(role) + 1 for role in mask.roles]
+            keep_RS &= np.isin(self.roles_of(start, stop), numbers)
+        return keep_RS
+
+    def roles_of(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Look up whose message each token of rows start..stop is of: 0 none's, else the number of a role in
+        the manifest, from 1. uint8 [stop - start, ctx_len], of a store of chats."""
+        addresses = np.arange(start * self.ctx_len, stop * self.ctx_len)
+        return self.roles.at(addresses).reshape(-1, self.ctx_len)
+
+    @cached_property
+    def roles(self) -> RoleSpans:
+        """Spans of addresses of one role each, of a store of chats."""
+        table = read_table(self._checked(role_spans.FILE), role_spans.SCHEMA, self.repair)
+        try:
+            return RoleSpans(table, self.n_tokens, len(self.manifest.roles))
+        except ValueError as error:
+            raise StoreError(f"{self.path / role_spans.FILE} is damaged: {error}. {self.repair}") from error
 
     @cached_property
     def held_out_R(self) -> NDArray[np.bool_]:
@@ -238,8 +280,26 @@ class TokenStore:
 
     @cached_property
     def documents(self) -> pa.Table:
-        """Table with one line per document: source_index, start, n_tokens, held_out, text_hash."""
-        return read_table(self._checked("documents.parquet"), DOCUMENTS, self.repair)
+        """Table with one line per document: source_index, start, n_tokens, held_out, text_hash; of several
+        sources, source."""
+        n_sources = len(self.manifest.sources)
+        schema = DOCUMENTS_OF_SOURCES if n_sources else DOCUMENTS
+        table = read_table(self._checked("documents.parquet"), schema, self.repair)
+        if n_sources and len(table) and pc.max(table["source"]).as_py() >= n_sources:
+            raise StoreError(
+                f"{self.path}/documents.parquet is damaged: it names a source that the manifest has not. "
+                f"{self.repair}"
+            )
+        return table
+
+    @property
+    def source_tokens(self) -> dict[str, int]:
+        """Number of tokens by name of the source, of a store of several; empty of one."""
+        if not self.manifest.sources:
+            return {}
+        sources, n_tokens = (self.documents[name].to_numpy() for name in ("source", "n_tokens"))
+        counts = np.bincount(sources, n_tokens, len(self.manifest.sources)).astype(int)
+        return dict(zip(self.manifest.sources, counts.tolist(), strict=True))
 
     @cached_property
     def segments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -266,6 +326,8 @@ class TokenStore:
                 f"{self.path}/documents.parquet has {len(self.documents):,} lines, expected {n_documents:,}. "
                 f"{self.repair}"
             )
+        if self.manifest.roles:
+            self.roles_of(0, 1)
 
     def document_of(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
         """Look up the document (line of `documents`) that each address belongs to. Same shape, int64."""
@@ -301,6 +363,7 @@ class TokenStore:
                 "first_positions": mask.first_positions,
                 "token_ids": mask.ids(self.tokenizer.special_ids),
             },
+            **({"trained_on": list(mask.roles)} if mask.roles else {}),
         }
 
     @property

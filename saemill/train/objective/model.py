@@ -69,7 +69,7 @@ class ModelLoss:
 
     def skips_blocks(self, site: str) -> bool:
         """Tell whether the model goes on from the site, without the blocks before it."""
-        return site in self.passes.skippable and site in self.model.blocks
+        return site in self.passes.skippable and bool(self.model.blocks_to(site))
 
     def task(self, ids_RS: Tensor, keep_RS: Tensor) -> Task:
         """Set what is predicted in some rows."""

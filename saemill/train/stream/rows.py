@@ -8,6 +8,7 @@ no step pays for it.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -73,6 +74,19 @@ class TrainingRows:
         """Choose as `keep` does, from place `start`, a multiple of 8, to `stop`."""
         bits = self._bits[shard][start // 8 : (stop + 7) // 8]
         return np.unpackbits(bits, count=stop - start).astype(bool)
+
+    def describe_roles(self) -> str:
+        """Say how many of the tokens are those of the roles that are trained on; empty where all are."""
+        if not self.mask.roles:
+            return ""
+        everyones = replace(self.mask, roles=())
+        store = self.store
+        n = sum(int(store.keep(shard, everyones, held_out=False).sum()) for shard in range(store.n_shards))
+        n_theirs = self.n_tokens + self.n_long
+        return (
+            f"trained on {counted(n_theirs, 'token')} of {', '.join(self.mask.roles)} alone, "
+            f"{100 * n_theirs / n:.3g}% of {n:,}"
+        )
 
     def describe_long(self) -> str:
         """Say how many rows are left out since they are too long, and where; empty where none is."""

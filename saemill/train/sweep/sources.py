@@ -102,6 +102,11 @@ def _at(place: str) -> Iterator[Source]:
 
 def _source(address: str, name: str, parts: Parts) -> Source:
     """Note what variants take from an SAE. The weights are not kept: there may be many."""
+    if parts.config.norm is not None:
+        raise ConfigError(
+            f"{address} takes each activation through a norm first ({parts.config.norm}), which no SAE "
+            "trained here does; start from another"
+        )
     lengths_F = parts.W_dec.float().norm(dim=1)
     threshold_F = None if parts.threshold is None else parts.threshold * lengths_F
     return Source(
@@ -118,7 +123,9 @@ def _source(address: str, name: str, parts: Parts) -> Source:
 
 def content_of(parts: Parts) -> str:
     """Hash an SAE's weights, and how it chooses latents; not where it came from."""
-    known = {name: value for name, value in asdict(parts.config).items() if name != "provenance"}
+    known = {
+        name: value for name, value in asdict(parts.config).items() if name not in ("provenance", "norm")
+    }
     weights = {
         name: [
             str(tensor.dtype),

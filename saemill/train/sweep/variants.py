@@ -10,6 +10,7 @@ from saemill.common.config import build, coerce
 from saemill.common.errors import ConfigError
 from saemill.common.setting import axes as axes_of
 from saemill.common.setting import default_of, written
+from saemill.common.stores.site_names import folder_of
 from saemill.train.architectures import no_effect
 from saemill.train.checks import of_architectures
 from saemill.train.config import ADAMW_DECAY, BY_DEFAULT, TrainConfig
@@ -165,7 +166,7 @@ def _variant(entry: dict[str, Any], widths: Mapping[str, int], where: str, n_ste
     n, seed = (coerce(entry.get(key, 0), int, f"{where}.{key}") for key in ("num_latents", "seed"))
     _complete(entry, d, n, n_steps, where)
     to = "" if target is None else f"-to-{target}{'-skip' if entry.get('skip_connection') else ''}"
-    name = f"{site}{to}{_kind(entry, where)}-f{n}-s{seed}" + "".join(_apart(entry, where))
+    name = f"{folder_of(site + to)}{_kind(entry, where)}-f{n}-s{seed}" + "".join(_apart(entry, where))
     _name_adam(entry)
     if entry.get("lr", "auto") == "auto":
         entry["lr"] = _auto_lr(entry.get("optimizer", "adam"), n, d, n_steps)

@@ -72,7 +72,7 @@ class Losses:
     def _task(self, rows_R: NDArray[np.int64]) -> Task:
         tokens = self.store.tokens
         ids_RS = np.concatenate([tokens.rows(row, row + 1) for row in rows_R])
-        keep_RS = self.mask.keep(ids_RS, tokens.tokenizer.special_ids)
+        keep_RS = np.concatenate([tokens.keep(row, row + 1, self.mask) for row in rows_R])
         addresses_RS = rows_R[:, None] * tokens.ctx_len + np.arange(tokens.ctx_len)
         return self.passes.task(torch.from_numpy(ids_RS.astype(np.int64)), keep_RS, addresses_RS)
 

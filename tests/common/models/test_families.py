@@ -13,7 +13,6 @@ import transformers
 from torch import Tensor
 
 from saemill import Sae, splice
-from saemill.cache import names
 from saemill.common.errors import ConfigError
 from saemill.common.models.architecture import Architecture, limits_of
 from saemill.common.models.model import LanguageModel
@@ -25,21 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = torch.randint(4, 60, (2, 24), generator=torch.Generator().manual_seed(0))
 LAST = families.N_LAYERS - 1
-HOLDING = {
-    "bloom": {"self_attention": "self_attention.dense", "mlp": "mlp.dense_4h_to_h"},
-    "mpt": {"ffn": "ffn.down_proj"},
-    "esm": {
-        "attention": "attention.output.dense",
-        "attention.output": "attention.output.dense",
-        "output": "output.dense",
-    },
-}
-"""Modules of a block that return the residual stream, and what adds to it, read in transformers' code."""
-
-
-def load(folder: Path, with_head: bool = False) -> LanguageModel:
-    cpu = torch.device("cpu")
-    return LanguageModel(str(folder), revision=None, dtype=torch.float32, device=cpu, with_head=with_head)
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
@@ -53,27 +37,13 @@ def small_sae(width: int) -> Sae:
     return Sae(SaeConfig(d_in=width, num_latents=64, k=4, provenance={}), w.clone(), b_enc, w, b_dec)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Each family's checkpoint and transformers' own model, made once."""
-    found: dict[str, tuple[Path, Any]] = {}
-
-    def get(family: str) -> tuple[Path, Any]:
-        if family not in found:
-            folder = tmp_path_factory.mktemp(family)
-            found[family] = (folder, families.make(family, str(folder)))
-        return found[family]
-
-    return get
-
-
 @pytest.mark.parametrize("family", [*families.CAUSAL, *families.MASKED])
 def test_a_family_is_cached_and_spliced_as_it_is(family: str, made: Any) -> None:
     """Oracle: transformers' `output_hidden_states`, after blocks but the last; its logits; and its kind."""
     folder, whole = made(family)
     architecture = Architecture(load_model_config(str(folder), None))
     sites = [site.name for site in architecture.resolve((0, 1, LAST), ())]
-    model = load(folder, with_head=True)
+    model = families.load(folder, with_head=True)
     assert model.head == ("masked" if family in families.MASKED else "causal")
     with torch.no_grad():
         told = whole(input_ids=IDS, output_hidden_states=True)
@@ -123,31 +93,76 @@ def test_the_longest_row_is_what_the_model_takes(family: str, made: Any) -> None
             reader(input_ids=torch.full((1, limit + 1), 5))
 
 
-@pytest.mark.parametrize("family", [*families.CAUSAL, *families.MASKED])
-def test_only_modules_that_hold_the_residual_stream_are_told_of(family: str, made: Any) -> None:
-    """Oracle: transformers' code, read: BLOOM, MPT and ESM add the residual stream inside their modules, and
-    the part that is named instead does not; the others do nothing of the kind."""
-    folder, _ = made(family)
-    architecture = Architecture(load_model_config(str(folder), None))
-    model = load(folder)
-    told = names.warnings(model, list(architecture.widths), IDS)
-    holding = [line for line in told if "residual stream" in line]
-    block = architecture.blocks[0]
-    expected = HOLDING.get(family, {})
-    for name, part in expected.items():
-        (line,) = [line for line in holding if line.startswith(f"{block}.{name} ")]
-        assert line.endswith(f"at {block}.{part}")
-        assert part in architecture.widths or f"{block}.{part}" in architecture.widths
-    assert len(holding) == families.N_LAYERS * len(expected)
+@pytest.mark.parametrize("family", [*families.CAUSAL, *families.MASKED, "t5", "bart"])
+def test_every_site_is_what_the_model_computes_there(family: str, made: Any) -> None:
+    """Oracle: hooks and pre-hooks on transformers' own model, of every module, written here."""
+    folder, whole = made(family)
+    base = base_of(whole)
+    sites = list(Architecture(load_model_config(str(folder), None)).widths)
+    found = families.load(folder).capture(IDS, sites, None)
+    own: dict[str, Tensor] = {}
+
+    def note(site: str, x: Any) -> None:
+        own[site] = x.clone() if isinstance(x, Tensor) else x
+
+    for name, module in base.named_modules():
+        module.register_forward_pre_hook(
+            lambda _m, given, named, name=name: note(
+                f"{name}:in", given[0] if given else named.get("hidden_states")
+            ),
+            with_kwargs=True,
+        )
+        module.register_forward_hook(
+            lambda _m, _g, output, name=name: note(name, output[0] if type(output) is tuple else output)
+        )
+    try:
+        with torch.no_grad():
+            (base.get_encoder() if base.config.is_encoder_decoder else base)(input_ids=IDS)
+    finally:
+        for module in base.modules():
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+    assert any(site.endswith(":in") for site in sites)
+    for site in sites:
+        assert_same(found[site], own[site])
 
 
-def test_sites_with_the_same_activations_are_told_of(made: Any) -> None:
-    """Oracle: BLOOM's MLP returns what its block returns; GPT-2's does not."""
-    folder, _ = made("bloom")
-    told = names.warnings(load(folder), ["h.1", "h.1.mlp"], IDS)
-    assert "h.1 and h.1.mlp give the same activations: one of them is enough" in told
-    folder, _ = made("gpt2")
-    assert names.warnings(load(folder), ["h.1", "h.1.mlp", "h.1.attn"], IDS) == []
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "gemma2", "bloom", "opt", "bert", "modernbert"])
+def test_an_input_is_replaced(family: str, made: Any) -> None:
+    """Oracle: a pre-hook on transformers' own model, written here; also where blocks before it are left out,
+    and where an SAE is spliced in, whose reconstruction the pre-hook computes."""
+    folder, whole = made(family)
+    model, sae = families.load(folder, with_head=True), small_sae(32)
+    block = model.blocks[1]
+    within = [site for site in Architecture(model.config).widths if site.startswith(f"{block}.")]
+    inner = next(site for site in within if re.search(r"(dense|o_proj|out_proj|Wo|c_proj):in$", site))
+    for site in (f"{block}:in", inner):
+        module = base_of(whole).get_submodule(site.removesuffix(":in"))
+
+        def change(x: Tensor) -> Tensor:
+            return sae.decode(*sae.encode(x), x)
+
+        def hook(_m: Any, given: Any, named: Any) -> Any:
+            if given:
+                return (change(given[0]), *given[1:]), named
+            return given, named | {"hidden_states": change(named["hidden_states"])}
+
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        with torch.no_grad():
+            expected = whole(input_ids=IDS).logits
+            handle.remove()
+            assert (whole(input_ids=IDS).logits - expected).abs().max() > 1e-5
+            every = torch.ones_like(IDS, dtype=torch.bool)
+            with splice(whole, site, sae, keep_error=False, where=every):
+                assert_same(whole(input_ids=IDS).logits, expected)
+        with model.splice(site, change):
+            assert_same(model.logits(IDS, None), expected)
+        skipped = model.blocks_to(site)
+        assert skipped == ([model.blocks[0]] if site == f"{block}:in" else [])
+        if not model.tuple_sites:
+            instead = change(model.capture(IDS, [site], None)[site])
+            with model.skip_blocks_to(site), model.splice(site, lambda _, instead=instead: instead):
+                assert_same(model.logits(IDS, None), expected)
 
 
 def test_layers_are_those_of_the_language_tower(made: Any) -> None:
@@ -167,7 +182,7 @@ def test_an_encoder_is_run_alone(family: str, site: str, made: Any) -> None:
     (found,) = architecture.resolve((), (site,))
     with torch.no_grad():
         states = whole.get_encoder()(input_ids=IDS, output_hidden_states=True).hidden_states
-    model = load(folder, with_head=True)
+    model = families.load(folder, with_head=True)
     assert model.head is None
     assert torch.equal(model.capture(IDS, [found.name], None)[found.name], states[2])
     for what in (

@@ -1,6 +1,7 @@
 """Sites: found without weights, and the same as those of the real model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ KINDS = ("neox", "llama", "gpt2", "bert")
 BLOCKS = {"neox": "layers", "llama": "layers", "gpt2": "h", "bert": "encoder.layer"}
 WIDTHS = {
     "neox": {"layers.0.attention": 32, "layers.1.mlp": 32, "layers.1.mlp.dense_h_to_4h": 64},
-    "llama": {"layers.0.self_attn": 32, "layers.1.mlp": 32, "layers.2.self_attn.k_proj": 16},
+    "llama": {
+        "layers.0.self_attn": 32,
+        "layers.1.mlp": 32,
+        "layers.2.self_attn.k_proj": 16,
+        "layers.0.self_attn.o_proj:in": 32,
+        "layers.1.mlp.down_proj:in": 64,
+        "layers.2.mlp:in": 32,
+    },
     "gpt2": {"h.0.attn": 32, "h.1.mlp": 32, "h.2.mlp.c_fc": 128, "h.0.attn.c_attn": 96},
     "bert": {"encoder.layer.0.attention": 32, "encoder.layer.1.intermediate": 64, "embeddings": 32},
 }
@@ -35,18 +43,33 @@ def architectures(tiny_models: dict[str, str]) -> dict[str, Architecture]:
 def test_widths_are_those_of_the_real_model(
     kind: str, architectures: dict[str, Architecture], tiny_models: dict[str, str]
 ) -> None:
-    """Oracle: hooks on the loaded weights, run on 4 rows of 7 tokens; and widths known by hand."""
+    """Oracle: hooks on the loaded weights, run on 4 rows of 7 tokens; and widths known by hand. Poolers,
+    which a model with its head lacks, are no sites."""
     model = transformers.AutoModel.from_pretrained(tiny_models[kind]).eval()
     seen: dict[str, int] = {}
+
+    def note(site: str, x: object) -> None:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or "pooler" in site:
+            return
+        if x.shape[:2] == (4, 7) and x.dim() == 3:
+            seen[site] = x.shape[2]
+
+    def before(name: str) -> Any:
+        def hook(_module: object, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            note(f"{name}:in", given[0] if given else named.get("hidden_states"))
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(_module: object, _inputs: object, output: Any) -> None:
+            note(name, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
     for name, module in model.named_modules():
-
-        def hook(_module: object, _inputs: object, output: object, name: str = name) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, torch.Tensor) and first.shape[:2] == (4, 7) and first.dim() == 3:
-                seen[name] = first.shape[2]
-
         if name:
-            module.register_forward_hook(hook)
+            module.register_forward_pre_hook(before(name), with_kwargs=True)
+            module.register_forward_hook(after(name))
     with torch.no_grad():
         model(input_ids=torch.arange(28).reshape(4, 7) + 1)
     assert architectures[kind].widths == seen
@@ -90,6 +113,11 @@ def test_globs_match_sets_and_single_characters(architectures: dict[str, Archite
     deep = architectures["llama"].resolve((), ("layers.1.*_proj",))
     assert sum("self_attn" in site.name for site in deep) == 4
     assert sum("mlp" in site.name for site in deep) == 3
+    inputs = architectures["llama"].resolve((), ("layers.*.mlp.down*:in", "residual.1:in", "layers.[01].mlp"))
+    assert [site.name for site in inputs] == [
+        "layers.0.mlp", "layers.0.mlp.down_proj:in", "layers.1:in", "layers.1.mlp",
+        "layers.1.mlp.down_proj:in", "layers.2.mlp.down_proj:in",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -121,6 +149,24 @@ def test_modules_without_one_vector_per_token_are_refused(
     with pytest.raises(ConfigError, match="does not give one vector per token") as error:
         architectures[kind].resolve((0,), (name,))
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("embed_in:in", r"embed_in:in takes \[2, 3\]|embed_in:in takes a Tensor"),
+        ("layers.0.attentoin:in", "did you mean layers.0.attention"),
+    ],
+)
+def test_inputs_that_are_no_sites_are_refused(
+    name: str, why: str, architectures: dict[str, Architecture]
+) -> None:
+    """Oracle: an embedding takes ids; a misspelt module is told the near one, without the :in."""
+    with pytest.raises(ConfigError, match=why) as error:
+        architectures["neox"].resolve((), (name,))
+    if "embed" in name:
+        advised = str(error.value).split("such as ")[1].split(", …")[0].split(", ")
+        assert all(architectures["neox"].resolve((), (site,)) for site in advised)
 
 
 @pytest.mark.parametrize("layer", [3, -4, 100])

@@ -228,11 +228,13 @@ def test_export_and_import_give_the_same_sae(tmp_path: Path, name: str, dtype: t
         ("sparsify", {"num_latents": 39}, r"encoder.weight must be \(39, 12\)"),
         ("saelens", {"architecture": "abstopk"}, "architecture must be one of topk, .*got 'abstopk'"),
         ("saelens", {"architecture": "transcoder"}, "d_out must be a whole number of 1 or more"),
-        ("saelens", {"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
-        ("saelens", {"normalize_activations": "constant_norm_rescale"}, "is 'constant_norm_rescale'"),
+        ("saelens", {"architecture": "temporal"}, "architecture must be one of topk, .*got 'temporal'"),
+        ("saelens", {"architecture": "matching_pursuit"}, "must be one of topk, .*got 'matching_pursuit'"),
+        ("saelens", {"normalize_activations": "l2"}, "normalize_activations must be one of none, .*got 'l2'"),
+        ("saelens", {"normalize_activations": "covariance_whitening"}, "whitening.safetensors is not there"),
         ("saelens", {"normalize_activations": "expected_average_only_in"}, "scaling_factor is not there"),
-        ("saelens", {"reshape_activations": "hook_z"}, "reshape_activations must be 'none'"),
-        ("dictionary_learning", {"dict_class": "AutoEncoderNew"}, "dict_class must be one of .*got 'Auto"),
+        ("saelens", {"reshape_activations": "hook_q"}, "reshape_activations must be one of none, hook_z"),
+        ("dictionary_learning", {"dict_class": "IdentityDict"}, "dict_class must be one of .*got 'Ident"),
         ("dictionary_learning", {"k": 6}, "ae.pt: k must be 6 by the config beside it, got 5"),
     ],
 )  # fmt: skip
@@ -254,7 +256,6 @@ def test_what_has_no_place_is_refused(
     [
         ({"activation_fn_str": "tanh-relu"}, "activation_fn must be 'relu', got 'tanh-relu'"),
         ({"normalize_activations": True}, "normalize_activations is 'expected_average_only_in'"),
-        ({"hook_point": "blocks.1.attn.hook_z"}, "reshape_activations must be 'none', got 'hook_z'"),
         ({"activation_fn_kwargs": {}}, "k must be a whole number of 1 or more, got None"),
     ],
 )
@@ -299,11 +300,12 @@ def test_weights_that_the_config_does_not_tell_of_are_refused(tmp_path: Path) ->
         Sae.load(tmp_path)
 
 
-def test_a_backup_and_foreign_pickles_are_refused(tmp_path: Path) -> None:
-    """Oracle: a dict as dictionary_learning writes in mid-training, and a pickle that calls a function."""
+def test_a_broken_backup_and_foreign_pickles_are_refused(tmp_path: Path) -> None:
+    """Oracle: a dict as dictionary_learning writes in mid-training, of a factor that is none, and a pickle
+    that calls a function."""
     formats.save(make_sae().parts, "dictionary_learning", tmp_path)
-    torch.save({"step": 3, "ae": torch.load(tmp_path / "ae.pt"), "norm_factor": 2.0}, tmp_path / "ae.pt")
-    with pytest.raises(ConfigError, match="backup in mid-training"):
+    torch.save({"step": 3, "ae": torch.load(tmp_path / "ae.pt"), "norm_factor": -2.0}, tmp_path / "ae.pt")
+    with pytest.raises(StoreError, match=r"mid-training must hold .* above 0, got dict and -2"):
         Sae.load(tmp_path)
     torch.save({"k": Path("x")}, tmp_path / "ae.pt")
     with pytest.raises(StoreError, match="holds no dict of tensors"):
@@ -329,9 +331,9 @@ def test_outputs_and_hooks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     formats.save(sae.parts, "saelens", tmp_path / "z", Hook(1, "resid_post"))
     cfg = json.loads((tmp_path / "z" / "cfg.json").read_text())
     del cfg["metadata"]["saemill"]
-    cfg["metadata"]["hook_name"] = "blocks.1.attn.hook_z"
+    cfg["metadata"]["hook_name"] = "blocks.1.attn.hook_q"
     (tmp_path / "z" / "cfg.json").write_text(json.dumps(cfg))
-    with pytest.raises(ConfigError, match=r"no site of gpt_neox is TransformerLens' blocks.1.attn.hook_z"):
+    with pytest.raises(ConfigError, match=r"no site of gpt_neox is TransformerLens' blocks.1.attn.hook_q"):
         call("import", tmp_path / "z", "--model", MODEL, "-o", tmp_path / "out")
     sae.save(tmp_path / "z")
     with pytest.raises(StoreError, match="several formats"):

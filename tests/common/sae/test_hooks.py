@@ -1,7 +1,7 @@
 """Sites in TransformerLens' terms: names both ways, and the tensors behind them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from peers import require_peers, run_in_peers
 
 from saemill.common.models.architecture import Architecture
-from saemill.common.models.sites import first_output
-from saemill.common.sae.formats.hooks import BLOCKS, Hook, hook_of, layer_of, site_of
+from saemill.common.models.sites import watch
+from saemill.common.sae.formats.hooks import BLOCKS, Hook, Kind, hook_of, layer_of, site_of
 
 TINY: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -27,7 +27,7 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 """What a family's config calls otherwise."""
 
-KINDS: tuple[Any, ...] = ("resid_post", "attn_out", "mlp_in", "mlp_out")
+KINDS: tuple[Any, ...] = get_args(Kind)
 HOOKS = [Hook(layer, kind) for layer in (0, 1) for kind in KINDS]
 
 numbers = st.integers(0, 200)
@@ -36,16 +36,20 @@ kinds = st.sampled_from(KINDS)
 
 @given(st.sampled_from(sorted(BLOCKS)), numbers, kinds)
 def test_names_map_both_ways(model_type: str, layer: int, kind: Any) -> None:
-    """Oracle: the inverse; every hook of a known model has one site, but that of an MLP without a norm."""
+    """Oracle: the inverse; every hook of a known model has one site, but that between an attention and an MLP
+    that stand side by side. What enters a block left the one before, and OLMo 2's MLP takes the residual."""
     hook = Hook(layer, kind)
     site = site_of(hook.name, model_type)
     if site is None:
-        assert (kind, BLOCKS[model_type].mlp_in) == ("mlp_in", None)
+        assert (kind, BLOCKS[model_type].resid_mid) == ("resid_mid", None)
         return
-    assert hook_of(site, model_type) == hook
-    assert layer_of(site) == layer
-    if kind == "resid_post":
-        assert site_of(f"blocks.{layer + 1}.hook_resid_pre", model_type) == site
+    same = hook
+    if kind == "resid_pre" and layer > 0:
+        same = Hook(layer - 1, "resid_post")
+    elif kind == "resid_mid" and model_type == "olmo2":
+        same = Hook(layer, "mlp_in")
+    assert hook_of(site, model_type) == same
+    assert layer_of(site) == same.layer
 
 
 @given(
@@ -54,11 +58,12 @@ def test_names_map_both_ways(model_type: str, layer: int, kind: Any) -> None:
 def test_other_names_have_no_place(model_type: str, name: str) -> None:
     """Oracle: whatever has a hook is the site of that hook, and the other way round."""
     if hook := hook_of(name, model_type):
-        assert site_of(hook.name, model_type) == name
+        same = site_of(hook.name, model_type)
+        assert same == name or name.endswith(":in")
     if site := site_of(name, model_type):
         hook = hook_of(site, model_type)
         assert hook is not None
-        assert hook.name == name or (hook.kind == "resid_post" and name.endswith("resid_pre"))
+        assert hook.name == name or name.endswith(("resid_pre", "resid_mid"))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,12 @@ def test_other_names_have_no_place(model_type: str, name: str) -> None:
         ("layers.0.self_attn", "llama", "blocks.0.hook_attn_out"),
         ("layers.3.post_feedforward_layernorm", "gemma2", "blocks.3.hook_mlp_out"),
         ("layers.3.mlp", "gemma2", None),
+        ("layers.6.attention.dense:in", "gpt_neox", "blocks.6.attn.hook_z"),
+        ("h.11.mlp.c_proj:in", "gpt2", "blocks.11.mlp.hook_post"),
+        ("h.11.ln_2:in", "gpt2", "blocks.11.hook_resid_mid"),
+        ("layers.3.self_attn.o_proj:in", "gemma2", "blocks.3.attn.hook_z"),
+        ("layers.0:in", "llama", "blocks.0.hook_resid_pre"),
+        ("layers.3.self_attn:in", "llama", None),
         ("layers.06", "gpt_neox", None),
         ("layers.6.mlp.act", "gpt_neox", None),
         ("encoder.layer.6", "bert", None),
@@ -86,8 +97,19 @@ def test_names_by_hand(site: str, model_type: str, name: str | None) -> None:
     assert (hook and hook.name) == name
     if name:
         assert site_of(name, model_type) == site
-    assert site_of("blocks.0.hook_resid_pre", model_type) is None
-    assert site_of("blocks.6.attn.hook_z", model_type) is None
+    assert site_of("blocks.6.attn.hook_pattern", model_type) is None
+
+
+@pytest.mark.parametrize(
+    ("site", "name"),
+    [("layers.6:in", "blocks.6.hook_resid_pre"), ("layers.6.mlp:in", "blocks.6.mlp.hook_in")],
+)
+def test_a_second_site_of_a_hook(site: str, name: str) -> None:
+    """Oracle: names written by hand; the tensor is that of the site which the hook is read as."""
+    hook = hook_of(site, "llama")
+    assert hook is not None
+    assert hook.name == name
+    assert site_of(name, "llama") in ("layers.5", "layers.6.post_attention_layernorm")
 
 
 def make_model(folder: Path, model_type: str) -> Any:
@@ -123,26 +145,25 @@ def test_hooks_see_the_sites_activations(tmp_path: Path, tokenizer_folder: str) 
     for model_type in BLOCKS:
         seen = activations(tmp_path / model_type, ids)
         with np.load(tmp_path / f"{model_type}.npz") as theirs:
-            for hook in HOOKS:
-                if (site := site_of(hook.name, model_type)) is None:
-                    continue  # before an MLP without a norm
-                ours = seen[site]
-                torch.testing.assert_close(ours, torch.from_numpy(theirs[hook.name]))
+            hooked = {site: hook for site in seen if (hook := hook_of(site, model_type))}
+            assert {hook for hook in hooked.values()} >= {
+                hook for hook in HOOKS if hook.kind != "resid_mid" and site_of(hook.name, model_type)
+            }
+            for site, hook in hooked.items():
+                value = torch.from_numpy(theirs[hook.name])
+                value = value.flatten(2) if hook.kind == "z" else value  # head by head
+                torch.testing.assert_close(seen[site], value)
             if BLOCKS[model_type].mlp_out != "mlp":
                 other = torch.from_numpy(theirs["blocks.1.hook_mlp_out"])
                 assert not torch.allclose(seen["layers.1.mlp"], other, rtol=0.1)
 
 
 def activations(model: Path, ids: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
-    """What each module that can be a site gives, as the cache stage captures it."""
+    """What is at each site, as the cache stage captures it."""
     base = transformers.AutoModel.from_pretrained(model, attn_implementation="eager").eval()
-    sites = Architecture(base.config).widths
-    seen = {}
-    for name, module in base.named_modules():
-        if name in sites:
-            module.register_forward_hook(
-                lambda _m, _i, output, name=name: seen.update({name: first_output(output)})
-            )
+    modules, seen = dict(base.named_modules()), {}
+    for site in Architecture(base.config).widths:
+        watch(modules, site, lambda x, site=site: seen.update({site: x.clone()}))
     with torch.no_grad():
         base(input_ids=torch.from_numpy(ids))
     return seen

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from saemill import Sae
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae import formats
+from saemill.common.sae.formats import saelens
 from saemill.common.sae.formats.folding import gated, non_negative
 from saemill.common.sae.parts import BY_THRESHOLD
 
@@ -81,6 +82,16 @@ SAELENS: dict[str, dict[str, Any]] = {
     "jumprelu/training": {"architecture": "jumprelu", "training": True},
     "relu": {"architecture": "standard"},
     "relu/not-centred": {"architecture": "standard", "apply_b_dec_to_input": False},
+    "jumprelu/scaled-to-length": {
+        "architecture": "jumprelu",
+        "normalize_activations": "constant_norm_rescale",
+    },
+    "relu/layer-normed": {"architecture": "standard", "normalize_activations": "layer_norm"},
+    "relu/layer-normed-not-centred": {
+        "architecture": "standard",
+        "normalize_activations": "layer_norm",
+        "apply_b_dec_to_input": False,
+    },
     "gated": {"architecture": "gated"},
     "gated/not-centred": {"architecture": "gated", "apply_b_dec_to_input": False},
 }
@@ -166,6 +177,43 @@ def test_a_checkpoint_with_its_factor_is_folded(tmp_path: Path) -> None:
         check_same(Sae.load(scaled), x_TD, Path(f"{folded}.npz"))
 
 
+@pytest.mark.parametrize("is_rescaled", [True, False])
+def test_a_checkpoint_with_its_whitening_is_folded(tmp_path: Path, is_rescaled: bool) -> None:
+    """Oracle: SAELens' own folding of the whitening."""
+    require_peers()
+    x_TD = some_activations(tmp_path)
+    job = {"do": "make_whitened_saelens", "architecture": "batchtopk", "k": 5, **SHAPE}
+    made = job | {"folder": "white", "folded": "folded", "rescale_acts_by_decoder_norm": is_rescaled}
+    run_in_peers(tmp_path, made, encoding("saelens", tmp_path / "folded", tmp_path / "x.npy"))
+    check_same(Sae.load(tmp_path / "white"), x_TD, tmp_path / "folded.npz")
+
+
+BACKED_UP = ("AutoEncoder", "GatedAutoEncoder", "JumpReluAutoEncoder")
+"""Classes whose SAEs are also read from a backup in mid-training."""
+
+
+def test_backups_and_the_older_class_of_dictionary_learning_are_read(tmp_path: Path) -> None:
+    """Oracle: dictionary_learning's own loader; for a backup the same SAE after its own `scale_biases`."""
+    require_peers()
+    x_TD = some_activations(tmp_path)
+    job = {"do": "make_dictionary", "d_in": 12, "num_latents": 40}
+    jobs: list[dict[str, Any]] = []
+    for kind in ("AutoEncoderNew", *BACKED_UP):
+        jobs.append(job | {"kind": kind, "folder": tmp_path / kind})
+        jobs.append(encoding("dictionary_learning", tmp_path / kind, tmp_path / "x.npy"))
+    backups = [
+        job | {"kind": kind, "folder": tmp_path / f"{kind}-1", "norm_factor": 2.5} for kind in BACKED_UP
+    ]
+    run_in_peers(tmp_path, *jobs, *backups)
+    check_same(Sae.load(tmp_path / "AutoEncoderNew"), x_TD, tmp_path / "AutoEncoderNew.npz")
+    for kind in BACKED_UP:
+        check_same(Sae.load(tmp_path / f"{kind}-1"), x_TD, tmp_path / f"{kind}.npz")
+    checkpoint = tmp_path / "AutoEncoder/checkpoints/ae_200.pt"
+    checkpoint.parent.mkdir()
+    (tmp_path / "AutoEncoder/ae.pt").rename(checkpoint)
+    check_same(Sae.load(checkpoint), x_TD, tmp_path / "AutoEncoder.npz")
+
+
 OLD = {
     "hook_point": "blocks.1.hook_resid_pre", "d_in": 12, "d_sae": 40, "dtype": "torch.float32",
     "activation_fn_str": "relu", "normalize_activations": False, "model_name": "gpt2-small",
@@ -174,8 +222,16 @@ OLD = {
 """A config of SAELens before 6.0, which had no architecture at first."""
 
 
+def in_logarithms(file: Path) -> None:
+    """Thresholds as checkpoints once had them, and factors of 1 on latents, as files had for a while."""
+    weights = load_file(file)
+    weights |= {"log_threshold": weights.pop("threshold").log(), "scaling_factor": torch.ones(40)}
+    save_file(weights, file)
+
+
 def test_older_configs_of_saelens_are_read_alike(tmp_path: Path) -> None:
-    """Oracle: SAELens' own reading of a config of before 6.0."""
+    """Oracle: SAELens' own reading of a config of before 6.0; of the same thresholds for their logarithms,
+    which its class in training alone still reads."""
     require_peers()
     x_TD = some_activations(tmp_path)
     places = {
@@ -192,6 +248,8 @@ def test_older_configs_of_saelens_are_read_alike(tmp_path: Path) -> None:
         check_same(sae, x_TD, tmp_path / f"{name}.npz")
         assert sae.config.architecture == architecture
         assert sae.config.provenance["hook_name"] == "blocks.1.hook_resid_pre"
+    in_logarithms(tmp_path / "jumprelu" / saelens.WEIGHTS)
+    check_same(Sae.load(tmp_path / "jumprelu"), x_TD, tmp_path / "jumprelu.npz")
 
 
 def test_sparsify_does_not_load_an_sae_with_thresholds(tmp_path: Path) -> None:

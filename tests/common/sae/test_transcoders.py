@@ -1,5 +1,6 @@
 """Transcoders: what they compute, their files, and those of other tools."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,26 @@ def test_their_transcoders_compute_the_same_here(tmp_path: Path) -> None:
             sae = Sae.load(tmp_path / tool / name)
             assert (sae.W_skip is not None) == ("skip" in name)
             check_same(sae, x_TD, tmp_path / tool / f"{name}.npz")
+
+
+def test_transcoders_of_before_sparsify_1_subtract_b_dec(tmp_path: Path) -> None:
+    """Oracle: sparsify's own loader, which takes what does not say `transcode` for what it was then; the
+    config of the run says it here."""
+    require_peers()
+    x_TD, folder = some_activations(tmp_path), tmp_path / "run/layers.3.mlp"
+    job = {"d_in": D, "num_latents": 40, "k": 5, "skip_connection": True, "normalize_decoder": False}
+    run_in_peers(tmp_path, {"do": "make_sparsify", "folder": folder, **job})
+    cfg = json.loads((folder / "cfg.json").read_text())
+    del cfg["transcode"]
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(ConfigError, match="skip_connection must be False"):
+        Sae.load(folder)
+    (tmp_path / "run/config.json").write_text(json.dumps({"transcode": True, "model": "a", "dataset": "b"}))
+    asked = {"do": "encode", "format": "sparsify", "folder": folder, "x": tmp_path / "x.npy"}
+    run_in_peers(tmp_path, asked | {"out": tmp_path / "old.npz"})
+    sae = Sae.load(folder)
+    check_same(sae, x_TD, tmp_path / "old.npz")
+    assert (sae.site, sae.target_site) == (None, "layers.3.mlp")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ LR = 0.01
 class Case:
     """One step."""
 
-    t: int = 23
+    t: int = 13
     d: int = 12
     f: int = 40
     k: float = 4
@@ -81,8 +81,8 @@ CASES = {
     "a latent for none": Case(spoil="cold"),
     "latents alike": Case(spoil="ties", k=6),
     "tokens alike": Case(spoil="one token over again"),
-    "bfloat16": Case(t=64, d=32, f=64, dtype=torch.bfloat16),
-    "bfloat16, dead": Case(t=64, d=32, f=64, dtype=torch.bfloat16, n_dead=20),
+    "bfloat16": Case(t=32, d=32, f=64, dtype=torch.bfloat16),
+    "bfloat16, dead": Case(t=32, d=32, f=64, dtype=torch.bfloat16, n_dead=20),
     "multi-topk": Case(settings=(("multi_topk", True),), n_dead=4),
     "nested k": Case(k=9, settings=(("nested_k", (2, 5)),), n_dead=4),
     "batchtopk": Case(architecture="batchtopk", n_dead=4),
@@ -93,7 +93,7 @@ CASES = {
     "batchtopk, a latent for all tokens": Case(architecture="batchtopk", spoil="hot"),
     "groupmax": Case(architecture="groupmax", k=5, n_dead=4),
     "groupmax, odd shape": Case(architecture="groupmax", k=7, t=33, d=17, f=91),
-    "bfloat16, groupmax": Case(architecture="groupmax", t=64, d=32, f=64, k=8, dtype=torch.bfloat16),
+    "bfloat16, groupmax": Case(architecture="groupmax", t=32, d=32, f=64, k=8, dtype=torch.bfloat16),
     "matryoshka": Case(architecture="matryoshka", settings=(("prefixes", (5, 17, 40)),), n_dead=4),
     "matryoshka, topk": Case(
         architecture="matryoshka", settings=(("prefixes", (1, 40)), ("matryoshka_rule", "topk"))
@@ -129,10 +129,10 @@ CASES = {
         k=30,
         settings=(("prefixes", (5, 17, 40)), ("matryoshka_rule", "topk")),
     ),
-    "bfloat16, batchtopk": Case(architecture="batchtopk", t=64, d=32, f=64, k=8, dtype=torch.bfloat16),
+    "bfloat16, batchtopk": Case(architecture="batchtopk", t=32, d=32, f=64, k=8, dtype=torch.bfloat16),
     "bfloat16, matryoshka": Case(
         architecture="matryoshka",
-        t=64,
+        t=32,
         d=32,
         f=64,
         dtype=torch.bfloat16,
@@ -154,8 +154,8 @@ CASES |= {
     f"transcoder, {name}": replace(CASES[name], d_out=CASES[name].d)
     for name in ("as usual", "clipped", "matryoshka", "gated", "jumprelu, dense and dead")
 }
-CASES["transcoder, bfloat16, dead"] = replace(CASES["bfloat16, dead"], d_out=32, t=56)
-CASES["skip transcoder, bfloat16"] = replace(CASES["bfloat16"], d_out=32, t=56, has_skip=True)
+CASES["transcoder, bfloat16, dead"] = replace(CASES["bfloat16, dead"], d_out=32, t=24)
+CASES["skip transcoder, bfloat16"] = replace(CASES["bfloat16"], d_out=32, t=24, has_skip=True)
 CASES |= {
     f"skip transcoder, {name}": replace(CASES[name], d_out=CASES[name].d, has_skip=True)
     for name in (

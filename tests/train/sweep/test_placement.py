@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import Group, World
+from saemill.train.backends.team import ALONE
 from saemill.train.sweep.placement import allowed_latent_ranks, choose, cost, deal
 from saemill.train.sweep.variant import Variant
 
@@ -102,39 +104,29 @@ def run(command: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("alone") / "found.pt"
-    subprocess.run(
-        [sys.executable, str(SUPPORT / "ranks.py"), "1", "1", str(out), "torch"], check=True, env=ENVIRONMENT
-    )
-    found: dict[str, Any] = torch.load(out)["torch"]
-    return found
+def alone(one_thread: None) -> dict[str, Any]:
+    return {kind: ranks.train(kind, ALONE, "torch") for kind in KINDS}
 
 
 @pytest.mark.parametrize(
-    ("data_ranks", "latent_ranks", "every"),
-    [
-        (1, 2, ("numba", "triton")),
-        (2, 1, ("torch", "numba", "triton")),
-        (1, 3, ("numba",)),
-        (2, 2, ("numba",)),
-    ],
+    ("n", "spreads"),
+    [(2, ("1x2:numba,triton", "2x1:torch,numba,triton")), (3, ("1x3:numba",)), (4, ("2x2:numba",))],
 )
 def test_a_team_trains_as_one_process_does(
-    alone: dict[str, Any], tmp_path: Path, data_ranks: int, latent_ranks: int, every: tuple[str, ...]
+    alone: dict[str, Any], tmp_path: Path, n: int, spreads: tuple[str, ...]
 ) -> None:
     """Oracle: one process in torch on the same batches, up to the order of sums; AuxK with dead latents on
     all processes, sizes that no number of processes divides. The processes check that they agree bitwise.
     Triton's kernels run in its interpreter."""
     out = tmp_path / "found.pt"
-    n = data_ranks * latent_ranks
-    finish(launch(n, str(SUPPORT / "ranks.py"), str(data_ranks), str(latent_ranks), str(out), *every))
+    finish(launch(n, str(SUPPORT / "ranks.py"), str(out), *spreads))
     for kind in ("adam", "small"):
         assert alone[kind]["n_dead"] > KINDS[kind].k_aux
     assert 0 < alone["few dead"]["n_dead"] < KINDS["few dead"].k_aux
     found = torch.load(out)
-    assert set(found) == set(every)
-    for kernels, of_kernels in found.items():
+    asked = [spread.partition(":") for spread in spreads]
+    assert set(found) == {(spread, kernels) for spread, _, every in asked for kernels in every.split(",")}
+    for (_, kernels), of_kernels in found.items():
         assert set(of_kernels) == set(OF_TRITON if kernels == "triton" else KINDS)
         for kind, of_kind in of_kernels.items():
             check_trained_alike(of_kind, alone[kind], kind)
@@ -220,15 +212,15 @@ def test_a_killed_worker_is_restarted_and_the_result_is_the_same(
 def test_split_latents_resume_with_another_number_of_processes(
     store: ActivationStore, whole: Path, tmp_path: Path
 ) -> None:
-    """Oracle: one process: the same loss to 1% of it, through a change from two parts to one and three."""
+    """Oracle: one process: the same loss to 1% of it, through a change from two parts to three and one."""
     out = tmp_path / "run"
-    for n, step in ((2, 15), (1, 25)):
+    for n, step in ((2, 15), (3, 25)):
         process = launch_held(n, train_command(store, out, "--latent-ranks", str(n)), f"{step}:never")
         wait_until(lambda least=step - 5: _step(out) >= least, process)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=LIMIT_SECONDS)
         assert _step(out) <= step + 1
-    finish(launch(3, "-m", "saemill", *train_command(store, out, "--latent-ranks", "3")))
+    run(train_command(store, out, "--latent-ranks", "1"))
     last, expected = (json.loads((o / "metrics.jsonl").read_text().splitlines()[-1]) for o in (out, whole))
     for name, metrics in expected["variants"].items():
         assert last["variants"][name]["fvu"] == pytest.approx(metrics["fvu"], rel=0.01)

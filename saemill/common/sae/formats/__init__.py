@@ -1,87 +1,139 @@
-"""SAEs as files: saemill's own, which is sparsify's layout, and those of SAELens, dictionary_learning and
-circuit-tracer.
+"""SAEs as files: saemill's own, which is sparsify's layout, and those of other tools and of published sets.
 
-Each format is a module. `read` returns the tensors of an SAE, or refuses and names the field that has no
-place in one; `write` makes files that the tool itself loads.
+Each format is a module. `holds` tells whether a folder or a file is of it, `read` returns the tensors of an
+SAE, or refuses and names the field that has no place in one; `write`, where it is, makes files that the tool
+itself loads.
 
-    sparsify.py, saelens.py, dictionary_learning.py   the formats, a folder for each SAE
+    sparsify.py, saelens.py, dictionary_learning.py   tools' formats, a folder for each SAE
     circuit_tracer.py   a folder for a set of transcoders, a file for each of them
-    dictionary_classes.py   the classes of the last
+    gemma_scope.py, gemma_scope_2.py, llama_scope.py   published sets, a folder for each SAE
+    openai.py, qwen_scope.py, linear_layers.py, attention_z.py   published sets, a pickle for each SAE
+    saelens_inputs.py   what SAELens does to activations first
+    dictionary_classes.py   the classes of dictionary_learning
     checks.py   what each asks of its files
-    folding.py  their ways of choosing latents, as thresholds
+    tensor_files.py   safetensors, npz and pickles, read with care
+    folding.py  other ways of encoding, as tensors of an `Sae`
     seal.py     the hashes of an SAE that saemill saved
     hooks.py    sites in TransformerLens' terms
     hub.py      the SAE that hf://user/repo/folder names
 """
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from saemill.common.errors import ConfigError, DataError, SaemillError, StoreError
 from saemill.common.hub import SCHEME, is_id
-from saemill.common.sae.formats import circuit_tracer, dictionary_learning, hub, saelens, sparsify
-from saemill.common.sae.formats.circuit_tracer import layers_in
+from saemill.common.sae.formats import (
+    attention_z,
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    hub,
+    linear_layers,
+    llama_scope,
+    openai,
+    qwen_scope,
+    saelens,
+    sparsify,
+    tensor_files,
+)
 from saemill.common.sae.formats.hooks import Hook
-from saemill.common.sae.parts import Parts
+from saemill.common.sae.parts import Parts, SaeConfig
+
+
+class Format(Protocol):
+    """A module that reads a format."""
+
+    NAME: str
+
+    def holds(self, place: Path, /) -> bool:
+        """Tell whether a folder or a file is of it."""
+
+    def read(self, place: Path, /) -> Parts:
+        """Read the SAE there."""
+
 
 NAMES = ("sparsify", "saelens", "dictionary_learning")
-READERS = {
-    sparsify.WEIGHTS: sparsify.read,
-    saelens.WEIGHTS: saelens.read,
-    dictionary_learning.WEIGHTS: dictionary_learning.read,
-}
-"""Readers by the name of the file of weights, by which a format is recognised."""
+"""Formats of which a folder is written."""
+FORMATS: tuple[Format, ...] = (
+    sparsify,
+    saelens,
+    dictionary_learning,
+    circuit_tracer,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    openai,
+    qwen_scope,
+    linear_layers,
+    attention_z,
+)
+"""Formats that are read."""
 
 
-def load(folder: Path | str) -> Parts:
+def load(folder: Path | str, name: str | None = None) -> Parts:
     """Read an SAE of any of the formats.
 
     Args:
-        folder: on this machine, or `hf://user/repo[@revision][/folder]`; of a circuit-tracer set the file of
-            a layer.
+        folder: on this machine, or `hf://user/repo[@revision][/folder]`; the SAE's file where its format has
+            one for each.
+        name: one of the names of `FORMATS`; None to recognise it by the files that are there.
 
     Raises:
-        StoreError: no file of weights, or several; a file is missing, is damaged or does not fit the config;
-            weights are NaN or infinite.
-        ConfigError: an SAE that cannot be represented, or a repository that cannot be had.
+        StoreError: no SAE of these formats, or one of several; a file is missing, is damaged or does not fit
+            the config; weights are NaN or infinite.
+        ConfigError: no such format, an SAE that cannot be represented, or a repository that cannot be had.
     """
     is_on_hub = isinstance(folder, str) and folder.startswith(SCHEME)
     folder = hub.fetch(str(folder)) if is_on_hub else Path(folder)
-    parts = read(folder)
+    parts = read(folder, name)
     parts.check_finite(str(folder), StoreError)
     return parts
 
 
-def read(folder: Path) -> Parts:
+def read(folder: Path, name: str | None = None) -> Parts:
     """Read an SAE as `load` does, on this machine, whatever the weights' values are.
 
     Raises:
         StoreError, ConfigError: as `load`.
     """
-    reader = _reader(folder)
+    chosen = _recognised(folder) if name is None else _named(name)
     try:
-        return reader(folder)
+        return chosen.read(folder)
     except ConfigError as error:
         if str(folder) in str(error):
             raise
         raise ConfigError(f"{folder}: {error}") from error  # of what contradicts itself, wherever it is from
 
 
-def is_layer(path: Path) -> bool:
-    """Tell whether a path is the file of a layer in a circuit-tracer set."""
-    return circuit_tracer.layer_of(path) is not None and path.is_file()
+def is_sae(place: Path) -> bool:
+    """Tell whether a folder or a file is an SAE's, by the names of files, or looks like a damaged one."""
+    return (place / "cfg.json").is_file() or bool(_formats_of(place))
 
 
-def _reader(folder: Path) -> Callable[[Path], Parts]:
+def _formats_of(place: Path) -> list[Format]:
+    """List the formats that a folder or a file may be of."""
+    return [each for each in FORMATS if each.holds(place)]
+
+
+def _recognised(place: Path) -> Format:
     """Recognise a format."""
-    if is_layer(folder):
-        return circuit_tracer.read
-    present = [name for name in READERS if (folder / name).is_file()]
+    present = _formats_of(place)
     if not present:
-        raise StoreError(f"{folder} holds no SAE: {_instead(folder)}")
+        raise StoreError(f"{place} holds no SAE: {_instead(place)}")
     if len(present) > 1:
-        raise StoreError(f"{folder} holds the weights of several formats, {' and '.join(present)}; part them")
-    return READERS[present[0]]
+        names = " and ".join(each.NAME for each in present)
+        raise StoreError(f"{place} holds the weights of several formats, {names}; name one with --format")
+    return present[0]
+
+
+def _named(name: str) -> Format:
+    """Find a format by its name."""
+    for each in FORMATS:
+        if name == each.NAME:
+            return each
+    raise ConfigError(f"format must be one of {', '.join(each.NAME for each in FORMATS)}, got {name!r:.80}")
 
 
 def problems(folder: Path) -> list[str]:
@@ -94,19 +146,20 @@ def problems(folder: Path) -> list[str]:
     return []
 
 
-def _instead(folder: Path) -> str:
+def _instead(place: Path) -> str:
     """Describe what is there in place of an SAE, and what to name instead."""
-    if folder.is_file():
-        return f"it is a file; name the folder that it is in, {folder.parent}"
-    if not folder.exists():
-        on_hub = f"; an SAE on the hub is named {SCHEME}{folder}" if is_id(str(folder)) else ""
+    if not place.exists():
+        on_hub = f"; an SAE on the hub is named {SCHEME}{place}" if is_id(str(place)) else ""
         return f"there is no such folder{on_hub}"
-    depths = ("*", "*/*")
-    found = {str(file.parent) for name in READERS for at in depths for file in folder.glob(f"{at}/{name}")}
-    if inside := sorted(found) or [str(file) for file in layers_in(folder)]:
-        listed = ", ".join(inside[:8])
+    if tensor_files.is_pickle(place):
+        names = ", ".join(sorted(tensor_files.names_in_pickle(place)))
+        return f"it is a pickle of {names:.200}, which are the names of no format with a file for each SAE"
+    if place.is_file():
+        return f"it is a file; name the folder that it is in, {place.parent}"
+    if inside := hub.places_in(place):
+        listed = ", ".join(map(str, inside[:8]))
         return f"name one of the SAEs in it: {listed}{', …' if len(inside) > 8 else ''}"
-    return f"one of {', '.join(READERS)} is missing"
+    return f"there is no {hub.LOOKED_FOR}"
 
 
 def save_own(parts: Parts, folder: Path) -> None:
@@ -134,11 +187,7 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None, target
         DiskError: the disk is full, or the folder may not be written to.
     """
     parts.check_finite("the SAE", DataError)
-    if parts.config.joined:
-        sites = " and ".join(part.site for part in parts.config.joined)
-        raise ConfigError(
-            f"{name} cannot say that an SAE is a crosscoder, over {sites}; it is loaded with Sae.load"
-        )
+    _check_said(parts.config, name)
     if name == "sparsify":
         if parts.threshold is not None:
             raise ConfigError(
@@ -161,3 +210,21 @@ def save(parts: Parts, name: str, folder: Path, hook: Hook | None = None, target
         dictionary_learning.write(parts, folder, hook)
     else:
         raise ConfigError(f"format must be one of {', '.join((*NAMES, circuit_tracer.NAME))}, got {name!r}")
+
+
+def _check_said(config: SaeConfig, name: str) -> None:
+    """Refuse an SAE that is more than a format can say.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if config.joined:
+        sites = " and ".join(part.site for part in config.joined)
+        raise ConfigError(
+            f"{name} cannot say that an SAE is a crosscoder, over {sites}; it is loaded with Sae.load"
+        )
+    if config.norm is not None and name != saelens.NAME:
+        raise ConfigError(
+            f"{name} cannot say that activations go through a norm first ({config.norm}); export it as "
+            "saelens"
+        )

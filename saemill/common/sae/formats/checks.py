@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from saemill.common import durable
 from saemill.common.errors import ConfigError, DiskError, StoreError
 from saemill.common.records import Count, Positive, first_finding
 from saemill.common.sae.parts import Joined, SaeConfig
@@ -67,28 +65,6 @@ def read_config(file: Path) -> dict[str, Any]:
 def _float(text: str) -> float | str:
     """Read a number of JSON; one beyond what a float holds stays text."""
     return number if math.isfinite(number := float(text)) else text
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file, on the CPU.
-
-    Raises:
-        StoreError: it is damaged.
-        DiskError: it cannot be read.
-    """
-    try:
-        return load_file(file)
-    except OSError as error:
-        raise DiskError(
-            durable.explained(error, file) or f"{file} cannot be read: {error.strerror}"
-        ) from error
-    except Exception as error:  # the library has several kinds of its own
-        raise StoreError(f"{file} is damaged: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a library's message, or its kind where it has none."""
-    return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
 def expect(config: Mapping[str, Any], field: str, wanted: Any, default: Any, why: str, file: Path) -> None:

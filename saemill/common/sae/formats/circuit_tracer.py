@@ -10,7 +10,7 @@ not know, so what saemill notes of a transcoder stands in the metadata of its fi
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -26,19 +26,20 @@ from saemill.common.sae.formats.checks import (
     check_weights,
     count,
     expect,
-    first_line,
     noted,
     provenance,
-    read_tensors,
     text,
     traits,
 )
 from saemill.common.sae.formats.folding import non_negative
 from saemill.common.sae.formats.hooks import Hook
+from saemill.common.sae.formats.tensor_files import first_line, read_tensors, sizes
 from saemill.common.sae.parts import Parts, SaeConfig, apart
 
 NAME = "circuit-tracer"
 CONFIG = "config.yaml"
+WANDB = ("wandb-config.yaml", "wanb-config.yaml")
+"""Configs of training, of which some published sets have one alone; the second is a slip of theirs."""
 WEIGHTS = "layer_{}.safetensors"
 """Name of a layer's file."""
 THRESHOLD = "activation_function.threshold"
@@ -59,6 +60,11 @@ def layers_in(folder: Path) -> list[Path]:
     return [found[layer] for layer in sorted(found)]
 
 
+def holds(place: Path) -> bool:
+    """Tell whether a path is the file of a layer."""
+    return layer_of(place) is not None and place.is_file()
+
+
 def read(file: Path) -> Parts:
     """Read one transcoder of a set, on the CPU, in the dtype of its file.
 
@@ -77,7 +83,7 @@ def read(file: Path) -> Parts:
     has_threshold = (
         activation not in ("topk", "relu") and THRESHOLD in found
     )  # which tells where it is neither
-    f, d = _shape(file, found)
+    f, d = sizes(file, found, "W_enc", "[F, D]")
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (f, d), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,)}
     shapes |= {"W_skip": (d, d)} if "W_skip" in found else {}
     weights = check_weights(file, found, shapes, optional=(THRESHOLD,) if has_threshold else ())
@@ -97,6 +103,8 @@ def read(file: Path) -> Parts:
 
 def _read_config(file: Path) -> dict[str, Any]:
     """Read a set's config, but for the list of places of files that some have."""
+    if not file.is_file() and any(file.with_name(name).is_file() for name in WANDB):
+        return _without_config(file.parent)
     try:
         cfg = yaml_text.parse(file.read_text(encoding="utf-8"), str(file))
         json.dumps(cfg)  # as it will be kept
@@ -111,12 +119,12 @@ def _read_config(file: Path) -> dict[str, Any]:
     return {name: value for name, value in cfg.items() if name != "transcoders"}
 
 
-def _shape(file: Path, found: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """Tell F and D, which the config does not."""
-    shape = found["W_enc"].shape if "W_enc" in found else ()
-    if len(shape) != 2 or 0 in shape:
-        raise StoreError(f"{file}: W_enc must be a matrix [F, D], got {tuple(shape) or 'nothing'}")
-    return shape[0], shape[1]
+def _without_config(folder: Path) -> dict[str, Any]:
+    """Say what the configs of Hanna's other sets of Qwen 3 say, of one that has none."""
+    size = re.search(r"qwen3-([\d.]+)b", folder.absolute().as_posix())
+    model = {"model_name": f"Qwen/Qwen3-{size[1]}B"} if size else {}
+    hooks = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
+    return {"model_kind": "transcoder_set", "activation": "relu", **hooks, **model}
 
 
 def _own(file: Path) -> dict[str, Any]:

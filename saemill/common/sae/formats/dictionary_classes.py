@@ -6,6 +6,7 @@
                              group_sizes int64 [number of groups]
     JumpReluAutoEncoder      W_enc   b_enc   W_dec   b_dec (not subtracted before encoding)   threshold [F]
     AutoEncoder, a ReLU      encoder.weight   encoder.bias   decoder.weight   bias
+    AutoEncoderNew, a ReLU   encoder.weight   encoder.bias   decoder.weight   decoder.bias (not subtracted)
     GatedAutoEncoder         encoder.weight   decoder.weight   decoder_bias   r_mag, gate_bias, mag_bias [F]
 
 `threshold` of BatchTopK is the running mean of the smallest active latent, and -1 while it is unset. That of
@@ -14,24 +15,25 @@ an `AutoEncoderTopK` serves `encode(x, use_threshold=True)` alone: it is dropped
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae.formats.checks import check_shape, check_weights
-from saemill.common.sae.formats.folding import are_unit, gated, non_negative, unit_rows
+from saemill.common.sae.formats.folding import Tensors, are_unit, centred, gated, non_negative, unit_rows
 from saemill.common.sae.parts import Parts
 
 TOPK, BATCHTOPK, MATRYOSHKA = "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"
 JUMPRELU, RELU, GATED = "JumpReluAutoEncoder", "AutoEncoder", "GatedAutoEncoder"
+NEW = "AutoEncoderNew"
 ARCHITECTURES = {
     TOPK: "topk",
     BATCHTOPK: "batchtopk",
     MATRYOSHKA: "matryoshka",
     JUMPRELU: "jumprelu",
     RELU: "relu",
+    NEW: "relu",
     GATED: "gated",
 }
 """`SaeConfig.architecture` of each class."""
@@ -44,6 +46,7 @@ TENSORS = {
     MATRYOSHKA: PLAIN,
     JUMPRELU: PLAIN,
     RELU: LAYERS | {"b_dec": "bias"},
+    NEW: LAYERS | {"b_dec": "decoder.bias"},
     GATED: LAYERS | {"b_enc": "mag_bias", "b_dec": "decoder_bias"},
 }
 """Names of an SAE's tensors in the file. What layers call a weight is the transpose of what `PLAIN` does."""
@@ -53,19 +56,13 @@ BESIDE = {
     MATRYOSHKA: ("k", "threshold", "group_sizes"),
     JUMPRELU: ("threshold",),
     RELU: (),
+    NEW: (),
     GATED: ("gate_bias", "r_mag"),
 }
 """Names of the tensors beside these."""
-
-
-class Tensors(NamedTuple):
-    """The tensors of `Parts`."""
-
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-    threshold: Tensor | None
+IN_UNITS = {"b_enc", "b_dec", "bias", "encoder.bias", "decoder.bias", "decoder_bias", "gate_bias", "mag_bias",
+            "threshold"}  # fmt: skip
+"""Names of the tensors in units of activations: biases and thresholds; an unset one stays below 0."""
 
 
 def read(file: Path, state: Mapping[str, Tensor], kind: str, d: int, f: int) -> Tensors:
@@ -93,16 +90,22 @@ def read(file: Path, state: Mapping[str, Tensor], kind: str, d: int, f: int) -> 
         threshold = _set(file, check_shape(file, state, "threshold", ())).float().expand(f)
     elif kind == JUMPRELU:
         threshold = check_shape(file, state, "threshold", (f,))
-        b_enc = b_enc.double() + W_enc.double() @ b_dec.double()
-    elif kind == RELU:
+    elif kind in (RELU, NEW):
         threshold = torch.zeros(f)
-        if not are_unit(W_dec):  # its own loader normalises them
+        if kind == RELU and not are_unit(W_dec):  # its own loader normalises them
             W_enc, b_enc, W_dec = unit_rows(W_enc.double(), b_enc.double(), W_dec.double())
     elif kind == GATED:
         gate, r_mag = (check_shape(file, state, name, (f,)).double() for name in BESIDE[GATED])
         W_enc, b_enc, threshold = gated(W_enc.double(), gate, b_enc.double(), r_mag)
     W_enc, b_enc, W_dec = (weights.to(dtype).contiguous() for weights in (W_enc, b_enc, W_dec))
-    return Tensors(W_enc, b_enc, W_dec, b_dec, None if threshold is None else non_negative(threshold))
+    threshold = None if threshold is None else non_negative(threshold)
+    tensors = Tensors(W_enc, b_enc, W_dec, b_dec, threshold)
+    return centred(tensors) if kind in (JUMPRELU, NEW) else tensors
+
+
+def in_own_units(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Bring an SAE in training, which sees activations divided by a factor, to the activations' own units."""
+    return {name: tensor * factor if name in IN_UNITS else tensor for name, tensor in state.items()}
 
 
 def _set(file: Path, threshold: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 """dictionary_learning's layout (0.1): `config.json`, `ae.pt`, a pickled dict of tensors.
 
-The config names one of its classes (`dictionary_classes`), whose tensors the dict holds.
+The config names one of its classes (`dictionary_classes`), whose tensors the dict holds. A checkpoint,
+`checkpoints/ae_200.pt`, is such a dict as well. Later versions write backups in mid-training to
+`ae.pt`: {step, ae, optimizer, config, norm_factor}, where `ae` sees activations divided by `norm_factor`.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,10 @@ import torch
 from torch import Tensor
 
 from saemill.common import durable
-from saemill.common.errors import ConfigError, DiskError, StoreError
+from saemill.common.errors import StoreError
 from saemill.common.sae.formats import dictionary_classes as classes
 from saemill.common.sae.formats.checks import (
     count,
-    first_line,
     group,
     noted,
     one_of,
@@ -25,9 +27,16 @@ from saemill.common.sae.formats.checks import (
     traits,
 )
 from saemill.common.sae.formats.hooks import Hook, layer_of
+from saemill.common.sae.formats.tensor_files import read_pickle, tensors_of
 from saemill.common.sae.parts import Parts, SaeConfig
+from saemill.common.stores.site_names import is_input, module_of
 
+NAME = "dictionary_learning"
 WEIGHTS = "ae.pt"
+CHECKPOINT = r"checkpoints/ae_\d+\.pt"
+"""Path of a checkpoint below the folder."""
+BESIDE = ("config.json",)
+"""Files beside the weights."""
 NAMED = ("resid_post", "mlp_out", "attn_out")
 """Kinds of hooks that its demo has names for."""
 TRAINERS = {
@@ -39,25 +48,38 @@ TRAINERS = {
 }
 
 
-def read(folder: Path) -> Parts:
-    """Read the SAE of a folder, on the CPU, in the dtype of its file. Nothing but tensors is unpickled.
+def holds(place: Path) -> bool:
+    """Tell whether a folder, or a checkpoint's file within it, is of this format, by the names of files."""
+    return (place / WEIGHTS).is_file() or (place.is_file() and _folder(place) != place)
+
+
+def _folder(place: Path) -> Path:
+    """Find the folder of the config: of `checkpoints/ae_200.pt` the one above; of anything else itself."""
+    is_checkpoint = re.fullmatch(CHECKPOINT, "/".join(place.parts[-2:])) is not None
+    return place.parent.parent if is_checkpoint else place
+
+
+def read(place: Path) -> Parts:
+    """Read the SAE of a folder, or a checkpoint of it, on the CPU, in the dtype of its file. Nothing but
+    tensors and plain values is unpickled.
 
     Raises:
         StoreError, ConfigError: as `formats.load`.
     """
-    file = folder / "config.json"
+    folder = _folder(place)
+    file, weights = folder / "config.json", place / WEIGHTS if folder == place else place
     whole = read_config(file)
     trainer = whole.get("trainer")
     if not isinstance(trainer, dict):
         raise StoreError(f"{file}: trainer must be a group of settings, got {trainer!r:.80}")
     kind = one_of(trainer, "dict_class", classes.ARCHITECTURES, "", file)
-    state = _state(folder / WEIGHTS)
+    state = _state(weights)
     d_in, num_latents = count(trainer, "activation_dim", file), count(trainer, "dict_size", file)
-    k = _k(folder / WEIGHTS, state, trainer, file) if kind in classes.WITH_K else None
-    tensors = classes.read(folder / WEIGHTS, state, kind, d_in, num_latents)
+    k = _k(weights, state, trainer, file) if kind in classes.WITH_K else None
+    tensors = classes.read(weights, state, kind, d_in, num_latents)
     noted_traits = traits(trainer, classes.ARCHITECTURES[kind], file)
     if kind == classes.MATRYOSHKA:
-        noted_traits["prefixes"] = classes.prefixes(folder / WEIGHTS, state, num_latents)
+        noted_traits["prefixes"] = classes.prefixes(weights, state, num_latents)
     buffer = group(whole, "buffer", file)
     known = {
         "hook_name": _hook_name(text(trainer, "submodule_name", file)),
@@ -69,7 +91,7 @@ def read(folder: Path) -> Parts:
         d_in=d_in,
         num_latents=num_latents,
         k=k if kind == classes.TOPK else None,
-        provenance=provenance("dictionary_learning", whole, whole.get("saemill"), file, **known),
+        provenance=provenance(NAME, whole, whole.get("saemill"), file, **known),
         **noted_traits,
     )
     return Parts(config, *tensors)
@@ -86,23 +108,18 @@ def _k(weights: Path, state: dict[str, Tensor], trainer: dict[str, Any], file: P
 
 
 def _state(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of an `ae.pt`."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DiskError(
-            durable.explained(error, file) or f"{file} cannot be read: {error.strerror}"
-        ) from error
-    except Exception as error:  # a pickle that is cut off or changed may raise anything
-        raise StoreError(f"{file} holds no dict of tensors: {first_line(error)}") from error
-    if isinstance(state, dict) and "ae" in state:
-        raise ConfigError(
-            f"{file} must hold a finished SAE, got a backup in mid-training ({', '.join(map(str, state))}), "
-            "whose biases may be in other units; use the ae.pt that the training's end writes"
+    """Read the tensors of an `ae.pt`; of a backup in mid-training in the activations' own units."""
+    found = read_pickle(file)
+    if "ae" not in found:
+        return tensors_of(file, found)
+    state, factor = found["ae"], 1.0 if found.get("norm_factor") is None else found["norm_factor"]
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor < math.inf
+    if not isinstance(state, dict) or not is_number:
+        raise StoreError(
+            f"{file}: a backup in mid-training must hold its SAE and a norm_factor above 0, got "
+            f"{type(state).__name__} and {factor!r:.80}"
         )
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise StoreError(f"{file} must hold a dict of tensors, got {type(state).__name__}")
-    return state
+    return classes.in_own_units(tensors_of(file, state), factor)
 
 
 def _hook_name(submodule_name: str | None) -> str | None:
@@ -135,6 +152,7 @@ def _config(config: SaeConfig, kind: str, trained_k: int | None, hook: Hook | No
     site = origin.get("site")
     known = "prefixes" if kind == classes.MATRYOSHKA else ""  # the file of weights has them
     notes = {key: value for key, value in noted(config, classes.ARCHITECTURES[kind]).items() if key != known}
+    named = f"{hook.kind}_layer_{hook.layer}" if hook and hook.kind in NAMED else None
     trainer = {
         "trainer_class": TRAINERS[kind],
         "dict_class": kind,
@@ -144,7 +162,8 @@ def _config(config: SaeConfig, kind: str, trained_k: int | None, hook: Hook | No
         **notes,
         "layer": hook.layer if hook else layer_of(site or ""),
         "lm_name": origin.get("model"),
-        "submodule_name": f"{hook.kind}_layer_{hook.layer}" if hook and hook.kind in NAMED else site,
+        "submodule_name": named or (site and module_of(site)),
     }
-    buffer = {"d_submodule": config.d_in, "io": "out", "ctx_len": origin.get("ctx_len")}
+    takes = not named and site is not None and is_input(site)
+    buffer = {"d_submodule": config.d_in, "io": "in" if takes else "out", "ctx_len": origin.get("ctx_len")}
     return {"trainer": trainer, "buffer": buffer, "saemill": origin}

@@ -1,20 +1,71 @@
-"""SAEs in repositories of the hub, of any of the formats: `hf://user/repo/folder`.
+"""SAEs by the names of files, in a folder and in repositories of the hub: `hf://user/repo/folder`.
 
 Only the files of the SAE that is asked for are fetched, into the hub's own cache; with HF_HUB_OFFLINE they
 are taken from there.
 """
 
 import glob
-from collections.abc import Collection
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePath, PurePosixPath
 
 from saemill.common import hub
 from saemill.common.errors import StoreError
-from saemill.common.sae.formats import circuit_tracer, dictionary_learning, saelens, sparsify
+from saemill.common.sae.formats import (
+    attention_z,
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    qwen_scope,
+    saelens,
+    sparsify,
+    tensor_files,
+)
 
-WEIGHTS = (sparsify.WEIGHTS, saelens.WEIGHTS, dictionary_learning.WEIGHTS)
-BESIDE = ("cfg.json", "config.json", saelens.SCALER)
+WEIGHTS = (
+    sparsify.WEIGHTS,
+    saelens.WEIGHTS,
+    dictionary_learning.WEIGHTS,
+    gemma_scope.WEIGHTS,
+    gemma_scope_2.WEIGHTS,
+    *llama_scope.WEIGHTS[1:],  # the first is SAELens' as well
+)
+"""Files of weights below an SAE's folder."""
+BESIDE = ("cfg.json", "config.json", llama_scope.OLD, *saelens.BESIDE)
 """Files that a format may have beside its weights."""
+LOOKED_FOR = (
+    f"{', '.join(WEIGHTS)}, {circuit_tracer.WEIGHTS.format('N')} of a circuit-tracer set, "
+    f"or {' or '.join(tensor_files.PICKLES)} of a published SAE"
+)
+"""What an SAE is recognised by."""
+DEPTH = 5
+"""Most folders on the way to a file that is looked for."""
+
+
+def places_in(folder: Path) -> list[Path]:
+    """List the SAEs in a folder on this machine: folders, and files where a format has one for each."""
+    files = (file for depth in range(1, DEPTH + 1) for file in folder.glob("/".join("*" * depth)))
+    return [folder / place for place in _places(file.relative_to(folder) for file in files if file.is_file())]
+
+
+def _places(files: Iterable[PurePath]) -> list[PurePath]:
+    """List the SAEs that files are of, by their paths. Pickles, which may be anything, count where there is
+    nothing else."""
+    paths = set(files)
+    saes = {file.parents[weights.count("/")] for weights in WEIGHTS for file in paths if file.match(weights)}
+    layers = {file for file in paths if circuit_tracer.layer_of(file) is not None}
+    configs = (circuit_tracer.CONFIG, *circuit_tracer.WANDB)
+    saes |= {file for file in layers if any(file.with_name(name) in paths for name in configs)}
+    pickles = {file for file in paths if file.suffix in tensor_files.PICKLES}
+    saes |= {file for file in pickles if file.name.endswith(qwen_scope.SUFFIX)}
+    saes |= {file for file in pickles if _beside(file) in paths}
+    return sorted(saes or pickles)
+
+
+def _beside(pickle: PurePath) -> PurePath:
+    """Name the config that a pickle may have beside it."""
+    return pickle.with_name(attention_z.config_of(pickle.name))
 
 
 def fetch(address: str) -> Path:
@@ -24,7 +75,7 @@ def fetch(address: str) -> Path:
         address: as `common.hub.parse` reads it. The folder may be left out where the repository holds one
             SAE alone.
 
-    Returns: its folder, or the file of a layer of a circuit-tracer set, in the hub's cache.
+    Returns: its folder, or its file where the format has one for each, in the hub's cache.
 
     Raises:
         StoreError: no SAE there, or several; the message names those that are.
@@ -43,12 +94,15 @@ def fetch(address: str) -> Path:
         return Path(snapshot_download(**place, allow_patterns=wanted)) / sae
 
 
-def _parts(sae: PurePosixPath) -> set[str]:
+def _parts(sae: PurePath) -> set[str]:
     """Name the files that an SAE may have."""
-    if circuit_tracer.layer_of(sae) is not None:
-        return {str(sae), str(sae.with_name(circuit_tracer.CONFIG))}
     above = sae.parent / "config.json"  # sparsify's config of the run
-    return {str(above), *(str(sae / name) for name in (*WEIGHTS, *BESIDE))}
+    if sae.suffix == ".safetensors":
+        beside = (circuit_tracer.CONFIG, *circuit_tracer.WANDB)
+        return {str(sae), str(above), *(str(sae.with_name(name)) for name in beside)}
+    if sae.suffix in tensor_files.PICKLES:
+        return {str(sae), str(_beside(sae)), str(sae.parent.parent / "config.json")}
+    return {str(above), *(str(sae / name) for name in (*WEIGHTS, llama_scope.WEIGHTS[0], *BESIDE))}
 
 
 def _files(place: dict[str, str]) -> list[str]:
@@ -61,23 +115,22 @@ def _files(place: dict[str, str]) -> list[str]:
     return [str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()]
 
 
-def _choose(files: Collection[str], path: str, address: str) -> PurePosixPath:
-    """Choose the SAE that is meant, a folder or a layer's file: at `path`, or the only one below it."""
+def _choose(files: Collection[str], path: str, address: str) -> PurePath:
+    """Choose the SAE that is meant, a folder or a file: at `path`, or the only one below it."""
     from huggingface_hub import is_offline_mode
 
-    paths = {PurePosixPath(file) for file in files}
-    layers = {file for file in paths if circuit_tracer.layer_of(file) is not None}
-    in_sets = {file for file in layers if file.with_name(circuit_tracer.CONFIG) in paths}
-    saes = sorted({file.parent for file in paths if file.name in WEIGHTS} | in_sets)
+    saes = _places(map(PurePosixPath, files))
+    named = PurePosixPath(path)
+    is_file = path in files and named.suffix in (".safetensors", *tensor_files.PICKLES)
+    if named in saes or (is_file and not any(named.match(weights) for weights in WEIGHTS)):
+        return named
     below = [sae for sae in saes if sae.is_relative_to(path)]
-    if PurePosixPath(path) in saes:
-        return PurePosixPath(path)
     if len(below) == 1:
         return below[0]
     names = ", ".join(map(str, (below or saes)[:8])) + (", …" if len(below or saes) > 8 else "")
     if below:
         raise StoreError(f"{address} holds {len(below)} SAEs; name one after the repository: {names}")
     if not saes:
-        raise StoreError(f"{address} holds no SAE: there is no {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}")
+        raise StoreError(f"{address} holds no SAE: there is no {LOOKED_FOR}")
     known = "downloaded before" if is_offline_mode() else "there are"
     raise StoreError(f"{address} holds no SAE; {known}: {names}")

@@ -5,9 +5,8 @@
     W_dec [F, E]   b_dec [E]   W_skip [E, D] (transcoders, which subtract no b_dec)
 
 What its SAEs do beside the encoder of `Sae` is linear and is folded into the weights when read:
-`rescale_acts_by_decoder_norm`, `apply_b_dec_to_input` false, and the factor that a checkpoint in
-mid-training multiplies activations by (`expected_average_only_in`, in `activation_scaler.json`). A norm
-computed from each activation is not, and is refused.
+`rescale_acts_by_decoder_norm`, `apply_b_dec_to_input` false, and what is done to all activations alike
+(`saelens_inputs`). A norm computed from each activation is not, and is a field of the SAE.
 """
 
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError
+from saemill.common.sae.formats import saelens_inputs
 from saemill.common.sae.formats.checks import (
     check_shape,
     check_weights,
@@ -31,18 +30,21 @@ from saemill.common.sae.formats.checks import (
     one_of,
     provenance,
     read_config,
-    read_tensors,
     text,
     traits,
 )
-from saemill.common.sae.formats.folding import gated, non_negative, unit_rows
+from saemill.common.sae.formats.folding import Tensors, centred, gated, non_negative
 from saemill.common.sae.formats.hooks import Hook
+from saemill.common.sae.formats.tensor_files import read_tensors, without_ones
+from saemill.common.sae.norms import NORMS
 from saemill.common.sae.parts import Parts, SaeConfig, apart
 
+NAME = "saelens"
 WEIGHTS = "sae_weights.safetensors"
-SCALER = "activation_scaler.json"
-LARGEST = 1e30
-"""Largest factor on activations that can be folded."""
+NORMALIZATIONS = (saelens_inputs.NONE, saelens_inputs.AVERAGE, saelens_inputs.WHITENED, *NORMS)
+"""What may be done to activations."""
+BESIDE = ("cfg.json", saelens_inputs.SCALER, saelens_inputs.WHITENING)
+"""Files that may be there beside the weights."""
 MATRYOSHKA = "matryoshka_batchtopk"
 NAMES = {
     "topk": "topk",
@@ -71,8 +73,15 @@ VERSION = "6.54.12"
 6.0."""
 
 
+def holds(place: Path) -> bool:
+    """Tell whether a folder is of this format, by the names of its files."""
+    is_another = (place / "config.json").is_file() and not (place / "cfg.json").is_file()
+    return (place / WEIGHTS).is_file() and not is_another
+
+
 def read(folder: Path) -> Parts:
-    """Read the SAE of a folder, on the CPU, in the dtype of its file.
+    """Read the SAE of a folder, on the CPU, in the dtype of its file; float32 at least where something is
+    folded.
 
     Raises:
         StoreError, ConfigError: as `formats.load`.
@@ -81,34 +90,27 @@ def read(folder: Path) -> Parts:
     raw = read_config(file)
     cfg = _since_6(raw, file)
     kind = one_of(cfg, "architecture", BIASES, "standard", file)
-    expect(
-        cfg, "reshape_activations", "none", "none", "it takes attention heads, not one vector per token", file
-    )
-    config = _config(cfg, raw, kind, file)
-    weights = _weights(folder / WEIGHTS, kind, config)
+    cfg["normalize_activations"] = cfg.get("normalize_activations") or saelens_inputs.NONE  # null in some
+    one_of(cfg, "normalize_activations", NORMALIZATIONS, saelens_inputs.NONE, file)
+    one_of(cfg, "reshape_activations", ("none", "hook_z"), "none", file)  # heads: the SAE sees them joined
     if kind in TRANSCODERS:
-        return _transcoder(config, weights, cfg, file)
-    scale = _input_scale(folder, cfg.get("normalize_activations") or "none")
-    centred = flag(cfg, "apply_b_dec_to_input", True, file)
-    rescaled = kind in RESCALED and flag(cfg, "rescale_acts_by_decoder_norm", False, file)
-    W_enc, b_enc, W_dec, b_dec, threshold = _folded(weights, centred, rescaled, scale)
-    return Parts(config, W_enc, b_enc, W_dec, b_dec, None if kind == "topk" else non_negative(threshold))
-
-
-def _transcoder(config: SaeConfig, weights: dict[str, Tensor], cfg: dict[str, Any], file: Path) -> Parts:
-    """Make a transcoder, which has nothing to be folded."""
-    why = "a transcoder's input and output are in units of their own"
-    expect(cfg, "normalize_activations", "none", "none", why, file)
-    threshold = non_negative(weights.pop("threshold").expand(config.num_latents))
-    own = {name: weight.contiguous() for name, weight in weights.items()}
-    return Parts(config, **own, threshold=threshold)
+        why = "a transcoder's input and output are in units of their own"
+        expect(cfg, "normalize_activations", saelens_inputs.NONE, saelens_inputs.NONE, why, file)
+    config = _config(cfg, raw, kind, file)
+    tensors = _weights(folder / WEIGHTS, kind, config)
+    if kind in TRANSCODERS:
+        return Parts(config, *tensors)
+    if not flag(cfg, "apply_b_dec_to_input", True, file):
+        tensors = centred(tensors)
+    is_rescaled = kind in RESCALED and flag(cfg, "rescale_acts_by_decoder_norm", False, file)
+    return Parts(config, *saelens_inputs.fold(tensors, folder, cfg["normalize_activations"], is_rescaled))
 
 
 def _config(cfg: dict[str, Any], raw: dict[str, Any], kind: str, file: Path) -> SaeConfig:
     """Read shape and origin of an SAE, and what it was trained as."""
     metadata = group(cfg, "metadata", file)
     known = {
-        "hook_name": text(metadata, "hook_name", file),
+        "hook_name": _hook_name(metadata, file),
         "hook_name_out": text(metadata, "hook_name_out", file),
         "model": text(metadata, "model_name", file),
         "dataset": text(metadata, "dataset_path", file),
@@ -120,6 +122,7 @@ def _config(cfg: dict[str, Any], raw: dict[str, Any], kind: str, file: Path) -> 
         d_out=count(cfg, "d_out", file) if kind in TRANSCODERS else None,
         num_latents=count(cfg, "d_sae", file),
         k=count(cfg, "k", file) if kind == "topk" else None,
+        norm=cfg["normalize_activations"] if cfg["normalize_activations"] in NORMS else None,
         provenance=provenance("saelens", raw, metadata.get("saemill"), file, **known),
         **(
             traits(noted_traits, NAMES[kind], file)
@@ -127,6 +130,12 @@ def _config(cfg: dict[str, Any], raw: dict[str, Any], kind: str, file: Path) -> 
             else _trained_as(cfg, metadata, kind, file)
         ),
     )
+
+
+def _hook_name(metadata: dict[str, Any], file: Path) -> str | None:
+    """Read the hook, with the number of the head where it is one of several, which no site is."""
+    name, head = text(metadata, "hook_name", file), metadata.get("hook_head_index")
+    return f"{name}[{head}]" if name and head is not None else name
 
 
 def _trained_as(cfg: dict[str, Any], metadata: dict[str, Any], kind: str, file: Path) -> dict[str, Any]:
@@ -142,14 +151,13 @@ def _trained_as(cfg: dict[str, Any], metadata: dict[str, Any], kind: str, file: 
     return {"architecture": "matryoshka" if prefixes else "batchtopk", "prefixes": prefixes}
 
 
-def _weights(file: Path, kind: str, config: SaeConfig) -> dict[str, Tensor]:
-    """Read the tensors of an SAE; of a Gated one, its encoder with the gate folded into a threshold.
-
-    Returns: W_enc [F, D], b_enc [F], W_dec [F, E], b_dec [E], W_skip [E, D] where it is, in the dtype of the
-    file; threshold [F] or [].
-    """
+def _weights(file: Path, kind: str, config: SaeConfig) -> Tensors:
+    """Read the tensors of an SAE, of a Gated one with the gate folded into a threshold, in the dtype of the
+    file."""
     d, f, e = config.d_in, config.num_latents, config.d_out or config.d_in
-    found = read_tensors(file)
+    found = without_ones(file, read_tensors(file))
+    if kind == "jumprelu" and "log_threshold" in found:  # of a checkpoint of before 6.5
+        found["threshold"] = found.pop("log_threshold").exp()
     shapes = {"W_enc": (d, f), "W_dec": (f, e), "b_dec": (e,)} | dict.fromkeys(BIASES[kind], (f,))
     shapes |= {"W_skip": (e, d)} if "skip" in kind else {}
     name, shape = "", tuple[int, ...]()
@@ -158,14 +166,15 @@ def _weights(file: Path, kind: str, config: SaeConfig) -> dict[str, Tensor]:
     elif kind.startswith("jumprelu"):
         name, shape = "threshold", (f,)
     weights = check_weights(file, found, shapes, optional=(name,))
-    weights["W_enc"] = weights["W_enc"].T
+    W_enc, biases = weights["W_enc"].T.contiguous(), [weights[bias] for bias in BIASES[kind]]
     threshold = check_shape(file, found, name, shape) if name else torch.zeros(f)
     if kind == "gated":
-        gate = [weights.pop(bias) for bias in BIASES["gated"]]
-        dtype = weights["W_enc"].dtype
-        W_enc, b_enc, threshold = gated(weights["W_enc"].double(), *(bias.double() for bias in gate))
-        weights |= {"W_enc": W_enc.to(dtype), "b_enc": b_enc.to(dtype)}
-    return weights | {"threshold": threshold}
+        dtype = W_enc.dtype
+        W_enc, b_mag, threshold = gated(W_enc.double(), *(bias.double() for bias in biases))
+        W_enc, biases = W_enc.to(dtype), [b_mag.to(dtype)]
+    thresholds = None if kind == "topk" else non_negative(threshold.expand(f))
+    skip = weights.get("W_skip")
+    return Tensors(W_enc, biases[0], weights["W_dec"], weights["b_dec"], thresholds, skip)
 
 
 def _since_6(cfg: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -181,47 +190,10 @@ def _since_6(cfg: dict[str, Any], file: Path) -> dict[str, Any]:
         expect(cfg, "activation_fn", "relu", "relu", "SAELens itself reads it as a ReLU by now", file)
     normalized = cfg.get("normalize_activations")
     if isinstance(normalized, bool):
-        cfg["normalize_activations"] = "expected_average_only_in" if normalized else "none"
+        cfg["normalize_activations"] = saelens_inputs.AVERAGE if normalized else saelens_inputs.NONE
     if "hook_z" in (text(cfg, "hook_name", file) or ""):
         cfg.setdefault("reshape_activations", "hook_z")
     return cfg | {"metadata": cfg}
-
-
-def _input_scale(folder: Path, normalization: str) -> float:
-    """Find the factor by which activations are multiplied before the SAE sees them."""
-    if normalization == "none":
-        return 1.0
-    field = f"{folder / 'cfg.json'}: normalize_activations is {normalization!r:.80}"
-    if normalization != "expected_average_only_in":
-        raise ConfigError(
-            f"{field}: each activation goes through a norm or a matrix that weights cannot hold; only 'none' "
-            "can be represented, and 'expected_average_only_in' with its factor"
-        )
-    scale = read_config(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < LARGEST:
-        raise ConfigError(
-            f"{field}, but {SCALER} with its scaling_factor is not there; get it from the checkpoint, or "
-            "fold the factor with SAELens: sae.fold_activation_norm_scaling_factor(…), then sae.save_model(…)"
-        )
-    return float(scale)
-
-
-def _folded(weights: dict[str, Tensor], centred: bool, rescaled: bool, scale: float) -> tuple[Tensor, ...]:
-    """Fold SAELens' other linear steps into the weights.
-
-    Returns: W_enc [F, D], b_enc [F], W_dec [F, D], b_dec [D], threshold [F] of the `Sae` that computes the
-    same.
-    """
-    dtype = weights["W_enc"].dtype
-    W_enc, b_enc = weights["W_enc"].double() * scale, weights["b_enc"].double()
-    W_dec, b_dec = weights["W_dec"].double() / scale, weights["b_dec"].double() / scale
-    threshold = weights["threshold"].double().expand(len(b_enc))
-    if not centred:
-        b_enc = b_enc + W_enc @ b_dec
-    if rescaled:
-        W_enc, b_enc, W_dec = unit_rows(W_enc, b_enc, W_dec)
-        threshold = threshold / scale  # which was of activations with the length of rows before the factor
-    return (*(w.to(dtype).contiguous() for w in (W_enc, b_enc, W_dec, b_dec)), threshold)
 
 
 def write(parts: Parts, folder: Path, hook: Hook | None, target: Hook | None = None) -> None:
@@ -248,8 +220,8 @@ def write(parts: Parts, folder: Path, hook: Hook | None, target: Hook | None = N
         "device": "cpu",
         "apply_b_dec_to_input": config.d_out is None,
         **({"rescale_acts_by_decoder_norm": False} if kind == "topk" else {}),
-        "normalize_activations": "none",
-        "reshape_activations": "none",
+        "normalize_activations": config.norm or saelens_inputs.NONE,
+        "reshape_activations": "hook_z" if hook and hook.kind == "z" else "none",
         "metadata": _metadata(config, kind, hook, target),
     }
     durable.write_json(folder / "cfg.json", cfg)

@@ -5,11 +5,13 @@
 
 Its encoder is the one of `Sae`. `num_latents` 0 stands for d_in × expansion_factor. What saemill wrote
 carries a seal (`seal`), which is checked. With `transcode` it predicts a module's output from its input.
+Before version 1.0 the run's config alone said so, and transcoders subtracted b_dec, which is folded here.
 
-`activation` is "topk" or "groupmax". Three things are saemill's own. `activation` "jumprelu", with
+`activation` is "topk" or "groupmax". Four things are saemill's own. `activation` "jumprelu", with
 `threshold` and no `k`: sparsify has no thresholds, and its loader refuses a tensor that it does not know.
-`d_out`, of a transcoder: its E, which may not be D. `joined`, of a crosscoder: the sites whose vectors follow
-each other in its input, with widths and scales.
+`d_out`, of a transcoder: its E, which may not be D. `norm`, whose name stands before the activation's as
+well, "layer_norm topk", so that sparsify refuses it. `joined`, of a crosscoder: the sites whose vectors
+follow each other in its input, with widths and scales.
 """
 
 from dataclasses import asdict
@@ -34,18 +36,29 @@ from saemill.common.sae.formats.checks import (
     one_of,
     provenance,
     read_config,
-    read_tensors,
     text,
     traits,
 )
+from saemill.common.sae.formats.folding import Tensors
 from saemill.common.sae.formats.hooks import layer_of
+from saemill.common.sae.formats.tensor_files import read_tensors
 from saemill.common.sae.parts import Parts, SaeConfig, apart
 
 WEIGHTS = "sae.safetensors"
+NAME = "sparsify"
+BESIDE = ("cfg.json", "../config.json")
+"""Files that may be there beside the weights."""
+RUN = "config.json"
+"""Config of the run, in the folder above."""
 JUMPRELU = "jumprelu"
 REFUSED: tuple[tuple[str, Any, Any, str], ...] = (("signed", False, False, "its latents may be negative"),)
 SKIP = "it adds a linear map of its input (W_skip) to the reconstruction of the same"
 """Checks of a config: field, the value that can be represented, what its absence means, what others mean."""
+
+
+def holds(place: Path) -> bool:
+    """Tell whether a folder is of this format, by the names of its files."""
+    return (place / WEIGHTS).is_file()
 
 
 def read(folder: Path) -> Parts:
@@ -60,14 +73,15 @@ def read(folder: Path) -> Parts:
     own = cfg.get("saemill") if own is None else own
     for field, wanted, default, why in REFUSED:
         expect(cfg, field, wanted, default, why, file)
-    d_in = count(cfg, "d_in", file)
-    if cfg.get("num_latents"):
-        num_latents = count(cfg, "num_latents", file)
-    else:
-        num_latents = d_in * count(cfg, "expansion_factor", file)
-    activation = one_of(cfg, "activation", ("topk", "groupmax", JUMPRELU), "topk", file)
+    d_in, num_latents = _sizes(cfg, file)
+    norm = text(cfg, "norm", file)
+    activation = _activation(cfg, norm, file)
     has_threshold = activation == JUMPRELU
-    is_transcoder, has_skip = flag(cfg, "transcode", False, file), flag(cfg, "skip_connection", False, file)
+    is_old = "transcode" not in cfg and _run(folder).get("transcode") is True
+    is_transcoder, has_skip = (
+        is_old or flag(cfg, "transcode", False, file),
+        flag(cfg, "skip_connection", False, file),
+    )
     if not is_transcoder:
         expect(cfg, "skip_connection", False, False, SKIP, file)
     d_out = count(cfg, "d_out", file) if is_transcoder and "d_out" in cfg else d_in
@@ -78,18 +92,41 @@ def read(folder: Path) -> Parts:
         k=None if has_threshold else count(cfg, "k", file),
         provenance=provenance("sparsify", cfg, own, file, **_known(folder, is_transcoder)),
         joined=joined(cfg, file),
+        norm=norm,
         **traits(cfg, activation, file),
     )
-    weights = read_tensors(folder / WEIGHTS)
-    shapes = {"encoder.weight": (num_latents, d_in), "encoder.bias": (num_latents,)}
-    shapes |= {"W_dec": (num_latents, d_out), "b_dec": (d_out,)}
-    shapes |= {"W_skip": (d_out, d_in)} if has_skip else {}
-    optional = ("threshold",) if has_threshold else ()
-    W_enc, b_enc, W_dec, b_dec, *skip = check_weights(folder / WEIGHTS, weights, shapes, optional).values()
-    threshold = None
-    if has_threshold:
-        threshold = check_shape(folder / WEIGHTS, weights, "threshold", (num_latents,))
-    return Parts(config, W_enc, b_enc, W_dec, b_dec, threshold, *skip)
+    tensors = _tensors(folder / WEIGHTS, config, has_skip)
+    if is_old:
+        b_enc = tensors.b_enc.double() - tensors.W_enc.double() @ tensors.b_dec.double()
+        tensors = tensors._replace(b_enc=b_enc.to(tensors.b_enc.dtype))
+    return Parts(config, *tensors)
+
+
+def _tensors(file: Path, config: SaeConfig, has_skip: bool) -> Tensors:
+    """Read the tensors of an SAE."""
+    weights = read_tensors(file)
+    f, d, e = config.num_latents, config.d_in, config.d_out or config.d_in
+    shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "W_dec": (f, e), "b_dec": (e,)}
+    shapes |= {"W_skip": (e, d)} if has_skip else {}
+    optional = ("threshold",) if config.k is None else ()
+    W_enc, b_enc, W_dec, b_dec, *skip = check_weights(file, weights, shapes, optional).values()
+    threshold = check_shape(file, weights, "threshold", (f,)) if config.k is None else None
+    return Tensors(W_enc, b_enc, W_dec, b_dec, threshold, skip[0] if skip else None)
+
+
+def _sizes(cfg: dict[str, Any], file: Path) -> tuple[int, int]:
+    """Read D and F."""
+    d_in = count(cfg, "d_in", file)
+    if cfg.get("num_latents"):
+        return d_in, count(cfg, "num_latents", file)
+    return d_in, d_in * count(cfg, "expansion_factor", file)
+
+
+def _activation(cfg: dict[str, Any], norm: str | None, file: Path) -> str:
+    """Read the name of the activation, after that of a norm where there is one."""
+    before = f"{norm} " if norm else ""
+    known = tuple(f"{before}{name}" for name in ("topk", "groupmax", JUMPRELU))
+    return one_of(cfg, "activation", known, "topk", file).removeprefix(before)
 
 
 def check(folder: Path) -> None:
@@ -107,12 +144,17 @@ def _known(folder: Path, is_transcoder: bool) -> dict[str, Any]:
     """Collect what sparsify stores beside the SAE: its folder's name is the site, of a transcoder the one
     that it predicts; the run's config is above it."""
     site = folder.name if layer_of(folder.name) is not None else None
-    file = folder.parent / "config.json"
-    run = read_config(file) if site and file.is_file() else {}
+    file = folder.parent / RUN
+    run = _run(folder) if site else {}
     known = {"target_site" if is_transcoder else "site": site} | {
         name: text(run, name, file) for name in ("model", "dataset")
     }
     return known | {"ctx_len": count(run, "ctx_len", file) if "ctx_len" in run else None}
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """Read the config of the run above an SAE; nothing where there is none."""
+    return read_config(folder.parent / RUN) if (folder.parent / RUN).is_file() else {}
 
 
 def write(parts: Parts, folder: Path) -> str:
@@ -137,7 +179,7 @@ def write(parts: Parts, folder: Path) -> str:
     by_k = "groupmax" if config.architecture == "groupmax" else "topk"
     activation = by_k if parts.threshold is None else JUMPRELU
     cfg = {
-        "activation": activation,
+        "activation": activation if config.norm is None else f"{config.norm} {activation}",
         "expansion_factor": config.num_latents / config.d_in,
         "normalize_decoder": bool(torch.allclose(norms, torch.ones_like(norms), atol=1e-2)),
         "num_latents": config.num_latents,
@@ -147,6 +189,7 @@ def write(parts: Parts, folder: Path) -> str:
         "transcode": config.d_out is not None,
         "d_in": config.d_in,
         **({} if config.d_out is None else {"d_out": config.d_out}),
+        **({} if config.norm is None else {"norm": config.norm}),
         **({"joined": [asdict(part) for part in config.joined]} if config.joined else {}),
         **noted(config, activation),
         "saemill": config.provenance,

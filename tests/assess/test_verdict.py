@@ -1,0 +1,120 @@
+"""The verdict: what a random dictionary, PCA, an untrained SAE and a trained one get."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stores import make_store
+from training import structured
+
+from saemill.assess.config import AssessConfig, Thresholds
+from saemill.assess.entries import _dense_share
+from saemill.assess.run import run as assess
+from saemill.assess.verdict import conclude, error_check, latent_checks, order
+from saemill.common.stores.activations import ActivationStore
+from saemill.train.config import TrainConfig
+from saemill.train.run import run as train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """Sparse sums of 40 directions in 16 dimensions; a fifth of 512 documents is held out."""
+    folder = tmp_path_factory.mktemp("verdict")
+    return make_store(folder, n_rows=512, ctx_len=32, d=16, shard_tokens=4096, values_TD=structured(512 * 32))
+
+
+def assessed(store: ActivationStore, out: Path, **changes: Any) -> dict[str, Any]:
+    """A run of SAEs of 64 latents, assessed without a model."""
+    settings: dict[str, Any] = {
+        "acts": store.path, "out": out, "site": ("a",), "k": (3,), "num_latents": (64,), "lr": (3e-3,),
+        "batch_size": 256, "device": "cpu",
+    }  # fmt: skip
+    train(TrainConfig(**settings | changes))
+    return assess(AssessConfig(run=out, with_model=False, device="cpu", n_latents=0))
+
+
+def test_a_trained_sae_passes_and_dictionaries_that_nobody_trained_fail(
+    planted: ActivationStore, tmp_path: Path
+) -> None:
+    """Oracle: what each is; shares of the errors from the sums per document."""
+    found = assessed(planted, tmp_path / "run", epochs=4)
+    (entry,) = found["variants"]
+    assert entry["verdict"] == "passed, ΔCE unknown"
+    errors = {e["name"]: e["metrics"]["fvu"]["value"] for e in found["variants"] + found["controls"]}
+    by_name = {check["name"]: check for check in entry["evidence"]}
+    for kind in ("random", "pca"):
+        check = by_name[f"fvu_beside_{kind}"]
+        assert check["value"] == pytest.approx(errors[entry["name"]] / errors[check["against"]], rel=1e-9)
+        assert check["lo"] <= check["value"] <= check["hi"]
+    verdicts = {control["name"]: control["verdict"] for control in found["controls"]}
+    assert verdicts["random-k3-f64"].startswith("failed: FVU")
+    assert verdicts["pca-k3"].startswith("failed: FVU")
+
+
+def test_an_untrained_sae_fails(planted: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: an SAE as it starts, which is a random dictionary with a gain that was fitted."""
+    found = assessed(planted, tmp_path / "run", max_tokens=256, lr=(1e-12,))
+    assert found["variants"][0]["verdict"].startswith("failed: FVU")
+
+
+def test_the_end_of_the_interval_decides() -> None:
+    """Oracle: the limits by hand."""
+    figure = {"value": 0.8, "lo": 0.7, "hi": 0.89}
+    assert error_check("fvu", "random", "r", figure)["passed"] is True
+    assert error_check("fvu", "random", "r", figure | {"hi": 0.91})["passed"] is False
+    assert error_check("fvu", "pca", "p", figure | {"hi": 0.99})["passed"] is True
+    assert error_check("fvu", "pca", "p", figure | {"hi": 1.0})["passed"] is False
+    few = {"value": 0.1, "lo": None, "hi": None, "reason": "only 3 documents"}
+    check = error_check("delta_ce", "pca", "p", few)
+    assert (check["passed"], check["reason"], check["against"]) == (None, "only 3 documents", "p")
+
+
+def test_conclusions() -> None:
+    """Oracle: the rule, by hand: what failed decides, then whether FVU is known."""
+
+    def check(metric: str, passed: bool | None, kind: str = "pca") -> dict[str, Any]:
+        return {"name": f"{metric}_beside_{kind}", "metric": metric, "passed": passed}
+
+    dead = {"name": "dead_fraction", "metric": "dead_fraction"}
+    fine = [check("fvu", True), check("delta_ce", True), dead | {"passed": True}]
+    assert conclude(fine) == "passed"
+    assert conclude([*fine[:1], check("delta_ce", None), dead | {"passed": None}]) == (
+        "passed, ΔCE, dead latents unknown"
+    )
+    assert conclude([check("fvu", None), check("delta_ce", True)]) == "unknown"
+    assert conclude([check("fvu", None), check("delta_ce", False, "random"), dead | {"passed": False}]) == (
+        "failed: ΔCE, dead latents"
+    )
+    assert conclude([]) == "unknown"
+
+
+def test_variants_are_sorted_by_verdict_and_then_by_loss() -> None:
+    """Oracle: sorted by hand; what was not measured comes last."""
+    given = {
+        "a": ("passed", 0.3), "b": ("passed, ΔCE unknown", 0.2), "c": ("failed: FVU, dead latents", 0.1),
+        "d": ("unknown", 0.0), "e": ("passed", math.nan), "f": ("diverged at step 7", 0.0),
+    }  # fmt: skip
+    entries = [
+        {"name": name, "verdict": verdict, "not_measured": verdict if name == "f" else None}
+        for name, (verdict, _) in given.items()
+    ]
+    losses = {name: loss for name, (_, loss) in given.items() if name != "f"}
+    assert [entry["name"] for entry in order(entries, losses)] == ["b", "a", "e", "d", "c", "f"]
+
+
+def test_latents_that_are_dead_or_dense() -> None:
+    """Oracle: the shares by hand."""
+    density = np.array([0.5, 0.3, 0.05, 0.05, *[0.01] * 10, *[0.0] * 6])
+    dense = _dense_share(density)
+    assert dense["value"] == pytest.approx(0.8 / 1.0)
+    figures = {"dead_fraction": {"value": 0.3}, "dense_share": dense}
+    dead, dense_check = latent_checks(figures, Thresholds(), None)
+    assert (dead["passed"], dense_check["passed"]) == (False, False)
+    unsure, _ = latent_checks(figures, Thresholds(), "too few tokens")
+    assert (unsure["passed"], unsure["reason"]) == (None, "too few tokens")
+    assert "on average a latent is active 20.0% of the time" in _dense_share(np.full(5, 0.2))["reason"]
+    assert _dense_share(np.zeros(3)) == {"value": None, "reason": "no latent fired"}
