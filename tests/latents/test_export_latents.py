@@ -13,13 +13,16 @@ from peers import require_peers, run_in_peers
 from pipeline import Pipeline
 from safetensors.numpy import load_file
 from torch import Tensor
+from training import config, structured_store
 
+from saemill.common.models.unembedding import NoUnembeddingError
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.latents import saedashboard
 from saemill.latents.config import ExportLatentsConfig
 from saemill.latents.run import run
+from saemill.train.run import run as train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAE = "layers.1-k16-f128-s0-lr0.003"
@@ -196,6 +199,24 @@ def test_saedashboard_names_the_tokens_that_latents_write(trained: Pipeline, tmp
     assert "".join(tokens) in [tokenizer.decode(row.tolist()) for row in rows]
 
 
+def test_without_an_unembedding_no_tokens_are_named(
+    trained: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: empty fields, all else as it was, and a sentence with the reason."""
+
+    def none(*_: Any) -> None:
+        raise NoUnembeddingError("it has none")
+
+    export(trained, "saedashboard", tmp_path / "with", latents=("7",), max_tokens=320)
+    monkeypatch.setattr("saemill.latents.run.load_unembedding", none)
+    export(trained, "saedashboard", tmp_path / "without", latents=("7",), max_tokens=320)
+    assert "without the tokens that latents make more probable: it has none" in capsys.readouterr().out
+    whole, bare = (batches(tmp_path / name)[7] for name in ("with", "without"))
+    empty = {name: value for name, value in bare.items() if value != whole[name]}
+    assert set(empty) == {name for name in whole if name.startswith(("pos_", "neg_", "logits_"))}
+    assert set(map(str, empty.values())) == {"[]"}
+
+
 def test_saebench_loads_the_results(trained: Pipeline, tmp_path: Path) -> None:
     """Oracle: SAEBench's own classes; figures from dense codes and reconstructions of the held-out tokens."""
     require_peers()
@@ -237,9 +258,13 @@ def test_saebench_loads_the_results(trained: Pipeline, tmp_path: Path) -> None:
             "l2_norm_in": float(x_TD.norm(dim=1).mean()),
             "l2_norm_out": float(out_TD.norm(dim=1).mean()),
             "l2_ratio": float((out_TD.norm(dim=1) / x_TD.norm(dim=1)).mean()),
-            "relative_reconstruction_bias": float(out_TD.square().sum() / (x_TD * out_TD).sum()),
+            "relative_reconstruction_bias": metrics["shrinkage"]["relative_reconstruction_bias"],
         },
         rel=1e-4,
+    )
+    bias = metrics["shrinkage"]["relative_reconstruction_bias"]  # which is near 1
+    assert bias - 1 == pytest.approx(
+        float((out_TD - x_TD).mul(out_TD).sum() / (x_TD * out_TD).sum()), rel=1e-3
     )
     assert metrics["sparsity"]["l1"] == pytest.approx(float(codes_TF.sum(1).mean()), rel=1e-4)
     check_latents(found, codes_RSF * keep_RS[..., None], int(keep_RS.sum()), sae)
@@ -280,3 +305,32 @@ def test_saelens_has_the_same_figures(trained: Pipeline, tmp_path: Path) -> None
 def test_masks_are_the_runs(trained: Pipeline) -> None:
     """Oracle: the mask that the oracles above assume."""
     assert ActivationStore(trained.acts).mask == MaskConfig()
+
+
+def test_every_rule_of_latents(tmp_path: Path) -> None:
+    """Oracle: the rules by hand, on dense pre-activations: above a threshold, the largest of each group; of a
+    transcoder those of the site that it reads."""
+    store = structured_store(tmp_path)
+    small: dict[str, Any] = {"k": (4,), "num_latents": (48,), "max_tokens": 1024}
+    kinds: tuple[Any, ...] = ("batchtopk", "groupmax")
+    train(config(store, tmp_path / "run", architecture=kinds, target_site=("b",), **small))
+    run(
+        ExportLatentsConfig(
+            run=tmp_path / "run", format="delphi", out=tmp_path / "d", device="cpu", n_splits=1
+        )
+    )
+    x_TD, ids_RS = store.read("a", 0, store.n_tokens), store.tokens.rows(0, 256)
+    keep_T = torch.from_numpy((ids_RS != 0) & (np.arange(32) > 0)).flatten()
+    for folder in (tmp_path / "d").iterdir():
+        sae = Sae.load(tmp_path / "run" / folder.name)
+        pre_TF = x_TD @ sae.W_enc.T + sae.b_enc
+        if sae.threshold is not None:
+            wanted = pre_TF * (pre_TF > sae.threshold)
+        else:
+            groups = pre_TF.view(-1, 4, 12)
+            wanted = (groups * (groups == groups.amax(2, keepdim=True))).relu().flatten(1)
+        content = load_file(folder / "a" / "0_47.safetensors")
+        row, pos, latent = content["locations"].astype(np.int64).T
+        found = torch.zeros_like(wanted)
+        found[row * 32 + pos, latent] = torch.from_numpy(content["activations"]).float()
+        torch.testing.assert_close(found, wanted * keep_T[:, None], rtol=2e-3, atol=1e-3)

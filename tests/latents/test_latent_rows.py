@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stores import make_store
 
@@ -89,6 +89,7 @@ def test_each_part_has_its_latents_codes(
 
 
 @settings(deadline=None, max_examples=60)
+@example([1.0, 2.0, 3.0, 4.0, 5.0], 1)
 @given(st.lists(st.floats(2**-13, 8, width=32), min_size=1, max_size=60), st.integers(1, 9))
 def test_intervals_have_every_activation_once(acts: list[float], ctx: int) -> None:
     """Oracle: shares that add up to the density; samples from their interval, no two of one row."""
