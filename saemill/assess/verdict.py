@@ -40,19 +40,22 @@ def thresholds_checks(
     """
     t = thresholds
     random = metrics["absorption_random"]["value"] or 0.0  # null where absorption is
-    limits: dict[str, tuple[float | None, float | None]] = {
-        "loss_recovered": (t.min_loss_recovered, None),
-        "l0": (t.min_l0, t.max_l0),
-        "dead_fraction": (None, t.max_dead_fraction),
-        "absorption": (None, max(t.max_absorption, random)),
+    results = {
+        "loss_recovered": _check("loss_recovered", metrics["loss_recovered"], t.min_loss_recovered, None),
+        "l0": _check("l0", metrics["l0"], t.min_l0, t.max_l0),
+        "dead_fraction": _dead_check(metrics, t, unseen),
+        "absorption": _check("absorption", metrics["absorption"], None, max(t.max_absorption, random)),
     }
-    results = {name: _check(name, metrics[name], *limit) for name, limit in limits.items()}
     if random > t.max_absorption:
         why = f"as many random directions show {random:.3f}, more than the threshold of {t.max_absorption:g}"
         results["absorption"].setdefault("reason", why)
-    if unseen and results["dead_fraction"]["passed"] is False:
-        results["dead_fraction"] |= {"passed": None, "reason": unseen}
     return list(results.values())
+
+
+def _dead_check(metrics: dict[str, Figure], thresholds: Thresholds, unseen: str | None) -> Check:
+    """Check that few latents are dead; unknown where latents that fire may look so."""
+    check = _check("dead_fraction", metrics["dead_fraction"], None, thresholds.max_dead_fraction)
+    return check | {"passed": None, "reason": unseen} if unseen and check["passed"] is False else check
 
 
 def _check(name: str, figure: Figure, low: float | None, high: float | None) -> Check:
@@ -93,11 +96,8 @@ def latent_checks(metrics: dict[str, Figure], thresholds: Thresholds, unseen: st
         thresholds: how many may be dead.
         unseen: why latents that fire may look dead.
     """
-    dead = _check("dead_fraction", metrics["dead_fraction"], None, thresholds.max_dead_fraction)
-    if unseen and dead["passed"] is False:
-        dead |= {"passed": None, "reason": unseen}
     dense = _check("dense_share", metrics["dense_share"], None, MOST_OF_DENSE)
-    return [check | {"metric": check["name"]} for check in (dead, dense)]
+    return [check | {"metric": check["name"]} for check in (_dead_check(metrics, thresholds, unseen), dense)]
 
 
 def conclude(evidence: list[Check]) -> str:
