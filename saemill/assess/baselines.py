@@ -82,8 +82,9 @@ def _ks(saes: Mapping[str, Sae], l0s: Mapping[str, float]) -> dict[str, int]:
     ks = {name: sae.config.k for name, sae in saes.items() if sae.config.k is not None}
     there = set(ks.values())
     for name in sorted(saes.keys() - ks.keys(), key=lambda name: -l0s[name]):
-        nearest = min(there, key=lambda k: abs(k - l0s[name]), default=0)
-        ks[name] = nearest if abs(nearest - l0s[name]) <= ALIKE * l0s[name] else max(1, round(l0s[name]))
+        own = max(1, round(l0s[name]))
+        nearest = min(there, key=lambda k: abs(k - l0s[name]), default=own)
+        ks[name] = nearest if abs(nearest - l0s[name]) <= ALIKE * l0s[name] else own
         there.add(ks[name])
     return ks
 

@@ -1,14 +1,17 @@
 """The verdict: what a random dictionary, PCA, an untrained SAE and a trained one get."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from reconstructions import random_sae
 from stores import make_store
 from training import structured
 
+from saemill.assess.baselines import _ks
 from saemill.assess.config import AssessConfig, Thresholds
 from saemill.assess.entries import _dense_share
 from saemill.assess.run import run as assess
@@ -104,6 +107,15 @@ def test_variants_are_sorted_by_verdict_and_then_by_loss() -> None:
     ]
     losses = {name: loss for name, (_, loss) in given.items() if name != "f"}
     assert [entry["name"] for entry in order(entries, losses)] == ["b", "a", "e", "d", "c", "f"]
+
+
+def test_the_k_of_an_sae_with_thresholds() -> None:
+    """Oracle: the rule by hand: a k within 5% of the mean L0, else that rounded; 1 of an SAE that never
+    fires, also where no other k is there."""
+    with_k, without = random_sae(0, k=8), random_sae(0)
+    without.config = replace(without.config, k=None, architecture="jumprelu")
+    assert _ks({"a": with_k, "b": without, "c": without}, {"b": 8.3, "c": 5.6}) == {"a": 8, "b": 8, "c": 6}
+    assert _ks({"b": without}, {"b": 0.0}) == {"b": 1}
 
 
 def test_latents_that_are_dead_or_dense() -> None:
