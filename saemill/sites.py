@@ -1,7 +1,7 @@
 """`saemill sites`: the places in a model whose activations can be cached.
 
 From the config alone: names, widths, which names mean the same, what TransformerLens calls them. With the
-weights as well: what is there (`common.models.roles`).
+weights as well: what is there (`common.models.site_roles`).
 """
 
 import re
@@ -14,7 +14,7 @@ import torch
 from saemill.common.log import counted
 from saemill.common.models.architecture import Architecture, within_layer
 from saemill.common.models.model import LanguageModel, choose_model_dtype
-from saemill.common.models.roles import N_TOKENS, roles_of
+from saemill.common.models.site_roles import N_TOKENS, roles_of
 from saemill.common.models.sites import load_model_config
 from saemill.common.sae.formats.hooks import hook_of
 from saemill.common.stores.site_names import is_input, module_of

@@ -39,7 +39,7 @@ def page() -> str:
 
 
 def test_the_page_lists_the_families() -> None:
-    """Oracle: the tables that test_roles.py holds against transformers; `python -c 'import sys;
+    """Oracle: the tables that test_site_roles.py holds against transformers; `python -c 'import sys;
     sys.path.insert(0, "support"); import test_models_page as t; t.PAGE.write_text(t.page())'` in this folder
     writes the page anew."""
     assert page() == PAGE.read_text()

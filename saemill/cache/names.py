@@ -1,7 +1,7 @@
 """Check of names: whether what is at a site is what its name says.
 
 BLOOM's and MPT's MLP returns the whole residual stream, with its own output added to it; what Gemma 2's MLP
-returns is normed before it is added. `common.models.roles` finds that out.
+returns is normed before it is added. `common.models.site_roles` finds that out.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saemill.common.models.model import LanguageModel
-from saemill.common.models.roles import N_TOKENS
+from saemill.common.models.site_roles import N_TOKENS
 from saemill.common.stores.site_roles import Role
 
 

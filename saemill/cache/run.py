@@ -21,7 +21,7 @@ from saemill.common.errors import DataError
 from saemill.common.log import counted, say
 from saemill.common.models.cached import how_cached
 from saemill.common.models.model import IN_MEMORY, LanguageModel, fingerprint_weights
-from saemill.common.models.roles import roles_of
+from saemill.common.models.site_roles import roles_of
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import StoreSettings

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from saemill.common import durable
 from saemill.common.errors import DataError
 from saemill.common.log import counted
-from saemill.common.stores.roles import MOST_ROLES, RoleWriter
+from saemill.common.stores.message_roles import MOST_ROLES, RoleWriter
 from saemill.common.stores.shards import ShardedArray
 from saemill.common.stores.token_writer import cut_documents, write_token_store
 from saemill.common.stores.tokens import MOST_SOURCES, TokenizerInfo

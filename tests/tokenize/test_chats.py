@@ -13,7 +13,7 @@ from packing import tokenize
 from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.models.chat import ChatTemplate
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.roles import RoleSpans, RoleWriter
+from saemill.common.stores.message_roles import RoleSpans, RoleWriter
 from saemill.common.stores.token_writer import copy_rows
 from saemill.common.stores.tokens import TokenStore
 

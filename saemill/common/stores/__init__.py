@@ -14,7 +14,7 @@ permutation.py    the order of rows in a shard, and every other shuffle
 statistics.py     moments of a site
 norms.py          norms of a site's rows, and counts of them
 mask.py           which positions count
-roles.py          whose message each token of a chat is of
+message_roles.py  whose message each token of a chat is of
 columns.py        Parquet
 runs.py           a run's folder
 assessments.py    the results of `saemill assess`

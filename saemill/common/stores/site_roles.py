@@ -1,4 +1,4 @@
-"""The role of a site: what is there, as `common.models.roles` finds it and a site's records keep it."""
+"""The role of a site: what is there, as `common.models.site_roles` finds it and a site's records keep it."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ from saemill.common.records import Record
 
 
 class Role(Record):
-    """What is at a site, told by arithmetic on a few tokens (`common.models.roles`)."""
+    """What is at a site, told by arithmetic on a few tokens (`common.models.site_roles`)."""
 
     kind: Literal[
         "residual", "holds_residual", "norm_of_residual", "added", "added_after_norm", "part", "within"

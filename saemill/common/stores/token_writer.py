@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from saemill.common import durable, records
-from saemill.common.stores import roles as role_spans
+from saemill.common.stores import message_roles
 from saemill.common.stores.shards import ShardedArray
 from saemill.common.stores.tokens import (
     DOCUMENTS,
@@ -66,7 +66,7 @@ def write_token_store(
     schema = DOCUMENTS_OF_SOURCES if "sources" in names else DOCUMENTS
     _write_table(path / "documents.parquet", documents, schema)
     if roles is not None:
-        _write_table(path / role_spans.FILE, roles, role_spans.SCHEMA)
+        _write_table(path / message_roles.FILE, roles, message_roles.SCHEMA)
     files = records.listed(path)
     content = {"files": [file.model_dump() for file in files], "tokenizer": tokenizer.model_dump(), **names}
     manifest = TokenManifest(

@@ -25,10 +25,10 @@ from pydantic import ConfigDict, Field, JsonValue, model_validator
 from saemill.common import durable, hub, records
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.records import Count, Positive, Record
-from saemill.common.stores import roles as role_spans
+from saemill.common.stores import message_roles
 from saemill.common.stores.columns import read_table
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.roles import RoleSpans
+from saemill.common.stores.message_roles import RoleSpans
 from saemill.common.stores.shards import ShardedArray
 
 FORMAT: Final = "saemill tokens 2"
@@ -131,7 +131,7 @@ class TokenManifest(Record):
         if len(set(names)) < len(names):
             raise ValueError("a file is listed twice")
         needed = {*DESCRIPTIONS, "held_out/c/0/0", "segments.parquet", "documents.parquet"}
-        needed |= {role_spans.FILE} if self.roles else set()
+        needed |= {message_roles.FILE} if self.roles else set()
         if missing := sorted(needed - set(names)):
             raise ValueError(f"{missing[0]} is not listed")
         if self.n_held_out_rows > self.n_rows:
@@ -262,11 +262,13 @@ class TokenStore:
     @cached_property
     def roles(self) -> RoleSpans:
         """Spans of addresses of one role each, of a store of chats."""
-        table = read_table(self._checked(role_spans.FILE), role_spans.SCHEMA, self.repair)
+        table = read_table(self._checked(message_roles.FILE), message_roles.SCHEMA, self.repair)
         try:
             return RoleSpans(table, self.n_tokens, len(self.manifest.roles))
         except ValueError as error:
-            raise StoreError(f"{self.path / role_spans.FILE} is damaged: {error}. {self.repair}") from error
+            raise StoreError(
+                f"{self.path / message_roles.FILE} is damaged: {error}. {self.repair}"
+            ) from error
 
     @cached_property
     def held_out_R(self) -> NDArray[np.bool_]:

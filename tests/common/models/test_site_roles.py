@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saemill.cache import names
 from saemill.common.models.architecture import Architecture
-from saemill.common.models.roles import roles_of
+from saemill.common.models.site_roles import roles_of
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.structure import base_of
 
