@@ -1,7 +1,7 @@
 """The plan that follows from the settings: rows, sites, bytes on the disk. Settings that cannot be carried
 out are refused before the model is loaded."""
 
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,10 @@ import torch
 
 from saemill.cache.config import CacheConfig
 from saemill.cache.folder import check_same_store, existing_settings
+from saemill.cache.outlook import outlook_of
 from saemill.common import config as settings
 from saemill.common import durable, setting
 from saemill.common.errors import ConfigError
-from saemill.common.log import counted
 from saemill.common.models.architecture import Architecture
 from saemill.common.models.model import (
     check_fit,
@@ -22,6 +22,7 @@ from saemill.common.models.model import (
 )
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer
+from saemill.common.outlook import Outlook, free_bytes, nearest_folder, shown
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.site_records import DTYPES, FORMAT, Site, StoreSettings, site_path
 from saemill.common.stores.tokens import TokenStore
@@ -43,8 +44,8 @@ class Plan:
     """Settings that decide the store's content, site by site."""
     device: torch.device
     """Device that the model runs on."""
-    summary: str
-    """Rows, shards and bytes, as the user reads them."""
+    outlook: Outlook
+    """What is written, and what that needs."""
     given: Any = None
     """Model itself, where it is in memory."""
 
@@ -73,10 +74,14 @@ def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
         device, model_config = given.device, given.config
     check_fit(model_config, config.model, tokens, config.trust_remote_code)
     check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
-    sites = sites_of(config, model_config)
+    architecture = Architecture(model_config, config.trust_remote_code)
+    sites = sites_of(config, architecture)
     identity = _identity(config, tokens, existing, n_rows, device, given)
     _check_mask(tokens, settings.build(MaskConfig, identity["mask"], "mask"), n_rows)
-    summary = _summary(config, identity, tokens.ctx_len, sites)
+    row_bytes = bytes_of_rows(sites, identity)
+    numbers = identity["n_rows"], tokens.ctx_len, identity, architecture.n_weights, device
+    outlook = outlook_of(config, sites, row_bytes, *numbers)
+    check_disk(outlook, row_bytes, tokens.ctx_len, identity)
     check_same_store(config.out, existing, identity)
     return Plan(
         config=config,
@@ -84,22 +89,21 @@ def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
         sites=sites,
         identity=identity,
         device=device,
-        summary=summary,
+        outlook=outlook,
         given=given,
     )
 
 
-def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
+def sites_of(config: CacheConfig, architecture: Architecture) -> list[Site]:
     """List the sites that settings name in a model, in its order.
 
     Args:
         config: of the stage.
-        model_config: the model's transformers config.
+        architecture: of the model.
 
     Raises:
         ConfigError: a layer or a module that does not exist.
     """
-    architecture = Architecture(model_config, config.trust_remote_code)
     layers = config.layers
     if config.layer_stride and not (config.layers or config.sites):
         layers = tuple(range(0, len(architecture.blocks), config.layer_stride))
@@ -177,28 +181,46 @@ def _check_mask(tokens: TokenStore, mask: MaskConfig, n_rows: int) -> None:
     )
 
 
-def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites: list[Site]) -> str:
-    """Describe what will be written. What cannot fit on the disk is refused."""
-    n_rows, shard_tokens = identity["n_rows"], identity["shard_tokens"]
-    n_shards = -(-n_rows * ctx_len // shard_tokens)
-    itemsize = DTYPES[identity["dtype"]].itemsize
-    needed = {site.name: n_shards * shard_tokens * site.width * itemsize for site in sites}
-    folder = config.out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    n_written_bytes = sum(durable.folder_bytes(site_path(config.out, site.name) / "c") for site in sites)
-    missing = sum(needed.values()) - n_written_bytes
-    if missing > free:
-        raise ConfigError(
-            f"{missing / 2**20:,.1f} MiB are needed in {folder}, {free / 2**20:,.1f} MiB are free; "
-            "choose fewer sites or --max-tokens, or another disk"
+def bytes_of_rows(sites: list[Site], identity: Mapping[str, Any]) -> dict[str, int]:
+    """Compute the bytes of one token's stored activation at each site."""
+    return {site.name: site.width * DTYPES[identity["dtype"]].itemsize for site in sites}
+
+
+def check_disk(
+    outlook: Outlook, row_bytes: Mapping[str, int], ctx_len: int, identity: Mapping[str, Any]
+) -> None:
+    """Refuse what cannot fit on the disk, and say what would; what is written already counts.
+
+    Args:
+        outlook: of the stage.
+        row_bytes: bytes of a token's stored activation at each site.
+        ctx_len: tokens per row.
+        identity: of the store, with its `shard_tokens`.
+
+    Raises:
+        ConfigError: with the bytes that are needed and those that are free.
+    """
+    assert outlook.folder is not None
+    folder, free = nearest_folder(outlook.folder), free_bytes(outlook.folder)
+    written = {name: durable.folder_bytes(site_path(outlook.folder, name) / "c") for name in outlook.disk}
+    missing = {name: n_bytes - written[name] for name, n_bytes in outlook.disk.items()}
+    if sum(missing.values()) <= free:
+        return
+    fits = []
+    if not any(written.values()):  # else the store's number of rows is settled
+        token_bytes, shard_tokens = sum(row_bytes.values()), identity["shard_tokens"]
+        n_tokens = (
+            free // (token_bytes * shard_tokens) * shard_tokens or free // (token_bytes * ctx_len) * ctx_len
         )
-    padded = ", the last one padded" if n_rows * ctx_len % shard_tokens else ""
-    lines = [
-        f"{counted(n_rows, 'row')} of {ctx_len}, {n_rows * ctx_len:,} tokens, stored as {identity['dtype']}, "
-        f"per site in {counted(n_shards, 'shard')} of {shard_tokens:,} tokens{padded}:",
-        *(f"  {s.name:32} D {s.width:6,}  {needed[s.name] / 2**20:12,.1f} MiB" for s in sites),
-        f"  {sum(needed.values()) / 2**20:,.1f} MiB in all, {free / 2**20:,.1f} MiB free",
-    ]
-    return "\n".join(lines)
+        fits += [f"--max-tokens {n_tokens}"] if n_tokens else []
+    fitting, left = [], free
+    for name, n_bytes in missing.items():
+        if n_bytes <= left:
+            fitting.append(name)
+            left -= n_bytes
+    fits += [f"{', '.join(fitting)} alone"] if fitting else []
+    needed = shown(sum(missing.values()))
+    raise ConfigError(
+        f"{needed} are needed in {folder}, {shown(free)} are free; choose fewer sites or --max-tokens, or "
+        f"another disk: {' or '.join(fits) or 'nothing of it'} would fit"
+    )

@@ -22,6 +22,7 @@ from saemill.common.log import counted, say
 from saemill.common.models.cached import how_cached
 from saemill.common.models.model import IN_MEMORY, LanguageModel, fingerprint_weights
 from saemill.common.models.site_roles import roles_of
+from saemill.common.outlook import Before, tell
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import StoreSettings
@@ -30,7 +31,7 @@ from saemill.common.weights import check_devices
 from saemill.common.world import World, speak_for
 
 
-def run(config: CacheConfig, model: Any = None) -> ActivationStore:
+def run(config: CacheConfig, model: Any = None, before: Before = tell) -> ActivationStore:
     """Cache the activations of the chosen sites into `config.out`.
 
     A store that exists is added to: sites that are missing are cached, shards and tokens that are
@@ -41,6 +42,7 @@ def run(config: CacheConfig, model: Any = None) -> ActivationStore:
     Args:
         config: the settings.
         model: the model itself, in evaluation mode, where it is in memory. `config.model` is its name then.
+        before: takes the outlook, when all is checked and nothing is written yet.
 
     Raises:
         ConfigError: settings that do not fit the model or the tokens, a store made with others, or
@@ -54,6 +56,7 @@ def run(config: CacheConfig, model: Any = None) -> ActivationStore:
     check_devices(config.spread, world.size, torch.cuda.device_count())
     with stop_on_signal() as stop:
         plan = make_plan(config, world, model)
+        before(plan.outlook)
         with Worker(config.out / CLAIMS, stop) as worker:
             store, writers = _open(plan, worker)
             try:
@@ -78,7 +81,6 @@ def _open(plan: Plan, worker: Worker) -> tuple[ActivationStore, list[SiteWriter]
     with worker.hold("store") as claim:
         existing = existing_settings(out, tokens)
         check_same_store(out, existing, plan.identity)
-        say(plan.summary)
         if not whole and not token_copy.is_whole(copy, tokens, n_rows, hashes=existed):
             token_copy.make(copy, tokens, n_rows, worker.partial(), claim)
         write_group(out, existing or _new_settings(plan), worker)

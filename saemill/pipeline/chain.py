@@ -34,7 +34,7 @@ from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
-from saemill.common.models.architecture import check_row_length, limits_of
+from saemill.common.models.architecture import Architecture, check_row_length, limits_of
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.stores import runs
@@ -334,7 +334,7 @@ def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
 
 def _sites(config: CacheConfig) -> list[Site]:
     model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
-    return sites_of(config, model_config)
+    return sites_of(config, Architecture(model_config, config.trust_remote_code))
 
 
 def _damaged(acts: Path) -> Path:
