@@ -83,6 +83,7 @@ IN_TRAIN = {
     "arch": GROUND | {"optim", "backends"},
     "sweep": GROUND | {"backends", "checks"},
     "learner": GROUND | {"optim", "backends", "arch", "sweep", "stream", "objective"},
+    "outlook": GROUND | {"sweep"},
     "inputs": GROUND | {"stream", "sweep", "objective", "sites"},
     "record": GROUND | {"learner", "sweep"},
     "watch": GROUND | {"learner"},
@@ -105,6 +106,7 @@ IN_TRAIN = {
         "tracking",
         "batch",
         "inputs",
+        "outlook",
     },
 }
 """The same within `train`: from the run down to the ground."""

@@ -1,6 +1,7 @@
 """`saemill train`: from settings to banks, the loop, and the SAEs on disk."""
 
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 
 from saemill.common.errors import ConfigError
 from saemill.common.log import counted, say
+from saemill.common.outlook import Before, Outlook, tell
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.runs import METRICS, TENSORBOARD
 from saemill.common.stores.statistics import warnings
 from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
-from saemill.train.backends.base import Backend
+from saemill.train.backends.base import Backend, described
 from saemill.train.backends.choose import choose_kernels, kernels_of, make_backend
 from saemill.train.batch import check_batch
 from saemill.train.config import TrainConfig
@@ -26,6 +28,7 @@ from saemill.train.inputs import check_mse, load_model_loss, open_stream, with_s
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
 from saemill.train.losses import IN_MODEL
+from saemill.train.outlook import Computed, Stream, check_room, dead_after_tokens, outlook_of
 from saemill.train.points import Points, points_of
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.record.folder import Folder
@@ -42,7 +45,7 @@ from saemill.train.sweep.placement import (
     choose,
     is_stepped_by_torch,
 )
-from saemill.train.sweep.schedule import Schedule
+from saemill.train.sweep.schedule import Schedule, schedule_of
 from saemill.train.sweep.sources import sources_of
 from saemill.train.sweep.variant import Variant
 from saemill.train.sweep.variants import of_config
@@ -53,16 +56,16 @@ from saemill.train.watch.watch import Watch, watch_of
 if TYPE_CHECKING:
     from saemill.train.objective.model import ModelLoss
 
-MOST_DEAD_AFTER_TOKENS = 10_000_000
-MOST_WARMUP_STEPS = 1000
-FEW_STEPS = 100
-"""Steps below which the plan says that more may help."""
 SAMPLE_TOKENS = 8192
 """Tokens from which the initial gain and the geometric median are computed, whatever the batch size."""
 
 
-def run(config: TrainConfig) -> list[Path]:
+def run(config: TrainConfig, before: Before = tell) -> list[Path]:
     """Train all variants into `config.out`, alone or as one of several processes that share them out.
+
+    Args:
+        config: the settings.
+        before: takes the outlook, when all is checked and nothing is written yet; on the first process.
 
     Returns: the folders of the SAEs.
 
@@ -86,24 +89,66 @@ def run(config: TrainConfig) -> list[Path]:
         closing(open_stream(config, store, sources)) as loader,
         ExitStack() as resources,
     ):
-        schedule = _schedule(config, loader.epoch_tokens, f"{store.text.unit}s")
+        schedule = schedule_of(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps, sources)
         check_mse(loader, variants)
-        _place(config, store, variants, everyone, device)
+        placement = _place(config, store, variants, everyone, device)
         folder = Folder(config, store.fingerprint, sources)
         metric = config.halving_metric or "fvu"
         halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
         watch = watch_of(config, store, loader.mask, schedule.n_steps)
         points = points_of(config.out, config.n_checkpoints, schedule.n_steps)
-        if everyone.first(folder.is_finished):
+        is_done = everyone.first(folder.is_finished)
+        outlook = partial(_outlook, config, loader, placement, schedule, watch, device, is_done)
+        everyone.first(lambda: before(outlook()))
+        if is_done:
+            everyone.first(folder.mend)
             return [config.out / variant.name for variant in variants]
-        everyone.first(lambda: check_machine(config))
         everyone.first(lambda: folder.lock(resources))
         trainer = _train(
             config, folder.run, loader, schedule, halving, watch, points, everyone, device, stop, resources
         )
         return export(config.out, variants, store, trainer, halving)
+
+
+def _outlook(
+    config: TrainConfig,
+    loader: Loader | WholeRows,
+    placement: Placement,
+    schedule: Schedule,
+    watch: Watch | None,
+    device: torch.device,
+    is_done: bool,
+) -> Outlook:
+    """Work out what is going to be done, and what may go wrong.
+
+    Raises:
+        ConfigError: this machine cannot do it.
+    """
+    store, rows, variants = loader.store, loader.rows, placement.variants
+    if not is_done:
+        check_machine(config)
+    held_out = (
+        f"; {counted(store.text.manifest.n_held_out_rows, store.text.row)} held out"
+        f"{watch.plan.describe() if watch else ''}"
+    )
+    widths = {name: site.width for name, site in (loader.every_site | dict(rows.sites)).items()}
+    stream = Stream(
+        widths=widths,
+        itemsize=max(array.stored_dtype.itemsize for array in rows.sites.values()),
+        n_tokens=store.n_tokens,
+        epoch_tokens=loader.epoch_tokens,
+        unit=store.text.unit,
+    )
+    by = Computed(device, kernels_of(config.kernels, device), choose_product_dtype(config.precision, device))
+    outlook = outlook_of(config, variants, placement, stream, schedule.n_steps, by, held_out)
+    if not is_done:
+        check_room(config, outlook, len(variants))
+    notes = [note for note in (rows.describe_roles(), rows.describe_long()) if note]
+    for name, array in rows.sites.items():
+        notes += warnings(name, rows.statistics(name), array.dtype, store.text.unit)
+    return replace(outlook, what=(*outlook.what, *notes), is_done=is_done)
 
 
 def _train(
@@ -141,7 +186,7 @@ def _train(
             trainer.resume()
             if end == ends[0]:
                 _check_profile(trainer, end)
-                _print_plan(config, trainer, placement, loader.store)
+                _say_how(config, trainer, placement, loader.store)
                 log = everyone.alone(partial(JsonlSink, config.out / METRICS, trainer.logged))
                 if log is not None:
                     open_sinks.enter_context(closing(log))
@@ -223,8 +268,7 @@ def _build(
     variants = list(placement.teams[everyone.rank // placement.team_size])
     # Sums of bf16 products stay in float32, as on a CPU.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    n_tokens = schedule.n_steps * config.step_tokens
-    dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
+    dead_after = dead_after_tokens(config, schedule.n_steps)
     dtype = choose_product_dtype(config.precision, device)
     backend = make_backend(choose_kernels(config.kernels, device), dtype, team)
     loader.restrict(list(dict.fromkeys(site for variant in variants for site in variant.sites)))
@@ -282,40 +326,6 @@ def _check_profile(trainer: Trainer, end: int) -> None:
         )
 
 
-def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
-    """Plan the steps and the learning rate over them; `units` is what the store holds."""
-    step_tokens = config.step_tokens
-    n_tokens = config.max_tokens or (config.epochs or 1) * epoch_tokens
-    n_steps = n_tokens // step_tokens
-    if n_steps == 0:
-        raise ConfigError(
-            f"{n_tokens:,} training {units} are less than one step of {step_tokens:,}; "
-            "lower --batch-size or raise --max-tokens"
-        )
-    warmup = config.warmup_steps
-    if warmup is not None and warmup >= n_steps:
-        raise ConfigError(
-            f"warmup_steps must be fewer than the run's {n_steps:,} steps, got {warmup:,}; "
-            "lower --warmup-steps or train longer"
-        )
-    schedule = Schedule(
-        n_steps=n_steps,
-        warmup_steps=min(MOST_WARMUP_STEPS, n_steps // 20) if warmup is None else warmup,
-        decay=config.lr_decay,
-        decay_steps=round(config.decay_fraction * n_steps),
-        course=config.lr_schedule,
-        end=config.course_end,
-        n_cycles=(config.lr_cycles or 2) if config.lr_schedule == "cosine_restarts" else 1,
-    )
-    if config.lr_schedule != "constant" and schedule.course_steps < schedule.n_cycles:
-        raise ConfigError(
-            f"lr_schedule {config.lr_schedule} needs {schedule.n_cycles:,} steps from warm-up to decay, and "
-            f"has {max(0, schedule.course_steps):,} of the run's {n_steps:,}; lower warmup_steps, "
-            "lr_decay_fraction or lr_cycles, or train longer"
-        )
-    return schedule
-
-
 def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
     """Choose the dtype of the encoder's product: bf16 wherever `auto` finds hardware that is fast at it."""
     if name == "auto":
@@ -353,37 +363,18 @@ def _start_sinks(config: TrainConfig, trainer: Trainer, opened: ExitStack) -> li
     return sinks
 
 
-def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, store: ActivationStore) -> None:
-    """Say what is going to be done, and what may go wrong."""
+def _say_how(config: TrainConfig, trainer: Trainer, placement: Placement, store: ActivationStore) -> None:
+    """Say what is known only now of how steps are computed, and from where the run goes on."""
     if trainer.everyone.rank > 0:
         return  # which may be without a variant after a rung
-    n_steps = trainer.schedule.n_steps
-    n_tokens = n_steps * config.step_tokens
-    epochs = n_tokens / trainer.loader.epoch_tokens
-    backend, unit = trainer.banks[0].backend, store.text.unit
-    dead_after_tokens = trainer.learners[0].dead_after_tokens
-    say(
-        f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {placement.describe()}; "
-        f"{backend.describe()}; {counted(n_steps, 'step')}, "
-        f"{counted(n_tokens, unit)} ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
-        f"{counted(dead_after_tokens, unit)}; "
-        f"{counted(store.text.manifest.n_held_out_rows, store.text.row)} held out"
-        f"{trainer.watch.plan.describe() if trainer.watch else ''}"
-    )
-    rows = trainer.loader.rows
-    for left_out in (rows.describe_roles(), rows.describe_long()):
-        if left_out:
-            say(left_out)
-    for name, array in rows.sites.items():
-        for warning in warnings(name, rows.statistics(name), array.dtype, unit):
-            say(warning)
+    backend = trainer.banks[0].backend
+    if backend.describe() != described(backend.dtype, backend.name):
+        say(backend.describe())
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")
     if backend.name == "triton" and any(
         is_stepped_by_torch(v, {site: store.site(site).width for site in v.sites}) for v in placement.variants
     ):
         say(f"steps with {WITHOUT_KERNELS} are made by torch on a GPU, more slowly than by Triton's kernels")
-    if n_steps < FEW_STEPS:
-        say(f"few steps to learn in ({n_steps}): more epochs or a smaller batch may help much")
     if trainer.step:
         say(f"continuing after step {trainer.step:,}")
