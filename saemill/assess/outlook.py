@@ -92,7 +92,11 @@ def outlook_of(
             f"{device}: {', '.join(passes)}",
         ),
         folder=config.folder,
-        amount=amounts.reconstructed,
+        amounts={
+            "max_tokens": amounts.reconstructed,
+            "model_tokens": amounts.spliced or config.model_tokens,
+            "context_tokens": amounts.searched,
+        },
         unit=unit,
         memory=memory | ({} if on_gpu else on_device),
         mapped_bytes=amounts.searched * sum(sites.values()) * itemsize,

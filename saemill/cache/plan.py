@@ -9,7 +9,7 @@ import torch
 
 from saemill.cache.config import CacheConfig
 from saemill.cache.folder import check_same_store, existing_settings
-from saemill.cache.outlook import outlook_of
+from saemill.cache.outlook import model_bytes, outlook_of
 from saemill.common import config as settings
 from saemill.common import durable, setting
 from saemill.common.errors import ConfigError
@@ -224,3 +224,40 @@ def check_disk(
         f"{needed} are needed in {folder}, {shown(free)} are free; choose fewer sites or --max-tokens, or "
         f"another disk: {' or '.join(fits) or 'nothing of it'} would fit"
     )
+
+
+def outlook_ahead(
+    config: CacheConfig, n_rows: int, ctx_len: int, device: torch.device
+) -> tuple[Outlook, dict[str, int], int, int, int]:
+    """Look ahead to a new store of tokens that are not there yet.
+
+    Args:
+        config: of the stage.
+        n_rows: rows that there are going to be.
+        ctx_len: tokens per row.
+        device: that the model runs on.
+
+    Returns: the outlook; the widths of the sites; the bytes of a stored number; the number of the model's
+    weights, and their bytes.
+
+    Raises:
+        ConfigError: sites that the model has not, or too little disk.
+    """
+    n_rows = min(n_rows, (config.max_tokens or n_rows * ctx_len) // ctx_len)
+    rows_per_shard = max(1, min(n_rows, (config.shard_tokens or SHARD_TOKENS) // ctx_len))
+    identity: dict[str, Any] = {
+        "dtype": config.dtype or "bf16",
+        "shard_tokens": rows_per_shard * ctx_len,
+        "model_dtype": str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch."),
+        "load_in_8bit": config.load_in_8bit,
+        "load_in_4bit": config.load_in_4bit,
+    }
+    model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
+    architecture = Architecture(model_config, config.trust_remote_code)
+    sites = sites_of(config, architecture)
+    row_bytes = bytes_of_rows(sites, identity)
+    outlook = outlook_of(config, sites, row_bytes, n_rows, ctx_len, identity, architecture.n_weights, device)
+    check_disk(outlook, row_bytes, ctx_len, identity)
+    widths, n_weights = {site.name: site.width for site in sites}, architecture.n_weights
+    itemsize = DTYPES[identity["dtype"]].itemsize
+    return outlook, widths, itemsize, n_weights, model_bytes(n_weights, identity)

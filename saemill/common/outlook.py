@@ -24,8 +24,10 @@ class Outlook:
     """Where is written; None where that follows from a stage that has not run."""
     is_done: bool = False
     """Whether it is there already."""
-    amount: int = 0
-    """Tokens, or passages, that the stage goes over."""
+    amounts: Mapping[str, int] = field(default_factory=dict)
+    """Tokens, or passages, that the stage goes over, by the setting that limits them; the first counts."""
+    least: int = 1
+    """Fewest that it can go over: a row, a step."""
     unit: str = "token"
     disk: Mapping[str, int] = field(default_factory=dict)
     """Bytes that are written, by what they are."""
@@ -36,6 +38,11 @@ class Outlook:
     """Bytes of files that are mapped, beside `memory`: the system takes their pages back when it is short."""
     gpu: Mapping[str, int] = field(default_factory=dict)
     """Bytes of a GPU's memory, by what takes them."""
+
+    @property
+    def amount(self) -> int:
+        """Tokens, or passages, that the stage goes over; 0 where nobody knows yet."""
+        return next(iter(self.amounts.values()), 0)
 
     @property
     def disk_bytes(self) -> int:

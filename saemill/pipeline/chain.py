@@ -47,6 +47,7 @@ from saemill.common.world import World
 from saemill.pipeline.rows import check_rows
 from saemill.pipeline.stages import (
     CONFIGS,
+    MADE,
     READS,
     Sections,
     absolute,
@@ -83,6 +84,7 @@ class Chain:
         folder: where results are kept whose folder is not named.
         run_name: the run's folder in `folder/runs`; by default found by content.
         where: the config's file, for messages.
+        is_plan: whether it is only planned, and may be for another machine.
 
     Raises:
         ConfigError: settings that are wrong, contradict one another or do not fit the model. What can be
@@ -93,6 +95,7 @@ class Chain:
     folder: Path
     run_name: str | None = None
     where: str = "the config"
+    is_plan: bool = False
     configs: dict[str, Any] = field(init=False)
     """Settings by stage; folders are filled in as they become known."""
     batch_is_set: bool = field(init=False)
@@ -118,7 +121,7 @@ class Chain:
         check_amounts(self.configs)
         if "cache" in self.configs:
             self._check_model(self.configs["cache"])
-        if "train" in self.configs:
+        if "train" in self.configs and not self.is_plan:
             check_machine(self.configs["train"])
         if first == "cache":
             self._check_rows(TokenStore(self.configs["cache"].tokens))
@@ -168,10 +171,28 @@ class Chain:
         title = path.name.split(".")[0] if path.is_file() else path.name
         return self.folder / kind / f"{title}-{durable.hash_json(content)[:8]}"
 
+    def placed(self, stage: str, config: Any) -> Any:
+        """Fill in the folder that a stage writes to, if it is found by content. Where that is not there yet,
+        it is the one that the folder will lie in."""
+        if stage == "assess" or config.out != UNKNOWN:
+            return config
+        if stage == "tokenize":
+            place = self._place("tokens", config.dataset or "mix", content_of_tokens(config))
+        elif stage == "cache":
+            is_there = (config.tokens / MADE["cache"]).exists()
+            place = self.folder / "acts"
+            if is_there:
+                place = self._place("acts", config.model, content_of(config, TokenStore(config.tokens)))
+        elif (config.acts / MADE["train"]).exists():
+            store = ActivationStore(config.acts, config.with_acts)
+            content = [config.identity(), store.fingerprint]
+            place = self._place("runs", str(store.settings.model), content)
+        else:
+            place = self.folder / "runs"
+        return replace(config, out=place)
+
     def _tokenize(self, config: TokenizeConfig) -> Path:
-        out = config.out
-        if out == UNKNOWN:
-            out = self._place("tokens", config.dataset or "mix", content_of_tokens(config))
+        out: Path = self.placed("tokenize", config).out
 
         def made() -> dict[str, Any]:
             self._check_rows(tokenize(replace(config, out=out)))
@@ -183,7 +204,7 @@ class Chain:
 
     def _cache(self, config: CacheConfig) -> Path:
         content = content_of(config, TokenStore(config.tokens))
-        out = config.out if config.out != UNKNOWN else self._place("acts", config.model, content)
+        out: Path = self.placed("cache", config).out
         damaged = _damaged(out)
         if damaged.exists() or not _has_sites(out, content, [site.name for site in _sites(config)]):
             cache(replace(config, out=out))
@@ -191,10 +212,7 @@ class Chain:
         return out
 
     def _train(self, config: TrainConfig) -> Path:
-        if config.out == UNKNOWN:
-            store = ActivationStore(config.acts, config.with_acts)
-            content = [config.identity(), store.fingerprint]
-            config = replace(config, out=self._place("runs", str(store.settings.model), content))
+        config = self.placed("train", config)
         self.configs["train"] = config
         self._write_down(config.out)
         self._with_repair(lambda: train(config))

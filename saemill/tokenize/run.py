@@ -59,7 +59,7 @@ def run(config: TokenizeConfig, dataset: Any = None, before: Before | None = Non
     info = with_tokens(own, tokenizer, config.row_start, config.separator)
     if config.ctx_len is not None:
         check_ctx_len(config.ctx_len, tokenizer, info, config.tokenizer_revision)
-    sources = _open(config, given)
+    sources = opened(config, given)
     encoder = Encoder(_encoding(config, sources), tokenizer)
     if before is not None:
         ctx_len = _rows(config, info, sources)[0]
@@ -86,7 +86,7 @@ def run(config: TokenizeConfig, dataset: Any = None, before: Before | None = Non
     return store
 
 
-def _open(config: TokenizeConfig, given: memory.Given | None) -> list[Source]:
+def opened(config: TokenizeConfig, given: memory.Given | None = None) -> list[Source]:
     """Open the datasets, or the one that is in memory.
 
     Raises:

@@ -1,0 +1,137 @@
+"""A little of each stage, really run in a temporary folder, and what follows for the whole.
+
+Seconds are a line: start and warm-up of the process, what a run costs anyway, and so much per token. Memory
+is the most that the piece held, with what grows with the amount (windows, buffers, mapped files) as it will
+be. Where a stage's input is not there, that is what the piece of the stage before has left.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+from typing import Any
+
+import numpy as np
+
+from saemill.common.errors import ConfigError, Interrupted
+from saemill.common.log import duration
+from saemill.common.outlook import Outlook
+from saemill.common.signals import stop_on_signal
+from saemill.common.stores.token_writer import copy_rows
+from saemill.common.stores.tokens import TokenStore
+from saemill.plan import child
+from saemill.plan.child import Measured, Piece
+
+LIBRARIES, MEASURED = "libraries", "libraries and what else was measured"
+POLL_SECONDS = 0.2
+SAMPLE_ROWS = 1024
+"""Most rows of the tokens that pieces are cached from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds of a whole stage."""
+
+    seconds: float
+    cpu_seconds: float
+    tokens_per_hour: float
+    """How much it goes over once it is under way."""
+
+    def describe(self, unit: str) -> str:
+        """Describe it for the plan."""
+        return f"time: about {duration(self.seconds)}; {_count(self.tokens_per_hour)} {unit}s per hour"
+
+
+def _count(number: float) -> str:
+    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:,.3g}{suffix}"
+    return f"{number:,.0f}"
+
+
+class Probe:
+    """The temporary folder of the pieces, and the processes that work in it."""
+
+    def __init__(self, folder: Path, stop: Event) -> None:
+        self.folder, self.stop = folder, stop
+        self.measured_seconds = 0.0
+
+    def measure(self, piece: Piece) -> Measured:
+        """Run a piece in a process of its own.
+
+        Raises:
+            ConfigError: the stage refuses it, or its process died.
+            Interrupted: a signal came.
+        """
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        began = time.time()
+        process = context.Process(target=child.work, args=(piece, began, sender))
+        process.start()
+        sender.close()
+        try:
+            while not receiver.poll(POLL_SECONDS):
+                if self.stop.is_set():
+                    raise Interrupted("stopped by a signal; a plan writes nothing, so nothing is left")
+            result = receiver.recv()
+        except EOFError:
+            process.join()
+            raise ConfigError(
+                f"the process that measured {piece.stage} ended with code {process.exitcode}, which where "
+                "memory is short is the system's doing; leave the measurement out with --no-probe"
+            ) from None
+        finally:
+            process.terminate()
+            process.join()
+        if isinstance(result, str):
+            raise ConfigError(f"{piece.stage} cannot be measured: {result}\n--no-probe leaves it out")
+        assert isinstance(result, Measured)
+        self.measured_seconds += time.time() - began
+        return result
+
+    def sample(self, tokens: TokenStore) -> TokenStore:
+        """Copy some rows, every other one of them held out, so that a few are enough to assess on."""
+        n_rows = min(SAMPLE_ROWS, tokens.n_rows)
+        path = self.folder / "sample"
+        return copy_rows(tokens, n_rows, path, np.arange(n_rows) % 2 == 1) if n_rows > 1 else tokens
+
+
+@contextmanager
+def probing() -> Iterator[Probe]:
+    """Make a temporary folder for pieces; it is gone afterwards, whatever happens."""
+    with TemporaryDirectory(prefix="saemill-plan-") as folder, stop_on_signal() as stop:
+        yield Probe(Path(folder), stop)
+
+
+def estimate(measured: Measured, n_tokens: int) -> Estimate:
+    """Draw the line through the runs to the whole stage.
+
+    Args:
+        measured: the piece.
+        n_tokens: of the whole.
+    """
+    warm, short, long = measured.runs
+
+    def whole(what: str) -> tuple[float, float]:
+        start, warm_s, short_s, long_s = (getattr(run, what) for run in (measured.start, warm, short, long))
+        more = long.n_tokens - short.n_tokens
+        per_token = max(0.0, long_s - short_s) / more if more else 0.0
+        anyway = max(0.0, short_s - per_token * short.n_tokens)
+        return start + max(0.0, warm_s - short_s) + anyway + per_token * n_tokens, per_token
+
+    (seconds, per_token), (cpu_seconds, _) = whole("seconds"), whole("cpu_seconds")
+    rate = 1 / per_token if per_token else long.n_tokens / long.seconds
+    return Estimate(seconds, cpu_seconds, 3600 * rate)
+
+
+def with_measured(outlook: Outlook, measured: Measured) -> Outlook:
+    """Put what the piece's process held beyond its own outlook into that of the whole."""
+    piece = measured.outlook
+    own = sum(n_bytes for name, n_bytes in piece.memory.items() if name != LIBRARIES) + piece.mapped_bytes
+    rest = max(measured.peak_bytes - own, piece.memory.get(LIBRARIES, 0))
+    parts: dict[str, Any] = {name: n for name, n in outlook.memory.items() if name != LIBRARIES}
+    return replace(outlook, memory={MEASURED: rest} | parts)
