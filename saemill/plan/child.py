@@ -1,25 +1,27 @@
 """One stage, really run on a little of its input, in a process of its own: so its start counts as it will.
 
-It runs three times: to warm up, on as little again, and on more. The difference of the last two is what
-its input costs, the rest what it costs anyway.
+It runs to warm up, on as little again, and then on more and more, until that takes longer by seconds. What
+the last run takes longer than the second is what its input costs; the rest it costs anyway.
 """
 
 import importlib
+import os
+import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from saemill.common import log
 from saemill.common.errors import SaemillError
 from saemill.common.outlook import Outlook, process_bytes
 
 SECONDS = 3.0
-"""Seconds that the longest run is to take."""
-LEAST_FACTOR, MOST_FACTOR = 2, 32
-"""How much more the last run goes over than the others."""
+"""Seconds by which the last run is to be longer than the second."""
+GROWTH = 4
+"""How much more each run goes over than the one before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,7 @@ class Piece:
     most: int
     """Most tokens that there are to measure on."""
     out: Path
-    """Folder for what the runs write; the last one's is `2`."""
+    """Folder for what the runs write, each into its own."""
 
     def config_of(self, n_tokens: int, run: int) -> Any:
         """Make the settings of one run."""
@@ -63,8 +65,12 @@ class Measured:
     """What a process saw of a piece."""
 
     start: Ran
-    runs: tuple[Ran, ...]
-    """The three runs."""
+    warm: Ran
+    short: Ran
+    long: Ran
+    """The last run."""
+    out: Path
+    """What it wrote."""
     peak_bytes: int
     """Most memory of the process."""
     outlook: Outlook
@@ -72,18 +78,22 @@ class Measured:
 
 
 def work(piece: Piece, began: float, to: Connection) -> None:
-    """Run a piece and send what was measured; or the error.
+    """Run a piece and send what was measured, or why it was not. What it says goes nowhere.
 
     Args:
         piece: what to run.
         began: the time when the process was started, in seconds since the epoch.
         to: where the result goes.
     """
-    log.speaks = False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
     try:
         to.send(_measured(piece, began))
     except SaemillError as error:
         to.send(str(error))
+    except Exception:
+        to.send(traceback.format_exc())
 
 
 def _measured(piece: Piece, began: float) -> Measured:
@@ -91,13 +101,15 @@ def _measured(piece: Piece, began: float) -> Measured:
     start = Ran(0, time.time() - began, time.process_time())
     outlooks: list[Outlook] = []
 
-    def run(n_tokens: int, number: int) -> Ran:
+    def run(n_tokens: int) -> Ran:
         wall, cpu = time.perf_counter(), time.process_time()
-        stage.run(piece.config_of(n_tokens, number), before=outlooks.append)
+        stage.run(piece.config_of(n_tokens, len(outlooks)), before=outlooks.append)
         return Ran(n_tokens, time.perf_counter() - wall, time.process_time() - cpu)
 
-    least = max(piece.unit, min(piece.least, piece.most // LEAST_FACTOR) // piece.unit * piece.unit)
-    warm, short = run(least, 0), run(least, 1)
-    factor = min(MOST_FACTOR, max(LEAST_FACTOR, SECONDS / max(short.seconds, 1e-3)))
-    long = run(max(least, min(round(least * factor), piece.most) // piece.unit * piece.unit), 2)
-    return Measured(start, (warm, short, long), process_bytes(), outlooks[-1])
+    least = max(piece.unit, min(piece.least, piece.most // GROWTH) // piece.unit * piece.unit)
+    warm, short = run(least), run(least)
+    long = short
+    while long.seconds - short.seconds < SECONDS and long.n_tokens < piece.most:
+        long = run(max(least, min(long.n_tokens * GROWTH, piece.most) // piece.unit * piece.unit))
+    out = piece.out / str(len(outlooks) - 1)
+    return Measured(start, warm, short, long, out, process_bytes(), outlooks[-1])

@@ -22,6 +22,7 @@ from saemill.plan.ahead import Cached, Rows, Trained
 from saemill.plan.child import Measured, Piece
 from saemill.plan.device import Device
 from saemill.plan.probe import Estimate, Probe, estimate, with_measured
+from saemill.plan.sample import sample
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.outlook import outlook_of as outlook_of_tokens
 from saemill.tokenize.run import opened
@@ -36,6 +37,8 @@ STAGES: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 UNKNOWN_TOKENS = 1 << 40
 """Most tokens of a piece where nobody knows how many there are."""
+SAMPLE_ROWS = 2048
+"""Most rows of the tokens that pieces are cached from."""
 SHORT_ROWS, SHORT_STEPS, SHORT_SHARE = 64, 4, 8
 """What short runs go over: rows to tokenize, steps of training, one part of the assessment in so many."""
 
@@ -157,9 +160,9 @@ class Planner:
         self._leave_out(device)
         if self.tokens is None or self.probe is None:
             return Planned(outlook, None)
-        sample = self.probe.sample(self.tokens)
-        small, least = replace(config, tokens=sample.path), config.batch_size * sample.ctx_len
-        measured, self.acts = self._measured(outlook, small, least, sample.n_tokens)
+        some = sample(self.tokens, SAMPLE_ROWS, self.probe.folder / "sample")
+        small, least = replace(config, tokens=some.path), config.batch_size * some.ctx_len
+        measured, self.acts = self._measured(outlook, small, least, some.n_tokens)
         return _planned(outlook, measured)
 
     def _train(self, config: TrainConfig) -> Planned:
@@ -228,7 +231,6 @@ class Planner:
         """
         if self.probe is None or self.unmeasured:
             return None, None
-        out = self.probe.folder / outlook.stage
         piece = Piece(
             stage=outlook.stage,
             config=config,
@@ -236,9 +238,10 @@ class Planner:
             unit=outlook.least,
             least=least,
             most=min(most, outlook.amount),
-            out=out,
+            out=self.probe.folder / outlook.stage,
         )
-        return self.probe.measure(piece), out / "2"
+        measured = self.probe.measure(piece)
+        return measured, measured.out
 
 
 def _planned(outlook: Outlook, measured: Measured | None, share: float = 1.0) -> Planned:
@@ -248,16 +251,16 @@ def _planned(outlook: Outlook, measured: Measured | None, share: float = 1.0) ->
     return Planned(with_measured(outlook, measured), estimate(measured, round(outlook.amount * share)))
 
 
-def _n_rows(config: TokenizeConfig, most_tokens: int, sample: TokenStore) -> int:
+def _n_rows(config: TokenizeConfig, most_tokens: int, some: TokenStore) -> int:
     """Estimate the rows that a text will give: as many as the documents of a sample, or the limit."""
-    limit = most_tokens // sample.ctx_len or UNKNOWN_TOKENS
+    limit = most_tokens // some.ctx_len or UNKNOWN_TOKENS
     sources = opened(config)
     if any(source.streaming for source in sources):
         if most_tokens:
             return limit
         raise ConfigError("how many tokens a stream has nobody knows before: say --max-tokens")
     n_documents = sum(len(source.dataset) for source in sources)
-    return min(limit, max(1, round(sample.n_rows * n_documents / sample.manifest.n_documents)))
+    return min(limit, max(1, round(some.n_rows * n_documents / some.manifest.n_documents)))
 
 
 def _has_sites(path: Path, names: list[str]) -> bool:

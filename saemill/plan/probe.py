@@ -15,21 +15,15 @@ from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Any
 
-import numpy as np
-
 from saemill.common.errors import ConfigError, Interrupted
 from saemill.common.log import duration
 from saemill.common.outlook import Outlook
 from saemill.common.signals import stop_on_signal
-from saemill.common.stores.token_writer import copy_rows
-from saemill.common.stores.tokens import TokenStore
 from saemill.plan import child
 from saemill.plan.child import Measured, Piece
 
 LIBRARIES, MEASURED = "libraries", "libraries and what else was measured"
 POLL_SECONDS = 0.2
-SAMPLE_ROWS = 1024
-"""Most rows of the tokens that pieces are cached from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +87,6 @@ class Probe:
         self.measured_seconds += time.time() - began
         return result
 
-    def sample(self, tokens: TokenStore) -> TokenStore:
-        """Copy some rows, every other one of them held out, so that a few are enough to assess on."""
-        n_rows = min(SAMPLE_ROWS, tokens.n_rows)
-        path = self.folder / "sample"
-        return copy_rows(tokens, n_rows, path, np.arange(n_rows) % 2 == 1) if n_rows > 1 else tokens
-
 
 @contextmanager
 def probing() -> Iterator[Probe]:
@@ -114,14 +102,14 @@ def estimate(measured: Measured, n_tokens: int) -> Estimate:
         measured: the piece.
         n_tokens: of the whole.
     """
-    warm, short, long = measured.runs
+    start, warm, short, long = measured.start, measured.warm, measured.short, measured.long
 
     def whole(what: str) -> tuple[float, float]:
-        start, warm_s, short_s, long_s = (getattr(run, what) for run in (measured.start, warm, short, long))
+        start_s, warm_s, short_s, long_s = (getattr(run, what) for run in (start, warm, short, long))
         more = long.n_tokens - short.n_tokens
         per_token = max(0.0, long_s - short_s) / more if more else 0.0
         anyway = max(0.0, short_s - per_token * short.n_tokens)
-        return start + max(0.0, warm_s - short_s) + anyway + per_token * n_tokens, per_token
+        return start_s + max(0.0, warm_s - short_s) + anyway + per_token * n_tokens, per_token
 
     (seconds, per_token), (cpu_seconds, _) = whole("seconds"), whole("cpu_seconds")
     rate = 1 / per_token if per_token else long.n_tokens / long.seconds

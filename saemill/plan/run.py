@@ -21,13 +21,15 @@ from saemill.plan.probe import probing
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def of_chain(chain: Chain, measures: bool = True) -> None:
+def of_chain(chain: Chain, measures: bool = True) -> list[Planned]:
     """Tell the plan of a pipeline; nothing is written.
+
+    Returns: the plan of each stage.
 
     Raises:
         SaemillError: what its stages refuse.
     """
-    plan(chain.configs, measures, chain.placed)
+    return plan(chain.configs, measures, chain.placed)
 
 
 def of_matrix(file: Path, targets: tuple[str, ...], sources: tuple[str, ...], measures: bool = True) -> None:
@@ -55,6 +57,8 @@ def plan(
         measures: whether a little of each stage is run, in a temporary folder, to estimate its time.
         place: fills in the folder of a stage, where that is found by content.
 
+    Returns: the plan of each stage.
+
     Raises:
         SaemillError: what the stages refuse.
     """
@@ -67,6 +71,7 @@ def plan(
             done.append(planner.stage(stage, config))
             _tell(done[-1], planner.unmeasured)
         say(_sum(done, probe.measured_seconds if probe else 0.0))
+    return done
 
 
 def _tell(planned: Planned, unmeasured: str) -> None:

@@ -87,20 +87,12 @@ def _write_table(file: Path, table: pa.Table, schema: pa.Schema) -> None:
         pq.write_table(table.select(schema.names).cast(schema), file, compression="zstd")
 
 
-def copy_rows(
-    store: TokenStore, n_rows: int, path: Path, held_out_R: NDArray[np.bool_] | None = None
-) -> TokenStore:
+def copy_rows(store: TokenStore, n_rows: int, path: Path) -> TokenStore:
     """Copy a store's first `n_rows` rows to a new folder, so that activations carry their tokens.
 
     The copy's manifest names the original's fingerprint as `parent_fingerprint`. Documents keep
     their numbers; a document cut by the end loses its later tokens. All that is copied is compared with its
     hash first.
-
-    Args:
-        store: the original.
-        n_rows: how many rows.
-        path: the new folder.
-        held_out_R: rows that count as held out, bool [n_rows]; None for those of the original.
 
     Raises:
         StoreError: the original is damaged.
@@ -123,7 +115,7 @@ def copy_rows(
     write_token_store(
         partial,
         tokens=tokens,
-        held_out_R=store.held_out_R[:n_rows] if held_out_R is None else held_out_R,
+        held_out_R=store.held_out_R[:n_rows],
         segments=segments,
         documents=cut_documents(store.documents, segments, end),
         roles=store.roles.until(end) if store.manifest.roles else None,
