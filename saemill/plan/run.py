@@ -49,7 +49,7 @@ def plan(
     configs: dict[str, Any],
     measures: bool = True,
     place: Callable[[str, Any], Any] = lambda _, config: config,
-) -> None:
+) -> list[Planned]:
     """Tell the plan of some stages that follow one another; nothing is written.
 
     Args:
