@@ -58,7 +58,7 @@ def pipelines(args: argparse.Namespace, out: Path) -> dict[str, dict[str, dict[s
             "assess": {"run": here["run"]},
         }  # fmt: skip
 
-    train = {"k": [16, 32], "expansion_factor": [8]}
+    train = {"site": ["layers.2", "layers.4"], "k": [16, 32], "expansion_factor": [8]}
     mixed = {"architecture": ["topk", "batchtopk", "jumprelu"], "k": [32], "target_l0": [32.0]}
     embedded = folders["embeddings"]
     return {

@@ -22,12 +22,12 @@ from saemill.common.stores.tokens import TokenStore
 from saemill.train import outlook as train
 from saemill.train.backends.choose import kernels_of
 from saemill.train.config import TrainConfig
+from saemill.train.inputs import with_site
 from saemill.train.outlook import dead_after_tokens
 from saemill.train.run import choose_product_dtype
-from saemill.train.sites import with_sites
 from saemill.train.sweep.placement import allowed_latent_ranks, choose
 from saemill.train.sweep.schedule import schedule_of
-from saemill.train.sweep.sources import sites_of, sources_of
+from saemill.train.sweep.sources import sources_of
 from saemill.train.sweep.variant import Variant
 from saemill.train.sweep.variants import of_config
 
@@ -133,9 +133,7 @@ def training(
         ConfigError: as training would.
     """
     sources = sources_of(config)
-    config = with_sites(config, cached.widths)
-    if not config.site and not any("site" in entry for entry in config.variants):
-        config = replace(config, site=sites_of(sources) or tuple(cached.widths))
+    config = with_site(config, list(cached.widths), sources)
     widths = {name: _width(name, cached) for name in _named(config)}
     schedule = schedule_of(config, rows.epoch_tokens, "tokens")
     variants = of_config(config, widths, schedule.n_steps, sources)

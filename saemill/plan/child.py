@@ -20,7 +20,7 @@ from saemill.common.outlook import Outlook, process_bytes
 
 SECONDS = 3.0
 """Seconds by which the last run is to be longer than the second."""
-GROWTH = 4
+GROWTH = 3
 """How much more each run goes over than the one before."""
 
 

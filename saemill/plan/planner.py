@@ -39,7 +39,7 @@ UNKNOWN_TOKENS = 1 << 40
 """Most tokens of a piece where nobody knows how many there are."""
 SAMPLE_ROWS = 2048
 """Most rows of the tokens that pieces are cached from."""
-SHORT_ROWS, SHORT_STEPS, SHORT_SHARE = 64, 4, 8
+SHORT_ROWS, SHORT_STEPS, SHORT_SHARE = 64, 4, 32
 """What short runs go over: rows to tokenize, steps of training, one part of the assessment in so many."""
 
 

@@ -22,16 +22,25 @@ if TYPE_CHECKING:
     from saemill.train.objective.model import ModelLoss
 
 
-def with_site(config: TrainConfig, store: ActivationStore, sources: Sources) -> TrainConfig:
-    """Fill in what globs match; where no site is named, those of what SAEs start from, or the only one."""
+def with_site(config: TrainConfig, sites: list[str], sources: Sources) -> TrainConfig:
+    """Fill in what globs match; where no site is named, those of what SAEs start from, or the only one.
+
+    Args:
+        config: of the run.
+        sites: those that the store has, or will have.
+        sources: what SAEs start from.
+
+    Raises:
+        ConfigError: a glob matches nothing, or there are several sites and none is named.
+    """
     if config.site or any("site" in entry for entry in config.variants):
-        return with_sites(config, store.sites)
+        return with_sites(config, sites)
     if of_sources := sites_of(sources):
         return replace(config, site=of_sources)
-    if len(store.sites) != 1:
-        has = f"it has {', '.join(store.sites)}" if store.sites else "none of it is finished"
-        raise ConfigError(f"name a site of {store.path} with --site; {has}")
-    return replace(config, site=tuple(store.sites))
+    if len(sites) != 1:
+        has = f"it has {', '.join(sites)}" if sites else "none of it is finished"
+        raise ConfigError(f"name a site of {config.acts} with --site; {has}")
+    return replace(config, site=tuple(sites))
 
 
 def open_stream(config: TrainConfig, store: ActivationStore, sources: Sources) -> Loader | WholeRows:

@@ -82,7 +82,7 @@ def run(config: TrainConfig, before: Before = tell) -> list[Path]:
     store = ActivationStore(config.acts, config.with_acts)
     check_batch(config.batch_size, store.ctx_len)
     sources = sources_of(config)
-    config = with_site(config, store, sources)
+    config = with_site(config, store.sites, sources)
     with (
         stop_on_signal() as stop,
         world.connected(device) as everyone,
