@@ -5,14 +5,18 @@ from collections.abc import Mapping
 import torch
 
 from saemill.cache.config import CacheConfig
+from saemill.common import durable
 from saemill.common.log import counted
 from saemill.common.outlook import Outlook, process_bytes
-from saemill.common.stores.site_records import Site
+from saemill.common.stores.site_records import BLOCK_TOKENS, Site
+from saemill.common.stores.tokens import TokenStore
 
 FILES_PER_SHARD, FILES_PER_SITE, FILES_PER_STORE = 2, 3, 1
 """A shard has a commit, a site a record, a manifest and a description, a store its settings."""
-FILES_OF_TOKENS = 8
-"""Files of the copy of the tokens, beside their shards."""
+RECORD_BYTES = 2 * 4 / 3 + 8 * 4 / 3 / BLOCK_TOKENS
+"""Bytes of a token in a shard's record, in base64: its norm, and its part of a block's hash."""
+STATISTICS_BYTES = 2 * 8 * 4 / 3
+"""Bytes of a dimension there: mean and squared deviations."""
 BITS = {"load_in_8bit": 8, "load_in_4bit": 4}
 """Settings of weights in fewer bits."""
 
@@ -26,6 +30,7 @@ def outlook_of(
     identity: Mapping[str, object],
     n_weights: int,
     device: torch.device,
+    tokens_bytes: int,
 ) -> Outlook:
     """Work out what caching writes and how much memory it takes.
 
@@ -38,10 +43,12 @@ def outlook_of(
         identity: of the store, with its `dtype` and `shard_tokens`.
         n_weights: of the model.
         device: that it runs on.
+        tokens_bytes: of the copy of the tokens; 0 where nobody knows yet.
     """
     shard_tokens = int(str(identity["shard_tokens"]))
     n_shards = -(-n_rows * ctx_len // shard_tokens)
     disk = {site.name: n_shards * shard_tokens * row_bytes[site.name] for site in sites}
+    records = sum(n_shards * (shard_tokens * RECORD_BYTES + site.width * STATISTICS_BYTES) for site in sites)
     shards = [shard_tokens * row_bytes[site.name] for site in sites]
     model = {"model": model_bytes(n_weights, identity)}
     # One shard of each site is computed while the one before is written, a site at a time: permuted, counted.
@@ -59,11 +66,18 @@ def outlook_of(
         folder=config.out,
         amounts={"max_tokens": n_rows * ctx_len},
         least=ctx_len,
-        disk=disk,
+        disk=disk | {"records": round(records), "copy of the tokens": tokens_bytes},
         n_files=FILES_PER_STORE + len(sites) * (FILES_PER_SITE + FILES_PER_SHARD * n_shards),
         memory={"libraries": process_bytes()} | buffers | ({} if on_gpu else model),
         gpu=model if on_gpu else {},
     )
+
+
+def bytes_of_copy(tokens: TokenStore, n_rows: int) -> int:
+    """Estimate the bytes of a copy of so many rows: the tokenizer whole, the rest by their share."""
+    tokenizer = durable.folder_bytes(tokens.tokenizer_folder)
+    rest = durable.folder_bytes(tokens.path) - tokenizer
+    return tokenizer + rest * n_rows // tokens.n_rows
 
 
 def model_bytes(n_weights: int, settings: Mapping[str, object]) -> int:

@@ -3,13 +3,13 @@ out are refused before the model is loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from saemill.cache.config import CacheConfig
 from saemill.cache.folder import check_same_store, existing_settings
-from saemill.cache.outlook import model_bytes, outlook_of
+from saemill.cache.outlook import bytes_of_copy, model_bytes, outlook_of
 from saemill.common import config as settings
 from saemill.common import durable, setting
 from saemill.common.errors import ConfigError
@@ -80,7 +80,7 @@ def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
     _check_mask(tokens, settings.build(MaskConfig, identity["mask"], "mask"), n_rows)
     row_bytes = bytes_of_rows(sites, identity)
     numbers = identity["n_rows"], tokens.ctx_len, identity, architecture.n_weights, device
-    outlook = outlook_of(config, sites, row_bytes, *numbers)
+    outlook = outlook_of(config, sites, row_bytes, *numbers, bytes_of_copy(tokens, identity["n_rows"]))
     check_disk(outlook, row_bytes, tokens.ctx_len, identity)
     check_same_store(config.out, existing, identity)
     return Plan(
@@ -202,8 +202,8 @@ def check_disk(
     """
     assert outlook.folder is not None
     folder, free = nearest_folder(outlook.folder), free_bytes(outlook.folder)
-    written = {name: durable.folder_bytes(site_path(outlook.folder, name) / "c") for name in outlook.disk}
-    missing = {name: n_bytes - written[name] for name, n_bytes in outlook.disk.items()}
+    written = {name: durable.folder_bytes(site_path(outlook.folder, name) / "c") for name in row_bytes}
+    missing = {name: outlook.disk[name] - written[name] for name in row_bytes}
     if sum(missing.values()) <= free:
         return
     fits = []
@@ -226,9 +226,23 @@ def check_disk(
     )
 
 
-def outlook_ahead(
-    config: CacheConfig, n_rows: int, ctx_len: int, device: torch.device
-) -> tuple[Outlook, dict[str, int], int, int, int]:
+class Ahead(NamedTuple):
+    """A store that there is going to be."""
+
+    outlook: Outlook
+    widths: dict[str, int]
+    """D of each site."""
+    itemsize: int
+    """Bytes of a stored number."""
+    n_weights: int
+    """Of the model, without a language-model head."""
+    model_bytes: int
+    """Bytes of those in memory."""
+
+
+def look_ahead(
+    config: CacheConfig, n_rows: int, ctx_len: int, device: torch.device, tokens: TokenStore | None
+) -> Ahead:
     """Look ahead to a new store of tokens that are not there yet.
 
     Args:
@@ -236,9 +250,7 @@ def outlook_ahead(
         n_rows: rows that there are going to be.
         ctx_len: tokens per row.
         device: that the model runs on.
-
-    Returns: the outlook; the widths of the sites; the bytes of a stored number; the number of the model's
-    weights, and their bytes.
+        tokens: the tokens, or a sample of them; None without.
 
     Raises:
         ConfigError: sites that the model has not, or too little disk.
@@ -254,10 +266,10 @@ def outlook_ahead(
     }
     model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
     architecture = Architecture(model_config, config.trust_remote_code)
-    sites = sites_of(config, architecture)
+    sites, n_weights = sites_of(config, architecture), architecture.n_weights
     row_bytes = bytes_of_rows(sites, identity)
-    outlook = outlook_of(config, sites, row_bytes, n_rows, ctx_len, identity, architecture.n_weights, device)
+    copied = 0 if tokens is None else bytes_of_copy(tokens, n_rows)
+    outlook = outlook_of(config, sites, row_bytes, n_rows, ctx_len, identity, n_weights, device, copied)
     check_disk(outlook, row_bytes, ctx_len, identity)
-    widths, n_weights = {site.name: site.width for site in sites}, architecture.n_weights
-    itemsize = DTYPES[identity["dtype"]].itemsize
-    return outlook, widths, itemsize, n_weights, model_bytes(n_weights, identity)
+    widths, itemsize = {site.name: site.width for site in sites}, DTYPES[identity["dtype"]].itemsize
+    return Ahead(outlook, widths, itemsize, n_weights, model_bytes(n_weights, identity))

@@ -10,7 +10,7 @@ import torch
 from saemill.assess import outlook as assess
 from saemill.assess.config import AssessConfig
 from saemill.cache.config import CacheConfig
-from saemill.cache.plan import outlook_ahead
+from saemill.cache.plan import look_ahead
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError
 from saemill.common.models.sites import load_model_config
@@ -63,13 +63,9 @@ class Rows:
         held_out = int(tokens.held_out_R[:n_rows].sum())
         return cls(n_rows, tokens.ctx_len, held_out, n_kept / (n_rows * tokens.ctx_len))
 
-    def first(self, n_rows: int) -> "Rows":
-        """Take the first rows only."""
+    def scaled(self, n_rows: int) -> "Rows":
+        """Take these for so many rows, or so many for these: what is held out by its share."""
         return replace(self, n_rows=n_rows, n_held_out=round(self.n_held_out * n_rows / self.n_rows))
-
-    def scaled(self, n_rows: int, held_out_fraction: float) -> "Rows":
-        """Take these for a sample of so many rows."""
-        return replace(self, n_rows=n_rows, n_held_out=max(1, round(held_out_fraction * n_rows)))
 
     @property
     def n_tokens(self) -> int:
@@ -88,9 +84,8 @@ class Cached:
 
     widths: Mapping[str, int]
     itemsize: int
-    n_weights: int
-    """Of the model, its language-model head among them."""
     model_bytes: int
+    """Of the model in memory, its language-model head among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +97,19 @@ class Trained:
     variants: list[Variant]
 
 
-def caching(config: CacheConfig, rows: Rows, device: torch.device) -> tuple[Outlook, Cached]:
-    """Look ahead to caching rows that are not there yet.
+def caching(
+    config: CacheConfig, rows: Rows, device: torch.device, tokens: TokenStore | None
+) -> tuple[Outlook, Cached]:
+    """Look ahead to caching rows that are not there yet; `tokens` is a sample of them, if there is one.
 
     Raises:
         ConfigError: sites that the model has not, or too little disk.
     """
-    outlook, widths, itemsize, n_weights, of_weights = outlook_ahead(
-        config, rows.n_rows, rows.ctx_len, device
-    )
+    store = look_ahead(config, rows.n_rows, rows.ctx_len, device, tokens)
     model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
     head = 0 if model_config.tie_word_embeddings else model_config.vocab_size * model_config.hidden_size
-    n_all = n_weights + head
-    return outlook, Cached(widths, itemsize, n_all, of_weights * n_all // n_weights)
+    with_head = store.model_bytes * (store.n_weights + head) // store.n_weights
+    return store.outlook, Cached(store.widths, store.itemsize, with_head)
 
 
 def training(
@@ -144,7 +139,7 @@ def training(
     by = train.Computed(device, kernels, choose_product_dtype(config.precision, device))
     held_out = f"; about {rows.n_held_out:,} rows held out"
     outlook = train.outlook_of(config, variants, placement, stream, schedule.n_steps, by, held_out)
-    train.check_room(config, outlook, len(variants))
+    train.check_room(config, outlook, len(variants), stream.n_tokens)
     return outlook, Trained(config, variants)
 
 
@@ -190,7 +185,7 @@ def of_store(store: ActivationStore, config: TrainConfig) -> tuple[Rows, Cached]
         rows = Rows(store.n_tokens, 1, int(text.held_out_R.sum()), kept_share=1.0)
     arrays = [store.site(name) for name in store.sites]
     widths = {array.name: array.width for array in arrays}
-    return rows, Cached(widths, max(array.stored_dtype.itemsize for array in arrays), 0, 0)
+    return rows, Cached(widths, max(array.stored_dtype.itemsize for array in arrays), 0)
 
 
 def few_steps(config: TrainConfig, acts: Path, n_tokens: int) -> TrainConfig:

@@ -24,7 +24,7 @@ from saemill.plan.device import Device
 from saemill.plan.probe import Estimate, Probe, estimate, with_measured
 from saemill.plan.sample import sample
 from saemill.tokenize.config import TokenizeConfig
-from saemill.tokenize.outlook import outlook_of as outlook_of_tokens
+from saemill.tokenize.outlook import outlook_of_rows
 from saemill.tokenize.run import opened
 from saemill.tokenize.run import run as tokenize
 from saemill.train.config import TrainConfig
@@ -139,9 +139,8 @@ class Planner:
             return Planned(outlook, None)
         self.tokens = TokenStore(out)
         n_rows = _n_rows(config, outlook.amount, self.tokens)
-        self.rows = Rows.of(self.tokens, None, MaskConfig()).scaled(n_rows, config.held_out_fraction)
-        vocab_size = self.tokens.tokenizer.vocab_size
-        return _planned(outlook_of_tokens(config, vocab_size, self.tokens.ctx_len, n_rows), measured)
+        self.rows = Rows.of(self.tokens, None, MaskConfig()).scaled(n_rows)
+        return _planned(outlook_of_rows(config, self.tokens, n_rows), measured)
 
     def _cache(self, config: CacheConfig) -> Planned:
         device, is_there = Device.of(config.device), (config.tokens / "manifest.json").exists()
@@ -150,8 +149,8 @@ class Planner:
             self.tokens = TokenStore(config.tokens)
             self.rows = Rows.of(self.tokens, config.max_tokens, config.mask or MaskConfig())
         assert self.rows is not None
-        outlook, self.cached = ahead.caching(config, self.rows, device.planned)
-        self.rows = self.rows.first(outlook.amount // self.rows.ctx_len)
+        outlook, self.cached = ahead.caching(config, self.rows, device.planned, self.tokens)
+        self.rows = self.rows.scaled(outlook.amount // self.rows.ctx_len)
         if checked_here is not None:
             outlook = device.told(checked_here, outlook)
             if _has_sites(config.out, list(self.cached.widths)):

@@ -1,7 +1,11 @@
 """What tokenizing will write, where it is known how many rows there will be."""
 
+from dataclasses import replace
+
+from saemill.common import durable
 from saemill.common.log import counted
 from saemill.common.outlook import Outlook, process_bytes
+from saemill.common.stores.tokens import TokenStore
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.writer import id_type, shard_rows_of
 
@@ -36,3 +40,13 @@ def outlook_of(config: TokenizeConfig, vocab_size: int, ctx_len: int, n_rows: in
         n_files=n_shards + FILES_BESIDE,
         memory={"libraries": process_bytes(), "a shard": 2 * shard_bytes},
     )
+
+
+def outlook_of_rows(config: TokenizeConfig, some: TokenStore, n_rows: int) -> Outlook:
+    """Work out what is written from a store of some of the rows: its tokenizer, and by their share its
+    tables."""
+    outlook = outlook_of(config, some.tokenizer.vocab_size, some.ctx_len, n_rows)
+    tokenizer = durable.folder_bytes(some.tokenizer_folder)
+    tables = sum(file.stat().st_size for file in some.path.glob("*.parquet")) * n_rows // some.n_rows
+    n_files = outlook.n_files + sum(1 for _ in some.tokenizer_folder.iterdir())
+    return replace(outlook, disk={**outlook.disk, "tokenizer": tokenizer, "tables": tables}, n_files=n_files)

@@ -10,6 +10,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.log import counted
 from saemill.common.outlook import Outlook, free_bytes, machine_bytes, process_bytes, shown
 from saemill.common.stores.site_names import parts_of
+from saemill.common.stores.site_records import BLOCK_TOKENS
 from saemill.train.config import TrainConfig
 from saemill.train.sweep.placement import Placement
 from saemill.train.sweep.sizes import scratch_bytes, sizes
@@ -20,6 +21,7 @@ FEW_STEPS = 100
 """Steps below which the plan says that more may help."""
 WINDOWS = 2
 """Windows of the stream in memory at each site, beside the one that is being shuffled."""
+WINDOW_NAME = "windows of the stream"
 FILES_OF_RUN, FILES_PER_SAE = 5, 2
 """identity, settings, metrics, the record of the end and the lock; cfg.json and the weights of each SAE."""
 
@@ -87,7 +89,7 @@ def outlook_of(
     kept = {name: n // placement.latent_ranks for name, n in _kept(own, stream, by).items()}
     batch = _batch(config, own, stream) | {"scratch": _scratch(config, own, stream, by)}
     libraries = {"libraries": process_bytes()}
-    windows = {"windows of the stream": _windows(config, own, stream)}
+    windows = {WINDOW_NAME: _windows(config, own, stream)}
     on_gpu = by.device.type != "cpu"
     return Outlook(
         stage="train",
@@ -174,8 +176,14 @@ def _disk(config: TrainConfig, variants: Sequence[Variant], stream: Stream) -> d
     return {"SAEs": saes * (1 + config.n_checkpoints), "two checkpoints, meanwhile": 2 * checkpoint}
 
 
-def check_room(config: TrainConfig, outlook: Outlook, n_variants: int) -> None:
+def check_room(config: TrainConfig, outlook: Outlook, n_variants: int, store_tokens: int) -> None:
     """Refuse a run that the disk or the memory cannot hold, and say what may help.
+
+    Args:
+        config: of the run.
+        outlook: of it.
+        n_variants: all of it.
+        store_tokens: tokens of the store.
 
     Raises:
         ConfigError: with the bytes that are needed and those that are there.
@@ -188,32 +196,34 @@ def check_room(config: TrainConfig, outlook: Outlook, n_variants: int) -> None:
             f"{shown(free)} are free; choose another disk, fewer SAEs, or --optimizer-state bf16"
         )
     if outlook.memory_bytes > there:
+        buffer = min(config.buffer_tokens, store_tokens)
+        may_help = _repairs(config, outlook, n_variants, buffer, outlook.memory_bytes - there)
         raise ConfigError(
             f"{shown(outlook.memory_bytes)} of memory are needed, this machine has {shown(there)}; "
-            + " or ".join(repairs(config, outlook, n_variants, outlook.memory_bytes - there))
+            f"{' or '.join(may_help) or 'use a smaller buffer and fewer variants together'}"
         )
 
 
-def repairs(config: TrainConfig, outlook: Outlook, n_variants: int, excess_bytes: int) -> list[str]:
+def _repairs(
+    config: TrainConfig, outlook: Outlook, n_variants: int, buffer_tokens: int, excess_bytes: int
+) -> list[str]:
     """List what would bring the memory down by so many bytes, each by itself.
 
     Args:
         config: of the run.
         outlook: of it.
         n_variants: all of it.
+        buffer_tokens: that are in a window now.
         excess_bytes: that are too many.
     """
-    memory, found = {**outlook.memory, **outlook.gpu}, []
-    windows = outlook.memory.get("windows of the stream", 0)
+    found, windows = [], outlook.memory.get(WINDOW_NAME, 0)
     if windows > excess_bytes:
-        rows = int(config.buffer_tokens * (1 - excess_bytes / windows)) // 256 * 256
-        found += [f"say --buffer-tokens {rows}"] if rows >= 256 else []
-    kept = sum(
-        n_bytes for name, n_bytes in memory.items() if name in ("weights", "moments", "copies", "averages")
-    )
+        fewer = int(buffer_tokens * (1 - excess_bytes / windows)) // BLOCK_TOKENS * BLOCK_TOKENS
+        found += [f"say --buffer-tokens {fewer}"] if fewer else []
+    kept = sum(outlook.memory.get(name, 0) for name in ("weights", "moments", "copies", "averages"))
     if n_variants > 1 and kept > excess_bytes:
         most = int(n_variants * (1 - excess_bytes / kept))
         found += [f"train at most {most} of the {n_variants} variants at a time"] if most else []
-    if config.optimizer_state == "fp32" and memory.get("moments", 0) / 2 > excess_bytes:
+    if config.optimizer_state == "fp32" and outlook.memory.get("moments", 0) / 2 > excess_bytes:
         found.append("say --optimizer-state bf16")
-    return found or ["use a smaller batch, buffer and number of variants together"]
+    return found

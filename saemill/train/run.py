@@ -144,7 +144,7 @@ def _outlook(
     by = Computed(device, kernels_of(config.kernels, device), choose_product_dtype(config.precision, device))
     outlook = outlook_of(config, variants, placement, stream, schedule.n_steps, by, held_out)
     if not is_done:
-        check_room(config, outlook, len(variants))
+        check_room(config, outlook, len(variants), stream.n_tokens)
     notes = [note for note in (rows.describe_roles(), rows.describe_long()) if note]
     for name, array in rows.sites.items():
         notes += warnings(name, rows.statistics(name), array.dtype, store.text.unit)
