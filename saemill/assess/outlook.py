@@ -13,6 +13,8 @@ from saemill.common.outlook import Outlook, process_bytes
 
 COPIES = 4
 """Times that pre-activations of some rows are in memory: chosen, sorted, and as codes."""
+LOSS_COPIES = 6
+"""Times that the log probabilities of a batch are in memory: with and without the SAE, and their divergence."""
 
 
 class Dictionary(NamedTuple):
@@ -32,6 +34,17 @@ class Dictionary(NamedTuple):
         return 4 * (2 * self.d + 1) * self.n_latents
 
 
+class Model(NamedTuple):
+    """The model that SAEs are spliced into."""
+
+    bytes: int
+    """Bytes of its weights."""
+    n_ids: int
+    """Size of its vocabulary."""
+    batch_tokens: int
+    """Tokens of a forward pass."""
+
+
 class Amounts(NamedTuple):
     """Tokens of each pass."""
 
@@ -48,7 +61,7 @@ def outlook_of(
     amounts: Amounts,
     itemsize: int,
     device: torch.device,
-    model_bytes: int = 0,
+    model: Model | None = None,
     unit: str = "token",
 ) -> Outlook:
     """Work out what is measured on how much, and how much memory it takes.
@@ -59,14 +72,15 @@ def outlook_of(
         amounts: tokens of each pass.
         itemsize: bytes of a stored number.
         device: that it runs on.
-        model_bytes: of the model in memory; 0 without.
+        model: what runs; None without.
         unit: what the store holds.
     """
     sites = {each.site: each.d for each in dictionaries}
     widest = max(each.n_latents for each in dictionaries)
     baselines = {(each.site, each.l0): Dictionary(*each[:2], widest, each.l0) for each in dictionaries}
     on_device = {
-        "model": model_bytes,
+        "model": model.bytes if model else 0,
+        "losses": LOSS_COPIES * 4 * model.n_ids * min(amounts.spliced, model.batch_tokens) if model else 0,
         "SAEs": sum(each.bytes for each in dictionaries),
         "baselines": sum(each.bytes for each in baselines.values()),
         "scratch": COPIES * 4 * ROWS_AT_ONCE * widest,

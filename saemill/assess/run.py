@@ -14,7 +14,7 @@ from saemill.assess.evalset import EvalSet
 from saemill.assess.features import describe_latents
 from saemill.assess.inputs import Trained, open_model, open_run, open_tokens
 from saemill.assess.measure import measure
-from saemill.assess.outlook import Amounts, Dictionary, outlook_of
+from saemill.assess.outlook import Amounts, Dictionary, Model, outlook_of
 from saemill.assess.report import table
 from saemill.assess.write import write
 from saemill.common import config as settings
@@ -112,7 +112,10 @@ def _outlook(
         Dictionary(str(sae.target_site), len(sae.b_dec), sae.config.num_latents, sae.config.k or 0)
         for sae in trained.saes.values()
     ]
-    model_bytes = 0 if model is None else sum(weight.nbytes for weight in model.model.parameters())
+    runs_on = None
+    if model is not None:
+        n_bytes = sum(weight.nbytes for weight in model.model.parameters())
+        runs_on = Model(n_bytes, model.n_ids, config.batch_size * evalset.tokens.ctx_len)
     itemsize = max(array.stored_dtype.itemsize for array in evalset.arrays.values())
     n_kept = evalset.n_kept()
     has_losses = model is not None and model.head is not None
@@ -121,7 +124,7 @@ def _outlook(
         min(config.model_tokens, len(evalset.rows_R) * evalset.tokens.ctx_len) if has_losses else 0,
         min(config.context_tokens, trained.store.n_tokens if evalset.cached else n_kept),
     )
-    return outlook_of(config, saes, amounts, itemsize, device, model_bytes, evalset.text.unit)
+    return outlook_of(config, saes, amounts, itemsize, device, runs_on, evalset.text.unit)
 
 
 def _lock(out: Path, resources: ExitStack) -> None:

@@ -86,6 +86,8 @@ class Cached:
     itemsize: int
     model_bytes: int
     """Of the model in memory, its language-model head among them."""
+    n_ids: int
+    """Size of its vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def caching(
     model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
     head = 0 if model_config.tie_word_embeddings else model_config.vocab_size * model_config.hidden_size
     with_head = store.model_bytes * (store.n_weights + head) // store.n_weights
-    return store.outlook, Cached(store.widths, store.itemsize, with_head)
+    return store.outlook, Cached(store.widths, store.itemsize, with_head, model_config.vocab_size)
 
 
 def training(
@@ -172,8 +174,9 @@ def assessing(
         min(config.model_tokens, held_out) if config.with_model else 0,
         min(config.context_tokens, rows.n_tokens),
     )
-    model_bytes = cached.model_bytes if config.with_model else 0
-    return assess.outlook_of(config, saes, amounts, cached.itemsize, device, model_bytes)
+    model = assess.Model(cached.model_bytes, cached.n_ids, config.batch_size * rows.ctx_len)
+    runs_on = model if config.with_model else None
+    return assess.outlook_of(config, saes, amounts, cached.itemsize, device, runs_on)
 
 
 def of_store(store: ActivationStore, config: TrainConfig) -> tuple[Rows, Cached]:
@@ -185,7 +188,7 @@ def of_store(store: ActivationStore, config: TrainConfig) -> tuple[Rows, Cached]
         rows = Rows(store.n_tokens, 1, int(text.held_out_R.sum()), kept_share=1.0)
     arrays = [store.site(name) for name in store.sites]
     widths = {array.name: array.width for array in arrays}
-    return rows, Cached(widths, max(array.stored_dtype.itemsize for array in arrays), 0)
+    return rows, Cached(widths, max(array.stored_dtype.itemsize for array in arrays), 0, 0)
 
 
 def few_steps(config: TrainConfig, acts: Path, n_tokens: int) -> TrainConfig:

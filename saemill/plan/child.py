@@ -4,6 +4,7 @@ It runs to warm up, on as little again, and then on more and more, until that ta
 the last run takes longer than the second is what its input costs; the rest it costs anyway.
 """
 
+import gc
 import importlib
 import os
 import sys
@@ -15,11 +16,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from saemill.common.errors import SaemillError
 from saemill.common.outlook import Outlook, process_bytes
 
 SECONDS = 3.0
 """Seconds by which the last run is to be longer than the second."""
+WAITED = 5
+"""Times as many seconds by the clock that do as well, where a disk or other processes are waited for."""
 GROWTH = 3
 """How much more each run goes over than the one before."""
 
@@ -102,6 +107,7 @@ def _measured(piece: Piece, began: float) -> Measured:
     outlooks: list[Outlook] = []
 
     def run(n_tokens: int) -> Ran:
+        gc.collect()  # what the run before held in cycles
         wall, cpu = time.perf_counter(), time.process_time()
         stage.run(piece.config_of(n_tokens, len(outlooks)), before=outlooks.append)
         return Ran(n_tokens, time.perf_counter() - wall, time.process_time() - cpu)
@@ -109,7 +115,13 @@ def _measured(piece: Piece, began: float) -> Measured:
     least = max(piece.unit, min(piece.least, piece.most // GROWTH) // piece.unit * piece.unit)
     warm, short = run(least), run(least)
     long = short
-    while long.seconds - short.seconds < SECONDS and long.n_tokens < piece.most:
+    while long.n_tokens < piece.most and not _is_longer(long, short):
         long = run(max(least, min(long.n_tokens * GROWTH, piece.most) // piece.unit * piece.unit))
     out = piece.out / str(len(outlooks) - 1)
     return Measured(start, warm, short, long, out, process_bytes(), outlooks[-1])
+
+
+def _is_longer(long: Ran, short: Ran) -> bool:
+    """Tell whether a run took longer by enough seconds of computing, or by many more of waiting."""
+    computed = (long.cpu_seconds - short.cpu_seconds) / torch.get_num_threads()
+    return computed > SECONDS or long.seconds - short.seconds > WAITED * SECONDS
