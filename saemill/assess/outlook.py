@@ -14,7 +14,7 @@ from saemill.common.outlook import Outlook, process_bytes
 COPIES = 4
 """Times that pre-activations of some rows are in memory: chosen, sorted, and as codes."""
 LOSS_COPIES = 6
-"""Times that the log probabilities of a batch are in memory: with and without the SAE, and their divergence."""
+"""Times that log probabilities of a batch are in memory: with and without the SAE, and their divergence."""
 
 
 class Dictionary(NamedTuple):

@@ -10,9 +10,12 @@ import torch
 from saemill.assess import outlook as assess
 from saemill.assess.config import AssessConfig
 from saemill.cache.config import CacheConfig
+from saemill.cache.outlook import model_bytes
 from saemill.cache.plan import look_ahead
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError
+from saemill.common.models.architecture import Architecture
+from saemill.common.models.model import IN_MEMORY
 from saemill.common.models.sites import load_model_config
 from saemill.common.outlook import Outlook
 from saemill.common.stores.activations import ActivationStore
@@ -109,9 +112,20 @@ def caching(
     """
     store = look_ahead(config, rows.n_rows, rows.ctx_len, device, tokens)
     model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
-    head = 0 if model_config.tie_word_embeddings else model_config.vocab_size * model_config.hidden_size
-    with_head = store.model_bytes * (store.n_weights + head) // store.n_weights
-    return store.outlook, Cached(store.widths, store.itemsize, with_head, model_config.vocab_size)
+    of_model = _of_model(model_config, store.n_weights, store.model_bytes)
+    return store.outlook, Cached(store.widths, store.itemsize, *of_model)
+
+
+def _of_model(config: Any, n_weights: int, n_bytes: int) -> tuple[int, int]:
+    """Work out the bytes of a model with its language-model head, and the size of its vocabulary.
+
+    Args:
+        config: its transformers config.
+        n_weights: of it without the head.
+        n_bytes: of those in memory.
+    """
+    head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return n_bytes * (n_weights + head) // n_weights, config.vocab_size
 
 
 def training(
@@ -181,14 +195,19 @@ def assessing(
 
 def of_store(store: ActivationStore, config: TrainConfig) -> tuple[Rows, Cached]:
     """Tell what is known of activations that are there."""
-    text = store.text
+    text, settings, model = store.text, store.settings, (0, 0)
     if isinstance(text, TokenStore):
         rows = Rows.of(text, None, config.mask.positions(store.mask))
+        if not str(settings.model).endswith(IN_MEMORY):
+            trusts = bool(settings.trust_remote_code)
+            model_config = load_model_config(config.model or str(settings.model), settings.revision, trusts)
+            n_weights = Architecture(model_config, trusts).n_weights
+            model = _of_model(model_config, n_weights, model_bytes(n_weights, settings.model_dump()))
     else:
         rows = Rows(store.n_tokens, 1, int(text.held_out_R.sum()), kept_share=1.0)
     arrays = [store.site(name) for name in store.sites]
     widths = {array.name: array.width for array in arrays}
-    return rows, Cached(widths, max(array.stored_dtype.itemsize for array in arrays), 0, 0)
+    return rows, Cached(widths, max(array.stored_dtype.itemsize for array in arrays), *model)
 
 
 def few_steps(config: TrainConfig, acts: Path, n_tokens: int) -> TrainConfig:
