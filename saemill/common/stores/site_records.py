@@ -42,7 +42,7 @@ SITES = "sites"
 RESERVED = (*TEXT_FOLDERS, SITES, "claims", "zarr.json")
 """Names in a store's folder that no site has."""
 REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
-LATER = ("attn_implementation", "trust_remote_code", "compression")
+LATER = ("load_in_4bit", "attn_implementation", "trust_remote_code", "compression")
 """Settings that the first stores had not."""
 GROUP = {"zarr_format": 3, "node_type": "group"}
 """Entries that make a store's `zarr.json` that of a Zarr group."""
@@ -120,6 +120,7 @@ class StoreSettings(Record):
     model_dtype: Literal["bfloat16", "float16", "float32"] | None
     """Type that the model computed in."""
     load_in_8bit: bool | None = None
+    load_in_4bit: bool | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool | None = None
     """Whether code of the model's own was run."""
