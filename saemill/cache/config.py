@@ -30,10 +30,10 @@ class CacheConfig:
         None, "Type of the stored activations", by_default="the store's, or bf16", metavar="TYPE"
     )
     """int8 takes half the bytes of bf16, at a relative error of about 1e-4 in place of 3e-6."""
-    compression: Literal["none", "lz4", "zstd"] | None = setting(
+    compression: Literal["raw", "lz4", "zstd"] | None = setting(
         None,
         "Lossless compression of the shards",
-        by_default="the store's, or none",
+        by_default="the store's, or raw",
         metavar="NAME",
         later=True,
     )

@@ -133,7 +133,7 @@ def _identity(
     the existing store's."""
     shard_tokens = config.shard_tokens or (existing.shard_tokens if existing else SHARD_TOKENS)
     compression = config.compression or (existing.compression if existing else None)
-    compression = None if compression == "none" else compression
+    compression = None if compression == "raw" else compression
     n_in_shard = rows_per_shard(shard_tokens, n_rows, tokens.ctx_len, compression)
     model_dtype = str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch.")
     if config.model_dtype == "auto" and existing:

@@ -42,7 +42,7 @@ SITES = "sites"
 RESERVED = (*TEXT_FOLDERS, SITES, "claims", "zarr.json")
 """Names in a store's folder that no site has."""
 REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
-LATER = ("load_in_4bit", "attn_implementation", "trust_remote_code", "compression")
+LATER = ("load_in_4bit", "attn_implementation", "trust_remote_code", "compression", "converted_from")
 """Settings that the first stores had not."""
 GROUP = {"zarr_format": 3, "node_type": "group"}
 """Entries that make a store's `zarr.json` that of a Zarr group."""
@@ -117,6 +117,9 @@ class StoreSettings(Record):
     """Stored type of the activations."""
     compression: Compression | None = None
     """How blocks of stored rows are compressed; None where they are raw."""
+    converted_from: StoredType | None = None
+    """Stored type of the store that this one was converted from, where it was another: its rounding is in
+    the activations too."""
     model_dtype: Literal["bfloat16", "float16", "float32"] | None
     """Type that the model computed in."""
     load_in_8bit: bool | None = None
@@ -161,7 +164,10 @@ class StoreSettings(Record):
     @property
     def stored_as(self) -> str:
         """What rows are stored as, in words: bf16, or bf16 compressed by lz4."""
-        return self.dtype + (f" compressed by {self.compression}" if self.compression else "")
+        rounded = (
+            f"{self.dtype} (converted from {self.converted_from})" if self.converted_from else self.dtype
+        )
+        return rounded + (f" compressed by {self.compression}" if self.compression else "")
 
     def form(self, width: int, calibration: Calibration | None = None) -> Form:
         """Make the form of the activations at a site of some width."""
