@@ -19,6 +19,7 @@ from saemill.common.config import SECTIONS, build, plain, read_sections, resolve
 from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.stores.mask import MaskConfig, TrainingMask
 from saemill.compare.config import CompareConfig
+from saemill.convert_store.config import ConvertConfig
 from saemill.diff.config import DiffConfig
 from saemill.embeddings.config import EmbedConfig, ImportConfig
 from saemill.generate.config import GenerateConfig
@@ -38,6 +39,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     MaskConfig: {},
     CompareConfig: {"saes": ["a"]},
     DiffConfig: {"out": "o"},
+    ConvertConfig: {"source": "s", "out": "o"},
     ExportLatentsConfig: {"run": "r", "format": "delphi", "out": "o"},
     GenerateConfig: {"model": ["m"], "out": "o", "n_samples": 1},
     EmbedConfig: {"dataset": "d", "model": "m", "out": "o"},
@@ -280,9 +282,9 @@ values = st.recursive(
 )
 OF_SECTION: Mapping[str, Any] = {
     "tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig,
-    "import-activations": ImportConfig, "embed": EmbedConfig, "run": RunConfig, "slurm": SlurmConfig,
-    "matrix": MatrixConfig, "generate": GenerateConfig, "compare": CompareConfig,
-    "diff": DiffConfig, "export-latents": ExportLatentsConfig,
+    "import-activations": ImportConfig, "embed": EmbedConfig, "convert-store": ConvertConfig,
+    "run": RunConfig, "slurm": SlurmConfig, "matrix": MatrixConfig, "generate": GenerateConfig,
+    "compare": CompareConfig, "diff": DiffConfig, "export-latents": ExportLatentsConfig,
 }  # fmt: skip
 
 

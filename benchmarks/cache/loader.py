@@ -39,9 +39,9 @@ from benchmarks.cache import store as stores
 from benchmarks.cache.store import DOCUMENT_TOKENS, NOTHING_LEFT_OUT, SITE
 from benchmarks.report import machine, table
 from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.permutation import permutation
 from saemill.common.stores.shards import as_tensor
-from saemill.common.stores.site_records import BLOCK_TOKENS
 from saemill.train.stream import loader as stream
 from saemill.train.stream.loader import Loader
 

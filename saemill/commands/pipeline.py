@@ -61,7 +61,7 @@ def tokenize(
     argument("tokens"),
     "model",
     OUT,
-    *("layers", "sites", "layer_stride", "dtype", "model_dtype"),
+    *("layers", "sites", "layer_stride", "dtype", "compression", "model_dtype"),
     *("max_tokens", "batch_size", "shard_tokens", "device"),
     flag("allow_other_tokenizer", "--allow-other-tokenizer"),
     *("load_in_8bit", "load_in_4bit", "device_map", "max_memory", "attn_implementation", "revision"),

@@ -117,7 +117,7 @@ def make_store(
         values_TD[:, 0], values_TD[:, 1] = (address // 256).float(), (address % 256).float()
     with Worker(acts / "claims", threading.Event()) as worker, worker.hold("store") as claim:
         for name, site_TD in (("a", values_TD), ("b", values_TD + 1 if b_TD is None else b_TD)):
-            writer = SiteWriter(store, Site(name, site_TD.shape[1]), torch.float32, worker)
+            writer = SiteWriter(store, Site(name, site_TD.shape[1]), worker)
             for shard in range(store.n_shards):
                 start = shard * store.shard_tokens
                 writer.write(shard, site_TD[start : start + store.shard_length(shard)], claim)

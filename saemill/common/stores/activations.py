@@ -6,8 +6,8 @@ Layout of the folder (a Zarr v3 group):
     sites/<site>.json        a record of each site, finished or not; it repeats the settings
     tokens/                  a TokenStore of the rows that were cached; or, of embeddings,
     passages/                a PassageStore
-    <site>/zarr.json         array [n_tokens, D]
-    <site>/c/<shard>/0       raw rows of one shard, in the shard's permuted order
+    <site>/zarr.json         array [n_tokens, C] of stored rows (`forms`); C is D, of int8 more
+    <site>/c/<shard>/0       stored rows of one shard, in the shard's permuted order
     <site>/commits/<shard>.json   written after the shard: size, hashes, sums
     <site>/manifest.json     written when all shards are there: the commits and statistics merged
 
@@ -30,7 +30,10 @@ from torch import Tensor
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
+from saemill.common.records import decode_array
 from saemill.common.stores import joined, site_names
+from saemill.common.stores.forms.form import rounded
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.norms import NormSketch, norms_of
@@ -38,14 +41,12 @@ from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.permutation import inverse, permutation
 from saemill.common.stores.shards import ShardedArray, as_tensor, described
 from saemill.common.stores.site_records import (
-    BLOCK_TOKENS,
     EMBEDDINGS,
     REPAIR,
     Commit,
     SiteManifest,
     SiteRecord,
     StoreSettings,
-    decode_array,
     read_settings,
     read_site,
     record_path,
@@ -60,8 +61,10 @@ SHUFFLE_KEY = 0x5AE
 
 def describe_site(settings: StoreSettings, n_tokens: int, site: str, width: int) -> dict[str, Any]:
     """Describe a site's array, as its `zarr.json` does."""
-    attributes = {"site": site, "order": "permuted within each shard; see saemill"}
-    return described((n_tokens, width), settings.shard_tokens, settings.torch_dtype, attributes)
+    form = settings.form(width)
+    attributes = {"site": site, "order": "permuted within each shard; see saemill"} | form.attributes
+    shape, size = (n_tokens, form.columns), settings.shard_tokens
+    return described(shape, size, form.stored, attributes, settings.compression)
 
 
 class ActivationStore:
@@ -148,8 +151,8 @@ class ActivationStore:
 
     @cached_property
     def own_fingerprint(self) -> str:
-        """Hash of the content without that of the store beside."""
-        settings = self.settings.plain({"fingerprint", "source_hash"})
+        """Hash of the content without that of the store beside. However it is compressed, it is the same."""
+        settings = self.settings.plain({"fingerprint", "source_hash", "compression"})
         return self.settings.fingerprint or durable.hash_json([settings, self.text.fingerprint])
 
     def record(self, name: str) -> SiteRecord:
@@ -175,6 +178,8 @@ class ActivationStore:
         lengths = [self.shard_length(shard) for shard in range(self.n_shards)]
         if manifest.width != record.width or [shard.n_tokens for shard in manifest.shards] != lengths:
             raise StoreError(f"{folder}/manifest.json lists other shards than there are. {REPAIR}")
+        if manifest.calibration != record.calibration:
+            raise StoreError(f"{folder}/manifest.json has another calibration than its site. {REPAIR}")
         return manifest
 
     def commit(self, site: str, shard: int) -> Commit:
@@ -196,6 +201,16 @@ class ActivationStore:
             raise StoreError(f"{file} is of another store, or of other settings. {REPAIR}")
         if record.site != site:
             raise StoreError(f"{file} is of the site {record.site!r}; name folders as they were. {REPAIR}")
+
+    def open_array(self, name: str, width: int) -> ShardedArray:
+        """Open the array of a site, finished or not, whose activations have D = `width` values.
+
+        Raises:
+            StoreError: there is none, or its description is not as the settings say.
+        """
+        array = ShardedArray(site_path(self.path, name), REPAIR, compression=self.settings.compression)
+        array.expect(describe_site(self.settings, self.n_tokens, name, width))
+        return array
 
     def site(self, name: str) -> "SiteArray | JoinedSite":
         """Open a finished site, or several of them as one: `layers.2+layers.4`.
@@ -228,7 +243,7 @@ class ActivationStore:
     def read(self, site: str, start: int, stop: int) -> Tensor:
         """Read activations of the addresses start..stop, in address order.
 
-        Returns: [stop - start, D] in the stored dtype; every block read is checked.
+        Returns: [stop - start, D] as the form's rows are read; every block read is checked.
         """
         return self.site(site).read(start, stop)
 
@@ -266,17 +281,19 @@ class ActivationStore:
 
 
 class SiteArray:
-    """One finished site: its rows, checked block by block as they are read, and its statistics."""
+    """One finished site: its rows, checked block by block as they are read, and its statistics.
+
+    Stored rows are as the array holds them, decompressed; `decode` makes activations of them.
+    """
 
     def __init__(self, store: ActivationStore, name: str) -> None:
         self.store, self.name = store, name
         record = store.record(name)
-        self.width, self.role = record.width, record.role
-        self.array = ShardedArray(site_path(store.path, name), REPAIR)
-        self.array.expect(describe_site(store.settings, store.n_tokens, name, self.width))
-        self.dtype, self.stored_dtype = self.array.torch_dtype, self.array.dtype
+        self.width, self.role, self.form = record.width, record.role, record.form
+        self.array = store.open_array(name, self.width)
+        self.dtype, self.stored, self.columns = self.form.dtype, self.form.stored, self.form.columns
         self.manifest = store.manifest(record)
-        self.array.check_sizes()
+        self.array.check_sizes([shard.bytes for shard in self.manifest.shards])
         self._computed_norms: dict[int, NDArray[np.uint16]] = {}
 
     @property
@@ -288,6 +305,11 @@ class SiteArray:
     def statistics(self) -> Statistics:
         """Moments over the training positions by the store's own mask."""
         return self.manifest.statistics.statistics()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all its shards on disk."""
+        return sum(shard.bytes for shard in self.manifest.shards)
 
     @property
     def sketch(self) -> NormSketch | None:
@@ -309,7 +331,7 @@ class SiteArray:
         if commit.norms is not None:
             return decode_array(commit.norms, "u2")
         if shard not in self._computed_norms:
-            self._computed_norms[shard] = norms_of(as_tensor(self._rows(shard), self.dtype))
+            self._computed_norms[shard] = norms_of(self._decoded(self._rows(shard)))
         return self._computed_norms[shard]
 
     def statistics_over(self, keep: Callable[[int], NDArray[np.bool_]]) -> Statistics:
@@ -320,60 +342,83 @@ class SiteArray:
         """
         moments = Moments(self.width)
         for shard in range(self.store.n_shards):
-            moments.add(as_tensor(self._rows(shard)[keep(shard)], self.dtype))
+            moments.add(self._decoded(self._rows(shard)[keep(shard)]))
         return moments.statistics()
 
     def _rows(self, shard: int) -> NDArray[Any]:
-        """Read all rows of a shard, block by block, each compared with its hash."""
-        n_blocks = -(-self.store.shard_length(shard) // BLOCK_TOKENS)
-        return np.concatenate([self.block(shard, block) for block in range(n_blocks)])
+        """Read all stored rows of a shard, block by block, each compared with its hash."""
+        return np.concatenate([self.block(shard, block) for block in range(self.array.n_blocks(shard))])
 
     @cached_property
     def _hashes(self) -> list[NDArray[np.uint64]]:
         return [decode_array(shard.block_hashes, "u8") for shard in self.manifest.shards]
 
     def block(self, shard: int, block: int) -> NDArray[Any]:
-        """Read one block of stored rows, compared with its hash; a view of the mapped file.
+        """Read one block of stored rows, compared with its hash; raw, it is a view of the mapped file.
 
         Raises:
             StoreError: the content is not what was written.
         """
-        rows = self.array.shard(shard)[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
-        if xxhash.xxh3_64_intdigest(rows.data) != self._hashes[shard][block]:
+        rows_TC = self.array.block(shard, block)
+        if xxhash.xxh3_64_intdigest(rows_TC.data) != self._hashes[shard][block]:
             raise StoreError(
                 f"{self.array.shard_path(shard)}: block {block} differs from its hash. "
                 f"`saemill verify {self.store.path}` names all bad shards. {REPAIR}"
             )
-        return rows
+        return rows_TC
+
+    def decode(self, stored_TC: Tensor) -> Tensor:
+        """Make activations of stored rows: [T, D] of `dtype`, on their device; floats share memory."""
+        return self.form.decode(stored_TC)
+
+    def _decoded(self, stored_TC: NDArray[Any]) -> Tensor:
+        """Make activations of stored rows that were read. [T, D]."""
+        return self.decode(as_tensor(stored_TC, self.stored))
+
+    def rounded(self, x_TD: Tensor) -> Tensor:
+        """Round activations that were computed again to what the store would read. [T, D], on the CPU."""
+        return rounded(self.form, x_TD)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Read activations of addresses start..stop in address order, [stop - start, D]."""
+        return self._decoded(self.read_stored(start, stop))
+
+    def read_stored(self, start: int, stop: int) -> NDArray[Any]:
+        """Read the stored rows of addresses start..stop in address order, [stop - start, C]."""
         if not 0 <= start <= stop <= self.store.n_tokens:
             raise IndexError(f"addresses must be within 0..{self.store.n_tokens}, got {start}..{stop}")
         size = self.store.shard_tokens
-        pieces = [np.empty((0, self.width), self.array.dtype)]
+        pieces = [np.empty((0, self.columns), self.array.dtype)]
         for shard in range(start // size, -(-stop // size)):
             first, last = max(start - shard * size, 0), min(stop - shard * size, size)
-            pieces.append(self.gather(shard, np.arange(first, last)))
-        return as_tensor(np.concatenate(pieces), self.dtype)
+            pieces.append(self.stored_at(shard, self._places(shard)[first:last]))
+        return np.concatenate(pieces)
 
-    def gather(self, shard: int, offsets: NDArray[np.int64]) -> NDArray[Any]:
+    def _places(self, shard: int) -> NDArray[np.int64]:
+        """Find the place of each address in a shard. int64 [tokens in the shard]."""
+        return inverse(self.store.permutation(shard))
+
+    def gather(self, shard: int, offsets: NDArray[np.int64]) -> Tensor:
         """Read rows of one shard by their addresses' offsets in it; each block that is read is checked.
 
-        Returns: [len(offsets), D] in the array's dtype.
+        Returns: [len(offsets), D].
         """
-        return self.at_places(shard, inverse(self.store.permutation(shard))[offsets])
+        return self.at_places(shard, self._places(shard)[offsets])
 
-    def at_places(self, shard: int, places: NDArray[np.int64]) -> NDArray[Any]:
+    def at_places(self, shard: int, places: NDArray[np.int64]) -> Tensor:
         """Read rows of one shard by their places in it; each block that is read is checked.
 
-        Returns: [len(places), D] in the array's dtype.
+        Returns: [len(places), D].
         """
+        return self._decoded(self.stored_at(shard, places))
+
+    def stored_at(self, shard: int, places: NDArray[np.int64]) -> NDArray[Any]:
+        """Read stored rows as `at_places` does. [len(places), C]."""
         order = np.argsort(places)
         edges = np.searchsorted(
             places[order], np.arange(0, self.store.shard_tokens + BLOCK_TOKENS, BLOCK_TOKENS)
         )
-        out = np.empty((len(places), self.width), self.array.dtype)
+        out = np.empty((len(places), self.columns), self.array.dtype)
         for block in np.flatnonzero(np.diff(edges)):
             in_block = order[edges[block] : edges[block + 1]]
             out[in_block] = self.block(shard, int(block))[places[in_block] - block * BLOCK_TOKENS]
