@@ -56,7 +56,7 @@ def test_what_is_beyond_a_type_is_found() -> None:
     st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
 def test_any_bits_that_are_no_number_are_found(bits: list[int], dtype: torch.dtype) -> None:
-    """Oracle: `torch.isfinite`; the bits are the upper half of a value's, NaN's and infinities' among them."""
+    """Oracle: `torch.isfinite`; the bits are the upper half of a value's, also of NaN and infinity."""
     upper = torch.tensor(bits, dtype=torch.int16)
     stored_T = upper.view(dtype) if dtype.itemsize == 2 else (upper.int() << 16).view(dtype)
     bad_T, finite_T = not_finite(stored_T), torch.isfinite(stored_T)
