@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_refused(tokens: TokenStore, neox: str, tmp_path: 
         model.layers[1].mlp.dense_4h_to_h.bias[3] = torch.nan
     model.save_pretrained(tmp_path / "model")
     transformers.AutoTokenizer.from_pretrained(neox).save_pretrained(tmp_path / "model")
-    with pytest.raises(DataError, match="512 tokens are NaN or infinite at layers.1, shard 0"):
+    with pytest.raises(DataError, match=r"512 tokens are NaN or infinite at layers\.1, shard 0"):
         cache(tokens, str(tmp_path / "model"), tmp_path / "acts", dtype="int8")
 
 

