@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from saemill.common.stores.activations import ActivationStore, Moments
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import TrainingMask
+from saemill.common.stores.statistics import Moments
 from saemill.train.stream.loader import Loader
 
 DIRECTIONS, ACTIVE, NOISE, MEAN = 4096, 32, 0.02, 1.0

@@ -14,9 +14,10 @@ from saemill.assess.dealing import Addresses, dealt
 from saemill.common.errors import ConfigError, DataError
 from saemill.common.log import counted
 from saemill.common.models.model import LanguageModel, attention_of
-from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.site_names import BESIDE, is_joined, parts_of
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import Group

@@ -27,13 +27,13 @@ from saemill.common.stores.site_records import (
     Site,
     SiteManifest,
     SiteRecord,
-    SiteStatistics,
     hash_blocks,
     record_path,
     site_path,
 )
 from saemill.common.stores.site_roles import Role
 from saemill.common.stores.statistics import Moments
+from saemill.common.stores.statistics_records import SiteStatistics
 
 ROWS_AT_ONCE = 8192
 """Stored rows decoded at a time."""

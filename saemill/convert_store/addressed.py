@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saemill.common.stores.activations import SiteArray
+from saemill.common.stores.site_array import SiteArray
 
 
 class Addressed:

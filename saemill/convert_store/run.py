@@ -24,11 +24,12 @@ from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.signals import stop_on_signal
-from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.forms.form import Form, empty
 from saemill.common.stores.forms.packing import BLOCK_TOKENS, packing_of, rows_per_shard
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.shards import as_numpy, as_tensor
+from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.site_names import folder_of
 from saemill.common.stores.site_records import (
     REPAIR,

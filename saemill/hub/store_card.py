@@ -5,8 +5,9 @@ from pathlib import PurePath
 from huggingface_hub import DatasetCardData
 
 from saemill.common.log import counted
-from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageManifest, PassageStore
+from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.site_records import StoreSettings
 from saemill.common.stores.tokens import TokenManifest, TokenStore
 from saemill.hub.card import code, front_matter, rows

@@ -18,7 +18,8 @@ from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.statistics import Statistics
 
 if TYPE_CHECKING:
-    from saemill.common.stores.activations import ActivationStore, SiteArray
+    from saemill.common.stores.activations import ActivationStore
+    from saemill.common.stores.site_array import SiteArray
     from saemill.common.stores.site_roles import Role
 
 

@@ -1,4 +1,4 @@
-"""The one lossy act of a store: values are rounded to the type that it stores.
+"""Rounding to a float type, the one lossy act of a store of floats; `forms.int8` has that of codes.
 
 bf16 keeps fp32's range and 8 bits of a value. fp16 keeps 11 bits and ends at 65,504: what is beyond becomes
 infinite, so the caller of a rounding function looks with `not_finite` afterwards and refuses such values.

@@ -17,22 +17,27 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, field_serializer, model_validator
+from pydantic import AfterValidator, field_serializer, model_validator
 
 from saemill.common import durable, hub, records, setting
 from saemill.common.errors import MissingError, StoreError
-from saemill.common.records import Count, Hash, Positive, Record, decode_array, encode_array
+from saemill.common.records import Count, Hash, Positive, Record, decode_array
 from saemill.common.stores.forms.form import Form, StoredType, form_of
 from saemill.common.stores.forms.int8 import Calibration
 from saemill.common.stores.forms.packing import BLOCK_TOKENS, Compression
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.norms import N_BINS, NormSketch
+from saemill.common.stores.norms import N_BINS
 from saemill.common.stores.site_names import folder_of, module_of, site_of_folder
 from saemill.common.stores.site_roles import Role
-from saemill.common.stores.statistics import Moments, Statistics
+from saemill.common.stores.statistics_records import (
+    Distances,
+    Doubles,
+    Lengths,
+    SiteStatistics,
+    check_lengths,
+)
 
 FORMAT: Final = "saemill activations 2"
 EMBEDDINGS = "embeddings"
@@ -78,25 +83,7 @@ def site_name(name: str) -> str:
     return name
 
 
-def _finite(text: str) -> str:
-    if not np.isfinite(decode_array(text, "f8")).all():
-        raise ValueError("holds NaN or infinity")
-    return text
-
-
 SiteName = Annotated[str, AfterValidator(site_name)]
-Doubles = Annotated[str, AfterValidator(_finite)]
-"""Finite float64 values in base64."""
-Distances = dict[int, Count]
-"""Counts as in `Statistics.distances`."""
-Lengths = dict[Annotated[int, Field(ge=0, lt=N_BINS)], Positive]
-"""Counts as in `NormSketch.counts`."""
-
-
-def _check_lengths(width: int, *vectors: str) -> None:
-    for vector in vectors:
-        if (n_values := len(decode_array(vector, "f8"))) != width:
-            raise ValueError(f"a vector has {n_values:,} values, expected {width:,}")
 
 
 class StoreSettings(Record):
@@ -243,7 +230,7 @@ class Commit(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_lengths(self.width, self.mean, self.deviations)
+        check_lengths(self.width, self.mean, self.deviations)
         _check_blocks(self.block_hashes, self.n_tokens)
         if not sum(self.distances.values()) <= self.n_counted <= self.n_tokens:
             raise ValueError("more positions are counted than there are")
@@ -292,42 +279,6 @@ class Shard(Record):
         return self
 
 
-class SiteStatistics(Record):
-    """Moments over the training positions, by the store's own mask."""
-
-    n_tokens: Positive
-    mean: Doubles
-    variance: Doubles
-    mean_squared_norm: Annotated[float, Field(ge=0)]
-    distances: Distances
-    lengths: Lengths | None = None
-    """Counts by norm. None where a shard was recorded before saemill kept norms."""
-
-    @classmethod
-    def of(cls, moments: Moments, sketch: NormSketch | None) -> "SiteStatistics":
-        """Make the record of some moments, and of the same rows' norms if those are known.
-
-        Raises:
-            StoreError: no row was counted.
-        """
-        statistics = moments.statistics()
-        return cls(
-            n_tokens=statistics.n_tokens,
-            mean=encode_array(np.asarray(statistics.mean_D)),
-            variance=encode_array(np.asarray(statistics.variance_D)),
-            mean_squared_norm=statistics.mean_squared_norm,
-            distances=dict(statistics.distances),
-            lengths=sketch.counts if sketch else None,
-        )
-
-    def statistics(self) -> Statistics:
-        """Return the statistics that were recorded."""
-        mean_D, variance_D = (
-            torch.from_numpy(decode_array(text, "f8").copy()) for text in (self.mean, self.variance)
-        )
-        return Statistics(self.n_tokens, mean_D, variance_D, self.mean_squared_norm, self.distances)
-
-
 class SiteManifest(Record):
     """A finished site: its statistics, and its shards."""
 
@@ -345,7 +296,7 @@ class SiteManifest(Record):
     def _check(self) -> Self:
         statistics = self.statistics
         _check_calibration(self.calibration, self.width)
-        _check_lengths(self.width, statistics.mean, statistics.variance)
+        check_lengths(self.width, statistics.mean, statistics.variance)
         if bool((decode_array(statistics.variance, "f8") < 0).any()):
             raise ValueError("a variance is below 0")
         n_tokens = sum(shard.n_tokens for shard in self.shards)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
-from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.norms import SMALLEST_NORM, NormSketch, norms_from
+from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.statistics import Moments, Statistics
 
 LEAST_SHARE = 1e-6

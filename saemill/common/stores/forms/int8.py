@@ -131,5 +131,11 @@ class Int8:
             x_TD = torch.empty(len(stored_TC), self.width)
             decode(stored_TC.numpy(), mean_D.numpy(), scale_D.numpy(), x_TD.numpy())
             return x_TD
-        step_T1 = stored_TC[:, self.width :].contiguous().view(torch.float32)
-        return stored_TC[:, : self.width].to(torch.float32).mul_(step_T1).mul_(scale_D).add_(mean_D)
+        return decoded_by_torch(stored_TC, mean_D, scale_D)
+
+
+def decoded_by_torch(stored_TC: Tensor, mean_D: Tensor, scale_D: Tensor) -> Tensor:
+    """Compute what `Int8.decode` does by torch's own operations. float32 [T, D], on the rows' device."""
+    width = len(mean_D)
+    step_T1 = stored_TC[:, width:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    return stored_TC[:, :width].to(torch.float32).mul_(step_T1).mul_(scale_D).add_(mean_D)

@@ -25,7 +25,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "lz4": {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle"},
     "zstd": {"cname": "zstd", "clevel": 3, "shuffle": "shuffle"},
 }
-"""Blosc's settings, as `zarr.json` has them. Chosen by `benchmarks/cache/compression.py`: bits that are
+"""Blosc's settings, as `zarr.json` has them. Chosen by `benchmarks/cache/forms.py`: bits that are
 shuffled help lz4, and hide from zstd the few exponents that it would code in fewer bits."""
 SHUFFLES = {"shuffle": numcodecs.blosc.SHUFFLE, "bitshuffle": numcodecs.blosc.BITSHUFFLE}
 CRC_BYTES = 4
