@@ -51,15 +51,17 @@ class Pieces:
         while start < len(ids):
             n, text = 1, self.text(ids[start])
             if NO_CHARACTER in text:
-                n, text = self._whole(ids[start : start + MOST_TOKENS_PER_CHARACTER]) or (n, text)
+                n, text = self._whole(ids[start : start + MOST_TOKENS_PER_CHARACTER])
             pieces.append((n, text))
             start += n
         return pieces
 
-    def _whole(self, ids: list[int]) -> tuple[int, str] | None:
-        """Find the fewest tokens from the first on that are whole characters; None if none are."""
-        tried = ((n, self.text(*ids[:n])) for n in range(2, len(ids) + 1))
-        return next((found for found in tried if NO_CHARACTER not in found[1]), None)
+    def _whole(self, ids: list[int]) -> tuple[int, str]:
+        """Find the fewest tokens from the first on that are whole characters; where none are, the most that
+        are one broken character, or U+FFFD itself."""
+        tried = [(n, self.text(*ids[:n])) for n in range(1, len(ids) + 1)]
+        broken = [(n, text) for n, text in tried if text == NO_CHARACTER] or tried[:1]
+        return next((found for found in tried if NO_CHARACTER not in found[1]), broken[-1])
 
 
 class Reader:

@@ -1,5 +1,6 @@
 """The files of an assessment: its record, the page, and the sums and firing counts that they follow from."""
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def write(
             with durable.writing(out / name, table.nbytes):
                 pq.write_table(table, partials[name])
         with durable.writing(out / FEATURES):
-            records.write(partials[FEATURES], features)
+            content = json.dumps(records.content(features), allow_nan=False)  # without indents: it is long
+            durable.write_bytes(partials[FEATURES], [content.encode()])
         with durable.writing(out / REPORT):
             write_html(partials[REPORT], assessment, features, densities, page_bytes)
         assessment["files"] = [

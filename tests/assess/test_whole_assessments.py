@@ -164,7 +164,8 @@ def changed(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["bit", "cut", "zeros", "missing"])
 @pytest.mark.parametrize(
-    "name", ["final_assessment.json", "documents.parquet", "latents.parquet", "report.html"]
+    "name",
+    ["final_assessment.json", "documents.parquet", "latents.parquet", "features.json", "report.html"],
 )
 def test_a_damaged_assessment_is_found_and_made_again(
     small: Path, tmp_path: Path, name: str, how: str
