@@ -40,6 +40,9 @@ def test_half_a_character_is_one_piece() -> None:
     cut, tokenizer = BYTE_LEVEL
     (first, *_) = tokenizer.encode("漢", add_special_tokens=False)
     assert cut.of([first]) == [(1, tokenizer.decode([first]))]
+    texts = [tokenizer.decode([number]) for number in range(len(tokenizer))]
+    odd = next(number for number, text in enumerate(texts) if len(text) > 1 and text.endswith("\ufffd"))
+    assert cut.of([odd, odd]) == [(1, texts[odd])] * 2
 
 
 def test_words_of_wordpiece_keep_their_spaces(tmp_path: Path) -> None:
