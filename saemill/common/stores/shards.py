@@ -1,4 +1,4 @@
-"""A Zarr v3 array whose every chunk is one file that memory-maps.
+"""A Zarr v3 array whose every chunk is one file, read block by block or mapped.
 
 The array has one chunk per shard (`c/<shard>/0`), raw or in compressed blocks (`forms.packing`), so that
 zarr-python, zarrs and tensorstore read it as it is, while saemill reads and writes the chunk files
@@ -22,10 +22,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
+from saemill.common.stores.content import FileContent
 from saemill.common.stores.forms.packing import BLOCK_TOKENS, packing_of
 
 MAPPED_SHARDS = 1024
 """Number of shards mapped at once per array; the kernel allows 65,530 maps per process by default."""
+OPEN_FILES = 64
+"""Number of shards' files open at once per array; many systems allow 1,024 per process."""
 DAMAGED = "zarr.json is damaged"
 
 
@@ -124,8 +127,8 @@ class ShardedArray:
         self.dtype = np.dtype(self.meta["data_type"])
         self.n_shards = math.ceil(self.n_rows / self.shard_rows)
         self.packing = packing_of(compression, self.shard_rows, self.width, self.dtype)
-        self.content = lru_cache(MAPPED_SHARDS)(self._map_content)
-        self.shard = lru_cache(MAPPED_SHARDS)(self._view_shard)
+        self.content = lru_cache(OPEN_FILES)(self._open_content)
+        self.shard = lru_cache(MAPPED_SHARDS)(self._map_shard)
         self._checked: set[int] = set()
 
     def expect(self, description: Mapping[str, Any]) -> None:
@@ -216,20 +219,20 @@ class ShardedArray:
                 f"{len(bad)} of {self.n_shards} shards of {self.path} are damaged:\n{lines}\n{self.repair}"
             )
 
-    def _map_content(self, shard: int) -> NDArray[np.uint8]:
-        """Map the file of a shard."""
+    def _open_content(self, shard: int) -> FileContent:
+        """Open the file of a shard."""
         file = self.shard_path(shard)
         if self.packing.file_bytes and (problem := self.problem(shard)):
             raise StoreError(f"{file}: {problem}. {self.repair}".rstrip())
-        with durable.reading(file, self.repair):
-            try:
-                return np.memmap(file, np.uint8, "r").view(np.ndarray)
-            except ValueError as error:  # of an empty file
-                raise StoreError(f"{file}: {error}. {self.repair}".rstrip()) from None
+        return FileContent(file, self.repair)
 
-    def _view_shard(self, shard: int) -> NDArray[Any]:
-        """View the rows of a raw shard."""
-        mapped: NDArray[Any] = self.content(shard).view(self.dtype).reshape(self.shard_rows, self.width)
+    def _map_shard(self, shard: int) -> NDArray[Any]:
+        """Map the rows of a raw shard."""
+        file = self.shard_path(shard)
+        if problem := self.problem(shard):
+            raise StoreError(f"{file}: {problem}. {self.repair}".rstrip())
+        with durable.reading(file, self.repair):
+            mapped = np.memmap(file, self.dtype, "r", shape=(self.shard_rows, self.width)).view(np.ndarray)
         if self.check is not None and shard not in self._checked:
             self.check(shard, mapped)
             self._checked.add(shard)
@@ -240,7 +243,7 @@ class ShardedArray:
         return -(-self.rows_in(shard) // BLOCK_TOKENS)
 
     def block(self, shard: int, block: int) -> NDArray[Any]:
-        """Read a block of stored rows: a view of the mapped file, or decompressed.
+        """Read a block of stored rows, into memory of their own.
 
         Raises:
             StoreError: the file is missing, of the wrong size, or holds no such block.

@@ -97,7 +97,7 @@ class SiteArray:
         return [decode_array(shard.block_hashes, "u8") for shard in self.manifest.shards]
 
     def block(self, shard: int, block: int) -> NDArray[Any]:
-        """Read one block of stored rows, compared with its hash; raw, it is a view of the mapped file.
+        """Read one block of stored rows, compared with its hash, in memory of its own.
 
         Raises:
             StoreError: the content is not what was written.
