@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saemill.assess.config import AssessConfig, Thresholds
+from saemill.assess.config import AssessConfig, LatentConfig, Thresholds
 from saemill.cache.config import CacheConfig
 from saemill.common import config, durable, setting, yaml_text
 from saemill.common.config import SECTIONS, build, plain, read_sections, resolve
@@ -36,6 +36,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     TrainConfig: {"acts": "a", "out": "o"},
     AssessConfig: {"run": "r"},
     Thresholds: {},
+    LatentConfig: {"run": "r", "latents": ["1"]},
     MaskConfig: {},
     CompareConfig: {"saes": ["a"]},
     DiffConfig: {"out": "o"},
@@ -126,11 +127,11 @@ IDENTITIES: list[tuple[Any, dict[str, Any], str]] = [
         },
         "d19ab9db1fed1e99",
     ),
-    (AssessConfig, {}, "9a34810332f8fdc4"),
+    (AssessConfig, {}, "b6838bcf2656d142"),
     (
         AssessConfig,
         {"thresholds": {"min_l0": 3}, "tokens": "t", "latents": [1, 2], "out": "x", "device": "cpu"},
-        "940c835fb17f669d",
+        "a870d78e48da4ca0",
     ),
     (EmbedConfig, {}, "53b4e6e0a4d104cc"),
     (EmbedConfig, {"prompt": "p", "batch_size": 8, "dtype": "bf16", "max_rows": 9}, "3306371ba5e72920"),
@@ -284,7 +285,8 @@ OF_SECTION: Mapping[str, Any] = {
     "tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig,
     "import-activations": ImportConfig, "embed": EmbedConfig, "convert-store": ConvertConfig,
     "run": RunConfig, "slurm": SlurmConfig, "matrix": MatrixConfig, "generate": GenerateConfig,
-    "compare": CompareConfig, "diff": DiffConfig, "export-latents": ExportLatentsConfig,
+    "compare": CompareConfig, "diff": DiffConfig, "latent": LatentConfig,
+    "export-latents": ExportLatentsConfig,
 }  # fmt: skip
 
 

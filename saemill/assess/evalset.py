@@ -196,12 +196,15 @@ class EvalSet:
             yield read(addresses_T)
 
     def _cached_batches(self, held_out: tuple[bool, ...]) -> Iterator[Addresses]:
-        """List unmasked tokens of the cache, each batch from one shard."""
+        """List unmasked tokens of the cache, each batch from whole rows of one shard."""
         for shard in range(self.store.n_shards):
             keep = [self.store.keep_addresses(shard, self.mask, side) for side in held_out]
             addresses = np.flatnonzero(np.logical_or.reduce(keep)) + shard * self.store.shard_tokens
-            for start in range(0, len(addresses), CHUNK_TOKENS):
-                yield addresses[start : start + CHUNK_TOKENS]
+            while len(addresses):
+                last = addresses[:CHUNK_TOKENS][-1]
+                n = int(np.searchsorted(addresses, (last // self.text.ctx_len + 1) * self.text.ctx_len))
+                yield addresses[:n]
+                addresses = addresses[n:]
 
     def _computed_batches(self) -> Iterator[Addresses]:
         """List unmasked tokens, in batches of as many rows as one forward pass takes."""

@@ -108,7 +108,7 @@ class SiteWriter:
             Lost: another worker took the shard over; nothing of this one's is in the store.
         """
         self._check_finite(shard, stored_TC)
-        permuted_TC = stored_TC[torch.from_numpy(self.store.permutation(shard))]
+        permuted_TC = stored_TC.index_select(0, torch.from_numpy(self.store.permutation(shard)))
         data, record = self.worker.partial(), self.worker.partial()
         try:
             self.array.write_shard(shard, as_numpy(permuted_TC), data)
@@ -150,7 +150,8 @@ class SiteWriter:
         """Compute the record of a shard: its file's size and hash, and sums over its training positions."""
         moments, sketch = Moments(self.site.width), NormSketch()
         keep = self.store.keep(shard, self.store.mask, held_out=False)
-        for x_TD in self._activations(permuted_TC[torch.from_numpy(keep)]):
+        kept_TC = permuted_TC.index_select(0, torch.from_numpy(np.flatnonzero(keep)))
+        for x_TD in self._activations(kept_TC):
             moments.add(x_TD)
         norms_T = np.concatenate([norms_of(x_TD) for x_TD in self._activations(permuted_TC)])
         sketch.add(norms_T[keep])

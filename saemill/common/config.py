@@ -32,6 +32,7 @@ SECTIONS = (
     "generate",
     "compare",
     "diff",
+    "latent",
     "export-latents",
 )
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
