@@ -33,7 +33,8 @@ def headline(assessment: Assessment) -> str:
 def reasons(assessment: Assessment) -> list[str]:
     """Say why: figures, how many pass, and which cannot be told from the best."""
     variants, data = assessment["variants"], assessment["data"]
-    sentences = [f"{described_best(assessment)}."]
+    choice = described_best(assessment).removeprefix(f"{assessment['best_variant']}, ")
+    sentences = [f"{choice[0].upper()}{choice[1:]}."]
     metric = assessment["best_on_other_documents"]["chosen_by"]
     if len(variants) > 1:
         outcomes = Counter(map(outcome, variants))
