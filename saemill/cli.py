@@ -45,7 +45,7 @@ for function in (
     *(pipeline.tokenize, pipeline.cache, pipeline.train, pipeline.assess, pipeline.demo),
     *(embeddings.import_activations, embeddings.embed),
     models.sites,
-    *(stores.show, stores.verify),
+    *(stores.show, stores.verify, stores.convert_store),
     tracking.track,
     *(exchange.export, exchange.import_, exchange.export_tokens),
     *(latents.latent, latents.export_latents),

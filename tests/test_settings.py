@@ -19,6 +19,7 @@ from saemill.common.config import SECTIONS, build, plain, read_sections, resolve
 from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.stores.mask import MaskConfig, TrainingMask
 from saemill.compare.config import CompareConfig
+from saemill.convert_store.config import ConvertConfig
 from saemill.diff.config import DiffConfig
 from saemill.embeddings.config import EmbedConfig, ImportConfig
 from saemill.generate.config import GenerateConfig
@@ -39,6 +40,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     MaskConfig: {},
     CompareConfig: {"saes": ["a"]},
     DiffConfig: {"out": "o"},
+    ConvertConfig: {"source": "s", "out": "o"},
     ExportLatentsConfig: {"run": "r", "format": "delphi", "out": "o"},
     GenerateConfig: {"model": ["m"], "out": "o", "n_samples": 1},
     EmbedConfig: {"dataset": "d", "model": "m", "out": "o"},
@@ -151,7 +153,7 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
     ("kind", "expected"),
     [
         (TokenizeConfig, "out chat_template num_proc"),
-        (CacheConfig, "tokens out batch_size device trust_remote_code"),
+        (CacheConfig, "tokens out batch_size device device_map max_memory trust_remote_code"),
         (
             TrainConfig,
             "acts out with_acts init_from save_every log_every eval_every eval_tokens eval_losses_every "
@@ -159,7 +161,7 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
             "log_to_wandb wandb_project wandb_entity run_name wandb_log_frequency wandb_artifacts "
             "log_to_tensorboard",
         ),
-        (AssessConfig, "run acts with_acts model out device log_to_wandb"),
+        (AssessConfig, "run acts with_acts model out device device_map max_memory log_to_wandb"),
         (ImportConfig, "source out texts dtype shard_rows"),
         (EmbedConfig, "dataset model out dtype device shard_rows"),
         (GenerateConfig, "out batch_size device"),
@@ -281,9 +283,10 @@ values = st.recursive(
 )
 OF_SECTION: Mapping[str, Any] = {
     "tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig,
-    "import-activations": ImportConfig, "embed": EmbedConfig, "run": RunConfig, "slurm": SlurmConfig,
-    "matrix": MatrixConfig, "generate": GenerateConfig, "compare": CompareConfig,
-    "diff": DiffConfig, "latent": LatentConfig, "export-latents": ExportLatentsConfig,
+    "import-activations": ImportConfig, "embed": EmbedConfig, "convert-store": ConvertConfig,
+    "run": RunConfig, "slurm": SlurmConfig, "matrix": MatrixConfig, "generate": GenerateConfig,
+    "compare": CompareConfig, "diff": DiffConfig, "latent": LatentConfig,
+    "export-latents": ExportLatentsConfig,
 }  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from saemill.assess.evalset import Chunk, EvalSet
 from saemill.assess.positions import Positions
-from saemill.common.stores.activations import SiteArray
 from saemill.common.stores.norms import NORMS_B, norms_from, norms_of
+from saemill.common.stores.site_array import SiteArray
 
 N_LENGTHS = 10
 """Groups of tokens by the length of their activation: tenths of the training tokens."""

@@ -15,7 +15,6 @@ from saemill.common.errors import ConfigError
 from saemill.common.log import counted
 from saemill.common.models.architecture import Architecture
 from saemill.common.models.model import (
-    check_8bit,
     check_fit,
     choose_model_dtype,
     fingerprint_given,
@@ -23,8 +22,10 @@ from saemill.common.models.model import (
 )
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer
+from saemill.common.stores.forms.form import form_of
+from saemill.common.stores.forms.packing import rows_per_shard
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.site_records import DTYPES, FORMAT, Site, StoreSettings, site_path
+from saemill.common.stores.site_records import FORMAT, Site, StoreSettings, site_path
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World
 
@@ -49,11 +50,6 @@ class Plan:
     given: Any = None
     """Model itself, where it is in memory."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Stored type of the activations."""
-        return DTYPES[self.identity["dtype"]]
-
 
 def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
     """Work out what is to be cached; settings left open are those of the store that is added to. `given` is
@@ -76,7 +72,6 @@ def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
     check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
     sites = sites_of(config, model_config)
     identity = _identity(config, tokens, existing, n_rows, device, given)
-    check_8bit(bool(identity["load_in_8bit"]), device)
     _check_mask(tokens, settings.build(MaskConfig, identity["mask"], "mask"), n_rows)
     summary = _summary(config, identity, tokens.ctx_len, sites)
     check_same_store(config.out, existing, identity)
@@ -137,7 +132,9 @@ def _identity(
     """Collect the settings that decide the store's content, site by site. Those that the user left open are
     the existing store's."""
     shard_tokens = config.shard_tokens or (existing.shard_tokens if existing else SHARD_TOKENS)
-    rows_per_shard = max(1, min(n_rows, shard_tokens // tokens.ctx_len))
+    compression = config.compression or (existing.compression if existing else None)
+    compression = None if compression == "raw" else compression
+    n_in_shard = rows_per_shard(shard_tokens, n_rows, tokens.ctx_len, compression)
     model_dtype = str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch.")
     if config.model_dtype == "auto" and existing:
         model_dtype = str(existing.model_dtype)
@@ -145,7 +142,10 @@ def _identity(
         fingerprint = fingerprint_model(config.model, config.revision, config.trust_remote_code)
     else:
         fingerprint, model_dtype = fingerprint_given(given), str(given.dtype).removeprefix("torch.")
-    in_8bit = existing.load_in_8bit if existing and config.load_in_8bit is None else config.load_in_8bit
+    in_8bit, in_4bit = (
+        getattr(existing, name) if existing and getattr(config, name) is None else getattr(config, name)
+        for name in ("load_in_8bit", "load_in_4bit")
+    )
     mask = config.mask or (existing.mask if existing else MaskConfig())
     attention = config.attn_implementation or (existing.attn_implementation if existing else None)
     return {
@@ -153,10 +153,12 @@ def _identity(
         "kind": "tokens",
         "tokens_fingerprint": tokens.fingerprint,
         "n_rows": n_rows,
-        "shard_tokens": rows_per_shard * tokens.ctx_len,
+        "shard_tokens": n_in_shard * tokens.ctx_len,
         "dtype": config.dtype or (existing.dtype if existing else "bf16"),
+        **({"compression": compression} if compression or (existing and existing.compression) else {}),
         "model_dtype": model_dtype,
         "load_in_8bit": in_8bit or None,
+        **({"load_in_4bit": True} if in_4bit else {}),
         **({"attn_implementation": attention} if attention else {}),
         "model_fingerprint": fingerprint,
         "mask": setting.identity(mask),
@@ -179,8 +181,8 @@ def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites:
     """Describe what will be written. What cannot fit on the disk is refused."""
     n_rows, shard_tokens = identity["n_rows"], identity["shard_tokens"]
     n_shards = -(-n_rows * ctx_len // shard_tokens)
-    itemsize = DTYPES[identity["dtype"]].itemsize
-    needed = {site.name: n_shards * shard_tokens * site.width * itemsize for site in sites}
+    forms = {site.name: form_of(identity["dtype"], site.width) for site in sites}
+    needed = {name: n_shards * shard_tokens * f.columns * f.stored.itemsize for name, f in forms.items()}
     folder = config.out.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -192,10 +194,12 @@ def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites:
             f"{missing / 2**20:,.1f} MiB are needed in {folder}, {free / 2**20:,.1f} MiB are free; "
             "choose fewer sites or --max-tokens, or another disk"
         )
-    padded = ", the last one padded" if n_rows * ctx_len % shard_tokens else ""
+    compression = identity.get("compression")
+    padded = ", the last one padded" if n_rows * ctx_len % shard_tokens and not compression else ""
+    packed = f" compressed by {compression} (sizes before that)" if compression else ""
     lines = [
-        f"{counted(n_rows, 'row')} of {ctx_len}, {n_rows * ctx_len:,} tokens, stored as {identity['dtype']}, "
-        f"per site in {counted(n_shards, 'shard')} of {shard_tokens:,} tokens{padded}:",
+        f"{counted(n_rows, 'row')} of {ctx_len}, {n_rows * ctx_len:,} tokens, stored as {identity['dtype']}"
+        f"{packed}, per site in {counted(n_shards, 'shard')} of {shard_tokens:,} tokens{padded}:",
         *(f"  {s.name:32} D {s.width:6,}  {needed[s.name] / 2**20:12,.1f} MiB" for s in sites),
         f"  {sum(needed.values()) / 2**20:,.1f} MiB in all, {free / 2**20:,.1f} MiB free",
     ]

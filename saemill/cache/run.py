@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from saemill.cache import names, token_copy
+from saemill.cache.calibration import calibrations_by
 from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Worker
 from saemill.cache.config import CacheConfig
@@ -26,6 +27,7 @@ from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import StoreSettings
 from saemill.common.stores.statistics import warnings
+from saemill.common.weights import check_devices
 from saemill.common.world import World, speak_for
 
 
@@ -50,6 +52,7 @@ def run(config: CacheConfig, model: Any = None) -> ActivationStore:
     """
     world = World.here()
     speak_for(world)
+    check_devices(config.spread, world.size, torch.cuda.device_count())
     with stop_on_signal() as stop:
         plan = make_plan(config, world, model)
         with Worker(config.out / CLAIMS, stop) as worker:
@@ -81,7 +84,7 @@ def _open(plan: Plan, worker: Worker) -> tuple[ActivationStore, list[SiteWriter]
             token_copy.make(copy, tokens, n_rows, worker.partial(), claim)
         write_group(out, existing or _new_settings(plan), worker)
         store = ActivationStore(out)
-        return store, [SiteWriter(store, site, plan.dtype, worker) for site in plan.sites]
+        return store, [SiteWriter(store, site, worker) for site in plan.sites]
 
 
 def _new_settings(plan: Plan) -> StoreSettings:
@@ -101,7 +104,8 @@ def _complete(
 ) -> str:
     """Write the shards that the sites lack, beside other workers, until all sites have their manifests.
     Return a sentence on what was done."""
-    model: LanguageModel | None = None
+    is_known = all(writer.is_calibrated for writer in writers)
+    model = None if is_known else _load(plan, store, writers, worker)
     n_missing = n_written = 0
     while True:
         bad = [damaged(writer) for writer in writers]
@@ -122,22 +126,24 @@ def _complete(
 
 
 def _load(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker: Worker) -> LanguageModel:
-    """Load the model, write down what is at the sites, and warn where that is not what their names say. The
-    sites asked for are compared with the finished ones too."""
+    """Load the model, write down what is at the sites and how int8 is calibrated there, and warn where a site
+    is not what its name says. The sites asked for are compared with the finished ones too."""
     model = LanguageModel(
         plan.config.model,
         revision=plan.config.revision,
         device=plan.device,
         given=plan.given,
-        **how_cached(store.settings),
+        **how_cached(store.settings, plan.config.spread),
     )
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype("int64"))
     sites = [site.name for site in plan.sites]
     finished = [name for name in store.sites if name not in sites]
     found = roles_of(model, sites + finished, ids_RS)
+    missing = [writer.site.name for writer in writers if not writer.is_calibrated]
+    calibrations = calibrations_by(model, store, missing, plan.config.batch_size)
     with worker.hold("store"):
         for writer in writers:
-            writer.note(found[writer.site.name])
+            writer.note(found[writer.site.name], calibrations.get(writer.site.name))
     for warning in names.warnings(model, found, ids_RS):
         say(f"warning: {warning}")
     return model

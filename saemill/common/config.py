@@ -25,6 +25,7 @@ SECTIONS = (
     *STAGES,
     "import-activations",
     "embed",
+    "convert-store",
     "run",
     "slurm",
     "matrix",
