@@ -14,7 +14,7 @@ from saemill.assess import verdict
 from saemill.assess.by_source import BySource
 from saemill.assess.config import Thresholds
 from saemill.assess.dealing import for_each
-from saemill.assess.directions import siblings
+from saemill.assess.directions import norm_shares, siblings
 from saemill.assess.reader import PassageReader, Reader, reader_of
 from saemill.assess.reconstruction import FAR_METRICS, Reconstruction, absorption, random_absorption
 from saemill.assess.splicing import SEVERAL, Splicing, absent_metrics
@@ -27,6 +27,8 @@ from saemill.common.stores.statistics import FAR, far_warning, unheld_warning
 
 DENSE = 0.1
 """Share of the tokens; a latent that fires on more is dense."""
+N_BINS = 20
+"""Bins of a histogram of shares."""
 Entry = dict[str, Any]
 """One variant in `final_assessment.json`."""
 
@@ -219,7 +221,18 @@ class Measured:
                 for token in profile.worst(name)
                 if mean > 0
             ],
+            "norm_shares": self._norm_shares(name),
         }
+
+    def _norm_shares(self, name: str) -> dict[str, list[int]]:
+        """Count the live latents of a crosscoder by each site's share in their decoder rows."""
+        sae = self.reconstruction.saes[name]
+        shares_FL = norm_shares(sae)
+        if shares_FL is None:
+            return {}
+        live = self.reconstruction.live(name, self.dead_share)
+        shares = zip(sae.config.joined, shares_FL.cpu().numpy()[live].T, strict=True)
+        return {part.site: np.histogram(own, N_BINS, (0, 1))[0].tolist() for part, own in shares}
 
     def _cuts(self, name: str) -> list[dict[str, Any]]:
         """List the SAEs within one, with their figures; none of one that was not measured."""

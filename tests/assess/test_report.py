@@ -202,7 +202,7 @@ def test_bars_are_as_high_as_their_values() -> None:
 
 
 def entry(name: str, verdict: str, **more: Any) -> dict[str, Any]:
-    metrics = {"fvu": {"value": 0.1}, "delta_ce": {"value": 0.2}}
+    metrics = {"fvu": {"value": 0.1}, "delta_ce": {"value": 0.2}, "l0": {"value": 32.0}}
     return {"name": name, "verdict": verdict, "metrics": metrics, "evidence": [], **more}
 
 
@@ -220,7 +220,7 @@ def test_what_was_compared_is_said_in_words() -> None:
         entry("b", "passed", twins=["a"], versus_best={"delta_ce": near}),
         entry("c", "failed: FVU, dead latents", versus_best={"delta_ce": far}),
     ]
-    variants[1]["metrics"] = {"fvu": {"value": 0.12}, "delta_ce": {"value": 0.25}}
+    variants[1]["metrics"] = {"fvu": {"value": 0.12}, "delta_ce": {"value": 0.25}, "l0": {"value": 15.9}}
     assessment = {
         "variants": variants, "data": data, "best_on_other_documents": other, "best_variant": "a",
     }  # fmt: skip
@@ -229,6 +229,9 @@ def test_what_was_compared_is_said_in_words() -> None:
     assert "Of 3 SAEs: 2 passed, 1 failed. Failed by FVU (1), dead latents (1)." in said
     assert any(
         sentence.startswith("By ΔCE, its difference from b is within the interval") for sentence in said
+    )
+    assert said[-1] == (
+        "By sparsity, the first that did not fail: b at L0 16 (ΔCE 0.250), a at L0 32 (ΔCE 0.200)."
     )
     assert trust(assessment)[-1].endswith("differ by at most 0.05 in ΔCE and at most 0.02 in FVU.")
     variants[1]["versus_best"] = {"delta_ce": far}

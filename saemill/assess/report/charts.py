@@ -13,7 +13,7 @@ from typing import Any
 from saemill.assess.report.compared import with_interval
 from saemill.common.sae.parts import place
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 330, 52, 14, 14, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 360, 52, 14, 14, 40
 N_COLOURS = 7
 LEAST_TICKS = 4
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "down")

@@ -1,5 +1,6 @@
 """What was compared and how far to trust it, in plain words."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +34,8 @@ def headline(assessment: Assessment) -> str:
 def reasons(assessment: Assessment) -> list[str]:
     """Say why: figures, how many pass, and which cannot be told from the best."""
     variants, data = assessment["variants"], assessment["data"]
-    sentences = [f"{described_best(assessment)}."]
+    choice = described_best(assessment).removeprefix(f"{assessment['best_variant']}, ")
+    sentences = [f"{choice[0].upper()}{choice[1:]}."]
     metric = assessment["best_on_other_documents"]["chosen_by"]
     if len(variants) > 1:
         outcomes = Counter(map(outcome, variants))
@@ -42,6 +44,7 @@ def reasons(assessment: Assessment) -> list[str]:
             f"Of {counted(len(variants), 'SAE')}: {', '.join(words)}. {_why_failed(variants)}".strip()
         )
         sentences += _alike(variants, metric, data["document"])
+        sentences += _by_sparsity(variants, metric)
     return sentences
 
 
@@ -79,6 +82,20 @@ def _alike(variants: Sequence[Mapping[str, Any]], metric: str, document: str) ->
         if versus
         else []
     )
+
+
+def _by_sparsity(variants: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
+    """Name the first SAE of each octave of L0, where there are several: the fewer latents are active, the
+    more an SAE leaves, so that the best of all is mostly one of the densest."""
+    first: dict[int, str] = {}
+    for entry in variants:
+        l0, figure = entry["metrics"]["l0"]["value"], entry["metrics"][metric]
+        if l0 and figure["value"] is not None and outcome(entry) != FAILED:
+            words = f"{entry['name']} at L0 {l0:.0f} ({METRICS[metric]} {number(figure)})"
+            first.setdefault(round(math.log2(l0)), words)
+    if len(first) < 2:
+        return []
+    return [f"By sparsity, the first that did not fail: {', '.join(first[i] for i in sorted(first))}."]
 
 
 def trust(assessment: Assessment) -> list[str]:

@@ -60,6 +60,8 @@ class Row:
     counts: str
     """Sentence on dead and dense latents."""
     errors: list[Small]
+    norms: list[Small]
+    """Of a crosscoder, how much its latents write to each site."""
     cuts: list[list[str]]
     by_source: list[list[str]]
     worst: list[Shown]
@@ -89,6 +91,7 @@ def rows(
             density=_density(densities[entry["name"]], data) if entry["name"] in densities else None,
             counts=_counts(entry, densities.get(entry["name"]), data),
             errors=_errors(entry),
+            norms=[_norms(site, counts) for site, counts in entry.get("norm_shares", {}).items()],
             cuts=[row[1:] for row in cuts([entry])[1:]],
             by_source=[row[1:] for row in by_source([entry])[1:] if set(row[2:]) != {"–"}],
             worst=[_worst(token["times"], token["place"]) for token in entry.get("worst", ())],
@@ -173,6 +176,14 @@ def _errors(entry: Mapping[str, Any]) -> list[Small]:
         titles = [f"{visible(name)}: FVU {with_interval(figure)}" for name, figure in known.items()]
         charts.append(_small("FVU by source", [f["value"] for f in known.values()], titles, ["", ""]))
     return charts
+
+
+def _norms(site: str, counts: list[int]) -> Small:
+    """Draw the latents by a site's share in their decoder rows."""
+    edges = pairwise(np.linspace(0, 1, len(counts) + 1))
+    titles = [f"{n:,} latents: {low:.0%} to {high:.0%}" for n, (low, high) in zip(counts, edges, strict=True)]
+    title = f"live latents by the share of {visible(site)} in their decoder row"
+    return Small(title, bars(counts, titles), "0%", "100%", f"{max(counts):,}")
 
 
 def _small(title: str, values: list[float | None], titles: list[str], labels: list[str]) -> Small:

@@ -115,11 +115,14 @@ class Entry(Record):
 
     groups: tuple[Group, ...] = ()
     worst: tuple[Worst, ...] = ()
+    norm_shares: dict[str, tuple[Count, ...]] = Field(default_factory=dict)
+    """Of a crosscoder, by site: counts of its live latents by the site's share in the lengths of the parts of
+    their decoder rows, in bins of one width from 0 to 1."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         optional: dict[str, Any] = {"architecture": "topk", "cuts": (), "by_source": {}, "target_site": None}
-        optional |= {"seed": None, "twins": (), "groups": (), "worst": ()}
+        optional |= {"seed": None, "twins": (), "groups": (), "worst": (), "norm_shares": {}}
         left_out = {name for name, default in optional.items() if getattr(self, name) == default}
         return {name: value for name, value in serialize(self).items() if name not in left_out}
 
