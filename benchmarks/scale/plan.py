@@ -99,7 +99,7 @@ def cells(name: str, planned: Planned, took: Took) -> list[list[str]]:
     there = sum(n for what, n in outlook.disk.items() if MEANWHILE not in what)
     pairs = [
         ("MiB on disk", there / 2**20, took.n_bytes / 2**20),
-        ("MiB of memory", (outlook.memory_bytes + outlook.mapped_bytes) / 2**20, took.peak_bytes / 2**20),
+        ("MiB of memory", outlook.memory_bytes / 2**20, took.peak_bytes / 2**20),
         ("CPU seconds", estimated.cpu_seconds, took.cpu_seconds),
         ("seconds", estimated.seconds, took.seconds),
     ]
@@ -137,9 +137,14 @@ def main() -> None:
             stage = planned.outlook.stage
             folder = Path(sections[stage].get("out") or sections[stage]["run"])
             lines += cells(name, planned, take(stage, config, folder))
-    text = [machine(), "", *table(["pipeline", "stage", "", "planned", "measured", "ratio"], lines, n_text=3)]
-    (out / "results.md").write_text("\n".join(text) + "\n")
-    print("\n".join(text))
+            write(out, lines)
+    print((out / "results.md").read_text())
+
+
+def write(out: Path, lines: list[list[str]]) -> None:
+    """Write the table of what is measured so far."""
+    head = ["pipeline", "stage", "", "planned", "measured", "ratio"]
+    (out / "results.md").write_text("\n".join([machine(), "", *table(head, lines, n_text=3)]) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from saemill.common.outlook import Outlook, process_bytes
 
 COPIES = 4
 """Times that pre-activations of some rows are in memory: chosen, sorted, and as codes."""
+ROW_BYTES = 12
+"""Bytes of a number of the activations in hand: as it is stored, and in float64."""
 LOSS_COPIES = 6
 """Times that log probabilities of a batch are in memory: with and without the SAE, and their divergence."""
 
@@ -59,7 +61,6 @@ def outlook_of(
     config: AssessConfig,
     dictionaries: Sequence[Dictionary],
     amounts: Amounts,
-    itemsize: int,
     device: torch.device,
     model: Model | None = None,
     unit: str = "token",
@@ -70,7 +71,6 @@ def outlook_of(
         config: of the stage.
         dictionaries: the SAEs of the run.
         amounts: tokens of each pass.
-        itemsize: bytes of a stored number.
         device: that it runs on.
         model: what runs; None without.
         unit: what the store holds.
@@ -87,7 +87,7 @@ def outlook_of(
     }
     memory = {
         "libraries": process_bytes(),
-        "activations": CHUNK_TOKENS * sum(sites.values()) * (itemsize + 8),
+        "activations": CHUNK_TOKENS * sum(sites.values()) * ROW_BYTES,
     }
     passes = [
         f"reconstructions of {counted(amounts.reconstructed, unit)}",
@@ -113,6 +113,5 @@ def outlook_of(
         },
         unit=unit,
         memory=memory | ({} if on_gpu else on_device),
-        mapped_bytes=amounts.searched * sum(sites.values()) * itemsize,
         gpu=on_device if on_gpu else {},
     )

@@ -11,11 +11,12 @@ import torch
 from saemill.assess.config import AssessConfig
 from saemill.assess.done import hash_of
 from saemill.assess.evalset import EvalSet
-from saemill.assess.features import describe_latents
+from saemill.assess.features import Wanted, choose_latents, describe
 from saemill.assess.inputs import Trained, open_model, open_run, open_tokens
 from saemill.assess.measure import measure
 from saemill.assess.outlook import Amounts, Dictionary, Model, outlook_of
-from saemill.assess.report import table
+from saemill.assess.reconstruction import Reconstruction
+from saemill.assess.table import table
 from saemill.assess.write import write
 from saemill.common import config as settings
 from saemill.common import durable
@@ -87,12 +88,13 @@ def _assess(
         "best_on_other_documents": measured.on_other_documents(best),
         "variants": entries,
         "controls": controls,
-        "features": describe_latents(config, shown, trained.saes[shown], measured.reconstruction),
         "n_processes": everyone.size,
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},
     }
+    wanted = _wanted(config, shown, measured.reconstruction)
+    features = describe(wanted, shown, trained.saes, evalset, config.model, content_hash)
     assessment["seconds"] = time.perf_counter() - started
-    assessment = everyone.first(lambda: write(out, assessment, measured))
+    assessment = everyone.first(lambda: write(out, assessment, features, measured, config.page_bytes))
     say(table(assessment))
     if everyone.rank == 0 and to_wandb:
         _log_to_wandb(config.run, out)
@@ -116,7 +118,6 @@ def _outlook(
     if model is not None:
         n_bytes = sum(weight.nbytes for weight in model.model.parameters())
         runs_on = Model(n_bytes, model.n_ids, config.batch_size * evalset.tokens.ctx_len)
-    itemsize = max(array.stored_dtype.itemsize for array in evalset.arrays.values())
     n_kept = evalset.n_kept()
     has_losses = model is not None and model.head is not None
     amounts = Amounts(
@@ -124,7 +125,21 @@ def _outlook(
         min(config.model_tokens, len(evalset.rows_R) * evalset.tokens.ctx_len) if has_losses else 0,
         min(config.context_tokens, trained.store.n_tokens if evalset.cached else n_kept),
     )
-    return outlook_of(config, saes, amounts, itemsize, device, runs_on, evalset.text.unit)
+    return outlook_of(config, saes, amounts, device, runs_on, evalset.text.unit)
+
+
+def _wanted(config: AssessConfig, name: str, measured: Reconstruction) -> Wanted:
+    """Choose the latents that are shown; none of an SAE whose activations are no numbers."""
+    live = measured.live(name, config.dead_percentage_threshold)
+    usable = not measured.unusable(name)
+    return Wanted(
+        latents=choose_latents(live, config.latents, config.n_latents) if usable else [],
+        asked=config.latents,
+        n_live=int(live.sum()),
+        n_contexts=config.n_contexts,
+        n_samples=config.n_samples,
+        context_tokens=config.context_tokens,
+    )
 
 
 def _lock(out: Path, resources: ExitStack) -> None:

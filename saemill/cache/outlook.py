@@ -8,7 +8,8 @@ from saemill.cache.config import CacheConfig
 from saemill.common import durable
 from saemill.common.log import counted
 from saemill.common.outlook import Outlook, process_bytes
-from saemill.common.stores.site_records import BLOCK_TOKENS, Site
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
+from saemill.common.stores.site_records import Site
 from saemill.common.stores.tokens import TokenStore
 
 FILES_PER_SHARD, FILES_PER_SITE, FILES_PER_STORE = 2, 3, 1
@@ -54,10 +55,12 @@ def outlook_of(
     # One shard of each site is computed while the one before is written, a site at a time: permuted, counted.
     buffers = {"shards": sum(shards) * min(2, n_shards) + 2 * max(shards)}
     on_gpu = device.type == "cuda"
-    padded = ", the last one padded" if n_rows * ctx_len % shard_tokens else ""
+    compression = identity.get("compression")
+    padded = ", the last one padded" if n_rows * ctx_len % shard_tokens and not compression else ""
+    packed = f" compressed by {compression} (sizes before that)" if compression else ""
     what = (
-        f"{counted(n_rows, 'row')} of {ctx_len}, {n_rows * ctx_len:,} tokens, stored as {identity['dtype']}, "
-        f"per site in {counted(n_shards, 'shard')} of {shard_tokens:,} tokens{padded}:",
+        f"{counted(n_rows, 'row')} of {ctx_len}, {n_rows * ctx_len:,} tokens, stored as {identity['dtype']}"
+        f"{packed}, per site in {counted(n_shards, 'shard')} of {shard_tokens:,} tokens{padded}:",
         *(f"  {s.name:32} D {s.width:6,}  {disk[s.name] / 2**20:12,.1f} MiB" for s in sites),
     )
     return Outlook(

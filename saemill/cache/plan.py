@@ -23,8 +23,10 @@ from saemill.common.models.model import (
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer
 from saemill.common.outlook import Outlook, free_bytes, nearest_folder, shown
+from saemill.common.stores.forms.form import form_of
+from saemill.common.stores.forms.packing import rows_per_shard
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.site_records import DTYPES, FORMAT, Site, StoreSettings, site_path
+from saemill.common.stores.site_records import FORMAT, Site, StoreSettings, site_path
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World
 
@@ -48,11 +50,6 @@ class Plan:
     """What is written, and what that needs."""
     given: Any = None
     """Model itself, where it is in memory."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Stored type of the activations."""
-        return DTYPES[self.identity["dtype"]]
 
 
 def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
@@ -139,7 +136,9 @@ def _identity(
     """Collect the settings that decide the store's content, site by site. Those that the user left open are
     the existing store's."""
     shard_tokens = config.shard_tokens or (existing.shard_tokens if existing else SHARD_TOKENS)
-    rows_per_shard = max(1, min(n_rows, shard_tokens // tokens.ctx_len))
+    compression = config.compression or (existing.compression if existing else None)
+    compression = None if compression == "raw" else compression
+    n_in_shard = rows_per_shard(shard_tokens, n_rows, tokens.ctx_len, compression)
     model_dtype = str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch.")
     if config.model_dtype == "auto" and existing:
         model_dtype = str(existing.model_dtype)
@@ -158,8 +157,9 @@ def _identity(
         "kind": "tokens",
         "tokens_fingerprint": tokens.fingerprint,
         "n_rows": n_rows,
-        "shard_tokens": rows_per_shard * tokens.ctx_len,
+        "shard_tokens": n_in_shard * tokens.ctx_len,
         "dtype": config.dtype or (existing.dtype if existing else "bf16"),
+        **({"compression": compression} if compression or (existing and existing.compression) else {}),
         "model_dtype": model_dtype,
         "load_in_8bit": in_8bit or None,
         **({"load_in_4bit": True} if in_4bit else {}),
@@ -183,7 +183,8 @@ def _check_mask(tokens: TokenStore, mask: MaskConfig, n_rows: int) -> None:
 
 def bytes_of_rows(sites: list[Site], identity: Mapping[str, Any]) -> dict[str, int]:
     """Compute the bytes of one token's stored activation at each site."""
-    return {site.name: site.width * DTYPES[identity["dtype"]].itemsize for site in sites}
+    forms = {site.name: form_of(identity["dtype"], site.width) for site in sites}
+    return {name: form.columns * form.stored.itemsize for name, form in forms.items()}
 
 
 def check_disk(
@@ -195,7 +196,7 @@ def check_disk(
         outlook: of the stage.
         row_bytes: bytes of a token's stored activation at each site.
         ctx_len: tokens per row.
-        identity: of the store, with its `shard_tokens`.
+        identity: of the store, with its `shard_tokens` and compression.
 
     Raises:
         ConfigError: with the bytes that are needed and those that are free.
@@ -219,7 +220,7 @@ def check_disk(
             fitting.append(name)
             left -= n_bytes
     fits += [f"{', '.join(fitting)} alone"] if fitting else []
-    needed = shown(sum(missing.values()))
+    needed = shown(sum(missing.values())) + (" before compression" if identity.get("compression") else "")
     raise ConfigError(
         f"{needed} are needed in {folder}, {shown(free)} are free; choose fewer sites or --max-tokens, or "
         f"another disk: {' or '.join(fits) or 'nothing of it'} would fit"
@@ -232,8 +233,8 @@ class Ahead(NamedTuple):
     outlook: Outlook
     widths: dict[str, int]
     """D of each site."""
-    itemsize: int
-    """Bytes of a stored number."""
+    row_bytes: dict[str, int]
+    """Bytes of a token's stored activation at each site."""
     n_weights: int
     """Of the model, without a language-model head."""
     model_bytes: int
@@ -256,10 +257,12 @@ def look_ahead(
         ConfigError: sites that the model has not, or too little disk.
     """
     n_rows = min(n_rows, (config.max_tokens or n_rows * ctx_len) // ctx_len)
-    rows_per_shard = max(1, min(n_rows, (config.shard_tokens or SHARD_TOKENS) // ctx_len))
+    compression = None if config.compression in (None, "raw") else config.compression
+    shard_tokens = config.shard_tokens or SHARD_TOKENS
     identity: dict[str, Any] = {
         "dtype": config.dtype or "bf16",
-        "shard_tokens": rows_per_shard * ctx_len,
+        "compression": compression,
+        "shard_tokens": rows_per_shard(shard_tokens, n_rows, ctx_len, compression) * ctx_len,
         "model_dtype": str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch."),
         "load_in_8bit": config.load_in_8bit,
         "load_in_4bit": config.load_in_4bit,
@@ -271,5 +274,5 @@ def look_ahead(
     copied = 0 if tokens is None else bytes_of_copy(tokens, n_rows)
     outlook = outlook_of(config, sites, row_bytes, n_rows, ctx_len, identity, n_weights, device, copied)
     check_disk(outlook, row_bytes, ctx_len, identity)
-    widths, itemsize = {site.name: site.width for site in sites}, DTYPES[identity["dtype"]].itemsize
-    return Ahead(outlook, widths, itemsize, n_weights, model_bytes(n_weights, identity))
+    widths = {site.name: site.width for site in sites}
+    return Ahead(outlook, widths, row_bytes, n_weights, model_bytes(n_weights, identity))

@@ -34,8 +34,6 @@ class Outlook:
     n_files: int = 0
     memory: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the host's memory at once, by what takes them."""
-    mapped_bytes: int = 0
-    """Bytes of files that are mapped, beside `memory`: the system takes their pages back when it is short."""
     gpu: Mapping[str, int] = field(default_factory=dict)
     """Bytes of a GPU's memory, by what takes them."""
 
@@ -51,7 +49,7 @@ class Outlook:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the host's memory at once, without mapped files."""
+        """Bytes of the host's memory at once."""
         return sum(self.memory.values())
 
     def lines(self) -> list[str]:
@@ -62,8 +60,7 @@ class Outlook:
             files = f" in {self.n_files:,} files" if self.n_files else ""
             lines.append(f"disk: {shown(self.disk_bytes)}{files} ({_listed(self.disk)}){free}")
         if self.memory:
-            mapped = f"; mapped files, up to {shown(self.mapped_bytes)}, apart" if self.mapped_bytes else ""
-            lines.append(f"memory: {shown(self.memory_bytes)} at once ({_listed(self.memory)}){mapped}")
+            lines.append(f"memory: {shown(self.memory_bytes)} at once ({_listed(self.memory)})")
         if self.gpu:
             lines.append(f"GPU memory: {shown(sum(self.gpu.values()))} at once ({_listed(self.gpu)})")
         return lines

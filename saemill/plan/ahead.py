@@ -86,7 +86,8 @@ class Cached:
     """The activations that there are going to be."""
 
     widths: Mapping[str, int]
-    itemsize: int
+    row_bytes: Mapping[str, int]
+    """Bytes of a token's stored activation at each site."""
     model_bytes: int
     """Of the model in memory, its language-model head among them."""
     n_ids: int
@@ -113,7 +114,7 @@ def caching(
     store = look_ahead(config, rows.n_rows, rows.ctx_len, device, tokens)
     model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
     of_model = _of_model(model_config, store.n_weights, store.model_bytes)
-    return store.outlook, Cached(store.widths, store.itemsize, *of_model)
+    return store.outlook, Cached(store.widths, store.row_bytes, *of_model)
 
 
 def _of_model(config: Any, n_weights: int, n_bytes: int) -> tuple[int, int]:
@@ -145,13 +146,14 @@ def training(
     """
     sources = sources_of(config)
     config = with_site(config, list(cached.widths), sources)
-    widths = {name: _width(name, cached) for name in _named(config)}
+    widths = {name: _sum(name, cached.widths) for name in _named(config)}
     schedule = schedule_of(config, rows.epoch_tokens, "tokens")
     variants = of_config(config, widths, schedule.n_steps, sources)
     kernels = kernels_of(config.kernels, device)
     ranks = allowed_latent_ranks(config.latent_ranks, variants, kernels, widths)
     placement = choose(variants, widths, 1, config.data_ranks, ranks, memory_bytes=memory_bytes)
-    stream = train.Stream(widths, cached.itemsize, rows.n_tokens, rows.epoch_tokens)
+    row_bytes = {name: _sum(name, cached.row_bytes) for name in widths}
+    stream = train.Stream(widths, row_bytes, rows.n_tokens, rows.epoch_tokens)
     by = train.Computed(device, kernels, choose_product_dtype(config.precision, device))
     held_out = f"; about {rows.n_held_out:,} rows held out"
     outlook = train.outlook_of(config, variants, placement, stream, schedule.n_steps, by, held_out)
@@ -165,19 +167,19 @@ def _named(config: TrainConfig) -> list[str]:
     return list(dict.fromkeys((*config.site, *config.target_site, *own)))
 
 
-def _width(name: str, cached: Cached) -> int:
-    """Sum the widths of what a site joins."""
+def _sum(name: str, of_each: Mapping[str, int]) -> int:
+    """Sum up a number of each of the sites that one joins."""
     for part in parts_of(name):
-        if part not in cached.widths:
-            raise ConfigError(f"train.site {part!r} is not cached; {nearest(part, cached.widths)}")
-    return sum(cached.widths[part] for part in parts_of(name))
+        if part not in of_each:
+            raise ConfigError(f"train.site {part!r} is not cached; {nearest(part, of_each)}")
+    return sum(of_each[part] for part in parts_of(name))
 
 
 def assessing(
     config: AssessConfig, rows: Rows, cached: Cached, trained: Trained, device: torch.device
 ) -> Outlook:
     """Look ahead to assessing SAEs that are not there yet."""
-    widths = {name: _width(name, cached) for name in _named(trained.config)}
+    widths = {name: _sum(name, cached.widths) for name in _named(trained.config)}
     saes = [
         assess.Dictionary(v.sites[-1], widths[v.sites[-1]], v.num_latents, round(v.l0))
         for v in trained.variants
@@ -190,7 +192,7 @@ def assessing(
     )
     model = assess.Model(cached.model_bytes, cached.n_ids, config.batch_size * rows.ctx_len)
     runs_on = model if config.with_model else None
-    return assess.outlook_of(config, saes, amounts, cached.itemsize, device, runs_on)
+    return assess.outlook_of(config, saes, amounts, device, runs_on)
 
 
 def of_store(store: ActivationStore, config: TrainConfig) -> tuple[Rows, Cached]:
@@ -207,7 +209,8 @@ def of_store(store: ActivationStore, config: TrainConfig) -> tuple[Rows, Cached]
         rows = Rows(store.n_tokens, 1, int(text.held_out_R.sum()), kept_share=1.0)
     arrays = [store.site(name) for name in store.sites]
     widths = {array.name: array.width for array in arrays}
-    return rows, Cached(widths, max(array.stored_dtype.itemsize for array in arrays), *model)
+    row_bytes = {array.name: array.columns * array.stored.itemsize for array in arrays}
+    return rows, Cached(widths, row_bytes, *model)
 
 
 def few_steps(config: TrainConfig, acts: Path, n_tokens: int) -> TrainConfig:

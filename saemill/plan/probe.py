@@ -1,8 +1,8 @@
 """A little of each stage, really run in a temporary folder, and what follows for the whole.
 
 Seconds are a line: start and warm-up of the process, what a run costs anyway, and so much per token. Memory
-is the most that the piece held, with what grows with the amount (windows, buffers, mapped files) as it will
-be. Where a stage's input is not there, that is what the piece of the stage before has left.
+is the most that the piece held, with what grows with the amount (windows, buffers) as it will be. Where a
+stage's input is not there, that is what the piece of the stage before has left.
 """
 
 import multiprocessing
@@ -119,7 +119,7 @@ def estimate(measured: Measured, n_tokens: int) -> Estimate:
 def with_measured(outlook: Outlook, measured: Measured) -> Outlook:
     """Put what the piece's process held beyond its own outlook into that of the whole."""
     piece = measured.outlook
-    own = sum(n_bytes for name, n_bytes in piece.memory.items() if name != LIBRARIES) + piece.mapped_bytes
+    own = sum(n_bytes for name, n_bytes in piece.memory.items() if name != LIBRARIES)
     rest = max(measured.peak_bytes - own, piece.memory.get(LIBRARIES, 0))
     parts: dict[str, Any] = {name: n for name, n in outlook.memory.items() if name != LIBRARIES}
     return replace(outlook, memory={MEASURED: rest} | parts)

@@ -9,8 +9,7 @@ import torch
 from saemill.common.errors import ConfigError
 from saemill.common.log import counted
 from saemill.common.outlook import Outlook, free_bytes, machine_bytes, process_bytes, shown
-from saemill.common.stores.site_names import parts_of
-from saemill.common.stores.site_records import BLOCK_TOKENS
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.train.config import TrainConfig
 from saemill.train.sweep.placement import Placement
 from saemill.train.sweep.sizes import scratch_bytes, sizes
@@ -31,8 +30,8 @@ class Stream(NamedTuple):
 
     widths: Mapping[str, int]
     """D of each site, joined ones as one."""
-    itemsize: int
-    """Bytes of a stored number."""
+    row_bytes: Mapping[str, int]
+    """Bytes of a token's stored activation at each site."""
     n_tokens: int
     """Tokens of the store."""
     epoch_tokens: int
@@ -101,7 +100,6 @@ def outlook_of(
         disk=_disk(config, variants, stream),
         n_files=FILES_OF_RUN + (1 + config.n_checkpoints) * FILES_PER_SAE * len(variants),
         memory=libraries | windows | ({} if on_gpu else kept | batch),
-        mapped_bytes=sum(stream.n_tokens * width * stream.itemsize for width in _parts(own, stream).values()),
         gpu=kept | batch if on_gpu else {},
     )
 
@@ -113,15 +111,6 @@ def _widths(variant: Variant, stream: Stream) -> list[int]:
 def _sites(variants: Sequence[Variant], stream: Stream) -> dict[str, int]:
     """List the widths of the sites that some variants are trained on."""
     return {site: stream.widths[site] for variant in variants for site in variant.sites}
-
-
-def _parts(variants: Sequence[Variant], stream: Stream) -> dict[str, int]:
-    """List the same of what is read from the store, joined ones at their share of the width."""
-    parts: dict[str, int] = {}
-    for site, width in _sites(variants, stream).items():
-        names = parts_of(site)
-        parts |= {name: stream.widths.get(name, width // len(names)) for name in names}
-    return parts
 
 
 def _kept(variants: Sequence[Variant], stream: Stream, by: Computed) -> dict[str, int]:
@@ -150,15 +139,16 @@ def _per_sae(variants: Sequence[Variant], stream: Stream, by: Computed) -> list[
 def _windows(config: TrainConfig, variants: Sequence[Variant], stream: Stream) -> int:
     """Compute the bytes of the windows of the stream: two of each site, and one that is being shuffled."""
     n_rows = min(config.buffer_tokens, stream.n_tokens) * stream.epoch_tokens // stream.n_tokens
-    widths = list(_sites(variants, stream).values())
-    return (WINDOWS * sum(widths) + max(widths)) * n_rows * stream.itemsize
+    row_bytes = [stream.row_bytes[site] for site in _sites(variants, stream)]
+    return (WINDOWS * sum(row_bytes) + max(row_bytes)) * n_rows
 
 
 def _batch(config: TrainConfig, variants: Sequence[Variant], stream: Stream) -> dict[str, int]:
     """Compute the bytes of a batch: as it is stored, in hand and the next one; and of one site in float32 and
     in the product's type."""
-    widths = list(_sites(variants, stream).values())
-    return {"batches": config.step_tokens * (2 * sum(widths) * stream.itemsize + 6 * max(widths))}
+    sites = _sites(variants, stream)
+    stored = sum(stream.row_bytes[site] for site in sites)
+    return {"batches": config.step_tokens * (2 * stored + 6 * max(sites.values()))}
 
 
 def _scratch(config: TrainConfig, variants: Sequence[Variant], stream: Stream, by: Computed) -> int:

@@ -133,10 +133,10 @@ def _outlook(
         f"; {counted(store.text.manifest.n_held_out_rows, store.text.row)} held out"
         f"{watch.plan.describe() if watch else ''}"
     )
-    widths = {name: site.width for name, site in (loader.every_site | dict(rows.sites)).items()}
+    sites = loader.every_site
     stream = Stream(
-        widths=widths,
-        itemsize=max(array.stored_dtype.itemsize for array in rows.sites.values()),
+        widths={name: site.width for name, site in sites.items()},
+        row_bytes={name: site.columns * site.stored.itemsize for name, site in sites.items()},
         n_tokens=store.n_tokens,
         epoch_tokens=loader.epoch_tokens,
         unit=store.text.unit,

@@ -95,14 +95,14 @@ def test_a_line_through_two_runs() -> None:
         seconds = 0.5 + n_tokens / 1000 + warm
         return Ran(n_tokens, seconds, 2 * seconds)
 
-    outlook = Outlook(stage="train", memory={LIBRARIES: 10, "windows": 5}, mapped_bytes=3)
+    outlook = Outlook(stage="train", memory={LIBRARIES: 10, "windows": 5})
     measured = Measured(Ran(0, 2.0, 4.0), ran(100, warm=1.0), ran(100), ran(900), Path(), 30, outlook)
     found = estimate(measured, 10_000)
     assert found.seconds == pytest.approx(2 + 1 + 0.5 + 10)
     assert found.cpu_seconds == pytest.approx(2 * (2 + 1 + 0.5 + 10))
     assert found.tokens_per_hour == pytest.approx(3_600_000)
     whole = with_measured(Outlook(stage="train", memory={LIBRARIES: 11, "windows": 50}), measured)
-    assert whole.memory_bytes == (30 - 5 - 3) + 50
+    assert whole.memory_bytes == (30 - 5) + 50
 
 
 def test_work_that_halving_leaves(tmp_path: Path) -> None:

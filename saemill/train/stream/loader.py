@@ -1,4 +1,4 @@
-"""The stream: shuffled batches over memory-mapped shards, batch i a pure function of (seed, store, i).
+"""The stream: shuffled batches over shards on disk, batch i a pure function of (seed, store, i).
 
 Blocks of 256 stored rows, each from a keyed permutation of one shard already, are visited in a keyed
 order over the whole store; every `buffer_tokens` of them form a window, whose rows that are trained on
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.permutation import permutation
-from saemill.common.stores.shards import as_tensor
-from saemill.common.stores.site_records import BLOCK_TOKENS
+from saemill.common.stores.shards import as_numpy, as_tensor
 from saemill.train.stream.rows import TrainingRows
 
 BLOCK_ORDER, ROW_ORDER = 1, 2
@@ -91,12 +91,20 @@ class Loader:
     def batch(self, i: int) -> dict[str, Tensor]:
         """Read batch number i.
 
-        Returns: per site [T, D] in the stored dtype, on the CPU.
+        Returns: per site [T, D] as the store's rows are read, on the CPU.
         """
         return self.stretch(i * self.batch_tokens, (i + 1) * self.batch_tokens)
 
     def stretch(self, position: int, end: int) -> dict[str, Tensor]:
         """Read the stream from one position to another, per site [end - position, D]."""
+        stored = self._stored_stretch(position, end)
+        return {name: self.sites[name].decode(rows_TC) for name, rows_TC in stored.items()}
+
+    def stored(self, i: int) -> dict[str, Tensor]:
+        """Read batch number i in stored rows, per site [T, C]; its `decode` makes activations of them."""
+        return self._stored_stretch(i * self.batch_tokens, (i + 1) * self.batch_tokens)
+
+    def _stored_stretch(self, position: int, end: int) -> dict[str, Tensor]:
         pieces: dict[str, list[Tensor]] = {name: [] for name in self.sites}
         while position < end:
             epoch, offset = divmod(position, self.epoch_tokens)
@@ -165,12 +173,12 @@ class Loader:
         order = permutation(n_rows, self.seed, ROW_ORDER, epoch, window)
         rows: dict[str, Tensor] = {}
         for name, site in self.sites.items():
-            buffer = np.empty((n_rows, site.width), site.stored_dtype)
+            buffer = as_numpy(torch.empty(n_rows, site.columns, dtype=site.stored))
             jobs = zip(blocks, [0, *ends[:-1]], ends, strict=True)
             list(self._readers.map(lambda job, n=name, b=buffer: self._read_block(n, b, *job), jobs))
             shuffled = np.empty_like(buffer)
             np.take(buffer, order, axis=0, out=shuffled, mode="clip")
-            rows[name] = as_tensor(shuffled, site.dtype)
+            rows[name] = as_tensor(shuffled, site.stored)
         return rows
 
     def _read_block(self, site: str, buffer: NDArray[Any], number: int, start: int, end: int) -> None:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
-from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.norms import SMALLEST_NORM, NormSketch, norms_from
-from saemill.common.stores.shards import as_tensor
+from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.statistics import Moments, Statistics
 
 LEAST_SHARE = 1e-6
@@ -157,5 +157,5 @@ class TrainingRows:
         """Compute the moments of the rows left out for their norm."""
         moments = Moments(array.width)
         for shard, places in self.long.items():
-            moments.add(as_tensor(array.at_places(shard, places), array.dtype))
+            moments.add(array.at_places(shard, places))
         return moments
