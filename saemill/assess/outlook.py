@@ -83,11 +83,11 @@ def outlook_of(
         "losses": LOSS_COPIES * 4 * model.n_ids * min(amounts.spliced, model.batch_tokens) if model else 0,
         "SAEs": sum(each.bytes for each in dictionaries),
         "baselines": sum(each.bytes for each in baselines.values()),
-        "scratch": COPIES * 4 * ROWS_AT_ONCE * widest,
+        "scratch": COPIES * 4 * min(ROWS_AT_ONCE, amounts.reconstructed) * widest,
     }
     memory = {
         "libraries": process_bytes(),
-        "activations": CHUNK_TOKENS * sum(sites.values()) * ROW_BYTES,
+        "activations": min(CHUNK_TOKENS, amounts.searched) * sum(sites.values()) * ROW_BYTES,
     }
     passes = [
         f"reconstructions of {counted(amounts.reconstructed, unit)}",

@@ -77,9 +77,9 @@ class Measured:
     out: Path
     """What it wrote."""
     peak_bytes: int
-    """Most memory of the process."""
+    """Most memory of the process in its first run: what later ones leave behind is not of the stage."""
     outlook: Outlook
-    """Of the last run."""
+    """Of the first run."""
 
 
 def work(piece: Piece, began: float, to: Connection) -> None:
@@ -113,12 +113,12 @@ def _measured(piece: Piece, began: float) -> Measured:
         return Ran(n_tokens, time.perf_counter() - wall, time.process_time() - cpu)
 
     least = max(piece.unit, min(piece.least, piece.most // GROWTH) // piece.unit * piece.unit)
-    warm, short = run(least), run(least)
-    long = short
+    warm, peak_bytes = run(least), process_bytes()
+    long = short = run(least)
     while long.n_tokens < piece.most and not _is_longer(long, short):
         long = run(max(least, min(long.n_tokens * GROWTH, piece.most) // piece.unit * piece.unit))
     out = piece.out / str(len(outlooks) - 1)
-    return Measured(start, warm, short, long, out, process_bytes(), outlooks[-1])
+    return Measured(start, warm, short, long, out, peak_bytes, outlooks[0])
 
 
 def _is_longer(long: Ran, short: Ran) -> bool:
