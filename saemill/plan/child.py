@@ -112,11 +112,14 @@ def _measured(piece: Piece, began: float) -> Measured:
         stage.run(piece.config_of(n_tokens, len(outlooks)), before=outlooks.append)
         return Ran(n_tokens, time.perf_counter() - wall, time.process_time() - cpu)
 
-    least = max(piece.unit, min(piece.least, piece.most // GROWTH) // piece.unit * piece.unit)
+    def whole(n_tokens: int) -> int:
+        return max(piece.unit, n_tokens // piece.unit * piece.unit)
+
+    least, most = whole(min(piece.least, piece.most // GROWTH)), whole(piece.most)
     warm, peak_bytes = run(least), process_bytes()
     long = short = run(least)
-    while long.n_tokens < piece.most and not _is_longer(long, short):
-        long = run(max(least, min(long.n_tokens * GROWTH, piece.most) // piece.unit * piece.unit))
+    while long.n_tokens < most and not _is_longer(long, short):
+        long = run(min(long.n_tokens * GROWTH, most))
     out = piece.out / str(len(outlooks) - 1)
     return Measured(start, warm, short, long, out, peak_bytes, outlooks[0])
 
