@@ -75,14 +75,22 @@ def pipelines(args: argparse.Namespace, out: Path) -> dict[str, dict[str, dict[s
 
 
 def run(command: list[str]) -> tuple[float, float, int]:
-    """Run a command; return its seconds, its CPU seconds and the most memory that it held."""
-    start = time.perf_counter()
+    """Run a command; return its seconds, its CPU seconds and the most memory that it held.
+
+    The memory is read while it runs: what the kernel tells afterwards begins with this process's own.
+    """
+    start, peak_bytes, ended = time.perf_counter(), 0, 0
     process = subprocess.Popen([sys.executable, "-m", "saemill", *command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        raise SystemExit(f"{' '.join(command)} failed with status {status}")
-    seconds = time.perf_counter() - start
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    status = Path(f"/proc/{process.pid}/status")
+    while not ended:
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                peak_bytes = int(line.split()[1]) * 1024
+        time.sleep(0.05)
+        ended, code, usage = os.wait4(process.pid, os.WNOHANG)
+    if code != 0:
+        raise SystemExit(f"{' '.join(command)} failed with status {code}")
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, peak_bytes
 
 
 def take(stage: str, config: Path, out: Path) -> Took:

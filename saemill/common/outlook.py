@@ -9,6 +9,7 @@ from pathlib import Path
 
 from saemill.common.log import say
 
+STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 """Most memory of this container, in bytes, where there is one."""
 
@@ -101,8 +102,14 @@ def nearest_folder(folder: Path) -> Path:
 
 
 def process_bytes() -> int:
-    """Measure the most memory that this process has held so far: at its start, its libraries."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Measure the most memory that this process has held so far: at its start, its libraries.
+
+    The kernel's figure of the process itself; that of `getrusage` begins with what the process held that
+    started it.
+    """
+    lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
+    peak = [line.split() for line in lines if line.startswith("VmHWM:")]
+    return int(peak[0][1]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def machine_bytes() -> int:

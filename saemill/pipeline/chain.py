@@ -206,9 +206,12 @@ class Chain:
         content = content_of(config, TokenStore(config.tokens))
         out: Path = self.placed("cache", config).out
         damaged = _damaged(out)
-        if damaged.exists() or not _has_sites(out, content, [site.name for site in _sites(config)]):
+        names = [site.name for site in _sites(config)]
+        if damaged.exists() or not has_sites(out, content, names):
             cache(replace(config, out=out))
             damaged.unlink(missing_ok=True)
+        else:
+            say(f"{out} has {', '.join(names)} already")
         return out
 
     def _train(self, config: TrainConfig) -> Path:
@@ -361,9 +364,15 @@ def _damaged(acts: Path) -> Path:
     return acts.with_name(f"{acts.name}.damaged")
 
 
-def _has_sites(path: Path, content: dict[str, Any], names: list[str]) -> bool:
+def has_sites(path: Path, content: dict[str, Any], names: list[str]) -> bool:
     """Tell whether a store of this content holds finished sites, by their sizes. Their blocks are checked as
-    they are read."""
+    they are read.
+
+    Args:
+        path: the store's folder.
+        content: settings that it must have.
+        names: the sites.
+    """
     try:
         store = ActivationStore(path)
         for name in names:
@@ -371,7 +380,4 @@ def _has_sites(path: Path, content: dict[str, Any], names: list[str]) -> bool:
     except StoreError:
         return False
     store_settings = store.settings.model_dump(mode="json")
-    if any(store_settings.get(name) != value for name, value in content.items()):
-        return False
-    say(f"{path} has {', '.join(names)} already")
-    return True
+    return all(store_settings.get(name) == value for name, value in content.items())

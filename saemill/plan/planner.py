@@ -10,12 +10,13 @@ from saemill.assess.config import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
-from saemill.common.errors import ConfigError, StoreError
+from saemill.common.errors import ConfigError
 from saemill.common.outlook import Outlook
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.tokens import TokenStore
+from saemill.pipeline.chain import has_sites
 from saemill.pipeline.stages import READS
 from saemill.plan import ahead
 from saemill.plan.ahead import Cached, Rows, Trained
@@ -153,7 +154,7 @@ class Planner:
         self.rows = self.rows.scaled(outlook.amount // self.rows.ctx_len)
         if checked_here is not None:
             outlook = device.told(checked_here, outlook)
-            if _has_sites(config.out, list(self.cached.widths)):
+            if has_sites(config.out, {}, list(self.cached.widths)):
                 self.acts, self.has_acts = config.out, True
                 return Planned(replace(outlook, is_done=True), None)
         self._leave_out(device)
@@ -260,14 +261,3 @@ def _n_rows(config: TokenizeConfig, most_tokens: int, some: TokenStore) -> int:
         raise ConfigError("how many tokens a stream has nobody knows before: say --max-tokens")
     n_documents = sum(len(source.dataset) for source in sources)
     return min(limit, max(1, round(some.n_rows * n_documents / some.manifest.n_documents)))
-
-
-def _has_sites(path: Path, names: list[str]) -> bool:
-    """Tell whether a store holds finished sites."""
-    try:
-        store = ActivationStore(path)
-        for name in names:
-            store.site(name)
-    except StoreError:
-        return False
-    return True
