@@ -14,15 +14,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+import saemill.cli  # noqa: F401  what the command's own process has imported, and no more
 from benchmarks.report import machine, table
 from saemill.common import durable
-from saemill.pipeline.run import chain_of
-from saemill.plan.planner import Planned
-from saemill.plan.run import of_chain
+
+if TYPE_CHECKING:
+    from saemill.plan.planner import Planned
 
 MEANWHILE = "meanwhile"
 """Word in the names of what is on the disk only while a stage runs."""
@@ -100,7 +101,7 @@ def take(stage: str, config: Path, out: Path) -> Took:
     return Took(durable.folder_bytes(out) - before, peak_bytes, seconds, cpu_seconds)
 
 
-def cells(name: str, planned: Planned, took: Took) -> list[list[str]]:
+def cells(name: str, planned: "Planned", took: Took) -> list[list[str]]:
     """Lines of the table for one stage."""
     outlook, estimated = planned
     assert estimated is not None
@@ -130,6 +131,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["causal", "encoder", "embeddings"])
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
+    # Not above: the processes in which pieces are measured import this module too.
+    from saemill.pipeline.run import chain_of
+    from saemill.plan.run import of_chain
+
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     lines: list[list[str]] = []
