@@ -97,6 +97,8 @@ def cache(config: CacheConfig) -> None:
     *("target_l0", "l0_coefficient", "sparsity_penalty", "bandwidth", "preact_coefficient", "most_density"),
     *("l1_coefficient", "lp_norm", "decoder_rows", "penalty_warmup_steps"),
     *("batch_size", "max_tokens", "epochs", "grad_acc_steps"),
+    flag("follow", "--follow"),
+    "follow_tokens",
     *("optimizer", "optimizer_state", "adam_betas", "weight_decay", "clip_grad_norm", "weight_average"),
     *("warmup_steps", "lr_schedule", "lr_end", "lr_cycles", "lr_decay", "lr_decay_fraction"),
     *("auxk_alpha", "k_aux", "dead_after_tokens", "loss", "b_dec_init"),

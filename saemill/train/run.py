@@ -5,7 +5,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -22,12 +22,14 @@ from saemill.train.backends.choose import choose_kernels, kernels_of, make_backe
 from saemill.train.batch import check_batch
 from saemill.train.config import TrainConfig
 from saemill.train.export import export, save_saes
-from saemill.train.inputs import check_mse, load_model_loss, open_stream, with_site
+from saemill.train.following import Following, following_of
+from saemill.train.inputs import check_mse, load_model_loss, open_store, open_stream, with_site
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
 from saemill.train.losses import IN_MODEL
 from saemill.train.points import Points, points_of
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
+from saemill.train.record import checkpoint
 from saemill.train.record.folder import Folder
 from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from saemill.train.stream.feed import Feed
@@ -61,6 +63,14 @@ SAMPLE_TOKENS = 8192
 """Tokens from which the initial gain and the geometric median are computed, whatever the batch size."""
 
 
+class Beside(NamedTuple):
+    """What goes along with the steps of a run."""
+
+    watch: Watch | None
+    points: Points
+    following: Following | None
+
+
 def run(config: TrainConfig) -> list[Path]:
     """Train all variants into `config.out`, alone or as one of several processes that share them out.
 
@@ -76,34 +86,66 @@ def run(config: TrainConfig) -> list[Path]:
     world = World.here()
     speak_for(world)
     device = world.device(config.device)
-    store = ActivationStore(config.acts, config.with_acts)
+    store = open_store(config)
     check_batch(config.batch_size, store.ctx_len)
     sources = sources_of(config)
     config = with_site(config, store, sources)
+    folder = Folder(config, store.fingerprint, sources)
     with (
         stop_on_signal() as stop,
         world.connected(device) as everyone,
-        closing(open_stream(config, store, sources)) as loader,
+        closing(open_stream(config, store, sources, folder.run)) as loader,
         ExitStack() as resources,
     ):
         schedule = _schedule(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps, sources)
-        check_mse(loader, variants)
         _place(config, store, variants, everyone, device)
-        folder = Folder(config, store.fingerprint, sources)
         metric = config.halving_metric or "fvu"
         halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
         watch = watch_of(config, store, loader.mask, schedule.n_steps)
         points = points_of(config.out, config.n_checkpoints, schedule.n_steps)
-        if everyone.first(folder.is_finished):
-            return [config.out / variant.name for variant in variants]
-        everyone.first(lambda: check_machine(config))
+        n_held_out = watch.plan.n_tokens if watch else 0
+        following = following_of(loader, config.out, folder.run, schedule.n_steps, n_held_out, stop)
+        saes = [config.out / variant.name for variant in variants]
+        if not everyone.first(folder.is_finished):
+            everyone.first(lambda: check_machine(config))
+            _begin(config, loader, variants, folder, following, everyone, resources)
+            beside = Beside(watch, points, following)
+            trainer = _train(
+                config, folder.run, loader, schedule, halving, beside, everyone, device, stop, resources
+            )
+            saes = export(config.out, variants, store, trainer, halving)
+        if following is not None:
+            everyone.first(following.ended)
+        return saes
+
+
+def _begin(
+    config: TrainConfig,
+    loader: Loader | WholeRows,
+    variants: list[Variant],
+    folder: Folder,
+    following: Following | None,
+    everyone: Group,
+    resources: ExitStack,
+) -> None:
+    """Lock the run's folder; see to it that what training begins with is there."""
+    if following is None:
+        check_mse(loader, variants)
         everyone.first(lambda: folder.lock(resources))
-        trainer = _train(
-            config, folder.run, loader, schedule, halving, watch, points, everyone, device, stop, resources
-        )
-        return export(config.out, variants, store, trainer, halving)
+        return
+    step = _step_done(config, everyone) if config.resume else 0
+    everyone.first(lambda: following.check(step))
+    everyone.first(lambda: folder.lock(resources))
+    following.begin(_step_done(config, everyone), everyone)
+    check_mse(loader, variants)
+
+
+def _step_done(config: TrainConfig, everyone: Group) -> int:
+    """Read how many steps the run's checkpoint is after; 0 where there is none."""
+    record = everyone.first(lambda: checkpoint.read(config.out))
+    return 0 if record is None else record.step
 
 
 def _train(
@@ -112,8 +154,7 @@ def _train(
     loader: Loader | WholeRows,
     schedule: Schedule,
     halving: Halving,
-    watch: Watch | None,
-    points: Points,
+    beside: Beside,
     everyone: Group,
     device: torch.device,
     stop: Event,
@@ -125,6 +166,7 @@ def _train(
 
     Returns: the trainer at its end.
     """
+    watch = beside.watch
     halving.past = everyone.first(halving.read)
     log: JsonlSink | None = None
     sinks: list[Sink] = []
@@ -134,7 +176,7 @@ def _train(
             idle_allowed = bool(halving.past)
             placement = _place(config, loader.store, halving.alive, everyone, device, idle_allowed)
             trainer = _build(config, loader, schedule, placement, everyone, device, stop, above)
-            trainer.run_hash, trainer.watch, trainer.points = run_hash, watch, points
+            trainer.run_hash, (trainer.watch, trainer.points, trainer.following) = run_hash, beside
             if watch is not None:
                 model = None if above is None else above.model
                 everyone.together(partial(watch.prepare, trainer.learners, model))
@@ -228,7 +270,8 @@ def _build(
     dtype = choose_product_dtype(config.precision, device)
     backend = make_backend(choose_kernels(config.kernels, device), dtype, team)
     loader.restrict(list(dict.fromkeys(site for variant in variants for site in variant.sites)))
-    banks = _banks(loader, variants, backend, dead_after, device, above)
+    step = _step_done(config, everyone)
+    banks = _banks(loader, variants, backend, dead_after, device, above, step)
     return Trainer(
         loader=loader,
         feed=Feed(loader, device),
@@ -253,9 +296,11 @@ def _banks(
     dead_after: int,
     device: torch.device,
     above: "ModelLoss | None",
+    step: int,
 ) -> list[Bank]:
-    """Make the learners of this process, in a bank for each site, and for each pair of sites."""
-    stretch = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
+    """Make the learners of this process, in a bank for each site, and for each pair of sites. Those that go
+    on after a step are filled in from the checkpoint."""
+    stretch = loader.sample(SAMPLE_TOKENS, step * loader.batch_tokens)
     scalings = {site: scaling_of(loader.rows, site, device) for site in loader.sites}
     sample = {site: scalings[site].standardise(rows.to(device)) for site, rows in stretch.items()}
     banks = []
@@ -287,6 +332,11 @@ def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
     step_tokens = config.step_tokens
     n_tokens = config.max_tokens or (config.epochs or 1) * epoch_tokens
     n_steps = n_tokens // step_tokens
+    if config.follow and n_tokens > epoch_tokens:
+        raise ConfigError(
+            f"max_tokens {n_tokens:,}: follow goes through the store once, which has {epoch_tokens:,} "
+            f"training {units}; leave it out, or train without follow when the store is finished"
+        )
     if n_steps == 0:
         raise ConfigError(
             f"{n_tokens:,} training {units} are less than one step of {step_tokens:,}; "
@@ -371,9 +421,8 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
         f"{trainer.watch.plan.describe() if trainer.watch else ''}"
     )
     rows = trainer.loader.rows
-    for left_out in (rows.describe_roles(), rows.describe_long()):
-        if left_out:
-            say(left_out)
+    for line in rows.describe():
+        say(line)
     for name, array in rows.sites.items():
         for warning in warnings(name, rows.statistics(name), array.dtype, unit):
             say(warning)

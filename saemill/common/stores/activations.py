@@ -18,7 +18,7 @@ Place and address: the row stored at place `p` of a shard is the token of addres
 All sites share the permutation. Where the store holds embeddings, a passage takes a token's place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from torch import Tensor
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
 from saemill.common.stores import joined, site_names
+from saemill.common.stores.followers import read_consumed
 from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.norms import NormSketch, norms_of
@@ -52,6 +53,7 @@ from saemill.common.stores.site_records import (
     site_path,
     sites_in,
 )
+from saemill.common.stores.site_roles import Role
 from saemill.common.stores.statistics import Moments, Statistics
 from saemill.common.stores.tokens import TokenStore
 
@@ -217,6 +219,9 @@ class ActivationStore:
         if self.beside is not None and name.startswith(site_names.BESIDE):
             return self.beside.array(name.removeprefix(site_names.BESIDE))
         if name not in self.sites:
+            consumed = read_consumed(self.path, self.settings.identity)
+            if consumed is not None and consumed.shards and name in consumed.sites:
+                raise StoreError(consumed.refusal(name, self.path))
             state = "unfinished" if name in self.unfinished else "not in the store"
             finished = ", ".join(self.sites) or "none"
             advice = "Run `saemill cache` with the site to add or finish it."
@@ -269,15 +274,25 @@ class SiteArray:
     """One finished site: its rows, checked block by block as they are read, and its statistics."""
 
     def __init__(self, store: ActivationStore, name: str) -> None:
-        self.store, self.name = store, name
-        record = store.record(name)
-        self.width, self.role = record.width, record.role
-        self.array = ShardedArray(site_path(store.path, name), REPAIR)
-        self.array.expect(describe_site(store.settings, store.n_tokens, name, self.width))
-        self.dtype, self.stored_dtype = self.array.torch_dtype, self.array.dtype
+        record = self._describe(store, name)
         self.manifest = store.manifest(record)
         self.array.check_sizes()
         self._computed_norms: dict[int, NDArray[np.uint16]] = {}
+
+    def _describe(self, store: ActivationStore, name: str) -> SiteRecord:
+        """Open the array by what the site's record says of it."""
+        self.store, self.name = store, name
+        record = store.record(name)
+        self.width = record.width
+        self.array = ShardedArray(site_path(store.path, name), REPAIR)
+        self.array.expect(describe_site(store.settings, store.n_tokens, name, self.width))
+        self.dtype, self.stored_dtype = self.array.torch_dtype, self.array.dtype
+        return record
+
+    @property
+    def role(self) -> Role | None:
+        """What is at the site, as far as it is known."""
+        return self.store.record(self.name).role
 
     @property
     def parts(self) -> "dict[str, SiteArray]":
@@ -313,15 +328,19 @@ class SiteArray:
         return self._computed_norms[shard]
 
     def statistics_over(self, keep: Callable[[int], NDArray[np.bool_]]) -> Statistics:
-        """Compute moments of chosen rows, in one pass over the site.
+        """Compute moments of chosen rows, in one pass over the shards that statistics are of.
 
         Args:
             keep: chooses places of the shard of a number, in stored order.
         """
         moments = Moments(self.width)
-        for shard in range(self.store.n_shards):
+        for shard in self._shards():
             moments.add(as_tensor(self._rows(shard)[keep(shard)], self.dtype))
         return moments.statistics()
+
+    def _shards(self) -> Iterable[int]:
+        """List the shards that statistics are of: all."""
+        return range(self.store.n_shards)
 
     def _rows(self, shard: int) -> NDArray[Any]:
         """Read all rows of a shard, block by block, each compared with its hash."""
@@ -329,8 +348,10 @@ class SiteArray:
         return np.concatenate([self.block(shard, block) for block in range(n_blocks)])
 
     @cached_property
-    def _hashes(self) -> list[NDArray[np.uint64]]:
-        return [decode_array(shard.block_hashes, "u8") for shard in self.manifest.shards]
+    def _hashes(self) -> Mapping[int, NDArray[np.uint64]]:
+        """Hashes of blocks, by shard."""
+        entries = enumerate(self.manifest.shards)
+        return {number: decode_array(shard.block_hashes, "u8") for number, shard in entries}
 
     def block(self, shard: int, block: int) -> NDArray[Any]:
         """Read one block of stored rows, compared with its hash; a view of the mapped file.

@@ -37,7 +37,9 @@ EMBEDDINGS = "embeddings"
 """Kind of a store that holds passages."""
 TEXT_FOLDERS = ("tokens", "passages")
 SITES = "sites"
-RESERVED = (*TEXT_FOLDERS, SITES, "claims", "zarr.json")
+FOLLOWERS, CONSUMED = "followers", "consumed.json"
+"""Names of the folder and the record of `stores.followers`."""
+RESERVED = (*TEXT_FOLDERS, SITES, FOLLOWERS, CONSUMED, "claims", "zarr.json")
 """Names in a store's folder that no site has."""
 BLOCK_TOKENS = 256
 """Rows per block: the unit of reading and of checksums."""
@@ -287,7 +289,11 @@ class SiteStatistics(Record):
         Raises:
             StoreError: no row was counted.
         """
-        statistics = moments.statistics()
+        return cls.of_statistics(moments.statistics(), sketch)
+
+    @classmethod
+    def of_statistics(cls, statistics: Statistics, sketch: NormSketch | None = None) -> "SiteStatistics":
+        """Make the record of some statistics, and of the same rows' norms if those are known."""
         return cls(
             n_tokens=statistics.n_tokens,
             mean=encode_array(np.asarray(statistics.mean_D)),

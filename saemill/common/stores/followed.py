@@ -1,0 +1,124 @@
+"""A store that may still be being filled: its sites are read shard by shard, as their records commit them.
+
+What a finished site's manifest says of all shards, a follower takes from the records of the first ones: so it
+does not depend on how far the store is.
+"""
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.norms import NormSketch, norms_of
+from saemill.common.stores.shards import as_tensor
+from saemill.common.stores.site_records import decode_array, site_path, sites_in
+from saemill.common.stores.statistics import Moments, Statistics
+
+
+class FollowedStore(ActivationStore):
+    """Read access to what is there of a store.
+
+    Args:
+        path: the folder.
+        first_tokens: tokens of the first shards, whose statistics stand for the store's, in whole shards and
+            one at least; None for all shards that are committed one after the other.
+
+    Raises:
+        StoreError: the folder is no activation store, or its settings or tokens are damaged.
+    """
+
+    def __init__(self, path: Path | str, first_tokens: int | None = None) -> None:
+        super().__init__(path)
+        self._first_tokens = first_tokens
+        self._arrays: dict[str, FollowedSite] = {}
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites, finished or not."""
+        return sites_in(self.path)
+
+    def array(self, name: str) -> "FollowedSite":
+        """Open a site's array, finished or not.
+
+        Raises:
+            StoreError: there is no such site, or its records are damaged.
+        """
+        if name not in self._arrays:
+            self._arrays[name] = FollowedSite(self, name)
+        return self._arrays[name]
+
+    @property
+    def n_first(self) -> int:
+        """Number of the first shards, whose statistics stand for the store's."""
+        if self._first_tokens is not None:
+            return min(max(1, self._first_tokens // self.shard_tokens), self.n_shards)
+        there = (all(self.has(site, shard) for site in self.sites) for shard in range(self.n_shards))
+        return next((shard for shard, is_there in enumerate(there) if not is_there), self.n_shards)
+
+    def has(self, site: str, shard: int) -> bool:
+        """Tell whether a shard of a site is committed."""
+        return (site_path(self.path, site) / "commits" / f"{shard}.json").exists()
+
+    def close_shards(self) -> None:
+        """Let go of the files that are mapped: one that is removed then leaves the disk."""
+        for array in self._arrays.values():
+            array.array.shard.cache_clear()
+
+
+class FollowedSite(SiteArray):
+    """One site: rows of the shards that are committed, and the statistics of the first ones."""
+
+    def __init__(self, store: FollowedStore, name: str) -> None:
+        self.followed = store
+        self._describe(store, name)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Moments over the training positions of the first shards, by the store's own mask."""
+        moments = Moments(self.width)
+        for shard in self._shards():
+            commit = self.store.commit(self.name, shard)
+            mean_D, deviations_D = (decode_array(text, "f8") for text in (commit.mean, commit.deviations))
+            moments.merge(commit.n_counted, mean_D, deviations_D, commit.distances)
+        return moments.statistics()
+
+    @property
+    def sketch(self) -> NormSketch | None:
+        """Norms of the training positions of the first shards; None where a record has none."""
+        sketch = NormSketch()
+        for shard in self._shards():
+            lengths = self.store.commit(self.name, shard).lengths
+            if lengths is None:
+                return None
+            sketch.merge(NormSketch(lengths))
+        return sketch
+
+    def norms(self, shard: int) -> NDArray[np.uint16]:
+        """Read the norms of a shard's rows from its record, or compute them where that has none."""
+        norms = self.store.commit(self.name, shard).norms
+        if norms is not None:
+            return decode_array(norms, "u2")
+        return norms_of(as_tensor(self._rows(shard), self.dtype))
+
+    def _shards(self) -> Iterable[int]:
+        return range(self.followed.n_first)
+
+    @cached_property
+    def _hashes(self) -> "_Hashes":
+        return _Hashes(self)
+
+
+class _Hashes(dict[int, NDArray[np.uint64]]):
+    """Hashes of blocks by shard, each shard's read from its record when it is asked for."""
+
+    def __init__(self, site: FollowedSite) -> None:
+        super().__init__()
+        self.site = site
+
+    def __missing__(self, shard: int) -> NDArray[np.uint64]:
+        commit = self.site.store.commit(self.site.name, shard)
+        self[shard] = decode_array(commit.block_hashes, "u8")
+        return self[shard]
