@@ -64,8 +64,8 @@ class Room:
         n_written = min(len(writer.committed()) for writer in self.writers)
         n_removed = len(self._consumed().shards)
         return (
-            f"{n_written:,} of {counted(self.store.n_shards, 'shard')} were written, {n_removed:,} of them "
-            "removed when all runs that follow the store had read them; no run needs others"
+            f"written as far as runs follow it: {n_written:,} of {counted(self.store.n_shards, 'shard')}, "
+            f"{n_removed:,} of them removed again when all had read them"
         )
 
     def wanted(self, shards: list[int]) -> list[int]:

@@ -119,13 +119,12 @@ def _complete(plan: Plan, store: ActivationStore, writers: list[SiteWriter], wor
             filling = Filling(store, writers, model, worker, room, plan.config.batch_size)
             filling.run()
             n_written += filling.n_written
-        done = _done_sentence(n_missing, n_written)
         if room is not None and room.stays_open:
-            return f"{done}; {room.left}"
+            return room.left
         with worker.hold("store"):
             if all([writer.finish() for writer in writers]):
                 make_whole(store, [writer.site.name for writer in writers], worker)
-                return f"complete; {done}"
+                return f"complete; {_done_sentence(n_missing, n_written)}"
 
 
 def _room(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker: Worker) -> Room | None:

@@ -23,8 +23,8 @@ class FollowedStore(ActivationStore):
 
     Args:
         path: the folder.
-        first_tokens: tokens of the first shards, whose statistics stand for the store's, in whole shards and
-            one at least; None for all shards that are committed one after the other.
+        first_tokens: tokens of the first shards, whose statistics stand for the store's, in whole shards;
+            None for all shards that are committed one after the other.
 
     Raises:
         StoreError: the folder is no activation store, or its settings or tokens are damaged.
@@ -54,13 +54,17 @@ class FollowedStore(ActivationStore):
     def n_first(self) -> int:
         """Number of the first shards, whose statistics stand for the store's."""
         if self._first_tokens is not None:
-            return min(max(1, self._first_tokens // self.shard_tokens), self.n_shards)
+            return min(-(-self._first_tokens // self.shard_tokens), self.n_shards)
         there = (all(self.has(site, shard) for site in self.sites) for shard in range(self.n_shards))
         return next((shard for shard, is_there in enumerate(there) if not is_there), self.n_shards)
 
     def has(self, site: str, shard: int) -> bool:
         """Tell whether a shard of a site is committed."""
         return (site_path(self.path, site) / "commits" / f"{shard}.json").exists()
+
+    def sites_with(self, shard: int) -> list[str]:
+        """List the sites of which a shard's rows can be read: written by now, and not removed."""
+        return [site for site in self.sites if self.array(site).array.shard_path(shard).exists()]
 
     def close_shards(self) -> None:
         """Let go of the files that are mapped: one that is removed then leaves the disk."""
