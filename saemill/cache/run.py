@@ -3,7 +3,9 @@
 A token's path continues in `fill`, then in `writer`.
 """
 
+from collections.abc import Callable
 from importlib.metadata import version
+from threading import Event
 from typing import Any
 
 import torch
@@ -30,7 +32,12 @@ from saemill.common.stores.statistics import warnings
 from saemill.common.world import World, speak_for
 
 
-def run(config: CacheConfig, model: Any = None) -> ActivationStore:
+def run(
+    config: CacheConfig,
+    model: Any = None,
+    stop: Event | None = None,
+    when_open: Callable[[ActivationStore], None] = lambda store: None,
+) -> ActivationStore:
     """Cache the activations of the chosen sites into `config.out`.
 
     A store that exists is added to: sites that are missing are cached, shards and tokens that are
@@ -41,6 +48,8 @@ def run(config: CacheConfig, model: Any = None) -> ActivationStore:
     Args:
         config: the settings.
         model: the model itself, in evaluation mode, where it is in memory. `config.model` is its name then.
+        stop: event that stops it, as a signal does.
+        when_open: called when the store is there, before its shards are.
 
     Raises:
         ConfigError: settings that do not fit the model or the tokens, a store made with others, or
@@ -51,10 +60,11 @@ def run(config: CacheConfig, model: Any = None) -> ActivationStore:
     """
     world = World.here()
     speak_for(world)
-    with stop_on_signal() as stop:
+    with stop_on_signal(stop) as stop:
         plan = make_plan(config, world, model)
         with Worker(config.out / CLAIMS, stop) as worker:
             store, writers = _open(plan, worker)
+            when_open(store)
             try:
                 what = _complete(plan, store, writers, worker)
             except DataError:

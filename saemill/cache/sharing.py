@@ -9,6 +9,8 @@ from saemill.cache.room import Room
 from saemill.cache.writer import SiteWriter
 from saemill.common.stores.activations import ActivationStore
 
+ROOM_WAITS = 5
+"""Waits in a row after which they grow no longer, at 1.6 s, where a follower may make room at any moment."""
 LOOK_SECONDS = 1.0
 """Seconds, at least, between two looks at what other workers have committed."""
 
@@ -108,4 +110,4 @@ class Sharing:
             holders = self.worker.holders([f"shard-{shard}" for shard in self._lacking]) or "others"
             why = f"waiting for {holders} to write the last shards"
         self.worker.wait(self._n_waits, why)
-        self._n_waits += 1
+        self._n_waits = self._n_waits + 1 if self.room is None else min(self._n_waits + 1, ROOM_WAITS)
