@@ -44,7 +44,7 @@ from saemill.train.sweep.placement import (
     choose,
     is_stepped_by_torch,
 )
-from saemill.train.sweep.schedule import Schedule
+from saemill.train.sweep.schedule import Schedule, schedule_of
 from saemill.train.sweep.sources import sources_of
 from saemill.train.sweep.variant import Variant
 from saemill.train.sweep.variants import of_config
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from saemill.train.objective.model import ModelLoss
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
-MOST_WARMUP_STEPS = 1000
 FEW_STEPS = 100
 """Steps below which the plan says that more may help."""
 SAMPLE_TOKENS = 8192
@@ -97,7 +96,7 @@ def run(config: TrainConfig) -> list[Path]:
         closing(open_stream(config, store, sources, folder.run)) as loader,
         ExitStack() as resources,
     ):
-        schedule = _schedule(config, loader.epoch_tokens, f"{store.text.unit}s")
+        schedule = schedule_of(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps, sources)
         _place(config, store, variants, everyone, device)
@@ -325,45 +324,6 @@ def _check_profile(trainer: Trainer, end: int) -> None:
             f"--profile needs {SKIPPED_STEPS + PROFILED_STEPS} steps, {left} are left; "
             "raise --max-tokens or lower --batch-size"
         )
-
-
-def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
-    """Plan the steps and the learning rate over them; `units` is what the store holds."""
-    step_tokens = config.step_tokens
-    n_tokens = config.max_tokens or (config.epochs or 1) * epoch_tokens
-    n_steps = n_tokens // step_tokens
-    if config.follow and n_tokens > epoch_tokens:
-        raise ConfigError(
-            f"max_tokens {n_tokens:,}: follow goes through the store once, which has {epoch_tokens:,} "
-            f"training {units}; leave it out, or train without follow when the store is finished"
-        )
-    if n_steps == 0:
-        raise ConfigError(
-            f"{n_tokens:,} training {units} are less than one step of {step_tokens:,}; "
-            "lower --batch-size or raise --max-tokens"
-        )
-    warmup = config.warmup_steps
-    if warmup is not None and warmup >= n_steps:
-        raise ConfigError(
-            f"warmup_steps must be fewer than the run's {n_steps:,} steps, got {warmup:,}; "
-            "lower --warmup-steps or train longer"
-        )
-    schedule = Schedule(
-        n_steps=n_steps,
-        warmup_steps=min(MOST_WARMUP_STEPS, n_steps // 20) if warmup is None else warmup,
-        decay=config.lr_decay,
-        decay_steps=round(config.decay_fraction * n_steps),
-        course=config.lr_schedule,
-        end=config.course_end,
-        n_cycles=(config.lr_cycles or 2) if config.lr_schedule == "cosine_restarts" else 1,
-    )
-    if config.lr_schedule != "constant" and schedule.course_steps < schedule.n_cycles:
-        raise ConfigError(
-            f"lr_schedule {config.lr_schedule} needs {schedule.n_cycles:,} steps from warm-up to decay, and "
-            f"has {max(0, schedule.course_steps):,} of the run's {n_steps:,}; lower warmup_steps, "
-            "lr_decay_fraction or lr_cycles, or train longer"
-        )
-    return schedule
 
 
 def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
