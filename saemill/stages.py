@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from saemill.train.config import TrainConfig
 
 C = TypeVar("C")
-OF_A_NAMED_MODEL = ("revision", "model_dtype", "load_in_8bit", "trust_remote_code", "attn_implementation")
+OF_A_NAMED_MODEL = (
+    *("revision", "model_dtype", "load_in_8bit", "load_in_4bit", "device_map", "max_memory"),
+    *("trust_remote_code", "attn_implementation"),
+)
 """Settings of how a model is loaded."""
 PathLike = Path | str
 
@@ -135,7 +138,7 @@ def assess_saes(
     from saemill.assess.run import run as run_stage
     from saemill.common.stores import assessments
 
-    model, settings = _model_in(settings, "with_model")
+    model, settings = _model_in(settings, "with_model", "device_map", "max_memory")
     config = _config(AssessConfig, "assess", settings, run=run, out=out)
     with _evaluating(model):
         return assessments.checked(run_stage(config, model))

@@ -150,7 +150,7 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
     ("kind", "expected"),
     [
         (TokenizeConfig, "out chat_template num_proc"),
-        (CacheConfig, "tokens out batch_size device trust_remote_code"),
+        (CacheConfig, "tokens out batch_size device device_map max_memory trust_remote_code"),
         (
             TrainConfig,
             "acts out with_acts init_from save_every log_every eval_every eval_tokens eval_losses_every "
@@ -158,7 +158,7 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
             "log_to_wandb wandb_project wandb_entity run_name wandb_log_frequency wandb_artifacts "
             "log_to_tensorboard",
         ),
-        (AssessConfig, "run acts with_acts model out device log_to_wandb"),
+        (AssessConfig, "run acts with_acts model out device device_map max_memory log_to_wandb"),
         (ImportConfig, "source out texts dtype shard_rows"),
         (EmbedConfig, "dataset model out dtype device shard_rows"),
         (GenerateConfig, "out batch_size device"),

@@ -6,7 +6,8 @@ from typing import Any
 
 from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
-from saemill.common.setting import DEVICE, about, check, identity, setting
+from saemill.common.setting import DEVICE, about, check, identity, like, setting
+from saemill.common.weights import DeviceMap, Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,8 @@ class AssessConfig:
     model_tokens: int = setting(100_000, "Most tokens for the losses, in whole rows", least=1)
     batch_size: int = setting(8, "Rows per forward pass", metavar="ROWS", least=1)
     device: str = setting("auto", DEVICE, decides=False)
+    device_map: DeviceMap | None = like(Weights, "device_map")
+    max_memory: tuple[str, ...] = like(Weights, "max_memory")
     dead_percentage_threshold: float = setting(
         0.0005, "A latent active on a smaller share of tokens is dead", within="[0, 1)"
     )
@@ -69,11 +72,18 @@ class AssessConfig:
             raise ConfigError("variant has no effect where no latent is shown; leave it out")
         if self.model is not None and not self.with_model and self.tokens is None:
             raise ConfigError("model has no effect with --no-model; leave one out")
+        if self.spread.device_map is not None and not self.with_model:
+            raise ConfigError("device_map has no effect with --no-model; leave one out")
 
     @property
     def folder(self) -> Path:
         """Return the folder that the assessment is written to."""
         return self.out or (self.run if self.tokens is None else self.run / f"on-{self.tokens.name}")
+
+    @property
+    def spread(self) -> Weights:
+        """Return over which devices the model is dealt."""
+        return Weights(device_map=self.device_map, max_memory=self.max_memory)
 
     def identity(self) -> dict[str, Any]:
         """Collect the settings that decide the result, but for the run."""

@@ -136,7 +136,7 @@ def open_model(
     """
     if not config.with_model or not isinstance(trained.store.text, TokenStore):
         return None, None
-    model = load_model(config.model, trained.store, other, device, given)
+    model = load_model(config.model, trained.store, other, device, given, config.spread)
     if given is not None:
         return model, check_given(model, trained.store)
     return model, check_model(config.model, model, trained.store)

@@ -23,6 +23,7 @@ from saemill.common.log import duration, say
 from saemill.common.steer.losses import check_mask_token
 from saemill.common.stores import assessments, runs
 from saemill.common.tracking import process as wandb
+from saemill.common.weights import check_devices
 from saemill.common.world import Group, World, speak_for
 
 
@@ -44,6 +45,7 @@ def run(config: AssessConfig, model: Any = None) -> dict[str, Any]:
     world = World.here()
     speak_for(world)
     device = world.device(config.device)
+    check_devices(config.spread, world.size, torch.cuda.device_count())
     with world.connected(device) as everyone, ExitStack() as resources:
         return _assess(config, device, everyone, resources, model)
 

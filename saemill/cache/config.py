@@ -1,14 +1,15 @@
 """The settings of `saemill cache`. What is left open is as in the store that is added to."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from saemill.common import elsewhere
 from saemill.common.errors import ConfigError
-from saemill.common.setting import DEVICE, about, check, setting
+from saemill.common.setting import DEVICE, about, check, like, setting
 from saemill.common.sizes import size_of
 from saemill.common.stores.mask import MaskConfig
+from saemill.common.weights import DeviceMap, Weights, bits_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +71,13 @@ class CacheConfig:
     trust_remote_code: bool = setting(False, "Run code that the model brings", decides=False)
     """The model's fingerprint has the code."""
     load_in_8bit: bool | None = setting(
-        None, "Weights as 8-bit integers, by bitsandbytes on CUDA", by_default="the store's, or off"
+        None, "Weights as 8-bit integers, by bitsandbytes", by_default="the store's, or off"
     )
+    load_in_4bit: bool | None = setting(
+        None, "Weights in 4 bits (NF4), by bitsandbytes", by_default="the store's, or off", later=True
+    )
+    device_map: DeviceMap | None = like(Weights, "device_map")
+    max_memory: tuple[str, ...] = like(Weights, "max_memory")
 
     @property
     def max_disk_bytes(self) -> int | None:
@@ -80,6 +86,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        replace(self.spread, n_bits=bits_of(self.load_in_8bit, self.load_in_4bit))  # checks both
         chosen = [name for name in ("layers", "sites", "layer_stride") if getattr(self, name)]
         if not chosen:
             raise ConfigError(
@@ -95,3 +102,8 @@ class CacheConfig:
         for site in self.sites:
             if here := elsewhere.of_hook(site):
                 raise ConfigError(here)
+
+    @property
+    def spread(self) -> Weights:
+        """Return over which devices the model is dealt."""
+        return Weights(device_map=self.device_map, max_memory=self.max_memory)

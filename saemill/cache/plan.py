@@ -15,7 +15,6 @@ from saemill.common.errors import ConfigError
 from saemill.common.log import counted
 from saemill.common.models.architecture import Architecture
 from saemill.common.models.model import (
-    check_8bit,
     check_fit,
     choose_model_dtype,
     fingerprint_given,
@@ -77,7 +76,6 @@ def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
     check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
     sites = sites_of(config, model_config)
     identity = _identity(config, tokens, existing, n_rows, device, given)
-    check_8bit(bool(identity["load_in_8bit"]), device)
     _check_mask(tokens, settings.build(MaskConfig, identity["mask"], "mask"), n_rows)
     summary = _summary(config, identity, tokens.ctx_len, sites)
     check_same_store(config.out, existing, identity)
@@ -146,7 +144,10 @@ def _identity(
         fingerprint = fingerprint_model(config.model, config.revision, config.trust_remote_code)
     else:
         fingerprint, model_dtype = fingerprint_given(given), str(given.dtype).removeprefix("torch.")
-    in_8bit = existing.load_in_8bit if existing and config.load_in_8bit is None else config.load_in_8bit
+    in_8bit, in_4bit = (
+        getattr(existing, name) if existing and getattr(config, name) is None else getattr(config, name)
+        for name in ("load_in_8bit", "load_in_4bit")
+    )
     mask = config.mask or (existing.mask if existing else MaskConfig())
     attention = config.attn_implementation or (existing.attn_implementation if existing else None)
     return {
@@ -158,6 +159,7 @@ def _identity(
         "dtype": config.dtype or (existing.dtype if existing else "bf16"),
         "model_dtype": model_dtype,
         "load_in_8bit": in_8bit or None,
+        **({"load_in_4bit": True} if in_4bit else {}),
         **({"attn_implementation": attention} if attention else {}),
         "model_fingerprint": fingerprint,
         "mask": setting.identity(mask),

@@ -29,6 +29,7 @@ from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import StoreSettings
 from saemill.common.stores.statistics import warnings
+from saemill.common.weights import check_devices
 from saemill.common.world import World, speak_for
 
 
@@ -60,6 +61,7 @@ def run(
     """
     world = World.here()
     speak_for(world)
+    check_devices(config.spread, world.size, torch.cuda.device_count())
     with stop_on_signal(stop) as stop:
         plan = make_plan(config, world, model)
         with Worker(config.out / CLAIMS, stop) as worker:
@@ -156,7 +158,7 @@ def _load(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker:
         revision=plan.config.revision,
         device=plan.device,
         given=plan.given,
-        **how_cached(store.settings),
+        **how_cached(store.settings, plan.config.spread),
     )
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype("int64"))
     sites = [site.name for site in plan.sites]

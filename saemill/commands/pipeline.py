@@ -66,7 +66,7 @@ def tokenize(
     flag("delete_consumed", "--delete-consumed"),
     "device",
     flag("allow_other_tokenizer", "--allow-other-tokenizer"),
-    *("load_in_8bit", "attn_implementation", "revision"),
+    *("load_in_8bit", "load_in_4bit", "device_map", "max_memory", "attn_implementation", "revision"),
     flag("trust_remote_code", "--trust-remote-code"),
 )
 def cache(config: CacheConfig) -> None:
@@ -139,7 +139,7 @@ def train(config: TrainConfig) -> None:
     *("thresholds.min_loss_recovered", "thresholds.min_l0", "thresholds.max_l0"),
     *("thresholds.max_dead_fraction", "thresholds.max_absorption"),
     *("variant", "latents", "n_latents", "n_contexts", "context_tokens"),
-    *("log_to_wandb", "device"),
+    *("log_to_wandb", "device", "device_map", "max_memory"),
 )
 def assess(config: AssessConfig) -> None:
     """Measure every SAE of a run on tokens that training did not see, and give a verdict.

@@ -9,7 +9,8 @@ import typer
 from saemill.assess.config import AssessConfig
 from saemill.cache.config import CacheConfig
 from saemill.commands.flags import Config, flag, option, with_flags
-from saemill.common.setting import DEVICE
+from saemill.common.setting import DEVICE, marks_of
+from saemill.common.weights import Weights
 from saemill.pipeline.config import RunConfig
 from saemill.tokenize.config import TokenizeConfig
 from saemill.train.config import TrainConfig
@@ -41,6 +42,7 @@ FLAGS = (
     flag("tokenize.tokenizer", by_default="the model's own"),
     "cache.revision",
     flag("cache.load_in_8bit", by_default="off"),
+    flag("cache.load_in_4bit", by_default="off"),
     flag("cache.attn_implementation", by_default="transformers' choice"),
     flag("cache.trust_remote_code", "--trust-remote-code"),
     flag("train.loss", "--loss", "--loss-fn"),
@@ -73,6 +75,10 @@ def run(
     dataset: Annotated[str | None, typer.Argument(help="Hub id, file or folder of the text.")] = None,
     flags: Mapping[str, Any],
     device: Annotated[str | None, option(f"{DEVICE} [auto].", "NAME")] = None,
+    device_map: Annotated[str | None, option(f"{marks_of(Weights, 'device_map').help}.", "auto")] = None,
+    max_memory: Annotated[
+        list[str] | None, option(f"{marks_of(Weights, 'max_memory').help}.", "DEVICE=SIZE,…")
+    ] = None,
     config: Config = None,
     set_: Annotated[
         list[str] | None,
@@ -93,7 +99,8 @@ def run(
     from saemill.pipeline.run import run as run_all
 
     file, named = _config_file(model, dataset, config)
-    run_all(named, dataset, {**flags, "device": device}, file, set_ or ())
+    once = {"device": device, "device_map": device_map, "max_memory": ",".join(max_memory or ()) or None}
+    run_all(named, dataset, {**flags, **once}, file, set_ or ())
 
 
 def _config_file(

@@ -58,7 +58,7 @@ SPARSIFY = {
     "hf_token": Setting("", "log in with `hf auth login`, or set HF_TOKEN in the environment"),
     "revision": Setting("`--revision`", "the model's; the dataset's is `--set tokenize.revision=`"),
     "load_in_8bit": Setting(
-        "`--load-in-8bit`", "the model while caching and assessing; needs CUDA and bitsandbytes"
+        "`--load-in-8bit`", "the model while caching and assessing; needs `pip install 'saemill[large]'`"
     ),
     "attn_implementation": Setting("`--attn-implementation`", "of `cache` and `run`; assessed with the same"),
     "batch_size": Setting(
@@ -137,7 +137,9 @@ SAELENS = {
     "model_name": Setting("`MODEL`", "the first argument of `saemill run`: a hub id or folder"),
     "model_class_name": Setting("", "models are loaded by transformers' AutoModel"),
     "model_kwargs": Setting(
-        "", "`--revision`, `--load-in-8bit` and `--set cache.model_dtype=` are what there is"
+        "",
+        "`--revision`, `--load-in-8bit`, `--load-in-4bit`, `--device-map` and `--set cache.model_dtype=` are "
+        "what there is",
     ),
     "model_from_pretrained_kwargs": Setting("", "as `model_kwargs`; models are loaded unprocessed"),
     "from_pretrained_path": Setting("", "an SAE is trained from its start"),

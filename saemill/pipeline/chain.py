@@ -35,7 +35,6 @@ from saemill.common import durable
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.common.models.architecture import check_row_length, limits_of
-from saemill.common.models.model import check_8bit
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.stores import runs
@@ -288,7 +287,6 @@ class Chain:
         in training's sites."""
         if "tokenize" in self.configs:
             _check_tokens(self.configs["tokenize"], config)
-        check_8bit(bool(config.load_in_8bit), World.here().device(config.device))
         widths = {site.name: site.width for site in _sites(config)}
         if "train" not in self.configs:
             return

@@ -12,6 +12,9 @@ from saemill.pipeline.chain import Chain
 from saemill.pipeline.config import RunConfig
 from saemill.pipeline.stages import Sections
 
+FOR_SEVERAL = {"device": STAGES[1:], "device_map": ("cache", "assess"), "max_memory": ("cache", "assess")}
+"""Settings that the command names once, and the stages that have them."""
+
 
 def run(
     model: str | None,
@@ -25,8 +28,7 @@ def run(
     Args:
         model: hub id or local folder; None takes the file's.
         dataset: hub id, or local file or folder; None takes the file's.
-        flags: settings by dotted name (`train.k`), and `device` for all stages that have one; None means
-            not set.
+        flags: settings by dotted name (`train.k`), and those of `FOR_SEVERAL`; None means not set.
         file: a YAML file with a section per stage; without it, all four stages run.
         sets: `stage.key=value` strings.
 
@@ -41,13 +43,7 @@ def run(
         file_sections = settings.read_sections(file)
         sections = {name: values for name, values in file_sections.items() if name in (*STAGES, "run")}
     sets = tuple(sets)
-    own_device = {item.partition("=")[0] for item in sets}
-    flags = {name: value for name, value in flags.items() if name != "device"} | {
-        f"{stage}.device": flags.get("device")
-        for stage in STAGES[1:]
-        if stage in sections and f"{stage}.device" not in own_device
-    }
-    all_flags = {"cache.model": model, "tokenize.dataset": dataset, **flags}
+    all_flags = {"cache.model": model, "tokenize.dataset": dataset, **_dealt_out(flags, sections, sets)}
     present = [*sections, "run"]
     _refuse_other_sections(present, all_flags, sets)
     settings.override(sections, all_flags, sets)
@@ -62,6 +58,18 @@ def run(
     if section.get("save_dir") is not None and not chain.finds_places:
         raise ConfigError("save_dir has no effect: the config names the folders of all stages; leave it out")
     return chain()
+
+
+def _dealt_out(flags: Mapping[str, Any], sections: Sections, sets: Iterable[str]) -> dict[str, Any]:
+    """Give each stage the flags that are said once for several, unless `sets` says its own."""
+    own = {item.partition("=")[0] for item in sets}
+    dealt = {
+        f"{stage}.{name}": flags.get(name)
+        for name, stages in FOR_SEVERAL.items()
+        for stage in stages
+        if stage in sections and f"{stage}.{name}" not in own
+    }
+    return {name: value for name, value in flags.items() if name not in FOR_SEVERAL} | dealt
 
 
 def _refuse_other_sections(present: list[str], flags: Mapping[str, Any], sets: Iterable[str]) -> None:

@@ -85,8 +85,8 @@ class _Training:
         if code:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed, as it says above"
             raise StoreError(
-                f"training {how}; caching was stopped with it, and what was finished is kept: the same command "
-                "continues"
+                f"training {how}; caching was stopped with it, and what was finished is kept: the same "
+                "command continues"
             )
 
     def __enter__(self) -> "_Training":

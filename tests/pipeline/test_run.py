@@ -235,7 +235,7 @@ def test_a_device_is_for_the_stages_that_there_are(
             {"tokenize.ctx_len": "256", "train.batch_size": "512"},
             "rows have 256 tokens, but .* takes at most 128",
         ),
-        ({"cache.load_in_8bit": "true", "cache.device": "cpu"}, "load_in_8bit needs a CUDA device, got cpu"),
+        ({"max_memory": "cpu=1GB"}, "max_memory has no effect without a device map"),
         (
             {"train.batch_size": "32"},
             "32 of them fill no more than one row of 32; for 32 rows, as .*, say 1024",

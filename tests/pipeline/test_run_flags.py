@@ -5,17 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 from typer.testing import CliRunner
 
 from saemill import cli
-from saemill.cache.config import CacheConfig
 from saemill.commands.flags import Flag
 from saemill.commands.run import FLAGS
 from saemill.common import setting
-from saemill.common.errors import ConfigError
-from saemill.common.models import model as models
 from saemill.pipeline.config import RunConfig
 from saemill.pipeline.stages import CONFIGS
 
@@ -78,27 +73,3 @@ def test_every_setting_that_a_flag_names_exists() -> None:
         for group in groups:
             config = setting.types(config)[group]
         assert last in {field.name for field in dataclasses.fields(config)}, flag
-
-
-def test_8bit_goes_to_bitsandbytes(tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: what transformers is asked for, on a CUDA device that is made up; nothing is loaded."""
-    asked: dict[str, Any] = {}
-
-    def from_pretrained(name: str, **how: Any) -> None:
-        asked.update(how)
-        raise OSError("enough")
-
-    device = torch.device("cuda")
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
-        models.check_8bit(True, device)
-    monkeypatch.setattr(models, "find_spec", lambda name: object())
-    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", from_pretrained)
-    with pytest.raises(ConfigError, match="enough"):
-        models.LanguageModel(
-            tiny_models["neox"], revision=None, dtype=torch.float16, device=device, in_8bit=True
-        )
-    assert asked["quantization_config"].load_in_8bit
-    assert asked["device_map"] == {"": device}
-    assert asked["dtype"] == torch.float16
-    assert CacheConfig(tokens=Path(), model="m", out=Path(), layers=(0,)).load_in_8bit is None

@@ -1,5 +1,6 @@
 """The model whose activations are in a store: loaded as it was cached, and checked to be the same."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_names import module_of
 from saemill.common.stores.site_records import StoreSettings
 from saemill.common.stores.tokens import TokenStore
+from saemill.common.weights import AS_GIVEN, Weights, bits_of
 
 SAME_ACTIVATIONS = 0.05
 """Relative difference up to which two runs of one model may round apart."""
@@ -34,6 +36,7 @@ def load_model(
     other: TokenStore | None,
     device: torch.device,
     given: Any = None,
+    spread: Weights = AS_GIVEN,
 ) -> LanguageModel:
     """Load the model in the dtype, and in all else, that it was cached with.
 
@@ -43,6 +46,7 @@ def load_model(
         other: tokens that it must be able to read.
         device: where it runs.
         given: the model itself, where it is in memory.
+        spread: over which devices, where one is too small.
 
     Raises:
         ConfigError: it cannot be loaded, or cannot read the other tokens.
@@ -63,14 +67,15 @@ def load_model(
     if other is not None:
         trusts = bool(store.settings.trust_remote_code)
         check_fit(load_model_config(name, revision, trusts), name, other, trusts)
-    return LanguageModel(name, revision=revision, device=device, with_head=True, **how_cached(store.settings))
+    how = how_cached(store.settings, spread)
+    return LanguageModel(name, revision=revision, device=device, with_head=True, **how)
 
 
-def how_cached(settings: StoreSettings) -> dict[str, Any]:
-    """Return how a store's model was loaded, as arguments of `LanguageModel`."""
+def how_cached(settings: StoreSettings, spread: Weights = AS_GIVEN) -> dict[str, Any]:
+    """Return how a store's model was loaded, as arguments of `LanguageModel`, spread over devices or not."""
     return {
         "dtype": getattr(torch, str(settings.model_dtype)),
-        "in_8bit": bool(settings.load_in_8bit),
+        "weights": replace(spread, n_bits=bits_of(settings.load_in_8bit, settings.load_in_4bit)),
         "trust_remote_code": bool(settings.trust_remote_code),
         "attn_implementation": settings.attn_implementation,
     }

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from saemill.common.models.structure import (
 )
 from saemill.common.stores.site_names import is_input, module_of
 from saemill.common.stores.tokens import TokenizerInfo, TokenStore
+from saemill.common.weights import AS_GIVEN, Weights
 
 Head = Literal["causal", "masked"]
 IN_MEMORY = ", in memory"
@@ -62,10 +62,19 @@ def fingerprint_model(name: str, revision: str | None, trust_remote_code: bool =
 
 def fingerprint_given(model: Any) -> str:
     """Identify a model in memory: by a hash of its config and of every tensor's name, type, shape and
-    content."""
+    content.
+
+    Raises:
+        ConfigError: some of its tensors are on the disk.
+    """
     config = {k: v for k, v in model.config.to_diff_dict().items() if k not in OF_NO_WEIGHT}
     tensors = []
     for key, values in model.state_dict().items():
+        if values.is_meta:
+            raise ConfigError(
+                "some weights of the model in memory are on the disk, so it cannot be told from others; name "
+                "the model instead, with device_map='auto'"
+            )
         content = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         tensors.append([key, str(values.dtype), list(values.shape), durable.hash_bytes(content)])
     return durable.hash_json([json.dumps(config, default=str, sort_keys=True), *sorted(tensors)])
@@ -98,7 +107,7 @@ class LanguageModel:
         dtype: type of weights and activations.
         device: where it runs.
         with_head: load the LM head too, where the checkpoint has one (`head` says which).
-        in_8bit: weights as 8-bit integers, by bitsandbytes (Dettmers et al. 2022); see `check_8bit`.
+        weights: how they are held in memory.
         trust_remote_code: run code that the model brings.
         attn_implementation: how attention is computed, in transformers' words; None for its choice.
         given: the model itself, in evaluation mode, where it is in memory: it is taken as it is, and the
@@ -116,7 +125,7 @@ class LanguageModel:
         dtype: torch.dtype,
         device: torch.device,
         with_head: bool = False,
-        in_8bit: bool = False,
+        weights: Weights = AS_GIVEN,
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
         given: Any = None,
@@ -126,7 +135,7 @@ class LanguageModel:
         self.head: Head | None = None
         if given is None:
             self.config = load_model_config(name, revision, trust_remote_code)
-            self._load_whole(dtype, with_head, in_8bit, attn_implementation)
+            self._load_whole(dtype, with_head, weights, attn_implementation)
         else:
             self.model, self.config = given, given.config
             self.head = _head_of_given(given) if with_head else None
@@ -137,15 +146,14 @@ class LanguageModel:
         self.tuple_sites: set[str] = set()
 
     def _load_whole(
-        self, dtype: torch.dtype, with_head: bool, in_8bit: bool, attn_implementation: str | None
+        self, dtype: torch.dtype, with_head: bool, weights: Weights, attn_implementation: str | None
     ) -> None:
         """Load the model onto its device, with its head where it has one."""
         self.head = _head_of(self.config) if with_head else None
         name, device = self.name, self.device
-        check_8bit(in_8bit, device)
         how = {"dtype": dtype, "trust_remote_code": self.trust_remote_code, "revision": self.revision}
         how |= {"attn_implementation": attn_implementation} if attn_implementation else {}
-        how |= _as_8bit(device) if in_8bit else {}
+        how |= _holding(weights, dtype, device)
         self.model, missing = self._load(how)
         if missing and self.head:
             self.head = None  # a checkpoint without the head that its class has
@@ -154,7 +162,7 @@ class LanguageModel:
             missing = [key for key in missing if key.startswith("encoder.")]
         if missing:
             raise ConfigError(f"the checkpoint {name!r} lacks weights: {', '.join(sorted(missing)[:5])}")
-        if not in_8bit:  # such a model is where it was loaded, and cannot be moved
+        if not weights.stay:
             self.model = self.model.to(device)
         self.model = self.model.eval().requires_grad_(False)
 
@@ -188,7 +196,7 @@ class LanguageModel:
         captured: dict[str, Tensor] = {}
 
         def keep(name: str, x_RSD: Tensor) -> None:
-            captured[name] = x_RSD.clone()
+            captured[name] = x_RSD.to(self.device, copy=True)
             if len(captured) == len(sites):
                 raise _Enough
 
@@ -248,7 +256,7 @@ class LanguageModel:
         before = self.blocks_to(site)
         handles = [self.modules[name].register_forward_hook(note) for name in before[-1:]]
         try:
-            with replacing(self.modules, site, edit):
+            with replacing(self.modules, site, lambda x_RSD: edit(x_RSD.to(self.device)).to(x_RSD.device)):
                 yield
         finally:
             for handle in handles:
@@ -275,6 +283,8 @@ class LanguageModel:
         def hand_on(hidden_states: Tensor, *_arguments: Any, **_options: Any) -> Tensor:
             return hidden_states
 
+        # A model on several devices has forwards of its own there, which fetch the weights.
+        own = {module: {k: v for k, v in vars(module).items() if k == "forward"} for module in skipped}
         for module in skipped:
             module.forward = hand_on
         try:
@@ -282,6 +292,7 @@ class LanguageModel:
         finally:
             for module in skipped:
                 del module.forward
+                vars(module).update(own[module])
 
     def _forward(self, model: Any, ids_RS: Tensor, attention_RS: Tensor | None) -> Any:
         arguments: dict[str, Any] = {"input_ids": ids_RS.to(self.device)}
@@ -340,21 +351,19 @@ def _as_text(tokens: TokenStore, token_id: int) -> str:
         return ""
 
 
-def check_8bit(in_8bit: bool, device: torch.device) -> None:
-    """Refuse 8-bit weights where they cannot be used.
-
-    Raises:
-        ConfigError: the device is not CUDA, or bitsandbytes is not installed.
-    """
-    if in_8bit and device.type != "cuda":
-        raise ConfigError(f"load_in_8bit needs a CUDA device, got {device}; leave it out")
-    if in_8bit and find_spec("bitsandbytes") is None:
-        raise ConfigError("load_in_8bit needs bitsandbytes: pip install bitsandbytes accelerate")
-
-
-def _as_8bit(device: torch.device) -> dict[str, Any]:
-    quantization = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return {"quantization_config": quantization, "device_map": {"": device}}
+def _holding(weights: Weights, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Say in transformers' words how weights are held in memory, of a model that computes in `dtype`."""
+    how: dict[str, Any] = {}
+    if weights.n_bits == 8:
+        how["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if weights.n_bits == 4:
+        how["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    if weights.device_map:
+        how |= {"max_memory": weights.limits} if weights.limits else {}
+        return how | {"device_map": weights.device_map}
+    return how | ({"device_map": {"": device}} if weights.n_bits else {})
 
 
 @contextmanager

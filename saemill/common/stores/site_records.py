@@ -45,7 +45,7 @@ BLOCK_TOKENS = 256
 """Rows per block: the unit of reading and of checksums."""
 REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LATER = ("attn_implementation", "trust_remote_code")
+LATER = ("load_in_4bit", "attn_implementation", "trust_remote_code")
 """Settings that the first stores had not."""
 GROUP = {"zarr_format": 3, "node_type": "group"}
 """Entries that make a store's `zarr.json` that of a Zarr group."""
@@ -135,6 +135,7 @@ class StoreSettings(Record):
     model_dtype: Literal["bfloat16", "float16", "float32"] | None
     """Type that the model computed in."""
     load_in_8bit: bool | None = None
+    load_in_4bit: bool | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool | None = None
     """Whether code of the model's own was run."""

@@ -93,6 +93,38 @@ def normalise(w_dec_ptr, copy_dec_ptr, latent, squares, D: tl.constexpr, BLOCK: 
 
 
 @triton.jit
+def step_bias(b_enc_ptr, m_b_ptr, v_b_ptr, db_ptr, latent, rates, ADAM: tl.constexpr):
+    """Step a latent's encoder bias."""
+    lane = tl.zeros((1,), tl.int32)
+    place = latent + lane
+    b, db = tl.load(b_enc_ptr + place), tl.load(db_ptr + place)
+    only = (lane, lane == 0, 0)
+    b = stepped(b, db, m_b_ptr + place, v_b_ptr + place, None, None, lane, only, rates, ADAM)
+    tl.store(b_enc_ptr + place, b)
+
+
+@triton.jit
+def add_chunks(g_enc, g_dec, partial_ptr, first_chunk_ptr, n_chunks, column, inside, D: tl.constexpr):
+    """Add to a row's gradients the sums over its chunks of pairs."""
+    if n_chunks > 0:
+        partial = partial_ptr + tl.load(first_chunk_ptr).to(tl.int64) * (2 * D) + column
+        for chunk in range(n_chunks):
+            g_enc += tl.load(partial + chunk * (2 * D), mask=inside, other=0.0)
+            g_dec += tl.load(partial + chunk * (2 * D) + D, mask=inside, other=0.0)
+    return g_enc, g_dec
+
+
+@triton.jit
+def step_row(w, g, w_ptr, copy_ptr, m_ptr, v_ptr, scale_ptrs, at, row_hash, lanes, rates, ADAM: tl.constexpr):
+    """Step some columns of a row, and write them and their copy. Returns the weights."""
+    w = stepped(w, g, m_ptr + at, v_ptr + at, scale_ptrs[0], scale_ptrs[1], row_hash, lanes, rates, ADAM)
+    tl.store(w_ptr + at, w, mask=lanes[1])
+    if copy_ptr is not None:
+        tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=lanes[1])
+    return w
+
+
+@triton.jit
 def update_kernel(
     latents_ptr,
     starts_ptr,
@@ -145,26 +177,21 @@ def update_kernel(
     rates = load_rates(hyper_ptr)
     shrink = 1 - tl.load(hyper_ptr + LR) * tl.load(hyper_ptr + WEIGHT_DECAY)
     scale = tl.load(hyper_ptr + GRADIENT_SCALE)
-
-    lane = tl.zeros((1,), tl.int32)
-    place = latent + lane
-    b, db = tl.load(b_enc_ptr + place), tl.load(db_ptr + place)
-    only = (lane, lane == 0, 0)
-    b = stepped(b, db, m_b_ptr + place, v_b_ptr + place, None, None, lane, only, rates, ADAM)
-    tl.store(b_enc_ptr + place, b)
+    step_bias(b_enc_ptr, m_b_ptr, v_b_ptr, db_ptr, latent, rates, ADAM)
 
     dpre = tl.load(dpre_sum_ptr + latent)
     n_chunks = 0
     if end - start > CHUNK:
         n_chunks = (end - start + CHUNK - 1) // CHUNK
         end = start
-    slot = lane
+    slot = tl.zeros((1,), tl.int32)
     if slot_ptr is not None:
-        slot = tl.load(slot_ptr + latent + lane)
+        slot = tl.load(slot_ptr + latent + slot)
     enc_hash = tl.zeros((1,), tl.uint32)
     if seed_ptr is not None:
         enc_hash += mixed(mixed(tl.load(seed_ptr).to(tl.uint32)) ^ latent.to(tl.uint32))
     dec_hash = enc_hash ^ 0x5BD1E995
+    enc_scales, dec_scales = (m_enc_scale_ptr, v_enc_scale_ptr), (m_dec_scale_ptr, v_dec_scale_ptr)
     row_squares = 0.0
     for first in range(0, D, BLOCK):
         column = first + tl.arange(0, BLOCK)
@@ -175,11 +202,9 @@ def update_kernel(
         g_enc, g_dec = gather_rows(
             order_ptr, val_ptr, dpre_ptr, row_ptr, x_ptr, e_ptr, *where, K, D, BLOCK, UNROLL
         )
-        if n_chunks > 0:
-            partial = partial_ptr + tl.load(first_chunk_ptr + latent).to(tl.int64) * (2 * D) + column
-            for chunk in range(n_chunks):
-                g_enc += tl.load(partial + chunk * (2 * D), mask=inside, other=0.0)
-                g_dec += tl.load(partial + chunk * (2 * D) + D, mask=inside, other=0.0)
+        g_enc, g_dec = add_chunks(
+            g_enc, g_dec, partial_ptr, first_chunk_ptr + latent, n_chunks, column, inside, D
+        )
         aux_at = slot.to(tl.int64) * D + column
         has_aux = inside & (slot >= 0)
 
@@ -189,11 +214,9 @@ def update_kernel(
         if slot_ptr is not None:
             g += tl.load(aux_enc_ptr + aux_at, mask=has_aux, other=0.0)
         w *= shrink
-        m, v = m_enc_ptr + at, v_enc_ptr + at
-        w = stepped(w, g, m, v, m_enc_scale_ptr, v_enc_scale_ptr, enc_hash, lanes, rates, ADAM)
-        tl.store(w_enc_ptr + at, w, mask=inside)
-        if copy_enc_ptr is not None:
-            tl.store(copy_enc_ptr + at, w.to(copy_enc_ptr.dtype.element_ty), mask=inside)
+        step_row(
+            w, g, w_enc_ptr, copy_enc_ptr, m_enc_ptr, v_enc_ptr, enc_scales, at, enc_hash, lanes, rates, ADAM
+        )
 
         w = tl.load(w_dec_ptr + at, mask=inside, other=0.0)
         g = scale * g_dec
@@ -201,13 +224,12 @@ def update_kernel(
             g += tl.load(toward_ptr + latent) * w
         if slot_ptr is not None:
             g += tl.load(aux_dec_ptr + aux_at, mask=has_aux, other=0.0)
-        m, v = m_dec_ptr + at, v_dec_ptr + at
-        w = stepped(w, g, m, v, m_dec_scale_ptr, v_dec_scale_ptr, dec_hash, lanes, rates, ADAM)
-        tl.store(w_dec_ptr + at, w, mask=inside)
+        copy_ptr = None if UNIT else copy_dec_ptr
+        w = step_row(
+            w, g, w_dec_ptr, copy_ptr, m_dec_ptr, v_dec_ptr, dec_scales, at, dec_hash, lanes, rates, ADAM
+        )
         if UNIT:
             row_squares += tl.sum(tl.where(inside, w * w, 0.0), 0)
-        elif copy_dec_ptr is not None:
-            tl.store(copy_dec_ptr + at, w.to(copy_dec_ptr.dtype.element_ty), mask=inside)
 
     if UNIT:
         tl.debug_barrier()
