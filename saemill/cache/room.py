@@ -5,7 +5,7 @@ whoever writes them: one with a number is written when it, those below it that a
 are there already fit in. No worker has to know what the others are writing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +21,18 @@ from saemill.common.stores.followers import Consumed, Follower, followers_of, re
 from saemill.common.stores.site_records import CONSUMED
 
 
+def fits(shard: int, lacking: Iterable[int], there: set[int], n_shards: int) -> bool:
+    """Tell whether a shard has room beside those that are there and those that come before it.
+
+    Args:
+        shard: its number.
+        lacking: shards that are not written, whoever may be writing them.
+        there: shards on the disk.
+        n_shards: number that have room.
+    """
+    return len(there.union(other for other in lacking if other <= shard)) <= n_shards
+
+
 class Room:
     """The room that the shards of some sites have, in a store whose shards may be removed.
 
@@ -31,7 +43,7 @@ class Room:
         max_bytes: most bytes that these sites' shards take.
 
     Raises:
-        ConfigError: a run that follows the store needs more.
+        ConfigError: a run that follows the store needs more; or shards of other sites were removed.
     """
 
     def __init__(
@@ -45,8 +57,14 @@ class Room:
         """What is waited for; empty where there is room."""
         self._check(self._followers())
         with worker.hold("store"):
-            if read_consumed(store.path, store.settings.identity) is None:
-                self._write(self._consumed())  # from now on followers know that shards may go
+            known = records.if_whole(lambda: read_consumed(store.path, store.settings.identity))
+            if known and known.shards and {writer.site.name for writer in writers} - {*known.sites}:
+                raise ConfigError(
+                    f"shards of {', '.join(known.sites)} in {store.path} were removed already; cache other "
+                    "sites into a store of their own"
+                )
+            if known is None:
+                self._write(self._found_removed())  # from now on followers know that shards may go
             self._remove(self._consumed())  # of which a kill may have left some
 
     @property
@@ -74,8 +92,7 @@ class Room:
         followers = self._followers().values()
         if not followers:
             return shards
-        stop = max((follower.stop for follower in followers if not follower.has_ended), default=0)
-        return [shard for shard in shards if shard < stop]
+        return [shard for shard in shards if any(follower.needs(shard) for follower in followers)]
 
     def has(self, shard: int, lacking: list[int]) -> bool:
         """Tell whether a shard may be written now; what all followers are past is removed for it.
@@ -93,17 +110,18 @@ class Room:
 
     def _fits(self, shard: int, lacking: list[int]) -> bool:
         there = {int(place.parent.name) for w in self.writers for place in w.path.glob("c/*/0")}
-        return len(there.union(other for other in lacking if other <= shard)) <= self.n_shards
+        return fits(shard, lacking, there, self.n_shards)
 
     def _free(self) -> None:
         """Remove what all followers are past; where nothing is, say what is waited for. The caller holds the
         claim on the store."""
         followers = self._followers()
         self._check(followers)
-        before, now = self._consumed(), self._removable(followers)
+        before = self._consumed()
+        now = _removable(followers, before)
         if len(now.shards) > len(before.shards):
             self._write(now)
-            if self._removable(self._followers()) == now:
+            if _removable(self._followers(), before) == now:
                 self._remove(now)
                 return
             self._write(before)  # a run began to follow just now
@@ -117,27 +135,36 @@ class Room:
         if not going:
             return f"{full}; waiting for a run that reads them: saemill train {path} --follow …"
         start, run, record = min(going)
+        gone = "" if Path(run).exists() else ", though there is no such folder here"
         return (
-            f"{full}; waiting for {run}, which needs those from {start} on. If that run will not go on, "
-            f"remove {record}"
+            f"{full}; waiting for {run}, which needs those from {start} on{gone}. If that run will not go "
+            f"on, remove {record}"
         )
-
-    def _removable(self, followers: Mapping[Path, Follower]) -> Consumed:
-        """Work out which shards may be removed, those that are removed already included."""
-        before, going = self._consumed(), [f for f in followers.values() if not f.has_ended]
-        stop = max(before.stop, min((f.start for f in going), default=0))
-        first = max((f.n_kept for f in going), default=0)
-        if before.shards:
-            first = min(first, before.first)
-        return before.model_copy(update={"first": min(first, stop), "stop": stop})
 
     def _consumed(self) -> Consumed:
         """Read which shards are removed already."""
-        identity, sites = self.store.settings.identity, {writer.site.name for writer in self.writers}
-        known = read_consumed(self.store.path, identity) or Consumed(store=identity, sites=())
-        return known.model_copy(update={"sites": tuple(sorted({*known.sites, *sites}))})
+        known = read_consumed(self.store.path, self.store.settings.identity)
+        assert known is not None
+        return known
+
+    def _found_removed(self) -> Consumed:
+        """Find the shards that were removed where the record of them is damaged: they have one of their own,
+        but no file, and no run needs them. Where there was no record none is."""
+        nothing = Consumed(store=self.store.settings.identity, sites=())
+        if not (self.store.path / CONSUMED).exists():
+            return nothing
+        say(f"{self.store.path / CONSUMED} was damaged and is written again")
+        writer, followers = self.writers[0], self._followers().values()
+        gone = [
+            shard
+            for shard in sorted(writer.committed())
+            if not writer.array.shard_path(shard).exists() and not any(f.needs(shard) for f in followers)
+        ]
+        return nothing.model_copy(update={"first": gone[0], "stop": gone[-1] + 1}) if gone else nothing
 
     def _write(self, consumed: Consumed) -> None:
+        sites = {*consumed.sites, *(writer.site.name for writer in self.writers)}
+        consumed = consumed.model_copy(update={"sites": tuple(sorted(sites))})
         put(self.store.path / CONSUMED, records.content(consumed), self.worker)
 
     def _remove(self, consumed: Consumed) -> None:
@@ -151,19 +178,33 @@ class Room:
                     file.parent.rmdir()
 
     def _check(self, followers: Mapping[Path, Follower]) -> None:
-        """Refuse less room than a run needs."""
-        for follower in followers.values():
-            n_needed = min(follower.n_kept + follower.at_once, self.store.n_shards)
-            if n_needed > self.n_shards and not follower.has_ended:
-                needed = written(n_needed * self.shard_bytes)
-                raise ConfigError(
-                    f"max_disk: {follower.run} needs {counted(n_needed, 'shard')} at once, and there is room "
-                    f"for {self.n_shards:,}; give --max-disk {needed} or more, or train with a smaller "
-                    "--follow-tokens"
-                )
+        """Refuse less room than the runs need: for what one keeps to its end, and what one needs at once."""
+        going = [follower for follower in followers.values() if not follower.has_ended]
+        if not going:
+            return
+        n_kept, largest = max(f.n_kept for f in going), max(going, key=lambda f: f.at_once)
+        n_needed = min(n_kept + largest.at_once, self.store.n_shards)
+        if n_needed > self.n_shards:
+            needed = written(n_needed * self.shard_bytes)
+            kept = f", beside the first {n_kept:,} that are kept to measure on" if n_kept else ""
+            raise ConfigError(
+                f"max_disk: {largest.run} needs {counted(largest.at_once, 'shard')} at once{kept}, and there "
+                f"is room for {self.n_shards:,}; give --max-disk {needed} or more, or train with a smaller "
+                "--follow-tokens"
+            )
 
     def _followers(self) -> Mapping[Path, Follower]:
         return followers_of(self.store.path, self.store.settings.identity)
+
+
+def _removable(followers: Mapping[Path, Follower], before: Consumed) -> Consumed:
+    """Work out which shards may be removed, those of before included."""
+    going = [follower for follower in followers.values() if not follower.has_ended]
+    stop = max(before.stop, min((follower.start for follower in going), default=0))
+    first = max((follower.n_kept for follower in going), default=0)
+    if before.shards:
+        first = min(first, before.first)
+    return before.model_copy(update={"first": min(first, stop), "stop": stop})
 
 
 def make_whole(store: ActivationStore, sites: list[str], worker: Worker) -> None:
@@ -173,8 +214,11 @@ def make_whole(store: ActivationStore, sites: list[str], worker: Worker) -> None
     Raises:
         StoreError: other processes fill it, and may be removing more.
     """
-    consumed = read_consumed(store.path, store.settings.identity)
-    if consumed is None or not set(sites) & set(consumed.sites):
+    consumed = records.if_whole(lambda: read_consumed(store.path, store.settings.identity))
+    if consumed is None:
+        (store.path / CONSUMED).unlink(missing_ok=True)
+        return
+    if not set(sites) & set(consumed.sites):
         return
     if consumed.shards:
         if not worker.is_alone():

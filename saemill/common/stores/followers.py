@@ -15,7 +15,7 @@ from pydantic import model_validator
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
 from saemill.common.records import Count, Hash, Positive, Record
-from saemill.common.stores.site_records import CONSUMED, FOLLOWERS, SiteName
+from saemill.common.stores.site_records import CONSUMED, FOLLOWERS, REPAIR, SiteName
 
 
 class Follower(Record):
@@ -45,6 +45,10 @@ class Follower(Record):
     def has_ended(self) -> bool:
         """Whether it needs no shard any more."""
         return self.start == self.stop
+
+    def needs(self, shard: int) -> bool:
+        """Tell whether it will read a shard."""
+        return not self.has_ended and (self.start <= shard < self.stop or shard < self.n_kept)
 
 
 class Consumed(Record):
@@ -105,11 +109,7 @@ def read_consumed(store: Path, identity: str) -> Consumed | None:
     path = store / CONSUMED
     if not path.exists():
         return None
-    repair = (
-        "Remove it and run `saemill cache` again, which computes again what is missing; runs that follow the "
-        "store go on from there."
-    )
-    record = records.read(path, Consumed, repair)
+    record = records.read(path, Consumed, REPAIR)
     if record.store != identity:
-        raise StoreError(f"{path} is of another store, or of other settings. {repair}")
+        raise StoreError(f"{path} is of another store, or of other settings. {REPAIR}")
     return record
