@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from threading import Event
 from types import TracebackType
 from typing import Any
@@ -47,8 +48,9 @@ class _Training:
         # A session of its own: Ctrl-C comes to this process alone, which passes it on.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(settings.plain(self.config)).encode() + b"\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it was killed already, which is noticed as its end
+            self.process.stdin.write(json.dumps(settings.plain(self.config)).encode() + b"\n")
+            self.process.stdin.flush()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -99,9 +101,10 @@ class _Training:
             return
         if self.process.poll() is None:
             self.process.terminate()  # it saves
-        assert self.process.stdin is not None
         self.process.wait()
-        self.process.stdin.close()
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
 
 
 def cache_and_train(caching: CacheConfig, training: TrainConfig, model: Any = None) -> None:

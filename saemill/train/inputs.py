@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.tokens import TokenStore
@@ -34,6 +34,8 @@ def with_site(config: TrainConfig, store: ActivationStore, sources: Sources) -> 
         return replace(config, site=of_sources)
     if config.follow:
         raise ConfigError("follow: name the site with --site, as the store may not have all of them yet")
+    if not store.sites and (consumed := store.consumed):
+        raise StoreError(consumed.refusal(consumed.sites[0], store.path))
     if len(store.sites) != 1:
         has = f"it has {', '.join(store.sites)}" if store.sites else "none of it is finished"
         raise ConfigError(f"name a site of {store.path} with --site; {has}")
