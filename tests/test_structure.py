@@ -84,7 +84,7 @@ IN_TRAIN = {
     "sweep": GROUND | {"backends", "checks"},
     "learner": GROUND | {"optim", "backends", "arch", "sweep", "stream", "objective"},
     "inputs": GROUND | {"stream", "sweep", "objective", "sites"},
-    "record": GROUND | {"learner", "sweep"},
+    "record": GROUND | {"learner", "stream", "sweep"},
     "following": {"stream"},
     "watch": GROUND | {"learner"},
     "trainer": GROUND | {"backends", "following", "learner", "record", "stream", "sweep", "watch"},
