@@ -45,7 +45,7 @@ class CacheConfig:
     )
     max_disk: str | None = setting(
         None,
-        "Most room for the shards of these sites at once, as 200GB",
+        "Most room on the disk for the shards of these sites at once, as 200GB",
         by_default="the disk's",
         metavar="SIZE",
         decides=False,

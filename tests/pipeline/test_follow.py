@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from command_line import call
+from crashes import file_hashes
 from launching import ENVIRONMENT
 from training import files
 from waiting import LIMIT_SECONDS, wait_until
@@ -87,6 +88,7 @@ def test_killed_on_either_side_it_ends_as_if_it_had_not_been(settings: list[str]
     assert figures(run) == figures(whole)
     assert len(list(acts.glob("layers.1/c/*/0"))) <= 5
     _whole_is_refused(acts, run, tmp_path)
+    assert file_hashes(acts / "layers.1") == file_hashes(whole_acts / "layers.1")
     call("run", *settings, *bounded)
 
 

@@ -4,6 +4,8 @@ tokens.py         TokenStore: packed rows and their documents
 token_writer.py   writing one, and copying a store's first rows
 passages.py       PassageStore: what each row of an embedding store is
 activations.py    ActivationStore: one array per site, over tokens or passages
+followed.py       a store that is still being filled, or of which shards are gone
+followers.py      who reads it meanwhile, and which shards are gone since all have
 joined.py         several sites as one, of a store or of two
 site_names.py     what sites are called
 site_roles.py     what is at a site
