@@ -7,7 +7,7 @@ from saemill.common import records
 from saemill.common.errors import Interrupted, StoreError
 from saemill.common.log import duration, say
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.followed import FollowedStore
+from saemill.common.stores.followed import FollowedStore, two_groups
 from saemill.common.stores.followers import Follower, follower_path, read_consumed
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.site_records import site_path
@@ -81,8 +81,9 @@ class Following:
         self.group = self._group_at(step)
         everyone.first(self._register)
         everyone.first(lambda: self.check(step))  # after it: what is removed from now on is not needed
-        first = max(self.order.group_of(0), self.group, (self.n_kept - 1) // self.order.group_shards)
-        self.wait_for(first, everyone)
+        groups = enumerate(self.store.groups)
+        of_kept = next((group for group, shards in groups if self.n_kept <= shards.stop), 0)
+        self.wait_for(max(self.group, of_kept), everyone)
         everyone.first(self._write_units)
 
     def wait_for(self, group: int, everyone: Group) -> None:
@@ -160,7 +161,7 @@ class Following:
             start=start,
             stop=self.order.shards_of(self._group_at_end).stop,
             n_kept=n_kept,
-            at_once=min(2 * self.order.group_shards, self.store.n_shards),
+            at_once=two_groups(self.store.groups),
         )
         self._path.parent.mkdir(exist_ok=True)
         records.write(self._path, record)

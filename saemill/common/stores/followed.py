@@ -6,11 +6,13 @@ does not depend on how far the store is.
 
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from saemill.common.errors import StoreError
 from saemill.common.stores.activations import ActivationStore, SiteArray
 from saemill.common.stores.norms import NormSketch, norms_of
 from saemill.common.stores.shards import as_tensor
@@ -18,21 +20,40 @@ from saemill.common.stores.site_records import decode_array, site_path, sites_in
 from saemill.common.stores.statistics import Moments, Statistics
 
 
+def grouped(n_shards: int, shard_tokens: int, group_tokens: int) -> list[range]:
+    """Put shards into groups of consecutive ones, as even as they can be: a short last group would count for
+    too much at the end of a run.
+
+    Args:
+        n_shards: of the store.
+        shard_tokens: tokens per shard.
+        group_tokens: most tokens per group, in whole shards.
+    """
+    n_groups = -(-n_shards // -(-group_tokens // shard_tokens))
+    edges = [n_shards * group // n_groups for group in range(n_groups + 1)]
+    return [range(*edge) for edge in pairwise(edges)]
+
+
+def two_groups(groups: list[range]) -> int:
+    """Count the shards that a follower needs at once: those of the group that it is in, and of the next."""
+    return max(map(len, groups)) * min(2, len(groups))
+
+
 class FollowedStore(ActivationStore):
     """Read access to what is there of a store.
 
     Args:
         path: the folder.
-        first_tokens: tokens of the first shards, whose statistics stand for the store's, in whole shards;
-            None for all shards that are committed one after the other.
+        group_tokens: tokens of a group of shards, in whole shards; statistics of the first group stand for
+            the store's. None for those of all shards that are committed one after the other.
 
     Raises:
         StoreError: the folder is no activation store, or its settings or tokens are damaged.
     """
 
-    def __init__(self, path: Path | str, first_tokens: int | None = None) -> None:
+    def __init__(self, path: Path | str, group_tokens: int | None = None) -> None:
         super().__init__(path)
-        self._first_tokens = first_tokens
+        self._group_tokens = group_tokens
         self._arrays: dict[str, FollowedSite] = {}
 
     @property
@@ -46,6 +67,12 @@ class FollowedStore(ActivationStore):
         Raises:
             StoreError: there is no such site, or its records are damaged.
         """
+        if name not in self.sites:
+            there = ", ".join(self.sites) or "none"
+            raise StoreError(
+                f"site {name!r} is not in {self.path}; there are: {there}. `saemill cache` with the site "
+                "adds it"
+            )
         if name not in self._arrays:
             self._arrays[name] = FollowedSite(self, name)
         return self._arrays[name]
@@ -53,10 +80,16 @@ class FollowedStore(ActivationStore):
     @property
     def n_first(self) -> int:
         """Number of the first shards, whose statistics stand for the store's."""
-        if self._first_tokens is not None:
-            return min(-(-self._first_tokens // self.shard_tokens), self.n_shards)
+        if self._group_tokens is not None:
+            return self.groups[0].stop
         there = (all(self.has(site, shard) for site in self.sites) for shard in range(self.n_shards))
         return next((shard for shard, is_there in enumerate(there) if not is_there), self.n_shards)
+
+    @cached_property
+    def groups(self) -> list[range]:
+        """Shards in groups of at most `group_tokens`."""
+        assert self._group_tokens is not None
+        return grouped(self.n_shards, self.shard_tokens, self._group_tokens)
 
     def has(self, site: str, shard: int) -> bool:
         """Tell whether a shard of a site is committed."""

@@ -1,9 +1,9 @@
 """The stream of a follower: a store from its first shard to its last, while it is being filled.
 
-Consecutive shards of `follow_tokens` tokens form a group. Within a group blocks are visited in a keyed order
-and every `buffer_tokens` of them form a window, whose rows are shuffled, as `epochs` does it over the whole
-store. The stream is the windows of group 0, then of group 1, …, once. Nothing in it depends on when a shard
-came, so a finished store gives the same one.
+Consecutive shards of about `follow_tokens` tokens form a group. Within a group blocks are visited in a keyed
+order and every `buffer_tokens` of them form a window, whose rows are shuffled, as `epochs` does it over the
+whole store. The stream is the windows of group 0, then of group 1, …, once. Nothing in it depends on when a
+shard came, so a finished store gives the same one.
 """
 
 from collections.abc import Iterator
@@ -40,18 +40,15 @@ class Groups:
     Args:
         store: that is followed.
         rows: that are trained on.
-        group_shards: shards per group.
         buffer_tokens: rows per window, masked ones included; rounded down to whole blocks.
         seed: decides the order.
     """
 
-    def __init__(
-        self, store: FollowedStore, rows: FollowedRows, group_shards: int, buffer_tokens: int, seed: int
-    ) -> None:
-        self.store, self.rows, self.group_shards, self.seed = store, rows, group_shards, seed
+    def __init__(self, store: FollowedStore, rows: FollowedRows, buffer_tokens: int, seed: int) -> None:
+        self.store, self.rows, self.seed = store, rows, seed
         self.blocks_per_window = max(1, buffer_tokens // BLOCK_TOKENS)
-        firsts = np.arange(0, store.n_shards, group_shards) * rows.kept.blocks_per_shard
-        per_group = np.add.reduceat(rows.kept.per_block, firsts)
+        firsts = np.array([shards.start for shards in store.groups])
+        per_group = np.add.reduceat(rows.kept.per_block, firsts * rows.kept.blocks_per_shard)
         self.starts = np.concatenate([[0], np.cumsum(per_group)])
         """Positions at which groups start, and at last the end."""
         self._group = lru_cache(2)(self._plan)
@@ -68,8 +65,7 @@ class Groups:
 
     def shards_of(self, group: int) -> range:
         """List the shards of a group."""
-        first = group * self.group_shards
-        return range(first, min(first + self.group_shards, self.store.n_shards))
+        return self.store.groups[group]
 
     def pieces(self, position: int, end: int) -> Iterator[Piece]:
         """List where rows `position` to `end` of the stream lie."""
@@ -201,5 +197,5 @@ def open_following(
     every_site = {name: store.site(name) for name in sites}
     parts = {name: part for site in every_site.values() for name, part in site.parts.items()}
     rows = FollowedRows(store, parts, mask, norm_over_median, units)
-    order = Groups(store, rows, store.n_first, buffer_tokens, seed)
+    order = Groups(store, rows, buffer_tokens, seed)
     return Loader(store, every_site, rows, order, batch_tokens)
