@@ -52,6 +52,7 @@ from saemill.pipeline.stages import (
     absolute,
     check_amounts,
     check_input,
+    check_removal,
     join,
     stages_of,
 )
@@ -117,6 +118,8 @@ class Chain:
                 check_path(entry.dataset)
         self.batch_is_set = sections.get("train", {}).get("batch_size") is not None
         check_amounts(self.configs)
+        if not self._follows:
+            check_removal(self.configs, "add --follow, or leave it out")
         if "cache" in self.configs:
             self._check_model(self.configs["cache"])
         if "train" in self.configs:

@@ -141,6 +141,27 @@ def test_too_little_room_is_refused_before_anything_is_cached(settings: list[str
     assert "train meanwhile" in call("run", *settings, *save, "--max-disk", size)
 
 
+def test_removing_what_is_read_needs_a_reader(settings: list[str], tmp_path: Path) -> None:
+    """Oracle: the message, for one process after the other as for jobs; nothing is made."""
+    alone = [word for word in settings if not word.startswith("--follow") and word != "1024"]
+    removing = ["--save-dir", str(tmp_path / "out"), "--delete-consumed", "--max-disk", "1MB"]
+    with pytest.raises(ConfigError, match=r"begins when caching has ended; add --follow"):
+        call("run", *alone, *removing)
+    (tmp_path / "cache.yaml").write_text("tokenize: {dataset: d}\ncache: {model: m, layers: [1]}\n")
+    with pytest.raises(ConfigError, match=r"^run\.follow has no effect without the section train"):
+        call("run", tmp_path / "cache.yaml", "--follow")
+    file = tmp_path / "all.yaml"
+    file.write_text(
+        "tokenize: {dataset: d, tokenizer: t, out: t}\n"
+        "cache: {model: m, layers: [1], out: a, max_disk: 1MB, delete_consumed: true}\n"
+        "train: {site: layers.1, out: r}\n"
+        "slurm: {time: '1:00:00'}\n"
+    )
+    with pytest.raises(ConfigError, match="leave it out, as jobs of stages wait for one another"):
+        call("submit", file, "--dry-run")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failure_of_one_ends_the_other(settings: list[str], tmp_path: Path) -> None:
     """Oracle: the message and exit code; training finds the run's folder in the hands of another."""
     run = tmp_path / "run"
