@@ -112,7 +112,7 @@ def _describe_activations(store: ActivationStore) -> str:
         site = store.array(name)
         statistics = site.statistics
         lines.append(
-            f"  {name}: D {site.width}, {site.array.n_shards * site.array.shard_bytes / 2**20:,.1f} MiB, "
+            f"  {name}: D {site.width}, {site.n_bytes / 2**20:,.1f} MiB, "
             f"mean squared norm {statistics.mean_squared_norm:.4g}, "
             f"variance {statistics.total_variance:.4g} over {statistics.n_tokens:,} training {unit}s"
             + (f"; {role.described}" if (role := site.role) else "")
@@ -130,7 +130,7 @@ def _describe_activations(store: ActivationStore) -> str:
 def _of_tokens(store: ActivationStore) -> list[str]:
     settings = store.settings
     return [
-        f"  model {settings.model}, computed in {settings.model_dtype}, stored as {settings.dtype}",
+        f"  model {settings.model}, computed in {settings.model_dtype}, stored as {settings.stored_as}",
         f"  {store.n_tokens:,} tokens: {counted(store.tokens.n_rows, 'row')} of {store.ctx_len}, "
         f"{counted(store.n_shards, 'shard')} of {store.shard_tokens:,} tokens per site",
     ]
@@ -138,7 +138,7 @@ def _of_tokens(store: ActivationStore) -> list[str]:
 
 def _of_passages(store: ActivationStore, passages: PassageStore) -> list[str]:
     manifest, model = passages.manifest, store.settings.model
-    form = f"stored as {store.settings.dtype}"
+    form = f"stored as {store.settings.stored_as}"
     form = f"normalized, {form}" if manifest.settings.normalize else form
     return [
         f"  embeddings of {manifest.source.name}" + (f" by {model}" if model else "") + f", {form}",

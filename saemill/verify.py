@@ -7,7 +7,7 @@ from typing import TypeVar
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
 from saemill.common.stores import assessments, diffs, runs
-from saemill.common.stores.activations import ActivationStore, describe_site
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.followers import Consumed
 from saemill.common.stores.passages import REPAIR as REPAIR_PASSAGES
 from saemill.common.stores.passages import PassageStore
@@ -87,10 +87,7 @@ def _site_problems(store: ActivationStore, name: str) -> list[str]:
     record = findings.attempt(lambda: store.record(name))
     if not folder.is_dir():
         return [*findings, f"{folder}: folder is missing"]
-    array = findings.attempt(lambda: ShardedArray(folder, REPAIR))
-    if array:
-        width = record.width if record else array.width
-        findings.attempt(lambda: array.expect(describe_site(store.settings, store.n_tokens, name, width)))
+    findings.attempt(lambda: _open_array(store, name, record.width if record else None))
     manifest = None
     if not (folder / "manifest.json").exists():
         n_commits = store.unfinished[name]
@@ -110,6 +107,15 @@ def _left(store: ActivationStore, name: str, consumed: Consumed) -> list[str]:
     """List what is wrong with the shards of a consumed site that are left."""
     shards = (shard for shard in range(store.n_shards) if shard not in consumed.shards)
     return [line for shard in shards for line in _shard_problems(store, name, shard, None)]
+
+
+def _open_array(store: ActivationStore, name: str, width: int | None) -> ShardedArray:
+    """Open a site's array; where its record is lost, D is what the array's own columns say."""
+    if width is None:
+        compression = store.settings.compression
+        columns = ShardedArray(site_path(store.path, name), REPAIR, compression=compression).width
+        width = columns + 1 - store.settings.form(1).columns
+    return store.open_array(name, width)
 
 
 def _shard_problems(

@@ -50,15 +50,27 @@ def tokens(corpus: Path, tokenizer_folder: str, tmp_path_factory: pytest.TempPat
 def cached(tokens: TokenStore, tiny_models: dict[str, str]) -> tuple[Path, Callable[[Path], object]]:
     """A store of two sites in three shards each, and what makes or mends one."""
 
-    def make(out: Path, found_in: Path = tokens.path) -> ActivationStore:
-        return cache_run.run(
-            CacheConfig(
-                tokens=found_in, model=tiny_models["llama"], out=out, layers=(0, 1), device="cpu",
-                shard_tokens=N_ROWS // 3 * CTX_LEN,
-            )
-        )  # fmt: skip
+    return cached_as(tokens, tiny_models["llama"], "acts", shard_tokens=N_ROWS // 3 * CTX_LEN)
 
-    return make(tokens.path.with_name("acts")).path, make
+
+@pytest.fixture(scope="module")
+def packed(tokens: TokenStore, tiny_models: dict[str, str]) -> tuple[Path, Callable[[Path], object]]:
+    """Such a store of int8, compressed, in two shards each."""
+    return cached_as(
+        tokens, tiny_models["llama"], "packed", shard_tokens=256, dtype="int8", compression="lz4"
+    )
+
+
+def cached_as(
+    tokens: TokenStore, model: str, name: str, **form: Any
+) -> tuple[Path, Callable[[Path], object]]:
+    """A store of two sites, and what makes or mends one."""
+
+    def make(out: Path, found_in: Path = tokens.path) -> ActivationStore:
+        settings = {"tokens": found_in, "model": model, "out": out, "layers": (0, 1), "device": "cpu"}
+        return cache_run.run(CacheConfig(**settings, **form))
+
+    return make(tokens.path.with_name(name)).path, make
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +129,7 @@ def is_named(folder: Path, name: str, lines: list[str]) -> bool:
 KINDS = ("bit", "cut", "zeros", "missing", "swapped")
 
 
-@pytest.mark.parametrize("which", ["tokens", "cached", "imported"])
+@pytest.mark.parametrize("which", ["tokens", "cached", "packed", "imported"])
 def test_any_damaged_file_is_found_and_named(
     which: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -135,7 +147,7 @@ def test_any_damaged_file_is_found_and_named(
                 shutil.copyfile(whole / file, copy / file)
 
 
-@pytest.mark.parametrize("which", ["cached", "imported"])
+@pytest.mark.parametrize("which", ["cached", "packed", "imported"])
 def test_any_damaged_file_is_mended_by_the_command_that_made_it(
     which: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -164,11 +176,12 @@ def spoil(folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
+@pytest.mark.parametrize("which", ["cached", "packed"])
 def test_no_shard_is_computed_again_for_bad_metadata(
-    cached: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    which: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the whole store; the model, which would be needed for that, cannot be loaded."""
-    whole, make = cached
+    whole, make = request.getfixturevalue(which)
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
     spoil(copy)
     before = {name: (copy / name).stat().st_ino for name in files_of(copy) if name.startswith("layers")}
@@ -176,7 +189,7 @@ def test_no_shard_is_computed_again_for_bad_metadata(
     make(copy)
     assert file_hashes(copy) == file_hashes(whole)
     kept = [name for name in before if "/c/" in name]
-    assert len(kept) == 6
+    assert len(kept) == (6 if which == "cached" else 4)
     assert all((copy / name).stat().st_ino == before[name] for name in kept)
 
 

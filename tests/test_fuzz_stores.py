@@ -112,11 +112,12 @@ def try_mutations(whole: Path, work: Path, n: int, seed: int) -> tuple[int, int]
     return n_told, n_same
 
 
-@pytest.mark.parametrize("kind", ["tokens", "embeddings"])
+@pytest.mark.parametrize("kind", ["tokens", "packed", "embeddings"])
 def test_no_mutation_of_any_file_ends_in_a_traceback(tmp_path: Path, kind: str) -> None:
     """Oracle: what was written, or an error of ours; mutations in turn over all files."""
-    if kind == "tokens":
-        whole = make_store(tmp_path, n_rows=24, ctx_len=16, d=4, shard_tokens=256).path
+    if kind != "embeddings":
+        form = ("int8", "zstd") if kind == "packed" else ("fp32", None)
+        whole = make_store(tmp_path, n_rows=24, ctx_len=16, d=4, shard_tokens=256, form=form).path
     else:
         whole, _ = make_embeddings(tmp_path)
     told, same = try_mutations(whole, tmp_path / "changed", N, seed=0)

@@ -12,13 +12,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saemill.assess.config import AssessConfig, Thresholds
+from saemill.assess.config import AssessConfig, LatentConfig, Thresholds
 from saemill.cache.config import CacheConfig
 from saemill.common import config, durable, setting, yaml_text
 from saemill.common.config import SECTIONS, build, plain, read_sections, resolve
 from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.stores.mask import MaskConfig, TrainingMask
 from saemill.compare.config import CompareConfig
+from saemill.convert_store.config import ConvertConfig
 from saemill.diff.config import DiffConfig
 from saemill.embeddings.config import EmbedConfig, ImportConfig
 from saemill.generate.config import GenerateConfig
@@ -35,9 +36,11 @@ LEAST: dict[Any, dict[str, Any]] = {
     TrainConfig: {"acts": "a", "out": "o"},
     AssessConfig: {"run": "r"},
     Thresholds: {},
+    LatentConfig: {"run": "r", "latents": ["1"]},
     MaskConfig: {},
     CompareConfig: {"saes": ["a"]},
     DiffConfig: {"out": "o"},
+    ConvertConfig: {"source": "s", "out": "o"},
     ExportLatentsConfig: {"run": "r", "format": "delphi", "out": "o"},
     GenerateConfig: {"model": ["m"], "out": "o", "n_samples": 1},
     EmbedConfig: {"dataset": "d", "model": "m", "out": "o"},
@@ -126,11 +129,11 @@ IDENTITIES: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (TrainConfig, {"follow": True}, "e21c448ba5669910"),
     (TrainConfig, {"follow": True, "follow_tokens": 4096}, "fce6be9ab85a5aa5"),
-    (AssessConfig, {}, "9a34810332f8fdc4"),
+    (AssessConfig, {}, "b6838bcf2656d142"),
     (
         AssessConfig,
         {"thresholds": {"min_l0": 3}, "tokens": "t", "latents": [1, 2], "out": "x", "device": "cpu"},
-        "940c835fb17f669d",
+        "a870d78e48da4ca0",
     ),
     (EmbedConfig, {}, "53b4e6e0a4d104cc"),
     (EmbedConfig, {"prompt": "p", "batch_size": 8, "dtype": "bf16", "max_rows": 9}, "3306371ba5e72920"),
@@ -285,9 +288,10 @@ values = st.recursive(
 )
 OF_SECTION: Mapping[str, Any] = {
     "tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig,
-    "import-activations": ImportConfig, "embed": EmbedConfig, "run": RunConfig, "slurm": SlurmConfig,
-    "matrix": MatrixConfig, "generate": GenerateConfig, "compare": CompareConfig,
-    "diff": DiffConfig, "export-latents": ExportLatentsConfig,
+    "import-activations": ImportConfig, "embed": EmbedConfig, "convert-store": ConvertConfig,
+    "run": RunConfig, "slurm": SlurmConfig, "matrix": MatrixConfig, "generate": GenerateConfig,
+    "compare": CompareConfig, "diff": DiffConfig, "latent": LatentConfig,
+    "export-latents": ExportLatentsConfig,
 }  # fmt: skip
 
 

@@ -1,76 +1,165 @@
-"""Caching against its limit, interleaved in one process: the bare forward pass stopped at the site.
+"""Caching beside its limit, the bare forward pass, and beside SAELens' cache runner.
 
-python -m benchmarks.cache.forward --tokens TOKENS --model MODEL --site layers.4 -o forward.json
+    python -m benchmarks.cache.forward --model MODEL --text TEXT [--dtypes fp32,bf16] -o DIR
+
+The bare pass is transformers' alone: the model without its head, cut off after the last block that is
+cached, nothing kept. `saemill cache` writes the residual stream after one block, after three, and after all
+of them, in bf16; its start counts, but for loading the model. SAELens' `CacheActivationsRunner` writes the
+same single block in fp32, since Arrow has no bf16, with TransformerLens' model (its default; of GPT-NeoX
+only) and with transformers'; its start does not count. All run with one thread and take turns; the best of
+each counts, in tokens per second of CPU time, which other programs disturb less.
 """
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+import transformers
 
+from benchmarks.report import machine, table
+from benchmarks.settings import OWN_OF_PEERS
 from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common.models.model import LanguageModel
+from saemill.common.models.structure import base_of, block_names
 from saemill.common.stores.tokens import TokenStore
+from saemill.tokenize.config import TokenizeConfig
+from saemill.tokenize.run import run as tokenize
 
-ROUNDS = 2
 BATCH_ROWS = 16
+SAELENS = ("HookedTransformer", "AutoModel")
+"""Classes of models that SAELens runs; names as its `model_class_name` begins."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def bare_seconds(model: LanguageModel, store: TokenStore, site: str, n_rows: int) -> float:
-    """Time forward passes over the first rows; nothing is kept."""
-    start = time.perf_counter()
-    for row in range(0, n_rows, BATCH_ROWS):
-        ids = torch.from_numpy(store.rows(row, min(row + BATCH_ROWS, n_rows)).astype("int64"))
-        model.capture(ids, [site], None)
-    return time.perf_counter() - start
+def tokens_of(args: argparse.Namespace) -> TokenStore:
+    """Tokenize the text once."""
+    config = TokenizeConfig(
+        dataset=args.text, tokenizer=args.model, out=args.out / "tokens", max_tokens=args.max_tokens,
+        ctx_len=args.ctx_len,
+    )  # fmt: skip
+    return tokenize(config)
 
 
-def cache_seconds(args: argparse.Namespace, n_tokens: int) -> float:
-    """Time `saemill cache` of one site into a fresh folder, model loading included."""
-    folder = Path(tempfile.mkdtemp(dir=Path(args.out).parent))
-    start = time.perf_counter()
-    cache(
-        CacheConfig(
-            tokens=Path(args.tokens),
-            model=args.model,
-            out=folder / "acts",
-            sites=(args.site,),
-            max_tokens=n_tokens,
-            batch_size=BATCH_ROWS,
-            device="cpu",
-        )
-    )
-    seconds = time.perf_counter() - start
+def blocks_of(model: str) -> list[str]:
+    """List the model's blocks."""
+    config = transformers.AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        return block_names(transformers.AutoModel.from_config(config))
+
+
+def bare_seconds(args: argparse.Namespace, store: TokenStore, dtype: str, n_blocks: int) -> float:
+    """CPU seconds of forward passes over all rows through the first blocks; nothing is kept."""
+    model = transformers.AutoModel.from_pretrained(args.model, dtype=DTYPES[dtype]).eval()
+    base = base_of(model)
+    last = block_names(base)[n_blocks - 1]
+    parent, _, number = last.rpartition(".")
+    holder, _, name = parent.rpartition(".")
+    setattr(base.get_submodule(holder), name, base.get_submodule(parent)[: int(number) + 1])
+    with torch.inference_mode():
+        model(torch.from_numpy(store.rows(0, BATCH_ROWS).astype("int64")))
+        start = time.process_time()
+        for row in range(0, store.n_rows, BATCH_ROWS):
+            model(torch.from_numpy(store.rows(row, min(row + BATCH_ROWS, store.n_rows)).astype("int64")))
+        return time.process_time() - start
+
+
+def cache_seconds(args: argparse.Namespace, store: TokenStore, dtype: str, sites: list[str]) -> float:
+    """CPU seconds of `saemill cache` into a fresh folder, but for loading the model."""
+    folder = Path(tempfile.mkdtemp(dir=args.out))
+    config = CacheConfig(
+        tokens=store.path, model=args.model, out=folder / "acts", sites=tuple(sites), batch_size=BATCH_ROWS,
+        device="cpu", model_dtype=dtype,  # type: ignore[arg-type]
+    )  # fmt: skip
+    start = time.process_time()
+    LanguageModel(args.model, revision=None, dtype=DTYPES[dtype], device=torch.device("cpu"))
+    loaded = time.process_time()
+    cache(config)
+    seconds = time.process_time() - loaded - (loaded - start)
     shutil.rmtree(folder)
     return seconds
 
 
+def saelens_seconds(args: argparse.Namespace, store: TokenStore, dtype: str, block: str, by: str) -> float:
+    """CPU seconds of SAELens' runner on the same rows, with a class of models, but for loading the model."""
+    folder = Path(tempfile.mkdtemp(dir=args.out))
+    np.save(folder / "ids.npy", store.rows(0, store.n_rows).astype("int64"))
+    script = Path(__file__).with_name("saelens_runner.py")
+    name = str(DTYPES[dtype]).removeprefix("torch.")
+    command = [args.peers_python, script, folder, args.model, block, str(BATCH_ROWS), name, by]
+    done = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    shutil.rmtree(folder)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    return float(done.stdout.splitlines()[-1])
+
+
+def measure(args: argparse.Namespace, store: TokenStore) -> dict[str, dict[str, float]]:
+    """Take turns. Returns: the best tokens per CPU second, by what is cached and by who."""
+    blocks = blocks_of(args.model)
+    third = len(blocks) // 3
+    wanted = {"1": blocks[2 * third : 2 * third + 1], "3": blocks[third - 1 :: third][:3], "all": blocks}
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for turn in range(args.rounds):
+        for dtype in args.dtypes:
+            for what, sites in wanted.items():
+                n_blocks = blocks.index(sites[-1]) + 1
+                row = f"{what} of {len(blocks)} blocks, {dtype}"
+                for who, took in (
+                    ("bare", lambda d=dtype, n=n_blocks: bare_seconds(args, store, d, n)),
+                    ("saemill", lambda d=dtype, s=sites: cache_seconds(args, store, d, s)),
+                ):
+                    seconds.setdefault((row, who), []).append(took())
+                    print(turn, row, who, round(store.n_tokens / seconds[row, who][-1]), flush=True)
+            for by in SAELENS if args.peers_python.exists() else ():
+                row = f"1 of {len(blocks)} blocks, {dtype}"
+                took_seconds = saelens_seconds(args, store, dtype, wanted["1"][0], by)
+                seconds.setdefault((row, f"SAELens, {by}"), []).append(took_seconds)
+    rates: dict[str, dict[str, float]] = {}
+    for (row, who), every in seconds.items():
+        rates.setdefault(row, {})[who] = store.n_tokens / min(every)
+    return rates
+
+
 def main() -> None:
-    """Interleave both and write the best rate of each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("--tokens", "--model", "--site"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("-o", "--out", required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", required=True, help="text file or dataset")
+    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=list(DTYPES))
+    parser.add_argument("--ctx-len", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=131_072)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--peers-python", type=Path, default=OWN_OF_PEERS)
+    parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
-    store = TokenStore(args.tokens)
-    n_rows = min(store.n_rows, args.max_tokens // store.ctx_len)
-    device = torch.device("cpu")
-    model = LanguageModel(args.model, revision=None, dtype=torch.float32, device=device)
-    bare_seconds(model, store, args.site, BATCH_ROWS)
-    pairs = [
-        (bare_seconds(model, store, args.site, n_rows), cache_seconds(args, n_rows * store.ctx_len))
-        for _ in range(ROUNDS)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    rates = measure(args, tokens_of(args))
+    (args.out / "results.json").write_text(json.dumps(rates))
+    who = ["bare", "saemill", *(f"SAELens, {by}" for by in SAELENS)]
+    rows = [
+        [row, *(f"{by[name]:,.0f}" if name in by else "" for name in who)]
+        + [f"{by['saemill'] / by[name]:.2f}" if name in by else "" for name in who if name != "saemill"]
+        for row, by in rates.items()
     ]
-    n_tokens = n_rows * store.ctx_len
-    rates = {name: n_tokens / min(pair[i] for pair in pairs) for i, name in enumerate(("bare", "cache"))}
-    Path(args.out).write_text(json.dumps(rates | {"pairs": pairs}))
-    print(rates)
+    head = ["cached", *who, *(f"saemill / {name}" for name in who if name != "saemill")]
+    lines = [machine(), "", "Tokens per second of CPU time.", "", *table(head, rows, 1)]
+    (args.out / "results.md").write_text("\n".join(lines))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

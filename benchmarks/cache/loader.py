@@ -38,10 +38,11 @@ from benchmarks.cache import mixing
 from benchmarks.cache import store as stores
 from benchmarks.cache.store import DOCUMENT_TOKENS, NOTHING_LEFT_OUT, SITE
 from benchmarks.report import machine, table
-from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.permutation import permutation
 from saemill.common.stores.shards import as_tensor
-from saemill.common.stores.site_records import BLOCK_TOKENS
+from saemill.common.stores.site_array import SiteArray
 from saemill.train.stream import loader as stream
 from saemill.train.stream.epochs import open_epochs
 from saemill.train.stream.loader import Loader

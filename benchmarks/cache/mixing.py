@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.cache.store import DOCUMENT_TOKENS
-from saemill.common.stores.site_records import BLOCK_TOKENS
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 
 Figures = dict[str, float]
 

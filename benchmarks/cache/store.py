@@ -67,7 +67,7 @@ def make(folder: Path, n_tokens: int, width: int) -> Path:
     with Worker(path / CLAIMS, threading.Event()) as worker, worker.hold("store") as claim:
         write_group(path, settings, worker)
         store = ActivationStore(path)
-        writer = SiteWriter(store, Site(SITE, width), torch.bfloat16, worker)
+        writer = SiteWriter(store, Site(SITE, width), worker)
         for shard in range(store.n_shards):
             x_TD = noise_TD[: store.shard_length(shard)]
             x_TD[:, :N_DIGITS] = _digits(shard * store.shard_tokens, len(x_TD))

@@ -1,10 +1,9 @@
-"""The whole pipeline on real input, stage by stage: time, peak memory, and two ratios.
+"""The whole pipeline on real input, stage by stage: time, peak memory, and what training together costs.
 
     python -m benchmarks.scale.pipeline --model MODEL --train-text FILE --valid-text FILE -o DIR
 
-Each stage is a process of its own, as a user would run it. Caching is compared with the bare forward
-pass that stops at the same block; training 8 variants together with training one alone. The result
-is `DIR/results.md`.
+Each stage is a process of its own, as a user would run it. Training 8 variants together is compared with
+training one alone. The result is `DIR/results.md`.
 """
 
 import argparse
@@ -83,12 +82,10 @@ def main() -> None:
         }.items()
     ]
     measure(out, "one variant", f"{train} --k 32 --expansion-factor 8 --max-tokens 400k -o {out}/single")
-    forward = f"--tokens {out}/tokens --model {args.model} --site {args.site} -o {out}/rates.json"
-    measure(out, "forward", f"benchmarks.cache.forward {forward}")
-    write(out, stages, json.loads((out / "rates.json").read_text()))
+    write(out, stages)
 
 
-def write(out: Path, stages: list[Measured], forward: dict[str, float]) -> None:
+def write(out: Path, stages: list[Measured]) -> None:
     """Write the tables as Markdown."""
     lines = [machine(), "", "| stage | seconds | peak memory, MiB |", "|---|--:|--:|"]
     lines += [f"| {stage.name} | {stage.seconds:,.1f} | {stage.peak_mib:,.0f} |" for stage in stages]
@@ -98,8 +95,6 @@ def write(out: Path, stages: list[Measured], forward: dict[str, float]) -> None:
         "",
         "| | tokens/s |",
         "|---|--:|",
-        f"| bare forward pass, stopped at the last site | {forward['bare']:,.0f} |",
-        f"| caching, writing included | {forward['cache']:,.0f} ({forward['cache'] / forward['bare']:.0%}) |",
         f"| training 1 variant (k 32, expansion 8) | {one_rate:,.0f} |",
         f"| training 8 variants together, tokens | {many_rate:,.0f} |",
         f"| training 8 variants together, variant-tokens | {8 * many_rate:,.0f} |",

@@ -5,6 +5,7 @@ members.py     every architecture beside the peers that have it, and all of them
 quality.py     every architecture beside the peers that have it: what is learned, at equal L0
 sweep.py       eight SAEs at once
 precision.py   what short formats cost in FVU
+stored_types.py  what int8 stores cost: errors, FVU, ΔCE
 trees.py       another tree of saemill: the same bytes, the same speed
 
 quality_tables.py  yardstick.py  equal_l0.py   what `quality` measures with and shows

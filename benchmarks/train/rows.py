@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from saemill.common.stores.activations import ActivationStore, Moments
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import TrainingMask
-from saemill.common.stores.shards import as_tensor
+from saemill.common.stores.statistics import Moments
 from saemill.train.stream.epochs import open_epochs
 
 DIRECTIONS, ACTIVE, NOISE, MEAN = 4096, 32, 0.02, 1.0
@@ -96,7 +96,7 @@ def stored(args: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
     site = store.site(args.site)
     for shard in range(store.n_shards):
         offsets = np.flatnonzero(store.keep_addresses(shard, store.mask, held_out=True))
-        yield "held_out", as_tensor(site.gather(shard, offsets), site.dtype)
+        yield "held_out", site.gather(shard, offsets)
     loader = open_epochs(
         store,
         [args.site],

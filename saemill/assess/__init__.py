@@ -15,8 +15,14 @@ sums.py             sums per document → figures with intervals
 by_source.py        figures on the documents of each source
 entries.py          the entry of each variant
 verdict.py          thresholds, order, the best
-features.py         where a latent fires most, as text
-report.py           the table; the page, whose template is report.html
-charts.py           where the marks of its charts are
+profile.py          where an SAE errs: positions, lengths, worst tokens
+positions.py        groups of positions in a row
+features.py         the latents that are shown, and what is told of each
+firing.py           one pass: where they fire, how often, with which others
+directions.py       what weights tell: neighbours, other seeds, promoted tokens
+reader.py           addresses as text
+table.py            the assessment in the terminal
+report/             the assessment as a page
 write.py            the files
+latent.py           any latents of an SAE, in the terminal and on a page
 """

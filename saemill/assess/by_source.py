@@ -48,13 +48,17 @@ def sources_of(evalset: EvalSet) -> dict[int, str]:
     """Map each document's text hash to the name of its source, the first of a text that several have; empty
     where documents are of one source."""
     text = evalset.text
-    if not isinstance(text, TokenStore) or not text.manifest.sources:
-        return {}
-    hashes, sources = (text.documents[name].to_pylist() for name in ("text_hash", "source"))
     names: dict[int, str] = {}
-    for text_hash, source in zip(hashes, sources, strict=True):
-        names.setdefault(text_hash, text.manifest.sources[source])
+    if isinstance(text, TokenStore) and text.manifest.sources:
+        for text_hash, source in zip(text.documents["text_hash"].to_pylist(), names_of(text), strict=True):
+            names.setdefault(text_hash, source)
     return names
+
+
+def names_of(tokens: TokenStore) -> list[str]:
+    """List the name of each document's source; empty where documents are of one source."""
+    names = tokens.manifest.sources
+    return [names[number] for number in tokens.documents["source"].to_pylist()] if names else []
 
 
 def _draws(known: dict[int, str], sums: DocumentSums, noun: str) -> dict[str, Bootstrap]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
+from saemill.common.ranges import parsed
 from saemill.common.setting import DEVICE, about, check, identity, like, setting
 from saemill.common.weights import DeviceMap, Weights
 
@@ -59,8 +60,17 @@ class AssessConfig:
         (), "Latents to show beside random ones", metavar="I,J", least=0, most=LARGEST
     )
     variant: str | None = setting(None, "Whose latents are shown", by_default="the best")
-    n_latents: int = setting(12, "Random live latents to show", least=0)
-    n_contexts: int = setting(8, "Contexts per latent, at most one per document", least=1)
+    n_latents: int = setting(500, "Random live latents to show", least=0)
+    n_contexts: int = setting(
+        8, "Contexts of the strongest activations per latent, at most one per document", least=1
+    )
+    n_samples: int = setting(2, "Contexts per fifth of a latent's activations, drawn at random", least=0)
+    page_bytes: int = setting(
+        10_000_000,
+        "Most bytes of the report; latents beyond that are left out of it",
+        metavar="BYTES",
+        least=100_000,
+    )
     context_tokens: int = setting(500_000, "Most tokens searched for contexts", least=1)
     log_to_wandb: bool | None = setting(
         None, "Add it to the run's wandb runs", by_default="as the run was", decides=False
@@ -88,3 +98,31 @@ class AssessConfig:
     def identity(self) -> dict[str, Any]:
         """Collect the settings that decide the result, but for the run."""
         return identity(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentConfig:
+    """Settings of `saemill latent`."""
+
+    run: Path = field(metadata=about("A finished run, or the folder of one of its SAEs"))
+    latents: tuple[str, ...] = field(metadata=about("Latents to show: 7, or 0-99", metavar="I-J,K,…"))
+    """Numbers, and ranges with both ends included."""
+    out: Path | None = setting(None, "HTML page to write", by_default="", metavar="PAGE")
+    acts: Path | None = like(AssessConfig, "acts")
+    with_acts: Path | None = like(AssessConfig, "with_acts")
+    model: str | None = like(AssessConfig, "model")
+    n_contexts: int = like(AssessConfig, "n_contexts")
+    n_samples: int = like(AssessConfig, "n_samples")
+    context_tokens: int = like(AssessConfig, "context_tokens")
+    device: str = like(AssessConfig, "device")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.latents:
+            raise ConfigError("latents must name one or more, as 7 or 0-99, got none")
+        if self.out is not None and self.out.is_dir():
+            raise ConfigError(
+                f"out must be a page, as {self.out / 'latents.html'}, got the folder {self.out}"
+            )
+        for item in self.latents:
+            parsed(item)

@@ -14,6 +14,8 @@ from saemill.assess import verdict
 from saemill.assess.by_source import BySource
 from saemill.assess.config import Thresholds
 from saemill.assess.dealing import for_each
+from saemill.assess.directions import norm_shares, siblings
+from saemill.assess.reader import PassageReader, Reader, reader_of
 from saemill.assess.reconstruction import FAR_METRICS, Reconstruction, absorption, random_absorption
 from saemill.assess.splicing import SEVERAL, Splicing, absent_metrics
 from saemill.assess.sums import Figure, Ratio, Split, absent, number
@@ -25,6 +27,8 @@ from saemill.common.stores.statistics import FAR, far_warning, unheld_warning
 
 DENSE = 0.1
 """Share of the tokens; a latent that fires on more is dense."""
+N_BINS = 20
+"""Bins of a histogram of shares."""
 Entry = dict[str, Any]
 """One variant in `final_assessment.json`."""
 
@@ -69,6 +73,8 @@ class Measured:
         """
         saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
         entries = self.entries(beside)
+        for entry in entries:
+            entry |= self._beyond_figures(entry["name"])
         for name, (sae, reason) in left_out.items():
             metrics = dict.fromkeys(entries[0]["metrics"], absent(reason))
             instead = {"not_measured": reason, "verdict": reason.partition(":")[0]}
@@ -187,6 +193,7 @@ class Measured:
             "architecture": sae.config.architecture,
             "num_latents": sae.config.num_latents,
             "tokens_trained": provenance["tokens_trained"],
+            "seed": (provenance.get("variant") or {}).get("seed"),
             "diverged_at_step": provenance["diverged_at_step"],
             "not_measured": None,
             "metrics": metrics,
@@ -197,6 +204,35 @@ class Measured:
             "cuts": self._cuts(name),
             "by_source": self._by_source.figures(name) if name in self.reconstruction.saes else {},
         }
+
+    def _beyond_figures(self, name: str) -> dict[str, Any]:
+        """Describe where an SAE errs most, and name those that differ from it in the seed alone; nothing of
+        one that has no figures."""
+        measured = self.reconstruction
+        if name not in measured.saes or measured.unusable(name):
+            return {}
+        profile = measured.profile
+        mean = float(measured.sums.column(f"{name}/sse").sum()) / max(1, measured.n_tokens)
+        return {
+            "twins": list(siblings(name, measured.saes)),
+            "groups": profile.groups(name),
+            "worst": [
+                {"times": token.error / mean, "place": self._reader.place(token.address).model_dump()}
+                for token in profile.worst(name)
+                if mean > 0
+            ],
+            "norm_shares": self._norm_shares(name),
+        }
+
+    def _norm_shares(self, name: str) -> dict[str, list[int]]:
+        """Count the live latents of a crosscoder by each site's share in their decoder rows."""
+        sae = self.reconstruction.saes[name]
+        shares_FL = norm_shares(sae)
+        if shares_FL is None:
+            return {}
+        live = self.reconstruction.live(name, self.dead_share)
+        shares = zip(sae.config.joined, shares_FL.cpu().numpy()[live].T, strict=True)
+        return {part.site: np.histogram(own, N_BINS, (0, 1))[0].tolist() for part, own in shares}
 
     def _cuts(self, name: str) -> list[dict[str, Any]]:
         """List the SAEs within one, with their figures; none of one that was not measured."""
@@ -241,6 +277,10 @@ class Measured:
     @cached_property
     def _by_source(self) -> BySource:
         return BySource(self.reconstruction, self.splicing, self._noun)
+
+    @cached_property
+    def _reader(self) -> Reader | PassageReader:
+        return reader_of(self.reconstruction.evalset.text)
 
     @cached_property
     def _split(self) -> Split:

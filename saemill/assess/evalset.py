@@ -14,11 +14,11 @@ from saemill.assess.dealing import Addresses, dealt
 from saemill.common.errors import ConfigError, DataError
 from saemill.common.log import counted
 from saemill.common.models.model import LanguageModel, attention_of
-from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.shards import as_tensor
+from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.site_names import BESIDE, is_joined, parts_of
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import Group
@@ -204,12 +204,15 @@ class EvalSet:
             yield read(addresses_T)
 
     def _cached_batches(self, held_out: tuple[bool, ...]) -> Iterator[Addresses]:
-        """List unmasked tokens of the cache, each batch from one shard."""
+        """List unmasked tokens of the cache, each batch from whole rows of one shard."""
         for shard in range(self.store.n_shards):
             keep = [self.store.keep_addresses(shard, self.mask, side) for side in held_out]
             addresses = np.flatnonzero(np.logical_or.reduce(keep)) + shard * self.store.shard_tokens
-            for start in range(0, len(addresses), CHUNK_TOKENS):
-                yield addresses[start : start + CHUNK_TOKENS]
+            while len(addresses):
+                last = addresses[:CHUNK_TOKENS][-1]
+                n = int(np.searchsorted(addresses, (last // self.text.ctx_len + 1) * self.text.ctx_len))
+                yield addresses[:n]
+                addresses = addresses[n:]
 
     def _computed_batches(self) -> Iterator[Addresses]:
         """List unmasked tokens, in batches of as many rows as one forward pass takes."""
@@ -228,7 +231,7 @@ class EvalSet:
         """Read tokens of one shard from the cache."""
         shard = int(addresses_T[0]) // self.store.shard_tokens
         offsets = addresses_T - shard * self.store.shard_tokens
-        x = {n: as_tensor(array.gather(shard, offsets), array.dtype) for n, array in self.arrays.items()}
+        x = {n: array.gather(shard, offsets) for n, array in self.arrays.items()}
         return Chunk(addresses_T, x)
 
     def _compute(self, addresses_T: Addresses) -> Chunk:
@@ -239,7 +242,7 @@ class EvalSet:
         computed = self._capture(rows, list({part for each in parts.values() for part in each}))
         places = torch.from_numpy(np.searchsorted(rows.addresses_RS.reshape(-1), addresses_T))
         x = {
-            name: torch.cat([computed[part][places] for part in parts[name]], 1).to(array.dtype)
+            name: array.rounded(torch.cat([computed[part][places] for part in parts[name]], 1))
             for name, array in self.arrays.items()
         }
         for site, x_TD in x.items():

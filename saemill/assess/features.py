@@ -1,91 +1,47 @@
-"""Where a latent fires most: from the cache by address arithmetic, shown as text."""
+"""The latents that are shown: which, where they fire, and what their weights tell."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from numpy.typing import NDArray
 
-from saemill.assess.config import AssessConfig
-from saemill.assess.evalset import Chunk
-from saemill.assess.reconstruction import Reconstruction
-from saemill.common.config import plain
+from saemill.assess import directions
+from saemill.assess.evalset import EvalSet
+from saemill.assess.firing import Firing, Places
+from saemill.assess.reader import PassageReader, Reader, reader_of
 from saemill.common.errors import ConfigError
-from saemill.common.hub import loading
+from saemill.common.log import counted
 from saemill.common.sae.sae import Sae
+from saemill.common.stores.features import Context, Features, Latent, Snippet, Stratum, Together
 from saemill.common.stores.passages import PassageStore
-from saemill.common.stores.tokens import TokenStore
-from saemill.common.world import Group
 
-CONTEXT_TOKENS = 12
-"""Tokens shown on either side."""
 SEED = 11
-
-Strongest = dict[int, tuple[float, int]]
-"""Document → activation and address of the token there on which a latent fires most."""
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """One place where a latent fires."""
-
-    activation: float
-    address: int
-    document: int
-    before: str
-    token: str
-    after: str
+N_STRATA = 5
+N_BARS = 24
+N_TOGETHER = 5
+LEAST_TOGETHER = 5
+"""Fewest tokens on which two latents fire for them to count as firing together: fewer may be chance."""
+SPARE = 4
+"""Candidates for each context that is shown, from which those with the same tokens around are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
-    """One embedded passage on which a latent fires."""
+class Wanted:
+    """Which latents are shown, and how much of each."""
 
-    activation: float
-    address: int
-    id: str | None
-    text: str | None
-
-
-def describe_latents(
-    config: AssessConfig, name: str, sae: Sae, reconstruction: Reconstruction
-) -> dict[str, Any]:
-    """Describe some latents of a variant: how often they fire, and where most.
-
-    Args:
-        config: which latents, and how many contexts of each.
-        name: the variant's name.
-        sae: the variant.
-        reconstruction: how it fired on the evaluation tokens.
-    """
-    evalset, firing = reconstruction.evalset, reconstruction.firing[name]
-    density = reconstruction.density(name)
-    live = reconstruction.live(name, config.dead_percentage_threshold)
-    latents = choose_latents(live, config.latents, config.n_latents)
-    if reconstruction.unusable(name):
-        latents = []  # its activations are no numbers
-    chunks = evalset.context_chunks(config.context_tokens) if latents else ()
-    text, site, unit = evalset.text, str(sae.site), f"{evalset.text.unit}s"
-    among = f" of the cache, training {text.row}s included" if evalset.cached else " of the evaluation tokens"
-    top = top_addresses(chunks, site, sae, latents, text, config.n_contexts, evalset.everyone)
-    reader = PassageReader(text) if isinstance(text, PassageStore) else Reader(text)
-    return {
-        "variant": name,
-        "unit": text.unit,
-        "searched": f"up to {config.context_tokens:,} {unit}{among}",
-        "latents": [
-            {
-                "latent": latent,
-                "density": float(density[latent]),
-                "mean_when_active": float(firing.sum_F[latent] / max(1, int(firing.count_F[latent]))),
-                "contexts": [plain(reader.context(*entry)) for entry in top[latent]],
-            }
-            for latent in latents
-        ],
-    }
+    latents: list[int]
+    asked: tuple[int, ...]
+    """Those of them that were asked for."""
+    n_live: int
+    """Latents that the others were drawn from."""
+    n_contexts: int
+    """Places where it fires most."""
+    n_samples: int
+    """Places of each stratum."""
+    context_tokens: int
+    """Most tokens that are searched."""
 
 
 def check_latents(requested: tuple[int, ...], widths: list[int]) -> None:
@@ -111,97 +67,168 @@ def choose_latents(live: NDArray[np.bool_], requested: tuple[int, ...], n_random
     return list(dict.fromkeys([*requested, *drawn.tolist()]))
 
 
-def top_addresses(
-    chunks: Iterable[Chunk],
-    site: str,
-    sae: Sae,
-    latents: list[int],
-    text: TokenStore | PassageStore,
-    n_contexts: int,
-    everyone: Group,
-) -> dict[int, list[tuple[float, int]]]:
-    """Find the strongest activations of some latents, at most one per document.
+def describe(
+    wanted: Wanted, name: str, saes: Mapping[str, Sae], evalset: EvalSet, model: str | None, of: str
+) -> Features:
+    """Describe some latents of an SAE, in one pass over the tokens that are searched.
 
     Args:
-        chunks: activations that this process searches.
-        site: where the SAE belongs.
-        text: says which document an address belongs to.
-        n_contexts: how many per latent.
-        everyone: the processes that search.
-
-    Returns: latent → (activation, address), strongest first.
+        wanted: which latents, and how much of each.
+        name: the SAE.
+        saes: it and those beside it, among which those of other seeds are looked for.
+        evalset: where activations and texts come from.
+        model: the model's folder or hub id, if it is not where it was cached from.
+        of: hash of what is assessed.
     """
-    best: dict[int, Strongest] = {latent: {} for latent in latents}
-    requested = torch.tensor(sorted(latents))
-    with torch.inference_mode():
-        for chunk in chunks:
-            codes = sae.encode(chunk.x[site].to(sae.W_enc.device, torch.float32))
-            hit = torch.isin(codes.top_indices, requested.to(codes.top_indices.device)) & (codes.top_acts > 0)
-            hit &= torch.isfinite(codes.top_acts)
-            token, slot = (axis.cpu().numpy() for axis in hit.nonzero(as_tuple=True))
-            acts = codes.top_acts.cpu().numpy()[token, slot]
-            index = codes.top_indices.cpu().numpy()[token, slot]
-            addresses = chunk.addresses_T[token]
-            documents = text.document_of(addresses)
-            for latent in np.unique(index):
-                here = np.flatnonzero(index == latent)
-                for i in here[np.argsort(-acts[here], kind="stable")][: 4 * n_contexts]:
-                    _merge(best[int(latent)], {int(documents[i]): (float(acts[i]), int(addresses[i]))})
-                _cut(best[int(latent)], n_contexts)
-    for process_best in everyone.all_gather_objects(best):
-        for latent, strongest in process_best.items():
-            _merge(best[latent], strongest)
-    return {latent: sorted(top.values(), reverse=True)[:n_contexts] for latent, top in best.items()}
+    sae, latents, text = saes[name], wanted.latents, evalset.text
+    chunks = evalset.context_chunks(wanted.context_tokens) if latents else ()
+    firing = Firing(sae, latents, evalset, SPARE * wanted.n_contexts).run(chunks)
+    vocabulary = directions.Vocabulary.of(sae, evalset.store, model)
+    reader = reader_of(text)
+    among = f" of the cache, training {text.row}s included" if evalset.cached else " of the evaluation tokens"
+    return Features(
+        of=of,
+        variant=name,
+        unit="passage" if isinstance(text, PassageStore) else "token",
+        searched=f"{counted(firing.n_tokens, text.unit)}{among}",
+        n_searched=firing.n_tokens,
+        n_live=wanted.n_live,
+        seed=SEED,
+        positions=tuple(firing.positions.labels) if text.ctx_len > 1 else (),
+        sources=tuple(firing.source_names),
+        sites=tuple(part.site for part in sae.config.joined),
+        no_tokens=vocabulary.missing,
+        latents=tuple(_latents(wanted, sae, saes, name, firing, vocabulary, reader)),
+    )
 
 
-def _merge(top: Strongest, other: Strongest) -> None:
-    for document, entry in other.items():
-        top[document] = max(entry, top.get(document, entry))
+def _latents(
+    wanted: Wanted,
+    sae: Sae,
+    saes: Mapping[str, Sae],
+    name: str,
+    firing: Firing,
+    vocabulary: directions.Vocabulary,
+    reader: Reader | PassageReader,
+) -> list[Latent]:
+    """Put together what is told of each latent."""
+    latents = wanted.latents
+    shares = directions.norm_shares(sae)
+    tokens = vocabulary.tokens(sae, latents, reader.pieces) if isinstance(reader, Reader) else None
+    told = zip(
+        latents,
+        directions.neighbours(sae, latents),
+        directions.counterparts(sae, latents, directions.siblings(name, saes)),
+        directions.encoder_cosines(sae, latents),
+        tokens or [((), ())] * len(latents),
+        strict=True,
+    )
+    return [
+        Latent(
+            latent=latent,
+            asked=latent in wanted.asked,
+            **_firing(firing, at, wanted, reader),
+            promoted=promoted,
+            suppressed=suppressed,
+            nearest=near.nearest,
+            opposite=near.opposite,
+            counterparts=counterparts,
+            encoder_cosine=cosine,
+            norm_shares=() if shares is None else tuple(shares[latent].tolist()),
+        )
+        for at, (latent, near, counterparts, cosine, (promoted, suppressed)) in enumerate(told)
+    ]
 
 
-def _cut(top: Strongest, n_contexts: int) -> None:
-    """Keep the strongest documents."""
-    for document in sorted(top, key=lambda d: top[d], reverse=True)[n_contexts:]:
-        del top[document]
+def _firing(firing: Firing, at: int, wanted: Wanted, reader: Reader | PassageReader) -> dict[str, Any]:
+    """Describe where a latent fires, by its place in the list."""
+    strongest, sampled, n = firing.strongest.of(at), firing.sampled.of(at), int(firing.count_L[at])
+    largest = float(strongest["activation"][0]) if n else 0.0
+    bars, _ = np.histogram(sampled["activation"], N_BARS, (0, largest or 1))
+    contexts = _shown(strongest, wanted.n_contexts, reader)
+    return {
+        "n_active": n,
+        "density": n / max(1, firing.n_tokens),
+        "mean_when_active": float(firing.sum_L[at]) / max(1, n),
+        "largest": largest,
+        "n_sampled": len(sampled),
+        "histogram": tuple(bars.tolist()),
+        "contexts": contexts,
+        "strata": strata(sampled, largest, wanted.n_samples, reader),
+        "by_position": _shares(firing.by_position_LP, at) if firing.evalset.text.ctx_len > 1 else (),
+        "by_source": _shares(firing.by_source_LS, at),
+        "together": _together(firing, at),
+    }
 
 
-class Reader:
-    """Turns addresses into text with the tokenizer that the token store carries."""
+def strata(
+    sampled: Places, largest: float, n_each: int, reader: Reader | PassageReader
+) -> tuple[Stratum, ...]:
+    """Divide the sampled firings of a latent at the quantiles of their activations, none of which is zero.
 
-    def __init__(self, tokens: TokenStore) -> None:
-        self.tokens = tokens
-        folder = tokens.tokenizer_folder
-        with loading("tokenizer", str(folder)):
-            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False
-            )
+    Args:
+        sampled: the firings, in random order.
+        largest: of all its activations, also those that are not in the sample.
+        n_each: places shown of each stratum, the first ones.
+        reader: of the places.
 
-    def context(self, activation: float, address: int) -> Context:
-        """Show the token at an address with its neighbours in the same row and document."""
-        row, position = divmod(address, self.tokens.ctx_len)
-        start = max(0, position - CONTEXT_TOKENS)
-        stop = min(self.tokens.ctx_len, position + CONTEXT_TOKENS + 1)
-        base = row * self.tokens.ctx_len
-        ids = self.tokens.rows(row, row + 1)[0].astype(int)
-        documents = self.tokens.document_of(base + np.arange(start, stop))
-        document = int(documents[position - start])
-        inside = np.flatnonzero(documents == document) + start
-        special = set(self.tokens.tokenizer.special_ids)
-        shown = [int(i) for i in inside if ids[i] not in special or i == position]
-
-        def text(positions: list[int]) -> str:
-            return str(self.tokenizer.decode([int(ids[i]) for i in positions]))
-
-        before, after = [i for i in shown if i < position], [i for i in shown if i > position]
-        return Context(activation, address, document, text(before), text([position]), text(after))
+    Returns: strata of about the same share of the firings, the highest first; an empty one is left out.
+    """
+    activations = sampled["activation"].astype(np.float64)
+    if not len(activations):
+        return ()
+    edges = np.quantile(activations, np.linspace(0, 1, N_STRATA + 1))
+    edges[-1] = largest
+    stratum_N = np.clip(np.searchsorted(edges, activations, side="left") - 1, 0, N_STRATA - 1)
+    return tuple(
+        Stratum(
+            low=float(edges[number]),
+            high=float(edges[number + 1]),
+            share=float((stratum_N == number).mean()),
+            contexts=_by_activation(_shown(sampled[stratum_N == number], n_each, reader)),
+        )
+        for number in reversed(range(N_STRATA))
+        if (stratum_N == number).any()
+    )
 
 
-class PassageReader:
-    """Turns addresses into passages."""
+def _by_activation(contexts: tuple[Context, ...]) -> tuple[Context, ...]:
+    """Sort contexts, the strongest first."""
+    return tuple(sorted(contexts, key=lambda context: -context.activation))
 
-    def __init__(self, passages: PassageStore) -> None:
-        self.passages = passages
 
-    def context(self, activation: float, address: int) -> Passage:
-        """Show the passage at an address, whole."""
-        return Passage(activation, address, *self.passages.passage(address))
+def _shown(places: Places, n: int, reader: Reader | PassageReader) -> tuple[Context, ...]:
+    """Read the first places, those left out that have the same tokens around as one before."""
+    shown: dict[Any, Context] = {}
+    for place in places:
+        context = reader.context(float(place["activation"]), int(place["address"]), place["around"])
+        what = context.place
+        shown.setdefault(what.tokens if isinstance(what, Snippet) else what.address, context)
+        if len(shown) == n:
+            break
+    return tuple(shown.values())
+
+
+def _shares(counts_LG: NDArray[np.int64], at: int) -> tuple[float | None, ...]:
+    """Divide a latent's firings in groups of tokens by the tokens there, which are in the last row."""
+    return tuple(
+        int(fires) / int(n) if n else None for fires, n in zip(counts_LG[at], counts_LG[-1], strict=True)
+    )
+
+
+def _together(firing: Firing, at: int) -> tuple[Together, ...]:
+    """Find the latents that fire most on the same tokens as one does, by the correlation of firing."""
+    n, own = firing.n_together, int(firing.latents_L[at])
+    both_F, fires_F = firing.together_LF[at].astype(np.float64), firing.fired_F.astype(np.float64)
+    fires = fires_F[own]
+    covariance_F = n * both_F - fires * fires_F
+    spread_F = np.sqrt(fires * (n - fires) * fires_F * (n - fires_F))
+    phi_F = np.divide(covariance_F, spread_F, out=np.zeros_like(both_F), where=spread_F > 0)
+    phi_F[(both_F < LEAST_TOGETHER) | (phi_F <= 0)] = 0
+    phi_F[own] = 0
+    best = np.argsort(-phi_F, kind="stable")[:N_TOGETHER]
+    return tuple(
+        Together(latent=int(i), phi=float(phi_F[i]), share=float(both_F[i] / fires))
+        for i in best
+        if phi_F[i] > 0
+    )

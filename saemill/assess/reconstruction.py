@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.assess.evalset import Chunk, EvalSet
+from saemill.assess.profile import Profile
 from saemill.assess.spread import Spread
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
@@ -80,6 +81,7 @@ class Reconstruction:
             known.spread if known else {site: Spread(self._statistics(site)) for site in evalset.sites}
         )
         self.n_tokens: int = known.n_tokens if known else 0
+        self.profile = Profile(sites, evalset)
 
     def _statistics(self, site: str) -> Statistics:
         """Return a site's statistics, of joined ones in the units of each."""
@@ -117,6 +119,11 @@ class Reconstruction:
                     x_TD = chunk.x[str(sae.site) if sae.is_transcoder else site]
                     columns |= self._variant(name, sae, x_TD, chunk.x[site], far[site])
                 self.sums.add(units, columns)
+                squares = {
+                    site: self.spread[site].squared_distances(self._scaled(site, chunk.x[site]))
+                    for site in self.profile.lengths
+                }
+                self.profile.add(chunk, units, columns, squares)
         self._merge()
         return self
 
@@ -157,6 +164,7 @@ class Reconstruction:
             for site, spread in self.spread.items():
                 self._add_spread(site, spread)
         self.sums.merge(everyone)
+        self.profile.merge()
         if self.known is not None:
             self.sums = self.known.sums.only(self._own_columns()).concat(self.sums)
         for firing in self.firing.values():

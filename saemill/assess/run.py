@@ -11,10 +11,11 @@ import torch
 from saemill.assess.config import AssessConfig
 from saemill.assess.done import hash_of
 from saemill.assess.evalset import EvalSet
-from saemill.assess.features import describe_latents
+from saemill.assess.features import Wanted, choose_latents, describe
 from saemill.assess.inputs import open_model, open_run, open_tokens
 from saemill.assess.measure import measure
-from saemill.assess.report import table
+from saemill.assess.reconstruction import Reconstruction
+from saemill.assess.table import table
 from saemill.assess.write import write
 from saemill.common import config as settings
 from saemill.common import durable
@@ -77,17 +78,32 @@ def _assess(
         "best_on_other_documents": measured.on_other_documents(best),
         "variants": entries,
         "controls": controls,
-        "features": describe_latents(config, shown, trained.saes[shown], measured.reconstruction),
         "n_processes": everyone.size,
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},
     }
+    wanted = _wanted(config, shown, measured.reconstruction)
+    features = describe(wanted, shown, trained.saes, evalset, config.model, content_hash)
     assessment["seconds"] = time.perf_counter() - started
-    assessment = everyone.first(lambda: write(out, assessment, measured))
+    assessment = everyone.first(lambda: write(out, assessment, features, measured, config.page_bytes))
     say(table(assessment))
     if everyone.rank == 0 and to_wandb:
         _log_to_wandb(config.run, out)
     say(f"{out / assessments.FILE}, {runs.REPORT} written in {duration(assessment['seconds'])}")
     return assessment
+
+
+def _wanted(config: AssessConfig, name: str, measured: Reconstruction) -> Wanted:
+    """Choose the latents that are shown; none of an SAE whose activations are no numbers."""
+    live = measured.live(name, config.dead_percentage_threshold)
+    usable = not measured.unusable(name)
+    return Wanted(
+        latents=choose_latents(live, config.latents, config.n_latents) if usable else [],
+        asked=config.latents,
+        n_live=int(live.sum()),
+        n_contexts=config.n_contexts,
+        n_samples=config.n_samples,
+        context_tokens=config.context_tokens,
+    )
 
 
 def _lock(out: Path, resources: ExitStack) -> None:

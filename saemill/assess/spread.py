@@ -72,6 +72,10 @@ class Spread:
                 self._count(far, centred_TD[some], units[some.numpy()])
         return far_T.numpy()
 
+    def squared_distances(self, x_TD: Tensor) -> NDArray[np.float64]:
+        """Compute the squared distance of each row from the cached mean. [T]"""
+        return (x_TD.double() - self.centre_D).square().sum(1).numpy()
+
     def far(self, x_TD: Tensor) -> NDArray[np.bool_]:
         """Tell which rows are far, as `add` returns it, without counting them."""
         return self._far(x_TD.double())[2].numpy()

@@ -1,5 +1,6 @@
 """The files of an assessment: its record, the page, and the sums and firing counts that they follow from."""
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ import pyarrow.parquet as pq
 
 from saemill.assess.entries import Measured
 from saemill.assess.reconstruction import Reconstruction
-from saemill.assess.report import write_html
+from saemill.assess.report.page import write_html
 from saemill.assess.splicing import Splicing
 from saemill.assess.sums import DocumentSums
 from saemill.common import durable, records
 from saemill.common.stores import assessments
-from saemill.common.stores.runs import DOCUMENTS, DOCUMENTS_MODEL, LATENTS, REPORT
+from saemill.common.stores.features import Features
+from saemill.common.stores.runs import DOCUMENTS, DOCUMENTS_MODEL, FEATURES, LATENTS, REPORT
 
 
-def write(out: Path, values: dict[str, Any], measured: Measured) -> dict[str, Any]:
+def write(
+    out: Path, values: dict[str, Any], features: Features, measured: Measured, page_bytes: int
+) -> dict[str, Any]:
     """Write the verdict, the report, and the sums and firing counts they follow from: all of them or none.
 
     All files are complete under temporary names before the first is renamed. The old verdict is removed
@@ -36,13 +40,17 @@ def write(out: Path, values: dict[str, Any], measured: Measured) -> dict[str, An
     with ExitStack() as replacements:  # which closes the last opened first
         verdict = replacements.enter_context(durable.replacing(out / assessments.FILE))
         partials = {
-            name: replacements.enter_context(durable.replacing(out / name)) for name in [*tables, REPORT]
+            name: replacements.enter_context(durable.replacing(out / name))
+            for name in [*tables, FEATURES, REPORT]
         }
         for name, table in tables.items():
             with durable.writing(out / name, table.nbytes):
                 pq.write_table(table, partials[name])
+        with durable.writing(out / FEATURES):
+            content = json.dumps(records.content(features), allow_nan=False)  # without indents: it is long
+            durable.write_bytes(partials[FEATURES], [content.encode()])
         with durable.writing(out / REPORT):
-            write_html(partials[REPORT], assessment, densities)
+            write_html(partials[REPORT], assessment, features, densities, page_bytes)
         assessment["files"] = [
             {"path": name, "bytes": file.stat().st_size, "xxh3": durable.hash_file(file)}
             for name, file in partials.items()

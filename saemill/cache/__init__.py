@@ -3,7 +3,7 @@
 The path of a token, from its row to its shard:
 
 run.py         the stage: a plan → a store with its tokens → its sites finished
-fill.py        rows → model → activations → rounded → a shard, until none is lacking
+fill.py        rows → model → activations → stored rows → a shard, until none is lacking
 writer.py      a shard: permuted, written, hashed, summed, committed
 
 What stands around it:
@@ -12,6 +12,7 @@ config.py      the settings
 plan.py        the plan that follows from them, checked before the model is loaded
 folder.py      the store's folder: what is in it, and whether it is this store's
 token_copy.py  the copy of its tokens that a store carries
+calibration.py how a site's activations are spread, where they are stored as int8
 names.py       whether a module holds what its name says
 repair.py      which shards are bad, and what of them is mended without the model
 sharing.py     which shard this process writes next, beside others

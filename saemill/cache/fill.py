@@ -1,4 +1,4 @@
-"""Rows → model → activations → shards: the loop of one worker, until no shard is missing.
+"""Rows → model → activations → stored rows → shards: the loop of one worker, until no shard is missing.
 
 Others may be filling in the same store; `sharing` says which shard is this worker's next.
 """
@@ -18,7 +18,7 @@ from saemill.cache.writer import SiteWriter
 from saemill.common.log import progress, say
 from saemill.common.models.model import LanguageModel, attention_of
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.rounding import round_into
+from saemill.common.stores.forms.form import empty
 
 
 class Filling:
@@ -64,8 +64,8 @@ class Filling:
         ):
             while sharing.look(advance):
                 for share in sharing.claimed(advance):
-                    stored_TD = self._activations(share, advance)
-                    background.start(self._write, share, stored_TD)
+                    stored_TC = self._activations(share, advance)
+                    background.start(self._write, share, stored_TC)
                 background.wait()
                 sharing.wait()
 
@@ -75,30 +75,28 @@ class Filling:
         Batches start at the shard's first row, so that a shard's bytes do not depend on which shards
         were computed before it.
 
-        Returns: per site [tokens, D] in address order, in the stored type, on the CPU.
+        Returns: per site the stored rows [tokens, C] in address order, on the CPU.
         """
         tokens, rows = self.store.tokens, self.store.rows_of(share.shard)
-        stored_TD = {
-            writer.site.name: torch.empty(len(rows) * tokens.ctx_len, writer.site.width, dtype=writer.dtype)
-            for writer in share.writers
-        }
+        forms = {writer.site.name: writer.form for writer in share.writers}
+        stored_TC = {site: empty(form, len(rows) * tokens.ctx_len) for site, form in forms.items()}
         for row in rows[:: self.batch_size]:
             self.worker.check_stop()
             stop = min(row + self.batch_size, rows.stop)
             ids_RS = torch.from_numpy(tokens.rows(row, stop).astype("int64"))
-            captured = self.model.capture(ids_RS, list(stored_TD), attention_of(ids_RS, tokens.tokenizer))
+            captured = self.model.capture(ids_RS, list(stored_TC), attention_of(ids_RS, tokens.tokenizer))
             start = (row - rows.start) * tokens.ctx_len
             for site, x_RSD in captured.items():
-                round_into(stored_TD[site][start : start + ids_RS.numel()], x_RSD.flatten(0, 1))
+                forms[site].encode(x_RSD.flatten(0, 1), stored_TC[site][start : start + ids_RS.numel()])
             if share.is_new:
                 advance(ids_RS.numel())
-        return stored_TD
+        return stored_TC
 
-    def _write(self, share: Share, stored_TD: dict[str, Tensor]) -> None:
+    def _write(self, share: Share, stored_TC: dict[str, Tensor]) -> None:
         """Write a shard at the sites that lack it. If the claim was lost, the remaining sites are dropped."""
         try:
             for writer in share.writers:
-                writer.write(share.shard, stored_TD[writer.site.name], share.claim)
+                writer.write(share.shard, stored_TC[writer.site.name], share.claim)
                 self.n_written += 1
         except Lost as lost:
             say(f"{lost}; this worker's shard is dropped")

@@ -75,6 +75,11 @@ def check_same_store(out: Path, existing: StoreSettings | None, identity: Mappin
         ConfigError: some are others.
     """
     if existing is not None:
+        if existing.converted_from and not identity.get("converted_from"):
+            raise ConfigError(
+                f"{out} was converted from a store of {existing.converted_from}: run `saemill convert-store` "
+                "again to mend it; add sites to the store that it was made of, and convert that"
+            )
         settings.check_same(existing.model_dump(mode="json"), identity, out)
         return
     now = StoreSettings.made(identity, model=None, revision=None, versions={}).identity

@@ -23,8 +23,10 @@ from saemill.common.models.model import (
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer
 from saemill.common.sizes import written
+from saemill.common.stores.forms.form import form_of
+from saemill.common.stores.forms.packing import rows_per_shard
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.site_records import DTYPES, FORMAT, Site, StoreSettings, site_path
+from saemill.common.stores.site_records import FORMAT, Site, StoreSettings, site_path
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World
 
@@ -48,11 +50,6 @@ class Plan:
     """Rows, shards and bytes, as the user reads them."""
     given: Any = None
     """Model itself, where it is in memory."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Stored type of the activations."""
-        return DTYPES[self.identity["dtype"]]
 
 
 def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
@@ -136,7 +133,9 @@ def _identity(
     """Collect the settings that decide the store's content, site by site. Those that the user left open are
     the existing store's."""
     shard_tokens = config.shard_tokens or (existing.shard_tokens if existing else SHARD_TOKENS)
-    rows_per_shard = max(1, min(n_rows, shard_tokens // tokens.ctx_len))
+    compression = config.compression or (existing.compression if existing else None)
+    compression = None if compression == "raw" else compression
+    n_in_shard = rows_per_shard(shard_tokens, n_rows, tokens.ctx_len, compression)
     model_dtype = str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch.")
     if config.model_dtype == "auto" and existing:
         model_dtype = str(existing.model_dtype)
@@ -155,8 +154,9 @@ def _identity(
         "kind": "tokens",
         "tokens_fingerprint": tokens.fingerprint,
         "n_rows": n_rows,
-        "shard_tokens": rows_per_shard * tokens.ctx_len,
+        "shard_tokens": n_in_shard * tokens.ctx_len,
         "dtype": config.dtype or (existing.dtype if existing else "bf16"),
+        **({"compression": compression} if compression or (existing and existing.compression) else {}),
         "model_dtype": model_dtype,
         "load_in_8bit": in_8bit or None,
         **({"load_in_4bit": True} if in_4bit else {}),
@@ -182,8 +182,8 @@ def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites:
     """Describe what will be written. What cannot fit on the disk is refused."""
     n_rows, shard_tokens = identity["n_rows"], identity["shard_tokens"]
     n_shards = -(-n_rows * ctx_len // shard_tokens)
-    itemsize = DTYPES[identity["dtype"]].itemsize
-    needed = {site.name: n_shards * shard_tokens * site.width * itemsize for site in sites}
+    forms = {site.name: form_of(identity["dtype"], site.width) for site in sites}
+    needed = {name: n_shards * shard_tokens * f.columns * f.stored.itemsize for name, f in forms.items()}
     n_bytes = _checked_room(config, sum(needed.values()), n_shards)
     folder = config.out.absolute()
     while not folder.exists():
@@ -192,14 +192,17 @@ def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites:
     n_written_bytes = sum(durable.folder_bytes(site_path(config.out, site.name) / "c") for site in sites)
     missing = n_bytes - n_written_bytes
     if missing > free:
+        before = " before compression" if identity.get("compression") else ""
         raise ConfigError(
-            f"{missing / 2**20:,.1f} MiB are needed in {folder}, {free / 2**20:,.1f} MiB are free; "
+            f"{missing / 2**20:,.1f} MiB are needed in {folder}{before}, {free / 2**20:,.1f} MiB are free; "
             "choose fewer sites or --max-tokens, or another disk"
         )
-    padded = ", the last one padded" if n_rows * ctx_len % shard_tokens else ""
+    compression = identity.get("compression")
+    padded = ", the last one padded" if n_rows * ctx_len % shard_tokens and not compression else ""
+    packed = f" compressed by {compression} (sizes before that)" if compression else ""
     lines = [
-        f"{counted(n_rows, 'row')} of {ctx_len}, {n_rows * ctx_len:,} tokens, stored as {identity['dtype']}, "
-        f"per site in {counted(n_shards, 'shard')} of {shard_tokens:,} tokens{padded}:",
+        f"{counted(n_rows, 'row')} of {ctx_len}, {n_rows * ctx_len:,} tokens, stored as {identity['dtype']}"
+        f"{packed}, per site in {counted(n_shards, 'shard')} of {shard_tokens:,} tokens{padded}:",
         *(f"  {s.name:32} D {s.width:6,}  {needed[s.name] / 2**20:12,.1f} MiB" for s in sites),
         f"  {sum(needed.values()) / 2**20:,.1f} MiB in all, {free / 2**20:,.1f} MiB free",
     ]

@@ -7,7 +7,7 @@ from saemill.cache.writer import SiteWriter
 from saemill.common import records
 from saemill.common.log import counted, say
 from saemill.common.stores.shards import as_tensor
-from saemill.common.stores.site_records import Commit, SiteManifest
+from saemill.common.stores.site_records import Commit, Shard, SiteManifest
 
 
 def damaged(writer: SiteWriter) -> list[int]:
@@ -38,8 +38,8 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
         existed = file.exists()
         if _is_good(writer, shard, hashes):
             continue
-        if manifest and _holds(writer, shard, manifest.shards[shard].xxh3):
-            record = _record_again(writer, shard, manifest.shards[shard].xxh3)
+        if manifest and _holds(writer, shard, manifest.shards[shard]):
+            record = _record_again(writer, shard, manifest.shards[shard])
             say(f"{file} was missing or damaged and is written again")
             put(file, records.content(record), writer.worker)
             continue
@@ -57,12 +57,12 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
 def _add_norms(writer: SiteWriter) -> None:
     """Write the records of shards anew that were made before saemill kept norms, from the shards' files."""
     commits = [commit for shard in range(writer.store.n_shards) if (commit := writer.commit(shard))]
-    old = [commit for commit in commits if commit.norms is None and _holds(writer, commit.shard, commit.xxh3)]
+    old = [commit for commit in commits if commit.norms is None and _holds(writer, commit.shard, commit)]
     if old:
         say(f"{writer.site.name}: the norms of {counted(len(old), 'shard')} are computed once and recorded")
     for commit in old:
         writer.worker.check_stop()
-        record = _record_again(writer, commit.shard, commit.xxh3)
+        record = _record_again(writer, commit.shard, commit)
         put(writer.commit_path(commit.shard), records.content(record), writer.worker)
 
 
@@ -87,15 +87,16 @@ def _is_good(writer: SiteWriter, shard: int, hashes: bool) -> bool:
         return False
     if shard in writer.removed:
         return True
-    return _holds(writer, shard, commit.xxh3 if hashes else None)
+    return _holds(writer, shard, commit, hashes)
 
 
-def _holds(writer: SiteWriter, shard: int, xxh3: str | None) -> bool:
-    """Tell whether a shard's file is there and whole and, where `xxh3` is not None, has this hash."""
-    return writer.array.problem(shard, xxh3) is None
+def _holds(writer: SiteWriter, shard: int, known: Commit | Shard, hashes: bool = True) -> bool:
+    """Tell whether a shard's file is there and of the size and, with `hashes`, the hash that is known."""
+    return writer.array.problem(shard, known.bytes, known.xxh3 if hashes else None) is None
 
 
-def _record_again(writer: SiteWriter, shard: int, xxh3: str) -> Commit:
+def _record_again(writer: SiteWriter, shard: int, known: Commit | Shard) -> Commit:
     """Compute the record of a shard whose file is whole, from the file."""
-    rows_TD = as_tensor(np.array(writer.array.shard(shard)), writer.dtype)
-    return writer.record(shard, rows_TD, xxh3)
+    array = writer.array
+    rows_TC = np.concatenate([array.block(shard, block) for block in range(array.n_blocks(shard))])
+    return writer.record(shard, as_tensor(rows_TC, writer.form.stored), known.bytes, known.xxh3)

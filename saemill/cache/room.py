@@ -50,7 +50,8 @@ class Room:
         self, store: ActivationStore, writers: list[SiteWriter], worker: Worker, max_bytes: int
     ) -> None:
         self.store, self.writers, self.worker = store, writers, worker
-        self.shard_bytes = sum(writer.array.shard_bytes for writer in writers)
+        self.shard_bytes = sum(writer.array.raw_bytes for writer in writers)
+        """Bytes that a shard of all sites takes, at most: before compression."""
         self.n_shards: int = max_bytes // self.shard_bytes
         """Number of shards that have room."""
         self.why = ""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from saemill.cache import names, token_copy
+from saemill.cache.calibration import calibrations_by
 from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Worker
 from saemill.cache.config import CacheConfig
@@ -95,7 +96,7 @@ def _open(plan: Plan, worker: Worker) -> tuple[ActivationStore, list[SiteWriter]
             token_copy.make(copy, tokens, n_rows, worker.partial(), claim)
         write_group(out, existing or _new_settings(plan), worker)
         store = ActivationStore(out)
-        return store, [SiteWriter(store, site, plan.dtype, worker) for site in plan.sites]
+        return store, [SiteWriter(store, site, worker) for site in plan.sites]
 
 
 def _new_settings(plan: Plan) -> StoreSettings:
@@ -113,7 +114,8 @@ def _new_settings(plan: Plan) -> StoreSettings:
 def _complete(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker: Worker) -> str:
     """Write the shards that the sites lack, beside other workers, until all sites have their manifests.
     Return a sentence on what was done."""
-    model: LanguageModel | None = None
+    is_known = all(writer.is_calibrated for writer in writers)
+    model = None if is_known else _load(plan, store, writers, worker)
     n_missing = n_written = 0
     while True:
         room = _room(plan, store, writers, worker)
@@ -151,8 +153,8 @@ def _room(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker:
 
 
 def _load(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker: Worker) -> LanguageModel:
-    """Load the model, write down what is at the sites, and warn where that is not what their names say. The
-    sites asked for are compared with the finished ones too."""
+    """Load the model, write down what is at the sites and how int8 is calibrated there, and warn where a site
+    is not what its name says. The sites asked for are compared with the finished ones too."""
     model = LanguageModel(
         plan.config.model,
         revision=plan.config.revision,
@@ -164,9 +166,11 @@ def _load(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker:
     sites = [site.name for site in plan.sites]
     finished = [name for name in store.sites if name not in sites]
     found = roles_of(model, sites + finished, ids_RS)
+    missing = [writer.site.name for writer in writers if not writer.is_calibrated]
+    calibrations = calibrations_by(model, store, missing, plan.config.batch_size)
     with worker.hold("store"):
         for writer in writers:
-            writer.note(found[writer.site.name])
+            writer.note(found[writer.site.name], calibrations.get(writer.site.name))
     for warning in names.warnings(model, found, ids_RS):
         say(f"warning: {warning}")
     return model

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,10 @@ from saemill.cache.folder import has_shards, put
 from saemill.common import durable, records
 from saemill.common.errors import DataError, DiskError, StoreError
 from saemill.common.log import say
+from saemill.common.records import decode_array, encode_array
 from saemill.common.stores.activations import ActivationStore, describe_site
+from saemill.common.stores.forms.form import Form
+from saemill.common.stores.forms.int8 import Calibration
 from saemill.common.stores.norms import NormSketch, norms_of
 from saemill.common.stores.rounding import largest, not_finite
 from saemill.common.stores.shards import ShardedArray, as_numpy
@@ -23,16 +27,16 @@ from saemill.common.stores.site_records import (
     Site,
     SiteManifest,
     SiteRecord,
-    SiteStatistics,
-    decode_array,
-    encode_array,
     hash_blocks,
     record_path,
     site_path,
 )
 from saemill.common.stores.site_roles import Role
 from saemill.common.stores.statistics import Moments
+from saemill.common.stores.statistics_records import SiteStatistics
 
+ROWS_AT_ONCE = 8192
+"""Stored rows decoded at a time."""
 COMMIT = re.compile(r"(0|[1-9]\d{0,17})\.json")
 
 
@@ -47,22 +51,26 @@ class SiteWriter:
     Args:
         store: the store; its settings and tokens are on disk already.
         site: where the activations come from.
-        dtype: how they are stored.
         worker: this process, holding the claim on the store.
 
     Raises:
         StoreError: the site's folder holds another site.
     """
 
-    def __init__(self, store: ActivationStore, site: Site, dtype: torch.dtype, worker: Worker) -> None:
-        self.store, self.site, self.dtype, self.worker = store, site, dtype, worker
+    def __init__(self, store: ActivationStore, site: Site, worker: Worker) -> None:
+        self.store, self.site, self.worker = store, site, worker
         self.path = site_path(store.path, site.name)
         self.identity = store.settings.identity
         """Identity of the store, by which its records name it."""
         self._check_owner()
         found = records.if_whole(lambda: store.record(site.name))
+        kept = found or records.if_whole(lambda: records.read(self.manifest_path, SiteManifest, REPAIR))
         self.known = SiteRecord(
-            site=site.name, width=site.width, role=self._known_role(found), settings=store.settings
+            site=site.name,
+            width=site.width,
+            role=kept.role if kept else None,
+            calibration=kept.calibration if kept else None,
+            settings=store.settings,
         )
         if found != self.known:
             put(record_path(store.path, site.name), records.content(self.known), self.worker)
@@ -70,35 +78,44 @@ class SiteWriter:
         self.removed = range(0)
         """Shards whose files were removed when all runs that follow the store had read them."""
 
-    def _known_role(self, found: SiteRecord | None) -> Role | None:
-        """Return what is at the site, from its record or, where that is damaged, from its manifest."""
-        kept = found or records.if_whole(lambda: records.read(self.manifest_path, SiteManifest, REPAIR))
-        return kept.role if kept else None
+    @property
+    def form(self) -> Form:
+        """Form of the site's activations."""
+        return self.known.form
 
-    def note(self, role: Role | None) -> None:
-        """Write down what is at the site. The caller holds the claim on the store."""
-        if role != self.known.role:
-            self.known = self.known.model_copy(update={"role": role})
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether shards can be written: int8 needs a calibration first."""
+        return self.known.calibration is not None or self.store.settings.dtype != "int8"
+
+    def note(self, role: Role | None, calibration: Calibration | None = None) -> None:
+        """Write down what is at the site and, unless another worker has done so already, how int8 is
+        calibrated there. The caller holds the claim on the store."""
+        found = records.if_whole(lambda: self.store.record(self.site.name))
+        calibration = (found.calibration if found else None) or self.known.calibration or calibration
+        self.known = self.known.model_copy(update={"role": role, "calibration": calibration})
+        if found != self.known:
             put(record_path(self.store.path, self.site.name), records.content(self.known), self.worker)
 
-    def write(self, shard: int, x_TD: Tensor, claim: Claim) -> None:
+    def write(self, shard: int, stored_TC: Tensor, claim: Claim) -> None:
         """Write and commit one shard.
 
         Args:
             shard: its number.
-            x_TD: activations in address order, on the CPU, in the stored dtype.
+            stored_TC: stored rows in address order, on the CPU.
             claim: the right to do so.
 
         Raises:
             DataError: some value is NaN or infinite.
             Lost: another worker took the shard over; nothing of this one's is in the store.
         """
-        self._check_finite(shard, x_TD)
-        permuted_TD = x_TD[torch.from_numpy(self.store.permutation(shard))]
+        self._check_finite(shard, stored_TC)
+        permuted_TC = stored_TC.index_select(0, torch.from_numpy(self.store.permutation(shard)))
         data, record = self.worker.partial(), self.worker.partial()
         try:
-            self.array.write_shard(shard, as_numpy(permuted_TD), data)
-            records.write(record, self.record(shard, permuted_TD, durable.hash_file(data)))
+            self.array.write_shard(shard, as_numpy(permuted_TC), data)
+            file = data.stat().st_size, durable.hash_file(data)
+            records.write(record, self.record(shard, permuted_TC, *file))
             claim.check()
             self._publish(shard, data, record)
         except OSError:
@@ -108,15 +125,20 @@ class SiteWriter:
             for partial in (data, record):
                 partial.unlink(missing_ok=True)
 
-    def _check_finite(self, shard: int, x_TD: Tensor) -> None:
+    def _activations(self, stored_TC: Tensor) -> Iterator[Tensor]:
+        """Decode stored rows, some at a time: what training will see."""
+        return (self.form.decode(rows_TC) for rows_TC in torch.split(stored_TC, ROWS_AT_ONCE))
+
+    def _check_finite(self, shard: int, stored_TC: Tensor) -> None:
         """Refuse what the model, or the rounding to the stored type, made NaN or infinite."""
-        bad_TD = not_finite(x_TD)
-        if bad_TD is None:
+        bad = [bad_TD for x_TD in self._activations(stored_TC) if (bad_TD := not_finite(x_TD)) is not None]
+        if not bad:
             return
-        n_bad, n_rows = int(bad_TD.sum()), int(bad_TD.any(1).sum())
+        n_bad, n_rows = (sum(int(counts.sum()) for counts in each) for each in (bad, [b.any(1) for b in bad]))
+        dtype = self.form.stored
         advice = (
-            f"fp16 ends at {largest(self.dtype):,.0f}: store with --dtype bf16"
-            if self.dtype is torch.float16 and not bool(x_TD.isnan().any())
+            f"fp16 ends at {largest(dtype):,.0f}: store with --dtype bf16"
+            if dtype is torch.float16 and not bool(stored_TC.isnan().any())
             else "the model itself computes them: try --model-dtype fp32"
         )
         if has_shards(self.store.path):
@@ -126,23 +148,26 @@ class SiteWriter:
             f"shard {shard}; {advice}. The shard was not written; the store keeps its finished ones."
         )
 
-    def record(self, shard: int, permuted_TD: Tensor, xxh3: str) -> Commit:
+    def record(self, shard: int, permuted_TC: Tensor, n_bytes: int, xxh3: str) -> Commit:
         """Compute the record of a shard: its file's size and hash, and sums over its training positions."""
-        rows = as_numpy(permuted_TD)
-        moments = Moments(self.site.width)
+        moments, sketch = Moments(self.site.width), NormSketch()
         keep = self.store.keep(shard, self.store.mask, held_out=False)
-        moments.add(permuted_TD[torch.from_numpy(keep)])
-        norms_T, sketch = norms_of(permuted_TD), NormSketch()
+        kept_TC = permuted_TC.index_select(0, torch.from_numpy(np.flatnonzero(keep)))
+        for x_TD in self._activations(kept_TC):
+            moments.add(x_TD)
+        norms_T = np.concatenate([norms_of(x_TD) for x_TD in self._activations(permuted_TC)])
         sketch.add(norms_T[keep])
+        calibration = self.known.calibration
         return Commit(
             store=self.identity,
             site=self.site.name,
             shard=shard,
             width=self.site.width,
-            n_tokens=len(rows),
-            bytes=self.array.shard_bytes,
+            n_tokens=len(permuted_TC),
+            bytes=n_bytes,
             xxh3=xxh3,
-            block_hashes=encode_array(hash_blocks(rows)),
+            block_hashes=encode_array(hash_blocks(as_numpy(permuted_TC))),
+            calibration=calibration.hash if calibration else None,
             n_counted=moments.n,
             mean=encode_array(moments.mean_D),
             deviations=encode_array(moments.deviations_D),
@@ -198,7 +223,7 @@ class SiteWriter:
         sketch: NormSketch | None = NormSketch()
         for shard in range(self.store.n_shards):
             commit = self.commit(shard)
-            if commit is None or self.array.problem(shard):
+            if commit is None or self.array.problem(shard, commit.bytes):
                 return None
             mean_D, deviations_D = (decode_array(text, "f8") for text in (commit.mean, commit.deviations))
             moments.merge(commit.n_counted, mean_D, deviations_D, commit.distances)
@@ -212,6 +237,7 @@ class SiteWriter:
             site=self.site.name,
             width=self.site.width,
             role=self.known.role,
+            calibration=self.known.calibration,
             statistics=SiteStatistics.of(moments, sketch),
             shards=tuple(shards),
         )
@@ -243,7 +269,13 @@ class SiteWriter:
     def commit(self, shard: int) -> Commit | None:
         """Read the record of a shard; None unless it is whole and this shard's."""
         commit = records.if_whole(lambda: self.store.commit(self.site.name, shard))
-        fits = commit and (commit.width, commit.bytes) == (self.site.width, self.array.shard_bytes)
+        calibration, n_bytes = self.known.calibration, self.array.packing.file_bytes
+        fits = (
+            commit is not None
+            and commit.width == self.site.width
+            and n_bytes in (commit.bytes, None)
+            and commit.calibration == (calibration.hash if calibration else None)
+        )
         return commit if fits else None
 
     def manifest(self) -> SiteManifest | None:
@@ -254,16 +286,14 @@ class SiteWriter:
         """Open the site's array; its description is written where it is missing or damaged."""
         description = describe_site(self.store.settings, self.store.n_tokens, self.site.name, self.site.width)
         try:
-            array = ShardedArray(self.path, REPAIR)
-            array.expect(description)
+            return self.store.open_array(self.site.name, self.site.width)
         except DiskError:
             raise
         except StoreError as error:
             if self.path.is_dir():
                 say(f"written again: {error}".removesuffix(REPAIR).rstrip())
             put(self.path / "zarr.json", description, self.worker)
-            array = ShardedArray(self.path, REPAIR)
-        return array
+        return self.store.open_array(self.site.name, self.site.width)
 
     def _check_owner(self) -> None:
         """Refuse a folder whose records are all of another site or store: folders were exchanged."""

@@ -6,7 +6,7 @@ Heavy imports are inside the commands, so that `--help` is quick. `saemill.cli` 
     pipeline.py     tokenize, cache, train, assess; demo
     embeddings.py   import-activations, embed
     models.py       sites: where activations can be cached
-    stores.py       show, verify
+    stores.py       show, verify, convert-store
     tracking.py     track: a run to wandb
     exchange.py     export, import: SAEs of other tools
     hub.py          push, pull

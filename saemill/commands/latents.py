@@ -1,7 +1,29 @@
-"""Latents for judges and viewers of other tools: export-latents."""
+"""Latents, one by one: latent; and for judges and viewers of other tools: export-latents."""
 
+from saemill.assess.config import LatentConfig
 from saemill.commands.flags import OUT, argument, command
 from saemill.latents.config import ExportLatentsConfig
+
+
+@command(
+    LatentConfig,
+    "latent",
+    *(argument("run"), argument("latents"), OUT),
+    *("n_contexts", "n_samples", "context_tokens", "model", "acts", "with_acts", "device"),
+)
+def latent(config: LatentConfig) -> None:
+    """Show any latents of an SAE: where they fire, what they promote, which latents are near.
+
+    They are searched in the cache; the model is not run. Of a run its only SAE is shown, or the one whose
+    latents the assessment shows.
+
+    Example: `saemill latent runs/first 123`
+
+    Example: `saemill latent runs/first/layers.8-k32-f6144-s0 0-99 -o latents.html`
+    """
+    from saemill.assess.latent import run
+
+    run(config)
 
 
 @command(

@@ -61,7 +61,7 @@ def tokenize(
     argument("tokens"),
     "model",
     OUT,
-    *("layers", "sites", "layer_stride", "dtype", "model_dtype"),
+    *("layers", "sites", "layer_stride", "dtype", "compression", "model_dtype"),
     *("max_tokens", "batch_size", "shard_tokens", "max_disk"),
     flag("delete_consumed", "--delete-consumed"),
     "device",
@@ -138,7 +138,7 @@ def train(config: TrainConfig) -> None:
     *("max_tokens", "model_tokens", "batch_size", "dead_percentage_threshold"),
     *("thresholds.min_loss_recovered", "thresholds.min_l0", "thresholds.max_l0"),
     *("thresholds.max_dead_fraction", "thresholds.max_absorption"),
-    *("variant", "latents", "n_latents", "n_contexts", "context_tokens"),
+    *("variant", "latents", "n_latents", "n_contexts", "n_samples", "context_tokens", "page_bytes"),
     *("log_to_wandb", "device", "device_map", "max_memory"),
 )
 def assess(config: AssessConfig) -> None:
@@ -148,11 +148,13 @@ def assess(config: AssessConfig) -> None:
 
     Example: `saemill assess runs/first`
     """
-    from saemill.assess.report import contexts_text
     from saemill.assess.run import run
+    from saemill.assess.table import contexts_text
     from saemill.common.log import say
+    from saemill.common.stores import features
 
-    if contexts := contexts_text(run(config)["features"], 4, 4):
+    run(config)
+    if contexts := contexts_text(features.load(config.folder), 4, 4):
         say(contexts)
 
 

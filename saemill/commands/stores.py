@@ -1,9 +1,12 @@
-"""Looking at what is on disk: show, verify."""
+"""Stores on disk: show, verify, convert-store."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from saemill.commands.flags import argument, command
+from saemill.convert_store.config import ConvertConfig
 
 
 def show(
@@ -31,3 +34,25 @@ def verify(
     say("\n".join(damaged) if damaged else f"{path}: every file has its size and hash")
     if damaged:
         raise typer.Exit(1)
+
+
+@command(
+    ConvertConfig,
+    "convert-store",
+    argument("source"),
+    argument("out"),
+    *("dtype", "compression", "shard_tokens"),
+)
+def convert_store(config: ConvertConfig) -> None:
+    """Write a store's activations again in another form: type, compression, size of shards.
+
+    Another compression or other shards change no activation; another type rounds. Killed at any moment, the
+    same command continues; the source stays as it is.
+
+    Example: `saemill convert-store acts archive --compression zstd`
+
+    Example: `saemill convert-store acts half --dtype int8`
+    """
+    from saemill.convert_store.run import run
+
+    run(config)

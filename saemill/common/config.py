@@ -25,12 +25,14 @@ SECTIONS = (
     *STAGES,
     "import-activations",
     "embed",
+    "convert-store",
     "run",
     "slurm",
     "matrix",
     "generate",
     "compare",
     "diff",
+    "latent",
     "export-latents",
 )
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}

@@ -1,5 +1,6 @@
-"""A report as one HTML page with no scripts and nothing to fetch; `page.html` is its frame."""
+"""A report as one HTML page with nothing to fetch; `page.html` is its frame."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,20 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         template: its place in the package: `assess/report.html`.
         values: what it names. Text in them is shown as it is; none of it is HTML.
     """
-    pages = Environment(
+    durable.write_bytes(path, [render(template, **values).encode()])
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in a template; see `write_page`."""
+    return _pages().get_template(template).render(palette=PALETTE, **values)
+
+
+@cache
+def _pages() -> Environment:
+    return Environment(
         loader=PackageLoader("saemill", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = pages.get_template(template).render(palette=PALETTE, **values)
-    durable.write_bytes(path, [page.encode()])

@@ -4,11 +4,14 @@ A record's file holds its fields and, last, `checksum`: xxh3 of all the others. 
 anything but saemill, or that is of another version, is an error with the way to repair it.
 """
 
+import base64
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from saemill.common import durable
@@ -25,6 +28,20 @@ class Record(BaseModel):
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
+
+
+def encode_array(values: NDArray[Any]) -> str:
+    """Encode a little-endian array as base64 text for JSON."""
+    return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def decode_array(text: str, dtype: str) -> NDArray[Any]:
+    """Decode the array that `encode_array` wrote.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    return np.frombuffer(base64.b64decode(text, validate=True), np.dtype(dtype).newbyteorder("<"))
 
 
 def _below(name: str) -> str:

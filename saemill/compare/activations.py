@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from saemill.common.errors import ConfigError
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.shards import as_tensor
 from saemill.compare.dictionaries import Dictionary
 from saemill.compare.matching import BLOCK_ROWS, Blocks
 
@@ -112,7 +111,7 @@ class Stores:
         site = store.site(dictionary.provenance["site"])
         blocks = []
         for shard, offsets in self._held_out(store):
-            x_TD = as_tensor(site.gather(shard, offsets), site.dtype)
+            x_TD = site.gather(shard, offsets)
             blocks += [_encode(sae, rows_TD.to(device)) for rows_TD in torch.split(x_TD, ROWS_AT_ONCE)]
         return Codes(scipy.sparse.csr_array(scipy.sparse.vstack(blocks)))
 

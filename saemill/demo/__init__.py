@@ -5,12 +5,13 @@ from importlib.resources import files
 from pathlib import Path
 
 from saemill.assess.config import AssessConfig
-from saemill.assess.report import contexts_text
 from saemill.assess.run import run as assess
+from saemill.assess.table import contexts_text
 from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common.config import resolve
 from saemill.common.log import duration, say
+from saemill.common.stores import features
 from saemill.common.stores.runs import REPORT
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
@@ -35,6 +36,6 @@ def run(out: Path) -> None:
     say("\n3. train: six SAEs at once over one stream")
     train(resolve(TrainConfig, "train", {"acts": acts, "out": trained}, config))
     say("\n4. assess: on documents that training never saw")
-    assessment = assess(resolve(AssessConfig, "assess", {"run": trained}, config))
-    say("\n" + contexts_text(assessment["features"], n_latents=5, n_contexts=4))
+    assess(resolve(AssessConfig, "assess", {"run": trained}, config))
+    say("\n" + contexts_text(features.load(trained), n_latents=5, n_contexts=4))
     say(f"\nReport: {trained / REPORT}. All in {duration(time.perf_counter() - started)}.")

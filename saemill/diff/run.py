@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from saemill.assess.evalset import EvalSet, check_tokens
-from saemill.assess.features import PassageReader, Reader, top_addresses
+from saemill.assess.firing import Firing
+from saemill.assess.reader import reader_of
 from saemill.common import config as settings
 from saemill.common import durable
-from saemill.common.config import plain
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.common.sae import of_run
@@ -21,7 +21,6 @@ from saemill.common.sae.sae import Sae
 from saemill.common.setting import identity
 from saemill.common.stores import diffs, runs
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.site_names import BESIDE
 from saemill.common.world import Group, World
 from saemill.diff.config import DiffConfig, crosscoder_of
@@ -206,21 +205,21 @@ def _shown(config: DiffConfig, evalset: EvalSet, sides: Sides, latents: Latents)
     groups = {kind: latents.strongest(kind, config.n_latents) for kind in KINDS if kind != "rare"}
     groups[TURNED] = latents.turned(config.n_latents)
     chosen = {latent: group for group, some in groups.items() for latent in some}
-    text = evalset.text
     chunks = evalset.context_chunks(config.context_tokens) if chosen and config.n_contexts else ()
-    top = top_addresses(
-        chunks, sides.site, sides.sae, list(chosen), text, config.n_contexts, evalset.everyone
-    )
-    reader = PassageReader(text) if isinstance(text, PassageStore) else Reader(text)
+    strongest = Firing(sides.sae, list(chosen), evalset, config.n_contexts).run(chunks).strongest
+    reader = reader_of(evalset.text)
     figures = latents.table()
     shown = []
-    for latent, group in chosen.items():
+    for at, (latent, group) in enumerate(chosen.items()):
         row = {key: values[0] for key, values in figures.slice(latent, 1).to_pydict().items()}
         numbers = {
             key: float(value) if np.isfinite(value) else None
             for key, value in row.items()
             if key not in ("latent", "kind")
         }
-        contexts = tuple(plain(reader.context(*entry)) for entry in top[latent])
+        contexts = tuple(
+            reader.context(float(place["activation"]), int(place["address"]), place["around"])
+            for place in strongest.of(at)
+        )
         shown.append(diffs.Shown(latent=latent, group=group, figures=numbers, contexts=contexts))
     return tuple(shown)

@@ -9,6 +9,6 @@ sources.py     which files or dataset a name means
 tables.py      vectors, ids and texts out of columns: parquet, arrow, json lines, `datasets`
 arrays.py      vectors out of .npy, .npz, raw rows, .pt and safetensors
 texts.py       texts from another file, joined by id or by order
-rows.py        a batch of rows, and the stored form of a vector: normalized, rounded
+rows.py        a batch of rows, and what a vector becomes: normalized, rounded
 store.py       the store: its passages, then the shards of its one site by the cache's writer
 """

@@ -34,7 +34,7 @@ class ImportConfig:
         decides=False,
     )
     normalize: bool = setting(False, "Divide each vector by its length")
-    dtype: Literal["bf16", "fp16", "fp32"] | None = setting(
+    dtype: Literal["bf16", "fp16", "fp32", "int8"] | None = setting(
         None,
         "Stored type",
         by_default="as they come; float64, JSON and normalized: fp32",
@@ -86,7 +86,9 @@ class EmbedConfig:
     model_revision: str | None = setting(None, "The hub model's revision", metavar="REV")
     prompt: str | None = setting(None, "Put before each text, as some encoders want it", metavar="TEXT")
     normalize: bool = like(ImportConfig, "normalize")
-    dtype: Literal["bf16", "fp16", "fp32"] = setting("fp32", "Stored type", metavar="TYPE", decides=False)
+    dtype: Literal["bf16", "fp16", "fp32", "int8"] = setting(
+        "fp32", "Stored type", metavar="TYPE", decides=False
+    )
     model_dtype: Literal["bf16", "fp16", "fp32"] = setting(
         "fp32", "Type the model computes in", metavar="TYPE"
     )

@@ -16,13 +16,13 @@ from saemill.common.hub import loading
 from saemill.common.log import progress, say
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.forms.form import FLOATS
 from saemill.common.stores.passages import PassageStore, PassageWriter
 from saemill.common.stores.shards import as_numpy
-from saemill.common.stores.site_records import DTYPES
 from saemill.common.stores.statistics import warnings
 from saemill.common.world import World, speak_for
 from saemill.embeddings.config import EmbedConfig
-from saemill.embeddings.rows import Form, Rows
+from saemill.embeddings.rows import Conversion, Rows
 from saemill.embeddings.sources import Where, open_hub
 from saemill.embeddings.store import Plan, describe, fill, make_passages, open_store
 from saemill.embeddings.tables import Table, choose_column, strings
@@ -61,7 +61,7 @@ def run(config: EmbedConfig) -> ActivationStore:
         width = int(model.encode(["a"], show_progress_bar=False).shape[1])
         store, writer = open_store(plan, passages, width, worker)
         encoder = _Encoder(model, passages, store.shard_tokens, config.batch_size, config.prompt)
-        what = fill(store, writer, plan.form, encoder.batches, worker, claim)
+        what = fill(store, writer, plan.conversion, encoder.batches, worker, claim)
     say(f"{config.out}: {plan.site} complete, {describe(passages)}; {what}")
     array = store.site(plan.site)
     for warning in warnings(plan.site, array.statistics, array.dtype, store.text.unit):
@@ -84,7 +84,7 @@ def _plan(config: EmbedConfig, table: Table, fingerprint: str) -> Plan:
         settings=config.identity() | {"model_fingerprint": fingerprint},
         held_out_fraction=config.held_out_fraction,
         shard_rows=config.shard_rows,
-        form=Form(DTYPES[config.dtype], config.normalize),
+        conversion=Conversion(config.dtype, config.normalize),
         made_by={
             "model": config.model,
             "revision": config.model_revision,
@@ -106,7 +106,7 @@ def _load(config: EmbedConfig, device: torch.device) -> Any:
             config.model,
             device=str(device),
             revision=config.model_revision,
-            model_kwargs={"dtype": DTYPES[config.model_dtype]},
+            model_kwargs={"dtype": FLOATS[config.model_dtype]},
         )
 
 

@@ -1,4 +1,4 @@
-"""Batches of a source's rows: vectors with their ids and texts, and the checks and stored form of vectors."""
+"""Batches of a source's rows: vectors with their ids and texts, the checks of vectors, what they become."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saemill.common.errors import DataError, SaemillError
+from saemill.common.stores.forms.form import FLOATS, StoredType
 from saemill.common.stores.rounding import largest, not_finite, rounded
 
 
@@ -60,14 +61,19 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """The stored form of a vector: its type, and whether it is normalized."""
+class Conversion:
+    """What a vector becomes before it is stored: whether it is normalized, and its type."""
 
-    dtype: torch.dtype
+    stored: StoredType
     normalize: bool
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that vectors are converted to; those that int8 is made of stay as exact as fp32."""
+        return FLOATS.get(self.stored, torch.float32)
+
     def of(self, rows: Rows) -> Tensor:
-        """Convert vectors to their stored form. [T, D] in `dtype`.
+        """Convert vectors. [T, D] in `dtype`.
 
         Raises:
             DataError: a value is NaN, infinite or beyond the type, or a vector to be normalized is

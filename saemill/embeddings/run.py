@@ -13,12 +13,12 @@ from saemill.common.errors import DataError
 from saemill.common.log import progress, say
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.forms.form import StoredType
 from saemill.common.stores.passages import PassageWriter
-from saemill.common.stores.site_records import DTYPES
 from saemill.common.stores.statistics import warnings
 from saemill.common.world import World, speak_for
 from saemill.embeddings.config import ImportConfig
-from saemill.embeddings.rows import Form, Rows, Source
+from saemill.embeddings.rows import Conversion, Rows, Source
 from saemill.embeddings.sources import Where, open_source, open_table
 from saemill.embeddings.store import Plan, describe, fill, make_passages, open_store
 from saemill.embeddings.tables import Table
@@ -43,18 +43,18 @@ def run(config: ImportConfig) -> ActivationStore:
     first = next(source.batches(0), None)
     if first is None:
         raise DataError(f"{config.source} holds no passages")
-    form = Form(_dtype(config, first), config.normalize)
-    plan = _plan(config, source, table, form)
+    conversion = Conversion(_stored_type(config, first), config.normalize)
+    plan = _plan(config, source, table, conversion)
     with (
         stop_on_signal() as stop,
         Worker(config.out / CLAIMS, stop) as worker,
         worker.hold("store") as claim,
     ):
-        checking = _Checking(config, source, table, form, worker)
+        checking = _Checking(config, source, table, conversion, worker)
         passages = make_passages(plan, worker, checking.write)
         store, writer = open_store(plan, passages, first.x_TD.shape[1], worker)
         what = fill(
-            store, writer, form, lambda start: _limited(source, start, config.max_rows), worker, claim
+            store, writer, conversion, lambda start: _limited(source, start, config.max_rows), worker, claim
         )
     say(f"{config.out}: {plan.site} complete, {describe(passages)}; {what}")
     array = store.site(plan.site)
@@ -78,14 +78,13 @@ def _open(config: ImportConfig) -> tuple[Source, Table | None]:
     return open_source(where), open_table(config.texts) if config.texts else None
 
 
-def _dtype(config: ImportConfig, first: Rows) -> torch.dtype:
-    if config.dtype is not None:
-        return DTYPES[config.dtype]
-    is_unchanged = first.x_TD.dtype in DTYPES.values() and not config.normalize
-    return first.x_TD.dtype if is_unchanged else torch.float32
+def _stored_type(config: ImportConfig, first: Rows) -> StoredType:
+    names: dict[torch.dtype, StoredType] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    as_they_come = "fp32" if config.normalize else names.get(first.x_TD.dtype, "fp32")
+    return config.dtype or as_they_come
 
 
-def _plan(config: ImportConfig, source: Source, table: Table | None, form: Form) -> Plan:
+def _plan(config: ImportConfig, source: Source, table: Table | None, conversion: Conversion) -> Plan:
     texts = None if table is None else table.fingerprint()
     return Plan(
         out=config.out,
@@ -95,7 +94,7 @@ def _plan(config: ImportConfig, source: Source, table: Table | None, form: Form)
         | {"column": source.site, "site": config.site or source.site, "texts_fingerprint": texts},
         held_out_fraction=config.held_out_fraction,
         shard_rows=config.shard_rows,
-        form=form,
+        conversion=conversion,
         made_by={"model": None, "revision": None, "model_fingerprint": None},
     )
 
@@ -107,7 +106,7 @@ class _Checking:
     config: ImportConfig
     source: Source
     table: Table | None
-    form: Form
+    conversion: Conversion
     worker: Worker
 
     def write(self, writer: PassageWriter) -> str:
@@ -119,7 +118,7 @@ class _Checking:
         with progress("check", config.max_rows, "passages") as advance:
             for rows in _limited(self.source, 0, config.max_rows):
                 self.worker.check_stop()
-                self.form.of(rows)
+                self.conversion.of(rows)
                 ids, row_texts = texts.of(rows)
                 hashed = "texts" if row_texts else "ids" if ids else "vectors"
                 writer.add(ids, row_texts, _bytes(row_texts or ids or rows.x_TD))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saemill.cache.calibration import calibration_of, first_rows
 from saemill.cache.claims.files import CLAIMS, holds_only_claims
 from saemill.cache.claims.worker import Claim, Worker
 from saemill.cache.folder import check_same_store, write_group
@@ -21,10 +22,10 @@ from saemill.common import durable, records, setting
 from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.forms.form import empty, form_of
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.passages import NO_MASK, PassageManifest, PassageStore, PassageWriter
 from saemill.common.stores.site_records import (
-    BLOCK_TOKENS,
-    DTYPES,
     EMBEDDINGS,
     FORMAT,
     RESERVED,
@@ -34,7 +35,7 @@ from saemill.common.stores.site_records import (
     known_settings,
     sites_in,
 )
-from saemill.embeddings.rows import Form, Rows
+from saemill.embeddings.rows import Conversion, Rows
 
 SHARD_BYTES = 1 << 26
 SHARD_ROWS = 1 << 16
@@ -53,7 +54,7 @@ class Plan:
     """Settings of the user; with the source they decide the content."""
     held_out_fraction: float
     shard_rows: int | None
-    form: Form
+    conversion: Conversion
     made_by: dict[str, Any]
     """`model`, `revision`, `model_fingerprint`, as far as known."""
 
@@ -165,8 +166,8 @@ def open_store(
     Raises:
         ConfigError: it was made with other settings, or the disk is too small.
     """
-    dtype = plan.form.dtype
-    row_bytes = width * dtype.itemsize
+    form = form_of(plan.conversion.stored, width)
+    row_bytes = form.columns * form.stored.itemsize
     fitting = max(BLOCK_TOKENS, SHARD_BYTES // row_bytes // BLOCK_TOKENS * BLOCK_TOKENS)
     shard_rows = min(passages.n_rows, plan.shard_rows or min(SHARD_ROWS, fitting))
     identity = {
@@ -176,7 +177,7 @@ def open_store(
         "source_hash": plan.source_hash,
         "n_rows": passages.n_rows,
         "shard_tokens": shard_rows,
-        "dtype": next(name for name, known in DTYPES.items() if known is dtype),
+        "dtype": plan.conversion.stored,
         "model_dtype": None,
         "model_fingerprint": plan.made_by["model_fingerprint"],
         "mask": setting.identity(NO_MASK),
@@ -190,7 +191,7 @@ def open_store(
         existing = StoreSettings.made(identity, **made_by)
     write_group(plan.out, existing, worker)
     store = ActivationStore(plan.out)
-    return store, SiteWriter(store, Site(plan.site, width), dtype, worker)
+    return store, SiteWriter(store, Site(plan.site, width), worker)
 
 
 def _check_disk(plan: Plan, n_bytes: int) -> None:
@@ -205,7 +206,7 @@ def _check_disk(plan: Plan, n_bytes: int) -> None:
 def fill(
     store: ActivationStore,
     writer: SiteWriter,
-    form: Form,
+    conversion: Conversion,
     batches: Callable[[int], Iterator[Rows]],
     worker: Worker,
     claim: Claim,
@@ -215,7 +216,7 @@ def fill(
     Args:
         store: the store.
         writer: of its site.
-        form: what the vectors are made into.
+        conversion: what the vectors become.
         batches: the rows from a number on, in order.
         worker: this process.
         claim: on the store.
@@ -224,6 +225,11 @@ def fill(
         DataError: the rows end before the last shard, or a vector is refused.
         Interrupted: a signal came; what was finished is committed.
     """
+    if not writer.is_calibrated:
+        x_TD = torch.empty(len(first_rows(store)), writer.site.width)
+        for _ in _Reader(conversion, batches).fill(x_TD, 0):
+            worker.check_stop()
+        writer.note(None, calibration_of(store, x_TD))
     mend(writer, damaged(writer))
     missing = writer.lacking()
     n_missing = sum(map(store.shard_length, missing))
@@ -231,14 +237,16 @@ def fill(
         n_done = store.n_shards - len(missing)
         say(f"{n_done:,} of {counted(store.n_shards, 'shard')} are there, continuing with shard {missing[0]}")
     if missing:
-        reader = _Reader(form, batches)
+        reader = _Reader(conversion, batches)
         with progress("write", store.n_tokens, "passages", store.n_tokens - n_missing) as advance:
             for shard in missing:
-                x_TD = torch.empty(store.shard_length(shard), writer.site.width, dtype=form.dtype)
+                x_TD = torch.empty(store.shard_length(shard), writer.site.width, dtype=conversion.dtype)
                 for n_rows in reader.fill(x_TD, shard * store.shard_tokens):
                     worker.check_stop()
                     advance(n_rows)
-                writer.write(shard, x_TD, claim)
+                stored_TC = empty(writer.form, len(x_TD))
+                writer.form.encode(x_TD, stored_TC)
+                writer.write(shard, stored_TC, claim)
     if not writer.finish():
         raise StoreError(f"shards of {store.path} went missing meanwhile; run the command again")
     return (
@@ -249,8 +257,8 @@ def fill(
 class _Reader:
     """A reader of a source's rows: it goes through them once, and starts again where shards are left out."""
 
-    def __init__(self, form: Form, batches: Callable[[int], Iterator[Rows]]) -> None:
-        self.form, self.batches = form, batches
+    def __init__(self, conversion: Conversion, batches: Callable[[int], Iterator[Rows]]) -> None:
+        self.conversion, self.batches = conversion, batches
         self._stream: Iterator[Rows] = iter(())
         self._position = -1
         self._left: Tensor | None = None
@@ -265,7 +273,7 @@ class _Reader:
                 rows = next(self._stream, None)
                 if rows is None:
                     raise DataError(f"the source ends at row {self._position:,}; it has changed meanwhile")
-                self._left = self.form.of(rows)
+                self._left = self.conversion.of(rows)
             chunk = self._left[: len(x_TD) - n_filled]
             x_TD[n_filled : n_filled + len(chunk)] = chunk
             self._left = self._left[len(chunk) :] if len(chunk) < len(self._left) else None

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from huggingface_hub import CardData, ModelCardData, RepoCard
 
-from saemill.assess.report import cuts, interval
 from saemill.assess.sums import number
+from saemill.assess.table import cuts, interval
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
 from saemill.hub import kinds

@@ -5,8 +5,9 @@ from pathlib import PurePath
 from huggingface_hub import DatasetCardData
 
 from saemill.common.log import counted
-from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageManifest, PassageStore
+from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.site_records import StoreSettings
 from saemill.common.stores.tokens import TokenManifest, TokenStore
 from saemill.hub.card import code, front_matter, rows
@@ -61,7 +62,7 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
         _front_matter("activations"),
         f"# {title}",
         what,
-        rows([SITE_HEAD, *(_site_line(site, settings.dtype) for site in sites)]),
+        rows([SITE_HEAD, *(_site_line(site, settings.stored_as) for site in sites)]),
         rows([["", ""], *_model_lines(settings), *lines, shards]),
         "## Read",
         code("", f"saemill pull datasets/{repo} -o acts"),
@@ -73,7 +74,8 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
             f"text = {read}",
         ),
         "`saemill train acts` trains on it. It is Zarr v3, which other readers take as well: rows lie "
-        "shuffled within each shard, by a permutation that saemill computes, and bf16 is kept as uint16.",
+        "shuffled within each shard, by a permutation that saemill computes, bf16 is kept as uint16, and of "
+        "int8 there are codes and steps, with mean and scale in the site's manifest.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -109,7 +111,7 @@ def _site_line(site: SiteArray, dtype: str) -> list[str]:
         f"`{site.name}`",
         f"[{site.store.n_tokens:,}, {site.width:,}]",
         dtype,
-        f"{site.array.n_shards * site.array.shard_bytes / 2**20:,.1f}",
+        f"{site.n_bytes / 2**20:,.1f}",
         f"{site.statistics.mean_squared_norm:.4g}",
     ]
 

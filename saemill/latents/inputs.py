@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
+from saemill.common.ranges import parsed
 from saemill.common.sae import of_run
 from saemill.common.sae.sae import Sae
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
-from saemill.latents.config import ExportLatentsConfig, parsed
+from saemill.latents.config import ExportLatentsConfig
 
 
 @dataclass(frozen=True, slots=True)

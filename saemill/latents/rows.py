@@ -19,7 +19,6 @@ from saemill.common.log import progress
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.shards import as_tensor
 
 CHUNK_TOKENS = 2048
 """Tokens encoded at once, or one row where that is longer."""
@@ -99,7 +98,7 @@ class Rows:
             row, pos = np.divmod(kept, ctx_len)
             offsets = numbers_R[row] * ctx_len + pos - shard * self.store.shard_tokens
             if len(kept):
-                x_TD = as_tensor(array.gather(int(shard), offsets), array.dtype)
+                x_TD = array.gather(int(shard), offsets)
                 yield Chunk(first * ctx_len + kept, x_TD)
 
     def _batches(self) -> Iterator[tuple[int, NDArray[np.int64]]]:

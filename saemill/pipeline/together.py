@@ -23,7 +23,8 @@ from saemill.common.signals import stop_on_signal
 from saemill.common.sizes import written
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.followed import grouped, two_groups
-from saemill.common.stores.site_records import DTYPES, Site
+from saemill.common.stores.forms.form import form_of
+from saemill.common.stores.site_records import Site
 from saemill.common.world import World
 from saemill.train.config import TrainConfig
 
@@ -154,7 +155,8 @@ def check_room(
     shard_tokens, limit = content["shard_tokens"], caching.max_disk_bytes
     n_shards = -(-content["n_rows"] * ctx_len // shard_tokens)
     n_needed = two_groups(grouped(n_shards, shard_tokens, training.group_tokens))
-    token_bytes = DTYPES[content["dtype"]].itemsize * sum(site.width for site in sites)
+    forms = [form_of(content["dtype"], site.width) for site in sites]
+    token_bytes = sum(form.columns * form.stored.itemsize for form in forms)
     needed = written(n_needed * shard_tokens * token_bytes)
     if limit is not None and limit < n_needed * shard_tokens * token_bytes:
         raise ConfigError(

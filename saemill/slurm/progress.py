@@ -8,7 +8,8 @@ from saemill.common import config as settings
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
 from saemill.common.stores import assessments, runs
-from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.tokens import TokenStore
 from saemill.slurm.pipeline import Pipeline
 from saemill.train.config import TrainConfig

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -119,6 +120,14 @@ def test_figures_and_losses_equal_their_definitions(folder: Path, tiny_models: d
     assert entry_of(alone, "layers.2")["metrics"] == entry_of(assessment, "layers.2")["metrics"]
     page = (folder / "run" / "report.html").read_text()
     assert "at layers.0" in page
+    parts = zip(torch.split(sae.W_dec.detach().double(), [32, 32], 1), SITES, strict=True)
+    norms = [rows.norm(dim=1) * (32 / store.site(s).statistics.total_variance) ** 0.5 for rows, s in parts]
+    shares = (norms[0] / (norms[0] + norms[1])).numpy()
+    table = pq.read_table(folder / "run" / "latents.parquet").to_pandas()
+    live = table[table["variant"] == found["name"]]["density"].to_numpy() >= 0.0005
+    assert found["norm_shares"][SITES[0]] == np.histogram(shares[live], 20, (0, 1))[0].tolist()
+    assert found["norm_shares"][SITES[0]] == found["norm_shares"][SITES[1]][::-1]
+    assert "live latents by the share of layers.0 in their decoder row" in page
 
 
 def test_crosscoders_alone_have_controls_in_their_units(folder: Path) -> None:

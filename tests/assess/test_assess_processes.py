@@ -16,6 +16,7 @@ from waiting import LIMIT_SECONDS
 
 import saemill
 from saemill.cli import app
+from saemill.common.stores import features
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
@@ -139,6 +140,10 @@ def test_two_processes_find_what_one_finds(trained: Pipeline, tmp_path: Path) ->
     assert result(one)["data"]["n_tokens"] == 3000
     for name in ("documents", "documents_model"):
         same_sums(two / f"{name}.parquet", one / f"{name}.parquet", 2)
+    shown = [features.load(out).model_dump() for out in (one, two)]
+    means = [[latent.pop("mean_when_active") for latent in some["latents"]] for some in shown]
+    assert shown[0] == shown[1]
+    np.testing.assert_allclose(*means, rtol=ROUNDING)
     latents = [pq.read_table(out / "latents.parquet").to_pydict() for out in (one, two)]
     for name in ("variant", "latent", "density", "max"):
         assert latents[0][name] == latents[1][name]

@@ -5,11 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reconstructions import (
-    ALONE,
     D,
     constant_sae,
     evalset,
@@ -23,7 +21,7 @@ from stores import make_store
 
 from saemill.assess.baselines import fit_baselines
 from saemill.assess.config import Thresholds
-from saemill.assess.features import Reader, check_latents, choose_latents, top_addresses
+from saemill.assess.features import check_latents, choose_latents
 from saemill.assess.reconstruction import absorption
 from saemill.assess.sums import Bootstrap, DocumentSums, Ratio, Split
 from saemill.assess.verdict import summary, thresholds_checks
@@ -177,44 +175,6 @@ def test_copies_of_a_document_count_as_one(store: ActivationStore) -> None:
     table = store.tokens.documents
     kept = table["held_out"].to_numpy(zero_copy_only=False)
     assert sorted(found.sums.rows) == sorted(set(table["text_hash"].to_numpy()[kept].tolist()))
-
-
-def test_top_contexts_are_the_strongest_one_per_document(store: ActivationStore) -> None:
-    """Oracle: a full sort of all activations of the latent."""
-    sae = random_sae(4)
-    latents = [3, 7]
-    chosen = evalset(store)
-    found = top_addresses(chosen.context_chunks(10**9), "a", sae, latents, store.tokens, 5, ALONE)
-    kept = np.concatenate(
-        [
-            store.keep_addresses(i, store.mask, False) | store.keep_addresses(i, store.mask, True)
-            for i in range(store.n_shards)
-        ]
-    )
-    with torch.no_grad():
-        acts, indices = sae.encode(store.read("a", 0, store.n_tokens))
-    for latent in latents:
-        value = torch.where(indices == latent, acts, 0.0).amax(1).numpy() * kept
-        best: dict[int, tuple[float, int]] = {}
-        for address in np.argsort(-value, kind="stable"):
-            document = int(store.tokens.document_of(np.array([address]))[0])
-            if value[address] > 0 and document not in best:
-                best[document] = (float(value[address]), int(address))
-        expected = sorted(best.values(), reverse=True)[:5]
-        assert len(expected) == 5
-        assert [address for _, address in found[latent]] == [address for _, address in expected]
-
-
-def test_a_context_is_the_text_around_the_address(store: ActivationStore) -> None:
-    """Oracle: the tokenizer's decoding of the row, specials left out, cut at the document's start."""
-    reader = Reader(store.tokens)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(store.tokens.tokenizer.name)
-    row, position = 6, 8
-    ids = [int(i) for i in store.tokens.rows(row, row + 1)[0]]
-    context = reader.context(1.5, row * 16 + position)
-    assert context.token == tokenizer.decode([ids[position]])
-    assert context.before == tokenizer.decode([i for i in ids[:position] if i != 0])
-    assert context.after == tokenizer.decode([i for i in ids[position + 1 :] if i != 0])
 
 
 def test_latents_shown_are_asked_or_random_live_ones() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from mutations import changed_bytes
+from pages import texts_of
 from pipeline import Pipeline
 
 from saemill.assess.config import AssessConfig
@@ -88,7 +89,7 @@ def test_one_passage_has_no_fvu(tmp_path: Path) -> None:
     page = (tmp_path / "run" / "report.html").read_text()
     assert "no FVU: one passage has no variance to explain" in page
     for word in ("token", "document"):
-        assert word not in page.lower()
+        assert word not in texts_of(page).lower()
 
 
 def test_what_the_store_lost_and_long_rows_are_noted(
@@ -163,7 +164,8 @@ def changed(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["bit", "cut", "zeros", "missing"])
 @pytest.mark.parametrize(
-    "name", ["final_assessment.json", "documents.parquet", "latents.parquet", "report.html"]
+    "name",
+    ["final_assessment.json", "documents.parquet", "latents.parquet", "features.json", "report.html"],
 )
 def test_a_damaged_assessment_is_found_and_made_again(
     small: Path, tmp_path: Path, name: str, how: str

@@ -10,7 +10,7 @@ from benchmarks.cache import store as stores
 from benchmarks.cache.loader import Task, mixed
 
 ROOT = Path(__file__).parents[2]
-RUN_BY_OTHERS = {"benchmarks.evaluate.evaluators"}
+RUN_BY_OTHERS = {"benchmarks.cache.saelens_runner", "benchmarks.evaluate.evaluators"}
 """Modules with a command line that only another benchmark uses."""
 
 

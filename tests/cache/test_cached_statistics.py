@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.stores.activations import ActivationStore, Moments, Statistics
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.statistics import Moments, Statistics
 from saemill.common.stores.tokens import TokenStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")

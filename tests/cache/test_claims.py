@@ -261,7 +261,7 @@ def test_waiting_is_told_and_ends_with_a_signal(
 
 def one_shard(store: ActivationStore, worker: Worker, values_TD: torch.Tensor) -> SiteWriter:
     """Write shard 1 of site `a` under a claim."""
-    writer = SiteWriter(store, Site("a", 8), torch.float32, worker)
+    writer = SiteWriter(store, Site("a", 8), worker)
     claim = worker.claim("shard-1")
     assert claim
     writer.write(1, values_TD, claim)
@@ -319,7 +319,7 @@ def stopped_at(moment: int, store: ActivationStore, values: torch.Tensor, others
 
             patch.setattr(holder, name, step)
 
-        writer = SiteWriter(store, Site("a", 8), torch.float32, late)
+        writer = SiteWriter(store, Site("a", 8), late)
         claim = late.claim("shard-1")
         assert claim
         for holder, name in ((os, "link"), (os, "fsync"), (Path, "replace"), (Path, "unlink"),

@@ -63,9 +63,8 @@ def growing(tmp_path: Path) -> Growing:
 def open_room(growing: Growing, n_shards: int) -> Iterator[Room]:
     store = ActivationStore(growing.path)
     with Worker(growing.path / "claims", threading.Event()) as worker:
-        dtype = store.settings.torch_dtype
-        writers = [SiteWriter(store, Site(name, 4), dtype, worker) for name in growing.sites]
-        yield Room(store, writers, worker, n_shards * sum(writer.array.shard_bytes for writer in writers))
+        writers = [SiteWriter(store, Site(name, 4), worker) for name in growing.sites]
+        yield Room(store, writers, worker, n_shards * sum(writer.array.raw_bytes for writer in writers))
 
 
 def register(growing: Growing, name: str, **changes: int) -> Path:

@@ -31,10 +31,11 @@ def whole(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 
 
 def command(folder: Path, out: Path, layers: str = "0,2") -> list[str]:
-    """60 shards of two rows at each site."""
+    """60 shards of two rows at each site, as int8: whoever calibrates first does so for all."""
     return [
         sys.executable, "-m", "saemill", "cache", str(folder / "tokens"), "--model", str(folder / "model"),
-        "--layers", layers, "--shard-tokens", "64", "--batch-size", "1", "-o", str(out),
+        "--layers", layers, "--shard-tokens", "64", "--batch-size", "1", "--dtype", "int8",
+        "-o", str(out),
     ]  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """The pages of reports: that their templates ship, and that no text in them becomes HTML."""
 
 import tomllib
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from pages import Page
 
 import saemill
 from saemill.common.page import write_page
@@ -13,22 +13,6 @@ from saemill.hub.names import Names
 
 ROOT = Path(saemill.__file__).parent
 ODD = ["<b>bold</b>", 'it\'s "odd" & <i>', "{{ 1 + 1 }}", "{% raw %}", "a/b c", "é\u202e"]
-
-
-class Texts(HTMLParser):
-    """The texts of a page, and its tags."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-        self.tags: set[str] = set()
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 def comparison(name: str) -> dict[str, object]:
@@ -55,7 +39,7 @@ def test_every_file_that_is_no_code_ships() -> None:
     shipped = {file for pattern in globs["saemill"] for file in ROOT.glob(pattern)}
     files = {file for file in ROOT.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
     assert {file for file in files if file.suffix != ".py"} - shipped == set()
-    assert {ROOT / "common" / "page.html", ROOT / "assess" / "report.html"} <= shipped
+    assert {ROOT / "common" / "page.html", ROOT / "assess" / "report" / "report.html"} <= shipped
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -65,7 +49,7 @@ def test_a_name_on_a_page_is_text(tmp_path: Path, name: str) -> None:
     pages = {}
     for at, shown in (("odd", name), ("plain", "plain")):
         report.write_html(tmp_path / at, comparison(shown))
-        pages[at] = Texts((tmp_path / at).read_text())
+        pages[at] = Page((tmp_path / at).read_text())
     assert pages["odd"].tags == pages["plain"].tags
     assert pages["odd"].texts.count(name) == pages["plain"].texts.count("plain") == 2
     assert f"{name} – other" in pages["odd"].texts

@@ -20,7 +20,7 @@ from mutations import changed_bytes
 
 from saemill.common.errors import SaemillError
 from saemill.embeddings.config import ImportConfig
-from saemill.embeddings.rows import Form
+from saemill.embeddings.rows import Conversion
 from saemill.embeddings.run import run
 from saemill.embeddings.sources import Where, open_source
 
@@ -39,7 +39,7 @@ def test_a_mutated_file_is_read_or_refused_in_words(tmp_path: Path) -> None:
             try:
                 source = open_source(Where(name=str(bad), **options))
                 for rows in source.batches(2):
-                    Form(torch.float32, False).of(rows)
+                    Conversion("fp32", False).of(rows)
                 n_read += 1
             except SaemillError as error:
                 refused.append(str(error))

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from saemill import cli
 from saemill.assess.config import AssessConfig
-from saemill.assess.report import contexts_text
 from saemill.assess.run import run as assess
+from saemill.assess.table import context_line, contexts_text
 from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.features import Context, Passage, load
 from saemill.show import describe
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
@@ -51,43 +52,43 @@ def sparsest(planted: Path) -> Path:
 
 def test_features_show_the_passages_where_they_fire_most(planted: Path, tmp_path: Path) -> None:
     """Oracle: every passage encoded, the strongest of each latent taken, copies of a text once."""
-    assessment = assess(
-        AssessConfig(run=planted / "run", out=tmp_path, device="cpu", latents=(5,), n_contexts=3)
-    )
-    features = assessment["features"]
+    assess(AssessConfig(run=planted / "run", out=tmp_path, device="cpu", latents=(5,), n_contexts=3))
+    features = load(tmp_path)
     source = pq.read_table(planted / "x.parquet")
     x = np.stack(source["embedding"].to_pylist()).astype(np.float32)
     texts, ids = source["text"].to_pylist(), source["id"].to_pylist()
-    encoded = Sae.load(planted / "run" / features["variant"]).encode(x)
+    encoded = Sae.load(planted / "run" / features.variant).encode(x)
     dense = torch.zeros(2000, 48).scatter_(1, encoded.top_indices, encoded.top_acts.detach())
-    assert features["latents"][0]["latent"] == 5
-    assert len(features["latents"]) >= 12
-    for latent in features["latents"]:
+    assert features.latents[0].latent == 5
+    assert len(features.latents) >= 12
+    for latent in features.latents:
         strongest: dict[str, float] = {}
-        for row in dense[:, latent["latent"]].argsort(descending=True, stable=True).tolist():
-            if dense[row, latent["latent"]] > 0:
-                strongest.setdefault(texts[row], float(dense[row, latent["latent"]]))
+        for row in dense[:, latent.latent].argsort(descending=True, stable=True).tolist():
+            if dense[row, latent.latent] > 0:
+                strongest.setdefault(texts[row], float(dense[row, latent.latent]))
         expected = list(strongest.items())[:3]
-        assert [context["text"] for context in latent["contexts"]] == [name for name, _ in expected]
-        for context, (_, activation) in zip(latent["contexts"], expected, strict=True):
-            assert context["activation"] == pytest.approx(activation, rel=1e-4)
-            assert texts[ids.index(context["id"])] == context["text"] == texts[context["address"]]
+        places = [context.place for context in latent.contexts if isinstance(context.place, Passage)]
+        assert [place.text for place in places] == [name for name, _ in expected]
+        activations = [context.activation for context in latent.contexts]
+        assert activations == pytest.approx([activation for _, activation in expected], rel=1e-4)
+        for place in places:
+            assert texts[ids.index(place.id)] == place.text == texts[place.address]
     shown = contexts_text(features, 1, 1)
-    first = features["latents"][0]["contexts"][0]
-    assert f"[{first['id']}] {first['text']}" in shown
+    first = features.latents[0].contexts[0].place
+    assert isinstance(first, Passage)
+    assert f"[{first.id}] {first.text}" in shown
     assert "of passages" in shown
     page = (tmp_path / "report.html").read_text()
-    assert first["text"].replace("<", "&lt;").replace(">", "&gt;") in page
+    assert str(first.text).replace("<", "&lt;").replace(">", "&gt;") in page
     assert "<about>" not in page
 
 
 def test_passages_without_texts_are_shown_by_id_or_row() -> None:
     """Oracle: the formats of the line; an id of the source, or its row."""
     for id_, shown in (("p7", "[p7] "), (None, "[passage 7] ")):
-        context = {"activation": 1.5, "address": 7, "id": id_, "text": None}
-        latent = {"latent": 3, "density": 0.1, "contexts": [context]}
-        features = {"variant": "v", "searched": "all", "unit": "passage", "latents": [latent]}
-        assert contexts_text(features, 1, 1).endswith(f"       1.50  {shown}")
+        place = Passage(address=7, id=id_, text=None)
+        line = context_line(Context(activation=1.5, values=(), place=place))
+        assert line.endswith(f"       1.50  {shown}")
 
 
 def test_figures_are_those_of_the_held_out_passages(planted: Path, tmp_path: Path) -> None:

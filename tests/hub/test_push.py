@@ -60,10 +60,12 @@ def test_a_pulled_run_is_assessed_on_its_pulled_activations(made: Pipeline, hub:
     assert [e["metrics"] for e in again["variants"]] == [e["metrics"] for e in wanted["variants"]]
 
 
-@pytest.mark.parametrize("kind", ["acts", "tokens"])
+@pytest.mark.parametrize("kind", ["acts", "packed", "tokens"])
 def test_a_pushed_store_is_pulled_byte_for_byte(kind: str, made: Pipeline, hub: Hub, tmp_path: Path) -> None:
     """Oracle: the store's own files; those that named a path of this machine differ in that alone."""
-    path = {"acts": made.acts, "tokens": made.tokens}[kind]
+    path = {"acts": made.acts, "packed": tmp_path / "int8", "tokens": made.tokens}[kind]
+    if kind == "packed":
+        call("convert-store", made.acts, path, "--dtype", "int8", "--compression", "zstd")
     assert call("push", path, f"user/{kind}").endswith(f"hf://datasets/user/{kind} is there\n")
     told = call("pull", f"user/{kind}", "-o", tmp_path / kind)
     files = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()}
@@ -72,8 +74,8 @@ def test_a_pushed_store_is_pulled_byte_for_byte(kind: str, made: Pipeline, hub: 
     differ = {name for name in files if (path / name).read_bytes() != (tmp_path / kind / name).read_bytes()}
     of_sites = {name for name in files if name.startswith("sites/")}
     of_acts = {"zarr.json", "tokens/manifest.json", *of_sites}
-    assert differ == (of_acts if kind == "acts" else {"manifest.json"})
-    store: Any = ActivationStore if kind == "acts" else TokenStore
+    assert differ == ({"manifest.json"} if kind == "tokens" else of_acts)
+    store: Any = TokenStore if kind == "tokens" else ActivationStore
     assert store(tmp_path / kind).fingerprint == store(path).fingerprint
     assert f"fingerprint {store(path).fingerprint}" in told
     assert "every file has its size and hash" in call("verify", tmp_path / kind)

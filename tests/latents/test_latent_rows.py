@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from stores import make_store
 
 from saemill.common.errors import ConfigError
+from saemill.common.ranges import parsed
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.latents.codes import Codes
-from saemill.latents.config import parsed
 from saemill.latents.firing import Firing
 from saemill.latents.rows import Entries, Rows
 

@@ -32,7 +32,6 @@ def write_assessment(folder: Path, verdicts: Mapping[str, str]) -> None:
     values = {
         "settings": {}, "of": "0" * 16, "data": data, "thresholds": {}, "best_variant": best,
         "best_on_other_documents": other, "variants": variants, "controls": [],
-        "features": {"variant": best, "unit": "token", "searched": "nothing", "latents": []},
         "n_processes": 1, "versions": {}, "seconds": 0.5, "files": [],
     }  # fmt: skip
     records.write(folder / assessments.FILE, assessments.checked(values))

@@ -11,10 +11,13 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 
+from saemill.cache.calibration import calibration_of, first_rows
 from saemill.cache.claims.worker import Worker
 from saemill.cache.folder import write_group
 from saemill.cache.writer import SiteWriter
+from saemill.common.config import plain
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.forms.form import empty
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.shards import ShardedArray
 from saemill.common.stores.site_records import Site, StoreSettings
@@ -84,8 +87,9 @@ def make_store(
     b_TD: torch.Tensor | None = None,
     seed: int = 0,
     model: str = "none",
+    form: tuple[str, str | None] = ("fp32", None),
 ) -> ActivationStore:
-    """An activation store with sites `a` and `b`, float32.
+    """An activation store with sites `a` and `b`.
 
     Args:
         values_TD: values of site a by address; by default dimensions 0 and 1 tell the address
@@ -93,17 +97,20 @@ def make_store(
         b_TD: those of site b, of any width; by default those of a, plus 1.
         seed: of the tokens.
         model: what made the activations.
+        form: stored type and compression.
     """
     acts = path / "acts"
     tokens = make_tokens(acts / "tokens", n_rows, ctx_len, seed, parent="a token store")
-    settings = StoreSettings(
+    settings = StoreSettings.made(
+        {},
         tokens_fingerprint=tokens.manifest.parent_fingerprint,
         n_rows=n_rows,
         shard_tokens=shard_tokens // ctx_len * ctx_len,
-        dtype="fp32",
+        dtype=form[0],
+        compression=form[1],
         model_dtype="float32",
         model_fingerprint=model,
-        mask=MaskConfig(),
+        mask=plain(MaskConfig()),
         model=model,
         revision=None,
         versions={"saemill": version("saemill")},
@@ -117,10 +124,16 @@ def make_store(
         values_TD[:, 0], values_TD[:, 1] = (address // 256).float(), (address % 256).float()
     with Worker(acts / "claims", threading.Event()) as worker, worker.hold("store") as claim:
         for name, site_TD in (("a", values_TD), ("b", values_TD + 1 if b_TD is None else b_TD)):
-            writer = SiteWriter(store, Site(name, site_TD.shape[1]), torch.float32, worker)
+            writer = SiteWriter(store, Site(name, site_TD.shape[1]), worker)
+            if form[0] == "int8":
+                n_first = len(first_rows(store)) * store.ctx_len
+                writer.note(None, calibration_of(store, site_TD[:n_first]))
             for shard in range(store.n_shards):
                 start = shard * store.shard_tokens
-                writer.write(shard, site_TD[start : start + store.shard_length(shard)], claim)
+                x_TD = site_TD[start : start + store.shard_length(shard)]
+                stored_TC = empty(writer.form, len(x_TD))
+                writer.form.encode(x_TD, stored_TC)
+                writer.write(shard, stored_TC, claim)
             writer.finish()
     return store
 

@@ -24,9 +24,10 @@ def structured(n: int) -> torch.Tensor:
     return directions[picks].sum(1) + 0.1 * torch.randn(n, D, generator=generator) + 30
 
 
-def structured_store(folder: Path) -> ActivationStore:
+def structured_store(folder: Path, **changes: Any) -> ActivationStore:
     """256 rows of 32 such activations at site `a`, and at `b` those plus 1."""
-    return make_store(folder, n_rows=256, ctx_len=32, d=D, shard_tokens=2048, values_TD=structured(256 * 32))
+    values = {"values_TD": structured(256 * 32)} | changes
+    return make_store(folder, n_rows=256, ctx_len=32, d=D, shard_tokens=2048, **values)
 
 
 def config(store: ActivationStore, out: Path, **changes: Any) -> TrainConfig:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import call
 from launching import ENVIRONMENT
-from training import config, files, killed_at
+from training import config, files, killed_at, structured_store
 from waiting import wait_until
 
 from saemill.common.errors import ConfigError
@@ -49,6 +49,18 @@ def test_a_run_killed_and_resumed_equals_an_uninterrupted_one(
     run(config(store, tmp_path / "cut", **changes))
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     assert not (tmp_path / "cut" / "checkpoint.json").exists()
+
+
+def test_a_run_on_int8_is_that_on_the_values_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a run on fp32 rows that are what is read of the codes, bit by bit; that on the codes is killed
+    and goes on."""
+    packed = structured_store(tmp_path / "packed", form=("int8", "lz4"))
+    a_TD, b_TD = (packed.read(site, 0, packed.n_tokens) for site in "ab")
+    plain = structured_store(tmp_path / "plain", values_TD=a_TD, b_TD=b_TD)
+    run(config(plain, tmp_path / "whole"))
+    killed_at(9, config(packed, tmp_path / "cut"), monkeypatch)
+    run(config(packed, tmp_path / "cut"))
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
 def test_kernels_differ_by_rounding_alone(

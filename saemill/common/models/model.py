@@ -304,13 +304,14 @@ class LanguageModel:
 
 
 def attention_of(ids_RS: Tensor, tokenizer: TokenizerInfo) -> Tensor | None:
-    """Compute the attention mask of an encoder's rows (0 on padding); None for decoders, whose rows are full.
+    """Compute the attention mask of an encoder's rows (0 on padding); None where all are full.
 
-    A decoder's padding id is often its separator, so it says nothing there.
+    So are a decoder's, whose padding id is often its separator. Attention is faster without a mask.
     """
     if tokenizer.mask_id is None or tokenizer.pad_id is None:
         return None
-    return (ids_RS != tokenizer.pad_id).long()
+    is_token_RS = ids_RS != tokenizer.pad_id
+    return None if bool(is_token_RS.all()) else is_token_RS.long()
 
 
 def check_fit(config: Any, name: str, tokens: TokenStore, trust_remote_code: bool = False) -> None:

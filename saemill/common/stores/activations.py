@@ -6,8 +6,8 @@ Layout of the folder (a Zarr v3 group):
     sites/<site>.json        a record of each site, finished or not; it repeats the settings
     tokens/                  a TokenStore of the rows that were cached; or, of embeddings,
     passages/                a PassageStore
-    <site>/zarr.json         array [n_tokens, D]
-    <site>/c/<shard>/0       raw rows of one shard, in the shard's permuted order
+    <site>/zarr.json         array [n_tokens, C] of stored rows (`forms`); C is D, of int8 more
+    <site>/c/<shard>/0       stored rows of one shard, in the shard's permuted order
     <site>/commits/<shard>.json   written after the shard: size, hashes, sums
     <site>/manifest.json     written when all shards are there: the commits and statistics merged
 
@@ -18,13 +18,11 @@ Place and address: the row stored at place `p` of a shard is the token of addres
 All sites share the permutation. Where the store holds embeddings, a passage takes a token's place.
 """
 
-from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,27 +32,23 @@ from saemill.common.stores import joined, site_names
 from saemill.common.stores.followers import Consumed, read_consumed
 from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.norms import NormSketch, norms_of
 from saemill.common.stores.passages import PassageStore
-from saemill.common.stores.permutation import inverse, permutation
-from saemill.common.stores.shards import ShardedArray, as_tensor, described
+from saemill.common.stores.permutation import permutation
+from saemill.common.stores.shards import ShardedArray, described
+from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.site_records import (
-    BLOCK_TOKENS,
     EMBEDDINGS,
     REPAIR,
     Commit,
     SiteManifest,
     SiteRecord,
     StoreSettings,
-    decode_array,
     read_settings,
     read_site,
     record_path,
     site_path,
     sites_in,
 )
-from saemill.common.stores.site_roles import Role
-from saemill.common.stores.statistics import Moments, Statistics
 from saemill.common.stores.tokens import TokenStore
 
 SHUFFLE_KEY = 0x5AE
@@ -62,8 +56,10 @@ SHUFFLE_KEY = 0x5AE
 
 def describe_site(settings: StoreSettings, n_tokens: int, site: str, width: int) -> dict[str, Any]:
     """Describe a site's array, as its `zarr.json` does."""
-    attributes = {"site": site, "order": "permuted within each shard; see saemill"}
-    return described((n_tokens, width), settings.shard_tokens, settings.torch_dtype, attributes)
+    form = settings.form(width)
+    attributes = {"site": site, "order": "permuted within each shard; see saemill"} | form.attributes
+    shape, size = (n_tokens, form.columns), settings.shard_tokens
+    return described(shape, size, form.stored, attributes, settings.compression)
 
 
 class ActivationStore:
@@ -161,8 +157,8 @@ class ActivationStore:
 
     @cached_property
     def own_fingerprint(self) -> str:
-        """Hash of the content without that of the store beside."""
-        settings = self.settings.plain({"fingerprint", "source_hash"})
+        """Hash of the content without that of the store beside. However it is compressed, it is the same."""
+        settings = self.settings.plain({"fingerprint", "source_hash", "compression"})
         return self.settings.fingerprint or durable.hash_json([settings, self.text.fingerprint])
 
     def record(self, name: str) -> SiteRecord:
@@ -188,6 +184,8 @@ class ActivationStore:
         lengths = [self.shard_length(shard) for shard in range(self.n_shards)]
         if manifest.width != record.width or [shard.n_tokens for shard in manifest.shards] != lengths:
             raise StoreError(f"{folder}/manifest.json lists other shards than there are. {REPAIR}")
+        if manifest.calibration != record.calibration:
+            raise StoreError(f"{folder}/manifest.json has another calibration than its site. {REPAIR}")
         return manifest
 
     def commit(self, site: str, shard: int) -> Commit:
@@ -210,7 +208,17 @@ class ActivationStore:
         if record.site != site:
             raise StoreError(f"{file} is of the site {record.site!r}; name folders as they were. {REPAIR}")
 
-    def site(self, name: str) -> "SiteArray | JoinedSite":
+    def open_array(self, name: str, width: int) -> ShardedArray:
+        """Open the array of a site, finished or not, whose activations have D = `width` values.
+
+        Raises:
+            StoreError: there is none, or its description is not as the settings say.
+        """
+        array = ShardedArray(site_path(self.path, name), REPAIR, compression=self.settings.compression)
+        array.expect(describe_site(self.settings, self.n_tokens, name, width))
+        return array
+
+    def site(self, name: str) -> SiteArray | JoinedSite:
         """Open a finished site, or several of them as one: `layers.2+layers.4`.
 
         Raises:
@@ -221,7 +229,7 @@ class ActivationStore:
             return JoinedSite(name, {part: self.array(part) for part in site_names.parts_of(name)})
         return self.array(name)
 
-    def array(self, name: str) -> "SiteArray":
+    def array(self, name: str) -> SiteArray:
         """Open a finished site's array, of the store beside where its name begins with `with.`.
 
         Raises:
@@ -243,7 +251,7 @@ class ActivationStore:
     def read(self, site: str, start: int, stop: int) -> Tensor:
         """Read activations of the addresses start..stop, in address order.
 
-        Returns: [stop - start, D] in the stored dtype; every block read is checked.
+        Returns: [stop - start, D] as the form's rows are read; every block read is checked.
         """
         return self.site(site).read(start, stop)
 
@@ -278,134 +286,3 @@ class ActivationStore:
         keep_RS = self.text.keep(rows.start, rows.stop, mask)
         keep_RS &= (self.text.held_out_R[rows.start : rows.stop] == held_out)[:, None]
         return keep_RS.reshape(-1)
-
-
-class SiteArray:
-    """One finished site: its rows, checked block by block as they are read, and its statistics."""
-
-    def __init__(self, store: ActivationStore, name: str) -> None:
-        record = self._describe(store, name)
-        self.manifest = store.manifest(record)
-        self.array.check_sizes()
-        self._computed_norms: dict[int, NDArray[np.uint16]] = {}
-
-    def _describe(self, store: ActivationStore, name: str) -> SiteRecord:
-        """Open the array by what the site's record says of it."""
-        self.store, self.name = store, name
-        record = store.record(name)
-        self.width = record.width
-        self.array = ShardedArray(site_path(store.path, name), REPAIR)
-        self.array.expect(describe_site(store.settings, store.n_tokens, name, self.width))
-        self.dtype, self.stored_dtype = self.array.torch_dtype, self.array.dtype
-        return record
-
-    @property
-    def role(self) -> Role | None:
-        """What is at the site, as far as it is known."""
-        return self.store.record(self.name).role
-
-    @property
-    def parts(self) -> "dict[str, SiteArray]":
-        """Sites that it is made of: itself."""
-        return {self.name: self}
-
-    @cached_property
-    def statistics(self) -> Statistics:
-        """Moments over the training positions by the store's own mask."""
-        return self.manifest.statistics.statistics()
-
-    @property
-    def sketch(self) -> NormSketch | None:
-        """Norms of the training positions by the store's own mask; None where no record has them."""
-        lengths = self.manifest.statistics.lengths
-        return None if lengths is None else NormSketch(lengths)
-
-    def norms(self, shard: int) -> NDArray[np.uint16]:
-        """Read the norms of a shard's rows from its record, or compute them where that has none.
-
-        Returns: bits as of `norms_of` [tokens in the shard], in stored order.
-        """
-        commit = self.store.commit(self.name, shard)
-        if commit.xxh3 != self.manifest.shards[shard].xxh3:
-            raise StoreError(
-                f"{site_path(self.store.path, self.name)}: the record of shard {shard} is of another shard "
-                f"than the manifest's. {REPAIR}"
-            )
-        if commit.norms is not None:
-            return decode_array(commit.norms, "u2")
-        if shard not in self._computed_norms:
-            self._computed_norms[shard] = norms_of(as_tensor(self._rows(shard), self.dtype))
-        return self._computed_norms[shard]
-
-    def statistics_over(self, keep: Callable[[int], NDArray[np.bool_]]) -> Statistics:
-        """Compute moments of chosen rows, in one pass over the shards that statistics are of.
-
-        Args:
-            keep: chooses places of the shard of a number, in stored order.
-        """
-        moments = Moments(self.width)
-        for shard in self._shards():
-            moments.add(as_tensor(self._rows(shard)[keep(shard)], self.dtype))
-        return moments.statistics()
-
-    def _shards(self) -> Iterable[int]:
-        """List the shards that statistics are of: all."""
-        return range(self.store.n_shards)
-
-    def _rows(self, shard: int) -> NDArray[Any]:
-        """Read all rows of a shard, block by block, each compared with its hash."""
-        n_blocks = -(-self.store.shard_length(shard) // BLOCK_TOKENS)
-        return np.concatenate([self.block(shard, block) for block in range(n_blocks)])
-
-    @cached_property
-    def _hashes(self) -> Mapping[int, NDArray[np.uint64]]:
-        """Hashes of blocks, by shard."""
-        entries = enumerate(self.manifest.shards)
-        return {number: decode_array(shard.block_hashes, "u8") for number, shard in entries}
-
-    def block(self, shard: int, block: int) -> NDArray[Any]:
-        """Read one block of stored rows, compared with its hash; a view of the mapped file.
-
-        Raises:
-            StoreError: the content is not what was written.
-        """
-        rows = self.array.shard(shard)[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
-        if xxhash.xxh3_64_intdigest(rows.data) != self._hashes[shard][block]:
-            raise StoreError(
-                f"{self.array.shard_path(shard)}: block {block} differs from its hash. "
-                f"`saemill verify {self.store.path}` names all bad shards. {REPAIR}"
-            )
-        return rows
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Read activations of addresses start..stop in address order, [stop - start, D]."""
-        if not 0 <= start <= stop <= self.store.n_tokens:
-            raise IndexError(f"addresses must be within 0..{self.store.n_tokens}, got {start}..{stop}")
-        size = self.store.shard_tokens
-        pieces = [np.empty((0, self.width), self.array.dtype)]
-        for shard in range(start // size, -(-stop // size)):
-            first, last = max(start - shard * size, 0), min(stop - shard * size, size)
-            pieces.append(self.gather(shard, np.arange(first, last)))
-        return as_tensor(np.concatenate(pieces), self.dtype)
-
-    def gather(self, shard: int, offsets: NDArray[np.int64]) -> NDArray[Any]:
-        """Read rows of one shard by their addresses' offsets in it; each block that is read is checked.
-
-        Returns: [len(offsets), D] in the array's dtype.
-        """
-        return self.at_places(shard, inverse(self.store.permutation(shard))[offsets])
-
-    def at_places(self, shard: int, places: NDArray[np.int64]) -> NDArray[Any]:
-        """Read rows of one shard by their places in it; each block that is read is checked.
-
-        Returns: [len(places), D] in the array's dtype.
-        """
-        order = np.argsort(places)
-        edges = np.searchsorted(
-            places[order], np.arange(0, self.store.shard_tokens + BLOCK_TOKENS, BLOCK_TOKENS)
-        )
-        out = np.empty((len(places), self.width), self.array.dtype)
-        for block in np.flatnonzero(np.diff(edges)):
-            in_block = order[edges[block] : edges[block + 1]]
-            out[in_block] = self.block(shard, int(block))[places[in_block] - block * BLOCK_TOKENS]
-        return out

@@ -10,9 +10,10 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from saemill.common import durable, records
 from saemill.common.records import Count, File, Hash, Name, Positive, Record
 from saemill.common.stores import runs
+from saemill.common.stores.features import Passage, Snippet
 
 FILE = runs.ASSESSMENT
-FORMAT = "saemill assessment 3"
+FORMAT = "saemill assessment 4"
 REPAIR = "Run `saemill assess` again."
 
 
@@ -60,6 +61,25 @@ class Cut(Record):
     metrics: dict[str, Figure]
 
 
+class Group(Record):
+    """Some tokens, by their position in the row or the length of their activation."""
+
+    by: Literal["position", "length"]
+    label: str
+    """Ends of the interval."""
+    n_tokens: Count
+    fvu: float | None
+    """FVU there, around the cached mean; None where there is no variance."""
+
+
+class Worst(Record):
+    """A token on which an SAE errs most, of its document."""
+
+    times: float
+    """Squared error, in means over all tokens."""
+    place: Snippet | Passage
+
+
 class Entry(Record):
     """One variant."""
 
@@ -70,9 +90,13 @@ class Entry(Record):
     k: Positive | None
     """Most latents active per token; None where latents have thresholds."""
     architecture: str = "topk"
-    """What it was trained as. It, `cuts` and `by_source` are left out where they are the default."""
+    """What it was trained as. Left out where it is the default, as all that an entry need not have."""
     num_latents: Positive
     tokens_trained: Count
+    seed: Count | None = None
+    """Seed of its initial weights; left out where it is not known."""
+    twins: tuple[str, ...] = ()
+    """SAEs of the run that differ from it in the seed alone."""
     diverged_at_step: Count | None
     not_measured: str | None
     metrics: dict[str, Figure]
@@ -89,9 +113,16 @@ class Entry(Record):
     by_source: dict[str, dict[str, Figure]] = Field(default_factory=dict)
     """Figures on the documents of each source, where there are several."""
 
+    groups: tuple[Group, ...] = ()
+    worst: tuple[Worst, ...] = ()
+    norm_shares: dict[str, tuple[Count, ...]] = Field(default_factory=dict)
+    """Of a crosscoder, by site: counts of its live latents by the site's share in the lengths of the parts of
+    their decoder rows, in bins of one width from 0 to 1."""
+
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         optional: dict[str, Any] = {"architecture": "topk", "cuts": (), "by_source": {}, "target_site": None}
+        optional |= {"seed": None, "twins": (), "groups": (), "worst": (), "norm_shares": {}}
         left_out = {name for name, default in optional.items() if getattr(self, name) == default}
         return {name: value for name, value in serialize(self).items() if name not in left_out}
 
@@ -139,48 +170,10 @@ class Data(Record):
     model_check: str | None
 
 
-class Context(Record):
-    """One place where a latent fires."""
-
-    activation: float
-    address: Count
-    document: Count
-    before: str
-    token: str
-    after: str
-
-
-class Passage(Record):
-    """One embedded passage on which a latent fires."""
-
-    activation: float
-    address: Count
-    id: str | None
-    text: str | None
-
-
-class Latent(Record):
-    """A latent that is shown."""
-
-    latent: Count
-    density: float
-    mean_when_active: float
-    contexts: tuple[Context | Passage, ...]
-
-
-class Features(Record):
-    """The latents that are shown."""
-
-    variant: Name
-    unit: str
-    searched: str
-    latents: tuple[Latent, ...]
-
-
 class Assessment(Record):
     """The whole of it."""
 
-    format: Literal["saemill assessment 3"] = "saemill assessment 3"
+    format: Literal["saemill assessment 4"] = "saemill assessment 4"
     settings: dict[str, Any]
     of: Hash
     data: Data
@@ -189,7 +182,6 @@ class Assessment(Record):
     best_on_other_documents: OtherDocuments
     variants: tuple[Entry, ...]
     controls: tuple[Entry, ...]
-    features: Features
     n_processes: Positive
     versions: dict[str, str]
     seconds: float

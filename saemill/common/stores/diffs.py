@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from saemill.common import records
 from saemill.common.records import Count, File, Hash, Positive, Record
+from saemill.common.stores.features import Context
 from saemill.common.stores.runs import VariantName
 
 FILE = "diff.json"
@@ -38,13 +39,13 @@ class Shown(Record):
     group: str
     """Kind of the latent, or why it is shown beside others of its kind."""
     figures: dict[str, float | None]
-    contexts: tuple[dict[str, Any], ...]
+    contexts: tuple[Context, ...]
 
 
 class Diff(Record):
     """`diff.json`."""
 
-    format: Literal["saemill diff 1"] = "saemill diff 1"
+    format: Literal["saemill diff 2"] = "saemill diff 2"
     of: Hash
     """Hash of the run's finished.json."""
     settings: dict[str, Any]

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saemill.common.errors import StoreError
-from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.records import decode_array
+from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.norms import NormSketch, norms_of
-from saemill.common.stores.shards import as_tensor
-from saemill.common.stores.site_records import decode_array, site_path, sites_in
+from saemill.common.stores.site_array import SiteArray
+from saemill.common.stores.site_records import REPAIR, Commit, site_path, sites_in
 from saemill.common.stores.statistics import Moments, Statistics
 
 
@@ -100,9 +101,9 @@ class FollowedStore(ActivationStore):
         return [site for site in self.sites if self.array(site).array.shard_path(shard).exists()]
 
     def close_shards(self) -> None:
-        """Let go of the files that are mapped: one that is removed then leaves the disk."""
+        """Close the files that are open: one that is removed then leaves the disk."""
         for array in self._arrays.values():
-            array.array.shard.cache_clear()
+            array.array.content.cache_clear()
 
 
 class FollowedSite(SiteArray):
@@ -112,12 +113,27 @@ class FollowedSite(SiteArray):
         self.followed = store
         self._describe(store, name)
 
+    def commit(self, shard: int) -> Commit:
+        """Read the record of a shard.
+
+        Raises:
+            StoreError: it is missing, damaged, or of another calibration than the site's.
+        """
+        commit = self.store.commit(self.name, shard)
+        calibration = self.store.record(self.name).calibration
+        if commit.calibration != (calibration.hash if calibration else None):
+            raise StoreError(
+                f"{site_path(self.store.path, self.name)}: shard {shard} was calibrated otherwise than the "
+                f"site's record says. {REPAIR}"
+            )
+        return commit
+
     @cached_property
     def statistics(self) -> Statistics:
         """Moments over the training positions of the first shards, by the store's own mask."""
         moments = Moments(self.width)
         for shard in self._shards():
-            commit = self.store.commit(self.name, shard)
+            commit = self.commit(shard)
             mean_D, deviations_D = (decode_array(text, "f8") for text in (commit.mean, commit.deviations))
             moments.merge(commit.n_counted, mean_D, deviations_D, commit.distances)
         return moments.statistics()
@@ -127,7 +143,7 @@ class FollowedSite(SiteArray):
         """Norms of the training positions of the first shards; None where a record has none."""
         sketch = NormSketch()
         for shard in self._shards():
-            lengths = self.store.commit(self.name, shard).lengths
+            lengths = self.commit(shard).lengths
             if lengths is None:
                 return None
             sketch.merge(NormSketch(lengths))
@@ -135,10 +151,10 @@ class FollowedSite(SiteArray):
 
     def norms(self, shard: int) -> NDArray[np.uint16]:
         """Read the norms of a shard's rows from its record, or compute them where that has none."""
-        norms = self.store.commit(self.name, shard).norms
+        norms = self.commit(shard).norms
         if norms is not None:
             return decode_array(norms, "u2")
-        return norms_of(as_tensor(self._rows(shard), self.dtype))
+        return norms_of(self._decoded(self._rows(shard)))
 
     def _shards(self) -> Iterable[int]:
         return range(self.followed.n_first)
@@ -156,6 +172,6 @@ class _Hashes(dict[int, NDArray[np.uint64]]):
         self.site = site
 
     def __missing__(self, shard: int) -> NDArray[np.uint64]:
-        commit = self.site.store.commit(self.site.name, shard)
+        commit = self.site.commit(shard)
         self[shard] = decode_array(commit.block_hashes, "u8")
         return self[shard]

@@ -18,7 +18,8 @@ from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.statistics import Statistics
 
 if TYPE_CHECKING:
-    from saemill.common.stores.activations import ActivationStore, SiteArray
+    from saemill.common.stores.activations import ActivationStore
+    from saemill.common.stores.site_array import SiteArray
     from saemill.common.stores.site_roles import Role
 
 
@@ -39,9 +40,12 @@ class JoinedSite:
         self.role: Role | None = None
         """Each part has one of its own."""
         first, *others = parts.values()
-        self.dtype, self.stored_dtype = first.dtype, first.stored_dtype
-        if any(other.dtype != self.dtype for other in others):
-            types = ", ".join(f"{name} as {str(p.dtype).removeprefix('torch.')}" for name, p in parts.items())
+        self.dtype, self.stored = first.dtype, first.stored
+        self.columns = sum(part.columns for part in parts.values())
+        if any(other.stored != self.stored for other in others):
+            types = ", ".join(
+                f"{name} as {str(p.stored).removeprefix('torch.')}" for name, p in parts.items()
+            )
             raise ConfigError(
                 f"joined sites must be stored in one type, got {types}; cache one anew with the other's "
                 "--dtype"
@@ -51,9 +55,23 @@ class JoinedSite:
         """Read one block of stored rows of all parts, each compared with its hash."""
         return np.concatenate([part.block(shard, block) for part in self.parts.values()], axis=1)
 
-    def gather(self, shard: int, offsets: NDArray[np.int64]) -> NDArray[Any]:
-        """Read rows of one shard by their addresses' offsets in it."""
-        return np.concatenate([part.gather(shard, offsets) for part in self.parts.values()], axis=1)
+    def decode(self, stored_TC: torch.Tensor) -> torch.Tensor:
+        """Make activations of stored rows, of each part by itself. [T, D]; floats share memory."""
+        if self.columns == self.width:
+            return next(iter(self.parts.values())).decode(stored_TC)
+        ends = np.cumsum([part.columns for part in self.parts.values()])
+        starts = [0, *ends[:-1]]
+        pieces = zip(self.parts.values(), starts, ends, strict=True)
+        return torch.cat([part.decode(stored_TC[:, start:end]) for part, start, end in pieces], 1)
+
+    def rounded(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Round activations as the store does, of each part by itself. [T, D], on the CPU."""
+        each = torch.split(x_TD, [part.width for part in self.parts.values()], 1)
+        return torch.cat([p.rounded(x) for p, x in zip(self.parts.values(), each, strict=True)], 1)
+
+    def gather(self, shard: int, offsets: NDArray[np.int64]) -> torch.Tensor:
+        """Read rows of one shard by their addresses' offsets in it. [len(offsets), D]."""
+        return torch.cat([part.gather(shard, offsets) for part in self.parts.values()], 1)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Read activations of addresses start..stop in address order, [stop - start, D]."""

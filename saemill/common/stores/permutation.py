@@ -33,8 +33,13 @@ def hashes(n: int, *key: int) -> NDArray[np.uint64]:
 
     Returns: uint64 [n].
     """
+    return hashed(np.arange(n, dtype=np.uint64), *key)
+
+
+def hashed(values: NDArray[np.uint64], *key: int) -> NDArray[np.uint64]:
+    """Hash each value, as `mix(combine(key) + value)`. uint64, of the same shape."""
     with np.errstate(over="ignore"):
-        value = np.arange(n, dtype=np.uint64) + np.uint64(combine(*key)) + np.uint64(_GOLDEN)
+        value = values + np.uint64(combine(*key)) + np.uint64(_GOLDEN)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return value ^ (value >> np.uint64(31))

@@ -45,6 +45,8 @@ ASSESSMENT = "final_assessment.json"
 REPORT = "report.html"
 LATENTS = "latents.parquet"
 """Name of the table of each latent's firing."""
+FEATURES = "features.json"
+"""Name of the record of the latents that are shown."""
 DOCUMENTS, DOCUMENTS_MODEL = "documents.parquet", "documents_model.parquet"
 """Names of the sums per document, of the activations and of the model's losses."""
 ANEW = "The same `saemill train` with --no-resume trains the run anew."
@@ -53,7 +55,7 @@ CHECKPOINTS = "checkpoint-"
 RESERVED = (
     *(IDENTITY, CONFIG, METRICS, HALVING, UNITS, CHECKPOINT, FINISHED),
     *(WANDB, WANDB_LOGGED, WANDB_FOLDER, TENSORBOARD, STEPS, PROFILE, CARD),
-    *(ASSESSMENT, REPORT, LATENTS, DOCUMENTS, DOCUMENTS_MODEL),
+    *(ASSESSMENT, REPORT, LATENTS, FEATURES, DOCUMENTS, DOCUMENTS_MODEL),
 )
 """Names in a run's folder that no variant may have."""
 MOST_NAME_BYTES = 200

@@ -1,15 +1,16 @@
-"""A Zarr v3 array whose every chunk is one raw file that memory-maps: rows in order, offset 0.
+"""A Zarr v3 array whose every chunk is one file, read block by block or mapped.
 
-The array has one chunk per shard (`c/<shard>/0`), the codec `bytes` (little endian) and no
-compressor, so that zarr-python, zarrs and tensorstore read it as it is, while saemill reads and
-writes the chunk files themselves. Zarr readers show a missing chunk as zeros; this one raises.
+The array has one chunk per shard (`c/<shard>/0`), raw or in compressed blocks (`forms.packing`), so that
+zarr-python, zarrs and tensorstore read it as it is, while saemill reads and writes the chunk files
+themselves. Raw, a file is the rows in order from offset 0. Zarr readers show a missing chunk as zeros; this
+one raises.
 bfloat16 is stored as uint16 with the attribute `torch_dtype: bfloat16`, because zarr-python knows
 no bfloat16 (a group with such a member cannot even be listed).
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
+from saemill.common.stores.content import FileContent
+from saemill.common.stores.forms.packing import BLOCK_TOKENS, packing_of
 
 MAPPED_SHARDS = 1024
 """Number of shards mapped at once per array; the kernel allows 65,530 maps per process by default."""
+OPEN_FILES = 64
+"""Number of shards' files open at once per array; many systems allow 1,024 per process."""
 DAMAGED = "zarr.json is damaged"
 
 
@@ -42,7 +47,7 @@ class _Grid(_Part):
 
 
 class _Attributes(_Part):
-    torch_dtype: Literal["bfloat16", "float16", "float32", "uint8", "uint16", "uint32"]
+    torch_dtype: Literal["bfloat16", "float16", "float32", "int8", "uint8", "uint16", "uint32"]
 
 
 class _Description(_Part):
@@ -52,20 +57,24 @@ class _Description(_Part):
 
 
 def described(
-    shape: tuple[int, int], shard_rows: int, dtype: torch.dtype, attributes: Mapping[str, Any]
+    shape: tuple[int, int],
+    shard_rows: int,
+    dtype: torch.dtype,
+    attributes: Mapping[str, Any],
+    compression: str | None = None,
 ) -> dict[str, Any]:
-    """Describe an array in the raw layout, as `zarr.json` does."""
+    """Describe an array as `zarr.json` does; `compression` as of `packing_of`."""
     stored = torch.uint16 if dtype is torch.bfloat16 else dtype
-    codec = {"name": "bytes"} | ({"configuration": {"endian": "little"}} if stored.itemsize > 1 else {})
+    name = str(stored).removeprefix("torch.")
     return {
         "zarr_format": 3,
         "node_type": "array",
         "shape": list(shape),
-        "data_type": str(stored).removeprefix("torch."),
+        "data_type": name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_rows, shape[1]]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": 0.0 if stored.is_floating_point else 0,
-        "codecs": [codec],
+        "codecs": packing_of(compression, shard_rows, shape[1], np.dtype(name)).codecs,
         "attributes": dict(attributes) | {"torch_dtype": str(dtype).removeprefix("torch.")},
     }
 
@@ -89,14 +98,19 @@ class ShardedArray:
     Args:
         path: the array's folder, holding `zarr.json` and `c/`.
         repair: the sentence on what to do about damage, put at the end of messages.
-        check: called with a shard's number and rows when it is first read; it raises if they are bad.
+        check: called with a shard's number and rows when it is first read whole; it raises if they are bad.
+        compression: as of `packing_of`.
 
     Raises:
-        StoreError: there is no such array, or it is not in the raw layout.
+        StoreError: there is no such array, or it is packed otherwise.
     """
 
     def __init__(
-        self, path: Path, repair: str = "", check: Callable[[int, NDArray[Any]], None] | None = None
+        self,
+        path: Path,
+        repair: str = "",
+        check: Callable[[int, NDArray[Any]], None] | None = None,
+        compression: str | None = None,
     ) -> None:
         self.path, self.repair, self.check = path, repair, check
         self.meta = durable.read_json(path / "zarr.json", repair)
@@ -109,10 +123,11 @@ class ShardedArray:
         self.n_rows, self.width = description.shape
         self.shard_rows = description.chunk_grid.configuration.chunk_shape[0]
         self.torch_dtype: torch.dtype = getattr(torch, description.attributes.torch_dtype)
-        self.expect(described(description.shape, self.shard_rows, self.torch_dtype, {}))
+        self.expect(described(description.shape, self.shard_rows, self.torch_dtype, {}, compression))
         self.dtype = np.dtype(self.meta["data_type"])
         self.n_shards = math.ceil(self.n_rows / self.shard_rows)
-        self.shard_bytes = self.shard_rows * self.width * self.dtype.itemsize
+        self.packing = packing_of(compression, self.shard_rows, self.width, self.dtype)
+        self.content = lru_cache(OPEN_FILES)(self._open_content)
         self.shard = lru_cache(MAPPED_SHARDS)(self._map_shard)
         self._checked: set[int] = set()
 
@@ -155,6 +170,11 @@ class ShardedArray:
         """Count the rows of a shard; the last may be short, though its file is padded to full size."""
         return int(min(self.shard_rows, self.n_rows - shard * self.shard_rows))
 
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of a shard before compression."""
+        return int(self.shard_rows * self.width * self.dtype.itemsize)
+
     def write_shard(self, shard: int, rows_TD: NDArray[Any], file: Path | None = None) -> None:
         """Write one whole shard durably.
 
@@ -168,39 +188,78 @@ class ShardedArray:
                 f"shard {shard} must be {self.rows_in(shard)} x {self.width} {self.dtype}, "
                 f"got {rows_TD.shape} {rows_TD.dtype}"
             )
-        raw = np.ascontiguousarray(rows_TD).data.cast("B")
-        durable.write_bytes(file or self.shard_path(shard), [raw], pad_to_bytes=self.shard_bytes)
+        packed = self.packing.pack(rows_TD)
+        pad_to_bytes = self.packing.file_bytes or 0
+        durable.write_bytes(file or self.shard_path(shard), [*packed.blocks, packed.tail], pad_to_bytes)
+        self.content.cache_clear()
         self.shard.cache_clear()
         self._checked.discard(shard)
 
-    def problem(self, shard: int, xxh3: str | None = None) -> str | None:
-        """Describe what is wrong with a shard's file by its size and, with `xxh3`, by its hash; None if
-        nothing is."""
-        return durable.problem(self.shard_path(shard), self.shard_bytes, xxh3)
+    def problem(self, shard: int, n_bytes: int | None = None, xxh3: str | None = None) -> str | None:
+        """Describe what is wrong with a shard's file; None if nothing is.
 
-    def check_sizes(self) -> None:
+        Args:
+            shard: its number.
+            n_bytes: its size; None for that of every raw shard.
+            xxh3: its hash; without it content is not read.
+        """
+        n_bytes = n_bytes or self.packing.file_bytes
+        assert n_bytes is not None, "files of compressed shards differ in size"
+        return durable.problem(self.shard_path(shard), n_bytes, xxh3)
+
+    def check_sizes(self, sizes: Sequence[int | None] | None = None) -> None:
         """Refuse the array if any shard's file is missing or of the wrong size.
+
+        Args:
+            sizes: bytes of each shard's file; None for those of raw shards.
 
         Raises:
             StoreError: naming up to ten bad shards.
         """
-        bad = [(i, problem) for i in range(self.n_shards) if (problem := self.problem(i))]
+        known = sizes or [None] * self.n_shards
+        bad = [(i, problem) for i in range(self.n_shards) if (problem := self.problem(i, known[i]))]
         if bad:
             lines = "\n".join(f"  {self.shard_path(i)}: {problem}" for i, problem in bad[:10])
             raise StoreError(
                 f"{len(bad)} of {self.n_shards} shards of {self.path} are damaged:\n{lines}\n{self.repair}"
             )
 
+    def _open_content(self, shard: int) -> FileContent:
+        """Open the file of a shard."""
+        file = self.shard_path(shard)
+        if self.packing.file_bytes and (problem := self.problem(shard)):
+            raise StoreError(f"{file}: {problem}. {self.repair}".rstrip())
+        return FileContent(file, self.repair)
+
     def _map_shard(self, shard: int) -> NDArray[Any]:
+        """Map the rows of a raw shard."""
         file = self.shard_path(shard)
         if problem := self.problem(shard):
             raise StoreError(f"{file}: {problem}. {self.repair}".rstrip())
         with durable.reading(file, self.repair):
-            mapped = np.memmap(file, self.dtype, "r", shape=(self.shard_rows, self.width))
+            mapped = np.memmap(file, self.dtype, "r", shape=(self.shard_rows, self.width)).view(np.ndarray)
         if self.check is not None and shard not in self._checked:
             self.check(shard, mapped)
             self._checked.add(shard)
-        return mapped[: self.rows_in(shard)].view(np.ndarray)
+        return mapped[: self.rows_in(shard)]
+
+    def n_blocks(self, shard: int) -> int:
+        """Count the blocks of a shard; the last may be short."""
+        return -(-self.rows_in(shard) // BLOCK_TOKENS)
+
+    def block(self, shard: int, block: int) -> NDArray[Any]:
+        """Read a block of stored rows, into memory of their own.
+
+        Raises:
+            StoreError: the file is missing, of the wrong size, or holds no such block.
+        """
+        n_rows = min(BLOCK_TOKENS, self.rows_in(shard) - block * BLOCK_TOKENS)
+        content = self.content(shard)
+        try:
+            return self.packing.unpack(self.packing.span(content, block, n_rows), n_rows)
+        except ValueError as error:
+            file = self.shard_path(shard)
+            raise StoreError(f"{file}: block {block} is damaged: {error}. {self.repair}".rstrip()) from error
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Read rows start..stop in stored order, copied. [stop - start, width] of `self.dtype`."""

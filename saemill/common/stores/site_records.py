@@ -8,7 +8,6 @@
 The settings are kept twice, so that either copy is written anew from the other.
 """
 
-import base64
 import json
 import math
 from collections.abc import Mapping
@@ -18,19 +17,27 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, field_serializer, model_validator
+from pydantic import AfterValidator, field_serializer, model_validator
 
 from saemill.common import durable, hub, records, setting
 from saemill.common.errors import MissingError, StoreError
-from saemill.common.records import Count, Hash, Positive, Record
+from saemill.common.records import Count, Hash, Positive, Record, decode_array
+from saemill.common.stores.forms.form import Form, StoredType, form_of
+from saemill.common.stores.forms.int8 import Calibration
+from saemill.common.stores.forms.packing import BLOCK_TOKENS, Compression
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.norms import N_BINS, NormSketch
+from saemill.common.stores.norms import N_BINS
 from saemill.common.stores.site_names import folder_of, module_of, site_of_folder
 from saemill.common.stores.site_roles import Role
-from saemill.common.stores.statistics import Moments, Statistics
+from saemill.common.stores.statistics_records import (
+    Distances,
+    Doubles,
+    Lengths,
+    SiteStatistics,
+    check_lengths,
+)
 
 FORMAT: Final = "saemill activations 2"
 EMBEDDINGS = "embeddings"
@@ -41,11 +48,8 @@ FOLLOWERS, CONSUMED = "followers", "consumed.json"
 """Names of the folder and the record of `stores.followers`."""
 RESERVED = (*TEXT_FOLDERS, SITES, FOLLOWERS, CONSUMED, "claims", "zarr.json")
 """Names in a store's folder that no site has."""
-BLOCK_TOKENS = 256
-"""Rows per block: the unit of reading and of checksums."""
 REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LATER = ("load_in_4bit", "attn_implementation", "trust_remote_code")
+LATER = ("load_in_4bit", "attn_implementation", "trust_remote_code", "compression", "converted_from")
 """Settings that the first stores had not."""
 GROUP = {"zarr_format": 3, "node_type": "group"}
 """Entries that make a store's `zarr.json` that of a Zarr group."""
@@ -61,24 +65,10 @@ class Site:
     """Length D of one activation vector there."""
 
 
-def encode_array(values: NDArray[Any]) -> str:
-    """Encode a little-endian array as base64 text for JSON."""
-    return base64.b64encode(values.astype(values.dtype.newbyteorder("<")).tobytes()).decode()
-
-
-def decode_array(text: str, dtype: str) -> NDArray[Any]:
-    """Decode the array that `encode_array` wrote.
-
-    Raises:
-        ValueError: the text is none.
-    """
-    return np.frombuffer(base64.b64decode(text, validate=True), np.dtype(dtype).newbyteorder("<"))
-
-
-def hash_blocks(rows_TD: NDArray[Any]) -> NDArray[np.uint64]:
-    """Compute xxh3 of each block of 256 rows; the last block may be short. uint64 [n_blocks]."""
-    starts = range(0, len(rows_TD), BLOCK_TOKENS)
-    hashed = [xxhash.xxh3_64_intdigest(rows_TD[i : i + BLOCK_TOKENS].data) for i in starts]
+def hash_blocks(rows_TC: NDArray[Any]) -> NDArray[np.uint64]:
+    """Compute xxh3 of each block of 256 stored rows; the last block may be short. uint64 [n_blocks]."""
+    starts = range(0, len(rows_TC), BLOCK_TOKENS)
+    hashed = [xxhash.xxh3_64_intdigest(rows_TC[i : i + BLOCK_TOKENS].data) for i in starts]
     return np.array(hashed, np.uint64)
 
 
@@ -95,25 +85,7 @@ def site_name(name: str) -> str:
     return name
 
 
-def _finite(text: str) -> str:
-    if not np.isfinite(decode_array(text, "f8")).all():
-        raise ValueError("holds NaN or infinity")
-    return text
-
-
 SiteName = Annotated[str, AfterValidator(site_name)]
-Doubles = Annotated[str, AfterValidator(_finite)]
-"""Finite float64 values in base64."""
-Distances = dict[int, Count]
-"""Counts as in `Statistics.distances`."""
-Lengths = dict[Annotated[int, Field(ge=0, lt=N_BINS)], Positive]
-"""Counts as in `NormSketch.counts`."""
-
-
-def _check_lengths(width: int, *vectors: str) -> None:
-    for vector in vectors:
-        if (n_values := len(decode_array(vector, "f8"))) != width:
-            raise ValueError(f"a vector has {n_values:,} values, expected {width:,}")
 
 
 class StoreSettings(Record):
@@ -130,8 +102,13 @@ class StoreSettings(Record):
     in full; by this hash they are known where that is damaged."""
     n_rows: Positive
     shard_tokens: Positive
-    dtype: Literal["bf16", "fp16", "fp32"]
+    dtype: StoredType
     """Stored type of the activations."""
+    compression: Compression | None = None
+    """How blocks of stored rows are compressed; None where they are raw."""
+    converted_from: StoredType | None = None
+    """Stored type of the store that this one was converted from, where it was another: its rounding is in
+    the activations too."""
     model_dtype: Literal["bfloat16", "float16", "float32"] | None
     """Type that the model computed in."""
     load_in_8bit: bool | None = None
@@ -162,6 +139,10 @@ class StoreSettings(Record):
         known = self.passages_fingerprint if self.kind == EMBEDDINGS else self.tokens_fingerprint
         if known is None:
             raise ValueError(f"the fingerprint of the {self.kind} is missing")
+        if self.compression and self.shard_tokens % BLOCK_TOKENS:
+            raise ValueError(
+                f"compressed shards hold whole blocks of {BLOCK_TOKENS}, got {self.shard_tokens}"
+            )
         return self
 
     @classmethod
@@ -170,9 +151,16 @@ class StoreSettings(Record):
         return cls.model_validate_json(json.dumps({**identity, **made_by}))
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        """Stored type of the activations."""
-        return DTYPES[self.dtype]
+    def stored_as(self) -> str:
+        """What rows are stored as, in words: bf16, or bf16 compressed by lz4."""
+        rounded = (
+            f"{self.dtype} (converted from {self.converted_from})" if self.converted_from else self.dtype
+        )
+        return rounded + (f" compressed by {self.compression}" if self.compression else "")
+
+    def form(self, width: int, calibration: Calibration | None = None) -> Form:
+        """Make the form of the activations at a site of some width."""
+        return form_of(self.dtype, width, calibration)
 
     @cached_property
     def identity(self) -> str:
@@ -196,7 +184,21 @@ class SiteRecord(Record):
     """Number D of values per token."""
     role: Role | None = None
     """None where arithmetic does not tell, and in records of before saemill looked."""
+    calibration: Calibration | None = None
+    """Of int8; None until it is calibrated."""
     settings: StoreSettings
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_calibration(self.calibration, self.width)
+        if self.calibration is not None and self.settings.dtype != "int8":
+            raise ValueError(f"{self.settings.dtype} has no calibration")
+        return self
+
+    @property
+    def form(self) -> Form:
+        """Form of the site's activations."""
+        return self.settings.form(self.width, self.calibration)
 
 
 class Commit(Record):
@@ -212,7 +214,9 @@ class Commit(Record):
     bytes: Positive
     xxh3: Hash
     block_hashes: str
-    """Hashes (xxh3) of the blocks of rows: uint64 [n_blocks] in base64."""
+    """Hashes (xxh3) of the blocks of stored rows, not compressed: uint64 [n_blocks] in base64."""
+    calibration: Hash | None = None
+    """Hash of the site's calibration, by which int8 codes were made."""
     n_counted: Count
     """Number of training positions."""
     mean: Doubles
@@ -228,7 +232,7 @@ class Commit(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_lengths(self.width, self.mean, self.deviations)
+        check_lengths(self.width, self.mean, self.deviations)
         _check_blocks(self.block_hashes, self.n_tokens)
         if not sum(self.distances.values()) <= self.n_counted <= self.n_tokens:
             raise ValueError("more positions are counted than there are")
@@ -238,6 +242,11 @@ class Commit(Record):
     def entry(self) -> "Shard":
         """Make the entry of the shard in the site's manifest."""
         return Shard(n_tokens=self.n_tokens, bytes=self.bytes, xxh3=self.xxh3, block_hashes=self.block_hashes)
+
+
+def _check_calibration(calibration: Calibration | None, width: int) -> None:
+    if calibration is not None and calibration.width != width:
+        raise ValueError(f"{calibration.width:,} dimensions are calibrated, expected {width:,}")
 
 
 def _check_norms(norms: str | None, lengths: Lengths | None, n_tokens: int, n_counted: int) -> None:
@@ -272,46 +281,6 @@ class Shard(Record):
         return self
 
 
-class SiteStatistics(Record):
-    """Moments over the training positions, by the store's own mask."""
-
-    n_tokens: Positive
-    mean: Doubles
-    variance: Doubles
-    mean_squared_norm: Annotated[float, Field(ge=0)]
-    distances: Distances
-    lengths: Lengths | None = None
-    """Counts by norm. None where a shard was recorded before saemill kept norms."""
-
-    @classmethod
-    def of(cls, moments: Moments, sketch: NormSketch | None) -> "SiteStatistics":
-        """Make the record of some moments, and of the same rows' norms if those are known.
-
-        Raises:
-            StoreError: no row was counted.
-        """
-        return cls.of_statistics(moments.statistics(), sketch)
-
-    @classmethod
-    def of_statistics(cls, statistics: Statistics, sketch: NormSketch | None = None) -> "SiteStatistics":
-        """Make the record of some statistics, and of the same rows' norms if those are known."""
-        return cls(
-            n_tokens=statistics.n_tokens,
-            mean=encode_array(np.asarray(statistics.mean_D)),
-            variance=encode_array(np.asarray(statistics.variance_D)),
-            mean_squared_norm=statistics.mean_squared_norm,
-            distances=dict(statistics.distances),
-            lengths=sketch.counts if sketch else None,
-        )
-
-    def statistics(self) -> Statistics:
-        """Return the statistics that were recorded."""
-        mean_D, variance_D = (
-            torch.from_numpy(decode_array(text, "f8").copy()) for text in (self.mean, self.variance)
-        )
-        return Statistics(self.n_tokens, mean_D, variance_D, self.mean_squared_norm, self.distances)
-
-
 class SiteManifest(Record):
     """A finished site: its statistics, and its shards."""
 
@@ -321,13 +290,15 @@ class SiteManifest(Record):
     site: SiteName
     width: Positive
     role: Role | None = None
+    calibration: Calibration | None = None
     statistics: SiteStatistics
     shards: tuple[Shard, ...]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         statistics = self.statistics
-        _check_lengths(self.width, statistics.mean, statistics.variance)
+        _check_calibration(self.calibration, self.width)
+        check_lengths(self.width, statistics.mean, statistics.variance)
         if bool((decode_array(statistics.variance, "f8") < 0).any()):
             raise ValueError("a variance is below 0")
         n_tokens = sum(shard.n_tokens for shard in self.shards)

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.permutation import permutation
-from saemill.common.stores.site_records import BLOCK_TOKENS
 from saemill.train.stream.loader import Loader
 from saemill.train.stream.order import Piece, Window, places_in
 from saemill.train.stream.rows import TrainingRows

@@ -13,7 +13,8 @@ class Feed:
     """The loader's batches, in order, on `device`.
 
     On a GPU a batch goes through one of two page-locked buffers per site, on a stream of its own, in
-    its stored dtype: half the bytes of float32. On a CPU it is returned as it is.
+    stored rows, which are decoded there: half the bytes of float32, of int8 a quarter. On a CPU it is
+    returned as the loader decodes it.
     """
 
     def __init__(self, loader: Loader | WholeRows, device: torch.device) -> None:
@@ -25,16 +26,16 @@ class Feed:
         self._ahead: dict[int, dict[str, Tensor]] = {}
 
     def batch(self, i: int) -> dict[str, Tensor]:
-        """Return batch number i: per site [T, D] in the stored dtype."""
+        """Return batch number i: per site [T, D] as the store's rows are read."""
         if self._stream is None:
             return self.loader.batch(i)
         self.prefetch(i)
         now = torch.cuda.current_stream(self.device)
         now.wait_event(self._copied[i % 2])
         batch = self._ahead.pop(i)
-        for rows_TD in batch.values():
-            rows_TD.record_stream(now)
-        return batch
+        for rows_TC in batch.values():
+            rows_TC.record_stream(now)
+        return {site: self.loader.sites[site].decode(rows_TC) for site, rows_TC in batch.items()}
 
     def text(self, i: int) -> Text | None:
         """Return the rows of text that batch number i is; None where it is tokens of any."""
@@ -46,11 +47,10 @@ class Feed:
             return
         pinned, copied = self._pinned[i % 2], self._copied[i % 2]
         copied.synchronize()
-        batch = self.loader.batch(i)
-        for site, rows_TD in batch.items():
+        for site, rows_TC in self.loader.stored(i).items():
             if site not in pinned:
-                pinned[site] = torch.empty_like(rows_TD, pin_memory=True)
-            pinned[site].copy_(rows_TD)
+                pinned[site] = torch.empty_like(rows_TC, pin_memory=True)
+            pinned[site].copy_(rows_TC)
         with torch.cuda.stream(self._stream):
             self._ahead[i] = {s: rows.to(self.device, non_blocking=True) for s, rows in pinned.items()}
             copied.record(self._stream)

@@ -12,9 +12,9 @@ from functools import cache, cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from saemill.common.stores.activations import SiteArray
 from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.statistics import Statistics
 from saemill.train.stream.kept import Kept
 from saemill.train.stream.rows import TrainingRows, long_in

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from saemill.common.errors import StoreError
 from saemill.common.stores.followed import FollowedStore
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.permutation import permutation
-from saemill.common.stores.site_records import BLOCK_TOKENS
 from saemill.train.stream.followed_rows import FollowedRows
 from saemill.train.stream.loader import Loader
 from saemill.train.stream.order import Piece, Window, places_in

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.site_records import BLOCK_TOKENS
 
 
 class Kept:

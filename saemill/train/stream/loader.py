@@ -1,4 +1,4 @@
-"""The loader: shuffled batches over memory-mapped shards, batch i a pure function of (seed, store, i).
+"""The loader: shuffled batches over shards on disk, batch i a pure function of (seed, store, i).
 
 The stream is the shuffled rows of one window after the other, in the order that `order` says; batch i is its
 positions i·T to (i+1)·T. So resuming needs one integer, and memory is two windows per site (three while one
@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.joined import JoinedSite
-from saemill.common.stores.shards import as_tensor
-from saemill.common.stores.site_records import BLOCK_TOKENS
+from saemill.common.stores.shards import as_numpy, as_tensor
+from saemill.common.stores.site_array import SiteArray
 from saemill.train.stream.order import Order, Window
 from saemill.train.stream.rows import Rows
 
@@ -53,7 +54,7 @@ class Loader:
     def batch(self, i: int) -> dict[str, Tensor]:
         """Read batch number i.
 
-        Returns: per site [T, D] in the stored dtype, on the CPU.
+        Returns: per site [T, D] as the store's rows are read, on the CPU.
         """
         return self.stretch(i * self.batch_tokens, (i + 1) * self.batch_tokens)
 
@@ -63,6 +64,14 @@ class Loader:
 
     def stretch(self, position: int, end: int) -> dict[str, Tensor]:
         """Read the stream from one position to another, per site [end - position, D]."""
+        stored = self._stored_stretch(position, end)
+        return {name: self.sites[name].decode(rows_TC) for name, rows_TC in stored.items()}
+
+    def stored(self, i: int) -> dict[str, Tensor]:
+        """Read batch number i in stored rows, per site [T, C]; its `decode` makes activations of them."""
+        return self._stored_stretch(i * self.batch_tokens, (i + 1) * self.batch_tokens)
+
+    def _stored_stretch(self, position: int, end: int) -> dict[str, Tensor]:
         pieces: dict[str, list[Tensor]] = {name: [] for name in self.sites}
         for piece in self.order.pieces(position, end):
             rows = self._window(piece.window)
@@ -117,12 +126,12 @@ class Loader:
         order = self.order.shuffled(window, n_rows)
         rows: dict[str, Tensor] = {}
         for name, site in self.sites.items():
-            buffer = np.empty((n_rows, site.width), site.stored_dtype)
+            buffer = as_numpy(torch.empty(n_rows, site.columns, dtype=site.stored))
             jobs = zip(blocks, [0, *ends[:-1]], ends, strict=True)
             list(self._readers.map(lambda job, n=name, b=buffer: self._read_block(n, b, *job), jobs))
             shuffled = np.empty_like(buffer)
             np.take(buffer, order, axis=0, out=shuffled, mode="clip")
-            rows[name] = as_tensor(shuffled, site.dtype)
+            rows[name] = as_tensor(shuffled, site.stored)
         return rows
 
     def _read_block(self, site: str, buffer: NDArray[Any], number: int, start: int, end: int) -> None:

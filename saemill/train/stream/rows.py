@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from saemill.common.errors import ConfigError
 from saemill.common.log import counted, say
-from saemill.common.stores.activations import ActivationStore, SiteArray
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.norms import SMALLEST_NORM, NormSketch, norms_from
-from saemill.common.stores.shards import as_tensor
-from saemill.common.stores.site_records import BLOCK_TOKENS
+from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.statistics import Moments, Statistics
 from saemill.train.stream.kept import Kept
 
@@ -186,5 +186,5 @@ class TrainingRows:
         """Compute the moments of the rows left out for their norm."""
         moments = Moments(array.width)
         for shard, places in self.long.items():
-            moments.add(as_tensor(array.at_places(shard, places), array.dtype))
+            moments.add(array.at_places(shard, places))
         return moments

@@ -12,8 +12,8 @@ from pydantic import Field
 from saemill.common import records
 from saemill.common.records import Hash, Positive, Record
 from saemill.common.stores.runs import ANEW, UNITS
-from saemill.common.stores.site_records import SiteStatistics
 from saemill.common.stores.statistics import Statistics
+from saemill.common.stores.statistics_records import SiteStatistics
 
 
 class Units(Record):

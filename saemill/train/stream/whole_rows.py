@@ -51,7 +51,7 @@ class _Window(NamedTuple):
 
     text: Text
     rows: Mapping[str, Tensor]
-    """Per site [R, S, D]."""
+    """Stored rows, per site [R, S, C]."""
 
 
 class WholeRows:
@@ -104,8 +104,12 @@ class WholeRows:
     def batch(self, i: int) -> dict[str, Tensor]:
         """Read batch number i.
 
-        Returns: per site [R · S, D] in the stored dtype, on the CPU; see `text` for the rows' tokens.
+        Returns: per site [R · S, D] as the store's rows are read, on the CPU; `text` has the rows' tokens.
         """
+        return {name: self.sites[name].decode(rows_TC) for name, rows_TC in self.stored(i).items()}
+
+    def stored(self, i: int) -> dict[str, Tensor]:
+        """Read batch number i in stored rows, per site [R · S, C]; its `decode` makes activations of them."""
         pieces = [
             (window.rows, some) for window, some in self._pieces(i * self.n_rows, (i + 1) * self.n_rows)
         ]
@@ -125,8 +129,8 @@ class WholeRows:
         first, last = position // self.store.ctx_len, -(-end // self.store.ctx_len)
         pieces = self._pieces(first, last)
         return {
-            name: torch.cat([w.rows[name][some][w.text.keep_RS[some]] for w, some in pieces])
-            for name in self.sites
+            name: site.decode(torch.cat([w.rows[name][some][w.text.keep_RS[some]] for w, some in pieces]))
+            for name, site in self.sites.items()
         }
 
     def n_left_out(self, position: int) -> int:
@@ -209,10 +213,10 @@ class WholeRows:
         return Text(torch.from_numpy(ids_RS), torch.from_numpy(keep_RS))
 
     def _rows(self, site: str, shard: int) -> Tensor:
-        """Read the activations of a shard's rows that are not held out, in their order. [R, S, D]."""
+        """Read the stored rows of a shard's rows that are not held out, in their order. [R, S, C]."""
         array, places_RS = self.sites[site], self._places(shard)
-        flat_TD = as_tensor(array.at_places(shard, places_RS.flatten()), array.dtype)
-        return flat_TD.view(*places_RS.shape, array.width)
+        flat_TC = as_tensor(array.stored_at(shard, places_RS.flatten()), array.stored)
+        return flat_TC.view(*places_RS.shape, array.columns)
 
     def _places(self, shard: int) -> NDArray[np.int64]:
         """Find the places of the tokens of a shard's rows that are not held out. int64 [R, S]."""

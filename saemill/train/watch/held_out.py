@@ -14,7 +14,6 @@ from torch import Tensor
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.shards import as_tensor
 
 ONE = torch.ones(1, dtype=torch.float64)
 MOST_BYTES = 1 << 28
@@ -127,7 +126,7 @@ def _read(store: ActivationStore, site: str, mask: MaskConfig, max_tokens: int) 
     for shard in range(store.n_shards):
         offsets = np.flatnonzero(store.keep_addresses(shard, mask, held_out=True))[:left]
         if len(offsets):
-            pieces.append(as_tensor(array.gather(shard, offsets), array.dtype))
+            pieces.append(array.gather(shard, offsets))
             left -= len(offsets)
         if left == 0:
             break

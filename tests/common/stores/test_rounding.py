@@ -51,6 +51,19 @@ def test_what_is_beyond_a_type_is_found() -> None:
     assert not_finite(rounded(x_TD[:2], torch.bfloat16)) is None
 
 
+@given(
+    st.lists(st.integers(-(2**15), 2**15 - 1), min_size=1, max_size=8),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+)
+def test_any_bits_that_are_no_number_are_found(bits: list[int], dtype: torch.dtype) -> None:
+    """Oracle: `torch.isfinite`; the bits are the upper half of a value's, also of NaN and infinity."""
+    upper = torch.tensor(bits, dtype=torch.int16)
+    stored_T = upper.view(dtype) if dtype.itemsize == 2 else (upper.int() << 16).view(dtype)
+    bad_T, finite_T = not_finite(stored_T), torch.isfinite(stored_T)
+    assert (bad_T is None) == bool(finite_T.all())
+    assert bad_T is None or torch.equal(bad_T, ~finite_T)
+
+
 def test_a_files_problem_in_one_spelling(tmp_path: Path) -> None:
     """Oracle: the words that `show`, `verify` and every reader put after the name."""
     file = tmp_path / "x"

@@ -13,6 +13,7 @@ from saemill.common.stores.mask import MaskConfig
 from saemill.train.stream.epochs import open_epochs
 from saemill.train.stream.feed import Feed
 from saemill.train.stream.loader import Loader
+from saemill.train.stream.whole_rows import WholeRows
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,26 @@ def test_a_loader_of_some_sites_has_the_same_stream(store: ActivationStore) -> N
     assert torch.equal(part.batch(3)["b"], whole.batch(3)["b"])
     part.restrict(["a", "b"])
     assert torch.equal(part.batch(4)["a"], whole.batch(4)["a"])
+
+
+@pytest.mark.parametrize("form", [("int8", None), ("int8", "zstd"), ("bf16", "lz4")])
+def test_batches_are_those_of_the_values_that_are_read(form: tuple[str, str | None], tmp_path: Path) -> None:
+    """Oracle: a raw fp32 store of what is read of each address; batches of tokens, of whole rows, of sites
+    joined, and those that the feed hands over."""
+    sizes = {"n_rows": 100, "ctx_len": 32, "d": 6, "shard_tokens": 1024}
+    packed = make_store(tmp_path / "packed", **sizes, form=form)
+    a_TD, b_TD = (packed.read(site, 0, packed.n_tokens).float() for site in "ab")
+    plain = make_store(tmp_path / "plain", **sizes, values_TD=a_TD, b_TD=b_TD)
+    settings = {"batch_tokens": 96, "buffer_tokens": 700, "seed": 2}
+    for kind, sites in (Loader, ["a", "b", "a+b"]), (WholeRows, ["a", "b"]):
+        found, wanted = (kind(store, sites, plain.mask, **settings) for store in (packed, plain))
+        feed = Feed(found, torch.device("cpu"))
+        for i in (0, 7, 31, 60):
+            for name in sites:
+                assert torch.equal(feed.batch(i)[name].float(), wanted.batch(i)[name])
+                assert torch.equal(found.stretch(i, i + 40)[name].float(), wanted.stretch(i, i + 40)[name])
+        found.close()
+        wanted.close()
 
 
 def test_batches_mix_documents_from_the_whole_buffer(store: ActivationStore) -> None:

@@ -16,9 +16,9 @@ from splicing import at, by_hand
 from torch import Tensor
 from watching import dense_codes, held_out, lines
 
-from saemill.assess.report import table
 from saemill.assess.run import run as assess
 from saemill.assess.sums import number
+from saemill.assess.table import table
 from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common.errors import ConfigError
@@ -142,7 +142,7 @@ def test_a_transcoder_takes_the_place_of_an_mlp(causal: Pipeline, tmp_path: Path
     printed, page = table(assessment), (tmp_path / "o" / "report.html").read_text()
     assert f"│ {number(metrics['fvu'])} │ " in printed
     assert f" {number(metrics['fvu_skip'])} │ " in printed
-    assert "layers.1.post_attention_layernorm → layers.1.mlp, " in page
+    assert "layers.1.post_attention_layernorm → layers.1.mlp · " in page
     assert f">{number(metrics['fvu_skip'])}<" in page
 
 

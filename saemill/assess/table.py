@@ -1,19 +1,15 @@
-"""The assessment for people: a table for the terminal, and one self-contained HTML page."""
+"""The assessment for people, in the terminal: tables, and what latents are."""
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import JustifyMethod
 from rich.table import Table
 
-from saemill.assess import charts
 from saemill.assess.sums import Figure, number
 from saemill.common.log import console, counted
-from saemill.common.page import write_page
+from saemill.common.stores.features import Context, Features, Passage, Snippet
 
 COLUMNS = {
     "fvu": "FVU",
@@ -28,8 +24,6 @@ COLUMNS = {
 }
 ABSENT: Figure = {"value": None}
 """Figure that an SAE of another kind has not."""
-CHARTS = {"fvu": "FVU", "delta_ce": "ΔCE, nats per token"}
-"""Metrics that the page draws against L0."""
 UNTRAINED = "below the line, not trained: random dictionaries, and PCA with k directions"
 CUT_COLUMNS = {"fvu": "FVU", "l0": "L0"}
 """Metrics of SAEs within an SAE."""
@@ -37,8 +31,8 @@ SOURCE_COLUMNS = CUT_COLUMNS | {"delta_ce": "ΔCE nats"}
 """Metrics per source."""
 AT_SITES = {"delta_ce": "ΔCE nats"}
 """Those of a crosscoder at each of its sites, beside these."""
-PASSAGE_LETTERS, PAGE_LETTERS = 110, 2000
-"""Characters shown of a passage, in a line of the terminal and on the page; the JSON has all of it."""
+PASSAGE_LETTERS = 110
+"""Characters shown of a passage."""
 
 
 def interval(figure: Figure) -> str:
@@ -51,29 +45,29 @@ def interval(figure: Figure) -> str:
 
 def table(assessment: dict[str, Any]) -> str:
     """Render the variants as a text table, best first."""
-    data, columns = assessment["data"], _columns(assessment)
+    data, titles = assessment["data"], columns_of(assessment)
     shown = Table(title=f"{counted(data['n_tokens'], data['unit'])}: {data['chosen']}")
     shown.add_column("variant", overflow="fold")  # long names take a second line, not the figures' room
     several = are_several(assessment["variants"])
     if several:
         shown.add_column("architecture", no_wrap=True)
-    for title in columns.values():
+    for title in titles.values():
         shown.add_column(title, justify="right", no_wrap=True)
     shown.add_column("verdict", no_wrap=True)
     for entry in assessment["variants"] + assessment["controls"]:
         values = [entry.get("architecture", "topk")] if several else []
-        values += [number(entry["metrics"].get(name, ABSENT)) for name in columns]
+        values += [number(entry["metrics"].get(name, ABSENT)) for name in titles]
         shown.add_row(entry["name"], *values, entry["verdict"])
         if entry is assessment["variants"][-1]:
             shown.add_section()
     terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
     terminal.print(shown)
-    lines = [terminal.export_text().rstrip(), UNTRAINED, f"best: {_best(assessment)}"]
+    lines = [terminal.export_text().rstrip(), UNTRAINED, f"best: {described_best(assessment)}"]
     of_parts = [
         *_text_table("SAEs within an SAE", cuts(assessment["variants"])),
         *_text_table("Figures per source", by_source(assessment["variants"])),
     ]
-    return "\n".join([*lines, *of_parts, thresholds(assessment), *_notes(assessment)])
+    return "\n".join([*lines, *of_parts, thresholds(assessment), *notes(assessment)])
 
 
 def thresholds(assessment: Mapping[str, Any]) -> str:
@@ -94,13 +88,13 @@ def cuts(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     crosscoder at each of its sites, and whole. Empty where there are none."""
     with_cuts = [entry for entry in entries if entry.get("cuts")]
     known = {name for entry in with_cuts for cut in entry["cuts"] for name in cut["metrics"]}
-    columns = CUT_COLUMNS | {name: title for name, title in AT_SITES.items() if name in known}
+    shown = CUT_COLUMNS | {name: title for name, title in AT_SITES.items() if name in known}
     rows = [
-        [entry["name"], cut["name"], *(_with_interval(cut["metrics"].get(name)) for name in columns)]
+        [entry["name"], cut["name"], *(_with_interval(cut["metrics"].get(name)) for name in shown)]
         for entry in with_cuts
         for cut in [*entry["cuts"], {"name": "whole", "metrics": entry["metrics"]}]
     ]
-    return [["variant", "of it", *columns.values()], *rows] if rows else []
+    return [["variant", "of it", *shown.values()], *rows] if rows else []
 
 
 def _with_interval(figure: Figure | None) -> str:
@@ -145,14 +139,14 @@ def are_several(entries: Sequence[Mapping[str, Any]]) -> bool:
     return any(entry.get("architecture", "topk") != "topk" for entry in entries)
 
 
-def _columns(assessment: dict[str, Any]) -> dict[str, str]:
+def columns_of(assessment: dict[str, Any]) -> dict[str, str]:
     """Choose the columns of the tables: embeddings have no losses, and few SAEs a skip connection."""
     absent = ["delta_ce", "loss_recovered"] if assessment["data"]["unit"] == "passage" else []
     absent += [] if any("fvu_skip" in entry["metrics"] for entry in assessment["variants"]) else ["fvu_skip"]
     return {name: title for name, title in COLUMNS.items() if name not in absent}
 
 
-def _best(assessment: dict[str, Any]) -> str:
+def described_best(assessment: dict[str, Any]) -> str:
     """Describe the best variant with its figures on the documents that it was not chosen on."""
     other, noun = assessment["best_on_other_documents"], assessment["data"]["document"]
     figures = [
@@ -169,7 +163,7 @@ def _best(assessment: dict[str, Any]) -> str:
     return f"{assessment['best_variant']}, {where}"
 
 
-def _notes(assessment: dict[str, Any]) -> list[str]:
+def notes(assessment: dict[str, Any]) -> list[str]:
     """List what the tables do not show: figures that are null or without interval, checks judged
     otherwise."""
     variants = assessment["variants"]
@@ -189,7 +183,7 @@ def _notes(assessment: dict[str, Any]) -> list[str]:
     unknown = {check["name"] for check in (*evidence, *checks) if check["passed"] is None}
     titles: dict[tuple[str, str], dict[str, None]] = {}
     for entry in measured:
-        for name, title in _columns(assessment).items():
+        for name, title in columns_of(assessment).items():
             figure = entry["metrics"].get(name, ABSENT)
             if figure.get("reason") and not (figure["value"] is None and name in unknown):
                 lacking = "no" if figure["value"] is None else "no interval for"
@@ -197,65 +191,31 @@ def _notes(assessment: dict[str, Any]) -> list[str]:
     return lines + [f"{lacking} {', '.join(which)}: {why}" for (lacking, why), which in titles.items()]
 
 
-def contexts_text(features: dict[str, Any], n_latents: int, n_contexts: int) -> str:
+def contexts_text(features: Features, n_latents: int, n_contexts: int) -> str:
     """Render some latents with the snippets where they fire most; empty where none is shown."""
-    if not features["latents"]:
+    if not features.latents:
         return ""
-    lines = [f"where latents of {features['variant']} fire most ({features['searched']}):"]
-    for latent in features["latents"][:n_latents]:
-        lines.append(
-            f"\n  latent {latent['latent']}, active on {latent['density']:.2%} of {features['unit']}s"
-        )
-        lines += [
-            f"    {context['activation']:7.2f}  {_line(context)}"
-            for context in latent["contexts"][:n_contexts]
-        ]
+    lines = [f"where latents of {features.variant} fire most ({features.searched}):"]
+    for latent in features.latents[:n_latents]:
+        lines.append(f"\n  latent {latent.latent}, active on {latent.density:.2%} of {features.unit}s")
+        lines += [context_line(context) for context in latent.contexts[:n_contexts]]
     return "\n".join(lines)
 
 
-def _line(context: dict[str, Any]) -> str:
+def context_line(context: Context) -> str:
     """Render a context in one line: a token between its neighbours, or the start of a passage."""
-    if "text" in context:
-        shown = " ".join((context["text"] or "").split())
-        return f"[{_name(context)}] {shown[:PASSAGE_LETTERS]}{'…' if len(shown) > PASSAGE_LETTERS else ''}"
-    before, token, after = (" ".join(context[side].split("\n")) for side in ("before", "token", "after"))
+    return f"    {context.activation:7.2f}  {_snippet(context.place)}"
+
+
+def _snippet(place: Snippet | Passage) -> str:
+    if isinstance(place, Passage):
+        shown = " ".join((place.text or "").split())
+        return f"[{name_of(place)}] {shown[:PASSAGE_LETTERS]}{'…' if len(shown) > PASSAGE_LETTERS else ''}"
+    parts = place.tokens[: place.at], place.tokens[place.at : place.at + 1], place.tokens[place.at + 1 :]
+    before, token, after = (" ".join("".join(part).split("\n")) for part in parts)
     return f"…{before[-48:]}«{token}»{after[:40]}…"
 
 
-def write_html(path: Path, assessment: dict[str, Any], densities: Mapping[str, NDArray[np.float64]]) -> None:
-    """Write one HTML page with no scripts and nothing to fetch: tables, charts, contexts.
-
-    Args:
-        path: the file.
-        assessment: the content of `final_assessment.json`.
-        densities: variant → share of tokens on which each latent fired, [F].
-    """
-    write_page(
-        path,
-        "assess/report.html",
-        best=_best(assessment),
-        data=assessment["data"],
-        notes=_notes(assessment),
-        columns=_columns(assessment),
-        variants=assessment["variants"],
-        baselines=assessment["controls"],
-        architectures=are_several(assessment["variants"]),
-        transcoders=any(entry.get("target_site") for entry in assessment["variants"]),
-        absent=ABSENT,
-        thresholds=thresholds(assessment),
-        cuts=cuts(assessment["variants"]),
-        by_source=by_source(assessment["variants"]),
-        charts={title: charts.against_l0(assessment, metric) for metric, title in CHARTS.items()},
-        densities=charts.densities(assessment, densities),
-        features=assessment["features"],
-        page_letters=PAGE_LETTERS,
-        counted=counted,
-        number=number,
-        interval=interval,
-        name_of=_name,
-    )
-
-
-def _name(passage: dict[str, Any]) -> str:
+def name_of(passage: Passage) -> str:
     """Return a passage's id, or its number in the source."""
-    return f"passage {passage['address']}" if passage["id"] is None else str(passage["id"])
+    return f"passage {passage.address}" if passage.id is None else str(passage.id)

@@ -1,0 +1,209 @@
+"""What the weights of an SAE tell of a latent: its neighbours, its counterparts in SAEs of other seeds, the
+tokens that it makes more and less probable. Neither activations nor a pass of the model are needed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from saemill.assess.reader import Pieces
+from saemill.common.errors import ConfigError, StoreError
+from saemill.common.models.unembedding import Unembedding, load_unembedding
+from saemill.common.sae.sae import Sae
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.features import Counterpart, Near, Token
+from saemill.common.stores.passages import PassageStore
+
+N_NEAREST = 5
+N_TOKENS = 10
+AT_ONCE = 512
+"""Rows that are compared with all others at once."""
+IN_RESIDUAL_STREAM = ("residual", "holds_residual", "added")
+"""Roles of sites whose activations are in the residual stream as they are, up to a factor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The latents of the same SAE whose decoder rows are most similar to one's, and most opposite."""
+
+    nearest: tuple[Near, ...]
+    opposite: Near | None
+
+
+def neighbours(sae: Sae, latents: Sequence[int]) -> list[Neighbours]:
+    """Find the neighbours of some latents, by the cosine of decoder rows."""
+    rows_FD, found = _unit_rows(sae), []
+    n_others = len(rows_FD) - 1
+    if not n_others:
+        return [Neighbours((), None)] * len(latents)
+    for some in torch.split(torch.tensor(latents, dtype=torch.int64), AT_ONCE):
+        cosine_LF = (rows_FD[some.to(rows_FD.device)] @ rows_FD.T).cpu()
+        own = torch.arange(len(some)), some
+        cosine_LF[own] = -torch.inf
+        near = cosine_LF.topk(min(N_NEAREST, n_others), 1)
+        cosine_LF[own] = torch.inf
+        far = cosine_LF.topk(1, 1, largest=False)
+        found += [
+            Neighbours(_near(numbers, cosines), _near(*furthest)[0])
+            for numbers, cosines, *furthest in zip(
+                *(near.indices, near.values, far.indices, far.values), strict=True
+            )
+        ]
+    return found
+
+
+def _near(numbers: Tensor, cosines: Tensor) -> tuple[Near, ...]:
+    pairs = zip(numbers.tolist(), cosines.tolist(), strict=True)
+    return tuple(Near(latent=latent, cosine=cosine) for latent, cosine in pairs)
+
+
+def siblings(name: str, saes: Mapping[str, Sae]) -> dict[str, Sae]:
+    """Find the SAEs that were trained as this one was but for their seed."""
+    traits = _but_for_the_seed(saes[name])
+    return {
+        other: sae
+        for other, sae in saes.items()
+        if other != name and traits is not None and _but_for_the_seed(sae) == traits
+    }
+
+
+def _but_for_the_seed(sae: Sae) -> dict[str, object] | None:
+    """Return what an SAE was trained by, its seed left out; None where it does not tell."""
+    variant = sae.config.provenance.get("variant")
+    if not isinstance(variant, dict):
+        return None
+    return {key: value for key, value in variant.items() if key not in ("name", "seed")}
+
+
+def counterparts(
+    sae: Sae, latents: Sequence[int], others: Mapping[str, Sae]
+) -> list[tuple[Counterpart, ...]]:
+    """Find the nearest latent of each other SAE, and whether it is nearest the other way round too."""
+    rows_FD = _unit_rows(sae)
+    found: list[list[Counterpart]] = [[] for _ in latents]
+    for name, other in others.items():
+        other_FD = _unit_rows(other)
+        for start in range(0, len(latents), AT_ONCE):
+            some = torch.tensor(latents[start : start + AT_ONCE])
+            best = (rows_FD[some.to(rows_FD.device)] @ other_FD.T).max(1)
+            back_L = (other_FD[best.indices] @ rows_FD.T).argmax(1).cpu()
+            for at, latent in enumerate(best.indices.tolist()):
+                counterpart = Counterpart(
+                    variant=name,
+                    latent=latent,
+                    cosine=float(best.values[at]),
+                    mutual=bool(back_L[at] == some[at]),
+                )
+                found[start + at].append(counterpart)
+    return [tuple(each) for each in found]
+
+
+def _unit_rows(sae: Sae) -> Tensor:
+    """Return the decoder rows as float32 of unit length; of a crosscoder its sites in their own units."""
+    rows_FD = sae.W_dec.detach().float()
+    if sae.config.joined:
+        scales = [torch.full((part.width,), part.scale) for part in sae.config.joined]
+        rows_FD = rows_FD * torch.cat(scales).to(rows_FD.device)
+    return normalize(rows_FD, dim=1)
+
+
+def encoder_cosines(sae: Sae, latents: Sequence[int]) -> list[float | None]:
+    """Compute the cosines of encoder and decoder rows; None of a transcoder, whose rows are of two spaces,
+    and of a crosscoder, whose rows are in several units."""
+    if sae.is_transcoder or sae.config.joined:
+        return [None] * len(latents)
+    rows = (normalize(w[latents].detach().float(), dim=1) for w in (sae.W_enc, sae.W_dec))
+    cosine_L = torch.stack(list(rows)).prod(0).sum(1)
+    return [float(cosine) for cosine in cosine_L.cpu()]
+
+
+def norm_shares(sae: Sae) -> Tensor | None:
+    """Compute, for each latent of a crosscoder, the shares of its sites in the lengths of the parts of its
+    decoder row, each in its site's own units. [F, sites], 0 of a row of zeros; None of other SAEs."""
+    if not sae.config.joined:
+        return None
+    widths = [part.width for part in sae.config.joined]
+    parts = zip(torch.split(sae.W_dec.detach().double(), widths, 1), sae.config.joined, strict=True)
+    norms_FL = torch.stack([rows_FD.norm(dim=1) * part.scale for rows_FD, part in parts], 1)
+    return norms_FL / norms_FL.sum(1, keepdim=True).clamp(min=1e-300)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokens that latents of an SAE make more and less probable, as far as its site tells.
+
+    A latent adds its decoder row to the residual stream; γ of the final norm and the unembedding turn that
+    into logits. This is the direct path alone: what later blocks make of it is left out.
+    """
+
+    unembedding: Unembedding | None
+    missing: str | None
+    """Why there is no unembedding to be used."""
+    sign: float = 1.0
+
+    @classmethod
+    def of(cls, sae: Sae, store: ActivationStore, model: str | None) -> "Vocabulary":
+        """Read the unembedding, if the SAE writes to what it reads.
+
+        Args:
+            sae: the SAE.
+            store: what it was trained on.
+            model: the model's folder or hub id, if it is not where it was cached from.
+        """
+        if missing := _writes_elsewhere(sae, store):
+            return cls(None, missing)
+        settings = store.settings
+        name, revision = model or str(settings.model), None if model else settings.revision
+        try:
+            found = load_unembedding(name, revision, store.tokens.tokenizer.vocab_size)
+        except (ConfigError, StoreError) as error:
+            return cls(None, str(error))
+        if found.weight_VD.shape[1] != sae.W_dec.shape[1]:
+            width = found.weight_VD.shape[1]
+            return cls(
+                None, f"{sae.target_site} is {sae.W_dec.shape[1]} wide, and the unembedding reads {width}"
+            )
+        role = store.site(str(sae.target_site)).role
+        return cls(found, None, -1.0 if role is not None and role.factor < 0 else 1.0)
+
+    def tokens(
+        self, sae: Sae, latents: Sequence[int], pieces: Pieces
+    ) -> list[tuple[tuple[Token, ...], tuple[Token, ...]]]:
+        """List the tokens that each latent promotes most, and those that it suppresses most."""
+        if self.unembedding is None:
+            return [((), ())] * len(latents)
+        found = []
+        for start in range(0, len(latents), AT_ONCE):
+            rows_LD = sae.W_dec.detach().cpu()[list(latents[start : start + AT_ONCE])]
+            logits_LV = self.sign * self.unembedding.logits(rows_LD)
+            n = min(N_TOKENS, logits_LV.shape[1])
+            up, down = (logits_LV.topk(n, 1, largest=largest) for largest in (True, False))
+            found += [
+                (_tokens(most, its_logits, pieces), _tokens(least, lowest, pieces))
+                for most, its_logits, least, lowest in zip(
+                    *(up.indices, up.values, down.indices, down.values), strict=True
+                )
+            ]
+        return found
+
+
+def _tokens(ids: Tensor, logits: Tensor, pieces: Pieces) -> tuple[Token, ...]:
+    pairs = zip(ids.tolist(), logits.tolist(), strict=True)
+    return tuple(Token(text=pieces.text(number), logit=logit) for number, logit in pairs)
+
+
+def _writes_elsewhere(sae: Sae, store: ActivationStore) -> str | None:
+    """Say why an SAE's decoder does not write to the residual stream, or why that is not known."""
+    site = str(sae.target_site)
+    if isinstance(store.text, PassageStore):
+        return "embeddings have no language model"
+    if sae.config.joined:
+        return "a crosscoder writes to several sites"
+    role = store.site(site).role
+    if role is None:
+        return f"what {site} is to the residual stream is not known"
+    if role.kind not in IN_RESIDUAL_STREAM:
+        return f"{site} is {role.described}, so its directions are not those of the residual stream"
+    return None

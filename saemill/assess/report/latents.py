@@ -1,0 +1,127 @@
+"""Latents as the page shows them: tokens shaded by activation, and what each latent is like."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from saemill.assess.report import contexts
+from saemill.assess.report.bars import Bar, bars, outline
+from saemill.assess.report.contexts import Shown
+from saemill.assess.report.visible import visible
+from saemill.assess.table import name_of
+from saemill.common.page import render
+from saemill.common.stores.features import Context, Features, Latent, Passage, Snippet
+
+N_TOP_TOKENS = 3
+N_OPEN = 3
+"""Latents that are unfolded on the page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Contexts below a heading."""
+
+    title: str
+    contexts: list[Shown]
+
+
+def pages(features: Features, most_bytes: int | None) -> tuple[Markup, int]:
+    """Render as many latents as there is room for, in their order; None for all of them.
+
+    Returns: the HTML, and how many latents are in it.
+    """
+    rendered, n_bytes = [], 0
+    for number, latent in enumerate(features.latents):
+        html = render(
+            "assess/report/latent.html",
+            latent=View(latent, features),
+            is_open=number < N_OPEN,
+            visible=visible,
+        )
+        n_bytes += len(html.encode())
+        if most_bytes is not None and n_bytes > most_bytes:
+            break
+        rendered.append(html)
+    return Markup("".join(rendered)), len(rendered)
+
+
+class View:
+    """What the template asks of a latent.
+
+    Args:
+        latent: the latent.
+        features: it and its like.
+    """
+
+    def __init__(self, latent: Latent, features: Features) -> None:
+        self.latent, self.features = latent, features
+
+    @property
+    def tokens(self) -> list[str]:
+        """List the tokens on which it fires most often, among its contexts."""
+        every = [self.latent.contexts, *(stratum.contexts for stratum in self.latent.strata)]
+        peaks = [c.place.tokens[c.place.at] for some in every for c in some if isinstance(c.place, Snippet)]
+        return [visible(token) for token, _ in Counter(peaks).most_common(N_TOP_TOKENS)]
+
+    @property
+    def outline(self) -> str:
+        """Path of the histogram of its activations."""
+        return outline(self.latent.histogram)
+
+    @property
+    def sampled(self) -> str:
+        """Say what the histogram is made of."""
+        latent = self.latent
+        if latent.n_sampled == latent.n_active:
+            return f"its {latent.n_active:,} activations"
+        return f"{latent.n_sampled:,} of its {latent.n_active:,} activations, drawn at random"
+
+    @property
+    def parts(self) -> list[Part]:
+        """List its contexts: the strongest, then those of each stratum."""
+        parts = [Part("Strongest", [self._shown(context) for context in self.latent.contexts])]
+        for stratum in self.latent.strata:
+            title = f"{stratum.low:.3g} to {stratum.high:.3g}, {stratum.share:.0%} of its firings"
+            parts.append(Part(title, [self._shown(context) for context in stratum.contexts]))
+        return [part for part in parts if part.contexts]
+
+    def _shown(self, context: Context) -> Shown:
+        value = f"{context.activation:.2f}" if context.activation < 1000 else f"{context.activation:.3g}"
+        place = context.place
+        if isinstance(place, Passage):
+            return contexts.of_passage(value, name_of(place), place.text)
+        return contexts.of_tokens(
+            value, place.source, place.tokens, place.at, context.values, self.latent.largest
+        )
+
+    @property
+    def positions(self) -> list[Bar]:
+        """Bars of how often it fires, by position in the row."""
+        return self._profile(self.latent.by_position, self.features.positions)
+
+    @property
+    def sources(self) -> list[Bar]:
+        """Bars of how often it fires, by source."""
+        return self._profile(self.latent.by_source, self.features.sources)
+
+    def _profile(self, shares: tuple[float | None, ...], labels: tuple[str, ...]) -> list[Bar]:
+        titles = [
+            f"{visible(label)}: {'no tokens' if share is None else f'{share:.3%}'}"
+            for share, label in zip(shares, labels, strict=True)
+        ]
+        return bars(shares, titles) if len(shares) > 1 else []
+
+    @property
+    def stability(self) -> str:
+        """Say in how many of the seeds it is found, its own among them."""
+        counterparts = self.latent.counterparts
+        if not counterparts:
+            return ""
+        n = sum(found.mutual and found.cosine > SAME for found in counterparts)
+        return f"in {n + 1} of {len(counterparts) + 1} seeds"
+
+
+SAME = 0.7
+"""Cosine from which on mutual nearest latents of two seeds count as the same (Paulo and Belrose 2025,
+arXiv 2501.16615)."""

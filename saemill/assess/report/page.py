@@ -1,0 +1,144 @@
+"""The page: its sections put together, in one file that fetches nothing."""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from numpy import float64
+from numpy.typing import NDArray
+
+from saemill.assess.report import charts, compared, latents, variants
+from saemill.assess.report.visible import visible
+from saemill.assess.sums import number
+from saemill.assess.table import are_several, by_source, columns_of, cuts, notes, thresholds
+from saemill.assess.verdict import TITLES
+from saemill.common import durable
+from saemill.common.log import counted
+from saemill.common.page import render
+from saemill.common.stores.features import Features
+
+SIZE = {
+    "width": charts.WIDTH,
+    "height": charts.HEIGHT,
+    "left": charts.LEFT,
+    "right": charts.RIGHT,
+    "top": charts.TOP,
+    "bottom": charts.BOTTOM,
+}
+
+
+def write_html(
+    path: Path,
+    assessment: dict[str, Any],
+    features: Features,
+    densities: Mapping[str, NDArray[float64]],
+    most_bytes: int,
+) -> None:
+    """Write the page.
+
+    Args:
+        path: the file.
+        assessment: the content of `final_assessment.json`.
+        features: the latents to show.
+        densities: variant → share of tokens on which each latent fired, [F].
+        most_bytes: size from which on latents are left out.
+    """
+    shown = columns_of(assessment)
+    several = assessment["variants"] + assessment["controls"]
+    values = {
+        "headline": compared.headline(assessment),
+        "reasons": compared.reasons(assessment),
+        "trust": compared.trust(assessment),
+        "notes": notes(assessment),
+        "thresholds": thresholds(assessment),
+        "data": assessment["data"],
+        "charts": [chart for metric in charts.METRICS if (chart := charts.against_l0(assessment, metric))],
+        "size": SIZE,
+        "columns": shown,
+        "architectures": are_several(assessment["variants"]),
+        "transcoders": any(entry.get("target_site") for entry in assessment["variants"]),
+        "variants": variants.rows(assessment["variants"], shown, densities, assessment["data"]),
+        "baselines": variants.rows(assessment["controls"], shown, {}, assessment["data"]),
+        "cut_titles": (cuts(several) or [[]])[0][1:],
+        "source_titles": (by_source(several) or [[]])[0][1:],
+        "shown": features,
+        "word": _word(features),
+        "drawn": _drawn(features),
+        **_script(),
+        "check_text": check_text,
+        "counted": counted,
+        "number": number,
+        "visible": visible,
+    }
+    without = render("assess/report/report.html", **values, latents="", left_out="")
+    html, n = latents.pages(features, most_bytes - len(without.encode()) - 1000)
+    left_out = _left_out(len(features.latents) - n, features.variant, most_bytes)
+    page = render("assess/report/report.html", **values, latents=html, left_out=left_out)
+    durable.write_bytes(path, [page.encode()])
+
+
+def check_text(check: Mapping[str, Any]) -> str:
+    """Say what a check of the verdict found."""
+    title = TITLES[check["metric"]]
+    if check["value"] is None:
+        return f"{title}: unknown, {check['reason']}"
+    value = f"{check['value']:.3f}"
+    if check["against"]:
+        ends = "" if check["hi"] is None else f" ({check['lo']:.3f}–{check['hi']:.3f})"
+        limit = check["threshold"].partition(" of ")[0]
+        return f"{title} is {value}{ends} of that of {check['against']}; passes {limit}"
+    return f"{title}: {value}; passes {check['threshold']}" + (
+        f"; {check['reason']}" if check.get("reason") else ""
+    )
+
+
+def _drawn(features: Features) -> str:
+    """Say how the latents were chosen."""
+    asked = sum(latent.asked for latent in features.latents)
+    n = len(features.latents) - asked
+    drawn = (
+        f"{counted(n, 'latent')} drawn at random from {features.n_live:,} live ones (seed {features.seed})"
+    )
+    if asked:
+        drawn += f", and {counted(asked, 'latent')} that {'was' if asked == 1 else 'were'} asked for"
+    return f"{drawn}, in the order of the draw; none is picked by hand. Searched: {features.searched}."
+
+
+def _left_out(n: int, variant: str, most_bytes: int) -> str:
+    """Say how many latents had no room, and where they are."""
+    if not n:
+        return ""
+    size = f"{most_bytes / 1e6:g} MB"
+    return (
+        f"{counted(n, 'more latent')} of the draw had no room on a page of {size}; "
+        f"saemill latent shows any latent of {variant}."
+    )
+
+
+def write_latents(path: Path, features: Features) -> None:
+    """Write a page with these latents alone."""
+    html, _ = latents.pages(features, None)
+    page = render(
+        "assess/report/latents.html",
+        shown=features,
+        word=_word(features),
+        latents=html,
+        **_script(),
+    )
+    durable.write_bytes(path, [page.encode()])
+
+
+def _word(features: Features) -> str:
+    """Return what latents are searched by beside their number."""
+    return "word" if features.unit == "passage" else "token"
+
+
+def _script() -> dict[str, Any]:
+    """Return the script, and the hash by which the page lets it run and no other."""
+    script = (files("saemill.assess.report") / "script.js").read_text()
+    digest = hashlib.sha256(script.encode()).digest()
+    return {"script": Markup(script), "script_hash": base64.b64encode(digest).decode()}
