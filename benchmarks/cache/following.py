@@ -96,7 +96,7 @@ def report(results: dict[str, Any]) -> list[str]:
         "Rows of a row's own document in its batch and in the next one, documents in a batch of 4,096:",
         "",
     ]
-    lines += [*table(["read as", "same batch", "next batch", "documents"], rows), ""]
+    lines += table(["read as", "same batch", "next batch", "documents"], rows, 1)
     lines += ["FVU and dead share on held-out tokens, for each k the mean of the seeds and their spread:", ""]
     rows = []
     for name, saes in results["trained"].items():
@@ -108,7 +108,7 @@ def report(results: dict[str, Any]) -> list[str]:
                 cells.append(f"{np.mean(values):.4f} ± {np.ptp(values) / 2:.4f}")
         rows.append(cells)
     head = [f"{what}, k {k}" for k in SAES["k"] for what in ("FVU", "dead")]
-    return [*lines, *table(["read as", *head], rows), "", machine()]
+    return [*lines, *table(["read as", *head], rows, 1), machine()]
 
 
 def parse() -> argparse.Namespace:
