@@ -123,7 +123,10 @@ def _describe_activations(store: ActivationStore) -> str:
     for name, n_commits in store.unfinished.items():
         if not (folder := site_path(store.path, name)).is_dir():
             raise StoreError(f"{folder}: folder is missing. {REPAIR}")
-        lines.append(f"  {name}: unfinished, {n_commits} of {store.n_shards} shards")
+        consumed = store.consumed
+        removed = consumed.shards if consumed and name in consumed.sites else ()
+        gone = f", of which {len(removed):,} were removed when all runs had read them" if removed else ""
+        lines.append(f"  {name}: unfinished, {n_commits} of {store.n_shards} shards{gone}")
     return "\n".join(lines)
 
 

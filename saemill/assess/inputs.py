@@ -18,6 +18,7 @@ from saemill.common.sae import of_run
 from saemill.common.sae.sae import Sae
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.site_names import parts_of
@@ -57,7 +58,7 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
     path = config.acts or Path(finished.acts)
     if not is_there(path):
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
-    store = ActivationStore(path, _beside(config, finished))
+    store = _open_store(path, _beside(config, finished))
     saes = {name: of_run.load(config.run, name, finished, device) for name in finished.variants}
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
@@ -70,6 +71,13 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
     may_be_shown = saes.values() if config.variant is None else [saes[config.variant]]
     features.check_latents(config.latents, [sae.config.num_latents for sae in may_be_shown])
     return Trained(store, saes, left_out, finished.mask)
+
+
+def _open_store(path: Path, beside: Path | None) -> ActivationStore:
+    """Open the activations; of a store whose shards were removed when they had been trained on, what is left
+    of it."""
+    store = ActivationStore(path, beside)
+    return FollowedStore(path) if beside is None and store.consumed else store
 
 
 def _beside(config: AssessConfig, finished: runs.Finished) -> Path | None:

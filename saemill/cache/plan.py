@@ -22,6 +22,7 @@ from saemill.common.models.model import (
 )
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer
+from saemill.common.sizes import written
 from saemill.common.stores.forms.form import form_of
 from saemill.common.stores.forms.packing import rows_per_shard
 from saemill.common.stores.mask import MaskConfig
@@ -183,12 +184,13 @@ def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites:
     n_shards = -(-n_rows * ctx_len // shard_tokens)
     forms = {site.name: form_of(identity["dtype"], site.width) for site in sites}
     needed = {name: n_shards * shard_tokens * f.columns * f.stored.itemsize for name, f in forms.items()}
+    n_bytes = _checked_room(config, sum(needed.values()), n_shards)
     folder = config.out.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     n_written_bytes = sum(durable.folder_bytes(site_path(config.out, site.name) / "c") for site in sites)
-    missing = sum(needed.values()) - n_written_bytes
+    missing = n_bytes - n_written_bytes
     if missing > free:
         before = " before compression" if identity.get("compression") else ""
         raise ConfigError(
@@ -204,4 +206,30 @@ def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites:
         *(f"  {s.name:32} D {s.width:6,}  {needed[s.name] / 2**20:12,.1f} MiB" for s in sites),
         f"  {sum(needed.values()) / 2**20:,.1f} MiB in all, {free / 2**20:,.1f} MiB free",
     ]
+    if n_bytes < sum(needed.values()):
+        lines.append(f"  at most {n_bytes / 2**20:,.1f} MiB of them at once; what is read is removed")
     return "\n".join(lines)
+
+
+def _checked_room(config: CacheConfig, n_bytes: int, n_shards: int) -> int:
+    """Return the most bytes that are on the disk at once, of those that are written.
+
+    Raises:
+        ConfigError: `max_disk` has no room for them.
+    """
+    limit = config.max_disk_bytes
+    if limit is None or limit >= n_bytes:
+        return n_bytes
+    if not config.delete_consumed:
+        raise ConfigError(
+            f"max_disk {config.max_disk}: all shards together take {written(n_bytes)}; give more, choose "
+            "fewer sites or --max-tokens, or add --delete-consumed: then shards that `saemill train "
+            "--follow` has read are removed"
+        )
+    least = 2 * (n_bytes // n_shards)
+    if limit < least:
+        raise ConfigError(
+            f"max_disk {config.max_disk}: two shards, of which one is read while the other is written, take "
+            f"{written(least)}; give as much or more, or smaller shards by --shard-tokens"
+        )
+    return limit

@@ -90,6 +90,24 @@ def check_input(stage: str, config: Any) -> None:
         )
 
 
+def check_removal(configs: dict[str, Any], advice: str) -> None:
+    """Refuse to remove what training has read where training begins when caching has ended: `cache` would
+    wait for ever.
+
+    Args:
+        configs: of the stages that there are.
+        advice: what helps.
+
+    Raises:
+        ConfigError: shards are to be removed.
+    """
+    if "cache" in configs and "train" in configs and configs["cache"].delete_consumed:
+        raise ConfigError(
+            "cache.delete_consumed waits for training to read what is cached, and here training begins when "
+            f"caching has ended; {advice}"
+        )
+
+
 def check_amounts(configs: dict[str, Any]) -> None:
     """Refuse amounts of tokens that cannot fit, as far as the settings alone tell.
 

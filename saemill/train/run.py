@@ -5,7 +5,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -22,12 +22,14 @@ from saemill.train.backends.choose import choose_kernels, kernels_of, make_backe
 from saemill.train.batch import check_batch
 from saemill.train.config import TrainConfig
 from saemill.train.export import export, save_saes
-from saemill.train.inputs import check_mse, load_model_loss, open_stream, with_site
+from saemill.train.following import Following, following_of
+from saemill.train.inputs import check_mse, load_model_loss, open_store, open_stream, with_site
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
 from saemill.train.losses import IN_MODEL
 from saemill.train.points import Points, points_of
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
+from saemill.train.record import checkpoint
 from saemill.train.record.folder import Folder
 from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from saemill.train.stream.feed import Feed
@@ -42,7 +44,7 @@ from saemill.train.sweep.placement import (
     choose,
     is_stepped_by_torch,
 )
-from saemill.train.sweep.schedule import Schedule
+from saemill.train.sweep.schedule import Schedule, schedule_of
 from saemill.train.sweep.sources import sources_of
 from saemill.train.sweep.variant import Variant
 from saemill.train.sweep.variants import of_config
@@ -54,11 +56,18 @@ if TYPE_CHECKING:
     from saemill.train.objective.model import ModelLoss
 
 MOST_DEAD_AFTER_TOKENS = 10_000_000
-MOST_WARMUP_STEPS = 1000
 FEW_STEPS = 100
 """Steps below which the plan says that more may help."""
 SAMPLE_TOKENS = 8192
 """Tokens from which the initial gain and the geometric median are computed, whatever the batch size."""
+
+
+class Beside(NamedTuple):
+    """What goes along with the steps of a run."""
+
+    watch: Watch | None
+    points: Points
+    following: Following | None
 
 
 def run(config: TrainConfig) -> list[Path]:
@@ -76,34 +85,66 @@ def run(config: TrainConfig) -> list[Path]:
     world = World.here()
     speak_for(world)
     device = world.device(config.device)
-    store = ActivationStore(config.acts, config.with_acts)
+    store = open_store(config)
     check_batch(config.batch_size, store.ctx_len)
     sources = sources_of(config)
     config = with_site(config, store, sources)
+    folder = Folder(config, store.fingerprint, sources)
     with (
         stop_on_signal() as stop,
         world.connected(device) as everyone,
-        closing(open_stream(config, store, sources)) as loader,
+        closing(open_stream(config, store, sources, folder.run)) as loader,
         ExitStack() as resources,
     ):
-        schedule = _schedule(config, loader.epoch_tokens, f"{store.text.unit}s")
+        schedule = schedule_of(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps, sources)
-        check_mse(loader, variants)
         _place(config, store, variants, everyone, device)
-        folder = Folder(config, store.fingerprint, sources)
         metric = config.halving_metric or "fvu"
         halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
         watch = watch_of(config, store, loader.mask, schedule.n_steps)
         points = points_of(config.out, config.n_checkpoints, schedule.n_steps)
-        if everyone.first(folder.is_finished):
-            return [config.out / variant.name for variant in variants]
-        everyone.first(lambda: check_machine(config))
+        n_held_out = watch.plan.n_tokens if watch else 0
+        following = following_of(loader, config.out, folder.run, schedule.n_steps, n_held_out, stop)
+        saes = [config.out / variant.name for variant in variants]
+        if not everyone.first(folder.is_finished):
+            everyone.first(lambda: check_machine(config))
+            _begin(config, loader, variants, folder, following, everyone, resources)
+            beside = Beside(watch, points, following)
+            trainer = _train(
+                config, folder.run, loader, schedule, halving, beside, everyone, device, stop, resources
+            )
+            saes = export(config.out, variants, store, trainer, halving)
+        if following is not None:
+            everyone.first(following.ended)
+        return saes
+
+
+def _begin(
+    config: TrainConfig,
+    loader: Loader | WholeRows,
+    variants: list[Variant],
+    folder: Folder,
+    following: Following | None,
+    everyone: Group,
+    resources: ExitStack,
+) -> None:
+    """Lock the run's folder; see to it that what training begins with is there."""
+    if following is None:
+        check_mse(loader, variants)
         everyone.first(lambda: folder.lock(resources))
-        trainer = _train(
-            config, folder.run, loader, schedule, halving, watch, points, everyone, device, stop, resources
-        )
-        return export(config.out, variants, store, trainer, halving)
+        return
+    step = _step_done(config, everyone) if config.resume else 0
+    everyone.first(lambda: following.check(step))
+    everyone.first(lambda: folder.lock(resources))
+    following.begin(_step_done(config, everyone), everyone)
+    check_mse(loader, variants)
+
+
+def _step_done(config: TrainConfig, everyone: Group) -> int:
+    """Read how many steps the run's checkpoint is after; 0 where there is none."""
+    record = everyone.first(lambda: checkpoint.read(config.out))
+    return 0 if record is None else record.step
 
 
 def _train(
@@ -112,8 +153,7 @@ def _train(
     loader: Loader | WholeRows,
     schedule: Schedule,
     halving: Halving,
-    watch: Watch | None,
-    points: Points,
+    beside: Beside,
     everyone: Group,
     device: torch.device,
     stop: Event,
@@ -125,6 +165,7 @@ def _train(
 
     Returns: the trainer at its end.
     """
+    watch = beside.watch
     halving.past = everyone.first(halving.read)
     log: JsonlSink | None = None
     sinks: list[Sink] = []
@@ -134,7 +175,7 @@ def _train(
             idle_allowed = bool(halving.past)
             placement = _place(config, loader.store, halving.alive, everyone, device, idle_allowed)
             trainer = _build(config, loader, schedule, placement, everyone, device, stop, above)
-            trainer.run_hash, trainer.watch, trainer.points = run_hash, watch, points
+            trainer.run_hash, (trainer.watch, trainer.points, trainer.following) = run_hash, beside
             if watch is not None:
                 model = None if above is None else above.model
                 everyone.together(partial(watch.prepare, trainer.learners, model))
@@ -228,7 +269,8 @@ def _build(
     dtype = choose_product_dtype(config.precision, device)
     backend = make_backend(choose_kernels(config.kernels, device), dtype, team)
     loader.restrict(list(dict.fromkeys(site for variant in variants for site in variant.sites)))
-    banks = _banks(loader, variants, backend, dead_after, device, above)
+    step = _step_done(config, everyone)
+    banks = _banks(loader, variants, backend, dead_after, device, above, step)
     return Trainer(
         loader=loader,
         feed=Feed(loader, device),
@@ -253,9 +295,11 @@ def _banks(
     dead_after: int,
     device: torch.device,
     above: "ModelLoss | None",
+    step: int,
 ) -> list[Bank]:
-    """Make the learners of this process, in a bank for each site, and for each pair of sites."""
-    stretch = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
+    """Make the learners of this process, in a bank for each site, and for each pair of sites. Those that go
+    on after a step are filled in from the checkpoint."""
+    stretch = loader.sample(SAMPLE_TOKENS, step * loader.batch_tokens)
     scalings = {site: scaling_of(loader.rows, site, device) for site in loader.sites}
     sample = {site: scalings[site].standardise(rows.to(device)) for site, rows in stretch.items()}
     banks = []
@@ -280,40 +324,6 @@ def _check_profile(trainer: Trainer, end: int) -> None:
             f"--profile needs {SKIPPED_STEPS + PROFILED_STEPS} steps, {left} are left; "
             "raise --max-tokens or lower --batch-size"
         )
-
-
-def _schedule(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
-    """Plan the steps and the learning rate over them; `units` is what the store holds."""
-    step_tokens = config.step_tokens
-    n_tokens = config.max_tokens or (config.epochs or 1) * epoch_tokens
-    n_steps = n_tokens // step_tokens
-    if n_steps == 0:
-        raise ConfigError(
-            f"{n_tokens:,} training {units} are less than one step of {step_tokens:,}; "
-            "lower --batch-size or raise --max-tokens"
-        )
-    warmup = config.warmup_steps
-    if warmup is not None and warmup >= n_steps:
-        raise ConfigError(
-            f"warmup_steps must be fewer than the run's {n_steps:,} steps, got {warmup:,}; "
-            "lower --warmup-steps or train longer"
-        )
-    schedule = Schedule(
-        n_steps=n_steps,
-        warmup_steps=min(MOST_WARMUP_STEPS, n_steps // 20) if warmup is None else warmup,
-        decay=config.lr_decay,
-        decay_steps=round(config.decay_fraction * n_steps),
-        course=config.lr_schedule,
-        end=config.course_end,
-        n_cycles=(config.lr_cycles or 2) if config.lr_schedule == "cosine_restarts" else 1,
-    )
-    if config.lr_schedule != "constant" and schedule.course_steps < schedule.n_cycles:
-        raise ConfigError(
-            f"lr_schedule {config.lr_schedule} needs {schedule.n_cycles:,} steps from warm-up to decay, and "
-            f"has {max(0, schedule.course_steps):,} of the run's {n_steps:,}; lower warmup_steps, "
-            "lr_decay_fraction or lr_cycles, or train longer"
-        )
-    return schedule
 
 
 def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -371,9 +381,8 @@ def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, sto
         f"{trainer.watch.plan.describe() if trainer.watch else ''}"
     )
     rows = trainer.loader.rows
-    for left_out in (rows.describe_roles(), rows.describe_long()):
-        if left_out:
-            say(left_out)
+    for line in rows.describe():
+        say(line)
     for name, array in rows.sites.items():
         for warning in warnings(name, rows.statistics(name), array.dtype, unit):
             say(warning)

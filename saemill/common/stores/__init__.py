@@ -5,6 +5,8 @@ token_writer.py   writing one, and copying a store's first rows
 passages.py       PassageStore: what each row of an embedding store is
 activations.py    ActivationStore: one array per site, over tokens or passages
 site_array.py     one site's rows, checked as they are read
+followed.py       a store that is still being filled, or of which shards are gone
+followers.py      who reads it meanwhile, and which shards are gone since all have
 joined.py         several sites as one, of a store or of two
 site_names.py     what sites are called
 site_roles.py     what is at a site

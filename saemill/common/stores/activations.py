@@ -29,6 +29,7 @@ from torch import Tensor
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
 from saemill.common.stores import joined, mirror, site_names
+from saemill.common.stores.followers import Consumed, read_consumed
 from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
@@ -136,6 +137,17 @@ class ActivationStore:
             name for name in sites_in(self.path) if (site_path(self.path, name) / "manifest.json").exists()
         ]
 
+    def sites_with(self, shard: int) -> list[str]:
+        """List the sites of which a shard's rows can be read."""
+        return self.sites
+
+    @property
+    def consumed(self) -> Consumed | None:
+        """Which shards of which sites were removed when all runs that follow the store had read them; None
+        where none was."""
+        consumed = read_consumed(self.path, self.settings.identity)
+        return consumed if consumed is not None and consumed.shards else None
+
     @property
     def unfinished(self) -> dict[str, int]:
         """Shards committed, by the name of each unfinished site."""
@@ -239,6 +251,8 @@ class ActivationStore:
         if self.beside is not None and name.startswith(site_names.BESIDE):
             return self.beside.array(name.removeprefix(site_names.BESIDE))
         if name not in self.sites:
+            if (consumed := self.consumed) and name in consumed.sites:
+                raise StoreError(consumed.refusal(name, self.path))
             state = "unfinished" if name in self.unfinished else "not in the store"
             finished = ", ".join(self.sites) or "none"
             advice = "Run `saemill cache` with the site to add or finish it."

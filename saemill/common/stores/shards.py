@@ -178,6 +178,11 @@ class ShardedArray:
         """Count the rows of a shard; the last may be short, though its file is padded to full size."""
         return int(min(self.shard_rows, self.n_rows - shard * self.shard_rows))
 
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of a shard before compression."""
+        return int(self.shard_rows * self.width * self.dtype.itemsize)
+
     def write_shard(self, shard: int, rows_TD: NDArray[Any], file: Path | None = None) -> None:
         """Write one whole shard durably.
 

@@ -3,7 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from saemill.train.config import LrDecay, LrSchedule
+from saemill.common.errors import ConfigError
+from saemill.train.config import LrDecay, LrSchedule, TrainConfig
+
+MOST_WARMUP_STEPS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +46,51 @@ class Schedule:
         done = step * self.n_cycles % self.course_steps / self.course_steps
         above = 1 - done if self.course == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
         return self.end + (1 - self.end) * above
+
+
+def schedule_of(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
+    """Plan the steps of a run and the learning rate over them.
+
+    Args:
+        config: of the run.
+        epoch_tokens: tokens of one pass over the store.
+        units: what the store holds, in the plural.
+
+    Raises:
+        ConfigError: fewer steps than one, or than the course needs; more than a follower reads.
+    """
+    step_tokens = config.step_tokens
+    n_tokens = config.max_tokens or (config.epochs or 1) * epoch_tokens
+    n_steps = n_tokens // step_tokens
+    if config.follow and n_tokens > epoch_tokens:
+        raise ConfigError(
+            f"max_tokens {n_tokens:,}: follow goes through the store once, which has {epoch_tokens:,} "
+            f"training {units}; leave it out, or train without follow when the store is finished"
+        )
+    if n_steps == 0:
+        raise ConfigError(
+            f"{n_tokens:,} training {units} are less than one step of {step_tokens:,}; "
+            "lower --batch-size or raise --max-tokens"
+        )
+    warmup = config.warmup_steps
+    if warmup is not None and warmup >= n_steps:
+        raise ConfigError(
+            f"warmup_steps must be fewer than the run's {n_steps:,} steps, got {warmup:,}; "
+            "lower --warmup-steps or train longer"
+        )
+    schedule = Schedule(
+        n_steps=n_steps,
+        warmup_steps=min(MOST_WARMUP_STEPS, n_steps // 20) if warmup is None else warmup,
+        decay=config.lr_decay,
+        decay_steps=round(config.decay_fraction * n_steps),
+        course=config.lr_schedule,
+        end=config.course_end,
+        n_cycles=(config.lr_cycles or 2) if config.lr_schedule == "cosine_restarts" else 1,
+    )
+    if config.lr_schedule != "constant" and schedule.course_steps < schedule.n_cycles:
+        raise ConfigError(
+            f"lr_schedule {config.lr_schedule} needs {schedule.n_cycles:,} steps from warm-up to decay, and "
+            f"has {max(0, schedule.course_steps):,} of the run's {n_steps:,}; lower warmup_steps, "
+            "lr_decay_fraction or lr_cycles, or train longer"
+        )
+    return schedule

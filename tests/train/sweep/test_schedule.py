@@ -10,8 +10,8 @@ from training import config
 
 from saemill.common.errors import ConfigError
 from saemill.common.stores.activations import ActivationStore
-from saemill.train.run import _schedule, run
-from saemill.train.sweep.schedule import Schedule
+from saemill.train.run import run
+from saemill.train.sweep.schedule import Schedule, schedule_of
 
 
 def of_torch(schedule: Schedule) -> list[float]:
@@ -98,7 +98,7 @@ def test_settings_make_the_schedule(store: ActivationStore, tmp_path: Any) -> No
     without the decay to 0."""
 
     def made(**changes: Any) -> Schedule:
-        return _schedule(config(store, tmp_path, max_tokens=256 * 100, **changes), 256 * 100, "tokens")
+        return schedule_of(config(store, tmp_path, max_tokens=256 * 100, **changes), 256 * 100, "tokens")
 
     assert made() == Schedule(100, 5, "linear", 20)
     assert made(lr_schedule="cosine") == Schedule(100, 5, "linear", 20, "cosine", 0.1)
