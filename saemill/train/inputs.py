@@ -52,6 +52,8 @@ def open_store(config: TrainConfig) -> ActivationStore:
     if not config.follow:
         return ActivationStore(config.acts, config.with_acts)
     store = FollowedStore(config.acts, config.group_tokens)
+    if store.mirror is not None:
+        raise ConfigError(f"follow: {store.named} is in an object store, where none is filled; leave it out")
     if not isinstance(store.text, TokenStore):
         raise ConfigError(f"follow: {config.acts} holds embeddings, which are there as a whole; leave it out")
     return store

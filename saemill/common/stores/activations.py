@@ -137,6 +137,18 @@ class ActivationStore:
             name for name in sites_in(self.path) if (site_path(self.path, name) / "manifest.json").exists()
         ]
 
+    def check_finished(self) -> None:
+        """Refuse a store that has no finished site.
+
+        Raises:
+            StoreError: it has none; of one whose shards were removed, which.
+        """
+        if self.sites:
+            return
+        if consumed := self.consumed:
+            raise StoreError(consumed.refusal(consumed.sites[0], self.path))
+        raise StoreError(f"no site of {self.path} is finished; finish one with `saemill cache`")
+
     def sites_with(self, shard: int) -> list[str]:
         """List the sites of which a shard's rows can be read."""
         return self.sites
