@@ -105,8 +105,8 @@ class SiteArray:
         rows_TC = self.array.block(shard, block)
         if xxhash.xxh3_64_intdigest(rows_TC.data) != self._hashes[shard][block]:
             raise StoreError(
-                f"{self.array.shard_path(shard)}: block {block} differs from its hash. "
-                f"`saemill verify {self.store.path}` names all bad shards. {REPAIR}"
+                f"{self.array.shard_name(shard)}: block {block} differs from its hash. "
+                f"`saemill verify {self.store.named}` names all bad shards. {REPAIR}"
             )
         return rows_TC
 
