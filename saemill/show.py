@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from saemill.common import hub
+from saemill.common.addresses import address_of
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
 from saemill.common.sae import formats
@@ -40,6 +41,8 @@ def kind_of(path: Path) -> str | None:
     """Name the kind of a folder that saemill made, or of a transcoder's file in a set; None for a file or
     folder within a store or run, and for anything else."""
     hub.check_local(path)
+    if address_of(path):  # nothing else is read there
+        return "activation store"
     if runs.is_run(path):
         return "run"
     names = {file.name for file in path.glob("*")}
@@ -105,7 +108,7 @@ def _roles_of(store: TokenStore) -> list[str]:
 
 def _describe_activations(store: ActivationStore) -> str:
     unit = store.text.unit
-    lines = [f"activation store {store.path}"]
+    lines = [f"activation store {store.named}"]
     lines += _of_passages(store, store.text) if isinstance(store.text, PassageStore) else _of_tokens(store)
     lines.append(f"  fingerprint {store.fingerprint}")
     for name in store.sites:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
-from saemill.common.stores import assessments, diffs, runs
+from saemill.common.stores import assessments, diffs, mirror, runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import REPAIR as REPAIR_PASSAGES
 from saemill.common.stores.passages import PassageStore
@@ -68,6 +68,7 @@ def passages_problems(path: Path) -> list[str]:
 def activations_problems(path: Path) -> list[str]:
     """List what is wrong with an activation store, a line for each bad file or unfinished site."""
     findings = Findings()
+    path, _ = mirror.opened(path)
     settings = findings.attempt(lambda: read_settings(path)) or known_settings(path)
     holds_embeddings = settings.kind == EMBEDDINGS if settings else (path / "passages").is_dir()
     findings += passages_problems(path / "passages") if holds_embeddings else tokens_problems(path / "tokens")
@@ -122,7 +123,8 @@ def _shard_problems(
     if commit and entry and commit.xxh3 != entry.xxh3:
         findings.append(f"{file} and {folder / 'manifest.json'} tell of other shards")
     if entry:
-        if problem := durable.problem(folder / "c" / str(shard) / "0", entry.bytes, entry.xxh3):
+        problem_of = durable.problem if store.mirror is None else store.mirror.problem
+        if problem := problem_of(folder / "c" / str(shard) / "0", entry.bytes, entry.xxh3):
             findings.append(f"{name} shard {shard}: {problem}")
     return findings
 

@@ -9,6 +9,7 @@ import torch
 from saemill.assess import features
 from saemill.assess.config import AssessConfig
 from saemill.assess.evalset import check_tokens, is_cached
+from saemill.common.addresses import is_there
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.models.cached import check_given, check_model, load_model
@@ -54,7 +55,7 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
         )
     finished = runs.finished(config.run)
     path = config.acts or Path(finished.acts)
-    if not path.exists():
+    if not is_there(path):
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
     store = ActivationStore(path, _beside(config, finished))
     saes = {name: of_run.load(config.run, name, finished, device) for name in finished.variants}
@@ -78,7 +79,7 @@ def _beside(config: AssessConfig, finished: runs.Finished) -> Path | None:
             raise ConfigError("with_acts has no effect on a run on one model; leave it out")
         return None
     path = config.with_acts or Path(finished.with_acts)
-    if not path.exists():
+    if not is_there(path):
         raise StoreError(f"the run's second activations are no longer at {path}; say where with --with-acts")
     return path
 

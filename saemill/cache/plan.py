@@ -190,8 +190,9 @@ def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites:
     n_written_bytes = sum(durable.folder_bytes(site_path(config.out, site.name) / "c") for site in sites)
     missing = sum(needed.values()) - n_written_bytes
     if missing > free:
+        before = " before compression" if identity.get("compression") else ""
         raise ConfigError(
-            f"{missing / 2**20:,.1f} MiB are needed in {folder}, {free / 2**20:,.1f} MiB are free; "
+            f"{missing / 2**20:,.1f} MiB are needed in {folder}{before}, {free / 2**20:,.1f} MiB are free; "
             "choose fewer sites or --max-tokens, or another disk"
         )
     compression = identity.get("compression")

@@ -74,7 +74,8 @@ def activations_card(repo: str, store: ActivationStore, names: Names) -> str:
             f"text = {read}",
         ),
         "`saemill train acts` trains on it. It is Zarr v3, which other readers take as well: rows lie "
-        "shuffled within each shard, by a permutation that saemill computes, and bf16 is kept as uint16.",
+        "shuffled within each shard, by a permutation that saemill computes, bf16 is kept as uint16, and of "
+        "int8 there are codes and steps, with mean and scale in the site's manifest.",
     ]
     return "\n\n".join(sections) + "\n"
 

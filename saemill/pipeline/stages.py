@@ -6,6 +6,7 @@ from typing import Any
 
 from saemill.assess.config import AssessConfig
 from saemill.cache.config import CacheConfig
+from saemill.common.addresses import address_of
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
 from saemill.common.stores import runs
@@ -71,7 +72,8 @@ def join(sections: Sections, before: str, after: str) -> Path | None:
 def absolute(config: Any) -> Any:
     """Make the folders of a config independent of the current one."""
     values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
-    return replace(config, **{name: v.absolute() for name, v in values.items() if isinstance(v, Path)})
+    paths = {name: v for name, v in values.items() if isinstance(v, Path) and address_of(v) is None}
+    return replace(config, **{name: path.absolute() for name, path in paths.items()})
 
 
 def check_input(stage: str, config: Any) -> None:

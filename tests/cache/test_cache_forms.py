@@ -1,6 +1,7 @@
 """The cache in every form: what is stored is what is read, and bytes are a function of model and settings."""
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from caching import SHARD, cache, with_zarr
 from crashes import check_crashes, file_hashes
 from torch import Tensor
 
+from saemill.cache.claims.worker import Worker
+from saemill.cache.writer import SiteWriter
 from saemill.common import records
 from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.records import decode_array
@@ -19,7 +22,7 @@ from saemill.common.stores.activations import SHUFFLE_KEY, ActivationStore
 from saemill.common.stores.forms.int8 import calibrate
 from saemill.common.stores.norms import norms_from
 from saemill.common.stores.permutation import permutation
-from saemill.common.stores.site_records import SiteRecord
+from saemill.common.stores.site_records import Site, SiteRecord
 from saemill.common.stores.tokens import TokenStore
 from saemill.convert_store import run as convert
 from saemill.convert_store.config import ConvertConfig
@@ -131,6 +134,23 @@ def test_another_calibration_is_told_and_its_shards_are_written_again(
     assert {store.commit("layers.1", shard).calibration for shard in range(store.n_shards)} == {other.hash}
     truth, found = int8.read("layers.1", 0, 4800), store.read("layers.1", 0, 4800)
     assert float((truth - found).square().mean() / truth.var(0).mean()) < 0.01
+
+
+def test_the_first_calibration_holds_for_all_workers(int8: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the record on the disk: of two workers that both calibrated, the later takes what is there."""
+    copy = Path(shutil.copytree(int8.path, tmp_path / "copy"))
+    shutil.rmtree(copy / "layers.1")
+    (copy / "sites" / "layers.1.json").unlink()
+    one, other = (
+        calibrate(torch.randn(9, 32, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)
+    )
+    with Worker(copy / "claims", threading.Event()) as worker, worker.hold("store"):
+        writers = [SiteWriter(ActivationStore(copy), Site("layers.1", 32), worker) for _ in range(2)]
+        assert [writer.is_calibrated for writer in writers] == [False, False]
+        writers[0].note(None, one)
+        writers[1].note(None, other)
+    assert writers[0].known == writers[1].known == ActivationStore(copy).record("layers.1")
+    assert writers[1].known.calibration == one
 
 
 def test_what_is_not_finite_is_refused(tokens: TokenStore, neox: str, tmp_path: Path) -> None:

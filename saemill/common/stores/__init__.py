@@ -9,6 +9,9 @@ joined.py         several sites as one, of a store or of two
 site_names.py     what sites are called
 site_roles.py     what is at a site
 site_records.py   its JSON: settings, sites, commits, manifests
+content.py        a file, read range by range
+objects.py        objects of S3, Google Cloud or Azure, read range by range
+mirror.py         a store that lies there
 shards.py         a Zarr array of one file per shard, which memory-maps
 forms/            float rows ↔ stored rows ↔ the bytes of a shard
 rounding.py       values → a float type of fewer bits

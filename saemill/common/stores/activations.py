@@ -28,7 +28,7 @@ from torch import Tensor
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
-from saemill.common.stores import joined, site_names
+from saemill.common.stores import joined, mirror, site_names
 from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
@@ -65,7 +65,7 @@ class ActivationStore:
     """Read access to a folder made by `saemill cache`, `import-activations` or `embed`.
 
     Args:
-        path: the folder.
+        path: the folder, or the address of one in an object store: `s3://bucket/acts` (see `mirror`).
         beside: a store of another model's activations at the same tokens. Its sites are called
             `with.<site>`; both masks count together.
 
@@ -75,7 +75,7 @@ class ActivationStore:
     """
 
     def __init__(self, path: Path | str, beside: Path | str | None = None) -> None:
-        self.path = Path(path)
+        self.path, self.mirror = mirror.opened(path)
         self.settings = read_settings(self.path)
         self.mask = self.settings.mask
         self.shard_tokens = self.settings.shard_tokens
@@ -87,6 +87,16 @@ class ActivationStore:
         if self.beside is not None:
             joined.check_beside(self, self.beside)
             self.mask = joined.combined(self.mask, self.beside.mask)
+
+    @property
+    def named(self) -> str:
+        """The folder as it was named, or the address."""
+        return str(self.path) if self.mirror is None else self.mirror.known.address
+
+    @property
+    def place(self) -> str:
+        """Where the store lies: its folder, from anywhere on this machine, or its address."""
+        return str(self.path.absolute()) if self.mirror is None else self.mirror.known.address
 
     def _open_text(self) -> TokenStore | PassageStore:
         """Open the tokens, or the passages, that the addresses name."""
@@ -183,6 +193,8 @@ class ActivationStore:
             StoreError: it is missing, damaged, or another shard's.
         """
         file = site_path(self.path, site) / "commits" / f"{shard}.json"
+        if self.mirror is not None:
+            self.mirror.fetch(file)
         commit = records.read(file, Commit, REPAIR)
         self._check_owner(file, commit, site)
         if (commit.shard, commit.n_tokens) != (shard, self.shard_length(shard)):
@@ -202,7 +214,8 @@ class ActivationStore:
         Raises:
             StoreError: there is none, or its description is not as the settings say.
         """
-        array = ShardedArray(site_path(self.path, name), REPAIR, compression=self.settings.compression)
+        folder, compression = site_path(self.path, name), self.settings.compression
+        array = ShardedArray(folder, REPAIR, compression=compression, mirror=self.mirror)
         array.expect(describe_site(self.settings, self.n_tokens, name, width))
         return array
 

@@ -97,7 +97,7 @@ class SiteArray:
         return [decode_array(shard.block_hashes, "u8") for shard in self.manifest.shards]
 
     def block(self, shard: int, block: int) -> NDArray[Any]:
-        """Read one block of stored rows, compared with its hash; raw, it is a view of the mapped file.
+        """Read one block of stored rows, compared with its hash, in memory of its own.
 
         Raises:
             StoreError: the content is not what was written.
@@ -105,8 +105,8 @@ class SiteArray:
         rows_TC = self.array.block(shard, block)
         if xxhash.xxh3_64_intdigest(rows_TC.data) != self._hashes[shard][block]:
             raise StoreError(
-                f"{self.array.shard_path(shard)}: block {block} differs from its hash. "
-                f"`saemill verify {self.store.path}` names all bad shards. {REPAIR}"
+                f"{self.array.shard_name(shard)}: block {block} differs from its hash. "
+                f"`saemill verify {self.store.named}` names all bad shards. {REPAIR}"
             )
         return rows_TC
 

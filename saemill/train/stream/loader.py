@@ -1,4 +1,4 @@
-"""The stream: shuffled batches over memory-mapped shards, batch i a pure function of (seed, store, i).
+"""The stream: shuffled batches over shards on disk, batch i a pure function of (seed, store, i).
 
 Blocks of 256 stored rows, each from a keyed permutation of one shard already, are visited in a keyed
 order over the whole store; every `buffer_tokens` of them form a window, whose rows that are trained on

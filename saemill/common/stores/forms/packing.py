@@ -4,8 +4,7 @@ Raw, the file is the rows from offset 0, padded with zeros to a full shard. Comp
 sharding codec: each block is an inner chunk, compressed by Blosc and followed by its CRC-32C; the index at
 the end says where each begins and how long it is. Zarr readers read both.
 
-Of a file's content only its length and slices are taken: a mapped file has them, and a ranged read of an
-object's bytes could.
+Of a file's content only its length and slices are taken, each of which is read when it is asked for.
 """
 
 import math
@@ -40,6 +39,14 @@ SIZE_PLACE = slice(12, 16)
 numcodecs.blosc.use_threads = False
 
 
+class Content(Protocol):
+    """The content of a shard's file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, span: slice, /) -> NDArray[np.uint8]: ...
+
+
 class Packed(NamedTuple):
     """The content of a shard's file."""
 
@@ -62,7 +69,7 @@ class Packing(Protocol):
     def pack(self, rows_TC: NDArray[Any]) -> Packed:
         """Make the content of a shard's file; the last shard's rows may be fewer."""
 
-    def span(self, content: NDArray[np.uint8], block: int, n_rows: int) -> NDArray[np.uint8]:
+    def span(self, content: Content, block: int, n_rows: int) -> NDArray[np.uint8]:
         """Find a block, of `n_rows` rows, in a file's content.
 
         Raises:
@@ -105,7 +112,7 @@ def _bytes_codec(dtype: np.dtype[Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Raw:
-    """Rows as they are; a block is a view of the file."""
+    """Rows as they are."""
 
     shard_rows: int
     columns: int
@@ -132,7 +139,7 @@ class Raw:
         size = BLOCK_TOKENS * self.row_bytes
         return Packed([raw[start : start + size] for start in range(0, len(raw), size)], b"")
 
-    def span(self, content: NDArray[np.uint8], block: int, n_rows: int) -> NDArray[np.uint8]:
+    def span(self, content: Content, block: int, n_rows: int) -> NDArray[np.uint8]:
         """Find a block; see `Packing`."""
         start = block * BLOCK_TOKENS * self.row_bytes
         return content[start : start + n_rows * self.row_bytes]
@@ -194,10 +201,12 @@ class Compressed:
         entries = index.astype("<u8").tobytes()
         return Packed(blocks, entries + _crc(entries))
 
-    def span(self, content: NDArray[np.uint8], block: int, n_rows: int) -> NDArray[np.uint8]:
+    def span(self, content: Content, block: int, n_rows: int) -> NDArray[np.uint8]:
         """Find a block by the index; see `Packing`. Its own checksum tells what the index got wrong."""
         n_blocks = self.shard_rows // BLOCK_TOKENS
         start = len(content) - CRC_BYTES - (n_blocks - block) * ENTRY_BYTES
+        if start < 0:
+            raise ValueError("the file is shorter than its index")
         offset, size = np.frombuffer(content[start : start + ENTRY_BYTES].tobytes(), "<u8").tolist()
         if not offset + size <= len(content):
             raise ValueError("the index names bytes beyond the file")

@@ -103,9 +103,10 @@ def test_an_empty_file_is_told(tmp_path: Path) -> None:
     array = written(tmp_path / "a", stored_rows(300, 4, torch.bfloat16, 0), 512, torch.bfloat16, "lz4")
     array.shard_path(0).write_bytes(b"")
     array.content.cache_clear()
-    with pytest.raises(StoreError, match="c/0/0: "):
+    with pytest.raises(StoreError, match="c/0/0: block 0 is damaged: the file is shorter than its index"):
         array.block(0, 0)
     array.shard_path(0).unlink()
+    array.content.cache_clear()
     with pytest.raises(StoreError, match="c/0/0: file is missing"):
         array.block(0, 0)
 

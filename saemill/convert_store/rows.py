@@ -1,11 +1,17 @@
-"""A site's stored rows by address, each shard read once as long as ranges follow one another."""
+"""The stored rows of a site: by address, each shard read once as long as ranges follow one another; and in
+another form."""
 
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from saemill.cache.writer import ROWS_AT_ONCE
+from saemill.common.stores.forms.form import Form, empty
+from saemill.common.stores.shards import as_tensor
 from saemill.common.stores.site_array import SiteArray
 
 
@@ -31,3 +37,14 @@ class Addressed:
     def _read_shard(self, shard: int) -> NDArray[Any]:
         start = shard * self.site.store.shard_tokens
         return self.site.read_stored(start, start + self.site.store.shard_length(shard))
+
+
+def stored_again(site: SiteArray, rows_TC: NDArray[Any], form: Form) -> Tensor:
+    """Turn stored rows of the source into those of the new store: the same, where the type is."""
+    stored_TC = as_tensor(rows_TC, site.stored)
+    if form.stored == site.stored:
+        return stored_TC
+    again_TC = empty(form, len(stored_TC))
+    for piece, into in zip(*(torch.split(x, ROWS_AT_ONCE) for x in (stored_TC, again_TC)), strict=True):
+        form.encode(site.decode(piece), into)
+    return again_TC
