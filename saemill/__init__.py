@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from saemill.results import Run as Run
     from saemill.stages import assess_saes as assess_saes
     from saemill.stages import cache_activations as cache_activations
+    from saemill.stages import cache_and_train as cache_and_train
     from saemill.stages import tokenize_text as tokenize_text
     from saemill.stages import train_saes as train_saes
 
@@ -31,6 +32,7 @@ __all__ = [
     "ablate",
     "assess_saes",
     "cache_activations",
+    "cache_and_train",
     "clamp",
     "scale",
     "splice",
@@ -48,6 +50,7 @@ _HOMES = {
     "ablate": "saemill.common.steer.edits",
     "assess_saes": "saemill.stages",
     "cache_activations": "saemill.stages",
+    "cache_and_train": "saemill.stages",
     "clamp": "saemill.common.steer.edits",
     "scale": "saemill.common.steer.edits",
     "splice": "saemill.common.steer.splice",

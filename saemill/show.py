@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from saemill.common import hub
+from saemill.common.addresses import address_of
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
 from saemill.common.sae import formats
@@ -40,6 +41,8 @@ def kind_of(path: Path) -> str | None:
     """Name the kind of a folder that saemill made, or of a transcoder's file in a set; None for a file or
     folder within a store or run, and for anything else."""
     hub.check_local(path)
+    if address_of(path):  # nothing else is read there
+        return "activation store"
     if runs.is_run(path):
         return "run"
     names = {file.name for file in path.glob("*")}
@@ -105,7 +108,7 @@ def _roles_of(store: TokenStore) -> list[str]:
 
 def _describe_activations(store: ActivationStore) -> str:
     unit = store.text.unit
-    lines = [f"activation store {store.path}"]
+    lines = [f"activation store {store.named}"]
     lines += _of_passages(store, store.text) if isinstance(store.text, PassageStore) else _of_tokens(store)
     lines.append(f"  fingerprint {store.fingerprint}")
     for name in store.sites:
@@ -120,7 +123,10 @@ def _describe_activations(store: ActivationStore) -> str:
     for name, n_commits in store.unfinished.items():
         if not (folder := site_path(store.path, name)).is_dir():
             raise StoreError(f"{folder}: folder is missing. {REPAIR}")
-        lines.append(f"  {name}: unfinished, {n_commits} of {store.n_shards} shards")
+        consumed = store.consumed
+        removed = consumed.shards if consumed and name in consumed.sites else ()
+        gone = f", of which {len(removed):,} were removed when all runs had read them" if removed else ""
+        lines.append(f"  {name}: unfinished, {n_commits} of {store.n_shards} shards{gone}")
     return "\n".join(lines)
 
 

@@ -2,14 +2,14 @@
 
     tokens = tokenize_text("corpus.parquet", "tokens", tokenizer="gpt2")
     acts = cache_activations(tokens, "acts", model="gpt2", layers=[6])  # or a model in memory
-    run = train_saes(acts, "runs/first", site="layers.6", k=[16, 32])
+    run = train_saes(acts, "runs/first", site="layers.6", k=[16, 32])  # or both: cache_and_train
     assessment = assess_saes(run)
 
 Each is what the command of its name does: the same settings (docs/settings.md), the same files, found again
 or gone on with when it is called again. Settings may come as the stage's config in place of keywords.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -116,6 +116,49 @@ def train_saes(
     config = _config(TrainConfig, "train", settings, acts=acts, out=out)
     run(config)
     return Run(config.out)
+
+
+def cache_and_train(
+    tokens: "TokenStore | PathLike",
+    acts: PathLike,
+    out: PathLike,
+    *,
+    cache: Mapping[str, Any],
+    **settings: Any,
+) -> "Run":
+    """Train on activations while they are made, as `saemill run --follow` does: this process caches, another
+    one trains.
+
+    Args:
+        tokens: the rows.
+        acts: activation store, new or to be gone on with.
+        out: folder of the run.
+        cache: settings of the store, as of `cache_activations`: `model`, a name or a transformers model, is
+            needed; `max_disk` and `delete_consumed` bound the room that it takes.
+        settings: of the training, as of `train_saes`; `site` is needed.
+
+    Returns: the run, with its SAEs by name.
+
+    Raises:
+        ConfigError: unknown settings, or such that do not fit.
+        StoreError: training failed; what went wrong was printed by it.
+        Interrupted: the kernel was interrupted; the same call goes on.
+    """
+    from saemill.cache.config import CacheConfig
+    from saemill.pipeline import together
+    from saemill.results import Run
+    from saemill.train.config import TrainConfig
+
+    model, caching = _model_in(dict(cache), *OF_A_NAMED_MODEL, "device")
+    if model is not None:
+        from saemill.common.models.model import name_of
+
+        caching["model"] = name_of(model)
+    training = _config(TrainConfig, "train", {"follow": True, **settings}, acts=acts, out=out)
+    with _evaluating(model):
+        config = _config(CacheConfig, "cache", caching, tokens=tokens, out=acts)
+        together.cache_and_train(config, training, model)
+    return Run(training.out)
 
 
 def assess_saes(

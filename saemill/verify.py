@@ -6,8 +6,9 @@ from typing import TypeVar
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
-from saemill.common.stores import assessments, diffs, runs
+from saemill.common.stores import assessments, diffs, mirror, runs
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.followers import Consumed
 from saemill.common.stores.passages import REPAIR as REPAIR_PASSAGES
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.shards import ShardedArray
@@ -68,6 +69,7 @@ def passages_problems(path: Path) -> list[str]:
 def activations_problems(path: Path) -> list[str]:
     """List what is wrong with an activation store, a line for each bad file or unfinished site."""
     findings = Findings()
+    path, _ = mirror.opened(path)
     settings = findings.attempt(lambda: read_settings(path)) or known_settings(path)
     holds_embeddings = settings.kind == EMBEDDINGS if settings else (path / "passages").is_dir()
     findings += passages_problems(path / "passages") if holds_embeddings else tokens_problems(path / "tokens")
@@ -91,6 +93,8 @@ def _site_problems(store: ActivationStore, name: str) -> list[str]:
     if not (folder / "manifest.json").exists():
         n_commits = store.unfinished[name]
         is_all = n_commits == store.n_shards
+        if (consumed := store.consumed) and name in consumed.sites:
+            return [*findings, consumed.refusal(name, store.path), *_left(store, name, consumed)]
         state = f"{folder / 'manifest.json'}: {durable.MISSING}" if is_all else f"{name}: unfinished"
         findings.append(f"{state}, {n_commits:,} of {store.n_shards:,} shards are there")
     elif record:
@@ -98,6 +102,12 @@ def _site_problems(store: ActivationStore, name: str) -> list[str]:
     for shard in range(store.n_shards):
         findings += _shard_problems(store, name, shard, manifest)
     return findings
+
+
+def _left(store: ActivationStore, name: str, consumed: Consumed) -> list[str]:
+    """List what is wrong with the shards of a consumed site that are left."""
+    shards = (shard for shard in range(store.n_shards) if shard not in consumed.shards)
+    return [line for shard in shards for line in _shard_problems(store, name, shard, None)]
 
 
 def _open_array(store: ActivationStore, name: str, width: int | None) -> ShardedArray:
@@ -122,7 +132,8 @@ def _shard_problems(
     if commit and entry and commit.xxh3 != entry.xxh3:
         findings.append(f"{file} and {folder / 'manifest.json'} tell of other shards")
     if entry:
-        if problem := durable.problem(folder / "c" / str(shard) / "0", entry.bytes, entry.xxh3):
+        problem_of = durable.problem if store.mirror is None else store.mirror.problem
+        if problem := problem_of(folder / "c" / str(shard) / "0", entry.bytes, entry.xxh3):
             findings.append(f"{name} shard {shard}: {problem}")
     return findings
 

@@ -127,6 +127,8 @@ IDENTITIES: list[tuple[Any, dict[str, Any], str]] = [
         },
         "d19ab9db1fed1e99",
     ),
+    (TrainConfig, {"follow": True}, "e21c448ba5669910"),
+    (TrainConfig, {"follow": True, "follow_tokens": 4096}, "fce6be9ab85a5aa5"),
     (AssessConfig, {}, "b6838bcf2656d142"),
     (
         AssessConfig,
@@ -153,7 +155,10 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
     ("kind", "expected"),
     [
         (TokenizeConfig, "out chat_template num_proc"),
-        (CacheConfig, "tokens out batch_size device device_map max_memory trust_remote_code"),
+        (
+            CacheConfig,
+            "tokens out batch_size max_disk delete_consumed device device_map max_memory trust_remote_code",
+        ),
         (
             TrainConfig,
             "acts out with_acts init_from save_every log_every eval_every eval_tokens eval_losses_every "

@@ -199,6 +199,42 @@ def test_datasets_in_memory_are_taken_as_they_are(work: Work, tmp_path: Path, to
         saemill.tokenize_text(3, tmp_path / "new", tokenizer=tokenizer_folder)
 
 
+def test_the_lines_of_the_page_on_activations_made_on_the_fly_run(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the page's own code, with a small model, text and sizes in place of those that it names; the
+    same SAEs on the whole store. The model in memory is as it was."""
+    page = (Path(saemill.__file__).parent.parent / "docs" / "python.md").read_text()
+    section = page.split("\n## Activations made on the fly\n")[1].split("\n## ")[0]
+    instead = {
+        '"corpus.jsonl.gz"': f'"{work.text}"', 'tokenizer="EleutherAI/pythia-160m"': f"**{text_of(work)}",
+        '"layers": [8]': '"layers": [1], "shard_tokens": 512', '"20GB"': '"170KB"', "layers.8": "layers.1",
+        "k=[16, 32]": "k=[2, 4]", "num_latents=6144": "num_latents=64, batch_size=512, log_every=4, "
+        "follow_tokens=1024, buffer_tokens=512",
+    }  # fmt: skip
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    monkeypatch.chdir(tmp_path)
+    for theirs, ours in instead.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    model = in_memory(work).train()
+    names: dict[str, Any] = {"model": model}
+    exec(code, names)
+    assert model.training
+    assert (tmp_path / "acts" / "consumed.json").exists()
+    acts = saemill.cache_activations(
+        names["tokens"], tmp_path / "whole", model=model, layers=[1], shard_tokens=512
+    )
+    settings = {"follow": True, "follow_tokens": 1024, "buffer_tokens": 512, "site": "layers.1"}
+    assert files(saemill.train_saes(acts, tmp_path / "run", **SAES, **settings).path) == files(
+        names["run"].path
+    )
+
+
+def text_of(work: Work) -> dict[str, Any]:
+    return TEXT | {"tokenizer": work.tokens.tokenizer.name}
+
+
 def test_the_ten_lines_of_the_migration_page_run(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ from saemill.common.stores.permutation import permutation
 from saemill.common.stores.shards import as_tensor
 from saemill.common.stores.site_array import SiteArray
 from saemill.train.stream import loader as stream
+from saemill.train.stream.epochs import open_epochs
 from saemill.train.stream.loader import Loader
 
 PIECE_ROWS = 4096
@@ -136,7 +137,7 @@ def loader_of(task: Task) -> Loader:
     torch.set_num_threads(1)
     stream.READERS = task.n_readers
     sizes = {"batch_tokens": task.batch_tokens, "buffer_tokens": task.buffer_tokens}
-    return Loader(ActivationStore(task.path), [SITE], NOTHING_LEFT_OUT, **sizes, seed=0)
+    return open_epochs(ActivationStore(task.path), [SITE], NOTHING_LEFT_OUT, **sizes, seed=0)
 
 
 def epoch(loader: Loader) -> Iterator[torch.Tensor]:

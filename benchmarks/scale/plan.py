@@ -59,12 +59,18 @@ def pipelines(args: argparse.Namespace, out: Path) -> dict[str, dict[str, dict[s
             "assess": {"run": here["run"]},
         }  # fmt: skip
 
-    train = {"site": ["layers.2", "layers.4"], "k": [16, 32], "expansion_factor": [8]}
-    mixed = {"architecture": ["topk", "batchtopk", "jumprelu"], "k": [32], "target_l0": [32.0]}
+    train = {"site": ["layers.2", "layers.4"], "k": [16, 32], "expansion_factor": [8], "epochs": 4}
+    mixed = {
+        "num_latents": [3072],
+        "epochs": 2,
+        "architecture": ["topk", "batchtopk", "jumprelu"],
+        "k": [32],
+        "target_l0": [32.0],
+    }
     embedded = folders["embeddings"]
     return {
         "causal": of_model("causal", args.causal, {"layers": [2, 4]}, train),
-        "encoder": of_model("encoder", args.encoder, {"layers": [3]}, mixed | {"num_latents": [3072]}),
+        "encoder": of_model("encoder", args.encoder, {"layers": [3]}, mixed),
         "embeddings": {
             "train": {
                 "acts": embedded["acts"], "out": embedded["run"], "k": [16, 32], "num_latents": [1536],

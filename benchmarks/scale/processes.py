@@ -29,11 +29,10 @@ from benchmarks.report import machine
 from saemill.common import world
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import World
-from saemill.train.backends.choose import make_backend
+from saemill.train.backends.choose import choose_product_dtype, make_backend
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
-from saemill.train.run import choose_product_dtype
-from saemill.train.stream.loader import Loader
+from saemill.train.stream.epochs import open_epochs
 from saemill.train.stream.scaling import scaling_of
 from saemill.train.sweep.placement import choose
 from saemill.train.sweep.variant import Variant
@@ -98,7 +97,9 @@ def work(args: argparse.Namespace, setting: Setting) -> None:
         Variant(name=f"v{i}", site=args.site, k=args.k, num_latents=args.latents, lr=lr, seed=i, k_aux=d // 2)
         for i in range(setting.n_variants)
     ]
-    loader = Loader(store, [args.site], store.mask, batch_tokens=args.batch, buffer_tokens=65_536, seed=0)
+    loader = open_epochs(
+        store, [args.site], store.mask, batch_tokens=args.batch, buffer_tokens=65_536, seed=0
+    )
     with here.connected(torch.device("cpu")) as everyone, closing(loader):
         placement = choose(variants, {args.site: d}, everyone.size, setting.data_ranks, setting.latent_ranks)
         cpu = torch.device("cpu")

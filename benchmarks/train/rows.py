@@ -17,7 +17,7 @@ from torch.nn.functional import embedding_bag
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import TrainingMask
 from saemill.common.stores.statistics import Moments
-from saemill.train.stream.loader import Loader
+from saemill.train.stream.epochs import open_epochs
 
 DIRECTIONS, ACTIVE, NOISE, MEAN = 4096, 32, 0.02, 1.0
 CHUNK = 4096
@@ -97,7 +97,7 @@ def stored(args: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
     for shard in range(store.n_shards):
         offsets = np.flatnonzero(store.keep_addresses(shard, store.mask, held_out=True))
         yield "held_out", site.gather(shard, offsets)
-    loader = Loader(
+    loader = open_epochs(
         store,
         [args.site],
         store.mask,

@@ -15,6 +15,7 @@ from saemill.common.errors import ConfigError, DataError
 from saemill.common.log import counted
 from saemill.common.models.model import LanguageModel, attention_of
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.site_array import SiteArray
@@ -77,6 +78,11 @@ def check_tokens(store: ActivationStore, other: TokenStore | None, with_model: b
             raise ConfigError(
                 f"{store.path} has no held-out {store.text.row}s; {store.text.hint_to_hold_out}"
             )
+        if isinstance(store, FollowedStore) and not with_model:
+            raise ConfigError(
+                f"shards of {store.path} were removed when they had been trained on, and only the model can "
+                "compute them again; leave out --no-model"
+            )
         return
     tokenizer, cached_tokenizer = other.tokenizer, store.tokens.tokenizer
     if tokenizer.hash != cached_tokenizer.hash:
@@ -125,6 +131,8 @@ class EvalSet:
         self.factors = {name: factors_of(array) for name, array in self.arrays.items() if is_joined(name)}
         """Of joined sites, what brings each dimension to its own site's units: float64 [D]."""
         self.cached = is_cached(store, other)
+        self._activations = self._compute if isinstance(store, FollowedStore) else self._read
+        """Reads tokens of the cache; where shards were removed, the model computes them again."""
         self.text = store.text if self.cached or other is None else other
         self.n_seen_documents = 0
         if self.cached:
@@ -188,7 +196,7 @@ class EvalSet:
 
     def training_chunks(self, max_tokens: int) -> Iterator[Chunk]:
         """Read the first cached tokens that training saw, the same for every process."""
-        return map(self._read, _limited(self._cached_batches((False,)), max_tokens))
+        return map(self._activations, _limited(self._cached_batches((False,)), max_tokens))
 
     def rows(self, max_tokens: int) -> Iterator[Rows]:
         """Read this process's share of the first rows: at most `max_tokens` tokens, and one row at least."""
@@ -198,7 +206,7 @@ class EvalSet:
 
     def _chunks(self, label: str, held_out: tuple[bool, ...], max_tokens: int) -> Iterator[Chunk]:
         batches = self._cached_batches(held_out) if self.cached else self._computed_batches()
-        read = self._read if self.cached else self._compute
+        read = self._activations if self.cached else self._compute
         for addresses_T in dealt(label, _limited(batches, max_tokens), self.everyone, f"{self.text.unit}s"):
             yield read(addresses_T)
 
@@ -234,17 +242,14 @@ class EvalSet:
         return Chunk(addresses_T, x)
 
     def _compute(self, addresses_T: Addresses) -> Chunk:
-        """Compute the activations of tokens of some rows in one forward pass."""
-        assert self.model is not None
-        rows = self._rows(self._row_addresses(np.unique(addresses_T // self.tokens.ctx_len)))
-        attention = attention_of(rows.ids_RS, self.tokens.tokenizer)
+        """Compute the activations of tokens of some rows, in forward passes over the rows that hold them."""
+        numbers_R = np.unique(addresses_T // self.tokens.ctx_len)
+        rows = self._rows(self._row_addresses(numbers_R))
         parts = {name: parts_of(name) for name in self.sites}
-        captured = self.model.capture(
-            rows.ids_RS, list({p for each in parts.values() for p in each}), attention
-        )
+        computed = self._capture(rows, list({part for each in parts.values() for part in each}))
         places = torch.from_numpy(np.searchsorted(rows.addresses_RS.reshape(-1), addresses_T))
         x = {
-            name: array.rounded(torch.cat([captured[p].cpu().flatten(0, 1)[places] for p in parts[name]], 1))
+            name: array.rounded(torch.cat([computed[part][places] for part in parts[name]], 1))
             for name, array in self.arrays.items()
         }
         for site, x_TD in x.items():
@@ -254,6 +259,16 @@ class EvalSet:
                     f"beyond the type that the store has ({str(x_TD.dtype).removeprefix('torch.')})"
                 )
         return Chunk(addresses_T, x)
+
+    def _capture(self, rows: Rows, sites: list[str]) -> dict[str, Tensor]:
+        """Run the model over rows. Return per site [T, D], of all their positions."""
+        assert self.model is not None
+        found: dict[str, list[Tensor]] = {site: [] for site in sites}
+        for ids_RS in torch.split(rows.ids_RS, self.batch_rows):
+            attention = attention_of(ids_RS, self.tokens.tokenizer)
+            for site, x_RSD in self.model.capture(ids_RS, sites, attention).items():
+                found[site].append(x_RSD.cpu().flatten(0, 1))
+        return {site: torch.cat(pieces) for site, pieces in found.items()}
 
     def _rows(self, addresses_RS: Addresses) -> Rows:
         numbers = addresses_RS[:, 0] // self.tokens.ctx_len

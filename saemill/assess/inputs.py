@@ -9,6 +9,7 @@ import torch
 from saemill.assess import features
 from saemill.assess.config import AssessConfig
 from saemill.assess.evalset import check_tokens, is_cached
+from saemill.common.addresses import is_there
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.models.cached import check_given, check_model, load_model
@@ -17,6 +18,7 @@ from saemill.common.sae import of_run
 from saemill.common.sae.sae import Sae
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.site_names import parts_of
@@ -54,9 +56,9 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
         )
     finished = runs.finished(config.run)
     path = config.acts or Path(finished.acts)
-    if not path.exists():
+    if not is_there(path):
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
-    store = ActivationStore(path, _beside(config, finished))
+    store = _open_store(path, _beside(config, finished))
     saes = {name: of_run.load(config.run, name, finished, device) for name in finished.variants}
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
@@ -71,6 +73,13 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
     return Trained(store, saes, left_out, finished.mask)
 
 
+def _open_store(path: Path, beside: Path | None) -> ActivationStore:
+    """Open the activations; of a store whose shards were removed when they had been trained on, what is left
+    of it."""
+    store = ActivationStore(path, beside)
+    return FollowedStore(path) if beside is None and store.consumed else store
+
+
 def _beside(config: AssessConfig, finished: runs.Finished) -> Path | None:
     """Find the store of the second model, of a run on two."""
     if finished.with_acts is None:
@@ -78,7 +87,7 @@ def _beside(config: AssessConfig, finished: runs.Finished) -> Path | None:
             raise ConfigError("with_acts has no effect on a run on one model; leave it out")
         return None
     path = config.with_acts or Path(finished.with_acts)
-    if not path.exists():
+    if not is_there(path):
         raise StoreError(f"the run's second activations are no longer at {path}; say where with --with-acts")
     return path
 

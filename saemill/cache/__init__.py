@@ -17,5 +17,6 @@ calibration.py how a site's activations are spread, where they are stored as int
 names.py       whether a module holds what its name says
 repair.py      which shards are bad, and what of them is mended without the model
 sharing.py     which shard this process writes next, beside others
+room.py        which shards may go when runs that follow the store have read them
 claims/        which of many processes works on what
 """

@@ -7,6 +7,7 @@ from typing import Literal
 from saemill.common import elsewhere
 from saemill.common.errors import ConfigError
 from saemill.common.setting import DEVICE, about, check, like, setting
+from saemill.common.sizes import size_of
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.weights import DeviceMap, Weights, bits_of
 
@@ -53,6 +54,19 @@ class CacheConfig:
         by_default="the store's, or 65536",
         least=1,
     )
+    max_disk: str | None = setting(
+        None,
+        "Most room on the disk for the shards of these sites at once, as 200GB",
+        by_default="the disk's",
+        metavar="SIZE",
+        decides=False,
+    )
+    delete_consumed: bool = setting(
+        False,
+        "With max-disk, remove shards that all runs of `train --follow` on this store have read",
+        decides=False,
+    )
+    """The store cannot be read as a whole afterwards."""
     device: str = setting("auto", DEVICE, decides=False)
     revision: str | None = setting(None, "The hub model's revision", metavar="REV")
     mask: MaskConfig | None = setting(
@@ -76,6 +90,11 @@ class CacheConfig:
     device_map: DeviceMap | None = like(Weights, "device_map")
     max_memory: tuple[str, ...] = like(Weights, "max_memory")
 
+    @property
+    def max_disk_bytes(self) -> int | None:
+        """`max_disk` in bytes; None where it is the disk's."""
+        return None if self.max_disk is None else size_of(self.max_disk, "max_disk")
+
     def __post_init__(self) -> None:
         check(self)
         replace(self.spread, n_bits=bits_of(self.load_in_8bit, self.load_in_4bit))  # checks both
@@ -85,6 +104,10 @@ class CacheConfig:
                 "name what to cache: add --layers -1 for the residual stream after the last block; others: "
                 "--layers 2,4, --sites 'layers.*.mlp' or --layer-stride 2"
             )
+        if self.max_disk is not None:
+            size_of(self.max_disk, "max_disk")
+        elif self.delete_consumed:
+            raise ConfigError("delete_consumed has no effect without max_disk; leave it out, or name a size")
         if self.layer_stride not in (None, 1) and len(chosen) > 1:
             raise ConfigError(f"layer_stride chooses all layers itself; leave out {chosen[0]}")
         for site in self.sites:

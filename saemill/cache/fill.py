@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from saemill.cache.claims.worker import Lost, Worker
+from saemill.cache.room import Room
 from saemill.cache.sharing import Share, Sharing
 from saemill.cache.writer import SiteWriter
 from saemill.common.log import progress, say
 from saemill.common.models.model import LanguageModel, attention_of
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.forms.form import empty
-from saemill.common.world import World
 
 
 class Filling:
@@ -29,7 +29,7 @@ class Filling:
         writers: of the sites asked for.
         model: what computes them.
         worker: this process.
-        world: the processes started with this one, who begin at different shards.
+        room: that shards have on the disk; None where it is not bounded.
         batch_size: rows per forward pass.
     """
 
@@ -39,16 +39,17 @@ class Filling:
         writers: list[SiteWriter],
         model: LanguageModel,
         worker: Worker,
-        world: World,
+        room: Room | None,
         batch_size: int,
     ) -> None:
         self.store, self.model, self.worker, self.batch_size = store, model, worker, batch_size
-        self.sharing = Sharing(store, writers, worker, first=store.n_shards * world.rank // world.size)
+        self.sharing = Sharing(store, writers, worker, room)
         self.n_written = 0
         """Number of shards that this worker wrote, counted per site."""
 
     def run(self) -> None:
-        """Write shards until all are committed at all sites, by this worker or others.
+        """Write shards until all are committed at all sites, by this worker or others; or, where those that
+        are read are removed, all that some run will read.
 
         A shard is written in a thread while the model computes the next one.
 

@@ -7,7 +7,7 @@ import torch
 from saemill.cache.config import CacheConfig
 from saemill.common import durable
 from saemill.common.log import counted
-from saemill.common.outlook import Outlook, process_bytes
+from saemill.common.outlook import Outlook, process_bytes, shown
 from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.site_records import Site
 from saemill.common.stores.tokens import TokenStore
@@ -63,6 +63,9 @@ def outlook_of(
         f"{packed}, per site in {counted(n_shards, 'shard')} of {shard_tokens:,} tokens{padded}:",
         *(f"  {s.name:32} D {s.width:6,}  {disk[s.name] / 2**20:12,.1f} MiB" for s in sites),
     )
+    limit = config.max_disk_bytes
+    if limit is not None and limit < sum(disk.values()):
+        what = (*what, f"  at most {shown(limit)} of them at once; what is read is removed")
     return Outlook(
         stage="cache",
         what=what,

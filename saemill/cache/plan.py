@@ -23,6 +23,7 @@ from saemill.common.models.model import (
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer
 from saemill.common.outlook import Outlook, free_bytes, nearest_folder, shown
+from saemill.common.sizes import written
 from saemill.common.stores.forms.form import form_of
 from saemill.common.stores.forms.packing import rows_per_shard
 from saemill.common.stores.mask import MaskConfig
@@ -78,7 +79,7 @@ def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
     row_bytes = bytes_of_rows(sites, identity)
     numbers = identity["n_rows"], tokens.ctx_len, identity, architecture.n_weights, device
     outlook = outlook_of(config, sites, row_bytes, *numbers, bytes_of_copy(tokens, identity["n_rows"]))
-    check_disk(outlook, row_bytes, tokens.ctx_len, identity)
+    check_disk(config, outlook, row_bytes, tokens.ctx_len, identity)
     check_same_store(config.out, existing, identity)
     return Plan(
         config=config,
@@ -188,12 +189,17 @@ def bytes_of_rows(sites: list[Site], identity: Mapping[str, Any]) -> dict[str, i
 
 
 def check_disk(
-    outlook: Outlook, row_bytes: Mapping[str, int], ctx_len: int, identity: Mapping[str, Any]
+    config: CacheConfig,
+    outlook: Outlook,
+    row_bytes: Mapping[str, int],
+    ctx_len: int,
+    identity: Mapping[str, Any],
 ) -> None:
     """Refuse what cannot fit on the disk, and say what would; what is written already counts.
 
     Args:
-        outlook: of the stage.
+        config: of the stage.
+        outlook: of it.
         row_bytes: bytes of a token's stored activation at each site.
         ctx_len: tokens per row.
         identity: of the store, with its `shard_tokens` and compression.
@@ -201,15 +207,17 @@ def check_disk(
     Raises:
         ConfigError: with the bytes that are needed and those that are free.
     """
-    assert outlook.folder is not None
-    folder, free = nearest_folder(outlook.folder), free_bytes(outlook.folder)
-    written = {name: durable.folder_bytes(site_path(outlook.folder, name) / "c") for name in row_bytes}
-    missing = {name: outlook.disk[name] - written[name] for name in row_bytes}
-    if sum(missing.values()) <= free:
+    folder, free, shard_tokens = nearest_folder(config.out), free_bytes(config.out), identity["shard_tokens"]
+    there = {name: durable.folder_bytes(site_path(config.out, name) / "c") for name in row_bytes}
+    missing = {name: outlook.disk[name] - there[name] for name in row_bytes}
+    n_shards = max(outlook.disk[name] // (row_bytes[name] * shard_tokens) for name in row_bytes)
+    n_bytes = _checked_room(config, sum(outlook.disk[name] for name in row_bytes), n_shards)
+    n_missing = n_bytes - sum(there.values())
+    if n_missing <= free:
         return
     fits = []
-    if not any(written.values()):  # else the store's number of rows is settled
-        token_bytes, shard_tokens = sum(row_bytes.values()), identity["shard_tokens"]
+    if not any(there.values()):  # else the store's number of rows is settled
+        token_bytes = sum(row_bytes.values())
         n_tokens = (
             free // (token_bytes * shard_tokens) * shard_tokens or free // (token_bytes * ctx_len) * ctx_len
         )
@@ -220,7 +228,7 @@ def check_disk(
             fitting.append(name)
             left -= n_bytes
     fits += [f"{', '.join(fitting)} alone"] if fitting else []
-    needed = shown(sum(missing.values())) + (" before compression" if identity.get("compression") else "")
+    needed = shown(n_missing) + (" before compression" if identity.get("compression") else "")
     raise ConfigError(
         f"{needed} are needed in {folder}, {shown(free)} are free; choose fewer sites or --max-tokens, or "
         f"another disk: {' or '.join(fits) or 'nothing of it'} would fit"
@@ -273,6 +281,30 @@ def look_ahead(
     row_bytes = bytes_of_rows(sites, identity)
     copied = 0 if tokens is None else bytes_of_copy(tokens, n_rows)
     outlook = outlook_of(config, sites, row_bytes, n_rows, ctx_len, identity, n_weights, device, copied)
-    check_disk(outlook, row_bytes, ctx_len, identity)
+    check_disk(config, outlook, row_bytes, ctx_len, identity)
     widths = {site.name: site.width for site in sites}
     return Ahead(outlook, widths, row_bytes, n_weights, model_bytes(n_weights, identity))
+
+
+def _checked_room(config: CacheConfig, n_bytes: int, n_shards: int) -> int:
+    """Return the most bytes that are on the disk at once, of those that are written.
+
+    Raises:
+        ConfigError: `max_disk` has no room for them.
+    """
+    limit = config.max_disk_bytes
+    if limit is None or limit >= n_bytes:
+        return n_bytes
+    if not config.delete_consumed:
+        raise ConfigError(
+            f"max_disk {config.max_disk}: all shards together take {written(n_bytes)}; give more, choose "
+            "fewer sites or --max-tokens, or add --delete-consumed: then shards that `saemill train "
+            "--follow` has read are removed"
+        )
+    least = 2 * (n_bytes // n_shards)
+    if limit < least:
+        raise ConfigError(
+            f"max_disk {config.max_disk}: two shards, of which one is read while the other is written, take "
+            f"{written(least)}; give as much or more, or smaller shards by --shard-tokens"
+        )
+    return limit

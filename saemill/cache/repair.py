@@ -79,11 +79,14 @@ def _agrees(writer: SiteWriter, manifest: SiteManifest) -> bool:
 
 
 def _is_good(writer: SiteWriter, shard: int, hashes: bool) -> bool:
-    """Tell whether a shard has its record and its file, compared by hash or by size alone."""
+    """Tell whether a shard has its record and, unless it was removed, its file, compared by hash or by size
+    alone."""
     writer.worker.check_stop()
     commit = writer.commit(shard)
     if commit is None:
         return False
+    if shard in writer.removed:
+        return True
     return _holds(writer, shard, commit, hashes)
 
 

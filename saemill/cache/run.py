@@ -3,7 +3,9 @@
 A token's path continues in `fill`, then in `writer`.
 """
 
+from collections.abc import Callable
 from importlib.metadata import version
+from threading import Event
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from saemill.cache.fill import Filling
 from saemill.cache.folder import check_same_store, clear_if_empty, existing_settings, write_group
 from saemill.cache.plan import Plan, make_plan
 from saemill.cache.repair import damaged, mend
+from saemill.cache.room import Room, make_whole
 from saemill.cache.writer import SiteWriter
 from saemill.common.errors import DataError
 from saemill.common.log import counted, say
@@ -32,7 +35,13 @@ from saemill.common.weights import check_devices
 from saemill.common.world import World, speak_for
 
 
-def run(config: CacheConfig, model: Any = None, before: Before = tell) -> ActivationStore:
+def run(
+    config: CacheConfig,
+    model: Any = None,
+    stop: Event | None = None,
+    when_open: Callable[[ActivationStore], None] = lambda store: None,
+    before: Before = tell,
+) -> ActivationStore:
     """Cache the activations of the chosen sites into `config.out`.
 
     A store that exists is added to: sites that are missing are cached, shards and tokens that are
@@ -43,6 +52,8 @@ def run(config: CacheConfig, model: Any = None, before: Before = tell) -> Activa
     Args:
         config: the settings.
         model: the model itself, in evaluation mode, where it is in memory. `config.model` is its name then.
+        stop: event that stops it, as a signal does.
+        when_open: called when the store is there, before its shards are.
         before: takes the outlook, when all is checked and nothing is written yet.
 
     Raises:
@@ -55,18 +66,20 @@ def run(config: CacheConfig, model: Any = None, before: Before = tell) -> Activa
     world = World.here()
     speak_for(world)
     check_devices(config.spread, world.size, torch.cuda.device_count())
-    with stop_on_signal() as stop:
+    with stop_on_signal(stop) as stop:
         plan = make_plan(config, world, model)
         before(plan.outlook)
         with Worker(config.out / CLAIMS, stop) as worker:
             store, writers = _open(plan, worker)
+            when_open(store)
             try:
-                what = _complete(plan, store, writers, worker, world)
+                what = _complete(plan, store, writers, worker)
             except DataError:
                 clear_if_empty(config.out, worker)
                 raise
-    say(f"{config.out}: {', '.join(site.name for site in plan.sites)} complete; {what}")
-    for array in (store.site(site.name) for site in plan.sites):
+    say(f"{config.out}: {', '.join(site.name for site in plan.sites)} {what}")
+    finished = [site.name for site in plan.sites if site.name in store.sites]
+    for array in map(store.site, finished):
         for warning in warnings(array.name, array.statistics, array.dtype, "token"):
             say(warning)
     return store
@@ -101,30 +114,45 @@ def _new_settings(plan: Plan) -> StoreSettings:
     )
 
 
-def _complete(
-    plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker: Worker, world: World
-) -> str:
+def _complete(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker: Worker) -> str:
     """Write the shards that the sites lack, beside other workers, until all sites have their manifests.
     Return a sentence on what was done."""
     is_known = all(writer.is_calibrated for writer in writers)
     model = None if is_known else _load(plan, store, writers, worker)
     n_missing = n_written = 0
     while True:
+        room = _room(plan, store, writers, worker)
         bad = [damaged(writer) for writer in writers]
         with worker.hold("store"):
             for writer, shards in zip(writers, bad, strict=True):
                 mend(writer, shards)
         lacking = {writer.site.name: writer.lacking() for writer in writers}
+        if room is not None:
+            lacking = {name: room.wanted(shards) for name, shards in lacking.items()}
         if any(lacking.values()):
             _report_progress(store, lacking)
             n_missing += sum(map(len, lacking.values()))
             model = model or _load(plan, store, writers, worker)
-            filling = Filling(store, writers, model, worker, world, plan.config.batch_size)
+            filling = Filling(store, writers, model, worker, room, plan.config.batch_size)
             filling.run()
             n_written += filling.n_written
+        if room is not None and room.stays_open:
+            return room.left
         with worker.hold("store"):
             if all([writer.finish() for writer in writers]):
-                return _done_sentence(n_missing, n_written)
+                make_whole(store, [writer.site.name for writer in writers], worker)
+                return f"complete; {_done_sentence(n_missing, n_written)}"
+
+
+def _room(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker: Worker) -> Room | None:
+    """Bound the room that shards have, where those that are read are removed; else see to it that none is
+    counted as removed."""
+    max_bytes, unfinished = plan.config.max_disk_bytes, [w for w in writers if not w.manifest_path.exists()]
+    if max_bytes is not None and plan.config.delete_consumed and unfinished:
+        return Room(store, unfinished, worker, max_bytes)
+    with worker.hold("store"):
+        make_whole(store, [writer.site.name for writer in writers], worker)
+    return None
 
 
 def _load(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker: Worker) -> LanguageModel:

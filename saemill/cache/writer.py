@@ -75,6 +75,8 @@ class SiteWriter:
         if found != self.known:
             put(record_path(store.path, site.name), records.content(self.known), self.worker)
         self.array = self._array()
+        self.removed = range(0)
+        """Shards whose files were removed when all runs that follow the store had read them."""
 
     @property
     def form(self) -> Form:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from saemill.common import elsewhere, yaml_text
+from saemill.common.addresses import check_disk_path
 from saemill.common.errors import ConfigError
 
 T = TypeVar("T")
@@ -362,6 +363,7 @@ def check_folder(path: Path) -> None:
     Raises:
         ConfigError: a file is in the way, or nothing may be written there.
     """
+    check_disk_path(path)
     there = path.absolute()
     while not there.exists():
         there = there.parent

@@ -7,12 +7,15 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
+def stop_on_signal(stop: threading.Event | None = None) -> Iterator[threading.Event]:
     """Yield an event that SIGTERM, SIGINT and SIGUSR1 set while the block runs; a second SIGINT interrupts.
 
     SLURM sends SIGUSR1 before a time limit where `--signal=USR1@60` asks for it.
+
+    Args:
+        stop: the event, where something else may set it too; a new one by default.
     """
-    stop = threading.Event()
+    stop = threading.Event() if stop is None else stop
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -45,9 +45,8 @@ def make_plan(config: ConvertConfig) -> Plan:
     """Work out the store that is to be made, and tell what is lost. What cannot be done is refused."""
     settings.check_folder(config.out)
     source = ActivationStore(config.source)
+    source.check_finished()
     sites = [source.array(name) for name in source.sites]
-    if not sites:
-        raise StoreError(f"no site of {source.path} is finished; finish one with `saemill cache`")
     if source.unfinished:
         say(f"left out, as they are unfinished: {', '.join(source.unfinished)}")
     wanted = _settings(config, source)

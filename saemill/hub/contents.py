@@ -156,8 +156,7 @@ def _tokens(path: Path, place: str) -> Contents:
 
 def _activations(path: Path, place: str) -> Contents:
     store = ActivationStore(path)
-    if not store.sites:
-        raise StoreError(f"no site of {path} is finished; finish one with `saemill cache`")
+    store.check_finished()
     text, kind = store.text, store.text.path.name
     names = Names(records.content(store.settings), records.content(text.manifest))
     settings = names.record(store.settings)

@@ -53,9 +53,11 @@ from saemill.pipeline.stages import (
     absolute,
     check_amounts,
     check_input,
+    check_removal,
     join,
     stages_of,
 )
+from saemill.pipeline.together import cache_and_train, check_room
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.files import fingerprint_local
 from saemill.tokenize.run import run as tokenize
@@ -119,6 +121,8 @@ class Chain:
                 check_path(entry.dataset)
         self.batch_is_set = sections.get("train", {}).get("batch_size") is not None
         check_amounts(self.configs)
+        if not self._follows:
+            check_removal(self.configs, "add --follow, or leave it out")
         if "cache" in self.configs:
             self._check_model(self.configs["cache"])
         if "train" in self.configs and not self.is_plan:
@@ -143,8 +147,16 @@ class Chain:
             "assess": self._assess,
         }
         path: Path | None = None
+        trained = False
         for number, stage in enumerate(tuple(self.configs), 1):
             if stage not in self.configs:  # what was to be assessed is not there
+                continue
+            if stage == "train" and trained:
+                path = self.configs[stage].out
+                continue
+            if stage == "cache" and self._follows:
+                trained = self._cache_and_train(number, path)
+                path = self.configs[stage].out
                 continue
             say(f"{number}. {stage}")
             if path is not None:
@@ -154,6 +166,36 @@ class Chain:
                 self.configs[stage] = replace(self.configs[stage], out=path)
         assert path is not None
         return path
+
+    @property
+    def _follows(self) -> bool:
+        """Whether training follows caching."""
+        return "cache" in self.configs and "train" in self.configs and self.configs["train"].follow
+
+    def _cache_and_train(self, number: int, tokens: Path | None) -> bool:
+        """Cache and train at once, unless either is done already. Tell whether both are now."""
+        caching, training = self.configs["cache"], self.configs["train"]
+        if tokens is not None:
+            caching = replace(caching, tokens=tokens)
+        content = content_of(caching, TokenStore(caching.tokens))
+        if caching.out == UNKNOWN:
+            caching = replace(caching, out=self._place("acts", caching.model, content))
+        if training.out == UNKNOWN:
+            training = replace(
+                training, out=self._place("runs", caching.model, [training.identity(), content])
+            )
+        self.configs |= {"cache": caching, "train": replace(training, acts=caching.out)}
+        check_room(caching, training, content, TokenStore(caching.tokens).ctx_len, _sites(caching))
+        names = [site.name for site in _sites(caching)]
+        whole = has_sites(caching.out, content, names)
+        if whole:
+            say(f"{caching.out} has {', '.join(names)} already")
+        if whole or (training.resume and runs.is_finished(training.out)):
+            return False
+        say(f"{number}. cache, and {number + 1}. train meanwhile")
+        self._write_down(training.out)
+        cache_and_train(caching, self.configs["train"])
+        return True
 
     def _name_run(self, sections: Sections) -> None:
         if self.run_name is None:

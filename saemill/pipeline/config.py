@@ -19,6 +19,11 @@ class RunConfig:
     )
     run_name: str | None = setting(None, "The run's folder in it, and wandb's group", by_default="by content")
 
+    follow: bool = setting(
+        False,
+        "Train while the activations are being cached, as `train --follow` does, in a process beside it",
+    )
+
     def __post_init__(self) -> None:
         if self.run_name is None:
             return

@@ -69,6 +69,8 @@ def chain_of(
     _refuse_end_to_end(sections)
     if "tokenize" in sections:
         _complete_tokenize(sections)
+    if own.follow:
+        _follow(sections)
     chain = Chain(sections, own.save_dir, own.run_name, str(file or "the command"), is_plan)
     if section.get("save_dir") is not None and not chain.finds_places:
         raise ConfigError("save_dir has no effect: the config names the folders of all stages; leave it out")
@@ -97,6 +99,15 @@ def _refuse_other_sections(present: list[str], flags: Mapping[str, Any], sets: I
             raise ConfigError(
                 f"{name} has no effect: the config has no section {stage}; add it or leave it out"
             )
+
+
+def _follow(sections: Sections) -> None:
+    """Let training follow caching."""
+    if missing := [stage for stage in ("cache", "train") if stage not in sections]:
+        raise ConfigError(
+            f"run.follow has no effect without the section {missing[0]}; add it or leave it out"
+        )
+    sections["train"]["follow"] = True
 
 
 def _refuse_end_to_end(sections: Sections) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from saemill.assess.config import AssessConfig
 from saemill.cache.config import CacheConfig
+from saemill.common.addresses import address_of
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
 from saemill.common.stores import runs
@@ -71,7 +72,8 @@ def join(sections: Sections, before: str, after: str) -> Path | None:
 def absolute(config: Any) -> Any:
     """Make the folders of a config independent of the current one."""
     values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
-    return replace(config, **{name: v.absolute() for name, v in values.items() if isinstance(v, Path)})
+    paths = {name: v for name, v in values.items() if isinstance(v, Path) and address_of(v) is None}
+    return replace(config, **{name: path.absolute() for name, path in paths.items()})
 
 
 def check_input(stage: str, config: Any) -> None:
@@ -85,6 +87,24 @@ def check_input(stage: str, config: Any) -> None:
         raise ConfigError(
             f"{stage}.{READS[stage]} is {getattr(config, READS[stage])}, where nothing was made by "
             f"`saemill {before}`; name another folder, or add the section {before}"
+        )
+
+
+def check_removal(configs: dict[str, Any], advice: str) -> None:
+    """Refuse to remove what training has read where training begins when caching has ended: `cache` would
+    wait for ever.
+
+    Args:
+        configs: of the stages that there are.
+        advice: what helps.
+
+    Raises:
+        ConfigError: shards are to be removed.
+    """
+    if "cache" in configs and "train" in configs and configs["cache"].delete_consumed:
+        raise ConfigError(
+            "cache.delete_consumed waits for training to read what is cached, and here training begins when "
+            f"caching has ended; {advice}"
         )
 
 

@@ -23,11 +23,10 @@ from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.site_names import parts_of
 from saemill.common.stores.tokens import TokenStore
 from saemill.train import outlook as train
-from saemill.train.backends.choose import kernels_of
+from saemill.train.backends.choose import choose_product_dtype, kernels_of
 from saemill.train.config import TrainConfig
 from saemill.train.inputs import with_site
 from saemill.train.outlook import dead_after_tokens
-from saemill.train.run import choose_product_dtype
 from saemill.train.sweep.placement import allowed_latent_ranks, choose
 from saemill.train.sweep.schedule import schedule_of
 from saemill.train.sweep.sources import sources_of
@@ -37,7 +36,7 @@ from saemill.train.sweep.variants import of_config
 READ_ROWS = 4096
 SWITCHED_OFF = ("profile", "log_to_wandb", "log_to_tensorboard", "wandb_artifacts")
 LEFT_OPEN = (
-    *("warmup_steps", "lr_end", "lr_cycles", "penalty_warmup_steps", "halving_metric"),
+    *("follow_tokens", "warmup_steps", "lr_end", "lr_cycles", "penalty_warmup_steps", "halving_metric"),
     *("eval_tokens", "eval_losses_every", "eval_losses_tokens"),
     *("wandb_project", "wandb_entity", "run_name", "wandb_log_frequency"),
 )
@@ -223,8 +222,14 @@ def few_steps(config: TrainConfig, acts: Path, n_tokens: int) -> TrainConfig:
         n_tokens: of the whole run.
     """
     changed: dict[str, Any] = dict.fromkeys(SWITCHED_OFF, False) | dict.fromkeys(LEFT_OPEN)
-    changed |= {"lr_schedule": "constant", "resample_at": (), "k_anneal_steps": 0, "resume": True}
-    changed |= {"epochs": None, "halving": 0, "n_checkpoints": 0, "eval_every": 0}
+    changed |= {
+        "lr_schedule": "constant",
+        "resample_at": (),
+        "k_anneal_steps": 0,
+        "resume": True,
+        "follow": False,
+    }
+    changed |= {"epochs": None, "halving": 0, "n_checkpoints": 0, "eval_every": 0, "follow": False}
     dead_after = dead_after_tokens(config, n_tokens // config.step_tokens)
     return replace(config, acts=acts, dead_after_tokens=dead_after, **changed)
 

@@ -70,6 +70,7 @@ class Measured:
     """What a process saw of a piece."""
 
     start: Ran
+    """What the process takes to begin, and to end."""
     warm: Ran
     short: Ran
     long: Ran
@@ -80,6 +81,8 @@ class Measured:
     """Most memory of the process in its first run: what later ones leave behind is not of the stage."""
     outlook: Outlook
     """Of the first run."""
+    cpu_seconds: float
+    """Of the process in all, but for its end."""
 
 
 def work(piece: Piece, began: float, to: Connection) -> None:
@@ -121,7 +124,7 @@ def _measured(piece: Piece, began: float) -> Measured:
     while long.n_tokens < most and not _is_longer(long, short):
         long = run(min(long.n_tokens * GROWTH, most))
     out = piece.out / str(len(outlooks) - 1)
-    return Measured(start, warm, short, long, out, peak_bytes, outlooks[0])
+    return Measured(start, warm, short, long, out, peak_bytes, outlooks[0], time.process_time())
 
 
 def _is_longer(long: Ran, short: Ran) -> bool:

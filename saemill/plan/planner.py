@@ -161,7 +161,8 @@ class Planner:
         if self.tokens is None or self.probe is None:
             return Planned(outlook, None)
         some = sample(self.tokens, SAMPLE_ROWS, self.probe.folder / "sample")
-        small, least = replace(config, tokens=some.path), config.batch_size * some.ctx_len
+        small = replace(config, tokens=some.path, max_disk=None, delete_consumed=False)
+        least = config.batch_size * some.ctx_len
         measured, self.acts = self._measured(outlook, small, least, some.n_tokens)
         return _planned(outlook, measured)
 
@@ -170,6 +171,8 @@ class Planner:
         if not self.has_acts and (config.acts / "zarr.json").exists():
             self.acts, self.has_acts = config.acts, True
         checked_here = checked("train", device.here(config)) if self.has_acts else None
+        if checked_here is not None and config.follow:
+            return Planned(checked_here, None)  # of a store that is being filled nothing can be measured
         if self.has_acts:
             self.rows, self.cached = ahead.of_store(ActivationStore(config.acts, config.with_acts), config)
         assert self.rows is not None

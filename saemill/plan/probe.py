@@ -6,6 +6,7 @@ stage's input is not there, that is what the piece of the stage before has left.
 """
 
 import multiprocessing
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from saemill.common.log import duration
 from saemill.common.outlook import Outlook
 from saemill.common.signals import stop_on_signal
 from saemill.plan import child
-from saemill.plan.child import Measured, Piece
+from saemill.plan.child import Measured, Piece, Ran
 
 LIBRARIES, MEASURED = "libraries", "libraries and what else was measured"
 POLL_SECONDS = 0.2
@@ -63,7 +64,7 @@ class Probe:
         """
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
-        began = time.time()
+        before, began = _children_seconds(), time.time()
         process = context.Process(target=child.work, args=(piece, began, sender))
         process.start()
         sender.close()
@@ -71,7 +72,8 @@ class Probe:
             while not receiver.poll(POLL_SECONDS):
                 if self.stop.is_set():
                     raise Interrupted("stopped by a signal; a plan writes nothing, so nothing is left")
-            result = receiver.recv()
+            result, ending = receiver.recv(), time.time()
+            process.join()
         except EOFError:
             process.join()
             raise ConfigError(
@@ -85,7 +87,15 @@ class Probe:
             raise ConfigError(f"{piece.stage} cannot be measured: {result}\n--no-probe leaves it out")
         assert isinstance(result, Measured)
         self.measured_seconds += time.time() - began
-        return result
+        start, end_cpu = result.start, _children_seconds() - before - result.cpu_seconds
+        both = Ran(0, start.seconds + time.time() - ending, start.cpu_seconds + end_cpu)
+        return replace(result, start=both)
+
+
+def _children_seconds() -> float:
+    """Return the CPU seconds of all processes that this one started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @contextmanager

@@ -10,7 +10,15 @@ from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
 from saemill.common.stores.tokens import TokenStore
 from saemill.pipeline.rows import check_rows
-from saemill.pipeline.stages import CONFIGS, absolute, check_amounts, check_input, join, stages_of
+from saemill.pipeline.stages import (
+    CONFIGS,
+    absolute,
+    check_amounts,
+    check_input,
+    check_removal,
+    join,
+    stages_of,
+)
 from saemill.slurm.settings import SlurmConfig
 
 
@@ -85,6 +93,7 @@ def _check_stages(file: Path, stages: dict[str, Any]) -> None:
     """Refuse a training that would start anew whenever its job is requeued, and jobs that are bound to fail:
     for a batch that was meant in sequences, or without anything to assess on."""
     check_amounts(stages)
+    check_removal(stages, "leave it out, as jobs of stages wait for one another")
     holds_out = "tokenize" not in stages or stages["tokenize"].held_out_fraction > 0
     if "assess" in stages and stages["assess"].tokens is None and not holds_out:
         raise ConfigError(

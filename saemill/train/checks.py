@@ -51,6 +51,7 @@ def together(config: "TrainConfig") -> None:
         _starts(config)
     _targets(config)
     _joined(config)
+    _follow(config)
     if config.wandb_artifacts and no_wandb:
         raise ConfigError("wandb_artifacts has no effect without log_to_wandb; leave it out")
     for name, base in MULTIPLES:
@@ -96,6 +97,30 @@ def _targets(config: "TrainConfig") -> None:
         raise ConfigError("skip_connection has no effect without target_site; leave it out, or name one")
     if not config.apply_b_dec_to_input and all(own):
         raise ConfigError("apply_b_dec_to_input has no effect with target_site; leave it out")
+
+
+def _follow(config: "TrainConfig") -> None:
+    """Refuse what a store that is still being filled cannot serve."""
+    if not config.follow:
+        if config.follow_tokens is not None:
+            raise ConfigError("follow_tokens has no effect without follow; leave it out")
+        return
+    later = "or train without follow when the store is finished"
+    if (config.epochs or 1) > 1:
+        raise ConfigError(
+            f"epochs {config.epochs}: follow goes through the store once; leave it out, {later}"
+        )
+    if config.with_acts is not None:
+        raise ConfigError(f"with_acts: follow reads one store; leave it out, {later}")
+    if config.runs_model:
+        raise ConfigError(
+            f"follow has no stream of whole rows, which losses of the model need: take fvu, {later}"
+        )
+    if globs := [site for site in (*config.site, *config.target_site) if "*" in site]:
+        raise ConfigError(
+            f"site {globs[0]!r}: with follow each site must be named in full, as the store may not have all "
+            "of them yet"
+        )
 
 
 def _joined(config: "TrainConfig") -> None:

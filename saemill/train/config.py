@@ -21,6 +21,8 @@ BY_DEFAULT: dict[str, Any] = {"architecture": "topk", "k": 32, "l1_coefficient":
 LrSchedule = Literal["constant", "linear", "cosine", "cosine_restarts"]
 LrDecay = Literal["none", "linear", "cosine"]
 OptimizerName = Literal["adam", "sgd", "signum", "muon"]
+FOLLOW_TOKENS = 1 << 20
+"""Tokens that a follower mixes by default: 16 shards of the default size."""
 ADAMW_DECAY = 0.01
 """Weight decay of adamw by default, torch's."""
 
@@ -206,6 +208,20 @@ class TrainConfig:
     """More than the store has means several epochs."""
     epochs: int | None = setting(None, "Passes over the store, in place of max-tokens", least=1)
     """1 if neither is given."""
+    follow: bool = setting(
+        False,
+        "Train while `saemill cache` is still filling the store, from its first shard to its last",
+        later=True,
+    )
+    """See `stream.following`."""
+    follow_tokens: int | None = setting(
+        None,
+        "With follow, tokens of consecutive shards that are mixed, in whole shards",
+        by_default="1,048,576",
+        least=1,
+        later=True,
+    )
+    """A shard is not needed any more when the tokens after it that are mixed with it are trained on."""
     optimizer: Literal["adam", "adamw", "sgd", "signum", "muon"] = setting(
         "adam", "Optimizer", metavar="NAME"
     )
@@ -395,6 +411,11 @@ class TrainConfig:
         return any(loss in IN_MODEL for loss in (self.loss, *(entry.get("loss") for entry in self.variants)))
 
     @property
+    def group_tokens(self) -> int:
+        """`follow_tokens` with its default."""
+        return self.follow_tokens or FOLLOW_TOKENS
+
+    @property
     def decay_fraction(self) -> float:
         """`lr_decay_fraction` with its default."""
         return 0.2 if self.lr_decay_fraction is None else self.lr_decay_fraction
@@ -416,6 +437,8 @@ class TrainConfig:
         decisive = identity(self)
         if self.init_from is None:
             decisive |= {name: [value] for name, value in BY_DEFAULT.items() if not decisive[name]}
+        if self.follow:
+            decisive["follow_tokens"] = self.group_tokens
         if self.num_latents:
             del decisive["expansion_factor"]
         return decisive

@@ -11,7 +11,7 @@ from saemill.common.log import counted, duration, say
 from saemill.common.records import File
 from saemill.common.sae.formats import sparsify
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.runs import FINISHED, HALVING, Finished, Stopped
+from saemill.common.stores.runs import FINISHED, HALVING, UNITS, Finished, Stopped
 from saemill.train.record import checkpoint
 from saemill.train.sweep.halving import Halving
 from saemill.train.sweep.variant import Variant
@@ -41,8 +41,8 @@ def export(
     own_cfgs = halving.cfgs | save_saes(out, trainer, store, set(trainer.names))
     finished = finished_of(trainer, names, own_cfgs, halving.stopped)
     if trainer.log is not None:
-        halved = [File.of(out, HALVING)] if halving.past else []
-        files = (trainer.log.entry, *halved)
+        others = (*([HALVING] if halving.past else []), *([UNITS] if (out / UNITS).exists() else []))
+        files = (trainer.log.entry, *(File.of(out, name) for name in others))
         records.write(out / FINISHED, finished.model_copy(update={"files": files}))
         checkpoint.remove(out)
     say(f"{out}: {counted(len(variants), 'SAE')}, trained in {duration(trainer.seconds)}")
@@ -75,8 +75,8 @@ def finished_of(
         run=trainer.run_hash,
         variants=tuple(names),
         cfgs={name: cfgs[name] for name in names},
-        acts=str(store.path.absolute()),
-        with_acts=None if store.beside is None else str(store.beside.path.absolute()),
+        acts=store.place,
+        with_acts=None if store.beside is None else store.beside.place,
         steps=trainer.step,
         tokens=trainer.step * trainer.loader.batch_tokens,
         seconds=trainer.seconds,
@@ -85,7 +85,7 @@ def finished_of(
         stopped=stopped,
         mask=trainer.loader.mask,
         norm_over_median=trainer.loader.rows.norm_over_median,
-        n_long_tokens=trainer.loader.rows.n_long,
+        n_long_tokens=trainer.loader.n_long(trainer.step * trainer.loader.batch_tokens),
         files=(),
     )
 

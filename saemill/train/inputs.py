@@ -2,16 +2,21 @@
 
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.followed import FollowedStore
+from saemill.common.stores.followers import Consumed
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import Group
 from saemill.train.config import TrainConfig
 from saemill.train.sites import with_sites
+from saemill.train.stream import units
+from saemill.train.stream.epochs import open_epochs
+from saemill.train.stream.following import open_following
 from saemill.train.stream.loader import Loader
 from saemill.train.stream.scaling import MOST_SCALE
 from saemill.train.stream.whole_rows import WholeRows
@@ -22,29 +27,63 @@ if TYPE_CHECKING:
     from saemill.train.objective.model import ModelLoss
 
 
-def with_site(config: TrainConfig, sites: list[str], sources: Sources) -> TrainConfig:
+def with_site(
+    config: TrainConfig, sites: list[str], sources: Sources, consumed: Consumed | None = None
+) -> TrainConfig:
     """Fill in what globs match; where no site is named, those of what SAEs start from, or the only one.
 
     Args:
         config: of the run.
         sites: those that the store has, or will have.
         sources: what SAEs start from.
+        consumed: what the store says of shards that were removed; None where none was.
 
     Raises:
         ConfigError: a glob matches nothing, or there are several sites and none is named.
+        StoreError: there is none any more.
     """
     if config.site or any("site" in entry for entry in config.variants):
         return with_sites(config, sites)
     if of_sources := sites_of(sources):
         return replace(config, site=of_sources)
+    if config.follow:
+        raise ConfigError("follow: name the site with --site, as the store may not have all of them yet")
+    if not sites and consumed:
+        raise StoreError(consumed.refusal(consumed.sites[0], config.acts))
     if len(sites) != 1:
         has = f"it has {', '.join(sites)}" if sites else "none of it is finished"
         raise ConfigError(f"name a site of {config.acts} with --site; {has}")
     return replace(config, site=tuple(sites))
 
 
-def open_stream(config: TrainConfig, store: ActivationStore, sources: Sources) -> Loader | WholeRows:
-    """Open the stream: of tokens, or where a loss is the model's of whole rows."""
+def open_store(config: TrainConfig) -> ActivationStore:
+    """Open the store, or with `follow` what is there of it.
+
+    Raises:
+        StoreError: it is none, or damaged.
+        ConfigError: it cannot be followed.
+    """
+    if not config.follow:
+        return ActivationStore(config.acts, config.with_acts)
+    store = FollowedStore(config.acts, config.group_tokens)
+    if store.mirror is not None:
+        raise ConfigError(f"follow: {store.named} is in an object store, where none is filled; leave it out")
+    if not isinstance(store.text, TokenStore):
+        raise ConfigError(f"follow: {config.acts} holds embeddings, which are there as a whole; leave it out")
+    return store
+
+
+def open_stream(
+    config: TrainConfig, store: ActivationStore, sources: Sources, run_hash: str
+) -> Loader | WholeRows:
+    """Open the stream: of tokens, or where a loss is the model's of whole rows.
+
+    Args:
+        config: of the run.
+        store: as `open_store` opens it.
+        sources: what SAEs start from.
+        run_hash: the hash that names the run.
+    """
     if config.runs_model and not isinstance(store.text, TokenStore):
         raise ConfigError("loss: embeddings have no language model; take fvu or mse")
     names = ("site", "target_site")
@@ -52,15 +91,17 @@ def open_stream(config: TrainConfig, store: ActivationStore, sources: Sources) -
     predicted = [] if config.target_site else [s.sites[1:] for each in sources.values() for s in each]
     sites = [*config.site, *config.target_site, *variant_sites, *itertools.chain(*predicted)]
     sites = list(dict.fromkeys(sites))
-    return (WholeRows if config.runs_model else Loader)(
-        store,
-        sites,
-        config.mask.positions(store.mask),
-        norm_over_median=config.mask.norm_over_median,
-        batch_tokens=config.step_tokens,
-        buffer_tokens=config.buffer_tokens,
-        seed=config.shuffle_seed,
-    )
+    mask = config.mask.positions(store.mask)
+    about: dict[str, Any] = {
+        "norm_over_median": config.mask.norm_over_median,
+        "batch_tokens": config.step_tokens,
+        "buffer_tokens": config.buffer_tokens,
+        "seed": config.shuffle_seed,
+    }
+    if isinstance(store, FollowedStore):
+        known = units.read(config.out, run_hash) if config.resume else None
+        return open_following(store, sites, mask, units=known, **about)
+    return (WholeRows if config.runs_model else open_epochs)(store, sites, mask, **about)
 
 
 def load_model_loss(

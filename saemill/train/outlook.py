@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,10 @@ from saemill.common.errors import ConfigError
 from saemill.common.log import counted
 from saemill.common.outlook import Outlook, free_bytes, machine_bytes, process_bytes, shown
 from saemill.common.stores.forms.packing import BLOCK_TOKENS
+from saemill.common.stores.statistics import warnings
 from saemill.train.config import TrainConfig
+from saemill.train.stream.loader import Loader
+from saemill.train.stream.whole_rows import WholeRows
 from saemill.train.sweep.placement import Placement
 from saemill.train.sweep.sizes import scratch_bytes, sizes
 from saemill.train.sweep.variant import Variant
@@ -102,6 +106,54 @@ def outlook_of(
         memory=libraries | windows | ({} if on_gpu else kept | batch),
         gpu=kept | batch if on_gpu else {},
     )
+
+
+def outlook_of_run(
+    config: TrainConfig,
+    loader: Loader | WholeRows,
+    placement: Placement,
+    n_steps: int,
+    by: Computed,
+    measured: str,
+    is_done: bool,
+) -> Outlook:
+    """Work out the same of a run on activations that are there, with what may go wrong.
+
+    Args:
+        config: of the run.
+        loader: of its stream.
+        placement: of all variants.
+        n_steps: of the run.
+        by: what computes it.
+        measured: a phrase on when SAEs are measured.
+        is_done: whether it is finished already.
+
+    Raises:
+        ConfigError: the disk or the memory cannot hold it.
+    """
+    store, sites = loader.store, loader.every_site
+    stream = Stream(
+        widths={name: site.width for name, site in sites.items()},
+        row_bytes={name: site.columns * site.stored.itemsize for name, site in sites.items()},
+        n_tokens=store.n_tokens,
+        epoch_tokens=loader.epoch_tokens,
+        unit=store.text.unit,
+    )
+    n_held_out = counted(store.text.manifest.n_held_out_rows, store.text.row)
+    held_out = f"; {n_held_out} held out{measured}"
+    outlook = outlook_of(config, placement.variants, placement, stream, n_steps, by, held_out)
+    if not is_done:
+        check_room(config, outlook, len(placement.variants), stream.n_tokens)
+    notes = [] if config.follow else notes_on(loader)  # else known when the first shards are there
+    return replace(outlook, what=(*outlook.what, *notes), is_done=is_done)
+
+
+def notes_on(loader: Loader | WholeRows) -> list[str]:
+    """Write sentences on the rows that are trained on."""
+    notes = [*loader.rows.describe()]
+    for name, array in loader.rows.sites.items():
+        notes += warnings(name, loader.rows.statistics(name), array.dtype, loader.store.text.unit)
+    return notes
 
 
 def _widths(variant: Variant, stream: Stream) -> list[int]:

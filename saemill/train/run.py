@@ -1,36 +1,36 @@
 """`saemill train`: from settings to banks, the loop, and the SAEs on disk."""
 
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from saemill.common.errors import ConfigError
-from saemill.common.log import counted, say
+from saemill.common.log import say
 from saemill.common.outlook import Before, Outlook, tell
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.runs import METRICS, TENSORBOARD
-from saemill.common.stores.statistics import warnings
 from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
 from saemill.train.backends.base import Backend, described
-from saemill.train.backends.choose import choose_kernels, kernels_of, make_backend
+from saemill.train.backends.choose import choose_kernels, choose_product_dtype, kernels_of, make_backend
 from saemill.train.batch import check_batch
 from saemill.train.config import TrainConfig
 from saemill.train.export import export, save_saes
-from saemill.train.inputs import check_mse, load_model_loss, open_stream, with_site
+from saemill.train.following import Following, following_of
+from saemill.train.inputs import check_mse, load_model_loss, open_store, open_stream, with_site
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
 from saemill.train.losses import IN_MODEL
-from saemill.train.outlook import Computed, Stream, check_room, dead_after_tokens, outlook_of
+from saemill.train.outlook import Computed, dead_after_tokens, notes_on, outlook_of_run
 from saemill.train.points import Points, points_of
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
+from saemill.train.record import checkpoint
 from saemill.train.record.folder import Folder
 from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from saemill.train.stream.feed import Feed
@@ -60,6 +60,14 @@ SAMPLE_TOKENS = 8192
 """Tokens from which the initial gain and the geometric median are computed, whatever the batch size."""
 
 
+class Beside(NamedTuple):
+    """What goes along with the steps of a run."""
+
+    watch: Watch | None
+    points: Points
+    following: Following | None
+
+
 def run(config: TrainConfig, before: Before = tell) -> list[Path]:
     """Train all variants into `config.out`, alone or as one of several processes that share them out.
 
@@ -79,44 +87,77 @@ def run(config: TrainConfig, before: Before = tell) -> list[Path]:
     world = World.here()
     speak_for(world)
     device = world.device(config.device)
-    store = ActivationStore(config.acts, config.with_acts)
+    store = open_store(config)
     check_batch(config.batch_size, store.ctx_len)
     sources = sources_of(config)
-    config = with_site(config, store.sites, sources)
+    config = with_site(config, store.sites, sources, store.consumed)
+    folder = Folder(config, store.fingerprint, sources)
     with (
         stop_on_signal() as stop,
         world.connected(device) as everyone,
-        closing(open_stream(config, store, sources)) as loader,
+        closing(open_stream(config, store, sources, folder.run)) as loader,
         ExitStack() as resources,
     ):
         schedule = schedule_of(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps, sources)
-        check_mse(loader, variants)
         placement = _place(config, store, variants, everyone, device)
-        folder = Folder(config, store.fingerprint, sources)
         metric = config.halving_metric or "fvu"
         halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
         watch = watch_of(config, store, loader.mask, schedule.n_steps)
         points = points_of(config.out, config.n_checkpoints, schedule.n_steps)
+        n_held_out = watch.plan.n_tokens if watch else 0
+        following = following_of(loader, config.out, folder.run, schedule.n_steps, n_held_out, stop)
+        saes = [config.out / variant.name for variant in variants]
         is_done = everyone.first(folder.is_finished)
-        outlook = partial(_outlook, config, loader, placement, schedule, watch, device, is_done)
+        outlook = partial(_outlook, config, loader, placement, schedule.n_steps, watch, device, is_done)
         everyone.first(lambda: before(outlook()))
         if is_done:
             everyone.first(folder.mend)
-            return [config.out / variant.name for variant in variants]
+        else:
+            _begin(config, loader, variants, folder, following, everyone, resources)
+            beside = Beside(watch, points, following)
+            trainer = _train(
+                config, folder.run, loader, schedule, halving, beside, everyone, device, stop, resources
+            )
+            saes = export(config.out, variants, store, trainer, halving)
+        if following is not None:
+            everyone.first(following.ended)
+        return saes
+
+
+def _begin(
+    config: TrainConfig,
+    loader: Loader | WholeRows,
+    variants: list[Variant],
+    folder: Folder,
+    following: Following | None,
+    everyone: Group,
+    resources: ExitStack,
+) -> None:
+    """Lock the run's folder; see to it that what training begins with is there."""
+    if following is None:
+        check_mse(loader, variants)
         everyone.first(lambda: folder.lock(resources))
-        trainer = _train(
-            config, folder.run, loader, schedule, halving, watch, points, everyone, device, stop, resources
-        )
-        return export(config.out, variants, store, trainer, halving)
+        return
+    step = _step_done(config, everyone) if config.resume else 0
+    everyone.first(lambda: following.check(step))
+    everyone.first(lambda: folder.lock(resources))
+    following.begin(_step_done(config, everyone), everyone)
+    check_mse(loader, variants)
+
+
+def _step_done(config: TrainConfig, everyone: Group) -> int:
+    """Read how many steps the run's checkpoint is after; 0 where there is none."""
+    record = everyone.first(lambda: checkpoint.read(config.out))
+    return 0 if record is None else record.step
 
 
 def _outlook(
     config: TrainConfig,
     loader: Loader | WholeRows,
     placement: Placement,
-    schedule: Schedule,
+    n_steps: int,
     watch: Watch | None,
     device: torch.device,
     is_done: bool,
@@ -126,29 +167,11 @@ def _outlook(
     Raises:
         ConfigError: this machine cannot do it.
     """
-    store, rows, variants = loader.store, loader.rows, placement.variants
     if not is_done:
         check_machine(config)
-    held_out = (
-        f"; {counted(store.text.manifest.n_held_out_rows, store.text.row)} held out"
-        f"{watch.plan.describe() if watch else ''}"
-    )
-    sites = loader.every_site
-    stream = Stream(
-        widths={name: site.width for name, site in sites.items()},
-        row_bytes={name: site.columns * site.stored.itemsize for name, site in sites.items()},
-        n_tokens=store.n_tokens,
-        epoch_tokens=loader.epoch_tokens,
-        unit=store.text.unit,
-    )
     by = Computed(device, kernels_of(config.kernels, device), choose_product_dtype(config.precision, device))
-    outlook = outlook_of(config, variants, placement, stream, schedule.n_steps, by, held_out)
-    if not is_done:
-        check_room(config, outlook, len(variants), stream.n_tokens)
-    notes = [note for note in (rows.describe_roles(), rows.describe_long()) if note]
-    for name, array in rows.sites.items():
-        notes += warnings(name, rows.statistics(name), array.dtype, store.text.unit)
-    return replace(outlook, what=(*outlook.what, *notes), is_done=is_done)
+    measured = watch.plan.describe() if watch else ""
+    return outlook_of_run(config, loader, placement, n_steps, by, measured, is_done)
 
 
 def _train(
@@ -157,8 +180,7 @@ def _train(
     loader: Loader | WholeRows,
     schedule: Schedule,
     halving: Halving,
-    watch: Watch | None,
-    points: Points,
+    beside: Beside,
     everyone: Group,
     device: torch.device,
     stop: Event,
@@ -170,6 +192,7 @@ def _train(
 
     Returns: the trainer at its end.
     """
+    watch = beside.watch
     halving.past = everyone.first(halving.read)
     log: JsonlSink | None = None
     sinks: list[Sink] = []
@@ -179,7 +202,7 @@ def _train(
             idle_allowed = bool(halving.past)
             placement = _place(config, loader.store, halving.alive, everyone, device, idle_allowed)
             trainer = _build(config, loader, schedule, placement, everyone, device, stop, above)
-            trainer.run_hash, trainer.watch, trainer.points = run_hash, watch, points
+            trainer.run_hash, (trainer.watch, trainer.points, trainer.following) = run_hash, beside
             if watch is not None:
                 model = None if above is None else above.model
                 everyone.together(partial(watch.prepare, trainer.learners, model))
@@ -272,7 +295,8 @@ def _build(
     dtype = choose_product_dtype(config.precision, device)
     backend = make_backend(choose_kernels(config.kernels, device), dtype, team)
     loader.restrict(list(dict.fromkeys(site for variant in variants for site in variant.sites)))
-    banks = _banks(loader, variants, backend, dead_after, device, above)
+    step = _step_done(config, everyone)
+    banks = _banks(loader, variants, backend, dead_after, device, above, step)
     return Trainer(
         loader=loader,
         feed=Feed(loader, device),
@@ -297,9 +321,11 @@ def _banks(
     dead_after: int,
     device: torch.device,
     above: "ModelLoss | None",
+    step: int,
 ) -> list[Bank]:
-    """Make the learners of this process, in a bank for each site, and for each pair of sites."""
-    stretch = loader.stretch(0, min(SAMPLE_TOKENS, loader.epoch_tokens))
+    """Make the learners of this process, in a bank for each site, and for each pair of sites. Those that go
+    on after a step are filled in from the checkpoint."""
+    stretch = loader.sample(SAMPLE_TOKENS, step * loader.batch_tokens)
     scalings = {site: scaling_of(loader.rows, site, device) for site in loader.sites}
     sample = {site: scalings[site].standardise(rows.to(device)) for site, rows in stretch.items()}
     banks = []
@@ -324,14 +350,6 @@ def _check_profile(trainer: Trainer, end: int) -> None:
             f"--profile needs {SKIPPED_STEPS + PROFILED_STEPS} steps, {left} are left; "
             "raise --max-tokens or lower --batch-size"
         )
-
-
-def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Choose the dtype of the encoder's product: bf16 wherever `auto` finds hardware that is fast at it."""
-    if name == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def check_machine(config: TrainConfig) -> None:
@@ -370,6 +388,8 @@ def _say_how(config: TrainConfig, trainer: Trainer, placement: Placement, store:
     backend = trainer.banks[0].backend
     if backend.describe() != described(backend.dtype, backend.name):
         say(backend.describe())
+    for note in notes_on(trainer.loader) if config.follow else ():
+        say(note)
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")
     if backend.name == "triton" and any(

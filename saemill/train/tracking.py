@@ -52,7 +52,7 @@ def _shared(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
     schedule, learner = trainer.schedule, trainer.learners[0]
     return settings | {
         "mask": settings["mask"] | plain(trainer.loader.mask),
-        "n_long_tokens": trainer.loader.rows.n_long,
+        "n_long_tokens": trainer.loader.n_long(0),
         "n_steps": schedule.n_steps,
         "n_tokens": schedule.n_steps * config.step_tokens,
         "step_tokens": config.step_tokens,

@@ -15,6 +15,7 @@ from saemill.common.log import say
 from saemill.common.records import File
 from saemill.common.world import Group
 from saemill.train.backends.team import ALONE, ONE, Team
+from saemill.train.following import Following
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
 from saemill.train.profile import profiling, region
@@ -79,6 +80,8 @@ class Trainer:
     """Measurements on held-out text."""
     points: Points | None = None
     """What keeps SAEs on the way."""
+    following: Following | None = None
+    """What waits for shards, where the store is still being filled."""
     profile: bool = False
     """Whether to write where the time goes beside the checkpoint."""
     _mark: tuple[int, float] = (0, 0.0)
@@ -108,6 +111,7 @@ class Trainer:
             while self.step < end:
                 if self.step == window(end):
                     self._open_windows()
+                self._wait_for_data()
                 started = time.perf_counter()
                 self._one_step()
                 with region("wait for processes"):
@@ -121,6 +125,21 @@ class Trainer:
     def _profiler(self) -> AbstractContextManager[torch.profiler.profile | None]:
         enabled = self.profile and self.everyone.rank == 0
         return profiling(self.folder, self.device) if enabled else nullcontext()
+
+    def _wait_for_data(self) -> None:
+        """Wait until the next batch is on the disk, where the store is still being filled.
+
+        Raises:
+            Interrupted: a signal came; a checkpoint was written.
+        """
+        if self.following is None:
+            return
+        while self.everyone.any(not self.loader.is_there(self.step)):
+            if self.everyone.any(self.stop.is_set()):
+                self._save()
+                raise self._interrupted()
+            self.following.wait()
+        self.following.waits = 0
 
     def _open_windows(self) -> None:
         for learner in self.learners:
@@ -142,15 +161,31 @@ class Trainer:
             self._log(finished)
         if self.points is not None:
             self.points.after_step(self)
-        if self.step % self.save_every == 0 or finished or stopped:
-            checkpoint.save(
-                self.folder, self.run_hash, self.step, self.learners, self.seconds, self.everyone, self.log
-            )
+        if self.step % self.save_every == 0 or finished or stopped or self._frees_shards():
+            self._save()
         if stopped and not finished:
-            raise Interrupted(
-                f"stopped by a signal after step {self.step:,}; the same command continues from the "
-                f"checkpoint in {self.folder} (without --no-resume)"
-            )
+            raise self._interrupted()
+
+    def _frees_shards(self) -> bool:
+        """Tell whether a checkpoint now lets the store remove shards that are trained on."""
+        following = self.following
+        if following is None or not following.enters(self.step):
+            return False
+        return self.everyone.any(following.frees())
+
+    def _save(self) -> None:
+        """Write a checkpoint. All processes call it together."""
+        checkpoint.save(
+            self.folder, self.run_hash, self.step, self.learners, self.seconds, self.everyone, self.log
+        )
+        if self.following is not None:
+            self.following.saved(self.step, self.everyone)
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(
+            f"stopped by a signal after step {self.step:,}; the same command continues from the "
+            f"checkpoint in {self.folder} (without --no-resume)"
+        )
 
     def _one_step(self) -> None:
         with region("wait for data"):
@@ -159,7 +194,7 @@ class Trainer:
             target_TE = None if bank.target is None else batch[bank.target[0]]
             bank.step(batch[bank.site], self.schedule.factor(self.step), self.step, target_TE, text)
         self.step += 1
-        if self.step < self.schedule.n_steps:
+        if self.step < self.schedule.n_steps and self.loader.is_there(self.step):
             self.feed.prefetch(self.step)
 
     def _log(self, is_last: bool) -> None:

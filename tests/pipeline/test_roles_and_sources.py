@@ -78,14 +78,17 @@ def test_training_reads_the_roles_alone(config: TrainConfig, capsys: pytest.Capt
     store = ActivationStore(config.acts)
     rows = TrainingRows(store, {SITE: store.array(SITE)}, config.mask.positions(store.mask), None)
     wanted = theirs(store, held_out=False)
-    kept = np.concatenate([rows.keep(s)[np.argsort(store.permutation(s))] for s in range(store.n_shards)])
+    kept = np.concatenate(
+        [rows.kept.of_shard(s)[np.argsort(store.permutation(s))] for s in range(store.n_shards)]
+    )
     assert np.flatnonzero(kept).tolist() == wanted.tolist()
     x_TD = store.read(SITE, 0, store.n_tokens).double()[wanted]
     assert torch.allclose(rows.statistics(SITE).mean_D.double(), x_TD.mean(0), atol=1e-4)
     every = TrainingRows(store, {SITE: store.array(SITE)}, store.mask, None)
-    assert every.describe_roles() == ""
-    assert f"trained on {len(wanted):,} tokens of assistant alone" in rows.describe_roles()
-    assert f"of {every.n_tokens:,}" in rows.describe_roles()
+    assert every.describe() == []
+    (said,) = rows.describe()
+    assert f"trained on {len(wanted):,} tokens of assistant alone" in said
+    assert f"of {every.n_tokens:,}" in said
 
 
 def test_roles_belong_to_the_runs_identity(config: TrainConfig) -> None:

@@ -22,7 +22,7 @@ from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
-from saemill.train.stream.loader import Loader
+from saemill.train.stream.epochs import open_epochs
 from saemill.train.sweep.halving import Halving, groups, work_share
 from saemill.train.sweep.variant import Variant
 
@@ -78,7 +78,7 @@ def test_windows_in_memory(made: Pipeline) -> None:
     config = TrainConfig(acts=made.acts, out=Path("unused"), num_latents=(64,), batch_size=256, device="cpu")
     planned = checked("train", config)
     store = ActivationStore(made.acts)
-    loader = Loader(
+    loader = open_epochs(
         store, ["layers.1"], store.mask, batch_tokens=256, buffer_tokens=config.buffer_tokens, seed=0
     )
     loader.batch(0)
@@ -96,7 +96,7 @@ def test_a_line_through_two_runs() -> None:
         return Ran(n_tokens, seconds, 2 * seconds)
 
     outlook = Outlook(stage="train", memory={LIBRARIES: 10, "windows": 5})
-    measured = Measured(Ran(0, 2.0, 4.0), ran(100, warm=1.0), ran(100), ran(900), Path(), 30, outlook)
+    measured = Measured(Ran(0, 2.0, 4.0), ran(100, warm=1.0), ran(100), ran(900), Path(), 30, outlook, 0.0)
     found = estimate(measured, 10_000)
     assert found.seconds == pytest.approx(2 + 1 + 0.5 + 10)
     assert found.cpu_seconds == pytest.approx(2 * (2 + 1 + 0.5 + 10))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import call
+from crashes import file_hashes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing import jsonl
@@ -17,6 +18,7 @@ from saemill.common.errors import ConfigError, DataError
 from saemill.common.stores.token_writer import copy_rows
 from saemill.common.stores.tokens import TokenStore
 from saemill.show import describe
+from saemill.tokenize import writer
 from saemill.tokenize.config import MixedDataset, TokenizeConfig
 from saemill.tokenize.mixing import Document, Mix
 from saemill.tokenize.named import named
@@ -38,6 +40,29 @@ def mixed(two: tuple[Path, Path], out: Path, tokenizer: str, **values: Any) -> T
     mix = tuple(MixedDataset(dataset=str(file), share=s) for file, s in zip(two, shares, strict=True))
     values = {"ctx_len": 32, "held_out_fraction": 0.1} | values
     return run(TokenizeConfig(mix=mix, tokenizer=tokenizer, out=out, **values))
+
+
+def test_a_mix_that_was_stopped_midway(
+    two: tuple[Path, Path], tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the files of a run that nothing stopped, byte for byte."""
+    monkeypatch.setattr(writer, "SHARD_TOKENS", 320)
+    whole = mixed(two, tmp_path / "whole", tokenizer_folder, max_tokens=6400)
+    flush, calls = writer.Writer._flush, list[int]()
+
+    def stop_at_the_fifth(self: Any) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        flush(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "_flush", stop_at_the_fifth)
+        with pytest.raises(KeyboardInterrupt):
+            mixed(two, tmp_path / "out", tokenizer_folder, max_tokens=6400)
+    assert not (tmp_path / "out").exists()
+    again = mixed(two, tmp_path / "out", tokenizer_folder, max_tokens=6400)
+    assert file_hashes(again.path) == file_hashes(whole.path)
 
 
 def test_shares_are_those_of_the_tokens(

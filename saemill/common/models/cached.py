@@ -128,8 +128,10 @@ def check_model(other_name: str | None, model: LanguageModel, store: ActivationS
 def _compared(name: str, store: ActivationStore) -> str:
     """Say what could be compared where weights could not, and warn the user."""
     compared = (
-        f"only the activations at {', '.join(store.sites)} could be compared with the model that was cached; "
-        f"what {name} computes after them, the head included, could not"
+        f"only the activations at {', '.join(store.sites_with(0))} could be compared with the model that was "
+        f"cached; what {name} computes after them, the head included, could not"
+        if store.sites_with(0)
+        else f"{name} could not be compared with the model that was cached, whose first activations are gone"
     )
     say(f"{compared}: the losses are right only if it is the same model")
     return compared
@@ -138,11 +140,12 @@ def _compared(name: str, store: ActivationStore) -> str:
 def _check_activations(model: LanguageModel, store: ActivationStore) -> None:
     """Refuse a model that does not compute what was cached, at every site, on the first row."""
     model.check_tokens(store.tokens)
+    sites = store.sites_with(0)
     if missing := [site for site in store.sites if module_of(site) not in model.modules]:
         raise ConfigError(_another_model(model.name, f"it has no {missing[0]}"))
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))
-    captured = model.capture(ids_RS, store.sites, attention_of(ids_RS, store.tokens.tokenizer))
-    for site in store.sites:
+    captured = model.capture(ids_RS, sites, attention_of(ids_RS, store.tokens.tokenizer))
+    for site in sites:
         x_TD = captured[site][0].double().cpu()
         cached_TD = store.read(site, 0, store.ctx_len).double()
         if not _agree(x_TD, cached_TD):

@@ -5,11 +5,15 @@ token_writer.py   writing one, and copying a store's first rows
 passages.py       PassageStore: what each row of an embedding store is
 activations.py    ActivationStore: one array per site, over tokens or passages
 site_array.py     one site's rows, checked as they are read
+followed.py       a store that is still being filled, or of which shards are gone
+followers.py      who reads it meanwhile, and which shards are gone since all have
 joined.py         several sites as one, of a store or of two
 site_names.py     what sites are called
 site_roles.py     what is at a site
 site_records.py   its JSON: settings, sites, commits, manifests
 content.py        a file, read range by range
+objects.py        objects of S3, Google Cloud or Azure, read range by range
+mirror.py         a store that lies there
 shards.py         a Zarr array of one file per shard, which memory-maps
 forms/            float rows ↔ stored rows ↔ the bytes of a shard
 rounding.py       values → a float type of fewer bits

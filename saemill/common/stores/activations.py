@@ -28,7 +28,8 @@ from torch import Tensor
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
-from saemill.common.stores import joined, site_names
+from saemill.common.stores import joined, mirror, site_names
+from saemill.common.stores.followers import Consumed, read_consumed
 from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
@@ -65,7 +66,7 @@ class ActivationStore:
     """Read access to a folder made by `saemill cache`, `import-activations` or `embed`.
 
     Args:
-        path: the folder.
+        path: the folder, or the address of one in an object store: `s3://bucket/acts` (see `mirror`).
         beside: a store of another model's activations at the same tokens. Its sites are called
             `with.<site>`; both masks count together.
 
@@ -75,7 +76,7 @@ class ActivationStore:
     """
 
     def __init__(self, path: Path | str, beside: Path | str | None = None) -> None:
-        self.path = Path(path)
+        self.path, self.mirror = mirror.opened(path)
         self.settings = read_settings(self.path)
         self.mask = self.settings.mask
         self.shard_tokens = self.settings.shard_tokens
@@ -87,6 +88,16 @@ class ActivationStore:
         if self.beside is not None:
             joined.check_beside(self, self.beside)
             self.mask = joined.combined(self.mask, self.beside.mask)
+
+    @property
+    def named(self) -> str:
+        """The folder as it was named, or the address."""
+        return str(self.path) if self.mirror is None else self.mirror.known.address
+
+    @property
+    def place(self) -> str:
+        """Where the store lies: its folder, from anywhere on this machine, or its address."""
+        return str(self.path.absolute()) if self.mirror is None else self.mirror.known.address
 
     def _open_text(self) -> TokenStore | PassageStore:
         """Open the tokens, or the passages, that the addresses name."""
@@ -125,6 +136,29 @@ class ActivationStore:
         return [
             name for name in sites_in(self.path) if (site_path(self.path, name) / "manifest.json").exists()
         ]
+
+    def check_finished(self) -> None:
+        """Refuse a store that has no finished site.
+
+        Raises:
+            StoreError: it has none; of one whose shards were removed, which.
+        """
+        if self.sites:
+            return
+        if consumed := self.consumed:
+            raise StoreError(consumed.refusal(consumed.sites[0], self.path))
+        raise StoreError(f"no site of {self.path} is finished; finish one with `saemill cache`")
+
+    def sites_with(self, shard: int) -> list[str]:
+        """List the sites of which a shard's rows can be read."""
+        return self.sites
+
+    @property
+    def consumed(self) -> Consumed | None:
+        """Which shards of which sites were removed when all runs that follow the store had read them; None
+        where none was."""
+        consumed = read_consumed(self.path, self.settings.identity)
+        return consumed if consumed is not None and consumed.shards else None
 
     @property
     def unfinished(self) -> dict[str, int]:
@@ -183,6 +217,8 @@ class ActivationStore:
             StoreError: it is missing, damaged, or another shard's.
         """
         file = site_path(self.path, site) / "commits" / f"{shard}.json"
+        if self.mirror is not None:
+            self.mirror.fetch(file)
         commit = records.read(file, Commit, REPAIR)
         self._check_owner(file, commit, site)
         if (commit.shard, commit.n_tokens) != (shard, self.shard_length(shard)):
@@ -202,7 +238,8 @@ class ActivationStore:
         Raises:
             StoreError: there is none, or its description is not as the settings say.
         """
-        array = ShardedArray(site_path(self.path, name), REPAIR, compression=self.settings.compression)
+        folder, compression = site_path(self.path, name), self.settings.compression
+        array = ShardedArray(folder, REPAIR, compression=compression, mirror=self.mirror)
         array.expect(describe_site(self.settings, self.n_tokens, name, width))
         return array
 
@@ -226,6 +263,8 @@ class ActivationStore:
         if self.beside is not None and name.startswith(site_names.BESIDE):
             return self.beside.array(name.removeprefix(site_names.BESIDE))
         if name not in self.sites:
+            if (consumed := self.consumed) and name in consumed.sites:
+                raise StoreError(consumed.refusal(name, self.path))
             state = "unfinished" if name in self.unfinished else "not in the store"
             finished = ", ".join(self.sites) or "none"
             advice = "Run `saemill cache` with the site to add or finish it."

@@ -4,6 +4,7 @@
     config.yaml     all settings, to be given to `--config` again
     metrics.jsonl   the log
     halving.json    the variants that were stopped early
+    units.json      of a follower: what it took from the first shards of its store
     <variant>/      an SAE
     steps/<step>/   a finished run of its own: the SAEs as they were then; steps/latest is the last of them
     finished.json   written last: what the run came to; it answers for the SAEs and the log
@@ -28,6 +29,8 @@ IDENTITY = "identity.json"
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 HALVING = "halving.json"
+UNITS = "units.json"
+"""Name of the record of what a follower took from its store's first shards."""
 CHECKPOINT = "checkpoint.json"
 FINISHED = "finished.json"
 WANDB, WANDB_LOGGED = "wandb.json", "wandb-logged.json"
@@ -50,7 +53,7 @@ ANEW = "The same `saemill train` with --no-resume trains the run anew."
 CHECKPOINTS = "checkpoint-"
 """Beginning of the names of checkpoints' folders."""
 RESERVED = (
-    *(IDENTITY, CONFIG, METRICS, HALVING, CHECKPOINT, FINISHED),
+    *(IDENTITY, CONFIG, METRICS, HALVING, UNITS, CHECKPOINT, FINISHED),
     *(WANDB, WANDB_LOGGED, WANDB_FOLDER, TENSORBOARD, STEPS, PROFILE, CARD),
     *(ASSESSMENT, REPORT, LATENTS, FEATURES, DOCUMENTS, DOCUMENTS_MODEL),
 )

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from saemill.common import durable, records
-from saemill.common.errors import StoreError
+from saemill.common.errors import SaemillError, StoreError
 from saemill.common.stores.content import FileContent
-from saemill.common.stores.forms.packing import BLOCK_TOKENS, packing_of
+from saemill.common.stores.forms.packing import BLOCK_TOKENS, Content, packing_of
+from saemill.common.stores.mirror import Mirror
 
 MAPPED_SHARDS = 1024
 """Number of shards mapped at once per array; the kernel allows 65,530 maps per process by default."""
@@ -100,6 +101,7 @@ class ShardedArray:
         repair: the sentence on what to do about damage, put at the end of messages.
         check: called with a shard's number and rows when it is first read whole; it raises if they are bad.
         compression: as of `packing_of`.
+        mirror: the mirror that the folder is in, where the chunk files are objects; they are not mapped then.
 
     Raises:
         StoreError: there is no such array, or it is packed otherwise.
@@ -111,8 +113,9 @@ class ShardedArray:
         repair: str = "",
         check: Callable[[int, NDArray[Any]], None] | None = None,
         compression: str | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
-        self.path, self.repair, self.check = path, repair, check
+        self.path, self.repair, self.check, self.mirror = path, repair, check, mirror
         self.meta = durable.read_json(path / "zarr.json", repair)
         try:
             description = _Description.model_validate_json(json.dumps(self.meta))
@@ -166,9 +169,19 @@ class ShardedArray:
         """Name the file of one shard."""
         return self.path / "c" / str(shard) / "0"
 
+    def shard_name(self, shard: int) -> str:
+        """Say where a shard lies: its file, or the address of its object."""
+        path = self.shard_path(shard)
+        return str(path) if self.mirror is None else self.mirror.name_of(path)
+
     def rows_in(self, shard: int) -> int:
         """Count the rows of a shard; the last may be short, though its file is padded to full size."""
         return int(min(self.shard_rows, self.n_rows - shard * self.shard_rows))
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of a shard before compression."""
+        return int(self.shard_rows * self.width * self.dtype.itemsize)
 
     def write_shard(self, shard: int, rows_TD: NDArray[Any], file: Path | None = None) -> None:
         """Write one whole shard durably.
@@ -200,7 +213,8 @@ class ShardedArray:
         """
         n_bytes = n_bytes or self.packing.file_bytes
         assert n_bytes is not None, "files of compressed shards differ in size"
-        return durable.problem(self.shard_path(shard), n_bytes, xxh3)
+        problem = durable.problem if self.mirror is None else self.mirror.problem
+        return problem(self.shard_path(shard), n_bytes, xxh3)
 
     def check_sizes(self, sizes: Sequence[int | None] | None = None) -> None:
         """Refuse the array if any shard's file is missing or of the wrong size.
@@ -214,17 +228,17 @@ class ShardedArray:
         known = sizes or [None] * self.n_shards
         bad = [(i, problem) for i in range(self.n_shards) if (problem := self.problem(i, known[i]))]
         if bad:
-            lines = "\n".join(f"  {self.shard_path(i)}: {problem}" for i, problem in bad[:10])
+            lines = "\n".join(f"  {self.shard_name(i)}: {problem}" for i, problem in bad[:10])
             raise StoreError(
                 f"{len(bad)} of {self.n_shards} shards of {self.path} are damaged:\n{lines}\n{self.repair}"
             )
 
-    def _open_content(self, shard: int) -> FileContent:
-        """Open the file of a shard."""
-        file = self.shard_path(shard)
+    def _open_content(self, shard: int) -> Content:
+        """Open the file of a shard, or its object."""
         if self.packing.file_bytes and (problem := self.problem(shard)):
-            raise StoreError(f"{file}: {problem}. {self.repair}".rstrip())
-        return FileContent(file, self.repair)
+            raise StoreError(f"{self.shard_name(shard)}: {problem}. {self.repair}".rstrip())
+        file = self.shard_path(shard)
+        return FileContent(file, self.repair) if self.mirror is None else self.mirror.content(file)
 
     def _map_shard(self, shard: int) -> NDArray[Any]:
         """Map the rows of a raw shard."""
@@ -252,9 +266,11 @@ class ShardedArray:
         content = self.content(shard)
         try:
             return self.packing.unpack(self.packing.span(content, block, n_rows), n_rows)
+        except SaemillError:
+            raise
         except ValueError as error:
-            file = self.shard_path(shard)
-            raise StoreError(f"{file}: block {block} is damaged: {error}. {self.repair}".rstrip()) from error
+            name = self.shard_name(shard)
+            raise StoreError(f"{name}: block {block} is damaged: {error}. {self.repair}".rstrip()) from error
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Read rows start..stop in stored order, copied. [stop - start, width] of `self.dtype`."""

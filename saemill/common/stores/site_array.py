@@ -1,6 +1,6 @@
 """SiteArray: the rows of one finished site, and its statistics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from saemill.common.errors import StoreError
 from saemill.common.records import decode_array
-from saemill.common.stores.forms.form import rounded
+from saemill.common.stores.forms.form import Form, rounded
 from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.norms import NormSketch, norms_of
 from saemill.common.stores.permutation import inverse
 from saemill.common.stores.shards import as_tensor
-from saemill.common.stores.site_records import REPAIR, site_path
+from saemill.common.stores.site_records import REPAIR, SiteRecord, site_path
+from saemill.common.stores.site_roles import Role
 from saemill.common.stores.statistics import Moments, Statistics
 
 if TYPE_CHECKING:
@@ -30,14 +31,29 @@ class SiteArray:
     """
 
     def __init__(self, store: "ActivationStore", name: str) -> None:
-        self.store, self.name = store, name
-        record = store.record(name)
-        self.width, self.role, self.form = record.width, record.role, record.form
-        self.array = store.open_array(name, self.width)
-        self.dtype, self.stored, self.columns = self.form.dtype, self.form.stored, self.form.columns
+        record = self._describe(store, name)
         self.manifest = store.manifest(record)
         self.array.check_sizes([shard.bytes for shard in self.manifest.shards])
         self._computed_norms: dict[int, NDArray[np.uint16]] = {}
+
+    def _describe(self, store: "ActivationStore", name: str) -> SiteRecord:
+        """Open the array by what the site's record says of it."""
+        self.store, self.name = store, name
+        record = store.record(name)
+        self.width, form = record.width, record.form
+        self.array = store.open_array(name, self.width)
+        self.dtype, self.stored, self.columns = form.dtype, form.stored, form.columns
+        return record
+
+    @cached_property
+    def form(self) -> Form:
+        """Form of its activations."""
+        return self.store.record(self.name).form
+
+    @property
+    def role(self) -> Role | None:
+        """What is at the site, as far as it is known."""
+        return self.store.record(self.name).role
 
     @property
     def parts(self) -> "dict[str, SiteArray]":
@@ -78,23 +94,29 @@ class SiteArray:
         return self._computed_norms[shard]
 
     def statistics_over(self, keep: Callable[[int], NDArray[np.bool_]]) -> Statistics:
-        """Compute moments of chosen rows, in one pass over the site.
+        """Compute moments of chosen rows, in one pass over the shards that statistics are of.
 
         Args:
             keep: chooses places of the shard of a number, in stored order.
         """
         moments = Moments(self.width)
-        for shard in range(self.store.n_shards):
+        for shard in self._shards():
             moments.add(self._decoded(self._rows(shard)[keep(shard)]))
         return moments.statistics()
+
+    def _shards(self) -> Iterable[int]:
+        """List the shards that statistics are of: all."""
+        return range(self.store.n_shards)
 
     def _rows(self, shard: int) -> NDArray[Any]:
         """Read all stored rows of a shard, block by block, each compared with its hash."""
         return np.concatenate([self.block(shard, block) for block in range(self.array.n_blocks(shard))])
 
     @cached_property
-    def _hashes(self) -> list[NDArray[np.uint64]]:
-        return [decode_array(shard.block_hashes, "u8") for shard in self.manifest.shards]
+    def _hashes(self) -> Mapping[int, NDArray[np.uint64]]:
+        """Hashes of blocks, by shard."""
+        entries = enumerate(self.manifest.shards)
+        return {number: decode_array(shard.block_hashes, "u8") for number, shard in entries}
 
     def block(self, shard: int, block: int) -> NDArray[Any]:
         """Read one block of stored rows, compared with its hash, in memory of its own.
@@ -105,8 +127,8 @@ class SiteArray:
         rows_TC = self.array.block(shard, block)
         if xxhash.xxh3_64_intdigest(rows_TC.data) != self._hashes[shard][block]:
             raise StoreError(
-                f"{self.array.shard_path(shard)}: block {block} differs from its hash. "
-                f"`saemill verify {self.store.path}` names all bad shards. {REPAIR}"
+                f"{self.array.shard_name(shard)}: block {block} differs from its hash. "
+                f"`saemill verify {self.store.named}` names all bad shards. {REPAIR}"
             )
         return rows_TC
 

@@ -44,7 +44,9 @@ EMBEDDINGS = "embeddings"
 """Kind of a store that holds passages."""
 TEXT_FOLDERS = ("tokens", "passages")
 SITES = "sites"
-RESERVED = (*TEXT_FOLDERS, SITES, "claims", "zarr.json")
+FOLLOWERS, CONSUMED = "followers", "consumed.json"
+"""Names of the folder and the record of `stores.followers`."""
+RESERVED = (*TEXT_FOLDERS, SITES, FOLLOWERS, CONSUMED, "claims", "zarr.json")
 """Names in a store's folder that no site has."""
 REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
 LATER = ("load_in_4bit", "attn_implementation", "trust_remote_code", "compression", "converted_from")

@@ -54,7 +54,11 @@ class SiteStatistics(Record):
         Raises:
             StoreError: no row was counted.
         """
-        statistics = moments.statistics()
+        return cls.of_statistics(moments.statistics(), sketch)
+
+    @classmethod
+    def of_statistics(cls, statistics: Statistics, sketch: NormSketch | None = None) -> "SiteStatistics":
+        """Make the record of some statistics, and of the same rows' norms if those are known."""
         return cls(
             n_tokens=statistics.n_tokens,
             mean=encode_array(np.asarray(statistics.mean_D)),

@@ -19,6 +19,7 @@ from saemill.common.stores.runs import (
     METRICS,
     STEPS,
     TENSORBOARD,
+    UNITS,
     WANDB,
     WANDB_LOGGED,
     Finished,
@@ -166,7 +167,7 @@ class Folder:
 
     def _clear(self) -> None:
         """Remove what an earlier training left, the record of its end first."""
-        for name in (FINISHED, assessments.FILE, WANDB, WANDB_LOGGED, HALVING):
+        for name in (FINISHED, assessments.FILE, WANDB, WANDB_LOGGED, HALVING, UNITS):
             (self.path / name).unlink(missing_ok=True)
         checkpoint.remove(self.path)
         (self.path / METRICS).unlink(missing_ok=True)

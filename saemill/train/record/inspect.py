@@ -1,5 +1,6 @@
 """Whether a run's folder is whole: every file of it that saemill wrote, against the records."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +10,18 @@ from saemill.common.records import File
 from saemill.common.sae import of_run
 from saemill.common.sae.formats import sparsify
 from saemill.common.stores import runs
-from saemill.common.stores.runs import ANEW, CHECKPOINT, CHECKPOINTS, CONFIG, FINISHED, HALVING, METRICS
+from saemill.common.stores.runs import (
+    ANEW,
+    CHECKPOINT,
+    CHECKPOINTS,
+    CONFIG,
+    FINISHED,
+    HALVING,
+    METRICS,
+    UNITS,
+)
 from saemill.train.record import checkpoint
+from saemill.train.stream import units
 
 SAME = "The same `saemill train` writes it again."
 
@@ -59,6 +70,8 @@ def _unfinished(run: Path) -> list[str]:
     """List the problems of a run that goes on: its checkpoint, the log up to it, and the SAEs stopped
     early."""
     lines = stopped_problems(run)
+    if (run / UNITS).exists():
+        lines += _message_of(partial(units.read, run, ""))
     try:
         record = checkpoint.read(run)
     except StoreError as error:
@@ -104,7 +117,7 @@ def _log(path: Path, expected: File) -> list[str]:
     ]
 
 
-def _message_of(check: partial[None]) -> list[str]:
+def _message_of(check: Callable[[], object]) -> list[str]:
     """Return the message of the error that a check raises, if it does."""
     try:
         check()

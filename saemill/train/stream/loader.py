@@ -1,16 +1,12 @@
-"""The stream: shuffled batches over shards on disk, batch i a pure function of (seed, store, i).
+"""The loader: shuffled batches over shards on disk, batch i a pure function of (seed, store, i).
 
-Blocks of 256 stored rows, each from a keyed permutation of one shard already, are visited in a keyed
-order over the whole store; every `buffer_tokens` of them form a window, whose rows that are trained on
-(`rows`) are shuffled again. The stream is the windows of epoch 0, then of epoch 1, …; batch i is its
-positions i·T to (i+1)·T. So resuming needs one integer, and memory is two windows per site (three while
-one is filled).
+The stream is the shuffled rows of one window after the other, in the order that `order` says; batch i is its
+positions i·T to (i+1)·T. So resuming needs one integer, and memory is two windows per site (three while one
+is filled).
 """
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,23 +16,15 @@ from torch import Tensor
 
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.forms.packing import BLOCK_TOKENS
-from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.permutation import permutation
-from saemill.common.stores.shards import as_numpy, as_tensor
-from saemill.train.stream.rows import TrainingRows
+from saemill.common.stores.joined import JoinedSite
+from saemill.common.stores.mirror import N_READERS
+from saemill.common.stores.shards import as_numpy
+from saemill.common.stores.site_array import SiteArray
+from saemill.train.memory import zeros
+from saemill.train.stream.order import Order, Window
+from saemill.train.stream.rows import Rows
 
-BLOCK_ORDER, ROW_ORDER = 1, 2
 READERS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Epoch:
-    """The order of blocks in one epoch, and where in the epoch's stream each window starts."""
-
-    blocks: NDArray[np.int64]
-    window_starts: NDArray[np.int64]
-    long_before: NDArray[np.int64]
-    """Number of rows left out for their norm in the windows before each one, and at last in all."""
 
 
 class Loader:
@@ -44,49 +32,27 @@ class Loader:
 
     Args:
         store: where they are read.
-        sites: names of finished sites, or of several joined.
-        mask: positions left out; held-out rows always are.
-        norm_over_median: rows whose norm is more than so many medians at one of the sites are left out; None
-            leaves out none.
-        batch_tokens: T.
-        buffer_tokens: rows per window, masked ones included; rounded down to whole blocks.
-        seed: decides the order.
-
-    Raises:
-        StoreError: a site is missing or damaged, or nothing is left to train on.
-        ConfigError: the median norm at a site is 0.
+        sites: by name; those that are joined count as one.
+        rows: that are trained on.
+        order: of the stream.
+        batch_tokens: rows per batch, T.
     """
 
     def __init__(
         self,
         store: ActivationStore,
-        sites: list[str],
-        mask: MaskConfig,
-        *,
-        norm_over_median: float | None = None,
+        sites: Mapping[str, SiteArray | JoinedSite],
+        rows: Rows,
+        order: Order,
         batch_tokens: int,
-        buffer_tokens: int,
-        seed: int,
     ) -> None:
-        self.store, self.mask = store, mask
-        self.every_site = {name: store.site(name) for name in sites}
-        self.sites = self.every_site
-        self.batch_tokens, self.seed = batch_tokens, seed
-        self.blocks_per_window = max(1, buffer_tokens // BLOCK_TOKENS)
-        self.blocks_per_shard = -(-store.shard_tokens // BLOCK_TOKENS)
-        parts = {name: part for site in self.every_site.values() for name, part in site.parts.items()}
-        self.rows = TrainingRows(store, parts, mask, norm_over_median)
-        self.kept_per_block = np.concatenate([self._per_block(shard) for shard in range(store.n_shards)])
-        self.epoch_tokens = self.rows.n_tokens
-        self._epoch = lru_cache(2)(self._plan_epoch)
+        self.store, self.every_site, self.sites = store, sites, sites
+        self.rows, self.order, self.batch_tokens = rows, order, batch_tokens
+        self.mask, self.epoch_tokens = rows.kept.mask, order.n_tokens
         self._pool = ThreadPoolExecutor(1, "saemill-window")
-        self._readers = ThreadPoolExecutor(READERS, "saemill-read")
-        self._windows: dict[tuple[int, int], Future[Mapping[str, Tensor]]] = {}
-
-    def _per_block(self, shard: int) -> NDArray[np.int64]:
-        """Count the rows of each block of a shard that are trained on."""
-        keep = self.rows.keep(shard)
-        return np.add.reduceat(keep, np.arange(0, len(keep), BLOCK_TOKENS), dtype=np.int64)
+        n_readers = READERS if store.mirror is None else N_READERS
+        self._readers = ThreadPoolExecutor(n_readers, "saemill-read")
+        self._windows: dict[Window, Future[Mapping[str, Tensor]]] = {}
 
     def batch(self, i: int) -> dict[str, Tensor]:
         """Read batch number i.
@@ -94,6 +60,10 @@ class Loader:
         Returns: per site [T, D] as the store's rows are read, on the CPU.
         """
         return self.stretch(i * self.batch_tokens, (i + 1) * self.batch_tokens)
+
+    def is_there(self, i: int) -> bool:
+        """Tell whether batch number i can be read by now."""
+        return self.order.is_there((i + 1) * self.batch_tokens)
 
     def stretch(self, position: int, end: int) -> dict[str, Tensor]:
         """Read the stream from one position to another, per site [end - position, D]."""
@@ -106,25 +76,29 @@ class Loader:
 
     def _stored_stretch(self, position: int, end: int) -> dict[str, Tensor]:
         pieces: dict[str, list[Tensor]] = {name: [] for name in self.sites}
-        while position < end:
-            epoch, offset = divmod(position, self.epoch_tokens)
-            starts = self._epoch(epoch).window_starts
-            window = int(np.searchsorted(starts, offset, side="right")) - 1
-            stop = min(offset + end - position, int(starts[window + 1]))
-            rows = self._window(epoch, window)
+        for piece in self.order.pieces(position, end):
+            rows = self._window(piece.window)
             for name in self.sites:
-                pieces[name].append(rows[name][offset - starts[window] : stop - starts[window]])
-            position += stop - offset
+                pieces[name].append(rows[name][piece.start : piece.stop])
         return {name: torch.cat(tensors) for name, tensors in pieces.items()}
 
+    def sample(self, n_tokens: int, position: int) -> dict[str, Tensor]:
+        """Read rows from which SAEs start, per site [at most n_tokens, D].
+
+        Args:
+            n_tokens: how many, at most.
+            position: where the stream is gone on with; its begin may not be there any more.
+        """
+        positions = self.order.sampled(position)[:n_tokens]
+        return self.stretch(positions.start, positions.stop)
+
     def n_left_out(self, position: int) -> int:
-        """Count the rows left out for their norm in the windows that the stream up to a position is of."""
-        if not self.rows.n_long or position == 0:
-            return 0
-        epoch, offset = divmod(position - 1, self.epoch_tokens)
-        plan = self._epoch(epoch)
-        window = int(np.searchsorted(plan.window_starts, offset, side="right")) - 1
-        return epoch * self.rows.n_long + int(plan.long_before[window + 1])
+        """Count the rows left out for their norm in what the stream up to a position is of."""
+        return self.order.n_left_out(position)
+
+    def n_long(self, position: int) -> int:
+        """Count the store's rows left out for their norm, each once, as far as it is known at a position."""
+        return self.order.n_long(position)
 
     def restrict(self, sites: list[str]) -> None:
         """Read these of the sites only from now on; the stream's order does not depend on them."""
@@ -136,55 +110,38 @@ class Loader:
         self._pool.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
 
-    def _window(self, epoch: int, window: int) -> Mapping[str, Tensor]:
+    def _window(self, window: Window) -> Mapping[str, Tensor]:
         """Return a window's shuffled rows; the next one starts to be read in the background."""
-        n_windows = len(self._epoch(epoch).window_starts) - 1
-        following = (epoch, window + 1) if window + 1 < n_windows else (epoch + 1, 0)
-        for key in ((epoch, window), following):
+        following = self.order.after(window)
+        wanted = [window] if following is None else [window, following]
+        for key in wanted:
             if key not in self._windows:
-                self._windows[key] = self._pool.submit(self._read_window, *key)
+                self._windows[key] = self._pool.submit(self._read_window, key)
         for key in list(self._windows):
-            if key not in ((epoch, window), following):
+            if key not in wanted:
                 del self._windows[key]
-        return self._windows[epoch, window].result()
+        return self._windows[window].result()
 
-    def _plan_epoch(self, epoch: int) -> _Epoch:
-        blocks = permutation(len(self.kept_per_block), self.seed, BLOCK_ORDER, epoch)
-        edges = np.append(np.arange(0, len(blocks), self.blocks_per_window), len(blocks))
-        starts, long_before = (
-            np.concatenate([[0], np.cumsum(per_block[blocks])])[edges]
-            for per_block in (self.kept_per_block, self._long_per_block())
-        )
-        return _Epoch(blocks, starts, long_before)
-
-    def _long_per_block(self) -> NDArray[np.int64]:
-        """Count the rows of each block that are left out for their norm."""
-        counts = np.zeros_like(self.kept_per_block)
-        for shard, places in self.rows.long.items():
-            np.add.at(counts, shard * self.blocks_per_shard + places // BLOCK_TOKENS, 1)
-        return counts
-
-    def _read_window(self, epoch: int, window: int) -> Mapping[str, Tensor]:
-        plan = self._epoch(epoch)
-        first = window * self.blocks_per_window
-        blocks = plan.blocks[first : first + self.blocks_per_window]
-        ends = np.cumsum(self.kept_per_block[blocks])
+    def _read_window(self, window: Window) -> Mapping[str, Tensor]:
+        blocks = self.order.blocks(window)
+        ends = np.cumsum(self.rows.kept.per_block[blocks])
         n_rows = int(ends[-1])
-        order = permutation(n_rows, self.seed, ROW_ORDER, epoch, window)
+        order = self.order.shuffled(window, n_rows)
         rows: dict[str, Tensor] = {}
         for name, site in self.sites.items():
-            buffer = as_numpy(torch.empty(n_rows, site.columns, dtype=site.stored))
+            # Fresh pages cost more than the copies: huge ones are five times as fast.
+            buffer, shuffled = (zeros(n_rows, site.columns, dtype=site.stored) for _ in range(2))
+            blocks_of_rows = as_numpy(buffer)
             jobs = zip(blocks, [0, *ends[:-1]], ends, strict=True)
-            list(self._readers.map(lambda job, n=name, b=buffer: self._read_block(n, b, *job), jobs))
-            shuffled = np.empty_like(buffer)
-            np.take(buffer, order, axis=0, out=shuffled, mode="clip")
-            rows[name] = as_tensor(shuffled, site.stored)
+            list(self._readers.map(lambda job, n=name, b=blocks_of_rows: self._read_block(n, b, *job), jobs))
+            np.take(blocks_of_rows, order, axis=0, out=as_numpy(shuffled), mode="clip")
+            rows[name] = shuffled
         return rows
 
     def _read_block(self, site: str, buffer: NDArray[Any], number: int, start: int, end: int) -> None:
         """Copy a block's rows that are trained on to buffer[start:end]."""
-        shard, block = divmod(int(number), self.blocks_per_shard)
+        shard, block = divmod(int(number), self.rows.kept.blocks_per_shard)
         rows = self.sites[site].block(shard, block)
         first = block * BLOCK_TOKENS
-        keep = self.rows.keep_places(shard, first, first + len(rows))
+        keep = self.rows.kept.of_places(shard, first, first + len(rows))
         np.compress(keep, rows, axis=0, out=buffer[start:end])

@@ -8,26 +8,72 @@ no step pays for it.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from saemill.common.errors import ConfigError, StoreError
+from saemill.common.errors import ConfigError
 from saemill.common.log import counted, say
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.norms import SMALLEST_NORM, NormSketch, norms_from
 from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.statistics import Moments, Statistics
+from saemill.train.stream.kept import Kept
 
 LEAST_SHARE = 1e-6
 """Share of a site's variance that must be left to be told by subtraction: ten of float64's digits."""
 
 
+class Rows(Protocol):
+    """The rows that a run trains on, as its stream and its SAEs need them."""
+
+    sites: Mapping[str, SiteArray]
+    kept: Kept
+    """Rows that are read."""
+    norm_over_median: float | None
+
+    def statistics(self, site: str) -> Statistics:
+        """Return the moments from which a site's units follow."""
+
+    def describe(self) -> list[str]:
+        """Say what is left out beside the mask, as far as it is known."""
+
+
+def limit_of(site: str, sketch: NormSketch, norm_over_median: float, unit: str) -> float:
+    """Compute the norm beyond which a row is too long.
+
+    Args:
+        site: its name.
+        sketch: of the norms there.
+        norm_over_median: how many medians are too many.
+        unit: what the store holds.
+
+    Raises:
+        ConfigError: the median norm is 0.
+    """
+    limit = max(norm_over_median * sketch.median, SMALLEST_NORM)
+    if sketch.median < SMALLEST_NORM and sketch.n_beyond(limit):
+        raise ConfigError(
+            f"half of the {unit}s at {site} are 0 in all dimensions, and so is the median norm, which then "
+            "does not tell what is too long; train on all of them with --set "
+            "train.mask.norm_over_median=none"
+        )
+    return limit
+
+
+def long_in(
+    keep_T: NDArray[np.bool_], shard: int, sites: Mapping[str, SiteArray], limits: Mapping[str, float]
+) -> dict[str, NDArray[np.bool_]]:
+    """Find the rows of a shard that are kept and longer than a site's limit. bool [tokens], by site."""
+    return {name: keep_T & (norms_from(sites[name].norms(shard)) > limit) for name, limit in limits.items()}
+
+
 class TrainingRows:
-    """The rows of a store that a run trains on.
+    """The rows of a store's shards that a run trains on.
 
     Args:
         store: where they are.
@@ -35,6 +81,7 @@ class TrainingRows:
         mask: positions left out; held-out rows always are.
         norm_over_median: norms of more than so many medians of a site are too long; None where none is. The
             median is that of the store's training positions, by its own mask.
+        n_shards: number of the shards; None for all.
 
     Raises:
         StoreError: nothing is left, or a record of norms is damaged.
@@ -47,49 +94,40 @@ class TrainingRows:
         sites: Mapping[str, SiteArray],
         mask: MaskConfig,
         norm_over_median: float | None,
+        n_shards: int | None = None,
     ) -> None:
-        self.store, self.sites, self.mask, self.norm_over_median = store, sites, mask, norm_over_median
-        kept = (store.keep(shard, mask, held_out=False) for shard in range(store.n_shards))
-        self._bits = [np.packbits(keep) for keep in kept]
+        self.store, self.sites, self.norm_over_median = store, sites, norm_over_median
+        self.n_shards = store.n_shards if n_shards is None else n_shards
+        self.kept = Kept(store, mask, self.n_shards)
         self.long: dict[int, NDArray[np.int64]] = {}
         """Places of the rows left out since they are too long at some site, by shard."""
         self.n_long_at = dict.fromkeys(sites, 0)
         """Number of rows that are too long at each site."""
+        self.limits: dict[str, float] = {}
+        """Norm beyond which rows are too long, by site; none where that does not matter."""
         if norm_over_median is not None:
             self._leave_out_long(norm_over_median)
         self.n_long = sum(map(len, self.long.values()))
         """Number of rows left out since they are too long at some site."""
-        self.n_tokens = sum(int(np.bitwise_count(bits).sum()) for bits in self._bits)
+        self.n_tokens = self.kept.n_tokens
         """Number of rows that are trained on: the tokens of an epoch."""
-        if self.n_tokens == 0:
-            what = "passage is" if store.text.unit == "passage" else "position is masked or"
-            raise StoreError(f"{store.path}: every {what} held out; nothing to train on")
         self.statistics = cache(self._statistics)
 
-    def keep(self, shard: int) -> NDArray[np.bool_]:
-        """Choose the places of a shard that are trained on. bool [tokens in the shard], in stored order."""
-        return self.keep_places(shard, 0, self.store.shard_length(shard))
+    @cached_property
+    def long_per_block(self) -> NDArray[np.int64]:
+        """Numbers of rows that are left out for their norm, by block."""
+        counts = np.zeros_like(self.kept.per_block)
+        for shard, places in self.long.items():
+            np.add.at(counts, shard * self.kept.blocks_per_shard + places // BLOCK_TOKENS, 1)
+        return counts
 
-    def keep_places(self, shard: int, start: int, stop: int) -> NDArray[np.bool_]:
-        """Choose as `keep` does, from place `start`, a multiple of 8, to `stop`."""
-        bits = self._bits[shard][start // 8 : (stop + 7) // 8]
-        return np.unpackbits(bits, count=stop - start).astype(bool)
+    def describe(self) -> list[str]:
+        """Say how many of the tokens are those of the roles that are trained on, where not all are; and how
+        many rows are left out since they are too long, where any is."""
+        roles = self.kept.describe_roles(self.n_tokens + self.n_long)
+        return [line for line in (roles, self._describe_long()) if line]
 
-    def describe_roles(self) -> str:
-        """Say how many of the tokens are those of the roles that are trained on; empty where all are."""
-        if not self.mask.roles:
-            return ""
-        everyones = replace(self.mask, roles=())
-        store = self.store
-        n = sum(int(store.keep(shard, everyones, held_out=False).sum()) for shard in range(store.n_shards))
-        n_theirs = self.n_tokens + self.n_long
-        return (
-            f"trained on {counted(n_theirs, 'token')} of {', '.join(self.mask.roles)} alone, "
-            f"{100 * n_theirs / n:.3g}% of {n:,}"
-        )
-
-    def describe_long(self) -> str:
-        """Say how many rows are left out since they are too long, and where; empty where none is."""
+    def _describe_long(self) -> str:
         if not self.n_long:
             return ""
         share = self.n_long / (self.n_long + self.n_tokens)
@@ -101,33 +139,24 @@ class TrainingRows:
 
     def _leave_out_long(self, norm_over_median: float) -> None:
         """Take the rows whose norm is too long at some site out of those that are kept."""
-        limits: dict[str, float] = {}
+        may_be_long = False
         for name, array in self.sites.items():
             sketch = array.sketch or self._counted_now(array)
-            limit = max(norm_over_median * sketch.median, SMALLEST_NORM)
-            n_beyond = sketch.n_beyond(limit)
-            if sketch.median < SMALLEST_NORM and n_beyond:
-                raise ConfigError(
-                    f"half of the {self.store.text.unit}s at {name} are 0 in all dimensions, and so is the "
-                    "median norm, which then does not tell what is too long; train on all of them with --set "
-                    "train.mask.norm_over_median=none"
-                )
-            if n_beyond or self.mask != array.store.mask:
-                limits[name] = limit
-        for shard in range(self.store.n_shards if limits else 0):
-            self._leave_out_of(shard, limits)
+            self.limits[name] = limit_of(name, sketch, norm_over_median, self.store.text.unit)
+            may_be_long |= bool(sketch.n_beyond(self.limits[name])) or self.kept.mask != array.store.mask
+        for shard in range(self.n_shards if may_be_long else 0):
+            self._leave_out_of(shard)
 
-    def _leave_out_of(self, shard: int, limits: Mapping[str, float]) -> None:
+    def _leave_out_of(self, shard: int) -> None:
         """Take the rows of a shard that are too long out."""
-        keep = self.keep(shard)
-        long = np.zeros_like(keep)
-        for name, limit in limits.items():
-            long_here = keep & (norms_from(self.sites[name].norms(shard)) > limit)
-            self.n_long_at[name] += int(long_here.sum())
-            long |= long_here
-        if long.any():
-            self.long[shard] = np.flatnonzero(long)
-            self._bits[shard] = np.packbits(keep & ~long)
+        places = {}
+        for name, long_T in long_in(self.kept.of_shard(shard), shard, self.sites, self.limits).items():
+            places[name] = np.flatnonzero(long_T)
+            self.n_long_at[name] += len(places[name])
+        long = np.unique(np.concatenate(list(places.values())))
+        if len(long):
+            self.long[shard] = long
+            self.kept.take_out(shard, long)
 
     def _counted_now(self, array: SiteArray) -> NormSketch:
         """Count the norms of a site whose records have none: in one pass over it."""
@@ -136,7 +165,7 @@ class TrainingRows:
             "for them now, and at each training until the command that made the store is run again"
         )
         sketch = NormSketch()
-        for shard in range(self.store.n_shards):
+        for shard in range(self.n_shards):
             sketch.add(array.norms(shard)[self.store.keep(shard, array.store.mask, held_out=False)])
         return sketch
 
@@ -144,14 +173,14 @@ class TrainingRows:
         """Compute the moments of the rows that are trained on: those that the store keeps, less those of the
         rows left out for their norm, of which only the blocks that hold them are read."""
         array = self.sites[site]
-        if self.mask == array.store.mask:
+        if self.kept.mask == array.store.mask:
             if not self.n_long:
                 return array.statistics
             rest = array.statistics.without(self._long_rows(array).statistics())
             if rest.total_variance > LEAST_SHARE * array.statistics.total_variance:
                 return rest
         say(f"{site}: all its shards are read once for the mean and variance of the rows that are trained on")
-        return array.statistics_over(self.keep)
+        return array.statistics_over(self.kept.of_shard)
 
     def _long_rows(self, array: SiteArray) -> Moments:
         """Compute the moments of the rows left out for their norm."""

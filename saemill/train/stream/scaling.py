@@ -13,7 +13,7 @@ from torch import Tensor
 from saemill.common.errors import StoreError
 from saemill.common.stores.site_names import parts_of
 from saemill.common.stores.statistics import Statistics
-from saemill.train.stream.rows import TrainingRows
+from saemill.train.stream.rows import Rows
 
 MOST_SCALE = 1e37
 """Largest factor between activations and training units, and largest inverse of it."""
@@ -44,7 +44,7 @@ class Scaling:
         return standard_TD if self.gain_D is None else standard_TD.mul_(self.gain_D)
 
 
-def scaling_of(rows: TrainingRows, site: str, device: torch.device) -> Scaling:
+def scaling_of(rows: Rows, site: str, device: torch.device) -> Scaling:
     """Take centre and scale from the statistics of a site's rows that are trained on; of joined sites from
     those of each.
 

@@ -93,7 +93,7 @@ class WholeRows:
             np.array(store.rows_of(i))[~_of(held_out_R, store, i)] for i in range(store.n_shards)
         ]
         for shard, own in enumerate(self._own_rows):  # a batch of rows without a token has no loss
-            self._own_rows[shard] = own[self.rows.keep(shard)[self._places(shard)].any(1)]
+            self._own_rows[shard] = own[self.rows.kept.of_shard(shard)[self._places(shard)].any(1)]
         self.epoch_tokens = sum(map(len, self._own_rows)) * store.ctx_len
         self._epoch = lru_cache(2)(self._plan_epoch)
         self._pool = ThreadPoolExecutor(1, "saemill-window")
@@ -142,6 +142,18 @@ class WholeRows:
         window = int(np.searchsorted(plan.starts, offset // self.store.ctx_len, side="right")) - 1
         shards = np.concatenate(plan.windows[: window + 1])
         return epoch * self.rows.n_long + sum(len(self.rows.long.get(int(shard), ())) for shard in shards)
+
+    def n_long(self, position: int) -> int:
+        """Count the store's rows left out for their norm, each once."""
+        return self.rows.n_long
+
+    def is_there(self, i: int) -> bool:
+        """Tell that batch number i can be read: the whole store is there."""
+        return True
+
+    def sample(self, n_tokens: int, position: int) -> dict[str, Tensor]:
+        """Read rows from which SAEs start, the stream's first ones, per site [T, D]; see `stretch`."""
+        return self.stretch(0, min(n_tokens, self.epoch_tokens))
 
     def restrict(self, sites: list[str]) -> None:
         """Read these of the sites only from now on; the stream's order does not depend on them."""
@@ -197,7 +209,7 @@ class WholeRows:
         """Read the tokens of a shard's rows that are not held out, in their order."""
         rows, own = self.store.rows_of(shard), self._own_rows[shard]
         ids_RS = self.store.tokens.rows(rows.start, rows.stop)[own - rows.start].astype(np.int64)
-        keep_RS = self.rows.keep(shard)[self._places(shard)]
+        keep_RS = self.rows.kept.of_shard(shard)[self._places(shard)]
         return Text(torch.from_numpy(ids_RS), torch.from_numpy(keep_RS))
 
     def _rows(self, site: str, shard: int) -> Tensor:

@@ -49,19 +49,24 @@ class Schedule:
 
 
 def schedule_of(config: TrainConfig, epoch_tokens: int, units: str) -> Schedule:
-    """Plan the steps and the learning rate over them.
+    """Plan the steps of a run and the learning rate over them.
 
     Args:
         config: of the run.
-        epoch_tokens: tokens that are trained on in an epoch.
+        epoch_tokens: tokens of one pass over the store.
         units: what the store holds, in the plural.
 
     Raises:
-        ConfigError: less than one step, or no room for the schedule.
+        ConfigError: fewer steps than one, or than the course needs; more than a follower reads.
     """
     step_tokens = config.step_tokens
     n_tokens = config.max_tokens or (config.epochs or 1) * epoch_tokens
     n_steps = n_tokens // step_tokens
+    if config.follow and n_tokens > epoch_tokens:
+        raise ConfigError(
+            f"max_tokens {n_tokens:,}: follow goes through the store once, which has {epoch_tokens:,} "
+            f"training {units}; leave it out, or train without follow when the store is finished"
+        )
     if n_steps == 0:
         raise ConfigError(
             f"{n_tokens:,} training {units} are less than one step of {step_tokens:,}; "

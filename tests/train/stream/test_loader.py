@@ -10,6 +10,7 @@ from stores import make_store
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
+from saemill.train.stream.epochs import open_epochs
 from saemill.train.stream.feed import Feed
 from saemill.train.stream.loader import Loader
 from saemill.train.stream.whole_rows import WholeRows
@@ -23,7 +24,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 
 def loader(store: ActivationStore, **changes: int) -> Loader:
     settings = {"batch_tokens": 100, "buffer_tokens": 1024, "seed": 5} | changes
-    return Loader(store, ["a", "b"], store.mask, **settings)
+    return open_epochs(store, ["a", "b"], store.mask, **settings)
 
 
 def addresses(batch: torch.Tensor) -> list[int]:
@@ -45,7 +46,7 @@ def expected_addresses(store: ActivationStore, mask: MaskConfig) -> set[int]:
 @pytest.mark.parametrize("mask", [MaskConfig(), MaskConfig(special_tokens=False, first_positions=5)])
 def test_an_epoch_is_every_unmasked_training_token_once(store: ActivationStore, mask: MaskConfig) -> None:
     """Oracle: a plain loop over rows; the values name their own address."""
-    stream = Loader(store, ["a"], mask, batch_tokens=64, buffer_tokens=700, seed=1)
+    stream = open_epochs(store, ["a"], mask, batch_tokens=64, buffer_tokens=700, seed=1)
     wanted = expected_addresses(store, mask)
     assert stream.epoch_tokens == len(wanted)
     n_batches = -(-len(wanted) // 64)
@@ -90,8 +91,8 @@ def test_batches_are_those_of_the_values_that_are_read(form: tuple[str, str | No
     a_TD, b_TD = (packed.read(site, 0, packed.n_tokens).float() for site in "ab")
     plain = make_store(tmp_path / "plain", **sizes, values_TD=a_TD, b_TD=b_TD)
     settings = {"batch_tokens": 96, "buffer_tokens": 700, "seed": 2}
-    for kind, sites in (Loader, ["a", "b", "a+b"]), (WholeRows, ["a", "b"]):
-        found, wanted = (kind(store, sites, plain.mask, **settings) for store in (packed, plain))
+    for opened, sites in (open_epochs, ["a", "b", "a+b"]), (WholeRows, ["a", "b"]):
+        found, wanted = (opened(store, sites, plain.mask, **settings) for store in (packed, plain))
         feed = Feed(found, torch.device("cpu"))
         for i in (0, 7, 31, 60):
             for name in sites:
@@ -131,7 +132,7 @@ def test_a_damaged_shard_is_an_error(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[1234] ^= 1
     file.write_bytes(content)
-    stream = Loader(store, ["a"], store.mask, batch_tokens=100, buffer_tokens=4096, seed=0)
+    stream = open_epochs(store, ["a"], store.mask, batch_tokens=100, buffer_tokens=4096, seed=0)
     with pytest.raises(StoreError, match="differs from its hash"):
         stream.batch(0)
     for damage in (content[:-1], None):
@@ -139,16 +140,16 @@ def test_a_damaged_shard_is_an_error(tmp_path: Path) -> None:
         if damage is not None:
             file.write_bytes(damage)
         with pytest.raises(StoreError, match="damaged"):
-            Loader(store, ["a"], store.mask, batch_tokens=100, buffer_tokens=4096, seed=0)
+            open_epochs(store, ["a"], store.mask, batch_tokens=100, buffer_tokens=4096, seed=0)
 
 
 def test_nothing_left_is_an_error(store: ActivationStore) -> None:
     """Oracle: a mask over every position, and one over every token."""
     with pytest.raises(ConfigError, match="nothing would be left to train on"):
-        Loader(store, ["a"], MaskConfig(first_positions=32), batch_tokens=1, buffer_tokens=1, seed=0)
+        open_epochs(store, ["a"], MaskConfig(first_positions=32), batch_tokens=1, buffer_tokens=1, seed=0)
     every = tuple(np.unique(store.tokens.rows(0, store.tokens.n_rows)).tolist())
     with pytest.raises(StoreError, match="nothing to train on"):
-        Loader(store, ["a"], MaskConfig(token_ids=every), batch_tokens=1, buffer_tokens=1, seed=0)
+        open_epochs(store, ["a"], MaskConfig(token_ids=every), batch_tokens=1, buffer_tokens=1, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from saemill.common.stores.site_records import Commit
 from saemill.show import problems
 from saemill.train.config import TrainConfig
 from saemill.train.run import run
+from saemill.train.stream.epochs import open_epochs
 from saemill.train.stream.loader import Loader
 from saemill.train.stream.rows import TrainingRows
 
@@ -54,7 +55,7 @@ def planted(ids: NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) ->
 def loader(store: ActivationStore, mask: TrainingMask, sites: tuple[str, ...] = ("a", "b")) -> Loader:
     settings = {"batch_tokens": 256, "buffer_tokens": 1024, "seed": 3}
     positions = mask.positions(store.mask)
-    return Loader(store, list(sites), positions, norm_over_median=mask.norm_over_median, **settings)
+    return open_epochs(store, list(sites), positions, norm_over_median=mask.norm_over_median, **settings)
 
 
 def weights(out: Path) -> dict[str, bytes]:
@@ -81,7 +82,7 @@ def test_rows_too_long_at_any_site_are_left_out_of_all(planted: ActivationStore)
         norms = norms[np.concatenate(kept)]
         assert found.rows.n_long_at[site] == (norms > 10 * np.median(norms)).sum() > 0
     assert found.rows.n_long == loader(planted, OFF).epoch_tokens - found.epoch_tokens
-    assert "more than 10 times the median norm" in found.rows.describe_long()
+    assert "more than 10 times the median norm" in "".join(found.rows.describe())
 
 
 def test_the_bound_is_a_setting(planted: ActivationStore) -> None:
@@ -209,7 +210,7 @@ def test_a_store_of_before_norms_were_kept(
     found, wanted = loader(old, TrainingMask()), loader(planted, TrainingMask())
     assert "hold no norms" in capsys.readouterr().out
     for i in range(planted.n_shards):
-        assert np.array_equal(found.rows.keep(i), wanted.rows.keep(i))
+        assert np.array_equal(found.rows.kept.of_shard(i), wanted.rows.kept.of_shard(i))
     assert torch.equal(found.rows.statistics("a").mean_D, wanted.rows.statistics("a").mean_D)
     assert found.rows.n_long_at == wanted.rows.n_long_at
     assert before == {file: file.read_bytes() for file in old.path.rglob("*") if file.is_file()}
@@ -263,4 +264,4 @@ def test_how_it_is_set(planted: ActivationStore) -> None:
     given = TrainingMask(first_positions=4).positions(planted.mask)
     assert (given.first_positions, given.special_tokens) == (4, planted.mask.special_tokens)
     rows = TrainingRows(planted, {"a": planted.site("a")}, planted.mask, None)
-    assert rows.describe_long() == ""
+    assert rows.describe() == []

@@ -1,0 +1,34 @@
+"""Addresses of object stores (S3, Google Cloud, Azure) in the place of a folder's path."""
+
+from pathlib import Path
+
+from saemill.common.errors import ConfigError
+
+SCHEMES = ("s3", "gs", "az")
+
+
+def address_of(path: Path | str) -> str | None:
+    """Return the address that a path is, `s3://bucket/folder`, also where pathlib has left it one slash; None
+    for a path of a disk."""
+    scheme, colon, rest = str(path).partition(":")
+    if colon and scheme in SCHEMES and rest.startswith("/"):
+        return f"{scheme}://{rest.strip('/')}"
+    return None
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether a path exists, as far as can be told without asking: that of an address may."""
+    return address_of(path) is not None or path.exists()
+
+
+def check_disk_path(path: Path) -> None:
+    """Refuse an address where something is to be written.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if address := address_of(path):
+        raise ConfigError(
+            f"out is {address}, and saemill writes to disks alone; write to a folder, and copy that there: "
+            f"aws s3 cp --recursive FOLDER {address}, rclone, or what your provider has"
+        )

@@ -1,0 +1,136 @@
+"""An S3 server in a process of its own (moto's), and a proxy before it that fails on demand."""
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from waiting import wait_until
+
+BUCKET = "bucket"
+OWNER = {
+    "Authorization": "AWS4-HMAC-SHA256 Credential=id/20260101/us-east-1/s3/aws4_request, "
+    "SignedHeaders=host, Signature=0"
+}
+"""Tells moto who asks; it compares no signature."""
+Answer = tuple[int, bytes]
+"""Status and body of an answer."""
+Fault = Callable[[str, Answer], Answer | None]
+"""Given a request's path and its answer, returns what is sent in its place; None cuts the connection."""
+
+
+class S3:
+    """The server behind its proxy.
+
+    Args:
+        port: of the server.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.fault: Fault = lambda _, answer: answer
+        self.cut_at: int | None = None
+        """Bytes of a body after which the connection is cut; None for whole bodies."""
+        self.n_requests = 0
+        self.proxy = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
+
+    def ask(self, method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> Any:
+        """Ask the server itself. Returns: status, headers, body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.getheaders(), answer.read()
+
+    def _handler(self) -> Any:
+        s3 = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def _forward(self) -> None:
+                s3.n_requests += 1
+                status, headers, body = s3.ask(self.command, self.path, dict(self.headers))
+                answer = s3.fault(self.path, (status, body))
+                if answer is None:
+                    self.close_connection = True
+                    return
+                status, body = answer
+                self.send_response(status)
+                for name, value in headers:
+                    if name.lower() not in (
+                        "content-length",
+                        "connection",
+                        "transfer-encoding",
+                        "date",
+                        "server",
+                    ):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Connection", "close")
+                self.end_headers()
+                with suppress(BrokenPipeError, ConnectionResetError):
+                    self.wfile.write(body if s3.cut_at is None else body[: s3.cut_at])
+                self.close_connection = True
+
+            do_GET = do_HEAD = _forward
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        return Handler
+
+    def put(self, folder: Path, prefix: str) -> str:
+        """Upload a folder's files. Returns: the address."""
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                self.put_file(f"{prefix}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+        return f"s3://{BUCKET}/{prefix}"
+
+    def put_file(self, key: str, content: bytes) -> None:
+        """Upload an object."""
+        status, _, body = self.ask("PUT", f"/{BUCKET}/{key}", OWNER, content)
+        assert status == 200, (status, body)
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        assert self.ask("DELETE", f"/{BUCKET}/{key}", OWNER)[0] == 204
+
+
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[S3]:
+    """Run the server with an empty bucket; the environment leads to its proxy, and mirrors are in `cache`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    s3 = S3(port)
+
+    def answers() -> bool:
+        assert process.poll() is None, "moto ended"
+        with suppress(OSError):
+            return s3.ask("PUT", f"/{BUCKET}", {})[0] == 200
+        return False
+
+    try:
+        wait_until(answers)
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3.proxy.server_port}", "XDG_CACHE_HOME": str(cache),
+            "no_proxy": "127.0.0.1",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        yield s3
+    finally:
+        s3.proxy.shutdown()
+        process.kill()
+        process.wait()
