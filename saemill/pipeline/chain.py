@@ -42,8 +42,8 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_names import parts_of
 from saemill.common.stores.site_records import REPAIR, Site
 from saemill.common.stores.tokens import TokenStore
-from saemill.common.tracking import record
 from saemill.common.world import World
+from saemill.pipeline.found import content_of_tokens, has_sites, owes_wandb
 from saemill.pipeline.rows import check_rows
 from saemill.pipeline.stages import (
     CONFIGS,
@@ -59,7 +59,6 @@ from saemill.pipeline.stages import (
 )
 from saemill.pipeline.together import cache_and_train, check_room
 from saemill.tokenize.config import TokenizeConfig
-from saemill.tokenize.files import fingerprint_local
 from saemill.tokenize.run import run as tokenize
 from saemill.tokenize.source import check_path
 from saemill.train.batch import check_batch, rows_per_batch
@@ -264,7 +263,7 @@ class Chain:
         return config.out
 
     def _assess(self, config: AssessConfig) -> Path:
-        if is_done(config) and not _owes_wandb(config.run):
+        if is_done(config) and not owes_wandb(config.run):
             say(f"{config.folder / runs.ASSESSMENT} is there already")
         else:
             self._with_repair(lambda: assess(config))
@@ -355,18 +354,6 @@ FOLDERS = {"tokenize": {"out"}, "cache": {"out", "tokens"}, "train": {"out", "ac
 """Settings that name folders between stages."""
 
 
-def content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
-    """List what decides the tokens: settings, the text of a local dataset, the tokenizer."""
-    content = config.identity()
-    local = [Path(entry.dataset) for entry in config.inputs if Path(entry.dataset).exists()]
-    if config.dataset is not None and local:
-        content["dataset_hash"] = fingerprint_local(local[0])
-    elif local:
-        content["dataset_hashes"] = [fingerprint_local(path) for path in local]
-    content["tokenizer_hash"] = load_tokenizer(config.tokenizer, config.tokenizer_revision)[1].hash
-    return content
-
-
 def _here(values: dict[str, Any]) -> dict[str, Any]:
     """Replace local datasets, tokenizers, templates, models and SAEs in the settings by their absolute
     paths."""
@@ -377,13 +364,6 @@ def _here(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("mix"), list):
         local["mix"] = [_here(entry) if isinstance(entry, dict) else entry for entry in values["mix"]]
     return {**values, **local}
-
-
-def _owes_wandb(run: Path) -> bool:
-    """Tell whether wandb lacks something of a run that is logged to it."""
-    if not (run / runs.WANDB).exists():
-        return False
-    return not set(record.settings(run).runs) <= set(record.logged(run).ended)
 
 
 def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
@@ -404,22 +384,3 @@ def _damaged(acts: Path) -> Path:
     """Return the file whose presence says that an activation store must be checked, though it has all
     sites."""
     return acts.with_name(f"{acts.name}.damaged")
-
-
-def has_sites(path: Path, content: dict[str, Any], names: list[str]) -> bool:
-    """Tell whether a store of this content holds finished sites, by their sizes. Their blocks are checked as
-    they are read.
-
-    Args:
-        path: the store's folder.
-        content: settings that it must have.
-        names: the sites.
-    """
-    try:
-        store = ActivationStore(path)
-        for name in names:
-            store.site(name)
-    except StoreError:
-        return False
-    store_settings = store.settings.model_dump(mode="json")
-    return all(store_settings.get(name) == value for name, value in content.items())

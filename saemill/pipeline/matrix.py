@@ -36,7 +36,8 @@ from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World, speak_for
 from saemill.compare.config import CompareConfig
 from saemill.compare.run import ASSIGNMENT_LIMIT
-from saemill.pipeline.chain import Chain, content_of_tokens
+from saemill.pipeline.chain import Chain
+from saemill.pipeline.found import content_of_tokens
 from saemill.pipeline.stages import Sections
 from saemill.pipeline.summary import write as write_summary
 from saemill.tokenize.config import TokenizeConfig

@@ -10,14 +10,15 @@ from saemill.assess.config import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
+from saemill.common.addresses import is_there
 from saemill.common.errors import ConfigError
 from saemill.common.outlook import Outlook
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.tokens import TokenStore
-from saemill.pipeline.chain import has_sites
-from saemill.pipeline.stages import READS
+from saemill.pipeline.found import has_sites
+from saemill.pipeline.stages import MADE, READS
 from saemill.plan import ahead
 from saemill.plan.ahead import Cached, Rows, Trained
 from saemill.plan.child import Measured, Piece
@@ -144,9 +145,9 @@ class Planner:
         return _planned(outlook_of_rows(config, self.tokens, n_rows), measured)
 
     def _cache(self, config: CacheConfig) -> Planned:
-        device, is_there = Device.of(config.device), (config.tokens / "manifest.json").exists()
-        checked_here = checked("cache", device.here(config)) if is_there else None
-        if is_there:
+        device, has_tokens = Device.of(config.device), is_there(config.tokens / MADE["cache"])
+        checked_here = checked("cache", device.here(config)) if has_tokens else None
+        if has_tokens:
             self.tokens = TokenStore(config.tokens)
             self.rows = Rows.of(self.tokens, config.max_tokens, config.mask or MaskConfig())
         assert self.rows is not None
@@ -168,7 +169,7 @@ class Planner:
 
     def _train(self, config: TrainConfig) -> Planned:
         device = Device.of(config.device)
-        if not self.has_acts and (config.acts / "zarr.json").exists():
+        if not self.has_acts and is_there(config.acts / MADE["train"]):
             self.acts, self.has_acts = config.acts, True
         checked_here = checked("train", device.here(config)) if self.has_acts else None
         if checked_here is not None and config.follow:
@@ -195,8 +196,8 @@ class Planner:
 
     def _assess(self, config: AssessConfig) -> Planned:
         device = Device.of(config.device)
-        is_there = runs.is_finished(config.run)
-        outlook = checked("assess", device.here(config)) if is_there else None
+        is_trained = runs.is_finished(config.run)
+        outlook = checked("assess", device.here(config)) if is_trained else None
         most = outlook.amount if outlook else 0
         if outlook is None:
             assert self.rows is not None
@@ -206,7 +207,7 @@ class Planner:
             most = outlook.amount
             if self.acts is not None and not self.has_acts:
                 most = ahead.most_to_assess(outlook, TokenStore(self.acts / "tokens"), self.rows.kept_share)
-        if is_there:
+        if is_trained:
             self.run = config.run
         self._leave_out(device)
         if self.run is None:
