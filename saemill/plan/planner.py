@@ -244,7 +244,11 @@ class Planner:
             most=min(most, outlook.amount),
             out=self.probe.folder / outlook.stage,
         )
-        measured = self.probe.measure(piece)
+        try:
+            measured = self.probe.measure(piece)
+        except ConfigError as error:
+            self.unmeasured = f"not measured: {error}"
+            return None, None
         return measured, measured.out
 
 

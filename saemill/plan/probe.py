@@ -78,13 +78,13 @@ class Probe:
             process.join()
             raise ConfigError(
                 f"the process that measured {piece.stage} ended with code {process.exitcode}, which where "
-                "memory is short is the system's doing; leave the measurement out with --no-probe"
+                "memory is short is the system's doing"
             ) from None
         finally:
             process.terminate()
             process.join()
         if isinstance(result, str):
-            raise ConfigError(f"{piece.stage} cannot be measured: {result}\n--no-probe leaves it out")
+            raise ConfigError(f"{piece.stage} on a little of it: {result}")
         assert isinstance(result, Measured)
         self.measured_seconds += time.time() - began
         start, end_cpu = result.start, _children_seconds() - before - result.cpu_seconds
