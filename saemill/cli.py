@@ -41,7 +41,7 @@ lists as `--k 16,32`, `--k 16 32` or `--k 16 --k 32`.""",
 )
 
 for function in (
-    *(run.run, run.matrix),
+    *(run.run, run.plan, run.matrix),
     *(pipeline.tokenize, pipeline.cache, pipeline.train, pipeline.assess, pipeline.demo),
     *(embeddings.import_activations, embeddings.embed),
     models.sites,

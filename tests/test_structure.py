@@ -37,6 +37,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "show": {"common", "verify"},
     "sites": {"common"},
     "pipeline": {"common", "compare", *STAGES},
+    "plan": {"common", "pipeline", *STAGES},
     "stages": {"common", "results", "pipeline", *STAGES},
     "slurm": {"common", "pipeline", "train", "assess"},
     "hub": {"common", "show", "token_export", "train", "assess"},
@@ -58,6 +59,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
             "sites",
             "demo",
             "pipeline",
+            "plan",
             "slurm",
             "hub",
         ),
@@ -85,6 +87,7 @@ IN_TRAIN = {
     "arch": GROUND | {"optim", "backends"},
     "sweep": GROUND | {"backends", "checks"},
     "learner": GROUND | {"optim", "backends", "arch", "sweep", "stream", "objective"},
+    "outlook": GROUND | {"stream", "sweep"},
     "inputs": GROUND | {"stream", "sweep", "objective", "sites"},
     "record": GROUND | {"learner", "stream", "sweep"},
     "following": {"stream"},
@@ -109,6 +112,7 @@ IN_TRAIN = {
         "batch",
         "following",
         "inputs",
+        "outlook",
     },
 }
 """The same within `train`: from the run down to the ground."""

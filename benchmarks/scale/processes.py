@@ -29,10 +29,9 @@ from benchmarks.report import machine
 from saemill.common import world
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import World
-from saemill.train.backends.choose import make_backend
+from saemill.train.backends.choose import choose_product_dtype, make_backend
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
-from saemill.train.run import choose_product_dtype
 from saemill.train.stream.epochs import open_epochs
 from saemill.train.stream.scaling import scaling_of
 from saemill.train.sweep.placement import choose

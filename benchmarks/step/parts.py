@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import machine
-from saemill.train.backends.choose import choose_kernels, make_backend
+from saemill.train.backends.choose import choose_kernels, choose_product_dtype, make_backend
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
 from saemill.train.profile import PREFIX, REGIONS
-from saemill.train.run import choose_product_dtype
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.variant import Variant
 from saemill.train.sweep.variants import auto_lr

@@ -6,6 +6,7 @@ done.py             whether it is there already
 inputs.py           the run's SAEs, their activations, the model
 evalset.py          the tokens: held out, or other text
 dealing.py          this process's share of them
+outlook.py          what they go over, and what they need
 measure.py          the passes over the tokens
 baselines.py        a random dictionary and PCA
 reconstruction.py   FVU, cosine, L0, density, absorption

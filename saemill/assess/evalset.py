@@ -173,6 +173,13 @@ class EvalSet:
             f"whose text training saw{whose}"
         )
 
+    def n_kept(self) -> int:
+        """Count the tokens that may be measured on; of tokens that are not cached, all."""
+        if not self.cached:
+            return len(self.rows_R) * self.tokens.ctx_len
+        shards = range(self.store.n_shards)
+        return sum(int(self.store.keep_addresses(shard, self.mask, True).sum()) for shard in shards)
+
     def _seen_documents(self) -> NDArray[np.int64]:
         trained = self.store.tokens.documents
         hashes = trained["text_hash"].to_numpy()[~trained["held_out"].to_numpy(zero_copy_only=False)]

@@ -12,8 +12,9 @@ from saemill.assess.config import AssessConfig
 from saemill.assess.done import hash_of
 from saemill.assess.evalset import EvalSet
 from saemill.assess.features import Wanted, choose_latents, describe
-from saemill.assess.inputs import open_model, open_run, open_tokens
+from saemill.assess.inputs import Trained, open_model, open_run, open_tokens
 from saemill.assess.measure import measure
+from saemill.assess.outlook import Amounts, Dictionary, Model, outlook_of
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.table import table
 from saemill.assess.write import write
@@ -21,6 +22,8 @@ from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.errors import ConfigError
 from saemill.common.log import duration, say
+from saemill.common.models.model import LanguageModel
+from saemill.common.outlook import Before, Outlook, tell
 from saemill.common.steer.losses import check_mask_token
 from saemill.common.stores import assessments, runs
 from saemill.common.tracking import process as wandb
@@ -28,7 +31,7 @@ from saemill.common.weights import check_devices
 from saemill.common.world import Group, World, speak_for
 
 
-def run(config: AssessConfig, model: Any = None) -> dict[str, Any]:
+def run(config: AssessConfig, model: Any = None, before: Before = tell) -> dict[str, Any]:
     """Assess every variant of a run; write `final_assessment.json` and `report.html`.
 
     Of several processes each measures its share; the first one writes.
@@ -36,6 +39,7 @@ def run(config: AssessConfig, model: Any = None) -> dict[str, Any]:
     Args:
         config: the settings.
         model: the model itself, in evaluation mode, where it is in memory.
+        before: takes the outlook, when all is checked and nothing is written yet; on the first process.
 
     Returns: the content of `final_assessment.json`, on every process.
 
@@ -48,11 +52,16 @@ def run(config: AssessConfig, model: Any = None) -> dict[str, Any]:
     device = world.device(config.device)
     check_devices(config.spread, world.size, torch.cuda.device_count())
     with world.connected(device) as everyone, ExitStack() as resources:
-        return _assess(config, device, everyone, resources, model)
+        return _assess(config, device, everyone, resources, model, before)
 
 
 def _assess(
-    config: AssessConfig, device: torch.device, everyone: Group, resources: ExitStack, given: Any
+    config: AssessConfig,
+    device: torch.device,
+    everyone: Group,
+    resources: ExitStack,
+    given: Any,
+    before: Before,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     trained = open_run(config, device)
@@ -64,6 +73,7 @@ def _assess(
     evalset = EvalSet(trained.store, other, model, trained.mask, trained.sites, config.batch_size, everyone)
     if model is not None:
         check_mask_token(model, evalset.tokens)
+    everyone.first(lambda: before(_outlook(config, trained, evalset, model, device)))
     everyone.first(lambda: _lock(out, resources))
     measured, entries, controls = measure(config, trained.saes, trained.left_out, evalset, model)
     best = entries[0]["name"]
@@ -90,6 +100,32 @@ def _assess(
         _log_to_wandb(config.run, out)
     say(f"{out / assessments.FILE}, {runs.REPORT} written in {duration(assessment['seconds'])}")
     return assessment
+
+
+def _outlook(
+    config: AssessConfig,
+    trained: Trained,
+    evalset: EvalSet,
+    model: LanguageModel | None,
+    device: torch.device,
+) -> Outlook:
+    """Work out what the passes go over."""
+    saes = [
+        Dictionary(str(sae.target_site), len(sae.b_dec), sae.config.num_latents, sae.config.k or 0)
+        for sae in trained.saes.values()
+    ]
+    runs_on = None
+    if model is not None:
+        n_bytes = sum(weight.nbytes for weight in model.model.parameters())
+        runs_on = Model(n_bytes, model.n_ids, config.batch_size * evalset.tokens.ctx_len)
+    n_kept = evalset.n_kept()
+    has_losses = model is not None and model.head is not None
+    amounts = Amounts(
+        min(config.max_tokens, n_kept),
+        min(config.model_tokens, len(evalset.rows_R) * evalset.tokens.ctx_len) if has_losses else 0,
+        min(config.context_tokens, trained.store.n_tokens if evalset.cached else n_kept),
+    )
+    return outlook_of(config, saes, amounts, device, runs_on, evalset.text.unit)
 
 
 def _wanted(config: AssessConfig, name: str, measured: Reconstruction) -> Wanted:

@@ -10,6 +10,7 @@ What stands around it:
 
 config.py      the settings
 plan.py        the plan that follows from them, checked before the model is loaded
+outlook.py     what will be written, and what that needs
 folder.py      the store's folder: what is in it, and whether it is this store's
 token_copy.py  the copy of its tokens that a store carries
 calibration.py how a site's activations are spread, where they are stored as int8

@@ -1,18 +1,18 @@
 """The plan that follows from the settings: rows, sites, bytes on the disk. Settings that cannot be carried
 out are refused before the model is loaded."""
 
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from saemill.cache.config import CacheConfig
 from saemill.cache.folder import check_same_store, existing_settings
+from saemill.cache.outlook import bytes_of_copy, model_bytes, outlook_of
 from saemill.common import config as settings
 from saemill.common import durable, setting
 from saemill.common.errors import ConfigError
-from saemill.common.log import counted
 from saemill.common.models.architecture import Architecture
 from saemill.common.models.model import (
     check_fit,
@@ -22,6 +22,7 @@ from saemill.common.models.model import (
 )
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer
+from saemill.common.outlook import Outlook, free_bytes, nearest_folder, shown
 from saemill.common.sizes import written
 from saemill.common.stores.forms.form import form_of
 from saemill.common.stores.forms.packing import rows_per_shard
@@ -46,8 +47,8 @@ class Plan:
     """Settings that decide the store's content, site by site."""
     device: torch.device
     """Device that the model runs on."""
-    summary: str
-    """Rows, shards and bytes, as the user reads them."""
+    outlook: Outlook
+    """What is written, and what that needs."""
     given: Any = None
     """Model itself, where it is in memory."""
 
@@ -71,10 +72,14 @@ def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
         device, model_config = given.device, given.config
     check_fit(model_config, config.model, tokens, config.trust_remote_code)
     check_tokenizer(tokens.tokenizer, config.model, config.revision, config.allow_other_tokenizer)
-    sites = sites_of(config, model_config)
+    architecture = Architecture(model_config, config.trust_remote_code)
+    sites = sites_of(config, architecture)
     identity = _identity(config, tokens, existing, n_rows, device, given)
     _check_mask(tokens, settings.build(MaskConfig, identity["mask"], "mask"), n_rows)
-    summary = _summary(config, identity, tokens.ctx_len, sites)
+    row_bytes = bytes_of_rows(sites, identity)
+    numbers = identity["n_rows"], tokens.ctx_len, identity, architecture.n_weights, device
+    outlook = outlook_of(config, sites, row_bytes, *numbers, bytes_of_copy(tokens, identity["n_rows"]))
+    check_disk(config, outlook, row_bytes, tokens.ctx_len, identity)
     check_same_store(config.out, existing, identity)
     return Plan(
         config=config,
@@ -82,22 +87,21 @@ def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
         sites=sites,
         identity=identity,
         device=device,
-        summary=summary,
+        outlook=outlook,
         given=given,
     )
 
 
-def sites_of(config: CacheConfig, model_config: Any) -> list[Site]:
+def sites_of(config: CacheConfig, architecture: Architecture) -> list[Site]:
     """List the sites that settings name in a model, in its order.
 
     Args:
         config: of the stage.
-        model_config: the model's transformers config.
+        architecture: of the model.
 
     Raises:
         ConfigError: a layer or a module that does not exist.
     """
-    architecture = Architecture(model_config, config.trust_remote_code)
     layers = config.layers
     if config.layer_stride and not (config.layers or config.sites):
         layers = tuple(range(0, len(architecture.blocks), config.layer_stride))
@@ -178,37 +182,108 @@ def _check_mask(tokens: TokenStore, mask: MaskConfig, n_rows: int) -> None:
     )
 
 
-def _summary(config: CacheConfig, identity: dict[str, Any], ctx_len: int, sites: list[Site]) -> str:
-    """Describe what will be written. What cannot fit on the disk is refused."""
-    n_rows, shard_tokens = identity["n_rows"], identity["shard_tokens"]
-    n_shards = -(-n_rows * ctx_len // shard_tokens)
+def bytes_of_rows(sites: list[Site], identity: Mapping[str, Any]) -> dict[str, int]:
+    """Compute the bytes of one token's stored activation at each site."""
     forms = {site.name: form_of(identity["dtype"], site.width) for site in sites}
-    needed = {name: n_shards * shard_tokens * f.columns * f.stored.itemsize for name, f in forms.items()}
-    n_bytes = _checked_room(config, sum(needed.values()), n_shards)
-    folder = config.out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    n_written_bytes = sum(durable.folder_bytes(site_path(config.out, site.name) / "c") for site in sites)
-    missing = n_bytes - n_written_bytes
-    if missing > free:
-        before = " before compression" if identity.get("compression") else ""
-        raise ConfigError(
-            f"{missing / 2**20:,.1f} MiB are needed in {folder}{before}, {free / 2**20:,.1f} MiB are free; "
-            "choose fewer sites or --max-tokens, or another disk"
+    return {name: form.columns * form.stored.itemsize for name, form in forms.items()}
+
+
+def check_disk(
+    config: CacheConfig,
+    outlook: Outlook,
+    row_bytes: Mapping[str, int],
+    ctx_len: int,
+    identity: Mapping[str, Any],
+) -> None:
+    """Refuse what cannot fit on the disk, and say what would; what is written already counts.
+
+    Args:
+        config: of the stage.
+        outlook: of it.
+        row_bytes: bytes of a token's stored activation at each site.
+        ctx_len: tokens per row.
+        identity: of the store, with its `shard_tokens` and compression.
+
+    Raises:
+        ConfigError: with the bytes that are needed and those that are free.
+    """
+    folder, free, shard_tokens = nearest_folder(config.out), free_bytes(config.out), identity["shard_tokens"]
+    there = {name: durable.folder_bytes(site_path(config.out, name) / "c") for name in row_bytes}
+    missing = {name: outlook.disk[name] - there[name] for name in row_bytes}
+    n_shards = max(outlook.disk[name] // (row_bytes[name] * shard_tokens) for name in row_bytes)
+    n_bytes = _checked_room(config, sum(outlook.disk[name] for name in row_bytes), n_shards)
+    n_missing = n_bytes - sum(there.values())
+    if n_missing <= free:
+        return
+    fits = []
+    if not any(there.values()):  # else the store's number of rows is settled
+        token_bytes = sum(row_bytes.values())
+        n_tokens = (
+            free // (token_bytes * shard_tokens) * shard_tokens or free // (token_bytes * ctx_len) * ctx_len
         )
-    compression = identity.get("compression")
-    padded = ", the last one padded" if n_rows * ctx_len % shard_tokens and not compression else ""
-    packed = f" compressed by {compression} (sizes before that)" if compression else ""
-    lines = [
-        f"{counted(n_rows, 'row')} of {ctx_len}, {n_rows * ctx_len:,} tokens, stored as {identity['dtype']}"
-        f"{packed}, per site in {counted(n_shards, 'shard')} of {shard_tokens:,} tokens{padded}:",
-        *(f"  {s.name:32} D {s.width:6,}  {needed[s.name] / 2**20:12,.1f} MiB" for s in sites),
-        f"  {sum(needed.values()) / 2**20:,.1f} MiB in all, {free / 2**20:,.1f} MiB free",
-    ]
-    if n_bytes < sum(needed.values()):
-        lines.append(f"  at most {n_bytes / 2**20:,.1f} MiB of them at once; what is read is removed")
-    return "\n".join(lines)
+        fits += [f"--max-tokens {n_tokens}"] if n_tokens else []
+    fitting, left = [], free
+    for name, n_bytes in missing.items():
+        if n_bytes <= left:
+            fitting.append(name)
+            left -= n_bytes
+    fits += [f"{', '.join(fitting)} alone"] if fitting else []
+    needed = shown(n_missing) + (" before compression" if identity.get("compression") else "")
+    raise ConfigError(
+        f"{needed} are needed in {folder}, {shown(free)} are free; choose fewer sites or --max-tokens, or "
+        f"another disk: {' or '.join(fits) or 'nothing of it'} would fit"
+    )
+
+
+class Ahead(NamedTuple):
+    """A store that there is going to be."""
+
+    outlook: Outlook
+    widths: dict[str, int]
+    """D of each site."""
+    row_bytes: dict[str, int]
+    """Bytes of a token's stored activation at each site."""
+    n_weights: int
+    """Of the model, without a language-model head."""
+    model_bytes: int
+    """Bytes of those in memory."""
+
+
+def look_ahead(
+    config: CacheConfig, n_rows: int, ctx_len: int, device: torch.device, tokens: TokenStore | None
+) -> Ahead:
+    """Look ahead to a new store of tokens that are not there yet.
+
+    Args:
+        config: of the stage.
+        n_rows: rows that there are going to be.
+        ctx_len: tokens per row.
+        device: that the model runs on.
+        tokens: the tokens, or a sample of them; None without.
+
+    Raises:
+        ConfigError: sites that the model has not, or too little disk.
+    """
+    n_rows = min(n_rows, (config.max_tokens or n_rows * ctx_len) // ctx_len)
+    compression = None if config.compression in (None, "raw") else config.compression
+    shard_tokens = config.shard_tokens or SHARD_TOKENS
+    identity: dict[str, Any] = {
+        "dtype": config.dtype or "bf16",
+        "compression": compression,
+        "shard_tokens": rows_per_shard(shard_tokens, n_rows, ctx_len, compression) * ctx_len,
+        "model_dtype": str(choose_model_dtype(config.model_dtype, device)).removeprefix("torch."),
+        "load_in_8bit": config.load_in_8bit,
+        "load_in_4bit": config.load_in_4bit,
+    }
+    model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
+    architecture = Architecture(model_config, config.trust_remote_code)
+    sites, n_weights = sites_of(config, architecture), architecture.n_weights
+    row_bytes = bytes_of_rows(sites, identity)
+    copied = 0 if tokens is None else bytes_of_copy(tokens, n_rows)
+    outlook = outlook_of(config, sites, row_bytes, n_rows, ctx_len, identity, n_weights, device, copied)
+    check_disk(config, outlook, row_bytes, ctx_len, identity)
+    widths = {site.name: site.width for site in sites}
+    return Ahead(outlook, widths, row_bytes, n_weights, model_bytes(n_weights, identity))
 
 
 def _checked_room(config: CacheConfig, n_bytes: int, n_shards: int) -> int:

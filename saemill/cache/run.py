@@ -26,6 +26,7 @@ from saemill.common.log import counted, say
 from saemill.common.models.cached import how_cached
 from saemill.common.models.model import IN_MEMORY, LanguageModel, fingerprint_weights
 from saemill.common.models.site_roles import roles_of
+from saemill.common.outlook import Before, tell
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import StoreSettings
@@ -39,6 +40,7 @@ def run(
     model: Any = None,
     stop: Event | None = None,
     when_open: Callable[[ActivationStore], None] = lambda store: None,
+    before: Before = tell,
 ) -> ActivationStore:
     """Cache the activations of the chosen sites into `config.out`.
 
@@ -52,6 +54,7 @@ def run(
         model: the model itself, in evaluation mode, where it is in memory. `config.model` is its name then.
         stop: event that stops it, as a signal does.
         when_open: called when the store is there, before its shards are.
+        before: takes the outlook, when all is checked and nothing is written yet.
 
     Raises:
         ConfigError: settings that do not fit the model or the tokens, a store made with others, or
@@ -65,6 +68,7 @@ def run(
     check_devices(config.spread, world.size, torch.cuda.device_count())
     with stop_on_signal(stop) as stop:
         plan = make_plan(config, world, model)
+        before(plan.outlook)
         with Worker(config.out / CLAIMS, stop) as worker:
             store, writers = _open(plan, worker)
             when_open(store)
@@ -91,7 +95,6 @@ def _open(plan: Plan, worker: Worker) -> tuple[ActivationStore, list[SiteWriter]
     with worker.hold("store") as claim:
         existing = existing_settings(out, tokens)
         check_same_store(out, existing, plan.identity)
-        say(plan.summary)
         if not whole and not token_copy.is_whole(copy, tokens, n_rows, hashes=existed):
             token_copy.make(copy, tokens, n_rows, worker.partial(), claim)
         write_group(out, existing or _new_settings(plan), worker)

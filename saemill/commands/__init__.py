@@ -2,7 +2,7 @@
 
 Heavy imports are inside the commands, so that `--help` is quick. `saemill.cli` names them all.
 
-    run.py          run, matrix: all stages at once
+    run.py          run, plan, matrix: all stages at once
     pipeline.py     tokenize, cache, train, assess; demo
     embeddings.py   import-activations, embed
     models.py       sites: where activations can be cached

@@ -16,10 +16,15 @@ import typer
 
 from saemill.common import setting
 from saemill.common.config import resolve
+from saemill.common.errors import ConfigError
 
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file with a section per command.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, dots reach inside.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, tell the plan and write nothing.")]
+NoProbe = Annotated[
+    bool, typer.Option("--no-probe", help="With --dry-run: do not run a little of it to estimate its time.")
 ]
 METAVARS = {int: "N", float: "X", str: "NAME"}
 """What stands for a value in help, by type; a list of them has `,…` behind it."""
@@ -79,6 +84,46 @@ def command(
         return called
 
     return decorate
+
+
+def stage_command(
+    cls: Any, section: str, *flags: str | Flag
+) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Give a command flags as `command` does, and --dry-run, which plans it and calls it not."""
+
+    def decorate(function: Callable[[Any], None]) -> Callable[..., None]:
+        @with_flags(cls, *flags)
+        def called(
+            *,
+            flags: Mapping[str, Any],
+            config: Config = None,
+            set_: Sets = None,
+            dry_run: DryRun = False,
+            no_probe: NoProbe = False,
+        ) -> None:
+            settings = resolve(cls, section, flags, config, set_ or ())
+            if is_planned(dry_run, no_probe):
+                from saemill.plan.run import plan
+
+                plan({section: settings}, not no_probe)
+            else:
+                function(settings)
+
+        called.__name__, called.__doc__ = function.__name__, function.__doc__
+        return called
+
+    return decorate
+
+
+def is_planned(dry_run: bool, no_probe: bool) -> bool:
+    """Tell whether a command is to be planned only.
+
+    Raises:
+        ConfigError: there is no probe to leave out.
+    """
+    if no_probe and not dry_run:
+        raise ConfigError("no-probe has no effect without --dry-run; leave it out")
+    return dry_run
 
 
 def with_flags(configs: Any, *flags: str | Flag) -> Callable[[Callable[..., None]], Callable[..., None]]:

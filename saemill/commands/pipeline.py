@@ -8,7 +8,18 @@ import typer
 
 from saemill.assess.config import AssessConfig
 from saemill.cache.config import CacheConfig
-from saemill.commands.flags import OUT, Config, Sets, argument, command, flag, with_flags
+from saemill.commands.flags import (
+    OUT,
+    Config,
+    DryRun,
+    NoProbe,
+    Sets,
+    argument,
+    flag,
+    is_planned,
+    stage_command,
+    with_flags,
+)
 from saemill.tokenize.config import TokenizeConfig
 from saemill.train.config import TrainConfig
 
@@ -38,6 +49,8 @@ def tokenize(
     flags: Mapping[str, Any],
     config: Config = None,
     set_: Sets = None,
+    dry_run: DryRun = False,
+    no_probe: NoProbe = False,
 ) -> None:
     """Turn documents into packed rows of token ids.
 
@@ -52,10 +65,16 @@ def tokenize(
     from saemill.tokenize.named import named
     from saemill.tokenize.run import run
 
-    run(resolve(TokenizeConfig, "tokenize", {**flags, **named(dataset or (), mix)}, config, set_ or ()))
+    settings = resolve(TokenizeConfig, "tokenize", {**flags, **named(dataset or (), mix)}, config, set_ or ())
+    if is_planned(dry_run, no_probe):
+        from saemill.plan.run import plan
+
+        plan({"tokenize": settings}, not no_probe)
+    else:
+        run(settings)
 
 
-@command(
+@stage_command(
     CacheConfig,
     "cache",
     argument("tokens"),
@@ -84,7 +103,7 @@ def cache(config: CacheConfig) -> None:
     run(config)
 
 
-@command(
+@stage_command(
     TrainConfig,
     "train",
     argument("acts"),
@@ -127,7 +146,7 @@ def train(config: TrainConfig) -> None:
     run(config)
 
 
-@command(
+@stage_command(
     AssessConfig,
     "assess",
     argument("run"),

@@ -1,4 +1,4 @@
-"""The whole pipeline as one command: run; and many of them: matrix."""
+"""The whole pipeline as one command: run, or plan; and many of them: matrix."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from saemill.assess.config import AssessConfig
 from saemill.cache.config import CacheConfig
-from saemill.commands.flags import Config, flag, option, with_flags
+from saemill.commands.flags import Config, DryRun, NoProbe, flag, is_planned, option, with_flags
 from saemill.common.setting import DEVICE, marks_of
 from saemill.common.weights import Weights
 from saemill.pipeline.config import RunConfig
@@ -66,26 +66,30 @@ FLAGS = (
 """What `run` has flags for, in the order of its help; any other setting goes by `--set stage.key=value`."""
 
 
+Model = Annotated[str | None, typer.Argument(help="Hub id or folder of the model; or a config file, alone.")]
+Dataset = Annotated[str | None, typer.Argument(help="Hub id, file or folder of the text.")]
+Device = Annotated[str | None, option(f"{DEVICE} [auto].", "NAME")]
+DeviceMap = Annotated[str | None, option(f"{marks_of(Weights, 'device_map').help}.", "auto")]
+MaxMemory = Annotated[list[str] | None, option(f"{marks_of(Weights, 'max_memory').help}.", "DEVICE=SIZE,…")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Any setting of any stage: train.lr_decay=cosine."),
+]
+
+
 @with_flags(CONFIGS, *FLAGS)
 def run(
     *,
-    model: Annotated[
-        str | None, typer.Argument(help="Hub id or folder of the model; or a config file, alone.")
-    ] = None,
-    dataset: Annotated[str | None, typer.Argument(help="Hub id, file or folder of the text.")] = None,
+    model: Model = None,
+    dataset: Dataset = None,
     flags: Mapping[str, Any],
-    device: Annotated[str | None, option(f"{DEVICE} [auto].", "NAME")] = None,
-    device_map: Annotated[str | None, option(f"{marks_of(Weights, 'device_map').help}.", "auto")] = None,
-    max_memory: Annotated[
-        list[str] | None, option(f"{marks_of(Weights, 'max_memory').help}.", "DEVICE=SIZE,…")
-    ] = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
     config: Config = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="STAGE.KEY=VALUE", help="Any setting of any stage: train.lr_decay=cosine."
-        ),
-    ] = None,
+    set_: Sets = None,
+    dry_run: DryRun = False,
+    no_probe: NoProbe = False,
 ) -> None:
     """All stages at once: tokenize, cache, train, assess. What was done before is found again.
 
@@ -96,11 +100,69 @@ def run(
 
     Example: `saemill run configs/pythia-160m.yaml`
     """
-    from saemill.pipeline.run import run as run_all
+    is_plan = is_planned(dry_run, no_probe)
+    chain = _chain(model, dataset, flags, _once(device, device_map, max_memory), config, set_, is_plan)
+    if is_plan:
+        _plan(chain, no_probe)
+    else:
+        chain()
+
+
+@with_flags(CONFIGS, *FLAGS)
+def plan(
+    *,
+    model: Model = None,
+    dataset: Dataset = None,
+    flags: Mapping[str, Any],
+    device: Device = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    config: Config = None,
+    set_: Sets = None,
+    no_probe: Annotated[
+        bool, typer.Option("--no-probe", help="Do not run a little of each stage to estimate its time.")
+    ] = False,
+) -> None:
+    """Tell what `saemill run` with the same words would do, need and take; nothing is written.
+
+    Everything is checked as in a real run. Then each stage's disk, files and memory follow from the settings,
+    and its time from a little of it that is run in a temporary folder. `--device cuda` plans for a GPU of
+    another machine, without times.
+
+    Example: `saemill plan configs/pythia-160m.yaml`
+
+    Example: `saemill plan EleutherAI/pythia-160m corpus.jsonl.gz --layers 6 --max-tokens 1M --k 16,64`
+    """
+    once = _once(device, device_map, max_memory)
+    _plan(_chain(model, dataset, flags, once, config, set_, is_plan=True), no_probe)
+
+
+def _once(device: str | None, device_map: str | None, max_memory: list[str] | None) -> dict[str, Any]:
+    """Collect what is said once for several stages."""
+    return {"device": device, "device_map": device_map, "max_memory": ",".join(max_memory or ()) or None}
+
+
+def _chain(
+    model: str | None,
+    dataset: str | None,
+    flags: Mapping[str, Any],
+    once: Mapping[str, Any],
+    config: Path | None,
+    sets: list[str] | None,
+    is_plan: bool,
+) -> Any:
+    """Make the stages that the words of a command mean."""
+    from saemill.pipeline.run import chain_of
 
     file, named = _config_file(model, dataset, config)
-    once = {"device": device, "device_map": device_map, "max_memory": ",".join(max_memory or ()) or None}
-    run_all(named, dataset, {**flags, **once}, file, set_ or ())
+    return chain_of(named, dataset, {**flags, **once}, file, sets or (), is_plan)
+
+
+def _plan(chain: Any, no_probe: bool) -> None:
+    """Tell the plan of some stages."""
+    from saemill.plan.run import of_chain
+
+    of_chain(chain, not no_probe)
 
 
 def _config_file(
@@ -122,6 +184,8 @@ def matrix(
     source: Annotated[
         list[str] | None, typer.Option(help="Only this dataset of it; repeat for several.", metavar="NAME")
     ] = None,
+    dry_run: DryRun = False,
+    no_probe: NoProbe = False,
 ) -> None:
     """Models × datasets × layers × seeds: every pair cached once, all its SAEs trained at once.
 
@@ -130,6 +194,12 @@ def matrix(
 
     Example: `saemill matrix configs/matrix.yaml`
     """
-    from saemill.pipeline.matrix import run as run_all
+    names = tuple(target or ()), tuple(source or ())
+    if is_planned(dry_run, no_probe):
+        from saemill.plan.run import of_matrix
 
-    run_all(config, tuple(target or ()), tuple(source or ()))
+        of_matrix(config, *names, measures=not no_probe)
+    else:
+        from saemill.pipeline.matrix import run as run_all
+
+        run_all(config, *names)

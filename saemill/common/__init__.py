@@ -8,6 +8,7 @@ log.py          what the user sees                         page.py         a rep
 world.py        the processes of a run                     signals.py      asked to stop
 device.py       cpu, cuda, …                               hub.py          ids and addresses
 addresses.py    object stores in a path's place            weights.py      how a model is held
+outlook.py      what a stage will do, and what it needs
 stores/         what is on disk                            models/         transformers, looked into
 sae/            an SAE and its files                       steer/          an SAE in a running model
 tracking/       wandb

@@ -5,6 +5,7 @@ rows.py       whether there are enough rows
 together.py   caching and training at once, in two processes
 trainee.py    the one that trains
 chain.py      all on this machine, each result found again by content
+found.py      what each result is found by
 config.py     the section run
 run.py        `saemill run`: a model and a dataset, or a config
 matrix.py     `saemill matrix`: models × datasets × seeds

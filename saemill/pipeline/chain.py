@@ -34,7 +34,7 @@ from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
-from saemill.common.models.architecture import check_row_length, limits_of
+from saemill.common.models.architecture import Architecture, check_row_length, limits_of
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer, load_tokenizer
 from saemill.common.stores import runs
@@ -42,11 +42,12 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_names import parts_of
 from saemill.common.stores.site_records import REPAIR, Site
 from saemill.common.stores.tokens import TokenStore
-from saemill.common.tracking import record
 from saemill.common.world import World
+from saemill.pipeline.found import content_of_tokens, has_sites, owes_wandb
 from saemill.pipeline.rows import check_rows
 from saemill.pipeline.stages import (
     CONFIGS,
+    MADE,
     READS,
     Sections,
     absolute,
@@ -58,7 +59,6 @@ from saemill.pipeline.stages import (
 )
 from saemill.pipeline.together import cache_and_train, check_room
 from saemill.tokenize.config import TokenizeConfig
-from saemill.tokenize.files import fingerprint_local
 from saemill.tokenize.run import run as tokenize
 from saemill.tokenize.source import check_path
 from saemill.train.batch import check_batch, rows_per_batch
@@ -85,6 +85,7 @@ class Chain:
         folder: where results are kept whose folder is not named.
         run_name: the run's folder in `folder/runs`; by default found by content.
         where: the config's file, for messages.
+        is_plan: whether it is only planned, and may be for another machine.
 
     Raises:
         ConfigError: settings that are wrong, contradict one another or do not fit the model. What can be
@@ -95,6 +96,7 @@ class Chain:
     folder: Path
     run_name: str | None = None
     where: str = "the config"
+    is_plan: bool = False
     configs: dict[str, Any] = field(init=False)
     """Settings by stage; folders are filled in as they become known."""
     batch_is_set: bool = field(init=False)
@@ -122,7 +124,7 @@ class Chain:
             check_removal(self.configs, "add --follow, or leave it out")
         if "cache" in self.configs:
             self._check_model(self.configs["cache"])
-        if "train" in self.configs:
+        if "train" in self.configs and not self.is_plan:
             check_machine(self.configs["train"])
         if first == "cache":
             self._check_rows(TokenStore(self.configs["cache"].tokens))
@@ -183,7 +185,10 @@ class Chain:
             )
         self.configs |= {"cache": caching, "train": replace(training, acts=caching.out)}
         check_room(caching, training, content, TokenStore(caching.tokens).ctx_len, _sites(caching))
-        whole = _has_sites(caching.out, content, [site.name for site in _sites(caching)])
+        names = [site.name for site in _sites(caching)]
+        whole = has_sites(caching.out, content, names)
+        if whole:
+            say(f"{caching.out} has {', '.join(names)} already")
         if whole or (training.resume and runs.is_finished(training.out)):
             return False
         say(f"{number}. cache, and {number + 1}. train meanwhile")
@@ -207,10 +212,28 @@ class Chain:
         title = path.name.split(".")[0] if path.is_file() else path.name
         return self.folder / kind / f"{title}-{durable.hash_json(content)[:8]}"
 
+    def placed(self, stage: str, config: Any) -> Any:
+        """Fill in the folder that a stage writes to, if it is found by content. Where that is not there yet,
+        it is the one that the folder will lie in."""
+        if stage == "assess" or config.out != UNKNOWN:
+            return config
+        if stage == "tokenize":
+            place = self._place("tokens", config.dataset or "mix", content_of_tokens(config))
+        elif stage == "cache":
+            is_there = (config.tokens / MADE["cache"]).exists()
+            place = self.folder / "acts"
+            if is_there:
+                place = self._place("acts", config.model, content_of(config, TokenStore(config.tokens)))
+        elif (config.acts / MADE["train"]).exists():
+            store = ActivationStore(config.acts, config.with_acts)
+            content = [config.identity(), store.fingerprint]
+            place = self._place("runs", str(store.settings.model), content)
+        else:
+            place = self.folder / "runs"
+        return replace(config, out=place)
+
     def _tokenize(self, config: TokenizeConfig) -> Path:
-        out = config.out
-        if out == UNKNOWN:
-            out = self._place("tokens", config.dataset or "mix", content_of_tokens(config))
+        out: Path = self.placed("tokenize", config).out
 
         def made() -> dict[str, Any]:
             self._check_rows(tokenize(replace(config, out=out)))
@@ -222,25 +245,25 @@ class Chain:
 
     def _cache(self, config: CacheConfig) -> Path:
         content = content_of(config, TokenStore(config.tokens))
-        out = config.out if config.out != UNKNOWN else self._place("acts", config.model, content)
+        out: Path = self.placed("cache", config).out
         damaged = _damaged(out)
-        if damaged.exists() or not _has_sites(out, content, [site.name for site in _sites(config)]):
+        names = [site.name for site in _sites(config)]
+        if damaged.exists() or not has_sites(out, content, names):
             cache(replace(config, out=out))
             damaged.unlink(missing_ok=True)
+        else:
+            say(f"{out} has {', '.join(names)} already")
         return out
 
     def _train(self, config: TrainConfig) -> Path:
-        if config.out == UNKNOWN:
-            store = ActivationStore(config.acts, config.with_acts)
-            content = [config.identity(), store.fingerprint]
-            config = replace(config, out=self._place("runs", str(store.settings.model), content))
+        config = self.placed("train", config)
         self.configs["train"] = config
         self._write_down(config.out)
         self._with_repair(lambda: train(config))
         return config.out
 
     def _assess(self, config: AssessConfig) -> Path:
-        if is_done(config) and not _owes_wandb(config.run):
+        if is_done(config) and not owes_wandb(config.run):
             say(f"{config.folder / runs.ASSESSMENT} is there already")
         else:
             self._with_repair(lambda: assess(config))
@@ -331,18 +354,6 @@ FOLDERS = {"tokenize": {"out"}, "cache": {"out", "tokens"}, "train": {"out", "ac
 """Settings that name folders between stages."""
 
 
-def content_of_tokens(config: TokenizeConfig) -> dict[str, Any]:
-    """List what decides the tokens: settings, the text of a local dataset, the tokenizer."""
-    content = config.identity()
-    local = [Path(entry.dataset) for entry in config.inputs if Path(entry.dataset).exists()]
-    if config.dataset is not None and local:
-        content["dataset_hash"] = fingerprint_local(local[0])
-    elif local:
-        content["dataset_hashes"] = [fingerprint_local(path) for path in local]
-    content["tokenizer_hash"] = load_tokenizer(config.tokenizer, config.tokenizer_revision)[1].hash
-    return content
-
-
 def _here(values: dict[str, Any]) -> dict[str, Any]:
     """Replace local datasets, tokenizers, templates, models and SAEs in the settings by their absolute
     paths."""
@@ -353,13 +364,6 @@ def _here(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("mix"), list):
         local["mix"] = [_here(entry) if isinstance(entry, dict) else entry for entry in values["mix"]]
     return {**values, **local}
-
-
-def _owes_wandb(run: Path) -> bool:
-    """Tell whether wandb lacks something of a run that is logged to it."""
-    if not (run / runs.WANDB).exists():
-        return False
-    return not set(record.settings(run).runs) <= set(record.logged(run).ended)
 
 
 def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
@@ -373,26 +377,10 @@ def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
 
 def _sites(config: CacheConfig) -> list[Site]:
     model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
-    return sites_of(config, model_config)
+    return sites_of(config, Architecture(model_config, config.trust_remote_code))
 
 
 def _damaged(acts: Path) -> Path:
     """Return the file whose presence says that an activation store must be checked, though it has all
     sites."""
     return acts.with_name(f"{acts.name}.damaged")
-
-
-def _has_sites(path: Path, content: dict[str, Any], names: list[str]) -> bool:
-    """Tell whether a store of this content holds finished sites, by their sizes. Their blocks are checked as
-    they are read."""
-    try:
-        store = ActivationStore(path)
-        for name in names:
-            store.site(name)
-    except StoreError:
-        return False
-    store_settings = store.settings.model_dump(mode="json")
-    if any(store_settings.get(name) != value for name, value in content.items()):
-        return False
-    say(f"{path} has {', '.join(names)} already")
-    return True

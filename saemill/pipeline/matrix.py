@@ -36,7 +36,8 @@ from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World, speak_for
 from saemill.compare.config import CompareConfig
 from saemill.compare.run import ASSIGNMENT_LIMIT
-from saemill.pipeline.chain import Chain, content_of_tokens
+from saemill.pipeline.chain import Chain
+from saemill.pipeline.found import content_of_tokens
 from saemill.pipeline.stages import Sections
 from saemill.pipeline.summary import write as write_summary
 from saemill.tokenize.config import TokenizeConfig
@@ -142,17 +143,7 @@ def run(file: Path, targets: tuple[str, ...] = (), sources: tuple[str, ...] = ()
     """
     world = World.here()
     speak_for(world)
-    sections = _read(file)
-    config = settings.build(MatrixConfig, sections.get("matrix", {}), "matrix")
-    comparing = _comparing(config, sections.get("compare", {}))
-    chosen = [
-        (target, source)
-        for target in _choose("target", targets, config.targets)
-        for source in _choose("source", sources, config.sources)
-    ]
-    pairs = [Pair.of(config, sections, target, source) for target, source in chosen]
-    for pair in pairs:
-        _check_widths(pair, comparing)
+    config, sections, comparing, pairs = pairs_of(file, targets, sources)
     done, failed = [pair.is_done() for pair in pairs], {}
     for number, (pair, was_done) in enumerate(zip(pairs, done, strict=True), 1):
         say(f"\n{number} of {len(pairs)}: {pair.name}" + (", done already" if was_done else ""))
@@ -167,6 +158,29 @@ def run(file: Path, targets: tuple[str, ...] = (), sources: tuple[str, ...] = ()
     if failed:
         raise StoreError("\n".join(f"{name} failed: {problem}" for name, problem in failed.items()))
     return config.out
+
+
+def pairs_of(
+    file: Path, targets: tuple[str, ...], sources: tuple[str, ...]
+) -> "tuple[MatrixConfig, Sections, Mapping[str, Any] | None, list[Pair]]":
+    """Read the pairs of a matrix, each checked; arguments as of `run`.
+
+    Returns: the section matrix, all sections, the settings of comparisons, and the pairs that are chosen.
+
+    Raises:
+        ConfigError: settings that are wrong for any pair.
+    """
+    sections = _read(file)
+    config = settings.build(MatrixConfig, sections.get("matrix", {}), "matrix")
+    comparing = _comparing(config, sections.get("compare", {}))
+    pairs = [
+        Pair.of(config, sections, target, source)
+        for target in _choose("target", targets, config.targets)
+        for source in _choose("source", sources, config.sources)
+    ]
+    for pair in pairs:
+        _check_widths(pair, comparing)
+    return config, sections, comparing, pairs
 
 
 def _read(file: Path) -> Sections:

@@ -23,7 +23,25 @@ def run(
     file: Path | None = None,
     sets: Iterable[str] = (),
 ) -> Path:
-    """Tokenize, cache, train and assess; what is there already is found again.
+    """Tokenize, cache, train and assess; what is there already is found again. Arguments as of `chain_of`.
+
+    Returns: the folder of the run, or of the last store where the file ends before training.
+
+    Raises:
+        ConfigError: settings that are wrong, without effect, or do not fit together or the model.
+    """
+    return chain_of(model, dataset, flags, file, sets)()
+
+
+def chain_of(
+    model: str | None,
+    dataset: str | None,
+    flags: Mapping[str, Any],
+    file: Path | None = None,
+    sets: Iterable[str] = (),
+    is_plan: bool = False,
+) -> Chain:
+    """Make the stages of a command, checked.
 
     Args:
         model: hub id or local folder; None takes the file's.
@@ -31,8 +49,7 @@ def run(
         flags: settings by dotted name (`train.k`), and those of `FOR_SEVERAL`; None means not set.
         file: a YAML file with a section per stage; without it, all four stages run.
         sets: `stage.key=value` strings.
-
-    Returns: the folder of the run, or of the last store where the file ends before training.
+        is_plan: whether it is only planned, and may be for another machine.
 
     Raises:
         ConfigError: settings that are wrong, without effect, or do not fit together or the model.
@@ -54,10 +71,10 @@ def run(
         _complete_tokenize(sections)
     if own.follow:
         _follow(sections)
-    chain = Chain(sections, own.save_dir, own.run_name, str(file or "the command"))
+    chain = Chain(sections, own.save_dir, own.run_name, str(file or "the command"), is_plan)
     if section.get("save_dir") is not None and not chain.finds_places:
         raise ConfigError("save_dir has no effect: the config names the folders of all stages; leave it out")
-    return chain()
+    return chain
 
 
 def _dealt_out(flags: Mapping[str, Any], sections: Sections, sets: Iterable[str]) -> dict[str, Any]:

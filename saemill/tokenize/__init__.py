@@ -20,5 +20,6 @@ columns.py     which column holds the documents
 chats.py       conversations: rows of messages, checked
 ids.py         rows that are tokenized already: checked, without frame and padding
 held_out.py    which documents training never sees
+outlook.py     what will be written
 notes.py       what the user should know of what was done
 """

@@ -12,6 +12,7 @@ from saemill.common import durable
 from saemill.common.errors import ConfigError
 from saemill.common.log import counted, progress, say
 from saemill.common.models.tokenizer import check_ctx_len, load_tokenizer, token_id, with_tokens
+from saemill.common.outlook import Before
 from saemill.common.stores.tokens import (
     TokenizerInfo,
     TokenStore,
@@ -22,6 +23,7 @@ from saemill.tokenize.encoding import Encoder, Encoders, Encoding
 from saemill.tokenize.ids import survey
 from saemill.tokenize.mixing import Mix, documents_of
 from saemill.tokenize.notes import mix_notes, notes_on
+from saemill.tokenize.outlook import outlook_of
 from saemill.tokenize.place import damaged, empty, finished, publish
 from saemill.tokenize.source import Source, check_path, open_source
 from saemill.tokenize.writer import Writer
@@ -30,7 +32,7 @@ CTX_LEN = 512
 """Tokens per row where neither settings nor data say otherwise."""
 
 
-def run(config: TokenizeConfig, dataset: Any = None) -> TokenStore:
+def run(config: TokenizeConfig, dataset: Any = None, before: Before | None = None) -> TokenStore:
     """Tokenize a dataset into `config.out`; a finished store with the same settings is returned.
 
     The store appears whole: it is written beside its place and renamed at the end. Of several processes
@@ -40,6 +42,7 @@ def run(config: TokenizeConfig, dataset: Any = None) -> TokenStore:
     Args:
         config: the settings.
         dataset: a dataset in memory, in place of the one that the settings name; see `memory.given`.
+        before: takes the outlook, when all is checked and nothing is written yet.
 
     Raises:
         ConfigError: settings that do not fit the data, or an output made with others.
@@ -56,8 +59,12 @@ def run(config: TokenizeConfig, dataset: Any = None) -> TokenStore:
     info = with_tokens(own, tokenizer, config.row_start, config.separator)
     if config.ctx_len is not None:
         check_ctx_len(config.ctx_len, tokenizer, info, config.tokenizer_revision)
-    sources = _open(config, given)
+    sources = opened(config, given)
     encoder = Encoder(_encoding(config, sources), tokenizer)
+    if before is not None:
+        ctx_len = _rows(config, info, sources)[0]
+        n_rows = None if config.max_tokens is None else config.max_tokens // ctx_len
+        before(outlook_of(config, info.vocab_size, ctx_len, n_rows))
     beside = config.out.with_name(config.out.name + ".partial")
     notes: list[str] = []
     with durable.exclusive(beside, wait=True) as alone:
@@ -79,7 +86,7 @@ def run(config: TokenizeConfig, dataset: Any = None) -> TokenStore:
     return store
 
 
-def _open(config: TokenizeConfig, given: memory.Given | None) -> list[Source]:
+def opened(config: TokenizeConfig, given: memory.Given | None = None) -> list[Source]:
     """Open the datasets, or the one that is in memory.
 
     Raises:

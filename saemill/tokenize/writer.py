@@ -28,6 +28,17 @@ DOCUMENTS = ("text", "row of ids", "kept row")
 """Kinds of documents: a text; a row of token ids, packed anew; such a row, kept as it is."""
 
 
+def id_type(vocab_size: int) -> torch.dtype:
+    """Choose the type that token ids are stored in: the smallest that holds all."""
+    types = (torch.uint8, torch.uint16, torch.uint32)
+    return next(t for t in types if vocab_size - 1 <= torch.iinfo(t).max)
+
+
+def shard_rows_of(ctx_len: int) -> int:
+    """Count the rows of a shard file, where there are as many."""
+    return max(1, SHARD_TOKENS // ctx_len)
+
+
 @dataclass(slots=True, kw_only=True)
 class Writer:
     """A writer that puts train and held-out documents into rows of their own and writes full shards."""
@@ -82,10 +93,8 @@ class Writer:
         self.packers = {
             side: RowPacker(self.ctx_len, self.info, self.document_start, has_chats) for side in (False, True)
         }
-        largest = self.info.vocab_size - 1
-        types = (torch.uint8, torch.uint16, torch.uint32)
-        self.dtype = next(t for t in types if largest <= torch.iinfo(t).max)
-        self.shard_rows = max(1, SHARD_TOKENS // self.ctx_len)
+        self.dtype = id_type(self.info.vocab_size)
+        self.shard_rows = shard_rows_of(self.ctx_len)
 
     @property
     def is_full(self) -> bool:

@@ -7,6 +7,7 @@ losses.py     names of what is minimised
 batch.py      batches are counted in tokens
 run.py        settings → a trainer → SAEs on disk
 inputs.py     sites, stream, model
+outlook.py    what a run will do, and what it needs
 following.py  waiting for shards, where the store is still being filled
 trainer.py    the loop
 export.py     what a finished run leaves

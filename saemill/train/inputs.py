@@ -10,6 +10,7 @@ from saemill.common.addresses import address_of
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.followed import FollowedStore
+from saemill.common.stores.followers import Consumed
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import Group
 from saemill.train.config import TrainConfig
@@ -27,20 +28,33 @@ if TYPE_CHECKING:
     from saemill.train.objective.model import ModelLoss
 
 
-def with_site(config: TrainConfig, store: ActivationStore, sources: Sources) -> TrainConfig:
-    """Fill in what globs match; where no site is named, those of what SAEs start from, or the only one."""
+def with_site(
+    config: TrainConfig, sites: list[str], sources: Sources, consumed: Consumed | None = None
+) -> TrainConfig:
+    """Fill in what globs match; where no site is named, those of what SAEs start from, or the only one.
+
+    Args:
+        config: of the run.
+        sites: those that the store has, or will have.
+        sources: what SAEs start from.
+        consumed: what the store says of shards that were removed; None where none was.
+
+    Raises:
+        ConfigError: a glob matches nothing, or there are several sites and none is named.
+        StoreError: there is none any more.
+    """
     if config.site or any("site" in entry for entry in config.variants):
-        return with_sites(config, store.sites)
+        return with_sites(config, sites)
     if of_sources := sites_of(sources):
         return replace(config, site=of_sources)
     if config.follow:
         raise ConfigError("follow: name the site with --site, as the store may not have all of them yet")
-    if not store.sites and (consumed := store.consumed):
-        raise StoreError(consumed.refusal(consumed.sites[0], store.path))
-    if len(store.sites) != 1:
-        has = f"it has {', '.join(store.sites)}" if store.sites else "none of it is finished"
-        raise ConfigError(f"name a site of {store.path} with --site; {has}")
-    return replace(config, site=tuple(store.sites))
+    if not sites and consumed:
+        raise StoreError(consumed.refusal(consumed.sites[0], config.acts))
+    if len(sites) != 1:
+        has = f"it has {', '.join(sites)}" if sites else "none of it is finished"
+        raise ConfigError(f"name a site of {config.acts} with --site; {has}")
+    return replace(config, site=tuple(sites))
 
 
 def open_store(config: TrainConfig) -> ActivationStore:

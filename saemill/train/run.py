@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from saemill.common.errors import ConfigError
-from saemill.common.log import counted, say
+from saemill.common.log import say
+from saemill.common.outlook import Before, Outlook, tell
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.runs import METRICS, TENSORBOARD
-from saemill.common.stores.statistics import warnings
 from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
-from saemill.train.backends.base import Backend
-from saemill.train.backends.choose import choose_kernels, kernels_of, make_backend
+from saemill.train.backends.base import Backend, described
+from saemill.train.backends.choose import choose_kernels, choose_product_dtype, kernels_of, make_backend
 from saemill.train.batch import check_batch
 from saemill.train.config import TrainConfig
 from saemill.train.export import export, save_saes
@@ -27,6 +27,7 @@ from saemill.train.inputs import check_mse, load_model_loss, open_store, open_st
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
 from saemill.train.losses import IN_MODEL
+from saemill.train.outlook import Computed, dead_after_tokens, notes_on, outlook_of_run
 from saemill.train.points import Points, points_of
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
 from saemill.train.record import checkpoint
@@ -55,9 +56,6 @@ from saemill.train.watch.watch import Watch, watch_of
 if TYPE_CHECKING:
     from saemill.train.objective.model import ModelLoss
 
-MOST_DEAD_AFTER_TOKENS = 10_000_000
-FEW_STEPS = 100
-"""Steps below which the plan says that more may help."""
 SAMPLE_TOKENS = 8192
 """Tokens from which the initial gain and the geometric median are computed, whatever the batch size."""
 
@@ -70,8 +68,12 @@ class Beside(NamedTuple):
     following: Following | None
 
 
-def run(config: TrainConfig) -> list[Path]:
+def run(config: TrainConfig, before: Before = tell) -> list[Path]:
     """Train all variants into `config.out`, alone or as one of several processes that share them out.
+
+    Args:
+        config: the settings.
+        before: takes the outlook, when all is checked and nothing is written yet; on the first process.
 
     Returns: the folders of the SAEs.
 
@@ -88,7 +90,7 @@ def run(config: TrainConfig) -> list[Path]:
     store = open_store(config)
     check_batch(config.batch_size, store.ctx_len)
     sources = sources_of(config)
-    config = with_site(config, store, sources)
+    config = with_site(config, store.sites, sources, store.consumed)
     folder = Folder(config, store.fingerprint, sources)
     with (
         stop_on_signal() as stop,
@@ -99,7 +101,7 @@ def run(config: TrainConfig) -> list[Path]:
         schedule = schedule_of(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps, sources)
-        _place(config, store, variants, everyone, device)
+        placement = _place(config, store, variants, everyone, device)
         metric = config.halving_metric or "fvu"
         halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
         watch = watch_of(config, store, loader.mask, schedule.n_steps)
@@ -107,8 +109,12 @@ def run(config: TrainConfig) -> list[Path]:
         n_held_out = watch.plan.n_tokens if watch else 0
         following = following_of(loader, config.out, folder.run, schedule.n_steps, n_held_out, stop)
         saes = [config.out / variant.name for variant in variants]
-        if not everyone.first(folder.is_finished):
-            everyone.first(lambda: check_machine(config))
+        is_done = everyone.first(folder.is_finished)
+        outlook = partial(_outlook, config, loader, placement, schedule.n_steps, watch, device, is_done)
+        everyone.first(lambda: before(outlook()))
+        if is_done:
+            everyone.first(folder.mend)
+        else:
             _begin(config, loader, variants, folder, following, everyone, resources)
             beside = Beside(watch, points, following)
             trainer = _train(
@@ -147,6 +153,27 @@ def _step_done(config: TrainConfig, everyone: Group) -> int:
     return 0 if record is None else record.step
 
 
+def _outlook(
+    config: TrainConfig,
+    loader: Loader | WholeRows,
+    placement: Placement,
+    n_steps: int,
+    watch: Watch | None,
+    device: torch.device,
+    is_done: bool,
+) -> Outlook:
+    """Work out what is going to be done, and what may go wrong.
+
+    Raises:
+        ConfigError: this machine cannot do it.
+    """
+    if not is_done:
+        check_machine(config)
+    by = Computed(device, kernels_of(config.kernels, device), choose_product_dtype(config.precision, device))
+    measured = watch.plan.describe() if watch else ""
+    return outlook_of_run(config, loader, placement, n_steps, by, measured, is_done)
+
+
 def _train(
     config: TrainConfig,
     run_hash: str,
@@ -182,7 +209,7 @@ def _train(
             trainer.resume()
             if end == ends[0]:
                 _check_profile(trainer, end)
-                _print_plan(config, trainer, placement, loader.store)
+                _say_how(config, trainer, placement, loader.store)
                 log = everyone.alone(partial(JsonlSink, config.out / METRICS, trainer.logged))
                 if log is not None:
                     open_sinks.enter_context(closing(log))
@@ -264,8 +291,7 @@ def _build(
     variants = list(placement.teams[everyone.rank // placement.team_size])
     # Sums of bf16 products stay in float32, as on a CPU.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    n_tokens = schedule.n_steps * config.step_tokens
-    dead_after = config.dead_after_tokens or min(MOST_DEAD_AFTER_TOKENS, n_tokens // 10)
+    dead_after = dead_after_tokens(config, schedule.n_steps)
     dtype = choose_product_dtype(config.precision, device)
     backend = make_backend(choose_kernels(config.kernels, device), dtype, team)
     loader.restrict(list(dict.fromkeys(site for variant in variants for site in variant.sites)))
@@ -326,14 +352,6 @@ def _check_profile(trainer: Trainer, end: int) -> None:
         )
 
 
-def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Choose the dtype of the encoder's product: bf16 wherever `auto` finds hardware that is fast at it."""
-    if name == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-
-
 def check_machine(config: TrainConfig) -> None:
     """Refuse before the work what cannot be done here.
 
@@ -363,36 +381,20 @@ def _start_sinks(config: TrainConfig, trainer: Trainer, opened: ExitStack) -> li
     return sinks
 
 
-def _print_plan(config: TrainConfig, trainer: Trainer, placement: Placement, store: ActivationStore) -> None:
-    """Say what is going to be done, and what may go wrong."""
+def _say_how(config: TrainConfig, trainer: Trainer, placement: Placement, store: ActivationStore) -> None:
+    """Say what is known only now of how steps are computed, and from where the run goes on."""
     if trainer.everyone.rank > 0:
         return  # which may be without a variant after a rung
-    n_steps = trainer.schedule.n_steps
-    n_tokens = n_steps * config.step_tokens
-    epochs = n_tokens / trainer.loader.epoch_tokens
-    backend, unit = trainer.banks[0].backend, store.text.unit
-    dead_after_tokens = trainer.learners[0].dead_after_tokens
-    say(
-        f"{counted(len(trainer.names), 'variant')} on {trainer.device}, {placement.describe()}; "
-        f"{backend.describe()}; {counted(n_steps, 'step')}, "
-        f"{counted(n_tokens, unit)} ({epochs:.2f} epochs of {trainer.loader.epoch_tokens:,}); dead after "
-        f"{counted(dead_after_tokens, unit)}; "
-        f"{counted(store.text.manifest.n_held_out_rows, store.text.row)} held out"
-        f"{trainer.watch.plan.describe() if trainer.watch else ''}"
-    )
-    rows = trainer.loader.rows
-    for line in rows.describe():
-        say(line)
-    for name, array in rows.sites.items():
-        for warning in warnings(name, rows.statistics(name), array.dtype, unit):
-            say(warning)
+    backend = trainer.banks[0].backend
+    if backend.describe() != described(backend.dtype, backend.name):
+        say(backend.describe())
+    for note in notes_on(trainer.loader) if config.follow else ():
+        say(note)
     if backend.name == "torch" and trainer.device.type == "cuda" and config.kernels == "auto":
         say("triton is not installed; with it training is faster on a GPU")
     if backend.name == "triton" and any(
         is_stepped_by_torch(v, {site: store.site(site).width for site in v.sites}) for v in placement.variants
     ):
         say(f"steps with {WITHOUT_KERNELS} are made by torch on a GPU, more slowly than by Triton's kernels")
-    if n_steps < FEW_STEPS:
-        say(f"few steps to learn in ({n_steps}): more epochs or a smaller batch may help much")
     if trainer.step:
         say(f"continuing after step {trainer.step:,}")

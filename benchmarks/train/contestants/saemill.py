@@ -16,10 +16,11 @@ from benchmarks.train.contestants.feed import (
     read_batch,
 )
 from saemill.common.sae.sae import Sae
-from saemill.train.backends.choose import choose_kernels, make_backend
+from saemill.train.backends.choose import choose_kernels, choose_product_dtype, make_backend
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
-from saemill.train.run import MOST_DEAD_AFTER_TOKENS, SAMPLE_TOKENS, choose_product_dtype
+from saemill.train.outlook import MOST_DEAD_AFTER_TOKENS
+from saemill.train.run import SAMPLE_TOKENS
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.schedule import Schedule
 from saemill.train.sweep.variants import resolve

@@ -57,6 +57,8 @@ class Architecture:
         model, looked = _run(config, trust_remote_code)
         self._seen = looked.seen
         self.name = type(model).__name__
+        self.n_weights = sum(weight.numel() for weight in model.parameters())
+        """Number of its weights, those of a language-model head apart."""
         self.classes = {name: type(module).__name__ for name, module in model.named_modules() if name}
         """Name of each module's class."""
         self.modules = list(self.classes)

@@ -70,3 +70,11 @@ def choose_kernels(name: str, device: torch.device) -> str:
                 "Repair it, or train with --kernels torch"
             ) from error
     return name
+
+
+def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Choose the dtype of the encoder's product: bf16 wherever `auto` finds hardware that is fast at it."""
+    if name == "auto":
+        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

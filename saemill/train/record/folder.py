@@ -68,7 +68,7 @@ class Folder:
 
         Raises:
             ConfigError: the folder holds another run, or what was asked for needs a new training.
-            StoreError: it holds anything else, or a file of the finished run is damaged.
+            StoreError: it holds anything else.
         """
         settings.check_folder(self.path)
         self._check()
@@ -79,12 +79,19 @@ class Folder:
                 f"{self.path} is finished and was trained without wandb; leave log_to_wandb out, or train "
                 "anew with --no-resume"
             )
+        return True
+
+    def mend(self) -> None:
+        """Write again what is known of a finished run, and say that it is finished.
+
+        Raises:
+            StoreError: a file of it is damaged.
+        """
         self._repair()
         if problems := inspect.problems(self.path):
             raise StoreError(f"{self.path} is finished but damaged: {'; '.join(problems)}")
         n_variants = len(runs.finished(self.path).variants)
         say(f"{self.path} is finished already: {counted(n_variants, 'variant')} (--no-resume trains anew)")
-        return True
 
     def lock(self, resources: ExitStack) -> None:
         """Make the folder this run's own until `resources` is closed.

@@ -164,3 +164,14 @@ def _last_if_none(value: float | None) -> float:
 
 def _shown(value: float | None) -> str:
     return "diverged" if value is None else f"{value:.4g}"
+
+
+def work_share(variants: list[Variant], n_rungs: int) -> float:
+    """Compute the share of the steps of all variants that are taken, where the worse half stops at each
+    rung."""
+    n_left, share = [len(group) for group in groups(variants)], 0.0
+    for rung in range(n_rungs, -1, -1):
+        span = 2.0**-n_rungs if rung == n_rungs else 2.0 ** -(rung + 1)
+        share += span * sum(n_left) / len(variants)
+        n_left = [-(-n // 2) for n in n_left]
+    return share

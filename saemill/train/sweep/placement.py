@@ -6,14 +6,17 @@ crosses between teams. Within a team `latent_ranks` processes share out the late
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from saemill.common.errors import ConfigError
 from saemill.common.log import counted
 from saemill.common.world import Group
 from saemill.train.backends.team import Team
 from saemill.train.losses import IN_MODEL
+from saemill.train.sweep.sizes import sizes
 from saemill.train.sweep.variant import Variant
 
 LATENTS_PER_ACTIVE = 90
@@ -49,7 +52,8 @@ class Placement:
     def state_bytes(self, widths: Mapping[str, int]) -> int:
         """Estimate the bytes of weights and moments on a GPU of the fullest process."""
         team_bytes = [
-            sum(state_bytes(v, [widths[site] for site in v.sites]) for v in team) for team in self.teams
+            sum(sum(sizes(v, [widths[site] for site in v.sites], "triton", torch.bfloat16)) for v in team)
+            for team in self.teams
         ]
         return -(-max(team_bytes) // self.latent_ranks)
 
@@ -100,20 +104,6 @@ def deal(variants: list[Variant], widths: Mapping[str, int], n_teams: int) -> li
         teams[least].append(variant.name)
         loads[least] += costs[variant.name]
     return [[variant for variant in variants if variant.name in team] for team in teams]
-
-
-def state_bytes(variant: Variant, widths: Sequence[int]) -> int:
-    """Estimate the bytes of weights, moments and copies of one variant on a GPU.
-
-    Args:
-        variant: its settings.
-        widths: D of each of its sites.
-    """
-    per_moment = {"fp32": 4, "bf16": 2, "8bit": 1}[variant.optimizer_state]
-    n_moments = {"adam": 2, "sgd": 1, "signum": 1, "muon": 2}[variant.optimizer]
-    n_averages = 0 if variant.weight_average is None else 1
-    n_weights = variant.num_latents * (widths[0] + widths[-1])
-    return n_weights * (4 + 2 + n_moments * per_moment + 4 * n_averages)
 
 
 def allowed_latent_ranks(

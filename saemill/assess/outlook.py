@@ -1,0 +1,117 @@
+"""What an assessment will go over, and what it needs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from saemill.assess.config import AssessConfig
+from saemill.assess.evalset import CHUNK_TOKENS
+from saemill.assess.reconstruction import ROWS_AT_ONCE
+from saemill.common.log import counted
+from saemill.common.outlook import Outlook, process_bytes
+
+COPIES = 4
+"""Times that pre-activations of some rows are in memory: chosen, sorted, and as codes."""
+ROW_BYTES = 12
+"""Bytes of a number of the activations in hand: as it is stored, and in float64."""
+LOSS_COPIES = 6
+"""Times that log probabilities of a batch are in memory: with and without the SAE, and their divergence."""
+
+
+class Dictionary(NamedTuple):
+    """An SAE that is measured."""
+
+    site: str
+    """Site that it reconstructs or predicts."""
+    d: int
+    """Width of it."""
+    n_latents: int
+    l0: int
+    """Active latents per token that it is meant to have."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its weights, float32."""
+        return 4 * (2 * self.d + 1) * self.n_latents
+
+
+class Model(NamedTuple):
+    """The model that SAEs are spliced into."""
+
+    bytes: int
+    """Bytes of its weights."""
+    n_ids: int
+    """Size of its vocabulary."""
+    batch_tokens: int
+    """Tokens of a forward pass."""
+
+
+class Amounts(NamedTuple):
+    """Tokens of each pass."""
+
+    reconstructed: int
+    spliced: int
+    """0 where no model is run."""
+    searched: int
+    """Tokens among which contexts are looked for."""
+
+
+def outlook_of(
+    config: AssessConfig,
+    dictionaries: Sequence[Dictionary],
+    amounts: Amounts,
+    device: torch.device,
+    model: Model | None = None,
+    unit: str = "token",
+) -> Outlook:
+    """Work out what is measured on how much, and how much memory it takes.
+
+    Args:
+        config: of the stage.
+        dictionaries: the SAEs of the run.
+        amounts: tokens of each pass.
+        device: that it runs on.
+        model: what runs; None without.
+        unit: what the store holds.
+    """
+    sites = {each.site: each.d for each in dictionaries}
+    widest = max(each.n_latents for each in dictionaries)
+    baselines = {(each.site, each.l0): Dictionary(*each[:2], widest, each.l0) for each in dictionaries}
+    on_device = {
+        "model": model.bytes if model else 0,
+        "losses": LOSS_COPIES * 4 * model.n_ids * min(amounts.spliced, model.batch_tokens) if model else 0,
+        "SAEs": sum(each.bytes for each in dictionaries),
+        "baselines": sum(each.bytes for each in baselines.values()),
+        "scratch": COPIES * 4 * min(ROWS_AT_ONCE, amounts.reconstructed) * widest,
+    }
+    memory = {
+        "libraries": process_bytes(),
+        "activations": min(CHUNK_TOKENS, amounts.searched) * sum(sites.values()) * ROW_BYTES,
+    }
+    passes = [
+        f"reconstructions of {counted(amounts.reconstructed, unit)}",
+        *([f"losses on {counted(amounts.spliced, unit)}"] if amounts.spliced else []),
+        *(
+            [f"contexts among {counted(amounts.searched, unit)}"]
+            if config.n_latents or config.latents
+            else []
+        ),
+    ]
+    on_gpu = device.type == "cuda"
+    return Outlook(
+        stage="assess",
+        what=(
+            f"{counted(len(dictionaries), 'SAE')} and {counted(len(baselines), 'pair')} of baselines on "
+            f"{device}: {', '.join(passes)}",
+        ),
+        folder=config.folder,
+        amounts={
+            "max_tokens": amounts.reconstructed,
+            "model_tokens": amounts.spliced or config.model_tokens,
+            "context_tokens": amounts.searched,
+        },
+        unit=unit,
+        memory=memory | ({} if on_gpu else on_device),
+        gpu=on_device if on_gpu else {},
+    )
