@@ -78,7 +78,7 @@ IN_TRAIN = {
     "profile": set(),
     "memory": set(),
     "batch": set(),
-    "stream": {"batch"},
+    "stream": {"batch", "memory"},
     "objective": GROUND,
     "optim": GROUND,
     "backends": GROUND | {"optim", "objective"},

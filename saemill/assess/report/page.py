@@ -47,38 +47,44 @@ def write_html(
         densities: variant → share of tokens on which each latent fired, [F].
         most_bytes: size from which on latents are left out.
     """
-    shown = columns_of(assessment)
-    several = assessment["variants"] + assessment["controls"]
     values = {
-        "headline": compared.headline(assessment),
-        "reasons": compared.reasons(assessment),
-        "trust": compared.trust(assessment),
-        "notes": notes(assessment),
-        "thresholds": thresholds(assessment),
-        "data": assessment["data"],
-        "charts": [chart for metric in charts.METRICS if (chart := charts.against_l0(assessment, metric))],
-        "size": SIZE,
-        "columns": shown,
-        "architectures": are_several(assessment["variants"]),
-        "transcoders": any(entry.get("target_site") for entry in assessment["variants"]),
-        "variants": variants.rows(assessment["variants"], shown, densities, assessment["data"]),
-        "baselines": variants.rows(assessment["controls"], shown, {}, assessment["data"]),
-        "cut_titles": (cuts(several) or [[]])[0][1:],
-        "source_titles": (by_source(several) or [[]])[0][1:],
+        **_sections(assessment, densities),
         "shown": features,
         "word": _word(features),
         "drawn": _drawn(features),
         **_script(),
-        "check_text": check_text,
-        "counted": counted,
-        "number": number,
-        "visible": visible,
     }
     without = render("assess/report/report.html", **values, latents="", left_out="")
     html, n = latents.pages(features, most_bytes - len(without.encode()) - 1000)
     left_out = _left_out(len(features.latents) - n, features.variant, most_bytes)
     page = render("assess/report/report.html", **values, latents=html, left_out=left_out)
     durable.write_bytes(path, [page.encode()])
+
+
+def _sections(assessment: dict[str, Any], densities: Mapping[str, NDArray[float64]]) -> dict[str, Any]:
+    """Lay out the sections before the latents, by the names that the templates have."""
+    shown, data = columns_of(assessment), assessment["data"]
+    several = assessment["variants"] + assessment["controls"]
+    return {
+        "headline": compared.headline(assessment),
+        "reasons": compared.reasons(assessment),
+        "trust": compared.trust(assessment),
+        "notes": notes(assessment),
+        "thresholds": thresholds(assessment),
+        "data": data,
+        "charts": [chart for metric in charts.METRICS if (chart := charts.against_l0(assessment, metric))],
+        "size": SIZE,
+        "columns": shown,
+        "architectures": are_several(assessment["variants"]),
+        "transcoders": any(entry.get("target_site") for entry in assessment["variants"]),
+        "variants": variants.rows(assessment["variants"], shown, densities, data),
+        "baselines": variants.rows(assessment["controls"], shown, {}, data),
+        "cut_titles": (cuts(several) or [[]])[0][1:],
+        "source_titles": (by_source(several) or [[]])[0][1:],
+        "check_text": check_text,
+        "number": number,
+        "visible": visible,
+    }
 
 
 def check_text(check: Mapping[str, Any]) -> str:

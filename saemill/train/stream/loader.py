@@ -17,8 +17,10 @@ from torch import Tensor
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.joined import JoinedSite
-from saemill.common.stores.shards import as_numpy, as_tensor
+from saemill.common.stores.mirror import N_READERS
+from saemill.common.stores.shards import as_numpy
 from saemill.common.stores.site_array import SiteArray
+from saemill.train.memory import zeros
 from saemill.train.stream.order import Order, Window
 from saemill.train.stream.rows import Rows
 
@@ -48,7 +50,8 @@ class Loader:
         self.rows, self.order, self.batch_tokens = rows, order, batch_tokens
         self.mask, self.epoch_tokens = rows.kept.mask, order.n_tokens
         self._pool = ThreadPoolExecutor(1, "saemill-window")
-        self._readers = ThreadPoolExecutor(READERS, "saemill-read")
+        n_readers = READERS if store.mirror is None else N_READERS
+        self._readers = ThreadPoolExecutor(n_readers, "saemill-read")
         self._windows: dict[Window, Future[Mapping[str, Tensor]]] = {}
 
     def batch(self, i: int) -> dict[str, Tensor]:
@@ -126,12 +129,13 @@ class Loader:
         order = self.order.shuffled(window, n_rows)
         rows: dict[str, Tensor] = {}
         for name, site in self.sites.items():
-            buffer = as_numpy(torch.empty(n_rows, site.columns, dtype=site.stored))
+            # Fresh pages cost more than the copies: huge ones are five times as fast.
+            buffer, shuffled = (zeros(n_rows, site.columns, dtype=site.stored) for _ in range(2))
+            blocks_of_rows = as_numpy(buffer)
             jobs = zip(blocks, [0, *ends[:-1]], ends, strict=True)
-            list(self._readers.map(lambda job, n=name, b=buffer: self._read_block(n, b, *job), jobs))
-            shuffled = np.empty_like(buffer)
-            np.take(buffer, order, axis=0, out=shuffled, mode="clip")
-            rows[name] = as_tensor(shuffled, site.stored)
+            list(self._readers.map(lambda job, n=name, b=blocks_of_rows: self._read_block(n, b, *job), jobs))
+            np.take(blocks_of_rows, order, axis=0, out=as_numpy(shuffled), mode="clip")
+            rows[name] = shuffled
         return rows
 
     def _read_block(self, site: str, buffer: NDArray[Any], number: int, start: int, end: int) -> None:

@@ -91,8 +91,8 @@ def test_batches_are_those_of_the_values_that_are_read(form: tuple[str, str | No
     a_TD, b_TD = (packed.read(site, 0, packed.n_tokens).float() for site in "ab")
     plain = make_store(tmp_path / "plain", **sizes, values_TD=a_TD, b_TD=b_TD)
     settings = {"batch_tokens": 96, "buffer_tokens": 700, "seed": 2}
-    for kind, sites in (Loader, ["a", "b", "a+b"]), (WholeRows, ["a", "b"]):
-        found, wanted = (kind(store, sites, plain.mask, **settings) for store in (packed, plain))
+    for opened, sites in (open_epochs, ["a", "b", "a+b"]), (WholeRows, ["a", "b"]):
+        found, wanted = (opened(store, sites, plain.mask, **settings) for store in (packed, plain))
         feed = Feed(found, torch.device("cpu"))
         for i in (0, 7, 31, 60):
             for name in sites:
