@@ -14,6 +14,7 @@ from stores import make_store
 from saemill.cache import room as rooms
 from saemill.cache.claims.worker import Worker
 from saemill.cache.room import Room, fits, make_whole
+from saemill.cache.sharing import Sharing
 from saemill.cache.writer import SiteWriter
 from saemill.common import records
 from saemill.common.errors import ConfigError, StoreError
@@ -116,6 +117,15 @@ def test_what_all_runs_have_read_is_removed_and_nothing_else(growing: Growing) -
         register(growing, "quick", start=N_SHARDS)
         assert room.wanted([5, 6]) == []
         assert room.stays_open
+
+
+def test_shards_in_the_making_take_room(growing: Growing) -> None:
+    """Oracle: the room: two shards, of which neither is written when a third is asked for."""
+    with open_room(growing, 2) as room:
+        sharing = Sharing(room.store, room.writers, room.worker, room)
+        sharing.look(lambda n_tokens: None)
+        claimed = sharing.claimed(lambda n_tokens: None)
+        assert [share.shard for share in claimed] == [0, 1]
 
 
 def test_the_advice_for_a_run_that_is_gone_helps(growing: Growing) -> None:
