@@ -73,9 +73,10 @@ class Consumed(Record):
 
     def refusal(self, site: str, store: Path) -> str:
         """Say that a site cannot be read as a whole, why, and what helps."""
-        which = f"shards {self.first} to {self.stop - 1}" if len(self.shards) > 1 else f"shard {self.first}"
+        several = f"shards {self.first} to {self.stop - 1} were"
+        which = several if len(self.shards) > 1 else f"shard {self.first} was"
         return (
-            f"site {site!r} of {store} is consumed: its {which} were removed when all runs that followed it "
+            f"site {site!r} of {store} is consumed: its {which} removed when all runs that followed it "
             "had read them. `saemill cache` without --delete-consumed computes them again"
         )
 
