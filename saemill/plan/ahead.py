@@ -15,7 +15,7 @@ from saemill.cache.plan import look_ahead
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError
 from saemill.common.models.architecture import Architecture
-from saemill.common.models.model import IN_MEMORY
+from saemill.common.models.model import IN_MEMORY, head_of
 from saemill.common.models.sites import load_model_config
 from saemill.common.outlook import Outlook
 from saemill.common.stores.activations import ActivationStore
@@ -90,7 +90,7 @@ class Cached:
     model_bytes: int
     """Of the model in memory, its language-model head among them."""
     n_ids: int
-    """Size of its vocabulary."""
+    """Size of its vocabulary; 0 where it has no language-model head, and so no losses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +117,16 @@ def caching(
 
 
 def _of_model(config: Any, n_weights: int, n_bytes: int) -> tuple[int, int]:
-    """Work out the bytes of a model with its language-model head, and the size of its vocabulary.
+    """Work out the bytes of a model with its language-model head, and the size of its vocabulary; 0 without a
+    head.
 
     Args:
         config: its transformers config.
         n_weights: of it without the head.
         n_bytes: of those in memory.
     """
+    if head_of(config) is None:
+        return n_bytes, 0
     head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return n_bytes * (n_weights + head) // n_weights, config.vocab_size
 
@@ -186,7 +189,7 @@ def assessing(
     held_out = rows.n_held_out * rows.ctx_len
     amounts = assess.Amounts(
         min(config.max_tokens, round(held_out * rows.kept_share)),
-        min(config.model_tokens, held_out) if config.with_model else 0,
+        min(config.model_tokens, held_out) if config.with_model and cached.n_ids else 0,
         min(config.context_tokens, rows.n_tokens),
     )
     model = assess.Model(cached.model_bytes, cached.n_ids, config.batch_size * rows.ctx_len)

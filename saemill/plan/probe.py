@@ -69,9 +69,10 @@ class Probe:
         process.start()
         sender.close()
         try:
-            while not receiver.poll(POLL_SECONDS):
-                if self.stop.is_set():
-                    raise Interrupted("stopped by a signal; a plan writes nothing, so nothing is left")
+            while not self.stop.is_set() and not receiver.poll(POLL_SECONDS):
+                pass
+            if self.stop.is_set():  # Ctrl-C comes to both processes
+                raise Interrupted("stopped by a signal; a plan writes nothing, so nothing is left")
             result, ending = receiver.recv(), time.time()
             process.join()
         except EOFError:

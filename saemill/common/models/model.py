@@ -149,7 +149,7 @@ class LanguageModel:
         self, dtype: torch.dtype, with_head: bool, weights: Weights, attn_implementation: str | None
     ) -> None:
         """Load the model onto its device, with its head where it has one."""
-        self.head = _head_of(self.config) if with_head else None
+        self.head = head_of(self.config) if with_head else None
         name, device = self.name, self.device
         how = {"dtype": dtype, "trust_remote_code": self.trust_remote_code, "revision": self.revision}
         how |= {"attn_implementation": attn_implementation} if attn_implementation else {}
@@ -381,7 +381,7 @@ def _no_bar_of_weights() -> Iterator[None]:
         transformers.utils.logging.enable_progress_bar()
 
 
-def _head_of(config: Any) -> Head | None:
+def head_of(config: Any) -> Head | None:
     """Find which LM head the checkpoint's architecture has; an encoder-decoder model's is not supported."""
     names = config.architectures or []
     if any("MaskedLM" in name or name.endswith("ForPreTraining") for name in names):
