@@ -22,6 +22,7 @@ from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.site_names import parts_of
+from saemill.common.stores.site_records import CONSUMED
 from saemill.common.stores.tokens import TokenStore
 
 
@@ -77,7 +78,8 @@ def _open_store(path: Path, beside: Path | None) -> ActivationStore:
     """Open the activations; of a store whose shards were removed when they had been trained on, what is left
     of it."""
     store = ActivationStore(path, beside)
-    return FollowedStore(path) if beside is None and store.consumed else store
+    was_followed = store.consumed is not None or (store.path / CONSUMED).exists()
+    return FollowedStore(path) if beside is None and was_followed else store
 
 
 def _beside(config: AssessConfig, finished: runs.Finished) -> Path | None:

@@ -15,7 +15,9 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.common.stores.site_names import folder_of
 from saemill.common.stores.site_records import (
+    CONSUMED,
     EMBEDDINGS,
+    FOLLOWERS,
     REPAIR,
     SITES,
     Commit,
@@ -56,7 +58,8 @@ def _others(out: Path, tokens: TokenStore) -> list[Path]:
     """List what lies in the folder and belongs to no store of these tokens that was begun."""
     paths = list(out.glob("*"))  # first: other workers may be adding files, each of them whole
     begun = token_copy.is_copy(out / "tokens", tokens)
-    own = {"tokens", "zarr.json", SITES, *map(folder_of, sites_in(out))} if begun else set()
+    known = {"tokens", "zarr.json", SITES, CONSUMED, FOLLOWERS}
+    own = {*known, *map(folder_of, sites_in(out))} if begun else set()
     return [
         path for path in paths if not (path.name in own or (path.name == CLAIMS and holds_only_claims(path)))
     ]
@@ -122,7 +125,7 @@ def clear_if_empty(out: Path, worker: Worker) -> None:
         if worker.is_alone() and not has_shards(out):
             # The tokens go last: by them the rest is known as a store that was begun.
             sites = [folder_of(name) for name in sites_in(out) if record_path(out, name).exists()]
-            for name in (*sites, SITES, "zarr.json", "tokens"):
+            for name in (*sites, SITES, CONSUMED, FOLLOWERS, "zarr.json", "tokens"):
                 path = out / name
                 if path.is_dir():
                     shutil.rmtree(path)

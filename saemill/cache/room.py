@@ -5,6 +5,7 @@ whoever writes them: one with a number is written when it, those below it that a
 are there already fit in. No worker has to know what the others are writing.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -64,9 +65,24 @@ class Room:
                     f"shards of {', '.join(known.sites)} in {store.path} were removed already; cache other "
                     "sites into a store of their own"
                 )
-            if known is None:
-                self._write(self._found_removed())  # from now on followers know that shards may go
+            # From now on followers know that shards of these sites may go.
+            self._write(self._without_needed(self._found_removed() if known is None else known))
             self._remove(self._consumed())  # of which a kill may have left some
+
+    def _without_needed(self, consumed: Consumed) -> Consumed:
+        """Take back what a kill has left on the disk, where a run needs it that began to follow just then."""
+        followers = self._followers().values()
+        first = next((s for s in consumed.shards if any(f.needs(s) for f in followers)), consumed.stop)
+        files = [w.array.shard_path(s) for w in self.writers for s in range(first, consumed.stop)]
+        if not all(file.exists() for file in files):
+            return consumed
+        return consumed.model_copy(update={"stop": first})
+
+    def refresh(self) -> None:
+        """Read anew which shards are removed, as another worker may have removed more. The caller holds the
+        claim on the store."""
+        for writer in self.writers:
+            writer.removed = self._consumed().shards
 
     @property
     def stays_open(self) -> bool:
@@ -119,6 +135,9 @@ class Room:
         followers = self._followers()
         self._check(followers)
         before = self._consumed()
+        if any(writer.removed != before.shards for writer in self.writers):
+            self._remove(before)  # which a worker on other sites has written down
+            return
         now = _removable(followers, before)
         if len(now.shards) > len(before.shards):
             self._write(now)
@@ -143,10 +162,9 @@ class Room:
         )
 
     def _consumed(self) -> Consumed:
-        """Read which shards are removed already."""
-        known = read_consumed(self.store.path, self.store.settings.identity)
-        assert known is not None
-        return known
+        """Read which shards are removed already; none where another worker has finished the sites."""
+        identity = self.store.settings.identity
+        return read_consumed(self.store.path, identity) or Consumed(store=identity, sites=())
 
     def _found_removed(self) -> Consumed:
         """Find the shards that were removed where the record of them is damaged: they have one of their own,
@@ -161,7 +179,10 @@ class Room:
             for shard in sorted(writer.committed())
             if not writer.array.shard_path(shard).exists() and not any(f.needs(shard) for f in followers)
         ]
-        return nothing.model_copy(update={"first": gone[0], "stop": gone[-1] + 1}) if gone else nothing
+        if not gone:
+            return nothing
+        stop = next(shard for shard in itertools.count(gone[0]) if shard not in gone)
+        return nothing.model_copy(update={"first": gone[0], "stop": stop})
 
     def _write(self, consumed: Consumed) -> None:
         sites = {*consumed.sites, *(writer.site.name for writer in self.writers)}
@@ -208,9 +229,15 @@ def _removable(followers: Mapping[Path, Follower], before: Consumed) -> Consumed
     return before.model_copy(update={"first": min(first, stop), "stop": stop})
 
 
-def make_whole(store: ActivationStore, sites: list[str], worker: Worker) -> None:
+def make_whole(store: ActivationStore, sites: list[str], worker: Worker, *, is_done: bool = False) -> None:
     """Forget that shards of some sites were removed, so that they are computed again. The caller holds the
     claim on the store.
+
+    Args:
+        store: the store.
+        sites: names of the sites.
+        worker: this process.
+        is_done: whether the sites are finished, so that nothing is removed any more.
 
     Raises:
         StoreError: other processes fill it, and may be removing more.
@@ -221,12 +248,12 @@ def make_whole(store: ActivationStore, sites: list[str], worker: Worker) -> None
         return
     if not set(sites) & set(consumed.sites):
         return
+    if not is_done and not worker.is_alone():
+        raise StoreError(
+            f"other processes are filling {store.path} with --delete-consumed; stop them first, or give "
+            "--delete-consumed and --max-disk here too"
+        )
     if consumed.shards:
-        if not worker.is_alone():
-            raise StoreError(
-                f"other processes are filling {store.path} with --delete-consumed; stop them first, or give "
-                "--delete-consumed and --max-disk here too"
-            )
         say(f"{counted(len(consumed.shards), 'shard')} of {store.path} that were removed are computed again")
     if others := tuple(site for site in consumed.sites if site not in sites):
         left = consumed.model_copy(update={"sites": others})

@@ -124,6 +124,8 @@ def _complete(plan: Plan, store: ActivationStore, writers: list[SiteWriter], wor
         room = _room(plan, store, writers, worker)
         bad = [damaged(writer) for writer in writers]
         with worker.hold("store"):
+            if room is not None:
+                room.refresh()
             for writer, shards in zip(writers, bad, strict=True):
                 mend(writer, shards)
         lacking = {writer.site.name: writer.lacking() for writer in writers}
@@ -140,7 +142,7 @@ def _complete(plan: Plan, store: ActivationStore, writers: list[SiteWriter], wor
             return room.left
         with worker.hold("store"):
             if all([writer.finish() for writer in writers]):
-                make_whole(store, [writer.site.name for writer in writers], worker)
+                make_whole(store, [writer.site.name for writer in writers], worker, is_done=True)
                 return f"complete; {_done_sentence(n_missing, n_written)}"
 
 

@@ -94,7 +94,7 @@ class Sharing:
                 continue
             is_new = shard not in self._counted
             self._counted.add(shard)
-            self._lacking.remove(shard)
+            # It stays among those that are lacking, and takes room as one of them, until it is committed.
             self._has_claimed = True
             return Share(shard, needing, claim, is_new)
         return None

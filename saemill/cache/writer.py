@@ -193,7 +193,7 @@ class SiteWriter:
             durable.sync_folder(place.parent)
         try:
             durable.place(record, commit)
-            mixed = place.stat().st_ino != inode
+            mixed = place.exists() and place.stat().st_ino != inode  # it may be read and removed by now
         except FileExistsError:
             mixed = not commit.exists() or commit.read_bytes() != record.read_bytes()
         if mixed:

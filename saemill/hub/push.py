@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from saemill.common import hub
+from saemill.common.addresses import address_of
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.sae.formats.sparsify import WEIGHTS
@@ -44,6 +45,10 @@ def push(
         ConfigError: unknown variants, or the hub refuses.
     """
     check_repo(repo)
+    if address := address_of(path):
+        raise ConfigError(
+            f"{address} is no folder here, and a folder is what is pushed; copy it to a disk first"
+        )
     place = f"{repo}@{quote(revision, safe='')}" if revision else repo
     contents = contents_of(path, place, variants)
     if dry_run:

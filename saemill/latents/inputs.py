@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from saemill.common.addresses import is_there
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.common.ranges import parsed
@@ -60,7 +61,7 @@ def open_run(config: ExportLatentsConfig, device: torch.device) -> Opened:
     saes = {name: of_run.load(run, name, finished, device) for name in names}
     _check_words(config.format, saes)
     path = config.acts or Path(finished.acts)
-    if not path.exists():
+    if not is_there(path):
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
     store = ActivationStore(path)
     for name, sae in saes.items():

@@ -190,6 +190,8 @@ class Chain:
         if whole:
             say(f"{caching.out} has {', '.join(names)} already")
         if whole or (training.resume and runs.is_finished(training.out)):
+            if not whole and not caching.delete_consumed:  # training may need less than all of it
+                cache(caching)
             return False
         say(f"{number}. cache, and {number + 1}. train meanwhile")
         self._write_down(training.out)

@@ -6,7 +6,7 @@ from typing import Any
 
 from saemill.assess.config import AssessConfig
 from saemill.cache.config import CacheConfig
-from saemill.common.addresses import address_of
+from saemill.common.addresses import address_of, is_there
 from saemill.common.config import STAGES
 from saemill.common.errors import ConfigError
 from saemill.common.stores import runs
@@ -82,7 +82,7 @@ def check_input(stage: str, config: Any) -> None:
     Raises:
         ConfigError: it is not.
     """
-    if stage in READS and not (getattr(config, READS[stage]) / MADE[stage]).exists():
+    if stage in READS and not is_there(getattr(config, READS[stage]) / MADE[stage]):
         before = STAGES[STAGES.index(stage) - 1]
         raise ConfigError(
             f"{stage}.{READS[stage]} is {getattr(config, READS[stage])}, where nothing was made by "

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from saemill.assess.config import AssessConfig
 from saemill.common import config as settings
-from saemill.common.errors import StoreError
+from saemill.common.addresses import address_of, is_there
+from saemill.common.errors import SaemillError, StoreError
 from saemill.common.log import counted
 from saemill.common.stores import assessments, runs
 from saemill.common.stores.activations import ActivationStore
@@ -35,7 +36,7 @@ def by_stage(folder: Path, run: Path) -> dict[str, list[str]]:
             "assess": AssessConfig(run=run),
         }
         acts = Path(runs.finished(run).acts) if runs.is_finished(run) else configs["train"].acts
-        tokens = acts / "tokens"
+        tokens = None if address_of(acts) else acts / "tokens"
     else:
         raise StoreError(
             f"{run} is no run of `saemill train`, and {folder} holds no jobs of `saemill submit`; name the "
@@ -61,8 +62,8 @@ def _tokenized(out: Path) -> str:
 def _cached(out: Path) -> list[str]:
     try:
         store = ActivationStore(out)
-    except StoreError:
-        return [f"nothing in {out}"]
+    except SaemillError as error:
+        return [f"nothing in {out}" if address_of(out) is None else str(error)]
     n_done = dict.fromkeys(store.sites, store.n_shards) | store.unfinished
     lines = [f"{name}: {n_done[name]:,} of {store.n_shards:,} shards" for name in sorted(n_done)]
     return lines or [f"no site in {out}"]
@@ -102,7 +103,7 @@ def _n_steps(config: TrainConfig) -> int | None:
     """Count the steps of the run; None where a mask of its own, or tokens that are too long, make the epoch
     differ from the store's."""
     n_tokens = config.max_tokens
-    if n_tokens is None and (config.acts / "zarr.json").exists():
+    if n_tokens is None and is_there(config.acts / "zarr.json"):
         store = ActivationStore(config.acts, config.with_acts)
         named = [store.site(name) for name in with_sites(config, store.sites).site or store.sites[:1]]
         sites = [part for site in named for part in site.parts.values()]

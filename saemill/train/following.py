@@ -1,5 +1,6 @@
 """A run that follows a store: it waits for shards, and tells the store which ones it still needs."""
 
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
@@ -7,7 +8,7 @@ from saemill.common import records
 from saemill.common.errors import Interrupted, StoreError
 from saemill.common.log import duration, say
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.followed import FollowedStore, two_groups
+from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.followers import Follower, follower_path, read_consumed
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.site_records import site_path
@@ -20,6 +21,8 @@ from saemill.train.stream.whole_rows import WholeRows
 
 LONGEST_WAIT = 2.0
 """Most seconds between two looks at the store."""
+LOOKS = (0.1, 0.3, 1.0)
+"""Seconds between looks at what is removed, after which it is believed."""
 SILENT_WAITS = 4
 """Waits in a row before the user is told."""
 
@@ -61,7 +64,8 @@ class Following:
         consumed = read_consumed(self.store.path, self.store.settings.identity)
         if consumed is None:
             return
-        needed = (*range(self.n_kept), *self.order.shards_of(self._group_at(step)))
+        start = self.order.shards_of(self._group_at(step)).start
+        needed = (*range(self.n_kept), *range(start, self.order.shards_of(self._group_at_end).stop))
         for site in self.rows.sites:
             if site in consumed.sites and set(needed) & set(consumed.shards):
                 raise StoreError(consumed.refusal(site, self.store.path))
@@ -79,8 +83,8 @@ class Following:
             Interrupted: a signal came.
         """
         self.group = self._group_at(step)
-        everyone.first(self._register)
-        everyone.first(lambda: self.check(step))  # after it: what is removed from now on is not needed
+        everyone.first(lambda: self._register_for(step))
+        self.order.pass_by(self.group)
         groups = enumerate(self.store.groups)
         of_kept = next((group for group, shards in groups if self.n_kept <= shards.stop), 0)
         self.wait_for(max(self.group, of_kept), everyone)
@@ -97,6 +101,10 @@ class Following:
                 raise Interrupted("stopped by a signal while waiting for shards; the same command continues")
             self.wait()
         self.waits = 0
+
+    def wait_at(self, step: int, everyone: Group) -> None:
+        """Wait for the group that the batch after `step` steps begins in; see `wait_for`."""
+        self.wait_for(self._group_at(step), everyone)
 
     def wait(self) -> None:
         """Wait for a moment, longer from time to time; say for what where it takes long."""
@@ -154,6 +162,28 @@ class Following:
             return
         self._write(start=self.order.shards_of(self.group).start, n_kept=self.n_kept)
 
+    def _register_for(self, step: int) -> None:
+        """Write the run's record, and look once more: what is removed from then on is not needed.
+
+        `cache` may be about to remove shards, and takes that back when it sees the record.
+
+        Raises:
+            StoreError: shards that it needs are gone; the record is withdrawn.
+        """
+        was_there = self._path.exists()
+        self._register()
+        for seconds in LOOKS:
+            with suppress(StoreError):
+                self.check(step)
+                return
+            self.stop.wait(seconds)
+        try:
+            self.check(step)
+        except StoreError:
+            if not was_there:
+                self._path.unlink(missing_ok=True)
+            raise
+
     def _write(self, start: int, n_kept: int) -> None:
         record = Follower(
             store=self.store.settings.identity,
@@ -161,7 +191,7 @@ class Following:
             start=start,
             stop=self.order.shards_of(self._group_at_end).stop,
             n_kept=n_kept,
-            at_once=two_groups(self.store.groups),
+            at_once=self.order.at_once(self.batch_tokens),
         )
         self._path.parent.mkdir(exist_ok=True)
         records.write(self._path, record)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from saemill.common.addresses import address_of
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.followed import FollowedStore
@@ -65,9 +66,9 @@ def open_store(config: TrainConfig) -> ActivationStore:
     """
     if not config.follow:
         return ActivationStore(config.acts, config.with_acts)
+    if address := address_of(config.acts):
+        raise ConfigError(f"follow: {address} is in an object store, where none is filled; leave it out")
     store = FollowedStore(config.acts, config.group_tokens)
-    if store.mirror is not None:
-        raise ConfigError(f"follow: {store.named} is in an object store, where none is filled; leave it out")
     if not isinstance(store.text, TokenStore):
         raise ConfigError(f"follow: {config.acts} holds embeddings, which are there as a whole; leave it out")
     return store

@@ -223,6 +223,8 @@ def _train(
             trainer.run(end)
             if end < schedule.n_steps:
                 _halve(config, halving, trainer, end)
+                if beside.following is not None:
+                    beside.following.wait_at(end, everyone)
     return trainer
 
 

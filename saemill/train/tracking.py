@@ -78,7 +78,7 @@ def _store(store: ActivationStore) -> dict[str, Any]:
         "tokenizer": store.tokens.tokenizer.name if isinstance(store.text, TokenStore) else None,
         "ctx_len": store.ctx_len,
         "store": {
-            "path": str(store.path.absolute()),
+            "path": store.place,
             "dtype": settings.dtype,
             "model_dtype": settings.model_dtype,
             "n_tokens": store.n_tokens,

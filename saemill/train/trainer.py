@@ -136,7 +136,8 @@ class Trainer:
             return
         while self.everyone.any(not self.loader.is_there(self.step)):
             if self.everyone.any(self.stop.is_set()):
-                self._save()
+                if self.step:
+                    self._save()
                 raise self._interrupted()
             self.following.wait()
         self.following.waits = 0

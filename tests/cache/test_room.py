@@ -13,7 +13,9 @@ from stores import make_store
 
 from saemill.cache import room as rooms
 from saemill.cache.claims.worker import Worker
+from saemill.cache.repair import damaged, mend
 from saemill.cache.room import Room, fits, make_whole
+from saemill.cache.sharing import Sharing
 from saemill.cache.writer import SiteWriter
 from saemill.common import records
 from saemill.common.errors import ConfigError, StoreError
@@ -60,10 +62,10 @@ def growing(tmp_path: Path) -> Growing:
 
 
 @contextmanager
-def open_room(growing: Growing, n_shards: int) -> Iterator[Room]:
+def open_room(growing: Growing, n_shards: int, sites: tuple[str, ...] = ("a", "b")) -> Iterator[Room]:
     store = ActivationStore(growing.path)
     with Worker(growing.path / "claims", threading.Event()) as worker:
-        writers = [SiteWriter(store, Site(name, 4), worker) for name in growing.sites]
+        writers = [SiteWriter(store, Site(name, 4), worker) for name in sites]
         yield Room(store, writers, worker, n_shards * sum(writer.array.raw_bytes for writer in writers))
 
 
@@ -118,6 +120,15 @@ def test_what_all_runs_have_read_is_removed_and_nothing_else(growing: Growing) -
         assert room.stays_open
 
 
+def test_shards_in_the_making_take_room(growing: Growing) -> None:
+    """Oracle: the room: two shards, of which neither is written when a third is asked for."""
+    with open_room(growing, 2) as room:
+        sharing = Sharing(room.store, room.writers, room.worker, room)
+        sharing.look(lambda n_tokens: None)
+        claimed = sharing.claimed(lambda n_tokens: None)
+        assert [share.shard for share in claimed] == [0, 1]
+
+
 def test_the_advice_for_a_run_that_is_gone_helps(growing: Growing) -> None:
     """Oracle: the record that the message names is removed; then the other run is the slowest."""
     with open_room(growing, 2) as room:
@@ -153,7 +164,7 @@ def test_a_crash_while_shards_are_removed_leaves_no_shard_uncounted(
         assert consumed(growing).shards == range(3)
 
 
-def _interrupt(path: Path) -> None:
+def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -175,6 +186,62 @@ def test_a_run_that_begins_while_shards_are_removed_keeps_them(
         assert not room.has(2, lacking(growing))
         assert there(growing) == [0, 1]
         assert not consumed(growing).shards
+
+
+def test_a_kill_before_the_second_look_keeps_what_a_run_needs(
+    growing: Growing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the files after a kill between the record and the second look, when a run has come in between;
+    what is removed by then stays so."""
+    register(growing, "run", start=2)
+    with open_room(growing, 2) as room:
+        growing.grow()
+        growing.grow()
+        with monkeypatch.context() as patch:
+            patch.setattr(Room, "_remove", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                room.has(2, lacking(growing))
+    assert consumed(growing).shards == range(2)
+    late = register(growing, "late", start=1)
+    with open_room(growing, 2):
+        assert consumed(growing).shards == range(1)
+        assert there(growing) == there(growing, "b") == [1]
+    late.unlink()
+    with open_room(growing, 2) as room:
+        growing.grow()
+        assert room.has(3, lacking(growing))
+        assert consumed(growing).shards == range(2)
+
+
+def test_workers_on_two_sites_share_one_record(growing: Growing) -> None:
+    """Oracle: the files of each site; the record of the worker that came first has the other's site too."""
+    register(growing, "run", start=2)
+    with open_room(growing, 2, ("a",)) as first, open_room(growing, 2, ("b",)) as second:
+        assert consumed(growing).sites == ("a", "b")
+        growing.grow()
+        growing.grow()
+        assert first.has(2, lacking(growing))
+        assert (there(growing), there(growing, "b")) == ([], [0, 1])
+        second.has(2, lacking(growing))
+        assert there(growing, "b") == []
+        assert second.has(2, lacking(growing))
+
+
+def test_what_another_worker_removes_meanwhile_is_no_damage(growing: Growing) -> None:
+    """Oracle: the records of shards, after a worker has looked for damage before and mends after another one
+    removes them."""
+    register(growing, "run", start=2)
+    with open_room(growing, 2) as first, open_room(growing, 2) as second:
+        growing.grow()
+        growing.grow()
+        assert first.has(2, lacking(growing))
+        bad = [damaged(writer) for writer in second.writers]
+        assert all({0, 1} <= set(shards) for shards in bad)
+        with second.worker.hold("store"):
+            second.refresh()
+            for writer, shards in zip(second.writers, bad, strict=True):
+                mend(writer, shards)
+        assert lacking(growing) == [*range(2, N_SHARDS)]
 
 
 def test_less_room_than_runs_need_is_refused_with_what_they_need(growing: Growing) -> None:

@@ -208,6 +208,46 @@ def test_what_is_gone_is_refused_before_anything_is_lost(
         run(following)
 
 
+def test_a_run_that_comes_too_late_leaves_no_record(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the refusal where shards that are read later are gone, though those of the first group are
+    there; and that the store waits for nobody then, also where they go between two looks."""
+    growing = Growing(store, tmp_path / "acts")
+    while growing.grow():
+        pass
+    gone = Consumed(store=store.settings.identity, sites=("a",), first=2, stop=3)
+    records.write(growing.path / "consumed.json", gone)
+    following = replace(config(store, tmp_path / "run", **FOLLOW), acts=growing.path)
+    with pytest.raises(StoreError, match=r"'a' of .* is consumed: its shard 2 was removed"):
+        run(following)
+    records.write(growing.path / "consumed.json", gone.model_copy(update={"first": 0, "stop": 0}))
+    register = Following._register
+
+    def late(self: Following) -> None:
+        register(self)
+        records.write(growing.path / "consumed.json", gone)
+
+    monkeypatch.setattr(Following, "_register", late)
+    with pytest.raises(StoreError, match=r"its shard 2 was removed"):
+        run(following)
+    assert list((growing.path / "followers").iterdir()) == []
+
+
+def test_a_batch_may_reach_into_several_groups(addressed: ActivationStore) -> None:
+    """Oracle: the shards that the groups of every batch lie in, by the stream's own positions, one by one."""
+    for batch_tokens in (1, 100, 900, 1700, 5000):
+        order = stream(addressed, group_shards=1, batch_tokens=batch_tokens).order
+        most = 0
+        for position in range(order.n_tokens):
+            first = order.group_of(position)
+            last = order.group_of(min(position + batch_tokens, order.n_tokens) - 1)
+            last = max(last, min(first + 1, len(order.store.groups) - 1))
+            most = max(most, order.shards_of(last).stop - order.shards_of(first).start)
+        assert order.at_once(batch_tokens) == most
+    assert order.at_once(5000) == addressed.n_shards
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from saemill.common import durable, records
-from saemill.common.errors import StoreError
+from saemill.common.errors import MissingError, StoreError
 from saemill.common.records import Count, Hash, Positive, Record
 from saemill.common.stores.site_records import CONSUMED, FOLLOWERS, REPAIR, SiteName
 
@@ -73,9 +73,10 @@ class Consumed(Record):
 
     def refusal(self, site: str, store: Path) -> str:
         """Say that a site cannot be read as a whole, why, and what helps."""
-        which = f"shards {self.first} to {self.stop - 1}" if len(self.shards) > 1 else f"shard {self.first}"
+        several = f"shards {self.first} to {self.stop - 1} were"
+        which = several if len(self.shards) > 1 else f"shard {self.first} was"
         return (
-            f"site {site!r} of {store} is consumed: its {which} were removed when all runs that followed it "
+            f"site {site!r} of {store} is consumed: its {which} removed when all runs that followed it "
             "had read them. `saemill cache` without --delete-consumed computes them again"
         )
 
@@ -94,7 +95,10 @@ def followers_of(store: Path, identity: str) -> dict[Path, Follower]:
     found = {}
     for path in sorted((store / FOLLOWERS).glob("[!.]*.json")):
         repair = "Remove it if its run will not go on; else the same `saemill train` writes it again."
-        found[path] = records.read(path, Follower, repair)
+        try:
+            found[path] = records.read(path, Follower, repair)
+        except MissingError:  # its run has ended, or it was removed as the message advises
+            continue
         if found[path].store != identity:
             raise StoreError(f"{path} is of another store, or of other settings. {repair}")
     return found

@@ -8,8 +8,11 @@ A mirror is the store's folder to all that reads one. What is large stays: the s
 blocks are read as they are needed, and the records of single shards, which few ask for.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
 import xxhash
 from platformdirs import user_cache_path
@@ -32,8 +35,8 @@ class Object(Record):
     """An object, as it was listed."""
 
     n_bytes: Count
-    tag: str
-    """What changes with its content."""
+    tag: str | None
+    """What changes with its content, where the provider tells."""
 
 
 class Objects(Record):
@@ -78,7 +81,7 @@ class Mirror:
         key = path.relative_to(self.folder).as_posix()
         if (listed := self.known.objects.get(key)) is None:
             raise MissingError(f"{self.name_of(path)}: {durable.MISSING}")
-        return ObjectContent(self.remote, key, listed.n_bytes)
+        return ObjectContent(self.remote, key, listed.n_bytes, listed.tag)
 
     def problem(self, path: Path, n_bytes: int, xxh3: str | None = None) -> str | None:
         """Describe how an object differs from what was written, as `durable.problem` does."""
@@ -118,7 +121,7 @@ def opened(path: Path | str) -> tuple[Path, Mirror | None]:
 
 
 def _refresh(remote: ObjectStore, folder: Path) -> None:
-    """Make a mirror as the address is now: fetch small files that are new or differ, remove those gone."""
+    """Make a mirror as the address is now: fetch small files that are new or differ, remove all others."""
     listed = {key: Object(n_bytes=size, tag=tag) for key, (size, tag) in remote.list().items()}
     if outside := [key for key in listed if {"", ".", ".."} & set(key.split("/"))]:
         raise StoreError(
@@ -130,13 +133,15 @@ def _refresh(remote: ObjectStore, folder: Path) -> None:
         )
     before = records.if_whole(lambda: records.read(folder / OBJECTS, Objects, ""))
     known = before.objects if before else {}
-    for key, item in known.items():
-        if listed.get(key) != item:
-            (folder / key).unlink(missing_ok=True)
+    for file in [file for file in folder.rglob("*") if file.is_file() and file.name != OBJECTS]:
+        key = file.relative_to(folder).as_posix()
+        if key not in listed or listed[key] != known.get(key):
+            file.unlink(missing_ok=True)
     for key, item in listed.items():
-        if not _stays(key) and not (known.get(key) == item and (folder / key).exists()):
+        if not _stays(key) and not (folder / key).exists():
             _fetch(remote, key, item, folder / key)
-    records.write(folder / OBJECTS, Objects(address=remote.address, objects=listed))
+    with _placing(folder / OBJECTS) as own:
+        records.write(own, Objects(address=remote.address, objects=listed))
 
 
 def _stays(key: str) -> bool:
@@ -146,6 +151,18 @@ def _stays(key: str) -> bool:
 
 def _fetch(remote: ObjectStore, key: str, item: Object, path: Path) -> None:
     """Fetch an object into a file, whole or not at all."""
-    content = ObjectContent(remote, key, item.n_bytes)
+    content = ObjectContent(remote, key, item.n_bytes, item.tag)
     pieces = (content[start : start + PIECE_BYTES].data for start in range(0, item.n_bytes, PIECE_BYTES))
-    durable.write_bytes(path, pieces)
+    with _placing(path) as own:
+        durable.write_bytes(own, pieces)
+
+
+@contextmanager
+def _placing(path: Path) -> Iterator[Path]:
+    """Yield where to write a file that then takes its place, beside other processes that write it too."""
+    own = path.with_name(f"{path.name}.{uuid4().hex}")
+    try:
+        yield own
+        own.replace(path)
+    finally:
+        own.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from saemill.common.errors import ConfigError, DiskError, MissingError
+from saemill.common.errors import ConfigError, DiskError, MissingError, StoreError
 
 T = TypeVar("T")
 N_ATTEMPTS = 6
@@ -43,34 +43,36 @@ class ObjectStore:
         except Exception as error:  # of types that obstore has for each provider
             raise ConfigError(f"{address} cannot be opened: {_first_line(error)}") from error
 
-    def list(self) -> dict[str, tuple[int, str]]:
-        """List all objects: their size in bytes and what changes with their content, by key.
+    def list(self) -> dict[str, tuple[int, str | None]]:
+        """List all objects: their size in bytes and the tag that changes with their content, by key.
 
         Raises:
             ConfigError, DiskError: as of `read`.
         """
         import obstore
 
-        def listed() -> dict[str, tuple[int, str]]:
+        def listed() -> dict[str, tuple[int, str | None]]:
             pages = obstore.list(self._store)
-            return {str(o["path"]): (o["size"], str(o["e_tag"])) for page in pages for o in page}
+            return {str(o["path"]): (o["size"], o["e_tag"]) for page in pages for o in page}
 
         return self._patiently(listed, "")
 
-    def read(self, key: str, start: int, stop: int) -> bytes:
-        """Read consecutive bytes of an object.
+    def read(self, key: str, tag: str | None, start: int, stop: int) -> bytes:
+        """Read consecutive bytes of an object whose tag is still that.
 
         Raises:
             MissingError: there is no such object.
+            StoreError: its content is another by now.
             ConfigError: it may not be read.
             DiskError: it cannot be read, also after some attempts.
         """
         import obstore
 
         def ranged() -> bytes:
-            content = (
-                bytes(obstore.get_range(self._store, key, start=start, end=stop)) if stop > start else b""
-            )
+            if start == stop:
+                return b""
+            wanted: Any = {"range": (start, stop)} | ({"if_match": tag} if tag else {})
+            content = bytes(obstore.get(self._store, key, options=wanted).bytes())
             if len(content) != stop - start:
                 raise OSError(f"{len(content):,} bytes came, not {stop - start:,}")
             return content
@@ -88,6 +90,10 @@ class ObjectStore:
                 return action()
             except (FileNotFoundError, exceptions.NotFoundError) as error:
                 raise MissingError(f"{what}: there is no such object or bucket") from error
+            except exceptions.PreconditionError as error:
+                raise StoreError(
+                    f"{what} has changed since it was listed; run the same command again"
+                ) from error
             except refused as error:
                 raise ConfigError(
                     f"{what} may not be read: {_first_line(error)}; give credentials that may, in the "
@@ -110,10 +116,11 @@ class ObjectContent:
         store: where it is.
         key: its name.
         n_bytes: its size.
+        tag: as it was listed.
     """
 
-    def __init__(self, store: ObjectStore, key: str, n_bytes: int) -> None:
-        self.store, self.key, self.n_bytes = store, key, n_bytes
+    def __init__(self, store: ObjectStore, key: str, n_bytes: int, tag: str | None) -> None:
+        self.store, self.key, self.n_bytes, self.tag = store, key, n_bytes, tag
 
     def __len__(self) -> int:
         return self.n_bytes
@@ -121,7 +128,9 @@ class ObjectContent:
     def __getitem__(self, span: slice) -> NDArray[np.uint8]:
         """Read consecutive bytes, in memory of their own; fewer where the object ends before."""
         start, stop, _ = span.indices(self.n_bytes)
-        return np.frombuffer(bytearray(self.store.read(self.key, start, max(start, stop))), np.uint8)
+        return np.frombuffer(
+            bytearray(self.store.read(self.key, self.tag, start, max(start, stop))), np.uint8
+        )
 
 
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")

@@ -125,6 +125,20 @@ class Groups:
             self._n_there += 1
         return True
 
+    def pass_by(self, group: int) -> None:
+        """Look for the shards of a group and of those behind it alone: earlier ones are not needed."""
+        self._n_there = max(self._n_there, self.shards_of(group).start)
+
+    def at_once(self, batch_tokens: int) -> int:
+        """Count the shards that must be there together at most: those of a group, of the next one, and of as
+        many as a batch reaches into."""
+        most, last = 0, len(self.store.groups) - 1
+        for group in range(last + 1):
+            end = min(int(self.starts[group + 1]) - 1 + batch_tokens, self.n_tokens)
+            reached = max(self.group_of(end - 1), min(group + 1, last))
+            most = max(most, self.shards_of(reached).stop - self.shards_of(group).start)
+        return most
+
     @property
     def n_there(self) -> int:
         """Number of the first shards that were found to be committed at all sites."""

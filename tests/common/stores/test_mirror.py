@@ -12,7 +12,10 @@ from stores import make_store
 from saemill.common.errors import ConfigError, DiskError, MissingError, StoreError
 from saemill.common.stores import mirror, objects
 from saemill.common.stores.activations import ActivationStore
+from saemill.hub.push import push
+from saemill.pipeline.stages import check_input
 from saemill.show import describe, problems
+from saemill.slurm import progress
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 from saemill.train.config import TrainConfig
@@ -155,6 +158,36 @@ def test_a_mirror_follows_its_address(s3: S3, tmp_path: Path) -> None:
     assert store.sites == ["a", "b"]
     (store.path / mirror.OBJECTS).write_text("{")
     assert torch.equal(ActivationStore(address).read("b", 0, 9), local.read("b", 0, 9))
+
+
+def test_an_object_that_changes_under_a_reader(s3: S3, tmp_path: Path) -> None:
+    """Oracle: the refusal of a block and of a record that are not those listed; then the store as it was."""
+    local = local_store(tmp_path / "acts")
+    address = s3.put(local.path, "changing")
+    remote = ActivationStore(address)
+    commit = (local.path / "a/commits/0.json").read_bytes()
+    for key in ("changing/a/c/0/0", "changing/a/commits/0.json"):
+        s3.put_file(key, b"x" * 10_000)
+    with pytest.raises(StoreError, match=f"{address}/a/c/0/0 has changed since it was listed; run the same"):
+        remote.read("a", 0, 1)
+    with pytest.raises(StoreError, match=f"{address}/a/commits/0.json has changed since it was listed"):
+        remote.array("a").norms(0)
+    s3.put_file("changing/a/c/0/0", (local.path / "a/c/0/0").read_bytes())
+    s3.put_file("changing/a/commits/0.json", commit)
+    again = ActivationStore(address)
+    assert np.array_equal(again.array("a").norms(0), local.array("a").norms(0))
+    (again.path / "sites/c.json").write_text("left by a process that was killed")
+    assert ActivationStore(address).sites == ["a", "b"]
+    assert not (again.path / "sites/c.json").exists()
+
+
+def test_every_command_takes_an_address_or_says_why_not(s3: S3, tmp_path: Path) -> None:
+    """Oracle: what the commands do with the store on the disk, or the refusal."""
+    address = s3.put(local_store(tmp_path / "acts").path, "commanded")
+    check_input("train", TrainConfig(acts=Path(address), out=tmp_path / "run"))
+    assert [line for line in progress._cached(Path(address)) if line.startswith("a: ")]
+    with pytest.raises(ConfigError, match=f"{address} is no folder here, and a folder is what is pushed"):
+        push(Path(address), "user/repo", dry_run=True)
 
 
 def test_nothing_is_written_to_an_address(tmp_path: Path) -> None:
