@@ -162,11 +162,7 @@ def _outlook(
     device: torch.device,
     is_done: bool,
 ) -> Outlook:
-    """Work out what is going to be done, and what may go wrong.
-
-    Raises:
-        ConfigError: this machine cannot do it.
-    """
+    """Work out what is going to be done; refuse what this machine cannot do."""
     if not is_done:
         check_machine(config)
     by = Computed(device, kernels_of(config.kernels, device), choose_product_dtype(config.precision, device))
