@@ -121,7 +121,10 @@ def output(*arguments: str) -> str:
         (("run", "--lr_scheduler_name", "constant"), "is `--set train.lr_schedule=` here: constant, cosine"),
         (("run", "--n", "4"), "no option --n; see"),
         (("train", "a", "--ka", "4"), "did you mean --k?"),
-        (("assess", "a", "--expansion-factor", "4"), "it is a flag of `saemill run`, `saemill plan`, `saemill train`"),
+        (
+            ("assess", "a", "--expansion-factor", "4"),
+            "it is a flag of `saemill run`, `saemill plan`, `saemill train`",
+        ),
         (
             ("run", "m", "d", "--l1-coefficient", "1"),
             "it is a flag of `saemill train`; here it is --set train.l1_coefficient=",
