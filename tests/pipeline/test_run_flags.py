@@ -1,6 +1,7 @@
 """The flags of `saemill run`: other tools' ones, lists, and settings that exist."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ def given(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
     """What the command line makes of arguments."""
     told: dict[str, Any] = {}
 
-    def stand_in(model: Any, dataset: Any, flags: Any, file: Any, sets: Any) -> None:
+    def stand_in(
+        model: Any, dataset: Any, flags: Any, file: Any, sets: Any, is_plan: bool
+    ) -> Callable[[], None]:
         told.update({name: value for name, value in flags.items() if value is not None})
         told.update(model=model, dataset=dataset, file=file)
+        return lambda: None
 
-    monkeypatch.setattr("saemill.pipeline.run.run", stand_in)
+    monkeypatch.setattr("saemill.pipeline.run.chain_of", stand_in)
     result = CliRunner().invoke(cli.app, ["run", *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return told
