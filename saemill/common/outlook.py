@@ -102,7 +102,7 @@ def nearest_folder(folder: Path) -> Path:
 
 
 def process_bytes() -> int:
-    """Measure the most memory that this process has held so far: at its start, its libraries.
+    """Measure the most memory that this process has held so far; at its start that is its libraries.
 
     The kernel's figure of the process itself; that of `getrusage` begins with what the process held that
     started it.

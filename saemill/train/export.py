@@ -1,6 +1,5 @@
 """What a finished run leaves: a folder per SAE, and the record that makes the run finished."""
 
-import resource
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from saemill.common import records
 from saemill.common.log import counted, duration, say
+from saemill.common.outlook import process_bytes
 from saemill.common.records import File
 from saemill.common.sae.formats import sparsify
 from saemill.common.stores.activations import ActivationStore
@@ -67,7 +67,7 @@ def finished_of(
         if (step := int(learner.diverged_step)) >= 0
     }
     store = trainer.loader.store
-    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak_rss_bytes = process_bytes()
     shared = trainer.everyone.all_gather_objects((own_steps, own_cfgs, peak_rss_bytes))
     steps = {name: step for diverged, _, _ in shared for name, step in diverged.items()}
     cfgs = {name: cfg for _, written, _ in shared for name, cfg in written.items()}
