@@ -6,6 +6,7 @@ import torch
 
 from saemill.cache.config import CacheConfig
 from saemill.common import durable
+from saemill.common.device import is_fast_at_bf16
 from saemill.common.log import counted
 from saemill.common.outlook import Outlook, process_bytes, shown
 from saemill.common.stores.forms.packing import BLOCK_TOKENS
@@ -66,6 +67,10 @@ def outlook_of(
     limit = config.max_disk_bytes
     if limit is not None and limit < sum(disk.values()):
         what = (*what, f"  at most {shown(limit)} of them at once; what is read is removed")
+    is_new = not (config.out / "zarr.json").exists()
+    if identity["model_dtype"] == "float32" and config.model_dtype == "auto" and is_new:
+        if is_fast_at_bf16(device):
+            what = (*what, "  the model computes in fp32; --model-dtype bf16 is faster here, and less exact")
     return Outlook(
         stage="cache",
         what=what,

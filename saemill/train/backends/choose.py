@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
+from saemill.common.device import is_fast_at_bf16
 from saemill.common.errors import ConfigError
 from saemill.train.backends.base import Backend
 from saemill.train.backends.plain import Plain
@@ -75,6 +76,5 @@ def choose_kernels(name: str, device: torch.device) -> str:
 def choose_product_dtype(name: str, device: torch.device) -> torch.dtype:
     """Choose the dtype of the encoder's product: bf16 wherever `auto` finds hardware that is fast at it."""
     if name == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if is_fast_at_bf16(device) else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
