@@ -129,7 +129,7 @@ class Loader:
         order = self.order.shuffled(window, n_rows)
         rows: dict[str, Tensor] = {}
         for name, site in self.sites.items():
-            # Fresh pages cost more than the copies: huge ones are five times as fast.
+            # On a machine that is short of memory, small fresh pages cost more than the copies.
             buffer, shuffled = (zeros(n_rows, site.columns, dtype=site.stored) for _ in range(2))
             blocks_of_rows = as_numpy(buffer)
             jobs = zip(blocks, [0, *ends[:-1]], ends, strict=True)
