@@ -21,11 +21,11 @@ class Thresholds:
     min_l0: float = setting(20.0, "Fewest active latents per token of a healthy SAE", least=0, most=LARGEST)
     max_l0: float = setting(200.0, "Most active latents per token of a healthy SAE", least=0, most=LARGEST)
     max_dead_fraction: float = setting(0.20, "Largest share of dead latents of a healthy SAE")
-    max_absorption: float = setting(0.25, "Largest absorption of a healthy SAE")
+    max_decoder_cosine: float = setting(0.25, "Largest mean, over latents, of the cosine to the most similar decoder row, of a healthy SAE")
 
     def __post_init__(self) -> None:
         check(self)
-        for name in ("min_loss_recovered", "max_dead_fraction", "max_absorption"):
+        for name in ("min_loss_recovered", "max_dead_fraction", "max_decoder_cosine"):
             if not getattr(self, name) <= 1 or (name.startswith("max") and getattr(self, name) < 0):
                 raise ConfigError(f"{name} must be a share, at most 1, got {getattr(self, name)}")
         if self.min_l0 > self.max_l0:

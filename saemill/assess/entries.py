@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from saemill.assess import verdict
 from saemill.assess.by_source import BySource
 from saemill.assess.config import Thresholds
+from saemill.assess.cosines import cosine_figures, cosines, random_cosines
 from saemill.assess.dealing import for_each
+from saemill.assess.dense import DENSE, describe_dense
 from saemill.assess.directions import norm_shares, siblings
 from saemill.assess.reader import PassageReader, Reader, reader_of
-from saemill.assess.reconstruction import FAR_METRICS, Reconstruction, absorption, random_absorption
+from saemill.assess.reconstruction import FAR_METRICS, Reconstruction
 from saemill.assess.splicing import SEVERAL, Splicing, absent_metrics
 from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.common import config as settings
@@ -25,8 +27,6 @@ from saemill.common.sae.sae import Sae
 from saemill.common.stores.site_names import is_joined
 from saemill.common.stores.statistics import FAR, far_warning, unheld_warning
 
-DENSE = 0.1
-"""Share of the tokens; a latent that fires on more is dense."""
 N_BINS = 20
 """Bins of a histogram of shares."""
 Entry = dict[str, Any]
@@ -74,7 +74,7 @@ class Measured:
         saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
         entries = self.entries(beside)
         for entry in entries:
-            entry |= self._beyond_figures(entry["name"])
+            entry |= self._beyond_figures(entry["name"], beside)
         for name, (sae, reason) in left_out.items():
             metrics = dict.fromkeys(entries[0]["metrics"], absent(reason))
             instead = {"not_measured": reason, "verdict": reason.partition(":")[0]}
@@ -205,7 +205,7 @@ class Measured:
             "by_source": self._by_source.figures(name) if name in self.reconstruction.saes else {},
         }
 
-    def _beyond_figures(self, name: str) -> dict[str, Any]:
+    def _beyond_figures(self, name: str, beside: "Beside") -> dict[str, Any]:
         """Describe where an SAE errs most, and name those that differ from it in the seed alone; nothing of
         one that has no figures."""
         measured = self.reconstruction
@@ -222,7 +222,17 @@ class Measured:
                 if mean > 0
             ],
             "norm_shares": self._norm_shares(name),
+            "dense": self._dense(name, beside),
         }
+
+    def _dense(self, name: str, beside: "Beside") -> list[dict[str, Any]]:
+        """Describe the dense latents; the first principal component is that of the PCA beside the SAE."""
+        measured, pca = self.reconstruction, beside.of[name].get("pca")
+        component_D = None if pca is None else beside.measured.reconstruction.saes[pca].W_dec.detach()[0]
+        if component_D is not None:
+            component_D = torch.nn.functional.normalize(component_D.float(), dim=0)
+        correlations = measured.correlations(name)
+        return describe_dense(measured.saes[name], measured.density(name), correlations, component_D)
 
     def _norm_shares(self, name: str) -> dict[str, list[int]]:
         """Count the live latents of a crosscoder by each site's share in their decoder rows."""
@@ -336,9 +346,7 @@ class Measured:
             "dense_fraction": {"value": float((density > DENSE).mean())},
             "dense_share": _dense_share(density),
             "density_quantiles": {"value": quantiles.tolist()},
-            "absorption": absorption(rows_FD),
-            "absorption_random": random_absorption(rows_FD),
-        }
+        } | cosine_figures(cosines(rows_FD), random_cosines(rows_FD))
 
     def _versus(self, name: str, best: str) -> dict[str, Figure]:
         """Compute differences to the best variant, value minus the best's, over the same documents: those

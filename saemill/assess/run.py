@@ -12,6 +12,7 @@ from saemill.assess.config import AssessConfig
 from saemill.assess.done import hash_of
 from saemill.assess.evalset import EvalSet
 from saemill.assess.features import Wanted, choose_latents, describe
+from saemill.assess.health import least_c_dec
 from saemill.assess.inputs import Trained, open_model, open_run, open_tokens
 from saemill.assess.measure import measure
 from saemill.assess.outlook import Amounts, Dictionary, Model, outlook_of
@@ -88,6 +89,7 @@ def _assess(
         "best_on_other_documents": measured.on_other_documents(best),
         "variants": entries,
         "controls": controls,
+        "least_c_dec": least_c_dec(entries),
         "n_processes": everyone.size,
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},
     }

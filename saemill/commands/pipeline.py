@@ -156,7 +156,7 @@ def train(config: TrainConfig) -> None:
     OUT,
     *("max_tokens", "model_tokens", "batch_size", "dead_percentage_threshold"),
     *("thresholds.min_loss_recovered", "thresholds.min_l0", "thresholds.max_l0"),
-    *("thresholds.max_dead_fraction", "thresholds.max_absorption"),
+    *("thresholds.max_dead_fraction", "thresholds.max_decoder_cosine"),
     *("variant", "latents", "n_latents", "n_contexts", "n_samples", "context_tokens", "page_bytes"),
     *("log_to_wandb", "device", "device_map", "max_memory"),
 )

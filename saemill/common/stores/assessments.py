@@ -13,7 +13,10 @@ from saemill.common.stores import runs
 from saemill.common.stores.features import Passage, Snippet
 
 FILE = runs.ASSESSMENT
-FORMAT = "saemill assessment 4"
+FORMAT = "saemill assessment 5"
+ALIASES = {"absorption": "max_decoder_cosine", "absorption_random": "max_decoder_cosine_random"}
+"""Names that figures had in earlier formats: written beside the present ones, for readers of the
+JSON alone."""
 REPAIR = "Run `saemill assess` again."
 
 
@@ -80,6 +83,25 @@ class Worst(Record):
     place: Snippet | Passage
 
 
+class DenseLatent(Record):
+    """A latent that fires on more than a tenth of the tokens."""
+
+    latent: Count
+    density: float
+    kind: Literal["antipodal", "position", "length", "component", "other"]
+    """What it follows, the first of these that holds."""
+    antipode: Count
+    """Latent with the most opposite decoder row."""
+    decoder_cosine: float
+    encoder_cosine: float
+    """Cosines of their rows."""
+    with_position: float | None
+    with_length: float | None
+    """Correlations of its activation with log₂(1 + position) and ‖x − mean‖; None where one is constant."""
+    with_component: float | None
+    """Cosine of its decoder row and the first principal component; None where that is not known."""
+
+
 class Entry(Record):
     """One variant."""
 
@@ -118,13 +140,30 @@ class Entry(Record):
     norm_shares: dict[str, tuple[Count, ...]] = Field(default_factory=dict)
     """Of a crosscoder, by site: counts of its live latents by the site's share in the lengths of the parts of
     their decoder rows, in bins of one width from 0 to 1."""
+    dense: tuple[DenseLatent, ...] = ()
+    """Dense latents, those that fire most often first."""
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         optional: dict[str, Any] = {"architecture": "topk", "cuts": (), "by_source": {}, "target_site": None}
-        optional |= {"seed": None, "twins": (), "groups": (), "worst": (), "norm_shares": {}}
+        optional |= {"seed": None, "twins": (), "groups": (), "worst": (), "norm_shares": {}, "dense": ()}
         left_out = {name for name, default in optional.items() if getattr(self, name) == default}
-        return {name: value for name, value in serialize(self).items() if name not in left_out}
+        values = {name: value for name, value in serialize(self).items() if name not in left_out}
+        metrics = values["metrics"]
+        values["metrics"] |= {old: metrics[new] for old, new in ALIASES.items() if new in metrics}
+        return values
+
+
+class LeastCDec(Record):
+    """The L0 with the smallest c_dec among SAEs that differ in their sparsity alone."""
+
+    variants: tuple[Name, ...]
+    """SAEs of the group, by L0."""
+    least: Name
+    l0: float
+    c_dec: float
+    at_end: bool
+    """Whether it is the sparsest or the densest of them."""
 
 
 class OtherDocuments(Record):
@@ -173,7 +212,7 @@ class Data(Record):
 class Assessment(Record):
     """The whole of it."""
 
-    format: Literal["saemill assessment 4"] = "saemill assessment 4"
+    format: Literal["saemill assessment 5"] = "saemill assessment 5"
     settings: dict[str, Any]
     of: Hash
     data: Data
@@ -182,6 +221,8 @@ class Assessment(Record):
     best_on_other_documents: OtherDocuments
     variants: tuple[Entry, ...]
     controls: tuple[Entry, ...]
+    least_c_dec: tuple[LeastCDec, ...] = ()
+    """One finding per group of three L0 or more."""
     n_processes: Positive
     versions: dict[str, str]
     seconds: float
