@@ -76,9 +76,9 @@ def cosine_figures(found: Cosines | str, of_random: Cosines | str) -> dict[str, 
     shares = ("duplicate_fraction", "antipodal_fraction")
     if isinstance(found, str) or isinstance(of_random, str):
         reason = found if isinstance(found, str) else str(of_random)
-        return dict.fromkeys([name for each in names for name in (each, f"{each}_random")], absent(reason)) | (
-            dict.fromkeys(shares, absent(reason))
-        )
+        return dict.fromkeys(
+            [name for each in names for name in (each, f"{each}_random")], absent(reason)
+        ) | (dict.fromkeys(shares, absent(reason)))
     return {
         "max_decoder_cosine": _mean(found.largest_N),
         "max_decoder_cosine_random": _mean(of_random.largest_N),

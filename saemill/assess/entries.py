@@ -61,7 +61,8 @@ class Measured:
         entries = []
         for name, sae in saes.items():
             latents = verdict.latent_checks(metrics[name], self.thresholds, self._unseen)
-            entries.append(self._entry(name, sae, metrics[name], errors[name] + latents))
+            dense = {"dense": self._dense(name, beside)}
+            entries.append(self._entry(name, sae, metrics[name], errors[name] + latents) | dense)
         return entries
 
     def ranking(self, left_out: dict[str, tuple[Sae, str]], beside: "Beside") -> list[Entry]:
@@ -74,7 +75,7 @@ class Measured:
         saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
         entries = self.entries(beside)
         for entry in entries:
-            entry |= self._beyond_figures(entry["name"], beside)
+            entry |= self._beyond_figures(entry["name"])
         for name, (sae, reason) in left_out.items():
             metrics = dict.fromkeys(entries[0]["metrics"], absent(reason))
             instead = {"not_measured": reason, "verdict": reason.partition(":")[0]}
@@ -205,7 +206,7 @@ class Measured:
             "by_source": self._by_source.figures(name) if name in self.reconstruction.saes else {},
         }
 
-    def _beyond_figures(self, name: str, beside: "Beside") -> dict[str, Any]:
+    def _beyond_figures(self, name: str) -> dict[str, Any]:
         """Describe where an SAE errs most, and name those that differ from it in the seed alone; nothing of
         one that has no figures."""
         measured = self.reconstruction
@@ -222,12 +223,13 @@ class Measured:
                 if mean > 0
             ],
             "norm_shares": self._norm_shares(name),
-            "dense": self._dense(name, beside),
         }
 
     def _dense(self, name: str, beside: "Beside") -> list[dict[str, Any]]:
         """Describe the dense latents; the first principal component is that of the PCA beside the SAE."""
         measured, pca = self.reconstruction, beside.of[name].get("pca")
+        if measured.unusable(name):
+            return []
         component_D = None if pca is None else beside.measured.reconstruction.saes[pca].W_dec.detach()[0]
         if component_D is not None:
             component_D = torch.nn.functional.normalize(component_D.float(), dim=0)
@@ -378,6 +380,10 @@ class Beside:
     measured: Measured
     of: dict[str, dict[str, str]]
     """Name of an SAE, or of one of these → kind → name."""
+
+    def entries(self) -> list[Entry]:
+        """List the baselines' entries."""
+        return self.measured.entries(self)
 
 
 def _dense_share(density_F: NDArray[np.float64]) -> Figure:

@@ -8,7 +8,7 @@ model, of zeros and of the mean.
 
 from saemill.assess.baselines import fit_baselines, site_of
 from saemill.assess.config import AssessConfig
-from saemill.assess.entries import Beside, Entry, Measured
+from saemill.assess.entries import Beside, Measured
 from saemill.assess.evalset import EvalSet
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.splicing import Splicing
@@ -22,20 +22,18 @@ from saemill.common.stores.passages import PassageStore
 def measure(
     config: AssessConfig,
     saes: dict[str, Sae],
-    left_out: dict[str, tuple[Sae, str]],
     evalset: EvalSet,
     model: LanguageModel | None,
-) -> tuple[Measured, list[Entry], list[Entry]]:
+) -> tuple[Measured, Beside]:
     """Measure the SAEs of a run and their baselines.
 
     Args:
         config: how many tokens, and what counts as healthy.
         saes: variant name → SAE.
-        left_out: variants that are only listed, each with the reason.
         evalset: the tokens.
         model: for the losses, if there are any.
 
-    Returns: the SAEs' figures, their entries (best first), the baselines' entries.
+    Returns: the figures of the SAEs, and those of the baselines.
 
     Raises:
         ConfigError: no token is left to measure on.
@@ -50,8 +48,7 @@ def measure(
         again = evalset.again(" controls")
         baselines = fit_baselines(saes, trained.reconstruction.mean_l0s(), again)
         untrained = _pass(config, baselines.saes, again, model, why_no_loss, known=trained)
-    beside = Beside(untrained, baselines.of)
-    return trained, trained.ranking(left_out, beside), untrained.entries(beside)
+    return trained, Beside(untrained, baselines.of)
 
 
 def _are_known(saes: dict[str, Sae]) -> bool:

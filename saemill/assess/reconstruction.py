@@ -364,5 +364,3 @@ def complement(figure: Figure) -> Figure:
     if "lo" in turned:
         turned["lo"], turned["hi"] = turned["hi"], turned["lo"]
     return figure | turned
-
-

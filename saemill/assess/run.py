@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 
-from saemill.assess.config import AssessConfig
+from saemill.assess.config import PROBE_K, AssessConfig
 from saemill.assess.done import hash_of
+from saemill.assess.entries import Beside, Entry, Measured
 from saemill.assess.evalset import EvalSet
 from saemill.assess.features import Wanted, choose_latents, describe
 from saemill.assess.health import least_c_dec
 from saemill.assess.inputs import Trained, open_model, open_run, open_tokens
 from saemill.assess.measure import measure
 from saemill.assess.outlook import Amounts, Dictionary, Model, outlook_of
+from saemill.assess.probes import run as probing
+from saemill.assess.probes.figures import described, of_dictionary
+from saemill.assess.probes.run import Pool
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.table import table
 from saemill.assess.write import write
@@ -74,9 +78,11 @@ def _assess(
     evalset = EvalSet(trained.store, other, model, trained.mask, trained.sites, config.batch_size, everyone)
     if model is not None:
         check_mask_token(model, evalset.tokens)
+    pools = probing.prepare(config, evalset)
     everyone.first(lambda: before(_outlook(config, trained, evalset, model, device)))
     everyone.first(lambda: _lock(out, resources))
-    measured, entries, controls = measure(config, trained.saes, trained.left_out, evalset, model)
+    measured, beside = measure(config, trained.saes, evalset, model)
+    entries, controls = measured.ranking(trained.left_out, beside), beside.entries()
     best = entries[0]["name"]
     shown = config.variant or best
     assessment: dict[str, Any] = {
@@ -90,6 +96,7 @@ def _assess(
         "variants": entries,
         "controls": controls,
         "least_c_dec": least_c_dec(entries),
+        "probes": _probes(config, pools, measured, beside, [*entries, *controls]),
         "n_processes": everyone.size,
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},
     }
@@ -102,6 +109,28 @@ def _assess(
         _log_to_wandb(config.run, out)
     say(f"{out / assessments.FILE}, {runs.REPORT} written in {duration(assessment['seconds'])}")
     return assessment
+
+
+def _probes(
+    config: AssessConfig, pools: list[Pool], measured: Measured, beside: Beside, entries: list[Entry]
+) -> dict[str, Any] | None:
+    """Probe the dictionaries, and add what is found to the entries of those that have figures."""
+    if not pools:
+        return None
+    saes = measured.reconstruction.saes | beside.measured.reconstruction.saes
+    usable = {
+        entry["name"]: saes[entry["name"]]
+        for entry in entries
+        if entry["metrics"]["fvu"]["value"] is not None
+    }
+    found = probing.probe(pools, config, usable, measured.reconstruction.evalset)
+    for entry in entries:
+        if (name := entry["name"]) in usable:
+            random = beside.of[name]["random"]
+            of_it = of_dictionary(found, name, random if random in usable and random != name else None)
+            figures, entry["probes"], entry["absorbed"] = of_it
+            entry["metrics"] |= figures
+    return described(found, config.probe_k or PROBE_K)
 
 
 def _outlook(

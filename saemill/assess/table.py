@@ -8,6 +8,7 @@ from rich.console import JustifyMethod
 from rich.table import Table
 
 from saemill.assess.health import health_rows, least_c_dec_sentences
+from saemill.assess.probes.tables import absorption_rows, examples_sentences, probe_rows
 from saemill.assess.sums import Figure, number
 from saemill.common.log import console, counted
 from saemill.common.stores.features import Context, Features, Passage, Snippet
@@ -69,6 +70,9 @@ def table(assessment: dict[str, Any]) -> str:
         *_text_table("Figures per source", by_source(assessment["variants"])),
         *_text_table("Dictionary health", health_rows(assessment["variants"] + assessment["controls"])),
         *least_c_dec_sentences(assessment["least_c_dec"]),
+        *_text_table("Mean AUC of probes on k latents", probe_rows(assessment)),
+        *_text_table("Absorption, mean over concepts", absorption_rows(assessment)),
+        *examples_sentences(assessment),
     ]
     return "\n".join([*lines, *of_parts, thresholds(assessment), *notes(assessment)])
 

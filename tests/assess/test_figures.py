@@ -206,7 +206,8 @@ def test_where_zeros_cost_nothing_no_loss_is_recovered() -> None:
         assert figures["loss_recovered_from_mean"]["value"] == pytest.approx(0.5)
         assert figures["delta_ce"]["value"] == pytest.approx(0.5)
         figures |= {
-            name: {"value": 0.0} for name in ("l0", "dead_fraction", "max_decoder_cosine", "max_decoder_cosine_random")
+            name: {"value": 0.0}
+            for name in ("l0", "dead_fraction", "max_decoder_cosine", "max_decoder_cosine_random")
         }
         found = thresholds_checks(figures, Thresholds(min_l0=0))
         assert (found[0]["passed"], found[0]["reason"]) == (None, told)

@@ -11,8 +11,8 @@ from markupsafe import Markup
 from numpy import float64
 from numpy.typing import NDArray
 
-from saemill.assess.health import dense_rows, health_rows, least_c_dec_sentences
 from saemill.assess.report import charts, compared, latents, variants
+from saemill.assess.report.judged import judged
 from saemill.assess.report.visible import visible
 from saemill.assess.sums import number
 from saemill.assess.table import are_several, by_source, columns_of, cuts, notes, thresholds
@@ -82,9 +82,7 @@ def _sections(assessment: dict[str, Any], densities: Mapping[str, NDArray[float6
         "baselines": variants.rows(assessment["controls"], shown, {}, data),
         "cut_titles": (cuts(several) or [[]])[0][1:],
         "source_titles": (by_source(several) or [[]])[0][1:],
-        "health": health_rows(several),
-        "l0_sentences": least_c_dec_sentences(assessment["least_c_dec"]),
-        "dense": {entry["name"]: rows for entry in several if (rows := dense_rows(entry))},
+        **judged(assessment),
         "check_text": check_text,
         "number": number,
         "visible": visible,

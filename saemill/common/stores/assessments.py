@@ -102,6 +102,77 @@ class DenseLatent(Record):
     """Cosine of its decoder row and the first principal component; None where that is not known."""
 
 
+class SparseProbe(Record):
+    """A probe for a label on the latents that tell it best."""
+
+    label: str
+    k: Positive
+    latents: tuple[Count, ...]
+    """Those latents, the best first; fewer than k where no more fire."""
+    auc: Figure
+    above_random: Figure | None = None
+    """Its AUC minus that of the random dictionary, over the same groups; None of that itself."""
+
+
+class AbsorbedConcept(Record):
+    """How much of a concept an SAE's main latents for it miss, or why that is not known."""
+
+    concept: str
+    missing: str | None = None
+    main: tuple[Count, ...] = ()
+    n_words: Count = 0
+    """Words that it was measured on."""
+    fraction: Figure | None = None
+    full: Figure | None = None
+    recall: Figure | None = None
+    """Share of the words on which a main latent fires."""
+    error_share: float | None = None
+    """Share of the words' projections that no latent holds."""
+    fraction_shuffled: Figure | None = None
+    """Absorbed fraction of labels that were shuffled among the words."""
+
+
+class OnActivations(Record):
+    """A probe on the activations of a site themselves."""
+
+    auc: Figure
+    auc_shuffled: Figure
+    """AUC where labels were shuffled among the groups."""
+    f1: float | None
+    """F1 on words that it never saw; None where absorption was not asked for."""
+    not_held: str | None
+    """Reason why the model does not hold it as a direction."""
+
+
+class Label(Record):
+    """A label that was probed for, or why it was not."""
+
+    name: str
+    split_by: Literal["word type", "document"]
+    share: float
+    """Share of the examples that have it."""
+    missing: str | None
+    activations: dict[str, OnActivations]
+
+
+class ProbeExamples(Record):
+    """The examples of probes, in parts that share no group."""
+
+    split_by: Literal["word type", "document"]
+    n_groups: Count
+    n_fitted: Count
+    n_chosen_by: Count
+    n_tried: Count
+
+
+class Probes(Record):
+    """What was probed for, and what the activations themselves tell."""
+
+    ks: tuple[Positive, ...]
+    examples: tuple[ProbeExamples, ...]
+    labels: tuple[Label, ...]
+
+
 class Entry(Record):
     """One variant."""
 
@@ -142,11 +213,22 @@ class Entry(Record):
     their decoder rows, in bins of one width from 0 to 1."""
     dense: tuple[DenseLatent, ...] = ()
     """Dense latents, those that fire most often first."""
+    probes: tuple[SparseProbe, ...] = ()
+    absorbed: tuple[AbsorbedConcept, ...] = ()
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         optional: dict[str, Any] = {"architecture": "topk", "cuts": (), "by_source": {}, "target_site": None}
-        optional |= {"seed": None, "twins": (), "groups": (), "worst": (), "norm_shares": {}, "dense": ()}
+        optional |= {
+            "seed": None,
+            "twins": (),
+            "groups": (),
+            "worst": (),
+            "norm_shares": {},
+            "dense": (),
+            "probes": (),
+            "absorbed": (),
+        }
         left_out = {name for name, default in optional.items() if getattr(self, name) == default}
         values = {name: value for name, value in serialize(self).items() if name not in left_out}
         metrics = values["metrics"]
@@ -223,6 +305,8 @@ class Assessment(Record):
     controls: tuple[Entry, ...]
     least_c_dec: tuple[LeastCDec, ...] = ()
     """One finding per group of three L0 or more."""
+    probes: Probes | None = None
+    """Set where probes or absorption were asked for."""
     n_processes: Positive
     versions: dict[str, str]
     seconds: float
