@@ -1,8 +1,8 @@
 """What the decoder rows of an SAE are to one another: how similar, how opposite, how mixed.
 
 - `max_decoder_cosine`: the mean, over rows, of the largest cosine to another row.
-- `c_dec`: the mean of |cosine| over all pairs. Chanin and Garriga-Alonso (2025, arXiv:2508.16560) find it least
-  at the L0 that fits the data: below and above it latents mix features, and their rows grow alike.
+- `c_dec`: the mean of |cosine| over all pairs. Chanin and Garriga-Alonso (2025, arXiv:2508.16560) find it
+  least at the L0 that fits the data: below and above it latents mix features, and their rows grow alike.
 - duplicates and antipodes: rows that are nearly the same as another one, or nearly its opposite.
 
 Each beside as many random directions, which are similar too where the space is narrow.

@@ -1,7 +1,7 @@
 """Latents that fire on more than a tenth of the tokens, and what they follow.
 
-Such latents are no defect by themselves: many track something that every token has (Sun et al. 2025, “Dense SAE
-latents are features, not bugs”, arXiv:2506.15679). Here each is compared with what can be read off the
+Such latents are no defect by themselves: many track something that every token has (Sun et al. 2025, “Dense
+SAE latents are features, not bugs”, arXiv:2506.15679). Here each is compared with what can be read off the
 activations and the weights: its antipode, the position in the row, the length of the activation, the first
 principal component.
 """
@@ -81,7 +81,8 @@ class Drivers:
         spread_F = (n * self.squares_F - sum_F.square()).clamp(min=0)
         spread_C = n * zz_C - z_C.square()
         spread_C = torch.where(spread_C > 1e-9 * n * zz_C, spread_C, 0.0)  # the rest is rounding
-        return (covariance_FC / (spread_F[:, None] * spread_C).sqrt()).numpy()
+        found: NDArray[np.float64] = (covariance_FC / (spread_F[:, None] * spread_C).sqrt()).numpy()
+        return found
 
 
 def drivers_of(position_T: NDArray[np.int64], squared_distance_T: NDArray[np.float64]) -> Tensor:

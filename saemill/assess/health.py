@@ -20,8 +20,8 @@ Entry = Mapping[str, Any]
 
 
 def health_rows(entries: Sequence[Entry]) -> list[list[str]]:
-    """List how the decoder rows of some SAEs lie, and what their dense latents follow, below the titles of the
-    columns; empty where no SAE has such figures."""
+    """List how the decoder rows of some SAEs lie, and what their dense latents follow, below the titles of
+    the columns; empty where no SAE has such figures."""
     titles = ["SAE", *TITLES.values(), "dense", *(f"by {kind}" for kind in KINDS[1:-1]), "in pairs", "other"]
     rows = []
     for entry in entries:

@@ -13,8 +13,8 @@ from saemill.assess.sums import NOT_FINITE, Figure
 Check = dict[str, Any]
 """`name`, `value`, `threshold`, `passed`: true, false, or null with a `reason`.
 
-Where the random baseline took the place of the threshold of max_decoder_cosine, `reason` says so. A check of the
-verdict has `metric` too, and where it compares with a baseline `lo`, `hi` and `against`, its name."""
+Where the random baseline took the place of the threshold of max_decoder_cosine, `reason` says so. A check
+of the verdict has `metric` too, and where it compares with a baseline `lo`, `hi` and `against`, its name."""
 
 MOST_OF_RANDOM, MOST_OF_PCA = 0.9, 1.0
 """Most of a random dictionary's error, and of PCA's, that a trained SAE may leave."""
@@ -49,7 +49,8 @@ def thresholds_checks(
         ),
     }
     if random > t.max_decoder_cosine:
-        why = f"as many random directions show {random:.3f}, more than the threshold of {t.max_decoder_cosine:g}"
+        limit = f"{t.max_decoder_cosine:g}"
+        why = f"as many random directions show {random:.3f}, more than the threshold of {limit}"
         results["max_decoder_cosine"].setdefault("reason", why)
     return list(results.values())
 

@@ -1,4 +1,4 @@
-"""Dense latents: each planted one is told for what it follows, and correlations are those of whole columns."""
+"""Dense latents: each planted one is told for what it follows; correlations are those of whole columns."""
 
 import numpy as np
 import pytest

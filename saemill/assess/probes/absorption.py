@@ -1,8 +1,8 @@
 """Absorption: a concept that an SAE's own latents for it miss, since more special latents hold it.
 
-Chanin et al. (2024, arXiv:2409.14507), as SAEBench measures it, but on words in their own contexts, on word types
-that no probe was fitted to, and around b_dec. d̂ is the direction of a probe on the activations, and of a word
-whose concept that probe tells rightly
+Chanin et al. (2024, arXiv:2409.14507), as SAEBench measures it, but on words in their own contexts, on word
+types that no probe was fitted to, and around b_dec. d̂ is the direction of a probe on the activations, and of
+a word whose concept that probe tells rightly
 
     p = (x − b_dec) · d̂ = Σ_j s_j + error · d̂,    s_j = f_j W_dec,j · d̂
 
@@ -10,10 +10,12 @@ The concept's main latents M are the fewest that tell it (one more must raise F1
 P_M = Σ_M s_j is less than p, the rest is absorbed as far as the at most three largest other s_j of latents in
 its direction account for it:
 
-    fraction = 0 if P_M ≥ p or Σ_A s_j < 0.4 p;  1 if P_M ≤ 0;  else a / (a + P_M),  a = min(Σ_A s_j, p − P_M)
+    fraction = 0 if P_M ≥ p or Σ_A s_j < 0.4 p
+               1 if P_M ≤ 0
+               a / (a + P_M) else, a = min(Σ_A s_j, p − P_M)
 
-The gate: a probe must tell the concept on words that it never saw (F1 ≥ 0.6), or the model does not hold it as a
-direction, and nothing can be absorbed.
+The gate: a probe must tell the concept on words that it never saw (F1 ≥ 0.6), or the model does not hold it
+as a direction, and nothing can be absorbed.
 """
 
 from dataclasses import dataclass
@@ -102,7 +104,7 @@ def main_latents(codes: Codes, y_N: NDArray[np.bool_], examples: Examples) -> li
         if n > 1 and f1 <= reached + RISE:
             break
         main, reached = n, f1
-    return best[:main].tolist()
+    return [int(latent) for latent in best[:main]]
 
 
 def absorb(
@@ -143,7 +145,9 @@ def absorb(
     values = (absorbed_fraction(p_N, p_main_N, absorbers_N), full_N, fires_N)
     group_N, n_groups = examples.group_N[words], examples.n_groups
     n_G = np.bincount(group_N, minlength=n_groups).astype(np.float64)
-    fraction, full, recall = (ratio(np.bincount(group_N, value_N, n_groups), n_G) for value_N in values)
+    fraction, full, recall = (
+        ratio(np.bincount(group_N, value_N, n_groups).astype(np.float64), n_G) for value_N in values
+    )
     error_share = 1 - float((of_words @ dot_F).sum() / p_N.sum())
     return Absorbed(concept.name, main, len(words), fraction, full, recall, error_share)
 

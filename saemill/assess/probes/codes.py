@@ -1,6 +1,7 @@
 """The examples' activations, and the latents of each dictionary on them."""
 
 from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.sparse
@@ -13,8 +14,8 @@ from saemill.assess.reconstruction import ROWS_AT_ONCE
 from saemill.common.log import progress
 from saemill.common.sae.sae import Sae
 
-Codes = scipy.sparse.csc_array
-"""Activations of latents, float32 [N, F]."""
+Codes: TypeAlias = Any
+"""Activations of latents, float32 [N, F]: a `scipy.sparse.csc_array`."""
 
 
 def read(

@@ -1,7 +1,8 @@
 """The tokens that probes are fitted to and tried on, each in one part of three.
 
-Parts share no group: no word type where labels are of words, no document where they are of documents. Split by
-occurrence instead, a probe only has to remember the words: that lifts it far above what it knows of others.
+Parts share no group: no word type where labels are of words, no document where they are of documents. Split
+by occurrence instead, a probe only has to remember the words: that lifts it far above what it knows of
+others.
 """
 
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ def _examples(
     most_each: int,
     most: int,
 ) -> Examples:
-    """Keep some of each group, drawn by a hash of their addresses, and as many groups as there is room for."""
+    """Keep some of each group, drawn by a hash of their addresses, and as many groups as there is room
+    for."""
     order = np.lexsort((hashed(address_N.astype(np.uint64), SEED), group_N))
     first_N = np.searchsorted(group_N[order], np.arange(len(key_G)))
     rank_N = np.arange(len(order)) - first_N[group_N[order]]

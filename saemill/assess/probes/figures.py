@@ -77,7 +77,8 @@ def of_dictionary(
 
     Returns: means over labels and concepts by name, its probes, its concepts.
     """
-    probes, metrics = [], {}
+    probes: list[dict[str, Any]] = []
+    metrics: dict[str, Figure] = {}
     labels = [label.name for each in found for label in each.pool.usable(each.pool.labels)]
     if labels:
         probes = [probe for each in found for probe in _probes(each, name, random)]
@@ -129,7 +130,7 @@ def _joined(pools: Sequence[Sequence[Estimate]]) -> Estimate:
 def _concepts(found: Found, name: str) -> list[dict[str, Any]]:
     """List the concepts with what of each is absorbed; letters that the model does not hold are left to the
     list of labels."""
-    concepts = []
+    concepts: list[dict[str, Any]] = []
     for concept, (own, shuffled) in found.absorbed[name].items():
         if isinstance(own, str):
             if not concept.startswith(LETTERS):

@@ -1,7 +1,7 @@
 """What is to be told of an example: labels that the corpus itself brings.
 
-Of a word its capital, its ending, its length, its first letter; of a token whose message it is of, in a chat; of
-a document its source.
+Of a word its capital, its ending, its length, its first letter; of a token of a chat whose message it is of;
+of a document its source.
 """
 
 from dataclasses import dataclass

@@ -29,8 +29,8 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 class Estimate:
     """A figure, and what each group adds to its error, to first order.
 
-    Examples of one group are alike, so groups are what varies. Differences and means of estimates over the same
-    groups are those of `influence_G`, which makes them paired.
+    Examples of one group are alike, so groups are what varies. Differences and means of estimates over the
+    same groups are those of `influence_G`, which makes them paired.
     """
 
     value: float
@@ -73,7 +73,7 @@ def area(
     placement_N[~y_N] = 1 - (rank_N[~y_N] - rankdata(score_N[~y_N])) / n_with
     value = float(placement_N[y_N].mean())
     share_N = (placement_N - value) / np.where(y_N, n_with, n_without)
-    return Estimate(value, np.bincount(group_N, share_N, n_groups))
+    return Estimate(value, np.bincount(group_N, share_N, n_groups).astype(np.float64))
 
 
 def ratio(above_G: NDArray[np.float64], below_G: NDArray[np.float64]) -> Estimate:
@@ -106,8 +106,8 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Standard:
-    """Features of which each has mean 0 and variance 1; a constant one is 0. They are standardised once for all
-    labels."""
+    """Features of which each has mean 0 and variance 1; a constant one is 0. They are standardised once for
+    all labels."""
 
     z_ND: NDArray[np.float32]
     mean_D: NDArray[np.float64]

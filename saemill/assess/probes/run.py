@@ -21,6 +21,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.log import progress
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.passages import PassageStore
+from saemill.common.world import Group
 
 NO_LABELS = (
     "probes: {path} brings no label to probe for: its passages have no sources. Import or embed them with "
@@ -61,7 +62,8 @@ class Found:
     sparse: dict[str, list[SparseResult]]
     """Dictionary → results."""
     absorbed: dict[str, dict[str, tuple[Absorbed | str, Absorbed | str | None]]]
-    """Dictionary → concept → how much of it is absorbed, and of the shuffled labels; or why that is not known."""
+    """Dictionary → concept → how much of it is absorbed, and of the shuffled labels; or why that is not
+    known."""
 
 
 def prepare(config: AssessConfig, evalset: EvalSet) -> list[Pool]:
@@ -90,8 +92,9 @@ def prepare(config: AssessConfig, evalset: EvalSet) -> list[Pool]:
     if not any(pool.usable(list(pool.all_labels.values())) for pool in pools):
         reasons = {f"{name}: {label.missing}" for pool in pools for name, label in pool.all_labels.items()}
         raise ConfigError(
-            "probes: no label can be probed for; hold out more documents when the tokens are made, or assess "
-            f"on others with --tokens. {'; '.join(sorted(reasons)[:3])}"
+            "probes: no label can be probed for: take more tokens (--max-tokens, --probe-examples), hold out "
+            "more documents when the tokens are made, or assess on others with --tokens. "
+            f"{'; '.join(sorted(reasons)[:3])}"
         )
     return pools
 
@@ -105,12 +108,31 @@ def probe(pools: list[Pool], config: AssessConfig, saes: Mapping[str, Sae], eval
         saes: name → SAE, those that nobody trained among them.
         evalset: where activations come from.
     """
-    return [_probe(pool, config, saes, evalset) for pool in pools]
+    ks, sites = config.probe_k or PROBE_K, codes.sites_of(saes)
+    found = []
+    for pool in pools:
+        x = codes.read(pool.examples, evalset, config.max_tokens, sites)
+        found.append(probe_pool(pool, x, saes, ks, evalset.everyone))
+    return found
 
 
-def _probe(pool: Pool, config: AssessConfig, saes: Mapping[str, Sae], evalset: EvalSet) -> Found:
-    everyone, examples = evalset.everyone, pool.examples
-    x = codes.read(examples, evalset, config.max_tokens, codes.sites_of(saes))
+def probe_pool(
+    pool: Pool,
+    x: Mapping[str, NDArray[float32]],
+    saes: Mapping[str, Sae],
+    ks: tuple[int, ...],
+    everyone: Group,
+) -> Found:
+    """Probe the examples of one pool.
+
+    Args:
+        pool: the examples and labels.
+        x: site → their activations, [N, D].
+        saes: name → SAE.
+        ks: numbers of latents, ascending.
+        everyone: the processes that share the work.
+    """
+    examples = pool.examples
     train = examples.part_N == TRAIN
     features = {site: Standard.of(x_ND[train]) for site, x_ND in x.items()}
     usable = {label.name: label for label in pool.usable(list(pool.all_labels.values()))}
@@ -134,7 +156,7 @@ def _probe(pool: Pool, config: AssessConfig, saes: Mapping[str, Sae], evalset: E
             sae = saes[name]
             site = str(sae.site)
             its_codes = codes.encode(sae, x[site])
-            labels, ks = pool.usable(pool.labels), config.probe_k or PROBE_K
+            labels = pool.usable(pool.labels)
             found = [sparse.probe_sparsely(its_codes, label, examples, ks) for label in labels]
             absorbed = _absorbed(pool, held[site], dense[site], sae, its_codes, x[site])
             advance(1)

@@ -1,8 +1,8 @@
 """Probes on the k latents that tell a label best, after Gurnee et al. (2023, arXiv:2305.01610).
 
-The latents are those with the largest |correlation| with the label, on the part that probes are fitted to. Each
-result stands beside a probe on the activations themselves, the same probes on dictionaries that nobody trained
-(random directions, and PCA of the same k), and probes for labels that were shuffled among the groups.
+The latents are those with the largest |correlation| with the label, on the part that probes are fitted to.
+Each result stands beside a probe on the activations themselves, the same probes on dictionaries that nobody
+trained (random directions, and PCA of the same k), and probes for labels that were shuffled among the groups.
 """
 
 from dataclasses import dataclass
@@ -64,8 +64,8 @@ def best_latents(codes: Codes, y_N: NDArray[np.bool_], n: int, only_for: bool = 
     strength_F = np.divide(abs(covariance_F), spread_F, out=np.zeros_like(spread_F), where=spread_F > 0)
     if only_for:
         strength_F[covariance_F < 0] = 0
-    best = np.argsort(-strength_F, kind="stable")[:n]
-    return best[strength_F[best] > 0]
+    best: NDArray[np.int64] = np.argsort(-strength_F, kind="stable")[:n]
+    return np.array([latent for latent in best if strength_F[latent] > 0], np.int64)
 
 
 def probe_sparsely(codes: Codes, label: Label, examples: Examples, ks: tuple[int, ...]) -> SparseResult:

@@ -26,8 +26,8 @@ def cell(figure: Figure | None) -> str:
 
 
 def probe_rows(assessment: Assessment) -> list[list[str]]:
-    """List mean AUCs of all dictionaries by the number of latents, below the titles of the columns, and in the
-    last rows what the activations themselves tell; empty where labels were not probed for."""
+    """List mean AUCs of all dictionaries by the number of latents, below the titles of the columns, and in
+    the last rows what the activations themselves tell; empty where labels were not probed for."""
     entries = [entry for entry in _all(assessment) if entry.get("probes")]
     if not entries:
         return []
@@ -131,12 +131,18 @@ def probe_notes(assessment: Assessment) -> list[str]:
 
 
 def examples_sentences(assessment: Assessment) -> list[str]:
-    """Say what probes were fitted to and tried on."""
+    """Say what probes were fitted to and tried on, and why there is no mean over first letters."""
     return [
-        f"Split by {each['split_by']}: {each['n_groups']:,} of them; {each['n_fitted']:,} examples fitted to, "
-        f"{each['n_chosen_by']:,} to choose by, {each['n_tried']:,} tried on"
+        f"Split by {each['split_by']}: {each['n_groups']:,} of them; examples: {each['n_fitted']:,} to fit, "
+        f"{each['n_chosen_by']:,} to choose by, {each['n_tried']:,} to try"
         for each in (assessment.get("probes") or {"examples": ()})["examples"]
-    ]
+    ] + sorted({f"no mean over first letters: {reason}" for reason in _no_letters(assessment)})
+
+
+def _no_letters(assessment: Assessment) -> list[str]:
+    """List why dictionaries have no mean absorption over first letters."""
+    figures = [entry["metrics"].get("absorption_first_letter") for entry in _all(assessment)]
+    return [figure["reason"] for figure in figures if figure and figure["value"] is None]
 
 
 def _all(assessment: Assessment) -> Sequence[Entry]:
