@@ -159,7 +159,7 @@ class Measured:
         """Check an SAE's errors against those of its baselines, on the same documents."""
         checks = []
         for kind, other in beside.of[name].items():
-            for metric, share in self._shares(name, other, beside.measured).items():
+            for metric, share in self._shares(name, other, beside.measured[other]).items():
                 checks.append(verdict.error_check(metric, kind, other, share))
         return checks
 
@@ -367,7 +367,8 @@ class Measured:
 class Beside:
     """The baselines that SAEs are compared with."""
 
-    measured: Measured
+    measured: dict[str, Measured]
+    """Name of a baseline → figures, its own among them."""
     of: dict[str, dict[str, str]]
     """Name of an SAE, or of one of these → kind → name."""
 

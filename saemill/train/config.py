@@ -297,6 +297,14 @@ class TrainConfig:
         True, "Subtract the decoder's bias from what the encoder reads; off, the encoder's has to do for both"
     )
     """SAELens' setting of the name. Transcoders subtract nothing."""
+    decoder: tuple[Literal["trained", "frozen"], ...] = setting(
+        ("trained",),
+        "Whether the decoder's rows are trained, or frozen as they start, a control that assess knows",
+        metavar="KIND,…",
+        axis="",
+        later=True,
+    )
+    """Frozen random decoders are a control of Korznikov et al. 2026, arXiv 2602.14111."""
     b_dec_init: Literal["mean", "geometric_median"] = setting(
         "mean", "Start of the decoder's bias", metavar="KIND"
     )
