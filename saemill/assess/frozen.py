@@ -1,8 +1,8 @@
 """SAEs that were trained with a frozen decoder, as controls of those that differ from them in this alone.
 
-What such an SAE reaches, its encoder does: its directions are as random as a random dictionary's. Korznikov et
-al. 2026 (arXiv 2602.14111) find frozen ones close to trained ones by several measures of how well latents can
-be understood.
+What such an SAE reaches, its encoder does: its directions are as random as a random dictionary's. Korznikov
+et al. 2026 (arXiv 2602.14111) find frozen ones close to trained ones by several measures of how well latents
+can be understood.
 """
 
 import json

@@ -72,7 +72,7 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
         raise ConfigError(f"no variant {config.variant!r}; {nearest(config.variant, saes)}")
     if config.variant in frozen_twins(saes).values():
         raise ConfigError(
-            f"variant {config.variant!r} is the control of another, which is alike but for the frozen decoder; "
+            f"variant {config.variant!r} is the control of another, alike but for its frozen decoder; "
             f"name one of {', '.join(frozen_twins(saes))}, or see its latents by `saemill latent`"
         )
     may_be_shown = saes.values() if config.variant is None else [saes[config.variant]]

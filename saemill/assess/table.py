@@ -77,7 +77,9 @@ def table(assessment: dict[str, Any]) -> str:
 def controls(assessment: Mapping[str, Any]) -> str:
     """Say what stands below the line."""
     there = {entry.get("control") for entry in assessment["controls"]}
-    return f"below the line, controls: {', '.join(words for kind, words in CONTROLS.items() if kind in there)}"
+    return (
+        f"below the line, controls: {', '.join(words for kind, words in CONTROLS.items() if kind in there)}"
+    )
 
 
 def thresholds(assessment: Mapping[str, Any]) -> str:

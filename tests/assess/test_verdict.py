@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from reconstructions import random_sae
@@ -20,6 +21,8 @@ from saemill.assess.verdict import conclude, error_check, latent_checks, order
 from saemill.common.errors import ConfigError
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
+from saemill.compare.config import CompareConfig
+from saemill.compare.run import run as compare
 from saemill.train.arch.initial import unit_rows
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
@@ -94,6 +97,22 @@ def test_a_frozen_decoder_alone_is_a_variant(planted: ActivationStore, tmp_path:
     found = assessed(planted, tmp_path / "run", decoder=("frozen",))
     assert [entry["name"] for entry in found["variants"]] == ["a-k3-f64-s0-lr0.003-frozen"]
     assert [entry["control"] for entry in found["controls"]] == ["random", "pca"]
+
+
+def test_latents_are_counted_by_the_seeds_that_have_them(planted: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: `saemill compare` of the same SAEs, which matches them by code of its own."""
+    run = tmp_path / "run"
+    found = assessed(planted, run, epochs=2, seeds=(0, 1, 2))
+    compare(CompareConfig(saes=(run,), matching="nearest", device="cpu", out=tmp_path / "out"))
+    stable = pq.read_table(tmp_path / "out" / "stability.parquet").to_pandas().set_index("dictionary")
+    latents = pq.read_table(run / "latents.parquet").to_pandas().set_index("variant")
+    for entry in found["variants"]:
+        counts = latents.loc[entry["name"]]["found_in_seeds"]
+        assert counts.tolist() == stable.loc[entry["name"]]["found_in"].tolist()
+        live = latents.loc[entry["name"]]["density"] >= 0.0005
+        assert entry["found_in_seeds"] == np.bincount(counts[live], minlength=3).tolist()
+    assert (stable["found_in"] == 2).any()
+    assert "live latents by other seeds" in (run / "report.html").read_text()
 
 
 def test_an_untrained_sae_fails(planted: ActivationStore, tmp_path: Path) -> None:

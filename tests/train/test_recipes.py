@@ -31,7 +31,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "jumprelu, average": {"architecture": ("jumprelu",), "k": (), "weight_average": 0.9},
     "frozen": {"decoder": ("trained", "frozen")},
     "frozen, average, bf16 moments": {
-        "decoder": ("frozen",), "weight_average": 0.9, "optimizer_state": "bf16", "clip_grad_norm": 0.5
+        "decoder": ("frozen",),
+        "weight_average": 0.9,
+        "optimizer_state": "bf16",
+        "clip_grad_norm": 0.5,
     },
     "frozen, signum": SIGNUM | {"decoder": ("frozen",)},
     "relu, resampled, average": RESAMPLED | {"weight_average": 0.9},
