@@ -343,7 +343,7 @@ class TrainConfig:
     )
     """In RUN/steps/<step>, each a run that can be assessed."""
     buffer_tokens: int = setting(262_144, "Tokens of the shuffling buffer, in whole blocks of 256", least=1)
-    """Two buffers are in memory per site, three while one is being filled."""
+    """Two buffers are in memory per site."""
     shuffle_seed: int = setting(0, "Seed of the stream's order", least=0, most=LARGEST)
     mask: TrainingMask = setting(
         TrainingMask(), "Positions and tokens left out", by_default="those of the store, and far longer ones"
