@@ -7,16 +7,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from saemill.assess import verdict
 from saemill.assess.by_source import BySource
 from saemill.assess.config import Thresholds
-from saemill.assess.cosines import cosine_figures, cosines, random_cosines
 from saemill.assess.dealing import for_each
-from saemill.assess.dense import DENSE, describe_dense
-from saemill.assess.directions import norm_shares, siblings
+from saemill.assess.directions import found_in, norm_shares, siblings
+from saemill.assess.latent_figures import dense_latents, latent_figures
 from saemill.assess.reader import PassageReader, Reader, reader_of
 from saemill.assess.reconstruction import FAR_METRICS, Reconstruction
 from saemill.assess.splicing import SEVERAL, Splicing, absent_metrics
@@ -74,8 +72,9 @@ class Measured:
         """
         saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
         entries = self.entries(beside)
+        found = self.found_in_seeds  # by all processes together
         for entry in entries:
-            entry |= self._beyond_figures(entry["name"])
+            entry |= self._beyond_figures(entry["name"], found.get(entry["name"]))
         for name, (sae, reason) in left_out.items():
             metrics = dict.fromkeys(entries[0]["metrics"], absent(reason))
             instead = {"not_measured": reason, "verdict": reason.partition(":")[0]}
@@ -160,7 +159,7 @@ class Measured:
         """Check an SAE's errors against those of its baselines, on the same documents."""
         checks = []
         for kind, other in beside.of[name].items():
-            for metric, share in self._shares(name, other, beside.measured).items():
+            for metric, share in self._shares(name, other, beside.measured[other]).items():
                 checks.append(verdict.error_check(metric, kind, other, share))
         return checks
 
@@ -206,16 +205,19 @@ class Measured:
             "by_source": self._by_source.figures(name) if name in self.reconstruction.saes else {},
         }
 
-    def _beyond_figures(self, name: str) -> dict[str, Any]:
-        """Describe where an SAE errs most, and name those that differ from it in the seed alone; nothing of
-        one that has no figures."""
+    def _beyond_figures(self, name: str, found_F: NDArray[np.int64] | None) -> dict[str, Any]:
+        """Describe where an SAE errs most, and name those that differ from it in the seed alone, with how
+        many of its latents they have; nothing of one that has no figures."""
         measured = self.reconstruction
         if name not in measured.saes or measured.unusable(name):
             return {}
         profile = measured.profile
         mean = float(measured.sums.column(f"{name}/sse").sum()) / max(1, measured.n_tokens)
+        twins = list(siblings(name, measured.saes))
+        found_F = np.zeros(0, int) if found_F is None else found_F[measured.live(name, self.dead_share)]
         return {
-            "twins": list(siblings(name, measured.saes)),
+            "twins": twins,
+            "found_in_seeds": np.bincount(found_F, minlength=len(twins) + 1).tolist() if twins else [],
             "groups": profile.groups(name),
             "worst": [
                 {"times": token.error / mean, "place": self._reader.place(token.address).model_dump()}
@@ -226,15 +228,10 @@ class Measured:
         }
 
     def _dense(self, name: str, beside: "Beside") -> list[dict[str, Any]]:
-        """Describe the dense latents; the first principal component is that of the PCA beside the SAE."""
-        measured, pca = self.reconstruction, beside.of[name].get("pca")
-        if measured.unusable(name):
-            return []
-        component_D = None if pca is None else beside.measured.reconstruction.saes[pca].W_dec.detach()[0]
-        if component_D is not None:
-            component_D = torch.nn.functional.normalize(component_D.float(), dim=0)
-        correlations = measured.correlations(name)
-        return describe_dense(measured.saes[name], measured.density(name), correlations, component_D)
+        """Describe the dense latents of an SAE."""
+        pca = beside.of[name].get("pca")
+        sae = None if pca is None else beside.measured[pca].reconstruction.saes[pca]
+        return dense_latents(self.reconstruction, name, sae)
 
     def _norm_shares(self, name: str) -> dict[str, list[int]]:
         """Count the live latents of a crosscoder by each site's share in their decoder rows."""
@@ -287,6 +284,18 @@ class Measured:
         return f"{rare} is seen on {least:,} or more, not {n:,}"
 
     @cached_property
+    def found_in_seeds(self) -> dict[str, NDArray[np.int64]]:
+        """Count for each latent the SAEs of other seeds in which it is found, [F], of SAEs that have some."""
+        saes = self.reconstruction.saes
+        twins = {name: siblings(name, saes) for name in saes if not self.reconstruction.unusable(name)}
+        several = [name for name, others in twins.items() if others]
+        return for_each(
+            several,
+            lambda name: found_in(saes[name], twins[name].values()),
+            self.reconstruction.evalset.everyone,
+        )
+
+    @cached_property
     def _by_source(self) -> BySource:
         return BySource(self.reconstruction, self.splicing, self._noun)
 
@@ -303,7 +312,8 @@ class Measured:
         return Split([] if isinstance(self.splicing, str) else self.splicing.sums.documents, self._noun)
 
     def _metrics(self, name: str) -> dict[str, Figure]:
-        metrics = self.reconstruction.metrics(name, self._split.all) | self._latent_metrics(name)
+        metrics = self.reconstruction.metrics(name, self._split.all)
+        metrics |= latent_figures(self.reconstruction, name, self.dead_share)
         if isinstance(self.splicing, str):
             metrics |= absent_metrics(self.splicing)
         else:
@@ -336,20 +346,6 @@ class Measured:
             return self._model_split.loss(self._losses.ratios(name)["delta_ce"])
         return self._split.loss(self.reconstruction.ratios(name)["fvu"])
 
-    def _latent_metrics(self, name: str) -> dict[str, Figure]:
-        density = self.reconstruction.density(name)
-        live = self.reconstruction.live(name, self.dead_share)
-        w_dec_FD = self.reconstruction.saes[name].W_dec.detach()
-        rows_FD = w_dec_FD[torch.from_numpy(live).to(w_dec_FD.device)]
-        quantiles = np.quantile(density, [0.05, 0.25, 0.5, 0.75, 0.95])
-        return {
-            "dead_fraction": {"value": float(1 - live.mean())},
-            "never_fired": {"value": float((density == 0).mean())},
-            "dense_fraction": {"value": float((density > DENSE).mean())},
-            "dense_share": _dense_share(density),
-            "density_quantiles": {"value": quantiles.tolist()},
-        } | cosine_figures(cosines(rows_FD), random_cosines(rows_FD))
-
     def _versus(self, name: str, best: str) -> dict[str, Figure]:
         """Compute differences to the best variant, value minus the best's, over the same documents: those
         that had no part in choosing it."""
@@ -377,19 +373,7 @@ class Measured:
 class Beside:
     """The baselines that SAEs are compared with."""
 
-    measured: Measured
+    measured: dict[str, Measured]
+    """Name of a baseline → figures, its own among them."""
     of: dict[str, dict[str, str]]
     """Name of an SAE, or of one of these → kind → name."""
-
-    def entries(self) -> list[Entry]:
-        """List the baselines' entries."""
-        return self.measured.entries(self)
-
-
-def _dense_share(density_F: NDArray[np.float64]) -> Figure:
-    """Compute the share of all firings that are those of dense latents."""
-    if not density_F.any():
-        return absent("no latent fired")
-    if (mean := float(density_F.mean())) > DENSE / 2:
-        return absent(f"on average a latent is active {mean:.1%} of the time, so that dense ones are no sign")
-    return {"value": float(density_F[density_F > DENSE].sum() / density_F.sum())}

@@ -13,6 +13,8 @@ TITLES = {
     "antipodal_fraction": "antipodal",
 }
 KINDS = ("antipodal", "position", "length", "component", "other")
+MOST_DENSE = 40
+"""Dense latents that a table shows of an SAE."""
 LEAST_SPARSITIES = 3
 """Fewest different L0 among which one may be the least."""
 NONE: Figure = {"value": None}
@@ -42,7 +44,8 @@ def _figure(name: str, figure: Figure) -> str:
 
 
 def dense_rows(entry: Entry) -> list[list[str]]:
-    """List the dense latents of an SAE below the titles of the columns; empty where there are none."""
+    """List the dense latents of an SAE that fire most often, `MOST_DENSE` at most, below the titles of the
+    columns; empty where there are none."""
     titles = ["latent", "fires on", "follows", "antipode (decoder, encoder cosine)"]
     titles += ["r with position", "r with length", "cosine with component 1"]
     rows = [
@@ -56,7 +59,7 @@ def dense_rows(entry: Entry) -> list[list[str]]:
                 for name in ("with_position", "with_length", "with_component")
             ),
         ]
-        for latent in entry.get("dense", ())
+        for latent in entry.get("dense", ())[:MOST_DENSE]
     ]
     return [titles, *rows] if rows else []
 

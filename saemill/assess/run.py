@@ -81,8 +81,8 @@ def _assess(
     pools = probing.prepare(config, evalset)
     everyone.first(lambda: before(_outlook(config, trained, evalset, model, device)))
     everyone.first(lambda: _lock(out, resources))
-    measured, beside = measure(config, trained.saes, evalset, model)
-    entries, controls = measured.ranking(trained.left_out, beside), beside.entries()
+    measured, beside, controls = measure(config, trained.saes, evalset, model)
+    entries = measured.ranking(trained.left_out, beside)
     best = entries[0]["name"]
     shown = config.variant or best
     assessment: dict[str, Any] = {
@@ -117,12 +117,10 @@ def _probes(
     """Probe the dictionaries, and add what is found to the entries of those that have figures."""
     if not pools:
         return None
-    saes = measured.reconstruction.saes | beside.measured.reconstruction.saes
-    usable = {
-        entry["name"]: saes[entry["name"]]
-        for entry in entries
-        if entry["metrics"]["fvu"]["value"] is not None
-    }
+    every = {name: its.reconstruction.saes[name] for name, its in beside.measured.items()}
+    every |= measured.reconstruction.saes
+    with_figures = (e["name"] for e in entries if e["metrics"]["fvu"]["value"] is not None)
+    usable = {name: every[name] for name in with_figures}
     found = probing.probe(pools, config, usable, measured.reconstruction.evalset)
     for entry in entries:
         if (name := entry["name"]) in usable:

@@ -57,7 +57,7 @@ def probe_rows(assessment: Assessment) -> list[list[str]]:
     for site, found in by_site.items():
         means = (sum(each[name]["value"] for each in found) / len(found) for name in ("auc", "auc_shuffled"))
         whole, shuffled = (number({"value": value}) for value in means)
-        rows.append([f"all of {site}", *["–"] * (len(ks) - 1), whole, "–", shuffled])
+        rows.append([f"all of {site}, no k", *["–"] * (len(ks) - 1), whole, "–", shuffled])
     return [titles, *rows]
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from saemill.assess.health import dense_rows, health_rows, least_c_dec_sentences
+from saemill.assess.health import MOST_DENSE, dense_rows, health_rows, least_c_dec_sentences
 from saemill.assess.probes.tables import (
     absorption_rows,
     concept_rows,
@@ -20,7 +20,8 @@ def judged(assessment: dict[str, Any]) -> dict[str, Any]:
     return {
         "health": health_rows(entries),
         "l0_sentences": least_c_dec_sentences(assessment["least_c_dec"]),
-        "dense": {entry["name"]: rows for entry in entries if (rows := dense_rows(entry))},
+        "dense": {e["name"]: rows for e in assessment["variants"] if (rows := dense_rows(e))},
+        "most_dense": MOST_DENSE,
         "probes": probe_rows(assessment),
         "labels": {e["name"]: rows for e in entries if (rows := label_rows(assessment, e))},
         "absorption": absorption_rows(assessment),
