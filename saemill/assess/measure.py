@@ -51,7 +51,8 @@ def measure(
         baselines = fit_baselines(saes, every.reconstruction.mean_l0s(), again)
         untrained = _pass(config, baselines.saes, again, model, why_no_loss, known=every)
     twins = frozen_twins(saes)
-    frozen, trained = set(twins.values()), every.only(saes.keys() - twins.values())
+    frozen = list(dict.fromkeys(twins.values()))  # in one order on every process
+    trained = every.only([name for name in saes if name not in frozen])
     of = {name: dict(kinds) for name, kinds in baselines.of.items()}
     for name, twin in twins.items():
         of[name]["frozen"] = twin

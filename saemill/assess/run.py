@@ -79,7 +79,7 @@ def _assess(
     if model is not None:
         check_mask_token(model, evalset.tokens)
     pools = probing.prepare(config, evalset)
-    everyone.first(lambda: before(_outlook(config, trained, evalset, model, device)))
+    everyone.first(lambda: before(_outlook(config, trained, evalset, model, device, pools)))
     everyone.first(lambda: _lock(out, resources))
     measured, beside, controls = measure(config, trained.saes, evalset, model)
     entries = measured.ranking(trained.left_out, beside)
@@ -137,6 +137,7 @@ def _outlook(
     evalset: EvalSet,
     model: LanguageModel | None,
     device: torch.device,
+    pools: list[Pool],
 ) -> Outlook:
     """Work out what the passes go over."""
     saes = [
@@ -153,6 +154,7 @@ def _outlook(
         min(config.max_tokens, n_kept),
         min(config.model_tokens, len(evalset.rows_R) * evalset.tokens.ctx_len) if has_losses else 0,
         min(config.context_tokens, trained.store.n_tokens if evalset.cached else n_kept),
+        max((len(pool.examples.addresses_N) for pool in pools), default=0),
     )
     return outlook_of(config, saes, amounts, device, runs_on, evalset.text.unit)
 

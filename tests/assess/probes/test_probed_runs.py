@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launching import finish, launch
 from stores import make_store, make_tokens
 
+import saemill
 from saemill.assess.config import AssessConfig
 from saemill.assess.probes.words import Vocabulary
 from saemill.assess.run import run as assess
@@ -137,3 +139,19 @@ def test_options_without_effect_are_refused(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"no label can be probed for: take more tokens \(--max-tokens"):
         probed(run, max_tokens=40, out=run / "few")
     assert not (run / "few").exists()
+
+
+def test_two_processes_find_what_one_finds(run: Path, assessment: dict[str, Any]) -> None:
+    """Oracle: the assessment by one process."""
+    flags = ["--no-model", "--n-latents", "0", "--device", "cpu", "--probes", "--absorption"]
+    command = ["-m", "saemill", "assess", str(run), "--out", str(run / "two"), *flags]
+    finish(launch(2, *command, PYTHONPATH=str(Path(saemill.__file__).parents[1])))
+    two = assessments.read(run / "two")
+    assert two["n_processes"] == 2
+    assert two["probes"]["examples"] == assessment["probes"]["examples"]
+    for entries in ("variants", "controls"):
+        for one, other in zip(assessment[entries], two[entries], strict=True):
+            assert [probe["latents"] for probe in one["probes"]] == [p["latents"] for p in other["probes"]]
+            for name, figure in one["metrics"].items():
+                if name.startswith(("probe", "absorption_words")):
+                    assert other["metrics"][name]["value"] == pytest.approx(figure["value"], abs=1e-4), name
