@@ -21,7 +21,7 @@ COLUMNS = {
     "l0": "L0",
     "dead_fraction": "dead",
     "cosine": "cosine",
-    "max_decoder_cosine": "max dec. cos",
+    "max_decoder_cosine": "max_decoder_cosine",
     "max_decoder_cosine_random": "(random)",
 }
 ABSENT: Figure = {"value": None}

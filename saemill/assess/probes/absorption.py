@@ -35,6 +35,7 @@ MOST_MAIN = 10
 RISE = 0.03
 """Least rise of F1 by which one more latent is a main latent."""
 MOST_ABSORBERS = 3
+WORDS_AT_ONCE = 1024
 LEAST_COSINE, LEAST_SHARE = 0.1, 0.4
 """Least cosine of an absorbing latent with d̂, and least share of p that they account for."""
 LEAST_COSINE_FULL = 0.025
@@ -137,10 +138,7 @@ def absorb(
     fires_N = (of_words[:, main].toarray() > 0).any(1)
     p_main_N = of_words[:, main] @ dot_F[main]
     others = np.setdiff1d(np.flatnonzero(cosine_F >= LEAST_COSINE_FULL), main)
-    s_NO = of_words[:, others].toarray() * dot_F[others]
-    largest_N = s_NO.max(1, initial=0.0)
-    s_NO[:, cosine_F[others] < LEAST_COSINE] = 0.0
-    absorbers_N = np.sort(s_NO, axis=1)[:, -MOST_ABSORBERS:].sum(1)
+    largest_N, absorbers_N = _largest(of_words[:, others], dot_F[others], cosine_F[others])
     full_N = ~fires_N & (largest_N >= LEAST_SHARE * p_N)
     values = (absorbed_fraction(p_N, p_main_N, absorbers_N), full_N, fires_N)
     group_N, n_groups = examples.group_N[words], examples.n_groups
@@ -150,6 +148,26 @@ def absorb(
     )
     error_share = 1 - float((of_words @ dot_F).sum() / p_N.sum())
     return Absorbed(concept.name, main, len(words), fraction, full, recall, error_share)
+
+
+def _largest(
+    codes: Codes, dot_O: NDArray[np.float64], cosine_O: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Find what latents beside the main ones hold of each word: the largest of any, and the sum of the
+    largest of those that may absorb.
+
+    Args:
+        codes: of the words, and of latents at a cosine of `LEAST_COSINE_FULL` or more.
+        dot_O: their decoder rows times the direction.
+        cosine_O: their cosines with it.
+    """
+    largest, absorbers, by_word = [np.zeros(0)], [np.zeros(0)], codes.tocsr()
+    for start in range(0, codes.shape[0], WORDS_AT_ONCE):
+        s_NO = by_word[start : start + WORDS_AT_ONCE].toarray() * dot_O
+        largest.append(s_NO.max(1, initial=0.0))
+        s_NO[:, cosine_O < LEAST_COSINE] = 0.0
+        absorbers.append(np.sort(s_NO, axis=1)[:, -MOST_ABSORBERS:].sum(1))
+    return np.concatenate(largest), np.concatenate(absorbers)
 
 
 def absorbed_fraction(

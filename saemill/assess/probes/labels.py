@@ -91,19 +91,26 @@ def _label(name: str, y_N: NDArray[np.bool_], examples: Examples) -> Label:
 def shuffled(label: Label, examples: Examples, seed: int) -> NDArray[np.bool_]:
     """Give each group the labels of another one of its part: what a probe makes of no meaning at all.
 
-    Labels are moved group by group, so that one which had seen the groups before would still tell them.
+    Labels are moved group by group, so that one which had seen the groups before would still tell them. Of
+    groups with several labels some may be lost; then other groups are drawn, until each part has both.
     """
-    y_N = label.y_N.copy()
     generator = np.random.default_rng(seed)
+    y_N = label.y_N.copy()
     for part in (TRAIN, VALIDATION, TEST):
         here = np.flatnonzero(examples.part_N == part)
         here = here[np.argsort(examples.group_N[here], kind="stable")]
-        groups, first = np.unique(examples.group_N[here], return_index=True)
-        pieces = np.split(label.y_N[here], first[1:])
-        order = generator.permutation(len(groups))
-        lengths = np.diff(np.append(first, len(here)))
-        given = [
-            np.resize(pieces[other], n) for other, n in zip(order.tolist(), lengths.tolist(), strict=True)
-        ]
-        y_N[here] = np.concatenate(given) if given else y_N[here]
+        drawn_N = _moved(label.y_N[here], examples.group_N[here], generator)
+        while drawn_N.all() or not drawn_N.any():
+            drawn_N = _moved(label.y_N[here], examples.group_N[here], generator)
+        y_N[here] = drawn_N
     return y_N
+
+
+def _moved(
+    y_N: NDArray[np.bool_], group_N: NDArray[np.int64], generator: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Move labels between groups, which are sorted; those of a smaller one are repeated."""
+    _, first_G, n_G = np.unique(group_N, return_index=True, return_counts=True)
+    pieces = np.split(y_N, first_G[1:])
+    order = generator.permutation(len(pieces))
+    return np.concatenate([np.resize(pieces[other], n) for other, n in zip(order, n_G, strict=True)])

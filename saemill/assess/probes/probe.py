@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from saemill.assess.sums import LEAST_DOCUMENTS, Figure
-from saemill.common.log import counted
+from saemill.common.log import counted, say
 
 Z = 1.959964
 """Two-sided 95% quantile of the normal distribution."""
@@ -136,12 +136,20 @@ def fit(features: Standard, y_N: NDArray[np.bool_], strengths: Sequence[float]) 
     model = LogisticRegression(class_weight="balanced", max_iter=MOST_STEPS, warm_start=True)
     probes = []
     for strength in strengths:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", ConvergenceWarning)
-            model.set_params(C=strength).fit(features.z_ND, y_N)
+        model.set_params(C=strength)
+        if not (_converges(model, features.z_ND, y_N) or _converges(model, features.z_ND.astype(float), y_N)):
+            say(f"a probe had not converged after {MOST_STEPS:,} steps; its AUC is that of the last one")
         weight_D = model.coef_[0].astype(np.float64) * features.scale_D
         probes.append(Probe(weight_D, float(model.intercept_[0]) - float(features.mean_D @ weight_D)))
     return probes
+
+
+def _converges(model: LogisticRegression, z_ND: NDArray[Any], y_N: NDArray[np.bool_]) -> bool:
+    """Fit a model, and tell whether it came to an end; in float32 the search may stall before."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        model.fit(z_ND, y_N)
+    return not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
 
 
 def best_threshold(score_N: NDArray[np.float64], y_N: NDArray[np.bool_]) -> tuple[float, float]:
