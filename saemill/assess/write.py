@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 from saemill.assess.entries import Measured
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.report.page import write_html
+from saemill.assess.report.picture import pareto
 from saemill.assess.splicing import Splicing
 from saemill.assess.sums import DocumentSums
 from saemill.common import durable, records
 from saemill.common.stores import assessments
 from saemill.common.stores.features import Features
-from saemill.common.stores.runs import DOCUMENTS, DOCUMENTS_MODEL, FEATURES, LATENTS, REPORT
+from saemill.common.stores.runs import DOCUMENTS, DOCUMENTS_MODEL, FEATURES, LATENTS, PARETO, REPORT
 
 
 def write(
@@ -36,12 +37,13 @@ def write(
         sums[DOCUMENTS_MODEL] = measured.splicing.sums
     tables = {name: _sums_table(table) for name, table in sums.items()}
     tables[LATENTS] = _latents_table(measured.reconstruction)
+    picture = pareto(assessment)
     densities = {name: measured.reconstruction.density(name) for name in measured.reconstruction.saes}
     with ExitStack() as replacements:  # which closes the last opened first
         verdict = replacements.enter_context(durable.replacing(out / assessments.FILE))
         partials = {
             name: replacements.enter_context(durable.replacing(out / name))
-            for name in [*tables, FEATURES, REPORT]
+            for name in [*tables, FEATURES, REPORT, *([PARETO] if picture else [])]
         }
         for name, table in tables.items():
             with durable.writing(out / name, table.nbytes):
@@ -49,6 +51,9 @@ def write(
         with durable.writing(out / FEATURES):
             content = json.dumps(records.content(features), allow_nan=False)  # without indents: it is long
             durable.write_bytes(partials[FEATURES], [content.encode()])
+        if picture:
+            with durable.writing(out / PARETO):
+                durable.write_bytes(partials[PARETO], [picture.encode()])
         with durable.writing(out / REPORT):
             write_html(partials[REPORT], assessment, features, densities, page_bytes)
         assessment["files"] = [
@@ -57,7 +62,7 @@ def write(
         ]
         with durable.writing(out / assessments.FILE):
             records.write(verdict, assessments.checked(assessment))
-        for old in (assessments.FILE, *({DOCUMENTS_MODEL} - set(tables))):
+        for old in (assessments.FILE, *({DOCUMENTS_MODEL, PARETO} - set(partials))):
             (out / old).unlink(missing_ok=True)
     return assessment
 

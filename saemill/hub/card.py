@@ -10,9 +10,10 @@ import yaml
 from huggingface_hub import CardData, ModelCardData, RepoCard
 
 from saemill.assess.sums import number
-from saemill.assess.table import cuts, interval
+from saemill.assess.table import cuts, described_best, interval
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
+from saemill.common.stores import runs
 from saemill.hub import kinds
 
 ORDER = ["library_name", "tags", "base_model", "datasets"]
@@ -56,6 +57,7 @@ def model_card(
         f"# {kinds.title(saes)} of {words(_short(provenance['model'] or provenance['dataset']))}",
         f"{kinds.number(saes)} of {_what(saes, places)} {kinds.formula(saes)}.",
         "## Variants",
+        *(_picture(assessment) if assessment else ()),
         *_variants(saes, finished, assessment),
         *(_how_measured(assessment) if assessment else ()),
         "## Load",
@@ -183,7 +185,42 @@ def _variants(
         for entry in entries
     ]
     table = rows([[*head, *columns.values(), "verdict"], *lines])
-    return [table, *_reasons(entries, columns), *_within(entries)]
+    return [
+        table,
+        *_reasons(entries, columns),
+        *_untrained(assessment, columns),
+        *_best_elsewhere(saes, assessment),
+        *_within(entries),
+    ]
+
+
+def _picture(assessment: Mapping[str, Any]) -> list[str]:
+    """Show the picture that is uploaded with the assessment; nothing where there is none."""
+    if all(file["path"] != runs.PARETO for file in assessment["files"]):
+        return []
+    return [
+        f"![Error of each SAE against its L0, beside untrained dictionaries]({runs.PARETO})",
+        "Lower is better. Bars are 95% intervals, hollow marks dictionaries that nobody trained; a ring marks "
+        "the first of the table.",
+    ]
+
+
+def _untrained(assessment: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    """Render the table of dictionaries that nobody trained; nothing where there are none."""
+    controls = assessment["controls"]
+    if not controls:
+        return []
+    lines = [[span(entry["name"]), *_figures(entry["metrics"], columns)] for entry in controls]
+    about = "For comparison, on the same tokens, dictionaries that nobody trained, of the same k:"
+    return [about, rows([["untrained", *columns.values()], *lines])]
+
+
+def _best_elsewhere(saes: Iterable[str], assessment: Mapping[str, Any]) -> list[str]:
+    """Quote the best variant on the documents that it was not chosen on, where several were compared."""
+    best = assessment["best_variant"]
+    if len(assessment["variants"]) == 1 or best not in saes:
+        return []
+    return [f"First of them: {span(best)}{described_best(assessment).removeprefix(best)}."]
 
 
 def _reasons(entries: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from saemill.assess.report.picture import pareto
 from saemill.common import durable, records
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
@@ -106,6 +107,8 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
         runs.IDENTITY: as_json(records.content(identity)),
         runs.FINISHED: as_json(records.content(uploaded)),
     }
+    if picture := _picture(path, variants):
+        written[runs.PARETO] = picture.encode()
     assessed = _assessment(path, names, written)
     card = model_card(place, saes, uploaded.model_dump(mode="json"), identity.content, assessed)
     written |= {runs.CARD: card.encode()}
@@ -113,6 +116,16 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
         written |= {assessments.FILE: as_json(records.content(assessments.checked(assessed)))}
     weights = tuple(f"{name}/{WEIGHTS}" for name in variants)
     return Contents(repo_type="model", folder=path, as_they_are=weights, written=written)
+
+
+def _picture(path: Path, variants: Sequence[str]) -> str | None:
+    """Draw the SAEs that are uploaded beside the untrained dictionaries; None where there is nothing to
+    draw."""
+    if not (path / assessments.FILE).is_file():
+        return None
+    assessment = assessments.read(path)
+    shown = [entry for entry in assessment["variants"] if entry["name"] in variants]
+    return pareto(assessment | {"variants": shown}) if shown else None
 
 
 def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[str, Any] | None:
@@ -126,8 +139,8 @@ def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[
     if bad := assessments.problems(path):
         raise StoreError("\n".join([*bad, assessments.REPAIR]))
     assessment: dict[str, Any] = names.of(assessments.read(path))
-    uploaded = [entry["path"] for entry in assessment["files"] if entry["path"] in written]
-    contents = {name: written[name] for name in uploaded}
+    listed = [*(entry["path"] for entry in assessment["files"]), runs.PARETO]
+    contents = {name: written[name] for name in listed if name in written}
     return assessment | {
         "of": durable.hash_bytes(written[runs.FINISHED]),
         "files": [

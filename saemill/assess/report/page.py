@@ -12,6 +12,7 @@ from numpy import float64
 from numpy.typing import NDArray
 
 from saemill.assess.report import charts, compared, latents, variants
+from saemill.assess.report.picture import SIZE
 from saemill.assess.report.visible import visible
 from saemill.assess.sums import number
 from saemill.assess.table import are_several, by_source, columns_of, cuts, notes, thresholds
@@ -20,15 +21,6 @@ from saemill.common import durable
 from saemill.common.log import counted
 from saemill.common.page import render
 from saemill.common.stores.features import Features
-
-SIZE = {
-    "width": charts.WIDTH,
-    "height": charts.HEIGHT,
-    "left": charts.LEFT,
-    "right": charts.RIGHT,
-    "top": charts.TOP,
-    "bottom": charts.BOTTOM,
-}
 
 
 def write_html(
