@@ -16,9 +16,22 @@ from saemill.assess.report.picture import pareto
 from saemill.assess.splicing import Splicing
 from saemill.assess.sums import DocumentSums
 from saemill.common import durable, records
+from saemill.common.log import say
+from saemill.common.records import File
 from saemill.common.stores import assessments
+from saemill.common.stores import explanations as stored_explanations
+from saemill.common.stores import features as stored_features
+from saemill.common.stores.explanations import Explanations
 from saemill.common.stores.features import Features
-from saemill.common.stores.runs import DOCUMENTS, DOCUMENTS_MODEL, FEATURES, LATENTS, PARETO, REPORT
+from saemill.common.stores.runs import (
+    DOCUMENTS,
+    DOCUMENTS_MODEL,
+    EXPLANATIONS,
+    FEATURES,
+    LATENTS,
+    PARETO,
+    REPORT,
+)
 
 
 def write(
@@ -39,6 +52,7 @@ def write(
     tables[LATENTS] = _latents_table(measured.reconstruction)
     picture = pareto(assessment)
     densities = {name: measured.reconstruction.density(name) for name in measured.reconstruction.saes}
+    explained = _explained(out, features)
     with ExitStack() as replacements:  # which closes the last opened first
         verdict = replacements.enter_context(durable.replacing(out / assessments.FILE))
         partials = {
@@ -55,7 +69,7 @@ def write(
             with durable.writing(out / PARETO):
                 durable.write_bytes(partials[PARETO], [picture.encode()])
         with durable.writing(out / REPORT):
-            write_html(partials[REPORT], assessment, features, densities, page_bytes)
+            write_html(partials[REPORT], assessment, features, densities, explained, page_bytes)
         assessment["files"] = [
             {"path": name, "bytes": file.stat().st_size, "xxh3": durable.hash_file(file)}
             for name, file in partials.items()
@@ -65,6 +79,32 @@ def write(
         for old in (assessments.FILE, *({DOCUMENTS_MODEL, PARETO} - set(partials))):
             (out / old).unlink(missing_ok=True)
     return assessment
+
+
+def show_explanations(out: Path) -> None:
+    """Write the page of an assessment anew, with the explanations that are beside it."""
+    assessment, features = assessments.read(out), stored_features.load(out)
+    explained = stored_explanations.beside(out, features)
+    table = pq.read_table(out / LATENTS, columns=["variant", "density"])
+    names, density_N = np.array(table["variant"]), table["density"].to_numpy()
+    densities = {str(name): density_N[names == name] for name in np.unique(names)}
+    with durable.replacing(out / REPORT) as page, durable.writing(out / REPORT):
+        write_html(page, assessment, features, densities, explained, assessment["settings"]["page_bytes"])
+    kept = [file for file in assessment["files"] if file["path"] != REPORT]
+    files = [*kept, File.of(out, REPORT).model_dump()]
+    records.write(out / assessments.FILE, assessments.checked(assessment | {"files": files}))
+
+
+def _explained(out: Path, features: Features) -> Explanations | None:
+    """Read the explanations of an earlier assessment, where they are of the same SAE; say so where they are
+    not shown."""
+    found = records.if_whole(lambda: stored_explanations.beside(out, features))
+    if found is None and (out / EXPLANATIONS).exists():
+        say(
+            f"{out / EXPLANATIONS} is damaged or of another SAE, and is not shown; `saemill explain` writes "
+            "it anew"
+        )
+    return found
 
 
 def _latents_table(reconstruction: Reconstruction) -> pa.Table:

@@ -200,8 +200,8 @@ def _picture(assessment: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"![Error of each SAE against its L0, beside untrained dictionaries]({runs.PARETO})",
-        "Lower is better. Bars are 95% intervals, hollow marks dictionaries that nobody trained; a ring marks "
-        "the first of the table.",
+        "Lower is better. Bars are 95% intervals, hollow marks dictionaries that nobody trained; the ring is "
+        "around the first of the table.",
     ]
 
 
