@@ -16,8 +16,8 @@ def balanced_accuracy(fires: Sequence[bool], said: Sequence[bool | None]) -> Fig
     """Compute the mean of the shares of firing and of silent contexts that were told right.
 
     The interval is the one of Agresti and Caffo (2000) for two shares, each with one context more that was
-    told right and one that was told wrong: with a few contexts of each it holds the true figure as often as it
-    says, or more often. Contexts whose answer could not be read do not count.
+    told right and one that was told wrong: with a few contexts of each it holds the true figure as often as
+    it says, or more often. Contexts whose answer could not be read do not count.
 
     Args:
         fires: of each context whether the latent fires in it.
