@@ -93,7 +93,7 @@ class Endpoint:
                     )
             if number + 1 < TRIES and self._stop.wait(wait_seconds):
                 raise Stopped
-        raise EndpointError(f"{problem}, {TRIES} times; {KEPT}, with fewer questions --at-once if it is busy")
+        raise EndpointError(f"{problem}, {TRIES} times; {KEPT}, with a smaller --at-once if it is busy")
 
     def _no_answer(self, error: httpx2.TransportError) -> str:
         """Say why there is no answer.

@@ -23,15 +23,15 @@ MOST_LETTERS = 1000
 EXPLAIN = (
     "You study a latent of a sparse autoencoder that was trained on a language model. You are shown texts on "
     "which it fires, the strongest first. Where single tokens are known, those on which it fires stand "
-    "between << and >>. Find what they have in common: what is said, a word or a part of one, grammar, "
-    "layout, or what comes before. Answer with one short sentence that says on what the latent fires, so "
-    "that someone could tell from a new text whether it fires there. Write nothing else."
+    "between << and >>; ↵ is the end of a line. Find what they have in common: what is said, a word or a "
+    "part of one, grammar, layout, or what comes before. Answer with one short sentence that says on what "
+    "the latent fires, so that someone could tell from a new text whether it fires there. Write nothing else."
 )
 JUDGE = (
     "A latent of a sparse autoencoder that was trained on a language model is described to you, and you are "
-    "shown numbered texts. Say of each whether the latent fires on at least one token of it, going by the "
-    "description. Answer with a JSON list of as many numbers as there are texts, in their order: 1 where it "
-    "fires, 0 where it does not. Write nothing else."
+    "shown numbered texts, one on each line; ↵ is the end of a line in them. Say of each whether the latent "
+    "fires on at least one token of it, going by the description. Answer with a JSON list of as many numbers "
+    "as there are texts, in their order: 1 where it fires, 0 where it does not. Write nothing else."
 )
 LIST = re.compile(r"\[[^\[\]]*\]")
 THOUGHTS = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
@@ -90,13 +90,18 @@ def _marked(context: Context) -> str:
     for at, (token, is_hot) in enumerate(zip(place.tokens, hot, strict=True)):
         before = at > 0 and hot[at - 1]
         text += ("<<" if is_hot and not before else ">>" if before and not is_hot else "") + token
-    return _sendable(text + (">>" if hot[-1] else "")).strip()
+    return _on_a_line(text + (">>" if hot[-1] else ""))
 
 
 def _plain(place: Snippet | Passage) -> str:
     """Write a context without marks."""
     text = (place.text or "")[:MOST_LETTERS] if isinstance(place, Passage) else "".join(place.tokens)
-    return _sendable(text).strip()
+    return _on_a_line(text)
+
+
+def _on_a_line(text: str) -> str:
+    """Return the text with a sign in place of each line end, so that it is one entry of a list."""
+    return _sendable("↵".join(text.strip().splitlines()))
 
 
 def _sendable(text: str) -> str:

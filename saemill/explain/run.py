@@ -73,6 +73,11 @@ def _shown(folder: Path) -> Features:
         raise MissingError(
             f"{folder} has no {assessments.FILE}, whose latents are explained; run `saemill assess {folder}`"
         )
+    if not runs.is_finished(folder):
+        raise StoreError(
+            f"{folder} holds an assessment that was written elsewhere than into its run; name a run that was "
+            "assessed without --out"
+        )
     # A page that was being written anew when a crash came is written once more at the end.
     bad = [line for line in assessments.problems(folder) if not line.startswith(str(folder / runs.REPORT))]
     if bad:

@@ -1,6 +1,7 @@
 """Figures of explanations against definitions, and prompts and answers read back."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from saemill.common.stores.features import Context, Snippet
+from saemill.common.stores.features import Context, Passage, Snippet
 from saemill.explain import prompts, scores
 from saemill.explain.config import ExplainConfig
+from saemill.explain.contexts import Case
 
+CONFIG = ExplainConfig(run=Path("r"), url="http://h/v1", model="m", max_answer_tokens=0)
 CASES = st.lists(st.tuples(st.booleans(), st.sampled_from([True, False, None])), max_size=30)
 
 
@@ -83,6 +86,17 @@ def test_what_is_no_list_of_judgements_is_none(answer: str) -> None:
     assert prompts.verdicts(answer, 2) is None
 
 
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=12))
+def test_every_context_is_one_entry_of_the_list(texts: list[str]) -> None:
+    """Oracle: the number of entries, whatever is in the texts, and that a request can be written of them."""
+    cases = [Case(Passage(address=0, id=None, text=text), True) for text in texts]
+    content = str(prompts.judge("all", cases, CONFIG)["messages"][1]["content"])
+    content.encode()
+    entries = content.split("\n\n")[1:]
+    assert [entry.partition(". ")[0] for entry in entries] == [str(i + 1) for i in range(len(texts))]
+    assert not any(len(entry.splitlines()) > 1 for entry in entries)
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [
@@ -95,7 +109,6 @@ def test_marks_are_around_what_is_strong(values: tuple[float, ...], text: str) -
     """Oracle: by hand: tokens from 0.3 of the largest activation on, neighbours together."""
     place = Snippet(address=0, document=0, source=None, tokens=("a", "b", " c", " d"), at=1)
     shown = [Context(activation=5.0, values=tuple(map(float, values)), place=place)]
-    config = ExplainConfig(run="r", url="http://h/v1", model="m", max_answer_tokens=0)  # type: ignore[arg-type]
-    request = prompts.explain(shown, config)
+    request = prompts.explain(shown, CONFIG)
     assert request["messages"][1]["content"] == f"1. {text}"
     assert set(request) == {"model", "messages", "temperature"}
