@@ -17,7 +17,6 @@ from saemill.assess.splicing import Splicing
 from saemill.assess.sums import DocumentSums
 from saemill.common import durable, records
 from saemill.common.log import say
-from saemill.common.records import File
 from saemill.common.stores import assessments
 from saemill.common.stores import explanations as stored_explanations
 from saemill.common.stores import features as stored_features
@@ -50,30 +49,26 @@ def write(
         sums[DOCUMENTS_MODEL] = measured.splicing.sums
     tables = {name: _sums_table(table) for name, table in sums.items()}
     tables[LATENTS] = _latents_table(measured.reconstruction)
-    picture = pareto(assessment)
+    texts = {FEATURES: json.dumps(records.content(features), allow_nan=False)}  # it is long: without indents
+    if picture := pareto(assessment):
+        texts[PARETO] = picture
     densities = {name: measured.reconstruction.density(name) for name in measured.reconstruction.saes}
     explained = _explained(out, features)
     with ExitStack() as replacements:  # which closes the last opened first
         verdict = replacements.enter_context(durable.replacing(out / assessments.FILE))
         partials = {
             name: replacements.enter_context(durable.replacing(out / name))
-            for name in [*tables, FEATURES, REPORT, *([PARETO] if picture else [])]
+            for name in (*tables, *texts, REPORT)
         }
         for name, table in tables.items():
             with durable.writing(out / name, table.nbytes):
                 pq.write_table(table, partials[name])
-        with durable.writing(out / FEATURES):
-            content = json.dumps(records.content(features), allow_nan=False)  # without indents: it is long
-            durable.write_bytes(partials[FEATURES], [content.encode()])
-        if picture:
-            with durable.writing(out / PARETO):
-                durable.write_bytes(partials[PARETO], [picture.encode()])
+        for name, text in texts.items():
+            with durable.writing(out / name):
+                durable.write_bytes(partials[name], [text.encode()])
         with durable.writing(out / REPORT):
             write_html(partials[REPORT], assessment, features, densities, explained, page_bytes)
-        assessment["files"] = [
-            {"path": name, "bytes": file.stat().st_size, "xxh3": durable.hash_file(file)}
-            for name, file in partials.items()
-        ]
+        assessment["files"] = [_file(name, file) for name, file in partials.items()]
         with durable.writing(out / assessments.FILE):
             records.write(verdict, assessments.checked(assessment))
         for old in (assessments.FILE, *({DOCUMENTS_MODEL, PARETO} - set(partials))):
@@ -91,8 +86,13 @@ def show_explanations(out: Path) -> None:
     with durable.replacing(out / REPORT) as page, durable.writing(out / REPORT):
         write_html(page, assessment, features, densities, explained, assessment["settings"]["page_bytes"])
     kept = [file for file in assessment["files"] if file["path"] != REPORT]
-    files = [*kept, File.of(out, REPORT).model_dump()]
+    files = [*kept, _file(REPORT, out / REPORT)]
     records.write(out / assessments.FILE, assessments.checked(assessment | {"files": files}))
+
+
+def _file(name: str, file: Path) -> dict[str, Any]:
+    """Describe a file that the record answers for, where it is written."""
+    return {"path": name, "bytes": file.stat().st_size, "xxh3": durable.hash_file(file)}
 
 
 def _explained(out: Path, features: Features) -> Explanations | None:

@@ -6,14 +6,12 @@ much right there as in the second.
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from saemill.common.stores.assessments import Figure
 from saemill.common.stores.explanations import Explained, Tested
 from saemill.explain import prompts, scores
 from saemill.explain.asking import Asking
 from saemill.explain.config import ExplainConfig
-from saemill.explain.contexts import LEAST_DOCUMENTS, SEED, Sides
+from saemill.explain.contexts import LEAST_DOCUMENTS, Sides
 
 Divided = dict[int, Sides | None]
 """Contexts of each latent; None of one that fires in too few documents."""
@@ -27,19 +25,22 @@ def explained(config: ExplainConfig, sides: Divided, asking: Asking) -> list[Exp
     requests = [prompts.explain(side.shown, config) for side in divided]
     texts = map(prompts.explanation, asking.ask("explain", requests))
     text_of = {side.latent: text for side, text in zip(divided, texts, strict=True) if text}
-    other_of = _shuffled(text_of)
+    other_of = _of_others(text_of)
     own = _judged(config, sides, text_of, "judge", asking)
     others = _judged(config, sides, other_of, "judge shuffled", asking)
     return [_of_one(latent, side, text_of, own, others) for latent, side in sides.items()]
 
 
-def _shuffled(text_of: dict[int, str]) -> dict[int, str]:
-    """Give each latent the explanation of another one, drawn at random; none where there is one alone."""
-    latents = np.random.default_rng(SEED).permutation(sorted(text_of)).tolist()
-    following = [*latents[1:], *latents[:1]]
-    return {
-        latent: text_of[other] for latent, other in zip(latents, following, strict=True) if latent != other
-    }
+def _of_others(text_of: dict[int, str]) -> dict[int, str]:
+    """Give each latent the explanation of the next one on the page that says something else; none where there
+    is no other. The page is in random order, and stays as it is where more latents are explained."""
+    latents = list(text_of)
+    others = {}
+    for at, latent in enumerate(latents):
+        following = [text_of[other] for other in latents[at + 1 :] + latents[:at]]
+        if text := next((text for text in following if text != text_of[latent]), None):
+            others[latent] = text
+    return others
 
 
 def _judged(
@@ -78,7 +79,7 @@ def _of_one(
     unread: list[bool | None] = [None] * len(sides.cases)
     fires = [case.fires for case in sides.cases]
     score = Figure(value=None, reason="the answer holds no explanation")
-    shuffled = Figure(value=None, reason="there is no other latent's explanation")
+    shuffled = Figure(value=None, reason="no other latent is explained otherwise")
     if latent in own:
         score = scores.balanced_accuracy(fires, own[latent])
     if latent in others:

@@ -57,7 +57,6 @@ def model_card(
         f"# {kinds.title(saes)} of {words(_short(provenance['model'] or provenance['dataset']))}",
         f"{kinds.number(saes)} of {_what(saes, places)} {kinds.formula(saes)}.",
         "## Variants",
-        *(_picture(assessment) if assessment else ()),
         *_variants(saes, finished, assessment),
         *(_how_measured(assessment) if assessment else ()),
         "## Load",
@@ -186,6 +185,7 @@ def _variants(
     ]
     table = rows([[*head, *columns.values(), "verdict"], *lines])
     return [
+        *_picture(assessment),
         table,
         *_reasons(entries, columns),
         *_untrained(assessment, columns),

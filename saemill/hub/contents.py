@@ -29,6 +29,9 @@ from saemill.hub.store_card import activations_card, tokens_card
 from saemill.show import hint, kind_of
 from saemill.train.record.inspect import settings_problems
 
+TEXTS = (runs.CONFIG, runs.REPORT)
+"""Files of a run that may name paths of the machine."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
@@ -87,8 +90,7 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     variants = tuple(name for name in finished.variants if not chosen or name in chosen)
     saes = {name: _sae(path / name, finished.cfgs[name], path) for name in variants}
     names = Names(yaml.safe_load((path / runs.CONFIG).read_bytes()), finished.model_dump(), saes)
-    text_files = [runs.CONFIG, runs.REPORT]
-    written = {name: names.content(path / name) for name in text_files if (path / name).is_file()}
+    written = {name: names.content(path / name) for name in TEXTS if (path / name).is_file()}
     saes = {name: seal.sealed_again(names.of(cfg)) for name, cfg in saes.items()}
     written |= {f"{name}/cfg.json": as_json(cfg) for name, cfg in saes.items()}
     uploaded = finished.model_copy(

@@ -108,8 +108,11 @@ def test_nothing_is_asked_twice(copied: Path) -> None:
         assert len(server.asked) == n_asked
         lines = [json.loads(line) for line in (copied / runs.ANSWERS).read_text().splitlines()]
         assert {json.dumps(line["request"]) for line in lines} == {json.dumps(body) for body in server.asked}
-        explain(copied, server.url, n_latents=14)
-        assert len(server.asked) > n_asked  # two more, and a few whose shuffled explanation is another
+        more = explain(copied, server.url, n_latents=14)
+        n_judged = [-(-len(each.tested) // 10) for each in more.latents]
+        new, last_before = n_judged[12:], n_judged[11]  # whose control is now the thirteenth
+        assert len(server.asked) - n_asked == len(new) + 2 * sum(new) + last_before
+        assert more.latents[:11] == whole.latents[:11]
     assert explanations.problems(copied) == []
 
 
@@ -170,8 +173,9 @@ def test_a_judge_that_says_always_yes_is_at_chance(copied: Path) -> None:
     """Oracle: the definition: all firing contexts right and all silent ones wrong make one half."""
 
     def yes(body: dict[str, Any]) -> Reply:
-        n = len(str(body["messages"][1]["content"]).split("\n\n")) - 1
-        return completion(json.dumps([1] * n) if is_judgement(body) else "anything")
+        text = str(body["messages"][1]["content"])
+        n = len(text.split("\n\n")) - 1
+        return completion(json.dumps([1] * n) if is_judgement(body) else text[:50])
 
     with answering(yes) as server:
         found = explain(copied, server.url)
