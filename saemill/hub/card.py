@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import CardData, ModelCardData, RepoCard
 
 from saemill.assess.sums import number
-from saemill.assess.table import cuts, described_best, interval
+from saemill.assess.table import CONTROLS, cuts, described_best, interval
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
 from saemill.common.stores import runs
@@ -177,7 +177,8 @@ def _variants(
         lines = [[span(name), *shape, _state(name, finished)] for name, shape in shapes.items()]
         note = "**Not assessed.** Nothing is known here of how well they reconstruct: `saemill assess`."
         return [note, rows([[*head, "state"], *lines])]
-    entries = [entry for entry in assessment["variants"] if entry["name"] in saes]
+    every = [*assessment["variants"], *assessment["controls"]]  # trained ones with a frozen decoder too
+    entries = [entry for entry in every if entry["name"] in saes]
     columns = {c: t for c, t in COLUMNS.items() if any(e["metrics"][c]["value"] is not None for e in entries)}
     lines = [
         [span(entry["name"]), *shapes[entry["name"]], *_figures(entry["metrics"], columns), entry["verdict"]]
@@ -188,7 +189,7 @@ def _variants(
         *_picture(assessment),
         table,
         *_reasons(entries, columns),
-        *_untrained(assessment, columns),
+        *_controls(saes, assessment, columns),
         *_best_elsewhere(saes, assessment),
         *_within(entries),
     ]
@@ -199,20 +200,21 @@ def _picture(assessment: Mapping[str, Any]) -> list[str]:
     if all(file["path"] != runs.PARETO for file in assessment["files"]):
         return []
     return [
-        f"![Error of each SAE against its L0, beside untrained dictionaries]({runs.PARETO})",
-        "Lower is better. Bars are 95% intervals, hollow marks dictionaries that nobody trained; the ring is "
-        "around the first of the table.",
+        f"![Error of each SAE against its L0, beside controls]({runs.PARETO})",
+        "Lower is better. Bars are 95% intervals, hollow marks controls; the ring is around the first of the "
+        "table.",
     ]
 
 
-def _untrained(assessment: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
-    """Render the table of dictionaries that nobody trained; nothing where there are none."""
-    controls = assessment["controls"]
+def _controls(saes: Iterable[str], assessment: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    """Render the table of the controls that are not uploaded; nothing where there are none."""
+    controls = [entry for entry in assessment["controls"] if entry["name"] not in set(saes)]
     if not controls:
         return []
     lines = [[span(entry["name"]), *_figures(entry["metrics"], columns)] for entry in controls]
-    about = "For comparison, on the same tokens, dictionaries that nobody trained, of the same k:"
-    return [about, rows([["untrained", *columns.values()], *lines])]
+    what = dict.fromkeys(CONTROLS[entry["control"]] for entry in controls)
+    about = f"For comparison, on the same tokens, controls: {', '.join(what)}."
+    return [about, rows([["control", *columns.values()], *lines])]
 
 
 def _best_elsewhere(saes: Iterable[str], assessment: Mapping[str, Any]) -> list[str]:
