@@ -60,6 +60,10 @@ class ExplainConfig:
             raise ConfigError(
                 f"url must be that of an endpoint, as http://localhost:8000/v1, got {self.url!r:.80}"
             )
+        if "?" in self.url or "#" in self.url:
+            raise ConfigError(
+                f"url must end in the path before /chat/completions, with no ? or #, got {self.url!r:.80}"
+            )
         if "@" in parts[1]:
             raise ConfigError(
                 "url must hold no password; name the environment variable that holds the key with "

@@ -44,6 +44,8 @@ def run(config: ExplainConfig) -> Explanations:
         EndpointError: the endpoint does not answer, or not as it should.
         Interrupted: a signal came; the same command goes on.
     """
+    if (n := World.here().size) > 1:
+        raise ConfigError(f"explain is of one process, got {n}; start it without torchrun or srun")
     key, folder = config.key, config.run.absolute()
     shown = _shown(folder)
     latents = _chosen(config, shown)
@@ -130,8 +132,6 @@ def _sides(config: ExplainConfig, folder: Path, shown: Features, latents: Sequen
     """Divide the contexts of each latent, silent ones checked on the cache."""
     task = AssessConfig(run=folder, acts=config.acts, with_acts=config.with_acts, variant=shown.variant)
     world = World.here()
-    if world.size > 1:
-        raise ConfigError(f"explain is of one process, got {world.size}; start it without torchrun or srun")
     device = world.device(config.device)
     with world.connected(device) as everyone:
         trained = open_run(task, device)

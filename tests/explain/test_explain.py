@@ -270,6 +270,8 @@ def test_what_cannot_be_explained_is_refused_before_anything_is_sent(copied: Pat
                 ConfigError, match="url must be that of an endpoint, as http://localhost:8000/v1"
             ):
                 explain(copied, url)
+        with pytest.raises(ConfigError, match=r"url must end in the path .* got 'http://h/v1\?key=1'"):
+            explain(copied, "http://h/v1?key=1")
         with pytest.raises(ConfigError, match="url must hold no password"):
             explain(copied, "http://me:pw@h/v1")
         (copied / "features.json").write_text("{}")
