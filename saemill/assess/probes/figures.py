@@ -22,7 +22,7 @@ def described(found: Sequence[Found], ks: tuple[int, ...]) -> dict[str, Any]:
     """Describe what was probed for, on what, and what the activations themselves tell."""
     return {
         "ks": ks,
-        "examples": [_examples(each) for each in found],
+        "examples": [_examples(each) for each in found if any(each.dense.values())],
         "labels": [label for each in found for label in _labels(each)],
     }
 
