@@ -65,13 +65,18 @@ def open_store(config: TrainConfig) -> ActivationStore:
         ConfigError: it cannot be followed.
     """
     if not config.follow:
-        return ActivationStore(config.acts, config.with_acts)
+        store = ActivationStore(config.acts, config.with_acts)
+        if not store.cache_locally(config.local_cache_bytes) and config.local_cache is not None:
+            raise ConfigError(f"local_cache has no effect: {config.acts} is on a disk; leave it out")
+        return store
+    if config.local_cache is not None:
+        raise ConfigError("local_cache has no effect with follow, which reads a disk; leave it out")
     if address := address_of(config.acts):
         raise ConfigError(f"follow: {address} is in an object store, where none is filled; leave it out")
-    store = FollowedStore(config.acts, config.group_tokens)
-    if not isinstance(store.text, TokenStore):
+    followed = FollowedStore(config.acts, config.group_tokens)
+    if not isinstance(followed.text, TokenStore):
         raise ConfigError(f"follow: {config.acts} holds embeddings, which are there as a whole; leave it out")
-    return store
+    return followed
 
 
 def open_stream(

@@ -40,6 +40,8 @@ class S3:
         self.cut_at: int | None = None
         """Bytes of a body after which the connection is cut; None for whole bodies."""
         self.n_requests = 0
+        self.watch: Callable[[str, str, dict[str, str]], None] = lambda method, path, headers: None
+        """Told of each request: its method, its path and its headers, in lower case."""
         self.proxy = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
 
@@ -56,6 +58,7 @@ class S3:
         class Handler(BaseHTTPRequestHandler):
             def _forward(self) -> None:
                 s3.n_requests += 1
+                s3.watch(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
                 status, headers, body = s3.ask(self.command, self.path, dict(self.headers))
                 answer = s3.fault(self.path, (status, body))
                 if answer is None:

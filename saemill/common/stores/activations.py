@@ -99,6 +99,20 @@ class ActivationStore:
         """Where the store lies: its folder, from anywhere on this machine, or its address."""
         return str(self.path.absolute()) if self.mirror is None else self.mirror.known.address
 
+    def cache_locally(self, max_bytes: int | None) -> bool:
+        """Keep blocks that are read over the network on a disk here, and read them there again.
+
+        Args:
+            max_bytes: see `LocalCache`; 0 keeps none.
+
+        Returns: whether any are read so, of this store or the one beside it.
+        """
+        stores = (self, self.beside)
+        remote = [s.mirror for s in stores if s is not None and s.mirror is not None]
+        for each in remote if max_bytes != 0 else []:
+            each.cache_locally(max_bytes)
+        return bool(remote)
+
     def _open_text(self) -> TokenStore | PassageStore:
         """Open the tokens, or the passages, that the addresses name."""
         holds_embeddings = self.settings.kind == EMBEDDINGS

@@ -21,6 +21,7 @@ from saemill.common import durable, records
 from saemill.common.addresses import address_of
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.records import Count, Record
+from saemill.common.stores.local_cache import LocalCache
 from saemill.common.stores.objects import ObjectContent, ObjectStore
 
 OBJECTS = "objects.json"
@@ -61,6 +62,18 @@ class Mirror:
         self.folder = folder
         self.known = records.read(folder / OBJECTS, Objects, f"Remove {folder}, it is fetched again.")
         self.remote = ObjectStore(self.known.address)
+        self.cache: LocalCache | None = None
+        """Where blocks that were read are kept; None where they are not."""
+
+    def cache_locally(self, max_bytes: int | None) -> None:
+        """Keep the blocks that are read from now on on a disk here, and read them there again.
+
+        Args:
+            max_bytes: see `LocalCache`.
+        """
+        tags = {key: item.tag for key, item in self.known.objects.items()}
+        names = [LocalCache.name_of(key, tag) for key, tag in tags.items() if tag is not None]
+        self.cache = LocalCache(self.known.address, names, max_bytes)
 
     def fetch(self, path: Path) -> None:
         """Fetch a file of the folder, unless it is there."""
@@ -81,7 +94,7 @@ class Mirror:
         key = path.relative_to(self.folder).as_posix()
         if (listed := self.known.objects.get(key)) is None:
             raise MissingError(f"{self.name_of(path)}: {durable.MISSING}")
-        return ObjectContent(self.remote, key, listed.n_bytes, listed.tag)
+        return ObjectContent(self.remote, key, listed.n_bytes, listed.tag, self.cache)
 
     def problem(self, path: Path, n_bytes: int, xxh3: str | None = None) -> str | None:
         """Describe how an object differs from what was written, as `durable.problem` does."""

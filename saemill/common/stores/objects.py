@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saemill.common.errors import ConfigError, DiskError, MissingError, StoreError
+from saemill.common.stores.local_cache import LocalCache
 
 T = TypeVar("T")
 N_ATTEMPTS = 6
@@ -117,10 +118,14 @@ class ObjectContent:
         key: its name.
         n_bytes: its size.
         tag: as it was listed.
+        cache: where what was read is kept. An object without a tag, by which a change would be seen, is not.
     """
 
-    def __init__(self, store: ObjectStore, key: str, n_bytes: int, tag: str | None) -> None:
+    def __init__(
+        self, store: ObjectStore, key: str, n_bytes: int, tag: str | None, cache: LocalCache | None = None
+    ) -> None:
         self.store, self.key, self.n_bytes, self.tag = store, key, n_bytes, tag
+        self.cache = cache
 
     def __len__(self) -> int:
         return self.n_bytes
@@ -128,9 +133,19 @@ class ObjectContent:
     def __getitem__(self, span: slice) -> NDArray[np.uint8]:
         """Read consecutive bytes, in memory of their own; fewer where the object ends before."""
         start, stop, _ = span.indices(self.n_bytes)
-        return np.frombuffer(
-            bytearray(self.store.read(self.key, self.tag, start, max(start, stop))), np.uint8
-        )
+        stop = max(start, stop)
+        if self.cache is None or self.tag is None:
+            return self._read(start, stop)
+        name = LocalCache.name_of(self.key, self.tag)
+        kept = self.cache.read(name, start, stop)
+        if kept is None:
+            kept = self._read(start, stop)
+            self.cache.keep(name, start, kept)
+        return kept
+
+    def _read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Read consecutive bytes where the object is."""
+        return np.frombuffer(bytearray(self.store.read(self.key, self.tag, start, stop)), np.uint8)
 
 
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
