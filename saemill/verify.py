@@ -48,6 +48,7 @@ class Findings(list[str]):
 def tokens_problems(path: Path) -> list[str]:
     """List what is wrong with a token store, a line for each bad file."""
     findings = Findings()
+    path, _ = mirror.opened(path)
     if manifest := findings.attempt(lambda: read_manifest(path, REPAIR_TOKENS)):
         findings += records.problems(path, manifest.files, hashes=True)
     if not findings:

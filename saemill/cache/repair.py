@@ -45,13 +45,13 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
             continue
         is_whole = False
         if existed:  # else another worker may be about to put a good one there
-            file.unlink(missing_ok=True)
+            writer.worker.place.remove(file)
     if manifest and is_whole and not _agrees(writer, manifest):
         if manifest.statistics.lengths is not None:
             say(f"{writer.manifest_path} tells of other shards than their records and is written again")
         is_whole = False
     if not is_whole:
-        writer.manifest_path.unlink(missing_ok=True)
+        writer.worker.place.remove(writer.manifest_path)
 
 
 def _add_norms(writer: SiteWriter) -> None:

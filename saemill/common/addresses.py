@@ -29,6 +29,6 @@ def check_disk_path(path: Path) -> None:
     """
     if address := address_of(path):
         raise ConfigError(
-            f"out is {address}, and saemill writes to disks alone; write to a folder, and copy that there: "
-            f"aws s3 cp --recursive FOLDER {address}, rclone, or what your provider has"
+            f"out is {address}, and only `saemill cache` writes there; write to a folder, and copy that "
+            f"there: aws s3 cp --recursive FOLDER {address}, rclone, or what your provider has"
         )

@@ -25,6 +25,8 @@ Answer = tuple[int, bytes]
 """Status and body of an answer."""
 Fault = Callable[[str, Answer], Answer | None]
 """Given a request's path and its answer, returns what is sent in its place; None cuts the connection."""
+Loss = Callable[[str, str, bytes], bytes | None]
+"""Given a request's method, path and body, returns the body that arrives; None cuts the connection before."""
 
 
 class S3:
@@ -37,6 +39,7 @@ class S3:
     def __init__(self, port: int) -> None:
         self.port = port
         self.fault: Fault = lambda _, answer: answer
+        self.lose: Loss = lambda method, path, body: body
         self.cut_at: int | None = None
         """Bytes of a body after which the connection is cut; None for whole bodies."""
         self.n_requests = 0
@@ -59,7 +62,14 @@ class S3:
             def _forward(self) -> None:
                 s3.n_requests += 1
                 s3.watch(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
-                status, headers, body = s3.ask(self.command, self.path, dict(self.headers))
+                sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                arrived = s3.lose(self.command, self.path, sent)
+                if arrived is None:
+                    self.close_connection = True
+                    return
+                request = {k: v for k, v in self.headers.items() if k.lower() != "content-length"}
+                request["Content-Length"] = str(len(arrived))
+                status, headers, body = s3.ask(self.command, self.path, request, arrived)
                 answer = s3.fault(self.path, (status, body))
                 if answer is None:
                     self.close_connection = True
@@ -75,14 +85,15 @@ class S3:
                         "server",
                     ):
                         self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
+                n_bytes = dict(headers).get("Content-Length") if self.command == "HEAD" else len(body)
+                self.send_header("Content-Length", str(n_bytes))
                 self.send_header("Connection", "close")
                 self.end_headers()
                 with suppress(BrokenPipeError, ConnectionResetError):
                     self.wfile.write(body if s3.cut_at is None else body[: s3.cut_at])
                 self.close_connection = True
 
-            do_GET = do_HEAD = _forward
+            do_GET = do_HEAD = do_PUT = do_DELETE = do_POST = _forward
 
             def log_message(self, *_: Any) -> None:
                 pass
