@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -38,15 +39,21 @@ class S3:
 
     def __init__(self, port: int) -> None:
         self.port = port
+        self.n_requests = 0
+        self.environment: dict[str, str] = {}
+        """What leads to the proxy."""
+        self.calm()
+        self.proxy = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
+
+    def calm(self) -> None:
+        """End all faults."""
         self.fault: Fault = lambda _, answer: answer
         self.lose: Loss = lambda method, path, body: body
         self.cut_at: int | None = None
         """Bytes of a body after which the connection is cut; None for whole bodies."""
-        self.n_requests = 0
         self.watch: Callable[[str, str, dict[str, str]], None] = lambda method, path, headers: None
         """Told of each request: its method, its path and its headers, in lower case."""
-        self.proxy = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
 
     def ask(self, method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> Any:
         """Ask the server itself. Returns: status, headers, body."""
@@ -112,6 +119,14 @@ class S3:
         status, _, body = self.ask("PUT", f"/{BUCKET}/{key}", OWNER, content)
         assert status == 200, (status, body)
 
+    def fetch(self, prefix: str, folder: Path) -> None:
+        """Download all objects below a prefix into a folder."""
+        _, _, body = self.ask("GET", f"/{BUCKET}?list-type=2&max-keys=9999&prefix={prefix}/", OWNER)
+        for key in re.findall("<Key>(.*?)</Key>", body.decode()):
+            file = folder / key.removeprefix(f"{prefix}/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(self.ask("GET", f"/{BUCKET}/{key}", OWNER)[2])
+
     def delete(self, key: str) -> None:
         """Remove an object."""
         assert self.ask("DELETE", f"/{BUCKET}/{key}", OWNER)[0] == 204
@@ -137,11 +152,12 @@ def serving(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[S3]:
         wait_until(answers)
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             monkeypatch.delenv(name)
-        for name, value in {
+        s3.environment = {
             "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3.proxy.server_port}", "XDG_CACHE_HOME": str(cache),
             "no_proxy": "127.0.0.1",
-        }.items():  # fmt: skip
+        }  # fmt: skip
+        for name, value in s3.environment.items():
             monkeypatch.setenv(name, value)
         yield s3
     finally:

@@ -27,7 +27,7 @@ from saemill.common.stores.objects import ObjectContent, ObjectStore, is_tag_of
 
 OBJECTS, GROUP, TOKENS = "objects.json", "zarr.json", "manifest.json"
 """Names of the mirror's own record, of a file that every store has, and of one that a token store has."""
-TEXT = ("tokens/", "passages/")
+TEXT, SITES = ("tokens/", "passages/"), "sites/"
 PIECE_BYTES = 1 << 24
 """Bytes of a large object that are read at a time."""
 N_READERS = 32
@@ -235,7 +235,8 @@ def _check(address: str, listed: Mapping[str, Object], to_write: bool) -> None:
         return
     if not to_write:
         raise MissingError(f"{address} holds no store; name the folder that has its {GROUP}")
-    if others := [key for key in listed if not key.startswith(TEXT)]:  # tokens come first
+    others = [key for key in listed if not key.startswith(TEXT)]  # tokens come first
+    if others and not any(key.startswith(SITES) for key in others):
         raise StoreError(f"{address} holds other files ({others[0]}); choose a new folder")
 
 

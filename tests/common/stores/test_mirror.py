@@ -40,9 +40,9 @@ def server(patched: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def s3(server: S3) -> Iterator[S3]:
     """The server, without faults before and after."""
-    server.fault, server.cut_at = lambda _, answer: answer, None
+    server.calm()
     yield server
-    server.fault, server.cut_at = lambda _, answer: answer, None
+    server.calm()
 
 
 def local_store(folder: Path, form: tuple[str, str | None] = ("bf16", None)) -> ActivationStore:
@@ -192,8 +192,6 @@ def test_every_command_takes_an_address_or_says_why_not(s3: S3, tmp_path: Path) 
 
 def test_nothing_is_written_to_an_address(tmp_path: Path) -> None:
     """Oracle: the refusal, before any work; and no folder that is called s3."""
-    with pytest.raises(
-        ConfigError, match="out is s3://bucket/tokens, and only `saemill cache` writes"
-    ):
+    with pytest.raises(ConfigError, match="out is s3://bucket/tokens, and only `saemill cache` writes"):
         tokenize(TokenizeConfig(dataset=str(tmp_path), tokenizer="t", out=Path("s3://bucket/tokens")))
     assert not Path("s3:").exists()
