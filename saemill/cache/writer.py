@@ -125,6 +125,28 @@ class SiteWriter:
             for partial in (data, record):
                 partial.unlink(missing_ok=True)
 
+    def restore(self, shard: int, stored_TC: Tensor, xxh3: str) -> bool:
+        """Write the file of a shard again, if it comes out as it was. The caller holds the claim on the
+        store.
+
+        Args:
+            shard: its number.
+            stored_TC: stored rows in address order, on the CPU.
+            xxh3: hash of what it was.
+
+        Returns: whether it did.
+        """
+        data = self.worker.partial()
+        permuted_TC = stored_TC.index_select(0, torch.from_numpy(self.store.permutation(shard)))
+        try:
+            self.array.write_shard(shard, as_numpy(permuted_TC), data)
+            is_same = durable.hash_file(data) == xxh3
+            if is_same:
+                self.worker.place.replace(data, self.array.shard_path(shard))
+        finally:
+            data.unlink(missing_ok=True)
+        return is_same
+
     def _activations(self, stored_TC: Tensor) -> Iterator[Tensor]:
         """Decode stored rows, some at a time: what training will see."""
         return (self.form.decode(rows_TC) for rows_TC in torch.split(stored_TC, ROWS_AT_ONCE))
