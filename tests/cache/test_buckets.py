@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from caching import CTX_LEN, SHARD, cache
 from crashes import file_hashes
 from launching import ENVIRONMENT
-from object_store import S3, serving
+from object_store import S3
 from stores import make_store
 from waiting import wait_until
 
@@ -24,7 +23,6 @@ from saemill.cache.placing import InBucket
 from saemill.cache.writer import SiteWriter
 from saemill.common import durable
 from saemill.common.errors import ConfigError, DiskError, StoreError
-from saemill.common.stores import objects
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import Site
 from saemill.common.stores.tokens import TokenStore
@@ -32,22 +30,6 @@ from saemill.show import problems
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS: dict[str, Any] = {"layers": (0, 1), "max_tokens": 4 * SHARD}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    with pytest.MonkeyPatch.context() as patch, serving(patch, tmp_path_factory.mktemp("cache")) as s3:
-        patch.setattr(objects, "FIRST_WAIT_SECONDS", 0.0)
-        yield s3
-
-
-@pytest.fixture
-def s3(server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    """The server without faults, and an empty cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    server.calm()
-    yield server
-    server.calm()
 
 
 @pytest.fixture(scope="module")

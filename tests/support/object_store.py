@@ -1,7 +1,6 @@
 """An S3 server in a process of its own (moto's), and a proxy before it that fails on demand."""
 
 import http.client
-import os
 import re
 import socket
 import subprocess
@@ -13,7 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pytest
 from waiting import wait_until
 
 BUCKET = "bucket"
@@ -40,11 +38,25 @@ class S3:
     def __init__(self, port: int) -> None:
         self.port = port
         self.n_requests = 0
-        self.environment: dict[str, str] = {}
-        """What leads to the proxy."""
         self.calm()
         self.proxy = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What leads to the proxy."""
+        return {
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxy.server_port}",
+            "no_proxy": "127.0.0.1",
+        }
+
+    def empty(self) -> None:
+        """Begin anew, with an empty bucket."""
+        assert self.ask("POST", "/moto-api/reset", {})[0] == 200
+        assert self.ask("PUT", f"/{BUCKET}", {})[0] == 200
 
     def calm(self) -> None:
         """End all faults."""
@@ -133,8 +145,8 @@ class S3:
 
 
 @contextmanager
-def serving(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[S3]:
-    """Run the server with an empty bucket; the environment leads to its proxy, and mirrors are in `cache`."""
+def serving() -> Iterator[S3]:
+    """Run the server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -145,20 +157,11 @@ def serving(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[S3]:
     def answers() -> bool:
         assert process.poll() is None, "moto ended"
         with suppress(OSError):
-            return s3.ask("PUT", f"/{BUCKET}", {})[0] == 200
+            return s3.ask("GET", "/", OWNER)[0] == 200
         return False
 
     try:
         wait_until(answers)
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            monkeypatch.delenv(name)
-        s3.environment = {
-            "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3.proxy.server_port}", "XDG_CACHE_HOME": str(cache),
-            "no_proxy": "127.0.0.1",
-        }  # fmt: skip
-        for name, value in s3.environment.items():
-            monkeypatch.setenv(name, value)
         yield s3
     finally:
         s3.proxy.shutdown()

@@ -2,14 +2,14 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from keeping import fill
-from object_store import S3, serving
+from object_store import S3
 from stores import make_store
 
 from saemill.common.errors import ConfigError
@@ -20,19 +20,6 @@ from saemill.train.run import run as train
 
 N_TOKENS, D = 400 * 16, 8
 BLOCK_BYTES = 256 * D * 2
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    with pytest.MonkeyPatch.context() as patch, serving(patch, tmp_path_factory.mktemp("cache")) as s3:
-        yield s3
-
-
-@pytest.fixture
-def s3(server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3:
-    """The server, with an empty cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return server
 
 
 def local_store(folder: Path, form: tuple[str, str | None] = ("bf16", None)) -> ActivationStore:

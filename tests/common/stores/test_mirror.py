@@ -1,16 +1,15 @@
 """Stores in an object store: what is read of them, and what is not taken for it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from object_store import S3, Answer, serving
+from object_store import S3, Answer
 from stores import make_store
 
 from saemill.common.errors import ConfigError, DiskError, MissingError, StoreError
-from saemill.common.stores import mirror, objects
+from saemill.common.stores import mirror
 from saemill.common.stores.activations import ActivationStore
 from saemill.hub.push import push
 from saemill.pipeline.stages import check_input
@@ -22,27 +21,6 @@ from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
 
 N_TOKENS, D = 400 * 16, 8
-
-
-@pytest.fixture(scope="module")
-def patched() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objects, "FIRST_WAIT_SECONDS", 0.0)
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def server(patched: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    with serving(patched, tmp_path_factory.mktemp("cache")) as s3:
-        yield s3
-
-
-@pytest.fixture
-def s3(server: S3) -> Iterator[S3]:
-    """The server, without faults before and after."""
-    server.calm()
-    yield server
-    server.calm()
 
 
 def local_store(folder: Path, form: tuple[str, str | None] = ("bf16", None)) -> ActivationStore:
