@@ -111,7 +111,7 @@ def test_a_bucket_that_fails_for_good_at_any_moment_is_gone_on_with(
     cache(tokens, neox, Path("s3://bucket/whole/acts"), **OPTIONS)
     total, expected = n_puts, file_hashes(whole)
     assert total == len(expected) + 2, "records of the sites are written again when their roles are known"
-    for moment in (0, 5, total - 19, total - 10, total - 1):
+    for moment in (0, 5, total - 10, total - 1):
         n_puts, address = 0, Path(f"s3://bucket/broken-{moment}/acts")
         s3.lose = count
         with pytest.raises(DiskError, match=f"s3://bucket/broken-{moment}/acts/.* cannot be written after 6"):
@@ -131,8 +131,8 @@ def command(tokens: TokenStore, neox: str, address: str) -> list[str]:
 def test_killed_and_many_workers_write_the_same_store(
     s3: S3, tokens: TokenStore, neox: str, tmp_path: Path
 ) -> None:
-    """Oracle: the store on a disk. One process is killed as it writes; then two go on that share a cache
-    folder, and one beside them that has its own, as on another machine."""
+    """Oracle: the store on a disk. One process is killed as it writes; then one goes on in its cache
+    folder, and one beside it that has its own, as on another machine."""
     expected = file_hashes(
         cache(tokens, neox, tmp_path / "disk", layers=(0, 1), shard_tokens=2 * CTX_LEN, batch_size=16).path
     )
@@ -146,7 +146,7 @@ def test_killed_and_many_workers_write_the_same_store(
     wait_until(lambda: len(commits) >= 20, first)
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
-    caches = [tmp_path / "cache", tmp_path / "cache", tmp_path / "elsewhere"]
+    caches = [tmp_path / "cache", tmp_path / "elsewhere"]
     workers = [
         subprocess.Popen(
             command(tokens, neox, address), stdout=subprocess.PIPE, text=True,

@@ -1,4 +1,4 @@
-"""`saemill verify --repair`: a store is byte by byte as before the damage, or stays as it is, with the reason."""
+"""`saemill verify --repair`: a store is byte by byte as before the damage, or stays as it is."""
 
 import shutil
 from collections.abc import Callable
@@ -158,6 +158,7 @@ def test_stores_that_no_model_computes_are_refused(
     stores: dict[str, Path], tokens: TokenStore, neox: str, tmp_path: Path
 ) -> None:
     """Oracle: the reasons; every file stays as it is."""
+    (tmp_path / "imported").mkdir()
     imported, _ = make_embeddings(tmp_path / "imported")
     refused(
         imported, "holds embeddings or imported activations, which no model here computes: run the command"

@@ -1,4 +1,4 @@
-"""Damage that Zarr readers take for zeros or for values: an error, in every form and wherever a store lies."""
+"""Damage that Zarr readers take for zeros or values: an error, in every form and wherever a store lies."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +39,7 @@ def read(store: ActivationStore) -> torch.Tensor:
 def test_damage_is_an_error_and_never_zeros(
     place: str, form: tuple[str, str | None], s3: S3, tmp_path: Path
 ) -> None:
-    """Oracle: the whole store's rows, before and after; the shard that is named, by reading and by verify. The
-    shard beside it is read as before."""
+    """Oracle: the whole store's rows, before and after; the shard that is named, by reading and by verify."""
     whole = make_store(tmp_path / "whole", N_ROWS, CTX_LEN, D, SHARD_TOKENS, form=form)
     file, folder = "a/c/1/0", whole.path
     if place == "followed":

@@ -11,6 +11,7 @@ from stores import make_store
 from saemill.common.errors import ConfigError, DiskError, MissingError, StoreError
 from saemill.common.stores import mirror
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.tokens import TokenStore
 from saemill.hub.push import push
 from saemill.pipeline.stages import check_input
 from saemill.show import describe, problems
@@ -117,8 +118,27 @@ def test_objects_that_are_missing_or_short_are_named(s3: S3, tmp_path: Path) -> 
     with pytest.raises(StoreError, match=f"{address}/a/c/1/0: file is missing"):
         ActivationStore(address).site("a")
     assert [line for line in problems(Path(address)) if "a shard 1: file is missing" in line]
-    with pytest.raises(MissingError, match="s3://bucket/nowhere holds no activation store; name the folder"):
+    with pytest.raises(MissingError, match="s3://bucket/nowhere holds no store; name the folder"):
         ActivationStore("s3://bucket/nowhere")
+
+
+def test_tokens_are_read_at_an_address(s3: S3, tmp_path: Path) -> None:
+    """Oracle: the same tokens on the disk; what lacks there is named."""
+    local = local_store(tmp_path / "acts").tokens
+    address = s3.put(local.path, "tokens")
+    remote = TokenStore(address)
+    assert (remote.fingerprint, remote.named) == (local.fingerprint, address)
+    assert np.array_equal(remote.rows(0, 400), local.rows(0, 400))
+    assert np.array_equal(remote.held_out_R, local.held_out_R)
+    assert describe(Path(address)).startswith(f"token store {address}\n")
+    assert problems(Path(address)) == []
+    before = s3.n_requests
+    assert TokenStore(address).fingerprint == local.fingerprint
+    assert s3.n_requests - before == 1, "the list alone"
+    s3.delete("tokens/segments.parquet")
+    assert any("segments.parquet: file is missing" in line for line in problems(Path(address)))
+    with pytest.raises(StoreError, match=r"segments.parquet: file is missing"):
+        TokenStore(address)
 
 
 def test_a_mirror_follows_its_address(s3: S3, tmp_path: Path) -> None:
