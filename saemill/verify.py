@@ -48,7 +48,7 @@ class Findings(list[str]):
 def tokens_problems(path: Path) -> list[str]:
     """List what is wrong with a token store, a line for each bad file."""
     findings = Findings()
-    path, _ = mirror.opened(path)
+    path, _ = mirror.opened(path, anew=True)
     if manifest := findings.attempt(lambda: read_manifest(path, REPAIR_TOKENS)):
         findings += records.problems(path, manifest.files, hashes=True)
     if not findings:
@@ -70,7 +70,7 @@ def passages_problems(path: Path) -> list[str]:
 def activations_problems(path: Path) -> list[str]:
     """List what is wrong with an activation store, a line for each bad file or unfinished site."""
     findings = Findings()
-    path, _ = mirror.opened(path)
+    path, _ = mirror.opened(path, anew=True)
     settings = findings.attempt(lambda: read_settings(path)) or known_settings(path)
     holds_embeddings = settings.kind == EMBEDDINGS if settings else (path / "passages").is_dir()
     findings += passages_problems(path / "passages") if holds_embeddings else tokens_problems(path / "tokens")

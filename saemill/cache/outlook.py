@@ -6,7 +6,6 @@ import torch
 
 from saemill.cache.config import CacheConfig
 from saemill.common import durable
-from saemill.common.addresses import address_of
 from saemill.common.device import is_fast_at_bf16
 from saemill.common.log import counted
 from saemill.common.outlook import Outlook, process_bytes, shown
@@ -75,7 +74,7 @@ def outlook_of(
     return Outlook(
         stage="cache",
         what=what,
-        folder=None if address_of(config.out) else config.out,
+        folder=config.out,
         amounts={"max_tokens": n_rows * ctx_len},
         least=ctx_len,
         disk=disk | {"records": round(records), "copy of the tokens": tokens_bytes},

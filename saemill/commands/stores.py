@@ -8,7 +8,7 @@ import typer
 from saemill.cache.config import CacheConfig
 from saemill.commands.flags import argument, command, option
 from saemill.common import setting
-from saemill.common.addresses import address_of
+from saemill.common.addresses import named
 from saemill.convert_store.config import ConvertConfig
 
 BATCH_SIZE = setting.default_of(CacheConfig, "batch_size")
@@ -65,7 +65,7 @@ def verify(
         if kind:
             mend(path, model, device or "auto", batch_size or BATCH_SIZE)
     damaged = problems(path)
-    say("\n".join(damaged) if damaged else f"{address_of(path) or path}: every file has its size and hash")
+    say("\n".join(damaged) if damaged else f"{named(path)}: every file has its size and hash")
     if damaged:
         raise typer.Exit(1)
 

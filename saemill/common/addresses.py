@@ -16,6 +16,11 @@ def address_of(path: Path | str) -> str | None:
     return None
 
 
+def named(path: Path) -> str:
+    """Write a path, or the address that it is, as the user does."""
+    return address_of(path) or str(path)
+
+
 def is_there(path: Path) -> bool:
     """Tell whether a path exists, as far as can be told without asking: that of an address may."""
     return address_of(path) is not None or path.exists()

@@ -174,8 +174,12 @@ def _hash(content: ObjectContent) -> str:
     return digest.hexdigest()
 
 
-def opened(path: Path | str) -> tuple[Path, Mirror | None]:
+def opened(path: Path | str, anew: bool = False) -> tuple[Path, Mirror | None]:
     """Find the folder of a store that is to be read: itself, or the mirror of an address, brought up to date.
+
+    Args:
+        path: the folder, or the address.
+        anew: whether all that the mirror holds is fetched again, in case that it was damaged here.
 
     Returns: the folder; and where it is a mirror, this.
 
@@ -184,7 +188,7 @@ def opened(path: Path | str) -> tuple[Path, Mirror | None]:
         ConfigError, DiskError: it cannot be read.
     """
     if address := address_of(path):
-        mirror = _brought_up(address)
+        mirror = _brought_up(address, anew=anew)
         return mirror.folder, mirror
     folder = Path(path)
     return folder, Mirror(folder) if (folder / OBJECTS).exists() else None
@@ -200,15 +204,15 @@ def opened_to_write(address: str) -> Mirror:
     return _brought_up(address, to_write=True)
 
 
-def _brought_up(address: str, to_write: bool = False) -> Mirror:
+def _brought_up(address: str, to_write: bool = False, anew: bool = False) -> Mirror:
     """Open the mirror of an address, brought up to date."""
     folder = user_cache_path("saemill") / "remote" / durable.hash_bytes(address.encode())
     with durable.exclusive(folder, wait=True):
-        _refresh(ObjectStore(address), folder, to_write)
+        _refresh(ObjectStore(address), folder, to_write, anew)
     return Mirror(folder, to_write)
 
 
-def _refresh(remote: ObjectStore, folder: Path, to_write: bool = False) -> None:
+def _refresh(remote: ObjectStore, folder: Path, to_write: bool = False, anew: bool = False) -> None:
     """Make a mirror as the address is now: fetch files that are new or differ, remove all others."""
     # Looked for first: what another process puts there meanwhile is in the bucket before it is here.
     there = [file for file in folder.rglob("*") if file.is_file() and file.name != OBJECTS]
@@ -218,10 +222,11 @@ def _refresh(remote: ObjectStore, folder: Path, to_write: bool = False) -> None:
     known = before.objects if before else {}
     for file in there:
         key = file.relative_to(folder).as_posix()
-        if not (key in listed and (listed[key] == known.get(key) or _is_as_listed(file, listed[key]))):
+        is_known = key in listed and not (anew and _stays(key, listed, to_write))
+        if not (is_known and (listed[key] == known.get(key) or _is_as_listed(file, listed[key]))):
             file.unlink(missing_ok=True)
     for key, item in listed.items():
-        if not _stays(key, listed, to_write) and not (folder / key).exists():
+        if not _stays(key, listed, to_write) and (anew or not (folder / key).exists()):
             _fetch(remote, key, item, folder / key)
     with _placing(folder / OBJECTS) as own:
         records.write(own, Objects(address=remote.address, objects=listed))

@@ -141,6 +141,24 @@ def test_tokens_are_read_at_an_address(s3: S3, tmp_path: Path) -> None:
         TokenStore(address)
 
 
+def test_verify_fetches_a_mirror_anew(s3: S3, tmp_path: Path) -> None:
+    """Oracle: the store on the disk. Files of the mirror are damaged, and none in the bucket."""
+    local = local_store(tmp_path / "acts")
+    address = s3.put(local.path, "acts")
+    remote = ActivationStore(address)
+    remote.array("a").norms(0)
+    for name in ("tokens/tokens/c/0/0", "a/manifest.json", "a/commits/0.json"):
+        content = bytearray((remote.path / name).read_bytes())
+        content[50] ^= 1
+        (remote.path / name).write_bytes(content)
+    with pytest.raises(StoreError, match=r"manifest\.json is damaged"):
+        ActivationStore(address).array("a")
+    assert problems(Path(address)) == []
+    again = ActivationStore(address)
+    assert torch.equal(again.read("a", 0, 100), local.read("a", 0, 100))
+    assert np.array_equal(again.array("a").norms(0), local.array("a").norms(0))
+
+
 def test_a_mirror_follows_its_address(s3: S3, tmp_path: Path) -> None:
     """Oracle: the sites that are there each time; what did not change is not fetched again."""
     local = local_store(tmp_path / "acts")
