@@ -104,7 +104,7 @@ def write_group(out: Path, known: StoreSettings, worker: Worker) -> None:
     """Write a store's `zarr.json` where it is missing or damaged. The caller holds the claim on the store."""
     if records.if_whole(lambda: read_settings(out)) != known:
         if sites_in(out):
-            say(f"{out / 'zarr.json'} was missing or damaged and is written again")
+            say(f"{worker.place.named(out / 'zarr.json')} was missing or damaged and is written again")
         put(out / "zarr.json", group_of(known), worker)
 
 
@@ -120,6 +120,7 @@ def clear_if_empty(out: Path, worker: Worker) -> None:
     """Remove a store that holds no shard and that no other worker works on, so that other settings may be
     tried in its place. Files of others are left alone."""
     with worker.hold("store"):
+        worker.place.refresh()
         if worker.is_alone() and not has_shards(out):
             # The tokens go last: by them the rest is known as a store that was begun.
             sites = [folder_of(name) for name in sites_in(out) if record_path(out, name).exists()]

@@ -5,8 +5,6 @@ What is unfinished, and the claims, are on a disk in any case.
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +13,6 @@ from platformdirs import user_cache_path
 from saemill.cache.claims.files import CLAIMS, remove
 from saemill.common import durable
 from saemill.common.addresses import address_of
-from saemill.common.errors import SaemillError
 from saemill.common.stores import mirror
 from saemill.common.stores.activations import ActivationStore
 
@@ -57,6 +54,9 @@ class Place(Protocol):
 
     def opened(self) -> ActivationStore:
         """Open the store."""
+
+    def named(self, path: Path) -> str:
+        """Name a file as messages do."""
 
 
 class OnDisk:
@@ -106,6 +106,10 @@ class OnDisk:
     def opened(self) -> ActivationStore:
         """Open the store; see `Place`."""
         return ActivationStore(self.folder)
+
+    def named(self, path: Path) -> str:
+        """Name a file by its path."""
+        return str(path)
 
 
 class InBucket:
@@ -167,20 +171,12 @@ class InBucket:
         store.mirror = self.mirror
         return store
 
+    def named(self, path: Path) -> str:
+        """Name a file by its address."""
+        return self.mirror.name_of(path)
+
 
 def place_of(out: Path) -> OnDisk | InBucket:
     """Find where a store is to lie that the user names."""
     address = address_of(out)
     return OnDisk(out) if address is None else InBucket(address)
-
-
-@contextmanager
-def naming(place: Place) -> Iterator[None]:
-    """Name a store in errors as the user does, not by its mirror, while the block runs."""
-    try:
-        yield
-    except SaemillError as error:
-        told = str(error).replace(str(place.folder), place.name)
-        if told == str(error):
-            raise
-        raise type(error)(told) from error

@@ -10,10 +10,11 @@ from threading import Event
 from saemill.cache.claims.worker import Worker
 from saemill.cache.fill import computed
 from saemill.cache.folder import write_group
-from saemill.cache.placing import Place, naming, place_of
+from saemill.cache.placing import Place, place_of
 from saemill.cache.repair import mend
 from saemill.cache.writer import SiteWriter
 from saemill.common import records
+from saemill.common.addresses import naming
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.models.cached import how_cached
@@ -53,7 +54,7 @@ def repair(path: Path, model: str | None, device: str, batch_size: int, stop: Ev
     place = place_of(path)
     with (
         stop_on_signal(stop) as stop,
-        naming(place),
+        naming(place.folder, place.name),
         Worker(place.claims, stop, place) as worker,
         worker.hold("store"),
     ):

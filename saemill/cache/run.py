@@ -16,11 +16,12 @@ from saemill.cache.claims.worker import Worker
 from saemill.cache.config import CacheConfig
 from saemill.cache.fill import Filling
 from saemill.cache.folder import check_same_store, clear_if_empty, existing_settings, write_group
-from saemill.cache.placing import naming, place_of
+from saemill.cache.placing import place_of
 from saemill.cache.plan import Plan, make_plan
 from saemill.cache.repair import damaged, mend
 from saemill.cache.room import Room, make_whole
 from saemill.cache.writer import SiteWriter
+from saemill.common.addresses import naming
 from saemill.common.errors import DataError
 from saemill.common.log import counted, say
 from saemill.common.models.cached import how_cached
@@ -67,7 +68,7 @@ def run(
     speak_for(world)
     check_devices(config.spread, world.size, torch.cuda.device_count())
     place = place_of(config.out)
-    with stop_on_signal(stop) as stop, naming(place):
+    with stop_on_signal(stop) as stop, naming(place.folder, place.name):
         plan = make_plan(config, world, place.folder, model)
         before(plan.outlook)
         with Worker(place.claims, stop, place) as worker:

@@ -1,8 +1,10 @@
 """Addresses of object stores (S3, Google Cloud, Azure) in the place of a folder's path."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, SaemillError
 
 SCHEMES = ("s3", "gs", "az")
 
@@ -21,6 +23,18 @@ def named(path: Path) -> str:
     return address_of(path) or str(path)
 
 
+@contextmanager
+def naming(path: Path, name: str) -> Iterator[None]:
+    """Write a name in place of a path, such as that of a mirror, in errors while the block runs."""
+    try:
+        yield
+    except SaemillError as error:
+        told = str(error).replace(str(path), name)
+        if told == str(error):
+            raise
+        raise type(error)(told) from error
+
+
 def is_there(path: Path) -> bool:
     """Tell whether a path exists, as far as can be told without asking: that of an address may."""
     return address_of(path) is not None or path.exists()
@@ -34,6 +48,6 @@ def check_disk_path(path: Path) -> None:
     """
     if address := address_of(path):
         raise ConfigError(
-            f"out is {address}, and only `saemill cache` writes there; write to a folder, and copy that "
-            f"there: aws s3 cp --recursive FOLDER {address}, rclone, or what your provider has"
+            f"out is {address}, and only `tokenize` and `cache` write there; write to a folder, and copy "
+            f"that there: aws s3 cp --recursive FOLDER {address}, rclone, or what your provider has"
         )

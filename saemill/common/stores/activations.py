@@ -178,10 +178,16 @@ class ActivationStore:
     def unfinished(self) -> dict[str, int]:
         """Shards committed, by the name of each unfinished site."""
         return {
-            name: len(list(site_path(self.path, name).glob("commits/*.json")))
+            name: len(self.committed(name))
             for name in sites_in(self.path)
             if not (site_path(self.path, name) / "manifest.json").exists()
         }
+
+    def committed(self, site: str) -> set[int]:
+        """List the shards of a site that have a record, in whatever state."""
+        folder = site_path(self.path, site) / "commits"
+        files = folder.glob("*.json") if self.mirror is None else self.mirror.files_in(folder)
+        return {int(file.stem) for file in files if file.stem.isdecimal()}
 
     @property
     def fingerprint(self) -> str:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from saemill.common import durable
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, MissingError
 from saemill.common.log import say
 from saemill.common.outlook import shown
 
@@ -97,8 +97,9 @@ class LocalCache:
         """
         file = self._file(name, start, stop)
         try:
-            kept = np.fromfile(file, np.uint8)
-        except FileNotFoundError:
+            with durable.reading(file):
+                kept = np.fromfile(file, np.uint8)
+        except MissingError:
             return None
         content, written = kept[:-HASH_BYTES], kept[-HASH_BYTES:].tobytes()
         if len(content) == stop - start and xxhash.xxh3_64_digest(content.data) == written:

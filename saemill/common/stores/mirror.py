@@ -88,6 +88,11 @@ class Mirror:
         """Name the object that a file of the folder stands for, below the address."""
         return path.relative_to(self.folder).as_posix()
 
+    def files_in(self, folder: Path) -> list[Path]:
+        """List the files of a folder of the store, those that are not fetched too."""
+        key = f"{self.key_of(folder)}/"
+        return [self.folder / known for known in self.known.objects if known.startswith(key)]
+
     def fetch(self, path: Path) -> None:
         """Fetch a file of the folder, unless it is there."""
         key = self.key_of(path)

@@ -16,8 +16,6 @@ from saemill.hub.push import push
 from saemill.pipeline.stages import check_input
 from saemill.show import describe, problems
 from saemill.slurm import progress
-from saemill.tokenize.config import TokenizeConfig
-from saemill.tokenize.run import run as tokenize
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
 
@@ -114,6 +112,11 @@ def test_objects_that_are_missing_or_short_are_named(s3: S3, tmp_path: Path) -> 
     s3.put_file("short/a/c/1/0", shard[:-2])
     with pytest.raises(StoreError, match=rf"{address}/a/c/1/0: file has {len(shard) - 2:,} bytes, expected"):
         ActivationStore(address).site("a")
+    for name in ("manifest.json", "commits/3.json"):
+        s3.delete(f"short/a/{name}")
+    assert f"a: unfinished, {local.n_shards - 1} of {local.n_shards} shards" in describe(Path(address))
+    assert [line for line in problems(Path(address)) if "a shard 1: file has" in line]
+    s3.put_file("short/a/manifest.json", (local.path / "a/manifest.json").read_bytes())
     s3.delete("short/a/c/1/0")
     with pytest.raises(StoreError, match=f"{address}/a/c/1/0: file is missing"):
         ActivationStore(address).site("a")
@@ -206,8 +209,9 @@ def test_every_command_takes_an_address_or_says_why_not(s3: S3, tmp_path: Path) 
         push(Path(address), "user/repo", dry_run=True)
 
 
-def test_nothing_is_written_to_an_address(tmp_path: Path) -> None:
+def test_nothing_else_is_written_to_an_address(tmp_path: Path) -> None:
     """Oracle: the refusal, before any work; and no folder that is called s3."""
-    with pytest.raises(ConfigError, match="out is s3://bucket/tokens, and only `saemill cache` writes"):
-        tokenize(TokenizeConfig(dataset=str(tmp_path), tokenizer="t", out=Path("s3://bucket/tokens")))
+    local = local_store(tmp_path / "acts")
+    with pytest.raises(ConfigError, match="out is s3://bucket/run, and only `tokenize` and `cache` write"):
+        train(TrainConfig(acts=local.path, out=Path("s3://bucket/run"), site=("a",), k=(2,), device="cpu"))
     assert not Path("s3:").exists()
