@@ -218,4 +218,6 @@ def problems(path: Path) -> list[str]:
         lines, repair = activations_problems(path), REPAIR
     else:
         raise StoreError(f"{path} is no token store, activation store, run, SAE or diff{hint(path)}")
+    if address := address_of(path):  # of which the files here are a mirror
+        lines = [line.replace(str(mirror.folder_of(address)), address) for line in lines]
     return [*lines, repair] if lines else []

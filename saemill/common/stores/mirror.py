@@ -209,9 +209,14 @@ def opened_to_write(address: str) -> Mirror:
     return _brought_up(address, to_write=True)
 
 
+def folder_of(address: str) -> Path:
+    """Name the folder of the mirror of an address."""
+    return user_cache_path("saemill") / "remote" / durable.hash_bytes(address.encode())
+
+
 def _brought_up(address: str, to_write: bool = False, anew: bool = False) -> Mirror:
     """Open the mirror of an address, brought up to date."""
-    folder = user_cache_path("saemill") / "remote" / durable.hash_bytes(address.encode())
+    folder = folder_of(address)
     with durable.exclusive(folder, wait=True):
         _refresh(ObjectStore(address), folder, to_write, anew)
     return Mirror(folder, to_write)

@@ -200,6 +200,8 @@ class ObjectStore:
                     "environment"
                 ) from error
             except Exception as error:  # each kind of failure of a network has a type of its own
+                if NO_BUCKET in str(error):
+                    raise MissingError(f"{what}: there is no such bucket; make it first") from error
                 if attempt == N_ATTEMPTS - 1:
                     raise DiskError(
                         f"{what} cannot be {done} after {N_ATTEMPTS} attempts: {_first_line(error)}; run the "
@@ -250,6 +252,8 @@ class ObjectContent:
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 NO_RETRIES: Any = {"max_retries": 0}
 """obstore's own attempts, which do not cover a body that falls short."""
+NO_BUCKET = "NoSuchBucket"
+"""Code of S3's answer, which listing does not tell from other failures."""
 ARRIVED_OTHERWISE = "other bytes arrived than were sent"
 
 

@@ -123,6 +123,8 @@ def test_objects_that_are_missing_or_short_are_named(s3: S3, tmp_path: Path) -> 
     assert [line for line in problems(Path(address)) if "a shard 1: file is missing" in line]
     with pytest.raises(MissingError, match="s3://bucket/nowhere holds no store; name the folder"):
         ActivationStore("s3://bucket/nowhere")
+    with pytest.raises(MissingError, match="s3://nobucket/acts: there is no such bucket; make it first"):
+        ActivationStore("s3://nobucket/acts")
 
 
 def test_tokens_are_read_at_an_address(s3: S3, tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_tokens_are_read_at_an_address(s3: S3, tmp_path: Path) -> None:
     assert TokenStore(address).fingerprint == local.fingerprint
     assert s3.n_requests - before == 1, "the list alone"
     s3.delete("tokens/segments.parquet")
-    assert any("segments.parquet: file is missing" in line for line in problems(Path(address)))
+    assert any(f"{address}/segments.parquet: file is missing" in line for line in problems(Path(address)))
     with pytest.raises(StoreError, match=r"segments.parquet: file is missing"):
         TokenStore(address)
 
