@@ -183,10 +183,10 @@ def test_stores_that_no_model_computes_are_refused(
     records.write(copy / CONSUMED, consumed)
     refused(copy, "is consumed: its shard 0 was removed .* computes them again")
     given = transformers.AutoModel.from_pretrained(neox).eval()
-    config = CacheConfig(tokens=tokens.path, model="mine", out=tmp_path / "given", **OPTIONS)
+    config = CacheConfig(tokens=tokens.path, model=neox, out=tmp_path / "given", **OPTIONS)
     cache_run.run(config, given)
     (tmp_path / "given/layers.0/c/0/0").unlink()
-    refused(tmp_path / "given", r"was cached from a model in memory \(mine\); name that model with --model")
+    refused(tmp_path / "given", r"was cached from a model in memory \(.*\); name that model with --model")
 
 
 def test_the_command(stores: dict[str, Path], tokens: TokenStore, tmp_path: Path) -> None:
