@@ -31,6 +31,13 @@ def blocks(w_dec: Tensor, n_layers: int) -> list[Tensor]:
     return [rows.view(n_each, -1) for rows in torch.split(w_dec, sizes)]
 
 
+def whole_rows(w_dec: Tensor, n_layers: int) -> Tensor:
+    """Write each latent's decoder as a row over all sites, 0 at those before its own. [F, L E]"""
+    width = w_dec.shape[1]
+    rows = [nn.functional.pad(own, (layer * width, 0)) for layer, own in enumerate(blocks(w_dec, n_layers))]
+    return torch.cat(rows)
+
+
 def unit_rows(w_dec: Tensor, n_layers: int) -> Tensor:
     """Divide each latent's decoder by its length over all sites that it writes to; shaped as `w_dec`."""
     rows = [own / torch.linalg.vector_norm(own, dim=1, keepdim=True) for own in blocks(w_dec, n_layers)]

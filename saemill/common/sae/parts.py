@@ -139,6 +139,14 @@ class SaeConfig:
         return len(self.predicted) or 1
 
     @property
+    def spans(self) -> str | None:
+        """What an SAE of several sites is, in words: `a crosscoder over a and b`; None of one site."""
+        sites = " and ".join(part.site for part in self.joined)
+        if self.predicted:
+            return f"a cross-layer transcoder from {sites}"
+        return f"a crosscoder over {sites}" if sites else None
+
+    @property
     def outputs(self) -> tuple[Joined, ...]:
         """Sites whose vectors follow each other in what it reconstructs or predicts; empty of one site."""
         return self.predicted or self.joined

@@ -180,6 +180,13 @@ class Sae(nn.Module):
         return {f"first {n}": self.prefix(n) for n in prefixes} | {f"k {k}": self.at_k(k) for k in ks}
 
     @property
+    def decoder_rows(self) -> Tensor:
+        """Decoder weights with a row per latent, [F, E] over all that it reconstructs or predicts: W_dec, but
+        of a cross-layer transcoder, in whose rows 0 stands for sites that a latent does not write to."""
+        W_dec = self.W_dec.detach()
+        return layers.whole_rows(W_dec, self.config.n_layers) if self.config.predicted else W_dec
+
+    @property
     def layers(self) -> list["Sae"]:
         """Return the transcoders that add up to a cross-layer transcoder, one of each layer's latents: from
         its site to its target and all later ones, side by side. The first has the bias. Of another SAE itself

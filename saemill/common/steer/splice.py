@@ -69,9 +69,8 @@ def splice(
     """
     if not isinstance(getattr(model, "base_model", None), torch.nn.Module):
         raise ConfigError(f"model must be a HuggingFace transformer, got {type(model).__name__}")
-    if sae.config.joined:
-        sites = " and ".join(part.site for part in sae.config.joined)
-        raise ConfigError(f"a crosscoder takes the place of no one site, got one of {sites}; splice an SAE")
+    if spans := sae.config.spans:
+        raise ConfigError(f"{spans} takes the place of no one site; splice an SAE of one")
     base = base_of(model)
     modules = dict(base.named_modules())
     origin, edits = sae.config.provenance, _edits(edit, sae)

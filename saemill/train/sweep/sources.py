@@ -261,8 +261,8 @@ def _unknown(source: Source, name: str) -> Any:
 def _check_shape(entry: Mapping[str, Any], source: Source, d: int, e: int) -> None:
     """Refuse an SAE of another width than the sites', or of another number of latents than is asked for."""
     config, target, address = source.config, entry.get("target_site"), source.address
-    if config.joined:
-        raise ConfigError(f"{address} is a crosscoder; start from an SAE or a transcoder, of one site")
+    if config.spans:
+        raise ConfigError(f"{address} is {config.spans}; start from an SAE or a transcoder, of one site")
     if (config.d_out is None) != (target is None):
         advice = "leave target_site out" if target else "say which site it predicts with target_site"
         raise ConfigError(f"{address} is {'an SAE' if target else 'a transcoder'}; {advice}")

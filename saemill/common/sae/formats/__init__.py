@@ -218,11 +218,13 @@ def _check_said(config: SaeConfig, name: str) -> None:
     Raises:
         ConfigError: it is.
     """
-    if config.joined:
-        sites = " and ".join(part.site for part in config.joined)
+    if config.predicted:
         raise ConfigError(
-            f"{name} cannot say that an SAE is a crosscoder, over {sites}; it is loaded with Sae.load"
+            f"{name} has no SAE like {config.spans}; export it as {circuit_tracer.NAME}, or load it with "
+            "Sae.load"
         )
+    if config.joined:
+        raise ConfigError(f"{name} cannot say that an SAE is {config.spans}; it is loaded with Sae.load")
     if config.norm is not None and name != saelens.NAME:
         raise ConfigError(
             f"{name} cannot say that activations go through a norm first ({config.norm}); export it as "
