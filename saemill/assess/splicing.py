@@ -1,9 +1,9 @@
 """What the model loses when a site's activations are replaced by their reconstructions, or predictions.
 
 The activation is replaced by the SAE's reconstruction, by zeros, by the cached mean, or (as a check) by
-itself; where, and what is counted, `common.steer.losses` says. Those that a cross-layer transcoder predicts are
-all replaced at once: by its predictions in the model that they change, by zeros, by the means, and by what a
-baseline reconstructs of the untouched model's.
+itself; where, and what is counted, `common.steer.losses` says. The sites that a cross-layer transcoder
+predicts are all replaced at once: by its predictions in the model that they change, by zeros, by the means,
+and by what a baseline reconstructs of the untouched model's.
 """
 
 from collections.abc import Iterable

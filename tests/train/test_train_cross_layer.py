@@ -27,7 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def rows(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """What three layers read, and what they make of it, each of its own and of what the ones before it read."""
+    """What three layers read, and what they make of it and of what the ones before them read."""
     x_TD = planted(seed + 1, T, L * D)[seed]
     parts = x_TD.split(D, 1)
     y = [outputs(torch.cat(parts[: layer + 1], 1), E) for layer in range(L)]
@@ -36,8 +36,8 @@ def rows(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def variant(kind: str, **changes: Any) -> Variant:
     settings: dict[str, Any] = {
-        "name": "v", "site": "a+b+c", "target_site": "x+y+z", "architecture": kind, "num_latents": F, "lr": 0.5,
-        "optimizer": "sgd", "auxk_alpha": 0, "k_aux": 4,
+        "name": "v", "site": "a+b+c", "target_site": "x+y+z", "architecture": kind, "num_latents": F,
+        "lr": 0.5, "optimizer": "sgd", "auxk_alpha": 0, "k_aux": 4,
     }  # fmt: skip
     return Variant(**settings | KINDS[kind] | changes)
 
@@ -119,7 +119,9 @@ def test_a_step_is_that_of_whole_matrices(kind: str) -> None:
         found = learner.parameters.named
         torch.testing.assert_close(whole_decoder(found["w_dec"].double(), L), stepped, rtol=0, atol=1e-6)
         for name in set(p) - {"w_dec"}:
-            torch.testing.assert_close(found[name].double(), p[name] - 0.5 * p[name].grad, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                found[name].double(), p[name] - 0.5 * p[name].grad, rtol=1e-5, atol=1e-6
+            )
 
 
 def test_dead_latents_of_any_layer_fit_what_is_left() -> None:

@@ -1,8 +1,8 @@
 """A cross-layer transcoder in the place of all the sites that it predicts, in one forward pass.
 
 When the model comes to the site that layer l reads, its latents are encoded from what is there, after what
-earlier layers wrote has taken effect, and what they write to this layer and to all later ones is kept. When it
-comes to the site that is predicted, the sum of what layers 0 to l have written takes the activation's place.
+earlier layers wrote has taken effect, and what they write to this layer and to all later ones is kept. When
+it comes to the site that is predicted, the sum of what layers 0 to l wrote takes the activation's place.
 """
 
 from collections.abc import Callable, Mapping
