@@ -1,17 +1,24 @@
 """Training cross-layer transcoders: latents of each layer that predict its target and all later ones."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from caching import cache, tokenized
 from layered import whole_decoder, whole_encoder
 from steps import outputs, planted
 from torch import Tensor
+from training import config, files, killed_at
+from watching import held_out, lines
 
+from saemill.common.errors import ConfigError
 from saemill.common.sae.sae import Sae
+from saemill.common.stores.activations import ActivationStore
 from saemill.train.backends.plain import Plain
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
+from saemill.train.run import run
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.variant import Variant
 
@@ -147,3 +154,107 @@ def test_dead_latents_of_any_layer_fit_what_is_left() -> None:
     for name in ("w_enc", "b_enc", "b"):
         found = learner.parameters.named[name].double()
         torch.testing.assert_close(found, p[name] - 0.5 * p[name].grad, rtol=1e-5, atol=1e-6)
+
+
+ENDS = {"site": "post_attention_layernorm", "target_site": "mlp"}
+JOINED = {end: "+".join(f"layers.{layer}.{name}" for layer in range(L)) for end, name in ENDS.items()}
+ACROSS: dict[str, Any] = {
+    **{end: (f"layers.*.{name}",) for end, name in ENDS.items()},
+    "cross_layer": True, "architecture": tuple(KINDS), "k": (6,), "target_l0": (6.0,), "num_latents": (96,),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(
+    corpus: Path, tokenizer_folder: str, tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> ActivationStore:
+    """What the three MLPs of a tiny model take and return."""
+    folder = tmp_path_factory.mktemp("across")
+    tokens = tokenized(corpus, tokenizer_folder, folder / "tokens", held_out_fraction=0.2)
+    sites = tuple(f"layers.{layer}.{name}" for name in ENDS.values() for layer in range(L))
+    return cache(tokens, tiny_models["neox"], folder / "acts", sites=sites)
+
+
+def test_a_run_predicts_every_layer_from_it_and_those_before(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the saved files as whole matrices in float64, on the held-out rows as the store has them: their
+    FVU at each site, and of all in the units of each, the run logged. It learns."""
+    changes = ACROSS | {"max_tokens": 256 * 60, "log_every": 30, "eval_every": 30, "eval_tokens": 300}
+    folders = run(config(store, tmp_path / "r", **changes))
+    assert [folder.name.split("-cross-layer")[0] for folder in folders] == [
+        f"layers.0.{ENDS['site']}-to-layers.2.mlp"
+    ] * 3
+    x, y = (
+        torch.cat([held_out(store, site, 300).double() for site in JOINED[end].split("+")], 1) for end in ENDS
+    )
+    for folder in folders:
+        sae = Sae.load(folder).double()
+        assert (sae.site, sae.target_site) == tuple(JOINED.values())
+        pre = x @ whole_encoder(sae.W_enc, L).T + sae.b_enc
+        if sae.threshold is None:
+            kept = pre.view(-1, L, 32).topk(2).indices
+            codes = torch.relu(pre * torch.zeros(300, L, 32).double().scatter(2, kept, 1).view_as(pre))
+        else:
+            codes = pre * (pre > sae.threshold)
+        error = codes @ whole_decoder(sae.W_dec, L) + sae.b_dec - y
+        before, after = (lines(tmp_path / "r")[step][folder.name] for step in (30, 60))
+        scales = torch.cat([torch.full((32,), part.scale).double() for part in sae.config.predicted])
+        whole = (error * scales).square().sum() / ((y - y.mean(0)) * scales).square().sum()
+        assert after["eval_fvu"] == pytest.approx(float(whole), rel=1e-4)
+        assert after["eval_fvu"] < before["eval_fvu"] < 1
+        for site, e, own in zip(sae.target_site.split("+"), error.split(32, 1), y.split(32, 1), strict=True):
+            share = e.square().sum() / (own - own.mean(0)).square().sum()
+            assert after[f"eval_fvu_at_{site}"] == pytest.approx(float(share), rel=1e-4)
+
+
+def test_it_resumes_bit_by_bit(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the same run without a stop, bit by bit: weights and metrics; with moments in 8 bits, averages
+    of weights, and AuxK at work."""
+    changes = ACROSS | {"optimizer_state": "8bit", "weight_average": 0.9, "dead_after_tokens": 512}
+    run(config(store, tmp_path / "whole", **changes))
+    killed_at(9, config(store, tmp_path / "cut", **changes), monkeypatch)
+    run(config(store, tmp_path / "cut", **changes))
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_beside_transcoders_it_is_as_alone(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: runs of one kind with the same settings, bit by bit; loops step the transcoder of one layer."""
+    names = [JOINED, {end: f"layers.1.{name}" for end, name in ENDS.items()}]
+    common: dict[str, Any] = {"k": (6,), "num_latents": (96,), "site": ()}
+    together = run(config(store, tmp_path / "all", variants=tuple(names), **common))
+    for i, (name, folder) in enumerate(zip(names, together, strict=True)):
+        (alone,) = run(config(store, tmp_path / str(i), variants=(name,), **common))
+        assert (alone / "sae.safetensors").read_bytes() == (folder / "sae.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_site": ()}, "cross_layer joins the sites that site and target_site name; give both"),
+        ({"site": ("layers.1.mlp",), "target_site": ("layers.2.mlp",)}, "joins two or more layers, got one"),
+        ({"architecture": ("gated",)}, "is one of topk, batchtopk, jumprelu, got architecture gated"),
+        ({"k": (7,)}, "k counts those of all 3 layers, .*, got 7; take 6 or 9"),
+        ({"num_latents": (97,)}, "num_latents counts those of all 3 layers, .*, got 97; take 96 or 99"),
+        ({"skip_connection": True}, "skip_connection is not there for a cross-layer transcoder"),
+        ({"nested_k": (3,)}, "nested_k is not there for a cross-layer transcoder"),
+        ({"optimizer": "muon"}, "optimizer muon steps whole matrices"),
+        ({"loss": "mse"}, "loss mse is in the units of one site, and a cross-layer transcoder has several"),
+        ({"kernels": "numba"}, "kernels numba do not step a cross-layer transcoder"),
+        ({"latent_ranks": 2}, "latent_ranks 2: a cross-layer transcoder needs all its latents"),
+        ({"eval_losses_every": 10, "eval_every": 10, "log_every": 10}, "are measured by `saemill assess`"),
+        (
+            {"cross_layer": False, "site": ("layers.1.mlp",), "target_site": (JOINED["target_site"],)},
+            "joins several, and site layers.1.mlp is one",
+        ),
+    ],
+)
+def test_what_it_cannot_be_is_refused(
+    store: ActivationStore, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Oracle: the message; nothing was written."""
+    settings = ACROSS | {"architecture": ("topk",), "target_l0": ()} | changes
+    settings |= {"k": ()} if settings["architecture"] == ("gated",) else {}
+    with pytest.raises(ConfigError, match=message):
+        run(config(store, tmp_path / "r", **settings))
+    assert not (tmp_path / "r").exists()
