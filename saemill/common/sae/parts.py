@@ -142,8 +142,8 @@ class SaeConfig:
     def spans(self) -> str | None:
         """What an SAE of several sites is, in words: `a crosscoder over a and b`; None of one site."""
         if self.predicted:
-            ends = f"from {self.joined[0].site} to {self.predicted[-1].site}"
-            return f"a cross-layer transcoder of {self.n_layers} layers, {ends},"
+            ends = f"{self.joined[0].site} to {self.predicted[-1].site}"
+            return f"a cross-layer transcoder of {self.n_layers} layers ({ends})"
         sites = " and ".join(part.site for part in self.joined)
         return f"a crosscoder over {sites}" if sites else None
 

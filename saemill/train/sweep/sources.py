@@ -107,6 +107,10 @@ def _source(address: str, name: str, parts: Parts) -> Source:
             f"{address} takes each activation through a norm first ({parts.config.norm}), which no SAE "
             "trained here does; start from another"
         )
+    if parts.config.predicted:
+        raise ConfigError(
+            f"{address} is {parts.config.spans}; start from an SAE or a transcoder, of one site"
+        )
     lengths_F = parts.W_dec.float().norm(dim=1)
     threshold_F = None if parts.threshold is None else parts.threshold * lengths_F
     return Source(
