@@ -19,8 +19,8 @@ ADJECTIVES = {
 TAKES = {
     "sparse autoencoder": "the SAEs take it as the model produces it",
     "transcoder": "a transcoder takes the first as the model produces it, and predicts the second",
-    "cross-layer transcoder": "a cross-layer transcoder takes those of all layers that it reads side by side, "
-    "as the model produces them, and predicts those of the second side by side",
+    "cross-layer transcoder": "a cross-layer transcoder takes those of all layers that it reads side by "
+    "side, as the model produces them, and predicts those of the second side by side",
 }
 FORMULAS = {
     "groupmax": "f = ReLU(z) where it is the largest of its group of F/k, with z = {z}",
