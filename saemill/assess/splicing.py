@@ -145,7 +145,7 @@ class Splicing:
         """Compute log probabilities [T, W] of the model with an SAE in the place of a site, or of joined ones
         at once."""
         if is_joined(site) and sae.config.predicted:
-            return self.passes.replaced(task, AcrossLayers(sae, task.keep_RS).edits)
+            return self.passes.replaced(task, AcrossLayers(sae).in_place(task.keep_RS))
         instead = self._instead(name, sae, task)
         return self._with(task, instead if is_joined(site) else {site: instead[site]})
 

@@ -136,8 +136,8 @@ def test_losses_are_those_of_the_model_that_it_changes(folder: Path, monkeypatch
 def test_sites_in_another_order_than_the_models_are_refused(folder: Path) -> None:
     """Oracle: the message, where a layer's target comes before what is read for it."""
     sae = Sae.load(next(iter(sorted((folder / "run").glob("*jumprelu*")))))
-    across = AcrossLayers(sae, torch.ones(2, 5, dtype=torch.bool))
-    edits, x_BSD = across.edits, torch.randn(2, 5, D)
+    edits = AcrossLayers(sae).in_place(torch.ones(2, 5, dtype=torch.bool))
+    x_BSD = torch.randn(2, 5, D)
     edits[READS[0]](x_BSD)
     assert edits[WRITES[0]](x_BSD).shape == x_BSD.shape
     with pytest.raises(ConfigError, match=rf"{WRITES[1]} runs before {READS[1]}"):
