@@ -185,8 +185,11 @@ def _sum(so_far: Tensor | None, more: Tensor | None) -> Tensor | None:
 
 def _update(task: Task, gradients: dict[str, Tensor]) -> None:
     """Step all parameters. Where decoder rows stay of unit length, their gradient is projected."""
-    p, rates, unit = task.weights.parameters, task.rates, task.architecture.unit_rows
-    if unit:
+    p, rates = task.weights.parameters, task.rates
+    renormed = task.architecture.unit_rows and not task.is_decoder_frozen
+    if task.is_decoder_frozen:
+        del gradients["w_dec"]
+    if renormed:
         pairs = (layers.blocks(each, p.n_layers) for each in (gradients["w_dec"], p.w_dec_FD))
         for gradient_FD, w_dec_FD in zip(*pairs, strict=True):
             along_F1 = (gradient_FD * w_dec_FD).sum(1, keepdim=True)
@@ -199,6 +202,6 @@ def _update(task: Task, gradients: dict[str, Tensor]) -> None:
         decay = rates.weight_decay if name == "w_enc" else 0.0
         task.optimizer.update(name, slice(0, len(gradient)), gradient, rates.lr, decay)
     task.optimizer.end_step()
-    if unit:
+    if renormed:
         for w_dec_FD in layers.blocks(p.w_dec_FD, p.n_layers):
             w_dec_FD.div_(torch.linalg.vector_norm(w_dec_FD, dim=1, keepdim=True))

@@ -50,10 +50,8 @@ def by_hand(model: Any, sae: Sae, change: Any, *, keep_error: bool) -> Tensor:
         codes[layer] = full
 
     def write(layer: int, y: Tensor) -> Tensor:
-        f, changed = (
-            sum(codes[at] for at in range(layer + 1)),
-            sum(change(codes[at], at) for at in range(layer + 1)),
-        )
+        f = sum(codes[at] for at in range(layer + 1))
+        changed = sum(change(codes[at], at) for at in range(layer + 1))
         before, after = (each @ whole + sae.b_dec for each in (f, changed))
         own = slice(layer * D, (layer + 1) * D)
         other = y + (after - before)[..., own] if keep_error else after[..., own]
@@ -141,14 +139,14 @@ def test_what_does_not_fit_is_refused(models: dict[str, Any]) -> None:
     model, sae = models["neox"], transcoder()
     with pytest.raises(ConfigError, match=r"has sites of its own, got 'layers\.1\.mlp'"):
         splice(model, "layers.1.mlp", sae).__enter__()
-    with pytest.raises(ConfigError, match="latents must be in 0..47"):
+    with pytest.raises(ConfigError, match=r"latents must be in 0\.\.47"):
         splice(model, None, sae, ablate(48)).__enter__()
 
     def elsewhere(codes: Encoded) -> tuple[Tensor, Tensor]:
         return codes.top_acts, torch.zeros_like(codes.top_indices)
 
     for change, message in (
-        (elsewhere, "must return latents of the layer whose codes it is given, 16 to 31 here, got 0 to 0"),
+        (elsewhere, r"must return latents of the layer whose codes it is given, 16 to 31 here, got 0 to 0"),
         (lambda _: None, "an edit must return top_acts and top_indices"),
     ):
         with pytest.raises(ConfigError, match=message), splice(model, None, sae, change):
