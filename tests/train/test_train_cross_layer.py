@@ -210,8 +210,8 @@ def test_it_resumes_bit_by_bit(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the same run without a stop, bit by bit: weights and metrics; with moments in 8 bits, averages
-    of weights, and AuxK at work."""
-    changes = ACROSS | {"optimizer_state": "8bit", "weight_average": 0.9, "dead_after_tokens": 512}
+    of weights, AuxK at work, and frozen decoders beside."""
+    changes = ACROSS | {"optimizer_state": "8bit", "weight_average": 0.9, "decoder": ("trained", "frozen")}
     run(config(store, tmp_path / "whole", **changes))
     killed_at(9, config(store, tmp_path / "cut", **changes), monkeypatch)
     run(config(store, tmp_path / "cut", **changes))

@@ -22,6 +22,7 @@ from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.log import counted
 from saemill.common.sae import layers
 from saemill.common.sae.norms import NORMS
+from saemill.common.stores.site_names import abridged
 
 BY_K = ("topk", "matryoshka", "groupmax")
 BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu", "relu", "gated")
@@ -185,7 +186,8 @@ def place(origin: Mapping[str, Any]) -> str | None:
     Args:
         origin: what has the fields `site` and, of a transcoder, `target_site`; either may be unknown.
     """
-    return " → ".join(filter(None, (origin.get("site"), origin.get("target_site")))) or None
+    ends = filter(None, (origin.get("site"), origin.get("target_site")))
+    return " → ".join(map(abridged, ends)) or None
 
 
 def _check_sites(name: str, sites: tuple[Joined, ...], of: str, width: int) -> None:
