@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
-from saemill.common.stores import assessments, diffs, mirror, runs
+from saemill.common.stores import assessments, diffs, explanations, mirror, runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.followers import Consumed
 from saemill.common.stores.passages import REPAIR as REPAIR_PASSAGES
@@ -147,6 +147,8 @@ def run_problems(path: Path) -> list[str]:
         lines += [f"{line}. {assessments.REPAIR}" for line in assessed]
     except StoreError as error:
         lines.append(str(error))
+    if (path / runs.EXPLANATIONS).exists():
+        lines += explanations.problems(path)
     for point in runs.points(path):
         if runs.is_finished(point):
             lines += run_problems(point)

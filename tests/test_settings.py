@@ -22,6 +22,7 @@ from saemill.compare.config import CompareConfig
 from saemill.convert_store.config import ConvertConfig
 from saemill.diff.config import DiffConfig
 from saemill.embeddings.config import EmbedConfig, ImportConfig
+from saemill.explain.config import ExplainConfig
 from saemill.generate.config import GenerateConfig
 from saemill.latents.config import ExportLatentsConfig
 from saemill.pipeline.config import RunConfig
@@ -41,6 +42,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     CompareConfig: {"saes": ["a"]},
     DiffConfig: {"out": "o"},
     ConvertConfig: {"source": "s", "out": "o"},
+    ExplainConfig: {"run": "r", "url": "http://h/v1", "model": "m"},
     ExportLatentsConfig: {"run": "r", "format": "delphi", "out": "o"},
     GenerateConfig: {"model": ["m"], "out": "o", "n_samples": 1},
     EmbedConfig: {"dataset": "d", "model": "m", "out": "o"},
@@ -291,7 +293,7 @@ OF_SECTION: Mapping[str, Any] = {
     "import-activations": ImportConfig, "embed": EmbedConfig, "convert-store": ConvertConfig,
     "run": RunConfig, "slurm": SlurmConfig, "matrix": MatrixConfig, "generate": GenerateConfig,
     "compare": CompareConfig, "diff": DiffConfig, "latent": LatentConfig,
-    "export-latents": ExportLatentsConfig,
+    "explain": ExplainConfig, "export-latents": ExportLatentsConfig,
 }  # fmt: skip
 
 

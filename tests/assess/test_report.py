@@ -61,7 +61,7 @@ def densities(out: Path) -> dict[str, Any]:
 
 def page_of(assessed: Path, tmp_path: Path, shown: Features, most_bytes: int = 10**7) -> str:
     assessment = json.loads((assessed / "final_assessment.json").read_text())
-    write_html(tmp_path / "page.html", assessment, shown, densities(assessed), most_bytes)
+    write_html(tmp_path / "page.html", assessment, shown, densities(assessed), None, most_bytes)
     return (tmp_path / "page.html").read_text()
 
 

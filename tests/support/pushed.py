@@ -12,6 +12,7 @@ OF_A_RUN = [
     "final_assessment.json",
     "finished.json",
     "identity.json",
+    "pareto.svg",
     "report.html",
 ]
 

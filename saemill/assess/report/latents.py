@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from saemill.assess.directions import SAME
+from saemill.assess.explained import score_words
 from saemill.assess.report import contexts
 from saemill.assess.report.bars import Bar, bars, outline
 from saemill.assess.report.contexts import Shown
 from saemill.assess.report.visible import visible
 from saemill.assess.table import name_of
 from saemill.common.page import render
+from saemill.common.stores.explanations import Explained, Explanations
 from saemill.common.stores.features import Context, Features, Latent, Passage, Snippet
 
 N_TOP_TOKENS = 3
+EXPLANATION_LETTERS = 1000
 N_OPEN = 3
 """Latents that are unfolded on the page."""
 
@@ -27,16 +30,17 @@ class Part:
     contexts: list[Shown]
 
 
-def pages(features: Features, most_bytes: int | None) -> tuple[Markup, int]:
+def pages(features: Features, explained: Explanations | None, most_bytes: int | None) -> tuple[Markup, int]:
     """Render as many latents as there is room for, in their order; None for all of them.
 
     Returns: the HTML, and how many latents are in it.
     """
+    said = {each.latent: each for each in explained.latents} if explained else {}
     rendered, n_bytes = [], 0
     for number, latent in enumerate(features.latents):
         html = render(
             "assess/report/latent.html",
-            latent=View(latent, features),
+            latent=View(latent, features, said.get(latent.latent)),
             is_open=number < N_OPEN,
             visible=visible,
         )
@@ -53,10 +57,11 @@ class View:
     Args:
         latent: the latent.
         features: it and its like.
+        explained: what a language model said of it, if one was asked.
     """
 
-    def __init__(self, latent: Latent, features: Features) -> None:
-        self.latent, self.features = latent, features
+    def __init__(self, latent: Latent, features: Features, explained: Explained | None) -> None:
+        self.latent, self.features, self.explained = latent, features, explained
 
     @property
     def tokens(self) -> list[str]:
@@ -64,6 +69,16 @@ class View:
         every = [self.latent.contexts, *(stratum.contexts for stratum in self.latent.strata)]
         peaks = [c.place.tokens[c.place.at] for some in every for c in some if isinstance(c.place, Snippet)]
         return [visible(token) for token, _ in Counter(peaks).most_common(N_TOP_TOKENS)]
+
+    @property
+    def explanation(self) -> str:
+        """What a language model says of it, on one line; empty where it says nothing."""
+        return visible((self.explained and self.explained.text) or "", EXPLANATION_LETTERS)
+
+    @property
+    def score(self) -> str:
+        """Say how well that tells where it fires."""
+        return score_words(self.explained) if self.explained else ""
 
     @property
     def outline(self) -> str:

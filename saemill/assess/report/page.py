@@ -11,7 +11,9 @@ from markupsafe import Markup
 from numpy import float64
 from numpy.typing import NDArray
 
+from saemill.assess.explained import summary
 from saemill.assess.report import charts, compared, latents, variants
+from saemill.assess.report.picture import SIZE
 from saemill.assess.report.visible import visible
 from saemill.assess.sums import number
 from saemill.assess.table import are_several, by_source, columns_of, cuts, notes, thresholds
@@ -19,16 +21,8 @@ from saemill.assess.verdict import TITLES
 from saemill.common import durable
 from saemill.common.log import counted
 from saemill.common.page import render
+from saemill.common.stores.explanations import Explanations
 from saemill.common.stores.features import Features
-
-SIZE = {
-    "width": charts.WIDTH,
-    "height": charts.HEIGHT,
-    "left": charts.LEFT,
-    "right": charts.RIGHT,
-    "top": charts.TOP,
-    "bottom": charts.BOTTOM,
-}
 
 
 def write_html(
@@ -36,6 +30,7 @@ def write_html(
     assessment: dict[str, Any],
     features: Features,
     densities: Mapping[str, NDArray[float64]],
+    explained: Explanations | None,
     most_bytes: int,
 ) -> None:
     """Write the page.
@@ -45,6 +40,7 @@ def write_html(
         assessment: the content of `final_assessment.json`.
         features: the latents to show.
         densities: variant → share of tokens on which each latent fired, [F].
+        explained: what a language model said of the latents, if one was asked.
         most_bytes: size from which on latents are left out.
     """
     values = {
@@ -52,10 +48,11 @@ def write_html(
         "shown": features,
         "word": _word(features),
         "drawn": _drawn(features),
+        "explained": summary(explained) if explained else "",
         **_script(),
     }
     without = render("assess/report/report.html", **values, latents="", left_out="")
-    html, n = latents.pages(features, most_bytes - len(without.encode()) - 1000)
+    html, n = latents.pages(features, explained, most_bytes - len(without.encode()) - 1000)
     left_out = _left_out(len(features.latents) - n, features.variant, most_bytes)
     page = render("assess/report/report.html", **values, latents=html, left_out=left_out)
     durable.write_bytes(path, [page.encode()])
@@ -125,12 +122,13 @@ def _left_out(n: int, variant: str, most_bytes: int) -> str:
     )
 
 
-def write_latents(path: Path, features: Features) -> None:
+def write_latents(path: Path, features: Features, explained: Explanations | None) -> None:
     """Write a page with these latents alone."""
-    html, _ = latents.pages(features, None)
+    html, _ = latents.pages(features, explained, None)
     page = render(
         "assess/report/latents.html",
         shown=features,
+        explained=summary(explained) if explained else "",
         word=_word(features),
         latents=html,
         **_script(),
