@@ -25,9 +25,9 @@ from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 MASKED_SHARE = 0.15
 MASK_KEY = 15
 IDENTITY_TOLERANCE = 1e-3
+"""Most nats per token that splicing the true activation may change."""
 CACHE_BYTES = 1 << 20
 """Bytes of float32 values that go through several operations while they are in a CPU's cache."""
-"""Most nats per token that splicing the true activation may change."""
 
 
 @dataclass(frozen=True, slots=True)
