@@ -64,7 +64,7 @@ def sizes(
     """
     kernels = _kernels(variant, kernels)
     shapes = _shapes(variant, widths)
-    n = sum(math.prod(shape) for shape in shapes)
+    n = sum(math.prod(shape) for shape in shapes.values())
     f, d = variant.num_latents, widths[0]
     copies = 0
     if kernels != "torch" and dtype != torch.float32:
@@ -87,8 +87,8 @@ def _kernels(variant: Variant, kernels: str) -> str:
     return kernels if variant.n_layers == 1 else "torch"
 
 
-def _shapes(variant: Variant, widths: Sequence[int]) -> list[tuple[int, ...]]:
-    """List the shapes of its parameters."""
+def _shapes(variant: Variant, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of its parameters by name."""
     further = tuple(map(str, range(FURTHER.get(variant.architecture, 0))))
     shape = Shape(
         variant.num_latents,
@@ -98,12 +98,12 @@ def _shapes(variant: Variant, widths: Sequence[int]) -> list[tuple[int, ...]]:
         has_skip=variant.skip_connection,
         n_layers=variant.n_layers,
     )
-    return list(shape.of_each.values())
+    return shape.of_each
 
 
-def _stepped(variant: Variant, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """List those that an optimizer steps: without the decoder's, the second, where it is frozen."""
-    return [shapes[0], *shapes[2:]] if variant.is_frozen else shapes
+def _stepped(variant: Variant, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """List those that an optimizer steps: without the decoder's where it is frozen."""
+    return [shape for name, shape in shapes.items() if not (variant.is_frozen and name == "w_dec")]
 
 
 def _moment_bytes(variant: Variant, shape: tuple[int, ...]) -> int:
