@@ -113,7 +113,7 @@ def describe_dense(
     dense = dense[np.argsort(-density_F[dense], kind="stable")]
     if not len(dense):
         return []
-    decoder_FD = normalize(sae.W_dec.detach().float(), dim=1)
+    decoder_FD = normalize(sae.decoder_rows.float(), dim=1)
     antipodes = _antipodes(decoder_FD, dense)
     encoder_FD = normalize(sae.W_enc.detach().float(), dim=1)
     described = []

@@ -22,7 +22,6 @@ from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.common import config as settings
 from saemill.common.log import counted
 from saemill.common.sae.sae import Sae
-from saemill.common.stores.site_names import is_joined
 from saemill.common.stores.statistics import FAR, far_warning, unheld_warning
 
 N_BINS = 20
@@ -174,7 +173,7 @@ class Measured:
         if self.reconstruction.evalset.text.unit == "token":
             cost, its_cost = self._cost(name), untrained._cost(other)
             if isinstance(cost, str) or isinstance(its_cost, str):
-                shares["delta_ce"] = absent(str(cost))
+                shares["delta_ce"] = absent(cost if isinstance(cost, str) else str(its_cost))
             else:
                 share = Ratio(cost.above, its_cost.above, f"{other} costs the model nothing")
                 shares["delta_ce"] = self._model_split.all.figure(share)
@@ -234,13 +233,13 @@ class Measured:
         return dense_latents(self.reconstruction, name, sae)
 
     def _norm_shares(self, name: str) -> dict[str, list[int]]:
-        """Count the live latents of a crosscoder by each site's share in their decoder rows."""
+        """Count the live latents of an SAE of several sites by each site's share in their decoder rows."""
         sae = self.reconstruction.saes[name]
         shares_FL = norm_shares(sae)
         if shares_FL is None:
             return {}
         live = self.reconstruction.live(name, self.dead_share)
-        shares = zip(sae.config.joined, shares_FL.cpu().numpy()[live].T, strict=True)
+        shares = zip(sae.config.outputs, shares_FL.cpu().numpy()[live].T, strict=True)
         return {part.site: np.histogram(own, N_BINS, (0, 1))[0].tolist() for part, own in shares}
 
     def _cuts(self, name: str) -> list[dict[str, Any]]:
@@ -257,7 +256,8 @@ class Measured:
         ] + [self._at(name, part) for part in self.reconstruction.parts.get(name, ())]
 
     def _at(self, name: str, part: str) -> dict[str, Any]:
-        """Describe a crosscoder at one of its sites: what it leaves there, and what that costs the model."""
+        """Describe an SAE of several sites at one of them: what it leaves there, and what that costs the
+        model."""
         config, split = self.reconstruction.saes[name].config, self._split.all
         metrics = self.reconstruction.part_metrics(name, part, split)
         metrics["l0"] = split.figure(self.reconstruction.ratios(name)["l0"])
@@ -326,15 +326,15 @@ class Measured:
     def _losses(self) -> Splicing | None:
         """Return the losses, if there are any that mean something, of all variants: a crosscoder has none of
         its own."""
-        if any(self.reconstruction.parts.values()):
+        if isinstance(self.splicing, str) or self.splicing.no_loss:
             return None
-        return self.splicing if isinstance(self.splicing, Splicing) and not self.splicing.no_loss else None
+        return self.splicing if all("" in places for places in self.splicing.places.values()) else None
 
     def _cost(self, name: str) -> Ratio | str:
         """Compute ΔCE of one SAE, or say why it has none."""
         if isinstance(self.splicing, str):
             return self.splicing
-        if is_joined(self.reconstruction.sites[name]):
+        if "" not in self.splicing.places[name]:
             return SEVERAL
         return self.splicing.no_loss or self.splicing.ratios(name)["delta_ce"]
 

@@ -96,7 +96,7 @@ def describe(
         seed=SEED,
         positions=tuple(firing.positions.labels) if text.ctx_len > 1 else (),
         sources=tuple(firing.source_names),
-        sites=tuple(part.site for part in sae.config.joined),
+        sites=tuple(part.site for part in sae.config.outputs),
         no_tokens=vocabulary.missing,
         latents=tuple(_latents(wanted, sae, saes, name, firing, vocabulary, reader)),
     )

@@ -16,7 +16,7 @@ from saemill.common.sae.sae import Sae
 def latent_figures(measured: Reconstruction, name: str, dead_share: float) -> dict[str, Figure]:
     """Compute the figures of an SAE's latents; one that fires on less than `dead_share` is dead."""
     density, live = measured.density(name), measured.live(name, dead_share)
-    w_dec_FD = measured.saes[name].W_dec.detach()
+    w_dec_FD = measured.saes[name].decoder_rows
     rows_FD = w_dec_FD[torch.from_numpy(live).to(w_dec_FD.device)]
     quantiles = np.quantile(density, [0.05, 0.25, 0.5, 0.75, 0.95])
     return {
@@ -34,7 +34,7 @@ def dense_latents(measured: Reconstruction, name: str, pca: Sae | None) -> list[
         return []
     component_D = None
     if pca is not None:
-        component_D = torch.nn.functional.normalize(pca.W_dec.detach()[0].float(), dim=0)
+        component_D = torch.nn.functional.normalize(pca.decoder_rows[0].float(), dim=0)
     return describe_dense(
         measured.saes[name], measured.density(name), measured.correlations(name), component_D
     )

@@ -18,7 +18,7 @@ from saemill.assess.spread import Spread
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
 from saemill.common.sae.sae import Encoded, Sae
-from saemill.common.stores.site_names import is_joined, parts_of
+from saemill.common.stores.site_names import is_joined
 from saemill.common.stores.statistics import FAR, Statistics, unheld
 
 PER_VARIANT = ("sse", "sse_far", "cosine", "norm_ratio", "l0", "not_finite")
@@ -77,8 +77,8 @@ class Reconstruction:
     ) -> None:
         self.saes, self.sites, self.evalset, self.known = saes, sites, evalset, known
         self.cuts = {name: sae.cuts for name, sae in saes.items()}
-        self.parts = {name: parts_of(sites[name]) if sae.config.joined else () for name, sae in saes.items()}
-        """Variant name → the sites that a crosscoder joins."""
+        self.parts = {name: tuple(part.site for part in sae.config.outputs) for name, sae in saes.items()}
+        """Variant name → the sites that a crosscoder joins, or a cross-layer transcoder predicts."""
         own = [] if known else self._own_columns()
         self.sums = DocumentSums(own + self._columns(saes))
         self.firing = {name: Firing.none(sae.config.num_latents) for name, sae in saes.items()}
@@ -236,7 +236,7 @@ class Reconstruction:
         return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in columns.items()}
 
     def _at_parts(self, name: str, error_TD: Tensor) -> dict[str, Tensor]:
-        """Compute the squared errors at each of the sites that a crosscoder joins. float64 [T] each."""
+        """Compute the squared errors at each of several sites. float64 [T] each."""
         parts = self.parts[name]
         widths = [self.evalset.store.site(part).width for part in parts]
         errors = torch.split(error_TD, widths, 1) if parts else ()
@@ -299,7 +299,7 @@ class Reconstruction:
         return bootstrap.figures({"fvu": Ratio(sse, squares, self._alike), "l0": Ratio(l0, n)})
 
     def part_metrics(self, name: str, part: str, bootstrap: Bootstrap) -> dict[str, Figure]:
-        """Compute fvu at one of the sites that a crosscoder joins as a figure."""
+        """Compute fvu at one of several sites as a figure."""
         sse, squares = self.sums.column(f"{name}/at {part}/sse"), self.sums.column(f"{part}/squares")
         return bootstrap.figures({"fvu": Ratio(sse, squares, self._alike)})
 
@@ -312,7 +312,7 @@ class Reconstruction:
             figures |= dict.fromkeys(FAR_METRICS, absent(why))
         figures["explained_variance"] = complement(figures["fvu"])
         if is_joined(self.sites[name]):
-            figures["mse"] = absent("the sites of a crosscoder have units of their own")
+            figures["mse"] = absent("sites that are joined have units of their own")
             figures |= dict.fromkeys(FAR_METRICS, absent("which rows are far is told for each site"))
         if reason := self.unusable(name):
             return dict.fromkeys(figures, absent(reason))

@@ -110,6 +110,7 @@ def cache(config: CacheConfig) -> None:
     "site",
     "with_acts",
     "target_site",
+    "cross_layer",
     "skip_connection",
     OUT,
     *("init_from", "architecture", "k", "expansion_factor", "num_latents", "lr", "seeds"),

@@ -184,7 +184,7 @@ class _Losses(Splicing):
     """Losses of 40 documents of 10 tokens."""
 
     def __init__(self, zero: float, spread: float = 0.0) -> None:
-        self.sites, self.no_loss = {"v": "layers.1"}, None
+        self.sites, self.places, self.no_loss = {"v": "layers.1"}, {"v": {"": "layers.1"}}, None
         own = [f"layers.1/{what}" for what in ("zero", "mean", "zero_kl")]
         self.sums = DocumentSums(["n", "clean", *own, "v/ce", "v/kl"])
         generator = np.random.default_rng(0)
