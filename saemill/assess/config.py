@@ -71,6 +71,12 @@ class AssessConfig:
         metavar="BYTES",
         least=100_000,
     )
+    most_beside: int = setting(
+        32_768,
+        "Most latents of an SAE for all of them to be written beside the report; 0 for none",
+        least=0,
+        later=True,
+    )
     context_tokens: int = setting(500_000, "Most tokens searched for contexts", least=1)
     log_to_wandb: bool | None = setting(
         None, "Add it to the run's wandb runs", by_default="as the run was", decides=False

@@ -5,7 +5,7 @@ from pathlib import Path
 from saemill.assess.config import AssessConfig, LatentConfig
 from saemill.assess.done import hash_of
 from saemill.assess.evalset import EvalSet
-from saemill.assess.features import Wanted, describe
+from saemill.assess.features import Describer, Wanted
 from saemill.assess.inputs import open_run
 from saemill.assess.report.page import write_latents
 from saemill.assess.table import context_line
@@ -38,7 +38,6 @@ def run(config: LatentConfig) -> Features:
     with world.connected(device) as everyone:
         trained = open_run(task, device)
         wanted = Wanted(
-            latents=list(numbers),
             asked=numbers,
             n_live=0,
             n_contexts=config.n_contexts,
@@ -47,7 +46,8 @@ def run(config: LatentConfig) -> Features:
         )
         site = str(trained.saes[name].site)
         evalset = EvalSet(trained.store, None, None, trained.mask, [site], 1, everyone)
-        found = describe(wanted, name, trained.saes, evalset, config.model, hash_of(task))
+        describer = Describer(wanted, numbers, name, trained.saes, evalset, config.model)
+        found = describer.features(numbers, hash_of(task))
     say("\n\n".join(text(latent, found) for latent in found.latents))
     if config.out is not None:
         page = config.out

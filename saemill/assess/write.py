@@ -1,6 +1,7 @@
 """The files of an assessment: its record, the page, and the sums and firing counts that they follow from."""
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saemill.assess.entries import Measured
+from saemill.assess.features import Describer
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.report.page import write_html
+from saemill.assess.report.shards import Shards, write_shards
 from saemill.assess.splicing import Splicing
 from saemill.assess.sums import DocumentSums
 from saemill.common import durable, records
 from saemill.common.stores import assessments
 from saemill.common.stores.features import Features
-from saemill.common.stores.runs import DOCUMENTS, DOCUMENTS_MODEL, FEATURES, LATENTS, REPORT
+from saemill.common.stores.runs import BESIDE, DOCUMENTS, DOCUMENTS_MODEL, FEATURES, LATENTS, REPORT
 
 
 def write(
-    out: Path, values: dict[str, Any], features: Features, measured: Measured, page_bytes: int
+    out: Path,
+    values: dict[str, Any],
+    features: Features,
+    measured: Measured,
+    describer: Describer,
+    beside: Sequence[int],
+    page_bytes: int,
 ) -> dict[str, Any]:
     """Write the verdict, the report, and the sums and firing counts they follow from: all of them or none.
 
     All files are complete under temporary names before the first is renamed. The old verdict is removed
     before that, and the new one comes last.
+
+    Args:
+        out: the folder.
+        values: the content of `final_assessment.json` but for its files.
+        features: the latents that the page shows.
+        measured: the sums.
+        describer: of these latents and others.
+        beside: numbers of all latents of the SAE; none where they are not written beside the page.
+        page_bytes: most bytes of the page.
 
     Returns: the content of `final_assessment.json`.
     """
@@ -49,16 +67,23 @@ def write(
         with durable.writing(out / FEATURES):
             content = json.dumps(records.content(features), allow_nan=False)  # without indents: it is long
             durable.write_bytes(partials[FEATURES], [content.encode()])
+        shards = None
+        if beside:
+            stamp = durable.hash_json([assessment["of"], assessment["settings"], features.variant])
+            shards = Shards(BESIDE, stamp, len(beside))
+            folder = replacements.enter_context(durable.replacing_folder(out / BESIDE))
+            write_shards(folder, shards, features, describer.each(beside))
+            partials |= {f"{BESIDE}/{file.name}": file for file in sorted(folder.iterdir())}
         with durable.writing(out / REPORT):
-            write_html(partials[REPORT], assessment, features, densities, page_bytes)
+            write_html(partials[REPORT], assessment, features, densities, page_bytes, shards)
         assessment["files"] = [
             {"path": name, "bytes": file.stat().st_size, "xxh3": durable.hash_file(file)}
             for name, file in partials.items()
         ]
         with durable.writing(out / assessments.FILE):
             records.write(verdict, assessments.checked(assessment))
-        for old in (assessments.FILE, *({DOCUMENTS_MODEL} - set(tables))):
-            (out / old).unlink(missing_ok=True)
+        for old in (assessments.FILE, BESIDE, *({DOCUMENTS_MODEL} - set(tables))):
+            durable.remove(out / old)
     return assessment
 
 

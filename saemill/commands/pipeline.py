@@ -158,6 +158,7 @@ def train(config: TrainConfig) -> None:
     *("thresholds.min_loss_recovered", "thresholds.min_l0", "thresholds.max_l0"),
     *("thresholds.max_dead_fraction", "thresholds.max_absorption"),
     *("variant", "latents", "n_latents", "n_contexts", "n_samples", "context_tokens", "page_bytes"),
+    "most_beside",
     *("log_to_wandb", "device", "device_map", "max_memory"),
 )
 def assess(config: AssessConfig) -> None:

@@ -33,17 +33,29 @@ def pages(features: Features, most_bytes: int | None) -> tuple[Markup, int]:
     """
     rendered, n_bytes = [], 0
     for number, latent in enumerate(features.latents):
-        html = render(
-            "assess/report/latent.html",
-            latent=View(latent, features),
-            is_open=number < N_OPEN,
-            visible=visible,
-        )
+        html = page_of(latent, features, is_open=number < N_OPEN)
         n_bytes += len(html.encode())
         if most_bytes is not None and n_bytes > most_bytes:
             break
         rendered.append(html)
     return Markup("".join(rendered)), len(rendered)
+
+
+def page_of(latent: Latent, features: Features, is_open: bool = False) -> str:
+    """Render one latent."""
+    view = View(latent, features)
+    return render("assess/report/latent.html", latent=view, is_open=is_open, visible=visible)
+
+
+def words_of(latent: Latent) -> str:
+    """List what a latent is found by, a line each, in small letters: the tokens on which it fires, and those
+    that it promotes and suppresses; of passages their words."""
+    contexts = [*latent.contexts, *(context for stratum in latent.strata for context in stratum.contexts)]
+    found = [token.text for token in (*latent.promoted, *latent.suppressed)]
+    for context in contexts:
+        place = context.place
+        found += [place.tokens[place.at]] if isinstance(place, Snippet) else (place.text or "").split()
+    return "\n".join(dict.fromkeys(visible(word).strip().lower() for word in found))
 
 
 class View:

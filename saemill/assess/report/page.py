@@ -12,6 +12,7 @@ from numpy import float64
 from numpy.typing import NDArray
 
 from saemill.assess.report import charts, compared, latents, variants
+from saemill.assess.report.shards import Shards
 from saemill.assess.report.visible import visible
 from saemill.assess.sums import number
 from saemill.assess.table import are_several, by_source, columns_of, cuts, notes, thresholds
@@ -37,6 +38,7 @@ def write_html(
     features: Features,
     densities: Mapping[str, NDArray[float64]],
     most_bytes: int,
+    shards: Shards | None = None,
 ) -> None:
     """Write the page.
 
@@ -46,17 +48,19 @@ def write_html(
         features: the latents to show.
         densities: variant → share of tokens on which each latent fired, [F].
         most_bytes: size from which on latents are left out.
+        shards: all latents, where they lie beside it.
     """
     values = {
         **_sections(assessment, densities),
         "shown": features,
         "word": _word(features),
         "drawn": _drawn(features),
-        **_script(),
+        "shards": shards,
+        **_script("shards.js"),
     }
     without = render("assess/report/report.html", **values, latents="", left_out="")
     html, n = latents.pages(features, most_bytes - len(without.encode()) - 1000)
-    left_out = _left_out(len(features.latents) - n, features.variant, most_bytes)
+    left_out = _left_out(len(features.latents) - n, features.variant, most_bytes, shards)
     page = render("assess/report/report.html", **values, latents=html, left_out=left_out)
     durable.write_bytes(path, [page.encode()])
 
@@ -114,14 +118,15 @@ def _drawn(features: Features) -> str:
     return f"{drawn}, in the order of the draw; none is picked by hand. Searched: {features.searched}."
 
 
-def _left_out(n: int, variant: str, most_bytes: int) -> str:
-    """Say how many latents had no room, and where they are."""
-    if not n:
-        return ""
+def _left_out(n: int, variant: str, most_bytes: int, shards: Shards | None) -> str:
+    """Say how many latents had no room, and where they and all others are."""
     size = f"{most_bytes / 1e6:g} MB"
+    cut = f"{counted(n, 'more latent')} of the draw had no room on a page of {size}. " if n else ""
+    if shards is None:
+        return f"{cut}saemill latent and saemill view show any latent of {variant}."
     return (
-        f"{counted(n, 'more latent')} of the draw had no room on a page of {size}; "
-        f"saemill latent shows any latent of {variant}."
+        f"{cut}All {shards.n_latents:,} latents of it, those that never fire too, are in the folder "
+        f"{shards.folder} beside this page: the search, and links to latents, find them there."
     )
 
 
@@ -133,7 +138,8 @@ def write_latents(path: Path, features: Features) -> None:
         shown=features,
         word=_word(features),
         latents=html,
-        **_script(),
+        shards=None,
+        **_script("shards.js"),
     )
     durable.write_bytes(path, [page.encode()])
 
@@ -143,8 +149,13 @@ def _word(features: Features) -> str:
     return "word" if features.unit == "passage" else "token"
 
 
-def _script() -> dict[str, Any]:
-    """Return the script, and the hash by which the page lets it run and no other."""
-    script = (files("saemill.assess.report") / "script.js").read_text()
+def _script(source: str) -> dict[str, Any]:
+    """Return the page's script, and the hash by which the page lets it run.
+
+    Args:
+        source: file of the part that gets latents from where they are.
+    """
+    folder = files("saemill.assess.report")
+    script = "".join((folder / name).read_text() for name in ("script.js", source, "search.js"))
     digest = hashlib.sha256(script.encode()).digest()
     return {"script": Markup(script), "script_hash": base64.b64encode(digest).decode()}

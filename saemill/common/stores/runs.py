@@ -43,6 +43,8 @@ CARD = "README.md"
 """Name of the model card, of a run that came from the hub."""
 ASSESSMENT = "final_assessment.json"
 REPORT = "report.html"
+BESIDE = "report-latents"
+"""Name of the folder of the latents beside the page."""
 LATENTS = "latents.parquet"
 """Name of the table of each latent's firing."""
 FEATURES = "features.json"
@@ -55,7 +57,7 @@ CHECKPOINTS = "checkpoint-"
 RESERVED = (
     *(IDENTITY, CONFIG, METRICS, HALVING, UNITS, CHECKPOINT, FINISHED),
     *(WANDB, WANDB_LOGGED, WANDB_FOLDER, TENSORBOARD, STEPS, PROFILE, CARD),
-    *(ASSESSMENT, REPORT, LATENTS, FEATURES, DOCUMENTS, DOCUMENTS_MODEL),
+    *(ASSESSMENT, REPORT, BESIDE, LATENTS, FEATURES, DOCUMENTS, DOCUMENTS_MODEL),
 )
 """Names in a run's folder that no variant may have."""
 MOST_NAME_BYTES = 200
