@@ -43,6 +43,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "hub": {"common", "show", "token_export", "train", "assess"},
     "diff": {"common", "train", "assess"},
     "latents": {"common", "convert"},
+    "view": {"common", "assess"},
     "commands": {
         *(
             "common",
@@ -51,6 +52,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
             "diff",
             "embeddings",
             "latents",
+            "view",
             "convert",
             "convert_store",
             "transcoder_set",

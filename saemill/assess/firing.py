@@ -231,6 +231,14 @@ class Firing:
         both_F = np.bincount(rows.indices, minlength=len(self._place_F))
         return Beside(int(self._looked_T.sum()), both_F, self._fires_F)
 
+    def share_on(self, chosen_T: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Compute the share of each latent's activation that is on some tokens; 0 where it never fires. [L],
+        in the order in which they were given."""
+        weights_T = chosen_T.astype(np.float64), np.ones(len(chosen_T))
+        on_L, sum_L = (np.asarray(self._acts_TL.T @ each_T) for each_T in weights_T)
+        share_L: NDArray[np.float64] = np.divide(on_L, sum_L, out=np.zeros(len(on_L)), where=sum_L > 0)
+        return share_L
+
     def _column(self, latent: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the numbers of the tokens on which a latent fires, ascending, and its activations there."""
         column = self._place_F[latent]

@@ -28,7 +28,7 @@ def run(config: LatentConfig) -> Features:
         StoreError: the run is not finished, or its activations are not to be found.
         ConfigError: it is not clear which SAE is meant, or it has no such latent.
     """
-    folder, name = _sae_of(config.run.absolute())
+    folder, name = sae_of(config.run.absolute())
     numbers = _numbers(config.latents)
     task = AssessConfig(
         run=folder, acts=config.acts, with_acts=config.with_acts, variant=name, latents=numbers
@@ -70,7 +70,7 @@ def _numbers(items: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(latent for some in ranges for latent in some))
 
 
-def _sae_of(path: Path) -> tuple[Path, str]:
+def sae_of(path: Path) -> tuple[Path, str]:
     """Find the run and the SAE that a folder stands for: of a run its only SAE, or the one that its
     assessment shows.
 

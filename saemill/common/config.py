@@ -34,6 +34,7 @@ SECTIONS = (
     "compare",
     "diff",
     "latent",
+    "view",
     "export-latents",
 )
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,17 @@ SIZE = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What a page with a server behind it can do."""
+
+    n_latents: int
+    no_model: str | None
+    """Why no text can be tried, if so."""
+    no_steering: str | None
+    """Why no latent can be added, if that is known."""
+
+
 def write_html(
     path: Path,
     assessment: dict[str, Any],
@@ -50,19 +62,42 @@ def write_html(
         most_bytes: size from which on latents are left out.
         shards: all latents, where they lie beside it.
     """
+    durable.write_bytes(path, [_page(assessment, features, densities, most_bytes, shards, None).encode()])
+
+
+def live_page(
+    assessment: dict[str, Any],
+    features: Features,
+    densities: Mapping[str, NDArray[float64]],
+    most_bytes: int,
+    live: Live,
+) -> str:
+    """Render the page of `saemill view`, which asks its server for what is not on it; see `write_html`."""
+    return _page(assessment, features, densities, most_bytes, None, live)
+
+
+def _page(
+    assessment: dict[str, Any],
+    features: Features,
+    densities: Mapping[str, NDArray[float64]],
+    most_bytes: int,
+    shards: Shards | None,
+    live: Live | None,
+) -> str:
     values = {
         **_sections(assessment, densities),
         "shown": features,
         "word": _word(features),
         "drawn": _drawn(features),
         "shards": shards,
-        **_script("shards.js"),
+        "live": live,
+        **_script("live.js" if live else "shards.js"),
     }
     without = render("assess/report/report.html", **values, latents="", left_out="")
     html, n = latents.pages(features, most_bytes - len(without.encode()) - 1000)
-    left_out = _left_out(len(features.latents) - n, features.variant, most_bytes, shards)
-    page = render("assess/report/report.html", **values, latents=html, left_out=left_out)
-    durable.write_bytes(path, [page.encode()])
+    left_out = _left_out(len(features.latents) - n, most_bytes)
+    others = _others(features.variant, shards, live)
+    return render("assess/report/report.html", **values, latents=html, left_out=f"{left_out}{others}")
 
 
 def _sections(assessment: dict[str, Any], densities: Mapping[str, NDArray[float64]]) -> dict[str, Any]:
@@ -118,14 +153,20 @@ def _drawn(features: Features) -> str:
     return f"{drawn}, in the order of the draw; none is picked by hand. Searched: {features.searched}."
 
 
-def _left_out(n: int, variant: str, most_bytes: int, shards: Shards | None) -> str:
-    """Say how many latents had no room, and where they and all others are."""
+def _left_out(n: int, most_bytes: int) -> str:
+    """Say how many latents had no room."""
     size = f"{most_bytes / 1e6:g} MB"
-    cut = f"{counted(n, 'more latent')} of the draw had no room on a page of {size}. " if n else ""
+    return f"{counted(n, 'more latent')} of the draw had no room on a page of {size}. " if n else ""
+
+
+def _others(variant: str, shards: Shards | None, live: Live | None) -> str:
+    """Say where all other latents are."""
+    if live is not None:
+        return f"The search finds all {live.n_latents:,}, those that never fire too."
     if shards is None:
-        return f"{cut}saemill latent and saemill view show any latent of {variant}."
+        return f"saemill latent and saemill view show any latent of {variant}."
     return (
-        f"{cut}All {shards.n_latents:,} latents of it, those that never fire too, are in the folder "
+        f"All {shards.n_latents:,} latents of it, those that never fire too, are in the folder "
         f"{shards.folder} beside this page: the search, and links to latents, find them there."
     )
 
@@ -139,6 +180,7 @@ def write_latents(path: Path, features: Features) -> None:
         word=_word(features),
         latents=html,
         shards=None,
+        live=None,
         **_script("shards.js"),
     )
     durable.write_bytes(path, [page.encode()])

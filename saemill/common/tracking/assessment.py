@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from saemill.common import records
@@ -39,7 +38,7 @@ def log_assessment(folder: Path, out: Path) -> None:
     runs.settings = runs.settings.model_copy(update={"assessments": known})
     records.write(folder / WANDB, runs.settings)
     catch_up(folder, runs)
-    densities = _densities(out / LATENTS)
+    densities = assessments.densities(out)
     summaries = _summaries(folder, known)
     for name, summary in summaries.items():
         run = runs.run(name)
@@ -91,13 +90,6 @@ def _summary(entry: dict[str, Any], place: int) -> dict[str, Any]:
         elif figure["value"] is None:
             summary[f"{name}_reason"] = figure["reason"]
     return summary
-
-
-def _densities(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Compute the share of tokens on which each latent fired, by variant."""
-    table = pq.read_table(path, columns=["variant", "density"])
-    names, density = np.array(table["variant"]), table["density"].to_numpy()
-    return {str(name): density[names == name] for name in np.unique(names)}
 
 
 def _histogram(density: NDArray[np.float64], n_tokens: int) -> Any:
