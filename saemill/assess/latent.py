@@ -18,7 +18,7 @@ from saemill.common.stores.features import Features, Latent, Token
 from saemill.common.world import World
 
 MOST_LATENTS = 2000
-"""Most latents shown at once: the places where they fire take 70 kB each in memory, and half of it again."""
+"""Most latents shown at once: a page of so many has 17 MB, and browsers tarry over more."""
 
 
 def run(config: LatentConfig) -> Features:
@@ -60,7 +60,7 @@ def _numbers(items: tuple[str, ...]) -> tuple[int, ...]:
     """List the latents that are named, each once.
 
     Raises:
-        ConfigError: so many that the places where they fire may not fit into memory.
+        ConfigError: so many that a page of them would be too large.
     """
     ranges = [parsed(item) for item in items]
     if (n := sum(map(len, ranges))) > MOST_LATENTS:

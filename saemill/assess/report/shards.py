@@ -71,7 +71,15 @@ def _shards(latents: Iterable[Latent]) -> Iterator[list[Latent]]:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a script that hands its content over under its own name."""
-    packed = gzip.compress(json.dumps(content, ensure_ascii=False).encode(), mtime=0)
-    text = base64.b64encode(packed).decode()
-    durable.write_bytes(file, [f'shard("{file.stem}", "{text}");\n'.encode()])
+    durable.write_bytes(file, [packed(file.stem, content)])
+
+
+def packed(name: str, content: Any) -> bytes:
+    """Make the script that hands a content over under a name."""
+    text = base64.b64encode(gzip.compress(json.dumps(content, ensure_ascii=False).encode(), mtime=0)).decode()
+    return f'shard("{name}", "{text}");\n'.encode()
+
+
+def unpacked(script: bytes) -> Any:
+    """Return what a script hands over; the inverse of `packed`."""
+    return json.loads(gzip.decompress(base64.b64decode(script.split(b'"')[3])))

@@ -112,13 +112,24 @@ def _log_table(
     config = {key: assessment[key] for key in ("data", "thresholds", "versions")}
     run = start(folder, settings, name, settings.assessments[prefix].id, "assess", config, quiet=True)
     run.summary["best_variant"] = assessment["best_variant"]
-    page = wandb.Html(str(out / REPORT), inject=False)
+    page = wandb.Html(_without_latents((out / REPORT).read_text()), inject=False)
     run.log({f"{prefix}/variants": _table(assessment), f"{prefix}/report": page})
     if settings.artifacts:
         log_artifact(
             run, f"{settings.group}-{settings.prefix}{name}", "assessment", [out / file for file in FILES]
         )
     run.finish()
+
+
+def _without_latents(page: str) -> str:
+    """Cut the latents from a page, which are almost all of it: wandb keeps the page anew of each assessment,
+    and shows it without the folder beside it. The artifact has the whole one."""
+    before, found, rest = page.partition('<section id="latents"')
+    if not found:
+        return page
+    start = before.replace('<a href="#latents">Latents</a>', "")
+    note = "<section><h2>Latents</h2><p>They are on the page in the run's folder, report.html.</p></section>"
+    return start + note + rest.partition("</section>")[2]
 
 
 def _table(assessment: dict[str, Any]) -> Any:
