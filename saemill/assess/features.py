@@ -115,6 +115,7 @@ class Describer:
             positions=tuple(firing.positions.labels) if text.ctx_len > 1 else (),
             sources=tuple(firing.source_names),
             sites=tuple(part.site for part in self.sae.config.joined),
+            prefixes=tuple(self.sae.config.prefixes),
             no_tokens=self._vocabulary.missing,
             latents=tuple(self.latents(latents)),
         )

@@ -113,7 +113,7 @@ def outlook_of(
             "context_tokens": amounts.searched,
         },
         unit=unit,
-        disk={"latents beside the report": beside * LATENT_BYTES} if beside else {},
+        disk={"latents beside the report": beside * LATENT_BYTES[unit]} if beside else {},
         n_files=n_files(beside) if beside else 0,
         memory=memory | ({} if on_gpu else on_device),
         gpu=on_device if on_gpu else {},

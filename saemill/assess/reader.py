@@ -113,7 +113,7 @@ class Reader:
 
 def _rounded(value: float) -> float:
     """Round to four significant digits: as many as are shown."""
-    return float(f"{value:.4g}")
+    return float(f"{value:.4g}") if value else 0.0
 
 
 class PassageReader:

@@ -49,12 +49,14 @@ def page_of(latent: Latent, features: Features, is_open: bool = False) -> str:
 
 def words_of(latent: Latent) -> str:
     """List what a latent is found by, a line each, in small letters: the tokens on which it fires, and those
-    that it promotes and suppresses; of passages their words."""
+    that it promotes and suppresses; of passages the words that two of them share."""
     contexts = [*latent.contexts, *(context for stratum in latent.strata for context in stratum.contexts)]
+    places = [context.place for context in contexts]
     found = [token.text for token in (*latent.promoted, *latent.suppressed)]
-    for context in contexts:
-        place = context.place
-        found += [place.tokens[place.at]] if isinstance(place, Snippet) else (place.text or "").split()
+    found += [place.tokens[place.at] for place in places if isinstance(place, Snippet)]
+    texts = [(place.text or "").split() for place in places if isinstance(place, Passage)]
+    shared = Counter(word for text in texts for word in dict.fromkeys(text))
+    found += [word for word, n in shared.items() if n >= min(2, len(texts))]
     return "\n".join(dict.fromkeys(visible(word).strip().lower() for word in found))
 
 
@@ -123,6 +125,11 @@ class View:
             for share, label in zip(shares, labels, strict=True)
         ]
         return bars(shares, titles) if len(shares) > 1 else []
+
+    @property
+    def prefix(self) -> int | None:
+        """Number of latents of the smallest SAE within a Matryoshka SAE that has it; None of others."""
+        return next((n for n in self.features.prefixes if self.latent.latent < n), None)
 
     @property
     def stability(self) -> str:

@@ -26,8 +26,8 @@ from saemill.common.stores.features import Features, Latent
 PER_SHARD = 64
 """Latents of a shard."""
 WORDS = "words.js"
-LATENT_BYTES = 2_400
-"""Bytes of a latent in its shard, about: 8 kB of HTML, packed, and its words."""
+LATENT_BYTES = {"token": 2_400, "passage": 8_000}
+"""Bytes of a latent and its words in the shards, about, by what the store holds."""
 
 
 @dataclass(frozen=True, slots=True)

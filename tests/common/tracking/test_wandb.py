@@ -321,7 +321,7 @@ def test_an_assessment_goes_to_the_runs_of_its_variants(acts: Path, tmp_path: Pa
     (out / WANDB_LOGGED).unlink()  # as if wandb had not been there
     for folder in out.glob("wandb/offline-run-*"):
         folder.rename(folder.with_name(folder.name.replace("offline-run", "lost")))
-    assessment = assess(AssessConfig(run=out, device="cpu", n_latents=0, model_tokens=1000))
+    assessment = assess(AssessConfig(run=out, device="cpu", n_latents=2, most_beside=0, model_tokens=1000))
     found = written(out)
     ids = json.loads((out / "wandb.json").read_text())
     for place, entry in enumerate(assessment["variants"]):
