@@ -162,7 +162,8 @@ def _describe_run(path: Path) -> str:
     verdicts = {}
     if (path / assessments.FILE).exists():
         assessment = assessments.read(path)
-        verdicts = {entry["name"]: entry["verdict"] for entry in assessment["variants"]}
+        entries = [*assessment["variants"], *assessment["controls"]]
+        verdicts = {entry["name"]: entry["verdict"] for entry in entries}
     notes = {name: f"diverged at step {step:,}" for name, step in finished.diverged.items()}
     notes |= {name: f"stopped by halving at step {look.step:,}" for name, look in finished.stopped.items()}
     lines += [f"  {n}  {notes.get(n) or verdicts.get(n, 'not assessed')}" for n in finished.variants]

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 
 from benchmarks.cache import mixing
 from benchmarks.cache import store as stores
@@ -41,8 +42,9 @@ from benchmarks.report import machine, table
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.permutation import permutation
-from saemill.common.stores.shards import as_tensor
+from saemill.common.stores.shards import as_numpy
 from saemill.common.stores.site_array import SiteArray
+from saemill.train.memory import zeros
 from saemill.train.stream import loader as stream
 from saemill.train.stream.epochs import open_epochs
 from saemill.train.stream.loader import Loader
@@ -192,38 +194,39 @@ def work_seconds(task: Task) -> dict[str, float]:
 def window_seconds(site: SiteArray, blocks: list[tuple[int, int]], batch_tokens: int) -> dict[str, float]:
     """Time each piece of the loader's work on one window's blocks. A buffer is new when it is first
     written."""
-    rows = [site.array.shard(s)[b * BLOCK_TOKENS : (b + 1) * BLOCK_TOKENS] for s, b in blocks]
-    n_rows = len(rows) * BLOCK_TOKENS
-    buffer, shuffled = (np.empty((n_rows, site.width), site.array.dtype) for _ in range(2))
-    keep, order = np.ones(BLOCK_TOKENS, bool), permutation(n_rows, 1)
+    n_rows = len(blocks) * BLOCK_TOKENS
+    rows: list[NDArray[Any]] = []
+    shuffled = zeros(n_rows, site.columns, dtype=site.stored)
+    places = stream.Places.of(permutation(n_rows, 1))
+    each = [places.of_rows(start, start + BLOCK_TOKENS) for start in range(0, n_rows, BLOCK_TOKENS)]
+
+    def read() -> None:
+        rows.extend(site.array.block(*block) for block in blocks)
 
     def check() -> None:
         for block in rows:
             xxhash.xxh3_64_intdigest(block.data)
 
-    def copy() -> None:
-        for block, out in zip(rows, buffer.reshape(len(rows), BLOCK_TOKENS, -1), strict=True):
-            np.compress(keep, block, axis=0, out=out)
-
-    def shuffle() -> None:
-        np.take(buffer, order, axis=0, out=shuffled, mode="clip")
+    def deal() -> None:
+        for block, own in zip(rows, each, strict=True):
+            as_numpy(shuffled)[own.place_N] = block
 
     def cut() -> None:
         for start in range(0, n_rows, batch_tokens):
-            torch.cat([as_tensor(shuffled, site.dtype)[start : start + batch_tokens]])
+            torch.empty(batch_tokens, site.columns, dtype=site.stored).copy_(
+                shuffled[start : start + batch_tokens]
+            )
 
     def seconds_per_gib(work: Callable[[], None]) -> float:
         start = time.process_time()
         work()
-        return (time.process_time() - start) * GIB / buffer.nbytes
+        return (time.process_time() - start) * GIB / shuffled.nbytes
 
     works = {
-        "hash each block, its pages mapped for the first time": check,
-        "hash each block again": check,
-        "copy unmasked rows into a new buffer": copy,
-        "copy them into the same buffer again": copy,
-        "shuffle them into a new buffer": shuffle,
-        "shuffle them into the same buffer again": shuffle,
+        "read blocks, into new memory": read,
+        "hash each block": check,
+        "deal rows to their places in a new window": deal,
+        "deal them to the same window again": deal,
         "cut batches": cut,
     }
     return {name: seconds_per_gib(work) for name, work in works.items()}

@@ -1,10 +1,12 @@
 """What the weights of an SAE tell of a latent: its neighbours, its counterparts in SAEs of other seeds, the
 tokens that it makes more and less probable. Neither activations nor a pass of the model are needed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -20,6 +22,9 @@ N_NEAREST = 5
 N_TOKENS = 10
 AT_ONCE = 512
 """Rows that are compared with all others at once."""
+SAME = 0.7
+"""Cosine from which on mutual nearest latents of two seeds count as the same (Paulo and Belrose 2025,
+arXiv 2501.16615)."""
 IN_RESIDUAL_STREAM = ("residual", "holds_residual", "added")
 """Roles of sites whose activations are in the residual stream as they are, up to a factor."""
 
@@ -98,6 +103,25 @@ def counterparts(
                 )
                 found[start + at].append(counterpart)
     return [tuple(each) for each in found]
+
+
+def found_in(sae: Sae, others: Iterable[Sae]) -> NDArray[np.int64]:
+    """Count, for each latent, the other SAEs in which it is found: where its nearest decoder row has it as
+    its nearest in turn, with a cosine above `SAME`. int64 [F]."""
+    rows_FD = _unit_rows(sae)
+    count_F = torch.zeros(len(rows_FD), dtype=torch.int64, device=rows_FD.device)
+    for other in others:
+        other_FD = _unit_rows(other)
+        there, back = (
+            [(some @ of.T).max(1) for some in torch.split(rows, AT_ONCE)]
+            for rows, of in ((rows_FD, other_FD), (other_FD, rows_FD))
+        )
+        nearest_F = torch.cat([best.indices for best in there])
+        cosine_F = torch.cat([best.values for best in there])
+        back_F = torch.cat([best.indices for best in back])[nearest_F]
+        own_F = torch.arange(len(rows_FD), device=rows_FD.device)
+        count_F += (back_F == own_F) & (cosine_F > SAME)
+    return count_F.cpu().numpy()
 
 
 def _unit_rows(sae: Sae) -> Tensor:

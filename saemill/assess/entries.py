@@ -14,7 +14,7 @@ from saemill.assess import verdict
 from saemill.assess.by_source import BySource
 from saemill.assess.config import Thresholds
 from saemill.assess.dealing import for_each
-from saemill.assess.directions import norm_shares, siblings
+from saemill.assess.directions import found_in, norm_shares, siblings
 from saemill.assess.reader import PassageReader, Reader, reader_of
 from saemill.assess.reconstruction import FAR_METRICS, Reconstruction, absorption, random_absorption
 from saemill.assess.splicing import SEVERAL, Splicing, absent_metrics
@@ -73,8 +73,9 @@ class Measured:
         """
         saes, everyone = self.reconstruction.saes, self.reconstruction.evalset.everyone
         entries = self.entries(beside)
+        found = self.found_in_seeds  # by all processes together
         for entry in entries:
-            entry |= self._beyond_figures(entry["name"])
+            entry |= self._beyond_figures(entry["name"], found.get(entry["name"]))
         for name, (sae, reason) in left_out.items():
             metrics = dict.fromkeys(entries[0]["metrics"], absent(reason))
             instead = {"not_measured": reason, "verdict": reason.partition(":")[0]}
@@ -159,7 +160,7 @@ class Measured:
         """Check an SAE's errors against those of its baselines, on the same documents."""
         checks = []
         for kind, other in beside.of[name].items():
-            for metric, share in self._shares(name, other, beside.measured).items():
+            for metric, share in self._shares(name, other, beside.measured[other]).items():
                 checks.append(verdict.error_check(metric, kind, other, share))
         return checks
 
@@ -205,16 +206,19 @@ class Measured:
             "by_source": self._by_source.figures(name) if name in self.reconstruction.saes else {},
         }
 
-    def _beyond_figures(self, name: str) -> dict[str, Any]:
-        """Describe where an SAE errs most, and name those that differ from it in the seed alone; nothing of
-        one that has no figures."""
+    def _beyond_figures(self, name: str, found_F: NDArray[np.int64] | None) -> dict[str, Any]:
+        """Describe where an SAE errs most, and name those that differ from it in the seed alone, with how
+        many of its latents they have; nothing of one that has no figures."""
         measured = self.reconstruction
         if name not in measured.saes or measured.unusable(name):
             return {}
         profile = measured.profile
         mean = float(measured.sums.column(f"{name}/sse").sum()) / max(1, measured.n_tokens)
+        twins = list(siblings(name, measured.saes))
+        found_F = np.zeros(0, int) if found_F is None else found_F[measured.live(name, self.dead_share)]
         return {
-            "twins": list(siblings(name, measured.saes)),
+            "twins": twins,
+            "found_in_seeds": np.bincount(found_F, minlength=len(twins) + 1).tolist() if twins else [],
             "groups": profile.groups(name),
             "worst": [
                 {"times": token.error / mean, "place": self._reader.place(token.address).model_dump()}
@@ -273,6 +277,18 @@ class Measured:
         least = math.ceil(1 / self.dead_share)
         rare = f"a latent that fires on {self.dead_share:.2%} of the {unit}s"
         return f"{rare} is seen on {least:,} or more, not {n:,}"
+
+    @cached_property
+    def found_in_seeds(self) -> dict[str, NDArray[np.int64]]:
+        """Count for each latent the SAEs of other seeds in which it is found, [F], of SAEs that have some."""
+        saes = self.reconstruction.saes
+        twins = {name: siblings(name, saes) for name in saes if not self.reconstruction.unusable(name)}
+        several = [name for name, others in twins.items() if others]
+        return for_each(
+            several,
+            lambda name: found_in(saes[name], twins[name].values()),
+            self.reconstruction.evalset.everyone,
+        )
 
     @cached_property
     def _by_source(self) -> BySource:
@@ -367,7 +383,8 @@ class Measured:
 class Beside:
     """The baselines that SAEs are compared with."""
 
-    measured: Measured
+    measured: dict[str, Measured]
+    """Name of a baseline → figures, its own among them."""
     of: dict[str, dict[str, str]]
     """Name of an SAE, or of one of these → kind → name."""
 

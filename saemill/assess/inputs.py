@@ -9,6 +9,7 @@ import torch
 from saemill.assess import features
 from saemill.assess.config import AssessConfig
 from saemill.assess.evalset import check_tokens, is_cached
+from saemill.assess.frozen import frozen_twins
 from saemill.common.addresses import is_there
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
@@ -69,6 +70,11 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
         raise StoreError(f"every variant of {config.run} diverged; train again at lower learning rates")
     if config.variant is not None and config.variant not in saes:
         raise ConfigError(f"no variant {config.variant!r}; {nearest(config.variant, saes)}")
+    if config.variant in frozen_twins(saes).values():
+        raise ConfigError(
+            f"variant {config.variant!r} is the control of another, alike but for its frozen decoder; "
+            f"name one of {', '.join(frozen_twins(saes))}, or see its latents by `saemill latent`"
+        )
     may_be_shown = saes.values() if config.variant is None else [saes[config.variant]]
     features.check_latents(config.latents, [sae.config.num_latents for sae in may_be_shown])
     return Trained(store, saes, left_out, finished.mask)

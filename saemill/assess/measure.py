@@ -4,12 +4,15 @@ Where every SAE has a k, the baselines are fitted beforehand and everything is m
 L0 of one without is known only after a first pass. A second then measures the baselines alone, and reuses
 from the first what does not depend on an SAE: the variance of the activations, the losses of the untouched
 model, of zeros and of the mean.
+
+SAEs that were trained with a frozen decoder beside others alike are baselines as well, of these.
 """
 
 from saemill.assess.baselines import fit_baselines, site_of
 from saemill.assess.config import AssessConfig
 from saemill.assess.entries import Beside, Entry, Measured
 from saemill.assess.evalset import EvalSet
+from saemill.assess.frozen import frozen_twins
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.splicing import Splicing
 from saemill.common.errors import ConfigError
@@ -43,15 +46,23 @@ def measure(
     why_no_loss = None if model is None else no_loss(model, evalset.tokens, int(evalset.rows_R[0]))
     if _are_known(saes):
         baselines = fit_baselines(saes, {}, evalset)
-        both = _pass(config, saes | baselines.saes, evalset, model, why_no_loss)
-        trained, untrained = both.only(saes), both.only(baselines.saes)
+        every = untrained = _pass(config, saes | baselines.saes, evalset, model, why_no_loss)
     else:
-        trained = _pass(config, saes, evalset, model, why_no_loss)
+        every = _pass(config, saes, evalset, model, why_no_loss)
         again = evalset.again(" controls")
-        baselines = fit_baselines(saes, trained.reconstruction.mean_l0s(), again)
-        untrained = _pass(config, baselines.saes, again, model, why_no_loss, known=trained)
-    beside = Beside(untrained, baselines.of)
-    return trained, trained.ranking(left_out, beside), untrained.entries(beside)
+        baselines = fit_baselines(saes, every.reconstruction.mean_l0s(), again)
+        untrained = _pass(config, baselines.saes, again, model, why_no_loss, known=every)
+    twins = frozen_twins(saes)
+    frozen, trained = set(twins.values()), every.only(saes.keys() - twins.values())
+    of = {name: dict(kinds) for name, kinds in baselines.of.items()}
+    for name, twin in twins.items():
+        of[name]["frozen"] = twin
+    beside = Beside(dict.fromkeys(frozen, every) | dict.fromkeys(baselines.saes, untrained), of)
+    controls = every.only(frozen).entries(beside) if frozen else []
+    controls += untrained.only(baselines.saes).entries(beside)
+    kind_of = {other: kind for kinds in of.values() for kind, other in kinds.items()}
+    controls = [entry | {"control": kind_of[entry["name"]]} for entry in controls]
+    return trained, trained.ranking(left_out, beside), controls
 
 
 def _are_known(saes: dict[str, Sae]) -> bool:

@@ -103,7 +103,8 @@ def _assess(
     say(table(assessment))
     if everyone.rank == 0 and to_wandb:
         _log_to_wandb(config.run, out)
-    say(f"{out / assessments.FILE}, {runs.REPORT} written in {duration(assessment['seconds'])}")
+    took = duration(time.perf_counter() - started)
+    say(f"{out / assessments.FILE}, {runs.REPORT} written in {took}")
     return assessment
 
 

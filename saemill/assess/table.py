@@ -24,7 +24,11 @@ COLUMNS = {
 }
 ABSENT: Figure = {"value": None}
 """Figure that an SAE of another kind has not."""
-UNTRAINED = "below the line, not trained: random dictionaries, and PCA with k directions"
+CONTROLS = {
+    "frozen": "SAEs whose decoder was frozen",
+    "random": "random dictionaries",
+    "pca": "PCA with k directions",
+}
 CUT_COLUMNS = {"fvu": "FVU", "l0": "L0"}
 """Metrics of SAEs within an SAE."""
 SOURCE_COLUMNS = CUT_COLUMNS | {"delta_ce": "ΔCE nats"}
@@ -62,12 +66,20 @@ def table(assessment: dict[str, Any]) -> str:
             shown.add_section()
     terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
     terminal.print(shown)
-    lines = [terminal.export_text().rstrip(), UNTRAINED, f"best: {described_best(assessment)}"]
+    lines = [terminal.export_text().rstrip(), controls(assessment), f"best: {described_best(assessment)}"]
     of_parts = [
         *_text_table("SAEs within an SAE", cuts(assessment["variants"])),
         *_text_table("Figures per source", by_source(assessment["variants"])),
     ]
     return "\n".join([*lines, *of_parts, thresholds(assessment), *notes(assessment)])
+
+
+def controls(assessment: Mapping[str, Any]) -> str:
+    """Say what stands below the line."""
+    there = {entry.get("control") for entry in assessment["controls"]}
+    return (
+        f"below the line, controls: {', '.join(words for kind, words in CONTROLS.items() if kind in there)}"
+    )
 
 
 def thresholds(assessment: Mapping[str, Any]) -> str:

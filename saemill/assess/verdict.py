@@ -16,12 +16,12 @@ Check = dict[str, Any]
 Where the random baseline took the place of the threshold of absorption, `reason` says so. A check of the
 verdict has `metric` too, and where it compares with a baseline `lo`, `hi` and `against`, its name."""
 
-MOST_OF_RANDOM, MOST_OF_PCA = 0.9, 1.0
-"""Most of a random dictionary's error, and of PCA's, that a trained SAE may leave."""
+MOST_OF = {"random": 0.9, "pca": 1.0, "frozen": 1.0}
+"""Most of a baseline's error that a trained SAE may leave, by kind."""
 MOST_OF_DENSE = 0.5
 """Most of all firings that may be those of dense latents."""
 TITLES = {"fvu": "FVU", "delta_ce": "ΔCE", "dead_fraction": "dead latents", "dense_share": "dense latents"}
-BESIDE = {"random": "a random dictionary", "pca": "PCA"}
+BESIDE = {"random": "a random dictionary", "pca": "PCA", "frozen": "the same with a frozen decoder"}
 PASSED, FAILED, UNKNOWN = "passed", "failed", "unknown"
 
 
@@ -75,11 +75,11 @@ def error_check(metric: str, kind: str, against: str, figure: Figure) -> Check:
 
     Args:
         metric: `fvu` or `delta_ce`.
-        kind: of the baseline, `random` or `pca`.
+        kind: of the baseline, `random`, `pca` or `frozen`.
         against: its name.
         figure: the SAE's error as a share of the baseline's, over the same documents.
     """
-    most = MOST_OF_RANDOM if kind == "random" else MOST_OF_PCA
+    most = MOST_OF[kind]
     check: Check = {"name": f"{metric}_beside_{kind}", "metric": metric, "against": against}
     check |= {"threshold": f"below {most:g} of that of {BESIDE[kind]}"}
     check |= {key: figure.get(key) for key in ("value", "lo", "hi")}

@@ -1,7 +1,7 @@
 """The files of an assessment: its record, the page, and the sums and firing counts that they follow from."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from saemill.assess.entries import Measured
 from saemill.assess.features import Describer
@@ -53,7 +54,7 @@ def write(
     if isinstance(measured.splicing, Splicing):
         sums[DOCUMENTS_MODEL] = measured.splicing.sums
     tables = {name: _sums_table(table) for name, table in sums.items()}
-    tables[LATENTS] = _latents_table(measured.reconstruction)
+    tables[LATENTS] = _latents_table(measured.reconstruction, measured.found_in_seeds)
     densities = {name: measured.reconstruction.density(name) for name in measured.reconstruction.saes}
     with ExitStack() as replacements:  # which closes the last opened first
         verdict = replacements.enter_context(durable.replacing(out / assessments.FILE))
@@ -72,8 +73,7 @@ def write(
             stamp = durable.hash_json([assessment["of"], assessment["settings"], features.variant])
             shards = Shards(BESIDE, stamp, len(beside))
             folder = replacements.enter_context(durable.replacing_folder(out / BESIDE))
-            write_shards(folder, shards, features, describer.each(beside))
-            partials |= {f"{BESIDE}/{file.name}": file for file in sorted(folder.iterdir())}
+            partials |= write_shards(folder, shards, features, describer.each(beside))
         with durable.writing(out / REPORT):
             write_html(partials[REPORT], assessment, features, densities, page_bytes, shards)
         assessment["files"] = [
@@ -87,8 +87,11 @@ def write(
     return assessment
 
 
-def _latents_table(reconstruction: Reconstruction) -> pa.Table:
-    """Tabulate how every latent of every variant fired."""
+def _latents_table(
+    reconstruction: Reconstruction, found_in_seeds: Mapping[str, NDArray[np.int64]]
+) -> pa.Table:
+    """Tabulate how every latent of every variant fired, and in how many SAEs of other seeds it is found; null
+    where there are none."""
     tables = [
         pa.table(
             {
@@ -97,6 +100,9 @@ def _latents_table(reconstruction: Reconstruction) -> pa.Table:
                 "density": reconstruction.density(name),
                 "mean_when_active": (firing.sum_F / firing.count_F.clamp(min=1)).numpy(),
                 "max": firing.max_F.numpy(),
+                "found_in_seeds": pa.array(
+                    found_in_seeds.get(name, [None] * len(firing.count_F)), pa.int64()
+                ),
             }
         )
         for name, firing in reconstruction.firing.items()

@@ -96,6 +96,22 @@ def legend(comparison: dict[str, Any]) -> list[str]:
     return [*lines, *comparison["notes"]]
 
 
+STABILITY_COLUMNS = ("SAE", "latents", "in no other seed", "in some", "in all", "by chance in one")
+
+
+def stability(comparison: dict[str, Any]) -> list[list[str]]:
+    """List how stable each SAE's latents are across seeds, as shares; nothing where there is one seed."""
+    rows = []
+    for entry in comparison["stability"]:
+        first, *some, last = entry["found_in"]
+        shares = [n / entry["n_latents"] for n in (first, sum(some), last)]
+        cells = [f"{share:.3f}" for share in (*shares, entry["by_chance"])]
+        if entry["n_others"] == 1:
+            cells[1] = "–"
+        rows.append([entry["dictionary"], f"{entry['n_latents']:,}", *cells])
+    return rows
+
+
 def table(comparison: dict[str, Any]) -> str:
     """Render the pairs as a text table."""
     shown = Table()
@@ -105,16 +121,24 @@ def table(comparison: dict[str, Any]) -> str:
         shown.add_column(title, justify="right", no_wrap=True)
     for entry in comparison["pairs"]:
         shown.add_row(entry["a"], entry["b"], _sizes(entry), *cells(entry))
-    by_difference = Table()
-    for i, title in enumerate(GROUP_COLUMNS):
-        by_difference.add_column(title, no_wrap=True, justify="right" if i else "left")
-    for row in _group_rows(comparison):
-        by_difference.add_row(*row)
     terminal = console(width=400, no_color=True, record=True, file=io.StringIO())
     terminal.print(shown)
     if len(comparison["pairs"]) > 1:
-        terminal.print(by_difference)
+        terminal.print(_table("", GROUP_COLUMNS, _group_rows(comparison)))
+    if comparison["stability"]:
+        title = "latents that are found again in SAEs of other seeds"
+        terminal.print(_table(title, STABILITY_COLUMNS, stability(comparison)))
     return "\n".join([terminal.export_text().rstrip(), *legend(comparison)])
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> Table:
+    """Lay out rows whose first column is a name."""
+    shown = Table(title=title or None)
+    for i, column in enumerate(columns):
+        shown.add_column(column, no_wrap=True, justify="right" if i else "left")
+    for row in rows:
+        shown.add_row(*row)
+    return shown
 
 
 def _sizes(entry: dict[str, Any]) -> str:
@@ -131,6 +155,8 @@ def write_html(path: Path, comparison: dict[str, Any]) -> None:
         legend=legend(comparison),
         group_columns=GROUP_COLUMNS,
         groups=_group_rows(comparison) if len(pairs) > 1 else [],
+        stability_columns=STABILITY_COLUMNS,
+        stability=stability(comparison),
         columns=COLUMNS,
         pairs=[{"a": e["a"], "b": e["b"], "cells": [_sizes(e), *cells(e)]} for e in pairs],
         square=charts.square([d["name"] for d in comparison["dictionaries"]], _shares(pairs)),

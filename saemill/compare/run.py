@@ -22,10 +22,12 @@ from saemill.compare.matching import Blocks, cosines
 from saemill.compare.pair import Latents, Matched
 from saemill.compare.random_rows import isotropic, same_covariance
 from saemill.compare.report import table, write_html
+from saemill.compare.stability import Pair, Stability, stabilities
 
 FORMAT = "saemill comparison 1"
 ASSIGNMENT_LIMIT = 1 << 14
 MAX_TOKENS = 1 << 17
+STABILITY = "stability.parquet"
 
 
 def run(config: CompareConfig) -> dict[str, Any]:
@@ -46,7 +48,8 @@ def run(config: CompareConfig) -> dict[str, Any]:
         _check_sizes(dictionaries, config.assignment_limit or ASSIGNMENT_LIMIT)
     stores = Stores(config.acts, config.max_tokens or MAX_TOKENS) if config.acts else None
     codes = _encode(stores, dictionaries, device) if stores else {}
-    entries, tables = [], []
+    entries: list[dict[str, Any]] = []
+    matched_pairs: list[Pair] = []
     with progress("compare", len(every), "pairs") as advance:
         for a, b in every:
             matched = _match(config, a, b, codes, device)
@@ -54,20 +57,22 @@ def run(config: CompareConfig) -> dict[str, Any]:
             if codes:
                 entry["correlation_of_matched"] = _correlation(matched, codes)
             entries.append(entry)
-            tables.append(matched.table())
+            matched_pairs.append((a, b, matched))
             advance(1)
+    stable = stabilities(matched_pairs, config.threshold)
     comparison = {
         "format": FORMAT,
         "settings": settings.plain(config) | {"min_firings": MIN_FIRINGS},
         "n_tokens": stores.n_tokens if stores else None,
         "dictionaries": [_describe(dictionary) for dictionary in dictionaries],
         "pairs": entries,
+        "stability": [of.entry() for of in stable],
         "notes": _notes(every, config.by),
         "versions": {name: version(name) for name in ("saemill", "torch", "scipy")},
     }
     say(table(comparison))
     if config.out is not None:
-        _write(config.out, comparison, tables)
+        _write(config.out, comparison, matched_pairs, stable)
     return comparison
 
 
@@ -175,9 +180,14 @@ def _notes(every: list[tuple[Dictionary, Dictionary]], by: str) -> list[str]:
     return notes
 
 
-def _write(out: Path, comparison: dict[str, Any], tables: list[pa.Table]) -> None:
+def _write(out: Path, comparison: dict[str, Any], pairs: list[Pair], stable: list[Stability]) -> None:
+    (out / STABILITY).unlink(missing_ok=True)
     with durable.replacing(out / "matches.parquet") as partial:
-        pq.write_table(pa.concat_tables(tables), partial)
+        pq.write_table(pa.concat_tables([matched.table() for _, _, matched in pairs]), partial)
+    if stable:
+        with durable.replacing(out / STABILITY) as partial:
+            pq.write_table(pa.concat_tables([of.table() for of in stable]), partial)
     write_html(out / "report.html", comparison)
     durable.write_json(out / "comparison.json", comparison)
-    say(f"{out}: comparison.json, matches.parquet, report.html")
+    files = ["comparison.json", "matches.parquet", *([STABILITY] if stable else []), "report.html"]
+    say(f"{out}: {', '.join(files)}")

@@ -176,7 +176,8 @@ def _variants(
         lines = [[span(name), *shape, _state(name, finished)] for name, shape in shapes.items()]
         note = "**Not assessed.** Nothing is known here of how well they reconstruct: `saemill assess`."
         return [note, rows([[*head, "state"], *lines])]
-    entries = [entry for entry in assessment["variants"] if entry["name"] in saes]
+    every = [*assessment["variants"], *assessment["controls"]]  # trained ones with a frozen decoder too
+    entries = [entry for entry in every if entry["name"] in saes]
     columns = {c: t for c, t in COLUMNS.items() if any(e["metrics"][c]["value"] is not None for e in entries)}
     lines = [
         [span(entry["name"]), *shapes[entry["name"]], *_figures(entry["metrics"], columns), entry["verdict"]]

@@ -89,7 +89,9 @@ def _cells(assessed: Mapping[str, Path | None]) -> dict[Cell, list[dict[str, Any
         if folder is None:
             continue
         target, source = name.split("--")
-        entries = assessments.read(folder)["variants"]
+        assessment = assessments.read(folder)
+        frozen = [entry for entry in assessment["controls"] if entry.get("control") == "frozen"]
+        entries = [*assessment["variants"], *frozen]
         for entry in sorted(entries, key=lambda entry: str(entry["name"])):
             if entry["not_measured"] is None:
                 kind = re.sub(r"-s\d+(?=-|$)", "", entry["name"])

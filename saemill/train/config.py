@@ -297,6 +297,14 @@ class TrainConfig:
         True, "Subtract the decoder's bias from what the encoder reads; off, the encoder's has to do for both"
     )
     """SAELens' setting of the name. Transcoders subtract nothing."""
+    decoder: tuple[Literal["trained", "frozen"], ...] = setting(
+        ("trained",),
+        "Whether the decoder's rows are trained, or frozen as they start, a control that assess knows",
+        metavar="KIND,…",
+        axis="",
+        later=True,
+    )
+    """Frozen random decoders are a control of Korznikov et al. 2026, arXiv 2602.14111."""
     b_dec_init: Literal["mean", "geometric_median"] = setting(
         "mean", "Start of the decoder's bias", metavar="KIND"
     )
@@ -335,7 +343,7 @@ class TrainConfig:
     )
     """In RUN/steps/<step>, each a run that can be assessed."""
     buffer_tokens: int = setting(262_144, "Tokens of the shuffling buffer, in whole blocks of 256", least=1)
-    """Two buffers are in memory per site, three while one is being filled."""
+    """Two buffers are in memory per site."""
     shuffle_seed: int = setting(0, "Seed of the stream's order", least=0, most=LARGEST)
     mask: TrainingMask = setting(
         TrainingMask(), "Positions and tokens left out", by_default="those of the store, and far longer ones"

@@ -189,10 +189,10 @@ def _per_sae(variants: Sequence[Variant], stream: Stream, by: Computed) -> list[
 
 
 def _windows(config: TrainConfig, variants: Sequence[Variant], stream: Stream) -> int:
-    """Compute the bytes of the windows of the stream: two of each site, and one that is being shuffled."""
+    """Compute the bytes of the windows of the stream: two of each site."""
     n_rows = min(config.buffer_tokens, stream.n_tokens) * stream.epoch_tokens // stream.n_tokens
     row_bytes = [stream.row_bytes[site] for site in _sites(variants, stream)]
-    return (WINDOWS * sum(row_bytes) + max(row_bytes)) * n_rows
+    return WINDOWS * sum(row_bytes) * n_rows
 
 
 def _batch(config: TrainConfig, variants: Sequence[Variant], stream: Stream) -> dict[str, int]:

@@ -80,6 +80,8 @@ def test_counterparts_are_nearest_in_saes_of_other_seeds() -> None:
     siblings = directions.siblings("x", {"x": sae, "y": other, "z": third})
     assert list(siblings) == ["y"]
     latents = list(range(24))
+    again = directions.found_in(sae, [other, other])
+    assert again.tolist() == [0 if latent == int(order[0]) else 2 for latent in latents]
     for latent, (found,) in zip(latents, directions.counterparts(sae, latents, siblings), strict=True):
         if latent != int(order[0]):
             assert (found.variant, int(order[found.latent]), found.mutual) == ("y", latent, True)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 from reconstructions import random_sae
 from stores import make_store
 from training import structured
@@ -16,7 +18,12 @@ from saemill.assess.config import AssessConfig, Thresholds
 from saemill.assess.entries import _dense_share
 from saemill.assess.run import run as assess
 from saemill.assess.verdict import conclude, error_check, latent_checks, order
+from saemill.common.errors import ConfigError
+from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
+from saemill.compare.config import CompareConfig
+from saemill.compare.run import run as compare
+from saemill.train.arch.initial import unit_rows
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
 
@@ -56,6 +63,56 @@ def test_a_trained_sae_passes_and_dictionaries_that_nobody_trained_fail(
     verdicts = {control["name"]: control["verdict"] for control in found["controls"]}
     assert verdicts["random-k3-f64"].startswith("failed: FVU")
     assert verdicts["pca-k3"].startswith("failed: FVU")
+
+
+@pytest.mark.parametrize("architectures", [("topk",), ("topk", "relu")], ids=["one pass", "two passes"])
+def test_a_frozen_decoder_is_the_control_of_its_twin(
+    architectures: tuple[Any, ...], planted: ActivationStore, tmp_path: Path
+) -> None:
+    """Oracle: the shares of the two errors; the decoder rows that training started from, bit by bit."""
+    kinds: tuple[Any, ...] = ("trained", "frozen")
+    run = tmp_path / "run"
+    found = assessed(planted, run, epochs=2, decoder=kinds, architecture=architectures)
+    frozen = {entry["name"]: entry for entry in found["controls"] if entry["control"] == "frozen"}
+    assert {entry["name"] for entry in found["controls"]} > frozen.keys()
+    assert frozen.keys() == {f"{entry['name']}-frozen" for entry in found["variants"]}
+    assert len(frozen) == len(architectures)
+    start = unit_rows(64, 16, seed=0)
+    for entry in found["variants"]:
+        (check,) = (check for check in entry["evidence"] if check["name"] == "fvu_beside_frozen")
+        control = frozen[check["against"]]
+        errors = [e["metrics"]["fvu"]["value"] for e in (entry, control)]
+        assert check["value"] == pytest.approx(errors[0] / errors[1], rel=1e-9)
+        assert check["passed"] is (check["hi"] < 1)
+        assert all("frozen" not in own["name"] for own in control["evidence"])
+        rows_FD = Sae.load(run / control["name"]).W_dec.detach()
+        lengths_F1 = rows_FD.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(rows_FD / lengths_F1, start, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ConfigError, match="is the control of another"):
+        assess(AssessConfig(run=run, with_model=False, device="cpu", variant=next(iter(frozen))))
+
+
+def test_a_frozen_decoder_alone_is_a_variant(planted: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the SAEs of the run; it is nobody's control."""
+    found = assessed(planted, tmp_path / "run", decoder=("frozen",))
+    assert [entry["name"] for entry in found["variants"]] == ["a-k3-f64-s0-lr0.003-frozen"]
+    assert [entry["control"] for entry in found["controls"]] == ["random", "pca"]
+
+
+def test_latents_are_counted_by_the_seeds_that_have_them(planted: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: `saemill compare` of the same SAEs, which matches them by code of its own."""
+    run = tmp_path / "run"
+    found = assessed(planted, run, epochs=2, seeds=(0, 1, 2))
+    compare(CompareConfig(saes=(run,), matching="nearest", device="cpu", out=tmp_path / "out"))
+    stable = pq.read_table(tmp_path / "out" / "stability.parquet").to_pandas().set_index("dictionary")
+    latents = pq.read_table(run / "latents.parquet").to_pandas().set_index("variant")
+    for entry in found["variants"]:
+        counts = latents.loc[entry["name"]]["found_in_seeds"]
+        assert counts.tolist() == stable.loc[entry["name"]]["found_in"].tolist()
+        live = latents.loc[entry["name"]]["density"] >= 0.0005
+        assert entry["found_in_seeds"] == np.bincount(counts[live], minlength=3).tolist()
+    assert (stable["found_in"] == 2).any()
+    assert "live latents by other seeds" in (run / "report.html").read_text()
 
 
 def test_an_untrained_sae_fails(planted: ActivationStore, tmp_path: Path) -> None:

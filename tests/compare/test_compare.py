@@ -312,6 +312,38 @@ def test_the_report_shows_every_pair_and_fetches_nothing(runs: Pipeline, tmp_pat
         (seeds / "later.json").rename(seeds / "finished.json")
 
 
+def test_latents_are_as_stable_as_they_are_planted(tmp_path: Path) -> None:
+    """Oracle: rows planted in all three seeds, in two of them, and in one; a row of another k apart."""
+    shared, of_two, own = random_rows(10, 64, 1), random_rows(6, 64, 2), random_rows(24, 64, 3)
+    rows = [
+        torch.cat([shared, of_two, own[:8]]), torch.cat([own[8:16], of_two, shared]),
+        torch.cat([shared, own[10:24]]),
+    ]  # fmt: skip
+    saes = []
+    for seed, rows_FD in enumerate(rows):
+        sae = Sae.load(save(tmp_path / f"s{seed}", rows_FD))
+        sae.config.provenance["variant"] = {"name": f"s{seed}", "seed": seed, "k": 3}
+        sae.save(tmp_path / f"s{seed}")
+        saes.append(tmp_path / f"s{seed}")
+    other = Sae.load(save(tmp_path / "other", rows[0]))
+    other.config.provenance["variant"] = {"name": "other", "seed": 3, "k": 4}
+    other.save(tmp_path / "other")
+    told = compared(*saes, tmp_path / "other", out=tmp_path / "out")["stability"]
+    table = pq.read_table(tmp_path / "out" / "stability.parquet").to_pandas()
+    found = {name: of["found_in"].tolist() for name, of in table.groupby("dictionary", observed=True)}
+    # Six of the third's own rows are the second's as well.
+    assert found["s0"] == [2] * 10 + [1] * 6 + [0] * 8
+    assert found["s1"] == [0, 0] + [1] * 6 + [1] * 6 + [2] * 10
+    assert found["s2"] == [2] * 10 + [1] * 6 + [0] * 8
+    assert [entry["dictionary"] for entry in told] == ["s0", "s1", "s2"]
+    assert [entry["found_in"] for entry in told] == [[8, 6, 10], [2, 12, 10], [8, 6, 10]]
+    assert all(entry["by_chance"] == 0 and entry["n_others"] == 2 for entry in told)
+    assert table["mean_similarity"][0] == pytest.approx(1, abs=1e-6)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "found again in SAEs of other seeds" in page
+    assert compared(saes[0], tmp_path / "other")["stability"] == []
+
+
 def test_transcoders_of_one_site_differ_in_what_they_predict(tmp_path: Path) -> None:
     """Oracle: their folders; lengths that differ at either end are told."""
     a, b = make_transcoder(), make_transcoder()

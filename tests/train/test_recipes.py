@@ -29,6 +29,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "muon, average": MUON | {"weight_average": 0.9},
     "adam, average, cosine": {"weight_average": 0.9, "lr_schedule": "cosine"},
     "jumprelu, average": {"architecture": ("jumprelu",), "k": (), "weight_average": 0.9},
+    "frozen": {"decoder": ("trained", "frozen")},
+    "frozen, average, bf16 moments": {
+        "decoder": ("frozen",),
+        "weight_average": 0.9,
+        "optimizer_state": "bf16",
+        "clip_grad_norm": 0.5,
+    },
+    "frozen, signum": SIGNUM | {"decoder": ("frozen",)},
     "relu, resampled, average": RESAMPLED | {"weight_average": 0.9},
     "relu, resampled, muon": MUON | RESAMPLED,
     "jumprelu, signum": SIGNUM | {"architecture": ("jumprelu",), "k": (), "target_l0": (4.0,)},
@@ -147,6 +155,7 @@ def test_variants_take_of_the_run_what_their_optimizer_has() -> None:
         ({"clip_grad_norm": 0.0}, r"clip_grad_norm must be in \(0, inf\), got 0"),
         ({"weight_average": 1.0}, r"weight_average must be in \(0, 1\), got 1"),
         (MUON | {"adam_betas": (0.9, 0.999)}, "adam_betas have an effect with adam only"),
+        (RESAMPLED | {"decoder": ("frozen",)}, "resample_at gives dead latents new decoder rows"),
     ],
 )
 def test_recipes_that_mean_nothing_are_refused(

@@ -20,7 +20,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "star", "down")
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 5")
 METRICS = {"fvu": "FVU", "delta_ce": "ΔCE, nats per token"}
 """Metrics that are drawn."""
-CONTROLS = {"random": "random dictionaries", "pca": "PCA"}
+CONTROLS = {"random": "random dictionaries", "pca": "PCA", "frozen": "frozen decoders"}
 
 Tick = tuple[float, str]
 """Place and label of a tick."""
@@ -119,7 +119,7 @@ def against_l0(assessment: Mapping[str, Any], metric: str) -> Chart | None:
         if own:
             lines.append(Line(_name(key, list(styles)), style, _marks(own, metric, x, y)))
     for kind, name in CONTROLS.items():
-        own = [("", False, entry) for entry in controls if _kind(entry) == kind]
+        own = [("", False, entry) for entry in controls if entry.get("control") == kind]
         if own:
             lines.append(Line(name, Style(f"{kind} hollow", "circle", "1 4"), _marks(own, metric, x, y)))
     return Chart(
@@ -133,11 +133,6 @@ def against_l0(assessment: Mapping[str, Any], metric: str) -> Chart | None:
 def _has(entry: Entry, metric: str) -> bool:
     """Tell whether a variant has a place on logarithmic axes."""
     return all((entry["metrics"][name]["value"] or 0) > 0 for name in (metric, "l0"))
-
-
-def _kind(entry: Entry) -> str:
-    """Tell a random dictionary from PCA, whose latents are two per direction."""
-    return "pca" if entry["num_latents"] == 2 * (entry["k"] or 0) and "pca-k" in entry["name"] else "random"
 
 
 def _axis(values: Sequence[float], start: float, end: float) -> _LogAxis:

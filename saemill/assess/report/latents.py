@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from saemill.assess.directions import SAME
 from saemill.assess.report import contexts
 from saemill.assess.report.bars import Bar, bars, outline
 from saemill.assess.report.contexts import Shown
@@ -139,8 +140,3 @@ class View:
             return ""
         n = sum(found.mutual and found.cosine > SAME for found in counterparts)
         return f"in {n + 1} of {len(counterparts) + 1} seeds"
-
-
-SAME = 0.7
-"""Cosine from which on mutual nearest latents of two seeds count as the same (Paulo and Belrose 2025,
-arXiv 2501.16615)."""

@@ -47,7 +47,9 @@ def n_files(n_latents: int) -> int:
     return -(-n_latents // PER_SHARD) + 1
 
 
-def write_shards(folder: Path, shards: Shards, features: Features, latents: Iterable[Latent]) -> None:
+def write_shards(
+    folder: Path, shards: Shards, features: Features, latents: Iterable[Latent]
+) -> dict[str, Path]:
     """Write every latent of an SAE into a folder.
 
     Args:
@@ -55,6 +57,8 @@ def write_shards(folder: Path, shards: Shards, features: Features, latents: Iter
         shards: what the page will know of them.
         features: what the latents were looked for in; those in it are left aside.
         latents: all, by their numbers from 0 on.
+
+    Returns: each file, by its path from the page's folder.
     """
     words: list[str] = []
     for number, some in enumerate(_shards(latents)):
@@ -62,6 +66,7 @@ def write_shards(folder: Path, shards: Shards, features: Features, latents: Iter
         words += [words_of(latent) for latent in some]
         _write(folder / f"{number}.js", {"stamp": shards.stamp, "latents": pages})
     _write(folder / WORDS, {"stamp": shards.stamp, "words": words})
+    return {f"{shards.folder}/{file.name}": file for file in sorted(folder.iterdir())}
 
 
 def _shards(latents: Iterable[Latent]) -> Iterator[list[Latent]]:

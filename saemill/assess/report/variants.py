@@ -62,6 +62,8 @@ class Row:
     errors: list[Small]
     norms: list[Small]
     """Of a crosscoder, how much its latents write to each site."""
+    seeds: Small | None
+    """In how many SAEs of other seeds its latents are found."""
     cuts: list[list[str]]
     by_source: list[list[str]]
     worst: list[Shown]
@@ -92,6 +94,7 @@ def rows(
             counts=_counts(entry, densities.get(entry["name"]), data),
             errors=_errors(entry),
             norms=[_norms(site, counts) for site, counts in entry.get("norm_shares", {}).items()],
+            seeds=_seeds(entry["found_in_seeds"]) if entry.get("found_in_seeds") else None,
             cuts=[row[1:] for row in cuts([entry])[1:]],
             by_source=[row[1:] for row in by_source([entry])[1:] if set(row[2:]) != {"–"}],
             worst=[_worst(token["times"], token["place"]) for token in entry.get("worst", ())],
@@ -184,6 +187,17 @@ def _norms(site: str, counts: list[int]) -> Small:
     titles = [f"{n:,} latents: {low:.0%} to {high:.0%}" for n, (low, high) in zip(counts, edges, strict=True)]
     title = f"live latents by the share of {visible(site)} in their decoder row"
     return Small(title, bars(counts, titles), "0%", "100%", f"{max(counts):,}")
+
+
+def _seeds(counts: list[int]) -> Small:
+    """Draw the latents by the number of other seeds in which they are found."""
+    n, total = len(counts) - 1, max(1, sum(counts))
+    titles = [
+        f"{count:,} latents ({count / total:.0%}) in {i} of {n} other seeds" for i, count in enumerate(counts)
+    ]
+    return Small(
+        "live latents by other seeds that have them", bars(counts, titles), "none", "all", f"{max(counts):,}"
+    )
 
 
 def _small(title: str, values: list[float | None], titles: list[str], labels: list[str]) -> Small:

@@ -99,8 +99,12 @@ class Entry(Record):
     tokens_trained: Count
     seed: Count | None = None
     """Seed of its initial weights; left out where it is not known."""
+    control: Literal["random", "pca", "frozen"] | None = None
+    """Kind of control that it is; left out of a variant."""
     twins: tuple[str, ...] = ()
     """SAEs of the run that differ from it in the seed alone."""
+    found_in_seeds: tuple[Count, ...] = ()
+    """Counts of its live latents by the number of these in which each is found, from none to all."""
     diverged_at_step: Count | None
     not_measured: str | None
     metrics: dict[str, Figure]
@@ -126,7 +130,8 @@ class Entry(Record):
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         optional: dict[str, Any] = {"architecture": "topk", "cuts": (), "by_source": {}, "target_site": None}
-        optional |= {"seed": None, "twins": (), "groups": (), "worst": (), "norm_shares": {}}
+        optional |= {"seed": None, "control": None, "twins": (), "groups": (), "worst": ()}
+        optional |= {"norm_shares": {}, "found_in_seeds": ()}
         left_out = {name for name, default in optional.items() if getattr(self, name) == default}
         return {name: value for name, value in serialize(self).items() if name not in left_out}
 

@@ -67,8 +67,11 @@ def _summaries(folder: Path, known: dict[str, Assessed]) -> dict[str, dict[str, 
         summary |= state(folder, name)
     for prefix, entry in known.items():
         folder_of = Path(entry.folder)
-        variants = assessments.read(folder_of)["variants"] if (folder_of / assessments.FILE).exists() else []
-        for place, variant in enumerate(variants):
+        if not (folder_of / assessments.FILE).exists():
+            continue
+        assessment = assessments.read(folder_of)
+        frozen = [entry for entry in assessment["controls"] if entry.get("control") == "frozen"]
+        for place, variant in enumerate([*assessment["variants"], *frozen]):
             for key, value in _summary(variant, place + 1).items():
                 summaries[variant["name"]][f"{prefix}/{key}"] = value
     return summaries

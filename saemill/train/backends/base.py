@@ -109,6 +109,8 @@ class Task(NamedTuple):
     """bool []; where it is false, or the squared error is not finite, nothing is changed."""
     rates: Rates
     """Numbers of this step."""
+    is_decoder_frozen: bool = False
+    """Whether w_dec stays as it is."""
     objective: Objective | None = None
     """What the loss is beside or in place of the squared error; None where that is all. It sees whole
     batches: a team does not share out their tokens."""

@@ -174,8 +174,11 @@ def _sum(so_far: Tensor | None, more: Tensor | None) -> Tensor | None:
 
 def _update(task: Task, gradients: dict[str, Tensor]) -> None:
     """Step all parameters. Where decoder rows stay of unit length, their gradient is projected."""
-    w_dec_FD, rates, unit = task.weights.parameters.w_dec_FD, task.rates, task.architecture.unit_rows
-    if unit:
+    w_dec_FD, rates = task.weights.parameters.w_dec_FD, task.rates
+    renormed = task.architecture.unit_rows and not task.is_decoder_frozen
+    if task.is_decoder_frozen:
+        del gradients["w_dec"]
+    if renormed:
         along_F1 = (gradients["w_dec"] * w_dec_FD).sum(1, keepdim=True)
         gradients["w_dec"].addcmul_(along_F1, w_dec_FD, value=-1)
     if rates.clip_norm is not None:
@@ -186,5 +189,5 @@ def _update(task: Task, gradients: dict[str, Tensor]) -> None:
         decay = rates.weight_decay if name == "w_enc" else 0.0
         task.optimizer.update(name, slice(0, len(gradient)), gradient, rates.lr, decay)
     task.optimizer.end_step()
-    if unit:
+    if renormed:
         w_dec_FD.div_(torch.linalg.vector_norm(w_dec_FD, dim=1, keepdim=True))

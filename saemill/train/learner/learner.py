@@ -107,6 +107,8 @@ class Learner:
 
     def _optimizer(self) -> Optimizer:
         named, variant = self.parameters.named, self.variant
+        if variant.is_frozen:
+            del named["w_dec"]
         if variant.optimizer == "sgd":
             return Sgd(named)
         if variant.optimizer == "signum":
@@ -133,7 +135,10 @@ class Learner:
         self.optimizer.begin_step(lr)
         healthy = self.diverged_step < 0
         architecture = self.architecture.at(step)
-        task = Task(batch, self.weights, architecture, self.optimizer, self.dead, healthy, rates)
+        task = Task(
+            batch, self.weights, architecture, self.optimizer, self.dead, healthy, rates,
+            variant.is_frozen,
+        )  # fmt: skip
         if passages is not None and variant.loss in IN_MODEL:
             of = self.target_scaling or self.scaling
             task = task._replace(objective=passages.objective(variant.loss, of.scale, of.centre_D))
@@ -182,8 +187,8 @@ class Learner:
         averages = self.optimizer.averages() if self.average is None else self.average.values
         if averages is None:
             return self.parameters
-        p = Parameters.of(averages, self.parameters)
-        if not self.architecture.unit_rows:
+        p = Parameters.of(self.parameters.named | dict(averages), self.parameters)
+        if not self.architecture.unit_rows or self.variant.is_frozen:
             return p
         return p._replace(w_dec_FD=p.w_dec_FD / torch.linalg.vector_norm(p.w_dec_FD, dim=1, keepdim=True))
 
@@ -236,10 +241,12 @@ class Learner:
         """List the state for a checkpoint: tensors with a row per latent, and whole ones."""
         by_name, moments = self.parameters.named, self.optimizer.tensors()
         if self.average is not None:
-            moments = {name: [*moments[name], value] for name, value in self.average.values.items()}
+            moments = {name: [*moments.get(name, []), value] for name, value in self.average.values.items()}
         whole = [name for name in WHOLE if name in by_name]
         own = [name for name in by_name if name not in whole]
-        row_moments, whole_moments = ([t for name in names for t in moments[name]] for names in (own, whole))
+        row_moments, whole_moments = (
+            [t for name in names for t in moments.get(name, [])] for names in (own, whole)
+        )
         rows = [*(by_name[name] for name in own), self.idle_tokens_F, self.dead_F, *row_moments]
         numbers = [self.diverged_step, self.totals.values, self.cutoff.sums]
         return rows, [*(by_name[name] for name in whole), *numbers, *whole_moments]

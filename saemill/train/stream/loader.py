@@ -1,13 +1,14 @@
 """The loader: shuffled batches over shards on disk, batch i a pure function of (seed, store, i).
 
 The stream is the shuffled rows of one window after the other, in the order that `order` says; batch i is its
-positions i·T to (i+1)·T. So resuming needs one integer, and memory is two windows per site (three while one
-is filled).
+positions i·T to (i+1)·T. So resuming needs one integer, and memory is two windows per site: each block that
+is read is dealt to its rows' places in the shuffled window at once, while it is in the cache.
 """
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,25 @@ from saemill.train.stream.order import Order, Window
 from saemill.train.stream.rows import Rows
 
 READERS = 4
+
+
+class Places(NamedTuple):
+    """To which places of a shuffled window its rows go."""
+
+    source_N: NDArray[np.int64]
+    """Rows by their number among those that are read, ascending; one may be there twice, or not at all."""
+    place_N: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, order: NDArray[np.int64]) -> "Places":
+        """Turn an order round: entry j is the row that comes to place j."""
+        place_N = np.argsort(order)
+        return cls(order[place_N], place_N)
+
+    def of_rows(self, start: int, end: int) -> "Places":
+        """Select those of some consecutive rows."""
+        some = slice(*np.searchsorted(self.source_N, (start, end)))
+        return Places(self.source_N[some], self.place_N[some])
 
 
 class Loader:
@@ -53,6 +73,8 @@ class Loader:
         n_readers = READERS if store.mirror is None else N_READERS
         self._readers = ThreadPoolExecutor(n_readers, "saemill-read")
         self._windows: dict[Window, Future[Mapping[str, Tensor]]] = {}
+        self._spare: list[Future[Mapping[str, Tensor]]] = []
+        """Windows that are no longer needed, whose memory the next one takes."""
 
     def batch(self, i: int) -> dict[str, Tensor]:
         """Read batch number i.
@@ -75,12 +97,21 @@ class Loader:
         return self._stored_stretch(i * self.batch_tokens, (i + 1) * self.batch_tokens)
 
     def _stored_stretch(self, position: int, end: int) -> dict[str, Tensor]:
-        pieces: dict[str, list[Tensor]] = {name: [] for name in self.sites}
+        found = {
+            name: torch.empty(end - position, site.columns, dtype=site.stored)
+            for name, site in self.sites.items()
+        }
+        start = 0
         for piece in self.order.pieces(position, end):
+            stop = start + piece.stop - piece.start
             rows = self._window(piece.window)
-            for name in self.sites:
-                pieces[name].append(rows[name][piece.start : piece.stop])
-        return {name: torch.cat(tensors) for name, tensors in pieces.items()}
+            for (
+                name,
+                out_TC,
+            ) in found.items():  # now: the memory of a window is filled again after its last use
+                out_TC[start:stop] = rows[name][piece.start : piece.stop]
+            start = stop
+        return found
 
     def sample(self, n_tokens: int, position: int) -> dict[str, Tensor]:
         """Read rows from which SAEs start, per site [at most n_tokens, D].
@@ -104,6 +135,7 @@ class Loader:
         """Read these of the sites only from now on; the stream's order does not depend on them."""
         self.sites = {name: self.every_site[name] for name in sites}
         self._windows.clear()
+        self._spare.clear()
 
     def close(self) -> None:
         """End the reading threads."""
@@ -114,34 +146,50 @@ class Loader:
         """Return a window's shuffled rows; the next one starts to be read in the background."""
         following = self.order.after(window)
         wanted = [window] if following is None else [window, following]
+        for key in list(self._windows):
+            if key not in wanted:
+                self._spare = [self._windows.pop(key)]
         for key in wanted:
             if key not in self._windows:
                 self._windows[key] = self._pool.submit(self._read_window, key)
-        for key in list(self._windows):
-            if key not in wanted:
-                del self._windows[key]
         return self._windows[window].result()
 
     def _read_window(self, window: Window) -> Mapping[str, Tensor]:
+        """Read and shuffle a window. Per site, at least as many rows as it has."""
         blocks = self.order.blocks(window)
         ends = np.cumsum(self.rows.kept.per_block[blocks])
         n_rows = int(ends[-1])
-        order = self.order.shuffled(window, n_rows)
+        places = Places.of(self.order.shuffled(window, n_rows))
+        spare = self._memory()
         rows: dict[str, Tensor] = {}
         for name, site in self.sites.items():
-            # On a machine that is short of memory, small fresh pages cost more than the copies.
-            buffer, shuffled = (zeros(n_rows, site.columns, dtype=site.stored) for _ in range(2))
-            blocks_of_rows = as_numpy(buffer)
+            if name not in spare or len(spare[name]) < n_rows:
+                spare[name] = zeros(n_rows, site.columns, dtype=site.stored)
+            rows[name] = spare.pop(name)
+            shuffled = as_numpy(rows[name])
             jobs = zip(blocks, [0, *ends[:-1]], ends, strict=True)
-            list(self._readers.map(lambda job, n=name, b=blocks_of_rows: self._read_block(n, b, *job), jobs))
-            np.take(blocks_of_rows, order, axis=0, out=as_numpy(shuffled), mode="clip")
-            rows[name] = shuffled
+            deal = partial(self._deal_block, name, shuffled, places)
+            list(self._readers.map(lambda job, deal=deal: deal(*job), jobs))
         return rows
 
-    def _read_block(self, site: str, buffer: NDArray[Any], number: int, start: int, end: int) -> None:
-        """Copy a block's rows that are trained on to buffer[start:end]."""
+    def _memory(self) -> dict[str, Tensor]:
+        """Take the memory of a window that is no longer needed: new pages are cleared first."""
+        if not self._spare:
+            return {}
+        dropped = self._spare.pop()
+        has_rows = dropped.done() and not dropped.cancelled() and dropped.exception() is None
+        return dict(dropped.result()) if has_rows else {}
+
+    def _deal_block(
+        self, site: str, shuffled: NDArray[Any], places: Places, number: int, start: int, end: int
+    ) -> None:
+        """Read a block, whose rows that are trained on are number `start` to `end`, and copy these to their
+        places."""
         shard, block = divmod(int(number), self.rows.kept.blocks_per_shard)
         rows = self.sites[site].block(shard, block)
         first = block * BLOCK_TOKENS
-        keep = self.rows.kept.of_places(shard, first, first + len(rows))
-        np.compress(keep, rows, axis=0, out=buffer[start:end])
+        kept = np.flatnonzero(self.rows.kept.of_places(shard, first, first + len(rows)))
+        own = places.of_rows(start, end)
+        chosen = kept[own.source_N - start]
+        is_whole = len(chosen) == len(rows) and bool((np.diff(chosen) == 1).all())
+        shuffled[own.place_N] = rows if is_whole else rows[chosen]

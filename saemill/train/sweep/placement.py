@@ -25,7 +25,7 @@ LATENTS_PER_ACTIVE = 90
 TEAM_OVERHEAD = 0.3
 """Time that a step takes in a team of two above its even share of one process's step, and once more with each
 doubling (docs/scaling.md)."""
-WITHOUT_KERNELS = "signum, muon, clip_grad_norm and targets of another width"
+WITHOUT_KERNELS = "signum, muon, clip_grad_norm, frozen decoders and targets of another width"
 """What a GPU's kernels do not compute."""
 MEMORY_SHARE = 0.85
 """Largest share of a device's memory for weights and moments; the rest is for batches and pre-activations."""
@@ -147,7 +147,8 @@ def is_stepped_by_torch(variant: Variant, widths: Mapping[str, int]) -> bool:
     """
     if len({widths[site] for site in variant.sites}) > 1:
         return True
-    return variant.optimizer in ("signum", "muon") or variant.clip_grad_norm is not None
+    by_torch = variant.optimizer in ("signum", "muon") or variant.is_frozen
+    return by_torch or variant.clip_grad_norm is not None
 
 
 def choose(

@@ -73,7 +73,7 @@ def sizes(
     return Sizes(
         weights=4 * n,
         gradients=4 * n if kernels == "torch" else 0,
-        moments=sum(_moment_bytes(variant, shape) for shape in shapes),
+        moments=sum(_moment_bytes(variant, shape) for shape in _stepped(variant, shapes)),
         copies=copies,
         averages=4 * n if variant.weight_average is not None else 0,
         counters=9 * f,
@@ -85,6 +85,11 @@ def _shapes(variant: Variant, widths: Sequence[int]) -> list[tuple[int, ...]]:
     f, d, e = variant.num_latents, widths[0], widths[-1]
     vectors: list[tuple[int, ...]] = [(f,), (e,), *[(f,)] * FURTHER.get(variant.architecture, 0)]
     return [(f, d), (f, e), *vectors, *([(e, d)] if variant.skip_connection else [])]
+
+
+def _stepped(variant: Variant, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """List those that an optimizer steps: without the decoder's, the second, where it is frozen."""
+    return [shapes[0], *shapes[2:]] if variant.is_frozen else shapes
 
 
 def _moment_bytes(variant: Variant, shape: tuple[int, ...]) -> int:

@@ -71,6 +71,7 @@ class Variant:
     penalty_warmup_steps: int | None = like(TrainConfig, "penalty_warmup_steps")
     loss: Loss = like(TrainConfig, "loss")
     apply_b_dec_to_input: bool = like(TrainConfig, "apply_b_dec_to_input")
+    decoder: Literal["trained", "frozen"] = like(TrainConfig, "decoder")
     b_dec_init: Literal["mean", "geometric_median"] = like(TrainConfig, "b_dec_init")
 
     def __post_init__(self) -> None:
@@ -105,12 +106,22 @@ class Variant:
                 f"loss {self.loss} is of one reconstruction, and matryoshka, nested_k and multi_topk have "
                 "several; take mse+kl, in which KL is that of the whole SAE"
             )
+        if self.is_frozen and self.resample_at:
+            raise ConfigError(
+                "resample_at gives dead latents new decoder rows, and a frozen decoder keeps its own; leave "
+                "it out, or decoder frozen"
+            )
         check(self)
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Sites that it joins; one alone of an SAE."""
         return parts_of(self.site)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Tell whether the decoder's rows stay as they start."""
+        return self.decoder == "frozen"
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -124,6 +124,15 @@ CASES = {
         architecture="jumprelu", clip=0.01, settings=(("target_l0", 3.0), ("bandwidth", 0.2)), optimizer="sgd"
     ),
     "gated": Case(architecture="gated", settings=(("l1_coefficient", 0.05),)),
+    "frozen": Case(n_dead=4, weight_decay=0.2, settings=(("decoder", "frozen"),)),
+    "frozen, muon": Case(n_dead=4, optimizer="muon", settings=(("decoder", "frozen"),)),
+    "frozen, clipped, sgd": Case(clip=0.05, n_dead=4, optimizer="sgd", settings=(("decoder", "frozen"),)),
+    "frozen, signum": Case(optimizer="signum", settings=(("decoder", "frozen"),)),
+    "frozen, gated": Case(architecture="gated", settings=(("l1_coefficient", 0.05), ("decoder", "frozen"))),
+    "frozen, free rows": Case(
+        architecture="relu",
+        settings=(("l1_coefficient", 0.05), ("decoder_rows", "free"), ("decoder", "frozen")),
+    ),
     "matryoshka, topk, fewer above 0": Case(
         architecture="matryoshka",
         k=30,
@@ -230,7 +239,8 @@ def oracle(
     learner: Learner, x_TD: Tensor, y_TE: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], float, Losses]:
     """Gradients and parameters after the step by name, the loss, and its parts, from the definition."""
-    variant, unit = learner.variant, learner.architecture.unit_rows
+    variant = learner.variant
+    unit = learner.architecture.unit_rows and not variant.is_frozen
     leaves = {
         name: p.detach().double().cpu().requires_grad_() for name, p in learner.parameters.named.items()
     }
@@ -245,6 +255,8 @@ def oracle(
     if unit:
         assert w_dec.grad is not None
         w_dec.grad -= (w_dec.grad * w_dec).sum(1, keepdim=True) * w_dec.detach()
+    if variant.is_frozen:
+        del leaves["w_dec"]
     if variant.clip_grad_norm is not None:
         norm = torch.nn.utils.clip_grad_norm_(leaves.values(), variant.clip_grad_norm)
         assert (norm > variant.clip_grad_norm) == (variant.clip_grad_norm < 1), "one case does, one does not"
@@ -285,6 +297,7 @@ def stepped(learner: Learner, x_TD: Tensor, y_TE: Tensor | None = None) -> tuple
     return {
         name: moments[name][0].double().cpu() / (of_matrix if p.dim() == 2 else of_vector)
         for name, p in learner.parameters.named.items()
+        if not (name == "w_dec" and learner.variant.is_frozen)
     }, loss
 
 
@@ -300,6 +313,7 @@ def test_a_step_is_that_of_the_definition(kernels: str, case: Case, monkeypatch:
         x_TD[:] = x_TD[0]
     y_TE = None if case.d_out is None else outputs(x_TD, case.d_out)
     gradients, after, loss, losses = oracle(learner, x_TD, y_TE)
+    decoder_FD = learner.parameters.w_dec_FD.clone()
     found, found_loss = stepped(learner, x_TD, y_TE)
     tolerance = TOLERANCE[case.dtype]
     assert found_loss == pytest.approx(loss, rel=tolerance)
@@ -316,6 +330,8 @@ def test_a_step_is_that_of_the_definition(kernels: str, case: Case, monkeypatch:
     if case.dtype == torch.float32:
         check_updates(learner, gradients, after)
         check_sums(learner, losses, case)
+    if learner.variant.is_frozen:
+        assert torch.equal(learner.parameters.w_dec_FD, decoder_FD)
     if learner.architecture.unit_rows:
         lengths = learner.parameters.w_dec_FD.norm(dim=1)
         torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=1e-5, atol=0)

@@ -125,6 +125,19 @@ def test_memory_is_two_windows(store: ActivationStore) -> None:
         assert len(stream._windows) <= 2
 
 
+def test_memory_of_windows_is_used_again(store: ActivationStore) -> None:
+    """Oracle: a loader that is new at every batch; where the buffers of three epochs lie."""
+    stream, places = loader(store, buffer_tokens=512), set()
+    for i in range(3 * stream.epoch_tokens // stream.batch_tokens):
+        if i % 5 == 0:
+            fresh = loader(store, buffer_tokens=512)
+            assert torch.equal(stream.batch(i)["a"], fresh.batch(i)["a"])
+            fresh.close()
+        stream.batch(i)
+        places |= {future.result()["a"].data_ptr() for future in stream._windows.values()}
+    assert len(places) < 3 * stream.epoch_tokens // 512 / 2
+
+
 def test_a_damaged_shard_is_an_error(tmp_path: Path) -> None:
     """Oracle: a flipped bit, a cut file and a missing file raise; nothing reads as zeros."""
     store = make_store(tmp_path, n_rows=40, ctx_len=32, d=6, shard_tokens=1000)

@@ -324,7 +324,8 @@ def test_what_needs_whole_saes_is_not_split() -> None:
         assert allowed_latent_ranks(None, variants, "triton", WIDTHS) == 1
         assert allowed_latent_ranks(2, variants, "numba", WIDTHS) == 2
         with pytest.raises(
-            ConfigError, match="latent_ranks 2: on a GPU signum, muon, clip_grad_norm and targets"
+            ConfigError,
+            match="latent_ranks 2: on a GPU signum, muon, clip_grad_norm, frozen decoders and targets",
         ):
             allowed_latent_ranks(2, variants, "triton", WIDTHS)
     alike = [plain, replace(plain, target_site="c")]

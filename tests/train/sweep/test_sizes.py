@@ -29,6 +29,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "signum"},
     {"optimizer": "muon"},
     {"weight_average": 0.99},
+    {"decoder": "frozen"},
 ]
 F, D = 512, 320
 FEW = 1024

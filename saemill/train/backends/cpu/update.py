@@ -60,6 +60,7 @@ def _update(
     toward_F = -pairs.along_F if unit else slopes.toward_F
     if toward_F is None:
         toward_F = torch.zeros_like(dpre_F)
+    renormed = unit and not task.is_decoder_frozen
     rows = Rows(task, errors_GTD.flatten(0, 1), pairs, toward_F, dead)
     blocks = list(chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES))
     pieces = list(zip(blocks, _dead_slices(blocks, dead), strict=True))
@@ -76,15 +77,16 @@ def _update(
             grad_enc, grad_dec = rows.gradients(piece, shrink)
         with region("optimizer"):
             optimizer.update("w_enc", piece[0], grad_enc, rates.lr, rates.weight_decay)
-            optimizer.update("w_dec", piece[0], grad_dec, rates.lr)
-            _renew(weights, piece[0], unit)
+            if not task.is_decoder_frozen:
+                optimizer.update("w_dec", piece[0], grad_dec, rates.lr)
+            _renew(weights, piece[0], renormed)
 
     each(pieces, step)
     for name, grad in whole.items():
         optimizer.update(name, slice(None), grad * shrink, rates.lr)
     if optimizer.end_step():
         with region("optimizer"):
-            _renew(weights, slice(None), unit)
+            _renew(weights, slice(None), renormed)
 
 
 class Rows(NamedTuple):
@@ -129,7 +131,9 @@ def _squares(
 
     def count(numbered: tuple[int, tuple[slice, slice]], _thread: int) -> None:
         i, piece = numbered
-        square_N[i] = sum(float(torch.linalg.vector_norm(grad)) ** 2 for grad in rows.gradients(piece, 1.0))
+        grad_enc, grad_dec = rows.gradients(piece, 1.0)
+        trained = [grad_enc] if rows.task.is_decoder_frozen else [grad_enc, grad_dec]
+        square_N[i] = sum(float(torch.linalg.vector_norm(grad)) ** 2 for grad in trained)
 
     each(list(enumerate(pieces)), count)
     total = square_N.sum() + sum(float(torch.linalg.vector_norm(grad_F)) ** 2 for grad_F in vectors.values())
@@ -137,9 +141,9 @@ def _squares(
     return float(team.latents.all_reduce(total)) + of_all
 
 
-def _renew(weights: Weights, block: slice, unit: bool) -> None:
-    """Follow rows that were stepped: to unit length, where decoder rows are so, and in the copies."""
-    if unit:
+def _renew(weights: Weights, block: slice, renormed: bool) -> None:
+    """Follow rows that were stepped: decoder rows to unit length, where they are renormed; the copies."""
+    if renormed:
         rows_FD = weights.parameters.w_dec_FD[block]
         rows_FD.div_(torch.linalg.vector_norm(rows_FD, dim=1, keepdim=True))
     weights.refresh(block)
