@@ -16,7 +16,7 @@ from saemill.assess.evalset import EvalSet, Rows
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.models.model import LanguageModel
 from saemill.common.sae.sae import Sae
-from saemill.common.steer.losses import Passes, Task, cross_entropy
+from saemill.common.steer.losses import Passes, Task, cross_entropy, in_cache
 from saemill.common.steer.substitute import Substitute, substitute
 from saemill.common.stores.site_names import BESIDE, is_joined, parts_of
 
@@ -215,5 +215,9 @@ def absent_metrics(reason: str) -> dict[str, Figure]:
 
 def _kl(clean: Tensor, spliced: Tensor) -> NDArray[np.float64]:
     """Compute KL(p ‖ p_spliced) per token from log probabilities [T, W]; tokens of no probability add 0."""
-    p = clean.exp()
-    return torch.where(p > 0, p * (clean - spliced), 0.0).sum(-1, dtype=torch.float64).cpu().numpy()
+    each = []
+    for some in in_cache(clean):
+        p = clean[some].exp()
+        terms = torch.where(p > 0, p * (clean[some] - spliced[some]), 0.0)
+        each.append(terms.sum(-1, dtype=torch.float64))
+    return torch.cat(each).cpu().numpy()

@@ -5,7 +5,7 @@ those: next-token for causal models; for masked ones a fixed 15% of the unmasked
 [MASK] and predicted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,8 @@ from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 MASKED_SHARE = 0.15
 MASK_KEY = 15
 IDENTITY_TOLERANCE = 1e-3
+CACHE_BYTES = 1 << 20
+"""Bytes of float32 values that go through several operations while they are in a CPU's cache."""
 """Most nats per token that splicing the true activation may change."""
 
 
@@ -195,4 +197,20 @@ def _note(activations: dict[str, Tensor], site: str, x_RSD: Tensor) -> Tensor:
 
 def _log_probs(logits_RSW: Tensor, counted_RS: Tensor) -> Tensor:
     """Compute log softmax in float32 at the counted positions. [T, vocabulary]."""
-    return logits_RSW[counted_RS.to(logits_RSW.device)].float().log_softmax(-1)
+    counted_RS = counted_RS.to(logits_RSW.device)
+    if logits_RSW.requires_grad:
+        return logits_RSW[counted_RS].float().log_softmax(-1)
+    logits_NW, places_T = logits_RSW.flatten(0, 1), counted_RS.flatten().nonzero()[:, 0]
+    log_probs = logits_NW.new_empty(len(places_T), logits_NW.shape[1], dtype=torch.float32)
+    for some in in_cache(log_probs):
+        log_probs[some] = logits_NW[places_T[some]].float().log_softmax(-1)
+    return log_probs
+
+
+def in_cache(values_TW: Tensor) -> Iterator[slice]:
+    """Yield the rows of float32 values in slices that a CPU's cache holds; on other devices all at once."""
+    n_rows = max(1, len(values_TW))
+    if values_TW.device.type == "cpu":
+        n_rows = max(1, CACHE_BYTES // values_TW[:1].nbytes) if len(values_TW) else 1
+    for start in range(0, len(values_TW), n_rows):
+        yield slice(start, start + n_rows)
