@@ -55,7 +55,7 @@ def words_of(latent: Latent) -> str:
     places = [context.place for context in contexts]
     found = [token.text for token in (*latent.promoted, *latent.suppressed)]
     found += [place.tokens[place.at] for place in places if isinstance(place, Snippet)]
-    texts = [(place.text or "").split() for place in places if isinstance(place, Passage)]
+    texts = [(place.text or "").lower().split() for place in places if isinstance(place, Passage)]
     shared = Counter(word for text in texts for word in dict.fromkeys(text))
     found += [word for word, n in shared.items() if n >= min(2, len(texts))]
     return "\n".join(dict.fromkeys(visible(word).strip().lower() for word in found))
