@@ -9,7 +9,7 @@ from saemill.common.log import counted
 from saemill.common.sae import formats
 from saemill.common.sae.formats.circuit_tracer import layers_in
 from saemill.common.sae.parts import place
-from saemill.common.stores import assessments, diffs, runs, tokens
+from saemill.common.stores import assessments, diffs, mirror, runs, tokens
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.site_records import REPAIR, site_path, sites_in
@@ -41,8 +41,9 @@ def kind_of(path: Path) -> str | None:
     """Name the kind of a folder that saemill made, or of a transcoder's file in a set; None for a file or
     folder within a store or run, and for anything else."""
     hub.check_local(path)
-    if address_of(path):  # nothing else is read there
-        return "activation store"
+    if address_of(path):  # nothing but stores is read there
+        folder, _ = mirror.opened(path)
+        return "token store" if (folder / mirror.TOKENS).exists() else "activation store"
     if runs.is_run(path):
         return "run"
     names = {file.name for file in path.glob("*")}
@@ -77,7 +78,7 @@ def _describe_tokens(store: TokenStore) -> str:
     manifest = store.manifest
     return "\n".join(
         [
-            f"token store {store.path}",
+            f"token store {store.named}",
             f"  {store.n_tokens:,} tokens: {counted(store.n_rows, 'row')} of {store.ctx_len}, "
             f"{manifest.n_held_out_rows:,} of them held out",
             f"  {counted(manifest.n_documents, 'document')} of {manifest.source.name}",
@@ -217,4 +218,6 @@ def problems(path: Path) -> list[str]:
         lines, repair = activations_problems(path), REPAIR
     else:
         raise StoreError(f"{path} is no token store, activation store, run, SAE or diff{hint(path)}")
+    if address := address_of(path):  # of which the files here are a mirror
+        lines = [line.replace(str(mirror.folder_of(address)), address) for line in lines]
     return [*lines, repair] if lines else []

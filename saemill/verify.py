@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from saemill.common import durable, records
 from saemill.common.errors import StoreError
-from saemill.common.stores import assessments, diffs, mirror, runs
+from saemill.common.stores import assessments, diffs, explanations, mirror, runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.followers import Consumed
 from saemill.common.stores.passages import REPAIR as REPAIR_PASSAGES
@@ -48,6 +48,7 @@ class Findings(list[str]):
 def tokens_problems(path: Path) -> list[str]:
     """List what is wrong with a token store, a line for each bad file."""
     findings = Findings()
+    path, _ = mirror.opened(path, anew=True)
     if manifest := findings.attempt(lambda: read_manifest(path, REPAIR_TOKENS)):
         findings += records.problems(path, manifest.files, hashes=True)
     if not findings:
@@ -69,7 +70,7 @@ def passages_problems(path: Path) -> list[str]:
 def activations_problems(path: Path) -> list[str]:
     """List what is wrong with an activation store, a line for each bad file or unfinished site."""
     findings = Findings()
-    path, _ = mirror.opened(path)
+    path, _ = mirror.opened(path, anew=True)
     settings = findings.attempt(lambda: read_settings(path)) or known_settings(path)
     holds_embeddings = settings.kind == EMBEDDINGS if settings else (path / "passages").is_dir()
     findings += passages_problems(path / "passages") if holds_embeddings else tokens_problems(path / "tokens")
@@ -99,15 +100,16 @@ def _site_problems(store: ActivationStore, name: str) -> list[str]:
         findings.append(f"{state}, {n_commits:,} of {store.n_shards:,} shards are there")
     elif record:
         manifest = findings.attempt(lambda: store.manifest(record))
+    committed = store.committed(name)
     for shard in range(store.n_shards):
-        findings += _shard_problems(store, name, shard, manifest)
+        findings += _shard_problems(store, name, shard, manifest, shard in committed)
     return findings
 
 
 def _left(store: ActivationStore, name: str, consumed: Consumed) -> list[str]:
     """List what is wrong with the shards of a consumed site that are left."""
-    shards = (shard for shard in range(store.n_shards) if shard not in consumed.shards)
-    return [line for shard in shards for line in _shard_problems(store, name, shard, None)]
+    shards = sorted(store.committed(name) - {*consumed.shards})
+    return [line for shard in shards for line in _shard_problems(store, name, shard, None, True)]
 
 
 def _open_array(store: ActivationStore, name: str, width: int | None) -> ShardedArray:
@@ -120,13 +122,13 @@ def _open_array(store: ActivationStore, name: str, width: int | None) -> Sharded
 
 
 def _shard_problems(
-    store: ActivationStore, name: str, shard: int, manifest: SiteManifest | None
+    store: ActivationStore, name: str, shard: int, manifest: SiteManifest | None, is_committed: bool
 ) -> list[str]:
     """List what is wrong with a shard and its record. Those that an unfinished site lacks are no damage."""
     findings, folder = Findings(), site_path(store.path, name)
     file = folder / "commits" / f"{shard}.json"
     commit: Commit | None = None
-    if manifest or file.exists():
+    if manifest or is_committed:
         commit = findings.attempt(lambda: store.commit(name, shard))
     entry = manifest.shards[shard] if manifest else commit
     if commit and entry and commit.xxh3 != entry.xxh3:
@@ -147,6 +149,8 @@ def run_problems(path: Path) -> list[str]:
         lines += [f"{line}. {assessments.REPAIR}" for line in assessed]
     except StoreError as error:
         lines.append(str(error))
+    if (path / runs.EXPLANATIONS).exists():
+        lines += explanations.problems(path)
     for point in runs.points(path):
         if runs.is_finished(point):
             lines += run_problems(point)

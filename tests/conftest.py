@@ -1,6 +1,7 @@
 """Small models and texts that several tests share; nothing is fetched."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,11 @@ if not torch.cuda.is_available():
 
 import transformers
 from hub import Hub, take_for_the_hub
+from object_store import S3, serving
 from peers import end_peers
 from texts import random_texts
 
+from saemill.common.stores import objects
 from saemill.demo import MODEL
 
 LONGEST = (
@@ -39,6 +42,29 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[S3]:
+    """A server that speaks S3."""
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(bucket_server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """The server with an empty bucket and without faults. The environment leads there; no mirror is left from
+    elsewhere, and attempts follow one another at once."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in bucket_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(objects, "FIRST_WAIT_SECONDS", 0.0)
+    bucket_server.empty()
+    bucket_server.calm()
+    yield bucket_server
+    bucket_server.calm()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,6 +22,7 @@ from saemill.compare.config import CompareConfig
 from saemill.convert_store.config import ConvertConfig
 from saemill.diff.config import DiffConfig
 from saemill.embeddings.config import EmbedConfig, ImportConfig
+from saemill.explain.config import ExplainConfig
 from saemill.generate.config import GenerateConfig
 from saemill.latents.config import ExportLatentsConfig
 from saemill.pipeline.config import RunConfig
@@ -43,6 +44,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     CompareConfig: {"saes": ["a"]},
     DiffConfig: {"out": "o"},
     ConvertConfig: {"source": "s", "out": "o"},
+    ExplainConfig: {"run": "r", "url": "http://h/v1", "model": "m"},
     ExportLatentsConfig: {"run": "r", "format": "delphi", "out": "o"},
     GenerateConfig: {"model": ["m"], "out": "o", "n_samples": 1},
     EmbedConfig: {"dataset": "d", "model": "m", "out": "o"},
@@ -164,9 +166,9 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
         (
             TrainConfig,
             "acts out with_acts init_from save_every log_every eval_every eval_tokens eval_losses_every "
-            "eval_losses_tokens model n_checkpoints device kernels resume data_ranks latent_ranks profile "
-            "log_to_wandb wandb_project wandb_entity run_name wandb_log_frequency wandb_artifacts "
-            "log_to_tensorboard",
+            "eval_losses_tokens model n_checkpoints local_cache device kernels resume data_ranks "
+            "latent_ranks profile log_to_wandb wandb_project wandb_entity run_name wandb_log_frequency "
+            "wandb_artifacts log_to_tensorboard",
         ),
         (AssessConfig, "run acts with_acts model out device device_map max_memory log_to_wandb"),
         (ImportConfig, "source out texts dtype shard_rows"),
@@ -293,7 +295,7 @@ OF_SECTION: Mapping[str, Any] = {
     "import-activations": ImportConfig, "embed": EmbedConfig, "convert-store": ConvertConfig,
     "run": RunConfig, "slurm": SlurmConfig, "matrix": MatrixConfig, "generate": GenerateConfig,
     "compare": CompareConfig, "diff": DiffConfig, "latent": LatentConfig, "view": ViewConfig,
-    "export-latents": ExportLatentsConfig,
+    "explain": ExplainConfig, "export-latents": ExportLatentsConfig,
 }  # fmt: skip
 
 

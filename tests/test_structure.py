@@ -42,6 +42,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "slurm": {"common", "pipeline", "train", "assess"},
     "hub": {"common", "show", "token_export", "train", "assess"},
     "diff": {"common", "train", "assess"},
+    "explain": {"common", "assess"},
     "latents": {"common", "convert"},
     "view": {"common", "assess"},
     "commands": {
@@ -50,6 +51,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
             "generate",
             "compare",
             "diff",
+            "explain",
             "embeddings",
             "latents",
             "view",

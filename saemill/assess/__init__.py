@@ -25,5 +25,6 @@ reader.py           addresses as text
 table.py            the assessment in the terminal
 report/             the assessment as a page
 write.py            the files
+explained.py        what `saemill explain` found, in words
 latent.py           any latents of an SAE, in the terminal and on a page
 """

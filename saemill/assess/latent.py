@@ -5,6 +5,7 @@ from pathlib import Path
 from saemill.assess.config import AssessConfig, LatentConfig
 from saemill.assess.done import hash_of
 from saemill.assess.evalset import EvalSet
+from saemill.assess.explained import score_words
 from saemill.assess.features import Describer, Wanted
 from saemill.assess.inputs import open_run
 from saemill.assess.report.page import write_latents
@@ -12,8 +13,9 @@ from saemill.assess.table import context_line
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, say
 from saemill.common.ranges import parsed
+from saemill.common.stores import explanations, runs
 from saemill.common.stores import features as records
-from saemill.common.stores import runs
+from saemill.common.stores.explanations import Explained
 from saemill.common.stores.features import Features, Latent, Token
 from saemill.common.world import World
 
@@ -48,10 +50,12 @@ def run(config: LatentConfig) -> Features:
         evalset = EvalSet(trained.store, None, None, trained.mask, [site], 1, everyone)
         describer = Describer(wanted, numbers, name, trained.saes, evalset, config.model)
         found = describer.features(numbers, hash_of(task))
-    say("\n\n".join(text(latent, found) for latent in found.latents))
+    explained = explanations.beside(folder, found)
+    said = {each.latent: each for each in explained.latents} if explained else {}
+    say("\n\n".join(text(latent, found, said.get(latent.latent)) for latent in found.latents))
     if config.out is not None:
         page = config.out
-        everyone.first(lambda: write_latents(page, found))
+        everyone.first(lambda: write_latents(page, found, explained))
         say(f"{page} written")
     return found
 
@@ -94,7 +98,7 @@ def sae_of(path: Path) -> tuple[Path, str]:
     )
 
 
-def text(latent: Latent, features: Features) -> str:
+def text(latent: Latent, features: Features, explained: Explained | None) -> str:
     """Write what is known of a latent as lines for the terminal."""
     unit = features.unit
     lines = [
@@ -104,6 +108,9 @@ def text(latent: Latent, features: Features) -> str:
     if not latent.n_active:
         return "\n".join([*lines, *_directions(latent, features)])
     lines[0] += f", {latent.mean_when_active:.3g} on average, {latent.largest:.3g} at most"
+    if explained:
+        lines += [f"  “{explained.text}”"] if explained.text else []
+        lines.append(f"  {score_words(explained)}")
     lines += ["  strongest", *map(context_line, latent.contexts)]
     for stratum in latent.strata:
         if stratum.contexts:

@@ -158,7 +158,7 @@ def columns_of(assessment: dict[str, Any]) -> dict[str, str]:
     return {name: title for name, title in COLUMNS.items() if name not in absent}
 
 
-def described_best(assessment: dict[str, Any]) -> str:
+def described_best(assessment: Mapping[str, Any]) -> str:
     """Describe the best variant with its figures on the documents that it was not chosen on."""
     other, noun = assessment["best_on_other_documents"], assessment["data"]["document"]
     figures = [

@@ -15,13 +15,27 @@ from saemill.assess.entries import Measured
 from saemill.assess.features import Describer
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.report.page import write_html
+from saemill.assess.report.picture import pareto
 from saemill.assess.report.shards import Shards, write_shards
 from saemill.assess.splicing import Splicing
 from saemill.assess.sums import DocumentSums
 from saemill.common import durable, records
+from saemill.common.log import say
 from saemill.common.stores import assessments
+from saemill.common.stores import explanations as stored_explanations
+from saemill.common.stores import features as stored_features
+from saemill.common.stores.explanations import Explanations
 from saemill.common.stores.features import Features
-from saemill.common.stores.runs import BESIDE, DOCUMENTS, DOCUMENTS_MODEL, FEATURES, LATENTS, REPORT
+from saemill.common.stores.runs import (
+    BESIDE,
+    DOCUMENTS,
+    DOCUMENTS_MODEL,
+    EXPLANATIONS,
+    FEATURES,
+    LATENTS,
+    PARETO,
+    REPORT,
+)
 
 
 def write(
@@ -55,36 +69,72 @@ def write(
         sums[DOCUMENTS_MODEL] = measured.splicing.sums
     tables = {name: _sums_table(table) for name, table in sums.items()}
     tables[LATENTS] = _latents_table(measured.reconstruction, measured.found_in_seeds)
+    texts = {FEATURES: json.dumps(records.content(features), allow_nan=False)}  # it is long: without indents
+    if picture := pareto(assessment):
+        texts[PARETO] = picture
     densities = {name: measured.reconstruction.density(name) for name in measured.reconstruction.saes}
+    explained = _explained(out, features)
     with ExitStack() as replacements:  # which closes the last opened first
         verdict = replacements.enter_context(durable.replacing(out / assessments.FILE))
         partials = {
             name: replacements.enter_context(durable.replacing(out / name))
-            for name in [*tables, FEATURES, REPORT]
+            for name in (*tables, *texts, REPORT)
         }
         for name, table in tables.items():
             with durable.writing(out / name, table.nbytes):
                 pq.write_table(table, partials[name])
-        with durable.writing(out / FEATURES):
-            content = json.dumps(records.content(features), allow_nan=False)  # without indents: it is long
-            durable.write_bytes(partials[FEATURES], [content.encode()])
-        shards = None
-        if beside:
-            stamp = durable.hash_json([assessment["of"], assessment["settings"], features.variant])
-            shards = Shards(BESIDE, stamp, len(beside))
+        for name, text in texts.items():
+            with durable.writing(out / name):
+                durable.write_bytes(partials[name], [text.encode()])
+        shards = _shards(assessment, features, len(beside))
+        if shards is not None:
             folder = replacements.enter_context(durable.replacing_folder(out / BESIDE))
             partials |= write_shards(folder, shards, features, describer.each(beside))
         with durable.writing(out / REPORT):
-            write_html(partials[REPORT], assessment, features, densities, page_bytes, shards)
-        assessment["files"] = [
-            {"path": name, "bytes": file.stat().st_size, "xxh3": durable.hash_file(file)}
-            for name, file in partials.items()
-        ]
+            write_html(partials[REPORT], assessment, features, densities, explained, page_bytes, shards)
+        assessment["files"] = [_file(name, file) for name, file in partials.items()]
         with durable.writing(out / assessments.FILE):
             records.write(verdict, assessments.checked(assessment))
-        for old in (assessments.FILE, BESIDE, *({DOCUMENTS_MODEL} - set(tables))):
+        for old in (assessments.FILE, BESIDE, *({DOCUMENTS_MODEL, PARETO} - set(partials))):
             durable.remove(out / old)
     return assessment
+
+
+def show_explanations(out: Path) -> None:
+    """Write the page of an assessment anew, with the explanations that are beside it."""
+    assessment, features = assessments.read(out), stored_features.load(out)
+    explained = stored_explanations.beside(out, features)
+    densities, page_bytes = assessments.densities(out), assessment["settings"]["page_bytes"]
+    n_beside = len(densities[features.variant]) if (out / BESIDE).exists() else 0
+    shards = _shards(assessment, features, n_beside)
+    with durable.replacing(out / REPORT) as page, durable.writing(out / REPORT):
+        write_html(page, assessment, features, densities, explained, page_bytes, shards)
+    kept = [file for file in assessment["files"] if file["path"] != REPORT]
+    files = [*kept, _file(REPORT, out / REPORT)]
+    records.write(out / assessments.FILE, assessments.checked(assessment | {"files": files}))
+
+
+def _shards(assessment: dict[str, Any], features: Features, n_latents: int) -> Shards | None:
+    """Say what the page knows of the latents beside it; None where there are none."""
+    stamp = durable.hash_json([assessment["of"], assessment["settings"], features.variant])
+    return Shards(BESIDE, stamp, n_latents) if n_latents else None
+
+
+def _file(name: str, file: Path) -> dict[str, Any]:
+    """Describe a file that the record answers for, where it is written."""
+    return {"path": name, "bytes": file.stat().st_size, "xxh3": durable.hash_file(file)}
+
+
+def _explained(out: Path, features: Features) -> Explanations | None:
+    """Read the explanations of an earlier assessment, where they are of the same SAE; say so where they are
+    not shown."""
+    found = records.if_whole(lambda: stored_explanations.beside(out, features))
+    if found is None and (out / EXPLANATIONS).exists():
+        say(
+            f"{out / EXPLANATIONS} is damaged or of another SAE, and is not shown; `saemill explain` writes "
+            "it anew"
+        )
+    return found
 
 
 def _latents_table(

@@ -16,6 +16,8 @@ token_copy.py  the copy of its tokens that a store carries
 calibration.py how a site's activations are spread, where they are stored as int8
 names.py       whether a module holds what its name says
 repair.py      which shards are bad, and what of them is mended without the model
+recompute.py   bad shards computed again, to the bytes that they had
+placing.py     how finished files get to their places, on a disk or in a bucket
 sharing.py     which shard this process writes next, beside others
 room.py        which shards may go when runs that follow the store have read them
 claims/        which of many processes works on what

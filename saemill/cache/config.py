@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from saemill.common import elsewhere
+from saemill.common.addresses import address_of
 from saemill.common.errors import ConfigError
 from saemill.common.setting import DEVICE, about, check, like, setting
 from saemill.common.sizes import size_of
@@ -16,9 +17,11 @@ from saemill.common.weights import DeviceMap, Weights, bits_of
 class CacheConfig:
     """Settings of the stage."""
 
-    tokens: Path = field(metadata=about("A folder made by `saemill tokenize`", decides=False))
+    tokens: Path = field(metadata=about("A folder or an address made by `saemill tokenize`", decides=False))
     model: str = field(metadata=about("Hub id or folder of the model"))
-    out: Path = field(metadata=about("Activation store, new or to be added to", decides=False))
+    out: Path = field(
+        metadata=about("Activation store, new or to be added to: a folder, or an address", decides=False)
+    )
     layers: tuple[int, ...] = setting(
         (), "Residual stream after these blocks: 2,4; -1 is the last", metavar="I,J"
     )
@@ -104,6 +107,8 @@ class CacheConfig:
                 "name what to cache: add --layers -1 for the residual stream after the last block; others: "
                 "--layers 2,4, --sites 'layers.*.mlp' or --layer-stride 2"
             )
+        if self.max_disk is not None and (address := address_of(self.out)):
+            raise ConfigError(f"max_disk has no effect: {address} is on no disk; leave it out")
         if self.max_disk is not None:
             size_of(self.max_disk, "max_disk")
         elif self.delete_consumed:

@@ -3,7 +3,7 @@
 Others may be filling in the same store; `sharing` says which shard is this worker's next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from saemill.cache.writer import SiteWriter
 from saemill.common.log import progress, say
 from saemill.common.models.model import LanguageModel, attention_of
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.forms.form import empty
+from saemill.common.stores.forms.form import Form, empty
 
 
 class Filling:
@@ -64,33 +64,22 @@ class Filling:
         ):
             while sharing.look(advance):
                 for share in sharing.claimed(advance):
-                    stored_TC = self._activations(share, advance)
+                    forms = {writer.site.name: writer.form for writer in share.writers}
+                    heed = self._heed(share, advance)
+                    stored_TC = computed(self.store, self.model, forms, share.shard, self.batch_size, heed)
                     background.start(self._write, share, stored_TC)
                 background.wait()
                 sharing.wait()
 
-    def _activations(self, share: Share, advance: Callable[[int], None]) -> dict[str, Tensor]:
-        """Run the model over the rows of one shard.
+    def _heed(self, share: Share, advance: Callable[[int], None]) -> Callable[[int], None]:
+        """Make what is called after each batch: it heeds signals, and counts tokens that are new."""
 
-        Batches start at the shard's first row, so that a shard's bytes do not depend on which shards
-        were computed before it.
-
-        Returns: per site the stored rows [tokens, C] in address order, on the CPU.
-        """
-        tokens, rows = self.store.tokens, self.store.rows_of(share.shard)
-        forms = {writer.site.name: writer.form for writer in share.writers}
-        stored_TC = {site: empty(form, len(rows) * tokens.ctx_len) for site, form in forms.items()}
-        for row in rows[:: self.batch_size]:
+        def heed(n_tokens: int) -> None:
             self.worker.check_stop()
-            stop = min(row + self.batch_size, rows.stop)
-            ids_RS = torch.from_numpy(tokens.rows(row, stop).astype("int64"))
-            captured = self.model.capture(ids_RS, list(stored_TC), attention_of(ids_RS, tokens.tokenizer))
-            start = (row - rows.start) * tokens.ctx_len
-            for site, x_RSD in captured.items():
-                forms[site].encode(x_RSD.flatten(0, 1), stored_TC[site][start : start + ids_RS.numel()])
             if share.is_new:
-                advance(ids_RS.numel())
-        return stored_TC
+                advance(n_tokens)
+
+        return heed
 
     def _write(self, share: Share, stored_TC: dict[str, Tensor]) -> None:
         """Write a shard at the sites that lack it. If the claim was lost, the remaining sites are dropped."""
@@ -101,6 +90,42 @@ class Filling:
         except Lost as lost:
             say(f"{lost}; this worker's shard is dropped")
         share.claim.release()
+
+
+def computed(
+    store: ActivationStore,
+    model: LanguageModel,
+    forms: Mapping[str, Form],
+    shard: int,
+    batch_size: int,
+    done: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """Run the model over the rows of one shard.
+
+    Batches start at the shard's first row, so that a shard's bytes do not depend on which shards were
+    computed before it.
+
+    Args:
+        store: the store.
+        model: what computes them.
+        forms: of the activations, by site.
+        shard: its number.
+        batch_size: rows per forward pass.
+        done: called with the number of tokens of each batch, when it is computed.
+
+    Returns: per site the stored rows [tokens, C] in address order, on the CPU.
+    """
+    tokens, rows = store.tokens, store.rows_of(shard)
+    stored_TC = {site: empty(form, len(rows) * tokens.ctx_len) for site, form in forms.items()}
+    for row in rows[::batch_size]:
+        stop = min(row + batch_size, rows.stop)
+        ids_RS = torch.from_numpy(tokens.rows(row, stop).astype("int64"))
+        captured = model.capture(ids_RS, list(stored_TC), attention_of(ids_RS, tokens.tokenizer))
+        start = (row - rows.start) * tokens.ctx_len
+        for site, x_RSD in captured.items():
+            forms[site].encode(x_RSD.flatten(0, 1), stored_TC[site][start : start + ids_RS.numel()])
+        done(ids_RS.numel())
+    return stored_TC
 
 
 class _Background:

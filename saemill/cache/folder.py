@@ -1,6 +1,5 @@
 """The store's folder: what is in it, whether it is this store's, and how its records are written."""
 
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from saemill.common import config as settings
 from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
+from saemill.common.stores.mirror import OBJECTS
 from saemill.common.stores.site_names import folder_of
 from saemill.common.stores.site_records import (
     CONSUMED,
@@ -58,8 +58,8 @@ def _others(out: Path, tokens: TokenStore) -> list[Path]:
     """List what lies in the folder and belongs to no store of these tokens that was begun."""
     paths = list(out.glob("*"))  # first: other workers may be adding files, each of them whole
     begun = token_copy.is_copy(out / "tokens", tokens)
-    known = {"tokens", "zarr.json", SITES, CONSUMED, FOLLOWERS}
-    own = {*known, *map(folder_of, sites_in(out))} if begun else set()
+    known = {"tokens", "zarr.json", SITES, CONSUMED, FOLLOWERS, OBJECTS}
+    own = {*known, *map(folder_of, sites_in(out))} if begun else {OBJECTS}
     return [
         path for path in paths if not (path.name in own or (path.name == CLAIMS and holds_only_claims(path)))
     ]
@@ -104,30 +104,25 @@ def write_group(out: Path, known: StoreSettings, worker: Worker) -> None:
     """Write a store's `zarr.json` where it is missing or damaged. The caller holds the claim on the store."""
     if records.if_whole(lambda: read_settings(out)) != known:
         if sites_in(out):
-            say(f"{out / 'zarr.json'} was missing or damaged and is written again")
+            say(f"{worker.place.named(out / 'zarr.json')} was missing or damaged and is written again")
         put(out / "zarr.json", group_of(known), worker)
 
 
 def put(path: Path, content: Mapping[str, Any], worker: Worker) -> None:
-    """Write a file of the store itself: under another path first, then renamed. The caller holds the claim on
-    the store."""
+    """Write a file of the store itself: under another path first, then put in its place. The caller holds the
+    claim on the store."""
     written = worker.partial()
     durable.write_json(written, content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written.replace(path)
-    durable.sync_folder(path.parent)
+    worker.place.replace(written, path)
 
 
 def clear_if_empty(out: Path, worker: Worker) -> None:
     """Remove a store that holds no shard and that no other worker works on, so that other settings may be
     tried in its place. Files of others are left alone."""
     with worker.hold("store"):
+        worker.place.refresh()
         if worker.is_alone() and not has_shards(out):
             # The tokens go last: by them the rest is known as a store that was begun.
             sites = [folder_of(name) for name in sites_in(out) if record_path(out, name).exists()]
             for name in (*sites, SITES, CONSUMED, FOLLOWERS, "zarr.json", "tokens"):
-                path = out / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+                worker.place.remove(out / name)

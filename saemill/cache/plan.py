@@ -3,6 +3,7 @@ out are refused before the model is loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from saemill.cache.folder import check_same_store, existing_settings
 from saemill.cache.outlook import bytes_of_copy, model_bytes, outlook_of
 from saemill.common import config as settings
 from saemill.common import durable, setting
+from saemill.common.addresses import address_of
 from saemill.common.errors import ConfigError
 from saemill.common.models.architecture import Architecture
 from saemill.common.models.model import (
@@ -27,6 +29,7 @@ from saemill.common.sizes import written
 from saemill.common.stores.forms.form import form_of
 from saemill.common.stores.forms.packing import rows_per_shard
 from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.objects import MOST_BYTES
 from saemill.common.stores.site_records import FORMAT, Site, StoreSettings, site_path
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World
@@ -53,9 +56,14 @@ class Plan:
     """Model itself, where it is in memory."""
 
 
-def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
-    """Work out what is to be cached; settings left open are those of the store that is added to. `given` is
-    the model itself where it is in memory.
+def make_plan(config: CacheConfig, world: World, folder: Path, given: Any = None) -> Plan:
+    """Work out what is to be cached; settings left open are those of the store that is added to.
+
+    Args:
+        config: of the stage.
+        world: the processes.
+        folder: the store's, or the mirror of its address.
+        given: the model itself where it is in memory.
 
     Raises:
         ConfigError: settings that do not fit the model or the tokens, a store made with others, or
@@ -63,7 +71,7 @@ def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
         StoreError: damaged tokens, or a folder with other files.
     """
     tokens = TokenStore(config.tokens)
-    existing = existing_settings(config.out, tokens)
+    existing = existing_settings(folder, tokens)
     n_rows = _n_rows(config, tokens, existing)
     if given is None:
         device = world.device(config.device)
@@ -80,7 +88,7 @@ def make_plan(config: CacheConfig, world: World, given: Any = None) -> Plan:
     numbers = identity["n_rows"], tokens.ctx_len, identity, architecture.n_weights, device
     outlook = outlook_of(config, sites, row_bytes, *numbers, bytes_of_copy(tokens, identity["n_rows"]))
     check_disk(config, outlook, row_bytes, tokens.ctx_len, identity)
-    check_same_store(config.out, existing, identity)
+    check_same_store(folder, existing, identity)
     return Plan(
         config=config,
         tokens=tokens,
@@ -207,6 +215,9 @@ def check_disk(
     Raises:
         ConfigError: with the bytes that are needed and those that are free.
     """
+    if address := address_of(config.out):
+        _check_objects(address, max(row_bytes.values()) * identity["shard_tokens"])
+        return
     folder, free, shard_tokens = nearest_folder(config.out), free_bytes(config.out), identity["shard_tokens"]
     there = {name: durable.folder_bytes(site_path(config.out, name) / "c") for name in row_bytes}
     missing = {name: outlook.disk[name] - there[name] for name in row_bytes}
@@ -233,6 +244,15 @@ def check_disk(
         f"{needed} are needed in {folder}, {shown(free)} are free; choose fewer sites or --max-tokens, or "
         f"another disk: {' or '.join(fits) or 'nothing of it'} would fit"
     )
+
+
+def _check_objects(address: str, shard_bytes: int) -> None:
+    """Refuse shards that an object store does not take at once."""
+    if shard_bytes > MOST_BYTES:
+        raise ConfigError(
+            f"a shard takes {written(shard_bytes)}, and an object of {address} at most "
+            f"{written(MOST_BYTES)}; give fewer --shard-tokens"
+        )
 
 
 class Ahead(NamedTuple):

@@ -26,13 +26,13 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
     A shard whose file the manifest answers for gets its record anew; others are taken out of the store.
     The manifest goes last, so that a crash in between leaves a site whose hashes are checked again.
     """
-    hashes = writer.manifest_path.exists()
+    hashes, named = writer.manifest_path.exists(), writer.worker.place.named
     manifest = writer.manifest()
     if manifest is None or manifest.statistics.lengths is None:
         _add_norms(writer)
     is_whole = manifest is not None
     if hashes and not is_whole:
-        say(f"{writer.manifest_path} was damaged and is written again")
+        say(f"{named(writer.manifest_path)} was damaged and is written again")
     for shard in shards:
         file = writer.commit_path(shard)
         existed = file.exists()
@@ -40,18 +40,19 @@ def mend(writer: SiteWriter, shards: list[int]) -> None:
             continue
         if manifest and _holds(writer, shard, manifest.shards[shard]):
             record = _record_again(writer, shard, manifest.shards[shard])
-            say(f"{file} was missing or damaged and is written again")
+            say(f"{named(file)} was missing or damaged and is written again")
             put(file, records.content(record), writer.worker)
             continue
         is_whole = False
         if existed:  # else another worker may be about to put a good one there
-            file.unlink(missing_ok=True)
+            writer.worker.place.remove(file)
     if manifest and is_whole and not _agrees(writer, manifest):
         if manifest.statistics.lengths is not None:
-            say(f"{writer.manifest_path} tells of other shards than their records and is written again")
+            name = named(writer.manifest_path)
+            say(f"{name} tells of other shards than their records and is written again")
         is_whole = False
     if not is_whole:
-        writer.manifest_path.unlink(missing_ok=True)
+        writer.worker.place.remove(writer.manifest_path)
 
 
 def _add_norms(writer: SiteWriter) -> None:

@@ -12,15 +12,16 @@ import torch
 
 from saemill.cache import names, token_copy
 from saemill.cache.calibration import calibrations_by
-from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Worker
 from saemill.cache.config import CacheConfig
 from saemill.cache.fill import Filling
 from saemill.cache.folder import check_same_store, clear_if_empty, existing_settings, write_group
+from saemill.cache.placing import place_of
 from saemill.cache.plan import Plan, make_plan
 from saemill.cache.repair import damaged, mend
 from saemill.cache.room import Room, make_whole
 from saemill.cache.writer import SiteWriter
+from saemill.common.addresses import naming
 from saemill.common.errors import DataError
 from saemill.common.log import counted, say
 from saemill.common.models.cached import how_cached
@@ -66,18 +67,19 @@ def run(
     world = World.here()
     speak_for(world)
     check_devices(config.spread, world.size, torch.cuda.device_count())
-    with stop_on_signal(stop) as stop:
-        plan = make_plan(config, world, model)
+    place = place_of(config.out)
+    with stop_on_signal(stop) as stop, naming(place.folder, place.name):
+        plan = make_plan(config, world, place.folder, model)
         before(plan.outlook)
-        with Worker(config.out / CLAIMS, stop) as worker:
+        with Worker(place.claims, stop, place) as worker:
             store, writers = _open(plan, worker)
             when_open(store)
             try:
                 what = _complete(plan, store, writers, worker)
             except DataError:
-                clear_if_empty(config.out, worker)
+                clear_if_empty(place.folder, worker)
                 raise
-    say(f"{config.out}: {', '.join(site.name for site in plan.sites)} {what}")
+    say(f"{place.name}: {', '.join(site.name for site in plan.sites)} {what}")
     finished = [site.name for site in plan.sites if site.name in store.sites]
     for array in map(store.site, finished):
         for warning in warnings(array.name, array.statistics, array.dtype, "token"):
@@ -87,7 +89,7 @@ def run(
 
 def _open(plan: Plan, worker: Worker) -> tuple[ActivationStore, list[SiteWriter]]:
     """Open the store with its tokens and the sites' arrays; what is missing of them is made."""
-    out, tokens, n_rows = plan.config.out, plan.tokens, plan.identity["n_rows"]
+    out, tokens, n_rows = worker.place.folder, plan.tokens, plan.identity["n_rows"]
     copy = out / "tokens"
     existed = (copy / "manifest.json").exists()
     # Workers hash the copy side by side; then a copy that was not there is new, and its sizes will do.
@@ -96,9 +98,9 @@ def _open(plan: Plan, worker: Worker) -> tuple[ActivationStore, list[SiteWriter]
         existing = existing_settings(out, tokens)
         check_same_store(out, existing, plan.identity)
         if not whole and not token_copy.is_whole(copy, tokens, n_rows, hashes=existed):
-            token_copy.make(copy, tokens, n_rows, worker.partial(), claim)
+            token_copy.make(copy, tokens, n_rows, claim)
         write_group(out, existing or _new_settings(plan), worker)
-        store = ActivationStore(out)
+        store = worker.place.opened()
         return store, [SiteWriter(store, site, worker) for site in plan.sites]
 
 
@@ -141,6 +143,7 @@ def _complete(plan: Plan, store: ActivationStore, writers: list[SiteWriter], wor
         if room is not None and room.stays_open:
             return room.left
         with worker.hold("store"):
+            worker.place.refresh()
             if all([writer.finish() for writer in writers]):
                 make_whole(store, [writer.site.name for writer in writers], worker, is_done=True)
                 return f"complete; {_done_sentence(n_missing, n_written)}"

@@ -88,7 +88,8 @@ class Sharing:
                 return None
             if not (claim := self.worker.claim(f"shard-{shard}")):
                 continue
-            needing = [writer for writer in self.writers if not writer.commit_path(shard).exists()]
+            mark = self.worker.place.mark
+            needing = [writer for writer in self.writers if mark(writer.commit_path(shard)) is None]
             if not needing:  # another worker was quicker, and let go of it
                 claim.release()
                 continue

@@ -1,10 +1,9 @@
 """The copy of its tokens that an activation store carries: whether it is there, and making it."""
 
-import shutil
 from pathlib import Path
 
 from saemill.cache.claims.worker import Claim
-from saemill.common import durable, records
+from saemill.common import records
 from saemill.common.errors import StoreError
 from saemill.common.stores.token_writer import copy_rows
 from saemill.common.stores.tokens import TokenManifest, TokenStore
@@ -38,14 +37,13 @@ def is_whole(path: Path, tokens: TokenStore, n_rows: int, hashes: bool) -> bool:
     return is_same and not copy.problems(hashes)
 
 
-def make(path: Path, tokens: TokenStore, n_rows: int, partial: Path, claim: Claim) -> None:
+def make(path: Path, tokens: TokenStore, n_rows: int, claim: Claim) -> None:
     """Copy the first rows of the tokens, in place of what is there: a damaged copy, or another store's.
 
     Args:
         path: the copy's folder.
         tokens: what is copied.
         n_rows: how many rows.
-        partial: a new folder, where the copy is made first.
         claim: on the store.
 
     Raises:
@@ -58,8 +56,7 @@ def make(path: Path, tokens: TokenStore, n_rows: int, partial: Path, claim: Clai
             f"{path} is a token store of its own, where a copy of the tokens belongs; move it to another "
             "folder and run the same command again"
         )
+    partial = claim.worker.partial()
     copy_rows(tokens, n_rows, partial)
     claim.check()
-    shutil.rmtree(path, ignore_errors=True)
-    partial.replace(path)
-    durable.sync_folder(path.parent)
+    claim.worker.place.replace_tokens(partial, path)

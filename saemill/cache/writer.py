@@ -125,6 +125,28 @@ class SiteWriter:
             for partial in (data, record):
                 partial.unlink(missing_ok=True)
 
+    def restore(self, shard: int, stored_TC: Tensor, xxh3: str) -> bool:
+        """Write the file of a shard again, if it comes out as it was. The caller holds the claim on the
+        store.
+
+        Args:
+            shard: its number.
+            stored_TC: stored rows in address order, on the CPU.
+            xxh3: hash of what it was.
+
+        Returns: whether it did.
+        """
+        data = self.worker.partial()
+        permuted_TC = stored_TC.index_select(0, torch.from_numpy(self.store.permutation(shard)))
+        try:
+            self.array.write_shard(shard, as_numpy(permuted_TC), data)
+            is_same = durable.hash_file(data) == xxh3
+            if is_same:
+                self.worker.place.replace(data, self.array.shard_path(shard))
+        finally:
+            data.unlink(missing_ok=True)
+        return is_same
+
     def _activations(self, stored_TC: Tensor) -> Iterator[Tensor]:
         """Decode stored rows, some at a time: what training will see."""
         return (self.form.decode(rows_TC) for rows_TC in torch.split(stored_TC, ROWS_AT_ONCE))
@@ -182,23 +204,21 @@ class SiteWriter:
         A worker that was stopped after its claim was checked may find its successor's files here. It
         replaces none that has a record; where data and record are of both, the record is withdrawn.
         """
-        place, commit = self.array.shard_path(shard), self.commit_path(shard)
-        inode = data.stat().st_ino
+        place, file, commit = self.worker.place, self.array.shard_path(shard), self.commit_path(shard)
         try:
-            durable.place(data, place)
+            mark = place.create(data, file)
         except FileExistsError:
-            if commit.exists():
+            if place.mark(commit) is not None:
                 raise Lost(f"shard {shard} of {self.site.name} is there already") from None
-            data.replace(place)  # over a damaged one, or of a worker that died before its record
-            durable.sync_folder(place.parent)
+            mark = place.replace(data, file)  # over a damaged one, or of a worker that died before its record
         try:
-            durable.place(record, commit)
-            mixed = place.exists() and place.stat().st_ino != inode  # it may be read and removed by now
+            place.create(record, commit)
+            mixed = place.mark(file) not in (mark, None)  # it may be read and removed by now
         except FileExistsError:
-            mixed = not commit.exists() or commit.read_bytes() != record.read_bytes()
+            mixed = place.mark(commit) is None or commit.read_bytes() != record.read_bytes()
         if mixed:
-            commit.unlink(missing_ok=True)
-            self.manifest_path.unlink(missing_ok=True)
+            place.remove(commit)
+            place.remove(self.manifest_path)
             raise Lost(f"two workers wrote shard {shard} of {self.site.name}; it is written again")
 
     def finish(self) -> bool:
@@ -214,7 +234,7 @@ class SiteWriter:
         put(self.manifest_path, records.content(merged), self.worker)
         if not self.lacking():
             return True
-        self.manifest_path.unlink(missing_ok=True)
+        self.worker.place.remove(self.manifest_path)
         return False
 
     def _merged(self) -> SiteManifest | None:

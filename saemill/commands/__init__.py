@@ -10,6 +10,7 @@ Heavy imports are inside the commands, so that `--help` is quick. `saemill.cli` 
     tracking.py     track: a run to wandb
     exchange.py     export, import: SAEs of other tools
     hub.py          push, pull
+    latents.py      latent, explain, export-latents
     studies.py      generate, compare
     cluster.py      submit, status
     flags.py        what their flags share

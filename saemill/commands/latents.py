@@ -1,7 +1,8 @@
-"""Latents, one by one: latent, view; and for judges and viewers of other tools: export-latents."""
+"""Latents one by one: latent, view; by a language model: explain; for other tools' judges: export-latents."""
 
 from saemill.assess.config import LatentConfig
 from saemill.commands.flags import OUT, argument, command
+from saemill.explain.config import ExplainConfig
 from saemill.latents.config import ExportLatentsConfig
 from saemill.view.config import ViewConfig
 
@@ -45,6 +46,29 @@ def view(config: ViewConfig) -> None:
     Example: `saemill view runs/first/layers.8-k32-f6144-s0 --port 0`
     """
     from saemill.view.run import run
+
+    run(config)
+
+
+@command(
+    ExplainConfig,
+    "explain",
+    argument("run"),
+    *("url", "model", "latents", "n_latents", "api_key_env"),
+    *("temperature", "max_answer_tokens", "at_once", "timeout_seconds"),
+    *("acts", "with_acts", "device"),
+)
+def explain(config: ExplainConfig) -> None:
+    """Let a language model explain the latents that an assessment shows, and test what it says.
+
+    The contexts are sent to the endpoint that is named, and nowhere else. Each explanation is written from
+    some contexts and judged on others, of other documents, beside contexts where the latent is silent; and so
+    is another latent's explanation, as the control. Every prompt and answer is kept; after a stop the same
+    command goes on, and nothing is asked twice.
+
+    Example: `saemill explain runs/first --url http://localhost:8000/v1 --model Qwen/Qwen3-8B`
+    """
+    from saemill.explain.run import run
 
     run(config)
 

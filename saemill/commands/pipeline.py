@@ -123,7 +123,7 @@ def cache(config: CacheConfig) -> None:
     *("optimizer", "optimizer_state", "adam_betas", "weight_decay", "clip_grad_norm", "weight_average"),
     *("warmup_steps", "lr_schedule", "lr_end", "lr_cycles", "lr_decay", "lr_decay_fraction"),
     *("auxk_alpha", "k_aux", "dead_after_tokens", "loss", "b_dec_init", "decoder"),
-    *("buffer_tokens", "shuffle_seed", "save_every", "log_every", "resume"),
+    *("buffer_tokens", "local_cache", "shuffle_seed", "save_every", "log_every", "resume"),
     *("eval_every", "eval_tokens", "eval_losses_every", "model", "n_checkpoints"),
     flag("profile", "--profile"),
     *("halving", "halving_metric", "data_ranks", "latent_ranks"),

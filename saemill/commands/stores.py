@@ -5,8 +5,13 @@ from typing import Annotated
 
 import typer
 
-from saemill.commands.flags import argument, command
+from saemill.cache.config import CacheConfig
+from saemill.commands.flags import argument, command, option
+from saemill.common import setting
+from saemill.common.addresses import named
 from saemill.convert_store.config import ConvertConfig
+
+BATCH_SIZE = setting.default_of(CacheConfig, "batch_size")
 
 
 def show(
@@ -25,13 +30,42 @@ def verify(
     path: Annotated[
         Path, typer.Argument(help="A token store, an activation store, a run, an SAE or a diff.")
     ],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Compute bad shards of activations again, to the same bytes.")
+    ] = False,
+    model: Annotated[
+        str | None, option("Hub id or folder of the model that was cached [as the store says].", "NAME")
+    ] = None,
+    device: Annotated[str | None, option("Device that it was cached on [auto].", "NAME")] = None,
+    batch_size: Annotated[
+        int | None, option(f"Rows per forward pass, as when it was cached [{BATCH_SIZE}].", "ROWS")
+    ] = None,
 ) -> None:
-    """Check every file against its hash and name each bad one; exit code 1 if there are any."""
-    from saemill.common.log import say
-    from saemill.show import problems
+    """Check every file against its hash and name each bad one; exit code 1 if there are any.
 
+    With --repair the bad shards of a store that `saemill cache` made are computed again, and nothing else.
+
+    Example: `saemill verify acts --repair`
+    """
+    from saemill.common.errors import ConfigError
+    from saemill.common.log import say
+    from saemill.show import kind_of, problems
+
+    given = {"model": model, "device": device, "batch_size": batch_size}
+    if not repair and (idle := [name for name, value in given.items() if value is not None]):
+        raise ConfigError(f"{idle[0]} has no effect without --repair; leave it out")
+    if repair:
+        from saemill.cache.recompute import repair as mend
+
+        if (kind := kind_of(path)) not in ("activation store", None):
+            raise ConfigError(
+                f"repair: {path} is a {kind}, and activations alone are computed again; without --repair, "
+                "what mends it is said"
+            )
+        if kind:
+            mend(path, model, device or "auto", batch_size or BATCH_SIZE)
     damaged = problems(path)
-    say("\n".join(damaged) if damaged else f"{path}: every file has its size and hash")
+    say("\n".join(damaged) if damaged else f"{named(path)}: every file has its size and hash")
     if damaged:
         raise typer.Exit(1)
 

@@ -1,8 +1,10 @@
 """Addresses of object stores (S3, Google Cloud, Azure) in the place of a folder's path."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, SaemillError
 
 SCHEMES = ("s3", "gs", "az")
 
@@ -14,6 +16,23 @@ def address_of(path: Path | str) -> str | None:
     if colon and scheme in SCHEMES and rest.startswith("/"):
         return f"{scheme}://{rest.strip('/')}"
     return None
+
+
+def named(path: Path) -> str:
+    """Write a path, or the address that it is, as the user does."""
+    return address_of(path) or str(path)
+
+
+@contextmanager
+def naming(path: Path, name: str) -> Iterator[None]:
+    """Write a name in place of a path, such as that of a mirror, in errors while the block runs."""
+    try:
+        yield
+    except SaemillError as error:
+        told = str(error).replace(str(path), name)
+        if told == str(error):
+            raise
+        raise type(error)(told) from error
 
 
 def is_there(path: Path) -> bool:
@@ -29,6 +48,6 @@ def check_disk_path(path: Path) -> None:
     """
     if address := address_of(path):
         raise ConfigError(
-            f"out is {address}, and saemill writes to disks alone; write to a folder, and copy that there: "
-            f"aws s3 cp --recursive FOLDER {address}, rclone, or what your provider has"
+            f"out is {address}, and only `tokenize` and `cache` write there; write to a folder, and copy "
+            f"that there: aws s3 cp --recursive FOLDER {address}, rclone, or what your provider has"
         )

@@ -35,6 +35,7 @@ SECTIONS = (
     "diff",
     "latent",
     "view",
+    "explain",
     "export-latents",
 )
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}

@@ -82,7 +82,7 @@ def parse(address: str) -> Any:
     return uri
 
 
-def check_local(path: Path) -> None:
+def check_local(path: Path | str) -> None:
     """Refuse an address on the hub, which pathlib writes `hf:/…`, where a store or a run is read.
 
     Raises:

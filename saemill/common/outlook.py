@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from saemill.common.addresses import address_of
 from saemill.common.log import say
 
 STATUS = Path("/proc/self/status")
@@ -22,7 +23,7 @@ class Outlook:
     what: tuple[str, ...] = ()
     """Sentences on what is going to be done."""
     folder: Path | None = None
-    """Where is written; None where that follows from a stage that has not run."""
+    """Where is written, a folder or an address; None where that follows from a stage that has not run."""
     is_done: bool = False
     """Whether it is there already."""
     amounts: Mapping[str, int] = field(default_factory=dict)
@@ -57,7 +58,11 @@ class Outlook:
         """Write it down, a line for each sentence and each kind of need."""
         lines = list(self.what)
         if self.disk:
-            free = "" if self.folder is None else f"; {shown(free_bytes(self.folder))} free"
+            free = (
+                ""
+                if self.folder is None or address_of(self.folder)
+                else f"; {shown(free_bytes(self.folder))} free"
+            )
             files = f" in {self.n_files:,} files" if self.n_files else ""
             lines.append(f"disk: {shown(self.disk_bytes)}{files} ({_listed(self.disk)}){free}")
         if self.memory:

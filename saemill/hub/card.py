@@ -10,9 +10,10 @@ import yaml
 from huggingface_hub import CardData, ModelCardData, RepoCard
 
 from saemill.assess.sums import number
-from saemill.assess.table import cuts, interval
+from saemill.assess.table import CONTROLS, cuts, described_best, interval
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
+from saemill.common.stores import runs
 from saemill.hub import kinds
 
 ORDER = ["library_name", "tags", "base_model", "datasets"]
@@ -184,7 +185,44 @@ def _variants(
         for entry in entries
     ]
     table = rows([[*head, *columns.values(), "verdict"], *lines])
-    return [table, *_reasons(entries, columns), *_within(entries)]
+    return [
+        *_picture(assessment),
+        table,
+        *_reasons(entries, columns),
+        *_controls(saes, assessment, columns),
+        *_best_elsewhere(saes, assessment),
+        *_within(entries),
+    ]
+
+
+def _picture(assessment: Mapping[str, Any]) -> list[str]:
+    """Show the picture that is uploaded with the assessment; nothing where there is none."""
+    if all(file["path"] != runs.PARETO for file in assessment["files"]):
+        return []
+    return [
+        f"![Error of each SAE against its L0, beside controls]({runs.PARETO})",
+        "Lower is better. Bars are 95% intervals, hollow marks controls; the ring is around the first of the "
+        "table.",
+    ]
+
+
+def _controls(saes: Iterable[str], assessment: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    """Render the table of the controls that are not uploaded; nothing where there are none."""
+    controls = [entry for entry in assessment["controls"] if entry["name"] not in set(saes)]
+    if not controls:
+        return []
+    lines = [[span(entry["name"]), *_figures(entry["metrics"], columns)] for entry in controls]
+    what = dict.fromkeys(CONTROLS[entry["control"]] for entry in controls)
+    about = f"For comparison, on the same tokens, controls: {', '.join(what)}."
+    return [about, rows([["control", *columns.values()], *lines])]
+
+
+def _best_elsewhere(saes: Iterable[str], assessment: Mapping[str, Any]) -> list[str]:
+    """Quote the best variant on the documents that it was not chosen on, where several were compared."""
+    best = assessment["best_variant"]
+    if len(assessment["variants"]) == 1 or best not in saes:
+        return []
+    return [f"First of them: {span(best)}{described_best(assessment).removeprefix(best)}."]
 
 
 def _reasons(entries: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from saemill.assess.report.picture import pareto
 from saemill.assess.report.shards import packed, unpacked
 from saemill.common import durable, records
 from saemill.common.config import nearest
@@ -29,6 +30,9 @@ from saemill.hub.names import Names, as_json
 from saemill.hub.store_card import activations_card, tokens_card
 from saemill.show import hint, kind_of
 from saemill.train.record.inspect import settings_problems
+
+TEXTS = (runs.CONFIG, runs.REPORT)
+"""Files of a run that may name paths of the machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +92,7 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     variants = tuple(name for name in finished.variants if not chosen or name in chosen)
     saes = {name: _sae(path / name, finished.cfgs[name], path) for name in variants}
     names = Names(yaml.safe_load((path / runs.CONFIG).read_bytes()), finished.model_dump(), saes)
-    text_files = [runs.CONFIG, runs.REPORT]
-    written = {name: names.content(path / name) for name in text_files if (path / name).is_file()}
+    written = {name: names.content(path / name) for name in TEXTS if (path / name).is_file()}
     saes = {name: seal.sealed_again(names.of(cfg)) for name, cfg in saes.items()}
     written |= {f"{name}/cfg.json": as_json(cfg) for name, cfg in saes.items()}
     uploaded = finished.model_copy(
@@ -110,6 +113,8 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     }
     if (path / assessments.FILE).is_file():
         written |= _latents(path, names, durable.hash_bytes(written[runs.FINISHED]))
+    if picture := _picture(path, variants):
+        written[runs.PARETO] = picture.encode()
     assessed = _assessment(path, names, written)
     card = model_card(place, saes, uploaded.model_dump(mode="json"), identity.content, assessed)
     written |= {runs.CARD: card.encode()}
@@ -117,6 +122,16 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
         written |= {assessments.FILE: as_json(records.content(assessments.checked(assessed)))}
     weights = tuple(f"{name}/{WEIGHTS}" for name in variants)
     return Contents(repo_type="model", folder=path, as_they_are=weights, written=written)
+
+
+def _picture(path: Path, variants: Sequence[str]) -> str | None:
+    """Draw the SAEs that are uploaded beside the untrained dictionaries; None where there is nothing to
+    draw."""
+    if not (path / assessments.FILE).is_file():
+        return None
+    assessment = assessments.read(path)
+    shown = [entry for entry in assessment["variants"] if entry["name"] in variants]
+    return pareto(assessment | {"variants": shown}) if shown else None
 
 
 def _latents(path: Path, names: Names, of: str) -> dict[str, bytes]:
@@ -148,8 +163,8 @@ def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[
     if not (path / assessments.FILE).is_file():
         return None
     assessment: dict[str, Any] = names.of(assessments.read(path))
-    uploaded = [entry["path"] for entry in assessment["files"] if entry["path"] in written]
-    contents = {name: written[name] for name in uploaded}
+    listed = [*(entry["path"] for entry in assessment["files"]), runs.PARETO]
+    contents = {name: written[name] for name in listed if name in written}
     return assessment | {
         "of": durable.hash_bytes(written[runs.FINISHED]),
         "files": [

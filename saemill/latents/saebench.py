@@ -23,7 +23,7 @@ from saemill.common.sae.formats.hooks import layer_of
 from saemill.common.sae.sae import Sae
 from saemill.common.stores import assessments
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.assessments import Assessment, Entry
+from saemill.common.stores.assessments import Assessment, Entry, Figure
 from saemill.latents import figures
 from saemill.latents.figures import Sums
 from saemill.latents.inputs import Opened
@@ -110,19 +110,28 @@ def _in_assessment(entry: Entry) -> dict[str, dict[str, float]]:
     """Read the figures that an assessment has of an SAE, in SAELens' groups.
 
     Raises:
-        ConfigError: one was not measured.
+        ConfigError: some were not measured, which SAEBench's schema has as numbers.
     """
-    return {
-        group: {theirs: _number(entry, theirs, ours) for theirs, ours in names.items()}
-        for group, names in IN_ASSESSMENT.items()
+    figures = {
+        theirs: _figure(entry, theirs, ours)
+        for names in IN_ASSESSMENT.values()
+        for theirs, ours in names.items()
     }
+    missing = {name: figure for name, figure in figures.items() if not isinstance(figure.value, float)}
+    if missing:
+        reasons = dict.fromkeys(str(figure.reason) for figure in missing.values())
+        raise ConfigError(
+            f"SAEBench's file has a number for {', '.join(missing)}, and {entry.name} has none: "
+            f"{'; '.join(reasons)}. Nothing is written; `saemill assess` with the model measures losses"
+        )
+    return {group: {name: _value(figures[name]) for name in names} for group, names in IN_ASSESSMENT.items()}
 
 
-def _number(entry: Entry, theirs: str, ours: str) -> float:
-    """Read a figure of an SAE, which SAEBench's schema has as a number.
+def _figure(entry: Entry, theirs: str, ours: str) -> Figure:
+    """Find a figure of an SAE.
 
     Raises:
-        ConfigError: it was not measured.
+        ConfigError: the assessment does not know it.
     """
     figure = entry.metrics.get(ours)
     if figure is None:
@@ -130,11 +139,11 @@ def _number(entry: Entry, theirs: str, ours: str) -> float:
             f"the assessment is of an earlier saemill: it has no {ours}, which SAEBench needs as {theirs}; "
             "run `saemill assess` again"
         )
-    if not isinstance(figure.value, float):
-        raise ConfigError(
-            f"SAEBench's file has a number for {theirs}, and {entry.name} has none: {figure.reason}. Nothing "
-            "is written; `saemill assess` with the model measures losses"
-        )
+    return figure
+
+
+def _value(figure: Figure) -> float:
+    assert isinstance(figure.value, float)
     return figure.value
 
 

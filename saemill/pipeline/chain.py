@@ -32,6 +32,7 @@ from saemill.cache.plan import content_of, sites_of
 from saemill.cache.run import run as cache
 from saemill.common import config as settings
 from saemill.common import durable
+from saemill.common.addresses import named
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.common.models.architecture import Architecture, check_row_length, limits_of
@@ -188,7 +189,7 @@ class Chain:
         names = [site.name for site in _sites(caching)]
         whole = has_sites(caching.out, content, names)
         if whole:
-            say(f"{caching.out} has {', '.join(names)} already")
+            say(f"{named(caching.out)} has {', '.join(names)} already")
         if whole or (training.resume and runs.is_finished(training.out)):
             if not whole and not caching.delete_consumed:  # training may need less than all of it
                 cache(caching)
@@ -254,7 +255,7 @@ class Chain:
             cache(replace(config, out=out))
             damaged.unlink(missing_ok=True)
         else:
-            say(f"{out} has {', '.join(names)} already")
+            say(f"{named(out)} has {', '.join(names)} already")
         return out
 
     def _train(self, config: TrainConfig) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from saemill.common.addresses import named
 from saemill.common.errors import ConfigError
 from saemill.common.log import duration, say
 from saemill.common.outlook import shown
@@ -77,8 +78,8 @@ def plan(
 def _tell(planned: Planned, unmeasured: str) -> None:
     """Tell the plan of one stage."""
     outlook, time = planned
-    if outlook.is_done:
-        say(f"  {outlook.folder} is there already")
+    if outlook.is_done and outlook.folder is not None:
+        say(f"  {named(outlook.folder)} is there already")
         return
     lines = [*outlook.lines(), *([time.describe(outlook.unit)] if time else [])]
     if time is None and unmeasured:

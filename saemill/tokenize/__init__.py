@@ -9,6 +9,7 @@ mixing.py      several sources: whose document comes next
 writer.py      token ids → rows, shards and tables
 packing.py     documents → full rows
 place.py       whether the store is there already, and putting it there
+bucket.py      the same at an address
 
 What each of these asks:
 

@@ -75,7 +75,7 @@ def finished(
     store, bad = None, [f"manifest.json: {durable.MISSING}"]
     try:
         # First: where it can be read, no other corpus takes the place of this one, however damaged.
-        _check_made_alike(config, given, read_manifest(config.out, REPAIR))
+        check_made_alike(config, given, read_manifest(config.out, REPAIR))
         store = TokenStore(config.out)
         bad = store.problems(hashes=True)
     except DiskError:  # what cannot be read now may be whole
@@ -113,7 +113,7 @@ def _check_replaceable(out: Path) -> None:
         )
 
 
-def _check_made_alike(config: TokenizeConfig, given: Given | None, manifest: TokenManifest) -> None:
+def check_made_alike(config: TokenizeConfig, given: Given | None, manifest: TokenManifest) -> None:
     """Refuse a store of other settings, or of a local source that has changed since. A hub's source is fixed
     by its revision."""
     existing = manifest.settings.model_dump(mode="json")

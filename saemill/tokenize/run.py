@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from saemill.common import durable
+from saemill.common.addresses import address_of
 from saemill.common.errors import ConfigError
 from saemill.common.log import counted, progress, say
 from saemill.common.models.tokenizer import check_ctx_len, load_tokenizer, token_id, with_tokens
@@ -17,7 +18,7 @@ from saemill.common.stores.tokens import (
     TokenizerInfo,
     TokenStore,
 )
-from saemill.tokenize import memory
+from saemill.tokenize import bucket, memory
 from saemill.tokenize.config import TokenizeConfig, template_in
 from saemill.tokenize.encoding import Encoder, Encoders, Encoding
 from saemill.tokenize.ids import survey
@@ -50,6 +51,8 @@ def run(config: TokenizeConfig, dataset: Any = None, before: Before | None = Non
         DiskError: the disk is full.
     """
     given = None if dataset is None else memory.given(dataset, config)
+    if address := address_of(config.out):
+        return bucket.make(address, config, given, lambda here: run(here, dataset, before))
     if store := finished(config, given, say):
         say(f"{config.out} is finished already: {store.n_tokens:,} tokens in {store.n_rows:,} rows")
         return store

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from saemill.common.addresses import address_of
 from saemill.common.errors import ConfigError
 from saemill.common.setting import default_of, of
 from saemill.common.stores.site_names import BESIDE, JOINT, is_joined, parts_of
@@ -106,6 +107,10 @@ def _follow(config: "TrainConfig") -> None:
             raise ConfigError("follow_tokens has no effect without follow; leave it out")
         return
     later = "or train without follow when the store is finished"
+    if address := address_of(config.acts):
+        raise ConfigError(f"follow reads a store on a disk, and {address} is on none; leave it out, {later}")
+    if config.local_cache is not None:
+        raise ConfigError(f"local_cache has no effect with follow, which reads a disk; leave it out, {later}")
     if (config.epochs or 1) > 1:
         raise ConfigError(
             f"epochs {config.epochs}: follow goes through the store once; leave it out, {later}"

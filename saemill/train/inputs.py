@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saemill.common.addresses import address_of
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.followed import FollowedStore
@@ -65,13 +64,14 @@ def open_store(config: TrainConfig) -> ActivationStore:
         ConfigError: it cannot be followed.
     """
     if not config.follow:
-        return ActivationStore(config.acts, config.with_acts)
-    if address := address_of(config.acts):
-        raise ConfigError(f"follow: {address} is in an object store, where none is filled; leave it out")
-    store = FollowedStore(config.acts, config.group_tokens)
-    if not isinstance(store.text, TokenStore):
+        store = ActivationStore(config.acts, config.with_acts)
+        if not store.cache_locally(config.local_cache_bytes) and config.local_cache is not None:
+            raise ConfigError(f"local_cache has no effect: {config.acts} is on a disk; leave it out")
+        return store
+    followed = FollowedStore(config.acts, config.group_tokens)
+    if not isinstance(followed.text, TokenStore):
         raise ConfigError(f"follow: {config.acts} holds embeddings, which are there as a whole; leave it out")
-    return store
+    return followed
 
 
 def open_stream(

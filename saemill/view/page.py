@@ -12,6 +12,7 @@ from saemill.assess.reader import PassageReader
 from saemill.assess.report.latents import page_of
 from saemill.assess.report.page import Live, live_page
 from saemill.common.errors import ConfigError
+from saemill.common.stores.explanations import Explanations
 from saemill.common.stores.features import Features
 
 LEAST_SHARE = 0.1
@@ -24,10 +25,12 @@ class LivePage:
     Args:
         describer: of all latents of the SAE.
         features: the latents that are on the page from the beginning.
+        explained: what a language model said of latents, if one was asked.
     """
 
-    def __init__(self, describer: Describer, features: Features) -> None:
-        self._describer, self._features = describer, features
+    def __init__(self, describer: Describer, features: Features, explained: Explanations | None) -> None:
+        self._describer, self._features, self._explained = describer, features, explained
+        self._said = {each.latent: each for each in explained.latents} if explained else {}
         self._lock = RLock()
 
     @property
@@ -44,7 +47,7 @@ class LivePage:
             live: what can be asked.
             most_bytes: size from which on latents are left out; the search finds them.
         """
-        return live_page(assessment, self._features, densities, most_bytes, live)
+        return live_page(assessment, self._features, densities, self._explained, most_bytes, live)
 
     def latent(self, number: int) -> str:
         """Render a latent.
@@ -55,7 +58,7 @@ class LivePage:
         self.check(number)
         with self._lock:
             (latent,) = self._describer.latents([number])
-            return page_of(latent, self._features)
+            return page_of(latent, self._features, self._said.get(number))
 
     def largest(self, number: int) -> float:
         """Return the largest activation of a latent; 0 where it never fires."""

@@ -13,7 +13,7 @@ from saemill.common.device import choose_device
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.log import say
 from saemill.common.sae.sae import Sae
-from saemill.common.stores import assessments, features
+from saemill.common.stores import assessments, explanations, features
 from saemill.common.stores.assessments import Assessment
 from saemill.common.world import Group
 from saemill.view.config import ViewConfig
@@ -56,7 +56,8 @@ def open_server(config: ViewConfig) -> Server:
         if same
         else choose_latents(live, (), max(1, len(shown.latents)))
     )
-    page = LivePage(describer, describer.features(latents, assessment.of))
+    described = describer.features(latents, assessment.of)
+    page = LivePage(describer, described, explanations.beside(folder, described))
     trial = Trial(sae, trained.store, trained.mask, config.model, device)
     told = Live(page.n_latents, trial.missing, trial.no_steering)
     most_bytes = int(assessment.settings["page_bytes"])

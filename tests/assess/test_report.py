@@ -62,7 +62,7 @@ def densities(out: Path) -> dict[str, Any]:
 
 def page_of(assessed: Path, tmp_path: Path, shown: Features, most_bytes: int = 10**7) -> str:
     assessment = json.loads((assessed / "final_assessment.json").read_text())
-    write_html(tmp_path / "page.html", assessment, shown, densities(assessed), most_bytes)
+    write_html(tmp_path / "page.html", assessment, shown, densities(assessed), None, most_bytes)
     return (tmp_path / "page.html").read_text()
 
 
@@ -175,7 +175,7 @@ def test_what_some_kinds_of_saes_have_beside_others(assessed: Path, tmp_path: Pa
     figures = assessment["variants"][0]["metrics"]
     figures["fvu_skip"] = figures["fvu"] | {"value": 0.625}
     shown = features.load(assessed).model_copy(update={"prefixes": (16, 64, 128)})
-    write_html(tmp_path / "page.html", assessment, shown, densities(assessed), 10**7)
+    write_html(tmp_path / "page.html", assessment, shown, densities(assessed), None, 10**7)
     page = (tmp_path / "page.html").read_text()
     assert "W_skip alone, without latents, leaves an FVU of 0.625; with them it is" in page
     for latent in shown.latents:

@@ -30,7 +30,7 @@ from saemill.show import problems
 def test_a_pushed_run_is_pulled_as_it_was(made: Pipeline, hub: Hub, tmp_path: Path) -> None:
     """Oracle: the run's own SAEs, bit by bit; the list of what belongs to a run, without its checkpoint."""
     told = call("push", made.out, "user/saes")
-    assert ": 15 files, " in told
+    assert ": 16 files, " in told
     assert told.endswith("hf://user/saes is there\n")
     assert sorted(hub.files("user/saes")) == sorted([".gitattributes", *OF_A_RUN, *SAE_FILES])
     assert hub.messages == ["Upload run with saemill: files", "Upload run with saemill"]

@@ -1,5 +1,7 @@
 """The card of what is pushed: its figures and metadata."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,12 +42,34 @@ def test_the_card_tells_every_variant_with_its_figures(made: Pipeline, hub: Hub)
             assert (f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}") in line
         assert line.endswith(f"| {entry['verdict']} |")
     assert lines == {}
+    untrained = {
+        line.split("`")[1]: line
+        for line in card.decode().splitlines()
+        if re.match(r"\| `(random|pca)-", line)
+    }
+    assert sorted(untrained) == sorted(entry["name"] for entry in assessment["controls"])
+    for entry in assessment["controls"]:
+        assert f"| {entry['metrics']['fvu']['value']:.3f}" in untrained[entry["name"]]
+    assert "](pareto.svg)" in card.decode()
     recipe = yaml.safe_load(card.decode().split("```yaml\n")[1].split("```")[0])["train"]
     assert recipe["k"] == [2, 16]
     assert recipe["epochs"] == 3
     address = card.decode().split('Sae.load("')[1].split('"')[0]
     assert address == f"hf://user/saes/{assessment['best_variant']}"
     Sae.load(address)
+
+
+def test_the_picture_shows_what_is_pushed(made: Pipeline, hub: Hub) -> None:
+    """Oracle: the names of the SAEs that are pushed, in the picture; the record of the repository answers for
+    the picture as it is there."""
+    call("push", made.out, "user/one", "--variant", VARIANTS[1])
+    files = hub.files("user/one")
+    picture = files["pareto.svg"].decode()
+    assert VARIANTS[1] in picture
+    assert VARIANTS[0] not in picture
+    listed = {file["path"]: file for file in json.loads(files["final_assessment.json"])["files"]}
+    assert listed["pareto.svg"]["xxh3"] == durable.hash_bytes(files["pareto.svg"])
+    assert VARIANTS[0] in (made.out / "pareto.svg").read_text()
 
 
 def test_hub_ids_become_metadata_of_the_card(made: Pipeline, hub: Hub, tmp_path: Path) -> None:

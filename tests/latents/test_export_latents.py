@@ -1,6 +1,7 @@
 """Exported latents: what other tools read of them is what the SAEs do on the cached tokens."""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from training import config, structured_store
 
+from saemill import convert
 from saemill.common.models.unembedding import NoUnembeddingError
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
@@ -300,6 +302,32 @@ def test_saelens_has_the_same_figures(trained: Pipeline, tmp_path: Path) -> None
     heuristic = entry["feature_metrics"]["consistent_activation_heuristic"]
     never = core["eval_result_unstructured"]["saemill"]["never_fired"]
     assert [latent for latent, value in enumerate(heuristic) if value is None] == never
+
+
+def test_saelens_itself_measures_the_same(trained: Pipeline, tmp_path: Path) -> None:
+    """Oracle: SAELens' own evals of the SAE as it was exported for it, on the cached activations of the same
+    held-out tokens in one batch."""
+    require_peers()
+    export(trained, "saebench", tmp_path / "e")
+    (ours,) = json.loads((tmp_path / "e" / "saelens" / "all_eval_results.json").read_text())
+    convert.export(str(trained.out / SAE), "saelens", tmp_path / "sae", trained.model)
+    store, (_, keep_RS) = ActivationStore(trained.acts), dense(trained)
+    held_R = store.text.held_out_R
+    ids_RS = store.tokens.rows(0, store.text.n_rows).astype(np.int64) * keep_RS.numpy()
+    np.save(tmp_path / "ids.npy", ids_RS[held_R])
+    x_RSD = store.read(trained.site, 0, store.n_tokens).float().view(*keep_RS.shape, -1).numpy()
+    np.save(tmp_path / "x.npy", x_RSD[held_R])
+    places = {
+        name: tmp_path / file for name, file in (("ids", "ids.npy"), ("x", "x.npy"), ("out", "out.json"))
+    }
+    run_in_peers(tmp_path, {"do": "saelens_evals", "sae": tmp_path / "sae", "ignored": 0, **places})
+    theirs = json.loads((tmp_path / "out.json").read_text())
+    flat = {name: value for group in ours["metrics"].values() for name, value in group.items()}
+    assert len(theirs["metrics"]) == 10
+    assert {name: flat[name] for name in theirs["metrics"]} == pytest.approx(theirs["metrics"], rel=1e-4)
+    for name, values in theirs["feature_metrics"].items():
+        known = [math.nan if value is None else value for value in ours["feature_metrics"][name]]
+        np.testing.assert_allclose(known, values, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_masks_are_the_runs(trained: Pipeline) -> None:

@@ -139,11 +139,11 @@ def test_assessments_that_lack_figures(trained: Path) -> None:
     change(trained, lambda values: values["variants"][0]["metrics"].pop("kl_zero"))
     refused(bench, ConfigError, "of an earlier saemill: it has no kl_zero.*run `saemill assess` again")
     missing = {"value": None, "reason": "no model was run"}
-    change(trained, lambda values: values["variants"][0]["metrics"].update(ce_zero=missing))
+    change(trained, lambda values: values["variants"][0]["metrics"].update(kl=missing, ce_zero=missing))
     refused(
         bench,
         ConfigError,
-        "a number for ce_loss_with_ablation, and a-k2-f48-s0-lr0.003 has none: no model was run",
+        "a number for kl_div_with_sae, ce_loss_with_ablation, and a-k2-f48-s0-lr0.003 has none: no model",
     )
     change(trained, lambda values: values.update(of="0" * 16))
     refused(bench, StoreError, "is of other SAEs than")

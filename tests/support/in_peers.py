@@ -142,7 +142,10 @@ def load_set(folder: str, x: str, out: str) -> None:
 
 
 def without_embedders() -> None:
-    """delphi imports these for other sources of examples, which are not used here."""
+    """delphi imports these for other sources of examples, which are not used here. datasets, which others
+    import after it, looks for one of them itself."""
+    import datasets  # noqa: F401
+
     for name in ("faiss", "sentence_transformers", "blobfile", "orjson"):
         sys.modules.setdefault(name, ModuleType(name)).__dict__.setdefault("SentenceTransformer", object)
 
@@ -182,6 +185,38 @@ def read_core(files: list[str]) -> None:
         content = json.loads(Path(file).read_text())
         output = TypeAdapter(CoreEvalOutput).validate_python(content)
         assert json.loads(output.to_json())["eval_result_metrics"] == content["eval_result_metrics"]
+
+
+def saelens_evals(sae: str, ids: str, x: str, ignored: int, out: str) -> None:
+    """SAELens' own evals of an SAE on given activations [R, S, D], in one batch, without tokens of an id."""
+    from sae_lens import evals
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    loaded, ids_RS, x_RSD = (
+        saelens_sae(Path(sae)),
+        torch.from_numpy(np.load(ids)),
+        torch.from_numpy(np.load(x)),
+    )
+
+    class Given:
+        """The activations in place of a model and of its tokens."""
+
+        def run_with_cache(
+            self, *_: Any, names_filter: list[str], **__: Any
+        ) -> tuple[None, dict[str, Tensor]]:
+            return None, {names_filter[0]: x_RSD}
+
+        def get_batch_tokens(self, _: int) -> Tensor:
+            return ids_RS
+
+    wanted = ("l2_norms", "sparsity_metrics", "variance_metrics", "featurewise_density_statistics")
+    given: Any = Given()
+    metrics, of_latents = evals.get_sparsity_and_variance_metrics(
+        loaded, given, given, ActivationScaler(), n_batches=1, eval_batch_size_prompts=len(ids_RS),
+        model_kwargs={}, ignore_tokens=[ignored], **{f"compute_{name}": True for name in wanted},
+    )  # fmt: skip
+    of_latents |= evals.get_featurewise_weight_based_metrics(loaded)
+    Path(out).write_text(json.dumps({"metrics": metrics, "feature_metrics": of_latents}))
 
 
 def forward(sae: Any, x_TD: Tensor) -> Tensor:
@@ -373,6 +408,7 @@ JOBS = {
         encode, encode_published, load_set, make_sparsify, make_saelens, make_scaled_saelens,
         make_whitened_saelens, make_dictionary, make_dictionary_learning, hooks,
         splice, pretokenize, chunk_and_tokenize, read_rows_of_ids, read_delphi, read_dashboards, read_core,
+        saelens_evals,
     )
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ OF_A_RUN = [
     "finished.json",
     "identity.json",
     "latents.parquet",
+    "pareto.svg",
     "report-latents/0.js",
     "report-latents/1.js",
     "report-latents/words.js",

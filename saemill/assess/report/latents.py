@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from saemill.assess.directions import SAME
+from saemill.assess.explained import score_words
 from saemill.assess.report import contexts
 from saemill.assess.report.bars import Bar, bars, outline
 from saemill.assess.report.contexts import Shown
 from saemill.assess.report.visible import visible
 from saemill.assess.table import name_of
 from saemill.common.page import render
+from saemill.common.stores.explanations import Explained, Explanations
 from saemill.common.stores.features import Context, Features, Latent, Passage, Snippet
 
 N_TOP_TOKENS = 3
+EXPLANATION_LETTERS = 1000
 N_OPEN = 3
 """Latents that are unfolded on the page."""
 
@@ -27,14 +30,15 @@ class Part:
     contexts: list[Shown]
 
 
-def pages(features: Features, most_bytes: int | None) -> tuple[Markup, int]:
+def pages(features: Features, explained: Explanations | None, most_bytes: int | None) -> tuple[Markup, int]:
     """Render as many latents as there is room for, in their order; None for all of them.
 
     Returns: the HTML, and how many latents are in it.
     """
+    said = {each.latent: each for each in explained.latents} if explained else {}
     rendered, n_bytes = [], 0
     for number, latent in enumerate(features.latents):
-        html = page_of(latent, features, is_open=number < N_OPEN)
+        html = page_of(latent, features, said.get(latent.latent), is_open=number < N_OPEN)
         n_bytes += len(html.encode())
         if most_bytes is not None and n_bytes > most_bytes:
             break
@@ -42,9 +46,11 @@ def pages(features: Features, most_bytes: int | None) -> tuple[Markup, int]:
     return Markup("".join(rendered)), len(rendered)
 
 
-def page_of(latent: Latent, features: Features, is_open: bool = False) -> str:
-    """Render one latent."""
-    view = View(latent, features)
+def page_of(
+    latent: Latent, features: Features, said: Explained | None = None, *, is_open: bool = False
+) -> str:
+    """Render one latent, with what a language model said of it."""
+    view = View(latent, features, said)
     return render("assess/report/latent.html", latent=view, is_open=is_open, visible=visible)
 
 
@@ -67,10 +73,11 @@ class View:
     Args:
         latent: the latent.
         features: it and its like.
+        explained: what a language model said of it, if one was asked.
     """
 
-    def __init__(self, latent: Latent, features: Features) -> None:
-        self.latent, self.features = latent, features
+    def __init__(self, latent: Latent, features: Features, explained: Explained | None) -> None:
+        self.latent, self.features, self.explained = latent, features, explained
 
     @property
     def tokens(self) -> list[str]:
@@ -78,6 +85,16 @@ class View:
         every = [self.latent.contexts, *(stratum.contexts for stratum in self.latent.strata)]
         peaks = [c.place.tokens[c.place.at] for some in every for c in some if isinstance(c.place, Snippet)]
         return [visible(token) for token, _ in Counter(peaks).most_common(N_TOP_TOKENS)]
+
+    @property
+    def explanation(self) -> str:
+        """What a language model says of it, on one line; empty where it says nothing."""
+        return visible((self.explained and self.explained.text) or "", EXPLANATION_LETTERS)
+
+    @property
+    def score(self) -> str:
+        """Say how well that tells where it fires."""
+        return score_words(self.explained) if self.explained else ""
 
     @property
     def outline(self) -> str:

@@ -12,7 +12,9 @@ from markupsafe import Markup
 from numpy import float64
 from numpy.typing import NDArray
 
+from saemill.assess.explained import summary
 from saemill.assess.report import charts, compared, latents, variants
+from saemill.assess.report.picture import SIZE
 from saemill.assess.report.shards import Shards
 from saemill.assess.report.visible import visible
 from saemill.assess.sums import number
@@ -21,16 +23,8 @@ from saemill.assess.verdict import TITLES
 from saemill.common import durable
 from saemill.common.log import counted
 from saemill.common.page import render
+from saemill.common.stores.explanations import Explanations
 from saemill.common.stores.features import Features
-
-SIZE = {
-    "width": charts.WIDTH,
-    "height": charts.HEIGHT,
-    "left": charts.LEFT,
-    "right": charts.RIGHT,
-    "top": charts.TOP,
-    "bottom": charts.BOTTOM,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +43,7 @@ def write_html(
     assessment: dict[str, Any],
     features: Features,
     densities: Mapping[str, NDArray[float64]],
+    explained: Explanations | None,
     most_bytes: int,
     shards: Shards | None = None,
 ) -> None:
@@ -59,27 +54,31 @@ def write_html(
         assessment: the content of `final_assessment.json`.
         features: the latents to show.
         densities: variant → share of tokens on which each latent fired, [F].
+        explained: what a language model said of the latents, if one was asked.
         most_bytes: size from which on latents are left out.
         shards: all latents, where they lie beside it.
     """
-    durable.write_bytes(path, [_page(assessment, features, densities, most_bytes, shards, None).encode()])
+    page = _page(assessment, features, densities, explained, most_bytes, shards, None)
+    durable.write_bytes(path, [page.encode()])
 
 
 def live_page(
     assessment: dict[str, Any],
     features: Features,
     densities: Mapping[str, NDArray[float64]],
+    explained: Explanations | None,
     most_bytes: int,
     live: Live,
 ) -> str:
     """Render the page of `saemill view`, which asks its server for what is not on it; see `write_html`."""
-    return _page(assessment, features, densities, most_bytes, None, live)
+    return _page(assessment, features, densities, explained, most_bytes, None, live)
 
 
 def _page(
     assessment: dict[str, Any],
     features: Features,
     densities: Mapping[str, NDArray[float64]],
+    explained: Explanations | None,
     most_bytes: int,
     shards: Shards | None,
     live: Live | None,
@@ -89,12 +88,13 @@ def _page(
         "shown": features,
         "word": _word(features),
         "drawn": _drawn(features),
+        "explained": summary(explained) if explained else "",
         "shards": shards,
         "live": live,
         **_script("live.js" if live else "shards.js"),
     }
     without = render("assess/report/report.html", **values, latents="", left_out="")
-    html, n = latents.pages(features, most_bytes - len(without.encode()) - 1000)
+    html, n = latents.pages(features, explained, most_bytes - len(without.encode()) - 1000)
     left_out = _left_out(len(features.latents) - n, most_bytes)
     others = _others(features.variant, shards, live)
     return render("assess/report/report.html", **values, latents=html, left_out=f"{left_out}{others}")
@@ -171,12 +171,13 @@ def _others(variant: str, shards: Shards | None, live: Live | None) -> str:
     )
 
 
-def write_latents(path: Path, features: Features) -> None:
+def write_latents(path: Path, features: Features, explained: Explanations | None) -> None:
     """Write a page with these latents alone."""
-    html, _ = latents.pages(features, None)
+    html, _ = latents.pages(features, explained, None)
     page = render(
         "assess/report/latents.html",
         shown=features,
+        explained=summary(explained) if explained else "",
         word=_word(features),
         latents=html,
         shards=None,

@@ -10,6 +10,7 @@ from types import TracebackType
 
 from saemill.cache.claims.files import CLAIM, claim_path, claims_on, remove, worker_of
 from saemill.cache.claims.owner import Owner, Seen
+from saemill.cache.placing import OnDisk, Place
 from saemill.common.errors import Interrupted, StoreError
 from saemill.common.log import say
 
@@ -65,10 +66,12 @@ class Worker:
     Args:
         folder: the one that they share; made here, and removed by the last to leave.
         stop: when set, waiting ends with `Interrupted`.
+        place: where what they finish belongs; by default the folder that theirs is in.
     """
 
-    def __init__(self, folder: Path, stop: threading.Event) -> None:
+    def __init__(self, folder: Path, stop: threading.Event, place: Place | None = None) -> None:
         self.folder, self.stop = folder, stop
+        self.place = OnDisk(folder.parent) if place is None else place
         self.claims: set[Claim] = set()
         self._numbers = itertools.count()
         self._left = threading.Event()

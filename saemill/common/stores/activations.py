@@ -99,6 +99,20 @@ class ActivationStore:
         """Where the store lies: its folder, from anywhere on this machine, or its address."""
         return str(self.path.absolute()) if self.mirror is None else self.mirror.known.address
 
+    def cache_locally(self, max_bytes: int | None) -> bool:
+        """Keep blocks that are read over the network on a disk here, and read them there again.
+
+        Args:
+            max_bytes: see `LocalCache`; 0 keeps none.
+
+        Returns: whether any are read so, of this store or the one beside it.
+        """
+        stores = (self, self.beside)
+        remote = [s.mirror for s in stores if s is not None and s.mirror is not None]
+        for each in remote if max_bytes != 0 else []:
+            each.cache_locally(max_bytes)
+        return bool(remote)
+
     def _open_text(self) -> TokenStore | PassageStore:
         """Open the tokens, or the passages, that the addresses name."""
         holds_embeddings = self.settings.kind == EMBEDDINGS
@@ -164,10 +178,16 @@ class ActivationStore:
     def unfinished(self) -> dict[str, int]:
         """Shards committed, by the name of each unfinished site."""
         return {
-            name: len(list(site_path(self.path, name).glob("commits/*.json")))
+            name: len(self.committed(name))
             for name in sites_in(self.path)
             if not (site_path(self.path, name) / "manifest.json").exists()
         }
+
+    def committed(self, site: str) -> set[int]:
+        """List the shards of a site that have a record, in whatever state."""
+        folder = site_path(self.path, site) / "commits"
+        files = folder.glob("*.json") if self.mirror is None else self.mirror.files_in(folder)
+        return {int(file.stem) for file in files if file.stem.isdecimal()}
 
     @property
     def fingerprint(self) -> str:

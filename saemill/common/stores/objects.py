@@ -1,22 +1,29 @@
-"""Objects of an object store (S3, Google Cloud, Azure), read range by range, with patience.
+"""Objects of an object store (S3, Google Cloud, Azure), read range by range and written whole, with patience.
 
-A read that fails for a moment, or falls short, is tried again after a while that doubles each time. Wrong
-bytes are found by the hashes of what is read, as on a disk.
+What fails for a moment, or falls short, is tried again after a while that doubles each time. Wrong bytes that
+are read are found by their hashes, as on a disk; what is written is compared with what arrived.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saemill.common.errors import ConfigError, DiskError, MissingError, StoreError
+from saemill.common.stores.local_cache import LocalCache
 
 T = TypeVar("T")
 N_ATTEMPTS = 6
 FIRST_WAIT_SECONDS = 0.25
+READ_SECONDS, WRITE_SECONDS = 60, 600
+"""Time that one request may take: of 16 MiB that are read, and of a whole shard that is written."""
+MOST_BYTES = 5_000_000_000
+"""Of an object that is written at once, in S3."""
 
 
 class ObjectStore:
@@ -37,9 +44,12 @@ class ObjectStore:
         except ImportError as error:
             raise ConfigError(f"{address} needs obstore: pip install 'saemill[remote]'") from error
         endpoint = next((os.environ[name] for name in ENDPOINTS if name in os.environ), "")
-        options: Any = {"timeout": "60s", "allow_http": endpoint.startswith("http://")}
+        options: Any = {"allow_http": endpoint.startswith("http://")}
         try:
-            self._store: Any = from_url(address, client_options=options, retry_config=NO_RETRIES)
+            self._store, self._to_write = (
+                from_url(address, client_options=options | {"timeout": f"{n}s"}, retry_config=NO_RETRIES)
+                for n in (READ_SECONDS, WRITE_SECONDS)
+            )
         except Exception as error:  # of types that obstore has for each provider
             raise ConfigError(f"{address} cannot be opened: {_first_line(error)}") from error
 
@@ -79,8 +89,96 @@ class ObjectStore:
 
         return self._patiently(ranged, key)
 
-    def _patiently(self, action: Callable[[], T], key: str) -> T:
-        """Do something, again where it fails for a moment."""
+    def look(self, key: str) -> tuple[int, str | None] | None:
+        """Ask for the size and tag of an object as it is now; None where there is none.
+
+        Raises:
+            ConfigError, DiskError: as of `read`.
+        """
+        import obstore
+
+        try:
+            found = self._patiently(lambda: obstore.head(self._store, key), key)
+        except MissingError:
+            return None
+        return found["size"], found["e_tag"]
+
+    def create(self, key: str, content: bytes) -> str | None:
+        """Write an object where there is none, all of it or nothing. One that is there with the same content
+        counts as written: by an attempt of which the answer was lost, or by another process.
+
+        Returns: its tag.
+
+        Raises:
+            FileExistsError: there is one of other content.
+            ConfigError, DiskError: as of `read`.
+        """
+        from obstore import exceptions
+
+        mode: Any = "create"
+
+        def attempt() -> str | None:
+            nonlocal mode
+            try:
+                tag = self._put(key, content, mode)
+            except (FileExistsError, exceptions.AlreadyExistsError, exceptions.PreconditionError):
+                if (found := self.look(key)) is None:
+                    raise OSError("another process is writing it") from None
+                if not self._holds(key, found[1], content):
+                    raise FileExistsError(f"{self.address}/{key}") from None
+                return found[1]
+            if not self._holds(key, tag, content):
+                mode = {"e_tag": tag}  # over what this attempt has left there
+                raise OSError(ARRIVED_OTHERWISE)
+            return tag
+
+        return self._patiently(attempt, key, "written")
+
+    def write(self, key: str, content: bytes) -> str | None:
+        """Write an object, in place of another too. Returns: its tag.
+
+        Raises:
+            ConfigError, DiskError: as of `read`.
+        """
+
+        def attempt() -> str | None:
+            tag = self._put(key, content, "overwrite")
+            if not self._holds(key, tag, content):
+                raise OSError(ARRIVED_OTHERWISE)
+            return tag
+
+        return self._patiently(attempt, key, "written")
+
+    def delete(self, key: str) -> None:
+        """Remove an object, if there is one.
+
+        Raises:
+            ConfigError, DiskError: as of `read`.
+        """
+        import obstore
+
+        def attempt() -> None:
+            with suppress(FileNotFoundError):
+                obstore.delete(self._store, key)
+
+        self._patiently(attempt, key, "removed")
+
+    def _put(self, key: str, content: bytes, mode: Any) -> str | None:
+        import obstore
+
+        return obstore.put(self._to_write, key, content, mode=mode, use_multipart=False)["e_tag"]
+
+    def _holds(self, key: str, tag: str | None, content: bytes) -> bool:
+        """Tell whether an object has some content: by its tag where that is the content's MD5, as it is in S3
+        unless the bucket is encrypted by a key of its own; else it is read."""
+        import obstore
+
+        if tag is not None and is_tag_of(content, tag):
+            return True
+        return bytes(obstore.get(self._store, key).bytes()) == content
+
+    def _patiently(self, action: Callable[[], T], key: str, done: str = "read") -> T:
+        """Do something, again where it fails for a moment; `done` says in messages what."""
         from obstore import exceptions
 
         what = f"{self.address}/{key}".rstrip("/")
@@ -88,6 +186,8 @@ class ObjectStore:
         for attempt in range(N_ATTEMPTS):
             try:
                 return action()
+            except FileExistsError:
+                raise
             except (FileNotFoundError, exceptions.NotFoundError) as error:
                 raise MissingError(f"{what}: there is no such object or bucket") from error
             except exceptions.PreconditionError as error:
@@ -96,13 +196,15 @@ class ObjectStore:
                 ) from error
             except refused as error:
                 raise ConfigError(
-                    f"{what} may not be read: {_first_line(error)}; give credentials that may, in the "
+                    f"{what} may not be {done}: {_first_line(error)}; give credentials that may, in the "
                     "environment"
                 ) from error
             except Exception as error:  # each kind of failure of a network has a type of its own
+                if NO_BUCKET in str(error):
+                    raise MissingError(f"{what}: there is no such bucket; make it first") from error
                 if attempt == N_ATTEMPTS - 1:
                     raise DiskError(
-                        f"{what} cannot be read after {N_ATTEMPTS} attempts: {_first_line(error)}; run the "
+                        f"{what} cannot be {done} after {N_ATTEMPTS} attempts: {_first_line(error)}; run the "
                         "same command again when it can be reached"
                     ) from error
                 time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
@@ -117,10 +219,14 @@ class ObjectContent:
         key: its name.
         n_bytes: its size.
         tag: as it was listed.
+        cache: where what was read is kept. An object without a tag, by which a change would be seen, is not.
     """
 
-    def __init__(self, store: ObjectStore, key: str, n_bytes: int, tag: str | None) -> None:
+    def __init__(
+        self, store: ObjectStore, key: str, n_bytes: int, tag: str | None, cache: LocalCache | None = None
+    ) -> None:
         self.store, self.key, self.n_bytes, self.tag = store, key, n_bytes, tag
+        self.cache = cache
 
     def __len__(self) -> int:
         return self.n_bytes
@@ -128,14 +234,32 @@ class ObjectContent:
     def __getitem__(self, span: slice) -> NDArray[np.uint8]:
         """Read consecutive bytes, in memory of their own; fewer where the object ends before."""
         start, stop, _ = span.indices(self.n_bytes)
-        return np.frombuffer(
-            bytearray(self.store.read(self.key, self.tag, start, max(start, stop))), np.uint8
-        )
+        stop = max(start, stop)
+        if self.cache is None or self.tag is None:
+            return self._read(start, stop)
+        name = LocalCache.name_of(self.key, self.tag)
+        kept = self.cache.read(name, start, stop)
+        if kept is None:
+            kept = self._read(start, stop)
+            self.cache.keep(name, start, kept)
+        return kept
+
+    def _read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Read consecutive bytes where the object is."""
+        return np.frombuffer(bytearray(self.store.read(self.key, self.tag, start, stop)), np.uint8)
 
 
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 NO_RETRIES: Any = {"max_retries": 0}
 """obstore's own attempts, which do not cover a body that falls short."""
+NO_BUCKET = "NoSuchBucket"
+"""Code of S3's answer, which listing does not tell from other failures."""
+ARRIVED_OTHERWISE = "other bytes arrived than were sent"
+
+
+def is_tag_of(content: bytes, tag: str) -> bool:
+    """Tell whether a tag is the MD5 of some content, which S3 makes it of most objects."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest() == tag.strip('"')
 
 
 def _first_line(error: Exception) -> str:

@@ -45,10 +45,14 @@ ASSESSMENT = "final_assessment.json"
 REPORT = "report.html"
 BESIDE = "report-latents"
 """Name of the folder of the latents beside the page."""
+PARETO = "pareto.svg"
+"""Name of the picture of FVU and ΔCE against L0."""
 LATENTS = "latents.parquet"
 """Name of the table of each latent's firing."""
 FEATURES = "features.json"
 """Name of the record of the latents that are shown."""
+EXPLANATIONS, ANSWERS = "explanations.json", "explanations.jsonl"
+"""Names of the record of what a language model says of latents, and of its prompts and answers."""
 DOCUMENTS, DOCUMENTS_MODEL = "documents.parquet", "documents_model.parquet"
 """Names of the sums per document, of the activations and of the model's losses."""
 ANEW = "The same `saemill train` with --no-resume trains the run anew."
@@ -57,7 +61,8 @@ CHECKPOINTS = "checkpoint-"
 RESERVED = (
     *(IDENTITY, CONFIG, METRICS, HALVING, UNITS, CHECKPOINT, FINISHED),
     *(WANDB, WANDB_LOGGED, WANDB_FOLDER, TENSORBOARD, STEPS, PROFILE, CARD),
-    *(ASSESSMENT, REPORT, BESIDE, LATENTS, FEATURES, DOCUMENTS, DOCUMENTS_MODEL),
+    *(ASSESSMENT, REPORT, BESIDE, PARETO, LATENTS, FEATURES, DOCUMENTS, DOCUMENTS_MODEL),
+    *(EXPLANATIONS, ANSWERS),
 )
 """Names in a run's folder that no variant may have."""
 MOST_NAME_BYTES = 200

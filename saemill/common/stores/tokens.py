@@ -25,7 +25,7 @@ from pydantic import ConfigDict, Field, JsonValue, model_validator
 from saemill.common import durable, hub, records
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.records import Count, Positive, Record
-from saemill.common.stores import message_roles
+from saemill.common.stores import message_roles, mirror
 from saemill.common.stores.columns import read_table
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.message_roles import RoleSpans
@@ -167,7 +167,7 @@ class TokenStore:
     every other file when it is first read.
 
     Args:
-        path: the folder.
+        path: the folder, or the address of one in an object store (see `mirror`).
         repair: the sentence on what to do about damage.
 
     Raises:
@@ -178,8 +178,8 @@ class TokenStore:
     """Words of messages for an address, a row, and a text of its own."""
 
     def __init__(self, path: Path | str, repair: str = REPAIR) -> None:
-        self.path, self.repair = Path(path), repair
-        hub.check_local(self.path)
+        hub.check_local(path)
+        (self.path, self.mirror), self.repair = mirror.opened(path), repair
         self.manifest = read_manifest(self.path, repair)
         self.n_rows, self.ctx_len = self.manifest.n_rows, self.manifest.ctx_len
         self.n_tokens = self.n_rows * self.ctx_len
@@ -192,6 +192,11 @@ class TokenStore:
         self.ids = self._array("tokens", self.ctx_len)
         """Token ids of the rows, shard by shard."""
         self._held_out = self._array("held_out", 1)
+
+    @property
+    def named(self) -> str:
+        """The folder as it was named, or the address."""
+        return str(self.path) if self.mirror is None else self.mirror.known.address
 
     def _array(self, name: str, width: int) -> ShardedArray:
         """Open an array whose shards are all there and listed; each is hashed when it is first read."""

@@ -1,4 +1,5 @@
-"""What `saemill assess` wrote, to wandb: each variant's summary and density, and one table of all."""
+"""What `saemill assess` wrote, to wandb: each variant's summary and density, one table of all, the charts
+against L0, and where some latents fire."""
 
 import json
 from pathlib import Path
@@ -9,8 +10,9 @@ from numpy.typing import NDArray
 
 from saemill.common import records
 from saemill.common.errors import StoreError
-from saemill.common.stores import assessments
-from saemill.common.stores.runs import ASSESSMENT, LATENTS, METRICS, REPORT, WANDB
+from saemill.common.stores import assessments, features
+from saemill.common.stores.features import Context, Passage
+from saemill.common.stores.runs import ASSESSMENT, LATENTS, METRICS, PARETO, REPORT, WANDB
 from saemill.common.tracking.follow import catch_up, state
 from saemill.common.tracking.process import new_id
 from saemill.common.tracking.record import Assessed, WandbSettings
@@ -19,6 +21,8 @@ from saemill.common.tracking.runs import Runs, log_artifact, start, values
 N_BINS = 64
 """Number of bins of the histograms of density."""
 FILES = (ASSESSMENT, REPORT, LATENTS)
+N_LATENTS, N_CONTEXTS, LETTERS = 20, 3, 160
+"""Latents in the table of contexts, contexts of each, and letters of a context."""
 
 
 def log_assessment(folder: Path, out: Path) -> None:
@@ -108,15 +112,19 @@ def _histogram(density: NDArray[np.float64], n_tokens: int) -> Any:
 def _log_table(
     folder: Path, out: Path, prefix: str, assessment: dict[str, Any], settings: WandbSettings
 ) -> None:
-    """Log a run of the group for the assessment as a whole: the table of variants, and the page."""
+    """Log a run of the group for the assessment as a whole: tables of variants and of contexts, the charts,
+    and the page."""
     import wandb
 
     name = "assessment" if prefix == "assess" else f"assessment {prefix}"
     config = {key: assessment[key] for key in ("data", "thresholds", "versions")}
     run = start(folder, settings, name, settings.assessments[prefix].id, "assess", config, quiet=True)
     run.summary["best_variant"] = assessment["best_variant"]
-    page = wandb.Html(_without_latents((out / REPORT).read_text()), inject=False)
-    run.log({f"{prefix}/variants": _table(assessment), f"{prefix}/report": page})
+    page = wandb.Html(_without_latents((out / REPORT).read_text()), inject=False, data_is_not_path=True)
+    media = {"variants": _table(assessment), "report": page, "contexts": _contexts(out)}
+    if (out / PARETO).exists():
+        media["pareto"] = wandb.Html((out / PARETO).read_text(), inject=False, data_is_not_path=True)
+    run.log({f"{prefix}/{what}": shown for what, shown in media.items()})
     if settings.artifacts:
         log_artifact(
             run, f"{settings.group}-{settings.prefix}{name}", "assessment", [out / file for file in FILES]
@@ -148,3 +156,29 @@ def _table(assessment: dict[str, Any]) -> Any:
         for entry in entries
     ]
     return wandb.Table(columns=["variant", *shown[1:], *metrics], data=rows)
+
+
+def _contexts(out: Path) -> Any:
+    """Make a table of where some latents fire most: the first that were drawn at random, none picked."""
+    import wandb
+
+    shown = features.load(out)
+    drawn = [latent for latent in shown.latents if not latent.asked][:N_LATENTS]
+    rows = [
+        [shown.variant, latent.latent, latent.density, context.activation, _text(context)]
+        for latent in drawn
+        for context in latent.contexts[:N_CONTEXTS]
+    ]
+    return wandb.Table(columns=["variant", "latent", "density", "activation", "context"], data=rows)
+
+
+def _text(context: Context) -> str:
+    """Write a place in a line, with the token at which the latent fires between « and »."""
+    place = context.place
+    if isinstance(place, Passage):
+        return " ".join((place.text or str(place.address)).split())[:LETTERS]
+    before, token, after = (
+        "".join(part).replace("\n", " ")
+        for part in (place.tokens[: place.at], place.tokens[place.at], place.tokens[place.at + 1 :])
+    )
+    return f"{before[-LETTERS // 2 :]}«{token}»{after[: LETTERS // 2]}"

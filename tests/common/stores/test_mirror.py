@@ -1,48 +1,25 @@
 """Stores in an object store: what is read of them, and what is not taken for it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from object_store import S3, Answer, serving
+from object_store import S3, Answer
 from stores import make_store
 
 from saemill.common.errors import ConfigError, DiskError, MissingError, StoreError
-from saemill.common.stores import mirror, objects
+from saemill.common.stores import mirror
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.tokens import TokenStore
 from saemill.hub.push import push
 from saemill.pipeline.stages import check_input
 from saemill.show import describe, problems
 from saemill.slurm import progress
-from saemill.tokenize.config import TokenizeConfig
-from saemill.tokenize.run import run as tokenize
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
 
 N_TOKENS, D = 400 * 16, 8
-
-
-@pytest.fixture(scope="module")
-def patched() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objects, "FIRST_WAIT_SECONDS", 0.0)
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def server(patched: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    with serving(patched, tmp_path_factory.mktemp("cache")) as s3:
-        yield s3
-
-
-@pytest.fixture
-def s3(server: S3) -> Iterator[S3]:
-    """The server, without faults before and after."""
-    server.fault, server.cut_at = lambda _, answer: answer, None
-    yield server
-    server.fault, server.cut_at = lambda _, answer: answer, None
 
 
 def local_store(folder: Path, form: tuple[str, str | None] = ("bf16", None)) -> ActivationStore:
@@ -135,12 +112,56 @@ def test_objects_that_are_missing_or_short_are_named(s3: S3, tmp_path: Path) -> 
     s3.put_file("short/a/c/1/0", shard[:-2])
     with pytest.raises(StoreError, match=rf"{address}/a/c/1/0: file has {len(shard) - 2:,} bytes, expected"):
         ActivationStore(address).site("a")
+    for name in ("manifest.json", "commits/3.json"):
+        s3.delete(f"short/a/{name}")
+    assert f"a: unfinished, {local.n_shards - 1} of {local.n_shards} shards" in describe(Path(address))
+    assert [line for line in problems(Path(address)) if "a shard 1: file has" in line]
+    s3.put_file("short/a/manifest.json", (local.path / "a/manifest.json").read_bytes())
     s3.delete("short/a/c/1/0")
     with pytest.raises(StoreError, match=f"{address}/a/c/1/0: file is missing"):
         ActivationStore(address).site("a")
     assert [line for line in problems(Path(address)) if "a shard 1: file is missing" in line]
-    with pytest.raises(MissingError, match="s3://bucket/nowhere holds no activation store; name the folder"):
+    with pytest.raises(MissingError, match="s3://bucket/nowhere holds no store; name the folder"):
         ActivationStore("s3://bucket/nowhere")
+    with pytest.raises(MissingError, match="s3://nobucket/acts: there is no such bucket; make it first"):
+        ActivationStore("s3://nobucket/acts")
+
+
+def test_tokens_are_read_at_an_address(s3: S3, tmp_path: Path) -> None:
+    """Oracle: the same tokens on the disk; what lacks there is named."""
+    local = local_store(tmp_path / "acts").tokens
+    address = s3.put(local.path, "tokens")
+    remote = TokenStore(address)
+    assert (remote.fingerprint, remote.named) == (local.fingerprint, address)
+    assert np.array_equal(remote.rows(0, 400), local.rows(0, 400))
+    assert np.array_equal(remote.held_out_R, local.held_out_R)
+    assert describe(Path(address)).startswith(f"token store {address}\n")
+    assert problems(Path(address)) == []
+    before = s3.n_requests
+    assert TokenStore(address).fingerprint == local.fingerprint
+    assert s3.n_requests - before == 1, "the list alone"
+    s3.delete("tokens/segments.parquet")
+    assert any(f"{address}/segments.parquet: file is missing" in line for line in problems(Path(address)))
+    with pytest.raises(StoreError, match=r"segments.parquet: file is missing"):
+        TokenStore(address)
+
+
+def test_verify_fetches_a_mirror_anew(s3: S3, tmp_path: Path) -> None:
+    """Oracle: the store on the disk. Files of the mirror are damaged, and none in the bucket."""
+    local = local_store(tmp_path / "acts")
+    address = s3.put(local.path, "acts")
+    remote = ActivationStore(address)
+    remote.array("a").norms(0)
+    for name in ("tokens/tokens/c/0/0", "a/manifest.json", "a/commits/0.json"):
+        content = bytearray((remote.path / name).read_bytes())
+        content[50] ^= 1
+        (remote.path / name).write_bytes(content)
+    with pytest.raises(StoreError, match=r"manifest\.json is damaged"):
+        ActivationStore(address).array("a")
+    assert problems(Path(address)) == []
+    again = ActivationStore(address)
+    assert torch.equal(again.read("a", 0, 100), local.read("a", 0, 100))
+    assert np.array_equal(again.array("a").norms(0), local.array("a").norms(0))
 
 
 def test_a_mirror_follows_its_address(s3: S3, tmp_path: Path) -> None:
@@ -190,8 +211,9 @@ def test_every_command_takes_an_address_or_says_why_not(s3: S3, tmp_path: Path) 
         push(Path(address), "user/repo", dry_run=True)
 
 
-def test_nothing_is_written_to_an_address(tmp_path: Path) -> None:
+def test_nothing_else_is_written_to_an_address(tmp_path: Path) -> None:
     """Oracle: the refusal, before any work; and no folder that is called s3."""
-    with pytest.raises(ConfigError, match=r"out is s3://bucket/tokens, and saemill writes to disks alone"):
-        tokenize(TokenizeConfig(dataset=str(tmp_path), tokenizer="t", out=Path("s3://bucket/tokens")))
+    local = local_store(tmp_path / "acts")
+    with pytest.raises(ConfigError, match="out is s3://bucket/run, and only `tokenize` and `cache` write"):
+        train(TrainConfig(acts=local.path, out=Path("s3://bucket/run"), site=("a",), k=(2,), device="cpu"))
     assert not Path("s3:").exists()

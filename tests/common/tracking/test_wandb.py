@@ -17,6 +17,7 @@ from wandb_server import server
 from saemill.assess.config import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.common.errors import ConfigError, Interrupted
+from saemill.common.stores import features
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.runs import WANDB_LOGGED
 from saemill.common.tracking import process
@@ -321,7 +322,9 @@ def test_an_assessment_goes_to_the_runs_of_its_variants(acts: Path, tmp_path: Pa
     (out / WANDB_LOGGED).unlink()  # as if wandb had not been there
     for folder in out.glob("wandb/offline-run-*"):
         folder.rename(folder.with_name(folder.name.replace("offline-run", "lost")))
-    assessment = assess(AssessConfig(run=out, device="cpu", n_latents=2, most_beside=0, model_tokens=1000))
+    assessment = assess(
+        AssessConfig(run=out, device="cpu", n_latents=4, latents=(3,), most_beside=0, model_tokens=1000)
+    )
     found = written(out)
     ids = json.loads((out / "wandb.json").read_text())
     for place, entry in enumerate(assessment["variants"]):
@@ -342,13 +345,13 @@ def test_an_assessment_goes_to_the_runs_of_its_variants(acts: Path, tmp_path: Pa
     (table,) = found["assessment"]
     assert (table.run.job_type, table.run.run_group) == ("assess", "run")
     assert table.summary["best_variant"] == assessment["best_variant"]
-    (file,) = out.glob("wandb/offline-*/files/media/table/assess/*.json")
+    (file,) = out.glob("wandb/offline-*/files/media/table/assess/variants*.json")
     rows = [dict(zip(json.loads(file.read_text())["columns"], row, strict=True)) for row in
             json.loads(file.read_text())["data"]]  # fmt: skip
     entries = assessment["variants"] + assessment["controls"]
     assert [row["variant"] for row in rows] == [entry["name"] for entry in entries]
     assert [row["delta_ce"] for row in rows] == [e["metrics"]["delta_ce"]["value"] for e in entries]
-    (page,) = out.glob("wandb/offline-*/files/media/html/assess/*.html")
+    (page,) = out.glob("wandb/offline-*/files/media/html/assess/report*.html")
     whole = (out / "report.html").read_text()
     before, section, latents = whole.partition('<section id="latents"')
     assert section
@@ -357,9 +360,24 @@ def test_an_assessment_goes_to_the_runs_of_its_variants(acts: Path, tmp_path: Pa
     assert shown.endswith(latents.partition("</section>")[2])
     assert 'class="latent"' not in shown
     assert len(shown) < len(before) + 20_000
+    (chart,) = out.glob("wandb/offline-*/files/media/html/assess/pareto*.html")
+    assert chart.read_bytes() == (out / "pareto.svg").read_bytes()
+    (file,) = out.glob("wandb/offline-*/files/media/table/assess/contexts*.json")
+    check_contexts(json.loads(file.read_text()), features.load(out))
     n_files = len(list(out.glob("wandb/offline-run-*")))
     assess(AssessConfig(run=out, device="cpu", with_model=False, n_latents=0, log_to_wandb=False))
     assert len(list(out.glob("wandb/offline-run-*"))) == n_files
+
+
+def check_contexts(table: dict[str, Any], shown: features.Features) -> None:
+    """Oracle: features.json: the first latents of the draw, whatever was asked for beside them."""
+    drawn = [latent for latent in shown.latents if not latent.asked][:20]
+    assert [row[1] for row in table["data"]] == [d.latent for d in drawn for _ in d.contexts[:3]]
+    for row, context in zip(table["data"], (c for d in drawn for c in d.contexts[:3]), strict=True):
+        place = context.place
+        assert isinstance(place, features.Snippet)
+        assert row[3] == context.activation
+        assert f"«{place.tokens[place.at]}»".replace("\n", " ") in row[4]
 
 
 def test_the_figures_of_saes_within_one_go_along() -> None:

@@ -1,0 +1,182 @@
+"""How the finished files of a store get to their places: on a disk, or in a bucket that has a mirror here.
+
+Both know one act that only one process can do, of any that try at once: to make a file where there is none.
+What is unfinished, and the claims, are on a disk in any case.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+from platformdirs import user_cache_path
+
+from saemill.cache.claims.files import CLAIMS, remove
+from saemill.common import durable
+from saemill.common.addresses import address_of
+from saemill.common.stores import mirror
+from saemill.common.stores.activations import ActivationStore
+
+Mark = int | str | None
+"""What is another one when a file is: its inode, or its object's tag; None where there is none."""
+
+
+class Place(Protocol):
+    """Where a store lies. All paths are those of files in its folder."""
+
+    name: str
+    """Name that the user gave it."""
+    folder: Path
+    """Its folder, or the mirror of its address."""
+    claims: Path
+    """Folder that its workers share."""
+
+    def create(self, written: Path, path: Path) -> Mark:
+        """Put a finished file in its place, where there is none.
+
+        Raises:
+            FileExistsError: there is one, of other content.
+        """
+
+    def replace(self, written: Path, path: Path) -> Mark:
+        """Put a finished file in its place, in place of another too."""
+
+    def replace_tokens(self, written: Path, path: Path) -> None:
+        """Put the finished copy of the tokens in place of what is there."""
+
+    def mark(self, path: Path) -> Mark:
+        """Look up the mark of what is there now."""
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, or a folder with all its files, if it is there."""
+
+    def refresh(self) -> None:
+        """Learn what others have changed."""
+
+    def opened(self) -> ActivationStore:
+        """Open the store."""
+
+    def named(self, path: Path) -> str:
+        """Name a file as messages do."""
+
+
+class OnDisk:
+    """A folder.
+
+    Args:
+        folder: it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.name, self.folder, self.claims = str(folder), folder, folder / CLAIMS
+
+    def create(self, written: Path, path: Path) -> Mark:
+        """Link a file; see `Place`."""
+        mark = self.mark(written)
+        durable.place(written, path)
+        return mark
+
+    def replace(self, written: Path, path: Path) -> Mark:
+        """Rename a file; see `Place`."""
+        mark = self.mark(written)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written.replace(path)
+        durable.sync_folder(path.parent)
+        return mark
+
+    def replace_tokens(self, written: Path, path: Path) -> None:
+        """Rename a folder; see `Place`."""
+        shutil.rmtree(path, ignore_errors=True)
+        written.replace(path)
+        durable.sync_folder(path.parent)
+
+    def mark(self, path: Path) -> Mark:
+        """Look up an inode; see `Place`."""
+        try:
+            return path.stat().st_ino
+        except FileNotFoundError:
+            return None
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or folder; see `Place`."""
+        remove(path)
+
+    def refresh(self) -> None:
+        """Do nothing: the folder is what is there."""
+
+    def opened(self) -> ActivationStore:
+        """Open the store; see `Place`."""
+        return ActivationStore(self.folder)
+
+    def named(self, path: Path) -> str:
+        """Name a file by its path."""
+        return str(path)
+
+
+class InBucket:
+    """An address in an object store. Workers share out its shards when they share the folder of claims.
+
+    Args:
+        address: it.
+
+    Raises:
+        StoreError: other things lie there.
+        ConfigError, DiskError: it cannot be read.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.name, self.mirror = address, mirror.opened_to_write(address)
+        self.folder = self.mirror.folder
+        self.claims = user_cache_path("saemill") / CLAIMS / self.folder.name
+
+    def create(self, written: Path, path: Path) -> Mark:
+        """Upload a file by a conditional PUT; see `Place`."""
+        return self.mirror.create(path, written.read_bytes())
+
+    def replace(self, written: Path, path: Path) -> Mark:
+        """Upload a file; see `Place`."""
+        mark = self.mirror.write(path, written.read_bytes())
+        written.unlink()
+        return mark
+
+    def replace_tokens(self, written: Path, path: Path) -> None:
+        """Upload a folder. Its manifest comes first, by which a store that was begun is known; what lacks
+        after a kill is seen by it."""
+        self.remove(path)
+        files = sorted(file for file in written.rglob("*") if file.is_file())
+        for file in sorted(files, key=lambda file: file != written / "manifest.json"):
+            self.replace(file, path / file.relative_to(written))
+        shutil.rmtree(written)
+
+    def mark(self, path: Path) -> Mark:
+        """Look up a tag; see `Place`."""
+        return self.mirror.tag(path)
+
+    def remove(self, path: Path) -> None:
+        """Remove an object, or all below a folder; see `Place`."""
+        key = self.mirror.key_of(path)
+        for other in [other for other in self.mirror.known.objects if other.startswith(f"{key}/")]:
+            self.mirror.remove(self.folder / other)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            self.mirror.remove(path)
+
+    def refresh(self) -> None:
+        """List the bucket; see `Place`."""
+        self.mirror.refresh()
+
+    def opened(self) -> ActivationStore:
+        """Open the store; see `Place`. It knows of the objects that are written here."""
+        store = ActivationStore(self.folder)
+        store.mirror = self.mirror
+        return store
+
+    def named(self, path: Path) -> str:
+        """Name a file by its address."""
+        return self.mirror.name_of(path)
+
+
+def place_of(out: Path) -> OnDisk | InBucket:
+    """Find where a store is to lie that the user names."""
+    address = address_of(out)
+    return OnDisk(out) if address is None else InBucket(address)

@@ -1,0 +1,212 @@
+"""`saemill verify --repair`: a store is byte by byte as before the damage, or stays as it is."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from caching import SHARD, cache, marks
+from crashes import Crash, bury, crash_at, file_hashes
+from object_store import S3
+from stores import make_embeddings
+from typer.testing import CliRunner
+
+from saemill import cli
+from saemill.cache import run as cache_run
+from saemill.cache.config import CacheConfig
+from saemill.cache.recompute import repair
+from saemill.common import records
+from saemill.common.errors import ConfigError, SaemillError, StoreError
+from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.followers import Consumed
+from saemill.common.stores.site_records import CONSUMED
+from saemill.common.stores.tokens import TokenStore
+from saemill.convert_store.config import ConvertConfig
+from saemill.convert_store.run import run as convert
+from saemill.show import problems
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FORMS: dict[str, dict[str, str]] = {
+    "bf16": {}, "fp32-zstd": {"dtype": "fp32", "compression": "zstd"},
+    "int8-lz4": {"dtype": "int8", "compression": "lz4"},
+}  # fmt: skip
+OPTIONS: dict[str, Any] = {"layers": (0, 1), "max_tokens": 4 * SHARD}
+BATCH = 5
+"""Rows per forward pass of `cache`, in `caching`."""
+
+
+@pytest.fixture(scope="module")
+def stores(tokens: TokenStore, neox: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A store of two sites and four shards in each form."""
+    folder = tmp_path_factory.mktemp("forms")
+    return {name: cache(tokens, neox, folder / name, **OPTIONS, **form).path for name, form in FORMS.items()}
+
+
+def flip(content: bytes) -> bytes:
+    return content[:100] + bytes([content[100] ^ 1]) + content[101:]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "layers.0/c/0/0": flip,
+    "layers.0/c/1/0": lambda content: content[: len(content) // 2],
+    "layers.0/c/3/0": lambda content: None,
+    "layers.1/c/1/0": lambda content: bytes(len(content)),
+    "layers.1/c/2/0": lambda content: b"",
+    "layers.0/commits/2.json": flip,
+    "layers.1/commits/0.json": lambda content: None,
+    "layers.1/zarr.json": lambda content: b"{}",
+    "sites/layers.0.json": flip,
+    "zarr.json": lambda content: None,
+}
+
+
+def spoil(folder: Path) -> None:
+    for name, damage in DAMAGES.items():
+        content = damage((folder / name).read_bytes())
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_damaged_comes_out_as_it_was(form: str, stores: dict[str, Path], tmp_path: Path) -> None:
+    """Oracle: the whole store, file by file; what was whole is not touched."""
+    copy = Path(shutil.copytree(stores[form], tmp_path / "acts"))
+    spoil(copy)
+    before = {name: mark for name, mark in marks(copy).items() if name not in DAMAGES}
+    repair(copy, None, "cpu", BATCH)
+    assert file_hashes(copy) == file_hashes(stores[form])
+    assert marks(copy).items() >= before.items()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bucket_is_repaired_too(form: str, stores: dict[str, Path], s3: S3, tmp_path: Path) -> None:
+    """Oracle: the whole store, object by object."""
+    copy = Path(shutil.copytree(stores[form], tmp_path / "acts"))
+    spoil(copy)
+    address = Path(s3.put(copy, "acts"))
+    repair(address, None, "cpu", BATCH)
+    s3.fetch("acts", tmp_path / "fetched")
+    assert file_hashes(tmp_path / "fetched") == file_hashes(stores[form])
+    assert problems(address) == []
+
+
+def test_a_lost_manifest_is_merged_again_without_the_model(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the whole store; the model cannot be loaded."""
+    copy = Path(shutil.copytree(stores["int8-lz4"], tmp_path / "acts"))
+    (copy / "layers.0/manifest.json").unlink()
+    (copy / "layers.1/manifest.json").write_text("{}")
+    monkeypatch.setattr("saemill.cache.recompute.LanguageModel", None)
+    repair(copy, None, "cpu", BATCH)
+    assert file_hashes(copy) == file_hashes(stores["int8-lz4"])
+
+
+def test_a_crash_on_the_way_leaves_a_store_that_is_repaired_later(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
+    """Oracle: the whole store, after a crash before some steps on the disk and one more call."""
+    for moment in range(0, 200, 9):
+        copy = Path(shutil.copytree(stores["bf16"], tmp_path / str(moment)))
+        spoil(copy)
+        with pytest.MonkeyPatch.context() as patch:
+            crash_at(moment, patch)
+            try:
+                repair(copy, None, "cpu", BATCH)
+            except Crash:
+                bury(copy)
+            else:
+                assert moment > 20
+                return
+        repair(copy, None, "cpu", BATCH)
+        assert file_hashes(copy) == file_hashes(stores["bf16"]), f"after a crash at step {moment}"
+    raise AssertionError("the repair never ended")
+
+
+def refused(path: Path, match: str, kind: type[SaemillError] = ConfigError, **options: Any) -> None:
+    """A repair is refused, and every file stays as it is."""
+    before = file_hashes(path)
+    with pytest.raises(kind, match=match):
+        repair(path, **{"model": None, "device": "cpu", "batch_size": BATCH} | options)
+    assert file_hashes(path) == before
+
+
+def test_a_shard_that_comes_out_otherwise_replaces_none(
+    stores: dict[str, Path], neox: str, tmp_path: Path
+) -> None:
+    """Oracle: every file as it was. The model is another one, of the same shape."""
+    copy = Path(shutil.copytree(stores["bf16"], tmp_path / "acts"))
+    (copy / "layers.1/c/2/0").write_bytes(b"x")
+    config = transformers.AutoConfig.from_pretrained(neox)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    refused(
+        copy,
+        r"shard 2 of layers.1 in .* does not come out as it was, so nothing took its place: give the model",
+        model=str(tmp_path / "other"),
+    )
+    cache_again = r"nothing whole tells what shard 2 of layers.1 in .* was: `saemill cache` again"
+    (copy / "layers.1/commits/2.json").unlink()
+    (copy / "layers.1/manifest.json").write_text("{}")
+    refused(copy, cache_again, StoreError)
+
+
+def test_stores_that_no_model_computes_are_refused(
+    stores: dict[str, Path], tokens: TokenStore, neox: str, tmp_path: Path
+) -> None:
+    """Oracle: the reasons; every file stays as it is."""
+    (tmp_path / "imported").mkdir()
+    imported, _ = make_embeddings(tmp_path / "imported")
+    refused(
+        imported, "holds embeddings or imported activations, which no model here computes: run the command"
+    )
+    convert(ConvertConfig(source=stores["bf16"], out=tmp_path / "int8", dtype="int8"))
+    refused(
+        tmp_path / "int8", "was converted from a store of bf16, whose rounding is in its rows: run `saemill"
+    )
+    copy = Path(shutil.copytree(stores["bf16"], tmp_path / "acts"))
+    (copy / "tokens/segments.parquet").unlink()
+    refused(
+        copy,
+        r"copy of the tokens in .* is damaged: .*segments.parquet: file is missing. Run the command",
+        StoreError,
+    )
+    shutil.copy(stores["bf16"] / "tokens/segments.parquet", copy / "tokens/segments.parquet")
+    for site in ("layers.0", "layers.1"):
+        (copy / site / "manifest.json").unlink()
+        (copy / site / "c/0/0").unlink()
+    store = ActivationStore(copy)
+    consumed = Consumed(store=store.settings.identity, sites=("layers.0", "layers.1"), first=0, stop=1)
+    records.write(copy / CONSUMED, consumed)
+    refused(copy, "is consumed: its shard 0 was removed .* computes them again")
+    given = transformers.AutoModel.from_pretrained(neox).eval()
+    config = CacheConfig(tokens=tokens.path, model=neox, out=tmp_path / "given", **OPTIONS)
+    cache_run.run(config, given)
+    (tmp_path / "given/layers.0/c/0/0").unlink()
+    refused(tmp_path / "given", r"was cached from a model in memory \(.*\); name that model with --model")
+
+
+def test_the_command(stores: dict[str, Path], tokens: TokenStore, tmp_path: Path) -> None:
+    """Oracle: the exit codes, and the whole store."""
+    copy = Path(shutil.copytree(stores["bf16"], tmp_path / "acts"))
+    (copy / "layers.1/c/2/0").unlink()
+
+    def verify(*words: str) -> tuple[int, str]:
+        result = CliRunner().invoke(cli.app, ["verify", *words])
+        return result.exit_code, result.output
+
+    assert verify(str(copy))[0] == 1
+    code, output = verify(str(copy), "--repair", "--batch-size", str(BATCH), "--device", "cpu")
+    assert (code, "1 shard computed again, each as it was" in output) == (0, True)
+    assert "every file has its size and hash" in output
+    assert file_hashes(copy) == file_hashes(stores["bf16"])
+    for words, message in (
+        ([str(copy), "--model", "m"], "model has no effect without --repair"),
+        ([str(tokens.path), "--repair"], "is a token store, and activations alone are computed again"),
+    ):
+        result = CliRunner().invoke(cli.app, ["verify", *words])
+        assert isinstance(result.exception, ConfigError)
+        assert message in str(result.exception)
