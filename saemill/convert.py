@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from saemill.common.records import first_finding
 from saemill.common.sae import formats
 from saemill.common.sae.formats.hooks import Hook, denotes, hook_of, site_of
 from saemill.common.sae.sae import Sae
+from saemill.common.stores.site_names import JOINT
 from saemill.common.stores.site_roles import Role
 
 
@@ -120,13 +122,28 @@ def import_(path: Path | str, out: Path, model: str | None = None, format: str |
     provenance = sae.config.provenance
     hooks = {"site": provenance.get("hook_name")}
     hooks |= {"target_site": provenance.get("hook_name_out")} if sae.is_transcoder else {}
-    if model:
+    if model and sae.config.predicted:
+        sae = _with_sites(sae, model)
+        provenance = sae.config.provenance
+    elif model:
         provenance |= {"model": model} | {end: _site(name, model) for end, name in hooks.items() if name}
     with new(out) as partial:
         sae.save(partial)
     places = [place for end, name in hooks.items() if (place := provenance.get(end) or name)]
     where = " → ".join(places) or "a site that its files do not tell"
     say(f"{out}: {sae.config.described}, {where}")
+
+
+def _with_sites(sae: Sae, model: str) -> Sae:
+    """Name the sites of a cross-layer transcoder in place of the hooks that its files tell."""
+    read, predicted = (
+        tuple(replace(part, site=_site(part.site, model)) for part in parts)
+        for parts in (sae.config.joined, sae.config.predicted)
+    )
+    places = {"site": JOINT.join(p.site for p in read), "target_site": JOINT.join(p.site for p in predicted)}
+    provenance = sae.config.provenance | {"model": model} | places
+    config = replace(sae.config, joined=read, predicted=predicted, provenance=provenance)
+    return Sae.of(replace(sae.parts, config=config))
 
 
 def _site(hook_name: str, model: str) -> str:

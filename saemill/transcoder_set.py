@@ -1,12 +1,13 @@
-"""`saemill export --format circuit-tracer`: transcoders of every layer of a model, as one set."""
+"""`saemill export --format circuit-tracer`: transcoders of every layer of a model as a set, or a cross-layer
+transcoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saemill.common.errors import ConfigError
 from saemill.common.log import say
-from saemill.common.sae.formats import circuit_tracer
+from saemill.common.sae.formats import circuit_tracer, circuit_tracer_clt
 from saemill.common.sae.formats.circuit_tracer import NAME
 from saemill.common.sae.formats.hooks import BLOCKS, Hook, denotes, hook_of
 from saemill.common.sae.sae import Sae
@@ -15,7 +16,7 @@ from saemill.convert import check_new, config_of, new, role_of
 
 
 def export(paths: Sequence[str], out: Path, model: str | None = None) -> None:
-    """Write transcoders, one of each layer, as a set that circuit-tracer loads.
+    """Write transcoders, one of each layer, as a set that circuit-tracer loads; or a cross-layer transcoder.
 
     Args:
         paths: runs, of which all that were trained to the end are taken, and folders of transcoders, here or
@@ -34,11 +35,17 @@ def export(paths: Sequence[str], out: Path, model: str | None = None) -> None:
     model, revision = _model(saes, model)
     trusts = any(sae.config.provenance.get("trust_remote_code") for sae in saes.values())
     config = config_of(model, revision, trusts)
+    n_layers = config.get_text_config().num_hidden_layers
+    if any(sae.config.predicted for sae in saes.values()):
+        _export_cross_layer(saes, out, model, config.model_type, n_layers)
+        return
     by_layer = _by_layer(saes, config.model_type)
-    _check_all_there(by_layer, config.get_text_config().num_hidden_layers)
+    _check_all_there(by_layer, n_layers)
     transcoders = [saes[by_layer[layer]] for layer in sorted(by_layer)]
     with new(out) as partial:
-        circuit_tracer.write([sae.parts for sae in transcoders], partial, _output(transcoders[0]), model)
+        circuit_tracer.write(
+            [sae.parts for sae in transcoders], partial, _output(str(transcoders[0].target_site)), model
+        )
     first = transcoders[0].config
     say(f"{out}: a set for {NAME}, {len(transcoders)} layers, {first.described} each")
     if first.k is not None:
@@ -46,6 +53,31 @@ def export(paths: Sequence[str], out: Path, model: str | None = None) -> None:
             f"{NAME} reads k from a set on the hub alone, and takes transcoders of a local folder for ReLU "
             f"ones: `hf upload USER/REPO {out}` puts the set there"
         )
+
+
+def _export_cross_layer(
+    saes: dict[str, Sae], out: Path, model: str | None, model_type: str, n_layers: int
+) -> None:
+    """Write the one cross-layer transcoder that is named."""
+    (place, sae), *others = saes.items()
+    if others:
+        raise ConfigError(
+            f"{NAME} has a folder for each cross-layer transcoder, got {place} and {others[0][0]}; name one"
+        )
+    pairs = list(zip(sae.config.joined, sae.config.predicted, strict=True))
+    found = [
+        _layer(place, (reads.site, predicts.site), sae.config.provenance, model_type)
+        for reads, predicts in pairs
+    ]
+    if found != list(range(n_layers)):
+        raise ConfigError(
+            f"a cross-layer transcoder for {NAME} must have each of the model's {n_layers} layers in order, "
+            f"got {', '.join(map(str, found))}; train one of all of them"
+        )
+    hooks = Hook(0, "mlp_in").in_block, _output(sae.config.predicted[0].site)
+    with new(out) as partial:
+        circuit_tracer_clt.write(sae.parts, partial, hooks, model)
+    say(f"{out}: for {NAME}, {sae.config.described}")
 
 
 def _places(path: str) -> list[str]:
@@ -78,7 +110,10 @@ def _by_layer(saes: dict[str, Sae], model_type: str) -> dict[int, str]:
     """Find the layer of each transcoder."""
     by_layer: dict[int, str] = {}
     for place, sae in saes.items():
-        layer = _layer(place, sae, model_type)
+        if not sae.is_transcoder:
+            raise ConfigError(f"{NAME} has transcoders, got {place}, an SAE of {sae.site}; leave it out")
+        sites = str(sae.site or ""), str(sae.target_site or "")
+        layer = _layer(place, sites, sae.config.provenance, model_type)
         if layer in by_layer:
             raise ConfigError(
                 f"a set must have one transcoder per layer, got two for layer {layer}: {by_layer[layer]} and "
@@ -88,19 +123,17 @@ def _by_layer(saes: dict[str, Sae], model_type: str) -> dict[int, str]:
     return by_layer
 
 
-def _layer(place: str, sae: Sae, model_type: str) -> int:
-    """Find the layer whose MLP a transcoder stands for, or refuse it."""
-    if not sae.is_transcoder:
-        raise ConfigError(f"{NAME} has transcoders, got {place}, an SAE of {sae.site}; leave it out")
-    reads, predicts = (hook_of(site or "", model_type) for site in (sae.site, sae.target_site))
+def _layer(place: str, sites: tuple[str, str], provenance: Mapping[str, Any], model_type: str) -> int:
+    """Find the layer whose MLP is between the sites that a transcoder reads and predicts, or refuse it."""
+    reads, predicts = (hook_of(site, model_type) for site in sites)
+    target = sites[1]
     if (
         reads
         and predicts
         and (reads.kind, predicts.kind) == ("mlp_in", "mlp_out")
         and reads.layer == predicts.layer
     ):
-        target = str(sae.target_site)
-        if (role := role_of(target, sae.config.provenance)) and not denotes(predicts, role):
+        if (role := role_of(target, provenance)) and not denotes(predicts, role):
             raise ConfigError(
                 f"{NAME} has transcoders that predict what an MLP adds to the residual stream as it is; got "
                 f"{place}, of {target}, which is {role.described}"
@@ -115,7 +148,7 @@ def _layer(place: str, sae: Sae, model_type: str) -> int:
     path = block.path.format(0)
     raise ConfigError(
         f"{NAME} has transcoders of MLPs, in {model_type} from {path}.{block.mlp_in} to "
-        f"{path}.{block.mlp_out} and so on; got {place}, from {sae.site} to {sae.target_site}"
+        f"{path}.{block.mlp_out} and so on; got {place}, from {sites[0] or None} to {target or None}"
     )
 
 
@@ -128,7 +161,7 @@ def _check_all_there(by_layer: dict[int, Any], n_layers: int) -> None:
         )
 
 
-def _output(sae: Sae) -> str:
+def _output(target: str) -> str:
     """Name the hook of what is predicted. Where no norm follows the MLP the two names mean the same, and
     circuit-tracer knows the MLP's own of more models."""
-    return "mlp.hook_out" if str(sae.target_site).endswith(".mlp") else Hook(0, "mlp_out").in_block
+    return "mlp.hook_out" if target.endswith(".mlp") else Hook(0, "mlp_out").in_block

@@ -133,11 +133,11 @@ IDENTITIES: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (TrainConfig, {"follow": True}, "e21c448ba5669910"),
     (TrainConfig, {"follow": True, "follow_tokens": 4096}, "fce6be9ab85a5aa5"),
-    (AssessConfig, {}, "b6838bcf2656d142"),
+    (AssessConfig, {}, "dda8bdfdbfd3f714"),
     (
         AssessConfig,
         {"thresholds": {"min_l0": 3}, "tokens": "t", "latents": [1, 2], "out": "x", "device": "cpu"},
-        "a870d78e48da4ca0",
+        "3a91977e6144c075",
     ),
     (EmbedConfig, {}, "53b4e6e0a4d104cc"),
     (EmbedConfig, {"prompt": "p", "batch_size": 8, "dtype": "bf16", "max_rows": 9}, "3306371ba5e72920"),

@@ -115,7 +115,7 @@ def assessment_table(assessment: dict) -> list[str]:  # type: ignore[type-arg]
         interval = f" ({figure['lo']:.3f}–{figure['hi']:.3f})" if figure.get("lo") is not None else ""
         return f"{figure['value']:.3f}{interval}"
 
-    names = ("fvu", "delta_ce", "kl", "loss_recovered", "dead_fraction", "absorption")
+    names = ("fvu", "delta_ce", "kl", "loss_recovered", "dead_fraction", "max_decoder_cosine")
     data = assessment["data"]
     lines = [
         f"{data['n_tokens']:,} tokens of {data['n_documents']:,} documents ({data['chosen']}), losses on "

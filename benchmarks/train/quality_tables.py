@@ -13,7 +13,7 @@ COLUMNS = {
     "delta_ce": "ΔCE, nats",
     "loss_recovered": "loss recovered",
     "dead_fraction": "dead",
-    "absorption": "absorption",
+    "max_decoder_cosine": "max decoder cosine",
 }
 """Figures that are shown, by name."""
 

@@ -23,7 +23,15 @@ from saemill.common.steer.losses import no_loss
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.world import Group
 
-FIGURES = ("fvu", "l0", "delta_ce", "loss_recovered", "dead_fraction", "absorption", "absorption_random")
+FIGURES = (
+    "fvu",
+    "l0",
+    "delta_ce",
+    "loss_recovered",
+    "dead_fraction",
+    "max_decoder_cosine",
+    "max_decoder_cosine_random",
+)
 BATCH_ROWS = 8
 
 

@@ -9,7 +9,13 @@ dealing.py          this process's share of them
 outlook.py          what they go over, and what they need
 measure.py          the passes over the tokens
 baselines.py        a random dictionary and PCA
-reconstruction.py   FVU, cosine, L0, density, absorption
+frozen.py           SAEs with a frozen decoder, as controls
+reconstruction.py   FVU, cosine, L0, density
+latent_figures.py   dead and dense latents, and how decoder rows lie
+cosines.py          how similar, how opposite, how mixed decoder rows are
+dense.py            what latents follow that fire nearly always
+health.py           tables of these, and the L0 with the least c_dec
+probes/             what latents tell of labels, and what hides a concept
 spread.py           the variance of the activations, and rows far from all others
 splicing.py         the losses of the model with an SAE spliced in
 sums.py             sums per document → figures with intervals

@@ -6,6 +6,7 @@ from saemill.assess.evalset import EvalSet
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.splicing import Splicing
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
+from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.tokens import TokenStore
 
 NOT_MEASURED = "no document of it is among those measured"
@@ -49,13 +50,13 @@ def sources_of(evalset: EvalSet) -> dict[int, str]:
     where documents are of one source."""
     text = evalset.text
     names: dict[int, str] = {}
-    if isinstance(text, TokenStore) and text.manifest.sources:
+    if text.manifest.sources:
         for text_hash, source in zip(text.documents["text_hash"].to_pylist(), names_of(text), strict=True):
             names.setdefault(text_hash, source)
     return names
 
 
-def names_of(tokens: TokenStore) -> list[str]:
+def names_of(tokens: TokenStore | PassageStore) -> list[str]:
     """List the name of each document's source; empty where documents are of one source."""
     names = tokens.manifest.sources
     return [names[number] for number in tokens.documents["source"].to_pylist()] if names else []

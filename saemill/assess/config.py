@@ -1,6 +1,7 @@
 """The settings of `saemill assess`."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from saemill.common.errors import ConfigError
 from saemill.common.ranges import parsed
 from saemill.common.setting import DEVICE, about, check, identity, like, setting
 from saemill.common.weights import DeviceMap, Weights
+
+PROBE_K = (1, 2, 5, 20)
+PROBE_EXAMPLES = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,11 +25,13 @@ class Thresholds:
     min_l0: float = setting(20.0, "Fewest active latents per token of a healthy SAE", least=0, most=LARGEST)
     max_l0: float = setting(200.0, "Most active latents per token of a healthy SAE", least=0, most=LARGEST)
     max_dead_fraction: float = setting(0.20, "Largest share of dead latents of a healthy SAE")
-    max_absorption: float = setting(0.25, "Largest absorption of a healthy SAE")
+    max_decoder_cosine: float = setting(
+        0.25, "Largest mean, over latents, of the cosine to the most similar decoder row, of a healthy SAE"
+    )
 
     def __post_init__(self) -> None:
         check(self)
-        for name in ("min_loss_recovered", "max_dead_fraction", "max_absorption"):
+        for name in ("min_loss_recovered", "max_dead_fraction", "max_decoder_cosine"):
             if not getattr(self, name) <= 1 or (name.startswith("max") and getattr(self, name) < 0):
                 raise ConfigError(f"{name} must be a share, at most 1, got {getattr(self, name)}")
         if self.min_l0 > self.max_l0:
@@ -78,6 +84,18 @@ class AssessConfig:
         later=True,
     )
     context_tokens: int = setting(500_000, "Most tokens searched for contexts", least=1)
+    probes: bool = setting(False, "Probe for labels that the text brings, on few latents", later=True)
+    probe_k: tuple[int, ...] = setting(
+        (), "Latents that a probe may read", by_default="1,2,5,20", metavar="K,…", least=1, later=True
+    )
+    absorption: bool = setting(False, "Measure how much of a concept its own latents miss", later=True)
+    probe_examples: int | None = setting(
+        None,
+        "Most words, and most tokens of documents, that probes are fitted to and tried on",
+        by_default="100k",
+        least=100,
+        later=True,
+    )
     log_to_wandb: bool | None = setting(
         None, "Add it to the run's wandb runs", by_default="as the run was", decides=False
     )
@@ -90,6 +108,14 @@ class AssessConfig:
             raise ConfigError("model has no effect with --no-model; leave one out")
         if self.spread.device_map is not None and not self.with_model:
             raise ConfigError("device_map has no effect with --no-model; leave one out")
+        if self.probe_k and not self.probes:
+            raise ConfigError("probe_k has no effect without --probes; add that, or leave it out")
+        if self.probe_examples is not None and not (self.probes or self.absorption):
+            raise ConfigError(
+                "probe_examples has no effect without --probes or --absorption; add one, or leave it out"
+            )
+        if any(low >= high for low, high in pairwise(self.probe_k)):
+            raise ConfigError(f"probe_k must be ascending, got {', '.join(map(str, self.probe_k))}")
 
     @property
     def folder(self) -> Path:

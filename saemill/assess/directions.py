@@ -125,10 +125,10 @@ def found_in(sae: Sae, others: Iterable[Sae]) -> NDArray[np.int64]:
 
 
 def _unit_rows(sae: Sae) -> Tensor:
-    """Return the decoder rows as float32 of unit length; of a crosscoder its sites in their own units."""
-    rows_FD = sae.W_dec.detach().float()
-    if sae.config.joined:
-        scales = [torch.full((part.width,), part.scale) for part in sae.config.joined]
+    """Return the decoder rows as float32 of unit length; of several sites each in its own units."""
+    rows_FD = sae.decoder_rows.float()
+    if sae.config.outputs:
+        scales = [torch.full((part.width,), part.scale) for part in sae.config.outputs]
         rows_FD = rows_FD * torch.cat(scales).to(rows_FD.device)
     return normalize(rows_FD, dim=1)
 
@@ -144,12 +144,13 @@ def encoder_cosines(sae: Sae, latents: Sequence[int]) -> list[float | None]:
 
 
 def norm_shares(sae: Sae) -> Tensor | None:
-    """Compute, for each latent of a crosscoder, the shares of its sites in the lengths of the parts of its
-    decoder row, each in its site's own units. [F, sites], 0 of a row of zeros; None of other SAEs."""
-    if not sae.config.joined:
+    """Compute, for each latent of a crosscoder or a cross-layer transcoder, the shares of the sites that it
+    writes to in the lengths of the parts of its decoder row, each in its site's own units. [F, sites], 0 of a
+    row of zeros; None of other SAEs."""
+    sites = sae.config.outputs
+    if not sites:
         return None
-    widths = [part.width for part in sae.config.joined]
-    parts = zip(torch.split(sae.W_dec.detach().double(), widths, 1), sae.config.joined, strict=True)
+    parts = zip(torch.split(sae.decoder_rows.double(), [s.width for s in sites], 1), sites, strict=True)
     norms_FL = torch.stack([rows_FD.norm(dim=1) * part.scale for rows_FD, part in parts], 1)
     return norms_FL / norms_FL.sum(1, keepdim=True).clamp(min=1e-300)
 
@@ -223,8 +224,8 @@ def _writes_elsewhere(sae: Sae, store: ActivationStore) -> str | None:
     site = str(sae.target_site)
     if isinstance(store.text, PassageStore):
         return "embeddings have no language model"
-    if sae.config.joined:
-        return "a crosscoder writes to several sites"
+    if sae.config.spans:
+        return f"{sae.config.spans} writes to several sites"
     role = store.site(site).role
     if role is None:
         return f"what {site} is to the residual stream is not known"

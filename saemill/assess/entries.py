@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from saemill.assess import verdict
@@ -15,18 +14,16 @@ from saemill.assess.by_source import BySource
 from saemill.assess.config import Thresholds
 from saemill.assess.dealing import for_each
 from saemill.assess.directions import found_in, norm_shares, siblings
+from saemill.assess.latent_figures import dense_latents, latent_figures
 from saemill.assess.reader import PassageReader, Reader, reader_of
-from saemill.assess.reconstruction import FAR_METRICS, Reconstruction, absorption, random_absorption
+from saemill.assess.reconstruction import FAR_METRICS, Reconstruction
 from saemill.assess.splicing import SEVERAL, Splicing, absent_metrics
 from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.common import config as settings
 from saemill.common.log import counted
 from saemill.common.sae.sae import Sae
-from saemill.common.stores.site_names import is_joined
 from saemill.common.stores.statistics import FAR, far_warning, unheld_warning
 
-DENSE = 0.1
-"""Share of the tokens; a latent that fires on more is dense."""
 N_BINS = 20
 """Bins of a histogram of shares."""
 Entry = dict[str, Any]
@@ -61,7 +58,8 @@ class Measured:
         entries = []
         for name, sae in saes.items():
             latents = verdict.latent_checks(metrics[name], self.thresholds, self._unseen)
-            entries.append(self._entry(name, sae, metrics[name], errors[name] + latents))
+            dense = {"dense": self._dense(name, beside)}
+            entries.append(self._entry(name, sae, metrics[name], errors[name] + latents) | dense)
         return entries
 
     def ranking(self, left_out: dict[str, tuple[Sae, str]], beside: "Beside") -> list[Entry]:
@@ -175,7 +173,7 @@ class Measured:
         if self.reconstruction.evalset.text.unit == "token":
             cost, its_cost = self._cost(name), untrained._cost(other)
             if isinstance(cost, str) or isinstance(its_cost, str):
-                shares["delta_ce"] = absent(str(cost))
+                shares["delta_ce"] = absent(cost if isinstance(cost, str) else str(its_cost))
             else:
                 share = Ratio(cost.above, its_cost.above, f"{other} costs the model nothing")
                 shares["delta_ce"] = self._model_split.all.figure(share)
@@ -228,14 +226,20 @@ class Measured:
             "norm_shares": self._norm_shares(name),
         }
 
+    def _dense(self, name: str, beside: "Beside") -> list[dict[str, Any]]:
+        """Describe the dense latents of an SAE."""
+        pca = beside.of[name].get("pca")
+        sae = None if pca is None else beside.measured[pca].reconstruction.saes[pca]
+        return dense_latents(self.reconstruction, name, sae)
+
     def _norm_shares(self, name: str) -> dict[str, list[int]]:
-        """Count the live latents of a crosscoder by each site's share in their decoder rows."""
+        """Count the live latents of an SAE of several sites by each site's share in their decoder rows."""
         sae = self.reconstruction.saes[name]
         shares_FL = norm_shares(sae)
         if shares_FL is None:
             return {}
         live = self.reconstruction.live(name, self.dead_share)
-        shares = zip(sae.config.joined, shares_FL.cpu().numpy()[live].T, strict=True)
+        shares = zip(sae.config.outputs, shares_FL.cpu().numpy()[live].T, strict=True)
         return {part.site: np.histogram(own, N_BINS, (0, 1))[0].tolist() for part, own in shares}
 
     def _cuts(self, name: str) -> list[dict[str, Any]]:
@@ -252,7 +256,8 @@ class Measured:
         ] + [self._at(name, part) for part in self.reconstruction.parts.get(name, ())]
 
     def _at(self, name: str, part: str) -> dict[str, Any]:
-        """Describe a crosscoder at one of its sites: what it leaves there, and what that costs the model."""
+        """Describe an SAE of several sites at one of them: what it leaves there, and what that costs the
+        model."""
         config, split = self.reconstruction.saes[name].config, self._split.all
         metrics = self.reconstruction.part_metrics(name, part, split)
         metrics["l0"] = split.figure(self.reconstruction.ratios(name)["l0"])
@@ -307,7 +312,8 @@ class Measured:
         return Split([] if isinstance(self.splicing, str) else self.splicing.sums.documents, self._noun)
 
     def _metrics(self, name: str) -> dict[str, Figure]:
-        metrics = self.reconstruction.metrics(name, self._split.all) | self._latent_metrics(name)
+        metrics = self.reconstruction.metrics(name, self._split.all)
+        metrics |= latent_figures(self.reconstruction, name, self.dead_share)
         if isinstance(self.splicing, str):
             metrics |= absent_metrics(self.splicing)
         else:
@@ -320,15 +326,15 @@ class Measured:
     def _losses(self) -> Splicing | None:
         """Return the losses, if there are any that mean something, of all variants: a crosscoder has none of
         its own."""
-        if any(self.reconstruction.parts.values()):
+        if isinstance(self.splicing, str) or self.splicing.no_loss:
             return None
-        return self.splicing if isinstance(self.splicing, Splicing) and not self.splicing.no_loss else None
+        return self.splicing if all("" in places for places in self.splicing.places.values()) else None
 
     def _cost(self, name: str) -> Ratio | str:
         """Compute ΔCE of one SAE, or say why it has none."""
         if isinstance(self.splicing, str):
             return self.splicing
-        if is_joined(self.reconstruction.sites[name]):
+        if "" not in self.splicing.places[name]:
             return SEVERAL
         return self.splicing.no_loss or self.splicing.ratios(name)["delta_ce"]
 
@@ -339,22 +345,6 @@ class Measured:
         if self._losses:
             return self._model_split.loss(self._losses.ratios(name)["delta_ce"])
         return self._split.loss(self.reconstruction.ratios(name)["fvu"])
-
-    def _latent_metrics(self, name: str) -> dict[str, Figure]:
-        density = self.reconstruction.density(name)
-        live = self.reconstruction.live(name, self.dead_share)
-        w_dec_FD = self.reconstruction.saes[name].W_dec.detach()
-        rows_FD = w_dec_FD[torch.from_numpy(live).to(w_dec_FD.device)]
-        quantiles = np.quantile(density, [0.05, 0.25, 0.5, 0.75, 0.95])
-        return {
-            "dead_fraction": {"value": float(1 - live.mean())},
-            "never_fired": {"value": float((density == 0).mean())},
-            "dense_fraction": {"value": float((density > DENSE).mean())},
-            "dense_share": _dense_share(density),
-            "density_quantiles": {"value": quantiles.tolist()},
-            "absorption": absorption(rows_FD),
-            "absorption_random": random_absorption(rows_FD),
-        }
 
     def _versus(self, name: str, best: str) -> dict[str, Figure]:
         """Compute differences to the best variant, value minus the best's, over the same documents: those
@@ -387,12 +377,3 @@ class Beside:
     """Name of a baseline → figures, its own among them."""
     of: dict[str, dict[str, str]]
     """Name of an SAE, or of one of these → kind → name."""
-
-
-def _dense_share(density_F: NDArray[np.float64]) -> Figure:
-    """Compute the share of all firings that are those of dense latents."""
-    if not density_F.any():
-        return absent("no latent fired")
-    if (mean := float(density_F.mean())) > DENSE / 2:
-        return absent(f"on average a latent is active {mean:.1%} of the time, so that dense ones are no sign")
-    return {"value": float(density_F[density_F > DENSE].sum() / density_F.sum())}

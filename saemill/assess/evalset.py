@@ -204,11 +204,21 @@ class EvalSet:
         for addresses_RS in dealt(f"splice{self.label_suffix}", batches, self.everyone, "tokens"):
             yield self._rows(addresses_RS)
 
+    def batches(self, max_tokens: int) -> list[Addresses]:
+        """List the first `max_tokens` unmasked tokens in batches, the same for every process."""
+        return _limited(self._batches((True,)), max_tokens)
+
+    def read(self, addresses_T: Addresses) -> Chunk:
+        """Read tokens of one of the `batches`, ascending, or some of them."""
+        return self._activations(addresses_T) if self.cached else self._compute(addresses_T)
+
+    def _batches(self, held_out: tuple[bool, ...]) -> Iterator[Addresses]:
+        return self._cached_batches(held_out) if self.cached else self._computed_batches()
+
     def _chunks(self, label: str, held_out: tuple[bool, ...], max_tokens: int) -> Iterator[Chunk]:
-        batches = self._cached_batches(held_out) if self.cached else self._computed_batches()
-        read = self._activations if self.cached else self._compute
-        for addresses_T in dealt(label, _limited(batches, max_tokens), self.everyone, f"{self.text.unit}s"):
-            yield read(addresses_T)
+        batches = _limited(self._batches(held_out), max_tokens)
+        for addresses_T in dealt(label, batches, self.everyone, f"{self.text.unit}s"):
+            yield self.read(addresses_T)
 
     def _cached_batches(self, held_out: tuple[bool, ...]) -> Iterator[Addresses]:
         """List unmasked tokens of the cache, each batch from whole rows of one shard."""

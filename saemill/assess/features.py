@@ -114,7 +114,7 @@ class Describer:
             seed=SEED,
             positions=tuple(firing.positions.labels) if text.ctx_len > 1 else (),
             sources=tuple(firing.source_names),
-            sites=tuple(part.site for part in self.sae.config.joined),
+            sites=tuple(part.site for part in self.sae.config.outputs),
             prefixes=tuple(self.sae.config.prefixes),
             no_tokens=self._vocabulary.missing,
             latents=tuple(self.latents(latents)),

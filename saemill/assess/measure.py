@@ -25,20 +25,18 @@ from saemill.common.stores.passages import PassageStore
 def measure(
     config: AssessConfig,
     saes: dict[str, Sae],
-    left_out: dict[str, tuple[Sae, str]],
     evalset: EvalSet,
     model: LanguageModel | None,
-) -> tuple[Measured, list[Entry], list[Entry]]:
+) -> tuple[Measured, Beside, list[Entry]]:
     """Measure the SAEs of a run and their baselines.
 
     Args:
         config: how many tokens, and what counts as healthy.
         saes: variant name → SAE.
-        left_out: variants that are only listed, each with the reason.
         evalset: the tokens.
         model: for the losses, if there are any.
 
-    Returns: the SAEs' figures, their entries (best first), the baselines' entries.
+    Returns: the SAEs' figures, the baselines', the baselines' entries.
 
     Raises:
         ConfigError: no token is left to measure on.
@@ -53,7 +51,8 @@ def measure(
         baselines = fit_baselines(saes, every.reconstruction.mean_l0s(), again)
         untrained = _pass(config, baselines.saes, again, model, why_no_loss, known=every)
     twins = frozen_twins(saes)
-    frozen, trained = set(twins.values()), every.only(saes.keys() - twins.values())
+    frozen = list(dict.fromkeys(twins.values()))  # in one order on every process
+    trained = every.only([name for name in saes if name not in frozen])
     of = {name: dict(kinds) for name, kinds in baselines.of.items()}
     for name, twin in twins.items():
         of[name]["frozen"] = twin
@@ -62,7 +61,7 @@ def measure(
     controls += untrained.only(baselines.saes).entries(beside)
     kind_of = {other: kind for kinds in of.values() for kind, other in kinds.items()}
     controls = [entry | {"control": kind_of[entry["name"]]} for entry in controls]
-    return trained, trained.ranking(left_out, beside), controls
+    return trained, beside, controls
 
 
 def _are_known(saes: dict[str, Sae]) -> bool:

@@ -17,6 +17,10 @@ COPIES = 4
 """Times that pre-activations of some rows are in memory: chosen, sorted, and as codes."""
 ROW_BYTES = 12
 """Bytes of a number of the activations in hand: as it is stored, and in float64."""
+EXAMPLE_BYTES = 12
+"""Bytes of a number of the examples: as it is, in float64 where standardised, and standardised."""
+CODE_BYTES = 24
+"""Bytes of a latent that is active on an example: sorted by latent, and before."""
 LOSS_COPIES = 6
 """Times that log probabilities of a batch are in memory: with and without the SAE, and their divergence."""
 
@@ -57,6 +61,8 @@ class Amounts(NamedTuple):
     """0 where no model is run."""
     searched: int
     """Tokens among which contexts are looked for."""
+    probed: int = 0
+    """Examples that probes are fitted to and tried on at once."""
 
 
 def outlook_of(
@@ -94,10 +100,15 @@ def outlook_of(
         "activations": min(CHUNK_TOKENS, amounts.searched) * sum(sites.values()) * ROW_BYTES,
         "firings": _firing_bytes(config, dictionaries, amounts.searched),
     }
+    if amounts.probed:
+        most_active = max(each.l0 for each in dictionaries)
+        per_example = EXAMPLE_BYTES * sum(sites.values()) + CODE_BYTES * most_active
+        memory["examples"] = amounts.probed * per_example
     passes = [
         f"reconstructions of {counted(amounts.reconstructed, unit)}",
         *([f"losses on {counted(amounts.spliced, unit)}"] if amounts.spliced else []),
         *([f"contexts among {counted(amounts.searched, unit)}"] if shows else []),
+        *([f"probes on {counted(amounts.probed, 'example')}"] if amounts.probed else []),
     ]
     on_gpu = device.type == "cuda"
     return Outlook(

@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saemill.assess.dense import Drivers, drivers_of
 from saemill.assess.evalset import Chunk, EvalSet
 from saemill.assess.profile import Profile
 from saemill.assess.spread import Spread
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
 from saemill.common.sae.sae import Encoded, Sae
-from saemill.common.stores.site_names import is_joined, parts_of
+from saemill.common.stores.site_names import is_joined
 from saemill.common.stores.statistics import FAR, Statistics, unheld
 
 PER_VARIANT = ("sse", "sse_far", "cosine", "norm_ratio", "l0", "not_finite")
@@ -37,9 +38,18 @@ class Firing:
     """float64, sum of its activations."""
     max_F: Tensor
     """float32, its largest activation."""
+    drivers: Drivers
+    """What its activation follows."""
 
-    def add(self, codes: Encoded) -> None:
+    @classmethod
+    def none(cls, n_latents: int) -> "Firing":
+        """Begin with no token."""
+        count_F = torch.zeros(n_latents, dtype=torch.int64)
+        return cls(count_F, count_F.double(), count_F.float(), Drivers(n_latents))
+
+    def add(self, codes: Encoded, drivers_TC: Tensor) -> None:
         """Count some tokens."""
+        self.drivers.add(codes, drivers_TC)
         active = codes.top_acts > 0
         latents, acts = codes.top_indices[active].cpu(), codes.top_acts[active].cpu()
         self.count_F += torch.bincount(latents, minlength=len(self.count_F))
@@ -67,16 +77,11 @@ class Reconstruction:
     ) -> None:
         self.saes, self.sites, self.evalset, self.known = saes, sites, evalset, known
         self.cuts = {name: sae.cuts for name, sae in saes.items()}
-        self.parts = {name: parts_of(sites[name]) if sae.config.joined else () for name, sae in saes.items()}
-        """Variant name → the sites that a crosscoder joins."""
+        self.parts = {name: tuple(part.site for part in sae.config.outputs) for name, sae in saes.items()}
+        """Variant name → the sites that a crosscoder joins, or a cross-layer transcoder predicts."""
         own = [] if known else self._own_columns()
         self.sums = DocumentSums(own + self._columns(saes))
-        self.firing = {
-            name: Firing(
-                torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.float64), torch.zeros(n)
-            )
-            for name, n in ((name, sae.config.num_latents) for name, sae in saes.items())
-        }
+        self.firing = {name: Firing.none(sae.config.num_latents) for name, sae in saes.items()}
         self.spread: dict[str, Spread] = (
             known.spread if known else {site: Spread(self._statistics(site)) for site in evalset.sites}
         )
@@ -114,15 +119,17 @@ class Reconstruction:
             for chunk in chunks:
                 units = self.evalset.units(chunk.addresses_T)
                 columns, far = self._activations(chunk, units)
-                for name, sae in self.saes.items():
-                    site = self.sites[name]
-                    x_TD = chunk.x[str(sae.site) if sae.is_transcoder else site]
-                    columns |= self._variant(name, sae, x_TD, chunk.x[site], far[site])
-                self.sums.add(units, columns)
                 squares = {
                     site: self.spread[site].squared_distances(self._scaled(site, chunk.x[site]))
                     for site in self.profile.lengths
                 }
+                position_T = chunk.addresses_T % self.evalset.text.ctx_len
+                drivers = {site: drivers_of(position_T, squares_T) for site, squares_T in squares.items()}
+                for name, sae in self.saes.items():
+                    site = self.sites[name]
+                    x_TD = chunk.x[str(sae.site) if sae.is_transcoder else site]
+                    columns |= self._variant(name, sae, x_TD, chunk.x[site], far[site], drivers[site])
+                self.sums.add(units, columns)
                 self.profile.add(chunk, units, columns, squares)
         self._merge()
         return self
@@ -168,8 +175,8 @@ class Reconstruction:
         if self.known is not None:
             self.sums = self.known.sums.only(self._own_columns()).concat(self.sums)
         for firing in self.firing.values():
-            everyone.all_reduce(firing.count_F)
-            everyone.all_reduce(firing.sum_F)
+            for sums in (firing.count_F, firing.sum_F, *firing.drivers.sums):
+                everyone.all_reduce(sums)
             firing.max_F = torch.stack(everyone.all_gather_objects(firing.max_F)).amax(0)
 
     def _add_spread(self, site: str, spread: Spread) -> None:
@@ -185,14 +192,21 @@ class Reconstruction:
             self.sums.add(documents, {f"{site}/{what}": sums})
 
     def _variant(
-        self, name: str, sae: Sae, read_TD: Tensor, x_TD: Tensor, far_T: NDArray[np.bool_]
+        self,
+        name: str,
+        sae: Sae,
+        read_TD: Tensor,
+        x_TD: Tensor,
+        far_T: NDArray[np.bool_],
+        drivers_TC: Tensor,
     ) -> dict[str, Any]:
         """Compute values per token. Rows go through the SAE in float32; what is squared or divided is
         float64, which holds the square of any float32 without overflow or underflow."""
         columns: dict[str, list[Tensor]] = defaultdict(list)
         device = sae.W_enc.device
-        pieces = (torch.split(rows, ROWS_AT_ONCE) for rows in (read_TD, x_TD, torch.from_numpy(far_T)))
-        for some_read_TD, some_TD, some_far_T in zip(*pieces, strict=True):
+        every = (read_TD, x_TD, torch.from_numpy(far_T), drivers_TC)
+        pieces = (torch.split(rows, ROWS_AT_ONCE) for rows in every)
+        for some_read_TD, some_TD, some_far_T, some_drivers_TC in zip(*pieces, strict=True):
             read = some_read_TD.to(device, torch.float32)
             pre_TF = sae.pre_acts(read)
             codes = sae.select(pre_TF)
@@ -211,7 +225,7 @@ class Reconstruction:
             columns["norm_ratio"].append(_quotient(r_norm, x_norm))
             columns["not_finite"].append(bad)
             columns["l0"].append((codes.top_acts > 0).sum(1))
-            self.firing[name].add(codes)
+            self.firing[name].add(codes, some_drivers_TC)
             if sae.W_skip is not None:
                 columns["sse_skip"].append(self._left_by_skip(sae, some_read_TD, x))
             for cut_name, cut in self.cuts[name].items():
@@ -222,7 +236,7 @@ class Reconstruction:
         return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in columns.items()}
 
     def _at_parts(self, name: str, error_TD: Tensor) -> dict[str, Tensor]:
-        """Compute the squared errors at each of the sites that a crosscoder joins. float64 [T] each."""
+        """Compute the squared errors at each of several sites. float64 [T] each."""
         parts = self.parts[name]
         widths = [self.evalset.store.site(part).width for part in parts]
         errors = torch.split(error_TD, widths, 1) if parts else ()
@@ -285,7 +299,7 @@ class Reconstruction:
         return bootstrap.figures({"fvu": Ratio(sse, squares, self._alike), "l0": Ratio(l0, n)})
 
     def part_metrics(self, name: str, part: str, bootstrap: Bootstrap) -> dict[str, Figure]:
-        """Compute fvu at one of the sites that a crosscoder joins as a figure."""
+        """Compute fvu at one of several sites as a figure."""
         sse, squares = self.sums.column(f"{name}/at {part}/sse"), self.sums.column(f"{part}/squares")
         return bootstrap.figures({"fvu": Ratio(sse, squares, self._alike)})
 
@@ -298,7 +312,7 @@ class Reconstruction:
             figures |= dict.fromkeys(FAR_METRICS, absent(why))
         figures["explained_variance"] = complement(figures["fvu"])
         if is_joined(self.sites[name]):
-            figures["mse"] = absent("the sites of a crosscoder have units of their own")
+            figures["mse"] = absent("sites that are joined have units of their own")
             figures |= dict.fromkeys(FAR_METRICS, absent("which rows are far is told for each site"))
         if reason := self.unusable(name):
             return dict.fromkeys(figures, absent(reason))
@@ -329,6 +343,11 @@ class Reconstruction:
         """Compute the share of tokens on which each latent was active. [F]."""
         return self.firing[name].count_F.numpy() / max(1, self.n_tokens)
 
+    def correlations(self, name: str) -> NDArray[np.float64]:
+        """Compute how each latent's activation correlates with the drivers of dense latents. [F, C]"""
+        firing = self.firing[name]
+        return firing.drivers.correlations(self.n_tokens, firing.sum_F)
+
     def live(self, name: str, least_share: float) -> NDArray[np.bool_]:
         """Tell which latents fired, and on at least that share of the tokens. bool [F]."""
         return self.density(name) >= max(least_share, 1 / max(1, self.n_tokens))
@@ -345,30 +364,3 @@ def complement(figure: Figure) -> Figure:
     if "lo" in turned:
         turned["lo"], turned["hi"] = turned["hi"], turned["lo"]
     return figure | turned
-
-
-def absorption(rows_FD: Tensor) -> Figure:
-    """Compute the mean over decoder rows of the largest cosine to another row; lower is better.
-
-    Args:
-        rows_FD: decoder rows of the live latents; zero rows, which have no direction, are left out.
-    """
-    length_F = torch.linalg.vector_norm(rows_FD.double(), dim=1)
-    if not bool(torch.isfinite(length_F).all()):
-        return absent("decoder rows are not finite")
-    rows_FD, length_F = rows_FD[length_F > 0], length_F[length_F > 0]
-    if len(rows_FD) < 2:
-        return absent(f"{counted(len(rows_FD), 'live latent')}: a cosine needs two")
-    unit = (rows_FD / length_F[:, None]).to(rows_FD.dtype)
-    largest = []
-    for start in range(0, len(unit), 1024):
-        cosine = unit[start : start + 1024] @ unit.T
-        cosine.diagonal(start).fill_(-1)
-        largest.append(cosine.amax(1))
-    return {"value": float(torch.cat(largest).double().mean())}
-
-
-def random_absorption(rows_FD: Tensor) -> Figure:
-    """Compute `absorption` of as many random directions: what is seen without any structure."""
-    generator = torch.Generator().manual_seed(0)
-    return absorption(torch.randn(rows_FD.shape, generator=generator).to(rows_FD.device))

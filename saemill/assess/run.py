@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 
-from saemill.assess.config import AssessConfig
+from saemill.assess.config import PROBE_K, AssessConfig
 from saemill.assess.done import hash_of
+from saemill.assess.entries import Beside, Entry, Measured
 from saemill.assess.evalset import EvalSet
 from saemill.assess.features import Describer, Wanted, choose_latents
+from saemill.assess.health import least_c_dec
 from saemill.assess.inputs import Trained, open_model, open_run, open_tokens
 from saemill.assess.measure import measure
 from saemill.assess.outlook import Amounts, Dictionary, Model, outlook_of
+from saemill.assess.probes import run as probing
+from saemill.assess.probes.figures import described, of_dictionary
+from saemill.assess.probes.run import Pool
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.table import table
 from saemill.assess.write import write
@@ -73,9 +78,11 @@ def _assess(
     evalset = EvalSet(trained.store, other, model, trained.mask, trained.sites, config.batch_size, everyone)
     if model is not None:
         check_mask_token(model, evalset.tokens)
-    everyone.first(lambda: before(_outlook(config, trained, evalset, model, device)))
+    pools = probing.prepare(config, evalset)
+    everyone.first(lambda: before(_outlook(config, trained, evalset, model, device, pools)))
     everyone.first(lambda: _lock(out, resources))
-    measured, entries, controls = measure(config, trained.saes, trained.left_out, evalset, model)
+    measured, beside, controls = measure(config, trained.saes, evalset, model)
+    entries = measured.ranking(trained.left_out, beside)
     best = entries[0]["name"]
     shown = config.variant or best
     assessment: dict[str, Any] = {
@@ -88,17 +95,19 @@ def _assess(
         "best_on_other_documents": measured.on_other_documents(best),
         "variants": entries,
         "controls": controls,
+        "least_c_dec": least_c_dec(entries),
+        "probes": _probes(config, pools, measured, beside, [*entries, *controls]),
         "n_processes": everyone.size,
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},
     }
     latents, wanted = _shown(config, shown, measured.reconstruction)
     n_beside = trained.saes[shown].config.num_latents if latents else 0
-    beside = range(n_beside if n_beside <= config.most_beside else 0)
-    describer = Describer(wanted, beside or latents, shown, trained.saes, evalset, config.model)
+    every = range(n_beside if n_beside <= config.most_beside else 0)
+    describer = Describer(wanted, every or latents, shown, trained.saes, evalset, config.model)
     features = describer.features(latents, content_hash)
     assessment["seconds"] = time.perf_counter() - started
     assessment = everyone.first_at_length(
-        lambda: write(out, assessment, features, measured, describer, beside, config.page_bytes)
+        lambda: write(out, assessment, features, measured, describer, every, config.page_bytes)
     )
     say(table(assessment))
     if everyone.rank == 0 and to_wandb:
@@ -108,12 +117,33 @@ def _assess(
     return assessment
 
 
+def _probes(
+    config: AssessConfig, pools: list[Pool], measured: Measured, beside: Beside, entries: list[Entry]
+) -> dict[str, Any] | None:
+    """Probe the dictionaries, and add what is found to the entries of those that have figures."""
+    if not pools:
+        return None
+    every = {name: its.reconstruction.saes[name] for name, its in beside.measured.items()}
+    every |= measured.reconstruction.saes
+    with_figures = (e["name"] for e in entries if e["metrics"]["fvu"]["value"] is not None)
+    usable = {name: every[name] for name in with_figures}
+    found = probing.probe(pools, config, usable, measured.reconstruction.evalset)
+    for entry in entries:
+        if (name := entry["name"]) in usable:
+            random = beside.of[name]["random"]
+            of_it = of_dictionary(found, name, random if random in usable and random != name else None)
+            figures, entry["probes"], entry["absorbed"] = of_it
+            entry["metrics"] |= figures
+    return described(found, config.probe_k or PROBE_K)
+
+
 def _outlook(
     config: AssessConfig,
     trained: Trained,
     evalset: EvalSet,
     model: LanguageModel | None,
     device: torch.device,
+    pools: list[Pool],
 ) -> Outlook:
     """Work out what the passes go over."""
     saes = [
@@ -130,6 +160,7 @@ def _outlook(
         min(config.max_tokens, n_kept),
         min(config.model_tokens, len(evalset.rows_R) * evalset.tokens.ctx_len) if has_losses else 0,
         min(config.context_tokens, trained.store.n_tokens if evalset.cached else n_kept),
+        max((len(pool.examples.addresses_N) for pool in pools), default=0),
     )
     return outlook_of(config, saes, amounts, device, runs_on, evalset.text.unit)
 

@@ -1,11 +1,14 @@
 """What the model loses when a site's activations are replaced by their reconstructions, or predictions.
 
 The activation is replaced by the SAE's reconstruction, by zeros, by the cached mean, or (as a check) by
-itself; where, and what is counted, `common.steer.losses` says.
+itself; where, and what is counted, `common.steer.losses` says. The sites that a cross-layer transcoder
+predicts are all replaced at once: by its predictions in the model that they change, by zeros, by the means,
+and by what a baseline reconstructs of the untouched model's.
 """
 
 from collections.abc import Iterable
 from copy import copy
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from saemill.assess.evalset import EvalSet, Rows
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.models.model import LanguageModel
 from saemill.common.sae.sae import Sae
+from saemill.common.steer.across_layers import AcrossLayers
 from saemill.common.steer.losses import Passes, Task, cross_entropy, in_cache
 from saemill.common.steer.substitute import Substitute, substitute
 from saemill.common.stores.site_names import BESIDE, is_joined, parts_of
@@ -51,8 +55,12 @@ class Splicing:
     ) -> None:
         self.saes, self.sites, self.evalset = saes, sites, evalset
         self.no_loss, self.known = no_loss, known
+        predicted = dict.fromkeys(sites[name] for name, sae in saes.items() if sae.config.predicted)
+        self.together: list[str] = known.together if known else list(predicted)
+        """Joined sites that cross-layer transcoders predict, at all of which they are spliced in at once."""
         self.places = {name: self._places(site) for name, site in sites.items()}
-        """Variant name → the sites at which it is spliced in, one at a time, by what its sums are called."""
+        """Variant name → the sites at which it is spliced in, one at a time, by what its sums are called; ""
+        names what it is spliced in for as a whole."""
         columns = self._columns(saes)
         self.sums = DocumentSums(columns if known else self._own_columns() + columns)
         self.means = {
@@ -66,20 +74,18 @@ class Splicing:
 
     def _own_columns(self) -> list[str]:
         """Name the sums that are of the model, without any SAE."""
-        return [
-            "n",
-            "clean",
-            *(f"{site}/{what}" for site in self.evalset.model_sites for what in ("zero", "mean", "zero_kl")),
-        ]
+        sites = (*self.evalset.model_sites, *self.together)
+        return ["n", "clean", *(f"{site}/{what}" for site in sites for what in ("zero", "mean", "zero_kl"))]
 
     def _places(self, site: str) -> dict[str, str]:
         """List where what reconstructs a site is spliced in: there; of joined sites, where the model has all
-        of them, at each."""
+        of them, at each; of those that a cross-layer transcoder predicts, at all as well."""
         if not is_joined(site):
             return {"": site}
         parts = parts_of(site)
         is_of_one = not any(part.startswith(BESIDE) for part in parts)
-        return {f"at {part}/": part for part in parts if is_of_one and part in self.evalset.sites}
+        whole = {"": site} if site in self.together else {}
+        return whole | {f"at {part}/": part for part in parts if is_of_one and part in self.evalset.sites}
 
     def _columns(self, names: Iterable[str]) -> list[str]:
         """Name the sums that are of these SAEs."""
@@ -128,22 +134,35 @@ class Splicing:
         columns = {} if self.known else self._without_saes(task, clean)
         for name, sae in self.saes.items():
             for place, site in self.places[name].items():
-                spliced = self.passes.changed(task, site, self._instead(name, sae, task)[site])
+                spliced = self._spliced(name, sae, task, site)
                 columns[f"{name}/{place}ce"] = cross_entropy(spliced, task.target_T)
                 columns[f"{name}/{place}kl"] = _kl(clean, spliced)
         units = self.evalset.units(rows.addresses_RS[task.counted_RS.numpy()])
         self.n_tokens += len(units)
         self.sums.add(units, columns)
 
+    def _spliced(self, name: str, sae: Sae, task: Task, site: str) -> Tensor:
+        """Compute log probabilities [T, W] of the model with an SAE in the place of a site, or of joined ones
+        at once."""
+        if is_joined(site) and sae.config.predicted:
+            return self.passes.replaced(task, AcrossLayers(sae).in_place(task.keep_RS))
+        instead = self._instead(name, sae, task)
+        return self._with(task, instead if is_joined(site) else {site: instead[site]})
+
+    def _with(self, task: Task, instead: dict[str, Tensor]) -> Tensor:
+        """Compute log probabilities [T, W] of the model with other activations [R, S, D] at some sites."""
+        if len(instead) == 1:
+            return self.passes.changed(task, *next(iter(instead.items())))
+        edits = {site: partial(_other, x_RSD) for site, x_RSD in instead.items()}
+        return self.passes.replaced(task, edits)
+
     def _instead(self, name: str, sae: Sae, task: Task) -> dict[str, Tensor]:
-        """Compute what takes the place of the activations at each site of an SAE. [R, S, D]"""
+        """Compute what takes the place of the activations at each site of an SAE, all encoded from those of
+        the untouched model. [R, S, D]"""
         site = self.sites[name]
-        if not is_joined(site):
-            read_RSD = task.activations[str(sae.site)]
-            return {site: Substitute(sae)(task.activations[site], task.keep_RS, read_RSD)}
-        own = {part: task.activations[part] for part in parts_of(site)}
-        together_RSD = torch.cat(list(own.values()), -1)
-        changed_RSD = Substitute(sae)(together_RSD, task.keep_RS)
+        own = _joined(task, site)
+        read_RSD = torch.cat(list(_joined(task, str(sae.site)).values()), -1)
+        changed_RSD = Substitute(sae)(torch.cat(list(own.values()), -1), task.keep_RS, read_RSD)
         widths = [x_RSD.shape[-1] for x_RSD in own.values()]
         return dict(zip(own, torch.split(changed_RSD, widths, -1), strict=True))
 
@@ -153,14 +172,20 @@ class Splicing:
         columns = {"n": np.ones(len(task.target_T)), "clean": cross_entropy(clean, task.target_T)}
         for site in self.evalset.model_sites:
             self.passes.check_identity(site, task, columns["clean"])
-            x_RSD, mean_D = task.activations[site], self.means[site]
-            ablations = {"zero": torch.zeros_like(x_RSD), "mean": mean_D.to(x_RSD.dtype).expand_as(x_RSD)}
-            for what, instead_RSD in ablations.items():
-                changed = self.passes.changed(task, site, substitute(x_RSD, instead_RSD, task.keep_RS))
+        for site in (*self.evalset.model_sites, *self.together):
+            for what in ("zero", "mean"):
+                ablated = {part: self._ablated(task, part, what) for part in parts_of(site)}
+                changed = self._with(task, ablated)
                 columns[f"{site}/{what}"] = cross_entropy(changed, task.target_T)
                 if what == "zero":
                     columns[f"{site}/zero_kl"] = _kl(clean, changed)
         return columns
+
+    def _ablated(self, task: Task, site: str, what: str) -> Tensor:
+        """Return the activations of a site with zeros or the mean in their place. [R, S, D]"""
+        x_RSD, mean_D = task.activations[site], self.means[site]
+        instead_RSD = torch.zeros_like(x_RSD) if what == "zero" else mean_D.to(x_RSD.dtype).expand_as(x_RSD)
+        return substitute(x_RSD, instead_RSD, task.keep_RS)
 
     def ratios(self, name: str) -> dict[str, Ratio]:
         """Compute losses in nats per token, ΔCE, KL and loss recovered of one variant."""
@@ -183,8 +208,8 @@ class Splicing:
         }
 
     def part_metrics(self, name: str, part: str, bootstrap: Bootstrap) -> dict[str, Figure]:
-        """Compute ΔCE of a crosscoder at one of its sites as a figure, with its part of the reconstruction in
-        the place of the activations there."""
+        """Compute ΔCE of an SAE of several sites at one of them as a figure, with its part of the
+        reconstruction in the place of the activations there."""
         if f"at {part}/" not in self.places[name]:
             return {"delta_ce": absent(TWO_MODELS)}
         if self.no_loss:
@@ -196,7 +221,7 @@ class Splicing:
     def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
         """Compute the `ratios` of one variant as figures; without losses where they mean nothing, and of a
         crosscoder as a whole."""
-        if is_joined(self.sites[name]):
+        if "" not in self.places[name]:
             return absent_metrics(SEVERAL)
         figures = bootstrap.figures(self.ratios(name))
         return figures | {what: absent(self.no_loss) for what in figures if self.no_loss and what not in KL}
@@ -211,6 +236,16 @@ METRICS = ("delta_ce", *KL, "loss_recovered", "loss_recovered_from_mean", "ce_cl
 def absent_metrics(reason: str) -> dict[str, Figure]:
     """Return the figures of `Splicing.ratios` where no model was run."""
     return {name: absent(reason) for name in METRICS}
+
+
+def _joined(task: Task, site: str) -> dict[str, Tensor]:
+    """List the untouched activations of a site, or of those that are joined. [R, S, D]"""
+    return {part: task.activations[part] for part in parts_of(site)}
+
+
+def _other(changed_RSD: Tensor, _: Tensor) -> Tensor:
+    """Return an activation in the place of the model's own."""
+    return changed_RSD
 
 
 def _kl(clean: Tensor, spliced: Tensor) -> NDArray[np.float64]:

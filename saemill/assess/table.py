@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import JustifyMethod
 from rich.table import Table
 
+from saemill.assess.health import health_rows, least_c_dec_sentences
+from saemill.assess.probes.tables import absorption_rows, examples_sentences, probe_rows
 from saemill.assess.sums import Figure, number
 from saemill.common.log import console, counted
 from saemill.common.stores.features import Context, Features, Passage, Snippet
@@ -19,8 +21,8 @@ COLUMNS = {
     "l0": "L0",
     "dead_fraction": "dead",
     "cosine": "cosine",
-    "absorption": "absorption",
-    "absorption_random": "(random)",
+    "max_decoder_cosine": "max_decoder_cosine",
+    "max_decoder_cosine_random": "(random)",
 }
 ABSENT: Figure = {"value": None}
 """Figure that an SAE of another kind has not."""
@@ -70,6 +72,11 @@ def table(assessment: dict[str, Any]) -> str:
     of_parts = [
         *_text_table("SAEs within an SAE", cuts(assessment["variants"])),
         *_text_table("Figures per source", by_source(assessment["variants"])),
+        *_text_table("Dictionary health", health_rows(assessment["variants"] + assessment["controls"])),
+        *least_c_dec_sentences(assessment["least_c_dec"]),
+        *_text_table("Mean AUC of probes on k latents", probe_rows(assessment)),
+        *_text_table("Absorption, mean over concepts", absorption_rows(assessment)),
+        *examples_sentences(assessment),
     ]
     return "\n".join([*lines, *of_parts, thresholds(assessment), *notes(assessment)])
 
@@ -91,7 +98,7 @@ def thresholds(assessment: Mapping[str, Any]) -> str:
     return (
         f"thresholds, which decide nothing (loss recovered at least {limits['min_loss_recovered']:g}, L0 "
         f"{limits['min_l0']:g} to {limits['max_l0']:g}, dead at most {limits['max_dead_fraction']:g}, "
-        f"absorption at most {limits['max_absorption']:g}): {reached}"
+        f"max_decoder_cosine at most {limits['max_decoder_cosine']:g}): {reached}"
     )
 
 
@@ -189,8 +196,8 @@ def notes(assessment: dict[str, Any]) -> list[str]:
     )
     if any(check["passed"] is not None and check.get("reason") for check in checks):
         lines.append(
-            f"absorption: where as many random directions show more than "
-            f"{assessment['thresholds']['max_absorption']:g}, it is judged against (random)"
+            f"max_decoder_cosine: where as many random directions show more than "
+            f"{assessment['thresholds']['max_decoder_cosine']:g}, it is judged against (random)"
         )
     unknown = {check["name"] for check in (*evidence, *checks) if check["passed"] is None}
     titles: dict[tuple[str, str], dict[str, None]] = {}

@@ -13,8 +13,8 @@ from saemill.assess.sums import NOT_FINITE, Figure
 Check = dict[str, Any]
 """`name`, `value`, `threshold`, `passed`: true, false, or null with a `reason`.
 
-Where the random baseline took the place of the threshold of absorption, `reason` says so. A check of the
-verdict has `metric` too, and where it compares with a baseline `lo`, `hi` and `against`, its name."""
+Where the random baseline took the place of the threshold of max_decoder_cosine, `reason` says so. A check
+of the verdict has `metric` too, and where it compares with a baseline `lo`, `hi` and `against`, its name."""
 
 MOST_OF = {"random": 0.9, "pca": 1.0, "frozen": 1.0}
 """Most of a baseline's error that a trained SAE may leave, by kind."""
@@ -30,8 +30,8 @@ def thresholds_checks(
 ) -> list[Check]:
     """Check one variant against the four thresholds.
 
-    No SAE is failed for an absorption that as many random directions show as well: in a narrow space
-    that is more than the threshold. Nor is one failed for latents that look dead on too few tokens.
+    No SAE is failed for decoder rows that are as similar as so many random directions are: in a narrow
+    space that is more than the threshold. Nor is one failed for latents that look dead on too few tokens.
 
     Args:
         metrics: its figures.
@@ -39,16 +39,19 @@ def thresholds_checks(
         unseen: why latents that fire may look dead.
     """
     t = thresholds
-    random = metrics["absorption_random"]["value"] or 0.0  # null where absorption is
+    random = metrics["max_decoder_cosine_random"]["value"] or 0.0  # null where the other is
     results = {
         "loss_recovered": _check("loss_recovered", metrics["loss_recovered"], t.min_loss_recovered, None),
         "l0": _check("l0", metrics["l0"], t.min_l0, t.max_l0),
         "dead_fraction": _dead_check(metrics, t, unseen),
-        "absorption": _check("absorption", metrics["absorption"], None, max(t.max_absorption, random)),
+        "max_decoder_cosine": _check(
+            "max_decoder_cosine", metrics["max_decoder_cosine"], None, max(t.max_decoder_cosine, random)
+        ),
     }
-    if random > t.max_absorption:
-        why = f"as many random directions show {random:.3f}, more than the threshold of {t.max_absorption:g}"
-        results["absorption"].setdefault("reason", why)
+    if random > t.max_decoder_cosine:
+        limit = f"{t.max_decoder_cosine:g}"
+        why = f"as many random directions show {random:.3f}, more than the threshold of {limit}"
+        results["max_decoder_cosine"].setdefault("reason", why)
     return list(results.values())
 
 

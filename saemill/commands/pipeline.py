@@ -110,6 +110,7 @@ def cache(config: CacheConfig) -> None:
     "site",
     "with_acts",
     "target_site",
+    "cross_layer",
     "skip_connection",
     OUT,
     *("init_from", "architecture", "k", "expansion_factor", "num_latents", "lr", "seeds"),
@@ -156,7 +157,11 @@ def train(config: TrainConfig) -> None:
     OUT,
     *("max_tokens", "model_tokens", "batch_size", "dead_percentage_threshold"),
     *("thresholds.min_loss_recovered", "thresholds.min_l0", "thresholds.max_l0"),
-    *("thresholds.max_dead_fraction", "thresholds.max_absorption"),
+    *("thresholds.max_dead_fraction", "thresholds.max_decoder_cosine"),
+    flag("probes", "--probes"),
+    "probe_k",
+    flag("absorption", "--absorption"),
+    "probe_examples",
     *("variant", "latents", "n_latents", "n_contexts", "n_samples", "context_tokens", "page_bytes"),
     "most_beside",
     *("log_to_wandb", "device", "device_map", "max_memory"),
@@ -167,6 +172,7 @@ def assess(config: AssessConfig) -> None:
     Writes `final_assessment.json`, `report.html` and the sums they follow from.
 
     Example: `saemill assess runs/first`
+    Example: `saemill assess runs/first --probes --absorption`
     """
     from saemill.assess.run import run
     from saemill.assess.table import contexts_text

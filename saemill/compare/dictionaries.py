@@ -44,7 +44,7 @@ class Dictionary:
     def rows(self, which: Rows, device: torch.device) -> Tensor:
         """Read its latents' directions, fp32 [F, D], of unit length; a row of zeros stays one."""
         sae = self.load(device)
-        weights = sae.W_dec if which == "decoder" else sae.W_enc
+        weights = sae.decoder_rows if which == "decoder" else sae.W_enc
         return torch.nn.functional.normalize(weights.detach().float(), dim=1)
 
     def traits(self) -> dict[str, Any]:

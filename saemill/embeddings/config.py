@@ -27,6 +27,12 @@ class ImportConfig:
     )
     id_column: str | None = setting(None, "Column of ids", by_default="id, if there is one")
     text_column: str | None = setting(None, "Column of texts", by_default="text, if there is one")
+    source_column: str | None = setting(
+        None,
+        "Column that names each passage's source, for figures per source and probes",
+        by_default="",
+        later=True,
+    )
     texts: str | None = setting(
         None,
         "Table of the texts, if elsewhere: joined by id, or by order if there are no ids",
@@ -80,6 +86,7 @@ class EmbedConfig:
     out: Path = field(metadata=about("Activation store to write", decides=False))
     text_column: str = setting("text", "Column that holds the text")
     id_column: str | None = like(ImportConfig, "id_column")
+    source_column: str | None = like(ImportConfig, "source_column")
     subset: str | None = like(ImportConfig, "subset")
     split: str | None = like(ImportConfig, "split")
     revision: str | None = like(ImportConfig, "revision")

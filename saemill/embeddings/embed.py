@@ -48,7 +48,9 @@ def run(config: EmbedConfig) -> ActivationStore:
     table = open_hub(
         Where(name=config.dataset, subset=config.subset, split=config.split, revision=config.revision)
     )
-    columns = [choose_column(table, "text", config.text_column), choose_column(table, "id", config.id_column)]
+    chosen = {"text": config.text_column, "id": config.id_column}
+    columns = [choose_column(table, what, column) for what, column in chosen.items()]
+    columns.append(config.source_column and choose_column(table, "source", config.source_column))
     plan = _plan(config, table, _fingerprint(model))
     with (
         stop_on_signal() as stop,
@@ -127,7 +129,7 @@ def _copy(
     worker: Worker,
 ) -> str:
     """Add all texts to the passages. Return what the held-out ones are chosen by."""
-    text_column, id_column = columns
+    text_column, id_column, source_column = columns
     assert text_column is not None
     start = 0
     with progress("read", max_rows, "texts") as advance:
@@ -136,7 +138,8 @@ def _copy(
             rows = batch if max_rows is None else batch.slice(0, max_rows - start)
             texts = strings(rows[text_column], text_column, start)
             ids = None if id_column is None else strings(rows[id_column], id_column, start)
-            writer.add(ids, texts, [text.encode() for text in texts])
+            sources = None if source_column is None else strings(rows[source_column], source_column, start)
+            writer.add(ids, texts, [text.encode() for text in texts], sources)
             start += len(rows)
             advance(len(rows))
             if start == max_rows:

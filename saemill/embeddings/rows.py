@@ -42,6 +42,7 @@ class Rows:
     """Vectors [T, D] in the source's own type, on the CPU."""
     ids: list[str] | None = None
     texts: list[str] | None = None
+    sources: list[str] | None = None
 
 
 class Source(Protocol):

@@ -69,6 +69,7 @@ def _open(config: ImportConfig) -> tuple[Source, Table | None]:
         column=config.column,
         id_column=config.id_column,
         text_column=None if config.texts else config.text_column,
+        source_column=config.source_column,
         width=config.width,
         raw_dtype=config.raw_dtype,
         subset=config.subset,
@@ -121,7 +122,7 @@ class _Checking:
                 self.conversion.of(rows)
                 ids, row_texts = texts.of(rows)
                 hashed = "texts" if row_texts else "ids" if ids else "vectors"
-                writer.add(ids, row_texts, _bytes(row_texts or ids or rows.x_TD))
+                writer.add(ids, row_texts, _bytes(row_texts or ids or rows.x_TD), rows.sources)
                 advance(len(rows.x_TD))
         texts.finish()
         scratch.unlink(missing_ok=True)
@@ -145,6 +146,7 @@ def _limited(source: Source, start: int, max_rows: int | None) -> Iterator[Rows]
                 rows.x_TD[:n_left],
                 rows.ids and rows.ids[:n_left],
                 rows.texts and rows.texts[:n_left],
+                rows.sources and rows.sources[:n_left],
             )
         if len(rows.x_TD):
             yield rows

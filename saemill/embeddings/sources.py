@@ -33,6 +33,7 @@ class Where:
     column: str | None = None
     id_column: str | None = None
     text_column: str | None = None
+    source_column: str | None = None
     width: int | None = None
     raw_dtype: str | None = None
     subset: str | None = None
@@ -60,7 +61,7 @@ def open_source(where: Where) -> Source:
         _without(where, f"{kind} files", "width", "raw_dtype")
     if kind in TABLES:
         return _table_source(TABLES[kind](where.name, files), where)
-    _without(where, f"{kind} files", "id_column", "text_column")
+    _without(where, f"{kind} files", "id_column", "text_column", "source_column")
     return open_arrays(where.name, files, kind, where.column, where.width, where.raw_dtype)
 
 
@@ -90,7 +91,7 @@ def open_hub(where: Where) -> Table:
 
 
 def _table_source(table: Table, where: Where) -> Source:
-    return TableSource(table, where.column, where.id_column, where.text_column)
+    return TableSource(table, where.column, where.id_column, where.text_column, where.source_column)
 
 
 def is_dataset(name: str) -> bool:

@@ -94,7 +94,7 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
     if folder.exists():
         say(f"{folder} is damaged, unfinished or of another store, and is written again")
     partial = worker.partial()
-    writer = PassageWriter(partial, plan.held_out_fraction)
+    writer = PassageWriter(partial, plan.held_out_fraction, plan.settings.get("source_column") is not None)
     hashed = write(writer)
     if writer.n_rows == 0:
         raise DataError(f"{plan.source['name']} holds no passages")

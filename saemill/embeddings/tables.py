@@ -242,20 +242,26 @@ def check_columns(where: object, columns: Sequence[str], wanted: Sequence[str]) 
 
 
 class TableSource:
-    """Vectors, ids and texts of a table.
+    """Vectors, ids, texts and sources of a table.
 
     Args:
         table: the table.
         column: of the vectors; by default `embedding`, or the only column of float lists.
         id_column: by default `id`, if there is one.
         text_column: by default `text`, if there is one.
+        source_column: only where it is named.
 
     Raises:
         ConfigError: no such column, or none that may be meant.
     """
 
     def __init__(
-        self, table: Table, column: str | None, id_column: str | None, text_column: str | None
+        self,
+        table: Table,
+        column: str | None,
+        id_column: str | None,
+        text_column: str | None,
+        source_column: str | None = None,
     ) -> None:
         self.table, self.name = table, table.name
         self.site = column or _vector_column(table)
@@ -265,6 +271,7 @@ class TableSource:
         self.has_ids, self.has_texts = self.id_column is not None, self.text_column is not None
         if self.site not in table.columns:
             raise ConfigError(f"{self.name} has no column {self.site!r}; {nearest(self.site, table.columns)}")
+        self.source_column = source_column and choose_column(table, "source", source_column)
         self.width: int | None = None
 
     def fingerprint(self) -> str:
@@ -273,16 +280,16 @@ class TableSource:
 
     def batches(self, start: int) -> Iterator[Rows]:
         """Read the table's rows from number `start` on."""
-        columns = [name for name in (self.site, self.id_column, self.text_column) if name is not None]
+        of_strings = (self.id_column, self.text_column, self.source_column)
+        columns = [name for name in (self.site, *of_strings) if name is not None]
         for rows in self.table.read(list(dict.fromkeys(columns)), start):
             if len(rows) == 0:
                 continue
             x_TD = self._vectors(rows[self.site].combine_chunks(), start)
-            ids, texts = (
-                None if name is None else strings(rows[name], name, start)
-                for name in (self.id_column, self.text_column)
+            ids, texts, sources = (
+                None if name is None else strings(rows[name], name, start) for name in of_strings
             )
-            yield Rows(start, x_TD, ids, texts)
+            yield Rows(start, x_TD, ids, texts, sources)
             start += len(rows)
 
     def _vectors(self, column: pa.Array, start: int) -> Tensor:

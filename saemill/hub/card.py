@@ -14,6 +14,7 @@ from saemill.assess.table import CONTROLS, cuts, described_best, interval
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
 from saemill.common.stores import runs
+from saemill.common.stores.site_names import abridged
 from saemill.hub import kinds
 
 ORDER = ["library_name", "tags", "base_model", "datasets"]
@@ -77,7 +78,7 @@ def _within(entries: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     about = (
         "The first latents of a Matryoshka SAE are an SAE themselves, `sae.prefix(n)`; one that was trained "
-        "for several k is used at another by `sae.at_k(k)`; a crosscoder has figures at each of its sites:"
+        "for several k is used at another by `sae.at_k(k)`; an SAE of several sites has figures at each:"
     )
     return [about, rows([titles, *([span(name), *cells] for name, *cells in lines)])]
 
@@ -85,7 +86,8 @@ def _within(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 def _place(cfg: Mapping[str, Any]) -> str:
     """Write the site of an SAE as code, of a transcoder both of its sites."""
     origin = cfg["saemill"]
-    return " → ".join(map(span, filter(None, (origin["site"], origin.get("target_site")))))
+    ends = map(abridged, filter(None, (origin["site"], origin.get("target_site"))))
+    return " → ".join(map(span, ends))
 
 
 def _what(saes: Mapping[str, Mapping[str, Any]], places: Sequence[str]) -> str:

@@ -19,6 +19,8 @@ ADJECTIVES = {
 TAKES = {
     "sparse autoencoder": "the SAEs take it as the model produces it",
     "transcoder": "a transcoder takes the first as the model produces it, and predicts the second",
+    "cross-layer transcoder": "a cross-layer transcoder takes those of all layers that it reads side by "
+    "side, as the model produces them, and predicts those of the second side by side",
 }
 FORMULAS = {
     "groupmax": "f = ReLU(z) where it is the largest of its group of F/k, with z = {z}",
@@ -56,10 +58,19 @@ def is_transcoder(cfg: Cfg) -> bool:
     return bool(cfg["transcode"])
 
 
+def is_cross_layer(cfg: Cfg) -> bool:
+    """Tell whether it predicts the sites of several layers."""
+    return bool(cfg.get("predicted"))
+
+
 def _counts(saes: Mapping[str, Cfg]) -> dict[str, int]:
     """Count the SAEs and the transcoders, each if there is one."""
-    n_transcoders = sum(map(is_transcoder, saes.values()))
-    counts = {"sparse autoencoder": len(saes) - n_transcoders, "transcoder": n_transcoders}
+    n_transcoders, n_across = sum(map(is_transcoder, saes.values())), sum(map(is_cross_layer, saes.values()))
+    counts = {
+        "sparse autoencoder": len(saes) - n_transcoders,
+        "transcoder": n_transcoders - n_across,
+        "cross-layer transcoder": n_across,
+    }
     return {noun: n for noun, n in counts.items() if n}
 
 
@@ -75,7 +86,7 @@ def number(saes: Mapping[str, Cfg]) -> str:
 
 def tags(saes: Mapping[str, Cfg]) -> list[str]:
     """List the hub's tags that say what the SAEs are."""
-    return [*(["transcoder"] if "transcoder" in _counts(saes) else []), *architectures(saes)]
+    return [*(["transcoder"] if any(map(is_transcoder, saes.values())) else []), *architectures(saes)]
 
 
 def takes(saes: Mapping[str, Cfg]) -> str:
@@ -99,7 +110,9 @@ def formula(saes: Mapping[str, Cfg]) -> str:
     skip = (
         " + W_skip x" if skips == {True} else " + W_skip x where there is a W_skip" if True in skips else ""
     )
-    return f"{codes}, {'ŷ' if transcoders else 'x̂'} = W_decᵀ f + b_dec{skip}"
+    across = ", each layer's z of its own x and each ŷ of the f of its layer and those before it"
+    across = across if any(map(is_cross_layer, saes.values())) else ""
+    return f"{codes}, {'ŷ' if transcoders else 'x̂'} = W_decᵀ f + b_dec{skip}{across}"
 
 
 def tools(cfg: Cfg) -> list[str]:

@@ -101,10 +101,9 @@ def _check_words(format: str, saes: dict[str, Sae]) -> None:
         ConfigError: naming the SAE.
     """
     for name, sae in saes.items():
-        if sae.config.joined:
-            sites = " and ".join(part.site for part in sae.config.joined)
+        if spans := sae.config.spans:
             raise ConfigError(
-                f"{format} has SAEs of one site, got {name}, a crosscoder over {sites}; `saemill assess` "
+                f"{format} has SAEs of one site, got {name}, {spans}; `saemill assess` "
                 "shows its latents. Name the other SAEs of the run one by one"
             )
         if format == "saebench" and sae.is_transcoder:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from saemill.assess import outlook as assess
-from saemill.assess.config import AssessConfig
+from saemill.assess.config import PROBE_EXAMPLES, AssessConfig
 from saemill.cache.config import CacheConfig
 from saemill.cache.outlook import model_bytes
 from saemill.cache.plan import look_ahead
@@ -191,6 +191,7 @@ def assessing(
         min(config.max_tokens, round(held_out * rows.kept_share)),
         min(config.model_tokens, held_out) if config.with_model and cached.n_ids else 0,
         min(config.context_tokens, rows.n_tokens),
+        min(config.probe_examples or PROBE_EXAMPLES, held_out) if config.probes or config.absorption else 0,
     )
     model = assess.Model(cached.model_bytes, cached.n_ids, config.batch_size * rows.ctx_len)
     runs_on = model if config.with_model else None

@@ -51,6 +51,11 @@ def together(config: "TrainConfig") -> None:
     else:
         _starts(config)
     _targets(config)
+    if config.cross_layer and not (config.site and config.target_site):
+        raise ConfigError(
+            "cross_layer joins the sites that site and target_site name; give both, or name joined ones in "
+            "variants and leave it out"
+        )
     _joined(config)
     _follow(config)
     if config.wandb_artifacts and no_wandb:
@@ -150,8 +155,8 @@ def _joined(config: "TrainConfig") -> None:
             "with_acts has no effect: no site of the run is of it; join one, as "
             f"--site {site}{JOINT}{BESIDE}{site}"
         )
-    if config.eval_losses_every is not None and any(map(is_joined, sites)):
+    if config.eval_losses_every is not None and (config.cross_layer or any(map(is_joined, sites))):
         raise ConfigError(
-            "eval_losses_every: a crosscoder reconstructs several sites, and no loss tells of all; leave "
-            "it out"
+            "eval_losses_every: a crosscoder reconstructs several sites, and no loss tells of all; those of "
+            "a cross-layer transcoder are measured by `saemill assess`; leave it out"
         )

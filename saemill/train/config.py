@@ -56,6 +56,13 @@ class TrainConfig:
         metavar="SITE,…",
     )
     """Of the same store, such as the output of an MLP whose input is SITE."""
+    cross_layer: bool = setting(
+        False,
+        "Join SITEs and targets, in the order of the layers, into one cross-layer transcoder",
+        decides=False,
+    )
+    """Latents of each SITE predict its target and all later ones. The names that they are joined to decide:
+    `layers.0.mlp:in+layers.1.mlp:in` and `layers.0.mlp+layers.1.mlp`, which may be given without it."""
     skip_connection: bool = setting(
         False, "Give transcoders a linear map from SITE to the target, beside their latents"
     )

@@ -19,6 +19,7 @@ from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
 from saemill.train.backends.base import Backend, described
 from saemill.train.backends.choose import choose_kernels, choose_product_dtype, kernels_of, make_backend
+from saemill.train.backends.plain import Plain
 from saemill.train.batch import check_batch
 from saemill.train.config import TrainConfig
 from saemill.train.export import export, save_saes
@@ -330,14 +331,14 @@ def _banks(
     for sites in dict.fromkeys(variant.sites for variant in variants):
         site, target = sites[0], sites[1] if len(sites) > 1 else None
         target_sample = None if target is None else (scalings[target], sample[target])
+        here = [variant for variant in variants if variant.sites == sites]
+        own = Plain(backend.dtype, backend.team) if here[0].n_layers > 1 else backend
         learners = [
-            Learner(variant, scalings[site], backend, sample[site], dead_after, target_sample)
-            for variant in variants
-            if variant.sites == sites
+            Learner(variant, scalings[site], own, sample[site], dead_after, target_sample) for variant in here
         ]
         target_units = None if target is None else (target, scalings[target])
         in_model = above if any(learner.variant.loss in IN_MODEL for learner in learners) else None
-        banks.append(Bank(site, scalings[site], backend, learners, target_units, in_model))
+        banks.append(Bank(site, scalings[site], own, learners, target_units, in_model))
     return banks
 
 
@@ -394,5 +395,7 @@ def _say_how(config: TrainConfig, trainer: Trainer, placement: Placement, store:
         is_stepped_by_torch(v, {site: store.site(site).width for site in v.sites}) for v in placement.variants
     ):
         say(f"steps with {WITHOUT_KERNELS} are made by torch on a GPU, more slowly than by Triton's kernels")
+    if backend.name != "torch" and any(v.n_layers > 1 for v in placement.variants):
+        say("cross-layer transcoders are stepped by torch")
     if trainer.step:
         say(f"continuing after step {trainer.step:,}")

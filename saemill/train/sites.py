@@ -3,6 +3,7 @@
     --site 'layers.*.post_attention_layernorm' --target-site 'layers.*.mlp'
 
 is a transcoder of each layer: two globs that stand in the same place match in pairs, by what their `*` are.
+With `--cross-layer` it is one transcoder of them all.
 """
 
 import re
@@ -11,6 +12,7 @@ from dataclasses import replace
 
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError
+from saemill.common.stores.site_names import JOINT, parts_of
 from saemill.train.config import TrainConfig
 
 Found = dict[tuple[str, ...], str]
@@ -18,7 +20,8 @@ Found = dict[tuple[str, ...], str]
 
 
 def with_sites(config: TrainConfig, known: Collection[str]) -> TrainConfig:
-    """Replace globs by the sites that they match, in the order of their numbers.
+    """Replace globs by the sites that they match, in the order of their numbers; join those of a cross-layer
+    transcoder.
 
     Args:
         config: of the run.
@@ -27,8 +30,20 @@ def with_sites(config: TrainConfig, known: Collection[str]) -> TrainConfig:
     Raises:
         ConfigError: a glob matches nothing, or a site without one to predict.
     """
-    if not any("*" in name for name in (*config.site, *config.target_site)):
+    if any("*" in name for name in (*config.site, *config.target_site)):
+        config = _found(config, known)
+    if not config.cross_layer:
         return config
+    if len(parts_of(JOINT.join(config.site))) < 2:
+        raise ConfigError(
+            f"cross_layer joins two or more layers, got one, {config.site[0]}; leave it out for a transcoder "
+            "of one"
+        )
+    return replace(config, site=(JOINT.join(config.site),), target_site=(JOINT.join(config.target_site),))
+
+
+def _found(config: TrainConfig, known: Collection[str]) -> TrainConfig:
+    """Replace globs by the sites that they match."""
     sites: list[str] = []
     targets: list[str] = []
     for place, glob in enumerate(config.site):

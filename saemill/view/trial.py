@@ -80,7 +80,7 @@ class Trial:
     @property
     def no_steering(self) -> str | None:
         """Say why no latent can be added, if that is known before the model is loaded."""
-        if is_joined(str(self.sae.site)):
+        if is_joined(str(self.sae.target_site)):
             return "a crosscoder writes to several sites, and a latent is added at one"
         return self.missing
 

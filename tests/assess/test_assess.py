@@ -227,7 +227,7 @@ def test_the_table_tells_what_is_not_in_it(
     assert "where as many random directions show more than 0.25, it is judged against (random)" in shown
     line = next(line for line in shown.splitlines() if f" {entry(assessment, 16)['name']} " in line)
     metrics = entry(assessment, 16)["metrics"]
-    cells = [f"{metrics[name]['value']:.3f}" for name in ("absorption", "absorption_random")]
+    cells = [f"{metrics[name]['value']:.3f}" for name in ("max_decoder_cosine", "max_decoder_cosine_random")]
     assert [cell.strip() for cell in line.split("│")][8:10] == cells
     page = (tmp_path / "report.html").read_text()
     assert f"only {n_documents} documents; an interval needs 30" in page

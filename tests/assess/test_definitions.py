@@ -22,7 +22,6 @@ from stores import make_store
 from saemill.assess.baselines import fit_baselines
 from saemill.assess.config import Thresholds
 from saemill.assess.features import check_latents, choose_latents
-from saemill.assess.reconstruction import absorption
 from saemill.assess.sums import Bootstrap, DocumentSums, Ratio, Split
 from saemill.assess.verdict import summary, thresholds_checks
 from saemill.common.errors import ConfigError
@@ -124,17 +123,6 @@ def test_max_tokens_takes_the_first_tokens(store: ActivationStore) -> None:
     assert found.metrics("v", over(found))["fvu"]["value"] == pytest.approx(fvu, rel=1e-4)
 
 
-def test_absorption_is_the_mean_largest_cosine() -> None:
-    """Oracle: a loop over pairs; equal rows read 1, orthogonal ones 0, one row is no figure."""
-    rows = torch.randn(1500, 6, generator=torch.Generator().manual_seed(0))
-    unit = (rows / rows.norm(dim=1, keepdim=True)).double()
-    cosine = unit @ unit.T - 2 * torch.eye(1500)
-    assert absorption(rows)["value"] == pytest.approx(float(cosine.amax(1).mean()), rel=1e-5)
-    assert absorption(torch.ones(3, 6))["value"] == pytest.approx(1)
-    assert absorption(torch.eye(6))["value"] == pytest.approx(0)
-    assert absorption(rows[:1])["value"] is None
-
-
 def test_intervals_cover_the_truth() -> None:
     """Oracle: 400 synthetic sets of documents with a known ratio; 95% intervals cover it about as often."""
     generator = np.random.default_rng(0)
@@ -198,8 +186,8 @@ def test_the_thresholds_count_only_checks_that_ran() -> None:
         "loss_recovered": {"value": None, "reason": "no head"},
         "l0": {"value": 32.0},
         "dead_fraction": {"value": 0.5},
-        "absorption": {"value": 0.25},
-        "absorption_random": {"value": None, "reason": "1 live latent"},
+        "max_decoder_cosine": {"value": 0.25},
+        "max_decoder_cosine_random": {"value": None, "reason": "1 live latent"},
     }
     found = thresholds_checks(figures, Thresholds())
     assert [check["passed"] for check in found] == [None, True, False, True]
@@ -236,7 +224,7 @@ def test_absorption_is_judged_against_what_random_directions_show(
 ) -> None:
     """Oracle: the larger of threshold and baseline, by hand; the reason where it is the baseline."""
     figures = {name: {"value": 0.0} for name in ("loss_recovered", "l0", "dead_fraction")}
-    figures |= {"absorption": {"value": value}, "absorption_random": {"value": random}}
+    figures |= {"max_decoder_cosine": {"value": value}, "max_decoder_cosine_random": {"value": random}}
     check = thresholds_checks(figures, Thresholds())[3]
     assert (check["passed"], check["threshold"]) == (passed, f"at most {threshold}")
     assert check.get("reason") == (

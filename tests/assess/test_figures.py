@@ -14,7 +14,7 @@ from stores import make_store
 
 from saemill.assess.baselines import fit_baselines
 from saemill.assess.config import Thresholds
-from saemill.assess.reconstruction import Reconstruction, absorption
+from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.splicing import Splicing, _kl
 from saemill.assess.spread import Spread
 from saemill.assess.sums import N_DRAWS, Bootstrap, DocumentSums, Ratio, Split
@@ -180,24 +180,11 @@ def test_a_variant_that_computes_no_numbers_has_no_figures(tmp_path: Path) -> No
     assert found.unusable("good") is None
 
 
-def test_absorption_leaves_out_rows_without_direction() -> None:
-    """Oracle: the cosines of the other rows; tiny rows count like large ones."""
-    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    whole = absorption(rows)["value"]
-    scales = torch.tensor([1e-25, 1e-8, 1, 1e8, 1e18, 1])[:, None]
-    assert absorption(torch.cat([rows * scales, torch.zeros(2, 4)]))["value"] == pytest.approx(
-        whole, rel=1e-5
-    )
-    assert absorption(torch.full((3, 4), math.nan)) == {
-        "value": None, "reason": "decoder rows are not finite"
-    }  # fmt: skip
-
-
 class _Losses(Splicing):
     """Losses of 40 documents of 10 tokens."""
 
     def __init__(self, zero: float, spread: float = 0.0) -> None:
-        self.sites, self.no_loss = {"v": "layers.1"}, None
+        self.sites, self.places, self.no_loss = {"v": "layers.1"}, {"v": {"": "layers.1"}}, None
         own = [f"layers.1/{what}" for what in ("zero", "mean", "zero_kl")]
         self.sums = DocumentSums(["n", "clean", *own, "v/ce", "v/kl"])
         generator = np.random.default_rng(0)
@@ -219,7 +206,8 @@ def test_where_zeros_cost_nothing_no_loss_is_recovered() -> None:
         assert figures["loss_recovered_from_mean"]["value"] == pytest.approx(0.5)
         assert figures["delta_ce"]["value"] == pytest.approx(0.5)
         figures |= {
-            name: {"value": 0.0} for name in ("l0", "dead_fraction", "absorption", "absorption_random")
+            name: {"value": 0.0}
+            for name in ("l0", "dead_fraction", "max_decoder_cosine", "max_decoder_cosine_random")
         }
         found = thresholds_checks(figures, Thresholds(min_l0=0))
         assert (found[0]["passed"], found[0]["reason"]) == (None, told)
@@ -255,9 +243,9 @@ def test_divergence_counts_impossible_tokens_as_nothing() -> None:
 def test_a_check_of_no_number_is_unknown() -> None:
     """Oracle: NaN is neither passed nor failed; a verdict of unknown checks says so."""
     figures: dict[str, Any] = {
-        name: {"value": math.nan} for name in ("loss_recovered", "l0", "dead_fraction", "absorption")
+        name: {"value": math.nan} for name in ("loss_recovered", "l0", "dead_fraction", "max_decoder_cosine")
     }
-    found = thresholds_checks(figures | {"absorption_random": {"value": math.nan}}, Thresholds())
+    found = thresholds_checks(figures | {"max_decoder_cosine_random": {"value": math.nan}}, Thresholds())
     assert [check["passed"] for check in found] == [None] * 4
     assert summary(found) == "unknown"
 

@@ -15,7 +15,7 @@ from training import structured
 
 from saemill.assess.baselines import _ks
 from saemill.assess.config import AssessConfig, Thresholds
-from saemill.assess.entries import _dense_share
+from saemill.assess.latent_figures import _dense_share
 from saemill.assess.run import run as assess
 from saemill.assess.verdict import conclude, error_check, latent_checks, order
 from saemill.common.errors import ConfigError

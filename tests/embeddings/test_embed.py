@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentence_transformers
 import torch
@@ -40,6 +41,17 @@ def corpus_file(tmp_path: Path) -> Path:
 
 def embed(corpus: Path, encoder: str, out: Path, **options: Any) -> ActivationStore:
     return run(EmbedConfig(dataset=str(corpus), model=encoder, out=out, device="cpu", **options))
+
+
+def test_sources_of_the_texts_are_kept(encoder: str, tmp_path: Path) -> None:
+    """Oracle: the column that was written."""
+    sources = [["b", "a"][i % 2] for i in range(20)]
+    lines = [json.dumps({"text": t, "of": s}) + "\n" for t, s in zip(TEXTS[:20], sources, strict=True)]
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
+    passages = embed(tmp_path / "texts.jsonl", encoder, tmp_path / "acts", source_column="of").text
+    assert isinstance(passages, PassageStore)
+    numbers = passages.documents["source"].to_numpy()[passages.document_of(np.arange(20))]
+    assert [passages.manifest.sources[number] for number in numbers] == sources
 
 
 @pytest.mark.parametrize(("prompt", "normalize"), [(None, False), ("passage: ", True)])

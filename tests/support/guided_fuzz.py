@@ -22,7 +22,9 @@ with atheris.instrument_imports(include=["saemill"]):
     from saemill.cache.config import CacheConfig
     from saemill.common import config as settings
     from saemill.common.errors import SaemillError
+    from saemill.common.sae import formats
     from saemill.common.stores.activations import ActivationStore
+    from saemill.show import problems
     from saemill.tokenize.config import TokenizeConfig
     from saemill.train.config import TrainConfig
 
@@ -97,12 +99,12 @@ def test_of(kind: str, folder: Path) -> Callable[[bytes], None]:
     if kind == "config":
         return of_config(folder)
     if kind == "sae":
-        make_threshold_sae("jumprelu").save(folder / "layers.3")
+        formats.save_own(make_threshold_sae("jumprelu").parts, folder / "layers.3")
         return of_files(folder / "layers.3", use)
     form = {"store": ("fp32", None), "packed": ("int8", "zstd")}[kind]
     store = make_store(folder, n_rows=24, ctx_len=16, d=4, shard_tokens=256, form=form)
     assert isinstance(store, ActivationStore)
-    return of_files(store.path, everything)
+    return of_files(store.path, lambda copy: (problems(copy), everything(copy)))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,28 @@ def load_set(folder: str, x: str, out: str) -> None:
     np.savez(out, latents=latents.numpy(), predictions=predictions.numpy())
 
 
+def load_cross_layer(folder: str, x: str, out: str) -> None:
+    """Latents [L, T, F/L] and predictions [L, T, D] of a cross-layer transcoder, as circuit-tracer loads it;
+    what it saves again is in `out`-again."""
+    import yaml
+    from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
+
+    told = yaml.safe_load((Path(folder) / "config.yaml").read_text())
+    assert told["model_kind"] == "cross_layer_transcoder"
+    hooks = {name: told[name] for name in ("feature_input_hook", "feature_output_hook")}
+    x_LTD = torch.from_numpy(np.load(x))
+    for lazy in (False, True):
+        clt = load_clt(folder, **hooks, device=torch.device("cpu"), dtype=torch.float32, lazy_decoder=lazy)
+        with torch.no_grad():
+            latents = clt.encode(x_LTD)
+            sparse, _ = clt.encode_sparse(x_LTD, zero_positions=slice(0, 0))
+            assert torch.equal(sparse.to_dense(), latents)
+            pos, layer, _, rows, _ = clt.select_decoder_vectors(latents)
+            predictions = clt.compute_reconstruction(pos, layer, rows, x_LTD)
+    clt.to_safetensors(f"{out}-again")
+    np.savez(out, latents=latents.numpy(), predictions=predictions.numpy())
+
+
 def without_embedders() -> None:
     """delphi imports these for other sources of examples, which are not used here. datasets, which others
     import after it, looks for one of them itself."""
@@ -405,7 +427,8 @@ def read_rows_of_ids(folder: str, ctx_len: int, out: str) -> None:
 JOBS = {
     job.__name__: job
     for job in (
-        encode, encode_published, load_set, make_sparsify, make_saelens, make_scaled_saelens,
+        encode, encode_published, load_set, load_cross_layer, make_sparsify,
+        make_saelens, make_scaled_saelens,
         make_whitened_saelens, make_dictionary, make_dictionary_learning, hooks,
         splice, pretokenize, chunk_and_tokenize, read_rows_of_ids, read_delphi, read_dashboards, read_core,
         saelens_evals,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from saemill import Sae, SaeConfig
+from saemill.common.sae.parts import Joined
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 """fp32, sums in another order."""
@@ -70,3 +71,26 @@ def check_same(sae: Sae, x_TD: torch.Tensor, theirs: Path) -> None:
         torch.testing.assert_close(latents, torch.from_numpy(found["latents"]), **ROUNDING)
         torch.testing.assert_close(reconstruction, torch.from_numpy(found["reconstruction"]), **ROUNDING)
     assert (latents > 0).sum() > len(x_TD)
+
+
+def make_cross_layer(
+    architecture: str = "jumprelu", *, n_layers: int = 3, d: int = 12, e: int = 12, f: int = 30, **told: Any
+) -> Sae:
+    """A cross-layer transcoder of random weights, with k 6 or thresholds as the architecture has them."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((f, d), (f,), (f * (n_layers + 1) // 2, e), (n_layers * e,))
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    threshold = {"topk": None, "relu": torch.zeros(f)}.get(
+        architecture, 3 * torch.rand(f, generator=generator)
+    )
+    ends = {
+        name: tuple(Joined(f"layers.{layer}.{site}", width, 0.5 + layer) for layer in range(n_layers))
+        for name, site, width in (("joined", "post_attention_layernorm", d), ("predicted", "mlp", e))
+    }
+    places = zip(("site", "target_site"), ends.values(), strict=True)
+    origin = {end: "+".join(part.site for part in parts) for end, parts in places}
+    config = SaeConfig(
+        d_in=n_layers * d, d_out=n_layers * e, num_latents=f, k=6 if architecture == "topk" else None,
+        provenance=origin | told, architecture=architecture, **ends,
+    )  # fmt: skip
+    return Sae(config, *weights, threshold)

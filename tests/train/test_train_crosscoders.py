@@ -201,7 +201,7 @@ def test_masks_of_two_stores_count_together() -> None:
         ({"site": ("a+c",)}, "site 'c' of .* not in the store; finished: a, b"),
         ({"site": ("a+with.a",)}, "joins one of another store; name that with --with-acts"),
         ({"loss": "mse"}, "loss mse is in the units of one site"),
-        ({"target_site": ("a",)}, "target_site has no effect on a crosscoder"),
+        ({"target_site": ("a",)}, "got 2 to read, a\\+b, and 1 to predict, a"),
         ({"decoder_rows": "free", "architecture": ("relu",), "k": ()}, "decoder_rows free"),
         ({"eval_losses_every": 10, "eval_every": 10, "log_every": 10}, "a crosscoder reconstructs several"),
     ],
@@ -268,7 +268,7 @@ def test_its_file_says_what_it_joins(store: ActivationStore, tmp_path: Path) -> 
     sae.save(tmp_path / "again")
     assert Sae.load(tmp_path / "again").config == sae.config
     for name in formats.NAMES:
-        with pytest.raises(ConfigError, match=f"{name} cannot say that an SAE is a crosscoder, over a and b"):
+        with pytest.raises(ConfigError, match=f"{name} cannot say that an SAE is a crosscoder over a and b"):
             formats.save(sae.parts, name, tmp_path / name)
     cfg = json.loads((folder / "cfg.json").read_text())
     assert cfg["joined"] == [asdict(part) for part in sae.config.joined]

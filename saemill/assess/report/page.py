@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from saemill.assess.explained import summary
 from saemill.assess.report import charts, compared, latents, variants
+from saemill.assess.report.judged import judged
 from saemill.assess.report.picture import SIZE
 from saemill.assess.report.shards import Shards
 from saemill.assess.report.visible import visible
@@ -120,6 +121,7 @@ def _sections(assessment: dict[str, Any], densities: Mapping[str, NDArray[float6
         "baselines": variants.rows(assessment["controls"], shown, {}, data),
         "cut_titles": (cuts(several) or [[]])[0][1:],
         "source_titles": (by_source(several) or [[]])[0][1:],
+        **judged(assessment),
         "check_text": check_text,
         "number": number,
         "visible": visible,

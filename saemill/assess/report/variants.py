@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saemill.assess.entries import DENSE
+from saemill.assess.dense import DENSE
 from saemill.assess.report import contexts
 from saemill.assess.report.bars import Bar, bars
 from saemill.assess.report.compared import outcome, with_interval

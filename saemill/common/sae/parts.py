@@ -6,7 +6,8 @@ However it was trained, a finished SAE chooses its latents in one of three ways:
 threshold on its magnitude (`formats.gated`).
 
 A transcoder is an SAE that predicts what another site has from what it reads at its own. A crosscoder is one
-that reads and reconstructs several sites at once, side by side in one vector.
+that reads and reconstructs several sites at once, side by side in one vector. A cross-layer transcoder is a
+transcoder of several layers: `layers` has the shapes of its weights.
 """
 
 import math
@@ -19,16 +20,20 @@ from torch import Tensor
 
 from saemill.common.errors import ConfigError, SaemillError
 from saemill.common.log import counted
+from saemill.common.sae import layers
 from saemill.common.sae.norms import NORMS
+from saemill.common.stores.site_names import abridged
 
 BY_K = ("topk", "matryoshka", "groupmax")
 BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu", "relu", "gated")
 ARCHITECTURES = tuple(dict.fromkeys(BY_K + BY_THRESHOLD))
+CROSS_LAYER = ("topk", "batchtopk", "jumprelu", "relu")
+"""Those that cross-layer transcoders have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """One of the sites that a crosscoder joins."""
+    """One of the sites that a crosscoder joins, or that a cross-layer transcoder reads or predicts."""
 
     site: str
     """Name of the site; `with.<site>` of the second of two models."""
@@ -47,7 +52,8 @@ class SaeConfig:
     num_latents: int
     """Number F of latents."""
     k: int | None
-    """Most latents active per token; None where each latent has a threshold."""
+    """Most latents active per token; None where each latent has a threshold. Of a cross-layer transcoder
+    those of all layers, of each an equal number."""
     provenance: dict[str, Any]
     """Origin of the SAE: site, model, training settings, versions."""
     architecture: str = "topk"
@@ -59,7 +65,11 @@ class SaeConfig:
     d_out: int | None = None
     """Length E of the vectors that a transcoder predicts from those that it reads; None of an SAE."""
     joined: tuple[Joined, ...] = ()
-    """Sites of a crosscoder in the order in which their vectors follow each other; empty of an SAE."""
+    """Sites that a crosscoder or a cross-layer transcoder reads, in the order in which their vectors follow
+    each other; empty of an SAE."""
+    predicted: tuple[Joined, ...] = ()
+    """Sites that a cross-layer transcoder predicts: in the place of each of `joined` the one that its
+    latents are the first to write to. Empty of others."""
     norm: str | None = None
     """Norm that each vector goes through before it is encoded, one of `norms.NORMS`; None of most SAEs."""
 
@@ -95,25 +105,71 @@ class SaeConfig:
             )
 
     def _check_joined(self) -> None:
-        """Refuse sites that do not make up d_in."""
-        if not self.joined:
-            return
-        names, widths = [part.site for part in self.joined], [part.width for part in self.joined]
-        if len(set(names)) < max(2, len(names)) or sum(widths) != self.d_in or min(widths) < 1:
+        """Refuse sites that do not make up d_in, or what is predicted."""
+        if self.joined:
+            _check_sites("joined", self.joined, "d_in", self.d_in)
+        if self.predicted:
+            self._check_layers()
+        elif self.joined and self.d_out is not None:
+            names = ", ".join(part.site for part in self.joined)
+            raise ConfigError(f"joined must be empty of a transcoder without predicted, got {names}")
+
+    def _check_layers(self) -> None:
+        """Refuse what is no cross-layer transcoder."""
+        n, d_out = len(self.predicted), self.d_out or 0
+        _check_sites("predicted", self.predicted, "d_out", d_out)
+        shares = {"d_in": self.d_in, "d_out": d_out, "num_latents": self.num_latents, "k": self.k or 0}
+        uneven = [f"{name} {value}" for name, value in shares.items() if value % n]
+        widths = [{part.width for part in sites} for sites in (self.joined, self.predicted)]
+        if len(self.joined) != n or uneven or max(map(len, widths)) > 1:
             raise ConfigError(
-                f"joined must be two or more sites whose widths add up to d_in ({self.d_in}), got "
-                f"{', '.join(f'{part.width} of {part.site!r:.80}' for part in self.joined)}"
+                "a cross-layer transcoder must read and predict as many sites, of one width, with equal "
+                f"shares of latents and k, got {len(self.joined)} and {n} sites"
+                f"{''.join(f', {each}' for each in uneven)}"
             )
-        if not all(0 < part.scale < math.inf for part in self.joined):
-            raise ConfigError(f"joined must have scales above 0, got {[part.scale for part in self.joined]}")
-        if self.d_out is not None:
-            raise ConfigError(f"joined must be empty of a transcoder, got {', '.join(names)}")
+        if self.architecture not in CROSS_LAYER or self.ks:
+            raise ConfigError(
+                f"architecture of a cross-layer transcoder must be one of {', '.join(CROSS_LAYER)}, with one "
+                f"k, got {self.architecture}{f' with k {self.ks}' if self.ks else ''}"
+            )
+
+    @property
+    def n_layers(self) -> int:
+        """Layers whose latents write to their own and to later ones; 1 unless it is a cross-layer
+        transcoder."""
+        return len(self.predicted) or 1
+
+    @property
+    def spans(self) -> str | None:
+        """What an SAE of several sites is, in words: `a crosscoder over a and b`; None of one site."""
+        if self.predicted:
+            ends = f"{self.joined[0].site} to {self.predicted[-1].site}"
+            return f"a cross-layer transcoder of {self.n_layers} layers ({ends})"
+        sites = " and ".join(part.site for part in self.joined)
+        return f"a crosscoder over {sites}" if sites else None
+
+    @property
+    def outputs(self) -> tuple[Joined, ...]:
+        """Sites whose vectors follow each other in what it reconstructs or predicts; empty of one site."""
+        return self.predicted or self.joined
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that every SAE has, by name."""
+        f, n, e = self.num_latents, self.n_layers, self.d_out or self.d_in
+        return {
+            "W_enc": (f, self.d_in // n),
+            "b_enc": (f,),
+            "W_dec": (layers.n_rows(f, n), e // n),
+            "b_dec": (e,),
+        }
 
     @property
     def described(self) -> str:
         """Choice of latents and their number, in words: `k 32, 6,144 latents`."""
         words = [] if self.d_out is None else ["transcoder"]
-        words += ["crosscoder"] if self.joined else []
+        words = [f"cross-layer transcoder of {self.n_layers} layers"] if self.predicted else words
+        words += ["crosscoder"] if self.joined and not self.predicted else []
         words += [] if self.architecture == "topk" else [self.architecture]
         words += [] if self.k is None else [f"k {self.k}"]
         words += [f"{self.num_latents:,} latents"]
@@ -130,7 +186,20 @@ def place(origin: Mapping[str, Any]) -> str | None:
     Args:
         origin: what has the fields `site` and, of a transcoder, `target_site`; either may be unknown.
     """
-    return " → ".join(filter(None, (origin.get("site"), origin.get("target_site")))) or None
+    ends = filter(None, (origin.get("site"), origin.get("target_site")))
+    return " → ".join(map(abridged, ends)) or None
+
+
+def _check_sites(name: str, sites: tuple[Joined, ...], of: str, width: int) -> None:
+    """Refuse sites that do not make up a width, or that have no scale."""
+    widths = [part.width for part in sites]
+    if len({part.site for part in sites}) < max(2, len(sites)) or sum(widths) != width or min(widths) < 1:
+        raise ConfigError(
+            f"{name} must be two or more sites whose widths add up to {of} ({width}), got "
+            f"{', '.join(f'{part.width} of {part.site!r:.80}' for part in sites)}"
+        )
+    if not all(0 < part.scale < math.inf for part in sites):
+        raise ConfigError(f"{name} must have scales above 0, got {[part.scale for part in sites]}")
 
 
 def _check_ascending(name: str, values: tuple[int, ...], of: str, last: int | None) -> None:
@@ -146,11 +215,12 @@ class Parts:
 
     config: SaeConfig
     W_enc: Tensor
-    """Encoder weights [F, D]."""
+    """Encoder weights [F, D]; of a cross-layer transcoder those that `layers` describes."""
     b_enc: Tensor
     """Encoder bias [F]."""
     W_dec: Tensor
-    """Decoder weights [F, D], a row per latent; [F, E] of a transcoder."""
+    """Decoder weights [F, D], a row per latent; [F, E] of a transcoder; of a cross-layer transcoder as
+    `layers` has them."""
     b_dec: Tensor
     """Decoder bias [D]; [E] of a transcoder."""
     threshold: Tensor | None = None
@@ -168,6 +238,8 @@ class Parts:
             self._check_threshold(self.threshold)
         if self.W_skip is not None and self.config.d_out is None:
             raise ConfigError("W_skip must be absent from an SAE: it would reconstruct by itself")
+        if self.W_skip is not None and self.config.predicted:
+            raise ConfigError("W_skip must be absent from a cross-layer transcoder, which has latents alone")
 
     def _check_threshold(self, threshold_F: Tensor) -> None:
         """Refuse thresholds that are none; a NaN, which a run that diverged leaves, is for `check_finite`."""

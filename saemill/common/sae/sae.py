@@ -11,6 +11,14 @@ linear map beside its latents:
 
     z = W_enc x + b_enc,    ŷ = W_decᵀ f + b_dec + W_skip x
 
+A cross-layer transcoder has such latents at several layers, and each writes to its own layer's output and to
+all later ones':
+
+    z_l = W_enc,l x_l + b_enc,l,    ŷ_m = Σ_{l ≤ m} W_dec,l→mᵀ f_l + b_dec,m
+
+It takes x_0, x_1, … side by side and predicts ŷ_0, ŷ_1, … side by side; of k latents each layer has an equal
+share.
+
 Some other tools' SAEs take each x through a norm first, and what is decoded back through it (`norms`).
 
 A saved SAE takes activations as the model produces them: the scale and the centre that training
@@ -30,7 +38,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from saemill.common.errors import ConfigError, DataError
-from saemill.common.sae import formats
+from saemill.common.sae import formats, layers
 from saemill.common.sae.above import above
 from saemill.common.sae.groupmax import groupmax
 from saemill.common.sae.norms import normed
@@ -70,6 +78,7 @@ class Sae(nn.Module):
         threshold: float32 [F], exactly where the config has no k. It stays float32 whatever the SAE is
             converted to.
         W_skip: [E, D] of a skip transcoder, whose W_dec is [F, E] and b_dec [E], as every transcoder's.
+            `layers` has the shapes of a cross-layer transcoder.
 
     Raises:
         ConfigError: the threshold is missing, too many, of another shape, or negative.
@@ -170,6 +179,34 @@ class Sae(nn.Module):
         prefixes, ks = self.config.prefixes[:-1], self.config.ks[:-1]
         return {f"first {n}": self.prefix(n) for n in prefixes} | {f"k {k}": self.at_k(k) for k in ks}
 
+    @property
+    def decoder_rows(self) -> Tensor:
+        """Decoder weights with a row per latent, [F, E] over all that it reconstructs or predicts: W_dec, but
+        of a cross-layer transcoder, in whose rows 0 stands for sites that a latent does not write to."""
+        W_dec = self.W_dec.detach()
+        return layers.whole_rows(W_dec, self.config.n_layers) if self.config.predicted else W_dec
+
+    @property
+    def layers(self) -> list["Sae"]:
+        """Return the transcoders that add up to a cross-layer transcoder, one of each layer's latents: from
+        its site to its target and all later ones, side by side. The first has the bias. Of another SAE itself
+        alone."""
+        n = self.config.n_layers
+        if n == 1:
+            return [self]
+        d, f, e = (whole // n for whole in (self.config.d_in, self.config.num_latents, len(self.b_dec)))
+        k = None if self.config.k is None else self.config.k // n
+        found = []
+        for layer, W_dec in enumerate(layers.blocks(self.W_dec.data, n)):
+            own = slice(layer * f, (layer + 1) * f)
+            config = replace(
+                self.config, d_in=d, d_out=(n - layer) * e, num_latents=f, k=k, joined=(), predicted=()
+            )
+            b_dec = self.b_dec.data if layer == 0 else self.b_dec.new_zeros((n - layer) * e)
+            threshold = None if self.threshold is None else self.threshold.data[own]
+            found.append(Sae(config, self.W_enc.data[own], self.b_enc.data[own], W_dec, b_dec, threshold))
+        return found
+
     def pre_acts(self, x: Tensor | ArrayLike) -> Tensor:
         """Compute W_enc (x − b_dec) + b_enc, of a transcoder W_enc x + b_enc. x: [..., D] → [..., F], in the
         weights' dtype.
@@ -186,6 +223,11 @@ class Sae(nn.Module):
                 f"{tuple(x.shape)}"
             )
         x = x.to(self.W_enc.dtype)
+        if self.config.predicted:
+            rows = layers.pre_activations(
+                x.reshape(-1, x.shape[-1]), self.W_enc, self.b_enc, self.config.n_layers
+            )
+            return rows.view(*x.shape[:-1], -1)
         x = x if self.config.norm is None else normed(x, self.config.norm).x
         return nn.functional.linear(x if self.is_transcoder else x - self.b_dec, self.W_enc, self.b_enc)
 
@@ -212,14 +254,24 @@ class Sae(nn.Module):
         pre_TF = pre.flatten(0, -2) if pre.dim() > 1 else pre[None]
         if self.threshold is None:
             assert self.config.k is not None
-            choose = groupmax if self.config.architecture == "groupmax" else topk
-            values, indices = choose(pre_TF, self.config.k)
+            values, indices = self._largest(pre_TF, self.config.k)
         else:
             self._check_if_not_finite(self.threshold)
             values, indices = above(pre_TF, self.threshold)
         self._check_if_not_finite(values)
         shape = (*pre.shape[:-1], values.shape[-1])
         return Encoded(values.view(shape), indices.view(shape))
+
+    def _largest(self, pre_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Select the k largest pre-activations, an equal share of each group or layer that has one."""
+        if self.config.architecture == "groupmax":
+            return groupmax(pre_TF, k)
+        n = self.config.n_layers
+        if n == 1:
+            return topk(pre_TF, k)
+        values, places = topk(pre_TF.reshape(-1, pre_TF.shape[1] // n), k // n)
+        first_L1 = torch.arange(0, pre_TF.shape[1], pre_TF.shape[1] // n, device=places.device)[:, None]
+        return values.view(-1, k), (places.view(-1, n, k // n) + first_L1).view(-1, k)
 
     def decode(self, top_acts: Tensor, top_indices: Tensor, x: Tensor | None = None) -> Tensor:
         """Decode active latents to x̂, or to a transcoder's ŷ. [..., k] and int64 [..., k] → [..., D], or
@@ -250,6 +302,9 @@ class Sae(nn.Module):
         if top_acts.numel() == 0:
             return self.b_dec.expand(shape).clone()
         k = top_acts.shape[-1]
+        if self.config.predicted:
+            slots = top_acts.reshape(-1, k), top_indices.reshape(-1, k)
+            return layers.decode_active(*slots, self.W_dec, self.config.n_layers).view(shape) + self.b_dec
         bags = nn.functional.embedding_bag(
             top_indices.reshape(-1, k),
             self.W_dec,

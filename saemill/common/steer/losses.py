@@ -5,7 +5,7 @@ those: next-token for causal models; for masked ones a fixed 15% of the unmasked
 [MASK] and predicted.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,9 @@ from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 MASKED_SHARE = 0.15
 MASK_KEY = 15
 IDENTITY_TOLERANCE = 1e-3
+"""Most nats per token that splicing the true activation may change."""
 CACHE_BYTES = 1 << 20
 """Bytes of float32 values that go through several operations while they are in a CPU's cache."""
-"""Most nats per token that splicing the true activation may change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +155,18 @@ class Passes:
         with skip, self.model.splice(site, lambda _: changed_RSD):
             logits_RSW = self.model.logits(task.ids_RS, task.attention_RS, differentiable=differentiable)
             return _log_probs(logits_RSW, task.counted_RS)
+
+    def replaced(self, task: Task, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+        """Compute log probabilities [T, W] of the model with several sites' activations replaced at once.
+
+        Args:
+            task: the rows.
+            edits: what is done to the activations [R, S, D] at each site, by its name.
+        """
+        with ExitStack() as stack:
+            for site, edit in edits.items():
+                stack.enter_context(self.model.splice(site, edit))
+            return _log_probs(self.model.logits(task.ids_RS, task.attention_RS), task.counted_RS)
 
     def check_identity(self, site: str, task: Task, clean_T: NDArray[np.float64]) -> None:
         """Splice the true activation, once for a site; where that needs the blocks before it, skip them no

@@ -5,8 +5,9 @@ With the error kept only the edit reaches the model. Without, and without an edi
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,11 @@ from saemill.common.models.sites import replacing
 from saemill.common.models.structure import base_of, block_names
 from saemill.common.sae.formats.hooks import site_of
 from saemill.common.sae.sae import Encoded, Sae
+from saemill.common.steer.across_layers import AcrossLayers
 from saemill.common.steer.edits import LatentEdit
+from saemill.common.steer.forward_pass import ForwardPass, Where, by_name
 from saemill.common.steer.substitute import Edit, Substitute
 from saemill.common.stores.site_names import module_of
-
-Where = Callable[[Tensor, Tensor], Tensor]
-"""Function that chooses positions: token ids and positions, int64 [B, S] → bool [B, S]. A position counts the
-tokens before, in the cache too, without padding; that of padding is -1."""
 
 
 @contextmanager
@@ -38,11 +37,11 @@ def splice(
     keep_error: bool = True,
     where: Where | Tensor | None = None,
     read: str | None = None,
-) -> "Iterator[Spliced]":
+) -> "Iterator[Spliced | SplicedLayers]":
     """Replace the activations at `site`, while the block runs, by those that `sae` makes of them.
 
     A transcoder makes them of what the model has at another site, so that it takes the place of what lies
-    between the two: of an MLP, say.
+    between the two: of an MLP, say. A cross-layer transcoder takes the place of those of all its layers.
 
     Works with gradients, in `generate` with or without a cache, and inside other splices; where two are
     at one site, the second sees what the first made.
@@ -69,38 +68,62 @@ def splice(
     """
     if not isinstance(getattr(model, "base_model", None), torch.nn.Module):
         raise ConfigError(f"model must be a HuggingFace transformer, got {type(model).__name__}")
+    base, edits = base_of(model), _edits(edit, sae)
+    where = _trained_on(sae) if where is None else where
+    spliced: Spliced | SplicedLayers
+    if sae.config.predicted:
+        spliced = SplicedLayers(sae, edits, keep_error, where, _sites_of_layers(base, sae, site, read))
+    else:
+        spliced = Spliced(sae, edits, keep_error, where, *_sites(base, sae, site, read))
+    with ExitStack() as hooks:
+        _follow(model, base, spliced.forward_pass, hooks)
+        modules = dict(base.named_modules())
+        for name, change in spliced.changes.items():
+            hooks.enter_context(replacing(modules, name, change))
+        yield spliced
+    spliced.check_ran()
+
+
+def _follow(model: Any, base: Any, forward_pass: ForwardPass, hooks: ExitStack) -> None:
+    """Tell a forward pass of the model's calls, until `hooks` is closed."""
+
+    def begin(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        forward_pass.begin(by_name(inspect.signature(module.forward), arguments, named))
+
+    # Either may be called, and not every model with a head calls its base model as a whole (OPT's).
+    for called in {model, base}:
+        hooks.callback(called.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        hooks.callback(called.register_forward_hook(forward_pass.end, always_call=True).remove)
+
+
+def _sites(base: Any, sae: Sae, site: str | None, read: str | None) -> tuple[str, str | None]:
+    """Find the paths of the site that is spliced, and of the one that a transcoder reads."""
     if sae.config.joined:
-        sites = " and ".join(part.site for part in sae.config.joined)
-        raise ConfigError(f"a crosscoder takes the place of no one site, got one of {sites}; splice an SAE")
-    base = base_of(model)
-    modules = dict(base.named_modules())
-    origin, edits = sae.config.provenance, _edits(edit, sae)
+        raise ConfigError(f"{sae.config.spans} takes the place of no one site; splice an SAE of one")
+    origin = sae.config.provenance
     own = origin.get("site"), origin.get("hook_name")
     predicted = origin.get("target_site"), origin.get("hook_name_out")
     if read is not None and not sae.is_transcoder:
         raise ConfigError(f"read is the site that a transcoder reads, got {read!r} with an SAE; leave it out")
     name = _find_site(base, site, predicted if sae.is_transcoder else own)
-    read_name = _find_site(base, read, own, "read=") if sae.is_transcoder else None
-    spliced = Spliced(sae, edits, keep_error, _trained_on(sae) if where is None else where, name, read_name)
+    return name, _find_site(base, read, own, "read=") if sae.is_transcoder else None
 
-    def begin(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        spliced._begin(_by_name(inspect.signature(module.forward), arguments, named))
 
-    # Either may be called, and not every model with a head calls its base model as a whole (OPT's).
-    handles = []
-    for called in {model, base}:
-        handles.append(called.register_forward_pre_hook(begin, with_kwargs=True))
-        handles.append(called.register_forward_hook(spliced._end, always_call=True))
-    try:
-        with ExitStack() as hooks:
-            if read_name is not None:
-                hooks.enter_context(replacing(modules, read_name, spliced._read))
-            hooks.enter_context(replacing(modules, name, spliced._change))
-            yield spliced
-    finally:
-        for handle in handles:
-            handle.remove()
-    spliced._fired()
+def _sites_of_layers(base: Any, sae: Sae, site: str | None, read: str | None) -> list[tuple[str, str]]:
+    """Find the paths of the sites that each layer of a cross-layer transcoder reads and predicts."""
+    if site is not None or read is not None:
+        raise ConfigError(
+            f"{sae.config.spans} has sites of its own, got {site or read!r}; splice(model, None, sae)"
+        )
+    pairs = zip(sae.config.joined, sae.config.predicted, strict=True)
+    model_type = base.config.model_type
+    return [
+        (
+            _find_site(base, site_of(reads.site, model_type) or reads.site, (None, None)),
+            _find_site(base, site_of(predicts.site, model_type) or predicts.site, (None, None)),
+        )
+        for reads, predicts in pairs
+    ]
 
 
 class Spliced:
@@ -123,10 +146,16 @@ class Spliced:
         self._read_BSD: Tensor | None = None
         """What a transcoder reads, of this forward pass."""
         self._substitute = Substitute(sae, edits, keep_error=keep_error)
-        self._where = where
-        self._arguments: dict[str, Any] = {}
-        self._depth = 0
-        """Number of calls that have begun and not ended: a head calls its base."""
+        self.forward_pass = ForwardPass(where, self._forget)
+
+    @property
+    def changes(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """Return what is done to activations, by the paths of their sites."""
+        reads = {} if self.read_site is None else {self.read_site: self._read}
+        return reads | {self.site: self._change}
+
+    def _forget(self) -> None:
+        self._substitute.fired, self._read_BSD = None, None
 
     @property
     def top_acts(self) -> Tensor:
@@ -143,121 +172,111 @@ class Spliced:
         """Positions that were spliced, bool [B, S]."""
         return self._fired()[1]
 
+    def check_ran(self) -> None:
+        """Refuse to end where nothing ran through the site."""
+        self._fired()
+
     def _fired(self) -> tuple[Encoded, Tensor]:
         if self._substitute.fired is None:
-            raise ConfigError(
-                f"nothing ran through {self.site} of the model that the SAE was spliced into; run that model "
-                "inside the block, and choose a site that its forward pass calls"
-            )
+            raise _nothing_ran(self.site)
         return self._substitute.fired
-
-    def _begin(self, arguments: dict[str, Any]) -> None:
-        """Note that a forward pass begins, or that the head calls its base model.
-
-        The outermost call's arguments count: not every head passes the attention mask on (RWKV's does not).
-        """
-        named = {name: value for name, value in arguments.items() if value is not None}
-        if self._depth == 0:
-            self._arguments, self._substitute.fired, self._read_BSD = {}, None, None
-        self._arguments = named | self._arguments
-        self._depth += 1
-
-    def _end(self, *_: Any) -> None:
-        """Note that a call is over, also by an error."""
-        self._depth = max(0, self._depth - 1)
 
     def _read(self, x_BSD: Tensor) -> Tensor:
         """Note what a transcoder reads, and leave it."""
         assert self.read_site is not None
-        self._check(x_BSD, self.read_site, self.sae.config.d_in)
+        self.forward_pass.check(x_BSD, self.read_site, self.sae.config.d_in, self.sae.W_enc.device)
+        _check_once(self._substitute.fired, self.read_site)
         self._read_BSD = x_BSD
         return x_BSD
 
     def _change(self, x_BSD: Tensor) -> Tensor:
-        self._check(x_BSD, self.site, len(self.sae.b_dec))
+        self.forward_pass.check(x_BSD, self.site, len(self.sae.b_dec), self.sae.W_enc.device)
+        _check_once(self._substitute.fired, self.site)
         if self.read_site is not None and self._read_BSD is None:
             raise ConfigError(
                 f"{self.site} runs before {self.read_site}, which the transcoder reads; name others"
             )
-        return self._substitute(x_BSD, self._positions(x_BSD), self._read_BSD)
-
-    def _check(self, x: Any, site: str, width: int) -> None:
-        """Refuse an activation that the SAE is not made for."""
-        inputs = self._arguments.get("input_ids", self._arguments.get("inputs_embeds"))
-        if inputs is None:
-            raise ConfigError("call the model as a whole, with input_ids or inputs_embeds, not a part of it")
-        shape = inputs.shape[:2]
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 3 or x.shape[:2] != shape:
-            raise ConfigError(f"{site} does not give one vector per token; name another module")
-        if x.shape[-1] != width:
-            raise ConfigError(
-                f"the SAE takes activations of width {width}, but those at {site} have {x.shape[-1]}; "
-                "it belongs to another site or model"
-            )
-        if x.device != (device := self.sae.W_enc.device):
-            raise ConfigError(
-                f"the SAE is on {device}, the model on {x.device}; move it: sae.to({str(x.device)!r})"
-            )
-        if self._substitute.fired is not None:
-            raise ConfigError(f"{site} runs more than once in a forward pass; name another module")
-
-    def _positions(self, x_BSD: Tensor) -> Tensor:
-        """Choose the positions to splice. bool [B, S]."""
-        position_BS = positions(self._arguments, x_BSD)
-        if isinstance(self._where, Tensor):
-            where_BS = self._where.to(x_BSD.device)
-        else:
-            ids_BS = self._arguments.get("input_ids")
-            if ids_BS is None:
-                raise ConfigError(
-                    "the model was called without input_ids, which tell the positions to splice; "
-                    "say where as a bool tensor"
-                )
-            where_BS = self._where(ids_BS.to(x_BSD.device), position_BS)
-        if where_BS.shape != position_BS.shape or where_BS.dtype != torch.bool:
-            raise ConfigError(
-                f"where must be bool {tuple(position_BS.shape)}, as the forward pass is, "
-                f"got {where_BS.dtype} {tuple(where_BS.shape)}; for passes of several shapes, as in "
-                "generate, give a function"
-            )
-        return where_BS & (position_BS >= 0)
+        return self._substitute(x_BSD, self.forward_pass.positions(x_BSD), self._read_BSD)
 
 
-def positions(arguments: dict[str, Any], x_BSD: Tensor) -> Tensor:
-    """Count the tokens before each one, padding left out; -1 for padding. int64 [B, S].
+class SplicedLayers:
+    """The codes of a cross-layer transcoder, in the latest forward pass.
 
-    Args:
-        arguments: what the base model was called with.
-        x_BSD: an activation of that pass.
-
-    Raises:
-        ConfigError: the model keeps a cache without a known length.
+    With gradients on, the activations in `layers` are leaves, as `Spliced.top_acts` is.
     """
-    n_rows, n_positions = x_BSD.shape[:2]
-    attention, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
-    if isinstance(attention, Tensor) and attention.dim() == 2:
-        attended = attention.to(x_BSD.device) > 0
-        position_BS = (attended.long().cumsum(1) - 1).masked_fill(~attended, -1)
-        return position_BS[:, -n_positions:]
-    if isinstance(position_ids, Tensor) and position_ids.dim() == 2:
-        return position_ids.to(x_BSD.device).expand(n_rows, -1)
-    if arguments.get("cache_params") is not None:
-        raise ConfigError(
-            "the model's cache does not tell how many tokens it holds, and so neither the positions; "
-            "run it with use_cache=False"
-        )
-    cache = arguments.get("past_key_values")
-    n_before = int(cache.get_seq_length()) if cache is not None else 0
-    return torch.arange(n_before, n_before + n_positions, device=x_BSD.device).expand(n_rows, -1)
+
+    def __init__(
+        self,
+        sae: Sae,
+        edits: Sequence[Edit],
+        keep_error: bool,
+        where: Where | Tensor,
+        sites: Sequence[tuple[str, str]],
+    ) -> None:
+        self.sae, self.sites = sae, sites
+        """Paths of the sites that each layer reads and predicts."""
+        self._across = AcrossLayers(sae, edits, keep_error=keep_error)
+        self.forward_pass = ForwardPass(where, self._across.forget)
+
+    @property
+    def changes(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """Return what is done to activations, by the paths of their sites."""
+        reads = {site: partial(self._read, layer) for layer, (site, _) in enumerate(self.sites)}
+        return reads | {site: partial(self._write, layer) for layer, (_, site) in enumerate(self.sites)}
+
+    @property
+    def layers(self) -> list[Encoded]:
+        """Codes of each layer, [B, S, k], before the edit, by their numbers among all layers' latents."""
+        if (fired := self._across.fired) is None:
+            raise _nothing_ran(" and ".join(site for site, _ in self.sites))
+        return fired
+
+    @property
+    def top_acts(self) -> Tensor:
+        """Activations of all layers' latents, [B, S, k], before the edit; a 0 is an unused slot."""
+        return torch.cat([codes.top_acts for codes in self.layers], -1)
+
+    @property
+    def top_indices(self) -> Tensor:
+        """Numbers of the latents, int64 [B, S, k]."""
+        return torch.cat([codes.top_indices for codes in self.layers], -1)
+
+    @property
+    def where(self) -> Tensor:
+        """Positions that were spliced, bool [B, S]."""
+        fired = self._across.layers[0].fired
+        if fired is None:
+            raise _nothing_ran(self.sites[0][0])
+        return fired[1]
+
+    def check_ran(self) -> None:
+        """Refuse to end where nothing ran through one of the sites that are read."""
+        _ = self.layers
+
+    def _read(self, layer: int, x_BSD: Tensor) -> Tensor:
+        own, site = self._across.layers[layer], self.sites[layer][0]
+        self.forward_pass.check(x_BSD, site, own.sae.config.d_in, self.sae.W_enc.device)
+        _check_once(own.fired, site)
+        return self._across.read(layer, self.forward_pass.positions(x_BSD), x_BSD)
+
+    def _write(self, layer: int, x_BSE: Tensor) -> Tensor:
+        width = self.sae.config.predicted[layer].width
+        self.forward_pass.check(x_BSE, self.sites[layer][1], width, self.sae.W_enc.device)
+        return self._across.write(layer, x_BSE)
 
 
-def _by_name(
-    signature: inspect.Signature, arguments: tuple[Any, ...], named: dict[str, Any]
-) -> dict[str, Any]:
-    """Bind the arguments of a call to their names, those that its signature does not name included."""
-    bound = signature.bind_partial(*arguments, **named).arguments
-    rest = [name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
-    return bound | (bound.pop(rest[0], {}) if rest else {})
+def _nothing_ran(site: str) -> ConfigError:
+    """Make the error of a splice that nothing ran through."""
+    return ConfigError(
+        f"nothing ran through {site} of the model that the SAE was spliced into; run that model "
+        "inside the block, and choose a site that its forward pass calls"
+    )
+
+
+def _check_once(fired: object, site: str) -> None:
+    """Refuse a site that the model comes to again in a forward pass."""
+    if fired is not None:
+        raise ConfigError(f"{site} runs more than once in a forward pass; name another module")
 
 
 def _find_site(base: Any, site: str | None, known: tuple[str | None, str | None], argument: str = "") -> str:

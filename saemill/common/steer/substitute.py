@@ -56,7 +56,7 @@ class Substitute:
         self.fired = watched, where_BS
         edited: tuple[Tensor, Tensor] = Encoded(watched.top_acts.clone(), watched.top_indices.clone())
         for edit in self.edits:
-            edited = _decodable(edit(Encoded(*edited)), x_BSD)
+            edited = decodable(edit(Encoded(*edited)), x_BSD)
         changed_BSD = self.sae.decode(*edited, read_BSD)
         if self.keep_error:
             changed_BSD = x_BSD + (changed_BSD - self.sae.decode(*codes, read_BSD))
@@ -68,7 +68,7 @@ def substitute(x_BSD: Tensor, other_BSD: Tensor, where_BS: Tensor) -> Tensor:
     return torch.where(where_BS[..., None], other_BSD.to(x_BSD.dtype), x_BSD)
 
 
-def _decodable(edited: Any, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+def decodable(edited: Any, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
     """Return what an edit returned, if it can be decoded."""
     match edited:
         case (Tensor() as acts, Tensor() as indices) if (

@@ -17,7 +17,10 @@ from saemill.common.stores import runs
 from saemill.common.stores.features import Passage, Snippet
 
 FILE = runs.ASSESSMENT
-FORMAT = "saemill assessment 4"
+FORMAT = "saemill assessment 5"
+ALIASES = {"absorption": "max_decoder_cosine", "absorption_random": "max_decoder_cosine_random"}
+"""Names that figures had in earlier formats: written beside the present ones, for readers of the
+JSON alone."""
 REPAIR = "Run `saemill assess` again."
 
 
@@ -84,6 +87,96 @@ class Worst(Record):
     place: Snippet | Passage
 
 
+class DenseLatent(Record):
+    """A latent that fires on more than a tenth of the tokens."""
+
+    latent: Count
+    density: float
+    kind: Literal["antipodal", "position", "length", "component", "other"]
+    """What it follows, the first of these that holds."""
+    antipode: Count
+    """Latent with the most opposite decoder row."""
+    decoder_cosine: float
+    encoder_cosine: float
+    """Cosines of their rows."""
+    with_position: float | None
+    with_length: float | None
+    """Correlations of its activation with log₂(1 + position) and ‖x − mean‖; None where one is constant."""
+    with_component: float | None
+    """Cosine of its decoder row and the first principal component; None where that is not known."""
+
+
+class SparseProbe(Record):
+    """A probe for a label on the latents that tell it best."""
+
+    label: str
+    k: Positive
+    latents: tuple[Count, ...]
+    """Those latents, the best first; fewer than k where no more fire."""
+    auc: Figure
+    above_random: Figure | None = None
+    """Its AUC minus that of the random dictionary, over the same groups; None of that itself."""
+
+
+class AbsorbedConcept(Record):
+    """How much of a concept an SAE's main latents for it miss, or why that is not known."""
+
+    concept: str
+    missing: str | None = None
+    main: tuple[Count, ...] = ()
+    n_words: Count = 0
+    """Words that it was measured on."""
+    fraction: Figure | None = None
+    full: Figure | None = None
+    recall: Figure | None = None
+    """Share of the words on which a main latent fires."""
+    error_share: float | None = None
+    """Share of the words' projections that no latent holds."""
+    fraction_shuffled: Figure | None = None
+    """Absorbed fraction of labels that were shuffled among the words."""
+
+
+class OnActivations(Record):
+    """A probe on the activations of a site themselves."""
+
+    auc: Figure
+    auc_shuffled: Figure
+    """AUC where labels were shuffled among the groups."""
+    f1: float | None
+    """F1 on words that it never saw; None where absorption was not asked for."""
+    not_held: str | None
+    """Reason why the model does not hold it as a direction."""
+
+
+class Label(Record):
+    """A label that was probed for, or why it was not."""
+
+    name: str
+    split_by: Literal["word type", "document"]
+    share: float
+    """Share of the examples that have it."""
+    missing: str | None
+    activations: dict[str, OnActivations]
+
+
+class ProbeExamples(Record):
+    """The examples of probes, in parts that share no group."""
+
+    split_by: Literal["word type", "document"]
+    n_groups: Count
+    n_fitted: Count
+    n_chosen_by: Count
+    n_tried: Count
+
+
+class Probes(Record):
+    """What was probed for, and what the activations themselves tell."""
+
+    ks: tuple[Positive, ...]
+    examples: tuple[ProbeExamples, ...]
+    labels: tuple[Label, ...]
+
+
 class Entry(Record):
     """One variant."""
 
@@ -126,14 +219,33 @@ class Entry(Record):
     norm_shares: dict[str, tuple[Count, ...]] = Field(default_factory=dict)
     """Of a crosscoder, by site: counts of its live latents by the site's share in the lengths of the parts of
     their decoder rows, in bins of one width from 0 to 1."""
+    dense: tuple[DenseLatent, ...] = ()
+    """Dense latents, those that fire most often first."""
+    probes: tuple[SparseProbe, ...] = ()
+    absorbed: tuple[AbsorbedConcept, ...] = ()
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         optional: dict[str, Any] = {"architecture": "topk", "cuts": (), "by_source": {}, "target_site": None}
         optional |= {"seed": None, "control": None, "twins": (), "groups": (), "worst": ()}
-        optional |= {"norm_shares": {}, "found_in_seeds": ()}
+        optional |= {"norm_shares": {}, "found_in_seeds": (), "dense": (), "probes": (), "absorbed": ()}
         left_out = {name for name, default in optional.items() if getattr(self, name) == default}
-        return {name: value for name, value in serialize(self).items() if name not in left_out}
+        values = {name: value for name, value in serialize(self).items() if name not in left_out}
+        metrics = values["metrics"]
+        values["metrics"] |= {old: metrics[new] for old, new in ALIASES.items() if new in metrics}
+        return values
+
+
+class LeastCDec(Record):
+    """The L0 with the smallest c_dec among SAEs that differ in their sparsity alone."""
+
+    variants: tuple[Name, ...]
+    """SAEs of the group, by L0."""
+    least: Name
+    l0: float
+    c_dec: float
+    at_end: bool
+    """Whether it is the sparsest or the densest of them."""
 
 
 class OtherDocuments(Record):
@@ -182,7 +294,7 @@ class Data(Record):
 class Assessment(Record):
     """The whole of it."""
 
-    format: Literal["saemill assessment 4"] = "saemill assessment 4"
+    format: Literal["saemill assessment 5"] = "saemill assessment 5"
     settings: dict[str, Any]
     of: Hash
     data: Data
@@ -191,6 +303,10 @@ class Assessment(Record):
     best_on_other_documents: OtherDocuments
     variants: tuple[Entry, ...]
     controls: tuple[Entry, ...]
+    least_c_dec: tuple[LeastCDec, ...] = ()
+    """One finding per group of three L0 or more."""
+    probes: Probes | None = None
+    """Set where probes or absorption were asked for."""
     n_processes: Positive
     versions: dict[str, str]
     seconds: float

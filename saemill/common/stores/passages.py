@@ -2,7 +2,8 @@
 
 A passage is one embedded thing; its address is its row. Layout of the folder:
 
-    passages.parquet   id, text (either may be null), text_hash, held_out; a row group per 1,024 passages
+    passages.parquet   id, text (either may be null), text_hash, held_out, of several sources also source, a
+                       number; a row group per 1,024 passages
     manifest.json      written last: size and hash, source, settings
 """
 
@@ -19,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from saemill.common import durable, records
-from saemill.common.errors import ConfigError, MissingError, StoreError
+from saemill.common.errors import ConfigError, DataError, MissingError, StoreError
 from saemill.common.records import Count, Positive, Record
 from saemill.common.stores.columns import read_table
 from saemill.common.stores.mask import MaskConfig
@@ -36,6 +37,10 @@ NO_MASK = MaskConfig(special_tokens=False, first_positions=0)
 SCHEMA = pa.schema(
     [("id", pa.string()), ("text", pa.string()), ("text_hash", pa.uint64()), ("held_out", pa.bool_())]
 )
+
+WITH_SOURCES = SCHEMA.append(pa.field("source", pa.uint16()))
+"""The same of passages with sources, each with the number of its own."""
+MOST_SOURCES = 1 << 16
 
 
 class PassageSettings(Settings):
@@ -54,6 +59,8 @@ class PassageManifest(Record):
     hashed: Literal["texts", "ids", "vectors"]
     """Basis of the hash that chose the held-out passages."""
     source: Source
+    sources: tuple[str, ...] = ()
+    """Names of the passages' sources, where they are known; their column `source` numbers them."""
     settings: PassageSettings
     versions: dict[str, str]
     files: tuple[records.File, ...]
@@ -128,9 +135,24 @@ class PassageStore:
 
     @cached_property
     def documents(self) -> pa.Table:
-        """Table with one line per distinct text: text_hash, start (its first passage), held_out."""
+        """Table with one line per distinct text: text_hash, start (its first passage), held_out, and of
+        passages with sources the source of the first."""
         hashes, first, _ = self._distinct
-        return pa.table({"text_hash": hashes, "start": first, "held_out": self.held_out_R[first]})
+        columns = {"text_hash": hashes, "start": first, "held_out": self.held_out_R[first]}
+        if self.manifest.sources:
+            columns["source"] = self._sources[first]
+        return pa.table(columns)
+
+    @cached_property
+    def _sources(self) -> NDArray[np.uint16]:
+        """Number of each passage's source, uint16 [n_rows]."""
+        table = read_table(self._file, WITH_SOURCES, self.repair, ["source"])
+        numbers: NDArray[np.uint16] = table["source"].to_numpy()
+        if len(numbers) and numbers.max() >= len(self.manifest.sources):
+            raise StoreError(
+                f"{self._file} names source {numbers.max()}, of {len(self.manifest.sources)}. {self.repair}"
+            )
+        return numbers
 
     def document_of(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
         """Look up the text (line of `documents`) of each passage; copies share one. Same shape, int64."""
@@ -189,30 +211,48 @@ class PassageWriter:
     Args:
         path: a new folder.
         held_out_fraction: share of the passages that is held out.
+        with_sources: whether each passage has a source.
     """
 
-    def __init__(self, path: Path, held_out_fraction: float) -> None:
+    def __init__(self, path: Path, held_out_fraction: float, with_sources: bool = False) -> None:
         self.path, self.fraction = path, held_out_fraction
+        self._schema = WITH_SOURCES if with_sources else SCHEMA
+        self._sources: dict[str, int] = {}
+        """Name of each source → its number, as they come."""
         self.n_rows = self.n_held_out = 0
         path.mkdir(parents=True)
-        self._file = pq.ParquetWriter(path / FILE, SCHEMA, compression="zstd")
+        self._file = pq.ParquetWriter(path / FILE, self._schema, compression="zstd")
         self._waiting: list[pa.Table] = []
         self._n_waiting = 0
 
-    def add(self, ids: Sequence[str] | None, texts: Sequence[str] | None, hashed: Sequence[bytes]) -> None:
+    def add(
+        self,
+        ids: Sequence[str] | None,
+        texts: Sequence[str] | None,
+        hashed: Sequence[bytes],
+        sources: Sequence[str] | None = None,
+    ) -> None:
         """Add some passages.
 
         Args:
             ids: what they are called, if they are.
             texts: their texts, if they are known.
             hashed: bytes that distinguish one from another; equal ones come on the same side.
+            sources: their sources, if they have any.
+
+        Raises:
+            DataError: there are too many sources.
         """
         hashes = [xxhash.xxh3_64_intdigest(value) for value in hashed]
         held_out = [combine(value) / 2**64 < self.fraction for value in hashes]
         n = len(hashes)
         columns: list[Sequence[Any]] = [ids or [None] * n, texts or [None] * n, hashes, held_out]
-        arrays = [pa.array(c, field.type) for c, field in zip(columns, SCHEMA, strict=True)]
-        self._waiting.append(pa.table(arrays, schema=SCHEMA))
+        if sources is not None:
+            columns.append([self._sources.setdefault(name, len(self._sources)) for name in sources])
+            if len(self._sources) > MOST_SOURCES:
+                raise DataError(f"more than {MOST_SOURCES:,} sources; name a column with fewer")
+        arrays = [pa.array(c, field.type) for c, field in zip(columns, self._schema, strict=True)]
+        self._waiting.append(pa.table(arrays, schema=self._schema))
         self._n_waiting += n
         self.n_rows += n
         self.n_held_out += sum(held_out)
@@ -237,6 +277,7 @@ class PassageWriter:
         manifest = PassageManifest(
             n_rows=self.n_rows,
             n_held_out_rows=self.n_held_out,
+            sources=tuple(self._sources),
             versions={name: version(name) for name in ("saemill", "pyarrow")},
             files=files,
             fingerprint=durable.hash_json([FORMAT, [file.model_dump() for file in files]]),

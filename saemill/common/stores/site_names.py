@@ -33,6 +33,12 @@ def parts_of(site: str) -> tuple[str, ...]:
     return parts
 
 
+def abridged(site: str) -> str:
+    """Write a name for reading: of more than three sites that it joins the first and the last."""
+    parts = site.split(JOINT)
+    return site if len(parts) <= 3 else f"{parts[0]}{JOINT}…{JOINT}{parts[-1]}"
+
+
 def is_joined(site: str) -> bool:
     """Tell whether a name is that of several sites."""
     return JOINT in site

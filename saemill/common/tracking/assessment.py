@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from saemill.common import records
 from saemill.common.errors import StoreError
 from saemill.common.stores import assessments, features
+from saemill.common.stores.assessments import ALIASES
 from saemill.common.stores.features import Context, Passage
 from saemill.common.stores.runs import ASSESSMENT, LATENTS, METRICS, PARETO, REPORT, WANDB
 from saemill.common.tracking.follow import catch_up, state
@@ -86,7 +87,7 @@ def _summary(entry: dict[str, Any], place: int) -> dict[str, Any]:
     summary: dict[str, Any] = {"verdict": entry["verdict"], "place": place}
     if entry["not_measured"]:
         return summary | {"not_measured": entry["not_measured"]}
-    figures = dict(entry["metrics"])
+    figures = {name: figure for name, figure in entry["metrics"].items() if name not in ALIASES}
     for cut in entry.get("cuts", ()):
         figures |= {f"{name}, {cut['name']}": figure for name, figure in cut["metrics"].items()}
     for name, figure in figures.items():
@@ -149,7 +150,11 @@ def _table(assessment: dict[str, Any]) -> Any:
 
     entries = assessment["variants"] + assessment["controls"]
     first = assessment["variants"][0]["metrics"]
-    metrics = [name for name, figure in first.items() if not isinstance(figure["value"], list)]
+    metrics = [
+        name
+        for name, figure in first.items()
+        if not isinstance(figure["value"], list) and name not in ALIASES
+    ]
     shown = ("name", "site", "k", "num_latents", "tokens_trained", "verdict")
     rows = [
         [*(entry[key] for key in shown), *(entry["metrics"][name]["value"] for name in metrics)]

@@ -2,4 +2,5 @@
 
 topk.py       k latents per token, AuxK for the dead
 initial.py    where parameters start
+layered.py    where those of a cross-layer transcoder start
 """

@@ -7,12 +7,15 @@ from saemill.common.sae.topk import topk
 from saemill.train.backends.architecture import Auxiliary, Losses, Seen
 from saemill.train.backends.codes import Groups
 from saemill.train.backends.parameters import Parameters
+from saemill.train.backends.plain import decode
 
 
-def keep_largest(pre_TF: Tensor, k: int) -> Tensor:
-    """Rectify the k largest entries of each row, in their places among zeros."""
-    values, places = topk(pre_TF, k)
-    return torch.zeros_like(pre_TF).scatter(1, places, values)
+def keep_largest(pre_TF: Tensor, k: int, n_layers: int = 1) -> Tensor:
+    """Rectify the k largest entries of each row, an equal number of each layer's, in their places among
+    zeros."""
+    of_layers = pre_TF.reshape(-1, pre_TF.shape[1] // n_layers)
+    values, places = topk(of_layers, k // n_layers)
+    return torch.zeros_like(of_layers).scatter(1, places, values).view_as(pre_TF)
 
 
 def keep_from(pre_TF: Tensor, cutoff: Tensor) -> Tensor:
@@ -33,7 +36,12 @@ def auxk(auxiliary: Auxiliary | None, p: Parameters, pre_TF: Tensor, e_TD: Tenso
         return e_TD.new_zeros(())
     dead_S = seen.dead.latents_S
     codes_TS = keep_largest(pre_TF[:, dead_S], min(auxiliary.k, seen.dead.n_in_team))
-    difference_TD = codes_TS @ p.w_dec_FD[dead_S] + e_TD.detach()
+    if p.n_layers > 1:
+        codes_TF = torch.zeros_like(pre_TF).index_copy(1, dead_S, codes_TS)
+        decoded_TE = decode(p._replace(b_D=torch.zeros_like(p.b_D)), codes_TF)
+    else:
+        decoded_TE = codes_TS @ p.w_dec_FD[dead_S]
+    difference_TD = decoded_TE + e_TD.detach()
     return auxiliary.alpha * auxiliary.share(seen.dead) * difference_TD.square().sum()
 
 
@@ -51,14 +59,14 @@ def grouped(
     AuxK fits what the group that is shown leaves. The codes of that group are those that count as active.
     """
     if groups is None:
-        e_TD = codes_TF @ p.w_dec_FD + p.b_D - y_TE
+        e_TD = decode(p, codes_TF) - y_TE
         return Losses(e_TD.square().sum(), auxk(auxiliary, p, pre_TF, e_TD, seen), codes_TF)
     if groups.by_rank:
         place_TF = codes_TF.detach().argsort(stable=True, dim=1, descending=True).argsort(1)
     else:
         place_TF = torch.arange(codes_TF.shape[1], device=y_TE.device).expand_as(codes_TF)
     kept = [torch.where(place_TF < end, codes_TF, 0) for end in groups.ends]
-    errors = [codes @ p.w_dec_FD + p.b_D - y_TE for codes in kept]
+    errors = [decode(p, codes) - y_TE for codes in kept]
     sse_G = torch.stack([e_TD.square().sum() for e_TD in errors])
     aux = auxk(auxiliary, p, pre_TF, errors[groups.shown], seen)
     error = sse_G @ sse_G.new_tensor(groups.weights)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from saemill.common.sae import layers
+from saemill.train.arch import layered
 from saemill.train.backends.architecture import Inference, Sample
 from saemill.train.backends.base import chunks
 from saemill.train.backends.codes import Codes
@@ -45,7 +47,7 @@ def tied(p: Parameters, n_latents: int, seed: int, sample: Sample, k: int, team:
     """Fill in random unit rows as the decoder, and as the encoder times the gain that fits best.
 
     Where y is to be predicted from x, the encoder looks for what its rows are in x: by y ≈ R x their products
-    with R.
+    with R. So does that of each layer of a cross-layer transcoder.
 
     Args:
         p: `b_D` is there already; where the team splits the latents, this process's.
@@ -55,6 +57,12 @@ def tied(p: Parameters, n_latents: int, seed: int, sample: Sample, k: int, team:
         k: active latents per token with which the gain is found.
         team: the processes that share the SAE.
     """
+    if p.n_layers > 1:
+        layered.directions(p, seed)
+        own = zip(layered.parts(sample, p.n_layers), layers.blocks(p.w_dec_FD, p.n_layers), strict=True)
+        p.w_enc_FD.copy_(torch.cat([rows_FD @ regression(some) for some, rows_FD in own]))
+        layered.scale(p, sample, k)
+        return
     rows_FD = unit_rows(n_latents, len(p.b_D), seed)[team.latents.slice_of(n_latents)]
     p.w_dec_FD.copy_(rows_FD)
     is_same = sample.y_TE is sample.x_TD
@@ -77,6 +85,8 @@ def regression(sample: Sample) -> Tensor:
 
 def cutoff(sample: Sample, p: Parameters, k: int, team: Team) -> float:
     """Find the pre-activation that k latents per token pass on the average, 0 if fewer are above 0."""
+    if p.n_layers > 1:
+        return layered.cutoff(p, sample, k)
     group, n_tokens = team.latents, len(sample.x_TD)
     n_ranks = min(
         CUTOFF_RANKS * k, min(group.all_gather(torch.tensor([len(p.w_enc_FD)]), group.size).tolist())

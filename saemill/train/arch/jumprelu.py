@@ -24,7 +24,7 @@ from saemill.train.arch import dense, initial
 from saemill.train.backends.architecture import Auxiliary, Inference, Losses, Pull, Sample, Seen, Slopes
 from saemill.train.backends.codes import Above, Codes
 from saemill.train.backends.parameters import Parameters
-from saemill.train.backends.plain import pre_activations
+from saemill.train.backends.plain import decode, pre_activations
 from saemill.train.backends.team import Team
 
 BANDWIDTH_SHARE = 0.5
@@ -62,7 +62,7 @@ class JumpRelu:
 
     def rule(self, p: Parameters) -> Above:
         """Return the rule by which pre-activations become codes."""
-        theta_F, unit = p.further_F["threshold"], p.w_dec_FD.shape[1] ** 0.5
+        theta_F, unit = p.further_F["threshold"], len(p.b_D) ** 0.5
         return Above(theta_F * unit, self._bandwidth_F(theta_F) * unit)
 
     def _bandwidth_F(self, theta_F: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class JumpRelu:
         n_active = round(self.target_l0 or initial.start_l0(n_latents))
         initial.tied(p, n_latents, seed, sample, n_active, team)
         threshold = initial.cutoff(sample, p, n_active, team)
-        p.further_F["threshold"].fill_(threshold / p.w_dec_FD.shape[1] ** 0.5)
+        p.further_F["threshold"].fill_(threshold / len(p.b_D) ** 0.5)
 
     def weights_F(self, seen: Seen, d: int) -> Tensor:
         """Compute what one more token on which a latent is active adds to the loss."""
@@ -112,7 +112,7 @@ class JumpRelu:
         near_TF = ((pre_TF - theta_F).abs() < width_F / 2).to(pre_TF.dtype).detach() / width_F
         moved_F = theta_F - theta_F.detach()  # 0, with the gradient of θ
         codes_TF = pre_TF * active_TF - theta_F.detach() * near_TF * moved_F
-        e_TD = codes_TF @ p.w_dec_FD + p.b_D - y_TE
+        e_TD = decode(p, codes_TF) - y_TE
         if self.penalty == "tanh":
             aux = self.coefficient * d * torch.tanh(4 * codes_TF / d**0.5).sum()
         else:
@@ -143,7 +143,7 @@ class JumpRelu:
         per_square: float,
     ) -> Slopes:
         """Compute the gradients at pre-activations and thresholds, as `loss` has them."""
-        rule, unit = self.rule(p), p.w_dec_FD.shape[1] ** 0.5
+        rule, unit = self.rule(p), len(p.b_D) ** 0.5
         assert codes.pre_TK is not None
         theta_TK, active_TK = rule.threshold_F[codes.idx_TK], codes.val_TK > 0
         width_TK = rule.bandwidth_F[codes.idx_TK]
@@ -156,7 +156,7 @@ class JumpRelu:
             dcode_TK = dcode_TK + 4 * weight * (1 - tanh_TK.square())
             aux_loss = weight * unit * tanh_TK.sum()
         else:
-            counted, d = seen._replace(count_F=count_F), p.w_dec_FD.shape[1]
+            counted, d = seen._replace(count_F=count_F), len(p.b_D)
             at_theta_TK = (self.weights_F(counted, d) * per_square)[codes.idx_TK]
             aux_loss = self._penalty(count_F, counted, d) * per_square
         dtheta_TK = (theta_TK * dcode_TK + at_theta_TK).where(near_TK, 0) / -width_TK
@@ -175,4 +175,4 @@ class JumpRelu:
         """Start as a finished SAE with thresholds."""
         assert form.threshold_F is not None
         initial.restored(p, form)
-        p.further_F["threshold"].copy_(form.threshold_F / p.w_dec_FD.shape[1] ** 0.5)
+        p.further_F["threshold"].copy_(form.threshold_F / len(p.b_D) ** 0.5)

@@ -87,7 +87,7 @@ class TopK:
             dtype: the encoder's product is rounded to it.
         """
         pre_TF = pre_activations(p, x_TD, dtype)
-        codes_TF = dense.keep_largest(pre_TF, self.rule(p).k)
+        codes_TF = dense.keep_largest(pre_TF, self.rule(p).k, p.n_layers)
         return dense.grouped(self.groups, self.auxiliary, p, pre_TF, codes_TF, y_TE, seen)
 
     def codes(self, p: Parameters, found: Codes) -> Codes:

@@ -1,4 +1,7 @@
-"""One SAE's parameters: their names, their shapes, and what is a row per latent."""
+"""One SAE's parameters: their names, their shapes, and what is a row per latent.
+
+Those of a cross-layer transcoder are shaped as `common.sae.layers` tells.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -6,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from saemill.common.sae import layers
 
 NONE: Mapping[str, Tensor] = MappingProxyType({})
 """No tensors."""
@@ -26,6 +31,8 @@ class Parameters(NamedTuple):
     """The linear map from x that is added to the prediction; None without."""
     is_centred: bool = True
     """Whether the encoder takes x − b, and not x."""
+    n_layers: int = 1
+    """Layers of a cross-layer transcoder; 1 of others."""
 
     @classmethod
     def zeros(cls, shape: "Shape", device: torch.device) -> "Parameters":
@@ -37,13 +44,19 @@ class Parameters(NamedTuple):
         """Make them of tensors by name, as `named` gives them."""
         further = {name: tensor for name, tensor in named.items() if name not in (*NAMES, SKIP)}
         w_enc, b_enc, w_dec, b = (named[name] for name in NAMES)
-        return cls(w_enc, b_enc, w_dec, b, further, named.get(SKIP), like.is_centred)
+        return cls(w_enc, b_enc, w_dec, b, further, named.get(SKIP), like.is_centred, like.n_layers)
 
     @property
     def named(self) -> dict[str, Tensor]:
         """Return all by name."""
         skip = {} if self.w_skip_ED is None else {SKIP: self.w_skip_ED}
         return {**dict(zip(NAMES, self[:4], strict=True)), **self.further_F, **skip}
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """Return the names of the parameters that have no row per latent."""
+        ragged = ("w_dec",) if self.n_layers > 1 else ()
+        return (*ragged, "b", *([] if self.w_skip_ED is None else [SKIP]))
 
     @property
     def offset_D(self) -> Tensor:
@@ -57,10 +70,6 @@ NAMES = ("w_enc", "b_enc", "w_dec", "b")
 
 SKIP = "w_skip"
 """Name of W_skip."""
-
-
-WHOLE = ("b", SKIP)
-"""Names of the parameters that have no row per latent."""
 
 
 class Shape(NamedTuple):
@@ -77,10 +86,13 @@ class Shape(NamedTuple):
     has_skip: bool = False
     is_centred: bool = True
     """As `Parameters.is_centred`."""
+    n_layers: int = 1
+    """As `Parameters.n_layers`."""
 
     @property
     def of_each(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each parameter by name."""
-        f, d, e = self.n_latents, self.d, self.d_out
-        own = {"w_enc": (f, d), "b_enc": (f,), "w_dec": (f, e), "b": (e,)}
+        f, d, e, n = self.n_latents, self.d, self.d_out, self.n_layers
+        w_dec = (layers.n_rows(f, n), e // n)
+        own = {"w_enc": (f, d // n), "b_enc": (f,), "w_dec": w_dec, "b": (e,)}
         return own | dict.fromkeys(self.further, (f,)) | ({SKIP: (e, d)} if self.has_skip else {})

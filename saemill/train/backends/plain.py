@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saemill.common.sae import layers
 from saemill.train.backends.architecture import Losses, Seen
 from saemill.train.backends.base import Batch, Sums, Task, Weights, chunks, described
 from saemill.train.backends.codes import Above, BatchLargest
@@ -130,14 +131,24 @@ class Plain:
 
 def output(p: Parameters, codes_TF: Tensor, x_TD: Tensor) -> Tensor:
     """Compute what codes decode to, with what W_skip adds. [T, E], differentiable."""
-    decoded_TE = codes_TF @ p.w_dec_FD + p.b_D
+    decoded_TE = decode(p, codes_TF)
     return decoded_TE if p.w_skip_ED is None else decoded_TE + x_TD @ p.w_skip_ED.T
+
+
+def decode(p: Parameters, codes_TF: Tensor) -> Tensor:
+    """Compute W_decᵀ f + b. [T, E], differentiable."""
+    if p.n_layers > 1:
+        return layers.decode(codes_TF, p.w_dec_FD, p.n_layers) + p.b_D
+    return codes_TF @ p.w_dec_FD + p.b_D
 
 
 def pre_activations(p: Parameters, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute W_enc (x − b) + b_enc, the product rounded to `dtype`; W_enc x + b_enc where nothing is
     subtracted. [T, F], in x's dtype; differentiable."""
     bias_F = p.b_enc_F - p.w_enc_FD @ p.offset_D
+    if p.n_layers > 1:
+        x, w_enc, bias = x_TD.to(dtype), p.w_enc_FD.to(dtype), bias_F.to(dtype)
+        return layers.pre_activations(x, w_enc, bias, p.n_layers).to(x_TD.dtype)
     return torch.addmm(bias_F.to(dtype), x_TD.to(dtype), p.w_enc_FD.to(dtype).T).to(x_TD.dtype)
 
 
@@ -174,13 +185,15 @@ def _sum(so_far: Tensor | None, more: Tensor | None) -> Tensor | None:
 
 def _update(task: Task, gradients: dict[str, Tensor]) -> None:
     """Step all parameters. Where decoder rows stay of unit length, their gradient is projected."""
-    w_dec_FD, rates = task.weights.parameters.w_dec_FD, task.rates
+    p, rates = task.weights.parameters, task.rates
     renormed = task.architecture.unit_rows and not task.is_decoder_frozen
     if task.is_decoder_frozen:
         del gradients["w_dec"]
     if renormed:
-        along_F1 = (gradients["w_dec"] * w_dec_FD).sum(1, keepdim=True)
-        gradients["w_dec"].addcmul_(along_F1, w_dec_FD, value=-1)
+        pairs = (layers.blocks(each, p.n_layers) for each in (gradients["w_dec"], p.w_dec_FD))
+        for gradient_FD, w_dec_FD in zip(*pairs, strict=True):
+            along_F1 = (gradient_FD * w_dec_FD).sum(1, keepdim=True)
+            gradient_FD.addcmul_(along_F1, w_dec_FD, value=-1)
     if rates.clip_norm is not None:
         squares = sum(float(torch.linalg.vector_norm(gradient)) ** 2 for gradient in gradients.values())
         for gradient in gradients.values():
@@ -190,4 +203,5 @@ def _update(task: Task, gradients: dict[str, Tensor]) -> None:
         task.optimizer.update(name, slice(0, len(gradient)), gradient, rates.lr, decay)
     task.optimizer.end_step()
     if renormed:
-        w_dec_FD.div_(torch.linalg.vector_norm(w_dec_FD, dim=1, keepdim=True))
+        for w_dec_FD in layers.blocks(p.w_dec_FD, p.n_layers):
+            w_dec_FD.div_(torch.linalg.vector_norm(w_dec_FD, dim=1, keepdim=True))

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from saemill.common.sae import layers
 from saemill.common.sae.parts import Joined, Parts, SaeConfig
+from saemill.common.stores.site_names import parts_of
 from saemill.train.arch import initial
 from saemill.train.backends.architecture import Dead, Sample
 from saemill.train.backends.base import Backend, Batch, Rates, Task
-from saemill.train.backends.parameters import WHOLE, Parameters, Shape
+from saemill.train.backends.parameters import Parameters, Shape
 from saemill.train.learner.architecture import architecture_of
 from saemill.train.learner.resampling import resample
 from saemill.train.learner.totals import CutoffAverage, Totals
@@ -65,7 +67,8 @@ class Learner:
         self.rows = backend.team.latents.slice_of(variant.num_latents)
         n_rows = self.rows.stop - self.rows.start
         is_centred = target is None and variant.apply_b_dec_to_input
-        shape = Shape(n_rows, d, d_out, self.architecture.further, variant.skip_connection, is_centred)
+        further, has_skip = self.architecture.further, variant.skip_connection
+        shape = Shape(n_rows, d, d_out, further, has_skip, is_centred, variant.n_layers)
         self.weights = backend.weights(shape, device)
         self.parameters = self.weights.parameters
         self.cutoff = CutoffAverage(device)
@@ -114,7 +117,7 @@ class Learner:
         if variant.optimizer == "signum":
             return Signum(named)
         if variant.optimizer == "muon":
-            return Muon(named, variant.num_latents, self.backend.team.latents, WHOLE)
+            return Muon(named, variant.num_latents, self.backend.team.latents, self.parameters.whole)
         return Adam(named, variant.optimizer_state, variant.adam_betas)
 
     def step(self, batch: Batch, lr_factor: float, step: int, passages: "Passages | None" = None) -> None:
@@ -190,7 +193,7 @@ class Learner:
         p = Parameters.of(self.parameters.named | dict(averages), self.parameters)
         if not self.architecture.unit_rows or self.variant.is_frozen:
             return p
-        return p._replace(w_dec_FD=p.w_dec_FD / torch.linalg.vector_norm(p.w_dec_FD, dim=1, keepdim=True))
+        return p._replace(w_dec_FD=layers.unit_rows(p.w_dec_FD, p.n_layers))
 
     def export(self, provenance: dict[str, Any], *, copied: bool = True) -> Parts | None:
         """Fold the training units into the weights: the SAE in the activations' own.
@@ -222,9 +225,8 @@ class Learner:
             architecture=variant.architecture,
             prefixes=variant.prefixes if is_matryoshka else (),
             ks=form.ks,
-            joined=tuple(
-                Joined(site, *part) for site, part in zip(variant.parts, scaling.parts, strict=False)
-            ),
+            joined=_joined(variant.site, scaling),
+            predicted=() if self.target_scaling is None else _joined(variant.sites[1], self.target_scaling),
         )
         others, device = whole_of(trained, scaling, self.target_scaling), weights["W_enc"].device
         return Parts(config, **weights, **{name: tensor.to(device) for name, tensor in others.items()})
@@ -242,7 +244,7 @@ class Learner:
         by_name, moments = self.parameters.named, self.optimizer.tensors()
         if self.average is not None:
             moments = {name: [*moments.get(name, []), value] for name, value in self.average.values.items()}
-        whole = [name for name in WHOLE if name in by_name]
+        whole = self.parameters.whole
         own = [name for name in by_name if name not in whole]
         row_moments, whole_moments = (
             [t for name in names for t in moments.get(name, [])] for names in (own, whole)
@@ -250,3 +252,8 @@ class Learner:
         rows = [*(by_name[name] for name in own), self.idle_tokens_F, self.dead_F, *row_moments]
         numbers = [self.diverged_step, self.totals.values, self.cutoff.sums]
         return rows, [*(by_name[name] for name in whole), *numbers, *whole_moments]
+
+
+def _joined(site: str, scaling: Scaling) -> tuple[Joined, ...]:
+    """List the sites that a name joins, in their units; none of one site."""
+    return tuple(Joined(name, *part) for name, part in zip(parts_of(site), scaling.parts, strict=False))

@@ -6,13 +6,15 @@ With x̃ = (x − c_x) s_x and ỹ = (y − c_y) s_y, which are the same of an S
     a transcoder   (s_x/s_y) W_enc,   b_enc / s_y − W_enc c_x,   b_dec = b / s_y + c_y − W_skip c_x
 
 the last two with W_enc and W_skip as they are saved; thresholds go with b_enc. Where sites are joined, each
-with its own scale g s, an SAE is saved with g W_enc and W_dec / g, and b_dec = b / (g s) + c. A finished SAE
-that training starts from was made in units of its own, and goes the other way into those of this run.
+with its own scale g s, an SAE is saved with g W_enc and W_dec / g, and b_dec = b / (g s) + c. So is a
+cross-layer transcoder, each part of its weights with the g of the site that it reads or writes to. A finished
+SAE that training starts from was made in units of its own, and goes the other way into those of this run.
 """
 
 import torch
 from torch import Tensor
 
+from saemill.common.sae import layers
 from saemill.common.sae.formats.folding import unit_rows
 from saemill.common.sae.parts import Parts
 from saemill.train.backends.architecture import Inference
@@ -31,16 +33,35 @@ def rows_of(form: Inference, p: Parameters, scaling: Scaling, target: Scaling | 
     """
     own = {"W_enc": form.w_enc_FD, "b_enc": form.b_enc_F / (target or scaling).scale, "W_dec": form.w_dec_FD}
     gain_D = scaling.gain_D
-    if gain_D is not None:
+    if target is not None and p.n_layers > 1:
+        own |= _of_layers(form, own["b_enc"], scaling, target)
+    elif gain_D is not None:
         own |= {"W_enc": form.w_enc_FD * gain_D, "W_dec": form.w_dec_FD / gain_D}
     if form.threshold_F is not None:
         own["threshold"] = form.threshold_F / (target or scaling).scale
-    if target is not None:
+    if target is not None and p.n_layers == 1:
         own["W_enc"] = form.w_enc_FD * (scaling.scale / target.scale)
         own["b_enc"] = _shifted(own["b_enc"], own["W_enc"], -scaling.centre_D)
-    elif not p.is_centred:
+    elif target is None and not p.is_centred:
         own["b_enc"] = _shifted(own["b_enc"], own["W_enc"], _offset(p, scaling))
     return own
+
+
+def _of_layers(form: Inference, b_enc_F: Tensor, scaling: Scaling, target: Scaling) -> dict[str, Tensor]:
+    """Return what each layer's latents of a cross-layer transcoder have in the units of the sites that they
+    read and write to; b_enc_F has the target's scale already."""
+    n = len(scaling.parts)
+    reads = [own / target.scale for _, own in scaling.parts]
+    writes = form.b_enc_F.new_tensor([own / target.scale for _, own in target.parts])
+    W_enc = [rows * read for rows, read in zip(form.w_enc_FD.chunk(n), reads, strict=True)]
+    centres = scaling.centre_D.chunk(n)
+    b_enc = [_shifted(b, W, -c) for b, W, c in zip(b_enc_F.chunk(n), W_enc, centres, strict=True)]
+    W_dec = [
+        rows.view(len(rows), n - layer, -1) / writes[layer:, None]
+        for layer, rows in enumerate(layers.blocks(form.w_dec_FD, n))
+    ]
+    rows = [each.flatten(0, 1) for each in W_dec]
+    return {"W_enc": torch.cat(W_enc), "b_enc": torch.cat(b_enc), "W_dec": torch.cat(rows)}
 
 
 def whole_of(p: Parameters, scaling: Scaling, target: Scaling | None) -> dict[str, Tensor]:

@@ -131,6 +131,8 @@ def allowed_latent_ranks(
         whole = "a loss of the model needs all latents of an SAE in one process; leave it out"
     elif any(v.multi_topk or v.nested_k or v.architecture == "groupmax" for v in variants):
         whole = "multi_topk, nested_k and groupmax need all latents of an SAE in one process; leave it out"
+    elif any(v.n_layers > 1 for v in variants):
+        whole = "a cross-layer transcoder needs all its latents in one process; leave it out"
     elif kernels == "triton" and any(is_stepped_by_torch(v, widths) for v in variants):
         whole = f"on a GPU {WITHOUT_KERNELS} need all latents of an SAE in one process; leave it out"
     if whole and (asked or 1) > 1:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from saemill.train.backends.parameters import Shape
 from saemill.train.sweep.variant import Variant
 
 FURTHER = {"jumprelu": 1, "gated": 2}
@@ -61,8 +62,9 @@ def sizes(
         dtype: of the encoder's product.
         by_8_bits: whether 8-bit products choose its codes, with the loops.
     """
+    kernels = _kernels(variant, kernels)
     shapes = _shapes(variant, widths)
-    n = sum(math.prod(shape) for shape in shapes)
+    n = sum(math.prod(shape) for shape in shapes.values())
     f, d = variant.num_latents, widths[0]
     copies = 0
     if kernels != "torch" and dtype != torch.float32:
@@ -80,16 +82,28 @@ def sizes(
     )
 
 
-def _shapes(variant: Variant, widths: Sequence[int]) -> list[tuple[int, ...]]:
-    """List the shapes of its parameters."""
-    f, d, e = variant.num_latents, widths[0], widths[-1]
-    vectors: list[tuple[int, ...]] = [(f,), (e,), *[(f,)] * FURTHER.get(variant.architecture, 0)]
-    return [(f, d), (f, e), *vectors, *([(e, d)] if variant.skip_connection else [])]
+def _kernels(variant: Variant, kernels: str) -> str:
+    """Return what computes its steps: torch those of a cross-layer transcoder."""
+    return kernels if variant.n_layers == 1 else "torch"
 
 
-def _stepped(variant: Variant, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """List those that an optimizer steps: without the decoder's, the second, where it is frozen."""
-    return [shapes[0], *shapes[2:]] if variant.is_frozen else shapes
+def _shapes(variant: Variant, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of its parameters by name."""
+    further = tuple(map(str, range(FURTHER.get(variant.architecture, 0))))
+    shape = Shape(
+        variant.num_latents,
+        widths[0],
+        widths[-1],
+        further,
+        has_skip=variant.skip_connection,
+        n_layers=variant.n_layers,
+    )
+    return shape.of_each
+
+
+def _stepped(variant: Variant, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """List those that an optimizer steps: without the decoder's where it is frozen."""
+    return [shape for name, shape in shapes.items() if not (variant.is_frozen and name == "w_dec")]
 
 
 def _moment_bytes(variant: Variant, shape: tuple[int, ...]) -> int:
@@ -129,6 +143,7 @@ def _scratch(
     variant: Variant, widths: Mapping[str, int], n_tokens: int, kernels: str, device: str, n_threads: int
 ) -> int:
     d, e, f = widths[variant.sites[0]], widths[variant.sites[-1]], variant.num_latents
+    kernels = _kernels(variant, kernels)
     errors, pairs = n_tokens * e * 4, round(n_tokens * variant.l0) * PAIR_BYTES
     if kernels == "torch":
         return errors + PLAIN_COPIES * min(PLAIN_BYTES.get(device, PLAIN_BYTES["cuda"]), n_tokens * f * 4)

@@ -107,6 +107,10 @@ def _source(address: str, name: str, parts: Parts) -> Source:
             f"{address} takes each activation through a norm first ({parts.config.norm}), which no SAE "
             "trained here does; start from another"
         )
+    if parts.config.predicted:
+        raise ConfigError(
+            f"{address} is {parts.config.spans}; start from an SAE or a transcoder, of one site"
+        )
     lengths_F = parts.W_dec.float().norm(dim=1)
     threshold_F = None if parts.threshold is None else parts.threshold * lengths_F
     return Source(
@@ -261,8 +265,8 @@ def _unknown(source: Source, name: str) -> Any:
 def _check_shape(entry: Mapping[str, Any], source: Source, d: int, e: int) -> None:
     """Refuse an SAE of another width than the sites', or of another number of latents than is asked for."""
     config, target, address = source.config, entry.get("target_site"), source.address
-    if config.joined:
-        raise ConfigError(f"{address} is a crosscoder; start from an SAE or a transcoder, of one site")
+    if config.spans:
+        raise ConfigError(f"{address} is {config.spans}; start from an SAE or a transcoder, of one site")
     if (config.d_out is None) != (target is None):
         advice = "leave target_site out" if target else "say which site it predicts with target_site"
         raise ConfigError(f"{address} is {'an SAE' if target else 'a transcoder'}; {advice}")

@@ -17,6 +17,8 @@ WITHOUT_SIGNUM = {
     "clip_grad_norm": "whose steps are as large as the rate",
 }
 """Settings without effect on signum, and why."""
+CROSS_LAYER = ("topk", "batchtopk", "jumprelu")
+"""Architectures that a cross-layer transcoder may have."""
 TARGET_L0 = 32.0
 """Active latents per token that JumpReLU leads to by default."""
 
@@ -28,9 +30,10 @@ class Variant:
     name: str
     """Unique in the run; the name of its folder, so none of the run's own files."""
     site: str
-    """Several joined by + of a crosscoder."""
+    """Several joined by + of a crosscoder or a cross-layer transcoder."""
     target_site: str | None = None
-    """Site that is predicted; None of an SAE, which reconstructs its own."""
+    """Site that is predicted, several joined by + of a cross-layer transcoder; None of an SAE, which
+    reconstructs its own."""
     skip_connection: bool = like(TrainConfig, "skip_connection")
     init_from: str | None = like(TrainConfig, "init_from")
     """Place of one SAE."""
@@ -84,6 +87,10 @@ class Variant:
             )
         if len(self.parts) > 1:
             self._check_joined()
+        elif self.n_layers > 1:
+            raise ConfigError(
+                f"target_site {self.target_site} joins several, and site {self.site} is one; read as many"
+            )
         if self.target_site is not None and not self.apply_b_dec_to_input:
             raise ConfigError("apply_b_dec_to_input has no effect with target_site; leave it out")
         if self.skip_connection and self.target_site is None:
@@ -129,28 +136,60 @@ class Variant:
         return (self.site,) if self.target_site is None else (self.site, self.target_site)
 
     @property
+    def n_layers(self) -> int:
+        """Layers of a cross-layer transcoder; 1 of others."""
+        return 1 if self.target_site is None else len(parts_of(self.target_site))
+
+    @property
     def l0(self) -> float:
         """Active latents per token that it is meant to have; a guess where a penalty decides."""
         return self.k or self.target_l0 or TARGET_L0
 
     def _check_joined(self) -> None:
-        """Refuse settings that have no meaning for a crosscoder."""
+        """Refuse settings that have no meaning for a crosscoder, or a cross-layer transcoder."""
+        name = "a crosscoder" if self.target_site is None else "a cross-layer transcoder"
         if self.target_site is not None:
-            raise ConfigError(
-                f"target_site has no effect on a crosscoder, {self.site}, which predicts no other site"
-            )
+            self._check_layers()
         if self.decoder_rows == "free":
             raise ConfigError(
-                "decoder_rows free is not there for crosscoders, whose rows are of unit length over all "
-                "sites; leave it out"
+                f"decoder_rows free is not there for {name}, whose rows are of unit length over all sites; "
+                "leave it out"
             )
         if self.loss != "fvu":
             what = "in the units" if self.loss == "mse" else "of the model with the activation"
-            raise ConfigError(
-                f"loss {self.loss} is {what} of one site, and a crosscoder has several; use loss fvu"
-            )
+            raise ConfigError(f"loss {self.loss} is {what} of one site, and {name} has several; use loss fvu")
         if self.init_from is not None:
-            raise ConfigError(f"init_from has no effect on a crosscoder, {self.site}; leave it out")
+            raise ConfigError(f"init_from has no effect on {name}, {self.site}; leave it out")
+
+    def _check_layers(self) -> None:
+        """Refuse what a cross-layer transcoder is not, and settings that have no meaning for it."""
+        n, targets = len(self.parts), parts_of(str(self.target_site))
+        if len(targets) != n:
+            raise ConfigError(
+                f"a cross-layer transcoder predicts a site of each layer that it reads, got {n} to read, "
+                f"{self.site}, and {len(targets)} to predict, {self.target_site}"
+            )
+        if self.architecture not in CROSS_LAYER:
+            raise ConfigError(
+                f"a cross-layer transcoder is one of {', '.join(CROSS_LAYER)}, got architecture "
+                f"{self.architecture}"
+            )
+        for what in ("nested_k", "multi_topk", "skip_connection"):
+            if getattr(self, what):
+                raise ConfigError(f"{what} is not there for a cross-layer transcoder; leave it out")
+        if self.optimizer == "muon":
+            raise ConfigError(
+                "optimizer muon steps whole matrices, and those of a cross-layer transcoder are in parts; "
+                "take adam"
+            )
+        uneven = {"num_latents": self.num_latents} | ({"k": self.k} if self.architecture == "topk" else {})
+        for what, value in uneven.items():
+            if value is not None and value % n:
+                fitting = round(value // n * n) or n
+                raise ConfigError(
+                    f"{what} counts those of all {n} layers, each of which has an equal share, got {value}; "
+                    f"take {fitting} or {fitting + n}"
+                )
 
     def _check_l0(self) -> None:
         """Refuse numbers of active latents that F latents cannot have, or the architecture cannot."""

@@ -10,7 +10,7 @@ from saemill.common.config import build, coerce
 from saemill.common.errors import ConfigError
 from saemill.common.setting import axes as axes_of
 from saemill.common.setting import default_of, written
-from saemill.common.stores.site_names import folder_of
+from saemill.common.stores.site_names import folder_of, is_joined, parts_of
 from saemill.train.architectures import no_effect
 from saemill.train.checks import of_architectures
 from saemill.train.config import ADAMW_DECAY, BY_DEFAULT, TrainConfig
@@ -80,6 +80,11 @@ def of_config(
     if of_run:
         of_architectures(config, config.architectures or tuple(s.config.architecture for s in of_run))
     variants = resolve(common, axes, config.variants, widths, n_steps, targets, sources, of_run)
+    if config.kernels in ("numba", "triton") and any(variant.n_layers > 1 for variant in variants):
+        raise ConfigError(
+            f"kernels {config.kernels} do not step a cross-layer transcoder, which torch does; leave kernels "
+            "out"
+        )
     for site in widths:
         if all(site not in variant.sites for variant in variants):
             raise ConfigError(f"no variant is of site {site}; leave it out")
@@ -165,12 +170,22 @@ def _variant(entry: dict[str, Any], widths: Mapping[str, int], where: str, n_ste
     entry.pop("expansion_factor", None)
     n, seed = (coerce(entry.get(key, 0), int, f"{where}.{key}") for key in ("num_latents", "seed"))
     _complete(entry, d, n, n_steps, where)
-    to = "" if target is None else f"-to-{target}{'-skip' if entry.get('skip_connection') else ''}"
-    name = f"{folder_of(site + to)}{_kind(entry, where)}-f{n}-s{seed}" + "".join(_apart(entry, where))
+    place = folder_of(_place(site, target, bool(entry.get("skip_connection"))))
+    name = f"{place}{_kind(entry, where)}-f{n}-s{seed}" + "".join(_apart(entry, where))
     _name_adam(entry)
     if entry.get("lr", "auto") == "auto":
         entry["lr"] = _auto_lr(entry.get("optimizer", "adam"), n, d, n_steps)
     return build(Variant, {"name": name, **entry}, where)
+
+
+def _place(site: str, target: str | None, has_skip: bool) -> str:
+    """Phrase where an SAE is, as names of variants show it; of a cross-layer transcoder by its first site and
+    its last, as a folder's name has not room for all."""
+    if target is None:
+        return site
+    if is_joined(target):
+        return f"{parts_of(site)[0]}-to-{parts_of(target)[-1]}-cross-layer"
+    return f"{site}-to-{target}{'-skip' if has_skip else ''}"
 
 
 def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where: str) -> None:

@@ -54,10 +54,10 @@ class _Sums:
         self.fired_F[codes.top_indices[active]] = True
 
     def figures(self, suffix: str, squares_D: Tensor, n_tokens: int) -> Figures:
-        """Compute the means, with the FVU at each site of a crosscoder; its whole FVU counts each site in
-        its own units, as training does."""
+        """Compute the means, with the FVU at each site of a crosscoder or a cross-layer transcoder; its whole
+        FVU counts each site in its own units, as training does."""
         config, sse_D = self.sae.config, self.sse_D.cpu()
-        units_D = torch.cat([torch.full((p.width,), p.scale**2).double() for p in config.joined] or [ONE])
+        units_D = torch.cat([torch.full((p.width,), p.scale**2).double() for p in config.outputs] or [ONE])
         values = (
             _share(sse_D * units_D, squares_D * units_D),
             self.n_active / n_tokens,
@@ -65,7 +65,7 @@ class _Sums:
         )
         figures = {name + suffix: value for name, value in zip(NAMES, values, strict=True)}
         start = 0
-        for part in config.joined:
+        for part in config.outputs:
             own = slice(start, start + part.width)
             figures[f"eval_fvu{suffix}_at_{part.site}"] = _share(sse_D[own], squares_D[own])
             start += part.width

@@ -260,5 +260,5 @@ def test_damaged_layers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"config\.yaml is damaged"):
         Sae.load(file)
     (file.parent / "config.yaml").unlink()
-    with pytest.raises(StoreError, match=r"holds no set of transcoders: config\.yaml is missing"):
+    with pytest.raises(StoreError, match=r"holds no transcoders: config\.yaml is missing"):
         Sae.load(file)

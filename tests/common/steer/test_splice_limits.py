@@ -12,12 +12,12 @@ from torch import Tensor
 
 from saemill import ablate, splice, steer
 from saemill.common.errors import ConfigError
-from saemill.common.steer.splice import positions
+from saemill.common.steer.forward_pass import count_before
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_where_says_which_positions(models: dict[str, Any]) -> None:
+def test_where_says_which_count_before(models: dict[str, Any]) -> None:
     """Oracle: the activation at each position, changed by exactly 5·W_dec[3] or bit by bit the same."""
     model, sae = models["neox"], seeded_sae(left_out=LEFT_OUT)
     chosen = torch.rand(3, 17, generator=torch.Generator().manual_seed(1)) < 0.4
@@ -60,9 +60,9 @@ def test_positions_are_counted_without_padding() -> None:
         ({"attention_mask": torch.ones(2, 1, 3, 8), "position_ids": torch.arange(5, 8)[None]}, five_to_seven),
     ]
     for arguments, expected in cases:
-        assert positions(arguments, x).tolist() == expected
+        assert count_before(arguments, x).tolist() == expected
     with pytest.raises(ConfigError, match="use_cache=False"):
-        positions({"cache_params": object()}, x)
+        count_before({"cache_params": object()}, x)
 
 
 def test_the_site_is_told_by_the_sae(models: dict[str, Any]) -> None:

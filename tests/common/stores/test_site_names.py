@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saemill.common.stores.site_names import folder_of, is_input, module_of, site_of_folder
+from saemill.common.stores.site_names import abridged, folder_of, is_input, module_of, site_of_folder
 from saemill.common.stores.site_records import RESERVED, site_name, sites_in
 
 modules = st.from_regex(r"[a-z_][a-z_0-9]{0,8}(\.[a-z_0-9]{1,8}){0,3}", fullmatch=True)
@@ -40,3 +40,10 @@ def test_sites_are_found_by_their_folders(tmp_path: Path) -> None:
     for folder in ("layers.0.mlp~in", "layers.0.mlp"):
         (tmp_path / folder / "commits").mkdir(parents=True)
     assert sites_in(tmp_path) == ["layers.0.mlp", "layers.0.mlp:in"]
+
+
+def test_many_joined_sites_are_written_by_their_ends() -> None:
+    """Oracle: the names written out."""
+    assert abridged("layers.2.mlp:in") == "layers.2.mlp:in"
+    assert abridged("a+b+c") == "a+b+c"
+    assert abridged("a+b+c+d") == "a+…+d"

@@ -332,7 +332,7 @@ def test_an_assessment_goes_to_the_runs_of_its_variants(acts: Path, tmp_path: Pa
         assert {part.run.run_id for part in (trained, assessed)} == {ids["runs"][entry["name"]]["id"]}
         assert points(trained) == [expected(line, entry["name"]) for line in lines(out)]
         assert trained.summary["state"] == "trained"
-        for name in ("fvu", "delta_ce", "loss_recovered", "l0", "dead_fraction", "absorption"):
+        for name in ("fvu", "delta_ce", "loss_recovered", "l0", "dead_fraction", "max_decoder_cosine"):
             assert assessed.summary[f"assess/{name}"] == entry["metrics"][name]["value"]
         assert assessed.summary["assess/fvu_lo"] == entry["metrics"]["fvu"]["lo"]
         assert assessed.summary["assess/verdict"] == entry["verdict"]

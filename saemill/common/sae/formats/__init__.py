@@ -6,6 +6,7 @@ itself loads.
 
     sparsify.py, saelens.py, dictionary_learning.py   tools' formats, a folder for each SAE
     circuit_tracer.py   a folder for a set of transcoders, a file for each of them
+    circuit_tracer_clt.py   a folder for a cross-layer transcoder
     gemma_scope.py, gemma_scope_2.py, llama_scope.py   published sets, a folder for each SAE
     openai.py, qwen_scope.py, linear_layers.py, attention_z.py   published sets, a pickle for each SAE
     saelens_inputs.py   what SAELens does to activations first
@@ -26,6 +27,7 @@ from saemill.common.hub import SCHEME, is_id
 from saemill.common.sae.formats import (
     attention_z,
     circuit_tracer,
+    circuit_tracer_clt,
     dictionary_learning,
     gemma_scope,
     gemma_scope_2,
@@ -61,6 +63,7 @@ FORMATS: tuple[Format, ...] = (
     saelens,
     dictionary_learning,
     circuit_tracer,
+    circuit_tracer_clt,
     gemma_scope,
     gemma_scope_2,
     llama_scope,
@@ -218,11 +221,13 @@ def _check_said(config: SaeConfig, name: str) -> None:
     Raises:
         ConfigError: it is.
     """
-    if config.joined:
-        sites = " and ".join(part.site for part in config.joined)
+    if config.predicted:
         raise ConfigError(
-            f"{name} cannot say that an SAE is a crosscoder, over {sites}; it is loaded with Sae.load"
+            f"{name} has no SAE like {config.spans}; export it as {circuit_tracer.NAME}, or load it with "
+            "Sae.load"
         )
+    if config.joined:
+        raise ConfigError(f"{name} cannot say that an SAE is {config.spans}; it is loaded with Sae.load")
     if config.norm is not None and name != saelens.NAME:
         raise ConfigError(
             f"{name} cannot say that activations go through a norm first ({config.norm}); export it as "

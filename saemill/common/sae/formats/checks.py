@@ -126,7 +126,7 @@ def traits(config: Mapping[str, Any], architecture: str, file: Path) -> dict[str
 
 
 class _Joined(BaseModel):
-    """Types of a site that a crosscoder joins."""
+    """Types of a site that is joined with others."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -135,16 +135,16 @@ class _Joined(BaseModel):
     scale: float
 
 
-def joined(config: Mapping[str, Any], file: Path) -> tuple[Joined, ...]:
-    """Return the sites of a crosscoder, none where the field is absent.
+def joined(config: Mapping[str, Any], field: str, file: Path) -> tuple[Joined, ...]:
+    """Return the sites whose vectors a field says to follow each other, none where it is absent.
 
     Raises:
         StoreError: the field is something else.
     """
     try:
-        found = TypeAdapter(list[_Joined]).validate_python(config.get("joined") or [])
+        found = TypeAdapter(list[_Joined]).validate_python(config.get(field) or [])
     except ValidationError as error:
-        raise StoreError(f"{file}: joined tells of sites what it cannot: {first_finding(error)}") from error
+        raise StoreError(f"{file}: {field} tells of sites what it cannot: {first_finding(error)}") from error
     return tuple(Joined(each.site, each.width, each.scale) for each in found)
 
 

@@ -75,9 +75,9 @@ def read(file: Path) -> Parts:
         StoreError, ConfigError: as `formats.load`.
     """
     cfg_file = file.parent / CONFIG
-    cfg = _read_config(cfg_file)
-    expect(cfg, "model_kind", "transcoder_set", None, "its layers are no transcoders", cfg_file)
-    found, own = read_tensors(file), _own(file)
+    cfg = read_config(cfg_file)
+    expect(cfg, "model_kind", "transcoder_set", None, "its layers are no transcoders of one layer", cfg_file)
+    found, notes = read_tensors(file), own(file)
     activation = text(cfg, "activation", cfg_file)
     has_k = activation == "topk"
     has_threshold = (
@@ -95,13 +95,13 @@ def read(file: Path) -> Parts:
         d_out=d,
         num_latents=f,
         k=count(cfg, "k", cfg_file) if has_k else None,
-        provenance=provenance(NAME, cfg, own.get("provenance"), cfg_file, **_known(cfg, file)),
-        **traits(own, "topk" if has_k else "jumprelu" if has_threshold else "relu", file),
+        provenance=provenance(NAME, cfg, notes.get("provenance"), cfg_file, **_known(cfg, file)),
+        **traits(notes, "topk" if has_k else "jumprelu" if has_threshold else "relu", file),
     )
     return Parts(config, **weights, threshold=threshold)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
     """Read a set's config, but for the list of places of files that some have."""
     if not file.is_file() and any(file.with_name(name).is_file() for name in WANDB):
         return _without_config(file.parent)
@@ -109,7 +109,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         cfg = yaml_text.parse(file.read_text(encoding="utf-8"), str(file))
         json.dumps(cfg)  # as it will be kept
     except FileNotFoundError:
-        raise StoreError(f"{file.parent} holds no set of transcoders: {file.name} is missing") from None
+        raise StoreError(f"{file.parent} holds no transcoders: {file.name} is missing") from None
     except OSError as error:
         raise DiskError(f"{file} cannot be read: {error.strerror}") from error
     except (ConfigError, ValueError, TypeError) as error:
@@ -127,15 +127,15 @@ def _without_config(folder: Path) -> dict[str, Any]:
     return {"model_kind": "transcoder_set", "activation": "relu", **hooks, **model}
 
 
-def _own(file: Path) -> dict[str, Any]:
+def own(file: Path) -> dict[str, Any]:
     """Read what saemill noted in the metadata of a file; nothing where another tool wrote it."""
     try:
         with safe_open(file, "pt") as opened:
             noted_there = (opened.metadata() or {}).get(OWN, "{}")
-        own = json.loads(noted_there)
+        found = json.loads(noted_there)
     except Exception as error:  # the library has several kinds of its own
         raise StoreError(f"{file} is damaged: {first_line(error)}") from error
-    return own if isinstance(own, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _known(cfg: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -171,10 +171,10 @@ def write(transcoders: Sequence[Parts], folder: Path, output: str, model: str | 
         threshold = weights.pop("threshold", None)
         if activation == "jumprelu" and threshold is not None:
             weights[THRESHOLD] = threshold
-        own = {"provenance": parts.config.provenance, **noted(parts.config, activation)}
+        notes = {"provenance": parts.config.provenance, **noted(parts.config, activation)}
         n_bytes = sum(w.nbytes for w in weights.values())
         with durable.replacing(folder / WEIGHTS.format(layer), n_bytes) as partial:
-            save_file(apart(weights), partial, {OWN: json.dumps(own)})
+            save_file(apart(weights), partial, {OWN: json.dumps(notes)})
     cfg = {
         "model_name": model,
         "model_kind": "transcoder_set",

@@ -117,8 +117,12 @@ def denotes(hook: Hook, role: Role | None) -> bool:
 def site_of(name: str, model_type: str) -> str | None:
     """Find the site of a hook that is written as TransformerLens writes it; None where it has none.
 
-    What enters block n is what leaves block n - 1.
+    What enters block n is what leaves block n - 1. What the MLP returns, whether or not a norm follows before
+    it is added, is the module's.
     """
+    block = BLOCKS.get(model_type)
+    if block and (match := re.fullmatch(r"blocks\.(\d+)\.mlp\.hook_out", name)):
+        return f"{block.path.format(match[1])}.mlp"
     if match := re.fullmatch(r"blocks\.([1-9]\d*)\.hook_resid_pre", name):
         name = Hook(int(match[1]) - 1, "resid_post").name
     return next((place for place, hook in _places(model_type, name) if hook.name == name), None)

@@ -13,6 +13,7 @@ from saemill.common.errors import StoreError
 from saemill.common.sae.formats import (
     attention_z,
     circuit_tracer,
+    circuit_tracer_clt,
     dictionary_learning,
     gemma_scope,
     gemma_scope_2,
@@ -29,6 +30,7 @@ WEIGHTS = (
     dictionary_learning.WEIGHTS,
     gemma_scope.WEIGHTS,
     gemma_scope_2.WEIGHTS,
+    circuit_tracer_clt.WEIGHTS,
     *llama_scope.WEIGHTS[1:],  # the first is SAELens' as well
 )
 """Files of weights below an SAE's folder."""
@@ -88,20 +90,24 @@ def fetch(address: str) -> Path:
     with hub.asking(uri.id):
         files = _files(place)
     sae = _choose(files, uri.path_in_repo, address)
-    parts = _parts(sae)
+    parts = _parts(sae, files)
     wanted = [glob.escape(file) for file in files if file in parts]
     with hub.asking(address):
         return Path(snapshot_download(**place, allow_patterns=wanted)) / sae
 
 
-def _parts(sae: PurePath) -> set[str]:
-    """Name the files that an SAE may have."""
+def _parts(sae: PurePath, files: Collection[str]) -> set[str]:
+    """Name the files that an SAE may have, in a repository with these."""
     above = sae.parent / "config.json"  # sparsify's config of the run
     if sae.suffix == ".safetensors":
         beside = (circuit_tracer.CONFIG, *circuit_tracer.WANDB)
         return {str(sae), str(above), *(str(sae.with_name(name)) for name in beside)}
     if sae.suffix in tensor_files.PICKLES:
         return {str(sae), str(_beside(sae)), str(sae.parent.parent / "config.json")}
+    if str(sae / circuit_tracer_clt.WEIGHTS) in files:
+        of_layers = {file for file in map(PurePosixPath, files) if circuit_tracer_clt.is_part(file)}
+        own = {str(file) for file in of_layers if file.parent == sae}
+        return own | {str(sae / name) for name in (circuit_tracer.CONFIG, *BESIDE)}
     return {str(above), *(str(sae / name) for name in (*WEIGHTS, llama_scope.WEIGHTS[0], *BESIDE))}
 
 

@@ -7,11 +7,12 @@ Its encoder is the one of `Sae`. `num_latents` 0 stands for d_in × expansion_fa
 carries a seal (`seal`), which is checked. With `transcode` it predicts a module's output from its input.
 Before version 1.0 the run's config alone said so, and transcoders subtracted b_dec, which is folded here.
 
-`activation` is "topk" or "groupmax". Four things are saemill's own. `activation` "jumprelu", with
+`activation` is "topk" or "groupmax". Five things are saemill's own. `activation` "jumprelu", with
 `threshold` and no `k`: sparsify has no thresholds, and its loader refuses a tensor that it does not know.
 `d_out`, of a transcoder: its E, which may not be D. `norm`, whose name stands before the activation's as
 well, "layer_norm topk", so that sparsify refuses it. `joined`, of a crosscoder: the sites whose vectors
-follow each other in its input, with widths and scales.
+follow each other in its input, with widths and scales. `predicted`, of a cross-layer transcoder: those of
+what it predicts; its weights are shaped as `layers` tells.
 """
 
 from dataclasses import asdict
@@ -91,7 +92,8 @@ def read(folder: Path) -> Parts:
         num_latents=num_latents,
         k=None if has_threshold else count(cfg, "k", file),
         provenance=provenance("sparsify", cfg, own, file, **_known(folder, is_transcoder)),
-        joined=joined(cfg, file),
+        joined=joined(cfg, "joined", file),
+        predicted=joined(cfg, "predicted", file),
         norm=norm,
         **traits(cfg, activation, file),
     )
@@ -106,7 +108,8 @@ def _tensors(file: Path, config: SaeConfig, has_skip: bool) -> Tensors:
     """Read the tensors of an SAE."""
     weights = read_tensors(file)
     f, d, e = config.num_latents, config.d_in, config.d_out or config.d_in
-    shapes = {"encoder.weight": (f, d), "encoder.bias": (f,), "W_dec": (f, e), "b_dec": (e,)}
+    own = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
+    shapes = {own.get(name, name): shape for name, shape in config.shapes.items()}
     shapes |= {"W_skip": (e, d)} if has_skip else {}
     optional = ("threshold",) if config.k is None else ()
     W_enc, b_enc, W_dec, b_dec, *skip = check_weights(file, weights, shapes, optional).values()
@@ -191,6 +194,7 @@ def write(parts: Parts, folder: Path) -> str:
         **({} if config.d_out is None else {"d_out": config.d_out}),
         **({} if config.norm is None else {"norm": config.norm}),
         **({"joined": [asdict(part) for part in config.joined]} if config.joined else {}),
+        **({"predicted": [asdict(part) for part in config.predicted]} if config.predicted else {}),
         **noted(config, activation),
         "saemill": config.provenance,
     }

@@ -1,0 +1,144 @@
+"""Assessments of cross-layer transcoders: all sites replaced at once, codes kept from layer to layer."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from caching import cache, tokenized
+from torch import Tensor
+from training import config
+
+from saemill import Sae
+from saemill.assess import measure
+from saemill.assess.baselines import Baselines, fit_baselines
+from saemill.assess.config import AssessConfig
+from saemill.assess.run import run
+from saemill.common.errors import ConfigError
+from saemill.common.steer.across_layers import AcrossLayers
+from saemill.common.stores.activations import ActivationStore
+from saemill.train.run import run as train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+L, D = 3, 32
+READS = [f"layers.{layer}.post_attention_layernorm" for layer in range(L)]
+WRITES = [f"layers.{layer}.mlp" for layer in range(L)]
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path
+) -> Path:
+    """A run of two on all MLPs of a tiny model whose weights are large enough to matter."""
+    folder = tmp_path_factory.mktemp("across")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_models["neox"])
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.add_(0.1 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)))
+    model.save_pretrained(folder / "model")
+    transformers.AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder / "model")
+    tokens = tokenized(corpus, tokenizer_folder, folder / "tokens", held_out_fraction=0.3)
+    store = cache(tokens, str(folder / "model"), folder / "acts", sites=(*READS, *WRITES))
+    changes: dict[str, Any] = {
+        "site": ("layers.*.post_attention_layernorm",), "target_site": ("layers.*.mlp",), "cross_layer": True,
+        "architecture": ("topk", "jumprelu"), "k": (6,), "target_l0": (6.0,), "num_latents": (96,),
+    }  # fmt: skip
+    train(config(store, folder / "run", **changes))
+    return folder
+
+
+class ByHand:
+    """Oracle: transformers' own model, and hooks on its modules."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        self.modules = dict(self.model.base_model.named_modules())
+        store = ActivationStore(folder / "acts")
+        rows = np.flatnonzero(store.tokens.held_out_R)
+        ids = [store.tokens.rows(row, row + 1) for row in rows]
+        self.ids_RS = torch.from_numpy(np.concatenate(ids).astype(np.int64))
+        self.where_RS = (self.ids_RS != 0) & (torch.arange(32) >= 1)
+
+    def loss(self, hooks: Mapping[str, Callable[..., Tensor | None]]) -> float:
+        """Mean next-token loss at the unmasked positions, with forward hooks of some modules."""
+        handles = [self.modules[site].register_forward_hook(hook) for site, hook in hooks.items()]
+        with torch.no_grad():
+            log_probs = self.model(self.ids_RS).logits[:, :-1].log_softmax(-1)
+        for handle in handles:
+            handle.remove()
+        counted = self.where_RS[:, :-1]
+        return float(-log_probs[counted].gather(1, self.ids_RS[:, 1:][counted][:, None]).mean())
+
+    def replaced(self, x: Tensor, other: Tensor) -> Tensor:
+        return torch.where(self.where_RS[..., None], other, x)
+
+    def instead(self, others: Mapping[str, Tensor]) -> float:
+        """The loss with other activations at some sites, all at once."""
+        return self.loss({site: lambda _m, _i, y, o=o: self.replaced(y, o) for site, o in others.items()})
+
+    def spliced(self, sae: Sae) -> float:
+        """The loss with an SAE's predictions in the place of every layer's, of what the model that they
+        change has there. Of layers not reached yet the codes are those of 0; they do not write here."""
+        seen = dict.fromkeys(READS, torch.zeros(*self.ids_RS.shape, D))
+        hooks: dict[str, Callable[..., Tensor | None]] = {}
+        for layer, (reads, writes) in enumerate(zip(READS, WRITES, strict=True)):
+            hooks[reads] = lambda _m, _i, x, at=reads: seen.update({at: x})
+            hooks[writes] = lambda _m, _i, y, layer=layer: self.replaced(
+                y, sae(torch.cat(list(seen.values()), -1)).reconstruction.split(D, -1)[layer]
+            )
+        return self.loss(hooks)
+
+
+def test_losses_are_those_of_the_model_that_it_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: transformers' own model with hooks on its modules: every MLP's output replaced by predictions
+    from what the changed model has; all of them by zeros, and by the cached means; of a baseline, by what it
+    makes of the untouched model's; and one at a time."""
+    by_hand, store = ByHand(folder), ActivationStore(folder / "acts")
+    fitted: dict[str, Sae] = {}
+
+    def noting(*given: Any) -> Baselines:
+        baselines = fit_baselines(*given)
+        fitted.update(baselines.saes)
+        return baselines
+
+    monkeypatch.setattr(measure, "fit_baselines", noting)
+    assessment = run(AssessConfig(run=folder / "run", device="cpu", model_tokens=10**6, n_latents=2))
+    own: dict[str, Tensor] = {}
+    clean = by_hand.loss({s: lambda _m, _i, y, s=s: own.update({s: y}) for s in (*READS, *WRITES)})
+    means = {site: store.site(site).statistics.mean_D.float().expand_as(own[site]) for site in WRITES}
+    zero, mean = by_hand.instead({s: torch.zeros_like(own[s]) for s in WRITES}), by_hand.instead(means)
+    assert zero - clean > 0.01
+    for entry in assessment["variants"]:
+        sae, figures = Sae.load(folder / "run" / entry["name"]), entry["metrics"]
+        cost = by_hand.spliced(sae) - clean
+        assert figures["delta_ce"]["value"] == pytest.approx(cost, rel=1e-3, abs=1e-5)
+        assert figures["loss_recovered"]["value"] == pytest.approx(1 - cost / (zero - clean), rel=1e-3)
+        assert figures["ce_mean"]["value"] == pytest.approx(mean, rel=1e-4)
+        made = sae(torch.cat([own[site] for site in READS], -1)).reconstruction.split(D, -1)
+        cuts = {cut["name"]: cut["metrics"] for cut in entry["cuts"]}
+        for site, part in zip(WRITES, made, strict=True):
+            alone = by_hand.instead({site: part}) - clean
+            assert cuts[f"at {site}"]["delta_ce"]["value"] == pytest.approx(alone, rel=1e-3, abs=1e-5)
+        together = by_hand.instead(dict(zip(WRITES, made, strict=True))) - clean
+        assert abs(together - cost) > 1e-4  # it matters which model is encoded
+    kinds = {check["against"]: check for check in assessment["variants"][0]["evidence"] if check["against"]}
+    assert set(kinds) == {next(name for name in kinds if name.startswith("random-"))}
+    for entry in assessment["controls"]:
+        made = fitted[entry["name"]](torch.cat([own[site] for site in WRITES], -1)).reconstruction
+        cost = by_hand.instead(dict(zip(WRITES, made.split(D, -1), strict=True))) - clean
+        assert entry["metrics"]["delta_ce"]["value"] == pytest.approx(cost, rel=1e-3, abs=1e-5)
+    assert (folder / "run" / "report.html").stat().st_size > 0
+
+
+def test_sites_in_another_order_than_the_models_are_refused(folder: Path) -> None:
+    """Oracle: the message, where a layer's target comes before what is read for it."""
+    sae = Sae.load(next(iter(sorted((folder / "run").glob("*jumprelu*")))))
+    edits = AcrossLayers(sae).in_place(torch.ones(2, 5, dtype=torch.bool))
+    x_BSD = torch.randn(2, 5, D)
+    edits[READS[0]](x_BSD)
+    assert edits[WRITES[0]](x_BSD).shape == x_BSD.shape
+    with pytest.raises(ConfigError, match=rf"{WRITES[1]} runs before {READS[1]}"):
+        edits[WRITES[1]](x_BSD)
