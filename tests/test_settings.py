@@ -30,6 +30,7 @@ from saemill.pipeline.matrix import MatrixConfig, Source, Target
 from saemill.slurm.settings import JobConfig, SlurmConfig
 from saemill.tokenize.config import MixedDataset, TokenizeConfig
 from saemill.train.config import TrainConfig
+from saemill.view.config import ViewConfig
 
 LEAST: dict[Any, dict[str, Any]] = {
     TokenizeConfig: {"dataset": "d", "tokenizer": "t", "out": "o"},
@@ -38,6 +39,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     AssessConfig: {"run": "r"},
     Thresholds: {},
     LatentConfig: {"run": "r", "latents": ["1"]},
+    ViewConfig: {"run": "r"},
     MaskConfig: {},
     CompareConfig: {"saes": ["a"]},
     DiffConfig: {"out": "o"},
@@ -292,7 +294,7 @@ OF_SECTION: Mapping[str, Any] = {
     "tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig,
     "import-activations": ImportConfig, "embed": EmbedConfig, "convert-store": ConvertConfig,
     "run": RunConfig, "slurm": SlurmConfig, "matrix": MatrixConfig, "generate": GenerateConfig,
-    "compare": CompareConfig, "diff": DiffConfig, "latent": LatentConfig,
+    "compare": CompareConfig, "diff": DiffConfig, "latent": LatentConfig, "view": ViewConfig,
     "explain": ExplainConfig, "export-latents": ExportLatentsConfig,
 }  # fmt: skip
 
