@@ -12,5 +12,5 @@ visible.py     text of a corpus, which may hold anything, as it can be shown
 
 pareto.svg                                              template of the picture
 report.html, variants.html, latents.html, marks.html   templates of the sections, and of what they share
-style.css, script.js                                    how it looks; sorting and searching
+script.js                                               sorting and searching; common/page.css is how it looks
 """
