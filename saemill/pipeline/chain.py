@@ -32,13 +32,13 @@ from saemill.cache.plan import content_of, sites_of
 from saemill.cache.run import run as cache
 from saemill.common import config as settings
 from saemill.common import durable
-from saemill.common.addresses import named
+from saemill.common.addresses import address_of, named
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.common.models.architecture import Architecture, check_row_length, limits_of
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer, load_tokenizer
-from saemill.common.stores import runs
+from saemill.common.stores import mirror, runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_names import parts_of
 from saemill.common.stores.site_records import REPAIR, Site
@@ -385,5 +385,7 @@ def _sites(config: CacheConfig) -> list[Site]:
 
 def _damaged(acts: Path) -> Path:
     """Return the file whose presence says that an activation store must be checked, though it has all
-    sites."""
+    sites: beside it, or beside the mirror of an address."""
+    if address := address_of(acts):
+        acts = mirror.folder_of(address)
     return acts.with_name(f"{acts.name}.damaged")
