@@ -72,8 +72,8 @@ class LocalCache:
         self.folder = self.root / durable.hash_bytes(address.encode())
         self._reading = -1
         with durable.writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
             with self._alone() as count:
+                self.folder.mkdir(exist_ok=True)
                 self._reading = _open_locked(self.folder, fcntl.LOCK_SH)
                 os.utime(self.folder)
                 for gone in {folder.name for folder in self.folder.iterdir()} - {*objects}:
@@ -116,6 +116,12 @@ class LocalCache:
             if not file.exists() and self._has_room(count, n_bytes) and self._write(file, content):
                 _put(count, _used(count) + n_bytes)
 
+    def forget(self, name: str) -> None:
+        """Remove what is kept of an object: it arrived otherwise than it was written."""
+        with self._alone() as count:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            self._recount(count)
+
     @staticmethod
     def name_of(key: str, tag: str) -> str:
         """Name the folder of an object."""
@@ -130,6 +136,7 @@ class LocalCache:
 
         Yields: the descriptor of the count.
         """
+        self.root.mkdir(parents=True, exist_ok=True)
         count = _open_locked(self.root / "used", fcntl.LOCK_EX, os.O_RDWR | os.O_CREAT)
         try:
             yield count
@@ -170,7 +177,7 @@ class LocalCache:
         """Write a range, whole or not at all as its readers see it. Return False where the disk is full."""
         partial = file.with_name(f"{file.name}.partial")
         try:
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)  # all of it may have been cleared away meanwhile
             with partial.open("wb") as written:
                 written.write(content.data)
                 written.write(xxhash.xxh3_64_digest(content.data))

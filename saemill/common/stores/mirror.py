@@ -160,6 +160,12 @@ class Mirror:
             raise MissingError(f"{self.name_of(path)}: {durable.MISSING}")
         return ObjectContent(self.remote, key, listed.n_bytes, listed.tag, self.cache)
 
+    def forget(self, path: Path) -> None:
+        """Keep nothing here of the object that a file of the folder stands for, so that it is read anew."""
+        key = self.key_of(path)
+        if self.cache is not None and (tag := self.known.objects[key].tag) is not None:
+            self.cache.forget(LocalCache.name_of(key, tag))
+
     def problem(self, path: Path, n_bytes: int, xxh3: str | None = None) -> str | None:
         """Describe how an object differs from what was written, as `durable.problem` does."""
         try:
