@@ -71,14 +71,13 @@ class LocalCache:
         self.root = user_cache_path("saemill") / "blocks"
         self.folder = self.root / durable.hash_bytes(address.encode())
         self._reading = -1
-        with durable.writing(self.folder):
-            with self._alone() as count:
-                self.folder.mkdir(exist_ok=True)
-                self._reading = _open_locked(self.folder, fcntl.LOCK_SH)
-                os.utime(self.folder)
-                for gone in {folder.name for folder in self.folder.iterdir()} - {*objects}:
-                    shutil.rmtree(self.folder / gone, ignore_errors=True)
-                n_bytes = self._recount(count)
+        with durable.writing(self.folder), self._alone() as count:
+            self.folder.mkdir(exist_ok=True)
+            self._reading = _open_locked(self.folder, fcntl.LOCK_SH)
+            os.utime(self.folder)
+            for gone in {folder.name for folder in self.folder.iterdir()} - {*objects}:
+                shutil.rmtree(self.folder / gone, ignore_errors=True)
+            n_bytes = self._recount(count)
         free = shutil.disk_usage(self.root).free
         self.max_bytes = (free + n_bytes) // 2 if max_bytes is None else max_bytes
         self._is_full = False
