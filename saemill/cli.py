@@ -48,7 +48,7 @@ for function in (
     *(stores.show, stores.verify, stores.convert_store),
     tracking.track,
     *(exchange.export, exchange.import_, exchange.export_tokens),
-    *(latents.latent, latents.explain, latents.export_latents),
+    *(latents.latent, latents.view, latents.explain, latents.export_latents),
     *(hub.push, hub.pull),
     *(studies.generate, studies.compare, studies.diff),
     *(cluster.submit, cluster.status),

@@ -30,6 +30,7 @@ from saemill.pipeline.matrix import MatrixConfig, Source, Target
 from saemill.slurm.settings import JobConfig, SlurmConfig
 from saemill.tokenize.config import MixedDataset, TokenizeConfig
 from saemill.train.config import TrainConfig
+from saemill.view.config import ViewConfig
 
 LEAST: dict[Any, dict[str, Any]] = {
     TokenizeConfig: {"dataset": "d", "tokenizer": "t", "out": "o"},
@@ -38,6 +39,7 @@ LEAST: dict[Any, dict[str, Any]] = {
     AssessConfig: {"run": "r"},
     Thresholds: {},
     LatentConfig: {"run": "r", "latents": ["1"]},
+    ViewConfig: {"run": "r"},
     MaskConfig: {},
     CompareConfig: {"saes": ["a"]},
     DiffConfig: {"out": "o"},
@@ -163,8 +165,8 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
         ),
         (
             TrainConfig,
-            "acts out with_acts init_from save_every log_every eval_every eval_tokens eval_losses_every "
-            "eval_losses_tokens model n_checkpoints local_cache device kernels resume data_ranks "
+            "acts out with_acts cross_layer init_from save_every log_every eval_every eval_tokens "
+            "eval_losses_every eval_losses_tokens model n_checkpoints local_cache device kernels resume data_ranks "
             "latent_ranks profile log_to_wandb wandb_project wandb_entity run_name wandb_log_frequency "
             "wandb_artifacts log_to_tensorboard",
         ),
@@ -292,7 +294,7 @@ OF_SECTION: Mapping[str, Any] = {
     "tokenize": TokenizeConfig, "cache": CacheConfig, "train": TrainConfig, "assess": AssessConfig,
     "import-activations": ImportConfig, "embed": EmbedConfig, "convert-store": ConvertConfig,
     "run": RunConfig, "slurm": SlurmConfig, "matrix": MatrixConfig, "generate": GenerateConfig,
-    "compare": CompareConfig, "diff": DiffConfig, "latent": LatentConfig,
+    "compare": CompareConfig, "diff": DiffConfig, "latent": LatentConfig, "view": ViewConfig,
     "explain": ExplainConfig, "export-latents": ExportLatentsConfig,
 }  # fmt: skip
 

@@ -44,6 +44,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "diff": {"common", "train", "assess"},
     "explain": {"common", "assess"},
     "latents": {"common", "convert"},
+    "view": {"common", "assess"},
     "commands": {
         *(
             "common",
@@ -53,6 +54,7 @@ MAY_IMPORT = STAGES_AND_KIN | {
             "explain",
             "embeddings",
             "latents",
+            "view",
             "convert",
             "convert_store",
             "transcoder_set",

@@ -77,6 +77,12 @@ class AssessConfig:
         metavar="BYTES",
         least=100_000,
     )
+    most_beside: int = setting(
+        32_768,
+        "Most latents of an SAE for all of them to be written beside the report; 0 for none",
+        least=0,
+        later=True,
+    )
     context_tokens: int = setting(500_000, "Most tokens searched for contexts", least=1)
     probes: bool = setting(False, "Probe for labels that the text brings, on few latents", later=True)
     probe_k: tuple[int, ...] = setting(

@@ -138,7 +138,7 @@ def encoder_cosines(sae: Sae, latents: Sequence[int]) -> list[float | None]:
     and of a crosscoder, whose rows are in several units."""
     if sae.is_transcoder or sae.config.joined:
         return [None] * len(latents)
-    rows = (normalize(w[latents].detach().float(), dim=1) for w in (sae.W_enc, sae.W_dec))
+    rows = (normalize(w[list(latents)].detach().float(), dim=1) for w in (sae.W_enc, sae.W_dec))
     cosine_L = torch.stack(list(rows)).prod(0).sum(1)
     return [float(cosine) for cosine in cosine_L.cpu()]
 

@@ -1,6 +1,6 @@
 """The latents that are shown: which, where they fire, and what their weights tell."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from saemill.assess import directions
 from saemill.assess.evalset import EvalSet
-from saemill.assess.firing import Firing, Places
+from saemill.assess.firing import Beside, Fires, Firing
 from saemill.assess.reader import PassageReader, Reader, reader_of
 from saemill.common.errors import ConfigError
-from saemill.common.log import counted
+from saemill.common.log import counted, progress
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.features import Context, Features, Latent, Snippet, Stratum, Together
 from saemill.common.stores.passages import PassageStore
@@ -29,11 +29,9 @@ SPARE = 4
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which latents are shown, and how much of each."""
+    """How much is told of each latent, and which of them were asked for."""
 
-    latents: list[int]
     asked: tuple[int, ...]
-    """Those of them that were asked for."""
     n_live: int
     """Latents that the others were drawn from."""
     n_contexts: int
@@ -67,125 +65,146 @@ def choose_latents(live: NDArray[np.bool_], requested: tuple[int, ...], n_random
     return list(dict.fromkeys([*requested, *drawn.tolist()]))
 
 
-def describe(
-    wanted: Wanted, name: str, saes: Mapping[str, Sae], evalset: EvalSet, model: str | None, of: str
-) -> Features:
-    """Describe some latents of an SAE, in one pass over the tokens that are searched.
+class Describer:
+    """Describes latents of an SAE, any of those whose firings it found in one pass over the tokens.
 
     Args:
-        wanted: which latents, and how much of each.
+        wanted: how much of each, and which were asked for.
+        latents: those whose firings are kept.
         name: the SAE.
         saes: it and those beside it, among which those of other seeds are looked for.
         evalset: where activations and texts come from.
         model: the model's folder or hub id, if it is not where it was cached from.
-        of: hash of what is assessed.
     """
-    sae, latents, text = saes[name], wanted.latents, evalset.text
-    chunks = evalset.context_chunks(wanted.context_tokens) if latents else ()
-    firing = Firing(sae, latents, evalset, SPARE * wanted.n_contexts).run(chunks)
-    vocabulary = directions.Vocabulary.of(sae, evalset.store, model)
-    reader = reader_of(text)
-    among = f" of the cache, training {text.row}s included" if evalset.cached else " of the evaluation tokens"
-    return Features(
-        of=of,
-        variant=name,
-        unit="passage" if isinstance(text, PassageStore) else "token",
-        searched=f"{counted(firing.n_tokens, text.unit)}{among}",
-        n_searched=firing.n_tokens,
-        n_live=wanted.n_live,
-        seed=SEED,
-        positions=tuple(firing.positions.labels) if text.ctx_len > 1 else (),
-        sources=tuple(firing.source_names),
-        sites=tuple(part.site for part in sae.config.outputs),
-        no_tokens=vocabulary.missing,
-        latents=tuple(_latents(wanted, sae, saes, name, firing, vocabulary, reader)),
-    )
 
+    def __init__(
+        self,
+        wanted: Wanted,
+        latents: Sequence[int],
+        name: str,
+        saes: Mapping[str, Sae],
+        evalset: EvalSet,
+        model: str | None,
+    ) -> None:
+        self.wanted, self.name, self.sae, self.evalset = wanted, name, saes[name], evalset
+        self._siblings = directions.siblings(name, saes)
+        chunks = evalset.context_chunks(wanted.context_tokens) if latents else ()
+        self.firing = Firing(self.sae, latents, evalset).run(chunks)
+        self.reader = reader_of(evalset.text)
+        self._vocabulary = directions.Vocabulary.of(self.sae, evalset.store, model)
+        self._norm_shares = directions.norm_shares(self.sae)
 
-def _latents(
-    wanted: Wanted,
-    sae: Sae,
-    saes: Mapping[str, Sae],
-    name: str,
-    firing: Firing,
-    vocabulary: directions.Vocabulary,
-    reader: Reader | PassageReader,
-) -> list[Latent]:
-    """Put together what is told of each latent."""
-    latents = wanted.latents
-    shares = directions.norm_shares(sae)
-    tokens = vocabulary.tokens(sae, latents, reader.pieces) if isinstance(reader, Reader) else None
-    told = zip(
-        latents,
-        directions.neighbours(sae, latents),
-        directions.counterparts(sae, latents, directions.siblings(name, saes)),
-        directions.encoder_cosines(sae, latents),
-        tokens or [((), ())] * len(latents),
-        strict=True,
-    )
-    return [
-        Latent(
-            latent=latent,
-            asked=latent in wanted.asked,
-            **_firing(firing, at, wanted, reader),
-            promoted=promoted,
-            suppressed=suppressed,
-            nearest=near.nearest,
-            opposite=near.opposite,
-            counterparts=counterparts,
-            encoder_cosine=cosine,
-            norm_shares=() if shares is None else tuple(shares[latent].tolist()),
+    def features(self, latents: Sequence[int], of: str) -> Features:
+        """Describe some latents, and what they were looked for in.
+
+        Args:
+            latents: which, in the order in which they are shown.
+            of: hash of what is assessed.
+        """
+        text, firing = self.evalset.text, self.firing
+        cache = f" of the cache, training {text.row}s included"
+        among = cache if self.evalset.cached else " of the evaluation tokens"
+        return Features(
+            of=of,
+            variant=self.name,
+            unit="passage" if isinstance(text, PassageStore) else "token",
+            searched=f"{counted(firing.n_tokens, text.unit)}{among}",
+            n_searched=firing.n_tokens,
+            n_live=self.wanted.n_live,
+            seed=SEED,
+            positions=tuple(firing.positions.labels) if text.ctx_len > 1 else (),
+            sources=tuple(firing.source_names),
+            sites=tuple(part.site for part in self.sae.config.outputs),
+            prefixes=tuple(self.sae.config.prefixes),
+            no_tokens=self._vocabulary.missing,
+            latents=tuple(self.latents(latents)),
         )
-        for at, (latent, near, counterparts, cosine, (promoted, suppressed)) in enumerate(told)
-    ]
 
+    def each(self, latents: Sequence[int]) -> Iterator[Latent]:
+        """Describe latents one after the other, however many, and show progress."""
+        with progress("describe latents", len(latents), "latents") as advance:
+            for start in range(0, len(latents), directions.AT_ONCE):
+                for latent in self.latents(latents[start : start + directions.AT_ONCE]):
+                    yield latent
+                    advance(1)
 
-def _firing(firing: Firing, at: int, wanted: Wanted, reader: Reader | PassageReader) -> dict[str, Any]:
-    """Describe where a latent fires, by its place in the list."""
-    strongest, sampled, n = firing.strongest.of(at), firing.sampled.of(at), int(firing.count_L[at])
-    largest = float(strongest["activation"][0]) if n else 0.0
-    bars, _ = np.histogram(sampled["activation"], N_BARS, (0, largest or 1))
-    contexts = _shown(strongest, wanted.n_contexts, reader)
-    return {
-        "n_active": n,
-        "density": n / max(1, firing.n_tokens),
-        "mean_when_active": float(firing.sum_L[at]) / max(1, n),
-        "largest": largest,
-        "n_sampled": len(sampled),
-        "histogram": tuple(bars.tolist()),
-        "contexts": contexts,
-        "strata": strata(sampled, largest, wanted.n_samples, reader),
-        "by_position": _shares(firing.by_position_LP, at) if firing.evalset.text.ctx_len > 1 else (),
-        "by_source": _shares(firing.by_source_LS, at),
-        "together": _together(firing, at),
-    }
+    def latents(self, latents: Sequence[int]) -> list[Latent]:
+        """Describe some latents."""
+        reader, shares = self.reader, self._norm_shares
+        tokens = None
+        if isinstance(reader, Reader):
+            tokens = self._vocabulary.tokens(self.sae, latents, reader.pieces)
+        told = zip(
+            latents,
+            directions.neighbours(self.sae, latents),
+            directions.counterparts(self.sae, latents, self._siblings),
+            directions.encoder_cosines(self.sae, latents),
+            tokens or [((), ())] * len(latents),
+            strict=True,
+        )
+        return [
+            Latent(
+                latent=latent,
+                asked=latent in self.wanted.asked,
+                **self._firing(latent),
+                promoted=promoted,
+                suppressed=suppressed,
+                nearest=near.nearest,
+                opposite=near.opposite,
+                counterparts=counterparts,
+                encoder_cosine=cosine,
+                norm_shares=() if shares is None else tuple(shares[latent].tolist()),
+            )
+            for latent, near, counterparts, cosine, (promoted, suppressed) in told
+        ]
+
+    def _firing(self, latent: int) -> dict[str, Any]:
+        """Describe where a latent fires."""
+        fires, firing, wanted = self.firing.of(latent), self.firing, self.wanted
+        n, sampled = len(fires.acts_N), fires.sampled()
+        bars, _ = np.histogram(fires.acts_N[sampled], N_BARS, (0, fires.largest or 1))
+        return {
+            "n_active": n,
+            "density": n / max(1, firing.n_tokens),
+            "mean_when_active": fires.mean,
+            "largest": fires.largest,
+            "n_sampled": len(sampled),
+            "histogram": tuple(bars.tolist()),
+            "contexts": _shown(
+                fires, fires.strongest(SPARE * wanted.n_contexts), wanted.n_contexts, self.reader
+            ),
+            "strata": strata(fires, sampled, wanted.n_samples, self.reader),
+            "by_position": firing.shares(latent, "position") if self.evalset.text.ctx_len > 1 else (),
+            "by_source": firing.shares(latent, "source"),
+            "together": _together(firing.beside(latent), latent),
+        }
 
 
 def strata(
-    sampled: Places, largest: float, n_each: int, reader: Reader | PassageReader
+    fires: Fires, sampled: NDArray[np.int64], n_each: int, reader: Reader | PassageReader
 ) -> tuple[Stratum, ...]:
     """Divide the sampled firings of a latent at the quantiles of their activations, none of which is zero.
 
     Args:
-        sampled: the firings, in random order.
-        largest: of all its activations, also those that are not in the sample.
+        fires: the firings.
+        sampled: some of them, in random order. Indices.
         n_each: places shown of each stratum, the first ones.
         reader: of the places.
 
     Returns: strata of about the same share of the firings, the highest first; an empty one is left out.
     """
-    activations = sampled["activation"].astype(np.float64)
+    activations = fires.acts_N[sampled].astype(np.float64)
     if not len(activations):
         return ()
     edges = np.quantile(activations, np.linspace(0, 1, N_STRATA + 1))
-    edges[-1] = largest
+    edges[-1] = fires.largest
     stratum_N = np.clip(np.searchsorted(edges, activations, side="left") - 1, 0, N_STRATA - 1)
     return tuple(
         Stratum(
             low=float(edges[number]),
             high=float(edges[number + 1]),
             share=float((stratum_N == number).mean()),
-            contexts=_by_activation(_shown(sampled[stratum_N == number], n_each, reader)),
+            contexts=_by_activation(_shown(fires, sampled[stratum_N == number], n_each, reader)),
         )
         for number in reversed(range(N_STRATA))
         if (stratum_N == number).any()
@@ -197,11 +216,13 @@ def _by_activation(contexts: tuple[Context, ...]) -> tuple[Context, ...]:
     return tuple(sorted(contexts, key=lambda context: -context.activation))
 
 
-def _shown(places: Places, n: int, reader: Reader | PassageReader) -> tuple[Context, ...]:
+def _shown(
+    fires: Fires, places: NDArray[np.int64], n: int, reader: Reader | PassageReader
+) -> tuple[Context, ...]:
     """Read the first places, those left out that have the same tokens around as one before."""
     shown: dict[Any, Context] = {}
-    for place in places:
-        context = reader.context(float(place["activation"]), int(place["address"]), place["around"])
+    for at in places.tolist() if n else ():
+        context = reader.context(fires, at)
         what = context.place
         shown.setdefault(what.tokens if isinstance(what, Snippet) else what.address, context)
         if len(shown) == n:
@@ -209,17 +230,9 @@ def _shown(places: Places, n: int, reader: Reader | PassageReader) -> tuple[Cont
     return tuple(shown.values())
 
 
-def _shares(counts_LG: NDArray[np.int64], at: int) -> tuple[float | None, ...]:
-    """Divide a latent's firings in groups of tokens by the tokens there, which are in the last row."""
-    return tuple(
-        int(fires) / int(n) if n else None for fires, n in zip(counts_LG[at], counts_LG[-1], strict=True)
-    )
-
-
-def _together(firing: Firing, at: int) -> tuple[Together, ...]:
+def _together(beside: Beside, own: int) -> tuple[Together, ...]:
     """Find the latents that fire most on the same tokens as one does, by the correlation of firing."""
-    n, own = firing.n_together, int(firing.latents_L[at])
-    both_F, fires_F = firing.together_LF[at].astype(np.float64), firing.fired_F.astype(np.float64)
+    n, both_F, fires_F = beside.n_tokens, beside.both_F.astype(np.float64), beside.fires_F.astype(np.float64)
     fires = fires_F[own]
     covariance_F = n * both_F - fires * fires_F
     spread_F = np.sqrt(fires * (n - fires) * fires_F * (n - fires_F))

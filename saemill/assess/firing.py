@@ -1,16 +1,16 @@
-"""Where some latents of an SAE fire, found in one pass over its activations, in bounded memory.
+"""Where latents of an SAE fire: every firing of theirs, found in one pass over its activations, in memory.
 
-Of each latent are kept the places where it fires most, at most one per document, and a uniform sample of all
-places where it fires: those whose addresses have the smallest hashes. So neither the order of the batches nor
-the number of processes shows in them. A place has the latent's activations at the tokens around it with it.
-Beside these there are counts: by position in the row, by source, and of latents that fire together.
+Of each latent all else follows from that: the places where it fires most, at most one per document; a uniform
+sample of all of them, those whose addresses have the smallest hashes; counts by position in the row and by
+source; the latents that fire together with it. Neither the order of the batches nor the number of processes
+shows in any of it.
 
-A place takes 136 bytes: 500 latents with 512 sampled places each take 35 MB, and twice that while places are
-added. Counts of latents together take 4 bytes for each latent that is shown and each of the SAE.
+A firing takes 8 bytes, three times that while they are put together. Of the SAE's other latents those in one
+row of four are kept, which tell what fires together.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,111 +26,100 @@ from saemill.common.sae.sae import Sae
 from saemill.common.stores.permutation import hashed
 
 AROUND = 12
-"""Tokens on either side of a place whose activations are kept with it."""
+"""Tokens on either side of a place whose activations are shown with it."""
 N_SAMPLED = 512
 """Most places sampled of a latent."""
 SEED = 11
 EVERY = 4
 """One row of so many is looked at for latents that fire together."""
-PLACE = np.dtype(
-    [
-        ("latent", "<i4"),
-        ("activation", "<f4"),
-        ("address", "<i8"),
-        ("document", "<u8"),
-        ("score", "<f8"),
-        ("around", "<f4", (2 * AROUND + 1,)),
-    ]
-)
-"""A place where a latent fires: the latent's place in the list of those shown, its activation, the token's
-address, the hash of its document's text, by what it is kept (the smallest), and the activations around it."""
-Places = NDArray[Any]
+FIRING_BYTES = 24
+"""Bytes of a firing of a latent that is shown, while they are put together."""
+Sparse = Any
+"""Matrix of scipy's, tokens by latents."""
 
 
-@dataclass(slots=True)
-class Kept:
-    """The places of smallest score of each latent, at most `n_each`."""
+@dataclass(frozen=True, slots=True)
+class Fires:
+    """All places where one latent fires, by address."""
 
-    n_latents: int
-    n_each: int
-    one_per_document: bool
-    places: Places = field(default_factory=lambda: np.empty(0, PLACE))
-    _waiting: list[Places] = field(default_factory=list)
-    _bar_L: NDArray[np.float64] = field(init=False)
-    """Largest score that still enters, per latent."""
+    latent: int
+    addresses_N: NDArray[np.int64]
+    acts_N: NDArray[np.float32]
+    documents_N: NDArray[np.uint64]
+    """Hashes of their documents' texts."""
+    key: int
+    """Number that the places of this latent are hashed with: of all latents of the SAE."""
+    ctx_len: int
 
-    def __post_init__(self) -> None:
-        self._bar_L = np.full(self.n_latents, np.inf)
+    @property
+    def largest(self) -> float:
+        """Largest activation; 0 where it never fires."""
+        return float(self.acts_N.max(initial=0))
 
-    def entering(self, latent_N: NDArray[np.int64], score_N: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Choose the places that may be among those kept. Indices."""
-        return np.flatnonzero(score_N <= self._bar_L[latent_N])
+    @property
+    def mean(self) -> float:
+        """Mean activation where it fires; 0 where it never does."""
+        return float(self.acts_N.sum(dtype=np.float64)) / max(1, len(self.acts_N))
 
-    def add(self, places: Places) -> None:
-        """Take places in, which others may push out again."""
-        self._waiting.append(places)
-        if sum(map(len, self._waiting)) > self.n_latents * self.n_each:
-            self.cut()
+    def strongest(self, n: int) -> NDArray[np.int64]:
+        """Choose the places where it fires most, at most one per document, the strongest first. Indices."""
+        order = np.argsort(-self.acts_N, kind="stable")
+        _, first = np.unique(self.documents_N[order], return_index=True)
+        return order[np.sort(first)[:n]]
 
-    def cut(self) -> None:
-        """Sort by latent and score, and keep the first of each latent."""
-        places = np.concatenate([self.places, *self._waiting])
-        self._waiting = []
-        places = places[np.lexsort((places["address"], places["score"], places["latent"]))]
-        if self.one_per_document:
-            places = places[_firsts(places["latent"], places["document"])]
-        starts_L = np.searchsorted(places["latent"], np.arange(self.n_latents))
-        rank = np.arange(len(places)) - starts_L[places["latent"]]
-        self.places = places[rank < self.n_each]
-        last = places[rank == self.n_each - 1]
-        self._bar_L[last["latent"]] = last["score"]
+    def sampled(self) -> NDArray[np.int64]:
+        """Draw a uniform sample of the places: those of the smallest hashes, by these. Indices."""
+        numbers = self.addresses_N.astype(np.uint64) * np.uint64(self.key) + np.uint64(self.latent)
+        keys = hashed(numbers, SEED)
+        smallest = np.arange(len(keys))
+        if len(keys) > N_SAMPLED:
+            smallest = np.argpartition(keys, N_SAMPLED)[:N_SAMPLED]
+        return smallest[np.argsort(keys[smallest], kind="stable")]
 
-    def of(self, latent: int) -> Places:
-        """Return the places of a latent, by its place in the list, the smallest score first."""
-        start, stop = np.searchsorted(self.places["latent"], (latent, latent + 1))
-        return self.places[start:stop]
+    def around(self, at: int) -> NDArray[np.float32]:
+        """Look up the activations at the tokens around a place, in the same row.
+
+        Returns: [2 · AROUND + 1], the place itself in the middle; 0 where the latent does not fire.
+        """
+        acts_A, near = np.zeros(2 * AROUND + 1, np.float32), slice(max(0, at - AROUND), at + AROUND + 1)
+        addresses, address = self.addresses_N[near], self.addresses_N[at]
+        steps = addresses - address
+        inside = (abs(steps) <= AROUND) & (addresses // self.ctx_len == address // self.ctx_len)
+        acts_A[AROUND + steps[inside]] = self.acts_N[near][inside]
+        return acts_A
 
 
-def _firsts(latent_N: NDArray[Any], document_N: NDArray[Any]) -> NDArray[np.int64]:
-    """Find the first place of each document of each latent. Ascending indices."""
-    order = np.lexsort((document_N, latent_N))
-    latent, document = latent_N[order], document_N[order]
-    new = np.ones(len(order), bool)
-    new[1:] = (latent[1:] != latent[:-1]) | (document[1:] != document[:-1])
-    return np.sort(order[new])
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """How often latents of the SAE fire on the same tokens as one of them does, in one row of `EVERY`."""
+
+    n_tokens: int
+    """Tokens that were looked at."""
+    both_F: NDArray[np.int64]
+    """Those on which both fire, by the other latent."""
+    fires_F: NDArray[np.int64]
+    """Those on which each latent fires."""
 
 
 class Firing:
-    """The places where some latents of an SAE fire, and counts of them.
+    """The firings of some latents of an SAE.
 
     Args:
         sae: the SAE.
         latents: the latents.
         evalset: where the activations come from.
-        n_strongest: places kept of a latent where it fires most.
     """
 
-    def __init__(self, sae: Sae, latents: list[int], evalset: EvalSet, n_strongest: int) -> None:
-        self.sae, self.evalset, n = sae, evalset, len(latents)
-        self.latents_L = np.array(latents, np.int64)
-        self.place_F = np.full(sae.config.num_latents, -1)
-        self.place_F[latents] = np.arange(n)
-        self.strongest, self.sampled = Kept(n, n_strongest, True), Kept(n, N_SAMPLED, False)
-        self.n_tokens = 0
-        """Tokens that were searched."""
-        self.count_L, self.sum_L = np.zeros(n, np.int64), np.zeros(n)
-        """Firings of each latent, and the sum of its activations."""
+    def __init__(self, sae: Sae, latents: Sequence[int], evalset: EvalSet) -> None:
+        self.sae, self.evalset, n_latents = sae, evalset, sae.config.num_latents
+        self._place_F = np.full(n_latents, -1)
+        self._place_F[list(latents)] = np.arange(len(latents))
+        self._found: list[tuple[NDArray[np.int64], Sparse, Sparse]] = []
+        """Of each batch the addresses; the firings of the latents; those of all latents in the rows that are
+        looked at."""
         self.positions = Positions(evalset.text.ctx_len)
         self.sources = sources_of(evalset)
         self.source_names = list(dict.fromkeys(self.sources.values()))
-        self.by_position_LP = np.zeros((n + 1, len(self.positions.labels)), np.int64)
-        self.by_source_LS = np.zeros((n + 1, len(self.source_names)), np.int64)
-        """Firings of each latent by group of tokens; in the last row the tokens themselves."""
-        self.n_together = 0
-        """Tokens looked at for latents that fire together."""
-        self.together_LF = np.zeros((n, sae.config.num_latents), np.int32)
-        self.fired_F = np.zeros(sae.config.num_latents, np.int64)
-        """Of these, those on which both fire, and on which each latent of the SAE does."""
 
     def run(self, chunks: Iterable[Chunk]) -> "Firing":
         """Search this process's chunks, then put together what all processes found."""
@@ -142,19 +131,22 @@ class Firing:
 
     def _add(self, chunk: Chunk) -> None:
         token_N, latent_N, act_N = self._codes(chunk)
-        groups = [(self.by_position_LP, self.positions.of(chunk.addresses_T))]
-        if self.source_names:
-            groups.append((self.by_source_LS, self._sources(chunk)))
-        self.n_tokens += len(chunk.addresses_T)
-        self._count_together(chunk, token_N, latent_N)
-        shown = self.place_F[latent_N] >= 0
-        token_N, at_N, act_N = token_N[shown], self.place_F[latent_N[shown]], act_N[shown]
-        self.count_L += np.bincount(at_N, minlength=len(self.count_L))
-        self.sum_L += np.bincount(at_N, act_N, len(self.sum_L))
-        for counts_LG, group_T in groups:
-            counts_LG[-1] += np.bincount(group_T, minlength=counts_LG.shape[1])
-            np.add.at(counts_LG, (at_N, group_T[token_N]), 1)
-        self._keep(chunk, token_N, at_N, act_N)
+        looked = self._looked_at(chunk.addresses_T)[token_N]
+        column_N = self._place_F[latent_N]
+        shown, n_tokens = column_N >= 0, len(chunk.addresses_T)
+        acts_TL = scipy.sparse.csr_array(
+            (act_N[shown], (token_N[shown], column_N[shown])), (n_tokens, int(self._place_F.max()) + 1)
+        )
+        ones = np.ones(int(looked.sum()), np.int8)
+        beside_TF = scipy.sparse.csr_array(
+            (ones, (token_N[looked], latent_N[looked])), (n_tokens, len(self._place_F))
+        )
+        self._found.append((chunk.addresses_T, acts_TL, beside_TF))
+
+    def _looked_at(self, addresses_T: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Choose the tokens that are looked at for latents that fire together."""
+        looked_T: NDArray[np.bool_] = addresses_T // self.evalset.text.ctx_len % EVERY == 0
+        return looked_T
 
     def _codes(self, chunk: Chunk) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
         """Encode a chunk: the token, the latent and the activation of each firing."""
@@ -173,83 +165,83 @@ class Firing:
         token_N, latent_N, act_N = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return token_N, latent_N, act_N
 
-    def _sources(self, chunk: Chunk) -> NDArray[np.int64]:
+    def _merge(self) -> None:
+        """Put the batches of all processes together, in the order of the addresses."""
+        found = [batch for own in self.evalset.everyone.all_gather_objects(self._found) for batch in own]
+        found.sort(key=lambda batch: int(batch[0][0]))
+        self._found = []
+        n_latents, n_shown = len(self._place_F), int(self._place_F.max(initial=-1)) + 1
+        empty = (np.zeros(0, np.int64), *(scipy.sparse.csr_array((0, n)) for n in (n_shown, n_latents)))
+        addresses, acts, beside = zip(*(found or [empty]), strict=True)
+        self.addresses_T = np.concatenate(addresses)
+        """Tokens that were searched."""
+        self.documents_T = self.evalset.units(self.addresses_T)
+        self._acts_TL = scipy.sparse.vstack(acts, format="csr").tocsc()
+        self._beside_TF = scipy.sparse.vstack(beside, format="csr")
+        self._fires_F = np.bincount(self._beside_TF.indices, minlength=n_latents)
+        self._looked_T = self._looked_at(self.addresses_T)
+        groups_T = {"position": self.positions.of(self.addresses_T)}
+        if self.source_names:
+            groups_T["source"] = self._source_of_T()
+        sizes = {"position": len(self.positions.labels), "source": len(self.source_names)}
+        self._groups = {by: (of_T, np.bincount(of_T, minlength=sizes[by])) for by, of_T in groups_T.items()}
+        """Number of each token's group, and of the tokens of each group."""
+
+    def _source_of_T(self) -> NDArray[np.int64]:
         """Look up the number of each token's source."""
         numbers = {name: number for number, name in enumerate(self.source_names)}
-        documents, place_T = np.unique(self.evalset.units(chunk.addresses_T), return_inverse=True)
-        return np.array([numbers[self.sources[document]] for document in documents.tolist()])[place_T]
+        documents, place_T = np.unique(self.documents_T, return_inverse=True)
+        return np.array([numbers[self.sources[document]] for document in documents.tolist()], int)[place_T]
 
-    def _count_together(self, chunk: Chunk, token_N: NDArray[np.int64], latent_N: NDArray[np.int64]) -> None:
-        """Count latents that fire on the same tokens, in one row of `EVERY`."""
-        looked_T = chunk.addresses_T // self.evalset.text.ctx_len % EVERY == 0
-        here = looked_T[token_N]
-        ones, shape = np.ones(int(here.sum()), np.int32), (len(looked_T), len(self.place_F))
-        fires_TF = scipy.sparse.csr_array((ones, (token_N[here], latent_N[here])), shape=shape)
-        shown = np.flatnonzero(self.place_F >= 0)
-        counts = (fires_TF[:, shown].T @ fires_TF).toarray()
-        self.together_LF[self.place_F[shown]] += counts
-        self.fired_F += np.bincount(latent_N[here], minlength=len(self.fired_F))
-        self.n_together += int(looked_T.sum())
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens that were searched."""
+        return len(self.addresses_T)
 
-    def _keep(
-        self,
-        chunk: Chunk,
-        token_N: NDArray[np.int64],
-        at_N: NDArray[np.int64],
-        act_N: NDArray[np.float32],
-    ) -> None:
-        """Offer the firings of a chunk to those that are kept."""
-        order = np.lexsort((token_N, at_N))
-        at_N, act_N, address_N = at_N[order], act_N[order], chunk.addresses_T[token_N[order]]
-        document_N = self.evalset.units(address_N)
-        number_N = address_N * len(self.place_F) + self.latents_L[at_N]
-        keys = hashed(number_N.astype(np.uint64), SEED)
-        for kept, score_N in ((self.strongest, -act_N.astype(np.float64)), (self.sampled, keys / 2.0**64)):
-            chosen = kept.entering(at_N, score_N)
-            places = np.empty(len(chosen), PLACE)
-            places["latent"], places["activation"] = at_N[chosen], act_N[chosen]
-            places["address"], places["document"] = address_N[chosen], document_N[chosen]
-            places["score"] = score_N[chosen]
-            places["around"] = around(at_N, address_N, act_N, chosen, self.evalset.text.ctx_len)
-            kept.add(places)
-
-    def _merge(self) -> None:
-        everyone = self.evalset.everyone
-        for kept in (self.strongest, self.sampled):
-            kept.cut()
-            kept.places = np.concatenate(everyone.all_gather_objects(kept.places))
-            kept.cut()
-        self.n_tokens = sum(everyone.all_gather_objects(self.n_tokens))
-        self.n_together = sum(everyone.all_gather_objects(self.n_together))
-        for counts in (self.count_L, self.sum_L, self.by_position_LP, self.by_source_LS, self.together_LF):
-            counts[:] = everyone.all_reduce(torch.from_numpy(counts)).numpy()
-        self.fired_F = everyone.all_reduce(torch.from_numpy(self.fired_F)).numpy()
-
-
-def around(
-    latent_N: NDArray[np.int64],
-    address_N: NDArray[np.int64],
-    act_N: NDArray[np.float32],
-    chosen_M: NDArray[np.int64],
-    ctx_len: int,
-) -> NDArray[np.float32]:
-    """Look up the activations at the tokens around some firings, in the same row.
-
-    Args:
-        latent_N, address_N, act_N: firings, by latent and then by address.
-        chosen_M: indices of some of them.
-        ctx_len: tokens per row.
-
-    Returns: [M, 2 · AROUND + 1], the firing itself in the middle; 0 where the latent does not fire.
-    """
-    acts_MA = np.zeros((len(chosen_M), 2 * AROUND + 1), np.float32)
-    for step in range(-AROUND, AROUND + 1):
-        there_M = np.clip(chosen_M + step, 0, max(0, len(latent_N) - 1))
-        distance_M = address_N[there_M] - address_N[chosen_M]
-        near_M = (
-            (latent_N[there_M] == latent_N[chosen_M])
-            & (abs(distance_M) <= AROUND)
-            & (address_N[there_M] // ctx_len == address_N[chosen_M] // ctx_len)
+    def of(self, latent: int) -> Fires:
+        """Return the places where a latent fires."""
+        token_N, acts_N = self._column(latent)
+        return Fires(
+            latent=latent,
+            addresses_N=self.addresses_T[token_N],
+            acts_N=acts_N,
+            documents_N=self.documents_T[token_N],
+            key=len(self._place_F),
+            ctx_len=self.evalset.text.ctx_len,
         )
-        acts_MA[near_M, AROUND + distance_M[near_M]] = act_N[there_M[near_M]]
-    return acts_MA
+
+    def shares(self, latent: int, by: str) -> tuple[float | None, ...]:
+        """Compute the share of the tokens of each group on which a latent fires; None where there are none.
+
+        Args:
+            latent: its number.
+            by: position or source; nothing is returned where there is one source.
+        """
+        if by not in self._groups:
+            return ()
+        group_T, of_all = self._groups[by]
+        fires = np.bincount(group_T[self._column(latent)[0]], minlength=len(of_all))
+        pairs = zip(fires.tolist(), of_all.tolist(), strict=True)
+        return tuple(own / every if every else None for own, every in pairs)
+
+    def beside(self, latent: int) -> Beside:
+        """Count which latents fire on the same tokens as one does."""
+        token_N = self._column(latent)[0]
+        rows = self._beside_TF[token_N[self._looked_T[token_N]]]
+        both_F = np.bincount(rows.indices, minlength=len(self._place_F))
+        return Beside(int(self._looked_T.sum()), both_F, self._fires_F)
+
+    def share_on(self, chosen_T: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Compute the share of each latent's activation that is on some tokens; 0 where it never fires. [L],
+        in the order in which they were given."""
+        weights_T = chosen_T.astype(np.float64), np.ones(len(chosen_T))
+        on_L, sum_L = (np.asarray(self._acts_TL.T @ each_T) for each_T in weights_T)
+        share_L: NDArray[np.float64] = np.divide(on_L, sum_L, out=np.zeros(len(on_L)), where=sum_L > 0)
+        return share_L
+
+    def _column(self, latent: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the numbers of the tokens on which a latent fires, ascending, and its activations there."""
+        column = self._place_F[latent]
+        assert column >= 0, latent
+        own = slice(*self._acts_TL.indptr[column : column + 2])
+        return self._acts_TL.indices[own], self._acts_TL.data[own]

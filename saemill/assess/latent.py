@@ -6,7 +6,7 @@ from saemill.assess.config import AssessConfig, LatentConfig
 from saemill.assess.done import hash_of
 from saemill.assess.evalset import EvalSet
 from saemill.assess.explained import score_words
-from saemill.assess.features import Wanted, describe
+from saemill.assess.features import Describer, Wanted
 from saemill.assess.inputs import open_run
 from saemill.assess.report.page import write_latents
 from saemill.assess.table import context_line
@@ -20,7 +20,7 @@ from saemill.common.stores.features import Features, Latent, Token
 from saemill.common.world import World
 
 MOST_LATENTS = 2000
-"""Most latents shown at once: the places where they fire take 70 kB each in memory, and half of it again."""
+"""Most latents shown at once: a page of so many has 17 MB, and browsers tarry over more."""
 
 
 def run(config: LatentConfig) -> Features:
@@ -30,7 +30,7 @@ def run(config: LatentConfig) -> Features:
         StoreError: the run is not finished, or its activations are not to be found.
         ConfigError: it is not clear which SAE is meant, or it has no such latent.
     """
-    folder, name = _sae_of(config.run.absolute())
+    folder, name = sae_of(config.run.absolute())
     numbers = _numbers(config.latents)
     task = AssessConfig(
         run=folder, acts=config.acts, with_acts=config.with_acts, variant=name, latents=numbers
@@ -40,7 +40,6 @@ def run(config: LatentConfig) -> Features:
     with world.connected(device) as everyone:
         trained = open_run(task, device)
         wanted = Wanted(
-            latents=list(numbers),
             asked=numbers,
             n_live=0,
             n_contexts=config.n_contexts,
@@ -49,7 +48,8 @@ def run(config: LatentConfig) -> Features:
         )
         site = str(trained.saes[name].site)
         evalset = EvalSet(trained.store, None, None, trained.mask, [site], 1, everyone)
-        found = describe(wanted, name, trained.saes, evalset, config.model, hash_of(task))
+        describer = Describer(wanted, numbers, name, trained.saes, evalset, config.model)
+        found = describer.features(numbers, hash_of(task))
     explained = explanations.beside(folder, found)
     said = {each.latent: each for each in explained.latents} if explained else {}
     say("\n\n".join(text(latent, found, said.get(latent.latent)) for latent in found.latents))
@@ -64,7 +64,7 @@ def _numbers(items: tuple[str, ...]) -> tuple[int, ...]:
     """List the latents that are named, each once.
 
     Raises:
-        ConfigError: so many that the places where they fire may not fit into memory.
+        ConfigError: so many that a page of them would be too large.
     """
     ranges = [parsed(item) for item in items]
     if (n := sum(map(len, ranges))) > MOST_LATENTS:
@@ -74,7 +74,7 @@ def _numbers(items: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(latent for some in ranges for latent in some))
 
 
-def _sae_of(path: Path) -> tuple[Path, str]:
+def sae_of(path: Path) -> tuple[Path, str]:
     """Find the run and the SAE that a folder stands for: of a run its only SAE, or the one that its
     assessment shows.
 

@@ -7,7 +7,9 @@ import torch
 
 from saemill.assess.config import AssessConfig
 from saemill.assess.evalset import CHUNK_TOKENS
+from saemill.assess.firing import EVERY, FIRING_BYTES
 from saemill.assess.reconstruction import ROWS_AT_ONCE
+from saemill.assess.report.shards import LATENT_BYTES, n_files
 from saemill.common.log import counted
 from saemill.common.outlook import Outlook, process_bytes
 
@@ -82,6 +84,8 @@ def outlook_of(
         unit: what the store holds.
     """
     sites = {each.site: each.d for each in dictionaries}
+    shows = config.n_latents > 0 or bool(config.latents)
+    beside = _beside(config, dictionaries)
     widest = max(each.n_latents for each in dictionaries)
     baselines = {(each.site, each.l0): Dictionary(*each[:2], widest, each.l0) for each in dictionaries}
     on_device = {
@@ -94,6 +98,7 @@ def outlook_of(
     memory = {
         "libraries": process_bytes(),
         "activations": min(CHUNK_TOKENS, amounts.searched) * sum(sites.values()) * ROW_BYTES,
+        "firings": _firing_bytes(config, dictionaries, amounts.searched),
     }
     if amounts.probed:
         most_active = max(each.l0 for each in dictionaries)
@@ -102,11 +107,7 @@ def outlook_of(
     passes = [
         f"reconstructions of {counted(amounts.reconstructed, unit)}",
         *([f"losses on {counted(amounts.spliced, unit)}"] if amounts.spliced else []),
-        *(
-            [f"contexts among {counted(amounts.searched, unit)}"]
-            if config.n_latents or config.latents
-            else []
-        ),
+        *([f"contexts among {counted(amounts.searched, unit)}"] if shows else []),
         *([f"probes on {counted(amounts.probed, 'example')}"] if amounts.probed else []),
     ]
     on_gpu = device.type == "cuda"
@@ -123,6 +124,30 @@ def outlook_of(
             "context_tokens": amounts.searched,
         },
         unit=unit,
+        disk={"latents beside the report": beside * LATENT_BYTES[unit]} if beside else {},
+        n_files=n_files(beside) if beside else 0,
         memory=memory | ({} if on_gpu else on_device),
         gpu=on_device if on_gpu else {},
     )
+
+
+def _beside(config: AssessConfig, dictionaries: Sequence[Dictionary]) -> int:
+    """Count the latents that will be written beside the page, of the widest SAE that may be shown."""
+    if not config.n_latents and not config.latents:
+        return 0
+    return max((n for each in dictionaries if (n := each.n_latents) <= config.most_beside), default=0)
+
+
+def _firing_bytes(config: AssessConfig, dictionaries: Sequence[Dictionary], n_tokens: int) -> int:
+    """Work out the memory of the firings of the latents that are shown, and of all in some rows."""
+    n_shown = config.n_latents + len(config.latents)
+    if not n_shown:
+        return 0
+    shares = [
+        1.0 if each.n_latents <= config.most_beside else min(1.0, n_shown / each.n_latents)
+        for each in dictionaries
+    ]
+    firings = [
+        n_tokens * each.l0 * (share + 1 / EVERY) for each, share in zip(dictionaries, shares, strict=True)
+    ]
+    return round(max(firings) * FIRING_BYTES)

@@ -4,10 +4,9 @@ from typing import Any
 
 import numpy as np
 import transformers
-from numpy.typing import NDArray
 
 from saemill.assess.by_source import names_of
-from saemill.assess.firing import AROUND
+from saemill.assess.firing import AROUND, Fires
 from saemill.common.hub import loading
 from saemill.common.stores.features import Context, Passage, Snippet
 from saemill.common.stores.passages import PassageStore
@@ -76,17 +75,17 @@ class Reader:
         """Show the token at an address with its neighbours in the same row and document."""
         return self._snippet(address)[0]
 
-    def context(self, activation: float, address: int, around_A: NDArray[np.float32]) -> Context:
+    def context(self, fires: Fires, at: int) -> Context:
         """Show a token at which a latent fires.
 
         Args:
-            activation: at the token.
-            address: its address.
-            around_A: activations at the tokens around it, itself in the middle. [2 · AROUND + 1]
+            fires: the places where it does.
+            at: which of them.
         """
-        snippet, steps = self._snippet(address)
-        values = tuple(_rounded(max(float(around_A[AROUND + step]) for step in own)) for own in steps)
-        return Context(activation=activation, values=values, place=snippet)
+        snippet, steps = self._snippet(int(fires.addresses_N[at]))
+        around_A = fires.around(at).tolist()
+        values = tuple(_rounded(max(around_A[AROUND + step] for step in own)) for own in steps)
+        return Context(activation=float(fires.acts_N[at]), values=values, place=snippet)
 
     def _snippet(self, address: int) -> tuple[Snippet, list[list[int]]]:
         """Read a token with its neighbours; and how far from it the tokens of each piece are."""
@@ -114,7 +113,7 @@ class Reader:
 
 def _rounded(value: float) -> float:
     """Round to four significant digits: as many as are shown."""
-    return float(f"{value:.4g}")
+    return float(f"{value:.4g}") if value else 0.0
 
 
 class PassageReader:
@@ -128,9 +127,10 @@ class PassageReader:
         id_, text = self.passages.passage(address)
         return Passage(address=address, id=id_, text=text)
 
-    def context(self, activation: float, address: int, _around_A: NDArray[np.float32]) -> Context:
+    def context(self, fires: Fires, at: int) -> Context:
         """Show a passage on which a latent fires."""
-        return Context(activation=activation, values=(), place=self.place(address))
+        place = self.place(int(fires.addresses_N[at]))
+        return Context(activation=float(fires.acts_N[at]), values=(), place=place)
 
 
 def reader_of(text: TokenStore | PassageStore) -> Reader | PassageReader:

@@ -12,7 +12,7 @@ from saemill.assess.config import PROBE_K, AssessConfig
 from saemill.assess.done import hash_of
 from saemill.assess.entries import Beside, Entry, Measured
 from saemill.assess.evalset import EvalSet
-from saemill.assess.features import Wanted, choose_latents, describe
+from saemill.assess.features import Describer, Wanted, choose_latents
 from saemill.assess.health import least_c_dec
 from saemill.assess.inputs import Trained, open_model, open_run, open_tokens
 from saemill.assess.measure import measure
@@ -100,14 +100,20 @@ def _assess(
         "n_processes": everyone.size,
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},
     }
-    wanted = _wanted(config, shown, measured.reconstruction)
-    features = describe(wanted, shown, trained.saes, evalset, config.model, content_hash)
+    latents, wanted = _shown(config, shown, measured.reconstruction)
+    n_beside = trained.saes[shown].config.num_latents if latents else 0
+    every = range(n_beside if n_beside <= config.most_beside else 0)
+    describer = Describer(wanted, every or latents, shown, trained.saes, evalset, config.model)
+    features = describer.features(latents, content_hash)
     assessment["seconds"] = time.perf_counter() - started
-    assessment = everyone.first(lambda: write(out, assessment, features, measured, config.page_bytes))
+    assessment = everyone.first_at_length(
+        lambda: write(out, assessment, features, measured, describer, every, config.page_bytes)
+    )
     say(table(assessment))
     if everyone.rank == 0 and to_wandb:
         _log_to_wandb(config.run, out)
-    say(f"{out / assessments.FILE}, {runs.REPORT} written in {duration(assessment['seconds'])}")
+    took = duration(time.perf_counter() - started)
+    say(f"{out / assessments.FILE}, {runs.REPORT} written in {took}")
     return assessment
 
 
@@ -159,12 +165,13 @@ def _outlook(
     return outlook_of(config, saes, amounts, device, runs_on, evalset.text.unit)
 
 
-def _wanted(config: AssessConfig, name: str, measured: Reconstruction) -> Wanted:
-    """Choose the latents that are shown; none of an SAE whose activations are no numbers."""
+def _shown(config: AssessConfig, name: str, measured: Reconstruction) -> tuple[list[int], Wanted]:
+    """Choose the latents that the page shows, none of an SAE whose activations are no numbers, and say how
+    much is told of each."""
     live = measured.live(name, config.dead_percentage_threshold)
     usable = not measured.unusable(name)
-    return Wanted(
-        latents=choose_latents(live, config.latents, config.n_latents) if usable else [],
+    latents = choose_latents(live, config.latents, config.n_latents) if usable else []
+    return latents, Wanted(
         asked=config.latents,
         n_live=int(live.sum()),
         n_contexts=config.n_contexts,
@@ -177,7 +184,7 @@ def _lock(out: Path, resources: ExitStack) -> None:
     """Lock the folder, and remove the files that a killed assessment left half written."""
     resources.enter_context(durable.exclusive(out))
     for leftover in out.glob(durable.PARTIAL):
-        leftover.unlink()
+        durable.remove(leftover)
 
 
 def _logs_to_wandb(config: AssessConfig) -> bool:

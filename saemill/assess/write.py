@@ -1,7 +1,7 @@
 """The files of an assessment: its record, the page, and the sums and firing counts that they follow from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from saemill.assess.entries import Measured
+from saemill.assess.features import Describer
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.report.page import write_html
 from saemill.assess.report.picture import pareto
+from saemill.assess.report.shards import Shards, write_shards
 from saemill.assess.splicing import Splicing
 from saemill.assess.sums import DocumentSums
 from saemill.common import durable, records
@@ -25,6 +27,7 @@ from saemill.common.stores import features as stored_features
 from saemill.common.stores.explanations import Explanations
 from saemill.common.stores.features import Features
 from saemill.common.stores.runs import (
+    BESIDE,
     DOCUMENTS,
     DOCUMENTS_MODEL,
     EXPLANATIONS,
@@ -36,12 +39,27 @@ from saemill.common.stores.runs import (
 
 
 def write(
-    out: Path, values: dict[str, Any], features: Features, measured: Measured, page_bytes: int
+    out: Path,
+    values: dict[str, Any],
+    features: Features,
+    measured: Measured,
+    describer: Describer,
+    beside: Sequence[int],
+    page_bytes: int,
 ) -> dict[str, Any]:
     """Write the verdict, the report, and the sums and firing counts they follow from: all of them or none.
 
     All files are complete under temporary names before the first is renamed. The old verdict is removed
     before that, and the new one comes last.
+
+    Args:
+        out: the folder.
+        values: the content of `final_assessment.json` but for its files.
+        features: the latents that the page shows.
+        measured: the sums.
+        describer: of these latents and others.
+        beside: numbers of all latents of the SAE; none where they are not written beside the page.
+        page_bytes: most bytes of the page.
 
     Returns: the content of `final_assessment.json`.
     """
@@ -68,13 +86,17 @@ def write(
         for name, text in texts.items():
             with durable.writing(out / name):
                 durable.write_bytes(partials[name], [text.encode()])
+        shards = _shards(assessment, features, len(beside))
+        if shards is not None:
+            folder = replacements.enter_context(durable.replacing_folder(out / BESIDE))
+            partials |= write_shards(folder, shards, features, describer.each(beside))
         with durable.writing(out / REPORT):
-            write_html(partials[REPORT], assessment, features, densities, explained, page_bytes)
+            write_html(partials[REPORT], assessment, features, densities, explained, page_bytes, shards)
         assessment["files"] = [_file(name, file) for name, file in partials.items()]
         with durable.writing(out / assessments.FILE):
             records.write(verdict, assessments.checked(assessment))
-        for old in (assessments.FILE, *({DOCUMENTS_MODEL, PARETO} - set(partials))):
-            (out / old).unlink(missing_ok=True)
+        for old in (assessments.FILE, BESIDE, *({DOCUMENTS_MODEL, PARETO} - set(partials))):
+            durable.remove(out / old)
     return assessment
 
 
@@ -82,14 +104,20 @@ def show_explanations(out: Path) -> None:
     """Write the page of an assessment anew, with the explanations that are beside it."""
     assessment, features = assessments.read(out), stored_features.load(out)
     explained = stored_explanations.beside(out, features)
-    table = pq.read_table(out / LATENTS, columns=["variant", "density"])
-    names, density_N = np.array(table["variant"]), table["density"].to_numpy()
-    densities = {str(name): density_N[names == name] for name in np.unique(names)}
+    densities, page_bytes = assessments.densities(out), assessment["settings"]["page_bytes"]
+    n_beside = len(densities[features.variant]) if (out / BESIDE).exists() else 0
+    shards = _shards(assessment, features, n_beside)
     with durable.replacing(out / REPORT) as page, durable.writing(out / REPORT):
-        write_html(page, assessment, features, densities, explained, assessment["settings"]["page_bytes"])
+        write_html(page, assessment, features, densities, explained, page_bytes, shards)
     kept = [file for file in assessment["files"] if file["path"] != REPORT]
     files = [*kept, _file(REPORT, out / REPORT)]
     records.write(out / assessments.FILE, assessments.checked(assessment | {"files": files}))
+
+
+def _shards(assessment: dict[str, Any], features: Features, n_latents: int) -> Shards | None:
+    """Say what the page knows of the latents beside it; None where there are none."""
+    stamp = durable.hash_json([assessment["of"], assessment["settings"], features.variant])
+    return Shards(BESIDE, stamp, n_latents) if n_latents else None
 
 
 def _file(name: str, file: Path) -> dict[str, Any]:

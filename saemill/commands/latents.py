@@ -1,9 +1,10 @@
-"""Latents, one by one: latent; by a language model: explain; for other tools' judges: export-latents."""
+"""Latents one by one: latent, view; by a language model: explain; for other tools' judges: export-latents."""
 
 from saemill.assess.config import LatentConfig
 from saemill.commands.flags import OUT, argument, command
 from saemill.explain.config import ExplainConfig
 from saemill.latents.config import ExportLatentsConfig
+from saemill.view.config import ViewConfig
 
 
 @command(
@@ -23,6 +24,28 @@ def latent(config: LatentConfig) -> None:
     Example: `saemill latent runs/first/layers.8-k32-f6144-s0 0-99 -o latents.html`
     """
     from saemill.assess.latent import run
+
+    run(config)
+
+
+@command(
+    ViewConfig,
+    "view",
+    argument("run"),
+    *("port", "n_contexts", "n_samples", "context_tokens", "model", "acts", "with_acts", "device"),
+)
+def view(config: ViewConfig) -> None:
+    """Serve the page of an assessed run on this machine, with every latent at hand and the model to try them.
+
+    The page finds any latent, shows which latents fire on a text that is typed, and lets the model write on
+    with a latent added. It is served to this machine alone. Of a run the SAE is taken that the assessment
+    shows.
+
+    Example: `saemill view runs/first`
+
+    Example: `saemill view runs/first/layers.8-k32-f6144-s0 --port 0`
+    """
+    from saemill.view.run import run
 
     run(config)
 

@@ -163,6 +163,7 @@ def train(config: TrainConfig) -> None:
     flag("absorption", "--absorption"),
     "probe_examples",
     *("variant", "latents", "n_latents", "n_contexts", "n_samples", "context_tokens", "page_bytes"),
+    "most_beside",
     *("log_to_wandb", "device", "device_map", "max_memory"),
 )
 def assess(config: AssessConfig) -> None:

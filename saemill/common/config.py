@@ -34,6 +34,7 @@ SECTIONS = (
     "compare",
     "diff",
     "latent",
+    "view",
     "explain",
     "export-latents",
 )

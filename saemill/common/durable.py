@@ -60,6 +60,42 @@ def replacing(path: Path, n_bytes: int | None = None) -> Iterator[Path]:
 
 
 @contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Write a folder whole or not at all: yield a new one beside `path`, which takes its place when the block
+    ends well. The files in it are flushed by who writes them.
+
+    A crash leaves the old folder, the new one, or none; an error removes what was written.
+
+    Args:
+        path: where the folder shall appear, in place of one that is there.
+
+    Raises:
+        DiskError: the disk is full, or the folder may not be written to.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        remove(partial)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        except Exception:
+            remove(partial)
+            raise
+        sync_folder(partial)
+        remove(path)
+        partial.replace(path)
+        sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; what is not there is gone already."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
 def writing(path: Path, n_bytes: int | None = None) -> Iterator[None]:
     """Turn a full disk or a folder without the right to write, while the block runs, into a sentence.
 

@@ -206,20 +206,18 @@ def _shown(config: DiffConfig, evalset: EvalSet, sides: Sides, latents: Latents)
     groups[TURNED] = latents.turned(config.n_latents)
     chosen = {latent: group for group, some in groups.items() for latent in some}
     chunks = evalset.context_chunks(config.context_tokens) if chosen and config.n_contexts else ()
-    strongest = Firing(sides.sae, list(chosen), evalset, config.n_contexts).run(chunks).strongest
+    firing = Firing(sides.sae, list(chosen), evalset).run(chunks)
     reader = reader_of(evalset.text)
     figures = latents.table()
     shown = []
-    for at, (latent, group) in enumerate(chosen.items()):
+    for latent, group in chosen.items():
         row = {key: values[0] for key, values in figures.slice(latent, 1).to_pydict().items()}
         numbers = {
             key: float(value) if np.isfinite(value) else None
             for key, value in row.items()
             if key not in ("latent", "kind")
         }
-        contexts = tuple(
-            reader.context(float(place["activation"]), int(place["address"]), place["around"])
-            for place in strongest.of(at)
-        )
+        fires = firing.of(latent)
+        contexts = tuple(reader.context(fires, at) for at in fires.strongest(config.n_contexts).tolist())
         shown.append(diffs.Shown(latent=latent, group=group, figures=numbers, contexts=contexts))
     return tuple(shown)

@@ -1,6 +1,7 @@
 """The files of a repository of a run or a store, as they are or without paths, and its card."""
 
 import glob
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 from saemill.assess.report.picture import pareto
+from saemill.assess.report.shards import packed, unpacked
 from saemill.common import durable, records
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
@@ -17,7 +19,7 @@ from saemill.common.sae import of_run
 from saemill.common.sae.formats import seal
 from saemill.common.sae.formats.checks import read_config
 from saemill.common.sae.formats.sparsify import WEIGHTS, check
-from saemill.common.stores import assessments, runs
+from saemill.common.stores import assessments, features, runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.site_names import folder_of
@@ -109,6 +111,8 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
         runs.IDENTITY: as_json(records.content(identity)),
         runs.FINISHED: as_json(records.content(uploaded)),
     }
+    if (path / assessments.FILE).is_file():
+        written |= _latents(path, names, durable.hash_bytes(written[runs.FINISHED]))
     if picture := _picture(path, variants):
         written[runs.PARETO] = picture.encode()
     assessed = _assessment(path, names, written)
@@ -130,16 +134,34 @@ def _picture(path: Path, variants: Sequence[str]) -> str | None:
     return pareto(assessment | {"variants": shown}) if shown else None
 
 
-def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[str, Any] | None:
-    """Read the run's assessment, if there is one, listing those of its files that are uploaded.
+def _latents(path: Path, names: Names, of: str) -> dict[str, bytes]:
+    """Read the latents that an assessment shows, and those beside its page.
+
+    Args:
+        path: the run.
+        names: of the paths in them.
+        of: hash of the `finished.json` that is uploaded.
 
     Raises:
-        StoreError: a file of it is damaged, or it is of other SAEs.
+        StoreError: a file of the assessment is damaged, or it is of other SAEs.
     """
-    if not (path / assessments.FILE).is_file():
-        return None
     if bad := assessments.problems(path):
         raise StoreError("\n".join([*bad, assessments.REPAIR]))
+    shown = names.record(features.load(path)).model_copy(update={"of": of})
+    shards = sorted((path / runs.BESIDE).glob("*.js"))
+    return {
+        runs.FEATURES: json.dumps(records.content(shown), allow_nan=False).encode(),
+        runs.LATENTS: (path / runs.LATENTS).read_bytes(),
+    } | {
+        f"{runs.BESIDE}/{file.name}": packed(file.stem, names.of(unpacked(file.read_bytes())))
+        for file in shards
+    }
+
+
+def _assessment(path: Path, names: Names, written: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """Read the run's assessment, if there is one, listing those of its files that are uploaded."""
+    if not (path / assessments.FILE).is_file():
+        return None
     assessment: dict[str, Any] = names.of(assessments.read(path))
     listed = [*(entry["path"] for entry in assessment["files"]), runs.PARETO]
     contents = {name: written[name] for name in listed if name in written}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import bert_tokenizer
 
-from saemill.assess.firing import AROUND
+from saemill.assess.firing import AROUND, Fires
 from saemill.assess.reader import Pieces, Reader
 from saemill.common.stores.activations import ActivationStore
 from saemill.demo import MODEL
@@ -52,22 +52,28 @@ def test_words_of_wordpiece_keep_their_spaces(tmp_path: Path) -> None:
     assert [piece for _, piece in cut.of(ids)] == [" the", " cat", "s", " sat", " over"]
 
 
+def everywhere(row: int) -> Fires:
+    """A latent that fires on all of a row, on each token one more than on that before."""
+    addresses = row * 16 + np.arange(16)
+    return Fires(0, addresses, np.arange(1, 17, dtype=np.float32), addresses.astype(np.uint64), 1, 16)
+
+
 def test_a_context_is_the_text_around_the_address(store: ActivationStore) -> None:
     """Oracle: the tokenizer's decoding of the row, specials left out, cut at the document's start; each
-    token's activation by its step from the middle."""
+    token's activation by its place in the row."""
     reader = Reader(store.tokens)
     tokenizer = transformers.AutoTokenizer.from_pretrained(store.tokens.tokenizer.name)
-    around = np.arange(2 * AROUND + 1, dtype=np.float32)
     for row in range(2, 12):
         for position in (0, 8, 15):
             ids = [int(i) for i in store.tokens.rows(row, row + 1)[0]]
             documents = store.tokens.document_of(row * 16 + np.arange(16))
             inside = [i for i in range(16) if documents[i] == documents[position]]
             inside = [i for i in inside if (ids[i] != 0 or i == position) and abs(i - position) <= AROUND]
-            context = reader.context(1.5, row * 16 + position, around)
+            context = reader.context(everywhere(row), position)
             place: Any = context.place
             text = tokenizer.decode([ids[i] for i in inside])
             assert "".join(place.tokens).replace("\ufffd", "") == text.replace("\ufffd", "")
             if len(place.tokens) == len(inside):
-                assert context.values == tuple(float(AROUND + i - position) for i in inside)
+                assert context.values == tuple(float(1 + i) for i in inside)
+                assert context.activation == 1 + position
                 assert place.tokens[place.at] in tokenizer.decode([ids[0], ids[position]])

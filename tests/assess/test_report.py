@@ -21,11 +21,12 @@ from saemill.assess.config import AssessConfig
 from saemill.assess.report.bars import HEIGHT, WIDTH, bars, outline
 from saemill.assess.report.charts import against_l0, styles_of
 from saemill.assess.report.compared import headline, reasons, trust
+from saemill.assess.report.latents import words_of
 from saemill.assess.report.page import write_html
 from saemill.assess.report.visible import MOST_LETTERS, visible
 from saemill.assess.run import run
 from saemill.common.stores import features
-from saemill.common.stores.features import Features
+from saemill.common.stores.features import Context, Features, Passage
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -67,7 +68,8 @@ def page_of(assessed: Path, tmp_path: Path, shown: Features, most_bytes: int = 1
 
 def test_the_page_fetches_nothing_and_runs_its_own_script_alone(assessed: Path) -> None:
     """Oracle: Python's HTML parser: all links lead into the page, and to a place that is there; the policy
-    lets nothing be loaded, and no script run but the one with this hash."""
+    lets nothing be loaded but scripts that lie beside the page, and no script in it run but the one with this
+    hash."""
     text = (assessed / "report.html").read_text()
     page = Page(text)
     ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
@@ -82,7 +84,9 @@ def test_the_page_fetches_nothing_and_runs_its_own_script_alone(assessed: Path) 
     scripts = [code for code in page.code if "querySelector" in code]
     digest = base64.b64encode(hashlib.sha256("".join(scripts).encode()).digest()).decode()
     (policy,) = [attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv")]
-    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert (
+        policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}' 'self' file:"
+    )
     opened = [tag for tag, _ in page.tags]
     for tag in ("details", "table", "section", "svg", "p", "figure", "mark", "bdi"):
         assert opened.count(tag) == text.count(f"</{tag}>"), tag
@@ -161,6 +165,35 @@ def test_a_page_has_as_many_latents_as_there_is_room_for(assessed: Path, tmp_pat
     assert ids == [f"latent-{latent.latent}" for latent in shown.latents[: len(ids)]]
     assert f"{len(shown.latents) - len(ids)} more latents of the draw had no room" in cut
     assert "had no room" not in whole
+
+
+def test_what_some_kinds_of_saes_have_beside_others(assessed: Path, tmp_path: Path) -> None:
+    """Oracle: the planted figure of W_skip, and the planted prefixes: the first that has the latent."""
+    assessment = json.loads((assessed / "final_assessment.json").read_text())
+    assert "W_skip alone" not in (assessed / "report.html").read_text()
+    assert "Among the first" not in (assessed / "report.html").read_text()
+    figures = assessment["variants"][0]["metrics"]
+    figures["fvu_skip"] = figures["fvu"] | {"value": 0.625}
+    shown = features.load(assessed).model_copy(update={"prefixes": (16, 64, 128)})
+    write_html(tmp_path / "page.html", assessment, shown, densities(assessed), None, 10**7)
+    page = (tmp_path / "page.html").read_text()
+    assert "W_skip alone, without latents, leaves an FVU of 0.625; with them it is" in page
+    for latent in shown.latents:
+        first = 16 if latent.latent < 16 else 64 if latent.latent < 64 else 128
+        section = page.partition(f'id="latent-{latent.latent}"')[2].partition("</details>")[0]
+        assert f"Among the first {first}." in section
+
+
+def test_words_that_passages_share_find_a_latent(assessed: Path) -> None:
+    """Oracle: three passages by hand."""
+    latent = features.load(assessed).latents[0]
+    contexts = [
+        Context(activation=1.0, values=(), place=Passage(address=i, id=None, text=text))
+        for i, text in enumerate(("The old man", "the OLD sea", "a man"))
+    ]
+    alone = {"strata": (), "promoted": (), "suppressed": ()}
+    assert words_of(latent.model_copy(update={"contexts": tuple(contexts), **alone})) == "the\nold\nman"
+    assert words_of(latent.model_copy(update={"contexts": tuple(contexts[2:]), **alone})) == "a\nman"
 
 
 def test_lines_of_a_chart_are_all_told_apart() -> None:

@@ -30,7 +30,11 @@ def comparison(name: str) -> dict[str, object]:
     }  # fmt: skip
     settings = {"by": "decoder", "matching": "assignment", "threshold": 0.7, "acts": []}
     dictionaries = [{"name": name}, {"name": "other"}]
-    return {"pairs": [pair], "dictionaries": dictionaries, "settings": settings, "notes": [name]}
+    stable = {"dictionary": name, "n_others": 1, "n_latents": 2, "found_in": [1, 1], "by_chance": 0.0}
+    return {
+        "pairs": [pair], "dictionaries": dictionaries, "settings": settings, "notes": [name],
+        "stability": [stable],
+    }  # fmt: skip
 
 
 def test_every_file_that_is_no_code_ships() -> None:
@@ -51,7 +55,7 @@ def test_a_name_on_a_page_is_text(tmp_path: Path, name: str) -> None:
         report.write_html(tmp_path / at, comparison(shown))
         pages[at] = Page((tmp_path / at).read_text())
     assert pages["odd"].tags == pages["plain"].tags
-    assert pages["odd"].texts.count(name) == pages["plain"].texts.count("plain") == 2
+    assert pages["odd"].texts.count(name) == pages["plain"].texts.count("plain") == 3
     assert f"{name} – other" in pages["odd"].texts
 
 

@@ -9,10 +9,15 @@ SAE_FILES = [f"{name}/{file}" for name in VARIANTS for file in ("cfg.json", "sae
 OF_A_RUN = [
     "README.md",
     "config.yaml",
+    "features.json",
     "final_assessment.json",
     "finished.json",
     "identity.json",
+    "latents.parquet",
     "pareto.svg",
+    "report-latents/0.js",
+    "report-latents/1.js",
+    "report-latents/words.js",
     "report.html",
 ]
 

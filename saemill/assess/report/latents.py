@@ -38,17 +38,33 @@ def pages(features: Features, explained: Explanations | None, most_bytes: int | 
     said = {each.latent: each for each in explained.latents} if explained else {}
     rendered, n_bytes = [], 0
     for number, latent in enumerate(features.latents):
-        html = render(
-            "assess/report/latent.html",
-            latent=View(latent, features, said.get(latent.latent)),
-            is_open=number < N_OPEN,
-            visible=visible,
-        )
+        html = page_of(latent, features, said.get(latent.latent), is_open=number < N_OPEN)
         n_bytes += len(html.encode())
         if most_bytes is not None and n_bytes > most_bytes:
             break
         rendered.append(html)
     return Markup("".join(rendered)), len(rendered)
+
+
+def page_of(
+    latent: Latent, features: Features, said: Explained | None = None, *, is_open: bool = False
+) -> str:
+    """Render one latent, with what a language model said of it."""
+    view = View(latent, features, said)
+    return render("assess/report/latent.html", latent=view, is_open=is_open, visible=visible)
+
+
+def words_of(latent: Latent) -> str:
+    """List what a latent is found by, a line each, in small letters: the tokens on which it fires, and those
+    that it promotes and suppresses; of passages the words that two of them share."""
+    contexts = [*latent.contexts, *(context for stratum in latent.strata for context in stratum.contexts)]
+    places = [context.place for context in contexts]
+    found = [token.text for token in (*latent.promoted, *latent.suppressed)]
+    found += [place.tokens[place.at] for place in places if isinstance(place, Snippet)]
+    texts = [(place.text or "").lower().split() for place in places if isinstance(place, Passage)]
+    shared = Counter(word for text in texts for word in dict.fromkeys(text))
+    found += [word for word, n in shared.items() if n >= min(2, len(texts))]
+    return "\n".join(dict.fromkeys(visible(word).strip().lower() for word in found))
 
 
 class View:
@@ -127,6 +143,11 @@ class View:
             for share, label in zip(shares, labels, strict=True)
         ]
         return bars(shares, titles) if len(shares) > 1 else []
+
+    @property
+    def prefix(self) -> int | None:
+        """Number of latents of the smallest SAE within a Matryoshka SAE that has it; None of others."""
+        return next((n for n in self.features.prefixes if self.latent.latent < n), None)
 
     @property
     def stability(self) -> str:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from saemill.assess.explained import summary
 from saemill.assess.report import charts, compared, latents, variants
 from saemill.assess.report.judged import judged
 from saemill.assess.report.picture import SIZE
+from saemill.assess.report.shards import Shards
 from saemill.assess.report.visible import visible
 from saemill.assess.sums import number
 from saemill.assess.table import are_several, by_source, columns_of, cuts, notes, thresholds
@@ -26,6 +28,17 @@ from saemill.common.stores.explanations import Explanations
 from saemill.common.stores.features import Features
 
 
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What a page with a server behind it can do."""
+
+    n_latents: int
+    no_model: str | None
+    """Why no text can be tried, if so."""
+    no_steering: str | None
+    """Why no latent can be added, if that is known."""
+
+
 def write_html(
     path: Path,
     assessment: dict[str, Any],
@@ -33,6 +46,7 @@ def write_html(
     densities: Mapping[str, NDArray[float64]],
     explained: Explanations | None,
     most_bytes: int,
+    shards: Shards | None = None,
 ) -> None:
     """Write the page.
 
@@ -43,20 +57,48 @@ def write_html(
         densities: variant → share of tokens on which each latent fired, [F].
         explained: what a language model said of the latents, if one was asked.
         most_bytes: size from which on latents are left out.
+        shards: all latents, where they lie beside it.
     """
+    page = _page(assessment, features, densities, explained, most_bytes, shards, None)
+    durable.write_bytes(path, [page.encode()])
+
+
+def live_page(
+    assessment: dict[str, Any],
+    features: Features,
+    densities: Mapping[str, NDArray[float64]],
+    explained: Explanations | None,
+    most_bytes: int,
+    live: Live,
+) -> str:
+    """Render the page of `saemill view`, which asks its server for what is not on it; see `write_html`."""
+    return _page(assessment, features, densities, explained, most_bytes, None, live)
+
+
+def _page(
+    assessment: dict[str, Any],
+    features: Features,
+    densities: Mapping[str, NDArray[float64]],
+    explained: Explanations | None,
+    most_bytes: int,
+    shards: Shards | None,
+    live: Live | None,
+) -> str:
     values = {
         **_sections(assessment, densities),
         "shown": features,
         "word": _word(features),
         "drawn": _drawn(features),
         "explained": summary(explained) if explained else "",
-        **_script(),
+        "shards": shards,
+        "live": live,
+        **_script("live.js" if live else "shards.js"),
     }
     without = render("assess/report/report.html", **values, latents="", left_out="")
     html, n = latents.pages(features, explained, most_bytes - len(without.encode()) - 1000)
-    left_out = _left_out(len(features.latents) - n, features.variant, most_bytes)
-    page = render("assess/report/report.html", **values, latents=html, left_out=left_out)
-    durable.write_bytes(path, [page.encode()])
+    left_out = _left_out(len(features.latents) - n, most_bytes)
+    others = _others(features.variant, shards, live)
+    return render("assess/report/report.html", **values, latents=html, left_out=f"{left_out}{others}")
 
 
 def _sections(assessment: dict[str, Any], densities: Mapping[str, NDArray[float64]]) -> dict[str, Any]:
@@ -113,14 +155,21 @@ def _drawn(features: Features) -> str:
     return f"{drawn}, in the order of the draw; none is picked by hand. Searched: {features.searched}."
 
 
-def _left_out(n: int, variant: str, most_bytes: int) -> str:
-    """Say how many latents had no room, and where they are."""
-    if not n:
-        return ""
+def _left_out(n: int, most_bytes: int) -> str:
+    """Say how many latents had no room."""
     size = f"{most_bytes / 1e6:g} MB"
+    return f"{counted(n, 'more latent')} of the draw had no room on a page of {size}. " if n else ""
+
+
+def _others(variant: str, shards: Shards | None, live: Live | None) -> str:
+    """Say where all other latents are."""
+    if live is not None:
+        return f"The search finds all {live.n_latents:,}, those that never fire too."
+    if shards is None:
+        return f"saemill latent and saemill view show any latent of {variant}."
     return (
-        f"{counted(n, 'more latent')} of the draw had no room on a page of {size}; "
-        f"saemill latent shows any latent of {variant}."
+        f"All {shards.n_latents:,} latents of it, those that never fire too, are in the folder "
+        f"{shards.folder} beside this page: the search, and links to latents, find them there."
     )
 
 
@@ -133,7 +182,9 @@ def write_latents(path: Path, features: Features, explained: Explanations | None
         explained=summary(explained) if explained else "",
         word=_word(features),
         latents=html,
-        **_script(),
+        shards=None,
+        live=None,
+        **_script("shards.js"),
     )
     durable.write_bytes(path, [page.encode()])
 
@@ -143,8 +194,13 @@ def _word(features: Features) -> str:
     return "word" if features.unit == "passage" else "token"
 
 
-def _script() -> dict[str, Any]:
-    """Return the script, and the hash by which the page lets it run and no other."""
-    script = (files("saemill.assess.report") / "script.js").read_text()
+def _script(source: str) -> dict[str, Any]:
+    """Return the page's script, and the hash by which the page lets it run.
+
+    Args:
+        source: file of the part that gets latents from where they are.
+    """
+    folder = files("saemill.assess.report")
+    script = "".join((folder / name).read_text() for name in ("script.js", source, "search.js"))
     digest = hashlib.sha256(script.encode()).digest()
     return {"script": Markup(script), "script_hash": base64.b64encode(digest).decode()}

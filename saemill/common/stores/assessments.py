@@ -5,9 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from saemill.common import durable, records
+from saemill.common.errors import StoreError
 from saemill.common.records import Count, File, Hash, Name, Positive, Record
 from saemill.common.stores import runs
 from saemill.common.stores.features import Passage, Snippet
@@ -339,6 +343,21 @@ def load(folder: Path) -> Assessment:
 def read(folder: Path) -> dict[str, Any]:
     """Read an assessment as `load` does, as plain values."""
     return load(folder).model_dump(mode="json")
+
+
+def densities(folder: Path) -> dict[str, NDArray[np.float64]]:
+    """Read the share of tokens on which each latent of each variant fired, [F], by the variant's name.
+
+    Raises:
+        MissingError: there is none.
+        StoreError: its table is not the one that was written.
+    """
+    listed = {file.path: file for file in load(folder).files}
+    if runs.LATENTS not in listed or (problem := listed[runs.LATENTS].problem(folder)):
+        raise StoreError(f"{folder / runs.LATENTS}: {problem or 'it is not listed'}. {REPAIR}")
+    table = pq.read_table(folder / runs.LATENTS, columns=["variant", "density"])
+    names, density = np.array(table["variant"]), table["density"].to_numpy()
+    return {str(name): density[names == name] for name in dict.fromkeys(names.tolist())}
 
 
 def problems(folder: Path) -> list[str]:

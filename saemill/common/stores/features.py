@@ -158,6 +158,8 @@ class Features(Record):
     sources: tuple[str, ...]
     sites: tuple[str, ...]
     """Sites of a crosscoder."""
+    prefixes: tuple[Count, ...] = ()
+    """Numbers of latents of a Matryoshka SAE's prefixes, the whole included."""
     no_tokens: str | None
     """Reason why no token is promoted or suppressed."""
     latents: tuple[Latent, ...] = Field(default=())

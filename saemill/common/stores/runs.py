@@ -43,6 +43,8 @@ CARD = "README.md"
 """Name of the model card, of a run that came from the hub."""
 ASSESSMENT = "final_assessment.json"
 REPORT = "report.html"
+BESIDE = "report-latents"
+"""Name of the folder of the latents beside the page."""
 PARETO = "pareto.svg"
 """Name of the picture of FVU and ΔCE against L0."""
 LATENTS = "latents.parquet"
@@ -59,7 +61,7 @@ CHECKPOINTS = "checkpoint-"
 RESERVED = (
     *(IDENTITY, CONFIG, METRICS, HALVING, UNITS, CHECKPOINT, FINISHED),
     *(WANDB, WANDB_LOGGED, WANDB_FOLDER, TENSORBOARD, STEPS, PROFILE, CARD),
-    *(ASSESSMENT, REPORT, PARETO, LATENTS, FEATURES, DOCUMENTS, DOCUMENTS_MODEL),
+    *(ASSESSMENT, REPORT, BESIDE, PARETO, LATENTS, FEATURES, DOCUMENTS, DOCUMENTS_MODEL),
     *(EXPLANATIONS, ANSWERS),
 )
 """Names in a run's folder that no variant may have."""

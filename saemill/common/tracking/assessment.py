@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from saemill.common import records
@@ -44,7 +43,7 @@ def log_assessment(folder: Path, out: Path) -> None:
     runs.settings = runs.settings.model_copy(update={"assessments": known})
     records.write(folder / WANDB, runs.settings)
     catch_up(folder, runs)
-    densities = _densities(out / LATENTS)
+    densities = assessments.densities(out)
     summaries = _summaries(folder, known)
     for name, summary in summaries.items():
         run = runs.run(name)
@@ -101,13 +100,6 @@ def _summary(entry: dict[str, Any], place: int) -> dict[str, Any]:
     return summary
 
 
-def _densities(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Compute the share of tokens on which each latent fired, by variant."""
-    table = pq.read_table(path, columns=["variant", "density"])
-    names, density = np.array(table["variant"]), table["density"].to_numpy()
-    return {str(name): density[names == name] for name in np.unique(names)}
-
-
 def _histogram(density: NDArray[np.float64], n_tokens: int) -> Any:
     """Count log10 of the latents' densities in bins; latents that never fired are at the left end, 1 / (2
     tokens)."""
@@ -129,7 +121,7 @@ def _log_table(
     config = {key: assessment[key] for key in ("data", "thresholds", "versions")}
     run = start(folder, settings, name, settings.assessments[prefix].id, "assess", config, quiet=True)
     run.summary["best_variant"] = assessment["best_variant"]
-    page = wandb.Html(str(out / REPORT), inject=False)
+    page = wandb.Html(_without_latents((out / REPORT).read_text()), inject=False, data_is_not_path=True)
     media = {"variants": _table(assessment), "report": page, "contexts": _contexts(out)}
     if (out / PARETO).exists():
         media["pareto"] = wandb.Html((out / PARETO).read_text(), inject=False, data_is_not_path=True)
@@ -139,6 +131,17 @@ def _log_table(
             run, f"{settings.group}-{settings.prefix}{name}", "assessment", [out / file for file in FILES]
         )
     run.finish()
+
+
+def _without_latents(page: str) -> str:
+    """Cut the latents from a page, which are almost all of it: wandb keeps the page anew of each assessment,
+    and shows it without the folder beside it. The artifact has the whole one."""
+    before, found, rest = page.partition('<section id="latents"')
+    if not found:
+        return page
+    start = before.replace('<a href="#latents">Latents</a>', "")
+    note = "<section><h2>Latents</h2><p>They are on the page in the run's folder, report.html.</p></section>"
+    return start + note + rest.partition("</section>")[2]
 
 
 def _table(assessment: dict[str, Any]) -> Any:

@@ -322,7 +322,9 @@ def test_an_assessment_goes_to_the_runs_of_its_variants(acts: Path, tmp_path: Pa
     (out / WANDB_LOGGED).unlink()  # as if wandb had not been there
     for folder in out.glob("wandb/offline-run-*"):
         folder.rename(folder.with_name(folder.name.replace("offline-run", "lost")))
-    assessment = assess(AssessConfig(run=out, device="cpu", n_latents=4, latents=(3,), model_tokens=1000))
+    assessment = assess(
+        AssessConfig(run=out, device="cpu", n_latents=4, latents=(3,), most_beside=0, model_tokens=1000)
+    )
     found = written(out)
     ids = json.loads((out / "wandb.json").read_text())
     for place, entry in enumerate(assessment["variants"]):
@@ -350,7 +352,14 @@ def test_an_assessment_goes_to_the_runs_of_its_variants(acts: Path, tmp_path: Pa
     assert [row["variant"] for row in rows] == [entry["name"] for entry in entries]
     assert [row["delta_ce"] for row in rows] == [e["metrics"]["delta_ce"]["value"] for e in entries]
     (page,) = out.glob("wandb/offline-*/files/media/html/assess/report*.html")
-    assert page.read_bytes() == (out / "report.html").read_bytes()
+    whole = (out / "report.html").read_text()
+    before, section, latents = whole.partition('<section id="latents"')
+    assert section
+    shown = page.read_text()
+    assert shown.startswith(before.replace('<a href="#latents">Latents</a>', ""))
+    assert shown.endswith(latents.partition("</section>")[2])
+    assert 'class="latent"' not in shown
+    assert len(shown) < len(before) + 20_000
     (chart,) = out.glob("wandb/offline-*/files/media/html/assess/pareto*.html")
     assert chart.read_bytes() == (out / "pareto.svg").read_bytes()
     (file,) = out.glob("wandb/offline-*/files/media/table/assess/contexts*.json")
