@@ -167,10 +167,9 @@ class EvalSet:
         whose = f"; of these the tokens of {', '.join(self.mask.roles)} alone" if self.mask.roles else ""
         if self.cached:
             return f"{self.text.how_held_out}{whose}"
+        name = Path(self.tokens.named).name
         if self.n_seen_documents == 0:
-            return (
-                f"the tokens of {Path(self.tokens.named).name}, of whose documents training saw none{whose}"
-            )
+            return f"the tokens of {name}, of whose documents training saw none{whose}"
         return (
             f"the tokens of {name}, without {counted(self.n_seen_documents, 'document')} "
             f"whose text training saw{whose}"
