@@ -165,10 +165,10 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
         ),
         (
             TrainConfig,
-            "acts out with_acts cross_layer init_from save_every log_every eval_every eval_tokens "
-            "eval_losses_every eval_losses_tokens model n_checkpoints local_cache device kernels resume data_ranks "
-            "latent_ranks profile log_to_wandb wandb_project wandb_entity run_name wandb_log_frequency "
-            "wandb_artifacts log_to_tensorboard",
+            "acts out with_acts cross_layer init_from save_every log_every eval_every "
+            "eval_tokens eval_losses_every eval_losses_tokens model n_checkpoints local_cache device "
+            "kernels resume data_ranks latent_ranks profile log_to_wandb wandb_project wandb_entity run_name "
+            "wandb_log_frequency wandb_artifacts log_to_tensorboard",
         ),
         (AssessConfig, "run acts with_acts model out device device_map max_memory log_to_wandb"),
         (ImportConfig, "source out texts dtype shard_rows"),

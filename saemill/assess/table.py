@@ -10,6 +10,7 @@ from rich.table import Table
 from saemill.assess.health import health_rows, least_c_dec_sentences
 from saemill.assess.probes.tables import absorption_rows, examples_sentences, probe_rows
 from saemill.assess.sums import Figure, number
+from saemill.assess.verdict import BESIDE, TITLES
 from saemill.common.log import console, counted
 from saemill.common.stores.features import Context, Features, Passage, Snippet
 
@@ -191,9 +192,7 @@ def notes(assessment: dict[str, Any]) -> list[str]:
     measured = [entry for entry in variants if not entry["not_measured"]]
     checks = [check for entry in measured for check in entry["checks"]]
     evidence = [check for entry in measured for check in entry["evidence"]]
-    lines += sorted(
-        {f"unknown: {c['name']}: {c['reason']}" for c in (*evidence, *checks) if c["passed"] is None}
-    )
+    lines += _unknown([check for check in (*evidence, *checks) if check["passed"] is None])
     if any(check["passed"] is not None and check.get("reason") for check in checks):
         lines.append(
             f"max_decoder_cosine: where as many random directions show more than "
@@ -208,6 +207,20 @@ def notes(assessment: dict[str, Any]) -> list[str]:
                 lacking = "no" if figure["value"] is None else "no interval for"
                 titles.setdefault((lacking, figure["reason"]), {})[title] = None
     return lines + [f"{lacking} {', '.join(which)}: {why}" for (lacking, why), which in titles.items()]
+
+
+def _unknown(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say which checks are unknown, those for one reason in one line."""
+    by_reason: dict[str, dict[str, dict[str, None]]] = {}
+    for check in checks:
+        what, _, kind = check["name"].partition("_beside_")
+        beside = by_reason.setdefault(check["reason"], {}).setdefault(TITLES.get(what, what), {})
+        beside |= {BESIDE[kind]: None} if kind else {}
+    lines = []
+    for why, each in by_reason.items():
+        words = [f"{what} beside {', '.join(kinds)}" if kinds else what for what, kinds in each.items()]
+        lines.append(f"unknown: {'; '.join(words)}: {why}")
+    return lines
 
 
 def contexts_text(features: Features, n_latents: int, n_contexts: int) -> str:
