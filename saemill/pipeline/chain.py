@@ -33,7 +33,7 @@ from saemill.cache.run import run as cache
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.addresses import address_of, named
-from saemill.common.errors import ConfigError, StoreError
+from saemill.common.errors import ConfigError, MissingError, StoreError
 from saemill.common.log import say
 from saemill.common.models.architecture import Architecture, check_row_length, limits_of
 from saemill.common.models.sites import load_model_config
@@ -223,11 +223,10 @@ class Chain:
         if stage == "tokenize":
             place = self._place("tokens", config.dataset or "mix", content_of_tokens(config))
         elif stage == "cache":
-            is_there = (config.tokens / MADE["cache"]).exists()
             place = self.folder / "acts"
-            if is_there:
+            if _is_there(config.tokens, "cache"):
                 place = self._place("acts", config.model, content_of(config, TokenStore(config.tokens)))
-        elif (config.acts / MADE["train"]).exists():
+        elif _is_there(config.acts, "train"):
             store = ActivationStore(config.acts, config.with_acts)
             content = [config.identity(), store.fingerprint]
             place = self._place("runs", str(store.settings.model), content)
@@ -381,6 +380,15 @@ def _check_tokens(tokens: TokenizeConfig, config: CacheConfig) -> None:
 def _sites(config: CacheConfig) -> list[Site]:
     model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
     return sites_of(config, Architecture(model_config, config.trust_remote_code))
+
+
+def _is_there(path: Path, stage: str) -> bool:
+    """Tell whether what a stage reads is in a folder or at an address."""
+    try:
+        folder, _ = mirror.opened(path)
+    except MissingError:
+        return False
+    return (folder / MADE[stage]).exists()
 
 
 def _damaged(acts: Path) -> Path:
