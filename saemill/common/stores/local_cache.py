@@ -112,7 +112,9 @@ class LocalCache:
         if self._is_full:
             return
         with durable.writing(file, n_bytes), self._alone() as count:
-            if not file.exists() and self._has_room(count, n_bytes) and self._write(file, content):
+            if self._is_full or file.exists():  # by another thread, while this one waited
+                return
+            if self._has_room(count, n_bytes) and self._write(file, content):
                 _put(count, _used(count) + n_bytes)
 
     def forget(self, name: str) -> None:
