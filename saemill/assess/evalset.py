@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,14 +88,14 @@ def check_tokens(store: ActivationStore, other: TokenStore | None, with_model: b
     tokenizer, cached_tokenizer = other.tokenizer, store.tokens.tokenizer
     if tokenizer.hash != cached_tokenizer.hash:
         raise ConfigError(
-            f"{other.path} was made with the tokenizer {tokenizer.name!r}, the activations with "
+            f"{other.named} was made with the tokenizer {tokenizer.name!r}, the activations with "
             f"{cached_tokenizer.name!r}; tokenize the text with the latter"
         )
     document, trained_document = other.manifest.document, store.tokens.manifest.document
     # Hashes of texts, of rows and of rows without their frame do not compare.
     if document != trained_document:
         raise ConfigError(
-            f"a document of {other.path} is a {document}, one of the activations' tokens a "
+            f"a document of {other.named} is a {document}, one of the activations' tokens a "
             f"{trained_document}, so those that training saw cannot be told; make the tokens in the same way"
         )
     if not with_model:
@@ -166,10 +167,11 @@ class EvalSet:
         whose = f"; of these the tokens of {', '.join(self.mask.roles)} alone" if self.mask.roles else ""
         if self.cached:
             return f"{self.text.how_held_out}{whose}"
+        name = Path(self.tokens.named).name
         if self.n_seen_documents == 0:
-            return f"the tokens of {self.tokens.path.name}, of whose documents training saw none{whose}"
+            return f"the tokens of {name}, of whose documents training saw none{whose}"
         return (
-            f"the tokens of {self.tokens.path.name}, without {counted(self.n_seen_documents, 'document')} "
+            f"the tokens of {name}, without {counted(self.n_seen_documents, 'document')} "
             f"whose text training saw{whose}"
         )
 
@@ -265,7 +267,7 @@ class EvalSet:
         for site, x_TD in x.items():
             if n_bad := int((~torch.isfinite(x_TD)).any(1).sum()):
                 raise DataError(
-                    f"{self.tokens.path}: the activations of {counted(n_bad, 'token')} at {site} are NaN or "
+                    f"{self.tokens.named}: the activations of {counted(n_bad, 'token')} at {site} are NaN or "
                     f"beyond the type that the store has ({str(x_TD.dtype).removeprefix('torch.')})"
                 )
         return Chunk(addresses_T, x)

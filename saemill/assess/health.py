@@ -1,5 +1,6 @@
 """The dictionary's health: tables of how its rows lie to one another, and the L0 that they speak for."""
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ TITLES = {
 KINDS = ("antipodal", "position", "length", "component", "other")
 MOST_DENSE = 40
 """Dense latents that a table shows of an SAE."""
+SPARSITY = ("name", "k", "target_l0", "l0_coefficient", "l1_coefficient")
+"""Settings in which SAEs differ that differ in their sparsity alone."""
 LEAST_SPARSITIES = 3
 """Fewest different L0 among which one may be the least."""
 NONE: Figure = {"value": None}
@@ -64,19 +67,24 @@ def dense_rows(entry: Entry) -> list[list[str]]:
     return [titles, *rows] if rows else []
 
 
-def least_c_dec(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def least_c_dec(
+    entries: Sequence[Entry], settings: Mapping[str, Mapping[str, object]]
+) -> list[dict[str, Any]]:
     """Find the L0 with the smallest c_dec among SAEs that differ in their sparsity alone.
+
+    Args:
+        entries: of the SAEs, the better first.
+        settings: by which each was trained, by name.
 
     Returns: one finding for each such group of three or more: its `variants` in order of L0, the `least` of
     them, and whether that is the sparsest or the densest (`at_end`), beyond which a smaller one may lie.
     """
-    groups: dict[tuple[Any, ...], dict[int, Entry]] = defaultdict(dict)
+    groups: dict[str, dict[int, Entry]] = defaultdict(dict)
     for entry in entries:
         metrics = entry["metrics"]
         if not entry["not_measured"] and metrics["c_dec"]["value"] is not None and metrics["l0"]["value"]:
-            traits = ("site", "target_site", "architecture", "num_latents", "seed")
-            alike = tuple(entry.get(trait) for trait in traits)
-            groups[alike].setdefault(round(metrics["l0"]["value"]), entry)
+            others = {key: value for key, value in settings[entry["name"]].items() if key not in SPARSITY}
+            groups[json.dumps(others, sort_keys=True)].setdefault(round(metrics["l0"]["value"]), entry)
     found = []
     for by_l0 in groups.values():
         sorted_entries = [by_l0[l0] for l0 in sorted(by_l0)]

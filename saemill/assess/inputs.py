@@ -44,6 +44,12 @@ class Trained:
         every = (str(site) for sae in self.saes.values() for site in (sae.target_site, sae.site))
         return list(dict.fromkeys(name for site in every for name in (site, *parts_of(site))))
 
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Map each variant's name to what it was trained by, as far as its SAE tells."""
+        every = {**self.saes, **{name: sae for name, (sae, _) in self.left_out.items()}}
+        return {name: sae.config.provenance.get("variant") or {} for name, sae in every.items()}
+
 
 def open_run(config: AssessConfig, device: torch.device) -> Trained:
     """Open the run, with its SAEs on a device.

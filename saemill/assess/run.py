@@ -95,7 +95,7 @@ def _assess(
         "best_on_other_documents": measured.on_other_documents(best),
         "variants": entries,
         "controls": controls,
-        "least_c_dec": least_c_dec(entries),
+        "least_c_dec": least_c_dec(entries, trained.settings),
         "probes": _probes(config, pools, measured, beside, [*entries, *controls]),
         "n_processes": everyone.size,
         "versions": {name: version(name) for name in ("saemill", "torch", "transformers")},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saemill.common.errors import Interrupted
-from saemill.common.log import progress
+from saemill.common.log import counted, progress, say
 from saemill.explain.answers import Answers
 from saemill.explain.endpoint import Endpoint, EndpointError, Stopped
 
@@ -52,7 +52,13 @@ class Asking:
             finally:
                 for question in asked:
                     question.cancel()
-        return [str((self.answers.of(request) or {})["content"]) for request in requests]
+        answers = [self.answers.of(request) or {} for request in requests]
+        if n_cut := sum(answer["finish_reason"] == "length" for answer in answers):
+            say(
+                f"{label}: {n_cut:,} of {counted(len(answers), 'answer')} were cut off at their longest, as "
+                "happens to models that think before they answer; give more --max-answer-tokens"
+            )
+        return [str(answer["content"]) for answer in answers]
 
     def _one(self, request: Request) -> None:
         try:

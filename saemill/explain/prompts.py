@@ -34,8 +34,8 @@ JUDGE = (
     "as there are texts, in their order: 1 where it fires, 0 where it does not. Write nothing else."
 )
 LIST = re.compile(r"\[[^\[\]]*\]")
-THOUGHTS = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
-"""What models that think aloud write before their answer."""
+THOUGHTS = re.compile(r"^.*</think>|<think>.*", re.DOTALL)
+"""What models that think aloud write before their answer; with some the prompt begins the thought."""
 
 
 def explain(shown: Sequence[Context], config: ExplainConfig) -> dict[str, Any]:

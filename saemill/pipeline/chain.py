@@ -32,13 +32,13 @@ from saemill.cache.plan import content_of, sites_of
 from saemill.cache.run import run as cache
 from saemill.common import config as settings
 from saemill.common import durable
-from saemill.common.addresses import named
-from saemill.common.errors import ConfigError, StoreError
+from saemill.common.addresses import address_of, named
+from saemill.common.errors import ConfigError, MissingError, StoreError
 from saemill.common.log import say
 from saemill.common.models.architecture import Architecture, check_row_length, limits_of
 from saemill.common.models.sites import load_model_config
 from saemill.common.models.tokenizer import check_tokenizer, load_tokenizer
-from saemill.common.stores import runs
+from saemill.common.stores import mirror, runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_names import parts_of
 from saemill.common.stores.site_records import REPAIR, Site
@@ -223,11 +223,10 @@ class Chain:
         if stage == "tokenize":
             place = self._place("tokens", config.dataset or "mix", content_of_tokens(config))
         elif stage == "cache":
-            is_there = (config.tokens / MADE["cache"]).exists()
             place = self.folder / "acts"
-            if is_there:
+            if _is_there(config.tokens, "cache"):
                 place = self._place("acts", config.model, content_of(config, TokenStore(config.tokens)))
-        elif (config.acts / MADE["train"]).exists():
+        elif _is_there(config.acts, "train"):
             store = ActivationStore(config.acts, config.with_acts)
             content = [config.identity(), store.fingerprint]
             place = self._place("runs", str(store.settings.model), content)
@@ -383,7 +382,18 @@ def _sites(config: CacheConfig) -> list[Site]:
     return sites_of(config, Architecture(model_config, config.trust_remote_code))
 
 
+def _is_there(path: Path, stage: str) -> bool:
+    """Tell whether what a stage reads is in a folder or at an address."""
+    try:
+        folder, _ = mirror.opened(path)
+    except MissingError:
+        return False
+    return (folder / MADE[stage]).exists()
+
+
 def _damaged(acts: Path) -> Path:
     """Return the file whose presence says that an activation store must be checked, though it has all
-    sites."""
+    sites: beside it, or beside the mirror of an address."""
+    if address := address_of(acts):
+        acts = mirror.folder_of(address)
     return acts.with_name(f"{acts.name}.damaged")

@@ -1,11 +1,12 @@
 """A token store at an address: it is made here first and then uploaded, its manifest last.
 
 Only the manifest makes it a store, so a kill at any moment leaves none, and the same call goes on: what was
-uploaded is compared and not sent again.
+uploaded is compared and not sent again. Of several processes of a machine one makes it; the others wait.
 """
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,34 +39,46 @@ def make(
         ConfigError: there is one of other settings, or of a source that has changed since.
         StoreError: other things are there.
     """
-    remote = ObjectStore(address)
-    listed = remote.list()
-    if others := [key for key in listed if key.split("/")[0] not in CONTENT | OF_CHATS]:
-        raise StoreError(f"{address} holds other files ({others[0]}); choose a new folder")
-    if mirror.TOKENS in listed and (store := _finished(address, config, given)):
-        say(f"{address} is finished already: {store.n_tokens:,} tokens in {store.n_rows:,} rows")
-        return store
     here = user_cache_path("saemill") / "tokens" / durable.hash_bytes(address.encode())
-    make_here(replace(config, out=here))
-    remote.delete(mirror.TOKENS)
+    turn = here.with_name(f"{here.name}.upload")
+    with durable.exclusive(turn, wait=True):
+        if store := _finished(address, config, given):  # maybe by the process that was here
+            say(f"{address} is finished already: {store.n_tokens:,} tokens in {store.n_rows:,} rows")
+        else:
+            make_here(replace(config, out=here))
+            # Another machine may have been quicker, with these settings or others.
+            store = _finished(address, config, given) or _uploaded(address, here)
+            shutil.rmtree(here)
+        with suppress(OSError):
+            turn.rmdir()
+    return store
+
+
+def _uploaded(address: str, here: Path) -> TokenStore:
+    """Upload a store, in place of a damaged one too."""
+    remote = ObjectStore(address)
+    if mirror.TOKENS in remote.list():
+        say(f"{address} is damaged, and made anew")
+        remote.delete(mirror.TOKENS)
     for file in sorted((f for f in here.rglob("*") if f.is_file()), key=lambda f: f == here / mirror.TOKENS):
         _upload(remote, file.relative_to(here).as_posix(), file)
-    shutil.rmtree(here)
     say(f"{address}: uploaded")
     return TokenStore(address)
 
 
 def _finished(address: str, config: TokenizeConfig, given: Given | None) -> TokenStore | None:
-    """Open the store at an address, if it is whole."""
+    """Open the store at an address, if there is one and it is whole."""
+    listed = ObjectStore(address).list()
+    if others := [key for key in listed if key.split("/")[0] not in CONTENT | OF_CHATS]:
+        raise StoreError(f"{address} holds other files ({others[0]}); choose a new folder")
+    if mirror.TOKENS not in listed:
+        return None
     folder, _ = mirror.opened(address, anew=True)
     if manifest := records.if_whole(lambda: read_manifest(folder, REPAIR)):
         with naming(config.out, address):
             check_made_alike(config, given, manifest)
     store = records.if_whole(lambda: TokenStore(address))
-    if store is None or store.problems(hashes=True):
-        say(f"{address} is damaged, and made anew")
-        return None
-    return store
+    return None if store is None or store.problems(hashes=True) else store
 
 
 def _upload(remote: ObjectStore, key: str, file: Path) -> None:

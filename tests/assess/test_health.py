@@ -18,18 +18,29 @@ def entry(k: int, c_dec: float | None, **values: Any) -> dict[str, Any]:
     return {"name": f"k{k}", "metrics": metrics} | traits | values
 
 
+def found_among(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    names = ("site", "architecture", "num_latents", "seed", "lr")
+    settings = {e["name"]: {name: e.get(name) for name in names} for e in entries}
+    return least_c_dec(entries, settings)
+
+
 def test_the_least_c_dec_is_looked_for_among_sparsities_alone() -> None:
-    """Oracle: worked by hand; widths, seeds and sites are not compared, nor fewer than three L0."""
+    """Oracle: worked by hand; widths, seeds and learning rates are not compared, nor fewer than three L0."""
     entries = [entry(k, c) for k, c in ((64, 0.2), (8, 0.3), (16, 0.1), (32, 0.15), (128, None))]
-    others = [entry(k, 0.01, num_latents=128) for k in (8, 16)] + [entry(16, 0.02, seed=1)]
+    others = [entry(k, 0.01, num_latents=128, name=f"wide{k}") for k in (8, 16)]
+    others += [entry(16, 0.02, seed=1, name="other seed")]
     unmeasured = entry(4, 0.001, not_measured="diverged")
-    (found,) = least_c_dec([*entries, *others, unmeasured])
+    (found,) = found_among([*entries, *others, unmeasured])
     assert found == {
         "variants": ["k8", "k16", "k32", "k64"], "least": "k16", "l0": 16, "c_dec": 0.1, "at_end": False
     }  # fmt: skip
-    (at_end,) = least_c_dec([entry(k, k / 100) for k in (8, 16, 32)])
+    (at_end,) = found_among([entry(k, k / 100) for k in (8, 16, 32)])
     assert (at_end["least"], at_end["at_end"]) == ("k8", True)
-    assert least_c_dec(others) == []
+    assert found_among(others) == []
+    rates = [entry(k, k / 100) | {"name": f"k{k}-lr{lr}", "lr": lr} for k in (8, 16) for lr in (1, 2)]
+    assert found_among([*rates, entry(32, 0.3) | {"lr": 1}]) == [
+        {"variants": ["k8-lr1", "k16-lr1", "k32"], "least": "k8-lr1", "l0": 8, "c_dec": 0.08, "at_end": True}
+    ]
     sentences = least_c_dec_sentences([found, at_end])
     assert sentences[0].endswith("of 4 SAEs that differ in sparsity alone, which speaks for an L0 near it")
     assert sentences[1].endswith("an end of what was trained, so that the L0 that fits may lie beyond it")

@@ -149,8 +149,9 @@ def test_what_was_stopped_goes_on(copied: Path, tmp_path: Path, how: str) -> Non
     assert found.latents == whole.latents
 
 
-def test_rubbish_is_no_score(copied: Path) -> None:
-    """Oracle: no list in any answer, so no figure, with the reason; an empty explanation likewise."""
+def test_rubbish_is_no_score(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: no list in any answer, so no figure, with the reason; an empty explanation likewise. Answers
+    that were cut off are counted."""
     with answering(
         lambda body: completion("I'd rather not [1, 0, maybe]." if is_judgement(body) else "words")
     ) as server:
@@ -161,9 +162,12 @@ def test_rubbish_is_no_score(copied: Path) -> None:
         assert each.score.reason == "no firing context was judged: no answer on one could be read"
     assert found.score.value is None
     (copied / runs.EXPLANATIONS).unlink()
-    with answering(lambda _: completion(None)) as server:
+    assert "cut off" not in capsys.readouterr().out
+    cut = Reply({"choices": [{"message": {"content": None}, "finish_reason": "length"}]})
+    with answering(lambda _: cut) as server:
         found = explain(copied, server.url, model="other")
         assert len(server.asked) == 12
+    assert "explain: 12 of 12 answers were cut off" in capsys.readouterr().out
     assert {each.text for each in found.latents} == {None}
     assert {each.score.reason for each in found.latents} == {"the answer holds no explanation"}
     assert "not scored: the answer holds no explanation" in (copied / "report.html").read_text()

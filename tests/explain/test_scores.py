@@ -78,6 +78,13 @@ def test_judgements_are_read_back(said: list[bool], before: str) -> None:
         assert prompts.verdicts(answer, len(said) + 1) is None
 
 
+@pytest.mark.parametrize("thought", ["", "<think>Is it?</think>", "Is it?\n</think>\n\n"])
+def test_thoughts_are_no_part_of_an_explanation(thought: str) -> None:
+    """Oracle: what was put behind the thought, which some servers leave without its beginning."""
+    assert prompts.explanation(f"{thought}the word\n cat") == "the word cat"
+    assert prompts.explanation(f"{thought}<think>Is it") is None
+
+
 @pytest.mark.parametrize(
     "answer", ["", "yes", "[1, 2]", "[1, 0", "[0.5, 1]", "<think>[1, 1]", '["1", "0"]', "[null, 1]"]
 )

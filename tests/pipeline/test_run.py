@@ -9,6 +9,7 @@ import pytest
 import yaml
 from command_line import call
 from launching import finish, launch
+from object_store import S3
 
 from saemill import ActivationStore
 from saemill.common.errors import ConfigError, DataError, StoreError
@@ -315,6 +316,23 @@ def test_damaged_activations_are_mended(
     assert "What is damaged is cached again" in capfd.readouterr().out
     assert (acts / where).read_bytes() == whole
     assert [path.name for path in acts.parent.iterdir()] == [acts.name]
+
+
+def test_damaged_activations_in_a_bucket_are_mended(
+    s3: S3, work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path, done: list[str]
+) -> None:
+    """Oracle: the object before the damage, which training finds; two runs, in folders found by content."""
+    flags = SMALL | {"tokenize.tokenizer": tokenizer_folder, "cache.out": "s3://bucket/acts"}
+    run(tiny_models["neox"], str(corpus), flags)
+    s3.fetch("acts", work / "there")
+    whole = (work / "there/layers.1/c/0/0").read_bytes()
+    s3.put_file("acts/layers.1/c/0/0", bytes([whole[0] ^ 1]) + whole[1:])
+    done.clear()
+    run(tiny_models["neox"], str(corpus), flags | {"train.k": "8"})
+    assert done == ["cache", "assess"]
+    s3.fetch("acts", work / "there")
+    assert (work / "there/layers.1/c/0/0").read_bytes() == whole
+    assert len(list(Path("saemill-out/runs").glob("*/finished.json"))) == 2
 
 
 def test_one_of_several_leaves_word_of_damage(

@@ -1,5 +1,6 @@
 """Token stores that are made at an address: the files of one on a disk, whatever fails on the way."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from object_store import S3
 
 from saemill.common.errors import ConfigError, DiskError, StoreError
 from saemill.common.stores.tokens import TokenStore
+from saemill.tokenize import run
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
@@ -65,4 +67,33 @@ def test_a_bucket_holds_what_a_disk_would(s3: S3, made: Any, tmp_path: Path) -> 
     s3.put_file("tokens/notes.txt", b"x")
     with pytest.raises(StoreError, match=rf"{ADDRESS} holds other files \(notes.txt\); choose a new folder"):
         made(ADDRESS)
-    assert not list((tmp_path / "cache" / "saemill" / "tokens").iterdir())
+    assert not [file for file in (tmp_path / "cache/saemill/tokens").rglob("*") if file.is_file()]
+
+
+def test_one_process_uploads_and_the_others_wait(s3: S3, made: Any, tmp_path: Path) -> None:
+    """Oracle: each object is written once, and every process gets the store on a disk."""
+    expected = made(tmp_path / "disk").fingerprint
+    written: list[str] = []
+    s3.watch = lambda method, path, headers: written.append(path) if method == "PUT" else None
+    with ThreadPoolExecutor(3) as pool:
+        stores = list(pool.map(made, [ADDRESS] * 3))
+    assert [store.fingerprint for store in stores] == [expected] * 3
+    assert len(written) == len(set(written))
+
+
+def test_what_another_machine_has_made_meanwhile_stays(
+    s3: S3, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the refusal, and the other store's objects, which were there before the upload began."""
+    other = made(tmp_path / "other", ctx_len=64).path
+    write = run._write
+
+    def slowly(*args: Any) -> Any:
+        s3.put(other, "tokens")
+        return write(*args)
+
+    monkeypatch.setattr(run, "_write", slowly)
+    with pytest.raises(ConfigError, match=f"{ADDRESS} was made with other settings"):
+        made(ADDRESS)
+    s3.fetch("tokens", tmp_path / "there")
+    assert file_hashes(tmp_path / "there") == file_hashes(other)

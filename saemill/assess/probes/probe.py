@@ -42,6 +42,9 @@ class Estimate:
     def figure(self, noun: str, bounds: tuple[float, float] = (0.0, 1.0)) -> Figure:
         """Return it with its 95% interval; `noun` is what a group is called."""
         n = int((self.influence_G != 0).sum())
+        if n == 0:
+            reason = f"it is the same for each {noun}, which tells of no error"
+            return {"value": self.value, "lo": None, "hi": None, "reason": reason}
         if n < LEAST_DOCUMENTS:
             reason = f"only {counted(n, noun)}; an interval needs {LEAST_DOCUMENTS}"
             return {"value": self.value, "lo": None, "hi": None, "reason": reason}

@@ -71,14 +71,13 @@ class LocalCache:
         self.root = user_cache_path("saemill") / "blocks"
         self.folder = self.root / durable.hash_bytes(address.encode())
         self._reading = -1
-        with durable.writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._alone() as count:
-                self._reading = _open_locked(self.folder, fcntl.LOCK_SH)
-                os.utime(self.folder)
-                for gone in {folder.name for folder in self.folder.iterdir()} - {*objects}:
-                    shutil.rmtree(self.folder / gone, ignore_errors=True)
-                n_bytes = self._recount(count)
+        with durable.writing(self.folder), self._alone() as count:
+            self.folder.mkdir(exist_ok=True)
+            self._reading = _open_locked(self.folder, fcntl.LOCK_SH)
+            os.utime(self.folder)
+            for gone in {folder.name for folder in self.folder.iterdir()} - {*objects}:
+                shutil.rmtree(self.folder / gone, ignore_errors=True)
+            n_bytes = self._recount(count)
         free = shutil.disk_usage(self.root).free
         self.max_bytes = (free + n_bytes) // 2 if max_bytes is None else max_bytes
         self._is_full = False
@@ -113,8 +112,16 @@ class LocalCache:
         if self._is_full:
             return
         with durable.writing(file, n_bytes), self._alone() as count:
-            if not file.exists() and self._has_room(count, n_bytes) and self._write(file, content):
+            if self._is_full or file.exists():  # by another thread, while this one waited
+                return
+            if self._has_room(count, n_bytes) and self._write(file, content):
                 _put(count, _used(count) + n_bytes)
+
+    def forget(self, name: str) -> None:
+        """Remove what is kept of an object: it arrived otherwise than it was written."""
+        with self._alone() as count:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            self._recount(count)
 
     @staticmethod
     def name_of(key: str, tag: str) -> str:
@@ -130,6 +137,7 @@ class LocalCache:
 
         Yields: the descriptor of the count.
         """
+        self.root.mkdir(parents=True, exist_ok=True)
         count = _open_locked(self.root / "used", fcntl.LOCK_EX, os.O_RDWR | os.O_CREAT)
         try:
             yield count
@@ -170,7 +178,7 @@ class LocalCache:
         """Write a range, whole or not at all as its readers see it. Return False where the disk is full."""
         partial = file.with_name(f"{file.name}.partial")
         try:
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)  # all of it may have been cleared away meanwhile
             with partial.open("wb") as written:
                 written.write(content.data)
                 written.write(xxhash.xxh3_64_digest(content.data))

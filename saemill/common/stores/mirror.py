@@ -3,12 +3,14 @@
     s3://bucket/acts       each file of a store under its own name
     <folder>/              the mirror: tokens and records, as they are there
     <folder>/objects.json  the address, and every object's size
+    <folder>.partial/      files that are being written, by any process that has the mirror
 
 A mirror is the store's folder to all that reads one, and to `cache`, which writes one. What is large stays:
 the shards of activations, of which blocks are read as they are needed, and the records of single shards,
 which few ask for but `cache`. A token store is fetched whole.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +32,8 @@ OBJECTS, GROUP, TOKENS = "objects.json", "zarr.json", "manifest.json"
 TEXT, SITES = ("tokens/", "passages/"), "sites/"
 PIECE_BYTES = 1 << 24
 """Bytes of a large object that are read at a time."""
+LEFT_SECONDS = 3600
+"""Time without a piece written after which whoever wrote is gone; all attempts at one take 6 minutes."""
 N_READERS = 32
 """Threads that read blocks at once: an object store answers late, but many at a time."""
 
@@ -97,7 +101,7 @@ class Mirror:
         """Fetch a file of the folder, unless it is there."""
         key = self.key_of(path)
         if not path.exists() and key in self.known.objects:
-            _fetch(self.remote, key, self.known.objects[key], path)
+            _fetch(self.remote, key, self.known.objects[key], self.folder)
 
     def create(self, path: Path, content: bytes) -> str | None:
         """Write the object that a file of the folder stands for, where there is none, and the file unless it
@@ -122,7 +126,7 @@ class Mirror:
         key = self.key_of(path)
         self.known.objects[key] = Object(n_bytes=len(content), tag=tag)
         if not _is_shard(key):
-            with _placing(path) as own:
+            with _placing(self.folder, key) as own:
                 durable.write_bytes(own, [content])
 
     def remove(self, path: Path) -> None:
@@ -159,6 +163,12 @@ class Mirror:
         if (listed := self.known.objects.get(key)) is None:
             raise MissingError(f"{self.name_of(path)}: {durable.MISSING}")
         return ObjectContent(self.remote, key, listed.n_bytes, listed.tag, self.cache)
+
+    def forget(self, path: Path) -> None:
+        """Keep nothing here of the object that a file of the folder stands for, so that it is read anew."""
+        key = self.key_of(path)
+        if self.cache is not None and (tag := self.known.objects[key].tag) is not None:
+            self.cache.forget(LocalCache.name_of(key, tag))
 
     def problem(self, path: Path, n_bytes: int, xxh3: str | None = None) -> str | None:
         """Describe how an object differs from what was written, as `durable.problem` does."""
@@ -237,9 +247,10 @@ def _refresh(remote: ObjectStore, folder: Path, to_write: bool = False, anew: bo
             file.unlink(missing_ok=True)
     for key, item in listed.items():
         if not _stays(key, listed, to_write) and (anew or not (folder / key).exists()):
-            _fetch(remote, key, item, folder / key)
-    with _placing(folder / OBJECTS) as own:
+            _fetch(remote, key, item, folder)
+    with _placing(folder, OBJECTS) as own:
         records.write(own, Objects(address=remote.address, objects=listed))
+    _clear_away(_partials(folder))
 
 
 def _check(address: str, listed: Mapping[str, Object], to_write: bool) -> None:
@@ -275,20 +286,39 @@ def _is_shard(key: str) -> bool:
     return "/c/" in key and not key.startswith(TEXT)
 
 
-def _fetch(remote: ObjectStore, key: str, item: Object, path: Path) -> None:
-    """Fetch an object into a file, whole or not at all."""
+def _fetch(remote: ObjectStore, key: str, item: Object, folder: Path) -> None:
+    """Fetch an object into its file, whole or not at all, some of it at a time."""
     content = ObjectContent(remote, key, item.n_bytes, item.tag)
-    pieces = (content[start : start + PIECE_BYTES].data for start in range(0, item.n_bytes, PIECE_BYTES))
-    with _placing(path) as own:
-        durable.write_bytes(own, pieces)
+    with (
+        _placing(folder, key) as own,
+        durable.replacing(own, item.n_bytes) as partial,
+        partial.open("wb") as file,
+    ):
+        for start in range(0, item.n_bytes, PIECE_BYTES):
+            file.write(content[start : start + PIECE_BYTES].data)
 
 
 @contextmanager
-def _placing(path: Path) -> Iterator[Path]:
-    """Yield where to write a file that then takes its place, beside other processes that write it too."""
-    own = path.with_name(f"{path.name}.{uuid4().hex}")
+def _placing(folder: Path, key: str) -> Iterator[Path]:
+    """Yield where to write a file of a mirror that then takes its place, beside other processes that write it
+    too. It is outside of the mirror, where one that makes this as the address is would remove it."""
+    own, path = _partials(folder) / uuid4().hex, folder / key
     try:
         yield own
+        path.parent.mkdir(parents=True, exist_ok=True)
         own.replace(path)
     finally:
         own.unlink(missing_ok=True)
+
+
+def _partials(folder: Path) -> Path:
+    """Name the folder of what is being written of a mirror."""
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def _clear_away(partials: Path) -> None:
+    """Remove what processes that were killed have left half written."""
+    for file in partials.glob("*"):
+        with suppress(FileNotFoundError):  # it is in its place by now
+            if time.time() - file.stat().st_mtime > LEFT_SECONDS:
+                file.unlink()

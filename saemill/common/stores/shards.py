@@ -269,8 +269,15 @@ class ShardedArray:
         except SaemillError:
             raise
         except ValueError as error:
+            self.forget(shard)
             name = self.shard_name(shard)
             raise StoreError(f"{name}: block {block} is damaged: {error}. {self.repair}".rstrip()) from error
+
+    def forget(self, shard: int) -> None:
+        """Keep nothing of a shard that was read over the network and is not as it was written: it may have
+        changed on the way."""
+        if self.mirror is not None:
+            self.mirror.forget(self.shard_path(shard))
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Read rows start..stop in stored order, copied. [stop - start, width] of `self.dtype`."""

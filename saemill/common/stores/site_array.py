@@ -126,6 +126,7 @@ class SiteArray:
         """
         rows_TC = self.array.block(shard, block)
         if xxhash.xxh3_64_intdigest(rows_TC.data) != self._hashes[shard][block]:
+            self.array.forget(shard)
             raise StoreError(
                 f"{self.array.shard_name(shard)}: block {block} differs from its hash. "
                 f"`saemill verify {self.store.named}` names all bad shards. {REPAIR}"

@@ -60,6 +60,11 @@ def test_intervals_cover_the_truth() -> None:
     assert area(*grouped(0, 29), 29).figure("word type")["reason"] == (
         "only 29 word types; an interval needs 30"
     )
+    y = np.arange(80) % 2 == 1
+    assert area(y.astype(float), y, np.arange(80), 80).figure("word type") == {
+        "value": 1.0, "lo": None, "hi": None,
+        "reason": "it is the same for each word type, which tells of no error",
+    }  # fmt: skip
 
 
 def test_differences_and_means_are_paired() -> None:

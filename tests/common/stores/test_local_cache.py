@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from keeping import fill
 from object_store import S3
 from stores import make_store
 
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.local_cache import HASH_BYTES, LocalCache
 from saemill.train.config import TrainConfig
@@ -91,6 +92,36 @@ def test_a_damaged_range_is_read_again(s3: S3, tmp_path: Path) -> None:
     before = s3.n_requests
     assert torch.equal(remote.read("a", 0, 1024), expected)
     assert s3.n_requests - before == 4
+
+
+@pytest.mark.parametrize("form", [("bf16", None), ("bf16", "zstd")])
+def test_wrong_bytes_that_came_are_not_kept(s3: S3, tmp_path: Path, form: tuple[str, str | None]) -> None:
+    """Oracle: the store on the disk, by the same command again, after an answer that was wrong once."""
+    local = local_store(tmp_path / "acts", form)
+    address = s3.put(local.path, f"wrong-{form[1]}")
+    remote = ActivationStore(address)
+    remote.cache_locally(10**9)
+    s3.fault = lambda path, answer: (answer[0], answer[1][:-1] + bytes([answer[1][-1] ^ 1]))
+    with pytest.raises(StoreError, match=r"block \d (differs|is damaged)"):
+        remote.read("a", 0, 1024)
+    s3.calm()
+    again = ActivationStore(address)
+    again.cache_locally(10**9)
+    assert torch.equal(again.read("a", 0, 1024), local.read("a", 0, 1024))
+
+
+def test_a_cache_that_is_cleared_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: what is read, before and after all of it was removed under a process that reads it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    content = np.arange(100, dtype=np.uint8)
+    cache = LocalCache("s3://cleared", ["object"], 10**6)
+    cache.keep("object", 0, content)
+    shutil.rmtree(tmp_path / "saemill")
+    assert cache.read("object", 0, 100) is None
+    cache.keep("object", 0, content)
+    kept = cache.read("object", 0, 100)
+    assert kept is not None
+    assert (kept == content).all()
 
 
 def test_what_has_changed_is_not_taken_from_the_cache(s3: S3, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Stores in an object store: what is read of them, and what is not taken for it."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -217,3 +218,22 @@ def test_nothing_else_is_written_to_an_address(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="out is s3://bucket/run, and only `tokenize` and `cache` write"):
         train(TrainConfig(acts=local.path, out=Path("s3://bucket/run"), site=("a",), k=(2,), device="cpu"))
     assert not Path("s3:").exists()
+
+
+def test_what_another_process_is_fetching_is_left_alone(s3: S3, tmp_path: Path) -> None:
+    """Oracle: the store on the disk, though the mirror is brought up to date at each request for an object
+    of it, as by another process; and the age of what a kill has left."""
+    local = local_store(tmp_path / "acts")
+    address = s3.put(local.path, "shared")
+    remote = ActivationStore(address)
+    left = mirror.folder_of(address).with_name(f"{mirror.folder_of(address).name}.partial") / "left"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+
+    def meanwhile(method: str, path: str, headers: dict[str, str]) -> None:
+        if path.endswith("/commits/2.json"):
+            ActivationStore(address)
+
+    s3.watch = meanwhile
+    assert np.array_equal(remote.array("a").norms(2), local.array("a").norms(2))
+    assert not list(left.parent.iterdir())
