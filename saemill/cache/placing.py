@@ -29,6 +29,8 @@ class Place(Protocol):
     """Its folder, or the mirror of its address."""
     claims: Path
     """Folder that its workers share."""
+    has_all_claims: bool
+    """Whether every worker at the store has its claims there."""
 
     def create(self, written: Path, path: Path) -> Mark:
         """Put a finished file in its place, where there is none.
@@ -65,6 +67,8 @@ class OnDisk:
     Args:
         folder: it.
     """
+
+    has_all_claims = True
 
     def __init__(self, folder: Path) -> None:
         self.name, self.folder, self.claims = str(folder), folder, folder / CLAIMS
@@ -122,6 +126,8 @@ class InBucket:
         StoreError: other things lie there.
         ConfigError, DiskError: it cannot be read.
     """
+
+    has_all_claims = False
 
     def __init__(self, address: str) -> None:
         self.name, self.mirror = address, mirror.opened_to_write(address)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from caching import CTX_LEN, SHARD, cache
+from caching import CTX_LEN, SHARD, cache, changed_model
 from crashes import file_hashes
 from launching import ENVIRONMENT
 from object_store import S3
@@ -22,7 +22,7 @@ from saemill.cache.config import CacheConfig
 from saemill.cache.placing import InBucket
 from saemill.cache.writer import SiteWriter
 from saemill.common import durable
-from saemill.common.errors import ConfigError, DiskError, StoreError
+from saemill.common.errors import ConfigError, DataError, DiskError, StoreError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import Site
 from saemill.common.stores.tokens import TokenStore
@@ -241,3 +241,16 @@ def test_a_damaged_bucket_is_mended(
         ActivationStore(address).site("layers.0")
     cache(tokens, neox, Path(address), **OPTIONS)
     assert in_bucket(s3, "mended", tmp_path / "fetched") == file_hashes(whole)
+
+
+def test_a_store_that_is_given_up_stays_for_other_machines(
+    s3: S3, tokens: TokenStore, neox: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the objects that another machine's worker, whose claims are elsewhere, would work on."""
+    weight = "gpt_neox.layers.1.mlp.dense_4h_to_h.weight"
+    model = changed_model(neox, tmp_path / "model", weight, lambda w: w * torch.nan)
+    with pytest.raises(DataError, match="NaN or infinite"):
+        cache(tokens, model, Path("s3://bucket/given-up/acts"), **OPTIONS | {"layers": (1,)})
+    there = in_bucket(s3, "given-up/acts", tmp_path / "fetched")
+    assert {"zarr.json", "tokens/manifest.json"} <= there.keys()
+    assert "other machines may work on it" in capsys.readouterr().out

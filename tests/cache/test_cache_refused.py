@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import transformers
-from caching import N_ROWS, SHARD, cache, marks, tokenized
+from caching import N_ROWS, SHARD, cache, changed_model, marks, tokenized
 from crashes import file_hashes
 from torch import Tensor
 
@@ -27,15 +26,6 @@ from saemill.common.stores.tokens import TokenStore
 from saemill.show import problems
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def changed_model(folder: str, out: Path, name: str, change: Callable[[Tensor], Tensor]) -> str:
-    """A copy of a checkpoint with one tensor changed."""
-    shutil.copytree(folder, out)
-    weights = safetensors.torch.load_file(out / "model.safetensors")
-    weights[name] = change(weights[name])
-    safetensors.torch.save_file(weights, out / "model.safetensors", {"format": "pt"})
-    return str(out)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -1,9 +1,12 @@
 """A corpus of 150 rows, the cache of it, and the hidden states that it must hold."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 import zarr
@@ -20,6 +23,15 @@ from saemill.tokenize.run import run as tokenize
 N_ROWS, CTX_LEN, SHARD, BATCH = 150, 32, 512, 5
 N_SHARDS = 10
 """Nine shards of 16 rows and one of 6."""
+
+
+def changed_model(folder: str, out: Path, name: str, change: Callable[[Tensor], Tensor]) -> str:
+    """A copy of a checkpoint with one tensor changed."""
+    shutil.copytree(folder, out)
+    weights = safetensors.torch.load_file(out / "model.safetensors")
+    weights[name] = change(weights[name])
+    safetensors.torch.save_file(weights, out / "model.safetensors", {"format": "pt"})
+    return str(out)
 
 
 def tokenized(corpus: Path, tokenizer: str, out: Path, **changes: Any) -> TokenStore:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from saemill.common import durable
-from saemill.common.errors import ConfigError, MissingError
+from saemill.common.errors import ConfigError, DiskError, MissingError
 from saemill.common.log import say
 from saemill.common.outlook import shown
 
@@ -80,7 +80,7 @@ class LocalCache:
             n_bytes = self._recount(count)
         free = shutil.disk_usage(self.root).free
         self.max_bytes = (free + n_bytes) // 2 if max_bytes is None else max_bytes
-        self._is_full = False
+        self._is_full = self._is_left = False
 
     def __del__(self) -> None:
         if self._reading >= 0:
@@ -100,6 +100,11 @@ class LocalCache:
                 kept = np.fromfile(file, np.uint8)
         except MissingError:
             return None
+        except DiskError as error:
+            if not self._is_left:
+                say(f"{error}; blocks of the store are read from where it lies from here on")
+            self._is_left = True
+            return None
         content, written = kept[:-HASH_BYTES], kept[-HASH_BYTES:].tobytes()
         if len(content) == stop - start and xxhash.xxh3_64_digest(content.data) == written:
             return content
@@ -109,7 +114,7 @@ class LocalCache:
     def keep(self, name: str, start: int, content: NDArray[np.uint8]) -> None:
         """Keep a range of an object that was read, if there is room; see `read`."""
         file, n_bytes = self._file(name, start, start + len(content)), len(content) + HASH_BYTES
-        if self._is_full:
+        if self._is_full or self._is_left:
             return
         with durable.writing(file, n_bytes), self._alone() as count:
             if self._is_full or file.exists():  # by another thread, while this one waited

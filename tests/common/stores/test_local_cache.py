@@ -94,6 +94,23 @@ def test_a_damaged_range_is_read_again(s3: S3, tmp_path: Path) -> None:
     assert s3.n_requests - before == 4
 
 
+def test_a_cache_that_cannot_be_read_is_left(
+    s3: S3, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the store on the disk; a folder in the place of each kept file is told of once."""
+    local = local_store(tmp_path / "acts")
+    remote = ActivationStore(s3.put(local.path, "unreadable"))
+    assert remote.cache_locally(10**9)
+    expected = local.read("a", 0, 1024)
+    remote.read("a", 0, 1024)
+    for file in (tmp_path / "cache" / "saemill" / "blocks").glob("*/*/*"):
+        file.unlink()
+        file.mkdir()
+    for _ in range(2):
+        assert torch.equal(remote.read("a", 0, 1024), expected)
+    assert capsys.readouterr().out.count("are read from where it lies") == 1
+
+
 @pytest.mark.parametrize("form", [("bf16", None), ("bf16", "zstd")])
 def test_wrong_bytes_that_came_are_not_kept(s3: S3, tmp_path: Path, form: tuple[str, str | None]) -> None:
     """Oracle: the store on the disk, by the same command again, after an answer that was wrong once."""
