@@ -125,8 +125,8 @@ def clear_if_empty(out: Path, worker: Worker) -> None:
         if not worker.place.has_all_claims:
             if not has_shards(out):
                 say(
-                    f"{worker.place.name} holds no shard, and is left as it is, since other machines may work "
-                    "on it; remove it before other settings are tried there"
+                    f"{worker.place.name} holds no shard, and is left as it is, since other machines may "
+                    "work on it; remove it before other settings are tried there"
                 )
             return
         if worker.is_alone() and not has_shards(out):
