@@ -83,8 +83,6 @@ def outlook_of(
         model: what runs; None without.
         unit: what the store holds.
     """
-    sites = {each.site: each.d for each in dictionaries}
-    shows = config.n_latents > 0 or bool(config.latents)
     beside = _beside(config, dictionaries)
     widest = max(each.n_latents for each in dictionaries)
     baselines = {(each.site, each.l0): Dictionary(*each[:2], widest, each.l0) for each in dictionaries}
@@ -95,27 +93,13 @@ def outlook_of(
         "baselines": sum(each.bytes for each in baselines.values()),
         "scratch": COPIES * 4 * min(ROWS_AT_ONCE, amounts.reconstructed) * widest,
     }
-    memory = {
-        "libraries": process_bytes(),
-        "activations": min(CHUNK_TOKENS, amounts.searched) * sum(sites.values()) * ROW_BYTES,
-        "firings": _firing_bytes(config, dictionaries, amounts.searched),
-    }
-    if amounts.probed:
-        most_active = max(each.l0 for each in dictionaries)
-        per_example = EXAMPLE_BYTES * sum(sites.values()) + CODE_BYTES * most_active
-        memory["examples"] = amounts.probed * per_example
-    passes = [
-        f"reconstructions of {counted(amounts.reconstructed, unit)}",
-        *([f"losses on {counted(amounts.spliced, unit)}"] if amounts.spliced else []),
-        *([f"contexts among {counted(amounts.searched, unit)}"] if shows else []),
-        *([f"probes on {counted(amounts.probed, 'example')}"] if amounts.probed else []),
-    ]
+    memory = _in_memory(config, dictionaries, amounts)
     on_gpu = device.type == "cuda"
     return Outlook(
         stage="assess",
         what=(
             f"{counted(len(dictionaries), 'SAE')} and {counted(len(baselines), 'pair')} of baselines on "
-            f"{device}: {', '.join(passes)}",
+            f"{device}: {', '.join(_passes(config, amounts, unit))}",
         ),
         folder=config.folder,
         amounts={
@@ -129,6 +113,31 @@ def outlook_of(
         memory=memory | ({} if on_gpu else on_device),
         gpu=on_device if on_gpu else {},
     )
+
+
+def _in_memory(config: AssessConfig, dictionaries: Sequence[Dictionary], amounts: Amounts) -> dict[str, int]:
+    """Estimate the bytes of what is in the process's memory on any device."""
+    d_of_all = sum({each.site: each.d for each in dictionaries}.values())
+    memory = {
+        "libraries": process_bytes(),
+        "activations": min(CHUNK_TOKENS, amounts.searched) * d_of_all * ROW_BYTES,
+        "firings": _firing_bytes(config, dictionaries, amounts.searched),
+    }
+    if amounts.probed:
+        most_active = max(each.l0 for each in dictionaries)
+        memory["examples"] = amounts.probed * (EXAMPLE_BYTES * d_of_all + CODE_BYTES * most_active)
+    return memory
+
+
+def _passes(config: AssessConfig, amounts: Amounts, unit: str) -> list[str]:
+    """Say what is measured on how much."""
+    shows = config.n_latents > 0 or bool(config.latents)
+    return [
+        f"reconstructions of {counted(amounts.reconstructed, unit)}",
+        *([f"losses on {counted(amounts.spliced, unit)}"] if amounts.spliced else []),
+        *([f"contexts among {counted(amounts.searched, unit)}"] if shows else []),
+        *([f"probes on {counted(amounts.probed, 'example')}"] if amounts.probed else []),
+    ]
 
 
 def _beside(config: AssessConfig, dictionaries: Sequence[Dictionary]) -> int:

@@ -64,11 +64,7 @@ def write(
     Returns: the content of `final_assessment.json`.
     """
     assessment = assessments.checked(values | {"files": []}).model_dump(mode="json")
-    sums = {DOCUMENTS: measured.reconstruction.sums}
-    if isinstance(measured.splicing, Splicing):
-        sums[DOCUMENTS_MODEL] = measured.splicing.sums
-    tables = {name: _sums_table(table) for name, table in sums.items()}
-    tables[LATENTS] = _latents_table(measured.reconstruction, measured.found_in_seeds)
+    tables = _tables(measured)
     texts = {FEATURES: json.dumps(records.content(features), allow_nan=False)}  # it is long: without indents
     if picture := pareto(assessment):
         texts[PARETO] = picture
@@ -135,6 +131,15 @@ def _explained(out: Path, features: Features) -> Explanations | None:
             "it anew"
         )
     return found
+
+
+def _tables(measured: Measured) -> dict[str, pa.Table]:
+    """Tabulate the sums per document and the latents, by the names of their files."""
+    sums = {DOCUMENTS: measured.reconstruction.sums}
+    if isinstance(measured.splicing, Splicing):
+        sums[DOCUMENTS_MODEL] = measured.splicing.sums
+    tables = {name: _sums_table(table) for name, table in sums.items()}
+    return tables | {LATENTS: _latents_table(measured.reconstruction, measured.found_in_seeds)}
 
 
 def _latents_table(

@@ -31,7 +31,7 @@ with atheris.instrument_imports(include=["saemill"]):
 from mutations import changed_bytes
 from saes import make_threshold_sae
 from stores import files_of, make_store
-from test_fuzz_stores import everything, relist, reseal
+from test_fuzz_stores import everything, mutate
 from train.record.test_fuzz_saes import use
 
 CONFIG = b"train:\n  acts: acts\n  k: [16, 64]\n  lr: [auto]\n  mask: {first_positions: 1}\n  out: run\n"
@@ -61,13 +61,7 @@ def of_files(whole: Path, call: Callable[[Path], object]) -> Callable[[bytes], N
     def test(data: bytes) -> None:
         chance = Chosen(atheris.FuzzedDataProvider(data))
         name = chance.choice(names)
-        fits = chance.random() < 0.7
-        if fits and name.endswith(".json") and "tokenizer/" not in name:
-            reseal(copy / name, chance)
-        else:
-            (copy / name).write_bytes(changed_bytes((whole / name).read_bytes(), chance))
-            if fits:
-                relist(copy, name)
+        mutate(whole, copy, name, chance.random() < 0.7, chance)
         try:
             call(copy)
         except SaemillError:
