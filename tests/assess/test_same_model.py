@@ -88,6 +88,15 @@ def test_weights_that_no_cached_site_depends_on_are_compared(
         run(brief(causal, tmp_path / "o", model=other))
 
 
+def test_a_model_that_is_no_longer_in_its_place_is_asked_for(causal: Pipeline, tmp_path: Path) -> None:
+    """Oracle: the sentence, and its advice followed."""
+    acts = Path(shutil.copytree(causal.acts, tmp_path / "acts"))
+    tell(acts, model=str(tmp_path / "gone"))
+    with pytest.raises(ConfigError, match=r"gone, which is no longer there; say where with --model"):
+        run(brief(causal, tmp_path / "o", acts=acts))
+    assert run(brief(causal, tmp_path / "o", acts=acts, model=causal.model))["data"]["model_check"]
+
+
 def test_a_model_that_was_changed_in_its_place_is_refused(
     causal: Pipeline, tmp_path: Path, tokenizer_folder: str, corpus: Path
 ) -> None:

@@ -64,6 +64,10 @@ def load_model(
             f"{store.path} was cached from a model in memory ({name.removesuffix(IN_MEMORY)}); name that "
             "model with --model, or from Python give it as assess_saes(run, model=…)"
         )
+    if other_name is None and Path(name).is_absolute() and not Path(name).is_dir():
+        raise ConfigError(
+            f"{store.path} was cached from {name}, which is no longer there; say where with --model"
+        )
     if other is not None:
         trusts = bool(store.settings.trust_remote_code)
         check_fit(load_model_config(name, revision, trusts), name, other, trusts)
