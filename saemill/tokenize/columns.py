@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from saemill.common import records
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, DataError
 
@@ -156,7 +157,7 @@ def _of_words(
                 f"column {name!r} of {dataset} holds {_description(feature)}, not lists of {held}; name "
                 f"another with {flag}"
             )
-    labels = tuple(LabelColumn(name, _classes(features[name])) for name in word_labels)
+    labels = tuple(_label_column(features, name, dataset) for name in word_labels)
     if text_column == words_column or (text_column == TEXT and TEXT not in features):
         text_column = words_column
     elif text_column not in features or not _may_be_text(features[text_column]):
@@ -165,6 +166,17 @@ def _of_words(
             f"--text-column {words_column}, which makes the words, joined by spaces, the text"
         )
     return Column(text_column, holds_ids=False, masked=False, words=words_column, labels=labels)
+
+
+def _label_column(features: Any, name: str, dataset: str) -> LabelColumn:
+    """Take a column of labels, whose name becomes an array's."""
+    try:
+        records.single(name)
+    except ValueError:
+        raise ConfigError(
+            f"column {name!r} of {dataset} cannot be the name of an array; rename it in the dataset"
+        ) from None
+    return LabelColumn(name, _classes(features[name]))
 
 
 def _kind_of_list(feature: Any) -> str | None:
