@@ -222,7 +222,8 @@ def _passage_files(store: PassageStore, names: Names) -> dict[str, bytes]:
 def _token_globs(store: TokenStore) -> tuple[str, ...]:
     """List all files of a token store but its manifest."""
     listed = [glob.escape(file.path) for file in store.manifest.files if "/c/" not in file.path]
-    return (*listed, "tokens/c/*/0", "held_out/c/*/0")
+    arrays = ("tokens", "held_out", *(glob.escape(labels.array) for labels in store.manifest.labels))
+    return (*listed, *(f"{array}/c/*/0" for array in arrays))
 
 
 def _token_files(store: TokenStore, names: Names) -> dict[str, bytes]:

@@ -163,6 +163,8 @@ class ProbeExamples(Record):
     """The examples of probes, in parts that share no group."""
 
     split_by: Literal["word type", "document"]
+    column: str | None = None
+    """Column of the corpus that labels them; None where the labels are of the text itself."""
     n_groups: Count
     n_fitted: Count
     n_chosen_by: Count
