@@ -158,7 +158,7 @@ class Latent(Record):
 class Features(Record):
     """All latents that are shown, of one SAE."""
 
-    format: Literal["saemill features 1"] = "saemill features 1"
+    format: Literal["saemill features 2"] = "saemill features 2"
     of: Hash
     """Hash of what was assessed, as `final_assessment.json` has it."""
     variant: Name
