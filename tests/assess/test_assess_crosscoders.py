@@ -149,7 +149,7 @@ def test_tokens_are_promoted_at_each_site_by_its_models_unembedding(folder: Path
                 :, : store.tokens.tokenizer.vocab_size
             ]
             pieces = Pieces(store.tokens)
-            assert f"Promotes at {at}" in page
+            assert f"At {at} it</h4>" in page
             for latent in found.latents:
                 up = latent.effects[number].promoted
                 expected = logits_FV[latent.latent].topk(10)

@@ -72,7 +72,7 @@ class AtSite:
     """Tokens that a latent promotes and suppresses from one place."""
 
     at: str
-    """Words on the place; empty where there is one alone."""
+    """Name of the place; empty where there is one alone."""
     promoted: tuple[Token, ...]
     suppressed: tuple[Token, ...]
 
@@ -142,7 +142,7 @@ class View:
         """List the tokens that it promotes and suppresses, by place, where they are known."""
         places = self.features.vocabularies
         return [
-            AtSite(f" at {place.at}" if len(places) > 1 else "", effect.promoted, effect.suppressed)
+            AtSite(place.at if len(places) > 1 else "", effect.promoted, effect.suppressed)
             for place, effect in zip(places, self.latent.effects, strict=True)
             if place.missing is None
         ]
