@@ -121,8 +121,9 @@ def test_the_outlook_tells_their_size(causal: Pipeline, assessed: Path) -> None:
 def test_a_browser_shows_the_page(
     tab: Browser, assessed: Path, every: Features, size: tuple[int, int], scheme: str
 ) -> None:
-    """Oracle: Chromium: nothing in its console, nothing asked of a network, nothing wider than the window, and
-    no table wider than its place in one of 1,000 px; a latent is found by its number, and by a token where a sentence of Python finds it too."""
+    """Oracle: Chromium: nothing in its console, nothing asked of a network, nothing wider than the window, no
+    table wider than its place from 1,000 px on; a latent is found by its number, and by a token where a
+    sentence of Python finds it too."""
     page = assessed / "report.html"
     tab.open(page.as_uri(), size, scheme)
     assert tab.value("document.documentElement.scrollWidth <= innerWidth")
