@@ -11,6 +11,7 @@ from saemill.assess import directions
 from saemill.assess.evalset import EvalSet
 from saemill.assess.firing import Beside, Fires, Firing
 from saemill.assess.reader import PassageReader, Reader, reader_of
+from saemill.assess.vocabulary import vocabularies
 from saemill.common.errors import ConfigError
 from saemill.common.log import counted, progress
 from saemill.common.sae.sae import Sae
@@ -91,7 +92,7 @@ class Describer:
         chunks = evalset.context_chunks(wanted.context_tokens) if latents else ()
         self.firing = Firing(self.sae, latents, evalset).run(chunks)
         self.reader = reader_of(evalset.text)
-        self._vocabulary = directions.Vocabulary.of(self.sae, evalset.store, model)
+        self._vocabularies = vocabularies(self.sae, evalset.store, model)
         self._norm_shares = directions.norm_shares(self.sae)
 
     def features(self, latents: Sequence[int], of: str) -> Features:
@@ -116,7 +117,7 @@ class Describer:
             sources=tuple(firing.source_names),
             sites=tuple(part.site for part in self.sae.config.outputs),
             prefixes=tuple(self.sae.config.prefixes),
-            no_tokens=self._vocabulary.missing,
+            vocabularies=tuple(each.record for each in self._vocabularies),
             latents=tuple(self.latents(latents)),
         )
 
@@ -130,16 +131,15 @@ class Describer:
 
     def latents(self, latents: Sequence[int]) -> list[Latent]:
         """Describe some latents."""
-        reader, shares = self.reader, self._norm_shares
-        tokens = None
-        if isinstance(reader, Reader):
-            tokens = self._vocabulary.tokens(self.sae, latents, reader.pieces)
+        pieces = self.reader.pieces if isinstance(self.reader, Reader) else None
+        effects = [each.effects(latents, pieces) for each in self._vocabularies]
+        shares = self._norm_shares
         told = zip(
             latents,
             directions.neighbours(self.sae, latents),
             directions.counterparts(self.sae, latents, self._siblings),
             directions.encoder_cosines(self.sae, latents),
-            tokens or [((), ())] * len(latents),
+            zip(*effects, strict=True),
             strict=True,
         )
         return [
@@ -147,15 +147,14 @@ class Describer:
                 latent=latent,
                 asked=latent in self.wanted.asked,
                 **self._firing(latent),
-                promoted=promoted,
-                suppressed=suppressed,
+                effects=its_effects,
                 nearest=near.nearest,
                 opposite=near.opposite,
                 counterparts=counterparts,
                 encoder_cosine=cosine,
                 norm_shares=() if shares is None else tuple(shares[latent].tolist()),
             )
-            for latent, near, counterparts, cosine, (promoted, suppressed) in told
+            for latent, near, counterparts, cosine, its_effects in told
         ]
 
     def _firing(self, latent: int) -> dict[str, Any]:

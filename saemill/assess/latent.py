@@ -121,9 +121,7 @@ def text(latent: Latent, features: Features, explained: Explained | None) -> str
 
 def _directions(latent: Latent, features: Features) -> list[str]:
     """Write what its weights tell, and which latents it fires together with."""
-    told = {
-        "promotes": _tokens(latent.promoted),
-        "suppresses": _tokens(latent.suppressed),
+    told = _effects(latent, features) | {
         "nearest decoder rows": ", ".join(f"{n.latent} ({n.cosine:.2f})" for n in latent.nearest),
         "fires together with": ", ".join(f"{t.latent} (φ {t.phi:.2f})" for t in latent.together),
         "in other seeds": ", ".join(
@@ -136,9 +134,19 @@ def _directions(latent: Latent, features: Features) -> list[str]:
             if share is not None
         ),
     }
-    if features.no_tokens:
-        told["promotes"] = f"not known: {features.no_tokens}"
     return [f"  {what}: {values}" for what, values in told.items() if values]
+
+
+def _effects(latent: Latent, features: Features) -> dict[str, str]:
+    """Write which tokens it makes more and less probable, of several places that it writes to by place."""
+    told = {}
+    for place, effect in zip(features.vocabularies, latent.effects, strict=True):
+        at = f" at {place.at}" if len(features.vocabularies) > 1 else ""
+        told[f"promotes{at}"] = _tokens(effect.promoted)
+        told[f"suppresses{at}"] = _tokens(effect.suppressed)
+        if place.missing:
+            told[f"promotes{at}"] = f"not known: {place.missing}"
+    return told
 
 
 def _tokens(tokens: tuple[Token, ...]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from saemill.common.stores.features import Context, Passage, Snippet
 from saemill.explain.config import ExplainConfig
-from saemill.explain.contexts import Case
+from saemill.explain.silent import Case
 
 AT_ONCE = 10
 """Contexts that are judged in one question."""

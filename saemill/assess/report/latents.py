@@ -14,7 +14,7 @@ from saemill.assess.report.visible import visible
 from saemill.assess.table import name_of
 from saemill.common.page import render
 from saemill.common.stores.explanations import Explained, Explanations
-from saemill.common.stores.features import Context, Features, Latent, Passage, Snippet
+from saemill.common.stores.features import Context, Features, Latent, Passage, Snippet, Token
 
 N_TOP_TOKENS = 3
 EXPLANATION_LETTERS = 1000
@@ -59,12 +59,22 @@ def words_of(latent: Latent) -> str:
     that it promotes and suppresses; of passages the words that two of them share."""
     contexts = [*latent.contexts, *(context for stratum in latent.strata for context in stratum.contexts)]
     places = [context.place for context in contexts]
-    found = [token.text for token in (*latent.promoted, *latent.suppressed)]
+    found = [token.text for effect in latent.effects for token in (*effect.promoted, *effect.suppressed)]
     found += [place.tokens[place.at] for place in places if isinstance(place, Snippet)]
     texts = [(place.text or "").lower().split() for place in places if isinstance(place, Passage)]
     shared = Counter(word for text in texts for word in dict.fromkeys(text))
     found += [word for word, n in shared.items() if n >= min(2, len(texts))]
     return "\n".join(dict.fromkeys(visible(word).strip().lower() for word in found))
+
+
+@dataclass(frozen=True, slots=True)
+class AtSite:
+    """Tokens that a latent promotes and suppresses from one place."""
+
+    at: str
+    """Name of the place; empty where there is one alone."""
+    promoted: tuple[Token, ...]
+    suppressed: tuple[Token, ...]
 
 
 class View:
@@ -126,6 +136,16 @@ class View:
         return contexts.of_tokens(
             value, place.source, place.tokens, place.at, context.values, self.latent.largest
         )
+
+    @property
+    def effects(self) -> list[AtSite]:
+        """List the tokens that it promotes and suppresses, by place, where they are known."""
+        places = self.features.vocabularies
+        return [
+            AtSite(place.at if len(places) > 1 else "", effect.promoted, effect.suppressed)
+            for place, effect in zip(places, self.latent.effects, strict=True)
+            if place.missing is None
+        ]
 
     @property
     def positions(self) -> list[Bar]:
