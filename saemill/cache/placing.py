@@ -1,7 +1,7 @@
 """How the finished files of a store get to their places: on a disk, or in a bucket that has a mirror here.
 
 Both know one act that only one process can do, of any that try at once: to make a file where there is none.
-What is unfinished, and the claims, are on a disk in any case.
+So both have claims too. What is unfinished is on a disk in any case.
 """
 
 import shutil
@@ -10,11 +10,14 @@ from typing import Protocol
 
 from platformdirs import user_cache_path
 
-from saemill.cache.claims.files import CLAIMS, remove
+from saemill.cache.claims.board import Board
+from saemill.cache.claims.files import Files, remove
+from saemill.cache.claims.objects import Objects
 from saemill.common import durable
 from saemill.common.addresses import address_of
 from saemill.common.stores import mirror
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.site_records import CLAIMS
 
 Mark = int | str | None
 """What is another one when a file is: its inode, or its object's tag; None where there is none."""
@@ -27,10 +30,10 @@ class Place(Protocol):
     """Name that the user gave it."""
     folder: Path
     """Its folder, or the mirror of its address."""
-    claims: Path
-    """Folder that its workers share."""
-    has_all_claims: bool
-    """Whether every worker at the store has its claims there."""
+    claims: Board
+    """Claims of its workers."""
+    unfinished: Path
+    """Folder for what they have not finished writing."""
 
     def create(self, written: Path, path: Path) -> Mark:
         """Put a finished file in its place, where there is none.
@@ -68,10 +71,9 @@ class OnDisk:
         folder: it.
     """
 
-    has_all_claims = True
-
     def __init__(self, folder: Path) -> None:
-        self.name, self.folder, self.claims = str(folder), folder, folder / CLAIMS
+        self.name, self.folder, self.unfinished = str(folder), folder, folder / CLAIMS
+        self.claims: Board = Files(self.unfinished)
 
     def create(self, written: Path, path: Path) -> Mark:
         """Link a file; see `Place`."""
@@ -117,7 +119,7 @@ class OnDisk:
 
 
 class InBucket:
-    """An address in an object store. Workers share out its shards when they share the folder of claims.
+    """An address in an object store.
 
     Args:
         address: it.
@@ -127,12 +129,12 @@ class InBucket:
         ConfigError, DiskError: it cannot be read.
     """
 
-    has_all_claims = False
-
     def __init__(self, address: str) -> None:
         self.name, self.mirror = address, mirror.opened_to_write(address)
         self.folder = self.mirror.folder
-        self.claims = user_cache_path("saemill") / CLAIMS / self.folder.name
+        self.claims: Board = Objects(self.mirror.remote)
+        self.unfinished = user_cache_path("saemill") / "unfinished" / self.folder.name
+        self.unfinished.mkdir(parents=True, exist_ok=True)
 
     def create(self, written: Path, path: Path) -> Mark:
         """Upload a file by a conditional PUT; see `Place`."""

@@ -55,7 +55,7 @@ def repair(path: Path, model: str | None, device: str, batch_size: int, stop: Ev
     with (
         stop_on_signal(stop) as stop,
         naming(place.folder, place.name),
-        Worker(place.claims, stop, place) as worker,
+        Worker(place, stop) as worker,
         worker.hold("store"),
     ):
         writers = _opened(place, worker)

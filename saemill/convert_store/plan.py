@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saemill.cache.calibration import calibration_of, first_rows
-from saemill.cache.claims.files import CLAIMS, holds_only_claims
+from saemill.cache.claims.files import holds_only_claims
 from saemill.cache.folder import check_same_store
 from saemill.common import config as settings
 from saemill.common import durable
@@ -19,7 +19,14 @@ from saemill.common.stores.forms.packing import BLOCK_TOKENS, packing_of, rows_p
 from saemill.common.stores.shards import as_numpy
 from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.site_names import folder_of
-from saemill.common.stores.site_records import SITES, StoreSettings, known_settings, site_path, sites_in
+from saemill.common.stores.site_records import (
+    CLAIMS,
+    SITES,
+    StoreSettings,
+    known_settings,
+    site_path,
+    sites_in,
+)
 from saemill.convert_store.config import ConvertConfig
 from saemill.convert_store.rows import stored_again
 

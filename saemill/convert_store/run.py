@@ -7,9 +7,9 @@ int8 stay as they are, with their calibration. Another type rounds.
 import shutil
 from pathlib import Path
 
-from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Claim, Worker
 from saemill.cache.folder import write_group
+from saemill.cache.placing import OnDisk
 from saemill.cache.repair import damaged, mend
 from saemill.cache.writer import SiteWriter
 from saemill.common import durable, records
@@ -42,7 +42,7 @@ def run(config: ConvertConfig) -> ActivationStore:
     plan = make_plan(config)
     with (
         stop_on_signal() as stop,
-        Worker(plan.out / CLAIMS, stop) as worker,
+        Worker(OnDisk(plan.out), stop) as worker,
         worker.hold("store") as claim,
     ):
         write_group(plan.out, plan.settings, worker)

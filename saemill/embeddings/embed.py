@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import xxhash
 
-from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Worker
+from saemill.cache.placing import OnDisk
 from saemill.common import config as settings
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
@@ -54,7 +54,7 @@ def run(config: EmbedConfig) -> ActivationStore:
     plan = _plan(config, table, _fingerprint(model))
     with (
         stop_on_signal() as stop,
-        Worker(config.out / CLAIMS, stop) as worker,
+        Worker(OnDisk(config.out), stop) as worker,
         worker.hold("store") as claim,
     ):
         passages = make_passages(

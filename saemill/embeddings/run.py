@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Worker
+from saemill.cache.placing import OnDisk
 from saemill.common import config as settings
 from saemill.common.errors import DataError
 from saemill.common.log import progress, say
@@ -47,7 +47,7 @@ def run(config: ImportConfig) -> ActivationStore:
     plan = _plan(config, source, table, conversion)
     with (
         stop_on_signal() as stop,
-        Worker(config.out / CLAIMS, stop) as worker,
+        Worker(OnDisk(config.out), stop) as worker,
         worker.hold("store") as claim,
     ):
         checking = _Checking(config, source, table, conversion, worker)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saemill.cache.calibration import calibration_of, first_rows
-from saemill.cache.claims.files import CLAIMS, holds_only_claims
+from saemill.cache.claims.files import holds_only_claims
 from saemill.cache.claims.worker import Claim, Worker
 from saemill.cache.folder import check_same_store, write_group
 from saemill.cache.repair import damaged, mend
@@ -26,6 +26,7 @@ from saemill.common.stores.forms.form import empty, form_of
 from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.passages import NO_MASK, PassageManifest, PassageStore, PassageWriter
 from saemill.common.stores.site_records import (
+    CLAIMS,
     EMBEDDINGS,
     FORMAT,
     RESERVED,
