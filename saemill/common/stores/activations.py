@@ -130,7 +130,7 @@ class ActivationStore:
         except StoreError as error:
             what = "list of the passages" if holds_embeddings else "copy of the tokens"
             message = str(error).removesuffix(REPAIR).rstrip().removesuffix(".")
-            raise StoreError(f"the {what} in {self.path} is damaged: {message}. {REPAIR}") from error
+            raise StoreError(f"the {what} in {self.named} is damaged: {message}. {REPAIR}") from error
         return text
 
     @property
@@ -141,7 +141,7 @@ class ActivationStore:
             StoreError: the store holds embeddings of passages, which have none.
         """
         if isinstance(self.text, PassageStore):
-            raise StoreError(f"{self.path} holds embeddings of passages, without tokens or a language model")
+            raise StoreError(f"{self.named} holds embeddings of passages, without tokens or a language model")
         return self.text
 
     @property
@@ -161,7 +161,7 @@ class ActivationStore:
             return
         if consumed := self.consumed:
             raise StoreError(consumed.refusal(consumed.sites[0], self.path))
-        raise StoreError(f"no site of {self.path} is finished; finish one with `saemill cache`")
+        raise StoreError(f"no site of {self.named} is finished; finish one with `saemill cache`")
 
     def sites_with(self, shard: int) -> list[str]:
         """List the sites of which a shard's rows can be read."""
@@ -290,7 +290,7 @@ class ActivationStore:
             advice = "Run `saemill cache` with the site to add or finish it."
             if self.settings.kind == EMBEDDINGS:
                 advice = "If it is unfinished, run the command that made the store again."
-            raise StoreError(f"site {name!r} of {self.path} is {state}; finished: {finished}. {advice}")
+            raise StoreError(f"site {name!r} of {self.named} is {state}; finished: {finished}. {advice}")
         return SiteArray(self, name)
 
     def read(self, site: str, start: int, stop: int) -> Tensor:
