@@ -18,7 +18,7 @@ from saemill.common.models.model import LanguageModel
 from saemill.common.sae import of_run
 from saemill.common.sae.sae import Sae
 from saemill.common.stores import runs
-from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.activations import ActivationStore, keep_locally
 from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
@@ -67,6 +67,7 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
     if not is_there(path):
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
     store = _open_store(path, _beside(config, finished))
+    keep_locally([store], config.local_cache)
     saes = {name: of_run.load(config.run, name, finished, device) for name in finished.variants}
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:

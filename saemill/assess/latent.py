@@ -33,7 +33,12 @@ def run(config: LatentConfig) -> Features:
     folder, name = sae_of(config.run.absolute())
     numbers = _numbers(config.latents)
     task = AssessConfig(
-        run=folder, acts=config.acts, with_acts=config.with_acts, variant=name, latents=numbers
+        run=folder,
+        acts=config.acts,
+        with_acts=config.with_acts,
+        local_cache=config.local_cache,
+        variant=name,
+        latents=numbers,
     )
     world = World.here()
     device = world.device(config.device)

@@ -57,7 +57,7 @@ def repair(
     with (
         stop_on_signal(stop) as stop,
         naming(place.folder, place.name),
-        Worker(place.claims, stop, place) as worker,
+        Worker(place, stop) as worker,
         worker.hold("store"),
     ):
         writers = _opened(place, worker)

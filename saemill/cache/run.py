@@ -71,7 +71,7 @@ def run(
     with stop_on_signal(stop) as stop, naming(place.folder, place.name):
         plan = make_plan(config, world, place.folder, model)
         before(plan.outlook)
-        with Worker(place.claims, stop, place) as worker:
+        with Worker(place, stop) as worker:
             store, writers = _open(plan, worker)
             when_open(store)
             try:
@@ -92,12 +92,12 @@ def _open(plan: Plan, worker: Worker) -> tuple[ActivationStore, list[SiteWriter]
     out, tokens, n_rows = worker.place.folder, plan.tokens, plan.identity["n_rows"]
     copy = out / "tokens"
     existed = (copy / "manifest.json").exists()
-    # Workers hash the copy side by side; then a copy that was not there is new, and its sizes will do.
+    # Workers hash the copy side by side; then it, or one that was not there and is new, needs no hash again.
     whole = token_copy.is_whole(copy, tokens, n_rows, hashes=True)
     with worker.hold("store") as claim:
         existing = existing_settings(out, tokens)
         check_same_store(out, existing, plan.identity)
-        if not whole and not token_copy.is_whole(copy, tokens, n_rows, hashes=existed):
+        if not token_copy.is_whole(copy, tokens, n_rows, hashes=existed and not whole):
             token_copy.make(copy, tokens, n_rows, claim)
         write_group(out, existing or _new_settings(plan), worker)
         store = worker.place.opened()
@@ -143,7 +143,6 @@ def _complete(plan: Plan, store: ActivationStore, writers: list[SiteWriter], wor
         if room is not None and room.stays_open:
             return room.left
         with worker.hold("store"):
-            worker.place.refresh()
             if all([writer.finish() for writer in writers]):
                 make_whole(store, [writer.site.name for writer in writers], worker, is_done=True)
                 return f"complete; {_done_sentence(n_missing, n_written)}"

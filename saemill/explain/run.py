@@ -132,7 +132,13 @@ def _found(config: ExplainConfig, folder: Path) -> Explanations | None:
 
 def _sides(config: ExplainConfig, folder: Path, shown: Features, latents: Sequence[Latent]) -> Divided:
     """Divide the contexts of each latent, silent ones checked on the cache."""
-    task = AssessConfig(run=folder, acts=config.acts, with_acts=config.with_acts, variant=shown.variant)
+    task = AssessConfig(
+        run=folder,
+        acts=config.acts,
+        with_acts=config.with_acts,
+        local_cache=config.local_cache,
+        variant=shown.variant,
+    )
     world = World.here()
     device = world.device(config.device)
     with world.connected(device) as everyone:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saemill.common.config import LARGEST
-from saemill.common.setting import DEVICE, about, check, identity, setting
+from saemill.common.setting import DEVICE, about, check, identity, like, setting
 from saemill.common.sizes import size_of
+from saemill.common.stores.local_cache import KeptLocally
 from saemill.common.stores.mask import TrainingMask
 from saemill.train import checks
 from saemill.train.architectures import BY_K, BY_L1, WITH_AUXK, Architecture
@@ -352,14 +353,7 @@ class TrainConfig:
     """In RUN/steps/<step>, each a run that can be assessed."""
     buffer_tokens: int = setting(262_144, "Tokens of the shuffling buffer, in whole blocks of 256", least=1)
     """Two buffers are in memory per site."""
-    local_cache: str | None = setting(
-        None,
-        "Most room on the disk for blocks of stores in buckets, for later epochs, as 200GB; 0 for none",
-        by_default="half of what is free",
-        metavar="SIZE",
-        decides=False,
-    )
-    """In the user's cache folder; of all stores and processes together. See `stores.local_cache`."""
+    local_cache: str | None = like(KeptLocally, "local_cache")
     shuffle_seed: int = setting(0, "Seed of the stream's order", least=0, most=LARGEST)
     mask: TrainingMask = setting(
         TrainingMask(), "Positions and tokens left out", by_default="those of the store, and far longer ones"
@@ -435,11 +429,6 @@ class TrainConfig:
     def runs_model(self) -> bool:
         """Whether the loss of some variant is the model's."""
         return any(loss in IN_MODEL for loss in (self.loss, *(entry.get("loss") for entry in self.variants)))
-
-    @property
-    def local_cache_bytes(self) -> int | None:
-        """`local_cache` in bytes; None where it is half of what is free."""
-        return None if self.local_cache is None else size_of(self.local_cache, "local_cache")
 
     @property
     def group_tokens(self) -> int:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from saemill.cache.calibration import calibration_of, first_rows
 from saemill.cache.claims.worker import Worker
 from saemill.cache.folder import write_group
+from saemill.cache.placing import OnDisk
 from saemill.cache.writer import SiteWriter
 from saemill.common.config import plain
 from saemill.common.stores.activations import ActivationStore
@@ -133,14 +134,14 @@ def make_store(
         revision=None,
         versions={"saemill": version("saemill")},
     )
-    with Worker(acts / "claims", threading.Event()) as worker:
+    with Worker(OnDisk(acts), threading.Event()) as worker:
         write_group(acts, settings, worker)
     store = ActivationStore(acts)
     if values_TD is None:
         values_TD = torch.randn(store.n_tokens, d, generator=torch.Generator().manual_seed(0))
         address = torch.arange(store.n_tokens)
         values_TD[:, 0], values_TD[:, 1] = (address // 256).float(), (address % 256).float()
-    with Worker(acts / "claims", threading.Event()) as worker, worker.hold("store") as claim:
+    with Worker(OnDisk(acts), threading.Event()) as worker, worker.hold("store") as claim:
         for name, site_TD in (("a", values_TD), ("b", values_TD + 1 if b_TD is None else b_TD)):
             writer = SiteWriter(store, Site(name, site_TD.shape[1]), worker)
             if form[0] == "int8":
