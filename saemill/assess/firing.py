@@ -157,7 +157,7 @@ class Firing:
             strict=True,
         ):
             codes = self.sae.encode(x_TD.to(self.sae.W_enc.device, torch.float32))
-            active = (codes.top_acts > 0) & torch.isfinite(codes.top_acts)
+            active = codes.active & torch.isfinite(codes.top_acts)
             token = active.nonzero()[:, 0].cpu().numpy() + start
             found.append(
                 (token, codes.top_indices[active].cpu().numpy(), codes.top_acts[active].cpu().numpy())

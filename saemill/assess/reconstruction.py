@@ -50,7 +50,7 @@ class Firing:
     def add(self, codes: Encoded, drivers_TC: Tensor) -> None:
         """Count some tokens."""
         self.drivers.add(codes, drivers_TC)
-        active = codes.top_acts > 0
+        active = codes.active
         latents, acts = codes.top_indices[active].cpu(), codes.top_acts[active].cpu()
         self.count_F += torch.bincount(latents, minlength=len(self.count_F))
         self.sum_F.index_add_(0, latents, acts.double())
@@ -224,7 +224,7 @@ class Reconstruction:
             columns["cosine"].append(_quotient((x * r).sum(1), x_norm * r_norm))
             columns["norm_ratio"].append(_quotient(r_norm, x_norm))
             columns["not_finite"].append(bad)
-            columns["l0"].append((codes.top_acts > 0).sum(1))
+            columns["l0"].append(codes.active.sum(1))
             self.firing[name].add(codes, some_drivers_TC)
             if sae.W_skip is not None:
                 columns["sse_skip"].append(self._left_by_skip(sae, some_read_TD, x))
@@ -232,7 +232,7 @@ class Reconstruction:
                 cut_codes = cut.select(pre_TF[:, : cut.config.num_latents])
                 cut_r = self._scaled(self.sites[name], cut.decode(*cut_codes, read).double())
                 columns[f"{cut_name}/sse"].append((cut_r - x).square().sum(1))
-                columns[f"{cut_name}/l0"].append((cut_codes.top_acts > 0).sum(1))
+                columns[f"{cut_name}/l0"].append(cut_codes.active.sum(1))
         return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in columns.items()}
 
     def _at_parts(self, name: str, error_TD: Tensor) -> dict[str, Tensor]:

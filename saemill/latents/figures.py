@@ -81,7 +81,7 @@ def _add(sums: Sums, sae: Sae, x_TD: Tensor, mean_D: Tensor, row_T: NDArray[np.i
     sums.l1 += float(codes.top_acts.double().sum())
     sums.legacy += float((1 - error_T[apart_T] / spread_T[apart_T]).sum())
     sums.n_legacy += int(apart_T.sum())
-    token, slot = (codes.top_acts > 0).nonzero(as_tuple=True)
+    token, slot = codes.active.nonzero(as_tuple=True)
     latent_N = codes.top_indices[token, slot].cpu().numpy()
     sums.fired_F += np.bincount(latent_N, minlength=sums.n_latents)
     pairs = np.unique(row_T[token.cpu().numpy()] * sums.n_latents + latent_N)

@@ -57,6 +57,12 @@ class Encoded(NamedTuple):
     top_indices: Tensor
     """Numbers of the latents, int64 [..., k]."""
 
+    @property
+    def active(self) -> Tensor:
+        """Tell which slots hold an active latent, whatever the sign of its activation; a NaN is none. bool
+        [..., k]"""
+        return self.top_acts.abs() > 0
+
 
 class SaeOutput(NamedTuple):
     """A reconstruction and the latents it is made of."""

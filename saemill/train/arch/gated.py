@@ -84,7 +84,7 @@ class Gated:
         idx_TK, gate_TK, n_latents = codes.idx_TK, codes.pre_TK, len(p.b_enc_F)
         weight = self.coefficient * p.w_dec_FD.shape[1] ** 0.5 * per_square
         dgate_TK = (held_dot_TK * (2 * per_square) + weight).where(codes.used_TK, 0)
-        dmag_TK = (dot_TK * (2 * per_square)).where(codes.val_TK > 0, 0)
+        dmag_TK = (dot_TK * (2 * per_square)).where(codes.active_TK, 0)
         dlinear_TK = dmag_TK * p.further_F["r_mag"].exp()[idx_TK]
         dr_TK = dlinear_TK * (gate_TK - p.b_enc_F[idx_TK])
         further_F = {

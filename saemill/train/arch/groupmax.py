@@ -72,7 +72,7 @@ class GroupMax:
         per_square: float,
     ) -> Slopes:
         """Compute the gradient at the pre-activations: that of the codes where they are not 0."""
-        return Slopes((dot_TK * (2 * per_square)).where(codes.val_TK > 0, 0))
+        return Slopes((dot_TK * (2 * per_square)).where(codes.active_TK, 0))
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: itself."""

@@ -145,7 +145,7 @@ class JumpRelu:
         """Compute the gradients at pre-activations and thresholds, as `loss` has them."""
         rule, unit = self.rule(p), len(p.b_D) ** 0.5
         assert codes.pre_TK is not None
-        theta_TK, active_TK = rule.threshold_F[codes.idx_TK], codes.val_TK > 0
+        theta_TK, active_TK = rule.threshold_F[codes.idx_TK], codes.active_TK
         width_TK = rule.bandwidth_F[codes.idx_TK]
         near_TK = ((codes.pre_TK - theta_TK).abs() < width_TK / 2) & codes.used_TK
         n_latents, dcode_TK = len(p.b_enc_F), dot_TK * (2 * per_square)

@@ -76,7 +76,7 @@ class Relu:
     ) -> Slopes:
         """Compute the gradient at the pre-activations, and on the norms of free rows, as `loss` has them."""
         val_TK, n_latents, d = codes.val_TK, len(p.b_enc_F), p.w_dec_FD.shape[1]
-        norm_F, active_TK = p.w_dec_FD.norm(dim=1), val_TK > 0
+        norm_F, active_TK = p.w_dec_FD.norm(dim=1), codes.active_TK
         weight, norm_TK = self.coefficient * d * per_square, norm_F[codes.idx_TK] / d**0.5
         size_TK = (val_TK * norm_TK).where(active_TK, 1)
         penalty_TK = weight * (size_TK**self.power).where(active_TK, 0)

@@ -99,7 +99,7 @@ def pull(codes: Codes, task: Task, scale: float) -> tuple[DeadRows, Tensor]:
     p, dead_S, x_TD = task.weights.parameters, task.dead.latents_S, task.batch.x_TD
     rule, scale = task.architecture.rule(p), scale * p.w_dec_FD.shape[1] ** 0.5
     assert isinstance(rule, Above)
-    above_TK = (codes.val_TK > 0).float()
+    above_TK = codes.active_TK.float()
     n_below_S = len(x_TD) - codes.by_latent(above_TK, len(p.b_enc_F))[dead_S]
     active_F = torch.zeros_like(p.b_enc_F, dtype=torch.bool).index_fill_(0, dead_S, True)
     dead_TK = above_TK * active_F[codes.idx_TK.long()]

@@ -60,7 +60,7 @@ class Forward(NamedTuple):
     sse: Tensor
     """Σ e², float32."""
     n_active: Tensor
-    """Codes above 0, those on other processes included."""
+    """Active latents, those on other processes included."""
     bias_F: Tensor
     """From `fold_bias`."""
     cutoff: Tensor | None = None
@@ -208,7 +208,7 @@ class Sparse(ABC):
         """Keep what is among the team's k largest, where those are asked for; count the codes of the team."""
         if isinstance(rule, Largest):
             return own_codes(codes, self.team)
-        return codes, self.team.latents.all_reduce((codes.val_TK > 0).sum())
+        return codes, self.team.latents.all_reduce(codes.active_TK.sum())
 
     def _own_groups(self, groups: Groups | None) -> Groups | None:
         """Count where groups of latents end among those of this process."""
@@ -220,8 +220,8 @@ class Sparse(ABC):
         )
 
     def _n_shown(self, codes: Codes, groups: Groups, n_active: Tensor) -> Tensor:
-        """Count the codes above 0 in the group that is shown."""
-        return n_active if not groups.by_rank else (codes.val_TK[:, : groups.ends[groups.shown]] > 0).sum()
+        """Count the active latents in the group that is shown."""
+        return n_active if not groups.by_rank else codes.active_TK[:, : groups.ends[groups.shown]].sum()
 
     def _above(self, own: Batch, weights: Weights, bias_F: Tensor, floor_F: Tensor) -> Codes | None:
         """Find pre-activations above floors; None where all processes had better take a dense step."""
@@ -303,10 +303,10 @@ def decode(codes: Codes, w_dec_FD: Tensor) -> Tensor:
 def own_codes(codes: Codes, team: Team) -> tuple[Codes, Tensor]:
     """Keep, of this process's best latents, those that are among the team's; the others are 0 at latent 0.
 
-    Returns: the codes, and how many are above 0 in the whole team.
+    Returns: the codes, and how many are active in the whole team.
     """
     if team.latents.size == 1:
-        return codes, (codes.val_TK > 0).sum()
+        return codes, codes.active_TK.sum()
     with region("exchange"):
         chosen_TK, n_active = team.among_all(codes.val_TK)
     return codes.where(chosen_TK), n_active

@@ -210,7 +210,7 @@ class Cpu(Sparse):
             e_TD, dot_TK, sse_G, rows_GTD = groups_of_team(codes, groups, batch, weights, self.team)
             return e_TD.to(self.dtype), dot_TK, sse_G, rows_GTD.to(self.dtype)
         p, n_tokens, weights_G = weights.parameters, len(batch.x_TD), torch.tensor(groups.weights)
-        group_TK = codes.group_TK(groups).where(codes.val_TK > 0, len(weights_G))
+        group_TK = codes.group_TK(groups).where(codes.active_TK, len(weights_G))
         ends_TG = torch.stack([(group_TK <= g).sum(1) for g in range(len(weights_G))], 1)
         e_TD, dot_TK = torch.empty_like(batch.target_TE, dtype=self.dtype), torch.zeros_like(codes.val_TK)
         rows_GTD = e_TD.new_empty(len(weights_G), *e_TD.shape)

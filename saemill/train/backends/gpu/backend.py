@@ -161,7 +161,7 @@ class Gpu(Sparse):
                 found = groups_of_team(_wide(codes), groups, batch, weights, self.team)
                 return found[0].to(self.dtype), *found[1:3], found[3].to(self.dtype)
             n_groups = len(groups.ends)
-            group_TK = codes.group_TK(groups).where(codes.val_TK > 0, n_groups)
+            group_TK = codes.group_TK(groups).where(codes.active_TK, n_groups)
             ends_TG = torch.stack([(group_TK <= g).sum(1, dtype=torch.int32) for g in range(n_groups)], 1)
             weights_G = torch.tensor(groups.weights, device=ends_TG.device)
             decoder = weights.gathered_FD, weights.parameters.b_D, self._target(batch)
@@ -191,7 +191,7 @@ class Gpu(Sparse):
 
     def keep_active(self, dpre_TS: Tensor, acts_TS: Tensor) -> Tensor:
         """Set the gradients of inactive latents to 0, as `Sparse.keep_active`."""
-        return dpre_TS.mul_(acts_TS > 0).float().sum(0)
+        return dpre_TS.mul_(acts_TS != 0).float().sum(0)
 
     def update(self, task: Task, forward: Forward, slopes: Slopes, dead: DeadRows | None) -> Tensor:
         """Take one optimizer step, as `Sparse.update`; nothing is read back to the host."""

@@ -59,7 +59,7 @@ def _sorted(
     """Sort the pairs that have a code or a gradient by latent, and sum their numbers."""
     val_TK, n_latents = forward.codes.val_TK, len(task.weights.product_FD)
     dot_TK = forward.dot_TK if task.architecture.unit_rows else None
-    counts_TK = (val_TK > 0) | (dpre_TK != 0)
+    counts_TK = forward.codes.active_TK | (dpre_TK != 0)
     pairs = segments(torch.where(counts_TK, forward.codes.idx_TK, n_latents), n_latents)
     groups = forward.groups
     n_shown = groups.ends[groups.shown] if groups and groups.by_rank else None

@@ -69,7 +69,7 @@ class LatentSums(NamedTuple):
     db_enc_F: Tensor
     """float32: gradient of b_enc, Σ dpre + aux."""
     fired_F: Tensor
-    """bool: some val > 0."""
+    """bool: active on some token."""
 
 
 def segments(idx_TK: Tensor, n_latents: int, chunk_pairs: int = CHUNK_PAIRS) -> Segments:
@@ -143,7 +143,7 @@ def latent_sums_kernel(
         dpres += tl.load(dpre_ptr + pair, mask=inside, other=0.0)
         if dot_ptr is not None:
             alongs += val * tl.load(dot_ptr + pair, mask=inside, other=0.0)
-        shown = val > 0
+        shown = tl.abs(val) > 0
         if n_shown is not None:
             shown = shown & (pair % K < n_shown)
         fired |= shown.to(tl.int32)
