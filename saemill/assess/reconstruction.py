@@ -36,8 +36,10 @@ class Firing:
     """int64, tokens on which the latent was active."""
     sum_F: Tensor
     """float64, sum of its activations."""
+    min_F: Tensor
+    """float32, its smallest activation; 0 where none is below 0."""
     max_F: Tensor
-    """float32, its largest activation."""
+    """float32, its largest activation; 0 where none is above 0."""
     drivers: Drivers
     """What its activation follows."""
 
@@ -45,7 +47,7 @@ class Firing:
     def none(cls, n_latents: int) -> "Firing":
         """Begin with no token."""
         count_F = torch.zeros(n_latents, dtype=torch.int64)
-        return cls(count_F, count_F.double(), count_F.float(), Drivers(n_latents))
+        return cls(count_F, count_F.double(), count_F.float(), count_F.float(), Drivers(n_latents))
 
     def add(self, codes: Encoded, drivers_TC: Tensor) -> None:
         """Count some tokens."""
@@ -54,6 +56,7 @@ class Firing:
         latents, acts = codes.top_indices[active].cpu(), codes.top_acts[active].cpu()
         self.count_F += torch.bincount(latents, minlength=len(self.count_F))
         self.sum_F.index_add_(0, latents, acts.double())
+        self.min_F.scatter_reduce_(0, latents, acts, "amin")
         self.max_F.scatter_reduce_(0, latents, acts, "amax")
 
 
@@ -177,6 +180,7 @@ class Reconstruction:
         for firing in self.firing.values():
             for sums in (firing.count_F, firing.sum_F, *firing.drivers.sums):
                 everyone.all_reduce(sums)
+            firing.min_F = torch.stack(everyone.all_gather_objects(firing.min_F)).amin(0)
             firing.max_F = torch.stack(everyone.all_gather_objects(firing.max_F)).amax(0)
 
     def _add_spread(self, site: str, spread: Spread) -> None:

@@ -78,7 +78,7 @@ def _add(sums: Sums, sae: Sae, x_TD: Tensor, mean_D: Tensor, row_T: NDArray[np.i
     sums.norm_out += float(torch.linalg.vector_norm(out_TD, dim=1).sum())
     sums.squares_out += float(out_TD.square().sum())
     sums.inner += float((x_TD * out_TD).sum())
-    sums.l1 += float(codes.top_acts.double().sum())
+    sums.l1 += float(codes.top_acts.double().abs().sum())
     sums.legacy += float((1 - error_T[apart_T] / spread_T[apart_T]).sum())
     sums.n_legacy += int(apart_T.sum())
     token, slot = codes.active.nonzero(as_tuple=True)

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-Architecture = Literal["topk", "batchtopk", "matryoshka", "groupmax", "jumprelu", "relu", "gated"]
-BY_K = ("topk", "batchtopk", "matryoshka", "groupmax")
+Architecture = Literal["topk", "abs-topk", "batchtopk", "matryoshka", "groupmax", "jumprelu", "relu", "gated"]
+BY_K = ("topk", "abs-topk", "batchtopk", "matryoshka", "groupmax")
 """Architectures that keep a given number of latents."""
 WITH_AUXK = (*BY_K, "jumprelu")
 """Architectures whose dead latents fit the residual."""

@@ -60,7 +60,7 @@ class BatchTopK:
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does."""
-        initial.tied(p, n_latents, seed, sample, max(1, round(self.k)), team)
+        initial.tied(p, n_latents, seed, sample, Largest(max(1, round(self.k))), team)
 
     def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition; `seen` has the batch's cutoff."""

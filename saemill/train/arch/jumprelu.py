@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saemill.train.arch import dense, initial
 from saemill.train.backends.architecture import Auxiliary, Inference, Losses, Pull, Sample, Seen, Slopes
-from saemill.train.backends.codes import Above, Codes
+from saemill.train.backends.codes import Above, Codes, Largest
 from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.plain import decode, pre_activations
 from saemill.train.backends.team import Team
@@ -74,7 +74,7 @@ class JumpRelu:
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does, with one threshold for all that `initial.start_l0` latents per token pass."""
         n_active = round(self.target_l0 or initial.start_l0(n_latents))
-        initial.tied(p, n_latents, seed, sample, n_active, team)
+        initial.tied(p, n_latents, seed, sample, Largest(n_active), team)
         threshold = initial.cutoff(sample, p, n_active, team)
         p.further_F["threshold"].fill_(threshold / len(p.b_D) ** 0.5)
 

@@ -74,7 +74,7 @@ class TopK:
             sample: training activations in training units.
             team: the processes that share the SAE.
         """
-        initial.tied(p, n_latents, seed, sample, self.k, team)
+        initial.tied(p, n_latents, seed, sample, Largest(self.k), team)
 
     def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition.

@@ -34,6 +34,8 @@ class Auxiliary(NamedTuple):
     k: int
     alpha: float
     """Weight of its squared error beside the reconstruction's."""
+    is_signed: bool = False
+    """Whether these are the largest by absolute value, with their signs, and not rectified."""
 
     def share(self, dead: Dead) -> float:
         """Compute how much of the weight counts: less where fewer latents are dead than could be active."""

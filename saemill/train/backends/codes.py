@@ -12,6 +12,8 @@ class Largest(NamedTuple):
     """The rule of TopK: the k largest pre-activations of each token, rectified."""
 
     k: int
+    is_signed: bool = False
+    """Whether these are the largest by absolute value, with their signs, and not rectified: AbsTopK."""
 
 
 class LargestOfGroups(NamedTuple):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
+from saemill.common.sae.abs_topk import abs_topk
 from saemill.common.sae.topk import topk
 from saemill.train.backends.architecture import Auxiliary, Pull, Seen, Slopes
 from saemill.train.backends.auxk import DeadRows, auxk, pull
@@ -90,8 +91,8 @@ class Sparse(ABC):
         """Compute `fold_bias` of the weights that the product uses; not finite where a weight is not."""
 
     @abstractmethod
-    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
-        """Find the k largest pre-activations of each token, rectified."""
+    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, rule: Largest) -> Codes:
+        """Find the k largest pre-activations of each token, as the rule has them."""
 
     @abstractmethod
     def largest_of_groups(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
@@ -143,7 +144,7 @@ class Sparse(ABC):
         if isinstance(aux := architecture.auxiliary, Auxiliary) and task.dead.n_in_team > 0:
             scale = aux.alpha * task.rates.per_square * aux.share(task.dead)
             with region("auxk"):
-                dead_rows, aux_loss = auxk(self, own, forward, task.dead, task.weights, aux.k, scale)
+                dead_rows, aux_loss = auxk(self, own, forward, task.dead, task.weights, aux, scale)
         found = None
         if task.objective is not None:
             with region("model"):
@@ -174,7 +175,7 @@ class Sparse(ABC):
         weights, architecture, p = task.weights, task.architecture, task.weights.parameters
         bias_F, rule, cutoff = self.bias(weights), architecture.rule(p), None
         if isinstance(rule, Largest):
-            found: Codes | None = self.largest(own, weights, bias_F, rule.k)
+            found: Codes | None = self.largest(own, weights, bias_F, rule)
         elif isinstance(rule, LargestOfGroups):
             found = self.largest_of_groups(own, weights, bias_F, rule.k)
         elif isinstance(rule, Above):
@@ -279,19 +280,19 @@ def fold_bias(w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor) -> Tensor:
     return b_enc_F - torch.mv(w_enc_FD, b_D.to(w_enc_FD.dtype)).float()
 
 
-def encode(x_TD: Tensor, w_enc_FD: Tensor, bias_F: Tensor, k: int, scratch_TF: Tensor) -> Codes:
+def encode(x_TD: Tensor, w_enc_FD: Tensor, bias_F: Tensor, rule: Largest, scratch_TF: Tensor) -> Codes:
     """Find the codes of some tokens, by a dense product and an exact top-k.
 
     Args:
         x_TD, w_enc_FD: of the same dtype, the product's.
         bias_F: from `fold_bias`.
-        k: active latents per token.
+        rule: which pre-activations are codes.
         scratch_TF: where the pre-activations go, for no fewer tokens.
     """
     with region("encode"):
         pre_TF = torch.addmm(bias_F.to(x_TD.dtype), x_TD, w_enc_FD.T, out=scratch_TF[: len(x_TD)])
     with region("top-k"):
-        values, indices = topk(pre_TF, k)
+        values, indices = (abs_topk if rule.is_signed else topk)(pre_TF, rule.k)
         return Codes(values.float(), indices)
 
 
@@ -308,7 +309,7 @@ def own_codes(codes: Codes, team: Team) -> tuple[Codes, Tensor]:
     if team.latents.size == 1:
         return codes, codes.active_TK.sum()
     with region("exchange"):
-        chosen_TK, n_active = team.among_all(codes.val_TK)
+        chosen_TK, n_active = team.among_all(codes.val_TK.abs())
     return codes.where(chosen_TK), n_active
 
 

@@ -288,7 +288,7 @@ def _check_shape(entry: Mapping[str, Any], source: Source, d: int, e: int) -> No
 def _check_kind(architecture: Architecture, source: Source) -> None:
     """Refuse an architecture in which the source cannot be written."""
     config, own = source.config, source.config.architecture
-    among_k = {architecture, own} <= {*BY_K} - {"groupmax"}
+    among_k = {architecture, own} <= {*BY_K} - {"groupmax", "abs-topk"}
     if not (architecture == own or among_k or (architecture in OF_THRESHOLDS and config.k is None)):
         raise ConfigError(
             f"{source.address} is a {own} SAE, which cannot be written as {architecture}; leave architecture "

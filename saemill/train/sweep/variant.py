@@ -198,7 +198,7 @@ class Variant:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= n:
                 raise ConfigError(f"{name} must be in 1..{n} (the number of latents), got {value}")
-        per_token = self.architecture in ("topk", "groupmax") or self.matryoshka_rule == "topk"
+        per_token = self.architecture in ("topk", "abs-topk", "groupmax") or self.matryoshka_rule == "topk"
         if self.k is not None and self.k != round(self.k) and per_token:
             raise ConfigError(
                 f"k is a whole number of each token's latents, got {self.k}; batchtopk takes a mean"

@@ -5,6 +5,7 @@ host never waits; for thresholds and batch-wide cutoffs it waits for the number 
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from saemill.common.sae.topk import topk
 from saemill.train.backends.architecture import Slopes
 from saemill.train.backends.auxk import DeadRows
 from saemill.train.backends.base import Batch, Sums, Task, Weights, chunks
-from saemill.train.backends.codes import Codes, Groups, slots
+from saemill.train.backends.codes import Codes, Groups, Largest, slots
 from saemill.train.backends.gpu.kernels.above import above
 from saemill.train.backends.gpu.kernels.groups import residual_of_groups
 from saemill.train.backends.gpu.kernels.residual import MAX_K, residual
@@ -71,9 +72,9 @@ class Gpu(Sparse):
         """Compute it, as `Sparse.bias`."""
         return fold_bias(weights.product_FD, weights.parameters.b_enc_F, weights.parameters.offset_D)
 
-    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
+    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, rule: Largest) -> Codes:
         """Find codes, as `Sparse.largest`; idx_TK is int32, ascending, ties going to the lowest latent."""
-        return self._k_codes(batch, weights, bias_F, k, select)
+        return self._k_codes(batch, weights, bias_F, rule.k, partial(select, is_signed=rule.is_signed))
 
     def largest_of_groups(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
         """Find codes by torch's own maxima, as `Sparse.largest_of_groups`; idx_TK is int32."""
