@@ -87,8 +87,9 @@ class Slopes(NamedTuple):
     """Of the further parameters."""
     db_enc_F: Tensor | None = None
     """Of b_enc; None where it is the sum of dpre."""
-    toward_F: Tensor | None = None
-    """What a penalty adds to the gradient of a free decoder row, times the row; None without."""
+    toward_FL: Tensor | None = None
+    """What a penalty adds to the gradient of a free decoder row's part at each of its sites, times the part;
+    None without."""
     aux_loss: Tensor | None = None
     """What penalties add to the loss, of this process's latents; None without."""
 

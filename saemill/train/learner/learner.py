@@ -19,7 +19,7 @@ from saemill.train.backends.parameters import Parameters, Shape
 from saemill.train.learner.architecture import architecture_of
 from saemill.train.learner.resampling import resample
 from saemill.train.learner.totals import CutoffAverage, Totals
-from saemill.train.learner.units import fill_whole, form_of, rows_of, whole_of
+from saemill.train.learner.units import check_joined, fill_whole, form_of, rows_of, whole_of
 from saemill.train.losses import IN_MODEL, nats_name
 from saemill.train.objective.squared_error import per_square
 from saemill.train.optim.average import WeightAverage
@@ -68,7 +68,8 @@ class Learner:
         n_rows = self.rows.stop - self.rows.start
         is_centred = target is None and variant.apply_b_dec_to_input
         further, has_skip = self.architecture.further, variant.skip_connection
-        shape = Shape(n_rows, d, d_out, further, has_skip, is_centred, variant.n_layers)
+        widths = tuple(width for width, _ in output.parts)
+        shape = Shape(n_rows, d, d_out, further, has_skip, is_centred, variant.n_layers, widths)
         self.weights = backend.weights(shape, device)
         self.parameters = self.weights.parameters
         self.cutoff = CutoffAverage(device)
@@ -102,6 +103,7 @@ class Learner:
     def _start_from(self, parts: Parts) -> None:
         """Fill in the parameters of a finished SAE, in this run's units."""
         p = self.parameters
+        check_joined(parts, self.scaling, self.variant.site)
         fill_whole(p, parts, self.scaling, self.target_scaling)
         form = form_of(p, parts, self.rows, self.scaling, self.target_scaling)
         self.architecture.restore(p, form)

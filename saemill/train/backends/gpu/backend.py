@@ -61,9 +61,11 @@ class Gpu(Sparse):
 
     def step(self, task: Task) -> Sums:
         """Take a step, as `Backend.step`; dense where there is no kernel for it: with other optimizers, if it
-        is clipped or the decoder frozen, and where x and what is predicted differ in width."""
+        is clipped or the decoder frozen, where x and what is predicted differ in width, and with free rows of
+        several sites."""
         p = task.weights.parameters
         has_kernels = isinstance(task.optimizer, Adam | Sgd) and task.rates.clip_norm is None
+        has_kernels &= task.architecture.unit_rows or not p.widths
         if has_kernels and not task.is_decoder_frozen and p.w_enc_FD.shape == p.w_dec_FD.shape:
             return super().step(task)
         return self._dense_step(task)

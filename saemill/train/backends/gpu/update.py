@@ -45,7 +45,7 @@ def update(task: Task, forward: Forward, slopes: Slopes, dead: DeadRows | None, 
         rows_GTD = forward.e_TD[None] if forward.rows_GTD is None else forward.rows_GTD
         whole = gradients_of_whole(task, rows_GTD[0], sums.db_enc_F, team)
         if not task.architecture.unit_rows:
-            sums = sums._replace(toward_F=slopes.toward_F)
+            sums = sums._replace(toward_F=None if slopes.toward_FL is None else slopes.toward_FL[:, 0])
         if slopes.db_enc_F is not None:
             sums = sums._replace(db_enc_F=_with_dead(slopes.db_enc_F, dead))
         _step_latents(task, forward, dpre_TK, rows_GTD, pairs, sums, hyper, aux)
