@@ -10,6 +10,9 @@ WITH_AUXK = (*BY_K, "jumprelu")
 BY_L1 = ("relu", "gated")
 """Architectures whose codes are kept small by a penalty on their sum."""
 
+PENALISED = ("jumprelu", *BY_L1)
+"""Architectures whose codes are kept few or small by a penalty."""
+
 
 def no_effect(name: str, architecture: str) -> str:
     """Say that a setting has no effect on an architecture, and what has."""

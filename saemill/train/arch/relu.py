@@ -61,7 +61,8 @@ class Relu:
         active_TF = codes_TF > 0  # x^p has no slope at 0
         sizes_TF = torch.where(active_TF, codes_TF, 1) * size_F
         penalty = torch.where(active_TF, sizes_TF**self.power, 0).sum()
-        return Losses(e_TD.square().sum(), self.coefficient * d * penalty, codes_TF)
+        error = e_TD.square().sum()
+        return Losses(error, error.new_zeros(()), codes_TF, penalty=self.coefficient * d * penalty)
 
     def _norms_FL(self, p: Parameters) -> Tensor:
         """Compute the lengths of decoder rows that the penalty counts: of free rows those at each site."""
@@ -93,7 +94,7 @@ class Relu:
             of_norm_F1 = (self.power * codes.by_latent(penalty_TK, n_latents))[:, None]
             # A part of length 0 stays so, as its norm's gradient there is 0.
             toward_FL = (of_norm_F1 / (norm_F[:, None] * norms_FL)).where(norms_FL > 0, 0)
-        return Slopes(dval_TK.where(active_TK, 0), toward_FL=toward_FL, aux_loss=penalty_TK.sum())
+        return Slopes(dval_TK.where(active_TK, 0), toward_FL=toward_FL, penalty=penalty_TK.sum())
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: thresholds of 0, and rows of unit length."""

@@ -160,11 +160,15 @@ class Sparse(ABC):
             )
         task = task._replace(healthy=task.healthy & torch.isfinite(forward.sse))
         fired_F = self.update(task, forward, slopes, dead_rows)
-        if slopes.aux_loss is not None:
-            aux_loss = aux_loss + self.team.latents.all_reduce(slopes.aux_loss)
         if forward.held_sse is not None:
             aux_loss = aux_loss + forward.held_sse * task.rates.per_square
-        sums = Sums(forward.sse, aux_loss, forward.n_active, fired_F, cutoff=forward.cutoff, at_output=found)
+        penalty = None if slopes.penalty is None else self.team.latents.all_reduce(slopes.penalty)
+        sums = Sums(
+            *(forward.sse, aux_loss, forward.n_active, fired_F),
+            penalty=penalty,
+            cutoff=forward.cutoff,
+            at_output=found,
+        )
         if architecture.groups is None or forward.sse_G is None:
             return sums
         error = forward.sse_G @ forward.sse_G.new_tensor(architecture.groups.weights)

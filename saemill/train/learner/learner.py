@@ -13,6 +13,7 @@ from saemill.common.sae import layers
 from saemill.common.sae.parts import Joined, Parts, SaeConfig
 from saemill.common.stores.site_names import parts_of
 from saemill.train.arch import initial
+from saemill.train.architectures import PENALISED
 from saemill.train.backends.architecture import Dead, Sample
 from saemill.train.backends.base import Backend, Batch, Rates, Task
 from saemill.train.backends.parameters import Parameters, Shape
@@ -87,7 +88,13 @@ class Learner:
         """The step at which the loss was not finite, −1 where it is."""
         self.frozen = False
         """Whether steps are left out, since it has diverged."""
-        self.totals = Totals(d_out, device, self.architecture.groups, nats_name(variant.loss))
+        self.totals = Totals(
+            d_out,
+            device,
+            self.architecture.groups,
+            nats_name(variant.loss),
+            variant.architecture in PENALISED,
+        )
         self.weights.refresh()
 
     def _start(self, sample: Sample) -> None:
@@ -157,8 +164,9 @@ class Learner:
             error = sums.sse if sums.error is None else sums.error
             found = sums.at_output
             loss = (error * rates.per_square if found is None else found.loss) + sums.aux_loss
+            loss = loss if sums.penalty is None else loss + sums.penalty
             nats = None if found is None else found.nats
-            self.totals.add(n_tokens, sums.sse, loss, sums.aux_loss, sums.n_active, sums.sse_G, nats)
+            self.totals.add(n_tokens, loss, sums, nats)
             if sums.cutoff is not None:
                 self.cutoff.add(sums.cutoff, healthy)
             self.idle_tokens_F.copy_(torch.where(sums.fired_F, 0, self.idle_tokens_F + n_tokens))

@@ -61,7 +61,7 @@ def same(
     known = Seen(NONE_DEAD, T)._replace(**seen)
     p = Parameters.of(found, Shape(F, D, D))
     losses = architecture.loss(p, x, x, known, torch.float64)
-    mine, other = losses.error + losses.aux, formula(x, **expected)
+    mine, other = losses.error + losses.added, formula(x, **expected)
     torch.testing.assert_close(mine, other)
     mine.backward()
     other.backward()

@@ -254,7 +254,7 @@ def oracle(
     if "w_skip" in leaves:
         target_TE = target_TE - x_TD @ leaves["w_skip"].T
     losses = learner.architecture.loss(p, x_TD, target_TE, seen(learner, p, x_TD), torch.float64)
-    loss = (losses.error + losses.aux) / target_TE.numel()
+    loss = (losses.error + losses.added) / target_TE.numel()
     loss.backward()  # type: ignore[no-untyped-call]
     w_dec = p.w_dec_FD
     if unit:
@@ -385,7 +385,7 @@ def test_the_definition_is_topk_with_auxk(n_dead: int) -> None:
     def mine(*p: Tensor) -> Tensor:
         architecture = TopK(k, Auxiliary(k_aux, 1 / 8))
         losses = architecture.loss(Parameters(*p), x, x, Seen(Dead(dead_S, n_dead), t), torch.float64)
-        return losses.error + losses.aux
+        return losses.error + losses.added
 
     def theirs(w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b: Tensor) -> Tensor:
         e = codes(w_enc, b_enc, b, k) @ w_dec + b - x
