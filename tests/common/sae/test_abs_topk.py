@@ -9,6 +9,7 @@ import pytest
 import torch
 from peers import require_peers, run_in_peers
 from saes import check_same, make_sae, make_transcoder, ours
+from safetensors.torch import load_file, save_file
 
 from saemill import Sae
 from saemill.common.errors import ConfigError
@@ -81,6 +82,7 @@ def test_what_sparsify_once_called_signed_is_read_as_it_is(tmp_path: Path) -> No
     file = tmp_path / "s" / "cfg.json"
     cfg = json.loads(file.read_text())
     del cfg["saemill"]
+    save_file(load_file(tmp_path / "s" / "sae.safetensors"), tmp_path / "s" / "sae.safetensors")
     file.write_text(json.dumps(cfg | {"signed": True}))
     found, x_TD = Sae.load(tmp_path / "s"), torch.randn(9, 12)
     assert found.config.architecture == "abs-topk"
