@@ -132,10 +132,9 @@ def _lengths(parts: Parts) -> Tensor:
     chosen, up to a factor that all share."""
     W_dec, joined = parts.W_dec.float(), parts.config.joined
     if not joined:
-        return W_dec.norm(dim=1)
-    lengths_F = (W_dec * torch.cat([W_dec.new_full((part.width,), part.scale) for part in joined])).norm(
-        dim=1
-    )
+        return torch.linalg.vector_norm(W_dec, dim=1)
+    units_D = torch.cat([W_dec.new_full((part.width,), part.scale) for part in joined])
+    lengths_F = torch.linalg.vector_norm(W_dec * units_D, dim=1)
     return lengths_F / lengths_F.mean()
 
 

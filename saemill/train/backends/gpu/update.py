@@ -13,6 +13,7 @@ from saemill.train.backends.gpu.kernels.segments import (
     AuxGradients,
     LatentSums,
     Segments,
+    Terms,
     latent_sums,
     segments,
 )
@@ -87,10 +88,13 @@ def _step_latents(
     update_rows(
         Latents(*weights.parameters[:3], *copies),
         _moments(optimizer),
-        task.batch.product_TD,
-        rows_GTD.flatten(0, 1),
-        codes.val_TK,
-        dpre_TK,
+        Terms(
+            task.batch.product_TD,
+            rows_GTD.flatten(0, 1),
+            codes.val_TK,
+            dpre_TK,
+            _error_rows(codes, forward.groups),
+        ),
         weights.parameters.offset_D,
         pairs,
         sums,
@@ -98,7 +102,6 @@ def _step_latents(
         optimizer="adam" if isinstance(optimizer, Adam) else "sgd",
         seed=seed,
         aux=aux,
-        row_TK=_error_rows(codes, forward.groups),
         unit=task.architecture.unit_rows,
     )
 

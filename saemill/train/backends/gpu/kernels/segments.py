@@ -45,6 +45,21 @@ class Segments(NamedTuple):
     """Pairs per chunk."""
 
 
+class Terms(NamedTuple):
+    """What gradients of rows are summed from, pair by pair."""
+
+    x_TD: Tensor
+    """The batch in training units, float32, bfloat16 or float16."""
+    e_ND: Tensor
+    """Errors, of `residual` or `residual_of_groups`, float32, bfloat16 or float16."""
+    val_TK: Tensor
+    """float32, the codes."""
+    dpre_TK: Tensor
+    """float32, gradients at the pre-activations, scaled."""
+    row_TK: Tensor | None = None
+    """int32, the row of `e_ND` that is the error of a pair; None where it is its token's."""
+
+
 class AuxGradients(NamedTuple):
     """Gradients of some latents' rows from another loss (AuxK), already scaled."""
 
@@ -286,21 +301,12 @@ def latent_sums(
     return LatentSums(dpre_F, toward_F, db_enc_F, fired_F.view(torch.bool))
 
 
-def chunk_sums(
-    pairs: Segments,
-    val_TK: Tensor,
-    dpre_TK: Tensor,
-    x_TD: Tensor,
-    e_ND: Tensor,
-    row_TK: Tensor | None = None,
-) -> Tensor:
+def chunk_sums(pairs: Segments, terms: Terms) -> Tensor:
     """Sum dpre · x_t and val · e over each chunk of the hot latents.
 
     Args:
         pairs: of the batch.
-        val_TK, dpre_TK: float32.
-        x_TD, e_ND: float32, bfloat16 or float16.
-        row_TK: int32, the row of `e_ND` that is the error of a pair; None where it is its token's.
+        terms: of the same.
 
     Returns: float32 [C, 2, D]; chunks not in use are left as they were allocated.
 
@@ -308,6 +314,7 @@ def chunk_sums(
         TypeError: another dtype.
         ValueError: shapes that do not agree, or a tensor with gaps.
     """
+    x_TD, e_ND, val_TK, dpre_TK, row_TK = terms
     n_tokens, d = x_TD.shape
     for name, tensor in (("val_TK", val_TK), ("dpre_TK", dpre_TK)):
         expect(name, tensor, (torch.float32,), (n_tokens, pairs.k))
