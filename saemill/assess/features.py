@@ -200,6 +200,7 @@ def strata(
         return ()
     edges = np.quantile(activations, np.linspace(0, 1, N_STRATA + 1))
     edges[-1] = fires.largest
+    edges[0] = fires.smallest or edges[0]
     stratum_N = np.clip(np.searchsorted(edges, activations, side="left") - 1, 0, N_STRATA - 1)
     return tuple(
         Stratum(
