@@ -59,7 +59,7 @@ class Parameters(NamedTuple):
     @property
     def norms_FL(self) -> Tensor:
         """Compute the lengths of a decoder row's parts at each of its sites; of one site L is 1."""
-        parts = torch.split(self.w_dec_FD, self.widths or self.w_dec_FD.shape[1], 1)
+        parts = torch.split(self.w_dec_FD, list(self.widths) or self.w_dec_FD.shape[1], 1)
         return torch.stack([part.norm(dim=1) for part in parts], 1)
 
     @property

@@ -131,11 +131,10 @@ def _lengths(parts: Parts) -> Tensor:
     """Compute the lengths of decoder rows; of a crosscoder in the sites' own units, in which its latents are
     chosen, up to a factor that all share."""
     W_dec, joined = parts.W_dec.float(), parts.config.joined
-    if not joined:
-        return torch.linalg.vector_norm(W_dec, dim=1)
-    units_D = torch.cat([W_dec.new_full((part.width,), part.scale) for part in joined])
-    lengths_F = torch.linalg.vector_norm(W_dec * units_D, dim=1)
-    return lengths_F / lengths_F.mean()
+    if joined:
+        W_dec = W_dec * torch.cat([W_dec.new_full((part.width,), part.scale) for part in joined])
+    lengths_F: Tensor = torch.linalg.vector_norm(W_dec, dim=1)
+    return lengths_F / lengths_F.mean() if joined else lengths_F
 
 
 def content_of(parts: Parts) -> str:

@@ -112,7 +112,7 @@ class Rows(NamedTuple):
         (block, dead_slice), dead, p = piece, self.dead, self.task.weights.parameters
         made = gradients(self.task.batch, self.error_ND, self.pairs, block, p, self.toward_F)
         if self.toward_FL is not None:
-            parts = (torch.split(rows_FD, p.widths, 1) for rows_FD in (made[1], p.w_dec_FD[block]))
+            parts = (torch.split(rows_FD, list(p.widths), 1) for rows_FD in (made[1], p.w_dec_FD[block]))
             towards = torch.split(self.toward_FL[block], 1, 1)
             for grad_FD, w_dec_FD, toward_F1 in zip(*parts, towards, strict=True):
                 grad_FD.addcmul_(toward_F1, w_dec_FD)
