@@ -161,18 +161,20 @@ class Describer:
         """Describe where a latent fires."""
         fires, firing, wanted = self.firing.of(latent), self.firing, self.wanted
         n, sampled = len(fires.acts_N), fires.sampled()
-        bars, _ = np.histogram(fires.acts_N[sampled], N_BARS, (0, fires.largest or 1))
+        ends = (fires.smallest, fires.largest if fires.largest or fires.smallest else 1.0)
+        bars, _ = np.histogram(fires.acts_N[sampled], N_BARS, ends)
+        most, reader = wanted.n_contexts, self.reader
         return {
             "n_active": n,
             "density": n / max(1, firing.n_tokens),
             "mean_when_active": fires.mean,
+            "smallest": fires.smallest,
             "largest": fires.largest,
             "n_sampled": len(sampled),
             "histogram": tuple(bars.tolist()),
-            "contexts": _shown(
-                fires, fires.strongest(SPARE * wanted.n_contexts), wanted.n_contexts, self.reader
-            ),
-            "strata": strata(fires, sampled, wanted.n_samples, self.reader),
+            "contexts": _shown(fires, fires.strongest(SPARE * most), most, reader),
+            "below": _shown(fires, fires.strongest(SPARE * most, -1), most, reader),
+            "strata": strata(fires, sampled, wanted.n_samples, reader),
             "by_position": firing.shares(latent, "position") if self.evalset.text.ctx_len > 1 else (),
             "by_source": firing.shares(latent, "source"),
             "together": _together(firing.beside(latent), latent),
@@ -197,6 +199,7 @@ def strata(
         return ()
     edges = np.quantile(activations, np.linspace(0, 1, N_STRATA + 1))
     edges[-1] = fires.largest
+    edges[0] = fires.smallest or edges[0]
     stratum_N = np.clip(np.searchsorted(edges, activations, side="left") - 1, 0, N_STRATA - 1)
     return tuple(
         Stratum(

@@ -112,11 +112,15 @@ def text(latent: Latent, features: Features, explained: Explained | None) -> str
     ]
     if not latent.n_active:
         return "\n".join([*lines, *_directions(latent, features)])
-    lines[0] += f", {latent.mean_when_active:.3g} on average, {latent.largest:.3g} at most"
+    lines[0] += f", {latent.mean_when_active:.3g} on average, "
+    ends = f"{latent.smallest:.3g} to {latent.largest:.3g}"
+    lines[0] += ends if latent.smallest else f"{latent.largest:.3g} at most"
     if explained:
         lines += [f"  “{explained.text}”"] if explained.text else []
         lines.append(f"  {score_words(explained)}")
     lines += ["  strongest", *map(context_line, latent.contexts)]
+    if latent.below:
+        lines += ["  strongest below 0", *map(context_line, latent.below)]
     for stratum in latent.strata:
         if stratum.contexts:
             lines.append(f"  {stratum.low:.3g} to {stratum.high:.3g}, {stratum.share:.0%} of its firings")
@@ -145,8 +149,9 @@ def _directions(latent: Latent, features: Features) -> list[str]:
 def _effects(latent: Latent, features: Features) -> dict[str, str]:
     """Write which tokens it makes more and less probable, of several places that it writes to by place."""
     told = {}
+    above = " above 0" if latent.smallest else ""
     for place, effect in zip(features.vocabularies, latent.effects, strict=True):
-        at = f" at {place.at}" if len(features.vocabularies) > 1 else ""
+        at = above + f" at {place.at}" if len(features.vocabularies) > 1 else above
         told[f"promotes{at}"] = _tokens(effect.promoted)
         told[f"suppresses{at}"] = _tokens(effect.suppressed)
         if place.missing:

@@ -96,6 +96,11 @@ def _shown(folder: Path) -> Features:
         raise ConfigError(
             f"the assessment of {folder} shows no latents; run `saemill assess` with --n-latents"
         )
+    if any(latent.smallest < 0 for latent in shown.latents):
+        raise ConfigError(
+            f"latents of {shown.variant} fire above and below 0, which one explanation cannot tell of; name "
+            "a run that was assessed with --variant of another architecture"
+        )
     return shown
 
 

@@ -84,7 +84,7 @@ def _firing(sae: Sae, evalset: EvalSet, addresses: Sequence[int]) -> list[set[in
             around = _around(evalset, address)
             x_TD = array.gather(shard, around - shard * store.shard_tokens)
             codes = sae.encode(x_TD.to(sae.W_enc.device, torch.float32))
-            found.append(set(codes.top_indices[codes.top_acts > 0].tolist()))
+            found.append(set(codes.top_indices[codes.active].tolist()))
             advance(1)
     return found
 

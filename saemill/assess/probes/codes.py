@@ -50,7 +50,7 @@ def encode(sae: Sae, x_ND: NDArray[np.float32]) -> Codes:
         for start in range(0, len(x_ND), ROWS_AT_ONCE):
             x = torch.from_numpy(x_ND[start : start + ROWS_AT_ONCE]).to(sae.W_enc.device)
             codes = sae.encode(x)
-            active = codes.top_acts > 0
+            active = codes.active
             rows.append(active.nonzero()[:, 0].cpu().numpy() + start)
             columns.append(codes.top_indices[active].cpu().numpy())
             values.append(codes.top_acts[active].float().cpu().numpy())

@@ -128,13 +128,18 @@ class Latent(Record):
     density: float
     """The same as a share of the searched tokens."""
     mean_when_active: float
+    smallest: float = 0.0
+    """0 where none is below 0."""
     largest: float
+    """0 where none is above 0."""
     n_sampled: Count
     """Number of its firings that histogram and strata are made of; all, where they are not more than that."""
     histogram: tuple[Count, ...]
-    """Counts of those by their activation, in bins of one width from 0 to the largest."""
+    """Counts of those by their activation, in bins of one width from the smallest to the largest."""
     contexts: tuple[Context, ...]
-    """Places where it fires most, at most one per document."""
+    """Places where it fires most above 0, at most one per document."""
+    below: tuple[Context, ...] = ()
+    """The same below 0, the farthest from it first."""
     strata: tuple[Stratum, ...]
     """Places of each quantile of its activations, the highest first."""
     by_position: tuple[float | None, ...]
