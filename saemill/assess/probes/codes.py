@@ -55,6 +55,8 @@ def encode(sae: Sae, x_ND: NDArray[np.float32]) -> Codes:
             columns.append(codes.top_indices[active].int().cpu().numpy())
             values.append(codes.top_acts[active].float().cpu().numpy())
     ends_N = np.cumsum(np.concatenate([[0], *counts]))
+    if ends_N[-1] <= np.iinfo(np.int32).max:  # else scipy would write all indices in 8 bytes
+        ends_N = ends_N.astype(np.int32)
     by_row = (np.concatenate(values), np.concatenate(columns), ends_N)
     return scipy.sparse.csr_array(by_row, shape=(len(x_ND), sae.config.num_latents)).tocsc()
 
