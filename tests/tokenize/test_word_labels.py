@@ -33,9 +33,7 @@ from saemill.tokenize.words import words_of
 COLUMNS = Column("text", False, False, words="tokens", labels=(LabelColumn("upos", None),))
 TAGS = {word: ("NOUN", "VERB", "DET")[len(word) % 3] for word in WORDS}
 LABELLED = {"words_column": "tokens", "word_labels": ("upos",)}
-words = st.text(
-    st.characters(exclude_categories=("C", "Z"), exclude_characters="—"), min_size=1, max_size=8
-)
+words = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="—"), min_size=1, max_size=8)
 spaces = st.sampled_from(["", " ", "\n", "\u00a0 \t", "—", " ——\n"])
 
 
