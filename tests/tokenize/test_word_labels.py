@@ -33,8 +33,8 @@ from saemill.tokenize.words import words_of
 COLUMNS = Column("text", False, False, words="tokens", labels=(LabelColumn("upos", None),))
 TAGS = {word: ("NOUN", "VERB", "DET")[len(word) % 3] for word in WORDS}
 LABELLED = {"words_column": "tokens", "word_labels": ("upos",)}
-words = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8)
-spaces = st.sampled_from(["", " ", "\n", "\u00a0 \t"])
+words = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="—"), min_size=1, max_size=8)
+spaces = st.sampled_from(["", " ", "\n", "\u00a0 \t", "—", " ——\n"])
 
 
 def encoder_of(folder: str) -> Encoder:
@@ -60,6 +60,7 @@ def test_a_token_has_the_label_of_its_first_character(
         text += space + word
         owners += [*[None] * len(space), *[None if label == "_" else label] * len(word)]
     text += end
+    owners += [None] * len(end)
     row = {"text": text, "tokens": [word for _, word, _ in parts], "upos": [label for _, _, label in parts]}
     read = words_of(row, COLUMNS, "row 0")
     for encoder in encoders:

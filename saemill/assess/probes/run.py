@@ -148,7 +148,7 @@ def probe_pool(
     """
     examples = pool.examples
     train = examples.part_N == TRAIN
-    features = {site: Standard.of(x_ND[train]) for site, x_ND in x.items()}
+    features = {site: Standard.of(x_ND, train) for site, x_ND in x.items()}
     usable = {label.name: label for label in pool.usable(list(pool.all_labels.values()))}
     tasks = {f"{site}\n{name}": (site, label) for site in x for name, label in usable.items()}
     own = len(list(tasks)[everyone.slice_of(len(tasks))])

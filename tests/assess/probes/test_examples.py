@@ -119,7 +119,7 @@ def test_a_probe_that_remembers_words_knows_none_that_it_never_saw() -> None:
     for fitted_to, tried_on, least, most in (
         (by_occurrence, ~by_occurrence, 0.9, 1), (train, test, 0.35, 0.65)
     ):  # fmt: skip
-        (probe,) = fit(Standard.of(x[fitted_to]), label.y_N[fitted_to], (1.0,))
+        (probe,) = fit(Standard.of(x, fitted_to), label.y_N[fitted_to], (1.0,))
         auc = area(probe.score(x[tried_on]), label.y_N[tried_on], group[tried_on], 300).value
         assert least < auc < most
     again = shuffled(label, found, 1)
