@@ -146,17 +146,19 @@ class ObjectStore:
         def attempt() -> str | None:
             nonlocal mode
             try:
-                tag = self._put(key, content, mode)
+                put = self._put(key, content, mode)
             except (FileExistsError, exceptions.AlreadyExistsError, exceptions.PreconditionError):
                 if (found := self.look(key)) is None:
                     raise OSError("another process is writing it") from None
                 if not self._holds(key, found.tag, content):
                     raise FileExistsError(f"{self.address}/{key}") from None
                 return found.tag
-            if not self._holds(key, tag, content):
-                mode = {"e_tag": tag}  # over what this attempt has left there
+            if not self._holds(key, put["e_tag"], content):
+                mode = (
+                    put  # over what this attempt has left there: S3 and Azure by its tag, GCS by its version
+                )
                 raise OSError(ARRIVED_OTHERWISE)
-            return tag
+            return put["e_tag"]
 
         return self._patiently(attempt, key, "written")
 
@@ -168,7 +170,7 @@ class ObjectStore:
         """
 
         def attempt() -> str | None:
-            tag = self._put(key, content, "overwrite")
+            tag = self._put(key, content, "overwrite")["e_tag"]
             if not self._holds(key, tag, content):
                 raise OSError(ARRIVED_OTHERWISE)
             return tag
@@ -189,10 +191,11 @@ class ObjectStore:
 
         self._patiently(attempt, key, "removed")
 
-    def _put(self, key: str, content: bytes, mode: Any) -> str | None:
+    def _put(self, key: str, content: bytes, mode: Any) -> dict[str, str | None]:
+        """Write an object. Returns: its `e_tag` and `version`, which as a mode say what is to be replaced."""
         import obstore
 
-        return obstore.put(self._to_write, key, content, mode=mode, use_multipart=False)["e_tag"]
+        return {**obstore.put(self._to_write, key, content, mode=mode, use_multipart=False)}  # type: ignore[dict-item]
 
     def _holds(self, key: str, tag: str | None, content: bytes) -> bool:
         """Tell whether an object has some content: by its tag where that is the content's MD5, as it is in S3
