@@ -22,6 +22,8 @@ N_ATTEMPTS = 6
 FIRST_WAIT_SECONDS = 0.25
 READ_SECONDS, WRITE_SECONDS = 60, 600
 """Time that one request may take: of 16 MiB that are read, and of a whole shard that is written."""
+SMALL_BYTES = 1 << 16
+"""Most bytes of an object that is written in the time of a read: claims must not wait for longer."""
 MOST_BYTES = 5_000_000_000
 """Of an object that is written at once, in S3."""
 
@@ -195,7 +197,8 @@ class ObjectStore:
         """Write an object. Returns: its `e_tag` and `version`, which as a mode say what is to be replaced."""
         import obstore
 
-        return {**obstore.put(self._to_write, key, content, mode=mode, use_multipart=False)}  # type: ignore[dict-item]
+        store = self._store if len(content) <= SMALL_BYTES else self._to_write
+        return {**obstore.put(store, key, content, mode=mode, use_multipart=False)}  # type: ignore[dict-item]
 
     def _holds(self, key: str, tag: str | None, content: bytes) -> bool:
         """Tell whether an object has some content: by its tag where that is the content's MD5, as it is in S3
