@@ -9,7 +9,7 @@ from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
 from saemill.common.ranges import parsed
 from saemill.common.setting import DEVICE, about, check, identity, like, setting
-from saemill.common.stores.local_cache import KeptLocally
+from saemill.common.stores.kept_locally import KeptLocally
 from saemill.common.weights import DeviceMap, Weights
 
 PROBE_K = (1, 2, 5, 20)

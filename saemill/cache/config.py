@@ -115,7 +115,10 @@ class CacheConfig:
                 "--layers 2,4, --sites 'layers.*.mlp' or --layer-stride 2"
             )
         if self.max_disk is not None and (address := address_of(self.out)):
-            raise ConfigError(f"max_disk has no effect: {address} is on no disk; leave it out")
+            raise ConfigError(
+                f"max_disk has no effect: {address} is on no disk, and `train --local-cache` bounds what is "
+                "kept of it here; leave it out, or cache to a folder"
+            )
         if self.max_disk is not None:
             size_of(self.max_disk, "max_disk")
         elif self.delete_consumed:

@@ -7,7 +7,7 @@ from typing import Literal
 from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
 from saemill.common.setting import DEVICE, about, check, like, setting
-from saemill.common.stores.local_cache import KeptLocally
+from saemill.common.stores.kept_locally import KeptLocally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

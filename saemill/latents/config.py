@@ -7,7 +7,7 @@ from typing import Literal
 from saemill.common.errors import ConfigError
 from saemill.common.ranges import parsed
 from saemill.common.setting import DEVICE, about, check, like, setting
-from saemill.common.stores.local_cache import KeptLocally
+from saemill.common.stores.kept_locally import KeptLocally
 
 HAS_EFFECT = {
     "model": ("delphi", "saedashboard"),

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from saemill.common.config import LARGEST
 from saemill.common.setting import DEVICE, check, identity, like, setting
 from saemill.common.sizes import size_of
-from saemill.common.stores.local_cache import KeptLocally
+from saemill.common.stores.kept_locally import KeptLocally
 from saemill.common.stores.mask import TrainingMask
 from saemill.train import checks
 from saemill.train.architectures import WITH_AUXK

@@ -231,7 +231,7 @@ def test_what_a_bucket_cannot_have_is_refused(s3: S3, tokens: TokenStore, neox: 
     s3.put_file("other/notes.txt", b"x")
     with pytest.raises(StoreError, match=r"s3://bucket/other holds other files \(notes.txt\); choose a new"):
         cache(tokens, neox, Path("s3://bucket/other"), **OPTIONS)
-    with pytest.raises(ConfigError, match="max_disk has no effect: s3://bucket/acts is on no disk; leave it"):
+    with pytest.raises(ConfigError, match="max_disk has no effect: s3://bucket/acts is on no disk, and"):
         CacheConfig(tokens=tokens.path, model=neox, out=Path("s3://bucket/acts"), layers=(1,), max_disk="1GB")
     address = Path("s3://bucket/settled/acts")
     cache(tokens, neox, address, **OPTIONS)

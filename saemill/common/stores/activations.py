@@ -32,7 +32,7 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores import joined, mirror, site_names
 from saemill.common.stores.followers import Consumed, read_consumed
 from saemill.common.stores.joined import JoinedSite
-from saemill.common.stores.local_cache import KeptLocally
+from saemill.common.stores.kept_locally import KeptLocally
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.permutation import permutation

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,35 +25,10 @@ from saemill.common import durable
 from saemill.common.errors import ConfigError, DiskError, MissingError
 from saemill.common.log import say
 from saemill.common.outlook import shown
-from saemill.common.setting import setting
-from saemill.common.sizes import size_of
 
 HASH_BYTES = 8
 DIGITS = 20
 """Of the count of bytes, which is written in place."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeptLocally:
-    """How much is kept: the setting of all commands that read activations."""
-
-    local_cache: str | None = setting(
-        None,
-        "Most room on the disk for blocks of stores in buckets, for later reads, as 200GB; 0 for none",
-        by_default="half of what is free",
-        metavar="SIZE",
-        decides=False,
-    )
-    """In the user's cache folder; of all stores and processes together."""
-
-    @property
-    def max_bytes(self) -> int | None:
-        """`local_cache` in bytes; None where it is half of what is free.
-
-        Raises:
-            ConfigError: it is no size.
-        """
-        return None if self.local_cache is None else size_of(self.local_cache, "local_cache")
 
 
 def _open_locked(path: Path, how: int, flags: int = os.O_RDONLY) -> int:

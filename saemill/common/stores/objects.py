@@ -22,6 +22,8 @@ N_ATTEMPTS = 6
 FIRST_WAIT_SECONDS = 0.25
 READ_SECONDS, WRITE_SECONDS = 60, 600
 """Time that one request may take: of 16 MiB that are read, and of a whole shard that is written."""
+SMALL_BYTES = 1 << 16
+"""Most bytes of an object that is written in the time of a read: claims must not wait for longer."""
 MOST_BYTES = 5_000_000_000
 """Of an object that is written at once, in S3."""
 
@@ -146,17 +148,19 @@ class ObjectStore:
         def attempt() -> str | None:
             nonlocal mode
             try:
-                tag = self._put(key, content, mode)
+                put = self._put(key, content, mode)
             except (FileExistsError, exceptions.AlreadyExistsError, exceptions.PreconditionError):
                 if (found := self.look(key)) is None:
                     raise OSError("another process is writing it") from None
                 if not self._holds(key, found.tag, content):
                     raise FileExistsError(f"{self.address}/{key}") from None
                 return found.tag
-            if not self._holds(key, tag, content):
-                mode = {"e_tag": tag}  # over what this attempt has left there
+            if not self._holds(key, put["e_tag"], content):
+                mode = (
+                    put  # over what this attempt has left there: S3 and Azure by its tag, GCS by its version
+                )
                 raise OSError(ARRIVED_OTHERWISE)
-            return tag
+            return put["e_tag"]
 
         return self._patiently(attempt, key, "written")
 
@@ -168,7 +172,7 @@ class ObjectStore:
         """
 
         def attempt() -> str | None:
-            tag = self._put(key, content, "overwrite")
+            tag = self._put(key, content, "overwrite")["e_tag"]
             if not self._holds(key, tag, content):
                 raise OSError(ARRIVED_OTHERWISE)
             return tag
@@ -189,10 +193,12 @@ class ObjectStore:
 
         self._patiently(attempt, key, "removed")
 
-    def _put(self, key: str, content: bytes, mode: Any) -> str | None:
+    def _put(self, key: str, content: bytes, mode: Any) -> dict[str, str | None]:
+        """Write an object. Returns: its `e_tag` and `version`, which as a mode say what is to be replaced."""
         import obstore
 
-        return obstore.put(self._to_write, key, content, mode=mode, use_multipart=False)["e_tag"]
+        store = self._store if len(content) <= SMALL_BYTES else self._to_write
+        return {**obstore.put(store, key, content, mode=mode, use_multipart=False)}  # type: ignore[dict-item]
 
     def _holds(self, key: str, tag: str | None, content: bytes) -> bool:
         """Tell whether an object has some content: by its tag where that is the content's MD5, as it is in S3
