@@ -7,7 +7,7 @@ Its encoder is the one of `Sae`. `num_latents` 0 stands for d_in × expansion_fa
 carries a seal (`seal`), which is checked. With `transcode` it predicts a module's output from its input.
 Before version 1.0 the run's config alone said so, and transcoders subtracted b_dec, which is folded here.
 
-`activation` is "topk" or "groupmax"; before version 1.0 `signed` stood for the k largest by absolute value,
+`activation` is "topk" or "groupmax"; in older versions `signed` stood for the k largest by absolute value,
 with their signs. Six things are saemill's own. `activation` "jumprelu", with `threshold` and no `k`: sparsify
 has no thresholds, and its loader refuses a tensor that it does not know. `activation` "abs-topk", which it
 does not know either.
