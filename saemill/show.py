@@ -168,10 +168,12 @@ def _describe_run(path: Path) -> str:
         state = "a checkpoint to go on from" if (path / runs.CHECKPOINT).exists() else "no checkpoint yet"
         return "\n".join([f"run {path}: unfinished, {state}", *_points(path)])
     finished = runs.finished(path)
-    lines = [
-        f"run {path}: {counted(len(finished.variants), 'SAE')}, {finished.tokens:,} tokens in "
-        f"{counted(finished.steps, 'step')}, {finished.seconds:,.0f} s"
-    ]
+    trained = (
+        f"{finished.tokens:,} tokens in {counted(finished.steps, 'step')}, {finished.seconds:,.0f} s"
+        if not finished.imported
+        else f"trained elsewhere, on {finished.acts}"
+    )
+    lines = [f"run {path}: {counted(len(finished.variants), 'SAE')}, {trained}"]
     verdicts = {}
     if (path / assessments.FILE).exists():
         assessment = assessments.read(path)

@@ -83,6 +83,11 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     """Choose the files of a finished run: its SAEs, how they were made, and their assessment."""
     if not runs.is_finished(path):
         raise StoreError(f"the run {path} is unfinished; finish it with `saemill train`")
+    if runs.finished(path).imported:
+        raise ConfigError(
+            f"{path} holds SAEs that were trained elsewhere, with no settings to publish; push a run that "
+            "was trained here"
+        )
     if damaged := settings_problems(path):
         raise StoreError(damaged[0])
     finished, identity = runs.finished(path), runs.identity(path)

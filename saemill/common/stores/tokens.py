@@ -401,7 +401,7 @@ class TokenStore:
         by = "text" if of_text else "ids"
         return (
             f"rows of documents held out when the tokens were made ({n_held_out:,} of {n:,} {what}, "
-            f"chosen by a hash of their {by}); training never saw them"
+            f"chosen by a hash of their {by})"
         )
 
     hint_to_hold_out = "tokenize with --held-out-fraction above 0, or name other text with --tokens"
