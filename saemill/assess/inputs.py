@@ -15,7 +15,7 @@ from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.models.cached import check_given, check_model, load_model
 from saemill.common.models.model import LanguageModel
-from saemill.common.sae import of_run
+from saemill.common.sae import formats, of_run
 from saemill.common.sae.sae import Sae
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore, keep_locally
@@ -36,6 +36,8 @@ class Trained:
     left_out: dict[str, tuple[Sae, str]]
     """Variants that diverged or were stopped early, and the reason: listed, not measured."""
     mask: MaskConfig
+    is_imported: bool
+    """Whether the SAEs were trained elsewhere, on text that is not known."""
 
     @property
     def sites(self) -> list[str]:
@@ -58,6 +60,11 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
         StoreError: it is unfinished, its activations are not to be found, or no variant is worth measuring.
         ConfigError: variants or latents are named that it does not have.
     """
+    if not runs.is_finished(config.run) and formats.is_sae(config.run):
+        raise ConfigError(
+            f"{config.run} is an SAE, and no run; make one of it, on cached activations, with "
+            f"`saemill import {config.run} --acts STORE -o RUN`"
+        )
     if not runs.is_finished(config.run):
         raise StoreError(
             f"{config.run} is no finished run ({runs.FINISHED} is missing); finish it with `saemill train`"
@@ -84,7 +91,7 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
         )
     may_be_shown = saes.values() if config.variant is None else [saes[config.variant]]
     features.check_latents(config.latents, [sae.config.num_latents for sae in may_be_shown])
-    return Trained(store, saes, left_out, finished.mask)
+    return Trained(store, saes, left_out, finished.mask, bool(finished.imported))
 
 
 def _open_store(path: Path, beside: Path | None) -> ActivationStore:

@@ -50,7 +50,14 @@ class CacheConfig:
     max_tokens: int | None = setting(
         None, "Cache only the first rows, at most so many tokens", by_default="the store's, or all"
     )
-    batch_size: int = setting(16, "Rows per forward pass", metavar="ROWS", decides=False, least=1)
+    batch_size: int | None = setting(
+        None,
+        "Rows per forward pass",
+        by_default="16, on a CPU those of 2048 tokens",
+        metavar="ROWS",
+        decides=False,
+        least=1,
+    )
     shard_tokens: int | None = setting(
         None,
         "Tokens per shard file, in whole rows; compressed, in whole blocks of 256",

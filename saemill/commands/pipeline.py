@@ -28,6 +28,7 @@ from saemill.train.config import TrainConfig
     TokenizeConfig,
     OUT,
     *("tokenizer", "subset", "split", "text_column", "chat_column", "chat_template", "source_column"),
+    *("words_column", "word_labels"),
     *("special_tokens_in_text", "row_start", "document_start", "separator"),
     *("ctx_len", "max_tokens", "streaming", "shuffle_seed", "held_out_fraction"),
     flag("repack", "--repack"),

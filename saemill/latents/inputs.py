@@ -107,6 +107,12 @@ def _check_words(format: str, saes: dict[str, Sae]) -> None:
                 f"{format} has SAEs of one site, got {name}, {spans}; `saemill assess` "
                 "shows its latents. Name the other SAEs of the run one by one"
             )
+        if format != "saebench" and sae.config.is_signed:
+            raise ConfigError(
+                f"{format} ranks activations from 0 up, got {name}, whose latents fire below 0 as well "
+                f"({sae.config.architecture}); `saemill assess` shows both ends. Name the other SAEs of the "
+                "run one by one"
+            )
         if format == "saebench" and sae.is_transcoder:
             raise ConfigError(
                 f"saebench's core evaluation is of SAEs that reconstruct what they read, got {name}, a "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError, SaemillError, StoreError
@@ -18,6 +19,7 @@ from saemill.common.log import say
 from saemill.common.sae import formats, of_run
 from saemill.common.sae.parts import Parts, SaeConfig
 from saemill.common.stores import runs
+from saemill.common.stores.site_names import parts_of
 from saemill.train.architectures import BY_K, BY_L1, Architecture
 from saemill.train.config import TrainConfig
 
@@ -109,9 +111,9 @@ def _source(address: str, name: str, parts: Parts) -> Source:
         )
     if parts.config.predicted:
         raise ConfigError(
-            f"{address} is {parts.config.spans}; start from an SAE or a transcoder, of one site"
+            f"{address} is {parts.config.spans}; start from an SAE, a transcoder or a crosscoder"
         )
-    lengths_F = parts.W_dec.float().norm(dim=1)
+    lengths_F = _lengths(parts)
     threshold_F = None if parts.threshold is None else parts.threshold * lengths_F
     return Source(
         address=address,
@@ -123,6 +125,16 @@ def _source(address: str, name: str, parts: Parts) -> Source:
         has_many_thresholds=threshold_F is not None
         and bool((threshold_F - threshold_F[0]).abs().max() > LENGTH_TOLERANCE * threshold_F[0]),
     )
+
+
+def _lengths(parts: Parts) -> Tensor:
+    """Compute the lengths of decoder rows; of a crosscoder in the sites' own units, in which its latents are
+    chosen, up to a factor that all share."""
+    W_dec, joined = parts.W_dec.float(), parts.config.joined
+    if joined:
+        W_dec = W_dec * torch.cat([W_dec.new_full((part.width,), part.scale) for part in joined])
+    lengths_F: Tensor = torch.linalg.vector_norm(W_dec, dim=1)
+    return lengths_F / lengths_F.mean() if joined else lengths_F
 
 
 def content_of(parts: Parts) -> str:
@@ -265,8 +277,13 @@ def _unknown(source: Source, name: str) -> Any:
 def _check_shape(entry: Mapping[str, Any], source: Source, d: int, e: int) -> None:
     """Refuse an SAE of another width than the sites', or of another number of latents than is asked for."""
     config, target, address = source.config, entry.get("target_site"), source.address
-    if config.spans:
-        raise ConfigError(f"{address} is {config.spans}; start from an SAE or a transcoder, of one site")
+    n_joined, site = len(parts_of(entry["site"])), entry["site"]
+    if n_joined != (len(config.joined) or 1):
+        joins = f"joins {n_joined} sites" if n_joined > 1 else "is one site"
+        raise ConfigError(
+            f"{address} is {config.spans or 'of one site'}, and {site} {joins}; start from an SAE of as many "
+            "sites"
+        )
     if (config.d_out is None) != (target is None):
         advice = "leave target_site out" if target else "say which site it predicts with target_site"
         raise ConfigError(f"{address} is {'an SAE' if target else 'a transcoder'}; {advice}")
@@ -288,7 +305,7 @@ def _check_shape(entry: Mapping[str, Any], source: Source, d: int, e: int) -> No
 def _check_kind(architecture: Architecture, source: Source) -> None:
     """Refuse an architecture in which the source cannot be written."""
     config, own = source.config, source.config.architecture
-    among_k = {architecture, own} <= {*BY_K} - {"groupmax"}
+    among_k = {architecture, own} <= {*BY_K} - {"groupmax", "abs-topk"}
     if not (architecture == own or among_k or (architecture in OF_THRESHOLDS and config.k is None)):
         raise ConfigError(
             f"{source.address} is a {own} SAE, which cannot be written as {architecture}; leave architecture "
