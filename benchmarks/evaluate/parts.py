@@ -28,6 +28,7 @@ from saemill.common.models.model import LanguageModel, attention_of
 from saemill.common.sae.sae import Sae
 from saemill.common.world import World
 from saemill.train.backends.choose import choose_kernels, choose_product_dtype, make_backend
+from saemill.train.backends.codes import Largest
 from saemill.train.backends.parameters import Shape
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def encode(sae: Sae, batches: list[Tensor]) -> Callable[[], None]:
 
     def work() -> None:
         for x_TD in batches:
-            backend.largest(backend.prepare(x_TD), weights, backend.bias(weights), sae.config.k)  # type: ignore[attr-defined]
+            backend.largest(backend.prepare(x_TD), weights, backend.bias(weights), Largest(sae.config.k))  # type: ignore[attr-defined]
 
     return work
 
