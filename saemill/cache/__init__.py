@@ -5,6 +5,7 @@ The path of a token, from its row to its shard:
 run.py         the stage: a plan → a store with its tokens → its sites finished
 fill.py        rows → model → activations → stored rows → a shard, until none is lacking
 writer.py      a shard: permuted, written, hashed, summed, committed
+spare.py       memory that shards share, one after another
 
 What stands around it:
 

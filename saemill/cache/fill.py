@@ -14,11 +14,12 @@ from torch import Tensor
 from saemill.cache.claims.worker import Lost, Worker
 from saemill.cache.room import Room
 from saemill.cache.sharing import Share, Sharing
+from saemill.cache.spare import Spare
 from saemill.cache.writer import SiteWriter
 from saemill.common.log import progress, say
 from saemill.common.models.model import LanguageModel, attention_of
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.forms.form import Form, empty
+from saemill.common.stores.forms.form import Form
 
 ROWS_AT_ONCE = 16
 """Rows per forward pass where nobody says."""
@@ -63,6 +64,7 @@ class Filling:
     ) -> None:
         self.store, self.model, self.worker, self.batch_size = store, model, worker, batch_size
         self.sharing = Sharing(store, writers, worker, room)
+        self.permuted = Spare()
         self.n_written = 0
         """Number of shards that this worker wrote, counted per site."""
 
@@ -77,6 +79,7 @@ class Filling:
             Interrupted: a signal came; what was finished is committed.
         """
         sharing = self.sharing
+        one, other = Spare(), Spare()
         with (
             progress("cache", self.store.n_tokens, "tokens", sharing.n_tokens_done) as advance,
             _Background() as background,
@@ -85,8 +88,11 @@ class Filling:
                 for share in sharing.claimed(advance):
                     forms = {writer.site.name: writer.form for writer in share.writers}
                     heed = self._heed(share, advance)
-                    stored_TC = computed(self.store, self.model, forms, share.shard, self.batch_size, heed)
-                    background.start(self._write, share, stored_TC)
+                    stored_TC = computed(
+                        self.store, self.model, forms, share.shard, self.batch_size, heed, one
+                    )
+                    background.start(self._write, share, stored_TC)  # when the shard before is written
+                    one, other = other, one
                 background.wait()
                 sharing.wait()
 
@@ -104,7 +110,7 @@ class Filling:
         """Write a shard at the sites that lack it. If the claim was lost, the remaining sites are dropped."""
         try:
             for writer in share.writers:
-                writer.write(share.shard, stored_TC[writer.site.name], share.claim)
+                writer.write(share.shard, stored_TC[writer.site.name], share.claim, self.permuted)
                 self.n_written += 1
         except Lost as lost:
             say(f"{lost}; this worker's shard is dropped")
@@ -118,6 +124,7 @@ def computed(
     shard: int,
     batch_size: int,
     done: Callable[[int], None],
+    spare: Spare,
 ) -> dict[str, Tensor]:
     """Run the model over the rows of one shard.
 
@@ -131,11 +138,12 @@ def computed(
         shard: its number.
         batch_size: rows per forward pass.
         done: called with the number of tokens of each batch, when it is computed.
+        spare: memory for the rows.
 
     Returns: per site the stored rows [tokens, C] in address order, on the CPU.
     """
     tokens, rows = store.tokens, store.rows_of(shard)
-    stored_TC = {site: empty(form, len(rows) * tokens.ctx_len) for site, form in forms.items()}
+    stored_TC = {site: spare.empty(site, form, len(rows) * tokens.ctx_len) for site, form in forms.items()}
     for row in rows[::batch_size]:
         stop = min(row + batch_size, rows.stop)
         ids_RS = torch.from_numpy(tokens.rows(row, stop).astype("int64"))

@@ -53,8 +53,8 @@ def outlook_of(
     records = sum(n_shards * (shard_tokens * RECORD_BYTES + site.width * STATISTICS_BYTES) for site in sites)
     shards = [shard_tokens * row_bytes[site.name] for site in sites]
     model = {"model": model_bytes(n_weights, identity)}
-    # One shard of each site is computed while the one before is written, a site at a time: permuted, counted.
-    buffers = {"shards": sum(shards) * min(2, n_shards) + 2 * max(shards)}
+    # One shard of each site is computed while the one before is written, a site at a time, permuted.
+    buffers = {"shards": sum(shards) * min(2, n_shards) + max(shards)}
     on_gpu = device.type == "cuda"
     compression = identity.get("compression")
     padded = ", the last one padded" if n_rows * ctx_len % shard_tokens and not compression else ""

@@ -12,6 +12,7 @@ from saemill.cache.fill import batch_rows, computed
 from saemill.cache.folder import write_group
 from saemill.cache.placing import Place, place_of
 from saemill.cache.repair import mend
+from saemill.cache.spare import Spare
 from saemill.cache.writer import SiteWriter
 from saemill.common import records
 from saemill.common.addresses import naming
@@ -155,10 +156,11 @@ def _compute(
             worker.check_stop()
             advance(n_tokens)
 
+        spare = Spare()
         for shard in shards:
             lacking = [writer for writer in writers if shard in bad[writer.site.name]]
             forms = {writer.site.name: writer.form for writer in lacking}
-            stored_TC = computed(store, model, forms, shard, n_rows, done)
+            stored_TC = computed(store, model, forms, shard, n_rows, done, spare)
             for writer in lacking:
                 name = writer.site.name
                 if not writer.restore(shard, stored_TC[name], bad[name][shard]):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saemill.cache.claims.worker import Claim, Lost, Worker
 from saemill.cache.folder import has_shards, put
+from saemill.cache.spare import Spare
 from saemill.common import records
 from saemill.common.errors import DataError, DiskError, StoreError
 from saemill.common.log import say
@@ -97,20 +98,21 @@ class SiteWriter:
         if found != self.known:
             put(record_path(self.store.path, self.site.name), records.content(self.known), self.worker)
 
-    def write(self, shard: int, stored_TC: Tensor, claim: Claim) -> None:
+    def write(self, shard: int, stored_TC: Tensor, claim: Claim, spare: Spare) -> None:
         """Write and commit one shard.
 
         Args:
             shard: its number.
             stored_TC: stored rows in address order, on the CPU.
             claim: the right to do so.
+            spare: memory for the same rows in the file's order.
 
         Raises:
             DataError: some value is NaN or infinite.
             Lost: another worker took the shard over; nothing of this one's is in the store.
         """
         self._check_finite(shard, stored_TC)
-        permuted_TC = stored_TC.index_select(0, torch.from_numpy(self.store.permutation(shard)))
+        permuted_TC = self._permuted(shard, stored_TC, spare)
         data, record = self.worker.partial(), self.worker.partial()
         try:
             written = self.array.write_shard(shard, as_numpy(permuted_TC), data)
@@ -136,7 +138,7 @@ class SiteWriter:
         Returns: whether it did.
         """
         data = self.worker.partial()
-        permuted_TC = stored_TC.index_select(0, torch.from_numpy(self.store.permutation(shard)))
+        permuted_TC = self._permuted(shard, stored_TC, Spare())
         try:
             is_same = self.array.write_shard(shard, as_numpy(permuted_TC), data).xxh3 == xxh3
             if is_same:
@@ -144,6 +146,12 @@ class SiteWriter:
         finally:
             data.unlink(missing_ok=True)
         return is_same
+
+    def _permuted(self, shard: int, stored_TC: Tensor, spare: Spare) -> Tensor:
+        """Bring stored rows from the order of addresses into that of the file."""
+        places_T = torch.from_numpy(self.store.permutation(shard))
+        permuted_TC = spare.empty("permuted", self.form, len(stored_TC))
+        return torch.index_select(stored_TC, 0, places_T, out=permuted_TC)
 
     def _activations(self, stored_TC: Tensor) -> Iterator[Tensor]:
         """Decode stored rows, some at a time: what training will see."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from saemill.cache.claims.worker import Claim, Worker
 from saemill.cache.folder import write_group
 from saemill.cache.repair import damaged, mend
+from saemill.cache.spare import Spare
 from saemill.cache.writer import SiteWriter
 from saemill.common import records
 from saemill.common.addresses import naming
@@ -95,12 +96,12 @@ def _write(
     site: SiteArray, lacking: list[int], store: ActivationStore, writer: SiteWriter, claim: Claim
 ) -> None:
     """Write the shards of a site that are lacking."""
-    addressed = Addressed(site)
+    addressed, spare = Addressed(site), Spare()
     n_done = store.n_tokens - sum(map(store.shard_length, lacking))
     with progress(f"convert {site.name}", store.n_tokens, f"{store.text.unit}s", n_done) as advance:
         for shard in lacking:
             writer.worker.check_stop()
             start = shard * store.shard_tokens
             rows_TC = addressed.rows(start, start + store.shard_length(shard))
-            writer.write(shard, stored_again(site, rows_TC, writer.form), claim)
+            writer.write(shard, stored_again(site, rows_TC, writer.form), claim, spare)
             advance(len(rows_TC))

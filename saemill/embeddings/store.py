@@ -15,13 +15,14 @@ from saemill.cache.claims.files import holds_only_claims
 from saemill.cache.claims.worker import Claim, Worker
 from saemill.cache.folder import check_same_store, write_group
 from saemill.cache.repair import damaged, mend
+from saemill.cache.spare import Spare
 from saemill.cache.writer import SiteWriter
 from saemill.common import config as settings
 from saemill.common import durable, records, setting
 from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.forms.form import empty, form_of
+from saemill.common.stores.forms.form import form_of
 from saemill.common.stores.forms.packing import BLOCK_TOKENS, rows_per_shard
 from saemill.common.stores.mirror import OBJECTS
 from saemill.common.stores.passages import NO_MASK, PassageManifest, PassageStore, PassageWriter
@@ -235,16 +236,16 @@ def fill(
         n_done = store.n_shards - len(missing)
         say(f"{n_done:,} of {counted(store.n_shards, 'shard')} are there, continuing with shard {missing[0]}")
     if missing:
-        reader = _Reader(conversion, batches)
+        reader, spare = _Reader(conversion, batches), Spare()
         with progress("write", store.n_tokens, "passages", store.n_tokens - n_missing) as advance:
             for shard in missing:
                 x_TD = torch.empty(store.shard_length(shard), writer.site.width, dtype=conversion.dtype)
                 for n_rows in reader.fill(x_TD, shard * store.shard_tokens):
                     worker.check_stop()
                     advance(n_rows)
-                stored_TC = empty(writer.form, len(x_TD))
+                stored_TC = spare.empty("stored", writer.form, len(x_TD))
                 writer.form.encode(x_TD, stored_TC)
-                writer.write(shard, stored_TC, claim)
+                writer.write(shard, stored_TC, claim, spare)
     if not writer.finish():
         raise StoreError(f"shards of {store.path} went missing meanwhile; run the command again")
     return (

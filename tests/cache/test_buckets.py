@@ -21,6 +21,7 @@ from saemill.cache.claims.owner import Owner
 from saemill.cache.claims.worker import Lost, Worker
 from saemill.cache.config import CacheConfig
 from saemill.cache.placing import InBucket
+from saemill.cache.spare import Spare
 from saemill.cache.writer import SiteWriter
 from saemill.common import durable
 from saemill.common.errors import ConfigError, DataError, DiskError, StoreError
@@ -224,7 +225,7 @@ def write_shard(
         claim = worker.claim("shard-1")
         assert claim
         begin()
-        writer.write(1, values, claim)
+        writer.write(1, values, claim, Spare())
         writer.finish()
         end()
 

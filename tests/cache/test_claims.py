@@ -26,6 +26,7 @@ from saemill.cache.claims import owner
 from saemill.cache.claims import worker as claims
 from saemill.cache.claims.worker import Claim, Lost, Worker
 from saemill.cache.placing import OnDisk
+from saemill.cache.spare import Spare
 from saemill.cache.writer import SiteWriter
 from saemill.common import durable
 from saemill.common.errors import Interrupted
@@ -274,7 +275,7 @@ def one_shard(store: ActivationStore, worker: Worker, values_TD: torch.Tensor) -
     writer = SiteWriter(store, Site("a", 8), worker)
     claim = worker.claim("shard-1")
     assert claim
-    writer.write(1, values_TD, claim)
+    writer.write(1, values_TD, claim, Spare())
     claim.release()
     return writer
 
@@ -336,7 +337,7 @@ def stopped_at(moment: int, store: ActivationStore, values: torch.Tensor, others
                              (Path, "exists"), (Path, "stat"), (Path, "samefile")):  # fmt: skip
             wrap(holder, name)
         with suppress(Lost):
-            writer.write(1, values, claim)
+            writer.write(1, values, claim, Spare())
         patch.undo()
     return steps > moment
 

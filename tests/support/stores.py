@@ -17,6 +17,7 @@ from saemill.cache.calibration import calibration_of, first_rows
 from saemill.cache.claims.worker import Worker
 from saemill.cache.folder import write_group
 from saemill.cache.placing import OnDisk
+from saemill.cache.spare import Spare
 from saemill.cache.writer import SiteWriter
 from saemill.common.config import plain
 from saemill.common.stores.activations import ActivationStore
@@ -152,7 +153,7 @@ def make_store(
                 x_TD = site_TD[start : start + store.shard_length(shard)]
                 stored_TC = empty(writer.form, len(x_TD))
                 writer.form.encode(x_TD, stored_TC)
-                writer.write(shard, stored_TC, claim)
+                writer.write(shard, stored_TC, claim, Spare())
             writer.finish()
     return store
 
