@@ -332,7 +332,8 @@ def _banks(
         site, target = sites[0], sites[1] if len(sites) > 1 else None
         target_sample = None if target is None else (scalings[target], sample[target])
         here = [variant for variant in variants if variant.sites == sites]
-        own = Plain(backend.dtype, backend.team) if here[0].n_layers > 1 else backend
+        by_torch = backend.name == "triton" and here[0].n_layers > 1
+        own = Plain(backend.dtype, backend.team) if by_torch else backend
         learners = [
             Learner(variant, scalings[site], own, sample[site], dead_after, target_sample) for variant in here
         ]
@@ -395,7 +396,7 @@ def _say_how(config: TrainConfig, trainer: Trainer, placement: Placement, store:
         is_stepped_by_torch(v, {site: store.site(site).width for site in v.sites}) for v in placement.variants
     ):
         say(f"steps with {WITHOUT_KERNELS} are made by torch on a GPU, more slowly than by Triton's kernels")
-    if backend.name != "torch" and any(v.n_layers > 1 for v in placement.variants):
-        say("cross-layer transcoders are stepped by torch")
+    if backend.name == "triton" and any(v.n_layers > 1 for v in placement.variants):
+        say("steps of cross-layer transcoders are made by torch on a GPU")
     if trainer.step:
         say(f"continuing after step {trainer.step:,}")

@@ -35,6 +35,16 @@ class Weights(NamedTuple):
     quantised_FD: "Quantised | None" = None
     """product_FD in 8 bits, where those choose the candidates."""
 
+    @property
+    def layers(self) -> "list[Weights]":
+        """Return those of each layer, as `Parameters.layers`; decoders have no copies."""
+        found, first = [], 0
+        for p in self.parameters.layers:
+            rows = slice(first, first := first + len(p.w_enc_FD))
+            quantised = None if self.quantised_FD is None else self.quantised_FD.rows(rows)
+            found.append(Weights(p, self.product_FD[rows], p.w_dec_FD, quantised))
+        return found
+
     def refresh(self, rows: slice = slice(None)) -> None:
         """Make some latents' copies anew."""
         w_enc_FD, w_dec_FD = self.parameters.w_enc_FD, self.parameters.w_dec_FD

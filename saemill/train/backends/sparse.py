@@ -11,6 +11,9 @@ latents, each from its gradient to its new weights:
 Where the encoder subtracts no b, the terms of b in the last line but one and in db are missing. W_skip, whose
 part of the prediction is taken off the target before the first pass, has the dense gradient gs Σ_t e_t x_tᵀ.
 
+The latents of a cross-layer transcoder are scored layer by layer, each layer's as a transcoder's from its
+site. To them e_t and x_t are the parts that they write to and read.
+
 Where codes are in groups that fit alone, e_t is for each pair the weighted sum of the errors of all groups
 that hold it. Nothing of size tokens × latents and no gradient of size latents × D is ever in memory.
 """
@@ -24,11 +27,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
+from saemill.common.sae import layers
 from saemill.common.sae.topk import topk
 from saemill.train.backends.architecture import Auxiliary, Pull, Seen, Slopes
 from saemill.train.backends.auxk import DeadRows, auxk, pull
 from saemill.train.backends.base import Batch, Sums, Task, Weights, described
-from saemill.train.backends.codes import Above, Codes, Groups, Largest, LargestOfGroups, Rule
+from saemill.train.backends.codes import (
+    Above,
+    Codes,
+    Groups,
+    Largest,
+    LargestOfGroups,
+    Rule,
+    side_by_side,
+)
 from saemill.train.backends.cutoff import Best
 from saemill.train.backends.from_output import row_dots, with_objective
 from saemill.train.backends.parameters import SKIP
@@ -174,7 +186,7 @@ class Sparse(ABC):
         weights, architecture, p = task.weights, task.architecture, task.weights.parameters
         bias_F, rule, cutoff = self.bias(weights), architecture.rule(p), None
         if isinstance(rule, Largest):
-            found: Codes | None = self.largest(own, weights, bias_F, rule.k)
+            found: Codes | None = self._largest(own, weights, bias_F, rule.k)
         elif isinstance(rule, LargestOfGroups):
             found = self.largest_of_groups(own, weights, bias_F, rule.k)
         elif isinstance(rule, Above):
@@ -223,11 +235,45 @@ class Sparse(ABC):
         """Count the codes above 0 in the group that is shown."""
         return n_active if not groups.by_rank else (codes.val_TK[:, : groups.ends[groups.shown]] > 0).sum()
 
+    def _by_layer(self, own: Batch, weights: Weights) -> list[tuple[Batch, Weights]]:
+        """List what the latents of each layer read, and their weights; of one layer all."""
+        n = weights.parameters.n_layers
+        if n == 1:
+            return [(own, weights)]
+        reads = (self.prepare(x_TD.contiguous()) for x_TD in own.x_TD.chunk(n, 1))
+        return list(zip(reads, weights.layers, strict=True))
+
+    def _largest(self, own: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
+        """Find the k largest pre-activations of each token, an equal number of each layer's."""
+        by_layer = self._by_layer(own, weights)
+        n, biases = len(by_layer), bias_F.chunk(len(by_layer))
+        if n == 1:
+            return self.largest(own, weights, bias_F, k)
+        found = [self.largest(*each, bias, k // n) for each, bias in zip(by_layer, biases, strict=True)]
+        return side_by_side(found, len(bias_F) // n)
+
+    def _above_of_layers(
+        self, own: Batch, weights: Weights, bias_F: Tensor, floor_F: Tensor, most_codes: float
+    ) -> Codes | None:
+        """Find pre-activations above floors, as `above`, of all layers."""
+        by_layer = self._by_layer(own, weights)
+        n = len(by_layer)
+        if n == 1:
+            return self.above(own, weights, bias_F, floor_F, most_codes)
+        found, left = [], most_codes
+        for each, *numbers in zip(by_layer, bias_F.chunk(n), floor_F.chunk(n), strict=True):
+            codes = self.above(*each, *numbers, left)
+            if codes is None or codes.n_T is None:
+                return None
+            left -= int(codes.n_T.sum())
+            found.append(codes)
+        return side_by_side(found, len(bias_F) // n)
+
     def _above(self, own: Batch, weights: Weights, bias_F: Tensor, floor_F: Tensor) -> Codes | None:
         """Find pre-activations above floors; None where all processes had better take a dense step."""
         may_be_dense = self.team.latents.size == 1
         most = DENSE_SHARE * len(bias_F) * len(own.x_TD) if may_be_dense else float("inf")
-        codes = self.above(own, weights, bias_F, floor_F, most)
+        codes = self._above_of_layers(own, weights, bias_F, floor_F, most)
         return None if self.team.tokens.any(codes is None) else codes
 
     def _batch_largest(
@@ -253,7 +299,8 @@ class Sparse(ABC):
     def _guess(self, own: Batch, weights: Weights, bias_F: Tensor, n_kept: int) -> float:
         """Guess a floor that more than n pre-activations of the batch pass, from some of its tokens."""
         rows_TD = own.product_TD[:: max(1, len(own.x_TD) // SAMPLE_TOKENS)]
-        pre_TF = torch.addmm(bias_F.to(self.dtype), rows_TD, weights.product_FD.T).float()
+        n = weights.parameters.n_layers
+        pre_TF = layers.pre_activations(rows_TD, weights.product_FD, bias_F.to(self.dtype), n).float()
         n_tokens = len(own.x_TD) * self.team.tokens.size
         n_sampled = max(1, round(SAMPLE_RANKS * n_kept * len(rows_TD) / n_tokens / self.team.latents.size))
         floor = pre_TF.flatten().topk(min(n_sampled, pre_TF.numel())).values[-1].clamp(min=0)

@@ -80,9 +80,9 @@ def of_config(
     if of_run:
         of_architectures(config, config.architectures or tuple(s.config.architecture for s in of_run))
     variants = resolve(common, axes, config.variants, widths, n_steps, targets, sources, of_run)
-    if config.kernels in ("numba", "triton") and any(variant.n_layers > 1 for variant in variants):
+    if config.kernels == "triton" and any(variant.n_layers > 1 for variant in variants):
         raise ConfigError(
-            f"kernels {config.kernels} do not step a cross-layer transcoder, which torch does; leave kernels "
+            "kernels triton do not step a cross-layer transcoder, which torch does on a GPU; leave kernels "
             "out"
         )
     for site in widths:
