@@ -15,6 +15,9 @@ from watching import held_out, lines
 from saemill.common.errors import ConfigError
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
+from saemill.train.backends import sparse
+from saemill.train.backends.base import Backend
+from saemill.train.backends.cpu.backend import Cpu
 from saemill.train.backends.plain import Plain
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
@@ -49,9 +52,16 @@ def variant(kind: str, **changes: Any) -> Variant:
     return Variant(**settings | KINDS[kind] | changes)
 
 
-def bank_of(own: Variant) -> Bank:
+@pytest.fixture(params=[Plain, Cpu], ids=["torch", "numba"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """What computes a step; the loops also where they would leave it to torch, as codes are dense."""
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 1)
+    made: Backend = request.param(torch.float32)
+    return made
+
+
+def bank_of(own: Variant, backend: Backend) -> Bank:
     x_TD, y_TE = rows()
-    backend = Plain(torch.float32)
     sample_TE = WRITES.standardise(y_TE)
     learner = Learner(own, READS, backend, READS.standardise(x_TD), 10**9, (WRITES, sample_TE))
     return Bank("a+b+c", READS, backend, [learner], ("x+y+z", WRITES))
@@ -80,11 +90,11 @@ def codes_of(kind: str, pre: Tensor, theta: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_is_that_of_whole_matrices(kind: str) -> None:
+def test_a_step_is_that_of_whole_matrices(kind: str, backend: Backend) -> None:
     """Oracle: autograd in float64 of a transcoder between all sites side by side, whose encoder and decoder
     have zeros where a latent does not read or write; one step of SGD, then rows of unit length. What is
     exported computes the same of the sites as they are."""
-    bank, (x_TD, y_TE) = bank_of(variant(kind)), rows()
+    bank, (x_TD, y_TE) = bank_of(variant(kind), backend), rows()
     (learner,) = bank.learners
     assert learner.parameters.w_enc_FD.shape == (F, D)
     assert learner.parameters.w_dec_FD.shape == (F * (L + 1) // 2, E)
@@ -131,13 +141,14 @@ def test_a_step_is_that_of_whole_matrices(kind: str) -> None:
             )
 
 
-def test_dead_latents_of_any_layer_fit_what_is_left() -> None:
+def test_dead_latents_of_any_layer_fit_what_is_left(backend: Backend) -> None:
     """Oracle: AuxK's formula in float64 on whole matrices."""
     own = variant("topk", auxk_alpha=0.25)
-    bank, (x_TD, y_TE) = bank_of(own), rows()
+    bank, (x_TD, y_TE) = bank_of(own, backend), rows()
     (learner,) = bank.learners
     dead_S = torch.tensor([1, 5, 17, 20, 33, 40, 47])
     learner.parameters.w_enc_FD[dead_S] *= 0.01
+    learner.weights.refresh()
     learner.idle_tokens_F[dead_S] = 2 * 10**9
     p = {name: value.clone().double().requires_grad_() for name, value in learner.parameters.named.items()}
     x, y = units(READS, x_TD), units(WRITES, y_TE)
@@ -240,7 +251,7 @@ def test_beside_transcoders_it_is_as_alone(store: ActivationStore, tmp_path: Pat
         ({"nested_k": (3,)}, "nested_k is not there for a cross-layer transcoder"),
         ({"optimizer": "muon"}, "optimizer muon steps whole matrices"),
         ({"loss": "mse"}, "loss mse is in the units of one site, and a cross-layer transcoder has several"),
-        ({"kernels": "numba"}, "kernels numba do not step a cross-layer transcoder"),
+        ({"kernels": "triton"}, "kernels triton do not step a cross-layer transcoder"),
         ({"latent_ranks": 2}, "latent_ranks 2: a cross-layer transcoder needs all its latents"),
         ({"eval_losses_every": 10, "eval_every": 10, "log_every": 10}, "are measured by `saemill assess`"),
         (
