@@ -48,7 +48,7 @@ def together(saes: Mapping[str, Sae]) -> dict[str, Sae]:
     if not sets:
         raise ConfigError(
             "together has no effect: no transcoders of this run are alike but for their layers (of "
-            f"{', '.join(CROSS_LAYER)}, without a skip connection); leave it out"
+            f"{', '.join(CROSS_LAYER)}); leave it out"
         )
     return sets
 
@@ -56,7 +56,7 @@ def together(saes: Mapping[str, Sae]) -> dict[str, Sae]:
 def _is_of_one_layer(sae: Sae) -> bool:
     """Tell whether it is a transcoder that a layer of a cross-layer transcoder can be."""
     config = sae.config
-    can_be = config.architecture in CROSS_LAYER and not config.ks and sae.W_skip is None
+    can_be = config.architecture in CROSS_LAYER and not config.ks
     return sae.is_transcoder and not config.predicted and can_be
 
 

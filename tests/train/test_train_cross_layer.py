@@ -13,14 +13,16 @@ from training import config, files, killed_at
 from watching import held_out, lines
 
 from saemill.common.errors import ConfigError
+from saemill.common.sae.layers import lengths
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.activations import ActivationStore
 from saemill.train.backends import sparse
 from saemill.train.backends.base import Backend
 from saemill.train.backends.cpu.backend import Cpu
-from saemill.train.backends.plain import Plain
+from saemill.train.backends.plain import Plain, output, pre_activations
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
+from saemill.train.learner.units import fill_whole, form_of
 from saemill.train.run import run
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.variant import Variant
@@ -34,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "batchtopk": {"k": 5.5},
     "jumprelu": {"target_l0": 6.0, "penalty_warmup_steps": 0},
 }
+SKIP = {"skip_connection": True}
 
 
 def rows(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -89,12 +92,12 @@ def codes_of(kind: str, pre: Tensor, theta: Tensor | None) -> Tensor:
     return pre * on - theta.detach() * near.detach() * (theta - theta.detach())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_is_that_of_whole_matrices(kind: str, backend: Backend) -> None:
+@pytest.mark.parametrize(("kind", "skip"), [*((kind, {}) for kind in KINDS), ("topk", SKIP)])
+def test_a_step_is_that_of_whole_matrices(kind: str, skip: dict[str, Any], backend: Backend) -> None:
     """Oracle: autograd in float64 of a transcoder between all sites side by side, whose encoder and decoder
     have zeros where a latent does not read or write; one step of SGD, then rows of unit length. What is
     exported computes the same of the sites as they are."""
-    bank, (x_TD, y_TE) = bank_of(variant(kind), backend), rows()
+    bank, (x_TD, y_TE) = bank_of(variant(kind, **skip), backend), rows()
     (learner,) = bank.learners
     assert learner.parameters.w_enc_FD.shape == (F, D)
     assert learner.parameters.w_dec_FD.shape == (F * (L + 1) // 2, E)
@@ -104,6 +107,9 @@ def test_a_step_is_that_of_whole_matrices(kind: str, backend: Backend) -> None:
     codes, whole = codes_of(kind, pre, p.get("threshold")), whole_decoder(p["w_dec"], L)
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(F).double(), rtol=1e-6, atol=0)
     predicted = codes @ whole + p["b"]
+    if skip:
+        assert p["w_skip"].shape == (L * E, D)
+        predicted = predicted + x @ torch.block_diag(*p["w_skip"].split(E)).T
     loss = (predicted - y).square().sum() / (T * L * E)
     assert 0 < loss < (y.square().sum() / (T * L * E))
     if kind == "jumprelu":
@@ -165,6 +171,42 @@ def test_dead_latents_of_any_layer_fit_what_is_left(backend: Backend) -> None:
     for name in ("w_enc", "b_enc", "b"):
         found = learner.parameters.named[name].double()
         torch.testing.assert_close(found, p[name] - 0.5 * p[name].grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_starts_as_another_in_other_units(kind: str) -> None:
+    """Oracle: the first, on the activations as they are, whose units are those of other scales and centres;
+    decoders are of unit length in the second's."""
+    bank, (x_TD, y_TE) = bank_of(variant(kind, **SKIP), Plain(torch.float32)), rows()
+    for step in range(2):
+        bank.step(x_TD, 0.1, step, y_TE)
+    parts = bank.learners[0].export({})
+    assert parts is not None
+    reads = Scaling(torch.linspace(0, 2, L * D), 1.4, ((D, 0.7), (D, 2.0), (D, 1.5)))
+    writes = Scaling(torch.linspace(1, 0, L * E), 0.6, ((E, 1.0), (E, 1.9), (E, 0.4)))
+    other = Learner(
+        variant(kind, **SKIP), reads, Plain(torch.float32), reads.standardise(x_TD), 10**9,
+        (writes, writes.standardise(y_TE)),
+    )  # fmt: skip
+    fill_whole(other.parameters, parts, reads, writes)
+    form = form_of(other.parameters, parts, slice(None), reads, writes)
+    other.architecture.restore(other.parameters, form)
+    lengths_F = whole_decoder(other.parameters.w_dec_FD.double(), L).norm(dim=1)
+    torch.testing.assert_close(lengths_F, torch.ones(F).double(), rtol=1e-6, atol=0)
+    p, first = other.parameters, Sae.of(parts)
+    if kind == "topk":  # chosen by size in the units of each, so those of the first are given
+        codes = first.encode(x_TD)
+        length_F = lengths(parts.W_dec, [scale for _, scale in writes.parts])
+        acts = codes.top_acts * length_F[codes.top_indices]
+        codes_TF = torch.zeros(T, F).scatter(1, codes.top_indices, acts)
+    else:
+        assert form.threshold_F is not None
+        pre_TF = pre_activations(p, reads.standardise(x_TD), torch.float32)
+        codes_TF = pre_TF * (pre_TF > form.threshold_F.float())
+    predicted = output(p, codes_TF, reads.standardise(x_TD))
+    torch.testing.assert_close(
+        predicted.double(), units(writes, first(x_TD).reconstruction), rtol=1e-4, atol=1e-4
+    )
 
 
 ENDS = {"site": "post_attention_layernorm", "target_site": "mlp"}
@@ -247,7 +289,6 @@ def test_beside_transcoders_it_is_as_alone(store: ActivationStore, tmp_path: Pat
         ({"architecture": ("gated",)}, "is one of topk, batchtopk, jumprelu, got architecture gated"),
         ({"k": (7,)}, "k counts those of all 3 layers, .*, got 7; take 6 or 9"),
         ({"num_latents": (97,)}, "num_latents counts those of all 3 layers, .*, got 97; take 96 or 99"),
-        ({"skip_connection": True}, "skip_connection is not there for a cross-layer transcoder"),
         ({"nested_k": (3,)}, "nested_k is not there for a cross-layer transcoder"),
         ({"optimizer": "muon"}, "optimizer muon steps whole matrices"),
         ({"loss": "mse"}, "loss mse is in the units of one site, and a cross-layer transcoder has several"),

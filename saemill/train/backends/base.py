@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from saemill.common.sae import layers
 from saemill.train.backends.architecture import Architecture, Dead
 from saemill.train.backends.parameters import Parameters, Shape
 from saemill.train.backends.team import Team
@@ -82,6 +83,8 @@ class Batch(NamedTuple):
         """Take what W_skip predicts off the target: what is left is for the latents to predict."""
         if p.w_skip_ED is None:
             return self
+        if p.n_layers > 1:
+            return self._replace(y_TE=self.target_TE - layers.skipped(self.x_TD, p.w_skip_ED, p.n_layers))
         return self._replace(y_TE=torch.addmm(self.target_TE, self.x_TD, p.w_skip_ED.T, alpha=-1))
 
 

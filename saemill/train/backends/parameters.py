@@ -108,4 +108,4 @@ class Shape(NamedTuple):
         f, d, e, n = self.n_latents, self.d, self.d_out, self.n_layers
         w_dec = (layers.n_rows(f, n), e // n)
         own = {"w_enc": (f, d // n), "b_enc": (f,), "w_dec": w_dec, "b": (e,)}
-        return own | dict.fromkeys(self.further, (f,)) | ({SKIP: (e, d)} if self.has_skip else {})
+        return own | dict.fromkeys(self.further, (f,)) | ({SKIP: (e, d // n)} if self.has_skip else {})

@@ -401,8 +401,9 @@ def gradients_of_whole(task: Task, e_TD: Tensor, dpre_F: Tensor, team: Team) -> 
         team.latents.all_reduce(db_D)
     if p.w_skip_ED is None:
         return {"b": db_D}
-    x_TD = task.batch.product_TD
-    return {"b": db_D, SKIP: (e_TD.T @ x_TD.to(e_TD.dtype)).float().mul_(scale)}
+    pairs = (rows.chunk(p.n_layers, 1) for rows in (e_TD, task.batch.product_TD.to(e_TD.dtype)))
+    dskip = [(e.T @ x).float().mul_(scale) for e, x in zip(*pairs, strict=True)]
+    return {"b": db_D, SKIP: torch.cat(dskip)}
 
 
 def gather(forward: Forward, n_tokens: int, team: Team) -> Forward:

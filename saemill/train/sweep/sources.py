@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saemill.common import durable
 from saemill.common.errors import ConfigError, SaemillError, StoreError
 from saemill.common.hub import SCHEME
 from saemill.common.log import say
-from saemill.common.sae import formats, of_run
+from saemill.common.sae import formats, layers, of_run
 from saemill.common.sae.parts import Parts, SaeConfig
 from saemill.common.stores import runs
+from saemill.common.stores.site_names import parts_of
 from saemill.train.architectures import BY_K, BY_L1, Architecture
 from saemill.train.config import TrainConfig
 
@@ -107,11 +109,7 @@ def _source(address: str, name: str, parts: Parts) -> Source:
             f"{address} takes each activation through a norm first ({parts.config.norm}), which no SAE "
             "trained here does; start from another"
         )
-    if parts.config.predicted:
-        raise ConfigError(
-            f"{address} is {parts.config.spans}; start from an SAE or a transcoder, of one site"
-        )
-    lengths_F = parts.W_dec.float().norm(dim=1)
+    lengths_F = _lengths(parts)
     threshold_F = None if parts.threshold is None else parts.threshold * lengths_F
     return Source(
         address=address,
@@ -123,6 +121,15 @@ def _source(address: str, name: str, parts: Parts) -> Source:
         has_many_thresholds=threshold_F is not None
         and bool((threshold_F - threshold_F[0]).abs().max() > LENGTH_TOLERANCE * threshold_F[0]),
     )
+
+
+def _lengths(parts: Parts) -> Tensor:
+    """Compute the lengths of decoder rows; of a cross-layer transcoder in its own units, over the mean: the
+    unit is common to all its sites, and is not known."""
+    if not parts.config.predicted:
+        return parts.W_dec.float().norm(dim=1)
+    lengths_F = layers.lengths(parts.W_dec.float(), [part.scale for part in parts.config.predicted])
+    return lengths_F / lengths_F.mean()
 
 
 def content_of(parts: Parts) -> str:
@@ -265,8 +272,16 @@ def _unknown(source: Source, name: str) -> Any:
 def _check_shape(entry: Mapping[str, Any], source: Source, d: int, e: int) -> None:
     """Refuse an SAE of another width than the sites', or of another number of latents than is asked for."""
     config, target, address = source.config, entry.get("target_site"), source.address
-    if config.spans:
-        raise ConfigError(f"{address} is {config.spans}; start from an SAE or a transcoder, of one site")
+    n = len(parts_of(str(target))) if target else 1
+    if config.spans and (config.n_layers != n or n == 1):
+        whole = f"; a cross-layer transcoder of {n} layers starts from one of as many" if n > 1 else ""
+        raise ConfigError(
+            f"{address} is {config.spans}{whole or '; start from an SAE or a transcoder, of one site'}"
+        )
+    if n > 1 and not config.spans:
+        raise ConfigError(
+            f"{address} is of one site; a cross-layer transcoder starts from another of {n} layers"
+        )
     if (config.d_out is None) != (target is None):
         advice = "leave target_site out" if target else "say which site it predicts with target_site"
         raise ConfigError(f"{address} is {'an SAE' if target else 'a transcoder'}; {advice}")

@@ -158,7 +158,7 @@ class Variant:
         if self.loss != "fvu":
             what = "in the units" if self.loss == "mse" else "of the model with the activation"
             raise ConfigError(f"loss {self.loss} is {what} of one site, and {name} has several; use loss fvu")
-        if self.init_from is not None:
+        if self.init_from is not None and self.target_site is None:
             raise ConfigError(f"init_from has no effect on {name}, {self.site}; leave it out")
 
     def _check_layers(self) -> None:
@@ -174,7 +174,7 @@ class Variant:
                 f"a cross-layer transcoder is one of {', '.join(CROSS_LAYER)}, got architecture "
                 f"{self.architecture}"
             )
-        for what in ("nested_k", "multi_topk", "skip_connection"):
+        for what in ("nested_k", "multi_topk"):
             if getattr(self, what):
                 raise ConfigError(f"{what} is not there for a cross-layer transcoder; leave it out")
         if self.optimizer == "muon":

@@ -183,9 +183,10 @@ def _place(site: str, target: str | None, has_skip: bool) -> str:
     its last, as a folder's name has not room for all."""
     if target is None:
         return site
+    skip = "-skip" if has_skip else ""
     if is_joined(target):
-        return f"{parts_of(site)[0]}-to-{parts_of(target)[-1]}-cross-layer"
-    return f"{site}-to-{target}{'-skip' if has_skip else ''}"
+        return f"{parts_of(site)[0]}-to-{parts_of(target)[-1]}-cross-layer{skip}"
+    return f"{site}-to-{target}{skip}"
 
 
 def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where: str) -> None:

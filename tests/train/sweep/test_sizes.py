@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from saemill.train.backends.choose import make_backend
-from saemill.train.backends.plain import Plain
 from saemill.train.learner.learner import Learner
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.sizes import sizes
