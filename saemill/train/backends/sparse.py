@@ -29,18 +29,11 @@ from torch.nn.functional import embedding_bag, pad
 
 from saemill.common.sae import layers
 from saemill.common.sae.topk import topk
+from saemill.train.backends import by_layer
 from saemill.train.backends.architecture import Auxiliary, Pull, Seen, Slopes
 from saemill.train.backends.auxk import DeadRows, auxk, pull
 from saemill.train.backends.base import Batch, Sums, Task, Weights, described
-from saemill.train.backends.codes import (
-    Above,
-    Codes,
-    Groups,
-    Largest,
-    LargestOfGroups,
-    Rule,
-    side_by_side,
-)
+from saemill.train.backends.codes import Above, Codes, Groups, Largest, LargestOfGroups, Rule
 from saemill.train.backends.cutoff import Best
 from saemill.train.backends.from_output import row_dots, with_objective
 from saemill.train.backends.parameters import SKIP
@@ -96,6 +89,10 @@ class Sparse(ABC):
 
     def __init__(self, dtype: torch.dtype, team: Team = ALONE) -> None:
         self.dtype, self.team = dtype, team
+
+    @abstractmethod
+    def prepare(self, x_TD: Tensor, y_TE: Tensor | None = None) -> Batch:
+        """Make the copies of a batch, as `Backend.prepare`."""
 
     @abstractmethod
     def bias(self, weights: Weights) -> Tensor:
@@ -186,7 +183,7 @@ class Sparse(ABC):
         weights, architecture, p = task.weights, task.architecture, task.weights.parameters
         bias_F, rule, cutoff = self.bias(weights), architecture.rule(p), None
         if isinstance(rule, Largest):
-            found: Codes | None = self._largest(own, weights, bias_F, rule.k)
+            found: Codes | None = by_layer.largest(self, own, weights, bias_F, rule.k)
         elif isinstance(rule, LargestOfGroups):
             found = self.largest_of_groups(own, weights, bias_F, rule.k)
         elif isinstance(rule, Above):
@@ -235,45 +232,11 @@ class Sparse(ABC):
         """Count the codes above 0 in the group that is shown."""
         return n_active if not groups.by_rank else (codes.val_TK[:, : groups.ends[groups.shown]] > 0).sum()
 
-    def _by_layer(self, own: Batch, weights: Weights) -> list[tuple[Batch, Weights]]:
-        """List what the latents of each layer read, and their weights; of one layer all."""
-        n = weights.parameters.n_layers
-        if n == 1:
-            return [(own, weights)]
-        reads = (self.prepare(x_TD.contiguous()) for x_TD in own.x_TD.chunk(n, 1))
-        return list(zip(reads, weights.layers, strict=True))
-
-    def _largest(self, own: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
-        """Find the k largest pre-activations of each token, an equal number of each layer's."""
-        by_layer = self._by_layer(own, weights)
-        n, biases = len(by_layer), bias_F.chunk(len(by_layer))
-        if n == 1:
-            return self.largest(own, weights, bias_F, k)
-        found = [self.largest(*each, bias, k // n) for each, bias in zip(by_layer, biases, strict=True)]
-        return side_by_side(found, len(bias_F) // n)
-
-    def _above_of_layers(
-        self, own: Batch, weights: Weights, bias_F: Tensor, floor_F: Tensor, most_codes: float
-    ) -> Codes | None:
-        """Find pre-activations above floors, as `above`, of all layers."""
-        by_layer = self._by_layer(own, weights)
-        n = len(by_layer)
-        if n == 1:
-            return self.above(own, weights, bias_F, floor_F, most_codes)
-        found, left = [], most_codes
-        for each, *numbers in zip(by_layer, bias_F.chunk(n), floor_F.chunk(n), strict=True):
-            codes = self.above(*each, *numbers, left)
-            if codes is None or codes.n_T is None:
-                return None
-            left -= int(codes.n_T.sum())
-            found.append(codes)
-        return side_by_side(found, len(bias_F) // n)
-
     def _above(self, own: Batch, weights: Weights, bias_F: Tensor, floor_F: Tensor) -> Codes | None:
         """Find pre-activations above floors; None where all processes had better take a dense step."""
         may_be_dense = self.team.latents.size == 1
         most = DENSE_SHARE * len(bias_F) * len(own.x_TD) if may_be_dense else float("inf")
-        codes = self._above_of_layers(own, weights, bias_F, floor_F, most)
+        codes = by_layer.above(self, own, weights, bias_F, floor_F, most)
         return None if self.team.tokens.any(codes is None) else codes
 
     def _batch_largest(

@@ -127,9 +127,10 @@ def _lengths(parts: Parts) -> Tensor:
     """Compute the lengths of decoder rows; of a cross-layer transcoder in its own units, over the mean: the
     unit is common to all its sites, and is not known."""
     if not parts.config.predicted:
-        return parts.W_dec.float().norm(dim=1)
+        of_one: Tensor = torch.linalg.vector_norm(parts.W_dec.float(), dim=1)
+        return of_one
     lengths_F = layers.lengths(parts.W_dec.float(), [part.scale for part in parts.config.predicted])
-    return lengths_F / lengths_F.mean()
+    return torch.div(lengths_F, lengths_F.mean())
 
 
 def content_of(parts: Parts) -> str:
@@ -272,15 +273,16 @@ def _unknown(source: Source, name: str) -> Any:
 def _check_shape(entry: Mapping[str, Any], source: Source, d: int, e: int) -> None:
     """Refuse an SAE of another width than the sites', or of another number of latents than is asked for."""
     config, target, address = source.config, entry.get("target_site"), source.address
-    n = len(parts_of(str(target))) if target else 1
-    if config.spans and (config.n_layers != n or n == 1):
-        whole = f"; a cross-layer transcoder of {n} layers starts from one of as many" if n > 1 else ""
+    n_layers = len(parts_of(str(target))) if target else 1
+    if n_layers > 1 and config.n_layers != n_layers:
         raise ConfigError(
-            f"{address} is {config.spans}{whole or '; start from an SAE or a transcoder, of one site'}"
+            f"{address} is {config.spans or 'of one site'}; a cross-layer transcoder of {n_layers} layers "
+            "starts from one of as many"
         )
-    if n > 1 and not config.spans:
+    if config.spans and n_layers == 1:
+        advice = ", or train with --cross-layer" if config.predicted else ""
         raise ConfigError(
-            f"{address} is of one site; a cross-layer transcoder starts from another of {n} layers"
+            f"{address} is {config.spans}; start from an SAE or a transcoder, of one site{advice}"
         )
     if (config.d_out is None) != (target is None):
         advice = "leave target_site out" if target else "say which site it predicts with target_site"

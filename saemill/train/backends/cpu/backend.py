@@ -191,7 +191,8 @@ class Cpu(Sparse):
                 e_TD, dot_TK = residual_of_team(codes, batch, weights, self.team)
                 return e_TD.to(self.dtype), dot_TK, e_TD.square().sum()
         e_TD, dot_TK = torch.empty_like(batch.target_TE, dtype=self.dtype), torch.zeros_like(codes.val_TK)
-        sse_T, one_by_one, idx_TK, used = torch.empty(n_tokens), residual, codes.idx_TK, slots_used(codes)
+        one_by_one: Callable[..., None] = residual
+        sse_T, idx_TK, used = torch.empty(n_tokens), codes.idx_TK, slots_used(codes)
         if p.n_layers > 1:
             n_each = len(p.b_enc_F) // p.n_layers
             one_by_one, idx_TK = residual_of_layers, idx_TK % n_each
