@@ -35,7 +35,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "topk": {"k": 6},
     "batchtopk": {"k": 5.5},
     "jumprelu": {"target_l0": 6.0, "penalty_warmup_steps": 0},
+    "relu": {"l1_coefficient": 0.05, "penalty_warmup_steps": 0},
+    "gated": {"l1_coefficient": 0.05, "penalty_warmup_steps": 0},
 }
+BY_L1 = ("relu", "gated")
 SKIP = {"skip_connection": True}
 
 
@@ -82,6 +85,8 @@ def codes_of(kind: str, pre: Tensor, theta: Tensor | None) -> Tensor:
         kept = pre.view(T, L, F // L).topk(2).indices
         mask = torch.zeros(T, L, F // L, dtype=torch.float64).scatter(2, kept, 1).view(T, F)
         return torch.relu(pre * mask)
+    if kind in BY_L1:
+        return torch.relu(pre)
     if kind == "batchtopk":
         return torch.where((pre >= pre.flatten().topk(round(5.5 * T)).values[-1]) & (pre > 0), pre, 0)
     assert theta is not None
@@ -99,12 +104,17 @@ def test_a_step_is_that_of_whole_matrices(kind: str, skip: dict[str, Any], backe
     exported computes the same of the sites as they are."""
     bank, (x_TD, y_TE) = bank_of(variant(kind, **skip), backend), rows()
     (learner,) = bank.learners
+    if kind in BY_L1:  # the bias starts where one pre-activation is 0
+        learner.parameters.b_enc_F.add_(1e-3)
     assert learner.parameters.w_enc_FD.shape == (F, D)
     assert learner.parameters.w_dec_FD.shape == (F * (L + 1) // 2, E)
     p = {name: value.clone().double().requires_grad_() for name, value in learner.parameters.named.items()}
     x, y = units(READS, x_TD), units(WRITES, y_TE)
     pre = x @ whole_encoder(p["w_enc"], L).T + p["b_enc"]
     codes, whole = codes_of(kind, pre, p.get("threshold")), whole_decoder(p["w_dec"], L)
+    if kind == "gated":
+        magnitude = torch.relu(p["r_mag"].exp() * (pre - p["b_enc"]) + p["b_mag"])
+        codes = torch.where(pre > 0, magnitude, 0)
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(F).double(), rtol=1e-6, atol=0)
     predicted = codes @ whole + p["b"]
     if skip:
@@ -120,6 +130,13 @@ def test_a_step_is_that_of_whole_matrices(kind: str, skip: dict[str, Any], backe
         near = ((pre - theta).abs() < width / 2).double().detach() / width
         steps = -(near * (theta - theta.detach())).sum()
         loss = loss + 2.0 * 2 * (l0 / 6 - 1).detach() / 6 * steps / T
+    unit = (L * E) ** 0.5
+    if kind == "relu":
+        loss = loss + 0.05 * unit * codes.sum() / (T * L * E)
+    if kind == "gated":
+        opened = torch.relu(pre)
+        beside = (opened @ whole.detach() + p["b"].detach() - y).square().sum() + 0.05 * unit * opened.sum()
+        loss = loss + beside / (T * L * E)
     loss.backward()
 
     exported = learner.export({"site": "a+b+c", "target_site": "x+y+z"})
@@ -201,7 +218,8 @@ def test_one_starts_as_another_in_other_units(kind: str) -> None:
         codes_TF = torch.zeros(T, F).scatter(1, codes.top_indices, acts)
     else:
         assert form.threshold_F is not None
-        pre_TF = pre_activations(p, reads.standardise(x_TD), torch.float32)
+        own = p._replace(b_enc_F=form.b_enc_F.float())  # with that of the magnitude where there is a gate
+        pre_TF = pre_activations(own, reads.standardise(x_TD), torch.float32)
         codes_TF = pre_TF * (pre_TF > form.threshold_F.float())
     predicted = output(p, codes_TF, reads.standardise(x_TD))
     torch.testing.assert_close(
@@ -213,7 +231,8 @@ ENDS = {"site": "post_attention_layernorm", "target_site": "mlp"}
 JOINED = {end: "+".join(f"layers.{layer}.{name}" for layer in range(L)) for end, name in ENDS.items()}
 ACROSS: dict[str, Any] = {
     **{end: (f"layers.*.{name}",) for end, name in ENDS.items()},
-    "cross_layer": True, "architecture": tuple(KINDS), "k": (6,), "target_l0": (6.0,), "num_latents": (96,),
+    "cross_layer": True, "architecture": tuple(KINDS)[:3], "k": (6,), "target_l0": (6.0,),
+    "num_latents": (96,),
 }  # fmt: skip
 
 
@@ -286,7 +305,8 @@ def test_beside_transcoders_it_is_as_alone(store: ActivationStore, tmp_path: Pat
     [
         ({"target_site": ()}, "cross_layer joins the sites that site and target_site name; give both"),
         ({"site": ("layers.1.mlp",), "target_site": ("layers.2.mlp",)}, "joins two or more layers, got one"),
-        ({"architecture": ("gated",)}, "is one of topk, batchtopk, jumprelu, got architecture gated"),
+        ({"architecture": ("groupmax",)}, "is one of topk, .*, gated, got architecture groupmax"),
+        ({"architecture": ("relu",), "resample_at": (5,)}, "resample_at is not there for a cross-layer"),
         ({"k": (7,)}, "k counts those of all 3 layers, .*, got 7; take 6 or 9"),
         ({"num_latents": (97,)}, "num_latents counts those of all 3 layers, .*, got 97; take 96 or 99"),
         ({"nested_k": (3,)}, "nested_k is not there for a cross-layer transcoder"),
@@ -306,7 +326,7 @@ def test_what_it_cannot_be_is_refused(
 ) -> None:
     """Oracle: the message; nothing was written."""
     settings = ACROSS | {"architecture": ("topk",), "target_l0": ()} | changes
-    settings |= {"k": ()} if settings["architecture"] == ("gated",) else {}
+    settings |= {"k": (), "l1_coefficient": (0.1,)} if settings["architecture"] == ("relu",) else {}
     with pytest.raises(ConfigError, match=message):
         run(config(store, tmp_path / "r", **settings))
     assert not (tmp_path / "r").exists()

@@ -27,7 +27,7 @@ from saemill.common.stores.site_names import abridged
 BY_K = ("topk", "matryoshka", "groupmax")
 BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu", "relu", "gated")
 ARCHITECTURES = tuple(dict.fromkeys(BY_K + BY_THRESHOLD))
-CROSS_LAYER = ("topk", "batchtopk", "jumprelu", "relu")
+CROSS_LAYER = ("topk", "batchtopk", "jumprelu", "relu", "gated")
 """Those that cross-layer transcoders have."""
 
 

@@ -12,11 +12,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from saemill.common.sae import layers
 from saemill.train.arch import initial
 from saemill.train.backends.architecture import Inference, Losses, Sample, Seen, Slopes
 from saemill.train.backends.codes import Above, Codes
 from saemill.train.backends.parameters import Parameters
-from saemill.train.backends.plain import pre_activations
+from saemill.train.backends.plain import decode, pre_activations
 from saemill.train.backends.team import Team
 
 
@@ -54,8 +55,8 @@ class Relu:
     def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition."""
         d, codes_TF = y_TE.shape[1], torch.relu(pre_activations(p, x_TD, dtype))
-        e_TD = codes_TF @ p.w_dec_FD + p.b_D - y_TE
-        size_F = p.w_dec_FD.norm(dim=1) / d**0.5
+        e_TD = decode(p, codes_TF) - y_TE
+        size_F = layers.lengths(p.w_dec_FD, (1.0,) * p.n_layers) / d**0.5
         active_TF = codes_TF > 0  # x^p has no slope at 0
         sizes_TF = torch.where(active_TF, codes_TF, 1) * size_F
         penalty = torch.where(active_TF, sizes_TF**self.power, 0).sum()
@@ -75,8 +76,8 @@ class Relu:
         per_square: float,
     ) -> Slopes:
         """Compute the gradient at the pre-activations, and on the norms of free rows, as `loss` has them."""
-        val_TK, n_latents, d = codes.val_TK, len(p.b_enc_F), p.w_dec_FD.shape[1]
-        norm_F, active_TK = p.w_dec_FD.norm(dim=1), val_TK > 0
+        val_TK, n_latents, d = codes.val_TK, len(p.b_enc_F), len(p.b_D)
+        norm_F, active_TK = layers.lengths(p.w_dec_FD, (1.0,) * p.n_layers), val_TK > 0
         weight, norm_TK = self.coefficient * d * per_square, norm_F[codes.idx_TK] / d**0.5
         size_TK = (val_TK * norm_TK).where(active_TK, 1)
         penalty_TK = weight * (size_TK**self.power).where(active_TK, 0)
@@ -88,6 +89,8 @@ class Relu:
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: thresholds of 0, and rows of unit length."""
+        if self.unit_rows:
+            return Inference(None, torch.zeros_like(p.b_enc_F), p.w_enc_FD, p.b_enc_F, p.w_dec_FD)
         norm_F = p.w_dec_FD.norm(dim=1).clamp(min=1e-12)
         w_enc_FD, w_dec_FD = p.w_enc_FD * norm_F[:, None], p.w_dec_FD / norm_F[:, None]
         return Inference(None, torch.zeros_like(norm_F), w_enc_FD, p.b_enc_F * norm_F, w_dec_FD)
