@@ -29,9 +29,9 @@ from saemill.train.sweep.variant import Variant
 
 WARMUP_STEPS = 2
 KINDS: dict[str, dict[str, Any]] = {
-    "topk": {"k": 32},
-    "batchtopk": {"k": 32},
-    "jumprelu": {"target_l0": 32.0, "penalty_warmup_steps": 0},
+    "topk": {"k": 36},
+    "batchtopk": {"k": 36},
+    "jumprelu": {"target_l0": 36.0, "penalty_warmup_steps": 0},
 }
 
 
@@ -125,7 +125,7 @@ def main() -> None:
                     print(*rows[-1], flush=True)
     head = ["", "layers", "D", "dense, ms", "loops, ms", "times", "dense, MiB", "loops, MiB"]
     dtype = str(choose_product_dtype(args.precision, torch.device("cpu"))).removeprefix("torch.")
-    what = f"{args.latents:,} latents of each layer, L0 32, T {args.tokens:,}, products in {dtype}, 1 thread"
+    what = f"{args.latents:,} latents of each layer, L0 36, T {args.tokens:,}, products in {dtype}, 1 thread"
     text = "\n\n".join([machine(), what, "\n".join(table(head, rows, n_text=1))])
     print(text)
     if args.out:

@@ -46,6 +46,7 @@ def folder(
     changes: dict[str, Any] = {
         "site": ("layers.*.post_attention_layernorm",), "target_site": ("layers.*.mlp",), "cross_layer": True,
         "architecture": ("topk", "jumprelu"), "k": (6,), "target_l0": (6.0,), "num_latents": (96,),
+        "skip_connection": True,
     }  # fmt: skip
     train(config(store, folder / "run", **changes))
     changes |= {"cross_layer": False, "k": (2,), "target_l0": (2.0,), "num_latents": (32,)}
@@ -127,6 +128,18 @@ def check_errors_of_all_replaced(
         assert cuts[f"at {site}"]["fvu_replaced"]["value"] == pytest.approx(fvu, rel=1e-3)
 
 
+def left_by_skip(sae: Sae, own: Mapping[str, Tensor], by_hand: ByHand, store: ActivationStore) -> float:
+    """FVU of each layer's linear map alone, around the cached means, with every site scaled to vary alike."""
+    assert sae.W_skip is not None
+    left = total = 0.0
+    for reads, writes, W_DD in zip(READS, WRITES, sae.W_skip.split(D), strict=True):
+        x, y = (own[site][by_hand.where_RS] - store.site(site).statistics.mean_D for site in (reads, writes))
+        variance = store.site(writes).statistics.total_variance
+        left += float((y - x @ W_DD.double().T).square().sum()) / variance
+        total += float((y - y.mean(0)).square().sum()) / variance
+    return left / total
+
+
 def test_losses_are_those_of_the_model_that_it_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: transformers' own model with hooks on its modules: every MLP's output replaced by predictions
     from what the changed model has; all of them by zeros, and by the cached means; of a baseline, by what it
@@ -159,6 +172,7 @@ def test_losses_are_those_of_the_model_that_it_changes(folder: Path, monkeypatch
             assert cuts[f"at {site}"]["delta_ce"]["value"] == pytest.approx(alone, rel=1e-3, abs=1e-5)
         together = by_hand.instead(dict(zip(WRITES, made, strict=True))) - clean
         assert abs(together - cost) > 1e-4  # it matters which model is encoded
+        assert figures["fvu_skip"]["value"] == pytest.approx(left_by_skip(sae, own, by_hand, store), rel=1e-3)
         written: dict[str, Tensor] = {}
         by_hand.spliced(sae, written)
         check_errors_of_all_replaced(entry, by_hand, own, written, store)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from caching import cache, tokenized
 from layered import whole_decoder, whole_encoder
+from safetensors.torch import load_file
 from steps import outputs, planted
 from torch import Tensor
 from training import config, files, killed_at
@@ -276,6 +277,13 @@ def test_a_run_predicts_every_layer_from_it_and_those_before(store: ActivationSt
         for site, e, own in zip(sae.target_site.split("+"), error.split(32, 1), y.split(32, 1), strict=True):
             share = e.square().sum() / (own - own.mean(0)).square().sum()
             assert after[f"eval_fvu_at_{site}"] == pytest.approx(float(share), rel=1e-4)
+    start = {"init_from": str(tmp_path / "r"), "site": (), "num_latents": (), "k": (), "architecture": ()}
+    again = run(config(store, tmp_path / "again", max_tokens=256, **start | {"lr": (1e-9,)}))
+    for folder, other in zip(folders, again, strict=True):
+        assert folder.name.partition("-lr")[0] == other.name.partition("-lr")[0]
+        before, after = (load_file(each / "sae.safetensors") for each in (folder, other))
+        for name in ("W_dec", "encoder.weight"):
+            torch.testing.assert_close(before[name], after[name], rtol=1e-4, atol=1e-5)
 
 
 def test_it_resumes_bit_by_bit(
