@@ -40,6 +40,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "gated": {"l1_coefficient": 0.05, "penalty_warmup_steps": 0},
 }
 BY_L1 = ("relu", "gated")
+DEAD = [1, 5, 17, 20, 33, 40, 47]
+"""Latents of all three layers."""
 SKIP = {"skip_connection": True}
 
 
@@ -170,17 +172,16 @@ def test_dead_latents_of_any_layer_fit_what_is_left(backend: Backend) -> None:
     own = variant("topk", auxk_alpha=0.25)
     bank, (x_TD, y_TE) = bank_of(own, backend), rows()
     (learner,) = bank.learners
-    dead_S = torch.tensor([1, 5, 17, 20, 33, 40, 47])
-    learner.parameters.w_enc_FD[dead_S] *= 0.01
+    learner.parameters.w_enc_FD[DEAD] *= 0.01
     learner.weights.refresh()
-    learner.idle_tokens_F[dead_S] = 2 * 10**9
+    learner.idle_tokens_F[DEAD] = 2 * 10**9
     p = {name: value.clone().double().requires_grad_() for name, value in learner.parameters.named.items()}
     x, y = units(READS, x_TD), units(WRITES, y_TE)
     pre = x @ whole_encoder(p["w_enc"], L).T + p["b_enc"]
     whole = whole_decoder(p["w_dec"], L)
     error = codes_of("topk", pre, None) @ whole + p["b"] - y
-    values, kept = pre[:, dead_S].topk(4)
-    again = torch.zeros(T, 7, dtype=torch.float64).scatter(1, kept, torch.relu(values)) @ whole[dead_S]
+    values, kept = pre[:, DEAD].topk(4)
+    again = torch.zeros(T, 7, dtype=torch.float64).scatter(1, kept, torch.relu(values)) @ whole[DEAD]
     loss = error.square().sum() + 0.25 * (again + error.detach()).square().sum()
     (loss / (T * L * E)).backward()
     with torch.no_grad():
@@ -189,6 +190,29 @@ def test_dead_latents_of_any_layer_fit_what_is_left(backend: Backend) -> None:
     for name in ("w_enc", "b_enc", "b"):
         found = learner.parameters.named[name].double()
         torch.testing.assert_close(found, p[name] - 0.5 * p[name].grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"preact_coefficient": 0.1, "k_aux": None}, {"auxk_alpha": 0.25, "clip_grad_norm": 0.01}],
+    ids=["dead latents are drawn up", "clipped"],
+)
+def test_loops_step_as_autograd(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: autograd of the dense definition, in float32; latents of several layers are dead."""
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 1)
+    found = []
+    for backend in (Plain(torch.float32), Cpu(torch.float32)):
+        bank, (x_TD, y_TE) = bank_of(variant("jumprelu", **changes), backend), rows()
+        (learner,) = bank.learners
+        learner.parameters.w_enc_FD[DEAD] *= 0.01
+        learner.idle_tokens_F[DEAD] = 2 * 10**9
+        learner.weights.refresh()
+        start = {name: value.clone() for name, value in learner.parameters.named.items()}
+        bank.step(x_TD, 1.0, 0, y_TE)
+        found.append({name: value - start[name] for name, value in learner.parameters.named.items()})
+    for name, expected in found[0].items():
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=2e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -75,10 +75,10 @@ def auxk(
     grad_bias_S, squares = torch.zeros_like(w_dec_SD[:, 0]), torch.zeros_like(forward.sse)
     row_bytes = dead.n_in_team * dtype.itemsize  # the same on every process: they exchange in each chunk
     for chunk in chunks(len(e_TD), row_bytes, max(CHUNK_BYTES[e_TD.device.type], LEAST_TOKENS * row_bytes)):
-        pre_tS = torch.cat(
-            [torch.addmm(bias_S[some], product_TD[chunk, reads], w_enc_SD[some].T) for some, reads in spans],
-            1,
-        )
+        each = [
+            torch.addmm(bias_S[some], product_TD[chunk, reads], w_enc_SD[some].T) for some, reads in spans
+        ]
+        pre_tS = each[0] if len(each) == 1 else torch.cat(each, 1)
         acts_tS = _activations(backend, pre_tS, k, dead.n_in_team)
         once_tD = (
             e_TD[chunk].to(dtype) if team.latents.rank == 0 else torch.zeros_like(e_TD[chunk], dtype=dtype)
