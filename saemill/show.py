@@ -14,7 +14,11 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.site_records import REPAIR, site_path, sites_in
 from saemill.common.stores.tokens import TokenStore
+from saemill.common.stores.word_labels import WordLabels
 from saemill.verify import activations_problems, diff_problems, run_problems, tokens_problems
+
+MOST_NAMES = 20
+"""Most labels of a column that are named in a line."""
 
 
 def describe(path: Path) -> str:
@@ -84,6 +88,7 @@ def _describe_tokens(store: TokenStore) -> str:
             f"  {counted(manifest.n_documents, 'document')} of {manifest.source.name}",
             *_sources_of(store),
             *_roles_of(store),
+            *map(_labels_of, manifest.labels),
             f"  tokenizer {store.tokenizer.name} ({store.tokenizer.vocab_size:,} ids)",
             f"  fingerprint {store.fingerprint}",
         ]
@@ -105,6 +110,13 @@ def _roles_of(store: TokenStore) -> list[str]:
     n_tokens = store.roles.n_tokens(len(store.manifest.roles))
     told = [f"{name} {n:,}" for name, n in zip(("none", *store.manifest.roles), n_tokens, strict=True)]
     return [f"  tokens by the role of their message: {', '.join(told)}"]
+
+
+def _labels_of(labels: WordLabels) -> str:
+    """Name the labels that a column gives to words, in a line."""
+    names, more = labels.names[:MOST_NAMES], len(labels.names) - MOST_NAMES
+    rest = f" and {more:,} more" if more > 0 else ""
+    return f"  words are labelled by {labels.column}: {', '.join(names)}{rest}"
 
 
 def _describe_activations(store: ActivationStore) -> str:
@@ -156,10 +168,12 @@ def _describe_run(path: Path) -> str:
         state = "a checkpoint to go on from" if (path / runs.CHECKPOINT).exists() else "no checkpoint yet"
         return "\n".join([f"run {path}: unfinished, {state}", *_points(path)])
     finished = runs.finished(path)
-    lines = [
-        f"run {path}: {counted(len(finished.variants), 'SAE')}, {finished.tokens:,} tokens in "
-        f"{counted(finished.steps, 'step')}, {finished.seconds:,.0f} s"
-    ]
+    trained = (
+        f"{finished.tokens:,} tokens in {counted(finished.steps, 'step')}, {finished.seconds:,.0f} s"
+        if not finished.imported
+        else f"trained elsewhere, on {finished.acts}"
+    )
+    lines = [f"run {path}: {counted(len(finished.variants), 'SAE')}, {trained}"]
     verdicts = {}
     if (path / assessments.FILE).exists():
         assessment = assessments.read(path)

@@ -144,19 +144,36 @@ def run_problems(path: Path) -> list[str]:
     """List what is wrong with a run, the SAEs that it kept on the way, and all assessments: a line for each
     bad file, with the repair."""
     lines = inspect.problems(path)
+    explained = explanations.problems(path) if (path / runs.EXPLANATIONS).exists() else None
     try:
         assessed = assessments.problems(path) if (path / assessments.FILE).exists() else []
-        lines += [f"{line}. {assessments.REPAIR}" for line in assessed]
+        lines += [f"{line}. {_repair(path, line, assessed, explained)}" for line in assessed]
     except StoreError as error:
         lines.append(str(error))
-    if (path / runs.EXPLANATIONS).exists():
-        lines += explanations.problems(path)
+    lines += explained or []
     for point in runs.points(path):
         if runs.is_finished(point):
             lines += run_problems(point)
         else:
             lines.append(f"{point / runs.FINISHED}: {durable.MISSING}. Remove {point}, or train anew.")
     return lines
+
+
+def _repair(path: Path, line: str, assessed: list[str], explained: list[str] | None) -> str:
+    """Choose the repair of a bad file of an assessment. `explain` writes the page anew, from explanations
+    that are there; it may have been stopped between the page and the record that has its hash.
+
+    Args:
+        path: the run.
+        line: what is wrong with the file.
+        assessed: what is wrong with all of them.
+        explained: what is wrong with the explanations; None where there are none.
+    """
+    page_alone = len(assessed) == 1 and line.startswith(f"{path / runs.REPORT}:")
+    if not page_alone or explained != []:
+        return assessments.REPAIR
+    is_of_page = explanations.load(path).features == durable.hash_file(path / runs.FEATURES)
+    return explanations.REPAIR if is_of_page else assessments.REPAIR
 
 
 def diff_problems(path: Path) -> list[str]:

@@ -74,12 +74,13 @@ MAY_IMPORT = STAGES_AND_KIN | {
     "__init__": {"common", "results", "stages"},
 }
 """What each file or folder of the package imports beside itself."""
-GROUND = {"architectures", "config", "losses", "memory", "profile"}
+GROUND = {"architectures", "config", "losses", "memory", "profile", "saes"}
 IN_TRAIN = {
     "architectures": set(),
     "losses": set(),
     "checks": {"architectures", "config"},
-    "config": {"architectures", "checks", "losses"},
+    "saes": {"architectures"},
+    "config": {"architectures", "checks", "losses", "saes"},
     "sites": {"config"},
     "profile": set(),
     "memory": set(),
@@ -100,9 +101,11 @@ IN_TRAIN = {
     "export": GROUND | {"record", "sweep", "trainer"},
     "points": GROUND | {"export", "trainer"},
     "tracking": GROUND | {"sweep", "trainer"},
+    "build": GROUND | {"backends", "learner", "objective", "outlook", "record", "stream", "sweep", "trainer"},
     "run": GROUND
     | {
         "backends",
+        "build",
         "objective",
         "learner",
         "record",

@@ -1,6 +1,10 @@
 """Caching beside its limit, the bare forward pass, and beside SAELens' cache runner.
 
     python -m benchmarks.cache.forward --model MODEL --text TEXT [--dtypes fp32,bf16] -o DIR
+    python -m benchmarks.cache.forward --model MODEL --width 768 --blocks 12 --text TEXT -o DIR
+
+With a width and a number of blocks it takes MODEL's architecture and tokenizer in that size, with random
+weights: products take as long as those of trained ones.
 
 The bare pass is transformers' alone: the model without its head, cut off after the last block that is
 cached, nothing kept. `saemill cache` writes the residual stream after one block, after three, and after all
@@ -33,10 +37,31 @@ from saemill.common.stores.tokens import TokenStore
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
 
-BATCH_ROWS = 16
+BATCH_ROWS = 4
 SAELENS = ("HookedTransformer", "AutoModel")
 """Classes of models that SAELens runs; names as its `model_class_name` begins."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resized(args: argparse.Namespace) -> str:
+    """Make a model of MODEL's architecture in another size, once, with heads of 64. Returns its folder."""
+    folder = args.out / "model"
+    if not folder.exists():
+        config = transformers.AutoConfig.from_pretrained(args.model)
+        config.update(
+            {
+                "hidden_size": args.width,
+                "intermediate_size": 4 * args.width,
+                "num_attention_heads": args.width // 64,
+                "num_hidden_layers": args.blocks,
+            }
+        )
+        transformers.set_seed(0)
+        is_causal = any("CausalLM" in name for name in config.architectures or ())
+        kind = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
+        kind.from_config(config).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(args.model).save_pretrained(folder)
+    return str(folder)
 
 
 def tokens_of(args: argparse.Namespace) -> TokenStore:
@@ -139,6 +164,8 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True, help="text file or dataset")
+    parser.add_argument("--width", type=int, help="of a model of random weights, a multiple of 64")
+    parser.add_argument("--blocks", type=int, help="of it")
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=list(DTYPES))
     parser.add_argument("--ctx-len", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=131_072)
@@ -147,6 +174,10 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if (args.width is None) != (args.blocks is None):
+        parser.error("--width and --blocks go together")
+    if args.width:
+        args.model = resized(args)
     torch.set_num_threads(1)
     rates = measure(args, tokens_of(args))
     (args.out / "results.json").write_text(json.dumps(rates))

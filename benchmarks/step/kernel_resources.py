@@ -91,10 +91,10 @@ def measure(job: Job, architecture: int) -> Resources:
     )
 
 
-def select_job(f: int, k: int, dtype: torch.dtype) -> Job:
-    constants, options = select.launch(f, k, dtype)
+def select_job(f: int, k: int, dtype: torch.dtype, is_signed: bool = False) -> Job:
+    constants, options = select.launch(f, k, dtype, is_signed)
     pointers = {"bits_ptr": f"i{constants['WIDTH']}", "val_ptr": "fp32", "idx_ptr": "i32"}
-    name = f"select F={f} K={k} {NAMES[dtype]}"
+    name = f"select F={f} K={k} {NAMES[dtype]}{' signed' if is_signed else ''}"
     return Job(name, select.select_kernel, pointers, ("F",), constants, options)
 
 
@@ -178,6 +178,7 @@ def jobs() -> Iterator[Job]:
         yield select_job(f, k, torch.bfloat16)
         yield residual_job(d, k, torch.bfloat16)
     yield select_job(24576, 32, torch.float32)
+    yield select_job(24576, 32, torch.bfloat16, is_signed=True)
     yield select_job(131072, 64, torch.bfloat16)
     yield select_job(8192, 512, torch.bfloat16)
     yield residual_job(768, 32, torch.float32)

@@ -26,7 +26,8 @@ profile.py          where an SAE errs: positions, lengths, worst tokens
 positions.py        groups of positions in a row
 features.py         the latents that are shown, and what is told of each
 firing.py           one pass: where they fire, how often, with which others
-directions.py       what weights tell: neighbours, other seeds, promoted tokens
+directions.py       what weights tell: neighbours, other seeds
+vocabulary.py       and the tokens that latents promote and suppress
 reader.py           addresses as text
 table.py            the assessment in the terminal
 report/             the assessment as a page

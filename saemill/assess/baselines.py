@@ -3,7 +3,7 @@
 Both are SAEs, fitted to cached training tokens and measured like any other on the evaluation tokens:
 
 - random: as many latents as the widest SAE of that k, unit decoder rows drawn at random, the encoder their
-  transpose; one gain for all is fitted by least squares.
+  transpose; one gain for all is fitted by least squares. A latent of either sign counts as two.
 - PCA: x̂ = x̄ + V Vᵀ (x − x̄), V the k directions of most variance. As latents ±v, of which one of
   each pair is active.
 
@@ -57,7 +57,7 @@ def fit_baselines(saes: Mapping[str, Sae], l0s: Mapping[str, float], evalset: Ev
     for site in dict.fromkeys(sites.values()):
         here = {name: sae for name, sae in saes.items() if sites[name] == site}
         ks = _ks(here, l0s)
-        widths = {k: max(here[n].config.num_latents for n in here if ks[n] == k) for k in set(ks.values())}
+        widths = {k: max(_ends(here[n]) for n in here if ks[n] == k) for k in set(ks.values())}
         device = next(iter(here.values())).W_enc.device
         random, pca = _fit(site, widths, evalset, device)
         label = f"{site}-" if len(set(sites.values())) > 1 else ""
@@ -75,6 +75,11 @@ def fit_baselines(saes: Mapping[str, Sae], l0s: Mapping[str, float], evalset: Ev
             kinds = names[ks[name]]
             of[name] = {"random": kinds["random"]} if sae.is_transcoder else kinds
     return Baselines(fitted, of)
+
+
+def _ends(sae: Sae) -> int:
+    """Count the directions that an SAE can add: of latents of either sign both ends."""
+    return sae.config.num_latents * (2 if sae.config.is_signed else 1)
 
 
 def _ks(saes: Mapping[str, Sae], l0s: Mapping[str, float]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
 from saemill.common.ranges import parsed
 from saemill.common.setting import DEVICE, about, check, identity, like, setting
+from saemill.common.stores.kept_locally import KeptLocally
 from saemill.common.weights import DeviceMap, Weights
 
 PROBE_K = (1, 2, 5, 20)
@@ -47,6 +48,7 @@ class AssessConfig:
     with_acts: Path | None = setting(
         None, "The second model's activation store of a crosscoder, if it moved", decides=False
     )
+    local_cache: str | None = like(KeptLocally, "local_cache")
     model: str | None = setting(None, "The model, if not where it was cached from", decides=False)
     with_model: bool = setting(True, "Measure losses with the SAE spliced into the model")
     tokens: Path | None = setting(None, "Assess on this token store, not the held-out rows")
@@ -147,6 +149,7 @@ class LatentConfig:
     out: Path | None = setting(None, "HTML page to write", by_default="", metavar="PAGE")
     acts: Path | None = like(AssessConfig, "acts")
     with_acts: Path | None = like(AssessConfig, "with_acts")
+    local_cache: str | None = like(AssessConfig, "local_cache")
     model: str | None = like(AssessConfig, "model")
     n_contexts: int = like(AssessConfig, "n_contexts")
     n_samples: int = like(AssessConfig, "n_samples")

@@ -55,7 +55,7 @@ class Drivers:
             codes: their active latents.
             drivers_TC: float64, on the CPU.
         """
-        active = codes.top_acts > 0
+        active = codes.active
         token_N = active.nonzero()[:, 0].cpu()
         latent_N, act_N = codes.top_indices[active].cpu(), codes.top_acts[active].cpu().double()
         self.squares_F.index_add_(0, latent_N, act_N.square())

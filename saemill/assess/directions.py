@@ -1,5 +1,5 @@
-"""What the weights of an SAE tell of a latent: its neighbours, its counterparts in SAEs of other seeds, the
-tokens that it makes more and less probable. Neither activations nor a pass of the model are needed."""
+"""What the weights of an SAE tell of a latent: its neighbours, and its counterparts in SAEs of other seeds.
+Neither activations nor a pass of the model are needed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,23 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saemill.assess.reader import Pieces
-from saemill.common.errors import ConfigError, StoreError
-from saemill.common.models.unembedding import Unembedding, load_unembedding
 from saemill.common.sae.sae import Sae
-from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.features import Counterpart, Near, Token
-from saemill.common.stores.passages import PassageStore
+from saemill.common.stores.features import Counterpart, Near
 
 N_NEAREST = 5
-N_TOKENS = 10
 AT_ONCE = 512
 """Rows that are compared with all others at once."""
 SAME = 0.7
 """Cosine from which on mutual nearest latents of two seeds count as the same (Paulo and Belrose 2025,
 arXiv 2501.16615)."""
-IN_RESIDUAL_STREAM = ("residual", "holds_residual", "added")
-"""Roles of sites whose activations are in the residual stream as they are, up to a factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,82 +145,3 @@ def norm_shares(sae: Sae) -> Tensor | None:
     parts = zip(torch.split(sae.decoder_rows.double(), [s.width for s in sites], 1), sites, strict=True)
     norms_FL = torch.stack([rows_FD.norm(dim=1) * part.scale for rows_FD, part in parts], 1)
     return norms_FL / norms_FL.sum(1, keepdim=True).clamp(min=1e-300)
-
-
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """The tokens that latents of an SAE make more and less probable, as far as its site tells.
-
-    A latent adds its decoder row to the residual stream; γ of the final norm and the unembedding turn that
-    into logits. This is the direct path alone: what later blocks make of it is left out.
-    """
-
-    unembedding: Unembedding | None
-    missing: str | None
-    """Why there is no unembedding to be used."""
-    sign: float = 1.0
-
-    @classmethod
-    def of(cls, sae: Sae, store: ActivationStore, model: str | None) -> "Vocabulary":
-        """Read the unembedding, if the SAE writes to what it reads.
-
-        Args:
-            sae: the SAE.
-            store: what it was trained on.
-            model: the model's folder or hub id, if it is not where it was cached from.
-        """
-        if missing := _writes_elsewhere(sae, store):
-            return cls(None, missing)
-        settings = store.settings
-        name, revision = model or str(settings.model), None if model else settings.revision
-        try:
-            found = load_unembedding(name, revision, store.tokens.tokenizer.vocab_size)
-        except (ConfigError, StoreError) as error:
-            return cls(None, str(error))
-        if found.weight_VD.shape[1] != sae.W_dec.shape[1]:
-            width = found.weight_VD.shape[1]
-            return cls(
-                None, f"{sae.target_site} is {sae.W_dec.shape[1]} wide, and the unembedding reads {width}"
-            )
-        role = store.site(str(sae.target_site)).role
-        return cls(found, None, -1.0 if role is not None and role.factor < 0 else 1.0)
-
-    def tokens(
-        self, sae: Sae, latents: Sequence[int], pieces: Pieces
-    ) -> list[tuple[tuple[Token, ...], tuple[Token, ...]]]:
-        """List the tokens that each latent promotes most, and those that it suppresses most."""
-        if self.unembedding is None:
-            return [((), ())] * len(latents)
-        found = []
-        for start in range(0, len(latents), AT_ONCE):
-            rows_LD = sae.W_dec.detach().cpu()[list(latents[start : start + AT_ONCE])]
-            logits_LV = self.sign * self.unembedding.logits(rows_LD)
-            n = min(N_TOKENS, logits_LV.shape[1])
-            up, down = (logits_LV.topk(n, 1, largest=largest) for largest in (True, False))
-            found += [
-                (_tokens(most, its_logits, pieces), _tokens(least, lowest, pieces))
-                for most, its_logits, least, lowest in zip(
-                    *(up.indices, up.values, down.indices, down.values), strict=True
-                )
-            ]
-        return found
-
-
-def _tokens(ids: Tensor, logits: Tensor, pieces: Pieces) -> tuple[Token, ...]:
-    pairs = zip(ids.tolist(), logits.tolist(), strict=True)
-    return tuple(Token(text=pieces.text(number), logit=logit) for number, logit in pairs)
-
-
-def _writes_elsewhere(sae: Sae, store: ActivationStore) -> str | None:
-    """Say why an SAE's decoder does not write to the residual stream, or why that is not known."""
-    site = str(sae.target_site)
-    if isinstance(store.text, PassageStore):
-        return "embeddings have no language model"
-    if sae.config.spans:
-        return f"{sae.config.spans} writes to several sites"
-    role = store.site(site).role
-    if role is None:
-        return f"what {site} is to the residual stream is not known"
-    if role.kind not in IN_RESIDUAL_STREAM:
-        return f"{site} is {role.described}, so its directions are not those of the residual stream"
-    return None

@@ -114,6 +114,8 @@ class EvalSet:
         sites: where activations are wanted.
         batch_rows: rows per forward pass.
         everyone: the processes among which the tokens are dealt.
+        is_training_known: whether training was on the store's other rows. Of SAEs that were trained
+            elsewhere it is not known what they saw, and nothing is left out.
     """
 
     def __init__(
@@ -125,7 +127,10 @@ class EvalSet:
         sites: list[str],
         batch_rows: int,
         everyone: Group,
+        *,
+        is_training_known: bool = True,
     ) -> None:
+        self.is_training_known = is_training_known
         self.store, self.model, self.mask, self.sites = store, model, mask, sites
         self.batch_rows, self.everyone, self.label_suffix = batch_rows, everyone, ""
         self.arrays = {name: store.site(name) for name in sites}
@@ -141,7 +146,7 @@ class EvalSet:
             self._seen = np.zeros(0, np.int64)
         else:
             self.rows_R = np.arange(self.text.n_rows)
-            self._seen = self._seen_documents()
+            self._seen = self._seen_documents() if is_training_known else np.zeros(0, np.int64)
             self.n_seen_documents = len(self._seen)
 
     def again(self, label_suffix: str) -> "EvalSet":
@@ -165,9 +170,14 @@ class EvalSet:
     def description(self) -> str:
         """Describe how these tokens were chosen."""
         whose = f"; of these the tokens of {', '.join(self.mask.roles)} alone" if self.mask.roles else ""
+        saw = (
+            "training never saw them" if self.is_training_known else "whether training saw them is not known"
+        )
         if self.cached:
-            return f"{self.text.how_held_out}{whose}"
+            return f"{self.text.how_held_out}; {saw}{whose}"
         name = Path(self.tokens.named).name
+        if not self.is_training_known:
+            return f"the tokens of {name}; {saw}{whose}"
         if self.n_seen_documents == 0:
             return f"the tokens of {name}, of whose documents training saw none{whose}"
         return (

@@ -11,16 +11,18 @@ def score_words(explained: Explained) -> str:
     """Say how well a latent's explanation tells where it fires, beside another latent's."""
     if explained.score.value is None:
         return f"not scored: {explained.score.reason}"
-    firing = sum(case.fires for case in explained.tested)
-    on = f"{firing} firing and {len(explained.tested) - firing} silent contexts of other documents"
-    unread = sum(case.said is None for case in explained.tested)
-    words = f"balanced accuracy {_figure(explained.score)} on {on}"
-    words += f", of which {unread} got no readable answer" if unread else ""
-    return words + (
-        f"; by another latent's explanation {_figure(explained.shuffled)}"
-        if explained.shuffled.value is not None
-        else ""
+    n_firing = sum(case.fires for case in explained.tested)
+    n_near = sum(case.neighbour is not None for case in explained.tested)
+    n_silent, n_unread = (
+        len(explained.tested) - n_firing - n_near,
+        sum(c.said is None for c in explained.tested),
     )
+    on = f"{n_firing} firing and {n_silent} silent contexts of other documents"
+    words = f"balanced accuracy {_with_other(explained.score, explained.shuffled)} on {on}"
+    if explained.near_score.value is not None:
+        near = _with_other(explained.near_score, explained.near_shuffled)
+        words += f"; {near} beside {n_near} silent ones where a similar latent fires"
+    return words + (f"; {counted(n_unread, 'context')} got no readable answer" if n_unread else "")
 
 
 def summary(found: Explanations) -> str:
@@ -34,7 +36,18 @@ def summary(found: Explanations) -> str:
         words += f", by another latent's explanation {_figure(found.shuffled)}, where chance is 0.5"
     if found.difference.value is not None:
         words += f"; difference {_figure(found.difference)}"
+    if found.near_score.value is not None:
+        words += f". Where a similar latent fires in the silent contexts: {_figure(found.near_score)}"
+    if found.near_shuffled.value is not None:
+        words += f", by another's {_figure(found.near_shuffled)}"
+    if found.near_difference.value is not None:
+        words += f"; difference {_figure(found.near_difference)}"
     return words
+
+
+def _with_other(own: Figure, other: Figure) -> str:
+    """Format the figure of a latent's explanation, with that of another's."""
+    return _figure(own) + ("" if other.value is None else f" [another latent's explanation {_figure(other)}]")
 
 
 def _figure(figure: Figure) -> str:

@@ -11,6 +11,7 @@ from saemill.assess import directions
 from saemill.assess.evalset import EvalSet
 from saemill.assess.firing import Beside, Fires, Firing
 from saemill.assess.reader import PassageReader, Reader, reader_of
+from saemill.assess.vocabulary import vocabularies
 from saemill.common.errors import ConfigError
 from saemill.common.log import counted, progress
 from saemill.common.sae.sae import Sae
@@ -91,7 +92,7 @@ class Describer:
         chunks = evalset.context_chunks(wanted.context_tokens) if latents else ()
         self.firing = Firing(self.sae, latents, evalset).run(chunks)
         self.reader = reader_of(evalset.text)
-        self._vocabulary = directions.Vocabulary.of(self.sae, evalset.store, model)
+        self._vocabularies = vocabularies(self.sae, evalset.store, model)
         self._norm_shares = directions.norm_shares(self.sae)
 
     def features(self, latents: Sequence[int], of: str) -> Features:
@@ -116,7 +117,7 @@ class Describer:
             sources=tuple(firing.source_names),
             sites=tuple(part.site for part in self.sae.config.outputs),
             prefixes=tuple(self.sae.config.prefixes),
-            no_tokens=self._vocabulary.missing,
+            vocabularies=tuple(each.record for each in self._vocabularies),
             latents=tuple(self.latents(latents)),
         )
 
@@ -130,16 +131,15 @@ class Describer:
 
     def latents(self, latents: Sequence[int]) -> list[Latent]:
         """Describe some latents."""
-        reader, shares = self.reader, self._norm_shares
-        tokens = None
-        if isinstance(reader, Reader):
-            tokens = self._vocabulary.tokens(self.sae, latents, reader.pieces)
+        pieces = self.reader.pieces if isinstance(self.reader, Reader) else None
+        effects = [each.effects(latents, pieces) for each in self._vocabularies]
+        shares = self._norm_shares
         told = zip(
             latents,
             directions.neighbours(self.sae, latents),
             directions.counterparts(self.sae, latents, self._siblings),
             directions.encoder_cosines(self.sae, latents),
-            tokens or [((), ())] * len(latents),
+            zip(*effects, strict=True),
             strict=True,
         )
         return [
@@ -147,33 +147,34 @@ class Describer:
                 latent=latent,
                 asked=latent in self.wanted.asked,
                 **self._firing(latent),
-                promoted=promoted,
-                suppressed=suppressed,
+                effects=its_effects,
                 nearest=near.nearest,
                 opposite=near.opposite,
                 counterparts=counterparts,
                 encoder_cosine=cosine,
                 norm_shares=() if shares is None else tuple(shares[latent].tolist()),
             )
-            for latent, near, counterparts, cosine, (promoted, suppressed) in told
+            for latent, near, counterparts, cosine, its_effects in told
         ]
 
     def _firing(self, latent: int) -> dict[str, Any]:
         """Describe where a latent fires."""
         fires, firing, wanted = self.firing.of(latent), self.firing, self.wanted
         n, sampled = len(fires.acts_N), fires.sampled()
-        bars, _ = np.histogram(fires.acts_N[sampled], N_BARS, (0, fires.largest or 1))
+        ends = (fires.smallest, fires.largest if fires.largest or fires.smallest else 1.0)
+        bars, _ = np.histogram(fires.acts_N[sampled], N_BARS, ends)
+        most, reader = wanted.n_contexts, self.reader
         return {
             "n_active": n,
             "density": n / max(1, firing.n_tokens),
             "mean_when_active": fires.mean,
+            "smallest": fires.smallest,
             "largest": fires.largest,
             "n_sampled": len(sampled),
             "histogram": tuple(bars.tolist()),
-            "contexts": _shown(
-                fires, fires.strongest(SPARE * wanted.n_contexts), wanted.n_contexts, self.reader
-            ),
-            "strata": strata(fires, sampled, wanted.n_samples, self.reader),
+            "contexts": _shown(fires, fires.strongest(SPARE * most), most, reader),
+            "below": _shown(fires, fires.strongest(SPARE * most, -1), most, reader),
+            "strata": strata(fires, sampled, wanted.n_samples, reader),
             "by_position": firing.shares(latent, "position") if self.evalset.text.ctx_len > 1 else (),
             "by_source": firing.shares(latent, "source"),
             "together": _together(firing.beside(latent), latent),
@@ -198,6 +199,7 @@ def strata(
         return ()
     edges = np.quantile(activations, np.linspace(0, 1, N_STRATA + 1))
     edges[-1] = fires.largest
+    edges[0] = fires.smallest or edges[0]
     stratum_N = np.clip(np.searchsorted(edges, activations, side="left") - 1, 0, N_STRATA - 1)
     return tuple(
         Stratum(

@@ -57,13 +57,20 @@ class Fires:
         return float(self.acts_N.max(initial=0))
 
     @property
+    def smallest(self) -> float:
+        """Smallest activation; 0 where it never fires below 0."""
+        return float(self.acts_N.min(initial=0))
+
+    @property
     def mean(self) -> float:
         """Mean activation where it fires; 0 where it never does."""
         return float(self.acts_N.sum(dtype=np.float64)) / max(1, len(self.acts_N))
 
-    def strongest(self, n: int) -> NDArray[np.int64]:
-        """Choose the places where it fires most, at most one per document, the strongest first. Indices."""
-        order = np.argsort(-self.acts_N, kind="stable")
+    def strongest(self, n: int, sign: int = 1) -> NDArray[np.int64]:
+        """Choose the places where it fires most above 0, or with sign −1 below it, at most one per document,
+        the strongest first. Indices."""
+        order = np.argsort(-sign * self.acts_N, kind="stable")
+        order = order[: int((sign * self.acts_N > 0).sum())]
         _, first = np.unique(self.documents_N[order], return_index=True)
         return order[np.sort(first)[:n]]
 
@@ -157,7 +164,7 @@ class Firing:
             strict=True,
         ):
             codes = self.sae.encode(x_TD.to(self.sae.W_enc.device, torch.float32))
-            active = (codes.top_acts > 0) & torch.isfinite(codes.top_acts)
+            active = codes.active & torch.isfinite(codes.top_acts)
             token = active.nonzero()[:, 0].cpu().numpy() + start
             found.append(
                 (token, codes.top_indices[active].cpu().numpy(), codes.top_acts[active].cpu().numpy())
@@ -235,7 +242,7 @@ class Firing:
         """Compute the share of each latent's activation that is on some tokens; 0 where it never fires. [L],
         in the order in which they were given."""
         weights_T = chosen_T.astype(np.float64), np.ones(len(chosen_T))
-        on_L, sum_L = (np.asarray(self._acts_TL.T @ each_T) for each_T in weights_T)
+        on_L, sum_L = (np.asarray(abs(self._acts_TL).T @ each_T) for each_T in weights_T)
         share_L: NDArray[np.float64] = np.divide(on_L, sum_L, out=np.zeros(len(on_L)), where=sum_L > 0)
         return share_L
 

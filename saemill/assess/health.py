@@ -82,7 +82,8 @@ def least_c_dec(
     groups: dict[str, dict[int, Entry]] = defaultdict(dict)
     for entry in entries:
         metrics = entry["metrics"]
-        if not entry["not_measured"] and metrics["c_dec"]["value"] is not None and metrics["l0"]["value"]:
+        known = settings[entry["name"]] and not entry["not_measured"]
+        if known and metrics["c_dec"]["value"] is not None and metrics["l0"]["value"]:
             others = {key: value for key, value in settings[entry["name"]].items() if key not in SPARSITY}
             groups[json.dumps(others, sort_keys=True)].setdefault(round(metrics["l0"]["value"]), entry)
     found = []

@@ -16,10 +16,10 @@ from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.models.cached import check_given, check_model, load_model
 from saemill.common.models.model import LanguageModel
-from saemill.common.sae import of_run
+from saemill.common.sae import formats, of_run
 from saemill.common.sae.sae import Sae
 from saemill.common.stores import runs
-from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.activations import ActivationStore, keep_locally
 from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
@@ -37,6 +37,8 @@ class Trained:
     left_out: dict[str, tuple[Sae, str]]
     """Variants that diverged or were stopped early, and the reason: listed, not measured."""
     mask: MaskConfig
+    is_imported: bool
+    """Whether the SAEs were trained elsewhere, on text that is not known."""
     sets: dict[str, Sae]
     """Transcoders of one layer each that are measured together, as `together` makes them."""
 
@@ -66,6 +68,11 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
         StoreError: it is unfinished, its activations are not to be found, or no variant is worth measuring.
         ConfigError: variants or latents are named that it does not have.
     """
+    if not runs.is_finished(config.run) and formats.is_sae(config.run):
+        raise ConfigError(
+            f"{config.run} is an SAE, and no run; make one of it, on cached activations, with "
+            f"`saemill import {config.run} --acts STORE -o RUN`"
+        )
     if not runs.is_finished(config.run):
         raise StoreError(
             f"{config.run} is no finished run ({runs.FINISHED} is missing); finish it with `saemill train`"
@@ -75,6 +82,7 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
     if not is_there(path):
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
     store = _open_store(path, _beside(config, finished))
+    keep_locally([store], config.local_cache)
     saes = {name: of_run.load(config.run, name, finished, device) for name in finished.variants}
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
@@ -91,7 +99,8 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
         )
     may_be_shown = saes.values() if config.variant is None else [saes[config.variant]]
     features.check_latents(config.latents, [sae.config.num_latents for sae in may_be_shown])
-    return Trained(store, saes, left_out, finished.mask, together(saes) if config.together else {})
+    sets = together(saes) if config.together else {}
+    return Trained(store, saes, left_out, finished.mask, bool(finished.imported), sets)
 
 
 def _open_store(path: Path, beside: Path | None) -> ActivationStore:

@@ -33,7 +33,12 @@ def run(config: LatentConfig) -> Features:
     folder, name = sae_of(config.run.absolute())
     numbers = _numbers(config.latents)
     task = AssessConfig(
-        run=folder, acts=config.acts, with_acts=config.with_acts, variant=name, latents=numbers
+        run=folder,
+        acts=config.acts,
+        with_acts=config.with_acts,
+        local_cache=config.local_cache,
+        variant=name,
+        latents=numbers,
     )
     world = World.here()
     device = world.device(config.device)
@@ -107,11 +112,15 @@ def text(latent: Latent, features: Features, explained: Explained | None) -> str
     ]
     if not latent.n_active:
         return "\n".join([*lines, *_directions(latent, features)])
-    lines[0] += f", {latent.mean_when_active:.3g} on average, {latent.largest:.3g} at most"
+    lines[0] += f", {latent.mean_when_active:.3g} on average, "
+    ends = f"{latent.smallest:.3g} to {latent.largest:.3g}"
+    lines[0] += ends if latent.smallest else f"{latent.largest:.3g} at most"
     if explained:
         lines += [f"  “{explained.text}”"] if explained.text else []
         lines.append(f"  {score_words(explained)}")
     lines += ["  strongest", *map(context_line, latent.contexts)]
+    if latent.below:
+        lines += ["  strongest below 0", *map(context_line, latent.below)]
     for stratum in latent.strata:
         if stratum.contexts:
             lines.append(f"  {stratum.low:.3g} to {stratum.high:.3g}, {stratum.share:.0%} of its firings")
@@ -121,9 +130,7 @@ def text(latent: Latent, features: Features, explained: Explained | None) -> str
 
 def _directions(latent: Latent, features: Features) -> list[str]:
     """Write what its weights tell, and which latents it fires together with."""
-    told = {
-        "promotes": _tokens(latent.promoted),
-        "suppresses": _tokens(latent.suppressed),
+    told = _effects(latent, features) | {
         "nearest decoder rows": ", ".join(f"{n.latent} ({n.cosine:.2f})" for n in latent.nearest),
         "fires together with": ", ".join(f"{t.latent} (φ {t.phi:.2f})" for t in latent.together),
         "in other seeds": ", ".join(
@@ -136,9 +143,20 @@ def _directions(latent: Latent, features: Features) -> list[str]:
             if share is not None
         ),
     }
-    if features.no_tokens:
-        told["promotes"] = f"not known: {features.no_tokens}"
     return [f"  {what}: {values}" for what, values in told.items() if values]
+
+
+def _effects(latent: Latent, features: Features) -> dict[str, str]:
+    """Write which tokens it makes more and less probable, of several places that it writes to by place."""
+    told = {}
+    above = " above 0" if latent.smallest else ""
+    for place, effect in zip(features.vocabularies, latent.effects, strict=True):
+        at = above + f" at {place.at}" if len(features.vocabularies) > 1 else above
+        told[f"promotes{at}"] = _tokens(effect.promoted)
+        told[f"suppresses{at}"] = _tokens(effect.suppressed)
+        if place.missing:
+            told[f"promotes{at}"] = f"not known: {place.missing}"
+    return told
 
 
 def _tokens(tokens: tuple[Token, ...]) -> str:

@@ -17,8 +17,8 @@ COPIES = 4
 """Times that pre-activations of some rows are in memory: chosen, sorted, and as codes."""
 ROW_BYTES = 12
 """Bytes of a number of the activations in hand: as it is stored, and in float64."""
-EXAMPLE_BYTES = 12
-"""Bytes of a number of the examples: as it is, in float64 where standardised, and standardised."""
+EXAMPLE_BYTES = 8
+"""Bytes of a number of the examples: as it is, and standardised."""
 CODE_BYTES = 24
 """Bytes of a latent that is active on an example: sorted by latent, and before."""
 LOSS_COPIES = 6

@@ -84,7 +84,7 @@ class Reader:
         """
         snippet, steps = self._snippet(int(fires.addresses_N[at]))
         around_A = fires.around(at).tolist()
-        values = tuple(_rounded(max(around_A[AROUND + step] for step in own)) for own in steps)
+        values = tuple(_rounded(max((around_A[AROUND + step] for step in own), key=abs)) for own in steps)
         return Context(activation=float(fires.acts_N[at]), values=values, place=snippet)
 
     def _snippet(self, address: int) -> tuple[Snippet, list[list[int]]]:

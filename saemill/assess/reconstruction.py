@@ -37,8 +37,10 @@ class Firing:
     """int64, tokens on which the latent was active."""
     sum_F: Tensor
     """float64, sum of its activations."""
+    min_F: Tensor
+    """float32, its smallest activation; 0 where none is below 0."""
     max_F: Tensor
-    """float32, its largest activation."""
+    """float32, its largest activation; 0 where none is above 0."""
     drivers: Drivers
     """What its activation follows."""
 
@@ -46,15 +48,16 @@ class Firing:
     def none(cls, n_latents: int) -> "Firing":
         """Begin with no token."""
         count_F = torch.zeros(n_latents, dtype=torch.int64)
-        return cls(count_F, count_F.double(), count_F.float(), Drivers(n_latents))
+        return cls(count_F, count_F.double(), count_F.float(), count_F.float(), Drivers(n_latents))
 
     def add(self, codes: Encoded, drivers_TC: Tensor) -> None:
         """Count some tokens."""
         self.drivers.add(codes, drivers_TC)
-        active = codes.top_acts > 0
+        active = codes.active
         latents, acts = codes.top_indices[active].cpu(), codes.top_acts[active].cpu()
         self.count_F += torch.bincount(latents, minlength=len(self.count_F))
         self.sum_F.index_add_(0, latents, acts.double())
+        self.min_F.scatter_reduce_(0, latents, acts, "amin")
         self.max_F.scatter_reduce_(0, latents, acts, "amax")
 
 
@@ -178,6 +181,7 @@ class Reconstruction:
         for firing in self.firing.values():
             for sums in (firing.count_F, firing.sum_F, *firing.drivers.sums):
                 everyone.all_reduce(sums)
+            firing.min_F = torch.stack(everyone.all_gather_objects(firing.min_F)).amin(0)
             firing.max_F = torch.stack(everyone.all_gather_objects(firing.max_F)).amax(0)
 
     def _add_spread(self, site: str, spread: Spread) -> None:
@@ -225,7 +229,7 @@ class Reconstruction:
             columns["cosine"].append(_quotient((x * r).sum(1), x_norm * r_norm))
             columns["norm_ratio"].append(_quotient(r_norm, x_norm))
             columns["not_finite"].append(bad)
-            columns["l0"].append((codes.top_acts > 0).sum(1))
+            columns["l0"].append(codes.active.sum(1))
             self.firing[name].add(codes, some_drivers_TC)
             if sae.W_skip is not None:
                 columns["sse_skip"].append(self._left_by_skip(sae, some_read_TD, some_TD))
@@ -233,7 +237,7 @@ class Reconstruction:
                 cut_codes = cut.select(pre_TF[:, : cut.config.num_latents])
                 cut_r = self._scaled(self.sites[name], cut.decode(*cut_codes, read).double())
                 columns[f"{cut_name}/sse"].append((cut_r - x).square().sum(1))
-                columns[f"{cut_name}/l0"].append((cut_codes.top_acts > 0).sum(1))
+                columns[f"{cut_name}/l0"].append(cut_codes.active.sum(1))
         return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in columns.items()}
 
     def _at_parts(self, name: str, error_TD: Tensor) -> dict[str, Tensor]:

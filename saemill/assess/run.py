@@ -75,7 +75,10 @@ def _assess(
     settings.check_folder(out)
     to_wandb = everyone.first(lambda: _logs_to_wandb(config))
     model, model_check = open_model(config, trained, other, device, given)
-    evalset = EvalSet(trained.store, other, model, trained.mask, trained.sites, config.batch_size, everyone)
+    evalset = EvalSet(
+        *(trained.store, other, model, trained.mask, trained.sites, config.batch_size, everyone),
+        is_training_known=not trained.is_imported,
+    )
     if model is not None:
         check_mask_token(model, evalset.tokens)
     pools = probing.prepare(config, evalset)

@@ -154,6 +154,7 @@ def _latents_table(
                 "latent": np.arange(len(firing.count_F)),
                 "density": reconstruction.density(name),
                 "mean_when_active": (firing.sum_F / firing.count_F.clamp(min=1)).numpy(),
+                "min": firing.min_F.numpy(),
                 "max": firing.max_F.numpy(),
                 "found_in_seeds": pa.array(
                     found_in_seeds.get(name, [None] * len(firing.count_F)), pa.int64()

@@ -50,7 +50,14 @@ class CacheConfig:
     max_tokens: int | None = setting(
         None, "Cache only the first rows, at most so many tokens", by_default="the store's, or all"
     )
-    batch_size: int = setting(16, "Rows per forward pass", metavar="ROWS", decides=False, least=1)
+    batch_size: int | None = setting(
+        None,
+        "Rows per forward pass",
+        by_default="16, on a CPU those of 2048 tokens",
+        metavar="ROWS",
+        decides=False,
+        least=1,
+    )
     shard_tokens: int | None = setting(
         None,
         "Tokens per shard file, in whole rows; compressed, in whole blocks of 256",
@@ -108,7 +115,10 @@ class CacheConfig:
                 "--layers 2,4, --sites 'layers.*.mlp' or --layer-stride 2"
             )
         if self.max_disk is not None and (address := address_of(self.out)):
-            raise ConfigError(f"max_disk has no effect: {address} is on no disk; leave it out")
+            raise ConfigError(
+                f"max_disk has no effect: {address} is on no disk, and `train --local-cache` bounds what is "
+                "kept of it here; leave it out, or cache to a folder"
+            )
         if self.max_disk is not None:
             size_of(self.max_disk, "max_disk")
         elif self.delete_consumed:

@@ -20,6 +20,25 @@ from saemill.common.models.model import LanguageModel, attention_of
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.forms.form import Form, empty
 
+ROWS_AT_ONCE = 16
+"""Rows per forward pass where nobody says."""
+CPU_TOKENS = 2048
+"""Tokens per forward pass of a CPU. The tensors of larger ones are handed back to the system in each block
+and taken anew, page by page: a tenth of the time of a model of D 768."""
+
+
+def batch_rows(asked: int | None, ctx_len: int, device: torch.device) -> int:
+    """Choose the rows per forward pass.
+
+    Args:
+        asked: the setting.
+        ctx_len: tokens per row.
+        device: that the model runs on.
+    """
+    if asked is None and device.type == "cpu":
+        return max(1, CPU_TOKENS // ctx_len)
+    return asked or ROWS_AT_ONCE
+
 
 class Filling:
     """The filling of a store: it writes the shards that some of the sites lack.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saemill.cache import token_copy
-from saemill.cache.claims.files import CLAIMS, holds_only_claims
+from saemill.cache.claims.files import holds_only_claims
 from saemill.cache.claims.worker import Worker
 from saemill.common import config as settings
 from saemill.common import durable, records
@@ -15,6 +15,7 @@ from saemill.common.log import say
 from saemill.common.stores.mirror import OBJECTS
 from saemill.common.stores.site_names import folder_of
 from saemill.common.stores.site_records import (
+    CLAIMS,
     CONSUMED,
     EMBEDDINGS,
     FOLLOWERS,
@@ -118,17 +119,8 @@ def put(path: Path, content: Mapping[str, Any], worker: Worker) -> None:
 
 def clear_if_empty(out: Path, worker: Worker) -> None:
     """Remove a store that holds no shard and that no other worker works on, so that other settings may be
-    tried in its place. Files of others are left alone, and so is a store at which there may be workers of
-    whom nothing is known here."""
+    tried in its place. Files of others are left alone."""
     with worker.hold("store"):
-        worker.place.refresh()
-        if not worker.place.has_all_claims:
-            if not has_shards(out):
-                say(
-                    f"{worker.place.name} holds no shard, and is left as it is, since other machines may "
-                    "work on it; remove it before other settings are tried there"
-                )
-            return
         if worker.is_alone() and not has_shards(out):
             # The tokens go last: by them the rest is known as a store that was begun.
             sites = [folder_of(name) for name in sites_in(out) if record_path(out, name).exists()]

@@ -1,7 +1,7 @@
 """How the finished files of a store get to their places: on a disk, or in a bucket that has a mirror here.
 
 Both know one act that only one process can do, of any that try at once: to make a file where there is none.
-What is unfinished, and the claims, are on a disk in any case.
+So both have claims too. What is unfinished is on a disk in any case.
 """
 
 import shutil
@@ -10,11 +10,18 @@ from typing import Protocol
 
 from platformdirs import user_cache_path
 
-from saemill.cache.claims.files import CLAIMS, remove
+from saemill.cache.claims.board import Board
+from saemill.cache.claims.files import Files, remove
+from saemill.cache.claims.objects import Objects
 from saemill.common import durable
 from saemill.common.addresses import address_of
+from saemill.common.errors import ConfigError
+from saemill.common.outlook import free_bytes, nearest_folder
+from saemill.common.sizes import written
 from saemill.common.stores import mirror
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.objects import MOST_BYTES
+from saemill.common.stores.site_records import CLAIMS
 
 Mark = int | str | None
 """What is another one when a file is: its inode, or its object's tag; None where there is none."""
@@ -27,23 +34,23 @@ class Place(Protocol):
     """Name that the user gave it."""
     folder: Path
     """Its folder, or the mirror of its address."""
-    claims: Path
-    """Folder that its workers share."""
-    has_all_claims: bool
-    """Whether every worker at the store has its claims there."""
+    claims: Board
+    """Claims of its workers."""
+    unfinished: Path
+    """Folder for what they have not finished writing."""
 
-    def create(self, written: Path, path: Path) -> Mark:
+    def create(self, finished: Path, path: Path) -> Mark:
         """Put a finished file in its place, where there is none.
 
         Raises:
             FileExistsError: there is one, of other content.
         """
 
-    def replace(self, written: Path, path: Path) -> Mark:
+    def replace(self, finished: Path, path: Path) -> Mark:
         """Put a finished file in its place, in place of another too."""
 
-    def replace_tokens(self, written: Path, path: Path) -> None:
-        """Put the finished copy of the tokens in place of what is there."""
+    def replace_text(self, finished: Path, path: Path) -> None:
+        """Put a finished folder of tokens or passages in place of what is there."""
 
     def mark(self, path: Path) -> Mark:
         """Look up the mark of what is there now."""
@@ -60,6 +67,18 @@ class Place(Protocol):
     def named(self, path: Path) -> str:
         """Name a file as messages do."""
 
+    def check_room(self, n_bytes: float, shard_bytes: float, advice: str) -> None:
+        """Refuse what has no room.
+
+        Args:
+            n_bytes: of all shards that are lacking.
+            shard_bytes: of the largest one.
+            advice: what takes less.
+
+        Raises:
+            ConfigError: it will not fit.
+        """
+
 
 class OnDisk:
     """A folder.
@@ -68,29 +87,28 @@ class OnDisk:
         folder: it.
     """
 
-    has_all_claims = True
-
     def __init__(self, folder: Path) -> None:
-        self.name, self.folder, self.claims = str(folder), folder, folder / CLAIMS
+        self.name, self.folder, self.unfinished = str(folder), folder, folder / CLAIMS
+        self.claims: Board = Files(self.unfinished)
 
-    def create(self, written: Path, path: Path) -> Mark:
+    def create(self, finished: Path, path: Path) -> Mark:
         """Link a file; see `Place`."""
-        mark = self.mark(written)
-        durable.place(written, path)
+        mark = self.mark(finished)
+        durable.place(finished, path)
         return mark
 
-    def replace(self, written: Path, path: Path) -> Mark:
+    def replace(self, finished: Path, path: Path) -> Mark:
         """Rename a file; see `Place`."""
-        mark = self.mark(written)
+        mark = self.mark(finished)
         path.parent.mkdir(parents=True, exist_ok=True)
-        written.replace(path)
+        finished.replace(path)
         durable.sync_folder(path.parent)
         return mark
 
-    def replace_tokens(self, written: Path, path: Path) -> None:
+    def replace_text(self, finished: Path, path: Path) -> None:
         """Rename a folder; see `Place`."""
         shutil.rmtree(path, ignore_errors=True)
-        written.replace(path)
+        finished.replace(path)
         durable.sync_folder(path.parent)
 
     def mark(self, path: Path) -> Mark:
@@ -115,9 +133,18 @@ class OnDisk:
         """Name a file by its path."""
         return str(path)
 
+    def check_room(self, n_bytes: float, shard_bytes: float, advice: str) -> None:
+        """Compare with what is free on the disk; see `Place`."""
+        free = free_bytes(self.folder)
+        if n_bytes > free:
+            raise ConfigError(
+                f"{n_bytes / 2**20:,.1f} MiB are needed in {nearest_folder(self.folder)}, "
+                f"{free / 2**20:,.1f} MiB are free; choose another disk, {advice}"
+            )
+
 
 class InBucket:
-    """An address in an object store. Workers share out its shards when they share the folder of claims.
+    """An address in an object store.
 
     Args:
         address: it.
@@ -127,31 +154,31 @@ class InBucket:
         ConfigError, DiskError: it cannot be read.
     """
 
-    has_all_claims = False
-
     def __init__(self, address: str) -> None:
         self.name, self.mirror = address, mirror.opened_to_write(address)
         self.folder = self.mirror.folder
-        self.claims = user_cache_path("saemill") / CLAIMS / self.folder.name
+        self.claims: Board = Objects(self.mirror.remote)
+        self.unfinished = user_cache_path("saemill") / "unfinished" / self.folder.name
+        self.unfinished.mkdir(parents=True, exist_ok=True)
 
-    def create(self, written: Path, path: Path) -> Mark:
+    def create(self, finished: Path, path: Path) -> Mark:
         """Upload a file by a conditional PUT; see `Place`."""
-        return self.mirror.create(path, written.read_bytes())
+        return self.mirror.create(path, finished.read_bytes())
 
-    def replace(self, written: Path, path: Path) -> Mark:
+    def replace(self, finished: Path, path: Path) -> Mark:
         """Upload a file; see `Place`."""
-        mark = self.mirror.write(path, written.read_bytes())
-        written.unlink()
+        mark = self.mirror.write(path, finished.read_bytes())
+        finished.unlink()
         return mark
 
-    def replace_tokens(self, written: Path, path: Path) -> None:
+    def replace_text(self, finished: Path, path: Path) -> None:
         """Upload a folder. Its manifest comes first, by which a store that was begun is known; what lacks
         after a kill is seen by it."""
         self.remove(path)
-        files = sorted(file for file in written.rglob("*") if file.is_file())
-        for file in sorted(files, key=lambda file: file != written / "manifest.json"):
-            self.replace(file, path / file.relative_to(written))
-        shutil.rmtree(written)
+        files = sorted(file for file in finished.rglob("*") if file.is_file())
+        for file in sorted(files, key=lambda file: file != finished / "manifest.json"):
+            self.replace(file, path / file.relative_to(finished))
+        shutil.rmtree(finished)
 
     def mark(self, path: Path) -> Mark:
         """Look up a tag; see `Place`."""
@@ -180,6 +207,23 @@ class InBucket:
     def named(self, path: Path) -> str:
         """Name a file by its address."""
         return self.mirror.name_of(path)
+
+    def check_room(self, n_bytes: float, shard_bytes: float, advice: str) -> None:
+        """Compare a shard with the largest object; see `Place`."""
+        check_object(self.name, shard_bytes)
+
+
+def check_object(address: str, shard_bytes: float) -> None:
+    """Refuse shards that an object store does not take at once.
+
+    Raises:
+        ConfigError: they are too large.
+    """
+    if shard_bytes > MOST_BYTES:
+        raise ConfigError(
+            f"a shard takes {written(int(shard_bytes))}, and an object of {address} at most "
+            f"{written(MOST_BYTES)}; make shards smaller: --shard-tokens, of passages --shard-rows"
+        )
 
 
 def place_of(out: Path) -> OnDisk | InBucket:

@@ -11,6 +11,7 @@ import torch
 from saemill.cache.config import CacheConfig
 from saemill.cache.folder import check_same_store, existing_settings
 from saemill.cache.outlook import bytes_of_copy, model_bytes, outlook_of
+from saemill.cache.placing import check_object
 from saemill.common import config as settings
 from saemill.common import durable, setting
 from saemill.common.addresses import address_of
@@ -29,7 +30,6 @@ from saemill.common.sizes import written
 from saemill.common.stores.forms.form import form_of
 from saemill.common.stores.forms.packing import rows_per_shard
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.objects import MOST_BYTES
 from saemill.common.stores.site_records import FORMAT, Site, StoreSettings, site_path
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World
@@ -216,7 +216,7 @@ def check_disk(
         ConfigError: with the bytes that are needed and those that are free.
     """
     if address := address_of(config.out):
-        _check_objects(address, max(row_bytes.values()) * identity["shard_tokens"])
+        check_object(address, max(row_bytes.values()) * identity["shard_tokens"])
         return
     folder, free, shard_tokens = nearest_folder(config.out), free_bytes(config.out), identity["shard_tokens"]
     there = {name: durable.folder_bytes(site_path(config.out, name) / "c") for name in row_bytes}
@@ -244,15 +244,6 @@ def check_disk(
         f"{needed} are needed in {folder}, {shown(free)} are free; choose fewer sites or --max-tokens, or "
         f"another disk: {' or '.join(fits) or 'nothing of it'} would fit"
     )
-
-
-def _check_objects(address: str, shard_bytes: int) -> None:
-    """Refuse shards that an object store does not take at once."""
-    if shard_bytes > MOST_BYTES:
-        raise ConfigError(
-            f"a shard takes {written(shard_bytes)}, and an object of {address} at most "
-            f"{written(MOST_BYTES)}; give fewer --shard-tokens"
-        )
 
 
 class Ahead(NamedTuple):

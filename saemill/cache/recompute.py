@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Event
 
 from saemill.cache.claims.worker import Worker
-from saemill.cache.fill import computed
+from saemill.cache.fill import batch_rows, computed
 from saemill.cache.folder import write_group
 from saemill.cache.placing import Place, place_of
 from saemill.cache.repair import mend
@@ -36,14 +36,16 @@ from saemill.common.world import World
 CACHE_AGAIN = "`saemill cache` again, as it was called first, computes it anew"
 
 
-def repair(path: Path, model: str | None, device: str, batch_size: int, stop: Event | None = None) -> None:
+def repair(
+    path: Path, model: str | None, device: str, batch_size: int | None, stop: Event | None = None
+) -> None:
     """Mend what is damaged of a store, so that it is as before, byte by byte.
 
     Args:
         path: its folder, or its address.
         model: the one that was cached, if not where the store says.
         device: that it runs on, as when it was cached.
-        batch_size: rows per forward pass, as when it was cached.
+        batch_size: rows per forward pass, as when it was cached; None if that was left open.
         stop: event that stops it, as a signal does.
 
     Raises:
@@ -55,7 +57,7 @@ def repair(path: Path, model: str | None, device: str, batch_size: int, stop: Ev
     with (
         stop_on_signal(stop) as stop,
         naming(place.folder, place.name),
-        Worker(place.claims, stop, place) as worker,
+        Worker(place, stop) as worker,
         worker.hold("store"),
     ):
         writers = _opened(place, worker)
@@ -140,11 +142,12 @@ def _compute(
     bad: dict[str, dict[int, str]],
     model_name: str | None,
     device: str,
-    batch_size: int,
+    batch_size: int | None,
 ) -> None:
     """Compute bad shards again, those of one number at all sites at once."""
     store, n_bad = writers[0].store, sum(map(len, bad.values()))
     model = _load(store, model_name, device)
+    n_rows = batch_rows(batch_size, store.tokens.ctx_len, model.device)
     shards = sorted(set[int]().union(*bad.values()))
     with progress("repair", sum(map(store.shard_length, shards)), "tokens", 0) as advance:
 
@@ -155,7 +158,7 @@ def _compute(
         for shard in shards:
             lacking = [writer for writer in writers if shard in bad[writer.site.name]]
             forms = {writer.site.name: writer.form for writer in lacking}
-            stored_TC = computed(store, model, forms, shard, batch_size, done)
+            stored_TC = computed(store, model, forms, shard, n_rows, done)
             for writer in lacking:
                 name = writer.site.name
                 if not writer.restore(shard, stored_TC[name], bad[name][shard]):

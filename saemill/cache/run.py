@@ -14,7 +14,7 @@ from saemill.cache import names, token_copy
 from saemill.cache.calibration import calibrations_by
 from saemill.cache.claims.worker import Worker
 from saemill.cache.config import CacheConfig
-from saemill.cache.fill import Filling
+from saemill.cache.fill import Filling, batch_rows
 from saemill.cache.folder import check_same_store, clear_if_empty, existing_settings, write_group
 from saemill.cache.placing import place_of
 from saemill.cache.plan import Plan, make_plan
@@ -71,7 +71,7 @@ def run(
     with stop_on_signal(stop) as stop, naming(place.folder, place.name):
         plan = make_plan(config, world, place.folder, model)
         before(plan.outlook)
-        with Worker(place.claims, stop, place) as worker:
+        with Worker(place, stop) as worker:
             store, writers = _open(plan, worker)
             when_open(store)
             try:
@@ -92,12 +92,12 @@ def _open(plan: Plan, worker: Worker) -> tuple[ActivationStore, list[SiteWriter]
     out, tokens, n_rows = worker.place.folder, plan.tokens, plan.identity["n_rows"]
     copy = out / "tokens"
     existed = (copy / "manifest.json").exists()
-    # Workers hash the copy side by side; then a copy that was not there is new, and its sizes will do.
+    # Workers hash the copy side by side; then it, or one that was not there and is new, needs no hash again.
     whole = token_copy.is_whole(copy, tokens, n_rows, hashes=True)
     with worker.hold("store") as claim:
         existing = existing_settings(out, tokens)
         check_same_store(out, existing, plan.identity)
-        if not whole and not token_copy.is_whole(copy, tokens, n_rows, hashes=existed):
+        if not token_copy.is_whole(copy, tokens, n_rows, hashes=existed and not whole):
             token_copy.make(copy, tokens, n_rows, claim)
         write_group(out, existing or _new_settings(plan), worker)
         store = worker.place.opened()
@@ -137,13 +137,12 @@ def _complete(plan: Plan, store: ActivationStore, writers: list[SiteWriter], wor
             _report_progress(store, lacking)
             n_missing += sum(map(len, lacking.values()))
             model = model or _load(plan, store, writers, worker)
-            filling = Filling(store, writers, model, worker, room, plan.config.batch_size)
+            filling = Filling(store, writers, model, worker, room, _batch_rows(plan))
             filling.run()
             n_written += filling.n_written
         if room is not None and room.stays_open:
             return room.left
         with worker.hold("store"):
-            worker.place.refresh()
             if all([writer.finish() for writer in writers]):
                 make_whole(store, [writer.site.name for writer in writers], worker, is_done=True)
                 return f"complete; {_done_sentence(n_missing, n_written)}"
@@ -175,13 +174,18 @@ def _load(plan: Plan, store: ActivationStore, writers: list[SiteWriter], worker:
     finished = [name for name in store.sites if name not in sites]
     found = roles_of(model, sites + finished, ids_RS)
     missing = [writer.site.name for writer in writers if not writer.is_calibrated]
-    calibrations = calibrations_by(model, store, missing, plan.config.batch_size)
+    calibrations = calibrations_by(model, store, missing, _batch_rows(plan))
     with worker.hold("store"):
         for writer in writers:
             writer.note(found[writer.site.name], calibrations.get(writer.site.name))
     for warning in names.warnings(model, found, ids_RS):
         say(f"warning: {warning}")
     return model
+
+
+def _batch_rows(plan: Plan) -> int:
+    """Choose the rows per forward pass."""
+    return batch_rows(plan.config.batch_size, plan.tokens.ctx_len, plan.device)
 
 
 def _report_progress(store: ActivationStore, pending: dict[str, list[int]]) -> None:

@@ -59,4 +59,4 @@ def make(path: Path, tokens: TokenStore, n_rows: int, claim: Claim) -> None:
     partial = claim.worker.partial()
     copy_rows(tokens, n_rows, partial)
     claim.check()
-    claim.worker.place.replace_tokens(partial, path)
+    claim.worker.place.replace_text(partial, path)

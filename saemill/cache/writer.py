@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saemill.cache.claims.worker import Claim, Lost, Worker
 from saemill.cache.folder import has_shards, put
-from saemill.common import durable, records
+from saemill.common import records
 from saemill.common.errors import DataError, DiskError, StoreError
 from saemill.common.log import say
 from saemill.common.records import decode_array, encode_array
@@ -113,9 +113,8 @@ class SiteWriter:
         permuted_TC = stored_TC.index_select(0, torch.from_numpy(self.store.permutation(shard)))
         data, record = self.worker.partial(), self.worker.partial()
         try:
-            self.array.write_shard(shard, as_numpy(permuted_TC), data)
-            file = data.stat().st_size, durable.hash_file(data)
-            records.write(record, self.record(shard, permuted_TC, *file))
+            written = self.array.write_shard(shard, as_numpy(permuted_TC), data)
+            records.write(record, self.record(shard, permuted_TC, *written))
             claim.check()
             self._publish(shard, data, record)
         except OSError:
@@ -139,8 +138,7 @@ class SiteWriter:
         data = self.worker.partial()
         permuted_TC = stored_TC.index_select(0, torch.from_numpy(self.store.permutation(shard)))
         try:
-            self.array.write_shard(shard, as_numpy(permuted_TC), data)
-            is_same = durable.hash_file(data) == xxh3
+            is_same = self.array.write_shard(shard, as_numpy(permuted_TC), data).xxh3 == xxh3
             if is_same:
                 self.worker.place.replace(data, self.array.shard_path(shard))
         finally:
@@ -174,9 +172,8 @@ class SiteWriter:
         """Compute the record of a shard: its file's size and hash, and sums over its training positions."""
         moments, sketch = Moments(self.site.width), NormSketch()
         keep = self.store.keep(shard, self.store.mask, held_out=False)
-        kept_TC = permuted_TC.index_select(0, torch.from_numpy(np.flatnonzero(keep)))
-        for x_TD in self._activations(kept_TC):
-            moments.add(x_TD)
+        for places_T in torch.split(torch.from_numpy(np.flatnonzero(keep)), ROWS_AT_ONCE):
+            moments.add(self.form.decode(permuted_TC.index_select(0, places_T)))
         norms_T = np.concatenate([norms_of(x_TD) for x_TD in self._activations(permuted_TC)])
         sketch.add(norms_T[keep])
         calibration = self.known.calibration

@@ -12,7 +12,7 @@ from saemill.embeddings.config import EmbedConfig, ImportConfig
     *("column", "site", "id_column", "text_column", "source_column", "texts"),
     flag("normalize", "--normalize"),
     *("dtype", "width", "raw_dtype", "subset", "split", "revision"),
-    *("max_rows", "held_out_fraction", "shard_rows"),
+    *("max_rows", "held_out_fraction", "shard_rows", "compression"),
 )
 def import_activations(config: ImportConfig) -> None:
     """Take over embeddings that are stored already, with their texts or ids.
@@ -37,7 +37,7 @@ def import_activations(config: ImportConfig) -> None:
     flag("normalize", "--normalize"),
     *("dtype", "model_dtype", "site", "batch_size", "device"),
     *("subset", "split", "revision", "model_revision"),
-    *("max_rows", "held_out_fraction", "shard_rows"),
+    *("max_rows", "held_out_fraction", "shard_rows", "compression"),
 )
 def embed(config: EmbedConfig) -> None:
     """Embed texts with an encoder of sentence-transformers, which must be installed.

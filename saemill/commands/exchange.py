@@ -43,16 +43,30 @@ def export(
 
 
 def import_(
-    path: Annotated[
-        str,
+    paths: Annotated[
+        list[str],
         typer.Argument(
+            metavar="SAE...",
             help="An SAE's folder, or hf://user/repo/…; its file where the format has one for each: a "
-            "layer of a circuit-tracer set, a pickle."
+            "layer of a circuit-tracer set, a pickle. Several with --acts.",
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write, new or empty.")],
     model: Annotated[
         str | None, option("The model it was trained on; its config tells the SAE's site.", "NAME")
+    ] = None,
+    acts: Annotated[
+        str | None,
+        option(
+            "Cached activations: the SAEs become a run on these, for assess, latent, view and others.",
+            "STORE",
+        ),
+    ] = None,
+    site: Annotated[
+        str | None, option("With --acts: the site that they read, where their files do not tell.", "SITE")
+    ] = None,
+    target_site: Annotated[
+        str | None, option("With --acts: the site that transcoders predict, likewise.", "SITE")
     ] = None,
     format_: Annotated[
         str | None,
@@ -67,12 +81,29 @@ def import_(
 ) -> None:
     """Take over an SAE of another tool, or a published one.
 
-    Example: `saemill import downloaded/blocks.8.hook_resid_post --model EleutherAI/pythia-160m -o sae`,
-    `saemill import hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 -o sae`
-    """
-    from saemill.convert import import_ as take
+    With `--acts` SAEs become a run on cached activations, under the names of their folders: `assess` gives
+    their figures, verdict and page, `latent`, `view`, `explain` and `compare` take them too.
 
-    take(path, out, model, format_)
+    Example: `saemill import downloaded/blocks.8.hook_resid_post --model EleutherAI/pythia-160m -o sae`,
+    `saemill import hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 -o sae`,
+    `saemill import downloaded/* --acts acts -o theirs; saemill assess theirs`
+    """
+    from saemill.common.errors import ConfigError
+    from saemill.convert import import_ as take
+    from saemill.imported_run import import_run
+
+    if acts is not None:
+        import_run(paths, acts, out, model=model, format=format_, site=site, target_site=target_site)
+        return
+    for name, value in (("site", site), ("target-site", target_site)):
+        if value is not None:
+            raise ConfigError(f"--{name} has no effect without --acts; leave it out")
+    if len(paths) > 1:
+        raise ConfigError(
+            f"several SAEs make up a run on cached activations, got {len(paths)}; name these with --acts, or "
+            "import one at a time"
+        )
+    take(paths[0], out, model, format_)
 
 
 def export_tokens(

@@ -11,7 +11,7 @@ from saemill.view.config import ViewConfig
     LatentConfig,
     "latent",
     *(argument("run"), argument("latents"), OUT),
-    *("n_contexts", "n_samples", "context_tokens", "model", "acts", "with_acts", "device"),
+    *("n_contexts", "n_samples", "context_tokens", "model", "acts", "with_acts", "local_cache", "device"),
 )
 def latent(config: LatentConfig) -> None:
     """Show any latents of an SAE: where they fire, what they promote, which latents are near.
@@ -32,7 +32,17 @@ def latent(config: LatentConfig) -> None:
     ViewConfig,
     "view",
     argument("run"),
-    *("port", "n_contexts", "n_samples", "context_tokens", "model", "acts", "with_acts", "device"),
+    *(
+        "port",
+        "n_contexts",
+        "n_samples",
+        "context_tokens",
+        "model",
+        "acts",
+        "with_acts",
+        "local_cache",
+        "device",
+    ),
 )
 def view(config: ViewConfig) -> None:
     """Serve the page of an assessed run on this machine, with every latent at hand and the model to try them.
@@ -56,7 +66,7 @@ def view(config: ViewConfig) -> None:
     argument("run"),
     *("url", "model", "latents", "n_latents", "api_key_env"),
     *("temperature", "max_answer_tokens", "at_once", "timeout_seconds"),
-    *("acts", "with_acts", "device"),
+    *("acts", "with_acts", "local_cache", "device"),
 )
 def explain(config: ExplainConfig) -> None:
     """Let a language model explain the latents that an assessment shows, and test what it says.
@@ -78,7 +88,7 @@ def explain(config: ExplainConfig) -> None:
     "export-latents",
     argument("run"),
     *("format", OUT, "latents", "max_tokens", "ctx", "held_out", "n_splits", "release"),
-    *("model", "acts", "device"),
+    *("model", "acts", "local_cache", "device"),
 )
 def export_latents(config: ExportLatentsConfig) -> None:
     """Write what SAEs' latents do on the cached tokens for other tools' judges; the model is not run.

@@ -5,13 +5,9 @@ from typing import Annotated
 
 import typer
 
-from saemill.cache.config import CacheConfig
 from saemill.commands.flags import argument, command, option
-from saemill.common import setting
 from saemill.common.addresses import named
 from saemill.convert_store.config import ConvertConfig
-
-BATCH_SIZE = setting.default_of(CacheConfig, "batch_size")
 
 
 def show(
@@ -38,7 +34,7 @@ def verify(
     ] = None,
     device: Annotated[str | None, option("Device that it was cached on [auto].", "NAME")] = None,
     batch_size: Annotated[
-        int | None, option(f"Rows per forward pass, as when it was cached [{BATCH_SIZE}].", "ROWS")
+        int | None, option("Rows per forward pass, as when it was cached, unless that was left open.", "ROWS")
     ] = None,
 ) -> None:
     """Check every file against its hash and name each bad one; exit code 1 if there are any.
@@ -63,7 +59,7 @@ def verify(
                 "what mends it is said"
             )
         if kind:
-            mend(path, model, device or "auto", batch_size or BATCH_SIZE)
+            mend(path, model, device or "auto", batch_size)
     damaged = problems(path)
     say("\n".join(damaged) if damaged else f"{named(path)}: every file has its size and hash")
     if damaged:

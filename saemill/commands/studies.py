@@ -37,7 +37,17 @@ def generate(config: GenerateConfig) -> None:
     "compare",
     argument("saes"),
     OUT,
-    *("by", "matching", "assignment_limit", "threshold", "acts", "max_tokens", "seed", "device"),
+    *(
+        "by",
+        "matching",
+        "assignment_limit",
+        "threshold",
+        "acts",
+        "local_cache",
+        "max_tokens",
+        "seed",
+        "device",
+    ),
 )
 def compare(config: CompareConfig) -> None:
     """Match the latents of every two SAEs, of other seeds, sources or layers, beside what chance matches.

@@ -48,6 +48,7 @@ def check_disk_path(path: Path) -> None:
     """
     if address := address_of(path):
         raise ConfigError(
-            f"out is {address}, and only `tokenize` and `cache` write there; write to a folder, and copy "
-            f"that there: aws s3 cp --recursive FOLDER {address}, rclone, or what your provider has"
+            f"out is {address}, and only stores are written there (`tokenize`, `cache`, `embed`, "
+            "`import-activations`, `convert-store`); write to a folder, and copy that there: "
+            f"aws s3 cp --recursive FOLDER {address}, rclone, or what your provider has"
         )

@@ -336,6 +336,19 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_buffers(buffers: Iterable[bytes | memoryview], pad_to_bytes: int = 0) -> tuple[int, str]:
+    """Compute size in bytes and hash of the file that `write_bytes` makes of the same arguments."""
+    digest, n_bytes = xxhash.xxh3_64(), 0
+    for buffer in buffers:
+        digest.update(buffer)
+        n_bytes += memoryview(buffer).nbytes
+    while n_bytes < pad_to_bytes:
+        zeros = bytes(min(READ_BYTES, pad_to_bytes - n_bytes))
+        digest.update(zeros)
+        n_bytes += len(zeros)
+    return n_bytes, digest.hexdigest()
+
+
 def hash_bytes(content: bytes | memoryview) -> str:
     """Compute what `hash_file` returns for a file with this content."""
     return xxhash.xxh3_64_hexdigest(content)

@@ -77,7 +77,8 @@ SPARSIFY = {
     "init_seeds": Setting("`--seeds`", "theirs works too"),
     "activation": Setting(
         "`--architecture`",
-        "topk and groupmax, and batchtopk, matryoshka, jumprelu, relu and gated, which sparsify has not",
+        "topk and groupmax, and abs-topk, batchtopk, matryoshka, jumprelu, relu and gated, which sparsify "
+        "has not",
     ),
     "normalize_decoder": Setting(
         "", "always; with relu alone rows may be free: `--set train.decoder_rows=free`"
@@ -131,8 +132,8 @@ SAELENS = {
     # LanguageModelSAERunnerConfig
     "sae": Setting(
         "`--architecture`",
-        "topk, batchtopk, matryoshka, jumprelu, gated, and relu for their standard; settings are flags of "
-        "their own: `--k`, `--target-l0`, `--num-latents`",
+        "topk, abs-topk for their abstopk, batchtopk, matryoshka, jumprelu, gated, and relu for their "
+        "standard; settings are flags of their own: `--k`, `--target-l0`, `--num-latents`",
     ),
     "model_name": Setting("`MODEL`", "the first argument of `saemill run`: a hub id or folder"),
     "model_class_name": Setting("", "models are loaded by transformers' AutoModel"),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from saemill.common.errors import ConfigError
 from saemill.common.sae.sae import Sae
-from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.activations import ActivationStore, keep_locally
 from saemill.compare.dictionaries import Dictionary
 from saemill.compare.matching import BLOCK_ROWS, Blocks
 
@@ -84,12 +84,18 @@ def of_pairs(a: Columns, b: Columns) -> NDArray[np.float64]:
 class Stores:
     """Activation stores of the same tokens, one per model.
 
+    Args:
+        paths: their folders or addresses.
+        max_tokens: most held-out tokens that are read.
+        local_cache: see `keep_locally`.
+
     Raises:
         ConfigError: their tokens or masks differ, or no row is held out.
     """
 
-    def __init__(self, paths: tuple[Path, ...], max_tokens: int) -> None:
+    def __init__(self, paths: tuple[Path, ...], max_tokens: int, local_cache: str | None = None) -> None:
         self.stores = [ActivationStore(path) for path in paths]
+        keep_locally(self.stores, local_cache)
         first = self.stores[0]
         for store in self.stores[1:]:
             same = store.text.fingerprint == first.text.fingerprint and store.mask == first.mask

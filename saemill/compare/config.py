@@ -6,7 +6,8 @@ from typing import Literal
 
 from saemill.common.config import LARGEST
 from saemill.common.errors import ConfigError
-from saemill.common.setting import DEVICE, about, check, setting
+from saemill.common.setting import DEVICE, about, check, like, setting
+from saemill.common.stores.kept_locally import KeptLocally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class CompareConfig:
         "repeat for several models",
         metavar="STORE",
     )
+    local_cache: str | None = like(KeptLocally, "local_cache")
     max_tokens: int | None = setting(None, "Most of these tokens", by_default="131072", least=1)
     seed: int = setting(0, "Seed of the random dictionaries", least=0, most=LARGEST)
     device: str = setting("auto", DEVICE)
@@ -45,6 +47,8 @@ class CompareConfig:
             raise ConfigError(
                 "--by activations needs the activations of some tokens; name stores with --acts"
             )
+        if self.local_cache is not None and not self.acts:
+            raise ConfigError("local_cache has no effect without acts; leave it out")
         if self.max_tokens is not None and not self.acts:
             raise ConfigError("max_tokens has no effect without acts; leave it out")
         if self.by == "activations" and self.seed:

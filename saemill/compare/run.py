@@ -46,7 +46,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
     every = pairs(dictionaries, any_width=config.by == "activations")
     if config.matching == "assignment":
         _check_sizes(dictionaries, config.assignment_limit or ASSIGNMENT_LIMIT)
-    stores = Stores(config.acts, config.max_tokens or MAX_TOKENS) if config.acts else None
+    stores = Stores(config.acts, config.max_tokens or MAX_TOKENS, config.local_cache) if config.acts else None
     codes = _encode(stores, dictionaries, device) if stores else {}
     entries: list[dict[str, Any]] = []
     matched_pairs: list[Pair] = []

@@ -1,25 +1,34 @@
 """The plan of a conversion: the settings of the new store, checked before a shard is read."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saemill.cache.calibration import calibration_of, first_rows
-from saemill.cache.claims.files import CLAIMS, holds_only_claims
+from saemill.cache.claims.files import holds_only_claims
 from saemill.cache.folder import check_same_store
+from saemill.cache.placing import Place, place_of
 from saemill.common import config as settings
 from saemill.common import durable
+from saemill.common.addresses import named, naming
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import say
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.forms.form import Form
 from saemill.common.stores.forms.int8 import Calibration
 from saemill.common.stores.forms.packing import BLOCK_TOKENS, packing_of, rows_per_shard
+from saemill.common.stores.mirror import OBJECTS
 from saemill.common.stores.shards import as_numpy
 from saemill.common.stores.site_array import SiteArray
 from saemill.common.stores.site_names import folder_of
-from saemill.common.stores.site_records import SITES, StoreSettings, known_settings, site_path, sites_in
+from saemill.common.stores.site_records import (
+    CLAIMS,
+    SITES,
+    StoreSettings,
+    known_settings,
+    site_path,
+    sites_in,
+)
 from saemill.convert_store.config import ConvertConfig
 from saemill.convert_store.rows import stored_again
 
@@ -29,7 +38,8 @@ class Plan:
     """The planned store."""
 
     source: ActivationStore
-    out: Path
+    place: Place
+    """Where it is to lie."""
     settings: StoreSettings
     """Those of the source, in the form that is asked for."""
     sites: list[SiteArray]
@@ -43,16 +53,20 @@ class Plan:
 
 def make_plan(config: ConvertConfig) -> Plan:
     """Work out the store that is to be made, and tell what is lost. What cannot be done is refused."""
-    settings.check_folder(config.out)
+    _check_outside(config)
+    place = place_of(config.out)
+    settings.check_folder(place.folder)
     source = ActivationStore(config.source)
-    source.check_finished()
+    with naming(source.path, source.named):
+        source.check_finished()
     sites = [source.array(name) for name in source.sites]
     if source.unfinished:
         say(f"left out, as they are unfinished: {', '.join(source.unfinished)}")
     wanted = _settings(config, source)
-    _check_out(config, wanted)
-    plan = Plan(source, config.out, wanted, sites, {site.name: _calibration(wanted, site) for site in sites})
-    _check_disk(plan)
+    with naming(place.folder, place.name):
+        _check_out(place.folder, wanted)
+    plan = Plan(source, place, wanted, sites, {site.name: _calibration(wanted, site) for site in sites})
+    _check_room(plan)
     if wanted.dtype != source.settings.dtype:
         say(_loss(source.settings.dtype, wanted.dtype))
     return plan
@@ -71,7 +85,7 @@ def _settings(config: ConvertConfig, source: ActivationStore) -> StoreSettings:
     }
     if all(getattr(before, name) == value for name, value in form.items()):
         raise ConfigError(
-            f"{source.path} is stored as {before.stored_as} in shards of {before.shard_tokens:,} already: "
+            f"{source.named} is stored as {before.stored_as} in shards of {before.shard_tokens:,} already: "
             "nothing to convert; give another --dtype, --compression or --shard-tokens"
         )
     changes = {name: form[name] for name in ("dtype", "shard_tokens") if form[name] != getattr(before, name)}
@@ -83,16 +97,25 @@ def _settings(config: ConvertConfig, source: ActivationStore) -> StoreSettings:
     return StoreSettings.made(values)
 
 
-def _check_out(config: ConvertConfig, wanted: StoreSettings) -> None:
+def _check_outside(config: ConvertConfig) -> None:
+    """Refuse an output within the source."""
+    # An address is no path of this disk: as one it would be resolved from here, the same for both.
+    source, out = config.source.resolve(), config.out.resolve()
+    if out == source or source in out.parents:
+        raise ConfigError(
+            f"the output must lie outside {named(config.source)}, which stays as it is, got "
+            f"{named(config.out)}"
+        )
+
+
+def _check_out(out: Path, wanted: StoreSettings) -> None:
     """Refuse an output that holds anything but the beginning of this store."""
-    out, existing = config.out, known_settings(config.out)
-    if out.resolve() == config.source.resolve() or config.source.resolve() in out.resolve().parents:
-        raise ConfigError(f"the output must lie outside {config.source}, which stays as it is, got {out}")
+    existing = known_settings(out)
     if existing:
         check_same_store(out, existing, wanted.plain(set()))
     own = {"zarr.json", SITES, _text_of(wanted), *map(folder_of, sites_in(out))} if existing else set()
     for path in out.glob("*"):
-        if not (path.name in own or (path.name == CLAIMS and holds_only_claims(path))):
+        if not (path.name in own | {OBJECTS} or (path.name == CLAIMS and holds_only_claims(path))):
             raise StoreError(f"{out} holds other files ({path.name}); choose a new folder")
 
 
@@ -101,18 +124,12 @@ def _text_of(wanted: StoreSettings) -> str:
     return "tokens" if wanted.kind == "tokens" else "passages"
 
 
-def _check_disk(plan: Plan) -> None:
-    """Refuse what will not fit on the disk."""
-    n_rows = -(-plan.source.n_tokens // plan.settings.shard_tokens) * plan.settings.shard_tokens
-    needed = sum(n_rows * _row_bytes(plan, site) for site in plan.sites)
-    needed -= sum(durable.folder_bytes(site_path(plan.out, site.name) / "c") for site in plan.sites)
-    folder = next(folder for folder in (plan.out.absolute(), *plan.out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ConfigError(
-            f"{needed / 2**20:,.1f} MiB are needed in {folder}, {free / 2**20:,.1f} MiB are free; choose "
-            "another disk, --dtype int8 or --compression zstd"
-        )
+def _check_room(plan: Plan) -> None:
+    """Refuse what will not fit where it is to lie; what is written on a disk already counts."""
+    shard_tokens, row_bytes = plan.settings.shard_tokens, [_row_bytes(plan, site) for site in plan.sites]
+    needed = -(-plan.source.n_tokens // shard_tokens) * shard_tokens * sum(row_bytes)
+    needed -= sum(durable.folder_bytes(site_path(plan.place.folder, site.name) / "c") for site in plan.sites)
+    plan.place.check_room(needed, shard_tokens * max(row_bytes), "--dtype int8 or --compression zstd")
 
 
 def _row_bytes(plan: Plan, site: SiteArray) -> float:

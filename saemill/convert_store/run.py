@@ -7,12 +7,12 @@ int8 stay as they are, with their calibration. Another type rounds.
 import shutil
 from pathlib import Path
 
-from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Claim, Worker
 from saemill.cache.folder import write_group
 from saemill.cache.repair import damaged, mend
 from saemill.cache.writer import SiteWriter
-from saemill.common import durable, records
+from saemill.common import records
+from saemill.common.addresses import naming
 from saemill.common.errors import StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.signals import stop_on_signal
@@ -42,23 +42,26 @@ def run(config: ConvertConfig) -> ActivationStore:
     plan = make_plan(config)
     with (
         stop_on_signal() as stop,
-        Worker(plan.out / CLAIMS, stop) as worker,
+        naming(plan.source.path, plan.source.named),
+        naming(plan.place.folder, plan.place.name),
+        Worker(plan.place, stop) as worker,
         worker.hold("store") as claim,
     ):
-        write_group(plan.out, plan.settings, worker)
+        write_group(plan.place.folder, plan.settings, worker)
         _copy_text(plan, worker, claim)
-        store = ActivationStore(plan.out)
+        store = plan.place.opened()
         n_written = sum(_convert(plan, site, store, worker, claim) for site in plan.sites)
     what = f"{counted(n_written, 'shard')} written" if n_written else "nothing to do, every shard was checked"
-    say(f"{plan.out}: {', '.join(site.name for site in plan.sites)} as {plan.settings.stored_as}; {what}")
+    names = ", ".join(site.name for site in plan.sites)
+    say(f"{plan.place.name}: {names} as {plan.settings.stored_as}; {what}")
     return store
 
 
 def _copy_text(plan: Plan, worker: Worker, claim: Claim) -> None:
     """Copy the tokens or passages, where they are not there yet or not whole."""
     text = plan.source.text
-    place = plan.out / text.path.name
-    if _is_whole(text, place):
+    folder = plan.place.folder / text.path.name
+    if _is_whole(text, folder):
         return
     if bad := text.problems(hashes=True):
         raise StoreError("\n".join([*bad, f"{text.path} is damaged: {REPAIR}"]))
@@ -66,14 +69,12 @@ def _copy_text(plan: Plan, worker: Worker, claim: Claim) -> None:
     shutil.copytree(text.path, partial)
     records.listed(partial)  # which flushes them
     claim.check()
-    shutil.rmtree(place, ignore_errors=True)
-    partial.replace(place)
-    durable.sync_folder(plan.out)
+    plan.place.replace_text(partial, folder)
 
 
-def _is_whole(text: TokenStore | PassageStore, place: Path) -> bool:
+def _is_whole(text: TokenStore | PassageStore, folder: Path) -> bool:
     """Tell whether a folder holds a whole copy of some tokens or passages."""
-    copy = records.if_whole(lambda: type(text)(place))
+    copy = records.if_whole(lambda: type(text)(folder))
     return copy is not None and copy.fingerprint == text.fingerprint and not copy.problems(hashes=True)
 
 

@@ -119,7 +119,7 @@ class Sums:
             self.sse_M[m] += (x_of - made_of).double().square().sum()
             self.xx_M[m] += x_of.double().square().sum()
             self.x_MD[m] += x_of.double().sum(0)
-        active_TK = codes.top_acts > 0
+        active_TK = codes.active
         latent_P, act_P = codes.top_indices[active_TK], codes.top_acts[active_TK]
         self.count_F += torch.bincount(latent_P, minlength=len(self.count_F))
         self.squares_F.index_add_(0, latent_P, act_P.double().square())

@@ -20,7 +20,7 @@ from saemill.common.sae import of_run
 from saemill.common.sae.sae import Sae
 from saemill.common.setting import identity
 from saemill.common.stores import diffs, runs
-from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.activations import ActivationStore, keep_locally
 from saemill.common.stores.site_names import BESIDE
 from saemill.common.world import Group, World
 from saemill.diff.config import DiffConfig, crosscoder_of
@@ -85,7 +85,10 @@ def _open(training: Mapping[str, Any]) -> ActivationStore:
     if not training.get("acts"):
         raise ConfigError("name a folder made by `saemill cache`, or two: saemill diff BASE CHAT -o OUT")
     beside = training.get("with_acts")
-    return ActivationStore(Path(str(training["acts"])), None if beside is None else Path(str(beside)))
+    store = ActivationStore(Path(str(training["acts"])), None if beside is None else Path(str(beside)))
+    kept = training.get("local_cache")
+    keep_locally([store], None if kept is None else str(kept))
+    return store
 
 
 def _common_sites(store: ActivationStore) -> list[str]:

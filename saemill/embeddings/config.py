@@ -18,7 +18,7 @@ class ImportConfig:
             decides=False,
         )
     )
-    out: Path = field(metadata=about("Activation store to write", decides=False))
+    out: Path = field(metadata=about("Activation store to write: a folder, or an address", decides=False))
     column: str | None = setting(
         None, "Column of the vectors, or name of the array", by_default="embedding, or the only one"
     )
@@ -65,6 +65,14 @@ class ImportConfig:
         least=1,
     )
 
+    compression: Literal["raw", "lz4", "zstd"] | None = setting(
+        None,
+        "Lossless compression of the shards",
+        by_default="the store's, or raw",
+        metavar="NAME",
+        decides=False,
+    )
+
     def __post_init__(self) -> None:
         check(self)
 
@@ -83,7 +91,7 @@ class EmbedConfig:
         )
     )
     model: str = field(metadata=about("Hub id or folder of a sentence-transformers model", decides=False))
-    out: Path = field(metadata=about("Activation store to write", decides=False))
+    out: Path = field(metadata=about("Activation store to write: a folder, or an address", decides=False))
     text_column: str = setting("text", "Column that holds the text")
     id_column: str | None = like(ImportConfig, "id_column")
     source_column: str | None = like(ImportConfig, "source_column")
@@ -107,6 +115,7 @@ class EmbedConfig:
     max_rows: int | None = like(ImportConfig, "max_rows")
     held_out_fraction: float = like(ImportConfig, "held_out_fraction")
     shard_rows: int | None = like(ImportConfig, "shard_rows")
+    compression: Literal["raw", "lz4", "zstd"] | None = like(ImportConfig, "compression")
 
     def __post_init__(self) -> None:
         check(self)

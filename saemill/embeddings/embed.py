@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
-from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Worker
+from saemill.cache.placing import place_of
 from saemill.common import config as settings
+from saemill.common.addresses import naming
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
 from saemill.common.log import progress, say
@@ -43,7 +45,8 @@ def run(config: EmbedConfig) -> ActivationStore:
     """
     world = World.here()
     speak_for(world)
-    settings.check_folder(config.out)
+    place = place_of(config.out)
+    settings.check_folder(place.folder)
     model = _load(config, world.device(config.device))
     table = open_hub(
         Where(name=config.dataset, subset=config.subset, split=config.split, revision=config.revision)
@@ -51,10 +54,11 @@ def run(config: EmbedConfig) -> ActivationStore:
     chosen = {"text": config.text_column, "id": config.id_column}
     columns = [choose_column(table, what, column) for what, column in chosen.items()]
     columns.append(config.source_column and choose_column(table, "source", config.source_column))
-    plan = _plan(config, table, _fingerprint(model))
+    plan = _plan(config, place.folder, table, _fingerprint(model))
     with (
         stop_on_signal() as stop,
-        Worker(config.out / CLAIMS, stop) as worker,
+        naming(place.folder, place.name),
+        Worker(place, stop) as worker,
         worker.hold("store") as claim,
     ):
         passages = make_passages(
@@ -64,28 +68,30 @@ def run(config: EmbedConfig) -> ActivationStore:
         store, writer = open_store(plan, passages, width, worker)
         encoder = _Encoder(model, passages, store.shard_tokens, config.batch_size, config.prompt)
         what = fill(store, writer, plan.conversion, encoder.batches, worker, claim)
-    say(f"{config.out}: {plan.site} complete, {describe(passages)}; {what}")
+    say(f"{place.name}: {plan.site} complete, {describe(passages)}; {what}")
     array = store.site(plan.site)
     for warning in warnings(plan.site, array.statistics, array.dtype, store.text.unit):
         say(warning)
     return store
 
 
-def _plan(config: EmbedConfig, table: Table, fingerprint: str) -> Plan:
+def _plan(config: EmbedConfig, folder: Path, table: Table, fingerprint: str) -> Plan:
     """Plan the store's content.
 
     Args:
         config: of the command.
+        folder: of the store.
         table: of the texts.
         fingerprint: of the model.
     """
     return Plan(
-        out=config.out,
+        out=folder,
         site=config.site,
         source={"name": config.dataset, "fingerprint": table.fingerprint()},
         settings=config.identity() | {"model_fingerprint": fingerprint},
         held_out_fraction=config.held_out_fraction,
         shard_rows=config.shard_rows,
+        compression=config.compression,
         conversion=Conversion(config.dtype, config.normalize),
         made_by={
             "model": config.model,

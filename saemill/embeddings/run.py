@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Worker
+from saemill.cache.placing import place_of
 from saemill.common import config as settings
+from saemill.common.addresses import naming
 from saemill.common.errors import DataError
 from saemill.common.log import progress, say
 from saemill.common.signals import stop_on_signal
@@ -38,16 +40,18 @@ def run(config: ImportConfig) -> ActivationStore:
         Interrupted: a signal came; the same call goes on.
     """
     speak_for(World.here())
-    settings.check_folder(config.out)
+    place = place_of(config.out)
+    settings.check_folder(place.folder)
     source, table = _open(config)
     first = next(source.batches(0), None)
     if first is None:
         raise DataError(f"{config.source} holds no passages")
     conversion = Conversion(_stored_type(config, first), config.normalize)
-    plan = _plan(config, source, table, conversion)
+    plan = _plan(config, place.folder, source, table, conversion)
     with (
         stop_on_signal() as stop,
-        Worker(config.out / CLAIMS, stop) as worker,
+        naming(place.folder, place.name),
+        Worker(place, stop) as worker,
         worker.hold("store") as claim,
     ):
         checking = _Checking(config, source, table, conversion, worker)
@@ -56,7 +60,7 @@ def run(config: ImportConfig) -> ActivationStore:
         what = fill(
             store, writer, conversion, lambda start: _limited(source, start, config.max_rows), worker, claim
         )
-    say(f"{config.out}: {plan.site} complete, {describe(passages)}; {what}")
+    say(f"{place.name}: {plan.site} complete, {describe(passages)}; {what}")
     array = store.site(plan.site)
     for warning in warnings(plan.site, array.statistics, array.dtype, store.text.unit):
         say(warning)
@@ -85,16 +89,19 @@ def _stored_type(config: ImportConfig, first: Rows) -> StoredType:
     return config.dtype or as_they_come
 
 
-def _plan(config: ImportConfig, source: Source, table: Table | None, conversion: Conversion) -> Plan:
+def _plan(
+    config: ImportConfig, folder: Path, source: Source, table: Table | None, conversion: Conversion
+) -> Plan:
     texts = None if table is None else table.fingerprint()
     return Plan(
-        out=config.out,
+        out=folder,
         site=config.site or source.site,
         source={"name": config.source, "fingerprint": source.fingerprint()},
         settings=config.identity()
         | {"column": source.site, "site": config.site or source.site, "texts_fingerprint": texts},
         held_out_fraction=config.held_out_fraction,
         shard_rows=config.shard_rows,
+        compression=config.compression,
         conversion=conversion,
         made_by={"model": None, "revision": None, "model_fingerprint": None},
     )

@@ -1,7 +1,6 @@
 """Making the store: its passages, then the shards of its one site, through the cache's own writer."""
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saemill.cache.calibration import calibration_of, first_rows
-from saemill.cache.claims.files import CLAIMS, holds_only_claims
+from saemill.cache.claims.files import holds_only_claims
 from saemill.cache.claims.worker import Claim, Worker
 from saemill.cache.folder import check_same_store, write_group
 from saemill.cache.repair import damaged, mend
@@ -23,9 +22,11 @@ from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.forms.form import empty, form_of
-from saemill.common.stores.forms.packing import BLOCK_TOKENS
+from saemill.common.stores.forms.packing import BLOCK_TOKENS, rows_per_shard
+from saemill.common.stores.mirror import OBJECTS
 from saemill.common.stores.passages import NO_MASK, PassageManifest, PassageStore, PassageWriter
 from saemill.common.stores.site_records import (
+    CLAIMS,
     EMBEDDINGS,
     FORMAT,
     RESERVED,
@@ -47,6 +48,7 @@ class Plan:
     """The planned content of the store."""
 
     out: Path
+    """Folder of the store, or of the mirror of its address."""
     site: str
     source: dict[str, Any]
     """`name` and `fingerprint` of the passages' source."""
@@ -54,6 +56,8 @@ class Plan:
     """Settings of the user; with the source they decide the content."""
     held_out_fraction: float
     shard_rows: int | None
+    compression: str | None
+    """As the user gives it: None for the store's own."""
     conversion: Conversion
     made_by: dict[str, Any]
     """`model`, `revision`, `model_fingerprint`, as far as known."""
@@ -92,7 +96,7 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
     if _whole(folder, existing):
         return PassageStore(folder)
     if folder.exists():
-        say(f"{folder} is damaged, unfinished or of another store, and is written again")
+        say(f"{worker.place.named(folder)} is damaged, unfinished or of another store, and is written again")
     partial = worker.partial()
     writer = PassageWriter(partial, plan.held_out_fraction, plan.settings.get("source_column") is not None)
     hashed = write(writer)
@@ -101,9 +105,7 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
     writer.finish({"hashed": hashed, "source": plan.source, "settings": plan.settings})
     if existing and PassageStore(partial).fingerprint != existing.passages_fingerprint:
         raise _of_others(plan)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
-    durable.sync_folder(plan.out)
+    worker.place.replace_text(partial, folder)
     return PassageStore(folder)
 
 
@@ -119,7 +121,7 @@ def _whole(folder: Path, existing: StoreSettings | None) -> bool:
 def _check_folder(plan: Plan, existing: StoreSettings | None) -> None:
     """Refuse a folder that holds anything but the beginning of this store."""
     begun = _manifest(plan.out / "passages")
-    names = {"passages"}
+    names = {"passages", OBJECTS}
     if existing or begun:
         names |= {"zarr.json", SITES, *sites_in(plan.out)}
     for path in plan.out.glob("*"):
@@ -166,10 +168,14 @@ def open_store(
     Raises:
         ConfigError: it was made with other settings, or the disk is too small.
     """
-    form = form_of(plan.conversion.stored, width)
+    form, existing = form_of(plan.conversion.stored, width), known_settings(plan.out)
     row_bytes = form.columns * form.stored.itemsize
     fitting = max(BLOCK_TOKENS, SHARD_BYTES // row_bytes // BLOCK_TOKENS * BLOCK_TOKENS)
-    shard_rows = min(passages.n_rows, plan.shard_rows or min(SHARD_ROWS, fitting))
+    compression = plan.compression or (existing.compression if existing else None)
+    compression = None if compression == "raw" else compression
+    shard_rows = rows_per_shard(
+        plan.shard_rows or min(SHARD_ROWS, fitting), passages.n_rows, passages.ctx_len, compression
+    )
     identity = {
         "format": FORMAT,
         "kind": EMBEDDINGS,
@@ -178,29 +184,21 @@ def open_store(
         "n_rows": passages.n_rows,
         "shard_tokens": shard_rows,
         "dtype": plan.conversion.stored,
+        "compression": compression,
         "model_dtype": None,
         "model_fingerprint": plan.made_by["model_fingerprint"],
         "mask": setting.identity(NO_MASK),
     }
-    existing = known_settings(plan.out)
     check_same_store(plan.out, existing, identity)
     if existing is None:
-        _check_disk(plan, -(-passages.n_rows // shard_rows) * shard_rows * row_bytes)
+        n_bytes = -(-passages.n_rows // shard_rows) * shard_rows * row_bytes
+        worker.place.check_room(n_bytes, shard_rows * row_bytes, "--max-rows or --dtype bf16")
         versions = {name: version(name) for name in ("saemill", "torch", "zarr")}
         made_by = {key: plan.made_by[key] for key in ("model", "revision")} | {"versions": versions}
         existing = StoreSettings.made(identity, **made_by)
     write_group(plan.out, existing, worker)
-    store = ActivationStore(plan.out)
+    store = worker.place.opened()
     return store, SiteWriter(store, Site(plan.site, width), worker)
-
-
-def _check_disk(plan: Plan, n_bytes: int) -> None:
-    free = shutil.disk_usage(plan.out).free
-    if n_bytes > free:
-        raise ConfigError(
-            f"{n_bytes / 2**20:,.1f} MiB are needed in {plan.out}, {free / 2**20:,.1f} MiB are free; "
-            "choose --max-rows, --dtype bf16 or another disk"
-        )
 
 
 def fill(

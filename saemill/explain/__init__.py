@@ -3,6 +3,8 @@
 config.py      the settings of `saemill explain`
 run.py         a finished assessment → explanations, with their scores, on its page
 contexts.py    which contexts an explanation is written from, and which it is tested on
+silent.py      places drawn at random where a latent is silent
+neighbours.py  places where it is silent and one much like it fires
 rounds.py      explanations; judgements by them, and by another latent's
 asking.py      several questions at once
 prompts.py     the two questions, and how answers are read

@@ -51,6 +51,7 @@ class ExplainConfig:
     )
     acts: Path | None = like(AssessConfig, "acts")
     with_acts: Path | None = like(AssessConfig, "with_acts")
+    local_cache: str | None = like(AssessConfig, "local_cache")
     device: str = like(AssessConfig, "device")
 
     def __post_init__(self) -> None:

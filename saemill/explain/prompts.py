@@ -12,7 +12,7 @@ from typing import Any
 
 from saemill.common.stores.features import Context, Passage, Snippet
 from saemill.explain.config import ExplainConfig
-from saemill.explain.contexts import Case
+from saemill.explain.silent import Case
 
 AT_ONCE = 10
 """Contexts that are judged in one question."""
@@ -21,18 +21,20 @@ MARKED = 0.3
 MOST_LETTERS = 1000
 """Letters of a passage, and of an explanation, that are sent on."""
 EXPLAIN = (
-    "You study a latent of a sparse autoencoder that was trained on a language model. You are shown texts on "
+    "You study a latent of a sparse autoencoder that was trained on {of}. You are shown texts on "
     "which it fires, the strongest first. Where single tokens are known, those on which it fires stand "
     "between << and >>; ↵ is the end of a line. Find what they have in common: what is said, a word or a "
     "part of one, grammar, layout, or what comes before. Answer with one short sentence that says on what "
     "the latent fires, so that someone could tell from a new text whether it fires there. Write nothing else."
 )
 JUDGE = (
-    "A latent of a sparse autoencoder that was trained on a language model is described to you, and you are "
+    "A latent of a sparse autoencoder that was trained on {of} is described to you, and you are "
     "shown numbered texts, one on each line; ↵ is the end of a line in them. Say of each whether the latent "
-    "fires on at least one token of it, going by the description. Answer with a JSON list of as many numbers "
+    "fires on {it}, going by the description. Answer with a JSON list of as many numbers "
     "as there are texts, in their order: 1 where it fires, 0 where it does not. Write nothing else."
 )
+OF_TOKENS = {"of": "a language model", "it": "at least one token of it"}
+OF_PASSAGES = {"of": "embeddings of texts, each as a whole", "it": "it"}
 LIST = re.compile(r"\[[^\[\]]*\]")
 THOUGHTS = re.compile(r"^.*</think>|<think>.*", re.DOTALL)
 """What models that think aloud write before their answer; with some the prompt begins the thought."""
@@ -41,13 +43,20 @@ THOUGHTS = re.compile(r"^.*</think>|<think>.*", re.DOTALL)
 def explain(shown: Sequence[Context], config: ExplainConfig) -> dict[str, Any]:
     """Ask what the contexts have in common."""
     texts = [f"{number}. {_marked(context)}" for number, context in enumerate(shown, 1)]
-    return _request(EXPLAIN, "\n\n".join(texts), config)
+    return _request(EXPLAIN.format(**_unit(shown[0].place)), "\n\n".join(texts), config)
 
 
 def judge(text: str, cases: Sequence[Case], config: ExplainConfig) -> dict[str, Any]:
     """Ask in which of the contexts a latent fires that is explained by a text."""
     numbered = [f"{number}. {_plain(case.place)}" for number, case in enumerate(cases, 1)]
-    return _request(JUDGE, "\n\n".join([f"The latent: {text}", *numbered]), config)
+    return _request(
+        JUDGE.format(**_unit(cases[0].place)), "\n\n".join([f"The latent: {text}", *numbered]), config
+    )
+
+
+def _unit(place: Snippet | Passage) -> dict[str, str]:
+    """Choose the words for what the SAE was trained on."""
+    return OF_PASSAGES if isinstance(place, Passage) else OF_TOKENS
 
 
 def _request(system: str, user: str, config: ExplainConfig) -> dict[str, Any]:

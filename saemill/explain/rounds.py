@@ -73,26 +73,42 @@ def _of_one(
     others: Said,
 ) -> Explained:
     """Put together what was said of a latent."""
-    none = Figure(value=None, reason=f"it fires in fewer than {LEAST_DOCUMENTS} documents that are shown")
     if sides is None:
-        return Explained(latent=latent, text=None, shown=(), tested=(), score=none, shuffled=none)
+        none = Figure(value=None, reason=f"it fires in fewer than {LEAST_DOCUMENTS} documents that are shown")
+        scores_of = dict.fromkeys(("score", "shuffled", "near_score", "near_shuffled"), none)
+        return Explained(latent=latent, text=None, shown=(), tested=(), **scores_of)
     unread: list[bool | None] = [None] * len(sides.cases)
-    fires = [case.fires for case in sides.cases]
-    score = Figure(value=None, reason="the answer holds no explanation")
-    shuffled = Figure(value=None, reason="no other latent is explained otherwise")
-    if latent in own:
-        score = scores.balanced_accuracy(fires, own[latent])
-    if latent in others:
-        shuffled = scores.balanced_accuracy(fires, others[latent])
     told = zip(sides.cases, own.get(latent, unread), others.get(latent, unread), strict=True)
+    tested = tuple(
+        Tested(
+            address=case.place.address,
+            fires=case.fires,
+            neighbour=case.neighbour,
+            said=said,
+            said_shuffled=other,
+        )
+        for case, said, other in told
+    )
     return Explained(
         latent=latent,
         text=text_of.get(latent),
         shown=tuple(context.place.address for context in sides.shown),
-        tested=tuple(
-            Tested(address=case.place.address, fires=case.fires, said=said, said_shuffled=other)
-            for case, said, other in told
-        ),
-        score=score,
-        shuffled=shuffled,
+        tested=tested,
+        **_scores(tested, has_own=latent in own, has_other=latent in others),
     )
+
+
+def _scores(tested: Sequence[Tested], *, has_own: bool, has_other: bool) -> dict[str, Figure]:
+    """Score the judgements of a latent's firing contexts beside its silent ones, and beside those of its
+    neighbours; by its own explanation, and by another's."""
+    found = {}
+    for kind, is_near in (("", False), ("near_", True)):
+        some = [each for each in tested if each.fires or (each.neighbour is not None) == is_near]
+        fires = [each.fires for each in some]
+        found[f"{kind}score"] = Figure(value=None, reason="the answer holds no explanation")
+        found[f"{kind}shuffled"] = Figure(value=None, reason="no other latent is explained otherwise")
+        if has_own:
+            found[f"{kind}score"] = scores.balanced_accuracy(fires, [each.said for each in some])
+        if has_other:
+            found[f"{kind}shuffled"] = scores.balanced_accuracy(fires, [each.said_shuffled for each in some])
+    return found

@@ -26,9 +26,11 @@ from saemill.explain import scores
 from saemill.explain.answers import Answers
 from saemill.explain.asking import Asking
 from saemill.explain.config import N_LATENTS, ExplainConfig
-from saemill.explain.contexts import Silent, divide
+from saemill.explain.contexts import divide
 from saemill.explain.endpoint import Endpoint
+from saemill.explain.neighbours import Neighbours
 from saemill.explain.rounds import Divided, explained
+from saemill.explain.silent import Silent
 
 
 def run(config: ExplainConfig) -> Explanations:
@@ -94,6 +96,11 @@ def _shown(folder: Path) -> Features:
         raise ConfigError(
             f"the assessment of {folder} shows no latents; run `saemill assess` with --n-latents"
         )
+    if any(latent.smallest < 0 for latent in shown.latents):
+        raise ConfigError(
+            f"latents of {shown.variant} fire above and below 0, which one explanation cannot tell of; name "
+            "a run that was assessed with --variant of another architecture"
+        )
     return shown
 
 
@@ -130,7 +137,13 @@ def _found(config: ExplainConfig, folder: Path) -> Explanations | None:
 
 def _sides(config: ExplainConfig, folder: Path, shown: Features, latents: Sequence[Latent]) -> Divided:
     """Divide the contexts of each latent, silent ones checked on the cache."""
-    task = AssessConfig(run=folder, acts=config.acts, with_acts=config.with_acts, variant=shown.variant)
+    task = AssessConfig(
+        run=folder,
+        acts=config.acts,
+        with_acts=config.with_acts,
+        local_cache=config.local_cache,
+        variant=shown.variant,
+    )
     world = World.here()
     device = world.device(config.device)
     with world.connected(device) as everyone:
@@ -142,17 +155,17 @@ def _sides(config: ExplainConfig, folder: Path, shown: Features, latents: Sequen
             )
         sae = trained.saes[shown.variant]
         evalset = EvalSet(trained.store, None, None, trained.mask, [str(sae.site)], 1, everyone)
-        silent = Silent(sae, evalset)
-        return {latent.latent: divide(latent, silent) for latent in latents}
+        silent, neighbours = Silent(sae, evalset), Neighbours(sae, evalset, latents)
+        return {latent.latent: divide(latent, silent, neighbours) for latent in latents}
 
 
 def _write(
     config: ExplainConfig, folder: Path, shown: Features, latents: Sequence[Explained]
 ) -> Explanations:
     """Write `explanations.json`, which answers for the file of answers."""
-    pairs = [(each.score.value, each.shuffled.value) for each in latents]
-    both = [(own, other) for own, other in pairs if isinstance(own, float) and isinstance(other, float)]
     answers = (folder / runs.ANSWERS).read_bytes() if (folder / runs.ANSWERS).exists() else b""
+    silent = scores.means([(each.score, each.shuffled) for each in latents])
+    near = scores.means([(each.near_score, each.near_shuffled) for each in latents])
     found = Explanations(
         of=shown.of,
         variant=shown.variant,
@@ -161,9 +174,12 @@ def _write(
         model=config.model,
         settings=identity(config),
         latents=tuple(latents),
-        score=scores.mean([own for own, _ in pairs if isinstance(own, float)]),
-        shuffled=scores.mean([other for _, other in pairs if isinstance(other, float)]),
-        difference=scores.mean([own - other for own, other in both]),
+        score=silent.score,
+        shuffled=silent.shuffled,
+        difference=silent.difference,
+        near_score=near.score,
+        near_shuffled=near.shuffled,
+        near_difference=near.difference,
         answers_bytes=len(answers),
         answers_xxh3=durable.hash_bytes(answers),
         version=version("saemill"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,6 +40,28 @@ def balanced_accuracy(fires: Sequence[bool], said: Sequence[bool | None]) -> Fig
         middle, variance = middle + share / 2, variance + share * (1 - share) / n / 4
     half = Z * math.sqrt(variance)
     return Figure(value=value, lo=max(0.0, middle - half), hi=min(1.0, middle + half))
+
+
+class Means(NamedTuple):
+    """Means over latents."""
+
+    score: Figure
+    """Of how well their explanations tell where they fire."""
+    shuffled: Figure
+    """The same by another latent's explanation."""
+    difference: Figure
+    """Of the difference, over the latents that have both."""
+
+
+def means(pairs: Sequence[tuple[Figure, Figure]]) -> Means:
+    """Compute the means over latents of their scores by their own explanations and by others'."""
+    values = [(own.value, other.value) for own, other in pairs]
+    both = [(own, other) for own, other in values if isinstance(own, float) and isinstance(other, float)]
+    return Means(
+        mean([own for own, _ in values if isinstance(own, float)]),
+        mean([other for _, other in values if isinstance(other, float)]),
+        mean([own - other for own, other in both]),
+    )
 
 
 def mean(values: Sequence[float]) -> Figure:

@@ -83,6 +83,11 @@ def _run(path: Path, place: str, chosen: Sequence[str]) -> Contents:
     """Choose the files of a finished run: its SAEs, how they were made, and their assessment."""
     if not runs.is_finished(path):
         raise StoreError(f"the run {path} is unfinished; finish it with `saemill train`")
+    if runs.finished(path).imported:
+        raise ConfigError(
+            f"{path} holds SAEs that were trained elsewhere, with no settings to publish; push a run that "
+            "was trained here"
+        )
     if damaged := settings_problems(path):
         raise StoreError(damaged[0])
     finished, identity = runs.finished(path), runs.identity(path)
@@ -222,7 +227,8 @@ def _passage_files(store: PassageStore, names: Names) -> dict[str, bytes]:
 def _token_globs(store: TokenStore) -> tuple[str, ...]:
     """List all files of a token store but its manifest."""
     listed = [glob.escape(file.path) for file in store.manifest.files if "/c/" not in file.path]
-    return (*listed, "tokens/c/*/0", "held_out/c/*/0")
+    arrays = ("tokens", "held_out", *(glob.escape(labels.array) for labels in store.manifest.labels))
+    return (*listed, *(f"{array}/c/*/0" for array in arrays))
 
 
 def _token_files(store: TokenStore, names: Names) -> dict[str, bytes]:

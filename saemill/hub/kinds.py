@@ -9,6 +9,7 @@ Cfg = Mapping[str, Any]
 """Content of a `cfg.json`."""
 ADJECTIVES = {
     "topk": "TopK ",
+    "abs-topk": "AbsTopK ",
     "batchtopk": "BatchTopK ",
     "matryoshka": "Matryoshka ",
     "groupmax": "GroupMax ",
@@ -23,12 +24,18 @@ TAKES = {
     "side, as the model produces them, and predicts those of the second side by side",
 }
 FORMULAS = {
+    "abs-topk": "f = z where |z| is among the k largest, with z = {z}",
     "groupmax": "f = ReLU(z) where it is the largest of its group of F/k, with z = {z}",
     "topk": "f = ReLU(TopK({z}))",
     "threshold": "f = z · 1[z > θ] with z = {z} and a threshold θ per latent",
 }
 """Choice of the active latents, by kind."""
-WHERE = {"groupmax": "{} of GroupMax", "topk": "{} where there is a k", "threshold": "else {}"}
+WHERE = {
+    "abs-topk": "{} of AbsTopK",
+    "groupmax": "{} of GroupMax",
+    "topk": "{} where there is a k",
+    "threshold": "else {}",
+}
 """The same of SAEs beside those of another kind."""
 
 
@@ -121,9 +128,9 @@ def tools(cfg: Cfg) -> list[str]:
         return []
     of_one_width = cfg.get("d_out", cfg["d_in"]) == cfg["d_in"]
     has = {
-        "sparsify": has_k(cfg) and of_one_width,
+        "sparsify": has_k(cfg) and of_one_width and _kind(cfg) != "abs-topk",
         "saelens": not (is_transcoder(cfg) and has_k(cfg)) and _kind(cfg) != "groupmax",
-        "dictionary_learning": not is_transcoder(cfg) and _kind(cfg) != "groupmax",
+        "dictionary_learning": not is_transcoder(cfg) and _kind(cfg) not in ("groupmax", "abs-topk"),
     }
     return [tool for tool, does in has.items() if does]
 
@@ -132,4 +139,4 @@ def _kind(cfg: Cfg) -> str:
     """Return the kind of an SAE, of `FORMULAS`."""
     if not has_k(cfg):
         return "threshold"
-    return "groupmax" if architecture(cfg) == "groupmax" else "topk"
+    return architecture(cfg) if architecture(cfg) in ("groupmax", "abs-topk") else "topk"

@@ -6,7 +6,8 @@ from typing import Literal
 
 from saemill.common.errors import ConfigError
 from saemill.common.ranges import parsed
-from saemill.common.setting import DEVICE, about, check, setting
+from saemill.common.setting import DEVICE, about, check, like, setting
+from saemill.common.stores.kept_locally import KeptLocally
 
 HAS_EFFECT = {
     "model": ("delphi", "saedashboard"),
@@ -32,6 +33,7 @@ class ExportLatentsConfig:
     )
     out: Path = field(metadata=about("Folder to write, new or empty", decides=False))
     acts: Path | None = setting(None, "The activation store, if it moved", decides=False)
+    local_cache: str | None = like(KeptLocally, "local_cache")
     model: str | None = setting(None, "The model, if not where it was cached from", decides=False)
     latents: tuple[str, ...] = setting((), "Latents to export", by_default="all", metavar="I-J,K,…")
     """Numbers, and ranges with both ends included."""

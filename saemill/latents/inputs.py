@@ -15,7 +15,7 @@ from saemill.common.ranges import parsed
 from saemill.common.sae import of_run
 from saemill.common.sae.sae import Sae
 from saemill.common.stores import runs
-from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.activations import ActivationStore, keep_locally
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
 from saemill.latents.config import ExportLatentsConfig
@@ -64,6 +64,7 @@ def open_run(config: ExportLatentsConfig, device: torch.device) -> Opened:
     if not is_there(path):
         raise StoreError(f"the run's activations are no longer at {path}; say where with --acts")
     store = ActivationStore(path)
+    keep_locally([store], config.local_cache)
     for name, sae in saes.items():
         if sae.config.provenance["acts_fingerprint"] != store.fingerprint:
             raise StoreError(f"{name} was not trained on {path}; name the right store with --acts")
@@ -105,6 +106,12 @@ def _check_words(format: str, saes: dict[str, Sae]) -> None:
             raise ConfigError(
                 f"{format} has SAEs of one site, got {name}, {spans}; `saemill assess` "
                 "shows its latents. Name the other SAEs of the run one by one"
+            )
+        if format != "saebench" and sae.config.is_signed:
+            raise ConfigError(
+                f"{format} ranks activations from 0 up, got {name}, whose latents fire below 0 as well "
+                f"({sae.config.architecture}); `saemill assess` shows both ends. Name the other SAEs of the "
+                "run one by one"
             )
         if format == "saebench" and sae.is_transcoder:
             raise ConfigError(

@@ -140,7 +140,8 @@ def cache_and_train(caching: CacheConfig, training: TrainConfig, model: Any = No
 def check_room(
     caching: CacheConfig, training: TrainConfig, content: Mapping[str, Any], ctx_len: int, sites: list[Site]
 ) -> None:
-    """Refuse less room on the disk than training needs: a group of shards that it is in, and the next one.
+    """Refuse less room on the disk than both need: where shards are removed when they are read, for a group
+    that training is in, and the next one; else for all.
 
     Args:
         caching: settings of the one.
@@ -154,12 +155,15 @@ def check_room(
     """
     shard_tokens, limit = content["shard_tokens"], caching.max_disk_bytes
     n_shards = -(-content["n_rows"] * ctx_len // shard_tokens)
-    n_needed = two_groups(grouped(n_shards, shard_tokens, training.group_tokens))
+    if caching.delete_consumed:
+        n_needed = two_groups(grouped(n_shards, shard_tokens, training.group_tokens))
+        why = "training needs two groups of shards at once, one to read and one that is written"
+        less = "a smaller train.follow_tokens"
+    else:
+        n_needed, why = n_shards, "all shards are kept"
+        less = "add --delete-consumed, by which shards that training has read are removed"
     forms = [form_of(content["dtype"], site.width) for site in sites]
     token_bytes = sum(form.columns * form.stored.itemsize for form in forms)
     needed = written(n_needed * shard_tokens * token_bytes)
     if limit is not None and limit < n_needed * shard_tokens * token_bytes:
-        raise ConfigError(
-            f"max_disk {caching.max_disk}: training needs two groups of shards at once, one to read and one "
-            f"that is written, {needed}; give as much or more, or a smaller train.follow_tokens"
-        )
+        raise ConfigError(f"max_disk {caching.max_disk}: {why}, {needed}; give as much or more, or {less}")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from saemill.assess.config import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.cache.config import CacheConfig
+from saemill.cache.fill import batch_rows
 from saemill.cache.run import run as cache
 from saemill.common.addresses import is_there
 from saemill.common.errors import ConfigError
@@ -163,7 +164,7 @@ class Planner:
             return Planned(outlook, None)
         some = sample(self.tokens, SAMPLE_ROWS, self.probe.folder / "sample")
         small = replace(config, tokens=some.path, max_disk=None, delete_consumed=False)
-        least = config.batch_size * some.ctx_len
+        least = batch_rows(config.batch_size, some.ctx_len, device.planned) * some.ctx_len
         measured, self.acts = self._measured(outlook, small, least, some.n_tokens)
         return _planned(outlook, measured)
 

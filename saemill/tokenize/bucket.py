@@ -21,7 +21,7 @@ from saemill.common.stores.objects import ObjectStore
 from saemill.common.stores.tokens import REPAIR, TokenStore, read_manifest
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.memory import Given
-from saemill.tokenize.place import CONTENT, OF_CHATS, check_made_alike
+from saemill.tokenize.place import CONTENT, OF_SOME, check_made_alike
 
 
 def make(
@@ -69,7 +69,7 @@ def _uploaded(address: str, here: Path) -> TokenStore:
 def _finished(address: str, config: TokenizeConfig, given: Given | None) -> TokenStore | None:
     """Open the store at an address, if there is one and it is whole."""
     listed = ObjectStore(address).list()
-    if others := [key for key in listed if key.split("/")[0] not in CONTENT | OF_CHATS]:
+    if others := [key for key in listed if key.split("/")[0] not in CONTENT | OF_SOME]:
         raise StoreError(f"{address} holds other files ({others[0]}); choose a new folder")
     if mirror.TOKENS not in listed:
         return None

@@ -9,15 +9,27 @@ from typing import Any
 
 import datasets
 
+from saemill.common import records
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, DataError
 
 IDS = ("input_ids", "tokens")
 """Columns that are tried where there is no column of texts."""
 MASK = "attention_mask"
+TEXT = "text"
+"""Column of texts that is read by default."""
 TEXTS = ("string", "large_string", "string_view", "null")
 LISTS = (datasets.List, datasets.LargeList)
 CHAT = "Read conversations with --chat-column {}"
+
+
+@dataclass(frozen=True, slots=True)
+class LabelColumn:
+    """A column that holds a label of each word."""
+
+    name: str
+    classes: tuple[str, ...] | None
+    """Names of the labels, where the dataset numbers them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +45,34 @@ class Column:
     """Whether its rows are conversations."""
     source: str | None = None
     """Column that names each document's source."""
+    words: str | None = None
+    """Column of each text's words; where it is also `name`, the words make the text."""
+    labels: tuple[LabelColumn, ...] = ()
+    """Columns that label these words."""
 
     @property
     def needed(self) -> list[str]:
         """Names of the columns that are read."""
-        return [self.name, *([MASK] if self.masked else []), *([self.source] if self.source else [])]
+        others = (
+            MASK if self.masked else None,
+            self.source,
+            self.words,
+            *(each.name for each in self.labels),
+        )
+        return list(dict.fromkeys([self.name, *(name for name in others if name)]))
 
 
 def choose(
     features: Any,
     text_column: str,
     dataset: str,
+    *,
     chat_column: str | None = None,
     source_column: str | None = None,
+    words_column: str | None = None,
+    word_labels: tuple[str, ...] = (),
 ) -> Column:
-    """Choose the column of documents.
+    """Choose the column of documents, and those beside it.
 
     Args:
         features: the columns' types, as `datasets` has them.
@@ -55,12 +80,17 @@ def choose(
         dataset: its name, for messages.
         chat_column: one of conversations, to read in its place.
         source_column: one that names each document's source.
+        words_column: one of lists of words. Where there is no column of texts, or this is named as that, the
+            words make the texts.
+        word_labels: those that label the words.
 
     Raises:
-        ConfigError: there is no such column, or it holds neither texts nor token ids, conversations or
-            sources.
+        ConfigError: there is no such column, or it holds something else.
     """
-    made = _of_documents(features, text_column, dataset, chat_column)
+    if words_column is None:
+        made = _of_documents(features, text_column, dataset, chat_column)
+    else:
+        made = _of_words(features, text_column, dataset, words_column, word_labels)
     if source_column is None:
         return made
     if source_column not in features or source_column == made.name:
@@ -110,6 +140,57 @@ def _of_chats(features: Any, chat_column: str, dataset: str) -> Column:
             "messages, each with role and content, or from and value. Name another with --chat-column"
         )
     return Column(chat_column, holds_ids=False, masked=False, holds_chats=True)
+
+
+def _of_words(
+    features: Any, text_column: str, dataset: str, words_column: str, word_labels: tuple[str, ...]
+) -> Column:
+    """Choose the columns of texts, of their words and of the words' labels."""
+    for name in (words_column, *word_labels):
+        if name not in features:
+            raise ConfigError(f"{dataset} has no column {name!r}; {nearest(name, features)}")
+        feature = features[name]
+        kind = "any" if isinstance(feature, datasets.Json) else _kind_of_list(feature)
+        if kind is None or (name == words_column and kind not in ("text", "any")):
+            held, flag = ("words", "--words-column") if name == words_column else ("labels", "--word-labels")
+            raise ConfigError(
+                f"column {name!r} of {dataset} holds {_description(feature)}, not lists of {held}; name "
+                f"another with {flag}"
+            )
+    labels = tuple(_label_column(features, name, dataset) for name in word_labels)
+    if text_column == words_column or (text_column == TEXT and TEXT not in features):
+        text_column = words_column
+    elif text_column not in features or not _may_be_text(features[text_column]):
+        raise ConfigError(
+            f"{dataset} has no column of texts {text_column!r}; name one with --text-column, or say "
+            f"--text-column {words_column}, which makes the words, joined by spaces, the text"
+        )
+    return Column(text_column, holds_ids=False, masked=False, words=words_column, labels=labels)
+
+
+def _label_column(features: Any, name: str, dataset: str) -> LabelColumn:
+    """Take a column of labels, whose name becomes an array's."""
+    try:
+        records.single(name)
+    except ValueError:
+        raise ConfigError(
+            f"column {name!r} of {dataset} cannot be the name of an array; rename it in the dataset"
+        ) from None
+    return LabelColumn(name, _classes(features[name]))
+
+
+def _kind_of_list(feature: Any) -> str | None:
+    """Tell what a list holds: text, or number, of a class too; None of what is neither, or no list."""
+    inner = feature.feature if isinstance(feature, LISTS) else None
+    if isinstance(inner, datasets.Value) and inner.dtype in TEXTS:
+        return "text"
+    return "number" if isinstance(inner, datasets.ClassLabel) or _is_list_of(feature, "int") else None
+
+
+def _classes(feature: Any) -> tuple[str, ...] | None:
+    """List the names of a column's classes, if they are numbered."""
+    inner = getattr(feature, "feature", None)
+    return tuple(inner.names) if isinstance(inner, datasets.ClassLabel) else None
 
 
 def text_of(value: Any, where: str) -> str:

@@ -24,6 +24,9 @@ class MixedDataset:
     chat_column: str | None = setting(
         None, "Column that holds conversations", by_default="as for all of them"
     )
+    words_column: str | None = setting(
+        None, "Column that holds each text's words", by_default="as for all of them"
+    )
     revision: str | None = setting(None, "The hub dataset's revision", by_default="as for all of them")
 
     def __post_init__(self) -> None:
@@ -55,6 +58,12 @@ class TokenizeConfig:
         None, "File with the chat template", by_default="the tokenizer's", decides=False
     )
     """Its content decides, not its place."""
+    words_column: str | None = setting(
+        None, "Column that holds each text's words, a list, where columns label these", later=True
+    )
+    word_labels: tuple[str, ...] = setting(
+        (), "Columns that hold a label of each word: part of speech, …", metavar="COLUMN,…", later=True
+    )
     mix: tuple[MixedDataset, ...] = setting(
         (), "Several datasets in place of one, each with its share of the tokens", later=True
     )
@@ -126,11 +135,31 @@ class TokenizeConfig:
             raise ConfigError(
                 "chat_template has no effect without conversations; name them with --chat-column"
             )
+        self._check_words()
         for entry in self.inputs:
             if entry.chat_column is not None and entry.text_column not in (None, "text"):
                 raise ConfigError(
                     f"text_column {entry.text_column!r} and chat_column {entry.chat_column!r} of "
                     f"{entry.dataset}: a document is one of them; leave the other out"
+                )
+
+    def _check_words(self) -> None:
+        """Refuse words without labels, labels without words, and words of conversations."""
+        having = [entry for entry in self.inputs if entry.words_column is not None]
+        if bool(having) != bool(self.word_labels):
+            given, other, what = "words_column", "word_labels", "a label of each word: --word-labels upos"
+            if self.word_labels:
+                given, other, what = other, given, "each text's words: --words-column tokens"
+            raise ConfigError(
+                f"{given} has no effect without {other}, the columns that hold {what}; name them"
+            )
+        if twice := {name for name in self.word_labels if self.word_labels.count(name) > 1}:
+            raise ConfigError(f"word_labels names {min(twice)!r} twice; leave one out")
+        for entry in having:
+            if entry.chat_column is not None:
+                raise ConfigError(
+                    f"chat_column {entry.chat_column!r} and words_column {entry.words_column!r} of "
+                    f"{entry.dataset}: words of conversations are not read; leave one out"
                 )
 
     @property
@@ -159,7 +188,7 @@ class TokenizeConfig:
         return decisive
 
 
-OF_EACH = ("subset", "split", "text_column", "chat_column", "revision")
+OF_EACH = ("subset", "split", "text_column", "chat_column", "words_column", "revision")
 """Settings that each of several datasets may have of its own."""
 
 

@@ -13,6 +13,7 @@ from saemill.common.models.chat import ChatTemplate, Message, Span, WrittenOut
 from saemill.common.models.special_tokens import Rule, WrittenSpecials
 from saemill.common.models.tokenizer import load_tokenizer
 from saemill.tokenize.source import Batch
+from saemill.tokenize.words import words_at
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Characters that no text has, put around a special token that a message writes out."""
@@ -29,35 +30,44 @@ class Encoding:
     template: str | None
     """Chat template; None for the tokenizer's own."""
     has_chats: bool
+    has_words: bool
+    """Whether words of texts are labelled."""
 
 
 class Encoder:
     """A tokenizer with what it does to special tokens in texts and to conversations.
 
     Raises:
-        ConfigError: the tokenizer has no chat template for conversations, or cannot read special tokens as
-            text.
+        ConfigError: the tokenizer has no chat template for conversations, cannot read special tokens as
+            text, or does not tell the characters of its tokens where they are needed.
     """
 
     def __init__(self, encoding: Encoding, tokenizer: Any) -> None:
-        if encoding.has_chats and not tokenizer.is_fast:
+        if (encoding.has_chats or encoding.has_words) and not tokenizer.is_fast:
+            what = "conversations" if encoding.has_chats else "labels of words"
             raise ConfigError(
                 f"the tokenizer {encoding.tokenizer!r} does not tell which characters a token is of, which "
-                "conversations need; name one with a tokenizer.json"
+                f"{what} need; name one with a tokenizer.json"
             )
         self.tokenizer = tokenizer
         self.specials = WrittenSpecials(tokenizer, encoding.rule)
         self.chat = ChatTemplate(tokenizer, encoding.template) if encoding.has_chats else None
 
     def __call__(self, batch: Batch) -> Batch:
-        """Tokenize a batch: the same with its `input_ids`; of conversations also `texts` and `roles`."""
+        """Tokenize a batch: the same with its `input_ids`; of conversations also `texts` and `roles`, of
+        labelled words `token_words`."""
         if batch.conversations is not None:
             return self._conversations(batch, batch.conversations)
         if batch.texts is None:
             return batch
         special = [self.specials.check(text, batch.where(place)) for place, text in enumerate(batch.texts)]
-        ids = self._encoded(batch.texts, any(special) and self.specials.rule == "text")["input_ids"]
-        return replace(batch, input_ids=ids, special=special)
+        as_text = any(special) and self.specials.rule == "text"
+        if batch.words is None:
+            ids = self._encoded(batch.texts, as_text)["input_ids"]
+            return replace(batch, input_ids=ids, special=special)
+        encoded = self._encoded(batch.texts, as_text, return_offsets_mapping=True)
+        found = map(words_at, batch.words, encoded["offset_mapping"])
+        return replace(batch, input_ids=encoded["input_ids"], special=special, token_words=list(found))
 
     def _encoded(self, text: str | list[str], as_text: bool, **options: Any) -> Any:
         """Tokenize; special tokens that are written out as plain text, or as the tokenizer does of itself."""

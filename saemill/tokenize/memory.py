@@ -60,7 +60,15 @@ def given(dataset: Any, config: TokenizeConfig) -> Given:
 
 def _hash(dataset: datasets.Dataset, config: TokenizeConfig) -> str:
     """Hash the columns that are read, row by row."""
-    column = choose(dataset.features, config.text_column, NAME, config.chat_column, config.source_column)
+    column = choose(
+        dataset.features,
+        config.text_column,
+        NAME,
+        chat_column=config.chat_column,
+        source_column=config.source_column,
+        words_column=config.words_column,
+        word_labels=config.word_labels,
+    )
     digest = xxhash.xxh3_64()
     for row in dataset.select_columns(column.needed):
         digest.update(json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass"))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from saemill.tokenize.source import Batch
+from saemill.tokenize.words import LabelledWords
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,9 @@ class Document:
     """Whether its text writes a special token out."""
     label: str | None = None
     """Name of its source, of a column of these."""
+    words: LabelledWords | None = None
+    """Its labelled words, and below the number of the word of each id."""
+    token_words: list[int] = field(default_factory=list)
 
 
 def documents_of(source: int, batches: Iterator[Batch]) -> Iterator[Document]:
@@ -43,6 +47,8 @@ def documents_of(source: int, batches: Iterator[Batch]) -> Iterator[Document]:
                 [] if batch.roles is None else batch.roles[place],
                 batch.special is not None and batch.special[place],
                 None if batch.labels is None else batch.labels[place],
+                None if batch.words is None else batch.words[place],
+                [] if batch.token_words is None else batch.token_words[place],
             )
 
 

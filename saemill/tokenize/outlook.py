@@ -5,9 +5,11 @@ from dataclasses import replace
 from saemill.common import durable
 from saemill.common.log import counted
 from saemill.common.outlook import Outlook, process_bytes
+from saemill.common.stores import word_labels
 from saemill.common.stores.tokens import TokenStore
 from saemill.tokenize.config import TokenizeConfig
-from saemill.tokenize.writer import id_type, shard_rows_of
+from saemill.tokenize.row_files import shard_rows_of
+from saemill.tokenize.writer import id_type
 
 FILES_BESIDE = 8
 """Files of a token store beside its shards and those of the tokenizer."""
@@ -26,7 +28,10 @@ def outlook_of(config: TokenizeConfig, vocab_size: int, ctx_len: int, n_rows: in
         return Outlook(stage="tokenize", what=(f"{config.title} into rows of {ctx_len}",), folder=config.out)
     shard_rows = min(n_rows, shard_rows_of(ctx_len))
     n_shards = -(-n_rows // shard_rows)
-    shard_bytes = shard_rows * ctx_len * id_type(vocab_size).itemsize
+    n_labels = len(config.word_labels)
+    shard_bytes = (
+        shard_rows * ctx_len * (id_type(vocab_size).itemsize + n_labels * word_labels.DTYPE.itemsize)
+    )
     return Outlook(
         stage="tokenize",
         what=(
@@ -37,7 +42,7 @@ def outlook_of(config: TokenizeConfig, vocab_size: int, ctx_len: int, n_rows: in
         amounts={"max_tokens": n_rows * ctx_len},
         least=ctx_len,
         disk={"tokens": n_shards * shard_bytes},
-        n_files=n_shards + FILES_BESIDE,
+        n_files=n_shards * (1 + n_labels) + FILES_BESIDE,
         memory={"libraries": process_bytes(), "a shard": 2 * shard_bytes},
     )
 

@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 
 from saemill.common.stores.tokens import TokenizerInfo
 
+Mark = tuple[int, ...]
+"""What a store tells of an id: numbers of the role of its message, and of the labels of its word; 0 for
+none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -13,8 +17,8 @@ class Row:
     ids: list[int]
     segments: list[tuple[int, int]]
     """Position and document of each piece; the first is at position 0 and includes the frame."""
-    roles: list[int]
-    """Number of the role of each id, 0 where it has none; empty where rows do not tell it."""
+    marks: list[Mark]
+    """Mark of each id; empty where rows have none."""
 
 
 @dataclass(slots=True)
@@ -25,52 +29,54 @@ class RowPacker:
     tokenizer: TokenizerInfo
     document_start: int | None = None
     """Id that each document begins with."""
-    has_roles: bool = False
-    """Whether rows tell the role of each id."""
+    mark_length: int = 0
+    """Number of the numbers in a mark; 0 where rows have none."""
     _ids: list[int] = field(default_factory=list)
-    _roles: list[int] = field(default_factory=list)
+    _marks: list[Mark] = field(default_factory=list)
     _segments: list[tuple[int, int]] = field(default_factory=list)
 
     def n_tokens(self, ids: list[int]) -> int:
         """Count the tokens of a document with what stands around it."""
         return len(self._around(ids, [])[0])
 
-    def _around(self, ids: list[int], roles: list[int]) -> tuple[list[int], list[int]]:
-        """Put what documents begin and end with around one, and no role to it."""
+    def _unmarked(self, n: int) -> list[Mark]:
+        """Make the marks of ids of which nothing is told."""
+        return [(0,) * self.mark_length] * n if self.mark_length else []
+
+    def _around(self, ids: list[int], marks: list[Mark]) -> tuple[list[int], list[Mark]]:
+        """Put what documents begin and end with around one, without marks of their own."""
         start, separator = self.document_start, self.tokenizer.separator_id
         before = [start] if start is not None and ids[:1] != [start] else []
         after = [separator] if separator is not None else []
-        roles = roles or [0] * len(ids)
+        marks = marks or self._unmarked(len(ids))
         around = [*before, *ids, *after]
-        if not self.has_roles:
-            return around, []
-        return around, [*[0] * len(before), *roles, *[0] * len(after)][: len(around)]
+        return around, [*self._unmarked(len(before)), *marks, *self._unmarked(len(after))][: len(around)]
 
-    def add(self, document: int, ids: list[int], roles: list[int]) -> Iterator[Row]:
+    def add(self, document: int, ids: list[int], marks: list[Mark]) -> Iterator[Row]:
         """Append a document; yield each row that it fills.
 
         Args:
             document: its number.
             ids: its token ids, without frame and separator.
-            roles: the role of each id, and of the separator where it has one; empty where none has.
+            marks: that of each id, and of the separator where it has one; empty where none has.
         """
         info = self.tokenizer
         end = self.ctx_len - len(info.suffix_ids)
-        pending, pending_roles = self._around(ids, roles)
+        pending, pending_marks = self._around(ids, marks)
         offset = 0
         while offset < len(pending):
             if not self._ids:
                 is_there = self.document_start is not None and info.prefix_ids == (pending[offset],)
                 self._ids = [] if is_there else list(info.prefix_ids)
-                self._roles, self._segments = [0] * len(self._ids), [(0, document)]
+                self._marks, self._segments = self._unmarked(len(self._ids)), [(0, document)]
             elif offset == 0:
                 self._segments.append((len(self._ids), document))
             n = min(len(pending) - offset, end - len(self._ids))
             self._ids += pending[offset : offset + n]
-            self._roles += pending_roles[offset : offset + n] if self.has_roles else ()
+            self._marks += pending_marks[offset : offset + n]
             offset += n
             if len(self._ids) == end:
                 suffix = info.suffix_ids
-                roles_S = [*self._roles, *[0] * len(suffix)] if self.has_roles else []
-                yield Row([*self._ids, *suffix], self._segments, roles_S)
-                self._ids, self._roles, self._segments = [], [], []
+                marks_S = [*self._marks, *self._unmarked(len(suffix))]
+                yield Row([*self._ids, *suffix], self._segments, marks_S)
+                self._ids, self._marks, self._segments = [], [], []

@@ -22,8 +22,8 @@ CONTENT = {
     "manifest.json",
 }
 """Names in every token store's folder."""
-OF_CHATS = {"roles.parquet"}
-"""Names in that of chats as well."""
+OF_SOME = {"roles.parquet", "labels"}
+"""Names in those of chats and of labelled words as well."""
 
 
 def empty(folder: Path) -> None:
@@ -104,7 +104,7 @@ def _check_version(out: Path) -> None:
 def _check_replaceable(out: Path) -> None:
     """Refuse to put a store in place of a folder that holds anything but a damaged store."""
     names = {path.name for path in out.iterdir()}
-    others = names - CONTENT - OF_CHATS
+    others = names - CONTENT - OF_SOME
     if others or len(CONTENT - names) > 1:
         other = ", ".join(sorted(others)[:3])
         raise StoreError(

@@ -105,6 +105,8 @@ def opened(config: TokenizeConfig, given: memory.Given | None = None) -> list[So
             revision=entry.revision,
             chat_column=entry.chat_column,
             source_column=config.source_column,
+            words_column=entry.words_column,
+            word_labels=config.word_labels,
             given=given,
         )
         for entry in config.inputs
@@ -130,6 +132,7 @@ def _encoding(config: TokenizeConfig, sources: list[Source]) -> Encoding:
         rule=config.special_tokens_in_text,
         template=None if config.chat_template is None else template_in(config.chat_template),
         has_chats=any(source.column.holds_chats for source in sources),
+        has_words=any(source.column.words is not None for source in sources),
     )
 
 
@@ -158,6 +161,7 @@ def _write(
             held_out_fraction=config.held_out_fraction,
             document=document,
             document_start=token_id(config.document_start, tokenizer, "document_start"),
+            label_columns=config.word_labels,
             chosen=chosen,
         )
         return writer, _fill(config, writer, encoder)

@@ -35,6 +35,7 @@ from saemill.tokenize.files import (
 )
 from saemill.tokenize.ids import ids_of, masked
 from saemill.tokenize.memory import Given
+from saemill.tokenize.words import LabelledWords, words_of
 
 T = TypeVar("T")
 SHUFFLE_BUFFER_DOCUMENTS = 10_000
@@ -60,6 +61,10 @@ class Batch:
     """Of texts and conversations, whether they write a special token out."""
     labels: list[str] | None = None
     """Names of their sources, of a column of these."""
+    words: list[LabelledWords] | None = None
+    """Of texts whose words are labelled, these."""
+    token_words: list[list[int]] | None = None
+    """Of these the number of the word that each id is of; -1 of one of none."""
 
     def where(self, place: int) -> str:
         """Name a document for messages."""
@@ -93,6 +98,9 @@ class Source:
             elif self.column.holds_chats:
                 chats = [conversation_of(example[name], self.where(number)) for number, example in items]
                 yield replace(batch, conversations=chats)
+            elif self.column.words is not None:
+                words = [words_of(example, self.column, self.where(number)) for number, example in items]
+                yield replace(batch, texts=[each.text for each in words], words=words)
             else:
                 texts = [text_of(example[name], self.where(number)) for number, example in items]
                 yield replace(batch, texts=texts)
@@ -214,6 +222,8 @@ def open_source(
     revision: str | None,
     chat_column: str | None = None,
     source_column: str | None = None,
+    words_column: str | None = None,
+    word_labels: tuple[str, ...] = (),
     given: Given | None = None,
 ) -> Source:
     """Open a dataset and choose the column that holds the documents.
@@ -225,6 +235,8 @@ def open_source(
             dataset counts as tokenized already.
         chat_column: a column of conversations, to read in its place.
         source_column: a column with the name of each document's source.
+        words_column: a column of lists of words, which the texts hold, or which make them.
+        word_labels: columns that label these words.
         given: the dataset, if it is in memory.
 
     Raises:
@@ -238,7 +250,15 @@ def open_source(
         dataset, fingerprint = open_dataset(
             name, subset=subset, split=split, streaming=streaming, revision=revision
         )
-    column = choose(_features(dataset, name), text_column, name, chat_column, source_column)
+    column = choose(
+        _features(dataset, name),
+        text_column,
+        name,
+        chat_column=chat_column,
+        source_column=source_column,
+        words_column=words_column,
+        word_labels=word_labels,
+    )
     if not streaming and len(dataset) == 0:
         raise DataError(f"{name} has no rows")
     # Other columns may hold pictures or sound, which nobody needs decoded.

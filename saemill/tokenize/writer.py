@@ -8,22 +8,21 @@ import numpy as np
 import pyarrow as pa
 import torch
 import xxhash
-from numpy.typing import NDArray
 
-from saemill.common import durable
 from saemill.common.errors import DataError
 from saemill.common.log import counted
+from saemill.common.stores import word_labels
 from saemill.common.stores.message_roles import MOST_ROLES, RoleWriter
-from saemill.common.stores.shards import ShardedArray
 from saemill.common.stores.token_writer import cut_documents, write_token_store
 from saemill.common.stores.tokens import MOST_SOURCES, TokenizerInfo
+from saemill.common.stores.word_labels import MOST_NAMES, WordLabels
 from saemill.tokenize.held_out import chosen_for_a_row, is_held_out, largest_fraction
 from saemill.tokenize.ids import check_ids, n_padding, unframed
 from saemill.tokenize.mixing import Document
-from saemill.tokenize.packing import Row, RowPacker
+from saemill.tokenize.packing import Mark, Row, RowPacker
+from saemill.tokenize.row_files import RowFiles
 from saemill.tokenize.source import Source
 
-SHARD_TOKENS = 1 << 24
 DOCUMENTS = ("text", "row of ids", "kept row")
 """Kinds of documents: a text; a row of token ids, packed anew; such a row, kept as it is."""
 
@@ -32,11 +31,6 @@ def id_type(vocab_size: int) -> torch.dtype:
     """Choose the type that token ids are stored in: the smallest that holds all."""
     types = (torch.uint8, torch.uint16, torch.uint32)
     return next(t for t in types if vocab_size - 1 <= torch.iinfo(t).max)
-
-
-def shard_rows_of(ctx_len: int) -> int:
-    """Count the rows of a shard file, where there are as many."""
-    return max(1, SHARD_TOKENS // ctx_len)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,14 +51,14 @@ class Writer:
     """Id that each document begins with."""
     chosen: frozenset[int] = frozenset()
     """Hashes of documents that are held out whatever the fraction."""
-    n_rows: int = 0
+    label_columns: tuple[str, ...] = ()
+    """Columns of labels of words."""
     n_empty: int = 0
     n_padding: int = 0
     """Number of ids that were left out as padding."""
     n_special: int = 0
     """Number of documents that write a special token out."""
     n_used_ids: int = 0
-    rows: list[NDArray[Any]] = field(default_factory=list)
     held_out: list[bool] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
@@ -74,6 +68,8 @@ class Writer:
     role_names: list[str] = field(default_factory=list)
     """Roles of messages, in the order in which they come."""
     roles: RoleWriter = field(default_factory=RoleWriter)
+    label_names: dict[str, dict[str, int]] = field(init=False)
+    """By column the numbers of its labels, in the order in which they come, from 1."""
     document_held_out: list[bool] = field(default_factory=list)
     text_hash: list[int] = field(default_factory=list)
     n_tokens: list[int] = field(default_factory=list)
@@ -84,17 +80,29 @@ class Writer:
     """Whether all rows that are kept begin with the tokenizer's prefix, and whether all end with its
     suffix."""
     packers: dict[bool, RowPacker] = field(init=False)
-    dtype: torch.dtype = field(init=False)
-    shard_rows: int = field(init=False)
-    n_written_shards: int = 0
+    tokens: RowFiles = field(init=False)
+    labels: dict[str, RowFiles] = field(init=False)
+    """By column the numbers of the labels of the tokens."""
 
     def __post_init__(self) -> None:
+        # A mark is the number of a role, and those of the labels of all columns.
         has_chats = any(source.column.holds_chats for source in self.sources)
+        length = 1 + len(self.label_columns) if has_chats or self.label_columns else 0
         self.packers = {
-            side: RowPacker(self.ctx_len, self.info, self.document_start, has_chats) for side in (False, True)
+            side: RowPacker(self.ctx_len, self.info, self.document_start, length) for side in (False, True)
         }
-        self.dtype = id_type(self.info.vocab_size)
-        self.shard_rows = shard_rows_of(self.ctx_len)
+        self.tokens = RowFiles(self.path / "tokens", self.ctx_len, id_type(self.info.vocab_size))
+        self.label_names = {column: {} for column in self.label_columns}
+        folder = self.path / word_labels.FOLDER
+        self.labels = {
+            column: RowFiles(folder / column, self.ctx_len, word_labels.DTYPE)
+            for column in self.label_columns
+        }
+
+    @property
+    def n_rows(self) -> int:
+        """Count the rows so far."""
+        return self.tokens.n_rows
 
     @property
     def is_full(self) -> bool:
@@ -114,7 +122,7 @@ class Writer:
         content = text.encode() if text is not None else np.asarray(document.ids, np.uint32).tobytes()
         self.n_special += document.is_special
         held_out = self._begin(xxhash.xxh3_64_intdigest(content), document)
-        self._add_ids(document.ids, self._roles(document), held_out)
+        self._add_ids(document.ids, self._marks(document), held_out)
         return self.n_tokens[-1]
 
     def _conversation(self, document: Document) -> Document:
@@ -124,6 +132,28 @@ class Writer:
         start = len(prefix) if tuple(ids[: len(prefix)]) == prefix else 0
         stop = len(ids) - (ids[start:][-1:] == [separator])
         return replace(document, ids=ids[start:stop], roles=document.roles[start:])
+
+    def _marks(self, document: Document) -> list[Mark]:
+        """List the marks of a document's ids; of a conversation that of its separator too. Empty where it has
+        none."""
+        if document.words is not None:
+            columns = zip(self.label_columns, document.words.labels, strict=True)
+            labels = [self._labels(column, names, document) for column, names in columns]
+            unlabelled: Mark = (0,) * (1 + len(labels))
+            marks = [(0, *mark) for mark in zip(*labels, strict=True)]
+            return [unlabelled if word < 0 else marks[word] for word in document.token_words]
+        return [(role, *[0] * len(self.label_columns)) for role in self._roles(document)]
+
+    def _labels(self, column: str, names: list[str | None], document: Document) -> list[int]:
+        """List the numbers of the labels of a document's words in one column."""
+        known = self.label_names[column]
+        numbers = [0 if name is None else known.setdefault(name, len(known) + 1) for name in names]
+        if len(known) > MOST_NAMES:
+            raise DataError(
+                f"{self._where(document)} has the {len(known):,}th label of the column {column!r}; at most "
+                f"{MOST_NAMES:,} are told apart: name another with --word-labels"
+            )
+        return numbers
 
     def _roles(self, document: Document) -> list[int]:
         """List the numbers of the roles of a conversation's ids and of its separator."""
@@ -180,7 +210,7 @@ class Writer:
             )
         return self.names.index(document.label)
 
-    def _add_ids(self, ids: list[int], roles: list[int], held_out: bool) -> None:
+    def _add_ids(self, ids: list[int], marks: list[Mark], held_out: bool) -> None:
         """Put the last document's ids into rows."""
         document = len(self.source_index) - 1
         if self.document == "kept row":
@@ -190,7 +220,7 @@ class Writer:
             return
         packer = self.packers[held_out]
         self.n_tokens.append(packer.n_tokens(ids))
-        for row in packer.add(document, ids, roles):
+        for row in packer.add(document, ids, marks):
             self._add_row(row, held_out)
             if self.is_full:
                 return
@@ -205,22 +235,14 @@ class Writer:
         address = self.n_rows * self.ctx_len
         self.starts += [address + position for position, _ in row.segments]
         self.numbers += [document for _, document in row.segments]
-        self.rows.append(np.array(row.ids, str(self.dtype).removeprefix("torch.")))
+        self.tokens.add(row.ids)
         self.held_out.append(held_out)
-        if row.roles:
-            self.roles.add(row.roles)
+        if row.marks:
+            roles, *labels = zip(*row.marks, strict=True)
+            self.roles.add(roles)
+            for array, numbers in zip(self.labels.values(), labels, strict=True):
+                array.add(numbers)
         self.n_used_ids = max(self.n_used_ids, max(row.ids) + 1)
-        self.n_rows += 1
-        if len(self.rows) == self.shard_rows:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Write the buffered rows as a raw chunk file; the array's metadata follows at the end."""
-        rows = np.zeros((self.shard_rows, self.ctx_len), str(self.dtype).removeprefix("torch."))
-        rows[: len(self.rows)] = self.rows
-        durable.write_bytes(self.path / "tokens" / "c" / str(self.n_written_shards) / "0", [rows.data])
-        self.n_written_shards += 1
-        self.rows = []
 
     @property
     def row_capacity(self) -> int:
@@ -249,6 +271,10 @@ class Writer:
             documents += f" ({self.n_empty} of them empty)"
         if not self.source_index:
             raise DataError(f"{name} has no text: {documents}")
+        if unused := [column for column, numbers in self.label_names.items() if not numbers]:
+            raise DataError(
+                f"the column {unused[0]!r} labels no word of {documents}; leave it out of --word-labels"
+            )
         if not all(self.held_out):
             return
         if self.n_rows and self.is_full:
@@ -279,12 +305,9 @@ class Writer:
         Args:
             extra: settings, source and versions.
         """
-        if self.n_written_shards == 0:
-            self.shard_rows = self.n_rows
-        if self.rows:
-            self._flush()
-        shape = (self.n_rows, self.ctx_len)
-        tokens = ShardedArray.create(self.path / "tokens", shape, self.shard_rows, self.dtype, {})
+        for array in self.labels.values():
+            array.finish()
+        names = self.label_names.items()
         segments = pa.table({"start": self.starts, "document": self.numbers})
         documents = pa.table(
             {
@@ -296,11 +319,12 @@ class Writer:
         )
         write_token_store(
             self.path,
-            tokens=tokens,
+            tokens=self.tokens.finish(),
             held_out_R=np.array(self.held_out),
             segments=segments,
             documents=cut_documents(documents, segments, self.n_rows * self.ctx_len),
             roles=self.roles.table() if self.role_names else None,
+            labels=[WordLabels(column=column, names=tuple(numbers)) for column, numbers in names],
             tokenizer=self._tokenizer_info(),
             extra={"document": self.document, "n_used_ids": self.n_used_ids}
             | {"n_empty_documents": self.n_empty, "n_padding_tokens": self.n_padding}

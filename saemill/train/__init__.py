@@ -1,11 +1,13 @@
 """Stage 3: one shuffled stream of activations trains many SAEs at once.
 
 config.py     the settings
+saes.py       those that say which SAEs are trained
 checks.py     those that do not go together
 architectures.py  names of the architectures
 losses.py     names of what is minimised
 batch.py      batches are counted in tokens
 run.py        settings → a trainer → SAEs on disk
+build.py      variants → backend, banks, trainer
 inputs.py     sites, stream, model
 outlook.py    what a run will do, and what it needs
 following.py  waiting for shards, where the store is still being filled

@@ -2,13 +2,16 @@
 
 from typing import Literal
 
-Architecture = Literal["topk", "batchtopk", "matryoshka", "groupmax", "jumprelu", "relu", "gated"]
-BY_K = ("topk", "batchtopk", "matryoshka", "groupmax")
+Architecture = Literal["topk", "abs-topk", "batchtopk", "matryoshka", "groupmax", "jumprelu", "relu", "gated"]
+BY_K = ("topk", "abs-topk", "batchtopk", "matryoshka", "groupmax")
 """Architectures that keep a given number of latents."""
 WITH_AUXK = (*BY_K, "jumprelu")
 """Architectures whose dead latents fit the residual."""
 BY_L1 = ("relu", "gated")
 """Architectures whose codes are kept small by a penalty on their sum."""
+
+PENALISED = ("jumprelu", *BY_L1)
+"""Architectures whose codes are kept few or small by a penalty."""
 
 
 def no_effect(name: str, architecture: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.activations import ActivationStore, keep_locally
 from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.followers import Consumed
 from saemill.common.stores.tokens import TokenStore
@@ -65,8 +65,7 @@ def open_store(config: TrainConfig) -> ActivationStore:
     """
     if not config.follow:
         store = ActivationStore(config.acts, config.with_acts)
-        if not store.cache_locally(config.local_cache_bytes) and config.local_cache is not None:
-            raise ConfigError(f"local_cache has no effect: {config.acts} is on a disk; leave it out")
+        keep_locally([store], config.local_cache)
         return store
     followed = FollowedStore(config.acts, config.group_tokens)
     if not isinstance(followed.text, TokenStore):

@@ -5,7 +5,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
@@ -17,33 +17,26 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.runs import METRICS, TENSORBOARD
 from saemill.common.tracking import process as wandb
 from saemill.common.world import Group, World, speak_for
-from saemill.train.backends.base import Backend, described
-from saemill.train.backends.choose import choose_kernels, choose_product_dtype, kernels_of, make_backend
-from saemill.train.backends.plain import Plain
+from saemill.train.backends.base import described
+from saemill.train.backends.choose import choose_kernels, choose_product_dtype, kernels_of
 from saemill.train.batch import check_batch
+from saemill.train.build import build, place
 from saemill.train.config import TrainConfig
 from saemill.train.export import export, save_saes
 from saemill.train.following import Following, following_of
 from saemill.train.inputs import check_mse, load_model_loss, open_store, open_stream, with_site
-from saemill.train.learner.bank import Bank
-from saemill.train.learner.learner import Learner
-from saemill.train.losses import IN_MODEL
-from saemill.train.outlook import Computed, dead_after_tokens, notes_on, outlook_of_run
+from saemill.train.outlook import Computed, notes_on, outlook_of_run
 from saemill.train.points import Points, points_of
 from saemill.train.profile import PROFILED_STEPS, SKIPPED_STEPS
-from saemill.train.record import checkpoint
+from saemill.train.record.checkpoint import steps_done
 from saemill.train.record.folder import Folder
 from saemill.train.record.metrics import ConsoleSink, JsonlSink, Sink, TensorBoardSink
-from saemill.train.stream.feed import Feed
 from saemill.train.stream.loader import Loader
-from saemill.train.stream.scaling import scaling_of
 from saemill.train.stream.whole_rows import WholeRows
 from saemill.train.sweep.halving import Halving
 from saemill.train.sweep.placement import (
     WITHOUT_KERNELS,
     Placement,
-    allowed_latent_ranks,
-    choose,
     is_stepped_by_torch,
 )
 from saemill.train.sweep.schedule import Schedule, schedule_of
@@ -54,12 +47,6 @@ from saemill.train.tracking import follow
 from saemill.train.trainer import Trainer
 from saemill.train.watch.watch import Watch, watch_of
 
-if TYPE_CHECKING:
-    from saemill.train.objective.model import ModelLoss
-
-SAMPLE_TOKENS = 8192
-"""Tokens from which the initial gain and the geometric median are computed, whatever the batch size."""
-
 
 class Beside(NamedTuple):
     """What goes along with the steps of a run."""
@@ -67,6 +54,16 @@ class Beside(NamedTuple):
     watch: Watch | None
     points: Points
     following: Following | None
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig, run_hash: str, loader: Loader | WholeRows, n_steps: int, stop: Event
+    ) -> Self:
+        """Make what a run's settings ask for."""
+        watch = watch_of(config, loader.store, loader.mask, n_steps)
+        points = points_of(config.out, config.n_checkpoints, n_steps)
+        n_held_out = watch.plan.n_tokens if watch else 0
+        return cls(watch, points, following_of(loader, config.out, run_hash, n_steps, n_held_out, stop))
 
 
 def run(config: TrainConfig, before: Before = tell) -> list[Path]:
@@ -102,28 +99,26 @@ def run(config: TrainConfig, before: Before = tell) -> list[Path]:
         schedule = schedule_of(config, loader.epoch_tokens, f"{store.text.unit}s")
         widths = {name: store.site(name).width for name in loader.sites}
         variants = of_config(config, widths, schedule.n_steps, sources)
-        placement = _place(config, store, variants, everyone, device)
+        placement = place(config, store, variants, everyone, device)
         metric = config.halving_metric or "fvu"
         halving = Halving(config.out, folder.run, variants, schedule.n_steps, config.halving, metric)
-        watch = watch_of(config, store, loader.mask, schedule.n_steps)
-        points = points_of(config.out, config.n_checkpoints, schedule.n_steps)
-        n_held_out = watch.plan.n_tokens if watch else 0
-        following = following_of(loader, config.out, folder.run, schedule.n_steps, n_held_out, stop)
+        beside = Beside.of(config, folder.run, loader, schedule.n_steps, stop)
         saes = [config.out / variant.name for variant in variants]
         is_done = everyone.first(folder.is_finished)
-        outlook = partial(_outlook, config, loader, placement, schedule.n_steps, watch, device, is_done)
+        outlook = partial(
+            _outlook, config, loader, placement, schedule.n_steps, beside.watch, device, is_done
+        )
         everyone.first(lambda: before(outlook()))
         if is_done:
             everyone.first(folder.mend)
         else:
-            _begin(config, loader, variants, folder, following, everyone, resources)
-            beside = Beside(watch, points, following)
+            _begin(config, loader, variants, folder, beside.following, everyone, resources)
             trainer = _train(
                 config, folder.run, loader, schedule, halving, beside, everyone, device, stop, resources
             )
             saes = export(config.out, variants, store, trainer, halving)
-        if following is not None:
-            everyone.first(following.ended)
+        if beside.following is not None:
+            everyone.first(beside.following.ended)
         return saes
 
 
@@ -141,17 +136,11 @@ def _begin(
         check_mse(loader, variants)
         everyone.first(lambda: folder.lock(resources))
         return
-    step = _step_done(config, everyone) if config.resume else 0
+    step = steps_done(config.out, everyone) if config.resume else 0
     everyone.first(lambda: following.check(step))
     everyone.first(lambda: folder.lock(resources))
-    following.begin(_step_done(config, everyone), everyone)
+    following.begin(steps_done(config.out, everyone), everyone)
     check_mse(loader, variants)
-
-
-def _step_done(config: TrainConfig, everyone: Group) -> int:
-    """Read how many steps the run's checkpoint is after; 0 where there is none."""
-    record = everyone.first(lambda: checkpoint.read(config.out))
-    return 0 if record is None else record.step
 
 
 def _outlook(
@@ -197,8 +186,8 @@ def _train(
     with ExitStack() as open_sinks:
         for end in ends:
             idle_allowed = bool(halving.past)
-            placement = _place(config, loader.store, halving.alive, everyone, device, idle_allowed)
-            trainer = _build(config, loader, schedule, placement, everyone, device, stop, above)
+            placement = place(config, loader.store, halving.alive, everyone, device, idle_allowed)
+            trainer = build(config, loader, schedule, placement, everyone, device, stop, above)
             trainer.run_hash, (trainer.watch, trainer.points, trainer.following) = run_hash, beside
             if watch is not None:
                 model = None if above is None else above.model
@@ -242,105 +231,6 @@ def _halve(config: TrainConfig, halving: Halving, trainer: Trainer, end: int) ->
     trainer.everyone.first(lambda: halving.stop(end, losers, cfgs))
     halving.past = trainer.everyone.all_gather_objects(halving.past)[0]
     trainer.banks.clear()  # their memory is free before the next are made
-
-
-def _place(
-    config: TrainConfig,
-    store: ActivationStore,
-    variants: list[Variant],
-    everyone: Group,
-    device: torch.device,
-    idle_allowed: bool = False,
-) -> Placement:
-    """Place the variants on the processes."""
-    widths = {site: store.site(site).width for variant in variants for site in variant.sites}
-    if config.runs_model and (config.data_ranks or 1) > 1:
-        raise ConfigError(
-            f"data_ranks {config.data_ranks}: a loss of the model needs whole rows in one process; "
-            "leave it out"
-        )
-    if config.data_ranks and config.step_tokens < config.data_ranks:
-        raise ConfigError(
-            f"{config.step_tokens} tokens per step cannot be shared by data_ranks {config.data_ranks}"
-        )
-    on_gpu = device.type == "cuda"
-    memory_bytes = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
-    return choose(
-        variants,
-        widths,
-        everyone.size,
-        config.data_ranks,
-        allowed_latent_ranks(config.latent_ranks, variants, kernels_of(config.kernels, device), widths),
-        idle_allowed=idle_allowed,
-        memory_bytes=memory_bytes,
-    )
-
-
-def _build(
-    config: TrainConfig,
-    loader: Loader | WholeRows,
-    schedule: Schedule,
-    placement: Placement,
-    everyone: Group,
-    device: torch.device,
-    stop: Event,
-    above: "ModelLoss | None",
-) -> Trainer:
-    team = placement.team_of(everyone)
-    variants = list(placement.teams[everyone.rank // placement.team_size])
-    # Sums of bf16 products stay in float32, as on a CPU.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    dead_after = dead_after_tokens(config, schedule.n_steps)
-    dtype = choose_product_dtype(config.precision, device)
-    backend = make_backend(choose_kernels(config.kernels, device), dtype, team)
-    loader.restrict(list(dict.fromkeys(site for variant in variants for site in variant.sites)))
-    step = _step_done(config, everyone)
-    banks = _banks(loader, variants, backend, dead_after, device, above, step)
-    return Trainer(
-        loader=loader,
-        feed=Feed(loader, device),
-        banks=banks,
-        names=[variant.name for variant in placement.variants],
-        schedule=schedule,
-        log_every=config.log_every,
-        save_every=config.save_every,
-        folder=config.out,
-        device=device,
-        stop=stop,
-        everyone=everyone,
-        team=team,
-        profile=config.profile,
-    )
-
-
-def _banks(
-    loader: Loader | WholeRows,
-    variants: list[Variant],
-    backend: Backend,
-    dead_after: int,
-    device: torch.device,
-    above: "ModelLoss | None",
-    step: int,
-) -> list[Bank]:
-    """Make the learners of this process, in a bank for each site, and for each pair of sites. Those that go
-    on after a step are filled in from the checkpoint."""
-    stretch = loader.sample(SAMPLE_TOKENS, step * loader.batch_tokens)
-    scalings = {site: scaling_of(loader.rows, site, device) for site in loader.sites}
-    sample = {site: scalings[site].standardise(rows.to(device)) for site, rows in stretch.items()}
-    banks = []
-    for sites in dict.fromkeys(variant.sites for variant in variants):
-        site, target = sites[0], sites[1] if len(sites) > 1 else None
-        target_sample = None if target is None else (scalings[target], sample[target])
-        here = [variant for variant in variants if variant.sites == sites]
-        by_torch = backend.name == "triton" and here[0].n_layers > 1
-        own = Plain(backend.dtype, backend.team) if by_torch else backend
-        learners = [
-            Learner(variant, scalings[site], own, sample[site], dead_after, target_sample) for variant in here
-        ]
-        target_units = None if target is None else (target, scalings[target])
-        in_model = above if any(learner.variant.loss in IN_MODEL for learner in learners) else None
-        banks.append(Bank(site, scalings[site], own, learners, target_units, in_model))
-    return banks
 
 
 def _check_profile(trainer: Trainer, end: int) -> None:

@@ -15,6 +15,7 @@ class ViewConfig:
     port: int = setting(8321, "Port on this machine; 0 for any that is free", least=0, most=65_535)
     acts: Path | None = like(AssessConfig, "acts")
     with_acts: Path | None = like(AssessConfig, "with_acts")
+    local_cache: str | None = like(AssessConfig, "local_cache")
     model: str | None = like(AssessConfig, "model")
     n_contexts: int = like(AssessConfig, "n_contexts")
     n_samples: int = like(AssessConfig, "n_samples")

@@ -43,7 +43,9 @@ def open_server(config: ViewConfig) -> Server:
     assessment = _assessment(folder)
     started = time.perf_counter()
     device = choose_device(config.device)
-    task = AssessConfig(run=folder, acts=config.acts, with_acts=config.with_acts, variant=name)
+    task = AssessConfig(
+        run=folder, acts=config.acts, with_acts=config.with_acts, local_cache=config.local_cache, variant=name
+    )
     trained = open_run(task, device)
     sae = trained.saes[name]
     densities = assessments.densities(folder)

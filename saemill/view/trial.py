@@ -38,7 +38,7 @@ class Fired:
     is_left_out: bool
     """Whether training left such tokens out."""
     latents: dict[int, float]
-    """Latent → activation, the largest first."""
+    """Latent → activation, the largest first, whatever its sign."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +180,10 @@ class Trial:
 
 def _strongest(acts_NK: torch.Tensor, indices_NK: torch.Tensor) -> dict[int, float]:
     """List the latents that fire on one or several tokens, the strongest first."""
-    acts, order = acts_NK.flatten().sort(descending=True)
-    pairs = zip(indices_NK.flatten()[order].tolist(), acts.tolist(), strict=True)
+    order = acts_NK.flatten().abs().argsort(descending=True)
+    pairs = zip(indices_NK.flatten()[order].tolist(), acts_NK.flatten()[order].tolist(), strict=True)
     largest: dict[int, float] = {}
     for latent, act in pairs:
-        if act > 0:
+        if act != 0:
             largest.setdefault(latent, act)
     return dict(list(largest.items())[:MOST_FIRED])

@@ -16,7 +16,9 @@ from training import config
 from saemill import Sae
 from saemill.assess import measure
 from saemill.assess.baselines import Baselines, fit_baselines
-from saemill.assess.config import AssessConfig
+from saemill.assess.config import AssessConfig, LatentConfig
+from saemill.assess.latent import run as show
+from saemill.assess.reader import Pieces
 from saemill.assess.run import run
 from saemill.common.errors import ConfigError
 from saemill.common.steer.across_layers import AcrossLayers
@@ -212,6 +214,25 @@ def test_transcoders_of_one_layer_each_are_measured_together(folder: Path) -> No
                 assert cut[figure]["value"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
     with pytest.raises(ConfigError, match=r"together has no effect: no transcoders"):
         run(replace(settings, run=folder / "run"))
+
+
+def test_tokens_are_promoted_by_the_sum_of_what_a_latent_writes(folder: Path) -> None:
+    """Oracle: transformers' final norm and head by hand, on the sum of a latent's rows at its own layer and
+    all later ones."""
+    (path,) = (folder / "run").glob("*jumprelu*")
+    found = show(LatentConfig(run=path, latents=("0", "40", "80"), device="cpu"))
+    assert [place.at for place in found.vocabularies] == ["layers.0.mlp to layers.2.mlp, added up"]
+    model = ByHand(folder).model
+    norm_D = model.base_model.final_layer_norm.weight.detach()
+    head_VD = model.get_output_embeddings().weight.detach()
+    store = ActivationStore(folder / "acts")
+    pieces = Pieces(store.tokens)
+    for latent in found.latents:
+        at, layer = latent.latent % 32, latent.latent // 32
+        own = Sae.load(path).layers[layer].W_dec[at].detach().view(L - layer, D).sum(0)
+        logits_V = head_VD @ (norm_D * (own - own.mean()))
+        down = logits_V[: store.tokens.tokenizer.vocab_size].topk(10, largest=False).indices.tolist()
+        assert [t.text for t in latent.effects[0].suppressed] == [pieces.text(i) for i in down]
 
 
 def test_sites_in_another_order_than_the_models_are_refused(folder: Path) -> None:

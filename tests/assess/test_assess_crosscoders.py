@@ -14,8 +14,10 @@ from reconstructions import ALONE
 from splicing import at, by_hand
 
 from saemill import Sae
-from saemill.assess.config import AssessConfig
+from saemill.assess.config import AssessConfig, LatentConfig
 from saemill.assess.evalset import EvalSet
+from saemill.assess.latent import run as show
+from saemill.assess.reader import Pieces
 from saemill.assess.run import run
 from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
@@ -128,6 +130,38 @@ def test_figures_and_losses_equal_their_definitions(folder: Path, tiny_models: d
     assert found["norm_shares"][SITES[0]] == np.histogram(shares[live], 20, (0, 1))[0].tolist()
     assert found["norm_shares"][SITES[0]] == found["norm_shares"][SITES[1]][::-1]
     assert "live latents by the share of layers.0 in their decoder row" in page
+
+
+def test_tokens_are_promoted_at_each_site_by_its_models_unembedding(folder: Path, tmp_path: Path) -> None:
+    """Oracle: the logits of transformers' own final norm and head, of each decoder row against the row 0, in
+    the model of its site; the terminal and the page say which site."""
+    joined = "layers.2+with.layers.2"
+    train(trained(folder, "both", site=(joined,), with_acts=folder / "other", epochs=1))
+    for run_name, site in (("run", JOINED), ("both", joined)):
+        (path,) = (each for each in (folder / run_name).iterdir() if each.name.startswith(site))
+        found = show(LatentConfig(run=path, latents=("0-4",), out=tmp_path / "page.html", device="cpu"))
+        sae, page = Sae.load(path), (tmp_path / "page.html").read_text()
+        assert [place.at for place in found.vocabularies] == site.split("+")
+        for number, rows_FD in enumerate(torch.split(sae.decoder_rows, 32, 1)):
+            at = site.split("+")[number]
+            store = ActivationStore(folder / ("other" if at.startswith("with.") else "acts"))
+            logits_FV = direct_logits(str(store.settings.model), rows_FD)[
+                :, : store.tokens.tokenizer.vocab_size
+            ]
+            pieces = Pieces(store.tokens)
+            assert f"At {at} it</h4>" in page
+            for latent in found.latents:
+                up = latent.effects[number].promoted
+                expected = logits_FV[latent.latent].topk(10)
+                assert [token.text for token in up] == [pieces.text(i) for i in expected.indices.tolist()]
+
+
+def direct_logits(model: str, rows_FD: torch.Tensor) -> torch.Tensor:
+    """What a norm by hand and transformers' own weights make of rows, their mean over tokens left in."""
+    of = transformers.AutoModelForCausalLM.from_pretrained(model)
+    norm_D = of.base_model.final_layer_norm.weight.detach()
+    rows_FD = rows_FD - rows_FD.mean(1, keepdim=True)
+    return (rows_FD * norm_D) @ of.get_output_embeddings().weight.detach().T
 
 
 def test_crosscoders_alone_have_controls_in_their_units(folder: Path) -> None:

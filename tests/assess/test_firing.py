@@ -160,3 +160,11 @@ def test_strata_are_quantiles_of_what_is_not_zero(store: ActivationStore) -> Non
         assert all(not stratum.contexts for stratum in strata(fires, np.arange(n), 0, Reader(store.tokens)))
     nowhere = Fires(0, *(np.zeros(0, kind) for kind in (np.int64, np.float32, np.uint64)), 1, 16)
     assert strata(nowhere, np.zeros(0, np.int64), 3, Reader(store.tokens)) == ()
+
+
+def test_places_of_either_sign_are_apart() -> None:
+    """Oracle: by hand: four documents, two places above 0 and two below."""
+    acts_N = np.array([3, -2, 1, -5], np.float32)
+    fires = Fires(0, np.arange(4), acts_N, np.arange(4).astype(np.uint64), key=1, ctx_len=4)
+    assert (fires.strongest(9).tolist(), fires.strongest(9, -1).tolist()) == ([0, 2], [3, 1])
+    assert (fires.largest, fires.smallest) == (3, -5)

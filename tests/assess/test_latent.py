@@ -34,7 +34,7 @@ def test_a_latent_is_shown_as_the_assessment_shows_it(
     shown = capsys.readouterr().out
     for latent in found.latents:
         assert f"latent {latent.latent} of {expected.variant}: active on {latent.density:.3%}" in shown
-        assert f"promotes: {latent.promoted[0].text!r}" in shown
+        assert f"promotes: {latent.effects[0].promoted[0].text!r}" in shown
         for context in latent.contexts:
             assert f"{context.activation:7.2f}  …" in shown
     ids = [attrs["id"] for tag, attrs in Page(page.read_text()).tags if attrs.get("class") == "latent"]

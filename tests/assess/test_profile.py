@@ -5,7 +5,7 @@ import pytest
 import torch
 from reconstructions import held_out, random_sae, reconstruct
 
-from saemill.assess import directions
+from saemill.assess import directions, vocabulary
 from saemill.assess.profile import N_WORST
 from saemill.assess.reader import Pieces
 from saemill.common.stores.activations import ActivationStore
@@ -105,7 +105,7 @@ def test_where_no_tokens_are_promoted_the_reason_is_told(
     sae = random_sae(1)
     sae.config.provenance["site"] = "a"
     monkeypatch.setattr(ActivationStore, "site", lambda *_: type("Site", (), {"role": role}))
-    monkeypatch.setattr(directions, "load_unembedding", lambda *_: pytest.fail("read the unembedding"))
-    found = directions.Vocabulary.of(sae, store, None)
-    assert str(found.missing).startswith(told)
-    assert found.tokens(sae, [1, 2], Pieces(store.tokens)) == [((), ())] * 2
+    monkeypatch.setattr(vocabulary, "load_unembedding", lambda *_: pytest.fail("read the unembedding"))
+    (found,) = vocabulary.vocabularies(sae, store, None)
+    assert str(found.record.missing).startswith(told)
+    assert found.effects([1, 2], Pieces(store.tokens)) == [vocabulary.UNKNOWN] * 2

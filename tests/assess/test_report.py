@@ -120,8 +120,9 @@ def test_nothing_in_a_text_breaks_out(assessed: Path, tmp_path: Path) -> None:
     for words in (HOSTILE, ["plain"]):
         values = features.load(assessed).model_dump()
         for latent, word in zip(values["latents"], cycle(words), strict=False):
-            for token in (*latent["promoted"], *latent["suppressed"]):
-                token["text"] = word
+            for effect in latent["effects"]:
+                for token in (*effect["promoted"], *effect["suppressed"]):
+                    token["text"] = word
             for context in latent["contexts"]:
                 place = context["place"]
                 tokens = list(place["tokens"])
@@ -191,7 +192,7 @@ def test_words_that_passages_share_find_a_latent(assessed: Path) -> None:
         Context(activation=1.0, values=(), place=Passage(address=i, id=None, text=text))
         for i, text in enumerate(("The old man", "the OLD sea", "a man"))
     ]
-    alone = {"strata": (), "promoted": (), "suppressed": ()}
+    alone = {"strata": (), "effects": ()}
     assert words_of(latent.model_copy(update={"contexts": tuple(contexts), **alone})) == "the\nold\nman"
     assert words_of(latent.model_copy(update={"contexts": tuple(contexts[2:]), **alone})) == "a\nman"
 

@@ -15,8 +15,13 @@ from replaced import run_of_other_saes, with_thresholds
 from saemill import Sae
 from saemill.assess.config import AssessConfig
 from saemill.assess.run import run
+from saemill.common.errors import ConfigError
 from saemill.common.stores import assessments, features
 from saemill.common.stores.activations import ActivationStore
+from saemill.explain.config import ExplainConfig
+from saemill.explain.run import run as explain
+from saemill.latents.config import ExportLatentsConfig
+from saemill.latents.run import run as export_latents
 
 K2, K16 = "layers.1-k2-f128-s0-lr0.003", "layers.1-k16-f128-s0-lr0.003"
 
@@ -150,3 +155,36 @@ def test_an_assessment_of_topk_saes_says_nothing_of_others(causal: Pipeline, tmp
 def run_of_topk(causal: Pipeline, tmp_path: Path) -> Path:
     run_of_other_saes(causal.out, tmp_path / "run", {})
     return tmp_path / "run"
+
+
+def test_latents_of_either_sign_are_shown_at_both_ends(causal: Pipeline, tmp_path: Path) -> None:
+    """Oracle: L0 and densities by codes that are not 0; places below 0 farther from it first, with the other
+    sign; the words of the page; controls with twice the latents. Nothing explains such latents, or takes them
+    for others."""
+    saes = run_of_other_saes(
+        causal.out, tmp_path / "run", {name: {"architecture": "abs-topk"} for name in (K2, K16)}
+    )
+    assessment = assessed(tmp_path / "run")
+    entries = {entry["name"]: entry["metrics"] for entry in assessment["variants"]}
+    assert [round(entries[name]["l0"]["value"]) for name in (K2, K16)] == [2, 16]
+    assert "random-k2-f256" in {entry["name"] for entry in assessment["controls"]}
+    table = pq.read_table(tmp_path / "run" / "latents.parquet").to_pandas().set_index("variant")
+    assert (table["min"] < 0).any()
+    assert table.loc[K2, "density"].sum() == pytest.approx(2, rel=1e-3)
+    found = features.load(tmp_path / "run")
+    assert saes[found.variant].config.is_signed
+    signed = [latent for latent in found.latents if latent.below]
+    for latent in signed:
+        acts = [context.activation for context in latent.below]
+        assert acts == sorted(acts)
+        assert latent.smallest <= acts[0] < 0
+        assert all(context.activation > 0 for context in latent.contexts)
+        assert sum(latent.histogram) == latent.n_sampled
+    assert signed
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Strongest below 0" in page
+    assert "below it the other way round" in page
+    with pytest.raises(ConfigError, match="fire above and below 0, which one explanation cannot tell of"):
+        explain(ExplainConfig(run=tmp_path / "run", url="http://localhost:1/v1", model="m"))
+    with pytest.raises(ConfigError, match="delphi ranks activations from 0 up"):
+        export_latents(ExportLatentsConfig(run=tmp_path / "run", format="delphi", out=tmp_path / "d"))

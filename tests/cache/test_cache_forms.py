@@ -14,6 +14,7 @@ from crashes import check_crashes, file_hashes
 from torch import Tensor
 
 from saemill.cache.claims.worker import Worker
+from saemill.cache.placing import OnDisk
 from saemill.cache.writer import SiteWriter
 from saemill.common import records
 from saemill.common.errors import ConfigError, DataError, StoreError
@@ -144,7 +145,7 @@ def test_the_first_calibration_holds_for_all_workers(int8: ActivationStore, tmp_
     one, other = (
         calibrate(torch.randn(9, 32, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)
     )
-    with Worker(copy / "claims", threading.Event()) as worker, worker.hold("store"):
+    with Worker(OnDisk(copy), threading.Event()) as worker, worker.hold("store"):
         writers = [SiteWriter(ActivationStore(copy), Site("layers.1", 32), worker) for _ in range(2)]
         assert [writer.is_calibrated for writer in writers] == [False, False]
         writers[0].note(None, one)

@@ -25,6 +25,7 @@ from waiting import wait_until
 from saemill.cache.claims import owner
 from saemill.cache.claims import worker as claims
 from saemill.cache.claims.worker import Claim, Lost, Worker
+from saemill.cache.placing import OnDisk
 from saemill.cache.writer import SiteWriter
 from saemill.common import durable
 from saemill.common.errors import Interrupted
@@ -39,7 +40,7 @@ def workers(tmp_path: Path) -> Iterator[Callable[[], Worker]]:
     made = []
 
     def make() -> Worker:
-        made.append(Worker(tmp_path / "claims", threading.Event()))
+        made.append(Worker(OnDisk(tmp_path), threading.Event()))
         return made[-1].__enter__()
 
     yield make
@@ -47,22 +48,27 @@ def workers(tmp_path: Path) -> Iterator[Callable[[], Worker]]:
         worker.__exit__(None, None, None)
 
 
+def file_of(worker: Worker) -> Path:
+    return worker.folder / f"worker-{worker.owner.token}"
+
+
 def fall_silent(worker: Worker, seconds: float) -> None:
     """Let a worker be one of another machine that was last heard of so long ago."""
     worker._left.set()
     worker._heart.join()
     now = worker._now()
-    worker.file.write_text(json.dumps(durable.read_json(worker.file) | {"machine": "another"}))
-    os.utime(worker.file, (now - seconds, now - seconds))
+    file_of(worker).write_text(json.dumps(durable.read_json(file_of(worker)) | {"machine": "another"}))
+    os.utime(file_of(worker), (now - seconds, now - seconds))
 
 
 COUNTER = """
 import sys, threading
 from pathlib import Path
 from saemill.cache.claims.worker import Worker
+from saemill.cache.placing import OnDisk
 folder = Path(sys.argv[1])
 def count():
-    with Worker(folder / "claims", threading.Event()) as worker:
+    with Worker(OnDisk(folder), threading.Event()) as worker:
         for _ in range(int(sys.argv[2])):
             with worker.hold("store"):
                 (folder / "count").write_text(str(int((folder / "count").read_text()) + 1))
@@ -93,8 +99,8 @@ STEPS = st.lists(
 def test_any_order_of_taking_releasing_and_dying(steps: list[tuple[str, int]]) -> None:
     """Oracle: a variable that says who holds the claim; a dead one holds nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "claims"
-        workers = [Worker(path, threading.Event()).__enter__() for _ in range(3)]
+        path = Path(folder)
+        workers = [Worker(OnDisk(path), threading.Event()).__enter__() for _ in range(3)]
         held: dict[int, Claim] = {}
         for step, i in steps:
             worker = workers[i]
@@ -106,18 +112,20 @@ def test_any_order_of_taking_releasing_and_dying(steps: list[tuple[str, int]]) -
             elif step == "release" and i in held:
                 held.pop(i).release()
             elif step == "die":
-                worker.file.write_text(json.dumps(durable.read_json(worker.file) | {"started": "before"}))
+                file_of(worker).write_text(
+                    json.dumps(durable.read_json(file_of(worker)) | {"started": "before"})
+                )
                 worker._left.set()
                 held.pop(i, None)
-                workers[i] = Worker(path, threading.Event()).__enter__()
+                workers[i] = Worker(OnDisk(path), threading.Event()).__enter__()
             elif step == "join":
-                with Worker(path, threading.Event()) as other:
+                with Worker(OnDisk(path), threading.Event()) as other:
                     assert other.claim("shard-8")
             for claim in held.values():
                 claim.check()
         for worker in workers:
             worker.__exit__(None, None, None)
-        assert not path.exists()
+        assert not (path / "claims").exists()
 
 
 def test_a_silent_worker_expires_by_the_file_systems_clock(
@@ -156,14 +164,14 @@ class Ticks(threading.Event):
 def test_the_heartbeat_keeps_a_worker_alive(workers: Callable[[], Worker], tmp_path: Path) -> None:
     """Oracle: a file that was touched 2,000 s ago is touched again while its worker lives, 24 times within
     the 120 s after which it counts as dead; and no more when its heart has stopped."""
-    here, there = workers(), Worker(tmp_path / "claims", threading.Event())
+    here, there = workers(), Worker(OnDisk(tmp_path), threading.Event())
     there._left = ticks = Ticks()
     with there:
-        there.file.write_text(json.dumps(durable.read_json(there.file) | {"machine": "another"}))
+        file_of(there).write_text(json.dumps(durable.read_json(file_of(there)) | {"machine": "another"}))
         assert there.claim("shard-1")
         now = here._now()
-        os.utime(there.file, (now - 2000, now - 2000))
-        wait_until(lambda: there.file.stat().st_mtime > now - 1)
+        os.utime(file_of(there), (now - 2000, now - 2000))
+        wait_until(lambda: file_of(there).stat().st_mtime > now - 1)
         assert here.claim("shard-1") is None
         assert ticks.asked == {120 / 24}
         fall_silent(there, 121)
@@ -174,10 +182,10 @@ def test_a_process_of_another_machine_is_not_judged_by_its_number(workers: Calla
     """Oracle: a process number that is not in use here; on this machine it is dead at once."""
     there, here = workers(), workers()
     assert there.claim("shard-1")
-    content = durable.read_json(there.file) | {"pid": 2**22 + 1}
-    there.file.write_text(json.dumps(content | {"machine": "another"}))
+    content = durable.read_json(file_of(there)) | {"pid": 2**22 + 1}
+    file_of(there).write_text(json.dumps(content | {"machine": "another"}))
     assert here.claim("shard-1") is None
-    there.file.write_text(json.dumps(content))
+    file_of(there).write_text(json.dumps(content))
     assert here.claim("shard-1")
 
 
@@ -187,22 +195,23 @@ def test_a_killed_process_is_dead_at_once_and_leaves_nothing(tmp_path: Path) -> 
 import sys, threading
 from pathlib import Path
 from saemill.cache.claims.worker import Worker
-worker = Worker(Path(sys.argv[1]), threading.Event()).__enter__()
+from saemill.cache.placing import OnDisk
+worker = Worker(OnDisk(Path(sys.argv[1])), threading.Event()).__enter__()
 worker.partial().write_text("half")
 print(bool(worker.claim("shard-1")), flush=True)
 sys.stdin.read()
 """
     folder = tmp_path / "claims"
-    command = [sys.executable, "-c", code, str(folder)]
+    command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "True\n"
-        with Worker(folder, threading.Event()) as worker:
+        with Worker(OnDisk(tmp_path), threading.Event()) as worker:
             assert worker.claim("shard-1") is None
         assert len(list(folder.iterdir())) == 3
         process.kill()
         wait_until(lambda: owner._started(process.pid) in ("ended", None))
-        with Worker(folder, threading.Event()) as worker:
+        with Worker(OnDisk(tmp_path), threading.Event()) as worker:
             assert worker.claim("shard-1")
         assert not folder.exists()
 
@@ -215,11 +224,12 @@ def test_a_worker_that_dies_as_it_arrives_leaves_nothing(tmp_path: Path) -> None
 import os, sys, threading
 from pathlib import Path
 from saemill.cache.claims.worker import Worker
+from saemill.cache.placing import OnDisk
 Path.{name} = lambda *_, **__: os._exit(9)
-Worker(Path(sys.argv[1]), threading.Event()).__enter__()
+Worker(OnDisk(Path(sys.argv[1])), threading.Event()).__enter__()
 """
-        assert subprocess.run([sys.executable, "-c", code, str(folder)], env=ENVIRONMENT).returncode == 9
-        with Worker(folder, threading.Event()) as worker:
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT).returncode == 9
+        with Worker(OnDisk(tmp_path), threading.Event()) as worker:
             assert worker.claim("store")
         assert not folder.exists()
 
@@ -231,7 +241,7 @@ def test_a_worker_that_was_taken_for_dead_goes_on_as_a_new_one(workers: Callable
     assert old
     fall_silent(there, 1000)
     workers()
-    assert not there.file.exists()
+    assert not file_of(there).exists()
     with pytest.raises(Lost):
         old.check()
     claim = there.claim("shard-1")
@@ -298,11 +308,11 @@ def test_a_worker_that_wakes_up_late_spoils_nothing(same: bool, orphan: bool, tm
 
 def stopped_at(moment: int, store: ActivationStore, values: torch.Tensor, others: torch.Tensor) -> bool:
     """Write a shard; before the so-manieth step another worker takes over. Whether it came to that."""
-    late, steps = Worker(store.path / "claims", threading.Event()), 0
+    late, steps = Worker(OnDisk(store.path), threading.Event()), 0
 
     def take_over() -> None:
-        late.file.write_text(json.dumps(durable.read_json(late.file) | {"started": "before"}))
-        with Worker(store.path / "claims", threading.Event()) as other:
+        file_of(late).write_text(json.dumps(durable.read_json(file_of(late)) | {"started": "before"}))
+        with Worker(OnDisk(store.path), threading.Event()) as other:
             one_shard(store, other, others).finish()
 
     with late, pytest.MonkeyPatch.context() as patch:
@@ -333,9 +343,9 @@ def stopped_at(moment: int, store: ActivationStore, values: torch.Tensor, others
 
 def test_a_worker_knows_whether_others_live(tmp_path: Path) -> None:
     """Oracle: one worker, two, one again; only the last may clear a store that holds no shard."""
-    with Worker(tmp_path / "claims", threading.Event()) as first:
+    with Worker(OnDisk(tmp_path), threading.Event()) as first:
         assert first.is_alone()
-        with Worker(tmp_path / "claims", threading.Event()) as second:
+        with Worker(OnDisk(tmp_path), threading.Event()) as second:
             assert not first.is_alone()
             assert not second.is_alone()
         assert first.is_alone()

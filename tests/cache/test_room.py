@@ -13,6 +13,7 @@ from stores import make_store
 
 from saemill.cache import room as rooms
 from saemill.cache.claims.worker import Worker
+from saemill.cache.placing import OnDisk
 from saemill.cache.repair import damaged, mend
 from saemill.cache.room import Room, fits, make_whole
 from saemill.cache.sharing import Sharing
@@ -64,7 +65,7 @@ def growing(tmp_path: Path) -> Growing:
 @contextmanager
 def open_room(growing: Growing, n_shards: int, sites: tuple[str, ...] = ("a", "b")) -> Iterator[Room]:
     store = ActivationStore(growing.path)
-    with Worker(growing.path / "claims", threading.Event()) as worker:
+    with Worker(OnDisk(growing.path), threading.Event()) as worker:
         writers = [SiteWriter(store, Site(name, 4), worker) for name in sites]
         yield Room(store, writers, worker, n_shards * sum(writer.array.raw_bytes for writer in writers))
 
@@ -264,7 +265,7 @@ def test_a_site_is_whole_again_when_all_is_computed_again(growing: Growing) -> N
         for _ in range(4):
             growing.grow()
         room.has(4, lacking(growing))
-        with Worker(growing.path / "claims", threading.Event()), pytest.raises(StoreError, match="stop them"):
+        with Worker(OnDisk(growing.path), threading.Event()), pytest.raises(StoreError, match="stop them"):
             make_whole(room.store, ["a", "b"], room.worker)
         with pytest.raises(StoreError, match=r"'a' of .* is consumed: its shards 0 to 3 were removed"):
             room.store.site("a")

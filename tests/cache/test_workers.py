@@ -18,6 +18,7 @@ from waiting import LIMIT_SECONDS, wait_until
 
 from saemill.cache.claims.owner import Seen
 from saemill.cache.claims.worker import Worker
+from saemill.cache.placing import OnDisk
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def n_commits(out: Path) -> int:
 @contextmanager
 def kept_back(out: Path) -> Iterator[None]:
     """While the block runs this process has a shard's claim, so that nobody can finish the store."""
-    with Worker(out / "claims", threading.Event()) as here:
+    with Worker(OnDisk(out), threading.Event()) as here:
         claim = here.claim("shard-30")
         assert claim
         yield

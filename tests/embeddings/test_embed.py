@@ -10,7 +10,8 @@ import pytest
 import sentence_transformers
 import torch
 import transformers
-from crashes import check_crashes
+from crashes import check_crashes, file_hashes
+from object_store import S3
 from texts import bert_tokenizer
 
 from saemill.common.errors import ConfigError
@@ -52,6 +53,16 @@ def test_sources_of_the_texts_are_kept(encoder: str, tmp_path: Path) -> None:
     assert isinstance(passages, PassageStore)
     numbers = passages.documents["source"].to_numpy()[passages.document_of(np.arange(20))]
     assert [passages.manifest.sources[number] for number in numbers] == sources
+
+
+def test_texts_are_embedded_to_a_bucket(s3: S3, corpus_file: Path, encoder: str, tmp_path: Path) -> None:
+    """Oracle: the store on a disk, file by file; the same call again finds it whole."""
+    options: dict[str, Any] = {"shard_rows": 16, "batch_size": 4, "compression": "lz4", "dtype": "int8"}
+    expected = file_hashes(embed(corpus_file, encoder, tmp_path / "acts", **options).path)
+    for _ in range(2):
+        embed(corpus_file, encoder, Path("s3://bucket/embedded"), **options)
+        s3.fetch("embedded", tmp_path / "fetched")
+        assert file_hashes(tmp_path / "fetched") == expected
 
 
 @pytest.mark.parametrize(("prompt", "normalize"), [(None, False), ("passage: ", True)])

@@ -12,7 +12,7 @@ from scipy.stats import binom
 from saemill.common.stores.features import Context, Passage, Snippet
 from saemill.explain import prompts, scores
 from saemill.explain.config import ExplainConfig
-from saemill.explain.contexts import Case
+from saemill.explain.silent import Case
 
 CONFIG = ExplainConfig(run=Path("r"), url="http://h/v1", model="m", max_answer_tokens=0)
 CASES = st.lists(st.tuples(st.booleans(), st.sampled_from([True, False, None])), max_size=30)

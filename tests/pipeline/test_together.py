@@ -136,6 +136,10 @@ def test_too_little_room_is_refused_before_anything_is_cached(settings: list[str
         ConfigError, match=r"needs two groups of shards at once.* is written, (\S+); give"
     ) as told:
         call("run", *settings, *save, "--max-disk", "3KB")
+    with pytest.raises(
+        ConfigError, match=r"all shards are kept, (\S+); give as much or more, or add --delete"
+    ):
+        call("run", *settings, *save[:2], "--max-disk", "3KB")
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
     size = str(told.value).split("is written, ")[1].split(";")[0]
     assert "train meanwhile" in call("run", *settings, *save, "--max-disk", size)

@@ -14,7 +14,7 @@ import pytest
 from waiting import wait_until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-WIDE, NARROW = (1280, 900), (390, 844)
+WIDE, MIDDLE, NARROW = (1280, 900), (1000, 900), (390, 844)
 
 
 def chromium() -> str:

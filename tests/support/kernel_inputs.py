@@ -27,10 +27,12 @@ def distinct(n_tokens: int, f: int, k: int, hot: int = -1) -> Tensor:
     return weight.topk(k).indices.sort(1).values.int().to(DEVICE)
 
 
-def largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest(pre: Tensor, k: int, is_signed: bool = False) -> tuple[Tensor, Tensor]:
     """Oracle: a stable descending sort, which puts NaN first and the lower index of a tie first."""
-    index = torch.sort(pre.float(), dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
-    return pre.float().gather(1, index).relu(), index.int()
+    ranked = pre.float().abs() if is_signed else pre.float()
+    index = torch.sort(ranked, dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
+    values = pre.float().gather(1, index)
+    return values if is_signed else values.relu(), index.int()
 
 
 def hyper(step: int = 1, **changes: Any) -> Tensor:

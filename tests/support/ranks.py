@@ -35,6 +35,7 @@ KINDS = {
     "no auxk": replace(BASE, auxk_alpha=0.0, weight_decay=0.1),
     "clipped": replace(BASE, optimizer="sgd", lr=5.0, clip_grad_norm=0.02, weight_average=0.5),
     "muon": replace(BASE, optimizer="muon"),
+    "abs-topk": replace(BASE, architecture="abs-topk"),
     "batchtopk": replace(BASE, architecture="batchtopk"),
     "matryoshka": replace(BASE, architecture="matryoshka", prefixes=(7, 40, F)),
     "jumprelu": replace(

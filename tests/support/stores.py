@@ -1,19 +1,22 @@
 """Stores with known content, written through saemill's own writers."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
+from numpy.typing import NDArray
 
 from saemill.cache.calibration import calibration_of, first_rows
 from saemill.cache.claims.worker import Worker
 from saemill.cache.folder import write_group
+from saemill.cache.placing import OnDisk
 from saemill.cache.writer import SiteWriter
 from saemill.common.config import plain
 from saemill.common.stores.activations import ActivationStore
@@ -23,6 +26,7 @@ from saemill.common.stores.shards import ShardedArray
 from saemill.common.stores.site_records import Site, StoreSettings
 from saemill.common.stores.token_writer import cut_documents, write_token_store
 from saemill.common.stores.tokens import TokenizerInfo, TokenStore
+from saemill.common.stores.word_labels import WordLabels
 from saemill.demo import MODEL
 from saemill.embeddings.config import ImportConfig
 from saemill.embeddings.run import run as import_activations
@@ -33,8 +37,17 @@ INFO = TokenizerInfo(
 )  # fmt: skip
 
 
+Labels = Mapping[str, tuple[tuple[str, ...], NDArray[np.uint16]]]
+"""By column the names of labels, and the number of each token's, [n_rows, ctx_len]."""
+
+
 def make_tokens(
-    path: Path, n_rows: int, ctx_len: int, seed: int = 0, parent: str | None = None
+    path: Path,
+    n_rows: int,
+    ctx_len: int,
+    seed: int = 0,
+    parent: str | None = None,
+    labels: Labels = MappingProxyType({}),
 ) -> TokenStore:
     """Random tokens; one document per row but for every fifth row, which continues the one before.
 
@@ -45,6 +58,9 @@ def make_tokens(
     ids[generator.random(ids.shape) < 0.05] = 0
     tokens = ShardedArray.create(path / "tokens", ids.shape, n_rows, torch.uint16, {})
     tokens.write_shard(0, ids)
+    for column, (_, numbers) in labels.items():
+        array = ShardedArray.create(path / "labels" / column, ids.shape, n_rows, torch.uint16, {})
+        array.write_shard(0, numbers)
     rows = np.arange(n_rows)
     number = np.cumsum(rows % 5 != 4) - 1
     held_out = number % 8 == 1
@@ -64,6 +80,7 @@ def make_tokens(
         held_out_R=held_out,
         segments=segments,
         documents=cut_documents(documents, segments, n_rows * ctx_len),
+        labels=[WordLabels(column=column, names=names) for column, (names, _) in labels.items()],
         tokenizer=INFO,
         extra={
             "document": "text",
@@ -88,6 +105,7 @@ def make_store(
     seed: int = 0,
     model: str = "none",
     form: tuple[str, str | None] = ("fp32", None),
+    labels: Labels = MappingProxyType({}),
 ) -> ActivationStore:
     """An activation store with sites `a` and `b`.
 
@@ -98,9 +116,10 @@ def make_store(
         seed: of the tokens.
         model: what made the activations.
         form: stored type and compression.
+        labels: of the tokens.
     """
     acts = path / "acts"
-    tokens = make_tokens(acts / "tokens", n_rows, ctx_len, seed, parent="a token store")
+    tokens = make_tokens(acts / "tokens", n_rows, ctx_len, seed, parent="a token store", labels=labels)
     settings = StoreSettings.made(
         {},
         tokens_fingerprint=tokens.manifest.parent_fingerprint,
@@ -115,14 +134,14 @@ def make_store(
         revision=None,
         versions={"saemill": version("saemill")},
     )
-    with Worker(acts / "claims", threading.Event()) as worker:
+    with Worker(OnDisk(acts), threading.Event()) as worker:
         write_group(acts, settings, worker)
     store = ActivationStore(acts)
     if values_TD is None:
         values_TD = torch.randn(store.n_tokens, d, generator=torch.Generator().manual_seed(0))
         address = torch.arange(store.n_tokens)
         values_TD[:, 0], values_TD[:, 1] = (address // 256).float(), (address % 256).float()
-    with Worker(acts / "claims", threading.Event()) as worker, worker.hold("store") as claim:
+    with Worker(OnDisk(acts), threading.Event()) as worker, worker.hold("store") as claim:
         for name, site_TD in (("a", values_TD), ("b", values_TD + 1 if b_TD is None else b_TD)):
             writer = SiteWriter(store, Site(name, site_TD.shape[1]), worker)
             if form[0] == "int8":

@@ -10,7 +10,7 @@ from packing import TEXTS, jsonl, tokenize
 from texts import WORDS
 
 from saemill.common.stores.tokens import TokenStore
-from saemill.tokenize import writer
+from saemill.tokenize import row_files
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,6 +42,6 @@ def plain_store(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str)
     """TEXTS in their order, rows of 16, a fifth held out, in shards of 10 rows."""
     folder = tmp_path_factory.mktemp("plain")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "SHARD_TOKENS", 160)
+        patch.setattr(row_files, "SHARD_TOKENS", 160)
         file = jsonl(folder / "texts.jsonl", TEXTS)
         return tokenize(file, folder / "out", tokenizer_folder, ctx_len=16, held_out_fraction=0.2)

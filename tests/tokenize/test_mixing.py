@@ -18,7 +18,7 @@ from saemill.common.errors import ConfigError, DataError
 from saemill.common.stores.token_writer import copy_rows
 from saemill.common.stores.tokens import TokenStore
 from saemill.show import describe
-from saemill.tokenize import writer
+from saemill.tokenize import row_files
 from saemill.tokenize.config import MixedDataset, TokenizeConfig
 from saemill.tokenize.mixing import Document, Mix
 from saemill.tokenize.named import named
@@ -46,9 +46,9 @@ def test_a_mix_that_was_stopped_midway(
     two: tuple[Path, Path], tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the files of a run that nothing stopped, byte for byte."""
-    monkeypatch.setattr(writer, "SHARD_TOKENS", 320)
+    monkeypatch.setattr(row_files, "SHARD_TOKENS", 320)
     whole = mixed(two, tmp_path / "whole", tokenizer_folder, max_tokens=6400)
-    flush, calls = writer.Writer._flush, list[int]()
+    flush, calls = row_files.RowFiles._flush, list[int]()
 
     def stop_at_the_fifth(self: Any) -> None:
         calls.append(1)
@@ -57,7 +57,7 @@ def test_a_mix_that_was_stopped_midway(
         flush(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.Writer, "_flush", stop_at_the_fifth)
+        patch.setattr(row_files.RowFiles, "_flush", stop_at_the_fifth)
         with pytest.raises(KeyboardInterrupt):
             mixed(two, tmp_path / "out", tokenizer_folder, max_tokens=6400)
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ import saemill.tokenize.run as stage
 from saemill.common import durable
 from saemill.common.errors import StoreError
 from saemill.common.stores.tokens import TokenStore
-from saemill.tokenize import writer
+from saemill.tokenize import row_files, writer
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.memory import Given
 
@@ -30,7 +30,7 @@ def stop(*_: Any, **__: Any) -> None:
 
 
 def stop_second_flush(patch: pytest.MonkeyPatch) -> None:
-    flush, calls = writer.Writer._flush, []
+    flush, calls = row_files.RowFiles._flush, []
 
     def second(self: Any) -> None:
         calls.append(1)
@@ -38,7 +38,7 @@ def stop_second_flush(patch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         flush(self)
 
-    patch.setattr(writer.Writer, "_flush", second)
+    patch.setattr(row_files.RowFiles, "_flush", second)
 
 
 def stop_rename(patch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folder: str, moment: str
 ) -> None:
     """Oracle: nothing at the output; the same command then makes the store of an undisturbed run."""
-    monkeypatch.setattr(writer, "SHARD_TOKENS", 320)
+    monkeypatch.setattr(row_files, "SHARD_TOKENS", 320)
     file = jsonl(tmp_path / "a.jsonl", TEXTS)
     with pytest.MonkeyPatch.context() as patch:
         MOMENTS[moment](patch)
@@ -87,14 +87,14 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import saemill.tokenize.run as stage
-from saemill.tokenize import writer as module
+from saemill.tokenize import row_files as module
 module.SHARD_TOKENS = 320
-flush = module.Writer._flush
-def flush_and_die(writer):
-    flush(writer)
-    if writer.n_written_shards == 2:
+flush = module.RowFiles._flush
+def flush_and_die(files):
+    flush(files)
+    if files.n_rows == 20:
         os.kill(os.getpid(), signal.SIGKILL)
-module.Writer._flush = flush_and_die
+module.RowFiles._flush = flush_and_die
 file, tokenizer, out = sys.argv[1:]
 settings = {"dataset": file, "tokenizer": tokenizer, "out": Path(out), "ctx_len": 32, "shuffle_seed": None}
 stage.run(stage.TokenizeConfig(**settings))
@@ -113,7 +113,7 @@ def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folde
     assert not (tmp_path / "out").exists()
     with pytest.raises(StoreError, match="not a finished token store"):
         TokenStore(tmp_path / "out.partial")
-    monkeypatch.setattr(writer, "SHARD_TOKENS", 320)
+    monkeypatch.setattr(row_files, "SHARD_TOKENS", 320)
     again = tokenize(file, tmp_path / "out", tokenizer_folder)
     assert again.fingerprint == tokenize(file, tmp_path / "whole", tokenizer_folder).fingerprint
 
@@ -122,14 +122,14 @@ FIRST_OF_TWO = """
 import sys, time
 from pathlib import Path
 import saemill.tokenize.run as stage
-from saemill.tokenize import writer as module
+from saemill.tokenize import row_files as module
 module.SHARD_TOKENS = 320
-flush = module.Writer._flush
-def flush_and_wait(writer):
-    flush(writer)
-    while writer.n_written_shards == 2 and not Path(go).exists():
+flush = module.RowFiles._flush
+def flush_and_wait(files):
+    flush(files)
+    while files.n_rows == 20 and not Path(go).exists():
         time.sleep(0.05)
-module.Writer._flush = flush_and_wait
+module.RowFiles._flush = flush_and_wait
 file, tokenizer, out, go = sys.argv[1:]
 settings = {"dataset": file, "tokenizer": tokenizer, "out": Path(out), "ctx_len": 32, "shuffle_seed": None}
 stage.run(stage.TokenizeConfig(**settings))
@@ -141,7 +141,7 @@ def test_a_second_process_waits_for_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folder: str, first: str
 ) -> None:
     """Oracle: the undisturbed store, made by the first process if it lives, else by the second."""
-    monkeypatch.setattr(writer, "SHARD_TOKENS", 320)
+    monkeypatch.setattr(row_files, "SHARD_TOKENS", 320)
     file, out, go = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out", tmp_path / "go"
     whole = tokenize(file, tmp_path / "whole", tokenizer_folder)
     said: list[str] = []

@@ -32,7 +32,7 @@ from saemill.train.sweep.variants import auto_lr, resolve
         {"kernels": "numba"},
         {"kernels": "numba", "precision": "bf16"},
         {
-            "architecture": ("batchtopk", "matryoshka", "groupmax", "jumprelu", "relu", "gated"),
+            "architecture": ("abs-topk", "batchtopk", "matryoshka", "groupmax", "jumprelu", "relu", "gated"),
             "target_l0": (4.0,),
         },
         {"k": (4,), "nested_k": (1, 2), "k_anneal_steps": 12},

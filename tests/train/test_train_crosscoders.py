@@ -23,6 +23,7 @@ from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.joined import combined
 from saemill.common.stores.mask import MaskConfig
+from saemill.train.backends import sparse
 from saemill.train.run import run
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.variant import Variant
@@ -92,6 +93,40 @@ def test_a_step_is_that_of_the_sites_side_by_side(kernels: str) -> None:
     for got, wanted in zip((mine.w_enc_FD, mine.b_enc_F, mine.b_D), expected, strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mine.w_dec_FD.double(), stepped, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "numba"])
+def test_free_rows_are_penalised_by_their_lengths_at_each_site(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: Lindsey et al. 2024, in float64 by autograd: the squared error, and λ times the sum over
+    latents of the code times the sum over sites of the decoder row's norm there; one step of SGD. One latent
+    is of one site alone: the penalty does not move it off that."""
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 2.0)
+    x_TD, d, lr, coefficient = planted(1, 64, 20)[0], (12, 8), 0.5, 0.05
+    scaling = Scaling(torch.zeros(20), 1.0, ((12, 1.0), (8, 1.0)))
+    variant = Variant(
+        name="v", site="a+b", architecture="relu", num_latents=40, lr=lr, optimizer="sgd",
+        l1_coefficient=coefficient, decoder_rows="free",
+    )  # fmt: skip
+    (learner,) = (bank := make_bank([variant], x_TD, kernels=kernels, scaling=scaling)).learners
+    learner.parameters.w_dec_FD[3, 12:] = 0
+    learner.parameters.w_dec_FD[:20] *= 1.7
+    p = {name: value.detach().clone().double() for name, value in learner.parameters.named.items()}
+    for value in p.values():
+        value.requires_grad_()
+    w_enc, b_enc, w_dec, b = p.values()
+    codes = torch.relu((x_TD.double() - b) @ w_enc.T + b_enc)
+    norms = sum(part.norm(dim=1) for part in w_dec.split(d, 1))
+    penalty = (codes * norms).sum() / 20**0.5
+    fvu = (codes @ w_dec + b - x_TD).square().sum() / 20
+    ((fvu + coefficient * penalty) / 64).backward()
+    with torch.no_grad():
+        bank.step(x_TD, 1.0, 0)
+        for name, value in p.items():
+            mine = learner.parameters.named[name]
+            torch.testing.assert_close(mine.double(), value - lr * value.grad, rtol=1e-4, atol=1e-5)
+    assert codes.sum(0)[3] > 0
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated"])
@@ -202,7 +237,6 @@ def test_masks_of_two_stores_count_together() -> None:
         ({"site": ("a+with.a",)}, "joins one of another store; name that with --with-acts"),
         ({"loss": "mse"}, "loss mse is in the units of one site"),
         ({"target_site": ("a",)}, "got 2 to read, a\\+b, and 1 to predict, a"),
-        ({"decoder_rows": "free", "architecture": ("relu",), "k": ()}, "decoder_rows free"),
         ({"eval_losses_every": 10, "eval_every": 10, "log_every": 10}, "a crosscoder reconstructs several"),
     ],
 )
@@ -290,3 +324,18 @@ def test_its_file_says_what_it_joins(store: ActivationStore, tmp_path: Path) -> 
         save_file(load_file(plain / "sae.safetensors"), plain / "sae.safetensors")
         with pytest.raises(kind, match="joined"):
             Sae.load(plain)
+
+
+def test_a_crosscoder_starts_from_another(store: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the source's weights, from which a rate of almost 0 does not lead away; the messages where
+    sites do not go together."""
+    (source,) = run(config(store, tmp_path / "source", **JOINED, max_tokens=256 * 20))
+    again: dict[str, Any] = {"k": (), "num_latents": (), "init_from": str(source), "max_tokens": 256 * 2}
+    (folder,) = run(config(store, tmp_path / "again", **JOINED | again, lr=(1e-12,), auxk_alpha=0.0))
+    before, after = Sae.load(source), Sae.load(folder)
+    assert after.config.joined == before.config.joined
+    for name, weights in before.parts.weights.items():
+        torch.testing.assert_close(after.parts.weights[name], weights, rtol=1e-4, atol=1e-4)
+    for site, message in (("a", "a crosscoder over a and b, and a is one site"), ("b+a", "joins widths")):
+        with pytest.raises(ConfigError, match=message):
+            run(config(store, tmp_path / "no", **JOINED | again | {"site": (site,)}))

@@ -23,7 +23,7 @@ from saemill.train.run import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 E = 11
-EVERY = ("topk", "batchtopk", "matryoshka", "groupmax", "jumprelu", "relu", "gated")
+EVERY = ("topk", "abs-topk", "batchtopk", "matryoshka", "groupmax", "jumprelu", "relu", "gated")
 TRANSCODERS: dict[str, Any] = {"target_site": ("b",), "k": (4,), "num_latents": (48,)}
 
 

@@ -17,10 +17,10 @@ from benchmarks.train.contestants.feed import (
 )
 from saemill.common.sae.sae import Sae
 from saemill.train.backends.choose import choose_kernels, choose_product_dtype, make_backend
+from saemill.train.build import SAMPLE_TOKENS
 from saemill.train.learner.bank import Bank
 from saemill.train.learner.learner import Learner
 from saemill.train.outlook import MOST_DEAD_AFTER_TOKENS
-from saemill.train.run import SAMPLE_TOKENS
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.schedule import Schedule
 from saemill.train.sweep.variants import resolve

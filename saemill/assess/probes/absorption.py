@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from saemill.assess.probes.codes import Codes
 from saemill.assess.probes.examples import TEST, TRAIN, VALIDATION, Examples
-from saemill.assess.probes.probe import Estimate, Probe, Standard, best_threshold, fit, ratio
+from saemill.assess.probes.probe import Estimate, Probe, Standard, best_threshold, fit, pieces_of, ratio
 from saemill.assess.probes.sparse import SPARSE_STRENGTH, best_latents
 from saemill.common.sae.sae import Sae
 
@@ -97,11 +97,11 @@ def gate(concept: Concept) -> str | None:
 def main_latents(codes: Codes, y_N: NDArray[np.bool_], examples: Examples) -> list[int]:
     """Choose the fewest latents that tell a concept: one more must raise F1."""
     train, chosen = examples.part_N == TRAIN, examples.part_N == VALIDATION
-    best = best_latents(codes[train], y_N[train], MOST_MAIN, only_for=True)
+    best = best_latents(codes, y_N, train, MOST_MAIN, only_for=True)
     x_NK, main, reached = codes[:, best].toarray(), 0, 0.0
     for n in range(1, len(best) + 1):
-        (probe,) = fit(Standard.of(x_NK[train][:, :n]), y_N[train], (SPARSE_STRENGTH,))
-        _, f1 = best_threshold(probe.score(x_NK[chosen][:, :n]), y_N[chosen])
+        (probe,) = fit(Standard.of(x_NK[:, :n], train), y_N[train], (SPARSE_STRENGTH,))
+        _, f1 = best_threshold(probe.score(x_NK[:, :n], chosen), y_N[chosen])
         if n > 1 and f1 <= reached + RISE:
             break
         main, reached = n, f1
@@ -125,16 +125,18 @@ def absorb(
         return "no latent speaks for it"
     length = float(np.linalg.norm(concept.probe.weight_D))
     direction_D = concept.probe.weight_D / length
-    w_dec_FD = sae.W_dec.detach().cpu().double().numpy()
-    dot_F = w_dec_FD @ direction_D
-    cosine_F = dot_F / np.maximum(np.linalg.norm(w_dec_FD, axis=1), 1e-300)
-    told_N = concept.probe.score(x_ND) >= concept.threshold
-    words = np.flatnonzero((examples.part_N == TEST) & concept.y_N & told_N)
-    p_N = (x_ND[words] - sae.b_dec.detach().cpu().double().numpy()) @ direction_D
-    words, p_N = words[p_N > 0], p_N[p_N > 0]
+    w_dec_FD = sae.W_dec.detach().cpu().float().numpy()
+    dot_F = Probe(direction_D, 0.0).score(w_dec_FD)
+    norms = [np.linalg.norm(piece_FD.astype(np.float64), axis=1) for piece_FD in pieces_of(w_dec_FD)]
+    norm_F = np.concatenate(norms)
+    cosine_F = dot_F / np.maximum(norm_F, 1e-300)
+    told_N = (examples.part_N == TEST) & concept.y_N & (concept.probe.score(x_ND) >= concept.threshold)
+    origin = float(sae.b_dec.detach().cpu().double().numpy() @ direction_D)
+    p_N = Probe(direction_D, -origin).score(x_ND, told_N)
+    words, p_N = np.flatnonzero(told_N)[p_N > 0], p_N[p_N > 0]
     if not len(words):
         return "the probe tells none of the words that are tried on rightly"
-    of_words = codes.tocsr()[words].tocsc()
+    of_words = codes[words]
     fires_N = (of_words[:, main].toarray() > 0).any(1)
     p_main_N = of_words[:, main] @ dot_F[main]
     others = np.setdiff1d(np.flatnonzero(cosine_F >= LEAST_COSINE_FULL), main)

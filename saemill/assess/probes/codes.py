@@ -45,18 +45,20 @@ def read(
 
 def encode(sae: Sae, x_ND: NDArray[np.float32]) -> Codes:
     """Compute the latents' activations."""
-    rows, columns, values = [], [], []
+    counts, columns, values = [], [], []
     with torch.inference_mode():
         for start in range(0, len(x_ND), ROWS_AT_ONCE):
             x = torch.from_numpy(x_ND[start : start + ROWS_AT_ONCE]).to(sae.W_enc.device)
             codes = sae.encode(x)
-            active = codes.top_acts > 0
-            rows.append(active.nonzero()[:, 0].cpu().numpy() + start)
-            columns.append(codes.top_indices[active].cpu().numpy())
+            active = codes.active
+            counts.append(active.sum(1).cpu().numpy())
+            columns.append(codes.top_indices[active].int().cpu().numpy())
             values.append(codes.top_acts[active].float().cpu().numpy())
-    shape = (len(x_ND), sae.config.num_latents)
-    places = (np.concatenate(rows), np.concatenate(columns))
-    return scipy.sparse.coo_array((np.concatenate(values), places), shape=shape).tocsc()
+    ends_N = np.cumsum(np.concatenate([[0], *counts]))
+    if ends_N[-1] <= np.iinfo(np.int32).max:  # else scipy would write all indices in 8 bytes
+        ends_N = ends_N.astype(np.int32)
+    by_row = (np.concatenate(values), np.concatenate(columns), ends_N)
+    return scipy.sparse.csr_array(by_row, shape=(len(x_ND), sae.config.num_latents)).tocsc()
 
 
 def sites_of(saes: Mapping[str, Sae]) -> list[str]:

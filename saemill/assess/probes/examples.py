@@ -5,7 +5,7 @@ by occurrence instead, a probe only has to remember the words: that lifts it far
 others.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from saemill.assess.evalset import EvalSet
 from saemill.assess.probes.words import Vocabulary
+from saemill.common.stores import word_labels
 from saemill.common.stores.permutation import hashed
 
 SEED = 31
@@ -39,6 +40,10 @@ class Examples:
     """0 to fit, 1 to choose, 2 to try."""
     words_N: NDArray[np.str_]
     """The words; empty texts where groups are documents."""
+    key_G: NDArray[np.uint64]
+    """Hash of each group's word type, or of its document: the same among other examples."""
+    column: str | None = None
+    """Column of the corpus that labels each of them; None where the labels are not a column's."""
 
     @property
     def n_groups(self) -> int:
@@ -46,7 +51,9 @@ class Examples:
         return int(self.group_N.max(initial=-1)) + 1
 
 
-def word_examples(evalset: EvalSet, vocabulary: Vocabulary, max_tokens: int, most: int) -> Examples:
+def word_examples(
+    evalset: EvalSet, vocabulary: Vocabulary, max_tokens: int, most: int, column: str | None = None
+) -> Examples:
     """Choose whole words: at most `PER_WORD` of each type, which is the word in small letters.
 
     Args:
@@ -54,6 +61,7 @@ def word_examples(evalset: EvalSet, vocabulary: Vocabulary, max_tokens: int, mos
         vocabulary: tells words.
         max_tokens: tokens that they are looked for in.
         most: most examples; beyond that types are left out, by a hash.
+        column: words that this column of the corpus does not label are left out.
     """
     addresses, words = [], []
     for batch in evalset.batches(max_tokens):
@@ -62,13 +70,16 @@ def word_examples(evalset: EvalSet, vocabulary: Vocabulary, max_tokens: int, mos
         addresses_RS = rows[:, None] * evalset.tokens.ctx_len + np.arange(evalset.tokens.ctx_len)
         found = vocabulary.find(ids_RS, addresses_RS)
         kept = np.isin(found.addresses_N, batch, assume_unique=True)
+        if column is not None:
+            kept &= word_labels.at(evalset.tokens.labels[column], found.addresses_N) > 0
         addresses.append(found.addresses_N[kept])
         words.append(found.texts_N[kept])
     address_N = np.concatenate([np.zeros(0, np.int64), *addresses])
     word_N = np.concatenate([np.zeros(0, np.str_), *words])
     types, type_N = np.unique([word.casefold() for word in word_N.tolist()], return_inverse=True)
     keys = np.array([xxhash.xxh3_64_intdigest(word.encode(), SEED) for word in types.tolist()], np.uint64)
-    return _examples("word type", address_N, type_N, keys, word_N, PER_WORD, most)
+    examples = _examples("word type", address_N, type_N, keys, word_N, PER_WORD, most)
+    return replace(examples, column=column)
 
 
 def document_examples(evalset: EvalSet, max_tokens: int, most: int) -> Examples:
@@ -100,8 +111,8 @@ def _examples(
     fits_G[by_key[np.cumsum(n_G[by_key]) <= most]] = True
     chosen = np.sort(order[fits_G[group_N[order]]])
     chosen = chosen[np.argsort(address_N[chosen], kind="stable")]
-    _, group = np.unique(group_N[chosen], return_inverse=True)
+    groups, group = np.unique(group_N[chosen], return_inverse=True)
     # One hash chooses the groups, another their part.
     share_G = hashed(key_G, SEED + 1).astype(np.float64) / 2.0**64
     part_N = np.searchsorted(ENDS, share_G[group_N[chosen]], side="right")
-    return Examples(split_by, address_N[chosen], group, part_N, word_N[chosen])
+    return Examples(split_by, address_N[chosen], group, part_N, word_N[chosen], key_G[groups])

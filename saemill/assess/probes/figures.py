@@ -32,6 +32,7 @@ def _examples(found: Found) -> dict[str, Any]:
     counts = np.bincount(examples.part_N, minlength=3).tolist()
     return {
         "split_by": examples.split_by,
+        "column": examples.column,
         "n_groups": examples.n_groups,
         "n_fitted": counts[TRAIN],
         "n_chosen_by": counts[VALIDATION],
@@ -108,23 +109,28 @@ def _mean_probes(found: Sequence[Found], name: str, random: str | None) -> dict[
     own = [each.sparse[name] for each in found]
     for k in next(results[0] for results in own if results).areas:
         areas = [[result.areas[k] for result in results] for results in own]
-        metrics[f"probe_auc_k{k}"] = _joined(areas).figure("group")
+        metrics[f"probe_auc_k{k}"] = _joined(found, areas).figure("group")
         if random is not None:
             beside = [[result.areas[k] for result in each.sparse[random]] for each in found]
-            above = _joined(areas) - _joined(beside)
+            above = _joined(found, areas) - _joined(found, beside)
             metrics[f"probe_auc_k{k}_above_random"] = above.figure("group", DIFFERENCE)
     shuffled = [[result.shuffled for result in results] for results in own]
-    return metrics | {"probe_auc_shuffled": _joined(shuffled).figure("group")}
+    return metrics | {"probe_auc_shuffled": _joined(found, shuffled).figure("group")}
 
 
-def _joined(pools: Sequence[Sequence[Estimate]]) -> Estimate:
-    """Compute the mean of the estimates of all pools, whose groups are not the same."""
-    n = sum(map(len, pools))
-    means = [(len(estimates), mean(estimates)) for estimates in pools if estimates]
-    return Estimate(
-        sum(count * each.value for count, each in means) / n,
-        np.concatenate([count / n * each.influence_G for count, each in means]),
-    )
+def _joined(found: Sequence[Found], estimates: Sequence[Sequence[Estimate]]) -> Estimate:
+    """Compute the mean of the estimates of all pools. What a word type adds to the errors of several goes
+    together."""
+    n, value = sum(map(len, estimates)), 0.0
+    keys, influences = [], []
+    for each, some in zip(found, estimates, strict=True):
+        if some:
+            its_mean, share = mean(some), len(some) / n
+            value += share * its_mean.value
+            keys.append(each.pool.examples.key_G)
+            influences.append(share * its_mean.influence_G)
+    _, group = np.unique(np.concatenate(keys), return_inverse=True)
+    return Estimate(value, np.bincount(group, np.concatenate(influences)).astype(np.float64))
 
 
 def _concepts(found: Found, name: str) -> list[dict[str, Any]]:

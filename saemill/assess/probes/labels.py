@@ -1,7 +1,7 @@
 """What is to be told of an example: labels that the corpus itself brings.
 
-Of a word its capital, its ending, its length, its first letter; of a token of a chat whose message it is of;
-of a document its source.
+Of a word its capital, its ending, its length, its first letter, and what a column of the corpus calls it; of
+a token of a chat whose message it is of; of a document its source.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,15 @@ from saemill.assess.by_source import sources_of
 from saemill.assess.evalset import EvalSet
 from saemill.assess.probes.examples import TEST, TRAIN, VALIDATION, Examples
 from saemill.common.log import counted
+from saemill.common.stores import word_labels
 from saemill.common.stores.tokens import TokenStore
 
 SUFFIXES = ("ed", "ing", "ly", "s", "tion")
 LONG = 7
 """Letters of a long word."""
 MOST_SOURCES = 8
+MOST_NAMES = 20
+"""Most labels of a column that are probed for, the commonest."""
 LEAST_GROUPS = {TRAIN: 10, VALIDATION: 3, TEST: 5}
 """Fewest groups, with and without the label, in each part."""
 PARTS = {TRAIN: "fitted to", VALIDATION: "chosen by", TEST: "tried on"}
@@ -35,7 +38,7 @@ class Label:
     """Why it cannot be probed for: too few groups have it, or have it not."""
 
 
-def word_labels(examples: Examples) -> list[Label]:
+def surface_labels(examples: Examples) -> list[Label]:
     """Label words by their surface; the type is the word without its capitals, so that a capital is seen on
     words that were never fitted to."""
     words = examples.words_N.tolist()
@@ -49,6 +52,22 @@ def letter_labels(examples: Examples) -> list[Label]:
     """Label words by their first letter, a to z."""
     first_N = np.array([word[:1].casefold() for word in examples.words_N.tolist()], np.str_)
     return [_label(f"begins with {letter}", first_N == letter, examples) for letter in ascii_lowercase]
+
+
+def column_labels(examples: Examples, tokens: TokenStore) -> list[Label]:
+    """Label words as their column of the corpus does, one label against all others, the commonest first."""
+    assert examples.column is not None
+    if not len(examples.addresses_N):
+        none = "it labels none of the words that are measured"
+        return [Label(examples.column, np.zeros(0, bool), none)]
+    number_N = word_labels.at(tokens.labels[examples.column], examples.addresses_N)
+    numbers, counts = np.unique(number_N, return_counts=True)
+    common = numbers[np.argsort(-counts, kind="stable")][:MOST_NAMES]
+    names = next(each.names for each in tokens.manifest.labels if each.column == examples.column)
+    return [
+        _label(f"{examples.column} {names[number - 1]}", number_N == number, examples)
+        for number in common.tolist()
+    ]
 
 
 def document_labels(examples: Examples, evalset: EvalSet) -> list[Label]:

@@ -5,7 +5,7 @@ without, ties counting half. 0.5 is chance, whatever the shares of the two.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from saemill.common.log import counted, say
 Z = 1.959964
 """Two-sided 95% quantile of the normal distribution."""
 MOST_STEPS = 2000
+ROWS_AT_ONCE = 1024
+"""Number of examples that are in memory in float64 at once."""
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Inverse strengths of the penalty among which one is chosen, of standardised features."""
 
@@ -101,10 +103,18 @@ class Probe:
     weight_D: NDArray[np.float64]
     bias: float
 
-    def score(self, x_ND: NDArray[Any]) -> NDArray[np.float64]:
-        """Compute the log odds of the label. [N]"""
-        score: NDArray[np.float64] = x_ND @ self.weight_D + self.bias
-        return score
+    def score(self, x_ND: NDArray[Any], chosen_N: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+        """Compute the log odds of the label, of some examples or of all. [N]"""
+        pieces = [piece_ND @ self.weight_D for piece_ND in pieces_of(x_ND, chosen_N)]
+        return np.concatenate([np.zeros(0), *pieces]) + self.bias
+
+
+def pieces_of(x_ND: NDArray[Any], chosen_N: NDArray[np.bool_] | None = None) -> Iterator[NDArray[Any]]:
+    """Cut rows, or the chosen ones, into pieces, so that only one of them is in memory once more."""
+    rows = None if chosen_N is None else np.flatnonzero(chosen_N)
+    for start in range(0, len(x_ND) if rows is None else len(rows), ROWS_AT_ONCE):
+        here = slice(start, start + ROWS_AT_ONCE)
+        yield x_ND[here if rows is None else rows[here]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +128,22 @@ class Standard:
     """1 / standard deviation."""
 
     @classmethod
-    def of(cls, x_ND: NDArray[Any]) -> "Standard":
-        """Standardise features."""
-        mean_D, spread_D = x_ND.mean(0, dtype=np.float64), x_ND.std(0, dtype=np.float64)
+    def of(cls, x_ND: NDArray[Any], chosen_N: NDArray[np.bool_]) -> "Standard":
+        """Standardise the features of the chosen examples."""
+        n, sum_D, squares_D = int(chosen_N.sum()), np.zeros(x_ND.shape[1]), np.zeros(x_ND.shape[1])
+        for piece_ND in pieces_of(x_ND, chosen_N):
+            sum_D += piece_ND.sum(0, dtype=np.float64)
+        mean_D = sum_D / n
+        for piece_ND in pieces_of(x_ND, chosen_N):
+            squares_D += np.square(piece_ND - mean_D).sum(0)
+        spread_D = np.sqrt(squares_D / n)
         varies_D = spread_D > 1e-6 * abs(mean_D)
         scale_D = np.divide(1.0, spread_D, out=np.zeros_like(spread_D), where=varies_D)
-        return cls(((x_ND - mean_D) * scale_D).astype(np.float32), mean_D, scale_D)
+        z_ND = np.empty((n, x_ND.shape[1]), np.float32)
+        for place, piece_ND in enumerate(pieces_of(x_ND, chosen_N)):
+            start = place * ROWS_AT_ONCE
+            z_ND[start : start + len(piece_ND)] = (piece_ND - mean_D) * scale_D
+        return cls(z_ND, mean_D, scale_D)
 
 
 def fit(features: Standard, y_N: NDArray[np.bool_], strengths: Sequence[float]) -> list[Probe]:

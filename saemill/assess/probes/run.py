@@ -13,7 +13,13 @@ from saemill.assess.evalset import EvalSet
 from saemill.assess.probes import absorption, codes, sparse
 from saemill.assess.probes.absorption import Absorbed, Concept
 from saemill.assess.probes.examples import TRAIN, Examples, document_examples, word_examples
-from saemill.assess.probes.labels import Label, document_labels, letter_labels, word_labels
+from saemill.assess.probes.labels import (
+    Label,
+    column_labels,
+    document_labels,
+    letter_labels,
+    surface_labels,
+)
 from saemill.assess.probes.probe import Standard
 from saemill.assess.probes.sparse import DenseResult, SparseResult
 from saemill.assess.probes.words import Vocabulary
@@ -79,10 +85,15 @@ def prepare(config: AssessConfig, evalset: EvalSet) -> list[Pool]:
         raise ConfigError(NO_WORDS.format(path=evalset.store.path))
     pools, limits = [], (config.max_tokens, config.probe_examples or PROBE_EXAMPLES)
     if is_text:
-        words = word_examples(evalset, Vocabulary(evalset.tokens), *limits)
-        labels = word_labels(words)
+        vocabulary = Vocabulary(evalset.tokens)
+        words = word_examples(evalset, vocabulary, *limits)
+        labels = surface_labels(words)
         concepts = [*letter_labels(words), *labels] if config.absorption else []
         pools.append(Pool(words, labels if config.probes else [], concepts))
+    if config.probes and is_text:
+        for column in evalset.tokens.labels:
+            words = word_examples(evalset, vocabulary, *limits, column)
+            pools.append(Pool(words, column_labels(words, evalset.tokens)))
     if config.probes:
         documents = document_examples(evalset, *limits)
         if labels := document_labels(documents, evalset):
@@ -111,6 +122,9 @@ def probe(pools: list[Pool], config: AssessConfig, saes: Mapping[str, Sae], eval
     ks, sites = config.probe_k or PROBE_K, codes.sites_of(saes)
     found = []
     for pool in pools:
+        if not (pool.concepts or pool.usable(pool.labels)):
+            found.append(Found(pool, {}, {}, {name: [] for name in saes}, {name: {} for name in saes}))
+            continue
         x = codes.read(pool.examples, evalset, config.max_tokens, sites)
         found.append(probe_pool(pool, x, saes, ks, evalset.everyone))
     return found
@@ -134,7 +148,7 @@ def probe_pool(
     """
     examples = pool.examples
     train = examples.part_N == TRAIN
-    features = {site: Standard.of(x_ND[train]) for site, x_ND in x.items()}
+    features = {site: Standard.of(x_ND, train) for site, x_ND in x.items()}
     usable = {label.name: label for label in pool.usable(list(pool.all_labels.values()))}
     tasks = {f"{site}\n{name}": (site, label) for site in x for name, label in usable.items()}
     own = len(list(tasks)[everyone.slice_of(len(tasks))])

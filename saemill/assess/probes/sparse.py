@@ -16,6 +16,8 @@ from saemill.assess.probes.labels import Label, shuffled
 from saemill.assess.probes.probe import STRENGTHS, Estimate, Probe, Standard, area, fit
 
 SHUFFLE_SEED = 7
+LATENTS_AT_ONCE = 256
+"""Number of latents whose activations are in memory in float64 at once."""
 SPARSE_STRENGTH = 1.0
 """Inverse strength of the penalty on few latents, which hardly matters."""
 
@@ -46,21 +48,28 @@ class DenseResult:
     chance_area: Estimate
 
 
-def best_latents(codes: Codes, y_N: NDArray[np.bool_], n: int, only_for: bool = False) -> NDArray[np.int64]:
+def best_latents(
+    codes: Codes, y_N: NDArray[np.bool_], chosen_N: NDArray[np.bool_], n: int, only_for: bool = False
+) -> NDArray[np.int64]:
     """Rank latents by |correlation| with a label, the best first; those that never fire are left out.
 
     Args:
-        codes: of the examples that are fitted to.
+        codes: of all examples.
         y_N: the label.
+        chosen_N: the examples that are fitted to.
         n: most latents.
         only_for: leave out those that speak against the label.
     """
-    with_N = y_N.astype(np.float64)
-    total_F = codes.sum(0, dtype=np.float64)
-    products_F = with_N @ codes
-    squares_F = codes.multiply(codes).sum(0, dtype=np.float64)
-    covariance_F = products_F - total_F * with_N.mean()
-    spread_F = np.sqrt(np.maximum(squares_F - total_F**2 / len(y_N), 0))
+    weight_2N = np.array([chosen_N, chosen_N & y_N], np.float64)
+    total_F, products_F, squares_F = np.zeros((3, codes.shape[1]))
+    for start in range(0, codes.shape[1], LATENTS_AT_ONCE):
+        here = slice(start, start + LATENTS_AT_ONCE)
+        some = codes[:, here].astype(np.float64)
+        total_F[here], products_F[here] = weight_2N @ some
+        squares_F[here] = weight_2N[0] @ some.power(2)
+    n_with, n_all = int((y_N & chosen_N).sum()), int(chosen_N.sum())
+    covariance_F = products_F - total_F * (n_with / n_all)
+    spread_F = np.sqrt(np.maximum(squares_F - total_F**2 / n_all, 0))
     strength_F = np.divide(abs(covariance_F), spread_F, out=np.zeros_like(spread_F), where=spread_F > 0)
     if only_for:
         strength_F[covariance_F < 0] = 0
@@ -87,14 +96,14 @@ def _areas(
 ) -> tuple[dict[int, Estimate], NDArray[np.int64]]:
     """Probe with the best latents by each k; of a dictionary that has fewer, with all of them."""
     train, test = examples.part_N == TRAIN, examples.part_N == TEST
-    best = best_latents(codes[train], y_N[train], max(ks))
+    best = best_latents(codes, y_N, train, max(ks))
     x_NK = codes[:, best].toarray()
     areas = {}
     for k in ks:
         score_N = np.zeros(int(test.sum()))
         if len(best):
-            (probe,) = fit(Standard.of(x_NK[train][:, :k]), y_N[train], (SPARSE_STRENGTH,))
-            score_N = probe.score(x_NK[test][:, :k])
+            (probe,) = fit(Standard.of(x_NK[:, :k], train), y_N[train], (SPARSE_STRENGTH,))
+            score_N = probe.score(x_NK[:, :k], test)
         areas[k] = area(score_N, y_N[test], examples.group_N[test], examples.n_groups)
     return areas, best
 
@@ -115,7 +124,7 @@ def probe_densely(
 
     def on(part: int, probe: Probe, y_N: NDArray[np.bool_]) -> Estimate:
         here = examples.part_N == part
-        return area(probe.score(x_ND[here]), y_N[here], examples.group_N[here], examples.n_groups)
+        return area(probe.score(x_ND, here), y_N[here], examples.group_N[here], examples.n_groups)
 
     probes = fit(features, y_N[train], STRENGTHS)
     areas = [on(VALIDATION, probe, y_N).value for probe in probes]

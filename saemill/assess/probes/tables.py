@@ -133,10 +133,15 @@ def probe_notes(assessment: Assessment) -> list[str]:
 def examples_sentences(assessment: Assessment) -> list[str]:
     """Say what probes were fitted to and tried on, and why there is no mean over first letters."""
     return [
-        f"Split by {each['split_by']}: {each['n_groups']:,} of them; examples: {each['n_fitted']:,} to fit, "
-        f"{each['n_chosen_by']:,} to choose by, {each['n_tried']:,} to try"
+        f"{_whose(each)} by {each['split_by']}: {each['n_groups']:,} of them; examples: "
+        f"{each['n_fitted']:,} to fit, {each['n_chosen_by']:,} to choose by, {each['n_tried']:,} to try"
         for each in (assessment.get("probes") or {"examples": ()})["examples"]
     ] + sorted({f"no mean over first letters: {reason}" for reason in _no_letters(assessment)})
+
+
+def _whose(examples: Mapping[str, Any]) -> str:
+    column = examples["column"]
+    return "Split" if column is None else f"Words that {column} labels, split"
 
 
 def _no_letters(assessment: Assessment) -> list[str]:

@@ -21,6 +21,8 @@ class Run:
     level: int = 0
     """0 for tokens on which the latent does not fire."""
     value: str = ""
+    is_below: bool = False
+    """Whether it is an activation below 0."""
     is_peak: bool = False
 
 
@@ -46,12 +48,12 @@ def of_tokens(
         tokens: their texts.
         at: place of the token that is shown.
         values: activation at each of them.
-        largest: the latent's largest activation.
+        largest: the latent's largest activation, by absolute value.
     """
     runs: list[Run] = []
     for (level, is_peak), some in groupby(_shaded(tokens, at, values, largest), key=itemgetter(0)):
         if level or is_peak:
-            runs += [Run(text, level, f"{value:.3g}", is_peak) for _, text, value in some]
+            runs += [Run(text, level, f"{value:.3g}", value < 0, is_peak) for _, text, value in some]
         else:
             runs.append(Run("".join(text for _, text, _ in some)))
     return Shown(number, runs, visible(source or ""))
@@ -63,7 +65,7 @@ def _shaded(
     """List the shade of each token, and whether it is the one that is shown; its text; its activation."""
     for place, (token, value) in enumerate(zip(tokens, values, strict=True)):
         text = visible(token.lstrip(" ") if place == 0 else token)
-        level = min(N_LEVELS, max(1, round(N_LEVELS * value / (largest or 1)))) if value > 0 else 0
+        level = min(N_LEVELS, max(1, round(N_LEVELS * abs(value) / (largest or 1)))) if value else 0
         yield (level, place == at), text, value
 
 

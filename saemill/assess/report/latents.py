@@ -14,7 +14,7 @@ from saemill.assess.report.visible import visible
 from saemill.assess.table import name_of
 from saemill.common.page import render
 from saemill.common.stores.explanations import Explained, Explanations
-from saemill.common.stores.features import Context, Features, Latent, Passage, Snippet
+from saemill.common.stores.features import Context, Features, Latent, Passage, Snippet, Token
 
 N_TOP_TOKENS = 3
 EXPLANATION_LETTERS = 1000
@@ -57,14 +57,25 @@ def page_of(
 def words_of(latent: Latent) -> str:
     """List what a latent is found by, a line each, in small letters: the tokens on which it fires, and those
     that it promotes and suppresses; of passages the words that two of them share."""
-    contexts = [*latent.contexts, *(context for stratum in latent.strata for context in stratum.contexts)]
+    every = (latent.contexts, latent.below, *(stratum.contexts for stratum in latent.strata))
+    contexts = [context for some in every for context in some]
     places = [context.place for context in contexts]
-    found = [token.text for token in (*latent.promoted, *latent.suppressed)]
+    found = [token.text for effect in latent.effects for token in (*effect.promoted, *effect.suppressed)]
     found += [place.tokens[place.at] for place in places if isinstance(place, Snippet)]
     texts = [(place.text or "").lower().split() for place in places if isinstance(place, Passage)]
     shared = Counter(word for text in texts for word in dict.fromkeys(text))
     found += [word for word, n in shared.items() if n >= min(2, len(texts))]
     return "\n".join(dict.fromkeys(visible(word).strip().lower() for word in found))
+
+
+@dataclass(frozen=True, slots=True)
+class AtSite:
+    """Tokens that a latent promotes and suppresses from one place."""
+
+    at: str
+    """Name of the place; empty where there is one alone."""
+    promoted: tuple[Token, ...]
+    suppressed: tuple[Token, ...]
 
 
 class View:
@@ -82,7 +93,11 @@ class View:
     @property
     def tokens(self) -> list[str]:
         """List the tokens on which it fires most often, among its contexts."""
-        every = [self.latent.contexts, *(stratum.contexts for stratum in self.latent.strata)]
+        every = [
+            self.latent.contexts,
+            self.latent.below,
+            *(stratum.contexts for stratum in self.latent.strata),
+        ]
         peaks = [c.place.tokens[c.place.at] for some in every for c in some if isinstance(c.place, Snippet)]
         return [visible(token) for token, _ in Counter(peaks).most_common(N_TOP_TOKENS)]
 
@@ -111,21 +126,31 @@ class View:
 
     @property
     def parts(self) -> list[Part]:
-        """List its contexts: the strongest, then those of each stratum."""
+        """List its contexts: the strongest, those below 0, then those of each stratum."""
         parts = [Part("Strongest", [self._shown(context) for context in self.latent.contexts])]
+        parts.append(Part("Strongest below 0", [self._shown(context) for context in self.latent.below]))
         for stratum in self.latent.strata:
             title = f"{stratum.low:.3g} to {stratum.high:.3g}, {stratum.share:.0%} of its firings"
             parts.append(Part(title, [self._shown(context) for context in stratum.contexts]))
         return [part for part in parts if part.contexts]
 
     def _shown(self, context: Context) -> Shown:
-        value = f"{context.activation:.2f}" if context.activation < 1000 else f"{context.activation:.3g}"
+        value = f"{context.activation:.2f}" if abs(context.activation) < 1000 else f"{context.activation:.3g}"
         place = context.place
         if isinstance(place, Passage):
             return contexts.of_passage(value, name_of(place), place.text)
-        return contexts.of_tokens(
-            value, place.source, place.tokens, place.at, context.values, self.latent.largest
-        )
+        largest = max(self.latent.largest, -self.latent.smallest)
+        return contexts.of_tokens(value, place.source, place.tokens, place.at, context.values, largest)
+
+    @property
+    def effects(self) -> list[AtSite]:
+        """List the tokens that it promotes and suppresses, by place, where they are known."""
+        places = self.features.vocabularies
+        return [
+            AtSite(place.at if len(places) > 1 else "", effect.promoted, effect.suppressed)
+            for place, effect in zip(places, self.latent.effects, strict=True)
+            if place.missing is None
+        ]
 
     @property
     def positions(self) -> list[Bar]:

@@ -55,9 +55,9 @@ if (reading) {
 
 function shade(tokens, buttons, actOf) {
   const acts = tokens.map(actOf);
-  const largest = Math.max(...acts) || 1;
+  const largest = Math.max(...acts.map(Math.abs)) || 1;
   buttons.forEach((button, at) => {
-    const level = acts[at] ? Math.max(1, Math.round(9 * acts[at] / largest)) : 0;
+    const level = acts[at] ? Math.max(1, Math.round(9 * Math.abs(acts[at]) / largest)) : 0;
     button.className = `a${level}${tokens[at].left_out ? " left" : ""}`;
     button.title = acts[at] ? acts[at].toPrecision(3) : "";
   });
@@ -70,7 +70,7 @@ function list(tokens, buttons, at, largest) {
   fired.replaceChildren(made("h4", token.latents.length ? `${token.latents.length} latents fire on “${token.text}”` : `No latent fires on “${token.text}”`));
   for (const [latent, act] of token.latents) {
     const line = made("p", "");
-    const bar = made("progress", "", { max: largest, value: act });
+    const bar = made("progress", "", { max: largest, value: Math.abs(act) });
     const where = made("button", "where", { type: "button", title: "shade the text by this latent" });
     where.onclick = () => shade(tokens, buttons, ({ latents }) => new Map(latents).get(latent) ?? 0);
     line.append(linkTo(latent), bar, made("small", act.toPrecision(3)), where);

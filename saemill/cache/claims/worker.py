@@ -1,17 +1,17 @@
 """A worker: this process among those that work in one place, and the claims that it makes."""
 
 import itertools
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from saemill.cache.claims.files import CLAIM, claim_path, claims_on, remove, worker_of
-from saemill.cache.claims.owner import Owner, Seen
-from saemill.cache.placing import OnDisk, Place
-from saemill.common.errors import Interrupted, StoreError
+from saemill.cache.claims.board import worker_name
+from saemill.cache.claims.files import remove, token_of
+from saemill.cache.claims.owner import Owner
+from saemill.cache.placing import Place
+from saemill.common.errors import DiskError, Interrupted, StoreError
 from saemill.common.log import say
 
 
@@ -24,7 +24,6 @@ class Claim:
 
     def __init__(self, worker: "Worker", name: str, generation: int, before: dict[int, str | None]) -> None:
         self.worker, self.name, self.generation, self.before = worker, name, generation, before
-        self.path = claim_path(worker.folder, name, generation)
         self.token = worker.owner.token
 
     def check(self) -> None:
@@ -52,26 +51,24 @@ class Claim:
     def release(self) -> None:
         """Release the claim. The dead claims that it took over go first, so that it is the highest to the
         end."""
+        seen = self.worker.tokens(self.name)
         for generation, token in (self.before | {self.generation: self.token}).items():
-            path = claim_path(self.worker.folder, self.name, generation)
-            seen = Seen.at(path)
-            if seen and seen.token == token:
-                path.unlink(missing_ok=True)
+            if generation in seen and seen[generation] == token:
+                self.worker.board.remove(self.name, generation)
         self.worker.claims.discard(self)
 
 
 class Worker:
-    """A process among those that work in one place: this one; used as a context.
+    """A process among those that work on one store: this one; used as a context.
 
     Args:
-        folder: the one that they share; made here, and removed by the last to leave.
+        place: where the store lies.
         stop: when set, waiting ends with `Interrupted`.
-        place: where what they finish belongs; by default the folder that theirs is in.
     """
 
-    def __init__(self, folder: Path, stop: threading.Event, place: Place | None = None) -> None:
-        self.folder, self.stop = folder, stop
-        self.place = OnDisk(folder.parent) if place is None else place
+    def __init__(self, place: Place, stop: threading.Event) -> None:
+        self.place, self.stop = place, stop
+        self.board, self.folder = place.claims, place.unfinished
         self.claims: set[Claim] = set()
         self._numbers = itertools.count()
         self._left = threading.Event()
@@ -88,54 +85,47 @@ class Worker:
     ) -> None:
         self._left.set()
         self._heart.join()
-        for claim in list(self.claims):
-            claim.release()
-        self._sweep()
-        for path in self.folder.iterdir():
-            if worker_of(path) == self.file.name:
+        for path in self.folder.glob("*worker-*.*"):
+            if token_of(path) == self.owner.token:
                 remove(path)
-        with suppress(OSError):
-            self.folder.rmdir()
+        with suppress(DiskError):  # a bucket that cannot be reached: what is left there expires
+            for claim in list(self.claims):
+                claim.release()
+            try:
+                self._sweep()
+            finally:
+                self.board.remove_worker(self.owner.token)
 
     def _register(self) -> None:
-        """Make this worker's file: at the start, and again where others took it for dead and removed it."""
+        """Join the others: at the start, and again where they took this worker for dead and removed it."""
         self.owner = Owner.here()
-        self.file = self.folder / f"worker-{self.owner.token}"
-        while not self.file.exists():
-            # Others may be making the folder, sweeping it, or be the last to leave it.
-            with suppress(FileExistsError):
-                self.folder.mkdir(parents=True)
-            with suppress(FileNotFoundError):
-                partial = self.partial()
-                partial.write_text(self.owner.model_dump_json())
-                partial.replace(self.file)
+        self.board.join(self.owner)
 
     def _beat(self) -> None:
         while not self._left.wait(self.owner.expiry_seconds / 24):
             with suppress(OSError):
-                os.utime(self.file)
+                self.board.touch(self.owner)
 
     def _now(self) -> float:
-        """Read the time by the file system's clock, in seconds."""
+        """Read the time by the board's clock, in seconds."""
         try:
-            os.utime(self.file)
-            return self.file.stat().st_mtime
+            return self.board.touch(self.owner)
         except FileNotFoundError:
             self._register()
             return self._now()
 
     def partial(self) -> Path:
         """Name a new path for something unfinished; it is cleared away when the worker leaves or dies."""
-        return self.folder / f"{self.file.name}.partial-{next(self._numbers)}"
+        return self.folder / f"{worker_name(self.owner.token)}.partial-{next(self._numbers)}"
 
     def tokens(self, name: str) -> dict[int, str | None]:
         """Read whose the claims on a name are, by generation."""
-        return {generation: seen.token for generation, seen in claims_on(self.folder, name).items()}
+        return {generation: seen.token for generation, seen in self.board.claims_on(name).items()}
 
     def claim(self, name: str) -> Claim | None:
         """Claim a name; None if a living worker has it, or several reached for it at once."""
         now = self._now()
-        claims = claims_on(self.folder, name)
+        claims = self.board.claims_on(name)
         if claims and not claims[max(claims)].is_dead(now):
             return None
         before = {generation: seen.token for generation, seen in claims.items()}
@@ -144,7 +134,7 @@ class Worker:
         try:
             # NFS may report that the file exists after it made it itself: the check decides.
             with suppress(FileExistsError):
-                os.link(self.file, claim.path)
+                self.board.make(self.owner, name, claim.generation)
             claim.check_alone()
         except (Lost, FileNotFoundError):
             claim.before = {}
@@ -154,7 +144,8 @@ class Worker:
 
     @contextmanager
     def hold(self, name: str) -> Iterator[Claim]:
-        """Claim a name, waiting for others, and release it when the block ends.
+        """Claim a name, waiting for others, and release it when the block ends. What the others have changed
+        is known then.
 
         Raises:
             Interrupted: the wait was stopped by a signal.
@@ -166,6 +157,7 @@ class Worker:
             self.wait(n_waits, f"waiting for {self.holders([name]) or 'others'}")
             n_waits += 1
         try:
+            self.place.refresh()
             yield claim
         except Interrupted:
             raise
@@ -175,7 +167,7 @@ class Worker:
             except Lost:
                 raise StoreError(
                     f"this process was silent for longer than {self.owner.expiry_seconds:g} seconds, and "
-                    f"another one took over its work in {self.folder.parent}. Run the same command again: it "
+                    f"another one took over its work in {self.place.name}. Run the same command again: it "
                     "goes on from what is there"
                 ) from error
             raise
@@ -197,24 +189,27 @@ class Worker:
 
     def holders(self, names: list[str]) -> str:
         """Name the holders of the claims on these names, in words; empty if there are none."""
-        owners = (claims[max(claims)].owner for name in names if (claims := claims_on(self.folder, name)))
+        owners = (claims[max(claims)].owner for name in names if (claims := self.board.claims_on(name)))
         return ", ".join(sorted({str(owner) for owner in owners if owner}))
 
     def is_alone(self) -> bool:
         """Tell whether no other living worker is registered here."""
         now = self._now()
-        others = [file for file in self.folder.glob("worker-*") if worker_of(file) == file.name]
-        looks = [Seen.at(file) for file in others if file != self.file]
-        return all(seen is None or seen.is_dead(now) for seen in looks)
+        others = {token: seen for token, seen in self.board.workers().items() if token != self.owner.token}
+        return all(seen.is_dead(now) for seen in others.values())
 
     def _sweep(self) -> None:
-        """Remove the files of dead workers."""
+        """Remove what dead workers left."""
         now = self._now()
-        for path in sorted(self.folder.iterdir()):
-            if match := CLAIM.fullmatch(path.name):
-                if (seen := Seen.at(path)) and seen.is_dead(now) and (claim := self.claim(match["name"])):
-                    claim.release()
-            elif name := worker_of(path):
-                seen = Seen.at(self.folder / name)
-                if seen is None or seen.is_dead(now):
-                    remove(path)
+        for name in sorted(self.board.names()):
+            claims = self.board.claims_on(name).values()
+            if any(seen.is_dead(now) for seen in claims) and (claim := self.claim(name)):
+                claim.release()
+        left = sorted(self.folder.glob("*"))  # first: whose files these are has joined by now
+        workers = self.board.workers()
+        dead = [token for token, seen in workers.items() if seen.is_dead(now)]
+        for path in left:
+            if (token := token_of(path)) and (token in dead or token not in workers):
+                remove(path)
+        for token in dead:
+            self.board.remove_worker(token)

@@ -1,9 +1,10 @@
 """The config and tensors of an SAE, as files of any format hold them and `Sae` is made of.
 
-However it was trained, a finished SAE chooses its latents in one of three ways: the k largest of each token
-(`k`), the largest of each of k groups (`k` of a `groupmax`), or all above a threshold of their own
-(`threshold`). A ReLU is the threshold 0, BatchTopK one threshold for all, and the gate of a Gated SAE is a
-threshold on its magnitude (`formats.gated`).
+However it was trained, a finished SAE chooses its latents in one of four ways: the k largest of each token
+(`k`), the k largest by absolute value, with their signs (`k` of an `abs-topk`), the largest of each of k
+groups (`k` of a `groupmax`), or all above a threshold of their own (`threshold`). A ReLU is the threshold 0,
+BatchTopK one threshold for all, and the gate of a Gated SAE is a threshold on its magnitude
+(`formats.gated`).
 
 A transcoder is an SAE that predicts what another site has from what it reads at its own. A crosscoder is one
 that reads and reconstructs several sites at once, side by side in one vector. A cross-layer transcoder is a
@@ -24,7 +25,7 @@ from saemill.common.sae import layers
 from saemill.common.sae.norms import NORMS
 from saemill.common.stores.site_names import abridged
 
-BY_K = ("topk", "matryoshka", "groupmax")
+BY_K = ("topk", "abs-topk", "matryoshka", "groupmax")
 BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu", "relu", "gated")
 ARCHITECTURES = tuple(dict.fromkeys(BY_K + BY_THRESHOLD))
 CROSS_LAYER = ("topk", "batchtopk", "jumprelu", "relu", "gated")
@@ -132,6 +133,11 @@ class SaeConfig:
                 f"architecture of a cross-layer transcoder must be one of {', '.join(CROSS_LAYER)}, with one "
                 f"k, got {self.architecture}{f' with k {self.ks}' if self.ks else ''}"
             )
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether activations of latents may be below 0."""
+        return self.architecture == "abs-topk"
 
     @property
     def n_layers(self) -> int:

@@ -3,6 +3,7 @@
     z = W_enc (x − b_dec) + b_enc,    x̂ = W_decᵀ f + b_dec
 
     f = ReLU(TopK_k(z)),    after Gao et al. 2024, or
+    f = z where |z| is among the k largest: AbsTopK, whose f may be negative, or
     f = ReLU(z) where it is the largest of its group, of k groups of consecutive latents: GroupMax, or
     f = z · 1[z > θ],       a threshold per latent: JumpReLU, and in other values ReLU, BatchTopK and Gated
 
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 from saemill.common.errors import ConfigError, DataError
 from saemill.common.sae import formats, layers
 from saemill.common.sae.above import above
+from saemill.common.sae.abs_topk import abs_topk
 from saemill.common.sae.groupmax import groupmax
 from saemill.common.sae.norms import normed
 from saemill.common.sae.parts import Parts, SaeConfig
@@ -50,12 +52,19 @@ class Encoded(NamedTuple):
     """The active latents of some tokens."""
 
     top_acts: Tensor
-    """Activations [..., k], 0 or more, in no particular order; a 0 is an unused slot.
+    """Activations [..., k], in no particular order, of an `abs-topk` SAE of either sign, of others 0 or more;
+    a 0 is an unused slot.
 
     Of an SAE with thresholds, k is the largest number of active latents among these tokens, at least 1.
     """
     top_indices: Tensor
     """Numbers of the latents, int64 [..., k]."""
+
+    @property
+    def active(self) -> Tensor:
+        """Tell which slots hold an active latent, whatever the sign of its activation; a NaN is none. bool
+        [..., k]"""
+        return self.top_acts.abs() > 0
 
 
 class SaeOutput(NamedTuple):
@@ -243,7 +252,7 @@ class Sae(nn.Module):
 
     def encode(self, x: Tensor | ArrayLike) -> Encoded:
         """Select the active latents of each token: the k largest pre-activations, or the largest of each of k
-        groups, negative ones set to 0, or those above their thresholds.
+        groups, negative ones set to 0; the k largest by absolute value; or those above their thresholds.
 
         Args:
             x: [..., D], a tensor or what numpy takes for an array.
@@ -270,6 +279,8 @@ class Sae(nn.Module):
         """Select the k largest pre-activations, an equal share of each group or layer that has one."""
         if self.config.architecture == "groupmax":
             return groupmax(pre_TF, k)
+        if self.config.is_signed:
+            return abs_topk(pre_TF, k)
         n = self.config.n_layers
         if n == 1:
             return topk(pre_TF, k)

@@ -13,7 +13,8 @@ site_roles.py     what is at a site
 site_records.py   its JSON: settings, sites, commits, manifests
 content.py        a file, read range by range
 objects.py        objects of S3, Google Cloud or Azure, read range by range
-local_cache.py    blocks of those, kept on a disk here
+kept_locally.py   how much of those is kept on a disk here
+local_cache.py    what is kept: blocks
 mirror.py         a store that lies there
 shards.py         a Zarr array of one file per shard, which memory-maps
 forms/            float rows ↔ stored rows ↔ the bytes of a shard

@@ -18,6 +18,7 @@ Place and address: the row stored at place `p` of a shard is the token of addres
 All sites share the permutation. Where the store holds embeddings, a passage takes a token's place.
 """
 
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.common import durable, records
-from saemill.common.errors import StoreError
+from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores import joined, mirror, site_names
 from saemill.common.stores.followers import Consumed, read_consumed
 from saemill.common.stores.joined import JoinedSite
+from saemill.common.stores.kept_locally import KeptLocally
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.passages import PassageStore
 from saemill.common.stores.permutation import permutation
@@ -130,7 +132,7 @@ class ActivationStore:
         except StoreError as error:
             what = "list of the passages" if holds_embeddings else "copy of the tokens"
             message = str(error).removesuffix(REPAIR).rstrip().removesuffix(".")
-            raise StoreError(f"the {what} in {self.path} is damaged: {message}. {REPAIR}") from error
+            raise StoreError(f"the {what} in {self.named} is damaged: {message}. {REPAIR}") from error
         return text
 
     @property
@@ -141,7 +143,7 @@ class ActivationStore:
             StoreError: the store holds embeddings of passages, which have none.
         """
         if isinstance(self.text, PassageStore):
-            raise StoreError(f"{self.path} holds embeddings of passages, without tokens or a language model")
+            raise StoreError(f"{self.named} holds embeddings of passages, without tokens or a language model")
         return self.text
 
     @property
@@ -161,7 +163,7 @@ class ActivationStore:
             return
         if consumed := self.consumed:
             raise StoreError(consumed.refusal(consumed.sites[0], self.path))
-        raise StoreError(f"no site of {self.path} is finished; finish one with `saemill cache`")
+        raise StoreError(f"no site of {self.named} is finished; finish one with `saemill cache`")
 
     def sites_with(self, shard: int) -> list[str]:
         """List the sites of which a shard's rows can be read."""
@@ -290,7 +292,7 @@ class ActivationStore:
             advice = "Run `saemill cache` with the site to add or finish it."
             if self.settings.kind == EMBEDDINGS:
                 advice = "If it is unfinished, run the command that made the store again."
-            raise StoreError(f"site {name!r} of {self.path} is {state}; finished: {finished}. {advice}")
+            raise StoreError(f"site {name!r} of {self.named} is {state}; finished: {finished}. {advice}")
         return SiteArray(self, name)
 
     def read(self, site: str, start: int, stop: int) -> Tensor:
@@ -331,3 +333,16 @@ class ActivationStore:
         keep_RS = self.text.keep(rows.start, rows.stop, mask)
         keep_RS &= (self.text.held_out_R[rows.start : rows.stop] == held_out)[:, None]
         return keep_RS.reshape(-1)
+
+
+def keep_locally(stores: Sequence[ActivationStore], local_cache: str | None) -> None:
+    """Keep blocks of those of a command's stores that lie in a bucket; see `KeptLocally`.
+
+    Raises:
+        ConfigError: the setting is no size, or has no effect.
+    """
+    max_bytes = KeptLocally(local_cache=local_cache).max_bytes
+    in_buckets = [store.cache_locally(max_bytes) for store in stores]
+    if local_cache is not None and not any(in_buckets):
+        names = ", ".join(store.named for store in stores)
+        raise ConfigError(f"local_cache has no effect: {names} is on a disk; leave it out")

@@ -163,6 +163,8 @@ class ProbeExamples(Record):
     """The examples of probes, in parts that share no group."""
 
     split_by: Literal["word type", "document"]
+    column: str | None = None
+    """Column of the corpus that labels them; None where the labels are of the text itself."""
     n_groups: Count
     n_fitted: Count
     n_chosen_by: Count
@@ -189,7 +191,8 @@ class Entry(Record):
     architecture: str = "topk"
     """What it was trained as. Left out where it is the default, as all that an entry need not have."""
     num_latents: Positive
-    tokens_trained: Count
+    tokens_trained: Count | None
+    """None where the SAE's files do not tell."""
     seed: Count | None = None
     """Seed of its initial weights; left out where it is not known."""
     control: Literal["random", "pca", "frozen", "together"] | None = None

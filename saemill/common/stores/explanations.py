@@ -23,6 +23,8 @@ class Tested(Record):
     address: Count
     fires: bool
     """Whether the latent fires in it, by the SAE itself."""
+    neighbour: Count | None
+    """Latent with a similar decoder row that fires in it, of contexts chosen for that; None of others."""
     said: bool | None
     """What the judge said by the explanation; None where its answer could not be read."""
     said_shuffled: bool | None
@@ -39,15 +41,20 @@ class Explained(Record):
     """Addresses of the contexts that it was written from."""
     tested: tuple[Tested, ...]
     score: Figure
-    """Balanced accuracy: the mean of the shares of firing and of silent contexts that were told right."""
+    """Balanced accuracy: the mean of the shares of firing contexts, and of silent ones drawn at random, that
+    were told right."""
     shuffled: Figure
     """The same by another latent's explanation."""
+    near_score: Figure
+    """The same as `score`, the silent contexts being those in which a neighbour fires."""
+    near_shuffled: Figure
+    """That by another latent's explanation."""
 
 
 class Explanations(Record):
     """All that was explained of one SAE."""
 
-    format: Literal["saemill explanations 1"] = "saemill explanations 1"
+    format: Literal["saemill explanations 2"] = "saemill explanations 2"
     of: Hash
     """Hash of what was assessed, as `features.json` has it."""
     variant: Name
@@ -64,6 +71,10 @@ class Explanations(Record):
     shuffled: Figure
     difference: Figure
     """Mean over latents of how much more its own explanation tells than another's."""
+    near_score: Figure
+    """The same three of contexts in which a neighbour fires."""
+    near_shuffled: Figure
+    near_difference: Figure
     answers_bytes: Count
     """Length of `explanations.jsonl` when this was written."""
     answers_xxh3: Hash

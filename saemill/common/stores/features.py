@@ -73,6 +73,22 @@ class Token(Record):
     """What an activation of 1 adds to its logit, up to a factor that all tokens and latents share."""
 
 
+class Effect(Record):
+    """The tokens that a latent makes more and less probable by what it writes to one place."""
+
+    promoted: tuple[Token, ...]
+    suppressed: tuple[Token, ...]
+
+
+class Vocabulary(Record):
+    """A place that latents write to, and whether it is known which tokens that promotes."""
+
+    at: str
+    """What is written to: a site; of a cross-layer transcoder all sites that it predicts."""
+    missing: str | None
+    """Reason why no token is promoted or suppressed."""
+
+
 class Near(Record):
     """Another latent of the same SAE with a similar decoder row."""
 
@@ -112,21 +128,27 @@ class Latent(Record):
     density: float
     """The same as a share of the searched tokens."""
     mean_when_active: float
+    smallest: float = 0.0
+    """0 where none is below 0."""
     largest: float
+    """0 where none is above 0."""
     n_sampled: Count
     """Number of its firings that histogram and strata are made of; all, where they are not more than that."""
     histogram: tuple[Count, ...]
-    """Counts of those by their activation, in bins of one width from 0 to the largest."""
+    """Counts of those by their activation, in bins of one width from the smallest to the largest."""
     contexts: tuple[Context, ...]
-    """Places where it fires most, at most one per document."""
+    """Places where it fires most above 0, at most one per document."""
+    below: tuple[Context, ...] = ()
+    """The same below 0, the farthest from it first."""
     strata: tuple[Stratum, ...]
     """Places of each quantile of its activations, the highest first."""
     by_position: tuple[float | None, ...]
     """Share of the tokens at each group of positions on which it fires; None where there are no tokens."""
     by_source: tuple[float | None, ...]
     """The same by source."""
-    promoted: tuple[Token, ...]
-    suppressed: tuple[Token, ...]
+    effects: tuple[Effect, ...]
+    """What it makes more and less probable from each of `Features.vocabularies`; empty where that is not
+    known."""
     nearest: tuple[Near, ...]
     opposite: Near | None
     """Latent with the most opposite decoder row; None where there is no other."""
@@ -141,7 +163,7 @@ class Latent(Record):
 class Features(Record):
     """All latents that are shown, of one SAE."""
 
-    format: Literal["saemill features 1"] = "saemill features 1"
+    format: Literal["saemill features 2"] = "saemill features 2"
     of: Hash
     """Hash of what was assessed, as `final_assessment.json` has it."""
     variant: Name
@@ -160,9 +182,16 @@ class Features(Record):
     """Sites of a crosscoder."""
     prefixes: tuple[Count, ...] = ()
     """Numbers of latents of a Matryoshka SAE's prefixes, the whole included."""
-    no_tokens: str | None
-    """Reason why no token is promoted or suppressed."""
+    vocabularies: tuple[Vocabulary, ...]
+    """The places that latents write to: one, of a crosscoder each of its sites."""
     latents: tuple[Latent, ...] = Field(default=())
+
+    @model_validator(mode="after")
+    def _has_effects(self) -> "Features":
+        n = len(self.vocabularies)
+        if bad := [latent.latent for latent in self.latents if len(latent.effects) != n]:
+            raise ValueError(f"effects must be of the {n} vocabularies, not so of latent {bad[0]}")
+        return self
 
 
 def load(folder: Path) -> Features:

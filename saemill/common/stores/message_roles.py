@@ -7,6 +7,8 @@ Layout of `roles.parquet`, beside a token store's other tables:
             the manifest's list, counted from 1
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -58,7 +60,7 @@ class RoleWriter:
         self.roles: list[NDArray[np.uint8]] = []
         self._n_tokens, self._last = 0, -1
 
-    def add(self, roles_S: list[int]) -> None:
+    def add(self, roles_S: Sequence[int]) -> None:
         """Add the roles of one row's tokens."""
         row = np.array(roles_S, np.uint8)
         changes = np.flatnonzero(np.diff(row.astype(np.int16), prepend=np.int16(self._last)))

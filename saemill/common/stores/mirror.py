@@ -26,6 +26,7 @@ from saemill.common.errors import MissingError, StoreError
 from saemill.common.records import Count, Record
 from saemill.common.stores.local_cache import LocalCache
 from saemill.common.stores.objects import ObjectContent, ObjectStore, is_tag_of
+from saemill.common.stores.site_records import CLAIMS
 
 OBJECTS, GROUP, TOKENS = "objects.json", "zarr.json", "manifest.json"
 """Names of the mirror's own record, of a file that every store has, and of one that a token store has."""
@@ -142,10 +143,10 @@ class Mirror:
         if found is None:
             path.unlink(missing_ok=True)
             return None
-        self.known.objects[key] = Object(n_bytes=found[0], tag=found[1])
+        self.known.objects[key] = Object(n_bytes=found.n_bytes, tag=found.tag)
         if not _is_shard(key):
             self.fetch(path)
-        return found[1]
+        return found.tag
 
     def name_of(self, path: Path) -> str:
         """Return the address of the object that a file of the folder stands for."""
@@ -236,7 +237,8 @@ def _refresh(remote: ObjectStore, folder: Path, to_write: bool = False, anew: bo
     """Make a mirror as the address is now: fetch files that are new or differ, remove all others."""
     # Looked for first: what another process puts there meanwhile is in the bucket before it is here.
     there = [file for file in folder.rglob("*") if file.is_file() and file.name != OBJECTS]
-    listed = {key: Object(n_bytes=size, tag=tag) for key, (size, tag) in remote.list().items()}
+    found = {key: item for key, item in remote.list().items() if not key.startswith(f"{CLAIMS}/")}
+    listed = {key: Object(n_bytes=item.n_bytes, tag=item.tag) for key, item in found.items()}
     _check(remote.address, listed, to_write)
     before = records.if_whole(lambda: records.read(folder / OBJECTS, Objects, ""))
     known = before.objects if before else {}

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,25 @@ N_ATTEMPTS = 6
 FIRST_WAIT_SECONDS = 0.25
 READ_SECONDS, WRITE_SECONDS = 60, 600
 """Time that one request may take: of 16 MiB that are read, and of a whole shard that is written."""
+SMALL_BYTES = 1 << 16
+"""Most bytes of an object that is written in the time of a read: claims must not wait for longer."""
 MOST_BYTES = 5_000_000_000
 """Of an object that is written at once, in S3."""
+
+
+class Listed(NamedTuple):
+    """An object as it is listed."""
+
+    n_bytes: int
+    tag: str | None
+    """What changes with its content, where the provider tells."""
+    seconds: float
+    """When it was written, by the provider's clock, in seconds since 1970."""
+
+    @classmethod
+    def of(cls, found: Any) -> "Listed":
+        """Take what obstore tells of it."""
+        return cls(found["size"], found["e_tag"], found["last_modified"].timestamp())
 
 
 class ObjectStore:
@@ -53,17 +70,17 @@ class ObjectStore:
         except Exception as error:  # of types that obstore has for each provider
             raise ConfigError(f"{address} cannot be opened: {_first_line(error)}") from error
 
-    def list(self) -> dict[str, tuple[int, str | None]]:
-        """List all objects: their size in bytes and the tag that changes with their content, by key.
+    def list(self, folder: str | None = None) -> dict[str, Listed]:
+        """List all objects, or those in a folder, by key.
 
         Raises:
             ConfigError, DiskError: as of `read`.
         """
         import obstore
 
-        def listed() -> dict[str, tuple[int, str | None]]:
-            pages = obstore.list(self._store)
-            return {str(o["path"]): (o["size"], o["e_tag"]) for page in pages for o in page}
+        def listed() -> dict[str, Listed]:
+            pages = obstore.list(self._store, folder)
+            return {str(o["path"]): Listed.of(o) for page in pages for o in page}
 
         return self._patiently(listed, "")
 
@@ -89,8 +106,20 @@ class ObjectStore:
 
         return self._patiently(ranged, key)
 
-    def look(self, key: str) -> tuple[int, str | None] | None:
-        """Ask for the size and tag of an object as it is now; None where there is none.
+    def content(self, key: str) -> bytes | None:
+        """Read an object as it is now, whole; None where there is none.
+
+        Raises:
+            ConfigError, DiskError: as of `read`.
+        """
+        import obstore
+
+        with suppress(MissingError):
+            return self._patiently(lambda: bytes(obstore.get(self._store, key).bytes()), key)
+        return None
+
+    def look(self, key: str) -> Listed | None:
+        """Ask for an object as it is now; None where there is none.
 
         Raises:
             ConfigError, DiskError: as of `read`.
@@ -98,10 +127,9 @@ class ObjectStore:
         import obstore
 
         try:
-            found = self._patiently(lambda: obstore.head(self._store, key), key)
+            return Listed.of(self._patiently(lambda: obstore.head(self._store, key), key))
         except MissingError:
             return None
-        return found["size"], found["e_tag"]
 
     def create(self, key: str, content: bytes) -> str | None:
         """Write an object where there is none, all of it or nothing. One that is there with the same content
@@ -120,17 +148,19 @@ class ObjectStore:
         def attempt() -> str | None:
             nonlocal mode
             try:
-                tag = self._put(key, content, mode)
+                put = self._put(key, content, mode)
             except (FileExistsError, exceptions.AlreadyExistsError, exceptions.PreconditionError):
                 if (found := self.look(key)) is None:
                     raise OSError("another process is writing it") from None
-                if not self._holds(key, found[1], content):
+                if not self._holds(key, found.tag, content):
                     raise FileExistsError(f"{self.address}/{key}") from None
-                return found[1]
-            if not self._holds(key, tag, content):
-                mode = {"e_tag": tag}  # over what this attempt has left there
+                return found.tag
+            if not self._holds(key, put["e_tag"], content):
+                mode = (
+                    put  # over what this attempt has left there: S3 and Azure by its tag, GCS by its version
+                )
                 raise OSError(ARRIVED_OTHERWISE)
-            return tag
+            return put["e_tag"]
 
         return self._patiently(attempt, key, "written")
 
@@ -142,7 +172,7 @@ class ObjectStore:
         """
 
         def attempt() -> str | None:
-            tag = self._put(key, content, "overwrite")
+            tag = self._put(key, content, "overwrite")["e_tag"]
             if not self._holds(key, tag, content):
                 raise OSError(ARRIVED_OTHERWISE)
             return tag
@@ -163,10 +193,12 @@ class ObjectStore:
 
         self._patiently(attempt, key, "removed")
 
-    def _put(self, key: str, content: bytes, mode: Any) -> str | None:
+    def _put(self, key: str, content: bytes, mode: Any) -> dict[str, str | None]:
+        """Write an object. Returns: its `e_tag` and `version`, which as a mode say what is to be replaced."""
         import obstore
 
-        return obstore.put(self._to_write, key, content, mode=mode, use_multipart=False)["e_tag"]
+        store = self._store if len(content) <= SMALL_BYTES else self._to_write
+        return {**obstore.put(store, key, content, mode=mode, use_multipart=False)}  # type: ignore[dict-item]
 
     def _holds(self, key: str, tag: str | None, content: bytes) -> bool:
         """Tell whether an object has some content: by its tag where that is the content's MD5, as it is in S3

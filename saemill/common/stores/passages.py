@@ -193,10 +193,7 @@ class PassageStore:
     def how_held_out(self) -> str:
         """Sentence on how the held-out passages were chosen."""
         fraction, by = self.manifest.settings.held_out_fraction, self.manifest.hashed
-        return (
-            f"those held out when the store was made ({fraction:.0%}, chosen by a hash of their {by}); "
-            "training never saw them"
-        )
+        return f"those held out when the store was made ({fraction:.0%}, chosen by a hash of their {by})"
 
     hint_to_hold_out = "make the store with --held-out-fraction above 0"
 

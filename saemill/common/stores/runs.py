@@ -18,7 +18,7 @@ cannot be confused. Checkpoints are in `train.checkpoint`.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, JsonValue, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
 from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError
@@ -166,8 +166,8 @@ class Finished(Record):
     """Path of the activations."""
     with_acts: str | None = None
     """Path of those of a second model; None of a run on one."""
-    steps: Positive
-    tokens: Positive
+    steps: Count
+    tokens: Count
     seconds: float
     peak_rss_bytes: Count
     """Peak memory of the process that used most."""
@@ -180,6 +180,8 @@ class Finished(Record):
     """Number of medians beyond which a norm was too long; None where none was."""
     n_long_tokens: Count = 0
     """Number of the store's training tokens left out for their norm, counted once."""
+    imported: dict[VariantName, str] = Field(default_factory=dict)
+    """Addresses of SAEs that were trained elsewhere, by their names in this folder; empty of a run."""
     files: tuple[File, ...]
     """Other files that it answers for: the log, and halving's record. None where they were not published."""
 

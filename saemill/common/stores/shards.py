@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -91,6 +91,15 @@ def differences(actual: Any, wanted: Mapping[str, Any], prefix: str = "") -> lis
         elif durable.hash_json(actual.get(key)) != durable.hash_json(value):
             lines.append(f"{prefix}{key} is {actual.get(key)!r:.80}, expected {value!r:.80}")
     return lines
+
+
+class Written(NamedTuple):
+    """A shard's file that was written."""
+
+    n_bytes: int
+    """Its size in bytes."""
+    xxh3: str
+    """Hash of its content."""
 
 
 class ShardedArray:
@@ -183,13 +192,15 @@ class ShardedArray:
         """Bytes of a shard before compression."""
         return int(self.shard_rows * self.width * self.dtype.itemsize)
 
-    def write_shard(self, shard: int, rows_TD: NDArray[Any], file: Path | None = None) -> None:
+    def write_shard(self, shard: int, rows_TD: NDArray[Any], file: Path | None = None) -> "Written":
         """Write one whole shard durably.
 
         Args:
             shard: its number.
             rows_TD: [rows_in(shard), width] of `self.dtype`.
             file: where to, if not to its place yet.
+
+        Returns: size and hash of the file, from what is in memory.
         """
         if rows_TD.shape != (self.rows_in(shard), self.width) or rows_TD.dtype != self.dtype:
             raise ValueError(
@@ -198,10 +209,12 @@ class ShardedArray:
             )
         packed = self.packing.pack(rows_TD)
         pad_to_bytes = self.packing.file_bytes or 0
-        durable.write_bytes(file or self.shard_path(shard), [*packed.blocks, packed.tail], pad_to_bytes)
+        buffers = [*packed.blocks, packed.tail]
+        durable.write_bytes(file or self.shard_path(shard), buffers, pad_to_bytes)
         self.content.cache_clear()
         self.shard.cache_clear()
         self._checked.discard(shard)
+        return Written(*durable.hash_buffers(buffers, pad_to_bytes))
 
     def problem(self, shard: int, n_bytes: int | None = None, xxh3: str | None = None) -> str | None:
         """Describe what is wrong with a shard's file; None if nothing is.

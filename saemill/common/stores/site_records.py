@@ -46,7 +46,9 @@ TEXT_FOLDERS = ("tokens", "passages")
 SITES = "sites"
 FOLLOWERS, CONSUMED = "followers", "consumed.json"
 """Names of the folder and the record of `stores.followers`."""
-RESERVED = (*TEXT_FOLDERS, SITES, FOLLOWERS, CONSUMED, "claims", "zarr.json")
+CLAIMS = "claims"
+"""Name of the folder in which those who write a store share out its shards; it is gone when none is left."""
+RESERVED = (*TEXT_FOLDERS, SITES, FOLLOWERS, CONSUMED, CLAIMS, "zarr.json")
 """Names in a store's folder that no site has."""
 REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
 LATER = ("load_in_4bit", "attn_implementation", "trust_remote_code", "compression", "converted_from")

@@ -9,6 +9,7 @@ A token's address is `row * ctx_len + pos`. Layout of the folder:
     tokenizer/         the tokenizer itself, so that tokens can be shown as text anywhere
     documents.parquet  source_index, start (address), n_tokens, held_out, text_hash, and the source of several
     roles.parquet      of chats: start (address), role: whose message each token is of
+    labels/            of labelled words: Zarr arrays [n_rows, ctx_len], see `word_labels`
     manifest.json      written last: sizes, hashes, tokenizer, source, settings
 """
 
@@ -25,11 +26,12 @@ from pydantic import ConfigDict, Field, JsonValue, model_validator
 from saemill.common import durable, hub, records
 from saemill.common.errors import MissingError, StoreError
 from saemill.common.records import Count, Positive, Record
-from saemill.common.stores import message_roles, mirror
+from saemill.common.stores import message_roles, mirror, word_labels
 from saemill.common.stores.columns import read_table
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.message_roles import RoleSpans
 from saemill.common.stores.shards import ShardedArray
+from saemill.common.stores.word_labels import WordLabels
 
 FORMAT: Final = "saemill tokens 2"
 REPAIR = "Run the `saemill tokenize` command again."
@@ -111,6 +113,8 @@ class TokenManifest(Record):
     """Number of documents that write a special token out."""
     roles: tuple[str, ...] = ()
     """Roles of the messages of a chat; `roles.parquet` numbers them from 1."""
+    labels: tuple[WordLabels, ...] = ()
+    """Labels that the corpus gives to its words, by column."""
     sources: tuple[str, ...] = ()
     """Names of the sources of the documents, where there are several; their column `source` numbers them."""
     mixed: tuple[Source, ...] = ()
@@ -130,18 +134,27 @@ class TokenManifest(Record):
         names = [file.path for file in self.files]
         if len(set(names)) < len(names):
             raise ValueError("a file is listed twice")
-        needed = {*DESCRIPTIONS, "held_out/c/0/0", "segments.parquet", "documents.parquet"}
+        needed = {*self.descriptions, "held_out/c/0/0", "segments.parquet", "documents.parquet"}
         needed |= {message_roles.FILE} if self.roles else set()
         if missing := sorted(needed - set(names)):
             raise ValueError(f"{missing[0]} is not listed")
         if self.n_held_out_rows > self.n_rows:
             raise ValueError("more rows are held out than there are")
-        for name in ("roles", "sources"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
+        lists = {"roles": self.roles, "sources": self.sources}
+        lists |= {"labels": tuple(labels.column for labels in self.labels)}
+        lists |= {labels.array: labels.names for labels in self.labels}
+        for name, listed in lists.items():
+            if len(set(listed)) < len(listed):
                 raise ValueError(f"{name} names one twice")
         if self.mixed and len(self.mixed) != len(self.sources):
             raise ValueError("sources must name each of the datasets that were mixed")
         return self
+
+    @property
+    def descriptions(self) -> tuple[str, ...]:
+        """Paths of the files that describe the group and its arrays."""
+        of_labels = [f"{labels.array}/zarr.json" for labels in self.labels]
+        return (*DESCRIPTIONS, *([word_labels.GROUP, *of_labels] if of_labels else []))
 
 
 def read_manifest(path: Path, repair: str) -> TokenManifest:
@@ -187,26 +200,31 @@ class TokenStore:
         self._files = {file.path: file for file in self.manifest.files}
         if bad := self.problems(hashes=False):
             raise StoreError("\n".join([*bad, repair]))
-        for name in DESCRIPTIONS:
+        for name in self.manifest.descriptions:
             self._checked(name)
-        self.ids = self._array("tokens", self.ctx_len)
+        self.ids = self._array("tokens", self.ctx_len, self.tokenizer.vocab_size)
         """Token ids of the rows, shard by shard."""
-        self._held_out = self._array("held_out", 1)
+        self._held_out = self._array("held_out", 1, 2)
+        self.labels = {
+            labels.column: self._array(labels.array, self.ctx_len, len(labels.names) + 1)
+            for labels in self.manifest.labels
+        }
+        """Numbers of the labels of each token, by column; see `word_labels`."""
 
     @property
     def named(self) -> str:
         """The folder as it was named, or the address."""
         return str(self.path) if self.mirror is None else self.mirror.known.address
 
-    def _array(self, name: str, width: int) -> ShardedArray:
-        """Open an array whose shards are all there and listed; each is hashed when it is first read."""
+    def _array(self, name: str, width: int, limit: int) -> ShardedArray:
+        """Open an array of numbers below a limit whose shards are all there and listed; each is hashed when
+        it is first read."""
 
         def check(shard: int, rows: NDArray[Any]) -> None:
             file = array.shard_path(shard)
             if durable.hash_bytes(rows.data.cast("B")) != self._files[f"{name}/c/{shard}/0"].xxh3:
                 raise StoreError(f"{file}: {durable.DIFFERS}. {self.repair}")
-            largest, limit = int(rows.max()), 2 if name == "held_out" else self.tokenizer.vocab_size
-            if largest >= limit:
+            if (largest := int(rows.max())) >= limit:
                 raise StoreError(
                     f"{file} is damaged: it holds {largest:,}, expected below {limit:,}. {self.repair}"
                 )
@@ -324,7 +342,7 @@ class TokenStore:
         Raises:
             StoreError: something does not fit.
         """
-        for array in (self.ids, self._held_out):
+        for array in (self.ids, self._held_out, *self.labels.values()):
             for shard in range(array.n_shards):
                 array.shard(shard)
         n_documents = int(self.segments[1].max()) + 1
@@ -383,7 +401,7 @@ class TokenStore:
         by = "text" if of_text else "ids"
         return (
             f"rows of documents held out when the tokens were made ({n_held_out:,} of {n:,} {what}, "
-            f"chosen by a hash of their {by}); training never saw them"
+            f"chosen by a hash of their {by})"
         )
 
     hint_to_hold_out = "tokenize with --held-out-fraction above 0, or name other text with --tokens"

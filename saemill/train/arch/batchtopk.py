@@ -60,7 +60,7 @@ class BatchTopK:
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does."""
-        initial.tied(p, n_latents, seed, sample, max(1, round(self.k)), team)
+        initial.tied(p, n_latents, seed, sample, Largest(max(1, round(self.k))), team)
 
     def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition; `seen` has the batch's cutoff."""
@@ -85,7 +85,7 @@ class BatchTopK:
         per_square: float,
     ) -> Slopes:
         """Compute the gradient at the pre-activations: that of the codes where they are not 0."""
-        return Slopes((dot_TK * (2 * per_square)).where(codes.val_TK > 0, 0))
+        return Slopes((dot_TK * (2 * per_square)).where(codes.active_TK, 0))
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: with one threshold, or as TopK."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from saemill.common.sae.abs_topk import abs_topk
 from saemill.common.sae.topk import topk
 from saemill.train.backends.architecture import Auxiliary, Losses, Seen
 from saemill.train.backends.codes import Groups
@@ -16,6 +17,12 @@ def keep_largest(pre_TF: Tensor, k: int, n_layers: int = 1) -> Tensor:
     of_layers = pre_TF.reshape(-1, pre_TF.shape[1] // n_layers)
     values, places = topk(of_layers, k // n_layers)
     return torch.zeros_like(of_layers).scatter(1, places, values).view_as(pre_TF)
+
+
+def keep_largest_by_size(pre_TF: Tensor, k: int) -> Tensor:
+    """Keep the k entries of each row that are largest by absolute value, in their places among zeros."""
+    values, places = abs_topk(pre_TF, k)
+    return torch.zeros_like(pre_TF).scatter(1, places, values)
 
 
 def keep_from(pre_TF: Tensor, cutoff: Tensor) -> Tensor:
@@ -35,7 +42,8 @@ def auxk(auxiliary: Auxiliary | None, p: Parameters, pre_TF: Tensor, e_TD: Tenso
     if auxiliary is None or seen.dead.n_in_team == 0:
         return e_TD.new_zeros(())
     dead_S = seen.dead.latents_S
-    codes_TS = keep_largest(pre_TF[:, dead_S], min(auxiliary.k, seen.dead.n_in_team))
+    keep = keep_largest_by_size if auxiliary.is_signed else keep_largest
+    codes_TS = keep(pre_TF[:, dead_S], min(auxiliary.k, seen.dead.n_in_team))
     if p.n_layers > 1:
         codes_TF = torch.zeros_like(pre_TF).index_copy(1, dead_S, codes_TS)
         decoded_TE = decode(p._replace(b_D=torch.zeros_like(p.b_D)), codes_TF)

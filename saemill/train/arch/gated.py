@@ -59,7 +59,7 @@ class Gated:
         held = p._replace(w_dec_FD=p.w_dec_FD.detach(), b_D=p.b_D.detach())
         gate_e_TD = decode(held, open_TF) - y_TE.detach()
         penalty = self.coefficient * d**0.5 * open_TF.sum()
-        return Losses(e_TD.square().sum(), gate_e_TD.square().sum() + penalty, codes_TF)
+        return Losses(e_TD.square().sum(), gate_e_TD.square().sum(), codes_TF, penalty=penalty)
 
     def codes(self, p: Parameters, found: Codes) -> Codes:
         """Compute the magnitudes where the gate is open."""
@@ -85,7 +85,7 @@ class Gated:
         idx_TK, gate_TK, n_latents = codes.idx_TK, codes.pre_TK, len(p.b_enc_F)
         weight = self.coefficient * len(p.b_D) ** 0.5 * per_square
         dgate_TK = (held_dot_TK * (2 * per_square) + weight).where(codes.used_TK, 0)
-        dmag_TK = (dot_TK * (2 * per_square)).where(codes.val_TK > 0, 0)
+        dmag_TK = (dot_TK * (2 * per_square)).where(codes.active_TK, 0)
         dlinear_TK = dmag_TK * p.further_F["r_mag"].exp()[idx_TK]
         dr_TK = dlinear_TK * (gate_TK - p.b_enc_F[idx_TK])
         further_F = {
@@ -93,7 +93,7 @@ class Gated:
             "b_mag": codes.by_latent(dmag_TK, n_latents),
         }
         db_enc_F = codes.by_latent(dgate_TK, n_latents)
-        return Slopes(dlinear_TK + dgate_TK, further_F, db_enc_F, aux_loss=weight * gate_TK.sum())
+        return Slopes(dlinear_TK + dgate_TK, further_F, db_enc_F, penalty=weight * gate_TK.sum())
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: the gate is a threshold on the magnitude."""

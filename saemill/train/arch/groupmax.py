@@ -15,7 +15,7 @@ from torch import Tensor
 from saemill.common.sae.groupmax import groupmax
 from saemill.train.arch import dense, initial
 from saemill.train.backends.architecture import Auxiliary, Inference, Losses, Sample, Seen, Slopes
-from saemill.train.backends.codes import Codes, LargestOfGroups
+from saemill.train.backends.codes import Codes, Largest, LargestOfGroups
 from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.plain import pre_activations
 from saemill.train.backends.team import Team
@@ -45,7 +45,7 @@ class GroupMax:
 
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does."""
-        initial.tied(p, n_latents, seed, sample, self.k, team)
+        initial.tied(p, n_latents, seed, sample, Largest(self.k), team)
 
     def restore(self, p: Parameters, form: Inference) -> None:
         """Start as a finished SAE."""
@@ -72,7 +72,7 @@ class GroupMax:
         per_square: float,
     ) -> Slopes:
         """Compute the gradient at the pre-activations: that of the codes where they are not 0."""
-        return Slopes((dot_TK * (2 * per_square)).where(codes.val_TK > 0, 0))
+        return Slopes((dot_TK * (2 * per_square)).where(codes.active_TK, 0))
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: itself."""

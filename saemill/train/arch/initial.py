@@ -7,7 +7,7 @@ from saemill.common.sae import layers
 from saemill.train.arch import layered
 from saemill.train.backends.architecture import Inference, Sample
 from saemill.train.backends.base import chunks
-from saemill.train.backends.codes import Codes
+from saemill.train.backends.codes import Codes, Largest
 from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.sparse import decode, encode, fold_bias, own_codes
 from saemill.train.backends.team import Team
@@ -43,7 +43,7 @@ def warmed(weight: float, step: int, n_steps: int) -> float:
     return weight * min(1.0, (step + 1) / n_steps) if n_steps else weight
 
 
-def tied(p: Parameters, n_latents: int, seed: int, sample: Sample, k: int, team: Team) -> None:
+def tied(p: Parameters, n_latents: int, seed: int, sample: Sample, rule: Largest, team: Team) -> None:
     """Fill in random unit rows as the decoder, and as the encoder times the gain that fits best.
 
     Where y is to be predicted from x, the encoder looks for what its rows are in x: by y ≈ R x their products
@@ -54,20 +54,20 @@ def tied(p: Parameters, n_latents: int, seed: int, sample: Sample, k: int, team:
         n_latents: F of the whole SAE.
         seed: of the rows.
         sample: training activations in training units.
-        k: active latents per token with which the gain is found.
+        rule: which pre-activations are codes, with which the gain is found.
         team: the processes that share the SAE.
     """
     if p.n_layers > 1:
         layered.directions(p, seed)
         own = zip(layered.parts(sample, p.n_layers), layers.blocks(p.w_dec_FD, p.n_layers), strict=True)
         p.w_enc_FD.copy_(torch.cat([rows_FD @ regression(some) for some, rows_FD in own]))
-        layered.scale(p, sample, k)
+        layered.scale(p, sample, rule.k)
         return
     rows_FD = unit_rows(n_latents, len(p.b_D), seed)[team.latents.slice_of(n_latents)]
     p.w_dec_FD.copy_(rows_FD)
     is_same = sample.y_TE is sample.x_TD
     p.w_enc_FD.copy_(p.w_dec_FD if is_same else p.w_dec_FD @ regression(sample))
-    p.w_enc_FD.mul_(best_gain(sample, p, k, team))
+    p.w_enc_FD.mul_(best_gain(sample, p, rule, team))
 
 
 def regression(sample: Sample) -> Tensor:
@@ -91,7 +91,7 @@ def cutoff(sample: Sample, p: Parameters, k: int, team: Team) -> float:
     n_ranks = min(
         CUTOFF_RANKS * k, min(group.all_gather(torch.tensor([len(p.w_enc_FD)]), group.size).tolist())
     )
-    own_TK = _codes(sample.x_TD, p, n_ranks).val_TK
+    own_TK = _codes(sample.x_TD, p, Largest(n_ranks)).val_TK
     every = group.all_gather(own_TK, group.size * n_tokens).view(group.size, n_tokens, n_ranks)
     # Of each token as many as one process alone would look at.
     every = (
@@ -104,7 +104,7 @@ def cutoff(sample: Sample, p: Parameters, k: int, team: Team) -> float:
 def tied_with_bias(p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
     """Fill in as `tied`, and the encoder's bias so that `start_l0` latents per token are above 0."""
     n_active = start_l0(n_latents)
-    tied(p, n_latents, seed, sample, n_active, team)
+    tied(p, n_latents, seed, sample, Largest(n_active), team)
     p.b_enc_F.fill_(-cutoff(sample, p, n_active, team))
 
 
@@ -121,7 +121,7 @@ def unit_rows(n_latents: int, d: int, seed: int) -> Tensor:
     return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
-def best_gain(sample: Sample, p: Parameters, k: int, team: Team) -> Tensor:
+def best_gain(sample: Sample, p: Parameters, rule: Largest, team: Team) -> Tensor:
     """Compute the factor on the encoder with which the first reconstructions fit best, by least squares.
 
     Without it k unit directions, each with its full projection, overshoot the more the larger k is,
@@ -130,23 +130,23 @@ def best_gain(sample: Sample, p: Parameters, k: int, team: Team) -> Tensor:
     Args:
         sample: training activations in training units.
         p: with `b_enc_F` 0; where the team splits the latents, this process's.
-        k: active latents per token.
+        rule: which pre-activations are codes.
         team: the processes that share the SAE.
     """
-    own, _ = own_codes(_codes(sample.x_TD, p, k), team)
+    own, _ = own_codes(_codes(sample.x_TD, p, rule), team)
     e_TD = team.latents.all_reduce(decode(own, p.w_dec_FD)).add_(p.b_D).sub_(sample.y_TE)
     raw_TD = e_TD.add_(sample.y_TE).sub_(p.b_D)
     return ((sample.y_TE - p.b_D) * raw_TD).sum() / raw_TD.square().sum().clamp(min=1e-12)
 
 
-def _codes(sample_TD: Tensor, p: Parameters, k: int) -> Codes:
-    """Find the k largest pre-activations of each token among this process's latents."""
+def _codes(sample_TD: Tensor, p: Parameters, rule: Largest) -> Codes:
+    """Find the codes of each token among this process's latents."""
     n_latents, n_tokens = len(p.w_enc_FD), len(sample_TD)
     bias_F = fold_bias(p.w_enc_FD, p.b_enc_F, p.offset_D)
     chunk_bytes = CHUNK_BYTES.get(sample_TD.device.type, MOST_CHUNK_BYTES)
     scratch_TF = sample_TD.new_empty(max(1, chunk_bytes // (n_latents * sample_TD.itemsize)), n_latents)
     codes = [
-        encode(sample_TD[chunk], p.w_enc_FD, bias_F, k, scratch_TF)
+        encode(sample_TD[chunk], p.w_enc_FD, bias_F, rule, scratch_TF)
         for chunk in chunks(n_tokens, 1, len(scratch_TF))
     ]
     return Codes(torch.cat([some.val_TK for some in codes]), torch.cat([some.idx_TK for some in codes]))

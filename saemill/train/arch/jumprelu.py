@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saemill.train.arch import dense, initial
 from saemill.train.backends.architecture import Auxiliary, Inference, Losses, Pull, Sample, Seen, Slopes
-from saemill.train.backends.codes import Above, Codes
+from saemill.train.backends.codes import Above, Codes, Largest
 from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.plain import decode, pre_activations
 from saemill.train.backends.team import Team
@@ -74,7 +74,7 @@ class JumpRelu:
     def initialise(self, p: Parameters, n_latents: int, seed: int, sample: Sample, team: Team) -> None:
         """Start as TopK does, with one threshold for all that `initial.start_l0` latents per token pass."""
         n_active = round(self.target_l0 or initial.start_l0(n_latents))
-        initial.tied(p, n_latents, seed, sample, n_active, team)
+        initial.tied(p, n_latents, seed, sample, Largest(n_active), team)
         threshold = initial.cutoff(sample, p, n_active, team)
         p.further_F["threshold"].fill_(threshold / len(p.b_D) ** 0.5)
 
@@ -114,18 +114,18 @@ class JumpRelu:
         codes_TF = pre_TF * active_TF - theta_F.detach() * near_TF * moved_F
         e_TD = decode(p, codes_TF) - y_TE
         if self.penalty == "tanh":
-            aux = self.coefficient * d * torch.tanh(4 * codes_TF / d**0.5).sum()
+            penalty = self.coefficient * d * torch.tanh(4 * codes_TF / d**0.5).sum()
         else:
             step_TF = active_TF - near_TF * moved_F
             linear = (step_TF * self.weights_F(seen, d)).sum()
-            aux = linear - linear.detach() + self._penalty(active_TF.sum(0), seen, d)
+            penalty = linear - linear.detach() + self._penalty(active_TF.sum(0), seen, d)
         if isinstance(self.auxiliary, Pull):
             dead_S = seen.dead.latents_S
             below_TS = torch.relu(theta_F[dead_S] - pre_TF[:, dead_S])
-            aux = aux + self.auxiliary.weight * d**0.5 * below_TS.sum()
+            aux = self.auxiliary.weight * d**0.5 * below_TS.sum()
         else:
-            aux = aux + dense.auxk(self.auxiliary, p, pre_TF, e_TD, seen)
-        return Losses(e_TD.square().sum(), aux, codes_TF)
+            aux = dense.auxk(self.auxiliary, p, pre_TF, e_TD, seen)
+        return Losses(e_TD.square().sum(), aux, codes_TF, penalty=penalty)
 
     def codes(self, p: Parameters, found: Codes) -> Codes:
         """Keep what is above its threshold, of all within the bandwidth."""
@@ -145,7 +145,7 @@ class JumpRelu:
         """Compute the gradients at pre-activations and thresholds, as `loss` has them."""
         rule, unit = self.rule(p), len(p.b_D) ** 0.5
         assert codes.pre_TK is not None
-        theta_TK, active_TK = rule.threshold_F[codes.idx_TK], codes.val_TK > 0
+        theta_TK, active_TK = rule.threshold_F[codes.idx_TK], codes.active_TK
         width_TK = rule.bandwidth_F[codes.idx_TK]
         near_TK = ((codes.pre_TK - theta_TK).abs() < width_TK / 2) & codes.used_TK
         n_latents, dcode_TK = len(p.b_enc_F), dot_TK * (2 * per_square)
@@ -154,17 +154,17 @@ class JumpRelu:
         if self.penalty == "tanh":
             tanh_TK, weight = torch.tanh(4 * codes.val_TK / unit), self.coefficient * unit * per_square
             dcode_TK = dcode_TK + 4 * weight * (1 - tanh_TK.square())
-            aux_loss = weight * unit * tanh_TK.sum()
+            penalty = weight * unit * tanh_TK.sum()
         else:
             counted, d = seen._replace(count_F=count_F), len(p.b_D)
             at_theta_TK = (self.weights_F(counted, d) * per_square)[codes.idx_TK]
-            aux_loss = self._penalty(count_F, counted, d) * per_square
+            penalty = self._penalty(count_F, counted, d) * per_square
         dtheta_TK = (theta_TK * dcode_TK + at_theta_TK).where(near_TK, 0) / -width_TK
         dtheta_F = codes.by_latent(dtheta_TK, n_latents)
         if isinstance(self.auxiliary, Pull):
             dead_S, scale = seen.dead.latents_S, self.auxiliary.weight * unit * per_square
             dtheta_F[dead_S] += scale * (seen.n_tokens - count_F[dead_S])
-        return Slopes(dcode_TK.where(active_TK, 0), {"threshold": dtheta_F * unit}, aux_loss=aux_loss)
+        return Slopes(dcode_TK.where(active_TK, 0), {"threshold": dtheta_F * unit}, penalty=penalty)
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: itself."""

@@ -2,8 +2,10 @@
 
 f = ReLU(W_enc (x − b) + b_enc),   loss = FVU + λ · Σ f^p
 
-Decoder rows are of unit length, or free with their norms in the penalty, Σ (f · ‖W_dec‖)^p. Codes in the
-penalty are in units in which E‖x‖² = 1, so that λ means the same at every width.
+Decoder rows are of unit length, or free with their norms in the penalty, Σ (f · ‖W_dec‖)^p; of a crosscoder
+those of its parts at each site, Σ (f · Σ_l ‖W_dec,l‖)^p (Lindsey et al. 2024), so that a latent of one site
+alone costs less than one of all. Codes in the penalty are in units in which E‖x‖² = 1, so that λ means the
+same at every width.
 """
 
 from dataclasses import dataclass, replace
@@ -56,11 +58,16 @@ class Relu:
         """Compute the loss densely: the definition."""
         d, codes_TF = y_TE.shape[1], torch.relu(pre_activations(p, x_TD, dtype))
         e_TD = decode(p, codes_TF) - y_TE
-        size_F = layers.lengths(p.w_dec_FD, (1.0,) * p.n_layers) / d**0.5
+        size_F = self._norms_FL(p).sum(1) / d**0.5
         active_TF = codes_TF > 0  # x^p has no slope at 0
         sizes_TF = torch.where(active_TF, codes_TF, 1) * size_F
         penalty = torch.where(active_TF, sizes_TF**self.power, 0).sum()
-        return Losses(e_TD.square().sum(), self.coefficient * d * penalty, codes_TF)
+        error = e_TD.square().sum()
+        return Losses(error, error.new_zeros(()), codes_TF, penalty=self.coefficient * d * penalty)
+
+    def _norms_FL(self, p: Parameters) -> Tensor:
+        """Compute the lengths of decoder rows that the penalty counts: of free rows those at each site."""
+        return layers.lengths(p.w_dec_FD, (1.0,) * p.n_layers)[:, None] if self.unit_rows else p.norms_FL
 
     def codes(self, p: Parameters, found: Codes) -> Codes:
         """Return what the rule found: the codes themselves."""
@@ -77,15 +84,18 @@ class Relu:
     ) -> Slopes:
         """Compute the gradient at the pre-activations, and on the norms of free rows, as `loss` has them."""
         val_TK, n_latents, d = codes.val_TK, len(p.b_enc_F), len(p.b_D)
-        norm_F, active_TK = layers.lengths(p.w_dec_FD, (1.0,) * p.n_layers), val_TK > 0
+        norms_FL, active_TK = self._norms_FL(p), codes.active_TK
+        norm_F = norms_FL.sum(1)
         weight, norm_TK = self.coefficient * d * per_square, norm_F[codes.idx_TK] / d**0.5
         size_TK = (val_TK * norm_TK).where(active_TK, 1)
         penalty_TK = weight * (size_TK**self.power).where(active_TK, 0)
         dval_TK = dot_TK * (2 * per_square) + self.power * penalty_TK / val_TK.where(active_TK, 1)
-        toward_F = None
+        toward_FL = None
         if not self.unit_rows:
-            toward_F = self.power * codes.by_latent(penalty_TK, n_latents) / norm_F.square()
-        return Slopes(dval_TK.where(active_TK, 0), toward_F=toward_F, aux_loss=penalty_TK.sum())
+            of_norm_F1 = (self.power * codes.by_latent(penalty_TK, n_latents))[:, None]
+            # A part of length 0 stays so, as its norm's gradient there is 0.
+            toward_FL = (of_norm_F1 / (norm_F[:, None] * norms_FL)).where(norms_FL > 0, 0)
+        return Slopes(dval_TK.where(active_TK, 0), toward_FL=toward_FL, penalty=penalty_TK.sum())
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: thresholds of 0, and rows of unit length."""

@@ -74,7 +74,7 @@ class TopK:
             sample: training activations in training units.
             team: the processes that share the SAE.
         """
-        initial.tied(p, n_latents, seed, sample, self.k, team)
+        initial.tied(p, n_latents, seed, sample, Largest(self.k), team)
 
     def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition.
@@ -104,7 +104,7 @@ class TopK:
         per_square: float,
     ) -> Slopes:
         """Compute the gradient at the pre-activations: that of the codes where they are not 0."""
-        return Slopes((dot_TK * (2 * per_square)).where(codes.val_TK > 0, 0))
+        return Slopes((dot_TK * (2 * per_square)).where(codes.active_TK, 0))
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: itself."""

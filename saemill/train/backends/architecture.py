@@ -34,6 +34,8 @@ class Auxiliary(NamedTuple):
     k: int
     alpha: float
     """Weight of its squared error beside the reconstruction's."""
+    is_signed: bool = False
+    """Whether these are the largest by absolute value, with their signs, and not rectified."""
 
     def share(self, dead: Dead) -> float:
         """Compute how much of the weight counts: less where fewer latents are dead than could be active."""
@@ -62,18 +64,26 @@ class Seen(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What an architecture's `loss` computes of some tokens. Gradients flow through the first two."""
+    """What an architecture's `loss` computes of some tokens. Gradients flow through `error`, `aux` and
+    `penalty`."""
 
     error: Tensor
     """The squared error that is minimised: Σ e², of prefixes their weighted sum."""
     aux: Tensor
-    """What is added to it: AuxK, penalties."""
+    """What dead latents are to fit beside it, or a gate: AuxK."""
     codes_TF: Tensor
     """The codes, 0 where a latent is not active."""
     sse: Tensor | None = None
     """Σ e² that is reported; None where it is `error`."""
     sse_G: Tensor | None = None
     """Σ e² of each group; None where there is one."""
+    penalty: Tensor | None = None
+    """What is added to keep codes few or small; None without."""
+
+    @property
+    def added(self) -> Tensor:
+        """All that is added to the error."""
+        return self.aux if self.penalty is None else self.aux + self.penalty
 
 
 class Slopes(NamedTuple):
@@ -85,9 +95,10 @@ class Slopes(NamedTuple):
     """Of the further parameters."""
     db_enc_F: Tensor | None = None
     """Of b_enc; None where it is the sum of dpre."""
-    toward_F: Tensor | None = None
-    """What a penalty adds to the gradient of a free decoder row, times the row; None without."""
-    aux_loss: Tensor | None = None
+    toward_FL: Tensor | None = None
+    """What a penalty adds to the gradient of a free decoder row's part at each of its sites, times the part;
+    None without."""
+    penalty: Tensor | None = None
     """What penalties add to the loss, of this process's latents; None without."""
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from saemill.common.sae.topk import topk
 from saemill.train.backends.adding import add_rows
-from saemill.train.backends.architecture import Dead
+from saemill.train.backends.architecture import Auxiliary, Dead
 from saemill.train.backends.base import Batch, Task, Weights, chunks
 from saemill.train.backends.codes import Above, Codes
 from saemill.train.backends.parameters import Parameters
@@ -46,7 +46,13 @@ class Span(NamedTuple):
 
 
 def auxk(
-    backend: "Sparse", batch: Batch, forward: "Forward", dead: Dead, weights: Weights, k: int, scale: float
+    backend: "Sparse",
+    batch: Batch,
+    forward: "Forward",
+    dead: Dead,
+    weights: Weights,
+    auxiliary: Auxiliary,
+    scale: float,
 ) -> tuple[DeadRows, Tensor]:
     """Let the k most active dead latents fit the residual −e.
 
@@ -60,7 +66,7 @@ def auxk(
         forward: results of the same tokens.
         dead: at least one in the whole team.
         weights: of the SAE.
-        k: latents per token; all of the dead ones if there are fewer.
+        auxiliary: how many latents per token, all of the dead ones if there are fewer; and their signs.
         scale: weight of the squared error.
 
     Returns: the gradients and L_aux, over all tokens of the team.
@@ -79,7 +85,7 @@ def auxk(
             torch.addmm(bias_S[some], product_TD[chunk, reads], w_enc_SD[some].T) for some, reads in spans
         ]
         pre_tS = each[0] if len(each) == 1 else torch.cat(each, 1)
-        acts_tS = _activations(backend, pre_tS, k, dead.n_in_team)
+        acts_tS = _activations(backend, pre_tS, auxiliary, dead.n_in_team)
         once_tD = (
             e_TD[chunk].to(dtype) if team.latents.rank == 0 else torch.zeros_like(e_TD[chunk], dtype=dtype)
         )
@@ -116,7 +122,7 @@ def pull(codes: Codes, task: Task, scale: float) -> tuple[DeadRows, Tensor]:
     p, dead_S, x_TD = task.weights.parameters, task.dead.latents_S, task.batch.x_TD
     rule, scale = task.architecture.rule(p), scale * len(p.b_D) ** 0.5
     assert isinstance(rule, Above)
-    above_TK = (codes.val_TK > 0).float()
+    above_TK = codes.active_TK.float()
     n_below_S = len(x_TD) - codes.by_latent(above_TK, len(p.b_enc_F))[dead_S]
     active_F = torch.zeros_like(p.b_enc_F, dtype=torch.bool).index_fill_(0, dead_S, True)
     dead_TK = above_TK * active_F[codes.idx_TK.long()]
@@ -163,8 +169,15 @@ def _decoders(dead_S: Tensor, spans: list[Span], p: Parameters) -> Tensor:
     return rows_SE
 
 
-def _activations(backend: "Sparse", pre_tS: Tensor, k: int, n_dead: int) -> Tensor:
-    """Rectify, of each row, the entries that are among the team's k largest, in place among zeros."""
+def _activations(backend: "Sparse", pre_tS: Tensor, auxiliary: Auxiliary, n_dead: int) -> Tensor:
+    """Find, of each row, the entries that are among the team's k largest, in place among zeros."""
+    if auxiliary.is_signed:
+        return _rectified(backend, pre_tS.abs(), auxiliary.k, n_dead).copysign_(pre_tS)
+    return _rectified(backend, pre_tS, auxiliary.k, n_dead)
+
+
+def _rectified(backend: "Sparse", pre_tS: Tensor, k: int, n_dead: int) -> Tensor:
+    """Rectify these entries."""
     if n_dead <= k:
         return pre_tS.relu_()
     if backend.team.latents.size == 1:

@@ -135,7 +135,7 @@ class Sums(NamedTuple):
     sse: Tensor
     """Σ e², float32; not finite where the SAE has diverged."""
     aux_loss: Tensor
-    """What AuxK and penalties add to the loss, float32."""
+    """What AuxK, or a gate, adds to the loss, float32."""
     n_active: Tensor
     """Number of codes that are not 0."""
     fired_F: Tensor
@@ -144,6 +144,8 @@ class Sums(NamedTuple):
     """The weighted sum of the groups' Σ e², float32; None where there is one group, of which it is `sse`."""
     sse_G: Tensor | None = None
     """Σ e² of each group, float32; None where there is one."""
+    penalty: Tensor | None = None
+    """What penalties add to the loss, float32; None without."""
     cutoff: Tensor | None = None
     """The smallest pre-activation that was kept, float32 []; None where the rule has none."""
     at_output: AtOutput | None = None

@@ -5,19 +5,20 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from saemill.train.backends.base import Batch, Weights
-from saemill.train.backends.codes import Codes, side_by_side
+from saemill.train.backends.codes import Codes, Largest, side_by_side
 
 if TYPE_CHECKING:
     from saemill.train.backends.sparse import Sparse
 
 
-def largest(backend: "Sparse", own: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
+def largest(backend: "Sparse", own: Batch, weights: Weights, bias_F: Tensor, rule: Largest) -> Codes:
     """Find the k largest pre-activations of each token, rectified: an equal number of each layer's."""
     n = weights.parameters.n_layers
     if n == 1:
-        return backend.largest(own, weights, bias_F, k)
+        return backend.largest(own, weights, bias_F, rule)
     layers = zip(_reads(backend, own, n), weights.layers, bias_F.chunk(n), strict=True)
-    return side_by_side([backend.largest(*layer, k // n) for layer in layers], len(bias_F) // n)
+    share = rule._replace(k=rule.k // n)
+    return side_by_side([backend.largest(*layer, share) for layer in layers], len(bias_F) // n)
 
 
 def above(

@@ -13,6 +13,8 @@ class Largest(NamedTuple):
     """The rule of TopK: the k largest pre-activations of each token, rectified."""
 
     k: int
+    is_signed: bool = False
+    """Whether these are the largest by absolute value, with their signs, and not rectified: AbsTopK."""
 
 
 class LargestOfGroups(NamedTuple):
@@ -62,13 +64,18 @@ class Codes(NamedTuple):
     """The active latents of some tokens, in slots."""
 
     val_TK: Tensor
-    """float32, 0 or more; 0 is an unused slot, or a latent that is not active."""
+    """float32; 0 is an unused slot, or a latent that is not active."""
     idx_TK: Tensor
     """int64, or int32 on a GPU: latents' numbers."""
     pre_TK: Tensor | None = None
     """float32, the pre-activations of the slots; None where they are the codes."""
     n_T: Tensor | None = None
     """int64, slots in use; None where all are."""
+
+    @property
+    def active_TK(self) -> Tensor:
+        """Tell which slots hold an active latent, whatever the sign of its code; a NaN is none."""
+        return self.val_TK.abs() > 0
 
     @property
     def used_TK(self) -> Tensor:
@@ -92,7 +99,7 @@ class Codes(NamedTuple):
 
     def by_group(self, groups: "Groups") -> "Codes":
         """Put the codes in the order of their groups: by size, or by latent."""
-        key_TK = -self.val_TK if groups.by_rank else self.idx_TK.where(self.val_TK > 0, LAST)
+        key_TK = -self.val_TK if groups.by_rank else self.idx_TK.where(self.active_TK, LAST)
         order_TK = key_TK.argsort(dim=1, stable=True)
         return self._replace(val_TK=self.val_TK.gather(1, order_TK), idx_TK=self.idx_TK.gather(1, order_TK))
 

@@ -33,6 +33,8 @@ class Parameters(NamedTuple):
     """Whether the encoder takes x − b, and not x."""
     n_layers: int = 1
     """Layers of a cross-layer transcoder; 1 of others."""
+    widths: tuple[int, ...] = ()
+    """Widths of the sites that a decoder row writes to side by side; empty of one site."""
 
     @classmethod
     def zeros(cls, shape: "Shape", device: torch.device) -> "Parameters":
@@ -44,13 +46,21 @@ class Parameters(NamedTuple):
         """Make them of tensors by name, as `named` gives them."""
         further = {name: tensor for name, tensor in named.items() if name not in (*NAMES, SKIP)}
         w_enc, b_enc, w_dec, b = (named[name] for name in NAMES)
-        return cls(w_enc, b_enc, w_dec, b, further, named.get(SKIP), like.is_centred, like.n_layers)
+        return cls(
+            w_enc, b_enc, w_dec, b, further, named.get(SKIP), like.is_centred, like.n_layers, like.widths
+        )
 
     @property
     def named(self) -> dict[str, Tensor]:
         """Return all by name."""
         skip = {} if self.w_skip_ED is None else {SKIP: self.w_skip_ED}
         return {**dict(zip(NAMES, self[:4], strict=True)), **self.further_F, **skip}
+
+    @property
+    def norms_FL(self) -> Tensor:
+        """Compute the lengths of a decoder row's parts at each of its sites; of one site L is 1."""
+        parts = torch.split(self.w_dec_FD, list(self.widths) or self.w_dec_FD.shape[1], 1)
+        return torch.stack([part.norm(dim=1) for part in parts], 1)
 
     @property
     def whole(self) -> tuple[str, ...]:
@@ -101,6 +111,8 @@ class Shape(NamedTuple):
     """As `Parameters.is_centred`."""
     n_layers: int = 1
     """As `Parameters.n_layers`."""
+    widths: tuple[int, ...] = ()
+    """As `Parameters.widths`."""
 
     @property
     def of_each(self) -> dict[str, tuple[int, ...]]:

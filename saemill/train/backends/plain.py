@@ -70,10 +70,10 @@ class Plain:
             with region("backward"), torch.enable_grad():
                 some = own.tokens(chunk).less_skip(leaves)
                 losses = task.architecture.loss(leaves, some.x_TD, some.target_TE, seen, self.dtype)
-                loss = (losses.error + losses.aux) * rates.per_square
+                loss = (losses.error + losses.added) * rates.per_square
                 if found is not None:
                     xhat_TE = output(leaves, losses.codes_TF, some.x_TD)
-                    loss = (losses.error * found.squares + losses.aux) * rates.per_square
+                    loss = (losses.error * found.squares + losses.added) * rates.per_square
                     loss = loss + (xhat_TE * found.gradient_TE[chunk]).sum()
                 loss.backward()  # type: ignore[no-untyped-call]
             sums = _added(sums, losses, rates.per_square)
@@ -164,16 +164,22 @@ def _zero_sums(p: Parameters, task: Task) -> Sums:
 
 def _numbers(sums: Sums) -> list[Tensor]:
     """List the sums that processes add up."""
-    return [s for s in (sums.sse, sums.aux_loss, sums.n_active, sums.error, sums.sse_G) if s is not None]
+    return [
+        s
+        for s in (sums.sse, sums.aux_loss, sums.n_active, sums.error, sums.sse_G, sums.penalty)
+        if s is not None
+    ]
 
 
 def _added(sums: Sums, losses: Losses, per_square: float) -> Sums:
     """Count a chunk."""
     active_TF = losses.codes_TF.detach() != 0
     shown = losses.error if losses.sse is None else losses.sse
+    penalty = None if losses.penalty is None else losses.penalty.detach() * per_square
     return sums._replace(
         sse=sums.sse + shown.detach(),
         aux_loss=sums.aux_loss + losses.aux.detach() * per_square,
+        penalty=penalty if penalty is None or sums.penalty is None else sums.penalty + penalty,
         n_active=sums.n_active + active_TF.sum(),
         fired_F=sums.fired_F | active_TF.any(0),
         error=None if sums.error is None else sums.error + losses.error.detach(),

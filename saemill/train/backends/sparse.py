@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from saemill.common.sae import layers
+from saemill.common.sae.abs_topk import abs_topk
 from saemill.common.sae.topk import topk
 from saemill.train.backends import by_layer
 from saemill.train.backends.architecture import Auxiliary, Pull, Seen, Slopes
@@ -65,7 +66,7 @@ class Forward(NamedTuple):
     sse: Tensor
     """Σ e², float32."""
     n_active: Tensor
-    """Codes above 0, those on other processes included."""
+    """Active latents, those on other processes included."""
     bias_F: Tensor
     """From `fold_bias`."""
     cutoff: Tensor | None = None
@@ -99,8 +100,8 @@ class Sparse(ABC):
         """Compute `fold_bias` of the weights that the product uses; not finite where a weight is not."""
 
     @abstractmethod
-    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
-        """Find the k largest pre-activations of each token, rectified."""
+    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, rule: Largest) -> Codes:
+        """Find the k largest pre-activations of each token, as the rule has them."""
 
     @abstractmethod
     def largest_of_groups(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
@@ -152,7 +153,7 @@ class Sparse(ABC):
         if isinstance(aux := architecture.auxiliary, Auxiliary) and task.dead.n_in_team > 0:
             scale = aux.alpha * task.rates.per_square * aux.share(task.dead)
             with region("auxk"):
-                dead_rows, aux_loss = auxk(self, own, forward, task.dead, task.weights, aux.k, scale)
+                dead_rows, aux_loss = auxk(self, own, forward, task.dead, task.weights, aux, scale)
         found = None
         if task.objective is not None:
             with region("model"):
@@ -168,11 +169,15 @@ class Sparse(ABC):
             )
         task = task._replace(healthy=task.healthy & torch.isfinite(forward.sse))
         fired_F = self.update(task, forward, slopes, dead_rows)
-        if slopes.aux_loss is not None:
-            aux_loss = aux_loss + self.team.latents.all_reduce(slopes.aux_loss)
         if forward.held_sse is not None:
             aux_loss = aux_loss + forward.held_sse * task.rates.per_square
-        sums = Sums(forward.sse, aux_loss, forward.n_active, fired_F, cutoff=forward.cutoff, at_output=found)
+        penalty = None if slopes.penalty is None else self.team.latents.all_reduce(slopes.penalty)
+        sums = Sums(
+            *(forward.sse, aux_loss, forward.n_active, fired_F),
+            penalty=penalty,
+            cutoff=forward.cutoff,
+            at_output=found,
+        )
         if architecture.groups is None or forward.sse_G is None:
             return sums
         error = forward.sse_G @ forward.sse_G.new_tensor(architecture.groups.weights)
@@ -183,7 +188,7 @@ class Sparse(ABC):
         weights, architecture, p = task.weights, task.architecture, task.weights.parameters
         bias_F, rule, cutoff = self.bias(weights), architecture.rule(p), None
         if isinstance(rule, Largest):
-            found: Codes | None = by_layer.largest(self, own, weights, bias_F, rule.k)
+            found: Codes | None = by_layer.largest(self, own, weights, bias_F, rule)
         elif isinstance(rule, LargestOfGroups):
             found = self.largest_of_groups(own, weights, bias_F, rule.k)
         elif isinstance(rule, Above):
@@ -217,7 +222,7 @@ class Sparse(ABC):
         """Keep what is among the team's k largest, where those are asked for; count the codes of the team."""
         if isinstance(rule, Largest):
             return own_codes(codes, self.team)
-        return codes, self.team.latents.all_reduce((codes.val_TK > 0).sum())
+        return codes, self.team.latents.all_reduce(codes.active_TK.sum())
 
     def _own_groups(self, groups: Groups | None) -> Groups | None:
         """Count where groups of latents end among those of this process."""
@@ -229,8 +234,8 @@ class Sparse(ABC):
         )
 
     def _n_shown(self, codes: Codes, groups: Groups, n_active: Tensor) -> Tensor:
-        """Count the codes above 0 in the group that is shown."""
-        return n_active if not groups.by_rank else (codes.val_TK[:, : groups.ends[groups.shown]] > 0).sum()
+        """Count the active latents in the group that is shown."""
+        return n_active if not groups.by_rank else codes.active_TK[:, : groups.ends[groups.shown]].sum()
 
     def _above(self, own: Batch, weights: Weights, bias_F: Tensor, floor_F: Tensor) -> Codes | None:
         """Find pre-activations above floors; None where all processes had better take a dense step."""
@@ -289,19 +294,19 @@ def fold_bias(w_enc_FD: Tensor, b_enc_F: Tensor, b_D: Tensor) -> Tensor:
     return b_enc_F - torch.mv(w_enc_FD, b_D.to(w_enc_FD.dtype)).float()
 
 
-def encode(x_TD: Tensor, w_enc_FD: Tensor, bias_F: Tensor, k: int, scratch_TF: Tensor) -> Codes:
+def encode(x_TD: Tensor, w_enc_FD: Tensor, bias_F: Tensor, rule: Largest, scratch_TF: Tensor) -> Codes:
     """Find the codes of some tokens, by a dense product and an exact top-k.
 
     Args:
         x_TD, w_enc_FD: of the same dtype, the product's.
         bias_F: from `fold_bias`.
-        k: active latents per token.
+        rule: which pre-activations are codes.
         scratch_TF: where the pre-activations go, for no fewer tokens.
     """
     with region("encode"):
         pre_TF = torch.addmm(bias_F.to(x_TD.dtype), x_TD, w_enc_FD.T, out=scratch_TF[: len(x_TD)])
     with region("top-k"):
-        values, indices = topk(pre_TF, k)
+        values, indices = (abs_topk if rule.is_signed else topk)(pre_TF, rule.k)
         return Codes(values.float(), indices)
 
 
@@ -313,12 +318,12 @@ def decode(codes: Codes, w_dec_FD: Tensor) -> Tensor:
 def own_codes(codes: Codes, team: Team) -> tuple[Codes, Tensor]:
     """Keep, of this process's best latents, those that are among the team's; the others are 0 at latent 0.
 
-    Returns: the codes, and how many are above 0 in the whole team.
+    Returns: the codes, and how many are active in the whole team.
     """
     if team.latents.size == 1:
-        return codes, (codes.val_TK > 0).sum()
+        return codes, codes.active_TK.sum()
     with region("exchange"):
-        chosen_TK, n_active = team.among_all(codes.val_TK)
+        chosen_TK, n_active = team.among_all(codes.val_TK.abs())
     return codes.where(chosen_TK), n_active
 
 

@@ -1,5 +1,6 @@
 """From a variant's settings to its architecture."""
 
+from saemill.train.arch.abs_topk import AbsTopK
 from saemill.train.arch.batchtopk import BatchTopK
 from saemill.train.arch.gated import Gated
 from saemill.train.arch.groupmax import GroupMax
@@ -23,7 +24,7 @@ def architecture_of(variant: Variant, d: int) -> Architecture:
     """
     v, name = variant, variant.architecture
     warmup_steps = v.penalty_warmup_steps or 0
-    auxiliary = Auxiliary(v.k_aux or 1, v.auxk_alpha) if v.auxk_alpha else None
+    auxiliary = Auxiliary(v.k_aux or 1, v.auxk_alpha, name == "abs-topk") if v.auxk_alpha else None
     if name == "relu":
         return Relu(v.l1_coefficient or 0.0, v.lp_norm, v.decoder_rows == "unit", warmup_steps)
     if name == "gated":
@@ -43,6 +44,8 @@ def architecture_of(variant: Variant, d: int) -> Architecture:
         (min(d, v.num_latents // (MULTI if v.multi_topk else 1)) if v.k_anneal_steps else 0),
         v.k or 0,
     )
+    if name == "abs-topk":
+        return AbsTopK(round(k), auxiliary)
     if name == "groupmax":
         return GroupMax(round(k), auxiliary)
     if name == "topk":

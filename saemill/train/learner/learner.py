@@ -13,13 +13,14 @@ from saemill.common.sae import layers
 from saemill.common.sae.parts import Joined, Parts, SaeConfig
 from saemill.common.stores.site_names import parts_of
 from saemill.train.arch import initial
+from saemill.train.architectures import PENALISED
 from saemill.train.backends.architecture import Dead, Sample
 from saemill.train.backends.base import Backend, Batch, Rates, Task
 from saemill.train.backends.parameters import Parameters, Shape
 from saemill.train.learner.architecture import architecture_of
 from saemill.train.learner.resampling import resample
 from saemill.train.learner.totals import CutoffAverage, Totals
-from saemill.train.learner.units import fill_whole, form_of, rows_of, whole_of
+from saemill.train.learner.units import check_joined, fill_whole, form_of, rows_of, whole_of
 from saemill.train.losses import IN_MODEL, nats_name
 from saemill.train.objective.squared_error import per_square
 from saemill.train.optim.average import WeightAverage
@@ -68,7 +69,8 @@ class Learner:
         n_rows = self.rows.stop - self.rows.start
         is_centred = target is None and variant.apply_b_dec_to_input
         further, has_skip = self.architecture.further, variant.skip_connection
-        shape = Shape(n_rows, d, d_out, further, has_skip, is_centred, variant.n_layers)
+        widths = tuple(width for width, _ in output.parts)
+        shape = Shape(n_rows, d, d_out, further, has_skip, is_centred, variant.n_layers, widths)
         self.weights = backend.weights(shape, device)
         self.parameters = self.weights.parameters
         self.cutoff = CutoffAverage(device)
@@ -86,7 +88,13 @@ class Learner:
         """The step at which the loss was not finite, −1 where it is."""
         self.frozen = False
         """Whether steps are left out, since it has diverged."""
-        self.totals = Totals(d_out, device, self.architecture.groups, nats_name(variant.loss))
+        self.totals = Totals(
+            d_out,
+            device,
+            self.architecture.groups,
+            nats_name(variant.loss),
+            variant.architecture in PENALISED,
+        )
         self.weights.refresh()
 
     def _start(self, sample: Sample) -> None:
@@ -105,6 +113,7 @@ class Learner:
     def _start_from(self, parts: Parts) -> None:
         """Fill in the parameters of a finished SAE, in this run's units."""
         p = self.parameters
+        check_joined(parts, self.scaling, self.variant.site)
         fill_whole(p, parts, self.scaling, self.target_scaling)
         form = form_of(p, parts, self.rows, self.scaling, self.target_scaling)
         self.architecture.restore(p, form)
@@ -158,8 +167,9 @@ class Learner:
             error = sums.sse if sums.error is None else sums.error
             found = sums.at_output
             loss = (error * rates.per_square if found is None else found.loss) + sums.aux_loss
+            loss = loss if sums.penalty is None else loss + sums.penalty
             nats = None if found is None else found.nats
-            self.totals.add(n_tokens, sums.sse, loss, sums.aux_loss, sums.n_active, sums.sse_G, nats)
+            self.totals.add(n_tokens, loss, sums, nats)
             if sums.cutoff is not None:
                 self.cutoff.add(sums.cutoff, healthy)
             self.idle_tokens_F.copy_(torch.where(sums.fired_F, 0, self.idle_tokens_F + n_tokens))

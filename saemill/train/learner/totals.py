@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from saemill.train.backends.base import Sums
 from saemill.train.backends.codes import Groups
 
 CUTOFF_SHARE = 0.1
@@ -21,38 +22,36 @@ class Totals:
         device: where it trains.
         groups: of codes that fit alone, each with an FVU of its own; None where there is one.
         nats_name: name of the model's loss; empty where it is not minimised.
+        has_penalty: whether a penalty keeps codes few or small.
     """
 
     def __init__(
-        self, d: int, device: torch.device, groups: Groups | None = None, nats_name: str = ""
+        self,
+        d: int,
+        device: torch.device,
+        groups: Groups | None = None,
+        nats_name: str = "",
+        has_penalty: bool = False,
     ) -> None:
         self.d = d
         ends, sign = ((), "") if groups is None else (groups.ends, "k" if groups.by_rank else "f")
         self.group_names = [f"fvu_{sign}{end}" for end in ends]
         """Names of the groups' errors among the metrics."""
-        self.n_groups, self.nats_names = len(ends), [nats_name] if nats_name else []
-        n_sums = 6 + len(ends) + len(self.nats_names)
+        self.step_names = ["penalty"] * has_penalty + ([nats_name] if nats_name else [])
+        """Names of what is a mean over steps, beside the losses that all have."""
+        n_sums = 6 + len(ends) + len(self.step_names)
         self.values = torch.zeros(2, n_sums, dtype=torch.float64, device=device)
 
-    def add(
-        self,
-        n_tokens: int,
-        sse: Tensor,
-        loss: Tensor,
-        auxk: Tensor,
-        n_active: Tensor,
-        sse_G: Tensor | None = None,
-        nats: Tensor | None = None,
-    ) -> None:
-        """Count one batch."""
-        batch_sums = [sse, loss, auxk, n_active]
+    def add(self, n_tokens: int, loss: Tensor, sums: Sums, nats: Tensor | None = None) -> None:
+        """Count one batch: its loss, what the step did, and what the model loses."""
+        batch_sums = [sums.sse, loss, sums.aux_loss, sums.n_active]
         self.values[:, :4] += torch.stack([value.double() for value in batch_sums])
         self.values[:, 4] += n_tokens
         self.values[:, 5] += 1
-        if sse_G is not None:
-            self.values[:, 6 : 6 + self.n_groups] += sse_G.double()
-        if nats is not None:
-            self.values[:, -1] += nats.double()
+        own = [] if sums.sse_G is None else [*sums.sse_G]
+        own += [value for value in (sums.penalty, nats) if value is not None]
+        if own:
+            self.values[:, 6:] += torch.stack([value.double() for value in own])
 
     def pop(self) -> dict[str, float | None]:
         """Compute the means since the last call, and start anew."""
@@ -71,18 +70,16 @@ class Totals:
     def _means(self, row: int) -> dict[str, float | None]:
         """Compute means; fvu is the squared error over the site's cached variance (D in training units)."""
         sse, loss, auxk, active, n_tokens, n_steps, *rest = self.values[row].tolist()
-        sse_G, nats = rest[: self.n_groups], rest[self.n_groups :]
+        names = (*self.group_names, *self.step_names)
         if n_tokens == 0:
-            return dict.fromkeys(("fvu", "loss", "auxk", "l0", *self.group_names, *self.nats_names))
+            return dict.fromkeys(("fvu", "loss", "auxk", "l0", *names))
+        per = [n_tokens * self.d] * len(self.group_names) + [n_steps] * len(self.step_names)
         return {
             "fvu": sse / (n_tokens * self.d),
             "loss": loss / n_steps,
             "auxk": auxk / n_steps,
             "l0": active / n_tokens,
-            **{name: each / (n_tokens * self.d) for name, each in zip(self.group_names, sse_G, strict=True)},
-            **{
-                name: sum_of_steps / n_steps for name, sum_of_steps in zip(self.nats_names, nats, strict=True)
-            },
+            **{name: total / n for name, total, n in zip(names, rest, per, strict=True)},
         }
 
 

@@ -9,11 +9,13 @@ the last two with W_enc and W_skip as they are saved; thresholds go with b_enc. 
 with its own scale g s, an SAE is saved with g W_enc and W_dec / g, and b_dec = b / (g s) + c. So is a
 cross-layer transcoder, each part of its weights with the g of the site that it reads or writes to. A finished
 SAE that training starts from was made in units of its own, and goes the other way into those of this run.
+Where the scales of a crosscoder's sites have another ratio here, its rows are of unit length in these.
 """
 
 import torch
 from torch import Tensor
 
+from saemill.common.errors import ConfigError
 from saemill.common.sae import layers
 from saemill.common.sae.formats.folding import unit_rows
 from saemill.common.sae.parts import Parts
@@ -96,6 +98,20 @@ def _offset(p: Parameters, scaling: Scaling) -> Tensor:
     return offset_D if scaling.gain_D is None else offset_D / scaling.gain_D
 
 
+def check_joined(parts: Parts, scaling: Scaling, site: str) -> None:
+    """Refuse a crosscoder that joins sites of other widths than this run's.
+
+    Raises:
+        ConfigError: it does.
+    """
+    own, wanted = ([part.width for part in parts.config.joined], [width for width, _ in scaling.parts])
+    if own != wanted:
+        raise ConfigError(
+            f"init_from: {parts.config.spans} joins widths {own}, and {site} joins {wanted}; name the sites "
+            "in the order of the source's, or others of these widths"
+        )
+
+
 def fill_whole(p: Parameters, parts: Parts, scaling: Scaling, target: Scaling | None) -> None:
     """Fill in the parameters without a row per latent from a finished SAE, of which `whole_of` makes these.
 
@@ -113,7 +129,8 @@ def fill_whole(p: Parameters, parts: Parts, scaling: Scaling, target: Scaling | 
         W_skip = parts.W_skip.double()
         b_D = b_D + W_skip @ scaling.centre_D.cpu().double()
         p.w_skip_ED.copy_(W_skip * (of.scale / scaling.scale))
-    p.b_D.copy_((b_D - of.centre_D.cpu().double()) * of.scale)
+    b_D = (b_D - of.centre_D.cpu().double()) * of.scale
+    p.b_D.copy_(b_D if of.gain_D is None else b_D * of.gain_D.cpu().double())
 
 
 def _fill_whole_of_layers(p: Parameters, parts: Parts, scaling: Scaling, target: Scaling) -> None:
@@ -161,6 +178,8 @@ def form_of(p: Parameters, parts: Parts, rows: slice, scaling: Scaling, target: 
     if target is not None and p.n_layers > 1:
         return _form_of_layers(parts, scaling, target)
     W_enc, b_enc, W_dec = (weights[rows].double() for weights in (parts.W_enc, parts.b_enc, parts.W_dec))
+    gain_D = None if scaling.gain_D is None else scaling.gain_D.cpu().double()
+    W_dec = W_dec if gain_D is None else W_dec * gain_D
     length_F, scale = W_dec.norm(dim=1), (target or scaling).scale
     W_enc, b_enc, W_dec = unit_rows(W_enc, b_enc, W_dec)
     threshold_F = None if parts.threshold is None else parts.threshold[rows].double() * length_F * scale
@@ -170,6 +189,8 @@ def form_of(p: Parameters, parts: Parts, rows: slice, scaling: Scaling, target: 
         b_enc = b_enc - W_enc @ (parts.b_dec.double() - scaling.centre_D.cpu().double())
     if target is not None:
         W_enc = W_enc * (target.scale / scaling.scale)
+    elif gain_D is not None:
+        W_enc = W_enc / gain_D
     return Inference(parts.config.k, threshold_F, W_enc, b_enc * scale, W_dec)
 
 

@@ -153,6 +153,16 @@ def read(folder: Path) -> Checkpoint | None:
     return record
 
 
+def steps_done(folder: Path, everyone: Group) -> int:
+    """Read how many steps a run's checkpoint is after; 0 where there is none. All processes call it together.
+
+    Raises:
+        StoreError: as `read`.
+    """
+    record = everyone.first(lambda: read(folder))
+    return 0 if record is None else record.step
+
+
 def problems(folder: Path, record: Checkpoint) -> Iterator[str]:
     """List each bad file of a checkpoint."""
     for entry in record.parts:

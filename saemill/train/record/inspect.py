@@ -43,6 +43,8 @@ def problems(run: Path) -> list[str]:
 def settings_problems(run: Path) -> list[str]:
     """List the problems of a run's two files of settings."""
     try:
+        if runs.is_finished(run) and runs.finished(run).imported:
+            return []
         identity = runs.identity(run)
     except StoreError as error:
         return [str(error)]

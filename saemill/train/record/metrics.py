@@ -18,7 +18,8 @@ from saemill.common.records import File
 
 Record = dict[str, Any]
 """step, tokens, left_out, tokens_per_s, seconds, and `variants`: name → fvu, loss, auxk, l0,
-dead_fraction, lr; where they were measured on held-out text, eval_fvu and others beside them (`watch`).
+dead_fraction, lr; penalty of architectures that have one; where they were measured on held-out text, eval_fvu
+and others beside them (`watch`).
 
 `left_out` counts the tokens that were passed over for their norm in the stream's windows so far."""
 
@@ -104,14 +105,13 @@ class ConsoleSink:
             self.live = Live(console=console(stderr=True), auto_refresh=False)
             self.live.start()
         self.shown = 0.0
-        self.held_out: dict[str, Record] = {}
-        """Latest figures that not all have, by variant: on held-out text, and of the model."""
+        self.latest: dict[str, Record] = {}
+        """Latest figures that not all variants have, or not each time, by variant."""
 
     def log(self, record: Record) -> None:
         """Show the newest values."""
         for name, m in record["variants"].items():
-            some = (*EVAL_COLUMNS, *NATS_COLUMNS)
-            self.held_out.setdefault(name, {}).update({key: m[key] for key in some if key in m})
+            self.latest.setdefault(name, {}).update({key: m[key] for key in OF_SOME if key in m})
         if self.live:
             self.live.update(self._table(record), refresh=True)
         elif record["step"] == self.n_steps or time.monotonic() - self.shown > LINE_SECONDS:
@@ -127,14 +127,13 @@ class ConsoleSink:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        measured = {key for figures in self.held_out.values() for key in figures}
-        nats = (key for key in NATS_COLUMNS if key in measured)
-        return (*COLUMNS[:1], *nats, *COLUMNS[1:], *(key for key in EVAL_COLUMNS if key in measured))
+        there = {key for figures in self.latest.values() for key in figures}
+        return tuple(key for key in COLUMNS if key not in OF_SOME or key in there)
 
     def _rows(self, record: Record) -> list[list[str]]:
         rows = []
         for name, m in record["variants"].items():
-            values = ((m | self.held_out[name]).get(key) for key in self._columns)
+            values = ((m | self.latest[name]).get(key) for key in self._columns)
             rows.append([printable(name), *("–" if value is None else f"{value:.4g}" for value in values)])
         return rows
 
@@ -158,10 +157,9 @@ class ConsoleSink:
             self.live.stop()
 
 
-COLUMNS = ("fvu", "auxk", "l0", "dead_fraction", "lr")
-NATS_COLUMNS = ("kl", "ce")
-"""Losses of the model, where they are minimised."""
-EVAL_COLUMNS = ("eval_fvu", "eval_l0", "eval_delta_ce", "eval_loss_recovered")
+OF_SOME = ("kl", "ce", "penalty", "eval_fvu", "eval_l0", "eval_delta_ce", "eval_loss_recovered")
+"""Columns that are there where some variant has them."""
+COLUMNS = ("fvu", *OF_SOME[:2], "auxk", "penalty", "l0", "dead_fraction", "lr", *OF_SOME[3:])
 
 
 class TensorBoardSink:

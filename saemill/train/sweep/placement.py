@@ -25,7 +25,9 @@ LATENTS_PER_ACTIVE = 90
 TEAM_OVERHEAD = 0.3
 """Time that a step takes in a team of two above its even share of one process's step, and once more with each
 doubling (docs/scaling.md)."""
-WITHOUT_KERNELS = "signum, muon, clip_grad_norm, frozen decoders and targets of another width"
+WITHOUT_KERNELS = (
+    "signum, muon, clip_grad_norm, frozen decoders, free rows of crosscoders and targets of another width"
+)
 """What a GPU's kernels do not compute."""
 MEMORY_SHARE = 0.85
 """Largest share of a device's memory for weights and moments; the rest is for batches and pre-activations."""
@@ -150,6 +152,7 @@ def is_stepped_by_torch(variant: Variant, widths: Mapping[str, int]) -> bool:
     if len({widths[site] for site in variant.sites}) > 1:
         return True
     by_torch = variant.optimizer in ("signum", "muon") or variant.is_frozen
+    by_torch |= variant.decoder_rows == "free" and len(variant.parts) > 1
     return by_torch or variant.clip_grad_norm is not None
 
 

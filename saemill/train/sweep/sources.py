@@ -124,13 +124,16 @@ def _source(address: str, name: str, parts: Parts) -> Source:
 
 
 def _lengths(parts: Parts) -> Tensor:
-    """Compute the lengths of decoder rows; of a cross-layer transcoder in its own units, over the mean: the
-    unit is common to all its sites, and is not known."""
-    if not parts.config.predicted:
-        of_one: Tensor = torch.linalg.vector_norm(parts.W_dec.float(), dim=1)
-        return of_one
-    lengths_F = layers.lengths(parts.W_dec.float(), [part.scale for part in parts.config.predicted])
-    return torch.div(lengths_F, lengths_F.mean())
+    """Compute the lengths of decoder rows; of several sites in the sites' own units, in which latents are
+    chosen, up to a factor that all share."""
+    W_dec, joined = parts.W_dec.float(), parts.config.joined
+    if parts.config.predicted:
+        of_layers_F = layers.lengths(W_dec, [part.scale for part in parts.config.predicted])
+        return torch.div(of_layers_F, of_layers_F.mean())
+    if joined:
+        W_dec = W_dec * torch.cat([W_dec.new_full((part.width,), part.scale) for part in joined])
+    lengths_F: Tensor = torch.linalg.vector_norm(W_dec, dim=1)
+    return lengths_F / lengths_F.mean() if joined else lengths_F
 
 
 def content_of(parts: Parts) -> str:
@@ -273,16 +276,12 @@ def _unknown(source: Source, name: str) -> Any:
 def _check_shape(entry: Mapping[str, Any], source: Source, d: int, e: int) -> None:
     """Refuse an SAE of another width than the sites', or of another number of latents than is asked for."""
     config, target, address = source.config, entry.get("target_site"), source.address
-    n_layers = len(parts_of(str(target))) if target else 1
-    if n_layers > 1 and config.n_layers != n_layers:
+    n_joined, site = len(parts_of(entry["site"])), entry["site"]
+    if n_joined != (len(config.joined) or 1):
+        joins = f"joins {n_joined} sites" if n_joined > 1 else "is one site"
         raise ConfigError(
-            f"{address} is {config.spans or 'of one site'}; a cross-layer transcoder of {n_layers} layers "
-            "starts from one of as many"
-        )
-    if config.spans and n_layers == 1:
-        advice = ", or train with --cross-layer" if config.predicted else ""
-        raise ConfigError(
-            f"{address} is {config.spans}; start from an SAE or a transcoder, of one site{advice}"
+            f"{address} is {config.spans or 'of one site'}, and {site} {joins}; start from an SAE of as many "
+            "sites"
         )
     if (config.d_out is None) != (target is None):
         advice = "leave target_site out" if target else "say which site it predicts with target_site"
@@ -305,7 +304,7 @@ def _check_shape(entry: Mapping[str, Any], source: Source, d: int, e: int) -> No
 def _check_kind(architecture: Architecture, source: Source) -> None:
     """Refuse an architecture in which the source cannot be written."""
     config, own = source.config, source.config.architecture
-    among_k = {architecture, own} <= {*BY_K} - {"groupmax"}
+    among_k = {architecture, own} <= {*BY_K} - {"groupmax", "abs-topk"}
     if not (architecture == own or among_k or (architecture in OF_THRESHOLDS and config.k is None)):
         raise ConfigError(
             f"{source.address} is a {own} SAE, which cannot be written as {architecture}; leave architecture "

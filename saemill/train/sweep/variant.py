@@ -149,16 +149,9 @@ class Variant:
         name = "a crosscoder" if self.target_site is None else "a cross-layer transcoder"
         if self.target_site is not None:
             self._check_layers()
-        if self.decoder_rows == "free":
-            raise ConfigError(
-                f"decoder_rows free is not there for {name}, whose rows are of unit length over all sites; "
-                "leave it out"
-            )
         if self.loss != "fvu":
             what = "in the units" if self.loss == "mse" else "of the model with the activation"
             raise ConfigError(f"loss {self.loss} is {what} of one site, and {name} has several; use loss fvu")
-        if self.init_from is not None and self.target_site is None:
-            raise ConfigError(f"init_from has no effect on {name}, {self.site}; leave it out")
 
     def _check_layers(self) -> None:
         """Refuse what a cross-layer transcoder is not, and settings that have no meaning for it."""
@@ -197,7 +190,7 @@ class Variant:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= n:
                 raise ConfigError(f"{name} must be in 1..{n} (the number of latents), got {value}")
-        per_token = self.architecture in ("topk", "groupmax") or self.matryoshka_rule == "topk"
+        per_token = self.architecture in ("topk", "abs-topk", "groupmax") or self.matryoshka_rule == "topk"
         if self.k is not None and self.k != round(self.k) and per_token:
             raise ConfigError(
                 f"k is a whole number of each token's latents, got {self.k}; batchtopk takes a mean"

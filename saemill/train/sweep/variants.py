@@ -13,7 +13,8 @@ from saemill.common.setting import default_of, written
 from saemill.common.stores.site_names import folder_of, is_joined, parts_of
 from saemill.train.architectures import no_effect
 from saemill.train.checks import of_architectures
-from saemill.train.config import ADAMW_DECAY, BY_DEFAULT, TrainConfig
+from saemill.train.config import ADAMW_DECAY, TrainConfig
+from saemill.train.saes import BY_DEFAULT
 from saemill.train.sweep.grid import applies, entries_of
 from saemill.train.sweep.sources import Source, Sources, fill_in
 from saemill.train.sweep.variant import TARGET_L0, WITHOUT_SIGNUM, Variant

@@ -48,7 +48,7 @@ class _Sums:
         """Count some tokens. What is squared is float64."""
         codes = self.sae.select(pre_TF[:, : self.sae.config.num_latents])
         error_TD = self.sae.decode(*codes, x_TD).double() - target_TD.double()
-        active = codes.top_acts > 0
+        active = codes.active
         self.sse_D += error_TD.square().sum(0)
         self.n_active += int(active.sum())
         self.fired_F[codes.top_indices[active]] = True

@@ -9,7 +9,7 @@ import torch
 
 from saemill.assess.probes.examples import TEST, Examples
 from saemill.assess.probes.figures import described, of_dictionary
-from saemill.assess.probes.labels import letter_labels, word_labels
+from saemill.assess.probes.labels import letter_labels, surface_labels
 from saemill.assess.probes.run import Found, Pool, probe_pool
 from saemill.common.sae.parts import SaeConfig
 from saemill.common.sae.sae import Sae
@@ -69,8 +69,10 @@ def planted() -> Planted:
     x[is_child, 26 + letter[is_child]] += 2
     group = np.arange(len(texts)) // 2
     part = np.searchsorted((5, 7), group % 10, side="right")
-    examples = Examples("word type", np.arange(len(texts)), group, part, np.array(texts))
-    pool = Pool(examples, [], letter_labels(examples) + word_labels(examples))
+    examples = Examples(
+        "word type", np.arange(len(texts)), group, part, np.array(texts), np.unique(group).astype(np.uint64)
+    )
+    pool = Pool(examples, [], letter_labels(examples) + surface_labels(examples))
     saes = {"absorbs": planted_sae(True), "clean": planted_sae(False), "random": random_sae()}
     return Planted(probe_pool(pool, {"a": x}, saes, (1,), Group([0], 0)), is_child, examples)
 
@@ -141,7 +143,9 @@ def test_letters_that_are_not_held_pass_no_gate() -> None:
     x = np.random.default_rng(0).standard_normal((len(texts), D)).astype(np.float32)
     group = np.arange(len(texts)) // 2
     part = np.searchsorted((5, 7), group % 10, side="right")
-    examples = Examples("word type", np.arange(len(texts)), group, part, np.array(texts))
+    examples = Examples(
+        "word type", np.arange(len(texts)), group, part, np.array(texts), np.unique(group).astype(np.uint64)
+    )
     pool = Pool(examples, [], letter_labels(examples)[:3])
     found = probe_pool(pool, {"a": x}, {"clean": planted_sae(False)}, (1,), Group([0], 0))
     metrics, _, _ = of_dictionary([found], "clean", None)

@@ -19,7 +19,7 @@ from saemill.assess.probes.examples import (
     document_examples,
     word_examples,
 )
-from saemill.assess.probes.labels import Label, letter_labels, shuffled, word_labels
+from saemill.assess.probes.labels import Label, letter_labels, shuffled, surface_labels
 from saemill.assess.probes.probe import Standard, area, fit
 from saemill.assess.probes.words import Vocabulary
 from saemill.assess.reader import Pieces
@@ -91,7 +91,7 @@ def test_documents_are_split_whole(evalset: EvalSet) -> None:
 def test_labels_are_read_off_the_words(evalset: EvalSet) -> None:
     """Oracle: regular expressions."""
     found = word_examples(evalset, Vocabulary(evalset.tokens), 10**6, 10**6)
-    labels = {label.name: label for label in word_labels(found) + letter_labels(found)}
+    labels = {label.name: label for label in surface_labels(found) + letter_labels(found)}
     patterns = {
         "capitalised": r"[A-ZÀ-Þ]\w+", "ends in -ed": r"(?i)\w\w+ed", "ends in -s": r"(?i)\w+[^\Ws]s",
         "7 letters or more": r"\w{7,}", "begins with t": r"[tT]\w*",
@@ -109,7 +109,9 @@ def test_a_probe_that_remembers_words_knows_none_that_it_never_saw() -> None:
     generator = np.random.default_rng(0)
     group = np.repeat(np.arange(300), 4)
     part = np.searchsorted((0.5, 0.7), generator.random(300))[group]
-    found = Examples("word type", np.arange(1200), group, part, np.full(1200, ""))
+    found = Examples(
+        "word type", np.arange(1200), group, part, np.full(1200, ""), np.unique(group).astype(np.uint64)
+    )
     x = generator.standard_normal((300, 400))[group]
     label = Label("none", (generator.random(300) < 0.5)[group])
     by_occurrence = generator.random(len(x)) < 0.7
@@ -117,7 +119,7 @@ def test_a_probe_that_remembers_words_knows_none_that_it_never_saw() -> None:
     for fitted_to, tried_on, least, most in (
         (by_occurrence, ~by_occurrence, 0.9, 1), (train, test, 0.35, 0.65)
     ):  # fmt: skip
-        (probe,) = fit(Standard.of(x[fitted_to]), label.y_N[fitted_to], (1.0,))
+        (probe,) = fit(Standard.of(x, fitted_to), label.y_N[fitted_to], (1.0,))
         auc = area(probe.score(x[tried_on]), label.y_N[tried_on], group[tried_on], 300).value
         assert least < auc < most
     again = shuffled(label, found, 1)

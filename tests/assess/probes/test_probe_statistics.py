@@ -1,5 +1,7 @@
 """Probes, their areas and intervals: against scikit-learn, numpy, and a bootstrap over whole groups."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -10,8 +12,9 @@ from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from saemill.assess.probes import sparse
 from saemill.assess.probes.absorption import absorbed_fraction
-from saemill.assess.probes.probe import Standard, area, best_threshold, fit, mean, ratio
+from saemill.assess.probes.probe import Probe, Standard, area, best_threshold, fit, mean, ratio
 from saemill.assess.probes.sparse import best_latents
 
 
@@ -88,7 +91,7 @@ def test_a_fit_is_that_of_scikit_learn() -> None:
     y = x[:, 0] + x[:, 1] / 100 - 50 + generator.standard_normal(500) > 1
     scaled = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, class_weight="balanced", tol=1e-8))
     expected = scaled.fit(x[:, :5], y).decision_function(x[:, :5])
-    probe = fit(Standard.of(x), y, (0.01, 0.3))[1]
+    probe = fit(Standard.of(x, np.ones(500, bool)), y, (0.01, 0.3))[1]
     np.testing.assert_allclose(probe.score(x), expected, atol=5e-3)
     assert probe.weight_D[5] == 0
 
@@ -106,17 +109,51 @@ def test_the_threshold_is_the_best_of_all(pairs: list[tuple[int, bool]]) -> None
 
 
 def test_the_best_latents_are_those_that_correlate_most() -> None:
-    """Oracle: numpy.corrcoef; latents that never fire are left out, and if asked for, those against it."""
+    """Oracle: numpy.corrcoef on the chosen examples; latents that never fire there are left out, and if asked
+    for, those against the label."""
     generator = np.random.default_rng(0)
     acts = np.where(generator.random((300, 9)) < 0.3, generator.random((300, 9)), 0).astype(np.float32)
     y = acts[:, 4] - acts[:, 7] + generator.standard_normal(300) * 0.1 > 0.1
-    acts[:, 2] = 0
-    r = np.nan_to_num(np.array([np.corrcoef(acts[:, f], y)[0, 1] if f != 2 else 0 for f in range(9)]))
+    chosen = generator.random(300) < 0.8
+    acts[chosen, 2] = 0
+    acts[~chosen] *= 3
+    r = [np.corrcoef(acts[chosen, f], y[chosen])[0, 1] if f != 2 else 0 for f in range(9)]
     codes = scipy.sparse.csc_array(acts)
-    assert best_latents(codes, y, 9).tolist() == np.argsort(-abs(r), kind="stable")[:8].tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "LATENTS_AT_ONCE", 4)
+        found = best_latents(codes, y, chosen, 9).tolist()
+    assert found == np.argsort(-np.abs(r), kind="stable")[:8].tolist()
     assert r[7] < -0.2
-    assert 7 not in best_latents(codes, y, 9, only_for=True)
-    assert best_latents(codes, y, 1).tolist() == [4]
+    assert 7 not in best_latents(codes, y, chosen, 9, only_for=True)
+    assert best_latents(codes, y, chosen, 1).tolist() == [4]
+
+
+def test_pieces_give_the_same_and_no_copy_of_all_is_made() -> None:
+    """Oracle: numpy on all examples at once; and the peak of the bytes that numpy takes, which is far below a
+    copy in float64."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((40_000, 64)).astype(np.float32)
+    chosen = generator.random(len(x)) < 0.5
+    probe = Probe(generator.standard_normal(64), 2.0)
+    codes = scipy.sparse.random_array((4000, 5000), density=0.1, format="csc", rng=0, dtype=np.float32)
+    y = generator.random(4000) < 0.5
+    peaks = []
+    for do in (
+        lambda: probe.score(x, chosen),
+        lambda: probe.score(x),
+        lambda: best_latents(codes, y, np.ones(4000, bool), 3),
+    ):
+        tracemalloc.start()
+        do()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks[:2]) < x.nbytes / 4
+    assert peaks[2] < codes.data.nbytes / 2
+    np.testing.assert_allclose(probe.score(x, chosen), x[chosen] @ probe.weight_D + 2)
+    made = Standard.of(x, chosen)
+    np.testing.assert_allclose(made.mean_D, x[chosen].mean(0, dtype=float), atol=1e-12)
+    np.testing.assert_allclose(1 / made.scale_D, x[chosen].std(0, dtype=float))
+    np.testing.assert_allclose(made.z_ND, (x[chosen] - made.mean_D) * made.scale_D, rtol=1e-6)
 
 
 def test_absorbed_fractions_of_each_case() -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,13 @@ from keeping import fill
 from object_store import S3
 from stores import make_store
 
+from saemill.assess.config import AssessConfig
+from saemill.assess.run import run as assess
 from saemill.common.errors import ConfigError, StoreError
+from saemill.common.stores import assessments
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.local_cache import HASH_BYTES, LocalCache
+from saemill.compare.activations import Stores
 from saemill.train.config import TrainConfig
 from saemill.train.run import run as train
 
@@ -58,6 +63,36 @@ def test_later_epochs_read_nothing_over_the_network(
     asked.clear()
     assert trained(address, tmp_path / "second") == expected
     assert [path for path, _ in asked if "/a/c/" in path] == []
+
+
+def test_an_assessment_and_a_comparison_read_each_block_once(s3: S3, tmp_path: Path) -> None:
+    """Oracle: the assessment of the store on a disk; the requests for shards, none after the first command;
+    the refusals of the setting where no store is in a bucket."""
+    local = local_store(tmp_path / "acts")
+    trained(local.path, tmp_path / "run")
+    address = Path(s3.put(local.path, "assessed"))
+    asked: list[str] = []
+    s3.watch = lambda method, path, headers: asked.append(f"{path} {headers.get('range')}")
+
+    def assessed(acts: Path, name: str, **settings: Any) -> Any:
+        config = AssessConfig(
+            run=tmp_path / "run", acts=acts, with_model=False, out=tmp_path / name, device="cpu", **settings
+        )
+        assess(config)
+        return assessments.load(tmp_path / name).variants
+
+    expected = assessed(local.path, "disk")
+    assert assessed(address, "first") == expected
+    shards = [each for each in asked if "/a/c/" in each]
+    assert len(shards) == len(set(shards)) > 0
+    asked.clear()
+    assert assessed(address, "second", local_cache="1GB") == expected
+    assert [each for each in asked if "/a/c/" in each] == []
+    with pytest.raises(ConfigError, match=r"local_cache has no effect: .*acts is on a disk; leave it out"):
+        assessed(local.path, "refused", local_cache="1GB")
+    assert Stores((local.path, address), 1000, "1GB").stores[1].mirror is not None
+    with pytest.raises(ConfigError, match=r"local_cache has no effect: .*acts is on a disk; leave it out"):
+        Stores((local.path,), 1000, "1GB")
 
 
 def test_no_more_is_kept_than_is_allowed(s3: S3, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

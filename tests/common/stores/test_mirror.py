@@ -215,7 +215,7 @@ def test_every_command_takes_an_address_or_says_why_not(s3: S3, tmp_path: Path) 
 def test_nothing_else_is_written_to_an_address(tmp_path: Path) -> None:
     """Oracle: the refusal, before any work; and no folder that is called s3."""
     local = local_store(tmp_path / "acts")
-    with pytest.raises(ConfigError, match="out is s3://bucket/run, and only `tokenize` and `cache` write"):
+    with pytest.raises(ConfigError, match="out is s3://bucket/run, and only stores are written there"):
         train(TrainConfig(acts=local.path, out=Path("s3://bucket/run"), site=("a",), k=(2,), device="cpu"))
     assert not Path("s3:").exists()
 

@@ -40,10 +40,12 @@ def random_bits(n_rows: int, width: int, dtype: torch.dtype, seed: int) -> NDArr
 
 
 def write(path: Path, rows: NDArray[np.generic], shard_rows: int, dtype: torch.dtype) -> ShardedArray:
-    """An array with its shards written last to first."""
+    """An array with its shards written last to first. Oracle of what is returned: the files."""
     array = ShardedArray.create(path, (rows.shape[0], rows.shape[1]), shard_rows, dtype, {"note": "x"})
     for shard in reversed(range(array.n_shards)):
-        array.write_shard(shard, rows[shard * shard_rows : (shard + 1) * shard_rows])
+        written = array.write_shard(shard, rows[shard * shard_rows : (shard + 1) * shard_rows])
+        file = array.shard_path(shard)
+        assert written == (file.stat().st_size, durable.hash_file(file))
     return array
 
 

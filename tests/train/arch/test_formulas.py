@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saemill.train.arch.abs_topk import AbsTopK
 from saemill.train.arch.batchtopk import BatchTopK
 from saemill.train.arch.gated import Gated
 from saemill.train.arch.groupmax import GroupMax
@@ -60,7 +61,7 @@ def same(
     known = Seen(NONE_DEAD, T)._replace(**seen)
     p = Parameters.of(found, Shape(F, D, D))
     losses = architecture.loss(p, x, x, known, torch.float64)
-    mine, other = losses.error + losses.aux, formula(x, **expected)
+    mine, other = losses.error + losses.added, formula(x, **expected)
     torch.testing.assert_close(mine, other)
     mine.backward()
     other.backward()
@@ -104,6 +105,17 @@ def test_several_k(weights: dict[str, Tensor]) -> None:
 
     same(weights, TopK(5, nested_k=(2,)), (), lambda x, **p: (error(2, x, **p) + error(5, x, **p)) / 2)
     same(weights, TopK(3, multi=True), (), lambda x, **p: error(3, x, **p) + error(12, x, **p) / 8)
+
+
+def test_abs_topk(weights: dict[str, Tensor]) -> None:
+    """Oracle: Zhu et al. 2025: hard thresholding, of all entries those that no k others exceed in size."""
+
+    def formula(x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b: Tensor) -> Tensor:
+        pre = (x - b) @ w_enc.T + b_enc
+        n_larger = (pre.abs()[:, None, :] > pre.abs()[:, :, None]).sum(2)
+        return (x - (pre * (n_larger < 5)) @ w_dec - b).square().sum()
+
+    same(weights, AbsTopK(5), (), formula)
 
 
 def test_groupmax(weights: dict[str, Tensor]) -> None:

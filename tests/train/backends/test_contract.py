@@ -91,6 +91,11 @@ CASES = {
     "batchtopk, fewer above 0": Case(architecture="batchtopk", k=30),
     "batchtopk, latents alike": Case(architecture="batchtopk", k=6, spoil="ties"),
     "batchtopk, a latent for all tokens": Case(architecture="batchtopk", spoil="hot"),
+    "abs-topk": Case(architecture="abs-topk", n_dead=4),
+    "abs-topk, odd shape": Case(architecture="abs-topk", k=9, t=33, d=17, f=101),
+    "abs-topk, every latent": Case(architecture="abs-topk", k=13, f=13, d=5, t=7),
+    "abs-topk, many dead, clipped": Case(architecture="abs-topk", n_dead=25, k_aux=5, clip=0.05),
+    "bfloat16, abs-topk": Case(architecture="abs-topk", t=32, d=32, f=64, k=8, dtype=torch.bfloat16),
     "groupmax": Case(architecture="groupmax", k=5, n_dead=4),
     "groupmax, odd shape": Case(architecture="groupmax", k=7, t=33, d=17, f=91),
     "bfloat16, groupmax": Case(architecture="groupmax", t=32, d=32, f=64, k=8, dtype=torch.bfloat16),
@@ -249,7 +254,7 @@ def oracle(
     if "w_skip" in leaves:
         target_TE = target_TE - x_TD @ leaves["w_skip"].T
     losses = learner.architecture.loss(p, x_TD, target_TE, seen(learner, p, x_TD), torch.float64)
-    loss = (losses.error + losses.aux) / target_TE.numel()
+    loss = (losses.error + losses.added) / target_TE.numel()
     loss.backward()  # type: ignore[no-untyped-call]
     w_dec = p.w_dec_FD
     if unit:
@@ -380,7 +385,7 @@ def test_the_definition_is_topk_with_auxk(n_dead: int) -> None:
     def mine(*p: Tensor) -> Tensor:
         architecture = TopK(k, Auxiliary(k_aux, 1 / 8))
         losses = architecture.loss(Parameters(*p), x, x, Seen(Dead(dead_S, n_dead), t), torch.float64)
-        return losses.error + losses.aux
+        return losses.error + losses.added
 
     def theirs(w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b: Tensor) -> Tensor:
         e = codes(w_enc, b_enc, b, k) @ w_dec + b - x

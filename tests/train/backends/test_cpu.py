@@ -11,6 +11,7 @@ from steps import make_bank, planted, silence, train
 from saemill.train.arch.topk import TopK
 from saemill.train.backends.architecture import Dead, Slopes
 from saemill.train.backends.base import Rates, Task
+from saemill.train.backends.codes import Largest
 from saemill.train.backends.cpu import backend as cpu
 from saemill.train.backends.cpu import update
 from saemill.train.backends.cpu.threads import each, number, one_in_torch
@@ -78,7 +79,7 @@ def test_threads_do_not_change_the_result(
         torch.set_num_threads(n_threads)
         try:
             batch = backend.prepare(planted(1, T, D)[0])
-            codes = backend.largest(batch, weights, backend.bias(weights), 6)
+            codes = backend.largest(batch, weights, backend.bias(weights), Largest(6))
             e_TD, dot_TK, sse = backend.reconstruct(codes, batch, weights)
             forward = Forward(codes, e_TD, dot_TK, sse, (codes.val_TK > 0).sum(), backend.bias(weights))
             rates, healthy = Rates(0.05, 1e-2, 0.0), torch.tensor(True)

@@ -102,7 +102,8 @@ def test_errors_of_scores_are_normal_with_the_stated_deviation(kind: str) -> Non
 def test_codes_are_those_of_the_whole_product(
     t: int, d: int, f: int, k: int, dtype: torch.dtype, kind: str, seed: int
 ) -> None:
-    """Oracle: torch.topk of the product in float32, ReLU'd; with ties, latents all below 0, zero tokens."""
+    """Oracle: torch.topk of the product in float32, ReLU'd, and of its absolute values; with ties, latents
+    all below 0, zero tokens."""
     k = min(k, f)
     x_TD = torch.randn(t, d, generator=made(seed)).to(dtype)
     w_FD = torch.randn(f, d, generator=made(seed + 1)).to(dtype)
@@ -115,15 +116,18 @@ def test_codes_are_those_of_the_whole_product(
         x_TD[::2] = 0
     tokens, latents = quantise(x_TD), quantise(w_FD)
     scores_TF = torch.mm(tokens.codes_ND.int(), latents.codes_ND.int().T)
-    val_TK, idx_TK = torch.full((t, k), torch.nan), torch.full((t, k), -1)
-    select(scores_TF, tokens, latents, x_TD, w_FD, bias_F, val_TK, idx_TK)
     pre_TF = x_TD.float() @ w_FD.float().T + bias_F
-    expected = pre_TF.topk(k).values.relu()
-    torch.testing.assert_close(val_TK.sort(1).values, expected.sort(1).values, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(pre_TF.gather(1, idx_TK)[val_TK > 0], val_TK[val_TK > 0], rtol=1e-4, atol=1e-4)
-    for row, values in zip(idx_TK, val_TK, strict=True):
-        active = row[values > 0].tolist()
-        assert len(set(active)) == len(active)
+    for is_signed in (False, True):
+        val_TK, idx_TK = torch.full((t, k), torch.nan), torch.full((t, k), -1)
+        select(scores_TF, tokens, latents, x_TD, w_FD, bias_F, val_TK, idx_TK, is_signed)
+        expected = (pre_TF.abs() if is_signed else pre_TF.relu()).topk(k).values
+        torch.testing.assert_close(val_TK.abs().sort(1).values, expected.sort(1).values, rtol=1e-4, atol=1e-4)
+        active_TK = val_TK != 0
+        exact = pre_TF.gather(1, idx_TK)[active_TK]
+        torch.testing.assert_close(exact, val_TK[active_TK], rtol=1e-4, atol=1e-4)
+        for row, active_K in zip(idx_TK, active_TK, strict=True):
+            active = row[active_K].tolist()
+            assert len(set(active)) == len(active)
 
 
 @settings(max_examples=60, deadline=None)

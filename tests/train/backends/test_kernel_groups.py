@@ -14,7 +14,7 @@ from kernel_inputs import BF16, DEVICE, F16, F32, dense_codes, distinct, hyper, 
 from saemill.train.backends.gpu.kernels.above import above
 from saemill.train.backends.gpu.kernels.groups import residual_of_groups
 from saemill.train.backends.gpu.kernels.rows import Latents, Moments, update_rows
-from saemill.train.backends.gpu.kernels.segments import latent_sums, segments
+from saemill.train.backends.gpu.kernels.segments import Terms, latent_sums, segments
 
 pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("seeded")]  # slow enough without being traced
 
@@ -133,7 +133,7 @@ def test_rows_learn_from_the_error_of_their_group(
     if penalised:
         sums, toward = sums._replace(toward_F=(toward := randn(f))), toward.double()
     update_rows(
-        *(latents, moments, x, e, val, dpre, b, pairs, sums, now), optimizer="sgd", row_TK=row, unit=unit
+        *(latents, moments, Terms(x, e, val, dpre, row), b, pairs, sums, now), optimizer="sgd", unit=unit
     )
     ddense = dense_codes(idx, dpre, f)
     g_enc = ddense.T @ (x.double() - b)

@@ -29,6 +29,7 @@ from saemill.train.backends.gpu.kernels.residual import residual
 from saemill.train.backends.gpu.kernels.rows import Latents, Moments, update_rows
 from saemill.train.backends.gpu.kernels.segments import (
     AuxGradients,
+    Terms,
     latent_sums,
     segments,
 )
@@ -81,7 +82,7 @@ class Trained:
         (torch.relu(pre * mask) @ dec + b).backward(0.37 * e.double())
         self.reference_step((enc, b_enc, dec), aux)
         update_rows(
-            *(self.mine, self.moments, x, e, val, dpre, self.b, pairs, sums, now),
+            *(self.mine, self.moments, Terms(x, e, val, dpre), self.b, pairs, sums, now),
             optimizer=self.optimizer,
             aux=aux,
         )
@@ -191,7 +192,7 @@ def one_update(
     dpre = 0.37 * dot * (val > 0)
     sums = latent_sums(val, dot, dpre, pairs, now, aux)
     place = None if seed is None else torch.tensor([seed], dtype=torch.int32, device=DEVICE)
-    inputs = (x, e, val, dpre, randn(d), pairs, sums, now)
+    inputs = (Terms(x, e, val, dpre), randn(d), pairs, sums, now)
     update_rows(parameters, moments, *inputs, optimizer="adam", seed=place, aux=aux)
     return [tensor for tensor in (*parameters, *moments) if tensor is not None]
 
@@ -289,7 +290,7 @@ def test_update_refuses_state_that_does_not_fit() -> None:
     sums = latent_sums(val, dot, dot, pairs, hyper())
 
     def update(moments: Moments, optimizer: str, seed: Tensor | None = None) -> None:
-        inputs = (x, x, val, dot, randn(8), pairs, sums, hyper())
+        inputs = (Terms(x, x, val, dot), randn(8), pairs, sums, hyper())
         update_rows(parameters, moments, *inputs, optimizer=optimizer, seed=seed)
 
     adam, sgd = zero_moments(parameters, "adam", F32), zero_moments(parameters, "sgd", F32)

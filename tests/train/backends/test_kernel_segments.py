@@ -11,6 +11,7 @@ from kernel_inputs import BF16, DEVICE, dense_codes, distinct, hyper, randn, ran
 from saemill.train.backends.gpu.kernels.segments import (
     AuxGradients,
     Segments,
+    Terms,
     chunk_sums,
     latent_sums,
     segments,
@@ -103,7 +104,7 @@ def test_chunk_sums_add_up_to_the_latents_gradients(n_groups: int) -> None:
     group = torch.randint(0, n_groups, idx.shape, device=DEVICE)
     row = (group * n_tokens + torch.arange(n_tokens, device=DEVICE)[:, None]).int()
     pairs = segments(idx, f, 8)
-    partial = chunk_sums(pairs, val, dpre, x, e, row if n_groups > 1 else None)
+    partial = chunk_sums(pairs, Terms(x, e, val, dpre, row if n_groups > 1 else None))
     partial = partial[: int(pairs.n_chunks)].double()
     latent = pairs.chunk_latent_C[: int(pairs.n_chunks)].long()
     found = torch.zeros(f, 2, d, dtype=torch.float64, device=DEVICE).index_add(0, latent, partial)

@@ -21,16 +21,17 @@ pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("seeded")]  # slow e
 
 
 def assert_selects(pre: Tensor, k: int) -> None:
-    val, idx = select(pre, k)
-    expected_val, expected_idx = largest(pre, k)
-    assert torch.equal(idx, expected_idx)
-    torch.testing.assert_close(val, expected_val, rtol=0, atol=0, equal_nan=True)
+    for is_signed in (False, True):
+        val, idx = select(pre, k, is_signed)
+        expected_val, expected_idx = largest(pre, k, is_signed)
+        assert torch.equal(idx, expected_idx)
+        torch.testing.assert_close(val, expected_val, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize(("f", "k"), [(100, 5), (257, 32), (1000, 32), (1000, 1), (40, 40)])
 def test_select_is_exact(f: int, k: int, dtype: torch.dtype) -> None:
-    """Oracle: a stable sort of each row; indices and values equal."""
+    """Oracle: a stable sort of each row, by value and by absolute value; indices and values equal."""
     pre = randn(7, f)
     pre[0] = -pre[0].abs()
     pre[1] = pre[1].round()

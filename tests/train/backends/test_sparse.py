@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saemill.train.backends.base import chunks
+from saemill.train.backends.codes import Largest
 from saemill.train.backends.sparse import encode, fold_bias
 
 
@@ -18,7 +19,9 @@ def test_bf16_product_finds_nearly_the_same_latents() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         w = w_enc.to(dtype)
         found.append(
-            encode(x.to(dtype), w, fold_bias(w, b_enc, b), 32, torch.empty(200, 1024, dtype=dtype)).idx_TK
+            encode(
+                x.to(dtype), w, fold_bias(w, b_enc, b), Largest(32), torch.empty(200, 1024, dtype=dtype)
+            ).idx_TK
         )
     shared = sum(len(set(a.tolist()) & set(r.tolist())) for a, r in zip(*found, strict=True))
     assert shared / found[0].numel() > 0.95

@@ -8,6 +8,7 @@ from steps import make_bank, planted, train
 from torch import Tensor
 
 from saemill.common.sae.sae import Sae
+from saemill.train.backends.codes import Largest
 from saemill.train.backends.sparse import decode, encode, fold_bias
 from saemill.train.learner.learner import Learner
 from saemill.train.stream.scaling import Scaling
@@ -97,7 +98,7 @@ def test_export_gives_the_same_sae_in_the_activations_own_units() -> None:
     parts = learner.export({})
     assert parts is not None
     w_enc, b_enc, w_dec, b, *_ = learner.parameters
-    active = encode(inside, w_enc, fold_bias(w_enc, b_enc, b), BASE.k, torch.empty(T, F))
+    active = encode(inside, w_enc, fold_bias(w_enc, b_enc, b), Largest(BASE.k), torch.empty(T, F))
     expected = (decode(active, w_dec) + b) / scaling.scale + scaling.centre_D
     output = Sae.of(parts)(raw[0])
     torch.testing.assert_close(output.reconstruction, expected, rtol=1e-3, atol=1e-2)

@@ -8,7 +8,7 @@ import torch
 from steps import make_bank, planted
 from torch import Tensor
 
-from saemill.common.sae.parts import Parts, SaeConfig
+from saemill.common.sae.parts import Joined, Parts, SaeConfig
 from saemill.common.sae.sae import Sae
 from saemill.train.backends.architecture import Dead, Inference, Seen
 from saemill.train.backends.codes import Above
@@ -44,9 +44,21 @@ def parts_of(k: int | None, d_out: int | None = None, *, skip: bool = False, fre
     )
 
 
-def scaling(width: int) -> Scaling:
-    """Units that are not those of the SAE."""
-    return Scaling(5 + drawn(width), 0.37)
+def crosscoder_of(k: int | None, scales: tuple[float, float]) -> Parts:
+    """A random crosscoder of two sites, whose rows are of unit length in the sites' units."""
+    parts = parts_of(k)
+    joined = tuple(
+        Joined(site, *part) for site, part in zip("ab", zip((5, 7), scales, strict=True), strict=True)
+    )
+    stretch_D = torch.tensor(scales).double().repeat_interleave(torch.tensor((5, 7)))
+    config = replace(parts.config, joined=joined)
+    return replace(parts, config=config, W_dec=parts.W_dec / stretch_D, W_enc=parts.W_enc * stretch_D)
+
+
+def scaling(width: int, parts: Parts | None = None) -> Scaling:
+    """Units that are not those of the SAE; of a crosscoder with two scales."""
+    joined = ((5, 0.8), (7, 0.2)) if parts is not None and parts.config.joined else ()
+    return Scaling(5 + drawn(width), 0.37, joined)
 
 
 CASES: dict[str, tuple[Parts, dict[str, Any]]] = {
@@ -55,6 +67,15 @@ CASES: dict[str, tuple[Parts, dict[str, Any]]] = {
     "jumprelu": (parts_of(None), {"architecture": "jumprelu", "target_l0": 4.0}),
     "jumprelu, free rows": (parts_of(None, free=True), {"architecture": "jumprelu", "target_l0": 4.0}),
     "gated": (parts_of(None), {"architecture": "gated", "l1_coefficient": 0.1}),
+    "crosscoder": (crosscoder_of(4, (3.2, 0.8)), {"site": "a+b", "k": 4}),
+    "crosscoder, nothing subtracted": (
+        crosscoder_of(4, (3.2, 0.8)),
+        {"site": "a+b", "k": 4, "apply_b_dec_to_input": False},
+    ),
+    "crosscoder, scales of another ratio": (
+        crosscoder_of(None, (0.3, 0.5)),
+        {"site": "a+b", "architecture": "jumprelu", "target_l0": 4.0},
+    ),
     "transcoder": (parts_of(4, E), {"k": 4, "target_site": "t"}),
     "skip transcoder": (
         parts_of(None, E, skip=True),
@@ -66,8 +87,8 @@ CASES: dict[str, tuple[Parts, dict[str, Any]]] = {
 @pytest.mark.parametrize(("parts", "settings"), CASES.values(), ids=CASES.keys())
 def test_the_first_reconstruction_is_the_source_s(parts: Parts, settings: dict[str, Any]) -> None:
     """Oracle: the source's own encode and decode of activations as they are, float64."""
-    variant = Variant(name="v", site="s", num_latents=F, lr=1e-3, auxk_alpha=0.0, **settings)
-    own, target = scaling(D), None if variant.target_site is None else scaling(E)
+    variant = Variant(name="v", num_latents=F, lr=1e-3, auxk_alpha=0.0, **{"site": "s"} | settings)
+    own, target = scaling(D, parts), None if variant.target_site is None else scaling(E)
     architecture = architecture_of(variant, D)
     d_out = D if target is None else E
     is_centred = target is None and variant.apply_b_dec_to_input
@@ -78,7 +99,8 @@ def test_the_first_reconstruction_is_the_source_s(parts: Parts, settings: dict[s
     architecture.restore(p, form_of(p, parts, slice(0, F), own, target))
 
     x_TD = 5 + drawn(T, D)
-    units_TD = (x_TD - own.centre_D) * own.scale
+    gain_D = 1.0 if own.gain_D is None else own.gain_D
+    units_TD = (x_TD - own.centre_D) * own.scale * gain_D
     seen = Seen(Dead(torch.zeros(0, dtype=torch.int64), 0), T)
     if isinstance(rule := architecture.rule(p), Above):
         count_F = (pre_activations(p, units_TD, torch.float64) > rule.threshold_F).sum(0).double()
@@ -89,7 +111,7 @@ def test_the_first_reconstruction_is_the_source_s(parts: Parts, settings: dict[s
     if p.w_skip_ED is not None:
         found_TE = found_TE + units_TD @ p.w_skip_ED.T
     of = own if target is None else target
-    found_TE = found_TE / of.scale + of.centre_D
+    found_TE = found_TE / (of.scale * gain_D) + of.centre_D
     torch.testing.assert_close(found_TE, Sae.of(parts)(x_TD).reconstruction, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(p.w_dec_FD.norm(dim=1), torch.ones(F, dtype=torch.float64))
 

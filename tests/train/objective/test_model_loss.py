@@ -138,7 +138,7 @@ def oracle(
     per_square = 1 / (d * of.scale**2) if variant.loss == "mse+kl" else 1 / d
     squared = losses.error * per_square / n_tokens
     total = {"kl": kl, "ce": ce, "mse+kl": (squared + (squared / kl).detach() * kl) / 2}[variant.loss]
-    total = total + losses.aux * per_square / n_tokens
+    total = total + losses.added * per_square / n_tokens
     total.backward()
     if architecture.unit_rows:
         w_dec = leaves["w_dec"]

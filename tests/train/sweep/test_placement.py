@@ -311,21 +311,27 @@ def test_a_torchrun_environment_that_is_cut_is_told() -> None:
         World.here({"RANK": "0", "WORLD_SIZE": "2"})
 
 
-WIDTHS = {"a": 16, "b": 24, "c": 16}
+WIDTHS = {"a": 16, "b": 24, "c": 16, "a+b": 40}
 
 
 def test_what_needs_whole_saes_is_not_split() -> None:
     """Oracle: by hand: on a GPU there are no kernels for signum, Muon, clipping, and targets of another
     width; the loops of a CPU have all of them. Groups of latents are nowhere split."""
     plain = Variant(name="v", site="a", k=4, num_latents=64, lr=1e-2, k_aux=8)
-    changed = ({"optimizer": "signum"}, {"optimizer": "muon"}, {"clip_grad_norm": 1.0}, {"target_site": "b"})
+    changed = (
+        {"optimizer": "signum"},
+        {"optimizer": "muon"},
+        {"clip_grad_norm": 1.0},
+        {"target_site": "b"},
+        {"site": "a+b", "architecture": "relu", "k": None, "decoder_rows": "free"},
+    )
     for changes in changed:
         variants = [plain, replace(plain, **changes)]  # type: ignore[arg-type]
         assert allowed_latent_ranks(None, variants, "triton", WIDTHS) == 1
         assert allowed_latent_ranks(2, variants, "numba", WIDTHS) == 2
         with pytest.raises(
             ConfigError,
-            match="latent_ranks 2: on a GPU signum, muon, clip_grad_norm, frozen decoders and targets",
+            match="latent_ranks 2: on a GPU signum, muon, clip_grad_norm, frozen decoders, free rows",
         ):
             allowed_latent_ranks(2, variants, "triton", WIDTHS)
     alike = [plain, replace(plain, target_site="c")]

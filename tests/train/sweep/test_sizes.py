@@ -16,6 +16,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "topk": {"k": 8},
     "batchtopk": {"k": 8},
     "groupmax": {"k": 8},
+    "abs-topk": {"k": 8},
     "matryoshka": {"k": 8, "prefixes": (32, 512)},
     "jumprelu": {"target_l0": 8.0},
     "relu": {"l1_coefficient": 0.05},

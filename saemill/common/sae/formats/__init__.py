@@ -233,3 +233,8 @@ def _check_said(config: SaeConfig, name: str) -> None:
             f"{name} cannot say that activations go through a norm first ({config.norm}); export it as "
             "saelens"
         )
+    if config.is_signed and name in NAMES and name != saelens.NAME:
+        raise ConfigError(
+            f"{name} has no SAEs whose activations may be negative, got {config.architecture}; export it as "
+            "saelens"
+        )

@@ -205,6 +205,11 @@ def check(transcoders: Sequence[Parts]) -> None:
     for layer, parts in enumerate(transcoders):
         if parts.config.architecture == "groupmax":
             raise ConfigError(f"{NAME} has no GroupMax, got one at layer {layer}; export it as sparsify")
+        if parts.config.is_signed:
+            raise ConfigError(
+                f"{NAME} has no transcoders whose activations may be negative, got "
+                f"{parts.config.architecture} at layer {layer}; train another architecture"
+            )
         if parts.config.d_out != parts.config.d_in:
             raise ConfigError(
                 f"{NAME} has transcoders between sites of one width, got {parts.config.d_in} and "

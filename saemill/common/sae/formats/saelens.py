@@ -48,6 +48,7 @@ BESIDE = ("cfg.json", saelens_inputs.SCALER, saelens_inputs.WHITENING)
 MATRYOSHKA = "matryoshka_batchtopk"
 NAMES = {
     "topk": "topk",
+    "abstopk": "abs-topk",
     "batchtopk": "batchtopk",
     MATRYOSHKA: "matryoshka",
     "jumprelu": "jumprelu",
@@ -64,7 +65,8 @@ BIASES = dict.fromkeys(NAMES, ("b_enc",)) | {"gated": ("b_gate", "b_mag", "r_mag
 TRANSCODERS = tuple(name for name in NAMES if name.endswith("transcoder"))
 IN_TRAINING = ("batchtopk", MATRYOSHKA)
 """Architectures that a checkpoint alone has: a finished SAE is jumprelu."""
-RESCALED = ("topk", *IN_TRAINING)
+WITH_K = ("topk", "abstopk")
+RESCALED = (*WITH_K, *IN_TRAINING)
 """Architectures that have `rescale_acts_by_decoder_norm`."""
 TRAITS = "saemill_traits"
 """Field of the metadata with what SAELens has no word for."""
@@ -121,7 +123,7 @@ def _config(cfg: dict[str, Any], raw: dict[str, Any], kind: str, file: Path) -> 
         d_in=count(cfg, "d_in", file),
         d_out=count(cfg, "d_out", file) if kind in TRANSCODERS else None,
         num_latents=count(cfg, "d_sae", file),
-        k=count(cfg, "k", file) if kind == "topk" else None,
+        k=count(cfg, "k", file) if kind in WITH_K else None,
         norm=cfg["normalize_activations"] if cfg["normalize_activations"] in NORMS else None,
         provenance=provenance("saelens", raw, metadata.get("saemill"), file, **known),
         **(
@@ -172,7 +174,7 @@ def _weights(file: Path, kind: str, config: SaeConfig) -> Tensors:
         dtype = W_enc.dtype
         W_enc, b_mag, threshold = gated(W_enc.double(), *(bias.double() for bias in biases))
         W_enc, biases = W_enc.to(dtype), [b_mag.to(dtype)]
-    thresholds = None if kind == "topk" else non_negative(threshold.expand(f))
+    thresholds = None if kind in WITH_K else non_negative(threshold.expand(f))
     skip = weights.get("W_skip")
     return Tensors(W_enc, biases[0], weights["W_dec"], weights["b_dec"], thresholds, skip)
 
@@ -215,11 +217,11 @@ def write(parts: Parts, folder: Path, hook: Hook | None, target: Hook | None = N
         "d_in": config.d_in,
         **({} if config.d_out is None else {"d_out": config.d_out}),
         "d_sae": config.num_latents,
-        **({"k": config.k} if kind == "topk" else {}),
+        **({"k": config.k} if kind in WITH_K else {}),
         "dtype": str(parts.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": config.d_out is None,
-        **({"rescale_acts_by_decoder_norm": False} if kind == "topk" else {}),
+        **({"rescale_acts_by_decoder_norm": False} if kind in WITH_K else {}),
         "normalize_activations": config.norm or saelens_inputs.NONE,
         "reshape_activations": "hook_z" if hook and hook.kind == "z" else "none",
         "metadata": _metadata(config, kind, hook, target),
@@ -231,7 +233,8 @@ def _kind(parts: Parts) -> str:
     """Choose SAELens' architecture."""
     is_relu = parts.config.architecture == "relu"
     if parts.config.d_out is None:
-        return "topk" if parts.threshold is None else "standard" if is_relu else "jumprelu"
+        by_k = "abstopk" if parts.config.is_signed else "topk"
+        return by_k if parts.threshold is None else "standard" if is_relu else "jumprelu"
     if parts.threshold is None:
         raise ConfigError(
             "SAELens has transcoders with thresholds, and none with k; export it as sparsify, or train one "

@@ -7,8 +7,10 @@ Its encoder is the one of `Sae`. `num_latents` 0 stands for d_in × expansion_fa
 carries a seal (`seal`), which is checked. With `transcode` it predicts a module's output from its input.
 Before version 1.0 the run's config alone said so, and transcoders subtracted b_dec, which is folded here.
 
-`activation` is "topk" or "groupmax". Five things are saemill's own. `activation` "jumprelu", with
-`threshold` and no `k`: sparsify has no thresholds, and its loader refuses a tensor that it does not know.
+`activation` is "topk" or "groupmax"; in older versions `signed` stood for the k largest by absolute value,
+with their signs. Six things are saemill's own. `activation` "jumprelu", with `threshold` and no `k`: sparsify
+has no thresholds, and its loader refuses a tensor that it does not know. `activation` "abs-topk", which it
+does not know either.
 `d_out`, of a transcoder: its E, which may not be D. `norm`, whose name stands before the activation's as
 well, "layer_norm topk", so that sparsify refuses it. `joined`, of a crosscoder: the sites whose vectors
 follow each other in its input, with widths and scales. `predicted`, of a cross-layer transcoder: those of
@@ -23,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from saemill.common import durable
-from saemill.common.errors import StoreError
+from saemill.common.errors import ConfigError, StoreError
 from saemill.common.records import CHECKSUM
 from saemill.common.sae.formats import seal
 from saemill.common.sae.formats.checks import (
@@ -52,9 +54,9 @@ BESIDE = ("cfg.json", "../config.json")
 RUN = "config.json"
 """Config of the run, in the folder above."""
 JUMPRELU = "jumprelu"
-REFUSED: tuple[tuple[str, Any, Any, str], ...] = (("signed", False, False, "its latents may be negative"),)
+ABS_TOPK = "abs-topk"
 SKIP = "it adds a linear map of its input (W_skip) to the reconstruction of the same"
-"""Checks of a config: field, the value that can be represented, what its absence means, what others mean."""
+"""What `skip_connection` of an SAE means."""
 
 
 def holds(place: Path) -> bool:
@@ -72,8 +74,6 @@ def read(folder: Path) -> Parts:
     cfg = read_config(file)
     own = seal.checked(cfg, folder, folder / WEIGHTS)
     own = cfg.get("saemill") if own is None else own
-    for field, wanted, default, why in REFUSED:
-        expect(cfg, field, wanted, default, why, file)
     d_in, num_latents = _sizes(cfg, file)
     norm = text(cfg, "norm", file)
     activation = _activation(cfg, norm, file)
@@ -128,8 +128,13 @@ def _sizes(cfg: dict[str, Any], file: Path) -> tuple[int, int]:
 def _activation(cfg: dict[str, Any], norm: str | None, file: Path) -> str:
     """Read the name of the activation, after that of a norm where there is one."""
     before = f"{norm} " if norm else ""
-    known = tuple(f"{before}{name}" for name in ("topk", "groupmax", JUMPRELU))
-    return one_of(cfg, "activation", known, "topk", file).removeprefix(before)
+    known = tuple(f"{before}{name}" for name in ("topk", "groupmax", ABS_TOPK, JUMPRELU))
+    name = one_of(cfg, "activation", known, "topk", file).removeprefix(before)
+    if not flag(cfg, "signed", False, file):
+        return name
+    if name != "topk":
+        raise ConfigError(f"{file}: signed must be False of {name}, got True: its latents may be negative")
+    return ABS_TOPK
 
 
 def check(folder: Path) -> None:
@@ -179,7 +184,7 @@ def write(parts: Parts, folder: Path) -> str:
         n_bytes, xxh3 = partial.stat().st_size, durable.hash_file(partial)
     config = parts.config
     norms = parts.W_dec.detach().float().norm(dim=1)
-    by_k = "groupmax" if config.architecture == "groupmax" else "topk"
+    by_k = config.architecture if config.architecture in ("groupmax", ABS_TOPK) else "topk"
     activation = by_k if parts.threshold is None else JUMPRELU
     cfg = {
         "activation": activation if config.norm is None else f"{config.norm} {activation}",

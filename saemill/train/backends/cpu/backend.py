@@ -10,12 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from saemill.common.sae.abs_topk import abs_topk
 from saemill.common.sae.groupmax import groupmax
 from saemill.common.sae.topk import topk
 from saemill.train.backends.architecture import Slopes
 from saemill.train.backends.auxk import DeadRows
 from saemill.train.backends.base import Batch, Task, Weights, chunks
-from saemill.train.backends.codes import Codes, Groups, slots
+from saemill.train.backends.codes import Codes, Groups, Largest, slots
 from saemill.train.backends.cpu.loops.above import above, above_by_scores
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
 from saemill.train.backends.cpu.loops.bias import fold_bias
@@ -89,17 +90,17 @@ class Cpu(Sparse):
         return fold_bias(weights.product_FD, weights.parameters.b_enc_F, weights.parameters.offset_D)
 
     @one_in_torch()
-    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
+    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, rule: Largest) -> Codes:
         """Find codes, as `Sparse.largest`; they are float32 sums, not rounded to the product's dtype."""
-        n_tokens = len(batch.x_TD)
+        n_tokens, k = len(batch.x_TD), rule.k
         codes = Codes(torch.empty(n_tokens, k), torch.empty(n_tokens, k, dtype=torch.int64))
 
         def find(piece: slice, scores_TF: Tensor) -> None:
             val_TK, idx_TK = codes.val_TK[piece], codes.idx_TK[piece]
             if scores_TF.dtype == torch.int32:
-                select(scores_TF, *_rows(batch, weights, piece), bias_F, val_TK, idx_TK)
+                select(scores_TF, *_rows(batch, weights, piece), bias_F, val_TK, idx_TK, rule.is_signed)
             else:
-                values_TK, idx_TK[:] = topk(scores_TF, k)
+                values_TK, idx_TK[:] = (abs_topk if rule.is_signed else topk)(scores_TF, k)
                 val_TK.copy_(values_TK)
 
         self._score(batch, weights, bias_F, find)
@@ -215,7 +216,7 @@ class Cpu(Sparse):
             e_TD, dot_TK, sse_G, rows_GTD = groups_of_team(codes, groups, batch, weights, self.team)
             return e_TD.to(self.dtype), dot_TK, sse_G, rows_GTD.to(self.dtype)
         p, n_tokens, weights_G = weights.parameters, len(batch.x_TD), torch.tensor(groups.weights)
-        group_TK = codes.group_TK(groups).where(codes.val_TK > 0, len(weights_G))
+        group_TK = codes.group_TK(groups).where(codes.active_TK, len(weights_G))
         ends_TG = torch.stack([(group_TK <= g).sum(1) for g in range(len(weights_G))], 1)
         e_TD, dot_TK = torch.empty_like(batch.target_TE, dtype=self.dtype), torch.zeros_like(codes.val_TK)
         rows_GTD = e_TD.new_empty(len(weights_G), *e_TD.shape)

@@ -57,11 +57,11 @@ def _update(
         db_enc_F = db_enc_F.index_add(0, dead.dead_S, dead.b_enc_S)
     errors_GTD = forward.e_TD[None] if forward.rows_GTD is None else forward.rows_GTD
     whole = gradients_of_whole(task, errors_GTD[0], dpre_F, team)
-    toward_F = -pairs.along_F if unit else slopes.toward_F
-    if toward_F is None:
-        toward_F = torch.zeros_like(dpre_F)
+    toward_F, toward_FL = -pairs.along_F if unit else torch.zeros_like(dpre_F), slopes.toward_FL
+    if toward_FL is not None and toward_FL.shape[1] == 1:
+        toward_F, toward_FL = toward_FL[:, 0].contiguous(), None
     renormed = unit and not task.is_decoder_frozen
-    rows = Rows(task, errors_GTD.flatten(0, 1), pairs, toward_F, dead)
+    rows = Rows(task, errors_GTD.flatten(0, 1), pairs, toward_F, toward_FL, dead)
     pieces = _pieces(weights.parameters, dead)
     vectors = {"b_enc": db_enc_F, **slopes.further_F}
     shrink = 1.0
@@ -112,6 +112,8 @@ class Rows(NamedTuple):
     pairs: Pairs
     toward_F: Tensor
     """What the gradient of a decoder row has beside the errors, times the row."""
+    toward_FL: Tensor | None
+    """The same of its parts at several sites; None of one."""
     dead: DeadRows | None
 
     def gradients(self, piece: Piece, shrink: float) -> tuple[Tensor, Tensor]:
@@ -120,6 +122,13 @@ class Rows(NamedTuple):
         made = gradients(
             self.task.batch, self.error_ND, self.pairs, piece.block, p, self.toward_F, piece.layer
         )
+        if self.toward_FL is not None:
+            parts = (
+                torch.split(rows_FD, list(p.widths), 1) for rows_FD in (made[1], p.w_dec_FD[piece.block])
+            )
+            towards = torch.split(self.toward_FL[piece.block], 1, 1)
+            for grad_FD, w_dec_FD, toward_F1 in zip(*parts, towards, strict=True):
+                grad_FD.addcmul_(toward_F1, w_dec_FD)
         if dead is not None:
             places = dead.dead_S[piece.dead] - piece.block.start
             for grad, dead_SD in zip(made, (dead.w_enc_SD, dead.w_dec_SD), strict=True):

@@ -5,6 +5,7 @@ host never waits; for thresholds and batch-wide cutoffs it waits for the number 
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from saemill.common.sae.topk import topk
 from saemill.train.backends.architecture import Slopes
 from saemill.train.backends.auxk import DeadRows
 from saemill.train.backends.base import Batch, Sums, Task, Weights, chunks
-from saemill.train.backends.codes import Codes, Groups, slots
+from saemill.train.backends.codes import Codes, Groups, Largest, slots
 from saemill.train.backends.gpu.kernels.above import above
 from saemill.train.backends.gpu.kernels.groups import residual_of_groups
 from saemill.train.backends.gpu.kernels.residual import MAX_K, residual
@@ -60,9 +61,11 @@ class Gpu(Sparse):
 
     def step(self, task: Task) -> Sums:
         """Take a step, as `Backend.step`; dense where there is no kernel for it: with other optimizers, if it
-        is clipped or the decoder frozen, and where x and what is predicted differ in width."""
+        is clipped or the decoder frozen, where x and what is predicted differ in width, and with free rows of
+        several sites."""
         p = task.weights.parameters
         has_kernels = isinstance(task.optimizer, Adam | Sgd) and task.rates.clip_norm is None
+        has_kernels &= task.architecture.unit_rows or not p.widths
         if has_kernels and not task.is_decoder_frozen and p.w_enc_FD.shape == p.w_dec_FD.shape:
             return super().step(task)
         return self._dense_step(task)
@@ -71,9 +74,9 @@ class Gpu(Sparse):
         """Compute it, as `Sparse.bias`."""
         return fold_bias(weights.product_FD, weights.parameters.b_enc_F, weights.parameters.offset_D)
 
-    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
+    def largest(self, batch: Batch, weights: Weights, bias_F: Tensor, rule: Largest) -> Codes:
         """Find codes, as `Sparse.largest`; idx_TK is int32, ascending, ties going to the lowest latent."""
-        return self._k_codes(batch, weights, bias_F, k, select)
+        return self._k_codes(batch, weights, bias_F, rule.k, partial(select, is_signed=rule.is_signed))
 
     def largest_of_groups(self, batch: Batch, weights: Weights, bias_F: Tensor, k: int) -> Codes:
         """Find codes by torch's own maxima, as `Sparse.largest_of_groups`; idx_TK is int32."""
@@ -161,7 +164,7 @@ class Gpu(Sparse):
                 found = groups_of_team(_wide(codes), groups, batch, weights, self.team)
                 return found[0].to(self.dtype), *found[1:3], found[3].to(self.dtype)
             n_groups = len(groups.ends)
-            group_TK = codes.group_TK(groups).where(codes.val_TK > 0, n_groups)
+            group_TK = codes.group_TK(groups).where(codes.active_TK, n_groups)
             ends_TG = torch.stack([(group_TK <= g).sum(1, dtype=torch.int32) for g in range(n_groups)], 1)
             weights_G = torch.tensor(groups.weights, device=ends_TG.device)
             decoder = weights.gathered_FD, weights.parameters.b_D, self._target(batch)
@@ -191,7 +194,7 @@ class Gpu(Sparse):
 
     def keep_active(self, dpre_TS: Tensor, acts_TS: Tensor) -> Tensor:
         """Set the gradients of inactive latents to 0, as `Sparse.keep_active`."""
-        return dpre_TS.mul_(acts_TS > 0).float().sum(0)
+        return dpre_TS.mul_(acts_TS != 0).float().sum(0)
 
     def update(self, task: Task, forward: Forward, slopes: Slopes, dead: DeadRows | None) -> Tensor:
         """Take one optimizer step, as `Sparse.update`; nothing is read back to the host."""

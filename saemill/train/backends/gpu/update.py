@@ -13,6 +13,7 @@ from saemill.train.backends.gpu.kernels.segments import (
     AuxGradients,
     LatentSums,
     Segments,
+    Terms,
     latent_sums,
     segments,
 )
@@ -45,7 +46,7 @@ def update(task: Task, forward: Forward, slopes: Slopes, dead: DeadRows | None, 
         rows_GTD = forward.e_TD[None] if forward.rows_GTD is None else forward.rows_GTD
         whole = gradients_of_whole(task, rows_GTD[0], sums.db_enc_F, team)
         if not task.architecture.unit_rows:
-            sums = sums._replace(toward_F=slopes.toward_F)
+            sums = sums._replace(toward_F=None if slopes.toward_FL is None else slopes.toward_FL[:, 0])
         if slopes.db_enc_F is not None:
             sums = sums._replace(db_enc_F=_with_dead(slopes.db_enc_F, dead))
         _step_latents(task, forward, dpre_TK, rows_GTD, pairs, sums, hyper, aux)
@@ -59,7 +60,7 @@ def _sorted(
     """Sort the pairs that have a code or a gradient by latent, and sum their numbers."""
     val_TK, n_latents = forward.codes.val_TK, len(task.weights.product_FD)
     dot_TK = forward.dot_TK if task.architecture.unit_rows else None
-    counts_TK = (val_TK > 0) | (dpre_TK != 0)
+    counts_TK = forward.codes.active_TK | (dpre_TK != 0)
     pairs = segments(torch.where(counts_TK, forward.codes.idx_TK, n_latents), n_latents)
     groups = forward.groups
     n_shown = groups.ends[groups.shown] if groups and groups.by_rank else None
@@ -87,10 +88,13 @@ def _step_latents(
     update_rows(
         Latents(*weights.parameters[:3], *copies),
         _moments(optimizer),
-        task.batch.product_TD,
-        rows_GTD.flatten(0, 1),
-        codes.val_TK,
-        dpre_TK,
+        Terms(
+            task.batch.product_TD,
+            rows_GTD.flatten(0, 1),
+            codes.val_TK,
+            dpre_TK,
+            _error_rows(codes, forward.groups),
+        ),
         weights.parameters.offset_D,
         pairs,
         sums,
@@ -98,7 +102,6 @@ def _step_latents(
         optimizer="adam" if isinstance(optimizer, Adam) else "sgd",
         seed=seed,
         aux=aux,
-        row_TK=_error_rows(codes, forward.groups),
         unit=task.architecture.unit_rows,
     )
 

@@ -34,12 +34,14 @@ def stored_rows(n_rows: int, columns: int, dtype: torch.dtype, seed: int) -> NDA
 def written(
     path: Path, rows: NDArray[np.generic], shard_rows: int, dtype: torch.dtype, by: str
 ) -> ShardedArray:
-    """A compressed array."""
+    """A compressed array. Oracle of what is returned: the files."""
     shape = (rows.shape[0], rows.shape[1])
     durable.write_json(path / "zarr.json", described(shape, shard_rows, dtype, {}, by))
     array = ShardedArray(path, compression=by)
     for shard in range(array.n_shards):
-        array.write_shard(shard, rows[shard * shard_rows : (shard + 1) * shard_rows])
+        written = array.write_shard(shard, rows[shard * shard_rows : (shard + 1) * shard_rows])
+        file = array.shard_path(shard)
+        assert written == (file.stat().st_size, durable.hash_file(file))
     return array
 
 

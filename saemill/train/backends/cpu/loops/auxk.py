@@ -59,7 +59,7 @@ def _keep_active(dpre, acts, sums, first, last):
     for t in range(len(dpre)):
         row, act, total = dpre[t, first:last], acts[t, first:last], sums[first:last]
         for s in range(len(row)):
-            gradient = wide(row[s]) if wide(act[s]) > 0 else np.float32(0)
+            gradient = wide(row[s]) if wide(act[s]) != 0 else np.float32(0)
             put(row, s, gradient)
             total[s] += gradient
 

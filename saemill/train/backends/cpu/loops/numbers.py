@@ -62,6 +62,18 @@ def _put(row, place, number):
     return stored
 
 
+def rank(number, signed):
+    """Return what numbers are ranked by: themselves, or with `signed` True their absolute values. None is
+    another type than True, so that loops are compiled for each."""
+
+
+@overload(rank, inline="always")
+def _rank(number, signed):
+    if signed == types.none:
+        return lambda number, signed: number
+    return lambda number, signed: abs(number)
+
+
 @njit(**COMPILED)
 def largest(numbers, n):
     """Find the largest of the first n float32, 0 at least. It compares their bits: only maxima of integers

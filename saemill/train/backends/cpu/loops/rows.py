@@ -31,7 +31,7 @@ class Pairs(NamedTuple):
     along_F: Tensor
     """Σ val · ⟨g, W_dec[f]⟩: the decoder gradient's component along its row."""
     fired_F: Tensor
-    """bool: some val > 0."""
+    """bool: active on some token."""
 
 
 def sort_pairs(forward: Forward, slopes: Slopes, n_latents: int, gs: float) -> Pairs:
@@ -70,7 +70,7 @@ def _sort_pairs(
     n_tokens = len(val)
     for t in range(n_tokens):
         for i in range(used[t]):
-            if val[t, i] > 0 or dpre[t, i] != 0:
+            if abs(val[t, i]) > 0 or dpre[t, i] != 0:
                 offsets[idx[t, i] + 1] += 1
     for f in range(len(offsets) - 1):
         offsets[f + 1] += offsets[f]
@@ -78,7 +78,7 @@ def _sort_pairs(
     for t in range(n_tokens):
         for i in range(used[t]):
             v, dv, f = val[t, i], dpre[t, i], idx[t, i]
-            if v > 0 or dv != 0:
+            if abs(v) > 0 or dv != 0:
                 p = place[f]
                 place[f] += 1
                 tokens[p] = t
@@ -88,7 +88,7 @@ def _sort_pairs(
                 dpres[p] = dv
                 sums[f] += dv
                 along[f] += v * (gs * dots[t, i])
-                fired[f] |= v > 0 and i < n_shown
+                fired[f] |= abs(v) > 0 and i < n_shown
 
 
 def gradients(

@@ -1,5 +1,7 @@
 """The k largest pre-activations of each token, from 8-bit scores and few exact ones.
 
+The largest by absolute value are found likewise, with |u_f| for u_f.
+
 With the score u_f of a latent, in units of the token's step, and its error's bound ε_f (`N_SIGMA` standard
 deviations of `quantise`), a latent is among the k largest only if u_f + ε_f reaches the k-th largest
 pre-activation. Groups of latents are searched first, by their largest score: the k-th largest of these is a
@@ -13,7 +15,7 @@ from numba import njit
 from torch import Tensor
 
 from saemill.train.backends.cpu.loops.kth import ALL_BITS, count, kth, nearly_kth
-from saemill.train.backends.cpu.loops.numbers import COMPILED, array, dot, wide
+from saemill.train.backends.cpu.loops.numbers import COMPILED, array, dot, rank, wide
 from saemill.train.backends.cpu.loops.quantise import Quantised
 
 N_SIGMA = 8.0
@@ -34,6 +36,7 @@ def select(
     bias_F: Tensor,
     val_TK: Tensor,
     idx_TK: Tensor,
+    is_signed: bool = False,
 ) -> None:
     """Fill in the codes of some tokens, in no particular order; latents below 0 count as 0, at latent 0.
 
@@ -43,38 +46,43 @@ def select(
         rows_TD, weights_FD: the rows they were made from, float32 or bfloat16.
         bias_F: float32, to be added to the product.
         val_TK, idx_TK: float32 and int64, filled.
+        is_signed: whether codes are the largest by absolute value, with their signs.
     """
     _select(
         *(array(scores_TF), array(tokens.step_N), array(tokens.norm_N)),
         *(array(latents.step_N), array(latents.norm_N)),
         *(array(rows_TD), array(weights_FD), array(bias_F), array(val_TK), array(idx_TK)),
+        True if is_signed else None,
     )
 
 
 @njit(**COMPILED)
-def _select(scores, steps_x, norms_x, steps_w, norms_w, rows, weights, bias, val, idx):
+def _select(scores, steps_x, norms_x, steps_w, norms_w, rows, weights, bias, val, idx, signed):
     n_latents, k = scores.shape[1], val.shape[1]
     group = _group_size(n_latents, k)
     maxima = np.empty(-(-n_latents // (group * LANES)) * LANES, np.float32)
     candidates = np.empty(n_latents + len(maxima), np.int64)  # at its end the groups searched
     score = np.empty(n_latents, np.float32)
+    exact = score if signed is None else np.empty(n_latents, np.float32)
     x = np.empty(rows.shape[1], np.float32)
     widest_step, longest = np.max(steps_w), np.max(norms_w)
     for t in range(len(scores)):
         per_step = np.float32(1) / steps_x[t] if steps_x[t] > 0 else np.float32(0)
         length = norms_x[t] * per_step
-        _group_maxima(scores[t], steps_w, bias, per_step, group, maxima)
+        _group_maxima(scores[t], steps_w, bias, per_step, group, maxima, signed)
         least = nearly_kth(maxima, len(maxima), k, np.float32(0))
         least -= 2 * _error(widest_step, longest, length)
-        n = _above(scores[t], steps_w, bias, per_step, group, maxima, least, candidates, score)
+        n = _above(scores[t], steps_w, bias, per_step, group, maxima, least, candidates, score, signed)
         for i in range(len(x)):
             x[i] = wide(rows[t, i])
         m = _likely_first(candidates, score, n, nearly_kth(score, n, k, least))
-        _score(x, weights, bias, candidates, score, 0, m)
+        _score(x, weights, bias, candidates, exact, 0, m)
+        _rank_all(exact, score, 0, m, signed)
         bound = nearly_kth(score, m, k, np.float32(0)) * per_step
         n = _possible(candidates, score, m, n, bound, steps_w, norms_w, length)
-        _score(x, weights, bias, candidates, score, m, n)
-        _keep(candidates, score, n, k, val[t], idx[t])
+        _score(x, weights, bias, candidates, exact, m, n)
+        _rank_all(exact, score, m, n, signed)
+        _keep(candidates, score, exact, n, k, val[t], idx[t])
 
 
 @njit(**COMPILED)
@@ -94,7 +102,7 @@ def _group_size(n_latents, k):
 
 
 @njit(**COMPILED)
-def _group_maxima(scores, steps, bias, per_step, group, maxima):
+def _group_maxima(scores, steps, bias, per_step, group, maxima, signed):
     """Find the largest score of each group. Its latents are LANES apart, so that a vector holds as many
     groups."""
     for first in range(0, len(scores), group * LANES):
@@ -103,11 +111,12 @@ def _group_maxima(scores, steps, bias, per_step, group, maxima):
         for row in range(first, min(first + group * LANES, len(scores)), LANES):
             here, step, b = scores[row : row + LANES], steps[row : row + LANES], bias[row : row + LANES]
             for lane in range(len(here)):
-                largest[lane] = max(largest[lane], np.float32(here[lane]) * step[lane] + b[lane] * per_step)
+                number = np.float32(here[lane]) * step[lane] + b[lane] * per_step
+                largest[lane] = max(largest[lane], rank(number, signed))
 
 
 @njit(**COMPILED)
-def _above(scores, steps, bias, per_step, group, maxima, least, candidates, score):
+def _above(scores, steps, bias, per_step, group, maxima, least, candidates, score, signed):
     """List the latents whose score is no less than `least`, and their scores. Returns: how many."""
     n, m, block = 0, 0, group * LANES
     groups = candidates[len(candidates) - len(maxima) :]
@@ -117,7 +126,7 @@ def _above(scores, steps, bias, per_step, group, maxima, least, candidates, scor
     for i in range(m):
         first = groups[i] // LANES * block + groups[i] % LANES
         for f in range(first, min(first + block, len(scores)), LANES):
-            number = np.float32(scores[f]) * steps[f] + bias[f] * per_step
+            number = rank(np.float32(scores[f]) * steps[f] + bias[f] * per_step, signed)
             candidates[n] = f
             score[n] = number
             n += 1 if number >= least else 0
@@ -171,8 +180,16 @@ def _score(x, weights, bias, candidates, score, first, last):
 
 
 @njit(**COMPILED)
-def _keep(candidates, score, n, k, val, idx):
-    """Keep the k largest of n scores above 0; of equal ones the first."""
+def _rank_all(exact, score, first, last, signed):
+    """Fill in what pre-activations are ranked by, where it is not themselves."""
+    if signed is not None:
+        for i in range(first, last):
+            score[i] = rank(exact[i], signed)
+
+
+@njit(**COMPILED)
+def _keep(candidates, score, exact, n, k, val, idx):
+    """Keep the k largest of n scores above 0, with their exact values; of equal ones the first."""
     low, high = kth(score, n, k, ALL_BITS)
     n_ties = k - count(score, n, high)
     m = 0
@@ -180,7 +197,7 @@ def _keep(candidates, score, n, k, val, idx):
         tied = score[i] < high
         if score[i] > 0 and score[i] >= low and m < k and (not tied or n_ties > 0):
             n_ties -= np.int64(tied)
-            val[m] = score[i]
+            val[m] = exact[i]
             idx[m] = candidates[i]
             m += 1
     val[m:] = 0

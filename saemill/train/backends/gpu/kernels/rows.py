@@ -30,6 +30,7 @@ from saemill.train.backends.gpu.kernels.segments import (
     AuxGradients,
     LatentSums,
     Segments,
+    Terms,
     chunk_sums,
     gather_rows,
 )
@@ -248,10 +249,7 @@ def launch(
 def update_rows(
     latents: Latents,
     moments: Moments,
-    x_TD: Tensor,
-    e_ND: Tensor,
-    val_TK: Tensor,
-    dpre_TK: Tensor,
+    terms: Terms,
     b_D: Tensor,
     pairs: Segments,
     sums: LatentSums,
@@ -260,7 +258,6 @@ def update_rows(
     optimizer: str,
     seed: Tensor | None = None,
     aux: AuxGradients | None = None,
-    row_TK: Tensor | None = None,
     unit: bool = True,
 ) -> None:
     """Take one optimizer step of one SAE's latents, in place; nothing where hyper's HEALTHY is 0.
@@ -272,17 +269,14 @@ def update_rows(
 
     Args:
         latents, moments: changed in place.
-        x_TD: the batch in training units, float32, bfloat16 or float16.
-        e_ND: errors, of `residual` or `residual_of_groups`.
-        val_TK, dpre_TK: float32, codes and the gradients at their pre-activations.
-        b_D: float32, what the encoder subtracts from `x_TD`, as it was in the forward pass.
+        terms: what the gradients are summed from.
+        b_D: float32, what the encoder subtracts from the batch, as it was in the forward pass.
         pairs, sums: of the same batch; `sums` with the same `aux`.
         hyper: float32 [len(Hyper)], on the device.
         optimizer: "adam" or "sgd".
         seed: int32 [1] on the device, another for every step; for moments shorter than float32, and only
             there.
         aux: gradients to add to some latents' rows.
-        row_TK: int32, the row of `e_ND` that is the error of a pair; None where it is its token's.
         unit: whether decoder rows are renormed.
 
     Raises:
@@ -291,12 +285,10 @@ def update_rows(
             not go with it.
     """
     _check(latents, moments, b_D, hyper, optimizer, seed, aux)
+    _check_sums(terms.x_TD, sums, *latents.w_enc_FD.shape)
+    x_TD, e_ND, val_TK, dpre_TK, row_TK = terms
     n_latents, d = latents.w_enc_FD.shape
-    expect("x_TD", x_TD, INPUT_DTYPES, (len(x_TD), d))
-    for name, sum_F in (("toward_F", sums.toward_F), ("db_enc_F", sums.db_enc_F)):
-        if sum_F is not None:
-            expect(name, sum_F, (torch.float32,), (n_latents,))
-    partial = chunk_sums(pairs, val_TK, dpre_TK, x_TD, e_ND, row_TK)
+    partial = chunk_sums(pairs, terms)
     constants, options = launch(d, pairs.chunk_pairs, optimizer, unit)
     if optimizer == "sgd":  # never reads v: any pointer will do
         moments = moments._replace(v_enc_FD=moments.m_enc_FD, v_b_F=moments.m_b_F, v_dec_FD=moments.m_dec_FD)
@@ -313,6 +305,14 @@ def update_rows(
             **constants,
             **options,
         )
+
+
+def _check_sums(x_TD: Tensor, sums: LatentSums, n_latents: int, d: int) -> None:
+    """Refuse a batch, and sums over it, that are not of these latents."""
+    expect("x_TD", x_TD, INPUT_DTYPES, (len(x_TD), d))
+    for name, sum_F in (("toward_F", sums.toward_F), ("db_enc_F", sums.db_enc_F)):
+        if sum_F is not None:
+            expect(name, sum_F, (torch.float32,), (n_latents,))
 
 
 def _check(

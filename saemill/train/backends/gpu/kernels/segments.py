@@ -45,6 +45,21 @@ class Segments(NamedTuple):
     """Pairs per chunk."""
 
 
+class Terms(NamedTuple):
+    """What gradients of rows are summed from, pair by pair."""
+
+    x_TD: Tensor
+    """The batch in training units, float32, bfloat16 or float16."""
+    e_ND: Tensor
+    """Errors, of `residual` or `residual_of_groups`, float32, bfloat16 or float16."""
+    val_TK: Tensor
+    """float32, the codes."""
+    dpre_TK: Tensor
+    """float32, gradients at the pre-activations, scaled."""
+    row_TK: Tensor | None = None
+    """int32, the row of `e_ND` that is the error of a pair; None where it is its token's."""
+
+
 class AuxGradients(NamedTuple):
     """Gradients of some latents' rows from another loss (AuxK), already scaled."""
 
@@ -69,7 +84,7 @@ class LatentSums(NamedTuple):
     db_enc_F: Tensor
     """float32: gradient of b_enc, Σ dpre + aux."""
     fired_F: Tensor
-    """bool: some val > 0."""
+    """bool: active on some token."""
 
 
 def segments(idx_TK: Tensor, n_latents: int, chunk_pairs: int = CHUNK_PAIRS) -> Segments:
@@ -143,7 +158,7 @@ def latent_sums_kernel(
         dpres += tl.load(dpre_ptr + pair, mask=inside, other=0.0)
         if dot_ptr is not None:
             alongs += val * tl.load(dot_ptr + pair, mask=inside, other=0.0)
-        shown = val > 0
+        shown = tl.abs(val) > 0
         if n_shown is not None:
             shown = shown & (pair % K < n_shown)
         fired |= shown.to(tl.int32)
@@ -286,21 +301,12 @@ def latent_sums(
     return LatentSums(dpre_F, toward_F, db_enc_F, fired_F.view(torch.bool))
 
 
-def chunk_sums(
-    pairs: Segments,
-    val_TK: Tensor,
-    dpre_TK: Tensor,
-    x_TD: Tensor,
-    e_ND: Tensor,
-    row_TK: Tensor | None = None,
-) -> Tensor:
+def chunk_sums(pairs: Segments, terms: Terms) -> Tensor:
     """Sum dpre · x_t and val · e over each chunk of the hot latents.
 
     Args:
         pairs: of the batch.
-        val_TK, dpre_TK: float32.
-        x_TD, e_ND: float32, bfloat16 or float16.
-        row_TK: int32, the row of `e_ND` that is the error of a pair; None where it is its token's.
+        terms: of the same.
 
     Returns: float32 [C, 2, D]; chunks not in use are left as they were allocated.
 
@@ -308,6 +314,7 @@ def chunk_sums(
         TypeError: another dtype.
         ValueError: shapes that do not agree, or a tensor with gaps.
     """
+    x_TD, e_ND, val_TK, dpre_TK, row_TK = terms
     n_tokens, d = x_TD.shape
     for name, tensor in (("val_TK", val_TK), ("dpre_TK", dpre_TK)):
         expect(name, tensor, (torch.float32,), (n_tokens, pairs.k))

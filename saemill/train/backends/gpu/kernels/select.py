@@ -26,12 +26,13 @@ SLAB_BYTES = 1 << 16
 
 
 @triton.jit
-def ordered_key(bits, WIDTH: tl.constexpr, INFINITY: tl.constexpr):
-    """Map float bits to int32 that sort as the values do: both zeros equal, every NaN above infinity."""
+def ordered_key(bits, WIDTH: tl.constexpr, INFINITY: tl.constexpr, SIGNED: tl.constexpr):
+    """Map float bits to int32 that sort as the values do, or as their sizes: both zeros equal, every NaN
+    above infinity."""
     LARGEST: tl.constexpr = (1 << (WIDTH - 1)) - 1
     wide = bits.to(tl.int32)
     magnitude = wide & LARGEST
-    key = tl.where(wide < 0, -magnitude, magnitude)
+    key = magnitude if SIGNED else tl.where(wide < 0, -magnitude, magnitude)
     return tl.where(magnitude > INFINITY, LARGEST, key)
 
 
@@ -82,6 +83,7 @@ def select_kernel(
     N_SLABS: tl.constexpr,
     WIDTH: tl.constexpr,
     INFINITY: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
     """Select the codes of one token per program."""
     PADDING: tl.constexpr = -(1 << (WIDTH - 1))
@@ -94,7 +96,7 @@ def select_kernel(
         groups = slab * (N_GROUPS // N_SLABS) + tl.arange(0, N_GROUPS // N_SLABS)
         latents = groups[:, None] * GROUP + within[None, :]
         bits = tl.load(row_ptr + latents, mask=latents < F, other=0)
-        keys = tl.where(latents < F, ordered_key(bits, WIDTH, INFINITY), PADDING)
+        keys = tl.where(latents < F, ordered_key(bits, WIDTH, INFINITY, SIGNED), PADDING)
         maxima = tl.where((slabs == slab)[:, None], tl.max(keys, 1)[None, :], maxima)
     chosen, place = largest(tl.reshape(maxima, (N_GROUPS,)), K_GROUPS, WIDTH)
     # The chosen groups pass through the indices' own memory: no vector can be compacted in registers.
@@ -107,15 +109,20 @@ def select_kernel(
     candidates = group[:, None] * GROUP + within[None, :]
     present = (slots < K_GROUPS)[:, None] & (candidates < F)
     bits = tl.load(row_ptr + candidates, mask=present, other=0)
-    keys = tl.where(present, ordered_key(bits, WIDTH, INFINITY), PADDING)
+    keys = tl.where(present, ordered_key(bits, WIDTH, INFINITY, SIGNED), PADDING)
     keys = tl.reshape(keys, (K_PADDED * GROUP,))
     candidates = tl.reshape(candidates, (K_PADDED * GROUP,))
     chosen, place = largest(keys, K, WIDTH)
     tl.store(idx_ptr + token * K + place, candidates, mask=chosen)
-    tl.store(val_ptr + token * K + place, rectified(keys, WIDTH, INFINITY), mask=chosen)
+    values = rectified(keys, WIDTH, INFINITY)
+    if SIGNED:
+        values = tl.where(tl.reshape(bits, (K_PADDED * GROUP,)) < 0, -values, values)
+    tl.store(val_ptr + token * K + place, values, mask=chosen)
 
 
-def launch(n_latents: int, k: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, Any]]:
+def launch(
+    n_latents: int, k: int, dtype: torch.dtype, is_signed: bool = False
+) -> tuple[dict[str, int], dict[str, Any]]:
     """Return the kernel's constants and its launch options.
 
     The group size balances the number of groups, F/G, against that of candidates, k·G.
@@ -131,6 +138,7 @@ def launch(n_latents: int, k: int, dtype: torch.dtype) -> tuple[dict[str, int], 
         "N_GROUPS": triton.next_power_of_2(n_groups),
         "WIDTH": dtype.itemsize * 8,
         "INFINITY": INFINITY_BITS[dtype],
+        "SIGNED": is_signed,
     }
     n_entries = constants["N_GROUPS"] * group
     n_bytes = n_entries * dtype.itemsize
@@ -141,7 +149,7 @@ def launch(n_latents: int, k: int, dtype: torch.dtype) -> tuple[dict[str, int], 
     return constants, {"num_warps": n_warps, **NUMERICS}
 
 
-def select(pre_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def select(pre_TF: Tensor, k: int, is_signed: bool = False) -> tuple[Tensor, Tensor]:
     """Select the k largest entries of each row, exactly and rectified, in ascending order of index.
 
     Entries that tie for the last places are taken from the lowest index on; −0 and 0 tie. NaN counts as
@@ -151,8 +159,9 @@ def select(pre_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Args:
         pre_TF: float32, bfloat16 or float16, contiguous.
         k: 1 to F.
+        is_signed: whether to select the largest by absolute value, with their signs.
 
-    Returns: val_TK float32, 0 or more; idx_TK int32.
+    Returns: val_TK float32, 0 or more but where they keep their signs; idx_TK int32.
 
     Raises:
         TypeError: another dtype.
@@ -164,7 +173,7 @@ def select(pre_TF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     expect("pre_TF", pre_TF, INPUT_DTYPES, (n_tokens, n_latents))
     if not 1 <= k <= n_latents:
         raise ValueError(f"k must be 1 to {n_latents} (the number of latents), got {k}")
-    constants, options = launch(n_latents, k, pre_TF.dtype)
+    constants, options = launch(n_latents, k, pre_TF.dtype, is_signed)
     if max(constants["K_PADDED"] * constants["GROUP"], constants["N_GROUPS"]) > MAX_CANDIDATES:
         raise ValueError(f"k={k} of {n_latents} latents is more than one program can hold; use torch.topk")
     val_TK = torch.empty(n_tokens, k, device=pre_TF.device)
