@@ -79,6 +79,8 @@ def test_writes_that_fail_for_a_while_are_tried_again(
 
     def lose(method: str, path: str, body: bytes) -> bytes | None:
         nonlocal n_puts, n_cut, writes
+        if "/claims/" in path:  # of another thread, which would take the one good answer of five
+            return body
         writes = method == "PUT"
         if not writes:
             return body
@@ -89,7 +91,8 @@ def test_writes_that_fail_for_a_while_are_tried_again(
         return None if n_puts % 5 == 2 else body
 
     def fault(path: str, answer: Any) -> Any:
-        return {3: (503, b"busy"), 4: None}.get(n_puts % 5, answer) if writes else answer
+        fails = writes and "/claims/" not in path
+        return {3: (503, b"busy"), 4: None}.get(n_puts % 5, answer) if fails else answer
 
     s3.lose, s3.fault = lose, fault
     cache(tokens, neox, Path("s3://bucket/faulty/acts"), **OPTIONS)

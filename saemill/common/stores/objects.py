@@ -155,12 +155,12 @@ class ObjectStore:
                 if not self._holds(key, found.tag, content):
                     raise FileExistsError(f"{self.address}/{key}") from None
                 return found.tag
-            if not self._holds(key, put["e_tag"], content):
+            if not self._holds(key, put.get("e_tag"), content):
                 mode = (
                     put  # over what this attempt has left there: S3 and Azure by its tag, GCS by its version
                 )
                 raise OSError(ARRIVED_OTHERWISE)
-            return put["e_tag"]
+            return put.get("e_tag")
 
         return self._patiently(attempt, key, "written")
 
@@ -172,7 +172,7 @@ class ObjectStore:
         """
 
         def attempt() -> str | None:
-            tag = self._put(key, content, "overwrite")["e_tag"]
+            tag = self._put(key, content, "overwrite").get("e_tag")
             if not self._holds(key, tag, content):
                 raise OSError(ARRIVED_OTHERWISE)
             return tag
@@ -193,12 +193,14 @@ class ObjectStore:
 
         self._patiently(attempt, key, "removed")
 
-    def _put(self, key: str, content: bytes, mode: Any) -> dict[str, str | None]:
-        """Write an object. Returns: its `e_tag` and `version`, which as a mode say what is to be replaced."""
+    def _put(self, key: str, content: bytes, mode: Any) -> dict[str, str]:
+        """Write an object. Returns: its `e_tag` and `version`, as far as there are any; as a mode they say
+        what is to be replaced."""
         import obstore
 
         store = self._store if len(content) <= SMALL_BYTES else self._to_write
-        return {**obstore.put(store, key, content, mode=mode, use_multipart=False)}  # type: ignore[dict-item]
+        put = obstore.put(store, key, content, mode=mode, use_multipart=False)
+        return {name: value for name, value in put.items() if isinstance(value, str)}
 
     def _holds(self, key: str, tag: str | None, content: bytes) -> bool:
         """Tell whether an object has some content: by its tag where that is the content's MD5, as it is in S3
