@@ -86,6 +86,11 @@ class AssessConfig:
         later=True,
     )
     context_tokens: int = setting(500_000, "Most tokens searched for contexts", least=1)
+    together: bool = setting(
+        False,
+        "Measure transcoders of one layer each also all at once, as a cross-layer transcoder",
+        later=True,
+    )
     probes: bool = setting(False, "Probe for labels that the text brings, on few latents", later=True)
     probe_k: tuple[int, ...] = setting(
         (), "Latents that a probe may read", by_default="1,2,5,20", metavar="K,…", least=1, later=True

@@ -10,6 +10,7 @@ from saemill.assess import features
 from saemill.assess.config import AssessConfig
 from saemill.assess.evalset import check_tokens, is_cached
 from saemill.assess.frozen import frozen_twins
+from saemill.assess.together import together
 from saemill.common.addresses import is_there
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError, StoreError
@@ -38,13 +39,20 @@ class Trained:
     mask: MaskConfig
     is_imported: bool
     """Whether the SAEs were trained elsewhere, on text that is not known."""
+    sets: dict[str, Sae]
+    """Transcoders of one layer each that are measured together, as `together` makes them."""
 
     @property
     def sites(self) -> list[str]:
         """List the sites that SAEs reconstruct or predict, and those that transcoders read; of crosscoders
         those that they join as well, one by one."""
-        every = (str(site) for sae in self.saes.values() for site in (sae.target_site, sae.site))
+        every = (str(site) for sae in self.measured.values() for site in (sae.target_site, sae.site))
         return list(dict.fromkeys(name for site in every for name in (site, *parts_of(site))))
+
+    @property
+    def measured(self) -> dict[str, Sae]:
+        """Return the SAEs and the sets."""
+        return self.saes | self.sets
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -91,7 +99,8 @@ def open_run(config: AssessConfig, device: torch.device) -> Trained:
         )
     may_be_shown = saes.values() if config.variant is None else [saes[config.variant]]
     features.check_latents(config.latents, [sae.config.num_latents for sae in may_be_shown])
-    return Trained(store, saes, left_out, finished.mask, bool(finished.imported))
+    sets = together(saes) if config.together else {}
+    return Trained(store, saes, left_out, finished.mask, bool(finished.imported), sets)
 
 
 def _open_store(path: Path, beside: Path | None) -> ActivationStore:

@@ -5,7 +5,8 @@ L0 of one without is known only after a first pass. A second then measures the b
 from the first what does not depend on an SAE: the variance of the activations, the losses of the untouched
 model, of zeros and of the mean.
 
-SAEs that were trained with a frozen decoder beside others alike are baselines as well, of these.
+SAEs that were trained with a frozen decoder beside others alike are baselines as well, of these. Transcoders
+of one layer each that are measured together stand beside them, and no verdict rests on them.
 """
 
 from saemill.assess.baselines import fit_baselines, site_of
@@ -25,6 +26,7 @@ from saemill.common.stores.passages import PassageStore
 def measure(
     config: AssessConfig,
     saes: dict[str, Sae],
+    sets: dict[str, Sae],
     evalset: EvalSet,
     model: LanguageModel | None,
 ) -> tuple[Measured, Beside, list[Entry]]:
@@ -33,6 +35,7 @@ def measure(
     Args:
         config: how many tokens, and what counts as healthy.
         saes: variant name → SAE.
+        sets: name → transcoders of some of these together, which are listed among the controls.
         evalset: the tokens.
         model: for the losses, if there are any.
 
@@ -42,13 +45,14 @@ def measure(
         ConfigError: no token is left to measure on.
     """
     why_no_loss = None if model is None else no_loss(model, evalset.tokens, int(evalset.rows_R[0]))
-    if _are_known(saes):
-        baselines = fit_baselines(saes, {}, evalset)
-        every = untrained = _pass(config, saes | baselines.saes, evalset, model, why_no_loss)
+    measured = saes | sets
+    if _are_known(measured):
+        baselines = fit_baselines(measured, {}, evalset)
+        every = untrained = _pass(config, measured | baselines.saes, evalset, model, why_no_loss)
     else:
-        every = _pass(config, saes, evalset, model, why_no_loss)
+        every = _pass(config, measured, evalset, model, why_no_loss)
         again = evalset.again(" controls")
-        baselines = fit_baselines(saes, every.reconstruction.mean_l0s(), again)
+        baselines = fit_baselines(measured, every.reconstruction.mean_l0s(), again)
         untrained = _pass(config, baselines.saes, again, model, why_no_loss, known=every)
     twins = frozen_twins(saes)
     frozen = list(dict.fromkeys(twins.values()))  # in one order on every process
@@ -56,10 +60,12 @@ def measure(
     of = {name: dict(kinds) for name, kinds in baselines.of.items()}
     for name, twin in twins.items():
         of[name]["frozen"] = twin
-    beside = Beside(dict.fromkeys(frozen, every) | dict.fromkeys(baselines.saes, untrained), of)
-    controls = every.only(frozen).entries(beside) if frozen else []
+    own = [*sets, *frozen]
+    beside = Beside(dict.fromkeys(own, every) | dict.fromkeys(baselines.saes, untrained), of)
+    controls = every.only(own).entries(beside) if own else []
     controls += untrained.only(baselines.saes).entries(beside)
     kind_of = {other: kind for kinds in of.values() for kind, other in kinds.items()}
+    kind_of |= dict.fromkeys(sets, "together")
     controls = [entry | {"control": kind_of[entry["name"]]} for entry in controls]
     return trained, beside, controls
 

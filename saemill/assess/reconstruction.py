@@ -17,6 +17,7 @@ from saemill.assess.profile import Profile
 from saemill.assess.spread import Spread
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
+from saemill.common.sae import layers
 from saemill.common.sae.sae import Encoded, Sae
 from saemill.common.stores.site_names import is_joined
 from saemill.common.stores.statistics import FAR, Statistics, unheld
@@ -231,7 +232,7 @@ class Reconstruction:
             columns["l0"].append(codes.active.sum(1))
             self.firing[name].add(codes, some_drivers_TC)
             if sae.W_skip is not None:
-                columns["sse_skip"].append(self._left_by_skip(sae, some_read_TD, x))
+                columns["sse_skip"].append(self._left_by_skip(sae, some_read_TD, some_TD))
             for cut_name, cut in self.cuts[name].items():
                 cut_codes = cut.select(pre_TF[:, : cut.config.num_latents])
                 cut_r = self._scaled(self.sites[name], cut.decode(*cut_codes, read).double())
@@ -250,9 +251,10 @@ class Reconstruction:
         """Compute the squared error of W_skip alone, around the cached means. float64 [T]."""
         assert sae.W_skip is not None
         means = (self.evalset.arrays[str(site)].statistics.mean_D for site in (sae.site, sae.target_site))
-        rows = (read_TD.to(y_TD), y_TD)
-        centred, y = (some_TD - mean_D.to(y_TD) for some_TD, mean_D in zip(rows, means, strict=True))
-        return (y - centred @ sae.W_skip.double().T).square().sum(1)
+        rows = (some.to(sae.W_skip.device, torch.float64) for some in (read_TD, y_TD))
+        centred, y = (some_TD - mean_D.to(some_TD) for some_TD, mean_D in zip(rows, means, strict=True))
+        left_TE = y - layers.skipped(centred, sae.W_skip.double(), sae.config.n_layers)
+        return self._scaled(str(sae.target_site), left_TE).square().sum(1)
 
     def unusable(self, name: str) -> str | None:
         """Say why a variant has no figures at all: its reconstructions are not all finite."""

@@ -84,7 +84,7 @@ def _assess(
     pools = probing.prepare(config, evalset)
     everyone.first(lambda: before(_outlook(config, trained, evalset, model, device, pools)))
     everyone.first(lambda: _lock(out, resources))
-    measured, beside, controls = measure(config, trained.saes, evalset, model)
+    measured, beside, controls = measure(config, trained.saes, trained.sets, evalset, model)
     entries = measured.ranking(trained.left_out, beside)
     best = entries[0]["name"]
     shown = config.variant or best
@@ -151,7 +151,7 @@ def _outlook(
     """Work out what the passes go over."""
     saes = [
         Dictionary(str(sae.target_site), len(sae.b_dec), sae.config.num_latents, sae.config.k or 0)
-        for sae in trained.saes.values()
+        for sae in trained.measured.values()
     ]
     runs_on = None
     if model is not None:

@@ -75,7 +75,13 @@ class Splicing:
     def _own_columns(self) -> list[str]:
         """Name the sums that are of the model, without any SAE."""
         sites = (*self.evalset.model_sites, *self.together)
-        return ["n", "clean", *(f"{site}/{what}" for site in sites for what in ("zero", "mean", "zero_kl"))]
+        losses = [f"{site}/{what}" for site in sites for what in ("zero", "mean", "zero_kl")]
+        return ["n", "clean", *losses, *(f"{site}/squares" for site in self._parts_together)]
+
+    @property
+    def _parts_together(self) -> list[str]:
+        """List the sites that are replaced at once."""
+        return list(dict.fromkeys(part for site in self.together for part in parts_of(site)))
 
     def _places(self, site: str) -> dict[str, str]:
         """List where what reconstructs a site is spliced in: there; of joined sites, where the model has all
@@ -89,8 +95,11 @@ class Splicing:
 
     def _columns(self, names: Iterable[str]) -> list[str]:
         """Name the sums that are of these SAEs."""
-        return [
+        losses = [
             f"{name}/{place}{what}" for name in names for place in self.places[name] for what in ("ce", "kl")
+        ]
+        return losses + [
+            f"{name}/at {part.site}/sse" for name in names for part in self.saes[name].config.predicted
         ]
 
     def run(self, max_tokens: int) -> "Splicing":
@@ -134,7 +143,11 @@ class Splicing:
         columns = {} if self.known else self._without_saes(task, clean)
         for name, sae in self.saes.items():
             for place, site in self.places[name].items():
-                spliced = self._spliced(name, sae, task, site)
+                if is_joined(site) and sae.config.predicted:
+                    spliced, errors = self._in_all_places(name, sae, task)
+                    columns |= errors
+                else:
+                    spliced = self._spliced(name, sae, task, site)
                 columns[f"{name}/{place}ce"] = cross_entropy(spliced, task.target_T)
                 columns[f"{name}/{place}kl"] = _kl(clean, spliced)
         units = self.evalset.units(rows.addresses_RS[task.counted_RS.numpy()])
@@ -142,12 +155,23 @@ class Splicing:
         self.sums.add(units, columns)
 
     def _spliced(self, name: str, sae: Sae, task: Task, site: str) -> Tensor:
-        """Compute log probabilities [T, W] of the model with an SAE in the place of a site, or of joined ones
-        at once."""
-        if is_joined(site) and sae.config.predicted:
-            return self.passes.replaced(task, AcrossLayers(sae).in_place(task.keep_RS))
+        """Compute log probabilities [T, W] of the model with an SAE in the place of a site, or a baseline in
+        that of joined ones."""
         instead = self._instead(name, sae, task)
         return self._with(task, instead if is_joined(site) else {site: instead[site]})
+
+    def _in_all_places(
+        self, name: str, sae: Sae, task: Task
+    ) -> tuple[Tensor, dict[str, NDArray[np.float64]]]:
+        """Compute the same with a cross-layer transcoder at all sites that it predicts, and its squared
+        errors at each: what it wrote there, beside what the untouched model has."""
+        across = AcrossLayers(sae)
+        spliced = self.passes.replaced(task, across.in_place(task.keep_RS))
+        errors = {
+            f"{name}/at {part.site}/sse": _squares(task, part.site, across.written_to(layer))
+            for layer, part in enumerate(sae.config.predicted)
+        }
+        return spliced, errors
 
     def _with(self, task: Task, instead: dict[str, Tensor]) -> Tensor:
         """Compute log probabilities [T, W] of the model with other activations [R, S, D] at some sites."""
@@ -172,6 +196,8 @@ class Splicing:
         columns = {"n": np.ones(len(task.target_T)), "clean": cross_entropy(clean, task.target_T)}
         for site in self.evalset.model_sites:
             self.passes.check_identity(site, task, columns["clean"])
+        for part in self._parts_together:
+            columns[f"{part}/squares"] = _squares(task, part, self.means[part])
         for site in (*self.evalset.model_sites, *self.together):
             for what in ("zero", "mean"):
                 ablated = {part: self._ablated(task, part, what) for part in parts_of(site)}
@@ -208,15 +234,20 @@ class Splicing:
         }
 
     def part_metrics(self, name: str, part: str, bootstrap: Bootstrap) -> dict[str, Figure]:
-        """Compute ΔCE of an SAE of several sites at one of them as a figure, with its part of the
-        reconstruction in the place of the activations there."""
+        """Compute figures of an SAE of several sites at one of them: ΔCE with its part of the reconstruction
+        in the place of the activations there; of a cross-layer transcoder FVU with all sites replaced, of
+        what the untouched model has there around the cached mean."""
         if f"at {part}/" not in self.places[name]:
             return {"delta_ce": absent(TWO_MODELS)}
+        figures = {}
+        if self.saes[name].config.predicted:
+            sse, squares = self.sums.column(f"{name}/at {part}/sse"), self.sums.column(f"{part}/squares")
+            figures["fvu_replaced"] = bootstrap.figure(Ratio(sse, squares, f"{part} does not vary"))
         if self.no_loss:
-            return {"delta_ce": absent(self.no_loss)}
+            return figures | {"delta_ce": absent(self.no_loss)}
         n, clean = self.sums.column("n"), self.sums.column("clean")
         ce = self.sums.column(f"{name}/at {part}/ce")
-        return {"delta_ce": bootstrap.figure(Ratio(ce - clean, n))}
+        return figures | {"delta_ce": bootstrap.figure(Ratio(ce - clean, n))}
 
     def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
         """Compute the `ratios` of one variant as figures; without losses where they mean nothing, and of a
@@ -241,6 +272,15 @@ def absent_metrics(reason: str) -> dict[str, Figure]:
 def _joined(task: Task, site: str) -> dict[str, Tensor]:
     """List the untouched activations of a site, or of those that are joined. [R, S, D]"""
     return {part: task.activations[part] for part in parts_of(site)}
+
+
+def _squares(task: Task, site: str, other_RSD: Tensor) -> NDArray[np.float64]:
+    """Compute squared distances of the untouched activations of a site from others, at the positions that
+    count. float64 [T]"""
+    counted_RS = task.counted_RS.to(other_RSD.device)
+    x_RSD = task.activations[site]
+    difference_TD = (x_RSD.double() - other_RSD.double())[counted_RS]
+    return difference_TD.square().sum(1).cpu().numpy()
 
 
 def _other(changed_RSD: Tensor, _: Tensor) -> Tensor:

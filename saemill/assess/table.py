@@ -28,6 +28,7 @@ COLUMNS = {
 ABSENT: Figure = {"value": None}
 """Figure that an SAE of another kind has not."""
 CONTROLS = {
+    "together": "transcoders of one layer each, all at once",
     "frozen": "SAEs whose decoder was frozen",
     "random": "random dictionaries",
     "pca": "PCA with k directions",
@@ -36,8 +37,8 @@ CUT_COLUMNS = {"fvu": "FVU", "l0": "L0"}
 """Metrics of SAEs within an SAE."""
 SOURCE_COLUMNS = CUT_COLUMNS | {"delta_ce": "ΔCE nats"}
 """Metrics per source."""
-AT_SITES = {"delta_ce": "ΔCE nats"}
-"""Those of a crosscoder at each of its sites, beside these."""
+AT_SITES = {"delta_ce": "ΔCE nats", "fvu_replaced": "FVU, all replaced"}
+"""Those at each of several sites, beside these."""
 PASSAGE_LETTERS = 110
 """Characters shown of a passage."""
 
@@ -71,7 +72,7 @@ def table(assessment: dict[str, Any]) -> str:
     terminal.print(shown)
     lines = [terminal.export_text().rstrip(), controls(assessment), f"best: {described_best(assessment)}"]
     of_parts = [
-        *_text_table("SAEs within an SAE", cuts(assessment["variants"])),
+        *_text_table("SAEs within an SAE", cuts(assessment["variants"] + assessment["controls"])),
         *_text_table("Figures per source", by_source(assessment["variants"])),
         *_text_table("Dictionary health", health_rows(assessment["variants"] + assessment["controls"])),
         *least_c_dec_sentences(assessment["least_c_dec"]),

@@ -159,6 +159,7 @@ def train(config: TrainConfig) -> None:
     *("max_tokens", "model_tokens", "batch_size", "dead_percentage_threshold"),
     *("thresholds.min_loss_recovered", "thresholds.min_l0", "thresholds.max_l0"),
     *("thresholds.max_dead_fraction", "thresholds.max_decoder_cosine"),
+    flag("together", "--together"),
     flag("probes", "--probes"),
     "probe_k",
     flag("absorption", "--absorption"),

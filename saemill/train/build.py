@@ -122,7 +122,8 @@ def _banks(
         site, target = sites[0], sites[1] if len(sites) > 1 else None
         target_sample = None if target is None else (scalings[target], sample[target])
         here = [variant for variant in variants if variant.sites == sites]
-        own = Plain(backend.dtype, backend.team) if here[0].n_layers > 1 else backend
+        by_torch = backend.name == "triton" and here[0].n_layers > 1
+        own = Plain(backend.dtype, backend.team) if by_torch else backend
         learners = [
             Learner(variant, scalings[site], own, sample[site], dead_after, target_sample) for variant in here
         ]

@@ -79,7 +79,7 @@ def outlook_of(
         held_out: a phrase on held-out rows.
     """
     n_tokens, unit = n_steps * config.step_tokens, stream.unit
-    if all(variant.n_layers > 1 for variant in variants):
+    if by.kernels == "triton" and all(variant.n_layers > 1 for variant in variants):
         by = by._replace(kernels="torch")  # whatever steps others
     precision = str(by.dtype).removeprefix("torch.")
     what = [

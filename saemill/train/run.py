@@ -286,7 +286,7 @@ def _say_how(config: TrainConfig, trainer: Trainer, placement: Placement, store:
         is_stepped_by_torch(v, {site: store.site(site).width for site in v.sites}) for v in placement.variants
     ):
         say(f"steps with {WITHOUT_KERNELS} are made by torch on a GPU, more slowly than by Triton's kernels")
-    if backend.name != "torch" and any(v.n_layers > 1 for v in placement.variants):
-        say("cross-layer transcoders are stepped by torch")
+    if backend.name == "triton" and any(v.n_layers > 1 for v in placement.variants):
+        say("steps of cross-layer transcoders are made by torch on a GPU")
     if trainer.step:
         say(f"continuing after step {trainer.step:,}")

@@ -1,6 +1,7 @@
 """Assessments of cross-layer transcoders: all sites replaced at once, codes kept from layer to layer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,11 @@ def folder(
     changes: dict[str, Any] = {
         "site": ("layers.*.post_attention_layernorm",), "target_site": ("layers.*.mlp",), "cross_layer": True,
         "architecture": ("topk", "jumprelu"), "k": (6,), "target_l0": (6.0,), "num_latents": (96,),
+        "skip_connection": True,
     }  # fmt: skip
     train(config(store, folder / "run", **changes))
+    changes |= {"cross_layer": False, "k": (2,), "target_l0": (2.0,), "num_latents": (32,)}
+    train(config(store, folder / "each", **changes))
     return folder
 
 
@@ -81,17 +85,61 @@ class ByHand:
         """The loss with other activations at some sites, all at once."""
         return self.loss({site: lambda _m, _i, y, o=o: self.replaced(y, o) for site, o in others.items()})
 
-    def spliced(self, sae: Sae) -> float:
+    def spliced(self, sae: Sae, written: dict[str, Tensor] | None = None) -> float:
         """The loss with an SAE's predictions in the place of every layer's, of what the model that they
         change has there. Of layers not reached yet the codes are those of 0; they do not write here."""
+        written = {} if written is None else written
         seen = dict.fromkeys(READS, torch.zeros(*self.ids_RS.shape, D))
         hooks: dict[str, Callable[..., Tensor | None]] = {}
         for layer, (reads, writes) in enumerate(zip(READS, WRITES, strict=True)):
             hooks[reads] = lambda _m, _i, x, at=reads: seen.update({at: x})
             hooks[writes] = lambda _m, _i, y, layer=layer: self.replaced(
-                y, sae(torch.cat(list(seen.values()), -1)).reconstruction.split(D, -1)[layer]
+                y,
+                written.setdefault(
+                    WRITES[layer], sae(torch.cat(list(seen.values()), -1)).reconstruction.split(D, -1)[layer]
+                ),
             )
         return self.loss(hooks)
+
+    def each_spliced(self, saes: Sequence[Sae], written: dict[str, Tensor]) -> float:
+        """The loss with a transcoder's prediction in the place of each layer's MLP."""
+        seen: dict[int, Tensor] = {}
+        hooks: dict[str, Callable[..., Tensor | None]] = {}
+        for layer, (reads, writes, sae) in enumerate(zip(READS, WRITES, saes, strict=True)):
+            hooks[reads] = lambda _m, _i, x, layer=layer: seen.update({layer: x})
+            hooks[writes] = lambda _m, _i, y, layer=layer, sae=sae: self.replaced(
+                y, written.setdefault(WRITES[layer], sae(seen[layer]).reconstruction)
+            )
+        return self.loss(hooks)
+
+
+def check_errors_of_all_replaced(
+    entry: Mapping[str, Any],
+    by_hand: ByHand,
+    own: Mapping[str, Tensor],
+    written: Mapping[str, Tensor],
+    store: ActivationStore,
+) -> None:
+    """FVU at each site of what was written there, beside the untouched model's."""
+    cuts = {cut["name"]: cut["metrics"] for cut in entry["cuts"]}
+    counted_RS = by_hand.where_RS.clone()
+    counted_RS[:, -1] = False
+    for site in WRITES:
+        squares = (own[site] - store.site(site).statistics.mean_D)[counted_RS].square().sum()
+        fvu = float((own[site] - written[site])[counted_RS].square().sum() / squares)
+        assert cuts[f"at {site}"]["fvu_replaced"]["value"] == pytest.approx(fvu, rel=1e-3)
+
+
+def left_by_skip(sae: Sae, own: Mapping[str, Tensor], by_hand: ByHand, store: ActivationStore) -> float:
+    """FVU of each layer's linear map alone, around the cached means, with every site scaled to vary alike."""
+    assert sae.W_skip is not None
+    left = total = 0.0
+    for reads, writes, W_DD in zip(READS, WRITES, sae.W_skip.split(D), strict=True):
+        x, y = (own[site][by_hand.where_RS] - store.site(site).statistics.mean_D for site in (reads, writes))
+        variance = store.site(writes).statistics.total_variance
+        left += float((y - x @ W_DD.double().T).square().sum()) / variance
+        total += float((y - y.mean(0)).square().sum()) / variance
+    return left / total
 
 
 def test_losses_are_those_of_the_model_that_it_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +174,10 @@ def test_losses_are_those_of_the_model_that_it_changes(folder: Path, monkeypatch
             assert cuts[f"at {site}"]["delta_ce"]["value"] == pytest.approx(alone, rel=1e-3, abs=1e-5)
         together = by_hand.instead(dict(zip(WRITES, made, strict=True))) - clean
         assert abs(together - cost) > 1e-4  # it matters which model is encoded
+        assert figures["fvu_skip"]["value"] == pytest.approx(left_by_skip(sae, own, by_hand, store), rel=1e-3)
+        written: dict[str, Tensor] = {}
+        by_hand.spliced(sae, written)
+        check_errors_of_all_replaced(entry, by_hand, own, written, store)
     kinds = {check["against"]: check for check in assessment["variants"][0]["evidence"] if check["against"]}
     assert set(kinds) == {next(name for name in kinds if name.startswith("random-"))}
     for entry in assessment["controls"]:
@@ -133,6 +185,35 @@ def test_losses_are_those_of_the_model_that_it_changes(folder: Path, monkeypatch
         cost = by_hand.instead(dict(zip(WRITES, made.split(D, -1), strict=True))) - clean
         assert entry["metrics"]["delta_ce"]["value"] == pytest.approx(cost, rel=1e-3, abs=1e-5)
     assert (folder / "run" / "report.html").stat().st_size > 0
+
+
+def test_transcoders_of_one_layer_each_are_measured_together(folder: Path) -> None:
+    """Oracle: transformers' own model with a hook on each module, which puts each transcoder's prediction of
+    what the model that the others changed has there in its place."""
+    by_hand, store, own = ByHand(folder), ActivationStore(folder / "acts"), dict[str, Tensor]()
+    settings = AssessConfig(run=folder / "each", device="cpu", model_tokens=10**6, n_latents=0, together=True)
+    assessment = run(settings)
+    clean = by_hand.loss({s: lambda _m, _i, y, s=s: own.update({s: y}) for s in (*READS, *WRITES)})
+    sets = [entry for entry in assessment["controls"] if entry.get("control") == "together"]
+    assert [entry.get("architecture", "topk") for entry in sets] == ["topk", "jumprelu"]
+    for entry in sets:
+        kind = entry.get("architecture", "k2")
+        places = sorted((folder / "each").glob(f"*-{kind}-*"))
+        saes, written = [Sae.load(place) for place in places], dict[str, Tensor]()
+        cost = by_hand.each_spliced(saes, written) - clean
+        figures = entry["metrics"]
+        assert figures["delta_ce"]["value"] == pytest.approx(cost, rel=1e-3, abs=1e-5)
+        check_errors_of_all_replaced(entry, by_hand, own, written, store)
+        alone = {e["name"]: e["metrics"] for e in assessment["variants"]}
+        l0s = [alone[place.name]["l0"]["value"] for place in places]
+        assert figures["l0"]["value"] == pytest.approx(sum(l0s))
+        for place, site in zip(places, WRITES, strict=True):
+            (cut,) = (cut["metrics"] for cut in entry["cuts"] if cut["name"] == f"at {site}")
+            for figure in ("fvu", "delta_ce"):
+                expected = alone[place.name][figure]["value"]
+                assert cut[figure]["value"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    with pytest.raises(ConfigError, match=r"together has no effect: no transcoders"):
+        run(replace(settings, run=folder / "run"))
 
 
 def test_tokens_are_promoted_by_the_sum_of_what_a_latent_writes(folder: Path) -> None:

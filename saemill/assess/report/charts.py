@@ -20,7 +20,12 @@ SHAPES = ("circle", "square", "triangle", "diamond", "star", "down")
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 5")
 METRICS = {"fvu": "FVU", "delta_ce": "ΔCE, nats per token"}
 """Metrics that are drawn."""
-CONTROLS = {"random": "random dictionaries", "pca": "PCA", "frozen": "frozen decoders"}
+CONTROLS = {
+    "together": "transcoders of one layer each, together",
+    "random": "random dictionaries",
+    "pca": "PCA",
+    "frozen": "frozen decoders",
+}
 
 Tick = tuple[float, str]
 """Place and label of a tick."""

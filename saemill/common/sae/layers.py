@@ -6,9 +6,12 @@ has F latents, those of layer 0 first, F/L of each layer. None of the zeros of a
     W_enc [F, D]            of a latent of layer l the weights on site l
     W_dec [F (L + 1)/2, E]  of each latent a row for site l, l + 1, …, L − 1: L rows of a latent of layer 0,
                             one of a latent of the last
+    W_skip [L E, D]         where there is one, the linear map from each site to its own layer's output
 
 With one layer these are the weights of a transcoder, [F, D] and [F, E].
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +45,22 @@ def unit_rows(w_dec: Tensor, n_layers: int) -> Tensor:
     """Divide each latent's decoder by its length over all sites that it writes to; shaped as `w_dec`."""
     rows = [own / torch.linalg.vector_norm(own, dim=1, keepdim=True) for own in blocks(w_dec, n_layers)]
     return torch.cat([own.view(-1, w_dec.shape[1]) for own in rows])
+
+
+def lengths(w_dec: Tensor, scales: Sequence[float]) -> Tensor:
+    """Compute the length of each latent's decoder, each site's part of it times a scale. [F]"""
+    n = len(scales)
+    each = w_dec.new_tensor(scales)
+    rows = [own.view(len(own), n - layer, -1) for layer, own in enumerate(blocks(w_dec, n))]
+    parts = [own * each[layer:, None] for layer, own in enumerate(rows)]
+    return torch.cat([torch.linalg.vector_norm(own.flatten(1), dim=1) for own in parts])
+
+
+def skipped(x: Tensor, w_skip: Tensor, n_layers: int) -> Tensor:
+    """Compute W_skip x, each layer's output from its own site. [T, L D] → [T, L E], differentiable."""
+    x_LTD = x.reshape(len(x), n_layers, -1).transpose(0, 1)
+    w_LED = w_skip.view(n_layers, -1, x_LTD.shape[2])
+    return torch.bmm(x_LTD, w_LED.mT).transpose(0, 1).flatten(1)
 
 
 def pre_activations(x: Tensor, w_enc_FD: Tensor, b_enc_F: Tensor, n_layers: int) -> Tensor:

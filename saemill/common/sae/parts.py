@@ -28,7 +28,7 @@ from saemill.common.stores.site_names import abridged
 BY_K = ("topk", "abs-topk", "matryoshka", "groupmax")
 BY_THRESHOLD = ("batchtopk", "matryoshka", "jumprelu", "relu", "gated")
 ARCHITECTURES = tuple(dict.fromkeys(BY_K + BY_THRESHOLD))
-CROSS_LAYER = ("topk", "batchtopk", "jumprelu", "relu")
+CROSS_LAYER = ("topk", "batchtopk", "jumprelu", "relu", "gated")
 """Those that cross-layer transcoders have."""
 
 
@@ -232,7 +232,8 @@ class Parts:
     threshold: Tensor | None = None
     """Pre-activations above which latents are active, float32 [F], 0 or more; there where k is None."""
     W_skip: Tensor | None = None
-    """Linear map [E, D] of a transcoder, beside its latents; None without."""
+    """Linear map [E, D] of a transcoder, beside its latents, of a cross-layer transcoder as `layers` has it;
+    None without."""
 
     def __post_init__(self) -> None:
         if (self.threshold is None) != (self.config.k is not None):
@@ -244,8 +245,6 @@ class Parts:
             self._check_threshold(self.threshold)
         if self.W_skip is not None and self.config.d_out is None:
             raise ConfigError("W_skip must be absent from an SAE: it would reconstruct by itself")
-        if self.W_skip is not None and self.config.predicted:
-            raise ConfigError("W_skip must be absent from a cross-layer transcoder, which has latents alone")
 
     def _check_threshold(self, threshold_F: Tensor) -> None:
         """Refuse thresholds that are none; a NaN, which a run that diverged leaves, is for `check_finite`."""

@@ -15,7 +15,7 @@ linear map beside its latents:
 A cross-layer transcoder has such latents at several layers, and each writes to its own layer's output and to
 all later ones':
 
-    z_l = W_enc,l x_l + b_enc,l,    ŷ_m = Σ_{l ≤ m} W_dec,l→mᵀ f_l + b_dec,m
+    z_l = W_enc,l x_l + b_enc,l,    ŷ_m = Σ_{l ≤ m} W_dec,l→mᵀ f_l + b_dec,m + W_skip,m x_m
 
 It takes x_0, x_1, … side by side and predicts ŷ_0, ŷ_1, … side by side; of k latents each layer has an equal
 share.
@@ -213,7 +213,11 @@ class Sae(nn.Module):
             )
             b_dec = self.b_dec.data if layer == 0 else self.b_dec.new_zeros((n - layer) * e)
             threshold = None if self.threshold is None else self.threshold.data[own]
-            found.append(Sae(config, self.W_enc.data[own], self.b_enc.data[own], W_dec, b_dec, threshold))
+            weights = {"W_enc": self.W_enc.data[own], "b_enc": self.b_enc.data[own], "W_dec": W_dec}
+            if self.W_skip is not None:  # to its own layer's output, the first of those that it writes to
+                W_skip = self.W_skip.data[layer * e : (layer + 1) * e]
+                weights["W_skip"] = nn.functional.pad(W_skip, (0, 0, 0, (n - layer - 1) * e))
+            found.append(Sae(config, b_dec=b_dec, threshold=threshold, **weights))
         return found
 
     def pre_acts(self, x: Tensor | ArrayLike) -> Tensor:
@@ -301,7 +305,8 @@ class Sae(nn.Module):
             kind = "a transcoder with W_skip" if norm is None else "an SAE with a norm"
             raise ConfigError(f"{kind} decodes with its input: decode(acts, indices, x)")
         if self.W_skip is not None and x is not None:
-            decoded = decoded + nn.functional.linear(x.to(self.W_skip.dtype), self.W_skip)
+            rows, n = x.to(self.W_skip.dtype).reshape(-1, x.shape[-1]), self.config.n_layers
+            decoded = decoded + layers.skipped(rows, self.W_skip, n).view(decoded.shape)
         if norm is not None and x is not None:
             decoded = normed(x.to(decoded.dtype), norm).back(decoded)
         self._check_if_not_finite(decoded)

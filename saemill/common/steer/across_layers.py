@@ -71,6 +71,10 @@ class AcrossLayers:
             self.written[target].append(part_BSE)
         return x_BSD
 
+    def written_to(self, layer: int) -> Tensor:
+        """Add up what was written to a layer's target: of all layers that have run. [B, S, E]"""
+        return torch.stack(self.written[layer]).sum(0)
+
     def write(self, layer: int, x_BSE: Tensor) -> Tensor:
         """Return what takes the place of the activation that a layer predicts.
 
@@ -84,7 +88,7 @@ class AcrossLayers:
                 f"{site} runs before {read}, which a cross-layer transcoder reads to predict it; name the "
                 "sites of each layer in the order in which the model runs them"
             )
-        written_BSE = torch.stack(self.written[layer]).sum(0)
+        written_BSE = self.written_to(layer)
         if self.keep_error:
             return x_BSE + written_BSE.to(x_BSE.dtype)
         return substitute(x_BSE, written_BSE, fired[1])

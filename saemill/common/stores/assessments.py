@@ -195,7 +195,7 @@ class Entry(Record):
     """None where the SAE's files do not tell."""
     seed: Count | None = None
     """Seed of its initial weights; left out where it is not known."""
-    control: Literal["random", "pca", "frozen"] | None = None
+    control: Literal["random", "pca", "frozen", "together"] | None = None
     """Kind of control that it is; left out of a variant."""
     twins: tuple[str, ...] = ()
     """SAEs of the run that differ from it in the seed alone."""

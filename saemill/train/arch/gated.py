@@ -16,7 +16,7 @@ from saemill.train.arch import initial
 from saemill.train.backends.architecture import Inference, Losses, Sample, Seen, Slopes
 from saemill.train.backends.codes import Above, Codes
 from saemill.train.backends.parameters import Parameters
-from saemill.train.backends.plain import pre_activations
+from saemill.train.backends.plain import decode, pre_activations
 from saemill.train.backends.team import Team
 
 
@@ -54,9 +54,10 @@ class Gated:
         linear_TF = gate_TF - p.b_enc_F
         r_F, b_mag_F = p.further_F["r_mag"], p.further_F["b_mag"]
         codes_TF = torch.where(gate_TF > 0, torch.relu(r_F.exp() * linear_TF + b_mag_F), 0)
-        e_TD = codes_TF @ p.w_dec_FD + p.b_D - y_TE
+        e_TD = decode(p, codes_TF) - y_TE
         open_TF = torch.relu(gate_TF)
-        gate_e_TD = open_TF @ p.w_dec_FD.detach() + p.b_D.detach() - y_TE.detach()
+        held = p._replace(w_dec_FD=p.w_dec_FD.detach(), b_D=p.b_D.detach())
+        gate_e_TD = decode(held, open_TF) - y_TE.detach()
         penalty = self.coefficient * d**0.5 * open_TF.sum()
         return Losses(e_TD.square().sum(), gate_e_TD.square().sum(), codes_TF, penalty=penalty)
 
@@ -82,7 +83,7 @@ class Gated:
         assert codes.pre_TK is not None
         assert held_dot_TK is not None
         idx_TK, gate_TK, n_latents = codes.idx_TK, codes.pre_TK, len(p.b_enc_F)
-        weight = self.coefficient * p.w_dec_FD.shape[1] ** 0.5 * per_square
+        weight = self.coefficient * len(p.b_D) ** 0.5 * per_square
         dgate_TK = (held_dot_TK * (2 * per_square) + weight).where(codes.used_TK, 0)
         dmag_TK = (dot_TK * (2 * per_square)).where(codes.active_TK, 0)
         dlinear_TK = dmag_TK * p.further_F["r_mag"].exp()[idx_TK]

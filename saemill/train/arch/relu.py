@@ -14,11 +14,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from saemill.common.sae import layers
 from saemill.train.arch import initial
 from saemill.train.backends.architecture import Inference, Losses, Sample, Seen, Slopes
 from saemill.train.backends.codes import Above, Codes
 from saemill.train.backends.parameters import Parameters
-from saemill.train.backends.plain import pre_activations
+from saemill.train.backends.plain import decode, pre_activations
 from saemill.train.backends.team import Team
 
 
@@ -56,7 +57,7 @@ class Relu:
     def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition."""
         d, codes_TF = y_TE.shape[1], torch.relu(pre_activations(p, x_TD, dtype))
-        e_TD = codes_TF @ p.w_dec_FD + p.b_D - y_TE
+        e_TD = decode(p, codes_TF) - y_TE
         size_F = self._norms_FL(p).sum(1) / d**0.5
         active_TF = codes_TF > 0  # x^p has no slope at 0
         sizes_TF = torch.where(active_TF, codes_TF, 1) * size_F
@@ -66,7 +67,7 @@ class Relu:
 
     def _norms_FL(self, p: Parameters) -> Tensor:
         """Compute the lengths of decoder rows that the penalty counts: of free rows those at each site."""
-        return p.w_dec_FD.norm(dim=1, keepdim=True) if self.unit_rows else p.norms_FL
+        return layers.lengths(p.w_dec_FD, (1.0,) * p.n_layers)[:, None] if self.unit_rows else p.norms_FL
 
     def codes(self, p: Parameters, found: Codes) -> Codes:
         """Return what the rule found: the codes themselves."""
@@ -82,7 +83,7 @@ class Relu:
         per_square: float,
     ) -> Slopes:
         """Compute the gradient at the pre-activations, and on the norms of free rows, as `loss` has them."""
-        val_TK, n_latents, d = codes.val_TK, len(p.b_enc_F), p.w_dec_FD.shape[1]
+        val_TK, n_latents, d = codes.val_TK, len(p.b_enc_F), len(p.b_D)
         norms_FL, active_TK = self._norms_FL(p), codes.active_TK
         norm_F = norms_FL.sum(1)
         weight, norm_TK = self.coefficient * d * per_square, norm_F[codes.idx_TK] / d**0.5
@@ -98,6 +99,8 @@ class Relu:
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: thresholds of 0, and rows of unit length."""
+        if self.unit_rows:
+            return Inference(None, torch.zeros_like(p.b_enc_F), p.w_enc_FD, p.b_enc_F, p.w_dec_FD)
         norm_F = p.w_dec_FD.norm(dim=1).clamp(min=1e-12)
         w_enc_FD, w_dec_FD = p.w_enc_FD * norm_F[:, None], p.w_dec_FD / norm_F[:, None]
         return Inference(None, torch.zeros_like(norm_F), w_enc_FD, p.b_enc_F * norm_F, w_dec_FD)

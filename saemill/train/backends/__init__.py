@@ -10,6 +10,7 @@ sparse.py   a step that touches active pairs alone, for
 cpu/        loops for a CPU, compiled by numba
 gpu/        kernels for a GPU, in Triton
 from_output.py  a gradient at x̂ → that of the codes
+by_layer.py  codes of cross-layer transcoders
 auxk.py     the gradients of dead latents
 adding.py   sums by place, in one order
 team.py     the processes that share a step

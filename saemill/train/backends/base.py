@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from saemill.common.sae import layers
 from saemill.train.backends.architecture import Architecture, Dead
 from saemill.train.backends.parameters import Parameters, Shape
 from saemill.train.backends.team import Team
@@ -34,6 +35,16 @@ class Weights(NamedTuple):
     """w_dec as it is decoded with: w_dec itself on a CPU, in the product's dtype on a GPU."""
     quantised_FD: "Quantised | None" = None
     """product_FD in 8 bits, where those choose the candidates."""
+
+    @property
+    def layers(self) -> "list[Weights]":
+        """Return those of each layer, as `Parameters.layers`; decoders have no copies."""
+        found, first = [], 0
+        for p in self.parameters.layers:
+            rows = slice(first, first := first + len(p.w_enc_FD))
+            quantised = None if self.quantised_FD is None else self.quantised_FD.rows(rows)
+            found.append(Weights(p, self.product_FD[rows], p.w_dec_FD, quantised))
+        return found
 
     def refresh(self, rows: slice = slice(None)) -> None:
         """Make some latents' copies anew."""
@@ -72,6 +83,8 @@ class Batch(NamedTuple):
         """Take what W_skip predicts off the target: what is left is for the latents to predict."""
         if p.w_skip_ED is None:
             return self
+        if p.n_layers > 1:
+            return self._replace(y_TE=self.target_TE - layers.skipped(self.x_TD, p.w_skip_ED, p.n_layers))
         return self._replace(y_TE=torch.addmm(self.target_TE, self.x_TD, p.w_skip_ED.T, alpha=-1))
 
 

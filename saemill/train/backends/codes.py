@@ -1,5 +1,6 @@
 """The rules that turn pre-activations into codes, and the codes they leave."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -110,9 +111,38 @@ class Codes(NamedTuple):
         places_K = torch.arange(self.val_TK.shape[1], device=self.val_TK.device)
         return torch.bucketize(places_K, ends_G, right=True).expand_as(self.val_TK)
 
+    def ends_of_layers(self, n_layers: int, n_each: int) -> Tensor:
+        """Find where the slots of each layer's latents end, which come layer by layer. int64 [T, L]"""
+        layer_TK = (self.idx_TK // n_each).where(self.used_TK, n_layers)
+        return torch.stack([(layer_TK <= layer).sum(1) for layer in range(n_layers)], 1)
+
     def by_latent(self, numbers_TK: Tensor, n_latents: int) -> Tensor:
         """Sum numbers of slots, 0 where unused, over the tokens of each latent. float32 [F]."""
         return sum_by_place(numbers_TK.flatten(), self.idx_TK.flatten().long(), n_latents)
+
+
+def side_by_side(parts: Sequence[Codes], n_each: int) -> Codes:
+    """Put the codes of several layers behind each other, by numbers of all latents.
+
+    Args:
+        parts: of each layer, by numbers of its own latents.
+        n_each: latents of a layer.
+    """
+    idx_TK = torch.cat([part.idx_TK + layer * n_each for layer, part in enumerate(parts)], 1)
+    val_TK, counts = torch.cat([part.val_TK for part in parts], 1), [part.n_T for part in parts]
+    if any(n_T is None for n_T in counts):
+        return Codes(val_TK, idx_TK)
+    ends_LT = torch.stack([n_T for n_T in counts if n_T is not None]).cumsum(0)
+    n_slots, used_TK = slots(int(ends_LT[-1].max())), torch.cat([part.used_TK for part in parts], 1)
+    places = [torch.arange(part.val_TK.shape[1], device=val_TK.device) for part in parts]
+    firsts = [torch.zeros_like(ends_LT[0]), *ends_LT[:-1]]
+    place_TK = torch.cat([n_T[:, None] + own_K for n_T, own_K in zip(firsts, places, strict=True)], 1)
+    place_TK = place_TK.where(used_TK, n_slots)  # what is unused goes behind all
+    val, idx = (
+        numbers_TK.new_zeros(len(val_TK), n_slots + 1).scatter_(1, place_TK, numbers_TK)[:, :n_slots]
+        for numbers_TK in (val_TK, idx_TK)
+    )
+    return Codes(val.contiguous(), idx.contiguous(), n_T=ends_LT[-1])
 
 
 LAST = 2**31 - 1

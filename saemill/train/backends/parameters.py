@@ -69,6 +69,19 @@ class Parameters(NamedTuple):
         return (*ragged, "b", *([] if self.w_skip_ED is None else [SKIP]))
 
     @property
+    def layers(self) -> list["Parameters"]:
+        """Return those of each layer of a cross-layer transcoder, as those of a transcoder from its site to
+        all that it writes to, side by side: views. The bias is left to the whole. Of others themselves."""
+        if self.n_layers == 1:
+            return [self]
+        blocks = layers.blocks(self.w_dec_FD, self.n_layers)
+        encoders = (rows.chunk(self.n_layers) for rows in (self.w_enc_FD, self.b_enc_F))
+        return [
+            self._replace(w_enc_FD=w_enc, b_enc_F=b_enc, w_dec_FD=w_dec, further_F=NONE, n_layers=1)
+            for w_enc, b_enc, w_dec in zip(*encoders, blocks, strict=True)
+        ]
+
+    @property
     def offset_D(self) -> Tensor:
         """Return what the encoder subtracts from x: b, or zeros."""
         return self.b_D if self.is_centred else self.w_enc_FD.new_zeros(self.w_enc_FD.shape[1])
@@ -107,4 +120,4 @@ class Shape(NamedTuple):
         f, d, e, n = self.n_latents, self.d, self.d_out, self.n_layers
         w_dec = (layers.n_rows(f, n), e // n)
         own = {"w_enc": (f, d // n), "b_enc": (f,), "w_dec": w_dec, "b": (e,)}
-        return own | dict.fromkeys(self.further, (f,)) | ({SKIP: (e, d)} if self.has_skip else {})
+        return own | dict.fromkeys(self.further, (f,)) | ({SKIP: (e, d // n)} if self.has_skip else {})

@@ -132,7 +132,9 @@ class Plain:
 def output(p: Parameters, codes_TF: Tensor, x_TD: Tensor) -> Tensor:
     """Compute what codes decode to, with what W_skip adds. [T, E], differentiable."""
     decoded_TE = decode(p, codes_TF)
-    return decoded_TE if p.w_skip_ED is None else decoded_TE + x_TD @ p.w_skip_ED.T
+    if p.w_skip_ED is None:
+        return decoded_TE
+    return decoded_TE + layers.skipped(x_TD, p.w_skip_ED, p.n_layers)
 
 
 def decode(p: Parameters, codes_TF: Tensor) -> Tensor:

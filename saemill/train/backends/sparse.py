@@ -11,6 +11,9 @@ latents, each from its gradient to its new weights:
 Where the encoder subtracts no b, the terms of b in the last line but one and in db are missing. W_skip, whose
 part of the prediction is taken off the target before the first pass, has the dense gradient gs Σ_t e_t x_tᵀ.
 
+The latents of a cross-layer transcoder are scored layer by layer, each layer's as a transcoder's from its
+site. To them e_t and x_t are the parts that they write to and read.
+
 Where codes are in groups that fit alone, e_t is for each pair the weighted sum of the errors of all groups
 that hold it. Nothing of size tokens × latents and no gradient of size latents × D is ever in memory.
 """
@@ -24,8 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
+from saemill.common.sae import layers
 from saemill.common.sae.abs_topk import abs_topk
 from saemill.common.sae.topk import topk
+from saemill.train.backends import by_layer
 from saemill.train.backends.architecture import Auxiliary, Pull, Seen, Slopes
 from saemill.train.backends.auxk import DeadRows, auxk, pull
 from saemill.train.backends.base import Batch, Sums, Task, Weights, described
@@ -85,6 +90,10 @@ class Sparse(ABC):
 
     def __init__(self, dtype: torch.dtype, team: Team = ALONE) -> None:
         self.dtype, self.team = dtype, team
+
+    @abstractmethod
+    def prepare(self, x_TD: Tensor, y_TE: Tensor | None = None) -> Batch:
+        """Make the copies of a batch, as `Backend.prepare`."""
 
     @abstractmethod
     def bias(self, weights: Weights) -> Tensor:
@@ -179,7 +188,7 @@ class Sparse(ABC):
         weights, architecture, p = task.weights, task.architecture, task.weights.parameters
         bias_F, rule, cutoff = self.bias(weights), architecture.rule(p), None
         if isinstance(rule, Largest):
-            found: Codes | None = self.largest(own, weights, bias_F, rule)
+            found: Codes | None = by_layer.largest(self, own, weights, bias_F, rule)
         elif isinstance(rule, LargestOfGroups):
             found = self.largest_of_groups(own, weights, bias_F, rule.k)
         elif isinstance(rule, Above):
@@ -232,7 +241,7 @@ class Sparse(ABC):
         """Find pre-activations above floors; None where all processes had better take a dense step."""
         may_be_dense = self.team.latents.size == 1
         most = DENSE_SHARE * len(bias_F) * len(own.x_TD) if may_be_dense else float("inf")
-        codes = self.above(own, weights, bias_F, floor_F, most)
+        codes = by_layer.above(self, own, weights, bias_F, floor_F, most)
         return None if self.team.tokens.any(codes is None) else codes
 
     def _batch_largest(
@@ -258,7 +267,8 @@ class Sparse(ABC):
     def _guess(self, own: Batch, weights: Weights, bias_F: Tensor, n_kept: int) -> float:
         """Guess a floor that more than n pre-activations of the batch pass, from some of its tokens."""
         rows_TD = own.product_TD[:: max(1, len(own.x_TD) // SAMPLE_TOKENS)]
-        pre_TF = torch.addmm(bias_F.to(self.dtype), rows_TD, weights.product_FD.T).float()
+        n = weights.parameters.n_layers
+        pre_TF = layers.pre_activations(rows_TD, weights.product_FD, bias_F.to(self.dtype), n).float()
         n_tokens = len(own.x_TD) * self.team.tokens.size
         n_sampled = max(1, round(SAMPLE_RANKS * n_kept * len(rows_TD) / n_tokens / self.team.latents.size))
         floor = pre_TF.flatten().topk(min(n_sampled, pre_TF.numel())).values[-1].clamp(min=0)
@@ -359,8 +369,9 @@ def gradients_of_whole(task: Task, e_TD: Tensor, dpre_F: Tensor, team: Team) -> 
         team.latents.all_reduce(db_D)
     if p.w_skip_ED is None:
         return {"b": db_D}
-    x_TD = task.batch.product_TD
-    return {"b": db_D, SKIP: (e_TD.T @ x_TD.to(e_TD.dtype)).float().mul_(scale)}
+    pairs = (rows.chunk(p.n_layers, 1) for rows in (e_TD, task.batch.product_TD.to(e_TD.dtype)))
+    dskip = [(e.T @ x).float().mul_(scale) for e, x in zip(*pairs, strict=True)]
+    return {"b": db_D, SKIP: torch.cat(dskip)}
 
 
 def gather(forward: Forward, n_tokens: int, team: Team) -> Forward:

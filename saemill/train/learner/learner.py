@@ -101,8 +101,11 @@ class Learner:
         """Fill in where the parameters start: W_skip, and the others for what it leaves."""
         p, variant = self.parameters, self.variant
         if p.w_skip_ED is not None:
-            p.w_skip_ED.copy_(initial.regression(sample))
-            sample = sample._replace(y_TE=sample.y_TE - sample.x_TD @ p.w_skip_ED.T)
+            pairs = (rows.chunk(p.n_layers, 1) for rows in sample)
+            p.w_skip_ED.copy_(
+                torch.cat([initial.regression(Sample(*own)) for own in zip(*pairs, strict=True)])
+            )
+            sample = sample._replace(y_TE=sample.y_TE - layers.skipped(sample.x_TD, p.w_skip_ED, p.n_layers))
         if variant.b_dec_init == "geometric_median":
             p.b_D.copy_(initial.geometric_median(sample.y_TE))
         self.architecture.initialise(p, variant.num_latents, variant.seed, sample, self.backend.team)

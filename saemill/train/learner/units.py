@@ -72,8 +72,24 @@ def whole_of(p: Parameters, scaling: Scaling, target: Scaling | None) -> dict[st
     b_dec = _offset(p, of) + of.centre_D
     if p.w_skip_ED is None:
         return {"b_dec": b_dec}
+    if p.n_layers > 1:
+        ratio_L11 = _over(scaling, of).to(p.w_skip_ED)
+        W_skip = (p.w_skip_ED.view(p.n_layers, -1, p.w_skip_ED.shape[1]) * ratio_L11).flatten(0, 1)
+        return {"b_dec": b_dec - _skipped(W_skip, scaling), "W_skip": W_skip}
     W_skip = p.w_skip_ED * (scaling.scale / of.scale)
     return {"b_dec": _shifted(b_dec, W_skip, -scaling.centre_D), "W_skip": W_skip}
+
+
+def _over(scaling: Scaling, target: Scaling) -> Tensor:
+    """Divide the scale of each site that is read by that of the one that is predicted. float64 [L, 1, 1]"""
+    pairs = zip(scaling.parts, target.parts, strict=True)
+    return torch.tensor([own / other for (_, own), (_, other) in pairs]).double()[:, None, None]
+
+
+def _skipped(W_skip: Tensor, scaling: Scaling) -> Tensor:
+    """Compute what W_skip of several layers makes of the centres of the sites that they read. [L E]"""
+    centre_1D = scaling.centre_D.to(W_skip.device).double()[None]
+    return layers.skipped(centre_1D, W_skip.double(), len(scaling.parts))[0].to(W_skip.dtype)
 
 
 def _offset(p: Parameters, scaling: Scaling) -> Tensor:
@@ -106,12 +122,47 @@ def fill_whole(p: Parameters, parts: Parts, scaling: Scaling, target: Scaling | 
         target: units of what is predicted here; None of an SAE.
     """
     of, b_D = target or scaling, parts.b_dec.double()
+    if target is not None and p.n_layers > 1:
+        _fill_whole_of_layers(p, parts, scaling, target)
+        return
     if p.w_skip_ED is not None and parts.W_skip is not None:
         W_skip = parts.W_skip.double()
         b_D = b_D + W_skip @ scaling.centre_D.cpu().double()
         p.w_skip_ED.copy_(W_skip * (of.scale / scaling.scale))
     b_D = (b_D - of.centre_D.cpu().double()) * of.scale
     p.b_D.copy_(b_D if of.gain_D is None else b_D * of.gain_D.cpu().double())
+
+
+def _fill_whole_of_layers(p: Parameters, parts: Parts, scaling: Scaling, target: Scaling) -> None:
+    """Do so of a cross-layer transcoder, whose sites have scales of their own."""
+    b_D = parts.b_dec.double() - target.centre_D.cpu().double()
+    if p.w_skip_ED is not None and parts.W_skip is not None:
+        W_skip = parts.W_skip.double()
+        b_D = b_D + _skipped(W_skip, scaling)
+        rows_LED = W_skip.view(p.n_layers, -1, W_skip.shape[1]) / _over(scaling, target)
+        p.w_skip_ED.copy_(rows_LED.flatten(0, 1))
+    scale_L1 = torch.tensor([own for _, own in target.parts]).double()[:, None]
+    p.b_D.copy_((b_D.view(p.n_layers, -1) * scale_L1).flatten())
+
+
+def _form_of_layers(parts: Parts, scaling: Scaling, target: Scaling) -> Inference:
+    """Return the latents of a cross-layer transcoder as `form_of`, of which `_of_layers` makes these; a
+    decoder is of unit length over all sites that it writes to."""
+    n = len(scaling.parts)
+    reads, writes = ([own for _, own in of.parts] for of in (scaling, target))
+    W_enc, b_enc, W_dec = (weights.double() for weights in (parts.W_enc, parts.b_enc, parts.W_dec))
+    length_F = layers.lengths(W_dec, writes)
+    w_enc, bias, w_dec = [], [], []
+    for layer, own in enumerate(layers.blocks(W_dec, n)):
+        some = slice(layer * len(own), (layer + 1) * len(own))
+        length_F1, centre_D = length_F[some, None], scaling.centre_D.chunk(n)[layer].cpu().double()
+        w_enc.append(W_enc[some] * length_F1 / reads[layer])
+        bias.append((b_enc[some] + W_enc[some] @ centre_D) * length_F[some])
+        scales_L1 = W_dec.new_tensor(writes[layer:])[:, None]
+        rows = own.view(len(own), n - layer, -1) * scales_L1 / length_F1[..., None]
+        w_dec.append(rows.flatten(0, 1))
+    threshold_F = None if parts.threshold is None else parts.threshold.double() * length_F
+    return Inference(parts.config.k, threshold_F, torch.cat(w_enc), torch.cat(bias), torch.cat(w_dec))
 
 
 def form_of(p: Parameters, parts: Parts, rows: slice, scaling: Scaling, target: Scaling | None) -> Inference:
@@ -124,6 +175,8 @@ def form_of(p: Parameters, parts: Parts, rows: slice, scaling: Scaling, target: 
         rows: the latents.
         scaling, target: as of `fill_whole`.
     """
+    if target is not None and p.n_layers > 1:
+        return _form_of_layers(parts, scaling, target)
     W_enc, b_enc, W_dec = (weights[rows].double() for weights in (parts.W_enc, parts.b_enc, parts.W_dec))
     gain_D = None if scaling.gain_D is None else scaling.gain_D.cpu().double()
     W_dec = W_dec if gain_D is None else W_dec * gain_D

@@ -65,7 +65,7 @@ def sizes(
     kernels = _kernels(variant, kernels)
     shapes = _shapes(variant, widths)
     n = sum(math.prod(shape) for shape in shapes.values())
-    f, d = variant.num_latents, widths[0]
+    f, d = variant.num_latents, widths[0] // variant.n_layers
     copies = 0
     if kernels != "torch" and dtype != torch.float32:
         copies += f * d * dtype.itemsize
@@ -83,8 +83,8 @@ def sizes(
 
 
 def _kernels(variant: Variant, kernels: str) -> str:
-    """Return what computes its steps: torch those of a cross-layer transcoder."""
-    return kernels if variant.n_layers == 1 else "torch"
+    """Return what computes its steps: on a GPU torch those of a cross-layer transcoder."""
+    return "torch" if variant.n_layers > 1 and kernels == "triton" else kernels
 
 
 def _shapes(variant: Variant, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
@@ -149,5 +149,6 @@ def _scratch(
         return errors + PLAIN_COPIES * min(PLAIN_BYTES.get(device, PLAIN_BYTES["cuda"]), n_tokens * f * 4)
     if kernels == "triton":
         return errors + pairs + min(GPU_CHUNK_BYTES, n_tokens * f * 2) + 2 * f * (d + e) * 4
+    f //= variant.n_layers
     scores = n_threads * min(CHUNK_BYTES, CHUNK_TOKENS * f * 4, -(-n_tokens // n_threads) * f * 4)
     return errors + pairs + scores

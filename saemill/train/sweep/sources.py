@@ -16,7 +16,7 @@ from saemill.common import durable
 from saemill.common.errors import ConfigError, SaemillError, StoreError
 from saemill.common.hub import SCHEME
 from saemill.common.log import say
-from saemill.common.sae import formats, of_run
+from saemill.common.sae import formats, layers, of_run
 from saemill.common.sae.parts import Parts, SaeConfig
 from saemill.common.stores import runs
 from saemill.common.stores.site_names import parts_of
@@ -109,10 +109,6 @@ def _source(address: str, name: str, parts: Parts) -> Source:
             f"{address} takes each activation through a norm first ({parts.config.norm}), which no SAE "
             "trained here does; start from another"
         )
-    if parts.config.predicted:
-        raise ConfigError(
-            f"{address} is {parts.config.spans}; start from an SAE, a transcoder or a crosscoder"
-        )
     lengths_F = _lengths(parts)
     threshold_F = None if parts.threshold is None else parts.threshold * lengths_F
     return Source(
@@ -128,9 +124,12 @@ def _source(address: str, name: str, parts: Parts) -> Source:
 
 
 def _lengths(parts: Parts) -> Tensor:
-    """Compute the lengths of decoder rows; of a crosscoder in the sites' own units, in which its latents are
+    """Compute the lengths of decoder rows; of several sites in the sites' own units, in which latents are
     chosen, up to a factor that all share."""
     W_dec, joined = parts.W_dec.float(), parts.config.joined
+    if parts.config.predicted:
+        of_layers_F = layers.lengths(W_dec, [part.scale for part in parts.config.predicted])
+        return torch.div(of_layers_F, of_layers_F.mean())
     if joined:
         W_dec = W_dec * torch.cat([W_dec.new_full((part.width,), part.scale) for part in joined])
     lengths_F: Tensor = torch.linalg.vector_norm(W_dec, dim=1)

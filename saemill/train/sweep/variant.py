@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from saemill.common.errors import ConfigError
+from saemill.common.sae.parts import CROSS_LAYER
 from saemill.common.setting import check, like, written
 from saemill.common.stores.runs import check_variant_name
 from saemill.common.stores.site_names import parts_of
@@ -17,8 +18,6 @@ WITHOUT_SIGNUM = {
     "clip_grad_norm": "whose steps are as large as the rate",
 }
 """Settings without effect on signum, and why."""
-CROSS_LAYER = ("topk", "batchtopk", "jumprelu")
-"""Architectures that a cross-layer transcoder may have."""
 TARGET_L0 = 32.0
 """Active latents per token that JumpReLU leads to by default."""
 
@@ -167,13 +166,9 @@ class Variant:
                 f"a cross-layer transcoder is one of {', '.join(CROSS_LAYER)}, got architecture "
                 f"{self.architecture}"
             )
-        for what in ("nested_k", "multi_topk", "skip_connection"):
+        for what in ("nested_k", "multi_topk", "resample_at"):
             if getattr(self, what):
                 raise ConfigError(f"{what} is not there for a cross-layer transcoder; leave it out")
-        if self.init_from is not None:
-            raise ConfigError(
-                f"init_from has no effect on a cross-layer transcoder, {self.site}; leave it out"
-            )
         if self.optimizer == "muon":
             raise ConfigError(
                 "optimizer muon steps whole matrices, and those of a cross-layer transcoder are in parts; "

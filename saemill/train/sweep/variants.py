@@ -81,9 +81,9 @@ def of_config(
     if of_run:
         of_architectures(config, config.architectures or tuple(s.config.architecture for s in of_run))
     variants = resolve(common, axes, config.variants, widths, n_steps, targets, sources, of_run)
-    if config.kernels in ("numba", "triton") and any(variant.n_layers > 1 for variant in variants):
+    if config.kernels == "triton" and any(variant.n_layers > 1 for variant in variants):
         raise ConfigError(
-            f"kernels {config.kernels} do not step a cross-layer transcoder, which torch does; leave kernels "
+            "kernels triton do not step a cross-layer transcoder, which torch does on a GPU; leave kernels "
             "out"
         )
     for site in widths:
@@ -184,9 +184,10 @@ def _place(site: str, target: str | None, has_skip: bool) -> str:
     its last, as a folder's name has not room for all."""
     if target is None:
         return site
+    skip = "-skip" if has_skip else ""
     if is_joined(target):
-        return f"{parts_of(site)[0]}-to-{parts_of(target)[-1]}-cross-layer"
-    return f"{site}-to-{target}{'-skip' if has_skip else ''}"
+        return f"{parts_of(site)[0]}-to-{parts_of(target)[-1]}-cross-layer{skip}"
+    return f"{site}-to-{target}{skip}"
 
 
 def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where: str) -> None:

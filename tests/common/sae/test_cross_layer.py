@@ -112,7 +112,7 @@ def test_with_decoders_of_their_own_layer_alone_it_is_a_transcoder_of_each() -> 
         ({"d_out": 35}, r"predicted must be two or more sites whose widths add up to d_out \(35\)"),
         ({"num_latents": 31}, "equal shares of latents and k, got 3 and 3 sites, num_latents 31"),
         (
-            {"architecture": "gated"},
+            {"architecture": "matryoshka", "prefixes": (10, 30)},
             "architecture of a cross-layer transcoder must be one of topk, batchtopk",
         ),
         ({"joined": ()}, "as many sites, of one width, with equal shares of latents and k, got 0 and 3"),

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from saemill.train.backends.choose import make_backend
-from saemill.train.backends.plain import Plain
 from saemill.train.learner.learner import Learner
 from saemill.train.stream.scaling import Scaling
 from saemill.train.sweep.sizes import sizes
@@ -72,19 +71,20 @@ def test_what_a_learner_keeps(architecture: str, optimizer: dict[str, Any], kern
     assert held >= sum(expected) - expected.gradients
 
 
+@pytest.mark.parametrize(("kernels", "own"), [("numba", "numba"), ("triton", "torch")])
 @pytest.mark.parametrize("optimizer", [{}, {"optimizer_state": "8bit"}, {"decoder": "frozen"}])
-def test_what_a_cross_layer_transcoder_keeps(optimizer: dict[str, Any]) -> None:
-    """Oracle: the bytes of every tensor that a real learner of three layers holds, whatever kernels step
-    others; fewer than those of whole matrices."""
+def test_what_a_cross_layer_transcoder_keeps(optimizer: dict[str, Any], kernels: str, own: str) -> None:
+    """Oracle: the bytes of every tensor that a real learner of three layers holds, which torch steps where
+    Triton's kernels step others; fewer than those of whole matrices."""
     sites = {"site": "a+b+c", "target_site": "x+y+z"}
     variant = Variant(name="v", **sites, num_latents=F // 8 * 6, k=3, lr=1e-3, k_aux=16, **optimizer)
     ends = [Scaling(torch.zeros(3 * d), 1.0, ((d, 1.0),) * 3) for d in (40, 24)]
     samples = [torch.randn(256, 3 * d) for d in (40, 24)]
-    backend = Plain(torch.float32)
+    backend = make_backend(own, torch.bfloat16)
     learner = Learner(variant, ends[0], backend, samples[0], 1000, (ends[1], samples[1]))
     learner.backend = learner.scaling = learner.target_scaling = None  # type: ignore[assignment]
     held = sum(t.untyped_storage().nbytes() for t in tensors_in(learner, {}).values())
-    expected = sizes(variant, [120, 72], "numba", torch.bfloat16)
+    expected = sizes(variant, [120, 72], kernels, torch.bfloat16)
     kept = sum(expected) - expected.gradients
     assert kept <= held <= kept + FEW
     assert expected.weights < 4 * variant.num_latents * (120 + 72)

@@ -177,9 +177,14 @@ def check(parts: Parts) -> None:
     """Refuse a cross-layer transcoder that circuit-tracer cannot hold.
 
     Raises:
-        ConfigError: it has a k, or sites of two widths.
+        ConfigError: it has a k, a W_skip, or sites of two widths.
     """
     config = parts.config
+    if parts.W_skip is not None:
+        raise ConfigError(
+            "circuit-tracer has cross-layer transcoders without a linear map beside their latents (W_skip); "
+            "train one without skip_connection"
+        )
     if config.k is not None:
         raise ConfigError(
             f"circuit-tracer has cross-layer transcoders with thresholds alone, got one with k {config.k}; "

@@ -110,7 +110,7 @@ def _tensors(file: Path, config: SaeConfig, has_skip: bool) -> Tensors:
     f, d, e = config.num_latents, config.d_in, config.d_out or config.d_in
     own = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
     shapes = {own.get(name, name): shape for name, shape in config.shapes.items()}
-    shapes |= {"W_skip": (e, d)} if has_skip else {}
+    shapes |= {"W_skip": (e, d // config.n_layers)} if has_skip else {}
     optional = ("threshold",) if config.k is None else ()
     W_enc, b_enc, W_dec, b_dec, *skip = check_weights(file, weights, shapes, optional).values()
     threshold = check_shape(file, weights, "threshold", (f,)) if config.k is None else None

@@ -21,7 +21,7 @@ from saemill.train.backends.cpu.loops.above import above, above_by_scores
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
 from saemill.train.backends.cpu.loops.bias import fold_bias
 from saemill.train.backends.cpu.loops.quantise import Quantised, empty
-from saemill.train.backends.cpu.loops.residual import residual, residual_of_groups
+from saemill.train.backends.cpu.loops.residual import residual, residual_of_groups, residual_of_layers
 from saemill.train.backends.cpu.loops.rows import slots_used
 from saemill.train.backends.cpu.loops.select import select
 from saemill.train.backends.cpu.product import chooses_by_8_bits
@@ -65,11 +65,11 @@ class Cpu(Sparse):
     def weights(self, shape: Shape, device: torch.device) -> Weights:
         """Make the memory of one SAE, all zeros, as `Backend.weights`."""
         parameters = Parameters.of({name: zeros(*s) for name, s in shape.of_each.items()}, shape)
-        (n_latents, d), w_enc_FD = (shape.n_latents, shape.d), parameters.w_enc_FD
+        w_enc_FD, (n_latents, d) = parameters.w_enc_FD, parameters.w_enc_FD.shape
         product_FD = w_enc_FD if self.dtype == torch.float32 else zeros(n_latents, d, dtype=self.dtype)
-        if not chooses_by_8_bits(n_latents, d, self.dtype):
+        if not chooses_by_8_bits(n_latents // shape.n_layers, d, self.dtype):
             return Weights(parameters, product_FD, parameters.w_dec_FD)
-        self._by_8_bits.add((n_latents, d))
+        self._by_8_bits.add((n_latents // shape.n_layers, d))
         return Weights(parameters, product_FD, parameters.w_dec_FD, empty(n_latents, d))
 
     @one_in_torch()
@@ -192,12 +192,17 @@ class Cpu(Sparse):
                 e_TD, dot_TK = residual_of_team(codes, batch, weights, self.team)
                 return e_TD.to(self.dtype), dot_TK, e_TD.square().sum()
         e_TD, dot_TK = torch.empty_like(batch.target_TE, dtype=self.dtype), torch.zeros_like(codes.val_TK)
-        sse_T, used_T = torch.empty(n_tokens), slots_used(codes)
+        one_by_one: Callable[..., None] = residual
+        sse_T, idx_TK, used = torch.empty(n_tokens), codes.idx_TK, slots_used(codes)
+        if p.n_layers > 1:
+            n_each = len(p.b_enc_F) // p.n_layers
+            one_by_one, idx_TK = residual_of_layers, idx_TK % n_each
+            used = codes.ends_of_layers(p.n_layers, n_each)
 
         def decode(piece: slice, _thread: int) -> None:
-            inputs = codes.val_TK[piece], codes.idx_TK[piece], used_T[piece], target_TD[piece]
+            inputs = codes.val_TK[piece], idx_TK[piece], used[piece], target_TD[piece]
             with region("decode"):
-                residual(*inputs, p.w_dec_FD, p.b_D, e_TD[piece], dot_TK[piece], sse_T[piece])
+                one_by_one(*inputs, p.w_dec_FD, p.b_D, e_TD[piece], dot_TK[piece], sse_T[piece])
 
         each(_pieces(n_tokens, CHUNK_TOKENS), decode)
         return e_TD, dot_TK, sse_T.sum()

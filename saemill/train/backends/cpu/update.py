@@ -17,6 +17,7 @@ from saemill.train.backends.auxk import DeadRows
 from saemill.train.backends.base import Task, Weights, chunks
 from saemill.train.backends.cpu.loops.rows import Pairs, gradients, sort_pairs
 from saemill.train.backends.cpu.threads import each
+from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.sparse import Forward, gradients_of_whole
 from saemill.train.backends.team import Team
 from saemill.train.optim.clipping import shrinkage
@@ -50,7 +51,6 @@ def _update(
     task: Task, forward: Forward, slopes: Slopes, pairs: Pairs, dead: DeadRows | None, team: Team
 ) -> None:
     weights, optimizer, rates, unit = task.weights, task.optimizer, task.rates, task.architecture.unit_rows
-    w_enc_FD = weights.parameters.w_enc_FD
     dpre_F, db_enc_F = pairs.dpre_F, pairs.dpre_F if slopes.db_enc_F is None else slopes.db_enc_F
     if dead is not None:
         dpre_F = dpre_F.index_add(0, dead.dead_S, dead.b_enc_S)
@@ -62,8 +62,7 @@ def _update(
         toward_F, toward_FL = toward_FL[:, 0].contiguous(), None
     renormed = unit and not task.is_decoder_frozen
     rows = Rows(task, errors_GTD.flatten(0, 1), pairs, toward_F, toward_FL, dead)
-    blocks = list(chunks(len(w_enc_FD), w_enc_FD[0].nbytes, BLOCK_BYTES))
-    pieces = list(zip(blocks, _dead_slices(blocks, dead), strict=True))
+    pieces = _pieces(weights.parameters, dead)
     vectors = {"b_enc": db_enc_F, **slopes.further_F}
     shrink = 1.0
     if rates.clip_norm is not None:
@@ -72,21 +71,36 @@ def _update(
     for name, grad_F in vectors.items():
         optimizer.update(name, slice(0, len(grad_F)), grad_F * shrink, rates.lr)
 
-    def step(piece: tuple[slice, slice], _thread: int) -> None:
+    def step(piece: Piece, _thread: int) -> None:
         with region("backward"):
             grad_enc, grad_dec = rows.gradients(piece, shrink)
         with region("optimizer"):
-            optimizer.update("w_enc", piece[0], grad_enc, rates.lr, rates.weight_decay)
+            optimizer.update("w_enc", piece.block, grad_enc, rates.lr, rates.weight_decay)
             if not task.is_decoder_frozen:
-                optimizer.update("w_dec", piece[0], grad_dec, rates.lr)
-            _renew(weights, piece[0], renormed)
+                width = weights.parameters.w_dec_FD.shape[1]
+                optimizer.update("w_dec", piece.decoders, grad_dec.view(-1, width), rates.lr)
+            _renew(weights, piece, renormed)
 
     each(pieces, step)
     for name, grad in whole.items():
         optimizer.update(name, slice(None), grad * shrink, rates.lr)
     if optimizer.end_step():
         with region("optimizer"):
-            _renew(weights, slice(None), renormed)
+            for piece in pieces:
+                _renew(weights, piece, renormed)
+
+
+class Piece(NamedTuple):
+    """A block of latents of one layer."""
+
+    block: slice
+    dead: slice
+    """Its share of the dead latents."""
+    decoders: slice
+    """Rows of w_dec that are theirs: of a cross-layer transcoder several of a latent."""
+    layer: int
+    n_rows: int
+    """Rows of each latent."""
 
 
 class Rows(NamedTuple):
@@ -102,24 +116,24 @@ class Rows(NamedTuple):
     """The same of its parts at several sites; None of one."""
     dead: DeadRows | None
 
-    def gradients(self, piece: tuple[slice, slice], shrink: float) -> tuple[Tensor, Tensor]:
-        """Compute those of a block, times a factor.
-
-        Args:
-            piece: the block, and its share of the dead latents.
-            shrink: the factor.
-        """
-        (block, dead_slice), dead, p = piece, self.dead, self.task.weights.parameters
-        made = gradients(self.task.batch, self.error_ND, self.pairs, block, p, self.toward_F)
+    def gradients(self, piece: Piece, shrink: float) -> tuple[Tensor, Tensor]:
+        """Compute those of a block, times a factor."""
+        dead, p = self.dead, self.task.weights.parameters
+        made = gradients(
+            self.task.batch, self.error_ND, self.pairs, piece.block, p, self.toward_F, piece.layer
+        )
         if self.toward_FL is not None:
-            parts = (torch.split(rows_FD, list(p.widths), 1) for rows_FD in (made[1], p.w_dec_FD[block]))
-            towards = torch.split(self.toward_FL[block], 1, 1)
+            parts = (
+                torch.split(rows_FD, list(p.widths), 1) for rows_FD in (made[1], p.w_dec_FD[piece.block])
+            )
+            towards = torch.split(self.toward_FL[piece.block], 1, 1)
             for grad_FD, w_dec_FD, toward_F1 in zip(*parts, towards, strict=True):
                 grad_FD.addcmul_(toward_F1, w_dec_FD)
         if dead is not None:
-            places = dead.dead_S[dead_slice] - block.start
+            places = dead.dead_S[piece.dead] - piece.block.start
             for grad, dead_SD in zip(made, (dead.w_enc_SD, dead.w_dec_SD), strict=True):
-                grad.index_add_(0, places, dead_SD[dead_slice])
+                # A layer's latents write to its site and to all later ones.
+                grad.index_add_(0, places, dead_SD[piece.dead, dead_SD.shape[1] - grad.shape[1] :])
         if shrink != 1:
             for grad in made:
                 grad.mul_(shrink)
@@ -128,7 +142,7 @@ class Rows(NamedTuple):
 
 def _squares(
     rows: Rows,
-    pieces: list[tuple[slice, slice]],
+    pieces: list[Piece],
     vectors: Mapping[str, Tensor],
     whole: Mapping[str, Tensor],
     team: Team,
@@ -136,7 +150,7 @@ def _squares(
     """Sum the squares of all gradients, by a pass over the rows that keeps none of them."""
     square_N = torch.zeros(len(pieces), dtype=torch.float64)
 
-    def count(numbered: tuple[int, tuple[slice, slice]], _thread: int) -> None:
+    def count(numbered: tuple[int, Piece], _thread: int) -> None:
         i, piece = numbered
         grad_enc, grad_dec = rows.gradients(piece, 1.0)
         trained = [grad_enc] if rows.task.is_decoder_frozen else [grad_enc, grad_dec]
@@ -148,18 +162,29 @@ def _squares(
     return float(team.latents.all_reduce(total)) + of_all
 
 
-def _renew(weights: Weights, block: slice, renormed: bool) -> None:
+def _renew(weights: Weights, piece: Piece, renormed: bool) -> None:
     """Follow rows that were stepped: decoder rows to unit length, where they are renormed; the copies."""
     if renormed:
-        rows_FD = weights.parameters.w_dec_FD[block]
+        rows_FD = weights.parameters.w_dec_FD[piece.decoders]
+        rows_FD = rows_FD.view(len(rows_FD) // piece.n_rows, -1)
         rows_FD.div_(torch.linalg.vector_norm(rows_FD, dim=1, keepdim=True))
-    weights.refresh(block)
+    weights.refresh(piece.block)
 
 
-def _dead_slices(blocks: list[slice], dead: DeadRows | None) -> list[slice]:
-    """Find which of the dead latents' rows lie in each block."""
+def _pieces(p: Parameters, dead: DeadRows | None) -> list[Piece]:
+    """Cut the latents of each layer into blocks."""
+    pieces, first, first_decoder = [], 0, 0
+    for layer, own in enumerate(p.layers):
+        n_rows = own.w_dec_FD.shape[1] // p.w_dec_FD.shape[1]
+        row_bytes = max(own.w_enc_FD[0].nbytes, own.w_dec_FD[0].nbytes if p.n_layers > 1 else 0)
+        for rows in chunks(len(own.w_enc_FD), row_bytes, BLOCK_BYTES):
+            block = slice(first + rows.start, first + rows.stop)
+            decoders = slice(first_decoder + rows.start * n_rows, first_decoder + rows.stop * n_rows)
+            pieces.append(Piece(block, slice(0), decoders, layer, n_rows))
+        first, first_decoder = first + len(own.w_enc_FD), first_decoder + len(own.w_dec_FD) * n_rows
     if dead is None:
-        return [slice(0)] * len(blocks)
-    stops = torch.tensor([block.stop for block in blocks])
+        return pieces
+    stops = torch.tensor([piece.block.stop for piece in pieces])
     last = torch.searchsorted(dead.dead_S, stops).tolist()
-    return [slice(*edges) for edges in itertools.pairwise([0, *last])]
+    edges = itertools.pairwise([0, *last])
+    return [piece._replace(dead=slice(*own)) for piece, own in zip(pieces, edges, strict=True)]

@@ -29,6 +29,32 @@ def residual(
     _residual(*(array(tensor) for tensor in (val_TK, idx_TK, n_T, x_TD, w_dec_FD, b_D, e_TD, dot_TK, sse_T)))
 
 
+def residual_of_layers(
+    val_TK: Tensor,
+    own_TK: Tensor,
+    ends_TL: Tensor,
+    y_TE: Tensor,
+    w_dec: Tensor,
+    b_E: Tensor,
+    e_TE: Tensor,
+    dot_TK: Tensor,
+    sse_T: Tensor,
+) -> None:
+    """Do as `residual` of a cross-layer transcoder, whose latents' decoders are of the sites from theirs on.
+
+    Args:
+        val_TK: float32, layer by layer.
+        own_TK: int64, numbers of latents among those of their layers.
+        ends_TL: int64; the latents of layer l are in the slots before ends[t, l], behind those of the last.
+        y_TE, b_E: float32, of all sites side by side.
+        w_dec: float32, as `common.sae.layers` has it.
+        e_TE: float32 or bfloat16, filled.
+        dot_TK, sse_T: float32, filled.
+    """
+    tensors = (val_TK, own_TK, ends_TL, y_TE, w_dec.view(-1), b_E, e_TE, dot_TK, sse_T)
+    _residual_of_layers(*map(array, tensors))
+
+
 def residual_of_groups(
     val_TK: Tensor,
     idx_TK: Tensor,
@@ -71,6 +97,29 @@ def _residual(val, idx, n_used, x, w_dec, b, e, dots, sse):
         _round(row, e[t])
         sse[t] = dot(row, row)
         _products(row, idx[t], 0, n_used[t], w_dec, dots[t])
+
+
+@njit(**COMPILED)
+def _residual_of_layers(val, idx, ends, y, w_dec, b, e, dots, sse):
+    row, n_layers = np.empty(y.shape[1], np.float32), ends.shape[1]
+    width = len(b) // n_layers
+    n_each = 2 * len(w_dec) // (width * n_layers * (n_layers + 1))
+    for t in range(len(y)):
+        row[:] = b - y[t]
+        first, start = 0, 0
+        for layer in range(n_layers):
+            stop = start + n_each * (n_layers - layer) * width
+            rows = w_dec[start:stop].reshape(n_each, (n_layers - layer) * width)
+            _add(row[layer * width :], val[t], idx[t], first, ends[t, layer], rows)
+            first, start = ends[t, layer], stop
+        _round(row, e[t])
+        sse[t] = dot(row, row)
+        first, start = 0, 0
+        for layer in range(n_layers):
+            stop = start + n_each * (n_layers - layer) * width
+            rows = w_dec[start:stop].reshape(n_each, (n_layers - layer) * width)
+            _products(row[layer * width :], idx[t], first, ends[t, layer], rows, dots[t])
+            first, start = ends[t, layer], stop
 
 
 @njit(**COMPILED)

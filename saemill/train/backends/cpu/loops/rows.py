@@ -98,24 +98,34 @@ def gradients(
     block: slice,
     p: Parameters,
     toward_F: Tensor,
+    layer: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of a block of rows of w_enc and w_dec.
 
     The inputs are those of the product, in its dtype, and so are the errors; to a decoder row's gradient
-    comes `toward_F` times the row.
+    comes `toward_F` times the row. The block is of one layer's latents, which read their own part of the
+    inputs and write to the errors' from theirs on.
     """
-    grad_enc, grad_dec = torch.empty_like(p.w_enc_FD[block]), torch.empty_like(p.w_dec_FD[block])
+    own = p.layers[layer]
+    first = layer * len(own.w_enc_FD)
+    rows = slice(block.start - first, block.stop - first)
+    grad_enc, grad_dec = torch.empty_like(own.w_enc_FD[rows]), torch.empty_like(own.w_dec_FD[rows])
+    columns = layer * own.w_enc_FD.shape[1], error_ND.shape[1] - own.w_dec_FD.shape[1]
     sorted_P = (array(pairs.token_P), array(pairs.row_P), array(pairs.val_P), array(pairs.dpre_P))
     per_latent = (pairs.offsets_F[block.start : block.stop + 1], pairs.dpre_F[block], toward_F[block])
     _gradients(
         *(array(batch.product_TD), array(error_ND), *sorted_P),
-        *(array(tensor) for tensor in (*per_latent, p.w_dec_FD[block], p.offset_D, grad_enc, grad_dec)),
+        *(array(tensor) for tensor in (*per_latent, own.w_dec_FD[rows], own.offset_D)),
+        *columns,
+        *(array(grad_enc), array(grad_dec)),
     )
     return grad_enc, grad_dec
 
 
 @njit(**COMPILED)
-def _gradients(x, e, tokens, rows, vals, dpres, offsets, sums, toward, w_dec, b, grad_enc, grad_dec):
+def _gradients(
+    x, e, tokens, rows, vals, dpres, offsets, sums, toward, w_dec, b, at_x, at_e, grad_enc, grad_dec
+):
     for f in range(len(w_dec)):
         enc, dec, w = grad_enc[f], grad_dec[f], w_dec[f]
         for d in range(len(b)):
@@ -128,14 +138,15 @@ def _gradients(x, e, tokens, rows, vals, dpres, offsets, sums, toward, w_dec, b,
             t0, t1, t2, t3 = tokens[p], tokens[p + 1], tokens[p + 2], tokens[p + 3]
             a0, a1, a2, a3 = dpres[p], dpres[p + 1], dpres[p + 2], dpres[p + 3]
             v0, v1, v2, v3 = vals[p], vals[p + 1], vals[p + 2], vals[p + 3]
-            x0, x1, x2, x3 = x[t0], x[t1], x[t2], x[t3]
-            e0, e1, e2, e3 = e[rows[p]], e[rows[p + 1]], e[rows[p + 2]], e[rows[p + 3]]
+            x0, x1, x2, x3 = x[t0, at_x:], x[t1, at_x:], x[t2, at_x:], x[t3, at_x:]
+            e0, e1 = e[rows[p], at_e:], e[rows[p + 1], at_e:]
+            e2, e3 = e[rows[p + 2], at_e:], e[rows[p + 3], at_e:]
             for d in range(len(b)):
                 enc[d] += a0 * wide(x0[d]) + a1 * wide(x1[d]) + a2 * wide(x2[d]) + a3 * wide(x3[d])
             for d in range(len(w)):
                 dec[d] += v0 * wide(e0[d]) + v1 * wide(e1[d]) + v2 * wide(e2[d]) + v3 * wide(e3[d])
         for p in range(fours, last):
-            xt, et, a, v = x[tokens[p]], e[rows[p]], dpres[p], vals[p]
+            xt, et, a, v = x[tokens[p], at_x:], e[rows[p], at_e:], dpres[p], vals[p]
             for d in range(len(b)):
                 enc[d] += a * wide(xt[d])
             for d in range(len(w)):
