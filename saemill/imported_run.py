@@ -158,7 +158,9 @@ def _site(
         return JOINT.join(_site(store, model, part.site, None, ()) or part.site for part in joined)
     if site in store.sites or (site is None and hook is None):
         return site
-    name = model or str(store.settings.model)
+    name = model or store.settings.model
+    if name is None:  # embeddings: no model has a hook of theirs
+        return site
     config = config_of(name, None if model else store.settings.revision)
     found = site_of(str(hook or site), config.model_type)
     if found is None:

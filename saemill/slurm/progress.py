@@ -37,6 +37,8 @@ def by_stage(folder: Path, run: Path) -> dict[str, list[str]]:
         }
         acts = Path(runs.finished(run).acts) if runs.is_finished(run) else configs["train"].acts
         tokens = None if address_of(acts) else acts / "tokens"
+    elif runs.is_finished(run):
+        raise StoreError(f"{run} was imported, so nothing of it runs; `saemill show {run}` tells of it")
     else:
         raise StoreError(
             f"{run} is no run of `saemill train`, and {folder} holds no jobs of `saemill submit`; name the "

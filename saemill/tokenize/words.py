@@ -82,9 +82,10 @@ def _label(value: Any, column: LabelColumn, where: str) -> str | None:
 
 
 def _spans(text: str, words: Sequence[str], where: str, column: str) -> list[tuple[int, int]]:
-    """Find words in a text, one behind the other; no letter or digit may stand between two of them.
+    """Find words in a text, one behind the other; no letter or digit may stand outside of them.
 
-    Else a word might be found within one that is not listed, and each label after it be another word's.
+    Else a word might be found within one that is not listed, and each label after it be another word's; or a
+    list that was cut short leave the end of its text without labels.
     """
     spans: list[tuple[int, int]] = []
     end = 0
@@ -98,6 +99,12 @@ def _spans(text: str, words: Sequence[str], where: str, column: str) -> list[tup
             )
         end = start + len(word)
         spans.append((start, end))
+    if any(map(str.isalnum, text[end:])):
+        raise DataError(
+            f"{where}: its text goes on with {text[end:].lstrip()[:30]!r} behind the last word of its column "
+            f"{column}; mend or remove that row, or say --text-column {column}: then the words, joined by "
+            "spaces, are the text"
+        )
     return spans
 
 

@@ -98,13 +98,20 @@ def test_of_many_that_reach_for_a_claim_one_gets_it(workers: Callable[[], Worker
 
 
 def test_the_heart_beats_at_a_bucket_too(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: writes of the worker's object while it does nothing, though some of them fail for good."""
+    """Oracle: writes of the worker's object while it does nothing, though some of them fail for good, or are
+    refused."""
     monkeypatch.setenv("SAEMILL_CLAIM_SECONDS", "1.2")
     beats: list[str] = []
     with Worker(InBucket(ADDRESS), threading.Event()):
         s3.lose = lambda method, path, body: None
         s3.watch = lambda method, path, headers: beats.append(path)
         wait_until(lambda: len(beats) > 6)
+        s3.calm()
+        refused: list[str] = []
+        s3.fault = lambda path, answer: (
+            refused.append(path) or (403, b"<Error><Code>AccessDenied</Code></Error>")
+        )
+        wait_until(lambda: len(refused) > 2)
         s3.calm()
         beats = []
         s3.watch = lambda method, path, headers: beats.append(path)

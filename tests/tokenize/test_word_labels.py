@@ -192,6 +192,11 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "goes on with 'cat a' where word 0",
     ),
+    "words that end before their text": (
+        {"text": ["the dogs ran on"], "tokens": [["the", "dogs", "ran"]]},
+        {},
+        "goes on with 'on' behind the last word of its column tokens",
+    ),
     "too few labels": ({"tokens": [["a", "b"]], "upos": [["X"]]}, {}, "row 0 .* has 2 words, .*1 labels"),
     "a null word": ({"tokens": [["a", None]], "upos": [["X", "Y"]]}, {}, "row 0 .*list of words"),
     "no such class": (

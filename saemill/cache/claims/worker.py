@@ -11,7 +11,7 @@ from saemill.cache.claims.board import worker_name
 from saemill.cache.claims.files import remove, token_of
 from saemill.cache.claims.owner import Owner
 from saemill.cache.placing import Place
-from saemill.common.errors import DiskError, Interrupted, StoreError
+from saemill.common.errors import ConfigError, DiskError, Interrupted, SaemillError, StoreError
 from saemill.common.log import say
 
 
@@ -88,7 +88,7 @@ class Worker:
         for path in self.folder.glob("*worker-*.*"):
             if token_of(path) == self.owner.token:
                 remove(path)
-        with suppress(DiskError):  # a bucket that cannot be reached: what is left there expires
+        with suppress(DiskError, ConfigError):  # a bucket that fails or refuses: what is left there expires
             for claim in list(self.claims):
                 claim.release()
             try:
@@ -102,8 +102,9 @@ class Worker:
         self.board.join(self.owner)
 
     def _beat(self) -> None:
+        """Show that this worker lives; where that fails, a bucket's refusal included, at the next beat."""
         while not self._left.wait(self.owner.expiry_seconds / 24):
-            with suppress(OSError):
+            with suppress(OSError, SaemillError):
                 self.board.touch(self.owner)
 
     def _now(self) -> float:

@@ -219,14 +219,13 @@ def test_export_and_import_give_the_same_sae(tmp_path: Path, name: str, dtype: t
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("sparsify", {"activation": "maxout"}, "activation must be one of topk, groupmax, jumprelu, got"),
+        ("sparsify", {"activation": "maxout"}, "must be one of topk, groupmax, abs-topk, jumprelu, got"),
         ("sparsify", {"transcode": 1}, "transcode must be true or false, got 1"),
         ("sparsify", {"transcode": True, "d_out": 13}, r"W_dec must be \(40, 13\)"),
         ("sparsify", {"transcode": True, "skip_connection": True}, r"W_skip must be \(12, 12\)"),
         ("sparsify", {"skip_connection": True}, "skip_connection must be False"),
         ("sparsify", {"k": 0}, "k must be a whole number of 1 or more, got 0"),
         ("sparsify", {"num_latents": 39}, r"encoder.weight must be \(39, 12\)"),
-        ("saelens", {"architecture": "abstopk"}, "architecture must be one of topk, .*got 'abstopk'"),
         ("saelens", {"architecture": "transcoder"}, "d_out must be a whole number of 1 or more"),
         ("saelens", {"architecture": "temporal"}, "architecture must be one of topk, .*got 'temporal'"),
         ("saelens", {"architecture": "matching_pursuit"}, "must be one of topk, .*got 'matching_pursuit'"),

@@ -174,7 +174,7 @@ def test_files_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
         ({"architecture": "topk"}, "k must be in 1..num_latents .* of a TopK SAE, got None"),
         ({"activation": "topk"}, "k must be a whole number of 1 or more, got None"),
         ({"activation": "topk", "k": 5}, "threshold must be absent from an SAE of this kind"),
-        ({"activation": "relu"}, "activation must be one of topk, groupmax, jumprelu, got 'relu'"),
+        ({"activation": "relu"}, "activation must be one of topk, groupmax, abs-topk, jumprelu, got 'relu'"),
         ({"architecture": "relu", "prefixes": []}, "threshold must be 0 of a ReLU SAE, got up to 1.7"),
     ):
         durable.write_json(tmp_path / "cfg.json", seal.sealed_again({**cfg, **changes}))
