@@ -15,8 +15,8 @@ else
 FREE := torch\|triton
 endif
 BIN := $(VENV)/bin
-# Processes that share out the test files; each takes up to 2 GiB. One more than two cores, since some wait.
-WORKERS ?= 3
+# Processes that share out the test files; each takes up to 2 GiB. Two more than two cores, since many tests wait.
+WORKERS ?= 4
 PYTEST = SAEMILL_PEERS=$(abspath $(VENV)-peers) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	-n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

@@ -19,6 +19,7 @@ from saemill.cache import run as cache_run
 from saemill.cache import token_copy
 from saemill.cache.claims.worker import Worker
 from saemill.cache.config import CacheConfig
+from saemill.cache.placing import OnDisk
 from saemill.common import durable, records
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores import passages
@@ -360,7 +361,7 @@ def test_a_worker_taken_for_dead_while_it_makes_the_store_is_told(
         for file in (out / "claims").glob("worker-*"):
             if "partial" not in file.name:
                 file.write_text(json.dumps(durable.read_json(file) | {"started": "before"}))
-        with Worker(out / "claims", threading.Event()) as other, other.hold("store"):
+        with Worker(OnDisk(out), threading.Event()) as other, other.hold("store"):
             return copy_rows(*arguments)
 
     monkeypatch.setattr(token_copy, "copy_rows", taken_over)

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saemill.cache.claims.files import CLAIMS
 from saemill.cache.claims.worker import Worker
 from saemill.cache.folder import write_group
+from saemill.cache.placing import OnDisk
 from saemill.cache.plan import SHARD_TOKENS
+from saemill.cache.spare import Spare
 from saemill.cache.writer import SiteWriter
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
@@ -64,14 +65,14 @@ def make(folder: Path, n_tokens: int, width: int) -> Path:
     noise_TD = torch.randn(
         settings.shard_tokens, width, generator=torch.Generator().manual_seed(0)
     ).bfloat16()
-    with Worker(path / CLAIMS, threading.Event()) as worker, worker.hold("store") as claim:
+    with Worker(OnDisk(path), threading.Event()) as worker, worker.hold("store") as claim:
         write_group(path, settings, worker)
         store = ActivationStore(path)
-        writer = SiteWriter(store, Site(SITE, width), worker)
+        writer, spare = SiteWriter(store, Site(SITE, width), worker), Spare()
         for shard in range(store.n_shards):
             x_TD = noise_TD[: store.shard_length(shard)]
             x_TD[:, :N_DIGITS] = _digits(shard * store.shard_tokens, len(x_TD))
-            writer.write(shard, x_TD, claim)
+            writer.write(shard, x_TD, claim, spare)
         writer.finish()
     return path
 
