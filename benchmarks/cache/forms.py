@@ -33,7 +33,7 @@ from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.mask import MaskConfig
 from saemill.convert_store.config import ConvertConfig
 from saemill.convert_store.run import run as convert
-from saemill.train.stream.loader import Loader
+from saemill.train.stream.epochs import open_epochs
 
 FORMS = {
     "bf16": {"dtype": "bf16", "compression": "raw"},
@@ -95,7 +95,7 @@ def plain_rate(store: ActivationStore, site: str) -> float:
 def loader_rate(store: ActivationStore, site: str, batch_tokens: int) -> float:
     """Read the whole batches of an epoch. Rows per CPU second."""
     sizes = {"batch_tokens": batch_tokens, "buffer_tokens": WINDOW_TOKENS, "seed": 0}
-    with closing(Loader(store, [site], NOTHING_LEFT_OUT, **sizes)) as loader:
+    with closing(open_epochs(store, [site], NOTHING_LEFT_OUT, **sizes)) as loader:
         start, n_batches = time.process_time(), loader.epoch_tokens // batch_tokens
         for i in range(n_batches):
             loader.batch(i)

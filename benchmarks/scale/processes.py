@@ -105,7 +105,7 @@ def work(args: argparse.Namespace, setting: Setting) -> None:
         cpu = torch.device("cpu")
         backend = make_backend("numba", choose_product_dtype("auto", cpu), placement.team_of(everyone))
         own_variants = placement.teams[everyone.rank // placement.team_size]
-        scaling = scaling_of(store, args.site, store.mask, cpu)
+        scaling = scaling_of(loader.rows, args.site, cpu)
         sample = scaling.standardise(loader.batch(0)[args.site])
         learners = [Learner(variant, scaling, backend, sample, 10**9) for variant in own_variants]
         bank = Bank(args.site, scaling, backend, learners)
