@@ -23,6 +23,7 @@ from torch import Tensor
 
 from saemill.cache import run as cache_run
 from saemill.cache.config import CacheConfig
+from saemill.cache.fill import batch_rows
 from saemill.common.errors import ConfigError
 from saemill.common.stores.activations import SHUFFLE_KEY, ActivationStore
 from saemill.common.stores.mask import MaskConfig
@@ -307,3 +308,12 @@ def test_the_fingerprint_names_settings_and_tokens(
     assert len({made.fingerprint, other.fingerprint, fewer.fingerprint}) == 3
     assert cache(tokens, neox, tmp_path / "same", layers=(2,)).fingerprint == made.fingerprint
     assert dataclasses.asdict(made.mask) == dataclasses.asdict(MaskConfig())
+
+
+def test_rows_per_pass_are_those_of_2048_tokens_on_a_cpu() -> None:
+    """Oracle: by hand. What is asked for is taken, on a GPU 16 rows if nothing is, and a long row is one."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    found = [
+        batch_rows(*given) for given in ((None, 512, cpu), (None, 4096, cpu), (None, 512, gpu), (3, 512, cpu))
+    ]
+    assert found == [4, 1, 16, 3]
