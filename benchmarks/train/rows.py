@@ -52,20 +52,24 @@ def make(folder: Path, args: argparse.Namespace) -> str:
 
 
 def write(folder: Path, chunks: Iterator[tuple[str, Tensor]], args: argparse.Namespace) -> None:
-    """Write chunks of rows for "train" and "held_out", each file full or cut to what there is."""
+    """Write chunks of rows for "train" and "held_out", each file full or cut to what there is. The rows go to
+    disk chunk by chunk, as all of them may be more than memory holds."""
     n_rows = {"held_out": args.held_out, "train": args.rows}
-    rows_by_name: dict[str, list[np.ndarray]] = {name: [] for name in n_rows}
+    n_written = dict.fromkeys(n_rows, 0)
     moments: Moments | None = None
     for name, x_TD in chunks:
-        have = sum(map(len, rows_by_name[name]))
-        x_TD = x_TD.float()[: n_rows[name] - have]
-        rows_by_name[name].append(x_TD.numpy())
+        x_TD = x_TD.float()[: n_rows[name] - n_written[name]]
+        with (folder / f"{name}.f32").open("ab" if n_written[name] else "wb") as file:
+            file.write(x_TD.numpy().tobytes())
+        n_written[name] += len(x_TD)
         if name == "train":
             moments = moments or Moments(x_TD.shape[1])
             moments.add(x_TD)
-    for name, arrays in rows_by_name.items():
-        np.save(folder / f"{name}.npy", np.concatenate(arrays))
     assert moments is not None
+    for name, n in n_written.items():
+        raw = folder / f"{name}.f32"
+        np.save(folder / f"{name}.npy", np.memmap(raw, np.float32, "r", shape=(n, len(moments.mean_D))))
+        raw.unlink()
     statistics = moments.statistics()
     np.savez(
         folder / "statistics.npz",
