@@ -1,6 +1,7 @@
 """Inputs of tiny models, an SAE for them, and splicing by a hook of one's own."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,11 +30,20 @@ def seeded_sae(seed: int = 0, d: int = D, **provenance: Any) -> Sae:
     return Sae(config, w.clone(), b_enc, w, b_dec)
 
 
+def signed_sae() -> Sae:
+    """Make the same SAE as one that takes the latents furthest from 0, with their signs."""
+    parts = seeded_sae().parts
+    return Sae.of(replace(parts, config=replace(parts.config, architecture="abs-topk")))
+
+
 def dense(sae: Sae, x: Tensor) -> Tensor:
-    """Oracle: relu(TopK(W (x − b_dec) + b)), or what is above the thresholds, in full. [..., F]."""
+    """Oracle: relu(TopK(W (x − b_dec) + b)), the k largest by absolute value, or what is above the
+    thresholds, in full. [..., F]."""
     pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     if sae.threshold is not None:
         return pre * (pre > sae.threshold)
+    if sae.config.architecture == "abs-topk":
+        return pre * torch.zeros_like(pre).scatter(-1, pre.abs().topk(K).indices, 1.0)
     return torch.relu(pre * torch.zeros_like(pre).scatter(-1, pre.topk(K).indices, 1.0))
 
 

@@ -24,6 +24,7 @@ from splicing import (
     dense,
     n_hooks,
     seeded_sae,
+    signed_sae,
 )
 from torch import Tensor
 
@@ -100,21 +101,23 @@ EDITS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("codes", ["topk", "thresholds", "signed"])
 @pytest.mark.parametrize("keep_error", [True, False])
 @pytest.mark.parametrize("name", EDITS)
 def test_edits_are_those_of_the_dense_codes(
-    name: str, keep_error: bool, threshold: float | None, models: dict[str, Any]
+    name: str, keep_error: bool, codes: str, models: dict[str, Any]
 ) -> None:
     """Oracle: x + (f' − f) W_dec, or f' W_dec + b_dec, with dense codes f edited by indexing. An SAE with
-    thresholds has unused slots, which are of latent 0."""
-    model, sae = models["neox"], seeded_sae()
-    sae = sae if threshold is None else with_thresholds(sae, threshold)
+    thresholds has unused slots, which are of latent 0; one of signed codes has activations below 0."""
+    model = models["neox"]
+    sae = signed_sae() if codes == "signed" else seeded_sae()
+    sae = with_thresholds(sae, 0.2) if codes == "thresholds" else sae
     edit, change = EDITS[name]
     with torch.no_grad():
         x_BSD = at(model, "layers.1", lambda: model(IDS))
         f_BSF = dense(sae, x_BSD)
-        assert all((f_BSF[..., latent] > 0).any() for latent in (3, 8))
+        assert all((f_BSF[..., latent] != 0).any() for latent in (3, 8))
+        assert (f_BSF < 0).any() == (codes == "signed")
         assert (f_BSF[..., 3] == 0).any()
         changed = change(f_BSF) @ sae.W_dec
         expected = x_BSD + changed - f_BSF @ sae.W_dec if keep_error else changed + sae.b_dec
@@ -123,7 +126,7 @@ def test_edits_are_those_of_the_dense_codes(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         fired = torch.zeros_like(f_BSF).scatter_add(-1, spliced.top_indices, spliced.top_acts)
         torch.testing.assert_close(fired, f_BSF)
-        assert threshold is None or (spliced.top_acts == 0).any()
+        assert codes != "thresholds" or (spliced.top_acts == 0).any()
 
 
 def test_ablation_takes_the_latents_part_away(models: dict[str, Any]) -> None:
