@@ -1,7 +1,7 @@
 """Moments of a site's activations, summed shard by shard as they are written, and warnings from them."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,21 +87,14 @@ class Moments:
 
     def add(self, x_TD: Tensor) -> None:
         """Count the rows of x_TD."""
-        buffer = torch.empty(min(ROWS_IN_CACHE, len(x_TD)), x_TD.shape[1], dtype=torch.float64)
+        from saemill.common.stores import sums  # numba is loaded where it is used
+
         for rows_TD in torch.split(x_TD, ROWS_PER_MEAN):
             if len(rows_TD) == 0:
                 continue
-            mean_D, deviations_D = (torch.zeros(x_TD.shape[1], dtype=torch.float64) for _ in range(2))
-            for doubles in _as_doubles(rows_TD, buffer):
-                mean_D += doubles.sum(0)
-            mean_D /= len(rows_TD)
-            squares = list[Tensor]()
-            for doubles in _as_doubles(rows_TD, buffer):
-                doubles.sub_(mean_D).square_()
-                deviations_D += doubles.sum(0)
-                squares.append(doubles.sum(1))
-            distances = _steps(torch.cat(squares).numpy())
-            self.merge(len(rows_TD), mean_D.numpy(), deviations_D.numpy(), distances)
+            mean_D = sums.mean(rows_TD)
+            deviations_D, squares_T = sums.deviations(rows_TD, mean_D)
+            self.merge(len(rows_TD), mean_D, deviations_D, _steps(squares_T))
 
     def merge(
         self,
@@ -141,16 +134,6 @@ class Moments:
 STEPS_PER_OCTAVE = 4
 ROWS_PER_MEAN = 8192
 """Number of rows whose distances are from their own mean."""
-ROWS_IN_CACHE = 1024
-"""Number of rows converted at a time, which a core's cache holds: twice as fast as all at once."""
-
-
-def _as_doubles(rows_TD: Tensor, buffer: Tensor) -> Iterator[Tensor]:
-    """Convert rows to float64, some at a time, each in the place of those before."""
-    for some_TD in torch.split(rows_TD, ROWS_IN_CACHE):
-        doubles = buffer[: len(some_TD)]
-        doubles.copy_(some_TD)
-        yield doubles
 
 
 def _steps(squares_T: NDArray[np.float64]) -> dict[int, int]:
