@@ -17,7 +17,7 @@ from saemill.assess.directions import found_in, norm_shares, siblings
 from saemill.assess.latent_figures import dense_latents, latent_figures
 from saemill.assess.reader import PassageReader, Reader, reader_of
 from saemill.assess.reconstruction import FAR_METRICS, Reconstruction
-from saemill.assess.splicing import SEVERAL, Splicing, absent_metrics
+from saemill.assess.splicing import TWO_MODELS, Splicing, absent_metrics
 from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.common import config as settings
 from saemill.common.log import counted
@@ -324,18 +324,18 @@ class Measured:
 
     @property
     def _losses(self) -> Splicing | None:
-        """Return the losses, if there are any that mean something, of all variants: a crosscoder has none of
-        its own."""
+        """Return the losses, if there are any that mean something, of all variants: a crosscoder of two
+        models has none."""
         if isinstance(self.splicing, str) or self.splicing.no_loss:
             return None
-        return self.splicing if all("" in places for places in self.splicing.places.values()) else None
+        return self.splicing if all(self.splicing.places.values()) else None
 
     def _cost(self, name: str) -> Ratio | str:
         """Compute ΔCE of one SAE, or say why it has none."""
         if isinstance(self.splicing, str):
             return self.splicing
-        if "" not in self.splicing.places[name]:
-            return SEVERAL
+        if not self.splicing.places[name]:
+            return TWO_MODELS
         return self.splicing.no_loss or self.splicing.ratios(name)["delta_ce"]
 
     def _loss(self, name: str) -> float:
@@ -356,9 +356,8 @@ class Measured:
             difference = fvu.above - sums.column(f"{best}/sse")
             differences["fvu"] = self._split.reported_on.figure(replace(fvu, above=difference))
         if self._losses:
-            sums = self._losses.sums
-            difference = sums.column(f"{name}/ce") - sums.column(f"{best}/ce")
-            ratio = Ratio(difference, sums.column("n"))
+            cost = self._losses.ratios(name)["delta_ce"]
+            ratio = replace(cost, above=cost.above - self._losses.ratios(best)["delta_ce"].above)
             differences["delta_ce"] = self._model_split.reported_on.figure(ratio)
         for variant in (name, best):
             if reason := self.reconstruction.unusable(variant):

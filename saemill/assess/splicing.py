@@ -3,7 +3,8 @@
 The activation is replaced by the SAE's reconstruction, by zeros, by the cached mean, or (as a check) by
 itself; where, and what is counted, `common.steer.losses` says. The sites that a cross-layer transcoder
 predicts are all replaced at once: by its predictions in the model that they change, by zeros, by the means,
-and by what a baseline reconstructs of the untouched model's.
+and by what a baseline reconstructs of the untouched model's. Those that a crosscoder joins are replaced one
+at a time, each by its part of what is reconstructed of the untouched model's: as a whole it costs the mean.
 """
 
 from collections.abc import Iterable
@@ -26,9 +27,8 @@ from saemill.common.stores.site_names import BESIDE, is_joined, parts_of
 
 NOTHING_LOST = "{what} at {site} cost the model no loss, so there is none to recover"
 """Why there is no loss recovered where the model does as well or better without the site."""
-SEVERAL = "a crosscoder reconstructs several sites, and is spliced in at one at a time"
 TWO_MODELS = "it takes the activations of two models to encode, and one is run"
-"""Why a crosscoder has no losses as a whole, and why none at its sites."""
+"""Why a crosscoder of two models has no losses."""
 
 
 class Splicing:
@@ -142,29 +142,24 @@ class Splicing:
         clean = self.passes.clean(task, self.evalset.model_sites)
         columns = {} if self.known else self._without_saes(task, clean)
         for name, sae in self.saes.items():
+            instead = self._instead(name, sae, task) if self.places[name] else {}
             for place, site in self.places[name].items():
                 if is_joined(site) and sae.config.predicted:
                     spliced, errors = self._in_all_places(name, sae, task)
                     columns |= errors
-                else:
-                    spliced = self._spliced(name, sae, task, site)
+                else:  # an SAE in the place of a site, or a baseline in that of joined ones
+                    spliced = self._with(task, {part: instead[part] for part in parts_of(site)})
                 columns[f"{name}/{place}ce"] = cross_entropy(spliced, task.target_T)
                 columns[f"{name}/{place}kl"] = _kl(clean, spliced)
         units = self.evalset.units(rows.addresses_RS[task.counted_RS.numpy()])
         self.n_tokens += len(units)
         self.sums.add(units, columns)
 
-    def _spliced(self, name: str, sae: Sae, task: Task, site: str) -> Tensor:
-        """Compute log probabilities [T, W] of the model with an SAE in the place of a site, or a baseline in
-        that of joined ones."""
-        instead = self._instead(name, sae, task)
-        return self._with(task, instead if is_joined(site) else {site: instead[site]})
-
     def _in_all_places(
         self, name: str, sae: Sae, task: Task
     ) -> tuple[Tensor, dict[str, NDArray[np.float64]]]:
-        """Compute the same with a cross-layer transcoder at all sites that it predicts, and its squared
-        errors at each: what it wrote there, beside what the untouched model has."""
+        """Compute log probabilities [T, W] of the model with a cross-layer transcoder at all sites that it
+        predicts, and its squared errors at each: what it wrote there, beside what the untouched model has."""
         across = AcrossLayers(sae)
         spliced = self.passes.replaced(task, across.in_place(task.keep_RS))
         errors = {
@@ -214,15 +209,18 @@ class Splicing:
         return substitute(x_RSD, instead_RSD, task.keep_RS)
 
     def ratios(self, name: str) -> dict[str, Ratio]:
-        """Compute losses in nats per token, ΔCE, KL and loss recovered of one variant."""
+        """Compute losses in nats per token, ΔCE, KL and loss recovered of one variant: of a crosscoder from
+        the means over its sites."""
         n, clean = self.sums.column("n"), self.sums.column("clean")
-        site = self.sites[name]
-        zero, mean = (self.sums.column(f"{site}/{what}") for what in ("zero", "mean"))
-        ce, kl = (self.sums.column(f"{name}/{what}") for what in ("ce", "kl"))
+        site, places = self.sites[name], self._whole(name)
+        ce, kl = (self._mean(f"{name}/{place}{what}" for place in places) for what in ("ce", "kl"))
+        zero, mean, kl_zero = (
+            self._mean(f"{place}/{what}" for place in places.values()) for what in ("zero", "mean", "zero_kl")
+        )
         return {
             "delta_ce": Ratio(ce - clean, n),
             "kl": Ratio(kl, n),
-            "kl_zero": Ratio(self.sums.column(f"{site}/zero_kl"), n),
+            "kl_zero": Ratio(kl_zero, n),
             "loss_recovered": Ratio(zero - ce, zero - clean, NOTHING_LOST.format(what="zeros", site=site)),
             "loss_recovered_from_mean": Ratio(
                 mean - ce, mean - clean, NOTHING_LOST.format(what="the mean", site=site)
@@ -232,6 +230,15 @@ class Splicing:
             "ce_zero": Ratio(zero, n),
             "ce_mean": Ratio(mean, n),
         }
+
+    def _whole(self, name: str) -> dict[str, str]:
+        """List the places over which figures of an SAE as a whole are the mean: of a crosscoder its sites."""
+        places = self.places[name]
+        return {"": places[""]} if "" in places else places
+
+    def _mean(self, columns: Iterable[str]) -> NDArray[np.float64]:
+        """Compute the mean of some sums. [n_documents]"""
+        return np.asarray(np.mean([self.sums.column(name) for name in columns], axis=0))
 
     def part_metrics(self, name: str, part: str, bootstrap: Bootstrap) -> dict[str, Figure]:
         """Compute figures of an SAE of several sites at one of them: ΔCE with its part of the reconstruction
@@ -250,10 +257,10 @@ class Splicing:
         return figures | {"delta_ce": bootstrap.figure(Ratio(ce - clean, n))}
 
     def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
-        """Compute the `ratios` of one variant as figures; without losses where they mean nothing, and of a
-        crosscoder as a whole."""
-        if "" not in self.places[name]:
-            return absent_metrics(SEVERAL)
+        """Compute the `ratios` of one variant as figures; without losses where they mean nothing, or two
+        models encode."""
+        if not self.places[name]:
+            return absent_metrics(TWO_MODELS)
         figures = bootstrap.figures(self.ratios(name))
         return figures | {what: absent(self.no_loss) for what in figures if self.no_loss and what not in KL}
 

@@ -13,6 +13,7 @@ from saemill.assess.sums import Figure, number
 from saemill.assess.verdict import BESIDE, TITLES
 from saemill.common.log import console, counted
 from saemill.common.stores.features import Context, Features, Passage, Snippet
+from saemill.common.stores.site_names import is_joined
 
 COLUMNS = {
     "fvu": "FVU",
@@ -39,6 +40,9 @@ SOURCE_COLUMNS = CUT_COLUMNS | {"delta_ce": "ΔCE nats"}
 """Metrics per source."""
 AT_SITES = {"delta_ce": "ΔCE nats", "fvu_replaced": "FVU, all replaced"}
 """Those at each of several sites, beside these."""
+MEAN_OVER_SITES = (
+    "ΔCE of a crosscoder is the mean over its sites, each in turn replaced by its part of the reconstruction"
+)
 PASSAGE_LETTERS = 110
 """Characters shown of a passage."""
 
@@ -160,6 +164,11 @@ def are_several(entries: Sequence[Mapping[str, Any]]) -> bool:
     return any(entry.get("architecture", "topk") != "topk" for entry in entries)
 
 
+def are_crosscoders(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether some reconstruct several sites, which are replaced one at a time."""
+    return any(is_joined(entry["site"]) and not entry.get("target_site") for entry in entries)
+
+
 def columns_of(assessment: dict[str, Any]) -> dict[str, str]:
     """Choose the columns of the tables: embeddings have no losses, and few SAEs a skip connection."""
     absent = ["delta_ce", "loss_recovered"] if assessment["data"]["unit"] == "passage" else []
@@ -207,6 +216,8 @@ def notes(assessment: dict[str, Any]) -> list[str]:
             if figure.get("reason") and not (figure["value"] is None and name in unknown):
                 lacking = "no" if figure["value"] is None else "no interval for"
                 titles.setdefault((lacking, figure["reason"]), {})[title] = None
+    if are_crosscoders(measured) and assessment["data"]["n_tokens_with_losses"]:
+        lines.append(MEAN_OVER_SITES)
     return lines + [f"{lacking} {', '.join(which)}: {why}" for (lacking, why), which in titles.items()]
 
 

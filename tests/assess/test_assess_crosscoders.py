@@ -76,8 +76,9 @@ def entry_of(assessment: dict[str, Any], name: str) -> dict[str, Any]:
 
 def test_figures_and_losses_equal_their_definitions(folder: Path, tiny_models: dict[str, str]) -> None:
     """Oracle: float64 formulas over all held-out rows, each site scaled to the variance that the store
-    tells; transformers' own model, in which one site at a time is replaced by a hook. The SAE beside it has
-    the figures that it has in a run of its own."""
+    tells; transformers' own model, in which one site at a time is replaced by a hook, and of the whole the
+    means of what that costs, and of what zeros cost. The SAE beside it has the figures that it has in a run
+    of its own."""
     assessment = run(AssessConfig(run=folder / "run", device="cpu", model_tokens=10**6, n_latents=1))
     found = entry_of(assessment, JOINED)
     sae = Sae.load(folder / "run" / found["name"])
@@ -97,7 +98,6 @@ def test_figures_and_losses_equal_their_definitions(folder: Path, tiny_models: d
     assert found["metrics"]["fvu"]["value"] == pytest.approx(above / below, rel=1e-5)
     assert found["metrics"]["mse"]["value"] is None
     assert "units of their own" in found["metrics"]["mse"]["reason"]
-    assert "spliced in at one at a time" in found["metrics"]["delta_ce"]["reason"]
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_models["neox"], dtype=torch.float32)
     rows = np.flatnonzero(store.tokens.held_out_R)
@@ -113,10 +113,18 @@ def test_figures_and_losses_equal_their_definitions(folder: Path, tiny_models: d
         clean = loss()
         own = {site: at(model, site, lambda: model(ids)) for site in SITES}
         made = sae(torch.cat(list(own.values()), -1)).reconstruction
+        costs, losses_of_zeros = [], []
         for site, part in zip(SITES, torch.split(made, [32, 32], -1), strict=True):
             changed = torch.where(where[..., None], part, own[site])
-            cost = by_hand(model, site, lambda _, changed=changed: changed, loss) - clean
-            assert cuts[f"at {site}"]["delta_ce"]["value"] == pytest.approx(cost, rel=1e-3, abs=1e-5)
+            costs.append(by_hand(model, site, lambda _, changed=changed: changed, loss) - clean)
+            zeros = own[site] * ~where[..., None]
+            losses_of_zeros.append(by_hand(model, site, lambda _, zeros=zeros: zeros, loss))
+            assert cuts[f"at {site}"]["delta_ce"]["value"] == pytest.approx(costs[-1], rel=1e-3, abs=1e-5)
+    whole, cost, zero = found["metrics"], np.mean(costs), np.mean(losses_of_zeros)
+    assert whole["delta_ce"]["value"] == pytest.approx(cost, rel=1e-3, abs=1e-5)
+    assert whole["ce_clean"]["value"] == pytest.approx(clean, rel=1e-5)
+    assert whole["ce_zero"]["value"] == pytest.approx(zero, rel=1e-5)
+    assert whole["ce_spliced"]["value"] == pytest.approx(clean + cost, rel=1e-5)
     train(trained(folder, "alone", site=("layers.2",)))
     alone = run(AssessConfig(run=folder / "alone", device="cpu", model_tokens=10**6, n_latents=0))
     assert entry_of(alone, "layers.2")["metrics"] == entry_of(assessment, "layers.2")["metrics"]
