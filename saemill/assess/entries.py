@@ -17,7 +17,7 @@ from saemill.assess.directions import found_in, norm_shares, siblings
 from saemill.assess.latent_figures import dense_latents, latent_figures
 from saemill.assess.reader import PassageReader, Reader, reader_of
 from saemill.assess.reconstruction import FAR_METRICS, Reconstruction
-from saemill.assess.splicing import TWO_MODELS, Splicing, absent_metrics
+from saemill.assess.splicing import Splicing, absent_metrics
 from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.common import config as settings
 from saemill.common.log import counted
@@ -324,18 +324,13 @@ class Measured:
 
     @property
     def _losses(self) -> Splicing | None:
-        """Return the losses, if there are any that mean something, of all variants: a crosscoder of two
-        models has none."""
-        if isinstance(self.splicing, str) or self.splicing.no_loss:
-            return None
-        return self.splicing if all(self.splicing.places.values()) else None
+        """Return the losses, if there are any that mean something."""
+        return None if isinstance(self.splicing, str) or self.splicing.no_loss else self.splicing
 
     def _cost(self, name: str) -> Ratio | str:
         """Compute ΔCE of one SAE, or say why it has none."""
         if isinstance(self.splicing, str):
             return self.splicing
-        if not self.splicing.places[name]:
-            return TWO_MODELS
         return self.splicing.no_loss or self.splicing.ratios(name)["delta_ce"]
 
     def _loss(self, name: str) -> float:
