@@ -95,7 +95,8 @@ def _assess(
     everyone.first(lambda: _lock(out, resources))
     measured, beside, controls = measure(config, trained.saes, trained.sets, evalset, models)
     entries = measured.ranking(trained.left_out, beside)
-    best = entries[0]["name"]
+    first, *at_other_sites = measured.bests(entries)
+    best = first["variant"]
     shown = config.variant or best
     assessment: dict[str, Any] = {
         "format": assessments.FORMAT,
@@ -104,7 +105,8 @@ def _assess(
         "data": measured.data(best) | {"model_check": model_check},
         "thresholds": settings.plain(config.thresholds),
         "best_variant": best,
-        "best_on_other_documents": measured.on_other_documents(best),
+        "best_on_other_documents": first["on_other_documents"],
+        "best_at_other_sites": at_other_sites,
         "variants": entries,
         "controls": controls,
         "least_c_dec": least_c_dec(entries, trained.settings),

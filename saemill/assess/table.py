@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from rich.console import JustifyMethod
@@ -10,10 +11,10 @@ from rich.table import Table
 from saemill.assess.health import health_rows, least_c_dec_sentences
 from saemill.assess.probes.tables import absorption_rows, examples_sentences, probe_rows
 from saemill.assess.sums import Figure, number
-from saemill.assess.verdict import BESIDE, TITLES
+from saemill.assess.verdict import BESIDE, TITLES, replaced
 from saemill.common.log import console, counted
 from saemill.common.stores.features import Context, Features, Passage, Snippet
-from saemill.common.stores.site_names import is_joined
+from saemill.common.stores.site_names import abridged, is_joined
 
 COLUMNS = {
     "fvu": "FVU",
@@ -43,6 +44,10 @@ AT_SITES = {"delta_ce": "ΔCE nats", "fvu_replaced": "FVU, all replaced"}
 MEAN_OVER_SITES = (
     "ΔCE of a crosscoder is the mean over its sites, each in turn replaced by its part of the reconstruction"
 )
+OF_OTHER_SITES = (
+    "SAEs that replace different sites, or one site and several, are not compared: each site has a best of "
+    "its own"
+)
 PASSAGE_LETTERS = 110
 """Characters shown of a passage."""
 
@@ -66,15 +71,17 @@ def table(assessment: dict[str, Any]) -> str:
     for title in titles.values():
         shown.add_column(title, justify="right", no_wrap=True)
     shown.add_column("verdict", no_wrap=True)
-    for entry in assessment["variants"] + assessment["controls"]:
+    variants = assessment["variants"]
+    sections = {i for i, (a, b) in enumerate(pairwise(variants)) if replaced(a) != replaced(b)}
+    for i, entry in enumerate(variants + assessment["controls"]):
         values = [entry.get("architecture", "topk")] if several else []
         values += [number(entry["metrics"].get(name, ABSENT)) for name in titles]
         shown.add_row(entry["name"], *values, entry["verdict"])
-        if entry is assessment["variants"][-1]:
+        if i in sections or i == len(variants) - 1:
             shown.add_section()
     terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
     terminal.print(shown)
-    lines = [terminal.export_text().rstrip(), controls(assessment), f"best: {described_best(assessment)}"]
+    lines = [terminal.export_text().rstrip(), controls(assessment), *described_bests(assessment)]
     of_parts = [
         *_text_table("SAEs within an SAE", cuts(assessment["variants"] + assessment["controls"])),
         *_text_table("Figures per source", by_source(assessment["variants"])),
@@ -176,21 +183,39 @@ def columns_of(assessment: dict[str, Any]) -> dict[str, str]:
     return {name: title for name, title in COLUMNS.items() if name not in absent}
 
 
-def described_best(assessment: Mapping[str, Any]) -> str:
-    """Describe the best variant with its figures on the documents that it was not chosen on."""
-    other, noun = assessment["best_on_other_documents"], assessment["data"]["document"]
+def bests(assessment: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """List the best variant and, where others replace other sites, the best of each of these."""
+    first = {
+        "site": replaced(assessment["variants"][0]),
+        "variant": assessment["best_variant"],
+        "on_other_documents": assessment["best_on_other_documents"],
+    }
+    return [first, *assessment.get("best_at_other_sites", ())]
+
+
+def described_bests(assessment: Mapping[str, Any]) -> list[str]:
+    """Describe the best variant in a line; where others replace other sites, that of each in one."""
+    each = bests(assessment)
+    if len(each) == 1:
+        return [f"best: {each[0]['variant']}, {described(each[0], assessment)}"]
+    lines = [f"best at {abridged(b['site'])}: {b['variant']}, {described(b, assessment)}" for b in each]
+    return [*lines, OF_OTHER_SITES]
+
+
+def described(best: Mapping[str, Any], assessment: Mapping[str, Any]) -> str:
+    """Describe one of the `bests` by its figures on the documents that it was not chosen on."""
+    other, noun = best["on_other_documents"], assessment["data"]["document"]
     figures = [
-        f"{COLUMNS[name]} {number(figure)}" + (f" ({interval(figure)})" if interval(figure) else "")
+        f"{COLUMNS[name]} {_with_interval(figure)}"
         for name, figure in other["metrics"].items()
         if name in ("fvu", "delta_ce") and figure["value"] is not None
     ]
-    where = (
-        f"chosen and reported on the same {noun}s, which are too few to halve"
-        if other["overlap"]
-        else f"chosen on {counted(other['n_documents_chosen_on'], noun)}; "
+    if other["overlap"]:
+        return f"chosen and reported on the same {noun}s, which are too few to halve"
+    return (
+        f"chosen on {counted(other['n_documents_chosen_on'], noun)}; "
         f"on {counted(other['n_documents'], 'other')} {', '.join(figures)}"
     )
-    return f"{assessment['best_variant']}, {where}"
 
 
 def notes(assessment: dict[str, Any]) -> list[str]:
