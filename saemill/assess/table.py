@@ -1,7 +1,7 @@
 """The assessment for people, in the terminal: tables, and what latents are."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -119,7 +119,7 @@ def cuts(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """List the SAEs within some variants, below the titles of the columns: at each prefix and each k, a
     crosscoder at each of its sites, and whole. Empty where there are none."""
     with_cuts = [entry for entry in entries if entry.get("cuts")]
-    known = {name for entry in with_cuts for cut in entry["cuts"] for name in cut["metrics"]}
+    known = _known(cut["metrics"] for entry in with_cuts for cut in entry["cuts"])
     shown = CUT_COLUMNS | {name: title for name, title in AT_SITES.items() if name in known}
     rows = [
         [entry["name"], cut["name"], *(_with_interval(cut["metrics"].get(name)) for name in shown)]
@@ -137,14 +137,41 @@ def _with_interval(figure: Figure | None) -> str:
 
 
 def by_source(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """List the variants' figures on each source, below the titles of the columns; empty where there is one
-    source."""
+    """List the variants' figures on each source, below the titles of the columns, without rows and columns of
+    which nothing is known (`unknown_by_source` says why); empty where there is one source."""
+    known = _known(metrics for _, _, metrics in _each_source(entries))
+    shown = {name: title for name, title in SOURCE_COLUMNS.items() if name in known}
     rows = [
-        [entry["name"], source, *(_with_interval(metrics.get(name)) for name in SOURCE_COLUMNS)]
+        [name, source, *(_with_interval(metrics.get(what)) for what in shown)]
+        for name, source, metrics in _each_source(entries)
+        if _known([metrics])
+    ]
+    return [["variant", "source", *shown.values()], *rows] if rows else []
+
+
+def unknown_by_source(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say which figures are not known on which sources, though they are on all together."""
+    by_reason: dict[tuple[str, str], dict[str, None]] = {}
+    for entry in entries:
+        for source, metrics in (entry.get("by_source") or {}).items():
+            for what, title in SOURCE_COLUMNS.items():
+                if metrics[what]["value"] is None and entry["metrics"][what]["value"] is not None:
+                    by_reason.setdefault((source, metrics[what]["reason"]), {})[title] = None
+    return [f"no {', '.join(titles)} on {source}: {why}" for (source, why), titles in by_reason.items()]
+
+
+def _each_source(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Mapping[str, Figure]]]:
+    """List variant, source and figures."""
+    return [
+        (entry["name"], source, metrics)
         for entry in entries
         for source, metrics in (entry.get("by_source") or {}).items()
     ]
-    return [["variant", "source", *SOURCE_COLUMNS.values()], *rows] if rows else []
+
+
+def _known(figures: Iterable[Mapping[str, Figure]]) -> set[str]:
+    """Name the metrics of which a value is known."""
+    return {name for each in figures for name, figure in each.items() if figure["value"] is not None}
 
 
 def _text_table(title: str, titles_and_rows: list[list[str]]) -> list[str]:
@@ -241,6 +268,7 @@ def notes(assessment: dict[str, Any]) -> list[str]:
             if figure.get("reason") and not (figure["value"] is None and name in unknown):
                 lacking = "no" if figure["value"] is None else "no interval for"
                 titles.setdefault((lacking, figure["reason"]), {})[title] = None
+    lines += unknown_by_source(measured)
     if are_crosscoders(measured) and assessment["data"]["n_tokens_with_losses"]:
         lines.append(MEAN_OVER_SITES)
     return lines + [f"{lacking} {', '.join(which)}: {why}" for (lacking, why), which in titles.items()]
