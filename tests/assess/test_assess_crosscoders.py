@@ -69,10 +69,12 @@ def trained(folder: Path, out: str, **changes: Any) -> TrainConfig:
     return TrainConfig(**settings | changes)
 
 
-def by_hooks(sae: Sae, store: ActivationStore, models: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Losses by site, in the model given for each, on the held-out rows: untouched, and with the site's part
-    of the reconstruction and with zeros in its place; it is made of the untouched activations of all."""
-    rows = np.flatnonzero(store.tokens.held_out_R)
+def by_hooks(
+    sae: Sae, store: ActivationStore, models: dict[str, Any], n_rows: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Losses by site, in the model given for each, on the first held-out rows: untouched, and with the site's
+    part of the reconstruction and with zeros in its place; it is made of the untouched activations of all."""
+    rows = np.flatnonzero(store.tokens.held_out_R)[:n_rows]
     ids = torch.from_numpy(np.concatenate([store.tokens.rows(r, r + 1) for r in rows]).astype(np.int64))
     where = (ids != 0) & (torch.arange(32) >= 1)
     counted = where[:, :-1]
@@ -208,7 +210,7 @@ def test_two_models(folder: Path, tmp_path: Path, tiny_models: dict[str, str]) -
     layer by a hook; a store and a model that moved give the figures that they gave before."""
     site = "layers.2+with.layers.2"
     train(trained(folder, "two", site=(site,), with_acts=folder / "other"))
-    config = AssessConfig(run=folder / "two", device="cpu", model_tokens=10**6, n_latents=1)
+    config = AssessConfig(run=folder / "two", device="cpu", model_tokens=12 * 32, n_latents=0)
     assessment = run(config)
     found = entry_of(assessment, site)
     store = ActivationStore(folder / "acts")
@@ -216,7 +218,7 @@ def test_two_models(folder: Path, tmp_path: Path, tiny_models: dict[str, str]) -
         part: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         for part, path in zip(site.split("+"), (tiny_models["neox"], folder / "tuned"), strict=True)
     }
-    hand = by_hooks(Sae.load(folder / "two" / found["name"]), store, models)
+    hand = by_hooks(Sae.load(folder / "two" / found["name"]), store, models, n_rows=12)
     assert hand["clean"]["layers.2"] != pytest.approx(hand["clean"]["with.layers.2"], rel=1e-3)
     for cut, part in zip(found["cuts"], models, strict=True):
         assert cut["name"] == f"at {part}"
